@@ -10,7 +10,7 @@ class ForwardError(Exception):
     """The base of all others; its text is one sentence for the user."""
 
 
-class ValueProblem(ForwardError):
+class TextError(ForwardError):
     """A piece of text is not what its role asks for.
 
     ``text`` is what was found, ``expected`` says what would be right. Whoever knows where the text
