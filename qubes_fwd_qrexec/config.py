@@ -13,7 +13,7 @@ from typing import Self
 from . import values
 from .errors import ConfigError, RuleError, TextError
 from .options import Form, one_of, read, split
-from .rules import ForwardRule, Limits, OnExpire, Proxy, Transport
+from .rules import NO_LIMITS, ForwardRule, Limits, OnExpire, Proxy, Transport
 from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
 VERSION = 1
@@ -49,7 +49,7 @@ class ListenerConfig:
     proxy: Proxy = Proxy.OFF
     on_expire: OnExpire = OnExpire.CUT
     expire: int | None = None
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
 
     def __post_init__(self) -> None:
         if len(self.listen_ports) != len(self.target_ports):

@@ -96,6 +96,9 @@ class Limits:
         return ",".join(f"{name.replace('_', '-')}:{count}" for name, count in given if count is not None)
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardRule:
     """One forward, complete and consistent; construction raises `RuleError` where options contradict.
@@ -121,7 +124,7 @@ class ForwardRule:
     path: tuple[QubeName, ...] | None = None
     follow_netvm: bool = False
     bypass_tunnel: bool = False
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     expire: int | None = None
     comment: str = ""
 
