@@ -57,3 +57,11 @@ class LocalProtocolError(ProtocolError):
 
 class RemoteProtocolError(ProtocolError):
     """The peer broke the protocol; the tunnel ends."""
+
+
+def leaves(group: BaseExceptionGroup[ForwardError]) -> list[ForwardError]:
+    """The errors in a group, and in the groups within it, in their order."""
+    found: list[ForwardError] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
