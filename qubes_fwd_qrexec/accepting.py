@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Listening sockets, and an accept loop that no single connection and no shortage can end."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -81,10 +82,8 @@ def _bind_trouble(error: OSError, port: int) -> str:
     return os.strerror(error.errno or 0)
 
 
-async def accept_until_closed(
-    listening: socket.socket, accepted: Callable[[socket.socket, IPAddress], None]
-) -> None:
-    """Hand every connection to ``accepted``, non-blocking and with its peer's address.
+async def accept_until_closed(listening: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+    """Hand every connection to ``accepted``, non-blocking; it must not raise.
 
     Ends when somebody calls `close_listening`.
     """
@@ -93,14 +92,16 @@ async def accept_until_closed(
         try:
             await trio.lowlevel.wait_readable(listening)
             for _ in range(_BURST):
-                connection, peer = listening.accept()
+                connection, _ = listening.accept()
                 connection.setblocking(False)
-                accepted(connection, unmapped(ip_address(peer[0])))
+                accepted(connection)
         except trio.ClosedResourceError:
             return
         except BlockingIOError:
             continue
         except OSError as error:
+            if listening.fileno() < 0:
+                return
             if error.errno in _SHORTAGE:
                 warn(_logger, limit, "shortage", f"cannot accept connections for now: {error.strerror}")
                 await trio.sleep(_SHORTAGE_PAUSE_S)
@@ -108,7 +109,24 @@ async def accept_until_closed(
                 raise
 
 
-def close_listening(listening: socket.socket) -> None:
-    """Close at once, also while `accept_until_closed` waits for it."""
+def peer_address(connection: socket.socket) -> IPAddress | None:
+    """Who is at the other end, IPv4 as IPv4; None when nobody is any more."""
+    try:
+        return unmapped(ip_address(connection.getpeername()[0]))
+    except OSError:
+        return None
+
+
+def close_listening(listening: socket.socket, *, is_shared: bool = False) -> None:
+    """Close at once, also while `accept_until_closed` waits for it.
+
+    A child that is just being started still has a copy, which would keep the port open for a moment more;
+    so the socket is shut down first, unless somebody else, who shares it, is to go on with it.
+    """
+    if listening.fileno() < 0:
+        return
     trio.lowlevel.notify_closing(listening)
+    if not is_shared:
+        with contextlib.suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
     listening.close()

@@ -92,7 +92,7 @@ class _Connection:
 
     async def upload(self) -> None:
         """Client to server. A client's abort ends all; why a call takes no more, `download` learns."""
-        end = await self._relays.run(self.up)
+        end = await self._copy(self.up)
         if end is CopyEnd.SOURCE_RESET:
             self._fail("the client aborted the connection")
             return
@@ -102,7 +102,7 @@ class _Connection:
 
     async def download(self) -> None:
         """Server to client, and the verdict of the exit status on what an end of file meant."""
-        end = await self._relays.run(self.down)
+        end = await self._copy(self.down)
         if end is CopyEnd.SINK_BROKEN:
             self._fail("the client aborted the connection")
             return
@@ -128,7 +128,9 @@ class _Connection:
         """One direction has ended, ``other`` may go on; after both, the call delivers what it holds."""
         self._ended += 1
         if self._ended == 2:
-            await self.call.status(self._timeouts.half_close_s)
+            status = await self.call.status(self._timeouts.half_close_s)
+            if status != 0:
+                self._fail("the call did not end" if status is None else meaning(status))
             self.scope.cancel()
             return
         half_closed_at = time.monotonic()
@@ -138,6 +140,13 @@ class _Connection:
                 break
             await trio.sleep(self._timeouts.half_close_s - quiet_s)
         self._fail(f"half-closed, and the other direction was idle for {self._timeouts.half_close_s:g} s")
+
+    async def _copy(self, copy: Copy) -> CopyEnd:
+        try:
+            return await self._relays.run(copy)
+        except OSError as error:
+            self._fail(f"cannot watch the connection: {error.strerror}")
+            return CopyEnd.SINK_BROKEN  # nobody hears of it: the scope is cancelled
 
     def _fail(self, error: str) -> None:
         self.error = self.error or error

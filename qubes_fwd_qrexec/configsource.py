@@ -15,6 +15,8 @@ from .values import QubeName, RuleName
 
 # A qube's QubesDB holds few entries; this bounds what a directory full of files can make us read.
 _ENTRIES_MAX = 4096
+_FILE_MAX = 1 << 20
+_BLANKS = " \t\r"
 
 
 class Configuration(NamedTuple):
@@ -39,6 +41,8 @@ class ConfigSource:
         errors: dict[str, ConfigError] = {}
         for key, untrusted_value in self._entries().items():
             try:
+                if isinstance(untrusted_value, ConfigError):
+                    raise untrusted_value
                 config = ListenerConfig.parse(key, untrusted_value)
             except ConfigError as error:
                 errors[key] = error
@@ -56,28 +60,50 @@ class ConfigSource:
         except OSError:
             return None
 
-    def _entries(self) -> dict[str, str]:
+    def _entries(self) -> dict[str, str | ConfigError]:
         try:
             if not self._path.is_dir():
-                return dict(_line_entries(_text(self._path)))
+                text = _text(self._path, _FILE_MAX)
+                if len(text) > _FILE_MAX:
+                    raise ConfigError(f"{self._path}: more than {_FILE_MAX} bytes; so many are read")
+                return _line_entries(text)
             files = sorted(file for file in self._path.iterdir() if is_forward_key(file.name))
             if len(files) > _ENTRIES_MAX:
                 raise ConfigError(f"{self._path}: {len(files)} entries; at most {_ENTRIES_MAX} are read")
-            return {file.name: _text(file).rstrip("\n") for file in files}
+            entries = {file.name: _value(file) for file in files}
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}") from error
+        return {key: value for key, value in entries.items() if value is not None}
 
 
-def _text(path: Path) -> str:
-    """Latin-1 reads any byte; what is not ASCII is then refused where it stands."""
+def _text(path: Path, size_max: int) -> str:
+    """At most one byte more than ``size_max``. Latin-1 reads any byte; what is not ASCII is refused later."""
     with path.open("rb") as file:
-        return file.read(_ENTRIES_MAX * VALUE_MAX).decode("latin-1")
+        return file.read(size_max + 1).decode("latin-1")
 
 
-def _line_entries(text: str) -> list[tuple[str, str]]:
-    lines = (line.strip() for line in text.splitlines())
-    entries = (line.partition(" ") for line in lines if line and not line.startswith("#"))
-    return [(key, value.strip()) for key, _, value in entries]
+def _value(path: Path) -> str | ConfigError | None:
+    """One entry of a directory; None when it has been removed since the directory was read."""
+    try:
+        value = _text(path, VALUE_MAX + 1).removesuffix("\n")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return ConfigError(f"entry {path.name!a}: {error.strerror}")
+    if len(value) > VALUE_MAX:
+        return ConfigError(f"entry {path.name!a}: longer than the {VALUE_MAX} bytes that QubesDB takes")
+    return value
+
+
+def _line_entries(text: str) -> dict[str, str | ConfigError]:
+    """Split at newlines alone: other control characters are no ends of lines but errors in them."""
+    entries: dict[str, str | ConfigError] = {}
+    for line in text.split("\n"):
+        key, _, value = line.strip(_BLANKS).partition(" ")
+        if key and not key.startswith("#"):
+            twice = ConfigError(f"entry {key!a} is there twice; one of them would be right")
+            entries[key] = twice if key in entries else value.strip(_BLANKS)
+    return entries
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -11,18 +11,29 @@ from functools import partial
 
 import trio
 
-from .accepting import BindError, accept_until_closed, address_text, close_listening, open_listening
+from .accepting import (
+    BindError,
+    accept_until_closed,
+    address_text,
+    close_listening,
+    open_listening,
+    peer_address,
+)
 from .call import CallTimeouts, relay_over_call
 from .config import ListenerConfig
 from .errors import RefusedError
 from .logs import RateLimit, warn
-from .relay import abort
+from .relay import abort, close_well, undelivered_bytes
 from .relaythread import RelayThread
 from .rules import OnExpire
 from .targets import Target
 from .values import IPAddress
 
 _logger = logging.getLogger(__name__)
+
+# relay-behaviours 12: what came before an abort is delivered before the RST, within this time.
+_DELIVERY_S = 1.0
+_DELIVERY_LOOK_S = 0.02
 
 Binding = tuple[IPAddress, int]
 
@@ -76,8 +87,13 @@ class Forward:
         wanted = bindings(config)
         self._open(wanted - self._listening.keys())
         self._close(self._listening.keys() - wanted)
+        if config.expire != self.config.expire:
+            self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
         self.config = config
-        self.expiry = Expiry(config.expire)
+
+    def yield_bindings(self, config: ListenerConfig, claimed: frozenset[Binding]) -> None:
+        """Close what ``config`` has no more and another forward, by what is ``claimed``, will open."""
+        self._close((self._listening.keys() - bindings(config)) & claimed)
 
     def close(self) -> None:
         """The forward is over: listen no more; what is live is cut or goes on, as the rule says."""
@@ -107,8 +123,12 @@ class Forward:
         for binding in unwanted:
             close_listening(self._listening.pop(binding))
 
-    def _accepted(self, port: int, accepted: socket.socket, peer: IPAddress) -> None:
+    def _accepted(self, port: int, accepted: socket.socket) -> None:
         """Refuse a stranger before anything else is done for it, and serve everybody else."""
+        peer = peer_address(accepted)
+        if peer is None:
+            accepted.close()
+            return
         if peer not in self.config.sources:
             abort(accepted)
             self._warn("source", f"refused {peer}: not in {self.config.sources}")
@@ -121,7 +141,13 @@ class Forward:
             self._live.add(scope)
             try:
                 if await self._relay(port, accepted, peer):
-                    accepted.close()
+                    close_well(accepted)
+                else:
+                    await _delivered(accepted)
+            except Exception:
+                if self._means.relays.has_failed:
+                    raise
+                _logger.exception("%s: a bug ended the connection of %s", self, peer)
             finally:
                 self._live.discard(scope)
                 abort(accepted)
@@ -133,7 +159,9 @@ class Forward:
         service = f"{config.service}+{config.target_port(port)}"
         try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with target.slot():
+            async with target.slot(service):
+                if peer_address(accepted) is None:  # it left while it waited
+                    return False
                 ending = await relay_over_call(
                     accepted, means.client, config.target, service, means.relays, means.timeouts
                 )
@@ -144,12 +172,22 @@ class Forward:
             self._warn("client", f"{peer}: cannot start {means.client[0]}: {error.strerror}")
             return False
         if ending.is_refused:
-            target.refused()
+            target.refused(service)
         elif ending.received_bytes:
-            target.accepted()
+            target.accepted(service)
         if ending.error is not None:
             self._warn(ending.error, f"{peer}: {ending.error}")
         return ending.error is None
 
     def _warn(self, kind: str, message: str) -> None:
         warn(_logger, self._limit, kind, f"{self}: {message}")
+
+
+async def _delivered(accepted: socket.socket) -> None:
+    """Wait a moment until the client has what it was sent: an abort takes back the rest.
+
+    The kernel has no event for it, so this looks again and again; hardly ever is there more than one look.
+    """
+    with trio.move_on_after(_DELIVERY_S):
+        while undelivered_bytes(accepted):  # noqa: ASYNC110
+            await trio.sleep(_DELIVERY_LOOK_S)

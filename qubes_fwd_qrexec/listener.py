@@ -20,8 +20,9 @@ from .call import CallTimeouts
 from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration
 from .errors import ConfigError, ForwardError, leaves
-from .forward import Expiry, Forward, Means
+from .forward import Binding, Expiry, Forward, Means, bindings
 from .logs import start_logging
+from .notify import notify
 from .relaythread import open_relay_thread
 from .rules import NO_LIMITS, Transport
 from .targets import CALLS_MAX, Target
@@ -56,37 +57,50 @@ class Listener:
         self._targets: dict[str, Target] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         self._stopping = trio.Event()
+        self._is_running = False
         self._means: Means
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until `stop`; reports started once every port of the first configuration is open.
 
         Raises `ConfigError` or `BindError` when the first configuration cannot be served as a whole.
         """
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
             self._means = Means(self._client, relays, self._timeouts, self._target, tasks)
-            stamp = self._source.stamp()
-            self._reconcile(self._source.read(), is_first=True)
-            task_status.started()
-            while not self._stopping.is_set():
-                with trio.move_on_after(_LOOK_S):
-                    await self._stopping.wait()
-                self._end_expired()
-                if (now := self._source.stamp()) != stamp:
-                    stamp = now
-                    self.reload()
-            for forward in self._forwards.values():
-                forward.stop_listening()
+            try:
+                await self._listen(task_status)
+            finally:
+                for forward in self._forwards.values():
+                    forward.stop_listening()
             tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+
+    async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:
+        """Follow the configuration until `stop`."""
+        stamp = self._source.stamp()
+        self._reconcile(self._source.read(), is_first=True)
+        self._is_running = True
+        task_status.started()
+        notify("READY=1", f"STATUS={len(self._forwards)} forwards open")
+        while not self._stopping.is_set():
+            with trio.move_on_after(_LOOK_S):
+                await self._stopping.wait()
+                break
+            self._end_expired()
+            if (now := self._source.stamp()) != stamp:
+                stamp = now
+                self.reload()
+        notify("STOPPING=1")
 
     def stop(self) -> None:
         """Listen no more and let connections finish for a while; called again: abort them now."""
-        if self._stopping.is_set():
+        if self._stopping.is_set() and self._is_running:
             self._means.tasks.cancel_scope.cancel()
         self._stopping.set()
 
     def reload(self) -> None:
         """Make what is open what the configuration says now; what is wrong in it stays as it was."""
+        if not self._is_running or self._stopping.is_set():
+            return  # it is read at the start, and after the end nothing opens any more
         try:
             self._reconcile(self._source.read())
         except ConfigError as error:
@@ -97,13 +111,14 @@ class Listener:
         wanted, errors = _usable(found)
         for key, error in sorted(errors.items()):
             _logger.error("refused: %s", error)
-            if (kept := self._forwards.get(parse_key(key))) is not None:
-                wanted[parse_key(key)] = kept.config
+            if (kept := self._forward_of(key)) is not None:
+                wanted[kept.config.target, kept.config.name] = kept.config
         wanted = {key: config for key, config in wanted.items() if not self._is_expired(config)}
         for name in self._forwards.keys() - wanted.keys():
             self._end(name, "removed")
         for target in self._targets.values():
-            target.accepted()  # a changed configuration comes with a changed policy
+            target.forget_refusals()  # a changed configuration comes with a changed policy
+        self._hand_over(wanted)
         for name, config in sorted(wanted.items()):
             try:
                 self._open(name, config)
@@ -111,6 +126,18 @@ class Listener:
                 if is_first:
                     raise
                 _logger.error("%s %s is not opened: %s", *name, error)
+
+    def _forward_of(self, untrusted_key: str) -> Forward | None:
+        try:
+            return self._forwards.get(parse_key(untrusted_key))
+        except ConfigError:
+            return None
+
+    def _hand_over(self, wanted: dict[tuple[QubeName, RuleName], ListenerConfig]) -> None:
+        """Let ports go that one forward gives up and another takes, in whatever order they are opened."""
+        claimed = frozenset[Binding]().union(*map(bindings, wanted.values()))
+        for name, forward in self._forwards.items():
+            forward.yield_bindings(wanted[name], claimed)
 
     def _open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
         forward = self._forwards.get(name)
@@ -163,7 +190,7 @@ def _beyond_us(config: ListenerConfig) -> str | None:
     return None
 
 
-async def _obey_signals(listener: Listener, *, task_status: trio.TaskStatus[None]) -> None:
+async def _obey_signals(listener: Listener, *, task_status: "trio.TaskStatus[None]") -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:

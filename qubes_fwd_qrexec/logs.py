@@ -26,7 +26,9 @@ def one_line(text: str) -> str:
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = one_line(f"{record.levelname.lower()}: {record.getMessage()}")
-        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+        if record.exc_info is None:
+            return line
+        return "\n".join([line, *map(one_line, self.formatException(record.exc_info).split("\n"))])
 
 
 def start_logging(*, is_verbose: bool = False) -> None:

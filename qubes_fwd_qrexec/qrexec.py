@@ -10,7 +10,9 @@ whatever the target sends.
 import contextlib
 import fcntl
 import math
+import os
 import shlex
+import signal
 import socket
 import struct
 import subprocess
@@ -85,7 +87,10 @@ async def open_call(client: Sequence[str], target: str, service: str) -> AsyncIt
         try:
             yield Call(process, stdin, stdout)
         finally:
-            process.kill()
+            if process.returncode is None:
+                # The client may be a script around the real one; it leads a group of its own.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             with trio.CancelScope(shield=True):
                 await process.wait()
 

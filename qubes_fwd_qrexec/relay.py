@@ -12,9 +12,11 @@ costs twice what the copying does (`bench/` has the row); `relaythread` makes it
 
 import contextlib
 import errno
+import fcntl
 import select
 import socket
 import struct
+import termios
 import time
 from collections.abc import Callable
 from enum import Enum, auto
@@ -22,6 +24,8 @@ from enum import Enum, auto
 # As much as qrexec-client-vm asks for by default (qubes-core-qrexec agent/qrexec-client-vm.c): what a
 # stalled direction holds at most, beside the kernel's own socket buffers.
 BUFFER_BYTES = 65536
+# What is read and dropped so that a close is no abort: more than a receive buffer of the default size.
+_READ_OUT_BYTES = 16 * BUFFER_BYTES
 
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
@@ -61,13 +65,15 @@ class _Endpoint:
     """A socket in the loop, with the copy that reads it and the one that writes it.
 
     ``was_reset`` outlives the kernel's own note of an abort. The first call that meets it takes it away,
-    and a read after a failed write would look like a clean end.
+    and a read after a failed write would look like a clean end. ``since_turn`` is the turn of the loop in
+    which it was made: news that the kernel had gathered before are about an earlier socket of that number.
     """
 
-    __slots__ = ("fd", "mask", "reader", "was_reset", "writer")
+    __slots__ = ("fd", "mask", "reader", "since_turn", "was_reset", "writer")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, since_turn: int) -> None:
         self.fd = fd
+        self.since_turn = since_turn
         self.reader: Copy | None = None
         self.writer: Copy | None = None
         self.was_reset = False
@@ -90,6 +96,7 @@ class RelayLoop:
         self._endpoints: dict[int, _Endpoint] = {}
         self._watched: dict[int, Callable[[], None]] = {}
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._turn = 0
 
     def close(self) -> None:
         self._epoll.close()
@@ -97,16 +104,23 @@ class RelayLoop:
     def start(self, copy: Copy, on_end: Callable[[CopyEnd], None]) -> None:
         """Begin to copy. ``on_end`` is called once, from `run_once`, and may start or stop others.
 
-        Raises ValueError where another copy reads the source or writes the sink already.
+        Raises ValueError where another copy reads the source or writes the sink already, and OSError where
+        the kernel can watch no more sockets; nothing has begun then.
         """
+        for role, sock in (("reader", copy.source), ("writer", copy.sink)):
+            known = self._endpoints.get(sock.fileno())
+            if known is not None and getattr(known, role) is not None:
+                raise ValueError("one copy at a time may read a socket, and one may write it")
         source, sink = self._endpoint(copy.source), self._endpoint(copy.sink)
-        if source.reader is not None or sink.writer is not None:
-            raise ValueError("one copy at a time may read a socket, and one may write it")
         copy.on_end = on_end
         source.reader = copy
         sink.writer = copy
-        self._update(source)
-        self._update(sink)
+        try:
+            self._update(source)
+            self._update(sink)
+        except OSError:
+            self.stop(copy)
+            raise
 
     def stop(self, copy: Copy) -> None:
         """Let go of a copy's sockets; what it had not passed on is lost, and ``on_end`` is not called."""
@@ -121,10 +135,13 @@ class RelayLoop:
 
     def run_once(self, timeout_s: float | None = None) -> None:
         """Wait for what can be moved, at most ``timeout_s``, and move it; no socket gets two turns."""
-        for fd, events in self._epoll.poll(timeout_s):
+        news = self._epoll.poll(timeout_s)
+        self._turn += 1
+        for fd, events in news:
             endpoint = self._endpoints.get(fd)
             if endpoint is not None:
-                self._serve(endpoint, events)
+                if endpoint.since_turn != self._turn:
+                    self._serve(endpoint, events)
             elif fd in self._watched:
                 self._watched[fd]()
 
@@ -137,7 +154,7 @@ class RelayLoop:
         fd = sock.fileno()
         endpoint = self._endpoints.get(fd)
         if endpoint is None:
-            endpoint = self._endpoints[fd] = _Endpoint(fd)
+            endpoint = self._endpoints[fd] = _Endpoint(fd, self._turn)
         return endpoint
 
     def _update(self, endpoint: _Endpoint) -> None:
@@ -232,6 +249,29 @@ def abort(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it may have ended by itself, and then closing says it all
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def close_well(sock: socket.socket) -> None:
+    """Close a connection whose both directions are over, so that the peer still gets all it was sent.
+
+    A TCP socket closed with unread bytes sends RST and forgets what it had not delivered; so they are
+    read first, within bounds: bytes that come later meet a closed socket, as with any server.
+    """
+    with contextlib.suppress(OSError):  # nothing there to read, or nobody left to be hurt
+        sock.setblocking(False)
+        for _ in range(_READ_OUT_BYTES // BUFFER_BYTES):
+            if not sock.recv(BUFFER_BYTES):
+                break
+    sock.close()
+
+
+def undelivered_bytes(sock: socket.socket) -> int:
+    """What a TCP peer has not yet acknowledged of what it was sent; 0 when it is gone."""
+    gone = select.poll()
+    gone.register(sock, 0)
+    if gone.poll(0):
+        return 0
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 
 def half_close(sock: socket.socket) -> None:

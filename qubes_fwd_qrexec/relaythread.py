@@ -27,22 +27,37 @@ class RelayThread:
         self._orders: deque[Callable[[], None]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._loop.watch(self._wake_fd, self._obey)
-        self._waiting: set[trio.lowlevel.Task] = set()
+        # One entry for each `run` under way; a task's next `run` must not hear of the last one's end.
+        self._waiting: dict[object, trio.lowlevel.Task] = {}
         self._crash: BaseException | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the thread is gone for good: a bug, after which nothing can be carried any more."""
+        return self._crash is not None
+
     async def run(self, copy: Copy) -> CopyEnd:
-        """Copy until the end. When this is cancelled, the sockets are free before Cancelled is raised."""
+        """Copy until the end. When this is cancelled, the sockets are free before Cancelled is raised.
+
+        Raises what `RelayLoop.start` raises; `RuntimeError` when the thread has failed, and all is lost.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._crash is not None:
             raise RuntimeError("the relay thread has failed") from self._crash
-        task = trio.lowlevel.current_task()
+        this_run = object()
 
         def resume(result: "outcome.Outcome[CopyEnd]") -> None:
-            if task in self._waiting:
-                self._waiting.remove(task)
+            task = self._waiting.pop(this_run, None)
+            if task is not None:
                 trio.lowlevel.reschedule(task, result)
+
+        def begin() -> None:
+            try:
+                self._loop.start(copy, ended)
+            except (OSError, ValueError) as error:  # this copy's trouble, and no other's
+                self._token.run_sync_soon(resume, outcome.Error(error))
 
         def ended(how: CopyEnd) -> None:
             self._token.run_sync_soon(resume, outcome.Value(how))
@@ -55,8 +70,8 @@ class RelayThread:
             self._order(let_go)
             return trio.lowlevel.Abort.FAILED
 
-        self._waiting.add(task)
-        self._order(lambda: self._loop.start(copy, ended))
+        self._waiting[this_run] = trio.lowlevel.current_task()
+        self._order(begin)
         end: CopyEnd = await trio.lowlevel.wait_task_rescheduled(abort_fn)
         return end
 
@@ -82,7 +97,7 @@ class RelayThread:
             self._orders.popleft()()
 
     def _give_up(self, crash: BaseException) -> None:
-        for task in self._waiting:
+        for task in self._waiting.values():
             error = RuntimeError("the relay thread has failed")
             error.__cause__ = crash
             trio.lowlevel.reschedule(task, outcome.Error(error))

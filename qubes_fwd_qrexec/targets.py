@@ -3,9 +3,11 @@
 
 qrexec gives each target 128 calls at once, shared with everything else it does, and a policy question
 in dom0 for each. So calls to one target are capped, those above wait for a while in a queue with a
-bound, and after a refusal the next connections are refused here, for longer each time.
+bound, and after a refusal the next connections to the same service and port are refused here, for
+longer each time; what dom0 allows beside it goes on.
 """
 
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,8 +26,18 @@ BACK_OFF_FIRST_S = 1.0
 BACK_OFF_MAX_S = 60.0
 
 
+class _BackOff:
+    """How long one service of a target is not asked for."""
+
+    __slots__ = ("length_s", "until")
+
+    def __init__(self) -> None:
+        self.length_s = 0.0
+        self.until = -math.inf
+
+
 class Target:
-    """One target's slots and back-off."""
+    """One target's slots, and a back-off for each ``SERVICE+ARGUMENT`` that dom0 refused."""
 
     def __init__(
         self, name: str, calls_max: int = CALLS_MAX, clock: Callable[[], float] = time.monotonic
@@ -34,8 +46,7 @@ class Target:
         self.calls_max = calls_max
         self._slots = trio.CapacityLimiter(calls_max)
         self._clock = clock
-        self._back_off_s = 0.0
-        self._refused_until = 0.0
+        self._back_offs: dict[str, _BackOff] = {}
 
     @property
     def calls(self) -> int:
@@ -43,9 +54,9 @@ class Target:
         return int(self._slots.borrowed_tokens)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, service: str) -> AsyncIterator[None]:
         """Hold one of the target's calls; raises `RefusedError` when there is none to be had in time."""
-        self._check_back_off()
+        self._check_back_off(service)
         if self._slots.statistics().tasks_waiting >= WAITING_MAX:
             raise RefusedError(f"{self.name} has {self.calls_max} calls and {WAITING_MAX} wait")
         borrower = object()
@@ -54,27 +65,32 @@ class Target:
         if waiting.cancelled_caught:
             raise RefusedError(f"{self.name} has {self.calls_max} calls, and none ended within {WAIT_S:g} s")
         try:
-            self._check_back_off()
+            self._check_back_off(service)
             yield
         finally:
             self._slots.release_on_behalf_of(borrower)
 
-    def refused(self) -> None:
+    def refused(self, service: str) -> None:
         """dom0 refused a call: refuse here from now on, twice as long as the last time.
 
         Several calls that were under way together count as one.
         """
-        if self._clock() < self._refused_until:
+        back_off = self._back_offs.setdefault(service, _BackOff())
+        if self._clock() < back_off.until:
             return
-        self._back_off_s = min(max(self._back_off_s * 2, BACK_OFF_FIRST_S), BACK_OFF_MAX_S)
-        self._refused_until = self._clock() + self._back_off_s
+        back_off.length_s = min(max(back_off.length_s * 2, BACK_OFF_FIRST_S), BACK_OFF_MAX_S)
+        back_off.until = self._clock() + back_off.length_s
 
-    def accepted(self) -> None:
-        """A call went through, or the configuration is new: ask dom0 again at once."""
-        self._back_off_s = 0.0
-        self._refused_until = 0.0
+    def accepted(self, service: str) -> None:
+        """A call went through: ask dom0 again at once."""
+        self._back_offs.pop(service, None)
 
-    def _check_back_off(self) -> None:
-        left_s = self._refused_until - self._clock()
+    def forget_refusals(self) -> None:
+        """The configuration is new, and with it the policy: ask dom0 again at once."""
+        self._back_offs.clear()
+
+    def _check_back_off(self, service: str) -> None:
+        back_off = self._back_offs.get(service)
+        left_s = back_off.until - self._clock() if back_off else 0.0
         if left_s > 0:
-            raise RefusedError(f"dom0 refused calls to {self.name}; it is asked again in {left_s:.1f} s")
+            raise RefusedError(f"dom0 refused {service} in {self.name}; it is asked again in {left_s:.1f} s")

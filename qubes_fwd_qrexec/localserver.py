@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The target's own server: which port a call may reach, and a connection to it.
+
+The argument alone says what may be reached, so that dom0's policy covers it: ``8080`` is port 8080 of
+127.0.0.1, or of ::1 where 127.0.0.1 refuses, and nothing else.
+"""
+
+import errno
+import os
+import socket
+import time
+
+from .errors import ForwardError, TextError
+from .exitstatus import ExitStatus
+from .relay import abort
+from .values import parse_port
+
+SERVICE = "qubes.ForwardTCP"
+# Where a server in the target may listen; tried in this order, and nowhere else.
+LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+# relay-behaviours 22: how long a server may take to accept.
+CONNECT_TIMEOUT_S = 10.0
+
+
+class ServiceError(ForwardError):
+    """The call cannot be served; ``status`` is what the caller's qrexec client will exit with."""
+
+    def __init__(self, status: ExitStatus, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def parse_argument(untrusted_argument: str) -> int:
+    """The one port that a call may reach. Raises `ServiceError` with exit status 2 for all else."""
+    if untrusted_argument.endswith("+tunnel"):
+        raise ServiceError(ExitStatus.BAD_ARGUMENT, "tunnels are not in this version of the service")
+    try:
+        return parse_port(untrusted_argument)
+    except TextError as error:
+        raise ServiceError(ExitStatus.BAD_ARGUMENT, f"argument {error}") from None
+
+
+def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+    """A non-blocking connection to the target's own server. Raises `ServiceError`."""
+    deadline = time.monotonic() + timeout_s
+    trouble: OSError | None = None
+    for family, host in LOCALHOSTS:
+        try:
+            server = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # no IPv6 here
+            trouble = trouble or error
+            continue
+        try:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            server.connect((host, port))
+            check_is_other(server)
+        except OSError as error:
+            abort(server)
+            trouble = trouble or error
+        else:
+            prepare(server)
+            return server
+    raise not_connected(port, timeout_s, trouble)
+
+
+def check_is_other(server: socket.socket) -> None:
+    """Raises ConnectionRefusedError where a socket has met itself.
+
+    The kernel may choose the very port that is connected to as the port to connect from. Where nobody
+    listens, the connection then opens from both ends at once, and echoes.
+    """
+    if server.getsockname() == server.getpeername():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def prepare(server: socket.socket) -> None:
+    """Make a new connection to the server ready to be relayed."""
+    server.setblocking(False)
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def not_connected(port: int, timeout_s: float, trouble: OSError | None) -> ServiceError:
+    """Why there is no connection to the server; ``trouble`` is what the first try met."""
+    if isinstance(trouble, TimeoutError):
+        return ServiceError(ExitStatus.SERVER_TIMEOUT, f"port {port}: no answer within {timeout_s:g} s")
+    reason = (trouble.strerror if trouble else None) or "no connection"
+    return ServiceError(ExitStatus.SERVER_REFUSED, f"port {port}: {reason}")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the tests of the programs in the qubes share: sockets, and a stand-in for qrexec-client-vm."""
+
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import trio
+
+from qubes_fwd_qrexec.call import CallTimeouts
+from qubes_fwd_qrexec.configsource import ConfigSource
+from qubes_fwd_qrexec.listener import Listener
+
+BOUND_S = 15.0
+
+# MODE from the command line; then what the real program gets: ``-- TARGET SERVICE+ARGUMENT``.
+_CLIENT = """
+import os, signal, socket, sys, threading
+mode, calls, dashes, target, service = sys.argv[1:]
+assert dashes == "--", sys.argv
+with open(calls, "a") as log:
+    log.write(f"{target} {service}\\n")
+argument = service.partition("+")[2]
+if mode == "serve":
+    os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", argument])
+elif mode.startswith("exit"):
+    sys.exit(int(mode[4:]))
+elif mode == "hang":
+    signal.pause()
+elif mode == "chatty":
+    while True:
+        os.write(2, b"x" * 65536)
+elif mode == "die":
+    os.write(1, b"half of it")
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+elif mode == "forge":
+    os.write(1, b"x")
+    sys.exit(126)
+elif mode == "late":  # an end of file long before the exit status
+    os.write(1, b"x")
+    os.close(1)
+    os.read(0, 1)
+    sys.exit(74)
+elif mode == "stock":  # qubes.ConnectTCP: /dev/tcp with exit-on-service-eof
+    try:
+        server = socket.create_connection(("127.0.0.1", int(argument)))
+    except OSError:
+        sys.exit(125)
+    def upload():
+        while data := os.read(0, 65536):
+            server.sendall(data)
+        server.shutdown(socket.SHUT_WR)
+    threading.Thread(target=upload, daemon=True).start()
+    while data := server.recv(65536):
+        os.write(1, data)
+    os._exit(0)
+else:
+    raise AssertionError(mode)
+"""
+
+
+class FakeClient:
+    """A stand-in for qrexec-client-vm; ``command`` starts it, ``calls`` says which calls it was asked for."""
+
+    def __init__(self, directory: Path, mode: str) -> None:
+        self._calls = directory / "calls"
+        script = directory / "qrexec-client-vm"
+        script.write_text(_CLIENT)
+        self.command = (sys.executable, str(script), mode, str(self._calls))
+
+    @property
+    def calls(self) -> list[str]:
+        return self._calls.read_text().splitlines() if self._calls.exists() else []
+
+
+def listening_socket(host: str = "127.0.0.1") -> socket.socket:
+    """A non-blocking server socket on a free port."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.bind((host, 0))
+    sock.listen(128)
+    sock.setblocking(False)
+    return sock
+
+
+def free_port() -> int:
+    with listening_socket() as sock:
+        return port_of(sock)
+
+
+def port_of(sock: socket.socket) -> int:
+    return int(sock.getsockname()[1])
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection, non-blocking."""
+    with listening_socket() as server:
+        one = socket.create_connection(server.getsockname())
+        server.setblocking(True)
+        other, _ = server.accept()
+    one.setblocking(False)
+    other.setblocking(False)
+    return one, other
+
+
+def unix_pair() -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair()
+    one.setblocking(False)
+    other.setblocking(False)
+    return one, other
+
+
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@contextmanager
+def no_fds_left() -> Iterator[None]:
+    before = open_fds()
+    yield
+    assert open_fds() == before
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, within the bound, for what no event tells of."""
+    with trio.fail_after(BOUND_S):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.005)
+
+
+def write_config(directory: Path, listen_port: int, target_port: int, **options: str) -> Path:
+    """A configuration of one forward, replaced as a whole; ``key`` and any option may be said."""
+    directory.mkdir(exist_ok=True)
+    key = options.pop("key", "fwd.work.web")
+    given = {
+        "version": "1",
+        "service": "qubes.ForwardTCP",
+        "transport": "call",
+        "listen": "127.0.0.1",
+        "srcports": f"{listen_port}-{listen_port}",
+        "dstports": f"{target_port}-{target_port}",
+        "srchosts": "127.0.0.0/8",
+    } | {name.replace("_", "-"): value for name, value in options.items()}
+    file = directory / key
+    temporary = directory / ".new"
+    temporary.write_text(" ".join(f"{name}={value}" for name, value in given.items()))
+    return temporary.rename(file)
+
+
+@asynccontextmanager
+async def running_listener(
+    directory: Path,
+    client: tuple[str, ...],
+    *,
+    calls_max: int = 32,
+    timeouts: CallTimeouts | None = None,
+    drain_s: float = 5.0,
+) -> AsyncIterator[Listener]:
+    """A listener that serves ``directory``; stopped, at once, with the block."""
+    listener = Listener(
+        ConfigSource(directory), client, calls_max=calls_max, timeouts=timeouts, drain_s=drain_s
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run)
+        yield listener
+        listener.stop()
+        listener.stop()
+
+
+def is_listening(port: int) -> bool:
+    """Without a connection that the listener would have to carry."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(line[1].endswith(f":{port:04X}") and line[3] == "0A" for line in lines)
+
+
+def can_connect(port: int, host: str = "127.0.0.1") -> bool:
+    try:
+        socket.create_connection((host, port), timeout=BOUND_S).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+async def connect(port: int) -> trio.SocketStream:
+    """Without a turn for the listener, whose reset would otherwise fail the connect itself at times."""
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setblocking(False)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def accept(server: socket.socket) -> trio.SocketStream:
+    with trio.fail_after(BOUND_S):
+        await trio.lowlevel.wait_readable(server)
+    sock, _ = server.accept()
+    sock.setblocking(False)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def echo_once(client: trio.SocketStream, far: trio.SocketStream) -> None:
+    with trio.fail_after(BOUND_S):
+        await client.send_all(b"x")
+        assert await far.receive_some() == b"x"
+        await far.send_all(b"y")
+        assert await client.receive_some() == b"y"

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+import errno
+import os
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+import trio
+from helpers import BOUND_S, free_port, no_fds_left, port_of, tcp_pair, until
+from trio.testing import wait_all_tasks_blocked
+
+from qubes_fwd_qrexec import accepting
+from qubes_fwd_qrexec.accepting import (
+    BindError,
+    accept_until_closed,
+    address_text,
+    close_listening,
+    open_listening,
+    peer_address,
+)
+from qubes_fwd_qrexec.relay import abort
+
+
+@pytest.mark.parametrize(
+    ("address", "text"), [("192.0.2.1", "192.0.2.1:80"), ("2001:db8::1", "[2001:db8::1]:80")]
+)
+def test_an_address_is_written_as_in_a_url(address: str, text: str) -> None:
+    assert address_text(ip_address(address), 80) == text
+    assert address_text(address, "80") == text
+
+
+@pytest.mark.parametrize(
+    ("listen", "open_to", "closed_to"),
+    [
+        ("127.0.0.1", ["127.0.0.1"], ["127.0.0.2", "::1"]),
+        ("0.0.0.0", ["127.0.0.1", "127.0.0.2"], ["::1"]),
+        ("::1", ["::1"], ["127.0.0.1"]),
+        ("::", ["::1"], ["127.0.0.1"]),
+    ],
+)
+def test_exactly_what_is_said_is_bound(listen: str, open_to: list[str], closed_to: list[str]) -> None:
+    port = free_port()
+    with open_listening(ip_address(listen), port):
+        for host in open_to:
+            socket.create_connection((host, port)).close()
+        for host in closed_to:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((host, port))
+
+
+def test_v4_and_v6_share_a_port() -> None:
+    port = free_port()
+    with open_listening(IPv4Address(0), port), open_listening(IPv6Address(0), port):
+        pass
+
+
+def test_a_port_in_use_is_named_and_leaves_nothing() -> None:
+    with open_listening(IPv4Address("127.0.0.1"), 0) as first, no_fds_left():
+        port = port_of(first)
+        with pytest.raises(BindError, match=f"127.0.0.1:{port}: the port is in use"):
+            open_listening(IPv4Address("127.0.0.1"), port)
+
+
+def test_an_address_that_is_not_here_is_said_to_be() -> None:
+    with pytest.raises(BindError, match=r"192\.0\.2\.77:80: this qube does not have the address"):
+        open_listening(IPv4Address("192.0.2.77"), 80)
+
+
+@pytest.mark.parametrize(
+    ("number", "port", "words"),
+    [(errno.EACCES, 80, "CAP_NET_BIND_SERVICE"), (errno.EACCES, 8080, "Permission denied")],
+)
+def test_a_low_port_without_the_capability_is_explained(number: int, port: int, words: str) -> None:
+    assert words in accepting._bind_trouble(OSError(number, "x"), port)
+
+
+def test_no_socket_at_all_is_a_bind_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "no such family")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(BindError, match="no such family"):
+        open_listening(IPv6Address("::1"), 80)
+
+
+class Acceptor:
+    def __init__(self) -> None:
+        self.listening = open_listening(IPv4Address("127.0.0.1"), 0)
+        self.port = port_of(self.listening)
+        self.accepted: list[socket.socket] = []
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port))
+
+    def close(self) -> None:
+        for sock in self.accepted:
+            sock.close()
+        self.listening.close()
+
+
+async def test_a_burst_is_accepted_and_each_connection_is_ready_for_the_relay() -> None:
+    acceptor = Acceptor()
+    clients = [acceptor.connect() for _ in range(accepting._BURST + 10)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append)
+        await until(lambda: len(acceptor.accepted) == len(clients))
+        close_listening(acceptor.listening)
+    assert not any(sock.getblocking() or sock.get_inheritable() for sock in acceptor.accepted)
+    for sock in clients:
+        sock.close()
+    acceptor.close()
+
+
+async def test_closing_ends_a_waiting_acceptor_and_one_that_has_not_begun() -> None:
+    with no_fds_left(), trio.fail_after(BOUND_S):
+        for turns in range(3):
+            acceptor = Acceptor()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append)
+                for _ in range(turns):
+                    await wait_all_tasks_blocked()
+                close_listening(acceptor.listening)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_a_copy_in_a_starting_child_keeps_no_port_open_unless_it_is_shared(is_shared: bool) -> None:
+    acceptor = Acceptor()
+    with acceptor.listening.dup():
+        close_listening(acceptor.listening, is_shared=is_shared)
+        close_listening(acceptor.listening)
+        if is_shared:
+            acceptor.connect().close()
+        else:
+            with pytest.raises(ConnectionRefusedError):
+                acceptor.connect()
+
+
+async def test_closing_from_within_an_accepted_connection_is_fine() -> None:
+    acceptor = Acceptor()
+    with acceptor.connect(), acceptor.connect(), trio.fail_after(BOUND_S):
+
+        def accepted(sock: socket.socket) -> None:
+            acceptor.accepted.append(sock)
+            close_listening(acceptor.listening)
+
+        await accept_until_closed(acceptor.listening, accepted)
+    assert len(acceptor.accepted) == 1
+    acceptor.close()
+
+
+class Failing(socket.socket):
+    """A listening socket that answers accept() with errors first."""
+
+    errors: list[int]
+
+    def accept(self) -> tuple[socket.socket, object]:  # type: ignore[override]
+        if self.errors:
+            number = self.errors.pop(0)
+            raise OSError(number, os.strerror(number))
+        return super().accept()
+
+
+@pytest.mark.parametrize("number", sorted(accepting._PEERS_OWN | accepting._SHORTAGE))
+async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
+    number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(accepting, "_SHORTAGE_PAUSE_S", 0.001)
+    acceptor = Acceptor()
+    failing = Failing(fileno=acceptor.listening.detach())
+    failing.errors = [number] * 3
+    acceptor.listening = failing
+    with acceptor.connect():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept_until_closed, failing, acceptor.accepted.append)
+            await until(lambda: acceptor.accepted)
+            close_listening(failing)
+    assert len(caplog.messages) == (number in accepting._SHORTAGE)
+    acceptor.close()
+
+
+async def test_a_bug_ends_the_loop() -> None:
+    acceptor = Acceptor()
+    failing = Failing(fileno=acceptor.listening.detach())
+    failing.errors = [errno.EINVAL]
+    acceptor.listening = failing
+    with acceptor.connect(), trio.fail_after(BOUND_S), pytest.raises(OSError, match="Invalid argument"):
+        await accept_until_closed(failing, acceptor.accepted.append)
+    acceptor.close()
+
+
+def test_a_peer_is_known_by_its_address_until_it_is_gone() -> None:
+    far, near = tcp_pair()
+    with near:
+        assert peer_address(near) == IPv4Address("127.0.0.1")
+        abort(far)
+        assert peer_address(near) is None
+
+
+def test_a_peer_in_mapped_form_counts_as_ipv4() -> None:
+    with socket.socket(socket.AF_INET6) as both:
+        both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        both.bind(("::", 0))
+        both.listen()
+        with socket.create_connection(("127.0.0.1", port_of(both))):
+            near, _ = both.accept()
+            with near:
+                assert peer_address(near) == IPv4Address("127.0.0.1")

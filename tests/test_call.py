@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from endings import pattern
+from helpers import BOUND_S, FakeClient, free_port, no_fds_left, port_of, tcp_pair
+
+from qubes_fwd_qrexec.call import CallTimeouts, Ending, relay_over_call
+from qubes_fwd_qrexec.relay import abort, half_close
+from qubes_fwd_qrexec.relaythread import open_relay_thread
+
+
+class Relayed:
+    """A client's socket, and how its connection over a call ended."""
+
+    def __init__(self, client: socket.socket) -> None:
+        self.client = client
+        self.ending: Ending
+        self.ended = trio.Event()
+
+    async def end(self) -> Ending:
+        with trio.fail_after(BOUND_S):
+            await self.ended.wait()
+        return self.ending
+
+
+@asynccontextmanager
+async def relayed(
+    command: tuple[str, ...], port: int, *, call_s: float = 60, half_close_s: float = 600
+) -> AsyncIterator[Relayed]:
+    client, accepted = tcp_pair()
+    with client, accepted:
+        run = Relayed(client)
+        async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def carry() -> None:
+                run.ending = await relay_over_call(
+                    accepted, command, "work", f"s+{port}", relays, CallTimeouts(call_s, half_close_s)
+                )
+                run.ended.set()
+
+            yield run
+            nursery.cancel_scope.cancel()
+        assert not relays._waiting
+
+
+async def accept(server: socket.socket) -> socket.socket:
+    with trio.fail_after(BOUND_S):
+        await trio.lowlevel.wait_readable(server)
+    sock, _ = server.accept()
+    sock.setblocking(False)
+    return sock
+
+
+async def receive(sock: socket.socket) -> bytes:
+    with trio.fail_after(BOUND_S):
+        await trio.lowlevel.wait_readable(sock)
+    return sock.recv(65536)
+
+
+async def test_a_clean_conversation_ends_without_error(tmp_path: Path, server: socket.socket) -> None:
+    with no_fds_left():
+        async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
+            run.client.send(b"question")
+            with await accept(server) as far:
+                assert await receive(far) == b"question"
+                far.send(b"answer")
+                half_close(far)
+                assert await receive(run.client) == b"answer"
+                assert await receive(run.client) == b""
+                half_close(run.client)
+                assert await receive(far) == b""
+            assert await run.end() == Ending(None, False, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_refused", "words"),
+    [
+        ("exit126", True, "policy refuses"),
+        ("exit127", False, "does not have the service"),
+        ("exit125", False, "cannot be reached"),
+        ("exit3", False, "exit status 3"),
+        ("serve", False, "refused the connection"),
+        ("stock", False, "nothing listens"),
+    ],
+)
+async def test_a_failed_call_is_an_error_with_words_of_its_own(
+    tmp_path: Path, mode: str, is_refused: bool, words: str
+) -> None:
+    async with relayed(FakeClient(tmp_path, mode).command, free_port()) as run:
+        ending = await run.end()
+        assert ending.error is not None
+        assert words in ending.error
+        assert ending.is_refused is is_refused
+        assert ending.received_bytes == 0
+
+
+async def test_a_refusal_after_bytes_is_a_forgery(tmp_path: Path) -> None:
+    async with relayed(FakeClient(tmp_path, "forge").command, 1) as run:
+        ending = await run.end()
+        assert ending.error is not None
+        assert not ending.is_refused
+
+
+async def test_a_client_program_that_dies_in_mid_stream_is_an_abort(tmp_path: Path) -> None:
+    async with relayed(FakeClient(tmp_path, "die").command, 1) as run:
+        assert await receive(run.client) == b"half of it"
+        run.client.send(b"x")
+        ending = await run.end()
+        assert ending.error == "the call ended with exit status -9"
+
+
+async def test_a_call_that_hangs_meets_its_deadline(tmp_path: Path) -> None:
+    async with relayed(FakeClient(tmp_path, "hang").command, 1, call_s=0.1) as run:
+        run.client.send(pattern(1000))
+        ending = await run.end()
+        assert ending.error == "the call gave no sign of life for 0.1 s"
+
+
+async def test_a_quiet_server_is_no_hanging_call(tmp_path: Path, server: socket.socket) -> None:
+    async with relayed(FakeClient(tmp_path, "serve").command, port_of(server), call_s=1.5) as run:
+        run.client.send(b"x")
+        with await accept(server) as far:
+            assert await receive(far) == b"x"
+            with trio.move_on_after(1.8):
+                await run.ended.wait()
+            assert not run.ended.is_set()
+
+
+async def test_a_server_abort_is_an_error_and_says_so(tmp_path: Path, server: socket.socket) -> None:
+    async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
+        run.client.send(b"x")
+        far = await accept(server)
+        assert await receive(far) == b"x"
+        abort(far)
+        ending = await run.end()
+        assert ending.error is not None
+        assert "aborted the connection" in ending.error
+
+
+async def test_an_abort_that_comes_late_is_an_error_all_the_same(tmp_path: Path) -> None:
+    """The FIN is out, since the status was not there in time; the log and the close still tell."""
+    async with relayed(FakeClient(tmp_path, "late").command, 1) as run:
+        assert await receive(run.client) == b"x"
+        assert await receive(run.client) == b""
+        half_close(run.client)
+        ending = await run.end()
+        assert ending.error is not None
+        assert "aborted the connection" in ending.error
+
+
+async def test_a_client_abort_ends_the_call(tmp_path: Path, server: socket.socket) -> None:
+    async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
+        run.client.send(b"x")
+        with await accept(server) as far:
+            assert await receive(far) == b"x"
+            abort(run.client)
+            assert (await run.end()).error == "the client aborted the connection"
+            assert await receive(far) == b""  # raw qrexec cannot say more
+
+
+async def test_a_client_abort_against_a_sending_server_ends_the_call(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
+        with await accept(server) as far:
+            far.send(bytes(100_000))
+            await receive(run.client)
+            abort(run.client)
+            assert (await run.end()).error == "the client aborted the connection"
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+async def test_a_half_closed_connection_ends_by_its_timer_alone(
+    tmp_path: Path, server: socket.socket, first: str
+) -> None:
+    command = FakeClient(tmp_path, "serve").command
+    async with relayed(command, port_of(server), half_close_s=0.5) as run:
+        run.client.send(b"x")
+        with await accept(server) as far:
+            assert await receive(far) == b"x"
+            ending, going = (run.client, far) if first == "client" else (far, run.client)
+            half_close(ending)
+            assert await receive(going) == b""
+            began = time.monotonic()
+            for _ in range(5):  # traffic puts it off
+                with trio.move_on_after(0.2):
+                    await run.ended.wait()
+                going.send(b"y")
+                assert await receive(ending) == b"y"
+            assert (await run.end()).error == "half-closed, and the other direction was idle for 0.5 s"
+            assert time.monotonic() - began >= 1.2
+
+
+async def test_the_stock_service_ends_with_its_server(tmp_path: Path, server: socket.socket) -> None:
+    async with relayed(FakeClient(tmp_path, "stock").command, port_of(server)) as run:
+        run.client.send(b"question")
+        with await accept(server) as far:
+            assert await receive(far) == b"question"
+            far.send(b"answer")
+        assert await receive(run.client) == b"answer"
+        assert await receive(run.client) == b""
+        assert (await run.end()).error is None
+
+
+async def test_a_program_that_does_not_exist_is_an_os_error() -> None:
+    client, accepted = tcp_pair()
+    with client, accepted:
+        async with open_relay_thread() as relays:
+            with pytest.raises(FileNotFoundError):
+                await relay_over_call(accepted, ("/nonexistent",), "work", "s+1", relays, CallTimeouts())
+
+
+async def test_a_socket_that_cannot_be_watched_is_an_error_of_its_connection(tmp_path: Path) -> None:
+    with Path("/dev/null").open("rb") as file:  # noqa: ASYNC230
+
+        class NoSocket(socket.socket):
+            def fileno(self) -> int:
+                return file.fileno()
+
+        with NoSocket() as accepted:
+            async with open_relay_thread() as relays:
+                with trio.fail_after(BOUND_S):
+                    ending = await relay_over_call(
+                        accepted, FakeClient(tmp_path, "hang").command, "w", "s+1", relays, CallTimeouts()
+                    )
+        assert ending.error is not None
+        assert "cannot watch" in ending.error

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The listener as a program, beside `test_listener`."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trio
+from helpers import (
+    BOUND_S,
+    FakeClient,
+    accept,
+    can_connect,
+    connect,
+    echo_once,
+    free_port,
+    is_listening,
+    listening_socket,
+    port_of,
+    until,
+    write_config,
+)
+
+from qubes_fwd_qrexec.listener import main
+
+
+class Program:
+    """The listener as a program."""
+
+    def __init__(self, *arguments: str, files_max: int | None = None) -> None:
+        def limit() -> None:
+            if files_max is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qubes_fwd_qrexec.listener", *arguments],
+            stderr=subprocess.PIPE,
+            preexec_fn=limit,
+        )
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def end(self) -> tuple[int, str]:
+        _, stderr = self.process.communicate(timeout=BOUND_S)
+        return self.process.returncode, stderr.decode()
+
+    def cpu_s(self) -> float:
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def command_line(command: tuple[str, ...]) -> str:
+    return " ".join(command)
+
+
+async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
+    port, config = free_port(), tmp_path / "config"
+    with listening_socket() as server:
+        write_config(config, port, port_of(server))
+        client = command_line(FakeClient(tmp_path, "serve").command)
+        with Program("--config", str(config), "--qrexec-client", client, files_max=64) as program:
+            await until(lambda: is_listening(port))
+            crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+            before_s, began_s = program.cpu_s(), time.monotonic()
+            with trio.move_on_after(2):
+                await trio.sleep_forever()
+            share = (program.cpu_s() - before_s) / (time.monotonic() - began_s)
+            assert program.process.poll() is None
+            for sock in crowd:
+                sock.close()
+            # While the server holds what was accepted before, somebody new is served.
+            while True:
+                near = await connect(port)
+                async with near:
+                    try:
+                        await near.send_all(b"new")
+                        far = await accept(server)
+                        async with far:
+                            while (got := await far.receive_some()) and got != b"new":
+                                pass
+                            if got == b"new":
+                                break
+                    except trio.BrokenResourceError:
+                        continue
+            program.process.send_signal(signal.SIGTERM)
+            await until(lambda: not is_listening(port))  # two at once would count as one
+            program.process.send_signal(signal.SIGTERM)
+            status, stderr = program.end()
+    assert status in (0, -signal.SIGTERM)  # the second may find it past its last connection already
+    assert "Traceback" not in stderr
+    assert stderr.count("cannot accept connections for now") <= 2
+    assert share < 0.4  # starting programs for those that it could take included
+
+
+async def test_sigterm_drains_and_exits_with_0(tmp_path: Path, server: socket.socket) -> None:
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server))
+    client = command_line(FakeClient(tmp_path, "serve").command)
+    with Program("--config", str(config), "--qrexec-client", client) as program:
+        await until(lambda: is_listening(port))
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            program.process.send_signal(signal.SIGTERM)
+            await until(lambda: not is_listening(port))
+            await echo_once(near, far)
+            await near.send_eof()
+            assert await far.receive_some() == b""
+        assert program.end()[0] == 0
+
+
+async def test_sighup_reloads(tmp_path: Path) -> None:
+    port, config = free_port(), tmp_path / "config"
+    config.mkdir()
+    with Program("--config", str(config), "--verbose") as program:
+        write_config(config, port, 1)
+        program.process.send_signal(signal.SIGHUP)
+        try:
+            await until(lambda: program.process.poll() is not None or can_connect(port))
+        finally:
+            program.process.send_signal(signal.SIGINT)
+        assert program.end()[0] in (0, -signal.SIGHUP)  # it may come before it can be obeyed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "/nonexistent"], "/nonexistent: No such file"),
+        (["--config", "/tmp", "--qrexec-client", "'"], "--qrexec-client"),
+    ],
+)
+def test_what_cannot_be_served_at_all_is_status_1_and_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--config", "x", "--calls", "0"], ["--config", "x", "--call-timeout", "nan"]]
+)
+def test_a_bad_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err

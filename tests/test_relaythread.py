@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+import socket
+
+import pytest
+import trio
+from helpers import BOUND_S, no_fds_left, tcp_pair, unix_pair, until
+
+from qubes_fwd_qrexec.relay import Copy, CopyEnd, half_close
+from qubes_fwd_qrexec.relaythread import open_relay_thread
+
+
+async def test_a_copy_is_carried_to_its_end() -> None:
+    with no_fds_left():
+        far_in, near_in = unix_pair()
+        near_out, far_out = unix_pair()
+        with far_in, near_in, near_out, far_out:
+            async with open_relay_thread() as relays:
+                far_in.send(b"hello")
+                half_close(far_in)
+                with trio.fail_after(BOUND_S):
+                    assert await relays.run(Copy(near_in, near_out)) is CopyEnd.EOF
+                assert far_out.recv(9) == b"hello"
+
+
+async def test_a_cancelled_copy_has_let_go_of_its_sockets() -> None:
+    far, near = tcp_pair()
+    near_out, far_out = unix_pair()
+    with far, near, near_out, far_out:
+        async with open_relay_thread() as relays:
+            for _ in range(200):
+                copy = Copy(near, near_out)
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(relays.run, copy)
+                        await trio.lowlevel.checkpoint()
+                        scope.cancel()
+                assert copy.on_end is None
+                assert not relays._loop._endpoints
+                assert not relays._waiting
+
+
+async def test_an_end_and_a_cancellation_at_once_leave_nothing_behind() -> None:
+    """Whichever wins, the task's next copy hears nothing of it."""
+    async with open_relay_thread() as relays:
+        for turn in range(200):
+            far, near = unix_pair()
+            near_out, far_out = unix_pair()
+            with far, near, near_out, far_out, trio.fail_after(BOUND_S):
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+
+                        @nursery.start_soon
+                        async def cancel(
+                            far: socket.socket = far, scope: trio.CancelScope = scope, turns: int = turn % 7
+                        ) -> None:
+                            far.close()
+                            for _ in range(turns):
+                                await trio.lowlevel.checkpoint()
+                            scope.cancel()
+
+                        assert await relays.run(Copy(near, near_out)) is CopyEnd.EOF
+                with trio.CancelScope(shield=True):
+                    far_out.send(b"x")
+                    half_close(far_out)
+                    assert await relays.run(Copy(near_out, near_out_sink := near)) is not None
+                    assert near_out_sink is near
+        assert not relays._waiting
+
+
+async def test_a_copy_that_is_cancelled_before_it_begins_never_begins() -> None:
+    far, near = tcp_pair()
+    with far, near:
+        async with open_relay_thread() as relays:
+            copy = Copy(near, near)
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await relays.run(copy)
+            assert scope.cancelled_caught
+            assert copy.on_end is None
+
+
+async def test_a_copy_that_cannot_start_troubles_no_other() -> None:
+    far_in, near_in = unix_pair()
+    near_out, far_out = unix_pair()
+    with far_in, near_in, near_out, far_out:
+        async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+            ends: list[CopyEnd] = []
+
+            @nursery.start_soon
+            async def first() -> None:
+                ends.append(await relays.run(Copy(near_in, near_out)))
+
+            await until(lambda: relays._loop._endpoints)
+            with trio.fail_after(BOUND_S), pytest.raises(ValueError, match="one copy"):
+                await relays.run(Copy(near_in, far_in))
+            assert not relays.has_failed
+            half_close(far_in)
+            await until(lambda: ends == [CopyEnd.EOF])
+
+
+async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
+    pairs = [unix_pair() for _ in range(6)]
+    failures: list[BaseException | None] = []
+
+    async with open_relay_thread() as relays:
+
+        async def carry(source: socket.socket, sink: socket.socket) -> None:
+            try:
+                await relays.run(Copy(source, sink))
+            except RuntimeError as error:
+                failures.append(error.__cause__)
+
+        crash = ZeroDivisionError("a bug")
+
+        def fail() -> None:
+            raise crash
+
+        with trio.fail_after(BOUND_S):
+            async with trio.open_nursery() as nursery:
+                for (_, source), (sink, _) in zip(pairs[:3], pairs[3:], strict=True):
+                    nursery.start_soon(carry, source, sink)
+                await until(lambda: len(relays._loop._endpoints) == 6)
+                relays._order(fail)
+        assert failures == [crash] * 3
+        assert relays.has_failed
+        with pytest.raises(RuntimeError, match="relay thread has failed"):
+            await relays.run(Copy(pairs[0][0], pairs[0][1]))
+    for one, other in pairs:
+        one.close()
+        other.close()

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from endings import pattern
+from helpers import free_port, port_of
+
+from qubes_fwd_qrexec.exitstatus import ExitStatus
+from qubes_fwd_qrexec.relay import abort, half_close
+
+
+class Called:
+    """The program as the agent starts it: argv, and two sockets as stdin and stdout."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.stdin, child_in = socket.socketpair()
+        self.stdout, child_out = socket.socketpair()
+        with child_in, child_out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "qubes_fwd_qrexec.service", *arguments],
+                stdin=child_in,
+                stdout=child_out,
+                stderr=subprocess.PIPE,
+            )
+        self.stdin.settimeout(10)
+        self.stdout.settimeout(10)
+
+    def end(self) -> tuple[int, str]:
+        _, stderr = self.process.communicate(timeout=10)
+        return self.process.returncode, stderr.decode()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.stdin.close()
+        self.stdout.close()
+
+
+@pytest.fixture
+def served(server: socket.socket) -> Iterator[tuple[Called, socket.socket]]:
+    called = Called(str(port_of(server)))
+    server.settimeout(10)
+    sock, _ = server.accept()
+    sock.settimeout(10)
+    yield called, sock
+    sock.close()
+    called.close()
+
+
+def receive_all(sock: socket.socket) -> bytes:
+    data = b""
+    while chunk := sock.recv(65536):
+        data += chunk
+    return data
+
+
+Served = tuple[Called, socket.socket]
+
+
+def test_bytes_and_both_ends_pass_each_way_by_itself(served: Served) -> None:
+    called, sock = served
+    sock.send(b"banner")
+    assert called.stdout.recv(100) == b"banner"
+    called.stdin.send(b"request")
+    half_close(called.stdin)
+    assert receive_all(sock) == b"request"
+    sock.sendall(pattern(3_000_00))
+    half_close(sock)
+    assert receive_all(called.stdout) == pattern(3_000_00)
+    assert called.end() == (0, "")
+
+
+def test_a_server_that_ends_first_gets_the_rest_of_the_upload(served: Served) -> None:
+    called, sock = served
+    half_close(sock)
+    assert called.stdout.recv(1) == b""
+    called.stdin.sendall(pattern(100_000))
+    half_close(called.stdin)
+    assert receive_all(sock) == pattern(100_000)
+    assert called.end() == (0, "")
+
+
+def test_a_server_abort_is_status_74_after_its_bytes(served: Served) -> None:
+    called, sock = served
+    sock.send(b"last words")
+    assert called.stdout.recv(100) == b"last words"
+    abort(sock)
+    assert called.stdout.recv(1) == b""
+    assert called.end() == (ExitStatus.SERVER_RESET, "")
+
+
+def test_a_server_that_takes_no_more_after_its_own_end_is_status_74(served: Served) -> None:
+    called, sock = served
+    sock.close()  # all was read, so this is a FIN; what comes now is answered by RST
+    assert called.stdout.recv(1) == b""
+    called.stdin.send(b"x")
+    for _ in range(1000):
+        try:
+            called.stdin.send(b"x")
+        except OSError:
+            break
+    assert called.end() == (ExitStatus.SERVER_RESET, "")
+
+
+def test_a_caller_that_is_gone_is_an_abort_to_the_server(served: Served) -> None:
+    called, sock = served
+    called.stdout.close()
+    assert called.end() == (ExitStatus.TROUBLE, "")
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+
+
+def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-m", "qubes_fwd_qrexec.service", str(port_of(server))]
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
+            theirs.close()
+            server.settimeout(10)
+            sock, _ = server.accept()
+            with sock:
+                ours.send(b"request")
+                half_close(ours)
+                assert receive_all(sock) == b"request"
+                sock.send(b"answer")
+                half_close(sock)
+                assert receive_all(ours) == b"answer"
+            assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("80", "81"), ("80+tunnel",), ("\u0668\u0660",), ("x" * 10_000,)])
+def test_a_bad_argument_ends_with_status_2_and_a_short_message(arguments: tuple[str, ...]) -> None:
+    called = Called(*arguments)
+    called.stdin.send(b"x")
+    status, stderr = called.end()
+    assert status == 2
+    assert stderr.startswith("qubes.ForwardTCP: ")
+    assert len(stderr) < 210
+    called.close()
+
+
+def test_nobody_listening_is_status_69() -> None:
+    called = Called(str(free_port()))
+    status, stderr = called.end()
+    assert status == ExitStatus.SERVER_REFUSED
+    assert "Connection refused" in stderr
+    called.close()
+
+
+@pytest.mark.parametrize("redirect", ["</dev/null", "<&-", ">/dev/null", ">&- </dev/null"])
+def test_standard_streams_that_are_no_sockets_are_refused(redirect: str) -> None:
+    command = f"exec {sys.executable} -m qubes_fwd_qrexec.service 80 {redirect}"
+    ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False, timeout=10)
+    assert ended.returncode == 2
+    assert b"is no socket" in ended.stderr
+
+
+def test_a_call_never_waits_for_trio_to_be_imported() -> None:
+    code = "import sys, qubes_fwd_qrexec.service; sys.exit('trio' in sys.modules or 'logging' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
