@@ -43,10 +43,8 @@ class Connection(Incoming):
         Raises LocalProtocolError on the target side, without `open_room`, or for a port or credit that
         cannot be.
         """
-        if self.role is not Role.LISTENER:
-            raise LocalProtocolError("the target side opens no streams")
         if self.open_room <= 0:
-            raise LocalProtocolError("there is no room for another stream")
+            raise LocalProtocolError("there is no room for another stream, or this is the target side")
         if port not in self._target_ports:
             raise LocalProtocolError(f"port {port} is not of this call")
         self._check_own_credit(credit)

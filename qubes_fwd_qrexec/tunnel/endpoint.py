@@ -9,7 +9,7 @@ from qubes_fwd_qrexec.errors import LocalProtocolError
 from . import wire
 from .abuse import LateFrames, RapidResets
 from .limits import CONTROL_BYTES, CONTROL_BYTES_PER_STREAM, LAST_STREAM_ID
-from .messages import Goaway, GoawayCode, Hello, ResetCode
+from .messages import Goaway, GoawayCode, Hello, ResetCode, Role
 from .outbox import Outbox
 from .reader import FrameReader
 from .states import Half
@@ -78,8 +78,8 @@ class Endpoint:
 
     @property
     def open_room(self) -> int:
-        """How many streams the listener side may open now."""
-        if self.peer is None or self.is_over or self.is_draining or not self._rapid.may_open:
+        """How many streams this end may open now; always 0 on the target side."""
+        if self.role is Role.TARGET or not self.is_ready or self.is_draining or not self._rapid.may_open:
             return 0
         return min(self._max_streams - len(self._streams), LAST_STREAM_ID - self._last_id)
 
