@@ -116,8 +116,7 @@ class Connection(Incoming):
         stream = self._known(stream_id)
         if stream is None or not stream.is_receiving:
             return
-        if stream.local is Half.PENDING:
-            raise LocalProtocolError(f"stream {stream_id} is not accepted yet")
+        stream.move_local(FrameType.CREDIT)
         incoming = stream.incoming
         if credit <= 0 or incoming.granted + credit > self.hello.window_bytes:
             raise LocalProtocolError(f"{credit} bytes more do not fit the window")

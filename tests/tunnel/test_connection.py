@@ -123,6 +123,17 @@ def test_consumed_credit_comes_back_and_granted_bytes_counts_it():
     assert pair.listener.send_limit(1) == 4096 - FRAME_COST_BYTES
 
 
+def test_credit_comes_back_also_after_our_own_eof():
+    pair = Pair()
+    pair.open(credit=4096)
+    pair.target.send_eof(1)
+    pair.listener.send_data(1, bytes(4000))
+    data = pair.settle()[1][0]
+    pair.target.grant(1, data.cost)
+    assert pair.settle()[0] == [CreditReceived(1)]
+    assert pair.listener.send_limit(1) == 4096 - FRAME_COST_BYTES
+
+
 def test_a_small_grant_counts_but_is_not_told_yet():
     pair = Pair()
     pair.open(credit=4096)
@@ -153,7 +164,7 @@ def test_a_grant_before_accept_is_a_bug_and_after_the_end_is_nothing():
     pair.listener.open_stream(8080, ORIGIN, CREDIT)
     pair.settle()
     for connection in (pair.listener, pair.target):
-        with pytest.raises(LocalProtocolError, match="not accepted yet"):
+        with pytest.raises(LocalProtocolError, match="CREDIT cannot be sent on a stream that is PENDING"):
             connection.grant(1, 2048)
         with pytest.raises(LocalProtocolError, match="never was a stream 2"):
             connection.grant(2, 2048)
