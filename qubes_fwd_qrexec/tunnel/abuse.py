@@ -4,9 +4,11 @@
 None of them knows a clock: the first lives on what streams left behind, the second on `tick`.
 """
 
+from itertools import islice
+
 from qubes_fwd_qrexec.errors import RemoteProtocolError
 
-from .limits import MIN_CREDIT_BYTES, RAPID_RESET_SLACK, RAPID_RESETS_PER_TICK
+from .limits import MIN_CREDIT_BYTES, RAPID_RESETS_PER_TICK
 
 
 class LateFrames:
@@ -41,33 +43,43 @@ class LateFrames:
 
 
 class RapidResets:
-    """Streams that the listener side opened and reset within one tick."""
+    """Streams that the listener side opened and reset within one tick, and the answers held back for them.
 
-    __slots__ = ("_count", "tick")
+    Holding the answer holds the slot. So a peer that opens and resets faster than it is good for runs out
+    of slots: it is slowed down if it keeps to the limit of streams, and breaks it if it does not. Ending
+    the tunnel by rate alone would let any client that connects and aborts quickly cut off all others.
+    """
+
+    __slots__ = ("_answered", "_withheld", "tick")
 
     def __init__(self) -> None:
         self.tick = 0
-        self._count = 0
+        self._answered = 0
+        # A dict for its order; it is as long as there are slots at most.
+        self._withheld: dict[int, None] = {}
 
-    def next_tick(self) -> None:
-        """A second has passed."""
+    def may_answer(self, stream_id: int, opened_tick: int) -> bool:
+        """Whether the RESET of a stream that was opened in that tick may be answered now; if not, its answer
+        is due with a later `next_tick`."""
+        if stream_id in self._withheld:
+            return False
+        if opened_tick != self.tick:
+            return True
+        if self._answered < RAPID_RESETS_PER_TICK:
+            self._answered += 1
+            return True
+        self._withheld[stream_id] = None
+        return False
+
+    def next_tick(self) -> list[int]:
+        """A second has passed: the streams whose RESET is to be answered now, oldest first."""
         self.tick += 1
-        self._count = 0
+        due = list(islice(self._withheld, RAPID_RESETS_PER_TICK))
+        for stream_id in due:
+            del self._withheld[stream_id]
+        self._answered = len(due)
+        return due
 
-    def add(self, opened_tick: int) -> None:
-        """A stream that was opened in that tick was reset now."""
-        if opened_tick == self.tick:
-            self._count += 1
-
-    @property
-    def may_open(self) -> bool:
-        """For the listener side: whether its own allowance lasts."""
-        return self._count < RAPID_RESETS_PER_TICK
-
-    def check(self, max_streams: int) -> None:
-        """For the target side: raises RemoteProtocolError for more than a listener side can cause.
-
-        That one stops opening at its allowance, but the streams that it has then may all be reset yet.
-        """
-        if self._count > RAPID_RESET_SLACK * (RAPID_RESETS_PER_TICK + max_streams):
-            raise RemoteProtocolError(f"{self._count} streams were opened and reset within one tick")
+    def forget(self) -> None:
+        """The tunnel is over; nothing is answered any more."""
+        self._withheld.clear()

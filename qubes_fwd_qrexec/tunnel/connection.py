@@ -97,14 +97,15 @@ class Connection(Incoming):
     def reset_stream(self, stream_id: int, code: ResetCode = ResetCode.ABORTED) -> None:
         """Abort a stream, refuse it, or answer the peer's RESET; does nothing if that was done or it is over.
 
-        No event of this stream comes any more. Raises LocalProtocolError for a stream that never was.
+        No event of this stream comes any more. The answer to a RESET may be held back until a later `tick`;
+        see `abuse.RapidResets`. Raises LocalProtocolError for a stream that never was.
         """
         stream = self._known(stream_id)
         if stream is None or stream.is_discarding:
             return
-        if self.role is Role.LISTENER and stream.local is not Half.MUST_RESET:
-            self._rapid.add(stream.opened_tick)
-        self._reset(stream_id, stream, code)
+        is_answer = self.role is Role.TARGET and stream.local is Half.MUST_RESET
+        if not is_answer or self._rapid.may_answer(stream_id, stream.opened_tick):
+            self._reset(stream_id, stream, code)
 
     def grant(self, stream_id: int, credit: int) -> None:
         """Let the peer send ``credit`` bytes more; does nothing if it has ended the stream.
@@ -133,8 +134,9 @@ class Connection(Incoming):
         self._outbox.add_control(wire.encode_ping(payload))
 
     def tick(self) -> None:
-        """A second has passed; the counters that bound rates begin anew."""
-        self._rapid.next_tick()
+        """A second has passed: what bounds rates begins anew, and answers that were held back are queued."""
+        for stream_id in self._rapid.next_tick():
+            self._reset(stream_id, self._streams[stream_id], ResetCode.ABORTED)
 
     def drain(self, code: GoawayCode) -> None:
         """Take (or make) no more streams, and let those that are there go on. Only the first call counts.

@@ -79,7 +79,7 @@ class Endpoint:
     @property
     def open_room(self) -> int:
         """How many streams this end may open now; always 0 on the target side."""
-        if self.role is Role.TARGET or not self.is_ready or self.is_draining or not self._rapid.may_open:
+        if self.role is Role.TARGET or not self.is_ready or self.is_draining:
             return 0
         return min(self._max_streams - len(self._streams), LAST_STREAM_ID - self._last_id)
 
@@ -145,4 +145,5 @@ class Endpoint:
 
     def _forget_streams(self) -> None:
         self._streams.clear()
+        self._rapid.forget()
         self.granted_bytes = 0

@@ -240,9 +240,6 @@ class Incoming(Endpoint):
             self._free_if_over(stream_id, stream)
             return None
         stream.local = Half.MUST_RESET
-        if self.role is Role.TARGET:
-            self._rapid.add(stream.opened_tick)
-            self._rapid.check(self._max_streams)
         return ResetReceived(stream_id, code)
 
     def _on_late(self, frame_type: FrameType, stream_id: int, untrusted_payload: Buffer) -> None:

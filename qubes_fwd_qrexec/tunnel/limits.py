@@ -47,13 +47,9 @@ LAST_STREAM_ID: Final = 0xFFFF_FFFF
 """The last id that fits the header. At 1,000 streams a second it is reached after 49 days."""
 
 RAPID_RESETS_PER_TICK: Final = 1_000
-"""How many streams the listener side may open and reset within one tick (a second) before it opens no
-other until the next. Above the rate at which clients come and go on a LAN, and at about 0.1 ms for a
-connect in the target it costs a tenth of a core."""
-
-RAPID_RESET_SLACK: Final = 4
-"""How many times its allowance a peer may use before it counts as an attack. The ticks of both ends do
-not begin together, and those of a busy end come late."""
+"""How many streams that the listener side opened and reset within one tick (a second) are answered in a
+tick; the others hold their slots until a later one. More than clients of a LAN come and go in good faith,
+and at about 0.1 ms for a connect in the target it costs a tenth of a core."""
 
 CONTROL_BYTES: Final = 65_536
 """What may be queued of frames other than DATA, whatever the number of streams: the size of a pipe."""

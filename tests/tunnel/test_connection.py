@@ -361,30 +361,52 @@ def test_ids_are_used_up_once_and_for_all():
     assert pair.settle()[1] == [GoawayReceived(goaway)]
 
 
-def test_the_listener_side_stops_opening_after_too_many_rapid_resets_until_the_next_tick():
-    pair = Pair(max_streams=2000)
-    for _ in range(1000):
+def test_rapid_resets_past_the_rate_hold_their_slots_until_a_later_tick():
+    pair = Pair(max_streams=1500)
+    for _ in range(1500):
         pair.listener.reset_stream(pair.listener.open_stream(8080, ORIGIN, CREDIT))
-    assert pair.listener.open_room == 0
+    for _ in range(2):
+        for event in pair.settle()[1]:
+            if isinstance(event, ResetReceived):
+                pair.target.reset_stream(event.stream_id)
+                pair.target.reset_stream(event.stream_id)
+    assert pair.listener.open_streams == pair.target.open_streams == 500
+    assert pair.listener.open_room == 1000
+    pair.target.tick()
+    pair.settle()
+    assert pair.listener.open_streams == pair.target.open_streams == 0
+
+
+def test_streams_that_last_and_refusals_are_not_rapid_resets():
+    pair = Pair(max_streams=1500)
+    for _ in range(1500):
+        pair.listener.open_stream(8080, ORIGIN, CREDIT)
+    for event in pair.settle()[1]:
+        if event.stream_id % 2:
+            pair.target.reset_stream(event.stream_id, ResetCode.REFUSED)
+    for event in pair.settle()[0]:
+        pair.listener.reset_stream(event.stream_id)
+    assert pair.listener.open_room == 750
+    pair.target.tick()
+    for stream_id in range(2, 1501, 2):
+        pair.listener.reset_stream(stream_id)
+    for event in pair.settle()[1]:
+        pair.target.reset_stream(event.stream_id)
+    pair.settle()
+    assert pair.listener.open_room == 1500
+
+
+def test_a_tunnel_that_is_over_answers_nothing_at_a_tick():
+    pair = Pair(max_streams=1500)
+    for _ in range(1500):
+        pair.listener.reset_stream(pair.listener.open_stream(8080, ORIGIN, CREDIT))
     for event in pair.settle()[1]:
         if isinstance(event, ResetReceived):
             pair.target.reset_stream(event.stream_id)
-    pair.settle()
-    assert pair.target.open_streams == 0
-    assert pair.listener.open_room == 0
-    pair.listener.tick()
-    assert pair.listener.open_room == 2000
-
-
-def test_answering_a_reset_is_not_a_rapid_reset():
-    pair = Pair(max_streams=2000)
-    for _ in range(1000):
-        pair.listener.open_stream(8080, ORIGIN, CREDIT)
-    for event in pair.settle()[1]:
-        pair.target.reset_stream(event.stream_id, ResetCode.REFUSED)
-    for event in pair.settle()[0]:
-        pair.listener.reset_stream(event.stream_id)
-    assert pair.listener.open_room == 2000
+    pair.target.close()
+    take(pair.target)
+    pair.target.tick()
+    assert take(pair.target) == b""
 
 
 def test_a_frame_that_has_begun_is_seen():

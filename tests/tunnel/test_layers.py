@@ -27,7 +27,7 @@ ORDER = [
     "__init__",
 ]
 # No I/O, no clock, no threads, no randomness: only what works on values.
-ALLOWED = {"collections.abc", "dataclasses", "enum", "ipaddress", "struct", "typing"}
+ALLOWED = {"collections.abc", "dataclasses", "enum", "ipaddress", "itertools", "struct", "typing"}
 
 
 def imports(name):
