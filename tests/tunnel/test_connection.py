@@ -396,6 +396,18 @@ def test_streams_that_last_and_refusals_are_not_rapid_resets():
     assert pair.listener.open_room == 1500
 
 
+def test_the_listener_side_answers_any_number_of_refusals_at_once():
+    pair = Pair(max_streams=1500)
+    for _ in range(1500):
+        pair.listener.open_stream(8080, ORIGIN, CREDIT)
+    for event in pair.settle()[1]:
+        pair.target.reset_stream(event.stream_id, ResetCode.REFUSED)
+    for event in pair.settle()[0]:
+        pair.listener.reset_stream(event.stream_id)
+    pair.settle()
+    assert pair.listener.open_streams == pair.target.open_streams == 0
+
+
 def test_a_tunnel_that_is_over_answers_nothing_at_a_tick():
     pair = Pair(max_streams=1500)
     for _ in range(1500):
