@@ -10,7 +10,7 @@ class ForwardError(Exception):
     """The base of all others; its text is one sentence for the user."""
 
 
-class ValueProblem(ForwardError):
+class TextError(ForwardError):
     """A piece of text is not what its role asks for.
 
     ``text`` is what was found, ``expected`` says what would be right. Whoever knows where the text
@@ -57,3 +57,11 @@ class LocalProtocolError(ProtocolError):
 
 class RemoteProtocolError(ProtocolError):
     """The peer broke the protocol; the tunnel ends."""
+
+
+def leaves(group: BaseExceptionGroup[ForwardError]) -> list[ForwardError]:
+    """The errors in a group, and in the groups within it, in their order."""
+    found: list[ForwardError] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

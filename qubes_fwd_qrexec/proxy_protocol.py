@@ -12,7 +12,7 @@ IPv6, which no socket has but a lying peer can say, both are written as IPv6, th
 from ipaddress import IPv4Address, IPv6Address
 from struct import pack
 
-from qubes_fwd_qrexec.errors import ValueProblem
+from .errors import TextError
 
 IPAddress = IPv4Address | IPv6Address
 SocketAddress = tuple[IPAddress, int]
@@ -26,7 +26,7 @@ _TCP6 = 0x21
 
 
 def header_v1(source: SocketAddress, destination: SocketAddress) -> bytes:
-    """One line of ASCII, at most 107 bytes. Raises ValueProblem for a port that cannot be."""
+    """One line of ASCII, at most 107 bytes. Raises TextError for a port that cannot be."""
     client, exposed = _same_family(source[0], destination[0])
     family = "TCP4" if isinstance(client, IPv4Address) else "TCP6"
     ports = f"{_port(source)} {_port(destination)}"
@@ -34,7 +34,7 @@ def header_v1(source: SocketAddress, destination: SocketAddress) -> bytes:
 
 
 def header_v2(source: SocketAddress, destination: SocketAddress) -> bytes:
-    """28 bytes for IPv4, 52 for IPv6. Raises ValueProblem for a port that cannot be."""
+    """28 bytes for IPv4, 52 for IPv6. Raises TextError for a port that cannot be."""
     client, exposed = _same_family(source[0], destination[0])
     family = _TCP4 if isinstance(client, IPv4Address) else _TCP6
     addresses = client.packed + exposed.packed + pack(">HH", _port(source), _port(destination))
@@ -64,5 +64,5 @@ def _as_ipv6(address: IPAddress) -> IPAddress:
 def _port(address: SocketAddress) -> int:
     port = address[1]
     if not 0 <= port <= 0xFFFF:
-        raise ValueProblem(str(port), "a port from 0 to 65535")
+        raise TextError(str(port), "a port from 0 to 65535")
     return port

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What an exposed qube is told of one forward, and no more: the one value that dom0 and the qubes share.
+
+dom0 writes each `ListenerConfig` as feature ``vm-config.fwd.TARGET.NAME`` of the exposed qube; Qubes
+carries it to the qube's QubesDB as ``/vm-config/fwd.TARGET.NAME``, where the listener reads it. The
+qube learns no address of the target, no other qube's name and no comment.
+"""
+
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Self
+
+from . import values
+from .errors import ConfigError, RuleError, TextError
+from .options import Form, one_of, read, split
+from .rules import NO_LIMITS, ForwardRule, Limits, OnExpire, Proxy, Transport
+from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts
+
+VERSION = 1
+# qubes-core-admin qubes/ext/vm_config.py (4.2.9): names of vm-config features have at most 52 characters.
+KEY_MAX = 52
+# QubesDB's protocol: a value has at most 3071 bytes; a larger one can stop a qube from starting.
+VALUE_MAX = 3071
+_KEY_PREFIX = "fwd."
+
+
+class Service(StrEnum):
+    """The qrexec service that is called in the target."""
+
+    FORWARD_TCP = "qubes.ForwardTCP"
+    CONNECT_TCP = "qubes.ConnectTCP"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerConfig:
+    """One forward, as its listener needs it; raises `ConfigError` where it does not fit into QubesDB.
+
+    ``transport`` is decided: never ``auto``. ``expire`` is in UNIX seconds.
+    """
+
+    target: QubeName
+    name: RuleName
+    listen: tuple[IPAddress, ...]
+    listen_ports: ListenPorts
+    target_ports: TargetPorts
+    sources: Sources
+    service: Service
+    transport: Transport
+    proxy: Proxy = Proxy.OFF
+    on_expire: OnExpire = OnExpire.CUT
+    expire: int | None = None
+    limits: Limits = NO_LIMITS
+
+    def __post_init__(self) -> None:
+        if len(self.listen_ports) != len(self.target_ports):
+            raise ConfigError(f"{self.key}: srcports and dstports differ in length")
+        if self.transport is Transport.AUTO:
+            raise ConfigError(f"{self.key}: transport is undecided; tunnel or call would be right")
+        if self.service is Service.CONNECT_TCP and self.transport is not Transport.CALL:
+            raise ConfigError(
+                f"{self.key}: {self.service} carries one connection; transport=call would be right"
+            )
+        if len(str(self)) > VALUE_MAX:
+            raise ConfigError(
+                f"{self.key}: the configuration has {len(str(self))} bytes and QubesDB takes {VALUE_MAX}; "
+                "name fewer or larger networks in srchosts"
+            )
+
+    @classmethod
+    def of_rule(
+        cls, target: QubeName, name: RuleName, rule: ForwardRule, service: Service, transport: Transport
+    ) -> Self:
+        """What the exposed qube is told of a rule, once the plan has decided service and transport."""
+        return cls(
+            target=target,
+            name=name,
+            listen=rule.listen_addresses,
+            listen_ports=rule.listen_ports,
+            target_ports=rule.target_ports,
+            sources=rule.sources,
+            service=service,
+            transport=transport,
+            proxy=rule.proxy,
+            on_expire=rule.on_expire,
+            expire=rule.expire,
+            limits=rule.limits,
+        )
+
+    @property
+    def key(self) -> str:
+        """Its name below ``/vm-config/``: ``fwd.TARGET.NAME``, at most 52 characters by construction."""
+        return f"{_KEY_PREFIX}{self.target}.{self.name}"
+
+    def target_port(self, listen_port: int) -> int:
+        """The target's port behind an exposed one."""
+        return listen_port - self.listen_ports.first + self.target_ports.first
+
+    @classmethod
+    def parse(cls, key: str, untrusted_value: str) -> Self:
+        """Read what stands under ``key``. Raises `ConfigError` that names key and option."""
+        target, name = parse_key(key)
+        try:
+            given = read(split(untrusted_value), _FORMS)
+        except RuleError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if given.pop("version", None) != VERSION:
+            raise ConfigError(f"{key}: written for another version; this listener reads version={VERSION}")
+        for field, option in _REQUIRED.items():
+            if field not in given:
+                raise ConfigError(f"{key}: option {option!r} is missing")
+        return cls(target=target, name=name, **given)
+
+    def __str__(self) -> str:
+        options = [f"version={VERSION}"]
+        for option, form in _FORMS.items():
+            if form.field != "version":
+                value = getattr(self, form.field)
+                if form.field in _REQUIRED or value != _DEFAULTS[form.field]:
+                    options.append(f"{option}={form.print(value)}")
+        return " ".join(options)
+
+
+def is_forward_key(key: str) -> bool:
+    """Whether an entry of ``/vm-config/`` is one of ours."""
+    return key.startswith(_KEY_PREFIX)
+
+
+def parse_key(key: str) -> tuple[QubeName, RuleName]:
+    """Target and rule of ``fwd.TARGET.NAME``; rule names have no dot. Raises `ConfigError`."""
+    target, _, name = key.removeprefix(_KEY_PREFIX).rpartition(".")
+    try:
+        if not is_forward_key(key):
+            raise TextError(key, f"{_KEY_PREFIX}TARGET.NAME")
+        return values.parse_qube_name(target), values.parse_rule_name(name)
+    except TextError as error:
+        raise ConfigError(f"entry {key!a}: {error}") from None
+
+
+def _parse_addresses(text: str) -> tuple[IPAddress, ...]:
+    return tuple(values.parse_address(part) for part in text.split(","))
+
+
+_FORMS = {
+    "version": Form("version", values.parse_number),
+    "service": Form("service", one_of(Service)),
+    "transport": Form("transport", one_of(Transport)),
+    "listen": Form("listen", _parse_addresses, lambda addresses: ",".join(map(str, addresses))),
+    "srcports": Form("listen_ports", ListenPorts.parse),
+    "dstports": Form("target_ports", TargetPorts.parse),
+    "srchosts": Form("sources", Sources.parse),
+    "proxy": Form("proxy", one_of(Proxy)),
+    "on-expire": Form("on_expire", one_of(OnExpire)),
+    "expire": Form("expire", values.parse_number),
+    "limits": Form("limits", Limits.parse),
+}
+_REQUIRED = {
+    "service": "service",
+    "transport": "transport",
+    "listen": "listen",
+    "listen_ports": "srcports",
+    "target_ports": "dstports",
+    "sources": "srchosts",
+}
+_DEFAULTS = {field.name: field.default for field in fields(ListenerConfig)}

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The exit statuses of a qrexec call, and what they say."""
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """The exit statuses that mean something; the first three are qrexec's (libqrexec/qrexec.h)."""
+
+    TROUBLE = 125
+    """No connection to the target, or with qubes.ConnectTCP none from it to its server."""
+    REFUSED = 126
+    """Refused by dom0's policy, or no resources for another call."""
+    NO_SERVICE = 127
+    """The target has no such service."""
+    BAD_ARGUMENT = 2
+    """Our service does not serve what the call's argument asks for."""
+    SERVER_REFUSED = 69
+    """Our service could not connect to the server in the target (EX_UNAVAILABLE of sysexits.h)."""
+    SERVER_RESET = 74
+    """The server aborted the connection (EX_IOERR)."""
+    SERVER_TIMEOUT = 75
+    """The server did not accept the connection in time (EX_TEMPFAIL)."""
+
+
+_MEANINGS = {
+    ExitStatus.TROUBLE: "the call failed: the target cannot be reached, or nothing listens on its port",
+    ExitStatus.REFUSED: "dom0's policy refuses the call, or there are too many",
+    ExitStatus.NO_SERVICE: "the target does not have the service",
+    ExitStatus.BAD_ARGUMENT: "the target's service does not understand the call",
+    ExitStatus.SERVER_REFUSED: "the server in the target refused the connection",
+    ExitStatus.SERVER_RESET: "the server in the target aborted the connection",
+    ExitStatus.SERVER_TIMEOUT: "the server in the target did not accept the connection in time",
+}
+
+
+def meaning(status: int) -> str:
+    """What an exit status says, in words for the log; once connected, a target can forge any of them."""
+    try:
+        return f"{_MEANINGS[ExitStatus(status)]} (exit status {status})"
+    except ValueError:
+        return f"the call ended with exit status {status}"

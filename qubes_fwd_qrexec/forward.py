@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One forward in the exposed qube: its listening sockets, its connections, and how each one ends."""
+
+import logging
+import math
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from .accepting import BindError, accept_until_closed, address_text, close_listening, open_listening
+from .call import CallTimeouts, relay_over_call
+from .config import ListenerConfig
+from .errors import RefusedError
+from .logs import RateLimit, warn
+from .relay import abort
+from .relaythread import RelayThread
+from .rules import OnExpire
+from .targets import Target
+from .values import IPAddress
+
+_logger = logging.getLogger(__name__)
+
+Binding = tuple[IPAddress, int]
+
+
+def bindings(config: ListenerConfig) -> frozenset[Binding]:
+    """Every address and port that a forward listens on."""
+    return frozenset((address, port) for address in config.listen for port in config.listen_ports)
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What every forward of a listener works with."""
+
+    client: tuple[str, ...]
+    relays: RelayThread
+    timeouts: CallTimeouts
+    target: Callable[[str], Target]
+    tasks: trio.Nursery
+
+
+class Expiry:
+    """When a forward ends: by the wall clock, and by a clock that nobody sets and that runs in suspend."""
+
+    def __init__(self, expire: int | None) -> None:
+        self._wall_s = math.inf if expire is None else expire
+        self._boot_s = time.clock_gettime(time.CLOCK_BOOTTIME) + self._wall_s - time.time()
+
+    def is_over(self) -> bool:
+        return time.time() >= self._wall_s or time.clock_gettime(time.CLOCK_BOOTTIME) >= self._boot_s
+
+
+class Forward:
+    """A forward that is open. Made with its sockets, all or none; ends with `close`."""
+
+    def __init__(self, config: ListenerConfig, means: Means) -> None:
+        """Bind everything. Raises `BindError`, and has bound nothing then."""
+        self.config = config
+        self.expiry = Expiry(config.expire)
+        self._means = means
+        self._limit = RateLimit()
+        self._listening: dict[Binding, socket.socket] = {}
+        self._live: set[trio.CancelScope] = set()
+        self._open(bindings(config))
+
+    def __str__(self) -> str:
+        where = (address_text(address, self.config.listen_ports.brief()) for address in self.config.listen)
+        return f"{self.config.target} {self.config.name} ({', '.join(where)})"
+
+    def reconfigure(self, config: ListenerConfig) -> None:
+        """Take a new configuration; connections and unchanged ports never notice. Raises `BindError`."""
+        wanted = bindings(config)
+        self._open(wanted - self._listening.keys())
+        self._close(self._listening.keys() - wanted)
+        self.config = config
+        self.expiry = Expiry(config.expire)
+
+    def close(self) -> None:
+        """The forward is over: listen no more; what is live is cut or goes on, as the rule says."""
+        self.stop_listening()
+        if self.config.on_expire is OnExpire.CUT:
+            for scope in self._live:
+                scope.cancel()
+
+    def stop_listening(self) -> None:
+        """Close the listening sockets; connections go on."""
+        self._close(set(self._listening))
+
+    def _open(self, wanted: Iterable[Binding]) -> None:
+        opened: dict[Binding, socket.socket] = {}
+        try:
+            for address, port in sorted(wanted, key=str):
+                opened[address, port] = open_listening(address, port)
+        except BindError:
+            for sock in opened.values():
+                sock.close()
+            raise
+        self._listening |= opened
+        for (_, port), sock in opened.items():
+            self._means.tasks.start_soon(accept_until_closed, sock, partial(self._accepted, port))
+
+    def _close(self, unwanted: Iterable[Binding]) -> None:
+        for binding in unwanted:
+            close_listening(self._listening.pop(binding))
+
+    def _accepted(self, port: int, accepted: socket.socket, peer: IPAddress) -> None:
+        """Refuse a stranger before anything else is done for it, and serve everybody else."""
+        if peer not in self.config.sources:
+            abort(accepted)
+            self._warn("source", f"refused {peer}: not in {self.config.sources}")
+            return
+        self._means.tasks.start_soon(self._serve, port, accepted, peer)
+
+    async def _serve(self, port: int, accepted: socket.socket, peer: IPAddress) -> None:
+        """Carry one connection. Whatever happens ends in an abort, unless both directions ended well."""
+        with trio.CancelScope() as scope:
+            self._live.add(scope)
+            try:
+                if await self._relay(port, accepted, peer):
+                    accepted.close()
+            finally:
+                self._live.discard(scope)
+                abort(accepted)
+
+    async def _relay(self, port: int, accepted: socket.socket, peer: IPAddress) -> bool:
+        """Whether the connection ended well; if not, the log has a line of its kind."""
+        config, means = self.config, self._means
+        target = means.target(config.target)
+        service = f"{config.service}+{config.target_port(port)}"
+        try:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with target.slot():
+                ending = await relay_over_call(
+                    accepted, means.client, config.target, service, means.relays, means.timeouts
+                )
+        except RefusedError as error:
+            self._warn("no call", f"{peer}: {error}")
+            return False
+        except OSError as error:
+            self._warn("client", f"{peer}: cannot start {means.client[0]}: {error.strerror}")
+            return False
+        if ending.is_refused:
+            target.refused()
+        elif ending.received_bytes:
+            target.accepted()
+        if ending.error is not None:
+            self._warn(ending.error, f"{peer}: {ending.error}")
+        return ending.error is None
+
+    def _warn(self, kind: str, message: str) -> None:
+        warn(_logger, self._limit, kind, f"{self}: {message}")

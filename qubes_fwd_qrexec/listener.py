@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The program of the exposed qube: configuration in, listening sockets out.
+
+It keeps what is open equal to what the configuration says, and says so in the log. It decides nothing
+about who may reach which target: dom0 judges every call. Reloading closes what is gone, opens what is
+new, and touches no connection of what stays.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import trio
+
+from . import __version__, qrexec
+from .accepting import BindError
+from .call import CallTimeouts
+from .config import ListenerConfig, parse_key
+from .configsource import ConfigSource, Configuration
+from .errors import ConfigError, ForwardError, leaves
+from .forward import Expiry, Forward, Means
+from .logs import start_logging
+from .relaythread import open_relay_thread
+from .rules import NO_LIMITS, Transport
+from .targets import CALLS_MAX, Target
+from .values import QubeName, RuleName
+
+_logger = logging.getLogger(__name__)
+
+# How soon a change of the configuration, or an expiry, is noticed.
+_LOOK_S = 0.5
+# systemd's own TimeoutStopSec is 90 s; connections that still live after this are aborted.
+DRAIN_S = 60.0
+
+
+class Listener:
+    """All forwards of this qube. `run` is the whole of its life."""
+
+    def __init__(
+        self,
+        source: ConfigSource,
+        client: tuple[str, ...] = qrexec.CLIENT,
+        *,
+        calls_max: int = CALLS_MAX,
+        timeouts: CallTimeouts | None = None,
+        drain_s: float = DRAIN_S,
+    ) -> None:
+        self._source = source
+        self._client = client
+        self._calls_max = calls_max
+        self._timeouts = timeouts or CallTimeouts()
+        self._drain_s = drain_s
+        self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
+        self._targets: dict[str, Target] = {}
+        self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
+        self._stopping = trio.Event()
+        self._means: Means
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen until `stop`; reports started once every port of the first configuration is open.
+
+        Raises `ConfigError` or `BindError` when the first configuration cannot be served as a whole.
+        """
+        async with open_relay_thread() as relays, trio.open_nursery() as tasks:
+            self._means = Means(self._client, relays, self._timeouts, self._target, tasks)
+            stamp = self._source.stamp()
+            self._reconcile(self._source.read(), is_first=True)
+            task_status.started()
+            while not self._stopping.is_set():
+                with trio.move_on_after(_LOOK_S):
+                    await self._stopping.wait()
+                self._end_expired()
+                if (now := self._source.stamp()) != stamp:
+                    stamp = now
+                    self.reload()
+            for forward in self._forwards.values():
+                forward.stop_listening()
+            tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+
+    def stop(self) -> None:
+        """Listen no more and let connections finish for a while; called again: abort them now."""
+        if self._stopping.is_set():
+            self._means.tasks.cancel_scope.cancel()
+        self._stopping.set()
+
+    def reload(self) -> None:
+        """Make what is open what the configuration says now; what is wrong in it stays as it was."""
+        try:
+            self._reconcile(self._source.read())
+        except ConfigError as error:
+            _logger.error("configuration not reloaded: %s", error)
+
+    def _reconcile(self, found: Configuration, *, is_first: bool = False) -> None:
+        """Close what is gone, then open what is new. A bad entry is refused alone, and named."""
+        wanted, errors = _usable(found)
+        for key, error in sorted(errors.items()):
+            _logger.error("refused: %s", error)
+            if (kept := self._forwards.get(parse_key(key))) is not None:
+                wanted[parse_key(key)] = kept.config
+        wanted = {key: config for key, config in wanted.items() if not self._is_expired(config)}
+        for name in self._forwards.keys() - wanted.keys():
+            self._end(name, "removed")
+        for target in self._targets.values():
+            target.accepted()  # a changed configuration comes with a changed policy
+        for name, config in sorted(wanted.items()):
+            try:
+                self._open(name, config)
+            except BindError as error:
+                if is_first:
+                    raise
+                _logger.error("%s %s is not opened: %s", *name, error)
+
+    def _open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
+        forward = self._forwards.get(name)
+        if forward is None:
+            forward = self._forwards[name] = Forward(config, self._means)
+            _logger.info("open: %s to port %s", forward, config.target_ports.brief())
+        elif forward.config != config:
+            forward.reconfigure(config)
+            _logger.info("changed: %s to port %s", forward, config.target_ports.brief())
+
+    def _end(self, name: tuple[QubeName, RuleName], why: str) -> None:
+        forward = self._forwards.pop(name)
+        forward.close()
+        _logger.info("closed: %s: %s", forward, why)
+
+    def _is_expired(self, config: ListenerConfig) -> bool:
+        """Also when the wall clock has been set back since it was found over."""
+        return (config.target, config.name, config.expire) in self._expired or Expiry(config.expire).is_over()
+
+    def _end_expired(self) -> None:
+        for name, forward in list(self._forwards.items()):
+            if forward.expiry.is_over():
+                self._expired.add((*name, forward.config.expire))
+                self._end(name, "expired")
+
+    def _target(self, name: str) -> Target:
+        if name not in self._targets:
+            self._targets[name] = Target(name, self._calls_max)
+        return self._targets[name]
+
+
+def _usable(
+    found: Configuration,
+) -> tuple[dict[tuple[QubeName, RuleName], ListenerConfig], dict[str, ConfigError]]:
+    """What this listener can serve, and an error for each entry that asks for more."""
+    usable = dict(found.forwards)
+    errors = dict(found.errors)
+    for name, config in found.forwards.items():
+        if (problem := _beyond_us(config)) is not None:
+            errors[config.key] = ConfigError(f"{config.key}: {problem}")
+            del usable[name]
+    return usable, errors
+
+
+def _beyond_us(config: ListenerConfig) -> str | None:
+    if config.transport is not Transport.CALL:
+        return f"transport={config.transport} is not in this version; transport=call would be right"
+    if config.limits != NO_LIMITS:
+        return f"limits={config.limits} are not in this version; leave them out"
+    return None
+
+
+async def _obey_signals(listener: Listener, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        task_status.started()
+        async for number in signals:
+            if number == signal.SIGHUP:
+                listener.reload()
+            else:
+                listener.stop()
+
+
+async def _main(listener: Listener) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_obey_signals, listener)
+        await listener.run()
+        nursery.cancel_scope.cancel()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qubes-forward-listener",
+        description="Listen for what dom0 has configured to be forwarded, and carry it over qrexec.",
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="PATH", help="directory or file with the forwards"
+    )
+    parser.add_argument(
+        "--qrexec-client",
+        default=" ".join(qrexec.CLIENT),
+        metavar="COMMAND",
+        help="the program that makes a qrexec call, with its options (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=CALLS_MAX,
+        metavar="N",
+        help="calls at once for each target (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--call-timeout",
+        type=float,
+        default=CallTimeouts().call_s,
+        metavar="SECONDS",
+        help="end a call that gives no sign of life for so long (default: %(default)g)",
+    )
+    parser.add_argument("--verbose", action="store_true", help="log more")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.calls < 1:
+        parser.error(f"--calls {args.calls}: at least 1 would be right")
+    if not args.call_timeout > 0:
+        parser.error(f"--call-timeout {args.call_timeout}: more than 0 would be right")
+    start_logging(is_verbose=args.verbose)
+    status = 0
+    try:
+        listener = Listener(
+            ConfigSource(args.config),
+            qrexec.parse_client(args.qrexec_client),
+            calls_max=args.calls,
+            timeouts=CallTimeouts(call_s=args.call_timeout),
+        )
+        trio.run(_main, listener, strict_exception_groups=True)
+    except* ForwardError as errors:
+        for error in leaves(errors):
+            _logger.error("%s", error)
+        status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

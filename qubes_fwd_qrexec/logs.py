@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the programs in the qubes say to the journal: one event a line, short, and never a flood.
+
+Names, errors and addresses may come from another qube or from the network. A line shows them escaped,
+so that nobody can forge a second line or move the reader's terminal about.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+# relay-behaviours 45: whatever arrives, one line of at most so many characters.
+LINE_MAX = 200
+# relay-behaviours 34: at most one line in so many seconds for one kind of trouble.
+REPEAT_S = 10.0
+
+
+def one_line(text: str) -> str:
+    """``text`` in printable ASCII on one line of at most 200 characters; the rest shows as ``...``."""
+    # A prefix is enough, and it bounds the work for a text of any size: escapes only make it longer.
+    escaped = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text[: LINE_MAX + 1])
+    return escaped if len(escaped) <= LINE_MAX else escaped[: LINE_MAX - 3] + "..."
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = one_line(f"{record.levelname.lower()}: {record.getMessage()}")
+        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+
+
+def start_logging(*, is_verbose: bool = False) -> None:
+    """Send the log of this process to stderr, where systemd takes it up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler], force=True)
+
+
+class RateLimit:
+    """Says for each kind of event whether it may be logged now, and how many were held back since."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def admit(self, kind: str) -> int | None:
+        """The number of events of this kind held back since the last one, or None to hold this back too."""
+        now = self._clock()
+        last, held_back = self._last.get(kind, (-REPEAT_S, 0))
+        if now - last < REPEAT_S:
+            self._last[kind] = (last, held_back + 1)
+            return None
+        self._last[kind] = (now, 0)
+        return held_back
+
+
+def warn(logger: logging.Logger, limit: RateLimit, kind: str, message: str) -> None:
+    """Log a warning unless the same kind was logged a moment ago; then the next one says how many."""
+    held_back = limit.admit(kind)
+    if held_back is not None:
+        logger.warning("%s%s", message, f" (and {held_back} more like it)" if held_back else "")

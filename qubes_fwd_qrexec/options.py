@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A line of ``name=value`` options, the one text form that rules and configurations share.
+
+Options are split at single spaces, as on Qubes firewall rules; ``comment`` takes the rest of its line.
+Which options there are, and what each may hold, is said by a table of `Form`; anything else is a
+`RuleError` that names the option and its place.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from .errors import RuleError, TextError
+
+
+class Option(NamedTuple):
+    """One option as it was found; ``place`` tells the user where that was."""
+
+    name: str
+    value: str
+    place: str
+
+
+class Form(NamedTuple):
+    """How one option is read and printed, and which field of the value it fills.
+
+    ``merge`` joins the values of options that may share a field; without it a second one is an error.
+    """
+
+    field: str
+    parse: Callable[[str], Any]
+    print: Callable[[Any], str] = str
+    merge: Callable[[Any, Any], Any] | None = None
+
+
+def split(line: str) -> Iterator[Option]:
+    """The options of a line, in its order. Raises `RuleError` that names the column, counted from 1."""
+    column = 0
+    while column < len(line):
+        end = line.find(" ", column)
+        if end < 0 or line.startswith("comment=", column):
+            end = len(line)
+        name, equals, value = line[column:end].partition("=")
+        if not equals:
+            problem = "an option is written name=value" if name else "two spaces in a row"
+            raise RuleError(f"{name!a} at column {column + 1}", problem)
+        yield Option(name, value, f"option {name!a} at column {column + 1}")
+        if end == len(line) - 1:
+            raise RuleError(f"column {len(line)}", "a space at the end of the line")
+        column = end + 1
+
+
+def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]:
+    """Fields and their values, as ``forms`` says. Raises `RuleError` for what is unknown, double or wrong."""
+    fields: dict[str, Any] = {}
+    filled_by: dict[str, Option] = {}
+    for option in options:
+        form = forms.get(option.name)
+        if form is None:
+            raise RuleError(option.place, f"unknown option; known are {', '.join(forms)}")
+        try:
+            value = form.parse(option.value)
+        except TextError as error:
+            raise RuleError(option.place, str(error)) from None
+        earlier = filled_by.get(form.field)
+        if earlier is not None:
+            if earlier.name == option.name or form.merge is None or forms[earlier.name].merge is None:
+                raise RuleError(option.place, f"says again what {earlier.place} has said")
+            value = form.merge(fields[form.field], value)
+        fields[form.field] = value
+        filled_by[form.field] = option
+    return fields
+
+
+def one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
+    """A parser of one word of ``kind``; it raises `TextError` that lists them."""
+
+    def parse(text: str) -> StrEnum:
+        try:
+            return kind(text)
+        except ValueError:
+            raise TextError(text, f"one of {', '.join(kind)}") from None
+
+    return parse

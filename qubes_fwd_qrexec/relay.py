@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bytes from one socket to another, until they end, and how they ended.
+
+This is the arrow between two sockets of one qube: accepted client and qrexec call in the exposed qube,
+qrexec call and server in the target. A `Copy` is one direction. It never passes an ending on: whoever
+started it is told `CopyEnd` and decides, because only the owner knows whether an end of file on this
+side is a clean one.
+
+It is one plain epoll loop without trio. A round trip crosses it four times, and waking a trio task
+costs twice what the copying does (`bench/` has the row); `relaythread` makes it usable from trio.
+"""
+
+import contextlib
+import errno
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from enum import Enum, auto
+
+# As much as qrexec-client-vm asks for by default (qubes-core-qrexec agent/qrexec-client-vm.c): what a
+# stalled direction holds at most, beside the kernel's own socket buffers.
+BUFFER_BYTES = 65536
+
+_READ = select.EPOLLIN
+_WRITE = select.EPOLLOUT
+_GONE = select.EPOLLERR | select.EPOLLHUP
+
+
+class CopyEnd(Enum):
+    """How a copy ended."""
+
+    EOF = auto()
+    """The source ended cleanly and the sink has taken every byte of it."""
+    SOURCE_RESET = auto()
+    """The source was aborted; the sink has taken what had arrived before."""
+    SINK_BROKEN = auto()
+    """The sink takes no more; what it had not taken is lost."""
+
+
+class Copy:
+    """One direction: non-blocking ``source`` to non-blocking ``sink``.
+
+    ``moved`` counts the bytes that the sink has taken, ``moved_at`` is when it last did
+    (`time.monotonic`, seconds). Both may be read from any thread.
+    """
+
+    __slots__ = ("moved", "moved_at", "on_end", "pending", "sink", "source")
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self.source = source
+        self.sink = sink
+        self.moved = 0
+        self.moved_at = time.monotonic()
+        self.pending = b""
+        self.on_end: Callable[[CopyEnd], None] | None = None
+
+
+class _Endpoint:
+    """A socket in the loop, with the copy that reads it and the one that writes it.
+
+    ``was_reset`` outlives the kernel's own note of an abort. The first call that meets it takes it away,
+    and a read after a failed write would look like a clean end.
+    """
+
+    __slots__ = ("fd", "mask", "reader", "was_reset", "writer")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.reader: Copy | None = None
+        self.writer: Copy | None = None
+        self.was_reset = False
+        self.mask = -1  # not registered
+
+    def wanted(self) -> int:
+        reading = self.reader is not None and not self.reader.pending
+        writing = self.writer is not None and self.writer.pending
+        return (_READ if reading else 0) | (_WRITE if writing else 0)
+
+
+class RelayLoop:
+    """Any number of copies, moved by whoever calls `run_once`; not safe for several threads.
+
+    The loop owns no socket. A socket must outlive the copies it is part of: stop them, then close it.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._endpoints: dict[int, _Endpoint] = {}
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+
+    def close(self) -> None:
+        self._epoll.close()
+
+    def start(self, copy: Copy, on_end: Callable[[CopyEnd], None]) -> None:
+        """Begin to copy. ``on_end`` is called once, from `run_once`, and may start or stop others.
+
+        Raises ValueError where another copy reads the source or writes the sink already.
+        """
+        source, sink = self._endpoint(copy.source), self._endpoint(copy.sink)
+        if source.reader is not None or sink.writer is not None:
+            raise ValueError("one copy at a time may read a socket, and one may write it")
+        copy.on_end = on_end
+        source.reader = copy
+        sink.writer = copy
+        self._update(source)
+        self._update(sink)
+
+    def stop(self, copy: Copy) -> None:
+        """Let go of a copy's sockets; what it had not passed on is lost, and ``on_end`` is not called."""
+        if copy.on_end is None:
+            return
+        copy.on_end = None
+        source, sink = self._endpoint(copy.source), self._endpoint(copy.sink)
+        source.reader = None
+        sink.writer = None
+        self._update(source)
+        self._update(sink)
+
+    def run_once(self, timeout_s: float | None = None) -> None:
+        """Wait for what can be moved, at most ``timeout_s``, and move it; no socket gets two turns."""
+        for fd, events in self._epoll.poll(timeout_s):
+            endpoint = self._endpoints.get(fd)
+            if endpoint is not None:
+                self._serve(endpoint, events)
+            elif fd in self._watched:
+                self._watched[fd]()
+
+    def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
+        """Call ``on_readable`` from `run_once` whenever ``fd`` can be read; it must read it."""
+        self._epoll.register(fd, _READ)
+        self._watched[fd] = on_readable
+
+    def _endpoint(self, sock: socket.socket) -> _Endpoint:
+        fd = sock.fileno()
+        endpoint = self._endpoints.get(fd)
+        if endpoint is None:
+            endpoint = self._endpoints[fd] = _Endpoint(fd)
+        return endpoint
+
+    def _update(self, endpoint: _Endpoint) -> None:
+        """Make the kernel's interest what the copies of this endpoint need."""
+        if endpoint.reader is None and endpoint.writer is None:
+            if endpoint.mask >= 0:
+                self._epoll.unregister(endpoint.fd)
+            self._endpoints.pop(endpoint.fd, None)
+            endpoint.mask = -1
+            return
+        wanted = endpoint.wanted()
+        if endpoint.mask < 0:
+            self._epoll.register(endpoint.fd, wanted)
+        elif endpoint.mask != wanted:
+            self._epoll.modify(endpoint.fd, wanted)
+        endpoint.mask = wanted
+
+    def _serve(self, endpoint: _Endpoint, events: int) -> None:
+        reader = endpoint.reader
+        can_read = reader is not None and not reader.pending
+        if can_read and reader is not None and events & (_READ | _GONE):
+            self._pull(reader, endpoint)
+        writer = endpoint.writer
+        if writer is not None and writer.pending and events & _WRITE:
+            self._push(writer, endpoint)
+        if events & _GONE and not can_read:
+            self._gone(endpoint)
+
+    def _gone(self, endpoint: _Endpoint) -> None:
+        """The peer is away in both directions, and nobody is reading who would find out why.
+
+        A sink is then broken: TCP says HUP only after an abort or after both FINs, and a socket whose
+        FIN we sent has no writer any more. A reader that waits for its own sink reads the rest later;
+        until then the kernel must not repeat the news at every turn.
+        """
+        if endpoint.writer is not None:
+            self._end(endpoint.writer, CopyEnd.SINK_BROKEN)
+        if endpoint.reader is not None and endpoint.mask == 0:
+            self._epoll.unregister(endpoint.fd)
+            endpoint.mask = -1
+
+    def _pull(self, copy: Copy, source: _Endpoint) -> None:
+        """Read once and write at once: most bytes never wait in here."""
+        try:
+            count = copy.source.recv_into(self._buffer)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self._end(copy, CopyEnd.SOURCE_RESET)
+            return
+        if count == 0:
+            self._end(copy, CopyEnd.SOURCE_RESET if source.was_reset else CopyEnd.EOF)
+            return
+        sent = self._send(copy, self._buffer[:count])
+        if 0 <= sent < count:
+            copy.pending = bytes(self._buffer[sent:count])
+            self._update(source)
+            self._update(self._endpoint(copy.sink))
+
+    def _push(self, copy: Copy, sink: _Endpoint) -> None:
+        sent = self._send(copy, copy.pending)
+        if sent >= 0:
+            copy.pending = copy.pending[sent:]
+            if not copy.pending:
+                self._update(sink)
+                self._update(self._endpoint(copy.source))
+
+    def _send(self, copy: Copy, data: bytes | memoryview) -> int:
+        """How many bytes the sink took; -1 when that ended the copy."""
+        try:
+            sent = copy.sink.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            # EPIPE tells of a FIN before the RST: what there is to read then does end cleanly (tcp_reset).
+            self._endpoint(copy.sink).was_reset = error.errno != errno.EPIPE
+            self._end(copy, CopyEnd.SINK_BROKEN)
+            return -1
+        copy.moved += sent
+        copy.moved_at = time.monotonic()
+        return sent
+
+    def _end(self, copy: Copy, how: CopyEnd) -> None:
+        on_end = copy.on_end
+        self.stop(copy)
+        if on_end is not None:
+            on_end(how)
+
+
+def abort(sock: socket.socket) -> None:
+    """Close so that the peer sees an abort: RST on TCP, and never a clean end of what was sent."""
+    with contextlib.suppress(OSError):  # it may have ended by itself, and then closing says it all
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def half_close(sock: socket.socket) -> None:
+    """Send an end of file; the other direction goes on."""
+    with contextlib.suppress(OSError):  # the peer is gone altogether: whoever reads from it will say so
+        sock.shutdown(socket.SHUT_WR)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The small values that rules and configurations are made of, each parsed once and printable.
+
+Every parser here takes text that may come from a user or from another qube, answers with a value that
+needs no further check, or raises `TextError`. What parses prints again: ``parse(str(x)) == x``.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import NewType, Self
+
+from .errors import TextError
+
+QubeName = NewType("QubeName", str)
+RuleName = NewType("RuleName", str)
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+
+PORT_MAX = 65535
+
+# qubes-core-admin qubes/vm/__init__.py: at most 31 characters, a letter first.
+_QUBE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z", re.ASCII)
+# Together with a qube's 31 characters, "fwd." and a dot, 16 fill the 52 of a vm-config name exactly.
+_RULE_NAME = re.compile(r"[a-z][a-z0-9-]{0,15}\Z", re.ASCII)
+# int() would also take "+80", " 80", "8_0", "080" and the digits of other scripts.
+_PORT = re.compile(r"[1-9][0-9]{0,4}\Z", re.ASCII)
+_NUMBER = re.compile(r"(0|[1-9][0-9]{0,18})\Z", re.ASCII)
+# The values of features: qubes-core-admin qubes/api/admin.py, since 4.3.
+_PRINTABLE = re.compile(r"[\x20-\x7e]*\Z")
+
+
+def parse_qube_name(text: str) -> QubeName:
+    """A qube's name as Qubes allows it. Raises `TextError`."""
+    if not _QUBE_NAME.match(text):
+        raise TextError(text, "a qube's name: a letter, then at most 30 of [a-zA-Z0-9_.-]")
+    return QubeName(text)
+
+
+def parse_rule_name(text: str) -> RuleName:
+    """A rule's name, unique for its target. Raises `TextError`."""
+    if not _RULE_NAME.match(text):
+        raise TextError(text, "a rule's name: a small letter, then at most 15 of [a-z0-9-]")
+    return RuleName(text)
+
+
+def parse_port(text: str) -> int:
+    """A TCP or UDP port, 1 to 65535, in plain ASCII digits. Raises `TextError`."""
+    if not _PORT.match(text) or int(text) > PORT_MAX:
+        raise TextError(text, f"a port: a number from 1 to {PORT_MAX}")
+    return int(text)
+
+
+def parse_number(text: str) -> int:
+    """A non-negative whole number in plain ASCII digits. Raises `TextError`."""
+    if not _NUMBER.match(text):
+        raise TextError(text, "a whole number")
+    return int(text)
+
+
+def parse_yes_no(text: str) -> bool:
+    """``yes`` or ``no``. Raises `TextError`."""
+    if text not in ("yes", "no"):
+        raise TextError(text, "yes or no")
+    return text == "yes"
+
+
+def yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def parse_printable(text: str) -> str:
+    """Text that a feature can hold: printable ASCII on one line. Raises `TextError`."""
+    if not _PRINTABLE.match(text):
+        raise TextError(text, "printable ASCII on one line, which is all that a Qubes feature can hold")
+    return text
+
+
+def parse_address(text: str) -> IPAddress:
+    """One IPv4 or IPv6 address without zone. Raises `TextError`."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise TextError(text, "an IPv4 or IPv6 address") from None
+    if isinstance(address, IPv6Address) and (address.scope_id or address.ipv4_mapped):
+        raise TextError(text, "an address without zone, and not IPv4 written as IPv6")
+    return address
+
+
+def unmapped(address: IPAddress) -> IPAddress:
+    """``::ffff:192.0.2.1`` as ``192.0.2.1``; anything else as it is, without its zone.
+
+    A dual-stack socket reports IPv4 peers in the mapped form, and no IPv4 network contains that.
+    """
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+        return IPv6Address(int(address))
+    return address
+
+
+def parse_network(text: str) -> IPNetwork:
+    """An IPv4 or IPv6 network; a bare address is the network of itself. Raises `TextError`."""
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        try:
+            whole = ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            raise TextError(text, "a network such as 192.168.0.0/16 or fd00::/8") from None
+        raise TextError(text, f"a network: bits of the host are set; {whole} would be right") from None
+    if isinstance(network, IPv6Network):
+        if "%" in text:
+            raise TextError(text, "a network without zone")
+        if network.network_address.ipv4_mapped is not None:
+            raise TextError(text, "a network written in its own family: IPv4 as IPv4")
+    return network
+
+
+@dataclass(frozen=True, slots=True)
+class PortRange:
+    """Ports from ``first`` to ``last``, both included; printed ``N-M`` as Qubes prints port ranges."""
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= self.last <= PORT_MAX:
+            raise TextError(str(self), f"a range of ports from 1 to {PORT_MAX}, the smaller first")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``N`` or ``N-M``. Raises `TextError`."""
+        first, dash, last = text.partition("-")
+        try:
+            return cls(parse_port(first), parse_port(last if dash else first))
+        except TextError:
+            raise TextError(
+                text, f"a port or range of ports: N or N-M, from 1 to {PORT_MAX}, the smaller first"
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last + 1))
+
+    def __contains__(self, port: object) -> bool:
+        return isinstance(port, int) and self.first <= port <= self.last
+
+    def brief(self) -> str:
+        """For people: ``80`` for one port, ``80-90`` for more."""
+        return str(self.first) if self.first == self.last else str(self)
+
+    def overlaps(self, other: "PortRange") -> bool:
+        return self.first <= other.last and other.first <= self.last
+
+
+class ListenPorts(PortRange):
+    """The ports that are exposed (a rule's ``srcports``)."""
+
+    __slots__ = ()
+
+
+class TargetPorts(PortRange):
+    """The ports of the target's own server (a rule's ``dstports``)."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Who may connect: some networks, or anybody.
+
+    ``networks`` is sorted, IPv4 first, and empty only when ``anyone`` is true: nobody is not a value.
+    """
+
+    networks: tuple[IPNetwork, ...]
+    anyone: bool = False
+
+    def __post_init__(self) -> None:
+        if self.anyone == bool(self.networks):
+            raise TextError(str(self), "networks, comma-separated, or the word any")
+
+    @classmethod
+    def of(cls, networks: Iterable[IPNetwork]) -> Self:
+        ordered = sorted(set(networks), key=lambda n: (n.version, int(n.network_address), n.prefixlen))
+        return cls(tuple(ordered))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Networks, comma-separated, or ``any``. Raises `TextError`."""
+        if text == "any":
+            return cls((), anyone=True)
+        return cls.of(parse_network(part) for part in text.split(","))
+
+    def __str__(self) -> str:
+        return "any" if self.anyone else ",".join(map(str, self.networks))
+
+    def __contains__(self, address: IPAddress) -> bool:
+        """Whether this peer may connect; IPv4-mapped addresses count as IPv4, zones do not count."""
+        plain = unmapped(address)
+        return self.anyone or any(plain in n for n in self.networks if n.version == plain.version)
+
+    @property
+    def versions(self) -> frozenset[int]:
+        """The IP versions that can be allowed: a subset of {4, 6}."""
+        return frozenset((4, 6)) if self.anyone else frozenset(n.version for n in self.networks)
