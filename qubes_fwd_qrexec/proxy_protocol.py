@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv6Address
 from struct import pack
 
 from .errors import TextError
+from .tunnel import Origin, ProxyVersion
 
 IPAddress = IPv4Address | IPv6Address
 SocketAddress = tuple[IPAddress, int]
@@ -23,6 +24,14 @@ _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _VERSION_2_PROXY = 0x21
 _TCP4 = 0x11
 _TCP6 = 0x21
+
+
+def header(version: ProxyVersion, origin: Origin) -> bytes:
+    """What a server is to get before the first byte of the client; nothing for OFF."""
+    if version is ProxyVersion.OFF:
+        return b""
+    write = header_v1 if version is ProxyVersion.V1 else header_v2
+    return write((origin.client, origin.client_port), (origin.exposed, origin.exposed_port))
 
 
 def header_v1(source: SocketAddress, destination: SocketAddress) -> bytes:

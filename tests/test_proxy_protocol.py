@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qubes_fwd_qrexec import proxy_protocol
 from qubes_fwd_qrexec.errors import TextError
 from qubes_fwd_qrexec.proxy_protocol import header_v1, header_v2
+from qubes_fwd_qrexec.tunnel import Origin, ProxyVersion
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 CLIENT4 = (ip_address("192.0.2.1"), 40000)
@@ -56,6 +58,18 @@ def test_mixed_families_are_both_written_as_ipv6():
     assert IPv6Address(exposed.decode()) == EXPOSED6[0]
     assert header_v2(CLIENT6, EXPOSED4)[12:16] == b"\x21\x21\x00\x24"
     assert header_v2(CLIENT6, EXPOSED4)[32:48] == b"\0" * 10 + b"\xff\xff" + EXPOSED4[0].packed
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (ProxyVersion.OFF, b""),
+        (ProxyVersion.V1, header_v1(CLIENT4, EXPOSED4)),
+        (ProxyVersion.V2, header_v2(CLIENT4, EXPOSED4)),
+    ],
+)
+def test_the_header_of_an_origin_is_of_the_version_that_was_asked_for(version, expected):
+    assert proxy_protocol.header(version, Origin(*CLIENT4, *EXPOSED4)) == expected
 
 
 @pytest.mark.parametrize("port", [-1, 65536])

@@ -20,7 +20,7 @@ from .events import (
     ResetReceived,
 )
 from .limits import FRAME_COST_BYTES, MAX_DATA_BYTES, MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
-from .messages import Goaway, GoawayCode, Hello, Origin, ResetCode, Role
+from .messages import Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode, Role
 from .wire import Buffer
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "OpenReceived",
     "Origin",
     "PongReceived",
+    "ProxyVersion",
     "ResetCode",
     "ResetReceived",
     "Role",

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.errors import LocalProtocolError
 from . import wire
 from .incoming import Incoming
 from .limits import MAX_DATA_BYTES, MIN_WINDOW_BYTES
-from .messages import PING_BYTES, Goaway, GoawayCode, Origin, ResetCode, Role
+from .messages import PING_BYTES, Goaway, GoawayCode, Origin, ProxyVersion, ResetCode, Role
 from .states import Half
 from .stream import Stream
 from .wire import Buffer, FrameType
@@ -37,9 +37,12 @@ class Connection(Incoming):
         self._is_pong_queued = False
         return self._outbox.take()
 
-    def open_stream(self, port: int, origin: Origin, credit: int) -> int:
+    def open_stream(
+        self, port: int, origin: Origin, credit: int, proxy: ProxyVersion = ProxyVersion.OFF
+    ) -> int:
         """Ask for a stream to that port, granting ``credit`` bytes to the target side; returns its id.
 
+        ``proxy``: which header of the PROXY protocol, made of ``origin``, the server is to get first.
         Raises LocalProtocolError on the target side, without `open_room`, or for a port or credit that
         cannot be.
         """
@@ -51,7 +54,8 @@ class Connection(Incoming):
         self._last_id += 1
         self._streams[self._last_id] = Stream(0, credit, self._rapid.tick)
         self.granted_bytes += credit
-        self._outbox.add_control(wire.encode_open(self._last_id, wire.OpenRequest(credit, port, origin)))
+        request = wire.OpenRequest(credit, port, origin, proxy)
+        self._outbox.add_control(wire.encode_open(self._last_id, request))
         return self._last_id
 
     def accept_stream(self, stream_id: int, credit: int) -> None:

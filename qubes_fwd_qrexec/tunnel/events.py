@@ -7,7 +7,7 @@ They are not frozen: a frozen one takes 0.35 us to make in the place of 0.14, an
 from dataclasses import dataclass
 
 from .limits import FRAME_COST_BYTES
-from .messages import Goaway, Hello, Origin, ResetCode
+from .messages import Goaway, Hello, Origin, ProxyVersion, ResetCode
 
 
 @dataclass(slots=True)
@@ -20,11 +20,15 @@ class HelloReceived:
 
 @dataclass(slots=True)
 class OpenReceived:
-    """A stream is asked for. Answer with `accept_stream`, or refuse it with `reset_stream`."""
+    """A stream is asked for. Answer with `accept_stream`, or refuse it with `reset_stream`.
+
+    ``proxy``: the header that the server is to get first.
+    """
 
     stream_id: int
     port: int
     origin: Origin
+    proxy: ProxyVersion
 
 
 @dataclass(slots=True)

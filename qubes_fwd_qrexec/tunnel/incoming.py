@@ -194,7 +194,7 @@ class Incoming(Endpoint):
         self._last_id = stream_id
         stream = self._streams[stream_id] = Stream(request.credit, 0, self._rapid.tick)
         if self._drain_sent is None:
-            return OpenReceived(stream_id, request.port, request.origin)
+            return OpenReceived(stream_id, request.port, request.origin, request.proxy)
         # It crossed our GOAWAY. Before the listener side has seen that, each such stream holds a slot of
         # its own, as only frames that we sent later could free it: so there cannot be more than slots.
         self._late_opens += 1

@@ -55,7 +55,7 @@ CONTROL_BYTES: Final = 65_536
 """What may be queued of frames other than DATA, whatever the number of streams: the size of a pipe."""
 
 CONTROL_BYTES_PER_STREAM: Final = 80
-"""What may be queued beside that for each stream: an OPEN (50) or an ACCEPT (12), a RESET (12), and one
+"""What may be queued beside that for each stream: an OPEN (51) or an ACCEPT (12), a RESET (12), and one
 CREDIT (12) to spare. A peer that reads never makes us queue more; see SPEC.md, "Abuse"."""
 
 COPY_BYTES: Final = 4_096

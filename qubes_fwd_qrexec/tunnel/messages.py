@@ -54,6 +54,14 @@ class GoawayCode(IntEnum):
     NO_COMMON_VERSION = 13
 
 
+class ProxyVersion(IntEnum):
+    """Which header of the PROXY protocol the target's service sends to the server before anything else."""
+
+    OFF = 0
+    V1 = 1
+    V2 = 2
+
+
 REFUSAL_WHILE_DRAINING = {
     GoawayCode.LEASE_OVER: ResetCode.LEASE_OVER,
     GoawayCode.REVOKED: ResetCode.REVOKED,

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TypeVar
 from qubes_fwd_qrexec.errors import LocalProtocolError, RemoteProtocolError
 
 from .limits import MAX_DATA_BYTES, MAX_HELLO_BYTES, VERSION
-from .messages import Goaway, GoawayCode, Hello, IPAddress, Origin, ResetCode
+from .messages import Goaway, GoawayCode, Hello, IPAddress, Origin, ProxyVersion, ResetCode
 
 Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")
@@ -36,11 +36,13 @@ class FrameType(IntEnum):
 
 
 class OpenRequest(NamedTuple):
-    """The payload of OPEN: the opener's grant to the target side, the port that is wanted, and who asks."""
+    """The payload of OPEN: the opener's grant to the target side, the port that is wanted, who asks, and in
+    which form the server is to be told that."""
 
     credit: int
     port: int
     origin: Origin
+    proxy: ProxyVersion
 
 
 MAGIC: Final = b"qfwd-tun"
@@ -51,7 +53,7 @@ HEADER: Final = Struct(">HHI")
 _VERSIONS: Final = Struct(">8sHH")
 _HELLO_REST: Final = Struct(">III16s")
 _HELLO_BYTES: Final = _VERSIONS.size + _HELLO_REST.size
-_OPEN: Final = Struct(">IH16sH16sH")
+_OPEN: Final = Struct(">IH16sH16sHB")
 _U32: Final = Struct(">I")
 _GOAWAY: Final = Struct(">IHH")
 
@@ -124,15 +126,25 @@ def encode_open(stream_id: int, request: OpenRequest) -> bytes:
     origin = request.origin
     client, exposed = _pack_address(origin.client), _pack_address(origin.exposed)
     payload = _OPEN.pack(
-        request.credit, request.port, client, origin.client_port, exposed, origin.exposed_port
+        request.credit,
+        request.port,
+        client,
+        origin.client_port,
+        exposed,
+        origin.exposed_port,
+        request.proxy,
     )
     return _frame(FrameType.OPEN, stream_id, payload)
 
 
 def decode_open(untrusted_payload: Buffer) -> OpenRequest:
-    credit, port, client, client_port, exposed, exposed_port = _OPEN.unpack(untrusted_payload)
+    credit, port, client, client_port, exposed, exposed_port, number = _OPEN.unpack(untrusted_payload)
+    try:
+        proxy = ProxyVersion(number)
+    except ValueError as error:
+        raise RemoteProtocolError(f"there is no PROXY header {number}") from error
     origin = Origin(IPv6Address(client), client_port, IPv6Address(exposed), exposed_port)
-    return OpenRequest(credit, port, origin)
+    return OpenRequest(credit, port, origin, proxy)
 
 
 def encode_accept(stream_id: int, credit: int) -> bytes:

@@ -27,6 +27,7 @@ with atheris.instrument_imports(include=["qubes_fwd_qrexec"]):
         HelloReceived,
         OpenReceived,
         Origin,
+        ProxyVersion,
         ResetReceived,
         wire,
     )
@@ -87,7 +88,7 @@ class Caller:
             connection.close()
 
 
-LENGTHS = {1: 40, 2: 42, 3: 4, 5: 4, 6: 0, 7: 4, 8: 8, 9: 8, 10: 8}
+LENGTHS = {1: 40, 2: 43, 3: 4, 5: 4, 6: 0, 7: 4, 8: 8, 9: 8, 10: 8}
 
 
 def framed(recipe: bytes) -> bytes:
@@ -101,7 +102,8 @@ def framed(recipe: bytes) -> bytes:
         untrusted_payload = recipe[3 : 3 + taken].rjust(length, b"\0")
         if kind == 2 and size < 240:
             credit = (0, 2048, WINDOW, 77)[size % 4]
-            untrusted_payload = wire.encode_open(1, wire.OpenRequest(credit, 8080 + size % 3, ORIGIN))[8:]
+            request = wire.OpenRequest(credit, 8080 + size % 3, ORIGIN, ProxyVersion(size // 4 % 3))
+            untrusted_payload = wire.encode_open(1, request)[8:]
         elif kind in (3, 5) and size < 240:
             untrusted_payload = (2048 * (size % 4)).to_bytes(4, "big")
         if kind in (1, 8, 9, 10):

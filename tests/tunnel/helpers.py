@@ -3,7 +3,7 @@
 
 from ipaddress import ip_address
 
-from qubes_fwd_qrexec.tunnel import Connection, Event, Hello, Origin, wire
+from qubes_fwd_qrexec.tunnel import Connection, Event, Hello, Origin, ProxyVersion, wire
 from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, ResetCode
 
 PORTS = range(8080, 8083)
@@ -81,7 +81,7 @@ class Pair:
 
 
 def open_frame(stream_id: int, port: int = 8080, credit: int = CREDIT) -> bytes:
-    return wire.encode_open(stream_id, wire.OpenRequest(credit, port, ORIGIN))
+    return wire.encode_open(stream_id, wire.OpenRequest(credit, port, ORIGIN, ProxyVersion.OFF))
 
 
 def data_frame(stream_id: int, payload: bytes = b"x") -> bytes:

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.tunnel import (
     wire,
 )
 from qubes_fwd_qrexec.tunnel.limits import FRAME_COST_BYTES, LAST_STREAM_ID, MAX_DATA_BYTES
-from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, ResetCode, Role
+from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, ProxyVersion, ResetCode, Role
 
 from .helpers import CREDIT, ORIGIN, PORTS, WINDOW, Pair, feed, fresh, hello, ready, take
 
@@ -39,7 +39,7 @@ def test_a_stream_is_opened_accepted_used_and_ended():
     pair = Pair()
     stream_id = pair.listener.open_stream(8081, ORIGIN, CREDIT)
     assert stream_id == 1
-    assert pair.settle()[1] == [OpenReceived(1, 8081, ORIGIN)]
+    assert pair.settle()[1] == [OpenReceived(1, 8081, ORIGIN, ProxyVersion.OFF)]
     assert pair.listener.send_limit(1) == 0
     pair.target.accept_stream(1, 4096)
     assert pair.settle()[0] == [AcceptReceived(1)]
@@ -54,6 +54,15 @@ def test_a_stream_is_opened_accepted_used_and_ended():
     assert pair.settle()[0] == [DataReceived(1, b"answer"), EofReceived(1)]
     assert pair.listener.open_streams == 0
     assert pair.listener.granted_bytes == pair.target.granted_bytes == 0
+
+
+@pytest.mark.parametrize("proxy", ProxyVersion)
+def test_the_listener_side_says_which_proxy_header_the_server_gets(proxy):
+    pair = Pair()
+    pair.listener.open_stream(8080, ORIGIN, CREDIT, proxy)
+    [event] = pair.settle()[1]
+    assert event == OpenReceived(1, 8080, ORIGIN, proxy)
+    assert event.proxy is proxy
 
 
 def test_bytes_queued_is_what_there_is_to_send():

@@ -15,7 +15,7 @@ from qubes_fwd_qrexec.tunnel import (
     ResetReceived,
     wire,
 )
-from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, Hello, ResetCode
+from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, Hello, ProxyVersion, ResetCode
 from qubes_fwd_qrexec.tunnel.reader import FrameReader
 from qubes_fwd_qrexec.tunnel.wire import FrameType
 
@@ -41,7 +41,7 @@ ACCEPT = wire.encode_accept(1, CREDIT)
 
 def target_with_stream(is_accepted=True):
     target = ready("target")
-    assert feed(target, open_frame(1)) == [OpenReceived(1, 8080, ORIGIN)]
+    assert feed(target, open_frame(1)) == [OpenReceived(1, 8080, ORIGIN, ProxyVersion.OFF)]
     if is_accepted:
         target.accept_stream(1, CREDIT)
     take(target)
@@ -139,6 +139,7 @@ def test_the_lower_of_the_highest_versions_is_used():
         (open_frame(2, credit=1), "initial credit of 1 "),
         (open_frame(2, credit=2047), "initial credit of 2047 "),
         (open_frame(2, credit=WINDOW + 1), "initial credit of 65537 "),
+        (open_frame(2)[:-1] + b"\x03", "no PROXY header 3"),
         (ACCEPT, "ACCEPT from the listener side"),
         (data_frame(2), "DATA on stream 2, which was never opened"),
         (wire.encode_credit(2, 1024), "CREDIT on stream 2, which was never opened"),

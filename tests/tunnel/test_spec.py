@@ -10,7 +10,14 @@ import pytest
 
 from qubes_fwd_qrexec import tunnel
 from qubes_fwd_qrexec.tunnel import Connection, DataReceived, EofReceived, Hello, Origin, limits, wire
-from qubes_fwd_qrexec.tunnel.messages import REFUSAL_WHILE_DRAINING, Goaway, GoawayCode, ResetCode, Role
+from qubes_fwd_qrexec.tunnel.messages import (
+    REFUSAL_WHILE_DRAINING,
+    Goaway,
+    GoawayCode,
+    ProxyVersion,
+    ResetCode,
+    Role,
+)
 from qubes_fwd_qrexec.tunnel.reader import FrameReader
 from qubes_fwd_qrexec.tunnel.wire import FrameType
 
@@ -32,7 +39,9 @@ def encode(frame_type, values):
                 ip_address(values["exposed"]),
                 values["exposed_port"],
             )
-            return wire.encode_open(stream_id, wire.OpenRequest(values["credit"], values["port"], origin))
+            proxy = ProxyVersion(values["proxy"])
+            request = wire.OpenRequest(values["credit"], values["port"], origin, proxy)
+            return wire.encode_open(stream_id, request)
         case FrameType.ACCEPT:
             return wire.encode_accept(stream_id, values["credit"])
         case FrameType.DATA:
@@ -66,10 +75,11 @@ def decode(frame):
             if hello.role is Role.TARGET:
                 values |= {"max_streams": hello.max_streams, "lease_s": hello.lease_s}
         case FrameType.OPEN:
-            credit, port, origin = wire.decode_open(payload)
+            credit, port, origin, proxy = wire.decode_open(payload)
             values |= {"credit": credit, "port": port}
             values |= {"client": str(origin.client), "client_port": origin.client_port}
             values |= {"exposed": str(origin.exposed), "exposed_port": origin.exposed_port}
+            values["proxy"] = proxy
         case FrameType.ACCEPT:
             values["credit"] = wire.decode_number(payload)
         case FrameType.DATA:
@@ -98,7 +108,7 @@ def test_there_is_an_example_of_every_frame():
     assert {name for name, _, _ in EXAMPLES} == set(FrameType.__members__)
 
 
-@pytest.mark.parametrize("codes", [FrameType, ResetCode, GoawayCode])
+@pytest.mark.parametrize("codes", [FrameType, ResetCode, GoawayCode, ProxyVersion])
 def test_every_number_and_name_is_in_a_table(codes):
     for code in codes:
         assert re.search(rf"^\| {code.value} \| {code.name} \|", SPEC, re.MULTILINE), code

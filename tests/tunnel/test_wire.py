@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from qubes_fwd_qrexec.errors import RemoteProtocolError
 from qubes_fwd_qrexec.tunnel import wire
 from qubes_fwd_qrexec.tunnel.limits import MAX_LEASE_S, MAX_STREAMS, MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
-from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, Hello, Origin, ResetCode
+from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode
 from qubes_fwd_qrexec.tunnel.wire import FrameType
 
 from .helpers import ORIGIN, hello
@@ -36,9 +36,9 @@ def test_a_hello_reads_back(value):
 
 
 @settings(derandomize=True)
-@given(ids, u32, ports, origins)
-def test_an_open_reads_back(stream_id, credit, port, origin):
-    request = wire.OpenRequest(credit, port, origin)
+@given(ids, u32, ports, origins, st.sampled_from(ProxyVersion))
+def test_an_open_reads_back(stream_id, credit, port, origin, proxy):
+    request = wire.OpenRequest(credit, port, origin, proxy)
     frame = wire.encode_open(stream_id, request)
     assert wire.check_header(*header(frame)) is FrameType.OPEN
     assert header(frame)[2] == stream_id
@@ -92,8 +92,8 @@ def test_frames_without_values_have_their_type():
         (0x0400, 65535, 1, "DATA of 65535 bytes"),
         (0x0100, 39, 0, "HELLO of 39 bytes"),
         (0x0100, 257, 0, "HELLO of 257 bytes"),
-        (0x0200, 41, 1, "OPEN of 41 bytes"),
-        (0x0200, 43, 1, "OPEN of 43 bytes"),
+        (0x0200, 42, 1, "OPEN of 42 bytes"),
+        (0x0200, 44, 1, "OPEN of 44 bytes"),
         (0x0300, 3, 1, "ACCEPT of 3 bytes"),
         (0x0500, 5, 1, "CREDIT of 5 bytes"),
         (0x0600, 1, 1, "EOF of 1 bytes"),
@@ -102,7 +102,7 @@ def test_frames_without_values_have_their_type():
         (0x0900, 9, 0, "PONG of 9 bytes"),
         (0x0A00, 9, 0, "GOAWAY of 9 bytes"),
         (0x0100, 40, 1, "HELLO on stream 1"),
-        (0x0200, 42, 0, "OPEN on stream 0"),
+        (0x0200, 43, 0, "OPEN on stream 0"),
         (0x0300, 4, 0, "ACCEPT on stream 0"),
         (0x0400, 1, 0, "DATA on stream 0"),
         (0x0500, 4, 0, "CREDIT on stream 0"),
@@ -155,6 +155,13 @@ def test_an_unknown_reset_code_is_the_peers_fault(number):
         wire.decode_reset(number.to_bytes(4, "big"))
 
 
+@pytest.mark.parametrize("number", [3, 255])
+def test_an_unknown_proxy_header_is_the_peers_fault(number):
+    payload = wire.encode_open(1, wire.OpenRequest(0, 80, ORIGIN, ProxyVersion.V2))[8:]
+    with pytest.raises(RemoteProtocolError, match=f"no PROXY header {number}"):
+        wire.decode_open(payload[:-1] + bytes([number]))
+
+
 def test_an_ipv4_address_travels_mapped():
-    frame = wire.encode_open(1, wire.OpenRequest(0, 80, ORIGIN))
+    frame = wire.encode_open(1, wire.OpenRequest(0, 80, ORIGIN, ProxyVersion.OFF))
     assert frame[14:30] == b"\0" * 10 + b"\xff\xff" + ORIGIN.client.packed
