@@ -105,6 +105,14 @@ class Endpoint:
             return 0
         return stream.outgoing.sendable_bytes
 
+    def granted(self, stream_id: int) -> int:
+        """The credit that the peer has left on that stream, told or not: its part of `granted_bytes`.
+
+        0 once nothing more can come that must be kept: after the peer's EOF, or a RESET of either end.
+        """
+        stream = self._streams.get(stream_id)
+        return stream.incoming.granted if stream is not None and stream.is_receiving else 0
+
     # Shared by both ways
 
     def _control_bound(self) -> int:

@@ -4,7 +4,7 @@
 import pytest
 
 from qubes_fwd_qrexec.errors import LocalProtocolError, RemoteProtocolError
-from qubes_fwd_qrexec.tunnel import EofReceived, wire
+from qubes_fwd_qrexec.tunnel import Connection, EofReceived, wire
 from qubes_fwd_qrexec.tunnel.limits import CONTROL_BYTES, CONTROL_BYTES_PER_STREAM, FRAME_COST_BYTES
 from qubes_fwd_qrexec.tunnel.messages import GoawayCode
 
@@ -83,6 +83,42 @@ def test_granted_bytes_are_given_back_by_each_way_a_stream_can_end():
     pair.listener.reset_stream(1)
     pair.settle()
     assert pair.target.granted_bytes == CREDIT
+
+
+def test_granted_is_what_the_peer_may_still_send_told_or_not():
+    pair = Pair()
+    listener, target = pair.listener, pair.target
+    assert listener.granted(1) == 0
+    listener.open_stream(8080, ORIGIN, CREDIT)
+    pair.settle()
+    assert (listener.granted(1), target.granted(1)) == (CREDIT, 0)
+    target.accept_stream(1, 4096)
+    pair.settle()
+    assert target.granted(1) == 4096
+    listener.send_data(1, b"x" * 36)
+    pair.settle()
+    assert target.granted(1) == 3996
+    target.grant(1, 10)
+    assert target.bytes_queued == 0
+    assert target.granted(1) == target.granted_bytes == 4006
+    target.grant(1, 8000)
+    assert target.bytes_queued > 0
+    assert target.granted(1) == target.granted_bytes == 12006
+
+
+@pytest.mark.parametrize("end", [Connection.send_eof, Connection.reset_stream])
+def test_nothing_is_granted_once_the_peer_has_ended_or_either_end_reset(end):
+    pair = Pair()
+    pair.open()
+    end(pair.listener, 1)
+    assert pair.listener.granted(1) == (CREDIT if end is Connection.send_eof else 0)
+    pair.settle()
+    assert pair.target.open_streams == 1
+    assert pair.target.granted(1) == 0
+    end(pair.target, 1)
+    pair.settle()
+    assert pair.listener.open_streams == pair.target.open_streams == 0
+    assert pair.listener.granted(1) == pair.target.granted(1) == 0
 
 
 def test_the_last_word_after_a_drain_has_the_same_last_stream():

@@ -212,7 +212,7 @@ class Tunnel(RuleBasedStateMachine):
                 if stream.is_receiving:
                     total += stream.incoming.granted
                     assert stream.incoming.granted + self.streams[stream_id][end].unread <= WINDOW
-            assert connection.granted_bytes == total
+            assert connection.granted_bytes == total == sum(map(connection.granted, self.streams))
 
     @invariant()
     def the_target_side_never_has_a_stream_more_than_the_listener_side(self):
