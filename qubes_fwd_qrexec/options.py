@@ -33,9 +33,12 @@ class Form(NamedTuple):
     merge: Callable[[Any, Any], Any] | None = None
 
 
-def split(line: str) -> Iterator[Option]:
-    """The options of a line, in its order. Raises `RuleError` that names the column, counted from 1."""
-    column = 0
+def split(line: str, start: int = 0) -> Iterator[Option]:
+    """The options of a line from ``start`` on, in its order.
+
+    Raises `RuleError` that names the column, counted from 1.
+    """
+    column = start
     while column < len(line):
         end = line.find(" ", column)
         if end < 0 or line.startswith("comment=", column):

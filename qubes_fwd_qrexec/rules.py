@@ -190,6 +190,11 @@ class ForwardRule:
         given.setdefault("target_ports", TargetPorts(given["listen_ports"].first, given["listen_ports"].last))
         return cls(**given)
 
+    @staticmethod
+    def option_names() -> tuple[str, ...]:
+        """All options, in canonical order."""
+        return _CANONICAL
+
     def options(self) -> dict[str, str]:
         """Options and their text, in canonical order; what has its default is left out."""
         texts = {"action": "forward"}

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``python -m bench``: measure, print the table, and end."""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import machine
+from .peers import BASE, PEERS, Peer
+from .processes import BenchError
+from .rows import FULL, QUICK, ROWS, Line, Result
+from .stage import open_stage
+from .table import ratio, render
+
+
+def _names(known: Sequence[str], what: str) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!a} is no {what}; there are {', '.join(known)}")
+        return [name for name in known if name in names]
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure forwarding side by side, over one lab broker on loopback.",
+    )
+    peers = [peer.name for peer in PEERS]
+    parser.add_argument(
+        "--quick", action="store_true", help="a short look, under 20 s; too few samples to quote"
+    )
+    parser.add_argument(
+        "--rows", type=_names(list(ROWS), "row"), default=list(ROWS), metavar="NAME,...", help=", ".join(ROWS)
+    )
+    parser.add_argument(
+        "--peers", type=_names(peers, "peer"), default=peers, metavar="NAME,...", help=", ".join(peers)
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    return parser
+
+
+def _usable(names: Sequence[str]) -> list[type[Peer]]:
+    usable = []
+    for peer in PEERS:
+        if peer.name in names:
+            if (missing := peer.missing()) is not None:
+                print(f"{missing}; measured without it", file=sys.stderr)
+            else:
+                usable.append(peer)
+    return usable
+
+
+def _measure(
+    rows: Sequence[str], kinds: Sequence[type[Peer]], *, is_quick: bool
+) -> tuple[dict[str, Result], Any]:
+    results = {}
+    with open_stage(kinds) as stage:
+        for row in rows:
+            print(f"measuring {row} ...", file=sys.stderr)
+            results[row] = ROWS[row](stage, QUICK if is_quick else FULL)
+        return results, stage.lab
+
+
+def _report(results: dict[str, Result], kinds: Sequence[type[Peer]], facts: dict[str, str]) -> str:
+    lines = [line for result in results.values() for line in result.lines]
+    parts = [render(lines, kinds), ""]
+    parts.append(f"'to {BASE}': how many times better than {BASE}; below 1 is worse.")
+    parts += [f"{row}: {result.samples} for each peer." for row, result in results.items()]
+    parts += [f"{row}: {note}" for row, result in results.items() for note in result.notes]
+    parts.append("; ".join(f"{name}: {fact}" for name, fact in facts.items()) + ".")
+    return "\n".join(parts)
+
+
+def _line_as_json(line: Line, kinds: Sequence[type[Peer]]) -> dict[str, Any]:
+    return {**asdict(line), "ratios": {kind.name: ratio(line, kind.name) for kind in kinds}}
+
+
+def _on_sigterm(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    begun = time.monotonic()
+    about = machine.describe()
+    kinds = _usable(args.peers)
+    if not kinds:
+        print("nothing is left to measure", file=sys.stderr)
+        return 1
+    try:
+        results, lab = _measure(args.rows, kinds, is_quick=args.quick)
+    except BenchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; everything that was started has been ended", file=sys.stderr)
+        return 130
+    facts = {
+        **about,
+        "policy": f"one line for the call, judged by {lab['judge']}",
+        "calls at once": str(lab["calls_per_target"]),
+        "took": f"{time.monotonic() - begun:.0f} s",
+        "again with": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+    }
+    print(_report(results, kinds, facts))
+    if args.json is not None:
+        rows = {
+            row: {
+                "samples": result.samples,
+                "lines": [_line_as_json(line, kinds) for line in result.lines],
+                "notes": result.notes,
+            }
+            for row, result in results.items()
+        }
+        args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

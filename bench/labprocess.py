@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab in a process of its own: its broker stands in for Qubes' qrexec, equally for every peer.
+
+``python -m bench.labprocess DIRECTORY PORT`` allows sys-net to reach one port of work, by the stock
+service and by ours, says in one line how to call and runs until its stdin ends.
+"""
+
+import json
+import sys
+
+import trio
+
+from qubes_fwd_qrexec.lab.running import open_lab
+
+from .limits import raise_descriptor_limit
+
+SOURCE = "sys-net"
+TARGET = "work"
+
+
+def policy(port: int) -> str:
+    """What dom0 would be told to allow."""
+    services = (f"qubes.ConnectTCP +{port}", f"qubes.ForwardTCP +{port}", f"qubes.ForwardTCP +{port}+tunnel")
+    return "".join(f"{service} {SOURCE} {TARGET} allow\n" for service in services)
+
+
+async def _run(directory: str, port: int) -> None:
+    async with open_lab(directory, policy=policy(port)) as lab:
+        client = lab.client_command(SOURCE)
+        ready = {
+            "client": client,
+            "judge": lab.broker.view.judge_name,
+            "calls_per_target": lab.directory.knobs().calls_per_target,
+        }
+        print(json.dumps(ready), flush=True)
+        await trio.lowlevel.wait_readable(sys.stdin)
+
+
+def main() -> None:
+    raise_descriptor_limit()
+    trio.run(_run, sys.argv[1], int(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

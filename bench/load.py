@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The load: every client of the bench, in one process that obeys lines of JSON on its stdin.
+
+Each function answers with what it measured, in seconds unless said otherwise. All are bounded: a
+connection that does not answer in time is a failure, not a wait.
+"""
+
+import json
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .limits import raise_descriptor_limit
+from .server import DOWNLOAD, ECHO, LENGTH_BYTES, UPLOAD
+
+Address = tuple[str, int]
+# Longer than any peer takes when it works; a connection that needs more counts as hung.
+ANSWER_S = 5.0
+_CHUNK = bytes(1 << 18)
+
+
+class LoadError(Exception):
+    """A connection failed where none may."""
+
+
+def connect(address: Address) -> socket.socket:
+    sock = socket.create_connection(address, ANSWER_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def echo(sock: socket.socket) -> None:
+    """One byte there and back. Raises OSError or `LoadError`."""
+    sock.send(ECHO)
+    if sock.recv(1) != ECHO:
+        raise LoadError("the connection ended where an echo was due")
+
+
+def _finish(sock: socket.socket) -> None:
+    """End in order, and wait for the other side: its work must not be in the next sample."""
+    with sock:
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+
+
+def connections(address: Address, count: int) -> dict[str, Any]:
+    """New connections one at a time: from connect() to the first echoed byte."""
+    seconds = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        sock = connect(address)
+        echo(sock)
+        seconds.append(time.perf_counter() - begun)
+        _finish(sock)
+    return {"seconds": seconds}
+
+
+def _start(address: Address) -> socket.socket:
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.connect_ex(address)
+    return sock
+
+
+def many(address: Address, clients: int, count: int, limit_s: float) -> dict[str, Any]:
+    """``count`` connections by ``clients`` at once, each connect, one echoed byte, close.
+
+    A failure is an error or an early end, a hang has no echo in time; what ``limit_s`` cuts off is neither.
+    """
+    epoll = select.epoll()
+    live: dict[int, tuple[socket.socket, float]] = {}
+    begun = time.perf_counter()
+    started = done = failed = hung = 0
+    while time.perf_counter() - begun < limit_s:
+        while started < count and len(live) < clients:
+            sock = _start(address)
+            live[sock.fileno()] = sock, time.perf_counter()
+            epoll.register(sock.fileno(), select.EPOLLOUT)
+            started += 1
+        if not live:
+            break
+        for fd, events in epoll.poll(0.1):
+            sock = live[fd][0]
+            try:
+                if events == select.EPOLLOUT:
+                    sock.send(ECHO)
+                    epoll.modify(fd, select.EPOLLIN)
+                    continue
+                if sock.recv(1) == ECHO:
+                    done += 1
+                else:
+                    failed += 1
+            except OSError:
+                failed += 1
+            epoll.unregister(fd)
+            live.pop(fd)[0].close()
+        now = time.perf_counter()
+        for fd, (sock, since) in list(live.items()):
+            if now - since > ANSWER_S:
+                hung += 1
+                epoll.unregister(fd)
+                del live[fd]
+                sock.close()
+    seconds = time.perf_counter() - begun
+    for sock, _ in live.values():
+        sock.close()
+    epoll.close()
+    return {"seconds": seconds, "done": done, "failed": failed, "hung": hung}
+
+
+def round_trips(address: Address, count: int) -> dict[str, Any]:
+    """One byte there and back on one open connection, again and again."""
+    sock = connect(address)
+    echo(sock)
+    seconds = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        echo(sock)
+        seconds.append(time.perf_counter() - begun)
+    _finish(sock)
+    return {"seconds": seconds}
+
+
+def upload(address: Address, size: int) -> dict[str, Any]:
+    """From the first byte's departure to the server's word that it has the last of ``size``."""
+    sock = connect(address)
+    begun = time.perf_counter()
+    sock.sendall(UPLOAD + size.to_bytes(LENGTH_BYTES, "big"))
+    for left in range(size, 0, -len(_CHUNK)):
+        sock.sendall(memoryview(_CHUNK)[: min(left, len(_CHUNK))])
+    if sock.recv(1) != UPLOAD:
+        raise LoadError("the upload ended early")
+    seconds = time.perf_counter() - begun
+    _finish(sock)
+    return {"seconds": seconds}
+
+
+def download(address: Address, size: int) -> dict[str, Any]:
+    """From the request to the last of ``size`` bytes."""
+    sock = connect(address)
+    buffer = bytearray(1 << 20)
+    begun = time.perf_counter()
+    sock.sendall(DOWNLOAD + size.to_bytes(LENGTH_BYTES, "big"))
+    while size > 0:
+        count = sock.recv_into(buffer)
+        if not count:
+            raise LoadError("the download ended early")
+        size -= count
+    seconds = time.perf_counter() - begun
+    _finish(sock)
+    return {"seconds": seconds}
+
+
+_held: list[socket.socket] = []
+
+
+def hold(address: Address, count: int, limit_s: float) -> dict[str, Any]:
+    """Open connections and keep them, until one fails, ``count`` are open or ``limit_s`` is over.
+
+    ``opened`` got their echo when new, ``alive`` got one more when all were open.
+    """
+    deadline = time.monotonic() + limit_s
+    failure = f"none up to {count}, where the bench stops"
+    while len(_held) < count:
+        if time.monotonic() > deadline:
+            failure = f"none within {limit_s:g} s, where the bench stops"
+            break
+        try:
+            sock = connect(address)
+        except OSError as error:
+            failure = str(error)
+            break
+        try:
+            echo(sock)
+            _held.append(sock)
+        except (OSError, LoadError) as error:
+            sock.close()
+            failure = str(error)
+            break
+    alive = 0
+    for sock in _held:
+        try:
+            echo(sock)
+            alive += 1
+        except (OSError, LoadError):
+            continue
+    return {"opened": len(_held), "alive": alive, "failure": failure}
+
+
+def release() -> dict[str, Any]:
+    """Close what `hold` holds."""
+    while _held:
+        _held.pop().close()
+    return {}
+
+
+ORDERS: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function
+    for function in (connections, many, round_trips, upload, download, hold, release)
+}
+
+
+def main() -> None:
+    raise_descriptor_limit()
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "address" in order:
+            order["address"] = tuple(order["address"])
+        try:
+            answer = ORDERS[order.pop("order")](**order)
+        except (OSError, LoadError) as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

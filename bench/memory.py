@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Memory of processes and whose it is: anonymous pages, those that forks share counted by share (PSS).
+
+Pages of program files are left out: all processes share them, so a connection adds none after the
+first, and by PSS they would wander from whoever held them to each newcomer (a hundred Python clients
+would make the listener seem to shrink by a megabyte). The kernel's own memory (socket buffers, page
+tables, process structures) is in no process and not here.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_COUNTED = ("Pss_Anon:", "Pss_Shmem:")
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """KiB. ``own``: the peer's processes, and services of ours that the broker started for it.
+
+    ``client`` is the qrexec clients and ``broker`` the broker itself: both are the lab's stand-ins, in
+    Python, for small C programs of Qubes and for its daemons, and the same for every peer.
+    """
+
+    own: float
+    client: float
+    broker: float
+
+    @property
+    def total(self) -> float:
+        return self.own + self.client + self.broker
+
+    def growth(self, since: "Footprint", connections: int) -> "Footprint":
+        """What each of the connections has added."""
+        return Footprint(
+            (self.own - since.own) / connections,
+            (self.client - since.client) / connections,
+            (self.broker - since.broker) / connections,
+        )
+
+
+def footprint(peer_pids: Iterable[int], broker_pid: int, client_program: str) -> Footprint:
+    """What all processes of a peer and of the broker use now."""
+    own = client = 0.0
+    broker = pss_kib(broker_pid)
+    for pid in [*peer_pids, *descendants([*peer_pids, broker_pid])]:
+        if _is_client(pid, client_program):
+            client += pss_kib(pid)
+        else:
+            own += pss_kib(pid)
+    return Footprint(own, client, broker)
+
+
+def descendants(pids: Iterable[int]) -> list[int]:
+    """The processes that these have started, and that those have started in turn."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit() and (parent := _parent(path)) is not None:
+            children[parent].append(int(path.name))
+    found: list[int] = []
+    waiting = list(pids)
+    while waiting:
+        below = children[waiting.pop()]
+        found += below
+        waiting += below
+    return found
+
+
+def pss_kib(pid: int) -> float:
+    """A process's share of the anonymous memory that it uses; 0 if it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return 0.0
+    return sum(float(line.split()[1]) for line in text.splitlines() if line.startswith(_COUNTED))
+
+
+def _parent(process: Path) -> int | None:
+    try:
+        text = (process / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The name in parentheses may hold anything; the state and the parent follow the last one.
+    return int(text.rpartition(")")[2].split()[1])
+
+
+def _is_client(pid: int, client_program: str) -> bool:
+    """By its arguments, whole: socat and the listener have the client's name in theirs as well."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    program = client_program.encode()
+    return program in arguments[:4] and not any(a.startswith(b"EXEC:") for a in arguments)

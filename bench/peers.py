@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The peers: ways for a client's TCP connection to reach the server, each measured in the same rows.
+
+To add one, subclass `Peer` (or `ListenerPeer`, for another transport of ours) and name it in `PEERS`.
+"""
+
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import ClassVar
+
+from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.lab.knobs import CALLS_PER_TARGET
+from qubes_fwd_qrexec.rules import Transport
+from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
+
+from . import load
+from .labprocess import TARGET
+from .processes import BenchError, Child
+
+_HOST = "127.0.0.1"
+_READY_S = 15.0
+_RETRY_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What every peer is given: the server, the qrexec client's command and a directory for its files."""
+
+    server_port: int
+    client: Sequence[str]
+    directory: Path
+
+
+class Peer:
+    """One way to the server. ``address`` is where clients connect, once `start` has returned."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.address = (_HOST, setting.server_port)
+        self._child: Child | None = None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """What must be installed before this peer can be measured; None if nothing."""
+        return None
+
+    def command(self, port: int) -> list[str] | None:
+        """The program that listens on ``port`` of 127.0.0.1 for clients; None if there is none."""
+        return None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that were started; what they start in turn is found as their descendants."""
+        return () if self._child is None else (self._child.pid,)
+
+    def start(self) -> None:
+        """Start, and wait until a byte is echoed. Raises `BenchError`."""
+        port = _free_port()
+        command = self.command(port)
+        if command is not None:
+            self.address = (_HOST, port)
+            self._child = Child(self.name, command, self.setting.directory / f"{self.name}.log")
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Until a byte is echoed: at start, and where a refused call has made a peer wait."""
+        deadline = time.monotonic() + _READY_S
+        while True:
+            try:
+                with load.connect(self.address) as sock:
+                    load.echo(sock)
+                return
+            except (OSError, load.LoadError) as error:
+                if self._child is None or self._child.has_ended(_RETRY_S) or time.monotonic() > deadline:
+                    raise self.failure(f"not ready: {error}") from error
+
+    def failure(self, what: str) -> BenchError:
+        return self._child.failure(what) if self._child else BenchError(f"{self.name}: {what}")
+
+    def stop(self) -> None:
+        if self._child is not None:
+            self._child.end()
+
+
+class Direct(Peer):
+    """Nothing in between: what this machine, its kernel and the bench itself can do."""
+
+    name = "direct"
+    title = "direct TCP"
+
+
+class Socat(Peer):
+    """The loop of qvm-connect-tcp (qubes-core-agent-linux network/qvm-connect-tcp), bound to loopback."""
+
+    name = "socat"
+    title = "socat"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if shutil.which("socat") is None:
+            return "socat is missing: Debian package socat (apt-get install socat)"
+        return None
+
+    def command(self, port: int) -> list[str]:
+        client = " ".join(self.setting.client)
+        return [
+            "socat",
+            f"TCP-LISTEN:{port},bind={_HOST},reuseaddr,fork",
+            f"EXEC:{client} \\'{TARGET}\\' qubes.ConnectTCP+{self.setting.server_port}",
+        ]
+
+
+class ListenerPeer(Peer):
+    """Our listener, with the call's cap above that of qrexec, so that its own does not show."""
+
+    service: ClassVar[Service]
+    transport: ClassVar[Transport]
+
+    def command(self, port: int) -> list[str]:
+        config = ListenerConfig(
+            target=QubeName(TARGET),
+            name=RuleName("bench"),
+            listen=(ip_address(_HOST),),
+            listen_ports=ListenPorts(port, port),
+            target_ports=TargetPorts(self.setting.server_port, self.setting.server_port),
+            sources=Sources.parse(f"{_HOST}/32"),
+            service=self.service,
+            transport=self.transport,
+        )
+        directory = self.setting.directory / f"{self.name}.d"
+        directory.mkdir()
+        (directory / config.key).write_text(f"{config}\n", encoding="ascii")
+        program = [sys.executable, "-m", "qubes_fwd_qrexec.listener", "--config", str(directory)]
+        client = ["--qrexec-client", shlex.join(self.setting.client)]
+        return [*program, *client, "--calls", str(CALLS_PER_TARGET + 1)]
+
+
+class Call(ListenerPeer):
+    """Transport `call` to the same stock service that socat calls."""
+
+    name = "call"
+    title = "call"
+    service = Service.CONNECT_TCP
+    transport = Transport.CALL
+
+
+# The order of the table's columns. Every peer but these two gets a column of ratios to `BASE`.
+PEERS: tuple[type[Peer], ...] = (Direct, Socat, Call)
+JUDGE = Direct.name
+BASE = Socat.name
+
+
+def _free_port() -> int:
+    with socket.create_server((_HOST, 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port

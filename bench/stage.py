@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Everything that a measurement needs, up and ready: lab, server, load and the peers."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .load import ANSWER_S
+from .memory import descendants
+from .peers import Peer, Setting
+from .processes import Child
+
+_READY_S = 20.0
+_SETTLE_S = 10.0
+_LOOK_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What `open_stage` has started. ``lab`` is what the lab said of itself."""
+
+    peers: tuple[Peer, ...]
+    broker_pid: int
+    client_program: str
+    lab: dict[str, Any]
+    _load: Child
+
+    def ask(self, peer: Peer, order: str, within_s: float = 120.0, **details: Any) -> dict[str, Any]:
+        """Have the load measure a peer; then wait until the peer's work for it is done.
+
+        Raises `BenchError`.
+        """
+        request = {"order": order, "address": peer.address, **details}
+        try:
+            return self._load.ask(request, within_s)
+        finally:
+            if order != "hold":
+                self.settle()
+
+    def release(self) -> None:
+        """Close the connections that are held, and make every peer ready again."""
+        self._load.ask({"order": "release"}, ANSWER_S)
+        self.settle()
+        for peer in self.peers:
+            peer.wait_until_ready()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until no process is left that serves a connection, so that peers do not disturb each other."""
+        deadline = time.monotonic() + _SETTLE_S
+        pids = [self.broker_pid, *(pid for peer in self.peers for pid in peer.pids)]
+        while descendants(pids) and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+
+
+@contextmanager
+def open_stage(kinds: Sequence[type[Peer]]) -> Iterator[Stage]:
+    """Start it all, peers in order; end it all with the block. Raises `BenchError`."""
+    with ExitStack() as undo:
+        directory = Path(undo.enter_context(TemporaryDirectory(prefix="fwd-bench-")))
+
+        def start(module: str, *arguments: str) -> Child:
+            child = Child.of_module(module, arguments, directory)
+            undo.callback(child.end)
+            return child
+
+        server = start("bench.server")
+        load = start("bench.load")
+        port = int(server.answer(_READY_S)["port"])
+        broker = start("bench.labprocess", str(directory / "lab"), str(port))
+        lab = broker.answer(_READY_S)
+        setting = Setting(port, lab["client"], directory)
+        peers = []
+        for kind in kinds:
+            peer = kind(setting)
+            undo.callback(peer.stop)
+            peer.start()
+            peers.append(peer)
+        stage = Stage(tuple(peers), broker.pid, lab["client"][0], lab, load)
+        stage.settle()
+        yield stage

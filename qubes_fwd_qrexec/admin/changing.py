@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands that change rules: add, set, remove, enable, disable, confirm.
+
+Each holds the lock, looks at the system once, plans with the change in it, and refuses before anything
+is stored. Then it stores, and applies.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import replace
+
+from qubes_fwd_qrexec.config import Service
+from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.options import Option
+from qubes_fwd_qrexec.rules import NO_LIMITS, ForwardRule, ForwardType, NamedRule
+from qubes_fwd_qrexec.values import QubeName, Sources
+
+from .abilities import THIS_VERSION
+from .expiry import parse_expire, print_expire
+from .session import Session, Snapshot, UsageError
+from .states import Cause, Forward, Plan, State
+from .store import made_up_name
+
+_NO_FROM = (
+    "--from is missing: say who may connect, such as --from 192.168.0.0/16 (more with commas or by saying "
+    "it again), or --from any to let in everybody who can reach the port"
+)
+
+
+def add(args: Namespace, session: Session) -> int:
+    """Make a forward and open it."""
+    if not args.sources:
+        raise UsageError(_NO_FROM)
+    with session.backend.locked():
+        snapshot = session.look()
+        named = _new_rule(args, session, snapshot)
+        if snapshot.stored.find(named.target, named.name) is not None:
+            raise RefusedError(
+                f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
+            )
+        _check_new(named, session, snapshot)
+        _store(session, [named])
+        return _finish(args, session, [named], "stored")
+
+
+def _new_rule(args: Namespace, session: Session, snapshot: Snapshot) -> NamedRule:
+    listen_ports, target_ports = args.ports
+    target: QubeName = args.qube
+    known = snapshot.inventory.get(target)
+    try:
+        rule = ForwardRule(
+            listen_ports=listen_ports,
+            target_ports=target_ports,
+            sources=Sources.parse(",".join(args.sources)),
+            mode=args.mode,
+            forward_type=ForwardType.INTERNAL if args.internal else ForwardType.EXTERNAL,
+            via=args.via,
+            proto=args.proto,
+            listen=args.listen,
+            transport=args.transport,
+            proxy=args.proxy,
+            autostart=args.autostart,
+            on_expire=args.on_expire,
+            enabled=not args.disabled,
+            owner=target,
+            path=() if known is None else snapshot.inventory.chain(target).qubes,
+            follow_netvm=args.follow_netvm,
+            bypass_tunnel=args.bypass_tunnel,
+            limits=args.limits or NO_LIMITS,
+            expire=None if args.expire is None else parse_expire(args.expire, session.now),
+            comment=args.comment,
+        )
+    except (TextError, RuleError) as error:
+        raise UsageError(str(error)) from None
+    if rule.expire is not None and rule.expire <= session.now:
+        raise UsageError(f"--expire {args.expire} is over already; name a time to come, such as +8h")
+    return NamedRule(target, args.name or made_up_name(rule, snapshot.stored.names(target)), rule)
+
+
+def _check_new(named: NamedRule, session: Session, snapshot: Snapshot) -> None:
+    """A rule that could not be opened is not stored; a disabled one may wait for its port."""
+    asked = named._replace(rule=replace(named.rule, enabled=True))
+    forward = _planned_with(asked, session, snapshot)
+    if not forward.is_live and (named.rule.enabled or forward.cause is not Cause.CONFLICT):
+        raise RefusedError(f"{named} was not added. {forward.reason}")
+
+
+def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> Forward:
+    """What would become of a rule, with those that are stored before it."""
+    changed = snapshot._replace(stored=snapshot.stored.with_rules([named]))
+    forward = changed.plan(session.now, newcomer=(named.target, named.name)).find(named.target, named.name)
+    if forward is None:
+        raise StoreError(f"{named} is missing from its own plan")
+    return forward
+
+
+def set_options(args: Namespace, session: Session) -> int:
+    """Change options by their names."""
+    with session.backend.locked():
+        snapshot = session.look()
+        old = _readable(snapshot, args.qube, args.name)
+        try:
+            rule = _with_options(old.rule, args.options, session.now)
+        except (TextError, RuleError) as error:
+            raise UsageError(f"{old} was not changed: {error}") from None
+        return _change(args, session, snapshot, [old._replace(rule=rule)], "changed")
+
+
+def _with_options(rule: ForwardRule, texts: Iterable[str], now: float) -> ForwardRule:
+    """Raises `TextError` or `RuleError`."""
+    options = rule.options()
+    known = ForwardRule.option_names()
+    given: set[str] = set()
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RuleError(repr(text), "an option is written name=value")
+        if name in given:
+            raise RuleError(f"option {name!a}", "stands twice")
+        given.add(name)
+        if name == "expire" and value:
+            expire = parse_expire(value, now)
+            value = "" if expire is None else str(expire)
+        if value:
+            options[name] = value
+        elif name in known:
+            options.pop(name, None)
+        else:
+            raise RuleError(f"option {name!a}", f"unknown option; known are {', '.join(known)}")
+    return ForwardRule.from_options(Option(n, v, f"option {n!a}") for n, v in options.items())
+
+
+def enable(args: Namespace, session: Session) -> int:
+    """Open what was disabled."""
+    return _replace_all(args, session, "enabled", enabled=True)
+
+
+def disable(args: Namespace, session: Session) -> int:
+    """Close and keep."""
+    return _replace_all(args, session, "disabled", enabled=False)
+
+
+def _replace_all(args: Namespace, session: Session, done: str, *, enabled: bool) -> int:
+    with session.backend.locked():
+        snapshot = session.look()
+        olds = [_readable(snapshot, args.qube, name) for name in dict.fromkeys(args.name)]
+        changed = [old._replace(rule=replace(old.rule, enabled=enabled)) for old in olds]
+        return _change(args, session, snapshot, changed, done)
+
+
+def confirm(args: Namespace, session: Session) -> int:
+    """Record owner and path as they are now."""
+    with session.backend.locked():
+        snapshot = session.look()
+        changed = []
+        for name in dict.fromkeys(args.name):
+            old = _readable(snapshot, args.qube, name)
+            path = snapshot.inventory.chain(old.target).qubes
+            changed.append(old._replace(rule=replace(old.rule, owner=old.target, path=path)))
+        return _change(args, session, snapshot, changed, "confirmed")
+
+
+def remove(args: Namespace, session: Session) -> int:
+    """Close and forget, broken rules too."""
+    with session.backend.locked():
+        snapshot = session.look()
+        entries = [snapshot.find(args.qube, name) for name in dict.fromkeys(args.name)]
+        session.store({(entry.target, entry.name): None for entry in entries})
+        planned = None if args.no_apply else session.apply_change()
+        if session.is_json:
+            removed = [{"qube": entry.target, "name": entry.name} for entry in entries]
+            session.say_json({"removed": removed, "applied": planned is not None})
+            return 0
+        for entry in entries:
+            session.say(f"Forward {entry.target} {entry.name!s} is removed{_and_closed(planned)}.\n")
+        return 0
+
+
+def _change(
+    args: Namespace, session: Session, snapshot: Snapshot, changed: list[NamedRule], done: str
+) -> int:
+    """Store changed rules unless one of them would be refused for a reason that it did not have before."""
+    before = snapshot.plan(session.now)
+    for named in changed:
+        # One by one on top of each other: two of them may conflict.
+        snapshot = snapshot._replace(stored=snapshot.stored.with_rules([named]))
+        forward = _planned_with(named, session, snapshot)
+        old = before.find(named.target, named.name)
+        if forward.state is State.REFUSED and (old is None or old.reason != forward.reason):
+            raise RefusedError(f"{named} was not {done}. {forward.reason}")
+    _store(session, changed)
+    return _finish(args, session, changed, done)
+
+
+def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
+    entry = snapshot.find(target, name)
+    if not isinstance(entry, NamedRule):
+        raise RefusedError(
+            f"{entry.target} {entry.name!a} cannot be read ({entry.problem}); remove it and add it anew"
+        )
+    return entry
+
+
+def _store(session: Session, rules: Iterable[NamedRule]) -> None:
+    session.store({(named.target, named.name): str(named.rule) for named in rules})
+
+
+def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], done: str) -> int:
+    """Apply, and say in plain sentences what is open now and for whom."""
+    planned = None if args.no_apply else session.apply_change()
+    shown = planned or session.look().plan(session.now)
+    forwards = [f for named in changed if (f := shown.find(named.target, named.name)) is not None]
+    if session.is_json:
+        found = [f.as_json() | {"warnings": warnings(f)} for f in forwards]
+        session.say_json({"forwards": found, "applied": planned is not None})
+        return 0
+    for forward in forwards:
+        if forward.is_live and planned is None:
+            session.say(
+                f"Forward {forward.source} is {done}; 'qvm-forward apply' opens it. Then: {forward.reason}\n"
+            )
+        elif forward.state is State.DISABLED:
+            session.say(f"Forward {forward.source} is {done}{_and_closed(planned)}. {forward.reason}\n")
+        else:
+            session.say(f"Forward {forward.source} is {done} and {forward.state}. {forward.reason}\n")
+        if forward.is_live and forward.source.rule.expire is not None:
+            session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
+        for warning in warnings(forward):
+            session.say(f"Note: {warning}.\n")
+    return 0
+
+
+def _and_closed(planned: Plan | None) -> str:
+    return " and closed" if planned is not None else "; 'qvm-forward apply' closes it"
+
+
+def warnings(forward: Forward) -> list[str]:
+    """What the user should know of a live forward beside that it is open."""
+    if not forward.is_live:
+        return []
+    found = list(forward.notes)
+    if forward.service is Service.CONNECT_TCP:
+        found.append(forward.transport_reason)
+    if forward.source.rule.proxy == "off":
+        way_out = "see that it asks everybody for a password"
+        if THIS_VERSION.proxy:
+            way_out += ", or tell it the client's address with proxy=v2"
+        found.append(
+            f"the server in {forward.source.target} sees all of these connections come from 127.0.0.1, "
+            f"which some servers trust: {way_out}"
+        )
+    return found

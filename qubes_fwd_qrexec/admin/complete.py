@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the shell may offer next, for completions/qvm-forward.bash: words in, candidates out.
+
+The words come from a line half typed: nothing here complains, and where nothing fits nothing is said.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+from qubes_fwd_qrexec.errors import ForwardError
+from qubes_fwd_qrexec.rules import ForwardRule, Mode, OnExpire, Proto, Proxy, Transport
+
+from .inventory import ADMIN, TEMPLATE
+from .locate import open_backend
+from .session import Snapshot
+from .store import read_rules
+
+_VALUES: dict[str, tuple[str, ...]] = {
+    "mode": tuple(Mode),
+    "proto": tuple(Proto),
+    "transport": tuple(Transport),
+    "proxy": tuple(Proxy),
+    "on_expire": tuple(OnExpire),
+    "sources": ("any",),
+    "expire": ("+8h", "+1d", "never"),
+}
+
+
+def candidates(
+    parser: argparse.ArgumentParser, words: Sequence[str], environ: Mapping[str, str]
+) -> list[str]:
+    """All continuations of the last of ``words``, the ones before it being complete."""
+    *before, current = words or [""]
+    lab: str | None = None
+    asked: argparse.Action | None = None
+    positionals: list[str] = []
+    active = parser
+    for word in before:
+        if asked is not None:
+            if asked.dest == "lab":
+                lab = word
+            asked = None
+        elif word.startswith("-"):
+            name, equals, value = word.partition("=")
+            action = active._option_string_actions.get(name)
+            if action is not None and equals and action.dest == "lab":
+                lab = value
+            if action is not None and not equals and action.nargs != 0:
+                asked = action
+        elif active is parser:
+            active = _commands(parser).get(word, parser)
+        else:
+            positionals.append(word)
+    found = _offered(parser, active, asked, positionals, current, lab, environ)
+    return sorted(word for word in found if word.startswith(current))
+
+
+def _offered(
+    parser: argparse.ArgumentParser,
+    active: argparse.ArgumentParser,
+    asked: argparse.Action | None,
+    positionals: Sequence[str],
+    current: str,
+    lab: str | None,
+    environ: Mapping[str, str],
+) -> Sequence[str]:
+    if asked is not None:
+        if asked.choices is not None:
+            return tuple(map(str, asked.choices))
+        if asked.dest in ("via", "qube"):
+            return _qubes("add", lab, environ)
+        return _VALUES.get(asked.dest, ())
+    if current.startswith("-"):
+        return [name for name in active._option_string_actions if name.startswith("--")]
+    commands = _commands(parser)
+    if active is parser:
+        return tuple(commands)
+    command = next(name for name, one in commands.items() if one is active)
+    takes_names = any(action.dest == "name" and not action.option_strings for action in active._actions)
+    takes_qubes = any(action.dest == "qube" and not action.option_strings for action in active._actions)
+    if takes_qubes and (not positionals or not (takes_names or command == "add")):
+        return _qubes(command, lab, environ)
+    if takes_names and (len(positionals) == 1 or command not in ("set", "show")):
+        return _names(positionals[0], lab, environ)
+    if command == "set":
+        return [f"{name}=" for name in ForwardRule.option_names()]
+    return ()
+
+
+def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    return {}
+
+
+def _look(lab: str | None, environ: Mapping[str, str]) -> Snapshot | None:
+    try:
+        inventory = open_backend(lab, environ).inventory()
+    except ForwardError:
+        return None
+    return Snapshot(inventory, read_rules(inventory))
+
+
+def _qubes(command: str, lab: str | None, environ: Mapping[str, str]) -> list[str]:
+    """The qubes that the command can be about."""
+    snapshot = _look(lab, environ)
+    if snapshot is None:
+        return []
+    if command in ("add", "list", "plan", "export"):
+        return [q.name for q in snapshot.inventory.qubes.values() if q.klass not in (ADMIN, TEMPLATE)]
+    return list(snapshot.stored.targets())
+
+
+def _names(target: str, lab: str | None, environ: Mapping[str, str]) -> list[str]:
+    snapshot = _look(lab, environ)
+    return [] if snapshot is None else snapshot.stored.names(target)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dom0's picture of all qubes, as values: what the plan is made from.
+
+It asks nobody and changes nothing. A qube names others (netvm, template), and a name may dangle or
+lead in a circle: the walks here are bounded and say what is wrong.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.values import QubeName
+
+# Four are common, and qubesd itself forbids loops: the bound is for an inventory that lies.
+CHAIN_MAX = 32
+TUNNEL_FEATURE = "forward.tunnel"
+ADMIN = "AdminVM"
+TEMPLATE = "TemplateVM"
+
+
+class Qube(NamedTuple):
+    """One qube. ``features`` are its own; an empty value is Qubes' way of saying False."""
+
+    name: QubeName
+    klass: str
+    features: Mapping[str, str]
+    netvm: QubeName | None = None
+    is_running: bool = True
+    ip: str | None = None
+    ip6: str | None = None
+    provides_network: bool = False
+    template: QubeName | None = None
+    template_for_dispvms: bool = False
+    tags: frozenset[str] = frozenset()
+
+
+class Chain(NamedTuple):
+    """The netvms of a qube, nearest first; ``problem`` says why the walk could not be finished."""
+
+    qubes: tuple[QubeName, ...]
+    problem: str | None = None
+
+
+class TunnelMark(NamedTuple):
+    """Which qube is marked as a tunnel (or as living behind one), and by what."""
+
+    qube: QubeName
+    mark: str
+
+    def __str__(self) -> str:
+        return f"{self.qube} ({self.mark})"
+
+
+class Inventory(NamedTuple):
+    """All qubes by name."""
+
+    qubes: Mapping[QubeName, Qube]
+
+    def get(self, name: str) -> Qube | None:
+        return self.qubes.get(QubeName(name))
+
+    def chain(self, name: QubeName) -> Chain:
+        """Walk from a qube along its netvms to the outermost one."""
+        walked: list[QubeName] = []
+        current = self.qubes[name]
+        while current.netvm is not None:
+            if current.netvm == name or current.netvm in walked:
+                return Chain(
+                    tuple(walked), f"the netvms of {name} lead in a circle at {current.netvm}; mend its netvm"
+                )
+            following = self.qubes.get(current.netvm)
+            if following is None:
+                return Chain(
+                    tuple(walked),
+                    f"{current.netvm}, the netvm of {current.name}, does not exist; set another",
+                )
+            if len(walked) == CHAIN_MAX:
+                return Chain(tuple(walked), f"{name} has more than {CHAIN_MAX} netvms in a row")
+            walked.append(following.name)
+            current = following
+        return Chain(tuple(walked))
+
+    def feature(self, name: QubeName, key: str) -> str | None:
+        """A feature of the qube or else of its template, as Qubes' check_with_template finds it."""
+        qube = self.qubes[name]
+        value = qube.features.get(key)
+        if value is None and qube.template is not None and qube.template in self.qubes:
+            value = self.qubes[qube.template].features.get(key)
+        return value
+
+    def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
+        """The mark that says that this qube is a tunnel for those behind it."""
+        qube = self.qubes[name]
+        if "anon-gateway" in qube.tags:
+            return TunnelMark(name, "tag anon-gateway")
+        for key in ("whonix-gw", TUNNEL_FEATURE):
+            if self.feature(name, key):
+                return TunnelMark(name, f"feature {key}")
+        for key in sorted(qube.features):
+            if key.startswith("service.vpn-handler") and qube.features[key]:
+                return TunnelMark(name, f"feature {key}")
+        return None
+
+    def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
+        """The mark that says that this qube must not be reached but through its tunnel."""
+        if "anon-vm" in self.qubes[name].tags:
+            return TunnelMark(name, "tag anon-vm")
+        if self.feature(name, "whonix-ws"):
+            return TunnelMark(name, "feature whonix-ws")
+        return None
+
+    def bypassed_tunnel(self, target: QubeName, exposed: QubeName) -> TunnelMark | None:
+        """The tunnel that traffic from ``exposed`` to ``target`` would go round, if any.
+
+        The nearest tunnel on the target's way out decides: exposing at it or behind it is fine, and so
+        is any other qube that has the same tunnel on its own way out. A target marked as anonymous
+        without a marked qube on its way may be exposed nowhere.
+        """
+        for name in self.chain(target).qubes:
+            mark = self.tunnel_mark(name)
+            if mark is not None:
+                return None if name == exposed or name in self.chain(exposed).qubes else mark
+        return self.behind_tunnel_mark(target)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The backend over a lab's directory, which stands in for dom0 and its qubes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
+from qubes_fwd_qrexec.values import QubeName
+
+from . import policy
+from .backend import NEW, PolicyFile
+from .inventory import Inventory, Qube
+
+
+class LabStore:
+    """A lab as `Backend`. Each write is atomic; `locked` is the lab's own lock."""
+
+    def __init__(self, lab: LabDirectory) -> None:
+        self._lab = lab
+        self._policy_path = lab.policy_dir / f"{policy.NAME}.policy"
+
+    def inventory(self) -> Inventory:
+        found = {}
+        for name, qube in self._lab.qubes().items():
+            found[name] = Qube(
+                name=name,
+                klass=qube.klass,
+                features=self._lab.features(name),
+                netvm=qube.netvm,
+                is_running=qube.is_running,
+                ip=qube.ip,
+                ip6=qube.ip6,
+                provides_network=qube.provides_network,
+                template=qube.template,
+                template_for_dispvms=qube.template_for_dispvms,
+                tags=frozenset(qube.tags),
+            )
+        return Inventory(found)
+
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        with _told():
+            self._lab.set_feature(qube, key, value)
+
+    def remove_feature(self, qube: QubeName, key: str) -> None:
+        with _told():
+            self._lab.remove_feature(qube, key)
+
+    def read_policy(self) -> PolicyFile:
+        try:
+            # Without newline="" a carriage return would be read as what it is not.
+            with open(self._policy_path, encoding="utf-8", newline="") as file:
+                text = file.read()
+        except FileNotFoundError:
+            return PolicyFile(None, NEW)
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"{self._policy_path}: {error}") from error
+        return PolicyFile(text, f"text:{text}")
+
+    def replace_policy(self, text: str, token: str) -> None:
+        if self.read_policy().token != token:
+            raise StoreError(f"{self._policy_path}: somebody else changed it just now; try again")
+        # A lab has no policy daemon that would look at the text before it takes it: look here.
+        from qubes_fwd_qrexec.lab.policytext import PolicyTextError, parse_policy
+
+        try:
+            parse_policy(text)
+        except PolicyTextError as error:
+            raise StoreError(f"{self._policy_path}: not written, as it could not be read: {error}") from error
+        with _told():
+            write_text(self._policy_path, text)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        with _told(), self._lab.locked():
+            yield
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what the operating system refuses into a `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{error.filename or 'lab'}: {error.strerror or error}") from error

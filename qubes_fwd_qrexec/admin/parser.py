@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line of qvm-forward: its subcommands and options, and their help. It runs none of them."""
+
+import argparse
+from collections.abc import Callable
+
+from qubes_fwd_qrexec import __version__
+from qubes_fwd_qrexec.errors import TextError
+from qubes_fwd_qrexec.options import one_of
+from qubes_fwd_qrexec.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
+from qubes_fwd_qrexec.values import ListenPorts, TargetPorts, parse_address, parse_printable, parse_qube_name
+
+from .locate import LAB_VARIABLE
+from .store import parse_new_name
+
+_HELP_WIDTH = 78
+FORMATS = ("line", "xml", "json")
+
+
+def _typed(parse: Callable[[str], object], name: str) -> Callable[[str], object]:
+    """One of our parsers in the form that argparse wants; its error becomes a usage error."""
+
+    def typed(text: str) -> object:
+        try:
+            return parse(text)
+        except TextError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    typed.__name__ = name
+    return typed
+
+
+def parse_ports(text: str) -> tuple[ListenPorts, TargetPorts]:
+    """``80``, ``80:8080`` or ``80-90:8080-8090``. Raises `TextError`."""
+    exposed, colon, target = text.partition(":")
+    listen_ports = ListenPorts.parse(exposed)
+    if not colon:
+        return listen_ports, TargetPorts(listen_ports.first, listen_ports.last)
+    return listen_ports, TargetPorts.parse(target)
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """argparse makes one for each option that is added, and would look for the terminal's size each time."""
+    return argparse.HelpFormatter(prog, width=_HELP_WIDTH)
+
+
+_QUBE = _typed(parse_qube_name, "qube")
+_NAME = _typed(parse_new_name, "rule name")
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="qvm-forward",
+        description="Make a service in one qube reachable from the LAN or from other qubes.",
+        epilog="qvm-forward(1) explains each command.",
+        formatter_class=_formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--lab", metavar="DIR", help=f"work on a lab; {LAB_VARIABLE} says the same")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False, formatter_class=_formatter)
+    # SUPPRESS keeps what stood before the command from being forgotten.
+    common.add_argument("--lab", metavar="DIR", default=argparse.SUPPRESS, help="work on a lab")
+    common.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            formatter_class=_formatter,
+            allow_abbrev=False,
+        )
+
+    _add_add(command("add", "Make a forward: check it, store it, and open it."))
+    _add_rule(command("set", "Change options of a forward."), several=False)
+    changed = commands.choices["set"]
+    changed.add_argument("options", nargs="+", metavar="OPTION=VALUE", help="an empty value: the default")
+    _add_no_apply(changed)
+    for name, text in (
+        ("remove", "Close forwards and forget them."),
+        ("enable", "Open forwards that were disabled."),
+        ("disable", "Close forwards and keep their rules."),
+        ("confirm", "Agree to forwards that were suspended."),
+    ):
+        _add_rule(command(name, text), several=True)
+        _add_no_apply(commands.choices[name])
+    listing = command("list", "Show all forwards, or those that pass through a qube.")
+    listing.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
+    _add_rule(command("show", "Show all about one forward."), several=False)
+    planned = command("plan", "Explain what becomes of each forward, and why.")
+    planned.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
+    applied = command("apply", "Make policy and listeners what the rules ask for.")
+    applied.add_argument("--dry-run", action="store_true", help="show the difference and change nothing")
+    command("policy", "Print the qrexec policy that the rules ask for.")
+    exported = command("export", "Print rules for import elsewhere.")
+    exported.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
+    exported.add_argument("--format", choices=FORMATS, help="line is the default, json with --json")
+    imported = command("import", "Store the rules of an export, or of a firewall.xml.")
+    imported.add_argument("file", nargs="?", default="-", metavar="FILE", help="- or none: standard input")
+    imported.add_argument("--format", choices=FORMATS, help="recognised if not said")
+    imported.add_argument("--qube", type=_QUBE, metavar="QUBE", help="the target, where the file says none")
+    imported.add_argument("--replace", action="store_true", help="replace rules of the same name")
+    _add_no_apply(imported)
+    return parser
+
+
+def _add_add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("qube", metavar="QUBE", type=_QUBE, help="the qube that runs the service")
+    parser.add_argument(
+        "ports",
+        metavar="PORT[:PORT]",
+        type=_typed(parse_ports, "ports"),
+        help="the exposed port or range, then that of the service",
+    )
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        action="append",
+        metavar="NET[,NET]",
+        help="the networks that may connect, or any; must be given",
+    )
+    parser.add_argument("--name", type=_NAME, help="the rule's name, made up if not given")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--internal", action="store_true", help="listen at the target's own netvm")
+    where.add_argument("--via", metavar="QUBE", type=_QUBE, help="listen at this qube")
+    parser.add_argument("--listen", metavar="ADDR", type=_typed(parse_address, "address"))
+    parser.add_argument("--mode", type=_typed(one_of(Mode), "mode"), default=Mode.AUTO, metavar="MODE")
+    parser.add_argument("--proto", type=_typed(one_of(Proto), "proto"), default=Proto.TCP, metavar="PROTO")
+    parser.add_argument(
+        "--transport", type=_typed(one_of(Transport), "transport"), default=Transport.AUTO, metavar="WHICH"
+    )
+    parser.add_argument(
+        "--proxy", type=_typed(one_of(Proxy), "proxy"), default=Proxy.OFF, metavar="off|v1|v2"
+    )
+    parser.add_argument("--autostart", action="store_true", help="connections may start a halted target")
+    parser.add_argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never")
+    parser.add_argument(
+        "--on-expire", type=_typed(one_of(OnExpire), "word"), default=OnExpire.CUT, metavar="cut|drain"
+    )
+    parser.add_argument("--limits", metavar="LIMITS", type=_typed(Limits.parse, "limits"))
+    parser.add_argument("--follow-netvm", action="store_true", help="stay open when the netvm changes")
+    parser.add_argument("--bypass-tunnel", action="store_true", help="accept a way round the target's tunnel")
+    parser.add_argument("--comment", default="", metavar="TEXT", type=_typed(parse_printable, "comment"))
+    parser.add_argument("--disabled", action="store_true", help="store the rule and leave it closed")
+    _add_no_apply(parser)
+
+
+def _add_rule(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    # A broken rule may stand under any name, and must be shown and removed too: these are not parsed.
+    parser.add_argument("qube", metavar="QUBE", type=_QUBE)
+    parser.add_argument("name", metavar="NAME", nargs="+" if several else None)
+
+
+def _add_no_apply(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-apply", action="store_true", help="store it and leave the rest to 'apply'")

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rules and inventory to plan: for every rule where it is exposed, how it travels, and whether it may.
+
+Nothing is read or changed here. Each rule first finds its own verdict, in the order of `_judged`;
+those that would be live then claim their ports, and of two that claim the same the first one has it.
+"""
+
+from collections.abc import Iterable
+
+from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.errors import ConfigError
+from qubes_fwd_qrexec.rules import (
+    NO_LIMITS,
+    BrokenRule,
+    ForwardRule,
+    ForwardType,
+    Mode,
+    NamedRule,
+    Proto,
+    Proxy,
+    Transport,
+)
+from qubes_fwd_qrexec.values import IPAddress, QubeName, RuleName
+
+from .abilities import THIS_VERSION, Abilities
+from .inventory import ADMIN, TEMPLATE, Inventory, Qube
+from .states import Cause, Forward, Plan, State
+
+# transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
+CALL_PORTS_MAX = 256
+
+_NOT_YET = "this version of qvm-forward cannot do that yet"
+
+
+class _Verdict(Exception):  # noqa: N818  # it ends the judgement of one rule and is no error
+    """The judgement of a rule is over: it is not live."""
+
+    def __init__(self, state: State, cause: Cause, reason: str) -> None:
+        super().__init__(reason)
+        self.state = state
+        self.cause = cause
+        self.reason = reason
+
+
+def _refused(cause: Cause, reason: str) -> _Verdict:
+    return _Verdict(State.REFUSED, cause, reason)
+
+
+def plan(
+    rules: Iterable[NamedRule],
+    inventory: Inventory,
+    now: float,
+    *,
+    broken: Iterable[BrokenRule] = (),
+    newcomer: tuple[QubeName, RuleName] | None = None,
+    abilities: Abilities = THIS_VERSION,
+) -> Plan:
+    """What becomes of each rule at the time ``now`` (UNIX seconds).
+
+    ``newcomer`` names a rule that is not stored yet: what conflicts with it was there first.
+    """
+    ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
+    judged = {(rule.target, rule.name): _judged(rule, inventory, now, abilities) for rule in ordered}
+    live: list[Forward] = []
+    # In the order of target and name, the newcomer last.
+    for key in sorted(judged, key=lambda key: (key == newcomer, key)):
+        forward = judged[key]
+        if forward.is_live:
+            problem = _conflict(forward, live)
+            if problem is None:
+                live.append(forward)
+            else:
+                judged[key] = forward._replace(
+                    state=State.REFUSED, cause=Cause.CONFLICT, reason=problem, config=None
+                )
+    return Plan(tuple(judged.values()), tuple(sorted(broken)))
+
+
+def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abilities) -> Forward:
+    """One rule by itself. What has been found out before the verdict is kept, for those who look."""
+    rule = named.rule
+    found = Forward(source=named, state=State.ACTIVE, cause=Cause.OPEN, reason="")
+    try:
+        _check_wanted(named, now)
+        target = _target(named, inventory)
+        chain = inventory.chain(target.name)
+        found = found._replace(chain=chain.qubes)
+        _check_owner(named)
+        if chain.problem is not None:
+            raise _refused(Cause.NETVM_BROKEN, f"{chain.problem}.")
+        _check_path(named, chain.qubes)
+        exposed = _exposed(named, chain.qubes, inventory)
+        found = found._replace(exposed=exposed.name, notes=_notes(named))
+        found = found._replace(mode=Mode.QREXEC, mode_reason=_mode_reason(rule, abilities))
+        _check_abilities(rule, abilities)
+        service, transport, transport_reason = _carrier(rule, target.name, inventory, abilities)
+        found = found._replace(service=service, transport=transport, transport_reason=transport_reason)
+        found = found._replace(notes=found.notes + _tunnel_note(named, exposed.name, inventory))
+        config = _config(named, service, transport)
+    except _Verdict as verdict:
+        return found._replace(state=verdict.state, cause=verdict.cause, reason=verdict.reason)
+    return _live(found._replace(config=config), exposed, target)
+
+
+def _check_wanted(named: NamedRule, now: float) -> None:
+    where = f"{named.target} {named.name}"
+    if not named.rule.enabled:
+        raise _Verdict(
+            State.DISABLED, Cause.DISABLED, f"It was disabled; 'qvm-forward enable {where}' opens it again."
+        )
+    if named.rule.expire is not None and named.rule.expire <= now:
+        raise _Verdict(
+            State.EXPIRED,
+            Cause.EXPIRED,
+            f"Its time is over; 'qvm-forward set {where} expire=+8h' gives it more, "
+            f"'qvm-forward remove {where}' ends it.",
+        )
+
+
+def _target(named: NamedRule, inventory: Inventory) -> Qube:
+    target = inventory.get(named.target)
+    if target is None:
+        raise _refused(Cause.NO_SUCH_QUBE, f"There is no qube {named.target}; name one that 'qvm-ls' shows.")
+    _check_fit(target, "be the target of a forward", "name the qube that runs the service")
+    return target
+
+
+def _check_fit(qube: Qube, purpose: str, way_out: str) -> None:
+    if qube.klass == ADMIN:
+        raise _refused(
+            Cause.UNFIT_QUBE, f"{qube.name} is the administrative qube and must not {purpose}; {way_out}."
+        )
+    if qube.klass == TEMPLATE:
+        raise _refused(Cause.UNFIT_QUBE, f"{qube.name} is a template and must not {purpose}; {way_out}.")
+
+
+def _check_owner(named: NamedRule) -> None:
+    owner = named.rule.owner
+    if owner is not None and owner != named.target:
+        raise _Verdict(
+            State.SUSPENDED,
+            Cause.CLONED,
+            f"The rule was made for {owner} and came to {named.target} by cloning or renaming; "
+            f"'qvm-forward confirm {named.target} {named.name}' makes it one of {named.target}, "
+            f"'qvm-forward remove {named.target} {named.name}' drops it.",
+        )
+
+
+def _check_path(named: NamedRule, chain: tuple[QubeName, ...]) -> None:
+    path = named.rule.path
+    if path is not None and path != chain and not named.rule.follow_netvm:
+        raise _Verdict(
+            State.SUSPENDED,
+            Cause.NETVM_CHANGED,
+            f"The netvms of {named.target} were {_row(path)} when the rule was agreed to and are "
+            f"{_row(chain)} now; 'qvm-forward confirm {named.target} {named.name}' agrees to the new way, "
+            f"and with follow-netvm=yes the rule follows every change.",
+        )
+
+
+def _exposed(named: NamedRule, chain: tuple[QubeName, ...], inventory: Inventory) -> Qube:
+    via = named.rule.via
+    if via is not None:
+        exposed = inventory.get(via)
+        if exposed is None:
+            raise _refused(
+                Cause.NO_SUCH_QUBE, f"There is no qube {via} to listen; name another one with via=QUBE."
+            )
+    elif not chain:
+        raise _refused(
+            Cause.NO_NETVM,
+            f"{named.target} has no netvm that could listen for it; name the qube that shall listen "
+            "with --via QUBE (option via=QUBE).",
+        )
+    else:
+        is_external = named.rule.forward_type is ForwardType.EXTERNAL
+        exposed = inventory.qubes[chain[-1] if is_external else chain[0]]
+    _check_fit(exposed, "listen", "name another qube with via=QUBE")
+    if exposed.name == named.target:
+        raise _refused(
+            Cause.UNFIT_QUBE,
+            f"{exposed.name} cannot listen for itself, as qrexec connects two different qubes; "
+            "name another qube with via=QUBE.",
+        )
+    return exposed
+
+
+def _mode_reason(rule: ForwardRule, abilities: Abilities) -> str:
+    if rule.mode is not Mode.AUTO:
+        return "the rule says so"
+    if not abilities.nft:
+        return "mode=auto, and this version has no nft mode"
+    return "mode=auto"
+
+
+def _check_abilities(rule: ForwardRule, abilities: Abilities) -> None:
+    if rule.mode is Mode.NFT and not abilities.nft:
+        raise _refused(
+            Cause.NOT_YET, f"The rule asks for mode=nft and {_NOT_YET}; mode=qrexec would work for TCP."
+        )
+    if rule.proto is Proto.UDP:
+        raise _refused(
+            Cause.NOT_YET,
+            f"The rule asks for proto=udp, which needs mode=nft, and {_NOT_YET}; only TCP works.",
+        )
+    if rule.transport is Transport.TUNNEL and not abilities.tunnel:
+        raise _refused(
+            Cause.NOT_YET, f"The rule asks for transport=tunnel and {_NOT_YET}; use transport=call or auto."
+        )
+    if rule.proxy is not Proxy.OFF and not abilities.proxy:
+        raise _refused(Cause.NOT_YET, f"The rule asks for proxy={rule.proxy} and {_NOT_YET}; use proxy=off.")
+    if rule.limits != NO_LIMITS and not abilities.limits:
+        raise _refused(Cause.NOT_YET, f"The rule asks for limits and {_NOT_YET}; leave limits out.")
+
+
+def _carrier(
+    rule: ForwardRule, target: QubeName, inventory: Inventory, abilities: Abilities
+) -> tuple[Service, Transport, str]:
+    """Service and transport, and why they were chosen."""
+    has_ours = bool(inventory.feature(target, f"supported-rpc.{Service.FORWARD_TCP}"))
+    missing = f"{target} does not offer {Service.FORWARD_TCP}"
+    if not has_ours and (rule.transport is Transport.TUNNEL or rule.proxy is not Proxy.OFF):
+        asked = "proxy" if rule.proxy is not Proxy.OFF else "transport=tunnel"
+        raise _refused(
+            Cause.NO_SERVICE,
+            f"The rule asks for {asked} and {missing}; install qubes-fwd-qrexec in its template and "
+            f"start {target} again, or leave {asked} out.",
+        )
+    if rule.transport is not Transport.CALL and abilities.tunnel and has_ours:
+        why = "the rule says so" if rule.transport is Transport.TUNNEL else f"{target} offers our service"
+        return Service.FORWARD_TCP, Transport.TUNNEL, why
+    if has_ours:
+        why = "the rule says so" if rule.transport is Transport.CALL else "this version has no tunnel yet"
+        return Service.FORWARD_TCP, Transport.CALL, why
+    return (
+        Service.CONNECT_TCP,
+        Transport.CALL,
+        f"{missing}, so each connection goes over the stock {Service.CONNECT_TCP}: a server that ends its "
+        "sending first loses the rest of what the client sends. Installing qubes-fwd-qrexec in its "
+        "template mends that",
+    )
+
+
+def _notes(named: NamedRule) -> tuple[str, ...]:
+    notes = []
+    where = f"{named.target} {named.name}"
+    if named.rule.owner is None:
+        notes.append(f"no owner recorded, so clones would be open too: 'qvm-forward confirm {where}'")
+    if named.rule.path is None and not named.rule.follow_netvm:
+        notes.append(
+            f"no path recorded, so it stays open when the netvm changes: 'qvm-forward confirm {where}'"
+        )
+    return tuple(notes)
+
+
+def _tunnel_note(named: NamedRule, exposed: QubeName, inventory: Inventory) -> tuple[str, ...]:
+    tunnel = inventory.bypassed_tunnel(named.target, exposed)
+    if tunnel is None:
+        return ()
+    if named.rule.bypass_tunnel:
+        return (f"bypasses the tunnel {tunnel}",)
+    if tunnel.qube == named.target:
+        way_out = "expose it nowhere"
+    else:
+        way_out = f"expose it at {tunnel.qube} with via={tunnel.qube}"
+    raise _refused(
+        Cause.TUNNEL,
+        f"{named.target} is behind a tunnel, marked at {tunnel}, and listening at {exposed} would go round "
+        f"it; {way_out}, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+    )
+
+
+def _config(named: NamedRule, service: Service, transport: Transport) -> ListenerConfig:
+    rule = named.rule
+    if transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
+        raise _refused(
+            Cause.TOO_LARGE,
+            f"With one call for each connection every port needs its own policy line, and "
+            f"{len(rule.listen_ports)} ports are more than {CALL_PORTS_MAX}; make the range shorter.",
+        )
+    try:
+        return ListenerConfig.of_rule(named.target, named.name, rule, service, transport)
+    except ConfigError as error:
+        raise _refused(Cause.TOO_LARGE, f"{error}.") from None
+
+
+def _live(forward: Forward, exposed: Qube, target: Qube) -> Forward:
+    rule = forward.source.rule
+    if not exposed.is_running:
+        return forward._replace(
+            state=State.WAITING,
+            cause=Cause.EXPOSED_HALTED,
+            reason=f"{exposed.name} is halted and will listen when it starts: 'qvm-start {exposed.name}'.",
+        )
+    if not target.is_running and not rule.autostart:
+        return forward._replace(
+            state=State.WAITING,
+            cause=Cause.TARGET_HALTED,
+            reason=f"{target.name} is halted, and connections are refused until it runs: "
+            f"'qvm-start {target.name}', or let connections start it with autostart=yes.",
+        )
+    return forward._replace(reason=sentence(forward))
+
+
+def sentence(forward: Forward) -> str:
+    """What a live forward opens, and for whom."""
+    rule = forward.source.rule
+    word = "port" if len(rule.listen_ports) == 1 else "ports"
+    where = f" at {rule.listen}" if rule.listen is not None else ""
+    who = "anybody who can reach it" if rule.sources.anyone else str(rule.sources).replace(",", ", ")
+    return (
+        f"Connections to {word} {rule.listen_ports.brief()} of {forward.exposed}{where} from {who} reach "
+        f"{word} {rule.target_ports.brief()} of {forward.source.target}."
+    )
+
+
+def _conflict(forward: Forward, earlier: Iterable[Forward]) -> str | None:
+    """Why a forward cannot be live beside those before it."""
+    rule = forward.source.rule
+    for other in earlier:
+        if other.exposed != forward.exposed:
+            continue
+        taken = other.source.rule
+        if rule.listen_ports.overlaps(taken.listen_ports) and _overlap(
+            rule.listen_addresses, taken.listen_addresses
+        ):
+            return (
+                f"Rule {other.source} has port {taken.listen_ports.brief()} of {other.exposed} already; "
+                "take another port or listen address, or remove or disable that rule."
+            )
+        is_same_call = (
+            other.source.target == forward.source.target
+            and other.service == forward.service
+            and rule.target_ports.overlaps(taken.target_ports)
+        )
+        if is_same_call and rule.autostart != taken.autostart:
+            return (
+                f"Rule {other.source} reaches the same port of {other.source.target} from {other.exposed} "
+                "and says otherwise about autostart, and dom0's policy cannot tell the two apart; "
+                "give both the same autostart."
+            )
+    return None
+
+
+def _overlap(some: Iterable[IPAddress], others: tuple[IPAddress, ...]) -> bool:
+    """Whether two listeners would claim one address; a wildcard claims all of its family, and no other."""
+    return any(
+        a.version == b.version and (a == b or a.is_unspecified or b.is_unspecified)
+        for a in some
+        for b in others
+    )
+
+
+def _row(path: tuple[QubeName, ...]) -> str:
+    return " - ".join(path) if path else "none"

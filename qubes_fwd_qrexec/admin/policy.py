@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The plan to dom0's qrexec policy: exact lines for what is live, and nothing else.
+
+No line has a wildcard but the closing one, which denies. Of `Service.CONNECT_TCP`, which is the
+user's, nothing is said but the lines of forwards that go over it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from qubes_fwd_qrexec.config import Service
+from qubes_fwd_qrexec.rules import Transport
+from qubes_fwd_qrexec.values import yes_no
+
+from .states import Forward
+
+NAME = "30-forward"
+CLOSING = f"{Service.FORWARD_TCP}  *  @anyvm  @anyvm  deny  notify=no"
+_HEADER = """\
+# This file is written by qvm-forward, and edits in it are lost.
+# Change the rules instead: see 'qvm-forward list' and qvm-forward(1).
+"""
+# Two texts that differ in this line alone say the same.
+_WRITTEN = "# Written "
+
+
+def lines(forward: Forward) -> tuple[str, ...]:
+    """The lines that one forward needs; none if it is not live."""
+    config = forward.config
+    if config is None:
+        return ()
+    if config.transport is Transport.TUNNEL:
+        arguments = [f"{config.target_ports.brief()}+tunnel"]
+    else:
+        arguments = [str(port) for port in config.target_ports]
+    autostart = yes_no(forward.source.rule.autostart)
+    return tuple(
+        f"{config.service}  +{argument}  {forward.exposed}  {config.target}  allow  "
+        f"autostart={autostart}  notify=no"
+        for argument in arguments
+    )
+
+
+def text(
+    forwards: Iterable[Forward], written_at: float | None, *, withheld: frozenset[str] = frozenset()
+) -> str:
+    """The whole file. ``written_at`` is in UNIX seconds, None for the file as it is installed.
+
+    ``withheld`` lines are left out: those whose forward could not be opened after all.
+    """
+    live = [forward for forward in forwards if forward.config is not None]
+    if written_at is None:
+        dated = "as installed, without any forward."
+    else:
+        count = f"{len(live)} forward{'' if len(live) == 1 else 's'}"
+        dated = f"at {_utc(written_at)}, for {count}."
+    parts = [f"{_HEADER}{_WRITTEN}{dated}\n"]
+    done: set[str] = set(withheld)
+    for forward in live:
+        rule = forward.source.rule
+        parts.append(
+            f"\n# {forward.source}: port {rule.listen_ports.brief()} of {forward.exposed} to "
+            f"port {rule.target_ports.brief()}\n"
+        )
+        # Two forwards to the same port of a target from the same qube share a line.
+        parts += [f"{line}\n" for line in lines(forward) if line not in done]
+        done.update(lines(forward))
+    parts.append(f"\n# Whatever no line above allows is denied.\n{CLOSING}\n")
+    return "".join(parts)
+
+
+def allowing(policy: str | None) -> frozenset[str]:
+    """The lines of a policy file that are in force, all but the closing one, in one spelling."""
+    return frozenset(line for line in _effective(policy or "") if line != CLOSING)
+
+
+def is_same(some: str | None, other: str | None) -> bool:
+    """Whether two files say the same, whenever they were written."""
+    if some is None or other is None:
+        return some is other
+    return _undated(some) == _undated(other)
+
+
+def _effective(policy: str) -> Iterator[str]:
+    for line in policy.splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield "  ".join(line.split())
+
+
+def _undated(policy: str) -> list[str]:
+    return [line for line in policy.split("\n") if not line.startswith(_WRITTEN)]
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands that show: list, show, plan, policy; and apply, which shows what it changes."""
+
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+from qubes_fwd_qrexec.rules import BrokenRule
+
+from . import policy, render
+from .apply import CONFIG_PREFIX, Step, differences
+from .session import Session, Snapshot, plan_as_json
+from .states import Forward, Plan, State
+
+
+def list_rules(args: Namespace, session: Session) -> int:
+    """All forwards as a table."""
+    planned = _selected(args.qube, session)
+    if session.is_json:
+        session.say_json(plan_as_json(planned))
+    else:
+        session.say(render.table(planned, session.now, session.style))
+    return 0
+
+
+def explain(args: Namespace, session: Session) -> int:
+    """What becomes of each forward, and why."""
+    planned = _selected(args.qube, session)
+    if session.is_json:
+        session.say_json(plan_as_json(planned))
+        return 0
+    parts = [render.explained(forward, session.style) for forward in planned]
+    parts += [render.broken_line(rule, session.style) for rule in planned.broken]
+    session.say("\n".join(parts) or "No forwards.\n")
+    return 0
+
+
+def _selected(qubes: list[str], session: Session) -> Plan:
+    """The plan, or the part of it that passes through one of some qubes in any role."""
+    snapshot = session.look()
+    planned = snapshot.plan(session.now)
+    if not qubes:
+        return planned
+    for qube in qubes:
+        snapshot.check_qube(qube)
+    return replace(
+        planned,
+        forwards=tuple(f for f in planned if any(f.concerns(qube) for qube in qubes)),
+        broken=tuple(rule for rule in planned.broken if rule.target in qubes),
+    )
+
+
+def show(args: Namespace, session: Session) -> int:
+    """All about one forward."""
+    snapshot = session.look()
+    entry = snapshot.find(args.qube, args.name)
+    if isinstance(entry, BrokenRule):
+        return _show_broken(entry, session)
+    forward = snapshot.plan(session.now).find(entry.target, entry.name)
+    if forward is None:
+        return 1
+    lines = policy.lines(forward)
+    config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
+    if session.is_json:
+        data: dict[str, Any] = forward.as_json()
+        data |= {"line": str(entry.rule), "policy": list(lines), "config": None}
+        if config is not None:
+            data["config"] = {"qube": forward.exposed, "feature": config, "value": str(forward.config)}
+        session.say_json(data)
+        return 0
+    session.say(render.explained(forward, session.style))
+    session.say(f"rule:\n  {entry.rule}\n")
+    session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
+    session.say(f"listener at {forward.exposed}:\n" if config else "listener:\n")
+    session.say(f"  {config} = {forward.config}\n" if config else "  none\n")
+    return 0
+
+
+def _show_broken(rule: BrokenRule, session: Session) -> int:
+    if session.is_json:
+        session.say_json(plan_as_json(Plan((), (rule,)))["broken"][0])
+    else:
+        session.say(render.broken_line(rule, session.style))
+        session.say(f"rule:\n  {render.escaped(rule.text)}\n")
+    return 0
+
+
+def print_policy(args: Namespace, session: Session) -> int:
+    """The policy that the rules ask for."""
+    planned = session.look().plan(session.now)
+    text = policy.text(planned, session.now)
+    installed = session.backend.read_policy().text
+    is_installed = policy.is_same(installed, text)
+    if session.is_json:
+        session.say_json({"policy": text, "installed": installed, "is_installed": is_installed})
+        return 0
+    session.say(text)
+    if not is_installed:
+        session.warn("the policy in force says otherwise; 'qvm-forward apply' writes this one")
+    return 0
+
+
+def apply(args: Namespace, session: Session) -> int:
+    """Make it so, or with --dry-run say what that would change."""
+    if args.dry_run:
+        snapshot = session.look()
+        planned = snapshot.plan(session.now)
+        steps = _steps(session, snapshot, planned)
+    else:
+        with session.backend.locked():
+            planned, outcome = session.apply()
+            steps = outcome.done
+    refused = [f for f in planned if f.state is State.REFUSED]
+    if session.is_json:
+        data = {"dry_run": args.dry_run, "steps": [step.as_json() for step in steps]}
+        session.say_json(data | plan_as_json(planned))
+    elif not steps:
+        session.say("Nothing to change: all is as the rules ask for.\n")
+    else:
+        session.say("This would change:\n" if args.dry_run else "Changed:\n")
+        session.say("".join(f"  {word}\n" for step in steps for word in step.words()))
+    for forward in refused:
+        session.warn(_refusal(forward))
+    for rule in planned.broken:
+        session.warn(render.broken_line(rule, render.Style()).rstrip("\n"))
+    return 1 if refused or planned.broken else 0
+
+
+def _refusal(forward: Forward) -> str:
+    return f"{forward.source} is refused. {forward.reason}"
+
+
+def _steps(session: Session, snapshot: Snapshot, planned: Plan) -> tuple[Step, ...]:
+    return differences(planned, snapshot.inventory, session.backend.read_policy(), session.now)

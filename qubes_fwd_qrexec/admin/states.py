@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What can become of a rule: its state, the cause, and the planned forward that carries both."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.rules import BrokenRule, Mode, NamedRule, Transport
+from qubes_fwd_qrexec.values import QubeName
+
+
+class State(StrEnum):
+    """The state of a rule, as every listing shows it."""
+
+    ACTIVE = "active"
+    WAITING = "waiting"
+    SUSPENDED = "suspended"
+    EXPIRED = "expired"
+    DISABLED = "disabled"
+    REFUSED = "refused"
+    BROKEN = "broken"
+
+
+class Cause(StrEnum):
+    """Why a rule is in its state: one word for programs, where the sentence is for people."""
+
+    OPEN = "open"
+    EXPOSED_HALTED = "exposed-halted"
+    TARGET_HALTED = "target-halted"
+    CLONED = "cloned"
+    NETVM_CHANGED = "netvm-changed"
+    EXPIRED = "expired"
+    DISABLED = "disabled"
+    NO_SUCH_QUBE = "no-such-qube"
+    UNFIT_QUBE = "unfit-qube"
+    NO_NETVM = "no-netvm"
+    NETVM_BROKEN = "netvm-broken"
+    NOT_YET = "not-in-this-version"
+    NO_SERVICE = "no-service"
+    TUNNEL = "tunnel-in-the-path"
+    CONFLICT = "conflict"
+    TOO_LARGE = "too-large"
+    UNREADABLE = "unreadable"
+
+
+class Forward(NamedTuple):
+    """One rule with everything that follows from it.
+
+    ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats.
+    ``config`` is there exactly when the forward is live.
+    """
+
+    source: NamedRule
+    state: State
+    cause: Cause
+    reason: str
+    chain: tuple[QubeName, ...] = ()
+    mode: Mode = Mode.AUTO
+    mode_reason: str = ""
+    exposed: QubeName | None = None
+    service: Service | None = None
+    transport: Transport = Transport.AUTO
+    transport_reason: str = ""
+    notes: tuple[str, ...] = ()
+    config: ListenerConfig | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether policy and configuration are given out: now (active) or for the next start (waiting)."""
+        return self.state in (State.ACTIVE, State.WAITING)
+
+    def concerns(self, qube: str) -> bool:
+        """Whether a qube has any part in it: as target, as exposed qube or on the way between."""
+        return qube in (self.source.target, self.exposed, *self.chain)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "qube": self.source.target,
+            "name": self.source.name,
+            "state": self.state,
+            "cause": self.cause,
+            "reason": self.reason,
+            "mode": self.mode,
+            "mode_reason": self.mode_reason,
+            "exposed": self.exposed,
+            "path": list(self.chain),
+            "service": self.service,
+            "transport": self.transport,
+            "transport_reason": self.transport_reason,
+            "notes": list(self.notes),
+            "rule": self.source.rule.options(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All rules in the order of target and name, and what is stored as a rule and cannot be read."""
+
+    forwards: tuple[Forward, ...]
+    broken: tuple[BrokenRule, ...] = ()
+
+    def __iter__(self) -> Iterator[Forward]:
+        return iter(self.forwards)
+
+    @property
+    def live(self) -> tuple[Forward, ...]:
+        return tuple(forward for forward in self.forwards if forward.is_live)
+
+    def find(self, target: str, name: str) -> Forward | None:
+        for forward in self.forwards:
+            if forward.source.target == target and forward.source.name == name:
+                return forward
+        return None

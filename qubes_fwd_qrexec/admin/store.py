@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rules where they are stored: feature ``forward.NAME`` of the target, whose value is the rule's line."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.errors import RuleError, TextError
+from qubes_fwd_qrexec.rules import BrokenRule, ForwardRule, NamedRule
+from qubes_fwd_qrexec.values import QubeName, RuleName, parse_rule_name
+
+from .inventory import TUNNEL_FEATURE, Inventory
+
+PREFIX = "forward."
+# Its feature would be TUNNEL_FEATURE, which marks a tunnel qube.
+RESERVED = frozenset((TUNNEL_FEATURE.removeprefix(PREFIX),))
+
+
+class Stored(NamedTuple):
+    """All that is stored as rules, in the order of target and name."""
+
+    rules: tuple[NamedRule, ...]
+    broken: tuple[BrokenRule, ...]
+
+    def find(self, target: str, name: str) -> NamedRule | BrokenRule | None:
+        entries: Iterable[NamedRule | BrokenRule] = chain(self.rules, self.broken)
+        for entry in entries:
+            if entry.target == target and entry.name == name:
+                return entry
+        return None
+
+    def names(self, target: str) -> list[str]:
+        """The names of all that is stored at a qube, readable or not."""
+        rules = [rule.name for rule in self.rules if rule.target == target]
+        return [*rules, *(rule.name for rule in self.broken if rule.target == target)]
+
+    def targets(self) -> list[QubeName]:
+        """The qubes at which anything is stored."""
+        return sorted({rule.target for rule in self.rules} | {rule.target for rule in self.broken})
+
+    def with_rules(self, changed: Iterable[NamedRule]) -> "Stored":
+        """The same with rules added or replaced."""
+        new = {(rule.target, rule.name): rule for rule in changed}
+        kept = [rule for rule in self.rules if (rule.target, rule.name) not in new]
+        broken = [rule for rule in self.broken if (rule.target, rule.name) not in new]
+        return Stored(tuple(sorted((*kept, *new.values()), key=lambda rule: rule[:2])), tuple(broken))
+
+
+def feature_key(name: str) -> str:
+    return f"{PREFIX}{name}"
+
+
+def read_rules(inventory: Inventory) -> Stored:
+    """The rules of all qubes; what cannot be read as one is kept as broken, never dropped."""
+    rules: list[NamedRule] = []
+    broken: list[BrokenRule] = []
+    for target in sorted(inventory.qubes):
+        for key, untrusted_line in sorted(inventory.qubes[target].features.items()):
+            if key.startswith(PREFIX) and key != TUNNEL_FEATURE:
+                entry = read_rule(target, key.removeprefix(PREFIX), untrusted_line)
+                if isinstance(entry, NamedRule):
+                    rules.append(entry)
+                else:
+                    broken.append(entry)
+    return Stored(tuple(rules), tuple(broken))
+
+
+def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> NamedRule | BrokenRule:
+    """One stored rule."""
+    try:
+        return NamedRule(target, parse_new_name(untrusted_name), ForwardRule.parse(untrusted_line))
+    except (TextError, RuleError) as error:
+        return BrokenRule(target, untrusted_name, untrusted_line, str(error))
+
+
+def parse_new_name(text: str) -> RuleName:
+    """A name that a rule can be stored under. Raises `TextError`."""
+    if text in RESERVED:
+        raise TextError(text, f"free as a rule's name: the feature {feature_key(text)} marks a tunnel qube")
+    return parse_rule_name(text)
+
+
+def made_up_name(rule: ForwardRule, taken: Iterable[str]) -> RuleName:
+    """``tcp-80`` or ``tcp-80-90``, with a number behind if that is taken."""
+    base = f"{rule.proto}-{rule.listen_ports.brief()}"
+    names = set(taken)
+    name, number = base, 1
+    while name in names:
+        number += 1
+        # tcp-60000-60010 leaves one digit of the 16; a tenth such rule may well be named by the user.
+        name = f"{base[: 16 - len(str(number)) - 1]}-{number}"
+    return parse_rule_name(name)

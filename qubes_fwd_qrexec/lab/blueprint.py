@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab that ``init`` makes: which qubes there are, and what each can be called for.
+
+A small system as Qubes' installer leaves it, with a VPN qube beside and one qube (``personal``) whose
+template lacks our package, so that the stock service is seen at work too.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from qubes_fwd_qrexec.errors import RefusedError, StoreError
+from qubes_fwd_qrexec.values import QubeName
+
+from .directory import LabDirectory, QubeDirectory, write_text
+from .knobs import Knobs
+from .qube import Qube, QubeClass, QubeState
+
+FORWARD_SERVICE = "qubes.ForwardTCP"
+CONNECT_SERVICE = "qubes.ConnectTCP"
+# qubes-core-agent-linux qubes-rpc/qubes.ConnectTCP.config.
+_CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
+_OUR_TEMPLATE = QubeName("fedora-42")
+_STOCK_TEMPLATE = QubeName("debian-12")
+# The kernel reads 255 bytes of a script's first line and parts it at blanks: fs/binfmt_script.c.
+_SHEBANG_MAX = 250
+
+
+def _app(name: str, netvm: str | None, address: int, *, provides_network: bool = False) -> Qube:
+    """Addresses are those that qubes-core-admin hands out: 10.137.0.QID, fd09:24ef:4179::a89:QID."""
+    return Qube(
+        name=QubeName(name),
+        netvm=None if netvm is None else QubeName(netvm),
+        ip=f"10.137.0.{address}",
+        ip6=f"fd09:24ef:4179::a89:{address:x}",
+        provides_network=provides_network,
+        template=_STOCK_TEMPLATE if name == "personal" else _OUR_TEMPLATE,
+    )
+
+
+_QUBES = (
+    Qube(name=QubeName("dom0"), klass=QubeClass.ADMIN),
+    Qube(name=_OUR_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED),
+    Qube(name=_STOCK_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED),
+    _app("sys-net", None, 5, provides_network=True),
+    _app("sys-firewall", "sys-net", 6, provides_network=True),
+    _app("sys-vpn", "sys-firewall", 7, provides_network=True),
+    _app("work", "sys-firewall", 10),
+    _app("personal", "sys-firewall", 11),
+    _app("vault", None, 12),
+    _app("untrusted", "sys-vpn", 13),
+)
+
+_FEATURES = {
+    "sys-vpn": {"service.vpn-handler-openvpn": "1"},
+    _OUR_TEMPLATE: {f"supported-rpc.{FORWARD_SERVICE}": "1", f"supported-rpc.{CONNECT_SERVICE}": "1"},
+    _STOCK_TEMPLATE: {f"supported-rpc.{CONNECT_SERVICE}": "1"},
+}
+
+_POLICY = """\
+# The policy of this lab lies here, as dom0's lies in /etc/qubes/policy.d.
+# qvm-forward writes 30-forward.policy. What no line allows is denied.
+"""
+
+
+def create_lab(path: str | os.PathLike[str]) -> LabDirectory:
+    """Make a lab at ``path``, which must be new or empty.
+
+    Raises `RefusedError` if something lies there, and `StoreError` if it cannot be written.
+    """
+    lab = LabDirectory(Path(path).absolute())
+    try:
+        lab.root.mkdir(parents=True, exist_ok=True)
+        if any(lab.root.iterdir()):
+            raise RefusedError(f"{lab.root}: not empty; name a new or an empty directory")
+        for directory in (lab.policy_dir, lab.qubes_dir, lab.run_dir, lab.client_program.parent):
+            directory.mkdir()
+    except OSError as error:
+        raise StoreError(f"{error.filename}: {error.strerror}") from error
+    write_text(lab.policy_dir / "README", _POLICY)
+    for qube in _QUBES:
+        lab.write_qube(qube)
+        for key, value in _FEATURES.get(qube.name, {}).items():
+            lab.set_feature(qube.name, key, value)
+        if not qube.is_admin and qube.klass is not QubeClass.TEMPLATE:
+            offer_services(lab.qube_dir(qube.name), forward=qube.template == _OUR_TEMPLATE)
+    write_client(lab)
+    # Last: what lacks this file is no lab, so that a half-made one is not taken for one.
+    lab.write_knobs(Knobs())
+    return lab
+
+
+def offer_services(place: QubeDirectory, *, forward: bool) -> None:
+    """Give a qube the stock service, and ours if ``forward``. Raises `StoreError`."""
+    try:
+        for directory in (*place.service_dirs, *place.rpc_config_dirs):
+            directory.mkdir(parents=True, exist_ok=True)
+        services = place.service_dirs[-1]
+        _link(services / CONNECT_SERVICE, "/dev/tcp/127.0.0.1")
+        if forward:
+            _link(services / FORWARD_SERVICE, str(find_rpc_entry()))
+    except OSError as error:
+        raise StoreError(f"{error.filename}: {error.strerror}") from error
+    write_text(place.rpc_config_dirs[-1] / CONNECT_SERVICE, _CONNECT_CONFIG)
+
+
+def write_client(lab: LabDirectory) -> None:
+    """Write the lab's own ``qrexec-client-vm`` for the interpreter that runs now.
+
+    It starts without site-packages and without the environment's PYTHON variables, which is half of its
+    start-up time; so the way to this package is written into it.
+    """
+    package_parent = Path(__file__).parent.parent.parent
+    shebang = f"#!{sys.executable} -IS\n"
+    if " " in sys.executable or len(os.fsencode(shebang)) > _SHEBANG_MAX:
+        # A line that is shell and Python: the shell runs the second, Python takes it for text.
+        shebang = f"#!/bin/sh\n'''exec' \"{sys.executable}\" -IS \"$0\" \"$@\"\n' '''\n"
+    write_text(
+        lab.client_program,
+        f"{shebang}"
+        "import sys\n\n"
+        f"sys.path.insert(0, {str(package_parent)!r})\n"
+        "from qubes_fwd_qrexec.lab.client import main\n\n"
+        "main(sys.argv)\n",
+        mode=0o755,
+    )
+
+
+def find_rpc_entry() -> Path:
+    """Where our RPC entry lies: beside the package in a checkout, else in the installed data directory."""
+    in_checkout = Path(__file__).parent.parent.parent / "rpc" / FORWARD_SERVICE
+    if in_checkout.parent.is_dir():
+        return in_checkout
+    import sysconfig
+
+    return Path(sysconfig.get_path("data"), "share", "qubes-fwd-qrexec", "rpc", FORWARD_SERVICE)
+
+
+def _link(path: Path, target: str) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker: in the place of dom0's policy daemon, and of every qube's qrexec daemon and agent.
+
+It takes calls at one socket for each qube, asks the policy, turns the knobs, starts the service and hands
+the two ends to `Join`. It holds no rule and writes no policy. One call's trouble is logged and ends that
+call; what the broker cannot tell it refuses.
+"""
+
+import array
+import errno
+import logging
+import math
+import os
+import re
+import signal
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from qubes_fwd_qrexec.errors import ForwardError, StoreError
+from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
+
+from . import wire
+from .evaluator import Allow, Ask, Request
+from .join import CallerEnds, Join, wait_for_exit
+from .places import Places
+from .qube import Qube, QubeState
+from .services import Executable, ServiceMissingError, ServiceUnusableError, find_service
+from .started import Started, StartedProcess, connect_service, socket_address, start_process
+from .view import LabView
+
+_log = logging.getLogger("qubes_fwd_qrexec.lab")
+# qubes-core-qrexec daemon/qrexec-daemon.c, sanitize_name(): everything else becomes an underscore.
+_NOT_IN_SERVICE = re.compile(r"[^A-Za-z0-9@_.+-]", re.ASCII)
+_NOT_IN_TARGET = re.compile(r"[^A-Za-z0-9@:_.-]", re.ASCII)
+_BACKLOG = 128
+# One client brings two descriptors at most; room for a few more, so that a surplus is seen and closed.
+_ANCILLARY_BYTES = socket.CMSG_SPACE(8 * 4)
+_ACCEPT_PAUSE_S = 0.1
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# What a service that has lost its call gets before it is killed, when the lab goes down.
+_GRACE_S = 2.0
+
+
+class CallRefusedError(Exception):
+    """The call ends as a refused one does: the caller's status is 126 and its bytes are not looked at."""
+
+
+@dataclass(eq=False, slots=True)
+class JoinedCall:
+    """A call that has got past the policy; cancelling ``scope`` is what losing its vchan is."""
+
+    source: str
+    target: str
+    service: str
+    scope: trio.CancelScope
+
+
+class Broker:
+    """Made by `open_broker`; runs until that block ends."""
+
+    def __init__(self, view: LabView, places: Places, relays: RelayThread, nursery: trio.Nursery) -> None:
+        self.view = view
+        self.places = places
+        self._relays = relays
+        self._nursery = nursery
+        self._listening: dict[str, trio.CancelScope] = {}
+        self._joined: list[JoinedCall] = []
+        self._used: Counter[str] = Counter()
+        self._processes: set[StartedProcess] = set()
+
+    @property
+    def joined(self) -> tuple[JoinedCall, ...]:
+        """The calls that live now, the oldest first."""
+        return tuple(self._joined)
+
+    def used_slots(self) -> dict[str, int]:
+        """Calls by target; a lost call counts until its service has exited, as on Qubes."""
+        return {target: count for target, count in self._used.items() if count}
+
+    async def reload(self) -> None:
+        """Take up qubes that have come, and give up those that have gone; raises `StoreError`."""
+        self.view.refresh()
+        wanted = {qube.name for qube in self.view.qubes.values() if not qube.is_admin}
+        for name in set(self._listening) - wanted:
+            self._listening.pop(name).cancel()
+        for name in sorted(wanted - set(self._listening)):
+            await self._nursery.start(self._listen, name)
+
+    def drop(self, share: float = 1.0, target: str | None = None) -> int:
+        """Lose the vchans of a share of the joined calls, the oldest first, rounded up; how many it was."""
+        calls = [call for call in self._joined if target in (None, call.target)]
+        lost = calls[: math.ceil(len(calls) * share)]
+        for call in lost:
+            call.scope.cancel()
+        return len(lost)
+
+    async def _listen(
+        self, name: str, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        path = self.view.lab.qube_dir(name).agent_socket
+        with trio.CancelScope() as scope, bind_packets(path) as listener:
+            self._listening[name] = scope
+            task_status.started()
+            while True:
+                try:
+                    agent, _ = await listener.accept()
+                except OSError as error:
+                    if error.errno not in _EXHAUSTED:
+                        raise
+                    _log.warning("%s: %s", name, error.strerror)
+                    await trio.sleep(_ACCEPT_PAUSE_S)
+                    continue
+                self._nursery.start_soon(self._serve, name, agent)
+
+    async def _serve(self, source: str, agent: trio.socket.SocketType) -> None:
+        """One call, from its request to its exit status; no error of it leaves here."""
+        caller = None
+        with agent:
+            try:
+                call, caller = await _receive_call(agent)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cancel_at_end, agent, nursery.cancel_scope)
+                    await self._handle(source, call, caller, agent)
+                    nursery.cancel_scope.cancel()
+            except* CallRefusedError as refused:
+                _log.info("%s: refused: %s", source, "; ".join(map(str, refused.exceptions)))
+            except* (ForwardError, OSError) as failed:
+                _log.error("%s: call failed: %s", source, "; ".join(map(str, failed.exceptions)))
+            finally:
+                if caller is not None:
+                    caller.close()
+
+    async def _handle(
+        self, source: str, call: wire.Call, caller: CallerEnds, agent: trio.socket.SocketType
+    ) -> None:
+        request = _request(source, call)
+        full_name = request.service + request.argument
+        self.view.refresh()
+        knobs = self.view.knobs
+        await trio.sleep(knobs.latency_ms / 1000)
+        target = self._judge(request)
+        if knobs.refuses(target.name, full_name):
+            raise CallRefusedError(f"{full_name} to {target.name}: a knob says so")
+        if knobs.hangs(target.name, full_name):
+            _log.info("%s: %s to %s hangs: a knob says so", source, full_name, target.name)
+            await trio.sleep_forever()
+        if not target.is_running:
+            await self._start_qube(target.name)
+        if self._used[target.name] >= knobs.calls_per_target:
+            raise CallRefusedError(f"{full_name} to {target.name}: {knobs.calls_per_target} calls at once")
+        self._used[target.name] += 1
+        joined = JoinedCall(source, target.name, full_name, trio.CancelScope())
+        self._joined.append(joined)
+        started: Started | None = None
+        try:
+            with joined.scope:
+                await agent.send(wire.CONNECTED)
+                try:
+                    started = await self._start_service(target.name, full_name, source)
+                except (ServiceMissingError, ServiceUnusableError) as error:
+                    # qrexec-agent-data.c: first the output's end, and then the exit status.
+                    _log.warning("%s: %s to %s: %s", source, full_name, target.name, error)
+                    caller.end_sink()
+                    missing = isinstance(error, ServiceMissingError)
+                    status = wire.EXIT_NOT_FOUND if missing else wire.EXIT_PROBLEM
+                else:
+                    status = await Join(self._relays, caller, started, call.prefix).run(
+                        lambda data: _send_quietly(agent, wire.STDERR + data)
+                    )
+                caller.end_source()
+                await _send_quietly(agent, wire.encode_exit(status))
+                _log.info("%s: %s to %s ended with %d", source, full_name, target.name, status)
+        finally:
+            self._joined.remove(joined)
+            self._release(target.name, started)
+
+    def _judge(self, request: Request) -> Qube:
+        """The target; raises `CallRefusedError`."""
+        source = self.view.find(request.source)
+        if source is None or not source.is_running:
+            raise CallRefusedError(f"{request.source} is not running")
+        verdict = self.view.judge(request)
+        asked = f"{request.service}{request.argument} to {request.target or '@default'}"
+        if isinstance(verdict, Ask):
+            raise CallRefusedError(f"{asked}: the policy asks the user, and a lab has none")
+        if not isinstance(verdict, Allow):
+            raise CallRefusedError(f"{asked}: {verdict.reason}")
+        target = self.view.find(verdict.target)
+        if target is None:
+            raise CallRefusedError(f"{asked}: a lab has no {verdict.target}")
+        return target
+
+    async def _start_qube(self, name: str) -> None:
+        def start() -> None:
+            with self.view.lab.locked():
+                self.view.lab.set_state(name, QubeState.RUNNING)
+
+        _log.info("%s: starts", name)
+        await trio.to_thread.run_sync(start)
+
+    async def _start_service(self, target: str, full_name: str, source: str) -> Started:
+        """Raises `ServiceMissingError` or `ServiceUnusableError`."""
+        place = self.view.lab.qube_dir(target)
+        service = find_service(place.service_dirs, place.rpc_config_dirs, full_name)
+        try:
+            enter = self.places.entering(target)
+            if isinstance(service, Executable):
+                started = start_process(service, full_name, source, place.root, enter)
+                self._processes.add(started)
+                return started
+            return await connect_service(service, full_name, source, enter)
+        except (OSError, StoreError) as error:  # no descriptors, no namespace: the agent's "other problem"
+            raise ServiceUnusableError(f"cannot be started: {error}") from error
+
+    def _release(self, target: str, started: Started | None) -> None:
+        if isinstance(started, StartedProcess) and started.process.poll() is None:
+            # The agent waits for the service after a lost vchan, and its call is not over before.
+            self._nursery.start_soon(self._reap, target, started)
+            return
+        if isinstance(started, StartedProcess):
+            self._processes.discard(started)
+        self._used[target] -= 1
+
+    async def _reap(self, target: str, started: StartedProcess) -> None:
+        await wait_for_exit(started)
+        self._processes.discard(started)
+        self._used[target] -= 1
+
+    async def end_services(self) -> None:
+        """Let services that have lost their calls exit, and kill those that do not."""
+        with trio.move_on_after(_GRACE_S):
+            for started in tuple(self._processes):
+                await wait_for_exit(started)
+        for started in self._processes:
+            if started.process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(started.process.pid, signal.SIGKILL)
+                started.process.wait()
+
+
+@asynccontextmanager
+async def open_broker(view: LabView, places: Places) -> AsyncIterator[Broker]:
+    """A broker that accepts calls of every qube by the time the block begins; raises `StoreError`."""
+    broker = None
+    try:
+        async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+            broker = Broker(view, places, relays, nursery)
+            await broker.reload()
+            yield broker
+            nursery.cancel_scope.cancel()
+    finally:
+        if broker is not None:
+            with trio.CancelScope(shield=True):
+                await broker.end_services()
+
+
+@contextmanager
+def bind_packets(path: Path) -> Iterator[trio.socket.SocketType]:
+    """A listening SOCK_SEQPACKET socket at ``path`` for the length of a block; raises `StoreError`."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        try:
+            with socket_address(path) as address:
+                sock.bind(address)
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from error
+        try:
+            with trio.socket.from_stdlib_socket(sock) as listener:
+                yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _request(source: str, call: wire.Call) -> Request:
+    """What the daemons make of a caller's words; raises `CallRefusedError`."""
+    if call.source:
+        raise CallRefusedError(f"{call.source!a} as the source: a lab has no RemoteVM")
+    name, plus, argument = _NOT_IN_SERVICE.sub("_", call.service).partition("+")
+    if not name:
+        raise CallRefusedError("no service is named")
+    return Request(
+        service=name,
+        argument=plus + argument or "+",
+        source=source,
+        target=_NOT_IN_TARGET.sub("_", call.target),
+    )
+
+
+async def _receive_call(agent: trio.socket.SocketType) -> tuple[wire.Call, CallerEnds]:
+    """Raises `CallRefusedError` for what no client stand-in sends."""
+    untrusted_packet, ancillary, _, _ = await agent.recvmsg(
+        wire.CALL_MAX, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+    )
+    sockets: list[socket.socket] = []
+    with ExitStack() as undo:
+        fds = array.array("i")
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        for fd in fds:
+            try:
+                sockets.append(undo.enter_context(socket.socket(fileno=fd)))
+            except OSError:
+                undo.callback(os.close, fd)
+        if len(sockets) != len(fds) or len(fds) not in (1, 2):
+            raise CallRefusedError("the client must bring one or two sockets")
+        if any(sock.type != socket.SOCK_STREAM for sock in sockets):
+            raise CallRefusedError("the client's sockets must be streams")
+        try:
+            call = wire.Call.decode(untrusted_packet)
+        except ValueError as error:
+            raise CallRefusedError("the client's request is garbled") from error
+        undo.pop_all()
+    return call, CallerEnds(sockets)
+
+
+async def _cancel_at_end(agent: trio.socket.SocketType, scope: trio.CancelScope) -> None:
+    """The client says nothing after its request: whatever comes, it is gone, and its vchan with it."""
+    with suppress(OSError):
+        await agent.recv(1)
+    scope.cancel()
+
+
+async def _send_quietly(agent: trio.socket.SocketType, packet: bytes) -> None:
+    with suppress(OSError):  # a client that is gone is noticed by `_cancel_at_end`
+        await agent.send(packet)

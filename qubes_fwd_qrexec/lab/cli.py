@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qvm-forward-lab``: make a lab, bring it up, look at it, turn its knobs, take it down.
+
+Words in, an effect of one other module out; exit status 2 for what cannot be asked, 1 for what failed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from qubes_fwd_qrexec import __version__
+from qubes_fwd_qrexec.errors import ForwardError, RefusedError, TextError
+
+from .directory import LabDirectory
+
+_LAB_VARIABLE = "QVM_FORWARD_LAB"
+_DIFFERENCES_SHOWN = 5
+# Subcommands that have a module of their own, with add_arguments(parser) and run(arguments) -> int.
+_ELSEWHERE = {
+    "demo": ("qubes_fwd_qrexec.lab.demo", "show a forward from end to end in a lab of its own"),
+    "relay": ("qubes_fwd_qrexec.lab.relay_command", "run one forward on loopback until interrupted"),
+}
+
+
+class UsageError(ForwardError):
+    """The command line asks for something that cannot be; the text says what would be right."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(_command(words)).parse_args(words)
+    try:
+        status: int = arguments.action(arguments)
+    except (UsageError, TextError) as error:
+        print(f"qvm-forward-lab: {error}", file=sys.stderr)
+        return 2
+    except ForwardError as error:
+        print(f"qvm-forward-lab: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _command(words: Sequence[str]) -> str | None:
+    """The subcommand, before the parser is made: it decides which other modules are imported at all."""
+    rest = iter(words)
+    for word in rest:
+        if word == "--lab":
+            next(rest, None)
+        elif not word.startswith("-"):
+            return word
+    return None
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qvm-forward-lab", description="A stand-in for a Qubes system, in a directory of this machine."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--lab", metavar="DIR", help=f"the lab's directory (default: ${_LAB_VARIABLE})")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    init = commands.add_parser("init", help="make a lab with a small system of qubes")
+    init.add_argument("directory", metavar="DIR", help="a new or an empty directory")
+    init.set_defaults(action=_init)
+
+    up = commands.add_parser("up", help="start the broker in the background")
+    network = up.add_mutually_exclusive_group()
+    network.add_argument("--netns", action="store_true", help="insist on a network namespace for each qube")
+    network.add_argument("--no-netns", action="store_true", help="let all qubes share the loopback")
+    up.set_defaults(action=_up)
+
+    down = commands.add_parser("down", help="end the broker, its services and namespaces")
+    down.set_defaults(action=_down)
+
+    status = commands.add_parser("status", help="say what runs")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.set_defaults(action=_status)
+
+    verdicts = commands.add_parser("verdicts", help="hold the policy evaluator to recorded verdicts")
+    verdicts.add_argument("file", metavar="FILE", type=Path, help="recorded verdicts of Qubes' policy parser")
+    verdicts.add_argument("--json", action="store_true", help="as JSON")
+    verdicts.set_defaults(action=_verdicts)
+
+    knob = commands.add_parser(
+        "knob",
+        help="show or set how calls fare",
+        description="Without arguments, show all knobs. 'drop' is no knob but an act: it loses that share of"
+        " the calls that live now (1 for all), as if their vchans had died.",
+    )
+    knob.add_argument("name", nargs="?", help="calls_per_target, latency_ms, refuse, hang or drop")
+    knob.add_argument("value", nargs="?", help="a number, or a list parted by commas of TARGET[/SERVICE]")
+    knob.set_defaults(action=_knob)
+
+    run = commands.add_parser("run", help="run a program in a qube, or on the LAN (lan)")
+    run.add_argument("qube", metavar="QUBE")
+    run.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS")
+    run.set_defaults(action=_run)
+
+    for name, (module_name, help_text) in _ELSEWHERE.items():
+        other = commands.add_parser(name, help=help_text)
+        if name == command:
+            module = import_module(module_name)
+            module.add_arguments(other)
+            other.set_defaults(action=module.run)
+    return parser
+
+
+def _lab(arguments: argparse.Namespace) -> LabDirectory:
+    path = arguments.lab or os.environ.get(_LAB_VARIABLE)
+    if not path:
+        raise UsageError(f"which lab? give --lab DIR or set {_LAB_VARIABLE}; 'init DIR' makes one")
+    return LabDirectory.open(path)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from .blueprint import create_lab
+
+    lab = create_lab(arguments.directory)
+    print(f"{lab.root}: a lab with {', '.join(lab.qube_names())}")
+    return 0
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from . import control, daemon
+
+    lab = _lab(arguments)
+    network = daemon.Network.AUTO
+    if arguments.netns or arguments.no_netns:
+        network = daemon.Network.NAMESPACES if arguments.netns else daemon.Network.LOOPBACK
+    pid = daemon.start(lab, network)
+    print(f"{lab.root}: up (pid {pid}), {_describe(control.ask(lab, {'do': 'status'})['network'])}")
+    return 0
+
+
+def _describe(network: str) -> str:
+    if network == "namespaces":
+        return "each qube in a network namespace of its own"
+    return "all qubes share this machine's loopback"
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from . import daemon
+
+    lab = _lab(arguments)
+    was_up = daemon.stop(lab)
+    print(f"{lab.root}: {'down' if was_up else 'was not up'}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from . import control, daemon
+
+    lab = _lab(arguments)
+    is_up = daemon.broker_pid(lab) is not None
+    broker = control.ask(lab, {"do": "status"}) if is_up else {}
+    qubes = {name: str(qube.state) for name, qube in lab.qubes().items()}
+    if arguments.json:
+        data = {"lab": str(lab.root), "up": is_up, **broker, "qubes": qubes, "knobs": lab.knobs().as_json()}
+        print(json.dumps(data, indent=2))
+        return 0
+    if not is_up:
+        print(f"{lab.root}: down; 'qvm-forward-lab up' starts it")
+    else:
+        print(f"{lab.root}: up (pid {broker['pid']}), {_describe(broker['network'])}")
+        whose = "Qubes' own parser" if broker["judge"] == "qrexec" else "the lab's evaluator"
+        print(f"policy judged by {whose}")
+        print(f"calls: {', '.join(f'{name} {count}' for name, count in broker['calls'].items()) or 'none'}")
+    for name, state in qubes.items():
+        print(f"  {name:20} {state}")
+    return 0
+
+
+def _verdicts(arguments: argparse.Namespace) -> int:
+    from .verdicts import OwnJudge, play
+
+    comparison = play(arguments.file, OwnJudge())
+    differences = comparison.differences
+    if arguments.json:
+        shown = [
+            {
+                "case": difference.index,
+                "policy": difference.policy,
+                "request": difference.request,
+                "recorded": difference.recorded,
+                "found": difference.found,
+            }
+            for difference in differences
+        ]
+        print(
+            json.dumps(
+                {"agree": comparison.agreed, "differ": len(differences), "differences": shown}, indent=2
+            )
+        )
+    else:
+        print(f"{comparison.agreed} verdicts agree, {len(differences)} differ")
+        for difference in differences[:_DIFFERENCES_SHOWN]:
+            print(f"case {difference.index}: {json.dumps(difference.request)}")
+            print("".join(f"    {line}\n" for line in difference.policy.splitlines()), end="")
+            print(f"  recorded {json.dumps(difference.recorded)}\n  found    {json.dumps(difference.found)}")
+    return 1 if differences else 0
+
+
+def _knob(arguments: argparse.Namespace) -> int:
+    lab = _lab(arguments)
+    if arguments.name is None:
+        print(json.dumps(lab.knobs().as_json(), indent=2))
+        return 0
+    if arguments.value is None:
+        raise UsageError(f"knob {arguments.name}: a value must follow")
+    if arguments.name == "drop":
+        return _drop(lab, arguments.value)
+    with lab.locked():
+        knobs = lab.knobs().with_text(arguments.name, arguments.value)
+        lab.write_knobs(knobs)
+    print(f"{arguments.name} = {json.dumps(knobs.as_json()[arguments.name])}")
+    return 0
+
+
+def _drop(lab: LabDirectory, text: str) -> int:
+    from . import control
+
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise TextError(text, "a share of the calls: a number from 0 to 1")
+    print(f"dropped {control.ask(lab, {'do': 'drop', 'share': share})['dropped']} calls")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from . import control, netns
+
+    lab = _lab(arguments)
+    program = arguments.program[1:] if arguments.program[:1] == ["--"] else arguments.program
+    if not program:
+        raise UsageError("run: a program must follow, as in 'run work -- sh'")
+    if arguments.qube != netns.LAN and lab.qube(arguments.qube).is_admin:
+        raise RefusedError("dom0 is this machine itself: run the program without the lab")
+    if control.ask(lab, {"do": "status"})["network"] == "namespaces":
+        netns.enter_for_good(lab, arguments.qube)
+    os.environ[_LAB_VARIABLE] = str(lab.root)
+    if arguments.qube != netns.LAN:
+        os.environ["QUBES_LAB_AGENT_SOCKET"] = str(lab.qube_dir(arguments.qube).agent_socket)
+        search = [
+            str(lab.client_program.parent),
+            str(Path(sys.executable).parent),
+            os.environ.get("PATH", os.defpath),
+        ]
+        os.environ["PATH"] = os.pathsep.join(search)
+    try:
+        os.execvp(program[0], program)  # noqa: S606 - the program is the user's own
+    except OSError as error:
+        raise RefusedError(f"{program[0]}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker's control socket: who is there, take up changes, and lose calls on purpose.
+
+One JSON object as one packet each way. The file system says who may use it.
+"""
+
+import json
+import os
+import socket
+from typing import Any
+
+import trio
+
+from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
+
+from .broker import Broker, bind_packets
+from .directory import LabDirectory
+from .started import socket_address
+
+_PACKET_MAX = 65536
+_TIMEOUT_S = 10.0
+
+
+async def serve_control(
+    broker: Broker, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer until cancelled; one asker at a time."""
+    with bind_packets(broker.view.lab.control_socket) as listener:
+        task_status.started()
+        while True:
+            asker, _ = await listener.accept()
+            with asker, trio.move_on_after(_TIMEOUT_S):
+                try:
+                    answer = await _answer(broker, json.loads(await asker.recv(_PACKET_MAX)))
+                except (ForwardError, ValueError, KeyError, TypeError) as error:
+                    answer = {"error": str(error)}
+                try:
+                    await asker.send(json.dumps(answer).encode())
+                except OSError:
+                    continue  # the asker did not wait
+
+
+async def _answer(broker: Broker, order: dict[str, Any]) -> dict[str, object]:
+    match order["do"]:
+        case "status":
+            return {
+                "pid": os.getpid(),
+                "network": broker.places.kind,
+                "judge": broker.view.judge_name,
+                "calls": broker.used_slots(),
+            }
+        case "reload":
+            await broker.reload()
+            return {}
+        case "drop":
+            return {"dropped": broker.drop(float(order["share"]), order.get("target"))}
+        case other:
+            raise RefusedError(f"{other!a}: the broker knows status, reload and drop")
+
+
+def ask(lab: LabDirectory, order: dict[str, object]) -> dict[str, Any]:
+    """The broker's answer; raises `RefusedError` if it says no, `StoreError` if it is not there.
+
+    Standard library only and blocking, at most 10 s.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(_TIMEOUT_S)
+        try:
+            with socket_address(lab.control_socket) as address:
+                sock.connect(address)
+            sock.send(json.dumps(order).encode())
+            answer: dict[str, Any] = json.loads(sock.recv(_PACKET_MAX))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{lab.control_socket}: the broker does not answer: {error}") from error
+    if "error" in answer:
+        raise RefusedError(str(answer["error"]))
+    return answer

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker as a process in the background: brought up, found again, and taken down.
+
+Whoever runs the broker holds an flock on the pid file; so a process id that was given to another program
+is never taken for a broker, and what a killed one left behind is removed by the next.
+"""
+
+import fcntl
+import logging
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from pathlib import Path
+
+import trio
+
+from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
+
+from . import netns
+from .broker import open_broker
+from .control import serve_control
+from .directory import LabDirectory
+from .places import Loopback
+from .verdicts import best_judge
+from .view import LabView
+
+_log = logging.getLogger("qubes_fwd_qrexec.lab")
+_READY = b"ready"
+_UP_TIMEOUT_S = 60.0
+_DOWN_TIMEOUT_S = 20.0
+_POLL_S = 0.02
+_LOCK_PATIENCE_S = 1.0
+_LOG_BYTES_MAX = 10_000_000
+
+
+class Network(StrEnum):
+    """What the user asked for: ``auto`` takes namespaces where they can be had."""
+
+    AUTO = "auto"
+    NAMESPACES = "namespaces"
+    LOOPBACK = "loopback"
+
+
+def broker_pid(lab: LabDirectory) -> int | None:
+    """The process id of the running broker, or None."""
+    try:
+        with open(lab.pid_file, encoding="ascii") as file:
+            if _try_lock(file.fileno()):
+                return None
+            text = file.read().strip()
+    except FileNotFoundError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def start(lab: LabDirectory, network: Network) -> int:
+    """Run a broker in the background and return its process id when it takes calls.
+
+    Raises `RefusedError` if one runs already, `StoreError` if it does not come up.
+    """
+    pid = broker_pid(lab)
+    if pid is not None:
+        raise RefusedError(f"{lab.root}: is up already (pid {pid}); 'qvm-forward-lab down' ends it")
+    lab.run_dir.mkdir(exist_ok=True)
+    ready_fd, its_ready_fd = os.pipe()
+    with open(ready_fd, "rb") as ready:
+        try:
+            with open(lab.log_file, "ab") as log:
+                if log.tell() > _LOG_BYTES_MAX:
+                    log.truncate(0)
+                process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(lab.root), network, str(its_ready_fd)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[its_ready_fd],
+                    start_new_session=True,
+                    cwd="/",
+                    env=os.environ | {"PYTHONPATH": _search_path()},
+                )
+        finally:
+            os.close(its_ready_fd)
+        if not select.select([ready], [], [], _UP_TIMEOUT_S)[0]:
+            process.kill()
+            process.wait()
+            raise StoreError(
+                f"{lab.root}: the broker is not ready after {_UP_TIMEOUT_S:g} s; see {lab.log_file}"
+            )
+        word = ready.read()
+    if word != _READY:
+        process.wait()
+        raise StoreError(word.decode(errors="replace") or f"the broker failed at once; see {lab.log_file}")
+    # It lives on without us; Popen would warn about that.
+    process.returncode = 0
+    return process.pid
+
+
+def stop(lab: LabDirectory) -> bool:
+    """End the broker and remove what it made; False if none ran. Raises `StoreError` if it does not end."""
+    pid = broker_pid(lab)
+    if pid is not None:
+        for sign, patience_s in ((signal.SIGTERM, _DOWN_TIMEOUT_S), (signal.SIGKILL, _DOWN_TIMEOUT_S)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, sign)
+            if _wait_until_down(lab, patience_s):
+                break
+        else:
+            raise StoreError(f"the broker (pid {pid}) does not end")
+    clean(lab)
+    return pid is not None
+
+
+def clean(lab: LabDirectory) -> None:
+    """Remove what a broker leaves behind when it is killed."""
+    for name in lab.qube_names():
+        lab.qube_dir(name).agent_socket.unlink(missing_ok=True)
+    lab.control_socket.unlink(missing_ok=True)
+    if netns.why_unavailable() is None:
+        netns.destroy(lab)
+
+
+def _wait_until_down(lab: LabDirectory, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
+    while broker_pid(lab) is not None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _search_path() -> str:
+    """This package's place first, so that the broker is of the same version as the program that starts it."""
+    inherited = os.environ.get("PYTHONPATH")
+    parts = [str(Path(__file__).parent.parent.parent), *([inherited] if inherited else [])]
+    return os.pathsep.join(parts)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _holding_pid_file(lab: LabDirectory) -> Iterator[None]:
+    with open(lab.pid_file, "a+", encoding="ascii") as file:
+        # Someone who only looks whether we run holds the lock for a moment.
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while not _try_lock(file.fileno()):
+            if time.monotonic() >= deadline:
+                raise RefusedError(f"{lab.root}: is up already")
+            time.sleep(_POLL_S)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _make_namespaces(lab: LabDirectory, network: Network) -> netns.Namespaces | None:
+    """Raises `StoreError` if they were asked for and cannot be had."""
+    if network is Network.LOOPBACK:
+        return None
+    problem = netns.why_unavailable()
+    if problem is None:
+        namespaces = netns.Namespaces(lab)
+        try:
+            namespaces.create()
+        except StoreError as error:
+            problem = str(error)
+        else:
+            return namespaces
+    if network is Network.NAMESPACES:
+        raise StoreError(problem)
+    _log.warning("all qubes share this machine's network: %s", problem)
+    return None
+
+
+async def _run(lab: LabDirectory, namespaces: netns.Namespaces | None, ready_fd: int) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+        view = LabView(lab, best_judge())
+        places = Loopback() if namespaces is None else namespaces
+        async with open_broker(view, places) as broker, trio.open_nursery() as nursery:
+            await nursery.start(serve_control, broker)
+            os.write(ready_fd, _READY)
+            os.close(ready_fd)
+            async for number in signals:
+                # A service may send SIGUSR1 to QREXEC_AGENT_PID to ask for one socket both ways
+                # (qrexec-agent-data.c); the lab has nothing to offer and must not die of it.
+                if number != signal.SIGUSR1:
+                    break
+            nursery.cancel_scope.cancel()
+
+
+def main(argv: list[str]) -> int:
+    """The broker's process: LAB NETWORK READY_FD. What keeps it from coming up goes to READY_FD."""
+    lab, network, ready_fd = LabDirectory.open(argv[1]), Network(argv[2]), int(argv[3])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    # A call takes about eight descriptors here, and a target may have 127 calls.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.set_inheritable(ready_fd, False)
+    status = 0
+    try:
+        with _holding_pid_file(lab):
+            clean(lab)
+            namespaces = _make_namespaces(lab, network)
+            try:
+                trio.run(_run, lab, namespaces, ready_fd, strict_exception_groups=True)
+            finally:
+                if namespaces is not None:
+                    namespaces.destroy()
+    except* ForwardError as failed:
+        problem = "; ".join(map(str, failed.exceptions))
+        _log.error("%s", problem)
+        with suppress(OSError):  # it may have been ready, and the pipe closed, before
+            os.write(ready_fd, problem.encode())
+        status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qvm-forward-lab demo``: one forward from the command in dom0 to the page on the LAN, and its end.
+
+Every step runs the real program and is checked; the first that is not as it should be ends the demo with
+exit status 1. As root the qubes are network namespaces with no IP path between them; otherwise they
+share this machine's loopback.
+"""
+
+import argparse
+import shlex
+import signal
+import socket
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from . import netns
+from .daemon import Network
+from .session import LabSession, SessionError, ended_by_signals, open_session, output_of
+
+_PAGE = "Hello from the qube 'work'. No IP packet can reach me.\n"
+_SERVER_TIMEOUT_S = 20.0
+_CLOSED_TIMEOUT_S = 10.0
+# A client that says where it connects from, and prints the page or why there is none.
+_CLIENT = """\
+import http.client, sys
+host, port, source = sys.argv[1:]
+try:
+    connection = http.client.HTTPConnection(host, int(port), timeout=10, source_address=(source, 0))
+    connection.request("GET", "/")
+    print(connection.getresponse().read().decode(), end="")
+except OSError as error:
+    sys.exit(f"no page: {error.strerror or error}")
+"""
+# Until the server in the qube accepts, which it does on its own loopback.
+_SERVER_CHECK = """\
+import socket, sys
+socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=1).close()
+"""
+
+
+class Stage(NamedTuple):
+    """Who is where: on namespaces, or on the loopback."""
+
+    address: str
+    port: str
+    target_port: str
+    allowed: str
+    stranger: str
+    network: str
+    listen: tuple[str, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Show a forward from end to end in a lab of its own; takes less than a minute."
+    parser.add_argument("--no-netns", action="store_true", help="use the loopback even as root")
+
+
+def run_demo(session: LabSession) -> None:
+    """All steps, in their order. Raises `SessionError` at the first that fails."""
+    stage = _stage(session)
+    if session.has_namespaces:
+        _say("Each qube of this lab is a network namespace. There is no IP path between sys-net and work:")
+        _show(session.in_qube("sys-net", "ip", "-brief", "address"))
+    else:
+        _say(
+            "The qubes of this lab share this machine's loopback. As root, with Debian's package iproute2, "
+            "each would have a network of its own."
+        )
+
+    _say(f"In the qube 'work', a web server listens on 127.0.0.1:{stage.target_port}.")
+    _start_server(session, stage)
+
+    _say("In dom0, one command makes it reachable, for eight hours and for one network:")
+    _forward(
+        session,
+        *("add", "work", f"{stage.port}:{stage.target_port}", "--name", "web", "--from", stage.network),
+        *("--mode=qrexec", "--expire", "+8h", "--comment", "demo for the office", *stage.listen),
+    )
+    _say("This is the rule, stored once at its target, and what was derived from it:")
+    _forward(session, "show", "work", "web")
+    _say("dom0's policy allows exactly this forward, and nothing else:")
+    policy = _forward(session, "policy")
+    _check(f"+{stage.target_port}" in policy and " work " in policy, "the policy has no line for the forward")
+
+    _say("In sys-net the listener finds its configuration, and listens:")
+    session.start_listener("sys-net")
+
+    _say(f"A client at {stage.allowed}, which is allowed, fetches the page:")
+    page = output_of(_client(session, stage, stage.allowed))
+    _show_text(page)
+    _check(page == _PAGE, "this is not the page that the server has")
+
+    _say(f"A client at {stage.stranger}, which is not allowed, is refused before dom0 is even asked:")
+    _show_text(_refusal(session, stage, stage.stranger))
+
+    _say("In dom0, the rule is removed:")
+    _forward(session, "remove", "work", "web")
+    policy = _forward(session, "policy")
+    _check(f"+{stage.target_port}" not in policy, "the policy still has a line for the forward")
+    _say("The line is gone from the policy, and the port is closed:")
+    _show_text(_wait_until_closed(session, stage))
+    _say("That was all. The lab is taken down.")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    network = Network.LOOPBACK if arguments.no_netns else Network.AUTO
+    try:
+        with ended_by_signals(signal.SIGTERM), open_session(network) as session:
+            run_demo(session)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the lab is taken down.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _stage(session: LabSession) -> Stage:
+    if session.has_namespaces:
+        return Stage(
+            netns.EDGE_ADDRESS, "80", "8080", netns.LAN_HOST, netns.LAN_HOST_REFUSED, "192.168.77.0/24", ()
+        )
+    return Stage(
+        "127.0.0.1", *_free_ports(), "127.0.0.1", "127.0.0.2", "127.0.0.1", ("--listen", "127.0.0.1")
+    )
+
+
+def _free_ports() -> tuple[str, str]:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return str(one.getsockname()[1]), str(other.getsockname()[1])
+
+
+def _start_server(session: LabSession, stage: Stage) -> None:
+    place = Path(session.lab.run_dir) / "www"
+    place.mkdir()
+    (place / "index.html").write_text(_PAGE, encoding="utf-8")
+    words = (
+        sys.executable,
+        "-m",
+        "http.server",
+        stage.target_port,
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(place),
+    )
+    with open(session.lab.run_dir / "www.log", "wb") as log:
+        server = session.start(session.in_qube("work", *words), stdout=log, stderr=log)
+    check = session.in_qube("work", sys.executable, "-c", _SERVER_CHECK, stage.target_port)
+    deadline = time.monotonic() + _SERVER_TIMEOUT_S
+    while True:
+        try:
+            output_of(check)
+            return
+        except SessionError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SessionError(
+                    f"the web server does not start; is port {stage.target_port} taken?"
+                ) from None
+
+
+def _client(session: LabSession, stage: Stage, source: str) -> list[str]:
+    client = (sys.executable, "-c", _CLIENT, stage.address, stage.port, source)
+    return session.in_qube(netns.LAN, *client) if session.has_namespaces else list(client)
+
+
+def _refusal(session: LabSession, stage: Stage, source: str) -> str:
+    """What a client is told that gets no page. Raises `SessionError` if it gets one."""
+    try:
+        page = output_of(_client(session, stage, source))
+    except SessionError as error:
+        return str(error).rpartition("no page: ")[2]
+    raise SessionError(f"the client at {source} got a page: {page!a}")
+
+
+def _wait_until_closed(session: LabSession, stage: Stage) -> str:
+    deadline = time.monotonic() + _CLOSED_TIMEOUT_S
+    while True:
+        refusal = _refusal(session, stage, stage.allowed)
+        if "refused" in refusal:
+            return refusal
+        if time.monotonic() > deadline:
+            raise SessionError(f"the port is not closed: {refusal}")
+
+
+def _forward(session: LabSession, *words: str) -> str:
+    print(f"    $ qvm-forward {shlex.join(words)}")
+    output = session.forward(*words)
+    _show_text(output)
+    return output
+
+
+def _show(words: list[str]) -> None:
+    _show_text(output_of(words))
+
+
+def _show_text(text: str) -> None:
+    print(textwrap.indent(text.rstrip("\n"), "    "), flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"\n{textwrap.fill(text, 100)}", flush=True)
+
+
+def _check(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise SessionError(otherwise)

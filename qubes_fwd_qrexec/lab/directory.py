@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The directory that holds a lab: where each thing lies, and the few ways to read and change it.
+
+It is the lab's inventory, its features and its QubesDB, read and written by ``qvm-forward`` as dom0's
+would be; so this module is standard library only and quick to import. It starts nothing and knows
+nothing of the broker. Each write is a temporary name and a rename: a reader sees the old or the new
+value. Writers that read before they write hold `LabDirectory.locked`.
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qubes_fwd_qrexec.errors import StoreError, TextError
+from qubes_fwd_qrexec.values import QubeName, parse_printable, parse_qube_name
+
+from .knobs import Knobs
+from .qube import Qube, QubeState
+
+VERSION = 1
+LAB_FILE = "lab.json"
+# qubes-core-admin qubes/ext/vm_config.py: what the name of a delivered feature begins with.
+DELIVERED_PREFIX = "vm-config."
+# qubes-core-qrexec libqrexec/exec.c: the order in which an agent looks for a service and its configuration.
+SEARCH_ROOTS = ("run", "usr-local-etc", "etc")
+# qubes-core-admin qubes/api/admin.py: [a-zA-Z0-9_.-]+. A leading dot is kept for files half written.
+_FEATURE_NAME = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*\Z", re.ASCII)
+_LOCK_TIMEOUT_S = 10.0
+_LOCK_RETRY_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class QubeDirectory:
+    """Where the things of one qube lie."""
+
+    root: Path
+
+    @property
+    def file(self) -> Path:
+        return self.root / "qube.json"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features"
+
+    @property
+    def vm_config(self) -> Path:
+        """What the qube's QubesDB has under ``/vm-config``, one file for each key."""
+        return self.root / "vm-config"
+
+    @property
+    def service_dirs(self) -> tuple[Path, ...]:
+        """In the order of the search."""
+        return tuple(self.root / root / "qubes-rpc" for root in SEARCH_ROOTS)
+
+    @property
+    def rpc_config_dirs(self) -> tuple[Path, ...]:
+        """In the order of the search."""
+        return tuple(self.root / root / "qubes" / "rpc-config" for root in SEARCH_ROOTS)
+
+    @property
+    def agent_socket(self) -> Path:
+        return self.root / "qrexec.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class LabDirectory:
+    """A lab's directory; `open` checks that it is one. ``root`` is absolute."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "LabDirectory":
+        """The lab at ``path``; raises `StoreError` if there is none, or one of another version."""
+        lab = cls(Path(path).absolute())
+        lab.knobs()
+        if not lab.qubes_dir.is_dir():
+            raise StoreError(f"{lab.qubes_dir}: missing; 'qvm-forward-lab init DIR' makes a whole lab")
+        return lab
+
+    @property
+    def file(self) -> Path:
+        return self.root / LAB_FILE
+
+    @property
+    def policy_dir(self) -> Path:
+        return self.root / "policy.d"
+
+    @property
+    def qubes_dir(self) -> Path:
+        return self.root / "qubes"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def pid_file(self) -> Path:
+        """Holds the broker's process id; whoever runs the broker holds an flock on it."""
+        return self.run_dir / "broker.pid"
+
+    @property
+    def log_file(self) -> Path:
+        return self.run_dir / "broker.log"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.run_dir / "control.sock"
+
+    @property
+    def client_program(self) -> Path:
+        """The stand-in for ``qrexec-client-vm``."""
+        return self.root / "bin" / "qrexec-client-vm"
+
+    def qube_dir(self, name: str) -> QubeDirectory:
+        """Raises `StoreError` for what is no qube's name, so that no name leaves the directory."""
+        try:
+            return QubeDirectory(self.qubes_dir / parse_qube_name(name))
+        except TextError as error:
+            raise StoreError(f"{self.qubes_dir}: {error}") from error
+
+    def qube_names(self) -> list[QubeName]:
+        """The names of all qubes, sorted."""
+        try:
+            entries = sorted(
+                entry.name for entry in self.qubes_dir.iterdir() if not entry.name.startswith(".")
+            )
+        except OSError as error:
+            raise StoreError(f"{self.qubes_dir}: {error.strerror}") from error
+        return [QubeName(self.qube_dir(name).root.name) for name in entries]
+
+    def qubes(self) -> dict[QubeName, Qube]:
+        """All qubes by name; raises `StoreError` if one of them cannot be read."""
+        return {name: self.qube(name) for name in self.qube_names()}
+
+    def qube(self, name: str) -> Qube:
+        """Raises `StoreError` if there is no such qube or its file is not as it should be."""
+        path = self.qube_dir(name).file
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise StoreError(f"{path}: no qube {name!a}; there are {', '.join(self.qube_names())}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"{path}: {error}") from error
+        return Qube.parse(name, text, str(path))
+
+    def write_qube(self, qube: Qube) -> None:
+        """Make or change a qube; its QubesDB follows its state: filled at start, empty when halted."""
+        place = self.qube_dir(qube.name)
+        for directory in (place.features, place.vm_config):
+            directory.mkdir(parents=True, exist_ok=True)
+        if qube.is_running:
+            for key, value in self.features(qube.name).items():
+                if key.startswith(DELIVERED_PREFIX):
+                    write_text(place.vm_config / key.removeprefix(DELIVERED_PREFIX), value)
+        # In this order nobody sees a running qube that lacks its configuration.
+        write_text(place.file, str(qube))
+        if not qube.is_running:
+            for path in place.vm_config.iterdir():
+                path.unlink(missing_ok=True)
+
+    def set_state(self, name: str, state: QubeState) -> None:
+        """Start or halt a qube, as `write_qube` does; nothing happens if it is in that state already."""
+        qube = self.qube(name)
+        if qube.state is not state:
+            self.write_qube(replace(qube, state=state))
+
+    def features(self, name: str) -> dict[str, str]:
+        """A qube's own features, by name."""
+        return _read_values(self.qube_dir(name).features)
+
+    def vm_config(self, name: str) -> dict[str, str]:
+        """What the qube itself can read in its QubesDB under ``/vm-config``."""
+        return _read_values(self.qube_dir(name).vm_config)
+
+    def feature(self, name: str, key: str, *, with_template: bool = False) -> str | None:
+        """One feature's value, or None; as ``features.check_with_template`` does if ``with_template``."""
+        value = self.features(name).get(key)
+        if value is None and with_template:
+            template = self.qube(name).template
+            if template is not None:
+                return self.features(template).get(key)
+        return value
+
+    def set_feature(self, name: str, key: str, value: str) -> None:
+        """Set a feature; a running qube sees a ``vm-config.`` one at once. Raises `StoreError`."""
+        place = self.qube_dir(name)
+        path = place.features / _checked_feature(place, key)
+        try:
+            write_text(path, parse_printable(value))
+        except TextError as error:
+            raise StoreError(f"{path}: {error}") from error
+        if key.startswith(DELIVERED_PREFIX) and self.qube(name).is_running:
+            write_text(place.vm_config / key.removeprefix(DELIVERED_PREFIX), value)
+
+    def remove_feature(self, name: str, key: str) -> None:
+        """Remove a feature, and what a qube sees of it; nothing happens if it is not there."""
+        place = self.qube_dir(name)
+        (place.features / _checked_feature(place, key)).unlink(missing_ok=True)
+        if key.startswith(DELIVERED_PREFIX):
+            (place.vm_config / key.removeprefix(DELIVERED_PREFIX)).unlink(missing_ok=True)
+
+    def knobs(self) -> Knobs:
+        """What ``lab.json`` sets; raises `StoreError` that names the file and the key."""
+        try:
+            data = json.loads(self.file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StoreError(
+                f"{self.root}: not a lab: {LAB_FILE} is missing; 'qvm-forward-lab init DIR' makes one"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.file}: {error}") from error
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise StoreError(f'{self.file}: must be {{"version": {VERSION}, "knobs": {{...}}}}')
+        return Knobs.parse(data.get("knobs", {}), str(self.file))
+
+    def write_knobs(self, knobs: Knobs) -> None:
+        data = {"version": VERSION, "knobs": knobs.as_json()}
+        write_text(self.file, json.dumps(data, indent=2) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Exclude other writers; raises `StoreError` if one of them does not let go within 10 s."""
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        with open(self.lock_file, "a", encoding="ascii") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise StoreError(f"{self.lock_file}: another program changes this lab") from None
+                    time.sleep(_LOCK_RETRY_S)
+            yield
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Replace a file as a whole; raises `StoreError`. ``mode`` holds whatever the umask is."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path}: {error.strerror}") from error
+
+
+def _checked_feature(place: QubeDirectory, key: str) -> str:
+    if not _FEATURE_NAME.match(key):
+        raise StoreError(f"{place.features}: {key!a} is no feature's name: [a-zA-Z0-9_.-]+, no dot first")
+    if not place.file.exists():
+        raise StoreError(f"{place.file}: no such qube")
+    return key
+
+
+def _read_values(directory: Path) -> dict[str, str]:
+    try:
+        return {
+            path.name: path.read_text(encoding="utf-8")
+            for path in sorted(directory.iterdir())
+            if not path.name.startswith(".")
+        }
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{directory}: {error}") from error

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The knobs of a lab: what its qrexec is made to do so that others can be tried under it.
+
+A value of ``lab.json``, checked; the broker obeys it from the next call on. Death in mid-stream is no
+state but an act: `qubes_fwd_qrexec.lab.control` has it.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from qubes_fwd_qrexec.errors import StoreError, TextError
+from qubes_fwd_qrexec.values import parse_number
+
+# Measured on qrexec 4.4: 127 calls held, the next one refused with status 126 (ports are handed out in steps
+# of two from 256, daemon/qrexec-daemon.c). Stock 4.3 manages 10 to 25.
+CALLS_PER_TARGET = 127
+_LATENCY_MAX_MS = 600_000
+_CALLS_MAX = 65_535
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """How calls fare. ``refuse`` and ``hang`` hold ``TARGET`` or ``TARGET/SERVICE`` (either may be ``*``)."""
+
+    calls_per_target: int = CALLS_PER_TARGET
+    latency_ms: int = 0
+    refuse: tuple[str, ...] = ()
+    hang: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.calls_per_target <= _CALLS_MAX:
+            raise TextError(str(self.calls_per_target), f"a number of calls: 0 to {_CALLS_MAX}")
+        if not 0 <= self.latency_ms <= _LATENCY_MAX_MS:
+            raise TextError(str(self.latency_ms), f"a latency in milliseconds: 0 to {_LATENCY_MAX_MS}")
+        for pattern in (*self.refuse, *self.hang):
+            if not pattern or " " in pattern or pattern.count("/") > 1:
+                raise TextError(pattern, "TARGET or TARGET/SERVICE, where * stands for any")
+
+    @classmethod
+    def parse(cls, data: object, place: str) -> Self:
+        """From the JSON object under ``knobs``; raises `StoreError` that names ``place`` and the knob."""
+        if not isinstance(data, dict):
+            raise StoreError(f"{place}: 'knobs' must be an object")
+        found: dict[str, Any] = {}
+        for name, value in data.items():
+            if name not in _NAMES:
+                raise StoreError(f"{place}: unknown knob {name!a}; there are {', '.join(_NAMES)}")
+            if name in _LISTS:
+                if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                    raise StoreError(f"{place}: knob {name!a} must be a list of strings")
+                found[name] = tuple(value)
+            else:
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise StoreError(f"{place}: knob {name!a} must be a whole number")
+                found[name] = value
+        try:
+            return cls(**found)
+        except TextError as error:
+            raise StoreError(f"{place}: {error}") from error
+
+    def with_text(self, name: str, text: str) -> Self:
+        """One knob set from text: a number, or a list parted by commas (empty: none). Raises `TextError`."""
+        if name not in _NAMES:
+            raise TextError(name, f"a knob: one of {', '.join(_NAMES)}")
+        value: Any = tuple(filter(None, text.split(","))) if name in _LISTS else parse_number(text)
+        return replace(self, **{name: value})
+
+    def as_json(self) -> dict[str, object]:
+        """All knobs, in the form that `parse` reads."""
+        return {
+            name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in _NAMES
+        }
+
+    def refuses(self, target: str, service: str) -> bool:
+        return any(_fits(pattern, target, service) for pattern in self.refuse)
+
+    def hangs(self, target: str, service: str) -> bool:
+        return any(_fits(pattern, target, service) for pattern in self.hang)
+
+
+_NAMES = tuple(field.name for field in fields(Knobs))
+_LISTS = ("refuse", "hang")
+
+
+def _fits(pattern: str, target: str, service: str) -> bool:
+    """Whether ``SERVICE`` in the pattern is ``service`` itself, or its name before the ``+``."""
+    wanted_target, _, wanted_service = pattern.partition("/")
+    return wanted_target in ("*", target) and wanted_service in ("", "*", service, service.partition("+")[0])

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Telling the service manager how we are, by sd_notify(3): a datagram to the socket it names, if any."""
+
+import contextlib
+import os
+import socket
+
+
+def notify(*assignments: str) -> None:
+    """Send ``READY=1``, ``STOPPING=1``, ``STATUS=...``; does nothing where nobody asked to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto("\n".join(assignments).encode(), address)

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""qvm-forward on a lab: what its changes say and leave behind, and how it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import ADD, NOW, content
+
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.values import QubeName
+
+Forward = Callable[..., Any]
+
+
+def change(lab: LabDirectory, name: str, **more: Any) -> None:
+    from dataclasses import replace
+
+    lab.write_qube(replace(lab.qube(name), **more))
+
+
+def test_add_opens_and_says_for_whom(forward: Forward, lab: LabDirectory) -> None:
+    result = forward(*ADD, "--mode=qrexec", "--expire", "+8h", "--comment", "demo for the office")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith(
+        "Forward work web is stored and active. Connections to port 80 of sys-net from 192.168.0.0/16 reach "
+        "port 8080 of work.\nIt ends "
+    )
+    assert "(in 8 h)" in result.out
+    assert "come from 127.0.0.1, which some servers trust" in result.out
+    assert lab.feature("work", "forward.web") == (
+        "action=forward mode=qrexec forwardtype=external proto=tcp srcports=80-80 dstports=8080-8080 "
+        f"srchosts=192.168.0.0/16 owner=work path=sys-firewall,sys-net expire={NOW + 8 * 3600} "
+        "comment=demo for the office"
+    )
+    assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
+    policy = (lab.policy_dir / "30-forward.policy").read_text()
+    assert "qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no\n" in policy
+
+
+def test_add_takes_all_options(forward: Forward, lab: LabDirectory) -> None:
+    options = (
+        "--via sys-firewall --listen 10.137.0.6 --transport call --proxy off --autostart --on-expire drain"
+    )
+    more = "--follow-netvm --bypass-tunnel --proto tcp --expire never"
+    result = forward("add", "work", "80-81:90-91", "--from", "10.0.0.0/8", *options.split(), *more.split())
+    assert result.status == 0
+    assert lab.feature("work", "forward.tcp-80-81") == (
+        "action=forward mode=auto forwardtype=external via=sys-firewall proto=tcp srcports=80-81 "
+        "dstports=90-91 srchosts=10.0.0.0/8 listen=10.137.0.6 transport=call autostart=yes on-expire=drain "
+        "owner=work path=sys-firewall,sys-net follow-netvm=yes bypass-tunnel=yes"
+    )
+
+
+def test_several_sources_by_repetition_or_commas(forward: Forward, lab: LabDirectory) -> None:
+    forward("add", "work", "80", "--from", "10.0.0.0/8,fd00::/8", "--from", "192.0.2.1")
+    assert "srchosts=10.0.0.0/8,192.0.2.1/32,fd00::/8" in (lab.feature("work", "forward.tcp-80") or "")
+
+
+def test_names_are_made_up_and_stay_unique(forward: Forward, lab: LabDirectory) -> None:
+    for listen in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
+        assert forward("add", "work", "80", "--from", "any", "--listen", listen).status == 0
+    assert forward("add", "work", "60000-60010", "--from", "any").status == 0
+    keys = {key for key in lab.features("work") if key.startswith("forward.")}
+    assert keys == {"forward.tcp-80", "forward.tcp-80-2", "forward.tcp-80-3", "forward.tcp-60000-60010"}
+
+
+REFUSED = [
+    (("add", "work", "80"), 2, "--from is missing: say who may connect"),
+    (("add", "work", "80", "--from", "10.0.0.1/8"), 2, "10.0.0.0/8 would be right"),
+    (("add", "work", "80", "--from", "any,10.0.0.0/8"), 2, "'any' is not a network"),
+    (("add", "work", "80", "--from", "any", "--expire", "soon"), 2, "'soon' is not a time such as +8h"),
+    (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "--expire 1 is over already"),
+    (("add", "work", "80-81:90", "--from", "any"), 2, "both must have the same number"),
+    (("add", "work", "80", "--from", "any", "--proto", "udp", "--mode", "qrexec"), 2, "udp needs mode=nft"),
+    (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "only TCP works"),
+    (("add", "work", "80", "--from", "any", "--mode", "nft"), 1, "cannot do that yet"),
+    (("add", "work", "80", "--from", "any", "--limits", "rate:1"), 1, "leave limits out"),
+    (("add", "gone", "80", "--from", "any"), 1, "There is no qube gone"),
+    (("add", "dom0", "80", "--from", "any"), 1, "is the administrative qube"),
+    (("add", "vault", "80", "--from", "any"), 1, "--via QUBE"),
+    (("add", "untrusted", "80", "--from", "any"), 1, "behind a tunnel, marked at sys-vpn"),
+    (("add", "work", "81", "--from", "any", "--name", "web"), 1, "work web exists already"),
+    (("add", "personal", "80", "--from", "any"), 1, "Rule work web has port 80 of sys-net already"),
+    (("add", "vault", "80", "--from", "any", "--disabled"), 1, "--via QUBE"),
+    (("set", "work", "web", "bogus=1"), 2, "option 'bogus': unknown option"),
+    (("set", "work", "web", "bogus="), 2, "option 'bogus': unknown option"),
+    (("set", "work", "web", "expire"), 2, "an option is written name=value"),
+    (("set", "work", "web", "expire=x"), 2, "'x' is not a time"),
+    (("set", "work", "web", "srchosts="), 2, "option 'srchosts': missing"),
+    (("set", "work", "web", "via=a", "via=b"), 2, "option 'via': stands twice"),
+    (("set", "work", "web", "via=work"), 1, "work web was not changed. work cannot listen for itself"),
+    (("set", "work", "nope", "via=a"), 1, "work has no forward 'nope': it has web"),
+    (("set", "gone", "web", "via=a"), 1, "there is no qube 'gone'"),
+    (("remove", "work", "web", "nope"), 1, "work has no forward 'nope'"),
+    (("remove", "vault", "web"), 1, "it has none; 'qvm-forward list' shows all"),
+    (("enable", "work", "nope"), 1, "work has no forward"),
+    (("show", "work", "nope"), 1, "work has no forward"),
+    (("list", "gone"), 1, "there is no qube 'gone'"),
+    (("export", "gone"), 1, "there is no qube 'gone'"),
+    (("export", "--json", "--format", "xml"), 1, "leave one out"),
+    (("import", "/does/not/exist"), 1, "/does/not/exist: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("argv", "status", "words"), REFUSED)
+def test_what_is_refused_is_explained_and_changes_nothing(
+    forward: Forward, lab: LabDirectory, argv: tuple[str, ...], status: int, words: str
+) -> None:
+    forward(*ADD)
+    before = content(lab)
+    result = forward(*argv)
+    assert (result.status, result.out) == (status, "")
+    assert words in result.err
+    assert content(lab) == before
+
+
+USAGE = [
+    (("add", "work", "0", "--from", "any"), "'0' is not a port or range"),
+    (("add", "wo rk", "80", "--from", "any"), "'wo rk' is not a qube's name"),
+    (("add", "work", "80", "--from", "any", "--name", "tunnel"), "marks a tunnel qube"),
+    (("add", "work", "80", "--from", "any", "--comment", "a\nb"), "printable ASCII on one line"),
+    (("add", "work", "80", "--from", "any", "--internal", "--via", "a"), "not allowed with"),
+    (("add", "work", "80", "--from", "any", "--mode", "fast"), "one of auto, nft, qrexec"),
+    ((), "COMMAND"),
+    (("nonsense",), "invalid choice"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), USAGE)
+def test_a_wrong_command_line_is_a_usage_error(
+    forward: Forward, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        forward(*argv)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_set_changes_options_and_empties_them(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD, "--comment", "old")
+    result = forward("set", "work", "web", "expire=+1h", "srchosts=10.0.0.0/8", "comment=a new one")
+    assert result.status == 0
+    line = lab.feature("work", "forward.web") or ""
+    assert f"srchosts=10.0.0.0/8 owner=work path=sys-firewall,sys-net expire={NOW + 3600}" in line
+    assert line.endswith("comment=a new one")
+    assert "srchosts=10.0.0.0/8" in lab.vm_config("sys-net")["fwd.work.web"]
+    forward("set", "work", "web", "expire=never", "comment=", "dstports=")
+    assert "expire" not in (lab.feature("work", "forward.web") or "")
+    assert "dstports=80-80" in (lab.feature("work", "forward.web") or "")
+
+
+def test_disable_closes_and_enable_opens(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    opened = content(lab)
+    assert "is disabled and closed" in forward("disable", "work", "web").out
+    assert lab.vm_config("sys-net") == {}
+    assert "+8080" not in (lab.policy_dir / "30-forward.policy").read_text()
+    assert "is enabled and active" in forward("enable", "work", "web").out
+    assert content(lab) == opened
+
+
+def test_enable_does_not_take_a_port_that_is_taken(forward: Forward) -> None:
+    forward(*ADD, "--disabled")
+    assert forward("add", "personal", "80", "--from", "any").status == 0
+    result = forward("enable", "work", "web")
+    assert result.status == 1
+    assert "work web was not enabled. Rule personal tcp-80 has port 80 of sys-net already" in result.err
+
+
+def test_a_disabled_rule_may_wait_for_a_port_that_is_taken(forward: Forward) -> None:
+    forward(*ADD)
+    result = forward("add", "personal", "80", "--from", "any", "--disabled")
+    assert result.status == 0
+    assert "stored and closed. It was disabled" in result.out
+
+
+def test_remove_leaves_nothing_behind(forward: Forward, lab: LabDirectory) -> None:
+    forward("apply")
+    before = content(lab)
+    forward(*ADD)
+    assert forward("remove", "work", "web").out == "Forward work web is removed and closed.\n"
+    assert content(lab) == before
+
+
+def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) -> None:
+    forward("apply")
+    result = forward(*ADD, "--no-apply")
+    assert "is stored; 'qvm-forward apply' opens it. Then: Connections to port 80" in result.out
+    assert lab.vm_config("sys-net") == {}
+    dry = forward("apply", "--dry-run")
+    assert dry.out.startswith("This would change:\n  policy: from now on qubes.ForwardTCP +8080 sys-net work")
+    assert lab.vm_config("sys-net") == {}
+    assert forward("apply").out.startswith("Changed:\n")
+    assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
+    assert "'qvm-forward apply' closes it" in forward("remove", "work", "web", "--no-apply").out
+    assert lab.vm_config("sys-net") != {}
+
+
+def test_a_rule_expires_at_the_next_apply(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD, "--expire", "+60")
+    assert forward("apply", now=NOW + 60).status == 0
+    assert lab.vm_config("sys-net") == {}
+    assert forward("list", "--json", now=NOW + 60).json["forwards"][0]["state"] == "expired"
+
+
+def test_a_changed_netvm_suspends_until_confirmed(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    change(lab, "work", netvm=QubeName("sys-net"))
+    assert "netvms of work were sys-firewall - sys-net" in forward("list").out
+    forward("apply")
+    assert lab.vm_config("sys-net") == {}
+    assert "is confirmed and active" in forward("confirm", "work", "web").out
+    assert "path=sys-net" in (lab.feature("work", "forward.web") or "")
+
+
+def test_a_clone_exposes_nothing_until_confirmed(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    lab.set_feature("personal", "forward.web", lab.feature("work", "forward.web") or "")
+    listed = forward("list", "personal", "--json").json["forwards"]
+    assert [entry["cause"] for entry in listed] == ["cloned"]
+    result = forward("confirm", "personal", "web")
+    assert result.status == 1
+    assert "personal web was not confirmed. Rule work web has port 80" in result.err
+    forward("remove", "work", "web")
+    assert forward("confirm", "personal", "web").status == 0
+
+
+def test_a_halted_qube_waits_and_is_delivered_at_its_start(forward: Forward, lab: LabDirectory) -> None:
+    lab.set_state("sys-net", QubeState.HALTED)
+    assert "is stored and waiting. sys-net is halted" in forward(*ADD).out
+    lab.set_state("sys-net", QubeState.RUNNING)
+    assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
+
+
+def test_a_stored_rule_that_is_refused_fails_apply_and_the_rest_is_done(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    lab.set_feature("work", "forward.udp", "action=forward proto=udp srcports=53 srchosts=any owner=work")
+    forward(*ADD, "--no-apply")
+    result = forward("apply")
+    assert result.status == 1
+    assert "work udp is refused. The rule asks for proto=udp" in result.err
+    assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
+
+
+def test_a_directory_that_is_no_lab_is_refused(forward: Forward, tmp_path: Path) -> None:
+    result = forward("list", lab_dir=tmp_path)
+    assert result.status == 1
+    assert "not a lab" in result.err
+
+
+def test_lab_is_taken_before_and_after_the_command(
+    forward: Forward, lab: LabDirectory, tmp_path: Path
+) -> None:
+    assert forward("--lab", str(lab.root), "list", lab_dir=tmp_path).status == 0
+    assert forward("list", "--lab", str(lab.root), lab_dir=tmp_path).status == 0
+
+
+def _without_delivery(lab: LabDirectory, name: str) -> Path:
+    """Put a file where the listener's directory was: its configuration can no longer be delivered."""
+    place = lab.qube_dir(name).vm_config
+    place.rmdir()
+    place.write_text("")
+    return place
+
+
+def test_what_cannot_be_delivered_is_said_and_closed_again_and_apply_finishes(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    place = _without_delivery(lab, "sys-net")
+    result = forward(*ADD)
+    assert (result.status, result.out) == (1, "")
+    assert "the rules are changed, but not everything could be done" in result.err
+    assert "Done: policy: from now on qubes.ForwardTCP +8080 sys-net work" in result.err
+    assert "Not done: sys-net: listen for fwd.work.web" in result.err
+    assert "closed in dom0's policy again" in result.err
+    assert "+8080" not in (lab.policy_dir / "30-forward.policy").read_text()
+    place.unlink()
+    place.mkdir()
+    assert forward("apply").status == 0
+    assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
+
+
+def test_the_mark_of_a_tunnel_is_not_taken_for_a_rule(forward: Forward, lab: LabDirectory) -> None:
+    lab.set_feature("sys-firewall", "forward.tunnel", "1")
+    assert forward("list").out == "No forwards.\n"
+    assert "marked at sys-firewall (feature forward.tunnel)" in forward(*ADD).err

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Walks along netvms, features with their templates, and the marks of tunnels."""
+
+import pytest
+from worlds import qube, world
+
+from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory
+from qubes_fwd_qrexec.values import QubeName
+
+WORK = QubeName("work")
+
+
+def test_a_chain_is_nearest_first() -> None:
+    assert world().chain(QubeName("hidden")).qubes == ("sys-vpn", "sys-firewall", "sys-net")
+    assert world().chain(QubeName("vault")) == ((), None)
+
+
+def test_a_chain_that_bites_its_tail_ends_with_a_problem() -> None:
+    chain = world(qube("a", "b"), qube("b", "a")).chain(QubeName("a"))
+    assert chain.qubes == ("b",)
+    assert chain.problem == "the netvms of a lead in a circle at a; mend its netvm"
+
+
+def test_a_chain_is_bounded() -> None:
+    row = [qube(f"n{i}", f"n{i + 1}") for i in range(CHAIN_MAX + 1)]
+    inventory = world(*row, qube(f"n{CHAIN_MAX + 1}"))
+    chain = inventory.chain(QubeName("n0"))
+    assert len(chain.qubes) == CHAIN_MAX
+    assert chain.problem == f"n0 has more than {CHAIN_MAX} netvms in a row"
+    assert inventory.chain(QubeName("n1")).problem is None
+
+
+def test_a_feature_is_looked_up_in_the_template_unless_the_qube_has_its_own() -> None:
+    key = "supported-rpc.qubes.ForwardTCP"
+    assert world().feature(WORK, key) == "1"
+    own = world(qube("work", template=QubeName("fedora-42"), features={key: ""}))
+    assert own.feature(WORK, key) == ""
+    assert world(qube("work", template=QubeName("gone"))).feature(WORK, key) is None
+
+
+@pytest.mark.parametrize(
+    ("features", "tags", "mark"),
+    [
+        ({}, {"anon-gateway"}, "tag anon-gateway"),
+        ({"whonix-gw": "1"}, (), "feature whonix-gw"),
+        ({"forward.tunnel": "1"}, (), "feature forward.tunnel"),
+        ({"service.vpn-handler-openvpn": "1"}, (), "feature service.vpn-handler-openvpn"),
+        ({"service.vpn-handler": "1"}, (), "feature service.vpn-handler"),
+        ({"service.vpn-handler": "", "forward.tunnel": "", "whonix-gw": ""}, {"anon-vm"}, None),
+        ({"service.crond": "1"}, (), None),
+    ],
+)
+def test_marks_of_a_tunnel(features: dict[str, str], tags: set[str], mark: str | None) -> None:
+    inventory = Inventory({QubeName("gate"): qube("gate", features=features, tags=frozenset(tags))})
+    found = inventory.tunnel_mark(QubeName("gate"))
+    assert (found and found.mark) == mark
+
+
+def test_a_mark_of_the_template_counts() -> None:
+    whonix = qube("whonix", klass="TemplateVM", features={"whonix-gw": "1"})
+    inventory = world(whonix, qube("gate", template=QubeName("whonix")))
+    assert str(inventory.tunnel_mark(QubeName("gate"))) == "gate (feature whonix-gw)"
+
+
+@pytest.mark.parametrize(
+    ("exposed", "marked"),
+    [
+        ("sys-vpn", None),
+        ("neighbour", None),
+        ("sys-firewall", "sys-vpn"),
+        ("sys-net", "sys-vpn"),
+        ("personal", "sys-vpn"),
+        ("vault", "sys-vpn"),
+    ],
+)
+def test_only_at_the_nearest_tunnel_or_behind_it_nothing_is_bypassed(
+    exposed: str, marked: str | None
+) -> None:
+    found = world(qube("neighbour", "sys-vpn")).bypassed_tunnel(QubeName("hidden"), QubeName(exposed))
+    assert (found and found.qube) == marked
+
+
+def test_of_two_tunnels_the_nearest_decides() -> None:
+    outer = qube("sys-firewall", "sys-net", tags=frozenset({"anon-gateway"}))
+    found = world(outer).bypassed_tunnel(QubeName("hidden"), QubeName("sys-firewall"))
+    assert found is not None
+    assert found.qube == "sys-vpn"
+
+
+@pytest.mark.parametrize("more", [{"tags": frozenset({"anon-vm"})}, {"features": {"whonix-ws": "1"}}])
+def test_an_anonymous_target_is_exposed_nowhere_but_behind_its_gateway(more: dict[str, object]) -> None:
+    gate = qube("gate", "sys-net", tags=frozenset({"anon-gateway"}))
+    inventory = world(gate, qube("anon", "gate", **more), qube("lost", "sys-net", **more))
+    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("gate")) is None
+    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("sys-net")) is not None
+    assert inventory.bypassed_tunnel(QubeName("lost"), QubeName("sys-net")) is not None

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The manual and the completion know every command and option that there is."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from worlds import Command
+
+from qubes_fwd_qrexec.admin import cli, complete, parser
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+
+ROOT = Path(__file__).parents[2]
+MANUAL = (ROOT / "docs" / "qvm-forward.rst").read_text()
+COMMANDS = complete._commands(parser.build())
+
+
+def test_every_command_is_one_that_runs() -> None:
+    assert COMMANDS.keys() == cli._COMMANDS.keys()
+    assert all(callable(cli._command(name)) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_its_options_are_in_the_manual(name: str) -> None:
+    assert f"**{name}**" in MANUAL
+    for option in COMMANDS[name]._option_string_actions:
+        if option.startswith("--"):
+            assert f".. option:: {option}" in MANUAL, option
+
+
+def test_every_command_and_option_has_help() -> None:
+    for command in COMMANDS.values():
+        assert command.description
+        assert isinstance(command.format_help(), str)
+        for action in command._actions:
+            assert action.help or action.metavar, action
+
+
+@pytest.fixture
+def system(forward: Command, lab: LabDirectory) -> LabDirectory:
+    forward("add", "work", "80", "--from", "any", "--name", "web")
+    forward("add", "personal", "81", "--from", "any")
+    lab.set_feature("vault", "forward.bad", "x")
+    return lab
+
+
+QUBES = ["personal", "sys-firewall", "sys-net", "sys-vpn", "untrusted", "vault", "work"]
+LINES = [
+    ([""], sorted(COMMANDS)),
+    (["re"], ["remove"]),
+    (["--l"], ["--lab"]),
+    (["--lab", ""], []),
+    (["add", ""], QUBES),
+    (["add", "work", ""], []),
+    (["add", "work", "80", "--m"], ["--mode"]),
+    (["add", "work", "80", "--mode", ""], ["auto", "nft", "qrexec"]),
+    (["add", "work", "80", "--from", ""], ["any"]),
+    (["add", "work", "80", "--comment", ""], []),
+    (["add", "work", "80", "--via", "sys-n"], ["sys-net"]),
+    (["add", "--autostart", "wor"], ["work"]),
+    (["list", "work", "va"], ["vault"]),
+    (["show", ""], ["personal", "vault", "work"]),
+    (["show", "work", ""], ["web"]),
+    (["show", "work", "web", ""], []),
+    (["remove", "vault", ""], ["bad"]),
+    (["remove", "work", "web", ""], ["web"]),
+    (["set", "work", "web", "exp"], ["expire="]),
+    (["export", "--format", ""], ["json", "line", "xml"]),
+    (["import", ""], []),
+    (["nonsense", ""], sorted(COMMANDS)),
+    ([], sorted(COMMANDS)),
+]
+
+
+@pytest.mark.parametrize(("words", "offered"), LINES)
+def test_candidates(system: LabDirectory, words: list[str], offered: list[str]) -> None:
+    found = complete.candidates(parser.build(), words, {"QVM_FORWARD_LAB": str(system.root)})
+    assert [word for word in found if word != "-h"] == offered
+
+
+def test_candidates_are_those_of_the_lab_on_the_line(system: LabDirectory) -> None:
+    for lab in (["--lab", str(system.root)], [f"--lab={system.root}"]):
+        assert complete.candidates(parser.build(), [*lab, "show", "w"], {}) == ["work"]
+    assert complete.candidates(parser.build(), ["--lab", "/nowhere", "show", ""], {}) == []
+    assert complete.candidates(parser.build(), ["--lab", "/nowhere", "show", "work", ""], {}) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("qvm-forward rem", ["remove"]),
+        ("qvm-forward show ", ["personal", "vault", "work"]),
+        ("qvm-forward remove work ", ["web"]),
+        ("qvm-forward add work 80 --mode ", ["auto", "nft", "qrexec"]),
+        ("qvm-forward set work web on-", ["on-expire="]),
+        ("qvm-forward set work web expire=", []),
+    ],
+)
+def test_bash_offers_the_same(system: LabDirectory, tmp_path: Path, line: str, offered: list[str]) -> None:
+    program = tmp_path / "qvm-forward"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qubes_fwd_qrexec.admin.cli "$@"\n')
+    program.chmod(0o755)
+    script = (
+        f". {ROOT}/completions/qvm-forward.bash\n"
+        "COMP_LINE=$1 COMP_POINT=${#1}\n"
+        '_qvm_forward; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script, "bash", line],
+        env=environ | {"QVM_FORWARD_LAB": str(system.root)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == offered
+
+
+def test_the_parsers_are_what_argparse_makes() -> None:
+    assert all(isinstance(command, argparse.ArgumentParser) for command in COMMANDS.values())

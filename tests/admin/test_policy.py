@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The policy that dom0 gets, judged: what is planned is allowed, and nothing beside it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from worlds import NOW, rule, world
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.abilities import Abilities
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.states import Plan, State
+from qubes_fwd_qrexec.config import Service
+from qubes_fwd_qrexec.lab.evaluator import Allow, Domain, Request, System
+from qubes_fwd_qrexec.lab.verdicts import Judge, OwnJudge, QubesJudge
+from qubes_fwd_qrexec.rules import NamedRule, Transport
+
+ABLE = Abilities(nft=True, tunnel=True, proxy=True, limits=True)
+INSTALLED = Path(__file__).parents[2] / "policy" / f"{policy.NAME}.policy"
+
+
+@pytest.fixture(params=["own", "qubes"])
+def judge(request: pytest.FixtureRequest) -> Iterator[Judge]:
+    if request.param == "qubes":
+        pytest.importorskip("qrexec.policy.parser", reason="Qubes' own parser is not installed")
+        yield QubesJudge()
+    else:
+        yield OwnJudge()
+
+
+def system(inventory: Inventory) -> System:
+    domains = {
+        name: Domain(
+            name=name,
+            klass=qube.klass,
+            uuid=f"00000000-0000-0000-0000-{number:012}",
+            is_running=qube.is_running,
+        )
+        for number, (name, qube) in enumerate(inventory.qubes.items())
+    }
+    return System(domains)
+
+
+def flows(planned: Plan) -> set[tuple[str, str, str, str]]:
+    """Service, argument, source and target of all that a plan allows, told by its configurations alone."""
+    found = set()
+    for forward in planned.live:
+        config = forward.config
+        assert config is not None
+        assert forward.exposed is not None
+        if config.transport is Transport.TUNNEL:
+            arguments = [f"+{config.target_ports.brief()}+tunnel"]
+        else:
+            arguments = [f"+{port}" for port in config.target_ports]
+        found |= {(str(config.service), a, forward.exposed, config.target) for a in arguments}
+    return found
+
+
+def neighbours(flow: tuple[str, str, str, str], inventory: Inventory) -> set[tuple[str, str, str, str]]:
+    service, argument, source, target = flow
+    number = int(argument.removeprefix("+").split("-")[0].split("+")[0])
+    tails = ["", "+tunnel", f"-{number + 1}+tunnel"]
+    ports = [n for n in (number - 1, number, number + 1, number * 10) if n >= 0]
+    arguments = [f"+{port}{tail}" for port in ports for tail in tails] + ["+", f"+0{number}", f"{argument}x"]
+    return (
+        {(service, other, source, target) for other in arguments}
+        | {(service, argument, other, target) for other in inventory.qubes}
+        | {(service, argument, source, other) for other in (*inventory.qubes, "@default", "nobody")}
+        | {(other, argument, source, target) for other in (*Service, "qubes.VMShell")}
+    )
+
+
+texts = st.builds(
+    lambda first, length, dst, kind, transport, src: (
+        f"srcports={first}-{first + length} dstports={dst}-{dst + length} forwardtype={kind} "
+        f"transport={transport} srchosts={src}"
+    ),
+    st.integers(1, 40),
+    st.integers(0, 3),
+    st.integers(8080, 8090),
+    st.sampled_from(["external", "internal"]),
+    st.sampled_from(["auto", "call"]),
+    st.sampled_from(["any", "10.0.0.0/8", "fd00::/8"]),
+)
+targets = st.sampled_from(["work", "personal", "hidden", "vault", "sys-firewall"])
+rule_sets = st.dictionaries(st.tuples(targets, st.sampled_from("abc")), texts, max_size=6)
+
+
+@given(chosen=rule_sets, abilities=st.sampled_from([ABLE, Abilities()]))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+def test_planned_flows_are_allowed_and_all_their_neighbours_denied(
+    judge: Judge, tmp_path: Path, chosen: dict[tuple[str, str], str], abilities: Abilities
+) -> None:
+    inventory = world()
+    rules = [rule(text, target, name) for (target, name), text in chosen.items()]
+    planned = plan(rules, inventory, NOW, abilities=abilities)
+    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned, NOW))
+    loaded, qubes, allowed = judge.load(tmp_path), system(inventory), flows(planned)
+    asked = set(allowed).union(*(neighbours(flow, inventory) for flow in allowed))
+    for service, argument, source, target in asked:
+        request = Request(service=service, argument=argument, source=source, target=target)
+        verdict = loaded.judge(qubes, request)
+        assert isinstance(verdict, Allow) == ((service, argument, source, target) in allowed), request
+
+
+@pytest.mark.parametrize("autostart", ["yes", "no"])
+def test_only_autostart_lets_a_call_start_its_target(judge: Judge, tmp_path: Path, autostart: str) -> None:
+    inventory = world(world().qubes[rule().target]._replace(is_running=False))
+    planned = plan([rule(f"autostart={autostart}")], inventory, NOW)
+    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned, NOW))
+    request = Request(service="qubes.ForwardTCP", argument="+80", source="sys-net", target="work")
+    verdict = judge.load(tmp_path).judge(system(inventory), request)
+    assert isinstance(verdict, Allow) == (autostart == "yes")
+
+
+def test_a_file_has_header_exact_lines_and_the_closing_deny() -> None:
+    planned = plan([rule("srcports=80-81 dstports=8080-8081")], world(), NOW)
+    assert policy.text(planned, 0.0) == (
+        "# This file is written by qvm-forward, and edits in it are lost.\n"
+        "# Change the rules instead: see 'qvm-forward list' and qvm-forward(1).\n"
+        "# Written at 1970-01-01 00:00:00 UTC, for 1 forward.\n"
+        "\n"
+        "# work web: port 80-81 of sys-net to port 8080-8081\n"
+        "qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no\n"
+        "qubes.ForwardTCP  +8081  sys-net  work  allow  autostart=no  notify=no\n"
+        "\n"
+        "# Whatever no line above allows is denied.\n"
+        "qubes.ForwardTCP  *  @anyvm  @anyvm  deny  notify=no\n"
+    )
+
+
+def test_a_tunnel_to_a_range_is_one_line() -> None:
+    (forward,) = plan([rule("srcports=80-81 dstports=8080-8081")], world(), NOW, abilities=ABLE)
+    assert policy.lines(forward) == (
+        "qubes.ForwardTCP  +8080-8081+tunnel  sys-net  work  allow  autostart=no  notify=no",
+    )
+
+
+def test_what_is_installed_is_the_file_without_any_forward() -> None:
+    spdx = "# SPDX-License-Identifier: GPL-2.0-or-later\n"
+    assert INSTALLED.read_text() == spdx + policy.text([], None)
+
+
+def test_nothing_but_forwards_over_it_is_said_about_the_stock_service() -> None:
+    text = policy.text(plan([rule()], world(), NOW), NOW)
+    assert Service.CONNECT_TCP not in text
+    text = policy.text(plan([rule(target="personal")], world(), NOW), NOW)
+    said = [line for line in text.splitlines() if Service.CONNECT_TCP in line]
+    assert said == ["qubes.ConnectTCP  +80  sys-net  personal  allow  autostart=no  notify=no"]
+
+
+def test_forwards_that_share_a_line_have_it_once() -> None:
+    rules: list[NamedRule] = [rule("dstports=22", name="a"), rule("srcports=81 dstports=22", name="b")]
+    text = policy.text(plan(rules, world(), NOW), NOW)
+    assert text.count("+22") == 1
+
+
+def test_rules_that_are_not_live_have_no_lines() -> None:
+    (forward,) = plan([rule("enabled=no")], world(), NOW)
+    assert forward.state is State.DISABLED
+    assert policy.lines(forward) == ()
+
+
+def test_only_the_time_of_writing_makes_no_difference() -> None:
+    planned = plan([rule()], world(), NOW)
+    one, later = policy.text(planned, NOW), policy.text(planned, NOW + 5)
+    assert one != later
+    assert policy.is_same(one, later)
+    assert not policy.is_same(one, later.replace("+80", "+81"))
+    assert not policy.is_same(one, f"{later}# a remark\n")
+    assert not policy.is_same(None, one)
+    assert policy.is_same(None, None)
+
+
+def test_allowing_lines_are_read_in_one_spelling() -> None:
+    text = "# no\n\n  a   b\tc \n" + policy.CLOSING + "\n"
+    assert policy.allowing(text) == {"a  b  c"}
+    assert policy.allowing(None) == frozenset()

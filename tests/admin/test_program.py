@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The program itself: what it imports, how fast it starts, and where it works."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from worlds import ADD
+
+from qubes_fwd_qrexec.admin import cli, locate
+from qubes_fwd_qrexec.errors import RefusedError
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_without_a_lab_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "_QUBES_SIGNS", ())
+    with pytest.raises(RefusedError, match=r"no Qubes system.*qvm-forward-lab init DIR.*--lab DIR"):
+        locate.open_backend(None, {})
+    monkeypatch.setattr(locate, "_QUBES_SIGNS", ("/",))
+    with pytest.raises(RefusedError, match="works on labs only and leaves this Qubes system alone"):
+        locate.open_backend(None, {})
+
+
+def _program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", *argv]
+    return subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_the_program_itself_runs(lab: LabDirectory) -> None:
+    done = _program("list", QVM_FORWARD_LAB=str(lab.root))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "No forwards.\n", "")
+    assert _program("--version").stdout.strip() == cli.parser.__version__
+
+
+_EVERY_COMMAND = (
+    ADD,
+    ("list",),
+    ("plan",),
+    ("show", "work", "web"),
+    ("policy",),
+    ("apply",),
+    ("export", "--format", "xml"),
+    ("export", "--json"),
+)
+
+
+def test_it_starts_fast(lab: LabDirectory) -> None:
+    """The promise is 100 ms; on a slow machine the interpreter's own start shows how slow it is."""
+
+    def best(*argv: str) -> float:
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-S", *argv],
+                env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    bare = best("-c", "pass")
+    assert best("-m", "qubes_fwd_qrexec.admin.cli", "--lab", str(lab.root), "list") < max(0.1, 15 * bare)
+
+
+def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: LabDirectory) -> None:
+    code = (
+        "import sys\n"
+        "from qubes_fwd_qrexec.admin import cli, changing, showing, exchanging, complete\n"
+        "import qubes_fwd_qrexec.rulexml\n"
+        f"for line in {list(map(list, _EVERY_COMMAND))!r}: cli.main(['--lab', {str(lab.root)!r}, *line])\n"
+        "names = {name.partition('.')[0] for name in sys.modules}\n"
+        "names -= set(sys.stdlib_module_names) | {'__main__', 'qubes_fwd_qrexec'}\n"
+        "print(sorted(name for name in names if not name.startswith('_')), file=sys.stderr)\n"
+    )
+    # -S: no site-packages, whose .pth files may import what they like.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(lab: LabDirectory) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", "policy"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "QVM_FORWARD_LAB": str(lab.root)},
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write_end)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupt)
+    assert cli.main(["list"]) == 130

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is listed, shown and explained, for people and for programs."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from worlds import ADD
+
+from qubes_fwd_qrexec.admin import cli
+from qubes_fwd_qrexec.admin.render import Style
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+
+Forward = Callable[..., Any]
+KEY = "vm-config.fwd.work.web"
+
+
+def test_broken_rules_are_shown_escaped_and_can_be_removed(forward: Forward, lab: LabDirectory) -> None:
+    lab.set_feature("work", "forward.bad", "action=drop <x>")
+    (lab.qube_dir("work").features / "forward.esc").write_text("action=\x1b[31m\u202e\n")
+    listed = forward("list")
+    assert "work  bad   broken" in listed.out
+    assert "option 'action' at column 1: 'drop' is not forward" in listed.out
+    assert all(c == "\n" or " " <= c <= "~" for c in listed.out + forward("show", "work", "esc").out)
+    assert forward("apply").status == 1
+    assert "It opens nothing" in forward("apply").err
+    assert forward("list", "--json").json["broken"][0]["text"] == "action=drop <x>"
+    assert forward("show", "work", "bad", "--json").json["state"] == "broken"
+    assert "cannot be read" in forward("set", "work", "bad", "via=a").err
+    assert "left out" in forward("export").err
+    assert forward("remove", "work", "bad", "esc").status == 0
+    assert forward("apply").status == 0
+
+
+def test_list_shows_what_passes_through_a_qube_in_any_role(forward: Forward) -> None:
+    forward(*ADD)
+    forward("add", "vault", "22", "--from", "any", "--via", "personal")
+    names = {q: [f["qube"] for f in forward("list", q, "--json").json["forwards"]] for q in
+             ("sys-net", "sys-firewall", "work", "vault", "personal", "sys-vpn")}  # fmt: skip
+    assert names == {
+        "sys-net": ["work"],
+        "sys-firewall": ["work"],
+        "work": ["work"],
+        "vault": ["vault"],
+        "personal": ["vault"],
+        "sys-vpn": [],
+    }
+
+
+def test_list_fits_wide_and_narrow_terminals(forward: Forward) -> None:
+    forward(*ADD, "--comment", "a comment that is longer than any column has room for on a terminal of 80")
+    assert "for on a terminal of 80" in forward("list").out
+    wide = forward("list", style=Style(130)).out
+    assert "..." in wide
+    assert max(map(len, wide.splitlines())) <= 130
+    narrow = forward("list", style=Style(50)).out
+    assert narrow.startswith("work web: active\n  exposed at sys-net:80\n")
+
+
+def test_colours_only_if_asked_for(forward: Forward) -> None:
+    forward(*ADD)
+    assert "\x1b" not in forward("list").out
+    assert "\x1b[32mactive" in forward("list", style=Style(None, True)).out
+    assert "\x1b[32mactive" in forward("list", style=Style(40, True)).out
+
+
+def test_nothing_to_list(forward: Forward) -> None:
+    assert forward("list").out == forward("plan").out == "No forwards.\n"
+
+
+def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
+    forward(*ADD)
+    shown = forward("show", "work", "web").out
+    for words in ("work web: active", "rule:\n  action=forward", "policy:\n  qubes.ForwardTCP", KEY):
+        assert words in shown
+    data = forward("show", "work", "web", "--json").json
+    assert data["config"]["feature"] == KEY
+    assert data["policy"] == ["qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no"]
+    forward("disable", "work", "web")
+    assert "policy:\n  none\nlistener:\n  none\n" in forward("show", "work", "web").out
+    assert forward("show", "work", "web", "--json").json["config"] is None
+
+
+def test_plan_gives_reasons(forward: Forward) -> None:
+    forward(*ADD)
+    forward("add", "personal", "81", "--from", "any", "--via", "sys-vpn")
+    forward("add", "personal", "82", "--from", "any", "--internal")
+    told = forward("plan").out
+    assert "mode qrexec: mode=auto, and this version has no nft mode." in told
+    assert "listening at sys-net: the last of its way out, work - sys-firewall - sys-net." in told
+    assert "listening at sys-vpn: the rule names it with via." in told
+    assert "listening at sys-firewall: the target's netvm" in told
+    assert "transport call over qubes.ConnectTCP: personal does not offer qubes.ForwardTCP" in told
+    assert len(forward("plan", "work", "--json").json["forwards"]) == 1
+
+
+def test_policy_prints_what_the_rules_ask_for(forward: Forward) -> None:
+    result = forward("policy")
+    assert result.out.endswith("qubes.ForwardTCP  *  @anyvm  @anyvm  deny  notify=no\n")
+    assert "'qvm-forward apply' writes this one" in result.err
+    forward("apply")
+    assert forward("policy").err == ""
+    assert forward("policy", "--json").json["is_installed"] is True
+
+
+def test_json_of_changes(forward: Forward) -> None:
+    data = forward(*ADD, "--json").json
+    assert data["applied"] is True
+    assert data["forwards"][0]["state"] == "active"
+    assert "127.0.0.1" in data["forwards"][0]["warnings"][-1]
+    steps = forward("apply", "--dry-run", "--json").json
+    assert (steps["dry_run"], steps["steps"]) == (True, [])
+    assert forward("remove", "work", "web", "--json").json == {
+        "removed": [{"qube": "work", "name": "web"}],
+        "applied": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("environ", "style"),
+    [
+        ({"COLUMNS": "90"}, Style(90, True)),
+        ({"COLUMNS": "90", "NO_COLOR": "1"}, Style(90, False)),
+        ({"COLUMNS": "90", "TERM": "dumb"}, Style(90, False)),
+    ],
+)
+def test_style_follows_terminal_and_environment(environ: dict[str, str], style: Style) -> None:
+    master, slave = os.openpty()
+    with open(slave, "w", encoding="ascii") as terminal:
+        assert cli._style(terminal, environ) == style
+        assert cli._style(terminal, {"NO_COLOR": "1"}).has_colour is False
+    os.close(master)
+    with open(os.devnull, "w", encoding="ascii") as nowhere:
+        assert cli._style(nowhere, environ) == Style(None, False)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Inventories and rules for the tests of dom0's side."""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from qubes_fwd_qrexec.admin.inventory import Inventory, Qube
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.rules import ForwardRule, NamedRule
+from qubes_fwd_qrexec.values import QubeName, RuleName
+
+NOW = 1_800_000_000
+ADD = ("add", "work", "80:8080", "--from", "192.168.0.0/16", "--name", "web")
+OURS = {"supported-rpc.qubes.ForwardTCP": "1"}
+
+
+def qube(name: str, netvm: str | None = None, **more: Any) -> Qube:
+    more.setdefault("klass", "AppVM")
+    more.setdefault("features", {})
+    return Qube(name=QubeName(name), netvm=None if netvm is None else QubeName(netvm), **more)
+
+
+def world(*extra: Qube, without: tuple[str, ...] = ()) -> Inventory:
+    """The qubes of a small system; ``extra`` ones are added, or take the place of those of their name."""
+    qubes = [
+        qube("dom0", klass="AdminVM"),
+        qube("fedora-42", klass="TemplateVM", features=OURS),
+        qube("debian-12", klass="TemplateVM"),
+        qube("sys-net", provides_network=True),
+        qube("sys-firewall", "sys-net", provides_network=True),
+        qube("sys-vpn", "sys-firewall", features={"service.vpn-handler-openvpn": "1"}),
+        qube("work", "sys-firewall", template=QubeName("fedora-42")),
+        qube("personal", "sys-firewall", template=QubeName("debian-12")),
+        qube("hidden", "sys-vpn", template=QubeName("fedora-42")),
+        qube("vault", template=QubeName("fedora-42")),
+        *extra,
+    ]
+    return Inventory({q.name: q for q in qubes if q.name not in without})
+
+
+def rule(text: str = "", target: str = "work", name: str = "web") -> NamedRule:
+    """A rule with port 80 for anyone, unless ``text`` says otherwise; owned by its target."""
+    options = {"action": "forward", "srcports": "80", "srchosts": "any", "owner": target}
+    given = dict(part.split("=", 1) for part in text.split())
+    line = " ".join(f"{key}={value}" for key, value in (options | given).items() if value)
+    return NamedRule(QubeName(target), RuleName(name), ForwardRule.parse(line))
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Result]
+
+
+def content(lab: LabDirectory) -> dict[str, str]:
+    """All that a command could change."""
+    files = (path for path in lab.root.rglob("*") if path.is_file() and path != lab.lock_file)
+    return {str(path): path.read_text() for path in files}

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The bench starts, measures, says what is missing, and leaves nothing behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.memory import descendants, pss_kib
+from bench.peers import PEERS
+from bench.rows import Line, p99
+from bench.table import number, ratio, render
+
+LIMIT_S = 60
+
+
+def run_bench(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({} if path is None else {"PATH": path})
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env=environment,
+        check=False,
+    )
+
+
+def line(*, is_less_better: bool = True, **values: float) -> Line:
+    return Line("key", "title", "ms", is_less_better, values=values)
+
+
+def test_every_peer_echoes_and_nothing_is_left_running(tmp_path: Path) -> None:
+    before = set(descendants([os.getpid()]))
+    found = run_bench("--quick", "--rows", "round-trip", "--json", str(tmp_path / "numbers.json"))
+    assert found.returncode == 0, found.stderr
+    row = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["rows"]["round-trip"]
+    expected = {peer.name for peer in PEERS if peer.missing() is None}
+    assert row["notes"] == []
+    assert all(set(found_line["values"]) == expected for found_line in row["lines"])
+    assert set(descendants([os.getpid()])) <= before
+
+
+def test_without_socat_it_names_the_package_and_measures_the_rest(tmp_path: Path) -> None:
+    found = run_bench("--quick", "--rows", "round-trip", "--peers", "direct,socat", path=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert "apt-get install socat" in found.stderr
+    assert "direct TCP" in found.stdout
+
+
+def test_an_unknown_row_is_refused_with_the_names_there_are() -> None:
+    found = run_bench("--rows", "speed")
+    assert found.returncode == 2
+    assert "round-trip" in found.stderr
+
+
+def test_a_ratio_above_one_is_better_whatever_the_unit() -> None:
+    assert ratio(line(socat=10, call=5), "call") == 2
+    assert ratio(line(is_less_better=False, socat=10, call=20), "call") == 2
+    assert ratio(line(socat=0, call=0), "call") == 1
+    assert ratio(line(socat=0, call=3), "call") == 0
+    assert ratio(line(socat=3, call=0), "call") is None
+    assert ratio(line(call=3), "call") is None
+
+
+def test_a_table_has_a_column_for_each_peer_and_a_dash_for_what_was_not_measured() -> None:
+    header, rule, row = render([line(socat=10, call=4)], PEERS).splitlines()
+    assert len(header) == len(rule) == len(row)
+    assert row.replace(" ", "") == "|title|-|10ms|4ms|2.50x|"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0821, "0.082"), (1.234, "1.23"), (1234.5, "1234"), (0, "0")])
+def test_numbers_have_three_digits_that_count(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_p99_is_exceeded_by_one_sample_in_a_hundred() -> None:
+    assert p99(range(1, 101)) == 99
+    assert p99([7]) == 7
+
+
+def test_this_process_has_memory_and_one_that_has_ended_has_none() -> None:
+    with subprocess.Popen([shutil.which("true") or "/bin/true"]) as ended:
+        pass
+    assert pss_kib(os.getpid()) > 0
+    assert pss_kib(ended.pid) == 0

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``demo`` and ``relay`` as a user runs them: what they say, how they end, and what they leave behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from qubes_fwd_qrexec.errors import TextError
+from qubes_fwd_qrexec.lab import cli, demo, netns
+from qubes_fwd_qrexec.lab.relay_command import parse_forward
+
+_TIMEOUT_S = 90.0
+_LAB = (sys.executable, "-m", "qubes_fwd_qrexec.lab.cli")
+_NEEDS_NAMESPACES = pytest.mark.skipif(
+    netns.why_unavailable() is not None, reason=f"no namespaces here: {netns.why_unavailable()}"
+)
+
+
+@pytest.mark.parametrize("network", [pytest.param("namespaces", marks=_NEEDS_NAMESPACES), "loopback"])
+def test_demo_shows_the_page_and_both_refusals(network: str, tmp_path: Path) -> None:
+    options = [] if network == "namespaces" else ["--no-netns"]
+    done = subprocess.run(
+        [*_LAB, "demo", *options],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    page, stranger, closed = (
+        done.stdout.index(text)
+        for text in ("Hello from the qube", "Connection reset by peer", "Connection refused")
+    )
+    assert page < stranger < closed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_whose_client_gets_no_page_fails_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "_CLIENT", "raise SystemExit('no page: the client is broken')")
+    assert cli.main(["demo", "--no-netns"]) == 1
+    assert "the client is broken" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_cleans_up_when_it_is_interrupted(number: signal.Signals, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*_LAB, "demo", "--no-netns"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        with bounded(process):
+            for line in process.stdout:
+                if "In dom0, one command" in line:
+                    process.send_signal(number)
+                    break
+            process.stdout.read()
+            assert process.wait(_TIMEOUT_S) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert not processes_that_name(tmp_path)
+
+
+def test_relay_that_cannot_listen_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [*_LAB, "relay", f"127.0.0.1:{port}=8080"],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}: the port is in use" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "port", "target"),
+    [
+        ("127.0.0.1:8000=8080", "127.0.0.1", 8000, 8080),
+        ("[::1]:1=65535", "::1", 1, 65535),
+    ],
+)
+def test_relay_reads_its_forward(text: str, address: str, port: int, target: int) -> None:
+    found = parse_forward(text)
+    assert (str(found[0]), *found[1:]) == (address, port, target)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8000=8080", "127.0.0.1:8000", "localhost:1=2", "127.0.0.1:0=1", "::1:1=2"]
+)
+def test_relay_refuses_what_is_no_forward(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TextError):
+        parse_forward(text)
+    assert cli.main(["relay", text]) == 2
+    assert "is not" in capsys.readouterr().err
+
+
+@contextmanager
+def bounded(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """Kill a process that reads and waits would otherwise wait for without end."""
+    timer = threading.Timer(_TIMEOUT_S, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        process.kill()
+
+
+def processes_that_name(path: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if bytes(path) in words:
+                found.append(words.decode(errors="replace"))
+    return found

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker in the background, by the program that users have: up, down, status, knob, run, verdicts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qubes_fwd_qrexec.lab import daemon, netns
+from qubes_fwd_qrexec.lab.blueprint import create_lab
+from qubes_fwd_qrexec.lab.cli import main
+from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
+from qubes_fwd_qrexec.lab.running import client_command
+
+NETNS_PROBLEM = netns.why_unavailable()
+needs_netns = pytest.mark.skipif(NETNS_PROBLEM is not None, reason=str(NETNS_PROBLEM))
+VECTORS = Path(__file__).parents[1] / "vectors" / "policy-verdicts.json"
+BOUND_S = 30.0
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LabDirectory]:
+    made = create_lab(tmp_path / "lab")
+    monkeypatch.setenv("QVM_FORWARD_LAB", str(made.root))
+    write_text(made.policy_dir / "30-forward.policy", "* * @anyvm @anyvm allow\n")
+    service = made.qube_dir("work").service_dirs[0] / "test.Service"
+    service.write_text("#!/bin/sh\necho up; cat; exit 3\n", encoding="utf-8")
+    service.chmod(0o755)
+    try:
+        yield made
+    finally:
+        daemon.stop(made)
+
+
+def call(
+    lab: LabDirectory, service: str = "test.Service", **options: object
+) -> subprocess.CompletedProcess[bytes]:
+    command = [*client_command(lab, "sys-net"), "work", service]
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=BOUND_S, check=False
+    )
+
+
+def test_up_takes_calls_and_down_ends_all(lab: LabDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--no-netns"]) == 0
+    assert "share this machine's loopback" in capsys.readouterr().out
+    assert call(lab).returncode == 3
+    assert main(["up"]) == 1
+    assert "is up already" in capsys.readouterr().err
+    assert main(["status", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["up"], status["network"], status["calls"]) == (True, "loopback", {})
+    assert main(["down"]) == 0
+    assert main(["down"]) == 0
+    assert "was not up" in capsys.readouterr().out
+    assert not lab.qube_dir("sys-net").agent_socket.exists()
+    assert main(["status"]) == 0
+    assert "down" in capsys.readouterr().out
+    assert call(lab).returncode == 1
+
+
+def test_up_recovers_after_the_broker_was_killed(lab: LabDirectory) -> None:
+    pid = daemon.start(lab, daemon.Network.LOOPBACK)
+    client = subprocess.Popen(
+        [*client_command(lab, "sys-net"), "work", "test.Service"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"up\n"
+        os.kill(pid, signal.SIGKILL)
+        assert client.wait(BOUND_S) == 255
+    assert lab.qube_dir("sys-net").agent_socket.exists()
+    wait_until_gone(lab)
+    assert daemon.start(lab, daemon.Network.LOOPBACK) != pid
+    assert call(lab).returncode == 3
+
+
+def wait_until_gone(lab: LabDirectory) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while daemon.broker_pid(lab) is not None:
+        assert time.monotonic() < deadline
+
+
+def test_pid_of_another_program_is_not_taken_for_a_broker(lab: LabDirectory) -> None:
+    lab.pid_file.write_text(f"{os.getpid()}\n", encoding="ascii")
+    assert daemon.broker_pid(lab) is None
+    assert daemon.stop(lab) is False
+
+
+def test_signal_of_a_service_to_its_agent_does_not_end_the_broker(lab: LabDirectory) -> None:
+    daemon.start(lab, daemon.Network.LOOPBACK)
+    service = lab.qube_dir("work").service_dirs[0] / "test.Service"
+    service.write_text("#!/bin/sh\nkill -USR1 $QREXEC_AGENT_PID; exit 8\n", encoding="utf-8")
+    assert call(lab).returncode == 8
+    assert call(lab).returncode == 8
+
+
+def test_broker_that_cannot_start_says_why(lab: LabDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.qube_dir("work").file.write_text("{", encoding="utf-8")
+    assert main(["up", "--no-netns"]) == 1
+    assert "work/qube.json" in capsys.readouterr().err
+    assert daemon.broker_pid(lab) is None
+
+
+def test_knobs_are_set_by_name_and_calls_dropped(
+    lab: LabDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.start(lab, daemon.Network.LOOPBACK)
+    assert main(["knob", "refuse", "work"]) == 0
+    assert call(lab).returncode == 126
+    assert main(["knob", "refuse", ""]) == 0
+    assert lab.knobs().refuse == ()
+    client = subprocess.Popen(
+        [*client_command(lab, "sys-net"), "work", "test.Service"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"up\n"
+        assert main(["knob", "drop", "1"]) == 0
+        assert client.wait(BOUND_S) == 255
+    assert "dropped 1 calls" in capsys.readouterr().out
+    assert main(["knob"]) == 0
+    assert json.loads(capsys.readouterr().out)["latency_ms"] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["knob", "nosuch", "1"],
+        ["knob", "latency_ms"],
+        ["knob", "drop", "2"],
+        ["knob", "drop", "x"],
+        ["run", "work"],
+    ],
+)
+def test_bad_words_are_usage_errors(
+    lab: LabDirectory, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith("qvm-forward-lab: ")
+
+
+def test_without_a_lab_the_program_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("QVM_FORWARD_LAB", raising=False)
+    assert main(["status"]) == 2
+    assert "--lab DIR" in capsys.readouterr().err
+    assert main(["--lab", str(tmp_path), "status"]) == 1
+    assert main(["init", str(tmp_path / "new")]) == 0
+    assert main(["--lab", str(tmp_path / "new"), "status"]) == 0
+    assert main(["--lab", str(tmp_path / "new"), "knob", "drop", "1"]) == 1
+
+
+def test_verdicts_are_counted_and_differences_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verdicts", str(VECTORS)]) == 0
+    assert capsys.readouterr().out == "1205 verdicts agree, 0 differ\n"
+    data = json.loads(VECTORS.read_text(encoding="utf-8"))
+    data["cases"] = data["cases"][:3]
+    data["cases"][1]["result"] = {"outcome": "allow"}
+    path = tmp_path / "v.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert main(["verdicts", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("2 verdicts agree, 1 differ\ncase 1:")
+    assert main(["verdicts", "--json", str(path)]) == 1
+    assert json.loads(capsys.readouterr().out)["differ"] == 1
+
+
+@needs_netns
+def test_qubes_are_namespaces_with_a_lan_and_no_path_between_them(lab: LabDirectory) -> None:
+    daemon.start(lab, daemon.Network.NAMESPACES)
+    # A server on the loopback of work is found by a call, and by nothing else.
+    script = (
+        "import socket; s = socket.create_server(('127.0.0.1', 8080)); print('up', flush=True);"
+        "c, _ = s.accept(); c.sendall(b'page'); c.close()"
+    )
+    with qube_python(lab, "work", script) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"up\n"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", 8080), timeout=BOUND_S)
+        assert call(lab, "qubes.ConnectTCP+8080").stdout == b"page"
+        assert server.wait(BOUND_S) == 0
+    # LAN and sys-net reach each other, on all three networks; LAN and work do not.
+    for address in (netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_REFUSED, netns.EDGE_ADDRESS_IPV6):
+        assert connect_error(lab, netns.LAN, address) == "ConnectionRefusedError"
+    work_ip = lab.qube("work").ip
+    assert work_ip is not None
+    for qube in (netns.LAN, "sys-net"):
+        assert connect_error(lab, qube, work_ip) == "OSError"
+    assert daemon.stop(lab)
+    assert not list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
+
+
+@needs_netns
+def test_namespaces_of_a_killed_broker_are_removed_by_the_next(lab: LabDirectory) -> None:
+    os.kill(daemon.start(lab, daemon.Network.NAMESPACES), signal.SIGKILL)
+    wait_until_gone(lab)
+    assert list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
+    daemon.start(lab, daemon.Network.LOOPBACK)
+    assert not list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
+
+
+@needs_netns
+def test_namespaces_that_fail_half_way_leave_none(lab: LabDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(netns._ADDRESSES, netns.EDGE, ("nonsense",))
+    with pytest.raises(netns.StoreError, match="nonsense"):
+        netns.Namespaces(lab).create()
+    assert not list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
+
+
+def qube_python(lab: LabDirectory, qube: str, script: str) -> subprocess.Popen[bytes]:
+    import sys
+
+    command = [sys.executable, "-m", "qubes_fwd_qrexec.lab.cli", "--lab", str(lab.root), "run", qube, "--"]
+    return subprocess.Popen([*command, sys.executable, "-c", script], stdout=subprocess.PIPE)
+
+
+def connect_error(lab: LabDirectory, qube: str, address: str) -> str:
+    script = (
+        "import socket\n"
+        f"try: socket.create_connection(({address!r}, 8080), timeout=5)\n"
+        "except OSError as error: print(type(error).__name__)"
+    )
+    with qube_python(lab, qube, script) as program:
+        return program.communicate(timeout=BOUND_S)[0].decode().strip()

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab's directory: what init makes, what is kept, and what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qubes_fwd_qrexec.errors import RefusedError, StoreError, TextError
+from qubes_fwd_qrexec.lab import directory as directory_module
+from qubes_fwd_qrexec.lab.blueprint import create_lab, write_client
+from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
+from qubes_fwd_qrexec.lab.knobs import Knobs
+from qubes_fwd_qrexec.lab.qube import Qube, QubeState
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> LabDirectory:
+    return create_lab(tmp_path / "lab")
+
+
+def test_init_makes_a_system_of_qubes_that_opens_again(lab: LabDirectory) -> None:
+    opened = LabDirectory.open(lab.root)
+    assert opened.qube_names() == [
+        "debian-12",
+        "dom0",
+        "fedora-42",
+        "personal",
+        "sys-firewall",
+        "sys-net",
+        "sys-vpn",
+        "untrusted",
+        "vault",
+        "work",
+    ]
+    assert opened.qube("work").ip == "10.137.0.10"
+    assert [opened.qube(name).netvm for name in ("work", "sys-net", "vault", "untrusted")] == [
+        "sys-firewall",
+        None,
+        None,
+        "sys-vpn",
+    ]
+    assert opened.feature("sys-vpn", "service.vpn-handler-openvpn") == "1"
+    assert opened.feature("work", "supported-rpc.qubes.ForwardTCP", with_template=True) == "1"
+    assert opened.feature("work", "supported-rpc.qubes.ForwardTCP") is None
+    assert opened.feature("personal", "supported-rpc.qubes.ForwardTCP", with_template=True) is None
+    assert opened.feature("personal", "supported-rpc.qubes.ConnectTCP", with_template=True) == "1"
+    assert json.loads(opened.file.read_text(encoding="utf-8"))["version"] == 1
+
+
+def test_init_refuses_a_directory_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(RefusedError, match="not empty"):
+        create_lab(tmp_path)
+    with pytest.raises(StoreError, match="x"):
+        create_lab(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_no_lab_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="qvm-forward-lab init"):
+        LabDirectory.open(tmp_path)
+    (tmp_path / "lab.json").write_text('{"version": 2}', encoding="utf-8")
+    with pytest.raises(StoreError, match=r"lab\.json"):
+        LabDirectory.open(tmp_path)
+    (tmp_path / "lab.json").write_text('{"version": 1}', encoding="utf-8")
+    with pytest.raises(StoreError, match="qubes: missing"):
+        LabDirectory.open(tmp_path)
+
+
+def test_running_qube_sees_a_delivered_feature_at_once(lab: LabDirectory) -> None:
+    lab.set_feature("sys-net", "vm-config.fwd.work.web", "a b=c")
+    lab.set_feature("sys-net", "forward.x", "not delivered")
+    assert lab.vm_config("sys-net") == {"fwd.work.web": "a b=c"}
+    lab.remove_feature("sys-net", "vm-config.fwd.work.web")
+    lab.remove_feature("sys-net", "vm-config.fwd.work.web")
+    assert lab.vm_config("sys-net") == {}
+    assert lab.features("sys-net") == {"forward.x": "not delivered"}
+
+
+def test_halted_qube_sees_features_at_its_start(lab: LabDirectory) -> None:
+    lab.set_feature("work", "vm-config.a", "1")
+    lab.set_state("work", QubeState.HALTED)
+    assert lab.vm_config("work") == {}
+    lab.set_feature("work", "vm-config.b", "2")
+    assert lab.vm_config("work") == {}
+    lab.set_state("work", QubeState.RUNNING)
+    assert lab.vm_config("work") == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("key", ["", ".", "..", "a/b", ".hidden", "a b", "a\n", "ä"])
+def test_feature_names_stay_inside_their_directory(lab: LabDirectory, key: str) -> None:
+    with pytest.raises(StoreError):
+        lab.set_feature("work", key, "x")
+    with pytest.raises(StoreError):
+        lab.remove_feature("work", key)
+
+
+@pytest.mark.parametrize("value", ["a\nb", "ä", "\x1b"])
+def test_feature_values_are_printable_ascii(lab: LabDirectory, value: str) -> None:
+    with pytest.raises(StoreError):
+        lab.set_feature("work", "x", value)
+    assert lab.features("work") == {}
+
+
+@pytest.mark.parametrize("name", ["nosuch", "../work", "", "x" * 32])
+def test_qubes_that_are_not_there_are_named_in_the_error(lab: LabDirectory, name: str) -> None:
+    with pytest.raises(StoreError):
+        lab.qube(name)
+    with pytest.raises(StoreError):
+        lab.set_feature(name, "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("klass", "VM"),
+        ("state", "Paused"),
+        ("netvm", "a b"),
+        ("ip", "1.2.3"),
+        ("tags", "x"),
+        ("tags", [1]),
+        ("provides_network", 1),
+        ("nosuch", 1),
+    ],
+)
+def test_bad_qube_file_names_file_and_key(lab: LabDirectory, key: str, value: object) -> None:
+    path = lab.qube_dir("work").file
+    data = json.loads(path.read_text(encoding="utf-8")) | {key: value}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(StoreError, match=r"work/qube\.json"):
+        lab.qube("work")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_qube_file_that_is_no_object_is_refused(lab: LabDirectory, text: str) -> None:
+    lab.qube_dir("work").file.write_text(text, encoding="utf-8")
+    with pytest.raises(StoreError, match=r"work/qube\.json"):
+        lab.qubes()
+
+
+def test_qube_prints_what_it_parses(lab: LabDirectory) -> None:
+    qube = replace(lab.qube("work"), tags=("a", "b"), netvm=None, template_for_dispvms=True)
+    assert Qube.parse("work", str(qube), "here") == qube
+
+
+def test_two_writers_exclude_each_other(lab: LabDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "_LOCK_TIMEOUT_S", 0.05)
+    with lab.locked(), pytest.raises(StoreError, match="another program"), lab.locked():
+        pass
+    with lab.locked():
+        pass
+
+
+def test_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(StoreError, match="taken"):
+        write_text(tmp_path / "taken", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_knobs_print_what_they_parse(lab: LabDirectory) -> None:
+    knobs = Knobs(calls_per_target=3, latency_ms=4, refuse=("work/test.S+1",), hang=("*",))
+    lab.write_knobs(knobs)
+    assert lab.knobs() == knobs
+    assert knobs.refuses("work", "test.S+1")
+    assert not knobs.refuses("work", "test.S+2")
+    assert knobs.hangs("vault", "x+")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {"x": 1},
+        {"latency_ms": "1"},
+        {"latency_ms": True},
+        {"latency_ms": -1},
+        {"calls_per_target": 10**6},
+        {"hang": "x"},
+        {"hang": [""]},
+        {"refuse": ["a/b/c"]},
+    ],
+)
+def test_bad_knobs_are_named(data: object) -> None:
+    with pytest.raises(StoreError, match="here"):
+        Knobs.parse(data, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("nosuch", "1"), ("latency_ms", "x"), ("latency_ms", "1.5"), ("hang", "a b")]
+)
+def test_bad_knob_words_are_refused(name: str, text: str) -> None:
+    with pytest.raises(TextError):
+        Knobs().with_text(name, text)
+
+
+def test_knob_words_are_numbers_and_lists() -> None:
+    knobs = Knobs().with_text("latency_ms", "7").with_text("refuse", "work,vault/s")
+    assert (knobs.latency_ms, knobs.refuse) == (7, ("work", "vault/s"))
+    assert knobs.with_text("refuse", "").refuse == ()
+
+
+def test_client_program_runs_under_an_interpreter_with_a_blank_in_its_path(
+    lab: LabDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "a b"
+    link.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(link))
+    write_client(lab)
+    done = subprocess.run([str(lab.client_program), "-h"], capture_output=True, timeout=30, check=True)
+    assert done.stdout.startswith(b"usage:")
+
+
+def test_directory_is_quick_to_import_and_free_of_trio() -> None:
+    program = "import sys; import qubes_fwd_qrexec.lab.directory; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert not {"trio", "socket", "subprocess", "asyncio", "ctypes"} & set(done.stdout.split())

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hypothesis strategies for whole rules: every option, and only what is consistent."""
+
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from qubes_fwd_qrexec.errors import RuleError
+from qubes_fwd_qrexec.rules import (
+    ForwardRule,
+    ForwardType,
+    Limits,
+    Mode,
+    NamedRule,
+    OnExpire,
+    Proto,
+    Proxy,
+    Transport,
+)
+from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts, parse_address
+
+qube_names = st.from_regex(r"\A[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z").map(QubeName)
+rule_names = st.from_regex(r"\A[a-z][a-z0-9-]{0,15}\Z").map(RuleName)
+comments = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=40)
+sources = st.sampled_from(
+    ["any", "10.0.0.0/8", "192.0.2.1", "fd00::/8", "10.0.0.0/8,fd00::/8,0.0.0.0/0", "::/0"]
+).map(Sources.parse)
+addresses = st.sampled_from(["10.0.0.1", "0.0.0.0", "::", "fd00::1"]).map(parse_address)
+counts = st.none() | st.integers(1, 10**6)
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> ForwardRule:
+    first, other, length = (
+        draw(st.integers(1, 60000)),
+        draw(st.integers(1, 60000)),
+        draw(st.integers(0, 5000)),
+    )
+    given: dict[str, Any] = draw(
+        st.fixed_dictionaries(
+            {"sources": sources},
+            optional={
+                "mode": st.sampled_from(Mode),
+                "forward_type": st.sampled_from(ForwardType),
+                "via": qube_names,
+                "proto": st.sampled_from(Proto),
+                "listen": addresses,
+                "transport": st.sampled_from(Transport),
+                "proxy": st.sampled_from(Proxy),
+                "autostart": st.booleans(),
+                "on_expire": st.sampled_from(OnExpire),
+                "enabled": st.booleans(),
+                "owner": qube_names,
+                "path": st.lists(qube_names, max_size=4).map(tuple),
+                "follow_netvm": st.booleans(),
+                "bypass_tunnel": st.booleans(),
+                "limits": st.builds(Limits, counts, counts, counts),
+                "expire": st.integers(0, 10**10),
+                "comment": comments,
+            },
+        )
+    )
+    ports = ListenPorts(first, first + length), TargetPorts(other, other + length)
+    try:
+        return ForwardRule(listen_ports=ports[0], target_ports=ports[1], **given)
+    except RuleError:
+        assume(False)
+        raise
+
+
+named_rules = st.builds(NamedRule, qube_names, rule_names, rules())

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Endings through the lab, with every program as users run it, beside the direct connection."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from endings import CLIENT_ABORTS, SCRIPTS, Script, play, play_directly
+from helpers import free_port, listening_socket, port_of
+
+_READY_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 20.0
+
+
+@contextmanager
+def relay(target_port: int, transport: str) -> Iterator[tuple[str, int]]:
+    """``qvm-forward-lab relay`` as a process; the address to connect to."""
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "qubes_fwd_qrexec.lab.cli", "relay"),
+            *("--transport", transport, f"127.0.0.1:{port}={target_port}"),
+        ],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        try:
+            ready, _, _ = select.select([process.stdout], [], [], _READY_TIMEOUT_S)
+            assert ready, "the relay is not ready"
+            assert os.read(process.stdout.fileno(), 100) == f"ready 127.0.0.1:{port}\n".encode()
+            yield "127.0.0.1", port
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(_END_TIMEOUT_S) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[socket.socket]:
+    with listening_socket() as sock:
+        yield sock
+
+
+@pytest.fixture(scope="module")
+def call_relay(target: socket.socket) -> Iterator[tuple[str, int]]:
+    with relay(port_of(target), "call") as address:
+        yield address
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+async def test_a_call_ends_as_the_direct_connection_does(
+    target: socket.socket, call_relay: tuple[str, int], script: Script
+) -> None:
+    assert await play(script, call_relay, target) == await play_directly(script, target)
+
+
+@pytest.mark.parametrize("script", CLIENT_ABORTS, ids=lambda script: script.__name__)
+async def test_a_call_turns_a_clients_abort_into_an_end(
+    target: socket.socket, call_relay: tuple[str, int], script: Script
+) -> None:
+    """The one ending that raw qrexec cannot carry; docs/architecture.md says so."""
+    directly = await play_directly(script, target)
+    relayed = await play(script, call_relay, target)
+    assert relayed.client == directly.client
+    assert relayed.server == (*directly.server[:-1], "EOF")
+    assert directly.server[-1] == "RST"
