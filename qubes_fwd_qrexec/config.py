@@ -24,6 +24,10 @@ VALUE_MAX = 3071
 _KEY_PREFIX = "fwd."
 
 
+# What dom0 calls in a target to end its tunnels; no exposed qube may.
+REVOKE_SERVICE = "qubes.ForwardRevoke"
+
+
 class Service(StrEnum):
     """The qrexec service that is called in the target."""
 

@@ -5,7 +5,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,14 +19,12 @@ from .accepting import (
     open_listening,
     peer_address,
 )
-from .call import CallTimeouts, relay_over_call
 from .config import ListenerConfig
 from .errors import RefusedError
 from .logs import RateLimit, warn
 from .relay import abort, close_well, undelivered_bytes
-from .relaythread import RelayThread
 from .rules import OnExpire
-from .targets import Target
+from .transports import Transports
 from .values import IPAddress
 
 _logger = logging.getLogger(__name__)
@@ -47,10 +45,7 @@ def bindings(config: ListenerConfig) -> frozenset[Binding]:
 class Means:
     """What every forward of a listener works with."""
 
-    client: tuple[str, ...]
-    relays: RelayThread
-    timeouts: CallTimeouts
-    target: Callable[[str], Target]
+    transports: Transports
     tasks: trio.Nursery
 
 
@@ -145,7 +140,7 @@ class Forward:
                 else:
                     await _delivered(accepted)
             except Exception:
-                if self._means.relays.has_failed:
+                if self._means.transports.relays.has_failed:
                     raise
                 _logger.exception("%s: a bug ended the connection of %s", self, peer)
             finally:
@@ -154,27 +149,15 @@ class Forward:
 
     async def _relay(self, port: int, accepted: socket.socket, peer: IPAddress) -> bool:
         """Whether the connection ended well; if not, the log has a line of its kind."""
-        config, means = self.config, self._means
-        target = means.target(config.target)
-        service = f"{config.service}+{config.target_port(port)}"
         try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with target.slot(service):
-                if peer_address(accepted) is None:  # it left while it waited
-                    return False
-                ending = await relay_over_call(
-                    accepted, means.client, config.target, service, means.relays, means.timeouts
-                )
+            ending = await self._means.transports.carry(self.config, port, accepted)
         except RefusedError as error:
             self._warn("no call", f"{peer}: {error}")
             return False
         except OSError as error:
-            self._warn("client", f"{peer}: cannot start {means.client[0]}: {error.strerror}")
+            self._warn("trouble", f"{peer}: {error}")
             return False
-        if ending.is_refused:
-            target.refused(service)
-        elif ending.received_bytes:
-            target.accepted(service)
         if ending.error is not None:
             self._warn(ending.error, f"{peer}: {ending.error}")
         return ending.error is None

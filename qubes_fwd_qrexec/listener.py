@@ -24,8 +24,9 @@ from .forward import Binding, Expiry, Forward, Means, bindings
 from .logs import start_logging
 from .notify import notify
 from .relaythread import open_relay_thread
-from .rules import NO_LIMITS, Transport
-from .targets import CALLS_MAX, Target
+from .rules import NO_LIMITS
+from .targets import CALLS_MAX
+from .transports import Transports
 from .values import QubeName, RuleName
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +55,6 @@ class Listener:
         self._timeouts = timeouts or CallTimeouts()
         self._drain_s = drain_s
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
-        self._targets: dict[str, Target] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         self._stopping = trio.Event()
         self._is_running = False
@@ -66,7 +66,8 @@ class Listener:
         Raises `ConfigError` or `BindError` when the first configuration cannot be served as a whole.
         """
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
-            self._means = Means(self._client, relays, self._timeouts, self._target, tasks)
+            transports = Transports(self._client, relays, tasks, self._calls_max, self._timeouts)
+            self._means = Means(transports, tasks)
             try:
                 await self._listen(task_status)
             finally:
@@ -116,8 +117,7 @@ class Listener:
         wanted = {key: config for key, config in wanted.items() if not self._is_expired(config)}
         for name in self._forwards.keys() - wanted.keys():
             self._end(name, "removed")
-        for target in self._targets.values():
-            target.forget_refusals()  # a changed configuration comes with a changed policy
+        self._means.transports.reconfigured(list(wanted.values()))
         self._hand_over(wanted)
         for name, config in sorted(wanted.items()):
             try:
@@ -163,11 +163,6 @@ class Listener:
                 self._expired.add((*name, forward.config.expire))
                 self._end(name, "expired")
 
-    def _target(self, name: str) -> Target:
-        if name not in self._targets:
-            self._targets[name] = Target(name, self._calls_max)
-        return self._targets[name]
-
 
 def _usable(
     found: Configuration,
@@ -183,8 +178,6 @@ def _usable(
 
 
 def _beyond_us(config: ListenerConfig) -> str | None:
-    if config.transport is not Transport.CALL:
-        return f"transport={config.transport} is not in this version; transport=call would be right"
     if config.limits != NO_LIMITS:
         return f"limits={config.limits} are not in this version; leave them out"
     return None

@@ -9,11 +9,12 @@ import errno
 import os
 import socket
 import time
+from typing import NamedTuple
 
 from .errors import ForwardError, TextError
 from .exitstatus import ExitStatus
 from .relay import abort
-from .values import parse_port
+from .values import TargetPorts, parse_port
 
 SERVICE = "qubes.ForwardTCP"
 # Where a server in the target may listen; tried in this order, and nowhere else.
@@ -30,12 +31,23 @@ class ServiceError(ForwardError):
         self.status = status
 
 
-def parse_argument(untrusted_argument: str) -> int:
-    """The one port that a call may reach. Raises `ServiceError` with exit status 2 for all else."""
-    if untrusted_argument.endswith("+tunnel"):
-        raise ServiceError(ExitStatus.BAD_ARGUMENT, "tunnels are not in this version of the service")
+class Request(NamedTuple):
+    """What a call asks for: one connection to one port, or a tunnel to a range of them."""
+
+    ports: TargetPorts
+    is_tunnel: bool
+
+
+def parse_argument(untrusted_argument: str) -> Request:
+    """``PORT``, ``PORT+tunnel`` or ``PORT-PORT+tunnel``; else `ServiceError` with exit status 2 is raised."""
+    untrusted_ports, plus, untrusted_kind = untrusted_argument.partition("+")
     try:
-        return parse_port(untrusted_argument)
+        if not plus:
+            port = parse_port(untrusted_ports)
+            return Request(TargetPorts(port, port), is_tunnel=False)
+        if untrusted_kind != "tunnel":
+            raise TextError(untrusted_argument, "PORT, PORT+tunnel or PORT-PORT+tunnel")
+        return Request(TargetPorts.parse(untrusted_ports), is_tunnel=True)
     except TextError as error:
         raise ServiceError(ExitStatus.BAD_ARGUMENT, f"argument {error}") from None
 

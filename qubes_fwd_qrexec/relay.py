@@ -6,8 +6,7 @@ qrexec call and server in the target. A `Copy` is one direction. It never passes
 started it is told `CopyEnd` and decides, because only the owner knows whether an end of file on this
 side is a clean one.
 
-It is one plain epoll loop without trio. A round trip crosses it four times, and waking a trio task
-costs twice what the copying does (`bench/` has the row); `relaythread` makes it usable from trio.
+It works in a plain `Loop` without trio; `relaythread` makes it usable from trio.
 """
 
 import contextlib
@@ -20,16 +19,15 @@ import termios
 import time
 from collections.abc import Callable
 from enum import Enum, auto
+from functools import partial
+
+from .loop import GONE, READ, WRITE, Loop
 
 # As much as qrexec-client-vm asks for by default (qubes-core-qrexec agent/qrexec-client-vm.c): what a
 # stalled direction holds at most, beside the kernel's own socket buffers.
 BUFFER_BYTES = 65536
 # What is read and dropped so that a close is no abort: more than a receive buffer of the default size.
 _READ_OUT_BYTES = 16 * BUFFER_BYTES
-
-_READ = select.EPOLLIN
-_WRITE = select.EPOLLOUT
-_GONE = select.EPOLLERR | select.EPOLLHUP
 
 
 class CopyEnd(Enum):
@@ -65,44 +63,37 @@ class _Endpoint:
     """A socket in the loop, with the copy that reads it and the one that writes it.
 
     ``was_reset`` outlives the kernel's own note of an abort. The first call that meets it takes it away,
-    and a read after a failed write would look like a clean end. ``since_turn`` is the turn of the loop in
-    which it was made: news that the kernel had gathered before are about an earlier socket of that number.
+    and a read after a failed write would look like a clean end.
     """
 
-    __slots__ = ("fd", "mask", "reader", "since_turn", "was_reset", "writer")
+    __slots__ = ("fd", "mask", "reader", "was_reset", "writer")
 
-    def __init__(self, fd: int, since_turn: int) -> None:
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.since_turn = since_turn
         self.reader: Copy | None = None
         self.writer: Copy | None = None
         self.was_reset = False
-        self.mask = -1  # not registered
+        self.mask = -1  # not watched
 
     def wanted(self) -> int:
         reading = self.reader is not None and not self.reader.pending
         writing = self.writer is not None and self.writer.pending
-        return (_READ if reading else 0) | (_WRITE if writing else 0)
+        return (READ if reading else 0) | (WRITE if writing else 0)
 
 
-class RelayLoop:
-    """Any number of copies, moved by whoever calls `run_once`; not safe for several threads.
+class Relay:
+    """Any number of copies in a loop, whose thread alone may call this.
 
-    The loop owns no socket. A socket must outlive the copies it is part of: stop them, then close it.
+    It owns no socket. A socket must outlive the copies it is part of: stop them, then close it.
     """
 
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
         self._endpoints: dict[int, _Endpoint] = {}
-        self._watched: dict[int, Callable[[], None]] = {}
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
-        self._turn = 0
-
-    def close(self) -> None:
-        self._epoll.close()
 
     def start(self, copy: Copy, on_end: Callable[[CopyEnd], None]) -> None:
-        """Begin to copy. ``on_end`` is called once, from `run_once`, and may start or stop others.
+        """Begin to copy. ``on_end`` is called once, from the loop, and may start or stop others.
 
         Raises ValueError where another copy reads the source or writes the sink already, and OSError where
         the kernel can watch no more sockets; nothing has begun then.
@@ -133,54 +124,37 @@ class RelayLoop:
         self._update(source)
         self._update(sink)
 
-    def run_once(self, timeout_s: float | None = None) -> None:
-        """Wait for what can be moved, at most ``timeout_s``, and move it; no socket gets two turns."""
-        news = self._epoll.poll(timeout_s)
-        self._turn += 1
-        for fd, events in news:
-            endpoint = self._endpoints.get(fd)
-            if endpoint is not None:
-                if endpoint.since_turn != self._turn:
-                    self._serve(endpoint, events)
-            elif fd in self._watched:
-                self._watched[fd]()
-
-    def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
-        """Call ``on_readable`` from `run_once` whenever ``fd`` can be read; it must read it."""
-        self._epoll.register(fd, _READ)
-        self._watched[fd] = on_readable
-
     def _endpoint(self, sock: socket.socket) -> _Endpoint:
         fd = sock.fileno()
         endpoint = self._endpoints.get(fd)
         if endpoint is None:
-            endpoint = self._endpoints[fd] = _Endpoint(fd, self._turn)
+            endpoint = self._endpoints[fd] = _Endpoint(fd)
         return endpoint
 
     def _update(self, endpoint: _Endpoint) -> None:
         """Make the kernel's interest what the copies of this endpoint need."""
         if endpoint.reader is None and endpoint.writer is None:
             if endpoint.mask >= 0:
-                self._epoll.unregister(endpoint.fd)
+                self._loop.unwatch(endpoint.fd)
             self._endpoints.pop(endpoint.fd, None)
             endpoint.mask = -1
             return
         wanted = endpoint.wanted()
         if endpoint.mask < 0:
-            self._epoll.register(endpoint.fd, wanted)
+            self._loop.watch(endpoint.fd, wanted, partial(self._serve, endpoint))
         elif endpoint.mask != wanted:
-            self._epoll.modify(endpoint.fd, wanted)
+            self._loop.change(endpoint.fd, wanted)
         endpoint.mask = wanted
 
     def _serve(self, endpoint: _Endpoint, events: int) -> None:
         reader = endpoint.reader
         can_read = reader is not None and not reader.pending
-        if can_read and reader is not None and events & (_READ | _GONE):
+        if can_read and reader is not None and events & (READ | GONE):
             self._pull(reader, endpoint)
         writer = endpoint.writer
-        if writer is not None and writer.pending and events & _WRITE:
+        if writer is not None and writer.pending and events & WRITE:
             self._push(writer, endpoint)
-        if events & _GONE and not can_read:
+        if events & GONE and not can_read:
             self._gone(endpoint)
 
     def _gone(self, endpoint: _Endpoint) -> None:
@@ -193,7 +167,7 @@ class RelayLoop:
         if endpoint.writer is not None:
             self._end(endpoint.writer, CopyEnd.SINK_BROKEN)
         if endpoint.reader is not None and endpoint.mask == 0:
-            self._epoll.unregister(endpoint.fd)
+            self._loop.unwatch(endpoint.fd)
             endpoint.mask = -1
 
     def _pull(self, copy: Copy, source: _Endpoint) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A `RelayLoop` in a thread of its own, for use from trio.
+"""A `Loop` in a thread of its own, for use from trio.
 
 The thread moves bytes and decides nothing; trio tasks start copies, wait for their ends and decide. A
 task that is cancelled while it waits gets its sockets back before it goes on.
@@ -10,24 +10,32 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from functools import partial
+from typing import NoReturn, TypeVar
 
 import outcome
 import trio
 
-from .relay import Copy, CopyEnd, RelayLoop
+from .loop import READ, Loop
+from .relay import Copy, CopyEnd, Relay
+
+_T = TypeVar("_T")
 
 
 class RelayThread:
-    """Made by `open_relay_thread`; its methods belong to the trio thread that opened it."""
+    """Made by `open_relay_thread`; its methods belong to the trio thread that opened it.
+
+    ``loop`` is the thread's own: what works in it is made by an order, and only orders reach it.
+    """
 
     def __init__(self) -> None:
-        self._loop = RelayLoop()
+        self.loop = Loop()
+        self._relay = Relay(self.loop)
         self._token = trio.lowlevel.current_trio_token()
         self._orders: deque[Callable[[], None]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._loop.watch(self._wake_fd, self._obey)
-        # One entry for each `run` under way; a task's next `run` must not hear of the last one's end.
+        self.loop.watch(self._wake_fd, READ, self._obey)
+        # One entry for each `wait` under way; a task's next one must not hear of the last one's end.
         self._waiting: dict[object, trio.lowlevel.Task] = {}
         self._crash: BaseException | None = None
         self._is_closing = False
@@ -41,48 +49,62 @@ class RelayThread:
     async def run(self, copy: Copy) -> CopyEnd:
         """Copy until the end. When this is cancelled, the sockets are free before Cancelled is raised.
 
-        Raises what `RelayLoop.start` raises; `RuntimeError` when the thread has failed, and all is lost.
+        Raises what `Relay.start` raises; `RuntimeError` when the thread has failed, and all is lost.
+        """
+        return await self.wait(partial(self._relay.start, copy), partial(self._relay.stop, copy))
+
+    async def wait(self, begin: Callable[[Callable[[_T], None]], None], let_go: Callable[[], None]) -> _T:
+        """Have the thread begin something, and wait for what it finishes with.
+
+        ``begin`` gets the function to call with the result, once. When this is cancelled, ``let_go`` has
+        been called before Cancelled is raised. An OSError or ValueError of ``begin`` is raised here: it is
+        this caller's trouble, and no other's.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._crash is not None:
             raise RuntimeError("the relay thread has failed") from self._crash
-        this_run = object()
+        this_wait = object()
 
-        def resume(result: "outcome.Outcome[CopyEnd]") -> None:
-            task = self._waiting.pop(this_run, None)
+        def resume(result: "outcome.Outcome[_T]") -> None:
+            task = self._waiting.pop(this_wait, None)
             if task is not None:
                 trio.lowlevel.reschedule(task, result)
 
-        def begin() -> None:
+        def finish(result: _T) -> None:
+            self._token.run_sync_soon(resume, outcome.Value(result))
+
+        def begin_or_fail() -> None:
             try:
-                self._loop.start(copy, ended)
-            except (OSError, ValueError) as error:  # this copy's trouble, and no other's
+                begin(finish)
+            except (OSError, ValueError) as error:
                 self._token.run_sync_soon(resume, outcome.Error(error))
 
-        def ended(how: CopyEnd) -> None:
-            self._token.run_sync_soon(resume, outcome.Value(how))
-
         def abort_fn(raise_cancel: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
-            def let_go() -> None:
-                self._loop.stop(copy)
+            def let_go_and_tell() -> None:
+                let_go()
                 self._token.run_sync_soon(lambda: resume(outcome.capture(raise_cancel)))
 
-            self._order(let_go)
+            self.order(let_go_and_tell)
             return trio.lowlevel.Abort.FAILED
 
-        self._waiting[this_run] = trio.lowlevel.current_task()
-        self._order(begin)
-        end: CopyEnd = await trio.lowlevel.wait_task_rescheduled(abort_fn)
-        return end
+        self._waiting[this_wait] = trio.lowlevel.current_task()
+        self.order(begin_or_fail)
+        result: _T = await trio.lowlevel.wait_task_rescheduled(abort_fn)
+        return result
 
-    def _order(self, what: Callable[[], None]) -> None:
+    def order(self, what: Callable[[], None]) -> None:
+        """Have the thread call ``what``, soon and in the order of the orders."""
         self._orders.append(what)
         os.eventfd_write(self._wake_fd, 1)
+
+    def tell(self, what: Callable[[], None]) -> None:
+        """From the thread: have trio call ``what``."""
+        self._token.run_sync_soon(what)
 
     def _run(self) -> None:
         try:
             while not self._is_closing:
-                self._loop.run_once()
+                self.loop.run_once()
         except BaseException as crash:  # noqa: BLE001 - handed to every task that waits
             self._crash = crash
             try:
@@ -90,7 +112,7 @@ class RelayThread:
             except trio.RunFinishedError:
                 raise crash from None
 
-    def _obey(self) -> None:
+    def _obey(self, _events: int) -> None:
         """In the thread: carry out what has been ordered. An order comes before its wake-up."""
         os.eventfd_read(self._wake_fd)
         while self._orders:
@@ -107,10 +129,10 @@ class RelayThread:
         def stop() -> None:
             self._is_closing = True
 
-        self._order(stop)
+        self.order(stop)
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._thread.join)
-        self._loop.close()
+        self.loop.close()
         os.close(self._wake_fd)
 
 

@@ -15,7 +15,8 @@ import sys
 
 from .exitstatus import ExitStatus
 from .localserver import SERVICE, ServiceError, connect, parse_argument
-from .relay import Copy, CopyEnd, RelayLoop, abort, half_close
+from .loop import Loop
+from .relay import Copy, CopyEnd, Relay, abort, half_close
 
 # Arguments come from another qube, and this goes to a log.
 _MESSAGE_MAX = 200
@@ -29,14 +30,15 @@ class _Joined:
     """
 
     def __init__(self, stdin: socket.socket, stdout: socket.socket, server: socket.socket) -> None:
-        self._loop = RelayLoop()
+        self._loop = Loop()
+        relay = Relay(self._loop)
         self._stdout = stdout
         self._server = server
         self._open = 2
         self._has_lost = False
         self._status: ExitStatus | None = None
-        self._loop.start(Copy(stdin, server), self._upload_ended)
-        self._loop.start(Copy(server, stdout), self._download_ended)
+        relay.start(Copy(stdin, server), self._upload_ended)
+        relay.start(Copy(server, stdout), self._download_ended)
 
     def run(self) -> int:
         """Until both directions are over, or one of them is aborted; the exit status that tells."""
@@ -84,14 +86,17 @@ def _standard_socket(fd: int) -> socket.socket:
 def _serve_call(arguments: list[str]) -> int:
     """Serve one call: its argument is the only one, stdin and stdout are its sockets."""
     try:
-        port = parse_argument(arguments[0] if len(arguments) == 1 else "")
+        request = parse_argument(arguments[0] if len(arguments) == 1 else "")
         stdin, stdout = _standard_socket(0), _standard_socket(1)
-        server = connect(port)
+        if request.is_tunnel:
+            from . import tunnelservice  # a call for one connection starts faster without
+
+            return tunnelservice.serve(request.ports, stdin, stdout)
+        return _Joined(stdin, stdout, connect(request.ports.first)).run()
     except ServiceError as error:
         with contextlib.suppress(OSError):  # nobody listens, and the status says it all
             print(f"{SERVICE}: {error}"[:_MESSAGE_MAX], file=sys.stderr, flush=True)
         return error.status
-    return _Joined(stdin, stdout, server).run()
 
 
 def main(arguments: list[str] | None = None) -> int:

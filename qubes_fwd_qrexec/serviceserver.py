@@ -67,7 +67,10 @@ def parse_descriptor(untrusted_descriptor: bytes) -> tuple[int, str]:
     name, plus, argument = service.partition("+")
     if name != SERVICE or not plus or not source:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not {SERVICE}+PORT QUBE")
-    return parse_argument(argument), source
+    request = parse_argument(argument)
+    if request.is_tunnel:
+        raise DescriptorError(f"{service}: tunnels are served by a process each, and not here")
+    return request.ports.first, source
 
 
 async def read_descriptor(call: socket.socket) -> bytes:

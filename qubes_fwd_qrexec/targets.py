@@ -56,7 +56,7 @@ class Target:
     @asynccontextmanager
     async def slot(self, service: str) -> AsyncIterator[None]:
         """Hold one of the target's calls; raises `RefusedError` when there is none to be had in time."""
-        self._check_back_off(service)
+        self.check_back_off(service)
         if self._slots.statistics().tasks_waiting >= WAITING_MAX:
             raise RefusedError(f"{self.name} has {self.calls_max} calls and {WAITING_MAX} wait")
         borrower = object()
@@ -65,7 +65,7 @@ class Target:
         if waiting.cancelled_caught:
             raise RefusedError(f"{self.name} has {self.calls_max} calls, and none ended within {WAIT_S:g} s")
         try:
-            self._check_back_off(service)
+            self.check_back_off(service)
             yield
         finally:
             self._slots.release_on_behalf_of(borrower)
@@ -89,7 +89,8 @@ class Target:
         """The configuration is new, and with it the policy: ask dom0 again at once."""
         self._back_offs.clear()
 
-    def _check_back_off(self, service: str) -> None:
+    def check_back_off(self, service: str) -> None:
+        """Raises `RefusedError` while a refused service is not to be asked for again."""
         back_off = self._back_offs.get(service)
         left_s = back_off.until - self._clock() if back_off else 0.0
         if left_s > 0:

@@ -4,7 +4,8 @@
 import socket
 from collections.abc import Callable
 
-from qubes_fwd_qrexec.relay import BUFFER_BYTES, Copy, CopyEnd, RelayLoop
+from qubes_fwd_qrexec.loop import Loop
+from qubes_fwd_qrexec.relay import BUFFER_BYTES, Copy, CopyEnd, Relay
 
 Pair = Callable[[], tuple[socket.socket, socket.socket]]
 
@@ -15,10 +16,11 @@ class Bench:
     def __init__(self, source_pair: Pair, sink_pair: Pair) -> None:
         self.far_source, self.source = source_pair()
         self.sink, self.far_sink = sink_pair()
-        self.loop = RelayLoop()
+        self.loop = Loop()
+        self.relay = Relay(self.loop)
         self.ends: list[CopyEnd] = []
         self.copy = Copy(self.source, self.sink)
-        self.loop.start(self.copy, self.ends.append)
+        self.relay.start(self.copy, self.ends.append)
 
     def turn(self, times: int = 3) -> None:
         for _ in range(times):

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from relay_bench import Bench, Pair, receive_all
 
+from qubes_fwd_qrexec.loop import READ, Loop
 from qubes_fwd_qrexec.relay import (
     BUFFER_BYTES,
     Copy,
     CopyEnd,
-    RelayLoop,
+    Relay,
     abort,
     half_close,
     undelivered_bytes,
@@ -125,10 +126,11 @@ class Both:
         self.far, self.near = tcp_pair()
         self.far_in, self.near_in = unix_pair()
         self.near_out, self.far_out = unix_pair()
-        self.loop = RelayLoop()
+        self.loop = Loop()
+        self.relay = Relay(self.loop)
         self.events: list[tuple[str, CopyEnd]] = []
-        self.loop.start(Copy(self.near_in, self.near), lambda how: self.events.append(("to", how)))
-        self.loop.start(Copy(self.near, self.near_out), lambda how: self.events.append(("from", how)))
+        self.relay.start(Copy(self.near_in, self.near), lambda how: self.events.append(("to", how)))
+        self.relay.start(Copy(self.near, self.near_out), lambda how: self.events.append(("from", how)))
 
     def turn_until(self, count: int) -> dict[str, CopyEnd]:
         for _ in range(500):
@@ -151,10 +153,10 @@ def test_an_abort_met_by_a_write_first_is_still_an_abort_to_the_reader(both: Bot
     both.far.send(b"last words")
     abort(both.far)
     # Both are ready now. To make the write come first, as it may, the loop's own parts are called.
-    endpoint = both.loop._endpoint(both.near)
+    endpoint = both.relay._endpoint(both.near)
     assert endpoint.writer is not None
     assert endpoint.reader is not None
-    assert both.loop._send(endpoint.writer, b"x") == -1
+    assert both.relay._send(endpoint.writer, b"x") == -1
     assert endpoint.was_reset
     assert both.turn_until(2) == {"to": CopyEnd.SINK_BROKEN, "from": CopyEnd.SOURCE_RESET}
     assert both.far_out.recv(100) == b"last words"
@@ -164,9 +166,9 @@ def test_an_abort_after_a_clean_end_keeps_the_end_clean(both: Both) -> None:
     both.far.send(b"last words")
     half_close(both.far)
     abort(both.far)
-    endpoint = both.loop._endpoint(both.near)
+    endpoint = both.relay._endpoint(both.near)
     assert endpoint.writer is not None
-    assert both.loop._send(endpoint.writer, b"x") == -1
+    assert both.relay._send(endpoint.writer, b"x") == -1
     assert not endpoint.was_reset
     assert both.turn_until(2) == {"to": CopyEnd.SINK_BROKEN, "from": CopyEnd.EOF}
     assert both.far_out.recv(100) == b"last words"
@@ -214,15 +216,15 @@ def test_a_stalled_copy_holds_no_more_than_its_buffer(bench: Bench) -> None:
 
 
 def test_a_stopped_copy_frees_its_sockets_and_tells_nobody(bench: Bench) -> None:
-    bench.loop.stop(bench.copy)
-    bench.loop.stop(bench.copy)
-    assert not bench.loop._endpoints
+    bench.relay.stop(bench.copy)
+    bench.relay.stop(bench.copy)
+    assert not bench.relay._endpoints
     bench.far_source.send(b"x")
     half_close(bench.far_source)
     bench.turn()
     assert not bench.ends
     again = Copy(bench.source, bench.sink)
-    bench.loop.start(again, bench.ends.append)
+    bench.relay.start(again, bench.ends.append)
     assert bench.turn_until_end() is CopyEnd.EOF
 
 
@@ -230,16 +232,16 @@ def test_two_readers_of_one_socket_are_refused_and_leave_nothing(bench: Bench) -
     one, other = unix_pair()
     with one, other:
         with pytest.raises(ValueError, match="one copy"):
-            bench.loop.start(Copy(bench.source, one), bench.ends.append)
+            bench.relay.start(Copy(bench.source, one), bench.ends.append)
         with pytest.raises(ValueError, match="one copy"):
-            bench.loop.start(Copy(one, bench.sink), bench.ends.append)
-        assert set(bench.loop._endpoints) == {bench.source.fileno(), bench.sink.fileno()}
+            bench.relay.start(Copy(one, bench.sink), bench.ends.append)
+        assert set(bench.relay._endpoints) == {bench.source.fileno(), bench.sink.fileno()}
 
 
 def test_a_socket_that_cannot_be_watched_is_refused_and_leaves_nothing(bench: Bench) -> None:
     one, other = unix_pair()
     with one, other, open("/dev/null", "rb") as file:
-        watched = set(bench.loop._endpoints)
+        watched = set(bench.relay._endpoints)
 
         class NoSocket(socket.socket):
             def fileno(self) -> int:
@@ -248,8 +250,8 @@ def test_a_socket_that_cannot_be_watched_is_refused_and_leaves_nothing(bench: Be
         fake = NoSocket()
         copy = Copy(one, fake)
         with pytest.raises(PermissionError):
-            bench.loop.start(copy, bench.ends.append)
-        assert set(bench.loop._endpoints) == watched
+            bench.relay.start(copy, bench.ends.append)
+        assert set(bench.relay._endpoints) == watched
         assert copy.on_end is None
         fake.close()
 
@@ -263,18 +265,18 @@ def test_old_news_of_a_number_do_not_reach_its_next_socket() -> None:
     ends: list[CopyEnd] = []
 
     def replace() -> None:
-        bench.loop.stop(bench.copy)
+        bench.relay.stop(bench.copy)
         bench.sink.detach()
         os.dup2(one.fileno(), sink_fd)  # closes the old one
         bench.sink = socket.socket(fileno=sink_fd)
         bench.sink.setblocking(False)
         bench.copy = Copy(bench.source, bench.sink)
-        bench.loop.start(bench.copy, ends.append)
+        bench.relay.start(bench.copy, ends.append)
 
     news_r, news_w = unix_pair()
     news_w.send(b"x")
     # The kernel tells of what became ready first, first: make the watched one the first to be served.
-    bench.loop.watch(news_r.fileno(), lambda: replace() if news_r.recv(1) else None)
+    bench.loop.watch(news_r.fileno(), READ, lambda _events: replace() if news_r.recv(1) else None)
     real = bench.loop._epoll
 
     class Ordered:
@@ -301,10 +303,10 @@ def test_an_end_may_start_the_next_copy() -> None:
     with no_fds_left():
         bench = Bench(tcp_pair, tcp_pair)
         back: list[CopyEnd] = []
-        bench.loop.stop(bench.copy)
-        bench.loop.start(
+        bench.relay.stop(bench.copy)
+        bench.relay.start(
             bench.copy,
-            lambda how: bench.loop.start(Copy(bench.sink, bench.source), back.append),
+            lambda how: bench.relay.start(Copy(bench.sink, bench.source), back.append),
         )
         half_close(bench.far_source)
         half_close(bench.far_sink)

@@ -35,7 +35,7 @@ async def test_a_cancelled_copy_has_let_go_of_its_sockets() -> None:
                         await trio.lowlevel.checkpoint()
                         scope.cancel()
                 assert copy.on_end is None
-                assert not relays._loop._endpoints
+                assert not relays._relay._endpoints
                 assert not relays._waiting
 
 
@@ -90,7 +90,7 @@ async def test_a_copy_that_cannot_start_troubles_no_other() -> None:
             async def first() -> None:
                 ends.append(await relays.run(Copy(near_in, near_out)))
 
-            await until(lambda: relays._loop._endpoints)
+            await until(lambda: relays._relay._endpoints)
             with trio.fail_after(BOUND_S), pytest.raises(ValueError, match="one copy"):
                 await relays.run(Copy(near_in, far_in))
             assert not relays.has_failed
@@ -119,7 +119,7 @@ async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
             async with trio.open_nursery() as nursery:
                 for (_, source), (sink, _) in zip(pairs[:3], pairs[3:], strict=True):
                     nursery.start_soon(carry, source, sink)
-                await until(lambda: len(relays._loop._endpoints) == 6)
+                await until(lambda: len(relays._relay._endpoints) == 6)
                 relays._order(fail)
         assert failures == [crash] * 3
         assert relays.has_failed

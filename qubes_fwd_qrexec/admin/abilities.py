@@ -11,8 +11,8 @@ class Abilities(NamedTuple):
     """Each is one thing that rules can ask for."""
 
     nft: bool = False
-    tunnel: bool = False
-    proxy: bool = False
+    tunnel: bool = True
+    proxy: bool = True
     limits: bool = False
 
 

@@ -3,7 +3,8 @@
 
 `differences` decides and changes nothing; `carry_out` acts. Closing comes before opening, and policy
 before the listener in both: a listener without policy can do no harm, and a qube that keeps on
-listening after its rule is gone gets nothing any more. If a step fails, what the later ones would
+listening after its rule is gone gets nothing any more. A tunnel outlives the policy that allowed it, so
+dom0 itself calls the target to end it. If a step fails, what the later ones would
 have opened is closed again in policy; the next `apply` finishes.
 """
 
@@ -12,7 +13,7 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import is_forward_key
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, is_forward_key
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.values import QubeName, parse_printable
 
@@ -26,6 +27,7 @@ CONFIG_PREFIX = "vm-config."
 
 class Kind(StrEnum):
     CLOSE_POLICY = "close-policy"
+    REVOKE = "revoke"
     REMOVE_CONFIG = "remove-config"
     SET_CONFIG = "set-config"
     OPEN_POLICY = "open-policy"
@@ -56,6 +58,8 @@ class Step(NamedTuple):
             gone = [f"policy: no longer {' '.join(line.split())}" for line in self.lines_gone]
             new = [f"policy: from now on {' '.join(line.split())}" for line in self.lines_new]
             return gone + new or ["policy: write the file, which allows the same as before"]
+        if self.kind is Kind.REVOKE:
+            return [f"{self.qube}: end the tunnels {self.value}"]
         if self.kind is Kind.REMOVE_CONFIG:
             return [f"{self.qube}: stop listening for {self.key.removeprefix(CONFIG_PREFIX)}"]
         verb = "listen" if self.was is None else "change how it listens"
@@ -64,6 +68,8 @@ class Step(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         if self.is_policy:
             return {"step": self.kind, "remove": list(self.lines_gone), "add": list(self.lines_new)}
+        if self.kind is Kind.REVOKE:
+            return {"step": self.kind, "qube": self.qube, "tunnels": self.value}
         step: dict[str, Any] = {"step": self.kind, "qube": self.qube, "feature": self.key, "was": self.was}
         if self.kind is Kind.SET_CONFIG:
             step["value"] = self.value
@@ -103,6 +109,7 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
         opening.append(Step(Kind.OPEN_POLICY, final, lines_new=tuple(sorted(new))))
     elif not policy.is_same(installed.text, final):
         closing.append(Step(Kind.CLOSE_POLICY, final, lines_gone=tuple(sorted(gone))))
+    closing += _revocations(gone, new, inventory)
     wanted = wanted_config(plan)
     present = {
         (qube.name, key): value
@@ -121,6 +128,19 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
             # What needs no new line may narrow what is open: it belongs to closing.
             (opening if needed else closing).append(step)
     return (*closing, *opening)
+
+
+def _revocations(gone: frozenset[str], new: frozenset[str], inventory: Inventory) -> list[Step]:
+    """For each tunnel that policy no longer allows, a call that ends those that are open.
+
+    A line that only changes, in its autostart, stays allowed. A qube that is halted has no tunnels.
+    """
+    over = {policy.tunnel_of(line) for line in gone} - {policy.tunnel_of(line) for line in new}
+    return [
+        Step(Kind.REVOKE, tunnel.argument, qube=tunnel.target)
+        for tunnel in sorted(tunnel for tunnel in over if tunnel is not None)
+        if (qube := inventory.get(tunnel.target)) is not None and qube.is_running
+    ]
 
 
 def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
@@ -163,6 +183,8 @@ def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
 def _take(step: Step, backend: Backend) -> None:
     if step.is_policy:
         backend.replace_policy(step.value, backend.read_policy().token)
+    elif step.kind is Kind.REVOKE:
+        backend.call(step.qube, f"{REVOKE_SERVICE}+{step.value}")
     elif step.kind is Kind.REMOVE_CONFIG:
         backend.remove_feature(step.qube, step.key)
     else:

@@ -43,5 +43,12 @@ class Backend(Protocol):
         or if dom0's policy could not be read with it.
         """
 
+    def call(self, qube: QubeName, service: str) -> None:
+        """Make a qrexec call from dom0 (``NAME+ARGUMENT``), without input, and wait for its end.
+
+        Raises `StoreError` unless it ended with status 0. A qube without the service has done no harm:
+        what is to be ended by the call cannot be there either.
+        """
+
     def locked(self) -> AbstractContextManager[None]:
         """Exclude all others that change rules, configuration or policy through a backend."""

@@ -12,6 +12,11 @@ from . import policy
 from .backend import NEW, PolicyFile
 from .inventory import Inventory, Qube
 
+# What a qube takes to end its tunnels is well under a second.
+_CALL_TIMEOUT_S = 10.0
+# qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_SERVICE_NOT_FOUND.
+_NO_SERVICE = 127
+
 
 class LabStore:
     """A lab as `Backend`. Each write is atomic; `locked` is the lab's own lock."""
@@ -69,6 +74,22 @@ class LabStore:
             raise StoreError(f"{self._policy_path}: not written, as it could not be read: {error}") from error
         with _told():
             write_text(self._policy_path, text)
+
+    def call(self, qube: QubeName, service: str) -> None:
+        socket_path = self._lab.qube_dir("dom0").agent_socket
+        if not socket_path.exists():
+            return  # the lab is down, and nothing in it lives
+        import subprocess
+
+        words = [str(self._lab.client_program), f"--agent-socket={socket_path}", "--", qube, service]
+        try:
+            done = subprocess.run(
+                words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CALL_TIMEOUT_S
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise StoreError(f"{service} in {qube}: {error}") from error
+        if done.returncode not in (0, _NO_SERVICE):
+            raise StoreError(f"{service} in {qube} ended with exit status {done.returncode}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

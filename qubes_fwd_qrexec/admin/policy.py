@@ -7,21 +7,41 @@ user's, nothing is said but the lines of forwards that go over it.
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from qubes_fwd_qrexec.config import Service
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, Service
 from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import yes_no
+from qubes_fwd_qrexec.values import QubeName, TargetPorts, yes_no
 
 from .states import Forward
 
 NAME = "30-forward"
-CLOSING = f"{Service.FORWARD_TCP}  *  @anyvm  @anyvm  deny  notify=no"
+# Only dom0 may end tunnels, and policy does not apply to dom0's own calls.
+CLOSING = tuple(
+    f"{service}  *  @anyvm  @anyvm  deny  notify=no" for service in (REVOKE_SERVICE, Service.FORWARD_TCP)
+)
 _HEADER = """\
 # This file is written by qvm-forward, and edits in it are lost.
 # Change the rules instead: see 'qvm-forward list' and qvm-forward(1).
 """
 # Two texts that differ in this line alone say the same.
 _WRITTEN = "# Written "
+
+
+class Tunnel(NamedTuple):
+    """A tunnel that a line allows: its target, and what `qubes.ForwardRevoke` is to be told to end it."""
+
+    target: QubeName
+    argument: str
+
+
+def tunnel_of(line: str) -> Tunnel | None:
+    """The tunnel that one of our own lines allows, None for a call's line."""
+    _, argument, source, target, *_ = line.split()
+    ports, _, kind = argument.removeprefix("+").partition("+")
+    if kind != "tunnel":
+        return None
+    return Tunnel(QubeName(target), f"{TargetPorts.parse(ports)}+{source}")
 
 
 def lines(forward: Forward) -> tuple[str, ...]:
@@ -65,13 +85,14 @@ def text(
         # Two forwards to the same port of a target from the same qube share a line.
         parts += [f"{line}\n" for line in lines(forward) if line not in done]
         done.update(lines(forward))
-    parts.append(f"\n# Whatever no line above allows is denied.\n{CLOSING}\n")
+    parts.append("\n# Whatever no line above allows is denied.\n")
+    parts += [f"{line}\n" for line in CLOSING]
     return "".join(parts)
 
 
 def allowing(policy: str | None) -> frozenset[str]:
     """The lines of a policy file that are in force, all but the closing one, in one spelling."""
-    return frozenset(line for line in _effective(policy or "") if line != CLOSING)
+    return frozenset(line for line in _effective(policy or "") if line not in CLOSING)
 
 
 def is_same(some: str | None, other: str | None) -> bool:

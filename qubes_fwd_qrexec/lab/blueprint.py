@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.errors import RefusedError, StoreError
 from qubes_fwd_qrexec.values import QubeName
 
@@ -17,6 +18,7 @@ from .knobs import Knobs
 from .qube import Qube, QubeClass, QubeState
 
 FORWARD_SERVICE = "qubes.ForwardTCP"
+_OUR_SERVICES = (FORWARD_SERVICE, REVOKE_SERVICE)
 CONNECT_SERVICE = "qubes.ConnectTCP"
 # qubes-core-agent-linux qubes-rpc/qubes.ConnectTCP.config.
 _CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
@@ -98,7 +100,8 @@ def offer_services(place: QubeDirectory, *, forward: bool) -> None:
         services = place.service_dirs[-1]
         _link(services / CONNECT_SERVICE, "/dev/tcp/127.0.0.1")
         if forward:
-            _link(services / FORWARD_SERVICE, str(find_rpc_entry()))
+            for service in _OUR_SERVICES:
+                _link(services / service, str(find_rpc_entry(service)))
     except OSError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
     write_text(place.rpc_config_dirs[-1] / CONNECT_SERVICE, _CONNECT_CONFIG)
@@ -126,14 +129,14 @@ def write_client(lab: LabDirectory) -> None:
     )
 
 
-def find_rpc_entry() -> Path:
-    """Where our RPC entry lies: beside the package in a checkout, else in the installed data directory."""
-    in_checkout = Path(__file__).parent.parent.parent / "rpc" / FORWARD_SERVICE
+def find_rpc_entry(service: str) -> Path:
+    """Where one of our RPC entries lies: in a checkout beside the package, else among the installed data."""
+    in_checkout = Path(__file__).parent.parent.parent / "rpc" / service
     if in_checkout.parent.is_dir():
         return in_checkout
     import sysconfig
 
-    return Path(sysconfig.get_path("data"), "share", "qubes-fwd-qrexec", "rpc", FORWARD_SERVICE)
+    return Path(sysconfig.get_path("data"), "share", "qubes-fwd-qrexec", "rpc", service)
 
 
 def _link(path: Path, target: str) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import trio
 
+from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE
+
 from .rpcconfig import RpcConfig
 from .services import Executable, ServiceMissingError, ServiceUnusableError, SocketService, TcpService
 
@@ -75,7 +77,7 @@ def start_process(
                     stdout=its_stdout.fileno(),
                     stderr=its_stderr,
                     cwd=directory,
-                    env=service_environment(os.environ, full_name, source),
+                    env=service_environment(os.environ, full_name, source, directory),
                     # A group of its own, so that the lab's end reaches what the service started.
                     start_new_session=True,
                 )
@@ -92,7 +94,9 @@ def start_process(
     return StartedProcess(process, stdin, stdout, stderr_fd)
 
 
-def service_environment(base: Mapping[str, str], full_name: str, source: str) -> dict[str, str]:
+def service_environment(
+    base: Mapping[str, str], full_name: str, source: str, directory: Path
+) -> dict[str, str]:
     """What a service finds in its environment.
 
     The broker's interpreter comes first in PATH, so that programs installed beside it are found.
@@ -107,6 +111,8 @@ def service_environment(base: Mapping[str, str], full_name: str, source: str) ->
         "QREXEC_REQUESTED_TARGET_TYPE": "",
         "QREXEC_SERVICE_ARGUMENT": full_name.partition("+")[2],
         "QREXEC_SERVICE_FULL_NAME": full_name,
+        # Each qube has a /run of its own.
+        DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
     }
 
 

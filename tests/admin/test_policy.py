@@ -179,6 +179,6 @@ def test_only_the_time_of_writing_makes_no_difference() -> None:
 
 
 def test_allowing_lines_are_read_in_one_spelling() -> None:
-    text = "# no\n\n  a   b\tc \n" + policy.CLOSING + "\n"
+    text = "# no\n\n  a   b\tc \n" + "\n".join(policy.CLOSING) + "\n"
     assert policy.allowing(text) == {"a  b  c"}
     assert policy.allowing(None) == frozenset()

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A stream of a tunnel joined with a local socket: bytes both ways, and every ending as it is.
+
+A FIN becomes EOF and EOF a FIN, in each direction by itself; RST becomes RESET and RESET an RST, after
+what had arrived before it. Anything that goes wrong is an abort: a clean end is only ever said.
+"""
+
+import contextlib
+import fcntl
+import socket
+import struct
+import termios
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+from select import EPOLLERR
+from typing import TYPE_CHECKING
+
+from .budget import INITIAL_BYTES, WINDOW_MAX_BYTES
+from .loop import GONE, READ, WRITE
+from .relay import abort, half_close
+from .tunnel import DataReceived, ResetCode
+
+if TYPE_CHECKING:
+    from .mux import Mux
+
+# relay-behaviours 12: what had been received is delivered before an RST, within a second.
+_LAST_WORDS_S = 0.8
+_LAST_WORDS_LOOK_S = 0.005
+# relay-behaviours 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
+_STALLED_GONE_S = 10.0
+# In the place of a mask: the kernel is not asked about the socket at all.
+_UNWATCHED = -1
+
+
+class LegEnd(Enum):
+    """How a stream ended."""
+
+    DONE = auto()
+    """Both directions ended cleanly."""
+    LOCAL_RESET = auto()
+    """The local peer aborted."""
+    REMOTE_RESET = auto()
+    """The other end of the tunnel aborted, or the tunnel itself was lost."""
+
+
+class Leg:
+    """Owns ``sock`` (non-blocking) and closes it in the end; no byte moves before `join`.
+
+    ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
+    the tunnel and out of it. ``ended`` is None while it lives. It belongs to the loop's thread.
+    """
+
+    __slots__ = (
+        "_has_eof",
+        "_mask",
+        "_mux",
+        "_pending",
+        "_sent_eof",
+        "_window",
+        "ended",
+        "is_joined",
+        "moved_at",
+        "on_end",
+        "received",
+        "sent",
+        "sock",
+        "stream_id",
+    )
+
+    def __init__(self, mux: "Mux", stream_id: int, window: int, sock: socket.socket) -> None:
+        self._mux = mux
+        self._window = window
+        self._mask = _UNWATCHED
+        self._pending: deque[tuple[memoryview, int]] | None = None
+        self._has_eof = False
+        self.is_joined = False
+        self._sent_eof = False
+        self.stream_id = stream_id
+        self.sock = sock
+        self.ended: LegEnd | None = None
+        self.on_end: Callable[[LegEnd], None] | None = None
+        self.sent = 0
+        self.received = 0
+        self.moved_at = time.monotonic()
+
+    @property
+    def is_half_closed(self) -> bool:
+        """Whether one direction has ended and the other has not."""
+        return self._has_eof != self._sent_eof
+
+    def join(self) -> None:
+        """The stream is accepted and the socket connected: let bytes flow."""
+        self.is_joined = True
+        self._watch(READ)
+
+    def leave(self) -> None:
+        """The stream was refused: it ends here, and the socket stays as it is."""
+        self.ended = LegEnd.REMOTE_RESET
+        self._mux.forget(self, self._window)
+
+    # From the socket into the tunnel
+
+    def _on_ready(self, events: int) -> None:
+        mask = self._mask
+        if mask & WRITE and events & (WRITE | GONE):
+            self._push()
+        if mask & READ and events & (READ | GONE) and self.ended is None:
+            self._pull()
+        elif events & GONE and not mask & READ and self._mask != _UNWATCHED:
+            self._gone(events)
+
+    def _pull(self) -> None:
+        """Read once, as much as the credit lets us send, and send it on in the same turn."""
+        limit = self._mux.room(self)
+        if limit <= 0:
+            self._watch(self._mask & ~READ)
+            return
+        try:
+            data = self.sock.recv(limit)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort_from_here()
+            return
+        self.moved_at = time.monotonic()
+        if data:
+            self.sent += len(data)
+            self._mux.send_data(self.stream_id, data)
+            return
+        self._sent_eof = True
+        self._watch(self._mask & ~READ)
+        self._mux.send_eof(self.stream_id)
+        self._close_if_done()
+
+    def resume(self) -> None:
+        """There is credit again, or room in the tunnel."""
+        if not self._sent_eof and self.ended is None:
+            self._watch((0 if self._mask == _UNWATCHED else self._mask) | READ)
+
+    def _gone(self, events: int) -> None:
+        """The local peer is gone both ways while we do not read.
+
+        After its FIN that is an abort. Before, there may be bytes to read that wait for credit: the
+        kernel is asked to be silent until then, but an abort does not wait for ever.
+        """
+        if self._sent_eof or self.ended is not None:
+            self.abort_from_here()
+            return
+        self._watch(_UNWATCHED)
+        if events & EPOLLERR:
+            self._mux.loop.after(_STALLED_GONE_S, self._abort_if_stalled)
+
+    def _abort_if_stalled(self) -> None:
+        if self._mask == _UNWATCHED and self.ended is None:
+            self.abort_from_here()
+
+    # From the tunnel into the socket
+
+    def deliver(self, event: DataReceived) -> None:
+        """Bytes of the peer: written at once where the socket takes them, else kept until it does."""
+        data = event.data
+        self.received += len(data)
+        if self._pending is not None:
+            self._pending.append((memoryview(data), event.cost))
+            return
+        try:
+            sent = self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.abort_from_here()
+            return
+        self.moved_at = time.monotonic()
+        if sent == len(data):
+            self._consumed(event.cost, was_fast=True)
+            return
+        self._pending = deque([(memoryview(data)[sent:], event.cost)])
+        self._watch((0 if self._mask == _UNWATCHED else self._mask) | WRITE)
+
+    def receive_eof(self) -> None:
+        """The peer's FIN; it goes out behind everything that still waits."""
+        self._has_eof = True
+        if self._pending is None:
+            half_close(self.sock)
+            self._close_if_done()
+
+    def _push(self) -> None:
+        pending = self._pending
+        try:
+            while pending:
+                data, cost = pending[0]
+                sent = self.sock.send(data)
+                self.moved_at = time.monotonic()
+                if sent < len(data):
+                    pending[0] = (data[sent:], cost)
+                    return
+                pending.popleft()
+                self._consumed(cost, was_fast=False)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort_from_here()
+            return
+        self._pending = None
+        self._watch(self._mask & ~WRITE)
+        if self._has_eof:
+            half_close(self.sock)
+            self._close_if_done()
+
+    def _consumed(self, cost: int, *, was_fast: bool) -> None:
+        """Grant again what was used: more where the consumer keeps up, less where it does not.
+
+        Nothing is granted to a stream that has ended; the budget has it back with the window then.
+        """
+        if self.ended is not None or self._has_eof:
+            return
+        budget = self._mux.budget
+        if not was_fast:
+            shrink = min(cost, max(self._window - INITIAL_BYTES, 0))
+            self._window -= shrink
+            budget.give_back(shrink)
+            cost -= shrink
+        elif self._window < WINDOW_MAX_BYTES and self._mux.granted(self.stream_id) < self._window // 2:
+            more = budget.take(min(self._window, WINDOW_MAX_BYTES - self._window))
+            self._window += more
+            cost += more
+        if cost:
+            self._mux.grant(self.stream_id, cost)
+
+    # Endings
+
+    def abort_from_here(self) -> None:
+        """The local peer is gone, or nobody wants it any more: RESET for the other end, RST for this one."""
+        if self.ended is None:
+            self._mux.reset(self.stream_id, ResetCode.ABORTED)
+        self.ended = self.ended or LegEnd.LOCAL_RESET
+        self._pending = None
+        self._close(is_clean=False)
+
+    def abort_from_there(self) -> None:
+        """The stream is gone: what had come is delivered, for a while, and then RST says the rest."""
+        if self.ended is not None:
+            return
+        self.ended = LegEnd.REMOTE_RESET
+        if not self.is_joined:
+            self._close(is_clean=False)
+            return
+        self._watch(WRITE if self._pending else 0)
+        self._last_words(time.monotonic() + _LAST_WORDS_S)
+
+    def _last_words(self, deadline: float) -> None:
+        """An RST makes the kernel drop what it has not sent, so it waits until that is acknowledged."""
+        if self._mask == _UNWATCHED:
+            return
+        is_delivered = self._pending is None and _unsent_bytes(self.sock) == 0
+        if is_delivered or time.monotonic() >= deadline:
+            self._close(is_clean=False)
+        else:
+            self._mux.loop.after(_LAST_WORDS_LOOK_S, lambda: self._last_words(deadline))
+
+    def _close_if_done(self) -> None:
+        if self._has_eof and self._sent_eof and self._pending is None and self.ended is None:
+            self.ended = LegEnd.DONE
+            self._close(is_clean=True)
+
+    def _close(self, *, is_clean: bool) -> None:
+        if self.sock.fileno() < 0:
+            return
+        self._watch(_UNWATCHED)
+        if is_clean:
+            self.sock.close()
+        else:
+            abort(self.sock)
+        self._mux.forget(self, self._window)
+        if self.on_end is not None and self.ended is not None:
+            self.on_end(self.ended)
+
+    def _watch(self, mask: int) -> None:
+        """Make the kernel's interest this; with 0 it still tells when the peer is gone."""
+        if mask == self._mask:
+            return
+        loop, fd = self._mux.loop, self.sock.fileno()
+        if mask == _UNWATCHED:
+            loop.unwatch(fd)
+        elif self._mask == _UNWATCHED:
+            loop.watch(fd, mask, self._on_ready)
+        else:
+            loop.change(fd, mask)
+        self._mask = mask
+
+
+def _unsent_bytes(sock: socket.socket) -> int:
+    """What the socket's peer has not acknowledged; 0 where that cannot be known."""
+    with contextlib.suppress(OSError):
+        return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+    return 0

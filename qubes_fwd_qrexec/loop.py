@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A plain epoll loop: sockets and deadlines in, calls of handlers out.
+
+Bytes are moved here and not in trio tasks, because waking a task costs more than moving what it waits
+for (docs/numbers.md). `RelayThread` runs one beside trio, the service in the target runs one alone.
+"""
+
+import heapq
+import itertools
+import select
+import time
+from collections.abc import Callable
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+GONE = select.EPOLLERR | select.EPOLLHUP
+
+Handler = Callable[[int], None]
+
+
+class Timer:
+    """A call that is due at a time; `cancel` takes it back."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Loop:
+    """Handlers by file descriptor, timers, and what is left for the end of a turn; for one thread."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, tuple[Handler, int]] = {}
+        self._turn = 0
+        self._soon: list[Callable[[], None]] = []
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+
+    def close(self) -> None:
+        self._epoll.close()
+
+    def watch(self, fd: int, mask: int, handler: Handler) -> None:
+        """Call ``handler`` with the events whenever one of ``mask`` holds; `GONE` is always among them."""
+        self._epoll.register(fd, mask)
+        self._handlers[fd] = (handler, self._turn)
+
+    def change(self, fd: int, mask: int) -> None:
+        self._epoll.modify(fd, mask)
+
+    def unwatch(self, fd: int) -> None:
+        """Before the descriptor is closed."""
+        self._epoll.unregister(fd)
+        del self._handlers[fd]
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call it at the end of this turn, when every ready descriptor has been served."""
+        self._soon.append(callback)
+
+    def after(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        """Call it once ``delay_s`` seconds have passed."""
+        timer = Timer(callback)
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), timer))
+        return timer
+
+    def run_once(self, timeout_s: float | None = None) -> None:
+        """One turn: wait until something is ready or due, at most ``timeout_s``, and serve all of it."""
+        if self._timers:
+            due_s = max(self._timers[0][0] - time.monotonic(), 0.0)
+            timeout_s = due_s if timeout_s is None else min(due_s, timeout_s)
+        news = self._epoll.poll(timeout_s)
+        self._turn += 1
+        for fd, events in news:
+            # What is watched only since this turn began has the number of a descriptor that was closed in
+            # it: the news is about that one.
+            handler, since_turn = self._handlers.get(fd, (None, 0))
+            if handler is not None and since_turn != self._turn:
+                handler(events)
+        if self._timers:
+            self._run_timers()
+        while self._soon:
+            callbacks, self._soon = self._soon, []
+            for callback in callbacks:
+                callback()
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                callback()

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A tunnel at work: the protocol's state, the qrexec call's two sockets, and a leg for each stream.
+
+One loop reads the call, hands each frame's bytes to its socket and reads the sockets into frames, all in
+the same turn; what a turn has to say goes out in one write. Whoever owns it is told what happens to the
+tunnel as a whole (`MuxOwner`), and decides what to do about it.
+"""
+
+import itertools
+import socket
+import time
+from collections import deque
+from typing import Protocol
+
+from .budget import Budget
+from .errors import RemoteProtocolError
+from .leg import Leg
+from .loop import GONE, READ, WRITE, Loop
+from .tunnel import (
+    AcceptReceived,
+    Connection,
+    CreditReceived,
+    DataReceived,
+    EofReceived,
+    Event,
+    GoawayCode,
+    GoawayReceived,
+    HelloReceived,
+    OpenReceived,
+    Origin,
+    ProxyVersion,
+    ResetCode,
+    ResetReceived,
+)
+
+_READ_BYTES = 65536
+# Frames that wait for the call: above it no more is read from sockets, so that a keystroke behind a bulk
+# stream waits for this much and for no more (relay-behaviours 20: 20 ms, which is 2 MiB at 100 MiB/s).
+_BACKLOG_HIGH_BYTES = 256 << 10
+_BACKLOG_LOW_BYTES = 64 << 10
+# How many buffers one write takes (IOV_MAX is 1024).
+_WRITE_BUFFERS = 64
+# relay-behaviours 48 and 26: half a frame and then silence; no HELLO.
+_FRAME_S = 10
+_HELLO_S = 30
+TICK_S = 1.0
+
+
+# How often legs are asked whether they have been half-closed and idle for too long.
+_HALF_CLOSE_LOOK_TICKS = 5
+# A call that takes nothing more has ended; its last bytes for us come within this, or not at all.
+_LAST_READ_S = 1.0
+
+
+class MuxOwner(Protocol):
+    """Who made a tunnel; all calls come from the loop's thread."""
+
+    def ready(self, mux: "Mux") -> None:
+        """The peer has said HELLO: streams may be opened."""
+
+    def open_requested(self, mux: "Mux", event: OpenReceived) -> None:
+        """The peer asks for a stream; answer with `Mux.accept` or `Mux.refuse`, now or later."""
+
+    def open_abandoned(self, mux: "Mux", stream_id: int) -> None:
+        """The peer does not want that stream any more, which was not answered yet."""
+
+    def refused(self, mux: "Mux", leg: Leg, code: ResetCode) -> None:
+        """The peer will not have that stream; its leg is over and has left its socket open."""
+
+    def draining(self, mux: "Mux", code: GoawayCode) -> None:
+        """The peer takes no more streams."""
+
+    def over(self, mux: "Mux", problem: str | None) -> None:
+        """The tunnel has ended, as agreed if there is no ``problem``; every leg has been aborted."""
+
+
+class Mux:
+    """One end of one tunnel. ``source`` and ``sink`` are the call's non-blocking sockets; they are only used.
+
+    ``half_close_s``: a stream of which one direction has ended is aborted when nothing has moved in the
+    other for so many seconds; None leaves that to the peer.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: Connection,
+        source: socket.socket,
+        sink: socket.socket,
+        budget: Budget,
+        owner: MuxOwner,
+        half_close_s: float | None = None,
+    ) -> None:
+        self.loop = loop
+        self.budget = budget
+        self.connection = connection
+        self.legs: dict[int, Leg] = {}
+        self.is_over = False
+        self._owner = owner
+        self._source = source
+        self._sink = sink
+        self._sink_mask = 0
+        self._is_sink_broken = False
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._waiting: deque[Leg] = deque()
+        self._is_flush_due = False
+        self._half_close_s = half_close_s
+        self._ticks = 0
+        self._heard_tick = 0
+        loop.watch(source.fileno(), READ, self._on_source)
+        loop.watch(sink.fileno(), 0, self._on_sink)
+        loop.after(TICK_S, self._tick)
+        self._flush_soon()
+
+    # What the owner asks for
+
+    @property
+    def open_room(self) -> int:
+        """How many streams may be opened now."""
+        return 0 if self.is_over else self.connection.open_room
+
+    def open(
+        self, port: int, origin: Origin, sock: socket.socket, proxy: ProxyVersion = ProxyVersion.OFF
+    ) -> Leg | None:
+        """Ask for a stream, and join it with ``sock`` once it is accepted; None when the budget has no room.
+
+        Raises LocalProtocolError without `open_room`.
+        """
+        window = self.budget.admit()
+        if not window:
+            return None
+        stream_id = self.connection.open_stream(port, origin, window, proxy)
+        leg = self.legs[stream_id] = Leg(self, stream_id, window, sock)
+        self._flush_soon()
+        return leg
+
+    def accept(self, stream_id: int, sock: socket.socket) -> Leg | None:
+        """The server is connected: join the stream with ``sock``; None when there is no room for it."""
+        if not (window := self.budget.admit()):
+            self.refuse(stream_id, ResetCode.OVER_LIMIT)
+            return None
+        self.connection.accept_stream(stream_id, window)
+        leg = self.legs[stream_id] = Leg(self, stream_id, window, sock)
+        leg.join()
+        self._flush_soon()
+        return leg
+
+    def refuse(self, stream_id: int, code: ResetCode) -> None:
+        """The stream that was asked for cannot be."""
+        self.connection.reset_stream(stream_id, code)
+        self._flush_soon()
+
+    def drain(self, code: GoawayCode) -> None:
+        """No more streams; the tunnel ends when the last one has."""
+        self.connection.drain(code)
+        self._flush_soon()
+
+    def close(self, code: GoawayCode = GoawayCode.DONE) -> None:
+        """The tunnel is over now, and so is every stream that is left."""
+        self.connection.close(code)
+        self._abort_legs()
+        self._flush_soon()
+
+    def abandon(self) -> None:
+        """Let go of the call's sockets at once; every stream is aborted, and the owner is told nothing."""
+        if not self.is_over:
+            self.is_over = True
+            self._unwatch()
+            self._abort_legs()
+
+    # What the legs ask for
+
+    def room(self, leg: Leg) -> int:
+        """How many bytes a leg may send now; it is told when there is more."""
+        if self._unsent_bytes + self.connection.bytes_queued > _BACKLOG_HIGH_BYTES:
+            self._waiting.append(leg)
+            return 0
+        return self.connection.send_limit(leg.stream_id)
+
+    def send_data(self, stream_id: int, data: bytes) -> None:
+        self.connection.send_data(stream_id, data)
+        self._flush_soon()
+
+    def send_eof(self, stream_id: int) -> None:
+        self.connection.send_eof(stream_id)
+        self._flush_soon()
+
+    def reset(self, stream_id: int, code: ResetCode) -> None:
+        self.connection.reset_stream(stream_id, code)
+        self._flush_soon()
+
+    def grant(self, stream_id: int, credit: int) -> None:
+        self.connection.grant(stream_id, credit)
+        self._flush_soon()
+
+    def granted(self, stream_id: int) -> int:
+        """How much the peer may still send on a stream."""
+        return self.connection.granted(stream_id)
+
+    def forget(self, leg: Leg, window: int) -> None:
+        """A leg is closed, and its window with it."""
+        del self.legs[leg.stream_id]
+        self.budget.leave(window)
+        self._flush_soon()
+
+    # From the call
+
+    def _on_source(self, events: int) -> None:
+        try:
+            untrusted_chunk = self._source.recv(_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end(f"the call was lost: {error.strerror}")
+            return
+        self._heard_tick = self._ticks
+        try:
+            if not untrusted_chunk:
+                self.connection.receive_eof()
+                self._end(None)
+                return
+            for event in self.connection.receive_data(untrusted_chunk):
+                self._on_event(event)
+        except RemoteProtocolError as error:
+            self._flush()
+            self._end(str(error))
+            return
+        self._flush_soon()
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case DataReceived():
+                self.legs[event.stream_id].deliver(event)
+            case CreditReceived():
+                self.legs[event.stream_id].resume()
+            case AcceptReceived():
+                self.legs[event.stream_id].join()
+            case EofReceived():
+                self.legs[event.stream_id].receive_eof()
+            case ResetReceived():
+                self._on_reset(event)
+            case OpenReceived():
+                self._owner.open_requested(self, event)
+            case HelloReceived():
+                self._owner.ready(self)
+            case GoawayReceived():
+                if not event.goaway.is_final:
+                    self._owner.draining(self, event.goaway.code)
+                elif event.goaway.code is GoawayCode.DONE:
+                    self._end(None)
+                else:
+                    self._end(f"the other end closed the tunnel: {event.goaway.code.name}")
+
+    def _on_reset(self, event: ResetReceived) -> None:
+        leg = self.legs.get(event.stream_id)
+        self.connection.reset_stream(event.stream_id)
+        if leg is None:
+            self._owner.open_abandoned(self, event.stream_id)
+        elif leg.is_joined:
+            leg.abort_from_there()
+        else:
+            leg.leave()
+            self._owner.refused(self, leg, event.code)
+
+    # To the call
+
+    def _flush_soon(self) -> None:
+        """At the end of this turn: what all its events cause goes out together."""
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self.loop.soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        if self.is_over:
+            return
+        for chunk in self.connection.data_to_send():
+            self._unsent.append(memoryview(chunk))
+            self._unsent_bytes += len(chunk)
+        self._write()
+        if self._unsent_bytes < _BACKLOG_LOW_BYTES:
+            while self._waiting:
+                self._waiting.popleft().resume()
+        if self._unsent:
+            return
+        if self.connection.is_over:
+            self._end(None)
+        elif self.connection.is_drained and not self.legs:
+            self.close()
+
+    def _write(self) -> None:
+        mask = 0
+        try:
+            while self._unsent and not self._is_sink_broken:
+                self._written(self._sink.sendmsg(list(itertools.islice(self._unsent, _WRITE_BUFFERS))))
+        except (BlockingIOError, InterruptedError):
+            mask = WRITE
+        except OSError:
+            self._break_sink()
+        if self._is_sink_broken:
+            self._unsent.clear()
+            self._unsent_bytes = 0
+        elif mask != self._sink_mask:
+            self._sink_mask = mask
+            self.loop.change(self._sink.fileno(), mask)
+
+    def _written(self, count: int) -> None:
+        self._unsent_bytes -= count
+        while count:
+            first = self._unsent.popleft()
+            if count < len(first):
+                self._unsent.appendleft(first[count:])
+                return
+            count -= len(first)
+
+    def _on_sink(self, events: int) -> None:
+        if events & GONE:
+            self._break_sink()
+        else:
+            self._flush_soon()
+
+    def _break_sink(self) -> None:
+        """The call takes nothing more. What it still has for us, above all why, comes first."""
+        if not self._is_sink_broken:
+            self._is_sink_broken = True
+            self.loop.unwatch(self._sink.fileno())
+            self.loop.after(_LAST_READ_S, lambda: self._end("the call takes nothing more"))
+
+    # Time and endings
+
+    def _tick(self) -> None:
+        if self.is_over:
+            return
+        self._ticks += 1
+        self.connection.tick()
+        silent_s = (self._ticks - self._heard_tick) * TICK_S
+        if self.connection.peer is None and self._ticks * TICK_S >= _HELLO_S:
+            self._end(f"no HELLO within {_HELLO_S} s")
+        elif self.connection.has_partial_frame and silent_s >= _FRAME_S:
+            self._end(f"half a frame, and nothing more for {_FRAME_S} s")
+        else:
+            if self._half_close_s is not None and self._ticks % _HALF_CLOSE_LOOK_TICKS == 0:
+                self._end_half_closed(time.monotonic() - self._half_close_s)
+            self.loop.after(TICK_S, self._tick)
+
+    def _end_half_closed(self, idle_since: float) -> None:
+        for leg in list(self.legs.values()):
+            if leg.is_half_closed and leg.moved_at <= idle_since:
+                leg.abort_from_here()
+
+    def _end(self, problem: str | None) -> None:
+        """The end of the byte stream; without a last word before, it is an abort of every stream."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._unwatch()
+        self._abort_legs()
+        self._owner.over(self, problem)
+
+    def _unwatch(self) -> None:
+        self.loop.unwatch(self._source.fileno())
+        if not self._is_sink_broken:
+            self.loop.unwatch(self._sink.fileno())
+
+    def _abort_legs(self) -> None:
+        for leg in list(self.legs.values()):
+            leg.abort_from_there()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An accepted connection carried to its target, by the transport that its forward says.
+
+`Transports` keeps what forwards to the same target share: its slots and back-off, and its tunnels.
+"""
+
+import socket
+from ipaddress import ip_address
+
+import trio
+
+from .budget import Budget
+from .call import CallTimeouts, Ending, relay_over_call
+from .config import ListenerConfig
+from .relaythread import RelayThread
+from .rules import Proxy, Transport
+from .targets import Target
+from .tunnel import Origin, ProxyVersion
+from .tunnels import Tunnels
+from .values import TargetPorts
+
+_PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
+
+
+class Transports:
+    """Made once for a listener; carries every connection of every forward."""
+
+    def __init__(
+        self,
+        client: tuple[str, ...],
+        relays: RelayThread,
+        tasks: trio.Nursery,
+        calls_max: int,
+        timeouts: CallTimeouts,
+    ) -> None:
+        self.relays = relays
+        self._client = client
+        self._tasks = tasks
+        self._calls_max = calls_max
+        self._timeouts = timeouts
+        self._budget = Budget()
+        self._targets: dict[str, Target] = {}
+        self._tunnels: dict[tuple[str, TargetPorts], Tunnels] = {}
+
+    async def carry(self, config: ListenerConfig, port: int, accepted: socket.socket) -> Ending:
+        """Carry a connection that was accepted on ``port``; an `Ending` with an error asks for an abort.
+
+        Raises `RefusedError` when there is no call to be had, OSError when the client cannot be started or
+        the connection is gone.
+        """
+        origin = _origin(accepted)
+        if config.transport is Transport.TUNNEL:
+            tunnels = self._tunnels_for(config)
+            proxy = _PROXY_VERSIONS[config.proxy]
+            return await tunnels.relay(accepted, config.target_port(port), origin, proxy)
+        target = self._target(config.target)
+        service = f"{config.service}+{config.target_port(port)}"
+        async with target.slot(service):
+            _origin(accepted)  # it may have left while it waited
+            ending = await relay_over_call(
+                accepted, self._client, config.target, service, self.relays, self._timeouts
+            )
+        if ending.is_refused:
+            target.refused(service)
+        elif ending.received_bytes:
+            target.accepted(service)
+        return ending
+
+    def reconfigured(self, configs: list[ListenerConfig]) -> None:
+        """The configuration is new, and with it the policy: ask dom0 again, and let go what nobody needs."""
+        for target in self._targets.values():
+            target.forget_refusals()
+        needed = {_tunnels_key(config) for config in configs if config.transport is Transport.TUNNEL}
+        for key in self._tunnels.keys() - needed:
+            self._tunnels.pop(key).retire()
+
+    def _target(self, name: str) -> Target:
+        if name not in self._targets:
+            self._targets[name] = Target(name, self._calls_max)
+        return self._targets[name]
+
+    def _tunnels_for(self, config: ListenerConfig) -> Tunnels:
+        key = _tunnels_key(config)
+        if key not in self._tunnels:
+            ports = config.target_ports
+            self._tunnels[key] = Tunnels(
+                self._client,
+                self._target(config.target),
+                f"{config.service}+{ports.brief()}+tunnel",
+                ports,
+                self.relays,
+                self._budget,
+                self._tasks,
+                self._timeouts.half_close_s,
+            )
+        return self._tunnels[key]
+
+
+def _tunnels_key(config: ListenerConfig) -> tuple[str, TargetPorts]:
+    return config.target, config.target_ports
+
+
+def _origin(accepted: socket.socket) -> Origin:
+    """Who is connected to what. Raises OSError when the client has left."""
+    client, client_port = accepted.getpeername()[:2]
+    exposed, exposed_port = accepted.getsockname()[:2]
+    return Origin(ip_address(client), client_port, ip_address(exposed), exposed_port)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The exposed qube's tunnels to one target: opened when a connection comes, kept a while, replaced in time.
+
+A tunnel is one qrexec call, which dom0 judges. It takes streams until its lease is over or it is full;
+then the next connection opens another, which dom0 judges afresh, and the old one ends with its last
+stream. A tunnel that cannot be opened is not tried again at once: connections must not flood dom0.
+"""
+
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from .budget import WINDOW_MAX_BYTES, Budget
+from .call import Ending
+from .errors import RefusedError
+from .exitstatus import meaning
+from .leg import Leg, LegEnd
+from .logs import RateLimit, warn
+from .mux import Mux
+from .qrexec import Call, open_call
+from .relaythread import RelayThread
+from .targets import Target
+from .tunnel import Connection, GoawayCode, Hello, OpenReceived, Origin, ProxyVersion, ResetCode
+from .values import TargetPorts
+
+_logger = logging.getLogger(__name__)
+
+# relay-behaviours 26: a target that never says HELLO.
+HELLO_S = 30.0
+# A browser's next request, a user's next click: a tunnel without streams is kept for so long.
+LINGER_S = 60.0
+# relay-behaviours 25: connections that wait for a tunnel are bounded in number; HELLO_S bounds their time.
+WAITING_MAX = 1024
+# After the call has ended its exit status comes, or never does.
+_STATUS_WAIT_S = 0.2
+_LOOK_S = 1.0
+
+_REFUSALS = {
+    ResetCode.REFUSED: "the server in the target refused the connection",
+    ResetCode.TIMEOUT: "the server in the target did not accept the connection in time",
+    ResetCode.UNREACHABLE: "the server in the target cannot be reached",
+    ResetCode.OVER_LIMIT: "the target takes no more connections",
+}
+# The target has not touched the stream: it may be asked for again, on another tunnel.
+_TRY_AGAIN = frozenset((ResetCode.LEASE_OVER, ResetCode.SHUTDOWN))
+
+
+class _RetryError(Exception):
+    """The stream was not begun and may be asked for again."""
+
+
+class Tunnel:
+    """One tunnel of the listener side, from `Tunnels.run_tunnel`'s first line to its last.
+
+    Its attributes are written in the loop's thread or in trio's, each in one of them alone, and may be
+    read in both.
+    """
+
+    def __init__(self, relays: RelayThread, ports: TargetPorts) -> None:
+        self.settled = trio.Event()
+        """Set once it is ready, or never will be."""
+        self.problem: str | None = None
+        self.mux: Mux | None = None
+        self._relays = relays
+        self._ports = ports
+        self._is_ready = False
+        self._is_draining = False
+        self._finish: Callable[[str | None], None] | None = None
+        self._waiting: dict[Leg, Callable[[Ending | _RetryError], None]] = {}
+
+    @property
+    def is_opening(self) -> bool:
+        return not self.settled.is_set()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes another stream now."""
+        return self._is_ready and not self._is_draining and self.mux is not None and self.mux.open_room > 0
+
+    @property
+    def streams(self) -> int:
+        return 0 if self.mux is None else len(self.mux.legs)
+
+    async def run(self, call: Call, budget: Budget, half_close_s: float) -> str | None:
+        """Drive it until it is over; why, unless it ended as agreed."""
+
+        def begin(finish: Callable[[str | None], None]) -> None:
+            self._finish = finish
+            hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16))
+            connection = Connection(hello, range(self._ports.first, self._ports.last + 1))
+            self.mux = Mux(self._relays.loop, connection, call.stdout, call.stdin, budget, self, half_close_s)
+
+        def let_go() -> None:
+            self._finish = None
+            if self.mux is not None:
+                self.mux.abandon()
+
+        return await self._relays.wait(begin, let_go)
+
+    def drain(self) -> None:
+        """Take no more streams, and end with the last one."""
+        self._is_draining = True
+
+        def drain() -> None:
+            if self.mux is not None:
+                self.mux.drain(GoawayCode.SHUTDOWN)
+
+        self._relays.order(drain)
+
+    async def relay(self, accepted: socket.socket, port: int, origin: Origin, proxy: ProxyVersion) -> Ending:
+        """Carry one connection, and close or abort it in the end; `_RetryError` if it was not begun."""
+        legs: list[Leg] = []
+
+        def begin(finish: Callable[[Ending | _RetryError], None]) -> None:
+            if not self.has_room or self.mux is None:
+                finish(_RetryError())
+                return
+            leg = self.mux.open(port, origin, accepted, proxy)
+            if leg is None:
+                finish(Ending("this qube holds as many connections as it may", False, 0, 0))
+                return
+            legs.append(leg)
+            self._waiting[leg] = finish
+            leg.on_end = partial(self._leg_ended, leg)
+
+        def let_go() -> None:
+            for leg in legs:
+                self._waiting.pop(leg, None)
+                leg.abort_from_here()
+
+        result = await self._relays.wait(begin, let_go)
+        if isinstance(result, _RetryError):
+            raise result
+        return result
+
+    def _leg_ended(self, leg: Leg, how: LegEnd) -> None:
+        finish = self._waiting.pop(leg, None)
+        if finish is not None:
+            finish(Ending(None, False, leg.sent, leg.received))
+
+    # What the mux tells, in the loop's thread
+
+    def ready(self, mux: Mux) -> None:
+        self._is_ready = True
+        self._relays.tell(self.settled.set)
+
+    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
+        """Never: the protocol lets the target ask for nothing."""
+
+    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+        """Never: this end answers no streams."""
+
+    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+        finish = self._waiting.pop(leg, None)
+        if finish is not None:
+            error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
+            finish(_RetryError() if code in _TRY_AGAIN else Ending(error, False, 0, 0))
+
+    def draining(self, mux: Mux, code: GoawayCode) -> None:
+        self._is_draining = True
+
+    def over(self, mux: Mux, problem: str | None) -> None:
+        self._is_draining = True
+        if self._finish is not None:
+            self._finish(problem)
+
+
+class Tunnels:
+    """All tunnels to one target and one range of its ports; a call's argument names both."""
+
+    def __init__(
+        self,
+        client: tuple[str, ...],
+        target: Target,
+        service: str,
+        ports: TargetPorts,
+        relays: RelayThread,
+        budget: Budget,
+        tasks: trio.Nursery,
+        half_close_s: float,
+    ) -> None:
+        self._client = client
+        self._target = target
+        self._service = service
+        self._ports = ports
+        self._relays = relays
+        self._budget = budget
+        self._tasks = tasks
+        self._half_close_s = half_close_s
+        self._tunnels: list[Tunnel] = []
+        self._limit = RateLimit()
+        self._waiting = 0
+        self._is_retired = False
+
+    def retire(self) -> None:
+        """No forward needs these any more: each tunnel ends with its last stream."""
+        self._is_retired = True
+        for tunnel in self._tunnels:
+            tunnel.drain()
+
+    async def relay(self, accepted: socket.socket, port: int, origin: Origin, proxy: ProxyVersion) -> Ending:
+        """Carry one connection, which is closed then unless the `Ending` has an error.
+
+        Raises `RefusedError` when there is no tunnel to be had; the connection is untouched then.
+        """
+        while True:
+            tunnel = await self._usable()
+            try:
+                return await tunnel.relay(accepted, port, origin, proxy)
+            except _RetryError:
+                if self._is_retired:
+                    raise RefusedError(f"the forward to {self._target.name} is over") from None
+
+    async def _usable(self) -> Tunnel:
+        """A tunnel with room, made if there is none; `RefusedError` when that fails or takes too long."""
+        with trio.move_on_after(HELLO_S):
+            while True:
+                for tunnel in self._tunnels:
+                    if tunnel.has_room:
+                        return tunnel
+                opening = next((t for t in self._tunnels if t.is_opening), None) or self._open()
+                if self._waiting >= WAITING_MAX:
+                    raise RefusedError(f"{WAITING_MAX} connections wait for a tunnel to {self._target.name}")
+                self._waiting += 1
+                try:
+                    await opening.settled.wait()
+                finally:
+                    self._waiting -= 1
+                if opening.problem is not None:
+                    raise RefusedError(f"no tunnel to {self._target.name}: {opening.problem}")
+        raise RefusedError(f"no tunnel to {self._target.name} within {HELLO_S:g} s")
+
+    def _open(self) -> Tunnel:
+        self._target.check_back_off(self._service)
+        tunnel = Tunnel(self._relays, self._ports)
+        self._tunnels.append(tunnel)
+        self._tasks.start_soon(self._run, tunnel)
+        return tunnel
+
+    async def _run(self, tunnel: Tunnel) -> None:
+        """One tunnel's whole life, with the call that it is made of."""
+        problem: str | None = "the listener stops"
+        try:
+            async with open_call(self._client, self._target.name, self._service) as call:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._keep, tunnel)
+                    problem = await tunnel.run(call, self._budget, self._half_close_s)
+                    nursery.cancel_scope.cancel()
+                status = await call.status(_STATUS_WAIT_S)
+                if status and problem is not None:
+                    problem = f"{problem}; {meaning(status)}"
+        except OSError as error:
+            problem = f"cannot start {self._client[0]}: {error.strerror}"
+        finally:
+            self._tunnels.remove(tunnel)
+            self._note(tunnel, problem)
+
+    def _note(self, tunnel: Tunnel, problem: str | None) -> None:
+        """Tell those who wait, and bear in mind that dom0 or the target would not have it."""
+        if tunnel.is_opening:
+            tunnel.problem = problem or "the target closed it at once"
+            self._target.refused(self._service)
+            tunnel.settled.set()
+        elif problem is not None:
+            warn(_logger, self._limit, "lost", f"a tunnel to {self._target.name} was lost: {problem}")
+
+    async def _keep(self, tunnel: Tunnel) -> None:
+        """Let a tunnel end that has had no streams for a while."""
+        await tunnel.settled.wait()
+        self._target.accepted(self._service)
+        if self._is_retired:
+            tunnel.drain()
+        idle_since = trio.current_time()
+        while trio.current_time() - idle_since < LINGER_S:
+            if tunnel.streams:
+                idle_since = trio.current_time()
+            await trio.sleep(_LOOK_S)
+        tunnel.drain()

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The target's end of a tunnel: streams that are asked for in, connections to its own servers out.
+
+The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. The
+lease is kept here, whatever the other end thinks: once it is over no stream is taken, so that dom0 is
+asked again. SIGTERM means that dom0 has taken its permission back: every stream ends now.
+"""
+
+import errno
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
+from .errors import TextError
+from .exitstatus import ExitStatus
+from .leg import Leg
+from .localserver import CONNECT_TIMEOUT_S, LOCALHOSTS, ServiceError, check_is_other, prepare
+from .loop import READ, WRITE, Loop
+from .mux import Mux
+from .proxy_protocol import header
+from .relay import abort
+from .revocation import RevocationError, directory, noted
+from .tunnel import Connection, GoawayCode, Hello, OpenReceived, ResetCode
+from .values import TargetPorts, parse_qube_name
+
+# How long dom0's answer holds for new streams (design, section 10).
+LEASE_S = 300
+_REFUSALS = {
+    errno.ECONNREFUSED: ResetCode.REFUSED,
+    errno.ETIMEDOUT: ResetCode.TIMEOUT,
+    errno.EMFILE: ResetCode.OVER_LIMIT,
+    errno.ENFILE: ResetCode.OVER_LIMIT,
+}
+
+
+def serve(ports: TargetPorts, stdin: socket.socket, stdout: socket.socket) -> int:
+    """Serve a tunnel over a call's two sockets; the call's exit status. Raises `ServiceError`."""
+    source = os.environ.get("QREXEC_REMOTE_DOMAIN", "")
+    try:
+        with noted(ports, parse_qube_name(source), directory()):
+            problem = TunnelService(ports, stdin, stdout).run()
+    except (RevocationError, TextError) as error:
+        raise ServiceError(ExitStatus.TROUBLE, str(error)) from None
+    if problem is not None:
+        raise ServiceError(ExitStatus.TROUBLE, problem)
+    return os.EX_OK
+
+
+class _Connecting:
+    """A stream that was asked for, while no server has answered."""
+
+    def __init__(self, mux: Mux, event: OpenReceived, over: Callable[[int], None]) -> None:
+        self._mux = mux
+        self._event = event
+        self._over = over
+        self._hosts = iter(LOCALHOSTS)
+        self._sock: socket.socket | None = None
+        self._refusal = ResetCode.UNREACHABLE
+        self._timer = mux.loop.after(CONNECT_TIMEOUT_S, self._too_late)
+
+    def start(self) -> None:
+        self._try_next()
+
+    def give_up(self) -> None:
+        """Nobody wants the stream any more; the peer is not told, for it was the peer who said so."""
+        self._timer.cancel()
+        if self._sock is not None:
+            self._mux.loop.unwatch(self._sock.fileno())
+            abort(self._sock)
+            self._sock = None
+
+    def _try_next(self) -> None:
+        for family, host in self._hosts:
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            except OSError as error:
+                self._note(error.errno)
+                continue
+            error_number = sock.connect_ex((host, self._event.port))
+            if error_number in (0, errno.EINPROGRESS):
+                self._sock = sock
+                self._mux.loop.watch(sock.fileno(), WRITE, self._on_answer)
+                return
+            sock.close()
+            self._note(error_number)
+        self._refuse(self._refusal)
+
+    def _on_answer(self, events: int) -> None:
+        sock = self._sock
+        if sock is None:
+            return
+        self._mux.loop.unwatch(sock.fileno())
+        self._sock = None
+        try:
+            if error_number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(error_number, os.strerror(error_number))
+            check_is_other(sock)
+            prepare(sock)
+        except OSError as error:
+            abort(sock)
+            self._note(error.errno)
+            self._try_next()
+        else:
+            self._connected(sock)
+
+    def _connected(self, sock: socket.socket) -> None:
+        self._timer.cancel()
+        self._over(self._event.stream_id)
+        first = header(self._event.proxy, self._event.origin)
+        try:
+            is_told = not first or sock.send(first) == len(first)
+        except OSError:
+            is_told = False
+        if not is_told:
+            abort(sock)
+            self._mux.refuse(self._event.stream_id, ResetCode.ABORTED)
+        elif self._mux.accept(self._event.stream_id, sock) is None:
+            abort(sock)
+
+    def _note(self, error_number: int | None) -> None:
+        """Remember why; 127.0.0.1 comes first, and what it said counts more than a missing ::1."""
+        if self._refusal is ResetCode.UNREACHABLE and error_number is not None:
+            self._refusal = _REFUSALS.get(error_number, ResetCode.UNREACHABLE)
+
+    def _too_late(self) -> None:
+        self.give_up()
+        self._refuse(ResetCode.TIMEOUT)
+
+    def _refuse(self, code: ResetCode) -> None:
+        self._timer.cancel()
+        self._over(self._event.stream_id)
+        self._mux.refuse(self._event.stream_id, code)
+
+
+class TunnelService:
+    """One tunnel, from its first byte to its last."""
+
+    def __init__(
+        self, ports: TargetPorts, stdin: socket.socket, stdout: socket.socket, lease_s: int = LEASE_S
+    ) -> None:
+        self._ports = ports
+        self._loop = Loop()
+        self._connecting: dict[int, _Connecting] = {}
+        self._is_over = False
+        self._problem: str | None = None
+        hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=STREAMS_MAX, lease_s=lease_s)
+        connection = Connection(hello, range(ports.first, ports.last + 1))
+        self._mux = Mux(self._loop, connection, stdin, stdout, Budget(), self)
+        self._loop.after(lease_s, self._end_lease)
+
+    def run(self) -> str | None:
+        """Serve until the tunnel is over and its last connection gone; why, unless it ended as agreed."""
+        with _called_on_signal(self._loop, signal.SIGTERM, self._revoke):
+            while not self._is_over or self._mux.legs:
+                self._loop.run_once()
+        return self._problem
+
+    def _end_lease(self) -> None:
+        if not self._is_over:
+            self._mux.drain(GoawayCode.LEASE_OVER)
+
+    def _revoke(self) -> None:
+        if not self._is_over:
+            self._mux.close(GoawayCode.REVOKED)
+
+    # What the tunnel tells
+
+    def ready(self, mux: Mux) -> None:
+        """Nothing to do: the other end begins."""
+
+    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
+        connecting = self._connecting[event.stream_id] = _Connecting(mux, event, self._answered)
+        connecting.start()
+
+    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+        connecting = self._connecting.pop(stream_id, None)
+        if connecting is not None:
+            connecting.give_up()
+
+    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+        """Never: this end opens no streams."""
+
+    def draining(self, mux: Mux, code: GoawayCode) -> None:
+        """The other end opens no more; the tunnel closes after the last stream by itself."""
+
+    def over(self, mux: Mux, problem: str | None) -> None:
+        self._is_over = True
+        self._problem = problem
+        for connecting in self._connecting.values():
+            connecting.give_up()
+        self._connecting.clear()
+
+    def _answered(self, stream_id: int) -> None:
+        self._connecting.pop(stream_id, None)
+
+
+@contextmanager
+def _called_on_signal(loop: Loop, number: signal.Signals, callback: Callable[[], None]) -> Iterator[None]:
+    """Have the loop call back on a signal: between two handlers, and never within one."""
+    ours, kernels = socket.socketpair()
+
+    def woken(_events: int) -> None:
+        ours.recv(64)
+        callback()
+
+    with ours, kernels:
+        kernels.setblocking(False)
+        loop.watch(ours.fileno(), READ, woken)
+        before_fd = signal.set_wakeup_fd(kernels.fileno())
+        before = signal.signal(number, lambda _number, _frame: None)
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
+            signal.set_wakeup_fd(before_fd)
+            loop.unwatch(ours.fileno())
