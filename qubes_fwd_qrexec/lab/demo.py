@@ -108,7 +108,7 @@ def run_demo(session: LabSession) -> None:
 def run(arguments: argparse.Namespace) -> int:
     network = Network.LOOPBACK if arguments.no_netns else Network.AUTO
     try:
-        with ended_by_signals(signal.SIGTERM), open_session(network) as session:
+        with ended_by_signals(signal.SIGTERM, signal.SIGINT), open_session(network) as session:
             run_demo(session)
     except KeyboardInterrupt:
         print("\nInterrupted; the lab is taken down.", file=sys.stderr)

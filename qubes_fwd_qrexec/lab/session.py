@@ -93,7 +93,10 @@ def open_session(network: daemon.Network) -> Iterator[LabSession]:
 
 @contextmanager
 def ended_by_signals(*numbers: signal.Signals) -> Iterator[None]:
-    """Turn signals that would end this process at once into KeyboardInterrupt, so that it can clean up."""
+    """Turn signals into KeyboardInterrupt, so that this process can clean up.
+
+    SIGINT too: a shell that starts a program in the background has it ignore that one.
+    """
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
