@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import machine
-from .peers import BASE, PEERS, Peer
+from .peers import COMPARED, PEERS, Peer
 from .processes import BenchError
 from .rows import FULL, QUICK, ROWS, Line, Result
 from .stage import open_stage
@@ -75,7 +75,7 @@ def _measure(
 def _report(results: dict[str, Result], kinds: Sequence[type[Peer]], facts: dict[str, str]) -> str:
     lines = [line for result in results.values() for line in result.lines]
     parts = [render(lines, kinds), ""]
-    parts.append(f"'to {BASE}': how many times better than {BASE}; below 1 is worse.")
+    parts.append("'x to y': how many times better x is than y; below 1 is worse.")
     parts += [f"{row}: {result.samples} for each peer." for row, result in results.items()]
     parts += [f"{row}: {note}" for row, result in results.items() for note in result.notes]
     parts.append("; ".join(f"{name}: {fact}" for name, fact in facts.items()) + ".")
@@ -83,7 +83,12 @@ def _report(results: dict[str, Result], kinds: Sequence[type[Peer]], facts: dict
 
 
 def _line_as_json(line: Line, kinds: Sequence[type[Peer]]) -> dict[str, Any]:
-    return {**asdict(line), "ratios": {kind.name: ratio(line, kind.name) for kind in kinds}}
+    ratios = {
+        f"{peer.name} to {base.name}": ratio(line, peer.name, base.name)
+        for peer, base in COMPARED
+        if peer in kinds and base in kinds
+    }
+    return {**asdict(line), "ratios": ratios}
 
 
 def _on_sigterm(*_: object) -> NoReturn:

@@ -7,6 +7,7 @@ would make the listener seem to shrink by a megabyte). The kernel's own memory (
 tables, process structures) is in no process and not here.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,6 +66,14 @@ def descendants(pids: Iterable[int]) -> list[int]:
         found += below
         waiting += below
     return found
+
+
+def open_files(pid: int) -> int:
+    """How many file descriptors a process has; 0 if it has ended."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
 
 
 def pss_kib(pid: int) -> float:

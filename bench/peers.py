@@ -154,10 +154,20 @@ class Call(ListenerPeer):
     transport = Transport.CALL
 
 
-# The order of the table's columns. Every peer but these two gets a column of ratios to `BASE`.
-PEERS: tuple[type[Peer], ...] = (Direct, Socat, Call)
-JUDGE = Direct.name
+class Tunnel(ListenerPeer):
+    """Transport `tunnel`: every connection a stream of one call to our own service."""
+
+    name = "tunnel"
+    title = "tunnel"
+    service = Service.FORWARD_TCP
+    transport = Transport.TUNNEL
+
+
+# The order of the table's columns.
+PEERS: tuple[type[Peer], ...] = (Direct, Socat, Call, Tunnel)
 BASE = Socat.name
+# The columns of ratios: which peer, compared with which.
+COMPARED = ((Call, Socat), (Tunnel, Socat), (Tunnel, Call))
 
 
 def _free_port() -> int:

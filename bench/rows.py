@@ -207,7 +207,7 @@ def memory(stage: Stage, effort: Effort) -> Result:
     """
     kinds = [type(peer) for peer in stage.peers if peer.pids]
     parts = {
-        "own": Line("memory-own", "memory a connection: listener or socat", "KiB"),
+        "own": Line("memory-own", "memory a connection: listener and service, or socat", "KiB"),
         "client": Line("memory-client", "  the lab's qrexec client", "KiB", is_compared=False),
         "broker": Line("memory-broker", "  the lab's broker", "KiB", is_compared=False),
         "total": Line("memory-total", "  all processes together", "KiB"),
@@ -240,20 +240,28 @@ def memory(stage: Stage, effort: Effort) -> Result:
 
 
 def held(stage: Stage, effort: Effort) -> Result:
-    """Connections held at once until one fails, counted if a last echo comes back when all are open."""
+    """Connections held at once until one fails, counted if a last echo comes back when all are open.
+
+    And what each of them adds to the memory of the peer's processes, all that ran before it being what it is.
+    """
     line = Line("held", "connections held at once, all alive", "", is_less_better=False)
+    size = Line("held-memory", "  memory a connection then, without the lab's", "KiB")
     notes = []
     for peer in stage.peers:
         try:
+            before = footprint(peer.pids, stage.broker_pid, stage.client_program)
             answer = stage.ask(peer, "hold", count=effort.hold_max, limit_s=effort.hold_limit_s)
             line.values[peer.name] = answer["alive"]
+            if peer.pids and answer["alive"]:
+                after = footprint(peer.pids, stage.broker_pid, stage.client_program)
+                size.values[peer.name] = after.growth(before, answer["alive"]).own
             if answer["alive"] < answer["opened"]:
                 notes.append(f"{peer.title}: {answer['opened'] - answer['alive']} were dead at the end")
             notes.append(f"{peer.title}: first failure: {answer['failure']}")
         except BenchError as error:
             notes.append(f"{peer.title} failed: {error}")
         stage.release()
-    return Result(f"once, up to {effort.hold_max}", [line], notes)
+    return Result(f"once, up to {effort.hold_max}", [line, size], notes)
 
 
 ROWS: dict[str, Measure] = {

@@ -10,16 +10,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .load import ANSWER_S
-from .memory import descendants
+from .memory import descendants, open_files
 from .peers import Peer, Setting
 from .processes import Child
 
 _READY_S = 20.0
 _SETTLE_S = 10.0
 _LOOK_S = 0.005
+# So long nothing has changed when all is up and at rest.
+_STILL_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stage:
     """What `open_stage` has started. ``lab`` is what the lab said of itself."""
 
@@ -28,6 +30,8 @@ class Stage:
     client_program: str
     lab: dict[str, Any]
     _load: Child
+    _server_pid: int
+    _files_at_rest: int = 0
 
     def ask(self, peer: Peer, order: str, within_s: float = 120.0, **details: Any) -> dict[str, Any]:
         """Have the load measure a peer; then wait until the peer's work for it is done.
@@ -50,11 +54,28 @@ class Stage:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until no process is left that serves a connection, so that peers do not disturb each other."""
+        """Wait until nothing is left that serves a connection, so that peers do not disturb each other.
+
+        A connection is open files in processes, some of its own. How many there are at rest was counted
+        when all was up: a tunnel stays, with its call and its service.
+        """
         deadline = time.monotonic() + _SETTLE_S
-        pids = [self.broker_pid, *(pid for peer in self.peers for pid in peer.pids)]
-        while descendants(pids) and time.monotonic() < deadline:
+        while self._open_files() > self._files_at_rest and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
+
+    def count_at_rest(self) -> None:
+        """Wait until nothing changes any more: that is what `settle` waits for from now on."""
+        deadline = time.monotonic() + _SETTLE_S
+        still_since = time.monotonic()
+        while still_since + _STILL_S > time.monotonic() and time.monotonic() < deadline:
+            if (now := self._open_files()) != self._files_at_rest:
+                self._files_at_rest = now
+                still_since = time.monotonic()
+            time.sleep(_LOOK_S)
+
+    def _open_files(self) -> int:
+        pids = [self.broker_pid, *(pid for peer in self.peers for pid in peer.pids)]
+        return sum(open_files(pid) for pid in (self._server_pid, *pids, *descendants(pids)))
 
 
 @contextmanager
@@ -80,6 +101,6 @@ def open_stage(kinds: Sequence[type[Peer]]) -> Iterator[Stage]:
             undo.callback(peer.stop)
             peer.start()
             peers.append(peer)
-        stage = Stage(tuple(peers), broker.pid, lab["client"][0], lab, load)
-        stage.settle()
+        stage = Stage(tuple(peers), broker.pid, lab["client"][0], lab, load, server.pid)
+        stage.count_at_rest()
         yield stage

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The table: lines of values, one column for each peer, then how each of ours compares with socat."""
+"""The table: lines of values, one column for each peer, then how ours compare with socat and each other."""
 
 from collections.abc import Sequence
 
-from .peers import BASE, JUDGE, Peer
+from .peers import BASE, COMPARED, Peer
 from .rows import Line
 
 _NOTHING = "-"
@@ -23,12 +23,18 @@ def ratio(line: Line, peer: str, base: str = BASE) -> float | None:
 
 def render(lines: Sequence[Line], peers: Sequence[type[Peer]]) -> str:
     """A Markdown table that is also readable as it is."""
-    ours = [peer for peer in peers if peer.name not in (JUDGE, BASE)]
-    header = ["", *(peer.title for peer in peers), *(f"{peer.title} to {BASE}" for peer in ours)]
+    compared = [(peer, base) for peer, base in COMPARED if peer in peers and base in peers]
+    header = [
+        "",
+        *(peer.title for peer in peers),
+        *(f"{peer.title} to {base.title}" for peer, base in compared),
+    ]
     rows = [header]
     for line in lines:
         values = [_value(line, peer.name) for peer in peers]
-        rows.append([line.title, *values, *(_times(ratio(line, peer.name)) for peer in ours)])
+        rows.append(
+            [line.title, *values, *(_times(ratio(line, peer.name, base.name)) for peer, base in compared)]
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(

@@ -68,9 +68,9 @@ def test_a_ratio_above_one_is_better_whatever_the_unit() -> None:
 
 
 def test_a_table_has_a_column_for_each_peer_and_a_dash_for_what_was_not_measured() -> None:
-    header, rule, row = render([line(socat=10, call=4)], PEERS).splitlines()
+    header, rule, row = render([line(socat=10, call=4, tunnel=1)], PEERS).splitlines()
     assert len(header) == len(rule) == len(row)
-    assert row.replace(" ", "") == "|title|-|10ms|4ms|2.50x|"
+    assert row.replace(" ", "") == "|title|-|10ms|4ms|1ms|2.50x|10.00x|4.00x|"
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.0821, "0.082"), (1.234, "1.23"), (1234.5, "1234"), (0, "0")])
