@@ -12,6 +12,7 @@ import trio
 from .budget import Budget
 from .call import CallTimeouts, Ending, relay_over_call
 from .config import ListenerConfig
+from .errors import RefusedError
 from .relaythread import RelayThread
 from .rules import Proxy, Transport
 from .targets import Target
@@ -45,8 +46,7 @@ class Transports:
     async def carry(self, config: ListenerConfig, port: int, accepted: socket.socket) -> Ending:
         """Carry a connection that was accepted on ``port``; an `Ending` with an error asks for an abort.
 
-        Raises `RefusedError` when there is no call to be had, OSError when the client cannot be started or
-        the connection is gone.
+        Raises `RefusedError` when there is no call to be had, OSError when the connection is gone.
         """
         origin = _origin(accepted)
         if config.transport is Transport.TUNNEL:
@@ -57,9 +57,12 @@ class Transports:
         service = f"{config.service}+{config.target_port(port)}"
         async with target.slot(service):
             _origin(accepted)  # it may have left while it waited
-            ending = await relay_over_call(
-                accepted, self._client, config.target, service, self.relays, self._timeouts
-            )
+            try:
+                ending = await relay_over_call(
+                    accepted, self._client, config.target, service, self.relays, self._timeouts
+                )
+            except OSError as error:
+                raise RefusedError(f"cannot start {self._client[0]}: {error.strerror}") from error
         if ending.is_refused:
             target.refused(service)
         elif ending.received_bytes:

@@ -169,6 +169,11 @@ async def running_listener(
         listener.stop()
 
 
+def calls_of(listener: Listener, target: str = "work") -> int:
+    """Calls under way to a target, one for each connection that `call` carries."""
+    return listener._means.transports._target(target).calls
+
+
 def is_listening(port: int) -> bool:
     """Without a connection that the listener would have to carry."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]

@@ -11,14 +11,23 @@ from pathlib import Path
 import pytest
 import trio
 from endings import CLIENT_ABORTS, SCRIPTS, Script, pattern, play, play_directly
-from helpers import BOUND_S, FakeClient, free_port, port_of, running_listener, until, write_config
+from helpers import (
+    BOUND_S,
+    FakeClient,
+    calls_of,
+    free_port,
+    port_of,
+    running_listener,
+    until,
+    write_config,
+)
 
 from qubes_fwd_qrexec import forward
 from qubes_fwd_qrexec.call import CallTimeouts
 from qubes_fwd_qrexec.config import ListenerConfig
 from qubes_fwd_qrexec.forward import Expiry, Forward, Means, bindings
 from qubes_fwd_qrexec.relaythread import open_relay_thread
-from qubes_fwd_qrexec.targets import Target
+from qubes_fwd_qrexec.transports import Transports
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -118,7 +127,7 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
             far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             await until(lambda: _unacknowledged(far) == 0)
             far_stream.socket.close()
-            await until(lambda: listener._target("work").calls == 0)  # the call is over, and all is here
+            await until(lambda: calls_of(listener) == 0)  # the call is over, and all is here
             got = b""
             with pytest.raises(ConnectionResetError):  # noqa: PT012
                 while True:
@@ -169,7 +178,7 @@ def config(port: int, **options: str) -> ListenerConfig:
 @asynccontextmanager
 async def means(client: tuple[str, ...]) -> AsyncIterator[Means]:
     async with open_relay_thread() as relays, trio.open_nursery() as tasks:
-        yield Means(client, relays, CallTimeouts(), Target, tasks)
+        yield Means(Transports(client, relays, tasks, 32, CallTimeouts()), tasks)
         tasks.cancel_scope.cancel()
 
 
@@ -189,7 +198,7 @@ async def test_a_bug_ends_its_connection_and_nothing_else(
     async def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(forward, "relay_over_call", fail)
+    monkeypatch.setattr(Transports, "carry", fail)
     port = free_port()
     async with means(("unused",)) as having:
         serving = Forward(config(port), having)
@@ -209,8 +218,8 @@ async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
             serving = Forward(config(port), having)
             try:
                 async with await trio.open_tcp_stream("127.0.0.1", port):
-                    await until(lambda: having.relays._waiting)
-                    having.relays._order(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+                    await until(lambda: having.transports.relays._waiting)
+                    having.transports.relays.order(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
                     await trio.sleep(BOUND_S)
             finally:
                 serving.stop_listening()

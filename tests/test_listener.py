@@ -9,6 +9,7 @@ from helpers import (
     BOUND_S,
     FakeClient,
     accept,
+    calls_of,
     can_connect,
     connect,
     echo_once,
@@ -21,7 +22,7 @@ from helpers import (
     write_config,
 )
 
-from qubes_fwd_qrexec import forward
+from qubes_fwd_qrexec import transports
 from qubes_fwd_qrexec.accepting import BindError
 from qubes_fwd_qrexec.configsource import ConfigSource
 from qubes_fwd_qrexec.listener import Listener
@@ -137,7 +138,7 @@ async def test_a_bad_new_configuration_leaves_the_old_one_and_says_why(
         (config / "fwd.work.web").write_bytes(b"version=1 \0\xff\n")
         (config / "fwd.nonsense").write_text("x")
         write_config(config, new, 1, key="fwd.work.new")
-        write_config(config, free_port(), 1, key="fwd.work.tun", transport="tunnel")
+        write_config(config, free_port(), 1, key="fwd.work.lim", limits="connections:5")
         listener.reload()
         assert can_connect(port)
         assert can_connect(new)
@@ -314,7 +315,6 @@ async def test_many_connections_leave_nothing(tmp_path: Path, server: socket.soc
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server))
     async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:
-        target = listener._target("work")
 
         async def converse() -> None:
             async with await connect(port) as near:
@@ -336,29 +336,29 @@ async def test_many_connections_leave_nothing(tmp_path: Path, server: socket.soc
                 nursery.start_soon(serve, 20)
                 for _ in range(20):
                     nursery.start_soon(converse)
-            await until(lambda: target.calls == 0)
+            await until(lambda: calls_of(listener) == 0)
 
 
 async def test_a_client_that_leaves_while_it_waits_makes_no_call(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    real = forward.relay_over_call
+    real = transports.relay_over_call
 
     async def counted(*args: object) -> object:
         calls.append(str(args[2]))
         return await real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(forward, "relay_over_call", counted)
+    monkeypatch.setattr(transports, "relay_over_call", counted)
     port, config, client = free_port(), tmp_path / "config", FakeClient(tmp_path, "serve")
     write_config(config, port, port_of(server))
     async with running_listener(config, client.command, calls_max=1) as listener:
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             waiting = await connect(port)
-            slots = listener._target("work")._slots
+            slots = listener._means.transports._target("work")._slots
             await until(lambda: slots.statistics().tasks_waiting == 1)
             waiting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             waiting.socket.close()
-        await until(lambda: not slots.statistics().tasks_waiting and not listener._target("work").calls)
+        await until(lambda: not slots.statistics().tasks_waiting and not calls_of(listener))
     assert calls == ["work"]

@@ -9,17 +9,25 @@ from helpers import free_port, listening_socket, no_fds_left, port_of
 from qubes_fwd_qrexec import localserver
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.localserver import ServiceError, connect, parse_argument
+from qubes_fwd_qrexec.values import TargetPorts
 
 BAD_ARGUMENTS = [
     "", "+8080", " 8080", "8080 ", "08080", "8_080", "8080\n", "65536", "99999", "100000", "0", "-1", "80-90",
-    "\u0668\u0660", "\u00b2", "0x50", "8e3", "80.0", "localhost", "127.0.0.1:80", "80+tunnel", "80-90+tunnel",
-    "80/../81", "x" * 100_000, "\udcff",
+    "\u0668\u0660", "\u00b2", "0x50", "8e3", "80.0", "localhost", "127.0.0.1:80", "80+", "80+call",
+    "80+tunnel+", "+tunnel", "80-+tunnel", "90-80+tunnel", "080+tunnel", "80-65536+tunnel", "80-90", "80/../81", "x" * 100_000, "\udcff",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "port"), [("1", 1), ("80", 80), ("8080", 8080), ("65535", 65535)])
 def test_a_port_is_taken(text: str, port: int) -> None:
-    assert parse_argument(text) == port
+    assert parse_argument(text) == (TargetPorts(port, port), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"), [("80+tunnel", 80, 80), ("80-90+tunnel", 80, 90), ("1-65535+tunnel", 1, 65535)]
+)
+def test_a_tunnel_is_asked_for_by_port_or_range(text: str, first: int, last: int) -> None:
+    assert parse_argument(text) == (TargetPorts(first, last), True)
 
 
 @pytest.mark.parametrize("text", BAD_ARGUMENTS)

@@ -120,7 +120,7 @@ async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
                 for (_, source), (sink, _) in zip(pairs[:3], pairs[3:], strict=True):
                     nursery.start_soon(carry, source, sink)
                 await until(lambda: len(relays._relay._endpoints) == 6)
-                relays._order(fail)
+                relays.order(fail)
         assert failures == [crash] * 3
         assert relays.has_failed
         with pytest.raises(RuntimeError, match="relay thread has failed"):

@@ -131,7 +131,7 @@ def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:
             assert process.wait(10) == 0
 
 
-@pytest.mark.parametrize("arguments", [(), ("80", "81"), ("80+tunnel",), ("\u0668\u0660",), ("x" * 10_000,)])
+@pytest.mark.parametrize("arguments", [(), ("80", "81"), ("80+tunnels",), ("\u0668\u0660",), ("x" * 10_000,)])
 def test_a_bad_argument_ends_with_status_2_and_a_short_message(arguments: tuple[str, ...]) -> None:
     called = Called(*arguments)
     called.stdin.send(b"x")
