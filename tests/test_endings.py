@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Endings through the lab, with every program as users run it, beside the direct connection."""
 
-import os
 import select
 import signal
 import socket
@@ -35,7 +34,7 @@ def relay(target_port: int, transport: str) -> Iterator[tuple[str, int]]:
         try:
             ready, _, _ = select.select([process.stdout], [], [], _READY_TIMEOUT_S)
             assert ready, "the relay is not ready"
-            assert os.read(process.stdout.fileno(), 100) == f"ready 127.0.0.1:{port}\n".encode()
+            assert process.stdout.readline() == f"ready 127.0.0.1:{port}\n".encode()
             yield "127.0.0.1", port
             process.send_signal(signal.SIGTERM)
             assert process.wait(_END_TIMEOUT_S) == 0
@@ -54,6 +53,19 @@ def target() -> Iterator[socket.socket]:
 def call_relay(target: socket.socket) -> Iterator[tuple[str, int]]:
     with relay(port_of(target), "call") as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def tunnel_relay(target: socket.socket) -> Iterator[tuple[str, int]]:
+    with relay(port_of(target), "tunnel") as address:
+        yield address
+
+
+@pytest.mark.parametrize("script", SCRIPTS + CLIENT_ABORTS, ids=lambda script: script.__name__)
+async def test_a_tunnels_stream_ends_as_the_direct_connection_does(
+    target: socket.socket, tunnel_relay: tuple[str, int], script: Script
+) -> None:
+    assert await play(script, tunnel_relay, target) == await play_directly(script, target)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
