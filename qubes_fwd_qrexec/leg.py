@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from .budget import INITIAL_BYTES, WINDOW_MAX_BYTES
 from .loop import GONE, READ, WRITE
 from .relay import abort, half_close
-from .tunnel import DataReceived, ResetCode
+from .tunnel import MAX_DATA_BYTES, DataReceived, ResetCode
 
 if TYPE_CHECKING:
     from .mux import Mux
@@ -30,6 +30,10 @@ _LAST_WORDS_S = 0.8
 _LAST_WORDS_LOOK_S = 0.005
 # relay-behaviours 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
 _STALLED_GONE_S = 10.0
+# What one turn moves from a socket at most: four of the longest frames, which go out in one write.
+_PULL_BYTES = 4 * MAX_DATA_BYTES
+# A quarter of the window is granted at a time; a stream that needs one sooner than this gets a larger window.
+_FAST_S = 0.005
 # In the place of a mask: the kernel is not asked about the socket at all.
 _UNWATCHED = -1
 
@@ -53,9 +57,11 @@ class Leg:
     """
 
     __slots__ = (
+        "_granted_at",
         "_has_eof",
         "_mask",
         "_mux",
+        "_owed",
         "_pending",
         "_sent_eof",
         "_window",
@@ -72,6 +78,7 @@ class Leg:
     def __init__(self, mux: "Mux", stream_id: int, window: int, sock: socket.socket) -> None:
         self._mux = mux
         self._window = window
+        self._owed = 0
         self._mask = _UNWATCHED
         self._pending: deque[tuple[memoryview, int]] | None = None
         self._has_eof = False
@@ -83,7 +90,7 @@ class Leg:
         self.on_end: Callable[[LegEnd], None] | None = None
         self.sent = 0
         self.received = 0
-        self.moved_at = time.monotonic()
+        self.moved_at = self._granted_at = time.monotonic()
 
     @property
     def is_half_closed(self) -> bool:
@@ -112,23 +119,31 @@ class Leg:
             self._gone(events)
 
     def _pull(self) -> None:
-        """Read once, as much as the credit lets us send, and send it on in the same turn."""
-        limit = self._mux.room(self)
-        if limit <= 0:
-            self._watch(self._mask & ~READ)
-            return
-        try:
-            data = self.sock.recv(limit)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self.abort_from_here()
-            return
-        self.moved_at = time.monotonic()
-        if data:
+        """Read while frames are full and the credit lets us, and send it all on in the same turn."""
+        stop_at = self.sent + _PULL_BYTES
+        while self.sent < stop_at:
+            limit = self._mux.room(self)
+            if limit <= 0:
+                self._watch(self._mask & ~READ)
+                return
+            try:
+                data = self.sock.recv(limit)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self.abort_from_here()
+                return
+            self.moved_at = time.monotonic()
+            if not data:
+                self._end_sending()
+                return
             self.sent += len(data)
             self._mux.send_data(self.stream_id, data)
-            return
+            if len(data) < limit:
+                return
+
+    def _end_sending(self) -> None:
+        """The local peer's FIN."""
         self._sent_eof = True
         self._watch(self._mask & ~READ)
         self._mux.send_eof(self.stream_id)
@@ -222,12 +237,16 @@ class Leg:
             self._window -= shrink
             budget.give_back(shrink)
             cost -= shrink
-        elif self._window < WINDOW_MAX_BYTES and self._mux.granted(self.stream_id) < self._window // 2:
+        self._owed += cost
+        if self._owed < self._window // 4:
+            return
+        if was_fast and self._window < WINDOW_MAX_BYTES and self.moved_at - self._granted_at < _FAST_S:
             more = budget.take(min(self._window, WINDOW_MAX_BYTES - self._window))
             self._window += more
-            cost += more
-        if cost:
-            self._mux.grant(self.stream_id, cost)
+            self._owed += more
+        self._granted_at = self.moved_at
+        self._mux.grant(self.stream_id, self._owed)
+        self._owed = 0
 
     # Endings
 

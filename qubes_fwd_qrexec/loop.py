@@ -80,7 +80,7 @@ class Loop:
             handler, since_turn = self._handlers.get(fd, (None, 0))
             if handler is not None and since_turn != self._turn:
                 handler(events)
-        if self._timers:
+        if self._timers and self._timers[0][0] <= time.monotonic():
             self._run_timers()
         while self._soon:
             callbacks, self._soon = self._soon, []

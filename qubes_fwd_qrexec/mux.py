@@ -18,6 +18,7 @@ from .leg import Leg
 from .loop import GONE, READ, WRITE, Loop
 from .tunnel import (
     AcceptReceived,
+    Buffer,
     Connection,
     CreditReceived,
     DataReceived,
@@ -33,7 +34,8 @@ from .tunnel import (
     ResetReceived,
 )
 
-_READ_BYTES = 65536
+# What one turn reads from the call: all that its socket buffer holds, by default.
+_READ_BYTES = 256 << 10
 # Frames that wait for the call: above it no more is read from sockets, so that a keystroke behind a bulk
 # stream waits for this much and for no more (relay-behaviours 20: 20 ms, which is 2 MiB at 100 MiB/s).
 _BACKLOG_HIGH_BYTES = 256 << 10
@@ -101,7 +103,8 @@ class Mux:
         self._sink = sink
         self._sink_mask = 0
         self._is_sink_broken = False
-        self._unsent: deque[memoryview] = deque()
+        self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
         self._waiting: deque[Leg] = deque()
         self._is_flush_due = False
@@ -194,10 +197,6 @@ class Mux:
         self.connection.grant(stream_id, credit)
         self._flush_soon()
 
-    def granted(self, stream_id: int) -> int:
-        """How much the peer may still send on a stream."""
-        return self.connection.granted(stream_id)
-
     def forget(self, leg: Leg, window: int) -> None:
         """A leg is closed, and its window with it."""
         del self.legs[leg.stream_id]
@@ -208,7 +207,7 @@ class Mux:
 
     def _on_source(self, events: int) -> None:
         try:
-            untrusted_chunk = self._source.recv(_READ_BYTES)
+            count = self._source.recv_into(self._read_buffer)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -216,17 +215,18 @@ class Mux:
             return
         self._heard_tick = self._ticks
         try:
-            if not untrusted_chunk:
+            if not count:
                 self.connection.receive_eof()
                 self._end(None)
                 return
-            for event in self.connection.receive_data(untrusted_chunk):
+            for event in self.connection.receive_data(self._read_buffer[:count]):
                 self._on_event(event)
         except RemoteProtocolError as error:
             self._flush()
             self._end(str(error))
             return
-        self._flush_soon()
+        if self.connection.bytes_queued or self.connection.is_draining:
+            self._flush_soon()
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -275,10 +275,10 @@ class Mux:
         self._is_flush_due = False
         if self.is_over:
             return
-        for chunk in self.connection.data_to_send():
-            self._unsent.append(memoryview(chunk))
-            self._unsent_bytes += len(chunk)
-        self._write()
+        if self._unsent_bytes or self.connection.bytes_queued:
+            self._unsent_bytes += self.connection.bytes_queued
+            self._unsent += self.connection.data_to_send()
+            self._write()
         if self._unsent_bytes < _BACKLOG_LOW_BYTES:
             while self._waiting:
                 self._waiting.popleft().resume()
@@ -307,10 +307,13 @@ class Mux:
 
     def _written(self, count: int) -> None:
         self._unsent_bytes -= count
+        if not self._unsent_bytes:
+            self._unsent.clear()
+            return
         while count:
             first = self._unsent.popleft()
             if count < len(first):
-                self._unsent.appendleft(first[count:])
+                self._unsent.appendleft(memoryview(first)[count:])
                 return
             count -= len(first)
 
