@@ -4,6 +4,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,37 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(file: Path) -> set[str]:
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def ever_running(tree: ast.AST) -> Iterator[ast.AST]:
+    """All but what is only for the type checker."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and is_for_types(node):
+            for other in node.orelse:
+                yield other
+                yield from ever_running(other)
+        else:
+            yield node
+            yield from ever_running(node)
+
+
+def running_at_once(tree: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a module is imported: no function's body either."""
+    late: set[ast.AST] = set()
+    for node in ever_running(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            late.update(ast.walk(node))
+        elif node not in late:
+            yield node
+
+
+def imports_of(file: Path, walk: Callable[[ast.AST], Iterable[ast.AST]] = ast.walk) -> set[str]:
     """Modules of ours by their name below the package; others with a leading slash."""
     found = set()
     package = file.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {"/" + alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -41,6 +68,8 @@ def imports_of(file: Path) -> set[str]:
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {module_name(file) for file in FILES}
 IMPORTS = {module_name(file): imports_of(file) for file in FILES}
+EVER = {module_name(file): imports_of(file, ever_running) for file in FILES}
+AT_ONCE = {module_name(file): imports_of(file, running_at_once) for file in FILES}
 ADMIN = sorted(name for name in MODULES if name.split(".")[0] == "admin")
 TUNNEL = sorted(name for name in MODULES if name.split(".")[0] == "tunnel")
 VM_SIDE = sorted(
@@ -48,12 +77,12 @@ VM_SIDE = sorted(
 )
 
 
-def reached_by(name: str) -> set[str]:
+def reached_by(name: str, imports: dict[str, set[str]] = IMPORTS) -> set[str]:
     """Everything that a module imports, directly or not."""
     reached: set[str] = set()
     waiting = [name]
     while waiting:
-        for found in IMPORTS.get(waiting.pop(), set()) - reached:
+        for found in imports.get(waiting.pop(), set()) - reached:
             reached.add(found)
             waiting.append(found)
     return reached
@@ -63,9 +92,28 @@ def ours(name: str) -> set[str]:
     return {module for module in reached_by(name) if not module.startswith("/") and module}
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
-    circles = [name for name in IMPORTS if name in reached_by(name) and name]
+def test_no_module_needs_itself_to_be_imported() -> None:
+    """Two that name each other's types only for the type checker can be imported in any order."""
+    assert [name for name in AT_ONCE if name and name in reached_by(name, AT_ONCE)] == []
+
+
+def test_no_module_calls_for_itself_in_a_circle() -> None:
+    circles = [name for name in EVER if name and name in reached_by(name, EVER)]
     assert [name for name in circles if not name.startswith("lab.")] == []
+
+
+def test_what_is_only_for_types_or_within_functions_does_not_run_at_once() -> None:
+    source = (
+        "import a\nif TYPE_CHECKING:\n    import b\nelse:\n    import c\n"
+        "def f():\n    import d\nclass C:\n    import e\n    def g(self):\n        import f\n"
+        "try:\n    import g\nexcept ImportError:\n    import h\n"
+    )
+
+    def found(nodes: Iterable[ast.AST]) -> str:
+        return "".join(sorted(node.names[0].name for node in nodes if isinstance(node, ast.Import)))
+
+    assert found(ever_running(ast.parse(source))) == "acdefgh"
+    assert found(running_at_once(ast.parse(source))) == "acegh"
 
 
 @pytest.mark.parametrize("name", [name for name in VOCABULARY if name in MODULES])
