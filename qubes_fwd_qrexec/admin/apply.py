@@ -4,18 +4,20 @@
 `differences` decides and changes nothing; `carry_out` acts. Closing comes before opening, and policy
 before the listener in both: a listener without policy can do no harm, and a qube that keeps on
 listening after its rule is gone gets nothing any more. A tunnel outlives the policy that allowed it, so
-dom0 itself calls the target to end it. If a step fails, what the later ones would
-have opened is closed again in policy; the next `apply` finishes.
+dom0 itself calls the target to end it. If a step fails, what the later ones would have opened is closed
+again in policy; the next `apply` finishes. Only ending tunnels is tried once: when policy is closed,
+nothing is left from which the next `apply` could tell that it was not done.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, is_forward_key
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.values import QubeName, parse_printable
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, ListenerConfig, is_forward_key
+from qubes_fwd_qrexec.errors import ConfigError, StoreError
+from qubes_fwd_qrexec.rules import OnExpire, Transport
+from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_printable
 
 from . import policy
 from .backend import Backend, PolicyFile
@@ -23,6 +25,8 @@ from .inventory import Inventory
 from .states import Forward, Plan
 
 CONFIG_PREFIX = "vm-config."
+# How long a tunnel takes new connections without dom0 being asked: `tunnelservice.LEASE_S` of the target.
+LEASE_S = 300
 
 
 class Kind(StrEnum):
@@ -36,8 +40,9 @@ class Kind(StrEnum):
 class Step(NamedTuple):
     """One change: of policy (``value`` is the whole new text) or of a feature (``qube`` and ``key``).
 
-    ``lines_gone`` and ``lines_new`` are what a change of policy means; for a feature, ``lines_new``
-    are the lines without which it would be useless.
+    Or a call that ends tunnels of ``qube``; ``value`` says which. ``lines_gone`` and ``lines_new`` are
+    what a change of policy means; for a feature, ``lines_new`` are the lines without which it would be
+    useless.
     """
 
     kind: Kind
@@ -59,7 +64,8 @@ class Step(NamedTuple):
             new = [f"policy: from now on {' '.join(line.split())}" for line in self.lines_new]
             return gone + new or ["policy: write the file, which allows the same as before"]
         if self.kind is Kind.REVOKE:
-            return [f"{self.qube}: end the tunnels {self.value}"]
+            ports, _, source = self.value.partition("+")
+            return [f"{self.qube}: end the tunnels of {source} to port {TargetPorts.parse(ports).brief()}"]
         if self.kind is Kind.REMOVE_CONFIG:
             return [f"{self.qube}: stop listening for {self.key.removeprefix(CONFIG_PREFIX)}"]
         verb = "listen" if self.was is None else "change how it listens"
@@ -109,7 +115,6 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
         opening.append(Step(Kind.OPEN_POLICY, final, lines_new=tuple(sorted(new))))
     elif not policy.is_same(installed.text, final):
         closing.append(Step(Kind.CLOSE_POLICY, final, lines_gone=tuple(sorted(gone))))
-    closing += _revocations(gone, new, inventory)
     wanted = wanted_config(plan)
     present = {
         (qube.name, key): value
@@ -117,6 +122,7 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
         for key, value in qube.features.items()
         if key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX))
     }
+    closing += _revocations(gone, new, present, inventory)
     for qube, key in sorted(present.keys() - wanted.keys()):
         closing.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     for (qube, key), forward in sorted(wanted.items(), key=lambda item: item[0]):
@@ -130,24 +136,47 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
     return (*closing, *opening)
 
 
-def _revocations(gone: frozenset[str], new: frozenset[str], inventory: Inventory) -> list[Step]:
+def _revocations(
+    gone: frozenset[str],
+    new: frozenset[str],
+    present: Mapping[tuple[QubeName, str], str],
+    inventory: Inventory,
+) -> list[Step]:
     """For each tunnel that policy no longer allows, a call that ends those that are open.
 
-    A line that only changes, in its autostart, stays allowed. A qube that is halted has no tunnels.
+    A line that only changes, in its autostart, stays allowed. A qube that is halted has no tunnels. Where
+    all the forwards that shared the tunnel said on-expire=drain, it ends by itself with its last connection.
     """
     over = {policy.tunnel_of(line) for line in gone} - {policy.tunnel_of(line) for line in new}
+    endings = _endings(present)
     return [
         Step(Kind.REVOKE, tunnel.argument, qube=tunnel.target)
         for tunnel in sorted(tunnel for tunnel in over if tunnel is not None)
-        if (qube := inventory.get(tunnel.target)) is not None and qube.is_running
+        if endings.get(tunnel) != {OnExpire.DRAIN}
+        and (qube := inventory.get(tunnel.target)) is not None
+        and qube.is_running
     ]
+
+
+def _endings(present: Mapping[tuple[QubeName, str], str]) -> dict[policy.Tunnel, set[OnExpire]]:
+    """What the exposed qubes have been told of the end of connections; rules that are gone say no more."""
+    endings: dict[policy.Tunnel, set[OnExpire]] = {}
+    for (exposed, key), value in present.items():
+        try:
+            config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
+        except ConfigError:
+            continue
+        if config.transport is Transport.TUNNEL:
+            tunnel = policy.tunnel(config.target, config.target_ports, exposed)
+            endings.setdefault(tunnel, set()).add(config.on_expire)
+    return endings
 
 
 def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
     """Take the steps; the caller holds the backend's lock. Never raises `StoreError`: see the outcome.
 
     A failed change of policy ends it all. A failed feature stops nothing that closes; what would be
-    opened for it is withdrawn from policy.
+    opened for it is withdrawn from policy. Tunnels that could not be ended stop nothing.
     """
     waiting = list(steps)
     done: list[Step] = []
@@ -155,13 +184,13 @@ def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
     problems: list[str] = []
     while waiting:
         step = waiting[0]
-        if step.kind is Kind.OPEN_POLICY and problems:
+        if step.kind is Kind.OPEN_POLICY and any(lost.kind is not Kind.REVOKE for lost in failed):
             problems.append("nothing new was opened because of that")
             break
         try:
             _take(step, backend)
         except StoreError as error:
-            problems.append(str(error))
+            problems.append(f"{error}{_what_goes_on(step)}")
             if step.is_policy:
                 break
             failed.append(step)
@@ -189,6 +218,18 @@ def _take(step: Step, backend: Backend) -> None:
         backend.remove_feature(step.qube, step.key)
     else:
         backend.set_feature(step.qube, step.key, step.value)
+
+
+def _what_goes_on(step: Step) -> str:
+    """What stays open where tunnels could not be ended, and that nobody tries again."""
+    if step.kind is not Kind.REVOKE:
+        return ""
+    _, _, source = step.value.partition("+")
+    return (
+        f". dom0's policy is closed, but tunnels that {source} has to {step.qube} may take connections "
+        f"for {LEASE_S} s more, and those that are open go on; 'qvm-forward apply' does not try again, and "
+        f"shutting {step.qube} down ends them"
+    )
 
 
 def _undo(step: Step, backend: Backend) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
 from qubes_fwd_qrexec.options import Option
-from qubes_fwd_qrexec.rules import NO_LIMITS, ForwardRule, ForwardType, NamedRule
+from qubes_fwd_qrexec.rules import NO_LIMITS, ForwardRule, ForwardType, NamedRule, Transport
 from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
@@ -243,7 +243,7 @@ def warnings(forward: Forward) -> list[str]:
         found.append(forward.transport_reason)
     if forward.source.rule.proxy == "off":
         way_out = "see that it asks everybody for a password"
-        if THIS_VERSION.proxy:
+        if THIS_VERSION.proxy and forward.transport is Transport.TUNNEL:
             way_out += ", or tell it the client's address with proxy=v2"
         found.append(
             f"the server in {forward.source.target} sees all of these connections come from 127.0.0.1, "

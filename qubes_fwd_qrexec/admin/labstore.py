@@ -12,8 +12,8 @@ from . import policy
 from .backend import NEW, PolicyFile
 from .inventory import Inventory, Qube
 
-# What a qube takes to end its tunnels is well under a second.
-_CALL_TIMEOUT_S = 10.0
+# What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
+_CALL_TIMEOUT_S = 5.0
 # qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_SERVICE_NOT_FOUND.
 _NO_SERVICE = 127
 
@@ -86,8 +86,10 @@ class LabStore:
             done = subprocess.run(
                 words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CALL_TIMEOUT_S
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise StoreError(f"{service} in {qube}: {error}") from error
+        except subprocess.TimeoutExpired as error:
+            raise StoreError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
+        except OSError as error:
+            raise StoreError(f"{service} in {qube}: {error.strerror}") from error
         if done.returncode not in (0, _NO_SERVICE):
             raise StoreError(f"{service} in {qube} ended with exit status {done.returncode}")
 

@@ -273,10 +273,15 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, inventory: Inventory) -> t
 def _config(named: NamedRule, service: Service, transport: Transport) -> ListenerConfig:
     rule = named.rule
     if transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
+        if service is Service.FORWARD_TCP:
+            way_out = "use transport=tunnel"
+        else:
+            way_out = f"install qubes-fwd-qrexec in its template and start {named.target} again"
         raise _refused(
             Cause.TOO_LARGE,
             f"With one call for each connection every port needs its own policy line, and "
-            f"{len(rule.listen_ports)} ports are more than {CALL_PORTS_MAX}; make the range shorter.",
+            f"{len(rule.listen_ports)} ports are more than {CALL_PORTS_MAX}; make the range shorter, or "
+            f"{way_out}.",
         )
     try:
         return ListenerConfig.of_rule(named.target, named.name, rule, service, transport)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plan to dom0's qrexec policy: exact lines for what is live, and nothing else.
 
-No line has a wildcard but the closing one, which denies. Of `Service.CONNECT_TCP`, which is the
+No line has a wildcard but the closing ones, which deny. Of `Service.CONNECT_TCP`, which is the
 user's, nothing is said but the lines of forwards that go over it.
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.config import REVOKE_SERVICE, Service
+from qubes_fwd_qrexec.errors import TextError
 from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import QubeName, TargetPorts, yes_no
+from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_qube_name, yes_no
 
 from .states import Forward
 
@@ -36,12 +37,22 @@ class Tunnel(NamedTuple):
 
 
 def tunnel_of(line: str) -> Tunnel | None:
-    """The tunnel that one of our own lines allows, None for a call's line."""
-    _, argument, source, target, *_ = line.split()
+    """The tunnel that one of our own lines allows; None for a call's line, and for what others wrote."""
+    words = line.split()
+    if len(words) < 5 or words[0] != Service.FORWARD_TCP or words[4] != "allow":
+        return None
+    _, argument, source, target, *_ = words
     ports, _, kind = argument.removeprefix("+").partition("+")
     if kind != "tunnel":
         return None
-    return Tunnel(QubeName(target), f"{TargetPorts.parse(ports)}+{source}")
+    try:
+        return tunnel(parse_qube_name(target), TargetPorts.parse(ports), parse_qube_name(source))
+    except TextError:
+        return None
+
+
+def tunnel(target: QubeName, ports: TargetPorts, source: QubeName) -> Tunnel:
+    return Tunnel(target, f"{ports}+{source}")
 
 
 def lines(forward: Forward) -> tuple[str, ...]:
@@ -91,7 +102,7 @@ def text(
 
 
 def allowing(policy: str | None) -> frozenset[str]:
-    """The lines of a policy file that are in force, all but the closing one, in one spelling."""
+    """The lines of a policy file that are in force, all but the closing ones, in one spelling."""
     return frozenset(line for line in _effective(policy or "") if line not in CLOSING)
 
 

@@ -40,6 +40,9 @@ class Memory:
         self._do(f"set {qube} {key}")
         self.qubes[qube][key] = value
 
+    def call(self, qube: QubeName, service: str) -> None:
+        self._do(f"call {qube} {service}")
+
     def remove_feature(self, qube: QubeName, key: str) -> None:
         self._do(f"remove {qube} {key}")
         self.qubes[qube].pop(key, None)
@@ -71,6 +74,7 @@ def applied(backend: Memory, *rules: NamedRule) -> Outcome:
 CONFIG = "vm-config.fwd.work.web"
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
 SSH_CONFIG = "vm-config.fwd.personal.ssh"
+REVOKE = "call work qubes.ForwardRevoke+8080-8080+sys-net"
 
 
 def test_opening_writes_policy_before_the_listener() -> None:
@@ -80,11 +84,11 @@ def test_opening_writes_policy_before_the_listener() -> None:
     assert "srcports=80-80 dstports=8080-8080" in backend.qubes[QubeName("sys-net")][CONFIG]
 
 
-def test_closing_writes_policy_before_the_listener() -> None:
+def test_closing_writes_policy_then_ends_tunnels_then_tells_the_listener() -> None:
     backend = Memory(world())
     applied(backend, WEB)
     applied(backend)
-    assert backend.log == ["policy 0", f"remove sys-net {CONFIG}"]
+    assert backend.log == ["policy 0", REVOKE, f"remove sys-net {CONFIG}"]
     assert policy.is_same(backend.policy, policy.text([], NOW))
 
 
@@ -92,7 +96,13 @@ def test_closing_comes_before_opening() -> None:
     backend = Memory(world())
     applied(backend, WEB)
     applied(backend, SSH)
-    assert backend.log == ["policy 0", f"remove sys-net {CONFIG}", "policy 1", f"set sys-net {SSH_CONFIG}"]
+    assert backend.log == [
+        "policy 0",
+        REVOKE,
+        f"remove sys-net {CONFIG}",
+        "policy 1",
+        f"set sys-net {SSH_CONFIG}",
+    ]
 
 
 def test_a_second_time_changes_nothing() -> None:
@@ -200,10 +210,10 @@ def test_steps_in_words_and_json() -> None:
     first = steps(backend, WEB)
     value = backend_value = first[1].value
     assert [word for step in first for word in step.words()] == [
-        "policy: from now on qubes.ForwardTCP +8080 sys-net work allow autostart=no notify=no",
+        "policy: from now on qubes.ForwardTCP +8080+tunnel sys-net work allow autostart=no notify=no",
         f"sys-net: listen for fwd.work.web: {value}",
     ]
-    line = "qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no"
+    line = "qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow  autostart=no  notify=no"
     assert [step.as_json() for step in first] == [
         {"step": "open-policy", "remove": [], "add": [line]},
         {"step": "set-config", "qube": "sys-net", "feature": CONFIG, "was": None, "value": backend_value},
@@ -213,10 +223,12 @@ def test_steps_in_words_and_json() -> None:
     assert changed[0].words()[0].startswith("sys-net: change how it listens for fwd.work.web: version=1")
     gone = steps(backend)
     assert [word for step in gone for word in step.words()] == [
-        "policy: no longer qubes.ForwardTCP +8080 sys-net work allow autostart=no notify=no",
+        "policy: no longer qubes.ForwardTCP +8080+tunnel sys-net work allow autostart=no notify=no",
+        "work: end the tunnels of sys-net to port 8080",
         "sys-net: stop listening for fwd.work.web",
     ]
-    assert gone[1].as_json() == {"step": "remove-config", "qube": "sys-net", "feature": CONFIG, "was": value}
+    assert gone[1].as_json() == {"step": "revoke", "qube": "work", "tunnels": "8080-8080+sys-net"}
+    assert gone[2].as_json() == {"step": "remove-config", "qube": "sys-net", "feature": CONFIG, "was": value}
 
 
 @pytest.mark.parametrize("before", [None, "", "# edited\n"])
@@ -227,3 +239,134 @@ def test_a_missing_or_edited_file_is_written_anew(before: str | None) -> None:
     assert step.words() == ["policy: write the file, which allows the same as before"]
     carry_out([step], backend)
     assert policy.is_same(backend.policy, policy.text([], NOW))
+
+
+def revocations(backend: Backend, *rules: NamedRule) -> list[tuple[str, str]]:
+    return [(step.qube, step.value) for step in steps(backend, *rules) if step.kind is Kind.REVOKE]
+
+
+@pytest.mark.parametrize(
+    ("after", "ended"),
+    [
+        ([], True),
+        ([rule("dstports=8080 enabled=no")], True),
+        ([rule(f"dstports=8080 expire={NOW}")], True),
+        ([rule("dstports=8080 owner=office")], True),
+        ([rule("dstports=8080 path=sys-vpn,sys-net")], True),
+        ([rule("dstports=8081")], True),
+        ([rule("srcports=80-81 dstports=8080-8081")], True),
+        ([rule("dstports=8080 forwardtype=internal")], True),
+        ([rule("dstports=8080 transport=call")], True),
+        ([rule("dstports=8080", target="hidden")], True),
+        ([WEB], False),
+        ([rule("dstports=8080 autostart=yes")], False),
+        ([rule("dstports=8080 srchosts=10.0.0.0/8")], False),
+        ([rule("srcports=81 dstports=8080")], False),
+        ([rule("dstports=8080 expire=2000000000 comment=x proxy=v2")], False),
+        ([rule("dstports=8080", name="renamed")], False),
+        ([rule("srcports=81 dstports=8080", name="other")], False),
+    ],
+)
+def test_tunnels_are_ended_exactly_if_their_line_is_gone(after: list[NamedRule], ended: bool) -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    assert revocations(backend, *after) == ([("work", "8080-8080+sys-net")] if ended else [])
+
+
+def test_tunnels_that_another_rule_shares_stay_until_that_is_gone_too() -> None:
+    backend = Memory(world())
+    other = rule("srcports=81 dstports=8080", name="other")
+    applied(backend, WEB, other)
+    assert revocations(backend, other) == []
+    applied(backend, other)
+    assert revocations(backend) == [("work", "8080-8080+sys-net")]
+
+
+def test_each_tunnel_of_many_is_ended_by_itself() -> None:
+    backend = Memory(world())
+    more = [rule("srcports=1-9", name="range"), rule("forwardtype=internal", name="inner")]
+    applied(backend, WEB, *more)
+    assert revocations(backend, WEB) == [("work", "1-9+sys-net"), ("work", "80-80+sys-firewall")]
+
+
+def test_a_call_leaves_no_tunnel_to_end() -> None:
+    backend = Memory(world())
+    applied(backend, SSH, rule("transport=call"))
+    assert revocations(backend) == []
+
+
+def test_a_halted_or_vanished_target_has_no_tunnels_and_is_not_called() -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    inventory = backend.inventory()
+    halted = inventory.qubes[QubeName("work")]._replace(is_running=False)
+    gone = {name: qube for name, qube in inventory.qubes.items() if name != "work"}
+    for other in (Inventory({**inventory.qubes, halted.name: halted}), Inventory(gone)):
+        found = differences(plan([], other, NOW), other, backend.read_policy(), NOW)
+        assert Kind.REVOKE not in {step.kind for step in found}
+
+
+def test_tunnels_of_a_rule_that_drains_end_by_themselves() -> None:
+    backend = Memory(world())
+    draining = rule("dstports=8080 on-expire=drain")
+    applied(backend, draining)
+    assert revocations(backend) == []
+    assert revocations(backend, rule(f"dstports=8080 on-expire=drain expire={NOW}")) == []
+    assert revocations(backend, rule("dstports=8081 on-expire=drain")) == []
+
+
+def test_what_cuts_is_cut_also_where_another_rule_that_ends_too_would_drain() -> None:
+    backend = Memory(world())
+    applied(backend, WEB, rule("srcports=81 dstports=8080 on-expire=drain", name="other"))
+    assert revocations(backend) == [("work", "8080-8080+sys-net")]
+
+
+def test_tunnels_are_ended_also_where_the_listeners_configuration_is_lost_or_unreadable() -> None:
+    backend = Memory(world())
+    applied(backend, rule("dstports=8080 on-expire=drain"))
+    backend.qubes[QubeName("sys-net")][CONFIG] = "junk"
+    assert revocations(backend) == [("work", "8080-8080+sys-net")]
+    del backend.qubes[QubeName("sys-net")][CONFIG]
+    assert revocations(backend) == [("work", "8080-8080+sys-net")]
+
+
+def test_tunnels_that_cannot_be_ended_are_reported_and_hold_up_nothing() -> None:
+    backend = Memory(world())
+    ranged = rule("srcports=1-9", name="range")
+    applied(backend, WEB, ranged)
+    backend.refuses = lambda entry: entry == REVOKE
+    outcome = applied(backend, SSH)
+    assert backend.log == [
+        "policy 0",
+        "call work qubes.ForwardRevoke+1-9+sys-net",
+        "remove sys-net vm-config.fwd.work.range",
+        f"remove sys-net {CONFIG}",
+        "policy 1",
+        f"set sys-net {SSH_CONFIG}",
+    ]
+    assert outcome.problems == (
+        f"cannot {REVOKE}. dom0's policy is closed, but tunnels that sys-net has to work may take "
+        "connections for 300 s more, and those that are open go on; 'qvm-forward apply' does not try again, "
+        "and shutting work down ends them",
+    )
+    assert [(step.kind, step.value) for step in outcome.undone] == [(Kind.REVOKE, "8080-8080+sys-net")]
+    assert steps(backend, SSH) == ()
+
+
+def test_if_policy_cannot_be_closed_no_tunnel_is_ended() -> None:
+    """It would only be opened again."""
+    backend = Memory(world())
+    applied(backend, WEB)
+    backend.refuses = lambda entry: entry.startswith("policy")
+    outcome = applied(backend)
+    assert backend.log == []
+    assert [step.kind for step in outcome.undone] == [Kind.CLOSE_POLICY, Kind.REVOKE, Kind.REMOVE_CONFIG]
+    backend.refuses = lambda entry: False
+    applied(backend)
+    assert REVOKE in backend.log
+
+
+def test_tunnels_that_others_allowed_in_the_file_are_ended_where_the_line_names_them() -> None:
+    backend = Memory(world())
+    backend.policy = "qubes.ForwardTCP +22+tunnel personal work allow\nqubes.ForwardTCP * vault work allow\n"
+    assert revocations(backend) == [("work", "22-22+personal")]

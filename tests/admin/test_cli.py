@@ -37,7 +37,7 @@ def test_add_opens_and_says_for_whom(forward: Forward, lab: LabDirectory) -> Non
     )
     assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
     policy = (lab.policy_dir / "30-forward.policy").read_text()
-    assert "qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no\n" in policy
+    assert "qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow  autostart=no  notify=no\n" in policy
 
 
 def test_add_takes_all_options(forward: Forward, lab: LabDirectory) -> None:
@@ -78,6 +78,13 @@ REFUSED = [
     (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "only TCP works"),
     (("add", "work", "80", "--from", "any", "--mode", "nft"), 1, "cannot do that yet"),
     (("add", "work", "80", "--from", "any", "--limits", "rate:1"), 1, "leave limits out"),
+    (
+        ("add", "work", "81", "--from", "any", "--proxy", "v2", "--transport", "call"),
+        2,
+        "use transport=tunnel",
+    ),
+    (("add", "personal", "81", "--from", "any", "--proxy", "v2"), 1, "leave proxy out"),
+    (("add", "personal", "81", "--from", "any", "--transport", "tunnel"), 1, "leave transport=tunnel out"),
     (("add", "gone", "80", "--from", "any"), 1, "There is no qube gone"),
     (("add", "dom0", "80", "--from", "any"), 1, "is the administrative qube"),
     (("add", "vault", "80", "--from", "any"), 1, "--via QUBE"),
@@ -191,7 +198,9 @@ def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) 
     assert "is stored; 'qvm-forward apply' opens it. Then: Connections to port 80" in result.out
     assert lab.vm_config("sys-net") == {}
     dry = forward("apply", "--dry-run")
-    assert dry.out.startswith("This would change:\n  policy: from now on qubes.ForwardTCP +8080 sys-net work")
+    assert dry.out.startswith(
+        "This would change:\n  policy: from now on qubes.ForwardTCP +8080+tunnel sys-net"
+    )
     assert lab.vm_config("sys-net") == {}
     assert forward("apply").out.startswith("Changed:\n")
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
@@ -274,7 +283,7 @@ def test_what_cannot_be_delivered_is_said_and_closed_again_and_apply_finishes(
     result = forward(*ADD)
     assert (result.status, result.out) == (1, "")
     assert "the rules are changed, but not everything could be done" in result.err
-    assert "Done: policy: from now on qubes.ForwardTCP +8080 sys-net work" in result.err
+    assert "Done: policy: from now on qubes.ForwardTCP +8080+tunnel sys-net" in result.err
     assert "Not done: sys-net: listen for fwd.work.web" in result.err
     assert "closed in dom0's policy again" in result.err
     assert "+8080" not in (lab.policy_dir / "30-forward.policy").read_text()

@@ -180,19 +180,20 @@ CASES = [
         "yet; only TCP works.",
     ),
     (
-        "not-in-this-version",
-        rule("transport=tunnel"),
+        "no-service",
+        rule("transport=tunnel", target="personal"),
         world(),
         State.REFUSED,
-        "The rule asks for transport=tunnel and this version of qvm-forward cannot do that yet; use "
-        "transport=call or auto.",
+        "The rule asks for transport=tunnel and personal does not offer qubes.ForwardTCP; install "
+        "qubes-fwd-qrexec in its template and start personal again, or leave transport=tunnel out.",
     ),
     (
-        "not-in-this-version",
-        rule("proxy=v2"),
+        "no-service",
+        rule("proxy=v1", target="personal"),
         world(),
         State.REFUSED,
-        "The rule asks for proxy=v2 and this version of qvm-forward cannot do that yet; use proxy=off.",
+        "The rule asks for proxy and personal does not offer qubes.ForwardTCP; install qubes-fwd-qrexec in "
+        "its template and start personal again, or leave proxy out.",
     ),
     (
         "not-in-this-version",
@@ -220,18 +221,27 @@ CASES = [
     ),
     (
         "too-large",
-        rule("srcports=1-257"),
+        rule("srcports=1-257 transport=call"),
         world(),
         State.REFUSED,
         "With one call for each connection every port needs its own policy line, and 257 ports are more "
-        "than 256; make the range shorter.",
+        "than 256; make the range shorter, or use transport=tunnel.",
+    ),
+    (
+        "too-large",
+        rule("srcports=1-257", target="personal"),
+        world(),
+        State.REFUSED,
+        "With one call for each connection every port needs its own policy line, and 257 ports are more "
+        "than 256; make the range shorter, or install qubes-fwd-qrexec in its template and start personal "
+        "again.",
     ),
     (
         "too-large",
         rule(f"srchosts={_WIDE}"),
         world(),
         State.REFUSED,
-        "fwd.work.web: the configuration has 4432 bytes and QubesDB takes 3071; name fewer or larger "
+        "fwd.work.web: the configuration has 4434 bytes and QubesDB takes 3071; name fewer or larger "
         "networks in srchosts.",
     ),
 ]
@@ -247,7 +257,7 @@ def test_every_state_has_its_sentence(
 
 
 def test_every_cause_of_a_rule_is_in_the_table_or_tested_below() -> None:
-    below = {Cause.CONFLICT, Cause.NO_SERVICE, Cause.UNREADABLE}
+    below = {Cause.CONFLICT, Cause.UNREADABLE}
     assert {Cause(case[0]) for case in CASES} | below == set(Cause)
 
 
@@ -276,15 +286,46 @@ def test_missing_owner_and_path_are_noted() -> None:
     assert [note.split(",")[0] for note in notes] == ["no owner recorded", "no path recorded"]
 
 
-def test_auto_becomes_call_over_our_service_while_there_is_no_tunnel() -> None:
+def test_auto_becomes_a_tunnel_where_the_target_has_our_service() -> None:
     forward = only(rule())
     assert (forward.mode, forward.transport, forward.service) == (
         Mode.QREXEC,
-        Transport.CALL,
+        Transport.TUNNEL,
         Service.FORWARD_TCP,
     )
     assert forward.mode_reason == "mode=auto, and this version has no nft mode"
-    assert forward.transport_reason == "this version has no tunnel yet"
+    assert forward.transport_reason == "work offers our service"
+    assert only(rule("srcports=1-65535")).state is State.ACTIVE
+
+
+@pytest.mark.parametrize("asked", ["tunnel", "call"])
+def test_our_service_is_used_as_the_rule_says(asked: str) -> None:
+    forward = only(rule(f"transport={asked}"))
+    assert (forward.transport, forward.service) == (Transport(asked), Service.FORWARD_TCP)
+    assert forward.transport_reason == "the rule says so"
+
+
+@pytest.mark.parametrize("asked", ["", "transport=tunnel"])
+def test_the_tunnel_carries_who_the_client_is(asked: str) -> None:
+    forward = only(rule(f"proxy=v2 {asked}"))
+    assert forward.transport is Transport.TUNNEL
+    assert forward.config is not None
+    assert forward.config.proxy == "v2"
+
+
+@pytest.mark.parametrize(
+    ("asked", "cause"),
+    [
+        ("transport=tunnel", Cause.NOT_YET),
+        ("proxy=v2", Cause.NOT_YET),
+        ("srcports=1-257", Cause.TOO_LARGE),
+        ("", Cause.OPEN),
+    ],
+)
+def test_a_version_without_the_tunnel_makes_calls_and_refuses_what_needs_it(asked: str, cause: Cause) -> None:
+    forward = only(rule(asked), abilities=Abilities(tunnel=False, proxy=False))
+    assert forward.cause is cause
+    assert forward.transport in (Transport.AUTO, Transport.CALL)
 
 
 def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason_warns() -> None:
@@ -293,19 +334,8 @@ def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason
     assert "loses the rest of what the client sends" in forward.transport_reason
 
 
-def test_auto_becomes_tunnel_where_the_target_has_our_service_once_that_is_able() -> None:
-    assert only(rule(), abilities=ALL).transport is Transport.TUNNEL
-    assert only(rule(target="personal"), abilities=ALL).service is Service.CONNECT_TCP
-    assert only(rule("transport=call"), abilities=ALL).service is Service.FORWARD_TCP
-    assert only(rule("limits=rate:5 proxy=v2"), abilities=ALL).state is State.ACTIVE
-    assert only(rule("srcports=1-65535"), abilities=ALL).state is State.ACTIVE
-
-
-@pytest.mark.parametrize("asked", ["transport=tunnel", "proxy=v1"])
-def test_what_needs_our_service_is_refused_without_it(asked: str) -> None:
-    forward = only(rule(asked, target="personal"), abilities=ALL)
-    assert (forward.state, forward.cause) == (State.REFUSED, Cause.NO_SERVICE)
-    assert "install qubes-fwd-qrexec in its template" in forward.reason
+def test_limits_are_taken_once_this_version_is_able() -> None:
+    assert only(rule("limits=rate:5"), abilities=ALL).state is State.ACTIVE
 
 
 def test_a_bypassed_tunnel_is_labelled() -> None:

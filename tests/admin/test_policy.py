@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from worlds import NOW, rule, world
 
-from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec import config, revocation, tunnelservice
+from qubes_fwd_qrexec.admin import apply, policy
 from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
@@ -19,7 +20,6 @@ from qubes_fwd_qrexec.lab.evaluator import Allow, Domain, Request, System
 from qubes_fwd_qrexec.lab.verdicts import Judge, OwnJudge, QubesJudge
 from qubes_fwd_qrexec.rules import NamedRule, Transport
 
-ABLE = Abilities(nft=True, tunnel=True, proxy=True, limits=True)
 INSTALLED = Path(__file__).parents[2] / "policy" / f"{policy.NAME}.policy"
 
 
@@ -49,14 +49,14 @@ def flows(planned: Plan) -> set[tuple[str, str, str, str]]:
     """Service, argument, source and target of all that a plan allows, told by its configurations alone."""
     found = set()
     for forward in planned.live:
-        config = forward.config
-        assert config is not None
+        told = forward.config
+        assert told is not None
         assert forward.exposed is not None
-        if config.transport is Transport.TUNNEL:
-            arguments = [f"+{config.target_ports.brief()}+tunnel"]
+        if told.transport is Transport.TUNNEL:
+            arguments = [f"+{told.target_ports.brief()}+tunnel"]
         else:
-            arguments = [f"+{port}" for port in config.target_ports]
-        found |= {(str(config.service), a, forward.exposed, config.target) for a in arguments}
+            arguments = [f"+{port}" for port in told.target_ports]
+        found |= {(str(told.service), a, forward.exposed, told.target) for a in arguments}
     return found
 
 
@@ -70,7 +70,7 @@ def neighbours(flow: tuple[str, str, str, str], inventory: Inventory) -> set[tup
         {(service, other, source, target) for other in arguments}
         | {(service, argument, other, target) for other in inventory.qubes}
         | {(service, argument, source, other) for other in (*inventory.qubes, "@default", "nobody")}
-        | {(other, argument, source, target) for other in (*Service, "qubes.VMShell")}
+        | {(other, argument, source, target) for other in (*Service, config.REVOKE_SERVICE, "qubes.VMShell")}
     )
 
 
@@ -90,7 +90,7 @@ targets = st.sampled_from(["work", "personal", "hidden", "vault", "sys-firewall"
 rule_sets = st.dictionaries(st.tuples(targets, st.sampled_from("abc")), texts, max_size=6)
 
 
-@given(chosen=rule_sets, abilities=st.sampled_from([ABLE, Abilities()]))
+@given(chosen=rule_sets, abilities=st.sampled_from([Abilities(), Abilities(tunnel=False, proxy=False)]))
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
@@ -114,32 +114,74 @@ def test_only_autostart_lets_a_call_start_its_target(judge: Judge, tmp_path: Pat
     inventory = world(world().qubes[rule().target]._replace(is_running=False))
     planned = plan([rule(f"autostart={autostart}")], inventory, NOW)
     (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned, NOW))
-    request = Request(service="qubes.ForwardTCP", argument="+80", source="sys-net", target="work")
+    request = Request(service="qubes.ForwardTCP", argument="+80+tunnel", source="sys-net", target="work")
     verdict = judge.load(tmp_path).judge(system(inventory), request)
     assert isinstance(verdict, Allow) == (autostart == "yes")
 
 
-def test_a_file_has_header_exact_lines_and_the_closing_deny() -> None:
-    planned = plan([rule("srcports=80-81 dstports=8080-8081")], world(), NOW)
+def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
+    rules = [rule("srcports=80-81 dstports=8080-8081 transport=call"), rule("srcports=82-90", name="x")]
+    planned = plan(rules, world(), NOW)
     assert policy.text(planned, 0.0) == (
         "# This file is written by qvm-forward, and edits in it are lost.\n"
         "# Change the rules instead: see 'qvm-forward list' and qvm-forward(1).\n"
-        "# Written at 1970-01-01 00:00:00 UTC, for 1 forward.\n"
+        "# Written at 1970-01-01 00:00:00 UTC, for 2 forwards.\n"
         "\n"
         "# work web: port 80-81 of sys-net to port 8080-8081\n"
         "qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no\n"
         "qubes.ForwardTCP  +8081  sys-net  work  allow  autostart=no  notify=no\n"
         "\n"
+        "# work x: port 82-90 of sys-net to port 82-90\n"
+        "qubes.ForwardTCP  +82-90+tunnel  sys-net  work  allow  autostart=no  notify=no\n"
+        "\n"
         "# Whatever no line above allows is denied.\n"
+        "qubes.ForwardRevoke  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardTCP  *  @anyvm  @anyvm  deny  notify=no\n"
     )
 
 
 def test_a_tunnel_to_a_range_is_one_line() -> None:
-    (forward,) = plan([rule("srcports=80-81 dstports=8080-8081")], world(), NOW, abilities=ABLE)
+    (forward,) = plan([rule("srcports=80-81 dstports=8080-8081")], world(), NOW)
     assert policy.lines(forward) == (
         "qubes.ForwardTCP  +8080-8081+tunnel  sys-net  work  allow  autostart=no  notify=no",
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "argument"),
+    [
+        ("qubes.ForwardTCP  +80+tunnel  sys-net  work  allow  autostart=no  notify=no", "80-80+sys-net"),
+        ("qubes.ForwardTCP +80-90+tunnel sys-net work allow", "80-90+sys-net"),
+        ("qubes.ForwardTCP +80 sys-net work allow autostart=no", None),
+        ("qubes.ConnectTCP +80+tunnel sys-net work allow", None),
+        ("qubes.ForwardTCP +80+tunnel sys-net work deny", None),
+        ("qubes.ForwardTCP +80+tunnel sys-net @anyvm allow", None),
+        ("qubes.ForwardTCP +80+tunnel @anyvm work allow", None),
+        ("qubes.ForwardTCP +x+tunnel sys-net work allow", None),
+        ("qubes.ForwardTCP * sys-net work allow", None),
+        ("!include other", None),
+        ("junk", None),
+    ],
+)
+def test_the_tunnel_of_a_line_is_what_the_target_is_told_to_end(line: str, argument: str | None) -> None:
+    tunnel = policy.tunnel_of(line)
+    assert tunnel == (None if argument is None else ("work", argument))
+    if tunnel is not None:
+        ports, source = revocation.parse_argument(tunnel.argument)
+        assert revocation.argument(ports, source) == tunnel.argument
+
+
+def test_dom0_and_the_qubes_agree_on_the_name_of_the_service_and_on_the_lease() -> None:
+    assert config.REVOKE_SERVICE == revocation.SERVICE
+    assert apply.LEASE_S == tunnelservice.LEASE_S
+
+
+@pytest.mark.parametrize("source", ["sys-net", "work", "personal"])
+def test_no_qube_may_end_tunnels_not_even_its_own(judge: Judge, tmp_path: Path, source: str) -> None:
+    inventory = world()
+    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(plan([rule()], inventory, NOW), NOW))
+    request = Request(service=config.REVOKE_SERVICE, argument="+80-80+sys-net", source=source, target="work")
+    assert not isinstance(judge.load(tmp_path).judge(system(inventory), request), Allow)
 
 
 def test_what_is_installed_is_the_file_without_any_forward() -> None:

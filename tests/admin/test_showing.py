@@ -76,7 +76,7 @@ def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
         assert words in shown
     data = forward("show", "work", "web", "--json").json
     assert data["config"]["feature"] == KEY
-    assert data["policy"] == ["qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no"]
+    assert data["policy"] == ["qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow  autostart=no  notify=no"]
     forward("disable", "work", "web")
     assert "policy:\n  none\nlistener:\n  none\n" in forward("show", "work", "web").out
     assert forward("show", "work", "web", "--json").json["config"] is None
