@@ -190,6 +190,9 @@ class Broker:
             target = self.view.find(request.target)
             if target is None:
                 raise CallRefusedError(f"a lab has no {request.target}")
+            if not target.is_running:
+                # Nor do they start a qube: there is no daemon to connect to.
+                raise CallRefusedError(f"{target.name} is not running")
             return target
         verdict = self.view.judge(request)
         asked = f"{request.service}{request.argument} to {request.target or '@default'}"
