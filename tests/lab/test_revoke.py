@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A rule ends, and with it its tunnels: dom0, broker, listener and target as they are, each a program."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from qubes_fwd_qrexec.lab import daemon
+from qubes_fwd_qrexec.lab.session import LabSession, open_session
+
+BOUND_S = 20.0
+# What is promised to the user; reading the configuration anew may take the listener half a second.
+ENDED_S = 2.0
+
+
+@pytest.fixture
+def session() -> Iterator[LabSession]:
+    with open_session(daemon.Network.LOOPBACK) as opened:
+        yield opened
+
+
+class Server:
+    """A server in the target, and what it accepted."""
+
+    def __init__(self) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.listening.settimeout(BOUND_S)
+        self.port: int = self.listening.getsockname()[1]
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listening.close()
+
+
+class Joined:
+    """A client's connection and the server's end of it; bytes have passed both ways."""
+
+    def __init__(self, exposed_port: int, server: Server) -> None:
+        self._open = ExitStack()
+        self.client = self._open.enter_context(
+            socket.create_connection(("127.0.0.1", exposed_port), timeout=BOUND_S)
+        )
+        self.client.sendall(b"hello")
+        self.far = self._open.enter_context(server.listening.accept()[0])
+        self.far.settimeout(BOUND_S)
+        self.echo()
+
+    def __enter__(self) -> "Joined":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def echo(self) -> None:
+        self.client.sendall(b"x")
+        while not self.far.recv(64).endswith(b"x"):
+            pass
+        self.far.sendall(b"y")
+        assert self.client.recv(64) == b"y"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def add(session: LabSession, server: Server, *options: str, name: str = "web") -> int:
+    """Forward a free port to the server in work; the exposed port."""
+    port = free_port()
+    session.forward(
+        "add", "work", f"{port}:{server.port}", "--from=any", "--listen=127.0.0.1", f"--name={name}", *options
+    )
+    return port
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """The block's end comes in time."""
+    began_s = time.monotonic()
+    yield
+    assert time.monotonic() - began_s < ENDED_S
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def refused(port: int) -> bool:
+    """Whether a new connection gets nowhere: not accepted, or accepted and reset."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=BOUND_S) as client:
+            client.sendall(b"x")
+            client.recv(1)
+            return False
+    except (ConnectionRefusedError, ConnectionResetError):
+        return True
+
+
+def test_a_removed_rules_connections_end_at_once_and_those_of_others_go_on(session: LabSession) -> None:
+    with Server() as server, Server() as other_server:
+        port = add(session, server)
+        other_port = add(session, other_server, name="other")
+        inner = add(session, server, "--via=sys-firewall", name="inner")
+        for qube in ("sys-net", "sys-firewall"):
+            session.start_listener(qube)
+        with (
+            Joined(port, server) as idle,
+            Joined(other_port, other_server) as of_another_port,
+            Joined(inner, server) as of_another_source,
+        ):
+            assert "is removed and closed" in session.forward("remove", "work", "web")
+            with bounded():
+                for end in (idle.client, idle.far):
+                    with pytest.raises(ConnectionResetError):
+                        end.recv(1)
+                assert refused(port)
+            of_another_port.echo()
+            of_another_source.echo()
+            with Joined(inner, server) as new:
+                new.echo()
+
+
+def test_dom0_ends_a_tunnel_though_the_exposed_qube_does_nothing(session: LabSession) -> None:
+    with Server() as server:
+        port = add(session, server)
+        listener = session.start_listener("sys-net")
+        with Joined(port, server) as idle:
+            listener.send_signal(signal.SIGSTOP)
+            try:
+                session.forward("disable", "work", "web")
+                with bounded(), pytest.raises(ConnectionResetError):
+                    idle.far.recv(1)
+            finally:
+                listener.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("change", ["srcports={port} dstports={other}", "via=sys-firewall"])
+def test_a_rule_that_moves_takes_its_tunnels_along(session: LabSession, change: str) -> None:
+    with Server() as server, Server() as other_server:
+        port = add(session, server)
+        session.start_listener("sys-net")
+        with Joined(port, server) as idle:
+            words = change.format(port=port, other=other_server.port).split()
+            session.forward("set", "work", "web", *words)
+            with bounded(), pytest.raises(ConnectionResetError):
+                idle.far.recv(1)
+
+
+def test_an_expired_rules_tunnels_end_when_it_is_applied(session: LabSession) -> None:
+    with Server() as server:
+        port = add(session, server)
+        session.start_listener("sys-net")
+        with Joined(port, server) as idle:
+            session.forward("set", "work", "web", f"expire={int(time.time()) + 1}", "--no-apply")
+            end = f"work: end the tunnels of sys-net to port {server.port}"
+            deadline_s = time.monotonic() + BOUND_S
+            while end not in session.forward("apply", "--dry-run"):
+                assert time.monotonic() < deadline_s
+            idle.echo()
+            assert end in session.forward("apply")
+            with bounded(), pytest.raises(ConnectionResetError):
+                idle.client.recv(1)
+
+
+def test_a_change_that_keeps_the_flow_keeps_its_connections(session: LabSession) -> None:
+    with Server() as server:
+        port = add(session, server)
+        session.start_listener("sys-net")
+        with Joined(port, server) as idle:
+            session.forward("set", "work", "web", "autostart=yes", "comment=still here")
+            idle.echo()
+
+
+def test_connections_of_a_rule_that_drains_go_on(session: LabSession) -> None:
+    with Server() as server:
+        port = add(session, server, "--on-expire=drain")
+        session.start_listener("sys-net")
+        with Joined(port, server) as idle:
+            session.forward("remove", "work", "web")
+            with bounded():
+                while is_listening(port):
+                    pass
+            idle.echo()
+
+
+def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSession) -> None:
+    with Server() as server:
+        add(session, server)
+        place = session.lab.qube_dir("work").service_dirs[0] / "qubes.ForwardRevoke"
+        place.write_text("#!/bin/sh\nexit 3\n", encoding="ascii")
+        place.chmod(0o755)
+        done = subprocess.run(
+            session.command("admin.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
+            capture_output=True,
+            text=True,
+            env=os.environ,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "the rules are changed, but not everything could be done" in done.stderr
+        assert "qubes.ForwardRevoke+" in done.stderr
+        assert "ended with exit status 3" in done.stderr
+        assert "shutting work down ends them" in done.stderr
+        assert "does the rest" not in done.stderr
+        assert session.lab.vm_config("sys-net") == {}
+        assert "Nothing to change" in session.forward("apply")
