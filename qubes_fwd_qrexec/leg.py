@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from .budget import INITIAL_BYTES, WINDOW_MAX_BYTES
 from .loop import GONE, READ, WRITE
 from .relay import abort, half_close
-from .tunnel import MAX_DATA_BYTES, DataReceived, ResetCode
+from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, ResetCode
 
 if TYPE_CHECKING:
     from .mux import Mux
@@ -173,12 +173,13 @@ class Leg:
 
     # From the tunnel into the socket
 
-    def deliver(self, event: DataReceived) -> None:
+    def deliver(self, data: bytes | bytearray) -> None:
         """Bytes of the peer: written at once where the socket takes them, else kept until it does."""
-        data = event.data
-        self.received += len(data)
+        length = len(data)
+        cost = length + FRAME_COST_BYTES
+        self.received += length
         if self._pending is not None:
-            self._pending.append((memoryview(data), event.cost))
+            self._pending.append((memoryview(data), cost))
             return
         try:
             sent = self.sock.send(data)
@@ -188,10 +189,10 @@ class Leg:
             self.abort_from_here()
             return
         self.moved_at = time.monotonic()
-        if sent == len(data):
-            self._consumed(event.cost, was_fast=True)
+        if sent == length:
+            self._consumed(cost, was_fast=True)
             return
-        self._pending = deque([(memoryview(data)[sent:], event.cost)])
+        self._pending = deque([(memoryview(data)[sent:], cost)])
         self._watch((0 if self._mask == _UNWATCHED else self._mask) | WRITE)
 
     def receive_eof(self) -> None:

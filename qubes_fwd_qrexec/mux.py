@@ -220,7 +220,10 @@ class Mux:
                 self._end(None)
                 return
             for event in self.connection.receive_data(self._read_buffer[:count]):
-                self._on_event(event)
+                if type(event) is DataReceived:
+                    self.legs[event.stream_id].deliver(event.data)
+                else:
+                    self._on_event(event)
         except RemoteProtocolError as error:
             self._flush()
             self._end(str(error))
@@ -229,9 +232,8 @@ class Mux:
             self._flush_soon()
 
     def _on_event(self, event: Event) -> None:
+        """Any event but DATA, which is much the most frequent and comes first."""
         match event:
-            case DataReceived():
-                self.legs[event.stream_id].deliver(event)
             case CreditReceived():
                 self.legs[event.stream_id].resume()
             case AcceptReceived():
@@ -293,7 +295,9 @@ class Mux:
         mask = 0
         try:
             while self._unsent and not self._is_sink_broken:
-                self._written(self._sink.sendmsg(list(itertools.islice(self._unsent, _WRITE_BUFFERS))))
+                is_short = len(self._unsent) <= _WRITE_BUFFERS
+                some = self._unsent if is_short else itertools.islice(self._unsent, _WRITE_BUFFERS)
+                self._written(self._sink.sendmsg(some))
         except (BlockingIOError, InterruptedError):
             mask = WRITE
         except OSError:
