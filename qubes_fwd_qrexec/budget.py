@@ -30,6 +30,11 @@ class Budget:
         self.streams = 0
         self.shared_left = total - streams_max * FLOOR_BYTES
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether so little is left to share that streams must give back what they were lent."""
+        return self.shared_left < (self.total - self.streams_max * FLOOR_BYTES) // 4
+
     def admit(self) -> int:
         """A new stream's first window, or 0 when there are as many streams as there are floors."""
         if self.streams >= self.streams_max:

@@ -6,6 +6,7 @@ what had arrived before it. Anything that goes wrong is an abort: a clean end is
 """
 
 import contextlib
+import errno
 import fcntl
 import socket
 import struct
@@ -17,9 +18,9 @@ from enum import Enum, auto
 from select import EPOLLERR
 from typing import TYPE_CHECKING
 
-from .budget import INITIAL_BYTES, WINDOW_MAX_BYTES
-from .loop import GONE, READ, WRITE
-from .relay import abort, half_close
+from .budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES
+from .loop import GONE, READ, WRITE, Timer
+from .relay import abort, abort_by_default, close_cleanly, half_close
 from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, ResetCode
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # relay-behaviours 12: what had been received is delivered before an RST, within a second.
 _LAST_WORDS_S = 0.8
+# The kernel has no event for it: looked for after this time first, and after twice as long each time.
 _LAST_WORDS_LOOK_S = 0.005
 # relay-behaviours 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
 _STALLED_GONE_S = 10.0
@@ -53,19 +55,23 @@ class Leg:
     """Owns ``sock`` (non-blocking) and closes it in the end; no byte moves before `join`.
 
     ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
-    the tunnel and out of it. ``ended`` is None while it lives. It belongs to the loop's thread.
+    the tunnel and out of it. ``has_eof``: the other end has sent all that it will. ``ended`` is None while
+    it lives. It belongs to the loop's thread.
     """
 
     __slots__ = (
+        "_broken_by",
         "_granted_at",
-        "_has_eof",
+        "_is_closed",
         "_mask",
         "_mux",
         "_owed",
         "_pending",
         "_sent_eof",
+        "_timer",
         "_window",
         "ended",
+        "has_eof",
         "is_joined",
         "moved_at",
         "on_end",
@@ -81,9 +87,12 @@ class Leg:
         self._owed = 0
         self._mask = _UNWATCHED
         self._pending: deque[tuple[memoryview, int]] | None = None
-        self._has_eof = False
-        self.is_joined = False
         self._sent_eof = False
+        self._broken_by = 0
+        self._is_closed = False
+        self._timer: Timer | None = None
+        self.has_eof = False
+        self.is_joined = False
         self.stream_id = stream_id
         self.sock = sock
         self.ended: LegEnd | None = None
@@ -91,11 +100,16 @@ class Leg:
         self.sent = 0
         self.received = 0
         self.moved_at = self._granted_at = time.monotonic()
+        abort_by_default(sock)
 
     @property
     def is_half_closed(self) -> bool:
-        """Whether one direction has ended and the other has not."""
-        return self._has_eof != self._sent_eof
+        """Whether a direction has ended: the other one is awaited, or the last bytes are."""
+        return self.has_eof or self._sent_eof
+
+    def wait(self) -> None:
+        """The stream is asked for: nothing is read before it is accepted, but an abort is noticed."""
+        self._watch(0)
 
     def join(self) -> None:
         """The stream is accepted and the socket connected: let bytes flow."""
@@ -103,9 +117,9 @@ class Leg:
         self._watch(READ)
 
     def leave(self) -> None:
-        """The stream was refused: it ends here, and the socket stays as it is."""
+        """The stream was refused: it ends here, and the socket stays open."""
         self.ended = LegEnd.REMOTE_RESET
-        self._mux.forget(self, self._window)
+        self._let_go()
 
     # From the socket into the tunnel
 
@@ -135,24 +149,28 @@ class Leg:
                 return
             self.moved_at = time.monotonic()
             if not data:
-                self._end_sending()
+                self._end_of_file()
                 return
             self.sent += len(data)
             self._mux.send_data(self.stream_id, data)
             if len(data) < limit:
                 return
 
-    def _end_sending(self) -> None:
-        """The local peer's FIN."""
-        self._sent_eof = True
+    def _end_of_file(self) -> None:
+        """The local peer's FIN, or the end of what it sent before its abort."""
+        if not self._broken_by or (self._broken_by == errno.EPIPE and not self.has_eof):
+            self._sent_eof = True
+            self._mux.send_eof(self.stream_id)
+        if self._broken_by:
+            self.abort_from_here()
+            return
         self._watch(self._mask & ~READ)
-        self._mux.send_eof(self.stream_id)
         self._close_if_done()
 
     def resume(self) -> None:
         """There is credit again, or room in the tunnel."""
         if not self._sent_eof and self.ended is None:
-            self._watch((0 if self._mask == _UNWATCHED else self._mask) | READ)
+            self._watch_too(READ)
 
     def _gone(self, events: int) -> None:
         """The local peer is gone both ways while we do not read.
@@ -160,15 +178,15 @@ class Leg:
         After its FIN that is an abort. Before, there may be bytes to read that wait for credit: the
         kernel is asked to be silent until then, but an abort does not wait for ever.
         """
-        if self._sent_eof or self.ended is not None:
+        if self._sent_eof or not self.is_joined or self.ended is not None:
             self.abort_from_here()
             return
         self._watch(_UNWATCHED)
-        if events & EPOLLERR:
-            self._mux.loop.after(_STALLED_GONE_S, self._abort_if_stalled)
+        if events & EPOLLERR or self._broken_by:
+            self._after(_STALLED_GONE_S, self._abort_if_stalled)
 
     def _abort_if_stalled(self) -> None:
-        if self._mask == _UNWATCHED and self.ended is None:
+        if self._mask == _UNWATCHED:
             self.abort_from_here()
 
     # From the tunnel into the socket
@@ -178,6 +196,8 @@ class Leg:
         length = len(data)
         cost = length + FRAME_COST_BYTES
         self.received += length
+        if self._broken_by:
+            return
         if self._pending is not None:
             self._pending.append((memoryview(data), cost))
             return
@@ -185,22 +205,28 @@ class Leg:
             sent = self.sock.send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        except OSError:
-            self.abort_from_here()
+        except OSError as error:
+            self._break(error)
             return
         self.moved_at = time.monotonic()
         if sent == length:
             self._consumed(cost, was_fast=True)
             return
         self._pending = deque([(memoryview(data)[sent:], cost)])
-        self._watch((0 if self._mask == _UNWATCHED else self._mask) | WRITE)
+        self._watch_too(WRITE)
 
     def receive_eof(self) -> None:
         """The peer's FIN; it goes out behind everything that still waits."""
-        self._has_eof = True
+        self.has_eof = True
         if self._pending is None:
-            half_close(self.sock)
-            self._close_if_done()
+            self._pass_eof_on()
+
+    def _pass_eof_on(self) -> None:
+        """Nothing more can come: what its window had of the budget is for others."""
+        half_close(self.sock)
+        self._mux.budget.give_back(self._window - FLOOR_BYTES)
+        self._window = FLOOR_BYTES
+        self._close_if_done()
 
     def _push(self) -> None:
         pending = self._pending
@@ -216,24 +242,36 @@ class Leg:
                 self._consumed(cost, was_fast=False)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
-            self.abort_from_here()
+        except OSError as error:
+            self._break(error)
             return
         self._pending = None
         self._watch(self._mask & ~WRITE)
-        if self._has_eof:
-            half_close(self.sock)
-            self._close_if_done()
+        if self.has_eof:
+            self._pass_eof_on()
+
+    def _break(self, error: OSError) -> None:
+        """The local peer takes nothing more. What it sent before is still passed on, and then RESET.
+
+        The kernel reports an abort once. What is read after it ends as if by FIN, and that is the truth
+        only where a FIN came before the RST: then it is EPIPE that is reported.
+        """
+        self._pending = None
+        if self._sent_eof or self.ended is not None:
+            self.abort_from_here()
+            return
+        self._broken_by = error.errno or errno.ECONNRESET
+        self._watch(READ)
 
     def _consumed(self, cost: int, *, was_fast: bool) -> None:
         """Grant again what was used: more where the consumer keeps up, less where it does not.
 
         Nothing is granted to a stream that has ended; the budget has it back with the window then.
         """
-        if self.ended is not None or self._has_eof:
+        if self.ended is not None or self.has_eof:
             return
         budget = self._mux.budget
-        if not was_fast:
+        if not was_fast or budget.is_tight:
             shrink = min(cost, max(self._window - INITIAL_BYTES, 0))
             self._window -= shrink
             budget.give_back(shrink)
@@ -253,10 +291,11 @@ class Leg:
 
     def abort_from_here(self) -> None:
         """The local peer is gone, or nobody wants it any more: RESET for the other end, RST for this one."""
+        if self._is_closed:
+            return
         if self.ended is None:
             self._mux.reset(self.stream_id, ResetCode.ABORTED)
-        self.ended = self.ended or LegEnd.LOCAL_RESET
-        self._pending = None
+            self.ended = LegEnd.LOCAL_RESET
         self._close(is_clean=False)
 
     def abort_from_there(self) -> None:
@@ -264,38 +303,51 @@ class Leg:
         if self.ended is not None:
             return
         self.ended = LegEnd.REMOTE_RESET
-        if not self.is_joined:
+        if not self.is_joined or self._broken_by:
             self._close(is_clean=False)
             return
         self._watch(WRITE if self._pending else 0)
-        self._last_words(time.monotonic() + _LAST_WORDS_S)
+        self._last_words(_LAST_WORDS_LOOK_S, time.monotonic() + _LAST_WORDS_S)
 
-    def _last_words(self, deadline: float) -> None:
+    def _last_words(self, look_s: float, deadline: float) -> None:
         """An RST makes the kernel drop what it has not sent, so it waits until that is acknowledged."""
-        if self._mask == _UNWATCHED:
-            return
-        is_delivered = self._pending is None and _unsent_bytes(self.sock) == 0
-        if is_delivered or time.monotonic() >= deadline:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or (self._pending is None and _unsent_bytes(self.sock) == 0):
             self._close(is_clean=False)
         else:
-            self._mux.loop.after(_LAST_WORDS_LOOK_S, lambda: self._last_words(deadline))
+            self._after(min(look_s, left_s), lambda: self._last_words(2 * look_s, deadline))
 
     def _close_if_done(self) -> None:
-        if self._has_eof and self._sent_eof and self._pending is None and self.ended is None:
+        if self.has_eof and self._sent_eof and self._pending is None and self.ended is None:
             self.ended = LegEnd.DONE
             self._close(is_clean=True)
 
     def _close(self, *, is_clean: bool) -> None:
-        if self.sock.fileno() < 0:
-            return
-        self._watch(_UNWATCHED)
+        self._let_go()
         if is_clean:
-            self.sock.close()
+            close_cleanly(self.sock)
         else:
             abort(self.sock)
-        self._mux.forget(self, self._window)
         if self.on_end is not None and self.ended is not None:
             self.on_end(self.ended)
+
+    def _let_go(self) -> None:
+        """Nothing calls this leg any more."""
+        self._is_closed = True
+        self._pending = None
+        self._watch(_UNWATCHED)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._mux.forget(self, self._window)
+
+    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call it later, in the place of what was to be called before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._mux.loop.after(delay_s, callback)
+
+    def _watch_too(self, more: int) -> None:
+        self._watch((0 if self._mask == _UNWATCHED else self._mask) | more)
 
     def _watch(self, mask: int) -> None:
         """Make the kernel's interest this; with 0 it still tells when the peer is gone."""
@@ -304,10 +356,14 @@ class Leg:
         loop, fd = self._mux.loop, self.sock.fileno()
         if mask == _UNWATCHED:
             loop.unwatch(fd)
-        elif self._mask == _UNWATCHED:
-            loop.watch(fd, mask, self._on_ready)
-        else:
+        elif self._mask != _UNWATCHED:
             loop.change(fd, mask)
+        else:
+            try:
+                loop.watch(fd, mask, self._on_ready)
+            except OSError:  # the kernel can watch no more sockets: this stream's trouble alone
+                loop.soon(self.abort_from_here)
+                return
         self._mask = mask
 
 

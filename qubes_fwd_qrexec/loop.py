@@ -69,7 +69,9 @@ class Loop:
 
     def run_once(self, timeout_s: float | None = None) -> None:
         """One turn: wait until something is ready or due, at most ``timeout_s``, and serve all of it."""
-        if self._timers:
+        if self._soon:
+            timeout_s = 0.0
+        elif self._timers:
             due_s = max(self._timers[0][0] - time.monotonic(), 0.0)
             timeout_s = due_s if timeout_s is None else min(due_s, timeout_s)
         news = self._epoll.poll(timeout_s)

@@ -10,6 +10,7 @@ import itertools
 import socket
 import time
 from collections import deque
+from functools import partial
 from typing import Protocol
 
 from .budget import Budget
@@ -42,15 +43,16 @@ _BACKLOG_HIGH_BYTES = 256 << 10
 _BACKLOG_LOW_BYTES = 64 << 10
 # How many buffers one write takes (IOV_MAX is 1024).
 _WRITE_BUFFERS = 64
-# relay-behaviours 48 and 26: half a frame and then silence; no HELLO.
+# relay-behaviours 48 and 26: half a frame and then silence, or a peer that reads nothing; no HELLO.
 _FRAME_S = 10
 _HELLO_S = 30
 TICK_S = 1.0
-
-
+# relay-behaviours 9.
+HALF_CLOSE_S = 600.0
 # How often legs are asked whether they have been half-closed and idle for too long.
 _HALF_CLOSE_LOOK_TICKS = 5
-# A call that takes nothing more has ended; its last bytes for us come within this, or not at all.
+# A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
+# peer that does not read waited for any longer when the last word is said.
 _LAST_READ_S = 1.0
 
 
@@ -79,8 +81,10 @@ class MuxOwner(Protocol):
 class Mux:
     """One end of one tunnel. ``source`` and ``sink`` are the call's non-blocking sockets; they are only used.
 
-    ``half_close_s``: a stream of which one direction has ended is aborted when nothing has moved in the
-    other for so many seconds; None leaves that to the peer.
+    ``half_close_s``: a stream of which a direction has ended is aborted when nothing has moved in the other,
+    or the last bytes were not taken, for so many seconds.
+
+    Raises OSError when the kernel can watch no more sockets.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Mux:
         sink: socket.socket,
         budget: Budget,
         owner: MuxOwner,
-        half_close_s: float | None = None,
+        half_close_s: float = HALF_CLOSE_S,
     ) -> None:
         self.loop = loop
         self.budget = budget
@@ -106,13 +110,19 @@ class Mux:
         self._read_buffer = memoryview(bytearray(_READ_BYTES))
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
-        self._waiting: deque[Leg] = deque()
+        # Legs that wait for room in the call; a dict for its order, and so that each can leave.
+        self._waiting: dict[Leg, None] = {}
         self._is_flush_due = False
         self._half_close_s = half_close_s
         self._ticks = 0
         self._heard_tick = 0
+        self._taken_tick = 0
         loop.watch(source.fileno(), READ, self._on_source)
-        loop.watch(sink.fileno(), 0, self._on_sink)
+        try:
+            loop.watch(sink.fileno(), 0, self._on_sink)
+        except OSError:
+            loop.unwatch(source.fileno())
+            raise
         loop.after(TICK_S, self._tick)
         self._flush_soon()
 
@@ -135,6 +145,7 @@ class Mux:
             return None
         stream_id = self.connection.open_stream(port, origin, window, proxy)
         leg = self.legs[stream_id] = Leg(self, stream_id, window, sock)
+        leg.wait()
         self._flush_soon()
         return leg
 
@@ -164,6 +175,7 @@ class Mux:
         self.connection.close(code)
         self._abort_legs()
         self._flush_soon()
+        self.loop.after(_LAST_READ_S, partial(self._end, None))
 
     def abandon(self) -> None:
         """Let go of the call's sockets at once; every stream is aborted, and the owner is told nothing."""
@@ -177,7 +189,7 @@ class Mux:
     def room(self, leg: Leg) -> int:
         """How many bytes a leg may send now; it is told when there is more."""
         if self._unsent_bytes + self.connection.bytes_queued > _BACKLOG_HIGH_BYTES:
-            self._waiting.append(leg)
+            self._waiting[leg] = None
             return 0
         return self.connection.send_limit(leg.stream_id)
 
@@ -200,6 +212,7 @@ class Mux:
     def forget(self, leg: Leg, window: int) -> None:
         """A leg is closed, and its window with it."""
         del self.legs[leg.stream_id]
+        self._waiting.pop(leg, None)
         self.budget.leave(window)
         self._flush_soon()
 
@@ -225,7 +238,7 @@ class Mux:
                 else:
                     self._on_event(event)
         except RemoteProtocolError as error:
-            self._flush()
+            self._send_queued()
             self._end(str(error))
             return
         if self.connection.bytes_queued or self.connection.is_draining:
@@ -277,19 +290,23 @@ class Mux:
         self._is_flush_due = False
         if self.is_over:
             return
-        if self._unsent_bytes or self.connection.bytes_queued:
-            self._unsent_bytes += self.connection.bytes_queued
-            self._unsent += self.connection.data_to_send()
-            self._write()
+        self._send_queued()
         if self._unsent_bytes < _BACKLOG_LOW_BYTES:
-            while self._waiting:
-                self._waiting.popleft().resume()
+            waiting, self._waiting = self._waiting, {}
+            for leg in waiting:
+                leg.resume()
         if self._unsent:
             return
         if self.connection.is_over:
             self._end(None)
         elif self.connection.is_drained and not self.legs:
             self.close()
+
+    def _send_queued(self) -> None:
+        if self._unsent_bytes or self.connection.bytes_queued:
+            self._unsent_bytes += self.connection.bytes_queued
+            self._unsent += self.connection.data_to_send()
+            self._write()
 
     def _write(self) -> None:
         mask = 0
@@ -310,6 +327,7 @@ class Mux:
             self.loop.change(self._sink.fileno(), mask)
 
     def _written(self, count: int) -> None:
+        self._taken_tick = self._ticks
         self._unsent_bytes -= count
         if not self._unsent_bytes:
             self._unsent.clear()
@@ -332,7 +350,7 @@ class Mux:
         if not self._is_sink_broken:
             self._is_sink_broken = True
             self.loop.unwatch(self._sink.fileno())
-            self.loop.after(_LAST_READ_S, lambda: self._end("the call takes nothing more"))
+            self.loop.after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
 
     # Time and endings
 
@@ -341,13 +359,18 @@ class Mux:
             return
         self._ticks += 1
         self.connection.tick()
+        if not self._unsent_bytes:
+            self._taken_tick = self._ticks
         silent_s = (self._ticks - self._heard_tick) * TICK_S
+        deaf_s = (self._ticks - self._taken_tick) * TICK_S
         if self.connection.peer is None and self._ticks * TICK_S >= _HELLO_S:
             self._end(f"no HELLO within {_HELLO_S} s")
         elif self.connection.has_partial_frame and silent_s >= _FRAME_S:
             self._end(f"half a frame, and nothing more for {_FRAME_S} s")
+        elif deaf_s >= _FRAME_S:
+            self._end(f"the other end has read nothing for {_FRAME_S} s")
         else:
-            if self._half_close_s is not None and self._ticks % _HALF_CLOSE_LOOK_TICKS == 0:
+            if self._ticks % _HALF_CLOSE_LOOK_TICKS == 0:
                 self._end_half_closed(time.monotonic() - self._half_close_s)
             self.loop.after(TICK_S, self._tick)
 

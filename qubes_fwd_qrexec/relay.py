@@ -220,8 +220,20 @@ class Relay:
 
 def abort(sock: socket.socket) -> None:
     """Close so that the peer sees an abort: RST on TCP, and never a clean end of what was sent."""
+    abort_by_default(sock)
+    sock.close()
+
+
+def abort_by_default(sock: socket.socket) -> None:
+    """Make every close an abort, also the kernel's when this process dies; `close_cleanly` says otherwise."""
     with contextlib.suppress(OSError):  # it may have ended by itself, and then closing says it all
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def close_cleanly(sock: socket.socket) -> None:
+    """Close a connection whose both directions are over: the kernel delivers what it still has, and FIN."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
     sock.close()
 
 
