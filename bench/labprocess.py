@@ -10,9 +10,8 @@ import sys
 
 import trio
 
+from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.lab.running import open_lab
-
-from .limits import raise_descriptor_limit
 
 SOURCE = "sys-net"
 TARGET = "work"

@@ -19,6 +19,7 @@ from .accepting import BindError
 from .call import CallTimeouts
 from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration
+from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Binding, Expiry, Forward, Means, bindings
 from .logs import start_logging
@@ -241,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.call_timeout > 0:
         parser.error(f"--call-timeout {args.call_timeout}: more than 0 would be right")
     start_logging(is_verbose=args.verbose)
+    raise_descriptor_limit()
     status = 0
     try:
         listener = Listener(

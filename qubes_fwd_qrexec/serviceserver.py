@@ -22,6 +22,7 @@ from pathlib import Path
 import trio
 
 from .accepting import accept_until_closed, close_listening
+from .descriptors import raise_descriptor_limit
 from .errors import ForwardError, leaves
 from .localserver import (
     CONNECT_TIMEOUT_S,
@@ -299,6 +300,7 @@ def main(arguments: list[str]) -> int:
     where.add_argument("--activated", action="store_true", help="listen on the socket that systemd passes")
     args = parser.parse_args(arguments)
     start_logging()
+    raise_descriptor_limit()
     status = 0
     try:
         listening = take_activated() if args.activated else listen_on(args.socket)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
+from .descriptors import raise_descriptor_limit
 from .errors import TextError
 from .exitstatus import ExitStatus
 from .leg import Leg
@@ -39,6 +40,7 @@ _REFUSALS = {
 
 def serve(ports: TargetPorts, stdin: socket.socket, stdout: socket.socket) -> int:
     """Serve a tunnel over a call's two sockets; the call's exit status. Raises `ServiceError`."""
+    raise_descriptor_limit()
     source = os.environ.get("QREXEC_REMOTE_DOMAIN", "")
     try:
         with noted(ports, parse_qube_name(source), directory()):
