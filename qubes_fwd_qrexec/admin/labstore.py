@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The backend over a lab's directory, which stands in for dom0 and its qubes."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
@@ -90,13 +92,24 @@ class LabStore:
             raise StoreError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
         except OSError as error:
             raise StoreError(f"{service} in {qube}: {error.strerror}") from error
-        if done.returncode not in (0, _NO_SERVICE):
+        if done.returncode not in (0, _NO_SERVICE) and _is_up(socket_path):
             raise StoreError(f"{service} in {qube} ended with exit status {done.returncode}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         with _told(), self._lab.locked():
             yield
+
+
+def _is_up(socket_path: Path) -> bool:
+    """Whether a broker listens: one that was killed, or whose machine went down, leaves its sockets."""
+    from qubes_fwd_qrexec.lab.client import ExitError, connect
+
+    try:
+        connect(os.fsencode(socket_path)).close()
+    except ExitError:
+        return False
+    return True
 
 
 @contextmanager

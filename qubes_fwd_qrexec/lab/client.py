@@ -173,8 +173,8 @@ def connect(path: bytes) -> _socket.socket:
             "no agent socket: set QUBES_LAB_AGENT_SOCKET or give --agent-socket=LAB/qubes/NAME/qrexec.sock\n",
         )
     directory_fd = -1
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     try:
-        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         address = path
         if len(path) > _SOCKET_PATH_MAX:
             directory, _, name = path.rpartition(b"/")
@@ -182,6 +182,7 @@ def connect(path: bytes) -> _socket.socket:
             address = b"/proc/self/fd/%d/%s" % (directory_fd, name)
         sock.connect(address)
     except OSError as error:
+        sock.close()
         raise ExitError(1, f"connect: {path!r}: {error.strerror}; is the lab up?\n") from error
     finally:
         if directory_fd >= 0:

@@ -192,6 +192,16 @@ def test_remove_leaves_nothing_behind(forward: Forward, lab: LabDirectory) -> No
     assert content(lab) == before
 
 
+def test_a_dry_run_shows_which_tunnels_would_end(forward: Forward) -> None:
+    forward(*ADD)
+    forward("remove", "work", "web", "--no-apply")
+    assert "\n  work: end the tunnels of sys-net to port 8080\n" in forward("apply", "--dry-run").out
+    steps = forward("apply", "--dry-run", "--json").json["steps"]
+    assert [step["step"] for step in steps] == ["close-policy", "revoke", "remove-config"]
+    assert steps[1] == {"step": "revoke", "qube": "work", "tunnels": "8080-8080+sys-net"}
+    assert forward("apply", "--json").json["steps"] == steps
+
+
 def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) -> None:
     forward("apply")
     result = forward(*ADD, "--no-apply")

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The backend over a lab's directory: what a Qubes backend will have to do too."""
 
-import pytest
+import socket
+from pathlib import Path
 
+import pytest
+import trio
+
+from qubes_fwd_qrexec.admin import labstore
 from qubes_fwd_qrexec.admin.backend import NEW, Backend
 from qubes_fwd_qrexec.admin.labstore import LabStore
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.lab.running import open_lab
 from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
@@ -83,3 +91,62 @@ def test_a_lock_that_cannot_be_taken_is_a_store_error(store: Backend, lab: LabDi
     lab.lock_file.mkdir()
     with pytest.raises(StoreError, match="Is a directory"), store.locked():
         pass
+
+
+SERVICE = f"{REVOKE_SERVICE}+80-80+sys-net"
+
+
+def test_a_lab_that_is_down_has_nothing_to_call(store: Backend, lab: LabDirectory) -> None:
+    store.call(WORK, SERVICE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left_behind:
+        left_behind.bind(str(lab.qube_dir("dom0").agent_socket))
+    store.call(WORK, SERVICE)
+
+
+async def test_a_call_of_dom0_is_made_without_policy_and_its_end_awaited(
+    store: Backend, lab: LabDirectory, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    async with open_lab(lab.root):
+        service = lab.qube_dir("work").service_dirs[0] / "test.Service"
+        service.write_text(f'#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN $1" >{said}\n')
+        service.chmod(0o755)
+        await trio.to_thread.run_sync(store.call, WORK, "test.Service+a")
+    assert said.read_text() == "dom0 a\n"
+
+
+async def test_a_target_without_the_service_has_no_tunnels_and_that_is_well(
+    store: Backend, lab: LabDirectory
+) -> None:
+    async with open_lab(lab.root):
+        await trio.to_thread.run_sync(store.call, QubeName("personal"), SERVICE)
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 1", 1), ("exit 2", 2), ("exit 125", 125)])
+async def test_a_call_that_ends_badly_is_a_store_error(
+    store: Backend, lab: LabDirectory, script: str, status: int
+) -> None:
+    async with open_lab(lab.root):
+        service = lab.qube_dir("work").service_dirs[0] / REVOKE_SERVICE
+        service.write_text(f"#!/bin/sh\n{script}\n")
+        service.chmod(0o755)
+        with pytest.raises(StoreError, match=rf"in work ended with exit status {status}$"):
+            await trio.to_thread.run_sync(store.call, WORK, SERVICE)
+
+
+async def test_a_call_that_does_not_end_is_given_up(
+    store: Backend, lab: LabDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labstore, "_CALL_TIMEOUT_S", 0.2)
+    async with open_lab(lab.root) as running:
+        running.turn(hang=("work",))
+        with pytest.raises(StoreError, match=r"in work did not end within 0\.2 s$"):
+            await trio.to_thread.run_sync(store.call, WORK, SERVICE)
+
+
+async def test_a_halted_qube_is_not_started_by_a_call(store: Backend, lab: LabDirectory) -> None:
+    lab.set_state("work", QubeState.HALTED)
+    async with open_lab(lab.root):
+        with pytest.raises(StoreError, match="exit status 126"):
+            await trio.to_thread.run_sync(store.call, WORK, SERVICE)
+    assert not lab.qube("work").is_running
