@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import trio
 
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.lab import wire
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE
 
 from .lab_calls import ALLOW_TEST, bounded_lab, calling, give_config, give_service, read_exactly
 
@@ -25,8 +28,8 @@ async def test_policy_refusal_ends_with_126_and_says_so(tmp_path: Path) -> None:
 async def test_policy_change_holds_from_the_next_call_on(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path, policy="") as lab:
         give_service(lab, "exit 3")
-        for policy, status in (("", 126), (ALLOW_TEST, 3), (f"{ALLOW_TEST}junk\n", 126)):
-            lab.write_policy(policy)
+        for text, status in (("", 126), (ALLOW_TEST, 3), (f"{ALLOW_TEST}junk\n", 126)):
+            lab.write_policy(text)
             async with calling(lab) as call:
                 assert await call.status() == status
 
@@ -286,3 +289,60 @@ async def test_garbage_at_the_agent_socket_ends_that_connection_alone(tmp_path: 
                 assert await sock.recv(1) == b""
         async with calling(lab) as call:
             assert await call.status() == 4
+
+
+@pytest.mark.parametrize("text", ["", "test.Service * @anyvm @anyvm deny\n", "junk\n"])
+async def test_dom0s_own_calls_are_not_judged_by_policy(tmp_path: Path, text: str) -> None:
+    async with bounded_lab(tmp_path, policy=text) as lab:
+        give_service(lab, "echo $QREXEC_REMOTE_DOMAIN")
+        async with calling(lab, qube="dom0") as call:
+            assert await call.read_all() == b"dom0\n"
+            assert await call.status() == 0
+        for qube in ("sys-net", "work", "fedora-42"):
+            async with calling(lab, "vault", qube=qube) as call:
+                assert await call.status() == 126
+
+
+async def test_no_qube_passes_for_dom0(tmp_path: Path) -> None:
+    async with bounded_lab(tmp_path, policy="") as lab:
+        give_service(lab, "exit 0")
+        async with calling(lab, "work", "test.Service", "--source-qube=dom0") as call:
+            assert await call.status() == 126
+
+
+async def test_dom0s_own_calls_start_no_qube(tmp_path: Path) -> None:
+    async with bounded_lab(tmp_path) as lab:
+        give_service(lab, "exit 0")
+        lab.directory.set_state("work", QubeState.HALTED)
+        async with calling(lab, qube="dom0") as call:
+            assert await call.status() == 126
+        assert not lab.directory.qube("work").is_running
+
+
+@pytest.mark.parametrize("target", ["nobody", "@default", "@anyvm", "@dispvm"])
+async def test_dom0s_own_calls_to_what_is_no_qube_are_refused(tmp_path: Path, target: str) -> None:
+    async with bounded_lab(tmp_path) as lab, calling(lab, target, qube="dom0") as call:
+        assert await call.status() == 126
+
+
+@pytest.mark.parametrize("qube", ["sys-net", "work", "vault"])
+async def test_only_dom0_may_end_tunnels(tmp_path: Path, qube: str) -> None:
+    """The policy that qvm-forward writes says so, even if another file allows it further down."""
+    service = f"{REVOKE_SERVICE}+8080-8080+sys-net"
+    async with bounded_lab(tmp_path, policy=policy.text([], None)) as lab:
+        lab.write_policy(f"{REVOKE_SERVICE} * @anyvm @anyvm allow\n", "90-other.policy")
+        async with calling(lab, "work" if qube != "work" else "vault", service, qube=qube) as call:
+            assert await call.read_stderr() == b"Request refused\n"
+            assert await call.status() == 126
+        async with calling(lab, "work", service, qube="dom0") as call:
+            assert await call.read_all() == b"0\n"
+            assert await call.status() == 0
+
+
+async def test_each_qube_has_notes_of_its_own(tmp_path: Path) -> None:
+    async with bounded_lab(tmp_path) as lab:
+        for qube in ("work", "vault"):
+            give_service(lab, f"echo ${DIRECTORY_VARIABLE}", qube=qube)
+            async with calling(lab, qube) as call:
+                place = Path((await call.read_all()).decode().rstrip("\n"))
+            assert place == lab.directory.qube_dir(qube).root / "run" / "forward"
