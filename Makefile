@@ -3,13 +3,16 @@
 # make test   run every test (as root also those in network namespaces)
 # make check  format, lint and types
 # make bench  measure against socat, side by side
+# make bench-growth  measure from 1 to 10,000 held connections, and draw it
+# make fuzz   give the tunnel protocol bytes, guided by coverage, for SECONDS (60)
+# make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection
 
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest-trio
 export PYTHON
 
-.PHONY: demo test test-oldest-trio check format bench clean
+.PHONY: demo test test-oldest-trio check format bench bench-growth fuzz soak clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional iproute2
@@ -35,6 +38,17 @@ format: $(VENV)/.dev
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m bench $(ARGS)
 
+bench-growth: $(VENV)/.bench
+	$(VENV)/bin/python -m bench growth --plot docs/growth.svg $(ARGS)
+
+# What is found is kept in build/fuzz, and so is what was learned: the next run begins with it.
+fuzz: $(VENV)/.fuzz
+	mkdir -p build/fuzz/corpus
+	$(VENV)/bin/python tests/fuzz/fuzz_tunnel.py $(or $(SECONDS),60) -artifact_prefix=build/fuzz/ build/fuzz/corpus $(ARGS)
+
+soak: $(VENV)/.installed
+	$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(ARGS)
+
 clean:
 	rm -rf $(VENV) $(OLDEST) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
@@ -44,6 +58,14 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml
 	@tools/environment $(VENV) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.bench: pyproject.toml
+	@tools/environment $(VENV) -e '.[bench]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.fuzz: pyproject.toml
+	@tools/environment $(VENV) -e '.[fuzz]'
 	@touch $@ $(VENV)/.installed
 
 # The oldest trio that is supported: Debian 12 has it, and so do the templates made from it.

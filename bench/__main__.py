@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m bench``: measure, print the table, and end."""
+"""``python -m bench``: measure, print the table, and end. ``python -m bench growth``: see `growth`."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import machine
+from . import growth, machine
 from .peers import COMPARED, PEERS, Peer
 from .processes import BenchError
 from .rows import FULL, QUICK, ROWS, Line, Result
@@ -96,8 +96,10 @@ def _on_sigterm(*_: object) -> NoReturn:
 
 
 def main() -> int:
-    args = _parser().parse_args()
     signal.signal(signal.SIGTERM, _on_sigterm)
+    if sys.argv[1:2] == ["growth"]:
+        return growth.main(sys.argv[2:])
+    args = _parser().parse_args()
     begun = time.monotonic()
     about = machine.describe()
     kinds = _usable(args.peers)

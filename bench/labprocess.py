@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The lab in a process of its own: its broker stands in for Qubes' qrexec, equally for every peer.
 
-``python -m bench.labprocess DIRECTORY PORT`` allows sys-net to reach one port of work, by the stock
-service and by ours, says in one line how to call and runs until its stdin ends.
+``python -m bench.labprocess DIRECTORY PORT KNOBS`` allows sys-net to reach one port of work, by the stock
+service and by ours, says in one line how to call and runs until its stdin ends. KNOBS is a JSON object.
 """
 
 import json
@@ -23,8 +23,9 @@ def policy(port: int) -> str:
     return "".join(f"{service} {SOURCE} {TARGET} allow\n" for service in services)
 
 
-async def _run(directory: str, port: int) -> None:
+async def _run(directory: str, port: int, knobs: dict[str, int]) -> None:
     async with open_lab(directory, policy=policy(port)) as lab:
+        lab.turn(**knobs)
         client = lab.client_command(SOURCE)
         ready = {
             "client": client,
@@ -37,7 +38,7 @@ async def _run(directory: str, port: int) -> None:
 
 def main() -> None:
     raise_descriptor_limit()
-    trio.run(_run, sys.argv[1], int(sys.argv[2]))
+    trio.run(_run, sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from .processes import BenchError
 from .stage import Stage, open_stage
 
 CLIENTS = 16
+STOCK_CLIENTS = 200
 _MIB = 1 << 20
 
 
@@ -34,6 +35,7 @@ class Effort:
     memory_connections: int
     hold_max: int
     hold_limit_s: float
+    stock_each: int
 
 
 # Many short rounds: what else the machine does lasts for seconds, and then meets every peer.
@@ -49,6 +51,7 @@ FULL = Effort(
     memory_connections=100,
     hold_max=10_000,
     hold_limit_s=60.0,
+    stock_each=20,
 )
 QUICK = Effort(
     rounds=4,
@@ -62,6 +65,7 @@ QUICK = Effort(
     memory_connections=100,
     hold_max=200,
     hold_limit_s=5.0,
+    stock_each=2,
 )
 
 
@@ -264,6 +268,35 @@ def held(stage: Stage, effort: Effort) -> Result:
     return Result(f"once, up to {effort.hold_max}", [line, size], notes)
 
 
+def stock(stage: Stage, effort: Effort) -> Result:
+    """200 clients that open short connections over a qrexec like stock Qubes 4.3's: 20 calls of 80 ms at once.
+
+    One round in a lab of the peer's own. What the time limit cuts off, and what waited longer than 5 s, is
+    not among those that succeeded.
+    """
+    done = Line("stock-done", f"{STOCK_CLIENTS} clients, 20 calls of 80 ms: succeeded", "%", False)
+    rate = Line("stock-rate", "  connections", "/s", False)
+    notes = []
+    for kind in (type(peer) for peer in stage.peers):
+        try:
+            with open_stage([kind], latency_ms=80, calls_per_target=20) as own_stage:
+                answer = own_stage.ask(
+                    own_stage.peers[0],
+                    "many",
+                    clients=STOCK_CLIENTS,
+                    count=STOCK_CLIENTS * effort.stock_each,
+                    limit_s=effort.many_limit_s,
+                )
+        except BenchError as error:
+            notes.append(f"{kind.title} failed: {error}")
+            continue
+        done.values[kind.name] = 100 * answer["done"] / (STOCK_CLIENTS * effort.stock_each)
+        rate.values[kind.name] = answer["done"] / answer["seconds"]
+        parts = (f"{answer[what]} {what}" for what in ("done", "failed", "hung"))
+        notes.append(f"{kind.title}: {', '.join(parts)} in {answer['seconds']:.1f} s")
+    return Result(f"{STOCK_CLIENTS} x {effort.stock_each} connections", [done, rate], notes)
+
+
 ROWS: dict[str, Measure] = {
     "connect": connect,
     "many": many,
@@ -271,4 +304,5 @@ ROWS: dict[str, Measure] = {
     "bulk": bulk,
     "memory": memory,
     "held": held,
+    "stock": stock,
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Everything that a measurement needs, up and ready: lab, server, load and the peers."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -79,8 +80,8 @@ class Stage:
 
 
 @contextmanager
-def open_stage(kinds: Sequence[type[Peer]]) -> Iterator[Stage]:
-    """Start it all, peers in order; end it all with the block. Raises `BenchError`."""
+def open_stage(kinds: Sequence[type[Peer]], **knobs: int) -> Iterator[Stage]:
+    """Start it all, peers in order, in a lab with these knobs; end it all with the block. Raises `BenchError`."""
     with ExitStack() as undo:
         directory = Path(undo.enter_context(TemporaryDirectory(prefix="fwd-bench-")))
 
@@ -92,7 +93,7 @@ def open_stage(kinds: Sequence[type[Peer]]) -> Iterator[Stage]:
         server = start("bench.server")
         load = start("bench.load")
         port = int(server.answer(_READY_S)["port"])
-        broker = start("bench.labprocess", str(directory / "lab"), str(port))
+        broker = start("bench.labprocess", str(directory / "lab"), str(port), json.dumps(knobs))
         lab = broker.answer(_READY_S)
         setting = Setting(port, lab["client"], directory)
         peers = []

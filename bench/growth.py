@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``python -m bench growth``: how rate, latency and memory go from 1 connection that is held to 10,000.
+
+Each peer has a stage of its own and goes up to what it can hold. At every step the held connections are
+idle and alive, and new ones are measured beside them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import machine
+from .memory import footprint, pss_kib
+from .peers import PEERS, Call, Direct, Peer, Socat, Tunnel
+from .processes import BenchError
+from .rows import CLIENTS
+from .stage import Stage, open_stage
+from .table import number
+
+STEPS = (1, 10, 100, 1000, 3000, 10_000)
+# A call is one of 127, and 16 more are needed to measure beside those that are held.
+_BY_CALL = (Socat.name, Call.name)
+_MOST_BY_CALL = 100
+_ROUNDS = 5
+_CONNECTIONS = 40
+_ROUND_TRIPS = 600
+_MANY = 400
+_MANY_BY_CALL = 50
+_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What ``held`` connections have added, in KiB: to the listener (or socat) itself, to all processes of
+    the peer, services among them, and to the lab's broker."""
+
+    first: float
+    own: float
+    broker: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What was measured beside ``held`` connections."""
+
+    peer: str
+    held: int
+    rate: float
+    failed: int
+    connect_ms: float
+    round_trip_ms: float
+    memory: Memory
+
+    @property
+    def each_kib(self) -> float:
+        return self.memory.own / self.held
+
+
+def steps(kind: type[Peer], counts: Sequence[int]) -> Iterator[Step]:
+    """One peer's steps. Raises `BenchError` where it cannot hold what it should.
+
+    Memory is measured on a stage of its own, where nothing happens but that connections are made and held.
+    """
+    memory = {}
+    with _holding(kind, counts) as holding:
+        before = _memory(holding.stage)
+        for count in holding:
+            now = _memory(holding.stage)
+            memory[count] = Memory(now.first - before.first, now.own - before.own, now.broker - before.broker)
+    with _holding(kind, counts) as holding:
+        for count in holding:
+            yield _measured(holding.stage, count, memory[count])
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """Goes up the steps on one stage."""
+
+    stage: Stage
+    counts: Sequence[int]
+
+    def __iter__(self) -> Iterator[int]:
+        peer = self.stage.peers[0]
+        for count in self.counts:
+            answer = self.stage.ask(peer, "hold", count=count, limit_s=_LIMIT_S)
+            if answer["alive"] < count:
+                raise BenchError(f"{peer.title}: {answer['alive']} of {count} alive; {answer['failure']}")
+            self.stage.count_at_rest()
+            yield count
+
+
+@contextmanager
+def _holding(kind: type[Peer], counts: Sequence[int]) -> Iterator[_Holding]:
+    with open_stage([kind]) as stage:
+        yield _Holding(stage, counts)
+
+
+def _memory(stage: Stage) -> Memory:
+    peer = stage.peers[0]
+    now = footprint(peer.pids, stage.broker_pid, stage.client_program)
+    return Memory(sum(map(pss_kib, peer.pids)), now.own, now.broker)
+
+
+def _measured(stage: Stage, held: int, memory: Memory) -> Step:
+    peer = stage.peers[0]
+    count = _MANY_BY_CALL if peer.name in _BY_CALL else _MANY
+    rates: list[float] = []
+    connects: list[float] = []
+    round_trips: list[float] = []
+    failed = 0
+    for _ in range(_ROUNDS):
+        connects += stage.ask(peer, "connections", count=_CONNECTIONS)["seconds"]
+        round_trips += stage.ask(peer, "round_trips", count=_ROUND_TRIPS)["seconds"]
+        many = stage.ask(peer, "many", clients=CLIENTS, count=count, limit_s=_LIMIT_S)
+        rates.append(many["done"] / many["seconds"])
+        failed += many["failed"] + many["hung"]
+    return Step(
+        peer=peer.name,
+        held=held,
+        rate=statistics.median(rates),
+        failed=failed,
+        connect_ms=statistics.median(connects) * 1000,
+        round_trip_ms=statistics.median(round_trips) * 1000,
+        memory=memory,
+    )
+
+
+_COLUMNS = (
+    "",
+    "held",
+    "16 clients",
+    "failed",
+    "new connection",
+    "round trip",
+    "memory each",
+    "listener",
+    "service",
+)
+
+
+def render(found: list[Step]) -> str:
+    """A Markdown table."""
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    for step in found:
+        first, own = step.memory.first, step.memory.own
+        each = "-" if step.peer == Direct.name else f"{number(step.each_kib)} KiB"
+        parts = ["-", "-"]
+        if step.peer == Tunnel.name:
+            parts = [f"{number(first / 1024)} MiB", f"{number((own - first) / 1024)} MiB"]
+        rows.append(
+            (
+                step.peer,
+                str(step.held),
+                f"{number(step.rate)} /s",
+                str(step.failed),
+                f"{number(step.connect_ms)} ms",
+                f"{number(step.round_trip_ms)} ms",
+                each,
+                *parts,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = [
+        "| " + " | ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench growth", description=__doc__)
+    parser.add_argument("--most", type=int, default=STEPS[-1], metavar="N", help="no step above that")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs the extra 'bench')")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    args = parser.parse_args(arguments)
+    facts = machine.describe()
+    found: list[Step] = []
+    for kind in PEERS:
+        if (missing := kind.missing()) is not None:
+            print(f"{missing}; measured without it", file=sys.stderr)
+            continue
+        try:
+            most = min(args.most, _MOST_BY_CALL) if kind.name in _BY_CALL else args.most
+            for step in steps(kind, [count for count in STEPS if count <= most]):
+                print(f"{step.peer} beside {step.held} ...", file=sys.stderr)
+                found.append(step)
+        except BenchError as error:
+            print(error, file=sys.stderr)
+    print(render(found))
+    print("\n" + "; ".join(f"{name}: {fact}" for name, fact in facts.items()) + ".")
+    if args.json is not None:
+        document = {"machine": facts, "steps": [asdict(step) for step in found]}
+        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        from . import plot
+
+        plot.draw(found, args.plot)
+    return 0

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The growth drawn: rate, latency and memory beside 1 to 10,000 held connections, one line for each peer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+
+if TYPE_CHECKING:
+    from .growth import Step
+
+mpl.use("svg")
+# The same picture from the same numbers: no random ids, no date.
+mpl.rcParams["svg.hashsalt"] = "growth"
+import matplotlib.pyplot as plt  # noqa: E402 - after the choice of the backend
+
+_COLOURS = {"direct": "#888888", "socat": "#d1495b", "call": "#edae49", "tunnel": "#00798c"}
+_GOAL_KIB = 24
+
+
+def draw(found: "Sequence[Step]", file: Path) -> None:
+    """Write the picture, an SVG."""
+    panels: tuple[tuple[str, str, Callable[[Step], float | None]], ...] = (
+        ("new connections, 16 clients at once", "connections / s", lambda step: step.rate),
+        ("new connection, one at a time, median", "ms", lambda step: step.connect_ms),
+        ("round trip of one byte, median", "ms", lambda step: step.round_trip_ms),
+        (
+            "memory for each held connection",
+            "KiB, without the lab's own",
+            lambda step: None if step.peer == "direct" else step.each_kib,
+        ),
+    )
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axis, (title, unit, value) in zip(axes.flat, panels, strict=True):
+        for peer, colour in _COLOURS.items():
+            points = [
+                (step.held, y) for step in found if step.peer == peer and (y := value(step)) is not None
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=peer)
+        axis.set(xscale="log", yscale="log", title=title, ylabel=unit, xlabel="connections held")
+        axis.grid(visible=True, which="major", alpha=0.3)
+        axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes[1][1].axhline(_GOAL_KIB, color="black", linestyle=":", linewidth=1)
+    axes[1][1].annotate(
+        "goal: at most 24 KiB", (1, _GOAL_KIB), xytext=(0, 3), textcoords="offset points", fontsize=8
+    )
+    axes[0][0].legend(loc="lower left")
+    figure.savefig(file, metadata={"Date": None})
