@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from .budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES
 from .loop import GONE, READ, WRITE, Timer
 from .relay import abort, abort_by_default, close_cleanly, half_close
-from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, ResetCode
+from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES, ResetCode
 
 if TYPE_CHECKING:
     from .mux import Mux
@@ -34,8 +34,10 @@ _LAST_WORDS_LOOK_S = 0.005
 _STALLED_GONE_S = 10.0
 # What one turn moves from a socket at most: four of the longest frames, which go out in one write.
 _PULL_BYTES = 4 * MAX_DATA_BYTES
-# A quarter of the window is granted at a time; a stream that needs one sooner than this gets a larger window.
-_FAST_S = 0.005
+# Half of a window is granted at a time. A stream that used it sooner than this gets a larger window, and one
+# that took longer than this a smaller one.
+_FAST_S = 0.01
+_SLOW_S = 0.1
 # In the place of a mask: the kernel is not asked about the socket at all.
 _UNWATCHED = -1
 
@@ -210,7 +212,7 @@ class Leg:
             return
         self.moved_at = time.monotonic()
         if sent == length:
-            self._consumed(cost, was_fast=True)
+            self._consumed(cost)
             return
         self._pending = deque([(memoryview(data)[sent:], cost)])
         self._watch_too(WRITE)
@@ -224,8 +226,7 @@ class Leg:
     def _pass_eof_on(self) -> None:
         """Nothing more can come: what its window had of the budget is for others."""
         half_close(self.sock)
-        self._mux.budget.give_back(self._window - FLOOR_BYTES)
-        self._window = FLOOR_BYTES
+        self._change_window(FLOOR_BYTES - self._window)
         self._close_if_done()
 
     def _push(self) -> None:
@@ -239,7 +240,7 @@ class Leg:
                     pending[0] = (data[sent:], cost)
                     return
                 pending.popleft()
-                self._consumed(cost, was_fast=False)
+                self._consumed(cost)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -263,29 +264,38 @@ class Leg:
         self._broken_by = error.errno or errno.ECONNRESET
         self._watch(READ)
 
-    def _consumed(self, cost: int, *, was_fast: bool) -> None:
-        """Grant again what was used: more where the consumer keeps up, less where it does not.
+    def _consumed(self, cost: int) -> None:
+        """Grant again what was used, when it is half of the window, which is what the peer is told at once;
+        more where it was used fast, less where it was not.
 
         Nothing is granted to a stream that has ended; the budget has it back with the window then.
         """
         if self.ended is not None or self.has_eof:
             return
-        budget = self._mux.budget
-        if not was_fast or budget.is_tight:
-            shrink = min(cost, max(self._window - INITIAL_BYTES, 0))
-            self._window -= shrink
-            budget.give_back(shrink)
-            cost -= shrink
         self._owed += cost
         if self._owed < self._window // 4:
             return
-        if was_fast and self._window < WINDOW_MAX_BYTES and self.moved_at - self._granted_at < _FAST_S:
-            more = budget.take(min(self._window, WINDOW_MAX_BYTES - self._window))
-            self._window += more
-            self._owed += more
+        least = max(self._mux.granted(self.stream_id), MIN_CREDIT_BYTES)
+        if self._owed < least:
+            return
+        took_s = self.moved_at - self._granted_at
         self._granted_at = self.moved_at
-        self._mux.grant(self.stream_id, self._owed)
-        self._owed = 0
+        budget = self._mux.budget
+        if budget.is_tight or took_s > _SLOW_S:
+            less = min(self._owed, max(self._window - INITIAL_BYTES, 0))
+            self._change_window(-less)
+        elif took_s < _FAST_S:
+            self._change_window(budget.take(min(self._window, WINDOW_MAX_BYTES - self._window)))
+        if self._owed >= least:
+            self._mux.grant(self.stream_id, self._owed)
+            self._owed = 0
+
+    def _change_window(self, change: int) -> None:
+        """By what the budget was asked for, or gets back."""
+        self._window += change
+        self._owed += change
+        if change < 0:
+            self._mux.budget.give_back(-change)
 
     # Endings
 

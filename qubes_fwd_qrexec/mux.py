@@ -209,6 +209,10 @@ class Mux:
         self.connection.grant(stream_id, credit)
         self._flush_soon()
 
+    def granted(self, stream_id: int) -> int:
+        """How much the peer may still send on a stream."""
+        return self.connection.granted(stream_id)
+
     def forget(self, leg: Leg, window: int) -> None:
         """A leg is closed, and its window with it."""
         del self.legs[leg.stream_id]

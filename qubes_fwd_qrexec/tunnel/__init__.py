@@ -19,7 +19,13 @@ from .events import (
     PongReceived,
     ResetReceived,
 )
-from .limits import FRAME_COST_BYTES, MAX_DATA_BYTES, MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
+from .limits import (
+    FRAME_COST_BYTES,
+    MAX_DATA_BYTES,
+    MAX_WINDOW_BYTES,
+    MIN_CREDIT_BYTES,
+    MIN_WINDOW_BYTES,
+)
 from .messages import Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode, Role
 from .wire import Buffer
 
@@ -27,6 +33,7 @@ __all__ = [
     "FRAME_COST_BYTES",
     "MAX_DATA_BYTES",
     "MAX_WINDOW_BYTES",
+    "MIN_CREDIT_BYTES",
     "MIN_WINDOW_BYTES",
     "AcceptReceived",
     "Buffer",

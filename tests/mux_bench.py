@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both ends of a tunnel in one loop, turned by hand: two muxes wired together, no threads and no waiting.
+
+``near`` is the listener's end and ``far`` the target's. Each stream has a TCP connection at either end, of
+which the test holds the outer sockets: the client's and the server's.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+
+from helpers import tcp_pair, unix_pair
+
+from qubes_fwd_qrexec.budget import WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.leg import Leg, LegEnd
+from qubes_fwd_qrexec.loop import Loop
+from qubes_fwd_qrexec.mux import Mux
+from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived, Origin, ResetCode
+
+PORTS = range(8080, 8090)
+ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
+BOUND_S = 10.0
+
+
+class Owner:
+    """Notes all that it is told; a far one answers what is asked for, by `answer`, if there is one."""
+
+    def __init__(self) -> None:
+        self.is_ready = False
+        self.is_over = False
+        self.problem: str | None = None
+        self.requested: list[OpenReceived] = []
+        self.abandoned: list[int] = []
+        self.refusals: list[tuple[Leg, ResetCode]] = []
+        self.drained: list[GoawayCode] = []
+        self.answer: Callable[[Mux, OpenReceived], None] | None = None
+
+    def ready(self, mux: Mux) -> None:
+        self.is_ready = True
+
+    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
+        self.requested.append(event)
+        if self.answer is not None:
+            self.answer(mux, event)
+
+    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+        self.abandoned.append(stream_id)
+
+    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+        self.refusals.append((leg, code))
+
+    def draining(self, mux: Mux, code: GoawayCode) -> None:
+        self.drained.append(code)
+
+    def over(self, mux: Mux, problem: str | None) -> None:
+        assert not self.is_over, "told twice"
+        self.is_over = True
+        self.problem = problem
+
+
+class Joined:
+    """One stream: ``client`` and ``server`` are the test's; ``near`` and ``far`` the legs between them."""
+
+    def __init__(self, client: socket.socket, server: socket.socket, near: Leg, far: Leg) -> None:
+        self.client = client
+        self.server = server
+        self.near = near
+        self.far = far
+        self.ends: dict[str, LegEnd] = {}
+        near.on_end = lambda how: self.ends.__setitem__("near", how)
+        far.on_end = lambda how: self.ends.__setitem__("far", how)
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.close()
+
+
+class TunnelBench:
+    """Two ends that have said HELLO. ``near_call`` and ``far_call`` are what each has for its call."""
+
+    def __init__(
+        self,
+        *,
+        near_budget: Budget | None = None,
+        far_budget: Budget | None = None,
+        max_streams: int = 1000,
+        is_far_there: bool = True,
+        half_close_s: float = 600.0,
+    ) -> None:
+        self.loop = Loop()
+        self.near_budget = near_budget or Budget()
+        self.far_budget = far_budget or Budget()
+        self.near_call, self.far_call = unix_pair()
+        self.near_sink, self.far_sink = self.near_call.dup(), self.far_call.dup()
+        self.near_owner, self.far_owner = Owner(), Owner()
+        self._streams: list[Joined] = []
+        near = Connection(Hello(WINDOW_MAX_BYTES, bytes(16)), PORTS)
+        self.near = Mux(
+            self.loop, near, self.near_call, self.near_sink, self.near_budget, self.near_owner, half_close_s
+        )
+        if is_far_there:
+            hello = Hello(WINDOW_MAX_BYTES, bytes(16), max_streams=max_streams, lease_s=300)
+            far = Connection(hello, PORTS)
+            self.far = Mux(
+                self.loop, far, self.far_call, self.far_sink, self.far_budget, self.far_owner, half_close_s
+            )
+            self.until(lambda: self.near_owner.is_ready and self.far_owner.is_ready)
+
+    def __enter__(self) -> "TunnelBench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for mux in (self.near, getattr(self, "far", self.near)):
+            mux.abandon()
+            for leg in list(mux.legs.values()):
+                leg.abort_from_here()
+        for stream in self._streams:
+            stream.close()
+        for sock in (self.near_call, self.far_call, self.near_sink, self.far_sink):
+            sock.close()
+        self.loop.close()
+
+    def open(self, port: int = PORTS.start) -> tuple[socket.socket, Leg]:
+        """Ask for a stream; the client, and its leg."""
+        client, accepted = tcp_pair()
+        leg = self.near.open(port, ORIGIN, accepted)
+        assert leg is not None
+        return client, leg
+
+    def join(self) -> Joined:
+        """A stream from end to end."""
+        client, near = self.open()
+        asked = len(self.far_owner.requested)
+        self.until(lambda: len(self.far_owner.requested) > asked)
+        server, connected = tcp_pair()
+        far = self.far.accept(self.far_owner.requested[-1].stream_id, connected)
+        assert far is not None
+        self.until(lambda: near.is_joined)
+        stream = Joined(client, server, near, far)
+        self._streams.append(stream)
+        return stream
+
+    def turn(self, times: int = 5) -> None:
+        for _ in range(times):
+            self.loop.run_once(0)
+
+    def until(self, condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
+        deadline = time.monotonic() + bound_s
+        while not condition():
+            assert time.monotonic() < deadline, "it does not come true"
+            self.loop.run_once(0.01)
+
+    def read(self, sock: socket.socket, size: int) -> bytes:
+        """Turn until so much has come."""
+        data = bytearray()
+
+        def has_come() -> bool:
+            try:
+                chunk = sock.recv(size - len(data))
+            except BlockingIOError:
+                return False
+            assert chunk, f"an end of file after {len(data)} of {size} bytes"
+            data.extend(chunk)
+            return len(data) == size
+
+        self.until(has_come)
+        return bytes(data)
+
+    def read_to_end(self, sock: socket.socket) -> tuple[bytes, str]:
+        """Turn until the end; what came, and ``EOF`` or ``RST``."""
+        data = bytearray()
+        how: list[str] = []
+
+        def has_ended() -> bool:
+            try:
+                chunk = sock.recv(1 << 20)
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                how.append("RST")
+                return True
+            data.extend(chunk)
+            if not chunk:
+                how.append("EOF")
+            return not chunk
+
+        self.until(has_ended)
+        return bytes(data), how[0]
+
+    def stall(self, sock: socket.socket) -> int:
+        """Send from ``sock`` until nothing moves any more; how much that was."""
+        sent = idle = 0
+        while idle < 200:
+            try:
+                sent += sock.send(bytes(65536))
+                idle = 0
+            except BlockingIOError:
+                idle += 1
+            self.loop.run_once(0)
+        return sent
+
+    def wake_ups(self) -> int:
+        """How often the kernel has news in fifty turns in which nothing can be moved."""
+        count = 0
+        for _ in range(50):
+            count += bool(self.loop._epoll.poll(0))
+            self.loop.run_once(0)
+        return count
