@@ -21,6 +21,9 @@ SERVICE = "qubes.ForwardTCP"
 LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 # relay-behaviours 22: how long a server may take to accept.
 CONNECT_TIMEOUT_S = 10.0
+# relay-behaviours 17: what the kernel holds for a server in each direction, as it counts (it doubles the
+# number). On loopback an answer comes within a tenth of a ms, so this is no bound to anything but memory.
+_BUFFER_BYTES = 131_072
 
 
 class ServiceError(ForwardError):
@@ -58,7 +61,7 @@ def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     trouble: OSError | None = None
     for family, host in LOCALHOSTS:
         try:
-            server = socket.socket(family, socket.SOCK_STREAM)
+            server = new_socket(family)
         except OSError as error:  # no IPv6 here
             trouble = trouble or error
             continue
@@ -73,6 +76,14 @@ def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
             prepare(server)
             return server
     raise not_connected(port, timeout_s, trouble)
+
+
+def new_socket(family: int) -> socket.socket:
+    """A socket for a connection to a server. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+    return sock
 
 
 def check_is_other(server: socket.socket) -> None:

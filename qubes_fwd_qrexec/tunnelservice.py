@@ -6,6 +6,7 @@ lease is kept here, whatever the other end thinks: once it is over no stream is 
 asked again. SIGTERM means that dom0 has taken its permission back: every stream ends now.
 """
 
+import contextlib
 import errno
 import os
 import secrets
@@ -19,7 +20,14 @@ from .descriptors import raise_descriptor_limit
 from .errors import TextError
 from .exitstatus import ExitStatus
 from .leg import Leg
-from .localserver import CONNECT_TIMEOUT_S, LOCALHOSTS, ServiceError, check_is_other, prepare
+from .localserver import (
+    CONNECT_TIMEOUT_S,
+    LOCALHOSTS,
+    ServiceError,
+    check_is_other,
+    new_socket,
+    prepare,
+)
 from .loop import READ, WRITE, Loop
 from .mux import Mux
 from .proxy_protocol import header
@@ -78,17 +86,21 @@ class _Connecting:
     def _try_next(self) -> None:
         for family, host in self._hosts:
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                sock = new_socket(family)
             except OSError as error:
                 self._note(error.errno)
                 continue
-            error_number = sock.connect_ex((host, self._event.port))
-            if error_number in (0, errno.EINPROGRESS):
-                self._sock = sock
+            sock.setblocking(False)
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    sock.connect((host, self._event.port))
                 self._mux.loop.watch(sock.fileno(), WRITE, self._on_answer)
+            except OSError as error:
+                sock.close()
+                self._note(error.errno)
+            else:
+                self._sock = sock
                 return
-            sock.close()
-            self._note(error_number)
         self._refuse(self._refusal)
 
     def _on_answer(self, events: int) -> None:
@@ -167,6 +179,7 @@ class TunnelService:
 
     def _revoke(self) -> None:
         if not self._is_over:
+            self._give_up_connecting()
             self._mux.close(GoawayCode.REVOKED)
 
     # What the tunnel tells
@@ -192,6 +205,9 @@ class TunnelService:
     def over(self, mux: Mux, problem: str | None) -> None:
         self._is_over = True
         self._problem = problem
+        self._give_up_connecting()
+
+    def _give_up_connecting(self) -> None:
         for connecting in self._connecting.values():
             connecting.give_up()
         self._connecting.clear()
