@@ -97,19 +97,55 @@ async def test_waiting_has_a_bound(autojump_clock: MockClock) -> None:
 
 async def test_after_each_refusal_dom0_is_left_alone_for_twice_as_long() -> None:
     clock = Clock()
-    target = Target("work", 2, clock)
-    for expected_s in (1, 2, 4, 8, 16, 32, 60, 60):
+    target = Target("work", 2, clock, lambda: 0.0)
+    for expected_s in (1, 2, 4, 8, 16, 32, 48, 48):
         target.refused("s+1")
         clock.now_s += expected_s - 0.01
         assert await is_refused(target)
         clock.now_s += 0.02
         assert not await is_refused(target)
-    assert expected_s == BACK_OFF_MAX_S
+
+
+async def test_chance_adds_up_to_a_quarter_and_never_goes_past_the_bound() -> None:
+    clock = Clock()
+    target = Target("work", 2, clock, lambda: 1.0)
+    for expected_s in (1.25, 2.5, 5, 10, 20, 40, BACK_OFF_MAX_S, BACK_OFF_MAX_S):
+        target.refused("s+1")
+        clock.now_s += expected_s - 0.01
+        assert await is_refused(target)
+        clock.now_s += 0.02
+        assert not await is_refused(target)
+    assert len({random() for random in [Target("work")._chance] * 20}) > 1
+
+
+async def test_a_lost_call_is_asked_for_again_at_once_but_only_once() -> None:
+    clock = Clock()
+    target = Target("work", 2, clock, lambda: 0.0)
+    target.lost("s+1", "it was killed")
+    assert not await is_refused(target)
+    target.lost("s+1", "it was killed")
+    assert await is_refused(target)
+    clock.now_s += 1.01
+    target.lost("s+1", "it was killed")
+    clock.now_s += 1.01
+    assert await is_refused(target)
+    target.accepted("s+1")
+    target.lost("s+1", "it was killed")
+    assert not await is_refused(target)
+
+
+async def test_the_reason_is_said_again() -> None:
+    target = Target("work", 2, Clock())
+    target.refused("s+1", "the target does not have the service")
+    with pytest.raises(
+        RefusedError, match=r"s\+1 in work is tried again in 1\.\d s: the target does not have"
+    ):
+        target.check_back_off("s+1")
 
 
 async def test_several_refusals_at_once_count_as_one() -> None:
     clock = Clock()
-    target = Target("work", 2, clock)
+    target = Target("work", 2, clock, lambda: 0.0)
     for _ in range(10):
         target.refused("s+1")
     clock.now_s += 1.01
