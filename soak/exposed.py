@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The listener, in a process of its own that can be asked what it holds.
+
+``python -m soak.exposed CONFIG_DIRECTORY CLIENT...``: a line on stdin is answered by one of JSON, and the
+end of stdin ends it.
+"""
+
+import json
+import os
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import trio
+
+from bench.memory import open_files, pss_kib
+from qubes_fwd_qrexec.configsource import ConfigSource
+from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.logs import start_logging
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the listener holds. All but the memory is the same again once nothing is carried any more."""
+
+    tunnels: int
+    streams: int
+    waiting: int
+    budget_streams: int
+    budget_left: int
+    tasks: int
+    threads: int
+    files: int
+    memory_kib: float
+
+
+def held(listener: Listener) -> Held:
+    """Looks where nobody else may: a leak is what no interface shows."""
+    transports = listener._means.transports
+    all_tunnels = list(transports._tunnels.values())
+    each = [tunnel for tunnels in all_tunnels for tunnel in tunnels._tunnels]
+    return Held(
+        tunnels=len(each),
+        streams=sum(tunnel.streams for tunnel in each),
+        waiting=sum(tunnels._waiting for tunnels in all_tunnels),
+        budget_streams=transports._budget.streams,
+        budget_left=transports._budget.shared_left,
+        tasks=trio.lowlevel.current_statistics().tasks_living,
+        threads=threading.active_count(),
+        files=open_files(os.getpid()),
+        memory_kib=pss_kib(os.getpid()),
+    )
+
+
+async def _run(directory: str, client: list[str]) -> None:
+    listener = Listener(ConfigSource(Path(directory)), tuple(client), drain_s=1.0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run)
+        print("{}", flush=True)
+        while True:
+            await trio.lowlevel.wait_readable(sys.stdin)
+            if not os.read(sys.stdin.fileno(), 4096):
+                break
+            print(json.dumps(asdict(held(listener))), flush=True)
+        listener.stop()
+        listener.stop()
+
+
+def main() -> None:
+    start_logging()
+    raise_descriptor_limit()
+    trio.run(_run, sys.argv[1], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
