@@ -193,10 +193,11 @@ class Leg:
 
     # From the tunnel into the socket
 
-    def deliver(self, data: bytes | bytearray) -> None:
-        """Bytes of the peer: written at once where the socket takes them, else kept until it does."""
+    def deliver(self, data: bytes | bytearray, frames: int = 1) -> None:
+        """Bytes of the peer, which came in so many frames: written at once where the socket takes them, else
+        kept until it does."""
         length = len(data)
-        cost = length + FRAME_COST_BYTES
+        cost = length + frames * FRAME_COST_BYTES
         self.received += length
         if self._broken_by:
             return

@@ -10,6 +10,7 @@ import itertools
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
@@ -236,17 +237,37 @@ class Mux:
                 self.connection.receive_eof()
                 self._end(None)
                 return
-            for event in self.connection.receive_data(self._read_buffer[:count]):
-                if type(event) is DataReceived:
-                    self.legs[event.stream_id].deliver(event.data)
-                else:
-                    self._on_event(event)
+            self._take(self.connection.receive_data(self._read_buffer[:count]))
         except RemoteProtocolError as error:
             self._send_queued()
             self._end(str(error))
             return
         if self.connection.bytes_queued or self.connection.is_draining:
             self._flush_soon()
+
+    def _take(self, events: Iterator[Event]) -> None:
+        """Frames of one stream that come in a row are written as one: each write wakes who reads it."""
+        stream_id = 0
+        run: list[bytes | bytearray] = []
+        try:
+            for event in events:
+                if type(event) is DataReceived:
+                    if run and event.stream_id != stream_id:
+                        self._deliver(stream_id, run)
+                        run = []
+                    stream_id = event.stream_id
+                    run.append(event.data)
+                else:
+                    if run:
+                        self._deliver(stream_id, run)
+                        run = []
+                    self._on_event(event)
+        finally:
+            if run:
+                self._deliver(stream_id, run)
+
+    def _deliver(self, stream_id: int, run: list[bytes | bytearray]) -> None:
+        self.legs[stream_id].deliver(run[0] if len(run) == 1 else b"".join(run), len(run))
 
     def _on_event(self, event: Event) -> None:
         """Any event but DATA, which is much the most frequent and comes first."""
