@@ -269,7 +269,7 @@ def held(stage: Stage, effort: Effort) -> Result:
 
 
 def stock(stage: Stage, effort: Effort) -> Result:
-    """200 clients that open short connections over a qrexec like stock Qubes 4.3's: 20 calls of 80 ms at once.
+    """200 clients that open short connections over a qrexec like stock Qubes 4.3: 20 calls of 80 ms at once.
 
     One round in a lab of the peer's own. What the time limit cuts off, and what waited longer than 5 s, is
     not among those that succeeded.

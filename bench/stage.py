@@ -81,7 +81,7 @@ class Stage:
 
 @contextmanager
 def open_stage(kinds: Sequence[type[Peer]], **knobs: int) -> Iterator[Stage]:
-    """Start it all, peers in order, in a lab with these knobs; end it all with the block. Raises `BenchError`."""
+    """Start it all, in a lab with these knobs; end it all with the block. Raises `BenchError`."""
     with ExitStack() as undo:
         directory = Path(undo.enter_context(TemporaryDirectory(prefix="fwd-bench-")))
 
