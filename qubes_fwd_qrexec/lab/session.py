@@ -111,13 +111,21 @@ def ended_by_signals(*numbers: signal.Signals) -> Iterator[None]:
 
 def output_of(words: Sequence[str]) -> str:
     """Run a command to its end and return its output. Raises `SessionError` if it fails or takes too long."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise SessionError(f"{shlex.join(words)}: no end after {_COMMAND_TIMEOUT_S:g} s") from error
-    if done.returncode != 0:
-        raise SessionError(f"{shlex.join(words)}: exit status {done.returncode}: {done.stderr.strip()}")
-    return done.stdout + done.stderr
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=_COMMAND_TIMEOUT_S)
+        except BaseException as error:
+            # Interrupted too: what still runs would write into a lab that is being removed.
+            process.kill()
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise SessionError(f"{shlex.join(words)}: no end after {_COMMAND_TIMEOUT_S:g} s") from None
+            raise
+    if process.returncode != 0:
+        raise SessionError(f"{shlex.join(words)}: exit status {process.returncode}: {errors.strip()}")
+    return output + errors
 
 
 def _wait_until_ready(notified: socket.socket, process: "subprocess.Popen[bytes]") -> None:
