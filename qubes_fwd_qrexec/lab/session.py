@@ -57,8 +57,9 @@ class LabSession:
 
     def start(self, words: Sequence[str], **options: object) -> "subprocess.Popen[bytes]":
         """Start a program that is ended with the session."""
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
-        self._started.callback(_end, process)
+        with _interruption.deferred():
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+            self._started.callback(_end, process)
         return process  # type: ignore[no-any-return]
 
     def start_listener(self, qube: str, *options: str) -> "subprocess.Popen[bytes]":
@@ -91,17 +92,41 @@ def open_session(network: daemon.Network) -> Iterator[LabSession]:
         yield LabSession(lab, started)
 
 
+class _Interruption:
+    """Signals as KeyboardInterrupt, but not while a program is being started: nobody would end it then."""
+
+    def __init__(self) -> None:
+        self._is_deferred = False
+        self._is_due = False
+
+    def signalled(self, _number: int, _frame: object) -> None:
+        if not self._is_deferred:
+            raise KeyboardInterrupt
+        self._is_due = True
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block no interrupt is raised; one that came is raised at its end."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+        if self._is_due:
+            self._is_due = False
+            raise KeyboardInterrupt
+
+
+_interruption = _Interruption()
+
+
 @contextmanager
 def ended_by_signals(*numbers: signal.Signals) -> Iterator[None]:
     """Turn signals into KeyboardInterrupt, so that this process can clean up.
 
     SIGINT too: a shell that starts a program in the background has it ignore that one.
     """
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    before = {number: signal.signal(number, _interruption.signalled) for number in numbers}
     try:
         yield
     finally:
@@ -111,21 +136,25 @@ def ended_by_signals(*numbers: signal.Signals) -> Iterator[None]:
 
 def output_of(words: Sequence[str]) -> str:
     """Run a command to its end and return its output. Raises `SessionError` if it fails or takes too long."""
-    with subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with ExitStack() as started:
+        with _interruption.deferred():
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            # What still ran would write into a lab that is being removed.
+            started.callback(_kill, process)
         try:
             output, errors = process.communicate(timeout=_COMMAND_TIMEOUT_S)
-        except BaseException as error:
-            # Interrupted too: what still runs would write into a lab that is being removed.
-            process.kill()
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise SessionError(f"{shlex.join(words)}: no end after {_COMMAND_TIMEOUT_S:g} s") from None
-            raise
+        except subprocess.TimeoutExpired as error:
+            raise SessionError(f"{shlex.join(words)}: no end after {_COMMAND_TIMEOUT_S:g} s") from error
     if process.returncode != 0:
         raise SessionError(f"{shlex.join(words)}: exit status {process.returncode}: {errors.strip()}")
     return output + errors
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.communicate()
 
 
 def _wait_until_ready(notified: socket.socket, process: "subprocess.Popen[bytes]") -> None:
