@@ -33,7 +33,7 @@ _LAST_WORDS_LOOK_S = 0.005
 # relay-behaviours 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
 _STALLED_GONE_S = 10.0
 # What one turn moves from a socket at most: four of the longest frames, which go out in one write.
-_PULL_BYTES = 4 * MAX_DATA_BYTES
+PULL_BYTES = 4 * MAX_DATA_BYTES
 # Half of a window is granted at a time. A stream that used it sooner than this gets a larger window, and one
 # that took longer than this a smaller one.
 _FAST_S = 0.01
@@ -58,7 +58,7 @@ class Leg:
 
     ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
     the tunnel and out of it. ``has_eof``: the other end has sent all that it will. ``ended`` is None while
-    it lives. It belongs to the loop's thread.
+    it lives. ``is_bulk``: it has had its turn, and more to send. It belongs to the loop's thread.
     """
 
     __slots__ = (
@@ -74,6 +74,7 @@ class Leg:
         "_window",
         "ended",
         "has_eof",
+        "is_bulk",
         "is_joined",
         "moved_at",
         "on_end",
@@ -94,6 +95,7 @@ class Leg:
         self._is_closed = False
         self._timer: Timer | None = None
         self.has_eof = False
+        self.is_bulk = False
         self.is_joined = False
         self.stream_id = stream_id
         self.sock = sock
@@ -136,7 +138,7 @@ class Leg:
 
     def _pull(self) -> None:
         """Read while frames are full and the credit lets us, and send it all on in the same turn."""
-        stop_at = self.sent + _PULL_BYTES
+        stop_at = self.sent + PULL_BYTES
         while self.sent < stop_at:
             limit = self._mux.room(self)
             if limit <= 0:
@@ -156,7 +158,9 @@ class Leg:
             self.sent += len(data)
             self._mux.send_data(self.stream_id, data)
             if len(data) < limit:
+                self.is_bulk = False
                 return
+        self.is_bulk = True
 
     def _end_of_file(self) -> None:
         """The local peer's FIN, or the end of what it sent before its abort."""

@@ -6,26 +6,25 @@ the same turn; what a turn has to say goes out in one write. Whoever owns it is 
 tunnel as a whole (`MuxOwner`), and decides what to do about it.
 """
 
-import itertools
 import socket
 import time
-from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
+from .backlog import Backlog
 from .budget import Budget
-from .errors import RemoteProtocolError
+from .errors import LocalProtocolError, RemoteProtocolError
 from .leg import Leg
-from .loop import GONE, READ, WRITE, Loop
+from .loop import READ, Loop
 from .tunnel import (
     AcceptReceived,
-    Buffer,
     Connection,
     CreditReceived,
     DataReceived,
     EofReceived,
     Event,
+    Goaway,
     GoawayCode,
     GoawayReceived,
     HelloReceived,
@@ -38,12 +37,6 @@ from .tunnel import (
 
 # What one turn reads from the call: all that its socket buffer holds, by default.
 _READ_BYTES = 256 << 10
-# Frames that wait for the call: above it no more is read from sockets, so that a keystroke behind a bulk
-# stream waits for this much and for no more (relay-behaviours 20: 20 ms, which is 2 MiB at 100 MiB/s).
-_BACKLOG_HIGH_BYTES = 256 << 10
-_BACKLOG_LOW_BYTES = 64 << 10
-# How many buffers one write takes (IOV_MAX is 1024).
-_WRITE_BUFFERS = 64
 # relay-behaviours 48 and 26: half a frame and then silence, or a peer that reads nothing; no HELLO.
 _FRAME_S = 10
 _HELLO_S = 30
@@ -105,24 +98,16 @@ class Mux:
         self.is_over = False
         self._owner = owner
         self._source = source
-        self._sink = sink
-        self._sink_mask = 0
-        self._is_sink_broken = False
         self._read_buffer = memoryview(bytearray(_READ_BYTES))
-        self._unsent: deque[Buffer] = deque()
-        self._unsent_bytes = 0
-        # Legs that wait for room in the call; a dict for its order, and so that each can leave.
-        self._waiting: dict[Leg, None] = {}
         self._is_flush_due = False
         self._half_close_s = half_close_s
         self._ticks = 0
         self._heard_tick = 0
-        self._taken_tick = 0
-        loop.watch(source.fileno(), READ, self._on_source)
+        self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken)
         try:
-            loop.watch(sink.fileno(), 0, self._on_sink)
+            loop.watch(source.fileno(), READ, self._on_source)
         except OSError:
-            loop.unwatch(source.fileno())
+            self.backlog.let_go()
             raise
         loop.after(TICK_S, self._tick)
         self._flush_soon()
@@ -141,6 +126,8 @@ class Mux:
 
         Raises LocalProtocolError without `open_room`.
         """
+        if not self.open_room:
+            raise LocalProtocolError("there is no room for another stream")
         window = self.budget.admit()
         if not window:
             return None
@@ -189,10 +176,7 @@ class Mux:
 
     def room(self, leg: Leg) -> int:
         """How many bytes a leg may send now; it is told when there is more."""
-        if self._unsent_bytes + self.connection.bytes_queued > _BACKLOG_HIGH_BYTES:
-            self._waiting[leg] = None
-            return 0
-        return self.connection.send_limit(leg.stream_id)
+        return self.backlog.room(leg)
 
     def send_data(self, stream_id: int, data: bytes) -> None:
         self.connection.send_data(stream_id, data)
@@ -217,7 +201,7 @@ class Mux:
     def forget(self, leg: Leg, window: int) -> None:
         """A leg is closed, and its window with it."""
         del self.legs[leg.stream_id]
-        self._waiting.pop(leg, None)
+        self.backlog.forget(leg)
         self.budget.leave(window)
         self._flush_soon()
 
@@ -239,7 +223,7 @@ class Mux:
                 return
             self._take(self.connection.receive_data(self._read_buffer[:count]))
         except RemoteProtocolError as error:
-            self._send_queued()
+            self.backlog.send()
             self._end(str(error))
             return
         if self.connection.bytes_queued or self.connection.is_draining:
@@ -287,10 +271,19 @@ class Mux:
             case GoawayReceived():
                 if not event.goaway.is_final:
                     self._owner.draining(self, event.goaway.code)
-                elif event.goaway.code is GoawayCode.DONE:
-                    self._end(None)
                 else:
-                    self._end(f"the other end closed the tunnel: {event.goaway.code.name}")
+                    self._on_last_word(event.goaway)
+
+    def _on_last_word(self, goaway: Goaway) -> None:
+        """What the peer had not seen before it went may be asked for again elsewhere."""
+        for stream_id in [stream_id for stream_id in self.legs if stream_id > goaway.last_id]:
+            self._refused(self.legs[stream_id], ResetCode.SHUTDOWN)
+        is_agreed = goaway.code is GoawayCode.DONE
+        self._end(None if is_agreed else f"the other end closed the tunnel: {goaway.code.name}")
+
+    def _refused(self, leg: Leg, code: ResetCode) -> None:
+        leg.leave()
+        self._owner.refused(self, leg, code)
 
     def _on_reset(self, event: ResetReceived) -> None:
         leg = self.legs.get(event.stream_id)
@@ -300,8 +293,7 @@ class Mux:
         elif leg.is_joined:
             leg.abort_from_there()
         else:
-            leg.leave()
-            self._owner.refused(self, leg, event.code)
+            self._refused(leg, event.code)
 
     # To the call
 
@@ -315,67 +307,18 @@ class Mux:
         self._is_flush_due = False
         if self.is_over:
             return
-        self._send_queued()
-        if self._unsent_bytes < _BACKLOG_LOW_BYTES:
-            waiting, self._waiting = self._waiting, {}
-            for leg in waiting:
-                leg.resume()
-        if self._unsent:
+        self.backlog.send()
+        self.backlog.give_turns()
+        if not self.backlog.is_empty:
             return
         if self.connection.is_over:
             self._end(None)
         elif self.connection.is_drained and not self.legs:
             self.close()
 
-    def _send_queued(self) -> None:
-        if self._unsent_bytes or self.connection.bytes_queued:
-            self._unsent_bytes += self.connection.bytes_queued
-            self._unsent += self.connection.data_to_send()
-            self._write()
-
-    def _write(self) -> None:
-        mask = 0
-        try:
-            while self._unsent and not self._is_sink_broken:
-                is_short = len(self._unsent) <= _WRITE_BUFFERS
-                some = self._unsent if is_short else itertools.islice(self._unsent, _WRITE_BUFFERS)
-                self._written(self._sink.sendmsg(some))
-        except (BlockingIOError, InterruptedError):
-            mask = WRITE
-        except OSError:
-            self._break_sink()
-        if self._is_sink_broken:
-            self._unsent.clear()
-            self._unsent_bytes = 0
-        elif mask != self._sink_mask:
-            self._sink_mask = mask
-            self.loop.change(self._sink.fileno(), mask)
-
-    def _written(self, count: int) -> None:
-        self._taken_tick = self._ticks
-        self._unsent_bytes -= count
-        if not self._unsent_bytes:
-            self._unsent.clear()
-            return
-        while count:
-            first = self._unsent.popleft()
-            if count < len(first):
-                self._unsent.appendleft(memoryview(first)[count:])
-                return
-            count -= len(first)
-
-    def _on_sink(self, events: int) -> None:
-        if events & GONE:
-            self._break_sink()
-        else:
-            self._flush_soon()
-
-    def _break_sink(self) -> None:
+    def _call_broken(self) -> None:
         """The call takes nothing more. What it still has for us, above all why, comes first."""
-        if not self._is_sink_broken:
-            self._is_sink_broken = True
-            self.loop.unwatch(self._sink.fileno())
-            self.loop.after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
+        self.loop.after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
 
     # Time and endings
 
@@ -383,16 +326,14 @@ class Mux:
         if self.is_over:
             return
         self._ticks += 1
+        self.backlog.tick()
         self.connection.tick()
-        if not self._unsent_bytes:
-            self._taken_tick = self._ticks
         silent_s = (self._ticks - self._heard_tick) * TICK_S
-        deaf_s = (self._ticks - self._taken_tick) * TICK_S
         if self.connection.peer is None and self._ticks * TICK_S >= _HELLO_S:
             self._end(f"no HELLO within {_HELLO_S} s")
         elif self.connection.has_partial_frame and silent_s >= _FRAME_S:
             self._end(f"half a frame, and nothing more for {_FRAME_S} s")
-        elif deaf_s >= _FRAME_S:
+        elif self.backlog.stuck_ticks * TICK_S >= _FRAME_S:
             self._end(f"the other end has read nothing for {_FRAME_S} s")
         else:
             if self._ticks % _HALF_CLOSE_LOOK_TICKS == 0:
@@ -415,8 +356,7 @@ class Mux:
 
     def _unwatch(self) -> None:
         self.loop.unwatch(self._source.fileno())
-        if not self._is_sink_broken:
-            self.loop.unwatch(self._sink.fileno())
+        self.backlog.let_go()
 
     def _abort_legs(self) -> None:
         for leg in list(self.legs.values()):

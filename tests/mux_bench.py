@@ -21,6 +21,7 @@ from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived,
 PORTS = range(8080, 8090)
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
 BOUND_S = 10.0
+BUFFER_BYTES = 131072
 
 
 class Owner:
@@ -128,12 +129,18 @@ class TunnelBench:
         assert leg is not None
         return client, leg
 
+    def open_on(self, sock: socket.socket) -> Leg | None:
+        return self.near.open(PORTS.start, ORIGIN, sock)
+
     def join(self) -> Joined:
-        """A stream from end to end."""
+        """A stream from end to end, with socket buffers as small as they are set at work."""
         client, near = self.open()
         asked = len(self.far_owner.requested)
         self.until(lambda: len(self.far_owner.requested) > asked)
         server, connected = tcp_pair()
+        for sock in (client, near.sock, server, connected):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         far = self.far.accept(self.far_owner.requested[-1].stream_id, connected)
         assert far is not None
         self.until(lambda: near.is_joined)

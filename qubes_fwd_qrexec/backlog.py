@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a tunnel has to say and its call has not taken yet, and whose turn it is to add to it.
+
+The call is shared by all streams. So that a keystroke waits behind little, there is a bound to what is
+queued; and so that each bulk stream gets its share, those that have had their turn queue up for the next.
+"""
+
+import itertools
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from .leg import PULL_BYTES, Leg
+from .loop import GONE, WRITE, Loop
+from .tunnel import Buffer, Connection
+
+# Above it no more is read from sockets, so that a keystroke behind a bulk stream waits for this much and for
+# no more (relay-behaviours 20: 20 ms, which is 2 MiB at 100 MiB/s).
+HIGH_BYTES = 256 << 10
+_LOW_BYTES = 64 << 10
+# A stream that does not send all the time waits only for more than this, and never behind those that do.
+MAX_BYTES = 2 * HIGH_BYTES
+# How many legs may send when the call has taken what waited; each sends PULL_BYTES at most.
+_TURNS = HIGH_BYTES // PULL_BYTES
+# How many buffers one write takes (IOV_MAX is 1024).
+_WRITE_BUFFERS = 64
+
+
+class Backlog:
+    """Writes what ``connection`` has to ``sink``, the call's non-blocking socket, which is only used.
+
+    ``ready`` is called when the sink takes more, ``broken`` once when it never will again. Raises OSError
+    when the kernel can watch no more sockets.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: Connection,
+        sink: socket.socket,
+        ready: Callable[[], None],
+        broken: Callable[[], None],
+    ) -> None:
+        self.stuck_ticks = 0
+        """For how many ticks something has waited and nothing of it was taken."""
+        self._loop = loop
+        self._connection = connection
+        self._sink = sink
+        self._ready = ready
+        self._broken = broken
+        self._mask = 0
+        self._is_watched = True
+        self._is_broken = False
+        self._unsent: deque[Buffer] = deque()
+        self._unsent_bytes = 0
+        # A dict for its order, and so that each can leave.
+        self._waiting: dict[Leg, None] = {}
+        loop.watch(sink.fileno(), 0, self._on_sink)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._unsent
+
+    @property
+    def bytes_queued(self) -> int:
+        return self._unsent_bytes + self._connection.bytes_queued
+
+    def room(self, leg: Leg) -> int:
+        """How many bytes a leg may send now; if it has the credit, it is resumed when it is its turn."""
+        limit = self._connection.send_limit(leg.stream_id)
+        if limit:
+            queued = self._unsent_bytes + self._connection.bytes_queued
+            is_turn_over = leg.is_bulk and (queued > HIGH_BYTES or self._waiting)
+            if is_turn_over or queued > MAX_BYTES:
+                self._waiting[leg] = None
+                return 0
+        return limit
+
+    def give_turns(self) -> None:
+        """As many as there is room for, to those who have waited longest. Each of them has something to send
+        and the credit for it, so that another flush follows."""
+        if self._waiting and self._unsent_bytes < _LOW_BYTES:
+            for leg in list(itertools.islice(self._waiting, _TURNS)):
+                del self._waiting[leg]
+                leg.is_bulk = False
+                leg.resume()
+
+    def forget(self, leg: Leg) -> None:
+        """A leg that is closed waits for nothing."""
+        self._waiting.pop(leg, None)
+
+    def send(self) -> None:
+        """Write all that there is, or as much as the call takes now."""
+        if self._unsent_bytes or self._connection.bytes_queued:
+            self._unsent_bytes += self._connection.bytes_queued
+            self._unsent += self._connection.data_to_send()
+            self._write()
+
+    def tick(self) -> None:
+        """A second has passed."""
+        self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0
+        self.give_turns()
+
+    def let_go(self) -> None:
+        """Of the sink, before it is closed."""
+        if self._is_watched:
+            self._is_watched = False
+            self._loop.unwatch(self._sink.fileno())
+
+    def _write(self) -> None:
+        mask = 0
+        try:
+            while self._unsent and not self._is_broken:
+                is_short = len(self._unsent) <= _WRITE_BUFFERS
+                some = self._unsent if is_short else itertools.islice(self._unsent, _WRITE_BUFFERS)
+                self._written(self._sink.sendmsg(some))
+        except (BlockingIOError, InterruptedError):
+            mask = WRITE
+        except OSError:
+            self._break()
+        if self._is_broken:
+            self._unsent.clear()
+            self._unsent_bytes = 0
+        elif mask != self._mask:
+            self._mask = mask
+            self._loop.change(self._sink.fileno(), mask)
+
+    def _written(self, count: int) -> None:
+        self.stuck_ticks = 0
+        self._unsent_bytes -= count
+        if not self._unsent_bytes:
+            self._unsent.clear()
+            return
+        while count:
+            first = self._unsent.popleft()
+            if count < len(first):
+                self._unsent.appendleft(memoryview(first)[count:])
+                return
+            count -= len(first)
+
+    def _on_sink(self, events: int) -> None:
+        if events & GONE:
+            self._break()
+        else:
+            self._ready()
+
+    def _break(self) -> None:
+        if not self._is_broken:
+            self._is_broken = True
+            self.let_go()
+            self._broken()
