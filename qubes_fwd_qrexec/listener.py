@@ -28,6 +28,7 @@ from .relaythread import open_relay_thread
 from .rules import NO_LIMITS
 from .targets import CALLS_MAX
 from .transports import Transports
+from .tunnels import LINGER_S
 from .values import QubeName, RuleName
 
 _logger = logging.getLogger(__name__)
@@ -49,12 +50,14 @@ class Listener:
         calls_max: int = CALLS_MAX,
         timeouts: CallTimeouts | None = None,
         drain_s: float = DRAIN_S,
+        linger_s: float = LINGER_S,
     ) -> None:
         self._source = source
         self._client = client
         self._calls_max = calls_max
         self._timeouts = timeouts or CallTimeouts()
         self._drain_s = drain_s
+        self._linger_s = linger_s
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         self._stopping = trio.Event()
@@ -67,13 +70,16 @@ class Listener:
         Raises `ConfigError` or `BindError` when the first configuration cannot be served as a whole.
         """
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
-            transports = Transports(self._client, relays, tasks, self._calls_max, self._timeouts)
+            transports = Transports(
+                self._client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
+            )
             self._means = Means(transports, tasks)
             try:
                 await self._listen(task_status)
             finally:
                 for forward in self._forwards.values():
                     forward.stop_listening()
+                transports.drain()
             tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
 
     async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:
@@ -229,6 +235,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="end a call that gives no sign of life for so long (default: %(default)g)",
     )
+    parser.add_argument(
+        "--linger",
+        type=float,
+        default=LINGER_S,
+        metavar="SECONDS",
+        help="keep a tunnel for so long after its last connection (default: %(default)g)",
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
@@ -241,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--calls {args.calls}: at least 1 would be right")
     if not args.call_timeout > 0:
         parser.error(f"--call-timeout {args.call_timeout}: more than 0 would be right")
+    if not args.linger >= 0:
+        parser.error(f"--linger {args.linger}: 0 or more would be right")
     start_logging(is_verbose=args.verbose)
     raise_descriptor_limit()
     status = 0
@@ -250,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
             qrexec.parse_client(args.qrexec_client),
             calls_max=args.calls,
             timeouts=CallTimeouts(call_s=args.call_timeout),
+            linger_s=args.linger,
         )
         trio.run(_main, listener, strict_exception_groups=True)
     except* ForwardError as errors:

@@ -17,10 +17,12 @@ from .relaythread import RelayThread
 from .rules import Proxy, Transport
 from .targets import Target
 from .tunnel import Origin, ProxyVersion
-from .tunnels import Tunnels
+from .tunnels import LINGER_S, Tunnels
 from .values import TargetPorts
 
 _PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
+
+_TunnelsKey = tuple[str, str, TargetPorts]
 
 
 class Transports:
@@ -33,15 +35,17 @@ class Transports:
         tasks: trio.Nursery,
         calls_max: int,
         timeouts: CallTimeouts,
+        linger_s: float = LINGER_S,
     ) -> None:
         self.relays = relays
         self._client = client
         self._tasks = tasks
         self._calls_max = calls_max
         self._timeouts = timeouts
+        self._linger_s = linger_s
         self._budget = Budget()
         self._targets: dict[str, Target] = {}
-        self._tunnels: dict[tuple[str, TargetPorts], Tunnels] = {}
+        self._tunnels: dict[_TunnelsKey, Tunnels] = {}
 
     async def carry(self, config: ListenerConfig, port: int, accepted: socket.socket) -> Ending:
         """Carry a connection that was accepted on ``port``; an `Ending` with an error asks for an abort.
@@ -77,6 +81,11 @@ class Transports:
         for key in self._tunnels.keys() - needed:
             self._tunnels.pop(key).retire()
 
+    def drain(self) -> None:
+        """The listener stops: no more tunnels, and each that is there ends with its last stream."""
+        for tunnels in self._tunnels.values():
+            tunnels.retire()
+
     def _target(self, name: str) -> Target:
         if name not in self._targets:
             self._targets[name] = Target(name, self._calls_max)
@@ -95,12 +104,14 @@ class Transports:
                 self._budget,
                 self._tasks,
                 self._timeouts.half_close_s,
+                self._linger_s,
             )
         return self._tunnels[key]
 
 
-def _tunnels_key(config: ListenerConfig) -> tuple[str, TargetPorts]:
-    return config.target, config.target_ports
+def _tunnels_key(config: ListenerConfig) -> _TunnelsKey:
+    """Target, service and ports: what dom0 judges."""
+    return config.target, config.service, config.target_ports
 
 
 def _origin(accepted: socket.socket) -> Origin:

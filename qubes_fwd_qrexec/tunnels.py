@@ -7,9 +7,11 @@ stream. A tunnel that cannot be opened is not tried again at once: connections m
 """
 
 import logging
+import math
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import trio
@@ -35,6 +37,10 @@ HELLO_S = 30.0
 LINGER_S = 60.0
 # relay-behaviours 25: connections that wait for a tunnel are bounded in number; HELLO_S bounds their time.
 WAITING_MAX = 1024
+# A tunnel that has lived for so long, or for its lease, was none that the target gives up at once.
+_PROVEN_S = 10.0
+# How often a stream is asked for again that the target would not have begun.
+_TRIES = 3
 # After the call has ended its exit status comes, or never does.
 _STATUS_WAIT_S = 0.2
 _LOOK_S = 1.0
@@ -50,7 +56,11 @@ _TRY_AGAIN = frozenset((ResetCode.LEASE_OVER, ResetCode.SHUTDOWN))
 
 
 class _RetryError(Exception):
-    """The stream was not begun and may be asked for again."""
+    """The stream was not begun and may be asked for again. ``is_targets``: the target would not have it."""
+
+    def __init__(self, *, is_targets: bool) -> None:
+        super().__init__()
+        self.is_targets = is_targets
 
 
 class Tunnel:
@@ -60,13 +70,19 @@ class Tunnel:
     read in both.
     """
 
-    def __init__(self, relays: RelayThread, ports: TargetPorts) -> None:
+    def __init__(self, relays: RelayThread, ports: TargetPorts, given_up: "Callable[[Tunnel], None]") -> None:
         self.settled = trio.Event()
         """Set once it is ready, or never will be."""
         self.problem: str | None = None
         self.mux: Mux | None = None
+        self.ready_at = -math.inf
+        self.opened = 0
+        """How many streams it was asked for so far."""
+        self.is_spent = False
+        """Whether this end wants no more of it, or the target's having given it up has been noted."""
         self._relays = relays
         self._ports = ports
+        self._given_up = given_up
         self._is_ready = False
         self._is_draining = False
         self._finish: Callable[[str | None], None] | None = None
@@ -80,6 +96,19 @@ class Tunnel:
     def has_room(self) -> bool:
         """Whether it takes another stream now."""
         return self._is_ready and not self._is_draining and self.mux is not None and self.mux.open_room > 0
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether it has no room only because clients come and go faster than the target answers for."""
+        mux = self.mux
+        if not self._is_ready or self._is_draining or mux is None or mux.open_room > 0:
+            return False
+        return 2 * len(mux.legs) < mux.connection.open_streams
+
+    @property
+    def lease_s(self) -> float:
+        peer = None if self.mux is None else self.mux.connection.peer
+        return 0.0 if peer is None else peer.lease_s
 
     @property
     def streams(self) -> int:
@@ -103,7 +132,7 @@ class Tunnel:
 
     def drain(self) -> None:
         """Take no more streams, and end with the last one."""
-        self._is_draining = True
+        self._is_draining = self.is_spent = True
 
         def drain() -> None:
             if self.mux is not None:
@@ -117,8 +146,9 @@ class Tunnel:
 
         def begin(finish: Callable[[Ending | _RetryError], None]) -> None:
             if not self.has_room or self.mux is None:
-                finish(_RetryError())
+                finish(_RetryError(is_targets=False))
                 return
+            self.opened += 1
             leg = self.mux.open(port, origin, accepted, proxy)
             if leg is None:
                 finish(Ending("this qube holds as many connections as it may", False, 0, 0))
@@ -145,8 +175,12 @@ class Tunnel:
     # What the mux tells, in the loop's thread
 
     def ready(self, mux: Mux) -> None:
+        def settle() -> None:
+            self.ready_at = trio.current_time()
+            self.settled.set()
+
         self._is_ready = True
-        self._relays.tell(self.settled.set)
+        self._relays.tell(settle)
 
     def open_requested(self, mux: Mux, event: OpenReceived) -> None:
         """Never: the protocol lets the target ask for nothing."""
@@ -155,13 +189,16 @@ class Tunnel:
         """Never: this end answers no streams."""
 
     def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+        if code in _TRY_AGAIN:
+            self._is_draining = True  # it has said so, or should have
         finish = self._waiting.pop(leg, None)
         if finish is not None:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
-            finish(_RetryError() if code in _TRY_AGAIN else Ending(error, False, 0, 0))
+            finish(_RetryError(is_targets=True) if code in _TRY_AGAIN else Ending(error, False, 0, 0))
 
     def draining(self, mux: Mux, code: GoawayCode) -> None:
         self._is_draining = True
+        self._relays.tell(lambda: self._given_up(self))
 
     def over(self, mux: Mux, problem: str | None) -> None:
         self._is_draining = True
@@ -182,6 +219,7 @@ class Tunnels:
         budget: Budget,
         tasks: trio.Nursery,
         half_close_s: float,
+        linger_s: float = LINGER_S,
     ) -> None:
         self._client = client
         self._target = target
@@ -191,6 +229,7 @@ class Tunnels:
         self._budget = budget
         self._tasks = tasks
         self._half_close_s = half_close_s
+        self._linger_s = linger_s
         self._tunnels: list[Tunnel] = []
         self._limit = RateLimit()
         self._waiting = 0
@@ -207,76 +246,117 @@ class Tunnels:
 
         Raises `RefusedError` when there is no tunnel to be had; the connection is untouched then.
         """
+        deadline = trio.current_time() + HELLO_S
+        turned_away = 0
         while True:
-            tunnel = await self._usable()
+            tunnel = await self._usable(deadline)
             try:
                 return await tunnel.relay(accepted, port, origin, proxy)
-            except _RetryError:
-                if self._is_retired:
-                    raise RefusedError(f"the forward to {self._target.name} is over") from None
+            except _RetryError as error:
+                turned_away += error.is_targets
+            if turned_away >= _TRIES:
+                raise RefusedError(f"{self._target.name} took none of {_TRIES} requests for a stream")
 
-    async def _usable(self) -> Tunnel:
+    async def _usable(self, deadline: float) -> Tunnel:
         """A tunnel with room, made if there is none; `RefusedError` when that fails or takes too long."""
-        with trio.move_on_after(HELLO_S):
-            while True:
-                for tunnel in self._tunnels:
-                    if tunnel.has_room:
-                        return tunnel
+        while trio.current_time() < deadline:
+            if self._is_retired:
+                raise RefusedError(f"the forward to {self._target.name} is over")
+            for tunnel in self._tunnels:
+                if tunnel.has_room:
+                    return tunnel
+            with self._waiting_one(), trio.move_on_at(deadline):
+                if any(tunnel.is_held_up for tunnel in self._tunnels):
+                    await trio.sleep(_LOOK_S)
+                    continue
                 opening = next((t for t in self._tunnels if t.is_opening), None) or self._open()
-                if self._waiting >= WAITING_MAX:
-                    raise RefusedError(f"{WAITING_MAX} connections wait for a tunnel to {self._target.name}")
-                self._waiting += 1
-                try:
-                    await opening.settled.wait()
-                finally:
-                    self._waiting -= 1
+                await opening.settled.wait()
                 if opening.problem is not None:
                     raise RefusedError(f"no tunnel to {self._target.name}: {opening.problem}")
         raise RefusedError(f"no tunnel to {self._target.name} within {HELLO_S:g} s")
 
+    @contextmanager
+    def _waiting_one(self) -> Iterator[None]:
+        if self._waiting >= WAITING_MAX:
+            raise RefusedError(f"{WAITING_MAX} connections wait for a tunnel to {self._target.name}")
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
     def _open(self) -> Tunnel:
         self._target.check_back_off(self._service)
-        tunnel = Tunnel(self._relays, self._ports)
+        tunnel = Tunnel(self._relays, self._ports, self._given_up)
         self._tunnels.append(tunnel)
         self._tasks.start_soon(self._run, tunnel)
         return tunnel
 
     async def _run(self, tunnel: Tunnel) -> None:
-        """One tunnel's whole life, with the call that it is made of."""
+        """One tunnel's whole life, with the call that it is made of and one of the target's slots."""
         problem: str | None = "the listener stops"
         try:
-            async with open_call(self._client, self._target.name, self._service) as call:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._keep, tunnel)
-                    problem = await tunnel.run(call, self._budget, self._half_close_s)
-                    nursery.cancel_scope.cancel()
-                status = await call.status(_STATUS_WAIT_S)
-                if status and problem is not None:
-                    problem = f"{problem}; {meaning(status)}"
-        except OSError as error:
-            problem = f"cannot start {self._client[0]}: {error.strerror}"
+            async with self._target.slot(self._service):
+                problem = await self._call(tunnel)
+                if tunnel.is_opening:
+                    problem = problem or "the target closed it at once"
+                    self._target.refused(self._service, problem)
+                elif problem is not None:
+                    warn(_logger, self._limit, "lost", f"a tunnel to {self._target.name} was lost: {problem}")
+                    self._target.lost(self._service, problem)
+                else:
+                    self._given_up(tunnel)
+        except RefusedError as error:
+            problem = str(error)
         finally:
             self._tunnels.remove(tunnel)
-            self._note(tunnel, problem)
+            if tunnel.is_opening:
+                tunnel.problem = problem
+                tunnel.settled.set()
 
-    def _note(self, tunnel: Tunnel, problem: str | None) -> None:
-        """Tell those who wait, and bear in mind that dom0 or the target would not have it."""
-        if tunnel.is_opening:
-            tunnel.problem = problem or "the target closed it at once"
-            self._target.refused(self._service)
-            tunnel.settled.set()
-        elif problem is not None:
-            warn(_logger, self._limit, "lost", f"a tunnel to {self._target.name} was lost: {problem}")
+    async def _call(self, tunnel: Tunnel) -> str | None:
+        """Why the tunnel ended, unless it was as agreed."""
+        try:
+            async with open_call(self._client, self._target.name, self._service) as call:
+                problem = await self._drive(tunnel, call)
+                status = None if problem is None else await call.status(_STATUS_WAIT_S)
+        except OSError as error:
+            return f"cannot start {self._client[0]}: {error.strerror}"
+        if not status:
+            return problem
+        # That the call's bytes ended says nothing more where it never came through.
+        return meaning(status) if tunnel.is_opening else f"{problem}; {meaning(status)}"
+
+    async def _drive(self, tunnel: Tunnel, call: Call) -> str | None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep, tunnel)
+            try:
+                problem = await tunnel.run(call, self._budget, self._half_close_s)
+            except OSError as error:
+                problem = f"cannot watch the call: {error.strerror}"
+            nursery.cancel_scope.cancel()
+        return problem
 
     async def _keep(self, tunnel: Tunnel) -> None:
         """Let a tunnel end that has had no streams for a while."""
         await tunnel.settled.wait()
-        self._target.accepted(self._service)
-        if self._is_retired:
-            tunnel.drain()
-        idle_since = trio.current_time()
-        while trio.current_time() - idle_since < LINGER_S:
-            if tunnel.streams:
-                idle_since = trio.current_time()
+        idle_since = tunnel.ready_at
+        opened = 0
+        while not self._is_retired:
+            now = trio.current_time()
+            if tunnel.streams or tunnel.opened != opened:
+                idle_since, opened = now, tunnel.opened
+            elif now - idle_since >= (self._linger_s if opened else LINGER_S):
+                break
+            if now - tunnel.ready_at >= _PROVEN_S:
+                self._target.accepted(self._service)
             await trio.sleep(_LOOK_S)
         tunnel.drain()
+
+    def _given_up(self, tunnel: Tunnel) -> None:
+        """The target wants no more streams on it. If that came too soon, it may not go on like this: each
+        tunnel is a question to dom0."""
+        lived_s = trio.current_time() - tunnel.ready_at
+        if not tunnel.is_spent and lived_s < min(_PROVEN_S, tunnel.lease_s):
+            self._target.lost(self._service, "the target gave a tunnel up at once")
+        tunnel.is_spent = True
