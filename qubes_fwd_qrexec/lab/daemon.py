@@ -106,13 +106,7 @@ def stop(lab: LabDirectory) -> bool:
     """End the broker and remove what it made; False if none ran. Raises `StoreError` if it does not end."""
     pid = broker_pid(lab)
     if pid is not None:
-        for sign, patience_s in ((signal.SIGTERM, _DOWN_TIMEOUT_S), (signal.SIGKILL, _DOWN_TIMEOUT_S)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, sign)
-            if _wait_until_down(lab, patience_s):
-                break
-        else:
-            raise StoreError(f"the broker (pid {pid}) does not end")
+        _end(pid)
     clean(lab)
     return pid is not None
 
@@ -126,13 +120,21 @@ def clean(lab: LabDirectory) -> None:
         netns.destroy(lab)
 
 
-def _wait_until_down(lab: LabDirectory, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
-    while broker_pid(lab) is not None:
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(_POLL_S)
-    return True
+def _end(pid: int) -> None:
+    """Raises `StoreError` if it does not end. It lets go of its lock a moment before it is gone."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, sign)
+            if select.select([pidfd], [], [], _DOWN_TIMEOUT_S)[0]:
+                return
+    finally:
+        os.close(pidfd)
+    raise StoreError(f"the broker (pid {pid}) does not end")
 
 
 def _search_path() -> str:
