@@ -52,7 +52,7 @@ def serve(ports: TargetPorts, stdin: socket.socket, stdout: socket.socket) -> in
     source = os.environ.get("QREXEC_REMOTE_DOMAIN", "")
     try:
         with noted(ports, parse_qube_name(source), directory()):
-            problem = TunnelService(ports, stdin, stdout).run()
+            problem = TunnelService(ports, stdin, stdout, LEASE_S).run()
     except (RevocationError, TextError) as error:
         raise ServiceError(ExitStatus.TROUBLE, str(error)) from None
     if problem is not None:
@@ -153,9 +153,7 @@ class _Connecting:
 class TunnelService:
     """One tunnel, from its first byte to its last."""
 
-    def __init__(
-        self, ports: TargetPorts, stdin: socket.socket, stdout: socket.socket, lease_s: int = LEASE_S
-    ) -> None:
+    def __init__(self, ports: TargetPorts, stdin: socket.socket, stdout: socket.socket, lease_s: int) -> None:
         self._ports = ports
         self._loop = Loop()
         self._connecting: dict[int, _Connecting] = {}

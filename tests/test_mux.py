@@ -270,13 +270,14 @@ def test_garbage_never_leaves_the_loop_as_an_exception(cut: int) -> None:
         assert bench.near_owner.problem
 
 
-def test_two_whose_call_cannot_be_watched_leave_nothing(
-    bench: TunnelBench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_call_that_cannot_be_watched_leaves_nothing(
+    bench: TunnelBench, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     real = bench.loop.watch
 
     def only_once(fd: int, *rest: object) -> None:
-        if fd == other.fileno():
+        if fd == (one, other)[number].fileno():
             raise OSError(errno.ENOSPC, "too many")
         real(fd, *rest)  # type: ignore[arg-type]
 
