@@ -20,6 +20,9 @@ from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.logs import start_logging
 
+# Threads that trio keeps for a while after they were used; they come and go.
+_CACHED = "Trio thread"
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -48,7 +51,7 @@ def held(listener: Listener) -> Held:
         budget_streams=transports._budget.streams,
         budget_left=transports._budget.shared_left,
         tasks=trio.lowlevel.current_statistics().tasks_living,
-        threads=threading.active_count(),
+        threads=sum(not thread.name.startswith(_CACHED) for thread in threading.enumerate()),
         files=open_files(os.getpid()),
         memory_kib=pss_kib(os.getpid()),
     )

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -191,13 +191,18 @@ class Soak:
         for name in _counts(at_rest):
             if now[name] != at_rest[name]:
                 self.findings.note(f"left over: {name} {now[name]}, at the start {at_rest[name]}")
-        if memory and now["memory_kib"] - memory[0] > _MEMORY_KIB:
-            self.findings.note(f"the listener grew: {', '.join(f'{kib:.0f}' for kib in memory)} KiB")
+        story = (at_rest["memory_kib"], *memory, now["memory_kib"])
+        if story[-1] - story[1] > _MEMORY_KIB:
+            self.findings.note(f"the listener has grown since the first storm by more than {_MEMORY_KIB} KiB")
+        print(f"listener's memory at the start, after each storm and at the end: {_mib(story)} MiB")
+        services = (at_rest["service memory_kib"], now["service memory_kib"])
         print(
-            f"listener {at_rest['memory_kib']:.0f} KiB at the start, "
-            f"{memory[0]:.0f} after the first storm, {now['memory_kib']:.0f} at the end; "
-            f"service {at_rest['service memory_kib']:.0f} and {now['service memory_kib']:.0f} KiB"
+            f"service's memory, the first one at the start and the last one at the end: {_mib(services)} MiB"
         )
+
+
+def _mib(kib: Sequence[float]) -> str:
+    return ", ".join(f"{value / 1024:.1f}" for value in kib)
 
 
 def _counts(at_rest: dict[str, Any]) -> Iterator[str]:
