@@ -38,7 +38,9 @@ class TunnelStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         received = await self._stream.receive_some(max_bytes)
-        if not received and self._leg is not None and self._leg.ended is LegEnd.REMOTE_RESET:
+        leg = self._leg
+        is_reset = leg is not None and leg.ended is LegEnd.REMOTE_RESET and not leg.has_eof
+        if is_reset and not received:
             raise trio.BrokenResourceError("the other end aborted the stream")
         return received
 
