@@ -51,8 +51,11 @@ def serve(ports: TargetPorts, stdin: socket.socket, stdout: socket.socket) -> in
     raise_descriptor_limit()
     source = os.environ.get("QREXEC_REMOTE_DOMAIN", "")
     try:
-        with noted(ports, parse_qube_name(source), directory()):
-            problem = TunnelService(ports, stdin, stdout, LEASE_S).run()
+        with (
+            noted(ports, parse_qube_name(source), directory()),
+            contextlib.closing(TunnelService(ports, stdin, stdout, LEASE_S)) as service,
+        ):
+            problem = service.run()
     except (RevocationError, TextError) as error:
         raise ServiceError(ExitStatus.TROUBLE, str(error)) from None
     if problem is not None:
@@ -170,6 +173,9 @@ class TunnelService:
             while not self._is_over or self._mux.legs:
                 self._loop.run_once()
         return self._problem
+
+    def close(self) -> None:
+        self._loop.close()
 
     def _end_lease(self) -> None:
         if not self._is_over:
