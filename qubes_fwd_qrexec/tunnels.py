@@ -189,14 +189,18 @@ class Tunnel:
         """Never: this end answers no streams."""
 
     def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
-        if code in _TRY_AGAIN:
-            self._is_draining = True  # it has said so, or should have
+        if code in _TRY_AGAIN and not mux.is_over:
+            self._turn_away()  # it has said so, or should have
+            mux.drain(GoawayCode.SHUTDOWN)
         finish = self._waiting.pop(leg, None)
         if finish is not None:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
             finish(_RetryError(is_targets=True) if code in _TRY_AGAIN else Ending(error, False, 0, 0))
 
     def draining(self, mux: Mux, code: GoawayCode) -> None:
+        self._turn_away()
+
+    def _turn_away(self) -> None:
         self._is_draining = True
         self._relays.tell(lambda: self._given_up(self))
 

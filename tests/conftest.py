@@ -3,9 +3,17 @@
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from helpers import listening_socket
+
+
+@pytest.fixture
+def tunnel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tunnel's service finds in a qube: who calls, and where its note goes."""
+    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ BOUND_S = 15.0
 
 # MODE from the command line; then what the real program gets: ``-- TARGET SERVICE+ARGUMENT``.
 _CLIENT = """
-import os, signal, socket, sys, threading
+import contextlib, os, signal, socket, sys, threading
 mode, calls, dashes, target, service = sys.argv[1:]
 assert dashes == "--", sys.argv
 with open(calls, "a") as log:
@@ -25,6 +25,33 @@ with open(calls, "a") as log:
 argument = service.partition("+")[2]
 if mode == "serve":
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", argument])
+elif mode.startswith("tunnel"):  # our service, with constants of its own
+    from qubes_fwd_qrexec import service, tunnelservice
+    for setting in mode.split()[1:]:
+        name, equals, value = setting.partition("=")
+        assert hasattr(tunnelservice, name)
+        setattr(tunnelservice, name, int(value))
+    sys.exit(service.main([argument]))
+elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up what it is asked for
+    from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived, ResetCode
+    first, dash, last = argument.removesuffix("+tunnel").partition("-")
+    ports = range(int(first), int(last or first) + 1)
+    connection = Connection(Hello(65536, bytes(16), max_streams=100, lease_s=300), ports)
+    if mode == "rude drain":
+        connection.drain(GoawayCode.SHUTDOWN)
+    if mode == "rude close":
+        connection.close()
+    with contextlib.suppress(OSError):
+        while True:
+            for chunk in connection.data_to_send():
+                os.write(1, chunk)
+            if connection.is_over or not (received := os.read(0, 65536)):
+                break
+            for event in connection.receive_data(received):
+                if isinstance(event, OpenReceived):
+                    if mode == "rude die":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    connection.reset_stream(event.stream_id, ResetCode.LEASE_OVER)
 elif mode.startswith("exit"):
     sys.exit(int(mode[4:]))
 elif mode == "hang":
@@ -157,10 +184,16 @@ async def running_listener(
     calls_max: int = 32,
     timeouts: CallTimeouts | None = None,
     drain_s: float = 5.0,
+    linger_s: float = 60.0,
 ) -> AsyncIterator[Listener]:
     """A listener that serves ``directory``; stopped, at once, with the block."""
     listener = Listener(
-        ConfigSource(directory), client, calls_max=calls_max, timeouts=timeouts, drain_s=drain_s
+        ConfigSource(directory),
+        client,
+        calls_max=calls_max,
+        timeouts=timeouts,
+        drain_s=drain_s,
+        linger_s=linger_s,
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)
