@@ -96,6 +96,26 @@ class Backlog:
             self._unsent += self._connection.data_to_send()
             self._write()
 
+    def room_now(self, leg: Leg) -> int:
+        """How many bytes a leg may send by `send_now`; 0 while anything waits, or anybody."""
+        if self._unsent_bytes or self._waiting or self._is_broken:
+            return 0
+        return self._connection.send_limit_now(leg.stream_id)
+
+    def send_now(self, frame: memoryview) -> None:
+        """Write a frame before anything else is queued; what is not taken is copied, and waits."""
+        try:
+            count = self._sink.send(frame)
+        except (BlockingIOError, InterruptedError):
+            count = 0
+        except OSError:
+            self._break()
+            return
+        if count < len(frame):
+            self._unsent.append(bytes(frame[count:]))
+            self._unsent_bytes = len(frame) - count
+            self._write()
+
     def tick(self) -> None:
         """A second has passed."""
         self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0

@@ -5,12 +5,8 @@ A FIN becomes EOF and EOF a FIN, in each direction by itself; RST becomes RESET 
 what had arrived before it. Anything that goes wrong is an abort: a clean end is only ever said.
 """
 
-import contextlib
 import errno
-import fcntl
 import socket
-import struct
-import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from .budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES
 from .loop import GONE, READ, WRITE, Timer
-from .relay import abort, abort_by_default, close_cleanly, half_close
-from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES, ResetCode
+from .relay import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
+from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES, Buffer, ResetCode
 
 if TYPE_CHECKING:
     from .mux import Mux
@@ -94,15 +90,12 @@ class Leg:
         self._broken_by = 0
         self._is_closed = False
         self._timer: Timer | None = None
-        self.has_eof = False
-        self.is_bulk = False
-        self.is_joined = False
+        self.has_eof = self.is_bulk = self.is_joined = False
         self.stream_id = stream_id
         self.sock = sock
         self.ended: LegEnd | None = None
         self.on_end: Callable[[LegEnd], None] | None = None
-        self.sent = 0
-        self.received = 0
+        self.sent = self.received = 0
         self.moved_at = self._granted_at = time.monotonic()
         abort_by_default(sock)
 
@@ -138,6 +131,8 @@ class Leg:
 
     def _pull(self) -> None:
         """Read while frames are full and the credit lets us, and send it all on in the same turn."""
+        if not self.is_bulk and self._mux.loop.is_alone and not self._pull_one():
+            return
         stop_at = self.sent + PULL_BYTES
         while self.sent < stop_at:
             limit = self._mux.room(self)
@@ -162,6 +157,28 @@ class Leg:
                 return
         self.is_bulk = True
 
+    def _pull_one(self) -> bool:
+        """The short way for the little that there mostly is: one read and one write, without a copy.
+
+        Returns whether there may be more to read.
+        """
+        mux = self._mux
+        if not (limit := mux.backlog.room_now(self)):
+            return True
+        try:
+            count = self.sock.recv_into(mux.payload_buffer, limit)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            self.abort_from_here()
+            return False
+        if not count:
+            return True  # an end of file is there for the second reader too
+        self.moved_at = time.monotonic()
+        self.sent += count
+        mux.send_now(self.stream_id, count)
+        return count == limit
+
     def _end_of_file(self) -> None:
         """The local peer's FIN, or the end of what it sent before its abort."""
         if not self._broken_by or (self._broken_by == errno.EPIPE and not self.has_eof):
@@ -169,9 +186,9 @@ class Leg:
             self._mux.send_eof(self.stream_id)
         if self._broken_by:
             self.abort_from_here()
-            return
-        self._watch(self._mask & ~READ)
-        self._close_if_done()
+        else:
+            self._watch(self._mask & ~READ)
+            self._close_if_done()
 
     def resume(self) -> None:
         """There is credit again, or room in the tunnel."""
@@ -197,16 +214,16 @@ class Leg:
 
     # From the tunnel into the socket
 
-    def deliver(self, data: bytes | bytearray, frames: int = 1) -> None:
+    def deliver(self, data: Buffer, frames: int = 1) -> None:
         """Bytes of the peer, which came in so many frames: written at once where the socket takes them, else
-        kept until it does."""
+        copied and kept until it does."""
         length = len(data)
         cost = length + frames * FRAME_COST_BYTES
         self.received += length
         if self._broken_by:
             return
         if self._pending is not None:
-            self._pending.append((memoryview(data), cost))
+            self._pending.append((memoryview(bytes(data)), cost))
             return
         try:
             sent = self.sock.send(data)
@@ -217,9 +234,11 @@ class Leg:
             return
         self.moved_at = time.monotonic()
         if sent == length:
-            self._consumed(cost)
+            self._owed += cost
+            if self._owed >= self._window // 4:
+                self._grant_again()
             return
-        self._pending = deque([(memoryview(data)[sent:], cost)])
+        self._pending = deque([(memoryview(bytes(data[sent:])), cost)])
         self._watch_too(WRITE)
 
     def receive_eof(self) -> None:
@@ -245,7 +264,9 @@ class Leg:
                     pending[0] = (data[sent:], cost)
                     return
                 pending.popleft()
-                self._consumed(cost)
+                self._owed += cost
+                if self._owed >= self._window // 4:
+                    self._grant_again()
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -269,16 +290,13 @@ class Leg:
         self._broken_by = error.errno or errno.ECONNRESET
         self._watch(READ)
 
-    def _consumed(self, cost: int) -> None:
+    def _grant_again(self) -> None:
         """Grant again what was used, when it is half of the window, which is what the peer is told at once;
         more where it was used fast, less where it was not.
 
         Nothing is granted to a stream that has ended; the budget has it back with the window then.
         """
         if self.ended is not None or self.has_eof:
-            return
-        self._owed += cost
-        if self._owed < self._window // 4:
             return
         least = max(self._mux.granted(self.stream_id), MIN_CREDIT_BYTES)
         if self._owed < least:
@@ -327,7 +345,7 @@ class Leg:
     def _last_words(self, look_s: float, deadline: float) -> None:
         """An RST makes the kernel drop what it has not sent, so it waits until that is acknowledged."""
         left_s = deadline - time.monotonic()
-        if left_s <= 0 or (self._pending is None and _unsent_bytes(self.sock) == 0):
+        if left_s <= 0 or (self._pending is None and unsent_bytes(self.sock) == 0):
             self._close(is_clean=False)
         else:
             self._after(min(look_s, left_s), lambda: self._last_words(2 * look_s, deadline))
@@ -380,10 +398,3 @@ class Leg:
                 loop.soon(self.abort_from_here)
                 return
         self._mask = mask
-
-
-def _unsent_bytes(sock: socket.socket) -> int:
-    """What the socket's peer has not acknowledged; 0 where that cannot be known."""
-    with contextlib.suppress(OSError):
-        return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
-    return 0

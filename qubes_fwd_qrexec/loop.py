@@ -15,6 +15,9 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 GONE = select.EPOLLERR | select.EPOLLHUP
 
+# How many are served in one turn; the kernel goes round, so that none is passed over.
+_EVENTS_MAX = 256
+
 Handler = Callable[[int], None]
 
 
@@ -37,6 +40,8 @@ class Loop:
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Handler, int]] = {}
         self._turn = 0
+        self.is_alone = False
+        """Whether what is being served is all there is in this turn: its end is not worth waiting for."""
         self._soon: list[Callable[[], None]] = []
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -72,10 +77,14 @@ class Loop:
         if self._soon:
             timeout_s = 0.0
         elif self._timers:
-            due_s = max(self._timers[0][0] - time.monotonic(), 0.0)
-            timeout_s = due_s if timeout_s is None else min(due_s, timeout_s)
-        news = self._epoll.poll(timeout_s)
+            due_s = self._timers[0][0] - time.monotonic()
+            if due_s < 0.0:
+                due_s = 0.0
+            if timeout_s is None or due_s < timeout_s:
+                timeout_s = due_s
+        news = self._epoll.poll(timeout_s, _EVENTS_MAX)
         self._turn += 1
+        self.is_alone = len(news) == 1
         for fd, events in news:
             # What is watched only since this turn began has the number of a descriptor that was closed in
             # it: the news is about that one.

@@ -18,6 +18,8 @@ from .errors import LocalProtocolError, RemoteProtocolError
 from .leg import Leg
 from .loop import READ, Loop
 from .tunnel import (
+    HEADER_BYTES,
+    MAX_DATA_BYTES,
     AcceptReceived,
     Connection,
     CreditReceived,
@@ -99,6 +101,8 @@ class Mux:
         self._owner = owner
         self._source = source
         self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        self._frame_buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_BYTES))
+        self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
         self._is_flush_due = False
         self._half_close_s = half_close_s
         self._ticks = 0
@@ -182,6 +186,12 @@ class Mux:
         self.connection.send_data(stream_id, data)
         self._flush_soon()
 
+    def send_now(self, stream_id: int, length: int) -> None:
+        """Send what stands in ``payload_buffer``; at most `Backlog.room_now`."""
+        frame = self._frame_buffer[: HEADER_BYTES + length]
+        self.connection.send_data_now(stream_id, frame)
+        self.backlog.send_now(frame)
+
     def send_eof(self, stream_id: int) -> None:
         self.connection.send_eof(stream_id)
         self._flush_soon()
@@ -221,7 +231,12 @@ class Mux:
                 self.connection.receive_eof()
                 self._end(None)
                 return
-            self._take(self.connection.receive_data(self._read_buffer[:count]))
+            chunk = self._read_buffer[:count]
+            stream_id = self.connection.receive_lone_data(chunk)
+            if stream_id:
+                self.legs[stream_id].deliver(chunk[HEADER_BYTES:])
+            else:
+                self._take(self.connection.receive_data(chunk))
         except RemoteProtocolError as error:
             self.backlog.send()
             self._end(str(error))

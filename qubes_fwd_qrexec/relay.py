@@ -255,9 +255,14 @@ def undelivered_bytes(sock: socket.socket) -> int:
     """What a TCP peer has not yet acknowledged of what it was sent; 0 when it is gone."""
     gone = select.poll()
     gone.register(sock, 0)
-    if gone.poll(0):
-        return 0
-    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+    return 0 if gone.poll(0) else unsent_bytes(sock)
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """What the kernel still holds for the peer, gone or not; 0 where that cannot be known."""
+    with contextlib.suppress(OSError):
+        return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+    return 0
 
 
 def half_close(sock: socket.socket) -> None:

@@ -540,7 +540,7 @@ def test_what_a_socket_has_not_sent_is_nothing_where_that_cannot_be_known() -> N
     one, other = unix_pair()
     with one, other:
         one.send(b"x")
-        assert leg_module._unsent_bytes(one) > 0
+        assert leg_module.unsent_bytes(one) > 0
     with socket.socket() as listening:
         listening.listen()
-        assert leg_module._unsent_bytes(listening) == 0
+        assert leg_module.unsent_bytes(listening) == 0

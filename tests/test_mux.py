@@ -193,14 +193,14 @@ def test_ten_thousand_last_words_are_not_looked_after_all_the_time(
     """A stalled client's leg is looked at eight times within its 0.8 s, and not 160 times."""
     monkeypatch.setattr(leg_module, "_LAST_WORDS_S", 0.1)
     looks = 0
-    real = leg_module._unsent_bytes
+    real = leg_module.unsent_bytes
 
     def counted(sock: socket.socket) -> int:
         nonlocal looks
         looks += 1
         return real(sock) or 1
 
-    monkeypatch.setattr(leg_module, "_unsent_bytes", counted)
+    monkeypatch.setattr(leg_module, "unsent_bytes", counted)
     stream = bench.join()
     bench.far.close()
     bench.until(lambda: "near" in stream.ends)
@@ -476,7 +476,7 @@ class Stream:
                 if self.chance.random() < 0.02 or (is_ending and self.chance.random() < 0.1):
                     abort(sock)
                     continue
-                data = self.data[name][self.sent[name] : self.sent[name] + self.chance.randrange(40_000)]
+                data = self.data[name][self.sent[name] : self.sent[name] + self.chance.randrange(1, 40_000)]
                 if data:
                     self.sent[name] += sock.send(data)
                 elif name not in self.over:

@@ -21,6 +21,7 @@ from .events import (
 )
 from .limits import (
     FRAME_COST_BYTES,
+    HEADER_BYTES,
     MAX_DATA_BYTES,
     MAX_WINDOW_BYTES,
     MIN_CREDIT_BYTES,
@@ -31,6 +32,7 @@ from .wire import Buffer
 
 __all__ = [
     "FRAME_COST_BYTES",
+    "HEADER_BYTES",
     "MAX_DATA_BYTES",
     "MAX_WINDOW_BYTES",
     "MIN_CREDIT_BYTES",

@@ -22,11 +22,15 @@ from .events import (
     PongReceived,
     ResetReceived,
 )
-from .limits import FRAME_COST_BYTES, MIN_WINDOW_BYTES
+from .limits import FRAME_COST_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MIN_WINDOW_BYTES
 from .messages import REFUSAL_WHILE_DRAINING, GoawayCode, Role
 from .states import Half
 from .stream import Stream
 from .wire import Buffer, FrameType
+
+# Looked up once: the members of an enumeration are not as quick to find as other names.
+_FLOWING = Half.FLOWING
+_RESET = Half.RESET
 
 
 class Incoming(Endpoint):
@@ -47,6 +51,30 @@ class Incoming(Endpoint):
             return iter(())
         self._is_receiving = True
         return self._events(untrusted_chunk)
+
+    def receive_lone_data(self, untrusted_chunk: memoryview) -> int:
+        """The short way for the most frequent chunk: exactly one DATA frame that may be.
+
+        Returns its stream, and the frame counts as received: its payload is what follows the header
+        (`limits.HEADER_BYTES`). Returns 0, and nothing has happened, for every other chunk:
+        `receive_data` is for that, and for saying what is wrong with it.
+        """
+        length = len(untrusted_chunk) - HEADER_BYTES
+        if length <= 0 or self._is_receiving or self._reader.partial:
+            return 0
+        kind, untrusted_length, stream_id = wire.HEADER.unpack_from(untrusted_chunk)
+        if kind != wire.DATA_KIND or untrusted_length != length or length > MAX_DATA_BYTES:
+            return 0
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.remote is not _FLOWING or stream.local >= _RESET:
+            return 0
+        cost = length + FRAME_COST_BYTES
+        left = stream.incoming.outstanding - cost
+        if left < 0 or self._outbox.control_bytes > self._control_bound_bytes:
+            return 0
+        stream.incoming.outstanding = left
+        self.granted_bytes -= cost
+        return stream_id  # type: ignore[no-any-return]
 
     def receive_eof(self) -> None:
         """The byte stream has ended. Returns if either end had said its last word; else it is an abort, and

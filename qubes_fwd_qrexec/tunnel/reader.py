@@ -17,15 +17,16 @@ Frame = tuple[int, int, bytes | bytearray]
 class FrameReader:
     """Cuts a byte stream into frames, however it is chunked."""
 
-    __slots__ = ("_partial",)
+    __slots__ = ("partial",)
 
     def __init__(self) -> None:
-        self._partial = bytearray()
+        self.partial = bytearray()
+        """What has come of a frame that is not complete; to be looked at and no more."""
 
     @property
     def has_partial_frame(self) -> bool:
         """Whether a frame has begun and not ended."""
-        return bool(self._partial)
+        return bool(self.partial)
 
     def frames(self, untrusted_chunk: Buffer) -> Iterator[Frame]:
         """The frames that are complete with this chunk. Take them all before the next chunk.
@@ -36,7 +37,7 @@ class FrameReader:
         view = memoryview(untrusted_chunk)
         position = 0
         size = len(view)
-        if self._partial:
+        if self.partial:
             position = self._fill(view)
             frame = self._finished()
             if frame is None:
@@ -61,11 +62,11 @@ class FrameReader:
             else:
                 yield frame_type, stream_id, bytes(view[start:end])
         if position < size:
-            self._partial += view[position:]
+            self.partial += view[position:]
 
     def _fill(self, view: memoryview) -> int:
         """Move what the frame that has begun lacks into it; returns how much of the chunk that took."""
-        partial = self._partial
+        partial = self.partial
         taken = 0
         if len(partial) < HEADER_BYTES:
             taken = HEADER_BYTES - len(partial)
@@ -80,13 +81,13 @@ class FrameReader:
 
     def _finished(self) -> Frame | None:
         """The frame that has begun, if it is complete now."""
-        partial = self._partial
+        partial = self.partial
         if len(partial) < HEADER_BYTES:
             return None
         kind, length, stream_id = _header(partial)
         if len(partial) < HEADER_BYTES + length:
             return None
-        self._partial = bytearray()
+        self.partial = bytearray()
         # It is handed over as it is: cutting a bytearray at its front moves a pointer and no bytes.
         del partial[:HEADER_BYTES]
         return kind >> 8, stream_id, partial

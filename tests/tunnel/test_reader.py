@@ -74,9 +74,9 @@ def test_at_most_one_frame_is_buffered():
     reader = FrameReader()
     frame = data_frame(1, bytes(MAX_DATA_BYTES))
     assert list(reader.frames(frame[:-1])) == []
-    assert len(reader._partial) == HEADER_BYTES + MAX_DATA_BYTES - 1
+    assert len(reader.partial) == HEADER_BYTES + MAX_DATA_BYTES - 1
     assert len(list(reader.frames(frame[-1:] + frame))) == 2
-    assert len(reader._partial) == 0
+    assert len(reader.partial) == 0
 
 
 def test_a_payload_does_not_keep_the_chunk_it_came_in():
