@@ -9,19 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 from endings import pattern
-from helpers import (
-    BOUND_S,
-    FakeClient,
-    accept,
-    echo_once,
-    free_port,
-    port_of,
-    tcp_pair,
-    until,
-)
-from tunnels_bench import ORIGIN, end_well, is_reset, one, tunnels_to
+from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, port_of, tcp_pair, until
+from tunnels_bench import ORIGIN, Clock, end_well, is_reset, one, tunnels_to
 
-from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, Budget
 from qubes_fwd_qrexec.call import Ending
 from qubes_fwd_qrexec.relay import half_close
@@ -126,8 +116,8 @@ async def test_slots_that_wait_for_an_answer_are_waited_for(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients that come and go faster than the target answers for are no reason for another call."""
-    monkeypatch.setattr(tunnels_module, "_LOOK_S", 0.01)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
     async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
@@ -136,11 +126,12 @@ async def test_slots_that_wait_for_an_answer_are_waited_for(
             connection._max_streams = 1
             connection._streams[10] = connection._streams[11] = next(iter(connection._streams.values()))
             async with bench.connect(port) as waiting:
-                await until(lambda: bench.tunnels._waiting)
-                await trio.sleep(0.05)
+                await clock.advance(5)
+                assert bench.tunnels._waiting
                 assert len(bench.tunnels._tunnels) == 1
                 del connection._streams[10], connection._streams[11]
                 connection._max_streams = room
+                await clock.advance(1)
                 async with await accept(server) as other:
                     await echo_once(waiting, other)
     assert len(client.calls) == 1

@@ -5,17 +5,9 @@ import socket
 from pathlib import Path
 
 import pytest
-import trio
-from helpers import (
-    FakeClient,
-    accept,
-    echo_once,
-    port_of,
-    until,
-)
-from tunnels_bench import end_well, is_reset, one, tunnels_to
+from helpers import FakeClient, accept, echo_once, port_of, until
+from tunnels_bench import Clock, end_well, is_reset, one, tunnels_to
 
-from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.errors import RefusedError
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
@@ -42,17 +34,21 @@ async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on
 async def test_without_streams_it_is_kept_a_while_and_then_ends(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnels_module, "_LOOK_S", 0.01)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with tunnels_to(client.command, one(port), linger_s=0.3) as bench:
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port), linger_s=30) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            await trio.sleep(0.5)
-            assert len(bench.tunnels._tunnels) == 1
+            (tunnel,) = bench.tunnels._tunnels
+            await clock.advance(100)
+            assert tunnel.has_room
             await end_well(near, far)
-        began = trio.current_time()
+        await until(lambda: not tunnel.streams)
+        await clock.advance(29)
+        assert tunnel.has_room
+        await clock.advance(1)
+        assert not tunnel.has_room
         await until(lambda: not bench.tunnels._tunnels)
-        assert trio.current_time() - began >= 0.25
         async with bench.connect(port), await accept(server):
             pass
     assert len(client.calls) == 2
@@ -61,15 +57,16 @@ async def test_without_streams_it_is_kept_a_while_and_then_ends(
 async def test_a_stream_that_is_over_between_two_looks_keeps_it(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnels_module, "_LOOK_S", 0.2)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with tunnels_to(client.command, one(port), linger_s=0.3) as bench:
-        for _ in range(6):
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port), linger_s=1.5) as bench:
+        for number in range(6):
             async with bench.connect(port) as near, await accept(server) as far:
                 await echo_once(near, far)
                 await end_well(near, far)
-            await trio.sleep(0.15)
-        assert len(bench.tunnels._tunnels) == 1
+            await until(lambda ended=number + 1: len(bench.endings) == ended)
+            await clock.advance(1)
+        assert bench.mux.open_room
     assert len(client.calls) == 1
 
 

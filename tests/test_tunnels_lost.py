@@ -9,16 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import (
-    BOUND_S,
-    FakeClient,
-    accept,
-    echo_once,
-    free_port,
-    port_of,
-    tcp_pair,
-    until,
-)
+from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, port_of, tcp_pair, until
 from tunnels_bench import ORIGIN, is_reset, one, tunnels_to
 
 from qubes_fwd_qrexec import tunnels as tunnels_module

@@ -6,15 +6,14 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
+from types import SimpleNamespace
 
 import pytest
 import trio
-from helpers import (
-    BOUND_S,
-    no_fds_left,
-    tcp_pair,
-)
+from helpers import BOUND_S, no_fds_left, tcp_pair
+from trio.testing import wait_all_tasks_blocked
 
+from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.budget import Budget
 from qubes_fwd_qrexec.call import Ending
 from qubes_fwd_qrexec.errors import RefusedError
@@ -63,6 +62,36 @@ class Bench:
         (tunnel,) = self.tunnels._tunnels
         assert tunnel.mux is not None
         return tunnel.mux
+
+
+class Clock:
+    """The time by which tunnels are looked after: it stands still but for `advance`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = trio.current_time()
+        self._sleeping: list[tuple[float, trio.Event]] = []
+        own = {"current_time": lambda: self._now, "sleep": self._sleep}
+        monkeypatch.setattr(tunnels_module, "trio", SimpleNamespace(**vars(trio) | own))
+
+    async def _sleep(self, seconds: float) -> None:
+        sleeping = self._now + seconds, trio.Event()
+        self._sleeping.append(sleeping)
+        try:
+            await sleeping[1].wait()
+        finally:
+            self._sleeping.remove(sleeping)
+
+    async def advance(self, seconds: float) -> None:
+        """Let so much time pass: all that is due in it happens at its time."""
+        end = self._now + seconds
+        await wait_all_tasks_blocked()
+        while due := sorted(at for at, _ in self._sleeping if at <= end):
+            self._now = due[0]
+            for at, event in self._sleeping:
+                if at <= self._now:
+                    event.set()
+            await wait_all_tasks_blocked()
+        self._now = end
 
 
 @asynccontextmanager

@@ -4,10 +4,7 @@
 import pytest
 
 from qubes_fwd_qrexec.errors import LocalProtocolError
-from qubes_fwd_qrexec.tunnel import (
-    CreditReceived,
-    EofReceived,
-)
+from qubes_fwd_qrexec.tunnel import CreditReceived, EofReceived
 from qubes_fwd_qrexec.tunnel.limits import FRAME_COST_BYTES, MAX_DATA_BYTES
 
 from .helpers import CREDIT, ORIGIN, WINDOW, Pair

@@ -4,13 +4,7 @@
 import pytest
 
 from qubes_fwd_qrexec.errors import LocalProtocolError
-from qubes_fwd_qrexec.tunnel import (
-    AcceptReceived,
-    DataReceived,
-    EofReceived,
-    GoawayReceived,
-    ResetReceived,
-)
+from qubes_fwd_qrexec.tunnel import AcceptReceived, DataReceived, EofReceived, GoawayReceived, ResetReceived
 from qubes_fwd_qrexec.tunnel.limits import LAST_STREAM_ID
 from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, ResetCode
 

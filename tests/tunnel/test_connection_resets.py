@@ -4,9 +4,7 @@
 import pytest
 
 from qubes_fwd_qrexec.errors import LocalProtocolError
-from qubes_fwd_qrexec.tunnel import (
-    ResetReceived,
-)
+from qubes_fwd_qrexec.tunnel import ResetReceived
 from qubes_fwd_qrexec.tunnel.messages import ResetCode
 
 from .helpers import CREDIT, ORIGIN, Pair, take

@@ -4,22 +4,10 @@
 import pytest
 
 from qubes_fwd_qrexec.errors import RemoteProtocolError
-from qubes_fwd_qrexec.tunnel import (
-    DataReceived,
-    GoawayReceived,
-    wire,
-)
+from qubes_fwd_qrexec.tunnel import DataReceived, GoawayReceived, wire
 from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode
 
-from .helpers import (
-    data_frame,
-    feed,
-    fresh,
-    goaway_frame,
-    listener_with_stream,
-    ready,
-    target_with_stream,
-)
+from .helpers import data_frame, feed, fresh, goaway_frame, listener_with_stream, ready, target_with_stream
 
 
 def test_a_goaway_is_told_and_a_final_one_ends_all():

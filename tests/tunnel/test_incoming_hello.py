@@ -3,9 +3,7 @@
 
 import pytest
 
-from qubes_fwd_qrexec.tunnel import (
-    wire,
-)
+from qubes_fwd_qrexec.tunnel import wire
 from qubes_fwd_qrexec.tunnel.messages import GoawayCode, Hello
 
 from .helpers import (
