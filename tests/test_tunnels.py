@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 from endings import pattern
-from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, port_of, tcp_pair, until
-from tunnels_bench import ORIGIN, Clock, end_well, is_reset, one, tunnels_to
+from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
+from tunnels_bench import ORIGIN, Clock, end_well, one, tunnels_to
 
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, Budget
 from qubes_fwd_qrexec.call import Ending
@@ -32,7 +32,7 @@ async def test_many_connections_are_one_call(tmp_path: Path, server: socket.sock
             far = await stack.enter_async_context(await accept(server))
             await echo_once(near, far)
             await end_well(near, far)
-        await until(lambda: len(bench.endings) == 10)
+        await bench.endings.reach(10)
         assert bench.endings == [Ending(None, False, 1, 1)] * 10
         assert bench.target.calls == 1
     assert client.calls == [f"work qubes.ForwardTCP+{port}+tunnel"]
@@ -57,7 +57,7 @@ async def test_a_range_is_one_call_and_every_port_its_own_server(
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
         async with bench.connect(port - 1):
-            await until(lambda: len(bench.endings) == 2)
+            await bench.endings.reach(2)
         assert [e for e in bench.endings if isinstance(e, Ending) and e.error and "refused" in e.error]
     assert client.calls == [f"work qubes.ForwardTCP+{ports.brief()}+tunnel"]
 
@@ -216,5 +216,5 @@ async def test_bytes_and_a_clean_end_are_counted(tmp_path: Path, server: socket.
             assert got == sent
             half_close(far.socket._sock)
             assert await near.receive_some() == b""
-        await until(lambda: bench.endings)
+        await bench.endings.reach(1)
         assert bench.endings == [Ending(None, False, len(sent), 0)]

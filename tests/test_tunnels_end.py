@@ -5,8 +5,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from helpers import FakeClient, accept, echo_once, port_of, until
-from tunnels_bench import Clock, end_well, is_reset, one, tunnels_to
+from helpers import FakeClient, accept, echo_once, is_reset, port_of, until
+from tunnels_bench import Clock, end_well, one, tunnels_to
 
 from qubes_fwd_qrexec.errors import RefusedError
 
@@ -64,7 +64,7 @@ async def test_a_stream_that_is_over_between_two_looks_keeps_it(
             async with bench.connect(port) as near, await accept(server) as far:
                 await echo_once(near, far)
                 await end_well(near, far)
-            await until(lambda ended=number + 1: len(bench.endings) == ended)
+            await bench.endings.reach(number + 1)
             await clock.advance(1)
         assert bench.mux.open_room
     assert len(client.calls) == 1
@@ -91,7 +91,8 @@ async def test_retired_while_it_opens_it_ends(tmp_path: Path, server: socket.soc
         async with bench.connect(port):
             await until(lambda: bench.tunnels._tunnels)
             bench.tunnels.retire()
-            await until(lambda: not bench.tunnels._tunnels and bench.endings)
+            await bench.endings.reach(1)
+            await until(lambda: not bench.tunnels._tunnels)
         assert all(isinstance(ending, RefusedError) for ending in bench.endings)
 
 
@@ -106,4 +107,4 @@ async def test_half_closed_for_too_long_is_an_abort(
             await near.send_eof()
             assert await is_reset(near)
             assert not await is_reset(far)  # after an end of file an abort shows only to who sends
-            await until(lambda: bench.endings)
+            await bench.endings.reach(1)

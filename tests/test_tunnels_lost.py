@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, port_of, tcp_pair, until
-from tunnels_bench import ORIGIN, is_reset, one, tunnels_to
+from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
+from tunnels_bench import ORIGIN, one, tunnels_to
 
 from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.errors import RefusedError
@@ -58,7 +58,7 @@ async def test_all_who_wait_are_told_when_the_call_dies_before_its_hello(tmp_pat
     async with tunnels_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(20):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: len(bench.endings) == 20)
+        await bench.endings.reach(20)
         assert all(isinstance(ending, RefusedError) for ending in bench.endings)
     assert len(client.calls) == 1
 
@@ -73,7 +73,7 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
             await stack.enter_async_context(bench.connect(port))
         await until(lambda: bench.tunnels._waiting == 5)
         assert await bench.refusal(port) == "5 connections wait for a tunnel to work"
-        await until(lambda: len(bench.endings) == 5)
+        await bench.endings.reach(5)
         assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 0.3 s"}
         assert bench.tunnels._waiting == 0
     assert len(client.calls) == 1

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import trio
-from helpers import BOUND_S, no_fds_left, tcp_pair
+from helpers import BOUND_S, Collected, no_fds_left, tcp_pair
 from trio.testing import wait_all_tasks_blocked
 
 from qubes_fwd_qrexec import tunnels as tunnels_module
@@ -35,7 +35,7 @@ class Bench:
         self.target = target
         self.relays = relays
         self.tasks = tasks
-        self.endings: list[Ending | RefusedError] = []
+        self.endings: Collected[Ending | RefusedError] = Collected()
 
     async def carry(self, accepted: socket.socket, port: int) -> None:
         try:
@@ -116,16 +116,6 @@ async def tunnels_to(
 
 def one(port: int) -> TargetPorts:
     return TargetPorts(port, port)
-
-
-async def is_reset(stream: trio.SocketStream) -> bool:
-    with trio.fail_after(BOUND_S):
-        try:
-            while await stream.receive_some():
-                pass
-        except trio.BrokenResourceError as error:
-            return isinstance(error.__cause__, ConnectionResetError)
-    return False
 
 
 async def end_well(near: trio.SocketStream, far: trio.SocketStream) -> None:
