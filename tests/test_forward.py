@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from endings import CLIENT_ABORTS, SCRIPTS, Script, pattern, play, play_directly
+from endings import CLIENT_ABORTS, SCRIPTS, Saw, Script, pattern, play, play_directly
 from helpers import (
     BOUND_S,
     FakeClient,
@@ -33,15 +33,19 @@ from qubes_fwd_qrexec.relaythread import open_relay_thread
 from qubes_fwd_qrexec.transports import Transports
 
 
+async def play_relayed(script: Script, server: socket.socket, directory: Path) -> Saw:
+    port = free_port()
+    write_config(directory / "config", port, port_of(server))
+    async with running_listener(directory / "config", FakeClient(directory, "serve").command):
+        return await play(script, ("127.0.0.1", port), server)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 async def test_both_sides_see_what_they_see_directly(
     tmp_path: Path, server: socket.socket, script: Script
 ) -> None:
-    port = free_port()
-    write_config(tmp_path / "config", port, port_of(server))
     directly = await play_directly(script, server)
-    async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command):
-        relayed = await play(script, ("127.0.0.1", port), server)
+    relayed = await play_relayed(script, server, tmp_path)
     assert relayed == directly
 
 
@@ -50,11 +54,8 @@ async def test_a_clients_abort_reaches_the_server_as_an_end(
     tmp_path: Path, server: socket.socket, script: Script
 ) -> None:
     """The one ending that raw qrexec cannot carry."""
-    port = free_port()
-    write_config(tmp_path / "config", port, port_of(server))
     directly = await play_directly(script, server)
-    async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command):
-        relayed = await play(script, ("127.0.0.1", port), server)
+    relayed = await play_relayed(script, server, tmp_path)
     assert directly.server[-1] == "RST"
     assert relayed.client == directly.client
     assert relayed.server == (*directly.server[:-1], "EOF")
