@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from helpers import until
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.config import REVOKE_SERVICE
@@ -253,12 +254,10 @@ async def test_killed_client_is_a_lost_vchan_and_its_slot_waits_for_the_service(
             assert await read_exactly(call.stdout, 3) == b"up\n"
             call.process.kill()
             assert await call.read_all() == b""
-            while lab.broker.joined:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: not lab.broker.joined)
             assert lab.broker.used_slots() == {"work": 1}
             await gate.open()
-            while lab.broker.used_slots():
-                await trio.lowlevel.checkpoint()
+            await until(lambda: not lab.broker.used_slots())
 
 
 async def test_new_qube_is_taken_up_and_a_gone_one_given_up(tmp_path: Path) -> None:
