@@ -3,7 +3,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,18 +60,25 @@ class Stage:
         A connection is open files in processes, some of its own. How many there are at rest was counted
         when all was up: a tunnel stays, with its call and its service.
         """
-        deadline = time.monotonic() + _SETTLE_S
-        while self._open_files() > self._files_at_rest and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+        self._look_until(lambda: self._open_files() <= self._files_at_rest)
 
     def count_at_rest(self) -> None:
         """Wait until nothing changes any more: that is what `settle` waits for from now on."""
-        deadline = time.monotonic() + _SETTLE_S
         still_since = time.monotonic()
-        while still_since + _STILL_S > time.monotonic() and time.monotonic() < deadline:
+
+        def is_still() -> bool:
+            nonlocal still_since
             if (now := self._open_files()) != self._files_at_rest:
                 self._files_at_rest = now
                 still_since = time.monotonic()
+            return still_since + _STILL_S <= time.monotonic()
+
+        self._look_until(is_still)
+
+    def _look_until(self, is_reached: Callable[[], bool]) -> None:
+        """Again and again, within a bound: nobody tells of files that other processes open and close."""
+        deadline = time.monotonic() + _SETTLE_S
+        while not is_reached() and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
 
     def _open_files(self) -> int:

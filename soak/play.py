@@ -172,8 +172,7 @@ async def play(script: Script, seed: int, address: tuple[str, int], port: int) -
 
 async def _cancel_late(client_over: trio.Event, waiting: trio.CancelScope) -> None:
     await client_over.wait()
-    await trio.sleep(_LATE_S)
-    waiting.cancel()
+    waiting.deadline = trio.current_time() + _LATE_S
 
 
 def _comparable(side: _Side) -> Seen | None:

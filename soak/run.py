@@ -154,7 +154,7 @@ class Soak:
                 outcome, _ = await self._play(script, 0, self._listen)
                 if outcome.client is not None and outcome.client.end == "EOF":
                     return
-                await trio.sleep(0.1)
+                await trio.sleep(0.1)  # a back-off that is over is told to nobody
         self.findings.note("no tunnel opens any more")
 
     # What is left over
@@ -182,7 +182,7 @@ class Soak:
             if all(now[name] <= at_rest[name] for name in _counts(at_rest)) and (at_rest or now == before):
                 return now
             before = now
-            await trio.sleep(0.3)
+            await trio.sleep(0.3)  # nobody tells of files and memory of other processes
         return before
 
     async def _check_left_over(self, at_rest: dict[str, Any], memory: list[float]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import listening_socket
+from helpers import listening_socket, no_fds_left
+from mux_bench import Joined, TunnelBench
 
 
 @pytest.fixture
@@ -21,3 +22,16 @@ def server() -> Iterator[socket.socket]:
     """A listening, non-blocking TCP socket: the server in the target."""
     with listening_socket() as sock:
         yield sock
+
+
+@pytest.fixture
+def bench() -> Iterator[TunnelBench]:
+    """Both ends of a tunnel, which leave no descriptor behind."""
+    with no_fds_left(), TunnelBench() as bench:
+        yield bench
+
+
+@pytest.fixture
+def stream(bench: TunnelBench) -> Joined:
+    """One stream of that tunnel."""
+    return bench.join()

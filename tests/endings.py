@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
+from helpers import until
 
 MIB = 1 << 20
 BOUND_S = 30.0
@@ -39,8 +40,11 @@ class End:
 
     async def delivered(self) -> None:
         """Wait until the peer's kernel has all that was sent: a later abort must not take it back."""
-        while struct.unpack("i", fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]:  # noqa: ASYNC110
-            await trio.sleep(0.002)
+
+        def unacknowledged_bytes() -> int:
+            return int(struct.unpack("i", fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+
+        await until(lambda: unacknowledged_bytes() == 0)
 
     def fin(self) -> None:
         self.sock.shutdown(socket.SHUT_WR)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
@@ -14,6 +15,7 @@ from qubes_fwd_qrexec.configsource import ConfigSource
 from qubes_fwd_qrexec.listener import Listener
 
 BOUND_S = 15.0
+Item = TypeVar("Item")
 
 # MODE from the command line; then what the real program gets: ``-- TARGET SERVICE+ARGUMENT``.
 _CLIENT = """
@@ -150,8 +152,29 @@ def no_fds_left() -> Iterator[None]:
     assert open_fds() == before
 
 
+class Collected(list[Item]):
+    """A list that trio's thread appends to, and whose length can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    def append(self, item: Item) -> None:
+        super().append(item)
+        self._waiting.unpark_all()
+
+    async def reach(self, count: int) -> None:
+        with trio.fail_after(BOUND_S):
+            while len(self) < count:
+                await self._waiting.park()
+
+
 async def until(condition: Callable[[], object]) -> None:
-    """Wait, within the bound, for what no event tells of."""
+    """Wait, within the bound, for what no event tells of: it is looked for again and again.
+
+    That is what the kernel, another process or the relay's thread changes without a word to us, and what
+    a program under test keeps to itself; it has no events for the sake of tests.
+    """
     with trio.fail_after(BOUND_S):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.005)
@@ -228,12 +251,27 @@ async def connect(port: int) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
 
-async def accept(server: socket.socket) -> trio.SocketStream:
+async def accept_socket(server: socket.socket) -> socket.socket:
     with trio.fail_after(BOUND_S):
         await trio.lowlevel.wait_readable(server)
     sock, _ = server.accept()
     sock.setblocking(False)
-    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    return sock
+
+
+async def accept(server: socket.socket) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(await accept_socket(server)))
+
+
+async def is_reset(stream: trio.SocketStream) -> bool:
+    """Whether it ends by an abort, and not by an end of file; nothing else may come before that."""
+    with trio.fail_after(BOUND_S):
+        try:
+            got = await stream.receive_some()
+        except trio.BrokenResourceError as error:
+            return isinstance(error.__cause__, ConnectionResetError)
+    assert got == b""
+    return False
 
 
 async def echo_once(client: trio.SocketStream, far: trio.SocketStream) -> None:

@@ -72,9 +72,19 @@ class Joined:
         near.on_end = lambda how: self.ends.__setitem__("near", how)
         far.on_end = lambda how: self.ends.__setitem__("far", how)
 
+    def rest(self, seconds: float) -> None:
+        """Make it so much longer ago that bytes moved last, at both ends, without waiting for that."""
+        for leg in (self.near, self.far):
+            leg.moved_at -= seconds
+
     def close(self) -> None:
         self.client.close()
         self.server.close()
+
+
+def pending_bytes(leg: Leg) -> int:
+    """What waits at a leg for its socket to take it, as its window counts it."""
+    return sum(cost for _, cost in leg._pending or ())
 
 
 class TunnelBench:
@@ -152,6 +162,13 @@ class TunnelBench:
         for _ in range(times):
             self.loop.run_once(0)
 
+    def tick(self, count: int) -> None:
+        """So many seconds, at once; each end's tick begins the next."""
+        for _ in range(count):
+            for mux in {self.near, getattr(self, "far", self.near)}:
+                mux._tick()
+            self.turn()
+
     def until(self, condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
         deadline = time.monotonic() + bound_s
         while not condition():
@@ -195,6 +212,9 @@ class TunnelBench:
         self.until(has_ended)
         return bytes(data), how[0]
 
+    def is_aborted(self, sock: socket.socket) -> bool:
+        return self.read_to_end(sock)[1] == "RST"
+
     def stall(self, sock: socket.socket) -> int:
         """Send from ``sock`` until nothing moves any more; how much that was."""
         sent = idle = 0
@@ -206,6 +226,14 @@ class TunnelBench:
                 idle += 1
             self.loop.run_once(0)
         return sent
+
+    @property
+    def is_all_back(self) -> bool:
+        """Whether neither end's budget has anything lent."""
+        return all(
+            (budget.streams, budget.shared_left) == (0, Budget(budget.total, budget.streams_max).shared_left)
+            for budget in (self.near_budget, self.far_budget)
+        )
 
     def wake_ups(self) -> int:
         """How often the kernel has news in fifty turns in which nothing can be moved."""

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
 import trio
-from helpers import BOUND_S, free_port, no_fds_left, port_of, tcp_pair, until
+from helpers import BOUND_S, Collected, free_port, no_fds_left, port_of, tcp_pair
 from trio.testing import wait_all_tasks_blocked
 
 from qubes_fwd_qrexec import accepting
@@ -87,7 +87,7 @@ class Acceptor:
     def __init__(self) -> None:
         self.listening = open_listening(IPv4Address("127.0.0.1"), 0)
         self.port = port_of(self.listening)
-        self.accepted: list[socket.socket] = []
+        self.accepted: Collected[socket.socket] = Collected()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port))
@@ -103,7 +103,7 @@ async def test_a_burst_is_accepted_and_each_connection_is_ready_for_the_relay() 
     clients = [acceptor.connect() for _ in range(accepting._BURST + 10)]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append)
-        await until(lambda: len(acceptor.accepted) == len(clients))
+        await acceptor.accepted.reach(len(clients))
         close_listening(acceptor.listening)
     assert not any(sock.getblocking() or sock.get_inheritable() for sock in acceptor.accepted)
     for sock in clients:
@@ -172,7 +172,7 @@ async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
     with acceptor.connect():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept_until_closed, failing, acceptor.accepted.append)
-            await until(lambda: acceptor.accepted)
+            await acceptor.accepted.reach(1)
             close_listening(failing)
     assert len(caplog.messages) == (number in accepting._SHORTAGE)
     acceptor.close()

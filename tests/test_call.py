@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 from endings import pattern
-from helpers import BOUND_S, FakeClient, free_port, no_fds_left, port_of, tcp_pair
+from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, port_of, tcp_pair
 
 from qubes_fwd_qrexec.call import CallTimeouts, Ending, relay_over_call
 from qubes_fwd_qrexec.relay import abort, half_close
@@ -50,14 +50,6 @@ async def relayed(
         assert not relays._waiting
 
 
-async def accept(server: socket.socket) -> socket.socket:
-    with trio.fail_after(BOUND_S):
-        await trio.lowlevel.wait_readable(server)
-    sock, _ = server.accept()
-    sock.setblocking(False)
-    return sock
-
-
 async def receive(sock: socket.socket) -> bytes:
     with trio.fail_after(BOUND_S):
         await trio.lowlevel.wait_readable(sock)
@@ -68,7 +60,7 @@ async def test_a_clean_conversation_ends_without_error(tmp_path: Path, server: s
     with no_fds_left():
         async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
             run.client.send(b"question")
-            with await accept(server) as far:
+            with await accept_socket(server) as far:
                 assert await receive(far) == b"question"
                 far.send(b"answer")
                 half_close(far)
@@ -126,7 +118,7 @@ async def test_a_call_that_hangs_meets_its_deadline(tmp_path: Path) -> None:
 async def test_a_quiet_server_is_no_hanging_call(tmp_path: Path, server: socket.socket) -> None:
     async with relayed(FakeClient(tmp_path, "serve").command, port_of(server), call_s=1.5) as run:
         run.client.send(b"x")
-        with await accept(server) as far:
+        with await accept_socket(server) as far:
             assert await receive(far) == b"x"
             with trio.move_on_after(1.8):
                 await run.ended.wait()
@@ -136,7 +128,7 @@ async def test_a_quiet_server_is_no_hanging_call(tmp_path: Path, server: socket.
 async def test_a_server_abort_is_an_error_and_says_so(tmp_path: Path, server: socket.socket) -> None:
     async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
         run.client.send(b"x")
-        far = await accept(server)
+        far = await accept_socket(server)
         assert await receive(far) == b"x"
         abort(far)
         ending = await run.end()
@@ -158,7 +150,7 @@ async def test_an_abort_that_comes_late_is_an_error_all_the_same(tmp_path: Path)
 async def test_a_client_abort_ends_the_call(tmp_path: Path, server: socket.socket) -> None:
     async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
         run.client.send(b"x")
-        with await accept(server) as far:
+        with await accept_socket(server) as far:
             assert await receive(far) == b"x"
             abort(run.client)
             assert (await run.end()).error == "the client aborted the connection"
@@ -169,7 +161,7 @@ async def test_a_client_abort_against_a_sending_server_ends_the_call(
     tmp_path: Path, server: socket.socket
 ) -> None:
     async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
-        with await accept(server) as far:
+        with await accept_socket(server) as far:
             far.send(bytes(100_000))
             await receive(run.client)
             abort(run.client)
@@ -183,7 +175,7 @@ async def test_a_half_closed_connection_ends_by_its_timer_alone(
     command = FakeClient(tmp_path, "serve").command
     async with relayed(command, port_of(server), half_close_s=0.5) as run:
         run.client.send(b"x")
-        with await accept(server) as far:
+        with await accept_socket(server) as far:
             assert await receive(far) == b"x"
             ending, going = (run.client, far) if first == "client" else (far, run.client)
             half_close(ending)
@@ -201,7 +193,7 @@ async def test_a_half_closed_connection_ends_by_its_timer_alone(
 async def test_the_stock_service_ends_with_its_server(tmp_path: Path, server: socket.socket) -> None:
     async with relayed(FakeClient(tmp_path, "stock").command, port_of(server)) as run:
         run.client.send(b"question")
-        with await accept(server) as far:
+        with await accept_socket(server) as far:
             assert await receive(far) == b"question"
             far.send(b"answer")
         assert await receive(run.client) == b"answer"

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import trio
-from endings import CLIENT_ABORTS, SCRIPTS, Script, pattern, play, play_directly
+from endings import CLIENT_ABORTS, SCRIPTS, Saw, Script, pattern, play, play_directly
 from helpers import (
     BOUND_S,
     FakeClient,
+    accept,
+    accept_socket,
     calls_of,
     free_port,
     port_of,
@@ -26,19 +28,24 @@ from qubes_fwd_qrexec import forward
 from qubes_fwd_qrexec.call import CallTimeouts
 from qubes_fwd_qrexec.config import ListenerConfig
 from qubes_fwd_qrexec.forward import Expiry, Forward, Means, bindings
+from qubes_fwd_qrexec.relay import undelivered_bytes
 from qubes_fwd_qrexec.relaythread import open_relay_thread
 from qubes_fwd_qrexec.transports import Transports
+
+
+async def play_relayed(script: Script, server: socket.socket, directory: Path) -> Saw:
+    port = free_port()
+    write_config(directory / "config", port, port_of(server))
+    async with running_listener(directory / "config", FakeClient(directory, "serve").command):
+        return await play(script, ("127.0.0.1", port), server)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 async def test_both_sides_see_what_they_see_directly(
     tmp_path: Path, server: socket.socket, script: Script
 ) -> None:
-    port = free_port()
-    write_config(tmp_path / "config", port, port_of(server))
     directly = await play_directly(script, server)
-    async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command):
-        relayed = await play(script, ("127.0.0.1", port), server)
+    relayed = await play_relayed(script, server, tmp_path)
     assert relayed == directly
 
 
@@ -47,11 +54,8 @@ async def test_a_clients_abort_reaches_the_server_as_an_end(
     tmp_path: Path, server: socket.socket, script: Script
 ) -> None:
     """The one ending that raw qrexec cannot carry."""
-    port = free_port()
-    write_config(tmp_path / "config", port, port_of(server))
     directly = await play_directly(script, server)
-    async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command):
-        relayed = await play(script, ("127.0.0.1", port), server)
+    relayed = await play_relayed(script, server, tmp_path)
     assert directly.server[-1] == "RST"
     assert relayed.client == directly.client
     assert relayed.server == (*directly.server[:-1], "EOF")
@@ -119,13 +123,11 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
         with trio.socket.socket() as client, trio.fail_after(BOUND_S):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
             await client.connect(("127.0.0.1", port))
-            await trio.lowlevel.wait_readable(server)
-            far, _ = server.accept()
-            far.setblocking(False)
+            far = await accept_socket(server)
             far_stream = trio.SocketStream(trio.socket.from_stdlib_socket(far))
             await far_stream.send_all(sent)
             far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            await until(lambda: _unacknowledged(far) == 0)
+            await until(lambda: undelivered_bytes(far) == 0)
             far_stream.socket.close()
             await until(lambda: calls_of(listener) == 0)  # the call is over, and all is here
             got = b""
@@ -135,12 +137,6 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
                     assert chunk, "an end of file"
                     got += chunk
             assert got == sent
-
-
-def _unacknowledged(sock: socket.socket) -> int:
-    from qubes_fwd_qrexec.relay import undelivered_bytes
-
-    return undelivered_bytes(sock)
 
 
 async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
@@ -153,10 +149,7 @@ async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
         (serving,) = listener._forwards.values()
         async with await trio.open_tcp_stream("127.0.0.1", port):
             with trio.fail_after(BOUND_S):
-                await trio.lowlevel.wait_readable(server)
-                far, _ = server.accept()
-                far.setblocking(False)
-                far_stream = trio.SocketStream(trio.socket.from_stdlib_socket(far))
+                far_stream = await accept(server)
                 with trio.move_on_after(0.3):
                     await far_stream.send_all(bytes(30 << 20))
                 far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -220,7 +213,8 @@ async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
                 async with await trio.open_tcp_stream("127.0.0.1", port):
                     await until(lambda: having.transports.relays._waiting)
                     having.transports.relays.order(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-                    await trio.sleep(BOUND_S)
+                    with trio.fail_after(BOUND_S):
+                        await trio.sleep_forever()
             finally:
                 serving.stop_listening()
     found = caught.value

@@ -15,6 +15,7 @@ from helpers import (
     echo_once,
     free_port,
     is_listening,
+    is_reset,
     no_fds_left,
     port_of,
     running_listener,
@@ -26,16 +27,6 @@ from qubes_fwd_qrexec import transports
 from qubes_fwd_qrexec.accepting import BindError
 from qubes_fwd_qrexec.configsource import ConfigSource
 from qubes_fwd_qrexec.listener import Listener
-
-
-async def is_reset(stream: trio.SocketStream) -> bool:
-    with trio.fail_after(BOUND_S):
-        try:
-            got = await stream.receive_some()
-        except trio.BrokenResourceError as error:
-            return isinstance(error.__cause__, ConnectionResetError)
-    assert got == b""
-    return False
 
 
 async def test_a_connection_reaches_the_port_that_the_configuration_says(

@@ -3,7 +3,8 @@ import socket
 
 import pytest
 import trio
-from helpers import BOUND_S, no_fds_left, tcp_pair, unix_pair, until
+from helpers import BOUND_S, no_fds_left, tcp_pair, unix_pair
+from trio.testing import wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.relay import Copy, CopyEnd, half_close
 from qubes_fwd_qrexec.relaythread import open_relay_thread
@@ -90,12 +91,13 @@ async def test_a_copy_that_cannot_start_troubles_no_other() -> None:
             async def first() -> None:
                 ends.append(await relays.run(Copy(near_in, near_out)))
 
-            await until(lambda: relays._relay._endpoints)
+            await wait_all_tasks_blocked()  # the first one was ordered, before what we order
             with trio.fail_after(BOUND_S), pytest.raises(ValueError, match="one copy"):
                 await relays.run(Copy(near_in, far_in))
             assert not relays.has_failed
+            nursery.cancel_scope.deadline = trio.current_time() + BOUND_S
             half_close(far_in)
-            await until(lambda: ends == [CopyEnd.EOF])
+        assert ends == [CopyEnd.EOF]
 
 
 async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
@@ -119,7 +121,7 @@ async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
             async with trio.open_nursery() as nursery:
                 for (_, source), (sink, _) in zip(pairs[:3], pairs[3:], strict=True):
                     nursery.start_soon(carry, source, sink)
-                await until(lambda: len(relays._relay._endpoints) == 6)
+                await wait_all_tasks_blocked()  # all are ordered, before the failure
                 relays.order(fail)
         assert failures == [crash] * 3
         assert relays.has_failed

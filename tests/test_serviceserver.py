@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 from endings import pattern
-from helpers import BOUND_S, free_port, listening_socket, no_fds_left, port_of, unix_pair, until
+from helpers import BOUND_S, accept, free_port, listening_socket, no_fds_left, port_of, unix_pair, until
 
 from qubes_fwd_qrexec import serviceserver
 from qubes_fwd_qrexec.errors import ForwardError
@@ -136,14 +136,6 @@ async def agent(tmp_path: Path, **options: float) -> AsyncIterator[Agent]:
         yield Agent(path, server)
         server.stop()
         server.stop()
-
-
-async def accept(server: socket.socket) -> trio.SocketStream:
-    with trio.fail_after(BOUND_S):
-        await trio.lowlevel.wait_readable(server)
-    sock, _ = server.accept()
-    sock.setblocking(False)
-    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
 
 def descriptor(server: socket.socket) -> bytes:

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from helpers import no_fds_left, unix_pair
+from helpers import unix_pair
 from mux_bench import PORTS, TunnelBench
 
 from qubes_fwd_qrexec.backlog import Backlog
@@ -13,12 +13,6 @@ from qubes_fwd_qrexec.leg import LegEnd
 from qubes_fwd_qrexec.loop import Loop
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.tunnel import HEADER_BYTES, Connection, Hello, ResetCode
-
-
-@pytest.fixture
-def bench() -> Iterator[TunnelBench]:
-    with no_fds_left(), TunnelBench() as bench:
-        yield bench
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from helpers import (
     echo_once,
     free_port,
     is_listening,
+    is_reset,
     no_fds_left,
     port_of,
     running_listener,
@@ -163,16 +164,6 @@ async def test_after_a_refusal_a_new_configuration_asks_again(tmp_path: Path, tr
 
 def tunnels_of(listener: Listener) -> int:
     return sum(len(tunnels._tunnels) for tunnels in listener._means.transports._tunnels.values())
-
-
-async def is_reset(stream: trio.SocketStream) -> bool:
-    with trio.fail_after(BOUND_S):
-        try:
-            got = await stream.receive_some()
-        except trio.BrokenResourceError as error:
-            return isinstance(error.__cause__, ConnectionResetError)
-    assert got == b""
-    return False
 
 
 async def test_a_reload_touches_no_stream(tmp_path: Path, server: socket.socket) -> None:

@@ -5,7 +5,10 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName, RuleName
@@ -45,6 +48,12 @@ def rule(text: str = "", target: str = "work", name: str = "web") -> NamedRule:
     given = dict(part.split("=", 1) for part in text.split())
     line = " ".join(f"{key}={value}" for key, value in (options | given).items() if value)
     return NamedRule(QubeName(target), RuleName(name), ForwardRule.parse(line))
+
+
+def only(named: NamedRule, inventory: Inventory | None = None, **more: Abilities) -> Forward:
+    """What the plan makes of one rule by itself."""
+    (forward,) = plan([named], inventory or world(), NOW, **more)
+    return forward
 
 
 class Result(NamedTuple):

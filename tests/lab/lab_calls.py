@@ -36,6 +36,20 @@ def give_config(lab: RunningLab, text: str, *, name: str = "test.Service", qube:
     path.write_text(text, encoding="utf-8")
 
 
+class Gate:
+    """What a service waits at until the test opens it: ``read _ <{gate}``."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fifo = directory / "gate"
+        os.mkfifo(self._fifo)
+
+    def __str__(self) -> str:
+        return str(self._fifo)
+
+    async def open(self) -> None:
+        await trio.to_thread.run_sync(self._fifo.write_text, "go\n")
+
+
 class Call:
     """A running client stand-in; ``stdin`` and ``stdout`` are the test's ends, one stream if single."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from helpers import until
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.config import REVOKE_SERVICE
@@ -15,7 +16,7 @@ from qubes_fwd_qrexec.lab import wire
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE
 
-from .lab_calls import ALLOW_TEST, bounded_lab, calling, give_config, give_service, read_exactly
+from .lab_calls import ALLOW_TEST, Gate, bounded_lab, calling, give_config, give_service, read_exactly
 
 
 async def test_policy_refusal_ends_with_126_and_says_so(tmp_path: Path) -> None:
@@ -246,20 +247,17 @@ async def test_dropped_calls_lose_their_vchan_on_both_sides(tmp_path: Path) -> N
 
 async def test_killed_client_is_a_lost_vchan_and_its_slot_waits_for_the_service(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab:
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        give_service(lab, f"echo up; cat >/dev/null; read _ <{fifo}")
+        gate = Gate(tmp_path)
+        give_service(lab, f"echo up; cat >/dev/null; read _ <{gate}")
         lab.turn(calls_per_target=1)
         async with calling(lab) as call:
             assert await read_exactly(call.stdout, 3) == b"up\n"
             call.process.kill()
             assert await call.read_all() == b""
-            while lab.broker.joined:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: not lab.broker.joined)
             assert lab.broker.used_slots() == {"work": 1}
-            await trio.to_thread.run_sync(fifo.write_text, "go\n")
-            while lab.broker.used_slots():
-                await trio.lowlevel.checkpoint()
+            await gate.open()
+            await until(lambda: not lab.broker.used_slots())
 
 
 async def test_new_qube_is_taken_up_and_a_gone_one_given_up(tmp_path: Path) -> None:

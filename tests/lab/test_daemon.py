@@ -3,11 +3,12 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,21 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LabDirector
         yield made
     finally:
         daemon.stop(made)
+
+
+@contextmanager
+def calling(lab: LabDirectory) -> Iterator[subprocess.Popen[bytes]]:
+    """A call that is up and goes on."""
+    client = subprocess.Popen(
+        [*client_command(lab, "sys-net"), "work", "test.Service"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"up\n"
+        yield client
 
 
 def call(
@@ -67,27 +83,23 @@ def test_up_takes_calls_and_down_ends_all(lab: LabDirectory, capsys: pytest.Capt
 
 def test_up_recovers_after_the_broker_was_killed(lab: LabDirectory) -> None:
     pid = daemon.start(lab, daemon.Network.LOOPBACK)
-    client = subprocess.Popen(
-        [*client_command(lab, "sys-net"), "work", "test.Service"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    with client:
-        assert client.stdout is not None
-        assert client.stdout.readline() == b"up\n"
-        os.kill(pid, signal.SIGKILL)
+    with calling(lab) as client:
+        kill_broker(lab, pid)
         assert client.wait(BOUND_S) == 255
     assert lab.qube_dir("sys-net").agent_socket.exists()
-    wait_until_gone(lab)
     assert daemon.start(lab, daemon.Network.LOOPBACK) != pid
     assert call(lab).returncode == 3
 
 
-def wait_until_gone(lab: LabDirectory) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while daemon.broker_pid(lab) is not None:
-        assert time.monotonic() < deadline
+def kill_broker(lab: LabDirectory, pid: int) -> None:
+    """Kill it, and wait until it is gone."""
+    broker = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(broker, signal.SIGKILL)
+        assert select.select([broker], [], [], BOUND_S)[0]
+    finally:
+        os.close(broker)
+    assert daemon.broker_pid(lab) is None
 
 
 def test_pid_of_another_program_is_not_taken_for_a_broker(lab: LabDirectory) -> None:
@@ -119,15 +131,7 @@ def test_knobs_are_set_by_name_and_calls_dropped(
     assert call(lab).returncode == 126
     assert main(["knob", "refuse", ""]) == 0
     assert lab.knobs().refuse == ()
-    client = subprocess.Popen(
-        [*client_command(lab, "sys-net"), "work", "test.Service"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    with client:
-        assert client.stdout is not None
-        assert client.stdout.readline() == b"up\n"
+    with calling(lab) as client:
         assert main(["knob", "drop", "1"]) == 0
         assert client.wait(BOUND_S) == 255
     assert "dropped 1 calls" in capsys.readouterr().out
@@ -209,8 +213,7 @@ def test_qubes_are_namespaces_with_a_lan_and_no_path_between_them(lab: LabDirect
 
 @needs_netns
 def test_namespaces_of_a_killed_broker_are_removed_by_the_next(lab: LabDirectory) -> None:
-    os.kill(daemon.start(lab, daemon.Network.NAMESPACES), signal.SIGKILL)
-    wait_until_gone(lab)
+    kill_broker(lab, daemon.start(lab, daemon.Network.NAMESPACES))
     assert list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
     daemon.start(lab, daemon.Network.LOOPBACK)
     assert not list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))

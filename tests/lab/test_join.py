@@ -2,7 +2,6 @@
 """How the two ends of a call are joined: each ending of qrexec's, seen from outside."""
 
 import hashlib
-import os
 import random
 import socket
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import trio
 
 from .lab_calls import (
+    Gate,
     bounded_lab,
     calling,
     give_config,
@@ -82,12 +82,11 @@ async def test_services_stderr_is_the_clients(tmp_path: Path) -> None:
 
 async def test_status_waits_for_stderr_and_output_of_the_services_children(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab:
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        give_service(lab, f"(read _ <{fifo}; echo child) & exit 3")
+        gate = Gate(tmp_path)
+        give_service(lab, f"(read _ <{gate}; echo child) & exit 3")
         async with calling(lab) as call:
             await call.stdin.send_all(b"dropped")
-            await trio.to_thread.run_sync(fifo.write_text, "go\n")
+            await gate.open()
             assert await call.read_all() == b"child\n"
             assert await call.status() == 3
 
@@ -102,24 +101,22 @@ async def test_stdin_ends_with_the_service_even_if_a_child_has_kept_it(tmp_path:
 
 async def test_status_waits_for_stderr_alone(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab:
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        give_service(lab, f"(read _ <{fifo}; echo late >&2) >&- & exit 3")
+        gate = Gate(tmp_path)
+        give_service(lab, f"(read _ <{gate}; echo late >&2) >&- & exit 3")
         async with calling(lab) as call:
             assert await call.read_all() == b""
-            await trio.to_thread.run_sync(fifo.write_text, "go\n")
+            await gate.open()
             assert await call.read_stderr() == b"late\n"
             assert await call.status() == 3
 
 
 async def test_service_that_takes_no_more_does_not_end_the_callers_writing(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab:
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        give_service(lab, f"exec <&-; read _ <{fifo}; echo done")
+        gate = Gate(tmp_path)
+        give_service(lab, f"exec <&-; read _ <{gate}; echo done")
         async with calling(lab) as call:
             await call.stdin.send_all(bytes(2_000_000))
-            await trio.to_thread.run_sync(fifo.write_text, "go\n")
+            await gate.open()
             assert await call.read_all() == b"done\n"
 
 
@@ -142,9 +139,8 @@ async def test_nothing_is_read_after_the_exit_status(tmp_path: Path) -> None:
 
 async def test_buffer_between_the_ends_is_bounded(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab:
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        give_service(lab, f"read _ <{fifo}; exec cat >/dev/null")
+        gate = Gate(tmp_path)
+        give_service(lab, f"read _ <{gate}; exec cat >/dev/null")
         async with calling(lab) as call:
             taken = 0
             with trio.move_on_after(0.5):
@@ -152,7 +148,7 @@ async def test_buffer_between_the_ends_is_bounded(tmp_path: Path) -> None:
                     taken += await call.stdin.socket.send(bytes(65536))
             # Two kernel socket buffers of about 208 KiB and the relay's 64 KiB.
             assert 65536 < taken < 1_500_000
-            await trio.to_thread.run_sync(fifo.write_text, "go\n")
+            await gate.open()
             await call.stdin.send_eof()
             assert await call.status() == 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from helpers import until
 
 from qubes_fwd_qrexec.lab.client import ExitError, Options, replace_characters
 from qubes_fwd_qrexec.lab.running import RunningLab
@@ -109,8 +110,8 @@ async def test_output_that_is_read_late_is_written_whole_before_the_client_ends(
             stdout=subprocess.PIPE,
         )
         # More than a pipe takes: the client cannot have written it all when the call has ended.
-        while not (lab.directory.qube_dir("work").root / "ended").exists() or lab.broker.joined:
-            await trio.lowlevel.checkpoint()
+        ended = lab.directory.qube_dir("work").root / "ended"
+        await until(lambda: ended.exists() and not lab.broker.joined)
         assert process.stdout is not None
         assert await read_all(process.stdout) == bytes(150_000)
         assert await process.wait() == 0

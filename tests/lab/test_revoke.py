@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import trio
+from helpers import free_port, is_listening, until
 
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
@@ -67,11 +69,6 @@ class Joined:
         assert self.client.recv(64) == b"y"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
 def add(session: LabSession, server: Server, *options: str, name: str = "web") -> int:
     """Forward a free port to the server in work; the exposed port."""
     port = free_port()
@@ -87,11 +84,6 @@ def bounded() -> Iterator[None]:
     began_s = time.monotonic()
     yield
     assert time.monotonic() - began_s < ENDED_S
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def refused(port: int) -> bool:
@@ -162,9 +154,7 @@ def test_an_expired_rules_tunnels_end_when_it_is_applied(session: LabSession) ->
         with Joined(port, server) as idle:
             session.forward("set", "work", "web", f"expire={int(time.time()) + 1}", "--no-apply")
             end = f"work: end the tunnels of sys-net to port {server.port}"
-            deadline_s = time.monotonic() + BOUND_S
-            while end not in session.forward("apply", "--dry-run"):
-                assert time.monotonic() < deadline_s
+            trio.run(until, lambda: end in session.forward("apply", "--dry-run"))
             idle.echo()
             assert end in session.forward("apply")
             with bounded(), pytest.raises(ConnectionResetError):
@@ -187,8 +177,7 @@ def test_connections_of_a_rule_that_drains_go_on(session: LabSession) -> None:
         with Joined(port, server) as idle:
             session.forward("remove", "work", "web")
             with bounded():
-                while is_listening(port):
-                    pass
+                trio.run(until, lambda: not is_listening(port))
             idle.echo()
 
 

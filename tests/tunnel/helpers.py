@@ -3,8 +3,22 @@
 
 from ipaddress import ip_address
 
-from qubes_fwd_qrexec.tunnel import Connection, Event, Hello, Origin, ProxyVersion, wire
+import pytest
+
+from qubes_fwd_qrexec.errors import RemoteProtocolError
+from qubes_fwd_qrexec.tunnel import (
+    AcceptReceived,
+    Connection,
+    Event,
+    Hello,
+    OpenReceived,
+    Origin,
+    ProxyVersion,
+    wire,
+)
 from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, ResetCode
+from qubes_fwd_qrexec.tunnel.reader import FrameReader
+from qubes_fwd_qrexec.tunnel.wire import FrameType
 
 PORTS = range(8080, 8083)
 WINDOW = 65_536
@@ -98,3 +112,42 @@ def goaway_frame(last_id: int, code: GoawayCode, is_final: bool = False) -> byte
 
 def raw_frame(kind: int, stream_id: int = 0, payload: bytes = b"", flags: int = 0) -> bytes:
     return bytes([kind, flags]) + len(payload).to_bytes(2, "big") + stream_id.to_bytes(4, "big") + payload
+
+
+# A connection with a peer that the test plays, and what it makes of a frame that may not be.
+
+
+def target_with_stream(is_accepted: bool = True) -> Connection:
+    target = ready("target")
+    assert feed(target, open_frame(1)) == [OpenReceived(1, 8080, ORIGIN, ProxyVersion.OFF)]
+    if is_accepted:
+        target.accept_stream(1, CREDIT)
+    take(target)
+    return target
+
+
+def listener_with_stream(is_accepted: bool = True) -> Connection:
+    listener = ready("listener")
+    listener.open_stream(8080, ORIGIN, CREDIT)
+    if is_accepted:
+        assert feed(listener, wire.encode_accept(1, CREDIT)) == [AcceptReceived(1)]
+    take(listener)
+    return listener
+
+
+def refuses(
+    connection: Connection, data: bytes, problem: str, code: GoawayCode = GoawayCode.PROTOCOL_ERROR
+) -> None:
+    """The bytes end the tunnel, all streams are gone, and the peer is told."""
+    with pytest.raises(RemoteProtocolError, match=problem):
+        feed(connection, data)
+    assert connection.is_over
+    assert connection.open_streams == connection.granted_bytes == 0
+    *_, (frame_type, _, payload) = FrameReader().frames(take(connection))
+    assert frame_type == FrameType.GOAWAY
+    goaway = wire.decode_goaway(payload)
+    assert (goaway.code, goaway.is_final) == (code, True)
+    with pytest.raises(RemoteProtocolError, match=problem):
+        connection.receive_data(b"")
+    connection.receive_eof()
+    assert take(connection) == b""

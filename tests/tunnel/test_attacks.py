@@ -28,42 +28,46 @@ def flood(connection, frames, answer=lambda event: None, is_read=True):
     raise AssertionError("the tunnel took it all")
 
 
-def test_rapid_reset_connects_a_bounded_number_of_times_and_ends_the_tunnel():
-    target = ready("target", max_streams=100)
+def rapid_resets():
+    return (open_frame(i) + reset_frame(i) for i in range(1, 100_001))
+
+
+def connects_for_rapid_resets(target, connect):
+    """How often a target that answers every reset is made to connect; ``connect`` is told each time."""
     connects = 0
 
     def answer(event):
         nonlocal connects
         if isinstance(event, OpenReceived):
             connects += 1
+            connect(event, connects)
         elif isinstance(event, ResetReceived):
             target.reset_stream(event.stream_id)
 
-    flood(target, (open_frame(i) + reset_frame(i) for i in range(1, 100_001)), answer)
+    flood(target, rapid_resets(), answer)
+    return connects
+
+
+def test_rapid_reset_connects_a_bounded_number_of_times_and_ends_the_tunnel():
+    target = ready("target", max_streams=100)
+    connects = connects_for_rapid_resets(target, lambda _event, _connects: None)
     assert connects == RAPID_RESETS_PER_TICK + 100
 
 
 def test_rapid_reset_is_bounded_also_over_many_seconds():
     target = ready("target", max_streams=100)
-    connects = 0
 
-    def answer(event):
-        nonlocal connects
-        if isinstance(event, OpenReceived):
-            connects += 1
-            target.accept_stream(event.stream_id, CREDIT)
-            if connects % 5000 == 0:
-                target.tick()
-        elif isinstance(event, ResetReceived):
-            target.reset_stream(event.stream_id)
+    def connect(event, connects):
+        target.accept_stream(event.stream_id, CREDIT)
+        if connects % 5000 == 0:
+            target.tick()
 
-    flood(target, (open_frame(i) + reset_frame(i) for i in range(1, 100_001)), answer)
-    assert connects == RAPID_RESETS_PER_TICK + 100
+    assert connects_for_rapid_resets(target, connect) == RAPID_RESETS_PER_TICK + 100
 
 
 def test_a_reset_that_is_not_answered_yet_holds_its_slot():
     target = ready("target", max_streams=100)
-    assert flood(target, (open_frame(i) + reset_frame(i) for i in range(1, 100_001))) == 100
+    assert flood(target, rapid_resets()) == 100
 
 
 def test_a_refusal_that_is_not_answered_holds_its_slot():
@@ -134,7 +138,7 @@ def test_answers_to_a_peer_that_never_reads_are_bounded(max_streams):
         elif isinstance(event, ResetReceived):
             target.reset_stream(event.stream_id)
 
-    frames = (open_frame(i) + reset_frame(i) for i in range(1, 100_001))
+    frames = rapid_resets()
     flood(target, frames, answer, is_read=False)
     assert target.bytes_queued <= 65_536 + 80 * max_streams + 24 + 16
 
@@ -165,7 +169,7 @@ def test_opens_after_the_lease_connect_to_nothing_and_are_bounded():
     target = ready("target", max_streams=100)
     target.drain(wire.GoawayCode.LEASE_OVER)
     events = []
-    taken = flood(target, (open_frame(i) + reset_frame(i) for i in range(1, 100_001)), events.append)
+    taken = flood(target, rapid_resets(), events.append)
     assert (taken, events) == (100, [])
 
 

@@ -5,122 +5,33 @@ import pytest
 
 from qubes_fwd_qrexec.errors import LocalProtocolError, RemoteProtocolError
 from qubes_fwd_qrexec.tunnel import (
-    AcceptReceived,
     CreditReceived,
     DataReceived,
     EofReceived,
-    GoawayReceived,
-    OpenReceived,
     PongReceived,
     ResetReceived,
     wire,
 )
-from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, Hello, ProxyVersion, ResetCode
-from qubes_fwd_qrexec.tunnel.reader import FrameReader
-from qubes_fwd_qrexec.tunnel.wire import FrameType
+from qubes_fwd_qrexec.tunnel.messages import GoawayCode, ResetCode
 
 from .helpers import (
     CREDIT,
-    ORIGIN,
     WINDOW,
     data_frame,
     feed,
-    fresh,
     goaway_frame,
-    hello,
+    listener_with_stream,
     open_frame,
     raw_frame,
     ready,
+    refuses,
     reset_frame,
     take,
+    target_with_stream,
 )
 
 EOF = wire.encode_eof(1)
 ACCEPT = wire.encode_accept(1, CREDIT)
-
-
-def target_with_stream(is_accepted=True):
-    target = ready("target")
-    assert feed(target, open_frame(1)) == [OpenReceived(1, 8080, ORIGIN, ProxyVersion.OFF)]
-    if is_accepted:
-        target.accept_stream(1, CREDIT)
-    take(target)
-    return target
-
-
-def listener_with_stream(is_accepted=True):
-    listener = ready("listener")
-    listener.open_stream(8080, ORIGIN, CREDIT)
-    if is_accepted:
-        assert feed(listener, ACCEPT) == [AcceptReceived(1)]
-    take(listener)
-    return listener
-
-
-def refuses(connection, data, problem, code=GoawayCode.PROTOCOL_ERROR):
-    """The bytes end the tunnel, all streams are gone, and the peer is told."""
-    with pytest.raises(RemoteProtocolError, match=problem):
-        feed(connection, data)
-    assert connection.is_over
-    assert connection.open_streams == connection.granted_bytes == 0
-    *_, (frame_type, _, payload) = FrameReader().frames(take(connection))
-    assert frame_type == FrameType.GOAWAY
-    goaway = wire.decode_goaway(payload)
-    assert (goaway.code, goaway.is_final) == (code, True)
-    with pytest.raises(RemoteProtocolError, match=problem):
-        connection.receive_data(b"")
-    connection.receive_eof()
-    assert take(connection) == b""
-
-
-@pytest.mark.parametrize("side", ["listener", "target"])
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        (b"Welcome to Debian\n", "no frame type 87"),
-        (raw_frame(1, payload=bytes(40)), "the HELLO begins with"),
-        (wire.encode_ping(b"12345678"), "PING before HELLO"),
-        (goaway_frame(0, GoawayCode.DONE, True), "GOAWAY before HELLO"),
-        (open_frame(1), "OPEN before HELLO"),
-        (data_frame(1), "DATA before HELLO"),
-        (reset_frame(1), "RESET before HELLO"),
-    ],
-)
-def test_hello_comes_first(side, data, problem):
-    refuses(fresh(side), data, problem)
-
-
-def test_an_echo_is_not_taken_for_a_peer():
-    refuses(fresh("listener"), wire.encode_hello(hello("listener")), "both ends say .* listener side")
-    refuses(fresh("target"), wire.encode_hello(hello("target")), "both ends say .* target side")
-
-
-def test_a_second_hello_is_refused():
-    refuses(ready("target"), wire.encode_hello(hello("listener")), "a second HELLO")
-
-
-@pytest.mark.parametrize(("lowest", "highest"), [(2, 2), (2, 9)])
-def test_no_version_in_common_is_a_clear_error(lowest, highest):
-    peer = wire.encode_hello(hello("target", min_version=lowest, max_version=highest))
-    problem = f"speaks versions {lowest} to {highest} of the tunnel protocol, this end 1 to 1"
-    refuses(fresh("listener"), peer, problem, GoawayCode.NO_COMMON_VERSION)
-
-
-def test_no_version_in_common_is_told_before_values_of_a_later_version_are_judged():
-    later = bytes.fromhex("71667764 2d74756e 0003 0004") + b"\xff" * 28
-    refuses(fresh("listener"), raw_frame(1, payload=later), "3 to 4", GoawayCode.NO_COMMON_VERSION)
-
-
-def test_the_lower_of_the_highest_versions_is_used():
-    listener = fresh("listener", max_version=3)
-    [event] = feed(listener, wire.encode_hello(hello("target", max_version=2)))
-    assert event.version == 2
-    refuses(
-        fresh("listener", min_version=2, max_version=3),
-        wire.encode_hello(hello("target")),
-        "versions 1 to 1 .* 2 to 3",
-        GoawayCode.NO_COMMON_VERSION,
-    )
 
 
 @pytest.mark.parametrize(
@@ -315,59 +226,6 @@ def test_a_refusal_is_told_with_its_reason():
     assert listener.open_streams == 1
 
 
-def test_a_goaway_is_told_and_a_final_one_ends_all():
-    listener = listener_with_stream()
-    drain = Goaway(1, GoawayCode.LEASE_OVER, is_final=False)
-    final = Goaway(1, GoawayCode.DONE, is_final=True)
-    assert feed(listener, wire.encode_goaway(drain)) == [GoawayReceived(drain)]
-    assert listener.open_streams == 1
-    assert feed(listener, wire.encode_goaway(final)) == [GoawayReceived(final)]
-    assert listener.open_streams == 0
-    listener.receive_eof()
-
-
-def test_the_target_side_may_not_have_processed_what_was_opened_last():
-    listener = listener_with_stream(is_accepted=False)
-    final = Goaway(0, GoawayCode.SHUTDOWN, is_final=True)
-    assert feed(listener, wire.encode_goaway(final)) == [GoawayReceived(final)]
-
-
-@pytest.mark.parametrize("make", [lambda: fresh("listener"), target_with_stream, listener_with_stream])
-def test_the_end_of_the_bytes_without_a_last_word_is_an_abort(make):
-    connection = make()
-    with pytest.raises(RemoteProtocolError, match="ended without a final GOAWAY"):
-        connection.receive_eof()
-    with pytest.raises(RemoteProtocolError, match="ended without a final GOAWAY"):
-        connection.receive_data(b"")
-    assert connection.is_over
-    assert connection.open_streams == 0
-
-
-def test_the_end_of_the_bytes_in_a_frame_is_an_abort_even_after_the_last_word():
-    listener = ready("listener")
-    feed(listener, goaway_frame(0, GoawayCode.DONE, True) + b"\x08")
-    with pytest.raises(RemoteProtocolError, match="ended without"):
-        listener.receive_eof()
-
-
-def test_after_our_last_word_all_that_comes_is_dropped():
-    listener = listener_with_stream()
-    events = listener.receive_data(data_frame(1) + data_frame(1) + b"\xff" * 8)
-    assert next(events) == DataReceived(1, b"x")
-    listener.close()
-    assert list(events) == []
-    assert feed(listener, b"\xff" * 8) == []
-    listener.receive_eof()
-
-
-def test_a_wrong_header_after_our_last_word_is_dropped_too():
-    listener = listener_with_stream()
-    events = listener.receive_data(data_frame(1) + b"\xff" * 8)
-    next(events)
-    listener.close()
-    assert list(events) == []
-
-
 def test_what_the_caller_does_for_one_event_counts_for_the_next():
     target = target_with_stream()
     seen = []
@@ -394,12 +252,3 @@ def test_events_that_were_not_taken_are_a_bug_of_the_caller():
 
 def test_an_empty_chunk_is_nothing():
     assert feed(ready("target"), b"") == []
-
-
-def test_a_peer_of_a_later_version_is_understood():
-    later = Hello(WINDOW, b"n" * 16, 5, 60, 1, 7)
-    frame = wire.encode_hello(later)
-    longer = raw_frame(1, 0, frame[8:] + b"something new")
-    listener = fresh("listener")
-    [event] = feed(listener, longer)
-    assert (event.hello, event.version) == (later, 1)

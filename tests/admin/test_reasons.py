@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each state and each cause of a rule, with the sentence that says what to do about it."""
+
+import pytest
+from worlds import NOW, OURS, only, qube, rule, world
+
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.states import Cause, State
+from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.values import QubeName
+
+
+def halted(name: str, netvm: str | None = None) -> Inventory:
+    return world(qube(name, netvm, is_running=False, template=QubeName("fedora-42")))
+
+
+_WIDE = ",".join(f"2001:db8:{n:x}::/48" for n in range(256))
+
+CASES = [
+    (
+        "open",
+        rule("dstports=8080 srchosts=192.168.0.0/16"),
+        world(),
+        State.ACTIVE,
+        "Connections to port 80 of sys-net from 192.168.0.0/16 reach port 8080 of work.",
+    ),
+    (
+        "open",
+        rule("srcports=80-81 listen=10.0.0.1 srchosts=any"),
+        world(),
+        State.ACTIVE,
+        "Connections to ports 80-81 of sys-net at 10.0.0.1 from anybody who can reach it reach ports 80-81 "
+        "of work.",
+    ),
+    (
+        "exposed-halted",
+        rule(),
+        halted("sys-net"),
+        State.WAITING,
+        "sys-net is halted and will listen when it starts: 'qvm-start sys-net'.",
+    ),
+    (
+        "target-halted",
+        rule(),
+        halted("work", "sys-firewall"),
+        State.WAITING,
+        "work is halted, and connections are refused until it runs: 'qvm-start work', or let connections "
+        "start it with autostart=yes.",
+    ),
+    (
+        "open",
+        rule("autostart=yes"),
+        halted("work", "sys-firewall"),
+        State.ACTIVE,
+        "Connections to port 80 of sys-net from anybody who can reach it reach port 80 of work.",
+    ),
+    (
+        "cloned",
+        rule("owner=office"),
+        world(),
+        State.SUSPENDED,
+        "The rule was made for office and came to work by cloning or renaming; 'qvm-forward confirm work "
+        "web' makes it one of work, 'qvm-forward remove work web' drops it.",
+    ),
+    (
+        "netvm-changed",
+        rule("path=sys-vpn,sys-net"),
+        world(),
+        State.SUSPENDED,
+        "The netvms of work were sys-vpn - sys-net when the rule was agreed to and are sys-firewall - "
+        "sys-net now; 'qvm-forward confirm work web' agrees to the new way, and with follow-netvm=yes the "
+        "rule follows every change.",
+    ),
+    (
+        "expired",
+        rule(f"expire={NOW}"),
+        world(),
+        State.EXPIRED,
+        "Its time is over; 'qvm-forward set work web expire=+8h' gives it more, 'qvm-forward remove work "
+        "web' ends it.",
+    ),
+    (
+        "disabled",
+        rule("enabled=no"),
+        world(),
+        State.DISABLED,
+        "It was disabled; 'qvm-forward enable work web' opens it again.",
+    ),
+    (
+        "no-such-qube",
+        rule(target="gone"),
+        world(),
+        State.REFUSED,
+        "There is no qube gone; name one that 'qvm-ls' shows.",
+    ),
+    (
+        "no-such-qube",
+        rule("via=gone"),
+        world(),
+        State.REFUSED,
+        "There is no qube gone to listen; name another one with via=QUBE.",
+    ),
+    (
+        "unfit-qube",
+        rule(target="dom0"),
+        world(),
+        State.REFUSED,
+        "dom0 is the administrative qube and must not be the target of a forward; name the qube that runs "
+        "the service.",
+    ),
+    (
+        "unfit-qube",
+        rule(target="fedora-42"),
+        world(),
+        State.REFUSED,
+        "fedora-42 is a template and must not be the target of a forward; name the qube that runs the "
+        "service.",
+    ),
+    (
+        "unfit-qube",
+        rule("via=dom0"),
+        world(),
+        State.REFUSED,
+        "dom0 is the administrative qube and must not listen; name another qube with via=QUBE.",
+    ),
+    (
+        "unfit-qube",
+        rule("via=work"),
+        world(),
+        State.REFUSED,
+        "work cannot listen for itself, as qrexec connects two different qubes; name another qube with "
+        "via=QUBE.",
+    ),
+    (
+        "no-netvm",
+        rule(target="vault"),
+        world(),
+        State.REFUSED,
+        "vault has no netvm that could listen for it; name the qube that shall listen with --via QUBE "
+        "(option via=QUBE).",
+    ),
+    (
+        "netvm-broken",
+        rule(),
+        world(qube("sys-net", "sys-firewall")),
+        State.REFUSED,
+        "the netvms of work lead in a circle at sys-firewall; mend its netvm.",
+    ),
+    (
+        "netvm-broken",
+        rule(),
+        world(without=("sys-net",)),
+        State.REFUSED,
+        "sys-net, the netvm of sys-firewall, does not exist; set another.",
+    ),
+    (
+        "not-in-this-version",
+        rule("mode=nft"),
+        world(),
+        State.REFUSED,
+        "The rule asks for mode=nft and this version of qvm-forward cannot do that yet; mode=qrexec would "
+        "work for TCP.",
+    ),
+    (
+        "not-in-this-version",
+        rule("proto=udp"),
+        world(),
+        State.REFUSED,
+        "The rule asks for proto=udp, which needs mode=nft, and this version of qvm-forward cannot do that "
+        "yet; only TCP works.",
+    ),
+    (
+        "no-service",
+        rule("transport=tunnel", target="personal"),
+        world(),
+        State.REFUSED,
+        "The rule asks for transport=tunnel and personal does not offer qubes.ForwardTCP; install "
+        "qubes-fwd-qrexec in its template and start personal again, or leave transport=tunnel out.",
+    ),
+    (
+        "no-service",
+        rule("proxy=v1", target="personal"),
+        world(),
+        State.REFUSED,
+        "The rule asks for proxy and personal does not offer qubes.ForwardTCP; install qubes-fwd-qrexec in "
+        "its template and start personal again, or leave proxy out.",
+    ),
+    (
+        "not-in-this-version",
+        rule("limits=rate:5"),
+        world(),
+        State.REFUSED,
+        "The rule asks for limits and this version of qvm-forward cannot do that yet; leave limits out.",
+    ),
+    (
+        "tunnel-in-the-path",
+        rule(target="hidden"),
+        world(),
+        State.REFUSED,
+        "hidden is behind a tunnel, marked at sys-vpn (feature service.vpn-handler-openvpn), and listening "
+        "at sys-net would go round it; expose it at sys-vpn with via=sys-vpn, or accept that with "
+        "bypass-tunnel=yes (--bypass-tunnel).",
+    ),
+    (
+        "tunnel-in-the-path",
+        rule(),
+        world(qube("work", "sys-firewall", tags=frozenset({"anon-vm"}), features=OURS)),
+        State.REFUSED,
+        "work is behind a tunnel, marked at work (tag anon-vm), and listening at sys-net would go round "
+        "it; expose it nowhere, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+    ),
+    (
+        "too-large",
+        rule("srcports=1-257 transport=call"),
+        world(),
+        State.REFUSED,
+        "With one call for each connection every port needs its own policy line, and 257 ports are more "
+        "than 256; make the range shorter, or use transport=tunnel.",
+    ),
+    (
+        "too-large",
+        rule("srcports=1-257", target="personal"),
+        world(),
+        State.REFUSED,
+        "With one call for each connection every port needs its own policy line, and 257 ports are more "
+        "than 256; make the range shorter, or install qubes-fwd-qrexec in its template and start personal "
+        "again.",
+    ),
+    (
+        "too-large",
+        rule(f"srchosts={_WIDE}"),
+        world(),
+        State.REFUSED,
+        "fwd.work.web: the configuration has 4434 bytes and QubesDB takes 3071; name fewer or larger "
+        "networks in srchosts.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cause", "named", "inventory", "state", "sentence"), CASES)
+def test_every_state_has_its_sentence(
+    cause: str, named: NamedRule, inventory: Inventory, state: State, sentence: str
+) -> None:
+    forward = only(named, inventory)
+    assert (forward.state, forward.cause, forward.reason) == (state, cause, sentence)
+    assert forward.is_live == (state in (State.ACTIVE, State.WAITING)) == (forward.config is not None)
+
+
+def test_every_cause_of_a_rule_is_in_the_table_or_of_more_than_one_rule() -> None:
+    others = {Cause.CONFLICT, Cause.UNREADABLE}
+    assert {Cause(case[0]) for case in CASES} | others == set(Cause)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A mux in the place of the exposed qube, and the target's end of the tunnel, in one thread."""
+
+import contextlib
+import socket
+
+from helpers import tcp_pair
+from mux_bench import ORIGIN, TunnelBench
+
+from qubes_fwd_qrexec.leg import Leg
+from qubes_fwd_qrexec.loop import Loop
+from qubes_fwd_qrexec.mux import Mux
+from qubes_fwd_qrexec.tunnel import Connection, Hello, Origin, ProxyVersion, ResetCode
+from qubes_fwd_qrexec.tunnelservice import LEASE_S, TunnelService
+from qubes_fwd_qrexec.values import TargetPorts
+
+
+class ServiceBench(TunnelBench):
+    """The near end of a tunnel and the service at the other, each with its loop, turned in turns."""
+
+    def __init__(self, ports: TargetPorts, lease_s: int = LEASE_S, *, is_far_there: bool = False) -> None:
+        super().__init__(is_far_there=is_far_there)
+        self.near.abandon()
+        hello = Connection(Hello(1 << 19, bytes(16)), range(ports.first, ports.last + 1))
+        self.near = Mux(self.loop, hello, self.near_call, self.near_sink, self.near_budget, self.near_owner)
+        self.service = TunnelService(ports, self.far_call, self.far_sink, lease_s)
+        near_loop, far_loop = self.loop, self.service._loop
+
+        class Both(Loop):
+            def run_once(self, timeout_s: float | None = None) -> None:
+                near_loop.run_once(0)
+                far_loop.run_once(timeout_s)
+
+            def close(self) -> None:
+                super().close()
+                near_loop.close()
+                far_loop.close()
+
+        self.loop = Both()
+        self.until(lambda: self.near_owner.is_ready)
+
+    def connect(
+        self, port: int, proxy: ProxyVersion = ProxyVersion.OFF, origin: Origin = ORIGIN
+    ) -> tuple[socket.socket, Leg]:
+        client, accepted = tcp_pair()
+        leg = self.near.open(port, origin, accepted, proxy)
+        assert leg is not None
+        return client, leg
+
+    def refusal(self, port: int) -> ResetCode:
+        """What a stream is refused with, which its socket survives."""
+        client, leg = self.connect(port)
+        with client, leg.sock:
+            self.until(lambda: self.near_owner.refusals)
+            ((refused, code),) = self.near_owner.refusals
+            assert refused is leg
+            self.near_owner.refusals.clear()
+        return code
+
+    def accept(self, server: socket.socket) -> socket.socket:
+        """Turn until the server has a connection; the server's end of it."""
+        found: list[socket.socket] = []
+
+        def is_there() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                found.append(server.accept()[0])
+            return bool(found)
+
+        self.until(is_there)
+        found[0].setblocking(False)
+        return found[0]
+
+    def __exit__(self, *_: object) -> None:
+        self.service._give_up_connecting()
+        for leg in list(self.service._mux.legs.values()):
+            leg.abort_from_here()
+        self.service._mux.abandon()
+        super().__exit__()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The windows of one stream: how they grow and shrink, and that no byte waits for ever."""
+
+import random
+import socket
+import time
+
+import pytest
+from endings import MIB, pattern
+from mux_bench import Joined, TunnelBench, pending_bytes
+
+from qubes_fwd_qrexec import leg as leg_module
+from qubes_fwd_qrexec.budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.leg import Leg
+from qubes_fwd_qrexec.relay import half_close
+
+
+def check_window(bench: TunnelBench, leg: Leg) -> None:
+    """A window is what the peer may still send, what waits here, and what is not granted again yet."""
+    granted = leg._mux.connection.granted(leg.stream_id)
+    assert leg._window == granted + pending_bytes(leg) + leg._owed
+    assert FLOOR_BYTES <= leg._window <= WINDOW_MAX_BYTES
+
+
+@pytest.mark.parametrize("size", [1, 32767, 32768, 32769, 4 * MIB + 1])
+def test_every_byte_arrives_and_windows_add_up(bench: TunnelBench, stream: Joined, size: int) -> None:
+    data, got, sent = pattern(size), bytearray(), 0
+    half = False
+    while len(got) < size:
+        sent += send_some(stream.client, data[sent : sent + 70_000]) if sent < size else 0
+        if sent == size and not half:
+            half_close(stream.client)
+            half = True
+        bench.loop.run_once(0)
+        got += receive_some(stream.server, 50_000)
+        if not stream.far.has_eof:
+            check_window(bench, stream.far)
+    assert got == data
+    assert bench.read_to_end(stream.server) == (b"", "EOF")
+
+
+def send_some(sock: socket.socket, data: bytes) -> int:
+    try:
+        return sock.send(data)
+    except BlockingIOError:
+        return 0
+
+
+def receive_some(sock: socket.socket, size: int) -> bytes:
+    try:
+        return sock.recv(size)
+    except BlockingIOError:
+        return b""
+
+
+def test_a_fast_stream_gets_a_large_window_and_a_slow_one_gives_it_back(
+    bench: TunnelBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leg_module, "_FAST_S", 1000.0)
+    monkeypatch.setattr(leg_module, "_SLOW_S", 2000.0)
+    carry(bench, stream, 4 * MIB)
+    assert stream.far._window == WINDOW_MAX_BYTES
+    assert bench.far_budget.shared_left == Budget().shared_left - (WINDOW_MAX_BYTES - FLOOR_BYTES)
+    monkeypatch.setattr(leg_module, "_SLOW_S", -1.0)
+    carry(bench, stream, 4 * MIB)
+    assert stream.far._window == INITIAL_BYTES
+    check_window(bench, stream.far)
+    carry(bench, stream, MIB)
+
+
+def carry(bench: TunnelBench, stream: Joined, size: int) -> None:
+    """So much from the client to the server, as fast as it goes."""
+    left, got = size, 0
+    deadline = time.monotonic() + 10
+    while got < size:
+        assert time.monotonic() < deadline, "it stands still"
+        left -= send_some(stream.client, bytes(min(left, 65536))) if left else 0
+        bench.loop.run_once(0)
+        got += len(receive_some(stream.server, 65536))
+
+
+def test_a_tight_budget_takes_back_what_it_lent_even_from_the_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leg_module, "_FAST_S", 1000.0)
+    monkeypatch.setattr(leg_module, "_SLOW_S", 2000.0)
+    with TunnelBench(far_budget=Budget(4 * MIB, 16)) as bench:
+        stream = bench.join()
+        carry(bench, stream, 4 * MIB)
+        assert stream.far._window == WINDOW_MAX_BYTES
+        others = bench.far_budget.shared_left
+        bench.far_budget.shared_left = 0
+        carry(bench, stream, 4 * MIB)
+        assert stream.far._window <= 4 * INITIAL_BYTES
+        bench.far_budget.shared_left += others
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_stream_stands_still_however_its_window_changes(
+    bench: TunnelBench, stream: Joined, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Fast and slow as chance has it, through socket buffers that take a little at a time."""
+    chance = random.Random(seed)
+    stream.far.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    for _ in range(40):
+        monkeypatch.setattr(leg_module, "_FAST_S", chance.choice((-1.0, 1000.0)))
+        monkeypatch.setattr(leg_module, "_SLOW_S", chance.choice((-1.0, 1000.0)))
+        carry(bench, stream, chance.randrange(1, 300_000))
+        check_window(bench, stream.far)
+    assert bench.near.connection.send_limit(stream.near.stream_id) > 0
+
+
+def test_the_floor_alone_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with TunnelBench(far_budget=Budget(16 * FLOOR_BYTES, 16)) as bench:
+        stream = bench.join()
+        assert stream.far._window == FLOOR_BYTES
+        carry(bench, stream, 300_000)
+        assert stream.far._window == FLOOR_BYTES

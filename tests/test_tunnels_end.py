@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When a tunnel is replaced and ends: its lease, how long it lingers, and what retires it."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from helpers import FakeClient, accept, echo_once, is_reset, port_of, until
+from tunnels_bench import Clock, end_well, one, tunnels_to
+
+from qubes_fwd_qrexec.errors import RefusedError
+
+pytestmark = pytest.mark.usefixtures("tunnel_home")
+
+
+async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    """relay-behaviours 53."""
+    client, port = FakeClient(tmp_path, "tunnel LEASE_S=1"), port_of(server)
+    async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            (old,) = bench.tunnels._tunnels
+            await until(lambda: not old.has_room)
+            async with bench.connect(port) as new_near, await accept(server) as new_far:
+                await echo_once(new_near, new_far)
+                await echo_once(near, far)
+                await end_well(near, far)
+                await until(lambda: old not in bench.tunnels._tunnels)
+    assert len(client.calls) == 2
+
+
+async def test_without_streams_it_is_kept_a_while_and_then_ends(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port), linger_s=30) as bench:
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            (tunnel,) = bench.tunnels._tunnels
+            await clock.advance(100)
+            assert tunnel.has_room
+            await end_well(near, far)
+        await until(lambda: not tunnel.streams)
+        await clock.advance(29)
+        assert tunnel.has_room
+        await clock.advance(1)
+        assert not tunnel.has_room
+        await until(lambda: not bench.tunnels._tunnels)
+        async with bench.connect(port), await accept(server):
+            pass
+    assert len(client.calls) == 2
+
+
+async def test_a_stream_that_is_over_between_two_looks_keeps_it(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port), linger_s=1.5) as bench:
+        for number in range(6):
+            async with bench.connect(port) as near, await accept(server) as far:
+                await echo_once(near, far)
+                await end_well(near, far)
+            await bench.endings.reach(number + 1)
+            await clock.advance(1)
+        assert bench.mux.open_room
+    assert len(client.calls) == 1
+
+
+async def test_retired_they_end_with_their_last_stream_and_open_no_other(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    async with tunnels_to(client.command, one(port)) as bench:
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            bench.tunnels.retire()
+            assert await bench.refusal(port) == "the forward to work is over"
+            await echo_once(near, far)
+            await end_well(near, far)
+        await until(lambda: not bench.tunnels._tunnels)
+    assert len(client.calls) == 1
+
+
+async def test_retired_while_it_opens_it_ends(tmp_path: Path, server: socket.socket) -> None:
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    async with tunnels_to(client.command, one(port)) as bench:
+        async with bench.connect(port):
+            await until(lambda: bench.tunnels._tunnels)
+            bench.tunnels.retire()
+            await bench.endings.reach(1)
+            await until(lambda: not bench.tunnels._tunnels)
+        assert all(isinstance(ending, RefusedError) for ending in bench.endings)
+
+
+async def test_half_closed_for_too_long_is_an_abort(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = port_of(server)
+    async with tunnels_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+        bench.tunnels._half_close_s = 0.1
+        monkeypatch.setattr("qubes_fwd_qrexec.mux._HALF_CLOSE_LOOK_TICKS", 1)
+        async with bench.connect(port) as near, await accept(server) as far:
+            await near.send_eof()
+            assert await is_reset(near)
+            assert not await is_reset(far)  # after an end of file an abort shows only to who sends
+            await bench.endings.reach(1)

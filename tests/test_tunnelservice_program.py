@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The target's end as a program, and as it is run: its signals, its note and its exit status."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import port_of
+from mux_bench import TunnelBench
+from service_bench import ServiceBench
+
+from qubes_fwd_qrexec.exitstatus import ExitStatus
+from qubes_fwd_qrexec.localserver import ServiceError
+from qubes_fwd_qrexec.tunnel import GoawayCode
+from qubes_fwd_qrexec.tunnelservice import serve
+from qubes_fwd_qrexec.values import TargetPorts
+
+
+class Program:
+    """The service as the agent starts it, with a mux of ours at the other end of its call."""
+
+    def __init__(self, directory: Path, port: int, *, source: str = "sys-net") -> None:
+        self.bench = TunnelBench(is_far_there=False)
+        environment = os.environ | {"QREXEC_REMOTE_DOMAIN": source, "QUBES_FORWARD_RUN_DIR": str(directory)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qubes_fwd_qrexec.service", f"{port}+tunnel"],
+            stdin=self.bench.far_call,
+            stdout=self.bench.far_sink,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        self.bench.far_call.close()
+        self.bench.far_sink.close()
+        self.bench.near.connection._target_ports = range(port, port + 1)
+
+    def end(self) -> tuple[int, str]:
+        _, stderr = self.process.communicate(timeout=10)
+        return self.process.returncode, stderr.decode()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.bench.__exit__()
+
+
+@pytest.fixture
+def program(tmp_path: Path, server: socket.socket) -> Iterator[Program]:
+    with Program(tmp_path / "run", port_of(server)) as program:
+        program.bench.until(lambda: program.bench.near_owner.is_ready)
+        yield program
+
+
+def stream_of(program: Program, server: socket.socket) -> tuple[socket.socket, socket.socket]:
+    client, leg = program.bench.open(port_of(server))
+    program.bench.until(lambda: leg.is_joined)
+    far, _ = server.accept()
+    far.setblocking(False)
+    return client, far
+
+
+def test_an_agreed_end_is_status_0(program: Program) -> None:
+    program.bench.near.drain(GoawayCode.SHUTDOWN)
+    program.bench.until(lambda: program.bench.near_owner.is_over)
+    assert program.end() == (0, "")
+
+
+def test_sigterm_is_an_abort_of_every_stream_within_a_second(program: Program, server: socket.socket) -> None:
+    client, far = stream_of(program, server)
+    with client, far:
+        began = time.monotonic()
+        program.process.send_signal(signal.SIGTERM)
+        assert program.bench.is_aborted(client)
+        assert program.bench.is_aborted(far)
+        assert program.end() == (0, "")
+        assert time.monotonic() - began < 1
+
+
+def test_after_the_calls_death_it_ends_within_two_seconds(program: Program, server: socket.socket) -> None:
+    """relay-behaviours 28, with a client that takes nothing, and 27 for the server."""
+    client, far = stream_of(program, server)
+    with client, far:
+        program.bench.stall(client)
+        began = time.monotonic()
+        program.bench.near_call.shutdown(socket.SHUT_RDWR)
+        status, message = program.end()
+        assert time.monotonic() - began < 2
+        assert status == ExitStatus.TROUBLE
+        assert "without a final GOAWAY" in message
+        assert program.bench.is_aborted(far)
+
+
+def test_killed_it_is_an_abort_to_the_server(program: Program, server: socket.socket) -> None:
+    """relay-behaviours 14: nobody is left to say so, and still it is no clean end."""
+    client, far = stream_of(program, server)
+    with client, far:
+        program.process.kill()
+        assert program.bench.is_aborted(far)
+        assert program.bench.is_aborted(client)
+
+
+def test_garbage_is_status_125_with_the_reason(program: Program) -> None:
+    program.bench.near_call.send(random.Random(1).randbytes(100))
+    status, message = program.end()
+    assert status == ExitStatus.TROUBLE
+    assert message.startswith("qubes.ForwardTCP: ")
+
+
+def test_a_caller_without_a_name_is_refused(tmp_path: Path) -> None:
+    with Program(tmp_path, 80, source="../etc") as program:
+        status, message = program.end()
+        assert status == ExitStatus.TROUBLE
+        assert "is not" in message
+
+
+def test_a_tunnel_that_could_not_be_ended_must_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "no" / "such"))
+    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(ServiceError) as caught:
+        serve(TargetPorts(80, 80), one, other)
+    assert caught.value.status is ExitStatus.TROUBLE
+
+
+def test_serve_says_why_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
+    one, other = socket.socketpair()
+    with one, other, one.dup() as again:
+        one.setblocking(False)
+        again.setblocking(False)
+        other.shutdown(socket.SHUT_WR)
+        with pytest.raises(ServiceError, match="without a final GOAWAY"):
+            serve(TargetPorts(80, 80), one, again)
+
+
+def test_a_signal_ends_the_run(server: socket.socket) -> None:
+    """Between two handlers: the loop is woken by it."""
+    port = port_of(server)
+    with ServiceBench(TargetPorts(port, port)) as bench:
+        before = signal.getsignal(signal.SIGTERM)
+        bench.service._loop.after(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert bench.service.run() is None
+        assert bench.service._is_over
+        assert signal.getsignal(signal.SIGTERM) is before

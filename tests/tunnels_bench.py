@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tunnels to one port over a stand-in for qrexec-client-vm, and connections that they carry."""
+
+import math
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from types import SimpleNamespace
+
+import pytest
+import trio
+from helpers import BOUND_S, Collected, no_fds_left, tcp_pair
+from trio.testing import wait_all_tasks_blocked
+
+from qubes_fwd_qrexec import tunnels as tunnels_module
+from qubes_fwd_qrexec.budget import Budget
+from qubes_fwd_qrexec.call import Ending
+from qubes_fwd_qrexec.errors import RefusedError
+from qubes_fwd_qrexec.mux import Mux
+from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
+from qubes_fwd_qrexec.targets import Target
+from qubes_fwd_qrexec.tunnel import Origin, ProxyVersion
+from qubes_fwd_qrexec.tunnels import Tunnels
+from qubes_fwd_qrexec.values import TargetPorts
+
+ORIGIN = Origin(ip_address("192.0.2.1"), 40_000, ip_address("198.51.100.2"), 80)
+
+
+class Bench:
+    """Tunnels to one port, and connections over them."""
+
+    def __init__(self, tunnels: Tunnels, target: Target, relays: RelayThread, tasks: trio.Nursery) -> None:
+        self.tunnels = tunnels
+        self.target = target
+        self.relays = relays
+        self.tasks = tasks
+        self.endings: Collected[Ending | RefusedError] = Collected()
+
+    async def carry(self, accepted: socket.socket, port: int) -> None:
+        try:
+            self.endings.append(await self.tunnels.relay(accepted, port, ORIGIN, ProxyVersion.OFF))
+        except RefusedError as error:
+            self.endings.append(error)
+        finally:
+            accepted.close()
+
+    def connect(self, port: int) -> trio.SocketStream:
+        """A client; its connection is carried from now on."""
+        client, accepted = tcp_pair()
+        self.tasks.start_soon(self.carry, accepted, port)
+        return trio.SocketStream(trio.socket.from_stdlib_socket(client))
+
+    async def refusal(self, port: int) -> str:
+        client, accepted = tcp_pair()
+        with client, accepted, pytest.raises(RefusedError) as caught, trio.fail_after(BOUND_S):
+            await self.tunnels.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
+        return str(caught.value)
+
+    @property
+    def mux(self) -> Mux:
+        (tunnel,) = self.tunnels._tunnels
+        assert tunnel.mux is not None
+        return tunnel.mux
+
+
+class Clock:
+    """The time by which tunnels are looked after: it stands still but for `advance`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = trio.current_time()
+        self._sleeping: list[tuple[float, trio.Event]] = []
+        own = {"current_time": lambda: self._now, "sleep": self._sleep}
+        monkeypatch.setattr(tunnels_module, "trio", SimpleNamespace(**vars(trio) | own))
+
+    async def _sleep(self, seconds: float) -> None:
+        sleeping = self._now + seconds, trio.Event()
+        self._sleeping.append(sleeping)
+        try:
+            await sleeping[1].wait()
+        finally:
+            self._sleeping.remove(sleeping)
+
+    async def advance(self, seconds: float) -> None:
+        """Let so much time pass: all that is due in it happens at its time."""
+        end = self._now + seconds
+        await wait_all_tasks_blocked()
+        while due := sorted(at for at, _ in self._sleeping if at <= end):
+            self._now = due[0]
+            for at, event in self._sleeping:
+                if at <= self._now:
+                    event.set()
+            await wait_all_tasks_blocked()
+        self._now = end
+
+
+@asynccontextmanager
+async def tunnels_to(
+    client: tuple[str, ...],
+    ports: TargetPorts,
+    *,
+    budget: Budget | None = None,
+    target: Target | None = None,
+    linger_s: float = 60.0,
+) -> AsyncIterator[Bench]:
+    target = target or Target("work", chance=lambda: 0.0)
+    with no_fds_left():
+        async with open_relay_thread() as relays, trio.open_nursery() as tasks:
+            service = f"qubes.ForwardTCP+{ports.brief()}+tunnel"
+            tunnels = Tunnels(
+                client, target, service, ports, relays, budget or Budget(), tasks, math.inf, linger_s
+            )
+            yield Bench(tunnels, target, relays, tasks)
+            tasks.cancel_scope.cancel()
+
+
+def one(port: int) -> TargetPorts:
+    return TargetPorts(port, port)
+
+
+async def end_well(near: trio.SocketStream, far: trio.SocketStream) -> None:
+    with trio.fail_after(BOUND_S):
+        await near.send_eof()
+        assert await far.receive_some() == b""
+        await far.send_eof()
+        assert await near.receive_some() == b""
