@@ -28,7 +28,7 @@ from .localserver import (
     CONNECT_TIMEOUT_S,
     LOCALHOSTS,
     SERVICE,
-    check_is_other,
+    check_answered,
     not_connected,
     parse_argument,
     prepare,
@@ -101,6 +101,8 @@ async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.soc
         for family, host in LOCALHOSTS:
             try:
                 return await _connect_to(family, host, port)
+            except ConnectionResetError as error:  # it was there
+                raise not_connected(port, timeout_s, error) from None
             except OSError as error:
                 trouble = trouble or error
         raise not_connected(port, timeout_s, trouble)
@@ -111,13 +113,11 @@ async def _connect_to(family: socket.AddressFamily, host: str, port: int) -> soc
     server = socket.socket(family, socket.SOCK_STREAM)
     try:
         prepare(server)
-        trouble = server.connect_ex((host, port))
-        if trouble == errno.EINPROGRESS:
+        try:
+            server.connect((host, port))
+        except BlockingIOError:
             await trio.lowlevel.wait_writable(server)
-            trouble = server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if trouble:
-            raise OSError(trouble, os.strerror(trouble))
-        check_is_other(server)
+        check_answered(server, port)
     except BaseException:
         abort(server)
         raise
