@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .errors import ForwardError, TextError
 from .exitstatus import ExitStatus
-from .relay import abort
+from .relay import abort, abort_by_default
 from .values import TargetPorts, parse_port
 
 SERVICE = "qubes.ForwardTCP"
@@ -115,6 +115,7 @@ def check_answered(server: socket.socket, port: int) -> None:
 def prepare(server: socket.socket) -> None:
     """Make a new connection to the server ready to be relayed."""
     server.setblocking(False)
+    abort_by_default(server)
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

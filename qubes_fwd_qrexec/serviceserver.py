@@ -34,7 +34,7 @@ from .localserver import (
     prepare,
 )
 from .logs import RateLimit, start_logging, warn
-from .relay import Copy, CopyEnd, abort, half_close
+from .relay import Copy, CopyEnd, abort, close_cleanly, half_close
 from .relaythread import RelayThread, open_relay_thread
 
 _logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
             nursery.start_soon(copy, call, server)
             await copy(server, call)
         if not nursery.cancel_scope.cancel_called:
-            server.close()
+            close_cleanly(server)
     finally:
         abort(server)
 

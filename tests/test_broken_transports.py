@@ -258,3 +258,23 @@ def test_tunnels_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Loss
     assert world.said(f"{way.tunnel} in work is tried again in") >= 1
     with way.connect_again():
         assert time.monotonic() - began >= BACK_OFF_FIRST_S
+
+
+def test_nobody_is_left_to_say_so_and_still_it_is_no_clean_end(tmp_path: Path) -> None:
+    """relay-behaviours 14: a program is killed, and the kernel closes its sockets."""
+    with open_world(tmp_path) as world:
+        tunnel, call = world.forward("tunnel"), world.forward("call")
+        world.start_listener()
+        with tunnel.connect() as first, call.connect() as second, within(2):
+            first.echo()
+            second.echo()
+            kill(world.services)
+            for connection in (first, second):
+                assert_reset(connection.far)
+                assert_reset(connection.client)
+        with tunnel.connect_again() as first, call.connect_again() as second, within(2):
+            world.kill_listener()
+            for connection in (first, second):
+                assert_reset(connection.client)
+            assert_reset(first.far)
+            assert second.far.recv(1) == b""  # raw qrexec has no other word for it
