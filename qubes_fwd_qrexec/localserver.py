@@ -92,6 +92,7 @@ def _connect_to(family: int, host: str, port: int, timeout_s: float) -> socket.s
 def new_socket(family: int) -> socket.socket:
     """A socket for a connection to a server. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
+    abort_by_default(sock)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
     return sock
@@ -115,7 +116,6 @@ def check_answered(server: socket.socket, port: int) -> None:
 def prepare(server: socket.socket) -> None:
     """Make a new connection to the server ready to be relayed."""
     server.setblocking(False)
-    abort_by_default(server)
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

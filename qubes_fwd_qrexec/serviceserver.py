@@ -29,6 +29,7 @@ from .localserver import (
     LOCALHOSTS,
     SERVICE,
     check_answered,
+    new_socket,
     not_connected,
     parse_argument,
     prepare,
@@ -110,7 +111,7 @@ async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.soc
 
 
 async def _connect_to(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    server = socket.socket(family, socket.SOCK_STREAM)
+    server = new_socket(family)
     try:
         prepare(server)
         try:
