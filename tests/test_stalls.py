@@ -3,7 +3,6 @@
 
 import select
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -200,6 +199,16 @@ def round_trips_s(connection: Connection, count: int) -> list[float]:
     return sorted(took_s)
 
 
+def quick(took_s: list[float]) -> float:
+    """What a tenth is faster than: where others want the processors, this is what our own work takes."""
+    return took_s[len(took_s) // 10]
+
+
+def slow(took_s: list[float]) -> float:
+    """What a twentieth is slower than: whoever waits for others that stall waits much longer."""
+    return took_s[-len(took_s) // 20]
+
+
 def test_one_that_echoes_beside_63_that_stall_is_not_much_slower_than_alone(stalls: Stalls) -> None:
     """relay-behaviours 19, with room for whatever else wants the processors."""
     with stalls.connections(64) as (echoing, *others):
@@ -208,8 +217,8 @@ def test_one_that_echoes_beside_63_that_stall_is_not_much_slower_than_alone(stal
         stall(flows)
         stalls.assert_quiet()
         beside = round_trips_s(echoing, 300)
-        assert statistics.median(beside) <= 3 * statistics.median(alone) + 0.002
-        assert beside[285] <= alone[285] + 0.05
+        assert quick(beside) <= 3 * quick(alone) + 0.001
+        assert slow(beside) <= slow(alone) + 0.25
         finish(flows, max(flow.sent for flow in flows))
 
 
@@ -253,5 +262,6 @@ def test_a_small_answer_beside_bulk_streams_is_soon_there(stalls: Stalls) -> Non
         for child in children:
             child.terminate()
         moved = [int(child.communicate(timeout=BOUND_S)[0]) for child in children]
-        assert took_s[180] <= 0.1
+        assert quick(took_s) <= 0.02
+        assert slow(took_s) <= 0.5
         assert min(moved) >= MIB
