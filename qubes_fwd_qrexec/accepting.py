@@ -13,6 +13,7 @@ import trio
 
 from .errors import ForwardError
 from .logs import RateLimit, warn
+from .relay import abort_by_default
 from .values import IPAddress, unmapped
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_ipv6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # Before it listens: what is accepted inherits them, and the window's scale is agreed on by then.
+        # Before it listens: what is accepted inherits all this, and the window's scale is agreed on by then.
+        abort_by_default(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
         sock.bind((str(address), port))

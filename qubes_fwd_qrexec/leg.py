@@ -230,7 +230,7 @@ class Leg:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
-            self._break(error)
+            self.broken(error)
             return
         self.moved_at = time.monotonic()
         if sent == length:
@@ -270,14 +270,14 @@ class Leg:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._break(error)
+            self.broken(error)
             return
         self._pending = None
         self._watch(self._mask & ~WRITE)
         if self.has_eof:
             self._pass_eof_on()
 
-    def _break(self, error: OSError) -> None:
+    def broken(self, error: OSError) -> None:
         """The local peer takes nothing more. What it sent before is still passed on, and then RESET.
 
         The kernel reports an abort once. What is read after it ends as if by FIN, and that is the truth

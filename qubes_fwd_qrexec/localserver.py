@@ -5,15 +5,17 @@ The argument alone says what may be reached, so that dom0's policy covers it: ``
 127.0.0.1, or of ::1 where 127.0.0.1 refuses, and nothing else.
 """
 
+import contextlib
 import errno
 import os
+import select
 import socket
 import time
 from typing import NamedTuple
 
 from .errors import ForwardError, TextError
 from .exitstatus import ExitStatus
-from .relay import abort
+from .relay import abort, abort_by_default
 from .values import TargetPorts, parse_port
 
 SERVICE = "qubes.ForwardTCP"
@@ -61,38 +63,53 @@ def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     trouble: OSError | None = None
     for family, host in LOCALHOSTS:
         try:
-            server = new_socket(family)
-        except OSError as error:  # no IPv6 here
-            trouble = trouble or error
-            continue
-        try:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            server.connect((host, port))
-            check_is_other(server)
+            return _connect_to(family, host, port, deadline - time.monotonic())
+        except ConnectionResetError as error:  # it was there
+            raise not_connected(port, timeout_s, error) from None
         except OSError as error:
-            abort(server)
             trouble = trouble or error
-        else:
-            prepare(server)
-            return server
     raise not_connected(port, timeout_s, trouble)
+
+
+def _connect_to(family: int, host: str, port: int, timeout_s: float) -> socket.socket:
+    server = new_socket(family)
+    try:
+        server.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            server.connect((host, port))
+        poll = select.poll()
+        poll.register(server, select.POLLOUT)
+        if not poll.poll(max(timeout_s, 0.001) * 1000):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        check_answered(server, port)
+        prepare(server)
+    except OSError:
+        abort(server)
+        raise
+    return server
 
 
 def new_socket(family: int) -> socket.socket:
     """A socket for a connection to a server. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
+    abort_by_default(sock)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
     return sock
 
 
-def check_is_other(server: socket.socket) -> None:
-    """Raises ConnectionRefusedError where a socket has met itself.
+def check_answered(server: socket.socket, port: int) -> None:
+    """Raises OSError unless a server has answered on ``port``; ConnectionResetError if it has aborted since.
+
+    Where it had sent something before its abort, that is still to be read, and no error is raised. SO_ERROR
+    is not asked: it takes the abort away, and what is read then ends as if by FIN.
 
     The kernel may choose the very port that is connected to as the port to connect from. Where nobody
-    listens, the connection then opens from both ends at once, and echoes.
+    listens, the connection then opens from both ends at once, and echoes: nobody has answered.
     """
-    if server.getsockname() == server.getpeername():
+    with contextlib.suppress(BlockingIOError):
+        server.recv(1, socket.MSG_PEEK)
+    if server.getsockname()[1] == port:
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
@@ -106,5 +123,7 @@ def not_connected(port: int, timeout_s: float, trouble: OSError | None) -> Servi
     """Why there is no connection to the server; ``trouble`` is what the first try met."""
     if isinstance(trouble, TimeoutError):
         return ServiceError(ExitStatus.SERVER_TIMEOUT, f"port {port}: no answer within {timeout_s:g} s")
+    if isinstance(trouble, ConnectionResetError):
+        return ServiceError(ExitStatus.SERVER_RESET, f"port {port}: {trouble.strerror}")
     reason = (trouble.strerror if trouble else None) or "no connection"
     return ServiceError(ExitStatus.SERVER_REFUSED, f"port {port}: {reason}")

@@ -248,7 +248,7 @@ def close_well(sock: socket.socket) -> None:
         for _ in range(_READ_OUT_BYTES // BUFFER_BYTES):
             if not sock.recv(BUFFER_BYTES):
                 break
-    sock.close()
+    close_cleanly(sock)
 
 
 def undelivered_bytes(sock: socket.socket) -> int:

@@ -16,7 +16,7 @@ import sys
 from .exitstatus import ExitStatus
 from .localserver import SERVICE, ServiceError, connect, parse_argument
 from .loop import Loop
-from .relay import Copy, CopyEnd, Relay, abort, half_close
+from .relay import Copy, CopyEnd, Relay, abort, close_cleanly, half_close
 
 # Arguments come from another qube, and this goes to a log.
 _MESSAGE_MAX = 200
@@ -47,7 +47,7 @@ class _Joined:
         if self._status is None and self._has_lost:
             self._status = ExitStatus.SERVER_RESET  # it ended its side first, and took no more
         if self._status is None:
-            self._server.close()
+            close_cleanly(self._server)
             return os.EX_OK
         abort(self._server)
         return self._status

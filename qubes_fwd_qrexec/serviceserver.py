@@ -28,13 +28,14 @@ from .localserver import (
     CONNECT_TIMEOUT_S,
     LOCALHOSTS,
     SERVICE,
-    check_is_other,
+    check_answered,
+    new_socket,
     not_connected,
     parse_argument,
     prepare,
 )
 from .logs import RateLimit, start_logging, warn
-from .relay import Copy, CopyEnd, abort, half_close
+from .relay import Copy, CopyEnd, abort, close_cleanly, half_close
 from .relaythread import RelayThread, open_relay_thread
 
 _logger = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.soc
         for family, host in LOCALHOSTS:
             try:
                 return await _connect_to(family, host, port)
+            except ConnectionResetError as error:  # it was there
+                raise not_connected(port, timeout_s, error) from None
             except OSError as error:
                 trouble = trouble or error
         raise not_connected(port, timeout_s, trouble)
@@ -108,16 +111,14 @@ async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.soc
 
 
 async def _connect_to(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    server = socket.socket(family, socket.SOCK_STREAM)
+    server = new_socket(family)
     try:
         prepare(server)
-        trouble = server.connect_ex((host, port))
-        if trouble == errno.EINPROGRESS:
+        try:
+            server.connect((host, port))
+        except BlockingIOError:
             await trio.lowlevel.wait_writable(server)
-            trouble = server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if trouble:
-            raise OSError(trouble, os.strerror(trouble))
-        check_is_other(server)
+        check_answered(server, port)
     except BaseException:
         abort(server)
         raise
@@ -205,7 +206,7 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
             nursery.start_soon(copy, call, server)
             await copy(server, call)
         if not nursery.cancel_scope.cancel_called:
-            server.close()
+            close_cleanly(server)
     finally:
         abort(server)
 

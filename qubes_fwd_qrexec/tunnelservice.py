@@ -24,7 +24,7 @@ from .localserver import (
     CONNECT_TIMEOUT_S,
     LOCALHOSTS,
     ServiceError,
-    check_is_other,
+    check_answered,
     new_socket,
     prepare,
 )
@@ -113,10 +113,11 @@ class _Connecting:
         self._mux.loop.unwatch(sock.fileno())
         self._sock = None
         try:
-            if error_number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(error_number, os.strerror(error_number))
-            check_is_other(sock)
+            check_answered(sock, self._event.port)
             prepare(sock)
+        except ConnectionResetError:  # it was there, so no other is tried
+            abort(sock)
+            self._refuse(ResetCode.ABORTED)
         except OSError as error:
             abort(sock)
             self._note(error.errno)
@@ -127,16 +128,11 @@ class _Connecting:
     def _connected(self, sock: socket.socket) -> None:
         self._timer.cancel()
         self._over(self._event.stream_id)
-        first = header(self._event.proxy, self._event.origin)
-        try:
-            is_told = not first or sock.send(first) == len(first)
-        except OSError:
-            is_told = False
-        if not is_told:
+        leg = self._mux.accept(self._event.stream_id, sock)
+        if leg is None:
             abort(sock)
-            self._mux.refuse(self._event.stream_id, ResetCode.ABORTED)
-        elif self._mux.accept(self._event.stream_id, sock) is None:
-            abort(sock)
+        elif first := header(self._event.proxy, self._event.origin):
+            _tell(leg, first)
 
     def _note(self, error_number: int | None) -> None:
         """Remember why; 127.0.0.1 comes first, and what it said counts more than a missing ::1."""
@@ -151,6 +147,17 @@ class _Connecting:
         self._timer.cancel()
         self._over(self._event.stream_id)
         self._mux.refuse(self._event.stream_id, code)
+
+
+def _tell(leg: Leg, first: bytes) -> None:
+    """What the server is told before its client's first byte; a new socket's buffer takes it at once."""
+    try:
+        is_told = leg.sock.send(first) == len(first)
+    except OSError as error:
+        leg.broken(error)
+    else:
+        if not is_told:
+            leg.abort_from_here()
 
 
 class TunnelService:

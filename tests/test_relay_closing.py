@@ -9,7 +9,7 @@ import pytest
 from helpers import tcp_pair
 from relay_bench import receive_all
 
-from qubes_fwd_qrexec.relay import abort, close_well, half_close, undelivered_bytes
+from qubes_fwd_qrexec.relay import abort, abort_by_default, close_well, half_close, undelivered_bytes
 
 
 def test_abort_is_reset_and_close_well_is_an_end() -> None:
@@ -24,6 +24,7 @@ def test_abort_is_reset_and_close_well_is_an_end() -> None:
         far.send(bytes(300_000))
         select.select([near], [], [], 5)
         near.send(b"all of it")
+        abort_by_default(near)
         close_well(near)
         assert receive_all(far) == b"all of it"
 

@@ -83,6 +83,29 @@ def test_a_server_that_ends_first_gets_the_rest_of_the_upload(served: Served) ->
     assert called.end() == (0, "")
 
 
+def test_what_a_server_has_not_read_when_the_call_is_over_is_not_lost(server: socket.socket) -> None:
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # the rest is with the service's socket
+    called = Called(str(port_of(server)))
+    server.settimeout(10)
+    sock, _ = server.accept()
+    with sock:
+        sock.settimeout(10)
+        half_close(sock)
+        called.stdin.sendall(pattern(100_000))
+        half_close(called.stdin)
+        assert called.end() == (0, "")
+        assert receive_all(sock) == pattern(100_000)
+    called.close()
+
+
+def test_killed_it_is_an_abort_to_the_server(served: Served) -> None:
+    """relay-behaviours 14: the kernel closes its sockets."""
+    called, sock = served
+    called.process.kill()
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+
+
 def test_a_server_abort_is_status_74_after_its_bytes(served: Served) -> None:
     called, sock = served
     sock.send(b"last words")

@@ -89,6 +89,8 @@ async def test_the_longest_descriptor_is_read() -> None:
 async def test_ipv6_is_tried_when_ipv4_refuses() -> None:
     with listening_socket("::1") as server, await connect(port_of(server)) as sock:
         assert sock.getpeername()[:2] == server.getsockname()[:2]
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # relay-behaviours 17
+            assert sock.getsockopt(socket.SOL_SOCKET, option) == 2 * 131_072
 
 
 async def test_nobody_listening_or_answering_is_a_service_error() -> None:
@@ -165,13 +167,15 @@ async def test_bytes_and_both_ends_pass_each_way_by_itself(tmp_path: Path, serve
 
 
 async def test_a_server_that_ends_first_gets_the_rest(tmp_path: Path, server: socket.socket) -> None:
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     async with agent(tmp_path) as qrexec:  # noqa: SIM117
         async with qrexec.call(descriptor(server)) as call, await accept(server) as far:
             await far.send_eof()
             assert await read_all(call) == b""
-            await call.send_all(b"the rest")
+            await call.send_all(pattern(100_000))
             await call.send_eof()
-            assert await read_all(far) == b"the rest"
+            await until(lambda: qrexec.server._calls == 0)  # it need not have read it by then
+            assert await read_all(far) == pattern(100_000)
 
 
 async def test_a_server_abort_ends_the_call(tmp_path: Path, server: socket.socket) -> None:

@@ -180,19 +180,6 @@ def test_the_server_is_told_first_who_connected(
         assert bench.read(far, len(expected) + len(own)) == expected + own
 
 
-def test_a_server_that_leaves_before_the_header_is_an_abort(
-    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def leave(sock: socket.socket) -> None:
-        sock.shutdown(socket.SHUT_RDWR)
-
-    monkeypatch.setattr(tunnelservice, "prepare", leave)
-    client, leg = bench.connect(port_of(server), ProxyVersion.V1)
-    with client, leg.sock:
-        bench.until(lambda: bench.near_owner.refusals)
-        assert bench.near_owner.refusals == [(leg, ResetCode.ABORTED)]
-
-
 # The range
 
 

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Targets that fail and calls that are lost, with every program a process: who sees what, what is left."""
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from processes import BOUND_S, Connection, Way, World, assert_reset, kill, open_world, until, with_constants
+
+from bench.memory import open_files
+from qubes_fwd_qrexec.targets import BACK_OFF_FIRST_S
+
+KILLS = 40
+CLIENTS = 20
+
+
+@contextmanager
+def within(bound_s: float, at_least_s: float = 0.0) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert at_least_s <= time.monotonic() - began < bound_s
+
+
+# A service that is not to be had
+
+
+class Failing:
+    """A way for each of its tests, since the log and the back-off of a forward remember."""
+
+    def __init__(self, world: World, transport: str) -> None:
+        self.world = world
+        self.transport = transport
+        self.ways = {trouble: world.forward(transport) for trouble in TROUBLES}
+        world.start_listener()
+
+    def service(self, way: Way) -> str:
+        return way.tunnel if self.transport == "tunnel" else f"qubes.ForwardTCP+{way.target_port}"
+
+
+def refuse(world: World, service: str) -> None:
+    """In front of what was written for the forwards."""
+    policy = world.lab.policy_dir / "20-user.policy"
+    name, _, argument = service.partition("+")
+    policy.write_text(f"{name} +{argument} @anyvm @anyvm deny notify=no\n")
+
+
+def lack(world: World, service: str) -> None:
+    """An agent says so too where the service's interpreter is missing."""
+    world.serve_with(service, "/bin/true")
+    place = world.lab.qube_dir("work").service_dirs[0] / service
+    place.write_text("#!/nonexistent\n")
+
+
+def break_down(world: World, service: str) -> None:
+    world.serve_with(service, "/bin/true")
+    (world.lab.qube_dir("work").service_dirs[0] / service).chmod(0o644)
+
+
+TROUBLES: dict[str, tuple[Callable[[World, str], None], str]] = {
+    "126": (refuse, "dom0's policy refuses the call"),
+    "127": (lack, "the target does not have the service"),
+    "125": (break_down, "the call failed"),
+}
+
+
+@pytest.fixture(scope="module", params=["tunnel", "call"])
+def failing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Failing]:
+    with open_world(tmp_path_factory.mktemp("failing")) as world:
+        yield Failing(world, request.param)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_call_that_fails_is_an_abort_and_dom0_is_left_alone_for_a_while(
+    failing: Failing, trouble: str
+) -> None:
+    """relay-behaviours 23 and 24. Of calls for one connection, only dom0's own word is remembered."""
+    world, way = failing.world, failing.ways[trouble]
+    fail, words = TROUBLES[trouble]
+    service = failing.service(way)
+    calls = world.calls()
+    fail(world, service)
+    with way.client() as first:
+        assert_reset(first)
+    is_left_alone = failing.transport == "tunnel" or trouble == "126"
+    with within(BACK_OFF_FIRST_S if is_left_alone else BOUND_S):
+        for _ in range(CLIENTS):
+            with way.client() as client:
+                assert_reset(client)
+    assert world.said(words) == 1
+    until(lambda: world.calls() <= calls)
+    if is_left_alone:
+        assert world.asked(service) == 1
+    if trouble == "126":
+        (world.lab.policy_dir / "20-user.policy").unlink()
+        with way.connect_again() as connection:
+            connection.echo()
+        assert world.asked(service) <= 2
+
+
+def test_each_trouble_has_words_of_its_own() -> None:
+    assert len({words for _, words in TROUBLES.values()}) == len(TROUBLES)
+
+
+# A target that does not answer
+
+_SILENT = "import os, sys\nwhile os.read(0, 65536): pass"
+
+
+def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> None:
+    """relay-behaviours 26, with 1 s in the place of 30: the call hangs before the target, or in it."""
+    with open_world(tmp_path) as world:
+        hanging, silent = world.forward(), world.forward()
+        world.turn(hang=(f"work/{hanging.tunnel}",))
+        world.serve_with(silent.tunnel, sys.executable, "-c", _SILENT)
+        world.start_listener(tunnels__HELLO_S=1.0, mux___HELLO_S=1.0)
+        for way in hanging, silent:
+            with within(10, at_least_s=0.9), ExitStack() as stack:
+                clients = [stack.enter_context(way.client()) for _ in range(5)]
+                for client in clients:
+                    assert_reset(client)
+        until(lambda: not world.clients and not world.services)
+        assert world.said("HELLO within 1") + world.said("within 1 s") >= 2
+
+
+def test_a_server_whose_queue_is_full_is_an_abort_at_the_connect_timeout(tmp_path: Path) -> None:
+    """relay-behaviours 22, with half a second in the place of 10 s."""
+    with open_world(tmp_path) as world, ExitStack() as stack:
+        way = world.forward()
+        way.server.listen(0)
+        world.serve_with(way.tunnel, *with_constants("service", tunnelservice__CONNECT_TIMEOUT_S=0.5))
+        world.start_listener()
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(way.server.getsockname())
+        with way.client() as client, within(5, at_least_s=0.5):
+            client.sendall(b"unread")
+            assert_reset(client)
+        assert world.said("did not accept the connection in time") == 1
+        # The tunnel is as it was.
+        stack.close()
+        way.server.listen(128)
+        way.server.accept()[0].close()
+        with way.connect() as connection:
+            connection.echo()
+        assert world.asked(way.tunnel) == 0
+
+
+def test_nobody_listening_is_an_abort_within_a_second(tmp_path: Path) -> None:
+    """relay-behaviours 21."""
+    with open_world(tmp_path) as world:
+        way = world.forward()
+        world.start_listener()
+        with way.connect() as connection:
+            connection.echo()
+            way.server.close()
+            with way.client() as client, within(1):
+                assert_reset(client)
+            connection.echo()
+        assert world.said("refused the connection") == 1
+
+
+# A tunnel that is lost
+
+
+def kill_client(world: World) -> None:
+    kill(world.clients)
+
+
+def kill_service(world: World) -> None:
+    kill(world.services)
+
+
+LOSSES = (kill_client, kill_service, World.lose_calls)
+Loss = Callable[[World], None]
+
+
+class Lossy:
+    def __init__(self, world: World, way: Way) -> None:
+        self.world = world
+        self.way = way
+
+    def connect(self) -> Connection:
+        """As with a new policy: what was lost before is forgiven."""
+        self.world.reload()
+        return self.way.connect_again()
+
+    def lose(self, loss: Loss, connections: list[Connection]) -> None:
+        """Everybody sees an abort within a second, and the service ends within two."""
+        with within(2):
+            with within(1):
+                loss(self.world)
+                for connection in connections:
+                    assert_reset(connection.client)
+                    assert_reset(connection.far)
+            until(lambda: not self.world.services and not self.world.clients)
+
+    def held(self) -> dict[str, int]:
+        return {
+            "clients": len(self.world.clients),
+            "services": len(self.world.services),
+            "calls": self.world.calls(),
+            "listener's files": open_files(self.world.listener),
+            "broker's files": open_files(self.world.broker),
+            "services' files": sum(map(open_files, self.world.services)),
+        }
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lossy]:
+    with open_world(tmp_path_factory.mktemp("lossy")) as world:
+        way = world.forward()
+        world.start_listener()
+        yield Lossy(world, way)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_a_lost_tunnel_is_an_abort_for_everybody_within_a_second(lossy: Lossy, loss: Loss) -> None:
+    """relay-behaviours 27 and 28."""
+    with ExitStack() as stack:
+        connections = [stack.enter_context(lossy.connect())]
+        connections += [stack.enter_context(lossy.way.connect()) for _ in range(4)]
+        for connection in connections:
+            connection.echo()
+        lossy.lose(loss, connections)
+
+
+def test_after_many_losses_nothing_is_left(lossy: Lossy) -> None:
+    """relay-behaviours 28; `make soak` has more of them."""
+    with lossy.connect():
+        before = lossy.held()
+        assert before["clients"] == before["services"] == before["calls"] == 1
+        lossy.lose(LOSSES[0], [])
+    for number in range(KILLS):
+        with lossy.connect() as connection:
+            lossy.lose(LOSSES[number % len(LOSSES)], [connection])
+    with lossy.connect():
+        until(lambda: lossy.held() == before)
+
+
+def test_tunnels_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Lossy) -> None:
+    """relay-behaviours 28: at once after the first loss, and after the second not before a second is over."""
+    world, way = lossy.world, lossy.way
+    with lossy.connect() as connection:
+        asked = world.asked(way.tunnel)
+        lossy.lose(kill_service, [connection])
+    with way.connect_again() as connection:
+        began = time.monotonic()
+        lossy.lose(kill_service, [connection])
+    for _ in range(CLIENTS):
+        with way.client() as client:
+            assert_reset(client)
+    assert world.asked(way.tunnel) == asked + 2
+    assert world.said(f"{way.tunnel} in work is tried again in") >= 1
+    with way.connect_again():
+        assert time.monotonic() - began >= BACK_OFF_FIRST_S
+
+
+def test_nobody_is_left_to_say_so_and_still_it_is_no_clean_end(tmp_path: Path) -> None:
+    """relay-behaviours 14: a program is killed, and the kernel closes its sockets."""
+    with open_world(tmp_path) as world:
+        tunnel, call = world.forward("tunnel"), world.forward("call")
+        world.start_listener()
+        with tunnel.connect() as first, call.connect() as second, within(2):
+            first.echo()
+            second.echo()
+            kill(world.services)
+            for connection in (first, second):
+                assert_reset(connection.far)
+                assert_reset(connection.client)
+        with tunnel.connect_again() as first, call.connect_again() as second, within(2):
+            world.kill_listener()
+            for connection in (first, second):
+                assert_reset(connection.client)
+            assert_reset(first.far)
+            assert second.far.recv(1) == b""  # raw qrexec has no other word for it
