@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How dom0 ends the tunnels of a forward at once: ``qubes.ForwardRevoke+PORTS+SOURCE``, in the target.
+"""How dom0 ends the tunnels of a forward: ``qubes.ForwardRevoke+PORTS+SOURCE``, in the target.
 
 A tunnel outlives the policy that allowed it, and its lease ends only new streams. So each tunnel of the
 target leaves a note in a directory of this qube: which ports, for which caller, which process. The RPC,
-which only dom0 may call, finds the notes that fit and asks those processes to end.
+which only dom0 may call, finds the notes that fit and asks those processes to end: at once, or with
+``+drain`` behind the source when their last connection ends, and to take no new one.
 
 A tunnel that dom0 allowed just before, and that has not left its note yet, would be missed. So the RPC
 leaves a mark with the time first, and a tunnel whose process is older than the mark ends itself. What is
@@ -23,6 +24,7 @@ from typing import NamedTuple, Self
 
 from .errors import ForwardError, TextError
 from .exitstatus import ExitStatus
+from .rules import OnExpire
 from .values import QubeName, TargetPorts, parse_number, parse_qube_name
 
 SERVICE = "qubes.ForwardRevoke"
@@ -30,6 +32,8 @@ SERVICE = "qubes.ForwardRevoke"
 DIRECTORY = "/run/qubes-forward"
 DIRECTORY_VARIABLE = "QUBES_FORWARD_RUN_DIR"
 _MARK = "revoked"
+# What a tunnel's process is told.
+SIGNALS = {OnExpire.CUT: signal.SIGTERM, OnExpire.DRAIN: signal.SIGUSR1}
 # What anybody else may not do to the directory: a foreign note could name any process of ours.
 _WRITABLE_TO_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 # proc_pid_stat(5): starttime is field 22, and the second field, in parentheses, may hold blanks.
@@ -66,18 +70,20 @@ def directory() -> Path:
     return Path(os.environ.get(DIRECTORY_VARIABLE, DIRECTORY))
 
 
-def argument(ports: TargetPorts, source: QubeName) -> str:
+def argument(ports: TargetPorts, source: QubeName, how: OnExpire = OnExpire.CUT) -> str:
     """What the RPC is called with to end all tunnels to exactly these ports that ``source`` has opened."""
-    return f"{ports}+{source}"
+    return f"{ports}+{source}" if how is OnExpire.CUT else f"{ports}+{source}+{how}"
 
 
-def parse_argument(untrusted_argument: str) -> tuple[TargetPorts, QubeName]:
+def parse_argument(untrusted_argument: str) -> tuple[TargetPorts, QubeName, OnExpire]:
     """The one spelling that `argument` makes. Raises `TextError`."""
-    untrusted_ports, _, untrusted_source = untrusted_argument.partition("+")
+    untrusted_ports, _, rest = untrusted_argument.partition("+")
+    untrusted_source, plus, _ = rest.partition("+")
     ports, source = TargetPorts.parse(untrusted_ports), parse_qube_name(untrusted_source)
-    if argument(ports, source) != untrusted_argument:
-        raise TextError(untrusted_argument, "PORT-PORT+QUBE, the ports as two")
-    return ports, source
+    how = OnExpire.DRAIN if plus else OnExpire.CUT
+    if argument(ports, source, how) != untrusted_argument:
+        raise TextError(untrusted_argument, "PORT-PORT+QUBE, the ports as two, and perhaps +drain")
+    return ports, source, how
 
 
 @contextmanager
@@ -110,7 +116,7 @@ def noted(ports: TargetPorts, source: QubeName, place: Path) -> Iterator[None]:
         yield
 
 
-def revoke(ports: TargetPorts, source: QubeName, place: Path) -> int:
+def revoke(ports: TargetPorts, source: QubeName, place: Path, how: OnExpire = OnExpire.CUT) -> int:
     """End the tunnels to these ports that ``source`` has opened; how many they were.
 
     Notes of dead processes are removed, whatever their ports. Raises `RevocationError` in the end if
@@ -126,7 +132,8 @@ def revoke(ports: TargetPorts, source: QubeName, place: Path) -> int:
     problems = []
     for note in notes:
         try:
-            ended += _end(note, place, is_meant=(note.ports, note.source) == (ports, source))
+            is_meant = (note.ports, note.source) == (ports, source)
+            ended += _end(note, place, SIGNALS[how] if is_meant else None)
         except OSError as error:
             problems.append(f"{place / str(note)}: {error.strerror}")
     if problems:
@@ -134,7 +141,7 @@ def revoke(ports: TargetPorts, source: QubeName, place: Path) -> int:
     return ended
 
 
-def _end(note: _Note, place: Path, *, is_meant: bool) -> bool:
+def _end(note: _Note, place: Path, how: signal.Signals | None) -> bool:
     """Whether the note's process lived and was told to end; the note of a dead one is removed."""
     with ExitStack() as undo:
         process_fd = None
@@ -152,10 +159,10 @@ def _end(note: _Note, place: Path, *, is_meant: bool) -> bool:
             # Shared, for two revocations at once would take each other for the note's process.
             fcntl.flock(note_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            if process_fd is None or not is_meant:
+            if process_fd is None or how is None:
                 return False
             try:
-                signal.pidfd_send_signal(process_fd, signal.SIGTERM)
+                signal.pidfd_send_signal(process_fd, how)
             except ProcessLookupError:
                 return False
             return True
@@ -204,8 +211,8 @@ def _started_s() -> float:
 def main() -> int:
     """The RPC: ``argv[1]`` is its argument. Says on stdout how many tunnels were ended."""
     try:
-        ports, source = parse_argument(sys.argv[1] if len(sys.argv) == 2 else "")
-        print(revoke(ports, source, directory()))
+        ports, source, how = parse_argument(sys.argv[1] if len(sys.argv) == 2 else "")
+        print(revoke(ports, source, directory(), how))
     except TextError as error:
         print(f"{SERVICE}: {error}", file=sys.stderr)
         return ExitStatus.BAD_ARGUMENT

@@ -3,7 +3,8 @@
 
 The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. The
 lease is kept here, whatever the other end thinks: once it is over no stream is taken, so that dom0 is
-asked again. SIGTERM means that dom0 has taken its permission back: every stream ends now.
+asked again. SIGTERM means that dom0 has taken its permission back: every stream ends now. SIGUSR1 means
+the same for new streams alone: those that are open go on.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from .budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
@@ -32,7 +33,8 @@ from .loop import READ, WRITE, Loop
 from .mux import Mux
 from .proxy_protocol import header
 from .relay import abort
-from .revocation import RevocationError, directory, noted
+from .revocation import SIGNALS, RevocationError, directory, noted
+from .rules import OnExpire
 from .tunnel import Connection, GoawayCode, Hello, OpenReceived, ResetCode
 from .values import TargetPorts, parse_qube_name
 
@@ -176,7 +178,8 @@ class TunnelService:
 
     def run(self) -> str | None:
         """Serve until the tunnel is over and its last connection gone; why, unless it ended as agreed."""
-        with _called_on_signal(self._loop, signal.SIGTERM, self._revoke):
+        meanings = {SIGNALS[OnExpire.CUT]: self._revoke, SIGNALS[OnExpire.DRAIN]: self._end_lease}
+        with _called_on_signals(self._loop, meanings):
             while not self._is_over or self._mux.legs:
                 self._loop.run_once()
         return self._problem
@@ -228,22 +231,23 @@ class TunnelService:
 
 
 @contextmanager
-def _called_on_signal(loop: Loop, number: signal.Signals, callback: Callable[[], None]) -> Iterator[None]:
-    """Have the loop call back on a signal: between two handlers, and never within one."""
+def _called_on_signals(loop: Loop, meanings: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+    """Have the loop call back on signals: between two handlers, and never within one."""
     ours, kernels = socket.socketpair()
 
     def woken(_events: int) -> None:
-        ours.recv(64)
-        callback()
+        for number in ours.recv(64):
+            meanings[signal.Signals(number)]()
 
     with ours, kernels:
         kernels.setblocking(False)
         loop.watch(ours.fileno(), READ, woken)
         before_fd = signal.set_wakeup_fd(kernels.fileno())
-        before = signal.signal(number, lambda _number, _frame: None)
+        before = {number: signal.signal(number, lambda _number, _frame: None) for number in meanings}
         try:
             yield
         finally:
-            signal.signal(number, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             signal.set_wakeup_fd(before_fd)
             loop.unwatch(ours.fileno())

@@ -16,6 +16,7 @@ import pytest
 from qubes_fwd_qrexec import revocation
 from qubes_fwd_qrexec.errors import TextError
 from qubes_fwd_qrexec.revocation import RevocationError, argument, noted, parse_argument, revoke
+from qubes_fwd_qrexec.rules import OnExpire
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
 PORTS, SOURCE = TargetPorts(8080, 8090), QubeName("sys-net")
@@ -91,6 +92,14 @@ def test_the_tunnels_that_fit_are_ended_and_no_other(place: Path) -> None:
         assert other_source.lives
         assert revoke(PORTS, SOURCE, place) == 0
         assert names(place) == sorted([other_ports.note.name, other_source.note.name])
+
+
+def test_tunnels_that_are_to_drain_are_told_that_and_lose_their_right_to_start(place: Path) -> None:
+    with Tunnel(place) as one, Tunnel(place, source="work") as other:
+        assert revoke(PORTS, SOURCE, place, OnExpire.DRAIN) == 1
+        assert one.status == -signal.SIGUSR1
+        assert other.lives
+    assert (place / f"revoked+{argument(PORTS, SOURCE)}").exists()
 
 
 def test_a_note_goes_with_its_tunnel(place: Path) -> None:
@@ -295,9 +304,10 @@ def test_a_spoiled_mark_refuses_the_tunnel(place: Path) -> None:
 
 @pytest.mark.parametrize("ports", ["1-1", "8080-8090", "65535-65535"])
 @pytest.mark.parametrize("source", ["sys-net", "a", "disp1234", "A.b_c-d", "x" * 31])
-def test_an_argument_that_is_made_is_understood(ports: str, source: str) -> None:
-    text = argument(TargetPorts.parse(ports), QubeName(source))
-    assert parse_argument(text) == (TargetPorts.parse(ports), source)
+@pytest.mark.parametrize("how", OnExpire)
+def test_an_argument_that_is_made_is_understood(ports: str, source: str, how: OnExpire) -> None:
+    text = argument(TargetPorts.parse(ports), QubeName(source), how)
+    assert parse_argument(text) == (TargetPorts.parse(ports), source, how)
 
 
 BAD = [
@@ -308,6 +318,10 @@ BAD = [
     "+sys-net",
     "8080+sys-net",
     "8080-8090+sys-net+1",
+    "8080-8090+sys-net+",
+    "8080-8090+sys-net+cut",
+    "8080-8090+sys-net+drain+",
+    "8080-8090+sys-net+drain+drain",
     "8080-8090+tunnel+sys-net",
     "8090-8080+sys-net",
     "0-1+sys-net",

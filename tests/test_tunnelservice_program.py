@@ -3,6 +3,7 @@
 
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from service_bench import ServiceBench
 
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.localserver import ServiceError
+from qubes_fwd_qrexec.relay import abort
 from qubes_fwd_qrexec.tunnel import GoawayCode
 from qubes_fwd_qrexec.tunnelservice import serve
 from qubes_fwd_qrexec.values import TargetPorts
@@ -83,6 +85,20 @@ def test_sigterm_is_an_abort_of_every_stream_within_a_second(program: Program, s
         assert program.bench.is_aborted(far)
         assert program.end() == (0, "")
         assert time.monotonic() - began < 1
+
+
+def test_sigusr1_lets_streams_go_on_and_takes_no_more(program: Program, server: socket.socket) -> None:
+    client, far = stream_of(program, server)
+    with client, far:
+        program.process.send_signal(signal.SIGUSR1)
+        program.bench.until(lambda: program.bench.near_owner.drained == [GoawayCode.LEASE_OVER])
+        assert not program.bench.near.open_room
+        client.send(b"still here")
+        program.bench.until(lambda: far in select.select([far], [], [], 0)[0])
+        assert far.recv(100) == b"still here"
+        abort(client)
+        assert program.bench.is_aborted(far)
+        assert program.end() == (0, "")
 
 
 def test_after_the_calls_death_it_ends_within_two_seconds(program: Program, server: socket.socket) -> None:

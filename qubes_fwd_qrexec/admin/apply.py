@@ -64,8 +64,10 @@ class Step(NamedTuple):
             new = [f"policy: from now on {' '.join(line.split())}" for line in self.lines_new]
             return gone + new or ["policy: write the file, which allows the same as before"]
         if self.kind is Kind.REVOKE:
-            ports, _, source = self.value.partition("+")
-            return [f"{self.qube}: end the tunnels of {source} to port {TargetPorts.parse(ports).brief()}"]
+            ports, source, *drain = self.value.split("+")
+            verb = "let the tunnels of {} end by themselves," if drain else "end the tunnels of {}"
+            to = f"to port {TargetPorts.parse(ports).brief()}"
+            return [f"{self.qube}: {verb.format(source)} {to}"]
         if self.kind is Kind.REMOVE_CONFIG:
             return [f"{self.qube}: stop listening for {self.key.removeprefix(CONFIG_PREFIX)}"]
         verb = "listen" if self.was is None else "change how it listens"
@@ -145,17 +147,18 @@ def _revocations(
     """For each tunnel that policy no longer allows, a call that ends those that are open.
 
     A line that only changes, in its autostart, stays allowed. A qube that is halted has no tunnels. Where
-    all the forwards that shared the tunnel said on-expire=drain, it ends by itself with its last connection.
+    all the forwards that shared the tunnel said on-expire=drain, its connections go on and no new one is
+    taken.
     """
     over = {policy.tunnel_of(line) for line in gone} - {policy.tunnel_of(line) for line in new}
     endings = _endings(present)
-    return [
-        Step(Kind.REVOKE, tunnel.argument, qube=tunnel.target)
-        for tunnel in sorted(tunnel for tunnel in over if tunnel is not None)
-        if endings.get(tunnel) != {OnExpire.DRAIN}
-        and (qube := inventory.get(tunnel.target)) is not None
-        and qube.is_running
-    ]
+    steps = []
+    for tunnel in sorted(tunnel for tunnel in over if tunnel is not None):
+        qube = inventory.get(tunnel.target)
+        if qube is not None and qube.is_running:
+            drain = f"+{OnExpire.DRAIN}" if endings.get(tunnel) == {OnExpire.DRAIN} else ""
+            steps.append(Step(Kind.REVOKE, f"{tunnel.argument}{drain}", qube=tunnel.target))
+    return steps
 
 
 def _endings(present: Mapping[tuple[QubeName, str], str]) -> dict[policy.Tunnel, set[OnExpire]]:
@@ -224,7 +227,7 @@ def _what_goes_on(step: Step) -> str:
     """What stays open where tunnels could not be ended, and that nobody tries again."""
     if step.kind is not Kind.REVOKE:
         return ""
-    _, _, source = step.value.partition("+")
+    source = step.value.split("+")[1]
     return (
         f". dom0's policy is closed, but tunnels that {source} has to {step.qube} may take connections "
         f"for {LEASE_S} s more, and those that are open go on; 'qvm-forward apply' does not try again, and "

@@ -306,13 +306,17 @@ def test_a_halted_or_vanished_target_has_no_tunnels_and_is_not_called() -> None:
         assert Kind.REVOKE not in {step.kind for step in found}
 
 
-def test_tunnels_of_a_rule_that_drains_end_by_themselves() -> None:
+def test_tunnels_of_a_rule_that_drains_are_told_to_drain() -> None:
     backend = Memory(world())
     draining = rule("dstports=8080 on-expire=drain")
     applied(backend, draining)
-    assert revocations(backend) == []
-    assert revocations(backend, rule(f"dstports=8080 on-expire=drain expire={NOW}")) == []
-    assert revocations(backend, rule("dstports=8081 on-expire=drain")) == []
+    drained = [("work", "8080-8080+sys-net+drain")]
+    assert revocations(backend) == drained
+    assert revocations(backend, rule(f"dstports=8080 on-expire=drain expire={NOW}")) == drained
+    assert revocations(backend, rule("dstports=8081 on-expire=drain")) == drained
+    assert revocations(backend, draining) == []
+    (words,) = Step(Kind.REVOKE, drained[0][1], qube=QubeName("work")).words()
+    assert words == "work: let the tunnels of sys-net end by themselves, to port 8080"
 
 
 def test_what_cuts_is_cut_also_where_another_rule_that_ends_too_would_drain() -> None:

@@ -167,7 +167,8 @@ def test_the_tunnel_of_a_line_is_what_the_target_is_told_to_end(line: str, argum
     tunnel = policy.tunnel_of(line)
     assert tunnel == (None if argument is None else ("work", argument))
     if tunnel is not None:
-        ports, source = revocation.parse_argument(tunnel.argument)
+        ports, source, how = revocation.parse_argument(tunnel.argument)
+        assert how == "cut"
         assert revocation.argument(ports, source) == tunnel.argument
 
 

@@ -181,6 +181,24 @@ def test_connections_of_a_rule_that_drains_go_on(session: LabSession) -> None:
             idle.echo()
 
 
+def test_a_tunnel_that_drains_takes_no_new_connection_whatever_the_exposed_qube_does(
+    session: LabSession,
+) -> None:
+    with Server() as server:
+        port = add(session, server, "--on-expire=drain")
+        listener = session.start_listener("sys-net")
+        with Joined(port, server) as idle:
+            config = session.lab.qube_dir("sys-net").vm_config / "fwd.work.web"
+            text = config.read_text()
+            session.forward("remove", "work", "web")
+            # The exposed qube goes on as if it had not been told.
+            config.write_text(text)
+            listener.send_signal(signal.SIGHUP)
+            trio.run(until, lambda: is_listening(port))
+            assert refused(port)
+            idle.echo()
+
+
 def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSession) -> None:
     with Server() as server:
         add(session, server)
