@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.errors import StoreError, TextError
 from qubes_fwd_qrexec.values import QubeName, parse_address, parse_qube_name
 
 from .backend import check_feature_name
-from .inventory import Qube, feature_matters
+from .inventory import ADMIN, Qube, feature_matters
 
 # qubes-core-admin qubes/vm/mix/net.py: these have a netvm, be it none; an answer without one is no answer.
 _NETWORKED = frozenset({"AppVM", "DispVM", "StandaloneVM", "TemplateVM"})
@@ -84,7 +84,12 @@ class AdminApi:
         return parse_list(_text(self._call("dom0", "admin.vm.List")))
 
     def qube(self, listed: Listed) -> Qube | None:
-        """Everything about one qube; None if it has vanished."""
+        """Everything about one qube; None if it has vanished.
+
+        Nothing more is asked about dom0, which is no end of any forward; policy would have to allow that too.
+        """
+        if listed.klass == ADMIN:
+            return Qube(listed.name, listed.klass, {}, is_running=listed.is_running)
         try:
             return self._read(listed)
         except Vanished:
@@ -184,7 +189,9 @@ class AdminApi:
         target = "@adminvm" if dest == "dom0" else "@anyvm"
         return (
             "If dom0's policy is what refuses it, this line allows it, in a file of /etc/qubes/policy.d that "
-            f"sorts before 90-admin-default.policy: '{method}  *  {self.here}  {target}  allow  target=dom0'"
+            "sorts before 90-admin-default.policy: "
+            f"'{method}  *  {self.here}  {target}  allow  target=dom0'. "
+            "qvm-forward(1) has all that a management qube needs"
         )
 
 

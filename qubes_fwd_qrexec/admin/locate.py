@@ -3,7 +3,6 @@
 
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 from qubes_fwd_qrexec.errors import RefusedError
 
@@ -32,6 +31,8 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
         from .labstore import LabStore
 
         return LabStore(LabDirectory.open(path))
+    from importlib.util import find_spec
+
     is_dom0 = os.path.exists(_DOM0_SIGN)
     if not is_dom0 and not os.path.exists(_QUBE_SIGN):
         raise RefusedError(f"this is no Qubes system, and no lab was named; {_MAKE_A_LAB}")

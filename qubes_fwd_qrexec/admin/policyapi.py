@@ -105,12 +105,15 @@ class PolicyApi:
         return (
             "If dom0's policy is what refuses it, this line allows it, in a file of /etc/qubes/policy.d that "
             "sorts before 90-admin-policy-default.policy: "
-            f"'{method}  {argument}  {self._here}  @adminvm  allow'"
+            f"'{method}  {argument}  {self._here}  @adminvm  allow  target=dom0'. "
+            "qvm-forward(1) has all that a management qube needs"
         )
 
 
 def _said(stderr: bytes | None) -> str:
     """What a failed call wrote, on one line and without what a terminal could take for more than text."""
-    words = " ".join((stderr or b"").decode("ascii", "backslashreplace").split())
+    if stderr is None:
+        return " (the message before this one says more)"
+    words = " ".join(stderr.decode("ascii", "backslashreplace").split())
     said = "".join(c if " " <= c <= "~" else "?" for c in words)
     return f": {said}" if said else ""

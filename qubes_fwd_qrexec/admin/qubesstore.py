@@ -39,9 +39,6 @@ _REMOTE_CALLS = 8
 class QubesStore:
     """A Qubes system as `Backend`."""
 
-    def __init__(self, lock_path: str = LOCK_PATH) -> None:
-        self._lock_path = lock_path
-
     @cached_property
     def _admin(self) -> AdminApi:
         import qubesadmin
@@ -112,7 +109,7 @@ class QubesStore:
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
                         raise StoreError(
-                            f"{self._lock_path}: another qvm-forward is changing this system, and was not "
+                            f"{LOCK_PATH}: another qvm-forward is changing this system, and was not "
                             f"done within {_LOCK_TIMEOUT_S:g} s; see what it waits for"
                         ) from None
                     time.sleep(_LOCK_RETRY_S)
@@ -122,11 +119,10 @@ class QubesStore:
 
     def _open_lock(self) -> int:
         try:
-            fd = os.open(self._lock_path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o660)
+            fd = os.open(LOCK_PATH, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o660)
         except OSError as error:
             raise StoreError(
-                f"{self._lock_path}: {error.strerror}; qvm-forward works as root or as a member of the group "
-                "qubes"
+                f"{LOCK_PATH}: {error.strerror}; qvm-forward works as root or as a member of the group qubes"
             ) from error
         with suppress(PermissionError):
             # Whatever root's umask is: the group is to open it too.
