@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.errors import StoreError
 from . import policy
 from .backend import NEW, PolicyFile
 
-_PLACE = f"dom0's policy file {policy.NAME}"
+_PLACE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
 # qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED.
 _REFUSED = 126
 # qrexec/tools/qubes_policy_admin.py: understood, and not done for a reason; 2 is an error within.

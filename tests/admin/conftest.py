@@ -9,7 +9,9 @@ from fake_admin import FakePolicyClient, FakeQubes, install
 from worlds import NOW, Command, Result
 
 from qubes_fwd_qrexec.admin import locate, qubesstore
+from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.cli import run
+from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -56,6 +58,11 @@ def system(request: pytest.FixtureRequest) -> str:
     if name == QUBES:
         request.getfixturevalue("dom0")
     return name
+
+
+@pytest.fixture
+def store(lab: LabDirectory, system: str) -> Backend:
+    return LabStore(lab) if system == LAB else qubesstore.QubesStore()
 
 
 @pytest.fixture

@@ -141,7 +141,10 @@ class FakeQubes:
             return instead
         if dest not in self.lab.qube_names():
             raise QubesVMNotFoundError(f"No such domain: {dest!r}")
-        return known.answer(self, called).encode()
+        try:
+            return known.answer(self, called).encode()
+        except (StoreError, OSError) as error:
+            raise empty_answer() from error
 
     def run_service(
         self, dest: str, service: str, user: str | None = None, *, autostart: bool = True, **popen: int
@@ -221,19 +224,13 @@ def _feature(app: FakeQubes, called: Called) -> str:
 
 
 def _set(app: FakeQubes, called: Called) -> str:
-    try:
-        app.lab.set_feature(called.dest, called.arg or "", (called.payload or b"").decode("ascii"))
-    except (StoreError, OSError) as error:
-        raise empty_answer() from error
+    app.lab.set_feature(called.dest, called.arg or "", (called.payload or b"").decode("ascii"))
     return ""
 
 
 def _remove(app: FakeQubes, called: Called) -> str:
     _feature(app, called)
-    try:
-        app.lab.remove_feature(called.dest, called.arg or "")
-    except (StoreError, OSError) as error:
-        raise empty_answer() from error
+    app.lab.remove_feature(called.dest, called.arg or "")
     return ""
 
 
