@@ -47,12 +47,12 @@ def dom0(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "system" in metafunc.fixturenames:
-        metafunc.parametrize("system", [LAB, QUBES], indirect=True)
+    if "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", [LAB, QUBES], indirect=True)
 
 
 @pytest.fixture
-def system(request: pytest.FixtureRequest) -> str:
+def kind(request: pytest.FixtureRequest) -> str:
     """Which backend the test is to run with."""
     name = str(getattr(request, "param", LAB))
     if name == QUBES:
@@ -61,12 +61,12 @@ def system(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def store(lab: LabDirectory, system: str) -> Backend:
-    return LabStore(lab) if system == LAB else qubesstore.QubesStore()
+def store(lab: LabDirectory, kind: str) -> Backend:
+    return LabStore(lab) if kind == LAB else qubesstore.QubesStore()
 
 
 @pytest.fixture
-def forward(lab: LabDirectory, system: str) -> Command:
+def forward(lab: LabDirectory, kind: str) -> Command:
     """Run qvm-forward at a fixed time; on the lab at ``lab_dir``, if that is given."""
 
     def command(
@@ -74,7 +74,7 @@ def forward(lab: LabDirectory, system: str) -> Command:
     ) -> Result:
         out, err = io.StringIO(), io.StringIO()
         environ = {}
-        if lab_dir is not None or system == LAB:
+        if lab_dir is not None or kind == LAB:
             environ["QVM_FORWARD_LAB"] = str(lab_dir or lab.root)
         status = run(
             argv,

@@ -123,11 +123,11 @@ def test_what_just_fits_is_set(store: Backend, lab: LabDirectory) -> None:
 
 
 def test_two_at_once_exclude_each_other(
-    store: Backend, lab: LabDirectory, system: str, monkeypatch: pytest.MonkeyPatch
+    store: Backend, lab: LabDirectory, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (directory, qubesstore):
         monkeypatch.setattr(module, "_LOCK_TIMEOUT_S", 0.0)
-    other = LabStore(lab) if system == "lab" else qubesstore.QubesStore()
+    other = LabStore(lab) if kind == "lab" else qubesstore.QubesStore()
     refused = pytest.raises(StoreError, match=r"another .* (changes|is changing) this")
     with store.locked(), refused, other.locked():
         pass
