@@ -290,5 +290,5 @@ def _lines(untrusted_text: str) -> list[str]:
 
 def _plain(error: BaseException) -> str:
     """An error's own text on one line, escaped where a terminal could take it for more."""
-    words = " ".join(str(error).split())
+    words = " ".join(str(error).split()).rstrip(".")
     return "".join(c if " " <= c <= "~" else f"\\u{ord(c):04x}" for c in words) or type(error).__name__

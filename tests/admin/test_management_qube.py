@@ -12,6 +12,7 @@ from qubes_fwd_qrexec.lab.policytext import PolicyRule, parse_policy
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "management-qube.md").read_text()
+MANUAL = (ROOT / "docs" / "qvm-forward.rst").read_text()
 GIVEN = "".join(f"{line.strip()}\n" for line in DOCUMENT.splitlines() if line.startswith("    "))
 INSTALLED = (ROOT / "policy" / "30-forward.policy").read_text()
 RULES = parse_policy(GIVEN, "29") + parse_policy(INSTALLED, "30")
@@ -47,6 +48,11 @@ def test_what_a_management_qube_asks_is_allowed_to_it_alone(service: str, argume
 @pytest.mark.parametrize("service", ["policy.Get", "policy.Replace", "policy.Remove"])
 def test_no_other_policy_file_is_opened(service: str, argument: str) -> None:
     assert isinstance(verdict(RULES, service, argument, "mgmt", "dom0"), Deny)
+
+
+def test_the_manual_gives_the_same_lines() -> None:
+    found = [line.strip() for line in MANUAL.splitlines() if " mgmt  @" in line]
+    assert found == [line for line in GIVEN.splitlines() if line and not line.startswith("#")]
 
 
 def test_the_last_line_must_come_before_the_installed_policy() -> None:
