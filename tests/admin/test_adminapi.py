@@ -89,7 +89,10 @@ def test_a_property_that_cannot_be_read_is_refused_with_its_qube(line: str) -> N
 
 def test_a_value_may_have_blanks_and_every_other_line_end() -> None:
     text = "kernelopts default=True type=str  a  b\x0c\u2028c\\nd \ndns default=True type=str \n"
-    assert parse_properties(WORK, text) == {"kernelopts": ("str", " a  b\x0c\u2028c\\nd "), "dns": ("str", "")}
+    assert parse_properties(WORK, text) == {
+        "kernelopts": ("str", " a  b\x0c\u2028c\\nd "),
+        "dns": ("str", ""),
+    }
 
 
 GOOD = {"netvm": ("vm", ""), "template": ("vm", "fedora-42"), "ip": ("str", "10.137.0.10")}
