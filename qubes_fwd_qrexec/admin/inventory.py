@@ -5,20 +5,36 @@ It asks nobody and changes nothing. A qube names others (netvm, template), and a
 lead in a circle: the walks here are bounded and say what is wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from qubes_fwd_qrexec.config import Service, is_forward_key
 from qubes_fwd_qrexec.values import QubeName
 
 # Four are common, and qubesd itself forbids loops: the bound is for an inventory that lies.
 CHAIN_MAX = 32
-TUNNEL_FEATURE = "forward.tunnel"
+RULE_PREFIX = "forward."
+TUNNEL_FEATURE = f"{RULE_PREFIX}tunnel"
+CONFIG_PREFIX = "vm-config."
+OFFER_PREFIX = "supported-rpc."
+VPN_PREFIX = "service.vpn-handler"
+_MATTER = frozenset({"whonix-gw", "whonix-ws", *(f"{OFFER_PREFIX}{service}" for service in Service)})
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
 
 
+def feature_matters(key: str) -> bool:
+    """Whether anything here depends on a feature: rules, what listeners are told, marks, offered services.
+
+    A template has a hundred others, and a real system is asked for each value by itself.
+    """
+    if key.startswith(CONFIG_PREFIX):
+        return is_forward_key(key.removeprefix(CONFIG_PREFIX))
+    return key in _MATTER or key.startswith((RULE_PREFIX, VPN_PREFIX))
+
+
 class Qube(NamedTuple):
-    """One qube. ``features`` are its own; an empty value is Qubes' way of saying False."""
+    """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False."""
 
     name: QubeName
     klass: str
@@ -80,12 +96,23 @@ class Inventory(NamedTuple):
         return Chain(tuple(walked))
 
     def feature(self, name: QubeName, key: str) -> str | None:
-        """A feature of the qube or else of its template, as Qubes' check_with_template finds it."""
-        qube = self.qubes[name]
-        value = qube.features.get(key)
-        if value is None and qube.template is not None and qube.template in self.qubes:
-            value = self.qubes[qube.template].features.get(key)
-        return value
+        """A feature of the qube or else of its template, as Qubes' check_with_template finds it.
+
+        A disposable's template is a qube that has a template of its own.
+        """
+        for qube in self._with_templates(name):
+            if key in qube.features:
+                return qube.features[key]
+        return None
+
+    def _with_templates(self, name: QubeName) -> Iterator[Qube]:
+        current: QubeName | None = name
+        for _ in range(CHAIN_MAX):
+            qube = None if current is None else self.qubes.get(current)
+            if qube is None:
+                return
+            yield qube
+            current = qube.template
 
     def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube is a tunnel for those behind it."""
@@ -96,7 +123,7 @@ class Inventory(NamedTuple):
             if self.feature(name, key):
                 return TunnelMark(name, f"feature {key}")
         for key in sorted(qube.features):
-            if key.startswith("service.vpn-handler") and qube.features[key]:
+            if key.startswith(VPN_PREFIX) and qube.features[key]:
                 return TunnelMark(name, f"feature {key}")
         return None
 
