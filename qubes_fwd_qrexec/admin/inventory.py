@@ -15,6 +15,13 @@ CHAIN_MAX = 32
 TUNNEL_FEATURE = "forward.tunnel"
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
+# Rules and the tunnel mark; what listeners are told; and what the plan reads beside that.
+_MATTERING = ("forward.", "vm-config.fwd.", "supported-rpc.qubes.", "service.vpn-handler", "whonix-")
+
+
+def feature_matters(key: str) -> bool:
+    """Whether a feature can have a part in any rule, plan or configuration; all others may be passed over."""
+    return key.startswith(_MATTERING)
 
 
 class Qube(NamedTuple):

@@ -2,8 +2,8 @@
 """The backend over a lab's directory, which stands in for dom0 and its qubes."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from qubes_fwd_qrexec.errors import StoreError
@@ -11,8 +11,8 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .backend import NEW, PolicyFile
-from .inventory import Inventory, Qube
+from .backend import NEW, Changes, PolicyFile
+from .inventory import Inventory, Qube, feature_matters
 
 # What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
 _CALL_TIMEOUT_S = 5.0
@@ -99,6 +99,11 @@ class LabStore:
     def locked(self) -> Iterator[None]:
         with _told(), self._lab.locked():
             yield
+
+    def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+        from qubes_fwd_qrexec.lab.changes import LabChanges
+
+        return LabChanges(self._lab, feature_matters, self._policy_path.name, wakers)
 
 
 def _is_up(socket_path: Path) -> bool:
