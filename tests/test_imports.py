@@ -72,8 +72,12 @@ EVER = {module_name(file): imports_of(file, ever_running) for file in FILES}
 AT_ONCE = {module_name(file): imports_of(file, running_at_once) for file in FILES}
 ADMIN = sorted(name for name in MODULES if name.split(".")[0] == "admin")
 TUNNEL = sorted(name for name in MODULES if name.split(".")[0] == "tunnel")
+# What programs of both sides ask of the operating system.
+SHARED = ("inotify", "notify")
 VM_SIDE = sorted(
-    name for name in MODULES if name and name.split(".")[0] not in {"admin", "lab", "tunnel", *VOCABULARY}
+    name
+    for name in MODULES
+    if name and name.split(".")[0] not in {"admin", "lab", "tunnel", *VOCABULARY, *SHARED}
 )
 
 
@@ -128,9 +132,21 @@ def test_dom0_knows_nothing_of_the_qubes_programs_nor_of_trio(name: str) -> None
     assert not ours(name) & set(VM_SIDE)
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_sides_use_knows_neither(name: str) -> None:
+    assert "/trio" not in reached_by(name)
+    assert not ours(name)
+
+
 @pytest.mark.parametrize("name", VM_SIDE)
 def test_the_qubes_programs_know_nothing_of_dom0(name: str) -> None:
     assert not any(found.split(".")[0] in ("admin", "lab") for found in ours(name))
+
+
+def test_what_only_dom0_has_is_imported_only_where_it_is_needed() -> None:
+    """qubesadmin and qrexec, and asyncio with its start of a tenth of a second."""
+    assert not [name for name in MODULES if AT_ONCE[name] & {"/qubesadmin", "/qrexec"}]
+    assert [name for name in MODULES if "/asyncio" in reached_by(name)] == ["admin.qubesevents"]
 
 
 @pytest.mark.parametrize("name", TUNNEL)
