@@ -46,15 +46,15 @@ class Dispatcher(Protocol):
         """Call handlers until the connection ends, or could not be made."""
 
 
-def qubes_changes(app: Any, policy_name: str, wakers: Sequence[int] = ()) -> "QubesChanges":
-    """`QubesChanges` of a `qubesadmin.Qubes`, whose cache stays off; ``policy_name`` is without suffix.
+def qubes_changes(policy_name: str, wakers: Sequence[int] = ()) -> "QubesChanges":
+    """`QubesChanges` of the system that this runs in; ``policy_name`` is without suffix.
 
-    The app forgets its list of qubes when one comes or goes, but only while somebody waits: who reads an
-    inventory through it asks for the list anew.
+    It has an app of its own, whose cache nobody reads.
     """
+    import qubesadmin
     from qubesadmin.events import EventsDispatcher
 
-    dispatcher = EventsDispatcher(app, enable_cache=False)
+    dispatcher = EventsDispatcher(qubesadmin.Qubes(), enable_cache=False)
     return QubesChanges(dispatcher, POLICY_DIR / f"{policy_name}.policy", wakers)
 
 

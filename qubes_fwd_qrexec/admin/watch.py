@@ -13,19 +13,20 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.notify import notify
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.values import QubeName
 
-from .apply import Outcome
+from .apply import Kind, Outcome
 from .backend import Changes
 from .clock import Alarm, Clock
 from .ending import Ending
 from .expiry import print_expire
 from .render import escaped
 from .session import Session
-from .states import Forward, Plan
+from .states import Cause, Plan, State
 
 # A tool that sets up a qube sends its events within milliseconds of each other; a person waits for a second.
 QUIET_S = 0.2
@@ -36,7 +37,15 @@ RETRY_MAX_S = 60.0
 # Less is the work of clock synchronisation, and changes nothing that anybody would see.
 _SET_BACK_S = 60.0
 
-Key = tuple[QubeName, RuleName]
+Key = tuple[QubeName, str]
+
+
+class Seen(NamedTuple):
+    """What became of one rule, as it was told."""
+
+    state: State
+    cause: Cause
+    reason: str
 
 
 class _Trouble(Enum):
@@ -81,7 +90,7 @@ class Watcher:
         self._elapsed = elapsed
         self._rest = rest
         self._wakers = (ending.fileno(), alarm.fileno())
-        self._seen: dict[Key, Forward] | None = None
+        self._seen: dict[Key, Seen] | None = None
         self._next_end: float | None = None
         # What is wrong, in the order of telling; each kind of trouble ends by itself.
         self._troubles: dict[_Trouble, str] = {}
@@ -137,16 +146,19 @@ class Watcher:
         self._next_end = next_end(planned, now)
         self._report(planned, outcome, now)
         self._check_clock()
-        if outcome.problems:
-            self._complain(_Trouble.APPLY, f"not everything could be done: {'; '.join(outcome.problems)}")
+        problems = f"not everything could be done: {'; '.join(outcome.problems)}"
+        if any(step.kind is not Kind.REVOKE for step in outcome.undone):
+            self._complain(_Trouble.APPLY, problems)
             return
+        if outcome.problems:
+            self._warn(problems)  # tunnels that could not be ended: `apply` cannot try that again
         self._mended(_Trouble.APPLY)
         notify("READY=1", f"STATUS={self._status(planned, now)}")
 
     def _report(self, planned: Plan, outcome: Outcome, now: float) -> None:
-        forwards = {(f.source.target, f.source.name): f for f in planned}
-        news = [] if self._seen is None else list(differing(self._seen, forwards))
-        self._seen = forwards
+        seen = states(planned)
+        news = [] if self._seen is None else list(differing(self._seen, seen))
+        self._seen = seen
         if self._session.is_json:
             if outcome.done or outcome.problems or news:
                 steps = [step.as_json() for step in outcome.done]
@@ -215,7 +227,17 @@ def next_end(planned: Plan, now: float) -> float | None:
     return min(ends, default=None)
 
 
-def differing(before: Mapping[Key, Forward], after: Mapping[Key, Forward]) -> Iterable[str]:
+def states(planned: Plan) -> dict[Key, Seen]:
+    """What there is to be told of each rule, and of what cannot be read as one."""
+    seen: dict[Key, Seen] = {
+        (f.source.target, f.source.name): Seen(f.state, f.cause, f.reason) for f in planned
+    }
+    for rule in planned.broken:
+        seen[rule.target, rule.name] = Seen(State.BROKEN, Cause.UNREADABLE, f"{rule.problem}.")
+    return seen
+
+
+def differing(before: Mapping[Key, Seen], after: Mapping[Key, Seen]) -> Iterable[str]:
     """A sentence for each rule that came, went, or is in another state than before."""
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)

@@ -302,10 +302,11 @@ def test_the_real_dispatcher_is_asked_for_without_a_cache(monkeypatch: pytest.Mo
             super().__init__(None)
             made.append((app, api_method, enable_cache))
 
-    events = ModuleType("qubesadmin.events")
+    qubesadmin, events = ModuleType("qubesadmin"), ModuleType("qubesadmin.events")
+    qubesadmin.Qubes = lambda: "the app"  # type: ignore[attr-defined]
     events.EventsDispatcher = EventsDispatcher  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qubesadmin", ModuleType("qubesadmin"))
+    monkeypatch.setitem(sys.modules, "qubesadmin", qubesadmin)
     monkeypatch.setitem(sys.modules, "qubesadmin.events", events)
-    with qubes_changes("the app", "30-forward") as changes:
+    with qubes_changes("30-forward") as changes:
         assert changes._policy_file == qubesevents.POLICY_DIR / "30-forward.policy"
     assert made == [("the app", "admin.Events", False)]

@@ -24,10 +24,11 @@ from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.watch import BURST_S, QUIET_S, RETRY_FIRST_S, Watcher, differing, next_end
+from qubes_fwd_qrexec.admin.watch import BURST_S, QUIET_S, RETRY_FIRST_S, Watcher, differing, next_end, states
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.rules import BrokenRule
 from qubes_fwd_qrexec.values import QubeName
 
 Act = Callable[[], object]
@@ -378,6 +379,22 @@ def test_what_fails_to_be_written_is_told_and_mended(stage: Stage, monkeypatch: 
     assert last == "qvm-forward: all is well again"
 
 
+def test_tunnels_that_could_not_be_ended_are_told_and_not_taken_for_well_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: LabStore, qube: QubeName, service: str) -> None:
+        raise StoreError("no answer")
+
+    monkeypatch.setattr(LabStore, "call", refuse)
+    stage.run(lambda: set_netvm(stage.lab))
+    assert not stage.is_open
+    assert stage.rests == []
+    (line,) = stage.err.getvalue().splitlines()
+    assert line.startswith(
+        "qvm-forward: not everything could be done: no answer. dom0's policy is closed, but"
+    )
+
+
 def test_news_that_is_lost_is_sought_again_and_all_is_looked_at(stage: Stage) -> None:
     def lose() -> None:
         stage.news_trouble = "qubesd sends no events"
@@ -482,16 +499,18 @@ def test_a_wish_to_end_in_a_burst_or_a_pause_is_obeyed_without_another_look(stag
 
 def test_each_rule_that_comes_goes_or_changes_is_told(stage: Stage) -> None:
     inventory = stage.inventory()
-
-    def forwards(*rules: object) -> dict[object, object]:
-        return {(f.source.target, f.source.name): f for f in plan(rules, inventory, NOW)}  # type: ignore[arg-type]
-
-    before = forwards(rule(), rule(name="gone"), rule("srcports=81", name="same"))
-    after = forwards(rule("enabled=no"), rule("srcports=82", name="new"), rule("srcports=81", name="same"))
-    gone, new, changed = differing(before, after)  # type: ignore[arg-type]
+    same = rule("srcports=81", name="same")
+    broken = BrokenRule(QubeName("work"), "gone", "text", "cannot be read")
+    before = plan([rule(), rule("srcports=82", name="gone"), same], inventory, NOW)
+    after = plan([rule("enabled=no"), rule("srcports=83", name="new"), same], inventory, NOW)
+    gone, new, changed = differing(states(before), states(after))
     assert gone == "work gone is no longer there"
-    assert new.startswith("work new is new, and active. Connections to port 82 ")
-    assert changed.startswith("work web was refused and is disabled. It was disabled;")
+    assert new.startswith("work new is new, and active. Connections to port 83 ")
+    assert changed.startswith("work web was active and is disabled. It was disabled;")
+    (unreadable,) = differing(
+        states(before), states(replace(before, forwards=before.forwards, broken=(broken,)))
+    )
+    assert unreadable == "work gone was active and is broken. cannot be read."
 
 
 def test_json_has_one_object_a_line(stage: Stage) -> None:
