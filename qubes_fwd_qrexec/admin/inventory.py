@@ -8,20 +8,29 @@ lead in a circle: the walks here are bounded and say what is wrong.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from qubes_fwd_qrexec.config import Service, is_forward_key
 from qubes_fwd_qrexec.values import QubeName
 
 # Four are common, and qubesd itself forbids loops: the bound is for an inventory that lies.
 CHAIN_MAX = 32
-TUNNEL_FEATURE = "forward.tunnel"
+RULE_PREFIX = "forward."
+TUNNEL_FEATURE = f"{RULE_PREFIX}tunnel"
+CONFIG_PREFIX = "vm-config."
+OFFER_PREFIX = "supported-rpc."
+VPN_PREFIX = "service.vpn-handler"
+_MATTER = frozenset({"whonix-gw", "whonix-ws", *(f"{OFFER_PREFIX}{service}" for service in Service)})
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
-# Rules and the tunnel mark; what listeners are told; and what the plan reads beside that.
-_MATTERING = ("forward.", "vm-config.fwd.", "supported-rpc.qubes.", "service.vpn-handler", "whonix-")
 
 
 def feature_matters(key: str) -> bool:
-    """Whether a feature can have a part in any rule, plan or configuration; all others may be passed over."""
-    return key.startswith(_MATTERING)
+    """Whether anything here depends on a feature: rules, what listeners are told, marks, offered services.
+
+    A template has a hundred others, and a real system is asked for each value by itself.
+    """
+    if key.startswith(CONFIG_PREFIX):
+        return is_forward_key(key.removeprefix(CONFIG_PREFIX))
+    return key in _MATTER or key.startswith((RULE_PREFIX, VPN_PREFIX))
 
 
 class Qube(NamedTuple):
