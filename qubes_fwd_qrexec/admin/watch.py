@@ -108,7 +108,6 @@ class Watcher:
                     self._follow(changes)
             except StoreError as error:
                 self._complain(_Trouble.NEWS, f"changes are not noticed for now: {error}")
-                self._set_alarm()
                 self._rest(self._wakers, self._retry_s())
         notify("STOPPING=1")
 
