@@ -111,20 +111,15 @@ class QubesChanges:
         """Until anything happens that `wait` is to judge."""
         if self._listening is None:
             self._watch_policy()
+            for fd in self._wakers:
+                self._loop.add_reader(fd, self._woken.set)
             self._listening = self._loop.create_task(self._dispatcher.listen_for_events(reconnect=False))
             self._listening.add_done_callback(lambda _: self._woken.set())
         self._woken.clear()
-        for fd in self._wakers:
-            self._loop.add_reader(fd, self._woken.set)
-        try:
-            if not self._listening.done():
+        if not self._listening.done():
+            with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._woken.wait()
-        except TimeoutError:
-            pass
-        finally:
-            for fd in self._wakers:
-                self._loop.remove_reader(fd)
 
     async def _close(self) -> None:
         if self._listening is not None:

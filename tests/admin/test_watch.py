@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -24,7 +26,17 @@ from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.watch import BURST_S, QUIET_S, RETRY_FIRST_S, Watcher, differing, next_end, states
+from qubes_fwd_qrexec.admin.watch import (
+    BURST_S,
+    QUIET_S,
+    RETRY_FIRST_S,
+    Watcher,
+    _ready,
+    differing,
+    next_end,
+    states,
+    watch,
+)
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -514,6 +526,27 @@ def test_a_wish_to_end_in_a_burst_or_a_pause_is_obeyed_without_another_look(stag
     stage.run()
     assert stage.looks == [0]
     assert stage.rests == [1]
+
+
+def test_the_command_ends_with_status_0(lab: LabDirectory) -> None:
+    class Ended(LabStore):
+        def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+            END()
+            return super().changes(wakers)
+
+    streams = io.StringIO(), io.StringIO(), io.StringIO()
+    assert watch(Namespace(), Session(Ended(lab), 0.0, {}, *streams, Style(), False)) == 0
+
+
+def test_a_pause_ends_by_a_descriptor_or_after_its_time() -> None:
+    read_fd, write_fd = os.pipe()
+    begun = time.monotonic()
+    _ready([read_fd], 0.01)
+    assert time.monotonic() - begun >= 0.01
+    os.write(write_fd, b"x")
+    _ready([read_fd], 3600.0)
+    os.close(read_fd)
+    os.close(write_fd)
 
 
 # What is told
