@@ -199,9 +199,11 @@ class Watcher:
         return float(min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(self._failures - 1, 10)))
 
     def _set_alarm(self) -> None:
-        """For the next end of a rule; what should have ended already is a trouble that is tried again."""
+        """For the next end of a rule. One that has come while we worked rings at once, unless it is what we
+        could not act upon: that is tried again like any trouble.
+        """
         end = self._next_end
-        if end is None or end <= self._clock.now():
+        if end is None or (_Trouble.APPLY in self._troubles and end <= self._clock.now()):
             self._alarm.set(None)
         else:
             self._alarm.set(end - self._clock.ahead_s())

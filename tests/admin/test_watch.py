@@ -321,6 +321,19 @@ def test_a_rule_ends_when_the_clock_is_set_past_its_end(expiring: Stage) -> None
     assert not expiring.is_open
 
 
+def test_an_end_that_comes_while_it_works_is_not_slept_over(expiring: Stage) -> None:
+    inventory = expiring.inventory
+
+    def slow() -> Inventory:
+        if not expiring.looks:
+            expiring.hands.pass_by(4000)
+        return inventory()
+
+    expiring.inventory = slow  # type: ignore[method-assign]
+    expiring.run()
+    assert expiring.alarms_at_waits[0] == NOW + 3600  # that is past: it rings at once
+
+
 def test_a_new_end_is_noticed(expiring: Stage) -> None:
     line = expiring.lab.features("work")["forward.web"]
 
