@@ -34,6 +34,9 @@ _EVENTS = (
 )
 # Their names end in the feature's; `feature_matters` decides.
 _FEATURE_EVENTS = ("domain-feature-set:*", "domain-feature-delete:*")
+# The dispatcher kills the process and waits for nothing; if asyncio has not seen its end before the loop is
+# closed, it complains at length. That takes some milliseconds, and nobody waits for what is being closed.
+_PROCESS_ENDS_S = 0.1
 
 
 class Dispatcher(Protocol):
@@ -54,8 +57,11 @@ def qubes_changes(policy_name: str, wakers: Sequence[int] = ()) -> "QubesChanges
     import qubesadmin
     from qubesadmin.events import EventsDispatcher
 
-    dispatcher = EventsDispatcher(qubesadmin.Qubes(), enable_cache=False)
-    return QubesChanges(dispatcher, POLICY_DIR / f"{policy_name}.policy", wakers)
+    app = qubesadmin.Qubes()
+    dispatcher = EventsDispatcher(app, enable_cache=False)
+    # In a management qube the connection is a process, see _PROCESS_ENDS_S.
+    linger_s = 0.0 if app.qubesd_connection_type == "socket" else _PROCESS_ENDS_S
+    return QubesChanges(dispatcher, POLICY_DIR / f"{policy_name}.policy", wakers, linger_s)
 
 
 class QubesChanges:
@@ -64,7 +70,10 @@ class QubesChanges:
     The dispatcher's own reconnecting is not used: it would go on for ever in silence, each second.
     """
 
-    def __init__(self, dispatcher: Dispatcher, policy_file: Path, wakers: Sequence[int] = ()) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, policy_file: Path, wakers: Sequence[int] = (), linger_s: float = 0.0
+    ) -> None:
+        self._linger_s = linger_s
         self._dispatcher = dispatcher
         self._policy_file = policy_file
         self._wakers = wakers
@@ -127,8 +136,7 @@ class QubesChanges:
             await asyncio.wait([self._listening])
             if not self._listening.cancelled():
                 self._listening.exception()  # asyncio would complain of one that nobody has seen
-        # What the dispatcher has closed by then is gone after one more turn.
-        await asyncio.sleep(0)
+        await asyncio.sleep(self._linger_s)
 
     def _watch_policy(self) -> None:
         self._inotify = Inotify()

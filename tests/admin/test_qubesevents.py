@@ -6,12 +6,13 @@ What is not to be news is followed by the end of the connection: a wait that pas
 
 import asyncio
 import fnmatch
+import gc
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -294,8 +295,33 @@ def test_nobody_needs_to_wait(idle: Qubesd) -> None:
     """And what was made is closed all the same: a warning would be an error."""
 
 
-def test_the_real_dispatcher_is_asked_for_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_that_nobody_waits_for_is_not_complained_about(
+    policy_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Qubesd(policy_file) as qubesd:
+        qubesd.sock.sendall(wire(*ESTABLISHED) + b"2\0what\0")
+        assert qubesd.changes.wait(None)
+        # One more turn, in which the dispatcher fails.
+        qubesd.changes._loop.run_until_complete(asyncio.wait([qubesd.changes._listening]))  # type: ignore[list-item]
+    del qubesd
+    gc.collect()
+    assert caplog.records == []
+
+
+def test_nothing_stays_open(policy_file: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with Qubesd(policy_file) as qubesd:
+        qubesd.send(ESTABLISHED)
+        assert qubesd.changes.wait(None)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("connection", "linger_s"), [("socket", 0.0), ("qrexec", 0.1)])
+def test_the_real_dispatcher_is_asked_for_without_a_cache(
+    monkeypatch: pytest.MonkeyPatch, connection: str, linger_s: float
+) -> None:
     made = []
+    app = SimpleNamespace(qubesd_connection_type=connection)
 
     class EventsDispatcher(FakeDispatcher):
         def __init__(self, app: object, api_method: str = "admin.Events", enable_cache: bool = True) -> None:
@@ -303,10 +329,11 @@ def test_the_real_dispatcher_is_asked_for_without_a_cache(monkeypatch: pytest.Mo
             made.append((app, api_method, enable_cache))
 
     qubesadmin, events = ModuleType("qubesadmin"), ModuleType("qubesadmin.events")
-    qubesadmin.Qubes = lambda: "the app"  # type: ignore[attr-defined]
+    qubesadmin.Qubes = lambda: app  # type: ignore[attr-defined]
     events.EventsDispatcher = EventsDispatcher  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qubesadmin", qubesadmin)
     monkeypatch.setitem(sys.modules, "qubesadmin.events", events)
     with qubes_changes("30-forward") as changes:
+        assert changes._linger_s == linger_s
         assert changes._policy_file == qubesevents.POLICY_DIR / "30-forward.policy"
-    assert made == [("the app", "admin.Events", False)]
+    assert made == [(app, "admin.Events", False)]
