@@ -145,6 +145,17 @@ def test_a_qube_that_was_made_again_is_watched(lab: LabDirectory, changes: LabCh
     assert changes.wait(0)
 
 
+def test_a_qube_that_is_gone_is_forgotten(lab: LabDirectory, changes: LabChanges) -> None:
+    assert changes._watches is not None
+    before = len(changes._watches._watched)
+    lab.write_qube(NEW)
+    assert changes.wait(0)
+    assert len(changes._watches._watched) == before + 2
+    shutil.rmtree(lab.qube_dir("new").root)
+    assert changes.wait(0)
+    assert len(changes._watches._watched) == before
+
+
 def test_a_file_among_the_qubes_is_passed_over(lab: LabDirectory, changes: LabChanges) -> None:
     (lab.qubes_dir / "file").touch()
     lab.set_feature("work", "forward.web", "x")
@@ -154,11 +165,16 @@ def test_a_file_among_the_qubes_is_passed_over(lab: LabDirectory, changes: LabCh
 def test_after_an_overflow_everything_is_looked_at_and_watched(
     lab: LabDirectory, changes: LabChanges, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def lose(self: Inotify) -> list[Notice]:
+        read(self)
+        return [Notice(-1, IN_Q_OVERFLOW, "")]
+
+    read = Inotify.read
     lab.write_qube(NEW)
     with monkeypatch.context() as patch:
-        patch.setattr(Inotify, "read", lambda self: [Notice(-1, IN_Q_OVERFLOW, "")])
+        patch.setattr(Inotify, "read", lose)
         assert changes.wait(0)
-    changes.wait(0)
+    assert not changes.wait(0)
     lab.set_feature("new", "forward.web", "x")
     assert changes.wait(0)
 
