@@ -134,8 +134,6 @@ class QubesChanges:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait([self._listening])
-            if not self._listening.cancelled():
-                self._listening.exception()  # asyncio would complain of one that nobody has seen
         await asyncio.sleep(self._linger_s)
 
     def _watch_policy(self) -> None:
