@@ -132,21 +132,9 @@ def test_dom0_knows_nothing_of_the_qubes_programs_nor_of_trio(name: str) -> None
     assert not ours(name) & set(VM_SIDE)
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_what_both_sides_use_knows_neither(name: str) -> None:
-    assert "/trio" not in reached_by(name)
-    assert not ours(name)
-
-
 @pytest.mark.parametrize("name", VM_SIDE)
 def test_the_qubes_programs_know_nothing_of_dom0(name: str) -> None:
     assert not any(found.split(".")[0] in ("admin", "lab") for found in ours(name))
-
-
-def test_what_only_dom0_has_is_imported_only_where_it_is_needed() -> None:
-    """qubesadmin and qrexec, and asyncio with its start of a tenth of a second."""
-    assert not [name for name in MODULES if AT_ONCE[name] & {"/qubesadmin", "/qrexec"}]
-    assert [name for name in MODULES if "/asyncio" in reached_by(name)] == ["admin.qubesevents"]
 
 
 @pytest.mark.parametrize("name", TUNNEL)
@@ -159,6 +147,16 @@ def test_the_tunnel_is_pure(name: str) -> None:
 @pytest.mark.parametrize("name", ["relay", "exitstatus", "localserver", "configsource", "logs", *VOCABULARY])
 def test_trio_stays_with_those_who_need_it(name: str) -> None:
     assert "/trio" not in reached_by(name)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_sides_use_knows_neither(name: str) -> None:
+    assert "/trio" not in reached_by(name)
+    assert not ours(name)
+
+
+def test_asyncio_with_its_slow_start_is_for_the_events_of_qubesd_alone() -> None:
+    assert [name for name in MODULES if "/asyncio" in EVER[name]] == ["admin.qubesevents"]
 
 
 def test_a_raw_call_imports_no_trio() -> None:
