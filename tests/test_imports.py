@@ -72,8 +72,12 @@ EVER = {module_name(file): imports_of(file, ever_running) for file in FILES}
 AT_ONCE = {module_name(file): imports_of(file, running_at_once) for file in FILES}
 ADMIN = sorted(name for name in MODULES if name.split(".")[0] == "admin")
 TUNNEL = sorted(name for name in MODULES if name.split(".")[0] == "tunnel")
+# What programs of both sides ask of the operating system.
+SHARED = ("inotify", "notify")
 VM_SIDE = sorted(
-    name for name in MODULES if name and name.split(".")[0] not in {"admin", "lab", "tunnel", *VOCABULARY}
+    name
+    for name in MODULES
+    if name and name.split(".")[0] not in {"admin", "lab", "tunnel", *VOCABULARY, *SHARED}
 )
 
 
@@ -133,7 +137,10 @@ def test_dom0_imports_what_only_qubes_has_when_it_is_needed_and_in_one_place(nam
     """They take longer to import than everything else takes to run; and a lab's machine lacks them."""
     of_qubes = {"/qubesadmin", "/qrexec"}
     assert not AT_ONCE[name] & of_qubes
-    assert name in ("admin.adminapi", "admin.policyapi", "admin.qubesstore") or not IMPORTS[name] & of_qubes
+    assert (
+        name in ("admin.adminapi", "admin.policyapi", "admin.qubesevents", "admin.qubesstore")
+        or not IMPORTS[name] & of_qubes
+    )
 
 
 @pytest.mark.parametrize("name", VM_SIDE)
@@ -151,6 +158,16 @@ def test_the_tunnel_is_pure(name: str) -> None:
 @pytest.mark.parametrize("name", ["relay", "exitstatus", "localserver", "configsource", "logs", *VOCABULARY])
 def test_trio_stays_with_those_who_need_it(name: str) -> None:
     assert "/trio" not in reached_by(name)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_sides_use_knows_neither(name: str) -> None:
+    assert "/trio" not in reached_by(name)
+    assert not ours(name)
+
+
+def test_asyncio_with_its_slow_start_is_for_the_events_of_qubesd_alone() -> None:
+    assert [name for name in MODULES if "/asyncio" in EVER[name]] == ["admin.qubesevents"]
 
 
 def test_a_raw_call_imports_no_trio() -> None:

@@ -280,8 +280,8 @@ def test_old_news_of_a_number_do_not_reach_its_next_socket() -> None:
     real = bench.loop._epoll
 
     class Ordered:
-        def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-            return sorted(real.poll(timeout), key=lambda item: item[0] != news_r.fileno())
+        def poll(self, timeout: float | None, most: int) -> list[tuple[int, int]]:
+            return sorted(real.poll(timeout, most), key=lambda item: item[0] != news_r.fileno())
 
         def __getattr__(self, name: str) -> object:
             return getattr(real, name)

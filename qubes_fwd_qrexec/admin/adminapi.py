@@ -151,6 +151,8 @@ class AdminApi:
                     stdin=DEVNULL,
                     stdout=DEVNULL,
                     stderr=DEVNULL,
+                    # Ctrl-C in a terminal is for us, who end when the call has.
+                    start_new_session=True,
                 )
         except Vanished:
             raise StoreError(f"{service} in {qube}: there is no such qube any more") from None

@@ -6,6 +6,7 @@ whatever goes wrong, and says in it what and where.
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -59,6 +60,18 @@ class PolicyFile(NamedTuple):
     token: str
 
 
+class Changes(Protocol):
+    """News that anything which plan, configuration or policy are made from has changed; never what."""
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Block until something has changed: True, and all that is there by then counts as one. False
+        after ``timeout_s``, and as soon as one of the wakers is readable.
+
+        The first call connects to where the news comes from, and returns True when that stands: nothing
+        was told of what was before. Raises `StoreError` when it does not, or is lost: begin anew then.
+        """
+
+
 class Backend(Protocol):
     """A system of qubes. Nothing here locks by itself: whoever changes things holds `locked`."""
 
@@ -88,3 +101,8 @@ class Backend(Protocol):
 
     def locked(self) -> AbstractContextManager[None]:
         """Exclude all others that change rules, configuration or policy through a backend."""
+
+    def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+        """For as long as it is entered, the news. ``wakers`` are descriptors that end a wait while they
+        are readable; nobody reads them here.
+        """

@@ -31,6 +31,7 @@ _COMMANDS = {
     "show": ("showing", "show"),
     "plan": ("showing", "explain"),
     "apply": ("showing", "apply"),
+    "watch": ("watch", "watch"),
     "policy": ("showing", "print_policy"),
     "export": ("exchanging", "export_rules"),
     "import": ("exchanging", "import_rules"),

@@ -2,8 +2,8 @@
 """The backend over a lab's directory, which stands in for dom0 and its qubes."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from qubes_fwd_qrexec.errors import StoreError
@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .backend import NEW, PolicyFile, check_feature
+from .backend import NEW, Changes, PolicyFile, check_feature
 from .inventory import Inventory, Qube, feature_matters
 
 # What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
@@ -87,7 +87,12 @@ class LabStore:
         words = [str(self._lab.client_program), f"--agent-socket={socket_path}", "--", qube, service]
         try:
             done = subprocess.run(
-                words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CALL_TIMEOUT_S
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=_CALL_TIMEOUT_S,
+                # Ctrl-C in a terminal is for us, who end when the call has.
+                start_new_session=True,
             )
         except subprocess.TimeoutExpired as error:
             raise StoreError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
@@ -100,6 +105,11 @@ class LabStore:
     def locked(self) -> Iterator[None]:
         with _told(), self._lab.locked():
             yield
+
+    def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+        from qubes_fwd_qrexec.lab.changes import LabChanges
+
+        return LabChanges(self._lab, feature_matters, self._policy_path.name, wakers)
 
 
 def _is_up(socket_path: Path) -> bool:

@@ -95,6 +95,7 @@ def build() -> argparse.ArgumentParser:
     planned.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
     applied = command("apply", "Make policy and listeners what the rules ask for.")
     applied.add_argument("--dry-run", action="store_true", help="show the difference and change nothing")
+    command("watch", "Keep policy and listeners true: apply after each change and when a rule ends.")
     command("policy", "Print the qrexec policy that the rules ask for.")
     exported = command("export", "Print rules for import elsewhere.")
     exported.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)

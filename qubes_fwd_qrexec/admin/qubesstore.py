@@ -8,16 +8,17 @@ run: they are imported when something is asked of the system, and not before.
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from subprocess import TimeoutExpired
 
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.values import QubeName
 
+from . import policy
 from .adminapi import AdminApi
-from .backend import PolicyFile, check_feature
+from .backend import Changes, PolicyFile, check_feature
 from .inventory import Inventory
 from .policyapi import PolicyApi
 
@@ -96,6 +97,11 @@ class QubesStore:
             "; dom0's policy denies it to every qube, unless a file that sorts before 30-forward.policy has "
             f"the line '{name}  *  {self._admin.here}  @anyvm  allow  user=user  autostart=no  notify=no'"
         )
+
+    def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+        from .qubesevents import qubes_changes
+
+        return qubes_changes(policy.NAME, wakers)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

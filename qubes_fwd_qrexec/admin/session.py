@@ -75,15 +75,19 @@ class Session(NamedTuple):
         inventory = self.backend.inventory()
         return Snapshot(inventory, read_rules(inventory))
 
-    def apply(self) -> tuple[Plan, Outcome]:
+    def reconcile(self) -> tuple[Plan, Outcome]:
         """Make policy and configuration what the stored rules ask for; the lock is held.
 
-        Raises `StoreError` that says what was done and what was not.
+        What could not be done is in the outcome.
         """
         snapshot = self.look()
         planned = snapshot.plan(self.now)
         steps = differences(planned, snapshot.inventory, self.backend.read_policy(), self.now)
-        outcome = carry_out(steps, self.backend)
+        return planned, carry_out(steps, self.backend)
+
+    def apply(self) -> tuple[Plan, Outcome]:
+        """The same; raises `StoreError` that says what was done and what was not."""
+        planned, outcome = self.reconcile()
         if outcome.problems:
             raise StoreError(_told(outcome))
         return planned, outcome

@@ -149,7 +149,9 @@ class FakeQubes:
     def run_service(
         self, dest: str, service: str, user: str | None = None, *, autostart: bool = True, **popen: int
     ) -> FakeProcess:
-        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | {
+            "start_new_session": True
+        }
         expected_user = "user" if self.qubesd_connection_type == "socket" else None
         if not service.startswith("qubes.ForwardRevoke+") or autostart or popen != nothing:
             unexpected((dest, service, autostart, popen))

@@ -110,6 +110,8 @@ def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: Lab
     code = (
         "import sys\n"
         "from qubes_fwd_qrexec.admin import cli, changing, showing, exchanging, complete\n"
+        "from qubes_fwd_qrexec.admin import watch, qubesevents\n"
+        "import qubes_fwd_qrexec.lab.changes\n"
         "import qubes_fwd_qrexec.rulexml\n"
         f"for line in {list(map(list, _EVERY_COMMAND))!r}: cli.main(['--lab', {str(lab.root)!r}, *line])\n"
         "names = {name.partition('.')[0] for name in sys.modules}\n"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin.abilities import Abilities
+from qubes_fwd_qrexec.admin.clock import Clock
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Forward
@@ -73,3 +74,18 @@ def content(lab: LabDirectory) -> dict[str, str]:
     """All that a command could change."""
     files = (path for path in lab.root.rglob("*") if path.is_file() and path != lab.lock_file)
     return {str(path): path.read_text() for path in files}
+
+
+class Hands:
+    """The time for a clock that a test moves: of the wall, and elapsed since the machine was started."""
+
+    def __init__(self, wall: float = float(NOW), elapsed: float = 5000.0) -> None:
+        self.wall = wall
+        self.elapsed = elapsed
+
+    def pass_by(self, seconds: float) -> None:
+        self.wall += seconds
+        self.elapsed += seconds
+
+    def clock(self) -> Clock:
+        return Clock(lambda: self.wall, lambda: self.elapsed)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The events of qubesd that matter, as news that something changed.
+
+`qubesadmin.events.EventsDispatcher` receives them; this gives it handlers, turns its asyncio loop while
+somebody waits, and stands still otherwise: events that come meanwhile stay in the socket. qubesd tells
+nothing of policy, so in dom0 the policy file is watched too; a management qube cannot see it.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.inotify import Inotify
+
+from .inventory import feature_matters
+
+POLICY_DIR = Path("/etc/qubes/policy.d")
+# What the plan is made from. qubes-core-admin qubes/app.py: that default_netvm was set comes also as a reset
+# of netvm for each qube that has the default; that it was reset does not. The -del ones are an older name.
+_PROPERTIES = ("netvm", "default_netvm", "template", "template_for_dispvms", "provides_network")
+_TAGS = ("anon-vm", "anon-gateway")
+_EVENTS = (
+    "connection-established",
+    "domain-add",
+    "domain-delete",
+    "domain-start",
+    "domain-start-failed",
+    "domain-shutdown",
+    *(f"property-{verb}:{name}" for verb in ("set", "reset", "del") for name in _PROPERTIES),
+    *(f"domain-tag-{verb}:{tag}" for verb in ("add", "delete") for tag in _TAGS),
+)
+# Their names end in the feature's; `feature_matters` decides.
+_FEATURE_EVENTS = ("domain-feature-set:*", "domain-feature-delete:*")
+# The dispatcher kills the process and waits for nothing; if asyncio has not seen its end before the loop is
+# closed, it complains at length. That takes some milliseconds, and nobody waits for what is being closed.
+_PROCESS_ENDS_S = 0.1
+
+
+class Dispatcher(Protocol):
+    """What is used of `qubesadmin.events.EventsDispatcher`."""
+
+    def add_handler(self, event: str, handler: Callable[..., None]) -> None:
+        """``event`` may have wildcards; the handler gets subject, event and its parameters by name."""
+
+    def listen_for_events(self, *, reconnect: bool) -> Coroutine[Any, Any, None]:
+        """Call handlers until the connection ends, or could not be made."""
+
+
+def qubes_changes(policy_name: str, wakers: Sequence[int] = ()) -> "QubesChanges":
+    """`QubesChanges` of the system that this runs in; ``policy_name`` is without suffix.
+
+    It has an app of its own, whose cache nobody reads.
+    """
+    import qubesadmin
+    from qubesadmin.events import EventsDispatcher
+
+    app = qubesadmin.Qubes()
+    dispatcher = EventsDispatcher(app, enable_cache=False)
+    # In a management qube the connection is a process, see _PROCESS_ENDS_S.
+    linger_s = 0.0 if app.qubesd_connection_type == "socket" else _PROCESS_ENDS_S
+    return QubesChanges(dispatcher, POLICY_DIR / f"{policy_name}.policy", wakers, linger_s)
+
+
+class QubesChanges:
+    """`admin.backend.Changes` of a Qubes system, and its context manager.
+
+    The dispatcher's own reconnecting is not used: it would go on for ever in silence, each second.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, policy_file: Path, wakers: Sequence[int] = (), linger_s: float = 0.0
+    ) -> None:
+        self._linger_s = linger_s
+        self._dispatcher = dispatcher
+        self._policy_file = policy_file
+        self._wakers = wakers
+        self._has_changed = False
+        self._woken = asyncio.Event()
+        self._listening: asyncio.Task[None] | None = None
+        self._inotify: Inotify | None = None
+        for event in _EVENTS:
+            dispatcher.add_handler(event, self._on_event)
+        for event in _FEATURE_EVENTS:
+            dispatcher.add_handler(event, self._on_feature)
+
+    def __enter__(self) -> "QubesChanges":
+        self._loop = asyncio.new_event_loop()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._loop.run_until_complete(self._close())
+        finally:
+            self._loop.close()
+            if self._inotify is not None:
+                self._inotify.close()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        if not self._has_changed:
+            try:
+                self._loop.run_until_complete(self._wait(timeout_s))
+            except OSError as error:
+                raise StoreError(f"{error.filename or self._policy_file}: {error.strerror}") from error
+        if self._has_changed:
+            self._has_changed = False
+            return True
+        if self._listening is not None and self._listening.done():
+            # It ends without an exception also where there is no socket, and where qubesd refuses.
+            why = self._listening.exception()
+            told = "" if why is None else f" ({why!r})"
+            raise StoreError(
+                f"qubesd sends no events{told}; is it running, and does it allow admin.Events?"
+            ) from why
+        return False
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        """Until anything happens that `wait` is to judge."""
+        if self._listening is None:
+            self._watch_policy()
+            for fd in self._wakers:
+                self._loop.add_reader(fd, self._woken.set)
+            self._listening = self._loop.create_task(self._dispatcher.listen_for_events(reconnect=False))
+            self._listening.add_done_callback(lambda _: self._woken.set())
+        self._woken.clear()
+        if not self._listening.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._woken.wait()
+
+    async def _close(self) -> None:
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.wait([self._listening])
+        await asyncio.sleep(self._linger_s)
+
+    def _watch_policy(self) -> None:
+        self._inotify = Inotify()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self._inotify.add(self._policy_file.parent)
+        self._loop.add_reader(self._inotify.fileno(), self._on_policy, self._inotify)
+
+    def _on_policy(self, inotify: Inotify) -> None:
+        if any(notice.name == self._policy_file.name for notice in inotify.read()):
+            self._on_event()
+
+    def _on_feature(self, subject: object, event: str, **_: object) -> None:
+        if feature_matters(event.partition(":")[2]):
+            self._on_event()
+
+    def _on_event(self, *_: object, **__: object) -> None:
+        self._has_changed = True
+        self._woken.set()
