@@ -5,7 +5,7 @@ It asks nobody and changes nothing. A qube names others (netvm, template), and a
 lead in a circle: the walks here are bounded and say what is wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.values import QubeName
@@ -15,6 +15,7 @@ CHAIN_MAX = 32
 TUNNEL_FEATURE = "forward.tunnel"
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
+DISPOSABLE = "DispVM"
 
 
 class Qube(NamedTuple):
@@ -87,18 +88,21 @@ class Inventory(NamedTuple):
             value = self.qubes[qube.template].features.get(key)
         return value
 
-    def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
-        """The mark that says that this qube is a tunnel for those behind it."""
+    def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:
+        """Every mark that says that this qube is a tunnel for those behind it."""
         qube = self.qubes[name]
         if "anon-gateway" in qube.tags:
-            return TunnelMark(name, "tag anon-gateway")
+            yield TunnelMark(name, "tag anon-gateway")
         for key in ("whonix-gw", TUNNEL_FEATURE):
             if self.feature(name, key):
-                return TunnelMark(name, f"feature {key}")
+                yield TunnelMark(name, f"feature {key}")
         for key in sorted(qube.features):
             if key.startswith("service.vpn-handler") and qube.features[key]:
-                return TunnelMark(name, f"feature {key}")
-        return None
+                yield TunnelMark(name, f"feature {key}")
+
+    def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
+        """The first of these marks; one is enough."""
+        return next(self.tunnel_marks(name), None)
 
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube must not be reached but through its tunnel."""
