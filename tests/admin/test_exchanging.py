@@ -63,7 +63,7 @@ RULE = "action=forward srcports=80 srchosts=any"
         (f"work a {RULE}\nwork b {RULE} bogus=1", "line 2, option 'bogus' at column 48: unknown option"),
         (f"work a {RULE}\ngone b {RULE}", "there is no qube gone; nothing was imported"),
         (f"work a {RULE}\nwork a {RULE}", "work a stands twice; nothing was imported"),
-        (f"work tunnel {RULE}", "marks a tunnel qube"),
+        (f"work tunnel {RULE}", "the name tunnel stands for the mark of a tunnel qube"),
         (f"work web {RULE}", "work web exists already and is another rule"),
         ("work a", "line 1: a line is the qube's name, the rule's name and the rule"),
         ("{", "document: not JSON"),
