@@ -8,7 +8,7 @@ import pytest
 from worlds import NOW, Command, Result
 
 from qubes_fwd_qrexec.admin.cli import run
-from qubes_fwd_qrexec.admin.render import Style
+from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 

@@ -9,7 +9,7 @@ import pytest
 from worlds import ADD
 
 from qubes_fwd_qrexec.admin import cli
-from qubes_fwd_qrexec.admin.render import Style
+from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 Forward = Callable[..., Any]
@@ -55,7 +55,7 @@ def test_list_fits_wide_and_narrow_terminals(forward: Forward) -> None:
     assert "..." in wide
     assert max(map(len, wide.splitlines())) <= 130
     narrow = forward("list", style=Style(50)).out
-    assert narrow.startswith("work web: active\n  exposed at sys-net:80\n")
+    assert narrow.startswith("work web: active\n  mode qrexec\n  exposed at sys-net:80\n")
 
 
 def test_colours_only_if_asked_for(forward: Forward) -> None:
