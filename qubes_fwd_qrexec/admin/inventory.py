@@ -80,13 +80,22 @@ class Inventory(NamedTuple):
             current = following
         return Chain(tuple(walked))
 
+    def holder(self, name: QubeName, key: str) -> Qube | None:
+        """The qube that has the feature: this one, or else the nearest of its templates that has it.
+
+        A disposable has a template with a template: qubes-core-admin qubes/features.py walks along all.
+        """
+        qube = self.qubes.get(name)
+        for _ in range(CHAIN_MAX):
+            if qube is None or key in qube.features:
+                return qube
+            qube = None if qube.template is None else self.qubes.get(qube.template)
+        return None
+
     def feature(self, name: QubeName, key: str) -> str | None:
-        """A feature of the qube or else of its template, as Qubes' check_with_template finds it."""
-        qube = self.qubes[name]
-        value = qube.features.get(key)
-        if value is None and qube.template is not None and qube.template in self.qubes:
-            value = self.qubes[qube.template].features.get(key)
-        return value
+        """A feature of the qube or else of its templates, as Qubes' check_with_template finds it."""
+        holder = self.holder(name, key)
+        return None if holder is None else holder.features[key]
 
     def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:
         """Every mark that says that this qube is a tunnel for those behind it."""

@@ -129,9 +129,8 @@ def _way_out(mark: TunnelMark, inventory: Inventory) -> str:
     kind, _, key = mark.mark.partition(" ")
     if kind == "tag":
         return f"'qvm-tags {mark.qube} del {key}'"
-    qube = inventory.qubes[mark.qube]
-    # What the qube has not of its own it has of its template.
-    owner = mark.qube if key in qube.features else qube.template
+    holder = inventory.holder(mark.qube, key)
+    owner = mark.qube if holder is None else holder.name
     if key == TUNNEL_FEATURE:
         return f"'qvm-forward tunnel unmark {owner}'"
     return f"'qvm-features --unset {owner} {key}'"
