@@ -14,8 +14,7 @@ from .tables import Style, Table
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
 _ROLE = "ROLE"
-# The comment gives way first, then the sources; the whole is in `show`.
-_YIELDING = ("COMMENT", "FROM")
+_YIELDING = ("COMMENT",)
 
 
 def escaped(untrusted_text: str) -> str:
@@ -35,7 +34,9 @@ def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> st
         return "No forwards.\n"
     wide = _table(plan, qubes, lambda expire: print_expire(expire, now))
     narrower = _table(plan, qubes, lambda expire: "never" if expire is None else distance(expire - now))
-    body = wide.text(style) or narrower.text(style) or wide.blocks(style)
+    # The comment gives way first, then the date, then the sources; the whole is in `show`.
+    cut = narrower._replace(yielding=("COMMENT", "FROM"))
+    body = wide.text(style) or narrower.text(style) or cut.text(style) or wide.blocks(style)
     remarks = [*_remarks(plan, style)]
     return body + ("\n" + "".join(remarks) if remarks else "")
 

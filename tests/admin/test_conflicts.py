@@ -149,7 +149,7 @@ def test_two_that_are_enabled_at_once_do_not_take_each_others_port(
 
 
 @pytest.mark.parametrize("name", ["a", "z"])
-@pytest.mark.parametrize("target", ["personal", "vault"])
+@pytest.mark.parametrize("target", ["personal", "work"])
 @pytest.mark.parametrize("head", ["", "version 2\n"])
 def test_an_import_takes_no_port_whatever_its_place_in_the_order(
     forward: Command, lab: LabDirectory, name: str, target: str, head: str

@@ -280,16 +280,19 @@ def test_broken_rules_and_odd_configurations_hinder_nothing(forward: Command, op
     opened.set_feature("vault", "forward.bad", "action=drop")
     opened.set_feature("sys-net", "vm-config.fwd.vault.odd", "nonsense")
     opened.set_feature("sys-net", "vm-config.other", "1")
+    opened.set_feature("sys-net", "fwd.vault.odd", "of somebody else")
     result = forward("panic")
     assert result.status == 0
     assert "vault bad is no readable rule; it is left, and opens nothing.\n" in result.out
     assert opened.vm_config("sys-net") == {"other": "1"}
+    assert opened.feature("sys-net", "fwd.vault.odd") == "of somebody else"
     assert opened.feature("vault", "forward.bad") == "action=drop"
 
 
 def test_tunnels_that_only_the_listeners_know_of_are_ended_too(opened: LabDirectory, panic: Panic) -> None:
     """The policy was closed by a panic that went no further."""
     (opened.policy_dir / "30-forward.policy").write_text(policy.text((), NOW))
+    opened.set_feature("sys-firewall", "vm-config.fwd.vault.odd", "nonsense")
     backend = Faulty(opened)
     panic(backend)
     assert REVOKE in backend.log
