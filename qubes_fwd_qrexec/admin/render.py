@@ -14,7 +14,6 @@ from .tables import Style, Table
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
 _ROLE = "ROLE"
-_YIELDING = ("COMMENT",)
 
 
 def escaped(untrusted_text: str) -> str:
@@ -32,20 +31,26 @@ def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> st
     """
     if not (plan.forwards or plan.broken):
         return "No forwards.\n"
-    wide = _table(plan, qubes, lambda expire: print_expire(expire, now))
-    narrower = _table(plan, qubes, lambda expire: "never" if expire is None else distance(expire - now))
     # The comment gives way first, then the date, then the sources; the whole is in `show`.
-    cut = narrower._replace(yielding=("COMMENT", "FROM"))
-    body = wide.text(style) or narrower.text(style) or cut.text(style) or wide.blocks(style)
+    wide = _table(plan, qubes, ("COMMENT",), lambda expire: print_expire(expire, now))
+    narrower = _table(
+        plan,
+        qubes,
+        ("COMMENT", "FROM"),
+        lambda expire: "never" if expire is None else distance(expire - now),
+    )
+    body = wide.text(style) or narrower.text(style) or wide.blocks(style)
     remarks = [*_remarks(plan, style)]
     return body + ("\n" + "".join(remarks) if remarks else "")
 
 
-def _table(plan: Plan, qubes: Sequence[str], expires: Callable[[int | None], str]) -> Table:
+def _table(
+    plan: Plan, qubes: Sequence[str], yielding: tuple[str, ...], expires: Callable[[int | None], str]
+) -> Table:
     rows = [_row(forward, expires) for forward in plan] + [_broken_row(rule) for rule in plan.broken]
     states = [forward.state for forward in plan] + [State.BROKEN for _ in plan.broken]
     if not qubes:
-        return Table(_TITLES, rows, states, _YIELDING)
+        return Table(_TITLES, rows, states, yielding)
     roles = [roles_of(forward, qubes) for forward in plan]
     roles += [{rule.target: Role.TARGET} for rule in plan.broken]
     shown = [
@@ -53,7 +58,7 @@ def _table(plan: Plan, qubes: Sequence[str], expires: Callable[[int | None], str
         for some in roles
     ]
     rows = [(*row[:2], cell, *row[2:]) for row, cell in zip(rows, shown, strict=True)]
-    return Table((*_TITLES[:2], _ROLE, *_TITLES[2:]), rows, states, _YIELDING)
+    return Table((*_TITLES[:2], _ROLE, *_TITLES[2:]), rows, states, yielding)
 
 
 def roles_of(forward: Forward, qubes: Iterable[str]) -> dict[str, Role]:
