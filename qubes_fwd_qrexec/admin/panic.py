@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command panic: everything closed at once, whatever else is wrong; the rules are kept, disabled.
 
-dom0's policy first, before anything is read that could fail, and without waiting for the lock. Then the
-lock, for as long as the backend waits for it, and on without it; then policy again, as whoever had the
-lock may have opened it meanwhile; then the rules, the tunnels and the listeners' configuration. Each step
-is tried though others fail. `apply` refuses in doubt; here doubt closes.
+dom0's policy first, and the tunnels that it allowed, without waiting for the lock. Then the lock, for as
+long as the backend waits for it, and on without it; then policy and tunnels again, as whoever had the lock
+may have opened them meanwhile; then the rules and the listeners' configuration. Each step is tried though
+others fail. `apply` refuses in doubt; here doubt closes.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -65,6 +65,10 @@ class Report:
             self.done.append(what)
         return True
 
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "is_closed": self.is_closed,
@@ -80,23 +84,18 @@ class Report:
 def panic(args: Namespace, session: Session) -> int:
     """Close everything; status 0 only if all of it is closed."""
     report = Report()
-    allowed = _allowed(session, report)
-    _close_policy(session, report)
+    _stop(session, report)
     with ExitStack() as held:
         try:
             held.enter_context(session.backend.locked())
         except (ForwardError, OSError) as error:
             # No failure by itself: everything is done all the same, and looked at in the end.
-            report.notes.append(
-                f"somebody else changes forwards at the same time, and was not waited for: {error}"
+            report.note(
+                f"somebody else changes forwards at the same time; this went on without the lock: {error}"
             )
-        _close_policy(session, report)
-        inventory = _inventory(session, report)
+        inventory = _stop(session, report)
         if inventory is not None:
             _disable(inventory, session, report)
-        for tunnel in _tunnels(allowed, inventory):
-            _revoke(tunnel, session, report)
-        if inventory is not None:
             _remove_configs(inventory, session, report)
         report.open_still += _open_still(session)
     if session.is_json:
@@ -106,18 +105,24 @@ def panic(args: Namespace, session: Session) -> int:
     return 0 if report.is_closed else 1
 
 
+def _stop(session: Session, report: Report) -> Inventory | None:
+    """Close policy, and end the tunnels that it allowed; what was ended and not allowed again is over."""
+    allowed = _allowed(session, report)
+    text = policy.text((), session.now)
+    report.attempt(_POLICY, lambda: session.backend.replace_policy(text, ANY))
+    inventory = _inventory(session, report)
+    for tunnel in _tunnels(allowed, inventory, report.done):
+        _revoke(tunnel, session, report)
+    return inventory
+
+
 def _allowed(session: Session, report: Report) -> frozenset[str]:
     """The lines that are in force before; if they cannot be read, the tunnels are found elsewhere."""
     try:
         return policy.allowing(session.backend.read_policy().text)
     except (ForwardError, OSError) as error:
-        report.notes.append(f"what the policy allowed could not be read: {error}")
+        report.note(f"what the policy allowed could not be read: {error}")
         return frozenset()
-
-
-def _close_policy(session: Session, report: Report) -> None:
-    text = policy.text((), session.now)
-    report.attempt(_POLICY, lambda: session.backend.replace_policy(text, ANY))
 
 
 def _inventory(session: Session, report: Report) -> Inventory | None:
@@ -142,11 +147,13 @@ def _disable(inventory: Inventory, session: Session, report: Report) -> None:
             report.disabled.append(named)
 
 
-def _tunnels(allowed: Iterable[str], inventory: Inventory | None) -> list[policy.Tunnel]:
+def _tunnels(
+    allowed: Iterable[str], inventory: Inventory | None, ended: Container[str]
+) -> list[policy.Tunnel]:
     """All tunnels that there may be: of what policy allowed, and of what the listeners were told.
 
-    Of those that would drain too, and again of those whose end failed when the policy was closed before.
-    A halted qube has none; without an inventory none is known to be halted.
+    Of those that would drain too; and of those whose end failed, or was never tried, when the policy was
+    closed before. A halted qube has none; without an inventory none is known to be halted.
     """
     found = {tunnel for line in allowed if (tunnel := policy.tunnel_of(line)) is not None}
     if inventory is None:
@@ -157,8 +164,15 @@ def _tunnels(allowed: Iterable[str], inventory: Inventory | None) -> list[policy
         except ConfigError:
             continue
         if config.transport is Transport.TUNNEL:
-            found.add(policy.tunnel(config.target, config.target_ports, exposed))
+            tunnel = policy.tunnel(config.target, config.target_ports, exposed)
+            if _words(tunnel) not in ended:
+                found.add(tunnel)
     return sorted(t for t in found if (qube := inventory.get(t.target)) is not None and qube.is_running)
+
+
+def _words(tunnel: policy.Tunnel) -> str:
+    (words,) = Step(Kind.REVOKE, tunnel.argument, qube=tunnel.target).words()
+    return words
 
 
 def _configs(inventory: Inventory) -> Iterator[tuple[QubeName, str, str]]:
@@ -169,18 +183,16 @@ def _configs(inventory: Inventory) -> Iterator[tuple[QubeName, str, str]]:
 
 
 def _revoke(tunnel: policy.Tunnel, session: Session, report: Report) -> None:
-    (words,) = Step(Kind.REVOKE, tunnel.argument, qube=tunnel.target).words()
-
     def call() -> None:
         try:
             session.backend.call(tunnel.target, f"{REVOKE_SERVICE}+{tunnel.argument}")
         except StoreError as error:
             raise StoreError(
                 f"{error}; what goes through them may go on, and new connections for {LEASE_S} s: "
-                f"'qvm-shutdown {tunnel.target}' ends them, and panic does not try again"
+                f"'qvm-shutdown {tunnel.target}' ends them, and another panic would not find them"
             ) from error
 
-    report.attempt(words, call)
+    report.attempt(_words(tunnel), call)
 
 
 def _remove_configs(inventory: Inventory, session: Session, report: Report) -> None:
