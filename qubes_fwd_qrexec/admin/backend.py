@@ -5,17 +5,53 @@ Inventory is read as a whole; changes are made one by one. An implementation rai
 whatever goes wrong, and says in it what and where.
 """
 
+import re
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX
+from qubes_fwd_qrexec.errors import StoreError, TextError
+from qubes_fwd_qrexec.values import QubeName, parse_printable
 
-from .inventory import Inventory
+from .inventory import CONFIG_PREFIX, Inventory
 
 # The token of a policy file that does not exist yet, as in qrexec.policy.admin_client.
 NEW = "new"
 # The token that stands for whatever the file says now: for closing everything, and for nothing else.
 ANY = "any"
+
+
+# qubes-core-admin qubes/api/admin.py, vm_feature_set(); qubes/ext/vm_config.py for what follows "vm-config.".
+_FEATURE_NAME = re.compile(r"[a-zA-Z0-9_.-]+\Z", re.ASCII)
+_CONFIG_NAME = re.compile(rf"[a-zA-Z].{{0,{KEY_MAX - 1}}}\Z", re.ASCII)
+
+
+def check_feature_name(qube: QubeName, key: str) -> None:
+    """Raises `StoreError` for what no call may name as a feature."""
+    if not _FEATURE_NAME.match(key):
+        raise StoreError(f"{qube}: {key!a} is no feature's name, which has only [a-zA-Z0-9_.-]")
+
+
+def check_feature(qube: QubeName, key: str, value: str) -> None:
+    """Raises `StoreError` for what must not be set, before anything is.
+
+    Qubes itself looks at all but the length of ``vm-config.`` values, some of it only once it is set; and
+    before 4.3 at less.
+    """
+    check_feature_name(qube, key)
+    try:
+        parse_printable(value)
+    except TextError as error:
+        raise StoreError(f"{qube}: feature {key}: {error}") from error
+    if key.startswith(CONFIG_PREFIX):
+        if not _CONFIG_NAME.match(key.removeprefix(CONFIG_PREFIX)):
+            raise StoreError(
+                f"{qube}: {key} must have 1 to {KEY_MAX} characters after {CONFIG_PREFIX!r}, a letter first"
+            )
+        if len(value) > VALUE_MAX:
+            raise StoreError(
+                f"{qube}: the value of {key} has {len(value)} bytes, and QubesDB takes at most {VALUE_MAX}"
+            )
 
 
 class PolicyFile(NamedTuple):
@@ -29,7 +65,7 @@ class Backend(Protocol):
     """A system of qubes. Nothing here locks by itself: whoever changes things holds `locked`."""
 
     def inventory(self) -> Inventory:
-        """All qubes as they are now, with all of their features."""
+        """All qubes as they are now, with those of their features that `inventory.feature_matters` names."""
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         """Set one feature; ``vm-config.`` ones reach a running qube at once, others at its start."""

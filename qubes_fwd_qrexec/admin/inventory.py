@@ -8,18 +8,34 @@ lead in a circle: the walks here are bounded and say what is wrong.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from qubes_fwd_qrexec.config import Service, is_forward_key
 from qubes_fwd_qrexec.values import QubeName
 
 # Four are common, and qubesd itself forbids loops: the bound is for an inventory that lies.
 CHAIN_MAX = 32
-TUNNEL_FEATURE = "forward.tunnel"
+RULE_PREFIX = "forward."
+TUNNEL_FEATURE = f"{RULE_PREFIX}tunnel"
+CONFIG_PREFIX = "vm-config."
+OFFER_PREFIX = "supported-rpc."
+VPN_PREFIX = "service.vpn-handler"
+_MATTER = frozenset({"whonix-gw", "whonix-ws", *(f"{OFFER_PREFIX}{service}" for service in Service)})
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
 DISPOSABLE = "DispVM"
 
 
+def feature_matters(key: str) -> bool:
+    """Whether anything here depends on a feature: rules, what listeners are told, marks, offered services.
+
+    A template has a hundred others, and a real system is asked for each value by itself.
+    """
+    if key.startswith(CONFIG_PREFIX):
+        return is_forward_key(key.removeprefix(CONFIG_PREFIX))
+    return key in _MATTER or key.startswith((RULE_PREFIX, VPN_PREFIX))
+
+
 class Qube(NamedTuple):
-    """One qube. ``features`` are its own; an empty value is Qubes' way of saying False."""
+    """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False."""
 
     name: QubeName
     klass: str
@@ -106,7 +122,7 @@ class Inventory(NamedTuple):
             if self.feature(name, key):
                 yield TunnelMark(name, f"feature {key}")
         for key in sorted(qube.features):
-            if key.startswith("service.vpn-handler") and qube.features[key]:
+            if key.startswith(VPN_PREFIX) and qube.features[key]:
                 yield TunnelMark(name, f"feature {key}")
 
     def tunnel_mark(self, name: QubeName) -> TunnelMark | None:

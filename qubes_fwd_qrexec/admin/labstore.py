@@ -11,8 +11,8 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .backend import ANY, NEW, PolicyFile
-from .inventory import Inventory, Qube
+from .backend import ANY, NEW, PolicyFile, check_feature
+from .inventory import Inventory, Qube, feature_matters
 
 # What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
 _CALL_TIMEOUT_S = 5.0
@@ -33,7 +33,7 @@ class LabStore:
             found[name] = Qube(
                 name=name,
                 klass=qube.klass,
-                features=self._lab.features(name),
+                features={k: v for k, v in self._lab.features(name).items() if feature_matters(k)},
                 netvm=qube.netvm,
                 is_running=qube.is_running,
                 ip=qube.ip,
@@ -46,6 +46,7 @@ class LabStore:
         return Inventory(found)
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        check_feature(qube, key, value)
         with _told():
             self._lab.set_feature(qube, key, value)
 

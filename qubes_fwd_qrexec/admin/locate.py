@@ -9,11 +9,21 @@ from qubes_fwd_qrexec.errors import RefusedError
 from .backend import Backend
 
 LAB_VARIABLE = "QVM_FORWARD_LAB"
-_QUBES_SIGNS = ("/etc/qubes-release", "/usr/share/qubes")
+_MAKE_A_LAB = f"make a lab with 'qvm-forward-lab init DIR', then name it with --lab DIR or {LAB_VARIABLE}=DIR"
+# In dom0, as qubesadmin itself tells (qubesadmin/__init__.py), and in a qube (qubes-core-agent-linux).
+_DOM0_SIGN = "/etc/qubes-release"
+_QUBE_SIGN = "/usr/share/qubes/marker-vm"
+_PACKAGES = {
+    "qubesadmin": "python3-qubesadmin",
+    "qrexec": "qubes-core-qrexec (on Debian python3-qrexec)",
+}
 
 
 def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
-    """The backend for ``--lab`` or the environment. Raises `RefusedError` or `StoreError`."""
+    """The backend for ``--lab`` or the environment, else for this Qubes system; asks nothing of it yet.
+
+    Raises `RefusedError` or `StoreError`.
+    """
     path = lab or environ.get(LAB_VARIABLE)
     if path:
         from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -21,12 +31,20 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
         from .labstore import LabStore
 
         return LabStore(LabDirectory.open(path))
-    if any(os.path.exists(sign) for sign in _QUBES_SIGNS):
+    from importlib.util import find_spec
+
+    is_dom0 = os.path.exists(_DOM0_SIGN)
+    if not is_dom0 and not os.path.exists(_QUBE_SIGN):
+        raise RefusedError(f"this is no Qubes system, and no lab was named; {_MAKE_A_LAB}")
+    missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        install = f"install {' and '.join(missing)}"
+        if is_dom0:
+            raise RefusedError(f"dom0 lacks what qvm-forward asks it with: {install}")
         raise RefusedError(
-            "this version of qvm-forward works on labs only and leaves this Qubes system alone; "
-            f"make a lab with 'qvm-forward-lab init DIR', then name it with --lab DIR or {LAB_VARIABLE}=DIR"
+            "qvm-forward is a command of dom0, and this is a qube; run it there. In a qube that may manage "
+            f"this system, {install}; to try it without one, {_MAKE_A_LAB}"
         )
-    raise RefusedError(
-        "this is no Qubes system, and no lab was named; make one with 'qvm-forward-lab init DIR', "
-        f"then name it with --lab DIR or {LAB_VARIABLE}=DIR"
-    )
+    from .qubesstore import QubesStore
+
+    return QubesStore()

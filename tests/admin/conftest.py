@@ -1,32 +1,81 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A lab and the command qvm-forward on it."""
+"""A system of qubes, and the command qvm-forward on it: as a lab, and as a Qubes system that is asked."""
 
 import io
 from pathlib import Path
 
 import pytest
+from fake_admin import FakePolicyClient, FakeQubes, install
 from worlds import NOW, Command, Result
 
+from qubes_fwd_qrexec.admin import locate, qubesstore
+from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.cli import run
+from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
+LAB, QUBES = "lab", "qubes"
+
 
 @pytest.fixture
 def lab(tmp_path: Path) -> LabDirectory:
+    """The state of the system, whichever backend is asked for it."""
     return create_lab(tmp_path / "lab")
 
 
 @pytest.fixture
-def forward(lab: LabDirectory) -> Command:
-    """Run qvm-forward on the lab at a fixed time."""
+def qubesd(lab: LabDirectory) -> FakeQubes:
+    return FakeQubes(lab)
+
+
+@pytest.fixture
+def policy_client(lab: LabDirectory) -> FakePolicyClient:
+    return FakePolicyClient(lab)
+
+
+@pytest.fixture
+def dom0(
+    qubesd: FakeQubes, policy_client: FakePolicyClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> FakeQubes:
+    """This machine is taken for the dom0 of a Qubes system."""
+    install(monkeypatch, qubesd, policy_client)
+    monkeypatch.setattr(locate, "_DOM0_SIGN", "/")
+    monkeypatch.setattr(qubesstore, "LOCK_PATH", str(tmp_path / "lock"))
+    return qubesd
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", [LAB, QUBES], indirect=True)
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which backend the test is to run with."""
+    name = str(getattr(request, "param", LAB))
+    if name == QUBES:
+        request.getfixturevalue("dom0")
+    return name
+
+
+@pytest.fixture
+def store(lab: LabDirectory, kind: str) -> Backend:
+    return LabStore(lab) if kind == LAB else qubesstore.QubesStore()
+
+
+@pytest.fixture
+def forward(lab: LabDirectory, kind: str) -> Command:
+    """Run qvm-forward at a fixed time; on the lab at ``lab_dir``, if that is given."""
 
     def command(
         *argv: str, now: float = NOW, stdin: str = "", style: Style | None = None, lab_dir: Path | None = None
     ) -> Result:
         out, err = io.StringIO(), io.StringIO()
-        environ = {"QVM_FORWARD_LAB": str(lab_dir or lab.root)}
+        environ = {}
+        if lab_dir is not None or kind == LAB:
+            environ["QVM_FORWARD_LAB"] = str(lab_dir or lab.root)
         status = run(
             argv,
             environ=environ,

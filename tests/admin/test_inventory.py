@@ -4,7 +4,7 @@
 import pytest
 from worlds import qube, world
 
-from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory
+from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory, feature_matters
 from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
@@ -47,6 +47,42 @@ def test_a_feature_of_a_templates_template_counts_and_a_circle_of_templates_ends
     assert holder.name == "fedora-42"
     circle = world(qube("a", template=QubeName("b")), qube("b", template=QubeName("a")))
     assert circle.feature(QubeName("a"), "x") is None
+
+
+def test_a_disposable_has_the_features_of_its_templates_template() -> None:
+    key = "supported-rpc.qubes.ForwardTCP"
+    dvm = qube("dvm", template=QubeName("fedora-42"))
+    disposable = qube("disp1", klass="DispVM", template=dvm.name)
+    assert world(dvm, disposable).feature(disposable.name, key) == "1"
+    assert world(dvm._replace(features={key: ""}), disposable).feature(disposable.name, key) == ""
+
+
+def test_templates_that_lead_in_a_circle_end() -> None:
+    inventory = world(qube("a", template=QubeName("b")), qube("b", template=QubeName("a")))
+    assert inventory.feature(QubeName("a"), "x") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "matters"),
+    [
+        ("forward.web", True),
+        ("forward.tunnel", True),
+        ("vm-config.fwd.work.web", True),
+        ("supported-rpc.qubes.ForwardTCP", True),
+        ("supported-rpc.qubes.ConnectTCP", True),
+        ("whonix-gw", True),
+        ("whonix-ws", True),
+        ("service.vpn-handler", True),
+        ("service.vpn-handler-openvpn", True),
+        ("forward", False),
+        ("vm-config.other", False),
+        ("supported-rpc.qubes.Filecopy", False),
+        ("service.crond", False),
+        ("os", False),
+    ],
+)
+def test_what_matters_is_what_something_depends_on(key: str, matters: bool) -> None:
+    assert feature_matters(key) is matters
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The program itself: what it imports, how fast it starts, and where it works."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_admin import FakeQubes
 from worlds import ADD
 
 from qubes_fwd_qrexec.admin import cli, locate
@@ -18,12 +20,41 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_without_a_lab_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate, "_QUBES_SIGNS", ())
+    monkeypatch.setattr(locate, "_DOM0_SIGN", "/nowhere")
+    monkeypatch.setattr(locate, "_QUBE_SIGN", "/nowhere")
     with pytest.raises(RefusedError, match=r"no Qubes system.*qvm-forward-lab init DIR.*--lab DIR"):
         locate.open_backend(None, {})
-    monkeypatch.setattr(locate, "_QUBES_SIGNS", ("/",))
-    with pytest.raises(RefusedError, match="works on labs only and leaves this Qubes system alone"):
+
+
+def test_on_a_qubes_system_it_says_which_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(locate, "_DOM0_SIGN", "/nowhere")
+    monkeypatch.setattr(locate, "_QUBE_SIGN", "/")
+    packages = "install python3-qubesadmin and qubes-core-qrexec"
+    with pytest.raises(
+        RefusedError, match=f"a command of dom0, and this is a qube; run it there.*{packages}"
+    ):
         locate.open_backend(None, {})
+    monkeypatch.setattr(locate, "_DOM0_SIGN", "/")
+    with pytest.raises(RefusedError, match=f"dom0 lacks what qvm-forward asks it with: {packages}"):
+        locate.open_backend(None, {})
+
+
+def test_a_qubes_system_is_not_asked_before_something_is_to_be_known(
+    dom0: FakeQubes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(sys.modules["qubesadmin"], "Qubes", lambda: started.append(1) or dom0)
+    backend = locate.open_backend(None, {})
+    assert started == []
+    backend.inventory()
+    backend.inventory()
+    assert started == [1]
+
+
+def test_a_lab_that_is_named_is_taken_also_on_a_qubes_system(dom0: FakeQubes, lab: LabDirectory) -> None:
+    assert locate.open_backend(str(lab.root), {}).inventory().qubes
+    assert dom0.calls == []
 
 
 def _program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The backend over a Qubes system, in dom0 or in a management qube.
+
+It has the packages qubesadmin and qrexec, which take longer to import than everything else here takes to
+run: they are imported when something is asked of the system, and not before.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from subprocess import TimeoutExpired
+
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.values import QubeName
+
+from .adminapi import AdminApi
+from .backend import PolicyFile, check_feature
+from .inventory import Inventory
+from .policyapi import PolicyApi
+
+# Root and the group qubes can write there, in dom0 (qubes-core-admin linux/system-config/tmpfiles-qubes.conf)
+# and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
+# /run/qubes-forward is the directory of a target's tunnels, and a management qube may be a target too.
+LOCK_PATH = "/run/qubes/qvm-forward.lock"
+_LOCK_TIMEOUT_S = 10.0
+_LOCK_RETRY_S = 0.02
+# What a qube takes to end its tunnels is well under a second; others wait for the lock for 10 s.
+_CALL_TIMEOUT_S = 5.0
+# qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED and QREXEC_EXIT_SERVICE_NOT_FOUND.
+_REFUSED = 126
+_NO_SERVICE = 127
+# A management qube's call to qubesd is a qrexec call, of which most is waiting.
+_REMOTE_CALLS = 8
+
+
+class QubesStore:
+    """A Qubes system as `Backend`."""
+
+    @cached_property
+    def _admin(self) -> AdminApi:
+        import qubesadmin
+
+        return AdminApi(qubesadmin.Qubes())
+
+    @cached_property
+    def _policy(self) -> PolicyApi:
+        from qrexec.policy.admin_client import PolicyClient
+
+        return PolicyApi(PolicyClient(), None if self._admin.is_local else self._admin.here)
+
+    def inventory(self) -> Inventory:
+        listed = self._admin.qubes()
+        if self._admin.is_local:
+            found = list(map(self._admin.qube, listed))
+        else:
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(_REMOTE_CALLS) as pool:
+                found = list(pool.map(self._admin.qube, listed))
+        return Inventory({qube.name: qube for qube in found if qube is not None})
+
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        check_feature(qube, key, value)
+        self._admin.set_feature(qube, key, value)
+
+    def remove_feature(self, qube: QubeName, key: str) -> None:
+        self._admin.remove_feature(qube, key)
+
+    def read_policy(self) -> PolicyFile:
+        return self._policy.read()
+
+    def replace_policy(self, text: str, token: str) -> None:
+        self._policy.replace(text, token)
+
+    def call(self, qube: QubeName, service: str) -> None:
+        process = self._admin.start_service(qube, service)
+        try:
+            status = process.wait(_CALL_TIMEOUT_S)
+        except TimeoutExpired as error:
+            process.kill()
+            process.wait()
+            raise StoreError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
+        if status not in (0, _NO_SERVICE):
+            raise StoreError(
+                f"{service} in {qube} ended with exit status {status}{self._way_out(qube, service, status)}"
+            )
+
+    def _way_out(self, qube: QubeName, service: str, status: int) -> str:
+        if status != _REFUSED or self._admin.is_local:
+            return ""
+        name = service.partition("+")[0]
+        return (
+            "; dom0's policy denies it to every qube, unless a file that sorts before 30-forward.policy has "
+            f"the line '{name}  *  {self._admin.here}  @anyvm  allow  user=user  autostart=no  notify=no'"
+        )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        fd = self._open_lock()
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise StoreError(
+                            f"{LOCK_PATH}: another qvm-forward is changing this system, and was not "
+                            f"done within {_LOCK_TIMEOUT_S:g} s; see what it waits for"
+                        ) from None
+                    time.sleep(_LOCK_RETRY_S)
+            yield
+        finally:
+            os.close(fd)
+
+    def _open_lock(self) -> int:
+        try:
+            fd = os.open(LOCK_PATH, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o660)
+        except OSError as error:
+            raise StoreError(
+                f"{LOCK_PATH}: {error.strerror}; qvm-forward works as root or as a member of the group qubes"
+            ) from error
+        with suppress(PermissionError):
+            # Whatever root's umask is: the group is to open it too.
+            os.fchmod(fd, 0o660)
+        return fd

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A Qubes system's qubesadmin and qrexec at the level of calls, over a lab's directory as its state.
+
+Whatever a real qubesd would not be asked fails the test. The answers are held against recorded ones by
+test_fake_admin.py.
+"""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, NoReturn
+
+import pytest
+
+from qubes_fwd_qrexec.admin.backend import ANY, NEW
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
+from qubes_fwd_qrexec.lab.policytext import PolicyTextError, parse_policy
+
+
+def unexpected(what: object) -> NoReturn:
+    pytest.fail(f"not what a Qubes system is asked: {what}")
+
+
+# qubesadmin/exc.py: the names and which is which; the last two are no QubesException there.
+class QubesException(Exception):  # noqa: N818
+    pass
+
+
+class QubesVMNotFoundError(QubesException, KeyError):
+    __str__ = Exception.__str__
+
+
+class QubesFeatureNotFoundError(QubesException, KeyError):
+    __str__ = Exception.__str__
+
+
+class QubesVMNotRunningError(QubesException):
+    pass
+
+
+class QubesDaemonCommunicationError(QubesException):
+    pass
+
+
+class QubesDaemonAccessError(QubesDaemonCommunicationError):
+    pass
+
+
+class ProtocolError(AssertionError):
+    pass
+
+
+class PermissionDenied(Exception):  # noqa: N818
+    pass
+
+
+# qrexec/policy/admin.py.
+class PolicyAdminException(Exception):  # noqa: N818
+    pass
+
+
+class PolicyAdminTokenException(PolicyAdminException):
+    pass
+
+
+class PolicyAdminFileNotFoundException(PolicyAdminException):
+    pass
+
+
+class PolicyAdminSyntaxException(PolicyAdminException):
+    pass
+
+
+class Called(NamedTuple):
+    dest: str
+    method: str
+    arg: str | None
+    payload: bytes | None
+
+
+class Method(NamedTuple):
+    has_arg: bool
+    has_payload: bool
+    is_for_dom0_alone: bool
+    answer: Callable[["FakeQubes", Called], str]
+
+
+class FakeProcess:
+    """A call's process: ``status`` is how it will end, None for never."""
+
+    def __init__(self, status: int | None) -> None:
+        self._status = status
+        self.log: list[str] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.log.append("wait")
+        if self._status is None:
+            if timeout is None:
+                unexpected("to wait for ever")
+            raise subprocess.TimeoutExpired("qrexec-client", timeout)
+        return self._status
+
+    def kill(self) -> None:
+        self.log.append("kill")
+        self._status = -9
+
+
+class FakeQubes:
+    """`qubesadmin.Qubes`. ``fails`` may raise, or give an answer, in the place of a call's own."""
+
+    def __init__(self, lab: LabDirectory, *, connection: str = "socket", name: str = "dom0") -> None:
+        self.lab = lab
+        self.qubesd_connection_type = connection
+        self.local_name = name
+        self.calls: list[Called] = []
+        self.services: list[tuple[str, str]] = []
+        self.status: int | None = 0
+        self.process: FakeProcess | None = None
+        self.fails: Callable[[Called], bytes | None] = lambda called: None
+
+    def qubesd_call(
+        self, dest: str, method: str, arg: str | None = None, payload: bytes | None = None
+    ) -> bytes:
+        called = Called(dest, method, arg, payload)
+        self.calls.append(called)
+        known = METHODS.get(method)
+        if (
+            known is None
+            or (arg is not None) != known.has_arg
+            or (payload is not None) != known.has_payload
+            or (known.is_for_dom0_alone and dest != "dom0")
+        ):
+            unexpected(called)
+        instead = self.fails(called)
+        if instead is not None:
+            return instead
+        if dest not in self.lab.qube_names():
+            raise QubesVMNotFoundError(f"No such domain: {dest!r}")
+        try:
+            return known.answer(self, called).encode()
+        except (StoreError, OSError) as error:
+            raise empty_answer() from error
+
+    def run_service(
+        self, dest: str, service: str, user: str | None = None, *, autostart: bool = True, **popen: int
+    ) -> FakeProcess:
+        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        expected_user = "user" if self.qubesd_connection_type == "socket" else None
+        if not service.startswith("qubes.ForwardRevoke+") or autostart or popen != nothing:
+            unexpected((dest, service, autostart, popen))
+        if user != expected_user:
+            unexpected(f"user {user}")
+        if dest not in self.lab.qube_names() or not self.lab.qube(dest).is_running:
+            raise QubesVMNotRunningError(f"{dest} is not running")
+        self.services.append((dest, service))
+        self.process = FakeProcess(self.status)
+        return self.process
+
+
+def empty_answer() -> QubesDaemonAccessError:
+    """What the client makes of a qubesd that failed within."""
+    return QubesDaemonAccessError("Got empty response from qubesd. See journalctl in dom0 for details.")
+
+
+def refused() -> QubesDaemonAccessError:
+    """What the client in a management qube makes of a call that policy refuses."""
+    return QubesDaemonAccessError("Service call error: Request refused\n")
+
+
+def _list(app: FakeQubes, called: Called) -> str:
+    lines = []
+    # qubes/vm/adminvm.py orders dom0 before all others.
+    for name in sorted(app.lab.qube_names(), key=lambda name: (name != "dom0", name)):
+        qube = app.lab.qube(name)
+        lines.append(f"{name} class={qube.klass} state={qube.state} uuid=UUID\n")
+    return "".join(lines)
+
+
+def _properties(app: FakeQubes, called: Called) -> str:
+    """Some of the forty, in qubesd's order: what is asked for, and what could be mistaken for it."""
+    qube = app.lab.qube(called.dest)
+    if qube.is_admin:
+        lines = ["label default=False type=label black", "name default=True type=str dom0"]
+        lines.append("default_dispvm default=True type=vm ")
+        return "".join(f"{line}\n" for line in lines)
+    is_template = qube.klass == "TemplateVM"
+    default = str(is_template)
+    switched = {False: "default=True type=bool False", True: "default=False type=bool True"}
+    lines = [
+        f"ip default={default} type=str {qube.ip or ''}",
+        f"ip6 default={default} type=str {qube.ip6 or ''}",
+        "kernel default=True type=str 1.0",
+        f"name default=False type=str {qube.name}",
+        f"provides_network {switched[qube.provides_network]}",
+    ]
+    if not is_template:
+        lines.append(f"template_for_dispvms {switched[qube.template_for_dispvms]}")
+        lines.append(f"visible_ip default=True type=str {qube.ip or ''}")
+    lines.append("kernelopts default=True type=str swiotlb=2048")
+    lines.append(f"netvm default=False type=vm {qube.netvm or ''}")
+    if not is_template:
+        lines.append(f"template default=False type=vm {qube.template or ''}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _tags(app: FakeQubes, called: Called) -> str:
+    return "".join(f"{tag}\n" for tag in sorted(app.lab.qube(called.dest).tags))
+
+
+def _features(app: FakeQubes, called: Called) -> str:
+    return "".join(f"{key}\n" for key in app.lab.features(called.dest))
+
+
+def _feature(app: FakeQubes, called: Called) -> str:
+    value = app.lab.features(called.dest).get(called.arg or "")
+    if value is None:
+        raise QubesFeatureNotFoundError(f"Feature not set for domain {called.dest}: {called.arg}")
+    return value
+
+
+def _set(app: FakeQubes, called: Called) -> str:
+    app.lab.set_feature(called.dest, called.arg or "", (called.payload or b"").decode("ascii"))
+    return ""
+
+
+def _remove(app: FakeQubes, called: Called) -> str:
+    _feature(app, called)
+    app.lab.remove_feature(called.dest, called.arg or "")
+    return ""
+
+
+METHODS = {
+    "admin.vm.List": Method(False, False, True, _list),
+    "admin.vm.property.GetAll": Method(False, False, False, _properties),
+    "admin.vm.tag.List": Method(False, False, False, _tags),
+    "admin.vm.feature.List": Method(False, False, False, _features),
+    "admin.vm.feature.Get": Method(True, False, False, _feature),
+    "admin.vm.feature.Set": Method(True, True, False, _set),
+    "admin.vm.feature.Remove": Method(True, False, False, _remove),
+}
+
+
+class FakePolicyClient:
+    """`qrexec.policy.admin_client.PolicyClient` over the lab's policy directory.
+
+    ``is_old`` is the client before April 2026, whose errors say nothing. ``fails`` may raise first.
+    """
+
+    def __init__(self, lab: LabDirectory) -> None:
+        self._directory = lab.policy_dir
+        self.is_old = False
+        self.fails: Callable[[str], None] = lambda method: None
+
+    def _path(self, name: str) -> Path:
+        if name != "30-forward":
+            unexpected(f"policy file {name}")
+        return self._directory / f"{name}.policy"
+
+    def _error(self, error: PolicyAdminException) -> Exception:
+        return subprocess.CalledProcessError(1, "qrexec-client") if self.is_old else error
+
+    def policy_list(self) -> list[str]:
+        self.fails("policy.List")
+        # Of no files the real client makes one without a name.
+        return sorted(path.stem for path in self._directory.glob("*.policy")) or [""]
+
+    def policy_get(self, name: str) -> tuple[str, str]:
+        self.fails("policy.Get")
+        path = self._path(name)
+        if not path.exists():
+            raise self._error(PolicyAdminFileNotFoundException(f"Not found: {path}"))
+        data = path.read_bytes()
+        return data.decode(), _token(data)
+
+    def policy_replace(self, name: str, content: str, token: str) -> None:
+        self.fails("policy.Replace")
+        path = self._path(name)
+        if token == NEW:
+            if path.exists():
+                raise self._error(PolicyAdminTokenException("File exists but token is 'new'"))
+        elif token == ANY:
+            pass
+        elif not token.startswith("sha256:"):
+            unexpected(f"token {token}")
+        elif not path.exists():
+            raise self._error(PolicyAdminTokenException("File doesn't exist, but token isn't 'new'"))
+        elif token != _token(path.read_bytes()):
+            raise self._error(PolicyAdminTokenException("Token mismatch"))
+        try:
+            # The whole directory as it would be: the file that is replaced is not read.
+            for other in sorted(self._directory.glob("*.policy")):
+                if other != path:
+                    parse_policy(other.read_text(), str(other))
+            parse_policy(content, str(path))
+        except PolicyTextError as error:
+            text = f"Policy change validation failed: {error}"
+            raise self._error(PolicyAdminSyntaxException(text)) from error
+        write_text(path, content)
+
+
+def _token(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def install(monkeypatch: pytest.MonkeyPatch, app: FakeQubes, client: FakePolicyClient) -> None:
+    """Make both packages importable; what they are not to be used for is not in them."""
+    classes = [one for one in globals().values() if isinstance(one, type) and issubclass(one, Exception)]
+    of_policy = {one.__name__: one for one in classes if one.__name__.startswith("PolicyAdmin")}
+    of_qubes = {one.__name__: one for one in classes if one.__name__ not in of_policy}
+    modules = {
+        "qubesadmin": {"Qubes": lambda: app},
+        "qubesadmin.exc": of_qubes,
+        "qrexec": {},
+        "qrexec.policy": {},
+        "qrexec.policy.admin_client": {"PolicyClient": lambda: client, **of_policy},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every backend does alike: the tests run over a lab and over a Qubes system that is asked."""
+
+from dataclasses import replace
+
+import pytest
+
+from qubes_fwd_qrexec.admin import qubesstore
+from qubes_fwd_qrexec.admin.backend import NEW, Backend
+from qubes_fwd_qrexec.admin.labstore import LabStore
+from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab import directory
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeClass, QubeState
+from qubes_fwd_qrexec.values import QubeName
+
+WORK = QubeName("work")
+
+
+def test_the_inventory_has_all_qubes_with_their_features(store: Backend) -> None:
+    qubes = store.inventory().qubes
+    work = qubes[WORK]
+    assert (work.klass, work.netvm, work.is_running, work.template) == (
+        "AppVM",
+        "sys-firewall",
+        True,
+        "fedora-42",
+    )
+    assert work.ip == "10.137.0.10"
+    assert qubes[QubeName("sys-net")].provides_network
+    assert qubes[QubeName("sys-vpn")].features == {"service.vpn-handler-openvpn": "1"}
+    assert qubes[QubeName("dom0")].klass == "AdminVM"
+
+
+def test_features_are_set_delivered_and_removed(store: Backend, lab: LabDirectory) -> None:
+    store.set_feature(WORK, "vm-config.fwd.a.b", "x")
+    assert store.inventory().qubes[WORK].features == {"vm-config.fwd.a.b": "x"}
+    assert lab.vm_config("work") == {"fwd.a.b": "x"}
+    store.remove_feature(WORK, "vm-config.fwd.a.b")
+    store.remove_feature(WORK, "vm-config.fwd.a.b")
+    assert store.inventory().qubes[WORK].features == lab.vm_config("work") == {}
+
+
+def test_what_cannot_be_written_is_a_store_error(store: Backend, lab: LabDirectory) -> None:
+    with pytest.raises(StoreError, match="gone"):
+        store.set_feature(QubeName("gone"), "a", "x")
+    with pytest.raises(StoreError, match="gone"):
+        store.remove_feature(QubeName("gone"), "a")
+    (lab.qube_dir("work").features / "dir").mkdir()
+    with pytest.raises(StoreError):
+        store.remove_feature(WORK, "dir")
+
+
+def test_policy_is_replaced_only_as_it_was_read(store: Backend, lab: LabDirectory) -> None:
+    assert store.read_policy() == (None, NEW)
+    store.replace_policy("# one\n", NEW)
+    one = store.read_policy()
+    assert one.text == (lab.policy_dir / "30-forward.policy").read_text() == "# one\n"
+    with pytest.raises(StoreError, match="somebody else changed it just now; try again"):
+        store.replace_policy("# two\n", NEW)
+    store.replace_policy("# two\n", one.token)
+    with pytest.raises(StoreError, match="somebody else"):
+        store.replace_policy("# three\n", one.token)
+    assert store.read_policy().text == "# two\n"
+
+
+def test_policy_that_cannot_be_read_is_not_written(store: Backend) -> None:
+    with pytest.raises(StoreError, match=r"not written, as .*could not be read"):
+        store.replace_policy("qubes.ForwardTCP nonsense\n", NEW)
+    assert store.read_policy().text is None
+
+
+def test_a_policy_file_that_is_no_text_is_a_store_error(store: Backend, lab: LabDirectory) -> None:
+    (lab.policy_dir / "30-forward.policy").write_bytes(b"\xff")
+    with pytest.raises(StoreError, match=r"30-forward\.policy"):
+        store.read_policy()
+
+
+def test_both_backends_see_the_same(store: Backend, lab: LabDirectory) -> None:
+    dvm = replace(lab.qube("vault"), name=QubeName("dvm"), template_for_dispvms=True, tags=("anon-vm", "a"))
+    disp = replace(dvm, name=QubeName("disp1"), klass=QubeClass.DISPOSABLE, template=dvm.name)
+    for one in (dvm, disp, replace(lab.qube("untrusted"), ip6=None, state=QubeState.HALTED)):
+        lab.write_qube(one)
+    for key in ("forward.a", "forward.tunnel", "vm-config.fwd.a.b", "service.vpn-handler", "whonix-gw"):
+        lab.set_feature("disp1", key, "1")
+    lab.set_feature("disp1", "forward.empty", "")
+    assert store.inventory() == LabStore(lab).inventory()
+
+
+def test_features_that_do_not_matter_are_left_out(store: Backend, lab: LabDirectory) -> None:
+    for key in ("os", "vm-config.other", "supported-rpc.qubes.Filecopy", "service.crond", "forward"):
+        lab.set_feature("work", key, "1")
+    assert store.inventory().qubes[WORK].features == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("a b", "x", "'a b' is no feature's name"),
+        ("", "x", "'' is no feature's name"),
+        ("forward.\u00e9", "x", r"'forward.\\xe9' is no feature's name"),
+        ("forward.a", "\n", "printable ASCII on one line"),
+        ("forward.a", "\u00e9", "printable ASCII on one line"),
+        (f"vm-config.{'a' * (KEY_MAX + 1)}", "x", "must have 1 to 52 characters"),
+        ("vm-config.", "x", "must have 1 to 52 characters"),
+        ("vm-config.1", "x", "a letter first"),
+        ("vm-config.a", "x" * (VALUE_MAX + 1), "has 3072 bytes, and QubesDB takes at most 3071"),
+    ],
+)
+def test_what_must_not_be_set_is_refused_before_it_is(
+    store: Backend, lab: LabDirectory, key: str, value: str, words: str
+) -> None:
+    with pytest.raises(StoreError, match=words):
+        store.set_feature(WORK, key, value)
+    assert lab.features("work") == {}
+
+
+def test_what_just_fits_is_set(store: Backend, lab: LabDirectory) -> None:
+    key = f"vm-config.{'a' * KEY_MAX}"
+    store.set_feature(WORK, key, "x" * VALUE_MAX)
+    assert lab.features("work").keys() == {key}
+
+
+def test_two_at_once_exclude_each_other(
+    store: Backend, lab: LabDirectory, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (directory, qubesstore):
+        monkeypatch.setattr(module, "_LOCK_TIMEOUT_S", 0.0)
+    other = LabStore(lab) if kind == "lab" else qubesstore.QubesStore()
+    refused = pytest.raises(StoreError, match=r"another .* (changes|is changing) this")
+    with store.locked(), refused, other.locked():
+        pass
+    with other.locked():
+        pass

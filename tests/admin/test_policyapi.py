@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dom0's policy file through the policy API, as its clients tell errors before and since April 2026."""
+
+import re
+from collections.abc import Callable
+from subprocess import CalledProcessError
+
+import pytest
+from fake_admin import FakePolicyClient, FakeQubes, PolicyAdminException
+
+from qubes_fwd_qrexec.admin.backend import NEW
+from qubes_fwd_qrexec.admin.policyapi import PolicyApi
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.policytext import PolicyRule
+
+
+@pytest.fixture(params=["new client", "old client"])
+def api(request: pytest.FixtureRequest, dom0: FakeQubes, policy_client: FakePolicyClient) -> PolicyApi:
+    policy_client.is_old = request.param == "old client"
+    return PolicyApi(policy_client, None)
+
+
+def failing(error: Exception, method: str) -> Callable[[str], None]:
+    def fails(called: str) -> None:
+        if called == method:
+            raise error
+
+    return fails
+
+
+def asking(api: PolicyApi, method: str) -> None:
+    """Do what makes this call."""
+    if method == "policy.Replace":
+        api.replace("# one\n", NEW)
+    else:
+        api.read()
+
+
+def test_a_missing_file_is_new_and_one_that_is_there_has_its_token(api: PolicyApi) -> None:
+    assert api.read() == (None, NEW)
+    api.replace("# one\n", NEW)
+    text, token = api.read()
+    assert text == "# one\n"
+    assert token.startswith("sha256:")
+
+
+def test_a_change_by_somebody_else_is_not_overwritten(api: PolicyApi, lab: LabDirectory) -> None:
+    api.replace("# one\n", NEW)
+    token = api.read().token
+    path = lab.policy_dir / "30-forward.policy"
+    for meanwhile in ("# other\n", None):
+        path.unlink()
+        if meanwhile is not None:
+            path.write_text(meanwhile)
+        with pytest.raises(
+            StoreError, match=r"30-forward\.policy: somebody else changed it just now; try again"
+        ):
+            api.replace("# two\n", token)
+        assert api.read().text == meanwhile
+
+
+def test_what_qubes_cannot_read_is_not_written(api: PolicyApi, policy_client: FakePolicyClient) -> None:
+    why = "the message before this one" if policy_client.is_old else "validation failed: .*:1: 1 fields"
+    with pytest.raises(StoreError, match=f"not written, as dom0's policy could not be read with it.*{why}"):
+        api.replace("nonsense\n", NEW)
+    assert api.read().text is None
+
+
+def test_another_file_that_qubes_cannot_read_is_named(
+    api: PolicyApi, policy_client: FakePolicyClient, lab: LabDirectory
+) -> None:
+    (lab.policy_dir / "20-mine.policy").write_text("nonsense\n")
+    where = "" if policy_client.is_old else r"20-mine\.policy:1.*"
+    with pytest.raises(StoreError, match=f"{where}Where that names another file, mend that one"):
+        api.replace("# fine\n", NEW)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            CalledProcessError(2, "x", stderr=b"Internal \x1b\xfferror"),
+            r"status 2: Internal \?\\xfferror\. .*log",
+        ),
+        (CalledProcessError(126, "x", stderr=None), "status 126.*root or as a member of the group qubes"),
+        (PolicyAdminException("odd"), "odd$"),
+        (NotImplementedError("qrexec not available"), "qrexec not available; qrexec-client"),
+        (PermissionError("no"), "no$"),
+    ],
+)
+@pytest.mark.parametrize("method", ["policy.List", "policy.Replace"])
+def test_an_error_names_the_file_and_the_call(
+    api: PolicyApi, policy_client: FakePolicyClient, error: Exception, words: str, method: str
+) -> None:
+    if (method, type(error)) == ("policy.Replace", PolicyAdminException):
+        words = "not written.*odd"
+    policy_client.fails = failing(error, method)
+    with pytest.raises(StoreError, match=rf"^dom0's /etc/qubes/policy.d/30-forward\.policy: .*{words}"):
+        asking(api, method)
+
+
+def test_a_file_that_is_there_and_cannot_be_read_is_not_taken_for_a_missing_one(
+    api: PolicyApi, policy_client: FakePolicyClient
+) -> None:
+    api.replace("# one\n", NEW)
+    policy_client.fails = failing(CalledProcessError(1, "x"), "policy.Get")
+    with pytest.raises(StoreError, match=r"policy\.Get ended with exit status 1"):
+        api.read()
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [("policy.Get", "+30-forward"), ("policy.List", ""), ("policy.Replace", "+30-forward")],
+)
+def test_a_management_qube_that_may_not_is_told_the_line_that_allows_it(
+    dom0: FakeQubes, policy_client: FakePolicyClient, method: str, argument: str
+) -> None:
+    api = PolicyApi(policy_client, "mgmt")
+    if method == "policy.Get":
+        api.replace("# one\n", NEW)
+    policy_client.fails = failing(CalledProcessError(126, "x", stderr=b"Request refused\n"), method)
+    with pytest.raises(StoreError, match="Request refused") as caught:
+        asking(api, method)
+    found = re.search("'(policy.*?)'", str(caught.value))
+    assert found is not None
+    rule = PolicyRule.parse(found[1], "told")
+    assert (rule.service, rule.argument or "", rule.source.text) == (method, argument, "mgmt")
+    assert rule.target.text == "@adminvm"

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What only the backend over a Qubes system does; see test_backend.py for the rest."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_admin import FakePolicyClient, FakeQubes, install
+
+from qubes_fwd_qrexec.admin import qubesstore
+from qubes_fwd_qrexec.admin.qubesstore import QubesStore
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.policytext import PolicyRule
+from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.values import QubeName
+
+WORK = QubeName("work")
+SERVICE = f"{REVOKE_SERVICE}+80-80+sys-net"
+
+
+@pytest.fixture
+def store(dom0: FakeQubes) -> QubesStore:
+    return QubesStore()
+
+
+@pytest.mark.parametrize("status", [0, 127])
+def test_a_call_is_made_and_its_end_awaited(store: QubesStore, dom0: FakeQubes, status: int) -> None:
+    dom0.status = status
+    store.call(WORK, SERVICE)
+    assert dom0.services == [(WORK, SERVICE)]
+    assert dom0.process is not None
+    assert dom0.process.log == ["wait"]
+
+
+@pytest.mark.parametrize("status", [1, 2, 125, 126, -9])
+def test_a_call_that_ends_badly_is_a_store_error(store: QubesStore, dom0: FakeQubes, status: int) -> None:
+    dom0.status = status
+    with pytest.raises(StoreError, match=rf"in work ended with exit status {status}$"):
+        store.call(WORK, SERVICE)
+
+
+def test_a_call_that_does_not_end_is_killed(store: QubesStore, dom0: FakeQubes) -> None:
+    dom0.status = None
+    with pytest.raises(StoreError, match=r"in work did not end within 5 s$"):
+        store.call(WORK, SERVICE)
+    assert dom0.process is not None
+    assert dom0.process.log == ["wait", "kill", "wait"]
+
+
+def test_a_halted_qube_is_not_started_by_a_call(store: QubesStore, lab: LabDirectory) -> None:
+    lab.set_state("work", QubeState.HALTED)
+    with pytest.raises(StoreError, match=r"at work: work is not running$"):
+        store.call(WORK, SERVICE)
+
+
+def test_a_management_qube_is_told_the_line_that_lets_it_end_tunnels(
+    lab: LabDirectory, policy_client: FakePolicyClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = FakeQubes(lab, connection="qrexec", name="mgmt")
+    install(monkeypatch, app, policy_client)
+    QubesStore().call(WORK, SERVICE)
+    app.status = 126
+    with pytest.raises(StoreError, match="exit status 126; dom0's policy denies it to every qube") as caught:
+        QubesStore().call(WORK, SERVICE)
+    found = re.search(f"'({REVOKE_SERVICE}.*?)'", str(caught.value))
+    assert found is not None
+    rule = PolicyRule.parse(found[1], "told")
+    assert (rule.argument, rule.source.text, rule.target.text, rule.user) == (None, "mgmt", "@anyvm", "user")
+    assert not rule.can_autostart
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """A root shell that gives others nothing."""
+    old = os.umask(0o077)
+    yield
+    os.umask(old)
+
+
+def test_the_lock_is_for_the_group_too_whoever_made_it(store: QubesStore, umask: None) -> None:
+    with store.locked():
+        pass
+    assert Path(qubesstore.LOCK_PATH).stat().st_mode & 0o777 == 0o660
+
+
+def test_a_lock_that_cannot_be_made_says_who_can(store: QubesStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qubesstore, "LOCK_PATH", "/nowhere/lock")
+    with (
+        pytest.raises(StoreError, match=r"^/nowhere/lock: No such file.*member of the group qubes"),
+        store.locked(),
+    ):
+        pass
+
+
+def test_a_lock_that_leads_elsewhere_is_not_followed(store: QubesStore, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    os.symlink(other, qubesstore.LOCK_PATH)
+    with pytest.raises(StoreError, match="lock: "), store.locked():
+        pass
+    assert not other.exists()
+
+
+def test_the_lock_is_free_after_an_error(store: QubesStore) -> None:
+    with pytest.raises(KeyboardInterrupt), store.locked():
+        raise KeyboardInterrupt
+    with store.locked():
+        pass
