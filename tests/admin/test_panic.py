@@ -234,12 +234,12 @@ def test_what_is_opened_after_the_last_write_is_seen(opened: LabDirectory, panic
 
 
 def test_a_lock_that_is_held_is_not_waited_for_long(
-    forward: Command, opened: LabDirectory, monkeypatch: pytest.MonkeyPatch
+    opened: LabDirectory, panic: Panic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(directory, "_LOCK_TIMEOUT_S", 0.0)
     with open(opened.lock_file, "a", encoding="ascii") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        result = forward("panic")
+        result = panic(Faulty(opened))
     assert result.status == 0
     assert (
         "note: somebody else changes forwards at the same time; this went on without the lock" in result.err
