@@ -283,6 +283,29 @@ def test_what_fails_once_and_is_done_after_the_lock_has_not_failed(
     assert (result.status, result.json["not_done"], allowed(opened)) == (0, [], frozenset())
 
 
+def test_what_was_done_once_and_cannot_be_done_again_counts_if_it_is_found_closed(
+    opened: LabDirectory, panic: Panic
+) -> None:
+    class Never(Faulty):
+        def _do(self, entry: str) -> None:
+            if entry == "policy 0" and entry in self.log:
+                raise StoreError("not again")
+            super()._do(entry)
+
+    result = panic(Never(opened), "--json")
+    assert (result.status, result.json["not_done"], allowed(opened)) == (0, [], frozenset())
+
+
+def test_what_fails_twice_is_told_once(opened: LabDirectory, panic: Panic) -> None:
+    data: Any = panic(Faulty(opened, "policy", "read", "call"), "--json").json
+    assert [entry["what"] for entry in data["not_done"]] == [
+        "policy: deny every call",
+        "work: end the tunnels of sys-net to port 8080",
+    ]
+    assert data["notes"] == ["what the policy allowed could not be read: cannot read"]
+    assert data["open_still"] == ["policy: it cannot be read (cannot read)"]
+
+
 def test_what_failed_is_done_by_the_next_panic(opened: LabDirectory, panic: Panic) -> None:
     assert panic(Faulty(opened, "policy", "set", "remove")).status == 1
     assert len(allowed(opened)) == 2
