@@ -2,7 +2,7 @@
 # make demo   show the whole thing on this machine, in under a minute
 # make test   run every test (as root also those in network namespaces)
 # make check  format, lint and types
-# make bench  measure against socat, side by side
+# make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the tunnel protocol bytes, guided by coverage, for SECONDS (60)
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m bench``: measure, print the table, and end. ``python -m bench growth``: see `growth`."""
+"""``python -m bench``: measure, print the table, and end. For ``growth`` and ``admin`` see their files."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import growth, machine
+from . import admin, growth, machine
 from .peers import COMPARED, PEERS, Peer
 from .processes import BenchError
 from .rows import FULL, QUICK, ROWS, Line, Result
@@ -99,6 +99,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     if sys.argv[1:2] == ["growth"]:
         return growth.main(sys.argv[2:])
+    if sys.argv[1:2] == ["admin"]:
+        return admin.main(sys.argv[2:])
     args = _parser().parse_args()
     begun = time.monotonic()
     about = machine.describe()

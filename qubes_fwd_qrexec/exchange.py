@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules as documents for export and import: as lines, and as JSON. `rulexml` has the XML form.
 
-work web action=forward mode=auto ... comment=demo      (one line for each rule; # starts a comment)
-{"version": 1, "forwards": [{"qube": "work", "name": "web", "rule": {"action": "forward", ...}}]}
+version 2                                               (one line for each; # starts a comment)
+sys-vpn tunnel yes
+work web action=forward mode=auto ... comment=demo
+
+{"version": 2, "tunnels": {"sys-vpn": true},
+ "forwards": [{"qube": "work", "name": "web", "rule": {"action": "forward", ...}}]}
+
+The marks of tunnels are part of it: without them the same rules would make another plan. A document that
+says version 2 is taken as it is. Lines without that and version 1 are written by hand or older, and so are
+rules that do not say their qube, in the forms of 2021: what they do not record is recorded at import.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .errors import RuleError, TextError
 from .options import Option, split
 from .rules import ForwardRule, NamedRule
-from .values import QubeName, RuleName, parse_qube_name, parse_rule_name
+from .values import QubeName, RuleName, Sources, parse_qube_name, parse_rule_name, parse_yes_no, yes_no
 
-VERSION = 1
+VERSION = 2
+# Without marks of tunnels, and not as exact.
+OLDER = 1
+_TUNNEL = "tunnel"
+_ANYBODY = Sources((), anyone=True)
 _WORD = re.compile(r"\S+")
 
 
@@ -25,6 +38,18 @@ class Read(NamedTuple):
     name: RuleName | None
     rule: ForwardRule
     place: str
+
+
+class Document(NamedTuple):
+    """Rules, marks of tunnels by qube, and how many rules of other actions were left out.
+
+    ``is_exact`` if it says of each rule all that is to be stored.
+    """
+
+    rules: list[Read]
+    tunnels: Mapping[QubeName, bool]
+    is_exact: bool
+    skipped: int = 0
 
 
 def within(place: str, error: RuleError) -> RuleError:
@@ -45,35 +70,90 @@ def rule_from_json(data: object, place: str) -> ForwardRule:
         raise within(place, error) from None
 
 
-def print_lines(rules: Iterable[NamedRule]) -> str:
-    return "".join(f"{rule.target} {rule.name} {rule.rule}\n" for rule in rules)
+def joined(rules: Iterable[Read]) -> list[Read]:
+    """Rules of 2021, which had one network each: those that differ in it alone become one."""
+    found: dict[ForwardRule, list[Read]] = {}
+    for read in rules:
+        rest = replace(read.rule, sources=_ANYBODY, comment="")
+        found.setdefault(rest, []).append(read)
+    return [_joined(alike) for alike in found.values()]
 
 
-def parse_lines(text: str) -> list[Read]:
-    """Read what `print_lines` prints. Raises `RuleError` that names line and column."""
-    found = []
+def _joined(alike: list[Read]) -> Read:
+    first = alike[0]
+    anyone = any(read.rule.sources.anyone for read in alike)
+    networks = [network for read in alike for network in read.rule.sources.networks]
+    comments = dict.fromkeys(read.rule.comment for read in alike if read.rule.comment)
+    sources = _ANYBODY if anyone else Sources.of(networks)
+    return first._replace(rule=replace(first.rule, sources=sources, comment="; ".join(comments)))
+
+
+def print_lines(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) -> str:
+    marks = [f"{qube} {_TUNNEL} {yes_no(is_marked)}\n" for qube, is_marked in tunnels.items()]
+    return "".join(
+        (f"version {VERSION}\n", *marks, *(f"{rule.target} {rule.name} {rule.rule}\n" for rule in rules))
+    )
+
+
+def parse_lines(text: str) -> Document:
+    """Read what `print_lines` prints, and lines of 2021, which begin with the action.
+
+    Raises `RuleError` that names line and column.
+    """
+    found, nameless, skipped, is_exact = [], [], 0, False
+    tunnels: dict[QubeName, bool] = {}
+    is_first = True
     for number, line in enumerate(text.split("\n"), 1):
         words = list(_WORD.finditer(line))
         if not words or words[0][0].startswith("#"):
             continue
         place = f"line {number}"
-        if len(words) < 3:
+        texts = [word[0] for word in words]
+        if is_first and len(texts) == 2 and texts[0] == "version":
+            if texts[1] != str(VERSION):
+                raise RuleError(place, f"this program reads version {VERSION} and not {texts[1]!a}")
+            is_exact = True
+        elif texts[0].startswith("action="):
+            if texts[0] == "action=forward":
+                nameless.append(Read(None, None, _line_rule(line, 0, place), place))
+            else:
+                skipped += 1
+        elif len(words) < 3:
             raise RuleError(place, "a line is the qube's name, the rule's name and the rule")
-        target, name = _names(words[0][0], words[1][0], place)
-        try:
-            rule = ForwardRule.from_options(split(line, words[2].start()))
-        except RuleError as error:
-            raise within(place, error) from None
-        found.append(Read(target, name, rule, place))
-    return found
+        elif texts[1] == _TUNNEL:
+            add_mark(tunnels, texts[0], " ".join(texts[2:]), place)
+        else:
+            target, name = _names(texts[0], texts[1], place)
+            found.append(Read(target, name, _line_rule(line, words[2].start(), place), place))
+        is_first = False
+    return Document([*found, *joined(nameless)], tunnels, is_exact, skipped)
 
 
-def as_json(rules: Iterable[NamedRule]) -> dict[str, Any]:
+def _line_rule(line: str, start: int, place: str) -> ForwardRule:
+    try:
+        return ForwardRule.from_options(split(line, start))
+    except RuleError as error:
+        raise within(place, error) from None
+
+
+def add_mark(tunnels: dict[QubeName, bool], untrusted_qube: str, untrusted_mark: str, place: str) -> None:
+    """Whether a qube is marked, said once. Raises `RuleError`."""
+    try:
+        qube = parse_qube_name(untrusted_qube)
+        is_marked = parse_yes_no(untrusted_mark)
+    except TextError as error:
+        raise RuleError(place, f"{error}; the name tunnel stands for the mark of a tunnel qube") from None
+    if qube in tunnels:
+        raise RuleError(place, f"says again whether {qube} is marked as a tunnel")
+    tunnels[qube] = is_marked
+
+
+def as_json(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) -> dict[str, Any]:
     forwards = [{"qube": r.target, "name": r.name, "rule": r.rule.options()} for r in rules]
-    return {"version": VERSION, "forwards": forwards}
+    return {"version": VERSION, "tunnels": dict(tunnels), "forwards": forwards}
 
 
-def parse_json(text: str) -> list[Read]:
+def parse_json(text: str) -> Document:
     """Read the document that `as_json` makes. Raises `RuleError` that names forward and option."""
     import json
 
@@ -85,11 +165,34 @@ def parse_json(text: str) -> list[Read]:
         raise RuleError("document", f"not JSON: {error}") from None
     except RecursionError:
         raise RuleError("document", "not JSON that holds forwards: too deep") from None
-    if not isinstance(data, dict) or data.get("version") != VERSION:
+    version = data.get("version") if isinstance(data, dict) else None
+    if type(version) is not int or version not in (OLDER, VERSION):
         raise RuleError("document", f'an export of version {VERSION} begins {{"version": {VERSION}, ...')
+    tunnels = data.get("tunnels") if version == VERSION else {}
+    if not isinstance(tunnels, dict):
+        raise RuleError("document", 'it has "tunnels", an object of qubes and true or false')
     forwards = data.get("forwards")
-    if not isinstance(forwards, list) or data.keys() != {"version", "forwards"}:
-        raise RuleError("document", 'besides "version" it has "forwards", a list, and nothing else')
+    known = {"version", "forwards"} | ({"tunnels"} if version == VERSION else set())
+    if not isinstance(forwards, list) or data.keys() != known:
+        besides = _quoted(known - {"forwards"})
+        raise RuleError("document", f'besides {besides} it has "forwards", a list, and nothing else')
+    return Document(_json_rules(forwards), _json_marks(tunnels), version == VERSION)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " and ".join(f'"{name}"' for name in sorted(names))
+
+
+def _json_marks(tunnels: Mapping[str, object]) -> dict[QubeName, bool]:
+    found: dict[QubeName, bool] = {}
+    for qube, is_marked in tunnels.items():
+        if not isinstance(is_marked, bool):
+            raise RuleError(f"tunnel {qube!a}", "is true or false")
+        add_mark(found, qube, yes_no(is_marked), f"tunnel {qube!a}")
+    return found
+
+
+def _json_rules(forwards: Iterable[object]) -> list[Read]:
     found = []
     for number, entry in enumerate(forwards, 1):
         place = f"forward {number}"

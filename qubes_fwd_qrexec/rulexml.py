@@ -1,34 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules in XML: the form of Qubes' firewall.xml for one rule, and a document of many around it.
 
-    <forwards version="1"><qube name="work"><rule name="web"><properties>
+    <forwards version="2"><tunnel qube="sys-vpn">yes</tunnel>
+      <qube name="work"><rule name="web"><properties>
       <property name="action">forward</property>...</properties></rule></qube></forwards>
 
 A firewall.xml of a system with the 2021 forwarding patches is read too: its forwarding rules are
 taken, all others counted. DTDs and entities of one's own are refused, before they can do anything.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 from xml.parsers import expat
 from xml.sax.saxutils import escape  # it only escapes
 
 from .errors import RuleError, TextError
-from .exchange import VERSION, Read, within
+from .exchange import OLDER, VERSION, Document, Read, add_mark, joined, within
 from .options import Option
 from .rules import ForwardRule, NamedRule
-from .values import QubeName, RuleName, parse_qube_name, parse_rule_name
+from .values import QubeName, RuleName, parse_qube_name, parse_rule_name, yes_no
 
 # forwards, qube, rule, properties, property: nothing deeper means anything.
 _DEPTH_MAX = 5
-
-
-class ReadXml(NamedTuple):
-    """The rules of a document, and how many of other actions were left out."""
-
-    rules: list[Read]
-    skipped: int
 
 
 def print_rule(rule: ForwardRule, name: str | None = None, indent: str = "") -> str:
@@ -41,12 +35,15 @@ def print_rule(rule: ForwardRule, name: str | None = None, indent: str = "") -> 
     return f"{indent}{head}\n{indent}  <properties>\n{properties}{indent}  </properties>\n{indent}</rule>\n"
 
 
-def print_document(rules: Iterable[NamedRule]) -> str:
-    """All rules, those of one target together."""
+def print_document(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) -> str:
+    """The marks of tunnels, then all rules, those of one target together."""
     by_target: dict[QubeName, list[NamedRule]] = {}
     for named in rules:
         by_target.setdefault(named.target, []).append(named)
     parts = [f'<?xml version="1.0" encoding="utf-8"?>\n<forwards version="{VERSION}">\n']
+    parts += [
+        f'  <tunnel qube="{qube}">{yes_no(is_marked)}</tunnel>\n' for qube, is_marked in tunnels.items()
+    ]
     for target, its_rules in by_target.items():
         parts.append(f'  <qube name="{target}">\n')
         parts += [print_rule(named.rule, named.name, "    ") for named in its_rules]
@@ -63,27 +60,33 @@ def parse_rule(text: str) -> ForwardRule:
     return _rule(root, _properties(root)).rule
 
 
-def parse_document(text: str) -> ReadXml:
+def parse_document(text: str) -> Document:
     """Read ``<forwards>``, a single ``<rule>`` or a firewall.xml. Raises `RuleError`."""
     root = _parse_tree(text)
     if root.tag == "rule":
-        return ReadXml([_rule(root, _properties(root))], 0)
+        return Document([_rule(root, _properties(root))], {}, False)
     if root.tag == "firewall":
         rules = [(rule, _properties(rule)) for part in root.only("rules") for rule in part.only("rule")]
         taken = [_rule(rule, found) for rule, found in rules if _is_forward(found)]
-        return ReadXml(taken, len(rules) - len(taken))
-    if root.tag != "forwards" or root.attributes.get("version") != str(VERSION):
+        return Document(joined(taken), {}, False, len(rules) - len(taken))
+    version = root.attributes.get("version")
+    if root.tag != "forwards" or version not in (str(OLDER), str(VERSION)):
         raise RuleError(
             root.place,
             f'expected <forwards version="{VERSION}">, <rule>, or the <firewall> of a firewall.xml',
         )
-    found = []
-    for qube in root.only("qube"):
-        target = _name_of(qube, parse_qube_name)
-        for rule in qube.only("rule"):
+    is_exact = version == str(VERSION)
+    rules_of, tunnels = [], dict[QubeName, bool]()
+    for node in root.only("qube", *(["tunnel"] if is_exact else [])):
+        if node.tag == "tunnel":
+            node.only()
+            add_mark(tunnels, node.attributes.get("qube", ""), node.text, node.place)
+            continue
+        target = _name_of(node, parse_qube_name)
+        for rule in node.only("rule"):
             _name_of(rule, parse_rule_name)
-            found.append(_rule(rule, _properties(rule), QubeName(target)))
-    return ReadXml(found, 0)
+            rules_of.append(_rule(rule, _properties(rule), QubeName(target)))
+    return Document(rules_of, tunnels, is_exact)
 
 
 @dataclass(slots=True)
@@ -101,13 +104,15 @@ class _Node:
         name = self.attributes.get("name")
         return f"{self.tag}{'' if name is None else f' {name!a}'} at line {self.line}"
 
-    def only(self, tag: str) -> list["_Node"]:
-        """Its children, which must all be of one kind."""
+    def only(self, *tags: str) -> list["_Node"]:
+        """Its children, which must all be of these kinds; without any it holds text alone."""
+        known = " or ".join(f"<{tag}>" for tag in tags)
         for child in self.children:
-            if child.tag != tag:
-                raise RuleError(child.place, f"<{self.tag}> holds <{tag}> elements and nothing else")
-        if self.text.strip():
-            raise RuleError(self.place, f"text between the <{tag}> elements")
+            if child.tag not in tags:
+                what = f"{known} elements and nothing else" if tags else "text and nothing else"
+                raise RuleError(child.place, f"<{self.tag}> holds {what}")
+        if tags and self.text.strip():
+            raise RuleError(self.place, f"text between the {known} elements")
         return self.children
 
 

@@ -11,6 +11,7 @@ from rule_strategies import named_rules, rules
 from qubes_fwd_qrexec import rulexml
 from qubes_fwd_qrexec.errors import RuleError
 from qubes_fwd_qrexec.rules import ForwardRule, NamedRule
+from qubes_fwd_qrexec.values import QubeName
 
 relaxed = settings(deadline=None, max_examples=100)
 
@@ -24,10 +25,11 @@ def test_the_xml_form_prints_what_it_parses(rule: ForwardRule) -> None:
 @relaxed
 @given(st.lists(named_rules, max_size=4, unique_by=lambda named: (named.target, named.name)))
 def test_a_document_prints_what_it_parses(named: list[NamedRule]) -> None:
-    found = rulexml.parse_document(rulexml.print_document(named))
+    marks = {QubeName("sys-vpn"): True, QubeName("sys-firewall"): False}
+    found = rulexml.parse_document(rulexml.print_document(named, marks))
     read = [NamedRule(r.target, r.name, r.rule) for r in found.rules if r.target and r.name]
     assert sorted(read, key=lambda r: r[:2]) == sorted(named, key=lambda r: r[:2])
-    assert found.skipped == 0
+    assert (found.tunnels, found.is_exact, found.skipped) == (marks, True, 0)
 
 
 @given(st.text(max_size=60))
@@ -73,6 +75,23 @@ def test_of_a_firewall_file_the_forwarding_rules_are_taken_and_the_others_counte
     assert (found.rules[0].target, found.rules[0].name) == (None, None)
 
 
+def test_rules_of_2021_that_differ_in_their_source_alone_are_one() -> None:
+    """It had one network a rule, so that one forward for two networks was two rules, of both families too."""
+    rules = [
+        rule_xml(srchosts="", srchost="192.168.0.0/16", comment="office"),
+        rule_xml(action="drop", srcports="", srchosts=""),
+        rule_xml(srchosts="", src6="fd00::/8", comment="office"),
+        rule_xml(srchosts="", src4="10.0.0.0/8", src6="fd01::/16"),
+        rule_xml(srchosts="", src4="10.0.0.0/8", expire="5"),
+    ]
+    found = rulexml.parse_document(f'<firewall version="2"><rules>{"".join(rules)}</rules></firewall>')
+    assert (found.skipped, found.is_exact) == (1, False)
+    assert [(str(read.rule.sources), read.rule.comment, read.rule.expire) for read in found.rules] == [
+        ("10.0.0.0/8,192.168.0.0/16,fd00::/8,fd01::/16", "office", None),
+        ("10.0.0.0/8", "", 5),
+    ]
+
+
 def test_a_single_rule_is_a_document_too() -> None:
     assert len(rulexml.parse_document(rule_xml()).rules) == 1
 
@@ -88,10 +107,10 @@ DOC = "<forwards version='1'><qube name='work'>{}</qube></forwards>"
         ("<a>\n</b>", "line 2: not XML: mismatched tag"),
         ("<!DOCTYPE a><a/>", "line 1: a document type or entity; take it out"),
         ("\n<!DOCTYPE a [<!ENTITY x 'y'>]><a>&x;</a>", "line 2: a document type or entity; take it out"),
-        ("<a/>", 'a at line 1: expected <forwards version="1">, <rule>, or the <firewall> of a firewall.xml'),
+        ("<a/>", 'a at line 1: expected <forwards version="2">, <rule>, or the <firewall> of a firewall.xml'),
         (
-            "<forwards version='2'/>",
-            'forwards at line 1: expected <forwards version="1">, <rule>, or the '
+            "<forwards version='3'/>",
+            'forwards at line 1: expected <forwards version="2">, <rule>, or the '
             "<firewall> of a firewall.xml",
         ),
         (
@@ -102,6 +121,27 @@ DOC = "<forwards version='1'><qube name='work'>{}</qube></forwards>"
         (
             "<forwards version='1'><qube name='1'/></forwards>",
             "qube '1' at line 1: '1' is not a qube's name: a letter, then at most 30 of [a-zA-Z0-9_.-]",
+        ),
+        (
+            "<forwards version='1'><tunnel qube='a'>yes</tunnel></forwards>",
+            "tunnel at line 1: <forwards> holds <qube> elements and nothing else",
+        ),
+        (
+            "<forwards version='2'>\n<rule/></forwards>",
+            "rule at line 2: <forwards> holds <qube> or <tunnel> elements and nothing else",
+        ),
+        (
+            "<forwards version='2'><tunnel qube='a'>1</tunnel></forwards>",
+            "tunnel at line 1: '1' is not yes or no; the name tunnel stands for the mark of a tunnel qube",
+        ),
+        (
+            "<forwards version='2'><tunnel qube='a'><b/></tunnel></forwards>",
+            "b at line 1: <tunnel> holds text and nothing else",
+        ),
+        (
+            "<forwards version='2'><tunnel>yes</tunnel></forwards>",
+            "tunnel at line 1: '' is not a qube's name: a letter, then at most 30 of [a-zA-Z0-9_.-]; "
+            "the name tunnel stands for the mark of a tunnel qube",
         ),
         (DOC.format("x"), "qube 'work' at line 1: text between the <rule> elements"),
         (DOC.format("<rule/>"), "rule at line 1: a <rule> has a name here"),

@@ -18,6 +18,8 @@ from .inventory import CONFIG_PREFIX, Inventory
 
 # The token of a policy file that does not exist yet, as in qrexec.policy.admin_client.
 NEW = "new"
+# The token that stands for whatever the file says now: for closing everything, and for nothing else.
+ANY = "any"
 
 
 # qubes-core-admin qubes/api/admin.py, vm_feature_set(); qubes/ext/vm_config.py for what follows "vm-config.".
@@ -89,7 +91,7 @@ class Backend(Protocol):
 
     def replace_policy(self, text: str, token: str) -> None:
         """Replace the policy file as a whole; refuse if it is not what ``token`` stood for any more,
-        or if dom0's policy could not be read with it.
+        or if dom0's policy could not be read with it. The token `ANY` is for every file, read or not.
         """
 
     def call(self, qube: QubeName, service: str) -> None:

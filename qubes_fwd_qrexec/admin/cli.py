@@ -16,8 +16,8 @@ from qubes_fwd_qrexec.errors import ForwardError
 
 from . import parser
 from .locate import open_backend
-from .render import Style
 from .session import Session, UsageError
+from .tables import Style
 
 # Each command is imported when it is asked for: half of the time until it starts would go into the others.
 _COMMANDS = {
@@ -29,10 +29,13 @@ _COMMANDS = {
     "confirm": ("changing", "confirm"),
     "list": ("showing", "list_rules"),
     "show": ("showing", "show"),
+    "status": ("status", "status"),
     "plan": ("showing", "explain"),
     "apply": ("showing", "apply"),
     "watch": ("watch", "watch"),
     "policy": ("showing", "print_policy"),
+    "tunnel": ("tunnelmarks", "tunnel"),
+    "panic": ("panic", "panic"),
     "export": ("exchanging", "export_rules"),
     "import": ("exchanging", "import_rules"),
 }

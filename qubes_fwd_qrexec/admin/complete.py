@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from qubes_fwd_qrexec.errors import ForwardError
 from qubes_fwd_qrexec.rules import ForwardRule, Mode, OnExpire, Proto, Proxy, Transport
 
-from .inventory import ADMIN, TEMPLATE
+from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
 from .locate import open_backend
+from .parser import TUNNEL_ACTIONS
 from .session import Snapshot
 from .store import read_rules
 
@@ -78,6 +79,10 @@ def _offered(
     command = next(name for name, one in commands.items() if one is active)
     takes_names = any(action.dest == "name" and not action.option_strings for action in active._actions)
     takes_qubes = any(action.dest == "qube" and not action.option_strings for action in active._actions)
+    if command == "tunnel":
+        if not positionals:
+            return TUNNEL_ACTIONS
+        return _tunnel_qubes(positionals[0], lab, environ) if len(positionals) == 1 else ()
     if takes_qubes and (not positionals or not (takes_names or command == "add")):
         return _qubes(command, lab, environ)
     if takes_names and (len(positionals) == 1 or command not in ("set", "show")):
@@ -107,9 +112,20 @@ def _qubes(command: str, lab: str | None, environ: Mapping[str, str]) -> list[st
     snapshot = _look(lab, environ)
     if snapshot is None:
         return []
-    if command in ("add", "list", "plan", "export"):
+    if command in ("add", "list", "status", "plan", "export"):
         return [q.name for q in snapshot.inventory.qubes.values() if q.klass not in (ADMIN, TEMPLATE)]
     return list(snapshot.stored.targets())
+
+
+def _tunnel_qubes(action: str, lab: str | None, environ: Mapping[str, str]) -> list[str]:
+    """To mark: netvms without our mark; to unmark: what has it."""
+    snapshot = _look(lab, environ)
+    if snapshot is None or action not in ("mark", "unmark"):
+        return []
+    qubes = snapshot.inventory.qubes.values()
+    if action == "unmark":
+        return [qube.name for qube in qubes if qube.features.get(TUNNEL_FEATURE)]
+    return [q.name for q in qubes if q.provides_network and not q.features.get(TUNNEL_FEATURE)]
 
 
 def _names(target: str, lab: str | None, environ: Mapping[str, str]) -> list[str]:

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The commands export and import: rules as documents, out of this system and into it."""
+"""The commands export and import: rules and marks of tunnels as documents, out of this system and into it."""
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from qubes_fwd_qrexec import exchange
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
-from qubes_fwd_qrexec.exchange import Read
+from qubes_fwd_qrexec.exchange import Document
 from qubes_fwd_qrexec.rules import NamedRule
 from qubes_fwd_qrexec.values import QubeName
 
+from .inventory import TUNNEL_FEATURE, Inventory
+from .plan import plan
 from .session import Session, Snapshot, plan_as_json
-from .states import Plan
-from .store import made_up_name, parse_new_name
+from .states import Cause, Forward, Plan
+from .store import TUNNEL_NAME, made_up_name, parse_new_name
 
 
 def export_rules(args: Namespace, session: Session) -> int:
@@ -22,17 +24,22 @@ def export_rules(args: Namespace, session: Session) -> int:
     for qube in args.qube:
         snapshot.check_qube(qube)
     rules = [rule for rule in snapshot.stored.rules if not args.qube or rule.target in args.qube]
+    tunnels = {
+        qube.name: bool(qube.features[TUNNEL_FEATURE])
+        for qube in sorted(snapshot.inventory.qubes.values(), key=lambda qube: qube.name)
+        if TUNNEL_FEATURE in qube.features and (not args.qube or qube.name in args.qube)
+    }
     form = args.format or ("json" if session.is_json else "line")
     if session.is_json and form != "json":
         raise RefusedError(f"--json and --format {form} ask for two things; leave one out")
     if form == "json":
-        session.say_json(exchange.as_json(rules))
+        session.say_json(exchange.as_json(rules, tunnels))
     elif form == "xml":
         from qubes_fwd_qrexec.rulexml import print_document
 
-        session.say(print_document(rules))
+        session.say(print_document(rules, tunnels))
     else:
-        session.say(exchange.print_lines(rules))
+        session.say(exchange.print_lines(rules, tunnels))
     broken = [rule for rule in snapshot.stored.broken if not args.qube or rule.target in args.qube]
     for rule in broken:
         session.warn(f"{rule.target} {rule.name!a} is left out, as it cannot be read")
@@ -40,25 +47,48 @@ def export_rules(args: Namespace, session: Session) -> int:
 
 
 def import_rules(args: Namespace, session: Session) -> int:
-    """Store all rules of a document, or none."""
-    found, skipped = _read(args.format, _text(args.file, session))
+    """Store all rules and marks of a document, or none."""
+    document = _read(args.format, _text(args.file, session))
     with session.backend.locked():
         snapshot = session.look()
-        rules = _placed(found, args.qube, snapshot)
+        rules = _placed(document, args.qube, snapshot)
         _check_room(rules, snapshot, is_replacing=args.replace)
-        session.store({(named.target, named.name): str(named.rule) for named in rules})
+        marks = _marks(document, snapshot, is_replacing=args.replace)
+        before = snapshot.plan(session.now)
+        _check_conflicts(rules, marks, before, snapshot, session.now, is_exact=document.is_exact)
+        changes: dict[tuple[QubeName, str], str | None] = {
+            (qube, TUNNEL_NAME): "1" if is_marked else "" for qube, is_marked in marks.items()
+        }
+        session.store(changes | {(named.target, named.name): str(named.rule) for named in rules})
         planned = session.look().plan(session.now) if args.no_apply else session.apply_change()
     forwards = [f for named in rules if (f := planned.find(named.target, named.name)) is not None]
     if session.is_json:
-        data = {"imported": len(rules), "skipped": skipped, "applied": not args.no_apply}
-        session.say_json(data | plan_as_json(Plan(tuple(forwards))))
+        data = {"imported": len(rules), "tunnels": marks, "skipped": document.skipped}
+        session.say_json(data | {"applied": not args.no_apply} | plan_as_json(Plan(tuple(forwards))))
         return 0
-    session.say(f"Imported {len(rules)} forward{'' if len(rules) == 1 else 's'}.\n")
-    if skipped:
-        session.say(f"Left out {skipped} rule{'' if skipped == 1 else 's'} of other actions than forward.\n")
-    for forward in forwards:
+    session.say(f"Imported {_count(len(rules), 'forward')}.\n")
+    if document.skipped:
+        session.say(f"Left out {_count(document.skipped, 'rule')} of other actions than forward.\n")
+    for qube, is_marked in marks.items():
+        session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
+    for forward in (*forwards, *_others(planned, before, rules)):
         session.say(f"{forward.source}: {forward.state}. {forward.reason}\n")
+        session.say("".join(f"{forward.source}: note: {note}\n" for note in forward.notes))
     return 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _others(planned: Plan, before: Plan, rules: Iterable[NamedRule]) -> Iterable[Forward]:
+    """The forwards that were there and are in another state now, as a tunnel was marked or not."""
+    imported = {(named.target, named.name) for named in rules}
+    for old in before:
+        new = planned.find(old.source.target, old.source.name)
+        key = (old.source.target, old.source.name)
+        if new is not None and new.state is not old.state and key not in imported:
+            yield new
 
 
 def _text(path: str, session: Session) -> str:
@@ -73,31 +103,30 @@ def _text(path: str, session: Session) -> str:
         raise StoreError(f"{path}: not text: {error}") from error
 
 
-def _read(form: str | None, text: str) -> tuple[list[Read], int]:
-    """The rules of a document and how many were left out. Raises `RuleError`."""
+def _read(form: str | None, text: str) -> Document:
+    """Raises `RuleError`."""
     first = text.lstrip()[:1]
     form = form or ("xml" if first == "<" else "json" if first == "{" else "line")
     if form == "xml":
         from qubes_fwd_qrexec.rulexml import parse_document
 
-        document = parse_document(text)
-        return document.rules, document.skipped
-    return (exchange.parse_json(text) if form == "json" else exchange.parse_lines(text)), 0
+        return parse_document(text)
+    return exchange.parse_json(text) if form == "json" else exchange.parse_lines(text)
 
 
-def _placed(found: Iterable[Read], qube: QubeName | None, snapshot: Snapshot) -> list[NamedRule]:
-    """The rules under target and name; those that record no owner or path get today's."""
+def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> list[NamedRule]:
+    """The rules under target and name; owner and path are today's if a document is not exact without them."""
     placed: dict[tuple[str, str], NamedRule] = {}
-    for read in found:
+    for read in document.rules:
         target = read.target or qube
         if target is None:
             raise RefusedError(f"{read.place}: the file does not say for which qube; say --qube QUBE")
         if snapshot.inventory.get(target) is None:
             raise RefusedError(f"{read.place}: there is no qube {target}; nothing was imported")
         rule = read.rule
-        if rule.owner is None:
+        if rule.owner is None and not document.is_exact:
             rule = replace(rule, owner=target)
-        if rule.path is None:
+        if rule.path is None and not document.is_exact:
             rule = replace(rule, path=snapshot.inventory.chain(target).qubes)
         try:
             taken = [*snapshot.stored.names(target), *(n for t, n in placed if t == target)]
@@ -108,6 +137,57 @@ def _placed(found: Iterable[Read], qube: QubeName | None, snapshot: Snapshot) ->
             raise RefusedError(f"{read.place}: {target} {name} stands twice; nothing was imported")
         placed[target, name] = NamedRule(target, name, rule)
     return list(placed.values())
+
+
+def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dict[QubeName, bool]:
+    """The marks of tunnels that are not set already. Taking one away may open forwards: it must be said."""
+    found = {}
+    for qube, is_marked in document.tunnels.items():
+        known = snapshot.inventory.get(qube)
+        if known is None:
+            raise RefusedError(f"there is no qube {qube} to mark as a tunnel or not; nothing was imported")
+        if not is_marked and snapshot.inventory.feature(qube, TUNNEL_FEATURE) and not is_replacing:
+            raise RefusedError(
+                f"{qube} is marked as a tunnel, and the import says that it is none; nothing was imported. "
+                "With --replace it is taken at its word"
+            )
+        if known.features.get(TUNNEL_FEATURE) != ("1" if is_marked else ""):
+            found[qube] = is_marked
+    return found
+
+
+def _check_conflicts(
+    rules: Iterable[NamedRule],
+    marks: Mapping[QubeName, bool],
+    before: Plan,
+    snapshot: Snapshot,
+    now: float,
+    *,
+    is_exact: bool,
+) -> None:
+    """No imported rule takes the port of one that is here, nor finds its own taken.
+
+    Two of the rules may conflict with each other only if they did so where they come from.
+    """
+    qubes = dict(snapshot.inventory.qubes)
+    for qube, is_marked in marks.items():
+        features = {**qubes[qube].features, TUNNEL_FEATURE: "1" if is_marked else ""}
+        qubes[qube] = qubes[qube]._replace(features=features)
+    inventory = Inventory(qubes)
+    alone = plan(rules, inventory, now)
+    for forward in Snapshot(inventory, snapshot.stored.with_rules(rules)).plan(now):
+        if forward.cause is not Cause.CONFLICT:
+            continue
+        where = (forward.source.target, forward.source.name)
+        by_itself, here = alone.find(*where), before.find(*where)
+        if by_itself is None:
+            is_new = here is None or here.cause is not Cause.CONFLICT
+        else:
+            is_new = not is_exact or by_itself.cause is not Cause.CONFLICT
+        if is_new:
+            raise RefusedError(
+                f"nothing was imported, as {forward.source} would be in conflict. {forward.reason}"
+            )
 
 
 def _check_room(rules: Iterable[NamedRule], snapshot: Snapshot, *, is_replacing: bool) -> None:

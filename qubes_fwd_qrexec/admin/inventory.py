@@ -21,6 +21,7 @@ VPN_PREFIX = "service.vpn-handler"
 _MATTER = frozenset({"whonix-gw", "whonix-ws", *(f"{OFFER_PREFIX}{service}" for service in Service)})
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
+DISPOSABLE = "DispVM"
 
 
 def feature_matters(key: str) -> bool:
@@ -95,37 +96,38 @@ class Inventory(NamedTuple):
             current = following
         return Chain(tuple(walked))
 
-    def feature(self, name: QubeName, key: str) -> str | None:
-        """A feature of the qube or else of its template, as Qubes' check_with_template finds it.
+    def holder(self, name: QubeName, key: str) -> Qube | None:
+        """The qube that has the feature: this one, or else the nearest of its templates that has it.
 
-        A disposable's template is a qube that has a template of its own.
+        A disposable has a template with a template: qubes-core-admin qubes/features.py walks along all.
         """
-        for qube in self._with_templates(name):
-            if key in qube.features:
-                return qube.features[key]
+        qube = self.qubes.get(name)
+        for _ in range(CHAIN_MAX):
+            if qube is None or key in qube.features:
+                return qube
+            qube = None if qube.template is None else self.qubes.get(qube.template)
         return None
 
-    def _with_templates(self, name: QubeName) -> Iterator[Qube]:
-        current: QubeName | None = name
-        for _ in range(CHAIN_MAX):
-            qube = None if current is None else self.qubes.get(current)
-            if qube is None:
-                return
-            yield qube
-            current = qube.template
+    def feature(self, name: QubeName, key: str) -> str | None:
+        """A feature of the qube or else of its templates, as Qubes' check_with_template finds it."""
+        holder = self.holder(name, key)
+        return None if holder is None else holder.features[key]
 
-    def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
-        """The mark that says that this qube is a tunnel for those behind it."""
+    def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:
+        """Every mark that says that this qube is a tunnel for those behind it."""
         qube = self.qubes[name]
         if "anon-gateway" in qube.tags:
-            return TunnelMark(name, "tag anon-gateway")
+            yield TunnelMark(name, "tag anon-gateway")
         for key in ("whonix-gw", TUNNEL_FEATURE):
             if self.feature(name, key):
-                return TunnelMark(name, f"feature {key}")
+                yield TunnelMark(name, f"feature {key}")
         for key in sorted(qube.features):
             if key.startswith(VPN_PREFIX) and qube.features[key]:
-                return TunnelMark(name, f"feature {key}")
-        return None
+                yield TunnelMark(name, f"feature {key}")
+
+    def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
+        """The first of these marks; one is enough."""
+        return next(self.tunnel_marks(name), None)
 
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube must not be reached but through its tunnel."""

@@ -15,6 +15,7 @@ from .store import parse_new_name
 
 _HELP_WIDTH = 78
 FORMATS = ("line", "xml", "json")
+TUNNEL_ACTIONS = ("mark", "unmark", "list")
 
 
 def _typed(parse: Callable[[str], object], name: str) -> Callable[[str], object]:
@@ -91,12 +92,18 @@ def build() -> argparse.ArgumentParser:
     listing = command("list", "Show all forwards, or those that pass through a qube.")
     listing.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
     _add_rule(command("show", "Show all about one forward."), several=False)
+    reported = command("status", "Show what is open now, with the figures of its listeners.")
+    reported.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
     planned = command("plan", "Explain what becomes of each forward, and why.")
     planned.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
     applied = command("apply", "Make policy and listeners what the rules ask for.")
     applied.add_argument("--dry-run", action="store_true", help="show the difference and change nothing")
     command("watch", "Keep policy and listeners true: apply after each change and when a rule ends.")
     command("policy", "Print the qrexec policy that the rules ask for.")
+    marked = command("tunnel", "Say which qubes are tunnels, such as VPNs, that no forward may go round.")
+    marked.add_argument("action", choices=TUNNEL_ACTIONS, metavar="mark|unmark|list")
+    marked.add_argument("qube", nargs="?", metavar="QUBE", type=_QUBE, help="not with list")
+    command("panic", "Close everything at once, and keep the rules disabled.")
     exported = command("export", "Print rules for import elsewhere.")
     exported.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
     exported.add_argument("--format", choices=FORMATS, help="line is the default, json with --json")

@@ -20,10 +20,11 @@ from qubes_fwd_qrexec.rules import (
     Proxy,
     Transport,
 )
-from qubes_fwd_qrexec.values import IPAddress, QubeName, RuleName
+from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from .abilities import THIS_VERSION, Abilities
-from .inventory import ADMIN, TEMPLATE, Inventory, Qube
+from .conflicts import Claims
+from .inventory import ADMIN, DISPOSABLE, TEMPLATE, Chain, Inventory, Qube
 from .states import Cause, Forward, Plan, State
 
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
@@ -61,15 +62,13 @@ def plan(
     """
     ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
     judged = {(rule.target, rule.name): _judged(rule, inventory, now, abilities) for rule in ordered}
-    live: list[Forward] = []
+    claims = Claims()
     # In the order of target and name, the newcomer last.
     for key in sorted(judged, key=lambda key: (key == newcomer, key)):
         forward = judged[key]
         if forward.is_live:
-            problem = _conflict(forward, live)
-            if problem is None:
-                live.append(forward)
-            else:
+            problem = claims.take(forward)
+            if problem is not None:
                 judged[key] = forward._replace(
                     state=State.REFUSED, cause=Cause.CONFLICT, reason=problem, config=None
                 )
@@ -79,18 +78,25 @@ def plan(
 def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abilities) -> Forward:
     """One rule by itself. What has been found out before the verdict is kept, for those who look."""
     rule = named.rule
-    found = Forward(source=named, state=State.ACTIVE, cause=Cause.OPEN, reason="")
+    chain = Chain(()) if inventory.get(named.target) is None else inventory.chain(named.target)
+    found = Forward(
+        source=named,
+        state=State.ACTIVE,
+        cause=Cause.OPEN,
+        reason="",
+        chain=chain.qubes,
+        mode=rule.mode,
+        exposed=_listener(rule, chain),
+    )
     try:
         _check_wanted(named, now)
         target = _target(named, inventory)
-        chain = inventory.chain(target.name)
-        found = found._replace(chain=chain.qubes)
-        _check_owner(named)
+        _check_owner(named, target)
         if chain.problem is not None:
             raise _refused(Cause.NETVM_BROKEN, f"{chain.problem}.")
         _check_path(named, chain.qubes)
-        exposed = _exposed(named, chain.qubes, inventory)
-        found = found._replace(exposed=exposed.name, notes=_notes(named))
+        exposed = _exposed(named, found.exposed, inventory)
+        found = found._replace(notes=_notes(named, target))
         found = found._replace(mode=Mode.QREXEC, mode_reason=_mode_reason(rule, abilities))
         _check_abilities(rule, abilities)
         service, transport, transport_reason = _carrier(rule, target.name, inventory, abilities)
@@ -134,16 +140,23 @@ def _check_fit(qube: Qube, purpose: str, way_out: str) -> None:
         raise _refused(Cause.UNFIT_QUBE, f"{qube.name} is a template and must not {purpose}; {way_out}.")
 
 
-def _check_owner(named: NamedRule) -> None:
+def _check_owner(named: NamedRule, target: Qube) -> None:
+    """A clone and a disposable have the features of what they were made from, its rules among them."""
     owner = named.rule.owner
-    if owner is not None and owner != named.target:
-        raise _Verdict(
-            State.SUSPENDED,
-            Cause.CLONED,
-            f"The rule was made for {owner} and came to {named.target} by cloning or renaming; "
-            f"'qvm-forward confirm {named.target} {named.name}' makes it one of {named.target}, "
-            f"'qvm-forward remove {named.target} {named.name}' drops it.",
-        )
+    if owner == named.target or (owner is None and target.klass != DISPOSABLE):
+        return
+    if owner is None:
+        why = f"The rule does not say for which qube it was made, and {target.name} is a disposable"
+    elif target.klass == DISPOSABLE:
+        why = f"The rule was made for {owner}, and {target.name} is a disposable that came by it at its birth"
+    else:
+        why = f"The rule was made for {owner} and came to {target.name} by cloning or renaming"
+    raise _Verdict(
+        State.SUSPENDED,
+        Cause.CLONED,
+        f"{why}; 'qvm-forward confirm {named}' makes it one of {target.name}, "
+        f"'qvm-forward remove {named}' drops it.",
+    )
 
 
 def _check_path(named: NamedRule, chain: tuple[QubeName, ...]) -> None:
@@ -158,23 +171,25 @@ def _check_path(named: NamedRule, chain: tuple[QubeName, ...]) -> None:
         )
 
 
-def _exposed(named: NamedRule, chain: tuple[QubeName, ...], inventory: Inventory) -> Qube:
-    via = named.rule.via
-    if via is not None:
-        exposed = inventory.get(via)
-        if exposed is None:
-            raise _refused(
-                Cause.NO_SUCH_QUBE, f"There is no qube {via} to listen; name another one with via=QUBE."
-            )
-    elif not chain:
+def _listener(rule: ForwardRule, chain: Chain) -> QubeName | None:
+    """Where a rule asks to be exposed, whether that can be or not."""
+    if rule.via is not None or chain.problem is not None or not chain.qubes:
+        return rule.via
+    return chain.qubes[-1 if rule.forward_type is ForwardType.EXTERNAL else 0]
+
+
+def _exposed(named: NamedRule, listener: QubeName | None, inventory: Inventory) -> Qube:
+    exposed = None if listener is None else inventory.get(listener)
+    if listener is None:
         raise _refused(
             Cause.NO_NETVM,
             f"{named.target} has no netvm that could listen for it; name the qube that shall listen "
             "with --via QUBE (option via=QUBE).",
         )
-    else:
-        is_external = named.rule.forward_type is ForwardType.EXTERNAL
-        exposed = inventory.qubes[chain[-1] if is_external else chain[0]]
+    if exposed is None:
+        raise _refused(
+            Cause.NO_SUCH_QUBE, f"There is no qube {listener} to listen; name another one with via=QUBE."
+        )
     _check_fit(exposed, "listen", "name another qube with via=QUBE")
     if exposed.name == named.target:
         raise _refused(
@@ -241,7 +256,7 @@ def _carrier(
     )
 
 
-def _notes(named: NamedRule) -> tuple[str, ...]:
+def _notes(named: NamedRule, target: Qube) -> tuple[str, ...]:
     notes = []
     where = f"{named.target} {named.name}"
     if named.rule.owner is None:
@@ -249,6 +264,11 @@ def _notes(named: NamedRule) -> tuple[str, ...]:
     if named.rule.path is None and not named.rule.follow_netvm:
         notes.append(
             f"no path recorded, so it stays open when the netvm changes: 'qvm-forward confirm {where}'"
+        )
+    if target.template_for_dispvms and named.rule.owner is not None:
+        notes.append(
+            f"it opens {target.name} itself, and disposables made from {target.name} do not get it: one that "
+            f"shall be reached needs a rule of its own"
         )
     return tuple(notes)
 
@@ -316,43 +336,6 @@ def sentence(forward: Forward) -> str:
     return (
         f"Connections to {word} {rule.listen_ports.brief()} of {forward.exposed}{where} from {who} reach "
         f"{word} {rule.target_ports.brief()} of {forward.source.target}."
-    )
-
-
-def _conflict(forward: Forward, earlier: Iterable[Forward]) -> str | None:
-    """Why a forward cannot be live beside those before it."""
-    rule = forward.source.rule
-    for other in earlier:
-        if other.exposed != forward.exposed:
-            continue
-        taken = other.source.rule
-        if rule.listen_ports.overlaps(taken.listen_ports) and _overlap(
-            rule.listen_addresses, taken.listen_addresses
-        ):
-            return (
-                f"Rule {other.source} has port {taken.listen_ports.brief()} of {other.exposed} already; "
-                "take another port or listen address, or remove or disable that rule."
-            )
-        is_same_call = (
-            other.source.target == forward.source.target
-            and other.service == forward.service
-            and rule.target_ports.overlaps(taken.target_ports)
-        )
-        if is_same_call and rule.autostart != taken.autostart:
-            return (
-                f"Rule {other.source} reaches the same port of {other.source.target} from {other.exposed} "
-                "and says otherwise about autostart, and dom0's policy cannot tell the two apart; "
-                "give both the same autostart."
-            )
-    return None
-
-
-def _overlap(some: Iterable[IPAddress], others: tuple[IPAddress, ...]) -> bool:
-    """Whether two listeners would claim one address; a wildcard claims all of its family, and no other."""
-    return any(
-        a.version == b.version and (a == b or a.is_unspecified or b.is_unspecified)
-        for a in some
-        for b in others
     )
 
 

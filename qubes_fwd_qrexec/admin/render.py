@@ -1,41 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Plans as text for people: a table where it fits, one block for each rule where it does not.
+"""Plans as text for people: as a table, and with all the reasons.
 
 Text that was stored by others is escaped here, so that no terminal acts on it. It prints nothing.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 from qubes_fwd_qrexec.rules import BrokenRule
 
-from .expiry import print_expire
-from .states import Forward, Plan, State
+from .expiry import distance, print_expire
+from .states import Forward, Plan, Role, State
+from .tables import Style, Table
 
-_COLUMNS = ("QUBE", "NAME", "STATE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
-_STATE_COLUMN = 2
-# Below this a cell says nothing any more, and blocks are better.
-_CELL_MIN = 12
-_GAP = "  "
-_COLOURS = {
-    State.ACTIVE: "32",
-    State.WAITING: "36",
-    State.SUSPENDED: "33",
-    State.EXPIRED: "2",
-    State.DISABLED: "2",
-    State.REFUSED: "31",
-    State.BROKEN: "31",
-}
-
-
-class Style(NamedTuple):
-    """How wide the terminal is (None: there is none) and whether it shows colours."""
-
-    width: int | None = None
-    has_colour: bool = False
-
-    def state(self, state: State, text: str) -> str:
-        return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if self.has_colour else text
+_TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
+_ROLE = "ROLE"
 
 
 def escaped(untrusted_text: str) -> str:
@@ -46,79 +24,72 @@ def escaped(untrusted_text: str) -> str:
     )
 
 
-def table(plan: Plan, now: float, style: Style) -> str:
-    """All rules of a plan, with the sentence of each that is not simply open below."""
-    rows = [_row(forward, now) for forward in plan] + [_broken_row(rule) for rule in plan.broken]
-    if not rows:
+def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> str:
+    """All rules of a plan, with the sentence of each that is not simply open below.
+
+    If it is about some ``qubes``, a column says what each of them has to do with each rule.
+    """
+    if not (plan.forwards or plan.broken):
         return "No forwards.\n"
-    states = [forward.state for forward in plan] + [State.BROKEN for _ in plan.broken]
-    fitted = _fitted([_COLUMNS, *rows], style.width)
-    if fitted is None:
-        body = "\n".join(_block(row, state, style) for row, state in zip(rows, states, strict=True))
-    else:
-        widths = [max(len(row[column]) for row in fitted) for column in range(len(_COLUMNS))]
-        lines = [_line(fitted[0], widths, None, style)]
-        lines += [_line(row, widths, s, style) for row, s in zip(fitted[1:], states, strict=True)]
-        body = "".join(lines)
+    # The comment gives way first, then the date, then the sources; the whole is in `show`.
+    wide = _table(plan, qubes, ("COMMENT",), lambda expire: print_expire(expire, now))
+    narrower = _table(
+        plan,
+        qubes,
+        ("COMMENT", "FROM"),
+        lambda expire: "never" if expire is None else distance(expire - now),
+    )
+    body = wide.text(style) or narrower.text(style) or wide.blocks(style)
     remarks = [*_remarks(plan, style)]
     return body + ("\n" + "".join(remarks) if remarks else "")
 
 
-def _row(forward: Forward, now: float) -> tuple[str, ...]:
+def _table(
+    plan: Plan, qubes: Sequence[str], yielding: tuple[str, ...], expires: Callable[[int | None], str]
+) -> Table:
+    rows = [_row(forward, expires) for forward in plan] + [_broken_row(rule) for rule in plan.broken]
+    states = [forward.state for forward in plan] + [State.BROKEN for _ in plan.broken]
+    if not qubes:
+        return Table(_TITLES, rows, states, yielding)
+    roles = [roles_of(forward, qubes) for forward in plan]
+    roles += [{rule.target: Role.TARGET} for rule in plan.broken]
+    shown = [
+        ", ".join(role if len(qubes) == 1 else f"{qube} {role}" for qube, role in some.items())
+        for some in roles
+    ]
+    rows = [(*row[:2], cell, *row[2:]) for row, cell in zip(rows, shown, strict=True)]
+    return Table((*_TITLES[:2], _ROLE, *_TITLES[2:]), rows, states, yielding)
+
+
+def roles_of(forward: Forward, qubes: Iterable[str]) -> dict[str, Role]:
+    """What each of some qubes has to do with a forward, without those that have nothing."""
+    return {qube: role for qube in qubes if (role := forward.role(qube)) is not None}
+
+
+def exposed_at(forward: Forward) -> str:
+    """Qube and port, and the address if it is one alone."""
     rule = forward.source.rule
     exposed = f"{forward.exposed or '?'}:{rule.listen_ports.brief()}"
-    if rule.listen is not None:
-        exposed += f" ({rule.listen})"
+    return exposed if rule.listen is None else f"{exposed} ({rule.listen})"
+
+
+def _row(forward: Forward, expires: Callable[[int | None], str]) -> tuple[str, ...]:
+    rule = forward.source.rule
     return (
         forward.source.target,
         forward.source.name,
         forward.state,
-        exposed,
+        forward.mode,
+        exposed_at(forward),
         f"{rule.proto} {rule.target_ports.brief()}",
         str(rule.sources),
-        print_expire(rule.expire, now),
+        expires(rule.expire),
         escaped(rule.comment),
     )
 
 
 def _broken_row(rule: BrokenRule) -> tuple[str, ...]:
-    return (rule.target, escaped(rule.name), State.BROKEN, "?", "?", "?", "?", "")
-
-
-def _fitted(rows: Sequence[tuple[str, ...]], width: int | None) -> list[tuple[str, ...]] | None:
-    """The rows with the two free columns cut to fit, or None if that would leave too little of them."""
-    fitted = list(rows)
-    if width is None:
-        return fitted
-    # The comment gives way first, then the sources; the whole is in `show`.
-    for column in (7, 5):
-        widths = [max(len(row[c]) for row in fitted) for c in range(len(_COLUMNS))]
-        excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
-        if excess > 0:
-            room = max(widths[column] - excess, min(_CELL_MIN, widths[column]))
-            fitted = [(*row[:column], _cut(row[column], room), *row[column + 1 :]) for row in fitted]
-    widths = [max(len(row[c]) for row in fitted) for c in range(len(_COLUMNS))]
-    return fitted if sum(widths) + len(_GAP) * (len(widths) - 1) <= width else None
-
-
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: max(room - 3, 0)]}..."
-
-
-def _line(row: tuple[str, ...], widths: Sequence[int], state: State | None, style: Style) -> str:
-    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-    cells[-1] = row[-1]
-    plain = _GAP.join(cells).rstrip()
-    if state is None or not style.has_colour:
-        return f"{plain}\n"
-    cells[_STATE_COLUMN] = style.state(state, cells[_STATE_COLUMN])
-    return f"{_GAP.join(cells).rstrip()}\n"
-
-
-def _block(row: tuple[str, ...], state: State, style: Style) -> str:
-    head = f"{row[0]} {row[1]}: {style.state(state, row[_STATE_COLUMN])}\n"
-    labels = zip(_COLUMNS[3:], row[3:], strict=True)
-    return head + "".join(f"  {label.lower()} {cell}\n" for label, cell in labels if cell not in ("", "?"))
+    return (rule.target, escaped(rule.name), State.BROKEN, "?", "?", "?", "?", "?", "")
 
 
 def _remarks(plan: Plan, style: Style) -> Iterable[str]:

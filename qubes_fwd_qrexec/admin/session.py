@@ -12,9 +12,10 @@ from .apply import Kind, Outcome, carry_out, differences
 from .backend import Backend
 from .inventory import Inventory
 from .plan import plan
-from .render import Style, escaped
+from .render import escaped
 from .states import Plan, State
 from .store import Stored, feature_key, read_rules
+from .tables import Style
 
 
 class UsageError(ForwardError):

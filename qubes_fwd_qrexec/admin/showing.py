@@ -11,21 +11,26 @@ from . import policy, render
 from .apply import CONFIG_PREFIX, Step, differences
 from .session import Session, Snapshot, plan_as_json
 from .states import Forward, Plan, State
+from .tables import Style
 
 
 def list_rules(args: Namespace, session: Session) -> int:
     """All forwards as a table."""
-    planned = _selected(args.qube, session)
+    planned = selected(args.qube, session.look(), session.now)
     if session.is_json:
-        session.say_json(plan_as_json(planned))
+        data = plan_as_json(planned)
+        if args.qube:
+            for entry, forward in zip(data["forwards"], planned, strict=True):
+                entry["roles"] = render.roles_of(forward, args.qube)
+        session.say_json(data)
     else:
-        session.say(render.table(planned, session.now, session.style))
+        session.say(render.table(planned, session.now, session.style, args.qube))
     return 0
 
 
 def explain(args: Namespace, session: Session) -> int:
     """What becomes of each forward, and why."""
-    planned = _selected(args.qube, session)
+    planned = selected(args.qube, session.look(), session.now)
     if session.is_json:
         session.say_json(plan_as_json(planned))
         return 0
@@ -35,10 +40,9 @@ def explain(args: Namespace, session: Session) -> int:
     return 0
 
 
-def _selected(qubes: list[str], session: Session) -> Plan:
+def selected(qubes: list[str], snapshot: Snapshot, now: float) -> Plan:
     """The plan, or the part of it that passes through one of some qubes in any role."""
-    snapshot = session.look()
-    planned = snapshot.plan(session.now)
+    planned = snapshot.plan(now)
     if not qubes:
         return planned
     for qube in qubes:
@@ -51,24 +55,33 @@ def _selected(qubes: list[str], session: Session) -> Plan:
 
 
 def show(args: Namespace, session: Session) -> int:
-    """All about one forward."""
+    """All about one forward: its way as a picture, what guards it, and what follows from its rule."""
+    from . import picture
+    from .guards import guards
+
     snapshot = session.look()
     entry = snapshot.find(args.qube, args.name)
     if isinstance(entry, BrokenRule):
         return _show_broken(entry, session)
-    forward = snapshot.plan(session.now).find(entry.target, entry.name)
+    planned = snapshot.plan(session.now)
+    forward = planned.find(entry.target, entry.name)
     if forward is None:
         return 1
+    installed = session.backend.read_policy().text
+    found = guards(forward, planned, snapshot.inventory, installed, session.now)
     lines = policy.lines(forward)
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
     if session.is_json:
         data: dict[str, Any] = forward.as_json()
+        data |= {"guards": [guard.as_json() for guard in found]}
         data |= {"line": str(entry.rule), "policy": list(lines), "config": None}
         if config is not None:
             data["config"] = {"qube": forward.exposed, "feature": config, "value": str(forward.config)}
         session.say_json(data)
         return 0
     session.say(render.explained(forward, session.style))
+    session.say(f"\n{picture.of_forward(forward, found, snapshot.inventory).text(session.style.width)}\n")
+    session.say(f"{picture.guards_text(found, session.style)}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
     session.say(f"listener at {forward.exposed}:\n" if config else "listener:\n")
@@ -122,7 +135,7 @@ def apply(args: Namespace, session: Session) -> int:
     for forward in refused:
         session.warn(_refusal(forward))
     for rule in planned.broken:
-        session.warn(render.broken_line(rule, render.Style()).rstrip("\n"))
+        session.warn(render.broken_line(rule, Style()).rstrip("\n"))
     return 1 if refused or planned.broken else 0
 
 

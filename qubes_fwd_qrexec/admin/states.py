@@ -45,11 +45,19 @@ class Cause(StrEnum):
     UNREADABLE = "unreadable"
 
 
+class Role(StrEnum):
+    """What a qube has to do with a forward."""
+
+    TARGET = "target"
+    EXPOSED = "exposed"
+    PATH = "path"
+
+
 class Forward(NamedTuple):
     """One rule with everything that follows from it.
 
     ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats.
-    ``config`` is there exactly when the forward is live.
+    ``config`` is there exactly when the forward is live; ``exposed`` is also where it would listen.
     """
 
     source: NamedRule
@@ -71,9 +79,17 @@ class Forward(NamedTuple):
         """Whether policy and configuration are given out: now (active) or for the next start (waiting)."""
         return self.state in (State.ACTIVE, State.WAITING)
 
+    def role(self, qube: str) -> Role | None:
+        """The part that a qube has in it: as target, as exposed qube, or as another netvm of the target."""
+        if qube == self.source.target:
+            return Role.TARGET
+        if qube == self.exposed:
+            return Role.EXPOSED
+        return Role.PATH if qube in self.chain else None
+
     def concerns(self, qube: str) -> bool:
-        """Whether a qube has any part in it: as target, as exposed qube or on the way between."""
-        return qube in (self.source.target, self.exposed, *self.chain)
+        """Whether a qube has any part in it."""
+        return self.role(qube) is not None
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -12,8 +12,9 @@ from qubes_fwd_qrexec.values import QubeName, RuleName, parse_rule_name
 from .inventory import TUNNEL_FEATURE, Inventory
 
 PREFIX = "forward."
-# Its feature would be TUNNEL_FEATURE, which marks a tunnel qube.
-RESERVED = frozenset((TUNNEL_FEATURE.removeprefix(PREFIX),))
+# No rule's name: its feature is TUNNEL_FEATURE, which marks a tunnel qube.
+TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(PREFIX)
+RESERVED = frozenset((TUNNEL_NAME,))
 
 
 class Stored(NamedTuple):

@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.admin import locate, qubesstore
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.admin.render import Style
+from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 

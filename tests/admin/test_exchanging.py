@@ -63,7 +63,7 @@ RULE = "action=forward srcports=80 srchosts=any"
         (f"work a {RULE}\nwork b {RULE} bogus=1", "line 2, option 'bogus' at column 48: unknown option"),
         (f"work a {RULE}\ngone b {RULE}", "there is no qube gone; nothing was imported"),
         (f"work a {RULE}\nwork a {RULE}", "work a stands twice; nothing was imported"),
-        (f"work tunnel {RULE}", "marks a tunnel qube"),
+        (f"work tunnel {RULE}", "the name tunnel stands for the mark of a tunnel qube"),
         (f"work web {RULE}", "work web exists already and is another rule"),
         ("work a", "line 1: a line is the qube's name, the rule's name and the rule"),
         ("{", "document: not JSON"),
@@ -108,3 +108,79 @@ def _features_without_b(real: Callable[..., dict[str, str]]) -> Callable[..., di
         return {} if name == "personal" else real(self, name)
 
     return features
+
+
+def test_the_marks_of_tunnels_are_part_of_an_export(forward: Forward, lab: LabDirectory) -> None:
+    forward("tunnel", "mark", "sys-firewall")
+    lab.set_feature("sys-net", "forward.tunnel", "")
+    assert forward("export").out == "version 2\nsys-firewall tunnel yes\nsys-net tunnel no\n"
+    assert forward("export", "sys-net").out == "version 2\nsys-net tunnel no\n"
+    assert forward("export", "--json").json["tunnels"] == {"sys-firewall": True, "sys-net": False}
+
+
+def test_an_imported_mark_closes_what_goes_round_it_and_says_so(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    result = forward("import", stdin="version 2\nsys-firewall tunnel yes\n")
+    assert result.status == 0
+    assert result.out.startswith(
+        "Imported 0 forwards.\nsys-firewall is marked as a tunnel.\nwork web: refused. work is behind a "
+    )
+    assert lab.vm_config("sys-net") == {}
+    assert forward("import", "--json", stdin="sys-firewall tunnel yes").json["tunnels"] == {}
+
+
+@pytest.mark.parametrize("marked", ["sys-firewall", "fedora-42"])
+def test_an_import_takes_no_mark_away_unless_asked_to(
+    forward: Forward, lab: LabDirectory, marked: str
+) -> None:
+    forward(*ADD)
+    forward("tunnel", "mark", marked)
+    before = content(lab)
+    text = "version 2\nsys-firewall tunnel no\n"
+    result = forward("import", stdin=text)
+    assert result.status == 1
+    assert "sys-firewall is marked as a tunnel, and the import says that it is none" in result.err
+    assert content(lab) == before
+    result = forward("import", "--replace", stdin=text)
+    assert "sys-firewall is not marked as a tunnel.\nwork web: active." in result.out
+
+
+def test_a_mark_of_a_qube_that_is_not_here_is_refused(forward: Forward, lab: LabDirectory) -> None:
+    before = content(lab)
+    result = forward("import", stdin="gone tunnel yes")
+    assert "there is no qube gone to mark as a tunnel or not" in result.err
+    assert content(lab) == before
+
+
+@pytest.mark.parametrize(
+    ("head", "owner"), [("", " owner=work path=sys-firewall,sys-net"), ("version 2\n", "")]
+)
+def test_what_a_rule_does_not_record_is_recorded_unless_the_document_is_exact(
+    forward: Forward, lab: LabDirectory, head: str, owner: str
+) -> None:
+    result = forward("import", stdin=f"{head}work web {RULE}\n")
+    assert (lab.feature("work", "forward.web") or "").endswith(f"srchosts=any{owner}")
+    assert ("work web: note: no owner recorded" in result.out) == (not owner)
+
+
+def test_api_lines_of_2021_are_imported(forward: Forward, lab: LabDirectory) -> None:
+    text = (
+        "action=accept proto=icmp\n"
+        "action=forward forwardtype=external proto=tcp src4=192.168.0.0/16 srcports=443-443 "
+        "dstports=10443-10443\n"
+        "action=forward forwardtype=external proto=tcp src6=fd00::/8 srcports=443-443 dstports=10443-10443\n"
+    )
+    result = forward("import", "--qube", "work", stdin=text)
+    assert result.out.startswith("Imported 1 forward.\nLeft out 1 rule of other actions than forward.\n")
+    assert "srchosts=192.168.0.0/16,fd00::/8 owner=work" in (lab.feature("work", "forward.tcp-443") or "")
+
+
+def test_two_forwards_of_2021_to_one_port_are_refused_together(forward: Forward, lab: LabDirectory) -> None:
+    before = content(lab)
+    text = (
+        "action=forward proto=tcp src4=10.0.0.0/8 srcports=80 dstports=80\n"
+        "action=forward proto=tcp src4=10.1.0.0/16 srcports=80 dstports=81\n"
+    )
+    result = forward("import", "--qube", "work", stdin=text)
+    assert "as work tcp-80-2 would be in conflict. Rule work tcp-80 has port 80" in result.err
+    assert content(lab) == before

@@ -38,6 +38,17 @@ def test_a_feature_is_looked_up_in_the_template_unless_the_qube_has_its_own() ->
     assert world(qube("work", template=QubeName("gone"))).feature(WORK, key) is None
 
 
+def test_a_feature_of_a_templates_template_counts_and_a_circle_of_templates_ends() -> None:
+    """A disposable is made from a qube that has a template itself."""
+    disposable = qube("disp1", template=WORK)
+    assert world(disposable).feature(disposable.name, "supported-rpc.qubes.ForwardTCP") == "1"
+    holder = world(disposable).holder(disposable.name, "supported-rpc.qubes.ForwardTCP")
+    assert holder is not None
+    assert holder.name == "fedora-42"
+    circle = world(qube("a", template=QubeName("b")), qube("b", template=QubeName("a")))
+    assert circle.feature(QubeName("a"), "x") is None
+
+
 def test_a_disposable_has_the_features_of_its_templates_template() -> None:
     key = "supported-rpc.qubes.ForwardTCP"
     dvm = qube("dvm", template=QubeName("fedora-42"))

@@ -44,6 +44,7 @@ def system(forward: Command, lab: LabDirectory) -> LabDirectory:
     forward("add", "work", "80", "--from", "any", "--name", "web")
     forward("add", "personal", "81", "--from", "any")
     lab.set_feature("vault", "forward.bad", "x")
+    lab.set_feature("sys-firewall", "forward.tunnel", "1")
     return lab
 
 
@@ -62,6 +63,13 @@ LINES = [
     (["add", "work", "80", "--via", "sys-n"], ["sys-net"]),
     (["add", "--autostart", "wor"], ["work"]),
     (["list", "work", "va"], ["vault"]),
+    (["status", "va"], ["vault"]),
+    (["panic", ""], []),
+    (["tunnel", ""], ["list", "mark", "unmark"]),
+    (["tunnel", "mark", ""], ["sys-net", "sys-vpn"]),
+    (["tunnel", "unmark", ""], ["sys-firewall"]),
+    (["tunnel", "list", ""], []),
+    (["tunnel", "mark", "sys-net", ""], []),
     (["show", ""], ["personal", "vault", "work"]),
     (["show", "work", ""], ["web"]),
     (["show", "work", "web", ""], []),
@@ -86,6 +94,7 @@ def test_candidates_are_those_of_the_lab_on_the_line(system: LabDirectory) -> No
         assert complete.candidates(parser.build(), [*lab, "show", "w"], {}) == ["work"]
     assert complete.candidates(parser.build(), ["--lab", "/nowhere", "show", ""], {}) == []
     assert complete.candidates(parser.build(), ["--lab", "/nowhere", "show", "work", ""], {}) == []
+    assert complete.candidates(parser.build(), ["--lab", "/nowhere", "tunnel", "mark", ""], {}) == []
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,14 @@ _EVERY_COMMAND = (
     ("list",),
     ("plan",),
     ("show", "work", "web"),
+    ("status",),
     ("policy",),
     ("apply",),
+    ("tunnel", "mark", "vault"),
+    ("tunnel", "list"),
     ("export", "--format", "xml"),
     ("export", "--json"),
+    ("panic",),
 )
 
 

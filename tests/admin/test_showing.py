@@ -9,7 +9,7 @@ import pytest
 from worlds import ADD
 
 from qubes_fwd_qrexec.admin import cli
-from qubes_fwd_qrexec.admin.render import Style
+from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 Forward = Callable[..., Any]
@@ -48,6 +48,44 @@ def test_list_shows_what_passes_through_a_qube_in_any_role(forward: Forward) -> 
     }
 
 
+def test_list_of_a_qube_says_its_role(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    forward("add", "vault", "22", "--from", "any", "--via", "work", "--name", "ssh", "--disabled")
+    lab.set_feature("work", "forward.bad", "x")
+    assert [line.split()[:4] for line in forward("list", "work").out.splitlines()[:4]] == [
+        ["QUBE", "NAME", "ROLE", "STATE"],
+        ["vault", "ssh", "exposed", "disabled"],
+        ["work", "web", "target", "active"],
+        ["work", "bad", "target", "broken"],
+    ]
+    assert "work  web   path  active  qrexec  sys-net:80  tcp 8080" in forward("list", "sys-firewall").out
+    assert "work   web   sys-net exposed, work target  active" in forward("list", "sys-net", "work").out
+    listed = forward("list", "sys-net", "work", "--json").json["forwards"]
+    assert [entry["roles"] for entry in listed] == [
+        {"work": "exposed"},
+        {"sys-net": "exposed", "work": "target"},
+    ]
+    assert "roles" not in forward("list", "--json").json["forwards"][0]
+
+
+def test_what_is_closed_is_listed_where_it_would_be_open(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD, "--expire", "+60", "--disabled")
+    assert "disabled  auto  sys-net:80" in forward("list", "sys-net").out
+    assert "disabled  auto  sys-net:80" in forward("list", "sys-firewall").out
+
+
+def test_a_narrower_table_leaves_the_date_out_before_it_becomes_blocks(forward: Forward) -> None:
+    forward(*ADD, "--expire", "+8h")
+    full = forward("list").out
+    width = max(map(len, full.splitlines()))
+    assert forward("list", style=Style(width)).out == full
+    for fewer in (1, len("2027-01-15 16:00 (in 8 h)") - len("EXPIRES")):
+        narrower = forward("list", style=Style(width - fewer)).out
+        assert "  192.168.0.0/16  in 8 h\n" in narrower
+    assert "  192.168.0...  in 8 h\n" in forward("list", style=Style(width - fewer - 2)).out
+    assert forward("list", style=Style(width - fewer - 3)).out.startswith("work web: active\n")
+
+
 def test_list_fits_wide_and_narrow_terminals(forward: Forward) -> None:
     forward(*ADD, "--comment", "a comment that is longer than any column has room for on a terminal of 80")
     assert "for on a terminal of 80" in forward("list").out
@@ -55,7 +93,7 @@ def test_list_fits_wide_and_narrow_terminals(forward: Forward) -> None:
     assert "..." in wide
     assert max(map(len, wide.splitlines())) <= 130
     narrow = forward("list", style=Style(50)).out
-    assert narrow.startswith("work web: active\n  exposed at sys-net:80\n")
+    assert narrow.startswith("work web: active\n  mode qrexec\n  exposed at sys-net:80\n")
 
 
 def test_colours_only_if_asked_for(forward: Forward) -> None:
@@ -80,6 +118,52 @@ def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
     forward("disable", "work", "web")
     assert "policy:\n  none\nlistener:\n  none\n" in forward("show", "work", "web").out
     assert forward("show", "work", "web", "--json").json["config"] is None
+
+
+def test_show_draws_the_way_and_gives_each_guards_verdict(forward: Forward) -> None:
+    forward(*ADD)
+    shown = forward("show", "work", "web").out
+    assert "\n  | 192.168.0.0/16 | ---> | port 80 | ========> | 127.0.0.1:8080 |\n" in shown
+    assert "\n  policy   ok     dom0 allows the call\n" in shown
+    guards = {
+        entry["guard"]: entry["verdict"] for entry in forward("show", "work", "web", "--json").json["guards"]
+    }
+    assert guards == dict.fromkeys(["sources", "path", "owner", "tunnel", "expiry", "policy"], "ok")
+    assert "\n  # tunnel\n" not in forward("show", "work", "web", style=Style(80)).out
+    assert "\n    # tunnel\n" in forward("show", "work", "web", style=Style(40)).out
+    assert "\x1b[32mok" in forward("show", "work", "web", style=Style(80, True)).out
+
+
+JSON = {
+    "add": ("personal", "81", "--from", "any"),
+    "set": ("work", "web", "expire=never"),
+    "remove": ("work", "web"),
+    "enable": ("work", "web"),
+    "disable": ("work", "web"),
+    "confirm": ("work", "web"),
+    "list": (),
+    "show": ("work", "web"),
+    "status": (),
+    "plan": (),
+    "apply": (),
+    "policy": (),
+    "tunnel": ("list",),
+    "panic": (),
+    "export": (),
+    "import": (),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_every_command_speaks_json_and_nothing_else(forward: Forward, name: str) -> None:
+    forward(*ADD)
+    result = forward(name, *JSON[name], "--json")
+    assert (result.status, result.err) == (0, "")
+    assert isinstance(result.json, dict)
+
+
+def test_no_command_that_ends_is_left_out_above() -> None:
+    assert cli._COMMANDS.keys() - JSON.keys() <= {"watch"}
 
 
 def test_plan_gives_reasons(forward: Forward) -> None:

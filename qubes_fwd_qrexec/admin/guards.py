@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What guards a forward, each with its own verdict: a rule's reason names only the first that stops it.
+
+Nothing is decided here. The plan has decided; this says of every guard what it sees, for `show`.
+"""
+
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from qubes_fwd_qrexec.config import Service
+
+from . import policy
+from .expiry import print_expire
+from .inventory import Inventory
+from .states import Forward, Plan
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    NOTE = "note"
+    STOPS = "stops"
+
+
+class Guard(NamedTuple):
+    """One guard; ``text`` says what it found, and where it stops the forward also the way out."""
+
+    name: str
+    verdict: Verdict
+    text: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"guard": self.name, "verdict": self.verdict, "text": self.text}
+
+
+def guards(
+    forward: Forward, planned: Plan, inventory: Inventory, installed: str | None, now: float
+) -> tuple[Guard, ...]:
+    """All guards of a forward, in the order of the way; ``installed`` is dom0's policy file as it is."""
+    found = [] if forward.source.rule.enabled else [_switch(forward)]
+    found += [_sources(forward), _path(forward), _owner(forward), _tunnel(forward, inventory)]
+    return (*found, _expiry(forward, now), _policy(forward, planned, installed))
+
+
+def _switch(forward: Forward) -> Guard:
+    return Guard("switch", Verdict.STOPS, f"disabled; 'qvm-forward enable {forward.source}' opens it")
+
+
+def _sources(forward: Forward) -> Guard:
+    sources = forward.source.rule.sources
+    if sources.anyone:
+        return Guard("sources", Verdict.NOTE, "anybody who can reach the port may connect")
+    return Guard("sources", Verdict.OK, f"{str(sources).replace(',', ', ')} may connect, nobody else")
+
+
+def _path(forward: Forward) -> Guard:
+    rule, confirm = forward.source.rule, f"'qvm-forward confirm {forward.source}'"
+    way = " - ".join((forward.source.target, *forward.chain)) if forward.chain else "no netvm"
+    if rule.follow_netvm:
+        return Guard("path", Verdict.OK, f"{way}; the rule follows every change")
+    if rule.path is None:
+        return Guard("path", Verdict.NOTE, f"{way}; none was recorded, so a change is not seen: {confirm}")
+    if rule.path == forward.chain:
+        return Guard("path", Verdict.OK, f"{way}, as it was agreed to")
+    agreed = " - ".join((forward.source.target, *rule.path)) if rule.path else "no netvm"
+    return Guard(
+        "path", Verdict.STOPS, f"{way} now, but agreed to was {agreed}; {confirm} agrees to this one"
+    )
+
+
+def _owner(forward: Forward) -> Guard:
+    owner, target = forward.source.rule.owner, forward.source.target
+    confirm = f"'qvm-forward confirm {forward.source}'"
+    if owner == target:
+        return Guard("owner", Verdict.OK, f"made for {target}")
+    if owner is None:
+        return Guard("owner", Verdict.NOTE, f"not recorded, so a clone is not told from {target}: {confirm}")
+    return Guard(
+        "owner", Verdict.STOPS, f"made for {owner} and inherited; {confirm} makes it one of {target}"
+    )
+
+
+def _tunnel(forward: Forward, inventory: Inventory) -> Guard:
+    target, exposed = inventory.get(forward.source.target), inventory.get(forward.exposed or "")
+    if target is None or exposed is None:
+        return Guard("tunnel", Verdict.NOTE, "not judged, as there is no qube that could listen")
+    mark = inventory.bypassed_tunnel(target.name, exposed.name)
+    if mark is not None and forward.source.rule.bypass_tunnel:
+        return Guard("tunnel", Verdict.NOTE, f"goes round the tunnel {mark}, as the rule accepts")
+    if mark is not None:
+        return Guard("tunnel", Verdict.STOPS, f"{exposed.name} lies outside of the tunnel {mark}")
+    for name in forward.chain:
+        mark = inventory.tunnel_mark(name)
+        if mark is not None:
+            where = "is the tunnel itself" if name == exposed.name else "is behind the same tunnel"
+            return Guard("tunnel", Verdict.OK, f"{exposed.name} {where}, {mark}")
+    return Guard("tunnel", Verdict.OK, f"no netvm of {target.name} is marked as a tunnel")
+
+
+def _expiry(forward: Forward, now: float) -> Guard:
+    expire = forward.source.rule.expire
+    if expire is None:
+        return Guard("expiry", Verdict.OK, "never")
+    if expire > now:
+        return Guard("expiry", Verdict.OK, print_expire(expire, now))
+    way_out = f"'qvm-forward set {forward.source} expire=+8h' gives it more"
+    return Guard("expiry", Verdict.STOPS, f"over since {print_expire(expire, now)}; {way_out}")
+
+
+def _policy(forward: Forward, planned: Plan, installed: str | None) -> Guard:
+    """What dom0 says now, which may not be what the plan asks for."""
+    allowed = policy.allowing(installed)
+    if forward.config is not None:
+        missing = [line for line in policy.lines(forward) if line not in allowed]
+        if not missing:
+            return Guard("policy", Verdict.OK, "dom0 allows the call")
+        return Guard(
+            "policy", Verdict.STOPS, "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
+        )
+    others = {line for other in planned.live for line in policy.lines(other)}
+    if _calls(forward) & {_call(line) for line in allowed - others}:
+        return Guard("policy", Verdict.NOTE, "dom0 allows the call still; 'qvm-forward apply' closes it")
+    return Guard("policy", Verdict.STOPS, "dom0 allows nothing of it")
+
+
+def _call(line: str) -> tuple[str, ...]:
+    """Service, argument, source and target of a line of policy."""
+    return tuple(line.split()[:4])
+
+
+def _calls(forward: Forward) -> set[tuple[str, ...]]:
+    """The calls by which a forward that is closed might go on, over whatever service it went before."""
+    ports = forward.source.rule.target_ports
+    ends = (str(forward.exposed), forward.source.target)
+    calls = {(str(service), f"+{port}", *ends) for service in Service for port in ports}
+    return calls | {(str(Service.FORWARD_TCP), f"+{ports.brief()}+tunnel", *ends)}

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command panic: everything closed at once, whatever else is wrong; the rules are kept, disabled.
+
+dom0's policy first, and the tunnels that it allowed, without waiting for the lock. Then the lock, for as
+long as the backend waits for it, and on without it; then policy and tunnels again, as whoever had the lock
+may have opened them meanwhile; then the rules and the listeners' configuration. Each step is tried though
+others fail. `apply` refuses in doubt; here doubt closes.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, ListenerConfig, is_forward_key
+from qubes_fwd_qrexec.errors import ConfigError, ForwardError, StoreError
+from qubes_fwd_qrexec.rules import BrokenRule, NamedRule, Transport
+from qubes_fwd_qrexec.values import QubeName
+
+from . import policy
+from .apply import CONFIG_PREFIX, LEASE_S, Kind, Step
+from .backend import ANY
+from .inventory import Inventory
+from .render import escaped
+from .session import Session
+from .store import feature_key, read_rules
+
+_POLICY = "policy: deny every call"
+_INVENTORY = "read all qubes, to find rules and listeners"
+
+
+class Failure(NamedTuple):
+    """What was not done, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What was and was not done; ``open_still`` is what a look at the system found afterwards."""
+
+    done: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    disabled: list[NamedRule] = field(default_factory=list)
+    broken: tuple[BrokenRule, ...] = ()
+    open_still: list[str] = field(default_factory=list)
+
+    @property
+    def is_closed(self) -> bool:
+        return not self.failures and not self.open_still
+
+    def attempt(self, what: str, action: Callable[[], None]) -> bool:
+        """Do one thing, and write down what became of it; what is done once has not failed."""
+        try:
+            action()
+        except (ForwardError, OSError) as error:
+            if what not in self.done:
+                self.failures = [*(f for f in self.failures if f.what != what), Failure(what, str(error))]
+            return False
+        self.failures = [failure for failure in self.failures if failure.what != what]
+        if what not in self.done:
+            self.done.append(what)
+        return True
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "is_closed": self.is_closed,
+            "done": self.done,
+            "not_done": [failure._asdict() for failure in self.failures],
+            "notes": self.notes,
+            "open_still": self.open_still,
+            "disabled": [{"qube": rule.target, "name": rule.name} for rule in self.disabled],
+            "broken": [{"qube": rule.target, "name": rule.name} for rule in self.broken],
+        }
+
+
+def panic(args: Namespace, session: Session) -> int:
+    """Close everything; status 0 only if all of it is closed."""
+    report = Report()
+    _stop(session, report)
+    with ExitStack() as held:
+        try:
+            held.enter_context(session.backend.locked())
+        except (ForwardError, OSError) as error:
+            # No failure by itself: everything is done all the same, and looked at in the end.
+            report.note(
+                f"somebody else changes forwards at the same time; this went on without the lock: {error}"
+            )
+        inventory = _stop(session, report)
+        if inventory is not None:
+            _disable(inventory, session, report)
+            _remove_configs(inventory, session, report)
+        report.open_still += _open_still(session)
+    if session.is_json:
+        session.say_json(report.as_json())
+    else:
+        _say(report, session)
+    return 0 if report.is_closed else 1
+
+
+def _stop(session: Session, report: Report) -> Inventory | None:
+    """Close policy, and end the tunnels that it allowed; what was ended and not allowed again is over."""
+    allowed = _allowed(session, report)
+    text = policy.text((), session.now)
+    report.attempt(_POLICY, lambda: session.backend.replace_policy(text, ANY))
+    inventory = _inventory(session, report)
+    for tunnel in _tunnels(allowed, inventory, report.done):
+        _revoke(tunnel, session, report)
+    return inventory
+
+
+def _allowed(session: Session, report: Report) -> frozenset[str]:
+    """The lines that are in force before; if they cannot be read, the tunnels are found elsewhere."""
+    try:
+        return policy.allowing(session.backend.read_policy().text)
+    except (ForwardError, OSError) as error:
+        report.note(f"what the policy allowed could not be read: {error}")
+        return frozenset()
+
+
+def _inventory(session: Session, report: Report) -> Inventory | None:
+    found: list[Inventory] = []
+    report.attempt(_INVENTORY, lambda: found.append(session.backend.inventory()))
+    return found[0] if found else None
+
+
+def _disable(inventory: Inventory, session: Session, report: Report) -> None:
+    stored = read_rules(inventory)
+    report.broken = stored.broken
+    for named in stored.rules:
+        if not named.rule.enabled:
+            continue
+        line = str(replace(named.rule, enabled=False))
+        key = feature_key(named.name)
+
+        def store(target: QubeName = named.target, key: str = key, line: str = line) -> None:
+            session.backend.set_feature(target, key, line)
+
+        if report.attempt(f"{named}: disable the rule", store):
+            report.disabled.append(named)
+
+
+def _tunnels(
+    allowed: Iterable[str], inventory: Inventory | None, ended: Container[str]
+) -> list[policy.Tunnel]:
+    """All tunnels that there may be: of what policy allowed, and of what the listeners were told.
+
+    Of those that would drain too; and of those whose end failed, or was never tried, when the policy was
+    closed before. A halted qube has none; without an inventory none is known to be halted.
+    """
+    found = {tunnel for line in allowed if (tunnel := policy.tunnel_of(line)) is not None}
+    if inventory is None:
+        return sorted(found)
+    for exposed, key, value in _configs(inventory):
+        try:
+            config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
+        except ConfigError:
+            continue
+        if config.transport is Transport.TUNNEL:
+            tunnel = policy.tunnel(config.target, config.target_ports, exposed)
+            if _words(tunnel) not in ended:
+                found.add(tunnel)
+    return sorted(t for t in found if (qube := inventory.get(t.target)) is not None and qube.is_running)
+
+
+def _words(tunnel: policy.Tunnel) -> str:
+    (words,) = Step(Kind.REVOKE, tunnel.argument, qube=tunnel.target).words()
+    return words
+
+
+def _configs(inventory: Inventory) -> Iterator[tuple[QubeName, str, str]]:
+    for qube in inventory.qubes.values():
+        for key, value in qube.features.items():
+            if key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX)):
+                yield qube.name, key, value
+
+
+def _revoke(tunnel: policy.Tunnel, session: Session, report: Report) -> None:
+    def call() -> None:
+        try:
+            session.backend.call(tunnel.target, f"{REVOKE_SERVICE}+{tunnel.argument}")
+        except StoreError as error:
+            raise StoreError(
+                f"{error}; what goes through them may go on, and new connections for {LEASE_S} s: "
+                f"'qvm-shutdown {tunnel.target}' ends them, and another panic would not find them"
+            ) from error
+
+    report.attempt(_words(tunnel), call)
+
+
+def _remove_configs(inventory: Inventory, session: Session, report: Report) -> None:
+    for qube, key, _ in sorted(_configs(inventory)):
+        (words,) = Step(Kind.REMOVE_CONFIG, qube=qube, key=key).words()
+
+        def remove(qube: QubeName = qube, key: str = key) -> None:
+            session.backend.remove_feature(qube, key)
+
+        report.attempt(words, remove)
+
+
+def _open_still(session: Session) -> Iterator[str]:
+    """What a look at the system finds open after all, or could not see."""
+    try:
+        for line in sorted(policy.allowing(session.backend.read_policy().text)):
+            yield f"policy: {' '.join(line.split())}"
+    except (ForwardError, OSError) as error:
+        yield f"policy: it cannot be read ({error})"
+    try:
+        inventory = session.backend.inventory()
+    except (ForwardError, OSError):
+        return  # this has been said
+    for named in read_rules(inventory).rules:
+        if named.rule.enabled:
+            yield f"{named}: the rule is enabled"
+    for qube, key, _ in sorted(_configs(inventory)):
+        yield f"{qube}: told to listen for {key.removeprefix(CONFIG_PREFIX)}"
+
+
+def _say(report: Report, session: Session) -> None:
+    if report.is_closed:
+        session.say("Everything is closed: dom0 denies every forward, and no qube is told to listen.\n")
+    else:
+        session.say("NOT EVERYTHING IS CLOSED.\n")
+        session.say("".join(f"Done: {what}.\n" for what in report.done))
+    if report.disabled:
+        count = len(report.disabled)
+        session.say(f"{count} rule{'' if count == 1 else 's'} disabled and kept:\n")
+        session.say("".join(f"  {rule}\n" for rule in report.disabled))
+        session.say("'qvm-forward enable QUBE NAME' opens one again.\n")
+    for rule in report.broken:
+        session.say(
+            f"{rule.target} {escaped(rule.name)} is no readable rule; it is left, and opens nothing.\n"
+        )
+    for note in report.notes:
+        session.warn(f"note: {note}")
+    for failure in report.failures:
+        session.warn(f"not done: {failure.what}: {failure.why}")
+    for what in report.open_still:
+        session.warn(f"still open: {what}")
+    if not report.is_closed:
+        session.warn(
+            "what is enabled opens again at the next 'qvm-forward apply': say 'qvm-forward panic' again once "
+            "that is mended"
+        )

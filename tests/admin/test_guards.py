@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each guard's verdict by itself, whatever another one says."""
+
+import pytest
+from worlds import NOW, qube, rule, world
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.guards import Guard, guards
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.rules import NamedRule
+
+AGREED = "path=sys-firewall,sys-net"
+
+
+def found(
+    named: NamedRule, inventory: Inventory | None = None, *others: NamedRule, installed: str | None = None
+) -> dict[str, Guard]:
+    inventory = inventory or world()
+    planned = plan([named, *others], inventory, NOW)
+    forward = planned.find(named.target, named.name)
+    assert forward is not None
+    if installed is None:
+        installed = policy.text(planned, NOW)
+    return {guard.name: guard for guard in guards(forward, planned, inventory, installed, NOW)}
+
+
+CASES = [
+    (rule("srchosts=10.0.0.0/8,fd00::/8"), "sources", "ok", "10.0.0.0/8, fd00::/8 may connect, nobody else"),
+    (rule(), "sources", "note", "anybody who can reach the port may connect"),
+    (rule(AGREED), "path", "ok", "work - sys-firewall - sys-net, as it was agreed to"),
+    (rule("follow-netvm=yes"), "path", "ok", "work - sys-firewall - sys-net; the rule follows every change"),
+    (
+        rule(),
+        "path",
+        "note",
+        "work - sys-firewall - sys-net; none was recorded, so a change is not seen: "
+        "'qvm-forward confirm work web'",
+    ),
+    (
+        rule("path=sys-vpn"),
+        "path",
+        "stops",
+        "work - sys-firewall - sys-net now, but agreed to was work - sys-vpn; 'qvm-forward confirm work web' "
+        "agrees to this one",
+    ),
+    (
+        rule("path=sys-vpn via=sys-net", target="vault"),
+        "path",
+        "stops",
+        "no netvm now, but agreed to was vault - sys-vpn; 'qvm-forward confirm vault web' agrees to this one",
+    ),
+    (rule(), "owner", "ok", "made for work"),
+    (
+        rule("owner="),
+        "owner",
+        "note",
+        "not recorded, so a clone is not told from work: 'qvm-forward confirm work web'",
+    ),
+    (
+        rule("owner=office"),
+        "owner",
+        "stops",
+        "made for office and inherited; 'qvm-forward confirm work web' makes it one of work",
+    ),
+    (rule(), "tunnel", "ok", "no netvm of work is marked as a tunnel"),
+    (
+        rule(target="hidden"),
+        "tunnel",
+        "stops",
+        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn)",
+    ),
+    (
+        rule("bypass-tunnel=yes", target="hidden"),
+        "tunnel",
+        "note",
+        "goes round the tunnel sys-vpn (feature service.vpn-handler-openvpn), as the rule accepts",
+    ),
+    (
+        rule("forwardtype=internal", target="hidden"),
+        "tunnel",
+        "ok",
+        "sys-vpn is the tunnel itself, sys-vpn (feature service.vpn-handler-openvpn)",
+    ),
+    (
+        rule("via=below", target="hidden"),
+        "tunnel",
+        "ok",
+        "below is behind the same tunnel, sys-vpn (feature service.vpn-handler-openvpn)",
+    ),
+    (rule(target="vault"), "tunnel", "note", "not judged, as there is no qube that could listen"),
+    (rule("via=gone"), "tunnel", "note", "not judged, as there is no qube that could listen"),
+    (rule(), "expiry", "ok", "never"),
+    (rule(f"expire={NOW}"), "expiry", "stops", "'qvm-forward set work web expire=+8h' gives it more"),
+    (rule(f"expire={NOW + 7200}"), "expiry", "ok", "(in 2 h)"),
+    (rule("enabled=no"), "switch", "stops", "disabled; 'qvm-forward enable work web' opens it"),
+    (rule(), "policy", "ok", "dom0 allows the call"),
+    (rule("enabled=no"), "policy", "stops", "dom0 allows nothing of it"),
+]
+
+
+@pytest.mark.parametrize(("named", "name", "verdict", "words"), CASES)
+def test_each_guard_has_its_verdict_and_says_why(
+    named: NamedRule, name: str, verdict: str, words: str
+) -> None:
+    guard = found(named, world(qube("below", "sys-vpn")))[name]
+    assert (guard.verdict, guard.text[-len(words) :]) == (verdict, words)
+
+
+def test_no_guard_hides_another() -> None:
+    named = rule(f"owner=office path=sys-vpn enabled=no expire={NOW}", target="hidden")
+    stopping = [guard.name for guard in found(named).values() if guard.verdict == "stops"]
+    assert stopping == ["switch", "path", "owner", "tunnel", "expiry", "policy"]
+
+
+def test_an_enabled_rule_has_no_switch() -> None:
+    assert [*found(rule())] == ["sources", "path", "owner", "tunnel", "expiry", "policy"]
+
+
+def test_policy_that_is_not_written_yet_stops_a_live_forward() -> None:
+    guard = found(rule(), installed="")["policy"]
+    assert (guard.verdict, guard.text) == (
+        "stops",
+        "dom0 does not allow the call yet; 'qvm-forward apply' sees to it",
+    )
+
+
+@pytest.mark.parametrize("call", ["qubes.ForwardTCP +80+tunnel", "qubes.ConnectTCP +80"])
+def test_policy_that_still_allows_what_is_closed_is_noted(call: str) -> None:
+    line = f"{call} sys-net work allow autostart=no notify=no\n"
+    guard = found(rule("enabled=no"), installed=line)["policy"]
+    assert (guard.verdict, guard.text) == (
+        "note",
+        "dom0 allows the call still; 'qvm-forward apply' closes it",
+    )
+
+
+def test_a_line_that_another_forward_needs_is_not_this_ones() -> None:
+    other = rule("srcports=81 dstports=80", name="other")
+    assert found(rule("enabled=no"), None, other)["policy"].verdict == "stops"
