@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import trio
 
-from .exitstatus import ExitStatus, meaning
+from .counters import Carried, Refusal
+from .exitstatus import ExitStatus, meaning, refusal
 from .qrexec import Call, open_call
 from .relay import Copy, CopyEnd, half_close
 from .relaythread import RelayThread
@@ -42,13 +43,16 @@ class Ending:
     """How a connection ended.
 
     ``error`` is None for a clean end of both directions, else says why not. ``is_refused``: dom0 would
-    not have the call, or the target has as many as it can.
+    not have the call, or the target has as many as it can. ``refusal`` says why nothing was carried at all;
+    ``how`` is one word for the log of connections.
     """
 
     error: str | None
     is_refused: bool
     sent_bytes: int
     received_bytes: int
+    refusal: Refusal | None = None
+    how: str = "closed"
 
 
 async def relay_over_call(
@@ -58,6 +62,7 @@ async def relay_over_call(
     service: str,
     relays: RelayThread,
     timeouts: CallTimeouts,
+    carried: Carried | None = None,
 ) -> Ending:
     """Carry one accepted, non-blocking connection over a call; whoever calls closes or aborts it.
 
@@ -66,12 +71,21 @@ async def relay_over_call(
     """
     async with open_call(client, target, service) as call:
         connection = _Connection(accepted, call, relays, timeouts)
+        if carried is not None:
+            carried.by = connection
         async with trio.open_nursery() as nursery:
             connection.scope = nursery.cancel_scope
             nursery.start_soon(connection.watch_for_life)
             nursery.start_soon(connection.download)
             await connection.upload()
-        return Ending(connection.error, connection.is_refused, connection.up.moved, connection.down.moved)
+        return Ending(
+            connection.error,
+            connection.is_refused,
+            connection.sent,
+            connection.received,
+            connection.refusal,
+            "closed" if connection.error is None else "aborted",
+        )
 
 
 class _Connection:
@@ -85,10 +99,24 @@ class _Connection:
         self.down = Copy(call.stdout, accepted)
         self.error: str | None = None
         self.is_refused = False
+        self.refusal: Refusal | None = None
         self.scope: trio.CancelScope
         self._relays = relays
         self._timeouts = timeouts
         self._ended = 0
+
+    @property
+    def sent(self) -> int:
+        return self.up.moved
+
+    @property
+    def received(self) -> int:
+        return self.down.moved
+
+    @property
+    def is_joined(self) -> bool:
+        """Nothing but a byte from the target tells that the server has taken the connection."""
+        return self.down.moved > 0
 
     async def upload(self) -> None:
         """Client to server. A client's abort ends all; why a call takes no more, `download` learns."""
@@ -110,6 +138,8 @@ class _Connection:
         if status:
             # Once there were bytes from the target, its 126 would be a forgery.
             self.is_refused = status == ExitStatus.REFUSED and self.down.moved == 0
+            if self.error is None and self.down.moved == 0 and status != ExitStatus.SERVER_RESET:
+                self.refusal = refusal(status)
             self._fail(meaning(status))
             return
         half_close(self.up.source)

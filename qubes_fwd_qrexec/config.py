@@ -26,6 +26,8 @@ _KEY_PREFIX = "fwd."
 
 # What dom0 calls in a target to end its tunnels; no exposed qube may.
 REVOKE_SERVICE = "qubes.ForwardRevoke"
+# What dom0 asks exposed qubes and targets how their forwards are; no qube may.
+STATUS_SERVICE = "qubes.ForwardStatus"
 
 
 class Service(StrEnum):

@@ -44,7 +44,14 @@ class StoreError(ForwardError):
 
 
 class RefusedError(ForwardError):
-    """A request is understood and not done, for a reason that the text gives with the way out."""
+    """A request is understood and not done, for a reason that the text gives with the way out.
+
+    ``kind`` is one word for counters, such as those of `counters.Refusal`.
+    """
+
+    def __init__(self, text: str, kind: str = "no-call") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class ProtocolError(ForwardError):

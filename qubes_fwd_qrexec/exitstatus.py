@@ -3,6 +3,8 @@
 
 from enum import IntEnum
 
+from .counters import Refusal
+
 
 class ExitStatus(IntEnum):
     """The exit statuses that mean something; the first three are qrexec's (libqrexec/qrexec.h)."""
@@ -32,6 +34,19 @@ _MEANINGS = {
     ExitStatus.SERVER_RESET: "the server in the target aborted the connection",
     ExitStatus.SERVER_TIMEOUT: "the server in the target did not accept the connection in time",
 }
+
+
+_REFUSALS: dict[int, Refusal] = {
+    ExitStatus.REFUSED: Refusal.POLICY,
+    ExitStatus.NO_SERVICE: Refusal.NO_SERVICE,
+    ExitStatus.SERVER_REFUSED: Refusal.SERVER,
+    ExitStatus.SERVER_TIMEOUT: Refusal.SERVER,
+}
+
+
+def refusal(status: int) -> Refusal:
+    """What a call that gave no byte counts as; afterwards a target could have forged it."""
+    return _REFUSALS.get(status, Refusal.NO_CALL)
 
 
 def meaning(status: int) -> str:

@@ -6,7 +6,7 @@ import math
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import trio
@@ -20,10 +20,13 @@ from .accepting import (
     peer_address,
 )
 from .config import ListenerConfig
+from .connectionlog import ConnectionLog
+from .counters import WAYS, Carried, Counters, Refusal
 from .errors import RefusedError
-from .logs import RateLimit, warn
+from .logs import RateLimit, one_line, warn
 from .relay import abort, close_well, undelivered_bytes
-from .rules import OnExpire
+from .report import ForwardReport, Way
+from .rules import OnExpire, Transport
 from .transports import Transports
 from .values import IPAddress
 
@@ -32,6 +35,7 @@ _logger = logging.getLogger(__name__)
 # relay-behaviours 12: what came before an abort is delivered before the RST, within this time.
 _DELIVERY_S = 1.0
 _DELIVERY_LOOK_S = 0.02
+
 
 Binding = tuple[IPAddress, int]
 
@@ -47,6 +51,7 @@ class Means:
 
     transports: Transports
     tasks: trio.Nursery
+    log: ConnectionLog = field(default_factory=ConnectionLog)
 
 
 class Expiry:
@@ -68,6 +73,8 @@ class Forward:
         self.config = config
         self.expiry = Expiry(config.expire)
         self._means = means
+        self.counters = Counters()
+        self._way = Way.IDLE
         self._limit = RateLimit()
         self._listening: dict[Binding, socket.socket] = {}
         self._live: set[trio.CancelScope] = set()
@@ -126,41 +133,88 @@ class Forward:
             return
         if peer not in self.config.sources:
             abort(accepted)
+            self.counters.refused(Refusal.SOURCE)
             self._warn("source", f"refused {peer}: not in {self.config.sources}")
             return
         self._means.tasks.start_soon(self._serve, port, accepted, peer)
 
     async def _serve(self, port: int, accepted: socket.socket, peer: IPAddress) -> None:
         """Carry one connection. Whatever happens ends in an abort, unless both directions ended well."""
+        carried = self.counters.opened()
+        line = self._means.log.opened(self.config, accepted, port)
+        how = "cut"
         with trio.CancelScope() as scope:
             self._live.add(scope)
             try:
-                if await self._relay(port, accepted, peer):
+                is_well, how = await self._relay(port, accepted, peer, carried)
+                if is_well:
                     close_well(accepted)
                 else:
                     await _delivered(accepted)
             except Exception:
                 if self._means.transports.relays.has_failed:
                     raise
+                how = "bug"
                 _logger.exception("%s: a bug ended the connection of %s", self, peer)
             finally:
                 self._live.discard(scope)
                 abort(accepted)
+                self.counters.closed(carried)
+                self._means.log.ended(line, self.config, carried, how)
 
-    async def _relay(self, port: int, accepted: socket.socket, peer: IPAddress) -> bool:
-        """Whether the connection ended well; if not, the log has a line of its kind."""
+    async def _relay(
+        self, port: int, accepted: socket.socket, peer: IPAddress, carried: Carried
+    ) -> tuple[bool, str]:
+        """Whether the connection ended well, and how; if not well, the log has a line of its kind."""
         try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ending = await self._means.transports.carry(self.config, port, accepted)
+            ending = await self._means.transports.carry(self.config, port, accepted, carried)
         except RefusedError as error:
+            self._failed(error.kind, str(error))
             self._warn("no call", f"{peer}: {error}")
-            return False
+            return False, "refused"
         except OSError as error:
+            self._failed(None, str(error))
             self._warn("trouble", f"{peer}: {error}")
-            return False
+            return False, "aborted"
         if ending.error is not None:
+            self._failed(ending.refusal, ending.error)
             self._warn(ending.error, f"{peer}: {ending.error}")
-        return ending.error is None
+        elif self.config.transport is Transport.CALL:
+            self._way = Way.IDLE
+        return ending.error is None, ending.how
+
+    def _failed(self, kind: str | None, error: str) -> None:
+        """Count it; why a call of its own failed is what there is to know of the way to the target."""
+        self.counters.failed(error)
+        if kind is not None:
+            self.counters.refused(kind)
+        if self.config.transport is Transport.CALL:
+            self._way = WAYS.get(kind or "", self._way)
+
+    def report(self) -> ForwardReport:
+        """How it is now."""
+        counters, tunnels = self.counters, self._means.transports.tunnels(self.config)
+        way = self._way
+        if self.config.transport is Transport.TUNNEL:
+            way = Way.IDLE if tunnels is None else tunnels.way
+        text, at = counters.last_error or (None, None)
+        return ForwardReport(
+            target=self.config.target,
+            name=self.config.name,
+            since=int(counters.since),
+            connections=counters.connections,
+            total=counters.total,
+            refused=dict(counters.refusals),
+            sent=counters.sent,
+            received=counters.received,
+            transport=self.config.transport,
+            way=way,
+            tunnels=0 if tunnels is None else tunnels.count,
+            is_listening=self._listening.keys() == bindings(self.config),
+            last_error=None if text is None else one_line(text),
+            last_error_at=None if at is None else int(at),
+        )
 
     def _warn(self, kind: str, message: str) -> None:
         warn(_logger, self._limit, kind, f"{self}: {message}")

@@ -8,8 +8,10 @@ new, and touches no connection of what stays.
 
 import argparse
 import logging
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import trio
@@ -22,12 +24,15 @@ from .configsource import ConfigSource, Configuration
 from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Binding, Expiry, Forward, Means, bindings
-from .logs import start_logging
+from .logs import one_line, start_logging
 from .notify import notify
 from .relaythread import open_relay_thread
+from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, Firewall, ListenerReport, Problem, Trial
 from .rules import NO_LIMITS
+from .statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
 from .targets import CALLS_MAX
 from .transports import Transports
+from .trial import try_out
 from .tunnels import LINGER_S
 from .values import QubeName, RuleName
 
@@ -51,6 +56,7 @@ class Listener:
         timeouts: CallTimeouts | None = None,
         drain_s: float = DRAIN_S,
         linger_s: float = LINGER_S,
+        status_dir: Path | None = None,
     ) -> None:
         self._source = source
         self._client = client
@@ -58,6 +64,11 @@ class Listener:
         self._timeouts = timeouts or CallTimeouts()
         self._drain_s = drain_s
         self._linger_s = linger_s
+        self._status_dir = status_dir
+        self._since = int(time.time())
+        self._problems: dict[str, str] = {}
+        self.firewall = Firewall.UNKNOWN
+        """What whoever opens the ports in this qube's firewall says of them."""
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         self._stopping = trio.Event()
@@ -69,7 +80,11 @@ class Listener:
 
         Raises `ConfigError` or `BindError` when the first configuration cannot be served as a whole.
         """
-        async with open_relay_thread() as relays, trio.open_nursery() as tasks:
+        async with (
+            open_relay_thread() as relays,
+            open_status(self._status_dir, self),
+            trio.open_nursery() as tasks,
+        ):
             transports = Transports(
                 self._client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
             )
@@ -114,9 +129,29 @@ class Listener:
         except ConfigError as error:
             _logger.error("configuration not reloaded: %s", error)
 
+    def report(self) -> ListenerReport:
+        """How everything is now, for whoever asks."""
+        forwards = [forward for _, forward in sorted(self._forwards.items())]
+        problems = sorted(self._problems.items())
+        return ListenerReport(
+            since=self._since,
+            forwards=tuple(forward.report() for forward in forwards[:FORWARDS_MAX]),
+            problems=tuple(Problem(one_line(k), one_line(text)) for k, text in problems[:PROBLEMS_MAX]),
+            left_out=max(0, len(forwards) - FORWARDS_MAX),
+            firewall=self.firewall,
+        )
+
+    async def try_out(self, untrusted_key: str) -> Trial:
+        """Send a connection through a forward. Raises `ConfigError` or `TextError` for what is none."""
+        forward = self._forwards.get(parse_key(untrusted_key))
+        if forward is None:
+            return Trial(Answer.FAILED, "", one_line(f"{untrusted_key} is not open here"))
+        return await try_out(forward.config, self._means.transports)
+
     def _reconcile(self, found: Configuration, *, is_first: bool = False) -> None:
         """Close what is gone, then open what is new. A bad entry is refused alone, and named."""
         wanted, errors = _usable(found)
+        self._problems = {key: str(error) for key, error in errors.items()}
         for key, error in sorted(errors.items()):
             _logger.error("refused: %s", error)
             if (kept := self._forward_of(key)) is not None:
@@ -132,6 +167,7 @@ class Listener:
             except BindError as error:
                 if is_first:
                     raise
+                self._problems[config.key] = str(error)
                 _logger.error("%s %s is not opened: %s", *name, error)
 
     def _forward_of(self, untrusted_key: str) -> Forward | None:
@@ -242,6 +278,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="keep a tunnel for so long after its last connection (default: %(default)g)",
     )
+    parser.add_argument(
+        "--status-dir",
+        type=Path,
+        metavar="PATH",
+        help=f"where this can be asked how it is (default: the service manager's {RUNTIME_VARIABLE})",
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
@@ -266,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
             calls_max=args.calls,
             timeouts=CallTimeouts(call_s=args.call_timeout),
             linger_s=args.linger,
+            status_dir=args.status_dir or runtime_directory(os.environ.get(RUNTIME_VARIABLE)),
         )
         trio.run(_main, listener, strict_exception_groups=True)
     except* ForwardError as errors:

@@ -141,6 +141,22 @@ def revoke(ports: TargetPorts, source: QubeName, place: Path, how: OnExpire = On
     return ended
 
 
+def tunnels(place: Path) -> Iterator[tuple[TargetPorts, QubeName]]:
+    """Ports and source of every tunnel that lives now. Raises `RevocationError`."""
+    try:
+        notes = [note for path in place.iterdir() if (note := _Note.parse(path.name)) is not None]
+        for note in notes:
+            with suppress(FileNotFoundError), (place / str(note)).open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield note.ports, note.source
+    except FileNotFoundError:
+        return  # there never was a tunnel
+    except OSError as error:
+        raise RevocationError(f"{place}: {error.strerror}") from error
+
+
 def _end(note: _Note, place: Path, how: signal.Signals | None) -> bool:
     """Whether the note's process lived and was told to end; the note of a dead one is removed."""
     with ExitStack() as undo:

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from .counters import Refusal
 from .errors import RefusedError
 
 # A quarter of what qrexec has for one target (qubes-core-qrexec daemon/qrexec-daemon.c, MAX_FDS).
@@ -69,12 +70,14 @@ class Target:
         """Hold one of the target's calls; raises `RefusedError` when there is none to be had in time."""
         self.check_back_off(service)
         if self._slots.statistics().tasks_waiting >= WAITING_MAX:
-            raise RefusedError(f"{self.name} has {self.calls_max} calls and {WAITING_MAX} wait")
+            raise RefusedError(f"{self.name} has {self.calls_max} calls and {WAITING_MAX} wait", Refusal.BUSY)
         borrower = object()
         with trio.move_on_after(WAIT_S) as waiting:
             await self._slots.acquire_on_behalf_of(borrower)
         if waiting.cancelled_caught:
-            raise RefusedError(f"{self.name} has {self.calls_max} calls, and none ended within {WAIT_S:g} s")
+            raise RefusedError(
+                f"{self.name} has {self.calls_max} calls, and none ended within {WAIT_S:g} s", Refusal.BUSY
+            )
         try:
             self.check_back_off(service)
             yield
@@ -116,4 +119,6 @@ class Target:
             return
         left_s = back_off.until - self._clock()
         if left_s > 0:
-            raise RefusedError(f"{service} in {self.name} is tried again in {left_s:.1f} s: {back_off.why}")
+            raise RefusedError(
+                f"{service} in {self.name} is tried again in {left_s:.1f} s: {back_off.why}", Refusal.BACK_OFF
+            )

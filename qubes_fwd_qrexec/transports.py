@@ -12,6 +12,7 @@ import trio
 from .budget import Budget
 from .call import CallTimeouts, Ending, relay_over_call
 from .config import ListenerConfig
+from .counters import Carried
 from .errors import RefusedError
 from .relaythread import RelayThread
 from .rules import Proxy, Transport
@@ -47,23 +48,34 @@ class Transports:
         self._targets: dict[str, Target] = {}
         self._tunnels: dict[_TunnelsKey, Tunnels] = {}
 
-    async def carry(self, config: ListenerConfig, port: int, accepted: socket.socket) -> Ending:
+    async def carry(
+        self,
+        config: ListenerConfig,
+        port: int,
+        accepted: socket.socket,
+        carried: Carried | None = None,
+        origin: Origin | None = None,
+    ) -> Ending:
         """Carry a connection that was accepted on ``port``; an `Ending` with an error asks for an abort.
+
+        ``origin`` is said where it is no TCP connection.
 
         Raises `RefusedError` when there is no call to be had, OSError when the connection is gone.
         """
-        origin = _origin(accepted)
+        is_tcp = origin is None
+        origin = origin or _origin(accepted)
         if config.transport is Transport.TUNNEL:
             tunnels = self._tunnels_for(config)
             proxy = _PROXY_VERSIONS[config.proxy]
-            return await tunnels.relay(accepted, config.target_port(port), origin, proxy)
+            return await tunnels.relay(accepted, config.target_port(port), origin, proxy, carried)
         target = self._target(config.target)
         service = f"{config.service}+{config.target_port(port)}"
         async with target.slot(service):
-            _origin(accepted)  # it may have left while it waited
+            if is_tcp:
+                _origin(accepted)  # it may have left while it waited
             try:
                 ending = await relay_over_call(
-                    accepted, self._client, config.target, service, self.relays, self._timeouts
+                    accepted, self._client, config.target, service, self.relays, self._timeouts, carried
                 )
             except OSError as error:
                 raise RefusedError(f"cannot start {self._client[0]}: {error.strerror}") from error
@@ -72,6 +84,10 @@ class Transports:
         elif ending.received_bytes:
             target.accepted(service)
         return ending
+
+    def tunnels(self, config: ListenerConfig) -> Tunnels | None:
+        """The tunnels that the forward uses, if there were any yet."""
+        return self._tunnels.get(_tunnels_key(config))
 
     def reconfigured(self, configs: list[ListenerConfig]) -> None:
         """The configuration is new, and with it the policy: ask dom0 again, and let go what nobody needs."""

@@ -18,13 +18,15 @@ import trio
 
 from .budget import WINDOW_MAX_BYTES, Budget
 from .call import Ending
+from .counters import WAYS, Carried, Refusal
 from .errors import RefusedError
-from .exitstatus import meaning
+from .exitstatus import meaning, refusal
 from .leg import Leg, LegEnd
 from .logs import RateLimit, warn
 from .mux import Mux
 from .qrexec import Call, open_call
 from .relaythread import RelayThread
+from .report import Way
 from .targets import Target
 from .tunnel import Connection, GoawayCode, Hello, OpenReceived, Origin, ProxyVersion, ResetCode
 from .values import TargetPorts
@@ -45,6 +47,7 @@ _TRIES = 3
 _STATUS_WAIT_S = 0.2
 _LOOK_S = 1.0
 
+_HOW = {LegEnd.DONE: "closed", LegEnd.LOCAL_RESET: "client-reset", LegEnd.REMOTE_RESET: "target-reset"}
 _REFUSALS = {
     ResetCode.REFUSED: "the server in the target refused the connection",
     ResetCode.TIMEOUT: "the server in the target did not accept the connection in time",
@@ -74,6 +77,8 @@ class Tunnel:
         self.settled = trio.Event()
         """Set once it is ready, or never will be."""
         self.problem: str | None = None
+        self.refusal: str | None = None
+        """Why it never became ready."""
         self.mux: Mux | None = None
         self.ready_at = -math.inf
         self.opened = 0
@@ -140,7 +145,14 @@ class Tunnel:
 
         self._relays.order(drain)
 
-    async def relay(self, accepted: socket.socket, port: int, origin: Origin, proxy: ProxyVersion) -> Ending:
+    async def relay(
+        self,
+        accepted: socket.socket,
+        port: int,
+        origin: Origin,
+        proxy: ProxyVersion,
+        carried: Carried | None = None,
+    ) -> Ending:
         """Carry one connection, and close or abort it in the end; `_RetryError` if it was not begun."""
         legs: list[Leg] = []
 
@@ -151,9 +163,12 @@ class Tunnel:
             self.opened += 1
             leg = self.mux.open(port, origin, accepted, proxy)
             if leg is None:
-                finish(Ending("this qube holds as many connections as it may", False, 0, 0))
+                text = "this qube holds as many connections as it may"
+                finish(Ending(text, False, 0, 0, Refusal.BUSY, "refused"))
                 return
             legs.append(leg)
+            if carried is not None:
+                carried.by = leg
             self._waiting[leg] = finish
             leg.on_end = partial(self._leg_ended, leg)
 
@@ -170,7 +185,7 @@ class Tunnel:
     def _leg_ended(self, leg: Leg, how: LegEnd) -> None:
         finish = self._waiting.pop(leg, None)
         if finish is not None:
-            finish(Ending(None, False, leg.sent, leg.received))
+            finish(Ending(None, False, leg.sent, leg.received, how=_HOW[how]))
 
     # What the mux tells, in the loop's thread
 
@@ -195,7 +210,8 @@ class Tunnel:
         finish = self._waiting.pop(leg, None)
         if finish is not None:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
-            finish(_RetryError(is_targets=True) if code in _TRY_AGAIN else Ending(error, False, 0, 0))
+            refused = Ending(error, False, 0, 0, Refusal.SERVER, "refused")
+            finish(_RetryError(is_targets=True) if code in _TRY_AGAIN else refused)
 
     def draining(self, mux: Mux, code: GoawayCode) -> None:
         self._turn_away()
@@ -238,6 +254,7 @@ class Tunnels:
         self._limit = RateLimit()
         self._waiting = 0
         self._is_retired = False
+        self._failed = ""
 
     def retire(self) -> None:
         """No forward needs these any more: each tunnel ends with its last stream."""
@@ -245,7 +262,26 @@ class Tunnels:
         for tunnel in self._tunnels:
             tunnel.drain()
 
-    async def relay(self, accepted: socket.socket, port: int, origin: Origin, proxy: ProxyVersion) -> Ending:
+    @property
+    def count(self) -> int:
+        """Tunnels that are ready, those that drain too."""
+        return sum(not tunnel.is_opening for tunnel in self._tunnels)
+
+    @property
+    def way(self) -> Way:
+        """How it stands with the way to the target."""
+        if self.count:
+            return Way.OPEN
+        return Way.OPENING if self._tunnels else WAYS.get(self._failed, Way.IDLE)
+
+    async def relay(
+        self,
+        accepted: socket.socket,
+        port: int,
+        origin: Origin,
+        proxy: ProxyVersion,
+        carried: Carried | None = None,
+    ) -> Ending:
         """Carry one connection, which is closed then unless the `Ending` has an error.
 
         Raises `RefusedError` when there is no tunnel to be had; the connection is untouched then.
@@ -255,7 +291,7 @@ class Tunnels:
         while True:
             tunnel = await self._usable(deadline)
             try:
-                return await tunnel.relay(accepted, port, origin, proxy)
+                return await tunnel.relay(accepted, port, origin, proxy, carried)
             except _RetryError as error:
                 turned_away += error.is_targets
             if turned_away >= _TRIES:
@@ -276,13 +312,16 @@ class Tunnels:
                 opening = next((t for t in self._tunnels if t.is_opening), None) or self._open()
                 await opening.settled.wait()
                 if opening.problem is not None:
-                    raise RefusedError(f"no tunnel to {self._target.name}: {opening.problem}")
+                    kind = opening.refusal or Refusal.NO_CALL
+                    raise RefusedError(f"no tunnel to {self._target.name}: {opening.problem}", kind)
         raise RefusedError(f"no tunnel to {self._target.name} within {HELLO_S:g} s")
 
     @contextmanager
     def _waiting_one(self) -> Iterator[None]:
         if self._waiting >= WAITING_MAX:
-            raise RefusedError(f"{WAITING_MAX} connections wait for a tunnel to {self._target.name}")
+            raise RefusedError(
+                f"{WAITING_MAX} connections wait for a tunnel to {self._target.name}", Refusal.BUSY
+            )
         self._waiting += 1
         try:
             yield
@@ -304,6 +343,7 @@ class Tunnels:
                 problem = await self._call(tunnel)
                 if tunnel.is_opening:
                     problem = problem or "the target closed it at once"
+                    tunnel.refusal = self._failed = tunnel.refusal or Refusal.NO_CALL
                     self._target.refused(self._service, problem)
                 elif problem is not None:
                     warn(_logger, self._limit, "lost", f"a tunnel to {self._target.name} was lost: {problem}")
@@ -312,6 +352,7 @@ class Tunnels:
                     self._given_up(tunnel)
         except RefusedError as error:
             problem = str(error)
+            tunnel.refusal = error.kind
         finally:
             self._tunnels.remove(tunnel)
             if tunnel.is_opening:
@@ -328,6 +369,8 @@ class Tunnels:
             return f"cannot start {self._client[0]}: {error.strerror}"
         if not status:
             return problem
+        if tunnel.is_opening:
+            tunnel.refusal = refusal(status)
         # That the call's bytes ended says nothing more where it never came through.
         return meaning(status) if tunnel.is_opening else f"{problem}; {meaning(status)}"
 
@@ -344,6 +387,7 @@ class Tunnels:
     async def _keep(self, tunnel: Tunnel) -> None:
         """Let a tunnel end that has had no streams for a while."""
         await tunnel.settled.wait()
+        self._failed = ""
         idle_since = tunnel.ready_at
         opened = 0
         while not self._is_retired:

@@ -208,6 +208,7 @@ async def running_listener(
     timeouts: CallTimeouts | None = None,
     drain_s: float = 5.0,
     linger_s: float = 60.0,
+    status_dir: Path | None = None,
 ) -> AsyncIterator[Listener]:
     """A listener that serves ``directory``; stopped, at once, with the block."""
     listener = Listener(
@@ -217,6 +218,7 @@ async def running_listener(
         timeouts=timeouts,
         drain_s=drain_s,
         linger_s=linger_s,
+        status_dir=status_dir,
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)

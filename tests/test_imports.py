@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = "qubes_fwd_qrexec"
 ROOT = Path(__file__).parent.parent / PACKAGE
-VOCABULARY = ("errors", "values", "options", "rules", "exchange", "rulexml", "config")
+VOCABULARY = ("errors", "values", "options", "rules", "exchange", "rulexml", "config", "report")
 
 
 def module_name(file: Path) -> str:
@@ -155,7 +155,10 @@ def test_the_tunnel_is_pure(name: str) -> None:
     assert not ours(name) & set(VM_SIDE)
 
 
-@pytest.mark.parametrize("name", ["relay", "exitstatus", "localserver", "configsource", "logs", *VOCABULARY])
+WITHOUT_TRIO = ["relay", "exitstatus", "localserver", "configsource", "logs", "counters", "metrics"]
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_TRIO, "statusservice", *VOCABULARY])
 def test_trio_stays_with_those_who_need_it(name: str) -> None:
     assert "/trio" not in reached_by(name)
 

@@ -14,6 +14,7 @@ from tunnels_bench import ORIGIN, Clock, end_well, one, tunnels_to
 
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, Budget
 from qubes_fwd_qrexec.call import Ending
+from qubes_fwd_qrexec.counters import Refusal
 from qubes_fwd_qrexec.relay import half_close
 from qubes_fwd_qrexec.tunnel import ProxyVersion
 from qubes_fwd_qrexec.values import TargetPorts
@@ -69,7 +70,8 @@ async def test_a_refused_connection_is_left_to_whoever_asked(tmp_path: Path) -> 
         with client, accepted, trio.fail_after(BOUND_S):
             client.send(b"unread")
             ending = await bench.tunnels.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
-            assert ending == Ending("the server in the target refused the connection", False, 0, 0)
+            error = "the server in the target refused the connection"
+            assert ending == Ending(error, False, 0, 0, Refusal.SERVER, "refused")
             assert accepted.recv(10) == b"unread"
 
 

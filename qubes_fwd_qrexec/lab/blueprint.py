@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.errors import RefusedError, StoreError
 from qubes_fwd_qrexec.values import QubeName
 
@@ -18,7 +18,7 @@ from .knobs import Knobs
 from .qube import Qube, QubeClass, QubeState
 
 FORWARD_SERVICE = "qubes.ForwardTCP"
-_OUR_SERVICES = (FORWARD_SERVICE, REVOKE_SERVICE)
+_OUR_SERVICES = (FORWARD_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
 CONNECT_SERVICE = "qubes.ConnectTCP"
 # qubes-core-agent-linux qubes-rpc/qubes.ConnectTCP.config.
 _CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"

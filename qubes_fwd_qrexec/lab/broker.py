@@ -24,6 +24,7 @@ import trio
 
 from qubes_fwd_qrexec.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
+from qubes_fwd_qrexec.unixsockets import socket_address
 
 from . import wire
 from .evaluator import Allow, Ask, Request
@@ -31,7 +32,7 @@ from .join import CallerEnds, Join, wait_for_exit
 from .places import Places
 from .qube import Qube, QubeState
 from .services import Executable, ServiceMissingError, ServiceUnusableError, find_service
-from .started import Started, StartedProcess, connect_service, socket_address, start_process
+from .started import Started, StartedProcess, connect_service, start_process
 from .view import LabView
 
 _log = logging.getLogger("qubes_fwd_qrexec.lab")

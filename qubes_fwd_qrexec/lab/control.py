@@ -12,10 +12,10 @@ from typing import Any
 import trio
 
 from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
+from qubes_fwd_qrexec.unixsockets import socket_address
 
 from .broker import Broker, bind_packets
 from .directory import LabDirectory
-from .started import socket_address
 
 _PACKET_MAX = 65536
 _TIMEOUT_S = 10.0

@@ -65,6 +65,11 @@ class QubeDirectory:
         return tuple(self.root / root / "qubes" / "rpc-config" for root in SEARCH_ROOTS)
 
     @property
+    def listener_run(self) -> Path:
+        """The runtime directory of the qube's listener."""
+        return self.root / "run" / "listener"
+
+    @property
     def agent_socket(self) -> Path:
         return self.root / "qrexec.sock"
 

@@ -68,7 +68,12 @@ class LabSession:
         client = [str(self.lab.client_program), f"--agent-socket={place.agent_socket}"]
         words = self.in_qube(
             qube,
-            *self.command("listener", f"--config={place.vm_config}", f"--qrexec-client={shlex.join(client)}"),
+            *self.command(
+                "listener",
+                f"--config={place.vm_config}",
+                f"--qrexec-client={shlex.join(client)}",
+                f"--status-dir={place.listener_run}",
+            ),
             *options,
         )
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:

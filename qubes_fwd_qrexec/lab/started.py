@@ -10,23 +10,24 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.statusservice import LISTENER_DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.unixsockets import socket_address
 
+from .directory import QubeDirectory
 from .rpcconfig import RpcConfig
 from .services import Executable, ServiceMissingError, ServiceUnusableError, SocketService, TcpService
 
 # Enters a qube's network namespace, for the calling thread and as long as the block lasts.
 EnterQube = Callable[[], AbstractContextManager[None]]
 
-# sockaddr_un.sun_path has 108 bytes, with the NUL.
-_SOCKET_PATH_MAX = 107
 # What of the broker's environment a service must not see (exec.c, should_strip_env_var).
 _STRIPPED_PREFIX = "QREXEC"
 
@@ -113,6 +114,7 @@ def service_environment(
         "QREXEC_SERVICE_FULL_NAME": full_name,
         # Each qube has a /run of its own.
         DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
+        LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),
     }
 
 
@@ -147,16 +149,3 @@ async def connect_service(
 async def _connect_path(stream: trio.socket.SocketType, path: Path) -> None:
     with socket_address(path) as address:
         await stream.connect(address)
-
-
-@contextmanager
-def socket_address(path: Path) -> Iterator[str]:
-    """A UNIX socket's address that fits into 107 bytes, however long the path is."""
-    if len(os.fsencode(path)) <= _SOCKET_PATH_MAX:
-        yield str(path)
-        return
-    directory_fd = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory_fd}/{path.name}"
-    finally:
-        os.close(directory_fd)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a forward counts while it is open, without any cost where bytes move.
+
+Who carries a connection counts its bytes anyway; they are read from there while it lives, and added up
+when it ends.
+"""
+
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Protocol
+
+from .report import Way
+
+
+class Refusal(StrEnum):
+    """Why a connection was not carried. Any other word of small letters and dashes counts by itself."""
+
+    SOURCE = "source"
+    """Its address is in none of the rule's networks."""
+    POLICY = "policy"
+    """dom0 refuses the call (exit status 126)."""
+    NO_SERVICE = "no-service"
+    """The target lacks the service (exit status 127)."""
+    SERVER = "server"
+    """The server in the target took no connection."""
+    BUSY = "busy"
+    """So many calls or connections are under way already that no more may wait."""
+    BACK_OFF = "back-off"
+    """A call was refused just before, and is not asked for again yet."""
+    NO_CALL = "no-call"
+    """There was no call to be had for any other reason."""
+
+
+# What of it tells how the way to the target is, until a connection comes through again.
+WAYS: dict[str, Way] = {
+    Refusal.POLICY: Way.REFUSED,
+    Refusal.NO_SERVICE: Way.NO_SERVICE,
+    Refusal.NO_CALL: Way.FAILED,
+}
+
+
+class Measured(Protocol):
+    """What knows how many bytes it has moved; another thread may be counting on."""
+
+    @property
+    def sent(self) -> int: ...
+
+    @property
+    def received(self) -> int: ...
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the server in the target is known to have taken the connection."""
+
+
+class Carried:
+    """One connection; ``by`` is what moves its bytes, once there is such."""
+
+    __slots__ = ("by", "since")
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.by: Measured | None = None
+
+    @property
+    def sent(self) -> int:
+        """Bytes from the client."""
+        return 0 if self.by is None else self.by.sent
+
+    @property
+    def received(self) -> int:
+        """Bytes to the client."""
+        return 0 if self.by is None else self.by.received
+
+
+class Counters:
+    """The figures of one forward since ``since`` (UNIX seconds). It belongs to trio's thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.since = clock()
+        self.total = 0
+        """Connections that were let in, whatever became of them."""
+        self.refusals: dict[str, int] = {}
+        self.last_error: tuple[str, float] | None = None
+        """What went wrong last, and when."""
+        self._live: set[Carried] = set()
+        self._sent = self._received = 0
+
+    @property
+    def connections(self) -> int:
+        return len(self._live)
+
+    @property
+    def sent(self) -> int:
+        """Bytes from clients, those of live connections too."""
+        return self._sent + sum(carried.sent for carried in self._live)
+
+    @property
+    def received(self) -> int:
+        return self._received + sum(carried.received for carried in self._live)
+
+    def opened(self) -> Carried:
+        """A connection was let in; `closed` must follow."""
+        self.total += 1
+        carried = Carried(time.monotonic())
+        self._live.add(carried)
+        return carried
+
+    def closed(self, carried: Carried) -> None:
+        self._live.discard(carried)
+        self._sent += carried.sent
+        self._received += carried.received
+
+    def refused(self, reason: str) -> None:
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+
+    def failed(self, text: str) -> None:
+        self.last_error = text, self._clock()

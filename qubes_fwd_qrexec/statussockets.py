@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where a running listener is asked how it is: UNIX sockets in its runtime directory.
+
+``status.sock`` answers whoever connects with one JSON document (`ListenerReport`) and closes.
+``metrics.sock`` answers an HTTP request with the same figures for Prometheus. ``try.sock`` takes the key
+of a forward on a line, sends a connection through it and tells what came of it (`Trial`).
+
+They are open to every user of this qube: the service that dom0 calls runs as another one than the
+listener. They tell figures, and carry nobody's bytes.
+"""
+
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from . import metrics, report
+from .errors import ConfigError, TextError
+from .report import Answer, ListenerReport, Trial
+from .unixsockets import open_unix_listening
+
+_logger = logging.getLogger(__name__)
+
+# systemd.exec(5): set for a unit with RuntimeDirectory=, and colon-separated if there are several.
+RUNTIME_VARIABLE = "RUNTIME_DIRECTORY"
+STATUS, METRICS, TRY = "status.sock", "metrics.sock", "try.sock"
+# Connect is writing: the RPC runs as the user of the qube, the listener as one of its own.
+_MODE = 0o666
+# Whoever neither asks nor takes the answer is left; an answer is at most a few megabytes on this machine.
+_PATIENCE_S = 5.0
+# dom0 asks one question at a time, and a collector of metrics another.
+_AT_ONCE_MAX = 8
+_BACKLOG = 16
+_KEY_MAX_BYTES = 64
+
+
+class Reporting(Protocol):
+    """The listener, as it is asked."""
+
+    def report(self) -> ListenerReport: ...
+
+    async def try_out(self, untrusted_key: str) -> Trial:
+        """Raises `ConfigError` or `TextError` for what is no forward."""
+
+
+def runtime_directory(environ_value: str | None) -> Path | None:
+    """The directory that the service manager made for this unit, if any."""
+    first = (environ_value or "").split(":")[0]
+    return Path(first) if first else None
+
+
+@asynccontextmanager
+async def open_status(place: Path | None, listener: Reporting) -> AsyncIterator[None]:
+    """Answer within the block. Where the sockets cannot be made, the listener works without them."""
+    with contextlib.ExitStack() as undo:
+        sockets = {} if place is None else _open(place, undo)
+        serving = _Serving(listener)
+        async with trio.open_nursery() as nursery:
+            for name, sock in sockets.items():
+                listening = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+                handler = serving.bounded(serving.handlers[name])
+                nursery.start_soon(trio.serve_listeners, handler, [listening])
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+def _open(place: Path, undo: contextlib.ExitStack) -> dict[str, socket.socket]:
+    """All sockets, or none with a line in the log."""
+    opened = {}
+    try:
+        place.mkdir(mode=0o755, exist_ok=True)
+        for name in (STATUS, METRICS, TRY):
+            opened[name] = open_unix_listening(place / name, _MODE, _BACKLOG)
+            undo.callback((place / name).unlink, missing_ok=True)
+    except OSError as error:
+        for sock in opened.values():
+            sock.close()
+        undo.close()
+        _logger.error("%s: %s; nobody can ask how this listener is", place, error.strerror)
+        return {}
+    return opened
+
+
+_Handler = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+class _Serving:
+    """What becomes of each connection to one of the sockets."""
+
+    def __init__(self, listener: Reporting) -> None:
+        self._listener = listener
+        self._limiter = trio.CapacityLimiter(_AT_ONCE_MAX)
+        self.handlers: dict[str, _Handler] = {STATUS: self._status, METRICS: self._metrics, TRY: self._try}
+
+    def bounded(self, handler: _Handler) -> _Handler:
+        """The same, with bounds on number and time, and closed in the end whatever happens."""
+
+        async def handle(stream: trio.SocketStream) -> None:
+            try:
+                self._limiter.acquire_on_behalf_of_nowait(stream)
+            except trio.WouldBlock:
+                await trio.aclose_forcefully(stream)
+                return
+            try:
+                with trio.move_on_after(_PATIENCE_S):
+                    try:
+                        await handler(stream)
+                    except trio.BrokenResourceError:
+                        return
+            finally:
+                self._limiter.release_on_behalf_of(stream)
+                await trio.aclose_forcefully(stream)
+
+        return handle
+
+    async def _status(self, stream: trio.SocketStream) -> None:
+        await stream.send_all(report.dump(self._listener.report().as_json()))
+
+    async def _metrics(self, stream: trio.SocketStream) -> None:
+        untrusted_request = await _until(stream, b"\r\n\r\n", metrics.REQUEST_MAX_BYTES)
+        if untrusted_request is not None:
+            await stream.send_all(metrics.answer(untrusted_request, self._listener.report()))
+
+    async def _try(self, stream: trio.SocketStream) -> None:
+        untrusted_line = await _until(stream, b"\n", _KEY_MAX_BYTES)
+        if untrusted_line is None:
+            return
+        untrusted_key = untrusted_line.decode("ascii", "backslashreplace").removesuffix("\n")
+        try:
+            trial = await self._listener.try_out(untrusted_key)
+        except (ConfigError, TextError) as error:
+            trial = Trial(Answer.FAILED, "", str(error)[: report.TEXT_MAX])
+        await stream.send_all(report.dump(trial.as_json()))
+
+
+async def _until(stream: trio.SocketStream, end: bytes, most: int) -> bytes | None:
+    """What comes up to ``end``; None if that does not come within ``most`` bytes."""
+    received = b""
+    while end not in received:
+        more = await stream.receive_some(max(1, most - len(received)))
+        if not more or len(received) + len(more) > most:
+            return None
+        received += more
+    return received
