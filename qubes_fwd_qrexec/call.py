@@ -23,6 +23,8 @@ from .relaythread import RelayThread
 
 # relay-behaviours, "trio": stdout's end and the exit status race; the status is at most this much later.
 _STATUS_WAIT_S = 0.2
+# Statuses that the next call would end with too.
+_REFUSALS = (ExitStatus.REFUSED, ExitStatus.NO_SERVICE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class Ending:
     """How a connection ended.
 
     ``error`` is None for a clean end of both directions, else says why not. ``is_refused``: dom0 would
-    not have the call, or the target has as many as it can. ``refusal`` says why nothing was carried at all;
-    ``how`` is one word for the log of connections.
+    not have the call, or the target has as many as it can, or lacks the service: the next would fare alike.
+    ``refusal`` says why nothing was carried at all; ``how`` is one word for the log of connections.
     """
 
     error: str | None
@@ -136,8 +138,9 @@ class _Connection:
             return
         status = await self.call.status(_STATUS_WAIT_S)
         if status:
-            # Once there were bytes from the target, its 126 would be a forgery.
-            self.is_refused = status == ExitStatus.REFUSED and self.down.moved == 0
+            # Once there were bytes from the target, its 126 would be a forgery. 125 is no refusal: it is
+            # also a server that does not listen yet.
+            self.is_refused = status in _REFUSALS and self.down.moved == 0
             if self.error is None and self.down.moved == 0 and status != ExitStatus.SERVER_RESET:
                 self.refusal = refusal(status)
             self._fail(meaning(status))

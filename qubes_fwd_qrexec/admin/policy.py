@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, Service
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE, Service
 from qubes_fwd_qrexec.errors import TextError
 from qubes_fwd_qrexec.rules import Transport
 from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_qube_name, yes_no
@@ -17,9 +17,10 @@ from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_qube_name, yes_
 from .states import Forward
 
 NAME = "30-forward"
-# Only dom0 may end tunnels, and policy does not apply to dom0's own calls.
+# Only dom0 may end tunnels and ask how forwards are, and policy does not apply to dom0's own calls.
 CLOSING = tuple(
-    f"{service}  *  @anyvm  @anyvm  deny  notify=no" for service in (REVOKE_SERVICE, Service.FORWARD_TCP)
+    f"{service}  *  @anyvm  @anyvm  deny  notify=no"
+    for service in (REVOKE_SERVICE, STATUS_SERVICE, Service.FORWARD_TCP)
 )
 _HEADER = """\
 # This file is written by qvm-forward, and edits in it are lost.

@@ -20,6 +20,7 @@ from qubes_fwd_qrexec.lab.evaluator import Allow, Domain, Request, System
 from qubes_fwd_qrexec.lab.verdicts import Judge, OwnJudge, QubesJudge
 from qubes_fwd_qrexec.rules import NamedRule, Transport
 
+OURS_ALONE = (config.REVOKE_SERVICE, config.STATUS_SERVICE)
 INSTALLED = Path(__file__).parents[2] / "policy" / f"{policy.NAME}.policy"
 
 
@@ -70,7 +71,7 @@ def neighbours(flow: tuple[str, str, str, str], inventory: Inventory) -> set[tup
         {(service, other, source, target) for other in arguments}
         | {(service, argument, other, target) for other in inventory.qubes}
         | {(service, argument, source, other) for other in (*inventory.qubes, "@default", "nobody")}
-        | {(other, argument, source, target) for other in (*Service, config.REVOKE_SERVICE, "qubes.VMShell")}
+        | {(other, argument, source, target) for other in (*Service, *OURS_ALONE, "qubes.VMShell")}
     )
 
 
@@ -136,6 +137,7 @@ def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
         "\n"
         "# Whatever no line above allows is denied.\n"
         "qubes.ForwardRevoke  *  @anyvm  @anyvm  deny  notify=no\n"
+        "qubes.ForwardStatus  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardTCP  *  @anyvm  @anyvm  deny  notify=no\n"
     )
 
