@@ -7,7 +7,7 @@ are those of qubes-core-admin qubes/api/admin.py. What cannot be read is refused
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from qubes_fwd_qrexec.errors import StoreError, TextError
 from qubes_fwd_qrexec.values import QubeName, parse_address, parse_qube_name
@@ -26,6 +26,8 @@ _YES_NO = {"True": True, "False": False}
 
 class Process(Protocol):
     """What of `subprocess.Popen` is used of a call's process."""
+
+    stdout: IO[bytes] | None
 
     def wait(self, timeout: float | None = None) -> int: ...
 
@@ -136,9 +138,9 @@ class AdminApi:
         except Vanished:
             raise StoreError(f"{qube}: there is no such qube any more") from None
 
-    def start_service(self, qube: QubeName, service: str) -> Process:
-        """Start a qrexec call, without input and with its output thrown away."""
-        from subprocess import DEVNULL
+    def start_service(self, qube: QubeName, service: str, *, with_output: bool = False) -> Process:
+        """Start a qrexec call, without input; its output is a pipe or thrown away."""
+        from subprocess import DEVNULL, PIPE
 
         try:
             with self._told(qube, service, None):
@@ -149,7 +151,7 @@ class AdminApi:
                     user="user" if self.is_local else None,
                     autostart=False,
                     stdin=DEVNULL,
-                    stdout=DEVNULL,
+                    stdout=PIPE if with_output else DEVNULL,
                     stderr=DEVNULL,
                     # Ctrl-C in a terminal is for us, who end when the call has.
                     start_new_session=True,

@@ -62,6 +62,22 @@ class PolicyFile(NamedTuple):
     token: str
 
 
+class PolicyCall(NamedTuple):
+    """A qrexec call as policy judges it; ``argument`` begins with ``+``."""
+
+    service: str
+    argument: str
+    source: QubeName
+    target: QubeName
+
+
+class PolicyVerdict(NamedTuple):
+    """``is_allowed`` is None where dom0's policy cannot be read from here; ``reason`` says more."""
+
+    is_allowed: bool | None
+    reason: str
+
+
 class Changes(Protocol):
     """News that anything which plan, configuration or policy are made from has changed; never what."""
 
@@ -104,6 +120,16 @@ class Backend(Protocol):
         Raises `StoreError` unless it ended with status 0. A qube without the service has done no harm:
         what is to be ended by the call cannot be there either.
         """
+
+    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+        """Make a qrexec call from dom0 (``NAME+ARGUMENT``), without input, and return what it says.
+
+        A halted qube is not started. Raises `answers.AnswerError` unless it ended with status 0, in time and
+        with at most ``max_bytes``. What is returned is untrusted.
+        """
+
+    def verdict(self, call: PolicyCall) -> PolicyVerdict:
+        """What dom0's whole policy, read by its own parser, says of a call to a target that runs."""
 
     def locked(self) -> AbstractContextManager[None]:
         """Exclude all others that change rules, configuration or policy through a backend."""

@@ -30,6 +30,7 @@ _COMMANDS = {
     "list": ("showing", "list_rules"),
     "show": ("showing", "show"),
     "status": ("status", "status"),
+    "diagnose": ("diagnose", "diagnose"),
     "plan": ("showing", "explain"),
     "apply": ("showing", "apply"),
     "watch": ("watch", "watch"),

@@ -85,7 +85,7 @@ def _offered(
         return _tunnel_qubes(positionals[0], lab, environ) if len(positionals) == 1 else ()
     if takes_qubes and (not positionals or not (takes_names or command == "add")):
         return _qubes(command, lab, environ)
-    if takes_names and (len(positionals) == 1 or command not in ("set", "show")):
+    if takes_names and (len(positionals) == 1 or command not in ("set", "show", "diagnose")):
         return _names(positionals[0], lab, environ)
     if command == "set":
         return [f"{name}=" for name in ForwardRule.option_names()]

@@ -1,34 +1,49 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Live figures of a forward, as its listener would tell them; this version cannot ask it, and says so.
+"""Live figures of a forward, as its listener tells them when it is asked by ``qubes.ForwardStatus``.
 
-Whoever can ask makes a `FigureSource` and gives it to `status`.
+What a qube says is untrusted: `report` checks it, and nothing is decided by it. Each qube is asked once.
 """
 
 from typing import Any, NamedTuple, Protocol
 
+from qubes_fwd_qrexec.config import STATUS_SERVICE
+from qubes_fwd_qrexec.report import REPORT_MAX_BYTES, ForwardReport, QubeReport, ReportError
+from qubes_fwd_qrexec.values import QubeName
+
+from .answers import NO_SERVICE, AnswerError
+from .backend import Backend
 from .states import Forward
 
 
 class Figures(NamedTuple):
     """What a listener counts: ``connections`` are open now, the others were since it began.
 
-    ``problem`` is what keeps it from listening, such as another program that has the port; the text was
-    parsed and escaped where it came from.
+    ``problem`` is what keeps it from carrying connections, as far as it says so; ``tunnels`` is how many
+    tunnels the target has of it, or None where it was not asked or has not answered.
     """
 
-    connections: int
-    accepted: int
-    refused: int
+    report: ForwardReport
     problem: str | None = None
+    tunnels: int | None = None
+
+    @property
+    def refused(self) -> int:
+        return sum(self.report.refused.values())
 
     def as_json(self) -> dict[str, Any]:
-        return {"is_known": True, **self._asdict()}
+        return {
+            "is_known": True,
+            **self.report.as_json(),
+            "problem": self.problem,
+            "tunnels_in_target": self.tunnels,
+        }
 
 
 class Unknown(NamedTuple):
-    """No figures, and one reason."""
+    """No figures, and one reason. ``is_trouble``: there should be some, and the listener is at fault."""
 
     reason: str
+    is_trouble: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {"is_known": False, "reason": self.reason}
@@ -41,8 +56,63 @@ class FigureSource(Protocol):
         """The figures of one live forward."""
 
 
-class NoFigures:
-    """The source of a version that asks nobody."""
+def ask(backend: Backend, qube: QubeName, argument: str = "") -> QubeReport:
+    """What a qube says of itself. Raises `AnswerError`, also for what cannot be read."""
+    service = f"{STATUS_SERVICE}+{argument}"
+    untrusted_answer = backend.ask(qube, service, REPORT_MAX_BYTES)
+    try:
+        return QubeReport.parse(untrusted_answer)
+    except ReportError as error:
+        raise AnswerError(f"what {qube} says cannot be read: {error}") from error
+
+
+class QubeFigures:
+    """Figures from the qubes themselves, each asked at most once."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._answers: dict[QubeName, QubeReport | AnswerError] = {}
 
     def figures(self, forward: Forward) -> Figures | Unknown:
-        return Unknown("this version cannot ask the listeners")
+        if forward.exposed is None:
+            return Unknown("no qube listens")
+        answer = self._ask(forward.exposed)
+        if isinstance(answer, AnswerError):
+            if answer.status == NO_SERVICE:
+                return Unknown(f"{forward.exposed} does not have {STATUS_SERVICE}")
+            return Unknown(str(answer))
+        if answer.listener is None:
+            return Unknown(f"{forward.exposed}: {answer.listener_problem or 'no listener is running'}", True)
+        key = "" if forward.config is None else forward.config.key
+        problems = [problem.text for problem in answer.listener.problems if problem.key == key]
+        found = answer.listener.find(forward.source.target, forward.source.name)
+        if found is None:
+            why = f": {problems[0]}" if problems else ""
+            return Unknown(f"{forward.exposed} does not have {forward.source} open{why}", True)
+        problem = problems[0] if problems else None
+        if problem is None and not found.is_listening:
+            problem = "not all of its ports are open"
+        return Figures(found, problem, self._tunnels(forward))
+
+    def _tunnels(self, forward: Forward) -> int | None:
+        target = forward.source.target
+        if forward.config is None or forward.config.transport != "tunnel":
+            return None
+        answer = self._ask(target)
+        if isinstance(answer, AnswerError):
+            return None
+        ports = forward.config.target_ports
+        return sum(
+            found.count
+            for found in answer.tunnels
+            if found.source == forward.exposed
+            and (found.ports.first, found.ports.last) == (ports.first, ports.last)
+        )
+
+    def _ask(self, qube: QubeName) -> QubeReport | AnswerError:
+        if qube not in self._answers:
+            try:
+                self._answers[qube] = ask(self._backend, qube)
+            except AnswerError as error:
+                self._answers[qube] = error
+        return self._answers[qube]

@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .backend import ANY, NEW, Changes, PolicyFile, check_feature
+from .backend import ANY, NEW, Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature
 from .inventory import Inventory, Qube, feature_matters
 
 # What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
@@ -79,13 +79,59 @@ class LabStore:
         with _told():
             write_text(self._policy_path, text)
 
+    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+        import subprocess
+
+        from .answers import AnswerError, read_answer
+
+        what = f"{service} in {qube}"
+        if not _is_up(self._lab.qube_dir("dom0").agent_socket):
+            raise AnswerError(f"{what}: the lab is down; 'qvm-forward-lab up' starts it")
+        try:
+            process = subprocess.Popen(
+                self._call_words(qube, service),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise AnswerError(f"{what}: {error.strerror}") from error
+        return read_answer(process, max_bytes, what)
+
+    def verdict(self, call: PolicyCall) -> PolicyVerdict:
+        from dataclasses import replace
+
+        from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Request, System
+        from qubes_fwd_qrexec.lab.verdicts import best_judge
+        from qubes_fwd_qrexec.lab.view import LabView
+
+        view = LabView(self._lab, best_judge())
+        view.refresh()
+        domains = dict(view.system.domains)
+        if call.target in domains:
+            domains[call.target] = replace(domains[call.target], is_running=True)
+        view.system = System(domains)
+        found = view.judge(
+            Request(service=call.service, argument=call.argument, source=call.source, target=call.target)
+        )
+        if isinstance(found, Allow) and found.target == call.target:
+            return PolicyVerdict(True, "dom0 allows the call")
+        if isinstance(found, Deny):
+            return PolicyVerdict(False, found.reason)
+        return PolicyVerdict(False, "dom0 asks the user, or sends the call to another qube")
+
+    def _call_words(self, qube: QubeName, service: str) -> list[str]:
+        socket_path = self._lab.qube_dir("dom0").agent_socket
+        return [str(self._lab.client_program), f"--agent-socket={socket_path}", "--", qube, service]
+
     def call(self, qube: QubeName, service: str) -> None:
         socket_path = self._lab.qube_dir("dom0").agent_socket
         if not socket_path.exists():
             return  # the lab is down, and nothing in it lives
         import subprocess
 
-        words = [str(self._lab.client_program), f"--agent-socket={socket_path}", "--", qube, service]
+        words = self._call_words(qube, service)
         try:
             done = subprocess.run(
                 words,

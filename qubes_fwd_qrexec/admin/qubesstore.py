@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
 from .adminapi import AdminApi
-from .backend import Changes, PolicyFile, check_feature
+from .backend import Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature
 from .inventory import Inventory
 from .policyapi import PolicyApi
 
@@ -89,6 +89,27 @@ class QubesStore:
             raise StoreError(
                 f"{service} in {qube} ended with exit status {status}{self._way_out(qube, service, status)}"
             )
+
+    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+        from .answers import AnswerError, read_answer
+
+        try:
+            process = self._admin.start_service(qube, service, with_output=True)
+            return read_answer(process, max_bytes, f"{service} in {qube}")
+        except AnswerError as error:
+            way_out = self._way_out(qube, service, error.status or 0)
+            raise AnswerError(f"{error}{way_out}", error.status) from error
+        except StoreError as error:
+            raise AnswerError(str(error)) from error
+
+    def verdict(self, call: PolicyCall) -> PolicyVerdict:
+        if not self._admin.is_local:
+            return PolicyVerdict(
+                None, f"{self._admin.here} is not dom0, whose whole policy only dom0 can read"
+            )
+        from .qubesverdict import verdict
+
+        return verdict(call)
 
     def _way_out(self, qube: QubeName, service: str, status: int) -> str:
         if status != _REFUSED or self._admin.is_local:

@@ -1,36 +1,46 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command status: what is open now, with the figures of its listener, and what is still to be applied."""
 
+import json
+import select
+import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from . import policy
-from .apply import differences
-from .figures import Figures, FigureSource, NoFigures, Unknown
+from .apply import Step, differences
+from .figures import Figures, FigureSource, QubeFigures, Unknown
 from .render import exposed_at
 from .session import Session
 from .showing import selected
-from .states import Cause, Forward, State
+from .states import Cause, Forward, Plan, State
 from .tables import Table
 
-_TITLES = ("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "OPEN NOW", "ACCEPTED", "REFUSED")
+_TITLES = (
+    *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
+    *("FROM CLIENTS", "TO CLIENTS"),
+)
 _UNKNOWN = "unknown"
+_KIB = 1024
+# Each look is a call to every qube that listens, and a person reads no faster.
+WATCH_S = 2.0
+# ECMA-48: the cursor goes home, and what stands behind it is erased.
+_CLEAR = "\x1b[H\x1b[J"
 
 
-def status(args: Namespace, session: Session, source: FigureSource | None = None) -> int:
-    """Show the forwards that are live; status 1 if one of them is not as its rule asks for."""
-    source = source or NoFigures()
-    snapshot = session.look(with_config=True)
-    planned = selected(args.qube, snapshot, session.now)
-    installed = session.backend.read_policy()
-    allowed = policy.allowing(installed.text)
-    found = [
-        (forward, allowed >= set(policy.lines(forward)), _ask(source, forward)) for forward in planned.live
-    ]
-    # Of the whole system, whatever part of it is shown.
-    due = differences(snapshot.plan(session.now), snapshot.inventory, installed, session.now)
-    is_well = not due and not any(isinstance(f, Figures) and f.problem for _, _, f in found)
-    if session.is_json:
+class _Seen(NamedTuple):
+    """One look at everything."""
+
+    found: list[tuple[Forward, bool, Figures | Unknown]]
+    planned: Plan
+    due: list[Step]
+
+    @property
+    def is_well(self) -> bool:
+        return not self.due and not any(_is_trouble(figures) for _, _, figures in self.found)
+
+    def as_json(self) -> dict[str, Any]:
         entries = [
             {
                 "qube": forward.source.target,
@@ -41,17 +51,66 @@ def status(args: Namespace, session: Session, source: FigureSource | None = None
                 "is_allowed": is_allowed,
                 "figures": figures.as_json(),
             }
-            for forward, is_allowed, figures in found
+            for forward, is_allowed, figures in self.found
         ]
-        session.say_json({"forwards": entries, "due": [step.as_json() for step in due]})
-        return 0 if is_well else 1
-    if found:
-        table = Table(_TITLES, [_row(*entry) for entry in found], [forward.state for forward, *_ in found])
+        return {"forwards": entries, "due": [step.as_json() for step in self.due]}
+
+
+def status(args: Namespace, session: Session, source: FigureSource | None = None) -> int:
+    """Show the forwards that are live; status 1 if one of them is not as its rule asks for."""
+    if args.watch:
+        from .ending import Ending
+
+        with Ending() as ending:
+            return _watch(args, session, lambda timeout_s: _is_over(ending, timeout_s))
+    seen = _look(args, session, source or QubeFigures(session.backend))
+    if session.is_json:
+        session.say_json(seen.as_json())
+    else:
+        _show(session, seen)
+    return 0 if seen.is_well else 1
+
+
+def _is_over(ending: Any, timeout_s: float) -> bool:
+    return bool(select.select([ending], [], [], timeout_s)[0])
+
+
+def _watch(args: Namespace, session: Session, is_over: Callable[[float], bool]) -> int:
+    """Show it again and again, until the end is asked for; the status is that of the last look."""
+    while True:
+        session = session._replace(now=time.time())
+        seen = _look(args, session, QubeFigures(session.backend))
+        if session.is_json:
+            session.say(f"{json.dumps(seen.as_json() | {'time': session.now})}\n")
+        else:
+            session.say(_CLEAR if session.style.width is not None else "")
+            _show(session, seen)
+        session.out.flush()
+        if is_over(WATCH_S):
+            return 0 if seen.is_well else 1
+
+
+def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
+    snapshot = session.look(with_config=True)
+    planned = selected(args.qube, snapshot, session.now)
+    installed = session.backend.read_policy()
+    allowed = policy.allowing(installed.text)
+    found = [
+        (forward, allowed >= set(policy.lines(forward)), _ask(source, forward)) for forward in planned.live
+    ]
+    # Of the whole system, whatever part of it is shown.
+    due = differences(snapshot.plan(session.now), snapshot.inventory, installed, session.now)
+    return _Seen(found, planned, list(due))
+
+
+def _show(session: Session, seen: _Seen) -> None:
+    if seen.found:
+        states = [forward.state for forward, *_ in seen.found]
+        table = Table(_TITLES, [_row(*entry) for entry in seen.found], states)
         session.say(table.text(session.style) or table.blocks(session.style))
     else:
         session.say("Nothing is open.\n")
-    session.say("".join(f"{remark}\n" for remark in _remarks(found, planned, len(due))))
-    return 0 if is_well else 1
+    session.say("".join(f"{remark}\n" for remark in _remarks(seen.found, seen.planned, len(seen.due))))
 
 
 def _ask(source: FigureSource, forward: Forward) -> Figures | Unknown:
@@ -60,11 +119,23 @@ def _ask(source: FigureSource, forward: Forward) -> Figures | Unknown:
     return source.figures(forward)
 
 
+def _is_trouble(figures: Figures | Unknown) -> bool:
+    return figures.is_trouble if isinstance(figures, Unknown) else figures.problem is not None
+
+
 def _row(forward: Forward, is_allowed: bool, figures: Figures | Unknown) -> tuple[str, ...]:
     if isinstance(figures, Unknown):
-        counts = (_UNKNOWN,) * 3
+        counts = (_UNKNOWN,) * 6
     else:
-        counts = (str(figures.connections), str(figures.accepted), str(figures.refused))
+        report = figures.report
+        counts = (
+            str(report.way),
+            str(report.connections),
+            str(report.total),
+            str(figures.refused),
+            size(report.sent),
+            size(report.received),
+        )
     return (
         forward.source.target,
         forward.source.name,
@@ -75,6 +146,18 @@ def _row(forward: Forward, is_allowed: bool, figures: Figures | Unknown) -> tupl
     )
 
 
+def size(count: int) -> str:
+    """A number of bytes for people: ``0``, ``999``, ``1.5 KiB``, ``12 MiB``."""
+    if count < _KIB:
+        return str(count)
+    value, unit = float(count), ""
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):  # noqa: B007
+        value /= _KIB
+        if value < _KIB:
+            break
+    return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+
+
 def _remarks(
     found: Iterable[tuple[Forward, bool, Figures | Unknown]], planned: Iterable[Forward], due: int
 ) -> Iterable[str]:
@@ -82,8 +165,16 @@ def _remarks(
     for forward, _, figures in found:
         if isinstance(figures, Unknown):
             reasons[figures.reason] = None
-        elif figures.problem is not None:
+            continue
+        if figures.problem is not None:
             yield f"{forward.source}: {figures.problem}."
+        report = figures.report
+        if report.refused:
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))
+            yield f"{forward.source}: refused: {counts}."
+        if report.last_error is not None:
+            at = "" if report.last_error_at is None else f" at {_utc(report.last_error_at)}"
+            yield f"{forward.source}: last error{at}: {report.last_error}."
     if reasons:
         yield f"Figures are unknown: {'; '.join(reasons)}."
     closed = [forward for forward in planned if not forward.is_live]
@@ -93,3 +184,11 @@ def _remarks(
         yield f"Not open: {counts}; 'qvm-forward list' says why."
     if due:
         yield f"Not in force yet: {due} change{'' if due == 1 else 's'}; 'qvm-forward apply' makes them."
+
+
+def _utc(untrusted_seconds: int) -> str:
+    """A time as a qube tells it, which may be none that there is."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(untrusted_seconds))
+    except (OverflowError, ValueError, OSError):
+        return "an unknown time"

@@ -11,15 +11,19 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple, NoReturn
+from tempfile import TemporaryFile
+from types import ModuleType, SimpleNamespace
+from typing import IO, Any, NamedTuple, NoReturn
 
 import pytest
 
 from qubes_fwd_qrexec.admin.backend import ANY, NEW
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
+from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Domain, Request, System
 from qubes_fwd_qrexec.lab.policytext import PolicyTextError, parse_policy
+from qubes_fwd_qrexec.lab.verdicts import OwnJudge
+from qubes_fwd_qrexec.lab.view import qube_uuid
 
 
 def unexpected(what: object) -> NoReturn:
@@ -91,11 +95,16 @@ class Method(NamedTuple):
 
 
 class FakeProcess:
-    """A call's process: ``status`` is how it will end, None for never."""
+    """A call's process: ``status`` is how it will end, None for never; ``says`` stands in its output."""
 
-    def __init__(self, status: int | None) -> None:
+    def __init__(self, status: int | None, says: bytes | None = None) -> None:
         self._status = status
         self.log: list[str] = []
+        self.stdout: IO[bytes] | None = None
+        if says is not None:
+            self.stdout = TemporaryFile()  # noqa: SIM115  # whoever reads it closes it
+            self.stdout.write(says)
+            self.stdout.seek(0)
 
     def wait(self, timeout: float | None = None) -> int:
         self.log.append("wait")
@@ -120,6 +129,8 @@ class FakeQubes:
         self.calls: list[Called] = []
         self.services: list[tuple[str, str]] = []
         self.status: int | None = 0
+        self.says: dict[tuple[str, str], bytes] = {}
+        """What qubes answer to which calls; they lack every other service."""
         self.process: FakeProcess | None = None
         self.fails: Callable[[Called], bytes | None] = lambda called: None
 
@@ -152,15 +163,23 @@ class FakeQubes:
         nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | {
             "start_new_session": True
         }
+        is_asked = service.startswith("qubes.ForwardStatus+")
+        if is_asked:
+            nothing["stdout"] = subprocess.PIPE
         expected_user = "user" if self.qubesd_connection_type == "socket" else None
-        if not service.startswith("qubes.ForwardRevoke+") or autostart or popen != nothing:
+        is_known = is_asked or service.startswith("qubes.ForwardRevoke+")
+        if not is_known or autostart or popen != nothing:
             unexpected((dest, service, autostart, popen))
         if user != expected_user:
             unexpected(f"user {user}")
         if dest not in self.lab.qube_names() or not self.lab.qube(dest).is_running:
             raise QubesVMNotRunningError(f"{dest} is not running")
         self.services.append((dest, service))
-        self.process = FakeProcess(self.status)
+        if is_asked:
+            says = self.says.get((dest, service))
+            self.process = FakeProcess(127 if says is None else self.status, says or b"")
+        else:
+            self.process = FakeProcess(self.status)
         return self.process
 
 
@@ -309,6 +328,78 @@ def _token(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
+# qrexec/exc.py.
+class AccessDenied(Exception):  # noqa: N818
+    pass
+
+
+# qrexec/policy/parser.py.
+class AllowResolution:
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+
+class AskResolution:
+    pass
+
+
+class FakeParser:
+    """`qrexec.policy.parser` and `qrexec.utils` over the lab's qubes, judged by the lab's evaluator."""
+
+    def __init__(self, lab: LabDirectory) -> None:
+        self._lab = lab
+
+    def get_system_info(self) -> dict[str, dict[str, Any]]:
+        domains = {}
+        for name, qube in self._lab.qubes().items():
+            uuid = qube_uuid(name)
+            domains[name] = domains[f"uuid:{uuid}"] = {
+                "name": name,
+                "uuid": uuid,
+                "type": str(qube.klass),
+                "power_state": str(qube.state),
+            }
+        return {"domains": domains}
+
+    def request(self, *call: str, system_info: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+        service, argument, source, target = call
+        request = Request(service=service, argument=argument, source=source, target=target)
+        return request, system_info["domains"]
+
+    def evaluate(self, asked: tuple[Request, dict[str, Any]]) -> object:
+        request, domains = asked
+        system = System(
+            {
+                name: Domain(
+                    name=name,
+                    klass=info["type"],
+                    uuid=info["uuid"],
+                    is_running=info["power_state"] == "Running",
+                )
+                for name, info in domains.items()
+                if not name.startswith("uuid:")
+            }
+        )
+        try:
+            found = OwnJudge().load(self._lab.policy_dir).judge(system, request)
+        except PolicyTextError as error:
+            raise AccessDenied(str(error)) from error
+        if isinstance(found, Deny):
+            raise AccessDenied(found.reason)
+        return AllowResolution(found.target) if isinstance(found, Allow) else AskResolution()
+
+    def modules(self) -> dict[str, dict[str, Any]]:
+        return {
+            "qrexec.exc": {"AccessDenied": AccessDenied},
+            "qrexec.utils": {"get_system_info": self.get_system_info},
+            "qrexec.policy.parser": {
+                "AllowResolution": AllowResolution,
+                "Request": self.request,
+                "FilePolicy": lambda: SimpleNamespace(evaluate=self.evaluate),
+            },
+        }
+
+
 def install(monkeypatch: pytest.MonkeyPatch, app: FakeQubes, client: FakePolicyClient) -> None:
     """Make both packages importable; what they are not to be used for is not in them."""
     classes = [one for one in globals().values() if isinstance(one, type) and issubclass(one, Exception)]
@@ -320,6 +411,7 @@ def install(monkeypatch: pytest.MonkeyPatch, app: FakeQubes, client: FakePolicyC
         "qrexec": {},
         "qrexec.policy": {},
         "qrexec.policy.admin_client": {"PolicyClient": lambda: client, **of_policy},
+        **FakeParser(app.lab).modules(),
     }
     for name, content in modules.items():
         module = ModuleType(name)

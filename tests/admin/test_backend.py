@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from qubes_fwd_qrexec.admin import qubesstore
-from qubes_fwd_qrexec.admin.backend import NEW, Backend
+from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.errors import StoreError
@@ -126,6 +126,28 @@ def test_what_just_fits_is_set(store: Backend, lab: LabDirectory) -> None:
     key = f"vm-config.{'a' * KEY_MAX}"
     store.set_feature(WORK, key, "x" * VALUE_MAX)
     assert lab.features("work").keys() == {key}
+
+
+CALL = PolicyCall("qubes.ForwardTCP", "+80+tunnel", QubeName("sys-net"), WORK)
+LINE = "qubes.ForwardTCP  +80+tunnel  sys-net  work"
+
+
+def test_a_verdict_is_that_of_the_whole_policy(store: Backend, lab: LabDirectory) -> None:
+    assert store.verdict(CALL).is_allowed is False
+    store.replace_policy(f"{LINE}  allow  autostart=no\n", NEW)
+    assert store.verdict(CALL).is_allowed is True
+    lab.set_state("work", QubeState.HALTED)
+    assert store.verdict(CALL).is_allowed is True  # as if it ran
+    assert store.verdict(CALL._replace(argument="+81+tunnel")).is_allowed is False
+    before = lab.policy_dir / "20-before.policy"
+    before.write_text(f"{LINE}  ask\n")
+    assert store.verdict(CALL).is_allowed is False
+    before.write_text(f"{LINE}  allow  target=vault\n")
+    assert store.verdict(CALL).is_allowed is False
+    before.write_text("nonsense\n")
+    verdict = store.verdict(CALL)
+    assert verdict.is_allowed is False
+    assert "20-before.policy" in verdict.reason
 
 
 def test_two_at_once_exclude_each_other(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from qubes_fwd_qrexec.admin import labstore
+from qubes_fwd_qrexec.admin import answers, labstore
+from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -83,6 +84,37 @@ async def test_a_call_that_does_not_end_is_given_up(
         running.turn(hang=("work",))
         with pytest.raises(StoreError, match=r"in work did not end within 0\.2 s$"):
             await trio.to_thread.run_sync(store.call, WORK, SERVICE)
+
+
+ASK = f"{STATUS_SERVICE}+"
+
+
+async def test_an_answer_of_a_qube_is_read(store: Backend, lab: LabDirectory) -> None:
+    async with open_lab(lab.root):
+        service = lab.qube_dir("work").service_dirs[0] / STATUS_SERVICE
+        service.write_text("#!/bin/sh\nprintf 12345\n")
+        service.chmod(0o755)
+        assert await trio.to_thread.run_sync(store.ask, WORK, ASK, 5) == b"12345"
+        with pytest.raises(AnswerError, match=r"in work said more than 4 bytes$"):
+            await trio.to_thread.run_sync(store.ask, WORK, ASK, 4)
+        with pytest.raises(AnswerError, match="exit status 127") as caught:
+            await trio.to_thread.run_sync(store.ask, QubeName("personal"), ASK, 5)
+        assert caught.value.status == 127
+
+
+async def test_a_qube_that_never_answers_is_given_up(
+    store: Backend, lab: LabDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers.read_answer, "__defaults__", (0.2,))
+    async with open_lab(lab.root) as running:
+        running.turn(hang=("work",))
+        with pytest.raises(AnswerError, match=r"in work did not end within 0\.2 s$"):
+            await trio.to_thread.run_sync(store.ask, WORK, ASK, 5)
+
+
+def test_a_lab_that_is_down_has_nobody_to_ask(store: Backend) -> None:
+    with pytest.raises(AnswerError, match="the lab is down; 'qvm-forward-lab up' starts it"):
+        store.ask(WORK, ASK, 5)
 
 
 async def test_a_halted_qube_is_not_started_by_a_call(store: Backend, lab: LabDirectory) -> None:

@@ -10,8 +10,10 @@ import pytest
 from fake_admin import FakePolicyClient, FakeQubes, install
 
 from qubes_fwd_qrexec.admin import qubesstore
+from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin.backend import PolicyCall
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
@@ -71,6 +73,52 @@ def test_a_management_qube_is_told_the_line_that_lets_it_end_tunnels(
     rule = PolicyRule.parse(found[1], "told")
     assert (rule.argument, rule.source.text, rule.target.text, rule.user) == (None, "mgmt", "@anyvm", "user")
     assert not rule.can_autostart
+
+
+ASK = f"{STATUS_SERVICE}+"
+
+
+def test_an_answer_is_read_to_its_end(store: QubesStore, dom0: FakeQubes) -> None:
+    dom0.says[WORK, ASK] = b"x" * 100_000
+    assert store.ask(WORK, ASK, 100_000) == b"x" * 100_000
+    assert dom0.process is not None
+    assert dom0.process.log == ["wait"]
+    assert dom0.services == [(WORK, ASK)]
+
+
+def test_a_longer_answer_is_refused_and_its_call_ended(store: QubesStore, dom0: FakeQubes) -> None:
+    dom0.says[WORK, ASK] = b"x" * 101
+    with pytest.raises(AnswerError, match=r"in work said more than 100 bytes$"):
+        store.ask(WORK, ASK, 100)
+    assert dom0.process is not None
+    assert dom0.process.log == ["kill", "wait"]
+
+
+def test_a_call_that_says_all_and_does_not_end_is_killed(store: QubesStore, dom0: FakeQubes) -> None:
+    dom0.says[WORK, ASK] = b"x"
+    dom0.status = None
+    with pytest.raises(AnswerError, match=r"in work did not end within 8 s$"):
+        store.ask(WORK, ASK, 100)
+    assert dom0.process is not None
+    assert dom0.process.log == ["wait", "kill", "wait"]
+
+
+def test_a_qube_that_cannot_be_asked_says_by_which_status(store: QubesStore, lab: LabDirectory) -> None:
+    with pytest.raises(AnswerError, match=r"ended with exit status 127$") as caught:
+        store.ask(WORK, ASK, 100)
+    assert caught.value.status == 127
+    lab.set_state("work", QubeState.HALTED)
+    with pytest.raises(AnswerError, match=r"at work: work is not running$"):
+        store.ask(WORK, ASK, 100)
+
+
+def test_a_management_qube_cannot_read_dom0s_whole_policy(
+    lab: LabDirectory, policy_client: FakePolicyClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeQubes(lab, connection="qrexec", name="mgmt"), policy_client)
+    verdict = QubesStore().verdict(PolicyCall("a", "+", QubeName("sys-net"), WORK))
+    assert verdict.is_allowed is None
+    assert "mgmt is not dom0" in verdict.reason
 
 
 @pytest.fixture

@@ -2,33 +2,46 @@
 """The command status: what is open, what is not known, and what is not in force yet."""
 
 import io
+import json
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.figures import Figures, Unknown
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.states import Forward
-from qubes_fwd_qrexec.admin.status import status
+from qubes_fwd_qrexec.admin.status import WATCH_S, _watch, size, status
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.report import ForwardReport, Way
+from qubes_fwd_qrexec.rules import Transport
+from qubes_fwd_qrexec.values import QubeName, RuleName
 
 
-def test_figures_are_unknown_and_the_reason_is_said_once(forward: Command) -> None:
+def test_figures_are_unknown_and_the_reason_is_said_once(forward: Command, kind: str) -> None:
     forward(*ADD)
     forward("add", "personal", "81", "--from", "any")
-    assert forward("status").out == (
-        "QUBE      NAME    STATE   EXPOSED AT  POLICY  OPEN NOW  ACCEPTED  REFUSED\n"
-        "personal  tcp-81  active  sys-net:81  allows  unknown   unknown   unknown\n"
-        "work      web     active  sys-net:80  allows  unknown   unknown   unknown\n"
-        "Figures are unknown: this version cannot ask the listeners.\n"
-    )
+    result = forward("status")
+    rows = [line.split() for line in result.out.splitlines()[1:3]]
+    unknown = ["unknown"] * 6
+    assert rows == [
+        ["personal", "tcp-81", "active", "sys-net:81", "allows", *unknown],
+        ["work", "web", "active", "sys-net:80", "allows", *unknown],
+    ]
+    reasons = {
+        "lab": "qubes.ForwardStatus+ in sys-net: the lab is down; 'qvm-forward-lab up' starts it",
+        "qubes": "sys-net does not have qubes.ForwardStatus",
+    }
+    assert result.out.splitlines()[3:] == [f"Figures are unknown: {reasons[kind]}."]
+    assert result.status == 0
     narrow = forward("status", "work", style=Style(40)).out
     assert narrow.startswith(
-        "work web: active\n  exposed at sys-net:80\n  policy allows\n  open now unknown\n"
+        "work web: active\n  exposed at sys-net:80\n  policy allows\n  way unknown\n  open now unknown\n"
     )
 
 
@@ -85,28 +98,92 @@ class Asked:
 def _with(lab: LabDirectory, answer: Figures | Unknown, *, is_json: bool = False) -> tuple[int, str]:
     out = io.StringIO()
     session = Session(LabStore(lab), NOW, {}, io.StringIO(), out, io.StringIO(), Style(), is_json)
-    return status(Namespace(qube=[]), session, Asked(answer)), out.getvalue()
+    return status(Namespace(qube=[], watch=False), session, Asked(answer)), out.getvalue()
+
+
+REPORT = ForwardReport(
+    target=QubeName("work"),
+    name=RuleName("web"),
+    since=1,
+    connections=3,
+    total=40,
+    refused={},
+    sent=999,
+    received=1536,
+    transport=Transport.TUNNEL,
+    way=Way.OPEN,
+    tunnels=1,
+    is_listening=True,
+)
 
 
 def test_figures_are_shown_where_a_source_has_them(forward: Command, lab: LabDirectory) -> None:
     forward(*ADD)
-    code, shown = _with(lab, Figures(connections=3, accepted=40, refused=5))
-    assert (code, "Figures" in shown) == (0, False)
-    assert " ".join(shown.splitlines()[1].split()) == "work web active sys-net:80 allows 3 40 5"
+    code, shown = _with(lab, Figures(REPORT))
+    assert (code, len(shown.splitlines())) == (0, 2)
+    row = " ".join(shown.splitlines()[1].split())
+    assert row == "work web active sys-net:80 allows open 3 40 0 999 1.5 KiB"
+
+
+def test_refusals_and_the_last_error_are_said(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
+    refused = {"source": 2, "back-off": 3}
+    report = replace(REPORT, refused=refused, last_error="no tunnel", last_error_at=0, way=Way.REFUSED)
+    code, shown = _with(lab, Figures(report))
+    assert code == 0
+    assert "allows refused 3 40 5 999" in " ".join(shown.split())
+    assert "work web: refused: 3 back-off, 2 source.\n" in shown
+    assert "work web: last error at 1970-01-01 00:00:00 UTC: no tunnel.\n" in shown
+    report = replace(REPORT, last_error="x", last_error_at=2**63 - 1)
+    assert "last error at an unknown time: x" in _with(lab, Figures(report))[1]
 
 
 def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, lab: LabDirectory) -> None:
     forward(*ADD)
-    trouble = Figures(0, 0, 0, "another program has port 80 of sys-net")
+    trouble = Figures(REPORT, "another program has port 80 of sys-net", 1)
     assert _with(lab, trouble)[0] == 1
     assert "work web: another program has port 80 of sys-net.\n" in _with(lab, trouble)[1]
-    import json
-
     data: Any = json.loads(_with(lab, trouble, is_json=True)[1])
     assert data["forwards"][0]["figures"] == {
         "is_known": True,
-        "connections": 0,
-        "accepted": 0,
-        "refused": 0,
+        **REPORT.as_json(),
         "problem": "another program has port 80 of sys-net",
+        "tunnels_in_target": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0"),
+        (1023, "1023"),
+        (1024, "1.0 KiB"),
+        (10 * 1024, "10 KiB"),
+        (5 * 1024**3, "5.0 GiB"),
+        (2**63 - 1, "8192 PiB"),
+    ],
+)
+def test_bytes_are_for_people(count: int, shown: str) -> None:
+    assert size(count) == shown
+
+
+def test_a_watch_looks_again_until_the_end_is_asked_for(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
+    waits: list[float] = []
+
+    def is_over(timeout_s: float) -> bool:
+        waits.append(timeout_s)
+        return len(waits) == 2
+
+    for is_json, style in ((False, Style()), (False, Style(200)), (True, Style())):
+        waits.clear()
+        out = io.StringIO()
+        session = Session(LabStore(lab), NOW, {}, io.StringIO(), out, io.StringIO(), style, is_json)
+        assert _watch(Namespace(qube=[]), session, is_over) == 0
+        assert waits == [WATCH_S, WATCH_S]
+        if is_json:
+            first, second = map(json.loads, out.getvalue().splitlines())
+            assert first.keys() == second.keys() == {"forwards", "due", "time"}
+        else:
+            assert out.getvalue().count("QUBE ") == 2
+            assert out.getvalue().count("\x1b[H\x1b[J") == (2 if style.width else 0)

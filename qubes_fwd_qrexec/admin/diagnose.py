@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command diagnose: the whole way of a forward, from its rule to the server, up to the first thing wrong.
+
+Each step looks at one thing and says what it found; what a qube says of itself is believed only as far
+as it goes, for the last step sends a connection all the way.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from qubes_fwd_qrexec.config import STATUS_SERVICE, ListenerConfig, Service
+from qubes_fwd_qrexec.report import Answer, Firewall, QubeReport, Trial
+from qubes_fwd_qrexec.rules import BrokenRule, Transport
+from qubes_fwd_qrexec.values import QubeName
+
+from . import policy
+from .answers import NO_SERVICE, AnswerError
+from .backend import PolicyCall
+from .figures import ask
+from .inventory import CONFIG_PREFIX, OFFER_PREFIX, Inventory, Qube
+from .render import broken_line, escaped
+from .session import Session
+from .states import Cause, Forward, State
+from .tables import Colour, Style
+
+# The unit of the listener, and the Qubes service that starts it.
+LISTENER = "qubes-forward-listener"
+_PACKAGE = "qubes-fwd-qrexec"
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    UNKNOWN = "unknown"
+    STOPS = "stops"
+
+
+class Finding(NamedTuple):
+    """What one step found; ``remedy`` is there where it stops."""
+
+    step: str
+    verdict: Verdict
+    text: str
+    remedy: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {"step": self.step, "verdict": self.verdict, "text": self.text, "remedy": self.remedy}
+
+
+def diagnose(args: Namespace, session: Session) -> int:
+    """Walk the way; status 0 if nothing on it is wrong."""
+    snapshot = session.look(with_config=True)
+    entry = snapshot.find(args.qube, args.name)
+    if isinstance(entry, BrokenRule):
+        text = broken_line(entry, Style()).rstrip("\n")
+        findings = [Finding("rule", Verdict.STOPS, text, f"'qvm-forward remove {entry.target} NAME'")]
+    else:
+        planned = snapshot.plan(session.now)
+        forward = planned.find(entry.target, entry.name)
+        if forward is None:
+            return 1
+        findings = list(_until_wrong(_Walk(session, forward, snapshot.inventory).steps()))
+    is_well = not any(finding.verdict is Verdict.STOPS for finding in findings)
+    if session.is_json:
+        steps = [finding.as_json() for finding in findings]
+        session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
+    else:
+        session.say("".join(_lines(findings, session.style)))
+        session.say("Nothing on the way is wrong.\n" if is_well else "")
+    return 0 if is_well else 1
+
+
+_COLOURS = {Verdict.OK: Colour.GREEN, Verdict.UNKNOWN: Colour.YELLOW, Verdict.STOPS: Colour.RED}
+
+
+def _lines(findings: list[Finding], style: Style) -> Iterator[str]:
+    width = max(len(finding.step) for finding in findings)
+    for finding in findings:
+        verdict = style.colour(_COLOURS[finding.verdict], finding.verdict.ljust(len(Verdict.UNKNOWN)))
+        yield f"{verdict}  {finding.step.ljust(width)}  {escaped(finding.text)}\n"
+        if finding.remedy:
+            yield f"What helps: {escaped(finding.remedy)}\n"
+
+
+def _until_wrong(steps: Iterator[Finding]) -> Iterator[Finding]:
+    for finding in steps:
+        yield finding
+        if finding.verdict is Verdict.STOPS:
+            return
+
+
+class _Walk:
+    """The steps for one forward, each a method, in the order of the way."""
+
+    def __init__(self, session: Session, forward: Forward, inventory: Inventory) -> None:
+        self._backend = session.backend
+        self._forward = forward
+        self._inventory = inventory
+        self._target = inventory.qubes[forward.source.target]
+        self._name = str(forward.source)
+
+    def steps(self) -> Iterator[Finding]:
+        """Lazily: a step is only taken after the one before it; each relies on that."""
+        yield self._rule()
+        exposed, config = self._forward.exposed, self._forward.config
+        if exposed is None or config is None:
+            return
+        qube = self._inventory.qubes[exposed]
+        yield self._exposed(qube)
+        yield self._applied(qube, config)
+        yield self._installed(qube)
+        try:
+            answer = ask(self._backend, exposed)
+        except AnswerError as error:
+            yield self._not_asked("listener", exposed, error, is_needed=True)
+            return
+        yield self._listener(exposed, answer)
+        yield self._firewall(exposed, answer)
+        yield from self._policy(exposed)
+        yield self._target_runs()
+        yield self._service()
+        if self._target.is_running:
+            yield self._server()
+            yield self._round_trip(exposed)
+
+    def _rule(self) -> Finding:
+        forward = self._forward
+        if forward.is_live:
+            return Finding("rule", Verdict.OK, f"{self._name} is {forward.state}")
+        remedies = {
+            State.DISABLED: f"'qvm-forward enable {self._name}'",
+            State.EXPIRED: f"'qvm-forward set {self._name} expire=+8h' gives it more time",
+            State.SUSPENDED: f"'qvm-forward confirm {self._name}' if it is to be so",
+        }
+        remedy = remedies.get(forward.state, f"'qvm-forward show {self._name}' shows all that guards it")
+        return Finding("rule", Verdict.STOPS, f"{self._name} is {forward.state}. {forward.reason}", remedy)
+
+    def _exposed(self, qube: Qube) -> Finding:
+        if qube.is_running and self._forward.cause is not Cause.EXPOSED_HALTED:
+            return Finding("exposed qube", Verdict.OK, f"{qube.name} is running")
+        return Finding(
+            "exposed qube",
+            Verdict.STOPS,
+            f"{qube.name}, which is to listen, is halted",
+            f"'qvm-start {qube.name}'",
+        )
+
+    def _applied(self, exposed: Qube, config: ListenerConfig) -> Finding:
+        allowed = policy.allowing(self._backend.read_policy().text)
+        is_told = exposed.features.get(f"{CONFIG_PREFIX}{config.key}") == str(config)
+        if is_told and allowed >= set(policy.lines(self._forward)):
+            return Finding("applied", Verdict.OK, "policy and listener are told what the rule asks for")
+        return Finding(
+            "applied",
+            Verdict.STOPS,
+            "policy or listener are not told yet what the rule asks for",
+            "'qvm-forward apply'",
+        )
+
+    def _installed(self, qube: Qube) -> Finding:
+        if self._inventory.feature(qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"):
+            return Finding("listener installed", Verdict.OK, f"{qube.name} has {_PACKAGE}")
+        where = qube.template or qube.name
+        return Finding(
+            "listener installed",
+            Verdict.STOPS,
+            f"{qube.name} has not told dom0 that it has {_PACKAGE}",
+            f"install {_PACKAGE} in {where}, shut {where} down, and start {qube.name} again",
+        )
+
+    def _listener(self, exposed: QubeName, answer: QubeReport) -> Finding:
+        def stops(text: str, remedy: str) -> Finding:
+            return Finding("listener", Verdict.STOPS, text, remedy)
+
+        if answer.listener is None:
+            return stops(
+                f"{exposed}: {answer.listener_problem or 'no listener is running'}",
+                f"'qvm-service {exposed} {LISTENER} on' and start {exposed} again; if it is on, "
+                f"'systemctl status {LISTENER}' in {exposed} says why it does not run",
+            )
+        key = "" if self._forward.config is None else self._forward.config.key
+        problem = next((p.text for p in answer.listener.problems if p.key == key), None)
+        found = answer.listener.find(self._forward.source.target, self._forward.source.name)
+        if problem is not None:
+            remedy = (
+                f"free what is in the way in {exposed}, or choose another port: "
+                f"'qvm-forward set {self._name} srcports=PORT'"
+            )
+            return stops(f"the listener of {exposed} cannot open it: {problem}", remedy)
+        if found is None or not found.is_listening:
+            remedy = (
+                f"'journalctl -u {LISTENER}' in {exposed} says why; 'systemctl restart {LISTENER}' there "
+                "reads everything again"
+            )
+            return stops(f"the listener of {exposed} does not have {self._name} open", remedy)
+        ports = self._forward.source.rule.listen_ports.brief()
+        return Finding("listener", Verdict.OK, f"{exposed} listens on port {ports}")
+
+    def _firewall(self, exposed: QubeName, answer: QubeReport) -> Finding:
+        state = Firewall.UNKNOWN if answer.listener is None else answer.listener.firewall
+        if state is Firewall.OPEN:
+            return Finding("firewall", Verdict.OK, f"the firewall of {exposed} lets clients in")
+        if state is Firewall.CLOSED:
+            return Finding(
+                "firewall",
+                Verdict.STOPS,
+                f"the firewall of {exposed} drops what comes to the port",
+                f"'systemctl restart {LISTENER}' in {exposed}, and 'nft list ruleset' there shows its chain",
+            )
+        return Finding(
+            "firewall", Verdict.UNKNOWN, f"{exposed} does not say whether its firewall lets clients in"
+        )
+
+    def _policy(self, exposed: QubeName) -> Iterator[Finding]:
+        config = self._forward.config
+        if config is None:
+            return
+        if config.transport is Transport.TUNNEL:
+            argument = f"+{config.target_ports.brief()}+tunnel"
+        else:
+            argument = f"+{config.target_ports.first}"
+        verdict = self._backend.verdict(PolicyCall(config.service, argument, exposed, config.target))
+        if verdict.is_allowed is None:
+            yield Finding("policy", Verdict.UNKNOWN, verdict.reason)
+        elif verdict.is_allowed:
+            yield Finding("policy", Verdict.OK, f"dom0 allows {config.service}{argument} from {exposed}")
+        else:
+            yield Finding(
+                "policy",
+                Verdict.STOPS,
+                f"dom0 denies {config.service}{argument} from {exposed} to {config.target}: {verdict.reason}",
+                "look for a line in a policy file that sorts before 30-forward.policy, or for a file that "
+                "cannot be read: 'qubes-policy-lint' in dom0",
+            )
+
+    def _target_runs(self) -> Finding:
+        name = self._target.name
+        if self._target.is_running:
+            return Finding("target", Verdict.OK, f"{name} is running")
+        if self._forward.source.rule.autostart:
+            return Finding("target", Verdict.UNKNOWN, f"{name} is halted, and a connection starts it")
+        return Finding(
+            "target",
+            Verdict.STOPS,
+            f"{name} is halted, and connections may not start it",
+            f"'qvm-start {name}', or 'qvm-forward set {self._name} autostart=yes'",
+        )
+
+    def _service(self) -> Finding:
+        service, name = self._forward.service, self._target.name
+        if self._inventory.feature(name, f"{OFFER_PREFIX}{service}"):
+            return Finding("service", Verdict.OK, f"{name} has {service}")
+        if service is Service.CONNECT_TCP:
+            return Finding(
+                "service", Verdict.UNKNOWN, f"{name} does not say whether it has the stock {service}"
+            )
+        where = self._target.template or name
+        return Finding(
+            "service",
+            Verdict.STOPS,
+            f"{name} has not told dom0 that it has {service}",
+            f"install {_PACKAGE} in {where}, shut {where} down, and start {name} again",
+        )
+
+    def _server(self) -> Finding:
+        config = self._forward.config
+        port = 0 if config is None else config.target_ports.first
+        name = self._target.name
+        try:
+            trial = ask(self._backend, name, str(port)).trial
+        except AnswerError as error:
+            is_needed = self._forward.service is Service.FORWARD_TCP
+            return self._not_asked("server", name, error, is_needed=is_needed)
+        if trial is None:
+            return Finding("server", Verdict.UNKNOWN, f"{name} does not say whether a server listens")
+        if trial.answer is Answer.THROUGH:
+            return Finding("server", Verdict.OK, f"a server in {name} takes connections on port {port}")
+        return Finding(
+            "server",
+            Verdict.STOPS,
+            f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}",
+            f"start the server in {name}, and have it listen on 127.0.0.1; 'ss -ltn' there shows who listens",
+        )
+
+    def _round_trip(self, exposed: QubeName) -> Finding:
+        config = self._forward.config
+        try:
+            trial = ask(self._backend, exposed, "" if config is None else config.key).trial
+        except AnswerError as error:
+            return self._not_asked("round trip", exposed, error, is_needed=True)
+        if trial is None or trial.answer is Answer.SILENT:
+            text = f"a connection from {exposed} was not refused, and nothing was heard of it"
+            return Finding("round trip", Verdict.UNKNOWN, text if trial is None else f"{text}: {trial.text}")
+        if trial.answer is Answer.THROUGH:
+            return Finding("round trip", Verdict.OK, f"a connection from {exposed} reached the server")
+        return Finding(
+            "round trip",
+            Verdict.STOPS,
+            f"a connection from {exposed} did not reach the server: {trial.text}",
+            _remedy(trial, exposed, self._target.name),
+        )
+
+    def _not_asked(self, step: str, qube: QubeName, error: AnswerError, *, is_needed: bool) -> Finding:
+        if not is_needed and error.status == NO_SERVICE:
+            return Finding(step, Verdict.UNKNOWN, f"{qube} has no {STATUS_SERVICE} that could be asked")
+        where = self._inventory.qubes[qube].template or qube
+        if error.status == NO_SERVICE:
+            return Finding(
+                step,
+                Verdict.STOPS,
+                f"{qube} does not have {STATUS_SERVICE}",
+                f"install or update {_PACKAGE} in {where}, shut {where} down, and start {qube} again",
+            )
+        return Finding(
+            step, Verdict.STOPS, f"{qube} cannot be asked: {error}", f"look into {qube}, or restart it"
+        )
+
+
+_REMEDIES: dict[str, Callable[[str, str], str]] = {
+    "policy": lambda exposed, target: (
+        "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; "
+        f"{target} may also have as many calls as it can"
+    ),
+    "no-service": lambda exposed, target: (
+        f"install {_PACKAGE} in the template of {target} and restart {target}"
+    ),
+    "server": lambda exposed, target: f"the server in {target} took no connection; see what it logs",
+    "back-off": lambda exposed, target: "a call failed just before; ask again in a minute",
+    "busy": lambda exposed, target: f"wait until some connections to {target} have ended",
+}
+
+
+def _remedy(trial: Trial, exposed: str, target: str) -> str:
+    found = _REMEDIES.get(trial.reason)
+    if found is not None:
+        return found(exposed, target)
+    return f"'journalctl -u {LISTENER}' in {exposed}, and the journal of {target}, say more"

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What dom0 makes of what qubes say of themselves: figures, or one reason why there are none."""
+
+from dataclasses import replace
+
+import pytest
+from test_status import REPORT
+from worlds import only, rule
+
+from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin.figures import Figures, QubeFigures, Unknown
+from qubes_fwd_qrexec.report import (
+    REPORT_MAX_BYTES,
+    ForwardReport,
+    ListenerReport,
+    Problem,
+    QubeReport,
+    TunnelsReport,
+    dump,
+)
+from qubes_fwd_qrexec.values import QubeName, TargetPorts
+
+FORWARD = only(rule())
+
+
+class Qubes:
+    """The qubes of a system, each of which may be asked once."""
+
+    def __init__(self, **answers: bytes | AnswerError) -> None:
+        self.answers = {name.replace("_", "-"): answer for name, answer in answers.items()}
+
+    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+        assert (service, max_bytes) == ("qubes.ForwardStatus+", REPORT_MAX_BYTES)
+        answer = self.answers.pop(qube)
+        if isinstance(answer, AnswerError):
+            raise answer
+        return answer
+
+
+def figures(**answers: bytes | AnswerError) -> Figures | Unknown:
+    source = QubeFigures(Qubes(**answers))  # type: ignore[arg-type]
+    found = source.figures(FORWARD)
+    assert source.figures(FORWARD) == found
+    return found
+
+
+def listening(*forwards: ForwardReport, problems: tuple[Problem, ...] = ()) -> bytes:
+    listener = ListenerReport(since=1, forwards=forwards, problems=problems)
+    return dump(QubeReport(program="1", listener=listener).as_json())
+
+
+def tunnels(*found: TunnelsReport) -> bytes:
+    return dump(QubeReport(program="1", listener_problem="no listener", tunnels=found).as_json())
+
+
+MISSING = AnswerError("x", 127)
+
+
+def test_figures_are_those_of_the_listener_and_of_the_targets_tunnels() -> None:
+    ports = TargetPorts(80, 80)
+    mine = TunnelsReport(QubeName("sys-net"), ports, 2)
+    others = TunnelsReport(QubeName("other"), ports, 5), TunnelsReport(mine.source, TargetPorts(80, 81), 7)
+    assert figures(sys_net=listening(REPORT), work=tunnels(mine, *others)) == Figures(REPORT, None, 2)
+    assert figures(sys_net=listening(REPORT), work=MISSING) == Figures(REPORT, None, None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (MISSING, "sys-net does not have qubes.ForwardStatus"),
+        (AnswerError("the call did not end"), "the call did not end"),
+        (b"\x1b[2J", "what sys-net says cannot be read: the answer is no JSON in ASCII"),
+        (b"{}", "what sys-net says cannot be read: the answer: version is missing"),
+    ],
+)
+def test_who_cannot_be_asked_is_unknown_for_that_reason(answer: bytes | AnswerError, reason: str) -> None:
+    assert figures(sys_net=answer) == Unknown(reason)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (tunnels(), "sys-net: no listener"),
+        (listening(), "sys-net does not have work web open"),
+        (
+            listening(problems=(Problem("fwd.work.web", "the port is in use"), Problem("fwd.work.x", "y"))),
+            "sys-net does not have work web open: the port is in use",
+        ),
+    ],
+)
+def test_a_listener_without_the_forward_is_trouble(answer: bytes, reason: str) -> None:
+    assert figures(sys_net=answer) == Unknown(reason, is_trouble=True)
+
+
+def test_a_forward_that_is_open_in_part_has_figures_and_a_problem() -> None:
+    part = replace(REPORT, is_listening=False)
+    found = figures(sys_net=listening(part), work=tunnels())
+    assert found == Figures(part, "not all of its ports are open", 0)
+    problems = (Problem("fwd.work.web", "refused"),)
+    found = figures(sys_net=listening(REPORT, problems=problems), work=tunnels())
+    assert found == Figures(REPORT, "refused", 0)
