@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each thing that can be wrong on the way of a forward, made so in a lab, and found by diagnose."""
+
+import io
+import json
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import free_port
+
+from qubes_fwd_qrexec.admin.cli import run
+from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
+from qubes_fwd_qrexec.lab import daemon
+from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.lab.session import LabSession, open_session
+from qubes_fwd_qrexec.report import Firewall, ForwardReport, ListenerReport, QubeReport, Way, dump
+from qubes_fwd_qrexec.rules import Transport
+from qubes_fwd_qrexec.values import QubeName, RuleName
+
+NOW = 1_800_000_000
+ALL = [
+    *("rule", "exposed qube", "applied", "listener installed", "listener", "firewall", "policy"),
+    *("target", "service", "server", "round trip"),
+]
+
+
+class Lab:
+    """A lab with a forward to a server in work, and a listener in sys-net that is started when asked for."""
+
+    def __init__(self, session: LabSession, undo: ExitStack) -> None:
+        self.session = session
+        self.lab = session.lab
+        self._undo = undo
+        self.server = undo.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.port = free_port()
+
+    def run(self, *words: str) -> tuple[int, str]:
+        out, err = io.StringIO(), io.StringIO()
+        status = run(
+            words,
+            environ={"QVM_FORWARD_LAB": str(self.lab.root)},
+            now=NOW,
+            stdin=io.StringIO(),
+            out=out,
+            err=err,
+            style=Style(),
+        )
+        return status, out.getvalue() + err.getvalue()
+
+    def add(self, *options: str) -> None:
+        ports = f"{self.port}:{self.server.getsockname()[1]}"
+        words = ("add", "work", ports, "--from=any", "--listen=127.0.0.1", "--name=web", *options)
+        status, said = self.run(*words)
+        assert status == 0, said
+
+    def listen(self) -> None:
+        self.session.start_listener("sys-net")
+
+    def diagnose(self) -> list[dict[str, Any]]:
+        """The steps; where one stops it is the last, with a remedy, and the text for people says the same."""
+        status, said = self.run("diagnose", "work", "web", "--json")
+        data = json.loads(said)
+        steps: list[dict[str, Any]] = data["steps"]
+        assert [step["step"] for step in steps] == ALL[: len(steps)]
+        stopping = [step for step in steps if step["verdict"] == "stops"]
+        assert data["is_well"] == (not stopping) == (status == 0)
+        assert stopping in ([], steps[-1:])
+        assert all(bool(step["remedy"]) == (step["verdict"] == "stops") for step in steps)
+        return steps
+
+    def wrong(self, step: str) -> str:
+        """What the last step says, which must be the one that stops."""
+        found = self.diagnose()[-1]
+        assert (found["step"], found["verdict"]) == (step, "stops"), found
+        return f"{found['text']} | {found['remedy']}"
+
+    def service(self, qube: str, name: str) -> Path:
+        """Where another service takes the place of the installed one."""
+        return self.lab.qube_dir(qube).service_dirs[0] / name
+
+    def remove_service(self, qube: str, name: str) -> None:
+        for directory in self.lab.qube_dir(qube).service_dirs:
+            (directory / name).unlink(missing_ok=True)
+
+    def answers(self, qube: str, said: bytes) -> None:
+        path = self.service(qube, STATUS_SERVICE)
+        answer = path.with_name("answer")
+        answer.write_bytes(said)
+        path.write_text(f"#!/bin/sh\nexec cat {answer}\n")
+        path.chmod(0o755)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with open_session(daemon.Network.LOOPBACK) as session, ExitStack() as undo:
+        yield Lab(session, undo)
+
+
+def test_a_forward_that_works_is_well_at_every_step(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    steps = lab.diagnose()
+    assert [step["step"] for step in steps] == ALL
+    assert {step["step"]: step["verdict"] for step in steps if step["verdict"] != "ok"} == {
+        "firewall": "unknown"
+    }
+    status, said = lab.run("diagnose", "work", "web")
+    assert status == 0
+    assert said.splitlines()[0] == "ok       rule                work web is active"
+    assert said.splitlines()[-1] == "Nothing on the way is wrong."
+
+
+def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> None:
+    lab.port = free_port()
+    words = f"{lab.port}:{lab.server.getsockname()[1]}"
+    assert lab.run("add", "personal", words, "--from=any", "--listen=127.0.0.1", "--name=web")[0] == 0
+    lab.listen()
+    status, said = lab.run("diagnose", "personal", "web", "--json")
+    verdicts = {step["step"]: step["verdict"] for step in json.loads(said)["steps"]}
+    assert status == 0
+    assert (verdicts["service"], verdicts["server"]) == ("ok", "unknown")
+    # The server neither answers nor ends the connection, and a call does not tell of it.
+    assert verdicts["round trip"] == "unknown"
+
+
+def test_a_rule_that_is_not_live(lab: Lab) -> None:
+    lab.add("--disabled")
+    assert "'qvm-forward enable work web'" in lab.wrong("rule")
+    assert lab.run("diagnose", "work", "nothing")[0] == 1
+    lab.lab.set_feature("work", "forward.web", "nonsense")
+    assert "'qvm-forward remove" in lab.wrong("rule")
+
+
+def test_an_exposed_qube_that_is_halted(lab: Lab) -> None:
+    lab.add()
+    lab.lab.set_state("sys-net", QubeState.HALTED)
+    assert "'qvm-start sys-net'" in lab.wrong("exposed qube")
+
+
+def test_a_rule_that_is_not_applied(lab: Lab) -> None:
+    lab.add("--no-apply")
+    assert "'qvm-forward apply'" in lab.wrong("applied")
+
+
+def test_no_listener_installed_none_running_and_none_that_can_be_asked(lab: Lab) -> None:
+    lab.add()
+    feature = f"supported-rpc.{Service.FORWARD_TCP}"
+    lab.lab.set_feature("sys-net", feature, "")
+    assert "install qubes-fwd-qrexec in fedora-42" in lab.wrong("listener installed")
+    lab.lab.remove_feature("sys-net", feature)
+    assert "no listener is running | 'qvm-service sys-net qubes-forward-listener on'" in lab.wrong("listener")
+    lab.answers("sys-net", b"\x1b[2J")
+    assert "what sys-net says cannot be read" in lab.wrong("listener")
+    lab.remove_service("sys-net", STATUS_SERVICE)
+    assert "sys-net does not have qubes.ForwardStatus" in lab.wrong("listener")
+
+
+def test_a_port_that_another_program_has(lab: Lab) -> None:
+    lab.listen()
+    with socket.create_server(("127.0.0.1", lab.port)):
+        lab.add()
+        while "does not have work web open" in (said := lab.wrong("listener")):
+            pass  # until it has read its configuration
+    assert "the port is in use by another program" in said
+
+
+def test_a_firewall_that_drops_clients(lab: Lab) -> None:
+    lab.add()
+    report = ForwardReport(
+        target=QubeName("work"),
+        name=RuleName("web"),
+        since=1,
+        connections=0,
+        total=0,
+        refused={},
+        sent=0,
+        received=0,
+        transport=Transport.TUNNEL,
+        way=Way.IDLE,
+        tunnels=0,
+        is_listening=True,
+    )
+    listener = ListenerReport(since=1, forwards=(report,), firewall=Firewall.CLOSED)
+    lab.answers("sys-net", dump(QubeReport(program="1", listener=listener).as_json()))
+    assert "the firewall of sys-net drops" in lab.wrong("firewall")
+    listener = replace(listener, forwards=(replace(report, is_listening=False),))
+    lab.answers("sys-net", dump(QubeReport(program="1", listener=listener).as_json()))
+    assert "does not have work web open" in lab.wrong("listener")
+
+
+def test_a_policy_that_denies(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    before = lab.lab.policy_dir / "20-before.policy"
+    before.write_text("qubes.ForwardTCP  *  @anyvm  @anyvm  deny\n")
+    said = lab.wrong("policy")
+    assert "20-before.policy" in said
+    assert "'qubes-policy-lint'" in said
+
+
+def test_a_target_that_is_halted(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    lab.lab.set_state("work", QubeState.HALTED)
+    assert "'qvm-start work'" in lab.wrong("target")
+    assert lab.run("set", "work", "web", "autostart=yes")[0] == 0
+    assert [step["step"] for step in lab.diagnose()][-2:] == ["target", "service"]
+    assert not lab.lab.qube("work").is_running
+
+
+def test_a_target_without_the_service(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    lab.remove_service("work", Service.FORWARD_TCP)
+    assert "does not have the service (exit status 127)" in (said := lab.wrong("round trip"))
+    assert "install qubes-fwd-qrexec in the template of work" in said
+    lab.remove_service("work", STATUS_SERVICE)
+    assert "work does not have qubes.ForwardStatus" in lab.wrong("server")
+
+
+def test_a_server_that_does_not_listen(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    lab.server.close()
+    said = lab.wrong("server")
+    assert "Connection refused" in said
+    assert "start the server in work" in said
+
+
+def test_a_call_that_hangs_is_not_taken_for_one_that_comes_through(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    service = lab.service("work", Service.FORWARD_TCP)
+    service.write_text("#!/bin/sh\nexec 3>&1\nexec cat >/dev/null\n")
+    service.chmod(0o755)
+    last = lab.diagnose()[-1]
+    assert (last["step"], last["verdict"]) == ("round trip", "unknown")
+    assert "no answer within 3 s" in last["text"]
+
+
+def test_no_qube_may_ask_another(lab: Lab) -> None:
+    lab.add()
+    client = [str(lab.lab.client_program), f"--agent-socket={lab.lab.qube_dir('sys-net').agent_socket}"]
+    (lab.lab.policy_dir / "90-other.policy").write_text(f"{STATUS_SERVICE} * @anyvm @anyvm allow\n")
+    words = [*client, "--", "work", f"{STATUS_SERVICE}+"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (126, b"")
+
+
+def test_status_shows_what_the_qubes_say(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    with socket.create_connection(("127.0.0.1", lab.port), timeout=20) as client:
+        client.sendall(b"12345")
+        far, _ = lab.server.accept()
+        with far:
+            far.recv(5)
+            status, said = lab.run("status", "--json")
+            (entry,) = json.loads(said)["forwards"]
+            figures = entry["figures"]
+            assert status == 0
+            assert (figures["connections"], figures["sent"], figures["way"]) == (1, 5, "open")
+            assert figures["tunnels_in_target"] == 1
