@@ -99,6 +99,9 @@ class _Walk:
         self._inventory = inventory
         self._target = inventory.qubes[forward.source.target]
         self._name = str(forward.source)
+        # Of a range the first port stands for all.
+        self._port = forward.source.rule.target_ports.first
+        self._server_trial: Trial | None = None
 
     def steps(self) -> Iterator[Finding]:
         """Lazily: a step is only taken after the one before it; each relies on that."""
@@ -113,7 +116,7 @@ class _Walk:
         try:
             answer = ask(self._backend, exposed)
         except AnswerError as error:
-            yield self._not_asked("listener", exposed, error, is_needed=True)
+            yield self._not_asked("listener", exposed, error)
             return
         yield self._listener(exposed, answer)
         yield self._firewall(exposed, answer)
@@ -248,38 +251,26 @@ class _Walk:
         )
 
     def _service(self) -> Finding:
+        """The plan has looked for what the template offers; whether the target has it, the target says."""
         service, name = self._forward.service, self._target.name
-        if self._inventory.feature(name, f"{OFFER_PREFIX}{service}"):
-            return Finding("service", Verdict.OK, f"{name} has {service}")
-        if service is Service.CONNECT_TCP:
-            return Finding(
-                "service", Verdict.UNKNOWN, f"{name} does not say whether it has the stock {service}"
-            )
-        where = self._target.template or name
-        return Finding(
-            "service",
-            Verdict.STOPS,
-            f"{name} has not told dom0 that it has {service}",
-            f"install {_PACKAGE} in {where}, shut {where} down, and start {name} again",
-        )
+        if not self._target.is_running or service is not Service.FORWARD_TCP:
+            return Finding("service", Verdict.UNKNOWN, f"{name} is not asked whether it has {service}")
+        try:
+            self._server_trial = ask(self._backend, name, str(self._port)).trial
+        except AnswerError as error:
+            return self._not_asked("service", name, error)
+        return Finding("service", Verdict.OK, f"{name} has {_PACKAGE}, and answers")
 
     def _server(self) -> Finding:
-        config = self._forward.config
-        port = 0 if config is None else config.target_ports.first
-        name = self._target.name
-        try:
-            trial = ask(self._backend, name, str(port)).trial
-        except AnswerError as error:
-            is_needed = self._forward.service is Service.FORWARD_TCP
-            return self._not_asked("server", name, error, is_needed=is_needed)
+        name, trial = self._target.name, self._server_trial
         if trial is None:
-            return Finding("server", Verdict.UNKNOWN, f"{name} does not say whether a server listens")
+            return Finding("server", Verdict.UNKNOWN, f"{name} is not asked whether a server listens")
         if trial.answer is Answer.THROUGH:
-            return Finding("server", Verdict.OK, f"a server in {name} takes connections on port {port}")
+            return Finding("server", Verdict.OK, f"a server in {name} takes connections on port {self._port}")
         return Finding(
             "server",
             Verdict.STOPS,
-            f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}",
+            f"no server in {name} takes connections on port {self._port} of 127.0.0.1 or ::1: {trial.text}",
             f"start the server in {name}, and have it listen on 127.0.0.1; 'ss -ltn' there shows who listens",
         )
 
@@ -288,7 +279,7 @@ class _Walk:
         try:
             trial = ask(self._backend, exposed, "" if config is None else config.key).trial
         except AnswerError as error:
-            return self._not_asked("round trip", exposed, error, is_needed=True)
+            return self._not_asked("round trip", exposed, error)
         if trial is None or trial.answer is Answer.SILENT:
             text = f"a connection from {exposed} was not refused, and nothing was heard of it"
             return Finding("round trip", Verdict.UNKNOWN, text if trial is None else f"{text}: {trial.text}")
@@ -301,9 +292,7 @@ class _Walk:
             _remedy(trial, exposed, self._target.name),
         )
 
-    def _not_asked(self, step: str, qube: QubeName, error: AnswerError, *, is_needed: bool) -> Finding:
-        if not is_needed and error.status == NO_SERVICE:
-            return Finding(step, Verdict.UNKNOWN, f"{qube} has no {STATUS_SERVICE} that could be asked")
+    def _not_asked(self, step: str, qube: QubeName, error: AnswerError) -> Finding:
         where = self._inventory.qubes[qube].template or qube
         if error.status == NO_SERVICE:
             return Finding(

@@ -125,7 +125,7 @@ def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> No
     status, said = lab.run("diagnose", "personal", "web", "--json")
     verdicts = {step["step"]: step["verdict"] for step in json.loads(said)["steps"]}
     assert status == 0
-    assert (verdicts["service"], verdicts["server"]) == ("ok", "unknown")
+    assert (verdicts["service"], verdicts["server"]) == ("unknown", "unknown")
     # The server neither answers nor ends the connection, and a call does not tell of it.
     assert verdicts["round trip"] == "unknown"
 
@@ -222,7 +222,10 @@ def test_a_target_without_the_service(lab: Lab) -> None:
     assert "does not have the service (exit status 127)" in (said := lab.wrong("round trip"))
     assert "install qubes-fwd-qrexec in the template of work" in said
     lab.remove_service("work", STATUS_SERVICE)
-    assert "work does not have qubes.ForwardStatus" in lab.wrong("server")
+    assert "work does not have qubes.ForwardStatus" in lab.wrong("service")
+    assert lab.run("set", "work", "web", "transport=tunnel")[0] == 0
+    lab.lab.set_feature("work", f"supported-rpc.{Service.FORWARD_TCP}", "")
+    assert "work web is refused." in lab.wrong("rule")
 
 
 def test_a_server_that_does_not_listen(lab: Lab) -> None:
