@@ -315,6 +315,11 @@ _REMEDIES: dict[str, Callable[[str, str], str]] = {
         f"install {_PACKAGE} in the template of {target} and restart {target}"
     ),
     "server": lambda exposed, target: f"the server in {target} took no connection; see what it logs",
+    # With the stock service this is also how a server that does not listen looks.
+    "no-call": lambda exposed, target: (
+        f"see that the server in {target} runs and listens on 127.0.0.1; 'journalctl -u {LISTENER}' in "
+        f"{exposed} says how calls fail"
+    ),
     "back-off": lambda exposed, target: "a call failed just before; ask again in a minute",
     "busy": lambda exposed, target: f"wait until some connections to {target} have ended",
 }

@@ -128,6 +128,11 @@ def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> No
     assert (verdicts["service"], verdicts["server"]) == ("unknown", "unknown")
     # The server neither answers nor ends the connection, and a call does not tell of it.
     assert verdicts["round trip"] == "unknown"
+    lab.server.close()
+    status, said = lab.run("diagnose", "personal", "web")
+    assert status == 1
+    assert "exit status 125" in said
+    assert "What helps: see that the server in personal runs and listens on 127.0.0.1" in said
 
 
 def test_a_rule_that_is_not_live(lab: Lab) -> None:
