@@ -27,7 +27,7 @@ from .forward import Binding, Expiry, Forward, Means, bindings
 from .logs import one_line, start_logging
 from .notify import notify
 from .relaythread import open_relay_thread
-from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, Firewall, ListenerReport, Problem, Trial
+from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
 from .rules import NO_LIMITS
 from .statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
 from .targets import CALLS_MAX
@@ -67,8 +67,6 @@ class Listener:
         self._status_dir = status_dir
         self._since = int(time.time())
         self._problems: dict[str, str] = {}
-        self.firewall = Firewall.UNKNOWN
-        """What whoever opens the ports in this qube's firewall says of them."""
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         self._stopping = trio.Event()
@@ -138,7 +136,6 @@ class Listener:
             forwards=tuple(forward.report() for forward in forwards[:FORWARDS_MAX]),
             problems=tuple(Problem(one_line(k), one_line(text)) for k, text in problems[:PROBLEMS_MAX]),
             left_out=max(0, len(forwards) - FORWARDS_MAX),
-            firewall=self.firewall,
         )
 
     async def try_out(self, untrusted_key: str) -> Trial:

@@ -151,7 +151,6 @@ class ListenerReport:
     forwards: tuple[ForwardReport, ...]
     problems: tuple[Problem, ...] = ()
     left_out: int = 0
-    firewall: Firewall = Firewall.UNKNOWN
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -160,7 +159,6 @@ class ListenerReport:
             "forwards": [forward.as_json() for forward in self.forwards],
             "problems": [problem.as_json() for problem in self.problems],
             "left_out": self.left_out,
-            "firewall": self.firewall,
         }
 
     @classmethod
@@ -176,7 +174,6 @@ class ListenerReport:
             forwards=untrusted.several("forwards", FORWARDS_MAX, ForwardReport.read),
             problems=untrusted.several("problems", PROBLEMS_MAX, Problem.read),
             left_out=untrusted.number("left_out"),
-            firewall=untrusted.word("firewall", Firewall),
         )
 
     def find(self, target: str, name: str) -> ForwardReport | None:
@@ -236,6 +233,7 @@ class QubeReport:
     listener_problem: str | None = None
     tunnels: tuple[TunnelsReport, ...] = ()
     trial: Trial | None = None
+    firewall: Firewall = Firewall.UNKNOWN
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
@@ -248,6 +246,7 @@ class QubeReport:
             listener_problem=untrusted.optional("listener_problem", untrusted.text),
             tunnels=untrusted.several("tunnels", TUNNELS_MAX, TunnelsReport.read),
             trial=untrusted.optional("trial", lambda key: Trial.read(untrusted.inner(key))),
+            firewall=untrusted.word("firewall", Firewall),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -258,6 +257,7 @@ class QubeReport:
             "listener_problem": self.listener_problem,
             "tunnels": [tunnels.as_json() for tunnels in self.tunnels],
             "trial": None if self.trial is None else self.trial.as_json(),
+            "firewall": self.firewall,
         }
 
 

@@ -21,7 +21,7 @@ from .exitstatus import ExitStatus
 from .localserver import ServiceError, connect
 from .logs import one_line
 from .relay import close_cleanly
-from .report import Answer, ListenerReport, QubeReport, ReportError, Trial, TunnelsReport
+from .report import Answer, Firewall, ListenerReport, QubeReport, ReportError, Trial, TunnelsReport
 from .revocation import RevocationError, directory, tunnels
 from .unixsockets import socket_address
 from .values import parse_port
@@ -30,6 +30,9 @@ from .values import parse_port
 LISTENER_DIRECTORY = "/run/qubes-forward-listener"
 LISTENER_DIRECTORY_VARIABLE = "QUBES_FORWARD_LISTENER_DIR"
 STATUS, TRY = "status.sock", "try.sock"
+# Where the program that opens this qube's firewall leaves one word: open or closed.
+FIREWALL_STATE = "/run/qubes-forward-nft/state"
+FIREWALL_STATE_VARIABLE = "QUBES_FORWARD_NFT_STATE"
 # dom0 waits for 5 s: a trial takes at most 3 s, and a server on this machine answers at once.
 _LISTENER_TIMEOUT_S = 4.0
 _CONNECT_TIMEOUT_S = 2.0
@@ -39,7 +42,13 @@ def listener_directory() -> Path:
     return Path(os.environ.get(LISTENER_DIRECTORY_VARIABLE, LISTENER_DIRECTORY))
 
 
-def answer(untrusted_argument: str, listener_place: Path, notes_place: Path) -> QubeReport:
+def firewall_state() -> Path:
+    return Path(os.environ.get(FIREWALL_STATE_VARIABLE, FIREWALL_STATE))
+
+
+def answer(
+    untrusted_argument: str, listener_place: Path, notes_place: Path, firewall_place: Path
+) -> QubeReport:
     """The report that an argument asks for. Raises `TextError` for what is no argument."""
     trial = _try(untrusted_argument, listener_place)
     listener, problem = _listener(listener_place)
@@ -49,6 +58,7 @@ def answer(untrusted_argument: str, listener_place: Path, notes_place: Path) -> 
         listener_problem=problem,
         tunnels=_tunnels(notes_place),
         trial=trial,
+        firewall=_firewall(firewall_place),
     )
 
 
@@ -92,6 +102,14 @@ def _listener(place: Path) -> tuple[ListenerReport | None, str | None]:
         return None, one_line(f"the listener's answer cannot be read: {error}")
 
 
+def _firewall(path: Path) -> Firewall:
+    try:
+        with path.open("rb") as file:
+            return Firewall(file.read(16).decode("ascii").strip())
+    except (OSError, ValueError):
+        return Firewall.UNKNOWN
+
+
 def _ask(path: Path, request: bytes) -> bytes:
     """Everything that comes until the other end closes. Raises OSError."""
     deadline = time.monotonic() + _LISTENER_TIMEOUT_S
@@ -125,7 +143,8 @@ def _tunnels(place: Path) -> tuple[TunnelsReport, ...]:
 def main() -> int:
     """The RPC: ``argv[1]`` is its argument, and the answer goes to stdout."""
     try:
-        told = answer(sys.argv[1] if len(sys.argv) == 2 else "", listener_directory(), directory())
+        argument = sys.argv[1] if len(sys.argv) == 2 else ""
+        told = answer(argument, listener_directory(), directory(), firewall_state())
     except TextError as error:
         print(f"{STATUS_SERVICE}: {error}"[:200], file=sys.stderr)
         return ExitStatus.BAD_ARGUMENT

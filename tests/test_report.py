@@ -51,7 +51,6 @@ listeners = st.builds(
     forwards=st.lists(forwards, max_size=3).map(tuple),
     problems=st.lists(st.builds(Problem, texts, texts), max_size=3).map(tuple),
     left_out=numbers,
-    firewall=st.sampled_from(Firewall),
 )
 trials = st.builds(Trial, st.sampled_from(Answer), texts, texts)
 ports = st.builds(TargetPorts, st.integers(1, 99), st.integers(99, 65535))
@@ -62,6 +61,7 @@ answers = st.builds(
     listener_problem=st.none() | texts,
     tunnels=st.lists(st.builds(TunnelsReport, qubes, ports, numbers), max_size=3).map(tuple),
     trial=st.none() | trials,
+    firewall=st.sampled_from(Firewall),
 )
 
 
@@ -148,6 +148,7 @@ LIES = [
     (put([{}], "tunnels"), "source is missing"),
     (put("0-1", "tunnels", 0, "ports"), "ports must be a port or range"),
     (put("maybe", "trial", "answer"), "answer must be one of through, "),
+    (put("ajar", "firewall"), "firewall must be one of open, closed, unknown"),
     (put("x", "listener"), "listener must be an object"),
 ]
 

@@ -15,13 +15,17 @@ from helpers import free_port
 
 from qubes_fwd_qrexec import report, statusservice
 from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.report import Answer, ListenerReport, QubeReport, Trial, TunnelsReport
+from qubes_fwd_qrexec.report import Answer, Firewall, ListenerReport, QubeReport, Trial, TunnelsReport
 from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE, noted, tunnels
 from qubes_fwd_qrexec.statusservice import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY, answer
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
 BOUND_S = 20.0
 REPORT = ListenerReport(since=1, forwards=())
+
+
+def told(argument: str, listener_place: Path, notes_place: Path) -> QubeReport:
+    return answer(argument, listener_place, notes_place, Path("/nonexistent"))
 
 
 @contextmanager
@@ -47,20 +51,20 @@ def listener(place: Path, name: str, said: bytes) -> Iterator[list[bytes]]:
 
 
 def test_a_qube_without_a_listener_and_without_tunnels_says_so(tmp_path: Path) -> None:
-    found = answer("", tmp_path / "none", tmp_path / "nothing")
+    found = told("", tmp_path / "none", tmp_path / "nothing")
     assert (found.listener, found.listener_problem) == (None, "no listener is running")
     assert (found.tunnels, found.trial) == ((), None)
 
 
 def test_what_the_listener_says_is_passed_on(tmp_path: Path) -> None:
     with listener(tmp_path, STATUS, report.dump(REPORT.as_json())):
-        assert answer("", tmp_path, tmp_path).listener == REPORT
+        assert told("", tmp_path, tmp_path).listener == REPORT
 
 
 @pytest.mark.parametrize("said", [b"", b"nonsense", b'{"version":2}', b"x" * (report.REPORT_MAX_BYTES + 1)])
 def test_a_listener_that_says_nonsense_is_a_problem(tmp_path: Path, said: bytes) -> None:
     with listener(tmp_path, STATUS, said):
-        found = answer("", tmp_path, tmp_path)
+        found = told("", tmp_path, tmp_path)
     assert found.listener is None
     assert found.listener_problem is not None
     assert found.listener_problem.startswith("the listener's answer cannot be read: ")
@@ -69,7 +73,7 @@ def test_a_listener_that_says_nonsense_is_a_problem(tmp_path: Path, said: bytes)
 def test_a_dead_listeners_socket_is_no_listener(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / STATUS))
-    assert answer("", tmp_path, tmp_path).listener_problem == "no listener is running"
+    assert told("", tmp_path, tmp_path).listener_problem == "no listener is running"
 
 
 def test_a_listener_that_does_not_answer_is_not_waited_for(
@@ -79,7 +83,7 @@ def test_a_listener_that_does_not_answer_is_not_waited_for(
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / STATUS))
         silent.listen()
-        found = answer("", tmp_path, tmp_path)
+        found = told("", tmp_path, tmp_path)
     assert found.listener_problem == "the listener does not answer: timed out"
 
 
@@ -88,7 +92,7 @@ def test_tunnels_are_counted_by_source_and_ports_while_they_live(tmp_path: Path)
     with noted(ports, QubeName("sys-net"), tmp_path), noted(other, QubeName("sys-net"), tmp_path):
         (tmp_path / "80-90+dead+1").write_text("")
         (tmp_path / "other").write_text("")
-        found = answer("", tmp_path / "none", tmp_path).tunnels
+        found = told("", tmp_path / "none", tmp_path).tunnels
         assert found == (
             TunnelsReport(QubeName("sys-net"), other, 1),
             TunnelsReport(QubeName("sys-net"), ports, 1),
@@ -96,11 +100,31 @@ def test_tunnels_are_counted_by_source_and_ports_while_they_live(tmp_path: Path)
     assert list(tunnels(tmp_path)) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"open\n", Firewall.OPEN),
+        (b"closed", Firewall.CLOSED),
+        (b"", Firewall.UNKNOWN),
+        (b"\xff", Firewall.UNKNOWN),
+        (b"open" * 1000, Firewall.UNKNOWN),
+        (None, Firewall.UNKNOWN),
+    ],
+)
+def test_the_firewall_is_what_its_program_says(
+    tmp_path: Path, content: bytes | None, found: Firewall
+) -> None:
+    state = tmp_path / "state"
+    if content is not None:
+        state.write_bytes(content)
+    assert answer("", tmp_path, tmp_path, state).firewall is found
+
+
 def test_a_port_is_tried(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(BOUND_S)
         port = server.getsockname()[1]
-        trial = answer(str(port), tmp_path, tmp_path).trial
+        trial = told(str(port), tmp_path, tmp_path).trial
         assert trial is not None
         assert trial.answer is Answer.THROUGH
         taken, _ = server.accept()
@@ -108,7 +132,7 @@ def test_a_port_is_tried(tmp_path: Path) -> None:
             taken.settimeout(BOUND_S)
             assert taken.recv(1) == b""  # a clean end, which no server complains of
     port = free_port()
-    assert answer(str(port), tmp_path, tmp_path).trial == Trial(
+    assert told(str(port), tmp_path, tmp_path).trial == Trial(
         Answer.REFUSED, "server", f"port {port}: Connection refused"
     )
 
@@ -116,12 +140,12 @@ def test_a_port_is_tried(tmp_path: Path) -> None:
 def test_a_forward_is_tried_by_the_listener(tmp_path: Path) -> None:
     trial = Trial(Answer.REFUSED, "policy", "no")
     with listener(tmp_path, TRY, report.dump(trial.as_json())) as requests:
-        assert answer("fwd.work.web", tmp_path, tmp_path).trial == trial
+        assert told("fwd.work.web", tmp_path, tmp_path).trial == trial
     assert requests == [b"fwd.work.web\n"]
 
 
 def test_a_forward_is_not_tried_where_nobody_listens(tmp_path: Path) -> None:
-    trial = answer("fwd.work.web", tmp_path, tmp_path).trial
+    trial = told("fwd.work.web", tmp_path, tmp_path).trial
     assert trial is not None
     assert (trial.answer, trial.text.startswith("the listener does not answer")) == (Answer.FAILED, True)
 
@@ -129,7 +153,7 @@ def test_a_forward_is_not_tried_where_nobody_listens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("argument", ["0", "080", "x", "fwd.x", "fwd.work.web\n", "80-90", "65536", "fwd."])
 def test_any_other_argument_is_refused(tmp_path: Path, argument: str) -> None:
     with pytest.raises(TextError):
-        answer(argument, tmp_path, tmp_path)
+        told(argument, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(("argument", "status"), [([], 0), ([""], 0), (["x\x1b"], 2)])

@@ -201,15 +201,14 @@ class _Walk:
         return Finding("listener", Verdict.OK, f"{exposed} listens on port {ports}")
 
     def _firewall(self, exposed: QubeName, answer: QubeReport) -> Finding:
-        state = Firewall.UNKNOWN if answer.listener is None else answer.listener.firewall
-        if state is Firewall.OPEN:
+        if answer.firewall is Firewall.OPEN:
             return Finding("firewall", Verdict.OK, f"the firewall of {exposed} lets clients in")
-        if state is Firewall.CLOSED:
+        if answer.firewall is Firewall.CLOSED:
             return Finding(
                 "firewall",
                 Verdict.STOPS,
                 f"the firewall of {exposed} drops what comes to the port",
-                f"'systemctl restart {LISTENER}' in {exposed}, and 'nft list ruleset' there shows its chain",
+                f"'systemctl status qubes-forward-nft' in {exposed} says why",
             )
         return Finding(
             "firewall", Verdict.UNKNOWN, f"{exposed} does not say whether its firewall lets clients in"

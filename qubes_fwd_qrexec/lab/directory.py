@@ -70,6 +70,11 @@ class QubeDirectory:
         return self.root / "run" / "listener"
 
     @property
+    def firewall_state(self) -> Path:
+        """What the program that opens the qube's firewall says of it."""
+        return self.root / "run" / "firewall"
+
+    @property
     def agent_socket(self) -> Path:
         return self.root / "qrexec.sock"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE
-from qubes_fwd_qrexec.statusservice import LISTENER_DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.statusservice import FIREWALL_STATE_VARIABLE, LISTENER_DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.unixsockets import socket_address
 
 from .directory import QubeDirectory
@@ -115,6 +115,7 @@ def service_environment(
         # Each qube has a /run of its own.
         DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
         LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),
+        FIREWALL_STATE_VARIABLE: str(QubeDirectory(directory).firewall_state),
     }
 
 

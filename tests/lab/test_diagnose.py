@@ -7,7 +7,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
-from qubes_fwd_qrexec.report import Firewall, ForwardReport, ListenerReport, QubeReport, Way, dump
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.report import ListenerReport, QubeReport, dump
 
 NOW = 1_800_000_000
 ALL = [
@@ -178,26 +175,19 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
 
 def test_a_firewall_that_drops_clients(lab: Lab) -> None:
     lab.add()
-    report = ForwardReport(
-        target=QubeName("work"),
-        name=RuleName("web"),
-        since=1,
-        connections=0,
-        total=0,
-        refused={},
-        sent=0,
-        received=0,
-        transport=Transport.TUNNEL,
-        way=Way.IDLE,
-        tunnels=0,
-        is_listening=True,
-    )
-    listener = ListenerReport(since=1, forwards=(report,), firewall=Firewall.CLOSED)
-    lab.answers("sys-net", dump(QubeReport(program="1", listener=listener).as_json()))
+    lab.listen()
+    state = lab.lab.qube_dir("sys-net").firewall_state
+    state.write_text("closed\n")
     assert "the firewall of sys-net drops" in lab.wrong("firewall")
-    listener = replace(listener, forwards=(replace(report, is_listening=False),))
+    state.write_text("open\n")
+    assert {step["verdict"] for step in lab.diagnose()} == {"ok"}
+
+
+def test_a_listener_that_has_another_configuration(lab: Lab) -> None:
+    lab.add()
+    listener = ListenerReport(since=1, forwards=())
     lab.answers("sys-net", dump(QubeReport(program="1", listener=listener).as_json()))
-    assert "does not have work web open" in lab.wrong("listener")
+    assert "the listener of sys-net does not have work web open" in lab.wrong("listener")
 
 
 def test_a_policy_that_denies(lab: Lab) -> None:
