@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A lab for the loop of `watch`: real news, and each wait that would last ends by the next act of a script."""
+"""A lab for the loop of `watch`: real news, and a wait that would last ends by the next act of a script."""
 
 import io
 import os
