@@ -85,11 +85,11 @@ class Stage(LabStore):
         self._played = 0
         self.alarm: SilentAlarm
 
-    def inventory(self) -> Inventory:
+    def inventory(self, *, with_config: bool = True) -> Inventory:
         self.looks.append(self._played)
         if self.trouble is not None:
             raise StoreError(self.trouble)
-        return super().inventory()
+        return super().inventory(with_config=with_config)
 
     def changes(self, wakers: Sequence[int] = ()) -> "PlayedContext":
         assert len(wakers) == 2

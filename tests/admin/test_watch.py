@@ -79,7 +79,7 @@ def test_news_that_never_ends_is_cut_short(stage: Stage) -> None:
                 stage.hands.pass_by(0.15)
             return True
 
-    def look() -> Inventory:
+    def look(*, with_config: bool = True) -> Inventory:
         looked_after_s.append(stage.hands.elapsed)
         if len(looked_after_s) == 4:
             END()

@@ -52,7 +52,7 @@ def test_a_rule_ends_when_the_clock_is_set_past_its_end(expiring: Stage) -> None
 def test_an_end_that_comes_while_it_works_is_not_slept_over(expiring: Stage) -> None:
     inventory = expiring.inventory
 
-    def slow() -> Inventory:
+    def slow(*, with_config: bool = True) -> Inventory:
         if not expiring.looks:
             expiring.hands.pass_by(4000)
         return inventory()
