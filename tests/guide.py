@@ -185,8 +185,9 @@ class _Chapter:
                 self._now = float(parse_expire(distance, self._now) or 0)
             case ["qube", name, "netvm", netvm]:
                 self._add(Qube(name=QubeName(name), netvm=QubeName(netvm), provides_network=True))
-            case ["template", qube, template]:
-                self._lab.write_qube(replace(self._lab.qube(qube), template=QubeName(template)))
+            case [name, "is", "a", "disposable", "of", template]:
+                new = replace(self._lab.qube(name), klass=QubeClass.DISPOSABLE, template=QubeName(template))
+                self._lab.write_qube(new)
             case ["disposable", name, "of", template]:
                 old = self._lab.qube(template)
                 new = replace(old, name=QubeName(name), klass=QubeClass.DISPOSABLE, template=old.name)
