@@ -6,7 +6,7 @@ import math
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import trio
@@ -21,6 +21,7 @@ from .accepting import (
 )
 from .config import ListenerConfig
 from .errors import RefusedError
+from .limits import Account, Process, Refusal
 from .logs import RateLimit, warn
 from .relay import abort, close_well, undelivered_bytes
 from .rules import OnExpire
@@ -47,6 +48,7 @@ class Means:
 
     transports: Transports
     tasks: trio.Nursery
+    process: Process = field(default_factory=Process)
 
 
 class Expiry:
@@ -67,6 +69,7 @@ class Forward:
         """Bind everything. Raises `BindError`, and has bound nothing then."""
         self.config = config
         self.expiry = Expiry(config.expire)
+        self.account = Account(config.limits, means.process)
         self._means = means
         self._limit = RateLimit()
         self._listening: dict[Binding, socket.socket] = {}
@@ -84,6 +87,7 @@ class Forward:
         self._close(self._listening.keys() - wanted)
         if config.expire != self.config.expire:
             self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
+        self.account.change(config.limits)
         self.config = config
 
     def yield_bindings(self, config: ListenerConfig, claimed: frozenset[Binding]) -> None:
@@ -119,16 +123,21 @@ class Forward:
             close_listening(self._listening.pop(binding))
 
     def _accepted(self, port: int, accepted: socket.socket) -> None:
-        """Refuse a stranger before anything else is done for it, and serve everybody else."""
+        """Refuse a stranger, or one too many, before anything else is done for it; serve everybody else."""
         peer = peer_address(accepted)
         if peer is None:
             accepted.close()
             return
-        if peer not in self.config.sources:
+        refusal = self._refusal(peer)
+        if refusal is not None:
             abort(accepted)
-            self._warn("source", f"refused {peer}: not in {self.config.sources}")
+            self._warn(refusal, f"refused {peer}: {self.account.words(refusal)}")
             return
         self._means.tasks.start_soon(self._serve, port, accepted, peer)
+
+    def _refusal(self, peer: IPAddress) -> Refusal | None:
+        """Why the peer is not let in; where it is, it is counted, and `_serve` is its end."""
+        return self.account.admit(peer) if peer in self.config.sources else Refusal.STRANGER
 
     async def _serve(self, port: int, accepted: socket.socket, peer: IPAddress) -> None:
         """Carry one connection. Whatever happens ends in an abort, unless both directions ended well."""
@@ -146,6 +155,7 @@ class Forward:
             finally:
                 self._live.discard(scope)
                 abort(accepted)
+                self.account.leave(peer)
 
     async def _relay(self, port: int, accepted: socket.socket, peer: IPAddress) -> bool:
         """Whether the connection ended well; if not, the log has a line of its kind."""

@@ -23,22 +23,21 @@ from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Binding, Expiry, Forward, Means, bindings
+from .limits import PROCESS_MAX, Process, process_max
 from .logs import start_logging
 from .notify import notify
 from .qubesdbsource import open_qubesdb
 from .relaythread import open_relay_thread
-from .rules import NO_LIMITS
 from .targets import CALLS_MAX
 from .transports import Transports
 from .tunnels import LINGER_S
+from .unopened import Unopened
 from .values import QubeName, RuleName
 
 _logger = logging.getLogger(__name__)
 
 # How soon a change of the configuration, or an expiry, is noticed.
 _LOOK_S = 0.5
-# A port that cannot be opened is tried again: another program may give it up, an address may come late.
-_RETRY_S = 5.0
 # systemd's own TimeoutStopSec is 90 s; connections that still live after this are aborted.
 DRAIN_S = 60.0
 
@@ -55,6 +54,7 @@ class Listener:
         timeouts: CallTimeouts | None = None,
         drain_s: float = DRAIN_S,
         linger_s: float = LINGER_S,
+        connections_max: int = PROCESS_MAX,
         is_whole: bool = True,
     ) -> None:
         """``is_whole``: start with every port of the first configuration or not at all."""
@@ -66,10 +66,11 @@ class Listener:
         self._linger_s = linger_s
         self._is_whole = is_whole
         self._refused: dict[str, str] = {}
-        self._unopened: dict[tuple[QubeName, RuleName], tuple[ListenerConfig, str]] = {}
-        self._retry_at = 0.0
+        self._process = Process(connections_max)
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
+        self._unopened = Unopened()
+        self._stamp: object = None
         self._stopping = trio.Event()
         self._is_running = False
         self._means: Means
@@ -78,7 +79,7 @@ class Listener:
     def problems(self) -> dict[str, str]:
         """Why each entry, by its key, is not served as it asks for; and why the source cannot be read."""
         lost = {} if self._source.problem is None else {str(self._source): self._source.problem}
-        return lost | self._refused | {config.key: text for config, text in self._unopened.values()}
+        return lost | self._refused | self._unopened.problems
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until `stop`; reports started once the ports of the first configuration are open.
@@ -86,22 +87,25 @@ class Listener:
         Raises `ConfigError` when the source cannot be read, and `BindError` when it ``is_whole`` and a port
         of the first configuration cannot be opened.
         """
-        async with open_relay_thread() as relays, trio.open_nursery() as tasks:
-            transports = Transports(
-                self._client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
-            )
-            self._means = Means(transports, tasks)
-            try:
-                await self._listen(task_status)
-            finally:
-                for forward in self._forwards.values():
-                    forward.stop_listening()
-                transports.drain()
-            tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+        async with open_relay_thread() as relays, trio.open_nursery() as watching:
+            async with trio.open_nursery() as tasks:
+                transports = Transports(
+                    self._client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
+                )
+                self._means = Means(transports, tasks, self._process)
+                try:
+                    await self._listen(task_status)
+                finally:
+                    for forward in self._forwards.values():
+                        forward.stop_listening()
+                    transports.drain()
+                tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+                watching.start_soon(self._watch_while_draining)
+            watching.cancel_scope.cancel()
 
     async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:
         """Follow the configuration until `stop`."""
-        stamp = self._source.stamp()
+        self._stamp = self._source.stamp()
         self._reconcile(self._source.read(), is_whole=self._is_whole)
         self._is_running = True
         task_status.started()
@@ -110,13 +114,23 @@ class Listener:
             with trio.move_on_after(_LOOK_S):
                 await self._stopping.wait()
                 break
-            self._end_expired()
-            if (now := self._source.stamp()) != stamp:
-                stamp = now
-                self.reload()
-            if self._unopened and trio.current_time() >= self._retry_at:
-                self._retry()
+            self._look()
         notify("STOPPING=1")
+
+    async def _watch_while_draining(self) -> None:
+        """Who may go on to the end of the drain may do so only while dom0 says so."""
+        while True:
+            await trio.sleep(_LOOK_S)
+            self._look()
+
+    def _look(self) -> None:
+        """Do what is due: what has expired ends, what has changed is taken up, what failed is tried again."""
+        self._end_expired()
+        if (now := self._source.stamp()) != self._stamp:
+            self._stamp = now
+            self.reload()
+        for name, config in self._unopened.due():
+            self._try_to_open(name, config)
 
     def stop(self) -> None:
         """Listen no more and let connections finish for a while; called again: abort them now."""
@@ -126,17 +140,21 @@ class Listener:
 
     def reload(self) -> None:
         """Make what is open what the configuration says now; what is wrong in it stays as it was."""
-        if not self._is_running or self._stopping.is_set():
-            return  # it is read at the start, and after the end nothing opens any more
+        if not self._is_running:
+            return  # it is read at the start
         try:
             self._reconcile(self._source.read())
         except ConfigError as error:
             _logger.error("configuration not reloaded: %s", error)
 
     def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
-        """Close what is gone, then open what is new. A bad entry is refused alone, and named."""
-        wanted, errors = _usable(found)
-        self._refused = {key: str(error) for key, error in sorted(errors.items())}
+        """Close what is gone, then open what is new. A bad entry is refused alone, and named.
+
+        Once it is to stop, nothing opens any more.
+        """
+        wanted = dict(found.forwards)
+        self._unopened.forget_all()
+        self._refused = {key: str(error) for key, error in sorted(found.errors.items())}
         for key, problem in self._refused.items():
             _logger.error("refused: %s", problem)
             if (kept := self._forward_of(key)) is not None:
@@ -144,30 +162,28 @@ class Listener:
         wanted = {key: config for key, config in wanted.items() if not self._is_expired(config)}
         for name in self._forwards.keys() - wanted.keys():
             self._end(name, "removed")
+        if self._stopping.is_set():
+            return
         self._means.transports.reconfigured(list(wanted.values()))
         self._hand_over(wanted)
-        self._unopened = {}
-        self._open_all(wanted, is_whole=is_whole)
-
-    def _open_all(
-        self, wanted: dict[tuple[QubeName, RuleName], ListenerConfig], *, is_whole: bool = False
-    ) -> None:
-        """Open what is not open; what cannot be is kept for `_retry`, and said when that is news."""
-        known, self._unopened = self._unopened, {}
         for name, config in sorted(wanted.items()):
-            try:
+            if is_whole:
                 self._open(name, config)
-            except BindError as error:
-                if is_whole:
-                    raise
-                self._unopened[name] = config, str(error)
-                if self._unopened[name] != known.get(name):
-                    _logger.error("%s %s is not opened: %s", *name, error)
-        self._retry_at = trio.current_time() + _RETRY_S
+            else:
+                self._try_to_open(name, config)
 
-    def _retry(self) -> None:
-        unopened = {name: config for name, (config, _) in self._unopened.items()}
-        self._open_all({name: config for name, config in unopened.items() if not self._is_expired(config)})
+    def _try_to_open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
+        """Now, or later if it cannot be bound now."""
+        if self._stopping.is_set() or self._is_expired(config):
+            self._unopened.forget(name)
+            return
+        try:
+            self._open(name, config)
+        except BindError as error:
+            if self._unopened.failed(name, config, str(error)):
+                _logger.error("%s %s is not opened: %s; it is tried again", *name, error)
+        else:
+            self._unopened.forget(name)
 
     def _forward_of(self, untrusted_key: str) -> Forward | None:
         try:
@@ -204,25 +220,6 @@ class Listener:
             if forward.expiry.is_over():
                 self._expired.add((*name, forward.config.expire))
                 self._end(name, "expired")
-
-
-def _usable(
-    found: Configuration,
-) -> tuple[dict[tuple[QubeName, RuleName], ListenerConfig], dict[str, ConfigError]]:
-    """What this listener can serve, and an error for each entry that asks for more."""
-    usable = dict(found.forwards)
-    errors = dict(found.errors)
-    for name, config in found.forwards.items():
-        if (problem := _beyond_us(config)) is not None:
-            errors[config.key] = ConfigError(f"{config.key}: {problem}")
-            del usable[name]
-    return usable, errors
-
-
-def _beyond_us(config: ListenerConfig) -> str | None:
-    if config.limits != NO_LIMITS:
-        return f"limits={config.limits} are not in this version; leave them out"
-    return None
 
 
 async def _obey_signals(listener: Listener, *, task_status: "trio.TaskStatus[None]") -> None:
@@ -280,6 +277,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="keep a tunnel for so long after its last connection (default: %(default)g)",
     )
+    parser.add_argument(
+        "--idle-timeout",
+        type=float,
+        default=CallTimeouts().idle_s,
+        metavar="SECONDS",
+        help="end a connection in which nothing has moved for so long (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--connections",
+        type=int,
+        default=None,
+        metavar="N",
+        help=f"connections at once, of all forwards (default: {PROCESS_MAX}, or what open files allow)",
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
@@ -294,8 +305,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--call-timeout {args.call_timeout}: more than 0 would be right")
     if not args.linger >= 0:
         parser.error(f"--linger {args.linger}: 0 or more would be right")
+    if not args.idle_timeout > 0:
+        parser.error(f"--idle-timeout {args.idle_timeout}: more than 0 would be right")
+    if args.connections is not None and args.connections < 1:
+        parser.error(f"--connections {args.connections}: at least 1 would be right")
     start_logging(is_verbose=args.verbose)
-    raise_descriptor_limit()
+    connections_max = process_max(raise_descriptor_limit())
     status = 0
     try:
         with ExitStack() as stack:
@@ -303,8 +318,9 @@ def main(arguments: list[str] | None = None) -> int:
                 ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb()),
                 qrexec.parse_client(args.qrexec_client),
                 calls_max=args.calls,
-                timeouts=CallTimeouts(call_s=args.call_timeout),
+                timeouts=CallTimeouts(call_s=args.call_timeout, idle_s=args.idle_timeout),
                 linger_s=args.linger,
+                connections_max=min(connections_max, args.connections or connections_max),
                 # dom0 delivers each rule by itself, so that one which cannot be served stops no other.
                 is_whole=args.config is not None,
             )

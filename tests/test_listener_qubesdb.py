@@ -27,6 +27,7 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec import listener as listener_module
+from qubes_fwd_qrexec import unopened
 from qubes_fwd_qrexec.listener import Listener, main
 from qubes_fwd_qrexec.qubesdbsource import open_qubesdb
 
@@ -187,7 +188,7 @@ async def test_a_port_that_cannot_be_opened_stops_no_other_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(listener_module, "_LOOK_S", 0.005)
-    monkeypatch.setattr(listener_module, "_RETRY_S", 0.0)
+    monkeypatch.setattr(unopened, "RETRY_FIRST_S", 0.0)
     port, qubesdb = free_port(), FakeQubesDB()
     with listening_socket() as taken:
         qubesdb.set("fwd.a.first", line(port_of(taken), 1))
@@ -196,7 +197,7 @@ async def test_a_port_that_cannot_be_opened_stops_no_other_and_is_tried_again(
             assert is_listening(port)
             assert "the port is in use" in listener.problems["fwd.a.first"]
             tries = itertools.count()
-            monkeypatch.setattr(listener, "_retry", lambda retry=listener._retry: (next(tries), retry()))
+            monkeypatch.setattr(listener, "_look", lambda look=listener._look: (next(tries), look()))
             await until(lambda: next(tries) > 3)
             taken.close()
             await until(lambda: not listener.problems)
@@ -206,13 +207,14 @@ async def test_a_port_that_cannot_be_opened_stops_no_other_and_is_tried_again(
 
 
 async def test_an_expired_forward_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unopened, "RETRY_FIRST_S", 0.0)
     qubesdb = FakeQubesDB()
     with listening_socket() as taken:
         qubesdb.set(WEB, line(port_of(taken), 1))
         async with listening(qubesdb, FakeClient(tmp_path, "serve")) as listener:
             assert set(listener.problems) == {WEB}
             monkeypatch.setattr(listener, "_is_expired", lambda config: True)
-            listener._retry()
+            listener._look()
             assert listener.problems == {}
 
 

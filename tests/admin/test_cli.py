@@ -78,7 +78,6 @@ REFUSED = [
     (("add", "work", "80", "--from", "any", "--proto", "udp", "--mode", "qrexec"), 2, "udp needs mode=nft"),
     (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "only TCP works"),
     (("add", "work", "80", "--from", "any", "--mode", "nft"), 1, "cannot do that yet"),
-    (("add", "work", "80", "--from", "any", "--limits", "rate:1"), 1, "leave limits out"),
     (
         ("add", "work", "81", "--from", "any", "--proxy", "v2", "--transport", "call"),
         2,

@@ -186,13 +186,6 @@ CASES = [
         "its template and start personal again, or leave proxy out.",
     ),
     (
-        "not-in-this-version",
-        rule("limits=rate:5"),
-        world(),
-        State.REFUSED,
-        "The rule asks for limits and this version of qvm-forward cannot do that yet; leave limits out.",
-    ),
-    (
         "tunnel-in-the-path",
         rule(target="hidden"),
         world(),
