@@ -21,7 +21,8 @@ from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration
 from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
-from .forward import Binding, Expiry, Forward, Means, bindings
+from .forward import Binding, Forward, Means, bindings
+from .lifetime import Expiry
 from .logs import start_logging
 from .notify import notify
 from .relaythread import open_relay_thread

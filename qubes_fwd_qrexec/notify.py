@@ -4,6 +4,7 @@
 import contextlib
 import os
 import socket
+import time
 
 
 def notify(*assignments: str) -> None:
@@ -15,3 +16,8 @@ def notify(*assignments: str) -> None:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto("\n".join(assignments).encode(), address)
+
+
+def reloading() -> tuple[str, str]:
+    """What says that a reload has begun; ``READY=1`` then says that it is over (sd_notify(3))."""
+    return "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"

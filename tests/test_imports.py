@@ -155,7 +155,9 @@ def test_the_tunnel_is_pure(name: str) -> None:
     assert not ours(name) & set(VM_SIDE)
 
 
-@pytest.mark.parametrize("name", ["relay", "exitstatus", "localserver", "configsource", "logs", *VOCABULARY])
+@pytest.mark.parametrize(
+    "name", ["relay", "exitstatus", "localserver", "configsource", "logs", "nft", *VOCABULARY]
+)
 def test_trio_stays_with_those_who_need_it(name: str) -> None:
     assert "/trio" not in reached_by(name)
 
