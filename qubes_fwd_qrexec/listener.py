@@ -10,6 +10,7 @@ import argparse
 import logging
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import trio
@@ -18,13 +19,14 @@ from . import __version__, qrexec
 from .accepting import BindError
 from .call import CallTimeouts
 from .config import ListenerConfig, parse_key
-from .configsource import ConfigSource, Configuration
+from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Binding, Forward, Means, bindings
 from .lifetime import Expiry
 from .logs import start_logging
 from .notify import notify
+from .qubesdbsource import open_qubesdb
 from .relaythread import open_relay_thread
 from .rules import NO_LIMITS
 from .targets import CALLS_MAX
@@ -36,6 +38,8 @@ _logger = logging.getLogger(__name__)
 
 # How soon a change of the configuration, or an expiry, is noticed.
 _LOOK_S = 0.5
+# A port that cannot be opened is tried again: another program may give it up, an address may come late.
+_RETRY_S = 5.0
 # systemd's own TimeoutStopSec is 90 s; connections that still live after this are aborted.
 DRAIN_S = 60.0
 
@@ -45,30 +49,43 @@ class Listener:
 
     def __init__(
         self,
-        source: ConfigSource,
+        source: Source,
         client: tuple[str, ...] = qrexec.CLIENT,
         *,
         calls_max: int = CALLS_MAX,
         timeouts: CallTimeouts | None = None,
         drain_s: float = DRAIN_S,
         linger_s: float = LINGER_S,
+        is_whole: bool = True,
     ) -> None:
+        """``is_whole``: start with every port of the first configuration or not at all."""
         self._source = source
         self._client = client
         self._calls_max = calls_max
         self._timeouts = timeouts or CallTimeouts()
         self._drain_s = drain_s
         self._linger_s = linger_s
+        self._is_whole = is_whole
+        self._refused: dict[str, str] = {}
+        self._unopened: dict[tuple[QubeName, RuleName], tuple[ListenerConfig, str]] = {}
+        self._retry_at = 0.0
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         self._stopping = trio.Event()
         self._is_running = False
         self._means: Means
 
-    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
-        """Listen until `stop`; reports started once every port of the first configuration is open.
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why each entry, by its key, is not served as it asks for; and why the source cannot be read."""
+        lost = {} if self._source.problem is None else {str(self._source): self._source.problem}
+        return lost | self._refused | {config.key: text for config, text in self._unopened.values()}
 
-        Raises `ConfigError` or `BindError` when the first configuration cannot be served as a whole.
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen until `stop`; reports started once the ports of the first configuration are open.
+
+        Raises `ConfigError` when the source cannot be read, and `BindError` when it ``is_whole`` and a port
+        of the first configuration cannot be opened.
         """
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
             transports = Transports(
@@ -86,7 +103,7 @@ class Listener:
     async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:
         """Follow the configuration until `stop`."""
         stamp = self._source.stamp()
-        self._reconcile(self._source.read(), is_first=True)
+        self._reconcile(self._source.read(), is_whole=self._is_whole)
         self._is_running = True
         task_status.started()
         notify("READY=1", f"STATUS={len(self._forwards)} forwards open")
@@ -98,6 +115,8 @@ class Listener:
             if (now := self._source.stamp()) != stamp:
                 stamp = now
                 self.reload()
+            if self._unopened and trio.current_time() >= self._retry_at:
+                self._retry()
         notify("STOPPING=1")
 
     def stop(self) -> None:
@@ -115,11 +134,12 @@ class Listener:
         except ConfigError as error:
             _logger.error("configuration not reloaded: %s", error)
 
-    def _reconcile(self, found: Configuration, *, is_first: bool = False) -> None:
+    def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
         """Close what is gone, then open what is new. A bad entry is refused alone, and named."""
         wanted, errors = _usable(found)
-        for key, error in sorted(errors.items()):
-            _logger.error("refused: %s", error)
+        self._refused = {key: str(error) for key, error in sorted(errors.items())}
+        for key, problem in self._refused.items():
+            _logger.error("refused: %s", problem)
             if (kept := self._forward_of(key)) is not None:
                 wanted[kept.config.target, kept.config.name] = kept.config
         wanted = {key: config for key, config in wanted.items() if not self._is_expired(config)}
@@ -127,13 +147,28 @@ class Listener:
             self._end(name, "removed")
         self._means.transports.reconfigured(list(wanted.values()))
         self._hand_over(wanted)
+        self._unopened = {}
+        self._open_all(wanted, is_whole=is_whole)
+
+    def _open_all(
+        self, wanted: dict[tuple[QubeName, RuleName], ListenerConfig], *, is_whole: bool = False
+    ) -> None:
+        """Open what is not open; what cannot be is kept for `_retry`, and said when that is news."""
+        known, self._unopened = self._unopened, {}
         for name, config in sorted(wanted.items()):
             try:
                 self._open(name, config)
             except BindError as error:
-                if is_first:
+                if is_whole:
                     raise
-                _logger.error("%s %s is not opened: %s", *name, error)
+                self._unopened[name] = config, str(error)
+                if self._unopened[name] != known.get(name):
+                    _logger.error("%s %s is not opened: %s", *name, error)
+        self._retry_at = trio.current_time() + _RETRY_S
+
+    def _retry(self) -> None:
+        unopened = {name: config for name, (config, _) in self._unopened.items()}
+        self._open_all({name: config for name, config in unopened.items() if not self._is_expired(config)})
 
     def _forward_of(self, untrusted_key: str) -> Forward | None:
         try:
@@ -214,7 +249,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Listen for what dom0 has configured to be forwarded, and carry it over qrexec.",
     )
     parser.add_argument(
-        "--config", required=True, type=Path, metavar="PATH", help="directory or file with the forwards"
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="directory or file with the forwards (default: this qube's QubesDB)",
     )
     parser.add_argument(
         "--qrexec-client",
@@ -261,14 +299,17 @@ def main(arguments: list[str] | None = None) -> int:
     raise_descriptor_limit()
     status = 0
     try:
-        listener = Listener(
-            ConfigSource(args.config),
-            qrexec.parse_client(args.qrexec_client),
-            calls_max=args.calls,
-            timeouts=CallTimeouts(call_s=args.call_timeout),
-            linger_s=args.linger,
-        )
-        trio.run(_main, listener, strict_exception_groups=True)
+        with ExitStack() as stack:
+            listener = Listener(
+                ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb()),
+                qrexec.parse_client(args.qrexec_client),
+                calls_max=args.calls,
+                timeouts=CallTimeouts(call_s=args.call_timeout),
+                linger_s=args.linger,
+                # dom0 delivers each rule by itself, so that one which cannot be served stops no other.
+                is_whole=args.config is not None,
+            )
+            trio.run(_main, listener, strict_exception_groups=True)
     except* ForwardError as errors:
         for error in leaves(errors):
             _logger.error("%s", error)

@@ -16,18 +16,20 @@ import socket
 import sys
 import time
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from . import __version__, nftchain
 from .config import ListenerConfig, parse_key
-from .configsource import ConfigSource
+from .configsource import ConfigSource, Source
 from .errors import ConfigError, ForwardError
 from .lifetime import Expiry
 from .logs import RateLimit, start_logging, warn
 from .nftchain import Family, NftError
 from .nfttool import Changes, Nft
 from .notify import notify, reloading
+from .qubesdbsource import open_qubesdb
 from .values import QubeName, RuleName
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ _Name = tuple[QubeName, RuleName]
 class Forwards:
     """The forwards that are to be let in now, by the configuration as it was read last."""
 
-    def __init__(self, source: ConfigSource) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
         self._stamp: object = None
         self._configs: dict[_Name, ListenerConfig] = {}
@@ -207,8 +209,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="qubes-forward-nft",
         description="Let the forwards of this qube in through its firewall, and nothing else.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, metavar="PATH", help="directory or file with the forwards")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="directory or file with the forwards (default: this qube's QubesDB)",
+    )
     what.add_argument("--remove", action="store_true", help="remove what an earlier run has left, and end")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
@@ -222,8 +229,10 @@ def main(arguments: list[str] | None = None) -> int:
         if args.remove:
             firewall.clear()
             return 0
-        with Signals() as signals, Changes() as changes:
-            Keeper(Forwards(ConfigSource(args.config)), firewall).run(changes, signals)
+        with ExitStack() as stack:
+            signals, changes = stack.enter_context(Signals()), stack.enter_context(Changes())
+            source = ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb())
+            Keeper(Forwards(source), firewall).run(changes, signals)
     except ForwardError as error:
         _logger.error("%s", error)
         return 1

@@ -39,7 +39,7 @@ def add(args: Namespace, session: Session) -> int:
                 f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
             )
         _check_new(named, session, snapshot)
-        _store(session, [named])
+        _store(session, snapshot, [named])
         return _finish(args, session, [named], "stored")
 
 
@@ -165,7 +165,7 @@ def remove(args: Namespace, session: Session) -> int:
     with session.backend.locked():
         snapshot = session.look()
         entries = [snapshot.find(args.qube, name) for name in dict.fromkeys(args.name)]
-        session.store({(entry.target, entry.name): None for entry in entries})
+        session.store(snapshot.inventory, {(entry.target, entry.name): None for entry in entries})
         planned = None if args.no_apply else session.apply_change()
         if session.is_json:
             removed = [{"qube": entry.target, "name": entry.name} for entry in entries]
@@ -188,7 +188,7 @@ def _change(
         old = before.find(named.target, named.name)
         if forward.state is State.REFUSED and (old is None or old.reason != forward.reason):
             raise RefusedError(f"{named} was not {done}. {forward.reason}")
-    _store(session, changed)
+    _store(session, snapshot, changed)
     return _finish(args, session, changed, done)
 
 
@@ -201,8 +201,8 @@ def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
     return entry
 
 
-def _store(session: Session, rules: Iterable[NamedRule]) -> None:
-    session.store({(named.target, named.name): str(named.rule) for named in rules})
+def _store(session: Session, snapshot: Snapshot, rules: Iterable[NamedRule]) -> None:
+    session.store(snapshot.inventory, {(named.target, named.name): str(named.rule) for named in rules})
 
 
 def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], done: str) -> int:

@@ -116,7 +116,7 @@ def print_policy(args: Namespace, session: Session) -> int:
 def apply(args: Namespace, session: Session) -> int:
     """Make it so, or with --dry-run say what that would change."""
     if args.dry_run:
-        snapshot = session.look()
+        snapshot = session.look(with_config=True)
         planned = snapshot.plan(session.now)
         steps = _steps(session, snapshot, planned)
     else:

@@ -103,11 +103,11 @@ class Stage(LabStore):
         self._played = 0
         self.alarm: SilentAlarm
 
-    def inventory(self) -> Inventory:
+    def inventory(self, *, with_config: bool = True) -> Inventory:
         self.looks.append(self._played)
         if self.trouble is not None:
             raise StoreError(self.trouble)
-        return super().inventory()
+        return super().inventory(with_config=with_config)
 
     def changes(self, wakers: Sequence[int] = ()) -> "PlayedContext":
         assert len(wakers) == 2
@@ -222,7 +222,7 @@ def test_news_that_never_ends_is_cut_short(stage: Stage) -> None:
                 stage.hands.pass_by(0.15)
             return True
 
-    def look() -> Inventory:
+    def look(*, with_config: bool = True) -> Inventory:
         looked_after_s.append(stage.hands.elapsed)
         if len(looked_after_s) == 4:
             END()
@@ -324,7 +324,7 @@ def test_a_rule_ends_when_the_clock_is_set_past_its_end(expiring: Stage) -> None
 def test_an_end_that_comes_while_it_works_is_not_slept_over(expiring: Stage) -> None:
     inventory = expiring.inventory
 
-    def slow() -> Inventory:
+    def slow(*, with_config: bool = True) -> Inventory:
         if not expiring.looks:
             expiring.hands.pass_by(4000)
         return inventory()
