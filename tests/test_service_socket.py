@@ -157,7 +157,7 @@ async def test_a_tunnel_that_cannot_be_started_ends_alone(
             async with qrexec.call(tunnel_to(server)) as call:
                 assert await read_all(call) == b""
             assert "no process for a tunnel: No such file" in caplog.text
-            async with qrexec.call(descriptor(server)), accept(server):
+            async with qrexec.call(descriptor(server)), await accept(server):
                 pass  # and others are served as before
 
 
