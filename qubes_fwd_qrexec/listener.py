@@ -24,8 +24,8 @@ from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Binding, Forward, Means, bindings
 from .lifetime import Expiry
-from .logs import start_logging
-from .notify import notify
+from .logs import one_line, start_logging
+from .notify import notify, reloading
 from .qubesdbsource import open_qubesdb
 from .relaythread import open_relay_thread
 from .rules import NO_LIMITS
@@ -106,7 +106,8 @@ class Listener:
         self._reconcile(self._source.read(), is_whole=self._is_whole)
         self._is_running = True
         task_status.started()
-        notify("READY=1", f"STATUS={len(self._forwards)} forwards open")
+        told = self._status()
+        notify("READY=1", f"STATUS={told}")
         while not self._stopping.is_set():
             with trio.move_on_after(_LOOK_S):
                 await self._stopping.wait()
@@ -117,7 +118,17 @@ class Listener:
                 self.reload()
             if self._unopened and trio.current_time() >= self._retry_at:
                 self._retry()
-        notify("STOPPING=1")
+            if (status := self._status()) != told:
+                told = status
+                notify(f"STATUS={status}")
+        notify("STOPPING=1", "STATUS=closed, connections may finish")
+
+    def _status(self) -> str:
+        """One line for the service manager: what is open, and the entries that are not as they ask for."""
+        problems = ", ".join(sorted(self.problems))
+        return one_line(
+            f"{len(self._forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
+        )
 
     def stop(self) -> None:
         """Listen no more and let connections finish for a while; called again: abort them now."""
@@ -129,10 +140,13 @@ class Listener:
         """Make what is open what the configuration says now; what is wrong in it stays as it was."""
         if not self._is_running or self._stopping.is_set():
             return  # it is read at the start, and after the end nothing opens any more
+        notify(*reloading())
         try:
             self._reconcile(self._source.read())
         except ConfigError as error:
             _logger.error("configuration not reloaded: %s", error)
+        finally:
+            notify("READY=1")
 
     def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
         """Close what is gone, then open what is new. A bad entry is refused alone, and named."""
