@@ -108,10 +108,9 @@ class ListenerConfig:
             options = list(split(untrusted_value))
             newer = [option for option in options if option.name not in _FORMS]
             if newer:
-                known = ", ".join(_FORMS)
                 raise ConfigError(
-                    f"{key}: {newer[0].place}: unknown option; known are {known}. If dom0's package is newer "
-                    "than this qube's, update this qube's template"
+                    f"{key}: {newer[0].place}: unknown option; if dom0's package is newer than this qube's, "
+                    f"update this qube's template. Known are {', '.join(_FORMS)}"
                 )
             given = read(options, _FORMS)
         except RuleError as error:
@@ -155,8 +154,7 @@ def _check_version(key: str, untrusted_value: str) -> None:
     if versions and versions[0] != f"version={VERSION}":
         raise ConfigError(
             f"{key}: {versions[0][:32]!a}, written for another version; this listener reads "
-            f"version={VERSION}. The packages of dom0 and of this qube's template are to be of one release, "
-            "or of two that follow each other"
+            f"version={VERSION}. dom0's package and this qube's may be one release apart, and no more"
         )
 
 

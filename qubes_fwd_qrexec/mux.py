@@ -107,6 +107,8 @@ class Mux:
         self._half_close_s = half_close_s
         self._ticks = 0
         self._heard_tick = 0
+        self.is_peer_wrong = False
+        """Whether it is over because of what the peer said, rather than because it says nothing any more."""
         self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken)
         try:
             loop.watch(source.fileno(), READ, self._on_source)
@@ -238,6 +240,7 @@ class Mux:
             else:
                 self._take(self.connection.receive_data(chunk))
         except RemoteProtocolError as error:
+            self.is_peer_wrong = count > 0
             self.backlog.send()
             self._end(str(error))
             return

@@ -328,8 +328,11 @@ class Tunnels:
             return f"cannot start {self._client[0]}: {error.strerror}"
         if not status:
             return problem
-        # That the call's bytes ended says nothing more where it never came through.
-        return meaning(status) if tunnel.is_opening else f"{problem}; {meaning(status)}"
+        if not tunnel.is_opening:
+            return f"{problem}; {meaning(status)}"
+        # That the call's bytes ended says nothing more where it never came through; what they said does.
+        is_told = tunnel.mux is not None and tunnel.mux.is_peer_wrong
+        return problem if is_told else meaning(status)
 
     async def _drive(self, tunnel: Tunnel, call: Call) -> str | None:
         async with trio.open_nursery() as nursery:

@@ -75,7 +75,7 @@ def test_keys_that_are_none(key: str) -> None:
         ),
         (LINE.replace("version=1", "version="), "'version=', written for another version"),
         (LINE.removeprefix("version=1 "), "option 'version' is missing; this listener reads version=1"),
-        (f"{LINE} mark=7", "option 'mark' at column 120: unknown option; known are version, service,"),
+        (f"{LINE} mark=7", "option 'mark' at column 120: unknown option; if dom0's package is newer"),
         (f"{LINE} mark=7", "update this qube's template"),
         (LINE.replace(" listen=0.0.0.0", ""), "option 'listen' is missing"),
         (LINE.replace("srchosts=10.0.0.0/8", "srchosts="), "option 'srchosts' at column"),
