@@ -148,7 +148,7 @@ def test_what_cannot_be_served_at_all_is_status_1_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--config", "x", "--calls", "0"], ["--config", "x", "--call-timeout", "nan"]]
+    "arguments", [["--config", "x", "--calls", "0"], ["--config", "x", "--call-timeout", "nan"]]
 )
 def test_a_bad_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
