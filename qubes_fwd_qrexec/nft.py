@@ -25,7 +25,7 @@ from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Source
 from .errors import ConfigError, ForwardError
 from .lifetime import Expiry
-from .logs import RateLimit, start_logging, warn
+from .logs import RateLimit, one_line, start_logging, warn
 from .nftchain import Family, NftError
 from .nfttool import Changes, Nft
 from .notify import notify, reloading
@@ -161,12 +161,13 @@ class Keeper:
         self._limit = RateLimit()
         self._kept: tuple[ListenerConfig, ...] | None = None
         self._kept_s = 0.0
+        self._told = ""
 
     def run(self, changes: Changes, signals: Signals) -> None:
         """Until a signal ends it. Raises `ForwardError` when it cannot be done at the start, or undone."""
         self._forwards.read()
         try:
-            notify("READY=1", f"STATUS={self._keep()}")
+            self._tell(self._keep(), is_asked=True)
             while not (asked := self._wait(changes, signals)) & _STOP:
                 self._look(changes, is_asked=signal.SIGHUP in asked)
         finally:
@@ -190,11 +191,17 @@ class Keeper:
                 _logger.error("configuration not reloaded: %s", error)
         if changes.has_any() or is_asked or self._forwards.active() != self._kept:
             try:
-                notify("READY=1", f"STATUS={self._keep()}")
+                self._tell(self._keep(), is_asked=is_asked)
             except NftError as error:
                 self._kept = None  # at the next look again
                 warn(_logger, self._limit, "nft", str(error))
-                notify("READY=1", f"STATUS={error}")
+                self._tell(one_line(str(error)), is_asked=is_asked)
+
+    def _tell(self, status: str, *, is_asked: bool) -> None:
+        """Tell the service manager, if it waits for an answer or there is news."""
+        if is_asked or status != self._told:
+            notify("READY=1", f"STATUS={status}")
+            self._told = status
 
     def _keep(self) -> str:
         active = self._forwards.active()

@@ -6,6 +6,9 @@ import os
 import socket
 import time
 
+# A manager that takes nothing for so long is not told: what we do is more than what is said of it.
+_PATIENCE_S = 1.0
+
 
 def notify(*assignments: str) -> None:
     """Send ``READY=1``, ``STOPPING=1``, ``STATUS=...``; does nothing where nobody asked to be told."""
@@ -15,6 +18,7 @@ def notify(*assignments: str) -> None:
     if not address:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(_PATIENCE_S)
         sock.sendto("\n".join(assignments).encode(), address)
 
 

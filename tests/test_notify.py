@@ -9,6 +9,7 @@ import pytest
 import trio
 from helpers import BOUND_S, FakeClient, free_port, running_listener, write_config
 
+from qubes_fwd_qrexec import notify as notifying
 from qubes_fwd_qrexec.notify import notify, reloading
 from qubes_fwd_qrexec.serviceserver import ServiceServer, listen_on
 
@@ -54,6 +55,15 @@ def test_what_is_said_is_one_message(manager: Manager) -> None:
     first, second = manager.told()
     assert first == "RELOADING=1"
     assert second.removeprefix("MONOTONIC_USEC=").isdigit()
+
+
+def test_a_manager_that_takes_nothing_holds_nobody_up(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifying, "_PATIENCE_S", 0.001)
+    queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+    for _ in range(queue + 10):  # more than the kernel keeps for it
+        notify("STATUS=x")
 
 
 def test_nobody_to_tell_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
