@@ -2,9 +2,7 @@
 """One forward in the exposed qube: its listening sockets, its connections, and how each one ends."""
 
 import logging
-import math
 import socket
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +19,7 @@ from .accepting import (
 )
 from .config import ListenerConfig
 from .errors import RefusedError
+from .lifetime import Expiry
 from .limits import Account, Process, Refusal
 from .logs import RateLimit, warn
 from .relay import abort, close_well, undelivered_bytes
@@ -49,17 +48,6 @@ class Means:
     transports: Transports
     tasks: trio.Nursery
     process: Process = field(default_factory=Process)
-
-
-class Expiry:
-    """When a forward ends: by the wall clock, and by a clock that nobody sets and that runs in suspend."""
-
-    def __init__(self, expire: int | None) -> None:
-        self._wall_s = math.inf if expire is None else expire
-        self._boot_s = time.clock_gettime(time.CLOCK_BOOTTIME) + self._wall_s - time.time()
-
-    def is_over(self) -> bool:
-        return time.time() >= self._wall_s or time.clock_gettime(time.CLOCK_BOOTTIME) >= self._boot_s
 
 
 class Forward:

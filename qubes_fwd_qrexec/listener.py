@@ -22,10 +22,11 @@ from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
-from .forward import Binding, Expiry, Forward, Means, bindings
+from .forward import Binding, Forward, Means, bindings
+from .lifetime import Expiry
 from .limits import PROCESS_MAX, Process, process_max
-from .logs import start_logging
-from .notify import notify
+from .logs import one_line, start_logging
+from .notify import notify, reloading
 from .qubesdbsource import open_qubesdb
 from .relaythread import open_relay_thread
 from .targets import CALLS_MAX
@@ -109,13 +110,24 @@ class Listener:
         self._reconcile(self._source.read(), is_whole=self._is_whole)
         self._is_running = True
         task_status.started()
-        notify("READY=1", f"STATUS={len(self._forwards)} forwards open")
+        told = self._status()
+        notify("READY=1", f"STATUS={told}")
         while not self._stopping.is_set():
             with trio.move_on_after(_LOOK_S):
                 await self._stopping.wait()
                 break
             self._look()
-        notify("STOPPING=1")
+            if (status := self._status()) != told:
+                told = status
+                notify(f"STATUS={status}")
+        notify("STOPPING=1", "STATUS=closed, connections may finish")
+
+    def _status(self) -> str:
+        """One line for the service manager: what is open, and the entries that are not as they ask for."""
+        problems = ", ".join(sorted(self.problems))
+        return one_line(
+            f"{len(self._forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
+        )
 
     async def _watch_while_draining(self) -> None:
         """Who may go on to the end of the drain may do so only while dom0 says so."""
@@ -142,10 +154,15 @@ class Listener:
         """Make what is open what the configuration says now; what is wrong in it stays as it was."""
         if not self._is_running:
             return  # it is read at the start
+        if not self._stopping.is_set():
+            notify(*reloading())
         try:
             self._reconcile(self._source.read())
         except ConfigError as error:
             _logger.error("configuration not reloaded: %s", error)
+        finally:
+            if not self._stopping.is_set():
+                notify("READY=1")
 
     def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
         """Close what is gone, then open what is new. A bad entry is refused alone, and named.

@@ -156,7 +156,8 @@ def test_the_tunnel_is_pure(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["relay", "exitstatus", "localserver", "configsource", "qubesdbsource", "logs", *VOCABULARY]
+    "name",
+    ["relay", "exitstatus", "localserver", "configsource", "qubesdbsource", "logs", "nft", *VOCABULARY],
 )
 def test_trio_stays_with_those_who_need_it(name: str) -> None:
     assert "/trio" not in reached_by(name)

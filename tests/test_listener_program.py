@@ -171,7 +171,6 @@ def test_what_cannot_be_served_at_all_is_status_1_and_one_line(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--config"],
         ["--config", "x", "--calls", "0"],
         ["--config", "x", "--call-timeout", "nan"],
         ["--config", "x", "--idle-timeout", "0"],
