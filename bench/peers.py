@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from qubes_fwd_qrexec.config import ListenerConfig, Service
 from qubes_fwd_qrexec.lab.knobs import CALLS_PER_TARGET
-from qubes_fwd_qrexec.rules import Transport
+from qubes_fwd_qrexec.rules import Limits, Transport
 from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
 from . import load
@@ -25,6 +25,8 @@ from .labprocess import TARGET
 from .processes import BenchError, Child
 
 _HOST = "127.0.0.1"
+# All of the load comes from one source, which by default may have fewer connections than are held.
+_LIMITS = Limits(connections=12_000, per_source=12_000, rate=100_000)
 _READY_S = 15.0
 _RETRY_S = 0.02
 
@@ -136,6 +138,7 @@ class ListenerPeer(Peer):
             sources=Sources.parse(f"{_HOST}/32"),
             service=self.service,
             transport=self.transport,
+            limits=_LIMITS,
         )
         directory = self.setting.directory / f"{self.name}.d"
         directory.mkdir()

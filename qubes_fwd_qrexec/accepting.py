@@ -11,8 +11,10 @@ from ipaddress import IPv6Address, ip_address
 
 import trio
 
+from .deadpeers import notice_dead_peers
 from .errors import ForwardError
 from .logs import RateLimit, warn
+from .portholder import port_holder
 from .relay import abort_by_default
 from .values import IPAddress, unmapped
 
@@ -71,19 +73,20 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         # Before it listens: what is accepted inherits all this, and the window's scale is agreed on by then.
         abort_by_default(sock)
+        notice_dead_peers(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
         sock.bind((str(address), port))
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"{address_text(address, port)}: {_bind_trouble(error, port)}") from error
+        raise BindError(f"{address_text(address, port)}: {_bind_trouble(error, address, port)}") from error
     return sock
 
 
-def _bind_trouble(error: OSError, port: int) -> str:
+def _bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "the port is in use by another program"
+        return f"the port is in use by {port_holder(address, port) or 'another program'}"
     if error.errno == errno.EACCES and port < _UNPRIVILEGED_PORT:
         return f"ports under {_UNPRIVILEGED_PORT} need the capability CAP_NET_BIND_SERVICE"
     if error.errno == errno.EADDRNOTAVAIL:

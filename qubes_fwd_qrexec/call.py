@@ -34,10 +34,12 @@ class CallTimeouts:
     ``call_s``: no byte was taken by the call and none came from it since it began. qrexec has no
     timeout of its own for policy and autostart, and 120 s for the connection between the qubes.
     ``half_close_s``: one direction has ended and nothing has moved in the other since.
+    ``idle_s``: nothing has moved in either direction (relay-behaviours 38).
     """
 
     call_s: float = 60.0
     half_close_s: float = 600.0
+    idle_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ async def relay_over_call(
         async with trio.open_nursery() as nursery:
             connection.scope = nursery.cancel_scope
             nursery.start_soon(connection.watch_for_life)
+            nursery.start_soon(connection.watch_for_idleness)
             nursery.start_soon(connection.download)
             await connection.upload()
         return Ending(
@@ -156,6 +159,15 @@ class _Connection:
         await trio.sleep(self._timeouts.call_s)
         if self.down.moved == 0 and not self.call.has_taken(self.up.moved):
             self._fail(f"the call gave no sign of life for {self._timeouts.call_s:g} s")
+
+    async def watch_for_idleness(self) -> None:
+        """End a connection in which nothing moves."""
+        while True:
+            quiet_s = time.monotonic() - max(self.up.moved_at, self.down.moved_at)
+            if quiet_s >= self._timeouts.idle_s:
+                break
+            await trio.sleep(self._timeouts.idle_s - quiet_s)
+        self._fail(f"idle for {self._timeouts.idle_s:g} s")
 
     async def _after_end(self, other: Copy) -> None:
         """One direction has ended, ``other`` may go on; after both, the call delivers what it holds."""

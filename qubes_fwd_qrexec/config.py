@@ -105,12 +105,20 @@ class ListenerConfig:
     def parse(cls, key: str, untrusted_value: str) -> Self:
         """Read what stands under ``key``. Raises `ConfigError` that names key and option."""
         target, name = parse_key(key)
+        _check_version(key, untrusted_value)
         try:
-            given = read(split(untrusted_value), _FORMS)
+            options = list(split(untrusted_value))
+            newer = [option for option in options if option.name not in _FORMS]
+            if newer:
+                raise ConfigError(
+                    f"{key}: {newer[0].place}: unknown option; if dom0's package is newer than this qube's, "
+                    f"update this qube's template. Known are {', '.join(_FORMS)}"
+                )
+            given = read(options, _FORMS)
         except RuleError as error:
             raise ConfigError(f"{key}: {error}") from None
         if given.pop("version", None) != VERSION:
-            raise ConfigError(f"{key}: written for another version; this listener reads version={VERSION}")
+            raise ConfigError(f"{key}: option 'version' is missing; this listener reads version={VERSION}")
         for field, option in _REQUIRED.items():
             if field not in given:
                 raise ConfigError(f"{key}: option {option!r} is missing")
@@ -140,6 +148,16 @@ def parse_key(key: str) -> tuple[QubeName, RuleName]:
         return values.parse_qube_name(target), values.parse_rule_name(name)
     except TextError as error:
         raise ConfigError(f"entry {key!a}: {error}") from None
+
+
+def _check_version(key: str, untrusted_value: str) -> None:
+    """Before anything else is read: another version may mean something else by every other word."""
+    versions = [word for word in untrusted_value.split(" ") if word.startswith("version=")]
+    if versions and versions[0] != f"version={VERSION}":
+        raise ConfigError(
+            f"{key}: {versions[0][:32]!a}, written for another version; this listener reads "
+            f"version={VERSION}. dom0's package and this qube's may be one release apart, and no more"
+        )
 
 
 def _parse_addresses(text: str) -> tuple[IPAddress, ...]:

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where a listener's configuration comes from, and when it has changed.
 
+Every `Source` has the same shape, so that the listener has one way to obey them: `ConfigSource` reads a
+directory or file, `qubesdbsource` reads QubesDB. What an entry means is decided here, for both.
+
 A directory holds one file for each forward, named by its key (``fwd.work.web``), with its options on
 one line: the shape of ``/vm-config/`` in QubesDB. A file holds the same, one forward a line:
 key, space, options. Blank lines and lines that start with ``#`` are passed over.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .config import VALUE_MAX, ListenerConfig, is_forward_key
 from .errors import ConfigError
 from .values import QubeName, RuleName
 
 # A qube's QubesDB holds few entries; this bounds what a directory full of files can make us read.
-_ENTRIES_MAX = 4096
+ENTRIES_MAX = 4096
 _FILE_MAX = 1 << 20
 _BLANKS = " \t\r"
 
@@ -26,10 +30,25 @@ class Configuration(NamedTuple):
     errors: dict[str, ConfigError]
 
 
+class Source(Protocol):
+    """What the listener asks; neither question waits for anybody else."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing new can be had from it at the moment, if so."""
+
+    def read(self) -> Configuration:
+        """What is configured now. Raises `ConfigError` when the source itself cannot be read."""
+
+    def stamp(self) -> object:
+        """A value that differs when `read` may find something else than before."""
+
+
 class ConfigSource:
     """A directory or file of configurations."""
 
     def __init__(self, path: Path) -> None:
+        self.problem: str | None = None
         self._path = path
 
     def __str__(self) -> str:
@@ -37,18 +56,13 @@ class ConfigSource:
 
     def read(self) -> Configuration:
         """Read everything afresh. Raises `ConfigError` when the source itself cannot be read."""
-        forwards: dict[tuple[QubeName, RuleName], ListenerConfig] = {}
-        errors: dict[str, ConfigError] = {}
-        for key, untrusted_value in self._entries().items():
-            try:
-                if isinstance(untrusted_value, ConfigError):
-                    raise untrusted_value
-                config = ListenerConfig.parse(key, untrusted_value)
-            except ConfigError as error:
-                errors[key] = error
-            else:
-                forwards[config.target, config.name] = config
-        return Configuration(forwards, errors)
+        try:
+            entries = self._entries()
+        except ConfigError as error:
+            self.problem = str(error)
+            raise
+        self.problem = None
+        return parse_entries(entries)
 
     def stamp(self) -> object:
         """A value that differs when something changed since: names, sizes and times of the files."""
@@ -68,12 +82,28 @@ class ConfigSource:
                     raise ConfigError(f"{self._path}: more than {_FILE_MAX} bytes; so many are read")
                 return _line_entries(text)
             files = sorted(file for file in self._path.iterdir() if is_forward_key(file.name))
-            if len(files) > _ENTRIES_MAX:
-                raise ConfigError(f"{self._path}: {len(files)} entries; at most {_ENTRIES_MAX} are read")
+            if len(files) > ENTRIES_MAX:
+                raise ConfigError(f"{self._path}: {len(files)} entries; at most {ENTRIES_MAX} are read")
             entries = {file.name: _value(file) for file in files}
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}") from error
         return {key: value for key, value in entries.items() if value is not None}
+
+
+def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
+    """Each entry by its key, or what kept it from being read. One that is bad is an error of its own."""
+    forwards: dict[tuple[QubeName, RuleName], ListenerConfig] = {}
+    errors: dict[str, ConfigError] = {}
+    for key, untrusted_value in entries.items():
+        try:
+            if isinstance(untrusted_value, ConfigError):
+                raise untrusted_value
+            config = ListenerConfig.parse(key, untrusted_value)
+        except ConfigError as error:
+            errors[key] = error
+        else:
+            forwards[config.target, config.name] = config
+    return Configuration(forwards, errors)
 
 
 def _text(path: Path, size_max: int) -> str:

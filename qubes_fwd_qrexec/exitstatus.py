@@ -29,7 +29,7 @@ _MEANINGS = {
     ExitStatus.TROUBLE: "the call failed: the target cannot be reached, or nothing listens on its port",
     ExitStatus.REFUSED: "dom0's policy refuses the call, or there are too many",
     ExitStatus.NO_SERVICE: "the target does not have the service",
-    ExitStatus.BAD_ARGUMENT: "the target's service does not understand the call",
+    ExitStatus.BAD_ARGUMENT: "the target's service does not understand the call, and may be older",
     ExitStatus.SERVER_REFUSED: "the server in the target refused the connection",
     ExitStatus.SERVER_RESET: "the server in the target aborted the connection",
     ExitStatus.SERVER_TIMEOUT: "the server in the target did not accept the connection in time",

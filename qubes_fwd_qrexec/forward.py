@@ -2,9 +2,7 @@
 """One forward in the exposed qube: its listening sockets, its connections, and how each one ends."""
 
 import logging
-import math
 import socket
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +19,10 @@ from .accepting import (
 )
 from .config import ListenerConfig
 from .connectionlog import ConnectionLog
-from .counters import WAYS, Carried, Counters, Refusal
+from .counters import WAYS, Carried, Counters
 from .errors import RefusedError
+from .lifetime import Expiry
+from .limits import Account, Process, Refusal
 from .logs import RateLimit, one_line, warn
 from .relay import abort, close_well, undelivered_bytes
 from .report import ForwardReport, Way
@@ -51,18 +51,8 @@ class Means:
 
     transports: Transports
     tasks: trio.Nursery
+    process: Process = field(default_factory=Process)
     log: ConnectionLog = field(default_factory=ConnectionLog)
-
-
-class Expiry:
-    """When a forward ends: by the wall clock, and by a clock that nobody sets and that runs in suspend."""
-
-    def __init__(self, expire: int | None) -> None:
-        self._wall_s = math.inf if expire is None else expire
-        self._boot_s = time.clock_gettime(time.CLOCK_BOOTTIME) + self._wall_s - time.time()
-
-    def is_over(self) -> bool:
-        return time.time() >= self._wall_s or time.clock_gettime(time.CLOCK_BOOTTIME) >= self._boot_s
 
 
 class Forward:
@@ -72,6 +62,7 @@ class Forward:
         """Bind everything. Raises `BindError`, and has bound nothing then."""
         self.config = config
         self.expiry = Expiry(config.expire)
+        self.account = Account(config.limits, means.process)
         self._means = means
         self.counters = Counters()
         self._way = Way.IDLE
@@ -91,6 +82,7 @@ class Forward:
         self._close(self._listening.keys() - wanted)
         if config.expire != self.config.expire:
             self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
+        self.account.change(config.limits)
         self.config = config
 
     def yield_bindings(self, config: ListenerConfig, claimed: frozenset[Binding]) -> None:
@@ -126,17 +118,22 @@ class Forward:
             close_listening(self._listening.pop(binding))
 
     def _accepted(self, port: int, accepted: socket.socket) -> None:
-        """Refuse a stranger before anything else is done for it, and serve everybody else."""
+        """Refuse a stranger, or one too many, before anything else is done for it; serve everybody else."""
         peer = peer_address(accepted)
         if peer is None:
             accepted.close()
             return
-        if peer not in self.config.sources:
+        refusal = self._refusal(peer)
+        if refusal is not None:
             abort(accepted)
-            self.counters.refused(Refusal.SOURCE)
-            self._warn("source", f"refused {peer}: not in {self.config.sources}")
+            self.counters.refused(refusal)
+            self._warn(refusal, f"refused {peer}: {self.account.words(refusal)}")
             return
         self._means.tasks.start_soon(self._serve, port, accepted, peer)
+
+    def _refusal(self, peer: IPAddress) -> Refusal | None:
+        """Why the peer is not let in; where it is, it is counted, and `_serve` is its end."""
+        return self.account.admit(peer) if peer in self.config.sources else Refusal.STRANGER
 
     async def _serve(self, port: int, accepted: socket.socket, peer: IPAddress) -> None:
         """Carry one connection. Whatever happens ends in an abort, unless both directions ended well."""
@@ -159,6 +156,7 @@ class Forward:
             finally:
                 self._live.discard(scope)
                 abort(accepted)
+                self.account.leave(peer)
                 self.counters.closed(carried)
                 self._means.log.ended(line, self.config, carried, how)
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import trio
@@ -20,20 +21,23 @@ from . import __version__, qrexec
 from .accepting import BindError
 from .call import CallTimeouts
 from .config import ListenerConfig, parse_key
-from .configsource import ConfigSource, Configuration
+from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
-from .forward import Binding, Expiry, Forward, Means, bindings
+from .forward import Binding, Forward, Means, bindings
+from .lifetime import Expiry
+from .limits import PROCESS_MAX, Process, process_max
 from .logs import one_line, start_logging
-from .notify import notify
+from .notify import notify, reloading
+from .qubesdbsource import open_qubesdb
 from .relaythread import open_relay_thread
 from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
-from .rules import NO_LIMITS
 from .statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
 from .targets import CALLS_MAX
 from .transports import Transports
 from .trial import try_out
 from .tunnels import LINGER_S
+from .unopened import Unopened
 from .values import QubeName, RuleName
 
 _logger = logging.getLogger(__name__)
@@ -49,68 +53,108 @@ class Listener:
 
     def __init__(
         self,
-        source: ConfigSource,
+        source: Source,
         client: tuple[str, ...] = qrexec.CLIENT,
         *,
         calls_max: int = CALLS_MAX,
         timeouts: CallTimeouts | None = None,
         drain_s: float = DRAIN_S,
         linger_s: float = LINGER_S,
+        connections_max: int = PROCESS_MAX,
+        is_whole: bool = True,
         status_dir: Path | None = None,
     ) -> None:
+        """``is_whole``: start with every port of the first configuration or not at all."""
         self._source = source
         self._client = client
         self._calls_max = calls_max
         self._timeouts = timeouts or CallTimeouts()
         self._drain_s = drain_s
         self._linger_s = linger_s
+        self._is_whole = is_whole
         self._status_dir = status_dir
         self._since = int(time.time())
-        self._problems: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
+        self._process = Process(connections_max)
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
+        self._unopened = Unopened()
+        self._stamp: object = None
         self._stopping = trio.Event()
         self._is_running = False
         self._means: Means
 
-    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
-        """Listen until `stop`; reports started once every port of the first configuration is open.
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why each entry, by its key, is not served as it asks for; and why the source cannot be read."""
+        lost = {} if self._source.problem is None else {str(self._source): self._source.problem}
+        return lost | self._refused | self._unopened.problems
 
-        Raises `ConfigError` or `BindError` when the first configuration cannot be served as a whole.
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen until `stop`; reports started once the ports of the first configuration are open.
+
+        Raises `ConfigError` when the source cannot be read, and `BindError` when it ``is_whole`` and a port
+        of the first configuration cannot be opened.
         """
         async with (
             open_relay_thread() as relays,
             open_status(self._status_dir, self),
-            trio.open_nursery() as tasks,
+            trio.open_nursery() as watching,
         ):
-            transports = Transports(
-                self._client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
-            )
-            self._means = Means(transports, tasks)
-            try:
-                await self._listen(task_status)
-            finally:
-                for forward in self._forwards.values():
-                    forward.stop_listening()
-                transports.drain()
-            tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+            async with trio.open_nursery() as tasks:
+                transports = Transports(
+                    self._client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
+                )
+                self._means = Means(transports, tasks, self._process)
+                try:
+                    await self._listen(task_status)
+                finally:
+                    for forward in self._forwards.values():
+                        forward.stop_listening()
+                    transports.drain()
+                tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+                watching.start_soon(self._watch_while_draining)
+            watching.cancel_scope.cancel()
 
     async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:
         """Follow the configuration until `stop`."""
-        stamp = self._source.stamp()
-        self._reconcile(self._source.read(), is_first=True)
+        self._stamp = self._source.stamp()
+        self._reconcile(self._source.read(), is_whole=self._is_whole)
         self._is_running = True
         task_status.started()
-        notify("READY=1", f"STATUS={len(self._forwards)} forwards open")
+        told = self._status()
+        notify("READY=1", f"STATUS={told}")
         while not self._stopping.is_set():
             with trio.move_on_after(_LOOK_S):
                 await self._stopping.wait()
                 break
-            self._end_expired()
-            if (now := self._source.stamp()) != stamp:
-                stamp = now
-                self.reload()
-        notify("STOPPING=1")
+            self._look()
+            if (status := self._status()) != told:
+                told = status
+                notify(f"STATUS={status}")
+        notify("STOPPING=1", "STATUS=closed, connections may finish")
+
+    def _status(self) -> str:
+        """One line for the service manager: what is open, and the entries that are not as they ask for."""
+        problems = ", ".join(sorted(self.problems))
+        return one_line(
+            f"{len(self._forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
+        )
+
+    async def _watch_while_draining(self) -> None:
+        """Who may go on to the end of the drain may do so only while dom0 says so."""
+        while True:
+            await trio.sleep(_LOOK_S)
+            self._look()
+
+    def _look(self) -> None:
+        """Do what is due: what has expired ends, what has changed is taken up, what failed is tried again."""
+        self._end_expired()
+        if (now := self._source.stamp()) != self._stamp:
+            self._stamp = now
+            self.reload()
+        for name, config in self._unopened.due():
+            self._try_to_open(name, config)
 
     def stop(self) -> None:
         """Listen no more and let connections finish for a while; called again: abort them now."""
@@ -120,17 +164,22 @@ class Listener:
 
     def reload(self) -> None:
         """Make what is open what the configuration says now; what is wrong in it stays as it was."""
-        if not self._is_running or self._stopping.is_set():
-            return  # it is read at the start, and after the end nothing opens any more
+        if not self._is_running:
+            return  # it is read at the start
+        if not self._stopping.is_set():
+            notify(*reloading())
         try:
             self._reconcile(self._source.read())
         except ConfigError as error:
             _logger.error("configuration not reloaded: %s", error)
+        finally:
+            if not self._stopping.is_set():
+                notify("READY=1")
 
     def report(self) -> ListenerReport:
         """How everything is now, for whoever asks."""
         forwards = [forward for _, forward in sorted(self._forwards.items())]
-        problems = sorted(self._problems.items())
+        problems = sorted(self.problems.items())
         return ListenerReport(
             since=self._since,
             forwards=tuple(forward.report() for forward in forwards[:FORWARDS_MAX]),
@@ -145,27 +194,43 @@ class Listener:
             return Trial(Answer.FAILED, "", one_line(f"{untrusted_key} is not open here"))
         return await try_out(forward.config, self._means.transports)
 
-    def _reconcile(self, found: Configuration, *, is_first: bool = False) -> None:
-        """Close what is gone, then open what is new. A bad entry is refused alone, and named."""
-        wanted, errors = _usable(found)
-        self._problems = {key: str(error) for key, error in errors.items()}
-        for key, error in sorted(errors.items()):
-            _logger.error("refused: %s", error)
+    def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
+        """Close what is gone, then open what is new. A bad entry is refused alone, and named.
+
+        Once it is to stop, nothing opens any more.
+        """
+        wanted = dict(found.forwards)
+        self._unopened.forget_all()
+        self._refused = {key: str(error) for key, error in sorted(found.errors.items())}
+        for key, problem in self._refused.items():
+            _logger.error("refused: %s", problem)
             if (kept := self._forward_of(key)) is not None:
                 wanted[kept.config.target, kept.config.name] = kept.config
         wanted = {key: config for key, config in wanted.items() if not self._is_expired(config)}
         for name in self._forwards.keys() - wanted.keys():
             self._end(name, "removed")
+        if self._stopping.is_set():
+            return
         self._means.transports.reconfigured(list(wanted.values()))
         self._hand_over(wanted)
         for name, config in sorted(wanted.items()):
-            try:
+            if is_whole:
                 self._open(name, config)
-            except BindError as error:
-                if is_first:
-                    raise
-                self._problems[config.key] = str(error)
-                _logger.error("%s %s is not opened: %s", *name, error)
+            else:
+                self._try_to_open(name, config)
+
+    def _try_to_open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
+        """Now, or later if it cannot be bound now."""
+        if self._stopping.is_set() or self._is_expired(config):
+            self._unopened.forget(name)
+            return
+        try:
+            self._open(name, config)
+        except BindError as error:
+            if self._unopened.failed(name, config, str(error)):
+                _logger.error("%s %s is not opened: %s; it is tried again", *name, error)
+        else:
+            self._unopened.forget(name)
 
     def _forward_of(self, untrusted_key: str) -> Forward | None:
         try:
@@ -204,25 +269,6 @@ class Listener:
                 self._end(name, "expired")
 
 
-def _usable(
-    found: Configuration,
-) -> tuple[dict[tuple[QubeName, RuleName], ListenerConfig], dict[str, ConfigError]]:
-    """What this listener can serve, and an error for each entry that asks for more."""
-    usable = dict(found.forwards)
-    errors = dict(found.errors)
-    for name, config in found.forwards.items():
-        if (problem := _beyond_us(config)) is not None:
-            errors[config.key] = ConfigError(f"{config.key}: {problem}")
-            del usable[name]
-    return usable, errors
-
-
-def _beyond_us(config: ListenerConfig) -> str | None:
-    if config.limits != NO_LIMITS:
-        return f"limits={config.limits} are not in this version; leave them out"
-    return None
-
-
 async def _obey_signals(listener: Listener, *, task_status: "trio.TaskStatus[None]") -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
@@ -246,7 +292,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Listen for what dom0 has configured to be forwarded, and carry it over qrexec.",
     )
     parser.add_argument(
-        "--config", required=True, type=Path, metavar="PATH", help="directory or file with the forwards"
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="directory or file with the forwards (default: this qube's QubesDB)",
     )
     parser.add_argument(
         "--qrexec-client",
@@ -281,6 +330,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help=f"where this can be asked how it is (default: the service manager's {RUNTIME_VARIABLE})",
     )
+    parser.add_argument(
+        "--idle-timeout",
+        type=float,
+        default=CallTimeouts().idle_s,
+        metavar="SECONDS",
+        help="end a connection in which nothing has moved for so long (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--connections",
+        type=int,
+        default=None,
+        metavar="N",
+        help=f"connections at once, of all forwards (default: {PROCESS_MAX}, or what open files allow)",
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
@@ -295,19 +358,27 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--call-timeout {args.call_timeout}: more than 0 would be right")
     if not args.linger >= 0:
         parser.error(f"--linger {args.linger}: 0 or more would be right")
+    if not args.idle_timeout > 0:
+        parser.error(f"--idle-timeout {args.idle_timeout}: more than 0 would be right")
+    if args.connections is not None and args.connections < 1:
+        parser.error(f"--connections {args.connections}: at least 1 would be right")
     start_logging(is_verbose=args.verbose)
-    raise_descriptor_limit()
+    connections_max = process_max(raise_descriptor_limit())
     status = 0
     try:
-        listener = Listener(
-            ConfigSource(args.config),
-            qrexec.parse_client(args.qrexec_client),
-            calls_max=args.calls,
-            timeouts=CallTimeouts(call_s=args.call_timeout),
-            linger_s=args.linger,
-            status_dir=args.status_dir or runtime_directory(os.environ.get(RUNTIME_VARIABLE)),
-        )
-        trio.run(_main, listener, strict_exception_groups=True)
+        with ExitStack() as stack:
+            listener = Listener(
+                ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb()),
+                qrexec.parse_client(args.qrexec_client),
+                calls_max=args.calls,
+                timeouts=CallTimeouts(call_s=args.call_timeout, idle_s=args.idle_timeout),
+                linger_s=args.linger,
+                connections_max=min(connections_max, args.connections or connections_max),
+                # dom0 delivers each rule by itself, so that one which cannot be served stops no other.
+                is_whole=args.config is not None,
+                status_dir=args.status_dir or runtime_directory(os.environ.get(RUNTIME_VARIABLE)),
+            )
+            trio.run(_main, listener, strict_exception_groups=True)
     except* ForwardError as errors:
         for error in leaves(errors):
             _logger.error("%s", error)

@@ -13,6 +13,7 @@ import socket
 import time
 from typing import NamedTuple
 
+from .deadpeers import notice_dead_peers
 from .errors import ForwardError, TextError
 from .exitstatus import ExitStatus
 from .relay import abort, abort_by_default
@@ -93,6 +94,7 @@ def new_socket(family: int) -> socket.socket:
     """A socket for a connection to a server. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     abort_by_default(sock)
+    notice_dead_peers(sock)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
     return sock

@@ -6,6 +6,7 @@ the same turn; what a turn has to say goes out in one write. Whoever owns it is 
 tunnel as a whole (`MuxOwner`), and decides what to do about it.
 """
 
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ _HELLO_S = 30
 TICK_S = 1.0
 # relay-behaviours 9.
 HALF_CLOSE_S = 600.0
-# How often legs are asked whether they have been half-closed and idle for too long.
-_HALF_CLOSE_LOOK_TICKS = 5
+# How often legs are asked whether they have been idle for too long.
+_IDLE_LOOK_TICKS = 5
 # A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
 # peer that does not read waited for any longer when the last word is said.
 _LAST_READ_S = 1.0
@@ -78,7 +79,8 @@ class Mux:
     """One end of one tunnel. ``source`` and ``sink`` are the call's non-blocking sockets; they are only used.
 
     ``half_close_s``: a stream of which a direction has ended is aborted when nothing has moved in the other,
-    or the last bytes were not taken, for so many seconds.
+    or the last bytes were not taken, for so many seconds. ``idle_s``: so is any stream in which nothing has
+    moved in either direction; a target leaves that to the listener, whose default it cannot know.
 
     Raises OSError when the kernel can watch no more sockets.
     """
@@ -92,6 +94,7 @@ class Mux:
         budget: Budget,
         owner: MuxOwner,
         half_close_s: float = HALF_CLOSE_S,
+        idle_s: float = math.inf,
     ) -> None:
         self.loop = loop
         self.budget = budget
@@ -105,8 +108,11 @@ class Mux:
         self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
         self._is_flush_due = False
         self._half_close_s = half_close_s
+        self._idle_s = idle_s
         self._ticks = 0
         self._heard_tick = 0
+        self.is_peer_wrong = False
+        """Whether it is over because of what the peer said, rather than because it says nothing any more."""
         self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken)
         try:
             loop.watch(source.fileno(), READ, self._on_source)
@@ -238,6 +244,7 @@ class Mux:
             else:
                 self._take(self.connection.receive_data(chunk))
         except RemoteProtocolError as error:
+            self.is_peer_wrong = count > 0
             self.backlog.send()
             self._end(str(error))
             return
@@ -351,13 +358,14 @@ class Mux:
         elif self.backlog.stuck_ticks * TICK_S >= _FRAME_S:
             self._end(f"the other end has read nothing for {_FRAME_S} s")
         else:
-            if self._ticks % _HALF_CLOSE_LOOK_TICKS == 0:
-                self._end_half_closed(time.monotonic() - self._half_close_s)
+            if self._ticks % _IDLE_LOOK_TICKS == 0:
+                self._end_idle(time.monotonic())
             self.loop.after(TICK_S, self._tick)
 
-    def _end_half_closed(self, idle_since: float) -> None:
+    def _end_idle(self, now: float) -> None:
         for leg in list(self.legs.values()):
-            if leg.is_half_closed and leg.moved_at <= idle_since:
+            quiet_s = now - leg.moved_at
+            if quiet_s >= self._idle_s or (quiet_s >= self._half_close_s and leg.is_half_closed):
                 leg.abort_from_here()
 
     def _end(self, problem: str | None) -> None:

@@ -4,6 +4,10 @@
 import contextlib
 import os
 import socket
+import time
+
+# A manager that takes nothing for so long is not told: what we do is more than what is said of it.
+_PATIENCE_S = 1.0
 
 
 def notify(*assignments: str) -> None:
@@ -14,4 +18,10 @@ def notify(*assignments: str) -> None:
     if not address:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(_PATIENCE_S)
         sock.sendto("\n".join(assignments).encode(), address)
+
+
+def reloading() -> tuple[str, str]:
+    """What says that a reload has begun; ``READY=1`` then says that it is over (sd_notify(3))."""
+    return "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"

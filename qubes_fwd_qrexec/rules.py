@@ -136,8 +136,8 @@ class ForwardRule:
         if len(self.listen_ports) != len(self.target_ports):
             yield (
                 "options 'srcports' and 'dstports'",
-                f"{self.listen_ports} has {len(self.listen_ports)} ports and {self.target_ports} has "
-                f"{len(self.target_ports)}; both must have the same number",
+                f"{self.listen_ports} is {_count(self.listen_ports)} and {self.target_ports} is "
+                f"{_count(self.target_ports)}; both must be as many",
             )
         if self.proto is Proto.UDP:
             if self.mode is Mode.QREXEC:
@@ -207,6 +207,10 @@ class ForwardRule:
 
     def __str__(self) -> str:
         return " ".join(f"{name}={text}" for name, text in self.options().items())
+
+
+def _count(ports: ListenPorts | TargetPorts) -> str:
+    return f"{len(ports)} port{'' if len(ports) == 1 else 's'}"
 
 
 class NamedRule(NamedTuple):

@@ -6,6 +6,10 @@ The agent connects to its UNIX socket for each call, says whom the call is for
 program for each connection. What is lost: a socket service has no exit status, the caller is told 0
 whatever happens (qubes-core-qrexec agent/qrexec-agent-data.c). A refused connection or a server's
 abort is a clean end of file for the client; where endings must be right, use `service`.
+
+The socket has the service's whole name, so tunnels come here too. Each is handed to a process of its
+own, as if the agent had started it: dom0 ends a tunnel by its process (`revocation`), a tunnel has a
+budget of its own, and its endings are said within it, so that it needs no exit status.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import select
 import signal
 import socket
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,11 +28,13 @@ import trio
 
 from .accepting import accept_until_closed, close_listening
 from .descriptors import raise_descriptor_limit
-from .errors import ForwardError, leaves
+from .errors import ForwardError, RefusedError, leaves
+from .exitstatus import meaning
 from .localserver import (
     CONNECT_TIMEOUT_S,
     LOCALHOSTS,
     SERVICE,
+    Request,
     check_answered,
     new_socket,
     not_connected,
@@ -35,8 +42,11 @@ from .localserver import (
     prepare,
 )
 from .logs import RateLimit, start_logging, warn
+from .notify import notify
 from .relay import Copy, CopyEnd, abort, close_cleanly, half_close
 from .relaythread import RelayThread, open_relay_thread
+from .revocation import SIGNALS
+from .rules import OnExpire
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +57,8 @@ DESCRIPTOR_TIMEOUT_S = 5.0
 # qrexec has 128 calls for each pair of qubes at most; several qubes may call.
 CONNECTIONS_MAX = 512
 DRAIN_S = 60.0
+# A tunnel that is told to end sends its last word, and is killed after this.
+_TUNNEL_END_S = 2.0
 _BACKLOG = 128
 # sd_listen_fds(3): the first descriptor that systemd passes.
 _LISTEN_FD = 3
@@ -60,19 +72,17 @@ class DescriptorError(ForwardError):
     """What came before the bytes of a call is not the service descriptor that it should be."""
 
 
-def parse_descriptor(untrusted_descriptor: bytes) -> tuple[int, str]:
-    """The port and the calling qube, which is only for the log. Raises `ForwardError`."""
+def parse_descriptor(untrusted_descriptor: bytes) -> tuple[str, Request, str]:
+    """The argument, what it asks for, and the calling qube. Raises `ForwardError`."""
     try:
-        service, _, source = untrusted_descriptor.decode("ascii").partition(" ")
+        service, _, caller = untrusted_descriptor.decode("ascii").partition(" ")
     except UnicodeDecodeError:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not ASCII") from None
     name, plus, argument = service.partition("+")
+    source = caller.partition(" ")[0]  # dom0 says behind it whom it has asked for
     if name != SERVICE or not plus or not source:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not {SERVICE}+PORT QUBE")
-    request = parse_argument(argument)
-    if request.is_tunnel:
-        raise DescriptorError(f"{service}: tunnels are served by a process each, and not here")
-    return request.ports.first, source
+    return argument, parse_argument(argument), source
 
 
 async def read_descriptor(call: socket.socket) -> bytes:
@@ -136,6 +146,7 @@ class ServiceServer:
         self._drain_s = drain_s
         self._limit = RateLimit()
         self._calls = 0
+        self._tunnels: set[trio.Process] = set()
         self._stopping = trio.Event()
         self._is_running = False
         self._relays: RelayThread
@@ -148,9 +159,13 @@ class ServiceServer:
             try:
                 self._tasks.start_soon(accept_until_closed, self._listening, self._accepted)
                 task_status.started()
+                notify("READY=1")
                 await self._stopping.wait()
             finally:
+                notify("STOPPING=1")
                 close_listening(self._listening, is_shared=True)  # with systemd, if that passed it
+            for tunnel in self._tunnels:
+                tunnel.send_signal(SIGNALS[OnExpire.DRAIN])
             self._tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
 
     def stop(self) -> None:
@@ -173,13 +188,53 @@ class ServiceServer:
                 untrusted_descriptor = await read_descriptor(call)
             if reading.cancelled_caught:
                 raise DescriptorError(f"no descriptor within {DESCRIPTOR_TIMEOUT_S:g} s")
-            port, _ = parse_descriptor(untrusted_descriptor)
-            await _join(call, await connect(port), self._relays)
+            argument, request, source = parse_descriptor(untrusted_descriptor)
+            if request.is_tunnel:
+                await self._hand_over(call, argument, source)
+            else:
+                await _join(call, await connect(request.ports.first), self._relays)
         except ForwardError as error:
             warn(_logger, self._limit, type(error).__name__, f"refused a call: {error}")
         finally:
             self._calls -= 1
             call.close()
+
+    async def _hand_over(self, call: socket.socket, argument: str, source: str) -> None:
+        """Have a process serve a tunnel until its end; when we are cancelled it gets SIGTERM."""
+        if self._stopping.is_set():
+            raise RefusedError("a tunnel comes too late, this server is ending")
+        command = [sys.executable, "-P", "-m", "qubes_fwd_qrexec.service", argument]
+        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+        try:
+            process = await trio.lowlevel.open_process(
+                command,
+                stdin=call.fileno(),
+                stdout=call.fileno(),
+                stderr=subprocess.DEVNULL,
+                env=environment | {"QREXEC_REMOTE_DOMAIN": source},
+            )
+        except OSError as error:
+            raise RefusedError(f"no process for a tunnel: {error.strerror}") from error
+        call.close()  # its end is that of the process
+        self._tunnels.add(process)
+        try:
+            status = await process.wait()
+        finally:
+            self._tunnels.discard(process)
+            await _end(process)
+        if status != os.EX_OK:
+            warn(_logger, self._limit, "tunnel", f"a tunnel of {source} ended: {meaning(status)}")
+
+
+async def _end(process: trio.Process) -> None:
+    """Ask a process to end, if it has not, and do not wait for one that does not want to."""
+    with trio.CancelScope(shield=True):
+        if process.returncode is None:
+            process.terminate()
+            with trio.move_on_after(_TUNNEL_END_S):
+                await process.wait()
+            process.kill()
+            await process.wait()
 
 
 async def _join(call: socket.socket, server: socket.socket, relays: RelayThread) -> None:

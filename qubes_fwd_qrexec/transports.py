@@ -121,6 +121,7 @@ class Transports:
                 self._tasks,
                 self._timeouts.half_close_s,
                 self._linger_s,
+                self._timeouts.idle_s,
             )
         return self._tunnels[key]
 

@@ -119,14 +119,15 @@ class Tunnel:
     def streams(self) -> int:
         return 0 if self.mux is None else len(self.mux.legs)
 
-    async def run(self, call: Call, budget: Budget, half_close_s: float) -> str | None:
+    async def run(self, call: Call, budget: Budget, half_close_s: float, idle_s: float) -> str | None:
         """Drive it until it is over; why, unless it ended as agreed."""
 
         def begin(finish: Callable[[str | None], None]) -> None:
             self._finish = finish
             hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16))
             connection = Connection(hello, range(self._ports.first, self._ports.last + 1))
-            self.mux = Mux(self._relays.loop, connection, call.stdout, call.stdin, budget, self, half_close_s)
+            loop, source, sink = self._relays.loop, call.stdout, call.stdin
+            self.mux = Mux(loop, connection, source, sink, budget, self, half_close_s, idle_s)
 
         def let_go() -> None:
             self._finish = None
@@ -240,6 +241,7 @@ class Tunnels:
         tasks: trio.Nursery,
         half_close_s: float,
         linger_s: float = LINGER_S,
+        idle_s: float = math.inf,
     ) -> None:
         self._client = client
         self._target = target
@@ -250,6 +252,7 @@ class Tunnels:
         self._tasks = tasks
         self._half_close_s = half_close_s
         self._linger_s = linger_s
+        self._idle_s = idle_s
         self._tunnels: list[Tunnel] = []
         self._limit = RateLimit()
         self._waiting = 0
@@ -369,16 +372,18 @@ class Tunnels:
             return f"cannot start {self._client[0]}: {error.strerror}"
         if not status:
             return problem
-        if tunnel.is_opening:
-            tunnel.refusal = refusal(status)
-        # That the call's bytes ended says nothing more where it never came through.
-        return meaning(status) if tunnel.is_opening else f"{problem}; {meaning(status)}"
+        if not tunnel.is_opening:
+            return f"{problem}; {meaning(status)}"
+        tunnel.refusal = refusal(status)
+        # That the call's bytes ended says nothing more where it never came through; what they said does.
+        is_told = tunnel.mux is not None and tunnel.mux.is_peer_wrong
+        return problem if is_told else meaning(status)
 
     async def _drive(self, tunnel: Tunnel, call: Call) -> str | None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep, tunnel)
             try:
-                problem = await tunnel.run(call, self._budget, self._half_close_s)
+                problem = await tunnel.run(call, self._budget, self._half_close_s, self._idle_s)
             except OSError as error:
                 problem = f"cannot watch the call: {error.strerror}"
             nursery.cancel_scope.cancel()

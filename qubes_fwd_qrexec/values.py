@@ -197,7 +197,10 @@ class Sources:
         """Networks, comma-separated, or ``any``. Raises `TextError`."""
         if text == "any":
             return cls((), anyone=True)
-        return cls.of(parse_network(part) for part in text.split(","))
+        parts = text.split(",")
+        if "any" in parts:
+            raise TextError(text, "a list of networks: any lets in everybody, and stands alone")
+        return cls.of(map(parse_network, parts))
 
     def __str__(self) -> str:
         return "any" if self.anyone else ",".join(map(str, self.networks))

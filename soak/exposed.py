@@ -31,6 +31,7 @@ class Held:
     tunnels: int
     streams: int
     waiting: int
+    slots: int
     budget_streams: int
     budget_left: int
     tasks: int
@@ -48,6 +49,7 @@ def held(listener: Listener) -> Held:
         tunnels=len(each),
         streams=sum(tunnel.streams for tunnel in each),
         waiting=sum(tunnels._waiting for tunnels in all_tunnels),
+        slots=listener._process.connections,
         budget_streams=transports._budget.streams,
         budget_left=transports._budget.shared_left,
         tasks=trio.lowlevel.current_statistics().tasks_living,

@@ -5,6 +5,7 @@
 which the test holds the outer sockets: the client's and the server's.
 """
 
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -98,6 +99,7 @@ class TunnelBench:
         max_streams: int = 1000,
         is_far_there: bool = True,
         half_close_s: float = 600.0,
+        idle_s: float = math.inf,
     ) -> None:
         self.loop = Loop()
         self.near_budget = near_budget or Budget()
@@ -108,7 +110,14 @@ class TunnelBench:
         self._streams: list[Joined] = []
         near = Connection(Hello(WINDOW_MAX_BYTES, bytes(16)), PORTS)
         self.near = Mux(
-            self.loop, near, self.near_call, self.near_sink, self.near_budget, self.near_owner, half_close_s
+            self.loop,
+            near,
+            self.near_call,
+            self.near_sink,
+            self.near_budget,
+            self.near_owner,
+            half_close_s,
+            idle_s,
         )
         if is_far_there:
             hello = Hello(WINDOW_MAX_BYTES, bytes(16), max_streams=max_streams, lease_s=300)

@@ -2,7 +2,10 @@
 import errno
 import os
 import socket
+import subprocess
+import sys
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 
 import pytest
 import trio
@@ -57,7 +60,7 @@ def test_v4_and_v6_share_a_port() -> None:
 def test_a_port_in_use_is_named_and_leaves_nothing() -> None:
     with open_listening(IPv4Address("127.0.0.1"), 0) as first, no_fds_left():
         port = port_of(first)
-        with pytest.raises(BindError, match=f"127.0.0.1:{port}: the port is in use"):
+        with pytest.raises(BindError, match=f"127.0.0.1:{port}: the port is in use by this program itself"):
             open_listening(IPv4Address("127.0.0.1"), port)
 
 
@@ -71,7 +74,7 @@ def test_an_address_that_is_not_here_is_said_to_be() -> None:
     [(errno.EACCES, 80, "CAP_NET_BIND_SERVICE"), (errno.EACCES, 8080, "Permission denied")],
 )
 def test_a_low_port_without_the_capability_is_explained(number: int, port: int, words: str) -> None:
-    assert words in accepting._bind_trouble(OSError(number, "x"), port)
+    assert words in accepting._bind_trouble(OSError(number, "x"), IPv4Address(0), port)
 
 
 def test_no_socket_at_all_is_a_bind_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +179,38 @@ async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
             close_listening(failing)
     assert len(caplog.messages) == (number in accepting._SHORTAGE)
     acceptor.close()
+
+
+def test_a_shortage_is_waited_out_for_a_tenth_of_a_second_to_a_second() -> None:
+    """relay-behaviours 33 and 34: neither does it spin, nor are free descriptors left lying."""
+    assert 0.1 <= accepting._SHORTAGE_PAUSE_S <= 1.0
+
+
+_LOW_PORT = """
+import os, sys
+from ipaddress import ip_address
+from qubes_fwd_qrexec.accepting import BindError, open_listening
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    open_listening(ip_address(sys.argv[1]), 80)
+except BindError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(
+    int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 80,
+    reason="here everybody may listen on low ports",
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_program_without_privileges_learns_what_a_low_port_needs(host: str) -> None:
+    """relay-behaviours 41."""
+    found = subprocess.run(
+        [sys.executable, "-c", _LOW_PORT, host], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert found.stdout.startswith(address_text(host, 80))
+    assert "ports under 1024 need the capability CAP_NET_BIND_SERVICE" in found.stdout
 
 
 async def test_a_bug_ends_the_loop() -> None:

@@ -31,18 +31,22 @@ class Relayed:
 
 @asynccontextmanager
 async def relayed(
-    command: tuple[str, ...], port: int, *, call_s: float = 60, half_close_s: float = 600
+    command: tuple[str, ...],
+    port: int,
+    *,
+    call_s: float = 60,
+    half_close_s: float = 600,
+    idle_s: float = 3600,
 ) -> AsyncIterator[Relayed]:
     client, accepted = tcp_pair()
+    timeouts = CallTimeouts(call_s, half_close_s, idle_s)
     with client, accepted:
         run = Relayed(client)
         async with open_relay_thread() as relays, trio.open_nursery() as nursery:
 
             @nursery.start_soon
             async def carry() -> None:
-                run.ending = await relay_over_call(
-                    accepted, command, "work", f"s+{port}", relays, CallTimeouts(call_s, half_close_s)
-                )
+                run.ending = await relay_over_call(accepted, command, "work", f"s+{port}", relays, timeouts)
                 run.ended.set()
 
             yield run
@@ -189,6 +193,27 @@ async def test_a_half_closed_connection_ends_by_its_timer_alone(
                 assert await receive(ending) == b"y"
             assert (await run.end()).error == "half-closed, and the other direction was idle for 0.5 s"
             assert time.monotonic() - began >= 1.2
+
+
+@pytest.mark.parametrize("sender", ["client", "server"])
+async def test_an_idle_connection_ends_and_a_byte_either_way_puts_it_off(
+    tmp_path: Path, server: socket.socket, sender: str
+) -> None:
+    command = FakeClient(tmp_path, "serve").command
+    async with relayed(command, port_of(server), idle_s=2.0) as run:
+        run.client.send(b"x")
+        with await accept_socket(server) as far:
+            assert await receive(far) == b"x"
+            ways = {"client": (run.client, far), "server": (far, run.client)}
+            source, sink = ways[sender]
+            began = time.monotonic()
+            for _ in range(3):
+                with trio.move_on_after(0.8):
+                    await run.ended.wait()
+                source.send(b"y")
+                assert await receive(sink) == b"y"
+            assert (await run.end()).error == "idle for 2 s"
+            assert time.monotonic() - began >= 4.2
 
 
 async def test_the_stock_service_ends_with_its_server(tmp_path: Path, server: socket.socket) -> None:

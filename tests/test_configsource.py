@@ -123,7 +123,7 @@ def test_a_source_that_is_gone_or_too_large_is_an_error(
     (directory / "all").write_bytes(b"\n" * (configsource._FILE_MAX + 1))
     with pytest.raises(ConfigError, match="more than"):
         ConfigSource(directory / "all").read()
-    monkeypatch.setattr(configsource, "_ENTRIES_MAX", 1)
+    monkeypatch.setattr(configsource, "ENTRIES_MAX", 1)
     for name in ("fwd.a.a", "fwd.a.b"):
         (directory / name).touch()
     with pytest.raises(ConfigError, match="2 entries"):

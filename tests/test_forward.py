@@ -27,7 +27,7 @@ from helpers import (
 from qubes_fwd_qrexec import forward
 from qubes_fwd_qrexec.call import CallTimeouts
 from qubes_fwd_qrexec.config import ListenerConfig
-from qubes_fwd_qrexec.forward import Expiry, Forward, Means, bindings
+from qubes_fwd_qrexec.forward import Forward, Means, bindings
 from qubes_fwd_qrexec.relay import undelivered_bytes
 from qubes_fwd_qrexec.relaythread import open_relay_thread
 from qubes_fwd_qrexec.transports import Transports
@@ -220,22 +220,6 @@ async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     assert "relay thread has failed" in str(found)
-
-
-def test_an_expiry_is_over_by_either_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    wall, boot = [1000.0], [50.0]
-    monkeypatch.setattr(time, "time", lambda: wall[0])
-    monkeypatch.setattr(time, "clock_gettime", lambda which: boot[0])
-    assert not Expiry(None).is_over()
-    assert Expiry(1000).is_over()
-    expiry = Expiry(1010)
-    assert not expiry.is_over()
-    wall[0] = 1010
-    assert expiry.is_over()
-    wall[0] = 0  # set back
-    assert not expiry.is_over()
-    boot[0] = 60
-    assert expiry.is_over()
 
 
 async def test_a_new_configuration_with_the_old_expiry_does_not_put_it_off(

@@ -157,10 +157,10 @@ def test_the_tunnel_is_pure(name: str) -> None:
     assert not ours(name) & set(VM_SIDE)
 
 
-WITHOUT_TRIO = ["relay", "exitstatus", "localserver", "configsource", "logs", "counters", "metrics"]
+WITHOUT_TRIO = ["relay", "exitstatus", "localserver", "configsource", "qubesdbsource", "logs", "nft"]
 
 
-@pytest.mark.parametrize("name", [*WITHOUT_TRIO, "statusservice", *VOCABULARY])
+@pytest.mark.parametrize("name", [*WITHOUT_TRIO, "counters", "metrics", "statusservice", *VOCABULARY])
 def test_trio_stays_with_those_who_need_it(name: str) -> None:
     assert "/trio" not in reached_by(name)
 

@@ -55,6 +55,13 @@ class Program:
         _, stderr = self.process.communicate(timeout=BOUND_S)
         return self.process.returncode, stderr.decode()
 
+    async def cpu_share(self) -> float:
+        """Over a second, of one processor."""
+        before_s, began_s = self.cpu_s(), time.monotonic()
+        with trio.move_on_after(1):
+            await trio.sleep_forever()
+        return (self.cpu_s() - before_s) / (time.monotonic() - began_s)
+
     def cpu_s(self) -> float:
         stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
@@ -72,10 +79,10 @@ async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
         with Program("--config", str(config), "--qrexec-client", client, files_max=64) as program:
             await until(lambda: is_listening(port))
             crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
-            before_s, began_s = program.cpu_s(), time.monotonic()
-            with trio.move_on_after(2):
-                await trio.sleep_forever()
-            share = (program.cpu_s() - before_s) / (time.monotonic() - began_s)
+            # At first it starts programs for those that it could take.
+            with trio.fail_after(2 * BOUND_S):
+                while await program.cpu_share() >= 0.05:
+                    pass
             assert program.process.poll() is None
             for sock in crowd:
                 sock.close()
@@ -100,7 +107,6 @@ async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
     assert status in (0, -signal.SIGTERM)  # the second may find it past its last connection already
     assert "Traceback" not in stderr
     assert stderr.count("cannot accept connections for now") <= 2
-    assert share < 0.4  # starting programs for those that it could take included
 
 
 async def test_sigterm_drains_and_exits_with_0(tmp_path: Path, server: socket.socket) -> None:
@@ -132,6 +138,21 @@ async def test_sighup_reloads(tmp_path: Path) -> None:
         assert program.end()[0] in (0, -signal.SIGHUP)  # it may come before it can be obeyed
 
 
+def test_a_port_in_use_ends_the_start_and_names_port_and_program(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    """relay-behaviours 40; nothing is half-started."""
+    config = tmp_path / "config"
+    write_config(config, free_port(), 1, key="fwd.a.good")
+    write_config(config, port_of(server), 1, key="fwd.b.bad")
+    with Program("--config", str(config)) as program:
+        status, stderr = program.end()
+    name = Path("/proc/self/comm").read_text().strip()
+    assert status == 1
+    line = stderr.splitlines()[-1]
+    assert f"127.0.0.1:{port_of(server)}: the port is in use by {name} (process {os.getpid()})" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -148,7 +169,14 @@ def test_what_cannot_be_served_at_all_is_status_1_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--config", "x", "--calls", "0"], ["--config", "x", "--call-timeout", "nan"]]
+    "arguments",
+    [
+        ["--config", "x", "--calls", "0"],
+        ["--config", "x", "--call-timeout", "nan"],
+        ["--config", "x", "--idle-timeout", "0"],
+        ["--config", "x", "--idle-timeout", "nan"],
+        ["--config", "x", "--connections", "0"],
+    ],
 )
 def test_a_bad_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

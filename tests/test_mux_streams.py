@@ -86,6 +86,48 @@ def test_last_bytes_that_nobody_takes_end_too() -> None:
         bench.until(lambda: len(stream.ends) == 2)
 
 
+# Idle
+
+
+def test_an_idle_stream_ends_within_a_tenth_of_its_time() -> None:
+    """relay-behaviours 38: not before, and the next look comes within 5 s."""
+    with TunnelBench(idle_s=600) as bench:
+        idle, half_closed = bench.join(), bench.join()
+        half_close(half_closed.client)
+        bench.until(lambda: half_closed.far.has_eof)
+        for stream in (idle, half_closed):
+            stream.rest(550)
+        bench.tick(5)
+        assert (idle.near.ended, half_closed.near.ended) == (None, None)
+        for stream in (idle, half_closed):
+            stream.rest(50)
+        bench.tick(5)
+        bench.until(lambda: len(idle.ends) + len(half_closed.ends) == 4)
+        assert bench.is_aborted(idle.client)
+        assert bench.is_aborted(idle.server)
+
+
+@pytest.mark.parametrize("sender", ["client", "server"])
+def test_a_byte_either_way_begins_the_time_anew(sender: str) -> None:
+    with TunnelBench(idle_s=600) as bench:
+        stream = bench.join()
+        receiver = stream.server if sender == "client" else stream.client
+        for _ in range(3):
+            stream.rest(550)
+            getattr(stream, sender).send(b"x")
+            assert bench.read(receiver, 1) == b"x"
+            bench.tick(5)
+        assert stream.near.ended is None
+
+
+def test_a_target_ends_no_idle_stream_by_itself() -> None:
+    with TunnelBench(idle_s=600) as bench:
+        stream = bench.join()
+        stream.far.moved_at -= 1_000_000
+        bench.tick(5)
+        assert stream.far.ended is None
+
+
 # Bounds
 
 

@@ -163,8 +163,7 @@ BAD = [
     ),
     (
         f"{MINIMAL} dstports=80-81",
-        "options 'srcports' and 'dstports': 80-80 has 1 ports and 80-81 has 2; both "
-        "must have the same number",
+        "options 'srcports' and 'dstports': 80-80 is 1 port and 80-81 is 2 ports; both must be as many",
     ),
     (
         f"{MINIMAL} proto=udp mode=qrexec",

@@ -18,7 +18,7 @@ from helpers import BOUND_S, accept, free_port, listening_socket, no_fds_left, p
 
 from qubes_fwd_qrexec import serviceserver
 from qubes_fwd_qrexec.errors import ForwardError
-from qubes_fwd_qrexec.localserver import ServiceError
+from qubes_fwd_qrexec.localserver import Request, ServiceError
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.serviceserver import (
     DESCRIPTOR_MAX,
@@ -31,11 +31,15 @@ from qubes_fwd_qrexec.serviceserver import (
     parse_descriptor,
     read_descriptor,
 )
+from qubes_fwd_qrexec.values import TargetPorts
 
 
 def test_a_descriptor_says_port_and_caller() -> None:
-    assert parse_descriptor(b"qubes.ForwardTCP+8080 sys-net") == (8080, "sys-net")
-    assert parse_descriptor(b"qubes.ForwardTCP+1 dom0 name work") == (1, "dom0 name work")
+    one = Request(TargetPorts(8080, 8080), is_tunnel=False)
+    assert parse_descriptor(b"qubes.ForwardTCP+8080 sys-net") == ("8080", one, "sys-net")
+    assert parse_descriptor(b"qubes.ForwardTCP+8080 dom0 name work") == ("8080", one, "dom0")
+    tunnel = Request(TargetPorts(80, 90), is_tunnel=True)
+    assert parse_descriptor(b"qubes.ForwardTCP+80-90+tunnel w") == ("80-90+tunnel", tunnel, "w")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def test_a_descriptor_says_port_and_caller() -> None:
     [
         b"", b" ", b"qubes.ForwardTCP sys-net", b"qubes.ForwardTCP+80", b"qubes.ForwardTCP+80 ",
         b"qubes.ConnectTCP+80 sys-net", b"qubes.ForwardTCP+ sys-net", b"qubes.ForwardTCP+080 sys-net",
-        b"qubes.ForwardTCP+80+tunnel sys-net", b"qubes.ForwardTCP+80\n sys-net", b"\xd9\xa8 sys-net",
+        b"qubes.ForwardTCP+80-90 sys-net", b"qubes.ForwardTCP+80\n sys-net", b"\xd9\xa8 sys-net",
         b"qubes.ForwardTCP++80 sys-net", b"qubes.ForwardTCP+65536 sys-net",
     ],
 )  # fmt: skip
@@ -202,7 +206,7 @@ async def test_a_call_that_is_gone_is_an_abort_to_the_server(tmp_path: Path, ser
 
 
 @pytest.mark.parametrize(
-    "untrusted", [b"garbage\0", b"\0", b"x" * 2000, b"qubes.ForwardTCP+80+tunnel sys-net\0", b"\xff\0"]
+    "untrusted", [b"garbage\0", b"\0", b"x" * 2000, b"qubes.ForwardTCP+80-90 sys-net\0", b"\xff\0"]
 )
 async def test_a_bad_descriptor_is_answered_by_closing(tmp_path: Path, untrusted: bytes) -> None:
     async with agent(tmp_path) as qrexec, qrexec.call(untrusted) as call:

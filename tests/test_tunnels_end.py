@@ -96,13 +96,26 @@ async def test_retired_while_it_opens_it_ends(tmp_path: Path, server: socket.soc
         assert all(isinstance(ending, RefusedError) for ending in bench.endings)
 
 
+async def test_idle_for_too_long_is_an_abort_at_both_ends(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = port_of(server)
+    async with tunnels_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+        bench.tunnels._idle_s = 0.1
+        monkeypatch.setattr("qubes_fwd_qrexec.mux._IDLE_LOOK_TICKS", 1)
+        async with bench.connect(port) as near, await accept(server) as far:
+            assert await is_reset(near)
+            assert await is_reset(far)
+            await bench.endings.reach(1)
+
+
 async def test_half_closed_for_too_long_is_an_abort(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = port_of(server)
     async with tunnels_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
         bench.tunnels._half_close_s = 0.1
-        monkeypatch.setattr("qubes_fwd_qrexec.mux._HALF_CLOSE_LOOK_TICKS", 1)
+        monkeypatch.setattr("qubes_fwd_qrexec.mux._IDLE_LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
             await near.send_eof()
             assert await is_reset(near)

@@ -141,6 +141,13 @@ def test_what_is_no_network(text: str, words: str) -> None:
         values.parse_network(text)
 
 
+def test_any_stands_alone() -> None:
+    with pytest.raises(
+        TextError, match=r"'any,10\.0\.0\.0/8' is not a list of networks: any lets in everybody"
+    ):
+        Sources.parse("any,10.0.0.0/8")
+
+
 networks = st.builds(
     lambda address, bits: (
         ip_network((int(address), bits % (address.max_prefixlen + 1)), strict=False)

@@ -13,7 +13,7 @@ class Abilities(NamedTuple):
     nft: bool = False
     tunnel: bool = True
     proxy: bool = True
-    limits: bool = False
+    limits: bool = True
 
 
 THIS_VERSION = Abilities()

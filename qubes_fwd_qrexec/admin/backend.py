@@ -22,6 +22,8 @@ NEW = "new"
 ANY = "any"
 
 
+# `ExitStatus.BAD_ARGUMENT` of our services, which dom0 knows nothing else of.
+_BAD_ARGUMENT = 2
 # qubes-core-admin qubes/api/admin.py, vm_feature_set(); qubes/ext/vm_config.py for what follows "vm-config.".
 _FEATURE_NAME = re.compile(r"[a-zA-Z0-9_.-]+\Z", re.ASCII)
 _CONFIG_NAME = re.compile(rf"[a-zA-Z].{{0,{KEY_MAX - 1}}}\Z", re.ASCII)
@@ -53,6 +55,14 @@ def check_feature(qube: QubeName, key: str, value: str) -> None:
             raise StoreError(
                 f"{qube}: the value of {key} has {len(value)} bytes, and QubesDB takes at most {VALUE_MAX}"
             )
+
+
+def ended_badly(service: str, qube: QubeName, status: int) -> str:
+    """Words for a call to one of our services."""
+    words = f"{service} in {qube} ended with exit status {status}"
+    if status == _BAD_ARGUMENT:
+        words += f", as it does not understand that; its package in {qube}'s template is older than dom0's"
+    return words
 
 
 class PolicyFile(NamedTuple):

@@ -6,7 +6,7 @@ is stored. Then it stores, and applies.
 """
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from qubes_fwd_qrexec.config import Service
@@ -189,7 +189,8 @@ def _change(
         if forward.state is State.REFUSED and (old is None or old.reason != forward.reason):
             raise RefusedError(f"{named} was not {done}. {forward.reason}")
     _store(session, snapshot, changed)
-    return _finish(args, session, changed, done)
+    told = {named: warnings(old) for named in changed if (old := before.find(*named[:2])) is not None}
+    return _finish(args, session, changed, done, told)
 
 
 def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
@@ -205,8 +206,14 @@ def _store(session: Session, snapshot: Snapshot, rules: Iterable[NamedRule]) -> 
     session.store(snapshot.inventory, {(named.target, named.name): str(named.rule) for named in rules})
 
 
-def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], done: str) -> int:
-    """Apply, and say in plain sentences what is open now and for whom."""
+def _finish(
+    args: Namespace,
+    session: Session,
+    changed: Iterable[NamedRule],
+    done: str,
+    told: Mapping[NamedRule, list[str]] | None = None,
+) -> int:
+    """Apply, and say in plain sentences what is open now and for whom, without the warnings told before."""
     planned = None if args.no_apply else session.apply_change()
     shown = planned or session.look().plan(session.now)
     forwards = [f for named in changed if (f := shown.find(named.target, named.name)) is not None]
@@ -217,7 +224,8 @@ def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], don
     for forward in forwards:
         if forward.is_live and planned is None:
             session.say(
-                f"Forward {forward.source} is {done}; 'qvm-forward apply' opens it. Then: {forward.reason}\n"
+                f"Forward {forward.source} is {done}; 'qvm-forward apply' puts it in force. "
+                f"Then: {forward.reason}\n"
             )
         elif forward.state is State.DISABLED:
             session.say(f"Forward {forward.source} is {done}{_and_closed(planned)}. {forward.reason}\n")
@@ -226,7 +234,8 @@ def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], don
         if forward.is_live and forward.source.rule.expire is not None:
             session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
         for warning in warnings(forward):
-            session.say(f"Note: {warning}.\n")
+            if warning not in (told or {}).get(forward.source, ()):
+                session.say(f"Note: {warning}.\n")
     return 0
 
 

@@ -11,7 +11,16 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .backend import ANY, NEW, Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature
+from .backend import (
+    ANY,
+    NEW,
+    Changes,
+    PolicyCall,
+    PolicyFile,
+    PolicyVerdict,
+    check_feature,
+    ended_badly,
+)
 from .inventory import Inventory, Qube, feature_matters
 
 # What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
@@ -146,7 +155,7 @@ class LabStore:
         except OSError as error:
             raise StoreError(f"{service} in {qube}: {error.strerror}") from error
         if done.returncode not in (0, _NO_SERVICE) and _is_up(socket_path):
-            raise StoreError(f"{service} in {qube} ended with exit status {done.returncode}")
+            raise StoreError(ended_badly(service, qube, done.returncode))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

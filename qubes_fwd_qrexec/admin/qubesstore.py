@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
 from .adminapi import AdminApi
-from .backend import Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature
+from .backend import Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature, ended_badly
 from .inventory import Inventory
 from .policyapi import PolicyApi
 
@@ -86,9 +86,7 @@ class QubesStore:
             process.wait()
             raise StoreError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
         if status not in (0, _NO_SERVICE):
-            raise StoreError(
-                f"{service} in {qube} ended with exit status {status}{self._way_out(qube, service, status)}"
-            )
+            raise StoreError(f"{ended_badly(service, qube, status)}{self._way_out(qube, service, status)}")
 
     def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
         from .answers import AnswerError, read_answer

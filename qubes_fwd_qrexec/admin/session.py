@@ -35,7 +35,7 @@ class Snapshot(NamedTuple):
         """Raises `RefusedError` if there is no such qube."""
         qube = self.inventory.get(name)
         if qube is None:
-            raise RefusedError(f"there is no qube {name!a}; name one that exists")
+            raise RefusedError(f"there is no qube {name!a}; name one that 'qvm-ls' shows")
         return qube.name
 
     def find(self, target: str, name: str) -> NamedRule | BrokenRule:
@@ -44,8 +44,9 @@ class Snapshot(NamedTuple):
         entry = self.stored.find(target, name)
         if entry is None:
             names = ", ".join(map(escaped, self.stored.names(target)))
-            there = f"it has {names}" if names else "it has none; 'qvm-forward list' shows all"
-            raise RefusedError(f"{target} has no forward {name!a}: {there}")
+            if not names:
+                raise RefusedError(f"{target} has no forward at all; 'qvm-forward list' shows what there is")
+            raise RefusedError(f"{target} has no forward {name!a}: it has {names}")
         return entry
 
 

@@ -87,8 +87,17 @@ def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason
     assert "loses the rest of what the client sends" in forward.transport_reason
 
 
-def test_limits_are_taken_once_this_version_is_able() -> None:
-    assert only(rule("limits=rate:5"), abilities=ALL).state is State.ACTIVE
+def test_limits_are_what_the_listener_is_told() -> None:
+    forward = only(rule("limits=connections:9,per-source:3,rate:5"))
+    assert forward.state is State.ACTIVE
+    assert forward.config is not None
+    assert str(forward.config).endswith(" limits=connections:9,per-source:3,rate:5")
+
+
+def test_limits_are_refused_by_a_version_that_has_none() -> None:
+    forward = only(rule("limits=rate:5"), abilities=Abilities(limits=False))
+    assert forward.cause is Cause.NOT_YET
+    assert "leave limits out" in forward.reason
 
 
 def test_a_bypassed_tunnel_is_labelled() -> None:

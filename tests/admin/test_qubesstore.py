@@ -15,6 +15,7 @@ from qubes_fwd_qrexec.admin.backend import PolicyCall
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
 from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -38,10 +39,18 @@ def test_a_call_is_made_and_its_end_awaited(store: QubesStore, dom0: FakeQubes, 
     assert dom0.process.log == ["wait"]
 
 
-@pytest.mark.parametrize("status", [1, 2, 125, 126, -9])
+@pytest.mark.parametrize("status", [1, 125, 126, -9])
 def test_a_call_that_ends_badly_is_a_store_error(store: QubesStore, dom0: FakeQubes, status: int) -> None:
     dom0.status = status
     with pytest.raises(StoreError, match=rf"in work ended with exit status {status}$"):
+        store.call(WORK, SERVICE)
+
+
+def test_a_target_that_is_older_than_dom0_is_named(store: QubesStore, dom0: FakeQubes) -> None:
+    dom0.status = ExitStatus.BAD_ARGUMENT
+    with pytest.raises(
+        StoreError, match=r"exit status 2, .* package in work's template is older than dom0's$"
+    ):
         store.call(WORK, SERVICE)
 
 

@@ -186,20 +186,13 @@ CASES = [
         "its template and start personal again, or leave proxy out.",
     ),
     (
-        "not-in-this-version",
-        rule("limits=rate:5"),
-        world(),
-        State.REFUSED,
-        "The rule asks for limits and this version of qvm-forward cannot do that yet; leave limits out.",
-    ),
-    (
         "tunnel-in-the-path",
         rule(target="hidden"),
         world(),
         State.REFUSED,
         "hidden is behind a tunnel, marked at sys-vpn (feature service.vpn-handler-openvpn), and listening "
-        "at sys-net would go round it; expose it at sys-vpn with via=sys-vpn, or accept that with "
-        "bypass-tunnel=yes (--bypass-tunnel).",
+        "at sys-net would go round it; expose it at sys-vpn with via=sys-vpn (--via sys-vpn), or accept "
+        "that with bypass-tunnel=yes (--bypass-tunnel).",
     ),
     (
         "tunnel-in-the-path",

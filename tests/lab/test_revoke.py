@@ -220,3 +220,30 @@ def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSess
         assert "does the rest" not in done.stderr
         assert session.lab.vm_config("sys-net") == {}
         assert "Nothing to change" in session.forward("apply")
+
+
+def test_a_target_that_is_older_than_the_word_for_draining_is_said_and_all_else_is_closed(
+    session: LabSession,
+) -> None:
+    with Server() as server:
+        port = add(session, server, "--on-expire=drain")
+        session.start_listener("sys-net")
+        place = session.lab.qube_dir("work").service_dirs[0] / "qubes.ForwardRevoke"
+        older = '#!/bin/sh\ncase "$1" in *+*+*) exit 2;; esac\nexit 0\n'
+        place.unlink(missing_ok=True)
+        place.write_text(older, encoding="ascii")
+        place.chmod(0o755)
+        with Joined(port, server) as idle:
+            done = subprocess.run(
+                session.command("admin.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
+                capture_output=True,
+                text=True,
+                env=os.environ,
+                check=False,
+            )
+            assert done.returncode == 1
+            assert "its package in work's template is older than dom0's" in done.stderr
+            assert "may take connections for 300 s more" in done.stderr
+            assert session.lab.vm_config("sys-net") == {}
+            trio.run(until, lambda: not is_listening(port))
+            idle.echo()

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Limits, deadlines and retries of a running listener, beside `test_listener`: relay-behaviours 29 to 39."""
+
+import random
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+
+import pytest
+import trio
+from helpers import (
+    BOUND_S,
+    FakeClient,
+    accept,
+    can_connect,
+    connect,
+    echo_once,
+    free_port,
+    is_reset,
+    port_of,
+    running_listener,
+    until,
+    write_config,
+)
+
+from qubes_fwd_qrexec import listener as listener_module
+from qubes_fwd_qrexec.accepting import peer_address
+from qubes_fwd_qrexec.call import CallTimeouts
+from qubes_fwd_qrexec.config import ListenerConfig
+from qubes_fwd_qrexec.configsource import ConfigSource
+from qubes_fwd_qrexec.limits import Account
+from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.relay import abort
+from qubes_fwd_qrexec.unopened import Unopened
+
+
+async def connect_from(source: str, port: int) -> trio.SocketStream:
+    sock = socket.create_connection(("127.0.0.1", port), source_address=(source, 0))
+    sock.setblocking(False)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+def accounts(listener: Listener) -> list[Account]:
+    return [forward.account for forward in listener._forwards.values()]
+
+
+# Limits
+
+
+@pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ("connections:2", "2 connections, the limit connections"),
+        ("per-source:2", "2 connections, the limit per-source"),
+        ("rate:2", "more than 2 new connections in a second, the limit rate"),
+    ],
+)
+@pytest.mark.usefixtures("tunnel_home")
+async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
+    tmp_path: Path,
+    server: socket.socket,
+    caplog: pytest.LogCaptureFixture,
+    limits: str,
+    words: str,
+    transport: str,
+) -> None:
+    """relay-behaviours 36 and 37."""
+    port, client = free_port(), FakeClient(tmp_path, "serve")
+    write_config(tmp_path / "config", port, port_of(server), limits=limits, transport=transport)
+    async with running_listener(tmp_path / "config", client.command) as listener, AsyncExitStack() as undo:
+        (forward,) = listener._forwards.values()
+        forward.account = Account(forward.config.limits, listener._process, lambda: 0.0)  # it all is at once
+        pairs = []
+        for _ in range(2):
+            near = await undo.enter_async_context(await connect(port))
+            pairs.append((near, await undo.enter_async_context(await accept(server))))
+        for _ in range(3):
+            async with await connect(port) as refused:
+                assert await is_reset(refused)
+        for near, far in pairs:
+            await echo_once(near, far)
+        assert [counting.connections for counting in accounts(listener)] == [2]
+    assert len(client.calls) == (2 if transport == "call" else 1)
+    assert len([m for m in caplog.messages if words in m]) == 1
+
+
+async def test_one_source_that_holds_all_it_may_keeps_nobody_else_out(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    """relay-behaviours 37: slowloris."""
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server), limits="connections:5,per-source:3")
+    async with running_listener(config, FakeClient(tmp_path, "serve").command), AsyncExitStack() as undo:
+        for _ in range(3):
+            await undo.enter_async_context(await connect_from("127.0.0.1", port))
+            await undo.enter_async_context(await accept(server))
+        async with await connect_from("127.0.0.1", port) as refused:
+            assert await is_reset(refused)
+        async with await connect_from("127.0.0.2", port) as near, await accept(server) as far:
+            await echo_once(near, far)
+
+
+async def test_all_forwards_together_hold_what_the_process_may(tmp_path: Path, server: socket.socket) -> None:
+    ports, config = [free_port(), free_port()], tmp_path / "config"
+    for number, port in enumerate(ports):
+        write_config(config, port, port_of(server), key=f"fwd.work.w{number}")
+    listener = Listener(ConfigSource(config), FakeClient(tmp_path, "serve").command, connections_max=2)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run)
+        async with await connect(ports[0]), await accept(server):
+            async with await connect(ports[0]) as refused:  # three quarters of 2
+                assert await is_reset(refused)
+            async with await connect(ports[1]) as near, await accept(server) as far:
+                async with await connect(ports[1]) as refused:
+                    assert await is_reset(refused)
+                await echo_once(near, far)
+            await until(lambda: listener._process.connections == 1)
+        await until(lambda: listener._process.connections == 0)
+        listener.stop()
+        listener.stop()
+
+
+@pytest.mark.usefixtures("tunnel_home")
+async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server: socket.socket) -> None:
+    """relay-behaviours 37; `test_limits` counts 10,000 of them."""
+    port, config, chance = free_port(), tmp_path / "config", random.Random(1)
+    limits = "connections:8,per-source:8"
+    write_config(config, port, port_of(server), limits=limits, transport="tunnel")
+
+    async def serve() -> None:
+        while True:
+            await trio.lowlevel.wait_readable(server)
+            sock, _ = server.accept()
+            if chance.random() < 0.5:
+                sock.close()
+            else:
+                abort(sock)
+
+    async def come_and_go(count: int) -> None:
+        for _ in range(count):
+            near = await connect(port)
+            how = chance.randrange(3)
+            if how == 0:
+                abort(near.socket._sock)
+                continue
+            async with near:
+                try:
+                    if how == 1:
+                        await near.send_eof()
+                    await near.receive_some()
+                except trio.BrokenResourceError:
+                    pass
+
+    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:
+        async with trio.open_nursery() as serving:
+            serving.start_soon(serve)
+            with trio.fail_after(4 * BOUND_S):
+                async with trio.open_nursery() as clients:
+                    for _ in range(12):
+                        clients.start_soon(come_and_go, 50)
+            serving.cancel_scope.cancel()
+        (counting,) = accounts(listener)
+        await until(lambda: counting.connections == 0)
+        assert (counting.sources, listener._process.connections) == (0, 0)
+
+
+async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket.socket) -> None:
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server))
+    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
+        async with await connect(port) as near, await accept(server) as far:
+            write_config(config, port, port_of(server), limits="connections:1")
+            listener.reload()
+            async with await connect(port) as refused:
+                assert await is_reset(refused)
+            await echo_once(near, far)
+
+
+@pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.usefixtures("tunnel_home")
+async def test_an_idle_connection_ends_and_its_slot_comes_back(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setattr("qubes_fwd_qrexec.mux._IDLE_LOOK_TICKS", 1)
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server), transport=transport)
+    timeouts = CallTimeouts(idle_s=1.0)
+    client = FakeClient(tmp_path, "serve").command
+    async with running_listener(config, client, timeouts=timeouts) as listener:
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            assert await is_reset(near)
+        (counting,) = accounts(listener)
+        await until(lambda: counting.connections == 0)
+
+
+# Who may connect
+
+
+class _From(socket.socket):
+    """A connection whose peer has the address that is said."""
+
+    address = ""
+
+    def getpeername(self) -> tuple[str, int, int, int]:
+        return self.address, 40000, 0, 1
+
+
+@pytest.mark.parametrize(
+    ("address", "networks", "is_allowed"),
+    [
+        ("::ffff:192.168.1.5", "192.168.1.0/24", True),
+        ("::ffff:10.0.0.1", "192.168.1.0/24", False),
+        ("fe80::1%eth0", "fe80::/10", True),
+        ("fe80::1%eth0", "fd00::/8", False),
+        ("fe80::1%eth0", "192.168.1.0/24", False),
+    ],
+)
+def test_mapped_and_scoped_peers_are_known_by_what_they_are(
+    address: str, networks: str, is_allowed: bool
+) -> None:
+    """relay-behaviours 39."""
+    value = "version=1 service=qubes.ForwardTCP transport=call listen=:: srcports=80 dstports=80"
+    config = ListenerConfig.parse("fwd.work.web", f"{value} srchosts={networks}")
+    with _From(socket.AF_INET6) as sock:
+        sock.address = address
+        peer = peer_address(sock)
+    assert peer is not None
+    assert (peer in config.sources) is is_allowed
+    assert not isinstance(peer, IPv6Address) or peer.scope_id is None
+    assert peer == ip_address(address.removeprefix("::ffff:").partition("%")[0])
+
+
+# Reloads
+
+
+@pytest.mark.usefixtures("tunnel_home")
+async def test_a_hundred_reloads_refuse_nobody_and_cut_nobody(tmp_path: Path, server: socket.socket) -> None:
+    """relay-behaviours 29: at least as many connections come as there are reloads."""
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server), transport="tunnel")
+    done = [0]
+
+    async def come_and_go() -> None:
+        while True:
+            async with await connect(port) as near, await accept(server) as far:
+                await echo_once(near, far)
+            done[0] += 1
+
+    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
+        async with await connect(port) as near, await accept(server) as far, trio.open_nursery() as clients:
+            clients.start_soon(come_and_go)
+            for turn in range(100):
+                networks = f"127.0.0.0/{8 + turn % 2}"
+                write_config(config, port, port_of(server), transport="tunnel", srchosts=networks)
+                listener.reload()
+                await until(lambda turn=turn: done[0] > turn)  # type: ignore[misc]
+            clients.cancel_scope.cancel()
+            await echo_once(near, far)
+
+
+async def test_a_port_that_comes_free_is_opened_without_a_new_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tmp_path / "config"
+    config.mkdir()
+    holder = socket.create_server(("127.0.0.1", 0))
+    port = port_of(holder)
+    async with running_listener(config, FakeClient(tmp_path, "exit125").command) as listener:
+        write_config(config, port, 1)
+        await until(lambda: listener._stamp == listener._source.stamp())
+        assert not listener._forwards
+        holder.close()
+        await until(lambda: listener._forwards)
+        async with await connect(port) as near:
+            assert await is_reset(near)
+    failed = [m for m in caplog.messages if "is not opened" in m]
+    assert len(failed) == 1
+    assert "the port is in use by this program itself" in failed[0]
+    assert "it is tried again" in failed[0]
+
+
+@pytest.mark.parametrize("how", ["removed", "expired", "stopping"])
+async def test_what_nobody_wants_any_more_is_not_tried_again(tmp_path: Path, how: str) -> None:
+    config, clock = tmp_path / "config", [0.0]
+    config.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = port_of(holder)
+        async with running_listener(config, ("unused",)) as listener:
+            listener._unopened = Unopened(lambda: clock[0])
+            write_config(config, port, 1)
+            listener._look()
+            ((name, waiting),) = listener._unopened._waiting.items()
+            if how == "removed":
+                (config / "fwd.work.web").unlink()
+                listener.reload()
+            elif how == "expired":
+                listener._expired.add((*name, waiting.config.expire))
+                assert len(listener._unopened)
+            else:
+                listener.stop()
+            holder.close()
+            clock[0] = 100.0
+            listener._look()
+            assert not len(listener._unopened)
+            assert not listener._forwards
+
+
+# The drain
+
+
+async def test_while_it_drains_what_expires_or_is_removed_is_cut(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """relay-behaviours 31 and 32 together: SIGTERM lengthens no permission."""
+    monkeypatch.setattr(listener_module, "_LOOK_S", 0.01)
+    real, offset, config = time.time, [0.0], tmp_path / "config"
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    ports = {key: free_port() for key in ("expires", "removed", "drains", "stays")}
+    options: dict[str, dict[str, str]] = {key: {} for key in ports}
+    options["expires"] = {"expire": str(int(real()) + 1000)}
+    options["drains"] = {"on_expire": "drain"}
+    for key, port in ports.items():
+        write_config(config, port, port_of(server), key=f"fwd.work.{key}", **options[key])
+    command = FakeClient(tmp_path, "serve").command
+    async with running_listener(config, command, drain_s=4 * BOUND_S) as listener:  # noqa: SIM117
+        async with AsyncExitStack() as undo:
+            near, far = {}, {}
+            for key, port in ports.items():
+                near[key] = await undo.enter_async_context(await connect(port))
+                far[key] = await undo.enter_async_context(await accept(server))
+            listener.stop()
+            await until(lambda: not can_connect(ports["stays"]))
+            offset[0] = 1001
+            assert await is_reset(near["expires"])
+            (config / "fwd.work.removed").unlink()
+            (config / "fwd.work.drains").unlink()
+            assert await is_reset(near["removed"])
+            for key in ("drains", "stays"):
+                await echo_once(near[key], far[key])
+            assert not any(can_connect(port) for port in ports.values())
+
+
+def _expired_by_wall(wall: list[float], boot: list[float]) -> None:
+    wall[0] += 100
+
+
+def _expired_by_suspend(wall: list[float], boot: list[float]) -> None:
+    wall[0] -= 1000
+    boot[0] += 100
+
+
+@pytest.mark.parametrize("passes", [_expired_by_wall, _expired_by_suspend])
+@pytest.mark.parametrize("how", ["cut", "drain"])
+async def test_a_live_connection_ends_or_goes_on_as_the_rule_says_by_either_clock(
+    tmp_path: Path,
+    server: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    passes: Callable[[list[float], list[float]], None],
+) -> None:
+    """relay-behaviours 32: also when the wall clock was set back and the machine was suspended meanwhile."""
+    wall, boot = [time.time()], [1000.0]
+    monkeypatch.setattr(time, "time", lambda: wall[0])
+    monkeypatch.setattr(time, "clock_gettime", lambda which: boot[0])
+    assert 2 * listener_module._LOOK_S <= 1.0
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server), expire=str(int(wall[0]) + 50), on_expire=how)
+    async with running_listener(config, FakeClient(tmp_path, "serve").command):  # noqa: SIM117
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            passes(wall, boot)
+            if how == "cut":
+                assert await is_reset(near)
+            await until(lambda: not can_connect(port))
+            if how == "drain":
+                await echo_once(near, far)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One process as the target's qubes.ForwardTCP, in the place where qrexec looks first, tunnels included."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from helpers import BOUND_S, accept, listening_socket, no_fds_left, port_of
+from helpers import until as until_true
+from processes import TARGET, Way, World, assert_reset, open_world, until
+from test_serviceserver import Agent, agent, descriptor, read_all
+
+from bench.memory import descendants
+from qubes_fwd_qrexec.relay import abort
+from qubes_fwd_qrexec.serviceserver import ServiceServer, listen_on
+from qubes_fwd_qrexec.tunnel import Hello, wire
+
+HELLO = bytes(wire.encode_hello(Hello(65536, bytes(16))))
+
+
+@contextmanager
+def serving(world: World) -> Iterator["subprocess.Popen[bytes]"]:
+    path = world.lab.qube_dir(TARGET).service_dirs[0] / "qubes.ForwardTCP"
+    command = [sys.executable, "-m", "qubes_fwd_qrexec.service", "--socket", str(path)]
+    with ExitStack() as undo:
+        server = undo.enter_context(subprocess.Popen(world.session.in_qube(TARGET, *command)))
+        undo.callback(server.kill)
+        until(path.is_socket)
+        yield server
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with open_world(tmp_path) as made:
+        yield made
+
+
+def abort_is_an_abort(way: Way) -> bool:
+    """Whether the client sees the server's abort as one."""
+    with way.connect() as connection:
+        connection.echo()
+        abort(connection.far)
+        try:
+            return connection.client.recv(1) != b""
+        except ConnectionResetError:
+            return True
+
+
+def test_calls_and_tunnels_both_come_to_the_socket(world: World) -> None:
+    tunnel, call = world.forward("tunnel"), world.forward("call")
+    with serving(world) as server:
+        world.start_listener()
+        with tunnel.connect() as one, tunnel.connect() as other, call.connect() as third:
+            for connection in (one, other, third):
+                connection.echo()
+            # The tunnel is a process of its own, and the agent has started none.
+            assert len(descendants([server.pid])) == 1
+            assert not world.services
+        assert abort_is_an_abort(tunnel)
+        assert not abort_is_an_abort(call)  # a socket service has no exit status to tell it by
+
+
+def test_dom0_ends_a_tunnel_that_came_by_the_socket(world: World) -> None:
+    way = world.forward()
+    with serving(world) as server:
+        world.start_listener()
+        with way.connect() as connection:
+            connection.echo()
+            world.session.forward("remove", TARGET, "w0")
+            assert_reset(connection.client)
+        until(lambda: not descendants([server.pid]))
+
+
+def test_sigterm_lets_a_tunnels_connections_finish_and_takes_no_new_ones(world: World) -> None:
+    way = world.forward()
+    with serving(world) as server:
+        world.start_listener()
+        with way.connect() as connection:
+            connection.echo()
+            server.send_signal(signal.SIGTERM)
+            until(lambda: not is_serving(world))
+            connection.echo()
+            assert server.poll() is None
+        assert server.wait(BOUND_S) == 0
+
+
+def is_serving(world: World) -> bool:
+    path = world.lab.qube_dir(TARGET).service_dirs[0] / "qubes.ForwardTCP"
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    run = tmp_path / "run"
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(run))
+    return run
+
+
+def tunnel_to(server: socket.socket, source: str = "sys-net") -> bytes:
+    return f"qubes.ForwardTCP+{port_of(server)}+tunnel {source}\0".encode()
+
+
+async def test_a_tunnel_leaves_the_note_of_its_caller_and_its_end_is_the_calls(
+    tmp_path: Path, server: socket.socket, home: Path
+) -> None:
+    with no_fds_left():
+        async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server)) as call:
+            await call.send_all(HELLO)
+            with trio.fail_after(BOUND_S):
+                assert await call.receive_some()
+            port = port_of(server)
+            (process,) = qrexec.server._tunnels
+            assert f"{port}-{port}+sys-net+{process.pid}" in os.listdir(home)
+            await call.send_eof()
+            await read_all(call)
+            await until_true(lambda: not qrexec.server._tunnels)
+
+
+async def test_a_caller_whose_name_is_none_gets_no_tunnel(
+    tmp_path: Path, server: socket.socket, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server, "../x")) as call:
+        assert await read_all(call) == b""
+        await until_true(lambda: "a tunnel of ../x ended" in caplog.text)
+
+
+async def test_the_deadline_ends_tunnels(tmp_path: Path, server: socket.socket, home: Path) -> None:
+    path = tmp_path / "service"
+    async with trio.open_nursery() as nursery:
+        serving = ServiceServer(listen_on(path), drain_s=0.2)
+        await nursery.start(serving.run)
+        async with Agent(path, serving).call(tunnel_to(server)) as call:
+            await call.send_all(HELLO)
+            with trio.fail_after(BOUND_S):
+                await call.receive_some()
+                (process,) = serving._tunnels
+                process.send_signal(signal.SIGSTOP)  # it obeys nothing any more
+                serving.stop()
+                await process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+async def test_a_tunnel_that_cannot_be_started_ends_alone(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listening_socket() as server:
+        async with agent(tmp_path) as qrexec:
+            monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+            async with qrexec.call(tunnel_to(server)) as call:
+                assert await read_all(call) == b""
+            assert "no process for a tunnel: No such file" in caplog.text
+            async with qrexec.call(descriptor(server)), await accept(server):
+                pass  # and others are served as before
+
+
+async def test_a_tunnel_that_comes_while_it_ends_is_refused(
+    tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with agent(tmp_path) as qrexec, qrexec.call(b"qubes.ForwardTCP+80+tunnel") as call:
+        await until_true(lambda: qrexec.server._calls)
+        qrexec.server.stop()
+        await call.send_all(b" sys-net\0")
+        assert await read_all(call) == b""
+        assert "comes too late" in caplog.text

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The unit files: what they name is there, and systemd's own tool takes them as they are."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from qubes_fwd_qrexec.listener import DRAIN_S
+from qubes_fwd_qrexec.localserver import SERVICE
+from qubes_fwd_qrexec.revocation import DIRECTORY
+from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
+
+ROOT = Path(__file__).parent.parent
+UNITS = sorted([*ROOT.glob("systemd/*.service"), *ROOT.glob("systemd/*.socket")])
+SERVICES = [unit for unit in UNITS if unit.suffix == ".service"]
+OF_QUBES = [unit for unit in UNITS if "watch" not in unit.name]
+PROGRAMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+# Units of Qubes' that ours come after: qubes-core-qubesdb, -core-qrexec and -core-agent-linux.
+OF_QUBES_OS = {
+    "qubes-db.service",
+    "qubes-iptables.service",
+    "qubes-qrexec-agent.service",
+    "qubes-sysinit.service",
+    "qubesd.service",
+}
+BY_UNIT = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+BY_SERVICE = pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
+BY_UNIT_OF_QUBES = pytest.mark.parametrize("unit", OF_QUBES, ids=lambda unit: unit.name)
+
+
+def settings(unit: Path) -> dict[str, list[str]]:
+    """The values of each key; raises AssertionError where a line is none of a unit file."""
+    found: dict[str, list[str]] = {}
+    sections = []
+    for line in unit.read_text().splitlines():
+        if re.fullmatch(r"\[[A-Z][a-z]+\]", line):
+            sections.append(line)
+        elif line and not line.startswith("#"):
+            key, equals, value = line.partition("=")
+            assert equals, line
+            assert sections, line
+            assert re.fullmatch(r"[A-Z][A-Za-z0-9]+", key), line
+            assert value == value.strip(), line
+            found.setdefault(key, []).append(value)
+    assert sections[0] == "[Unit]"
+    assert len(sections) == len(set(sections))
+    return found
+
+
+def programs(unit: Path) -> set[str]:
+    given = settings(unit)
+    commands = given.get("ExecStart", []) + given.get("ExecStopPost", [])
+    return {command.split()[0] for command in commands}
+
+
+@BY_SERVICE
+def test_each_program_is_one_that_is_installed(unit: Path) -> None:
+    assert programs(unit)
+    assert {Path(program).name for program in programs(unit)} <= PROGRAMS.keys()
+    assert {Path(program).parent for program in programs(unit)} == {Path("/usr/bin")}
+
+
+@BY_UNIT
+def test_other_units_that_are_named_exist(unit: Path) -> None:
+    given = settings(unit)
+    named = {
+        name
+        for key in ("After", "Before", "Wants", "Requires", "BindsTo", "PartOf")
+        for value in given.get(key, [])
+        for name in value.split()
+    }
+    ours = {other.name for other in UNITS}
+    assert {name for name in named if not name.endswith(".target")} <= ours | OF_QUBES_OS
+
+
+@BY_UNIT_OF_QUBES
+def test_in_qubes_each_waits_for_a_flag_of_the_name_of_an_enabled_unit(unit: Path) -> None:
+    (condition,) = settings(unit)["ConditionPathExists"]
+    flag = Path(condition)
+    assert flag.parent == Path("/var/run/qubes-service")
+    enabled = {name.rpartition(".")[0] for name in preset()}
+    assert flag.name in enabled
+
+
+def preset() -> list[str]:
+    lines = (ROOT / "systemd" / "70-qubes-forward.preset").read_text().splitlines()
+    words = [line.split() for line in lines if not line.startswith("#")]
+    assert all(verb == "enable" for verb, _ in words)
+    return [name for _, name in words]
+
+
+def test_the_preset_enables_just_what_can_be_enabled_in_qubes() -> None:
+    assert sorted(preset()) == sorted(unit.name for unit in OF_QUBES if "WantedBy" in settings(unit))
+
+
+@BY_SERVICE
+def test_each_is_ready_when_it_says_so_and_has_time_to_drain(unit: Path) -> None:
+    given = settings(unit)
+    assert given["Type"] == ["notify"]
+    assert given["KillMode"] == ["mixed"]
+    if unit.name in ("qubes-forward-listener.service", "qubes-forward-service.service"):
+        (stop,) = given["TimeoutStopSec"]
+        assert int(stop.removesuffix("s")) > max(DRAIN_S, SERVICE_DRAIN_S)
+
+
+@BY_SERVICE
+def test_each_is_in_a_sandbox(unit: Path) -> None:
+    given = settings(unit)
+    assert given["ProtectSystem"] == ["strict"]
+    assert given["NoNewPrivileges"] == ["yes"]
+    assert "@system-service" in given["SystemCallFilter"]
+    allowed = {
+        "qubes-forward-listener.service": "CAP_NET_BIND_SERVICE",
+        "qubes-forward-nft.service": "CAP_NET_ADMIN",
+        "qubes-forward-service.service": "",
+        "qubes-forward-watch.service": "CAP_DAC_OVERRIDE",
+    }
+    assert given["CapabilityBoundingSet"] == [allowed[unit.name]]
+    if "watch" not in unit.name:
+        assert given.get("AmbientCapabilities", [""]) == [allowed[unit.name]]
+        assert given.get("DynamicUser") == ["yes"] or given["User"] == ["user"]
+        assert {"LimitNOFILE", "TasksMax", "MemoryMax"} - given.keys() <= {"LimitNOFILE"}
+
+
+def test_the_socket_is_where_qrexec_looks_for_the_service() -> None:
+    given = settings(ROOT / "systemd" / "qubes-forward-service.socket")
+    assert given["ListenStream"] == [f"/run/qubes-rpc/{SERVICE}"]
+
+
+def test_the_notes_of_tunnels_are_where_the_service_writes_them_and_its_users() -> None:
+    text = (ROOT / "tmpfiles.d" / "qubes-forward.conf").read_text()
+    (line,) = [line for line in text.splitlines() if not line.startswith("#")]
+    service = settings(ROOT / "systemd" / "qubes-forward-service.service")
+    (user,) = service["User"]
+    assert line == f"d {DIRECTORY} 0700 {user} {user} -"
+    assert service["ReadWritePaths"] == [DIRECTORY]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="the program 'systemd-analyze' is missing")
+def test_systemd_takes_every_line(tmp_path: Path) -> None:
+    """With a program that is there in the place of ours, which is not installed."""
+    for unit in UNITS:
+        text = re.sub(r"/usr/bin/qubes-forward-\w+|/usr/bin/qvm-forward", "/bin/true", unit.read_text())
+        (tmp_path / unit.name).write_text(text)
+    command = ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / unit.name) for unit in UNITS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

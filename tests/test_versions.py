@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may be older than whom: what each release said stands here as it was said, and is understood.
+
+A later release adds its own words beside these, and keeps these for as long as the release that said them
+is the one before it.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset, port_of, running_listener
+from helpers import write_config as configure
+
+from qubes_fwd_qrexec import exchange, localserver, revocation, rulexml
+from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.errors import ConfigError, RuleError, TextError
+from qubes_fwd_qrexec.exitstatus import ExitStatus
+from qubes_fwd_qrexec.localserver import ServiceError
+from qubes_fwd_qrexec.rules import ForwardRule, NamedRule, OnExpire, Transport
+from qubes_fwd_qrexec.tunnel import Hello, wire
+from qubes_fwd_qrexec.values import QubeName, RuleName, TargetPorts
+
+KEY = "fwd.work.web"
+
+# dom0 to the exposed qube
+
+CONFIG_0_1 = (
+    "version=1 service=qubes.ForwardTCP transport=tunnel listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
+    "srchosts=192.168.0.0/16",
+    "version=1 service=qubes.ConnectTCP transport=call listen=::1 srcports=1-9 dstports=11-19 srchosts=any "
+    "on-expire=drain expire=1893456000",
+    "version=1 service=qubes.ForwardTCP transport=tunnel listen=0.0.0.0,:: srcports=22-22 dstports=22-22 "
+    "srchosts=10.0.0.0/8,fd00::/8 proxy=v2",
+)
+
+
+@pytest.mark.parametrize("value", CONFIG_0_1)
+def test_a_listener_reads_what_an_older_dom0_wrote(value: str) -> None:
+    assert str(ListenerConfig.parse(KEY, value)) == value
+
+
+def test_an_older_listener_reads_what_dom0_writes_for_a_rule_without_new_options() -> None:
+    rule = ForwardRule.parse("action=forward srcports=80 dstports=8080 srchosts=192.168.0.0/16")
+    told = ListenerConfig.of_rule(
+        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.TUNNEL
+    )
+    assert str(told) == CONFIG_0_1[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (f"{CONFIG_0_1[0]} mark=7", "option 'mark' at column 126: unknown option"),
+        (CONFIG_0_1[0].replace("version=1", "version=2"), "'version=2', written for another version"),
+        (CONFIG_0_1[0].replace("tunnel", "quic"), "'quic' is not one of auto, tunnel, call"),
+    ],
+)
+def test_what_a_newer_dom0_means_by_a_new_word_is_never_guessed(value: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ListenerConfig.parse(KEY, value)
+    assert words in str(caught.value)
+
+
+# dom0 to the target
+
+REVOCATION_0_1 = {
+    "8080-8080+sys-net": (TargetPorts(8080, 8080), "sys-net", OnExpire.CUT),
+    "1-9+sys-net+drain": (TargetPorts(1, 9), "sys-net", OnExpire.DRAIN),
+}
+
+
+@pytest.mark.parametrize(("argument", "meaning"), REVOCATION_0_1.items())
+def test_a_revocation_is_said_and_understood_as_it_was(
+    argument: str, meaning: tuple[TargetPorts, QubeName, OnExpire]
+) -> None:
+    assert revocation.parse_argument(argument) == meaning
+    assert revocation.argument(*meaning) == argument
+
+
+@pytest.mark.parametrize(
+    "argument", ["8080-8080+sys-net+cut", "8080-8080+sys-net+drain+v2", "8080-8080+sys-net+30"]
+)
+def test_a_target_ends_nothing_by_a_revocation_that_is_newer_than_it(argument: str) -> None:
+    with pytest.raises(TextError):
+        revocation.parse_argument(argument)
+    done = subprocess.run(
+        [sys.executable, "-m", "qubes_fwd_qrexec.revocation", argument],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (ExitStatus.BAD_ARGUMENT, "")
+    assert argument in done.stderr
+
+
+# The exposed qube to the target
+
+CALL_0_1 = {
+    "80": (TargetPorts(80, 80), False),
+    "80+tunnel": (TargetPorts(80, 80), True),
+    "80-90+tunnel": (TargetPorts(80, 90), True),
+}
+
+
+@pytest.mark.parametrize(("argument", "meaning"), CALL_0_1.items())
+def test_a_call_is_understood_as_it_was(argument: str, meaning: tuple[TargetPorts, bool]) -> None:
+    assert localserver.parse_argument(argument) == meaning
+
+
+@pytest.mark.parametrize("argument", ["80+tunnel2", "80+tunnel+v2", "80+udp", "80-90"])
+def test_a_target_refuses_a_call_that_is_newer_than_it(argument: str) -> None:
+    with pytest.raises(ServiceError) as caught:
+        localserver.parse_argument(argument)
+    assert caught.value.status is ExitStatus.BAD_ARGUMENT
+
+
+def test_a_tunnel_begins_as_it_did() -> None:
+    begin = "01000028 00000000 716677642d74756e 0001 0001 00100000"
+    listener = bytes.fromhex(begin + "00000000 00000000" + "6e" * 16)
+    target = bytes.fromhex(begin + "00000064 0000012c" + "6e" * 16)
+    assert wire.encode_hello(Hello(1 << 20, b"n" * 16)) == listener
+    assert wire.encode_hello(Hello(1 << 20, b"n" * 16, 100, 300)) == target
+    assert wire.decode_hello(target[8:]) == Hello(1 << 20, b"n" * 16, 100, 300)
+
+
+# One end of a later release, which speaks versions LOWEST to 2 and has more to say in its HELLO.
+_LATER = """
+import sys
+from functools import partial
+from qubes_fwd_qrexec import service, tunnelservice
+from qubes_fwd_qrexec.tunnel import connection, wire
+
+tunnelservice.Hello = partial(tunnelservice.Hello, min_version={lowest}, max_version=2)
+
+def encode_longer(hello):
+    return wire._frame(wire.FrameType.HELLO, 0, encode(hello)[8:] + b"and more")
+
+encode, wire.encode_hello = wire.encode_hello, encode_longer
+sys.exit(service.main([sys.argv[3].partition("+")[2]]))
+"""
+
+
+def later_target(directory: Path, lowest: int) -> tuple[str, ...]:
+    """A stand-in for qrexec-client-vm with a target of a later release."""
+    script = directory / "later"
+    script.write_text(_LATER.format(lowest=lowest))
+    return (sys.executable, str(script))
+
+
+@pytest.mark.usefixtures("tunnel_home")
+async def test_a_listener_works_with_a_newer_target(tmp_path: Path, server: socket.socket) -> None:
+    port = free_port()
+    configure(tmp_path / "config", port, port_of(server), transport="tunnel")
+    async with running_listener(tmp_path / "config", later_target(tmp_path, 1)):  # noqa: SIM117
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+
+
+@pytest.mark.usefixtures("tunnel_home")
+async def test_a_newer_listener_works_with_this_target(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    configure(tmp_path / "config", port, port_of(server), transport="tunnel")
+    encode: Callable[[Hello], bytes] = wire.encode_hello
+
+    def encode_newer(hello: Hello) -> bytes:
+        newer = Hello(hello.window_bytes, hello.nonce, hello.max_streams, hello.lease_s, 1, 2)
+        return wire._frame(wire.FrameType.HELLO, 0, encode(newer)[8:] + b"and more")
+
+    monkeypatch.setattr(wire, "encode_hello", encode_newer)
+    client = FakeClient(tmp_path, "serve")
+    async with running_listener(tmp_path / "config", client.command):  # noqa: SIM117
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+
+
+@pytest.mark.usefixtures("tunnel_home")
+async def test_without_a_version_in_common_connections_are_reset_and_the_log_says_why(
+    tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    configure(tmp_path / "config", port, port_of(server), transport="tunnel")
+    async with running_listener(tmp_path / "config", later_target(tmp_path, 2)):  # noqa: SIM117
+        async with await connect(port) as near:
+            assert await is_reset(near)
+    assert any("speaks versions 2 to 2 of the tunnel protocol, this end 1 to 1" in m for m in caplog.messages)
+
+
+# A person's files
+
+RULE = ForwardRule.parse("action=forward srcports=80 dstports=8080 srchosts=any")
+TEXT = (
+    "action=forward mode=auto forwardtype=external proto=tcp srcports=80-80 dstports=8080-8080 srchosts=any"
+)
+OPTIONS = dict(word.split("=") for word in TEXT.split())
+MARKS = {QubeName("sys-vpn"): True}
+FORWARDS = [{"qube": "work", "name": "web", "rule": OPTIONS}]
+PROPERTIES = "".join(f'<property name="{name}">{value}</property>' for name, value in OPTIONS.items())
+QUBE = f'<qube name="work"><rule name="web"><properties>{PROPERTIES}</properties></rule></qube>'
+PARSERS = {
+    "text": exchange.parse_lines,
+    "json": exchange.parse_json,
+    "xml": rulexml.parse_document,
+}
+EXPORTS: dict[tuple[str, int], str] = {
+    ("text", 1): f"work web {TEXT}\n",
+    ("text", 2): f"version 2\nsys-vpn tunnel yes\nwork web {TEXT}\n",
+    ("json", 1): json.dumps({"version": 1, "forwards": FORWARDS}),
+    ("json", 2): json.dumps({"version": 2, "tunnels": {"sys-vpn": True}, "forwards": FORWARDS}),
+    ("xml", 1): f'<forwards version="1">{QUBE}</forwards>',
+    ("xml", 2): f'<forwards version="2"><tunnel qube="sys-vpn">yes</tunnel>{QUBE}</forwards>',
+}
+
+
+@pytest.mark.parametrize(("form", "version"), EXPORTS)
+def test_an_export_of_this_version_and_the_one_before_is_read(form: str, version: int) -> None:
+    found = PARSERS[form](EXPORTS[form, version])
+    assert [(read.target, read.name, read.rule) for read in found.rules] == [("work", "web", RULE)]
+    assert found.tunnels == (MARKS if version == 2 else {})
+    assert found.is_exact is (version == 2)
+
+
+@pytest.mark.parametrize("form", PARSERS)
+def test_an_export_of_a_later_version_is_refused_by_name(form: str) -> None:
+    later = EXPORTS[form, 2].replace("version 2", "version 3").replace('version="2"', 'version="3"')
+    with pytest.raises(RuleError, match="version"):
+        PARSERS[form](later.replace('"version": 2', '"version": 3'))
+
+
+def test_an_export_is_written_as_it_was() -> None:
+    rules = [NamedRule(QubeName("work"), RuleName("web"), RULE)]
+    assert exchange.print_lines(rules, MARKS) == EXPORTS["text", 2]
+    assert exchange.as_json(rules, MARKS) == json.loads(EXPORTS["json", 2])
+    written = "".join(line.strip() for line in rulexml.print_document(rules, MARKS).splitlines()[1:])
+    assert written == EXPORTS["xml", 2]
