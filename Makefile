@@ -6,13 +6,14 @@
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the tunnel protocol bytes, guided by coverage, for SECONDS (60)
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection
+# make packages  build the Debian packages and RPMs, and as root run what they install in a clean Debian SUITE (bookworm)
 
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest-trio
 export PYTHON
 
-.PHONY: demo test test-oldest-trio check format bench bench-growth fuzz soak clean
+.PHONY: demo test test-oldest-trio check format bench bench-growth fuzz soak packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional iproute2
@@ -48,6 +49,9 @@ fuzz: $(VENV)/.fuzz
 
 soak: $(VENV)/.installed
 	$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(ARGS)
+
+packages:
+	@tools/packages $(SUITE)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info
