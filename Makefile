@@ -2,18 +2,19 @@
 # make demo   show the whole thing on this machine, in under a minute
 # make test   run every test (as root also those in network namespaces)
 # make check  format, lint and types
+# make guide  write what the commands of docs/guide print into its chapters
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the tunnel protocol bytes, guided by coverage, for SECONDS (60)
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection
-# make packages  build the Debian packages and RPMs, and as root run what they install in a clean Debian SUITE (bookworm)
+# make packages  build the Debian packages and the RPMs, and as root run what they install in a clean Debian
 
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest-trio
 export PYTHON
 
-.PHONY: demo test test-oldest-trio check format bench bench-growth fuzz soak packages clean
+.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz soak packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional iproute2
@@ -35,6 +36,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# A test holds the chapters against this; git diff shows what a change does to what users read.
+guide: $(VENV)/.dev
+	$(VENV)/bin/python tests/guide.py
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m bench $(ARGS)

@@ -83,7 +83,7 @@ class AdminApi:
         """All qubes that there are, or in a management qube those that it may see."""
         return parse_list(_text(self._call("dom0", "admin.vm.List")))
 
-    def qube(self, listed: Listed) -> Qube | None:
+    def qube(self, listed: Listed, *, with_config: bool = True) -> Qube | None:
         """Everything about one qube; None if it has vanished.
 
         Nothing more is asked about dom0, which is no end of any forward; policy would have to allow that too.
@@ -91,7 +91,7 @@ class AdminApi:
         if listed.klass == ADMIN:
             return Qube(listed.name, listed.klass, {}, is_running=listed.is_running)
         try:
-            return self._read(listed)
+            return self._read(listed, with_config)
         except Vanished:
             return None
         except UnansweredError:
@@ -100,14 +100,14 @@ class AdminApi:
                 raise
             return None
 
-    def _read(self, listed: Listed) -> Qube:
+    def _read(self, listed: Listed, with_config: bool) -> Qube:
         """Raises `Vanished`."""
         name = listed.name
         properties = parse_properties(name, _text(self._call(name, "admin.vm.property.GetAll")))
         tags = frozenset(_lines(_text(self._call(name, "admin.vm.tag.List"))))
         keys = _lines(_text(self._call(name, "admin.vm.feature.List")))
         features = {}
-        for key in sorted(filter(feature_matters, keys)):
+        for key in sorted(key for key in keys if feature_matters(key, with_config)):
             value = self._feature(name, key)
             if value is not None:
                 features[key] = value

@@ -77,8 +77,12 @@ class Changes(Protocol):
 class Backend(Protocol):
     """A system of qubes. Nothing here locks by itself: whoever changes things holds `locked`."""
 
-    def inventory(self) -> Inventory:
-        """All qubes as they are now, with those of their features that `inventory.feature_matters` names."""
+    def inventory(self, *, with_config: bool = True) -> Inventory:
+        """All qubes as they are now, with those of their features that `inventory.feature_matters` names.
+
+        Without ``with_config`` the features that tell listeners are left out: a real system is asked for
+        each by itself, and most commands look at none of them.
+        """
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         """Set one feature; ``vm-config.`` ones reach a running qube at once, others at its start."""

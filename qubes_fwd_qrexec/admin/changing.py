@@ -6,7 +6,7 @@ is stored. Then it stores, and applies.
 """
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from qubes_fwd_qrexec.config import Service
@@ -39,7 +39,7 @@ def add(args: Namespace, session: Session) -> int:
                 f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
             )
         _check_new(named, session, snapshot)
-        _store(session, [named])
+        _store(session, snapshot, [named])
         return _finish(args, session, [named], "stored")
 
 
@@ -165,7 +165,7 @@ def remove(args: Namespace, session: Session) -> int:
     with session.backend.locked():
         snapshot = session.look()
         entries = [snapshot.find(args.qube, name) for name in dict.fromkeys(args.name)]
-        session.store({(entry.target, entry.name): None for entry in entries})
+        session.store(snapshot.inventory, {(entry.target, entry.name): None for entry in entries})
         planned = None if args.no_apply else session.apply_change()
         if session.is_json:
             removed = [{"qube": entry.target, "name": entry.name} for entry in entries]
@@ -188,8 +188,9 @@ def _change(
         old = before.find(named.target, named.name)
         if forward.state is State.REFUSED and (old is None or old.reason != forward.reason):
             raise RefusedError(f"{named} was not {done}. {forward.reason}")
-    _store(session, changed)
-    return _finish(args, session, changed, done)
+    _store(session, snapshot, changed)
+    told = {named: warnings(old) for named in changed if (old := before.find(*named[:2])) is not None}
+    return _finish(args, session, changed, done, told)
 
 
 def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
@@ -201,12 +202,18 @@ def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
     return entry
 
 
-def _store(session: Session, rules: Iterable[NamedRule]) -> None:
-    session.store({(named.target, named.name): str(named.rule) for named in rules})
+def _store(session: Session, snapshot: Snapshot, rules: Iterable[NamedRule]) -> None:
+    session.store(snapshot.inventory, {(named.target, named.name): str(named.rule) for named in rules})
 
 
-def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], done: str) -> int:
-    """Apply, and say in plain sentences what is open now and for whom."""
+def _finish(
+    args: Namespace,
+    session: Session,
+    changed: Iterable[NamedRule],
+    done: str,
+    told: Mapping[NamedRule, list[str]] | None = None,
+) -> int:
+    """Apply, and say in plain sentences what is open now and for whom, without the warnings told before."""
     planned = None if args.no_apply else session.apply_change()
     shown = planned or session.look().plan(session.now)
     forwards = [f for named in changed if (f := shown.find(named.target, named.name)) is not None]
@@ -217,7 +224,8 @@ def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], don
     for forward in forwards:
         if forward.is_live and planned is None:
             session.say(
-                f"Forward {forward.source} is {done}; 'qvm-forward apply' opens it. Then: {forward.reason}\n"
+                f"Forward {forward.source} is {done}; 'qvm-forward apply' puts it in force. "
+                f"Then: {forward.reason}\n"
             )
         elif forward.state is State.DISABLED:
             session.say(f"Forward {forward.source} is {done}{_and_closed(planned)}. {forward.reason}\n")
@@ -226,7 +234,8 @@ def _finish(args: Namespace, session: Session, changed: Iterable[NamedRule], don
         if forward.is_live and forward.source.rule.expire is not None:
             session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
         for warning in warnings(forward):
-            session.say(f"Note: {warning}.\n")
+            if warning not in (told or {}).get(forward.source, ()):
+                session.say(f"Note: {warning}.\n")
     return 0
 
 

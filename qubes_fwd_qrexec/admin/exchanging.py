@@ -59,7 +59,9 @@ def import_rules(args: Namespace, session: Session) -> int:
         changes: dict[tuple[QubeName, str], str | None] = {
             (qube, TUNNEL_NAME): "1" if is_marked else "" for qube, is_marked in marks.items()
         }
-        session.store(changes | {(named.target, named.name): str(named.rule) for named in rules})
+        session.store(
+            snapshot.inventory, changes | {(named.target, named.name): str(named.rule) for named in rules}
+        )
         planned = session.look().plan(session.now) if args.no_apply else session.apply_change()
     forwards = [f for named in rules if (f := planned.find(named.target, named.name)) is not None]
     if session.is_json:

@@ -24,13 +24,13 @@ TEMPLATE = "TemplateVM"
 DISPOSABLE = "DispVM"
 
 
-def feature_matters(key: str) -> bool:
+def feature_matters(key: str, with_config: bool = True) -> bool:
     """Whether anything here depends on a feature: rules, what listeners are told, marks, offered services.
 
     A template has a hundred others, and a real system is asked for each value by itself.
     """
     if key.startswith(CONFIG_PREFIX):
-        return is_forward_key(key.removeprefix(CONFIG_PREFIX))
+        return with_config and is_forward_key(key.removeprefix(CONFIG_PREFIX))
     return key in _MATTER or key.startswith((RULE_PREFIX, VPN_PREFIX))
 
 

@@ -27,13 +27,14 @@ class LabStore:
         self._lab = lab
         self._policy_path = lab.policy_dir / f"{policy.NAME}.policy"
 
-    def inventory(self) -> Inventory:
+    def inventory(self, *, with_config: bool = True) -> Inventory:
         found = {}
         for name, qube in self._lab.qubes().items():
+            features = self._lab.features(name)
             found[name] = Qube(
                 name=name,
                 klass=qube.klass,
-                features={k: v for k, v in self._lab.features(name).items() if feature_matters(k)},
+                features={k: v for k, v in features.items() if feature_matters(k, with_config)},
                 netvm=qube.netvm,
                 is_running=qube.is_running,
                 ip=qube.ip,

@@ -282,7 +282,7 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, inventory: Inventory) -> t
     if tunnel.qube == named.target:
         way_out = "expose it nowhere"
     else:
-        way_out = f"expose it at {tunnel.qube} with via={tunnel.qube}"
+        way_out = f"expose it at {tunnel.qube} with via={tunnel.qube} (--via {tunnel.qube})"
     raise _refused(
         Cause.TUNNEL,
         f"{named.target} is behind a tunnel, marked at {tunnel}, and listening at {exposed} would go round "

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from subprocess import TimeoutExpired
 
 from qubes_fwd_qrexec.errors import StoreError
@@ -52,15 +52,16 @@ class QubesStore:
 
         return PolicyApi(PolicyClient(), None if self._admin.is_local else self._admin.here)
 
-    def inventory(self) -> Inventory:
+    def inventory(self, *, with_config: bool = True) -> Inventory:
         listed = self._admin.qubes()
+        read = partial(self._admin.qube, with_config=with_config)
         if self._admin.is_local:
-            found = list(map(self._admin.qube, listed))
+            found = list(map(read, listed))
         else:
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(_REMOTE_CALLS) as pool:
-                found = list(pool.map(self._admin.qube, listed))
+                found = list(pool.map(read, listed))
         return Inventory({qube.name: qube for qube in found if qube is not None})
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:

@@ -72,8 +72,9 @@ class Session(NamedTuple):
     def warn(self, text: str) -> None:
         self.err.write(f"qvm-forward: {text}\n")
 
-    def look(self) -> Snapshot:
-        inventory = self.backend.inventory()
+    def look(self, *, with_config: bool = False) -> Snapshot:
+        """``with_config``: also what listeners have been told, which only a comparison needs."""
+        inventory = self.backend.inventory(with_config=with_config)
         return Snapshot(inventory, read_rules(inventory))
 
     def reconcile(self) -> tuple[Plan, Outcome]:
@@ -81,7 +82,7 @@ class Session(NamedTuple):
 
         What could not be done is in the outcome.
         """
-        snapshot = self.look()
+        snapshot = self.look(with_config=True)
         planned = snapshot.plan(self.now)
         steps = differences(planned, snapshot.inventory, self.backend.read_policy(), self.now)
         return planned, carry_out(steps, self.backend)
@@ -100,9 +101,10 @@ class Session(NamedTuple):
         except StoreError as error:
             raise StoreError(f"the rules are changed, but {error}") from error
 
-    def store(self, changes: Mapping[tuple[QubeName, str], str | None]) -> None:
-        """Set (or with None remove) rules by qube and name; all of them, or on an error none."""
-        inventory = self.backend.inventory()
+    def store(self, inventory: Inventory, changes: Mapping[tuple[QubeName, str], str | None]) -> None:
+        """Set (or with None remove) rules by qube and name; all of them, or on an error none: then they are
+        again what they are in ``inventory``.
+        """
         taken: list[tuple[QubeName, str]] = []
         try:
             for (qube, name), line in changes.items():

@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.rules import BrokenRule
 from . import policy, render
 from .apply import CONFIG_PREFIX, Step, differences
 from .session import Session, Snapshot, plan_as_json
-from .states import Forward, Plan, State
+from .states import Cause, Forward, Plan, State
 from .tables import Style
 
 
@@ -116,7 +116,7 @@ def print_policy(args: Namespace, session: Session) -> int:
 def apply(args: Namespace, session: Session) -> int:
     """Make it so, or with --dry-run say what that would change."""
     if args.dry_run:
-        snapshot = session.look()
+        snapshot = session.look(with_config=True)
         planned = snapshot.plan(session.now)
         steps = _steps(session, snapshot, planned)
     else:
@@ -132,6 +132,10 @@ def apply(args: Namespace, session: Session) -> int:
     else:
         session.say("This would change:\n" if args.dry_run else "Changed:\n")
         session.say("".join(f"  {word}\n" for step in steps for word in step.words()))
+    if not session.is_json:
+        # Not of clones and disposables: there may be many, and their forwards never were open.
+        closed = (f for f in planned if f.cause is Cause.NETVM_CHANGED)
+        session.say("".join(f"{f.source} is suspended. {f.reason}\n" for f in closed))
     for forward in refused:
         session.warn(_refusal(forward))
     for rule in planned.broken:

@@ -20,7 +20,7 @@ _UNKNOWN = "unknown"
 def status(args: Namespace, session: Session, source: FigureSource | None = None) -> int:
     """Show the forwards that are live; status 1 if one of them is not as its rule asks for."""
     source = source or NoFigures()
-    snapshot = session.look()
+    snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
     installed = session.backend.read_policy()
     allowed = policy.allowing(installed.text)

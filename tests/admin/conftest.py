@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from fake_admin import FakePolicyClient, FakeQubes, install
-from worlds import NOW, Command, Result
+from stages import Stage
+from worlds import ADD, NOW, Command, Result
 
 from qubes_fwd_qrexec.admin import locate, qubesstore
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -88,3 +89,18 @@ def forward(lab: LabDirectory, kind: str) -> Command:
         return Result(status, out.getvalue(), err.getvalue())
 
     return command
+
+
+@pytest.fixture
+def stage(lab: LabDirectory, forward: Command) -> Stage:
+    """A lab with one rule, not yet applied."""
+    assert forward(*ADD, "--no-apply").status == 0
+    return Stage(lab)
+
+
+@pytest.fixture
+def expiring(stage: Stage) -> Stage:
+    """The rule ends in an hour."""
+    line = stage.lab.features("work")["forward.web"]
+    stage.lab.set_feature("work", "forward.web", f"{line} expire={NOW + 3600}")
+    return stage

@@ -32,7 +32,7 @@ class Memory:
             raise StoreError(f"cannot {entry}")
         self.log.append(entry)
 
-    def inventory(self) -> Inventory:
+    def inventory(self, *, with_config: bool = True) -> Inventory:
         old = self._inventory.qubes
         return Inventory({n: old[n]._replace(features=dict(f)) for n, f in self.qubes.items()})
 

@@ -42,6 +42,12 @@ def test_features_are_set_delivered_and_removed(store: Backend, lab: LabDirector
     assert store.inventory().qubes[WORK].features == lab.vm_config("work") == {}
 
 
+def test_who_only_looks_is_not_told_what_listeners_are(store: Backend) -> None:
+    store.set_feature(WORK, "vm-config.fwd.a.b", "x")
+    store.set_feature(WORK, "forward.web", "y")
+    assert store.inventory(with_config=False).qubes[WORK].features == {"forward.web": "y"}
+
+
 def test_what_cannot_be_written_is_a_store_error(store: Backend, lab: LabDirectory) -> None:
     with pytest.raises(StoreError, match="gone"):
         store.set_feature(QubeName("gone"), "a", "x")

@@ -2,6 +2,7 @@
 """qvm-forward on a lab: what its changes say and leave behind, and how it refuses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def test_a_dry_run_shows_which_tunnels_would_end(forward: Forward) -> None:
 def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) -> None:
     forward("apply")
     result = forward(*ADD, "--no-apply")
-    assert "is stored; 'qvm-forward apply' opens it. Then: Connections to port 80" in result.out
+    assert "is stored; 'qvm-forward apply' puts it in force. Then: Connections to port 80" in result.out
     assert lab.vm_config("sys-net") == {}
     dry = forward("apply", "--dry-run")
     assert dry.out.startswith(
@@ -216,6 +217,25 @@ def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) 
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
     assert "'qvm-forward apply' closes it" in forward("remove", "work", "web", "--no-apply").out
     assert lab.vm_config("sys-net") != {}
+
+
+def test_a_warning_is_told_again_only_when_it_is_news(forward: Forward) -> None:
+    assert "sees all of these connections come from 127.0.0.1" in forward(*ADD).out
+    assert "Note:" not in forward("set", "work", "web", "comment=x").out
+    forward("disable", "work", "web")
+    assert "sees all of these connections come from 127.0.0.1" in forward("enable", "work", "web").out
+
+
+def test_apply_says_why_a_forward_is_closed_that_waits_for_a_word(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    forward(*ADD)
+    lab.write_qube(replace(lab.qube("work"), netvm=None))
+    said = "work web is suspended. The netvms of work were sys-firewall - sys-net when"
+    assert said in forward("apply", "--dry-run").out
+    done = forward("apply")
+    assert (done.status, done.out.count(said)) == (0, 1)
+    assert forward("apply", "--json").json["forwards"][0]["state"] == "suspended"
 
 
 def test_a_rule_expires_at_the_next_apply(forward: Forward, lab: LabDirectory) -> None:

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from qubes_fwd_qrexec.admin import cli, complete, parser
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[2]
-MANUAL = (ROOT / "docs" / "qvm-forward.rst").read_text()
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("qvm-forward*.rst")}
+GENERAL = PAGES["qvm-forward"]
 COMMANDS = complete._commands(parser.build())
 
 
@@ -23,12 +25,38 @@ def test_every_command_is_one_that_runs() -> None:
     assert all(callable(cli._command(name)) for name in COMMANDS)
 
 
+def page_of(name: str) -> str:
+    """The one page that has a command in its NAME, by which man(1) finds it."""
+    (page,) = (text for text in PAGES.values() if f"qvm-forward-{name}" in names(text))
+    return page
+
+
+def names(page: str) -> list[str]:
+    line = page.split("\nNAME\n====\n\n")[1].partition("\n")[0]
+    return line.partition(" - ")[0].split(", ")
+
+
+def options(page: str) -> set[str]:
+    return set(re.findall(r"^(?:-\w, )?(--[a-z-]+)", page, re.MULTILINE))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_its_options_are_in_the_manual(name: str) -> None:
-    assert f"**{name}**" in MANUAL
-    for option in COMMANDS[name]._option_string_actions:
-        if option.startswith("--"):
-            assert f".. option:: {option}" in MANUAL, option
+    page = page_of(name)
+    assert f"**{name}**" in page
+    assert f"**{name}**" in GENERAL
+    given = {option for option in COMMANDS[name]._option_string_actions if option.startswith("--")}
+    assert given <= options(page) | options(GENERAL)
+
+
+def test_the_manual_has_no_command_and_no_option_that_there_is_not() -> None:
+    for stem, page in PAGES.items():
+        if stem in ("qvm-forward", "qvm-forward-lab"):
+            continue
+        assert names(page)[0] == stem
+        commands = [COMMANDS[name.removeprefix("qvm-forward-")] for name in names(page)]
+        assert options(page) <= {option for command in commands for option in command._option_string_actions}
+    assert options(GENERAL) == {"--help", "--version", "--lab", "--json"}
 
 
 def test_every_command_and_option_has_help() -> None:

@@ -56,9 +56,9 @@ class Faulty:
         if any(entry.startswith(word) for word in self._refused):
             raise StoreError(f"cannot {entry}")
 
-    def inventory(self) -> Inventory:
+    def inventory(self, *, with_config: bool = True) -> Inventory:
         self._do("inventory")
-        return self._store.inventory()
+        return self._store.inventory(with_config=with_config)
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         self._do(f"set {qube} {key}")

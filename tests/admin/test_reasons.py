@@ -198,8 +198,8 @@ CASES = [
         world(),
         State.REFUSED,
         "hidden is behind a tunnel, marked at sys-vpn (feature service.vpn-handler-openvpn), and listening "
-        "at sys-net would go round it; expose it at sys-vpn with via=sys-vpn, or accept that with "
-        "bypass-tunnel=yes (--bypass-tunnel).",
+        "at sys-net would go round it; expose it at sys-vpn with via=sys-vpn (--via sys-vpn), or accept "
+        "that with bypass-tunnel=yes (--bypass-tunnel).",
     ),
     (
         "tunnel-in-the-path",

@@ -220,6 +220,11 @@ async def test_exit_on_service_eof_loses_the_rest_of_the_upload(tmp_path: Path) 
             assert await read_all(service) == b""
 
 
+async def send_for_ever(stream: trio.abc.SendStream, data: bytes) -> None:
+    while True:
+        await stream.send_all(data)
+
+
 async def test_exit_on_client_eof_ends_the_call_at_once(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab, await unix_server(lab) as server:
         give_config(lab, "exit-on-client-eof=true\n")
@@ -229,8 +234,7 @@ async def test_exit_on_client_eof_ends_the_call_at_once(tmp_path: Path) -> None:
             assert await call.status() == 0
             # The caller may know it a moment before the service does.
             with pytest.raises(trio.BrokenResourceError):
-                while True:
-                    await service.send_all(b"too late")
+                await send_for_ever(service, b"too late")
 
 
 async def test_without_exit_keys_a_socket_service_ends_when_both_directions_have(tmp_path: Path) -> None:

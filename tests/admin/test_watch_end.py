@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`watch` ends when it is asked to, and what it tells the service manager."""
+
+import io
+import os
+import socket
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from stages import END, Stage, set_netvm
+
+from qubes_fwd_qrexec.admin.backend import Changes
+from qubes_fwd_qrexec.admin.labstore import LabStore
+from qubes_fwd_qrexec.admin.render import Style
+from qubes_fwd_qrexec.admin.session import Session
+from qubes_fwd_qrexec.admin.watch import (
+    _ready,
+    watch,
+)
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeState
+
+
+def test_a_wish_to_end_does_not_interrupt_what_has_begun(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.run()
+    assert stage.is_open
+    replace_policy = LabStore.replace_policy
+
+    def ask_and_replace(self: LabStore, text: str, token: str) -> None:
+        END()
+        replace_policy(self, text, token)
+
+    monkeypatch.setattr(LabStore, "replace_policy", ask_and_replace)
+    set_netvm(stage.lab)
+    stage.waits.clear()
+    stage.run()
+    assert not stage.is_open
+    assert stage.waits == []
+
+
+def test_a_wish_to_end_in_a_burst_or_a_pause_is_obeyed_without_another_look(stage: Stage) -> None:
+    stage.trouble = "away"
+    stage.on_rest = END
+    stage.run()
+    assert stage.looks == [0]
+    assert stage.rests == [1]
+
+
+def test_the_command_ends_with_status_0(lab: LabDirectory) -> None:
+    class Ended(LabStore):
+        def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+            END()
+            return super().changes(wakers)
+
+    streams = io.StringIO(), io.StringIO(), io.StringIO()
+    assert watch(Namespace(), Session(Ended(lab), 0.0, {}, *streams, Style(), False)) == 0
+
+
+def test_a_pause_ends_by_a_descriptor_or_after_its_time() -> None:
+    read_fd, write_fd = os.pipe()
+    begun = time.monotonic()
+    _ready([read_fd], 0.01)
+    assert time.monotonic() - begun >= 0.01
+    os.write(write_fd, b"x")
+    _ready([read_fd], 3600.0)
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_the_service_manager_is_told(
+    expiring: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        expiring.lab.set_feature("vault", "forward.bad", "x")
+        expiring.lab.set_state("personal", QubeState.HALTED)
+        expiring.trouble = "away\nfor now"
+
+        def mend() -> None:
+            expiring.trouble = None
+
+        expiring.on_rest = mend
+        expiring.run()
+        told = []
+        manager.setblocking(False)
+        while not told or told[-1] != "STOPPING=1":
+            told.append(manager.recv(65536).decode())
+    assert told[0] == "READY=1\nSTATUS=away\\nfor now"
+    assert told[1].startswith("READY=1\nSTATUS=1 of 2 forwards open; the next ends 2027-")

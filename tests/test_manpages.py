@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every manual page is one for man(1), without a warning of docutils."""
+
+import re
+from pathlib import Path
+
+import pytest
+from docutils.core import publish_string
+from docutils.writers.manpage import Writer
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.rst"))
+# docutils' levels: 1 is an info, such as a role or a directive that it does not know.
+INFO = 1
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_docutils_has_nothing_to_say(path: Path) -> None:
+    settings = {"report_level": INFO, "halt_level": INFO, "output_encoding": "unicode"}
+    page = publish_string(
+        path.read_text(), source_path=str(path), writer=Writer(), settings_overrides=settings
+    )
+    assert f"{path.stem} " in page
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_says_its_name_and_a_summary_as_mandb_reads_it(path: Path) -> None:
+    (line,) = re.findall(r"^NAME\n====\n\n(.*)\n\n", path.read_text(), re.MULTILINE)
+    assert re.fullmatch(rf"{re.escape(path.stem)}(, [\w.-]+)* - [a-z].*", line)
