@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-NAME_SECTION = re.compile(r"^NAME\n=+\n", re.MULTILINE)
+_NAME_SECTION = re.compile(r"^NAME\n=+\n", re.MULTILINE)
 
 
 def section_of(name: str) -> int:
@@ -14,6 +14,6 @@ def section_of(name: str) -> int:
 
 def other_names(source: Path) -> list[str]:
     """The further names of a page, as in "NAME, OTHER - what they are": man(1) is to find it by them too."""
-    section = NAME_SECTION.search(source.read_text())
+    section = _NAME_SECTION.search(source.read_text())
     names = source.read_text()[section.end() :].strip().partition(" - ")[0] if section else ""
     return [name for name in (word.strip() for word in names.split(",")) if name not in ("", source.stem)]

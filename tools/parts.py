@@ -9,9 +9,9 @@
 One answer for the Debian packages and for the RPMs. A file is placed by the directory that it lies in, so
 that a new one needs no word here; one that has no place is an error and not left out.
 
-The parts: `common` is what dom0 and the qubes both need, `dom0` what decides, `vm` what carries the traffic in
-exposed qubes and targets, `lab` the stand-in for a Qubes system. They share no file, so all of them may be
-installed on one machine; each needs the ones that `NEEDS` names.
+The parts: `common` is what dom0 and the qubes both need, `dom0` what decides, `vm` what carries the traffic
+in exposed qubes and targets, `lab` the stand-in for a Qubes system. They share no file, so all of them may
+be installed on one machine; each needs the ones that `NEEDS` names.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def items(python_dir: str, unit_dir: str) -> Iterator[Item]:
         yield _copy("vm", file, f"etc/qubes-rpc/{file.name}", 0o755)
     for file in _files("rpc-config"):
         yield _copy("vm", file, f"etc/qubes/rpc-config/{file.name}")
-    # Not at its own place: there lies what qvm-forward has written. The packages put it there if nothing does.
+    # Not at its own place: there lies what qvm-forward has written. The packages put it there if nothing is.
     for file in _files("policy"):
         yield _copy("dom0", file, f"usr/share/qubes-fwd-qrexec/{file.name}")
     for file in _files("completions"):
@@ -124,9 +124,10 @@ def _part_of_program(target: str) -> str:
 
 
 def _part_of_name(name: str, programs: dict[str, str]) -> str:
-    """The part of a man page or a completion: that of the program or service of its name."""
-    if name in programs:
-        return _part_of_program(programs[name])
+    """The part of a page or a completion: that of the program or service. PROGRAM-COMMAND is a page too."""
+    for program in (name, name.rpartition("-")[0]):
+        if program in programs:
+            return _part_of_program(programs[program])
     if (ROOT / "rpc" / name).exists():
         return "vm"
     raise PartsError(f"{name} is neither a program of pyproject.toml nor a service in rpc/")

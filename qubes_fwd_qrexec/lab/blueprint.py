@@ -130,7 +130,7 @@ def write_client(lab: LabDirectory) -> None:
 
 
 def find_rpc_entry(service: str) -> Path:
-    """Where one of our RPC entries lies: beside the package in a checkout, among pip's data, or as packages have it."""
+    """Where an RPC entry of ours lies: in a checkout, among pip's data, or where the packages put it."""
     in_checkout = Path(__file__).parent.parent.parent / "rpc" / service
     if in_checkout.parent.is_dir():
         return in_checkout
