@@ -22,6 +22,8 @@ from .relaythread import RelayThread
 
 # relay-behaviours, "trio": stdout's end and the exit status race; the status is at most this much later.
 _STATUS_WAIT_S = 0.2
+# Statuses that the next call would end with too.
+_REFUSALS = (ExitStatus.REFUSED, ExitStatus.NO_SERVICE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Ending:
     """How a connection ended.
 
     ``error`` is None for a clean end of both directions, else says why not. ``is_refused``: dom0 would
-    not have the call, or the target has as many as it can.
+    not have the call, or the target has as many as it can, or lacks the service: the next would fare alike.
     """
 
     error: str | None
@@ -108,8 +110,9 @@ class _Connection:
             return
         status = await self.call.status(_STATUS_WAIT_S)
         if status:
-            # Once there were bytes from the target, its 126 would be a forgery.
-            self.is_refused = status == ExitStatus.REFUSED and self.down.moved == 0
+            # Once there were bytes from the target, its 126 would be a forgery. 125 is no refusal: it is
+            # also a server that does not listen yet.
+            self.is_refused = status in _REFUSALS and self.down.moved == 0
             self._fail(meaning(status))
             return
         half_close(self.up.source)

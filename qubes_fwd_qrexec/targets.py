@@ -81,7 +81,7 @@ class Target:
         finally:
             self._slots.release_on_behalf_of(borrower)
 
-    def refused(self, service: str, why: str = "dom0 refused it") -> None:
+    def refused(self, service: str, why: str) -> None:
         """There is no such call to be had: refuse here from now on, twice as long as the last time.
 
         Several calls that were under way together count as one.

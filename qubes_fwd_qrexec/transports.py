@@ -68,7 +68,7 @@ class Transports:
             except OSError as error:
                 raise RefusedError(f"cannot start {self._client[0]}: {error.strerror}") from error
         if ending.is_refused:
-            target.refused(service)
+            target.refused(service, "the last call was refused")
         elif ending.received_bytes:
             target.accepted(service)
         return ending

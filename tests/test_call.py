@@ -75,7 +75,7 @@ async def test_a_clean_conversation_ends_without_error(tmp_path: Path, server: s
     ("mode", "is_refused", "words"),
     [
         ("exit126", True, "policy refuses"),
-        ("exit127", False, "does not have the service"),
+        ("exit127", True, "does not have the service"),
         ("exit125", False, "cannot be reached"),
         ("exit3", False, "exit status 3"),
         ("serve", False, "refused the connection"),

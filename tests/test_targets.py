@@ -99,7 +99,7 @@ async def test_after_each_refusal_dom0_is_left_alone_for_twice_as_long() -> None
     clock = Clock()
     target = Target("work", 2, clock, lambda: 0.0)
     for expected_s in (1, 2, 4, 8, 16, 32, 48, 48):
-        target.refused("s+1")
+        target.refused("s+1", "dom0 refused it")
         clock.now_s += expected_s - 0.01
         assert await is_refused(target)
         clock.now_s += 0.02
@@ -110,7 +110,7 @@ async def test_chance_adds_up_to_a_quarter_and_never_goes_past_the_bound() -> No
     clock = Clock()
     target = Target("work", 2, clock, lambda: 1.0)
     for expected_s in (1.25, 2.5, 5, 10, 20, 40, BACK_OFF_MAX_S, BACK_OFF_MAX_S):
-        target.refused("s+1")
+        target.refused("s+1", "dom0 refused it")
         clock.now_s += expected_s - 0.01
         assert await is_refused(target)
         clock.now_s += 0.02
@@ -147,14 +147,14 @@ async def test_several_refusals_at_once_count_as_one() -> None:
     clock = Clock()
     target = Target("work", 2, clock, lambda: 0.0)
     for _ in range(10):
-        target.refused("s+1")
+        target.refused("s+1", "dom0 refused it")
     clock.now_s += 1.01
     assert not await is_refused(target)
 
 
 async def test_a_refused_port_does_not_refuse_its_neighbour() -> None:
     target = Target("work", 2, Clock())
-    target.refused("s+1")
+    target.refused("s+1", "dom0 refused it")
     assert await is_refused(target, "s+1")
     assert not await is_refused(target, "s+2")
     target.accepted("s+2")
@@ -163,10 +163,10 @@ async def test_a_refused_port_does_not_refuse_its_neighbour() -> None:
 
 async def test_a_call_that_goes_through_or_a_new_configuration_ends_the_back_off() -> None:
     target = Target("work", 2, Clock())
-    target.refused("s+1")
+    target.refused("s+1", "dom0 refused it")
     target.accepted("s+1")
     assert not await is_refused(target)
-    target.refused("s+1")
+    target.refused("s+1", "dom0 refused it")
     target.forget_refusals()
     assert not await is_refused(target)
 
@@ -184,7 +184,7 @@ async def test_those_who_wait_when_a_refusal_comes_are_refused_too() -> None:
         await wait_all_tasks_blocked()
         nursery.start_soon(wait)
         await wait_all_tasks_blocked()
-        target.refused("s+1")
+        target.refused("s+1", "dom0 refused it")
         over.set()
     assert refused == [True]
     assert target.calls == 0

@@ -141,9 +141,12 @@ async def test_a_client_program_that_is_not_there_is_a_refusal(transport: str) -
             await transports.carry(config(80, transport=transport), 1000, accepted)
 
 
+@pytest.mark.parametrize("mode", ["exit126", "exit127"])
 @pytest.mark.parametrize("transport", ["call", "tunnel"])
-async def test_after_a_refusal_a_new_configuration_asks_again(tmp_path: Path, transport: str) -> None:
-    fake, chosen = FakeClient(tmp_path, "exit126"), config(80, transport=transport)
+async def test_after_a_refusal_a_new_configuration_asks_again(
+    tmp_path: Path, transport: str, mode: str
+) -> None:
+    fake, chosen = FakeClient(tmp_path, mode), config(80, transport=transport)
     async with transports_over(fake.command) as (transports, _):
 
         async def ask() -> None:
