@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from docutils.core import publish_string
+from docutils.utils import SystemMessage
 from docutils.writers.manpage import Writer
 from pagenames import section_of
 
@@ -18,7 +19,7 @@ _WARNING = 2
 
 
 def man_page(source: Path) -> str:
-    """Raises `SystemExit` or docutils' own error where the text is wrong."""
+    """Raises `SystemExit` with docutils' message where the text is wrong."""
     name = source.stem
     text, count = _TITLE.subn(
         lambda title: f"{title[0]}\n:Manual section: {section_of(name)}\n:Manual group: Qubes\n",
@@ -27,16 +28,19 @@ def man_page(source: Path) -> str:
     )
     if not count:
         raise SystemExit(f"{source}: no title between two lines of =")
-    page: str = publish_string(
-        text,
-        source_path=str(source),
-        writer=Writer(),
-        settings_overrides={
-            "report_level": _WARNING,
-            "halt_level": _WARNING,
-            "output_encoding": "unicode",
-        },
-    )
+    try:
+        page: str = publish_string(
+            text,
+            source_path=str(source),
+            writer=Writer(),
+            settings_overrides={
+                "report_level": _WARNING,
+                "halt_level": _WARNING,
+                "output_encoding": "unicode",
+            },
+        )
+    except SystemMessage as error:
+        raise SystemExit(str(error)) from None
     return _MADE_NAME.sub("", page, count=1)
 
 
