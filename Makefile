@@ -7,13 +7,14 @@
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the tunnel protocol bytes, guided by coverage, for SECONDS (60)
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection
+# make packages  build the Debian packages and the RPMs, and as root run what they install in a clean Debian
 
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest-trio
 export PYTHON
 
-.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz soak clean
+.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz soak packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional iproute2
@@ -53,6 +54,9 @@ fuzz: $(VENV)/.fuzz
 
 soak: $(VENV)/.installed
 	$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(ARGS)
+
+packages:
+	@tools/packages $(SUITE)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info

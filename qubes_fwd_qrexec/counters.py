@@ -14,10 +14,9 @@ from .report import Way
 
 
 class Refusal(StrEnum):
-    """Why a connection was not carried. Any other word of small letters and dashes counts by itself."""
+    """Why a connection was not carried. Any other word of small letters and dashes counts by itself,
+    such as those of `limits.Refusal`."""
 
-    SOURCE = "source"
-    """Its address is in none of the rule's networks."""
     POLICY = "policy"
     """dom0 refuses the call (exit status 126)."""
     NO_SERVICE = "no-service"

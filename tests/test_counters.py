@@ -32,9 +32,9 @@ def test_a_connection_that_was_never_carried_has_no_bytes() -> None:
 def test_refusals_are_counted_by_reason_and_an_error_has_its_time() -> None:
     now = [1000.0]
     counters = Counters(lambda: now[0])
-    for reason in (Refusal.SOURCE, Refusal.POLICY, Refusal.SOURCE, "per-source"):
+    for reason in ("srchosts", Refusal.POLICY, "srchosts", "per-source"):
         counters.refused(reason)
     now[0] = 1005.0
     counters.failed("no call")
-    assert counters.refusals == {"source": 2, "policy": 1, "per-source": 1}
+    assert counters.refusals == {"srchosts": 2, "policy": 1, "per-source": 1}
     assert (counters.since, counters.last_error) == (1000.0, ("no call", 1005.0))

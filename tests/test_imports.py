@@ -45,23 +45,30 @@ def running_at_once(tree: ast.AST) -> Iterator[ast.AST]:
             yield node
 
 
+def ours_or_other(name: str) -> str:
+    """A name as written out: of ours without the package before it, of others the top after a slash."""
+    top, _, below = name.partition(".")
+    return below if top == PACKAGE else f"/{top}"
+
+
+def is_package(name: str) -> bool:
+    return not name.startswith("/") and (ROOT / name.replace(".", "/")).is_dir()
+
+
 def imports_of(file: Path, walk: Callable[[ast.AST], Iterable[ast.AST]] = ast.walk) -> set[str]:
     """Modules of ours by their name below the package; others with a leading slash."""
     found = set()
     package = file.relative_to(ROOT).parts[:-1]
     for node in walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {"/" + alias.name.split(".")[0] for alias in node.names}
+            found |= {ours_or_other(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if not node.level:
-                found.add("/" + str(node.module).split(".")[0])
-                continue
-            base = package[: len(package) - node.level + 1]
-            if node.module:
-                found.add(".".join((*base, node.module)))
-            else:
-                names = (".".join((*base, alias.name)) for alias in node.names)
-                found |= {name if name in MODULES else ".".join(base) for name in names}
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            name = module if node.level else ours_or_other(str(node.module))
+            # What is imported from a package may be a module of it.
+            names = {f"{name}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= (names & MODULES or {name}) if is_package(name) else {name}
     return found
 
 

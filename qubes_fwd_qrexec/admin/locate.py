@@ -26,10 +26,13 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
     """
     path = lab or environ.get(LAB_VARIABLE)
     if path:
-        from qubes_fwd_qrexec.lab.directory import LabDirectory
+        try:
+            from qubes_fwd_qrexec.lab.directory import LabDirectory
 
-        from .labstore import LabStore
-
+            from .labstore import LabStore
+        except ModuleNotFoundError as error:
+            # dom0's package leaves them out.
+            raise RefusedError(f"{path}: to open a lab, install the package qubes-fwd-qrexec-lab") from error
         return LabStore(LabDirectory.open(path))
     from importlib.util import find_spec
 

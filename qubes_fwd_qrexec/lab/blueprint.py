@@ -130,13 +130,14 @@ def write_client(lab: LabDirectory) -> None:
 
 
 def find_rpc_entry(service: str) -> Path:
-    """Where one of our RPC entries lies: in a checkout beside the package, else among the installed data."""
+    """Where an RPC entry of ours lies: in a checkout, among pip's data, or where the packages put it."""
     in_checkout = Path(__file__).parent.parent.parent / "rpc" / service
     if in_checkout.parent.is_dir():
         return in_checkout
     import sysconfig
 
-    return Path(sysconfig.get_path("data"), "share", "qubes-fwd-qrexec", "rpc", service)
+    by_pip = Path(sysconfig.get_path("data"), "share", "qubes-fwd-qrexec", "rpc", service)
+    return by_pip if by_pip.parent.is_dir() else Path("/etc/qubes-rpc", service)
 
 
 def _link(path: Path, target: str) -> None:

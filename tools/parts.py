@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which file belongs to which package, and where it lies when installed.
+
+    tools/parts.py list [PART]              what goes where: part, source, destination
+    tools/parts.py install PART DESTDIR     put one part below DESTDIR
+    tools/parts.py rpm-files PART           the part as %files of a spec file wants it
+
+One answer for the Debian packages and for the RPMs. A file is placed by the directory that it lies in, so
+that a new one needs no word here; one that has no place is an error and not left out.
+
+The parts: `common` is what dom0 and the qubes both need, `dom0` what decides, `vm` what carries the traffic
+in exposed qubes and targets, `lab` the stand-in for a Qubes system. They share no file, so all of them may
+be installed on one machine; each needs the ones that `NEEDS` names.
+"""
+
+import argparse
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pagenames import other_names, section_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "qubes_fwd_qrexec"
+NEEDS = {"common": (), "dom0": ("common",), "vm": ("common",), "lab": ("common", "dom0", "vm")}
+DEBIAN_NAMES = {
+    "common": "python3-qubes-fwd-qrexec",
+    "dom0": "qubes-fwd-qrexec-dom0",
+    "vm": "qubes-fwd-qrexec",
+    "lab": "qubes-fwd-qrexec-lab",
+}
+# The vocabulary, and what programs of both sides ask of the operating system.
+COMMON = (
+    *("__init__", "errors", "values", "options", "rules", "exchange", "rulexml", "config"),
+    *("inotify", "notify"),
+)
+# The one module of admin/ that knows the lab; dom0 loads it only when a lab is named.
+LAB_BACKEND = Path("admin/labstore.py")
+# Units that say nothing of themselves (presets, sockets) go by their names.
+DOM0_UNITS = ("qubes-forward-watch", "70-qubes-forward-dom0")
+UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")
+_SCRIPT = """\
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+import sys
+
+from {module} import {function}
+
+sys.exit({function}())
+"""
+
+
+class PartsError(Exception):
+    """A file has no place; the message says which, and what would be right."""
+
+
+class Item(NamedTuple):
+    """One file of a part. What has no source is generated, and `make` says from what it is made."""
+
+    part: str
+    source: str
+    destination: str
+    mode: int
+    make: Callable[[Path], str] | None = None
+
+
+def items(python_dir: str, unit_dir: str) -> Iterator[Item]:
+    """Everything that is installed. Raises `PartsError`."""
+    programs = dict(_programs())
+    yield from _modules(python_dir)
+    for name, target in programs.items():
+        yield Item(_part_of_program(target), "pyproject.toml", f"usr/bin/{name}", 0o755, _script(target))
+    for file in _files("rpc"):
+        yield _copy("vm", file, f"etc/qubes-rpc/{file.name}", 0o755)
+    for file in _files("rpc-config"):
+        yield _copy("vm", file, f"etc/qubes/rpc-config/{file.name}")
+    # Not at its own place: there lies what qvm-forward has written. The packages put it there if nothing is.
+    for file in _files("policy"):
+        yield _copy("dom0", file, f"usr/share/qubes-fwd-qrexec/{file.name}")
+    for file in _files("completions"):
+        part = _part_of_name(file.stem, programs)
+        yield _copy(part, file, f"usr/share/bash-completion/completions/{file.stem}")
+    for file in _files("systemd"):
+        yield _unit(file, unit_dir)
+    for file in _files("tmpfiles.d"):
+        yield _copy("vm", file, f"usr/lib/tmpfiles.d/{file.name}")
+    for file in sorted((ROOT / "docs").glob("*.rst")):
+        yield from _pages(file, _part_of_name(file.stem, programs))
+
+
+def _programs() -> Iterator[tuple[str, str]]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        yield from tomllib.load(file)["project"]["scripts"].items()
+
+
+def _modules(python_dir: str) -> Iterator[Item]:
+    for file in sorted((ROOT / PACKAGE).rglob("*")):
+        if not file.is_file() or file.suffix == ".pyc":
+            continue
+        part = part_of_module(file.relative_to(ROOT / PACKAGE))
+        if file.suffix == ".py":
+            yield _copy(part, file, f"{python_dir}/{_relative(file)}")
+        elif file.suffix == ".md":
+            yield _copy(part, file, f"usr/share/doc/{DEBIAN_NAMES[part]}/{file.name}")
+        else:
+            raise PartsError(f"{_relative(file)} is neither a module nor a document")
+
+
+def part_of_module(path: Path) -> str:
+    """The part of a module by its path below the package. What nobody else claims is the qubes'."""
+    if path.parts[0] == "lab" or path == LAB_BACKEND:
+        return "lab"
+    if path.parts[0] == "admin":
+        return "dom0"
+    return "common" if len(path.parts) == 1 and path.stem in COMMON else "vm"
+
+
+def _part_of_program(target: str) -> str:
+    return part_of_module(Path(*target.partition(":")[0].split(".")[1:]).with_suffix(".py"))
+
+
+def _part_of_name(name: str, programs: dict[str, str]) -> str:
+    """The part of a page or a completion: that of the program or service. PROGRAM-COMMAND is a page too."""
+    for program in (name, name.rpartition("-")[0]):
+        if program in programs:
+            return _part_of_program(programs[program])
+    if (ROOT / "rpc" / name).exists():
+        return "vm"
+    raise PartsError(f"{name} is neither a program of pyproject.toml nor a service in rpc/")
+
+
+def _unit(file: Path, unit_dir: str) -> Item:
+    part = "dom0" if file.name.startswith(DOM0_UNITS) else "vm"
+    if file.suffix == ".preset":
+        return _copy(part, file, f"usr/lib/systemd/system-preset/{file.name}")
+    if file.suffix in UNIT_KINDS:
+        return _copy(part, file, f"{unit_dir}/{file.name}")
+    raise PartsError(f"{_relative(file)} is neither a unit nor a preset")
+
+
+def _files(directory: str) -> list[Path]:
+    found = sorted((ROOT / directory).glob("*"))
+    for file in found:
+        if not file.is_file():
+            raise PartsError(
+                f"{_relative(file)}/ is a directory; {directory}/ has only files that are installed"
+            )
+    return found
+
+
+def _copy(part: str, file: Path, destination: str, mode: int = 0o644) -> Item:
+    return Item(part, _relative(file), destination, mode)
+
+
+def _relative(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def _script(target: str) -> Callable[[Path], str]:
+    module, _, function = target.partition(":")
+    return lambda _: _SCRIPT.format(module=module, function=function)
+
+
+def _pages(file: Path, part: str) -> Iterator[Item]:
+    """A manual page, and one that leads to it for each further name that it says it has."""
+    section = section_of(file.stem)
+    place = f"usr/share/man/man{section}"
+    yield Item(part, _relative(file), f"{place}/{file.stem}.{section}", 0o644, _page)
+    for name in other_names(file):
+        yield Item(part, _relative(file), f"{place}/{name}.{section}", 0o644, _leading)
+
+
+def _page(source: Path) -> str:
+    from manpage import man_page  # needs docutils, which only those who build packages have
+
+    return man_page(source)
+
+
+def _leading(source: Path) -> str:
+    section = section_of(source.stem)
+    return f".so man{section}/{source.stem}.{section}\n"
+
+
+def install(item: Item, destdir: Path) -> None:
+    path = destdir / item.destination
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if item.make:
+        path.write_text(item.make(ROOT / item.source))
+    else:
+        shutil.copyfile(ROOT / item.source, path)
+    path.chmod(item.mode)
+
+
+def rpm_lines(part: str, found: list[Item], python_dir: str) -> Iterator[str]:
+    """A directory belongs to the package that has its ``__init__.py``; man pages get compressed."""
+    for item in found:
+        if item.part != part:
+            continue
+        path = "/" + item.destination
+        if path.endswith("/__init__.py"):
+            yield "%dir " + path.removesuffix("/__init__.py")
+            yield "%dir " + path.removesuffix("/__init__.py") + "/__pycache__"
+        if path.startswith(f"/{python_dir}/"):
+            yield f"%pycached {path}"
+        else:
+            yield path + ("*" if path.startswith("/usr/share/man/") else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Which file belongs to which package.")
+    parser.add_argument("--python-dir", default="usr/lib/python3/dist-packages")
+    parser.add_argument("--unit-dir", default="usr/lib/systemd/system")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list")
+    listing.add_argument("part", nargs="?", choices=list(NEEDS))
+    for_rpm = commands.add_parser("rpm-files")
+    for_rpm.add_argument("part", choices=list(NEEDS))
+    installing = commands.add_parser("install")
+    installing.add_argument("part", choices=list(NEEDS))
+    installing.add_argument("destdir", type=Path)
+    arguments = parser.parse_args()
+    python_dir, unit_dir = arguments.python_dir.strip("/"), arguments.unit_dir.strip("/")
+    try:
+        found = list(items(python_dir, unit_dir))
+        if arguments.command == "rpm-files":
+            print(*rpm_lines(arguments.part, found, python_dir), sep="\n")
+            return 0
+        for item in found:
+            if arguments.part not in (None, item.part):
+                continue
+            if arguments.command == "install":
+                install(item, arguments.destdir)
+            else:
+                print(item.part, item.source, item.destination)
+    except PartsError as error:
+        print(f"tools/parts.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
