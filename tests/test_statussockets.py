@@ -130,7 +130,7 @@ async def test_strangers_and_a_missing_server_have_reasons_of_their_own(tmp_path
         async with await connect(port) as near:
             assert await is_reset(near)
         found = await only(place)
-        assert dict(found.refused) == {"server": 1, "source": 1}
+        assert dict(found.refused) == {"server": 1, "srchosts": 1}
         assert found.total == 1
         assert found.last_error == "the server in the target refused the connection"
 
@@ -151,7 +151,7 @@ async def test_entries_that_are_not_open_are_named(tmp_path: Path, place: Path) 
     assert bad.key == "fwd.work.bad"
     assert problems == {
         "fwd.work.bad": bad.text,
-        "fwd.work.new": f"127.0.0.1:{port}: the port is in use by another program",
+        "fwd.work.new": f"127.0.0.1:{port}: the port is in use by this program itself, for another forward",
     }
 
 
