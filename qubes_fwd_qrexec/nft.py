@@ -10,6 +10,7 @@ before anybody notices. When it ends, nothing of it is left.
 
 import argparse
 import logging
+import os
 import select
 import signal
 import socket
@@ -32,6 +33,8 @@ from .notify import notify, reloading
 from .qubesdbsource import open_qubesdb
 from .values import QubeName, RuleName
 
+# In the directory that the service manager made: "open", or "closed" while nothing can be let in.
+STATE = "state"
 _logger = logging.getLogger(__name__)
 
 # How soon a change of the configuration, or an expiry, is noticed: as in the listener.
@@ -90,6 +93,8 @@ class Firewall:
 
     def __init__(self, nft: Nft) -> None:
         self._nft = nft
+        self.has_place = False
+        """Whether there was a place for us when it was last looked at."""
 
     def keep(self, configs: tuple[ListenerConfig, ...]) -> str:
         """Make it let in exactly these; one line on how it is then. Raises `NftError`."""
@@ -106,6 +111,7 @@ class Firewall:
 
     def _keep(self, configs: tuple[ListenerConfig, ...]) -> str:
         places = self._nft.look()
+        self.has_place = bool(places)
         for family, seen in places.items():
             wanted = nftchain.rules(configs, family)
             if todo := nftchain.transaction(family, wanted, seen):
@@ -155,9 +161,10 @@ class Signals:
 class Keeper:
     """Keeps the firewall as the configuration says; `run` is the whole of its life."""
 
-    def __init__(self, forwards: Forwards, firewall: Firewall) -> None:
+    def __init__(self, forwards: Forwards, firewall: Firewall, state: Path | None = None) -> None:
         self._forwards = forwards
         self._firewall = firewall
+        self._state = state
         self._limit = RateLimit()
         self._kept: tuple[ListenerConfig, ...] | None = None
         self._kept_s = 0.0
@@ -172,6 +179,7 @@ class Keeper:
                 self._look(changes, is_asked=signal.SIGHUP in asked)
         finally:
             notify("STOPPING=1")
+            self._leave_word("closed")
             self._firewall.clear()
 
     def _wait(self, changes: Changes, signals: Signals) -> set[int]:
@@ -194,6 +202,7 @@ class Keeper:
                 self._tell(self._keep(), is_asked=is_asked)
             except NftError as error:
                 self._kept = None  # at the next look again
+                self._leave_word("closed")
                 warn(_logger, self._limit, "nft", str(error))
                 self._tell(one_line(str(error)), is_asked=is_asked)
 
@@ -208,7 +217,20 @@ class Keeper:
         self._kept_s = time.monotonic()
         status = self._firewall.keep(active)
         self._kept = active
+        self._leave_word("open" if self._firewall.has_place else "closed")
         return status
+
+    def _leave_word(self, word: str) -> None:
+        """For `statusservice`, which tells dom0. That it cannot be left stops nothing: it is unknown then."""
+        if self._state is None:
+            return
+        hidden = self._state.with_name(f".{self._state.name}")
+        try:
+            hidden.write_text(f"{word}\n", encoding="ascii")
+            hidden.chmod(0o644)  # whatever the umask is: it is no secret
+            hidden.rename(self._state)
+        except OSError as error:
+            warn(_logger, self._limit, "state", f"{self._state}: {error.strerror}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,7 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
         with ExitStack() as stack:
             signals, changes = stack.enter_context(Signals()), stack.enter_context(Changes())
             source = ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb())
-            Keeper(Forwards(source), firewall).run(changes, signals)
+            place = os.environ.get("RUNTIME_DIRECTORY")
+            state = None if place is None else Path(place, STATE)
+            Keeper(Forwards(source), firewall, state).run(changes, signals)
     except ForwardError as error:
         _logger.error("%s", error)
         return 1

@@ -4,6 +4,7 @@
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from qubes_fwd_qrexec.errors import ConfigError
 from qubes_fwd_qrexec.nft import Firewall, Forwards, main
 from qubes_fwd_qrexec.nftchain import Family, NftError, Seen, rules, transaction
 from qubes_fwd_qrexec.nfttool import Nft
+from qubes_fwd_qrexec.statusservice import FIREWALL_STATE
 
 
 class FakeNft(Nft):
@@ -197,3 +199,41 @@ def test_signals_are_given_back() -> None:
         signal.raise_signal(signal.SIGHUP)
         assert signals.take() == {signal.SIGHUP}
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize(
+    ("there", "refusals", "word"),
+    [((Family.IP,), 0, "open"), ((), 0, "closed"), ((Family.IP,), 99, "closed")],
+)
+def test_one_word_says_whether_clients_are_let_in(
+    forwards: Forwards, tmp_path: Path, there: tuple[Family, ...], refusals: int, word: str
+) -> None:
+    state = tmp_path / "state"
+    keeper = nft.Keeper(forwards, Firewall(FakeNft(refusals=refusals, there=there)), state)
+    with suppress(NftError):
+        keeper._look(NoChanges(), is_asked=True)
+    assert state.read_text() == f"{word}\n"
+    assert state.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_word_that_cannot_be_left_stops_nothing(forwards: Forwards, tmp_path: Path) -> None:
+    firewall = FakeNft()
+    nft.Keeper(forwards, Firewall(firewall), tmp_path / "missing" / "state")._look(NoChanges(), is_asked=True)
+    assert firewall.given
+
+
+class NoChanges(nft.Changes):
+    """News that never comes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def has_any(self) -> bool:
+        return False
+
+
+def test_the_word_lies_where_it_is_looked_for() -> None:
+    unit = (Path(__file__).parent.parent / "systemd" / "qubes-forward-nft.service").read_text()
+    name = Path(FIREWALL_STATE).parent.name
+    assert f"/run/{name}/{nft.STATE}" == FIREWALL_STATE
+    assert f"RuntimeDirectory={name}\n" in unit
