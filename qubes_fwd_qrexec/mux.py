@@ -300,8 +300,12 @@ class Mux:
         """What the peer had not seen before it went may be asked for again elsewhere."""
         for stream_id in [stream_id for stream_id in self.legs if stream_id > goaway.last_id]:
             self._refused(self.legs[stream_id], ResetCode.SHUTDOWN)
-        is_agreed = goaway.code is GoawayCode.DONE
-        self._end(None if is_agreed else f"the other end closed the tunnel: {goaway.code.name}")
+        if goaway.code is GoawayCode.DONE:
+            self._end(None)
+        elif goaway.code is GoawayCode.REVOKED:
+            self._end("dom0 has ended it")
+        else:
+            self._end(f"the other end closed the tunnel: {goaway.code.name}")
 
     def _refused(self, leg: Leg, code: ResetCode) -> None:
         leg.leave()

@@ -247,7 +247,7 @@ def test_taken_back_by_dom0_every_stream_is_aborted_and_no_server_is_asked(
         bench.service._revoke()
         assert not bench.service._connecting
         bench.until(lambda: bench.near_owner.is_over and bench.service._is_over)
-        assert bench.near_owner.problem == "the other end closed the tunnel: REVOKED"
+        assert bench.near_owner.problem == "dom0 has ended it"
         assert bench.is_aborted(client)
         assert bench.is_aborted(far)
         with waiting:

@@ -247,7 +247,11 @@ def _run(arguments: argparse.Namespace) -> int:
         netns.enter_for_good(lab, arguments.qube)
     os.environ[_LAB_VARIABLE] = str(lab.root)
     if arguments.qube != netns.LAN:
-        os.environ["QUBES_LAB_AGENT_SOCKET"] = str(lab.qube_dir(arguments.qube).agent_socket)
+        place = lab.qube_dir(arguments.qube)
+        os.environ["QUBES_LAB_AGENT_SOCKET"] = str(place.agent_socket)
+        # As the service manager would: a listener can be asked how it is.
+        place.listener_run.mkdir(parents=True, exist_ok=True)
+        os.environ["RUNTIME_DIRECTORY"] = str(place.listener_run)
         search = [
             str(lab.client_program.parent),
             str(Path(sys.executable).parent),
