@@ -13,6 +13,7 @@ import trio
 from helpers import BOUND_S, Collected, no_fds_left, tcp_pair
 from trio.testing import wait_all_tasks_blocked
 
+from qubes_fwd_qrexec import listenertunnel
 from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.budget import Budget
 from qubes_fwd_qrexec.call import Ending
@@ -71,7 +72,8 @@ class Clock:
         self._now = trio.current_time()
         self._sleeping: list[tuple[float, trio.Event]] = []
         own = {"current_time": lambda: self._now, "sleep": self._sleep}
-        monkeypatch.setattr(tunnels_module, "trio", SimpleNamespace(**vars(trio) | own))
+        for module in (tunnels_module, listenertunnel):
+            monkeypatch.setattr(module, "trio", SimpleNamespace(**vars(trio) | own))
 
     async def _sleep(self, seconds: float) -> None:
         sleeping = self._now + seconds, trio.Event()

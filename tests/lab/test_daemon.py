@@ -8,10 +8,11 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from helpers import free_port
 
 from qubes_fwd_qrexec.lab import daemon, netns
 from qubes_fwd_qrexec.lab.blueprint import create_lab
@@ -189,16 +190,18 @@ def test_verdicts_are_counted_and_differences_shown(
 def test_qubes_are_namespaces_with_a_lan_and_no_path_between_them(lab: LabDirectory) -> None:
     daemon.start(lab, daemon.Network.NAMESPACES)
     # A server on the loopback of work is found by a call, and by nothing else.
+    port = free_port()
     script = (
-        "import socket; s = socket.create_server(('127.0.0.1', 8080)); print('up', flush=True);"
+        f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True);"
         "c, _ = s.accept(); c.sendall(b'page'); c.close()"
     )
-    with qube_python(lab, "work", script) as server:
+    with qube_python(lab, "work", script) as server, ExitStack() as undo:
+        undo.callback(server.kill)  # it would wait for ever, and we for it
         assert server.stdout is not None
         assert server.stdout.readline() == b"up\n"
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", 8080), timeout=BOUND_S)
-        assert call(lab, "qubes.ConnectTCP+8080").stdout == b"page"
+            socket.create_connection(("127.0.0.1", port), timeout=BOUND_S)
+        assert call(lab, f"qubes.ConnectTCP+{port}").stdout == b"page"
         assert server.wait(BOUND_S) == 0
     # LAN and sys-net reach each other, on all three networks; LAN and work do not.
     for address in (netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_REFUSED, netns.EDGE_ADDRESS_IPV6):
