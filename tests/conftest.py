@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Fixtures of the programs in the qubes."""
 
+import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,16 @@ from pathlib import Path
 import pytest
 from helpers import listening_socket, no_fds_left
 from mux_bench import Joined, TunnelBench
+
+
+@pytest.fixture(autouse=True)
+def _restored_logging() -> Iterator[None]:
+    """A program's ``main`` takes over the log of its process, which here is that of all tests."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

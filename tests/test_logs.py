@@ -1,19 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from qubes_fwd_qrexec.logs import LINE_MAX, REPEAT_S, RateLimit, one_line, start_logging, warn
-
-
-@pytest.fixture
-def restored_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.mark.parametrize("evil", ["\n", "\r", "\x1b[2J", "\u202e", "\x00", "\x85", "\udc80", "\U0001f600"])
@@ -59,7 +49,6 @@ def test_the_next_line_says_how_many_were_held_back(caplog: pytest.LogCaptureFix
     assert caplog.messages == ["trouble", "trouble (and 2 more like it)"]
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_the_log_of_the_process_is_escaped_tracebacks_too(capsys: pytest.CaptureFixture[str]) -> None:
     start_logging()
     logging.getLogger("t").info("one\ntwo")
@@ -73,7 +62,6 @@ def test_the_log_of_the_process_is_escaped_tracebacks_too(capsys: pytest.Capture
     assert all(line.isprintable() for line in lines)
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_a_verbose_log_has_more(capsys: pytest.CaptureFixture[str]) -> None:
     start_logging(is_verbose=True)
     logging.getLogger("t").debug("seen")

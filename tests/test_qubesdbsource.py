@@ -201,14 +201,16 @@ async def test_a_read_that_fails_is_tried_again(qubesdb: FakeQubesDB, error: Err
 
 async def test_the_pauses_between_tries_grow_and_begin_anew(qubesdb: FakeQubesDB) -> None:
     pauses: list[float] = []
+    has_failed = threading.Event()
 
     class Ending:
-        """Time passes at once."""
+        """Time passes at once, from when the start has failed: it must not find QubesDB back by then."""
 
         def is_set(self) -> bool:
             return len(pauses) == 8
 
         def wait(self, pause_s: float) -> None:
+            assert has_failed.wait(BOUND_S)
             pauses.append(pause_s)
             if len(pauses) == 6:
                 qubesdb.begin()
@@ -218,6 +220,7 @@ async def test_the_pauses_between_tries_grow_and_begin_anew(qubesdb: FakeQubesDB
     source._ending = Ending()  # type: ignore[assignment]
     with pytest.raises(ConfigError):
         source.start()
+    has_failed.set()
     await until(lambda: source.problem is None)
     qubesdb.end()
     source._thread.join(BOUND_S)
