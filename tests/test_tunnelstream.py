@@ -2,7 +2,6 @@
 """A tunnel's stream keeps trio's own contract for streams, and says an abort as trio's streams do."""
 
 import secrets
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
@@ -10,14 +9,14 @@ from ipaddress import IPv4Address
 import pytest
 import trio
 import trio.testing
-from helpers import BOUND_S
+from helpers import BOUND_S, unix_pair, until
+from tunnelstream import TunnelStream
 
 from qubes_fwd_qrexec.budget import WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.leg import Leg
 from qubes_fwd_qrexec.mux import Mux
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
 from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived, Origin, ResetCode
-from qubes_fwd_qrexec.tunnelstream import TunnelStream
 
 _PORT = 8080
 _ORIGIN = Origin(IPv4Address("192.0.2.1"), 40000, IPv4Address("192.0.2.2"), 80)
@@ -36,14 +35,13 @@ class _Owner:
         self.relays.tell(self.is_ready.set)
 
     def open_requested(self, mux: Mux, event: OpenReceived) -> None:
-        ours, legs = _pair()
+        ours, legs = unix_pair()
         leg = mux.accept(event.stream_id, legs)
         assert leg is not None
+        asked = TunnelStream(ours, leg, self.relays)
 
         def tell() -> None:
-            stream = TunnelStream(ours, self.relays)
-            stream.joined(leg)
-            self.asked.append(stream)
+            self.asked.append(asked)
             self.came.set()
 
         self.relays.tell(tell)
@@ -61,13 +59,6 @@ class _Owner:
         pass
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
-    one, other = socket.socketpair()
-    one.setblocking(False)
-    other.setblocking(False)
-    return one, other
-
-
 class Tunnel:
     """Two ends in one thread; `streams` makes a stream and gives both of its ends."""
 
@@ -77,7 +68,7 @@ class Tunnel:
         self._muxes: list[Mux] = []
 
     def begin(self) -> None:
-        (near_in, far_out), (far_in, near_out) = _pair(), _pair()
+        (near_in, far_out), (far_in, near_out) = unix_pair(), unix_pair()
         self.sockets = (near_in, far_out, far_in, near_out)
         listener = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16))
         target = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=100, lease_s=300)
@@ -95,18 +86,20 @@ class Tunnel:
             sock.close()
 
     async def streams(self) -> tuple[TunnelStream, TunnelStream]:
-        ours, legs = _pair()
-        stream = TunnelStream(ours, self.relays)
+        """Both ends of one that is open at both: until then, a socketpair's close is nothing but an abort."""
+        ours, legs = unix_pair()
         self.far.came = trio.Event()
+        opened: list[Leg] = []
 
         def open_it() -> None:
             leg = self._muxes[0].open(_PORT, _ORIGIN, legs)
             assert leg is not None
-            stream.joined(leg)
+            opened.append(leg)
 
         self.relays.order(open_it)
         await self.far.came.wait()
-        return stream, self.far.asked.pop()
+        await until(lambda: opened[0].is_joined)
+        return TunnelStream(ours, opened[0], self.relays), self.far.asked.pop()
 
 
 @asynccontextmanager

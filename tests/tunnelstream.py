@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A stream of a tunnel as a trio stream, for what is not a socket to be relayed.
+"""A stream of a tunnel as a trio stream, so that trio's own checks of streams can judge it.
 
-The relay itself never uses it: it would cost two tasks for each connection. Bytes go through a
+Nothing else uses it: two tasks for each connection would cost more than what they do. Bytes go through a
 socketpair whose other end is a leg like any other; what a socketpair cannot say, an abort, the leg says.
 """
 
@@ -9,23 +9,20 @@ import socket
 
 import trio
 
-from .leg import Leg, LegEnd
-from .relaythread import RelayThread
-
-_BUFFER_BYTES = 65536
+from qubes_fwd_qrexec.leg import Leg, LegEnd
+from qubes_fwd_qrexec.relaythread import RelayThread
 
 
 class TunnelStream(trio.abc.HalfCloseableStream):
-    """Made by `tunnel_stream`. The peer's RESET, and the tunnel's loss, are BrokenResourceError."""
+    """One end of an open stream, whose leg has the other end of ``sock``.
 
-    def __init__(self, sock: socket.socket, relays: RelayThread) -> None:
+    The peer's RESET, and the tunnel's loss, are BrokenResourceError.
+    """
+
+    def __init__(self, sock: socket.socket, leg: Leg, relays: RelayThread) -> None:
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        self._relays = relays
-        self._leg: Leg | None = None
-
-    def joined(self, leg: Leg) -> None:
-        """The stream is open, and this is its leg."""
         self._leg = leg
+        self._relays = relays
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
@@ -38,9 +35,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         received = await self._stream.receive_some(max_bytes)
-        leg = self._leg
-        is_reset = leg is not None and leg.ended is LegEnd.REMOTE_RESET and not leg.has_eof
-        if is_reset and not received:
+        if not received and self._leg.ended is LegEnd.REMOTE_RESET and not self._leg.has_eof:
             raise trio.BrokenResourceError("the other end aborted the stream")
         return received
 
@@ -50,6 +45,4 @@ class TunnelStream(trio.abc.HalfCloseableStream):
 
     def abort(self) -> None:
         """RESET for the other end, whatever was sent before."""
-        leg = self._leg
-        if leg is not None:
-            self._relays.order(leg.abort_from_here)
+        self._relays.order(self._leg.abort_from_here)
