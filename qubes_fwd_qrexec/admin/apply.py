@@ -5,26 +5,24 @@
 before the listener in both: a listener without policy can do no harm, and a qube that keeps on
 listening after its rule is gone gets nothing any more. A tunnel outlives the policy that allowed it, so
 dom0 itself calls the target to end it. If a step fails, what the later ones would have opened is closed
-again in policy; the next `apply` finishes. Only ending tunnels is tried once: when policy is closed,
-nothing is left from which the next `apply` could tell that it was not done.
+again in policy; the next `apply` finishes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, ListenerConfig, is_forward_key
-from qubes_fwd_qrexec.errors import ConfigError, StoreError
-from qubes_fwd_qrexec.rules import OnExpire, Transport
-from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_printable
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.values import QubeName, parse_printable
 
 from . import policy
 from .backend import Backend, PolicyFile
-from .inventory import Inventory
+from .inventory import CONFIG_PREFIX, Inventory
+from .revocations import Revocation, due, struck_out
 from .states import Forward, Plan
 
-CONFIG_PREFIX = "vm-config."
 # How long a tunnel takes new connections without dom0 being asked: `tunnelservice.LEASE_S` of the target.
 LEASE_S = 300
 
@@ -40,9 +38,8 @@ class Kind(StrEnum):
 class Step(NamedTuple):
     """One change: of policy (``value`` is the whole new text) or of a feature (``qube`` and ``key``).
 
-    Or a call that ends tunnels of ``qube``; ``value`` says which. ``lines_gone`` and ``lines_new`` are
-    what a change of policy means; for a feature, ``lines_new`` are the lines without which it would be
-    useless.
+    Or a call that ends tunnels, the ``revocation``. ``lines_gone`` and ``lines_new`` are what a change of
+    policy means; for a feature, ``lines_new`` are the lines without which it would be useless.
     """
 
     kind: Kind
@@ -52,6 +49,7 @@ class Step(NamedTuple):
     was: str | None = None
     lines_gone: tuple[str, ...] = ()
     lines_new: tuple[str, ...] = ()
+    revocation: Revocation | None = None
 
     @property
     def is_policy(self) -> bool:
@@ -63,11 +61,8 @@ class Step(NamedTuple):
             gone = [f"policy: no longer {' '.join(line.split())}" for line in self.lines_gone]
             new = [f"policy: from now on {' '.join(line.split())}" for line in self.lines_new]
             return gone + new or ["policy: write the file, which allows the same as before"]
-        if self.kind is Kind.REVOKE:
-            ports, source, *drain = self.value.split("+")
-            verb = "let the tunnels of {} end by themselves," if drain else "end the tunnels of {}"
-            to = f"to port {TargetPorts.parse(ports).brief()}"
-            return [f"{self.qube}: {verb.format(source)} {to}"]
+        if self.revocation is not None:
+            return [self.revocation.words()]
         if self.kind is Kind.REMOVE_CONFIG:
             return [f"{self.qube}: stop listening for {self.key.removeprefix(CONFIG_PREFIX)}"]
         verb = "listen" if self.was is None else "change how it listens"
@@ -76,8 +71,9 @@ class Step(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         if self.is_policy:
             return {"step": self.kind, "remove": list(self.lines_gone), "add": list(self.lines_new)}
-        if self.kind is Kind.REVOKE:
-            return {"step": self.kind, "qube": self.qube, "tunnels": self.value}
+        if self.revocation is not None:
+            target, argument = self.revocation.target, self.revocation.argument
+            return {"step": self.kind, "qube": target, "tunnels": argument}
         step: dict[str, Any] = {"step": self.kind, "qube": self.qube, "feature": self.key, "was": self.was}
         if self.kind is Kind.SET_CONFIG:
             step["value"] = self.value
@@ -103,28 +99,24 @@ def wanted_config(forwards: Iterable[Forward]) -> dict[tuple[QubeName, str], For
 
 def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: float) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken."""
-    old_lines = policy.allowing(installed.text)
-    new_lines = policy.allowing(policy.text(plan, now))
+    old_lines, new_lines = policy.allowing(installed.text), policy.allowing(policy.text(plan, now))
     gone, new = old_lines - new_lines, new_lines - old_lines
-    final = policy.text(plan, now)
+    revocations = due(installed.text, policy.text(plan, now), inventory)
+    notes = [revocation.note() for revocation in revocations]
+    final = policy.text(plan, now, notes=notes)
     closing: list[Step] = []
     opening: list[Step] = []
     if new:
         # Two writes if there is something to close too, so that closing never waits for opening.
         if gone:
-            closed = policy.text(plan, now, withheld=new)
+            closed = policy.text(plan, now, withheld=new, notes=notes)
             closing.append(Step(Kind.CLOSE_POLICY, closed, lines_gone=tuple(sorted(gone))))
         opening.append(Step(Kind.OPEN_POLICY, final, lines_new=tuple(sorted(new))))
     elif not policy.is_same(installed.text, final):
         closing.append(Step(Kind.CLOSE_POLICY, final, lines_gone=tuple(sorted(gone))))
     wanted = wanted_config(plan)
-    present = {
-        (qube.name, key): value
-        for qube in inventory.qubes.values()
-        for key, value in qube.features.items()
-        if key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX))
-    }
-    closing += _revocations(gone, new, present, inventory)
+    present = {(qube, key): value for qube, key, value in inventory.told()}
+    closing += [Step(Kind.REVOKE, revocation=revocation) for revocation in revocations]
     for qube, key in sorted(present.keys() - wanted.keys()):
         closing.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     for (qube, key), forward in sorted(wanted.items(), key=lambda item: item[0]):
@@ -138,48 +130,11 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
     return (*closing, *opening)
 
 
-def _revocations(
-    gone: frozenset[str],
-    new: frozenset[str],
-    present: Mapping[tuple[QubeName, str], str],
-    inventory: Inventory,
-) -> list[Step]:
-    """For each tunnel that policy no longer allows, a call that ends those that are open.
-
-    A line that only changes, in its autostart, stays allowed. A qube that is halted has no tunnels. Where
-    all the forwards that shared the tunnel said on-expire=drain, its connections go on and no new one is
-    taken.
-    """
-    over = {policy.tunnel_of(line) for line in gone} - {policy.tunnel_of(line) for line in new}
-    endings = _endings(present)
-    steps = []
-    for tunnel in sorted(tunnel for tunnel in over if tunnel is not None):
-        qube = inventory.get(tunnel.target)
-        if qube is not None and qube.is_running:
-            drain = f"+{OnExpire.DRAIN}" if endings.get(tunnel) == {OnExpire.DRAIN} else ""
-            steps.append(Step(Kind.REVOKE, f"{tunnel.argument}{drain}", qube=tunnel.target))
-    return steps
-
-
-def _endings(present: Mapping[tuple[QubeName, str], str]) -> dict[policy.Tunnel, set[OnExpire]]:
-    """What the exposed qubes have been told of the end of connections; rules that are gone say no more."""
-    endings: dict[policy.Tunnel, set[OnExpire]] = {}
-    for (exposed, key), value in present.items():
-        try:
-            config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
-        except ConfigError:
-            continue
-        if config.transport is Transport.TUNNEL:
-            tunnel = policy.tunnel(config.target, config.target_ports, exposed)
-            endings.setdefault(tunnel, set()).add(config.on_expire)
-    return endings
-
-
 def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
     """Take the steps; the caller holds the backend's lock. Never raises `StoreError`: see the outcome.
 
     A failed change of policy ends it all. A failed feature stops nothing that closes; what would be
-    opened for it is withdrawn from policy. Tunnels that could not be ended stop nothing.
+    opened for it is withdrawn from policy. Tunnels that could not be ended stop nothing, and stay noted.
     """
     waiting = list(steps)
     done: list[Step] = []
@@ -209,14 +164,15 @@ def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
             problems.append(f"dom0's policy could not be closed again either: {error}")
         else:
             problems.append("what was to be opened for it is closed in dom0's policy again")
+    _strike_out([step.revocation for step in done if step.revocation is not None], backend, problems)
     return Outcome(tuple(done), (*failed, *waiting), tuple(problems))
 
 
 def _take(step: Step, backend: Backend) -> None:
     if step.is_policy:
         backend.replace_policy(step.value, backend.read_policy().token)
-    elif step.kind is Kind.REVOKE:
-        backend.call(step.qube, f"{REVOKE_SERVICE}+{step.value}")
+    elif step.revocation is not None:
+        backend.call(step.revocation.target, f"{REVOKE_SERVICE}+{step.revocation.argument}")
     elif step.kind is Kind.REMOVE_CONFIG:
         backend.remove_feature(step.qube, step.key)
     else:
@@ -224,15 +180,26 @@ def _take(step: Step, backend: Backend) -> None:
 
 
 def _what_goes_on(step: Step) -> str:
-    """What stays open where tunnels could not be ended, and that nobody tries again."""
-    if step.kind is not Kind.REVOKE:
+    """What stays open where tunnels could not be ended."""
+    if step.revocation is None:
         return ""
-    source = step.value.split("+")[1]
+    tunnel = step.revocation.tunnel
     return (
-        f". dom0's policy is closed, but tunnels that {source} has to {step.qube} may take connections "
-        f"for {LEASE_S} s more, and those that are open go on; 'qvm-forward apply' does not try again, and "
-        f"shutting {step.qube} down ends them"
+        f". dom0's policy is closed, but tunnels that {tunnel.source} has to {tunnel.target} may take "
+        f"connections for {LEASE_S} s more, and those that are open go on, until 'qvm-forward apply' can end "
+        f"them or {tunnel.target} is shut down"
     )
+
+
+def _strike_out(ended: Collection[Revocation], backend: Backend, problems: list[str]) -> None:
+    """Take the notes of what is done out of the policy file. One that stays costs a needless call."""
+    if not ended:
+        return
+    try:
+        installed = backend.read_policy()
+        backend.replace_policy(struck_out(installed.text or "", ended), installed.token)
+    except StoreError as error:
+        problems.append(f"tunnels were ended, and are still noted to be in dom0's policy file: {error}")
 
 
 def _undo(step: Step, backend: Backend) -> None:

@@ -113,6 +113,13 @@ class Inventory(NamedTuple):
         holder = self.holder(name, key)
         return None if holder is None else holder.features[key]
 
+    def told(self) -> Iterator[tuple[QubeName, str, str]]:
+        """What listeners are told: exposed qube, name and value of the feature."""
+        for qube in self.qubes.values():
+            for key, value in qube.features.items():
+                if key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX)):
+                    yield qube.name, key, value
+
     def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:
         """Every mark that says that this qube is a tunnel for those behind it."""
         qube = self.qubes[name]

@@ -8,21 +8,23 @@ others fail. `apply` refuses in doubt; here doubt closes.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, ListenerConfig, is_forward_key
-from qubes_fwd_qrexec.errors import ConfigError, ForwardError, StoreError
-from qubes_fwd_qrexec.rules import BrokenRule, NamedRule, Transport
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.errors import ForwardError, StoreError
+from qubes_fwd_qrexec.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .apply import CONFIG_PREFIX, LEASE_S, Kind, Step
+from .apply import LEASE_S, Kind, Step
 from .backend import ANY
-from .inventory import Inventory
+from .inventory import CONFIG_PREFIX, Inventory
 from .render import escaped
+from .revocations import Revocation, configured, noted, running
 from .session import Session
 from .store import feature_key, read_rules
 
@@ -39,7 +41,10 @@ class Failure(NamedTuple):
 
 @dataclass(slots=True)
 class Report:
-    """What was and was not done; ``open_still`` is what a look at the system found afterwards."""
+    """What was and was not done; ``open_still`` is what a look at the system found afterwards.
+
+    ``owed`` are the tunnels that may be open and have not been ended.
+    """
 
     done: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -47,6 +52,7 @@ class Report:
     disabled: list[NamedRule] = field(default_factory=list)
     broken: tuple[BrokenRule, ...] = ()
     open_still: list[str] = field(default_factory=list)
+    owed: set[Revocation] = field(default_factory=set)
 
     @property
     def is_closed(self) -> bool:
@@ -97,6 +103,7 @@ def panic(args: Namespace, session: Session) -> int:
         if inventory is not None:
             _disable(inventory, session, report)
             _remove_configs(inventory, session, report)
+        _keep_notes(session, report)
         report.open_still += _open_still(session)
     if session.is_json:
         session.say_json(report.as_json())
@@ -107,22 +114,47 @@ def panic(args: Namespace, session: Session) -> int:
 
 def _stop(session: Session, report: Report) -> Inventory | None:
     """Close policy, and end the tunnels that it allowed; what was ended and not allowed again is over."""
-    allowed = _allowed(session, report)
-    text = policy.text((), session.now)
-    report.attempt(_POLICY, lambda: session.backend.replace_policy(text, ANY))
+    report.owed |= _allowed(session, report)
+    _close_policy(session, report)
     inventory = _inventory(session, report)
-    for tunnel in _tunnels(allowed, inventory, report.done):
-        _revoke(tunnel, session, report)
+    if inventory is not None:
+        told = {Revocation(tunnel) for tunnel, _ in configured(inventory)}
+        report.owed |= {revocation for revocation in told if revocation.words() not in report.done}
+        # Without an inventory none is known to be halted.
+        report.owed = set(running(report.owed, inventory))
+    for revocation in sorted(report.owed):
+        if report.attempt(revocation.words(), partial(_revoke, revocation, session)):
+            report.owed.discard(revocation)
     return inventory
 
 
-def _allowed(session: Session, report: Report) -> frozenset[str]:
-    """The lines that are in force before; if they cannot be read, the tunnels are found elsewhere."""
+def _close_policy(session: Session, report: Report) -> None:
+    """Deny everything; what is still to be ended is noted, for whoever comes after us."""
+    notes = [revocation.note() for revocation in sorted(report.owed)]
+    text = policy.text((), session.now, notes=notes)
+    report.attempt(_POLICY, lambda: session.backend.replace_policy(text, ANY))
+
+
+def _keep_notes(session: Session, report: Report) -> None:
+    """Leave in the policy file exactly what is still to be ended."""
+    with suppress(ForwardError, OSError):
+        if noted(session.backend.read_policy().text) != report.owed:
+            _close_policy(session, report)
+
+
+def _allowed(session: Session, report: Report) -> set[Revocation]:
+    """What to end of all that policy allows, and of what it has noted, also of what would drain.
+
+    If it cannot be read, the tunnels are found by what the listeners were told.
+    """
     try:
-        return policy.allowing(session.backend.read_policy().text)
+        text = session.backend.read_policy().text
     except (ForwardError, OSError) as error:
         report.note(f"what the policy allowed could not be read: {error}")
-        return frozenset()
+        return set()
+    found = {Revocation(tunnel) for tunnel in policy.tunnels(policy.allowing(text))}
+    old = {Revocation(revocation.tunnel) for revocation in noted(text)}
+    return found | {revocation for revocation in old if revocation.words() not in report.done}
 
 
 def _inventory(session: Session, report: Report) -> Inventory | None:
@@ -147,56 +179,18 @@ def _disable(inventory: Inventory, session: Session, report: Report) -> None:
             report.disabled.append(named)
 
 
-def _tunnels(
-    allowed: Iterable[str], inventory: Inventory | None, ended: Container[str]
-) -> list[policy.Tunnel]:
-    """All tunnels that there may be: of what policy allowed, and of what the listeners were told.
-
-    Of those that would drain too; and of those whose end failed, or was never tried, when the policy was
-    closed before. A halted qube has none; without an inventory none is known to be halted.
-    """
-    found = {tunnel for line in allowed if (tunnel := policy.tunnel_of(line)) is not None}
-    if inventory is None:
-        return sorted(found)
-    for exposed, key, value in _configs(inventory):
-        try:
-            config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
-        except ConfigError:
-            continue
-        if config.transport is Transport.TUNNEL:
-            tunnel = policy.tunnel(config.target, config.target_ports, exposed)
-            if _words(tunnel) not in ended:
-                found.add(tunnel)
-    return sorted(t for t in found if (qube := inventory.get(t.target)) is not None and qube.is_running)
-
-
-def _words(tunnel: policy.Tunnel) -> str:
-    (words,) = Step(Kind.REVOKE, tunnel.argument, qube=tunnel.target).words()
-    return words
-
-
-def _configs(inventory: Inventory) -> Iterator[tuple[QubeName, str, str]]:
-    for qube in inventory.qubes.values():
-        for key, value in qube.features.items():
-            if key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX)):
-                yield qube.name, key, value
-
-
-def _revoke(tunnel: policy.Tunnel, session: Session, report: Report) -> None:
-    def call() -> None:
-        try:
-            session.backend.call(tunnel.target, f"{REVOKE_SERVICE}+{tunnel.argument}")
-        except StoreError as error:
-            raise StoreError(
-                f"{error}; what goes through them may go on, and new connections for {LEASE_S} s: "
-                f"'qvm-shutdown {tunnel.target}' ends them, and another panic would not find them"
-            ) from error
-
-    report.attempt(_words(tunnel), call)
+def _revoke(revocation: Revocation, session: Session) -> None:
+    try:
+        session.backend.call(revocation.target, f"{REVOKE_SERVICE}+{revocation.argument}")
+    except StoreError as error:
+        raise StoreError(
+            f"{error}; what goes through them may go on, and new connections for {LEASE_S} s, until another "
+            f"panic or 'qvm-forward apply' can end them, or 'qvm-shutdown {revocation.target}' does"
+        ) from error
 
 
 def _remove_configs(inventory: Inventory, session: Session, report: Report) -> None:
-    for qube, key, _ in sorted(_configs(inventory)):
+    for qube, key, _ in sorted(inventory.told()):
         (words,) = Step(Kind.REMOVE_CONFIG, qube=qube, key=key).words()
 
         def remove(qube: QubeName = qube, key: str = key) -> None:
@@ -219,7 +213,7 @@ def _open_still(session: Session) -> Iterator[str]:
     for named in read_rules(inventory).rules:
         if named.rule.enabled:
             yield f"{named}: the rule is enabled"
-    for qube, key, _ in sorted(_configs(inventory)):
+    for qube, key, _ in sorted(inventory.told()):
         yield f"{qube}: told to listen for {key.removeprefix(CONFIG_PREFIX)}"
 
 

@@ -36,6 +36,11 @@ class Tunnel(NamedTuple):
     target: QubeName
     argument: str
 
+    @property
+    def source(self) -> str:
+        """The exposed qube."""
+        return self.argument.partition("+")[2]
+
 
 def tunnel_of(line: str) -> Tunnel | None:
     """The tunnel that one of our own lines allows; None for a call's line, and for what others wrote."""
@@ -50,6 +55,11 @@ def tunnel_of(line: str) -> Tunnel | None:
         return tunnel(parse_qube_name(target), TargetPorts.parse(ports), parse_qube_name(source))
     except TextError:
         return None
+
+
+def tunnels(lines: Iterable[str]) -> frozenset[Tunnel]:
+    """All tunnels that these lines allow."""
+    return frozenset(tunnel for line in lines if (tunnel := tunnel_of(line)) is not None)
 
 
 def tunnel(target: QubeName, ports: TargetPorts, source: QubeName) -> Tunnel:
@@ -74,11 +84,16 @@ def lines(forward: Forward) -> tuple[str, ...]:
 
 
 def text(
-    forwards: Iterable[Forward], written_at: float | None, *, withheld: frozenset[str] = frozenset()
+    forwards: Iterable[Forward],
+    written_at: float | None,
+    *,
+    withheld: frozenset[str] = frozenset(),
+    notes: Iterable[str] = (),
 ) -> str:
     """The whole file. ``written_at`` is in UNIX seconds, None for the file as it is installed.
 
-    ``withheld`` lines are left out: those whose forward could not be opened after all.
+    ``withheld`` lines are left out: those whose forward could not be opened after all. ``notes`` are
+    comments that are kept for whoever writes it next.
     """
     live = [forward for forward in forwards if forward.config is not None]
     if written_at is None:
@@ -86,7 +101,7 @@ def text(
     else:
         count = f"{len(live)} forward{'' if len(live) == 1 else 's'}"
         dated = f"at {_utc(written_at)}, for {count}."
-    parts = [f"{_HEADER}{_WRITTEN}{dated}\n"]
+    parts = [f"{_HEADER}{_WRITTEN}{dated}\n", *(f"{note}\n" for note in notes)]
     done: set[str] = set(withheld)
     for forward in live:
         rule = forward.source.rule

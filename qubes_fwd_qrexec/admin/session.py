@@ -8,7 +8,7 @@ from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
 from qubes_fwd_qrexec.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
-from .apply import Kind, Outcome, carry_out, differences
+from .apply import Outcome, carry_out, differences
 from .backend import Backend
 from .inventory import Inventory
 from .plan import plan
@@ -140,10 +140,8 @@ def plan_as_json(planned: Plan) -> dict[str, Any]:
 def _told(outcome: Outcome) -> str:
     done = [word for step in outcome.done for word in step.words()]
     undone = [word for step in outcome.undone for word in step.words()]
-    told = (
+    return (
         f"not everything could be done: {'; '.join(outcome.problems)}.\n"
-        f"Done: {'; '.join(done) or 'nothing'}.\nNot done: {'; '.join(undone) or 'nothing'}"
+        f"Done: {'; '.join(done) or 'nothing'}.\nNot done: {'; '.join(undone) or 'nothing'}.\n"
+        "'qvm-forward apply' does the rest once that is mended"
     )
-    if all(step.kind is Kind.REVOKE for step in outcome.undone):
-        return told
-    return f"{told}.\n'qvm-forward apply' does the rest once that is mended"

@@ -8,7 +8,8 @@ from typing import Any
 from qubes_fwd_qrexec.rules import BrokenRule
 
 from . import policy, render
-from .apply import CONFIG_PREFIX, Step, differences
+from .apply import Step, differences
+from .inventory import CONFIG_PREFIX
 from .session import Session, Snapshot, plan_as_json
 from .states import Cause, Forward, Plan, State
 from .tables import Style

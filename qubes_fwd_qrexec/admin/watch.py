@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.notify import notify
 from qubes_fwd_qrexec.values import QubeName
 
-from .apply import Kind, Outcome
+from .apply import Outcome
 from .backend import Changes
 from .clock import Alarm, Clock
 from .ending import Ending
@@ -98,10 +98,7 @@ class Watcher:
         self._is_clock_told = False
 
     def run(self) -> None:
-        """Until the end is asked for; a reconciliation that has begun is finished.
-
-        To leave its closing half-way would lose the calls that end tunnels: see `apply`.
-        """
+        """Until the end is asked for; a reconciliation that has begun is finished."""
         while not self._ending.is_asked:
             try:
                 with self._session.backend.changes(self._wakers) as changes:
@@ -145,12 +142,10 @@ class Watcher:
         self._next_end = next_end(planned, now)
         self._report(planned, outcome, now)
         self._check_clock()
-        problems = f"not everything could be done: {'; '.join(outcome.problems)}"
-        if any(step.kind is not Kind.REVOKE for step in outcome.undone):
+        if outcome.problems:
+            problems = f"not everything could be done: {'; '.join(outcome.problems)}"
             self._complain(_Trouble.APPLY, problems)
             return
-        if outcome.problems:
-            self._warn(problems)  # tunnels that could not be ended: `apply` cannot try that again
         self._mended(_Trouble.APPLY)
         notify("READY=1", f"STATUS={self._status(planned, now)}")
 

@@ -1,75 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """From plan to steps, and the steps taken: in order, again without effect, and safely where one fails."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import pytest
+from memory import Memory, applied, steps
 from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step, carry_out, differences
-from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyFile
-from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.admin.apply import Kind, carry_out
 from qubes_fwd_qrexec.values import QubeName
-
-
-class Memory:
-    """A backend in memory that logs each change, and refuses the changes that it is told to."""
-
-    def __init__(self, inventory: Inventory) -> None:
-        self.qubes = {name: dict(qube.features) for name, qube in inventory.qubes.items()}
-        self._inventory = inventory
-        self.policy: str | None = None
-        self.log: list[str] = []
-        self.refuses: Callable[[str], bool] = lambda entry: False
-
-    def _do(self, entry: str) -> None:
-        if self.refuses(entry):
-            raise StoreError(f"cannot {entry}")
-        self.log.append(entry)
-
-    def inventory(self, *, with_config: bool = True) -> Inventory:
-        old = self._inventory.qubes
-        return Inventory({n: old[n]._replace(features=dict(f)) for n, f in self.qubes.items()})
-
-    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
-        self._do(f"set {qube} {key}")
-        self.qubes[qube][key] = value
-
-    def call(self, qube: QubeName, service: str) -> None:
-        self._do(f"call {qube} {service}")
-
-    def remove_feature(self, qube: QubeName, key: str) -> None:
-        self._do(f"remove {qube} {key}")
-        self.qubes[qube].pop(key, None)
-
-    def read_policy(self) -> PolicyFile:
-        return PolicyFile(self.policy, NEW if self.policy is None else self.policy)
-
-    def replace_policy(self, text: str, token: str) -> None:
-        assert token == self.read_policy().token
-        allowed = len(policy.allowing(text))
-        self._do(f"policy {allowed}")
-        self.policy = text
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        yield
-
-
-def steps(backend: Backend, *rules: NamedRule) -> tuple[Step, ...]:
-    inventory = backend.inventory()
-    return differences(plan(rules, inventory, NOW), inventory, backend.read_policy(), NOW)
-
-
-def applied(backend: Memory, *rules: NamedRule) -> Outcome:
-    backend.log.clear()
-    return carry_out(steps(backend, *rules), backend)
-
 
 CONFIG = "vm-config.fwd.work.web"
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
@@ -88,7 +26,7 @@ def test_closing_writes_policy_then_ends_tunnels_then_tells_the_listener() -> No
     backend = Memory(world())
     applied(backend, WEB)
     applied(backend)
-    assert backend.log == ["policy 0", REVOKE, f"remove sys-net {CONFIG}"]
+    assert backend.log == ["policy 0", REVOKE, f"remove sys-net {CONFIG}", "policy 0"]
     assert policy.is_same(backend.policy, policy.text([], NOW))
 
 
@@ -102,6 +40,7 @@ def test_closing_comes_before_opening() -> None:
         f"remove sys-net {CONFIG}",
         "policy 1",
         f"set sys-net {SSH_CONFIG}",
+        "policy 1",
     ]
 
 
@@ -239,138 +178,3 @@ def test_a_missing_or_edited_file_is_written_anew(before: str | None) -> None:
     assert step.words() == ["policy: write the file, which allows the same as before"]
     carry_out([step], backend)
     assert policy.is_same(backend.policy, policy.text([], NOW))
-
-
-def revocations(backend: Backend, *rules: NamedRule) -> list[tuple[str, str]]:
-    return [(step.qube, step.value) for step in steps(backend, *rules) if step.kind is Kind.REVOKE]
-
-
-@pytest.mark.parametrize(
-    ("after", "ended"),
-    [
-        ([], True),
-        ([rule("dstports=8080 enabled=no")], True),
-        ([rule(f"dstports=8080 expire={NOW}")], True),
-        ([rule("dstports=8080 owner=office")], True),
-        ([rule("dstports=8080 path=sys-vpn,sys-net")], True),
-        ([rule("dstports=8081")], True),
-        ([rule("srcports=80-81 dstports=8080-8081")], True),
-        ([rule("dstports=8080 forwardtype=internal")], True),
-        ([rule("dstports=8080 transport=call")], True),
-        ([rule("dstports=8080", target="hidden")], True),
-        ([WEB], False),
-        ([rule("dstports=8080 autostart=yes")], False),
-        ([rule("dstports=8080 srchosts=10.0.0.0/8")], False),
-        ([rule("srcports=81 dstports=8080")], False),
-        ([rule("dstports=8080 expire=2000000000 comment=x proxy=v2")], False),
-        ([rule("dstports=8080", name="renamed")], False),
-        ([rule("srcports=81 dstports=8080", name="other")], False),
-    ],
-)
-def test_tunnels_are_ended_exactly_if_their_line_is_gone(after: list[NamedRule], ended: bool) -> None:
-    backend = Memory(world())
-    applied(backend, WEB)
-    assert revocations(backend, *after) == ([("work", "8080-8080+sys-net")] if ended else [])
-
-
-def test_tunnels_that_another_rule_shares_stay_until_that_is_gone_too() -> None:
-    backend = Memory(world())
-    other = rule("srcports=81 dstports=8080", name="other")
-    applied(backend, WEB, other)
-    assert revocations(backend, other) == []
-    applied(backend, other)
-    assert revocations(backend) == [("work", "8080-8080+sys-net")]
-
-
-def test_each_tunnel_of_many_is_ended_by_itself() -> None:
-    backend = Memory(world())
-    more = [rule("srcports=1-9", name="range"), rule("forwardtype=internal", name="inner")]
-    applied(backend, WEB, *more)
-    assert revocations(backend, WEB) == [("work", "1-9+sys-net"), ("work", "80-80+sys-firewall")]
-
-
-def test_a_call_leaves_no_tunnel_to_end() -> None:
-    backend = Memory(world())
-    applied(backend, SSH, rule("transport=call"))
-    assert revocations(backend) == []
-
-
-def test_a_halted_or_vanished_target_has_no_tunnels_and_is_not_called() -> None:
-    backend = Memory(world())
-    applied(backend, WEB)
-    inventory = backend.inventory()
-    halted = inventory.qubes[QubeName("work")]._replace(is_running=False)
-    gone = {name: qube for name, qube in inventory.qubes.items() if name != "work"}
-    for other in (Inventory({**inventory.qubes, halted.name: halted}), Inventory(gone)):
-        found = differences(plan([], other, NOW), other, backend.read_policy(), NOW)
-        assert Kind.REVOKE not in {step.kind for step in found}
-
-
-def test_tunnels_of_a_rule_that_drains_are_told_to_drain() -> None:
-    backend = Memory(world())
-    draining = rule("dstports=8080 on-expire=drain")
-    applied(backend, draining)
-    drained = [("work", "8080-8080+sys-net+drain")]
-    assert revocations(backend) == drained
-    assert revocations(backend, rule(f"dstports=8080 on-expire=drain expire={NOW}")) == drained
-    assert revocations(backend, rule("dstports=8081 on-expire=drain")) == drained
-    assert revocations(backend, draining) == []
-    (words,) = Step(Kind.REVOKE, drained[0][1], qube=QubeName("work")).words()
-    assert words == "work: let the tunnels of sys-net end by themselves, to port 8080"
-
-
-def test_what_cuts_is_cut_also_where_another_rule_that_ends_too_would_drain() -> None:
-    backend = Memory(world())
-    applied(backend, WEB, rule("srcports=81 dstports=8080 on-expire=drain", name="other"))
-    assert revocations(backend) == [("work", "8080-8080+sys-net")]
-
-
-def test_tunnels_are_ended_also_where_the_listeners_configuration_is_lost_or_unreadable() -> None:
-    backend = Memory(world())
-    applied(backend, rule("dstports=8080 on-expire=drain"))
-    backend.qubes[QubeName("sys-net")][CONFIG] = "junk"
-    assert revocations(backend) == [("work", "8080-8080+sys-net")]
-    del backend.qubes[QubeName("sys-net")][CONFIG]
-    assert revocations(backend) == [("work", "8080-8080+sys-net")]
-
-
-def test_tunnels_that_cannot_be_ended_are_reported_and_hold_up_nothing() -> None:
-    backend = Memory(world())
-    ranged = rule("srcports=1-9", name="range")
-    applied(backend, WEB, ranged)
-    backend.refuses = lambda entry: entry == REVOKE
-    outcome = applied(backend, SSH)
-    assert backend.log == [
-        "policy 0",
-        "call work qubes.ForwardRevoke+1-9+sys-net",
-        "remove sys-net vm-config.fwd.work.range",
-        f"remove sys-net {CONFIG}",
-        "policy 1",
-        f"set sys-net {SSH_CONFIG}",
-    ]
-    assert outcome.problems == (
-        f"cannot {REVOKE}. dom0's policy is closed, but tunnels that sys-net has to work may take "
-        "connections for 300 s more, and those that are open go on; 'qvm-forward apply' does not try again, "
-        "and shutting work down ends them",
-    )
-    assert [(step.kind, step.value) for step in outcome.undone] == [(Kind.REVOKE, "8080-8080+sys-net")]
-    assert steps(backend, SSH) == ()
-
-
-def test_if_policy_cannot_be_closed_no_tunnel_is_ended() -> None:
-    """It would only be opened again."""
-    backend = Memory(world())
-    applied(backend, WEB)
-    backend.refuses = lambda entry: entry.startswith("policy")
-    outcome = applied(backend)
-    assert backend.log == []
-    assert [step.kind for step in outcome.undone] == [Kind.CLOSE_POLICY, Kind.REVOKE, Kind.REMOVE_CONFIG]
-    backend.refuses = lambda entry: False
-    applied(backend)
-    assert REVOKE in backend.log
-
-
-def test_tunnels_that_others_allowed_in_the_file_are_ended_where_the_line_names_them() -> None:
-    backend = Memory(world())
-    backend.policy = "qubes.ForwardTCP +22+tunnel personal work allow\nqubes.ForwardTCP * vault work allow\n"
-    assert revocations(backend) == [("work", "22-22+personal")]

@@ -14,10 +14,12 @@ from qubes_fwd_qrexec.admin import cli, policy
 from qubes_fwd_qrexec.admin.backend import PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.labstore import LabStore
+from qubes_fwd_qrexec.admin.revocations import noted
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.values import QubeName
 
 REVOKE = "call work qubes.ForwardRevoke+8080-8080+sys-net"
@@ -35,6 +37,7 @@ EVERYTHING = [
     "set work forward.web",
     "remove sys-net vm-config.fwd.personal.tcp-81",
     "remove sys-net vm-config.fwd.work.web",
+    "read",
     "read",
     "inventory",
 ]
@@ -251,7 +254,7 @@ def test_a_lock_that_is_held_is_not_waited_for_long(
 REFUSALS = [
     ("policy", "not done: policy: deny every call: cannot policy 0"),
     ("set personal", "not done: personal tcp-81: disable the rule: cannot set"),
-    ("call", "'qvm-shutdown work' ends them, and another panic would not find them"),
+    ("call", "until another panic or 'qvm-forward apply' can end them, or 'qvm-shutdown work' does"),
     ("remove sys-net vm-config.fwd.personal", "not done: sys-net: stop listening for fwd.personal.tcp-81"),
     ("lock", "this went on without the lock: cannot lock"),
 ]
@@ -343,9 +346,42 @@ def test_tunnels_that_only_the_listeners_know_of_are_ended_too(opened: LabDirect
     assert REVOKE in backend.log
 
 
-def test_no_call_is_made_to_a_halted_qube(opened: LabDirectory, panic: Panic) -> None:
-    from qubes_fwd_qrexec.lab.qube import QubeState
+def due(lab: LabDirectory) -> list[str]:
+    """What the policy file has noted as not ended yet."""
+    return [revocation.words() for revocation in noted((lab.policy_dir / "30-forward.policy").read_text())]
 
+
+def test_tunnels_that_could_not_be_ended_are_ended_by_the_next_panic(
+    opened: LabDirectory, panic: Panic
+) -> None:
+    assert panic(Faulty(opened, "call")).status == 1
+    assert due(opened) == ["work: end the tunnels of sys-net to port 8080"]
+    backend = Faulty(opened)
+    assert panic(backend).status == 0
+    assert (backend.log.count(REVOKE), due(opened)) == (1, [])
+
+
+def test_tunnels_that_only_the_listeners_know_of_are_noted_where_they_cannot_be_ended(
+    opened: LabDirectory, panic: Panic
+) -> None:
+    """Their configuration is removed all the same, and with it the last that would tell of them."""
+    (opened.policy_dir / "30-forward.policy").write_text(policy.text((), NOW))
+    assert panic(Faulty(opened, "call")).status == 1
+    assert opened.vm_config("sys-net") == {}
+    assert due(opened) == ["work: end the tunnels of sys-net to port 8080"]
+
+
+def test_tunnels_that_were_to_drain_are_cut(opened: LabDirectory, panic: Panic) -> None:
+    note = "# Tunnels still to be ended: vault 22-22+sys-net+drain\n"
+    (opened.policy_dir / "30-forward.policy").write_text(note)
+    opened.set_state("vault", QubeState.RUNNING)
+    backend = Faulty(opened)
+    assert panic(backend).status == 0
+    assert "call vault qubes.ForwardRevoke+22-22+sys-net" in backend.log
+    assert due(opened) == []
+
+
+def test_no_call_is_made_to_a_halted_qube(opened: LabDirectory, panic: Panic) -> None:
     opened.set_state("work", QubeState.HALTED)
     backend = Faulty(opened)
     assert panic(backend).status == 0

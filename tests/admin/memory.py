@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A backend in memory, whose every change is logged and can be refused."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from worlds import NOW
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.apply import Outcome, Step, carry_out, differences
+from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyFile
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.values import QubeName
+
+
+class Memory:
+    """A backend in memory that logs each change, and refuses the changes that it is told to."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.qubes = {name: dict(qube.features) for name, qube in inventory.qubes.items()}
+        self._inventory = inventory
+        self.policy: str | None = None
+        self.log: list[str] = []
+        self.refuses: Callable[[str], bool] = lambda entry: False
+
+    def _do(self, entry: str) -> None:
+        if self.refuses(entry):
+            raise StoreError(f"cannot {entry}")
+        self.log.append(entry)
+
+    def inventory(self, *, with_config: bool = True) -> Inventory:
+        old = self._inventory.qubes
+        return Inventory({n: old[n]._replace(features=dict(f)) for n, f in self.qubes.items()})
+
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        self._do(f"set {qube} {key}")
+        self.qubes[qube][key] = value
+
+    def call(self, qube: QubeName, service: str) -> None:
+        self._do(f"call {qube} {service}")
+
+    def remove_feature(self, qube: QubeName, key: str) -> None:
+        self._do(f"remove {qube} {key}")
+        self.qubes[qube].pop(key, None)
+
+    def read_policy(self) -> PolicyFile:
+        return PolicyFile(self.policy, NEW if self.policy is None else self.policy)
+
+    def replace_policy(self, text: str, token: str) -> None:
+        assert token == self.read_policy().token
+        allowed = len(policy.allowing(text))
+        self._do(f"policy {allowed}")
+        self.policy = text
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+
+def steps(backend: Backend, *rules: NamedRule) -> tuple[Step, ...]:
+    inventory = backend.inventory()
+    return differences(plan(rules, inventory, NOW), inventory, backend.read_policy(), NOW)
+
+
+def applied(backend: Memory, *rules: NamedRule) -> Outcome:
+    backend.log.clear()
+    return carry_out(steps(backend, *rules), backend)
