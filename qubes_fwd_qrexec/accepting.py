@@ -94,12 +94,14 @@ def _bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
     return os.strerror(error.errno or 0)
 
 
-async def accept_until_closed(listening: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+async def accept_until_closed(
+    listening: socket.socket, accepted: Callable[[socket.socket], None], limit: RateLimit
+) -> None:
     """Hand every connection to ``accepted``, non-blocking; it must not raise.
 
-    Ends when somebody calls `close_listening`.
+    Ends when somebody calls `close_listening`. ``limit`` is for the log, and one for all sockets of the
+    process: what they run short of they share.
     """
-    limit = RateLimit()
     while listening.fileno() >= 0:
         try:
             await trio.lowlevel.wait_readable(listening)

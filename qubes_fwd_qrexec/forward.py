@@ -53,6 +53,7 @@ class Means:
     tasks: trio.Nursery
     process: Process = field(default_factory=Process)
     log: ConnectionLog = field(default_factory=ConnectionLog)
+    shortage: RateLimit = field(default_factory=RateLimit)
 
 
 class Forward:
@@ -76,18 +77,26 @@ class Forward:
         return f"{self.config.target} {self.config.name} ({', '.join(where)})"
 
     def reconfigure(self, config: ListenerConfig) -> None:
-        """Take a new configuration; connections and unchanged ports never notice. Raises `BindError`."""
-        wanted = bindings(config)
-        self._open(wanted - self._listening.keys())
-        self._close(self._listening.keys() - wanted)
+        """Take a new configuration; connections and unchanged ports never notice.
+
+        Raises `BindError` when new ports cannot be opened. All else holds then: dom0 has narrowed or ended
+        something perhaps, and does not learn at once that a port is taken.
+        """
+        self.give_up(config)
         if config.expire != self.config.expire:
             self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
         self.account.change(config.limits)
         self.config = config
+        self._open(bindings(config) - self._listening.keys())
 
-    def yield_bindings(self, config: ListenerConfig, claimed: frozenset[Binding]) -> None:
-        """Close what ``config`` has no more and another forward, by what is ``claimed``, will open."""
-        self._close((self._listening.keys() - bindings(config)) & claimed)
+    def give_up(self, config: ListenerConfig) -> None:
+        """Close what ``config`` has no more."""
+        self._close(self._listening.keys() - bindings(config))
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether every port that it asks for is open."""
+        return self._listening.keys() == bindings(self.config)
 
     def close(self) -> None:
         """The forward is over: listen no more; what is live is cut or goes on, as the rule says."""
@@ -111,7 +120,8 @@ class Forward:
             raise
         self._listening |= opened
         for (_, port), sock in opened.items():
-            self._means.tasks.start_soon(accept_until_closed, sock, partial(self._accepted, port))
+            accepted = partial(self._accepted, port)
+            self._means.tasks.start_soon(accept_until_closed, sock, accepted, self._means.shortage)
 
     def _close(self, unwanted: Iterable[Binding]) -> None:
         for binding in unwanted:
@@ -209,7 +219,7 @@ class Forward:
             transport=self.config.transport,
             way=way,
             tunnels=0 if tunnels is None else tunnels.count,
-            is_listening=self._listening.keys() == bindings(self.config),
+            is_listening=self.is_listening,
             last_error=None if text is None else one_line(text),
             last_error_at=None if at is None else int(at),
         )

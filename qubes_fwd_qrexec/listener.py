@@ -24,7 +24,7 @@ from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
 from .errors import ConfigError, ForwardError, leaves
-from .forward import Binding, Forward, Means, bindings
+from .forward import Forward, Means
 from .lifetime import Expiry
 from .limits import PROCESS_MAX, Process, process_max
 from .logs import one_line, start_logging
@@ -239,17 +239,17 @@ class Listener:
             return None
 
     def _hand_over(self, wanted: dict[tuple[QubeName, RuleName], ListenerConfig]) -> None:
-        """Let ports go that one forward gives up and another takes, in whatever order they are opened."""
-        claimed = frozenset[Binding]().union(*map(bindings, wanted.values()))
+        """Let all ports go that are given up, before any is opened: another forward may take one, or the same
+        forward by another address."""
         for name, forward in self._forwards.items():
-            forward.yield_bindings(wanted[name], claimed)
+            forward.give_up(wanted[name])
 
     def _open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
         forward = self._forwards.get(name)
         if forward is None:
             forward = self._forwards[name] = Forward(config, self._means)
             _logger.info("open: %s to port %s", forward, config.target_ports.brief())
-        elif forward.config != config:
+        elif forward.config != config or not forward.is_listening:
             forward.reconfigure(config)
             _logger.info("changed: %s to port %s", forward, config.target_ports.brief())
 

@@ -157,7 +157,7 @@ class ServiceServer:
         async with open_relay_thread() as self._relays, trio.open_nursery() as self._tasks:
             self._is_running = True
             try:
-                self._tasks.start_soon(accept_until_closed, self._listening, self._accepted)
+                self._tasks.start_soon(accept_until_closed, self._listening, self._accepted, self._limit)
                 task_status.started()
                 notify("READY=1")
                 await self._stopping.wait()

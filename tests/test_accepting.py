@@ -21,6 +21,7 @@ from qubes_fwd_qrexec.accepting import (
     open_listening,
     peer_address,
 )
+from qubes_fwd_qrexec.logs import RateLimit
 from qubes_fwd_qrexec.relay import abort
 
 
@@ -105,7 +106,7 @@ async def test_a_burst_is_accepted_and_each_connection_is_ready_for_the_relay() 
     acceptor = Acceptor()
     clients = [acceptor.connect() for _ in range(accepting._BURST + 10)]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append)
+        nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append, RateLimit())
         await acceptor.accepted.reach(len(clients))
         close_listening(acceptor.listening)
     assert not any(sock.getblocking() or sock.get_inheritable() for sock in acceptor.accepted)
@@ -119,7 +120,9 @@ async def test_closing_ends_a_waiting_acceptor_and_one_that_has_not_begun() -> N
         for turns in range(3):
             acceptor = Acceptor()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append)
+                nursery.start_soon(
+                    accept_until_closed, acceptor.listening, acceptor.accepted.append, RateLimit()
+                )
                 for _ in range(turns):
                     await wait_all_tasks_blocked()
                 close_listening(acceptor.listening)
@@ -146,7 +149,7 @@ async def test_closing_from_within_an_accepted_connection_is_fine() -> None:
             acceptor.accepted.append(sock)
             close_listening(acceptor.listening)
 
-        await accept_until_closed(acceptor.listening, accepted)
+        await accept_until_closed(acceptor.listening, accepted, RateLimit())
     assert len(acceptor.accepted) == 1
     acceptor.close()
 
@@ -174,7 +177,7 @@ async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
     acceptor.listening = failing
     with acceptor.connect():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(accept_until_closed, failing, acceptor.accepted.append)
+            nursery.start_soon(accept_until_closed, failing, acceptor.accepted.append, RateLimit())
             await acceptor.accepted.reach(1)
             close_listening(failing)
     assert len(caplog.messages) == (number in accepting._SHORTAGE)
@@ -219,7 +222,7 @@ async def test_a_bug_ends_the_loop() -> None:
     failing.errors = [errno.EINVAL]
     acceptor.listening = failing
     with acceptor.connect(), trio.fail_after(BOUND_S), pytest.raises(OSError, match="Invalid argument"):
-        await accept_until_closed(failing, acceptor.accepted.append)
+        await accept_until_closed(failing, acceptor.accepted.append, RateLimit())
     acceptor.close()
 
 

@@ -173,18 +173,6 @@ async def test_two_forwards_may_exchange_their_ports(
     assert not [m for m in caplog.messages if "not opened" in m]
 
 
-async def test_a_port_in_use_leaves_the_old_one_open(
-    tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
-) -> None:
-    port, config = free_port(), tmp_path / "config"
-    write_config(config, port, 1)
-    async with running_listener(config, FakeClient(tmp_path, "hang").command) as listener:
-        write_config(config, port_of(server), 1)
-        listener.reload()
-        assert can_connect(port)
-        assert any(f"127.0.0.1:{port_of(server)}: the port is in use" in m for m in caplog.messages)
-
-
 async def test_a_first_configuration_that_cannot_be_bound_starts_nothing(
     tmp_path: Path, server: socket.socket
 ) -> None:
