@@ -47,6 +47,7 @@ class Transports:
         self._budget = Budget()
         self._targets: dict[str, Target] = {}
         self._tunnels: dict[_TunnelsKey, Tunnels] = {}
+        self._is_draining = False
 
     async def carry(
         self,
@@ -99,6 +100,7 @@ class Transports:
 
     def drain(self) -> None:
         """The listener stops: no more tunnels, and each that is there ends with its last stream."""
+        self._is_draining = True
         for tunnels in self._tunnels.values():
             tunnels.retire()
 
@@ -123,6 +125,8 @@ class Transports:
                 self._linger_s,
                 self._timeouts.idle_s,
             )
+            if self._is_draining:
+                self._tunnels[key].retire()
         return self._tunnels[key]
 
 

@@ -36,6 +36,7 @@ from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay import half_close
 from qubes_fwd_qrexec.relaythread import open_relay_thread
+from qubes_fwd_qrexec.report import Answer
 from qubes_fwd_qrexec.transports import Transports
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
@@ -232,6 +233,31 @@ async def test_stopping_ends_the_tunnels_with_the_last_stream(tmp_path: Path, se
                 listener.stop()
                 await until(lambda: not is_listening(port))
                 await echo_once(near, far)
+                await near.send_eof()
+                assert await far.receive_some() == b""
+                await far.send_eof()
+                assert await near.receive_some() == b""
+
+
+async def test_while_it_drains_no_new_tunnel_is_opened_for_a_trial(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    """It would be one more question to dom0, and hold up the end for as long as an idle tunnel is kept."""
+    directory, client = tmp_path / "config", FakeClient(tmp_path, "serve")
+    port = free_port()
+    write_config(directory, port, port_of(server), transport="tunnel")
+    write_config(directory, free_port(), 1, transport="tunnel", key="fwd.work.other")
+    listener = Listener(ConfigSource(directory), client.command, drain_s=1000)
+    with trio.fail_after(BOUND_S):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(listener.run)
+            async with await connect(port) as near, await accept(server) as far:
+                await echo_once(near, far)
+                listener.stop()
+                await until(lambda: not is_listening(port))
+                trial = await listener.try_out("fwd.work.other")
+                assert trial.answer is Answer.REFUSED
+                assert len(client.calls) == 1
                 await near.send_eof()
                 assert await far.receive_some() == b""
                 await far.send_eof()
