@@ -79,7 +79,7 @@ class Backlog:
     def give_turns(self) -> None:
         """As many as there is room for, to those who have waited longest. Each of them has something to send
         and the credit for it, so that another flush follows."""
-        if self._waiting and self._unsent_bytes < _LOW_BYTES:
+        if self._waiting and self.bytes_queued < _LOW_BYTES:
             for leg in list(itertools.islice(self._waiting, _TURNS)):
                 del self._waiting[leg]
                 leg.is_bulk = False
@@ -91,9 +91,12 @@ class Backlog:
 
     def send(self) -> None:
         """Write all that there is, or as much as the call takes now."""
-        if self._unsent_bytes or self._connection.bytes_queued:
-            self._unsent_bytes += self._connection.bytes_queued
-            self._unsent += self._connection.data_to_send()
+        if self._unsent:
+            self._write()
+        # What waits stays with the connection, which bounds it, until the call has taken what came before.
+        if not self._unsent and self._connection.bytes_queued:
+            self._unsent_bytes = self._connection.bytes_queued
+            self._unsent.extend(self._connection.data_to_send())
             self._write()
 
     def room_now(self, leg: Leg) -> int:

@@ -34,6 +34,8 @@ PULL_BYTES = 4 * MAX_DATA_BYTES
 # that took longer than this a smaller one.
 _FAST_S = 0.01
 _SLOW_S = 0.1
+# Small pieces that wait are kept as one: each by itself takes some 350 bytes more than it has.
+_JOIN_BYTES = 4096
 # In the place of a mask: the kernel is not asked about the socket at all.
 _UNWATCHED = -1
 
@@ -223,7 +225,11 @@ class Leg:
         if self._broken_by:
             return
         if self._pending is not None:
-            self._pending.append((memoryview(bytes(data)), cost))
+            last, last_cost = self._pending[-1]
+            if len(last) + length <= _JOIN_BYTES:
+                self._pending[-1] = (memoryview(b"".join((last, data))), last_cost + cost)
+            else:
+                self._pending.append((memoryview(bytes(data)), cost))
             return
         try:
             sent = self.sock.send(data)

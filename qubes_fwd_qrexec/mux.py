@@ -354,6 +354,7 @@ class Mux:
         self._ticks += 1
         self.backlog.tick()
         self.connection.tick()
+        self._flush_soon()  # the answers that were held back
         silent_s = (self._ticks - self._heard_tick) * TICK_S
         if self.connection.peer is None and self._ticks * TICK_S >= _HELLO_S:
             self._end(f"no HELLO within {_HELLO_S} s")
