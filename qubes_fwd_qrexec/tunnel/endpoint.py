@@ -34,6 +34,7 @@ class Endpoint:
         self._target_ports = target_ports
         self._streams: dict[int, Stream] = {}
         self._last_id = 0
+        self._last_accepted = 0
         self._reader = FrameReader()
         self._outbox = Outbox()
         self._late = LateFrames()

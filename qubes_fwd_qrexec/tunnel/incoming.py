@@ -195,7 +195,8 @@ class Incoming(Endpoint):
         elif self.role is Role.TARGET:
             is_possible = goaway.last_id == self._last_id
         else:
-            is_possible = goaway.last_id <= self._last_id
+            # What it had accepted was processed, and could not be asked for again elsewhere.
+            is_possible = self._last_accepted <= goaway.last_id <= self._last_id
         if not is_possible:
             raise RemoteProtocolError(f"the last stream of a GOAWAY is {goaway.last_id}, which cannot be")
         self._drain_received = goaway
@@ -234,7 +235,10 @@ class Incoming(Endpoint):
     def _on_accept(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> Event | None:
         if self.role is not Role.LISTENER:
             raise RemoteProtocolError("ACCEPT from the listener side")
+        if self._drain_received is not None and stream_id > self._drain_received.last_id:
+            raise RemoteProtocolError(f"ACCEPT of stream {stream_id} after a GOAWAY that left it out")
         stream.move_remote(FrameType.ACCEPT)
+        self._last_accepted = max(self._last_accepted, stream_id)
         credit = wire.decode_number(untrusted_payload)
         self._check_peer_credit(credit)
         stream.outgoing.available = credit

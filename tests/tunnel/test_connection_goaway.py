@@ -3,10 +3,11 @@
 
 import pytest
 
-from qubes_fwd_qrexec.errors import LocalProtocolError
+from qubes_fwd_qrexec.errors import LocalProtocolError, RemoteProtocolError
 from qubes_fwd_qrexec.tunnel import AcceptReceived, DataReceived, EofReceived, GoawayReceived, ResetReceived
 from qubes_fwd_qrexec.tunnel.limits import LAST_STREAM_ID
 from qubes_fwd_qrexec.tunnel.messages import Goaway, GoawayCode, ResetCode
+from qubes_fwd_qrexec.tunnel.wire import encode_accept, encode_goaway
 
 from .helpers import CREDIT, ORIGIN, Pair
 
@@ -89,3 +90,24 @@ def test_ids_are_used_up_once_and_for_all():
     pair.listener.drain(GoawayCode.IDS_USED_UP)
     goaway = Goaway(LAST_STREAM_ID, GoawayCode.IDS_USED_UP, is_final=False)
     assert pair.settle()[1] == [GoawayReceived(goaway)]
+
+
+@pytest.mark.parametrize("is_final", [False, True])
+def test_a_last_stream_below_one_that_was_accepted_ends_the_tunnel(is_final: bool):
+    """What was processed would be asked for again elsewhere, and its bytes come without their beginning."""
+    pair = Pair()
+    pair.open()
+    pair.open()
+    pair.listener.open_stream(8080, ORIGIN, CREDIT)
+    code = GoawayCode.SHUTDOWN
+    with pytest.raises(RemoteProtocolError, match="the last stream of a GOAWAY is 1, which cannot be"):
+        list(pair.listener.receive_data(encode_goaway(Goaway(1, code, is_final))))
+
+
+def test_an_accept_of_a_stream_that_a_goaway_left_out_ends_the_tunnel():
+    pair = Pair()
+    pair.open()
+    pair.listener.open_stream(8080, ORIGIN, CREDIT)
+    goaway = encode_goaway(Goaway(1, GoawayCode.LEASE_OVER, is_final=False))
+    with pytest.raises(RemoteProtocolError, match="ACCEPT of stream 2 after a GOAWAY that left it out"):
+        list(pair.listener.receive_data(goaway + encode_accept(2, CREDIT)))
