@@ -73,6 +73,11 @@ class Tunnel:
         return not self.settled.is_set()
 
     @property
+    def is_draining(self) -> bool:
+        """Whether it takes no more streams, and ends with the last one."""
+        return self._is_draining
+
+    @property
     def has_room(self) -> bool:
         """Whether it takes another stream now."""
         return self._is_ready and not self._is_draining and self.mux is not None and self.mux.open_room > 0

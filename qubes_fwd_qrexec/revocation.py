@@ -9,6 +9,9 @@ which only dom0 may call, finds the notes that fit and asks those processes to e
 A tunnel that dom0 allowed just before, and that has not left its note yet, would be missed. So the RPC
 leaves a mark with the time first, and a tunnel whose process is older than the mark ends itself. What is
 left is the moment between dom0's word and the start of the process.
+
+Each tunnel that was not revoked leaves a mark too: dom0 has just allowed this caller these ports. It
+begins the lease of the caller's other tunnels to them anew.
 """
 
 import fcntl
@@ -31,7 +34,7 @@ SERVICE = "qubes.ForwardRevoke"
 # Made by the package (tmpfiles.d), for the user that qrexec services run as; a lab names another.
 DIRECTORY = "/run/qubes-forward"
 DIRECTORY_VARIABLE = "QUBES_FORWARD_RUN_DIR"
-_MARK = "revoked"
+_REVOKED, _ALLOWED = "revoked", "allowed"
 # What a tunnel's process is told.
 SIGNALS = {OnExpire.CUT: signal.SIGTERM, OnExpire.DRAIN: signal.SIGUSR1}
 # What anybody else may not do to the directory: a foreign note could name any process of ours.
@@ -108,12 +111,26 @@ def noted(ports: TargetPorts, source: QubeName, place: Path) -> Iterator[None]:
             hidden.rename(path)
             undo.callback(path.unlink, missing_ok=True)
             # In this order, and the RPC's is the reverse: one of the two sees what the other has left.
-            is_revoked = _started_s() <= _revoked_s(ports, source, place)
+            started_s = _started_s()
+            is_revoked = started_s <= _marked_s(_mark(_REVOKED, ports, source, place))
+            if not is_revoked:
+                _leave_mark(_mark(_ALLOWED, ports, source, place), started_s)
         except OSError as error:
             raise RevocationError(f"{path}: {error.strerror}; dom0 could not end this tunnel") from error
         if is_revoked:
             raise RevocationError(f"{path}: revoked by dom0 while it started")
         yield
+
+
+def allowed_s(ports: TargetPorts, source: QubeName, place: Path) -> float:
+    """When dom0 last allowed ``source`` a tunnel to these ports, in seconds since the start of this qube.
+
+    0 where that cannot be known: then nothing is longer allowed because of it.
+    """
+    try:
+        return _marked_s(_mark(_ALLOWED, ports, source, place))
+    except (OSError, RevocationError):
+        return 0.0
 
 
 def revoke(ports: TargetPorts, source: QubeName, place: Path, how: OnExpire = OnExpire.CUT) -> int:
@@ -124,7 +141,7 @@ def revoke(ports: TargetPorts, source: QubeName, place: Path, how: OnExpire = On
     """
     try:
         _check_place(place)
-        _leave_mark(ports, source, place)
+        _leave_mark(_mark(_REVOKED, ports, source, place), time.clock_gettime(time.CLOCK_BOOTTIME))
         notes = [note for path in place.iterdir() if (note := _Note.parse(path.name)) is not None]
     except OSError as error:
         raise RevocationError(f"{place}: {error.strerror}") from error
@@ -197,25 +214,24 @@ def _check_place(place: Path) -> None:
         raise RevocationError(f"{place}: must belong to the user of this process, and nobody else may write")
 
 
-def _mark(ports: TargetPorts, source: QubeName, place: Path) -> Path:
-    return place / f"{_MARK}+{argument(ports, source)}"
+def _mark(kind: str, ports: TargetPorts, source: QubeName, place: Path) -> Path:
+    return place / f"{kind}+{argument(ports, source)}"
 
 
-def _leave_mark(ports: TargetPorts, source: QubeName, place: Path) -> None:
-    path = _mark(ports, source, place)
+def _leave_mark(path: Path, at_s: float) -> None:
     hidden = path.with_name(f".{path.name}+{os.getpid()}")
-    hidden.write_text(repr(time.clock_gettime(time.CLOCK_BOOTTIME)), encoding="ascii")
+    hidden.write_text(repr(at_s), encoding="ascii")
     hidden.rename(path)
 
 
-def _revoked_s(ports: TargetPorts, source: QubeName, place: Path) -> float:
-    """When these tunnels were last revoked, in seconds since the start of this qube."""
+def _marked_s(path: Path) -> float:
+    """The time of a mark, in seconds since the start of this qube; 0 where there is none."""
     try:
-        return float(_mark(ports, source, place).read_text(encoding="ascii"))
+        return float(path.read_text(encoding="ascii"))
     except FileNotFoundError:
         return 0.0
     except ValueError as error:
-        raise RevocationError(f"{_mark(ports, source, place)}: not a time") from error
+        raise RevocationError(f"{path}: not a time") from error
 
 
 def _started_s() -> float:

@@ -3,13 +3,15 @@
 
 A tunnel is one qrexec call, which dom0 judges. It takes streams until its lease is over or it is full;
 then the next connection opens another, which dom0 judges afresh, and the old one ends with its last
-stream. A tunnel that cannot be opened is not tried again at once: connections must not flood dom0.
+stream. While it is in use its lease is renewed before it is over, by one more call that dom0 judges and
+that ends at once: else each connection that stays open would in the end hold a call of its own. A tunnel
+that cannot be opened is not tried again at once: connections must not flood dom0.
 """
 
 import logging
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import trio
@@ -37,6 +39,10 @@ LINGER_S = 60.0
 WAITING_MAX = 1024
 # A tunnel that has lived for so long, or for its lease, was none that the target gives up at once.
 _PROVEN_S = 10.0
+# How long before the lease of a tunnel in use is over dom0 is asked again, and after how long once more where
+# that came to nothing: twice more, before new connections would have to wait for a tunnel of their own.
+RENEW_BEFORE_S = 60.0
+_RENEW_AGAIN_S = 20.0
 # How often a stream is asked for again that the target would not have begun.
 _TRIES = 3
 # After the call has ended its exit status comes, or never does.
@@ -75,6 +81,8 @@ class Tunnels:
         self._waiting = 0
         self._is_retired = False
         self._failed = ""
+        self._is_renewing = False
+        self._renew_at = math.inf
 
     def retire(self) -> None:
         """No forward needs these any more: each tunnel ends with its last stream."""
@@ -160,7 +168,7 @@ class Tunnels:
         problem: str | None = "the listener stops"
         try:
             async with self._target.slot(self._service):
-                problem = await self._call(tunnel)
+                problem = await self._call(tunnel, self._keep)
                 if tunnel.is_opening:
                     problem = problem or "the target closed it at once"
                     tunnel.refusal = self._failed = tunnel.refusal or Refusal.NO_CALL
@@ -179,11 +187,36 @@ class Tunnels:
                 tunnel.problem = problem
                 tunnel.settled.set()
 
-    async def _call(self, tunnel: Tunnel) -> str | None:
-        """Why the tunnel ended, unless it was as agreed."""
+    async def _renew(self) -> None:
+        """Have dom0 asked anew. In the target the call begins the lease of every tunnel to these ports."""
+        tunnel = Tunnel(self._relays, self._ports, lambda _: None)
+        try:
+            async with self._target.slot(self._service):
+                problem = await self._call(tunnel, _end_at_once)
+                if tunnel.is_opening:
+                    problem = problem or "the target closed it at once"
+                    self._target.refused(self._service, problem)
+        except RefusedError as error:
+            problem = str(error)
+        finally:
+            self._is_renewing = False
+        if tunnel.is_opening:
+            self._renew_at = trio.current_time() + _RENEW_AGAIN_S
+            message = f"the lease of tunnels to {self._target.name} was not renewed: {problem}"
+            warn(_logger, self._limit, "lease", message)
+        else:
+            self._leased(tunnel)
+
+    def _leased(self, tunnel: Tunnel) -> None:
+        """dom0 has said yes just now; a lease that is no longer than that is never renewed."""
+        renew_in_s = tunnel.lease_s - RENEW_BEFORE_S
+        self._renew_at = tunnel.ready_at + renew_in_s if renew_in_s > 0 else math.inf
+
+    async def _call(self, tunnel: Tunnel, keep: Callable[[Tunnel], Awaitable[None]]) -> str | None:
+        """Why the tunnel ended, unless it was as agreed; ``keep`` looks after it meanwhile."""
         try:
             async with open_call(self._client, self._target.name, self._service) as call:
-                problem = await self._drive(tunnel, call)
+                problem = await self._drive(tunnel, call, keep)
                 status = None if problem is None else await call.status(_STATUS_WAIT_S)
         except OSError as error:
             return f"cannot start {self._client[0]}: {error.strerror}"
@@ -196,9 +229,11 @@ class Tunnels:
         is_told = tunnel.mux is not None and tunnel.mux.is_peer_wrong
         return problem if is_told else meaning(status)
 
-    async def _drive(self, tunnel: Tunnel, call: Call) -> str | None:
+    async def _drive(
+        self, tunnel: Tunnel, call: Call, keep: Callable[[Tunnel], Awaitable[None]]
+    ) -> str | None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep, tunnel)
+            nursery.start_soon(keep, tunnel)
             try:
                 problem = await tunnel.run(call, self._budget, self._half_close_s, self._idle_s)
             except OSError as error:
@@ -207,19 +242,25 @@ class Tunnels:
         return problem
 
     async def _keep(self, tunnel: Tunnel) -> None:
-        """Let a tunnel end that has had no streams for a while."""
+        """Let a tunnel end that has had no streams for a while, and renew the lease of one that has some."""
         await tunnel.settled.wait()
         self._failed = ""
+        self._leased(tunnel)
         idle_since = tunnel.ready_at
         opened = 0
+        is_proven = False
         while not self._is_retired:
             now = trio.current_time()
             if tunnel.streams or tunnel.opened != opened:
                 idle_since, opened = now, tunnel.opened
             elif now - idle_since >= (self._linger_s if opened else LINGER_S):
                 break
-            if now - tunnel.ready_at >= _PROVEN_S:
+            if not is_proven and now - tunnel.ready_at >= _PROVEN_S:
+                is_proven = True  # said once: a refusal that comes later is no older for it
                 self._target.accepted(self._service)
+            if now >= self._renew_at and tunnel.streams and not tunnel.is_draining and not self._is_renewing:
+                self._is_renewing = True
+                self._tasks.start_soon(self._renew)
             await trio.sleep(_LOOK_S)
         tunnel.drain()
 
@@ -230,3 +271,9 @@ class Tunnels:
         if not tunnel.is_spent and lived_s < min(_PROVEN_S, tunnel.lease_s):
             self._target.lost(self._service, "the target gave a tunnel up at once")
         tunnel.is_spent = True
+
+
+async def _end_at_once(tunnel: Tunnel) -> None:
+    """All that was wanted of it is that dom0 and the target let it be."""
+    await tunnel.settled.wait()
+    tunnel.drain()

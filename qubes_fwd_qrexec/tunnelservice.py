@@ -3,8 +3,9 @@
 
 The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. The
 lease is kept here, whatever the other end thinks: once it is over no stream is taken, so that dom0 is
-asked again. SIGTERM means that dom0 has taken its permission back: every stream ends now. SIGUSR1 means
-the same for new streams alone: those that are open go on.
+asked again. Another call for the same ports, which dom0 has allowed meanwhile, begins it anew. SIGTERM
+means that dom0 has taken its permission back: every stream ends now. SIGUSR1 means the same for new
+streams alone: those that are open go on.
 """
 
 import contextlib
@@ -13,8 +14,10 @@ import os
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from .budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
 from .descriptors import raise_descriptor_limit
@@ -33,7 +36,7 @@ from .loop import READ, WRITE, Loop
 from .mux import Mux
 from .proxy_protocol import header
 from .relay import abort
-from .revocation import SIGNALS, RevocationError, directory, noted
+from .revocation import SIGNALS, RevocationError, allowed_s, directory, noted
 from .rules import OnExpire
 from .tunnel import Connection, GoawayCode, Hello, OpenReceived, ResetCode
 from .values import TargetPorts, parse_qube_name
@@ -51,11 +54,13 @@ _REFUSALS = {
 def serve(ports: TargetPorts, stdin: socket.socket, stdout: socket.socket) -> int:
     """Serve a tunnel over a call's two sockets; the call's exit status. Raises `ServiceError`."""
     raise_descriptor_limit()
-    source = os.environ.get("QREXEC_REMOTE_DOMAIN", "")
+    place = directory()
     try:
+        source = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
+        allowed = partial(allowed_s, ports, source, place)
         with (
-            noted(ports, parse_qube_name(source), directory()),
-            contextlib.closing(TunnelService(ports, stdin, stdout, LEASE_S)) as service,
+            noted(ports, source, place),
+            contextlib.closing(TunnelService(ports, stdin, stdout, LEASE_S, allowed)) as service,
         ):
             problem = service.run()
     except (RevocationError, TextError) as error:
@@ -163,10 +168,22 @@ def _tell(leg: Leg, first: bytes) -> None:
 
 
 class TunnelService:
-    """One tunnel, from its first byte to its last."""
+    """One tunnel, from its first byte to its last.
 
-    def __init__(self, ports: TargetPorts, stdin: socket.socket, stdout: socket.socket, lease_s: int) -> None:
+    ``allowed_s`` says when dom0 last allowed such a tunnel, in seconds since the start of this qube.
+    """
+
+    def __init__(
+        self,
+        ports: TargetPorts,
+        stdin: socket.socket,
+        stdout: socket.socket,
+        lease_s: int,
+        allowed_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._ports = ports
+        self._lease_s = lease_s
+        self._allowed_s = allowed_s
         self._loop = Loop()
         self._connecting: dict[int, _Connecting] = {}
         self._is_over = False
@@ -174,7 +191,7 @@ class TunnelService:
         hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=STREAMS_MAX, lease_s=lease_s)
         connection = Connection(hello, range(ports.first, ports.last + 1))
         self._mux = Mux(self._loop, connection, stdin, stdout, Budget(), self)
-        self._loop.after(lease_s, self._end_lease)
+        self._loop.after(lease_s, self._look_at_lease)
 
     def run(self) -> str | None:
         """Serve until the tunnel is over and its last connection gone; why, unless it ended as agreed."""
@@ -186,6 +203,14 @@ class TunnelService:
 
     def close(self) -> None:
         self._loop.close()
+
+    def _look_at_lease(self) -> None:
+        """It is over, unless dom0 has said yes again since it began."""
+        left_s = self._allowed_s() + self._lease_s - time.clock_gettime(time.CLOCK_BOOTTIME)
+        if left_s > 0:
+            self._loop.after(left_s, self._look_at_lease)
+        else:
+            self._end_lease()
 
     def _end_lease(self) -> None:
         if not self._is_over:

@@ -15,7 +15,14 @@ import pytest
 
 from qubes_fwd_qrexec import revocation
 from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.revocation import RevocationError, argument, noted, parse_argument, revoke
+from qubes_fwd_qrexec.revocation import (
+    RevocationError,
+    allowed_s,
+    argument,
+    noted,
+    parse_argument,
+    revoke,
+)
 from qubes_fwd_qrexec.rules import OnExpire
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
@@ -67,8 +74,8 @@ class Tunnel:
 
 
 def names(place: Path) -> list[str]:
-    """All that lies there but the marks of past revocations."""
-    return sorted(path.name for path in place.iterdir() if not path.name.startswith("revoked+"))
+    """All that lies there but the marks of what was revoked and allowed."""
+    return sorted(p.name for p in place.iterdir() if not p.name.startswith(("revoked+", "allowed+")))
 
 
 @contextmanager
@@ -193,6 +200,36 @@ def test_a_tunnel_that_starts_after_a_revocation_is_let_in(place: Path) -> None:
         assert tunnel.status == -signal.SIGTERM
 
 
+def test_a_tunnel_that_is_let_in_says_when_dom0_allowed_it(place: Path) -> None:
+    assert allowed_s(PORTS, SOURCE, place) == 0
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    with Tunnel(place):
+        begun_s = allowed_s(PORTS, SOURCE, place)
+        assert now - 1 / os.sysconf("SC_CLK_TCK") <= begun_s <= time.clock_gettime(time.CLOCK_BOOTTIME)
+        assert allowed_s(TargetPorts(8080, 8080), SOURCE, place) == 0
+        assert allowed_s(PORTS, QubeName("work"), place) == 0
+        with Tunnel(place):
+            assert allowed_s(PORTS, SOURCE, place) >= begun_s
+    assert allowed_s(PORTS, SOURCE, place) >= begun_s
+
+
+def test_a_tunnel_that_was_revoked_allows_nobody_anything(place: Path) -> None:
+    revoke(PORTS, SOURCE, place)
+    with pytest.raises(RevocationError), noted(PORTS, SOURCE, place):
+        pytest.fail("it was let in")
+    assert allowed_s(PORTS, SOURCE, place) == 0
+
+
+def test_a_spoiled_word_of_what_is_allowed_allows_nothing(place: Path) -> None:
+    place.mkdir(mode=0o700)
+    mark = place / f"allowed+{argument(PORTS, SOURCE)}"
+    mark.write_text("for ever")
+    assert allowed_s(PORTS, SOURCE, place) == 0
+    mark.unlink()
+    mark.mkdir()
+    assert allowed_s(PORTS, SOURCE, place) == 0
+
+
 FOREIGN = [
     "8080-8090+sys-net",
     "8080-8090+sys-net+x",
@@ -235,7 +272,7 @@ def test_the_directory_is_made_for_its_user_alone(place: Path) -> None:
     try:
         with noted(PORTS, SOURCE, place):
             assert place.stat().st_mode & 0o777 == 0o700
-            (note,) = place.iterdir()
+            note = place / f"{argument(PORTS, SOURCE)}+{os.getpid()}"
             assert note.stat().st_mode & 0o777 == 0o600
     finally:
         os.umask(before)

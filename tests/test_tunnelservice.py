@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.leg import LegEnd
 from qubes_fwd_qrexec.proxy_protocol import header
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.tunnel import GoawayCode, Origin, ProxyVersion, ResetCode
+from qubes_fwd_qrexec.tunnelservice import LEASE_S
 from qubes_fwd_qrexec.values import TargetPorts
 
 
@@ -225,6 +226,42 @@ def test_past_its_lease_it_takes_no_stream_and_serves_those_it_has(server: socke
             leg.abort_from_here()
             bench.until(lambda: bench.service._is_over)
         assert bench.service._problem is None
+
+
+def test_what_dom0_has_allowed_again_begins_the_lease_anew(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked, waits = [5000.0], [0.0], list[float]()
+    service = bench.service
+    monkeypatch.setattr(service, "_allowed_s", lambda: asked[0])
+    monkeypatch.setattr(time, "clock_gettime", lambda which: now[0])
+    monkeypatch.setattr(service._loop, "after", lambda delay_s, callback: waits.append(delay_s))
+    asked[0] = now[0] - LEASE_S + 0.5
+    service._look_at_lease()
+    assert waits == [0.5]
+    bench.turn()
+    assert bench.near.open_room
+    asked[0] = now[0] - LEASE_S
+    service._look_at_lease()
+    monkeypatch.undo()
+    bench.until(lambda: bench.near_owner.drained)
+    assert waits == [0.5]
+    assert not bench.near.open_room
+
+
+def test_what_dom0_has_ended_is_not_begun_anew_by_what_it_allows(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server):
+        bench.service._end_lease()
+        bench.until(lambda: bench.near_owner.drained)
+        monkeypatch.setattr(bench.service, "_allowed_s", lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
+        bench.service._look_at_lease()
+        bench.near.connection._drain_received = None  # one that does not listen
+        assert bench.refusal(port_of(server)) is ResetCode.LEASE_OVER
+        leg.abort_from_here()
+        bench.until(lambda: bench.service._is_over)
 
 
 def test_a_lease_of_a_tunnel_that_is_over_is_no_trouble(bench: ServiceBench) -> None:

@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import port_of
+from helpers import port_of, unix_pair
 from mux_bench import TunnelBench
 from service_bench import ServiceBench
 
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.localserver import ServiceError
 from qubes_fwd_qrexec.relay import abort
+from qubes_fwd_qrexec.revocation import allowed_s
 from qubes_fwd_qrexec.tunnel import GoawayCode
-from qubes_fwd_qrexec.tunnelservice import serve
-from qubes_fwd_qrexec.values import TargetPorts
+from qubes_fwd_qrexec.tunnelservice import TunnelService, serve
+from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
 
 class Program:
@@ -160,6 +161,25 @@ def test_serve_says_why_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         other.shutdown(socket.SHUT_WR)
         with pytest.raises(ServiceError, match="without a final GOAWAY"):
             serve(TargetPorts(80, 80), one, again)
+
+
+def test_serve_looks_where_tunnels_leave_word_of_what_dom0_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
+    ports, found = TargetPorts(80, 90), list[float]()
+
+    def run(service: TunnelService) -> None:
+        found.append(service._allowed_s())
+
+    monkeypatch.setattr(TunnelService, "run", run)
+    one, other = unix_pair()
+    with one, other, one.dup() as again:
+        assert serve(ports, one, again) == 0
+    assert found == [allowed_s(ports, QubeName("sys-net"), tmp_path)]
+    assert found[0] > 0
 
 
 def test_a_signal_ends_the_run(server: socket.socket) -> None:

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A tunnel in use asks dom0 again before its lease is over, so that connections that stay need no calls."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+from helpers import FakeClient, accept, echo_once, port_of, until
+from tunnels_bench import Bench, Clock, end_well, one, tunnels_to
+
+from qubes_fwd_qrexec import tunnels as tunnels_module
+from qubes_fwd_qrexec.targets import Target
+from qubes_fwd_qrexec.tunnels import RENEW_BEFORE_S
+from qubes_fwd_qrexec.tunnelservice import LEASE_S
+
+pytestmark = pytest.mark.usefixtures("tunnel_home")
+
+# When dom0 is asked again, in seconds after a tunnel is ready.
+_DUE_S = LEASE_S - RENEW_BEFORE_S
+
+
+async def renewed(bench: Bench, client: FakeClient, calls: int) -> None:
+    """Wait until there were so many calls in all, and the last one is over."""
+    await until(lambda: len(client.calls) == calls and not bench.tunnels._is_renewing)
+
+
+async def test_while_it_is_in_use_dom0_is_asked_again_before_its_lease_is_over(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            (tunnel,) = bench.tunnels._tunnels
+            for turn in range(3):
+                await clock.advance(_DUE_S - 1)
+                assert len(client.calls) == turn + 1
+                await clock.advance(1)
+                await renewed(bench, client, turn + 2)
+                assert bench.target.calls == 1
+            assert bench.tunnels._tunnels == [tunnel]
+            await echo_once(near, far)
+    assert len(set(client.calls)) == 1
+
+
+async def test_one_that_is_not_in_use_is_not_worth_a_question(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port), linger_s=10 * LEASE_S) as bench:
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            await end_well(near, far)
+        (tunnel,) = bench.tunnels._tunnels
+        await until(lambda: not tunnel.streams)
+        await clock.advance(_DUE_S + 10)
+        assert len(client.calls) == 1
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            await clock.advance(1)
+            await renewed(bench, client, 2)
+
+
+async def test_where_dom0_refuses_what_lives_goes_on_and_dom0_is_not_flooded(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    (tmp_path / "other").mkdir()
+    refusing = FakeClient(tmp_path / "other", "exit126")
+    clock, now = Clock(monkeypatch), [1000.0]
+    target = Target("work", clock=lambda: now[0], chance=lambda: 0.0)
+    async with tunnels_to(client.command, one(port), target=target) as bench:  # noqa: SIM117
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            bench.tunnels._client = refusing.command
+            await clock.advance(_DUE_S)
+            await renewed(bench, refusing, 1)
+            (line,) = [m for m in caplog.messages if "was not renewed" in m]
+            assert "policy refuses" in line
+            await clock.advance(10)
+            # Asked again after its own pause; the back-off, whose time stands still here, keeps it from dom0.
+            await clock.advance(10)
+            await until(lambda: not bench.tunnels._is_renewing)
+            assert len(refusing.calls) == 1
+            now[0] += 100
+            bench.tunnels._client = client.command
+            await clock.advance(20)
+            await renewed(bench, client, 2)
+            await echo_once(near, far)
+            await clock.advance(_DUE_S - 1)
+            assert len(client.calls) == 2
+
+
+async def test_a_refusal_is_not_forgotten_because_an_old_tunnel_lives(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """relay-behaviours 23: it proves itself once; what dom0 refuses later is as new as any refusal."""
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            await clock.advance(100)
+            bench.target.refused(bench.tunnels._service, "policy refuses")
+            await clock.advance(100)
+            assert bench.target._back_offs
+
+
+async def test_a_lease_that_is_renewed_lasts_in_the_target_too(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a lease of three real seconds, renewed all the time."""
+    monkeypatch.setattr(tunnels_module, "RENEW_BEFORE_S", 2.95)
+    monkeypatch.setattr(tunnels_module, "_LOOK_S", 0.05)
+    client, port = FakeClient(tmp_path, "tunnel LEASE_S=3"), port_of(server)
+    async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            (tunnel,) = bench.tunnels._tunnels
+            await until(lambda: trio.current_time() > tunnel.ready_at + 3.2)
+            assert len(client.calls) > 2
+            assert tunnel.has_room
+            async with bench.connect(port) as new_near, await accept(server) as new_far:
+                await echo_once(new_near, new_far)
+            assert bench.tunnels._tunnels == [tunnel]
+
+
+async def test_more_connections_that_stay_than_calls_are_served(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in each lease; with a call for each, the target would have none left in the end."""
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port), target=Target("work", 2)) as bench:
+        ends: list[tuple[trio.SocketStream, trio.SocketStream]] = []
+        for turn in range(5):
+            ends.append((bench.connect(port), await accept(server)))
+            await echo_once(*ends[-1])
+            await clock.advance(_DUE_S)
+            await renewed(bench, client, turn + 2)
+        for near, far in ends:
+            await echo_once(near, far)
+            await near.aclose()
+            await far.aclose()
