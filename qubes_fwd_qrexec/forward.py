@@ -28,16 +28,13 @@ from .relay import abort, close_well, undelivered_bytes
 from .report import ForwardReport, Way
 from .rules import OnExpire, Transport
 from .transports import Transports
-from .values import IPAddress
+from .values import Binding, IPAddress
 
 _logger = logging.getLogger(__name__)
 
 # relay-behaviours 12: what came before an abort is delivered before the RST, within this time.
 _DELIVERY_S = 1.0
 _DELIVERY_LOOK_S = 0.02
-
-
-Binding = tuple[IPAddress, int]
 
 
 def bindings(config: ListenerConfig) -> frozenset[Binding]:

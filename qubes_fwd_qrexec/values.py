@@ -18,6 +18,8 @@ QubeName = NewType("QubeName", str)
 RuleName = NewType("RuleName", str)
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
+# What a socket is bound to: an address and a port.
+Binding = tuple[IPAddress, int]
 
 PORT_MAX = 65535
 
