@@ -8,11 +8,14 @@ are there only while a forward needs them. No other rule, chain or table is ever
 A rule is compared by its comment, which ends in a digest of what the rule says: nft prints one and the
 same rule differently from version to version.
 
+A rule names the port, and the address too unless it is listened on at all of them. So who has the same port
+at another address is not let in to; at all addresses the kernel lets nobody else listen beside the listener.
+
 All of this is text and values; `nft` carries it out.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
@@ -20,7 +23,7 @@ from typing import Any
 
 from .config import ListenerConfig
 from .errors import ForwardError
-from .values import IPNetwork
+from .values import Binding, IPAddress, IPNetwork, PortRange
 
 # qubes-core-agent-linux network/qubes-ipv4.nft and qubes-ipv6.nft.
 TABLE = "qubes"
@@ -82,24 +85,53 @@ class Seen:
     is_foreign: bool = False
 
 
-def rules(configs: Iterable[ListenerConfig], family: Family) -> tuple[Rule, ...]:
-    """What lets the forwards in: for each network and address a rule, and nothing for other families.
+def rules(
+    configs: Iterable[ListenerConfig], family: Family, listening: Container[Binding]
+) -> tuple[Rule, ...]:
+    """What lets the forwards in: for each network, address and port a rule, and nothing for other families.
 
-    Not one rule with a set: nft prints the networks of a set joined or not, as its version likes.
+    ``listening`` is where the listener listens; what a forward wants beside that has no rule. Ports that
+    follow each other have one together. Not one rule with a set for all: nft prints the networks of a set
+    joined or not, as its version likes.
     """
     return tuple(
-        Rule(config.key, " ".join((*match, f"tcp dport {config.listen_ports.brief()} accept")))
+        Rule(config.key, " ".join((*match, "accept")))
         for config in sorted(configs, key=lambda config: config.key)
-        for match in _matches(config, family)
+        for match in _matches(config, family, listening)
     )
 
 
-def _matches(config: ListenerConfig, family: Family) -> Iterator[tuple[str, ...]]:
+def is_waiting(config: ListenerConfig, listening: Container[Binding]) -> bool:
+    """Whether the listener does not listen on all that a forward wants."""
+    return any((address, port) not in listening for address in config.listen for port in config.listen_ports)
+
+
+def _matches(
+    config: ListenerConfig, family: Family, listening: Container[Binding]
+) -> Iterator[tuple[str, ...]]:
     listen = sorted({address for address in config.listen if address.version == family.version}, key=int)
     for address in listen:
         to = () if address.is_unspecified else (f"{family} daddr {address}",)
+        all_ports = [f"tcp dport {ports.brief()}" for ports in _open_ports(config, address, listening)]
         for network in _networks(config, family):
-            yield (*(() if network.prefixlen == 0 else (f"{family} saddr {network}",)), *to)
+            of = () if network.prefixlen == 0 else (f"{family} saddr {network}",)
+            yield from ((*of, *to, ports) for ports in all_ports)
+
+
+def _open_ports(
+    config: ListenerConfig, address: IPAddress, listening: Container[Binding]
+) -> Iterator[PortRange]:
+    """Those that are listened on, in ranges as long as can be."""
+    first = None
+    for port in config.listen_ports:
+        if (address, port) not in listening:
+            if first is not None:
+                yield PortRange(first, port - 1)
+            first = None
+        elif first is None:
+            first = port
+    if first is not None:
+        yield PortRange(first, config.listen_ports.last)
 
 
 def _networks(config: ListenerConfig, family: Family) -> Sequence[IPNetwork]:

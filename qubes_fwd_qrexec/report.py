@@ -54,7 +54,7 @@ class Way(StrEnum):
 
 
 class Firewall(StrEnum):
-    """Whether the exposed qube's own firewall lets clients in."""
+    """Whether the exposed qube's own firewall lets clients of one IP version in."""
 
     OPEN = "open"
     CLOSED = "closed"
@@ -224,6 +224,29 @@ class Trial:
         return cls(untrusted.word("answer", Answer), untrusted.text("reason"), untrusted.text("text"))
 
 
+@dataclass(frozen=True, slots=True)
+class FirewallReport:
+    """The firewall by IP version, and the keys of those forwards that it does not let in, or not wholly,
+    because their listener does not listen."""
+
+    ip: Firewall = Firewall.UNKNOWN
+    ip6: Firewall = Firewall.UNKNOWN
+    waiting: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {"ip": self.ip, "ip6": self.ip6, "waiting": list(self.waiting)}
+
+    @classmethod
+    def parse(cls, untrusted_answer: bytes) -> Self:
+        """Raises `ReportError`."""
+        return cls.read(_Reader(load(untrusted_answer), "what is said of the firewall"))
+
+    @classmethod
+    def read(cls, untrusted: "_Reader") -> Self:
+        words = untrusted.word("ip", Firewall), untrusted.word("ip6", Firewall)
+        return cls(*words, untrusted.texts("waiting", FORWARDS_MAX))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QubeReport:
     """A qube's whole answer. ``listener`` is None where none runs; ``trial`` where none was asked for."""
@@ -233,7 +256,7 @@ class QubeReport:
     listener_problem: str | None = None
     tunnels: tuple[TunnelsReport, ...] = ()
     trial: Trial | None = None
-    firewall: Firewall = Firewall.UNKNOWN
+    firewall: FirewallReport = FirewallReport()
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
@@ -246,7 +269,7 @@ class QubeReport:
             listener_problem=untrusted.optional("listener_problem", untrusted.text),
             tunnels=untrusted.several("tunnels", TUNNELS_MAX, TunnelsReport.read),
             trial=untrusted.optional("trial", lambda key: Trial.read(untrusted.inner(key))),
-            firewall=untrusted.word("firewall", Firewall),
+            firewall=FirewallReport.read(untrusted.inner("firewall")),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -257,7 +280,7 @@ class QubeReport:
             "listener_problem": self.listener_problem,
             "tunnels": [tunnels.as_json() for tunnels in self.tunnels],
             "trial": None if self.trial is None else self.trial.as_json(),
-            "firewall": self.firewall,
+            "firewall": self.firewall.as_json(),
         }
 
 
@@ -319,10 +342,10 @@ class _Reader:
         return untrusted
 
     def text(self, key: str) -> str:
-        untrusted = self._member(key)
-        if not isinstance(untrusted, str) or len(untrusted) > TEXT_MAX or not _PRINTABLE.match(untrusted):
-            raise self._error(key, f"printable ASCII, at most {TEXT_MAX} characters")
-        return untrusted
+        return self._text(key, self._member(key))
+
+    def texts(self, key: str, most: int) -> tuple[str, ...]:
+        return tuple(self._text(key, untrusted) for untrusted in self._list(key, most))
 
     def word(self, key: str, words: type[_E]) -> _E:
         try:
@@ -346,13 +369,22 @@ class _Reader:
         return None if self._member(key) is None else read(key)
 
     def several(self, key: str, most: int, read: Callable[["_Reader"], _V]) -> tuple[_V, ...]:
-        untrusted = self._member(key)
-        if not isinstance(untrusted, list) or len(untrusted) > most:
-            raise self._error(key, f"a list of at most {most}")
+        untrusted = self._list(key, most)
         return tuple(read(_Reader(entry, f"{self._place}: {key}")) for entry in untrusted)
 
     def inner(self, key: str) -> "_Reader":
         return _Reader(self._member(key), f"{self._place}: {key}")
+
+    def _text(self, key: str, untrusted: object) -> str:
+        if not isinstance(untrusted, str) or len(untrusted) > TEXT_MAX or not _PRINTABLE.match(untrusted):
+            raise self._error(key, f"printable ASCII, at most {TEXT_MAX} characters")
+        return untrusted
+
+    def _list(self, key: str, most: int) -> list[object]:
+        untrusted = self._member(key)
+        if not isinstance(untrusted, list) or len(untrusted) > most:
+            raise self._error(key, f"a list of at most {most}")
+        return untrusted
 
     def _member(self, key: str) -> object:
         if key not in self._untrusted:

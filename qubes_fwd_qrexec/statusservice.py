@@ -21,7 +21,7 @@ from .exitstatus import ExitStatus
 from .localserver import ServiceError, connect
 from .logs import one_line
 from .relay import close_cleanly
-from .report import Answer, Firewall, ListenerReport, QubeReport, ReportError, Trial, TunnelsReport
+from .report import Answer, FirewallReport, ListenerReport, QubeReport, ReportError, Trial, TunnelsReport
 from .revocation import RevocationError, directory, tunnels
 from .unixsockets import socket_address
 from .values import parse_port
@@ -30,7 +30,7 @@ from .values import parse_port
 LISTENER_DIRECTORY = "/run/qubes-forward-listener"
 LISTENER_DIRECTORY_VARIABLE = "QUBES_FORWARD_LISTENER_DIR"
 STATUS, TRY = "status.sock", "try.sock"
-# Where the program that opens this qube's firewall leaves one word: open or closed.
+# Where the program that opens this qube's firewall leaves a `FirewallReport`.
 FIREWALL_STATE = "/run/qubes-forward-nft/state"
 FIREWALL_STATE_VARIABLE = "QUBES_FORWARD_NFT_STATE"
 # dom0 waits for 5 s: a trial takes at most 3 s, and a server on this machine answers at once.
@@ -102,12 +102,12 @@ def _listener(place: Path) -> tuple[ListenerReport | None, str | None]:
         return None, one_line(f"the listener's answer cannot be read: {error}")
 
 
-def _firewall(path: Path) -> Firewall:
+def _firewall(path: Path) -> FirewallReport:
     try:
         with path.open("rb") as file:
-            return Firewall(file.read(16).decode("ascii").strip())
-    except (OSError, ValueError):
-        return Firewall.UNKNOWN
+            return FirewallReport.parse(file.read(report.REPORT_MAX_BYTES + 1))
+    except (OSError, ReportError):
+        return FirewallReport()
 
 
 def _ask(path: Path, request: bytes) -> bytes:

@@ -1,139 +1,34 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The exposed qube's firewall, opened by the program itself, as a client on the LAN finds it.
 
-sys-net and the LAN are network namespaces of a lab; sys-net has rules in the shape of Qubes' own.
+How fast something is noticed is for `test_nft`, which has a clock of its own.
 """
 
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from exposed_qube import BOUND_S, IPV4, IPV6, LISTENER_UID, NO_IPV6, PORT, USERS, Edge, Program, becomes
 from helpers import write_config
 
 from qubes_fwd_qrexec.lab import netns
 from qubes_fwd_qrexec.lab.blueprint import create_lab
+from qubes_fwd_qrexec.listening import DIRECTORY
+from qubes_fwd_qrexec.nft import STATE
 from qubes_fwd_qrexec.nftchain import OURS
+from qubes_fwd_qrexec.report import Firewall, FirewallReport
 
-BOUND_S = 20.0
-# A packet that is not answered in this time was dropped; the two ends are on one machine.
-DROPPED_S = 0.2
-PORT, OTHER_PORT = 8080, 8081
+OTHER_PORT = PORT + 1
 ALLOWED = {"listen": "0.0.0.0,::", "srchosts": "192.168.77.0/24,fd77::/64"}
 
 PROBLEM = netns.why_unavailable() or (None if shutil.which("nft") else "the program 'nft' is missing")
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
-
-# What a qube has for what comes in (qubes-facts): a chain that drops, and that asks the user's chain first.
-QUBES_TABLE = """
-table {family} qubes {{
-    chain input {{
-        type filter hook input priority filter; policy drop;
-        jump custom-input
-        ct state invalid counter drop
-        ct state established,related accept
-        iif lo accept
-        {neighbours}
-        counter
-    }}
-    chain custom-input {{ }}
-}}
-"""
-IPV4 = QUBES_TABLE.format(family="ip", neighbours="")
-IPV6 = QUBES_TABLE.format(family="ip6", neighbours="meta l4proto ipv6-icmp accept")
-# Without IPv6: the table is for antispoofing alone, and another one drops everything.
-NO_IPV6 = """
-table ip6 qubes {
-    chain antispoof {
-        counter drop
-    }
-}
-table ip6 qbs-filter {
-    chain input {
-        type filter hook input priority filter; policy drop;
-        iif lo accept
-    }
-}
-"""
-USERS = """
-add rule ip qubes custom-input tcp dport 22 counter accept comment "mine"
-add rule ip qubes custom-input udp dport 53 accept
-"""
-
-
-class Edge:
-    """sys-net, with its firewall, and the LAN beside it."""
-
-    def __init__(self, places: netns.Namespaces, directory: Path) -> None:
-        self._places = places
-        self.config = directory / "config"
-        self.config.mkdir()
-
-    def run(
-        self, *command: str, text: str = "", is_checked: bool = True
-    ) -> "subprocess.CompletedProcess[str]":
-        with self._places.entering(netns.EDGE)():
-            return subprocess.run(
-                command, input=text, capture_output=True, text=True, timeout=BOUND_S, check=is_checked
-            )
-
-    def nft(self, text: str) -> None:
-        self.run("nft", "-f", "-", text=text)
-
-    def ruleset(self) -> str:
-        """All rules with their handles; ``counter`` without its numbers."""
-        return self.run("nft", "-s", "-a", "list", "ruleset").stdout
-
-    def handles(self) -> list[str]:
-        """Everything that has one: tables, chains and rules, in their order."""
-        return [line for line in self.ruleset().splitlines() if "# handle" in line]
-
-    def reaches(
-        self, port: int = PORT, address: str = netns.EDGE_ADDRESS, source: str = netns.LAN_HOST
-    ) -> bool:
-        """Whether a packet from the LAN arrives: nobody listens, so it is refused; or else dropped."""
-        with self._places.entering(netns.LAN)(), pytest.raises((ConnectionRefusedError, TimeoutError)) as end:
-            socket.create_connection((address, port), DROPPED_S, (source, 0))
-        return end.type is ConnectionRefusedError
-
-    def reaches_by_ipv6(self) -> bool:
-        return self.reaches(address=netns.EDGE_ADDRESS_IPV6, source=netns.LAN_HOST_IPV6)
-
-    def heals_s(self, is_healed: Callable[[], bool]) -> float:
-        """How long it takes until then; bounded by the test that asks."""
-        began_s = time.monotonic()
-        while not is_healed():
-            assert time.monotonic() - began_s < BOUND_S
-        return time.monotonic() - began_s
-
-
-class Program:
-    """The program in sys-net, and what it tells systemd."""
-
-    def __init__(self, edge: Edge, places: netns.Namespaces, told: socket.socket, *before: str) -> None:
-        command = [*before, sys.executable, "-m", "qubes_fwd_qrexec.nft", "--config", str(edge.config)]
-        with places.entering(netns.EDGE)():
-            self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self._told = told
-
-    def status(self, containing: str) -> str:
-        """The next status that contains this; the program may have told others before."""
-        while containing not in (told := self._told.recv(4096).decode()):
-            assert self.process.poll() is None, told
-        return told
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=BOUND_S)
-        return self.process.returncode, stderr
-
 
 Start = Callable[..., Program]
 
@@ -149,17 +44,26 @@ def places(tmp_path: Path) -> Iterator[netns.Namespaces]:
 
 
 @pytest.fixture
-def edge(tmp_path: Path, places: netns.Namespaces) -> Edge:
-    """With a firewall, and one forward that is to be let in."""
-    edge = Edge(places, tmp_path)
-    edge.nft(IPV4 + IPV6 + USERS)
-    write_config(edge.config, PORT, 80, **ALLOWED)
-    return edge
+def bare_edge(tmp_path: Path, places: netns.Namespaces) -> Iterator[Edge]:
+    """With a firewall, and one forward that is to be let in; nobody listens."""
+    with ExitStack() as opened:
+        edge = Edge(places, tmp_path, opened)
+        edge.nft(IPV4 + IPV6 + USERS)
+        write_config(edge.config, PORT, 80, **ALLOWED)
+        yield edge
+
+
+@pytest.fixture
+def edge(bare_edge: Edge) -> Edge:
+    """The same, and the listener listens, also on a port that no forward has."""
+    for port in (PORT, OTHER_PORT):
+        bare_edge.listen(port, "0.0.0.0", "::")
+    return bare_edge
 
 
 @pytest.fixture
 def start(
-    edge: Edge, places: netns.Namespaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bare_edge: Edge, places: netns.Namespaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Start]:
     path = tmp_path / "notify"
     with ExitStack() as programs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
@@ -168,11 +72,11 @@ def start(
         told.settimeout(BOUND_S)
         monkeypatch.setenv("NOTIFY_SOCKET", str(path))
 
-        def begin(*before: str) -> Program:
-            program = Program(edge, places, told, *before)
+        def begin(*before: str, uid: int | None = LISTENER_UID) -> Program:
+            program = Program(bare_edge, places, told, before, uid)
             programs.callback(program.process.communicate)
             programs.callback(program.process.kill)
-            program.status("READY=1")
+            program.first = program.status("READY=1")
             return program
 
         yield begin
@@ -202,10 +106,10 @@ def test_the_users_rules_are_untouched_and_come_first(edge: Edge, start: Start) 
     assert [line for line in within if line in before] == before
     assert len([line for line in within if f"jump {OURS}" in line]) == 2
     # A rule that the user adds behind ours is before ours in a moment.
-    edge.nft(f"add rule ip qubes custom-input ip saddr {netns.LAN_HOST} counter drop")
-    assert edge.heals_s(lambda: not edge.reaches()) < 1 + DROPPED_S
+    edge.nft(f'add rule ip qubes custom-input ip saddr {netns.LAN_HOST} counter drop comment "dropped"')
+    assert becomes(edge.closes)
     edge.nft("flush chain ip qubes custom-input")
-    assert edge.heals_s(edge.reaches) < 1
+    assert becomes(edge.reaches)
     program.end()
     assert OURS not in edge.ruleset()
 
@@ -221,14 +125,12 @@ def test_the_users_rules_are_untouched_and_come_first(edge: Edge, start: Start) 
         f"flush chain ip qubes custom-input\ndelete chain ip qubes {OURS}",
     ],
 )
-def test_a_reload_of_the_firewall_leaves_us_closed_for_less_than_a_second(
-    edge: Edge, start: Start, reload: str
-) -> None:
+def test_after_a_reload_of_the_firewall_it_is_opened_again(edge: Edge, start: Start, reload: str) -> None:
     program = start()
     assert edge.reaches()
     edge.nft(reload)
-    assert edge.heals_s(edge.reaches) < 1
-    assert edge.heals_s(edge.reaches_by_ipv6) < 1
+    assert becomes(edge.reaches)
+    assert becomes(edge.reaches_by_ipv6)
     assert not edge.reaches(OTHER_PORT)
     assert program.end()[0] == 0
 
@@ -247,8 +149,85 @@ def test_a_qube_without_ipv6_is_opened_for_ipv4_and_for_ipv6_when_that_comes(
     assert edge.reaches()
     assert edge.run("nft", "list", "tables", "ip6").stdout == foreign
     edge.nft("flush ruleset" + IPV4 + IPV6)
-    assert edge.heals_s(edge.reaches_by_ipv6) < 1
+    assert becomes(edge.reaches_by_ipv6)
     assert program.end()[0] == 0
+
+
+def test_a_port_that_another_program_has_is_opened_when_the_listener_has_it_and_no_longer(
+    bare_edge: Edge, start: Start
+) -> None:
+    (other,) = bare_edge.listen(PORT, "0.0.0.0", uid=0)
+    program = start()
+    assert "0 forwards let in, 1 wait for the listener to listen: fwd.work.web" in program.first
+    assert not bare_edge.reaches()
+    assert OURS not in bare_edge.ruleset()
+    other.close()
+    ours, ours_ipv6 = bare_edge.listen(PORT, "0.0.0.0", "::")
+    program.status("1 forwards let in")
+    assert bare_edge.reaches()
+    assert bare_edge.reaches_by_ipv6()
+    ours.close()
+    bare_edge.listen(PORT, "0.0.0.0", uid=LISTENER_UID + 1)
+    program.status("0 forwards let in")
+    assert not bare_edge.reaches()
+    # By the other family the listener still has it.
+    assert bare_edge.reaches_by_ipv6()
+    ours_ipv6.close()
+    assert becomes(lambda: not bare_edge.reaches_by_ipv6())
+    assert program.end()[0] == 0
+
+
+def test_another_program_that_has_the_port_at_another_address_is_not_let_in_to(
+    bare_edge: Edge, start: Start
+) -> None:
+    """Not although the rule is for anybody; and what is taken at the rule's own address stays closed."""
+    write_config(bare_edge.config, PORT, 80, listen=netns.EDGE_ADDRESS, srchosts="any")
+    bare_edge.listen(PORT, netns.EDGE_ADDRESS)
+    bare_edge.listen(PORT, netns.EDGE_ADDRESS_REFUSED, uid=0)
+    bare_edge.listen(PORT, "::", uid=0)
+    write_config(
+        bare_edge.config, OTHER_PORT, 80, key="fwd.work.b", listen=netns.EDGE_ADDRESS, srchosts="any"
+    )
+    bare_edge.listen(OTHER_PORT, netns.EDGE_ADDRESS, uid=0)
+    bare_edge.listen(OTHER_PORT, netns.EDGE_ADDRESS_REFUSED)
+    assert "1 forwards let in, 1 wait for the listener to listen: fwd.work.b" in start().first
+    assert bare_edge.reaches()
+    elsewhere = {"address": netns.EDGE_ADDRESS_REFUSED, "source": netns.LAN_HOST_REFUSED}
+    assert not bare_edge.reaches(**elsewhere)
+    assert not bare_edge.reaches_by_ipv6()
+    assert not bare_edge.reaches(OTHER_PORT)
+    assert not bare_edge.reaches(OTHER_PORT, **elsewhere)
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="the program 'unshare' is missing")
+@pytest.mark.parametrize(("uid", "is_let_in"), [(LISTENER_UID, True), (LISTENER_UID + 1, False), (0, False)])
+def test_unless_it_is_told_the_listener_is_who_owns_its_runtime_directory(
+    edge: Edge, start: Start, uid: int, is_let_in: bool
+) -> None:
+    made = f"mkdir {DIRECTORY} && chown {uid} {DIRECTORY}"
+    in_a_run_of_its_own = f'mount -t tmpfs none /run && {made} && exec "$@"'
+    start("unshare", "--mount", "sh", "-ec", in_a_run_of_its_own, "sh", uid=None)
+    assert edge.reaches() is is_let_in
+
+
+def test_dom0_is_told_of_a_family_that_is_not_opened(
+    edge: Edge, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an IPv6 rule in a qube that has no place for one: though IPv4 has, nobody is let in."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    edge.nft(f"delete table ip6 qubes\n{NO_IPV6}")
+    write_config(edge.config, PORT, 80, listen="::", srchosts="fd77::/64")
+    program = start()
+
+    def told() -> FirewallReport:
+        return FirewallReport.parse((tmp_path / STATE).read_bytes())
+
+    assert told() == FirewallReport(Firewall.OPEN, Firewall.CLOSED)
+    edge.nft("flush ruleset" + IPV4 + IPV6)
+    assert becomes(lambda: told() == FirewallReport(Firewall.OPEN, Firewall.OPEN))
+    assert edge.reaches_by_ipv6()
+    program.end()
+    assert told() == FirewallReport(Firewall.CLOSED, Firewall.CLOSED)
 
 
 def test_changes_of_the_configuration_are_followed(edge: Edge, start: Start) -> None:

@@ -13,6 +13,7 @@ from qubes_fwd_qrexec import report
 from qubes_fwd_qrexec.report import (
     Answer,
     Firewall,
+    FirewallReport,
     ForwardReport,
     ListenerReport,
     Problem,
@@ -54,6 +55,12 @@ listeners = st.builds(
 )
 trials = st.builds(Trial, st.sampled_from(Answer), texts, texts)
 ports = st.builds(TargetPorts, st.integers(1, 99), st.integers(99, 65535))
+firewalls = st.builds(
+    FirewallReport,
+    st.sampled_from(Firewall),
+    st.sampled_from(Firewall),
+    st.lists(texts, max_size=3).map(tuple),
+)
 answers = st.builds(
     QubeReport,
     program=texts,
@@ -61,7 +68,7 @@ answers = st.builds(
     listener_problem=st.none() | texts,
     tunnels=st.lists(st.builds(TunnelsReport, qubes, ports, numbers), max_size=3).map(tuple),
     trial=st.none() | trials,
-    firewall=st.sampled_from(Firewall),
+    firewall=firewalls,
 )
 
 
@@ -76,9 +83,14 @@ def test_what_a_listener_prints_parses(listener: ListenerReport, trial: Trial) -
     assert Trial.parse(report.dump(trial.as_json())) == trial
 
 
+@given(firewalls)
+def test_what_is_said_of_the_firewall_prints_and_parses(firewall: FirewallReport) -> None:
+    assert FirewallReport.parse(report.dump(firewall.as_json())) == firewall
+
+
 @given(st.binary(max_size=200) | st.text(max_size=50).map(lambda text: json.dumps(text).encode()))
 def test_any_bytes_are_a_report_or_an_error_of_ours(untrusted: bytes) -> None:
-    for parse in (QubeReport.parse, ListenerReport.parse, Trial.parse):
+    for parse in (QubeReport.parse, ListenerReport.parse, FirewallReport.parse, Trial.parse):
         with pytest.raises(ReportError) as caught:
             parse(untrusted)
         assert str(caught.value).isprintable()
@@ -148,7 +160,13 @@ LIES = [
     (put([{}], "tunnels"), "source is missing"),
     (put("0-1", "tunnels", 0, "ports"), "ports must be a port or range"),
     (put("maybe", "trial", "answer"), "answer must be one of through, "),
-    (put("ajar", "firewall"), "firewall must be one of open, closed, unknown"),
+    (put("open", "firewall"), "firewall must be an object"),
+    (put("ajar", "firewall", "ip"), "ip must be one of open, closed, unknown"),
+    (put(None, "firewall", "ip6"), "ip6 must be printable ASCII"),
+    (put("fwd.a.b", "firewall", "waiting"), "waiting must be a list of at most 1000"),
+    (put([""] * 1001, "firewall", "waiting"), "waiting must be a list of at most 1000"),
+    (put(["\x1b"], "firewall", "waiting"), "waiting must be printable ASCII"),
+    (put([["a"]], "firewall", "waiting"), "waiting must be printable ASCII"),
     (put("x", "listener"), "listener must be an object"),
 ]
 

@@ -15,7 +15,15 @@ from helpers import free_port
 
 from qubes_fwd_qrexec import report, statusservice
 from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.report import Answer, Firewall, ListenerReport, QubeReport, Trial, TunnelsReport
+from qubes_fwd_qrexec.report import (
+    Answer,
+    Firewall,
+    FirewallReport,
+    ListenerReport,
+    QubeReport,
+    Trial,
+    TunnelsReport,
+)
 from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE, noted, tunnels
 from qubes_fwd_qrexec.statusservice import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY, answer
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
@@ -100,24 +108,27 @@ def test_tunnels_are_counted_by_source_and_ports_while_they_live(tmp_path: Path)
     assert list(tunnels(tmp_path)) == []
 
 
+FIREWALL = FirewallReport(Firewall.OPEN, Firewall.CLOSED, ("fwd.work.web",))
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"open\n", Firewall.OPEN),
-        (b"closed", Firewall.CLOSED),
-        (b"", Firewall.UNKNOWN),
-        (b"\xff", Firewall.UNKNOWN),
-        (b"open" * 1000, Firewall.UNKNOWN),
-        (None, Firewall.UNKNOWN),
+        (report.dump(FIREWALL.as_json()), FIREWALL),
+        (b"open\n", FirewallReport()),
+        (b"", FirewallReport()),
+        (b"\xff", FirewallReport()),
+        (report.dump(FIREWALL.as_json()) + b" " * report.REPORT_MAX_BYTES, FirewallReport()),
+        (None, FirewallReport()),
     ],
 )
 def test_the_firewall_is_what_its_program_says(
-    tmp_path: Path, content: bytes | None, found: Firewall
+    tmp_path: Path, content: bytes | None, found: FirewallReport
 ) -> None:
     state = tmp_path / "state"
     if content is not None:
         state.write_bytes(content)
-    assert answer("", tmp_path, tmp_path, state).firewall is found
+    assert answer("", tmp_path, tmp_path, state).firewall == found
 
 
 def test_a_port_is_tried(tmp_path: Path) -> None:

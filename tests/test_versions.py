@@ -16,7 +16,7 @@ import pytest
 from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset, port_of, running_listener
 from helpers import write_config as configure
 
-from qubes_fwd_qrexec import exchange, localserver, revocation, rulexml
+from qubes_fwd_qrexec import exchange, localserver, report, revocation, rulexml
 from qubes_fwd_qrexec.config import ListenerConfig, Service
 from qubes_fwd_qrexec.errors import ConfigError, RuleError, TextError
 from qubes_fwd_qrexec.exitstatus import ExitStatus
@@ -190,6 +190,33 @@ async def test_without_a_version_in_common_connections_are_reset_and_the_log_say
         async with await connect(port) as near:
             assert await is_reset(near)
     assert any("speaks versions 2 to 2 of the tunnel protocol, this end 1 to 1" in m for m in caplog.messages)
+
+
+# Exposed qube and target to dom0
+
+REPORT_0_1 = (
+    b'{"version":1,"program":"0.1.0","listener":{"version":1,"since":1,"forwards":[{"target":"work","name":"web",'
+    b'"since":1,"connections":2,"total":3,"refused":{"stranger":4},"sent":5,"received":6,"transport":"tunnel",'
+    b'"way":"open","tunnels":1,"is_listening":true,"last_error":null,"last_error_at":null}],"problems":'
+    b'[{"key":"fwd.work.ssh","text":"the port is in use"}],"left_out":0},"listener_problem":null,"tunnels":'
+    b'[{"source":"sys-net","ports":"80-80","count":1}],"trial":{"answer":"through","reason":"","text":""},'
+    b'"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]}}\n'
+)
+
+
+def test_an_answer_is_said_and_understood_as_it_was() -> None:
+    told = report.QubeReport.parse(REPORT_0_1)
+    assert told.firewall == report.FirewallReport(
+        report.Firewall.OPEN, report.Firewall.CLOSED, ("fwd.work.ssh",)
+    )
+    assert report.dump(told.as_json()) == REPORT_0_1
+
+
+def test_of_a_newer_qube_what_is_beside_the_known_is_passed_over_and_another_version_refused() -> None:
+    more = REPORT_0_1.replace(b'"firewall":{', b'"mood":"fine","firewall":{"arp":"open",')
+    assert report.QubeReport.parse(more) == report.QubeReport.parse(REPORT_0_1)
+    with pytest.raises(report.ReportError, match="is of version 2, and this program reads 1"):
+        report.QubeReport.parse(REPORT_0_1.replace(b'"version":1', b'"version":2', 1))
 
 
 # A person's files

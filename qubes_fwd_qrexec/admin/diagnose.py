@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.config import STATUS_SERVICE, ListenerConfig, Service
-from qubes_fwd_qrexec.report import Answer, Firewall, QubeReport, Trial
+from qubes_fwd_qrexec.report import Answer, Firewall, FirewallReport, QubeReport, Trial
 from qubes_fwd_qrexec.rules import BrokenRule, Transport
 from qubes_fwd_qrexec.values import QubeName
 
@@ -119,7 +119,7 @@ class _Walk:
             yield self._not_asked("listener", exposed, error)
             return
         yield self._listener(exposed, answer)
-        yield self._firewall(exposed, answer)
+        yield self._firewall(exposed, config, answer.firewall)
         yield from self._policy(exposed)
         yield self._target_runs()
         yield self._service()
@@ -200,19 +200,31 @@ class _Walk:
         ports = self._forward.source.rule.listen_ports.brief()
         return Finding("listener", Verdict.OK, f"{exposed} listens on port {ports}")
 
-    def _firewall(self, exposed: QubeName, answer: QubeReport) -> Finding:
-        if answer.firewall is Firewall.OPEN:
-            return Finding("firewall", Verdict.OK, f"the firewall of {exposed} lets clients in")
-        if answer.firewall is Firewall.CLOSED:
-            return Finding(
-                "firewall",
-                Verdict.STOPS,
-                f"the firewall of {exposed} drops what comes to the port",
-                f"'systemctl status qubes-forward-nft' in {exposed} says why",
-            )
-        return Finding(
-            "firewall", Verdict.UNKNOWN, f"{exposed} does not say whether its firewall lets clients in"
+    def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Finding:
+        """For those IP versions that it listens on and that its clients have."""
+        remedy = f"'systemctl status qubes-forward-nft' in {exposed} says why"
+        if config.key in told.waiting:
+            text = f"the firewall of {exposed} lets nobody in to a port that the listener does not listen on"
+            return Finding("firewall", Verdict.STOPS, text, remedy)
+        listened = {address.version for address in config.listen}
+        words = {
+            name: word
+            for version, name, word in ((4, "IPv4", told.ip), (6, "IPv6", told.ip6))
+            if version in (listened & config.sources.versions or listened)
+        }
+        by = {word: " and ".join(name for name in words if words[name] is word) for word in Firewall}
+        if set(words.values()) == {Firewall.CLOSED}:
+            text = f"the firewall of {exposed} drops what comes to the port by {by[Firewall.CLOSED]}"
+            return Finding("firewall", Verdict.STOPS, text, remedy)
+        parts = (
+            (Firewall.OPEN, f"lets clients in by {by[Firewall.OPEN]}"),
+            (Firewall.CLOSED, f"drops what comes by {by[Firewall.CLOSED]}"),
+            (Firewall.UNKNOWN, f"is not known to let clients in by {by[Firewall.UNKNOWN]}"),
         )
+        text = ", ".join(part for word, part in parts if by[word])
+        # Which of them a client uses is the client's choice: what is open does not make up for what is not.
+        verdict = Verdict.OK if set(words.values()) == {Firewall.OPEN} else Verdict.UNKNOWN
+        return Finding("firewall", verdict, f"the firewall of {exposed} {text}")
 
     def _policy(self, exposed: QubeName) -> Iterator[Finding]:
         config = self._forward.config

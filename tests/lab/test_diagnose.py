@@ -19,9 +19,20 @@ from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
-from qubes_fwd_qrexec.report import ListenerReport, QubeReport, dump
+from qubes_fwd_qrexec.report import (
+    Firewall,
+    FirewallReport,
+    ForwardReport,
+    ListenerReport,
+    QubeReport,
+    Way,
+    dump,
+)
+from qubes_fwd_qrexec.rules import Transport
+from qubes_fwd_qrexec.values import QubeName, RuleName
 
 NOW = 1_800_000_000
+OPEN, CLOSED, UNKNOWN = Firewall
 ALL = [
     *("rule", "exposed qube", "applied", "listener installed", "listener", "firewall", "policy"),
     *("target", "service", "server", "round trip"),
@@ -85,6 +96,11 @@ class Lab:
     def remove_service(self, qube: str, name: str) -> None:
         for directory in self.lab.qube_dir(qube).service_dirs:
             (directory / name).unlink(missing_ok=True)
+
+    def firewall(self, ip: Firewall, ip6: Firewall, *waiting: str) -> None:
+        """What the program that opens the firewall of sys-net says."""
+        state = self.lab.qube_dir("sys-net").firewall_state
+        state.write_bytes(dump(FirewallReport(ip, ip6, waiting).as_json()))
 
     def answers(self, qube: str, said: bytes) -> None:
         path = self.service(qube, STATUS_SERVICE)
@@ -176,11 +192,75 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
 def test_a_firewall_that_drops_clients(lab: Lab) -> None:
     lab.add()
     lab.listen()
-    state = lab.lab.qube_dir("sys-net").firewall_state
-    state.write_text("closed\n")
-    assert "the firewall of sys-net drops" in lab.wrong("firewall")
-    state.write_text("open\n")
+    lab.firewall(CLOSED, OPEN)  # it listens by IPv4 alone
+    said = lab.wrong("firewall")
+    assert "the firewall of sys-net drops what comes to the port by IPv4 | " in said
+    assert "'systemctl status qubes-forward-nft' in sys-net" in said
+    lab.firewall(OPEN, CLOSED)
+    steps = lab.diagnose()
+    assert {step["verdict"] for step in steps} == {"ok"}
+    assert "the firewall of sys-net lets clients in by IPv4" in [step["text"] for step in steps]
+
+
+def test_a_port_that_the_firewall_keeps_closed_for_want_of_the_listener(lab: Lab) -> None:
+    lab.add()
+    lab.listen()
+    lab.firewall(OPEN, OPEN, "fwd.work.other")
     assert {step["verdict"] for step in lab.diagnose()} == {"ok"}
+    lab.firewall(OPEN, OPEN, "fwd.work.other", "fwd.work.web")
+    assert "lets nobody in to a port that the listener does not listen on" in lab.wrong("firewall")
+
+
+LISTENING = ForwardReport(
+    target=QubeName("work"),
+    name=RuleName("web"),
+    since=1,
+    connections=0,
+    total=0,
+    refused={},
+    sent=0,
+    received=0,
+    transport=Transport.TUNNEL,
+    way=Way.IDLE,
+    tunnels=0,
+    is_listening=True,
+)
+IPV4 = ("--from=192.168.0.0/16",)
+IPV6 = ("--from=fd00::/8",)
+BOTH = (*IPV4, *IPV6)
+
+
+@pytest.mark.parametrize(
+    ("sources", "ip", "ip6", "verdict", "words"),
+    [
+        (IPV4, OPEN, CLOSED, "ok", "lets clients in by IPv4"),
+        (IPV6, OPEN, CLOSED, "stops", "drops what comes to the port by IPv6"),
+        (IPV6, CLOSED, OPEN, "ok", "lets clients in by IPv6"),
+        (IPV6, OPEN, UNKNOWN, "unknown", "is not known to let clients in by IPv6"),
+        (BOTH, OPEN, OPEN, "ok", "lets clients in by IPv4 and IPv6"),
+        (BOTH, CLOSED, CLOSED, "stops", "drops what comes to the port by IPv4 and IPv6"),
+        (BOTH, OPEN, CLOSED, "unknown", "lets clients in by IPv4, drops what comes by IPv6"),
+        (BOTH, CLOSED, OPEN, "unknown", "lets clients in by IPv6, drops what comes by IPv4"),
+        (
+            BOTH,
+            CLOSED,
+            UNKNOWN,
+            "unknown",
+            "drops what comes by IPv4, is not known to let clients in by IPv6",
+        ),
+    ],
+)
+def test_the_firewall_is_asked_for_the_families_that_the_forward_listens_on(
+    lab: Lab, sources: tuple[str, ...], ip: Firewall, ip6: Firewall, verdict: str, words: str
+) -> None:
+    ports = f"{lab.port}:{lab.server.getsockname()[1]}"
+    status, said = lab.run("add", "work", ports, *sources, "--name=web")
+    assert status == 0, said
+    told = FirewallReport(ip, ip6)
+    listener = ListenerReport(since=1, forwards=(LISTENING,))
+    lab.answers("sys-net", dump(QubeReport(program="1", listener=listener, firewall=told).as_json()))
+    (step,) = [step for step in lab.diagnose() if step["step"] == "firewall"]
+    assert (step["verdict"], step["text"]) == (verdict, f"the firewall of sys-net {words}")
 
 
 def test_a_listener_that_has_another_configuration(lab: Lab) -> None:
