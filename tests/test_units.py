@@ -126,6 +126,16 @@ def test_each_is_in_a_sandbox(unit: Path) -> None:
         assert {"LimitNOFILE", "TasksMax", "MemoryMax"} - given.keys() <= {"LimitNOFILE"}
 
 
+def test_the_firewalls_program_sees_whose_sockets_the_kernel_lists() -> None:
+    given = settings(ROOT / "systemd" / "qubes-forward-nft.service")
+    (families,) = given["RestrictAddressFamilies"]
+    assert "AF_NETLINK" in families.split()
+    # In a user namespace all others are nobody, and each network namespace has sockets of its own.
+    assert not {"PrivateUsers", "PrivateNetwork", "NetworkNamespacePath"} & given.keys()
+    listener = settings(ROOT / "systemd" / "qubes-forward-listener.service")
+    assert not {"PrivateUsers", "PrivateNetwork", "NetworkNamespacePath", "User"} & listener.keys()
+
+
 def test_the_socket_is_where_qrexec_looks_for_the_service() -> None:
     given = settings(ROOT / "systemd" / "qubes-forward-service.socket")
     assert given["ListenStream"] == [f"/run/qubes-rpc/{SERVICE}"]
