@@ -77,13 +77,18 @@ class Backlog:
         return limit
 
     def give_turns(self) -> None:
-        """As many as there is room for, to those who have waited longest. Each of them has something to send
-        and the credit for it, so that another flush follows."""
+        """As many as there is room for, to those who have waited longest.
+
+        Some may have nothing to send any more; so that nobody waits behind those, the others have their turn
+        after the next turn of the loop, whatever comes of these.
+        """
         if self._waiting and self.bytes_queued < _LOW_BYTES:
             for leg in list(itertools.islice(self._waiting, _TURNS)):
                 del self._waiting[leg]
                 leg.is_bulk = False
                 leg.resume()
+            if self._waiting:
+                self._loop.after(0.0, self._ready)
 
     def forget(self, leg: Leg) -> None:
         """A leg that is closed waits for nothing."""
@@ -100,8 +105,8 @@ class Backlog:
             self._write()
 
     def room_now(self, leg: Leg) -> int:
-        """How many bytes a leg may send by `send_now`; 0 while anything waits, or anybody."""
-        if self._unsent_bytes or self._waiting or self._is_broken:
+        """How many bytes a leg may send by `send_now`; 0 while anything waits."""
+        if self._unsent_bytes or self._is_broken:
             return 0
         return self._connection.send_limit_now(leg.stream_id)
 
@@ -122,7 +127,6 @@ class Backlog:
     def tick(self) -> None:
         """A second has passed."""
         self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0
-        self.give_turns()
 
     def let_go(self) -> None:
         """Of the sink, before it is closed."""

@@ -9,8 +9,10 @@ import pytest
 from helpers import no_fds_left, unix_pair
 from mux_bench import PORTS, Joined, TunnelBench
 
+from qubes_fwd_qrexec import mux as mux_module
 from qubes_fwd_qrexec.backlog import HIGH_BYTES, MAX_BYTES, Backlog
-from qubes_fwd_qrexec.loop import Loop
+from qubes_fwd_qrexec.leg import PULL_BYTES
+from qubes_fwd_qrexec.loop import READ, Loop
 from qubes_fwd_qrexec.relay import abort
 from qubes_fwd_qrexec.tunnel import Connection, Hello
 
@@ -183,3 +185,21 @@ def test_a_stream_that_waits_is_remembered_once_and_forgotten_with_its_end(bench
     for leg in waiting:
         leg.abort_from_here()
     assert not bench.near.backlog._waiting
+
+
+def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second passes, which would give another two their turn: all have it as fast as the loop turns."""
+    monkeypatch.setattr(mux_module, "TICK_S", 1000.0)
+    with no_fds_left(), TunnelBench() as bench:
+        streams = [bench.join() for _ in range(30)]
+        bench.loop.change(bench.far_call.fileno(), 0)
+        for stream in streams:
+            bench.stall(stream.client)
+        waiting = list(bench.near.backlog._waiting)
+        assert len(waiting) > 2 * HIGH_BYTES // PULL_BYTES
+        for leg in waiting:
+            with contextlib.suppress(BlockingIOError):
+                while leg.sock.recv(MIB):
+                    pass
+        bench.loop.change(bench.far_call.fileno(), READ)
+        bench.until(lambda: not bench.near.backlog._waiting)
