@@ -102,6 +102,23 @@ def test_a_client_that_leaves_ends_the_wait_for_its_last_bytes(bench: TunnelBenc
     assert stream.ends["near"] is LegEnd.REMOTE_RESET
 
 
+def test_so_it_does_where_the_kernel_has_all_of_them(
+    bench: TunnelBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leg_module, "_LAST_WORDS_S", 1000.0)
+    stream.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stream.server.send(pattern(100_000))
+    bench.until(lambda: stream.near.received == 100_000)
+    stream.far.abort_from_here()
+    bench.until(lambda: stream.near.ended is LegEnd.REMOTE_RESET)
+    assert stream.near._pending is None
+    bench.turn()
+    assert not stream.ends.get("near")
+    abort(stream.client)
+    bench.turn()
+    assert stream.ends["near"] is LegEnd.REMOTE_RESET
+
+
 def break_far(bench: TunnelBench, stream: Joined) -> int:
     """The server's abort is met by a write, while its bytes wait for credit; how many had left by then."""
     bench.turn(20)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The windows of one stream: how they grow and shrink, and that no byte waits for ever."""
 
+import contextlib
 import random
 import socket
 import time
@@ -13,6 +14,7 @@ from qubes_fwd_qrexec import leg as leg_module
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.leg import Leg
 from qubes_fwd_qrexec.relay import half_close
+from qubes_fwd_qrexec.tunnel import FRAME_COST_BYTES
 
 
 def check_window(bench: TunnelBench, leg: Leg) -> None:
@@ -114,3 +116,22 @@ def test_the_floor_alone_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stream.far._window == FLOOR_BYTES
         carry(bench, stream, 300_000)
         assert stream.far._window == FLOOR_BYTES
+
+
+@pytest.mark.parametrize("left", [0, 1, 63, 64, 65, 66])
+@pytest.mark.parametrize("is_late", [False, True], ids=["read at once", "read late"])
+def test_no_credit_is_too_little_to_be_added_to(
+    bench: TunnelBench, stream: Joined, left: int, is_late: bool
+) -> None:
+    """With 1 to 64 bytes a sender has nothing that it could send; the receiver may not wait for it."""
+    before = 0
+    with contextlib.suppress(BlockingIOError):
+        while is_late:  # the server's socket is full
+            before += stream.far.sock.send(bytes(65536))
+    size = stream.far._window - FRAME_COST_BYTES - left
+    assert stream.client.send(bytes(size)) == size
+    bench.until(lambda: stream.far.received)
+    assert (pending_bytes(stream.far) > 0) is is_late
+    assert stream.far.received == size, "it was to be one frame"
+    stream.client.send(b"more")
+    bench.read(stream.server, before + size + 4)
