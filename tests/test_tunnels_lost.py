@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
-from tunnels_bench import ORIGIN, one, tunnels_to
+from loop_time import slow_timers
+from tunnels_bench import ORIGIN, Clock, one, tunnels_to
 
 from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.errors import RefusedError
@@ -66,15 +67,18 @@ async def test_all_who_wait_are_told_when_the_call_dies_before_its_hello(tmp_pat
 async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """relay-behaviours 25 and 26."""
     monkeypatch.setattr(tunnels_module, "WAITING_MAX", 5)
-    monkeypatch.setattr(tunnels_module, "HELLO_S", 0.3)
     client, port = FakeClient(tmp_path, "hang"), free_port()
+    clock = Clock(monkeypatch)
     async with tunnels_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: bench.tunnels._waiting == 5)
+        await until(lambda: bench.tunnels._waiting == 5 and client.calls)
         assert await bench.refusal(port) == "5 connections wait for a tunnel to work"
-        await bench.endings.reach(5)
-        assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 0.3 s"}
+        await clock.advance(29.9)
+        assert not bench.endings
+        await clock.advance(0.1)
+        assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 30 s"}
+        assert len(bench.endings) == 5
         assert bench.tunnels._waiting == 0
     assert len(client.calls) == 1
 
@@ -95,9 +99,10 @@ async def test_without_a_slot_for_another_call_it_says_so_and_blames_nobody(
 
 
 async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_has_a_new_one(
-    tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """relay-behaviours 27 and 28."""
+    """relay-behaviours 27 and 28: a second is not over, for no timer of the loop is waited for."""
+    slow_timers(monkeypatch)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     async with tunnels_to(client.command, one(port)) as bench:
         async with AsyncExitStack() as stack:
@@ -107,11 +112,10 @@ async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_h
                 pairs.append((near, await stack.enter_async_context(await accept(server))))
             for near, far in pairs:
                 await echo_once(near, far)
-            with trio.fail_after(1):
-                kill_children()
-                for near, far in pairs:
-                    assert await is_reset(near)
-                    assert await is_reset(far)
+            kill_children()
+            for near, far in pairs:
+                assert await is_reset(near)
+                assert await is_reset(far)
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             kill_children()
@@ -131,17 +135,22 @@ def kill_children() -> None:
 async def test_a_tunnel_that_was_proven_is_forgiven_its_end(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnels_module, "_PROVEN_S", 0.0)
-    monkeypatch.setattr(tunnels_module, "_LOOK_S", 0.01)
+    """When it has lived for 10 s: one that is lost before is not tried again at once a second time."""
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    clock = Clock(monkeypatch)
     async with tunnels_to(client.command, one(port)) as bench:
         for _ in range(4):
             async with bench.connect(port) as near, await accept(server) as far:
                 await echo_once(near, far)
-                await until(lambda: not bench.target._back_offs)
+                was_lost_before = bool(bench.target._back_offs)
+                await clock.advance(9)
+                assert bool(bench.target._back_offs) is was_lost_before
+                await clock.advance(1)
+                assert not bench.target._back_offs
                 kill_children()
                 assert await is_reset(near)
             await until(lambda: not bench.tunnels._tunnels)
+            assert bench.target._back_offs
     assert len(client.calls) == 4
 
 

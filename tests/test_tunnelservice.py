@@ -11,6 +11,7 @@ from ipaddress import ip_address
 
 import pytest
 from helpers import free_port, listening_socket, no_fds_left, port_of
+from loop_time import LoopClock
 from service_bench import ServiceBench
 
 from qubes_fwd_qrexec import tunnelservice
@@ -83,25 +84,33 @@ def test_ipv6_is_tried_when_ipv4_refuses() -> None:
                 bench.until(lambda: leg.is_joined)
 
 
-def test_nobody_listening_is_a_refusal_and_nothing_was_read(server: socket.socket) -> None:
-    """relay-behaviours 21."""
+def test_nobody_listening_is_a_refusal_and_nothing_was_read(
+    server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """relay-behaviours 21: within no time at all by the loop's own clock."""
     port = free_port()
     with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
         client, leg = bench.connect(port)
         with client, leg.sock:
             client.send(b"unread")
-            began = time.monotonic()
+            LoopClock(monkeypatch)
             bench.until(lambda: bench.near_owner.refusals)
             assert bench.near_owner.refusals == [(leg, ResetCode.REFUSED)]
-            assert time.monotonic() - began < 1
             assert leg.sock.recv(100) == b"unread"
 
 
 def test_a_full_accept_queue_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """relay-behaviours 22."""
-    monkeypatch.setattr(tunnelservice, "CONNECT_TIMEOUT_S", 0.1)
     with no_fds_left(), full_server() as port, ServiceBench(TargetPorts(port, port)) as bench:
-        assert bench.refusal(port) is ResetCode.TIMEOUT
+        clock = LoopClock(monkeypatch)
+        client, leg = bench.connect(port)
+        with client, leg.sock:
+            bench.until(lambda: bench.service._connecting)
+            clock.advance(9.9)
+            bench.turn()
+            assert not bench.near_owner.refusals
+            clock.advance(0.1)
+            bench.until(lambda: bench.near_owner.refusals == [(leg, ResetCode.TIMEOUT)])
         assert not bench.service._connecting
 
 
@@ -181,6 +190,19 @@ def test_the_server_is_told_first_who_connected(
         assert bench.read(far, len(expected) + len(own)) == expected + own
 
 
+def test_a_server_that_cannot_be_told_all_of_it_is_told_nothing_more(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header that is cut could pass for data; no new socket's buffer takes one of 16 MiB."""
+    monkeypatch.setattr(tunnelservice, "header", lambda *_: bytes(16 << 20))
+    client, leg = bench.connect(port_of(server), ProxyVersion.V2)
+    with client, bench.accept(server) as far:
+        client.send(b"data")
+        assert bench.read_to_end(far)[1] == "RST"
+        assert bench.is_aborted(client)
+        assert leg.ended is LegEnd.REMOTE_RESET
+
+
 # The range
 
 
@@ -210,12 +232,19 @@ def test_every_port_of_the_range_is_reached_and_no_other() -> None:
 # The lease, and the end
 
 
-def test_past_its_lease_it_takes_no_stream_and_serves_those_it_has(server: socket.socket) -> None:
+def test_past_its_lease_it_takes_no_stream_and_serves_those_it_has(
+    server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """relay-behaviours 53."""
     port = port_of(server)
-    with ServiceBench(TargetPorts(port, port), lease_s=1) as bench:
+    clock = LoopClock(monkeypatch)
+    with ServiceBench(TargetPorts(port, port), lease_s=300) as bench:
         client, leg = bench.connect(port)
         with client, bench.accept(server) as far:
+            clock.advance(299.9)
+            bench.turn()
+            assert not bench.near_owner.drained
+            clock.advance(0.1)
             bench.until(lambda: bench.near_owner.drained)
             assert bench.near_owner.drained == [GoawayCode.LEASE_OVER]
             assert bench.near.open_room == 0
@@ -289,6 +318,27 @@ def test_taken_back_by_dom0_every_stream_is_aborted_and_no_server_is_asked(
         assert bench.is_aborted(far)
         with waiting:
             assert leg.ended is LegEnd.REMOTE_RESET or not leg.sock.close()
+
+
+def test_a_lost_call_ends_it_within_two_seconds_though_a_server_takes_nothing(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """relay-behaviours 28, by the loop's own clock, and 27 for the server."""
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        bench.until(lambda: leg.is_joined)
+        bench.stall(client)
+        clock = LoopClock(monkeypatch)
+        bench.near.abandon()
+        bench.near_call.shutdown(socket.SHUT_RDWR)
+        bench.until(lambda: bench.service._is_over)
+        bench.turn()
+        assert bench.service._mux.legs
+        for _ in range(19):
+            clock.advance(0.1)
+            bench.turn()
+        assert not bench.service._mux.legs
+        assert bench.is_aborted(far)
 
 
 def test_a_lost_call_gives_up_every_request(bench: ServiceBench, server: socket.socket) -> None:

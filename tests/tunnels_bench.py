@@ -3,8 +3,8 @@
 
 import math
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from ipaddress import ip_address
 from types import SimpleNamespace
 
@@ -70,28 +70,42 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._now = trio.current_time()
-        self._sleeping: list[tuple[float, trio.Event]] = []
-        own = {"current_time": lambda: self._now, "sleep": self._sleep}
+        self._due: list[tuple[float, Callable[[], None]]] = []
+        own = {
+            "current_time": lambda: self._now,
+            "sleep": self._sleep,
+            "move_on_at": contextmanager(self._move_on_at),
+        }
         for module in (tunnels_module, listenertunnel):
             monkeypatch.setattr(module, "trio", SimpleNamespace(**vars(trio) | own))
 
     async def _sleep(self, seconds: float) -> None:
-        sleeping = self._now + seconds, trio.Event()
-        self._sleeping.append(sleeping)
+        over = trio.Event()
+        with self._at(self._now + seconds, over.set):
+            await over.wait()
+
+    def _move_on_at(self, deadline: float) -> Iterator[trio.CancelScope]:
+        with trio.CancelScope() as scope, self._at(deadline, scope.cancel):
+            yield scope
+
+    @contextmanager
+    def _at(self, when: float, what: Callable[[], None]) -> Iterator[None]:
+        due = when, what
+        self._due.append(due)
         try:
-            await sleeping[1].wait()
+            yield
         finally:
-            self._sleeping.remove(sleeping)
+            self._due.remove(due)
 
     async def advance(self, seconds: float) -> None:
         """Let so much time pass: all that is due in it happens at its time."""
         end = self._now + seconds
         await wait_all_tasks_blocked()
-        while due := sorted(at for at, _ in self._sleeping if at <= end):
+        while due := sorted(at for at, _ in self._due if at <= end):
             self._now = due[0]
-            for at, event in self._sleeping:
+            for at, what in self._due:
                 if at <= self._now:
-                    event.set()
+                    what()
             await wait_all_tasks_blocked()
         self._now = end
 

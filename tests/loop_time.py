@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The time of the loop that moves bytes, in the hands of a test: no other load comes into it."""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from qubes_fwd_qrexec import leg, loop
+from qubes_fwd_qrexec.loop import Loop, Timer
+
+# What is to come within a second then comes within BOUND_S of the tests if no timer is waited for, and what
+# waits for one of a fifth of a second does not. A look after 5 ms at what the kernel has sent is still borne.
+SLOWNESS = 100.0
+
+
+def slow_timers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every timer of every loop takes so much longer: what comes all the same, comes by itself."""
+    real = Loop.after
+
+    def after(self: Loop, delay_s: float, callback: Callable[[], None]) -> Timer:
+        return real(self, delay_s * SLOWNESS, callback)
+
+    monkeypatch.setattr(Loop, "after", after)
+
+
+class LoopClock:
+    """The clock of loops and legs: it stands still but for `advance`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = time.monotonic()
+        for module in (loop, leg):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self._now))
+
+    def advance(self, seconds: float) -> None:
+        """What is due then happens in the next turn of the loop."""
+        self._now += seconds
