@@ -42,7 +42,7 @@ class RetryError(Exception):
 
 
 class Tunnel:
-    """One tunnel of the listener side, from `Tunnels.run_tunnel`'s first line to its last.
+    """One tunnel of the listener side, from before its call is made (`Tunnels._open`) until that has ended.
 
     Its attributes are written in the loop's thread or in trio's, each in one of them alone, and may be
     read in both.

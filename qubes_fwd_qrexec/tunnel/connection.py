@@ -157,7 +157,10 @@ class Connection(Incoming):
             self._outbox.add_control(wire.encode_credit(stream_id, increment))
 
     def ping(self, payload: bytes) -> None:
-        """Ask for a PONG with the same 8 bytes. Raises LocalProtocolError until the last one is answered."""
+        """Ask for a PONG with the same 8 bytes. Raises LocalProtocolError until the last one is answered.
+
+        No program of ours asks: it is here because either end may (SPEC.md, 6), and a PONG has to be judged.
+        """
         if not self.is_ready or self._ping is not None or len(payload) != PING_BYTES:
             raise LocalProtocolError("one PING of 8 bytes at a time, once the tunnel is ready")
         self._ping = payload
