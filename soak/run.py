@@ -40,6 +40,8 @@ _KILL_S = (0.1, 1.5)
 _SETTLE_S = 20.0
 # What is not given back by an allocator is no leak yet; measured: under 2 MiB after the first calm.
 _MEMORY_KIB = 6144
+# A service lives from one storm to the next, so it is what half a calm adds on average; measured: under 300.
+_SERVICE_MEMORY_KIB = 512
 _PROBLEMS_MAX = 20
 # A connection that nothing disturbs: the first, and the one that finds out whether tunnels open again.
 _PLAIN = Part(size=1000, chunk=1000, pause_s=0, stall_s=0, waits=False, how=How.FIN)
@@ -70,6 +72,7 @@ class Soak:
         self._listen = listen
         self._target = target
         self._number = 0
+        self._service_growths_kib: list[float] = []
         self._random = Random(seed)
 
     async def run(self, seconds: float) -> None:
@@ -81,7 +84,7 @@ class Soak:
         # The last part is always calm, so that what a storm has broken shows.
         while (left_s := ends_at - trio.current_time()) > 0:
             calm_s, storm_s = min(_CALM_S, left_s / 2), min(_STORM_S, left_s / 4)
-            await self._phase(calm_s, self._exactly)
+            await self._calm(calm_s, at_rest)
             if left_s < _CALM_S:
                 ends_at = trio.current_time()
             async with trio.open_nursery() as nursery:
@@ -90,8 +93,27 @@ class Soak:
                 nursery.cancel_scope.cancel()
             await self._wait_for_tunnel()
             memory.append((await self._held())["memory_kib"])
-        await self._phase(min(seconds / 4, _CALM_S), self._exactly)
+        await self._calm(min(seconds / 4, _CALM_S), at_rest)
         await self._check_left_over(at_rest, memory)
+
+    async def _calm(self, length_s: float, at_rest: dict[str, Any]) -> None:
+        """Two halves: what the first one has made a service hold, the second one may not add to.
+
+        A storm kills services, so what the last one holds says little about the first one. In a calm it is
+        one and the same process; should a lease end in it, that calm is left out.
+        """
+        sizes = []
+        for _ in range(2):
+            await self._phase(length_s / 2, self._exactly)
+            await self._settled(at_rest)
+            sizes.append({pid: (open_files(pid), pss_kib(pid)) for pid in self._services()})
+        before, after = sizes
+        if before.keys() != after.keys():
+            return
+        for pid, (files, memory_kib) in after.items():
+            self._service_growths_kib.append(memory_kib - before[pid][1])
+            if files > before[pid][0]:
+                self.findings.note(f"a service has {files} descriptors, and had {before[pid][0]}")
 
     async def _phase(self, length_s: float, check: Callable[..., Any]) -> None:
         ends_at = trio.current_time() + length_s
@@ -196,9 +218,13 @@ class Soak:
             self.findings.note(f"the listener has grown since the first storm by more than {_MEMORY_KIB} KiB")
         print(f"listener's memory at the start, after each storm and at the end: {_mib(story)} MiB")
         services = (at_rest["service memory_kib"], now["service memory_kib"])
-        print(
-            f"service's memory, the first one at the start and the last one at the end: {_mib(services)} MiB"
-        )
+        growths = self._service_growths_kib
+        print(f"service's memory, the first one's and the last one's: {_mib(services)} MiB;", end=" ")
+        print(f"growth in half a calm: {', '.join(f'{growth:.0f}' for growth in growths)} KiB")
+        if not growths:
+            self.findings.note("no service lived through a calm")
+        elif sum(growths) / len(growths) > _SERVICE_MEMORY_KIB:
+            self.findings.note(f"services grow by more than {_SERVICE_MEMORY_KIB} KiB in half a calm")
 
 
 def _mib(kib: Sequence[float]) -> str:
