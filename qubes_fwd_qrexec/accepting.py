@@ -15,7 +15,7 @@ from .deadpeers import notice_dead_peers
 from .errors import ForwardError
 from .logs import RateLimit, warn
 from .portholder import port_holder
-from .relay import abort_by_default
+from .relay import abort_by_default, keep_urgent_bytes
 from .values import IPAddress, unmapped
 
 _logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         # Before it listens: what is accepted inherits all this, and the window's scale is agreed on by then.
         abort_by_default(sock)
         notice_dead_peers(sock)
+        keep_urgent_bytes(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
         sock.bind((str(address), port))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .deadpeers import notice_dead_peers
 from .errors import ForwardError, TextError
 from .exitstatus import ExitStatus
-from .relay import abort, abort_by_default
+from .relay import abort, abort_by_default, keep_urgent_bytes
 from .values import TargetPorts, parse_port
 
 SERVICE = "qubes.ForwardTCP"
@@ -95,6 +95,7 @@ def new_socket(family: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     abort_by_default(sock)
     notice_dead_peers(sock)
+    keep_urgent_bytes(sock)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
     return sock

@@ -230,6 +230,14 @@ def abort_by_default(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def keep_urgent_bytes(sock: socket.socket) -> None:
+    """Have TCP's urgent bytes read in their place: else the kernel keeps each aside, and nobody asks for it.
+
+    What a listening socket accepts inherits it. Raises OSError.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
 def close_cleanly(sock: socket.socket) -> None:
     """Close a connection whose both directions are over: the kernel delivers what it still has, and FIN."""
     with contextlib.suppress(OSError):

@@ -199,6 +199,18 @@ async def byte_by_byte(client: End, server: End) -> None:
     await server.read_to_end()
 
 
+async def urgent_bytes(client: End, server: End) -> None:
+    """Each stays in its place for a server that has them in line, as telnet's and ftp's have."""
+    for end, other in ((client, server), (server, client)):
+        other.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        await end.send(b"ab")
+        await end.sock.send(b"!", socket.MSG_OOB)
+        await end.send(b"cd")
+        end.fin()
+    await server.read_to_end()
+    await client.read_to_end()
+
+
 def echo_of(size: int) -> Script:
     async def script(client: End, server: End) -> None:
         async def upload() -> None:
@@ -233,6 +245,7 @@ SCRIPTS: tuple[Script, ...] = (
     server_aborts_with_the_upload_unread,
     server_aborts_after_the_clients_end,
     byte_by_byte,
+    urgent_bytes,
     *map(echo_of, SIZES),
 )
 
