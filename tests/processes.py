@@ -32,14 +32,20 @@ for name, value in json.loads(sys.argv.pop(1)).items():
     module = importlib.import_module("qubes_fwd_qrexec." + module)
     assert hasattr(module, constant), name
     setattr(module, constant, value)
+from qubes_fwd_qrexec.loop import Loop
+after, slowness = Loop.after, float(sys.argv.pop(1))
+Loop.after = lambda loop, delay_s, callback: after(loop, delay_s * slowness, callback)
 sys.exit(importlib.import_module("qubes_fwd_qrexec." + sys.argv.pop(1)).main())
 """
 
 
-def with_constants(program: str, **constants: float) -> list[str]:
-    """A program by its module, and constants by ``module__NAME``, as a command line."""
+def with_constants(program: str, *, slowness: float = 1.0, **constants: float) -> list[str]:
+    """A program by its module, and constants by ``module__NAME``, as a command line.
+
+    ``slowness``: every timer of its loop takes so many times as long (`loop_time.slow_timers`).
+    """
     named = {name.replace("__", ".", 1): value for name, value in constants.items()}
-    return [sys.executable, "-c", _WITH_CONSTANTS, json.dumps(named), program]
+    return [sys.executable, "-c", _WITH_CONSTANTS, json.dumps(named), str(slowness), program]
 
 
 def until(condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
@@ -155,11 +161,11 @@ class World:
         self._ways.append(way)
         return way
 
-    def start_listener(self, **constants: float) -> None:
+    def start_listener(self, *, slowness: float = 1.0, **constants: float) -> None:
         place = self.lab.qube_dir(EXPOSED)
         client = shlex.join([str(self.lab.client_program), f"--agent-socket={place.agent_socket}"])
         words = [
-            *with_constants("listener", **constants),
+            *with_constants("listener", slowness=slowness, **constants),
             *(f"--config={place.vm_config}", f"--qrexec-client={client}"),
         ]
         with self._log.open("wb") as log:
@@ -239,7 +245,7 @@ def kill(pids: list[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def cpu_s(pid: int) -> float:
-    """The processor time that a process has used, all its threads together."""
+def wanted_cpu_s(pid: int) -> float:
+    """How long it has had a processor or waited for one that others had, all its threads together."""
     threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+    return sum(sum(map(int, thread.read_text().split()[:2])) for thread in threads) / 1e9

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from processes import BOUND_S, Connection, Way, World, assert_reset, kill, open_world, until, with_constants
+from loop_time import SLOWNESS
+from processes import Connection, Way, World, assert_reset, kill, open_world, until, with_constants
 
 from bench.memory import open_files
 from qubes_fwd_qrexec.targets import BACK_OFF_FIRST_S
@@ -19,10 +20,21 @@ CLIENTS = 20
 
 
 @contextmanager
-def within(bound_s: float, at_least_s: float = 0.0) -> Iterator[None]:
+def at_least(least_s: float) -> Iterator[None]:
+    """No load makes it sooner. That it is soon enough is held by `start_slowly`, or by clocks elsewhere."""
     began = time.monotonic()
     yield
-    assert at_least_s <= time.monotonic() - began < bound_s
+    assert time.monotonic() - began >= least_s
+
+
+def start_slowly(world: World, *tunnels: str) -> None:
+    """The listener and the services of these, with all timers of their loops a hundred times as slow.
+
+    What comes within BOUND_S all the same waits for none: it takes a second only where there is other load.
+    """
+    for tunnel in tunnels:
+        world.serve_with(tunnel, *with_constants("service", slowness=SLOWNESS))
+    world.start_listener(slowness=SLOWNESS)
 
 
 # A service that is not to be had
@@ -35,7 +47,8 @@ class Failing:
         self.world = world
         self.transport = transport
         self.ways = {trouble: world.forward(transport) for trouble in TROUBLES}
-        world.start_listener()
+        # However long all clients of a test take, no back-off is over before.
+        world.start_listener(targets__BACK_OFF_FIRST_S=1000.0, targets__BACK_OFF_MAX_S=1250.0)
 
     def service(self, way: Way) -> str:
         return way.tunnel if self.transport == "tunnel" else f"qubes.ForwardTCP+{way.target_port}"
@@ -87,16 +100,16 @@ def test_a_call_that_fails_is_an_abort_and_dom0_is_left_alone_for_a_while(
     with way.client() as first:
         assert_reset(first)
     is_left_alone = failing.transport == "tunnel" or trouble != "125"
-    with within(BACK_OFF_FIRST_S if is_left_alone else BOUND_S):
-        for _ in range(CLIENTS):
-            with way.client() as client:
-                assert_reset(client)
+    for _ in range(CLIENTS):
+        with way.client() as client:
+            assert_reset(client)
     assert world.said(words) == 1
     until(lambda: world.calls() <= calls)
     if is_left_alone:
         assert world.asked(service) == 1
     if trouble == "126":
         (world.lab.policy_dir / "20-user.policy").unlink()
+        world.reload()  # as with a new policy: what was refused before is forgiven
         with way.connect_again() as connection:
             connection.echo()
         assert world.asked(service) <= 2
@@ -119,7 +132,7 @@ def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> 
         world.serve_with(silent.tunnel, sys.executable, "-c", _SILENT)
         world.start_listener(tunnels__HELLO_S=1.0, mux___HELLO_S=1.0)
         for way in hanging, silent:
-            with within(10, at_least_s=0.9), ExitStack() as stack:
+            with at_least(0.9), ExitStack() as stack:
                 clients = [stack.enter_context(way.client()) for _ in range(5)]
                 for client in clients:
                     assert_reset(client)
@@ -138,7 +151,7 @@ def test_a_server_whose_queue_is_full_is_an_abort_at_the_connect_timeout(tmp_pat
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(way.server.getsockname())
-        with way.client() as client, within(5, at_least_s=0.5):
+        with at_least(0.5), way.client() as client:
             client.sendall(b"unread")
             assert_reset(client)
         assert world.said("did not accept the connection in time") == 1
@@ -155,11 +168,11 @@ def test_nobody_listening_is_an_abort_within_a_second(tmp_path: Path) -> None:
     """relay-behaviours 21."""
     with open_world(tmp_path) as world:
         way = world.forward()
-        world.start_listener()
+        start_slowly(world, way.tunnel)
         with way.connect() as connection:
             connection.echo()
             way.server.close()
-            with way.client() as client, within(1):
+            with way.client() as client:
                 assert_reset(client)
             connection.echo()
         assert world.said("refused the connection") == 1
@@ -191,14 +204,12 @@ class Lossy:
         return self.way.connect_again()
 
     def lose(self, loss: Loss, connections: list[Connection]) -> None:
-        """Everybody sees an abort within a second, and the service ends within two."""
-        with within(2):
-            with within(1):
-                loss(self.world)
-                for connection in connections:
-                    assert_reset(connection.client)
-                    assert_reset(connection.far)
-            until(lambda: not self.world.services and not self.world.clients)
+        """Everybody sees an abort, and the service ends, and no timer of theirs was waited for."""
+        loss(self.world)
+        for connection in connections:
+            assert_reset(connection.client)
+            assert_reset(connection.far)
+        until(lambda: not self.world.services and not self.world.clients)
 
     def held(self) -> dict[str, int]:
         return {
@@ -215,7 +226,7 @@ class Lossy:
 def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lossy]:
     with open_world(tmp_path_factory.mktemp("lossy")) as world:
         way = world.forward()
-        world.start_listener()
+        start_slowly(world, way.tunnel)
         yield Lossy(world, way)
 
 
@@ -252,28 +263,24 @@ def test_tunnels_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Loss
     with way.connect_again() as connection:
         began = time.monotonic()
         lossy.lose(kill_service, [connection])
-    for _ in range(CLIENTS):
-        with way.client() as client:
-            assert_reset(client)
-    assert world.asked(way.tunnel) == asked + 2
-    assert world.said(f"{way.tunnel} in work is tried again in") >= 1
-    with way.connect_again():
+    with way.connect_again():  # by many clients, one after the other
         assert time.monotonic() - began >= BACK_OFF_FIRST_S
+        assert world.asked(way.tunnel) == asked + 2
 
 
 def test_nobody_is_left_to_say_so_and_still_it_is_no_clean_end(tmp_path: Path) -> None:
     """relay-behaviours 14: a program is killed, and the kernel closes its sockets."""
     with open_world(tmp_path) as world:
         tunnel, call = world.forward("tunnel"), world.forward("call")
-        world.start_listener()
-        with tunnel.connect() as first, call.connect() as second, within(2):
+        start_slowly(world, tunnel.tunnel)
+        with tunnel.connect() as first, call.connect() as second:
             first.echo()
             second.echo()
             kill(world.services)
             for connection in (first, second):
                 assert_reset(connection.far)
                 assert_reset(connection.client)
-        with tunnel.connect_again() as first, call.connect_again() as second, within(2):
+        with tunnel.connect_again() as first, call.connect_again() as second:
             world.kill_listener()
             for connection in (first, second):
                 assert_reset(connection.client)

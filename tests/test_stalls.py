@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Consumers that do not read, with every program a process: memory is bounded, and nobody waits for them."""
 
+import mmap
 import select
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from endings import pattern
-from processes import BOUND_S, Connection, Way, World, cpu_s, open_world
+from processes import BOUND_S, Connection, Way, World, open_world, wanted_cpu_s
 
 from bench.memory import pss_kib
 
@@ -134,13 +137,23 @@ class Stalls:
         assert max(growth.values()) <= bound_kib, growth
 
     def assert_quiet(self) -> None:
-        """Nobody turns around and around while nothing can be moved."""
-        before = {name: cpu_s(pid) for name, pid in self.processes.items()}
-        began = time.monotonic()
-        select.select([], [], [], QUIET_S)
-        took_s = time.monotonic() - began
-        used = {name: (cpu_s(pid) - before[name]) / took_s for name, pid in self.processes.items()}
-        assert max(used.values()) < 0.3, used
+        """Nobody turns around and around while nothing can be moved.
+
+        Whoever does wants a processor all the time, and with other load waits for it then; so one window in
+        which neither wants one is enough, and the first may still have had something to move.
+        """
+        deadline = time.monotonic() + BOUND_S
+        while True:
+            before = {name: wanted_cpu_s(pid) for name, pid in self.processes.items()}
+            began = time.monotonic()
+            select.select([], [], [], QUIET_S)
+            took_s = time.monotonic() - began
+            wanted = {
+                name: (wanted_cpu_s(pid) - before[name]) / took_s for name, pid in self.processes.items()
+            }
+            if max(wanted.values()) < 0.3:
+                return
+            assert time.monotonic() < deadline, wanted
 
 
 @pytest.fixture(scope="module")
@@ -190,43 +203,48 @@ def test_64_streams_stalled_both_ways_cost_32_mebibytes_and_go_on_to_the_last_by
         finish(flows, max(flow.sent for flow in flows) + MIB // 8)
 
 
-def round_trips_s(connection: Connection, count: int) -> list[float]:
-    took_s = []
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Connection]:
+    """A connection through programs that have no other."""
+    with open_world(tmp_path) as world:
+        way = world.forward()
+        world.start_listener()
+        with way.connect() as connection:
+            yield connection
+
+
+def round_trips_s(connection: Connection, other: Connection, count: int) -> tuple[list[float], list[float]]:
+    """In turns, so that both have the same load beside them; sorted."""
+    took_s: tuple[list[float], list[float]] = ([], [])
     for _ in range(count):
-        began = time.monotonic()
-        connection.echo()
-        took_s.append(time.monotonic() - began)
-    return sorted(took_s)
+        for one, its in zip((connection, other), took_s, strict=True):
+            began = time.monotonic()
+            one.echo()
+            its.append(time.monotonic() - began)
+    return sorted(took_s[0]), sorted(took_s[1])
 
 
-def quick(took_s: list[float]) -> float:
-    """What a tenth is faster than: where others want the processors, this is what our own work takes."""
-    return took_s[len(took_s) // 10]
-
-
-def slow(took_s: list[float]) -> float:
-    """What a twentieth is slower than: whoever waits for others that stall waits much longer."""
-    return took_s[-len(took_s) // 20]
-
-
-def test_one_that_echoes_beside_63_that_stall_is_not_much_slower_than_alone(stalls: Stalls) -> None:
-    """relay-behaviours 19, with room for whatever else wants the processors."""
+def test_one_that_echoes_beside_63_that_stall_is_not_much_slower_than_alone(
+    stalls: Stalls, alone: Connection
+) -> None:
+    """relay-behaviours 19; the number of milliseconds is for `make bench`."""
     with stalls.connections(64) as (echoing, *others):
-        alone = round_trips_s(echoing, 300)
         flows = both_ways(others)
         stall(flows)
         stalls.assert_quiet()
-        beside = round_trips_s(echoing, 300)
-        assert quick(beside) <= 3 * quick(alone) + 0.001
-        assert slow(beside) <= slow(alone) + 0.25
+        beside_s, alone_s = round_trips_s(echoing, alone, 300)
+        assert beside_s[150] <= 3 * alone_s[150]
+        # Whoever waits for others that stall waits longer than for any other load.
+        assert sum(took_s > 3 * alone_s[-1] for took_s in beside_s) <= 15
         finish(flows, max(flow.sent for flow in flows))
 
 
-# Sends on one descriptor and reads on the other until SIGTERM; says when it flows, and in the end how much.
+# Sends on one descriptor and reads on the other until SIGTERM; how much it has read is in a shared file.
 _BULK = """
-import os, select, signal, sys
-source, sink = map(int, sys.argv[1:])
+import mmap, os, select, signal, struct, sys
+source, sink, file, place = map(int, sys.argv[1:])
 over, moved, some = [], 0, bytes(65536)
+shared = mmap.mmap(file, mmap.PAGESIZE)
 signal.signal(signal.SIGTERM, lambda *_: over.append(1))
 for fd in (source, sink):
     os.set_blocking(fd, False)
@@ -238,18 +256,29 @@ while not over:
         if not moved:
             print("flows", flush=True)
         moved += len(os.read(sink, 65536))
-print(moved)
+        struct.pack_into("@Q", shared, 8 * place, moved)
 """
 
 
-def test_a_small_answer_beside_bulk_streams_is_soon_there(stalls: Stalls) -> None:
-    """relay-behaviours 20, with room as above; tests/test_backlog.py counts the turns."""
+def test_a_small_answer_beside_bulk_streams_is_soon_there(stalls: Stalls, tmp_path: Path) -> None:
+    """relay-behaviours 20, counted in what the others move meanwhile, which no other load makes more: a
+    hundred MiB a second is 2 MiB in 20 ms. tests/test_backlog.py counts the turns."""
     with stalls.connections(5) as (small, *bulk), ExitStack() as stack:
+        file = stack.enter_context((tmp_path / "moved").open("w+b"))
+        file.truncate(mmap.PAGESIZE)
+        shared = stack.enter_context(mmap.mmap(file.fileno(), mmap.PAGESIZE))
+
+        def moved() -> tuple[int, ...]:
+            return struct.unpack_from(f"@{len(bulk)}Q", shared)
+
         children = []
-        for connection in bulk:
-            fds = connection.client.fileno(), connection.far.fileno()
+        for place, connection in enumerate(bulk):
+            fds = connection.client.fileno(), connection.far.fileno(), file.fileno()
             child = subprocess.Popen(
-                [sys.executable, "-c", _BULK, *map(str, fds)], pass_fds=fds, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", _BULK, *map(str, (*fds, place))],
+                pass_fds=fds,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             stack.enter_context(child)
             stack.callback(child.kill)
@@ -258,10 +287,20 @@ def test_a_small_answer_beside_bulk_streams_is_soon_there(stalls: Stalls) -> Non
             assert child.stdout is not None
             assert select.select([child.stdout], [], [], BOUND_S)[0]
             assert child.stdout.readline() == "flows\n"
-        took_s = round_trips_s(small, 200)
+        meanwhile = []
+        deadline = time.monotonic() + BOUND_S
+        while len(meanwhile) < 200 or min(moved()) < MIB:
+            assert time.monotonic() < deadline, moved()
+            before = sum(moved())
+            small.echo()
+            meanwhile.append(sum(moved()) - before)
         for child in children:
             child.terminate()
-        moved = [int(child.communicate(timeout=BOUND_S)[0]) for child in children]
-        assert quick(took_s) <= 0.02
-        assert slow(took_s) <= 0.5
-        assert min(moved) >= MIB
+        meanwhile.sort()
+        print(
+            "MEANWHILE",
+            [meanwhile[len(meanwhile) * q // 100] // 1024 for q in (10, 50, 90, 95, 99)],
+            len(meanwhile),
+        )
+        assert meanwhile[len(meanwhile) // 2] <= 2 * MIB
+        assert meanwhile[-len(meanwhile) // 20] <= 8 * MIB

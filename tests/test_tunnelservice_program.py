@@ -7,14 +7,14 @@ import select
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import port_of, unix_pair
+from loop_time import SLOWNESS
 from mux_bench import TunnelBench
+from processes import with_constants
 from service_bench import ServiceBench
 
 from qubes_fwd_qrexec.exitstatus import ExitStatus
@@ -29,11 +29,11 @@ from qubes_fwd_qrexec.values import QubeName, TargetPorts
 class Program:
     """The service as the agent starts it, with a mux of ours at the other end of its call."""
 
-    def __init__(self, directory: Path, port: int, *, source: str = "sys-net") -> None:
+    def __init__(self, directory: Path, port: int, *, source: str = "sys-net", slowness: float = 1.0) -> None:
         self.bench = TunnelBench(is_far_there=False)
         environment = os.environ | {"QREXEC_REMOTE_DOMAIN": source, "QUBES_FORWARD_RUN_DIR": str(directory)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qubes_fwd_qrexec.service", f"{port}+tunnel"],
+            [*with_constants("service", slowness=slowness), f"{port}+tunnel"],
             stdin=self.bench.far_call,
             stdout=self.bench.far_sink,
             stderr=subprocess.PIPE,
@@ -63,6 +63,14 @@ def program(tmp_path: Path, server: socket.socket) -> Iterator[Program]:
         yield program
 
 
+@pytest.fixture
+def slow_program(tmp_path: Path, server: socket.socket) -> Iterator[Program]:
+    """All timers of its loop are a hundred times as slow: what it does all the same waits for none."""
+    with Program(tmp_path / "run", port_of(server), slowness=SLOWNESS) as program:
+        program.bench.until(lambda: program.bench.near_owner.is_ready)
+        yield program
+
+
 def stream_of(program: Program, server: socket.socket) -> tuple[socket.socket, socket.socket]:
     client, leg = program.bench.open(port_of(server))
     program.bench.until(lambda: leg.is_joined)
@@ -77,15 +85,15 @@ def test_an_agreed_end_is_status_0(program: Program) -> None:
     assert program.end() == (0, "")
 
 
-def test_sigterm_is_an_abort_of_every_stream_within_a_second(program: Program, server: socket.socket) -> None:
+def test_sigterm_is_an_abort_of_every_stream_at_once(slow_program: Program, server: socket.socket) -> None:
+    """Within a second, that is, where there is no other load."""
+    program = slow_program
     client, far = stream_of(program, server)
     with client, far:
-        began = time.monotonic()
         program.process.send_signal(signal.SIGTERM)
         assert program.bench.is_aborted(client)
         assert program.bench.is_aborted(far)
         assert program.end() == (0, "")
-        assert time.monotonic() - began < 1
 
 
 def test_sigusr1_lets_streams_go_on_and_takes_no_more(program: Program, server: socket.socket) -> None:
@@ -102,15 +110,14 @@ def test_sigusr1_lets_streams_go_on_and_takes_no_more(program: Program, server: 
         assert program.end() == (0, "")
 
 
-def test_after_the_calls_death_it_ends_within_two_seconds(program: Program, server: socket.socket) -> None:
-    """relay-behaviours 28, with a client that takes nothing, and 27 for the server."""
+def test_after_the_calls_death_it_ends(program: Program, server: socket.socket) -> None:
+    """relay-behaviours 28, with a server that takes nothing, and 27 for it; within two seconds, as
+    `test_tunnelservice` has it by a clock."""
     client, far = stream_of(program, server)
     with client, far:
         program.bench.stall(client)
-        began = time.monotonic()
         program.bench.near_call.shutdown(socket.SHUT_RDWR)
         status, message = program.end()
-        assert time.monotonic() - began < 2
         assert status == ExitStatus.TROUBLE
         assert "without a final GOAWAY" in message
         assert program.bench.is_aborted(far)
