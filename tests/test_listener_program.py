@@ -78,6 +78,7 @@ def command_line(command: tuple[str, ...]) -> str:
 
 async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
     port, config = free_port(), tmp_path / "config"
+    began = time.monotonic()
     with listening_socket() as server:
         write_config(config, port, port_of(server))
         client = command_line(FakeClient(tmp_path, "serve").command)
@@ -92,26 +93,31 @@ async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
             for sock in crowd:
                 sock.close()
             # While the server holds what was accepted before, somebody new is served.
-            while True:
-                near = await connect(port)
-                async with near:
-                    try:
-                        await near.send_all(b"new")
-                        far = await accept(server)
-                        async with far:
-                            while (got := await far.receive_some()) and got != b"new":
-                                pass
-                            if got == b"new":
-                                break
-                    except trio.BrokenResourceError:
-                        continue
+            with trio.fail_after(2 * BOUND_S):
+                while not await is_served(port, server):
+                    pass
             program.process.send_signal(signal.SIGTERM)
             await until(lambda: not is_listening(port))  # two at once would count as one
             program.process.send_signal(signal.SIGTERM)
             status, stderr = program.end()
     assert status in (0, -signal.SIGTERM)  # the second may find it past its last connection already
     assert "Traceback" not in stderr
-    assert stderr.count("cannot accept connections for now") <= 2
+    # relay-behaviours 34: at most one line in 10 s, however long all this took.
+    said = stderr.count("cannot accept connections for now")
+    assert 1 <= said <= 1 + (time.monotonic() - began) / 10
+
+
+async def is_served(port: int, server: socket.socket) -> bool:
+    """Whether what a new client says comes to the server, which may be told of those before it first."""
+    async with await connect(port) as near:
+        try:
+            await near.send_all(b"new")
+            async with await accept(server) as far:
+                while (got := await far.receive_some()) and got != b"new":
+                    pass
+                return got == b"new"
+        except trio.BrokenResourceError:
+            return False
 
 
 async def test_sigterm_drains_and_exits_with_0(tmp_path: Path, server: socket.socket) -> None:

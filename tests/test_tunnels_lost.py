@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
+from trio.testing import wait_all_tasks_blocked
 from tunnels_bench import ORIGIN, one, tunnels_to
 
 from qubes_fwd_qrexec import tunnels as tunnels_module
@@ -66,15 +67,16 @@ async def test_all_who_wait_are_told_when_the_call_dies_before_its_hello(tmp_pat
 async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """relay-behaviours 25 and 26."""
     monkeypatch.setattr(tunnels_module, "WAITING_MAX", 5)
-    monkeypatch.setattr(tunnels_module, "HELLO_S", 0.3)
+    monkeypatch.setattr(tunnels_module, "HELLO_S", 1.0)
     client, port = FakeClient(tmp_path, "hang"), free_port()
     async with tunnels_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: bench.tunnels._waiting == 5)
+        await wait_all_tasks_blocked()
+        assert bench.tunnels._waiting == 5
         assert await bench.refusal(port) == "5 connections wait for a tunnel to work"
         await bench.endings.reach(5)
-        assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 0.3 s"}
+        assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 1 s"}
         assert bench.tunnels._waiting == 0
     assert len(client.calls) == 1
 

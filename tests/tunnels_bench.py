@@ -6,12 +6,11 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
-from types import SimpleNamespace
 
 import pytest
 import trio
+from handclock import HandClock
 from helpers import BOUND_S, Collected, no_fds_left, tcp_pair
-from trio.testing import wait_all_tasks_blocked
 
 from qubes_fwd_qrexec import listenertunnel
 from qubes_fwd_qrexec import tunnels as tunnels_module
@@ -65,35 +64,11 @@ class Bench:
         return tunnel.mux
 
 
-class Clock:
-    """The time by which tunnels are looked after: it stands still but for `advance`."""
+class Clock(HandClock):
+    """The time by which tunnels are looked after."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._now = trio.current_time()
-        self._sleeping: list[tuple[float, trio.Event]] = []
-        own = {"current_time": lambda: self._now, "sleep": self._sleep}
-        for module in (tunnels_module, listenertunnel):
-            monkeypatch.setattr(module, "trio", SimpleNamespace(**vars(trio) | own))
-
-    async def _sleep(self, seconds: float) -> None:
-        sleeping = self._now + seconds, trio.Event()
-        self._sleeping.append(sleeping)
-        try:
-            await sleeping[1].wait()
-        finally:
-            self._sleeping.remove(sleeping)
-
-    async def advance(self, seconds: float) -> None:
-        """Let so much time pass: all that is due in it happens at its time."""
-        end = self._now + seconds
-        await wait_all_tasks_blocked()
-        while due := sorted(at for at, _ in self._sleeping if at <= end):
-            self._now = due[0]
-            for at, event in self._sleeping:
-                if at <= self._now:
-                    event.set()
-            await wait_all_tasks_blocked()
-        self._now = end
+        super().__init__(monkeypatch, tunnels_module, listenertunnel)
 
 
 @asynccontextmanager
