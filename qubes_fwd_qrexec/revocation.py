@@ -204,9 +204,16 @@ def _end(note: _Note, place: Path, how: signal.Signals | None) -> bool:
 
 
 def _check_place(place: Path) -> None:
-    """Make the directory if it is missing. Raises OSError, or `RevocationError` unless it is ours alone."""
-    with suppress(FileExistsError):
-        place.mkdir(mode=0o700)
+    """Make the directory if it is missing.
+
+    Raises OSError, or `RevocationError` unless it is there and ours alone.
+    """
+    try:
+        with suppress(FileExistsError):
+            place.mkdir(mode=0o700)
+    except OSError as error:
+        problem = f"the directory for notes of tunnels is missing, and cannot be made: {error.strerror}"
+        raise RevocationError(f"{place}: {problem}") from error
     status = place.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise RevocationError(f"{place}: not a directory")

@@ -115,6 +115,39 @@ async def test_a_burst_is_accepted_and_each_connection_is_ready_for_the_relay() 
     acceptor.close()
 
 
+async def test_what_the_kernel_holds_for_a_connection_is_set_and_does_not_grow() -> None:
+    """relay-behaviours 17; of what is asked for the kernel takes net.core.?mem_max, and doubles it."""
+    acceptor = Acceptor()
+    with acceptor.connect() as client:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append, RateLimit())
+            await acceptor.accepted.reach(1)
+            close_listening(acceptor.listening)
+        (accepted,) = acceptor.accepted
+        held = [
+            accepted.getsockopt(socket.SOL_SOCKET, which) for which in (socket.SO_SNDBUF, socket.SO_RCVBUF)
+        ]
+        assert held == [2 * min(212_992, most_bytes(name)) for name in ("wmem_max", "rmem_max")]
+        # Its own tuning would go on as bytes come and are taken.
+        client.settimeout(BOUND_S)
+        accepted.settimeout(BOUND_S)
+        for source, sink in ((client, accepted), (accepted, client)):
+            for _ in range(64):
+                source.sendall(bytes(65_536))
+                left = 65_536
+                while left:
+                    left -= len(sink.recv(left))
+        after = [
+            accepted.getsockopt(socket.SOL_SOCKET, which) for which in (socket.SO_SNDBUF, socket.SO_RCVBUF)
+        ]
+        assert after == held
+    acceptor.close()
+
+
+def most_bytes(name: str) -> int:
+    return int(Path(f"/proc/sys/net/core/{name}").read_text())
+
+
 async def test_closing_ends_a_waiting_acceptor_and_one_that_has_not_begun() -> None:
     with no_fds_left(), trio.fail_after(BOUND_S):
         for turns in range(3):
@@ -166,7 +199,17 @@ class Failing(socket.socket):
         return super().accept()
 
 
-@pytest.mark.parametrize("number", sorted(accepting._PEERS_OWN | accepting._SHORTAGE))
+# relay-behaviours 34, written out: to wait and say so, and to go on at once without a word.
+SHORTAGES = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]
+PEERS_OWN = [
+    *(errno.ECONNABORTED, errno.EPROTO, errno.EPERM),
+    # accept(2): errors of the network that are waiting on the new socket.
+    *(errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN, errno.ENONET),
+    *(errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH),
+]
+
+
+@pytest.mark.parametrize("number", SHORTAGES + PEERS_OWN, ids=errno.errorcode.get)
 async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
     number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,7 +223,17 @@ async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
             nursery.start_soon(accept_until_closed, failing, acceptor.accepted.append, RateLimit())
             await acceptor.accepted.reach(1)
             close_listening(failing)
-    assert len(caplog.messages) == (number in accepting._SHORTAGE)
+    assert len(caplog.messages) == (number in SHORTAGES)
+    acceptor.close()
+
+
+async def test_any_other_trouble_is_a_bug_and_ends_the_loop() -> None:
+    acceptor = Acceptor()
+    failing = acceptor.listening = Failing(fileno=acceptor.listening.detach())
+    failing.errors = [errno.EINVAL]
+    with acceptor.connect(), pytest.raises(OSError, match="Invalid argument"):
+        with trio.fail_after(BOUND_S):
+            await accept_until_closed(failing, acceptor.accepted.append, RateLimit())
     acceptor.close()
 
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,11 +7,18 @@ from pathlib import Path
 import pytest
 import trio
 from endings import pattern
+from handclock import HandClock
 from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, port_of, tcp_pair
 
+from qubes_fwd_qrexec import call, relay
 from qubes_fwd_qrexec.call import CallTimeouts, Ending, relay_over_call
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.relaythread import open_relay_thread
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
+    return HandClock(monkeypatch, call, relay)
 
 
 class Relayed:
@@ -119,13 +125,14 @@ async def test_a_call_that_hangs_meets_its_deadline(tmp_path: Path) -> None:
         assert ending.error == "the call gave no sign of life for 0.1 s"
 
 
-async def test_a_quiet_server_is_no_hanging_call(tmp_path: Path, server: socket.socket) -> None:
-    async with relayed(FakeClient(tmp_path, "serve").command, port_of(server), call_s=1.5) as run:
+async def test_a_quiet_server_is_no_hanging_call(
+    tmp_path: Path, server: socket.socket, clock: HandClock
+) -> None:
+    async with relayed(FakeClient(tmp_path, "serve").command, port_of(server), call_s=60) as run:
         run.client.send(b"x")
         with await accept_socket(server) as far:
             assert await receive(far) == b"x"
-            with trio.move_on_after(1.8):
-                await run.ended.wait()
+            await clock.advance(120)
             assert not run.ended.is_set()
 
 
@@ -175,45 +182,47 @@ async def test_a_client_abort_against_a_sending_server_ends_the_call(
 
 @pytest.mark.parametrize("first", ["client", "server"])
 async def test_a_half_closed_connection_ends_by_its_timer_alone(
-    tmp_path: Path, server: socket.socket, first: str
+    tmp_path: Path, server: socket.socket, clock: HandClock, first: str
 ) -> None:
     command = FakeClient(tmp_path, "serve").command
-    async with relayed(command, port_of(server), half_close_s=0.5) as run:
+    async with relayed(command, port_of(server), half_close_s=600) as run:
         run.client.send(b"x")
         with await accept_socket(server) as far:
             assert await receive(far) == b"x"
             ending, going = (run.client, far) if first == "client" else (far, run.client)
             half_close(ending)
             assert await receive(going) == b""
-            began = time.monotonic()
             for _ in range(5):  # traffic puts it off
-                with trio.move_on_after(0.2):
-                    await run.ended.wait()
+                await clock.advance(500)
+                assert not run.ended.is_set()
                 going.send(b"y")
                 assert await receive(ending) == b"y"
-            assert (await run.end()).error == "half-closed, and the other direction was idle for 0.5 s"
-            assert time.monotonic() - began >= 1.2
+            assert await end_in(run, clock, 600) == "half-closed, and the other direction was idle for 600 s"
 
 
 @pytest.mark.parametrize("sender", ["client", "server"])
 async def test_an_idle_connection_ends_and_a_byte_either_way_puts_it_off(
-    tmp_path: Path, server: socket.socket, sender: str
+    tmp_path: Path, server: socket.socket, clock: HandClock, sender: str
 ) -> None:
     command = FakeClient(tmp_path, "serve").command
-    async with relayed(command, port_of(server), idle_s=2.0) as run:
+    async with relayed(command, port_of(server), idle_s=3600) as run:
         run.client.send(b"x")
         with await accept_socket(server) as far:
             assert await receive(far) == b"x"
-            ways = {"client": (run.client, far), "server": (far, run.client)}
-            source, sink = ways[sender]
-            began = time.monotonic()
+            source, sink = (run.client, far) if sender == "client" else (far, run.client)
             for _ in range(3):
-                with trio.move_on_after(0.8):
-                    await run.ended.wait()
+                await clock.advance(3000)
+                assert not run.ended.is_set()
                 source.send(b"y")
                 assert await receive(sink) == b"y"
-            assert (await run.end()).error == "idle for 2 s"
-            assert time.monotonic() - began >= 4.2
+            assert await end_in(run, clock, 3600) == "idle for 3600 s"
+
+
+async def end_in(run: Relayed, clock: HandClock, seconds: float) -> str | None:
+    """The error with which it ends when so much time passes; the last byte may count from its end only."""
+    for _ in range(2):
+        await clock.advance(seconds)
+    return (await run.end()).error
 
 
 async def test_the_stock_service_ends_with_its_server(tmp_path: Path, server: socket.socket) -> None:

@@ -28,12 +28,16 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec.listener import main
+from qubes_fwd_qrexec.report import ListenerReport
+from qubes_fwd_qrexec.statussockets import STATUS
 
 
 class Program:
     """The listener as a program."""
 
-    def __init__(self, *arguments: str, files_max: int | None = None) -> None:
+    def __init__(
+        self, *arguments: str, files_max: int | None = None, environment: dict[str, str] | None = None
+    ) -> None:
         def limit() -> None:
             if files_max is not None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
@@ -42,6 +46,7 @@ class Program:
             [sys.executable, "-m", "qubes_fwd_qrexec.listener", *arguments],
             stderr=subprocess.PIPE,
             preexec_fn=limit,
+            env=os.environ | (environment or {}),
         )
 
     def __enter__(self) -> "Program":
@@ -73,6 +78,7 @@ def command_line(command: tuple[str, ...]) -> str:
 
 async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
     port, config = free_port(), tmp_path / "config"
+    began = time.monotonic()
     with listening_socket() as server:
         write_config(config, port, port_of(server))
         client = command_line(FakeClient(tmp_path, "serve").command)
@@ -87,26 +93,31 @@ async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
             for sock in crowd:
                 sock.close()
             # While the server holds what was accepted before, somebody new is served.
-            while True:
-                near = await connect(port)
-                async with near:
-                    try:
-                        await near.send_all(b"new")
-                        far = await accept(server)
-                        async with far:
-                            while (got := await far.receive_some()) and got != b"new":
-                                pass
-                            if got == b"new":
-                                break
-                    except trio.BrokenResourceError:
-                        continue
+            with trio.fail_after(2 * BOUND_S):
+                while not await is_served(port, server):
+                    pass
             program.process.send_signal(signal.SIGTERM)
             await until(lambda: not is_listening(port))  # two at once would count as one
             program.process.send_signal(signal.SIGTERM)
             status, stderr = program.end()
     assert status in (0, -signal.SIGTERM)  # the second may find it past its last connection already
     assert "Traceback" not in stderr
-    assert stderr.count("cannot accept connections for now") <= 2
+    # relay-behaviours 34: at most one line in 10 s, however long all this took.
+    said = stderr.count("cannot accept connections for now")
+    assert 1 <= said <= 1 + (time.monotonic() - began) / 10
+
+
+async def is_served(port: int, server: socket.socket) -> bool:
+    """Whether what a new client says comes to the server, which may be told of those before it first."""
+    async with await connect(port) as near:
+        try:
+            await near.send_all(b"new")
+            async with await accept(server) as far:
+                while (got := await far.receive_some()) and got != b"new":
+                    pass
+                return got == b"new"
+        except trio.BrokenResourceError:
+            return False
 
 
 async def test_sigterm_drains_and_exits_with_0(tmp_path: Path, server: socket.socket) -> None:
@@ -123,6 +134,49 @@ async def test_sigterm_drains_and_exits_with_0(tmp_path: Path, server: socket.so
             await near.send_eof()
             assert await far.receive_some() == b""
         assert program.end()[0] == 0
+
+
+async def test_it_answers_in_the_directory_that_the_unit_gives_it(tmp_path: Path) -> None:
+    """systemd names the unit's RuntimeDirectory= in the environment."""
+    port, config, place = free_port(), tmp_path / "config", tmp_path / "run"
+    place.mkdir()
+    write_config(config, port, 1)
+    with Program("--config", str(config), environment={"RUNTIME_DIRECTORY": str(place)}) as program:
+        await until(lambda: is_listening(port))
+        with trio.fail_after(BOUND_S):
+            async with await trio.open_unix_socket(str(place / STATUS)) as stream:
+                answer = b"".join([chunk async for chunk in stream])
+        program.process.send_signal(signal.SIGTERM)
+        assert program.end()[0] == 0
+    (forward,) = ListenerReport.parse(answer).forwards
+    assert (forward.target, forward.name, forward.is_listening) == ("work", "web", True)
+
+
+# The package of that name as the program finds it, with what dom0 has delivered.
+_QUBESDB = """
+import sys
+sys.path.insert(0, {tests!r})
+from fake_qubesdb import DisconnectedError, Error, FakeQubesDB
+QubesDB = FakeQubesDB({entries!r}).QubesDB
+"""
+
+
+async def test_over_qubesdb_a_port_in_use_stops_no_other_forward(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    """dom0 delivers each rule by itself; a directory is started whole or not at all, see below."""
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port_of(server), 1, key="fwd.a.bad")
+    write_config(config, port, 1, key="fwd.b.good")
+    entries = {path.name: path.read_bytes() for path in config.iterdir()}
+    text = _QUBESDB.format(tests=str(Path(__file__).parent), entries=entries)
+    (tmp_path / "qubesdb.py").write_text(text)
+    with Program(environment={"PYTHONPATH": str(tmp_path)}) as program:
+        await until(lambda: program.process.poll() is not None or is_listening(port))
+        program.process.send_signal(signal.SIGTERM)
+        status, stderr = program.end()
+    assert status == 0
+    assert f"a bad is not opened: 127.0.0.1:{port_of(server)}: the port is in use by" in stderr
 
 
 async def test_sighup_reloads(tmp_path: Path) -> None:

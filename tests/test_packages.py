@@ -133,6 +133,55 @@ def test_dom0_gets_no_trio() -> None:
     assert [spec.name for spec in specs if "trio" in spec.read_text()] == ["qubes-fwd-qrexec.spec.in"]
 
 
+# Whose the directories of others are: of Fedora itself, or of a package that the spec file has to require.
+OWNERS = {
+    "etc/qubes-rpc": "qubes-core-qrexec-vm",
+    "etc/qubes/rpc-config": "qubes-core-qrexec-vm",
+    "usr/bin": "",
+    "usr/lib/systemd/system": "",
+    "usr/lib/systemd/system-preset": "",
+    "usr/lib/tmpfiles.d": "",
+    "usr/share/doc": "",
+    "usr/share/man/man1": "",
+    "usr/share/man/man8": "",
+}
+
+
+@pytest.mark.parametrize("part", NEEDS)
+def test_every_directory_is_owned_by_a_package_or_was_there_before(part: str) -> None:
+    """What no RPM owns stays when the packages go; a Debian package owns all above its files."""
+    owned = {
+        line[1].removeprefix("/")
+        for needed in NEEDS[part]
+        for line in lines_of("--python-dir=py", "rpm-files", needed)
+        if line[0] == "%dir"
+    }
+    spec = {"dom0": "qubes-fwd-qrexec-dom0", "common": "python3-qubes-fwd-qrexec"}.get(
+        part, "qubes-fwd-qrexec"
+    )
+    required = re.findall(
+        r"^Requires: +(\S+)", (CHECKOUT / "rpm_spec" / f"{spec}.spec.in").read_text(), re.MULTILINE
+    )
+    there_before = {path for path, owner in OWNERS.items() if not owner or owner in required}
+    there_before |= {str(parent) for path in there_before for parent in Path(path).parents} | {"py"}
+    # A line %doc of the spec file has its directory.
+    there_before |= {"usr/share/doc/qubes-fwd-qrexec"} if part in ("vm", "lab") else set()
+    found = {str(above) for path in PART_OF if PART_OF[path] == part for above in Path(path).parents}
+    assert found - owned - there_before == set()
+
+
+def test_an_rpm_makes_the_directories_of_tmpfiles_at_once() -> None:
+    """As dh_installtmpfiles does: without them a qube that runs refuses tunnels until its next start."""
+    spec = (CHECKOUT / "rpm_spec" / "qubes-fwd-qrexec.spec.in").read_text()
+    scriptlet = spec.partition("\n%post\n")[2].partition("\n%preun\n")[0].splitlines()
+    # By its name, and not in the part that is for a first installation alone.
+    (line,) = [line for line in scriptlet if line.startswith("%tmpfiles_create ")]
+    assert scriptlet.index(line) < scriptlet.index(
+        'if [ "$1" -eq 1 ] && command -v systemctl >/dev/null; then'
+    )
+    assert line.split()[1:] == [path.name for path in sorted((CHECKOUT / "tmpfiles.d").iterdir())]
+
+
 def test_debian_and_fedora_have_the_same_packages() -> None:
     control = (CHECKOUT / "debian" / "control").read_text()
     specs = {spec.name.removesuffix(".in"): spec.read_text() for spec in (CHECKOUT / "rpm_spec").iterdir()}

@@ -309,6 +309,16 @@ def test_where_notes_are_not_safe_no_tunnel_begins_and_none_is_ended(
         revoke(PORTS, SOURCE, place)
 
 
+def test_a_missing_directory_is_named_and_why_it_cannot_be_made(tmp_path: Path) -> None:
+    """A qube that runs on after the installation, before anything has made it."""
+    place = tmp_path / "parent" / "notes"
+    words = f"{place}: the directory for notes of tunnels is missing, and cannot be made: No such file"
+    with pytest.raises(RevocationError, match=words), noted(PORTS, SOURCE, place):
+        pytest.fail("it was let in")
+    with pytest.raises(RevocationError, match=words):
+        revoke(PORTS, SOURCE, place)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory away")
 def test_a_directory_of_another_user_is_not_used(place: Path) -> None:
     place.mkdir(mode=0o700)

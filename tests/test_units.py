@@ -142,12 +142,131 @@ def test_the_socket_is_where_qrexec_looks_for_the_service() -> None:
 
 
 def test_the_notes_of_tunnels_are_where_the_service_writes_them_and_its_users() -> None:
+    """They are others' too: the unit's end leaves them, and it may begin before the directory is there."""
     text = (ROOT / "tmpfiles.d" / "qubes-forward.conf").read_text()
     (line,) = [line for line in text.splitlines() if not line.startswith("#")]
     service = settings(ROOT / "systemd" / "qubes-forward-service.service")
     (user,) = service["User"]
-    assert line == f"d {DIRECTORY} 0700 {user} {user} -"
-    assert service["ReadWritePaths"] == [DIRECTORY]
+    (name,) = service["RuntimeDirectory"]
+    assert f"/run/{name}" == DIRECTORY
+    assert line == f"d {DIRECTORY} {service['RuntimeDirectoryMode'][0]} {user} {user} -"
+
+
+XEN_DEVICES = [
+    f"/dev/xen/{name} rw" for name in ("evtchn", "gntalloc", "gntdev", "hypercall", "privcmd", "xenbus")
+]
+# What a promise rests on, unit by unit; a key that is not there must not be set.
+TABLE: dict[str, dict[str, list[str] | None]] = {
+    "qubes-forward-listener.service": {
+        "User": None,
+        "DynamicUser": ["yes"],
+        "SupplementaryGroups": ["qubes"],
+        # The sockets at which it is asked how it is; qubes.ForwardStatus runs as another user.
+        "RuntimeDirectory": ["qubes-forward-listener"],
+        "RuntimeDirectoryMode": ["0755"],
+        "RuntimeDirectoryPreserve": None,
+        "Wants": ["qubes-forward-nft.service"],
+        "Requires": None,
+        "BindsTo": None,
+        "ExecStopPost": None,
+        "RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6"],
+        "IPAddressDeny": None,
+        # A vchan is made of them. PrivateDevices= would hide them, and so would any that is missing here:
+        # the Xen libraries take no error for an answer but that there is no such device.
+        "DevicePolicy": ["closed"],
+        "DeviceAllow": XEN_DEVICES,
+        "PrivateDevices": None,
+        "PrivateNetwork": None,
+        "ReadWritePaths": None,
+        "Restart": ["on-failure"],
+        "KillMode": ["mixed"],
+    },
+    "qubes-forward-nft.service": {
+        "User": None,
+        "DynamicUser": ["yes"],
+        "SupplementaryGroups": None,
+        "RuntimeDirectory": ["qubes-forward-nft"],
+        "RuntimeDirectoryMode": ["0755"],
+        "RuntimeDirectoryPreserve": None,
+        "Wants": None,
+        "Requires": None,
+        # Nothing is let in while nobody listens, whatever ends the listener.
+        "BindsTo": ["qubes-forward-listener.service"],
+        "ExecStopPost": ["/usr/bin/qubes-forward-nft --remove"],
+        "RestrictAddressFamilies": ["AF_NETLINK AF_UNIX"],
+        "IPAddressDeny": ["any"],
+        "DevicePolicy": None,
+        "DeviceAllow": None,
+        "PrivateDevices": ["yes"],
+        "PrivateNetwork": None,
+        "ReadWritePaths": None,
+        "Restart": ["on-failure"],
+        "KillMode": ["mixed"],
+    },
+    "qubes-forward-service.service": {
+        # Who ends tunnels by signals is this user.
+        "User": ["user"],
+        "DynamicUser": None,
+        "SupplementaryGroups": None,
+        "RuntimeDirectory": ["qubes-forward"],
+        "RuntimeDirectoryMode": ["0700"],
+        "RuntimeDirectoryPreserve": ["yes"],
+        "Wants": None,
+        "Requires": ["qubes-forward-service.socket"],
+        "BindsTo": None,
+        "ExecStopPost": None,
+        "RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6"],
+        "IPAddressDeny": ["any"],
+        "IPAddressAllow": ["localhost"],
+        "DevicePolicy": None,
+        "DeviceAllow": None,
+        "PrivateDevices": ["yes"],
+        # It would have a loopback of its own, without the servers of the qube.
+        "PrivateNetwork": None,
+        "ReadWritePaths": None,
+        "Restart": ["on-failure"],
+        "KillMode": ["mixed"],
+    },
+    "qubes-forward-service.socket": {
+        "SocketUser": ["user"],
+        "SocketGroup": None,
+        "SocketMode": ["0600"],
+        "RemoveOnStop": ["yes"],
+        "Accept": None,
+    },
+    "qubes-forward-watch.service": {
+        "User": None,
+        "Group": ["qubes"],
+        "DynamicUser": None,
+        "SupplementaryGroups": None,
+        "RuntimeDirectory": None,
+        "RuntimeDirectoryMode": None,
+        "RuntimeDirectoryPreserve": None,
+        "Wants": None,
+        "Requires": None,
+        "BindsTo": None,
+        "ExecStopPost": None,
+        "RestrictAddressFamilies": ["AF_UNIX"],
+        "IPAddressDeny": ["any"],
+        "DevicePolicy": ["closed"],
+        "DeviceAllow": XEN_DEVICES,
+        "PrivateDevices": None,
+        "PrivateNetwork": ["yes"],
+        "ReadWritePaths": ["/etc/qubes/policy.d /run/qubes -/var/log/qubes"],
+        "Restart": ["on-failure"],
+        "KillMode": ["mixed"],
+    },
+}
+
+
+def test_every_unit_is_in_the_table() -> None:
+    assert TABLE.keys() == {unit.name for unit in UNITS}
+
+
+@BY_UNIT
+def test_what_promises_rest_on_is_said(unit: Path) -> None:
+    given = settings(unit)
+    assert {key: given.get(key) for key in TABLE[unit.name]} == TABLE[unit.name]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="the program 'systemd-analyze' is missing")

@@ -16,7 +16,7 @@ import pytest
 from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset, port_of, running_listener
 from helpers import write_config as configure
 
-from qubes_fwd_qrexec import exchange, localserver, report, revocation, rulexml
+from qubes_fwd_qrexec import exchange, localserver, report, revocation, rulexml, statusservice
 from qubes_fwd_qrexec.config import ListenerConfig, Service
 from qubes_fwd_qrexec.errors import ConfigError, RuleError, TextError
 from qubes_fwd_qrexec.exitstatus import ExitStatus
@@ -217,6 +217,31 @@ def test_of_a_newer_qube_what_is_beside_the_known_is_passed_over_and_another_ver
     assert report.QubeReport.parse(more) == report.QubeReport.parse(REPORT_0_1)
     with pytest.raises(report.ReportError, match="is of version 2, and this program reads 1"):
         report.QubeReport.parse(REPORT_0_1.replace(b'"version":1', b'"version":2', 1))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (b'"since":1,"forwards"', b'"begun":1,"forwards"', "listener: since is missing"),
+        (b'"left_out":0', b'"left_over":0', "left_out is missing"),
+        (b'"way":"open"', b'"way":"asleep"', "way must be one of idle, opening, open"),
+        (b'"tunnel"', b'"quic"', "transport must be one of auto, tunnel, call"),
+        (b'"through"', b'"half"', "answer must be one of through, refused"),
+    ],
+)
+def test_an_answer_without_a_key_or_with_a_new_word_is_refused_as_a_whole(
+    before: bytes, after: bytes, words: str
+) -> None:
+    """A key that an older qube lacks, a word that a newer one has: neither comes without another version."""
+    with pytest.raises(report.ReportError) as caught:
+        report.QubeReport.parse(REPORT_0_1.replace(before, after, 1))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["8080-8090", "all", "fwd.work.web+twice"])
+def test_a_qube_tries_nothing_for_a_question_that_is_newer_than_it(argument: str, tmp_path: Path) -> None:
+    with pytest.raises(TextError):
+        statusservice.answer(argument, tmp_path, tmp_path, tmp_path / "state")
 
 
 # A person's files

@@ -6,12 +6,11 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from ipaddress import ip_address
-from types import SimpleNamespace
 
 import pytest
 import trio
+from handclock import HandClock
 from helpers import BOUND_S, Collected, no_fds_left, tcp_pair
-from trio.testing import wait_all_tasks_blocked
 
 from qubes_fwd_qrexec import listenertunnel
 from qubes_fwd_qrexec import tunnels as tunnels_module
@@ -65,8 +64,8 @@ class Bench:
         return tunnel.mux
 
 
-class Clock:
-    """The time by which tunnels are looked after: it stands still but for `advance`."""
+class Clock(HandClock):
+    """The time by which tunnels are looked after."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._now = trio.current_time()

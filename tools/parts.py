@@ -5,6 +5,7 @@
     tools/parts.py list [PART]              what goes where: part, source, destination
     tools/parts.py install PART DESTDIR     put one part below DESTDIR
     tools/parts.py rpm-files PART           the part as %files of a spec file wants it
+    tools/parts.py directories              those that the packages have to own
 
 One answer for the Debian packages and for the RPMs. A file is placed by the directory that it lies in, so
 that a new one needs no word here; one that has no place is an error and not left out.
@@ -43,6 +44,13 @@ LAB_BACKEND = Path("admin/labstore.py")
 # Units that say nothing of themselves (presets, sockets) go by their names.
 DOM0_UNITS = ("qubes-forward-watch", "70-qubes-forward-dom0")
 UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")
+# Directories that are there before ours: Fedora's packages filesystem and systemd have them, and those of
+# qrexec that ours require. Any other is owned by each RPM that has a file in it.
+DIRS_OF_OTHERS = (
+    *("etc/qubes-rpc", "etc/qubes/rpc-config"),
+    *("usr/bin", "usr/share/doc", "usr/share/man/man1", "usr/share/man/man8"),
+    *("usr/lib/systemd/system-preset", "usr/lib/tmpfiles.d"),
+)
 _SCRIPT = """\
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
@@ -195,8 +203,18 @@ def install(item: Item, destdir: Path) -> None:
     path.chmod(item.mode)
 
 
-def rpm_lines(part: str, found: list[Item], python_dir: str) -> Iterator[str]:
-    """A directory belongs to the package that has its ``__init__.py``; man pages get compressed."""
+def own_directories(item: Item, python_dir: str, unit_dir: str) -> Iterator[str]:
+    """Those above a file that its package has to own, as nobody else does."""
+    others = {Path(name) for name in (python_dir, unit_dir, *DIRS_OF_OTHERS)}
+    others |= {parent for path in others for parent in path.parents}
+    for directory in Path(item.destination).parents:
+        if directory not in others:
+            yield str(directory)
+
+
+def rpm_lines(part: str, found: list[Item], python_dir: str, unit_dir: str) -> Iterator[str]:
+    """A Python directory belongs to the package that has its ``__init__.py``; man pages get compressed."""
+    directories = set()
     for item in found:
         if item.part != part:
             continue
@@ -208,6 +226,11 @@ def rpm_lines(part: str, found: list[Item], python_dir: str) -> Iterator[str]:
             yield f"%pycached {path}"
         else:
             yield path + ("*" if path.startswith("/usr/share/man/") else "")
+            directories |= set(own_directories(item, python_dir, unit_dir))
+    for directory in sorted(directories):
+        # What is below doc/ comes with the %doc lines of the spec file.
+        if not directory.startswith("usr/share/doc/"):
+            yield f"%dir /{directory}"
 
 
 def main() -> int:
@@ -219,6 +242,7 @@ def main() -> int:
     listing.add_argument("part", nargs="?", choices=list(NEEDS))
     for_rpm = commands.add_parser("rpm-files")
     for_rpm.add_argument("part", choices=list(NEEDS))
+    commands.add_parser("directories")
     installing = commands.add_parser("install")
     installing.add_argument("part", choices=list(NEEDS))
     installing.add_argument("destdir", type=Path)
@@ -227,7 +251,11 @@ def main() -> int:
     try:
         found = list(items(python_dir, unit_dir))
         if arguments.command == "rpm-files":
-            print(*rpm_lines(arguments.part, found, python_dir), sep="\n")
+            print(*rpm_lines(arguments.part, found, python_dir, unit_dir), sep="\n")
+            return 0
+        if arguments.command == "directories":
+            owned = {path for item in found for path in own_directories(item, python_dir, unit_dir)}
+            print(*sorted(owned), sep="\n")
             return 0
         for item in found:
             if arguments.part not in (None, item.part):

@@ -5,7 +5,8 @@ import io
 from pathlib import Path
 
 import pytest
-from fake_admin import FakePolicyClient, FakeQubes, install
+from fake_admin import FakeQubes, install
+from fake_policy import FakePolicyClient
 from stages import Stage
 from worlds import ADD, NOW, Command, Result
 

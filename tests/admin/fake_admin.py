@@ -1,33 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A Qubes system's qubesadmin and qrexec at the level of calls, over a lab's directory as its state.
+"""Qubes' Python package qubesadmin at the level of calls, over a lab's directory as a system's state.
 
 Whatever a real qubesd would not be asked fails the test. The answers are held against recorded ones by
-test_fake_admin.py.
+test_fake_admin.py. The package qrexec is `fake_policy`.
 """
 
-import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from tempfile import TemporaryFile
-from types import ModuleType, SimpleNamespace
-from typing import IO, Any, NamedTuple, NoReturn
+from types import ModuleType
+from typing import IO, NamedTuple
 
+import fake_policy
 import pytest
+from fake_policy import FakeParser, FakePolicyClient, unexpected
 
-from qubes_fwd_qrexec.admin.backend import ANY, NEW
 from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
-from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Domain, Request, System
-from qubes_fwd_qrexec.lab.policytext import PolicyTextError, parse_policy
-from qubes_fwd_qrexec.lab.verdicts import OwnJudge
-from qubes_fwd_qrexec.lab.view import qube_uuid
-
-
-def unexpected(what: object) -> NoReturn:
-    pytest.fail(f"not what a Qubes system is asked: {what}")
+from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 
 # qubesadmin/exc.py: the names and which is which; the last two are no QubesException there.
@@ -60,23 +51,6 @@ class ProtocolError(AssertionError):
 
 
 class PermissionDenied(Exception):  # noqa: N818
-    pass
-
-
-# qrexec/policy/admin.py.
-class PolicyAdminException(Exception):  # noqa: N818
-    pass
-
-
-class PolicyAdminTokenException(PolicyAdminException):
-    pass
-
-
-class PolicyAdminFileNotFoundException(PolicyAdminException):
-    pass
-
-
-class PolicyAdminSyntaxException(PolicyAdminException):
     pass
 
 
@@ -266,145 +240,14 @@ METHODS = {
 }
 
 
-class FakePolicyClient:
-    """`qrexec.policy.admin_client.PolicyClient` over the lab's policy directory.
-
-    ``is_old`` is the client before April 2026, whose errors say nothing. ``fails`` may raise first.
-    """
-
-    def __init__(self, lab: LabDirectory) -> None:
-        self._directory = lab.policy_dir
-        self.is_old = False
-        self.fails: Callable[[str], None] = lambda method: None
-
-    def _path(self, name: str) -> Path:
-        if name != "30-forward":
-            unexpected(f"policy file {name}")
-        return self._directory / f"{name}.policy"
-
-    def _error(self, error: PolicyAdminException) -> Exception:
-        return subprocess.CalledProcessError(1, "qrexec-client") if self.is_old else error
-
-    def policy_list(self) -> list[str]:
-        self.fails("policy.List")
-        # Of no files the real client makes one without a name.
-        return sorted(path.stem for path in self._directory.glob("*.policy")) or [""]
-
-    def policy_get(self, name: str) -> tuple[str, str]:
-        self.fails("policy.Get")
-        path = self._path(name)
-        if not path.exists():
-            raise self._error(PolicyAdminFileNotFoundException(f"Not found: {path}"))
-        data = path.read_bytes()
-        return data.decode(), _token(data)
-
-    def policy_replace(self, name: str, content: str, token: str) -> None:
-        self.fails("policy.Replace")
-        path = self._path(name)
-        if token == NEW:
-            if path.exists():
-                raise self._error(PolicyAdminTokenException("File exists but token is 'new'"))
-        elif token == ANY:
-            pass
-        elif not token.startswith("sha256:"):
-            unexpected(f"token {token}")
-        elif not path.exists():
-            raise self._error(PolicyAdminTokenException("File doesn't exist, but token isn't 'new'"))
-        elif token != _token(path.read_bytes()):
-            raise self._error(PolicyAdminTokenException("Token mismatch"))
-        try:
-            # The whole directory as it would be: the file that is replaced is not read.
-            for other in sorted(self._directory.glob("*.policy")):
-                if other != path:
-                    parse_policy(other.read_text(), str(other))
-            parse_policy(content, str(path))
-        except PolicyTextError as error:
-            text = f"Policy change validation failed: {error}"
-            raise self._error(PolicyAdminSyntaxException(text)) from error
-        write_text(path, content)
-
-
-def _token(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-# qrexec/exc.py.
-class AccessDenied(Exception):  # noqa: N818
-    pass
-
-
-# qrexec/policy/parser.py.
-class AllowResolution:
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-
-class AskResolution:
-    pass
-
-
-class FakeParser:
-    """`qrexec.policy.parser` and `qrexec.utils` over the lab's qubes, judged by the lab's evaluator."""
-
-    def __init__(self, lab: LabDirectory) -> None:
-        self._lab = lab
-
-    def get_system_info(self) -> dict[str, dict[str, Any]]:
-        domains = {}
-        for name, qube in self._lab.qubes().items():
-            uuid = qube_uuid(name)
-            domains[name] = domains[f"uuid:{uuid}"] = {
-                "name": name,
-                "uuid": uuid,
-                "type": str(qube.klass),
-                "power_state": str(qube.state),
-            }
-        return {"domains": domains}
-
-    def request(self, *call: str, system_info: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
-        service, argument, source, target = call
-        request = Request(service=service, argument=argument, source=source, target=target)
-        return request, system_info["domains"]
-
-    def evaluate(self, asked: tuple[Request, dict[str, Any]]) -> object:
-        request, domains = asked
-        system = System(
-            {
-                name: Domain(
-                    name=name,
-                    klass=info["type"],
-                    uuid=info["uuid"],
-                    is_running=info["power_state"] == "Running",
-                )
-                for name, info in domains.items()
-                if not name.startswith("uuid:")
-            }
-        )
-        try:
-            found = OwnJudge().load(self._lab.policy_dir).judge(system, request)
-        except PolicyTextError as error:
-            raise AccessDenied(str(error)) from error
-        if isinstance(found, Deny):
-            raise AccessDenied(found.reason)
-        return AllowResolution(found.target) if isinstance(found, Allow) else AskResolution()
-
-    def modules(self) -> dict[str, dict[str, Any]]:
-        return {
-            "qrexec.exc": {"AccessDenied": AccessDenied},
-            "qrexec.utils": {"get_system_info": self.get_system_info},
-            "qrexec.policy.parser": {
-                "AllowResolution": AllowResolution,
-                "Request": self.request,
-                "FilePolicy": lambda: SimpleNamespace(evaluate=self.evaluate),
-            },
-        }
-
-
 def install(monkeypatch: pytest.MonkeyPatch, app: FakeQubes, client: FakePolicyClient) -> None:
     """Make both packages importable; what they are not to be used for is not in them."""
-    classes = [one for one in globals().values() if isinstance(one, type) and issubclass(one, Exception)]
-    of_policy = {one.__name__: one for one in classes if one.__name__.startswith("PolicyAdmin")}
-    of_qubes = {one.__name__: one for one in classes if one.__name__ not in of_policy}
+    of_qubes = {
+        name: one
+        for name, one in globals().items()
+        if isinstance(one, type) and issubclass(one, Exception) and one.__module__ == __name__
+    }
+    of_policy = {name: one for name, one in vars(fake_policy).items() if name.startswith("PolicyAdmin")}
     modules = {
         "qubesadmin": {"Qubes": lambda: app},
         "qubesadmin.exc": of_qubes,

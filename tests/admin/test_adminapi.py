@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 from fake_admin import (
     Called,
-    FakePolicyClient,
     FakeQubes,
     PermissionDenied,
     ProtocolError,
@@ -19,6 +18,7 @@ from fake_admin import (
     install,
     refused,
 )
+from fake_policy import FakePolicyClient
 
 from qubes_fwd_qrexec.admin.adminapi import AdminApi, Listed, parse_list, parse_properties, to_qube
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_admin import METHODS, FakePolicyClient, FakeQubes
+from fake_admin import METHODS, FakeQubes
+from fake_policy import FakePolicyClient
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from subprocess import CalledProcessError
 
 import pytest
-from fake_admin import FakePolicyClient, FakeQubes, PolicyAdminException
+from fake_admin import FakeQubes
+from fake_policy import FakePolicyClient, PolicyAdminException
 
 from qubes_fwd_qrexec.admin.backend import NEW
 from qubes_fwd_qrexec.admin.policyapi import PolicyApi

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_admin import FakePolicyClient, FakeQubes, install
+from fake_admin import FakeQubes, install
+from fake_policy import FakePolicyClient
 
 from qubes_fwd_qrexec.admin import qubesstore
 from qubes_fwd_qrexec.admin.answers import AnswerError

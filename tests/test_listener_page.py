@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The numbers and options of the listener's manual page are those of the code."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from qubes_fwd_qrexec import (
+    accepting,
+    connectionlog,
+    deadpeers,
+    limits,
+    listener,
+    localserver,
+    logs,
+    mux,
+    qubesdbsource,
+    targets,
+    tunnels,
+    tunnelservice,
+    unopened,
+)
+from qubes_fwd_qrexec.call import CallTimeouts
+
+PAGE = (Path(__file__).parents[1] / "docs" / "qubes-forward-listener.rst").read_text()
+# As it is read, without line breaks and marks; a row of the table is one sentence then.
+READ = re.sub(r"\s+", " ", PAGE.replace("`", "").replace("*", ""))
+UNITS = {"s": 1, "second": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
+WORDS = {"a": 1, "each": 1, "half a": 0.5, "five": 5, "five times": 5, "three quarters": 0.75}
+TIMEOUTS = CallTimeouts()
+GONE_S = deadpeers.USER_TIMEOUT_MS / 1000
+CALLS_AT_ONCE_OF_QREXEC = 128
+
+# A sentence, and what the code has for each {} in it: a number, or a time in seconds.
+SAID: list[tuple[str, tuple[float, ...]]] = [
+    ("when the first connection comes and kept for {} after the last", (tunnels.LINGER_S,)),
+    ("takes new connections over it for {}; then", (tunnelservice.LEASE_S,)),
+    ("learns of a change within {}.", (listener._LOOK_S,)),
+    (
+        "is tried again after {}, and ever more slowly up to once {};",
+        (unopened.RETRY_FIRST_S, unopened.RETRY_MAX_S),
+    ),
+    ("connects again, at first after {} and then after up to {}.", qubesdbsource.BACKOFF_S),
+    (
+        "is not tried again at once: for {}, and after further failures for up to {}, new",
+        (targets.BACK_OFF_FIRST_S, targets.BACK_OFF_MAX_S),
+    ),
+    ("closes all ports at once, and gives connections {} to finish;", (listener.DRAIN_S,)),
+    ("closes all ports at once and gives connections {}.", (listener.DRAIN_S,)),
+    ("connections of all forwards {} as many as the bound", (limits.PROCESS_MAX,)),
+    ("connections of a forward {} three", (limits.Process().rule_max,)),
+    ("connections of a forward from one source {} as", (limits.PER_SOURCE,)),
+    ("new connections of a forward in a second {} more", (limits.RATE,)),
+    ("With few open files allowed, {} of these", (limits.process_max(1000) / 1000,)),
+    ("nothing moves in a connection {} many", (TIMEOUTS.idle_s,)),
+    ("one side has ended, and nothing moves {} what", (TIMEOUTS.half_close_s,)),
+    ("one side has ended, and nothing moves {} what", (mux.HALF_CLOSE_S,)),
+    ("the server in the target does not accept {} it", (localserver.CONNECT_TIMEOUT_S,)),
+    ("the target does not answer a call {}, {} for a tunnel, and", (tunnels.HELLO_S, TIMEOUTS.call_s)),
+    ("the peer does not acknowledge or take bytes {} about", (GONE_S,)),
+    (
+        # Two lines of the table, whose columns alternate.
+        "a silent peer is asked whether it is there after {}, then given up after {} as well, and not after "
+        "the two {} hours of Linux",
+        (deadpeers.IDLE_S, GONE_S, deadpeers.INTERVAL_S),
+    ),
+    ("A client that takes nothing for {} is taken for gone", (GONE_S,)),
+    ("looks for them every {};", (mux._IDLE_LOOK_TICKS * mux.TICK_S,)),
+    ("tries again {} in a second.", (1 / accepting._SHORTAGE_PAUSE_S,)),
+    ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
+    ("after a burst of {};", (connectionlog.BURST,)),
+    ("Of each other kind of trouble there is at most one line in {},", (logs.REPEAT_S,)),
+    ("Further connections wait for up to {}.", (targets.WAIT_S,)),
+    ("The default, {}, is a quarter of what", (targets.CALLS_MAX,)),
+    ("given none for so long. The default is {}.", (TIMEOUTS.call_s,)),
+    ("for so long after its last connection. The default is {}.", (tunnels.LINGER_S,)),
+    ("direction for so long. The default is {}. --connections", (TIMEOUTS.idle_s,)),
+    ("together may have. The default is {}; more", (limits.PROCESS_MAX,)),
+]
+
+
+def number(said: str) -> float:
+    """What ``16,384``, ``10 s``, ``half a second`` and ``five times`` mean."""
+    amount, _, unit = said.rpartition(" ")
+    if unit not in UNITS:
+        amount, unit = said, "s"
+    return UNITS[unit] * (WORDS[amount] if amount in WORDS else float(amount.replace(",", "")))
+
+
+@pytest.mark.parametrize(("sentence", "values"), SAID)
+def test_a_number_of_the_page_is_the_one_in_the_code(sentence: str, values: tuple[float, ...]) -> None:
+    pattern = re.escape(sentence).replace(r"\{\}", r"([\w.,]+(?: [a-z]+){0,2}?)")
+    (found,) = re.finditer(pattern, READ)
+    assert tuple(map(number, found.groups())) == values
+
+
+def test_no_limit_goes_unchecked() -> None:
+    """Each row of the table is in a sentence above."""
+    _, ruler, rows = re.split(r"^(=+ +=+ +=+)$", PAGE, flags=re.MULTILINE)[2:5]
+    width = ruler.index(" ")
+    limited = [line[:width].strip() for line in rows.splitlines() if line[:1].strip()]
+    assert len(limited) == 10
+    sentences = [sentence for sentence, _ in SAID]
+    assert [what for what in limited if not any(s.startswith(what) for s in sentences)] == []
+
+
+def test_a_quarter_of_the_calls_of_qrexec_is_one() -> None:
+    assert targets.CALLS_MAX * 4 == CALLS_AT_ONCE_OF_QREXEC
+
+
+def test_every_option_of_the_program_is_on_the_page_and_the_other_way_round() -> None:
+    options = {
+        option
+        for action in listener._parser()._actions
+        for option in action.option_strings
+        if option.startswith("--") and action.help is not argparse.SUPPRESS
+    }
+    described = set(re.findall(r"^(--[a-z-]+)", PAGE, re.MULTILINE))
+    assert described == options - {"--help"}
+    synopsis = PAGE.partition("SYNOPSIS")[2].partition("DESCRIPTION")[0]
+    assert set(re.findall(r"--[a-z-]+", synopsis)) == described - {"--version"}
