@@ -3,8 +3,8 @@
 
 import math
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from ipaddress import ip_address
 
 import pytest
@@ -68,45 +68,7 @@ class Clock(HandClock):
     """The time by which tunnels are looked after."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._now = trio.current_time()
-        self._due: list[tuple[float, Callable[[], None]]] = []
-        own = {
-            "current_time": lambda: self._now,
-            "sleep": self._sleep,
-            "move_on_at": contextmanager(self._move_on_at),
-        }
-        for module in (tunnels_module, listenertunnel):
-            monkeypatch.setattr(module, "trio", SimpleNamespace(**vars(trio) | own))
-
-    async def _sleep(self, seconds: float) -> None:
-        over = trio.Event()
-        with self._at(self._now + seconds, over.set):
-            await over.wait()
-
-    def _move_on_at(self, deadline: float) -> Iterator[trio.CancelScope]:
-        with trio.CancelScope() as scope, self._at(deadline, scope.cancel):
-            yield scope
-
-    @contextmanager
-    def _at(self, when: float, what: Callable[[], None]) -> Iterator[None]:
-        due = when, what
-        self._due.append(due)
-        try:
-            yield
-        finally:
-            self._due.remove(due)
-
-    async def advance(self, seconds: float) -> None:
-        """Let so much time pass: all that is due in it happens at its time."""
-        end = self._now + seconds
-        await wait_all_tasks_blocked()
-        while due := sorted(at for at, _ in self._due if at <= end):
-            self._now = due[0]
-            for at, what in self._due:
-                if at <= self._now:
-                    what()
-            await wait_all_tasks_blocked()
-        self._now = end
+        super().__init__(monkeypatch, tunnels_module, listenertunnel)
 
 
 @asynccontextmanager
