@@ -8,7 +8,6 @@ what had arrived before it. Anything that goes wrong is an abort: a clean end is
 import errno
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 from select import EPOLLERR
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES
 from .loop import GONE, READ, WRITE, Timer
+from .pending import Pending
 from .relay import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
 from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES, Buffer, ResetCode
 
@@ -34,8 +34,6 @@ PULL_BYTES = 4 * MAX_DATA_BYTES
 # that took longer than this a smaller one.
 _FAST_S = 0.01
 _SLOW_S = 0.1
-# Small pieces that wait are kept as one: each by itself takes some 350 bytes more than it has.
-_JOIN_BYTES = 4096
 # In the place of a mask: the kernel is not asked about the socket at all.
 _UNWATCHED = -1
 
@@ -87,7 +85,7 @@ class Leg:
         self._window = window
         self._owed = 0
         self._mask = _UNWATCHED
-        self._pending: deque[tuple[memoryview, int]] | None = None
+        self._pending: Pending | None = None
         self._sent_eof = False
         self._broken_by = 0
         self._is_closed = False
@@ -225,11 +223,7 @@ class Leg:
         if self._broken_by:
             return
         if self._pending is not None:
-            last, last_cost = self._pending[-1]
-            if len(last) + length <= _JOIN_BYTES:
-                self._pending[-1] = (memoryview(b"".join((last, data))), last_cost + cost)
-            else:
-                self._pending.append((memoryview(bytes(data)), cost))
+            self._pending.add(data, cost)
             return
         try:
             sent = self.sock.send(data)
@@ -244,7 +238,7 @@ class Leg:
             if self._owed >= self._window // 4:
                 self._grant_again()
             return
-        self._pending = deque([(memoryview(bytes(data[sent:])), cost)])
+        self._pending = Pending(data[sent:], cost)
         self._watch_too(WRITE)
 
     def receive_eof(self) -> None:
@@ -263,13 +257,10 @@ class Leg:
         pending = self._pending
         try:
             while pending:
-                data, cost = pending[0]
-                sent = self.sock.send(data)
+                cost = pending.send(self.sock)
                 self.moved_at = time.monotonic()
-                if sent < len(data):
-                    pending[0] = (data[sent:], cost)
+                if not cost:
                     return
-                pending.popleft()
                 self._owed += cost
                 if self._owed >= self._window // 4:
                     self._grant_again()

@@ -85,7 +85,7 @@ class Joined:
 
 def pending_bytes(leg: Leg) -> int:
     """What waits at a leg for its socket to take it, as its window counts it."""
-    return sum(cost for _, cost in leg._pending or ())
+    return 0 if leg._pending is None else leg._pending.cost
 
 
 class TunnelBench:
