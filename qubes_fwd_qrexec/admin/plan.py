@@ -279,13 +279,17 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, inventory: Inventory) -> t
         return ()
     if named.rule.bypass_tunnel:
         return (f"bypasses the tunnel {tunnel}",)
-    if tunnel.qube == named.target:
-        way_out = "expose it nowhere"
-    else:
+    is_tunnel = inventory.tunnel_mark(named.target) is not None
+    what = f"is a tunnel itself ({tunnel.mark})" if is_tunnel else f"is behind a tunnel, marked at {tunnel}"
+    if tunnel.qube != named.target:
         way_out = f"expose it at {tunnel.qube} with via={tunnel.qube} (--via {tunnel.qube})"
+    elif is_tunnel and (inventory.qubes[named.target].provides_network or inventory.behind(named.target)):
+        way_out = "expose it at a qube behind it with via=QUBE (--via QUBE)"
+    else:
+        way_out = "expose it nowhere"
     raise _refused(
         Cause.TUNNEL,
-        f"{named.target} is behind a tunnel, marked at {tunnel}, and listening at {exposed} would go round "
+        f"{named.target} {what}, and listening at {exposed} would go round "
         f"it; {way_out}, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
     )
 
