@@ -12,7 +12,7 @@ from dataclasses import replace
 from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
 from qubes_fwd_qrexec.options import Option
-from qubes_fwd_qrexec.rules import NO_LIMITS, ForwardRule, ForwardType, NamedRule, Transport
+from qubes_fwd_qrexec.rules import NO_LIMITS, BrokenRule, ForwardRule, ForwardType, NamedRule, Transport
 from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
@@ -35,12 +35,19 @@ def add(args: Namespace, session: Session) -> int:
         snapshot = session.look()
         named = _new_rule(args, session, snapshot)
         if snapshot.stored.find(named.target, named.name) is not None:
-            raise RefusedError(
-                f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
-            )
+            raise RefusedError(_taken(named, snapshot))
         _check_new(named, session, snapshot)
         _store(session, snapshot, [named])
         return _finish(args, session, [named], "stored")
+
+
+def _taken(named: NamedRule, snapshot: Snapshot) -> str:
+    if isinstance(snapshot.stored.find(named.target, named.name), BrokenRule):
+        return (
+            f"{named} exists already and cannot be read; take another --name, or remove it first with "
+            f"'qvm-forward remove {named}'"
+        )
+    return f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
 
 
 def _new_rule(args: Namespace, session: Session, snapshot: Snapshot) -> NamedRule:
@@ -155,8 +162,10 @@ def confirm(args: Namespace, session: Session) -> int:
         changed = []
         for name in dict.fromkeys(args.name):
             old = _readable(snapshot, args.qube, name)
-            path = snapshot.inventory.chain(old.target).qubes
-            changed.append(old._replace(rule=replace(old.rule, owner=old.target, path=path)))
+            chain = snapshot.inventory.chain(old.target)
+            if chain.problem is not None:
+                raise RefusedError(f"{old} was not confirmed, as there is no whole way. {chain.problem}")
+            changed.append(old._replace(rule=replace(old.rule, owner=old.target, path=chain.qubes)))
         return _change(args, session, snapshot, changed, "confirmed")
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.values import IPAddress
 
+from . import policy
 from .states import Forward
 
 
@@ -54,16 +55,19 @@ def _taken(claim: _Ports, others: list[_Ports]) -> str | None:
 
 
 def _torn(forward: Forward, others: list[Forward]) -> str | None:
-    rule = forward.source.rule
     for other in others:
-        its = other.source.rule
-        if rule.autostart != its.autostart and rule.target_ports.overlaps(its.target_ports):
+        if forward.source.rule.autostart != other.source.rule.autostart and _calls(forward) & _calls(other):
             return (
                 f"Rule {other.source} reaches the same port of {other.source.target} from {other.exposed} "
                 "and says otherwise about autostart, and dom0's policy cannot tell the two apart; "
                 "give both the same autostart."
             )
     return None
+
+
+def _calls(forward: Forward) -> set[tuple[str, ...]]:
+    """Service, argument, source and target of each line of policy; a tunnel's has its whole range."""
+    return {tuple(line.split()[:4]) for line in policy.lines(forward)}
 
 
 def _overlap(some: tuple[IPAddress, ...], others: tuple[IPAddress, ...]) -> bool:

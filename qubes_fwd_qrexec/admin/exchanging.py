@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.values import QubeName
 
 from .inventory import TUNNEL_FEATURE, Inventory
 from .plan import plan
-from .session import Session, Snapshot, plan_as_json
+from .session import Session, Snapshot, UsageError, plan_as_json
 from .states import Cause, Forward, Plan
 from .store import TUNNEL_NAME, made_up_name, parse_new_name
 
@@ -31,7 +31,7 @@ def export_rules(args: Namespace, session: Session) -> int:
     }
     form = args.format or ("json" if session.is_json else "line")
     if session.is_json and form != "json":
-        raise RefusedError(f"--json and --format {form} ask for two things; leave one out")
+        raise UsageError(f"--json and --format {form} ask for two things; leave one out")
     if form == "json":
         session.say_json(exchange.as_json(rules, tunnels))
     elif form == "xml":
@@ -129,7 +129,10 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
         if rule.owner is None and not document.is_exact:
             rule = replace(rule, owner=target)
         if rule.path is None and not document.is_exact:
-            rule = replace(rule, path=snapshot.inventory.chain(target).qubes)
+            chain = snapshot.inventory.chain(target)
+            if chain.problem is not None:
+                raise RefusedError(f"{read.place}: no way to record; nothing was imported. {chain.problem}")
+            rule = replace(rule, path=chain.qubes)
         try:
             taken = [*snapshot.stored.names(target), *(n for t, n in placed if t == target)]
             name = parse_new_name(read.name or made_up_name(rule, taken))

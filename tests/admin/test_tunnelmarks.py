@@ -29,8 +29,8 @@ def test_a_mark_closes_at_once_what_goes_round_it_and_says_which(forward: Comman
     assert result.status == 0
     assert result.out.startswith(
         "sys-firewall is marked as a tunnel. Neither it nor what is behind it may be exposed outside of it; "
-        "behind it is personal, sys-vpn, untrusted, work.\nForward work web is refused now and closed. work is behind a tunnel, "
-        "marked at sys-firewall (feature forward.tunnel), and listening at sys-net would go round it"
+        "behind it is personal, sys-vpn, untrusted, work.\nForward work web is refused now and closed. work "
+        "is behind a tunnel, marked at sys-firewall (feature forward.tunnel), and listening at sys-net would go round it"
     )
     assert "personal tcp-81" not in result.out
     assert POLICY not in policy(lab)
@@ -57,7 +57,10 @@ def test_a_mark_of_the_target_itself_closes_what_goes_round_it(forward: Command,
         forward("show", "work", "web").out.split()
     )
     diagnosed = forward("diagnose", "work", "web")
-    assert (diagnosed.status, "work is a tunnel itself (feature forward.tunnel)" in diagnosed.out) == (1, True)
+    assert (diagnosed.status, "work is a tunnel itself (feature forward.tunnel)" in diagnosed.out) == (
+        1,
+        True,
+    )
     assert forward("tunnel", "list").out.startswith(
         "sys-vpn: feature service.vpn-handler-openvpn\n  behind it: untrusted\n"
         "work (has forwards): feature forward.tunnel\n  behind it: nothing\n"
