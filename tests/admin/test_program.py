@@ -68,6 +68,7 @@ def _program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         text=True,
         capture_output=True,
         check=False,
+        timeout=BOUND_S,
     )
 
 
@@ -132,6 +133,7 @@ def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: Lab
         text=True,
         capture_output=True,
         check=False,
+        timeout=BOUND_S,
     )
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
@@ -146,6 +148,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(lab: LabDirectory) -> None:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
+        timeout=BOUND_S,
     )
     os.close(write_end)
     assert done.returncode == 1
