@@ -16,6 +16,7 @@ from qubes_fwd_qrexec.rules import NO_LIMITS, BrokenRule, ForwardRule, ForwardTy
 from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
+from .conflicts import check_rivals
 from .expiry import parse_expire, print_expire
 from .session import Session, Snapshot, UsageError
 from .states import Cause, Forward, Plan, State
@@ -87,18 +88,22 @@ def _new_rule(args: Namespace, session: Session, snapshot: Snapshot) -> NamedRul
 def _check_new(named: NamedRule, session: Session, snapshot: Snapshot) -> None:
     """A rule that could not be opened is not stored; a disabled one may wait for its port."""
     asked = named._replace(rule=replace(named.rule, enabled=True))
-    forward = _planned_with(asked, session, snapshot)
+    forward, planned = _planned_with(asked, session, snapshot)
     if not forward.is_live and (named.rule.enabled or forward.cause is not Cause.CONFLICT):
         raise RefusedError(f"{named} was not added. {forward.reason}")
+    problem = check_rivals(forward, planned, None) if named.rule.enabled else None
+    if problem is not None:
+        raise RefusedError(f"{named} was not added. {problem}")
 
 
-def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> Forward:
-    """What would become of a rule, with those that are stored before it."""
+def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> tuple[Forward, Plan]:
+    """What would become of a rule, with those that are stored before it, and of them."""
     changed = snapshot._replace(stored=snapshot.stored.with_rules([named]))
-    forward = changed.plan(session.now, newcomer=(named.target, named.name)).find(named.target, named.name)
+    planned = changed.plan(session.now, newcomer=(named.target, named.name))
+    forward = planned.find(named.target, named.name)
     if forward is None:
         raise StoreError(f"{named} is missing from its own plan")
-    return forward
+    return forward, planned
 
 
 def set_options(args: Namespace, session: Session) -> int:
@@ -193,10 +198,13 @@ def _change(
     for named in changed:
         # One by one on top of each other: two of them may conflict.
         snapshot = snapshot._replace(stored=snapshot.stored.with_rules([named]))
-        forward = _planned_with(named, session, snapshot)
+        forward, planned = _planned_with(named, session, snapshot)
         old = before.find(named.target, named.name)
         if forward.state is State.REFUSED and (old is None or old.reason != forward.reason):
             raise RefusedError(f"{named} was not {done}. {forward.reason}")
+        problem = check_rivals(forward, planned, before)
+        if problem is not None:
+            raise RefusedError(f"{named} was not {done}. {problem}")
     _store(session, snapshot, changed)
     told = {named: warnings(old) for named in changed if (old := before.find(*named[:2])) is not None}
     return _finish(args, session, changed, done, told)

@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.exchange import Document
 from qubes_fwd_qrexec.rules import NamedRule
 from qubes_fwd_qrexec.values import QubeName
 
+from .conflicts import check_rivals
 from .inventory import TUNNEL_FEATURE, Inventory
 from .plan import plan
 from .session import Session, Snapshot, UsageError, plan_as_json
@@ -180,7 +181,8 @@ def _check_conflicts(
         qubes[qube] = qubes[qube]._replace(features=features)
     inventory = Inventory(qubes)
     alone = plan(rules, inventory, now)
-    for forward in Snapshot(inventory, snapshot.stored.with_rules(rules)).plan(now):
+    planned = Snapshot(inventory, snapshot.stored.with_rules(rules)).plan(now)
+    for forward in planned:
         if forward.cause is not Cause.CONFLICT:
             continue
         where = (forward.source.target, forward.source.name)
@@ -193,6 +195,15 @@ def _check_conflicts(
             raise RefusedError(
                 f"nothing was imported, as {forward.source} would be in conflict. {forward.reason}"
             )
+    # Among the rules of an exact import two may wait for one port, as they did where they come from.
+    others = [f for f in planned if not is_exact or alone.find(*f.source[:2]) is None]
+    for named in rules:
+        imported = planned.find(named.target, named.name)
+        problem = None
+        if imported is not None:
+            problem = check_rivals(imported, replace(planned, forwards=tuple(others)), before)
+        if problem is not None:
+            raise RefusedError(f"nothing was imported, as {named} would be in conflict. {problem}")
 
 
 def _check_room(rules: Iterable[NamedRule], snapshot: Snapshot, *, is_replacing: bool) -> None:

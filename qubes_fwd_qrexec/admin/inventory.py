@@ -30,12 +30,21 @@ def feature_matters(key: str, with_config: bool = True) -> bool:
     A template has a hundred others, and a real system is asked for each value by itself.
     """
     if key.startswith(CONFIG_PREFIX):
-        return with_config and is_forward_key(key.removeprefix(CONFIG_PREFIX))
+        return with_config and is_told(key)
     return key in _MATTER or key.startswith((RULE_PREFIX, VPN_PREFIX))
 
 
+def is_told(key: str) -> bool:
+    """Whether a feature is one that tells a listener of a forward."""
+    return key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX))
+
+
 class Qube(NamedTuple):
-    """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False."""
+    """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False.
+
+    ``told`` are the names of the features that tell its listener of forwards, also where their values were
+    not asked for.
+    """
 
     name: QubeName
     klass: str
@@ -48,6 +57,7 @@ class Qube(NamedTuple):
     template: QubeName | None = None
     template_for_dispvms: bool = False
     tags: frozenset[str] = frozenset()
+    told: frozenset[str] = frozenset()
 
 
 class Chain(NamedTuple):
@@ -117,7 +127,7 @@ class Inventory(NamedTuple):
         """What listeners are told: exposed qube, name and value of the feature."""
         for qube in self.qubes.values():
             for key, value in qube.features.items():
-                if key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX)):
+                if is_told(key):
                     yield qube.name, key, value
 
     def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:

@@ -21,7 +21,7 @@ from .backend import (
     check_feature,
     ended_badly,
 )
-from .inventory import Inventory, Qube, feature_matters
+from .inventory import Inventory, Qube, feature_matters, is_told
 
 # What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
 _CALL_TIMEOUT_S = 5.0
@@ -52,6 +52,7 @@ class LabStore:
                 template=qube.template,
                 template_for_dispvms=qube.template_for_dispvms,
                 tags=frozenset(qube.tags),
+                told=frozenset(filter(is_told, features)),
             )
         return Inventory(found)
 

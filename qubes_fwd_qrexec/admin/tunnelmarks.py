@@ -103,7 +103,10 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
         session.say(f"{qube} is no longer marked as a tunnel.\n")
     _say(changes, session)
     for forward in after.plan(session.now):
-        if forward.cause is Cause.TUNNEL and qube in (forward.source.target, *forward.chain):
+        if forward.cause in (Cause.TUNNEL, Cause.CONFLICT) and qube in (
+            forward.source.target,
+            *forward.chain,
+        ):
             session.say(f"Forward {forward.source} stays refused. {forward.reason}\n")
     return 0
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from worlds import ADD, Command, content
+from worlds import ADD, Command, content, rule
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
@@ -197,7 +197,7 @@ def test_unmark_brings_no_two_forwards_to_one_port(forward: Command, lab: LabDir
     """The one that was closed by the mark would be first by its name, and take the port of the other."""
     forward("add", "personal", "80", "--from", "any")
     forward("tunnel", "mark", "sys-firewall")
-    forward("add", "vault", "80", "--from", "any", "--via", "sys-net")
+    lab.set_feature("vault", "forward.tcp-80", str(rule("via=sys-net", target="vault").rule))
     before = content(lab)
     result = forward("tunnel", "unmark", "sys-firewall")
     assert result.status == 1
@@ -206,6 +206,22 @@ def test_unmark_brings_no_two_forwards_to_one_port(forward: Command, lab: LabDir
         in result.err
     )
     assert content(lab) == before
+
+
+def test_what_is_open_stays_open_when_another_one_could_come_back(
+    forward: Command, lab: LabDirectory
+) -> None:
+    forward("add", "personal", "80", "--from", "any")
+    forward("tunnel", "mark", "sys-firewall")
+    lab.set_feature("vault", "forward.tcp-80", str(rule("via=sys-net", target="vault").rule))
+    forward("apply")
+    assert lab.vm_config("sys-net").keys() == {"fwd.vault.tcp-80"}
+    assert forward("tunnel", "unmark", "sys-firewall").out == (
+        "sys-firewall is no longer marked as a tunnel.\nForward personal tcp-80 stays refused. Rule vault "
+        "tcp-80 has port 80 of sys-net already; take another port or listen address, or remove or disable "
+        "that rule.\n"
+    )
+    assert lab.vm_config("sys-net").keys() == {"fwd.vault.tcp-80"}
 
 
 def test_the_list_has_every_mark_and_what_is_behind(forward: Command, lab: LabDirectory) -> None:
