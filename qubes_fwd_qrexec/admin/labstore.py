@@ -89,7 +89,7 @@ class LabStore:
         with _told():
             write_text(self._policy_path, text)
 
-    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
         import subprocess
 
         from .answers import AnswerError, read_answer
@@ -107,7 +107,7 @@ class LabStore:
             )
         except OSError as error:
             raise AnswerError(f"{what}: {error.strerror}") from error
-        return read_answer(process, max_bytes, what)
+        return read_answer(process, max_bytes, what, *(() if timeout_s is None else (timeout_s,)))
 
     def verdict(self, call: PolicyCall) -> PolicyVerdict:
         from dataclasses import replace

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers import free_port
 
+from qubes_fwd_qrexec.admin import uptake
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
@@ -187,6 +188,24 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
         while "does not have work web open" in (said := lab.wrong("listener")):
             pass  # until it has read its configuration
     assert "the port is in use by" in said
+
+
+def test_what_the_listener_cannot_open_is_said_by_the_command_that_asks_for_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Until it has tried, for however long a busy machine takes: then its word ends the waiting.
+    monkeypatch.setattr(uptake, "ASKED_AT_S", tuple(0.7 * number for number in range(60)))
+    monkeypatch.setattr(uptake, "BOUND_S", 45.0)
+    lab.listen()
+    with socket.create_server(("127.0.0.1", lab.port)):
+        words = ("work", f"{lab.port}:80", "--from=any", "--listen=127.0.0.1", "--name=web")
+        status, said = lab.run("add", *words)
+        assert status == 0
+        assert "Note: sys-net does not have it open: " in said
+        assert "the port is in use by" in said
+    port = free_port()
+    status, said = lab.run("set", "work", "web", f"srcports={port}")
+    assert (status, "Note:" in said) == (0, False)
 
 
 def test_a_firewall_that_drops_clients(lab: Lab) -> None:
