@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,7 @@ from qubes_fwd_qrexec.rules import Transport
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
 NOW = 1_800_000_000
+BOUND_S = 60.0  # of each wait
 OPEN, CLOSED, UNKNOWN = Firewall
 ALL = [
     *("rule", "exposed qube", "applied", "listener installed", "listener", "firewall", "policy"),
@@ -48,6 +50,7 @@ class Lab:
         self.lab = session.lab
         self._undo = undo
         self.server = undo.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.server.settimeout(BOUND_S)
         self.port = free_port()
 
     def run(self, *words: str) -> tuple[int, str]:
@@ -185,8 +188,9 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
     lab.listen()
     with socket.create_server(("127.0.0.1", lab.port)):
         lab.add()
+        deadline = time.monotonic() + BOUND_S
         while "does not have work web open" in (said := lab.wrong("listener")):
-            pass  # until it has read its configuration
+            assert time.monotonic() < deadline  # until it has read its configuration
     assert "the port is in use by" in said
 
 
@@ -358,6 +362,7 @@ def test_status_shows_what_the_qubes_say(lab: Lab) -> None:
         client.sendall(b"12345")
         far, _ = lab.server.accept()
         with far:
+            far.settimeout(BOUND_S)
             far.recv(5)
             status, said = lab.run("status", "--json")
             (entry,) = json.loads(said)["forwards"]
