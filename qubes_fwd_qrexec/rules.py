@@ -280,7 +280,7 @@ _FORMS = {
     "follow-netvm": Form("follow_netvm", values.parse_yes_no, yes_no),
     "bypass-tunnel": Form("bypass_tunnel", values.parse_yes_no, yes_no),
     "limits": Form("limits", Limits.parse),
-    "expire": Form("expire", values.parse_number),
+    "expire": Form("expire", values.parse_time),
     "comment": Form("comment", values.parse_printable),
 }
 _CANONICAL = tuple(_FORMS)

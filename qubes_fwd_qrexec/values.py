@@ -22,6 +22,9 @@ IPNetwork = IPv4Network | IPv6Network
 Binding = tuple[IPAddress, int]
 
 PORT_MAX = 65535
+# The last second of the year 9999, in UNIX seconds: what lies beyond can be neither shown nor meant, and a
+# timer of the kernel may not take it.
+TIME_MAX = 253402300799
 
 # qubes-core-admin qubes/vm/__init__.py: at most 31 characters, a letter first.
 _QUBE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z", re.ASCII)
@@ -60,6 +63,14 @@ def parse_number(text: str) -> int:
     if not _NUMBER.match(text):
         raise TextError(text, "a whole number")
     return int(text)
+
+
+def parse_time(text: str) -> int:
+    """UNIX seconds, to the end of the year 9999. Raises `TextError`."""
+    seconds = parse_number(text)
+    if seconds > TIME_MAX:
+        raise TextError(text, f"a time in UNIX seconds, which are at most {TIME_MAX}")
+    return seconds
 
 
 def parse_yes_no(text: str) -> bool:

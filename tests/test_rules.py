@@ -137,6 +137,11 @@ BAD = [
         f"option 'path' at column {AT}: '' is not a qube's name: a letter, then at most 30 of [a-zA-Z0-9_.-]",
     ),
     (f"{MINIMAL} listen=lo", f"option 'listen' at column {AT}: 'lo' is not an IPv4 or IPv6 address"),
+    (
+        f"{MINIMAL} expire=9223372036854775808",
+        f"option 'expire' at column {AT}: '9223372036854775808' is not a time in UNIX seconds, which are at "
+        "most 253402300799",
+    ),
     (f"{MINIMAL} expire=+8h", f"option 'expire' at column {AT}: '+8h' is not a whole number"),
     (
         f"{MINIMAL} limits=rate:0",

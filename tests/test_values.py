@@ -106,6 +106,13 @@ def test_what_is_no_number(text: str) -> None:
 def test_numbers_and_words() -> None:
     assert values.parse_number("0") == 0
     assert values.parse_number("1893456000") == 1893456000
+
+
+@pytest.mark.parametrize("text", ["253402300800", "9223372036854775808", "+8h", "-1", ""])
+def test_no_time_is_later_than_what_can_be_shown(text: str) -> None:
+    assert values.parse_time("253402300799") == values.TIME_MAX
+    with pytest.raises(TextError):
+        values.parse_time(text)
     assert [values.parse_yes_no(values.yes_no(value)) for value in (True, False)] == [True, False]
     with pytest.raises(TextError, match="yes or no"):
         values.parse_yes_no("Yes")

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.errors import StoreError, TextError
 from qubes_fwd_qrexec.values import QubeName, parse_address, parse_qube_name
 
 from .backend import check_feature_name
-from .inventory import ADMIN, Qube, feature_matters
+from .inventory import ADMIN, Qube, feature_matters, is_told
 
 # qubes-core-admin qubes/vm/mix/net.py: these have a netvm, be it none; an answer without one is no answer.
 _NETWORKED = frozenset({"AppVM", "DispVM", "StandaloneVM", "TemplateVM"})
@@ -113,7 +113,7 @@ class AdminApi:
             value = self._feature(name, key)
             if value is not None:
                 features[key] = value
-        return to_qube(listed, properties, tags, features)
+        return to_qube(listed, properties, tags, features)._replace(told=frozenset(filter(is_told, keys)))
 
     def _feature(self, qube: QubeName, key: str) -> str | None:
         """A feature's value; None if it has been removed since it was listed. Raises `Vanished`."""

@@ -131,11 +131,12 @@ class Backend(Protocol):
         what is to be ended by the call cannot be there either.
         """
 
-    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
         """Make a qrexec call from dom0 (``NAME+ARGUMENT``), without input, and return what it says.
 
         A halted qube is not started. Raises `answers.AnswerError` unless it ended with status 0, in time and
-        with at most ``max_bytes``. What is returned is untrusted.
+        with at most ``max_bytes``. What is returned is untrusted. Without ``timeout_s`` it has
+        `answers.ANSWER_TIMEOUT_S`.
         """
 
     def verdict(self, call: PolicyCall) -> PolicyVerdict:

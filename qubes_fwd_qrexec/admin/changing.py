@@ -2,21 +2,25 @@
 """The commands that change rules: add, set, remove, enable, disable, confirm.
 
 Each holds the lock, looks at the system once, plans with the change in it, and refuses before anything
-is stored. Then it stores, and applies.
+is stored. Then it stores, and applies; and without the lock it asks the listeners whether they have it open.
 """
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
 from qubes_fwd_qrexec.options import Option
-from qubes_fwd_qrexec.rules import NO_LIMITS, ForwardRule, ForwardType, NamedRule, Transport
+from qubes_fwd_qrexec.rules import NO_LIMITS, BrokenRule, ForwardRule, ForwardType, NamedRule, Transport
 from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
+from .conflicts import check_rivals
 from .expiry import parse_expire, print_expire
+from .inventory import Inventory
+from .render import escaped
 from .session import Session, Snapshot, UsageError
 from .states import Cause, Forward, Plan, State
 from .store import made_up_name
@@ -35,12 +39,19 @@ def add(args: Namespace, session: Session) -> int:
         snapshot = session.look()
         named = _new_rule(args, session, snapshot)
         if snapshot.stored.find(named.target, named.name) is not None:
-            raise RefusedError(
-                f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
-            )
+            raise RefusedError(_taken(named, snapshot))
         _check_new(named, session, snapshot)
-        _store(session, snapshot, [named])
-        return _finish(args, session, [named], "stored")
+        done = _carried_out(args, session, snapshot, [named])
+    return _finish(session, done, "stored")
+
+
+def _taken(named: NamedRule, snapshot: Snapshot) -> str:
+    if isinstance(snapshot.stored.find(named.target, named.name), BrokenRule):
+        return (
+            f"{named} exists already and cannot be read; take another --name, or remove it first with "
+            f"'qvm-forward remove {named}'"
+        )
+    return f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
 
 
 def _new_rule(args: Namespace, session: Session, snapshot: Snapshot) -> NamedRule:
@@ -80,18 +91,22 @@ def _new_rule(args: Namespace, session: Session, snapshot: Snapshot) -> NamedRul
 def _check_new(named: NamedRule, session: Session, snapshot: Snapshot) -> None:
     """A rule that could not be opened is not stored; a disabled one may wait for its port."""
     asked = named._replace(rule=replace(named.rule, enabled=True))
-    forward = _planned_with(asked, session, snapshot)
+    forward, planned = _planned_with(asked, session, snapshot)
     if not forward.is_live and (named.rule.enabled or forward.cause is not Cause.CONFLICT):
         raise RefusedError(f"{named} was not added. {forward.reason}")
+    problem = check_rivals(forward, planned, None) if named.rule.enabled else None
+    if problem is not None:
+        raise RefusedError(f"{named} was not added. {problem}")
 
 
-def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> Forward:
-    """What would become of a rule, with those that are stored before it."""
+def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> tuple[Forward, Plan]:
+    """What would become of a rule, with those that are stored before it, and of them."""
     changed = snapshot._replace(stored=snapshot.stored.with_rules([named]))
-    forward = changed.plan(session.now, newcomer=(named.target, named.name)).find(named.target, named.name)
+    planned = changed.plan(session.now, newcomer=(named.target, named.name))
+    forward = planned.find(named.target, named.name)
     if forward is None:
         raise StoreError(f"{named} is missing from its own plan")
-    return forward
+    return forward, planned
 
 
 def set_options(args: Namespace, session: Session) -> int:
@@ -103,7 +118,8 @@ def set_options(args: Namespace, session: Session) -> int:
             rule = _with_options(old.rule, args.options, session.now)
         except (TextError, RuleError) as error:
             raise UsageError(f"{old} was not changed: {error}") from None
-        return _change(args, session, snapshot, [old._replace(rule=rule)], "changed")
+        done = _change(args, session, snapshot, [old._replace(rule=rule)], "changed")
+    return _finish(session, done, "changed")
 
 
 def _with_options(rule: ForwardRule, texts: Iterable[str], now: float) -> ForwardRule:
@@ -145,7 +161,8 @@ def _replace_all(args: Namespace, session: Session, done: str, *, enabled: bool)
         snapshot = session.look()
         olds = [_readable(snapshot, args.qube, name) for name in dict.fromkeys(args.name)]
         changed = [old._replace(rule=replace(old.rule, enabled=enabled)) for old in olds]
-        return _change(args, session, snapshot, changed, done)
+        carried_out = _change(args, session, snapshot, changed, done)
+    return _finish(session, carried_out, done)
 
 
 def confirm(args: Namespace, session: Session) -> int:
@@ -155,9 +172,12 @@ def confirm(args: Namespace, session: Session) -> int:
         changed = []
         for name in dict.fromkeys(args.name):
             old = _readable(snapshot, args.qube, name)
-            path = snapshot.inventory.chain(old.target).qubes
-            changed.append(old._replace(rule=replace(old.rule, owner=old.target, path=path)))
-        return _change(args, session, snapshot, changed, "confirmed")
+            chain = snapshot.inventory.chain(old.target)
+            if chain.problem is not None:
+                raise RefusedError(f"{old} was not confirmed, as there is no whole way. {chain.problem}")
+            changed.append(old._replace(rule=replace(old.rule, owner=old.target, path=chain.qubes)))
+        done = _change(args, session, snapshot, changed, "confirmed")
+    return _finish(session, done, "confirmed")
 
 
 def remove(args: Namespace, session: Session) -> int:
@@ -178,19 +198,20 @@ def remove(args: Namespace, session: Session) -> int:
 
 def _change(
     args: Namespace, session: Session, snapshot: Snapshot, changed: list[NamedRule], done: str
-) -> int:
+) -> "_Done":
     """Store changed rules unless one of them would be refused for a reason that it did not have before."""
     before = snapshot.plan(session.now)
     for named in changed:
         # One by one on top of each other: two of them may conflict.
         snapshot = snapshot._replace(stored=snapshot.stored.with_rules([named]))
-        forward = _planned_with(named, session, snapshot)
+        forward, planned = _planned_with(named, session, snapshot)
         old = before.find(named.target, named.name)
         if forward.state is State.REFUSED and (old is None or old.reason != forward.reason):
             raise RefusedError(f"{named} was not {done}. {forward.reason}")
-    _store(session, snapshot, changed)
-    told = {named: warnings(old) for named in changed if (old := before.find(*named[:2])) is not None}
-    return _finish(args, session, changed, done, told)
+        problem = check_rivals(forward, planned, before)
+        if problem is not None:
+            raise RefusedError(f"{named} was not {done}. {problem}")
+    return _carried_out(args, session, snapshot, changed, before)
 
 
 def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
@@ -202,23 +223,51 @@ def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
     return entry
 
 
-def _store(session: Session, snapshot: Snapshot, rules: Iterable[NamedRule]) -> None:
-    session.store(snapshot.inventory, {(named.target, named.name): str(named.rule) for named in rules})
+class _Done(NamedTuple):
+    """A change that was made: its forwards as they are now; the plans before and, if applied, after it."""
+
+    forwards: list[Forward]
+    inventory: Inventory
+    before: Plan
+    applied: Plan | None
 
 
-def _finish(
+def _carried_out(
     args: Namespace,
     session: Session,
+    snapshot: Snapshot,
     changed: Iterable[NamedRule],
-    done: str,
-    told: Mapping[NamedRule, list[str]] | None = None,
-) -> int:
-    """Apply, and say in plain sentences what is open now and for whom, without the warnings told before."""
-    planned = None if args.no_apply else session.apply_change()
-    shown = planned or session.look().plan(session.now)
+    before: Plan | None = None,
+) -> _Done:
+    """Store and apply."""
+    session.store(snapshot.inventory, {(named.target, named.name): str(named.rule) for named in changed})
+    applied = None if args.no_apply else session.apply_change()
+    shown = applied or session.look().plan(session.now)
     forwards = [f for named in changed if (f := shown.find(named.target, named.name)) is not None]
+    return _Done(forwards, snapshot.inventory, before or Plan(()), applied)
+
+
+def _troubles(done: _Done, session: Session) -> dict[tuple[str, str], str]:
+    """What listeners say, who are asked without the lock."""
+    from . import uptake
+
+    asked = [f for f in done.forwards if done.applied is not None and uptake.can_be_asked(f, done.inventory)]
+    olds = {f.source[:2]: f.config for f in done.before.live}
+    renewed = [f for f in asked if olds.get(f.source[:2], f.config) != f.config]
+    return uptake.troubles(asked, renewed, session.backend)
+
+
+def _finish(session: Session, carried_out: _Done, done: str) -> int:
+    """Say in plain sentences what is open now and for whom, without the warnings told before."""
+    forwards, planned = carried_out.forwards, carried_out.applied
+    troubles = _troubles(carried_out, session)
+
+    def notes(forward: Forward) -> list[str]:
+        trouble = troubles.get(forward.source[:2])
+        return warnings(forward) if trouble is None else [trouble, *warnings(forward)]
+
     if session.is_json:
-        found = [f.as_json() | {"warnings": warnings(f)} for f in forwards]
+        found = [f.as_json() | {"warnings": notes(f)} for f in forwards]
         session.say_json({"forwards": found, "applied": planned is not None})
         return 0
     for forward in forwards:
@@ -233,9 +282,11 @@ def _finish(
             session.say(f"Forward {forward.source} is {done} and {forward.state}. {forward.reason}\n")
         if forward.is_live and forward.source.rule.expire is not None:
             session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
-        for warning in warnings(forward):
-            if warning not in (told or {}).get(forward.source, ()):
-                session.say(f"Note: {warning}.\n")
+        old = carried_out.before.find(*forward.source[:2])
+        told = [] if old is None else warnings(old)
+        for note in notes(forward):
+            if note not in told:
+                session.say(f"Note: {escaped(note)}.\n")
     return 0
 
 

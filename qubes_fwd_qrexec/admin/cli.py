@@ -9,8 +9,9 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from typing import TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TextIO, cast
 
 from qubes_fwd_qrexec.errors import ForwardError
 
@@ -97,26 +98,72 @@ def _style(out: TextIO, environ: Mapping[str, str]) -> Style:
     return Style(width, not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
 
 
+class _OutputError(Exception):
+    """What was to be printed could not be."""
+
+
+class _Output:
+    """The standard output, whose own troubles are told from those of anything else that is written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _told():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _told():
+            self._stream.flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _OutputError(error.strerror) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program."""
+    # Python leaves out those that are closed. In this order each takes the descriptor that is missing, and no
+    # file of ours does.
+    has_out = sys.stdout is not None
+    stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    out = cast(TextIO, _Output(stdout))
     try:
         status = run(
             sys.argv[1:] if argv is None else argv,
             environ=os.environ,
             now=time.time(),
-            stdin=sys.stdin,
-            out=sys.stdout,
-            err=sys.stderr,
-            style=_style(sys.stdout, os.environ),
+            stdin=stdin,
+            out=out,
+            err=stderr,
+            style=_style(stdout, os.environ),
         )
-        sys.stdout.flush()
+        out.flush()
+        if not has_out:
+            raise _OutputError("it is closed")
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(stdout)
+        return 1
+    except _OutputError as error:
+        _drop(stdout)
+        stderr.write(f"qvm-forward: the output could not be written: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _drop(stdout: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 if __name__ == "__main__":

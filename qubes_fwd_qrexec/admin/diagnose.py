@@ -54,7 +54,7 @@ def diagnose(args: Namespace, session: Session) -> int:
     entry = snapshot.find(args.qube, args.name)
     if isinstance(entry, BrokenRule):
         text = broken_line(entry, Style()).rstrip("\n")
-        findings = [Finding("rule", Verdict.STOPS, text, f"'qvm-forward remove {entry.target} NAME'")]
+        findings = [Finding("rule", Verdict.STOPS, text, f"'qvm-forward remove {entry}'")]
     else:
         planned = snapshot.plan(session.now)
         forward = planned.find(entry.target, entry.name)

@@ -11,9 +11,10 @@ from qubes_fwd_qrexec.exchange import Document
 from qubes_fwd_qrexec.rules import NamedRule
 from qubes_fwd_qrexec.values import QubeName
 
+from .conflicts import check_rivals
 from .inventory import TUNNEL_FEATURE, Inventory
 from .plan import plan
-from .session import Session, Snapshot, plan_as_json
+from .session import Session, Snapshot, UsageError, plan_as_json
 from .states import Cause, Forward, Plan
 from .store import TUNNEL_NAME, made_up_name, parse_new_name
 
@@ -31,7 +32,7 @@ def export_rules(args: Namespace, session: Session) -> int:
     }
     form = args.format or ("json" if session.is_json else "line")
     if session.is_json and form != "json":
-        raise RefusedError(f"--json and --format {form} ask for two things; leave one out")
+        raise UsageError(f"--json and --format {form} ask for two things; leave one out")
     if form == "json":
         session.say_json(exchange.as_json(rules, tunnels))
     elif form == "xml":
@@ -129,7 +130,10 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
         if rule.owner is None and not document.is_exact:
             rule = replace(rule, owner=target)
         if rule.path is None and not document.is_exact:
-            rule = replace(rule, path=snapshot.inventory.chain(target).qubes)
+            chain = snapshot.inventory.chain(target)
+            if chain.problem is not None:
+                raise RefusedError(f"{read.place}: no way to record; nothing was imported. {chain.problem}")
+            rule = replace(rule, path=chain.qubes)
         try:
             taken = [*snapshot.stored.names(target), *(n for t, n in placed if t == target)]
             name = parse_new_name(read.name or made_up_name(rule, taken))
@@ -177,7 +181,8 @@ def _check_conflicts(
         qubes[qube] = qubes[qube]._replace(features=features)
     inventory = Inventory(qubes)
     alone = plan(rules, inventory, now)
-    for forward in Snapshot(inventory, snapshot.stored.with_rules(rules)).plan(now):
+    planned = Snapshot(inventory, snapshot.stored.with_rules(rules)).plan(now)
+    for forward in planned:
         if forward.cause is not Cause.CONFLICT:
             continue
         where = (forward.source.target, forward.source.name)
@@ -190,6 +195,15 @@ def _check_conflicts(
             raise RefusedError(
                 f"nothing was imported, as {forward.source} would be in conflict. {forward.reason}"
             )
+    # Among the rules of an exact import two may wait for one port, as they did where they come from.
+    others = [f for f in planned if not is_exact or alone.find(*f.source[:2]) is None]
+    for named in rules:
+        imported = planned.find(named.target, named.name)
+        problem = None
+        if imported is not None:
+            problem = check_rivals(imported, replace(planned, forwards=tuple(others)), before)
+        if problem is not None:
+            raise RefusedError(f"nothing was imported, as {named} would be in conflict. {problem}")
 
 
 def _check_room(rules: Iterable[NamedRule], snapshot: Snapshot, *, is_replacing: bool) -> None:

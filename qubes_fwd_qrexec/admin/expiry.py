@@ -5,12 +5,10 @@ import re
 import time
 
 from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.values import parse_number
+from qubes_fwd_qrexec.values import TIME_MAX, parse_number
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _RELATIVE = re.compile(r"\+([0-9]{1,9})([smhdw]?)\Z", re.ASCII)
-# The last second of the year 9999: what lies beyond can be neither shown nor meant.
-_LATEST = 253402300799
 EXPECTED = "a time such as +8h, +30m, +2d, +300 (seconds), 2030-01-31T18:00, UNIX seconds, or never"
 
 
@@ -25,7 +23,7 @@ def parse_expire(text: str, now: float) -> int | None:
         seconds = parse_number(text)
     else:
         seconds = _parse_iso(text)
-    if not 0 < seconds <= _LATEST:
+    if not 0 < seconds <= TIME_MAX:
         raise TextError(text, EXPECTED)
     return seconds
 
@@ -44,7 +42,7 @@ def print_expire(expire: int | None, now: float) -> str:
     """``never``, or the local time and how far off that is."""
     if expire is None:
         return "never"
-    if not 0 <= expire <= _LATEST:
+    if not 0 <= expire <= TIME_MAX:
         return f"{expire} (UNIX seconds)"
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(expire))
     return f"{written} ({distance(expire - now)})"

@@ -7,7 +7,13 @@ What a qube says is untrusted: `report` checks it, and nothing is decided by it.
 from typing import Any, NamedTuple, Protocol
 
 from qubes_fwd_qrexec.config import STATUS_SERVICE
-from qubes_fwd_qrexec.report import REPORT_MAX_BYTES, ForwardReport, QubeReport, ReportError
+from qubes_fwd_qrexec.report import (
+    REPORT_MAX_BYTES,
+    ForwardReport,
+    ListenerReport,
+    QubeReport,
+    ReportError,
+)
 from qubes_fwd_qrexec.values import QubeName
 
 from .answers import NO_SERVICE, AnswerError
@@ -56,14 +62,24 @@ class FigureSource(Protocol):
         """The figures of one live forward."""
 
 
-def ask(backend: Backend, qube: QubeName, argument: str = "") -> QubeReport:
+def ask(backend: Backend, qube: QubeName, argument: str = "", timeout_s: float | None = None) -> QubeReport:
     """What a qube says of itself. Raises `AnswerError`, also for what cannot be read."""
     service = f"{STATUS_SERVICE}+{argument}"
-    untrusted_answer = backend.ask(qube, service, REPORT_MAX_BYTES)
+    untrusted_answer = backend.ask(qube, service, REPORT_MAX_BYTES, timeout_s)
     try:
         return QubeReport.parse(untrusted_answer)
     except ReportError as error:
         raise AnswerError(f"what {qube} says cannot be read: {error}") from error
+
+
+def said_of(forward: Forward, listener: ListenerReport) -> tuple[ForwardReport | None, str | None]:
+    """What a listener says of a forward, if it has it open, and of a port that it cannot open."""
+    key = "" if forward.config is None else forward.config.key
+    problem = next((problem.text for problem in listener.problems if problem.key == key), None)
+    found = listener.find(forward.source.target, forward.source.name)
+    if problem is None and found is not None and not found.is_listening:
+        problem = "not all of its ports are open"
+    return found, problem
 
 
 class QubeFigures:
@@ -83,15 +99,10 @@ class QubeFigures:
             return Unknown(str(answer))
         if answer.listener is None:
             return Unknown(f"{forward.exposed}: {answer.listener_problem or 'no listener is running'}", True)
-        key = "" if forward.config is None else forward.config.key
-        problems = [problem.text for problem in answer.listener.problems if problem.key == key]
-        found = answer.listener.find(forward.source.target, forward.source.name)
+        found, problem = said_of(forward, answer.listener)
         if found is None:
-            why = f": {problems[0]}" if problems else ""
+            why = "" if problem is None else f": {problem}"
             return Unknown(f"{forward.exposed} does not have {forward.source} open{why}", True)
-        problem = problems[0] if problems else None
-        if problem is None and not found.is_listening:
-            problem = "not all of its ports are open"
         return Figures(found, problem, self._tunnels(forward))
 
     def _tunnels(self, forward: Forward) -> int | None:

@@ -88,12 +88,15 @@ def _tunnel(forward: Forward, inventory: Inventory) -> Guard:
         return Guard("tunnel", Verdict.NOTE, f"goes round the tunnel {mark}, as the rule accepts")
     if mark is not None:
         return Guard("tunnel", Verdict.STOPS, f"{exposed.name} lies outside of the tunnel {mark}")
-    for name in forward.chain:
-        mark = inventory.tunnel_mark(name)
-        if mark is not None:
-            where = "is the tunnel itself" if name == exposed.name else "is behind the same tunnel"
-            return Guard("tunnel", Verdict.OK, f"{exposed.name} {where}, {mark}")
-    return Guard("tunnel", Verdict.OK, f"no netvm of {target.name} is marked as a tunnel")
+    mark = inventory.nearest_tunnel(target.name)
+    if mark is None:
+        text = f"neither {target.name} nor a netvm of it is marked as a tunnel"
+        return Guard("tunnel", Verdict.OK, text)
+    if mark.qube == target.name:
+        where = "is behind the target, which is a tunnel"
+    else:
+        where = "is the tunnel itself" if mark.qube == exposed.name else "is behind the same tunnel"
+    return Guard("tunnel", Verdict.OK, f"{exposed.name} {where}, {mark}")
 
 
 def _expiry(forward: Forward, now: float) -> Guard:

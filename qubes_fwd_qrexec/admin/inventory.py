@@ -30,12 +30,21 @@ def feature_matters(key: str, with_config: bool = True) -> bool:
     A template has a hundred others, and a real system is asked for each value by itself.
     """
     if key.startswith(CONFIG_PREFIX):
-        return with_config and is_forward_key(key.removeprefix(CONFIG_PREFIX))
+        return with_config and is_told(key)
     return key in _MATTER or key.startswith((RULE_PREFIX, VPN_PREFIX))
 
 
+def is_told(key: str) -> bool:
+    """Whether a feature is one that tells a listener of a forward."""
+    return key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX))
+
+
 class Qube(NamedTuple):
-    """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False."""
+    """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False.
+
+    ``told`` are the names of the features that tell its listener of forwards, also where their values were
+    not asked for.
+    """
 
     name: QubeName
     klass: str
@@ -48,6 +57,7 @@ class Qube(NamedTuple):
     template: QubeName | None = None
     template_for_dispvms: bool = False
     tags: frozenset[str] = frozenset()
+    told: frozenset[str] = frozenset()
 
 
 class Chain(NamedTuple):
@@ -82,13 +92,13 @@ class Inventory(NamedTuple):
         while current.netvm is not None:
             if current.netvm == name or current.netvm in walked:
                 return Chain(
-                    tuple(walked), f"the netvms of {name} lead in a circle at {current.netvm}; mend its netvm"
+                    tuple(walked), f"The netvms of {name} lead in a circle at {current.netvm}; mend its netvm"
                 )
             following = self.qubes.get(current.netvm)
             if following is None:
                 return Chain(
                     tuple(walked),
-                    f"{current.netvm}, the netvm of {current.name}, does not exist; set another",
+                    f"The netvm of {current.name}, {current.netvm}, does not exist; set another",
                 )
             if len(walked) == CHAIN_MAX:
                 return Chain(tuple(walked), f"{name} has more than {CHAIN_MAX} netvms in a row")
@@ -117,7 +127,7 @@ class Inventory(NamedTuple):
         """What listeners are told: exposed qube, name and value of the feature."""
         for qube in self.qubes.values():
             for key, value in qube.features.items():
-                if key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX)):
+                if is_told(key):
                     yield qube.name, key, value
 
     def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:
@@ -136,6 +146,20 @@ class Inventory(NamedTuple):
         """The first of these marks; one is enough."""
         return next(self.tunnel_marks(name), None)
 
+    def behind(self, name: QubeName) -> tuple[QubeName, ...]:
+        """The qubes whose way out leads through this one."""
+        return tuple(other for other in sorted(self.qubes) if name in self.chain(other).qubes)
+
+    def nearest_tunnel(self, target: QubeName) -> TunnelMark | None:
+        """The tunnel by which traffic of ``target`` leaves: its own, if it is marked itself, or else that of
+        the nearest of its netvms that is marked.
+        """
+        for name in (target, *self.chain(target).qubes):
+            mark = self.tunnel_mark(name)
+            if mark is not None:
+                return mark
+        return None
+
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube must not be reached but through its tunnel."""
         if "anon-vm" in self.qubes[name].tags:
@@ -148,11 +172,11 @@ class Inventory(NamedTuple):
         """The tunnel that traffic from ``exposed`` to ``target`` would go round, if any.
 
         The nearest tunnel on the target's way out decides: exposing at it or behind it is fine, and so
-        is any other qube that has the same tunnel on its own way out. A target marked as anonymous
-        without a marked qube on its way may be exposed nowhere.
+        is any other qube that has the same tunnel on its own way out. A target that is a tunnel itself may
+        be exposed behind itself alone, whatever is marked further out: qrexec goes round what runs in it.
+        A target marked as anonymous without a marked qube on its way may be exposed nowhere.
         """
-        for name in self.chain(target).qubes:
-            mark = self.tunnel_mark(name)
-            if mark is not None:
-                return None if name == exposed or name in self.chain(exposed).qubes else mark
-        return self.behind_tunnel_mark(target)
+        mark = self.nearest_tunnel(target)
+        if mark is None:
+            return self.behind_tunnel_mark(target)
+        return None if mark.qube in (exposed, *self.chain(exposed).qubes) else mark

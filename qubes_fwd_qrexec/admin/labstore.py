@@ -21,7 +21,7 @@ from .backend import (
     check_feature,
     ended_badly,
 )
-from .inventory import Inventory, Qube, feature_matters
+from .inventory import Inventory, Qube, feature_matters, is_told
 
 # What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
 _CALL_TIMEOUT_S = 5.0
@@ -52,6 +52,7 @@ class LabStore:
                 template=qube.template,
                 template_for_dispvms=qube.template_for_dispvms,
                 tags=frozenset(qube.tags),
+                told=frozenset(filter(is_told, features)),
             )
         return Inventory(found)
 
@@ -88,7 +89,7 @@ class LabStore:
         with _told():
             write_text(self._policy_path, text)
 
-    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
         import subprocess
 
         from .answers import AnswerError, read_answer
@@ -106,7 +107,7 @@ class LabStore:
             )
         except OSError as error:
             raise AnswerError(f"{what}: {error.strerror}") from error
-        return read_answer(process, max_bytes, what)
+        return read_answer(process, max_bytes, what, *(() if timeout_s is None else (timeout_s,)))
 
     def verdict(self, call: PolicyCall) -> PolicyVerdict:
         from dataclasses import replace

@@ -2,7 +2,8 @@
 """Rules and inventory to plan: for every rule where it is exposed, how it travels, and whether it may.
 
 Nothing is read or changed here. Each rule first finds its own verdict, in the order of `_judged`;
-those that would be live then claim their ports, and of two that claim the same the first one has it.
+those that would be live then claim their ports, and of two that claim the same the one that is open has
+it, or else the first one.
 """
 
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from .abilities import THIS_VERSION, Abilities
 from .conflicts import Claims
-from .inventory import ADMIN, DISPOSABLE, TEMPLATE, Chain, Inventory, Qube
+from .inventory import ADMIN, CONFIG_PREFIX, DISPOSABLE, TEMPLATE, Chain, Inventory, Qube
 from .states import Cause, Forward, Plan, State
 
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
@@ -63,9 +64,10 @@ def plan(
     ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
     judged = {(rule.target, rule.name): _judged(rule, inventory, now, abilities) for rule in ordered}
     claims = Claims()
-    # In the order of target and name, the newcomer last.
-    for key in sorted(judged, key=lambda key: (key == newcomer, key)):
-        forward = judged[key]
+    # The newcomer last, and before all others those of which their listener is told: what is open stays
+    # open when another one comes back to its port.
+    for forward in sorted(judged.values(), key=lambda forward: _turn(forward, inventory, newcomer)):
+        key = forward.source[:2]
         if forward.is_live:
             problem = claims.take(forward)
             if problem is not None:
@@ -73,6 +75,17 @@ def plan(
                     state=State.REFUSED, cause=Cause.CONFLICT, reason=problem, config=None
                 )
     return Plan(tuple(judged.values()), tuple(sorted(broken)))
+
+
+def _turn(
+    forward: Forward, inventory: Inventory, newcomer: tuple[QubeName, RuleName] | None
+) -> tuple[bool, bool, QubeName, RuleName]:
+    """Whose claim is heard first."""
+    target, name, _ = forward.source
+    exposed = inventory.get(forward.exposed or "")
+    key = "" if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
+    is_told = exposed is not None and key in exposed.told
+    return (target, name) == newcomer, not is_told, target, name
 
 
 def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abilities) -> Forward:
@@ -279,13 +292,17 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, inventory: Inventory) -> t
         return ()
     if named.rule.bypass_tunnel:
         return (f"bypasses the tunnel {tunnel}",)
-    if tunnel.qube == named.target:
-        way_out = "expose it nowhere"
-    else:
+    is_tunnel = inventory.tunnel_mark(named.target) is not None
+    what = f"is a tunnel itself ({tunnel.mark})" if is_tunnel else f"is behind a tunnel, marked at {tunnel}"
+    if tunnel.qube != named.target:
         way_out = f"expose it at {tunnel.qube} with via={tunnel.qube} (--via {tunnel.qube})"
+    elif is_tunnel and (inventory.qubes[named.target].provides_network or inventory.behind(named.target)):
+        way_out = "expose it at a qube behind it with via=QUBE (--via QUBE)"
+    else:
+        way_out = "expose it nowhere"
     raise _refused(
         Cause.TUNNEL,
-        f"{named.target} is behind a tunnel, marked at {tunnel}, and listening at {exposed} would go round "
+        f"{named.target} {what}, and listening at {exposed} would go round "
         f"it; {way_out}, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
     )
 

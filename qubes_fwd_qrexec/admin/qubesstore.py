@@ -88,12 +88,13 @@ class QubesStore:
         if status not in (0, _NO_SERVICE):
             raise StoreError(f"{ended_badly(service, qube, status)}{self._way_out(qube, service, status)}")
 
-    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
+    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
         from .answers import AnswerError, read_answer
 
         try:
             process = self._admin.start_service(qube, service, with_output=True)
-            return read_answer(process, max_bytes, f"{service} in {qube}")
+            bound = () if timeout_s is None else (timeout_s,)
+            return read_answer(process, max_bytes, f"{service} in {qube}", *bound)
         except AnswerError as error:
             way_out = self._way_out(qube, service, error.status or 0)
             raise AnswerError(f"{error}{way_out}", error.status) from error

@@ -74,10 +74,8 @@ def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
     if inventory.qubes[qube].klass == TEMPLATE:
         made = [q.name for q in inventory.qubes.values() if q.template == qube]
         return f"That marks every qube made from it: {', '.join(made) or 'none yet'}."
-    behind = _behind(qube, inventory)
-    if not behind:
-        return "No qube is behind it yet."
-    return f"What is behind it may not be exposed outside of it: {', '.join(behind)}."
+    behind = ", ".join(inventory.behind(qube)) or "no qube yet"
+    return f"Neither it nor what is behind it may be exposed outside of it; behind it is {behind}."
 
 
 def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
@@ -105,7 +103,10 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
         session.say(f"{qube} is no longer marked as a tunnel.\n")
     _say(changes, session)
     for forward in after.plan(session.now):
-        if forward.cause is Cause.TUNNEL and qube in forward.chain:
+        if forward.cause in (Cause.TUNNEL, Cause.CONFLICT) and qube in (
+            forward.source.target,
+            *forward.chain,
+        ):
             session.say(f"Forward {forward.source} stays refused. {forward.reason}\n")
     return 0
 
@@ -185,7 +186,7 @@ def _as_json(qube: QubeName, after: Snapshot, changes: Iterable[Change]) -> dict
 
 
 class Marked(NamedTuple):
-    """A tunnel qube: what marks it, which qubes are behind it, and which of those have rules."""
+    """A tunnel qube: what marks it, and which qubes are behind it; these and it itself may have rules."""
 
     qube: QubeName
     marks: tuple[TunnelMark, ...]
@@ -193,21 +194,16 @@ class Marked(NamedTuple):
 
     def as_json(self, targets: Iterable[QubeName]) -> dict[str, Any]:
         marks = [mark.mark for mark in self.marks]
-        having = [qube for qube in self.behind if qube in set(targets)]
+        having = [qube for qube in (self.qube, *self.behind) if qube in set(targets)]
         return {"qube": self.qube, "marks": marks, "behind": list(self.behind), "targets": having}
 
 
 def _marked(inventory: Inventory) -> list[Marked]:
     return [
-        Marked(name, marks, _behind(name, inventory))
+        Marked(name, marks, inventory.behind(name))
         for name in sorted(inventory.qubes)
         if (marks := tuple(inventory.tunnel_marks(name)))
     ]
-
-
-def _behind(qube: QubeName, inventory: Inventory) -> tuple[QubeName, ...]:
-    """The qubes whose way out leads through a qube."""
-    return tuple(name for name in sorted(inventory.qubes) if qube in inventory.chain(name).qubes)
 
 
 def _anonymous(inventory: Inventory) -> list[TunnelMark]:
@@ -230,8 +226,10 @@ def _list(session: Session) -> int:
         )
         return 0
     for entry in found:
-        session.say(f"{entry.qube}: {', '.join(mark.mark for mark in entry.marks)}\n")
-        behind = [f"{qube} (has forwards)" if qube in targets else qube for qube in entry.behind]
+        itself, *behind = (
+            f"{qube} (has forwards)" if qube in targets else qube for qube in (entry.qube, *entry.behind)
+        )
+        session.say(f"{itself}: {', '.join(mark.mark for mark in entry.marks)}\n")
         session.say(f"  behind it: {', '.join(behind) or 'nothing'}\n")
     for mark in anonymous:
         session.say(f"{mark.qube}: {mark.mark}, to be reached through its tunnel only\n")

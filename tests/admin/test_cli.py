@@ -107,7 +107,7 @@ REFUSED = [
     (("show", "work", "nope"), 1, "work has no forward"),
     (("list", "gone"), 1, "there is no qube 'gone'"),
     (("export", "gone"), 1, "there is no qube 'gone'"),
-    (("export", "--json", "--format", "xml"), 1, "leave one out"),
+    (("export", "--json", "--format", "xml"), 2, "leave one out"),
     (("import", "/does/not/exist"), 1, "/does/not/exist: No such file or directory"),
 ]
 
@@ -144,6 +144,37 @@ def test_a_wrong_command_line_is_a_usage_error(
         forward(*argv)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_over_a_broken_rule_add_advises_what_is_possible(forward: Forward, lab: LabDirectory) -> None:
+    lab.set_feature("work", "forward.web", "garbage")
+    result = forward(*ADD)
+    assert (result.status, result.out) == (1, "")
+    assert "remove it first with 'qvm-forward remove work web'" in result.err
+    assert "set" not in result.err
+    assert forward("remove", "work", "web").status == 0
+    assert forward(*ADD).status == 0
+
+
+@pytest.mark.parametrize(
+    ("netvm", "problem"),
+    [
+        ("gone", "The netvm of sys-firewall, gone, does not exist; set another"),
+        ("sys-firewall", "The netvms of work lead in a circle at sys-firewall; mend its netvm"),
+    ],
+)
+def test_half_a_way_is_not_confirmed_nor_imported(
+    forward: Forward, lab: LabDirectory, netvm: str, problem: str
+) -> None:
+    forward(*ADD)
+    change(lab, "sys-firewall", netvm=QubeName(netvm))
+    before = content(lab)
+    result = forward("confirm", "work", "web")
+    assert (result.status, result.out) == (1, "")
+    assert f"work web was not confirmed, as there is no whole way. {problem}" in result.err
+    result = forward("import", stdin="work x action=forward srcports=81 srchosts=any\n")
+    assert (result.status, f"nothing was imported. {problem}" in result.err) == (1, True)
+    assert content(lab) == before
 
 
 def test_set_changes_options_and_empties_them(forward: Forward, lab: LabDirectory) -> None:

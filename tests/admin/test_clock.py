@@ -4,6 +4,7 @@
 import select
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from worlds import Hands
@@ -103,6 +104,28 @@ def test_it_can_be_stopped(alarm: Alarm) -> None:
 
 def test_the_last_second_of_the_year_9999_can_be_set(alarm: Alarm) -> None:
     alarm.set(253402300799.0)
+    assert not rings(alarm)
+
+
+class _Libc:
+    """The C library, whose calls are noted before they are made."""
+
+    def __init__(self, libc: Any) -> None:
+        self._libc = libc
+        self.flags: list[int] = []
+
+    def timerfd_settime(self, fd: int, flags: int, *more: object) -> int:
+        self.flags.append(flags)
+        return int(self._libc.timerfd_settime(fd, flags, *more))
+
+
+def test_it_is_to_ring_also_when_the_clock_is_set(alarm: Alarm) -> None:
+    """Which no test may do: TFD_TIMER_ABSTIME and TFD_TIMER_CANCEL_ON_SET, of linux/timerfd.h."""
+    noted = _Libc(alarm._libc)
+    alarm._libc = noted  # type: ignore[assignment]
+    alarm.set(time.time() + 3600)
+    alarm.set(None)
+    assert noted.flags == [1 | 2, 1 | 2]
     assert not rings(alarm)
 
 

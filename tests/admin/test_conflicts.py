@@ -190,6 +190,21 @@ def test_what_was_in_conflict_already_hinders_no_import(forward: Command, lab: L
     assert result.out.startswith("Imported 1 forward.\nvault a: active.")
 
 
+def test_lines_that_policy_can_tell_apart_may_differ_in_autostart(
+    forward: Command, lab: LabDirectory
+) -> None:
+    """A tunnel's line has its whole range as one argument: those of two ranges are two lines."""
+    assert forward("add", "work", "7000:9005", "--from", "any").status == 0
+    assert forward("add", "work", "8000-8010:9000-9010", "--from", "any", "--autostart").status == 0
+    policy = (lab.policy_dir / "30-forward.policy").read_text()
+    assert "+9005+tunnel  sys-net  work  allow  autostart=no" in policy
+    assert "+9000-9010+tunnel  sys-net  work  allow  autostart=yes" in policy
+    # Each port of calls has a line of its own, and shares it.
+    assert forward("add", "personal", "7100:9005", "--from", "any").status == 0
+    result = forward("add", "personal", "8100-8110:9000-9010", "--from", "any", "--autostart")
+    assert (result.status, "dom0's policy cannot tell the two apart" in result.err) == (1, True)
+
+
 def test_agreement_about_autostart_is_asked_for_at_add(forward: Command) -> None:
     forward(*ADD)
     result = forward("add", "work", "81:8080", "--from", "any", "--autostart")

@@ -29,8 +29,8 @@ class Qubes:
     def __init__(self, **answers: bytes | AnswerError) -> None:
         self.answers = {name.replace("_", "-"): answer for name, answer in answers.items()}
 
-    def ask(self, qube: QubeName, service: str, max_bytes: int) -> bytes:
-        assert (service, max_bytes) == ("qubes.ForwardStatus+", REPORT_MAX_BYTES)
+    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None) -> bytes:
+        assert (service, max_bytes, timeout_s) == ("qubes.ForwardStatus+", REPORT_MAX_BYTES, None)
         answer = self.answers.pop(qube)
         if isinstance(answer, AnswerError):
             raise answer

@@ -63,7 +63,19 @@ CASES = [
         "stops",
         "made for office and inherited; 'qvm-forward confirm work web' makes it one of work",
     ),
-    (rule(), "tunnel", "ok", "no netvm of work is marked as a tunnel"),
+    (rule(), "tunnel", "ok", "neither work nor a netvm of it is marked as a tunnel"),
+    (
+        rule(target="sys-vpn"),
+        "tunnel",
+        "stops",
+        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn)",
+    ),
+    (
+        rule("via=hidden", target="sys-vpn"),
+        "tunnel",
+        "ok",
+        "hidden is behind the target, which is a tunnel, sys-vpn (feature service.vpn-handler-openvpn)",
+    ),
     (
         rule(target="hidden"),
         "tunnel",

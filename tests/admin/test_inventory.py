@@ -18,7 +18,17 @@ def test_a_chain_is_nearest_first() -> None:
 def test_a_chain_that_bites_its_tail_ends_with_a_problem() -> None:
     chain = world(qube("a", "b"), qube("b", "a")).chain(QubeName("a"))
     assert chain.qubes == ("b",)
-    assert chain.problem == "the netvms of a lead in a circle at a; mend its netvm"
+    assert chain.problem == "The netvms of a lead in a circle at a; mend its netvm"
+
+
+def test_a_chain_of_as_many_netvms_as_are_allowed_is_walked_and_one_more_is_not() -> None:
+    """The number is what the documentation says, and not only what the code does."""
+    assert CHAIN_MAX == 32
+    row = [qube(f"n{i}", f"n{i + 1}") for i in range(33)]
+    inventory = world(*row, qube("n33"))
+    assert len(inventory.chain(QubeName("n1")).qubes) == 32
+    assert inventory.chain(QubeName("n1")).problem is None
+    assert inventory.chain(QubeName("n0")).problem == "n0 has more than 32 netvms in a row"
 
 
 def test_a_chain_is_bounded() -> None:
@@ -132,6 +142,31 @@ def test_of_two_tunnels_the_nearest_decides() -> None:
     found = world(outer).bypassed_tunnel(QubeName("hidden"), QubeName("sys-firewall"))
     assert found is not None
     assert found.qube == "sys-vpn"
+
+
+MARKED = [
+    {"features": {"forward.tunnel": "1"}},
+    {"features": {"service.vpn-handler-openvpn": "1"}},
+    {"features": {"whonix-gw": "1"}},
+    {"tags": frozenset({"anon-gateway"})},
+    {"tags": frozenset({"anon-gateway", "anon-vm"})},
+    {"template": QubeName("whonix")},
+]
+
+
+@pytest.mark.parametrize("more", MARKED)
+@pytest.mark.parametrize(
+    ("exposed", "is_bypassed"), [("sys-net", True), ("outer", True), ("vault", True), ("inner", False)]
+)
+def test_a_target_that_is_a_tunnel_itself_is_exposed_behind_itself_alone(
+    more: dict[str, object], exposed: str, is_bypassed: bool
+) -> None:
+    """Also with another tunnel further out, which would be the nearest of its netvms."""
+    outer = qube("outer", "sys-net", features={"forward.tunnel": "1"})
+    whonix = qube("whonix", klass="TemplateVM", features={"whonix-gw": "1"})
+    inventory = world(outer, whonix, qube("gate", "outer", **more), qube("inner", "gate"))
+    found = inventory.bypassed_tunnel(QubeName("gate"), QubeName(exposed))
+    assert (found and found.qube) == ("gate" if is_bypassed else None)
 
 
 @pytest.mark.parametrize("more", [{"tags": frozenset({"anon-vm"})}, {"features": {"whonix-ws": "1"}}])

@@ -29,6 +29,7 @@ METHODS_OF_QUBES = [*METHODS, "admin.vm.CurrentState"]
 CALLS = [
     *((method, "+", "dom0" if method == "admin.vm.List" else "work") for method in METHODS_OF_QUBES),
     ("admin.vm.List", "+", "work"),
+    ("admin.Events", "+", "dom0"),
     ("policy.List", "+", "dom0"),
     ("policy.Get", "+30-forward", "dom0"),
     ("policy.Replace", "+30-forward", "dom0"),

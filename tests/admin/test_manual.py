@@ -155,6 +155,7 @@ def test_bash_offers_the_same(system: LabDirectory, tmp_path: Path, line: str, o
         text=True,
         capture_output=True,
         check=False,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == offered

@@ -3,6 +3,8 @@
 
 import importlib.util
 import os
+import select
+import shlex
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[2]
+BOUND_S = 60.0
 
 
 def test_without_a_lab_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +68,7 @@ def _program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         text=True,
         capture_output=True,
         check=False,
+        timeout=BOUND_S,
     )
 
 
@@ -129,6 +133,7 @@ def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: Lab
         text=True,
         capture_output=True,
         check=False,
+        timeout=BOUND_S,
     )
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
@@ -143,10 +148,64 @@ def test_a_reader_that_has_seen_enough_is_no_error(lab: LabDirectory) -> None:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
+        timeout=BOUND_S,
     )
     os.close(write_end)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- <&-"])
+@pytest.mark.parametrize("command", [("list",), ADD, ("policy", "--json"), ("__complete", "1", "")])
+def test_what_cannot_be_printed_is_said_after_it_was_done(
+    lab: LabDirectory, redirection: str, command: tuple[str, ...]
+) -> None:
+    """Nobody is refused for it: who closes everything need not read what is said of it."""
+    line = shlex.join([sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", *command])
+    done = subprocess.run(
+        ["sh", "-c", f"exec {line} {redirection}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "QVM_FORWARD_LAB": str(lab.root)},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=BOUND_S,
+    )
+    why = "No space left on device" if "full" in redirection else "it is closed"
+    told = f"qvm-forward: the output could not be written: {why}\n"
+    assert (done.returncode, done.stderr) == (1, told)
+    assert ("forward.web" in lab.features("work")) == (command is ADD)
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_coloured"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_a_terminal_gets_colours_unless_it_says_that_it_wants_none(
+    lab: LabDirectory, environ: dict[str, str], is_coloured: bool
+) -> None:
+    lab.set_feature("work", "forward.bad", "nonsense")
+    outer, inner = os.openpty()
+    given = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM", "COLUMNS")}
+    # What it prints fits into the terminal's buffer, so nobody needs to read meanwhile.
+    done = subprocess.run(
+        [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", "list"],
+        env=given | {"PYTHONPATH": str(ROOT), "QVM_FORWARD_LAB": str(lab.root)} | environ,
+        stdout=inner,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=BOUND_S,
+    )
+    assert select.select([outer], [], [], BOUND_S)[0]
+    printed = os.read(outer, 65536)
+    os.close(outer), os.close(inner)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"broken" in printed
+    assert (b"\x1b[" in printed) == is_coloured
 
 
 def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

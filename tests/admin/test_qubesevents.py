@@ -9,6 +9,7 @@ import fnmatch
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,6 +22,7 @@ from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.inotify import Inotify
 
 ESTABLISHED = ("", "connection-established")
+BOUND_S = 30.0  # of each wait
 Handler = Callable[..., None]
 
 
@@ -121,7 +123,7 @@ def idle(policy_file: Path) -> Iterator[Qubesd]:
 @pytest.fixture
 def qubesd(idle: Qubesd) -> Qubesd:
     idle.send(ESTABLISHED)
-    assert idle.changes.wait(None)
+    assert idle.changes.wait(BOUND_S)
     return idle
 
 
@@ -171,7 +173,8 @@ NO_NEWS = [
 @pytest.mark.parametrize("event", NEWS)
 def test_news(qubesd: Qubesd, event: tuple[str, str]) -> None:
     qubesd.send(event)
-    assert qubesd.changes.wait(None)
+    qubesd.sock.close()  # what is passed over ends by this
+    assert qubesd.changes.wait(BOUND_S)
 
 
 @pytest.mark.parametrize("event", NO_NEWS)
@@ -179,7 +182,7 @@ def test_no_news(qubesd: Qubesd, event: tuple[str, str]) -> None:
     qubesd.send(event)
     qubesd.sock.close()
     with pytest.raises(StoreError, match="qubesd sends no events; is it running"):
-        qubesd.changes.wait(None)
+        qubesd.changes.wait(BOUND_S)
 
 
 def test_handlers_are_for_these_events_alone(idle: Qubesd) -> None:
@@ -195,15 +198,15 @@ def test_handlers_are_for_these_events_alone(idle: Qubesd) -> None:
 
 def test_all_that_is_there_counts_as_one(qubesd: Qubesd) -> None:
     qubesd.send(*NEWS, *NEWS)
-    assert qubesd.changes.wait(None)
+    assert qubesd.changes.wait(BOUND_S)
     qubesd.sock.close()
     with pytest.raises(StoreError):
-        qubesd.changes.wait(None)
+        qubesd.changes.wait(BOUND_S)
 
 
 def test_what_comes_with_parameters_is_news_too(qubesd: Qubesd) -> None:
     qubesd.sock.sendall(wire("work", "property-set:netvm", name="netvm", newvalue="sys-net", oldvalue="x"))
-    assert qubesd.changes.wait(None)
+    assert qubesd.changes.wait(BOUND_S)
 
 
 def test_an_event_in_pieces_is_one(qubesd: Qubesd) -> None:
@@ -211,29 +214,29 @@ def test_an_event_in_pieces_is_one(qubesd: Qubesd) -> None:
     qubesd.sock.sendall(whole[:20])
     assert not qubesd.changes.wait(0.01)
     qubesd.sock.sendall(whole[20:])
-    assert qubesd.changes.wait(None)
+    assert qubesd.changes.wait(BOUND_S)
 
 
 def test_news_just_before_the_end_is_not_lost(qubesd: Qubesd) -> None:
     qubesd.send(NEWS[0])
     qubesd.sock.close()
-    assert qubesd.changes.wait(None)
+    assert qubesd.changes.wait(BOUND_S)
     for _ in range(2):
         with pytest.raises(StoreError, match="qubesd sends no events"):
-            qubesd.changes.wait(None)
+            qubesd.changes.wait(BOUND_S)
 
 
 def test_a_connection_that_breaks_within_an_event_is_lost(qubesd: Qubesd) -> None:
     qubesd.sock.sendall(wire("work", "property-set:netvm")[:9])
     qubesd.sock.close()
     with pytest.raises(StoreError, match=r"no events \(IncompleteReadError"):
-        qubesd.changes.wait(None)
+        qubesd.changes.wait(BOUND_S)
 
 
 def test_what_the_dispatcher_cannot_read_is_an_error_like_others(qubesd: Qubesd) -> None:
     qubesd.sock.sendall(b"2\0what\0")
     with pytest.raises(StoreError, match=r"no events \(AssertionError"):
-        qubesd.changes.wait(None)
+        qubesd.changes.wait(BOUND_S)
 
 
 def test_without_qubesd_the_first_wait_says_so(policy_file: Path) -> None:
@@ -242,7 +245,7 @@ def test_without_qubesd_the_first_wait_says_so(policy_file: Path) -> None:
     qubesd.dispatcher.sock.close()
     qubesd.dispatcher.sock = None
     with qubesd, pytest.raises(StoreError, match=r"is it running, and does it allow admin\.Events\?"):
-        qubesd.changes.wait(None)
+        qubesd.changes.wait(BOUND_S)
 
 
 def test_a_wait_is_over_after_its_time(qubesd: Qubesd) -> None:
@@ -252,16 +255,18 @@ def test_a_wait_is_over_after_its_time(qubesd: Qubesd) -> None:
 
 def test_a_waker_ends_the_wait_and_is_not_read(qubesd: Qubesd) -> None:
     os.write(qubesd.wakers[1], b"x")
-    assert not qubesd.changes.wait(None)
-    assert not qubesd.changes.wait(None)
+    begun = time.monotonic()
+    assert not qubesd.changes.wait(BOUND_S)
+    assert not qubesd.changes.wait(BOUND_S)
+    assert time.monotonic() - begun < BOUND_S
     assert os.read(qubesd.wakers[0], 9) == b"x"
     qubesd.send(NEWS[0])
-    assert qubesd.changes.wait(None)
+    assert qubesd.changes.wait(BOUND_S)
 
 
 def test_a_policy_file_that_somebody_edits_is_news(qubesd: Qubesd, policy_file: Path) -> None:
     policy_file.write_text("# mine\n")
-    assert qubesd.changes.wait(None)
+    assert qubesd.changes.wait(BOUND_S)
 
 
 def test_other_policy_files_are_none(qubesd: Qubesd, policy_file: Path) -> None:
@@ -269,14 +274,14 @@ def test_other_policy_files_are_none(qubesd: Qubesd, policy_file: Path) -> None:
     policy_file.with_name(".30-forward.policy.tmp").write_text("# half\n")
     qubesd.sock.close()
     with pytest.raises(StoreError):
-        qubesd.changes.wait(None)
+        qubesd.changes.wait(BOUND_S)
 
 
 def test_a_management_qube_has_no_policy_to_look_at(policy_file: Path) -> None:
     policy_file.parent.rmdir()
     with Qubesd(policy_file) as qubesd:
         qubesd.send(ESTABLISHED)
-        assert qubesd.changes.wait(None)
+        assert qubesd.changes.wait(BOUND_S)
 
 
 def test_policy_that_cannot_be_watched_is_an_error(
@@ -287,7 +292,7 @@ def test_policy_that_cannot_be_watched_is_an_error(
 
     monkeypatch.setattr(Inotify, "add", refuse)
     with Qubesd(policy_file) as qubesd, pytest.raises(StoreError, match=r"policy\.d: limits"):
-        qubesd.changes.wait(None)
+        qubesd.changes.wait(BOUND_S)
 
 
 def test_nobody_needs_to_wait(idle: Qubesd) -> None:
@@ -297,10 +302,12 @@ def test_nobody_needs_to_wait(idle: Qubesd) -> None:
 def test_an_end_that_nobody_waits_for_is_not_complained_about(policy_file: Path) -> None:
     with Qubesd(policy_file) as qubesd:
         qubesd.sock.sendall(wire(*ESTABLISHED) + b"2\0what\0")
-        assert qubesd.changes.wait(None)
+        assert qubesd.changes.wait(BOUND_S)
         listening = qubesd.changes._listening
         assert listening is not None
-        qubesd.changes._loop.run_until_complete(asyncio.wait([listening]))  # until the dispatcher has failed
+        qubesd.changes._loop.run_until_complete(
+            asyncio.wait([listening], timeout=BOUND_S)  # until the dispatcher has failed
+        )
         assert listening._log_traceback  # type: ignore[attr-defined]
     assert not listening._log_traceback  # type: ignore[attr-defined]
 
@@ -309,7 +316,7 @@ def test_nothing_stays_open(policy_file: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with Qubesd(policy_file) as qubesd:
         qubesd.send(ESTABLISHED)
-        assert qubesd.changes.wait(None)
+        assert qubesd.changes.wait(BOUND_S)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -144,14 +144,14 @@ CASES = [
         rule(),
         world(qube("sys-net", "sys-firewall")),
         State.REFUSED,
-        "the netvms of work lead in a circle at sys-firewall; mend its netvm.",
+        "The netvms of work lead in a circle at sys-firewall; mend its netvm.",
     ),
     (
         "netvm-broken",
         rule(),
         world(without=("sys-net",)),
         State.REFUSED,
-        "sys-net, the netvm of sys-firewall, does not exist; set another.",
+        "The netvm of sys-firewall, sys-net, does not exist; set another.",
     ),
     (
         "not-in-this-version",
@@ -201,6 +201,23 @@ CASES = [
         State.REFUSED,
         "work is behind a tunnel, marked at work (tag anon-vm), and listening at sys-net would go round "
         "it; expose it nowhere, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+    ),
+    (
+        "tunnel-in-the-path",
+        rule(),
+        world(qube("work", "sys-firewall", features=OURS | {"forward.tunnel": "1"})),
+        State.REFUSED,
+        "work is a tunnel itself (feature forward.tunnel), and listening at sys-net would go round it; "
+        "expose it nowhere, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+    ),
+    (
+        "tunnel-in-the-path",
+        rule(target="sys-vpn"),
+        world(),
+        State.REFUSED,
+        "sys-vpn is a tunnel itself (feature service.vpn-handler-openvpn), and listening at sys-net would "
+        "go round it; expose it at a qube behind it with via=QUBE (--via QUBE), or accept that with "
+        "bypass-tunnel=yes (--bypass-tunnel).",
     ),
     (
         "too-large",

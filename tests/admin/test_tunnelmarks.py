@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from worlds import ADD, Command, content
+from worlds import ADD, Command, content, rule
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
@@ -28,15 +28,60 @@ def test_a_mark_closes_at_once_what_goes_round_it_and_says_which(forward: Comman
     result = forward("tunnel", "mark", "sys-firewall")
     assert result.status == 0
     assert result.out.startswith(
-        "sys-firewall is marked as a tunnel. What is behind it may not be exposed outside of it: personal, "
-        "sys-vpn, untrusted, work.\nForward work web is refused now and closed. work is behind a tunnel, "
-        "marked at sys-firewall (feature forward.tunnel), and listening at sys-net would go round it"
+        "sys-firewall is marked as a tunnel. Neither it nor what is behind it may be exposed outside of it; "
+        "behind it is personal, sys-vpn, untrusted, work.\nForward work web is refused now and closed. work "
+        "is behind a tunnel, marked at sys-firewall (feature forward.tunnel), and listening at sys-net would "
+        "go round it"
     )
     assert "personal tcp-81" not in result.out
     assert POLICY not in policy(lab)
     assert lab.vm_config("sys-net") == {}
     assert lab.feature("sys-firewall", "forward.tunnel") == "1"
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
+
+
+def test_a_mark_of_the_target_itself_closes_what_goes_round_it(forward: Command, lab: LabDirectory) -> None:
+    """A VPN that runs in the target: every listener elsewhere is outside of it."""
+    forward(*ADD)
+    result = forward("tunnel", "mark", "work")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.endswith(
+        "\nForward work web is refused now and closed. work is a tunnel itself (feature forward.tunnel), and "
+        "listening at sys-net would go round it; expose it nowhere, or accept that with bypass-tunnel=yes "
+        "(--bypass-tunnel).\n"
+    )
+    assert POLICY not in policy(lab)
+    assert lab.vm_config("sys-net") == {}
+    refused = forward("add", "work", "81", "--from", "any")
+    assert (refused.status, "work tcp-81 was not added. work is a tunnel itself" in refused.err) == (1, True)
+    assert "sys-net lies outside of the tunnel work (feature forward.tunnel)" in " ".join(
+        forward("show", "work", "web").out.split()
+    )
+    diagnosed = forward("diagnose", "work", "web")
+    assert (diagnosed.status, "work is a tunnel itself (feature forward.tunnel)" in diagnosed.out) == (
+        1,
+        True,
+    )
+    assert forward("tunnel", "list").out.startswith(
+        "sys-vpn: feature service.vpn-handler-openvpn\n  behind it: untrusted\n"
+        "work (has forwards): feature forward.tunnel\n  behind it: nothing\n"
+    )
+    assert forward("set", "work", "web", "bypass-tunnel=yes").out.startswith(
+        "Forward work web is changed and active."
+    )
+    assert "note: bypasses the tunnel work (feature forward.tunnel)\n" in forward("list").out
+    assert POLICY in policy(lab)
+
+
+def test_a_vpn_qubes_own_service_is_for_those_behind_it(forward: Command, lab: LabDirectory) -> None:
+    words = ("add", "sys-vpn", "80", "--from", "any")
+    assert "sys-vpn is a tunnel itself (feature service.vpn-handler-openvpn)" in forward(*words).err
+    assert forward(*words, "--via", "untrusted", "--name", "inside").status == 0
+    assert forward(*words, "--bypass-tunnel", "--name", "outside").status == 0
+    lab.set_feature("sys-vpn", "forward.third", lab.features("sys-vpn")["forward.outside"].replace(
+        " bypass-tunnel=yes", "").replace("=80-80", "=81-81"))  # fmt: skip
+    lab.set_feature("sys-vpn", "forward.tunnel", "1")
+    assert "Forward sys-vpn third stays refused. " in forward("tunnel", "unmark", "sys-vpn").out
 
 
 def test_unmark_opens_again_and_says_so(forward: Command, lab: LabDirectory) -> None:
@@ -64,8 +109,9 @@ def test_what_the_rule_accepts_stays_open_and_is_named(forward: Command, lab: La
 def test_a_second_mark_changes_nothing_and_one_with_nothing_behind_says_so(
     forward: Command, lab: LabDirectory
 ) -> None:
-    assert (
-        forward("tunnel", "mark", "vault").out == "vault is marked as a tunnel. No qube is behind it yet.\n"
+    assert forward("tunnel", "mark", "vault").out == (
+        "vault is marked as a tunnel. Neither it nor what is behind it may be exposed outside of it; behind "
+        "it is no qube yet.\n"
     )
     before = content(lab)
     assert forward("tunnel", "mark", "vault").out.startswith("vault was marked as a tunnel already.")
@@ -151,7 +197,7 @@ def test_unmark_brings_no_two_forwards_to_one_port(forward: Command, lab: LabDir
     """The one that was closed by the mark would be first by its name, and take the port of the other."""
     forward("add", "personal", "80", "--from", "any")
     forward("tunnel", "mark", "sys-firewall")
-    forward("add", "vault", "80", "--from", "any", "--via", "sys-net")
+    lab.set_feature("vault", "forward.tcp-80", str(rule("via=sys-net", target="vault").rule))
     before = content(lab)
     result = forward("tunnel", "unmark", "sys-firewall")
     assert result.status == 1
@@ -160,6 +206,22 @@ def test_unmark_brings_no_two_forwards_to_one_port(forward: Command, lab: LabDir
         in result.err
     )
     assert content(lab) == before
+
+
+def test_what_is_open_stays_open_when_another_one_could_come_back(
+    forward: Command, lab: LabDirectory
+) -> None:
+    forward("add", "personal", "80", "--from", "any")
+    forward("tunnel", "mark", "sys-firewall")
+    lab.set_feature("vault", "forward.tcp-80", str(rule("via=sys-net", target="vault").rule))
+    forward("apply")
+    assert lab.vm_config("sys-net").keys() == {"fwd.vault.tcp-80"}
+    assert forward("tunnel", "unmark", "sys-firewall").out == (
+        "sys-firewall is no longer marked as a tunnel.\nForward personal tcp-80 stays refused. Rule vault "
+        "tcp-80 has port 80 of sys-net already; take another port or listen address, or remove or disable "
+        "that rule.\n"
+    )
+    assert lab.vm_config("sys-net").keys() == {"fwd.vault.tcp-80"}
 
 
 def test_the_list_has_every_mark_and_what_is_behind(forward: Command, lab: LabDirectory) -> None:

@@ -47,7 +47,7 @@ class Program:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.communicate(timeout=BOUND_S)
         self._manager.close()
 
     def told(self) -> str:

@@ -18,6 +18,17 @@ def test_a_rule_ends_at_its_time(expiring: Stage) -> None:
     assert "work web was active and is expired." in expiring.out.getvalue()
 
 
+def test_a_time_that_no_timer_takes_is_a_broken_rule_and_ends_nothing(expiring: Stage) -> None:
+    lab = expiring.lab
+    line = lab.features("work")["forward.web"].replace(f"expire={NOW + 3600}", "expire=9223372036854775808")
+    lab.set_feature("work", "forward.later", line.replace("80-80", "81-81"))
+    expiring.run(lambda: lab.set_feature("work", "forward.other", line), lambda: expiring.hands.pass_by(3600))
+    assert not expiring.is_open
+    assert expiring.err.getvalue() == ""
+    assert "work later is new" not in expiring.out.getvalue()
+    assert "work other is new, and broken. option 'expire' at column" in expiring.out.getvalue()
+
+
 def test_a_rule_ends_in_time_though_the_clock_was_set_back(expiring: Stage) -> None:
     hands = expiring.hands
 

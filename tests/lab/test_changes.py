@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from qubes_fwd_qrexec.lab.qube import Qube, QubeState
 from qubes_fwd_qrexec.values import QubeName
 
 POLICY = "30-forward.policy"
+BOUND_S = 30.0  # of each wait
 NEW = Qube(name=QubeName("new"))
 
 
@@ -33,7 +35,7 @@ def lab(tmp_path: Path) -> LabDirectory:
 @pytest.fixture
 def changes(lab: LabDirectory) -> Iterator[LabChanges]:
     with LabChanges(lab, feature_matters, POLICY) as made:
-        assert made.wait(None)  # that it stands is news itself
+        assert made.wait(BOUND_S)  # that it stands is news itself
         assert not made.wait(0)
         yield made
 
@@ -76,7 +78,7 @@ NO_NEWS: list[Callable[[LabDirectory], object]] = [
 @pytest.mark.parametrize("do", NEWS)
 def test_news(lab: LabDirectory, changes: LabChanges, do: Callable[[LabDirectory], object]) -> None:
     do(lab)
-    assert changes.wait(None)
+    assert changes.wait(BOUND_S)
     assert not changes.wait(0)
 
 
@@ -89,7 +91,7 @@ def test_no_news(lab: LabDirectory, changes: LabChanges, do: Callable[[LabDirect
 def test_all_that_is_there_counts_as_one(lab: LabDirectory, changes: LabChanges) -> None:
     for number in range(500):
         lab.set_feature("work", "forward.web", str(number))
-    assert changes.wait(None)
+    assert changes.wait(BOUND_S)
     assert not changes.wait(0)
 
 
@@ -185,7 +187,7 @@ def test_a_lab_that_is_moved_or_removed_is_an_error(
 ) -> None:
     getattr(lab, name).rename(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="it was moved or removed"):
-        changes.wait(None)
+        changes.wait(BOUND_S)
 
 
 def test_a_lab_that_cannot_be_watched_is_an_error_of_the_first_wait(
@@ -196,7 +198,7 @@ def test_a_lab_that_cannot_be_watched_is_an_error_of_the_first_wait(
         LabChanges(lab, feature_matters, POLICY) as changes,
         pytest.raises(StoreError, match="lab: No such file"),
     ):
-        changes.wait(None)
+        changes.wait(BOUND_S)
     with LabChanges(lab, feature_matters, POLICY):
         pass  # nobody waited
 
@@ -204,12 +206,14 @@ def test_a_lab_that_cannot_be_watched_is_an_error_of_the_first_wait(
 def test_a_waker_ends_the_wait_and_is_not_read(lab: LabDirectory) -> None:
     read_fd, write_fd = os.pipe()
     with LabChanges(lab, feature_matters, POLICY, [read_fd]) as changes:
-        assert changes.wait(None)
+        assert changes.wait(BOUND_S)
         os.write(write_fd, b"x")
-        assert not changes.wait(None)
-        assert not changes.wait(None)
+        begun = time.monotonic()
+        assert not changes.wait(BOUND_S)
+        assert not changes.wait(BOUND_S)
+        assert time.monotonic() - begun < BOUND_S
         lab.set_feature("work", "forward.web", "x")
-        assert changes.wait(None)
+        assert changes.wait(BOUND_S)
         assert os.read(read_fd, 9) == b"x"
     os.close(read_fd)
     os.close(write_fd)

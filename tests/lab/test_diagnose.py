@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from helpers import free_port
 
+from qubes_fwd_qrexec.admin import uptake
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
@@ -32,6 +34,7 @@ from qubes_fwd_qrexec.rules import Transport
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
 NOW = 1_800_000_000
+BOUND_S = 60.0  # of each wait
 OPEN, CLOSED, UNKNOWN = Firewall
 ALL = [
     *("rule", "exposed qube", "applied", "listener installed", "listener", "firewall", "policy"),
@@ -47,6 +50,7 @@ class Lab:
         self.lab = session.lab
         self._undo = undo
         self.server = undo.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.server.settimeout(BOUND_S)
         self.port = free_port()
 
     def run(self, *words: str) -> tuple[int, str]:
@@ -184,9 +188,28 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
     lab.listen()
     with socket.create_server(("127.0.0.1", lab.port)):
         lab.add()
+        deadline = time.monotonic() + BOUND_S
         while "does not have work web open" in (said := lab.wrong("listener")):
-            pass  # until it has read its configuration
+            assert time.monotonic() < deadline  # until it has read its configuration
     assert "the port is in use by" in said
+
+
+def test_what_the_listener_cannot_open_is_said_by_the_command_that_asks_for_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Until it has tried, for however long a busy machine takes: then its word ends the waiting.
+    monkeypatch.setattr(uptake, "ASKED_AT_S", tuple(0.7 * number for number in range(60)))
+    monkeypatch.setattr(uptake, "BOUND_S", 45.0)
+    lab.listen()
+    with socket.create_server(("127.0.0.1", lab.port)):
+        words = ("work", f"{lab.port}:80", "--from=any", "--listen=127.0.0.1", "--name=web")
+        status, said = lab.run("add", *words)
+        assert status == 0
+        assert "Note: sys-net does not have it open: " in said
+        assert "the port is in use by" in said
+    port = free_port()
+    status, said = lab.run("set", "work", "web", f"srcports={port}")
+    assert (status, "Note:" in said) == (0, False)
 
 
 def test_a_firewall_that_drops_clients(lab: Lab) -> None:
@@ -339,6 +362,7 @@ def test_status_shows_what_the_qubes_say(lab: Lab) -> None:
         client.sendall(b"12345")
         far, _ = lab.server.accept()
         with far:
+            far.settimeout(BOUND_S)
             far.recv(5)
             status, said = lab.run("status", "--json")
             (entry,) = json.loads(said)["forwards"]

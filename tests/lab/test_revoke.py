@@ -209,6 +209,7 @@ def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSess
             text=True,
             env=os.environ,
             check=False,
+            timeout=60,
         )
         assert done.returncode == 1
         assert "the rules are changed, but not everything could be done" in done.stderr
@@ -240,6 +241,7 @@ def test_a_target_that_is_older_than_the_word_for_draining_is_said_and_all_else_
                 text=True,
                 env=os.environ,
                 check=False,
+                timeout=60,
             )
             assert done.returncode == 1
             assert "its package in work's template is older than dom0's" in done.stderr
