@@ -6,21 +6,24 @@ before the listener in both: a listener without policy can do no harm, and a qub
 listening after its rule is gone gets nothing any more. A tunnel outlives the policy that allowed it, so
 dom0 itself calls the target to end it. If a step fails, what the later ones would have opened is closed
 again in policy; the next `apply` finishes.
+
+What is written stands on what policy said when the differences were computed. If somebody else has changed
+it since, nothing is written over that: they may have closed what we would open.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.values import QubeName, parse_printable
 
 from . import policy
-from .backend import Backend, PolicyFile
+from .backend import Backend, ChangedError, PolicyFile
 from .inventory import CONFIG_PREFIX, Inventory
 from .revocations import Revocation, due, struck_out
+from .revoking import Result, SkippedError, revoke
 from .states import Forward, Plan
 
 # How long a tunnel takes new connections without dom0 being asked: `tunnelservice.LEASE_S` of the target.
@@ -38,8 +41,9 @@ class Kind(StrEnum):
 class Step(NamedTuple):
     """One change: of policy (``value`` is the whole new text) or of a feature (``qube`` and ``key``).
 
-    Or a call that ends tunnels, the ``revocation``. ``lines_gone`` and ``lines_new`` are what a change of
-    policy means; for a feature, ``lines_new`` are the lines without which it would be useless.
+    Or a call that ends tunnels, the ``revocation``, which ``is_owed`` if a change before has left it.
+    ``lines_gone`` and ``lines_new`` are what a change of policy means; for a feature, ``lines_new`` are the
+    lines without which it would be useless.
     """
 
     kind: Kind
@@ -50,10 +54,15 @@ class Step(NamedTuple):
     lines_gone: tuple[str, ...] = ()
     lines_new: tuple[str, ...] = ()
     revocation: Revocation | None = None
+    is_owed: bool = False
 
     @property
     def is_policy(self) -> bool:
         return self.kind in (Kind.CLOSE_POLICY, Kind.OPEN_POLICY)
+
+    @property
+    def opens(self) -> bool:
+        return bool(self.lines_new)
 
     def words(self) -> list[str]:
         """For people, one change a line."""
@@ -81,11 +90,49 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of the steps; ``problems`` is empty if all were done."""
+    """What became of the steps; ``problems`` and ``owed`` are empty if all were done.
+
+    ``owed`` is what a change before this one has left, and this one could not do either. ``is_overtaken``:
+    somebody else has changed policy meanwhile, and the steps are out of date.
+    """
 
     done: tuple[Step, ...]
     undone: tuple[Step, ...]
     problems: tuple[str, ...]
+    owed: tuple[str, ...] = ()
+    is_overtaken: bool = False
+
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """All that is not as it should be, whoever has left it so."""
+        return (*self.problems, *self.owed)
+
+
+class _OurPolicy:
+    """The policy file as long as nobody else writes it; what others wrote is never written over."""
+
+    def __init__(self, backend: Backend, installed: PolicyFile) -> None:
+        self._backend = backend
+        self.text = installed.text or ""
+        self._token: str | None = installed.token
+        self.is_overtaken = False
+
+    def replace(self, text: str) -> None:
+        """Raises `StoreError`, and `ChangedError` if the file is not what we read or wrote last."""
+        try:
+            token = self._token_of_ours() if self._token is None else self._token
+            self._backend.replace_policy(text, token)
+        except ChangedError:
+            self.is_overtaken = True
+            raise
+        self.text, self._token = text, None
+
+    def _token_of_ours(self) -> str:
+        """Of what we wrote: nobody tells it when a file is replaced."""
+        found = self._backend.read_policy()
+        if found.text != self.text:
+            raise ChangedError("dom0's policy file")
+        return found.token
 
 
 def wanted_config(forwards: Iterable[Forward]) -> dict[tuple[QubeName, str], Forward]:
@@ -116,7 +163,8 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
         closing.append(Step(Kind.CLOSE_POLICY, final, lines_gone=tuple(sorted(gone))))
     wanted = wanted_config(plan)
     present = {(qube, key): value for qube, key, value in inventory.told()}
-    closing += [Step(Kind.REVOKE, revocation=revocation) for revocation in revocations]
+    over = policy.tunnels(old_lines)
+    closing += [Step(Kind.REVOKE, revocation=r, is_owed=r.tunnel not in over) for r in revocations]
     for qube, key in sorted(present.keys() - wanted.keys()):
         closing.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     for (qube, key), forward in sorted(wanted.items(), key=lambda item: item[0]):
@@ -130,25 +178,34 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
     return (*closing, *opening)
 
 
-def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
+def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:
     """Take the steps; the caller holds the backend's lock. Never raises `StoreError`: see the outcome.
 
-    A failed change of policy ends it all. A failed feature stops nothing that closes; what would be
-    opened for it is withdrawn from policy. Tunnels that could not be ended stop nothing, and stay noted.
+    ``installed`` is the policy from which the steps were computed. A failed change of policy ends it all. A
+    failed feature stops nothing that closes; what would be opened for it is withdrawn from policy. Tunnels
+    that could not be ended stop nothing, and stay noted.
     """
     waiting = list(steps)
     done: list[Step] = []
     failed: list[Step] = []
     problems: list[str] = []
+    owed: list[str] = []
+    our_policy = _OurPolicy(backend, installed)
+    ended: dict[Revocation, Result] | None = None
     while waiting:
         step = waiting[0]
         if step.kind is Kind.OPEN_POLICY and any(lost.kind is not Kind.REVOKE for lost in failed):
             problems.append("nothing new was opened because of that")
             break
+        if step.revocation is not None and ended is None:
+            ended = revoke((due.revocation for due in waiting if due.revocation is not None), backend)
         try:
-            _take(step, backend)
+            _take(step, backend, our_policy, ended or {})
+        except SkippedError:
+            # What is said of the call that was made holds for this one.
+            failed.append(step)
         except StoreError as error:
-            problems.append(f"{error}{_what_goes_on(step)}")
+            (owed if step.is_owed else problems).append(f"{error}{_what_goes_on(step)}")
             if step.is_policy:
                 break
             failed.append(step)
@@ -159,20 +216,24 @@ def carry_out(steps: Iterable[Step], backend: Backend) -> Outcome:
     needless = _needless_lines(done, failed)
     if needless:
         try:
-            _withdraw(needless, backend)
+            our_policy.replace(_without(needless, our_policy.text))
         except StoreError as error:
             problems.append(f"dom0's policy could not be closed again either: {error}")
         else:
             problems.append("what was to be opened for it is closed in dom0's policy again")
-    _strike_out([step.revocation for step in done if step.revocation is not None], backend, problems)
-    return Outcome(tuple(done), (*failed, *waiting), tuple(problems))
+    if not our_policy.is_overtaken:
+        _strike_out([step.revocation for step in done if step.revocation is not None], our_policy, problems)
+    return Outcome(
+        tuple(done), (*failed, *waiting), tuple(problems), tuple(owed), is_overtaken=our_policy.is_overtaken
+    )
 
 
-def _take(step: Step, backend: Backend) -> None:
+def _take(step: Step, backend: Backend, our_policy: _OurPolicy, ended: Mapping[Revocation, Result]) -> None:
     if step.is_policy:
-        backend.replace_policy(step.value, backend.read_policy().token)
+        our_policy.replace(step.value)
     elif step.revocation is not None:
-        backend.call(step.revocation.target, f"{REVOKE_SERVICE}+{step.revocation.argument}")
+        if (error := ended[step.revocation]) is not None:
+            raise error
     elif step.kind is Kind.REMOVE_CONFIG:
         backend.remove_feature(step.qube, step.key)
     else:
@@ -191,13 +252,12 @@ def _what_goes_on(step: Step) -> str:
     )
 
 
-def _strike_out(ended: Collection[Revocation], backend: Backend, problems: list[str]) -> None:
+def _strike_out(ended: Collection[Revocation], our_policy: _OurPolicy, problems: list[str]) -> None:
     """Take the notes of what is done out of the policy file. One that stays costs a needless call."""
     if not ended:
         return
     try:
-        installed = backend.read_policy()
-        backend.replace_policy(struck_out(installed.text or "", ended), installed.token)
+        our_policy.replace(struck_out(our_policy.text, ended))
     except StoreError as error:
         problems.append(f"tunnels were ended, and are still noted to be in dom0's policy file: {error}")
 
@@ -219,11 +279,7 @@ def _needless_lines(done: Iterable[Step], failed: Iterable[Step]) -> frozenset[s
     return frozenset(lost - used)
 
 
-def _withdraw(needless: frozenset[str], backend: Backend) -> None:
-    installed = backend.read_policy()
-    kept = [
-        line
-        for line in (installed.text or "").splitlines(keepends=True)
-        if "  ".join(line.split()) not in needless
-    ]
-    backend.replace_policy("".join(kept), installed.token)
+def _without(needless: frozenset[str], text: str) -> str:
+    """A policy file without some lines."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if "  ".join(line.split()) not in needless)

@@ -65,6 +65,17 @@ def ended_badly(service: str, qube: QubeName, status: int) -> str:
     return words
 
 
+class ChangedError(StoreError):
+    """Somebody else has changed the policy file since it was looked at, and it is left as they wrote it."""
+
+    def __init__(self, place: object) -> None:
+        super().__init__(f"{place}: somebody else changed it just now; try again")
+
+
+class HungError(StoreError):
+    """A call to a qube did not end in time, and another one would not either."""
+
+
 class PolicyFile(NamedTuple):
     """The policy file as it was read; ``token`` stands for exactly this text, which is None if missing."""
 
@@ -120,15 +131,17 @@ class Backend(Protocol):
         """The policy file that qvm-forward writes."""
 
     def replace_policy(self, text: str, token: str) -> None:
-        """Replace the policy file as a whole; refuse if it is not what ``token`` stood for any more,
-        or if dom0's policy could not be read with it. The token `ANY` is for every file, read or not.
+        """Replace the policy file as a whole. Raises `ChangedError` if it is not what ``token`` stood for
+        any more, and `StoreError` if dom0's policy could not be read with it. The token `ANY` is for every
+        file, read or not.
         """
 
     def call(self, qube: QubeName, service: str) -> None:
         """Make a qrexec call from dom0 (``NAME+ARGUMENT``), without input, and wait for its end.
 
-        Raises `StoreError` unless it ended with status 0. A qube without the service has done no harm:
-        what is to be ended by the call cannot be there either.
+        Raises `HungError` if it does not end within some seconds, and `StoreError` unless it ended with
+        status 0. A qube without the service has done no harm: what is to be ended by the call cannot be there
+        either. Several threads may call at once.
         """
 
     def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
@@ -142,8 +155,11 @@ class Backend(Protocol):
     def verdict(self, call: PolicyCall) -> PolicyVerdict:
         """What dom0's whole policy, read by its own parser, says of a call to a target that runs."""
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Exclude all others that change rules, configuration or policy through a backend."""
+    def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
+        """Exclude all others that change rules, configuration or policy through a backend.
+
+        Raises `StoreError` if they are not done within 10 s, or within ``timeout_s``, which may be 0.
+        """
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         """For as long as it is entered, the news. ``wakers`` are descriptors that end a wait while they

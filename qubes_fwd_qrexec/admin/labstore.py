@@ -14,7 +14,9 @@ from . import policy
 from .backend import (
     ANY,
     NEW,
+    ChangedError,
     Changes,
+    HungError,
     PolicyCall,
     PolicyFile,
     PolicyVerdict,
@@ -78,7 +80,7 @@ class LabStore:
 
     def replace_policy(self, text: str, token: str) -> None:
         if token != ANY and self.read_policy().token != token:
-            raise StoreError(f"{self._policy_path}: somebody else changed it just now; try again")
+            raise ChangedError(self._policy_path)
         # A lab has no policy daemon that would look at the text before it takes it: look here.
         from qubes_fwd_qrexec.lab.policytext import PolicyTextError, parse_policy
 
@@ -152,15 +154,15 @@ class LabStore:
                 start_new_session=True,
             )
         except subprocess.TimeoutExpired as error:
-            raise StoreError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
+            raise HungError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
         except OSError as error:
             raise StoreError(f"{service} in {qube}: {error.strerror}") from error
         if done.returncode not in (0, _NO_SERVICE) and _is_up(socket_path):
             raise StoreError(ended_badly(service, qube, done.returncode))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        with _told(), self._lab.locked():
+    def locked(self, timeout_s: float | None = None) -> Iterator[None]:
+        with _told(), self._lab.locked(timeout_s):
             yield
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command panic: everything closed at once, whatever else is wrong; the rules are kept, disabled.
 
-dom0's policy first, and the tunnels that it allowed, without waiting for the lock. Then the lock, for as
-long as the backend waits for it, and on without it; then policy and tunnels again, as whoever had the lock
-may have opened them meanwhile; then the rules and the listeners' configuration. Each step is tried though
-others fail. `apply` refuses in doubt; here doubt closes.
+dom0's policy first, without the lock. Then at once the lock, if it is free: `watch` sees that policy has
+changed, and would open it again. If it is not, the tunnels that policy allowed are ended, and then the lock
+is waited for as long as the backend does, and on without it. Then policy and tunnels, again: whoever had the
+lock may have opened them meanwhile. Then the rules and the listeners' configuration. Each step is tried
+though others fail; and if one did, or somebody without our lock has opened policy before the rules were
+disabled, all of it once more. `apply` refuses in doubt; here doubt closes.
 """
 
 from argparse import Namespace
@@ -14,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName
@@ -25,6 +26,7 @@ from .backend import ANY
 from .inventory import CONFIG_PREFIX, Inventory
 from .render import escaped
 from .revocations import Revocation, configured, noted, running
+from .revoking import Result, SkippedError, revoke
 from .session import Session
 from .store import feature_key, read_rules
 
@@ -90,19 +92,19 @@ class Report:
 def panic(args: Namespace, session: Session) -> int:
     """Close everything; status 0 only if all of it is closed."""
     report = Report()
-    _stop(session, report)
+    _close(session, report)
     with ExitStack() as held:
-        try:
-            held.enter_context(session.backend.locked())
-        except (ForwardError, OSError) as error:
-            # No failure by itself: everything is done all the same, and looked at in the end.
-            report.note(
-                f"somebody else changes forwards at the same time; this went on without the lock: {error}"
-            )
-        inventory = _stop(session, report)
-        if inventory is not None:
-            _disable(inventory, session, report)
-            _remove_configs(inventory, session, report)
+        if _lock(held, session, timeout_s=0) is not None:
+            _end_tunnels(session, report)
+            why = _lock(held, session)
+            if why is not None:
+                # No failure by itself: everything is done all the same, and looked at in the end.
+                report.note(
+                    "somebody else changes forwards at the same time; this went on without the lock: " + why
+                )
+        _close_all(session, report)
+        if report.failures or _is_open_again(session):
+            _close_all(session, report)
         _keep_notes(session, report)
         report.open_still += _open_still(session)
     if session.is_json:
@@ -112,18 +114,39 @@ def panic(args: Namespace, session: Session) -> int:
     return 0 if report.is_closed else 1
 
 
-def _stop(session: Session, report: Report) -> Inventory | None:
-    """Close policy, and end the tunnels that it allowed; what was ended and not allowed again is over."""
+def _lock(held: ExitStack, session: Session, timeout_s: float | None = None) -> str | None:
+    """Take the lock; why not, if it cannot be had."""
+    try:
+        held.enter_context(session.backend.locked(timeout_s))
+    except (ForwardError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _close_all(session: Session, report: Report) -> None:
+    """Everything, in order; what was done before and not undone since is not done again."""
+    _close(session, report)
+    inventory = _end_tunnels(session, report)
+    if inventory is not None:
+        _disable(inventory, session, report)
+        _remove_configs(inventory, session, report)
+
+
+def _close(session: Session, report: Report) -> None:
+    """Close policy, and keep in mind which tunnels it allowed."""
     report.owed |= _allowed(session, report)
     _close_policy(session, report)
+
+
+def _end_tunnels(session: Session, report: Report) -> Inventory | None:
     inventory = _inventory(session, report)
     if inventory is not None:
         told = {Revocation(tunnel) for tunnel, _ in configured(inventory)}
         report.owed |= {revocation for revocation in told if revocation.words() not in report.done}
         # Without an inventory none is known to be halted.
         report.owed = set(running(report.owed, inventory))
-    for revocation in sorted(report.owed):
-        if report.attempt(revocation.words(), partial(_revoke, revocation, session)):
+    for revocation, result in revoke(report.owed, session.backend).items():
+        if report.attempt(revocation.words(), partial(_check_ended, revocation, result)):
             report.owed.discard(revocation)
     return inventory
 
@@ -133,6 +156,16 @@ def _close_policy(session: Session, report: Report) -> None:
     notes = [revocation.note() for revocation in sorted(report.owed)]
     text = policy.text((), session.now, notes=notes)
     report.attempt(_POLICY, lambda: session.backend.replace_policy(text, ANY))
+
+
+def _is_open_again(session: Session) -> bool:
+    """Whether somebody opened policy before the rules were disabled. The `watch` of dom0 may, where this runs
+    in a management qube: each has a lock of its own.
+    """
+    try:
+        return bool(policy.allowing(session.backend.read_policy().text))
+    except (ForwardError, OSError):
+        return True
 
 
 def _keep_notes(session: Session, report: Report) -> None:
@@ -175,18 +208,19 @@ def _disable(inventory: Inventory, session: Session, report: Report) -> None:
         def store(target: QubeName = named.target, key: str = key, line: str = line) -> None:
             session.backend.set_feature(target, key, line)
 
-        if report.attempt(f"{named}: disable the rule", store):
+        if report.attempt(f"{named}: disable the rule", store) and named not in report.disabled:
             report.disabled.append(named)
 
 
-def _revoke(revocation: Revocation, session: Session) -> None:
-    try:
-        session.backend.call(revocation.target, f"{REVOKE_SERVICE}+{revocation.argument}")
-    except StoreError as error:
+def _check_ended(revocation: Revocation, result: Result) -> None:
+    """Raises `StoreError` if a call has not ended its tunnels."""
+    if isinstance(result, SkippedError):
+        raise result
+    if result is not None:
         raise StoreError(
-            f"{error}; what goes through them may go on, and new connections for {LEASE_S} s, until another "
+            f"{result}; what goes through them may go on, and new connections for {LEASE_S} s, until another "
             f"panic or 'qvm-forward apply' can end them, or 'qvm-shutdown {revocation.target}' does"
-        ) from error
+        ) from result
 
 
 def _remove_configs(inventory: Inventory, session: Session, report: Report) -> None:

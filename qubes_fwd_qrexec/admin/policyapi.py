@@ -14,7 +14,7 @@ from typing import Protocol
 from qubes_fwd_qrexec.errors import StoreError
 
 from . import policy
-from .backend import ANY, NEW, PolicyFile
+from .backend import ANY, NEW, ChangedError, PolicyFile
 
 _PLACE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
 # qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED.
@@ -66,7 +66,7 @@ class PolicyApi:
             except PolicyAdminException as error:
                 why = f": {error}"
         if token != ANY and self.read().token != token:
-            raise StoreError(f"{_PLACE}: somebody else changed it just now; try again")
+            raise ChangedError(_PLACE)
         raise StoreError(
             f"{_PLACE}: not written, as dom0's policy could not be read with it{why}. Where that names "
             "another file, mend that one: until then dom0 may be refusing every call"

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from subprocess import TimeoutExpired
+from threading import Lock
 
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
 from .adminapi import AdminApi
-from .backend import Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature, ended_badly
+from .backend import Changes, HungError, PolicyCall, PolicyFile, PolicyVerdict, check_feature, ended_badly
 from .inventory import Inventory
 from .policyapi import PolicyApi
 
@@ -39,6 +40,11 @@ _REMOTE_CALLS = 8
 
 class QubesStore:
     """A Qubes system as `Backend`."""
+
+    def __init__(self) -> None:
+        # qubesadmin's run_service() looks the qube up in the app, whose cache is not made for threads, and
+        # starts a process; it waits for qubesd, and never for the qube that is called.
+        self._starting = Lock()
 
     @cached_property
     def _admin(self) -> AdminApi:
@@ -78,13 +84,14 @@ class QubesStore:
         self._policy.replace(text, token)
 
     def call(self, qube: QubeName, service: str) -> None:
-        process = self._admin.start_service(qube, service)
+        with self._starting:
+            process = self._admin.start_service(qube, service)
         try:
             status = process.wait(_CALL_TIMEOUT_S)
         except TimeoutExpired as error:
             process.kill()
             process.wait()
-            raise StoreError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
+            raise HungError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
         if status not in (0, _NO_SERVICE):
             raise StoreError(f"{ended_badly(service, qube, status)}{self._way_out(qube, service, status)}")
 
@@ -125,8 +132,9 @@ class QubesStore:
         return qubes_changes(policy.NAME, wakers)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    def locked(self, timeout_s: float | None = None) -> Iterator[None]:
+        timeout_s = _LOCK_TIMEOUT_S if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
         fd = self._open_lock()
         try:
             while True:
@@ -137,7 +145,7 @@ class QubesStore:
                     if time.monotonic() >= deadline:
                         raise StoreError(
                             f"{LOCK_PATH}: another qvm-forward is changing this system, and was not "
-                            f"done within {_LOCK_TIMEOUT_S:g} s; see what it waits for"
+                            f"done within {timeout_s:g} s; see what it waits for"
                         ) from None
                     time.sleep(_LOCK_RETRY_S)
             yield

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What every command of qvm-forward has at hand: the system, the time, and where to print."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TextIO
 
 from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
 from qubes_fwd_qrexec.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
-from .apply import Outcome, carry_out, differences
+from . import policy
+from .apply import Outcome, Step, carry_out, differences
 from .backend import Backend
 from .inventory import Inventory
 from .plan import plan
 from .render import escaped
 from .states import Plan, State
-from .store import Stored, feature_key, read_rules
+from .store import TUNNEL_NAME, Stored, feature_key, read_rules
 from .tables import Style
+
+# Policy that somebody else keeps on writing is no reason to go on for ever while the lock is held.
+_MORE_LOOKS = 2
 
 
 class UsageError(ForwardError):
@@ -81,40 +85,96 @@ class Session(NamedTuple):
     def reconcile(self) -> tuple[Plan, Outcome]:
         """Make policy and configuration what the stored rules ask for; the lock is held.
 
-        What could not be done is in the outcome.
+        What could not be done is in the outcome. If somebody without our lock changes policy meanwhile, all
+        is looked at again.
         """
+        planned, outcome = self._reconcile_once()
+        for _ in range(_MORE_LOOKS):
+            if not outcome.is_overtaken:
+                break
+            planned, again = self._reconcile_once(is_overtaken=True)
+            # What is owed may be owed by the look before.
+            outcome = again._replace(done=(*outcome.done, *again.done), problems=again.troubles, owed=())
+        return planned, outcome
+
+    def _reconcile_once(self, *, is_overtaken: bool = False) -> tuple[Plan, Outcome]:
+        """Whoever has overtaken us and closed everything is panic, or means it as panic does. That closes
+        policy first and disables the rules when it has the lock, which we have: so nothing is opened again.
+        """
+        # Policy first: so its token tells also of whoever closes it while the qubes are read.
+        installed = self.backend.read_policy()
         snapshot = self.look(with_config=True)
         planned = snapshot.plan(self.now)
-        steps = differences(planned, snapshot.inventory, self.backend.read_policy(), self.now)
-        return planned, carry_out(steps, self.backend)
+        steps = differences(planned, snapshot.inventory, installed, self.now)
+        left: tuple[Step, ...] = ()
+        if is_overtaken and not policy.allowing(installed.text):
+            left = tuple(step for step in steps if step.opens)
+        outcome = carry_out([step for step in steps if step not in left], self.backend, installed)
+        if left:
+            why = "somebody else closed everything in dom0's policy meanwhile, and nothing is opened again"
+            outcome = outcome._replace(undone=(*outcome.undone, *left), problems=(*outcome.problems, why))
+        return planned, outcome
 
     def apply(self) -> tuple[Plan, Outcome]:
         """The same; raises `StoreError` that says what was done and what was not."""
         planned, outcome = self.reconcile()
-        if outcome.problems:
+        if outcome.troubles:
             raise StoreError(_told(outcome))
         return planned, outcome
 
-    def apply_change(self) -> Plan:
-        """Apply after rules were changed; the same error says that the change itself is kept."""
+    def apply_change(self, done: str = "the rules are changed") -> Plan:
+        """Apply after something was changed; an error says that the change itself is kept.
+
+        What is left of changes before is no fault of this one, and only a warning.
+        """
         try:
-            return self.apply()[0]
+            planned, outcome = self.reconcile()
         except StoreError as error:
-            raise StoreError(f"the rules are changed, but {error}") from error
+            raise StoreError(f"{done}, but {error}") from error
+        if outcome.problems:
+            raise StoreError(f"{done}, but {_told(outcome)}")
+        if outcome.owed:
+            self.warn(f"note: tunnels of earlier changes are still not ended: {'; '.join(outcome.owed)}")
+        return planned
 
     def store(self, inventory: Inventory, changes: Mapping[tuple[QubeName, str], str | None]) -> None:
         """Set (or with None remove) rules by qube and name; all of them, or on an error none: then they are
         again what they are in ``inventory``.
+
+        Where they cannot be put back either, the `StoreError` names each, and the way out.
         """
         taken: list[tuple[QubeName, str]] = []
         try:
             for (qube, name), line in changes.items():
-                taken.append((qube, feature_key(name)))
+                taken.append((qube, name))
                 self._put(qube, feature_key(name), line)
-        except StoreError:
-            for qube, key in taken:
-                self._put(qube, key, inventory.qubes[qube].features.get(key))
-            raise
+        except StoreError as error:
+            left = "\n".join(words for qube, name in taken for words in self._put_back(inventory, qube, name))
+            if not left:
+                raise
+            raise StoreError(
+                f"{error}.\nWhat was changed before could not be put back, and the next 'qvm-forward apply' "
+                f"puts it in force:\n{left}"
+            ) from error
+
+    def _put_back(self, inventory: Inventory, qube: QubeName, name: str) -> Iterator[str]:
+        """Words for what may not be again as it was."""
+        key = feature_key(name)
+        old = inventory.qubes[qube].features.get(key)
+        try:
+            self._put(qube, key, old)
+        except StoreError as error:
+            if name == TUNNEL_NAME:
+                way_out = f"'qvm-forward tunnel {'mark' if old else 'unmark'} {qube}' mends that"
+                yield f"{qube} may be marked otherwise than before ({error}); {way_out}"
+            elif old is None:
+                way_out = f"'qvm-forward remove {qube} {escaped(name)}' takes it away"
+                yield f"{qube} {escaped(name)} may be stored ({error}); {way_out}"
+            else:
+                way_out = (
+                    f"'qvm-forward import --replace' reads it back: {qube} {escaped(name)} {escaped(old)}"
+                )
+                yield f"{qube} {escaped(name)} may be changed or gone ({error}); {way_out}"
 
     def _put(self, qube: QubeName, key: str, value: str | None) -> None:
         if value is None:
@@ -141,7 +201,7 @@ def _told(outcome: Outcome) -> str:
     done = [word for step in outcome.done for word in step.words()]
     undone = [word for step in outcome.undone for word in step.words()]
     return (
-        f"not everything could be done: {'; '.join(outcome.problems)}.\n"
+        f"not everything could be done: {'; '.join(outcome.troubles)}.\n"
         f"Done: {'; '.join(done) or 'nothing'}.\nNot done: {'; '.join(undone) or 'nothing'}.\n"
         "'qvm-forward apply' does the rest once that is mended"
     )

@@ -9,12 +9,12 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.errors import RefusedError, StoreError
+from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.values import QubeName
 
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
 from .session import Session, Snapshot, UsageError
-from .states import Cause, Forward, Plan, State
+from .states import Cause, Forward, State
 
 
 class Change(NamedTuple):
@@ -58,7 +58,7 @@ def _mark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
     changes = [*_changes(snapshot, after, session.now)]
     if not is_marked:
         session.backend.set_feature(qube, TUNNEL_FEATURE, "1")
-    _apply(session, f"{qube} is marked")
+    session.apply_change(f"{qube} is marked")
     if session.is_json:
         session.say_json(_as_json(qube, after, changes))
         return 0
@@ -90,7 +90,7 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
                 f"{change.forward.reason}"
             )
     session.backend.remove_feature(qube, TUNNEL_FEATURE)
-    _apply(session, f"{qube} is no longer marked")
+    session.apply_change(f"{qube} is no longer marked")
     if session.is_json:
         session.say_json(_as_json(qube, after, changes))
         return 0
@@ -167,13 +167,6 @@ def _going_round(after: Snapshot, qube: QubeName, now: float) -> Iterable[Forwar
 
 def _bypass_note(forward: Forward) -> str:
     return next(note for note in forward.notes if note.startswith("bypasses the tunnel "))
-
-
-def _apply(session: Session, done: str) -> Plan:
-    try:
-        return session.apply()[0]
-    except StoreError as error:
-        raise StoreError(f"{done}, but {error}") from error
 
 
 def _say(changes: Iterable[Change], session: Session) -> None:

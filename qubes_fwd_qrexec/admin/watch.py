@@ -142,8 +142,8 @@ class Watcher:
         self._next_end = next_end(planned, now)
         self._report(planned, outcome, now)
         self._check_clock()
-        if outcome.problems:
-            problems = f"not everything could be done: {'; '.join(outcome.problems)}"
+        if outcome.troubles:
+            problems = f"not everything could be done: {'; '.join(outcome.troubles)}"
             self._complain(_Trouble.APPLY, problems)
             return
         self._mended(_Trouble.APPLY)
@@ -154,9 +154,9 @@ class Watcher:
         news = [] if self._seen is None else list(differing(self._seen, seen))
         self._seen = seen
         if self._session.is_json:
-            if outcome.done or outcome.problems or news:
+            if outcome.done or outcome.troubles or news:
                 steps = [step.as_json() for step in outcome.done]
-                data = {"time": now, "news": news, "steps": steps, "problems": list(outcome.problems)}
+                data = {"time": now, "news": news, "steps": steps, "problems": list(outcome.troubles)}
                 # One object a line, and not session.say_json, which writes for people too.
                 self._session.say(f"{json.dumps(data)}\n")
         else:

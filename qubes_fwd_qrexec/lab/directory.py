@@ -239,9 +239,11 @@ class LabDirectory:
         write_text(self.file, json.dumps(data, indent=2) + "\n")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Exclude other writers; raises `StoreError` if one of them does not let go within 10 s."""
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    def locked(self, timeout_s: float | None = None) -> Iterator[None]:
+        """Exclude other writers; raises `StoreError` if one of them does not let go within 10 s, or within
+        ``timeout_s``.
+        """
+        deadline = time.monotonic() + (_LOCK_TIMEOUT_S if timeout_s is None else timeout_s)
         with open(self.lock_file, "a", encoding="ascii") as file:
             while True:
                 try:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from fake_admin import FakeQubes, install
 from fake_policy import FakePolicyClient
+from faulty import Panic, allowed
 from stages import Stage
 from worlds import ADD, NOW, Command, Result
 
-from qubes_fwd_qrexec.admin import locate, qubesstore
+from qubes_fwd_qrexec.admin import cli, locate, qubesstore
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
@@ -78,7 +78,7 @@ def forward(lab: LabDirectory, kind: str) -> Command:
         environ = {}
         if lab_dir is not None or kind == LAB:
             environ["QVM_FORWARD_LAB"] = str(lab_dir or lab.root)
-        status = run(
+        status = cli.run(
             argv,
             environ=environ,
             now=now,
@@ -105,3 +105,31 @@ def expiring(stage: Stage) -> Stage:
     line = stage.lab.features("work")["forward.web"]
     stage.lab.set_feature("work", "forward.web", f"{line} expire={NOW + 3600}")
     return stage
+
+
+@pytest.fixture
+def over(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run qvm-forward over a backend, at a fixed time."""
+
+    def command(backend: Backend, *argv: str) -> Result:
+        monkeypatch.setattr(cli, "open_backend", lambda *_: backend)
+        out, err = io.StringIO(), io.StringIO()
+        status = cli.run(argv, environ={}, now=NOW, stdin=io.StringIO(), out=out, err=err, style=Style())
+        return Result(status, out.getvalue(), err.getvalue())
+
+    return command
+
+
+@pytest.fixture
+def panic(over: Command) -> Panic:
+    """Run qvm-forward panic over a backend."""
+    return lambda backend, *argv: over(backend, "panic", *argv)
+
+
+@pytest.fixture
+def opened(forward: Command, lab: LabDirectory) -> LabDirectory:
+    """A lab with two forwards: a tunnel that drains, and calls."""
+    forward(*ADD, "--on-expire", "drain")
+    forward("add", "personal", "81", "--from", "any")
+    assert len(allowed(lab)) == 2
+    return lab

@@ -8,7 +8,7 @@ from worlds import NOW
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Outcome, Step, carry_out, differences
-from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyFile
+from qubes_fwd_qrexec.admin.backend import NEW, Backend, ChangedError, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.errors import StoreError
@@ -50,13 +50,14 @@ class Memory:
         return PolicyFile(self.policy, NEW if self.policy is None else self.policy)
 
     def replace_policy(self, text: str, token: str) -> None:
-        assert token == self.read_policy().token
+        if token != self.read_policy().token:
+            raise ChangedError("policy")
         allowed = len(policy.allowing(text))
         self._do(f"policy {allowed}")
         self.policy = text
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, timeout_s: float | None = None) -> Iterator[None]:
         yield
 
 
@@ -67,4 +68,5 @@ def steps(backend: Backend, *rules: NamedRule) -> tuple[Step, ...]:
 
 def applied(backend: Memory, *rules: NamedRule) -> Outcome:
     backend.log.clear()
-    return carry_out(steps(backend, *rules), backend)
+    installed = backend.read_policy()
+    return carry_out(steps(backend, *rules), backend, installed)

@@ -157,7 +157,7 @@ def test_steps_in_words_and_json() -> None:
         {"step": "open-policy", "remove": [], "add": [line]},
         {"step": "set-config", "qube": "sys-net", "feature": CONFIG, "was": None, "value": backend_value},
     ]
-    carry_out(first, backend)
+    carry_out(first, backend, backend.read_policy())
     changed = steps(backend, rule("dstports=8080 srchosts=10.0.0.0/8"))
     assert changed[0].words()[0].startswith("sys-net: change how it listens for fwd.work.web: version=1")
     gone = steps(backend)
@@ -176,5 +176,5 @@ def test_a_missing_or_edited_file_is_written_anew(before: str | None) -> None:
     backend.policy = before
     (step,) = steps(backend)
     assert step.words() == ["policy: write the file, which allows the same as before"]
-    carry_out([step], backend)
+    carry_out([step], backend, backend.read_policy())
     assert policy.is_same(backend.policy, policy.text([], NOW))

@@ -161,3 +161,13 @@ def test_two_at_once_exclude_each_other(
         pass
     with other.locked():
         pass
+
+
+def test_a_lock_that_is_held_can_be_tried_without_waiting(
+    store: Backend, lab: LabDirectory, kind: str
+) -> None:
+    other = LabStore(lab) if kind == "lab" else qubesstore.QubesStore()
+    with store.locked(0), pytest.raises(StoreError, match=r"another .* (changes|is changing) this"):
+        other.locked(0).__enter__()
+    with other.locked(0):
+        pass

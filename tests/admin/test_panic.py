@@ -1,124 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command panic: everything closed whatever is wrong, in order, and what is said of what failed."""
 
-import fcntl
-import io
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from worlds import ADD, NOW, Command, Result, content
+from faulty import CONTESTED, EVERYTHING, REVOKE, Faulty, Panic, allowed, due
+from worlds import NOW, Command, content
 
-from qubes_fwd_qrexec.admin import cli, policy
-from qubes_fwd_qrexec.admin.backend import PolicyFile
-from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.admin.revocations import noted
-from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.values import QubeName
-
-REVOKE = "call work qubes.ForwardRevoke+8080-8080+sys-net"
-
-EVERYTHING = [
-    "read",
-    "policy 0",
-    "inventory",
-    REVOKE,
-    "lock",
-    "read",
-    "policy 0",
-    "inventory",
-    "set personal forward.tcp-81",
-    "set work forward.web",
-    "remove sys-net vm-config.fwd.personal.tcp-81",
-    "remove sys-net vm-config.fwd.work.web",
-    "read",
-    "read",
-    "inventory",
-]
 
 
-class Faulty:
-    """A lab whose backend logs what is done, and refuses what it is told to refuse."""
-
-    def __init__(self, lab: LabDirectory, *refused: str, before: Callable[[str], None] | None = None) -> None:
-        self._store = LabStore(lab)
-        self._refused = refused
-        self._before = before
-        self.log: list[str] = []
-
-    def _do(self, entry: str) -> None:
-        if self._before is not None:
-            self._before(entry)
-        self.log.append(entry)
-        if any(entry.startswith(word) for word in self._refused):
-            raise StoreError(f"cannot {entry}")
-
-    def inventory(self, *, with_config: bool = True) -> Inventory:
-        self._do("inventory")
-        return self._store.inventory(with_config=with_config)
-
-    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
-        self._do(f"set {qube} {key}")
-        self._store.set_feature(qube, key, value)
-
-    def remove_feature(self, qube: QubeName, key: str) -> None:
-        self._do(f"remove {qube} {key}")
-        self._store.remove_feature(qube, key)
-
-    def read_policy(self) -> PolicyFile:
-        self._do("read")
-        return self._store.read_policy()
-
-    def replace_policy(self, text: str, token: str) -> None:
-        self._do(f"policy {len(policy.allowing(text))}")
-        self._store.replace_policy(text, token)
-
-    def call(self, qube: QubeName, service: str) -> None:
-        self._do(f"call {qube} {service}")
-
-    def locked(self) -> AbstractContextManager[None]:
-        self._do("lock")
-        return self._store.locked()
-
-
-Panic = Callable[..., Result]
-
-
-@pytest.fixture
-def panic(monkeypatch: pytest.MonkeyPatch) -> Panic:
-    """Run qvm-forward panic over a backend."""
-
-    def command(backend: Faulty, *argv: str) -> Result:
-        monkeypatch.setattr(cli, "open_backend", lambda *_: backend)
-        out, err = io.StringIO(), io.StringIO()
-        status = cli.run(
-            ("panic", *argv), environ={}, now=NOW, stdin=io.StringIO(), out=out, err=err, style=Style()
-        )
-        return Result(status, out.getvalue(), err.getvalue())
-
-    return command
-
-
-def allowed(lab: LabDirectory) -> frozenset[str]:
-    return policy.allowing((lab.policy_dir / "30-forward.policy").read_text())
-
-
-@pytest.fixture
-def opened(forward: Command, lab: LabDirectory) -> LabDirectory:
-    """A lab with two forwards: a tunnel that drains, and calls."""
-    forward(*ADD, "--on-expire", "drain")
-    forward("add", "personal", "81", "--from", "any")
-    assert len(allowed(lab)) == 2
-    return lab
-
-
-def test_policy_and_tunnels_are_closed_before_the_lock_then_the_rules_and_the_listeners(
+def test_policy_is_closed_before_the_lock_then_tunnels_rules_and_listeners(
     opened: LabDirectory, panic: Panic
 ) -> None:
     backend = Faulty(opened)
@@ -207,50 +102,6 @@ def test_a_policy_file_that_cannot_be_read_is_replaced_and_noted(
     assert allowed(opened) == frozenset()
 
 
-def test_a_policy_that_others_change_meanwhile_is_closed(opened: LabDirectory, panic: Panic) -> None:
-    """Somebody who has the lock writes what he meant to write before panic got the lock."""
-    path = opened.policy_dir / "30-forward.policy"
-    text = path.read_text()
-
-    def interfere(entry: str) -> None:
-        if entry == "lock":
-            path.write_text(text)
-
-    backend = Faulty(opened, before=interfere)
-    assert panic(backend).status == 0
-    assert allowed(opened) == frozenset()
-    # A tunnel may have been opened in between.
-    assert backend.log.count(REVOKE) == 2
-
-
-def test_what_is_opened_after_the_last_write_is_seen(opened: LabDirectory, panic: Panic) -> None:
-    path = opened.policy_dir / "30-forward.policy"
-    text = path.read_text()
-
-    def interfere(entry: str) -> None:
-        if entry.startswith("remove"):
-            path.write_text(text)
-
-    result = panic(Faulty(opened, before=interfere))
-    assert result.status == 1
-    assert "still open: policy: qubes.ForwardTCP +8080+tunnel sys-net work allow" in result.err
-
-
-def test_a_lock_that_is_held_is_not_waited_for_long(
-    opened: LabDirectory, panic: Panic, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(directory, "_LOCK_TIMEOUT_S", 0.0)
-    with open(opened.lock_file, "a", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        result = panic(Faulty(opened))
-    assert result.status == 0
-    assert (
-        "note: somebody else changes forwards at the same time; this went on without the lock" in result.err
-    )
-    assert allowed(opened) == frozenset()
-    assert opened.vm_config("sys-net") == {}
-
-
 REFUSALS = [
     ("policy", "not done: policy: deny every call: cannot policy 0"),
     ("set personal", "not done: personal tcp-81: disable the rule: cannot set"),
@@ -268,8 +119,9 @@ def test_each_step_is_tried_though_another_fails(
     result = panic(backend)
     assert words in result.err
     assert result.status == (0 if refused == "lock" else 1)
-    # What failed before the lock is tried again after it.
-    assert [*dict.fromkeys(backend.log)] == [*dict.fromkeys(EVERYTHING)]
+    # What failed is tried again when all else has been.
+    entries = CONTESTED if refused == "lock" else EVERYTHING
+    assert [*dict.fromkeys(backend.log)] == [*dict.fromkeys(entries)]
 
 
 def test_what_fails_once_and_is_done_after_the_lock_has_not_failed(
@@ -344,11 +196,6 @@ def test_tunnels_that_only_the_listeners_know_of_are_ended_too(opened: LabDirect
     backend = Faulty(opened)
     panic(backend)
     assert REVOKE in backend.log
-
-
-def due(lab: LabDirectory) -> list[str]:
-    """What the policy file has noted as not ended yet."""
-    return [revocation.words() for revocation in noted((lab.policy_dir / "30-forward.policy").read_text())]
 
 
 def test_tunnels_that_could_not_be_ended_are_ended_by_the_next_panic(

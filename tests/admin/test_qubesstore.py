@@ -4,10 +4,13 @@
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Lock
+from typing import Any
 
 import pytest
-from fake_admin import FakeQubes, install
+from fake_admin import FakeProcess, FakeQubes, install
 from fake_policy import FakePolicyClient
 
 from qubes_fwd_qrexec.admin import qubesstore
@@ -61,6 +64,31 @@ def test_a_call_that_does_not_end_is_killed(store: QubesStore, dom0: FakeQubes) 
         store.call(WORK, SERVICE)
     assert dom0.process is not None
     assert dom0.process.log == ["wait", "kill", "wait"]
+
+
+def test_calls_of_several_threads_are_started_one_by_one_and_awaited_at_once(
+    store: QubesStore, dom0: FakeQubes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """qubesadmin's objects are not made for threads."""
+    starting, awaited = Lock(), Barrier(4, timeout=30)
+    real_start, real_wait = dom0.run_service, FakeProcess.wait
+
+    def run_service(*args: Any, **named: Any) -> FakeProcess:
+        assert starting.acquire(blocking=False)
+        try:
+            return real_start(*args, **named)
+        finally:
+            starting.release()
+
+    def wait(process: FakeProcess, timeout: float | None = None) -> int:
+        awaited.wait()
+        return real_wait(process, timeout)
+
+    monkeypatch.setattr(dom0, "run_service", run_service)
+    monkeypatch.setattr(FakeProcess, "wait", wait)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: store.call(WORK, SERVICE), range(4))) == [None] * 4
+    assert dom0.services == [(WORK, SERVICE)] * 4
 
 
 def test_a_halted_qube_is_not_started_by_a_call(store: QubesStore, lab: LabDirectory) -> None:

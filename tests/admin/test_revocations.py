@@ -215,7 +215,7 @@ def test_a_halted_target_has_nothing_left_to_be_ended() -> None:
     halted = backend.inventory().qubes[QubeName("work")]._replace(is_running=False)
     (step,) = differences(plan([], world(halted), NOW), world(halted), backend.read_policy(), NOW)
     assert step.kind is Kind.CLOSE_POLICY
-    carry_out([step], backend)
+    carry_out([step], backend, backend.read_policy())
     assert noted(backend) == []
 
 

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A backend for `panic`, which logs what is done and refuses what it is told to; and what is to be done."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from worlds import Result
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import PolicyFile
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.labstore import LabStore
+from qubes_fwd_qrexec.admin.revocations import noted
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.values import QubeName
+
+REVOKE = "call work qubes.ForwardRevoke+8080-8080+sys-net"
+TRY = "lock within 0 s"
+
+EVERYTHING = [
+    "read",
+    "policy 0",
+    TRY,
+    "read",
+    "policy 0",
+    "inventory",
+    REVOKE,
+    "set personal forward.tcp-81",
+    "set work forward.web",
+    "remove sys-net vm-config.fwd.personal.tcp-81",
+    "remove sys-net vm-config.fwd.work.web",
+    "read",
+    "read",
+    "policy 0",
+    "read",
+    "inventory",
+]
+"""What panic does with `opened`, in order."""
+CONTESTED = [
+    "read",
+    "policy 0",
+    TRY,
+    "inventory",
+    REVOKE,
+    "lock",
+    *(entry for entry in EVERYTHING[EVERYTHING.index(TRY) + 1 : -3] if entry != REVOKE),
+    "read",
+    "inventory",
+]
+"""The same while somebody else has the lock: the tunnels are ended before it is waited for."""
+
+
+class Faulty:
+    """A lab whose backend logs what is done, and refuses what it is told to refuse."""
+
+    def __init__(self, lab: LabDirectory, *refused: str, before: Callable[[str], None] | None = None) -> None:
+        self._store = LabStore(lab)
+        self._refused = refused
+        self._before = before
+        self.log: list[str] = []
+
+    def _do(self, entry: str) -> None:
+        if self._before is not None:
+            self._before(entry)
+        self.log.append(entry)
+        if any(entry.startswith(word) for word in self._refused):
+            raise StoreError(f"cannot {entry}")
+
+    def inventory(self, *, with_config: bool = True) -> Inventory:
+        self._do("inventory")
+        return self._store.inventory(with_config=with_config)
+
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        self._do(f"set {qube} {key}")
+        self._store.set_feature(qube, key, value)
+
+    def remove_feature(self, qube: QubeName, key: str) -> None:
+        self._do(f"remove {qube} {key}")
+        self._store.remove_feature(qube, key)
+
+    def read_policy(self) -> PolicyFile:
+        self._do("read")
+        return self._store.read_policy()
+
+    def replace_policy(self, text: str, token: str) -> None:
+        self._do(f"policy {len(policy.allowing(text))}")
+        self._store.replace_policy(text, token)
+
+    def call(self, qube: QubeName, service: str) -> None:
+        self._do(f"call {qube} {service}")
+
+    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
+        return self._store.ask(qube, service, max_bytes, timeout_s)
+
+    def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
+        self._do("lock" if timeout_s is None else f"lock within {timeout_s:g} s")
+        return self._store.locked(timeout_s)
+
+
+Panic = Callable[..., Result]
+
+
+def allowed(lab: LabDirectory) -> frozenset[str]:
+    return policy.allowing((lab.policy_dir / "30-forward.policy").read_text())
+
+
+def due(lab: LabDirectory) -> list[str]:
+    """What the policy file has noted as not ended yet."""
+    return [revocation.words() for revocation in noted((lab.policy_dir / "30-forward.policy").read_text())]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Several rules are stored or none; and each command that changes something has the lock for itself."""
+
+from typing import Any
+
+import pytest
+from faulty import Faulty
+from memory import Memory, applied
+from stages import Stage
+from worlds import ADD, Command, content, rule, world
+
+from qubes_fwd_qrexec.admin import qubesstore
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.labstore import LabStore
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab import directory
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.values import QubeName
+
+RULES = "".join(f"work r{i} action=forward srcports={80 + i} srchosts=any\n" for i in range(4))
+
+
+class Failing:
+    """A backend's writes fail: the one of the named qube and key, or all from that one on."""
+
+    def __init__(self, store: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._store: Any = type(store)
+        self._monkeypatch = monkeypatch
+
+    def __call__(
+        self, at: str, *, is_for_good: bool = False, takes_effect: bool = False, only_removals: bool = False
+    ) -> None:
+        """``takes_effect``: what is set is set, and fails all the same."""
+        real_set, real_remove = self._store.set_feature, self._store.remove_feature
+        failed: list[str] = []
+
+        def fails(entry: str) -> bool:
+            if (entry == at and not failed) or (failed and is_for_good):
+                failed.append(entry)
+                return True
+            return False
+
+        def set_feature(store: Backend, qube: QubeName, key: str, value: str) -> None:
+            is_failing = not only_removals and fails(f"{qube} {key}")
+            if takes_effect or not is_failing:
+                real_set(store, qube, key, value)
+            if is_failing:
+                raise StoreError("qubesd is gone")
+
+        def remove_feature(store: Backend, qube: QubeName, key: str) -> None:
+            if fails(f"{qube} {key}"):
+                raise StoreError("qubesd is gone")
+            real_remove(store, qube, key)
+
+        self._monkeypatch.setattr(self._store, "set_feature", set_feature)
+        self._monkeypatch.setattr(self._store, "remove_feature", remove_feature)
+
+
+@pytest.fixture
+def failing(store: Backend, monkeypatch: pytest.MonkeyPatch) -> Failing:
+    return Failing(store, monkeypatch)
+
+
+def test_what_cannot_be_put_back_is_named_with_the_way_out(forward: Command, failing: Failing) -> None:
+    failing("work forward.r2", is_for_good=True)
+    result = forward("import", "-", stdin=RULES)
+    assert result.status == 1
+    assert result.err == (
+        "qvm-forward import: qubesd is gone.\n"
+        "What was changed before could not be put back, and the next 'qvm-forward apply' puts it in force:\n"
+        "work r0 may be stored (qubesd is gone); 'qvm-forward remove work r0' takes it away\n"
+        "work r1 may be stored (qubesd is gone); 'qvm-forward remove work r1' takes it away\n"
+        "work r2 may be stored (qubesd is gone); 'qvm-forward remove work r2' takes it away\n"
+    )
+
+
+def test_a_rule_and_a_mark_that_cannot_be_put_back_are_told_with_what_they_were(
+    forward: Command, lab: LabDirectory, failing: Failing
+) -> None:
+    forward(*ADD)
+    old = lab.feature("work", "forward.web")
+    failing("work forward.web", is_for_good=True, takes_effect=True)
+    text = "sys-vpn tunnel yes\nwork web action=forward srcports=90 srchosts=any\n"
+    result = forward("import", "--replace", stdin=text)
+    assert result.err.splitlines()[2:] == [
+        "sys-vpn may be marked otherwise than before (qubesd is gone); 'qvm-forward tunnel unmark sys-vpn' "
+        "mends that",
+        f"work web may be changed or gone (qubesd is gone); 'qvm-forward import --replace' reads it back: "
+        f"work web {old}",
+    ]
+
+
+@pytest.mark.parametrize("takes_effect", [False, True])
+def test_each_is_put_back_though_one_cannot_be(
+    forward: Command, lab: LabDirectory, failing: Failing, takes_effect: bool
+) -> None:
+    """The first of those to be put back is one; the rest are taken away all the same."""
+    failing("work forward.r2", takes_effect=takes_effect)
+    failing("work forward.r0", only_removals=True)
+    result = forward("import", "-", stdin=RULES)
+    assert sorted(key for key in lab.features("work") if key.startswith("forward.")) == ["forward.r0"]
+    assert "work r0 may be stored (qubesd is gone)" in result.err
+    assert "work r1" not in result.err
+
+
+@pytest.mark.parametrize("takes_effect", [False, True])
+@pytest.mark.parametrize("at", ["r0", "r2", "r3"])
+def test_nothing_is_stored_if_one_write_fails_whether_it_took_effect_or_not(
+    forward: Command, lab: LabDirectory, failing: Failing, takes_effect: bool, at: str
+) -> None:
+    before = content(lab)
+    failing(f"work forward.{at}", takes_effect=takes_effect)
+    result = forward("import", "-", stdin=RULES)
+    assert (result.status, result.err) == (1, "qvm-forward import: qubesd is gone\n")
+    assert content(lab) == before
+
+
+def test_a_replaced_rule_is_again_what_it_was_if_a_later_write_fails(
+    forward: Command, lab: LabDirectory, failing: Failing
+) -> None:
+    forward(*ADD)
+    before = content(lab)
+    failing("work forward.z", takes_effect=True)
+    text = (
+        "work web action=forward srcports=90 srchosts=any\nwork z action=forward srcports=91 srchosts=any\n"
+    )
+    assert forward("import", "--replace", stdin=text).status == 1
+    assert content(lab) == before
+
+
+def test_removed_rules_are_there_again_if_one_cannot_be_removed(
+    forward: Command, lab: LabDirectory, failing: Failing
+) -> None:
+    forward(*ADD)
+    forward("add", "work", "81", "--from", "any", "--name", "more")
+    before = content(lab)
+    failing("work forward.more")
+    assert forward("remove", "work", "web", "more").status == 1
+    assert content(lab) == before
+
+
+def test_a_listener_that_may_not_have_heard_is_told_again_what_it_was_told() -> None:
+    class Deaf(Memory):
+        """It keeps what it is told, and says that it could not be told."""
+
+        def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+            super().set_feature(qube, key, value)
+            if "10.0.0.0/8" in value:
+                raise StoreError("not delivered")
+
+    backend = Deaf(world())
+    applied(backend, rule())
+    before = dict(backend.qubes[QubeName("sys-net")])
+    outcome = applied(backend, rule("srchosts=10.0.0.0/8"))
+    assert outcome.problems == ("not delivered",)
+    assert backend.qubes[QubeName("sys-net")] == before
+    assert backend.log == ["set sys-net vm-config.fwd.work.web"] * 2
+
+
+CHANGING = [
+    ("add", "work", "81", "--from", "any"),
+    ("set", "work", "web", "comment=x"),
+    ("remove", "work", "web"),
+    ("enable", "work", "web"),
+    ("disable", "work", "web"),
+    ("confirm", "work", "web"),
+    ("apply",),
+    ("tunnel", "mark", "sys-firewall"),
+    ("tunnel", "unmark", "sys-firewall"),
+    ("import", "-"),
+]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a lock."""
+    for module in (directory, qubesstore):
+        monkeypatch.setattr(module, "_LOCK_TIMEOUT_S", 0.0)
+
+
+@pytest.mark.parametrize("argv", CHANGING, ids=lambda argv: " ".join(argv[:2]))
+def test_a_command_that_changes_something_waits_for_the_lock_and_names_who_has_it(
+    forward: Command, store: Backend, lab: LabDirectory, impatient: None, argv: tuple[str, ...]
+) -> None:
+    forward(*ADD, "--no-apply")
+    lab.set_feature("sys-firewall", "forward.tunnel", "1" if "unmark" in argv else "")
+    before = content(lab)
+    with store.locked():
+        result = forward(*argv, stdin="version 2\nwork z action=forward srcports=9 srchosts=any\n")
+        assert result.status == 1
+        assert "another program changes this lab" in result.err or "another qvm-forward is" in result.err
+        assert content(lab) == before
+        assert forward("list").status == 0
+
+
+@pytest.mark.parametrize("argv", CHANGING, ids=lambda argv: " ".join(argv[:2]))
+def test_what_a_command_changes_it_changes_under_the_lock(
+    forward: Command, over: Command, lab: LabDirectory, argv: tuple[str, ...]
+) -> None:
+    forward(*ADD, "--no-apply")
+    lab.set_feature("sys-firewall", "forward.tunnel", "1" if "unmark" in argv else "")
+
+    def look(entry: str) -> None:
+        if not entry.startswith("lock"):
+            with pytest.raises(StoreError, match="another program"), LabStore(lab).locked(0):
+                pass
+
+    backend = Faulty(lab, before=look)
+    over(backend, *argv)
+    assert backend.log[0] == "lock"
+    assert len(backend.log) > 2
+
+
+def test_watch_changes_nothing_while_somebody_else_has_the_lock(stage: Stage, impatient: None) -> None:
+    held = stage.lab.locked()
+    held.__enter__()
+    opened_at: list[bool] = []
+
+    def let_go() -> None:
+        opened_at.append(stage.is_open)
+        if len(opened_at) == 2:
+            held.__exit__(None, None, None)
+
+    stage.on_rest = let_go
+    stage.run()
+    assert opened_at == [False, False]
+    assert stage.is_open
+    first, last = stage.err.getvalue().splitlines()
+    assert first.endswith("another program changes this lab")
+    assert last == "qvm-forward: all is well again"
