@@ -29,6 +29,12 @@ def tunnel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where tunnels leave their notes; it is not there yet."""
+    return tmp_path / "notes"
+
+
+@pytest.fixture
 def server() -> Iterator[socket.socket]:
     """A listening, non-blocking TCP socket: the server in the target."""
     with listening_socket() as sock:

@@ -12,70 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from noted import PORTS, SOURCE, Tunnel, names, spoil_mode
 
 from qubes_fwd_qrexec import revocation
-from qubes_fwd_qrexec.errors import TextError
 from qubes_fwd_qrexec.revocation import (
     RevocationError,
     allowed_s,
     argument,
     noted,
-    parse_argument,
     revoke,
 )
 from qubes_fwd_qrexec.rules import OnExpire
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
-
-PORTS, SOURCE = TargetPorts(8080, 8090), QubeName("sys-net")
-BOUND_S = 20.0
-_TUNNEL = """\
-import sys
-from pathlib import Path
-from qubes_fwd_qrexec.revocation import noted
-from qubes_fwd_qrexec.values import TargetPorts
-with noted(TargetPorts.parse(sys.argv[1]), sys.argv[2], Path(sys.argv[3])):
-    print("noted", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return tmp_path / "notes"
-
-
-class Tunnel:
-    """A process with a note, which ends when its stdin does."""
-
-    def __init__(self, place: Path, ports: TargetPorts = PORTS, source: str = SOURCE) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _TUNNEL, str(ports), source, str(place)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == b"noted\n"
-        self.note = place / f"{ports}+{source}+{self.process.pid}"
-
-    def __enter__(self) -> "Tunnel":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    @property
-    def status(self) -> int:
-        return self.process.wait(BOUND_S)
-
-    @property
-    def lives(self) -> bool:
-        return self.process.poll() is None
-
-
-def names(place: Path) -> list[str]:
-    """All that lies there but the marks of what was revoked and allowed."""
-    return sorted(p.name for p in place.iterdir() if not p.name.startswith(("revoked+", "allowed+")))
 
 
 @contextmanager
@@ -278,11 +226,6 @@ def test_the_directory_is_made_for_its_user_alone(place: Path) -> None:
         os.umask(before)
 
 
-def spoil_mode(place: Path) -> None:
-    place.mkdir()
-    place.chmod(0o770)
-
-
 def spoil_kind(place: Path) -> None:
     place.touch()
 
@@ -347,84 +290,3 @@ def test_a_spoiled_mark_refuses_the_tunnel(place: Path) -> None:
         pytest.fail("it was let in")
     assert revoke(PORTS, SOURCE, place) == 0
     assert float((place / f"revoked+{argument(PORTS, SOURCE)}").read_text()) > 0
-
-
-@pytest.mark.parametrize("ports", ["1-1", "8080-8090", "65535-65535"])
-@pytest.mark.parametrize("source", ["sys-net", "a", "disp1234", "A.b_c-d", "x" * 31])
-@pytest.mark.parametrize("how", OnExpire)
-def test_an_argument_that_is_made_is_understood(ports: str, source: str, how: OnExpire) -> None:
-    text = argument(TargetPorts.parse(ports), QubeName(source), how)
-    assert parse_argument(text) == (TargetPorts.parse(ports), source, how)
-
-
-BAD = [
-    "",
-    "+",
-    "8080-8090",
-    "8080-8090+",
-    "+sys-net",
-    "8080+sys-net",
-    "8080-8090+sys-net+1",
-    "8080-8090+sys-net+",
-    "8080-8090+sys-net+cut",
-    "8080-8090+sys-net+drain+",
-    "8080-8090+sys-net+drain+drain",
-    "8080-8090+tunnel+sys-net",
-    "8090-8080+sys-net",
-    "0-1+sys-net",
-    "1-65536+sys-net",
-    "08080-8090+sys-net",
-    "8080-8090+sys net",
-    "8080-8090+sys-net\n",
-    "8080-8090+../../x",
-    "8080-8090+*",
-    "8080-8090+@anyvm",
-    "8080-8090+1x",
-    f"8080-8090+{'x' * 32}",
-    "8080-8090+s\u00fcs",
-    "*+*",
-]
-
-
-@pytest.mark.parametrize("untrusted", BAD)
-def test_any_other_argument_is_refused(untrusted: str) -> None:
-    with pytest.raises(TextError):
-        parse_argument(untrusted)
-
-
-def run_rpc(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "qubes_fwd_qrexec.revocation", *arguments],
-        env=os.environ | {revocation.DIRECTORY_VARIABLE: str(place)},
-        capture_output=True,
-        text=True,
-        timeout=BOUND_S,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize(
-    "arguments", [(), ("",), ("8080-8090+*",), ("8080-8090+sys-net", "more"), ("--help",)]
-)
-def test_the_rpc_refuses_what_it_does_not_understand_with_status_2(
-    place: Path, arguments: tuple[str, ...]
-) -> None:
-    done = run_rpc(place, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("qubes.ForwardRevoke: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert not place.exists()
-
-
-def test_the_rpc_says_how_many_it_ended(place: Path) -> None:
-    with Tunnel(place) as tunnel:
-        done = run_rpc(place, "8080-8090+sys-net")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
-        assert tunnel.status == -signal.SIGTERM
-
-
-def test_the_rpc_says_what_stands_in_its_way_with_status_125(place: Path) -> None:
-    spoil_mode(place)
-    done = run_rpc(place, "8080-8090+sys-net")
-    assert (done.returncode, done.stdout) == (125, "")
-    assert done.stderr.startswith(f"qubes.ForwardRevoke: {place}: must belong to the user")
