@@ -36,6 +36,7 @@ async def test_while_it_is_in_use_dom0_is_asked_again_before_its_lease_is_over(
             (tunnel,) = bench.tunnels._tunnels
             for turn in range(3):
                 await clock.advance(_DUE_S - 1)
+                assert not bench.tunnels._is_renewing
                 assert len(client.calls) == turn + 1
                 await clock.advance(1)
                 await renewed(bench, client, turn + 2)
@@ -57,6 +58,7 @@ async def test_one_that_is_not_in_use_is_not_worth_a_question(
         (tunnel,) = bench.tunnels._tunnels
         await until(lambda: not tunnel.streams)
         await clock.advance(_DUE_S + 10)
+        assert not bench.tunnels._is_renewing  # a call that has begun is in no list of calls yet
         assert len(client.calls) == 1
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
@@ -91,6 +93,7 @@ async def test_where_dom0_refuses_what_lives_goes_on_and_dom0_is_not_flooded(
             await renewed(bench, client, 2)
             await echo_once(near, far)
             await clock.advance(_DUE_S - 1)
+            assert not bench.tunnels._is_renewing
             assert len(client.calls) == 2
 
 
