@@ -20,20 +20,21 @@ from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.logs import start_logging
 
-# Threads that trio keeps for a while after they were used; they come and go.
-_CACHED = "Trio thread"
+# Threads that trio keeps for ten seconds after they were used; they come and go. Trio names them "Trio
+# thread 1", and before 0.23 "Trio worker thread 1".
+_CACHED = ("Trio thread ", "Trio worker thread ")
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the listener holds. All but the memory is the same again once nothing is carried any more."""
+    """What the listener holds. Nothing but the memory may be more than before, once nothing is carried."""
 
     tunnels: int
     streams: int
     waiting: int
     slots: int
     budget_streams: int
-    budget_left: int
+    budget_used: int
     tasks: int
     threads: int
     files: int
@@ -51,7 +52,7 @@ def held(listener: Listener) -> Held:
         waiting=sum(tunnels._waiting for tunnels in all_tunnels),
         slots=listener._process.connections,
         budget_streams=transports._budget.streams,
-        budget_left=transports._budget.shared_left,
+        budget_used=transports._budget.total - transports._budget.shared_left,
         tasks=trio.lowlevel.current_statistics().tasks_living,
         threads=sum(not thread.name.startswith(_CACHED) for thread in threading.enumerate()),
         files=open_files(os.getpid()),

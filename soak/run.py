@@ -196,12 +196,12 @@ class Soak:
         }
 
     async def _settled(self, at_rest: dict[str, Any]) -> dict[str, Any]:
-        """What is held once it is what it was at rest, or does not change any more."""
+        """What is held once it is no more than at rest, or, where that is not known yet, does not change."""
         before: dict[str, Any] = {}
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline:
             now = await self._held()
-            if all(now[name] <= at_rest[name] for name in _counts(at_rest)) and (at_rest or now == before):
+            if not any(_left_over(now, at_rest)) and (at_rest or now == before):
                 return now
             before = now
             await trio.sleep(0.3)  # nobody tells of files and memory of other processes
@@ -210,9 +210,8 @@ class Soak:
     async def _check_left_over(self, at_rest: dict[str, Any], memory: list[float]) -> None:
         await self._wait_for_tunnel()
         now = await self._settled(at_rest)
-        for name in _counts(at_rest):
-            if now[name] != at_rest[name]:
-                self.findings.note(f"left over: {name} {now[name]}, at the start {at_rest[name]}")
+        for name in _left_over(now, at_rest):
+            self.findings.note(f"left over: {name} {now[name]}, at the start {at_rest[name]}")
         story = (at_rest["memory_kib"], *memory, now["memory_kib"])
         if story[-1] - story[1] > _MEMORY_KIB:
             self.findings.note(f"the listener has grown since the first storm by more than {_MEMORY_KIB} KiB")
@@ -231,8 +230,9 @@ def _mib(kib: Sequence[float]) -> str:
     return ", ".join(f"{value / 1024:.1f}" for value in kib)
 
 
-def _counts(at_rest: dict[str, Any]) -> Iterator[str]:
-    return (name for name in at_rest if not name.endswith("memory_kib"))
+def _left_over(now: dict[str, Any], at_rest: dict[str, Any]) -> Iterator[str]:
+    """Of what there is more than at rest; memory is judged by itself."""
+    return (name for name, rest in at_rest.items() if not name.endswith("memory_kib") and now[name] > rest)
 
 
 def _aborts(script: Script) -> bool:
