@@ -34,6 +34,9 @@ PULL_BYTES = 4 * MAX_DATA_BYTES
 # that took longer than this a smaller one.
 _FAST_S = 0.01
 _SLOW_S = 0.1
+# What is found out by reading or writing, among it that the peer is gone.
+_READABLE = READ | GONE
+_WRITABLE = WRITE | GONE
 # In the place of a mask: the kernel is not asked about the socket at all.
 _UNWATCHED = -1
 
@@ -122,9 +125,9 @@ class Leg:
 
     def _on_ready(self, events: int) -> None:
         mask = self._mask
-        if mask & WRITE and events & (WRITE | GONE):
+        if mask & WRITE and events & _WRITABLE:
             self._push()
-        if mask & READ and events & (READ | GONE) and self.ended is None:
+        if mask & READ and events & _READABLE and self.ended is None:
             self._pull()
         elif events & GONE and not mask & READ and self._mask != _UNWATCHED:
             self._gone(events)

@@ -241,8 +241,8 @@ class Mux:
             stream_id = self.connection.receive_lone_data(chunk)
             if stream_id:
                 self.legs[stream_id].deliver(chunk[HEADER_BYTES:])
-            else:
-                self._take(self.connection.receive_data(chunk))
+                return
+            self._take(self.connection.receive_data(chunk))
         except RemoteProtocolError as error:
             self.is_peer_wrong = count > 0
             self.backlog.send()

@@ -19,7 +19,7 @@ from .limits import FRAME_COST_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MIN_WINDOW_B
 from .messages import PING_BYTES, Goaway, GoawayCode, Origin, ProxyVersion, ResetCode, Role
 from .states import Half
 from .stream import Stream
-from .wire import Buffer, FrameType
+from .wire import DATA_KIND, HEADER, Buffer, FrameType
 
 # Looked up once: the members of an enumeration are not as quick to find as other names.
 _FLOWING = Half.FLOWING
@@ -109,10 +109,16 @@ class Connection(Incoming):
         """
         length = len(frame) - HEADER_BYTES
         stream = self._streams.get(stream_id)
-        if stream is None or not 0 < length <= self.send_limit_now(stream_id):
+        if (
+            stream is None
+            or stream.local is not _FLOWING
+            or self._outbox.bytes_queued
+            or not 0 < length <= MAX_DATA_BYTES
+            or (left := stream.outgoing.available - length - FRAME_COST_BYTES) < 0
+        ):
             raise LocalProtocolError(f"{length} bytes cannot be sent at once on stream {stream_id}")
-        stream.outgoing.available -= length + FRAME_COST_BYTES
-        wire.HEADER.pack_into(frame, 0, wire.DATA_KIND, length, stream_id)
+        stream.outgoing.available = left
+        HEADER.pack_into(frame, 0, DATA_KIND, length, stream_id)
 
     def send_eof(self, stream_id: int) -> None:
         """Say that nothing more comes from this end (FIN). Raises LocalProtocolError if it was said, or not

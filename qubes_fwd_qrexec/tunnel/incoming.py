@@ -26,7 +26,7 @@ from .limits import FRAME_COST_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MIN_WINDOW_B
 from .messages import REFUSAL_WHILE_DRAINING, GoawayCode, Role
 from .states import Half
 from .stream import Stream
-from .wire import Buffer, FrameType
+from .wire import DATA_KIND, HEADER, Buffer, FrameType
 
 # Looked up once: the members of an enumeration are not as quick to find as other names.
 _FLOWING = Half.FLOWING
@@ -62,8 +62,8 @@ class Incoming(Endpoint):
         length = len(untrusted_chunk) - HEADER_BYTES
         if length <= 0 or self._is_receiving or self._reader.partial:
             return 0
-        kind, untrusted_length, stream_id = wire.HEADER.unpack_from(untrusted_chunk)
-        if kind != wire.DATA_KIND or untrusted_length != length or length > MAX_DATA_BYTES:
+        kind, untrusted_length, stream_id = HEADER.unpack_from(untrusted_chunk)
+        if kind != DATA_KIND or untrusted_length != length or length > MAX_DATA_BYTES:
             return 0
         stream = self._streams.get(stream_id)
         if stream is None or stream.remote is not _FLOWING or stream.local >= _RESET:
