@@ -6,9 +6,10 @@ is stored. Then it stores, and applies; and without the lock it asks the listene
 """
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
@@ -25,6 +26,7 @@ from .session import Session, Snapshot, UsageError
 from .states import Cause, Forward, Plan, State
 from .store import made_up_name
 
+_V = TypeVar("_V")
 _NO_FROM = (
     "--from is missing: say who may connect, such as --from 192.168.0.0/16 (more with commas or by saying "
     "it again), or --from any to let in everybody who can reach the port"
@@ -58,11 +60,12 @@ def _new_rule(args: Namespace, session: Session, snapshot: Snapshot) -> NamedRul
     listen_ports, target_ports = args.ports
     target: QubeName = args.qube
     known = snapshot.inventory.get(target)
+    expire_at = partial(parse_expire, now=session.now)
     try:
         rule = ForwardRule(
             listen_ports=listen_ports,
             target_ports=target_ports,
-            sources=Sources.parse(",".join(args.sources)),
+            sources=_parsed("--from", Sources.parse, ",".join(args.sources)),
             mode=args.mode,
             forward_type=ForwardType.INTERNAL if args.internal else ForwardType.EXTERNAL,
             via=args.via,
@@ -78,14 +81,22 @@ def _new_rule(args: Namespace, session: Session, snapshot: Snapshot) -> NamedRul
             follow_netvm=args.follow_netvm,
             bypass_tunnel=args.bypass_tunnel,
             limits=args.limits or NO_LIMITS,
-            expire=None if args.expire is None else parse_expire(args.expire, session.now),
+            expire=None if args.expire is None else _parsed("--expire", expire_at, args.expire),
             comment=args.comment,
         )
-    except (TextError, RuleError) as error:
+    except RuleError as error:
         raise UsageError(str(error)) from None
     if rule.expire is not None and rule.expire <= session.now:
         raise UsageError(f"--expire {args.expire} is over already; name a time to come, such as +8h")
     return NamedRule(target, args.name or made_up_name(rule, snapshot.stored.names(target)), rule)
+
+
+def _parsed(place: str, parse: Callable[[str], _V], text: str) -> _V:
+    """Raises `RuleError` that names the place."""
+    try:
+        return parse(text)
+    except TextError as error:
+        raise RuleError(place, str(error)) from error
 
 
 def _check_new(named: NamedRule, session: Session, snapshot: Snapshot) -> None:
@@ -116,14 +127,14 @@ def set_options(args: Namespace, session: Session) -> int:
         old = _readable(snapshot, args.qube, args.name)
         try:
             rule = _with_options(old.rule, args.options, session.now)
-        except (TextError, RuleError) as error:
+        except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}") from None
         done = _change(args, session, snapshot, [old._replace(rule=rule)], "changed")
     return _finish(session, done, "changed")
 
 
 def _with_options(rule: ForwardRule, texts: Iterable[str], now: float) -> ForwardRule:
-    """Raises `TextError` or `RuleError`."""
+    """Raises `RuleError`."""
     options = rule.options()
     known = ForwardRule.option_names()
     given: set[str] = set()
@@ -135,7 +146,7 @@ def _with_options(rule: ForwardRule, texts: Iterable[str], now: float) -> Forwar
             raise RuleError(f"option {name!a}", "stands twice")
         given.add(name)
         if name == "expire" and value:
-            expire = parse_expire(value, now)
+            expire = _parsed(f"option {name!a}", partial(parse_expire, now=now), value)
             value = "" if expire is None else str(expire)
         if value:
             options[name] = value
