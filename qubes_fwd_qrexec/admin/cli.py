@@ -71,7 +71,7 @@ def run(
 
         out.write("".join(f"{word}\n" for word in complete.candidates(arguments, argv[1:], environ)))
         return 0
-    args = arguments.parse_args(argv)
+    args = parser.parse(arguments, argv)
     try:
         backend = open_backend(args.lab, environ)
         session = Session(backend, now, environ, stdin, out, err, style, args.json)

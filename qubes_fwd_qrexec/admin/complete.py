@@ -8,11 +8,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from qubes_fwd_qrexec.errors import ForwardError
-from qubes_fwd_qrexec.rules import ForwardRule, Mode, OnExpire, Proto, Proxy, Transport
+from qubes_fwd_qrexec.rules import ForwardRule, ForwardType, Mode, OnExpire, Proto, Proxy, Transport
 
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
 from .locate import open_backend
-from .parser import TUNNEL_ACTIONS
+from .parser import TUNNEL_ACTIONS, commands_of
 from .session import Snapshot
 from .store import read_rules
 
@@ -24,6 +24,14 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "on_expire": tuple(OnExpire),
     "sources": ("any",),
     "expire": ("+8h", "+1d", "never"),
+}
+_YES_NO = ("yes", "no")
+# Of the options of a rule, by their names there.
+_RULE_VALUES: dict[str, tuple[str, ...]] = {
+    **{dest.replace("_", "-"): values for dest, values in _VALUES.items() if dest != "sources"},
+    "forwardtype": tuple(ForwardType),
+    "srchosts": ("any",),
+    **dict.fromkeys(("autostart", "enabled", "follow-netvm", "bypass-tunnel"), _YES_NO),
 }
 
 
@@ -49,7 +57,7 @@ def candidates(
             if action is not None and not equals and action.nargs != 0:
                 asked = action
         elif active is parser:
-            active = _commands(parser).get(word, parser)
+            active = commands_of(parser).get(word, parser)
         else:
             positionals.append(word)
     found = _offered(parser, active, asked, positionals, current, lab, environ)
@@ -66,14 +74,18 @@ def _offered(
     environ: Mapping[str, str],
 ) -> Sequence[str]:
     if asked is not None:
-        if asked.choices is not None:
-            return tuple(map(str, asked.choices))
-        if asked.dest in ("via", "qube"):
-            return _qubes("add", lab, environ)
-        return _VALUES.get(asked.dest, ())
+        return _of_option(asked, lab, environ)
+    option, equals, _ = current.partition("=")
     if current.startswith("-"):
-        return [name for name in active._option_string_actions if name.startswith("--")]
-    commands = _commands(parser)
+        known = active._option_string_actions
+        if equals:
+            return (
+                [f"{option}={value}" for value in _of_option(known[option], lab, environ)]
+                if option in known
+                else ()
+            )
+        return [name for name in known if name.startswith("--")]
+    commands = commands_of(parser)
     if active is parser:
         return tuple(commands)
     command = next(name for name, one in commands.items() if one is active)
@@ -87,16 +99,20 @@ def _offered(
         return _qubes(command, lab, environ)
     if takes_names and (len(positionals) == 1 or command not in ("set", "show", "diagnose")):
         return _names(positionals[0], lab, environ)
+    if command == "set" and equals:
+        values = _qubes("add", lab, environ) if option == "via" else _RULE_VALUES.get(option, ())
+        return [f"{option}={value}" for value in values]
     if command == "set":
         return [f"{name}=" for name in ForwardRule.option_names()]
     return ()
 
 
-def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return action.choices
-    return {}
+def _of_option(option: argparse.Action, lab: str | None, environ: Mapping[str, str]) -> Sequence[str]:
+    if option.choices is not None:
+        return tuple(map(str, option.choices))
+    if option.dest in ("via", "qube"):
+        return _qubes("add", lab, environ)
+    return _VALUES.get(option.dest, ())
 
 
 def _look(lab: str | None, environ: Mapping[str, str]) -> Snapshot | None:

@@ -24,6 +24,9 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
 
     Raises `RefusedError` or `StoreError`.
     """
+    if lab == "":
+        # As --lab "$LAB" is where LAB is not set: what was meant for a lab must not meet a real system.
+        raise RefusedError("--lab is empty: name the directory of the lab")
     path = lab or environ.get(LAB_VARIABLE)
     if path:
         try:

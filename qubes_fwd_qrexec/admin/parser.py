@@ -2,7 +2,7 @@
 """The command line of qvm-forward: its subcommands and options, and their help. It runs none of them."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.errors import TextError
@@ -60,11 +60,14 @@ def build() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--lab", metavar="DIR", help=f"work on a lab; {LAB_VARIABLE} says the same")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     common = argparse.ArgumentParser(add_help=False, formatter_class=_formatter)
     # SUPPRESS keeps what stood before the command from being forgotten.
     common.add_argument("--lab", metavar="DIR", default=argparse.SUPPRESS, help="work on a lab")
-    common.add_argument("--json", action="store_true", help="print JSON, for programs")
+    common.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs"
+    )
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -116,6 +119,25 @@ def build() -> argparse.ArgumentParser:
     imported.add_argument("--replace", action="store_true", help="replace rules of the same name")
     _add_no_apply(imported)
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """What `build` makes of a command line. A word too many is the command's error, with its own usage.
+
+    Raises `SystemExit`.
+    """
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        commands_of(parser)[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """The parsers of the subcommands, by name; none of one that is a subcommand's itself."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    return {}
 
 
 def _add_add(parser: argparse.ArgumentParser) -> None:

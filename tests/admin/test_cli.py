@@ -134,6 +134,8 @@ USAGE = [
     (("add", "work", "80", "--from", "any", "--mode", "fast"), "one of auto, nft, qrexec"),
     ((), "COMMAND"),
     (("nonsense",), "invalid choice"),
+    (("panic", "work"), "qvm-forward panic: error: unrecognized arguments: work"),
+    (("list", "--jsn"), "usage: qvm-forward list"),
 ]
 
 
@@ -145,6 +147,11 @@ def test_a_wrong_command_line_is_a_usage_error(
         forward(*argv)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_json_may_be_said_before_the_command_and_after_it(forward: Forward) -> None:
+    forward(*ADD)
+    assert forward("--json", "list").out == forward("list", "--json").out != forward("list").out
 
 
 def test_over_a_broken_rule_add_advises_what_is_possible(forward: Forward, lab: LabDirectory) -> None:

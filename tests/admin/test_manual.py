@@ -17,7 +17,7 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("qvm-forward*.rst")}
 GENERAL = PAGES["qvm-forward"]
-COMMANDS = complete._commands(parser.build())
+COMMANDS = parser.commands_of(parser.build())
 
 
 def test_every_command_is_one_that_runs() -> None:
@@ -107,6 +107,15 @@ LINES = [
     (["remove", "vault", ""], ["bad"]),
     (["remove", "work", "web", ""], ["web"]),
     (["set", "work", "web", "exp"], ["expire="]),
+    (["set", "work", "web", "mode="], ["mode=auto", "mode=nft", "mode=qrexec"]),
+    (["set", "work", "web", "on-expire=d"], ["on-expire=drain"]),
+    (["set", "work", "web", "follow-netvm="], ["follow-netvm=no", "follow-netvm=yes"]),
+    (["set", "work", "web", "via=sys-n"], ["via=sys-net"]),
+    (["set", "work", "web", "comment="], []),
+    (["add", "work", "80", "--mode=q"], ["--mode=qrexec"]),
+    (["add", "work", "80", "--via=sys-n"], ["--via=sys-net"]),
+    (["add", "work", "80", "--nonsense="], []),
+    (["export", "--format=j"], ["--format=json"]),
     (["export", "--format", ""], ["json", "line", "xml"]),
     (["import", ""], []),
     (["nonsense", ""], sorted(COMMANDS)),
@@ -132,11 +141,12 @@ def test_candidates_are_those_of_the_lab_on_the_line(system: LabDirectory) -> No
     ("line", "offered"),
     [
         ("qvm-forward rem", ["remove"]),
+        ("qvm-forward set work web mode=q", ["qrexec"]),
         ("qvm-forward show ", ["personal", "vault", "work"]),
         ("qvm-forward remove work ", ["web"]),
         ("qvm-forward add work 80 --mode ", ["auto", "nft", "qrexec"]),
         ("qvm-forward set work web on-", ["on-expire="]),
-        ("qvm-forward set work web expire=", []),
+        ("qvm-forward set work web expire=", ["+1d", "+8h", "never"]),
     ],
 )
 def test_bash_offers_the_same(system: LabDirectory, tmp_path: Path, line: str, offered: list[str]) -> None:

@@ -60,6 +60,14 @@ def test_a_lab_that_is_named_is_taken_also_on_a_qubes_system(dom0: FakeQubes, la
     assert dom0.calls == []
 
 
+@pytest.mark.parametrize("environ", [{}, {"QVM_FORWARD_LAB": "/a-lab"}])
+def test_a_lab_of_an_empty_name_is_not_taken_for_the_system_itself(
+    dom0: FakeQubes, environ: dict[str, str]
+) -> None:
+    with pytest.raises(RefusedError, match="--lab is empty"):
+        locate.open_backend("", environ)
+
+
 def _program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", *argv]
     return subprocess.run(
