@@ -66,6 +66,11 @@ class RemoteProtocolError(ProtocolError):
     """The peer broke the protocol; the tunnel ends."""
 
 
+def why(error: Exception) -> str:
+    """What went wrong, for a text that has named the place: `OSError` says its file again, and a number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def leaves(group: BaseExceptionGroup[ForwardError]) -> list[ForwardError]:
     """The errors in a group, and in the groups within it, in their order."""
     found: list[ForwardError] = []

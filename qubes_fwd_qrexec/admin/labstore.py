@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.errors import StoreError, why
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.values import QubeName
 
@@ -75,7 +75,7 @@ class LabStore:
         except FileNotFoundError:
             return PolicyFile(None, NEW)
         except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"{self._policy_path}: {error}") from error
+            raise StoreError(f"{self._policy_path}: {why(error)}") from error
         return PolicyFile(text, f"text:{text}")
 
     def replace_policy(self, text: str, token: str) -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from qubes_fwd_qrexec import __version__
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, TextError
+from qubes_fwd_qrexec.errors import ForwardError, RefusedError, TextError, why
 
 from .directory import LabDirectory
 
@@ -36,12 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser(_command(words)).parse_args(words)
     try:
         status: int = arguments.action(arguments)
+        sys.stdout.flush()
     except (UsageError, TextError) as error:
         print(f"qvm-forward-lab: {error}", file=sys.stderr)
         return 2
     except ForwardError as error:
         print(f"qvm-forward-lab: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"qvm-forward-lab: {error.filename or arguments.command}: {why(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return status
 
 
@@ -89,8 +99,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     knob = commands.add_parser(
         "knob",
         help="show or set how calls fare",
-        description="Without arguments, show all knobs. 'drop' is no knob but an act: it loses that share of"
-        " the calls that live now (1 for all), as if their vchans had died.",
+        description="Without a value, show all knobs or one. 'drop' is no knob but an act: it loses that"
+        " share of the calls that live now (1 for all), as if their vchans had died.",
     )
     knob.add_argument("name", nargs="?", help="calls_per_target, latency_ms, refuse, hang or drop")
     knob.add_argument("value", nargs="?", help="a number, or a list parted by commas of TARGET[/SERVICE]")
@@ -111,6 +121,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def _lab(arguments: argparse.Namespace) -> LabDirectory:
+    if arguments.lab == "":
+        raise UsageError("--lab is empty: name the directory of the lab")
     path = arguments.lab or os.environ.get(_LAB_VARIABLE)
     if not path:
         raise UsageError(f"which lab? give --lab DIR or set {_LAB_VARIABLE}; 'init DIR' makes one")
@@ -120,6 +132,8 @@ def _lab(arguments: argparse.Namespace) -> LabDirectory:
 def _init(arguments: argparse.Namespace) -> int:
     from .blueprint import create_lab
 
+    if not arguments.directory:
+        raise UsageError("init: DIR is empty: name a new or an empty directory")
     lab = create_lab(arguments.directory)
     print(f"{lab.root}: a lab with {', '.join(lab.qube_names())}")
     return 0
@@ -210,20 +224,23 @@ def _knob(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         print(json.dumps(lab.knobs().as_json(), indent=2))
         return 0
-    if arguments.value is None:
-        raise UsageError(f"knob {arguments.name}: a value must follow")
     if arguments.name == "drop":
         return _drop(lab, arguments.value)
+    if arguments.value is None:
+        print(f"{arguments.name} = {json.dumps(lab.knobs().value(arguments.name))}")
+        return 0
     with lab.locked():
         knobs = lab.knobs().with_text(arguments.name, arguments.value)
         lab.write_knobs(knobs)
-    print(f"{arguments.name} = {json.dumps(knobs.as_json()[arguments.name])}")
+    print(f"{arguments.name} = {json.dumps(knobs.value(arguments.name))}")
     return 0
 
 
-def _drop(lab: LabDirectory, text: str) -> int:
+def _drop(lab: LabDirectory, text: str | None) -> int:
     from . import control
 
+    if text is None:
+        raise UsageError("knob drop: a share of the calls must follow, such as 0.5, or 1 for all")
     try:
         share = float(text)
     except ValueError:

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
+from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError, why
 from qubes_fwd_qrexec.unixsockets import socket_address
 
 from .broker import Broker, bind_packets
@@ -70,8 +70,10 @@ def ask(lab: LabDirectory, order: dict[str, object]) -> dict[str, Any]:
                 sock.connect(address)
             sock.send(json.dumps(order).encode())
             answer: dict[str, Any] = json.loads(sock.recv(_PACKET_MAX))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise StoreError(f"{lab.root}: down; 'qvm-forward-lab up' starts it") from None
         except (OSError, ValueError) as error:
-            raise StoreError(f"{lab.control_socket}: the broker does not answer: {error}") from error
+            raise StoreError(f"{lab.control_socket}: the broker does not answer: {why(error)}") from error
     if "error" in answer:
         raise RefusedError(str(answer["error"]))
     return answer

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import StoreError, TextError
+from qubes_fwd_qrexec.errors import StoreError, TextError, why
 from qubes_fwd_qrexec.values import QubeName, parse_printable, parse_qube_name
 
 from .knobs import Knobs
@@ -161,7 +161,7 @@ class LabDirectory:
         except FileNotFoundError:
             raise StoreError(f"{path}: no qube {name!a}; there are {', '.join(self.qube_names())}") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"{path}: {error}") from error
+            raise StoreError(f"{path}: {why(error)}") from error
         return Qube.parse(name, text, str(path))
 
     def write_qube(self, qube: Qube) -> None:
@@ -229,7 +229,7 @@ class LabDirectory:
                 f"{self.root}: not a lab: {LAB_FILE} is missing; 'qvm-forward-lab init DIR' makes one"
             ) from None
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.file}: {error}") from error
+            raise StoreError(f"{self.file}: {why(error)}") from error
         if not isinstance(data, dict) or data.get("version") != VERSION:
             raise StoreError(f'{self.file}: must be {{"version": {VERSION}, "knobs": {{...}}}}')
         return Knobs.parse(data.get("knobs", {}), str(self.file))
@@ -284,4 +284,4 @@ def _read_values(directory: Path) -> dict[str, str]:
             if not path.name.startswith(".")
         }
     except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{directory}: {error}") from error
+        raise StoreError(f"{directory}: {why(error)}") from error

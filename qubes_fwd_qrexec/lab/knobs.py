@@ -60,10 +60,15 @@ class Knobs:
 
     def with_text(self, name: str, text: str) -> Self:
         """One knob set from text: a number, or a list parted by commas (empty: none). Raises `TextError`."""
-        if name not in _NAMES:
-            raise TextError(name, f"a knob: one of {', '.join(_NAMES)}")
+        self.value(name)
         value: Any = tuple(filter(None, text.split(","))) if name in _LISTS else parse_number(text)
         return replace(self, **{name: value})
+
+    def value(self, name: str) -> object:
+        """One knob, as in `as_json`. Raises `TextError`."""
+        if name not in _NAMES:
+            raise TextError(name, f"a knob: one of {', '.join(_NAMES)}")
+        return self.as_json()[name]
 
     def as_json(self) -> dict[str, object]:
         """All knobs, in the form that `parse` reads."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import ForwardError
+from qubes_fwd_qrexec.errors import ForwardError, why
 
 # qrexec/__init__.py, RPCNAME_ALLOWED_CHARSET, and parser.py, FILENAME_ALLOWED_CHARSET.
 _CALL_TEXT = re.compile(r"[A-Za-z0-9+._-]*\Z", re.ASCII)
@@ -179,7 +179,7 @@ def load_policy(directory: Path) -> list[PolicyRule]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PolicyTextError(f"{path}: {error}") from error
+            raise PolicyTextError(f"{path}: {why(error)}") from error
         rules += parse_policy(text, path.name)
     return rules
 

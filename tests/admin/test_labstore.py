@@ -35,6 +35,20 @@ def test_a_lock_that_cannot_be_taken_is_a_store_error(store: Backend, lab: LabDi
         pass
 
 
+def test_what_cannot_be_read_is_named_once(store: Backend, lab: LabDirectory) -> None:
+    path = lab.policy_dir / "30-forward.policy"
+    path.mkdir()
+    with pytest.raises(StoreError) as raised:
+        store.read_policy()
+    assert str(raised.value) == f"{path}: Is a directory"
+    qube = lab.qube_dir("work").file
+    qube.unlink()
+    qube.mkdir()
+    with pytest.raises(StoreError) as raised:
+        store.inventory()
+    assert str(raised.value) == f"{qube}: Is a directory"
+
+
 SERVICE = f"{REVOKE_SERVICE}+80-80+sys-net"
 
 

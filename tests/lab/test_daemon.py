@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -138,13 +139,18 @@ def test_knobs_are_set_by_name_and_calls_dropped(
     assert "dropped 1 calls" in capsys.readouterr().out
     assert main(["knob"]) == 0
     assert json.loads(capsys.readouterr().out)["latency_ms"] == 0
+    assert main(["knob", "latency_ms"]) == 0
+    assert capsys.readouterr().out == "latency_ms = 0\n"
 
 
 @pytest.mark.parametrize(
     "words",
     [
         ["knob", "nosuch", "1"],
-        ["knob", "latency_ms"],
+        ["knob", "nosuch"],
+        ["knob", "drop"],
+        ["--lab", "", "status"],
+        ["init", ""],
         ["knob", "drop", "2"],
         ["knob", "drop", "x"],
         ["run", "work"],
@@ -167,6 +173,42 @@ def test_without_a_lab_the_program_says_what_to_do(
     assert main(["init", str(tmp_path / "new")]) == 0
     assert main(["--lab", str(tmp_path / "new"), "status"]) == 0
     assert main(["--lab", str(tmp_path / "new"), "knob", "drop", "1"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["up", "--no-netns"], "run/broker.log: Is a directory"),
+        (["knob", "latency_ms", "1"], "lock: Is a directory"),
+        (["run", "work", "--", "true"], ": down; 'qvm-forward-lab up' starts it"),
+        (["knob", "drop", "1"], ": down; 'qvm-forward-lab up' starts it"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_its_place(
+    lab: LabDirectory, words: list[str], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.log_file.mkdir(parents=True)
+    lab.lock_file.unlink(missing_ok=True)
+    lab.lock_file.mkdir()
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"qvm-forward-lab: {lab.root}")
+    assert said.endswith(f"{what}\n")
+    assert "Errno" not in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(lab: LabDirectory) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "qubes_fwd_qrexec.lab.cli", "--lab", str(lab.root), "status"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            timeout=BOUND_S,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_verdicts_are_counted_and_differences_shown(
