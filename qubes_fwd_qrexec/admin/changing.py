@@ -259,13 +259,16 @@ def _carried_out(
 
 
 def _troubles(done: _Done, session: Session) -> dict[tuple[str, str], str]:
-    """What listeners say, who are asked without the lock."""
+    """What listeners say, who are asked without the lock; and where there is none to ask."""
     from . import uptake
 
-    asked = [f for f in done.forwards if done.applied is not None and uptake.can_be_asked(f, done.inventory)]
+    if done.applied is None:
+        return {}
+    found = {f.source[:2]: text for f in done.forwards if (text := uptake.lacking(f, done.inventory))}
+    asked = [f for f in done.forwards if uptake.can_be_asked(f, done.inventory)]
     olds = {f.source[:2]: f.config for f in done.before.live}
     renewed = [f for f in asked if olds.get(f.source[:2], f.config) != f.config]
-    return uptake.troubles(asked, renewed, session.backend)
+    return found | uptake.troubles(asked, renewed, session.backend)
 
 
 def _finish(session: Session, carried_out: _Done, done: str) -> int:

@@ -27,9 +27,23 @@ BOUND_S = 2.0
 
 def can_be_asked(forward: Forward, inventory: Inventory) -> bool:
     """Whether a listener should have it open now, in a qube that has our service."""
-    if forward.state is not State.ACTIVE or forward.exposed is None:
-        return False
-    return bool(inventory.feature(forward.exposed, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"))
+    is_open = forward.state is State.ACTIVE and forward.exposed is not None
+    return is_open and lacking(forward, inventory) is None
+
+
+def lacking(forward: Forward, inventory: Inventory) -> str | None:
+    """What is to be said of an active forward whose exposed qube lacks our package, and so any listener."""
+    exposed = forward.exposed
+    if forward.state is not State.ACTIVE or exposed is None:
+        return None
+    if inventory.feature(exposed, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"):
+        return None
+    what = "has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen"
+    return f"{exposed} {what}; {_way_out(forward)}"
+
+
+def _way_out(forward: Forward) -> str:
+    return f"'qvm-forward diagnose {forward.source}' says what helps"
 
 
 def troubles(
@@ -92,7 +106,7 @@ def _asked(
         return {}
     told: dict[tuple[str, str], _Told] = {}
     for forward in forwards:
-        way_out = f"'qvm-forward diagnose {forward.source}' says what helps"
+        way_out = _way_out(forward)
         if listener is None:
             why = answer.listener_problem or "no listener is running"
             found = _Told(f"{qube} does not listen: {why}; {way_out}", is_lasting=True)

@@ -117,6 +117,17 @@ def test_only_a_qube_that_runs_and_has_our_services_is_asked(
     assert can_be_asked(only(rule(text), inventory), inventory) is is_asked
 
 
+def test_a_qube_without_our_package_is_said_not_to_listen(forward: Command) -> None:
+    note = (
+        "Note: personal has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen; "
+        "'qvm-forward diagnose work web' says what helps.\n"
+    )
+    added = forward(*ADD, "--via", "personal")
+    assert (added.status, note in added.out) == (0, True)
+    assert "Note: personal" not in forward("set", "work", "web", "comment=x", "--no-apply").out
+    assert "Note: personal" not in forward("set", "work", "web", "via=sys-net").out
+
+
 def test_a_change_tells_it_and_does_not_fail(
     forward: Command, store: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
