@@ -186,8 +186,10 @@ class _Chapter:
             case ["qube", name, "netvm", netvm]:
                 self._add(Qube(name=QubeName(name), netvm=QubeName(netvm), provides_network=True))
             case [name, "is", "a", "disposable", "of", template]:
-                new = replace(self._lab.qube(name), klass=QubeClass.DISPOSABLE, template=QubeName(template))
-                self._lab.write_qube(new)
+                old = self._lab.qube(name)
+                dvm = replace(old, name=QubeName(template), state=QubeState.HALTED, template_for_dispvms=True)
+                self._lab.write_qube(dvm)
+                self._lab.write_qube(replace(old, klass=QubeClass.DISPOSABLE, template=dvm.name))
             case ["disposable", name, "of", template]:
                 old = self._lab.qube(template)
                 new = replace(old, name=QubeName(name), klass=QubeClass.DISPOSABLE, template=old.name)
