@@ -248,10 +248,10 @@ class Listener:
         forward = self._forwards.get(name)
         if forward is None:
             forward = self._forwards[name] = Forward(config, self._means)
-            _logger.info("open: %s to port %s", forward, config.target_ports.brief())
+            _logger.info("open: %s to %s", forward, config.target_ports.worded())
         elif forward.config != config or not forward.is_listening:
             forward.reconfigure(config)
-            _logger.info("changed: %s to port %s", forward, config.target_ports.brief())
+            _logger.info("changed: %s to %s", forward, config.target_ports.worded())
 
     def _end(self, name: tuple[QubeName, RuleName], why: str) -> None:
         forward = self._forwards.pop(name)

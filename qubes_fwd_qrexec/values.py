@@ -170,6 +170,10 @@ class PortRange:
         """For people: ``80`` for one port, ``80-90`` for more."""
         return str(self.first) if self.first == self.last else str(self)
 
+    def worded(self) -> str:
+        """For people: ``port 80``, ``ports 80-90``."""
+        return f"port{'' if self.first == self.last else 's'} {self.brief()}"
+
     def overlaps(self, other: "PortRange") -> bool:
         return self.first <= other.last and other.first <= self.last
 

@@ -60,6 +60,11 @@ def test_port_ranges_print_as_they_parse(one: int, other: int) -> None:
     assert "80" not in ports
 
 
+def test_one_port_is_said_to_be_one_and_a_range_to_be_more() -> None:
+    assert PortRange(80, 80).worded() == "port 80"
+    assert PortRange(80, 81).worded() == "ports 80-81"
+
+
 def test_a_range_begins_with_the_smaller() -> None:
     with pytest.raises(TextError, match="the smaller first"):
         ListenPorts.parse("90-80")

@@ -17,11 +17,15 @@ NO_SERVICE = 127
 
 
 class AnswerError(StoreError):
-    """A qube that was asked gave no answer; ``status`` is the call's exit status, if it came to that."""
+    """A qube that was asked gave no answer; ``status`` is the call's exit status, if it came to that.
 
-    def __init__(self, text: str, status: int | None = None) -> None:
+    ``way_out`` is what helps, where that is known and not to be sought in the qube.
+    """
+
+    def __init__(self, text: str, status: int | None = None, *, way_out: str = "") -> None:
         super().__init__(text)
         self.status = status
+        self.way_out = way_out
 
 
 class Answering(Protocol):

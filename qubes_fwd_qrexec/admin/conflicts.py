@@ -96,7 +96,7 @@ def check_rivals(forward: Forward, planned: Plan, before: Plan | None) -> str | 
         its = None if before is None else before.find(*rival.source[:2])
         if old is not None and its is not None and _meet(old, its):
             continue
-        port = f"port {rival.source.rule.listen_ports.brief()} of {_home(rival)}"
+        port = f"{rival.source.rule.listen_ports.worded()} of {_home(rival)}"
         if rival.is_live:
             what = f"has {port}, to which this one would come back by itself, as it is only {forward.state}"
         else:
@@ -112,7 +112,7 @@ def _taken(claim: _Ports, others: list[_Ports]) -> str | None:
         if other.first <= last and first <= other.last and _overlap(claim.addresses, other.addresses):
             taken = other.forward
             return (
-                f"Rule {taken.source} has port {taken.source.rule.listen_ports.brief()} of {taken.exposed} "
+                f"Rule {taken.source} has {taken.source.rule.listen_ports.worded()} of {taken.exposed} "
                 "already; take another port or listen address, or remove or disable that rule."
             )
     return None

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.rules import BrokenRule, Transport
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .answers import NO_SERVICE, AnswerError
+from .answers import NO_SERVICE, REFUSED, AnswerError
 from .backend import PolicyCall
 from .figures import ask
 from .inventory import CONFIG_PREFIX, OFFER_PREFIX, Inventory, Qube
@@ -151,15 +151,15 @@ class _Walk:
 
     def _applied(self, exposed: Qube, config: ListenerConfig) -> Finding:
         allowed = policy.allowing(self._backend.read_policy().text)
-        is_told = exposed.features.get(f"{CONFIG_PREFIX}{config.key}") == str(config)
-        if is_told and allowed >= set(policy.lines(self._forward)):
+        told = exposed.features.get(f"{CONFIG_PREFIX}{config.key}")
+        lacking = [
+            f"dom0's policy lacks '{line}'" for line in policy.lines(self._forward) if line not in allowed
+        ]
+        if told != str(config):
+            lacking.append(f"{exposed.name} is told {'nothing' if told is None else 'something else'} of it")
+        if not lacking:
             return Finding("applied", Verdict.OK, "policy and listener are told what the rule asks for")
-        return Finding(
-            "applied",
-            Verdict.STOPS,
-            "policy or listener are not told yet what the rule asks for",
-            "'qvm-forward apply'",
-        )
+        return Finding("applied", Verdict.STOPS, "; ".join(lacking), "'qvm-forward apply'")
 
     def _installed(self, qube: Qube) -> Finding:
         if self._inventory.feature(qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"):
@@ -187,8 +187,8 @@ class _Walk:
         found = answer.listener.find(self._forward.source.target, self._forward.source.name)
         if problem is not None:
             remedy = (
-                f"free what is in the way in {exposed}, or choose another port: "
-                f"'qvm-forward set {self._name} srcports=PORT'"
+                f"mend that in {exposed}, or choose another port or address: "
+                f"'qvm-forward set {self._name} srcports=PORT', or listen=ADDRESS"
             )
             return stops(f"the listener of {exposed} cannot open it: {problem}", remedy)
         if found is None or not found.is_listening:
@@ -197,8 +197,8 @@ class _Walk:
                 "reads everything again"
             )
             return stops(f"the listener of {exposed} does not have {self._name} open", remedy)
-        ports = self._forward.source.rule.listen_ports.brief()
-        return Finding("listener", Verdict.OK, f"{exposed} listens on port {ports}")
+        ports = self._forward.source.rule.listen_ports.worded()
+        return Finding("listener", Verdict.OK, f"{exposed} listens on {ports}")
 
     def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Finding:
         """For those IP versions that it listens on and that its clients have."""
@@ -312,9 +312,10 @@ class _Walk:
                 f"{qube} does not have {STATUS_SERVICE}",
                 f"install or update {_PACKAGE} in {where}, shut {where} down, and start {qube} again",
             )
-        return Finding(
-            step, Verdict.STOPS, f"{qube} cannot be asked: {error}", f"look into {qube}, or restart it"
-        )
+        remedy = error.way_out or f"look into {qube}, or restart it"
+        if error.status == REFUSED and not error.way_out:
+            remedy = f"{qube} may have as many calls as it can: wait until some have ended, or restart it"
+        return Finding(step, Verdict.STOPS, f"{qube} cannot be asked: {error}", remedy)
 
 
 _REMEDIES: dict[str, Callable[[str, str], str]] = {

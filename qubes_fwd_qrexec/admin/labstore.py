@@ -98,7 +98,8 @@ class LabStore:
 
         what = f"{service} in {qube}"
         if not _is_up(self._lab.qube_dir("dom0").agent_socket):
-            raise AnswerError(f"{what}: the lab is down; 'qvm-forward-lab up' starts it")
+            up = "'qvm-forward-lab up'"
+            raise AnswerError(f"{what}: the lab is down; {up} starts it", way_out=up)
         try:
             process = subprocess.Popen(
                 self._call_words(qube, service),

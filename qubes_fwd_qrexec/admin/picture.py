@@ -84,13 +84,12 @@ def of_forward(forward: Forward, found: Sequence[Guard], inventory: Inventory) -
     listens = forward.config is not None and exposed is not None and exposed.is_running
     allowed = any(guard.name == "policy" and guard.verdict is Verdict.OK for guard in found)
     answers = target is not None and (target.is_running or rule.autostart)
-    word = "port" if len(rule.listen_ports) == 1 else "ports"
     boxes = (
         (_clients(forward, inventory), *_networks(forward)),
         (
             str(forward.exposed or "no qube"),
             *([] if rule.listen is None else [str(rule.listen)]),
-            f"{word} {rule.listen_ports.brief()}",
+            rule.listen_ports.worded(),
             *([] if exposed is None or exposed.is_running else ["halted"]),
         ),
         (

@@ -347,12 +347,11 @@ def _live(forward: Forward, exposed: Qube, target: Qube) -> Forward:
 def sentence(forward: Forward) -> str:
     """What a live forward opens, and for whom."""
     rule = forward.source.rule
-    word = "port" if len(rule.listen_ports) == 1 else "ports"
     where = f" at {rule.listen}" if rule.listen is not None else ""
     who = "anybody who can reach it" if rule.sources.anyone else str(rule.sources).replace(",", ", ")
     return (
-        f"Connections to {word} {rule.listen_ports.brief()} of {forward.exposed}{where} from {who} reach "
-        f"{word} {rule.target_ports.brief()} of {forward.source.target}."
+        f"Connections to {rule.listen_ports.worded()} of {forward.exposed}{where} from {who} reach "
+        f"{rule.target_ports.worded()} of {forward.source.target}."
     )
 
 

@@ -106,8 +106,8 @@ def text(
     for forward in live:
         rule = forward.source.rule
         parts.append(
-            f"\n# {forward.source}: port {rule.listen_ports.brief()} of {forward.exposed} to "
-            f"port {rule.target_ports.brief()}\n"
+            f"\n# {forward.source}: {rule.listen_ports.worded()} of {forward.exposed} to "
+            f"{rule.target_ports.worded()}\n"
         )
         # Two forwards to the same port of a target from the same qube share a line.
         parts += [f"{line}\n" for line in lines(forward) if line not in done]

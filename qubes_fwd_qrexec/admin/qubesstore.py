@@ -104,7 +104,8 @@ class QubesStore:
             return read_answer(process, max_bytes, f"{service} in {qube}", *bound)
         except AnswerError as error:
             way_out = self._way_out(qube, service, error.status or 0)
-            raise AnswerError(f"{error}{way_out}", error.status) from error
+            helps = "have that line in dom0's policy" if way_out else ""
+            raise AnswerError(f"{error}{way_out}", error.status, way_out=helps) from error
         except StoreError as error:
             raise AnswerError(str(error)) from error
 

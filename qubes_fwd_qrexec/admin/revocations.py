@@ -50,7 +50,7 @@ class Revocation(NamedTuple):
             if self.drains
             else f"end the tunnels of {source}"
         )
-        return f"{self.target}: {verb} to port {TargetPorts.parse(ports).brief()}"
+        return f"{self.target}: {verb} to {TargetPorts.parse(ports).worded()}"
 
 
 def noted(text: str | None) -> frozenset[Revocation]:

@@ -126,7 +126,7 @@ def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str,
     first, second = plan([rule(other, "work"), rule(one, "personal")], world(), NOW)
     assert (first.source.target, first.state) == ("personal", State.ACTIVE)
     assert (second.state, second.cause, second.config) == (State.REFUSED, Cause.CONFLICT, None)
-    assert second.reason.startswith("Rule personal web has port ")
+    assert second.reason.startswith("Rule personal web has port")
 
 
 def test_a_newcomer_never_takes_the_port_of_what_is_there() -> None:

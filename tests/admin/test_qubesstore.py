@@ -111,6 +111,10 @@ def test_a_management_qube_is_told_the_line_that_lets_it_end_tunnels(
     rule = PolicyRule.parse(found[1], "told")
     assert (rule.argument, rule.source.text, rule.target.text, rule.user) == (None, "mgmt", "@anyvm", "user")
     assert not rule.can_autostart
+    app.says[WORK, ASK] = b""
+    with pytest.raises(AnswerError, match=f"the line '{STATUS_SERVICE} .* mgmt ") as asked:
+        QubesStore().ask(WORK, ASK, 100)
+    assert asked.value.way_out == "have that line in dom0's policy"
 
 
 ASK = f"{STATUS_SERVICE}+"

@@ -19,6 +19,7 @@ from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
 from qubes_fwd_qrexec.lab import daemon
+from qubes_fwd_qrexec.lab.knobs import Knobs
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 from qubes_fwd_qrexec.report import (
@@ -168,7 +169,13 @@ def test_an_exposed_qube_that_is_halted(lab: Lab) -> None:
 
 def test_a_rule_that_is_not_applied(lab: Lab) -> None:
     lab.add("--no-apply")
-    assert "'qvm-forward apply'" in lab.wrong("applied")
+    said = lab.wrong("applied")
+    line = f"qubes.ForwardTCP  +{lab.server.getsockname()[1]}+tunnel  sys-net  work  allow"
+    assert f"dom0's policy lacks '{line}" in said
+    assert "; sys-net is told nothing of it | 'qvm-forward apply'" in said
+    assert lab.run("apply")[0] == 0
+    lab.lab.set_feature("sys-net", "vm-config.fwd.work.web", "nonsense")
+    assert lab.wrong("applied") == "sys-net is told something else of it | 'qvm-forward apply'"
 
 
 def test_no_listener_installed_none_running_and_none_that_can_be_asked(lab: Lab) -> None:
@@ -192,6 +199,7 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
         while "does not have work web open" in (said := lab.wrong("listener")):
             assert time.monotonic() < deadline  # until it has read its configuration
     assert "the port is in use by" in said
+    assert "or choose another port or address: 'qvm-forward set work web srcports=PORT'" in said
 
 
 def test_what_the_listener_cannot_open_is_said_by_the_command_that_asks_for_it(
@@ -324,6 +332,25 @@ def test_a_target_without_the_service(lab: Lab) -> None:
     assert lab.run("set", "work", "web", "transport=tunnel")[0] == 0
     lab.lab.set_feature("work", f"supported-rpc.{Service.FORWARD_TCP}", "")
     assert "work web is refused." in lab.wrong("rule")
+
+
+def test_a_qube_that_takes_no_calls_and_a_lab_that_is_down(lab: Lab) -> None:
+    lab.add()
+    lab.lab.write_knobs(Knobs(calls_per_target=0))
+    said = lab.wrong("listener")
+    assert "ended with exit status 126 | sys-net may have as many calls as it can" in said
+    daemon.stop(lab.lab)
+    assert "the lab is down; 'qvm-forward-lab up' starts it | 'qvm-forward-lab up'" in lab.wrong("listener")
+
+
+def test_a_range_is_said_to_be_ports(lab: Lab) -> None:
+    first = lab.port
+    lab.add()
+    assert lab.run("set", "work", "web", f"srcports={first}-{first + 1}", "dstports=1-2")[0] == 0
+    listener = ListenerReport(since=1, forwards=(LISTENING,))
+    lab.answers("sys-net", dump(QubeReport(program="1", listener=listener).as_json()))
+    found = next(step for step in lab.diagnose() if step["step"] == "listener")
+    assert found["text"] == f"sys-net listens on ports {first}-{first + 1}"
 
 
 def test_a_server_that_does_not_listen(lab: Lab) -> None:
