@@ -3,6 +3,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.errors import TextError
@@ -159,26 +160,43 @@ def _add_add(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--internal", action="store_true", help="listen at the target's own netvm")
     where.add_argument("--via", metavar="QUBE", type=_QUBE, help="listen at this qube")
-    parser.add_argument("--listen", metavar="ADDR", type=_typed(parse_address, "address"))
-    parser.add_argument("--mode", type=_typed(one_of(Mode), "mode"), default=Mode.AUTO, metavar="MODE")
-    parser.add_argument("--proto", type=_typed(one_of(Proto), "proto"), default=Proto.TCP, metavar="PROTO")
-    parser.add_argument(
-        "--transport", type=_typed(one_of(Transport), "transport"), default=Transport.AUTO, metavar="WHICH"
+    address = _typed(parse_address, "address")
+    parser.add_argument("--listen", metavar="ADDR", type=address, help="listen at this address alone")
+    _add_choice(parser, "--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")
+    _add_choice(parser, "--proto", Proto, Proto.TCP, "this version has tcp alone")
+    _add_choice(
+        parser,
+        "--transport",
+        Transport,
+        Transport.AUTO,
+        "many connections in one qrexec call, or a call for each",
     )
-    parser.add_argument(
-        "--proxy", type=_typed(one_of(Proxy), "proxy"), default=Proxy.OFF, metavar="off|v1|v2"
+    _add_choice(
+        parser, "--proxy", Proxy, Proxy.OFF, "tell the server the client's address, if it expects that"
     )
     parser.add_argument("--autostart", action="store_true", help="connections may start a halted target")
     parser.add_argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never")
+    _add_choice(parser, "--on-expire", OnExpire, OnExpire.CUT, "what becomes of open connections then")
     parser.add_argument(
-        "--on-expire", type=_typed(one_of(OnExpire), "word"), default=OnExpire.CUT, metavar="cut|drain"
+        "--limits",
+        metavar="LIMITS",
+        type=_typed(Limits.parse, "limits"),
+        help="such as connections:1000,per-source:100,rate:50, any of them",
     )
-    parser.add_argument("--limits", metavar="LIMITS", type=_typed(Limits.parse, "limits"))
     parser.add_argument("--follow-netvm", action="store_true", help="stay open when the netvm changes")
     parser.add_argument("--bypass-tunnel", action="store_true", help="accept a way round the target's tunnel")
-    parser.add_argument("--comment", default="", metavar="TEXT", type=_typed(parse_printable, "comment"))
+    comment = _typed(parse_printable, "comment")
+    parser.add_argument("--comment", default="", metavar="TEXT", type=comment, help="a remark for yourself")
     parser.add_argument("--disabled", action="store_true", help="store the rule and leave it closed")
     _add_no_apply(parser)
+
+
+def _add_choice(
+    parser: argparse.ArgumentParser, option: str, kind: type[StrEnum], default: StrEnum, text: str
+) -> None:
+    """An option with one word of ``kind``."""
+    word = _typed(one_of(kind), option.lstrip("-"))
+    parser.add_argument(option, type=word, default=default, metavar="|".join(kind), help=text)
 
 
 def _add_rule(parser: argparse.ArgumentParser, *, several: bool) -> None:
