@@ -93,13 +93,12 @@ def _watch(args: Namespace, session: Session, is_over: Callable[[float], bool]) 
 def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
-    installed = session.backend.read_policy()
-    allowed = policy.allowing(installed.text)
+    allowed = policy.allowing(snapshot.installed.text)
     found = [
         (forward, allowed >= set(policy.lines(forward)), _ask(source, forward)) for forward in planned.live
     ]
     # Of the whole system, whatever part of it is shown.
-    due = differences(snapshot.plan(session.now), snapshot.inventory, installed, session.now)
+    due = differences(snapshot.plan(session.now), snapshot.inventory, snapshot.installed, session.now)
     return _Seen(found, planned, list(due))
 
 
