@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """When a tunnel is replaced and ends: its lease, how long it lingers, and what retires it."""
 
+import logging
 import socket
 from pathlib import Path
 
 import pytest
+import trio
 from helpers import FakeClient, accept, echo_once, is_reset, port_of, until
 from tunnels_bench import Clock, end_well, one, tunnels_to
 
+from qubes_fwd_qrexec import revocation
 from qubes_fwd_qrexec.errors import RefusedError
+from qubes_fwd_qrexec.values import QubeName
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
 
@@ -68,6 +72,28 @@ async def test_a_stream_that_is_over_between_two_looks_keeps_it(
             await clock.advance(1)
         assert bench.mux.open_room
     assert len(client.calls) == 1
+
+
+async def test_a_tunnel_that_dom0_ends_is_not_lost_and_no_warning(
+    tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    async with tunnels_to(client.command, one(port)) as bench:
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            ended = await trio.to_thread.run_sync(
+                revocation.revoke, one(port), QubeName("sys-net"), revocation.directory()
+            )
+            assert ended == 1
+            assert await is_reset(near)
+            assert await is_reset(far)
+        await until(lambda: not bench.tunnels._tunnels)
+        # It may say so as often as it likes: dom0 is asked anew at once, and only once.
+        assert bench.target._back_offs
+    assert [(entry.levelname, entry.message) for entry in caplog.records] == [
+        ("INFO", "dom0 has ended a tunnel to work")
+    ]
 
 
 async def test_retired_they_end_with_their_last_stream_and_open_no_other(

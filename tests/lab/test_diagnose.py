@@ -191,7 +191,11 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
         deadline = time.monotonic() + BOUND_S
         while "does not have work web open" in (said := lab.wrong("listener")):
             assert time.monotonic() < deadline  # until it has read its configuration
-    assert "the port is in use by" in said
+        assert "the port is in use by" in said
+        status, said = lab.run("status")
+        assert (status, "work  web   waiting  " in said) == (1, True)
+        assert "work web: waiting: sys-net does not have work web open: " in said
+        assert "the port is in use by" in said
 
 
 def test_what_the_listener_cannot_open_is_said_by_the_command_that_asks_for_it(
