@@ -59,7 +59,7 @@ def accounts(listener: Listener) -> list[Account]:
         ("rate:2", "more than 2 new connections in a second, the limit rate"),
     ],
 )
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("tunnel_home", "said_once")
 async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
     tmp_path: Path,
     server: socket.socket,

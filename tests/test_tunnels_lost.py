@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("tunnel_home")
         ("exit0", "without a final GOAWAY"),
     ],
 )
+@pytest.mark.usefixtures("long_back_off")
 async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
     tmp_path: Path, mode: str, words: str
 ) -> None:
@@ -98,6 +99,7 @@ async def test_without_a_slot_for_another_call_it_says_so_and_blames_nobody(
 # When it is lost
 
 
+@pytest.mark.usefixtures("long_back_off", "said_once")
 async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_has_a_new_one(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +157,7 @@ async def test_a_tunnel_that_was_proven_is_forgiven_its_end(
 
 
 @pytest.mark.parametrize("mode", ["rude close", "rude drain", "rude die", "rude refuse"])
+@pytest.mark.usefixtures("long_back_off")
 async def test_a_target_that_gives_tunnels_up_is_no_flood_of_calls(tmp_path: Path, mode: str) -> None:
     client, port = FakeClient(tmp_path, mode), free_port()
     async with tunnels_to(client.command, one(port)) as bench:
