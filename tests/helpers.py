@@ -159,6 +159,15 @@ def port_of(sock: socket.socket) -> int:
     return int(sock.getsockname()[1])
 
 
+def children() -> list[int]:
+    """The living processes that this one has started."""
+    found = (path.read_text().split() for path in Path("/proc/self/task").glob("*/children"))
+    pids = [int(pid) for some in found for pid in some]
+    return [
+        pid for pid in pids if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    ]
+
+
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
     """Two ends of a TCP connection, non-blocking."""
     with listening_socket() as server:

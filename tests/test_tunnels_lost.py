@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
+from helpers import (
+    BOUND_S,
+    FakeClient,
+    accept,
+    children,
+    echo_once,
+    free_port,
+    is_reset,
+    port_of,
+    tcp_pair,
+    until,
+)
 from loop_time import slow_timers
 from tunnels_bench import ORIGIN, Clock, one, tunnels_to
 
@@ -129,9 +140,8 @@ async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_h
 
 
 def kill_children() -> None:
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+    for pid in children():
+        os.kill(pid, signal.SIGKILL)
 
 
 async def test_a_tunnel_that_was_proven_is_forgiven_its_end(
