@@ -13,8 +13,8 @@ import pytest
 from endings import CLIENT_ABORTS, SCRIPTS, Script, play, play_directly
 from helpers import free_port, listening_socket, port_of
 
-_READY_TIMEOUT_S = 30.0
-_END_TIMEOUT_S = 20.0
+_READY_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 60.0
 
 
 @contextmanager
