@@ -35,6 +35,13 @@ def test_a_lock_that_cannot_be_taken_is_a_store_error(store: Backend, lab: LabDi
         pass
 
 
+@pytest.fixture(autouse=True)
+def _long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes seconds to start a service."""
+    monkeypatch.setattr(labstore, "_CALL_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(answers.read_answer, "__defaults__", (60.0,))
+
+
 SERVICE = f"{REVOKE_SERVICE}+80-80+sys-net"
 
 
