@@ -174,7 +174,7 @@ _FORMS = {
     "srchosts": Form("sources", Sources.parse),
     "proxy": Form("proxy", one_of(Proxy)),
     "on-expire": Form("on_expire", one_of(OnExpire)),
-    "expire": Form("expire", values.parse_number),
+    "expire": Form("expire", values.parse_time),
     "limits": Form("limits", Limits.parse),
 }
 _REQUIRED = {

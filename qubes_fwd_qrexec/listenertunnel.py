@@ -73,6 +73,10 @@ class Tunnel:
         return not self.settled.is_set()
 
     @property
+    def is_revoked(self) -> bool:
+        return self.mux is not None and self.mux.is_revoked
+
+    @property
     def is_draining(self) -> bool:
         """Whether it takes no more streams, and ends with the last one."""
         return self._is_draining

@@ -58,6 +58,15 @@ class RateLimit:
 
 def warn(logger: logging.Logger, limit: RateLimit, kind: str, message: str) -> None:
     """Log a warning unless the same kind was logged a moment ago; then the next one says how many."""
+    _log(logger, logging.WARNING, limit, kind, message)
+
+
+def inform(logger: logging.Logger, limit: RateLimit, kind: str, message: str) -> None:
+    """The same of what is no trouble."""
+    _log(logger, logging.INFO, limit, kind, message)
+
+
+def _log(logger: logging.Logger, level: int, limit: RateLimit, kind: str, message: str) -> None:
     held_back = limit.admit(kind)
     if held_back is not None:
-        logger.warning("%s%s", message, f" (and {held_back} more like it)" if held_back else "")
+        logger.log(level, "%s%s", message, f" (and {held_back} more like it)" if held_back else "")

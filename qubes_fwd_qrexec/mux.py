@@ -113,6 +113,8 @@ class Mux:
         self._heard_tick = 0
         self.is_peer_wrong = False
         """Whether it is over because of what the peer said, rather than because it says nothing any more."""
+        self.is_revoked = False
+        """Whether the peer has said that dom0 has ended it, which is no fault."""
         self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken)
         try:
             loop.watch(source.fileno(), READ, self._on_source)
@@ -303,6 +305,7 @@ class Mux:
         if goaway.code is GoawayCode.DONE:
             self._end(None)
         elif goaway.code is GoawayCode.REVOKED:
+            self.is_revoked = True
             self._end("dom0 has ended it")
         else:
             self._end(f"the other end closed the tunnel: {goaway.code.name}")

@@ -22,7 +22,7 @@ from .counters import WAYS, Carried, Refusal
 from .errors import RefusedError
 from .exitstatus import meaning, refusal
 from .listenertunnel import RetryError, Tunnel
-from .logs import RateLimit, warn
+from .logs import RateLimit, inform, warn
 from .qrexec import Call, open_call
 from .relaythread import RelayThread
 from .report import Way
@@ -174,7 +174,14 @@ class Tunnels:
                     tunnel.refusal = self._failed = tunnel.refusal or Refusal.NO_CALL
                     self._target.refused(self._service, problem)
                 elif problem is not None:
-                    warn(_logger, self._limit, "lost", f"a tunnel to {self._target.name} was lost: {problem}")
+                    if tunnel.is_revoked:
+                        inform(
+                            _logger, self._limit, "ended", f"dom0 has ended a tunnel to {self._target.name}"
+                        )
+                    else:
+                        message = f"a tunnel to {self._target.name} was lost: {problem}"
+                        warn(_logger, self._limit, "lost", message)
+                    # A target can say either, and neither may be a flood of calls.
                     self._target.lost(self._service, problem)
                 else:
                     self._given_up(tunnel)
@@ -223,7 +230,7 @@ class Tunnels:
         if not status:
             return problem
         if not tunnel.is_opening:
-            return f"{problem}; {meaning(status)}"
+            return problem if tunnel.is_revoked else f"{problem}; {meaning(status)}"
         tunnel.refusal = refusal(status)
         # That the call's bytes ended says nothing more where it never came through; what they said does.
         is_told = tunnel.mux is not None and tunnel.mux.is_peer_wrong

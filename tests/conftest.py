@@ -2,13 +2,28 @@
 """Fixtures of the programs in the qubes."""
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import listening_socket, no_fds_left
+from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
+from hypothesis import HealthCheck, settings
 from mux_bench import Joined, TunnelBench
+
+from qubes_fwd_qrexec import logs, statussockets, targets, trial
+
+# How long an example takes says something of the machine's other load alone. Where a change is judged, the
+# examples are the same each time; elsewhere chance looks for others.
+settings.register_profile(
+    "ours",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+    database=None if "CI" in os.environ else settings.default.database,
+)
+settings.load_profile("ours")
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +36,38 @@ def _restored_logging() -> Iterator[None]:
     root.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def _free_ports() -> Iterator[None]:
+    """What `free_port` has given to a test is nobody else's until it is over."""
+    with reserved_ports():
+        yield
+
+
 @pytest.fixture
 def tunnel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a tunnel's service finds in a qube: who calls, and where its note goes."""
     monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
     monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
+
+
+@pytest.fixture
+def said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a test takes, a kind of trouble that was told is not told again."""
+    monkeypatch.setattr(logs, "REPEAT_S", 1e6)
+
+
+@pytest.fixture
+def long_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a test takes, dom0 is not asked again for what it has refused."""
+    monkeypatch.setattr(targets, "BACK_OFF_FIRST_S", 1e6)
+    monkeypatch.setattr(targets, "BACK_OFF_MAX_S", 1e6)
+
+
+@pytest.fixture
+def long_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial has as much time as a busy machine takes for it."""
+    monkeypatch.setattr(trial.try_out, "__defaults__", (BOUND_S,))
+    monkeypatch.setattr(statussockets, "_PATIENCE_S", BOUND_S)
 
 
 @pytest.fixture

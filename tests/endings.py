@@ -17,7 +17,7 @@ import trio
 from helpers import until
 
 MIB = 1 << 20
-BOUND_S = 30.0
+BOUND_S = 120.0
 
 
 @dataclass(frozen=True)

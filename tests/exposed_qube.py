@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qubes_fwd_qrexec.lab import netns
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 # Between two looks at whether a packet was answered, or else dropped.
 _LOOK_S = 0.02
 PORT = 8080

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qubes_fwd_qrexec import leg, loop
+from qubes_fwd_qrexec import leg, loop, mux
 from qubes_fwd_qrexec.loop import Loop, Timer
 
 # What is to come within a second then comes within BOUND_S of the tests if no timer is waited for, and what
@@ -26,13 +26,18 @@ def slow_timers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class LoopClock:
-    """The clock of loops and legs: it stands still but for `advance`."""
+    """The clock of loops and of what they turn: it stands still but for `advance`, until it is let go."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._now = time.monotonic()
-        for module in (loop, leg):
-            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self._now))
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+        self._before = [(module, module.time) for module in (loop, leg, mux)]
+        for module, _ in self._before:
+            vars(module)["time"] = SimpleNamespace(monotonic=lambda: self.now)
 
     def advance(self, seconds: float) -> None:
         """What is due then happens in the next turn of the loop."""
-        self._now += seconds
+        self.now += seconds
+
+    def let_go(self) -> None:
+        for module, before in self._before:
+            vars(module)["time"] = before

@@ -8,7 +8,7 @@ from pathlib import Path
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
 PORTS, SOURCE = TargetPorts(8080, 8090), QubeName("sys-net")
-BOUND_S = 20.0
+BOUND_S = 60.0
 _TUNNEL = """\
 import sys
 from pathlib import Path

@@ -22,7 +22,7 @@ from bench.memory import descendants
 from qubes_fwd_qrexec.lab import control, daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 TARGET, EXPOSED = "work", "sys-net"
 # As the programs are started, with constants of their own.
 _WITH_CONSTANTS = """

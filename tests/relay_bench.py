@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A copy between two pairs of sockets, turned by hand."""
 
+import contextlib
 import socket
+import time
 from collections.abc import Callable
+
+from helpers import BOUND_S, acknowledge, in_flight_bytes
 
 from qubes_fwd_qrexec.loop import Loop
 from qubes_fwd_qrexec.relay import BUFFER_BYTES, Copy, CopyEnd, Relay
@@ -27,24 +31,27 @@ class Bench:
             self.loop.run_once(0)
 
     def turn_until_end(self) -> CopyEnd:
-        for _ in range(2000):
-            if self.ends:
-                break
-            self.loop.run_once(0.01)
+        turn_until(self.loop, lambda: self.ends)
         (end,) = self.ends
         return end
 
     def stall(self) -> None:
-        """Send until nothing moves any more."""
-        self.far_source.setblocking(False)
-        idle = 0
-        while idle < 20:
-            try:
+        """Send until nothing moves any more, in the kernel either."""
+        socks = (self.far_source, self.source, self.sink, self.far_sink)
+        before = -1
+
+        def is_still() -> bool:
+            nonlocal before
+            moved, before = self.copy.moved != before, self.copy.moved
+            for sock in socks:
+                acknowledge(sock)  # that makes room
+            is_moving = any(map(in_flight_bytes, socks)) or moved
+            with contextlib.suppress(BlockingIOError):
                 self.far_source.send(bytes(BUFFER_BYTES))
-                idle = 0
-            except BlockingIOError:
-                idle += 1
-            self.turn(1)
+                is_moving = True
+            return not is_moving
+
+        turn_until(self.loop, is_still)
         assert self.copy.pending
 
     def wake_ups(self) -> int:
@@ -58,9 +65,16 @@ class Bench:
             sock.close()
 
 
+def turn_until(loop: Loop, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come true"
+        loop.run_once(0.001)
+
+
 def receive_all(sock: socket.socket) -> bytes:
     sock.setblocking(True)
-    sock.settimeout(5)
+    sock.settimeout(BOUND_S)
     data = b""
     while chunk := sock.recv(65536):
         data += chunk

@@ -20,6 +20,15 @@ class ServiceBench(TunnelBench):
 
     def __init__(self, ports: TargetPorts, lease_s: int = LEASE_S, *, is_far_there: bool = False) -> None:
         super().__init__(is_far_there=is_far_there)
+        self.is_time_still = True
+        try:
+            self._begin_service(ports, lease_s)
+        except BaseException:
+            self.clock.let_go()
+            raise
+        self.is_time_still = False
+
+    def _begin_service(self, ports: TargetPorts, lease_s: int) -> None:
         self.near.abandon()
         hello = Connection(Hello(1 << 19, bytes(16)), range(ports.first, ports.last + 1))
         self.near = Mux(self.loop, hello, self.near_call, self.near_sink, self.near_budget, self.near_owner)
@@ -38,6 +47,10 @@ class ServiceBench(TunnelBench):
 
         self.loop = Both()
         self.until(lambda: self.near_owner.is_ready)
+
+    @property
+    def muxes(self) -> tuple[Mux, ...]:
+        return self.near, self.service._mux
 
     def connect(
         self, port: int, proxy: ProxyVersion = ProxyVersion.OFF, origin: Origin = ORIGIN
@@ -72,7 +85,4 @@ class ServiceBench(TunnelBench):
 
     def __exit__(self, *_: object) -> None:
         self.service._give_up_connecting()
-        for leg in list(self.service._mux.legs.values()):
-            leg.abort_from_here()
-        self.service._mux.abandon()
         super().__exit__()

@@ -210,6 +210,7 @@ PEERS_OWN = [
 
 
 @pytest.mark.parametrize("number", SHORTAGES + PEERS_OWN, ids=errno.errorcode.get)
+@pytest.mark.usefixtures("said_once")
 async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
     number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

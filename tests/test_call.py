@@ -13,7 +13,7 @@ from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, 
 from qubes_fwd_qrexec import call, relay
 from qubes_fwd_qrexec.call import CallTimeouts, Ending, relay_over_call
 from qubes_fwd_qrexec.relay import abort, half_close
-from qubes_fwd_qrexec.relaythread import open_relay_thread
+from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
 
 
 @pytest.fixture
@@ -28,6 +28,17 @@ class Relayed:
         self.client = client
         self.ending: Ending
         self.ended = trio.Event()
+        self.relays: RelayThread
+
+    async def note(self) -> None:
+        """Wait until the relay's thread has noted what it has moved, which others may have before.
+
+        Else time that passes now could pass before that.
+        """
+        is_noted = trio.Event()
+        self.relays.order(lambda: self.relays.tell(is_noted.set))
+        with trio.fail_after(BOUND_S):
+            await is_noted.wait()
 
     async def end(self) -> Ending:
         with trio.fail_after(BOUND_S):
@@ -49,6 +60,7 @@ async def relayed(
     with client, accepted:
         run = Relayed(client)
         async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+            run.relays = relays
 
             @nursery.start_soon
             async def carry() -> None:
@@ -132,6 +144,7 @@ async def test_a_quiet_server_is_no_hanging_call(
         run.client.send(b"x")
         with await accept_socket(server) as far:
             assert await receive(far) == b"x"
+            await run.note()
             await clock.advance(120)
             assert not run.ended.is_set()
 
@@ -193,10 +206,12 @@ async def test_a_half_closed_connection_ends_by_its_timer_alone(
             half_close(ending)
             assert await receive(going) == b""
             for _ in range(5):  # traffic puts it off
+                await run.note()
                 await clock.advance(500)
                 assert not run.ended.is_set()
                 going.send(b"y")
                 assert await receive(ending) == b"y"
+            await run.note()
             assert await end_in(run, clock, 600) == "half-closed, and the other direction was idle for 600 s"
 
 
@@ -211,10 +226,12 @@ async def test_an_idle_connection_ends_and_a_byte_either_way_puts_it_off(
             assert await receive(far) == b"x"
             source, sink = (run.client, far) if sender == "client" else (far, run.client)
             for _ in range(3):
+                await run.note()
                 await clock.advance(3000)
                 assert not run.ended.is_set()
                 source.send(b"y")
                 assert await receive(sink) == b"y"
+            await run.note()
             assert await end_in(run, clock, 3600) == "idle for 3600 s"
 
 

@@ -86,6 +86,11 @@ def test_keys_that_are_none(key: str) -> None:
             LINE.replace("ForwardTCP", "ConnectTCP").replace("call", "tunnel"),
             "qubes.ConnectTCP carries one connection; transport=call would be right",
         ),
+        (
+            f"{LINE} expire=253402300800",
+            "option 'expire' at column 120: '253402300800' is not a time in UNIX seconds, which are at most "
+            "253402300799",
+        ),
         ("\x00", "'\\x00' at column 1: an option is written name=value"),
     ],
 )

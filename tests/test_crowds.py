@@ -22,8 +22,6 @@ CROWD = 5000
 # More than one source may hold, so that some of them are refused.
 SOURCES = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4")
 ALL_S = 120.0
-# Beside a crowd on two cores that others use too. It stands for "keeps moving".
-ECHO_S = 10.0
 NEEDED = CROWD + 200
 
 
@@ -112,9 +110,9 @@ def test_of_five_thousand_clients_each_ends_in_data_or_reset_and_a_stream_goes_o
             greeting = threading.Thread(target=greet, args=(server, over))
             greeting.start()
             try:
-                until(lambda: is_listening(port))
+                until(lambda: is_listening(port) and is_listening(way.listen_port))
                 with way.connect() as stream:
-                    ends, slowest_s = _rush(port, stream)
+                    ends, most = _rush(port, stream)
             finally:
                 over.set()
                 greeting.join()
@@ -124,20 +122,25 @@ def test_of_five_thousand_clients_each_ends_in_data_or_reset_and_a_stream_goes_o
     assert set(ends) <= {"data", "RST"}
     assert ends.total() == CROWD
     assert ends["data"] > 0
-    assert slowest_s < ECHO_S
+    # No echo took as long as half of the crowd: the stream does not wait until all others are served.
+    assert most < CROWD / 2
     assert b"Traceback" not in stderr
 
 
-def _rush(port: int, stream: Connection) -> tuple["Counter[str]", float]:
-    """How the crowd's connections ended, and the slowest round trip of the stream beside them."""
-    slowest_s = 0.0
+def _rush(port: int, stream: Connection) -> tuple["Counter[str]", int]:
+    """How the crowd's connections ended, and how many at most while the stream beside them echoed once.
+
+    That is no time, which says more of the machine's other load.
+    """
+    most = 0
     stream.echo()
     crowd = Crowd(port)
     deadline = time.monotonic() + ALL_S
     while crowd and time.monotonic() < deadline:
         crowd.turn()
-        began = time.monotonic()
+        before = crowd.ends.total()
         stream.echo()
-        slowest_s = max(slowest_s, time.monotonic() - began)
+        crowd.turn()
+        most = max(most, crowd.ends.total() - before)
     crowd.close()
-    return crowd.ends, slowest_s
+    return crowd.ends, most

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
-from helpers import listening_socket, no_fds_left, port_of, tcp_pair
+from helpers import BOUND_S, listening_socket, no_fds_left, port_of, tcp_pair
 from test_tunnelservice import ServiceBench
 
 from qubes_fwd_qrexec import localserver, serviceserver, tunnelservice
@@ -49,7 +49,7 @@ def ends_and_aborts(sock: socket.socket) -> None:
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
     with listening_socket() as sock:
-        sock.settimeout(10)
+        sock.settimeout(BOUND_S)
         yield sock
 
 

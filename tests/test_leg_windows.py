@@ -8,7 +8,7 @@ import time
 
 import pytest
 from endings import MIB, pattern
-from mux_bench import Joined, TunnelBench, pending_bytes
+from mux_bench import BOUND_S, Joined, TunnelBench, pending_bytes
 
 from qubes_fwd_qrexec import leg as leg_module
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES, Budget
@@ -73,7 +73,7 @@ def test_a_fast_stream_gets_a_large_window_and_a_slow_one_gives_it_back(
 def carry(bench: TunnelBench, stream: Joined, size: int) -> None:
     """So much from the client to the server, as fast as it goes."""
     left, got = size, 0
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + BOUND_S
     while got < size:
         assert time.monotonic() < deadline, "it stands still"
         left -= send_some(stream.client, bytes(min(left, 65536))) if left else 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from handclock import HandClock
 from helpers import (
     BOUND_S,
     FakeClient,
@@ -26,6 +27,7 @@ from helpers import (
     write_config,
 )
 
+from qubes_fwd_qrexec import call, relay
 from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.accepting import peer_address
 from qubes_fwd_qrexec.call import CallTimeouts
@@ -59,7 +61,7 @@ def accounts(listener: Listener) -> list[Account]:
         ("rate:2", "more than 2 new connections in a second, the limit rate"),
     ],
 )
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("tunnel_home", "said_once")
 async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
     tmp_path: Path,
     server: socket.socket,
@@ -186,13 +188,23 @@ async def test_an_idle_connection_ends_and_its_slot_comes_back(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     monkeypatch.setattr("qubes_fwd_qrexec.mux._IDLE_LOOK_TICKS", 1)
+    clock = HandClock(monkeypatch, call, relay)
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), transport=transport)
-    timeouts = CallTimeouts(idle_s=1.0)
+    timeouts = CallTimeouts(idle_s=1000.0)
     client = FakeClient(tmp_path, "serve").command
     async with running_listener(config, client, timeouts=timeouts) as listener:
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
+            if transport == "call":
+                for _ in range(2):  # the last byte may count from when the first is over
+                    await clock.advance(1000)
+            else:
+                (tunnels,) = listener._means.transports._tunnels.values()
+                (tunnel,) = tunnels._tunnels
+                assert tunnel.mux is not None
+                assert tunnel.mux._idle_s == 1000.0
+                tunnel.mux._idle_s = 0.1  # only now, however long it took until here
             assert await is_reset(near)
         (counting,) = accounts(listener)
         await until(lambda: counting.connections == 0)

@@ -4,7 +4,7 @@ import os
 import socket
 
 import pytest
-from helpers import free_port, listening_socket, no_fds_left, port_of
+from helpers import listening_socket, no_fds_left, port_of
 
 from qubes_fwd_qrexec import localserver
 from qubes_fwd_qrexec.exitstatus import ExitStatus
@@ -63,7 +63,8 @@ def test_a_server_whose_queue_is_full_is_status_75_in_time() -> None:
 
 def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket that the kernel happened to bind to the very port it connects to meets itself."""
-    port = free_port()
+    with listening_socket() as sock:
+        port = port_of(sock)
 
     class Unlucky(socket.socket):
         def connect(self, address: tuple[str, int]) -> None:  # type: ignore[override]

@@ -6,7 +6,6 @@ import random
 import socket
 
 import pytest
-from loop_time import LoopClock
 from mux_bench import PORTS, TunnelBench
 
 from qubes_fwd_qrexec import leg as leg_module
@@ -140,9 +139,9 @@ def test_closed_towards_a_peer_that_reads_nothing_it_ends_soon(
     assert bench.near_owner.problem is None
 
 
-def test_a_lost_call_is_an_abort_of_every_stream(bench: TunnelBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_call_is_an_abort_of_every_stream(bench: TunnelBench) -> None:
     """relay-behaviours 27: within no time at all by the loop's own clock."""
-    LoopClock(monkeypatch)
+    bench.is_time_still = True
     streams = [bench.join() for _ in range(3)]
     asked, waiting = bench.open()
     for sock in (bench.far_call, bench.far_sink):
@@ -177,10 +176,7 @@ def test_ten_thousand_last_words_are_not_looked_after_all_the_time(
     assert looks <= 2 * 7
 
 
-def test_a_call_that_only_stops_taking_is_read_to_its_end_and_then_lost(
-    bench: TunnelBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mux_module, "_LAST_READ_S", 0.05)
+def test_a_call_that_only_stops_taking_is_read_to_its_end_and_then_lost(bench: TunnelBench) -> None:
     near, far = socket.socketpair()
     owner = bench.near_owner
     with near, far:
@@ -194,6 +190,8 @@ def test_a_call_that_only_stops_taking_is_read_to_its_end_and_then_lost(
         mux._source.setblocking(False)
         bench.loop.watch(mux._source.fileno(), 1, mux._on_source)
         far.close()
+        bench.turn()
+        bench.clock.advance(0.9)
         bench.turn()
         assert not owner.is_over
         bench.until(lambda: owner.is_over)

@@ -4,7 +4,6 @@
 import os
 import random
 import socket
-import time
 
 import pytest
 from endings import pattern
@@ -165,12 +164,13 @@ def test_of_a_thousand_random_streams_nothing_is_left(monkeypatch: pytest.Monkey
             while len(living) < 30 and bench.near.open_room > 0:
                 living.append(Stream(bench, chance))
             bench.loop.run_once(0)
-            living = [stream for stream in living if stream.step()]
-        deadline = time.monotonic() + 20
-        while living or bench.near.legs or bench.far.legs:
-            assert time.monotonic() < deadline, (len(living), bench.near.legs, bench.far.legs)
-            bench.loop.run_once(0.001)
-            living = [stream for stream in living if stream.step(is_ending=True)]
+            living[:] = [stream for stream in living if stream.step()]
+
+        def are_all_over() -> bool:
+            living[:] = [stream for stream in living if stream.step(is_ending=True)]
+            return not (living or bench.near.legs or bench.far.legs)
+
+        bench.until(are_all_over)
         ends = bench.near.connection, bench.far.connection
         bench.until(lambda: not any(end.open_streams for end in ends))
         assert bench.near.connection.granted_bytes == bench.far.connection.granted_bytes == 0

@@ -313,6 +313,7 @@ def test_the_listeners_ports_are_followed_without_a_change_of_anything_else(
     assert look() == waits
 
 
+@pytest.mark.usefixtures("said_once")
 def test_where_the_kernel_does_not_say_who_listens_nobody_is_let_in(
     forwards: Forwards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -68,8 +68,8 @@ async def test_a_call_is_over_with_its_block_and_leaves_nothing(tmp_path: Path) 
     with no_fds_left(), trio.fail_after(BOUND_S):
         for _ in range(3):
             async with open_call(client.command, "work", "s+1"):
-                assert len(children()) == len(before) + 1
-        assert children() == before
+                assert len(children() - before) == 1
+        assert children() <= before
 
 
 async def test_a_client_wrapped_in_a_script_dies_with_it() -> None:
@@ -97,7 +97,7 @@ async def test_cancelled_at_every_point_a_call_leaves_nothing(tmp_path: Path) ->
 
                     async with open_call(client.command, "work", "s+1") as call:
                         await call.status()
-        assert children() == before
+        assert children() <= before
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "unexecutable"])

@@ -6,7 +6,7 @@ import socket
 import struct
 
 import pytest
-from helpers import tcp_pair
+from helpers import BOUND_S, tcp_pair
 from relay_bench import receive_all
 
 from qubes_fwd_qrexec.relay import abort, abort_by_default, close_well, half_close, undelivered_bytes
@@ -16,13 +16,13 @@ def test_abort_is_reset_and_close_well_is_an_end() -> None:
     far, near = tcp_pair()
     with far:
         abort(near)
-        select.select([far], [], [], 5)
+        select.select([far], [], [], BOUND_S)
         with pytest.raises(ConnectionResetError):
             far.recv(1)
     far, near = tcp_pair()
     with far:
         far.send(bytes(300_000))
-        select.select([near], [], [], 5)
+        select.select([near], [], [], BOUND_S)
         near.send(b"all of it")
         abort_by_default(near)
         close_well(near)
@@ -34,9 +34,9 @@ def test_a_bare_close_with_unread_bytes_would_be_an_abort() -> None:
     far, near = tcp_pair()
     with far:
         far.send(b"unread")
-        select.select([near], [], [], 5)
+        select.select([near], [], [], BOUND_S)
         near.close()
-        select.select([far], [], [], 5)
+        select.select([far], [], [], BOUND_S)
         with pytest.raises(ConnectionResetError):
             far.recv(1)
 
@@ -44,7 +44,7 @@ def test_a_bare_close_with_unread_bytes_would_be_an_abort() -> None:
 def test_closing_and_ending_what_is_gone_is_no_error() -> None:
     far, near = tcp_pair()
     abort(far)
-    select.select([near], [], [], 5)
+    select.select([near], [], [], BOUND_S)
     half_close(near)
     close_well(near)
     abort(near)
@@ -60,5 +60,5 @@ def test_undelivered_bytes_are_those_that_no_peer_has() -> None:
                 near.send(bytes(65536))
             assert undelivered_bytes(near) > 0
             far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        select.select([near], [], [], 5)
+        select.select([near], [], [], BOUND_S)
         assert undelivered_bytes(near) == 0

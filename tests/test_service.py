@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from endings import pattern
-from helpers import free_port, port_of
+from helpers import BOUND_S, free_port, port_of
 
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.relay import abort, half_close
@@ -25,11 +25,11 @@ class Called:
                 stdout=child_out,
                 stderr=subprocess.PIPE,
             )
-        self.stdin.settimeout(10)
-        self.stdout.settimeout(10)
+        self.stdin.settimeout(BOUND_S)
+        self.stdout.settimeout(BOUND_S)
 
     def end(self) -> tuple[int, str]:
-        _, stderr = self.process.communicate(timeout=10)
+        _, stderr = self.process.communicate(timeout=BOUND_S)
         return self.process.returncode, stderr.decode()
 
     def close(self) -> None:
@@ -42,9 +42,9 @@ class Called:
 @pytest.fixture
 def served(server: socket.socket) -> Iterator[tuple[Called, socket.socket]]:
     called = Called(str(port_of(server)))
-    server.settimeout(10)
+    server.settimeout(BOUND_S)
     sock, _ = server.accept()
-    sock.settimeout(10)
+    sock.settimeout(BOUND_S)
     yield called, sock
     sock.close()
     called.close()
@@ -86,10 +86,10 @@ def test_a_server_that_ends_first_gets_the_rest_of_the_upload(served: Served) ->
 def test_what_a_server_has_not_read_when_the_call_is_over_is_not_lost(server: socket.socket) -> None:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # the rest is with the service's socket
     called = Called(str(port_of(server)))
-    server.settimeout(10)
+    server.settimeout(BOUND_S)
     sock, _ = server.accept()
     with sock:
-        sock.settimeout(10)
+        sock.settimeout(BOUND_S)
         half_close(sock)
         called.stdin.sendall(pattern(100_000))
         half_close(called.stdin)
@@ -142,7 +142,7 @@ def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:
         command = [sys.executable, "-m", "qubes_fwd_qrexec.service", str(port_of(server))]
         with subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
             theirs.close()
-            server.settimeout(10)
+            server.settimeout(BOUND_S)
             sock, _ = server.accept()
             with sock:
                 ours.send(b"request")
@@ -151,7 +151,7 @@ def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:
                 sock.send(b"answer")
                 half_close(sock)
                 assert receive_all(ours) == b"answer"
-            assert process.wait(10) == 0
+            assert process.wait(BOUND_S) == 0
 
 
 @pytest.mark.parametrize("arguments", [(), ("80", "81"), ("80+tunnels",), ("\u0668\u0660",), ("x" * 10_000,)])
@@ -176,7 +176,7 @@ def test_nobody_listening_is_status_69() -> None:
 @pytest.mark.parametrize("redirect", ["</dev/null", "<&-", ">/dev/null", ">&- </dev/null"])
 def test_standard_streams_that_are_no_sockets_are_refused(redirect: str) -> None:
     command = f"exec {sys.executable} -m qubes_fwd_qrexec.service 80 {redirect}"
-    ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False, timeout=10)
+    ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False, timeout=BOUND_S)
     assert ended.returncode == 2
     assert b"is no socket" in ended.stderr
 

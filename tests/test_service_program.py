@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.relay import half_close
 from qubes_fwd_qrexec.tunnel import Connection, Hello, Origin, ProxyVersion, wire
 
-BOUND_S = 15.0
+BOUND_S = 60.0
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
 HELLO = bytes(wire.encode_hello(Hello(65536, bytes(16))))
 WINDOW = 32768

@@ -32,7 +32,7 @@ def serving(world: World) -> Iterator["subprocess.Popen[bytes]"]:
     with ExitStack() as undo:
         server = undo.enter_context(subprocess.Popen(world.session.in_qube(TARGET, *command)))
         undo.callback(server.kill)
-        until(path.is_socket)
+        until(lambda: is_serving(world))
         yield server
 
 

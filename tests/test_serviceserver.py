@@ -245,10 +245,11 @@ async def test_calls_above_the_bound_are_refused_and_places_come_back(
 async def test_stopping_lets_calls_finish_until_the_deadline(tmp_path: Path, server: socket.socket) -> None:
     async with trio.open_nursery() as nursery:
         path = tmp_path / "service"
-        serving = ServiceServer(listen_on(path), drain_s=0.3)
+        serving = ServiceServer(listen_on(path), drain_s=300)
         serving_agent = Agent(path, serving)
         await nursery.start(serving.run)
         async with serving_agent.call(descriptor(server)) as call, await accept(server) as far:
+            began_s = trio.current_time()
             serving.stop()
             await until(lambda: serving._listening.fileno() < 0)
             with pytest.raises(ConnectionRefusedError):
@@ -256,6 +257,9 @@ async def test_stopping_lets_calls_finish_until_the_deadline(tmp_path: Path, ser
             await call.send_all(b"x")
             with trio.fail_after(BOUND_S):
                 assert await far.receive_some() == b"x"
+                scope = serving._tasks.cancel_scope
+                assert began_s + 300 <= scope.deadline <= trio.current_time() + 300
+                scope.deadline = trio.current_time()  # it is over
                 with pytest.raises(trio.BrokenResourceError):
                     await far.receive_some()
 

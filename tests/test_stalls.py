@@ -297,10 +297,5 @@ def test_a_small_answer_beside_bulk_streams_is_soon_there(stalls: Stalls, tmp_pa
         for child in children:
             child.terminate()
         meanwhile.sort()
-        print(
-            "MEANWHILE",
-            [meanwhile[len(meanwhile) * q // 100] // 1024 for q in (10, 50, 90, 95, 99)],
-            len(meanwhile),
-        )
         assert meanwhile[len(meanwhile) // 2] <= 2 * MIB
         assert meanwhile[-len(meanwhile) // 20] <= 8 * MIB

@@ -28,7 +28,7 @@ from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE, noted, tunnels
 from qubes_fwd_qrexec.statusservice import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY, answer
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 REPORT = ListenerReport(since=1, forwards=())
 
 

@@ -75,7 +75,10 @@ async def test_a_connection_is_counted_while_it_lives_and_after(
                 await near.send_all(b"12345")
                 assert await far.receive_some() == b"12345"
                 await echo_once(near, far)
-                during = await only(place)
+                with trio.fail_after(BOUND_S):
+                    # Who has moved a byte counts it a moment later, in another thread.
+                    while (during := await only(place)).received == 0:
+                        pass
                 assert (during.connections, during.total) == (1, 1)
                 assert (during.sent, during.received) == (6, 1)
                 assert during.tunnels == (transport == "tunnel")
@@ -98,6 +101,7 @@ async def test_a_connection_is_counted_while_it_lives_and_after(
         ("exit125", "no-call", Way.FAILED),
     ],
 )
+@pytest.mark.usefixtures("long_back_off", "long_trial")
 async def test_what_keeps_a_call_from_being_made_is_told_apart(
     tmp_path: Path, place: Path, mode: str, reason: str, way: Way, transport: str
 ) -> None:
@@ -155,6 +159,7 @@ async def test_entries_that_are_not_open_are_named(tmp_path: Path, place: Path) 
     }
 
 
+@pytest.mark.usefixtures("long_trial")
 async def test_a_trial_goes_all_the_way_and_is_not_counted(
     tmp_path: Path, place: Path, server: socket.socket
 ) -> None:
@@ -171,6 +176,7 @@ async def test_a_trial_goes_all_the_way_and_is_not_counted(
         assert (found.connections, found.total, found.sent) == (0, 0, 0)
 
 
+@pytest.mark.usefixtures("long_trial")
 async def test_a_trial_by_a_call_of_its_own_is_through_when_the_server_ends_it(
     tmp_path: Path, place: Path, server: socket.socket
 ) -> None:
@@ -201,6 +207,7 @@ async def test_a_trial_of_a_hanging_call_is_silent(
         assert await tried(place) == Trial(Answer.SILENT, "", "no answer within 0.2 s")
 
 
+@pytest.mark.usefixtures("long_trial")
 async def test_a_trial_of_a_missing_server_says_so(tmp_path: Path, place: Path) -> None:
     config = tmp_path / "config"
     write_config(config, free_port(), free_port(), transport="tunnel")

@@ -145,6 +145,7 @@ async def test_a_client_program_that_is_not_there_is_a_refusal(transport: str) -
 
 @pytest.mark.parametrize("mode", ["exit126", "exit127"])
 @pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.usefixtures("long_back_off")
 async def test_after_a_refusal_a_new_configuration_asks_again(
     tmp_path: Path, transport: str, mode: str
 ) -> None:

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """When a tunnel is replaced and ends: its lease, how long it lingers, and what retires it."""
 
+import logging
+import os
+import signal
 import socket
 from pathlib import Path
 
 import pytest
-from helpers import FakeClient, accept, echo_once, is_reset, port_of, until
+import trio
+from helpers import FakeClient, accept, children, echo_once, is_reset, port_of, until
 from tunnels_bench import Clock, end_well, one, tunnels_to
 
+from qubes_fwd_qrexec import revocation
 from qubes_fwd_qrexec.errors import RefusedError
+from qubes_fwd_qrexec.values import QubeName
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
 
@@ -16,12 +22,15 @@ pytestmark = pytest.mark.usefixtures("tunnel_home")
 async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on(
     tmp_path: Path, server: socket.socket
 ) -> None:
-    """relay-behaviours 53."""
-    client, port = FakeClient(tmp_path, "tunnel LEASE_S=1"), port_of(server)
+    """relay-behaviours 53. The target says so when it is told to, whatever time this takes; that it says so
+    when the time has come is for `test_tunnelservice`."""
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
     async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             (old,) = bench.tunnels._tunnels
+            (service,) = children()
+            os.kill(service, signal.SIGUSR1)
             await until(lambda: not old.has_room)
             async with bench.connect(port) as new_near, await accept(server) as new_far:
                 await echo_once(new_near, new_far)
@@ -70,6 +79,28 @@ async def test_a_stream_that_is_over_between_two_looks_keeps_it(
     assert len(client.calls) == 1
 
 
+async def test_a_tunnel_that_dom0_ends_is_not_lost_and_no_warning(
+    tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    async with tunnels_to(client.command, one(port)) as bench:
+        async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            ended = await trio.to_thread.run_sync(
+                revocation.revoke, one(port), QubeName("sys-net"), revocation.directory()
+            )
+            assert ended == 1
+            assert await is_reset(near)
+            assert await is_reset(far)
+        await until(lambda: not bench.tunnels._tunnels)
+        # It may say so as often as it likes: dom0 is asked anew at once, and only once.
+        assert bench.target._back_offs
+    assert [(entry.levelname, entry.message) for entry in caplog.records] == [
+        ("INFO", "dom0 has ended a tunnel to work")
+    ]
+
+
 async def test_retired_they_end_with_their_last_stream_and_open_no_other(
     tmp_path: Path, server: socket.socket
 ) -> None:
@@ -101,9 +132,10 @@ async def test_idle_for_too_long_is_an_abort_at_both_ends(
 ) -> None:
     port = port_of(server)
     async with tunnels_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
-        bench.tunnels._idle_s = 0.1
         monkeypatch.setattr("qubes_fwd_qrexec.mux._IDLE_LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            bench.mux._idle_s = 0.1  # only now, however long that took
             assert await is_reset(near)
             assert await is_reset(far)
             await bench.endings.reach(1)

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
+from helpers import (
+    BOUND_S,
+    FakeClient,
+    accept,
+    children,
+    echo_once,
+    free_port,
+    is_reset,
+    port_of,
+    tcp_pair,
+    until,
+)
 from loop_time import slow_timers
 from tunnels_bench import ORIGIN, Clock, one, tunnels_to
 
@@ -30,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("tunnel_home")
         ("exit0", "without a final GOAWAY"),
     ],
 )
+@pytest.mark.usefixtures("long_back_off")
 async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
     tmp_path: Path, mode: str, words: str
 ) -> None:
@@ -98,6 +110,7 @@ async def test_without_a_slot_for_another_call_it_says_so_and_blames_nobody(
 # When it is lost
 
 
+@pytest.mark.usefixtures("long_back_off", "said_once")
 async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_has_a_new_one(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,9 +140,8 @@ async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_h
 
 
 def kill_children() -> None:
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+    for pid in children():
+        os.kill(pid, signal.SIGKILL)
 
 
 async def test_a_tunnel_that_was_proven_is_forgiven_its_end(
@@ -155,6 +167,7 @@ async def test_a_tunnel_that_was_proven_is_forgiven_its_end(
 
 
 @pytest.mark.parametrize("mode", ["rude close", "rude drain", "rude die", "rude refuse"])
+@pytest.mark.usefixtures("long_back_off")
 async def test_a_target_that_gives_tunnels_up_is_no_flood_of_calls(tmp_path: Path, mode: str) -> None:
     client, port = FakeClient(tmp_path, mode), free_port()
     async with tunnels_to(client.command, one(port)) as bench:

@@ -11,7 +11,6 @@ from ipaddress import ip_address
 
 import pytest
 from helpers import free_port, listening_socket, no_fds_left, port_of
-from loop_time import LoopClock
 from service_bench import ServiceBench
 
 from qubes_fwd_qrexec import tunnelservice
@@ -84,32 +83,30 @@ def test_ipv6_is_tried_when_ipv4_refuses() -> None:
                 bench.until(lambda: leg.is_joined)
 
 
-def test_nobody_listening_is_a_refusal_and_nothing_was_read(
-    server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_listening_is_a_refusal_and_nothing_was_read() -> None:
     """relay-behaviours 21: within no time at all by the loop's own clock."""
     port = free_port()
     with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
         client, leg = bench.connect(port)
         with client, leg.sock:
             client.send(b"unread")
-            LoopClock(monkeypatch)
+            bench.is_time_still = True
             bench.until(lambda: bench.near_owner.refusals)
             assert bench.near_owner.refusals == [(leg, ResetCode.REFUSED)]
             assert leg.sock.recv(100) == b"unread"
 
 
-def test_a_full_accept_queue_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_accept_queue_is_a_timeout() -> None:
     """relay-behaviours 22."""
     with no_fds_left(), full_server() as port, ServiceBench(TargetPorts(port, port)) as bench:
-        clock = LoopClock(monkeypatch)
+        bench.is_time_still = True
         client, leg = bench.connect(port)
         with client, leg.sock:
             bench.until(lambda: bench.service._connecting)
-            clock.advance(9.9)
+            bench.clock.advance(9.9)
             bench.turn()
             assert not bench.near_owner.refusals
-            clock.advance(0.1)
+            bench.clock.advance(0.1)
             bench.until(lambda: bench.near_owner.refusals == [(leg, ResetCode.TIMEOUT)])
         assert not bench.service._connecting
 
@@ -148,7 +145,8 @@ def test_a_socket_that_cannot_be_watched_is_a_refusal(
 
 
 def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
+    with listening_socket() as sock:
+        port = port_of(sock)
     real = tunnelservice.new_socket
 
     def unlucky(family: int) -> socket.socket:
@@ -232,19 +230,17 @@ def test_every_port_of_the_range_is_reached_and_no_other() -> None:
 # The lease, and the end
 
 
-def test_past_its_lease_it_takes_no_stream_and_serves_those_it_has(
-    server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_past_its_lease_it_takes_no_stream_and_serves_those_it_has(server: socket.socket) -> None:
     """relay-behaviours 53."""
     port = port_of(server)
-    clock = LoopClock(monkeypatch)
     with ServiceBench(TargetPorts(port, port), lease_s=300) as bench:
+        bench.is_time_still = True
         client, leg = bench.connect(port)
         with client, bench.accept(server) as far:
-            clock.advance(299.9)
+            bench.clock.advance(299.9)
             bench.turn()
             assert not bench.near_owner.drained
-            clock.advance(0.1)
+            bench.clock.advance(0.1)
             bench.until(lambda: bench.near_owner.drained)
             assert bench.near_owner.drained == [GoawayCode.LEASE_OVER]
             assert bench.near.open_room == 0
@@ -321,21 +317,21 @@ def test_taken_back_by_dom0_every_stream_is_aborted_and_no_server_is_asked(
 
 
 def test_a_lost_call_ends_it_within_two_seconds_though_a_server_takes_nothing(
-    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+    bench: ServiceBench, server: socket.socket
 ) -> None:
     """relay-behaviours 28, by the loop's own clock, and 27 for the server."""
     client, leg = bench.connect(port_of(server))
     with client, bench.accept(server) as far:
         bench.until(lambda: leg.is_joined)
         bench.stall(client)
-        clock = LoopClock(monkeypatch)
+        bench.is_time_still = True
         bench.near.abandon()
         bench.near_call.shutdown(socket.SHUT_RDWR)
         bench.until(lambda: bench.service._is_over)
         bench.turn()
         assert bench.service._mux.legs
         for _ in range(19):
-            clock.advance(0.1)
+            bench.clock.advance(0.1)
             bench.turn()
         assert not bench.service._mux.legs
         assert bench.is_aborted(far)

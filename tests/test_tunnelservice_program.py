@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import port_of, unix_pair
 from loop_time import SLOWNESS
-from mux_bench import TunnelBench
+from mux_bench import BOUND_S, TunnelBench
 from processes import with_constants
 from service_bench import ServiceBench
 
@@ -44,7 +44,7 @@ class Program:
         self.bench.near.connection._target_ports = range(port, port + 1)
 
     def end(self) -> tuple[int, str]:
-        _, stderr = self.process.communicate(timeout=10)
+        _, stderr = self.process.communicate(timeout=BOUND_S)
         return self.process.returncode, stderr.decode()
 
     def __enter__(self) -> "Program":
@@ -194,7 +194,7 @@ def test_a_signal_ends_the_run(server: socket.socket) -> None:
     port = port_of(server)
     with ServiceBench(TargetPorts(port, port)) as bench:
         before = signal.getsignal(signal.SIGTERM)
-        bench.service._loop.after(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        bench.service._loop.after(0.0, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert bench.service.run() is None
         assert bench.service._is_over
         assert signal.getsignal(signal.SIGTERM) is before

@@ -149,7 +149,7 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(policy.text(plan, now))
     gone, new = old_lines - new_lines, new_lines - old_lines
     revocations = due(installed.text, policy.text(plan, now), inventory)
-    notes = [revocation.note() for revocation in revocations]
+    notes = [*policy.panic_notes(installed.text), *(revocation.note() for revocation in revocations)]
     final = policy.text(plan, now, notes=notes)
     closing: list[Step] = []
     opening: list[Step] = []

@@ -181,7 +181,7 @@ def _check_conflicts(
         qubes[qube] = qubes[qube]._replace(features=features)
     inventory = Inventory(qubes)
     alone = plan(rules, inventory, now)
-    planned = Snapshot(inventory, snapshot.stored.with_rules(rules)).plan(now)
+    planned = snapshot._replace(inventory=inventory, stored=snapshot.stored.with_rules(rules)).plan(now)
     for forward in planned:
         if forward.cause is not Cause.CONFLICT:
             continue

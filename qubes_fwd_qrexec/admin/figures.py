@@ -103,6 +103,8 @@ class QubeFigures:
         if found is None:
             why = "" if problem is None else f": {problem}"
             return Unknown(f"{forward.exposed} does not have {forward.source} open{why}", True)
+        if problem is None and forward.config is not None and forward.config.key in answer.firewall.waiting:
+            problem = "its firewall lets nobody in to a port that the listener does not listen on"
         return Figures(found, problem, self._tunnels(forward))
 
     def _tunnels(self, forward: Forward) -> int | None:

@@ -7,6 +7,9 @@ is waited for as long as the backend does, and on without it. Then policy and tu
 lock may have opened them meanwhile. Then the rules and the listeners' configuration. Each step is tried
 though others fail; and if one did, or somebody without our lock has opened policy before the rules were
 disabled, all of it once more. `apply` refuses in doubt; here doubt closes.
+
+What it writes says that it is not through, and as long as policy says so nobody else opens anything. The last
+write takes that out, unless a rule is enabled still. So whatever becomes of this one, another one can end it.
 """
 
 from argparse import Namespace
@@ -45,7 +48,8 @@ class Failure(NamedTuple):
 class Report:
     """What was and was not done; ``open_still`` is what a look at the system found afterwards.
 
-    ``owed`` are the tunnels that may be open and have not been ended.
+    ``owed`` are the tunnels that may be open and have not been ended. ``is_held``: policy says that we
+    are not through, and nobody opens anything.
     """
 
     done: list[str] = field(default_factory=list)
@@ -55,6 +59,7 @@ class Report:
     broken: tuple[BrokenRule, ...] = ()
     open_still: list[str] = field(default_factory=list)
     owed: set[Revocation] = field(default_factory=set)
+    is_held: bool = False
 
     @property
     def is_closed(self) -> bool:
@@ -80,6 +85,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "is_closed": self.is_closed,
+            "is_held": self.is_held,
             "done": self.done,
             "not_done": [failure._asdict() for failure in self.failures],
             "notes": self.notes,
@@ -105,8 +111,9 @@ def panic(args: Namespace, session: Session) -> int:
         _close_all(session, report)
         if report.failures or _is_open_again(session):
             _close_all(session, report)
-        _keep_notes(session, report)
-        report.open_still += _open_still(session)
+        open_in_qubes, is_through = _open_in_qubes(session)
+        _keep_notes(session, report, is_through=is_through)
+        report.open_still += [*_open_in_policy(session, report), *open_in_qubes]
     if session.is_json:
         session.say_json(report.as_json())
     else:
@@ -151,16 +158,17 @@ def _end_tunnels(session: Session, report: Report) -> Inventory | None:
     return inventory
 
 
-def _close_policy(session: Session, report: Report) -> None:
+def _close_policy(session: Session, report: Report, *, is_through: bool = False) -> None:
     """Deny everything; what is still to be ended is noted, for whoever comes after us."""
-    notes = [revocation.note() for revocation in sorted(report.owed)]
+    notes = [] if is_through else [policy.PANIC]
+    notes += [revocation.note() for revocation in sorted(report.owed)]
     text = policy.text((), session.now, notes=notes)
     report.attempt(_POLICY, lambda: session.backend.replace_policy(text, ANY))
 
 
 def _is_open_again(session: Session) -> bool:
-    """Whether somebody opened policy before the rules were disabled. The `watch` of dom0 may, where this runs
-    in a management qube: each has a lock of its own.
+    """Whether somebody opened policy before the rules were disabled who had another lock, as in a management
+    qube, and did not heed our note, as an older release.
     """
     try:
         return bool(policy.allowing(session.backend.read_policy().text))
@@ -168,11 +176,12 @@ def _is_open_again(session: Session) -> bool:
         return True
 
 
-def _keep_notes(session: Session, report: Report) -> None:
-    """Leave in the policy file exactly what is still to be ended."""
+def _keep_notes(session: Session, report: Report, *, is_through: bool) -> None:
+    """Leave in the policy file exactly what is still to be ended, and that we are not through if so it is."""
     with suppress(ForwardError, OSError):
-        if noted(session.backend.read_policy().text) != report.owed:
-            _close_policy(session, report)
+        text = session.backend.read_policy().text
+        if noted(text) != report.owed or bool(policy.panic_notes(text)) == is_through:
+            _close_policy(session, report, is_through=is_through)
 
 
 def _allowed(session: Session, report: Report) -> set[Revocation]:
@@ -233,22 +242,28 @@ def _remove_configs(inventory: Inventory, session: Session, report: Report) -> N
         report.attempt(words, remove)
 
 
-def _open_still(session: Session) -> Iterator[str]:
-    """What a look at the system finds open after all, or could not see."""
+def _open_in_policy(session: Session, report: Report) -> Iterator[str]:
+    """What a look at policy finds open after all, or could not see."""
     try:
-        for line in sorted(policy.allowing(session.backend.read_policy().text)):
-            yield f"policy: {' '.join(line.split())}"
+        text = session.backend.read_policy().text
     except (ForwardError, OSError) as error:
         yield f"policy: it cannot be read ({error})"
+        return
+    report.is_held = bool(policy.panic_notes(text))
+    for line in sorted(policy.allowing(text)):
+        yield f"policy: {' '.join(line.split())}"
+
+
+def _open_in_qubes(session: Session) -> tuple[list[str], bool]:
+    """The same of the qubes; and whether no rule is left for which anybody would open something."""
     try:
         inventory = session.backend.inventory()
     except (ForwardError, OSError):
-        return  # this has been said
-    for named in read_rules(inventory).rules:
-        if named.rule.enabled:
-            yield f"{named}: the rule is enabled"
-    for qube, key, _ in sorted(inventory.told()):
-        yield f"{qube}: told to listen for {key.removeprefix(CONFIG_PREFIX)}"
+        return [], False  # this has been said
+    enabled = [f"{named}: the rule is enabled" for named in read_rules(inventory).rules if named.rule.enabled]
+    told = sorted(inventory.told())
+    listens = [f"{qube}: told to listen for {key.removeprefix(CONFIG_PREFIX)}" for qube, key, _ in told]
+    return [*enabled, *listens], not enabled
 
 
 def _say(report: Report, session: Session) -> None:
@@ -272,7 +287,11 @@ def _say(report: Report, session: Session) -> None:
         session.warn(f"not done: {failure.what}: {failure.why}")
     for what in report.open_still:
         session.warn(f"still open: {what}")
-    if not report.is_closed:
+    if report.is_held:
+        session.warn(
+            "nobody opens anything until 'qvm-forward panic' is through: say it again once that is mended"
+        )
+    elif not report.is_closed:
         session.warn(
             "what is enabled opens again at the next 'qvm-forward apply': say 'qvm-forward panic' again once "
             "that is mended"

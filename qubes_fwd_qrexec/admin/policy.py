@@ -28,6 +28,9 @@ _HEADER = """\
 """
 # Two texts that differ in this line alone say the same.
 _WRITTEN = "# Written "
+# With a colon, which no qube's name has: a forward's own comment begins with that of its target.
+_PANIC = "# Panic:"
+PANIC = f"{_PANIC} nothing may be opened before 'qvm-forward panic' is through."
 
 
 class Tunnel(NamedTuple):
@@ -120,6 +123,11 @@ def text(
 def allowing(policy: str | None) -> frozenset[str]:
     """The lines of a policy file that are in force, all but the closing ones, in one spelling."""
     return frozenset(line for line in _effective(policy or "") if line not in CLOSING)
+
+
+def panic_notes(policy: str | None) -> tuple[str, ...]:
+    """The lines by which panic says that it is not through, whatever else they say: doubt closes."""
+    return tuple(line for line in (policy or "").split("\n") if line.startswith(_PANIC))
 
 
 def is_same(some: str | None, other: str | None) -> bool:

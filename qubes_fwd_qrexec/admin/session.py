@@ -2,6 +2,7 @@
 """What every command of qvm-forward has at hand: the system, the time, and where to print."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, TextIO
 
 from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
@@ -10,11 +11,11 @@ from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from . import policy
 from .apply import Outcome, Step, carry_out, differences
-from .backend import Backend
+from .backend import NEW, Backend, PolicyFile
 from .inventory import Inventory
 from .plan import plan
 from .render import escaped
-from .states import Plan, State
+from .states import NOT_THROUGH, Cause, Plan, State
 from .store import TUNNEL_NAME, Stored, feature_key, read_rules
 from .tables import Style
 
@@ -27,13 +28,18 @@ class UsageError(ForwardError):
 
 
 class Snapshot(NamedTuple):
-    """The system as it was read, once."""
+    """The system as it was read, once; ``installed`` is dom0's policy file."""
 
     inventory: Inventory
     stored: Stored
+    installed: PolicyFile = PolicyFile(None, NEW)
 
     def plan(self, now: float, newcomer: tuple[QubeName, RuleName] | None = None) -> Plan:
-        return plan(self.stored.rules, self.inventory, now, broken=self.stored.broken, newcomer=newcomer)
+        """What the rules ask for; as long as panic is not through, no forward of it is live."""
+        planned = plan(self.stored.rules, self.inventory, now, broken=self.stored.broken, newcomer=newcomer)
+        if not policy.panic_notes(self.installed.text):
+            return planned
+        return replace(planned, forwards=tuple(forward.held() for forward in planned))
 
     def check_qube(self, name: str) -> QubeName:
         """Raises `RefusedError` if there is no such qube."""
@@ -79,8 +85,10 @@ class Session(NamedTuple):
 
     def look(self, *, with_config: bool = False) -> Snapshot:
         """``with_config``: also what listeners have been told, which only a comparison needs."""
+        # Policy first: so its token tells also of whoever closes it while the qubes are read.
+        installed = self.backend.read_policy()
         inventory = self.backend.inventory(with_config=with_config)
-        return Snapshot(inventory, read_rules(inventory))
+        return Snapshot(inventory, read_rules(inventory), installed)
 
     def reconcile(self) -> tuple[Plan, Outcome]:
         """Make policy and configuration what the stored rules ask for; the lock is held.
@@ -101,17 +109,20 @@ class Session(NamedTuple):
         """Whoever has overtaken us and closed everything is panic, or means it as panic does. That closes
         policy first and disables the rules when it has the lock, which we have: so nothing is opened again.
         """
-        # Policy first: so its token tells also of whoever closes it while the qubes are read.
-        installed = self.backend.read_policy()
         snapshot = self.look(with_config=True)
+        installed = snapshot.installed
         planned = snapshot.plan(self.now)
         steps = differences(planned, snapshot.inventory, installed, self.now)
         left: tuple[Step, ...] = ()
         if is_overtaken and not policy.allowing(installed.text):
             left = tuple(step for step in steps if step.opens)
         outcome = carry_out([step for step in steps if step not in left], self.backend, installed)
+        why = ""
         if left:
             why = "somebody else closed everything in dom0's policy meanwhile, and nothing is opened again"
+        elif is_overtaken and any(forward.cause is Cause.PANIC for forward in planned):
+            why = NOT_THROUGH
+        if why:
             outcome = outcome._replace(undone=(*outcome.undone, *left), problems=(*outcome.problems, why))
         return planned, outcome
 

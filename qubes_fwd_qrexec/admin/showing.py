@@ -8,7 +8,7 @@ from typing import Any
 from qubes_fwd_qrexec.rules import BrokenRule
 
 from . import policy, render
-from .apply import Step, differences
+from .apply import differences
 from .inventory import CONFIG_PREFIX
 from .session import Session, Snapshot, plan_as_json
 from .states import Cause, Forward, Plan, State
@@ -68,8 +68,7 @@ def show(args: Namespace, session: Session) -> int:
     forward = planned.find(entry.target, entry.name)
     if forward is None:
         return 1
-    installed = session.backend.read_policy().text
-    found = guards(forward, planned, snapshot.inventory, installed, session.now)
+    found = guards(forward, planned, snapshot.inventory, snapshot.installed.text, session.now)
     lines = policy.lines(forward)
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
     if session.is_json:
@@ -101,9 +100,9 @@ def _show_broken(rule: BrokenRule, session: Session) -> int:
 
 def print_policy(args: Namespace, session: Session) -> int:
     """The policy that the rules ask for."""
-    planned = session.look().plan(session.now)
-    text = policy.text(planned, session.now)
-    installed = session.backend.read_policy().text
+    snapshot = session.look()
+    installed = snapshot.installed.text
+    text = policy.text(snapshot.plan(session.now), session.now, notes=policy.panic_notes(installed))
     is_installed = policy.is_same(installed, text)
     if session.is_json:
         session.say_json({"policy": text, "installed": installed, "is_installed": is_installed})
@@ -119,7 +118,7 @@ def apply(args: Namespace, session: Session) -> int:
     if args.dry_run:
         snapshot = session.look(with_config=True)
         planned = snapshot.plan(session.now)
-        steps = _steps(session, snapshot, planned)
+        steps = differences(planned, snapshot.inventory, snapshot.installed, session.now)
     else:
         with session.backend.locked():
             planned, outcome = session.apply()
@@ -146,7 +145,3 @@ def apply(args: Namespace, session: Session) -> int:
 
 def _refusal(forward: Forward) -> str:
     return f"{forward.source} is refused. {forward.reason}"
-
-
-def _steps(session: Session, snapshot: Snapshot, planned: Plan) -> tuple[Step, ...]:
-    return differences(planned, snapshot.inventory, session.backend.read_policy(), session.now)

@@ -42,7 +42,11 @@ class Cause(StrEnum):
     TUNNEL = "tunnel-in-the-path"
     CONFLICT = "conflict"
     TOO_LARGE = "too-large"
+    PANIC = "panic"
     UNREADABLE = "unreadable"
+
+
+NOT_THROUGH = "'qvm-forward panic' closed everything and is not through"
 
 
 class Role(StrEnum):
@@ -90,6 +94,16 @@ class Forward(NamedTuple):
     def concerns(self, qube: str) -> bool:
         """Whether a qube has any part in it."""
         return self.role(qube) is not None
+
+    def held(self) -> "Forward":
+        """The same while panic is not through: not live."""
+        if not self.is_live:
+            return self
+        reason = (
+            f"{NOT_THROUGH}; if it does not run any more, say it again. After that "
+            f"'qvm-forward enable {self.source}' opens this one."
+        )
+        return self._replace(state=State.REFUSED, cause=Cause.PANIC, reason=reason, config=None)
 
     def as_json(self) -> dict[str, Any]:
         return {

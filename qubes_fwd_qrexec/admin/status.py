@@ -38,14 +38,15 @@ class _Seen(NamedTuple):
 
     @property
     def is_well(self) -> bool:
-        return not self.due and not any(_is_trouble(figures) for _, _, figures in self.found)
+        return not self.due and all(_trouble(figures) is None for _, _, figures in self.found)
 
     def as_json(self) -> dict[str, Any]:
         entries = [
             {
                 "qube": forward.source.target,
                 "name": forward.source.name,
-                "state": forward.state,
+                "state": _state(forward, figures),
+                "reason": forward.reason if (trouble := _trouble(figures)) is None else trouble,
                 "exposed": forward.exposed,
                 "ports": forward.source.rule.listen_ports.brief(),
                 "is_allowed": is_allowed,
@@ -93,19 +94,18 @@ def _watch(args: Namespace, session: Session, is_over: Callable[[float], bool]) 
 def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
-    installed = session.backend.read_policy()
-    allowed = policy.allowing(installed.text)
+    allowed = policy.allowing(snapshot.installed.text)
     found = [
         (forward, allowed >= set(policy.lines(forward)), _ask(source, forward)) for forward in planned.live
     ]
     # Of the whole system, whatever part of it is shown.
-    due = differences(snapshot.plan(session.now), snapshot.inventory, installed, session.now)
+    due = differences(snapshot.plan(session.now), snapshot.inventory, snapshot.installed, session.now)
     return _Seen(found, planned, list(due))
 
 
 def _show(session: Session, seen: _Seen) -> None:
     if seen.found:
-        states = [forward.state for forward, *_ in seen.found]
+        states = [_state(forward, figures) for forward, _, figures in seen.found]
         table = Table(_TITLES, [_row(*entry) for entry in seen.found], states)
         session.say(table.text(session.style) or table.blocks(session.style))
     else:
@@ -119,8 +119,16 @@ def _ask(source: FigureSource, forward: Forward) -> Figures | Unknown:
     return source.figures(forward)
 
 
-def _is_trouble(figures: Figures | Unknown) -> bool:
-    return figures.is_trouble if isinstance(figures, Unknown) else figures.problem is not None
+def _trouble(figures: Figures | Unknown) -> str | None:
+    """Why its listener does not have a forward open, or not wholly."""
+    if isinstance(figures, Figures):
+        return figures.problem
+    return figures.reason if figures.is_trouble else None
+
+
+def _state(forward: Forward, figures: Figures | Unknown) -> State:
+    """That of the plan, unless the forward waits for its listener."""
+    return forward.state if _trouble(figures) is None else State.WAITING
 
 
 def _row(forward: Forward, is_allowed: bool, figures: Figures | Unknown) -> tuple[str, ...]:
@@ -139,7 +147,7 @@ def _row(forward: Forward, is_allowed: bool, figures: Figures | Unknown) -> tupl
     return (
         forward.source.target,
         forward.source.name,
-        forward.state,
+        _state(forward, figures),
         exposed_at(forward),
         "allows" if is_allowed else "denies",
         *counts,
@@ -163,11 +171,13 @@ def _remarks(
 ) -> Iterable[str]:
     reasons: dict[str, None] = {}
     for forward, _, figures in found:
+        trouble = _trouble(figures)
+        if trouble is not None:
+            yield f"{forward.source}: {State.WAITING}: {trouble}."
         if isinstance(figures, Unknown):
-            reasons[figures.reason] = None
+            if trouble is None:
+                reasons[figures.reason] = None
             continue
-        if figures.problem is not None:
-            yield f"{forward.source}: {figures.problem}."
         report = figures.report
         if report.refused:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))

@@ -97,11 +97,13 @@ class Join:
         config = started.config
         self._prefix = started.descriptor + self._prefix
         carrying_output = trio.CancelScope()
+        has_let_go = trio.Event()
         copy = Copy(started.stream, self._caller.sink)
 
         async def carry_output() -> None:
             with carrying_output:
                 await self._carry_output(started.stream, copy)
+            has_let_go.set()
 
         nursery.start_soon(self._carry_input, started.stream)
         nursery.start_soon(carry_output)
@@ -120,6 +122,8 @@ class Join:
             await first.wait()
             if not self._output_over.is_set():
                 carrying_output.cancel()
+                # Before, the relay's thread may still use the socket that is closed now, or only begin to.
+                await has_let_go.wait()
                 await self._flush(copy)
         else:
             await self._input_over.wait()

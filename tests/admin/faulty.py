@@ -31,10 +31,10 @@ EVERYTHING = [
     "remove sys-net vm-config.fwd.personal.tcp-81",
     "remove sys-net vm-config.fwd.work.web",
     "read",
+    "inventory",
     "read",
     "policy 0",
     "read",
-    "inventory",
 ]
 """What panic does with `opened`, in order."""
 CONTESTED = [
@@ -44,9 +44,7 @@ CONTESTED = [
     "inventory",
     REVOKE,
     "lock",
-    *(entry for entry in EVERYTHING[EVERYTHING.index(TRY) + 1 : -3] if entry != REVOKE),
-    "read",
-    "inventory",
+    *(entry for entry in EVERYTHING[EVERYTHING.index(TRY) + 1 :] if entry != REVOKE),
 ]
 """The same while somebody else has the lock: the tunnels are ended before it is waited for."""
 

@@ -66,8 +66,11 @@ def test_time_in_suspend_counts_even_where_the_wall_clock_stood_still() -> None:
 def test_the_real_one_agrees_with_the_wall_clock() -> None:
     before = time.time()
     clock = Clock()
-    assert before <= clock.now() <= time.time() + 1.0
-    assert 0.0 <= clock.ahead_s() < 1.0
+    # Between two looks at clocks as much time may pass as this takes altogether, and that is added once each.
+    now, ahead_s = clock.now(), clock.ahead_s()
+    took_s = time.time() - before
+    assert before <= now <= before + 2 * took_s + 0.1
+    assert 0.0 <= ahead_s <= took_s + 0.1
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.figures import Figures, QubeFigures, Unknown
 from qubes_fwd_qrexec.report import (
     REPORT_MAX_BYTES,
+    FirewallReport,
     ForwardReport,
     ListenerReport,
     Problem,
@@ -44,9 +45,12 @@ def figures(**answers: bytes | AnswerError) -> Figures | Unknown:
     return found
 
 
-def listening(*forwards: ForwardReport, problems: tuple[Problem, ...] = ()) -> bytes:
+def listening(
+    *forwards: ForwardReport, problems: tuple[Problem, ...] = (), waiting: tuple[str, ...] = ()
+) -> bytes:
     listener = ListenerReport(since=1, forwards=forwards, problems=problems)
-    return dump(QubeReport(program="1", listener=listener).as_json())
+    firewall = FirewallReport(waiting=waiting)
+    return dump(QubeReport(program="1", listener=listener, firewall=firewall).as_json())
 
 
 def tunnels(*found: TunnelsReport) -> bytes:
@@ -99,3 +103,13 @@ def test_a_forward_that_is_open_in_part_has_figures_and_a_problem() -> None:
     problems = (Problem("fwd.work.web", "refused"),)
     found = figures(sys_net=listening(REPORT, problems=problems), work=tunnels())
     assert found == Figures(REPORT, "refused", 0)
+
+
+def test_a_forward_that_the_firewall_keeps_shut_for_its_listener_has_a_problem() -> None:
+    words = "its firewall lets nobody in to a port that the listener does not listen on"
+    for waiting, problem in ((("fwd.work.x", "fwd.work.web"), words), (("fwd.work.x",), None)):
+        found = figures(sys_net=listening(REPORT, waiting=waiting), work=tunnels())
+        assert found == Figures(REPORT, problem, 0)
+    problems = (Problem("fwd.work.web", "refused"),)
+    answer = listening(REPORT, problems=problems, waiting=("fwd.work.web",))
+    assert figures(sys_net=answer, work=tunnels()) == Figures(REPORT, "refused", 0)

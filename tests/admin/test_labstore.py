@@ -49,6 +49,13 @@ def test_what_cannot_be_read_is_named_once(store: Backend, lab: LabDirectory) ->
     assert str(raised.value) == f"{qube}: Is a directory"
 
 
+@pytest.fixture(autouse=True)
+def _long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes seconds to start a service."""
+    monkeypatch.setattr(labstore, "_CALL_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(answers.read_answer, "__defaults__", (60.0,))
+
+
 SERVICE = f"{REVOKE_SERVICE}+80-80+sys-net"
 
 

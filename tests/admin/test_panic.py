@@ -50,6 +50,7 @@ def test_a_second_panic_finds_nothing_to_do(forward: Command, opened: LabDirecto
     before = content(opened)
     assert forward("panic", "--json").json == {
         "is_closed": True,
+        "is_held": False,
         "done": ["policy: deny every call", "read all qubes, to find rules and listeners"],
         "not_done": [],
         "notes": [],
@@ -71,7 +72,7 @@ def test_policy_is_closed_though_no_qube_can_be_read(opened: LabDirectory, panic
         "Done: work: end the tunnels of sys-net to port 8080.\n"
     )
     assert "not done: read all qubes, to find rules and listeners: cannot inventory" in result.err
-    assert "what is enabled opens again at the next 'qvm-forward apply'" in result.err
+    assert result.err.endswith("until 'qvm-forward panic' is through: say it again once that is mended\n")
 
 
 def test_unreadable_features_close_policy_all_the_same(forward: Command, opened: LabDirectory) -> None:
@@ -162,7 +163,9 @@ def test_what_fails_twice_is_told_once(opened: LabDirectory, panic: Panic) -> No
 
 
 def test_what_failed_is_done_by_the_next_panic(opened: LabDirectory, panic: Panic) -> None:
-    assert panic(Faulty(opened, "policy", "set", "remove")).status == 1
+    failed = panic(Faulty(opened, "policy", "set", "remove"))
+    assert failed.status == 1
+    assert "what is enabled opens again at the next 'qvm-forward apply'" in failed.err
     assert len(allowed(opened)) == 2
     result = panic(Faulty(opened), "--json")
     assert (result.status, result.json["is_closed"], len(result.json["disabled"])) == (0, True, 2)

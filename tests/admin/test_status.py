@@ -76,6 +76,7 @@ def test_a_halted_listener_is_not_asked(forward: Command, lab: LabDirectory) -> 
             "qube": "work",
             "name": "web",
             "state": "waiting",
+            "reason": "sys-net is halted and will listen when it starts: 'qvm-start sys-net'.",
             "exposed": "sys-net",
             "ports": "80",
             "is_allowed": True,
@@ -142,14 +143,51 @@ def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, lab: 
     forward(*ADD)
     trouble = Figures(REPORT, "another program has port 80 of sys-net", 1)
     assert _with(lab, trouble)[0] == 1
-    assert "work web: another program has port 80 of sys-net.\n" in _with(lab, trouble)[1]
+    assert "work web: waiting: another program has port 80 of sys-net.\n" in _with(lab, trouble)[1]
+    assert "work web waiting sys-net:80 allows open" in " ".join(_with(lab, trouble)[1].split())
     data: Any = json.loads(_with(lab, trouble, is_json=True)[1])
+    assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == (
+        "waiting",
+        "another program has port 80 of sys-net",
+    )
     assert data["forwards"][0]["figures"] == {
         "is_known": True,
         **REPORT.as_json(),
         "problem": "another program has port 80 of sys-net",
         "tunnels_in_target": 1,
     }
+
+
+def test_a_forward_that_its_listener_does_not_have_open_is_waiting(
+    forward: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD)
+    reason = "sys-net does not have work web open: the port is in use"
+    code, shown = _with(lab, Unknown(reason, is_trouble=True))
+    assert (code, len(shown.splitlines())) == (1, 3)
+    assert "work web waiting sys-net:80 allows unknown" in " ".join(shown.split())
+    assert shown.endswith(f"\nwork web: waiting: {reason}.\n")
+    data: Any = json.loads(_with(lab, Unknown(reason, is_trouble=True), is_json=True)[1])
+    assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == ("waiting", reason)
+
+
+def test_a_listener_that_gives_no_reason_is_waited_for_too(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
+    code, shown = _with(lab, Figures(REPORT, ""))
+    assert (code, shown.splitlines()[-1]) == (1, "work web: waiting: .")
+    assert "work web waiting" in " ".join(shown.split())
+    data: Any = json.loads(_with(lab, Figures(REPORT, ""), is_json=True)[1])
+    assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == ("waiting", "")
+
+
+def test_a_qube_that_says_nothing_makes_nothing_wait(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
+    code, shown = _with(lab, Unknown("no answer"))
+    assert code == 0
+    assert "work web active" in " ".join(shown.split())
+    assert shown.endswith("\nFigures are unknown: no answer.\n")
+    data: Any = json.loads(_with(lab, Unknown("no answer"), is_json=True)[1])
+    assert data["forwards"][0]["reason"].startswith("Connections to port 80 of sys-net from ")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from faulty import Faulty
 from worlds import ADD, Command, content, rule
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -280,11 +281,11 @@ def test_what_is_wrong_is_said(
     assert content(lab) == before
 
 
-def test_a_mark_that_could_not_be_applied_is_kept_and_said(forward: Command, lab: LabDirectory) -> None:
+def test_a_mark_that_could_not_be_applied_is_kept_and_said(
+    forward: Command, over: Command, lab: LabDirectory
+) -> None:
     forward(*ADD)
-    (lab.policy_dir / "30-forward.policy").unlink()
-    (lab.policy_dir / "30-forward.policy").mkdir()
-    result = forward("tunnel", "mark", "sys-firewall")
+    result = over(Faulty(lab, "policy"), "tunnel", "mark", "sys-firewall")
     assert result.status == 1
     assert "sys-firewall is marked, but " in result.err
     assert lab.feature("sys-firewall", "forward.tunnel") == "1"

@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[2]
-BOUND_S = 30.0  # of each wait; a busy machine takes seconds to start a program
+BOUND_S = 60.0  # of each wait; a busy machine takes seconds to start a program
 CONFIG = "vm-config.fwd.work.web"
 
 

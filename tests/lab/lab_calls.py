@@ -12,7 +12,7 @@ import trio
 
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
 
-BOUND_S = 30.0
+BOUND_S = 120.0
 ALLOW_TEST = "test.Service * @anyvm @anyvm allow\n"
 
 

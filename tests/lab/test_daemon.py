@@ -24,7 +24,7 @@ from qubes_fwd_qrexec.lab.running import client_command
 NETNS_PROBLEM = netns.why_unavailable()
 needs_netns = pytest.mark.skipif(NETNS_PROBLEM is not None, reason=str(NETNS_PROBLEM))
 VECTORS = Path(__file__).parents[1] / "vectors" / "policy-verdicts.json"
-BOUND_S = 30.0
+BOUND_S = 60.0
 
 
 @pytest.fixture

@@ -1,27 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Each thing that can be wrong on the way of a forward, made so in a lab, and found by diagnose."""
 
-import io
 import json
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import free_port
 
 from qubes_fwd_qrexec.admin import uptake
-from qubes_fwd_qrexec.admin.cli import run
-from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.knobs import Knobs
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.lab.session import LabSession, open_session
+from qubes_fwd_qrexec.lab.session import open_session
 from qubes_fwd_qrexec.report import (
     Firewall,
     FirewallReport,
@@ -34,85 +29,9 @@ from qubes_fwd_qrexec.report import (
 from qubes_fwd_qrexec.rules import Transport
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
-NOW = 1_800_000_000
-BOUND_S = 60.0  # of each wait
+from .diagnosed_lab import ALL, BOUND_S, Lab
+
 OPEN, CLOSED, UNKNOWN = Firewall
-ALL = [
-    *("rule", "exposed qube", "applied", "listener installed", "listener", "firewall", "policy"),
-    *("target", "service", "server", "round trip"),
-]
-
-
-class Lab:
-    """A lab with a forward to a server in work, and a listener in sys-net that is started when asked for."""
-
-    def __init__(self, session: LabSession, undo: ExitStack) -> None:
-        self.session = session
-        self.lab = session.lab
-        self._undo = undo
-        self.server = undo.enter_context(socket.create_server(("127.0.0.1", 0)))
-        self.server.settimeout(BOUND_S)
-        self.port = free_port()
-
-    def run(self, *words: str) -> tuple[int, str]:
-        out, err = io.StringIO(), io.StringIO()
-        status = run(
-            words,
-            environ={"QVM_FORWARD_LAB": str(self.lab.root)},
-            now=NOW,
-            stdin=io.StringIO(),
-            out=out,
-            err=err,
-            style=Style(),
-        )
-        return status, out.getvalue() + err.getvalue()
-
-    def add(self, *options: str) -> None:
-        ports = f"{self.port}:{self.server.getsockname()[1]}"
-        words = ("add", "work", ports, "--from=any", "--listen=127.0.0.1", "--name=web", *options)
-        status, said = self.run(*words)
-        assert status == 0, said
-
-    def listen(self) -> None:
-        self.session.start_listener("sys-net")
-
-    def diagnose(self) -> list[dict[str, Any]]:
-        """The steps; where one stops it is the last, with a remedy, and the text for people says the same."""
-        status, said = self.run("diagnose", "work", "web", "--json")
-        data = json.loads(said)
-        steps: list[dict[str, Any]] = data["steps"]
-        assert [step["step"] for step in steps] == ALL[: len(steps)]
-        stopping = [step for step in steps if step["verdict"] == "stops"]
-        assert data["is_well"] == (not stopping) == (status == 0)
-        assert stopping in ([], steps[-1:])
-        assert all(bool(step["remedy"]) == (step["verdict"] == "stops") for step in steps)
-        return steps
-
-    def wrong(self, step: str) -> str:
-        """What the last step says, which must be the one that stops."""
-        found = self.diagnose()[-1]
-        assert (found["step"], found["verdict"]) == (step, "stops"), found
-        return f"{found['text']} | {found['remedy']}"
-
-    def service(self, qube: str, name: str) -> Path:
-        """Where another service takes the place of the installed one."""
-        return self.lab.qube_dir(qube).service_dirs[0] / name
-
-    def remove_service(self, qube: str, name: str) -> None:
-        for directory in self.lab.qube_dir(qube).service_dirs:
-            (directory / name).unlink(missing_ok=True)
-
-    def firewall(self, ip: Firewall, ip6: Firewall, *waiting: str) -> None:
-        """What the program that opens the firewall of sys-net says."""
-        state = self.lab.qube_dir("sys-net").firewall_state
-        state.write_bytes(dump(FirewallReport(ip, ip6, waiting).as_json()))
-
-    def answers(self, qube: str, said: bytes) -> None:
-        path = self.service(qube, STATUS_SERVICE)
-        answer = path.with_name("answer")
-        answer.write_bytes(said)
-        path.write_text(f"#!/bin/sh\nexec cat {answer}\n")
-        path.chmod(0o755)
 
 
 @pytest.fixture
@@ -124,6 +43,7 @@ def lab() -> Iterator[Lab]:
 def test_a_forward_that_works_is_well_at_every_step(lab: Lab) -> None:
     lab.add()
     lab.listen()
+    lab.pass_through()
     steps = lab.diagnose()
     assert [step["step"] for step in steps] == ALL
     assert {step["step"]: step["verdict"] for step in steps if step["verdict"] != "ok"} == {
@@ -198,8 +118,12 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
         deadline = time.monotonic() + BOUND_S
         while "does not have work web open" in (said := lab.wrong("listener")):
             assert time.monotonic() < deadline  # until it has read its configuration
-    assert "the port is in use by" in said
-    assert "or choose another port or address: 'qvm-forward set work web srcports=PORT'" in said
+        assert "the port is in use by" in said
+        assert "or choose another port or address: 'qvm-forward set work web srcports=PORT'" in said
+        status, said = lab.run("status")
+        assert (status, "work  web   waiting  " in said) == (1, True)
+        assert "work web: waiting: sys-net does not have work web open: " in said
+        assert "the port is in use by" in said
 
 
 def test_what_the_listener_cannot_open_is_said_by_the_command_that_asks_for_it(
@@ -228,6 +152,7 @@ def test_a_firewall_that_drops_clients(lab: Lab) -> None:
     assert "the firewall of sys-net drops what comes to the port by IPv4 | " in said
     assert "'systemctl status qubes-forward-nft' in sys-net" in said
     lab.firewall(OPEN, CLOSED)
+    lab.pass_through()
     steps = lab.diagnose()
     assert {step["verdict"] for step in steps} == {"ok"}
     assert "the firewall of sys-net lets clients in by IPv4" in [step["text"] for step in steps]
@@ -237,6 +162,7 @@ def test_a_port_that_the_firewall_keeps_closed_for_want_of_the_listener(lab: Lab
     lab.add()
     lab.listen()
     lab.firewall(OPEN, OPEN, "fwd.work.other")
+    lab.pass_through()
     assert {step["verdict"] for step in lab.diagnose()} == {"ok"}
     lab.firewall(OPEN, OPEN, "fwd.work.other", "fwd.work.web")
     assert "lets nobody in to a port that the listener does not listen on" in lab.wrong("firewall")
@@ -378,14 +304,14 @@ def test_no_qube_may_ask_another(lab: Lab) -> None:
     client = [str(lab.lab.client_program), f"--agent-socket={lab.lab.qube_dir('sys-net').agent_socket}"]
     (lab.lab.policy_dir / "90-other.policy").write_text(f"{STATUS_SERVICE} * @anyvm @anyvm allow\n")
     words = [*client, "--", "work", f"{STATUS_SERVICE}+"]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=BOUND_S, check=False)
     assert (done.returncode, done.stdout) == (126, b"")
 
 
 def test_status_shows_what_the_qubes_say(lab: Lab) -> None:
     lab.add()
     lab.listen()
-    with socket.create_connection(("127.0.0.1", lab.port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", lab.port), timeout=BOUND_S) as client:
         client.sendall(b"12345")
         far, _ = lab.server.accept()
         with far:

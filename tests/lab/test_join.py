@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
+
+from qubes_fwd_qrexec.relay import Copy, Relay
 
 from .lab_calls import (
     Gate,
@@ -238,6 +241,28 @@ async def test_exit_on_client_eof_ends_the_call_at_once(tmp_path: Path) -> None:
             # The caller may know it a moment before the service does.
             with pytest.raises(trio.BrokenResourceError):
                 await send_for_ever(service, b"too late")
+
+
+async def test_no_socket_is_closed_before_the_copy_that_uses_it_has_let_go_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, stop = trio.lowlevel.current_trio_token(), Relay.stop
+    were_open: list[bool] = []
+
+    def stop_late(relay: Relay, copy: Copy) -> None:
+        """Whoever closes the socket without waiting for this has done so by then."""
+        trio.from_thread.run(wait_all_tasks_blocked, trio_token=token)
+        were_open.append(copy.sink.fileno() >= 0)
+        stop(relay, copy)
+
+    monkeypatch.setattr(Relay, "stop", stop_late)
+    async with bounded_lab(tmp_path) as lab, await unix_server(lab) as server:
+        give_config(lab, "exit-on-client-eof=true\n")
+        async with calling(lab) as call, await server.accept():
+            await call.stdin.send_eof()
+            assert await call.read_all() == b""
+            assert await call.status() == 0
+    assert set(were_open) == {True}
 
 
 async def test_without_exit_keys_a_socket_service_ends_when_both_directions_have(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from helpers import SOON_S, free_port, is_listening, until
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 
 @pytest.fixture
