@@ -109,6 +109,10 @@ def _text(path: str, session: Session) -> str:
 def _read(form: str | None, text: str) -> Document:
     """Raises `RuleError`."""
     first = text.lstrip()[:1]
+    if not first:
+        raise RuleError(
+            "line 1", "there is nothing to import; even an export without forwards says its version"
+        )
     form = form or ("xml" if first == "<" else "json" if first == "{" else "line")
     if form == "xml":
         from qubes_fwd_qrexec.rulexml import parse_document

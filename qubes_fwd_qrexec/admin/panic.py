@@ -105,9 +105,7 @@ def panic(args: Namespace, session: Session) -> int:
             why = _lock(held, session)
             if why is not None:
                 # No failure by itself: everything is done all the same, and looked at in the end.
-                report.note(
-                    "somebody else changes forwards at the same time; this went on without the lock: " + why
-                )
+                report.note(f"this went on without the lock: {why}")
         _close_all(session, report)
         if report.failures or _is_open_again(session):
             _close_all(session, report)

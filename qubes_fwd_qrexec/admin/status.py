@@ -5,6 +5,7 @@ import json
 import select
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -167,7 +168,7 @@ def size(count: int) -> str:
 
 
 def _remarks(
-    found: Iterable[tuple[Forward, bool, Figures | Unknown]], planned: Iterable[Forward], due: int
+    found: Iterable[tuple[Forward, bool, Figures | Unknown]], planned: Plan, due: int
 ) -> Iterable[str]:
     reasons: dict[str, None] = {}
     for forward, _, figures in found:
@@ -187,10 +188,10 @@ def _remarks(
             yield f"{forward.source}: last error{at}: {report.last_error}."
     if reasons:
         yield f"Figures are unknown: {'; '.join(reasons)}."
-    closed = [forward for forward in planned if not forward.is_live]
-    if closed:
-        states = [state for state in State if any(forward.state is state for forward in closed)]
-        counts = ", ".join(f"{sum(f.state is state for f in closed)} {state}" for state in states)
+    closed = Counter(forward.state for forward in planned if not forward.is_live)
+    closed[State.BROKEN] += len(planned.broken)
+    counts = ", ".join(f"{closed[state]} {state}" for state in State if closed[state])
+    if counts:
         yield f"Not open: {counts}; 'qvm-forward list' says why."
     if due:
         yield f"Not in force yet: {due} change{'' if due == 1 else 's'}; 'qvm-forward apply' makes them."

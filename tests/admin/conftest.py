@@ -9,7 +9,7 @@ from fake_admin import FakeQubes, install
 from fake_policy import FakePolicyClient
 from faulty import Panic, allowed
 from stages import Stage
-from worlds import ADD, NOW, Command, Result
+from worlds import ADD, NO_FORWARDS, NOW, Command, Result
 
 from qubes_fwd_qrexec.admin import cli, locate, qubesstore
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -72,7 +72,11 @@ def forward(lab: LabDirectory, kind: str) -> Command:
     """Run qvm-forward at a fixed time; on the lab at ``lab_dir``, if that is given."""
 
     def command(
-        *argv: str, now: float = NOW, stdin: str = "", style: Style | None = None, lab_dir: Path | None = None
+        *argv: str,
+        now: float = NOW,
+        stdin: str = NO_FORWARDS,
+        style: Style | None = None,
+        lab_dir: Path | None = None,
     ) -> Result:
         out, err = io.StringIO(), io.StringIO()
         environ = {}
@@ -114,7 +118,8 @@ def over(monkeypatch: pytest.MonkeyPatch) -> Command:
     def command(backend: Backend, *argv: str) -> Result:
         monkeypatch.setattr(cli, "open_backend", lambda *_: backend)
         out, err = io.StringIO(), io.StringIO()
-        status = cli.run(argv, environ={}, now=NOW, stdin=io.StringIO(), out=out, err=err, style=Style())
+        stdin = io.StringIO(NO_FORWARDS)
+        status = cli.run(argv, environ={}, now=NOW, stdin=stdin, out=out, err=err, style=Style())
         return Result(status, out.getvalue(), err.getvalue())
 
     return command

@@ -66,6 +66,8 @@ RULE = "action=forward srcports=80 srchosts=any"
         (f"work tunnel {RULE}", "the name tunnel stands for the mark of a tunnel qube"),
         (f"work web {RULE}", "work web exists already and is another rule"),
         ("work a", "line 1: a line is the qube's name, the rule's name and the rule"),
+        ("", "line 1: there is nothing to import"),
+        (" \n\n", "line 1: there is nothing to import"),
         ("{", "document: not JSON"),
         ("<a", "not XML"),
     ],

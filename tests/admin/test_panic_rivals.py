@@ -140,8 +140,6 @@ def test_a_lock_that_is_held_is_not_waited_for_long(
         fcntl.flock(file, fcntl.LOCK_EX)
         result = panic(Faulty(opened))
     assert result.status == 0
-    assert (
-        "note: somebody else changes forwards at the same time; this went on without the lock" in result.err
-    )
+    assert "note: this went on without the lock: " in result.err
     assert allowed(opened) == frozenset()
     assert opened.vm_config("sys-net") == {}

@@ -55,6 +55,13 @@ def test_nothing_open_is_said_with_what_is_closed(forward: Command) -> None:
     )
 
 
+def test_a_rule_that_cannot_be_read_is_not_open_and_said(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD, "--disabled")
+    lab.set_feature("work", "forward.bad", "action=drop")
+    assert "Not open: 1 disabled, 1 broken; 'qvm-forward list' says why.\n" in forward("status").out
+    assert "Not open" not in forward("status", "vault").out
+
+
 def test_what_is_not_in_force_yet_is_counted_and_fails(forward: Command) -> None:
     forward("apply")
     forward(*ADD, "--no-apply")

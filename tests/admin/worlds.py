@@ -16,6 +16,8 @@ from qubes_fwd_qrexec.values import QubeName, RuleName
 
 NOW = 1_800_000_000
 ADD = ("add", "work", "80:8080", "--from", "192.168.0.0/16", "--name", "web")
+# An export of a system without any.
+NO_FORWARDS = "version 2\n"
 OURS = {"supported-rpc.qubes.ForwardTCP": "1"}
 
 
