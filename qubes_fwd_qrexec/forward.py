@@ -24,7 +24,7 @@ from .errors import RefusedError
 from .lifetime import Expiry
 from .limits import Account, Process, Refusal
 from .logs import RateLimit, one_line, warn
-from .relay import abort, close_well, undelivered_bytes
+from .relay import abort, close_well, read_out, undelivered_bytes
 from .report import ForwardReport, Way
 from .rules import OnExpire, Transport
 from .transports import Transports
@@ -231,5 +231,6 @@ async def _delivered(accepted: socket.socket) -> None:
     The kernel has no event for it, so this looks again and again; hardly ever is there more than one look.
     """
     with trio.move_on_after(_DELIVERY_S):
-        while undelivered_bytes(accepted):  # noqa: ASYNC110
+        while undelivered_bytes(accepted):
+            read_out(accepted)
             await trio.sleep(_DELIVERY_LOOK_S)

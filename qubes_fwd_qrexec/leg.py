@@ -9,11 +9,11 @@ import errno
 import socket
 import time
 from collections.abc import Callable
-from enum import Enum, auto
 from select import EPOLLERR
 from typing import TYPE_CHECKING
 
 from .budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES
+from .leg_end import LegEnd
 from .loop import GONE, READ, WRITE, Timer
 from .pending import Pending
 from .relay import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
@@ -39,17 +39,6 @@ _READABLE = READ | GONE
 _WRITABLE = WRITE | GONE
 # In the place of a mask: the kernel is not asked about the socket at all.
 _UNWATCHED = -1
-
-
-class LegEnd(Enum):
-    """How a stream ended."""
-
-    DONE = auto()
-    """Both directions ended cleanly."""
-    LOCAL_RESET = auto()
-    """The local peer aborted."""
-    REMOTE_RESET = auto()
-    """The other end of the tunnel aborted, or the tunnel itself was lost."""
 
 
 class Leg:
@@ -127,8 +116,8 @@ class Leg:
         mask = self._mask
         if mask & WRITE and events & _WRITABLE:
             self._push()
-        if mask & READ and events & _READABLE and self.ended is None:
-            self._pull()
+        if mask & READ and events & _READABLE and not self._is_closed:
+            (self._pull if self.ended is None else self._discard)()
         elif events & GONE and not mask & READ and self._mask != _UNWATCHED:
             self._gone(events)
 
@@ -339,7 +328,7 @@ class Leg:
         if not self.is_joined or self._broken_by:
             self._close(is_clean=False)
             return
-        self._watch(WRITE if self._pending else 0)
+        self._watch(READ | WRITE if self._pending else READ)
         self._last_words(_LAST_WORDS_LOOK_S, time.monotonic() + _LAST_WORDS_S)
 
     def _last_words(self, look_s: float, deadline: float) -> None:
@@ -349,6 +338,16 @@ class Leg:
             self._close(is_clean=False)
         else:
             self._after(min(look_s, left_s), lambda: self._last_words(2 * look_s, deadline))
+
+    def _discard(self) -> None:
+        """What the local peer still sends is for nobody; see `relay.read_out`."""
+        try:
+            if not self.sock.recv_into(self._mux.payload_buffer):
+                self._watch(self._mask & ~READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort_from_here()
 
     def _close_if_done(self) -> None:
         if self.has_eof and self._sent_eof and self._pending is None and self.ended is None:

@@ -15,7 +15,8 @@ import trio
 from .budget import WINDOW_MAX_BYTES, Budget
 from .call import Ending
 from .counters import Carried, Refusal
-from .leg import Leg, LegEnd
+from .leg import Leg
+from .leg_end import LegEnd
 from .mux import Mux
 from .qrexec import Call
 from .relaythread import RelayThread

@@ -251,12 +251,21 @@ def close_well(sock: socket.socket) -> None:
     A TCP socket closed with unread bytes sends RST and forgets what it had not delivered; so they are
     read first, within bounds: bytes that come later meet a closed socket, as with any server.
     """
+    read_out(sock)
+    close_cleanly(sock)
+
+
+def read_out(sock: socket.socket) -> None:
+    """Read what has come, for nobody, within bounds.
+
+    A peer that still sends may not get what it was sent, as long as our receive buffer is full: Linux drops
+    acknowledgements with what has no room there.
+    """
     with contextlib.suppress(OSError):  # nothing there to read, or nobody left to be hurt
         sock.setblocking(False)
         for _ in range(_READ_OUT_BYTES // BUFFER_BYTES):
             if not sock.recv(BUFFER_BYTES):
                 break
-    close_cleanly(sock)
 
 
 def undelivered_bytes(sock: socket.socket) -> int:

@@ -20,7 +20,8 @@ from helpers import acknowledge, in_flight_bytes, tcp_pair, unix_pair
 from loop_time import LoopClock
 
 from qubes_fwd_qrexec.budget import WINDOW_MAX_BYTES, Budget
-from qubes_fwd_qrexec.leg import Leg, LegEnd
+from qubes_fwd_qrexec.leg import Leg
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.loop import Loop
 from qubes_fwd_qrexec.mux import Mux
 from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived, Origin, ResetCode

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Over `relay_over_call` as it is: endings as the direct connection has them, and what `Forward` adds."""
 
+import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from helpers import (
     free_port,
     port_of,
     running_listener,
+    tcp_pair,
     until,
     write_config,
 )
@@ -143,6 +145,29 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
                     assert chunk, "an end of file"
                     got += chunk
             assert got == sent
+
+
+async def test_what_a_client_still_sends_is_read_while_its_last_bytes_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward, "_DELIVERY_S", BOUND_S)
+    client, accepted = tcp_pair()
+    with client, accepted:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                accepted.send(bytes(65536))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(forward._delivered, accepted)
+            left = 16 << 20  # more than all buffers of the kernel hold
+
+            def all_taken() -> bool:
+                nonlocal left
+                with contextlib.suppress(BlockingIOError):
+                    left -= client.send(bytes(min(left, 65536)))
+                return not left
+
+            await until(all_taken)
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(

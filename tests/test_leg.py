@@ -11,7 +11,7 @@ from mux_bench import Joined, TunnelBench, pending_bytes
 
 from qubes_fwd_qrexec import leg as leg_module
 from qubes_fwd_qrexec.budget import WINDOW_MAX_BYTES, Budget
-from qubes_fwd_qrexec.leg import LegEnd
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.loop import READ
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.tunnel import ResetCode

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How one stream ends between two real connections: ends of file, aborts, and what comes before them."""
 
+import contextlib
 import errno
 import select
 import socket
@@ -12,7 +13,7 @@ from mux_bench import BOUND_S, Joined, TunnelBench
 
 from qubes_fwd_qrexec import leg as leg_module
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, INITIAL_BYTES, Budget
-from qubes_fwd_qrexec.leg import LegEnd
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.loop import READ
 from qubes_fwd_qrexec.relay import abort, half_close
 
@@ -95,6 +96,40 @@ def test_an_abort_does_not_wait_for_ever_for_a_client_that_reads_nothing(
     assert "near" not in stream.ends
     bench.clock.advance(0.2)
     bench.until(lambda: "near" in stream.ends)
+
+
+def test_last_bytes_reach_a_server_that_goes_on_sending(bench: TunnelBench, stream: Joined) -> None:
+    """relay-behaviours 12. What it sends is read by nobody, and must not fill our receive buffer: Linux drops
+    acknowledgements with what has no room there."""
+    bench.stall(stream.client)
+    bench.is_time_still = True
+    stream.near.abort_from_here()
+    bench.until(lambda: stream.far.ended)
+    left = 4 * MIB
+
+    def all_taken() -> bool:
+        nonlocal left
+        with contextlib.suppress(BlockingIOError):
+            left -= stream.server.send(bytes(min(left, 65536)))
+        return not left
+
+    bench.until(all_taken)
+    bench.is_time_still = False
+    got, how = bench.read_to_end(stream.server)
+    assert (len(got), how) == (stream.far.received, "RST")
+
+
+def test_last_bytes_reach_a_server_that_has_ended(bench: TunnelBench, stream: Joined) -> None:
+    bench.stall(stream.client)
+    bench.is_time_still = True
+    stream.near.abort_from_here()
+    bench.until(lambda: stream.far.ended)
+    half_close(stream.server)
+    bench.until(lambda: not stream.far._mask & READ)
+    assert bench.wake_ups() == 0
+    bench.is_time_still = False
+    got, how = bench.read_to_end(stream.server)
+    assert (len(got), how) == (stream.far.received, "RST")
 
 
 def test_a_client_that_leaves_ends_the_wait_for_its_last_bytes(bench: TunnelBench, stream: Joined) -> None:

@@ -11,7 +11,7 @@ from mux_bench import PORTS, TunnelBench
 from qubes_fwd_qrexec import leg as leg_module
 from qubes_fwd_qrexec import mux as mux_module
 from qubes_fwd_qrexec.budget import Budget
-from qubes_fwd_qrexec.leg import LegEnd
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.relay import half_close
 from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, ResetCode
 

@@ -9,7 +9,7 @@ from helpers import unix_pair
 from mux_bench import PORTS, TunnelBench
 
 from qubes_fwd_qrexec.backlog import Backlog
-from qubes_fwd_qrexec.leg import LegEnd
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.loop import Loop
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.tunnel import HEADER_BYTES, Connection, Hello, ResetCode

@@ -14,7 +14,7 @@ from helpers import free_port, listening_socket, no_fds_left, port_of
 from service_bench import ServiceBench
 
 from qubes_fwd_qrexec import tunnelservice
-from qubes_fwd_qrexec.leg import LegEnd
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.proxy_protocol import header
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.tunnel import GoawayCode, Origin, ProxyVersion, ResetCode

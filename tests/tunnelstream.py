@@ -9,7 +9,8 @@ import socket
 
 import trio
 
-from qubes_fwd_qrexec.leg import Leg, LegEnd
+from qubes_fwd_qrexec.leg import Leg
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.relaythread import RelayThread
 
 

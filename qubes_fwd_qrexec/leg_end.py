@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a stream of a tunnel ended."""
+
+from enum import Enum, auto
+
+
+class LegEnd(Enum):
+    """How a stream ended."""
+
+    DONE = auto()
+    """Both directions ended cleanly."""
+    LOCAL_RESET = auto()
+    """The local peer aborted."""
+    REMOTE_RESET = auto()
+    """The other end of the tunnel aborted, or the tunnel itself was lost."""
