@@ -98,13 +98,24 @@ def test_an_abort_does_not_wait_for_ever_for_a_client_that_reads_nothing(
     bench.until(lambda: "near" in stream.ends)
 
 
-def test_last_bytes_reach_a_server_that_goes_on_sending(bench: TunnelBench, stream: Joined) -> None:
-    """relay-behaviours 12. What it sends is read by nobody, and must not fill our receive buffer: Linux drops
-    acknowledgements with what has no room there."""
+def abort_while_last_bytes_wait(bench: TunnelBench, stream: Joined) -> None:
+    """The client aborts, the server has read nothing, and time stands still."""
     bench.stall(stream.client)
     bench.is_time_still = True
     stream.near.abort_from_here()
     bench.until(lambda: stream.far.ended)
+
+
+def assert_last_bytes_come(bench: TunnelBench, stream: Joined) -> None:
+    bench.is_time_still = False
+    got, how = bench.read_to_end(stream.server)
+    assert (len(got), how) == (stream.far.received, "RST")
+
+
+def test_last_bytes_reach_a_server_that_goes_on_sending(bench: TunnelBench, stream: Joined) -> None:
+    """relay-behaviours 12. What it sends is read by nobody, and must not fill our receive buffer: Linux drops
+    acknowledgements with what has no room there."""
+    abort_while_last_bytes_wait(bench, stream)
     left = 4 * MIB
 
     def all_taken() -> bool:
@@ -114,22 +125,15 @@ def test_last_bytes_reach_a_server_that_goes_on_sending(bench: TunnelBench, stre
         return not left
 
     bench.until(all_taken)
-    bench.is_time_still = False
-    got, how = bench.read_to_end(stream.server)
-    assert (len(got), how) == (stream.far.received, "RST")
+    assert_last_bytes_come(bench, stream)
 
 
 def test_last_bytes_reach_a_server_that_has_ended(bench: TunnelBench, stream: Joined) -> None:
-    bench.stall(stream.client)
-    bench.is_time_still = True
-    stream.near.abort_from_here()
-    bench.until(lambda: stream.far.ended)
+    abort_while_last_bytes_wait(bench, stream)
     half_close(stream.server)
     bench.until(lambda: not stream.far._mask & READ)
     assert bench.wake_ups() == 0
-    bench.is_time_still = False
-    got, how = bench.read_to_end(stream.server)
-    assert (len(got), how) == (stream.far.received, "RST")
+    assert_last_bytes_come(bench, stream)
 
 
 def test_a_client_that_leaves_ends_the_wait_for_its_last_bytes(bench: TunnelBench, stream: Joined) -> None:
