@@ -49,7 +49,6 @@ class Backlog:
         self._ready = ready
         self._broken = broken
         self._mask = 0
-        self._is_watched = True
         self._is_broken = False
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
@@ -129,9 +128,9 @@ class Backlog:
         self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0
 
     def let_go(self) -> None:
-        """Of the sink, before it is closed."""
-        if self._is_watched:
-            self._is_watched = False
+        """Of the sink, before it is closed; what is still to be written is for nobody."""
+        if not self._is_broken:
+            self._is_broken = True
             self._loop.unwatch(self._sink.fileno())
 
     def _write(self) -> None:
@@ -173,6 +172,5 @@ class Backlog:
 
     def _break(self) -> None:
         if not self._is_broken:
-            self._is_broken = True
             self.let_go()
             self._broken()

@@ -9,7 +9,7 @@ tunnel as a whole (`MuxOwner`), and decides what to do about it.
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from .tunnel import (
     HEADER_BYTES,
     MAX_DATA_BYTES,
     AcceptReceived,
+    Buffer,
     Connection,
     CreditReceived,
     DataReceived,
@@ -48,6 +49,11 @@ TICK_S = 1.0
 HALF_CLOSE_S = 600.0
 # How often legs are asked whether they have been idle for too long.
 _IDLE_LOOK_TICKS = 5
+_TO_LEG: dict[type[Event], Callable[[Leg], None]] = {
+    CreditReceived: Leg.resume,
+    AcceptReceived: Leg.join,
+    EofReceived: Leg.receive_eof,
+}
 # A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
 # peer that does not read waited for any longer when the last word is said.
 _LAST_READ_S = 1.0
@@ -242,7 +248,7 @@ class Mux:
             chunk = self._read_buffer[:count]
             stream_id = self.connection.receive_lone_data(chunk)
             if stream_id:
-                self.legs[stream_id].deliver(chunk[HEADER_BYTES:])
+                self._deliver(stream_id, (chunk[HEADER_BYTES:],))
                 return
             self._take(self.connection.receive_data(chunk))
         except RemoteProtocolError as error:
@@ -274,18 +280,21 @@ class Mux:
             if run:
                 self._deliver(stream_id, run)
 
-    def _deliver(self, stream_id: int, run: list[bytes | bytearray]) -> None:
-        self.legs[stream_id].deliver(run[0] if len(run) == 1 else b"".join(run), len(run))
+    def _deliver(self, stream_id: int, run: Sequence[Buffer]) -> None:
+        leg = self.legs.get(stream_id)
+        if leg is not None:
+            leg.deliver(run[0] if len(run) == 1 else b"".join(run), len(run))
 
     def _on_event(self, event: Event) -> None:
-        """Any event but DATA, which is much the most frequent and comes first."""
+        """Any event but DATA, which is much the most frequent and comes first.
+
+        What was delivered before it may have ended its leg: a write is how an abort is found out.
+        """
         match event:
-            case CreditReceived():
-                self.legs[event.stream_id].resume()
-            case AcceptReceived():
-                self.legs[event.stream_id].join()
-            case EofReceived():
-                self.legs[event.stream_id].receive_eof()
+            case CreditReceived() | AcceptReceived() | EofReceived():
+                leg = self.legs.get(event.stream_id)
+                if leg is not None:
+                    _TO_LEG[type(event)](leg)
             case ResetReceived():
                 self._on_reset(event)
             case OpenReceived():
