@@ -119,6 +119,10 @@ class _Connection:
         return self.down.moved
 
     @property
+    def moved_at(self) -> float:
+        return max(self.up.moved_at, self.down.moved_at)
+
+    @property
     def is_joined(self) -> bool:
         """Nothing but a byte from the target tells that the server has taken the connection."""
         return self.down.moved > 0
@@ -163,7 +167,7 @@ class _Connection:
     async def watch_for_idleness(self) -> None:
         """End a connection in which nothing moves."""
         while True:
-            quiet_s = time.monotonic() - max(self.up.moved_at, self.down.moved_at)
+            quiet_s = time.monotonic() - self.moved_at
             if quiet_s >= self._timeouts.idle_s:
                 break
             await trio.sleep(self._timeouts.idle_s - quiet_s)

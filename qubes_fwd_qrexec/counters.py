@@ -49,6 +49,10 @@ class Measured(Protocol):
     def received(self) -> int: ...
 
     @property
+    def moved_at(self) -> float:
+        """When it last moved any (`time.monotonic`)."""
+
+    @property
     def is_joined(self) -> bool:
         """Whether the server in the target is known to have taken the connection."""
 
@@ -71,6 +75,11 @@ class Carried:
     def received(self) -> int:
         """Bytes to the client."""
         return 0 if self.by is None else self.by.received
+
+    @property
+    def moved_at(self) -> float:
+        """When bytes last moved, or it began (`time.monotonic`)."""
+        return self.since if self.by is None else self.by.moved_at
 
 
 class Counters:
@@ -100,12 +109,10 @@ class Counters:
     def received(self) -> int:
         return self._received + sum(carried.received for carried in self._live)
 
-    def opened(self) -> Carried:
+    def opened(self, carried: Carried) -> None:
         """A connection was let in; `closed` must follow."""
         self.total += 1
-        carried = Carried(time.monotonic())
         self._live.add(carried)
-        return carried
 
     def closed(self, carried: Carried) -> None:
         self._live.discard(carried)

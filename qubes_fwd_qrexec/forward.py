@@ -3,6 +3,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,6 +54,31 @@ class Means:
     shortage: RateLimit = field(default_factory=RateLimit)
 
 
+class _Connection:
+    """One accepted connection, from when it is let in until it has ended."""
+
+    __slots__ = ("carried", "is_yielding", "scope", "sock", "source")
+
+    def __init__(self, sock: socket.socket, source: IPAddress) -> None:
+        self.sock = sock
+        self.source = source
+        self.carried = Carried(time.monotonic())
+        self.scope = trio.CancelScope()
+        self.is_yielding = False
+
+    @property
+    def moved_at(self) -> float:
+        return self.carried.moved_at
+
+    def cut(self) -> None:
+        """End it now: both sides see RST."""
+        self.scope.cancel()
+
+    def make_room(self) -> None:
+        self.is_yielding = True
+        self.cut()
+
+
 class Forward:
     """A forward that is open. Made with its sockets, all or none; ends with `close`."""
 
@@ -66,7 +92,7 @@ class Forward:
         self._way = Way.IDLE
         self._limit = RateLimit()
         self._listening: dict[Binding, socket.socket] = {}
-        self._live: set[trio.CancelScope] = set()
+        self._live: set[_Connection] = set()
         self._open(bindings(config))
 
     def __str__(self) -> str:
@@ -99,8 +125,8 @@ class Forward:
         """The forward is over: listen no more; what is live is cut or goes on, as the rule says."""
         self.stop_listening()
         if self.config.on_expire is OnExpire.CUT:
-            for scope in self._live:
-                scope.cancel()
+            for connection in self._live:
+                connection.cut()
 
     def stop_listening(self) -> None:
         """Close the listening sockets; connections go on."""
@@ -130,42 +156,50 @@ class Forward:
         if peer is None:
             accepted.close()
             return
-        refusal = self._refusal(peer)
+        connection = _Connection(accepted, peer)
+        refusal = self._refusal(connection)
         if refusal is not None:
             abort(accepted)
             self.counters.refused(refusal)
             self._warn(refusal, f"refused {peer}: {self.account.words(refusal)}")
             return
-        self._means.tasks.start_soon(self._serve, port, accepted, peer)
+        self._live.add(connection)
+        self._means.tasks.start_soon(self._serve, port, connection)
 
-    def _refusal(self, peer: IPAddress) -> Refusal | None:
-        """Why the peer is not let in; where it is, it is counted, and `_serve` is its end."""
-        return self.account.admit(peer) if peer in self.config.sources else Refusal.STRANGER
+    def _refusal(self, connection: _Connection) -> Refusal | None:
+        """Why it is not let in; where it is, it is counted, and `_serve` is its end."""
+        if connection.source not in self.config.sources:
+            return Refusal.STRANGER
+        return self.account.admit(connection)
 
-    async def _serve(self, port: int, accepted: socket.socket, peer: IPAddress) -> None:
+    async def _serve(self, port: int, connection: _Connection) -> None:
         """Carry one connection. Whatever happens ends in an abort, unless both directions ended well."""
-        carried = self.counters.opened()
+        accepted, carried = connection.sock, connection.carried
+        self.counters.opened(carried)
         line = self._means.log.opened(self.config, accepted, port)
         how = "cut"
-        with trio.CancelScope() as scope:
-            self._live.add(scope)
-            try:
-                is_well, how = await self._relay(port, accepted, peer, carried)
+        try:
+            with connection.scope:
+                is_well, how = await self._relay(port, accepted, connection.source, carried)
                 if is_well:
                     close_well(accepted)
                 else:
                     await _delivered(accepted)
-            except Exception:
-                if self._means.transports.relays.has_failed:
-                    raise
-                how = "bug"
-                _logger.exception("%s: a bug ended the connection of %s", self, peer)
-            finally:
-                self._live.discard(scope)
-                abort(accepted)
-                self.account.leave(peer)
-                self.counters.closed(carried)
-                self._means.log.ended(line, self.config, carried, how)
+        except Exception:
+            if self._means.transports.relays.has_failed:
+                raise
+            how = "bug"
+            _logger.exception("%s: a bug ended the connection of %s", self, connection.source)
+        finally:
+            if connection.is_yielding:
+                how = "made-room"
+                self.counters.refused(how)
+                self._warn(how, f"ended the idlest connection of {connection.source} to let others in")
+            self._live.discard(connection)
+            abort(accepted)
+            self.account.leave(connection)
+            self.counters.closed(carried)
+            self._means.log.ended(line, self.config, carried, how)
 
     async def _relay(
         self, port: int, accepted: socket.socket, peer: IPAddress, carried: Carried

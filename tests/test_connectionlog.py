@@ -20,7 +20,7 @@ CONFIG = ListenerConfig.parse(
 
 
 class Moved:
-    sent, received, is_joined = 10, 20, True
+    sent, received, moved_at, is_joined = 10, 20, 0.0, True
 
 
 def test_one_line_at_the_beginning_and_one_at_the_end(caplog: pytest.LogCaptureFixture) -> None:

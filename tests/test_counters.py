@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-from qubes_fwd_qrexec.counters import Counters, Refusal
+from qubes_fwd_qrexec.counters import Carried, Counters, Refusal
 
 
 class Moves:
-    def __init__(self, sent: int, received: int, *, is_joined: bool = True) -> None:
+    moved_at = 7.0
+    is_joined = True
+
+    def __init__(self, sent: int, received: int) -> None:
         self.sent = sent
         self.received = received
-        self.is_joined = is_joined
+
+
+def opened(counters: Counters) -> Carried:
+    carried = Carried(5.0)
+    counters.opened(carried)
+    return carried
 
 
 def test_bytes_are_those_of_the_living_and_of_the_dead() -> None:
     counters = Counters()
-    first, second = counters.opened(), counters.opened()
+    first, second = opened(counters), opened(counters)
     assert (counters.sent, counters.received) == (0, 0)
     first.by, second.by = Moves(1, 10), Moves(2, 20)
+    assert first.moved_at == 7.0
     assert (counters.connections, counters.sent, counters.received) == (2, 3, 30)
     counters.closed(first)
     first.by = Moves(1000, 1000)  # whatever it does afterwards
@@ -25,7 +34,9 @@ def test_bytes_are_those_of_the_living_and_of_the_dead() -> None:
 
 def test_a_connection_that_was_never_carried_has_no_bytes() -> None:
     counters = Counters()
-    counters.closed(counters.opened())
+    carried = opened(counters)
+    assert carried.moved_at == 5.0
+    counters.closed(carried)
     assert (counters.total, counters.sent, counters.received) == (1, 0, 0)
 
 

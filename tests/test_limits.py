@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from ipaddress import IPv4Address, ip_address
+from itertools import count
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_fwd_qrexec.limits import PER_SOURCE, PROCESS_MAX, RATE, Account, Process, Refusal, process_max
+from qubes_fwd_qrexec.limits import (
+    PER_SOURCE,
+    PROCESS_MAX,
+    RATE,
+    SOURCES_PER_NETWORK,
+    YIELDS,
+    Account,
+    Process,
+    Refusal,
+    process_max,
+)
 from qubes_fwd_qrexec.rules import NO_LIMITS, Limits
 from qubes_fwd_qrexec.values import IPAddress
 
@@ -20,6 +31,21 @@ class Clock:
         return self.now
 
 
+class Visitor:
+    """A connection that only counts; later ones have moved bytes later."""
+
+    _turns = count()
+
+    def __init__(self, source: IPAddress) -> None:
+        self.source = source
+        self.moved_at = float(next(self._turns))
+        self.has_made_room = False
+
+    def make_room(self) -> None:
+        assert not self.has_made_room
+        self.has_made_room = True
+
+
 def account(text: str = "", process: Process | None = None, clock: Clock | None = None) -> Account:
     limits = Limits.parse(text) if text else NO_LIMITS
     return Account(limits, process or Process(), clock or Clock())
@@ -29,133 +55,252 @@ def numbered(number: int) -> IPAddress:
     return ip_address(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
 
 
+def enter(counting: Account, *sources: IPAddress) -> list[Refusal | None]:
+    return [counting.admit(Visitor(source)) for source in sources]
+
+
+def let_in(counting: Account, *sources: IPAddress) -> list[Visitor]:
+    visitors = [Visitor(source) for source in sources]
+    assert [counting.admit(visitor) for visitor in visitors] == [None] * len(visitors)
+    return visitors
+
+
 def test_one_more_than_the_rule_takes_is_refused_until_one_leaves() -> None:
     counting = account("connections:2")
-    assert [counting.admit(numbered(n)) for n in range(3)] == [None, None, Refusal.CONNECTIONS]
-    counting.leave(numbered(0))
-    assert counting.admit(numbered(7)) is None
+    first, _ = let_in(counting, numbered(0), numbered(1))
+    assert enter(counting, numbered(1), numbered(0)) == [Refusal.CONNECTIONS] * 2
+    counting.leave(first)
+    let_in(counting, numbered(7))
     assert counting.connections == 2
 
 
 def test_one_more_than_a_source_may_have_is_refused_and_others_are_unharmed() -> None:
     counting = account("per-source:2")
-    assert [counting.admit(ONE) for _ in range(3)] == [None, None, Refusal.PER_SOURCE]
-    assert counting.admit(OTHER) is None
-    counting.leave(ONE)
-    assert counting.admit(ONE) is None
+    first, _ = let_in(counting, ONE, ONE)
+    assert enter(counting, ONE) == [Refusal.PER_SOURCE]
+    let_in(counting, OTHER)
+    counting.leave(first)
+    let_in(counting, ONE)
 
 
 @pytest.mark.parametrize(
     ("one", "other", "is_same"),
     [
-        ("2001:db8:0:1::1", "2001:db8:0:1:ffff:ffff:ffff:ffff", True),
+        ("2001:db8:0:1::1", "2001:db8:0:1:ffff:ffff:ffff:ffff", False),
         ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
-        ("::ffff:192.0.2.1", "192.0.2.1", True),
-        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
-        ("fe80::1%eth0", "fe80::2%eth1", True),
+        ("fe80::1", "fe80::2", False),
         ("192.0.2.1", "192.0.2.2", False),
-        ("0.0.0.1", "0:0:0:1::", False),
+        ("0.0.0.1", "::1", False),
+        ("2001:db8::1", "2001:db8:0:0::1", True),
     ],
 )
-def test_ipv6_counts_by_its_64_bit_network_and_mapped_ipv4_as_ipv4(
-    one: str, other: str, is_same: bool
-) -> None:
+def test_each_address_is_a_source(one: str, other: str, is_same: bool) -> None:
     counting = account("per-source:1")
-    assert counting.admit(ip_address(one)) is None
-    assert counting.admit(ip_address(other)) is (Refusal.PER_SOURCE if is_same else None)
-    counting.leave(ip_address(other if is_same else one))
-    assert counting.admit(ip_address(one)) is None
+    let_in(counting, ip_address(one))
+    assert enter(counting, ip_address(other)) == [Refusal.PER_SOURCE if is_same else None]
+
+
+def test_the_addresses_of_one_ipv6_network_have_a_bound_together() -> None:
+    counting = account("per-source:2")
+    addresses = [ip_address(f"2001:db8::{n:x}") for n in range(1, 2 * SOURCES_PER_NETWORK + 2)]
+    *within, beyond = addresses
+    visitors = let_in(counting, *within)
+    assert enter(counting, beyond) == [Refusal.PER_SOURCE]
+    let_in(counting, ip_address("2001:db8:0:1::1"), ONE)
+    counting.leave(visitors[0])
+    let_in(counting, beyond)
 
 
 def test_a_rate_lets_in_a_seconds_worth_at_once_and_then_as_time_goes() -> None:
     clock = Clock()
     counting = account("rate:4", clock=clock)
-    assert [counting.admit(ONE) for _ in range(5)] == [None] * 4 + [Refusal.RATE]
+    assert enter(counting, *map(numbered, range(5))) == [None] * 4 + [Refusal.RATE]
     clock.now += 0.25
-    assert [counting.admit(ONE) for _ in range(2)] == [None, Refusal.RATE]
+    assert enter(counting, numbered(8), numbered(9)) == [None, Refusal.RATE]
     clock.now += 1000
-    assert [counting.admit(ONE) for _ in range(5)] == [None] * 4 + [Refusal.RATE]
+    assert enter(counting, *map(numbered, range(5))) == [None] * 4 + [Refusal.RATE]
+
+
+def test_one_source_has_half_of_a_rate_at_once_and_leaves_the_rest_to_others() -> None:
+    clock = Clock()
+    counting = account("rate:4", clock=clock)
+    assert enter(counting, ONE, ONE, ONE, OTHER, OTHER) == [None, None, Refusal.RATE, None, None]
+    clock.now += 1
+    assert enter(counting, *[ONE] * 4) == [None, None, Refusal.RATE, Refusal.RATE]
+    for _ in range(8):  # all of the rate, while nobody else wants any of it
+        clock.now += 0.25
+        assert enter(counting, ONE) == [None]
+    assert enter(counting, OTHER, OTHER) == [None, None]
+
+
+def test_sources_of_the_past_are_forgotten() -> None:
+    clock = Clock()
+    counting = account("rate:10", clock=clock)
+    for number in range(1000):
+        clock.now += 1
+        (visitor,) = let_in(counting, numbered(number))
+        counting.leave(visitor)
+        assert counting.sources_remembered <= 21
 
 
 def test_who_is_refused_for_another_reason_uses_no_rate() -> None:
     counting = account("rate:2,per-source:1")
-    assert counting.admit(ONE) is None
-    for _ in range(10):
-        assert counting.admit(ONE) is Refusal.PER_SOURCE
-    assert counting.admit(OTHER) is None
+    let_in(counting, ONE)
+    assert enter(counting, *[ONE] * 10) == [Refusal.PER_SOURCE] * 10
+    let_in(counting, OTHER)
 
 
 def test_the_process_counts_all_its_forwards() -> None:
     process = Process(3)
     first, second = account("connections:3", process), account("connections:3", process)
-    assert [first.admit(ONE), first.admit(ONE), second.admit(ONE)] == [None] * 3
-    assert second.admit(OTHER) is Refusal.PROCESS
-    first.leave(ONE)
-    assert second.admit(OTHER) is None
+    visitor, _ = let_in(first, ONE, ONE)
+    let_in(second, OTHER)
+    assert enter(first, ONE) == [Refusal.PROCESS]
+    first.leave(visitor)
+    let_in(second, OTHER)
     assert process.connections == 3
 
 
 def test_a_rule_that_says_nothing_leaves_a_quarter_of_the_process_to_others() -> None:
     process = Process(8)
     greedy, other = account("", process), account("", process)
-    assert [greedy.admit(ONE) for _ in range(7)] == [None] * 6 + [Refusal.CONNECTIONS]
-    assert [other.admit(ONE) for _ in range(3)] == [None, None, Refusal.PROCESS]
+    assert enter(greedy, *[ONE] * 7) == [None] * 6 + [Refusal.CONNECTIONS]
+    let_in(other, ONE, ONE)
+    assert process.connections == 8
+
+
+# Where all is full, the idlest connection of the largest holder makes room
+
+
+def test_a_full_rule_makes_room_for_who_holds_less() -> None:
+    counting = account("connections:3")
+    oldest, busy, third = let_in(counting, ONE, ONE, ONE)
+    oldest.moved_at, busy.moved_at, third.moved_at = 20.0, 30.0, 10.0
+    let_in(counting, OTHER)
+    assert [v.has_made_room for v in (oldest, busy, third)] == [False, False, True]
+    assert counting.connections == 3
+    assert counting.yielded == 1
+    let_in(counting, numbered(1))
+    assert oldest.has_made_room
+    assert not busy.has_made_room
+    assert enter(counting, OTHER) == [Refusal.CONNECTIONS]  # nobody holds more than it does by now
+    counting.leave(third)  # it ends a moment later, and is counted no more
+    assert counting.connections == 3
+
+
+def test_a_network_of_many_addresses_yields_before_a_host_with_one() -> None:
+    counting = account("connections:5")
+    many = let_in(counting, *[ip_address(f"2001:db8::{n}") for n in range(1, 5)])
+    (honest,) = let_in(counting, ONE)
+    let_in(counting, OTHER)
+    assert [v.has_made_room for v in many] == [True, False, False, False]
+    assert not honest.has_made_room
+
+
+def test_in_a_network_the_address_that_holds_most_yields_to_its_neighbours() -> None:
+    counting = account("connections:3")
+    greedy = let_in(counting, *[ip_address("fe80::1")] * 2)
+    (neighbour,) = let_in(counting, ip_address("fe80::2"))
+    let_in(counting, ip_address("fe80::3"))
+    assert [v.has_made_room for v in greedy] == [True, False]
+    assert not neighbour.has_made_room
+    assert enter(counting, ip_address("fe80::1")) == [Refusal.CONNECTIONS]
+
+
+def test_the_rule_that_holds_most_yields_to_the_others() -> None:
+    process = Process(4)
+    greedy, other = account("connections:4", process), account("connections:4", process)
+    held = let_in(greedy, *map(numbered, range(4)))
+    let_in(other, ONE)
+    assert [v.has_made_room for v in held] == [True, False, False, False]
+    let_in(other, ONE)
+    assert enter(other, ONE) == [Refusal.PROCESS]
+    assert (greedy.connections, other.connections, process.connections) == (2, 2, 4)
+
+
+def test_no_more_than_so_many_make_room_in_a_second() -> None:
+    clock = Clock()
+    process = Process(1000, clock)
+    counting = account("connections:900", process, clock)
+    let_in(counting, *[ONE] * 900)
+    assert enter(counting, *map(numbered, range(YIELDS + 1))) == [None] * YIELDS + [Refusal.CONNECTIONS]
+    clock.now += 1
+    let_in(counting, OTHER)
+    assert (counting.connections, process.connections, counting.yielded) == (900, 900, YIELDS + 1)
 
 
 def test_the_defaults_hold_what_was_measured_and_bound_each_source_and_second() -> None:
     assert Process().rule_max == 12_288
-    clock = Clock()
-    counting = account(clock=clock)
-    found = [counting.admit(ONE) for _ in range(PER_SOURCE + 1)]
-    assert found == [None] * PER_SOURCE + [Refusal.PER_SOURCE]
-    found = [counting.admit(numbered(n)) for n in range(RATE - PER_SOURCE + 1)]
+    counting = account()
+    assert enter(counting, *[ONE] * (PER_SOURCE + 1)) == [None] * PER_SOURCE + [Refusal.PER_SOURCE]
+    found = enter(counting, *map(numbered, range(RATE - PER_SOURCE + 1)))
     assert found == [None] * (RATE - PER_SOURCE) + [Refusal.RATE]
 
 
 def test_new_limits_hold_for_newcomers_and_give_no_second_burst() -> None:
     counting = account("rate:2")
-    assert [counting.admit(numbered(n)) for n in range(2)] == [None, None]
+    let_in(counting, numbered(0), numbered(1))
     counting.change(Limits(connections=1, rate=2))
     assert counting.connections == 2
-    assert counting.admit(ONE) is Refusal.CONNECTIONS
+    assert enter(counting, numbered(0)) == [Refusal.CONNECTIONS]
     counting.change(Limits(rate=2))
-    assert counting.admit(ONE) is Refusal.RATE
+    assert enter(counting, ONE) == [Refusal.RATE]
     counting.change(Limits(rate=3))
-    assert counting.admit(ONE) is None
+    let_in(counting, ONE)
 
 
 def test_ten_thousand_cycles_leave_nothing() -> None:
     clock, process = Clock(), Process()
     counting = account("", process, clock)
+    held: list[Visitor] = []
     for number in range(10_000):
         clock.now += 0.001
-        assert counting.admit(numbered(number % 700)) is None
+        held += let_in(counting, numbered(number % 700))
         if number >= 100:
-            counting.leave(numbered((number - 100) % 700))
+            counting.leave(held.pop(0))
     assert (counting.connections, counting.sources) == (100, 100)
-    for number in range(9_900, 10_000):
-        counting.leave(numbered(number % 700))
+    for visitor in held:
+        counting.leave(visitor)
     assert (counting.connections, counting.sources, process.connections) == (0, 0, 0)
 
 
-@given(st.lists(st.integers(-6, 6).filter(bool), max_size=60))
-def test_whatever_comes_and_goes_no_limit_is_passed_and_nothing_is_refused_below_all(
-    moves: list[int],
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(-6, 6).filter(bool)), max_size=60))
+def test_whatever_comes_and_goes_no_limit_is_passed_and_only_who_holds_more_makes_room(
+    moves: list[tuple[int, int]],
 ) -> None:
     process = Process(5)
-    counting = account("connections:4,per-source:2", process)
-    held: list[int] = []
-    for move in moves:
-        source = abs(move)
+    accounts = [account("connections:4,per-source:2", process) for _ in range(2)]
+    held: list[list[Visitor]] = [[], []]
+    for which, move in moves:
+        counting, source = accounts[which], numbered(abs(move))
         if move > 0:
-            refusal = counting.admit(numbered(source))
-            assert (refusal is None) is (held.count(source) < 2 and len(held) < 4)
-            held += [source] * (refusal is None)
-        elif source in held:
-            held.remove(source)
-            counting.leave(numbered(source))
-        assert counting.connections == process.connections == len(held)
-        assert counting.sources == len(set(held))
+            visitor = Visitor(source)
+            numbers = [len(own) for own in held]
+            own = sum(other.source == source for other in held[which])
+            refusal = counting.admit(visitor)
+            held[which] += [visitor] * (refusal is None)
+            assert refusal is None or own == 2 or sum(numbers) == 5 or numbers[which] == 4
+            for index, visitors in enumerate(held):
+                gone = [other for other in visitors if other.has_made_room]
+                assert len(gone) <= 1
+                for other in gone:
+                    visitors.remove(other)
+                    assert refusal is None
+                    if index == which:
+                        assert sum(one.source == other.source for one in visitors) >= own
+                    else:
+                        assert numbers[index] > numbers[which]
+        else:
+            for visitor in [one for one in held[which] if one.source == source][:1]:
+                held[which].remove(visitor)
+                counting.leave(visitor)
+                counting.leave(visitor)
+        assert [one.connections for one in accounts] == [len(own) for own in held]
+        assert process.connections == sum(map(len, held)) <= 5
+        assert all(len(own) <= 4 for own in held)
+        for counting, own in zip(accounts, held, strict=True):
+            assert counting.sources == len({visitor.source for visitor in own})
+            assert set(counting.crowd) == set(own)
 
 
 @pytest.mark.parametrize(("limits", "number"), [("", 12_288), ("connections:7", 7)])

@@ -58,7 +58,7 @@ def accounts(listener: Listener) -> list[Account]:
     [
         ("connections:2", "2 connections, the limit connections"),
         ("per-source:2", "2 connections, the limit per-source"),
-        ("rate:2", "more than 2 new connections in a second, the limit rate"),
+        ("rate:4", "more than 4 new connections in a second, the limit rate"),  # half for one source
     ],
 )
 @pytest.mark.usefixtures("tunnel_home", "said_once")
@@ -104,6 +104,34 @@ async def test_one_source_that_holds_all_it_may_keeps_nobody_else_out(
             assert await is_reset(refused)
         async with await connect_from("127.0.0.2", port) as near, await accept(server) as far:
             await echo_once(near, far)
+
+
+@pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.usefixtures("tunnel_home", "said_once")
+async def test_the_idlest_connection_of_the_largest_holder_makes_room(
+    tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, transport: str
+) -> None:
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server), limits="connections:2", transport=transport)
+    async with (
+        running_listener(config, FakeClient(tmp_path, "serve").command) as listener,
+        AsyncExitStack() as undo,
+    ):
+        greedy = []
+        for _ in range(2):
+            near = await undo.enter_async_context(await connect_from("127.0.0.1", port))
+            far = await undo.enter_async_context(await accept(server))
+            await echo_once(near, far)
+            greedy.append((near, far))
+        await echo_once(*greedy[0])
+        other = await undo.enter_async_context(await connect_from("127.0.0.2", port))
+        assert await is_reset(greedy[1][0])
+        other_far = await undo.enter_async_context(await accept(server))
+        await echo_once(other, other_far)
+        await echo_once(*greedy[0])
+        (forward,) = listener.report().forwards
+        assert (forward.connections, forward.refused) == (2, {"made-room": 1})
+    assert [m for m in caplog.messages if "ended the idlest connection of 127.0.0.1" in m]
 
 
 async def test_all_forwards_together_hold_what_the_process_may(tmp_path: Path, server: socket.socket) -> None:
