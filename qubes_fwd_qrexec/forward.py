@@ -125,8 +125,17 @@ class Forward:
         """The forward is over: listen no more; what is live is cut or goes on, as the rule says."""
         self.stop_listening()
         if self.config.on_expire is OnExpire.CUT:
-            for connection in self._live:
-                connection.cut()
+            self.cut()
+
+    def cut(self) -> None:
+        """End all connections."""
+        for connection in self._live:
+            connection.cut()
+
+    @property
+    def connections(self) -> int:
+        """How many are live."""
+        return len(self._live)
 
     def stop_listening(self) -> None:
         """Close the listening sockets; connections go on."""

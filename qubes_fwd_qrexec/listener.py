@@ -23,6 +23,7 @@ from .call import CallTimeouts
 from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
+from .draining import Draining
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Forward, Means
 from .lifetime import Expiry
@@ -78,6 +79,7 @@ class Listener:
         self._process = Process(connections_max)
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
+        self._draining = Draining()
         self._unopened = Unopened()
         self._stamp: object = None
         self._stopping = trio.Event()
@@ -150,6 +152,7 @@ class Listener:
     def _look(self) -> None:
         """Do what is due: what has expired ends, what has changed is taken up, what failed is tried again."""
         self._end_expired()
+        self._draining.look()
         if (now := self._source.stamp()) != self._stamp:
             self._stamp = now
             self.reload()
@@ -185,6 +188,7 @@ class Listener:
             forwards=tuple(forward.report() for forward in forwards[:FORWARDS_MAX]),
             problems=tuple(Problem(one_line(k), one_line(text)) for k, text in problems[:PROBLEMS_MAX]),
             left_out=max(0, len(forwards) - FORWARDS_MAX),
+            draining=self._draining.report()[:FORWARDS_MAX],
         )
 
     async def try_out(self, untrusted_key: str) -> Trial:
@@ -256,6 +260,7 @@ class Listener:
     def _end(self, name: tuple[QubeName, RuleName], why: str) -> None:
         forward = self._forwards.pop(name)
         forward.close()
+        self._draining.add(forward)
         _logger.info("closed: %s: %s", forward, why)
 
     def _is_expired(self, config: ListenerConfig) -> bool:

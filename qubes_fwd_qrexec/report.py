@@ -2,40 +2,23 @@
 """What a qube answers when dom0 asks how its forwards are: one JSON document with a version.
 
 The listener prints a `ListenerReport`, the service ``qubes.ForwardStatus`` a `QubeReport` around it, and
-dom0 parses that as what it is: bytes of a qube that may lie. Sizes, types and charset are checked, and
-what is not as it should be is refused as a whole. Keys that are unknown are passed over, so that a newer
-qube may say more under the same version.
+dom0 parses that as what it is: the document of a qube that may lie (`document`).
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from .errors import ForwardError, TextError
+from .document import REPORT_MAX_BYTES, TEXT_MAX, VERSION, Reader, ReportError, dump, load
 from .rules import Transport
 from .values import QubeName, RuleName, TargetPorts, parse_qube_name, parse_rule_name
 
-VERSION = 1
-# A thousand forwards with all that can be said of each, and room to spare.
-REPORT_MAX_BYTES = 2 << 20
+__all__ = ["REPORT_MAX_BYTES", "TEXT_MAX", "VERSION", "ReportError", "dump", "load"]
+
 FORWARDS_MAX = 1000
 PROBLEMS_MAX = 100
 TUNNELS_MAX = 1000
-REASONS_MAX = 32
-# relay-behaviours 45: as a line of the log.
-TEXT_MAX = 200
-# Nothing counts further than a signed number of 64 bits.
-_NUMBER_MAX = 2**63 - 1
-_REASON = re.compile(r"[a-z][a-z-]{0,31}\Z", re.ASCII)
-_PRINTABLE = re.compile(r"[\x20-\x7e]*\Z", re.ASCII)
-_E = TypeVar("_E", bound=StrEnum)
-_V = TypeVar("_V")
-
-
-class ReportError(ForwardError):
-    """An answer is no report; the text says where it is not, and repeats nothing of it unescaped."""
 
 
 class Way(StrEnum):
@@ -109,7 +92,7 @@ class ForwardReport:
         }
 
     @classmethod
-    def read(cls, untrusted: "_Reader") -> Self:
+    def read(cls, untrusted: Reader) -> Self:
         return cls(
             target=untrusted.parsed("target", parse_qube_name),
             name=untrusted.parsed("name", parse_rule_name),
@@ -139,18 +122,49 @@ class Problem:
         return {"key": self.key, "text": self.text}
 
     @classmethod
-    def read(cls, untrusted: "_Reader") -> Self:
+    def read(cls, untrusted: Reader) -> Self:
         return cls(untrusted.text("key"), untrusted.text("text"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrainingReport:
+    """A forward that is closed and whose connections may finish; they are cut after ``left_s`` seconds."""
+
+    target: QubeName
+    name: RuleName
+    connections: int
+    left_s: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "name": self.name,
+            "connections": self.connections,
+            "left_s": self.left_s,
+        }
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        return cls(
+            target=untrusted.parsed("target", parse_qube_name),
+            name=untrusted.parsed("name", parse_rule_name),
+            connections=untrusted.number("connections"),
+            left_s=untrusted.number("left_s"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerReport:
-    """The listener of an exposed qube; ``left_out`` forwards are not told of, as there are too many."""
+    """The listener of an exposed qube; ``left_out`` forwards are not told of, as there are too many.
+
+    ``draining`` are forwards that are closed already: one may be there twice, and under ``forwards`` again.
+    """
 
     since: int
     forwards: tuple[ForwardReport, ...]
     problems: tuple[Problem, ...] = ()
     left_out: int = 0
+    draining: tuple[DrainingReport, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -159,21 +173,23 @@ class ListenerReport:
             "forwards": [forward.as_json() for forward in self.forwards],
             "problems": [problem.as_json() for problem in self.problems],
             "left_out": self.left_out,
+            "draining": [forward.as_json() for forward in self.draining],
         }
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
         """Raises `ReportError`."""
-        return cls.read(_Reader(load(untrusted_answer), "the listener's answer"))
+        return cls.read(Reader(load(untrusted_answer), "the listener's answer"))
 
     @classmethod
-    def read(cls, untrusted: "_Reader") -> Self:
+    def read(cls, untrusted: Reader) -> Self:
         untrusted.check_version()
         return cls(
             since=untrusted.number("since"),
             forwards=untrusted.several("forwards", FORWARDS_MAX, ForwardReport.read),
             problems=untrusted.several("problems", PROBLEMS_MAX, Problem.read),
             left_out=untrusted.number("left_out"),
+            draining=untrusted.several("draining", FORWARDS_MAX, DrainingReport.read),
         )
 
     def find(self, target: str, name: str) -> ForwardReport | None:
@@ -195,7 +211,7 @@ class TunnelsReport:
         return {"source": self.source, "ports": str(self.ports), "count": self.count}
 
     @classmethod
-    def read(cls, untrusted: "_Reader") -> Self:
+    def read(cls, untrusted: Reader) -> Self:
         return cls(
             untrusted.parsed("source", parse_qube_name),
             untrusted.parsed("ports", TargetPorts.parse),
@@ -217,10 +233,10 @@ class Trial:
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
         """Raises `ReportError`."""
-        return cls.read(_Reader(load(untrusted_answer), "the trial's answer"))
+        return cls.read(Reader(load(untrusted_answer), "the trial's answer"))
 
     @classmethod
-    def read(cls, untrusted: "_Reader") -> Self:
+    def read(cls, untrusted: Reader) -> Self:
         return cls(untrusted.word("answer", Answer), untrusted.text("reason"), untrusted.text("text"))
 
 
@@ -239,10 +255,10 @@ class FirewallReport:
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
         """Raises `ReportError`."""
-        return cls.read(_Reader(load(untrusted_answer), "what is said of the firewall"))
+        return cls.read(Reader(load(untrusted_answer), "what is said of the firewall"))
 
     @classmethod
-    def read(cls, untrusted: "_Reader") -> Self:
+    def read(cls, untrusted: Reader) -> Self:
         words = untrusted.word("ip", Firewall), untrusted.word("ip6", Firewall)
         return cls(*words, untrusted.texts("waiting", FORWARDS_MAX))
 
@@ -261,7 +277,7 @@ class QubeReport:
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
         """Raises `ReportError`."""
-        untrusted = _Reader(load(untrusted_answer), "the answer")
+        untrusted = Reader(load(untrusted_answer), "the answer")
         untrusted.check_version()
         return cls(
             program=untrusted.text("program"),
@@ -282,114 +298,3 @@ class QubeReport:
             "trial": None if self.trial is None else self.trial.as_json(),
             "firewall": self.firewall.as_json(),
         }
-
-
-def load(untrusted_text: bytes) -> object:
-    """The JSON value of an answer. Raises `ReportError`."""
-    import json
-
-    if len(untrusted_text) > REPORT_MAX_BYTES:
-        raise ReportError(f"the answer has more than {REPORT_MAX_BYTES} bytes")
-    try:
-        # Whatever may stand in it is ASCII.
-        value: object = json.loads(untrusted_text.decode("ascii"), object_pairs_hook=_once)
-    except (ValueError, RecursionError):
-        raise ReportError("the answer is no JSON in ASCII") from None
-    return value
-
-
-def dump(value: Mapping[str, Any]) -> bytes:
-    """One document, on one line."""
-    import json
-
-    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-class _Reader:
-    """An object of the document whose members are checked as they are read; ``place`` is where it stands."""
-
-    def __init__(self, untrusted_value: object, place: str) -> None:
-        if not isinstance(untrusted_value, dict):
-            raise ReportError(f"{place} must be an object")
-        self._untrusted = untrusted_value
-        self._place = place
-
-    def check_version(self) -> None:
-        version = self.number("version")
-        if version != VERSION:
-            raise ReportError(
-                f"{self._place} is of version {version}, and this program reads {VERSION}; "
-                "update the older of the two"
-            )
-
-    def number(self, key: str) -> int:
-        untrusted = self._member(key)
-        if type(untrusted) is not int or not 0 <= untrusted <= _NUMBER_MAX:
-            raise self._error(key, "a whole number")
-        return untrusted
-
-    def flag(self, key: str) -> bool:
-        untrusted = self._member(key)
-        if not isinstance(untrusted, bool):
-            raise self._error(key, "true or false")
-        return untrusted
-
-    def text(self, key: str) -> str:
-        return self._text(key, self._member(key))
-
-    def texts(self, key: str, most: int) -> tuple[str, ...]:
-        return tuple(self._text(key, untrusted) for untrusted in self._list(key, most))
-
-    def word(self, key: str, words: type[_E]) -> _E:
-        try:
-            return words(self.text(key))
-        except ValueError:
-            raise self._error(key, f"one of {', '.join(words)}") from None
-
-    def parsed(self, key: str, parse: Callable[[str], _V]) -> _V:
-        try:
-            return parse(self.text(key))
-        except TextError as error:
-            raise self._error(key, error.expected) from None
-
-    def counts(self, key: str) -> dict[str, int]:
-        inner = self.inner(key)
-        if len(inner._untrusted) > REASONS_MAX or not all(map(_REASON.match, inner._untrusted)):
-            raise self._error(key, f"at most {REASONS_MAX} words with their numbers")
-        return {reason: inner.number(reason) for reason in inner._untrusted}
-
-    def optional(self, key: str, read: Callable[[str], _V]) -> _V | None:
-        return None if self._member(key) is None else read(key)
-
-    def several(self, key: str, most: int, read: Callable[["_Reader"], _V]) -> tuple[_V, ...]:
-        untrusted = self._list(key, most)
-        return tuple(read(_Reader(entry, f"{self._place}: {key}")) for entry in untrusted)
-
-    def inner(self, key: str) -> "_Reader":
-        return _Reader(self._member(key), f"{self._place}: {key}")
-
-    def _text(self, key: str, untrusted: object) -> str:
-        if not isinstance(untrusted, str) or len(untrusted) > TEXT_MAX or not _PRINTABLE.match(untrusted):
-            raise self._error(key, f"printable ASCII, at most {TEXT_MAX} characters")
-        return untrusted
-
-    def _list(self, key: str, most: int) -> list[object]:
-        untrusted = self._member(key)
-        if not isinstance(untrusted, list) or len(untrusted) > most:
-            raise self._error(key, f"a list of at most {most}")
-        return untrusted
-
-    def _member(self, key: str) -> object:
-        if key not in self._untrusted:
-            raise ReportError(f"{self._place}: {key} is missing")
-        return self._untrusted[key]
-
-    def _error(self, key: str, expected: str) -> ReportError:
-        return ReportError(f"{self._place}: {key} must be {expected}")

@@ -11,7 +11,18 @@ import pytest
 
 PACKAGE = "qubes_fwd_qrexec"
 ROOT = Path(__file__).parent.parent / PACKAGE
-VOCABULARY = ("errors", "values", "options", "rules", "exchange", "rulexml", "config", "report", "allowance")
+VOCABULARY = (
+    "errors",
+    "values",
+    "options",
+    "rules",
+    "exchange",
+    "rulexml",
+    "config",
+    "document",
+    "report",
+    "allowance",
+)
 
 
 def module_name(file: Path) -> str:

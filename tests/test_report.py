@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_fwd_qrexec import report
+from qubes_fwd_qrexec import document, report
 from qubes_fwd_qrexec.report import (
     Answer,
+    DrainingReport,
     Firewall,
     FirewallReport,
     ForwardReport,
@@ -52,6 +53,16 @@ listeners = st.builds(
     forwards=st.lists(forwards, max_size=3).map(tuple),
     problems=st.lists(st.builds(Problem, texts, texts), max_size=3).map(tuple),
     left_out=numbers,
+    draining=st.lists(
+        st.builds(
+            DrainingReport,
+            target=qubes,
+            name=st.just(RuleName("web")),
+            connections=numbers,
+            left_s=numbers,
+        ),
+        max_size=3,
+    ).map(tuple),
 )
 trials = st.builds(Trial, st.sampled_from(Answer), texts, texts)
 ports = st.builds(TargetPorts, st.integers(1, 99), st.integers(99, 65535))
@@ -215,7 +226,7 @@ def test_the_largest_report_fits() -> None:
     longest = {
         "target": QubeName("a" * 31),
         "name": RuleName("a" * 16),
-        "refused": {chr(97 + n) * 32: 2**63 - 1 for n in range(report.REASONS_MAX // 2)},
+        "refused": {chr(97 + n) * 32: 2**63 - 1 for n in range(document.REASONS_MAX // 2)},
         "last_error": '"' * report.TEXT_MAX,
     }
     whole = FORWARD.as_json() | longest | dict.fromkeys(("since", "sent", "received", "total"), 2**63 - 1)

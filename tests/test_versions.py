@@ -198,7 +198,8 @@ REPORT_0_1 = (
     b'{"version":1,"program":"0.1.0","listener":{"version":1,"since":1,"forwards":[{"target":"work","name":"web",'
     b'"since":1,"connections":2,"total":3,"refused":{"stranger":4},"sent":5,"received":6,"transport":"tunnel",'
     b'"way":"open","tunnels":1,"is_listening":true,"last_error":null,"last_error_at":null}],"problems":'
-    b'[{"key":"fwd.work.ssh","text":"the port is in use"}],"left_out":0},"listener_problem":null,"tunnels":'
+    b'[{"key":"fwd.work.ssh","text":"the port is in use"}],"left_out":0,"draining":[{"target":'
+    b'"work","name":"old","connections":1,"left_s":60}]},"listener_problem":null,"tunnels":'
     b'[{"source":"sys-net","ports":"80-80","count":1}],"trial":{"answer":"through","reason":"","text":""},'
     b'"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]}}\n'
 )

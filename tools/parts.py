@@ -37,7 +37,7 @@ DEBIAN_NAMES = {
 # The vocabulary, and what programs of both sides ask of the operating system.
 COMMON = (
     *("__init__", "errors", "values", "options", "rules", "exchange", "rulexml", "config"),
-    *("inotify", "notify", "report", "allowance"),
+    *("inotify", "notify", "document", "report", "allowance"),
 )
 # The one module of admin/ that knows the lab; dom0 loads it only when a lab is named.
 LAB_BACKEND = Path("admin/labstore.py")

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A JSON document of a qube that may lie, read member by member.
+
+Sizes, types and charset are checked, and what is not as it should be is refused as a whole. Unknown keys are
+passed over, so that a newer qube may say more under the same version.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from .errors import ForwardError, TextError
+
+VERSION = 1
+# A thousand forwards with all that can be said of each, and room to spare.
+REPORT_MAX_BYTES = 2 << 20
+REASONS_MAX = 32
+# relay-behaviours 45: as a line of the log.
+TEXT_MAX = 200
+# Nothing counts further than a signed number of 64 bits.
+_NUMBER_MAX = 2**63 - 1
+_REASON = re.compile(r"[a-z][a-z-]{0,31}\Z", re.ASCII)
+_PRINTABLE = re.compile(r"[\x20-\x7e]*\Z", re.ASCII)
+_E = TypeVar("_E", bound=StrEnum)
+_V = TypeVar("_V")
+
+
+class ReportError(ForwardError):
+    """An answer is no report; the text says where it is not, and repeats nothing of it unescaped."""
+
+
+def load(untrusted_text: bytes) -> object:
+    """The JSON value of an answer. Raises `ReportError`."""
+    import json
+
+    if len(untrusted_text) > REPORT_MAX_BYTES:
+        raise ReportError(f"the answer has more than {REPORT_MAX_BYTES} bytes")
+    try:
+        # Whatever may stand in it is ASCII.
+        value: object = json.loads(untrusted_text.decode("ascii"), object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        raise ReportError("the answer is no JSON in ASCII") from None
+    return value
+
+
+def dump(value: Mapping[str, Any]) -> bytes:
+    """One document, on one line."""
+    import json
+
+    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+class Reader:
+    """An object of the document whose members are checked as they are read; ``place`` is where it stands."""
+
+    def __init__(self, untrusted_value: object, place: str) -> None:
+        if not isinstance(untrusted_value, dict):
+            raise ReportError(f"{place} must be an object")
+        self._untrusted = untrusted_value
+        self._place = place
+
+    def check_version(self) -> None:
+        version = self.number("version")
+        if version != VERSION:
+            raise ReportError(
+                f"{self._place} is of version {version}, and this program reads {VERSION}; "
+                "update the older of the two"
+            )
+
+    def number(self, key: str) -> int:
+        untrusted = self._member(key)
+        if type(untrusted) is not int or not 0 <= untrusted <= _NUMBER_MAX:
+            raise self._error(key, "a whole number")
+        return untrusted
+
+    def flag(self, key: str) -> bool:
+        untrusted = self._member(key)
+        if not isinstance(untrusted, bool):
+            raise self._error(key, "true or false")
+        return untrusted
+
+    def text(self, key: str) -> str:
+        return self._text(key, self._member(key))
+
+    def texts(self, key: str, most: int) -> tuple[str, ...]:
+        return tuple(self._text(key, untrusted) for untrusted in self._list(key, most))
+
+    def word(self, key: str, words: type[_E]) -> _E:
+        try:
+            return words(self.text(key))
+        except ValueError:
+            raise self._error(key, f"one of {', '.join(words)}") from None
+
+    def parsed(self, key: str, parse: Callable[[str], _V]) -> _V:
+        try:
+            return parse(self.text(key))
+        except TextError as error:
+            raise self._error(key, error.expected) from None
+
+    def counts(self, key: str) -> dict[str, int]:
+        inner = self.inner(key)
+        if len(inner._untrusted) > REASONS_MAX or not all(map(_REASON.match, inner._untrusted)):
+            raise self._error(key, f"at most {REASONS_MAX} words with their numbers")
+        return {reason: inner.number(reason) for reason in inner._untrusted}
+
+    def optional(self, key: str, read: Callable[[str], _V]) -> _V | None:
+        return None if self._member(key) is None else read(key)
+
+    def several(self, key: str, most: int, read: Callable[["Reader"], _V]) -> tuple[_V, ...]:
+        untrusted = self._list(key, most)
+        return tuple(read(Reader(entry, f"{self._place}: {key}")) for entry in untrusted)
+
+    def inner(self, key: str) -> "Reader":
+        return Reader(self._member(key), f"{self._place}: {key}")
+
+    def _text(self, key: str, untrusted: object) -> str:
+        if not isinstance(untrusted, str) or len(untrusted) > TEXT_MAX or not _PRINTABLE.match(untrusted):
+            raise self._error(key, f"printable ASCII, at most {TEXT_MAX} characters")
+        return untrusted
+
+    def _list(self, key: str, most: int) -> list[object]:
+        untrusted = self._member(key)
+        if not isinstance(untrusted, list) or len(untrusted) > most:
+            raise self._error(key, f"a list of at most {most}")
+        return untrusted
+
+    def _member(self, key: str) -> object:
+        if key not in self._untrusted:
+            raise ReportError(f"{self._place}: {key} is missing")
+        return self._untrusted[key]
+
+    def _error(self, key: str, expected: str) -> ReportError:
+        return ReportError(f"{self._place}: {key} must be {expected}")
