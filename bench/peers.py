@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import ClassVar
 
-from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.lab.knobs import CALLS_PER_TARGET
 from qubes_fwd_qrexec.rules import Limits, Transport
 from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
@@ -132,6 +132,7 @@ class ListenerPeer(Peer):
         config = ListenerConfig(
             target=QubeName(TARGET),
             name=RuleName("bench"),
+            side=Side.OUTER,
             listen=(ip_address(_HOST),),
             listen_ports=ListenPorts(port, port),
             target_ports=TargetPorts(self.setting.server_port, self.setting.server_port),

@@ -13,6 +13,7 @@ import trio
 
 from .deadpeers import notice_dead_peers
 from .errors import ForwardError
+from .ingress import note_ingress
 from .logs import RateLimit, warn
 from .portholder import port_holder
 from .relay import abort_by_default, keep_urgent_bytes
@@ -75,6 +76,7 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         abort_by_default(sock)
         notice_dead_peers(sock)
         keep_urgent_bytes(sock)
+        note_ingress(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
         sock.bind((str(address), port))

@@ -37,6 +37,22 @@ class Service(StrEnum):
     CONNECT_TCP = "qubes.ConnectTCP"
 
 
+class Side(StrEnum):
+    """By which interfaces of the exposed qube a forward may be entered."""
+
+    OUTER = "outer"
+    """What is neither an uplink nor a vif: NICs, and the interfaces of a VPN."""
+    UPLINK = "uplink"
+    """The interface to the qube's own netvm."""
+    VIFS = "vifs"
+    """Those to other qubes."""
+
+    @property
+    def group(self) -> int:
+        """Of its interfaces: qubes-core-agent-linux sets it in network/setup-ip and vif-route-qubes."""
+        return {Side.OUTER: 0, Side.UPLINK: 1, Side.VIFS: 2}[self]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerConfig:
     """One forward, as its listener needs it; raises `ConfigError` where it does not fit into QubesDB.
@@ -46,6 +62,7 @@ class ListenerConfig:
 
     target: QubeName
     name: RuleName
+    side: Side
     listen: tuple[IPAddress, ...]
     listen_ports: ListenPorts
     target_ports: TargetPorts
@@ -74,12 +91,19 @@ class ListenerConfig:
 
     @classmethod
     def of_rule(
-        cls, target: QubeName, name: RuleName, rule: ForwardRule, service: Service, transport: Transport
+        cls,
+        target: QubeName,
+        name: RuleName,
+        rule: ForwardRule,
+        service: Service,
+        transport: Transport,
+        side: Side,
     ) -> Self:
-        """What the exposed qube is told of a rule, once the plan has decided service and transport."""
+        """What the exposed qube is told of a rule, once the plan has decided service, transport and side."""
         return cls(
             target=target,
             name=name,
+            side=side,
             listen=rule.listen_addresses,
             listen_ports=rule.listen_ports,
             target_ports=rule.target_ports,
@@ -168,6 +192,7 @@ _FORMS = {
     "version": Form("version", values.parse_number),
     "service": Form("service", one_of(Service)),
     "transport": Form("transport", one_of(Transport)),
+    "side": Form("side", one_of(Side)),
     "listen": Form("listen", _parse_addresses, lambda addresses: ",".join(map(str, addresses))),
     "srcports": Form("listen_ports", ListenPorts.parse),
     "dstports": Form("target_ports", TargetPorts.parse),
@@ -180,6 +205,7 @@ _FORMS = {
 _REQUIRED = {
     "service": "service",
     "transport": "transport",
+    "side": "side",
     "listen": "listen",
     "listen_ports": "srcports",
     "target_ports": "dstports",

@@ -22,6 +22,7 @@ from .config import ListenerConfig
 from .connectionlog import ConnectionLog
 from .counters import WAYS, Carried, Counters
 from .errors import RefusedError
+from .ingress import came_by
 from .lifetime import Expiry
 from .limits import Account, Process, Refusal
 from .logs import RateLimit, one_line, warn
@@ -179,6 +180,8 @@ class Forward:
         """Why it is not let in; where it is, it is counted, and `_serve` is its end."""
         if connection.source not in self.config.sources:
             return Refusal.STRANGER
+        if not came_by(connection.sock, self.config.side):
+            return Refusal.SIDE
         return self.account.admit(connection)
 
     async def _serve(self, port: int, connection: _Connection) -> None:

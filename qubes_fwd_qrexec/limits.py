@@ -38,6 +38,7 @@ class Refusal(StrEnum):
     """Why a connection is not let in. The values are the rule's own words where it has any."""
 
     STRANGER = "srchosts"
+    SIDE = "side"
     PER_SOURCE = "per-source"
     CONNECTIONS = "connections"
     PROCESS = "process"
@@ -242,5 +243,7 @@ class Account:
                 return f"all forwards together have {self._process.connections_max} connections"
             case Refusal.RATE:
                 return f"more than {self._rate.rate} new connections in a second, the limit rate"
+            case Refusal.SIDE:
+                return "it came by another interface than those of the forward's side"
             case Refusal.STRANGER:
                 return "it is in none of the networks of srchosts"

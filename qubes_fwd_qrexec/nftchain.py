@@ -8,8 +8,9 @@ are there only while a forward needs them. No other rule, chain or table is ever
 A rule is compared by its comment, which ends in a digest of what the rule says: nft prints one and the
 same rule differently from version to version.
 
-A rule names the port, and the address too unless it is listened on at all of them. So who has the same port
-at another address is not let in to; at all addresses the kernel lets nobody else listen beside the listener.
+A rule names the side by which connections may come, the port, and the address too unless it is listened on
+at all of them. So who has the same port at another address is not let in to; at all addresses the kernel lets
+nobody else listen beside the listener.
 
 All of this is text and values; `nft` carries it out.
 """
@@ -21,7 +22,7 @@ from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from typing import Any
 
-from .config import ListenerConfig
+from .config import ListenerConfig, Side
 from .errors import ForwardError
 from .values import Binding, IPAddress, IPNetwork, PortRange
 
@@ -115,7 +116,13 @@ def _matches(
         all_ports = [f"tcp dport {ports.brief()}" for ports in _open_ports(config, address, listening)]
         for network in _networks(config, family):
             of = () if network.prefixlen == 0 else (f"{family} saddr {network}",)
-            yield from ((*of, *to, ports) for ports in all_ports)
+            yield from ((*_by(config.side), *of, *to, ports) for ports in all_ports)
+
+
+def _by(side: Side) -> tuple[str, ...]:
+    """The interfaces of a side. By group and never by index: eth0 and vifs are made anew with their netvm."""
+    this = f"iifgroup {side.group}"
+    return (this, 'iifname != "lo"') if side is Side.OUTER else (this,)
 
 
 def _open_ports(

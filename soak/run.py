@@ -20,7 +20,7 @@ import trio
 
 from bench.memory import descendants, open_files, pss_kib
 from bench.processes import Child
-from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
 from qubes_fwd_qrexec.rules import Transport
@@ -268,6 +268,7 @@ def _config(listen: int, target: int) -> ListenerConfig:
     return ListenerConfig(
         target=QubeName(_TARGET),
         name=RuleName("soak"),
+        side=Side.OUTER,
         listen=(ip_address(_HOST),),
         listen_ports=ListenPorts(listen, listen + _WORKERS - 1),
         target_ports=TargetPorts(target, target + _WORKERS - 1),

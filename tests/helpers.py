@@ -264,6 +264,7 @@ def write_config(directory: Path, listen_port: int, target_port: int, **options:
         "version": "1",
         "service": "qubes.ForwardTCP",
         "transport": "call",
+        "side": "outer",
         "listen": "127.0.0.1",
         "srcports": f"{listen_port}-{listen_port}",
         "dstports": f"{target_port}-{target_port}",

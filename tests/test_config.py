@@ -9,21 +9,24 @@ from hypothesis import strategies as st
 from rule_strategies import named_rules
 
 from qubes_fwd_qrexec import config
-from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX, ListenerConfig, Service
+from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX, ListenerConfig, Service, Side
 from qubes_fwd_qrexec.errors import ConfigError
 from qubes_fwd_qrexec.rules import ForwardRule, NamedRule, Transport
 from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
 LINE = (
-    "version=1 service=qubes.ForwardTCP transport=call listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
+    "version=1 service=qubes.ForwardTCP transport=call side=outer "
+    "listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
     "srchosts=10.0.0.0/8"
 )
 
 
 @settings(deadline=None)
-@given(named_rules, st.sampled_from([Transport.CALL, Transport.TUNNEL]))
-def test_it_prints_what_it_parses_and_fits_into_qubesdb(named: NamedRule, transport: Transport) -> None:
-    told = ListenerConfig.of_rule(named.target, named.name, named.rule, Service.FORWARD_TCP, transport)
+@given(named_rules, st.sampled_from([Transport.CALL, Transport.TUNNEL]), st.sampled_from(Side))
+def test_it_prints_what_it_parses_and_fits_into_qubesdb(
+    named: NamedRule, transport: Transport, side: Side
+) -> None:
+    told = ListenerConfig.of_rule(named.target, named.name, named.rule, Service.FORWARD_TCP, transport, side)
     assert ListenerConfig.parse(told.key, str(told)) == told
     assert config.is_forward_key(told.key)
     assert len(told.key) <= KEY_MAX
@@ -37,7 +40,7 @@ def test_no_comment_owner_or_path_reaches_the_qube() -> None:
         "action=forward srcports=80 srchosts=any owner=secret path=hidden via=other comment=private"
     )
     told = ListenerConfig.of_rule(
-        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.CALL
+        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.CALL, Side.VIFS
     )
     assert not any(word in f"{told.key} {told}" for word in ("secret", "hidden", "other", "private"))
 
@@ -75,11 +78,11 @@ def test_keys_that_are_none(key: str) -> None:
         ),
         (LINE.replace("version=1", "version="), "'version=', written for another version"),
         (LINE.removeprefix("version=1 "), "option 'version' is missing; this listener reads version=1"),
-        (f"{LINE} mark=7", "option 'mark' at column 120: unknown option; if dom0's package is newer"),
+        (f"{LINE} mark=7", "option 'mark' at column 131: unknown option; if dom0's package is newer"),
         (f"{LINE} mark=7", "update this qube's template"),
         (LINE.replace(" listen=0.0.0.0", ""), "option 'listen' is missing"),
         (LINE.replace("srchosts=10.0.0.0/8", "srchosts="), "option 'srchosts' at column"),
-        (f"{LINE} comment=x", "option 'comment' at column 120: unknown option"),
+        (f"{LINE} comment=x", "option 'comment' at column 131: unknown option"),
         (LINE.replace("call", "auto"), "transport is undecided; tunnel or call would be right"),
         (LINE.replace("8080-8080", "1-2"), "srcports and dstports differ in length"),
         (
@@ -88,7 +91,7 @@ def test_keys_that_are_none(key: str) -> None:
         ),
         (
             f"{LINE} expire=253402300800",
-            "option 'expire' at column 120: '253402300800' is not a time in UNIX seconds, which are at most "
+            "option 'expire' at column 131: '253402300800' is not a time in UNIX seconds, which are at most "
             "253402300799",
         ),
         ("\x00", "'\\x00' at column 1: an option is written name=value"),
@@ -114,6 +117,7 @@ def test_a_value_too_large_for_qubesdb_is_refused() -> None:
         ListenerConfig(
             target=QubeName("work"),
             name=RuleName("web"),
+            side=Side.OUTER,
             listen=(),
             listen_ports=ListenPorts(80, 80),
             target_ports=TargetPorts(80, 80),

@@ -14,7 +14,8 @@ from qubes_fwd_qrexec.logs import LINE_MAX, one_line
 
 CONFIG = ListenerConfig.parse(
     "fwd.work.web",
-    "version=1 service=qubes.ForwardTCP transport=tunnel listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
+    "version=1 service=qubes.ForwardTCP transport=tunnel side=outer "
+    "listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
     "srchosts=any",
 )
 

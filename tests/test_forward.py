@@ -195,7 +195,8 @@ def config(port: int, **options: str) -> ListenerConfig:
     text = " ".join(f"{name}={value}" for name, value in given.items())
     return ListenerConfig.parse(
         "fwd.work.web",
-        f"version=1 service=qubes.ForwardTCP transport=call srcports={port}-{port} dstports=80-80 {text}",
+        f"version=1 service=qubes.ForwardTCP transport=call side=outer "
+        f"srcports={port}-{port} dstports=80-80 {text}",
     )
 
 
@@ -209,7 +210,8 @@ async def means(client: tuple[str, ...]) -> AsyncIterator[Means]:
 def test_a_forward_listens_on_every_address_and_port() -> None:
     both = ListenerConfig.parse(
         "fwd.work.web",
-        "version=1 service=qubes.ForwardTCP transport=call listen=127.0.0.1,127.0.0.2 srcports=80-81 "
+        "version=1 service=qubes.ForwardTCP transport=call side=outer "
+        "listen=127.0.0.1,127.0.0.2 srcports=80-81 "
         "dstports=8080-8081 srchosts=any",
     )
     addresses = IPv4Address("127.0.0.1"), IPv4Address("127.0.0.2")

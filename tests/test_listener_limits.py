@@ -264,7 +264,7 @@ def test_mapped_and_scoped_peers_are_known_by_what_they_are(
     address: str, networks: str, is_allowed: bool
 ) -> None:
     """relay-behaviours 39."""
-    value = "version=1 service=qubes.ForwardTCP transport=call listen=:: srcports=80 dstports=80"
+    value = "version=1 service=qubes.ForwardTCP transport=call side=outer listen=:: srcports=80 dstports=80"
     config = ListenerConfig.parse("fwd.work.web", f"{value} srchosts={networks}")
     with _From(socket.AF_INET6) as sock:
         sock.address = address

@@ -40,6 +40,7 @@ def line(listen_port: int, target_port: int, **options: str) -> bytes:
         "version": "1",
         "service": "qubes.ForwardTCP",
         "transport": "tunnel",
+        "side": "outer",
         "listen": "127.0.0.1",
         "srcports": f"{listen_port}-{listen_port}",
         "dstports": f"{target_port}-{target_port}",

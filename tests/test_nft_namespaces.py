@@ -17,6 +17,7 @@ import pytest
 from exposed_qube import BOUND_S, IPV4, IPV6, LISTENER_UID, NO_IPV6, PORT, USERS, Edge, Program, becomes
 from helpers import write_config
 
+from qubes_fwd_qrexec.config import Side
 from qubes_fwd_qrexec.lab import netns
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.listening import DIRECTORY
@@ -97,6 +98,20 @@ def test_a_packet_from_the_allowed_network_alone_passes_while_the_forward_is_the
     assert not edge.reaches()
     assert not edge.reaches_by_ipv6()
     assert edge.ruleset() == before
+
+
+@pytest.mark.parametrize("side", Side)
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_a_packet_passes_by_the_interfaces_of_the_forwards_side_alone(
+    edge: Edge, start: Start, side: Side, group: int
+) -> None:
+    """No internal forward from the LAN, no external one from vifs, none of a tunnel qube by its uplink."""
+    write_config(edge.config, PORT, 80, **ALLOWED, side=side)
+    edge.run("ip", "link", "set", "eth0", "group", str(group))
+    program = start()
+    assert edge.reaches() is (group == side.group)
+    assert edge.reaches_by_ipv6() is (group == side.group)
+    program.end()
 
 
 def test_the_users_rules_are_untouched_and_come_first(edge: Edge, start: Start) -> None:

@@ -32,6 +32,7 @@ RULES = (Rule("fwd.work.web", "tcp dport 80 accept"), Rule("fwd.work.ssh", "tcp 
 COMMENTS = tuple(rule.comment for rule in RULES)
 RIGHT = Seen(jumps=(7,), is_jump_right=True, comments=COMMENTS)
 EVERYWHERE = Everywhere()
+OUTER = 'iifgroup 0 iifname != "lo"'
 
 
 @pytest.fixture
@@ -58,32 +59,32 @@ def at(address: str, *ports: int) -> frozenset[Binding]:
 
 def test_a_rule_names_network_and_port(texts: Any) -> None:
     found = texts(listen="0.0.0.0", srchosts="192.168.0.0/16")
-    assert found == {"ip": ["ip saddr 192.168.0.0/16 tcp dport 80 accept"], "ip6": []}
+    assert found == {"ip": [f"{OUTER} ip saddr 192.168.0.0/16 tcp dport 80 accept"], "ip6": []}
 
 
 def test_a_rule_names_the_address_that_is_listened_on(texts: Any) -> None:
     found = texts(listen="10.0.0.1,::,10.0.0.2", srchosts="10.0.0.0/8,fd00::/8", port="80-90")
     assert found == {
         "ip": [
-            "ip saddr 10.0.0.0/8 ip daddr 10.0.0.1 tcp dport 80-90 accept",
-            "ip saddr 10.0.0.0/8 ip daddr 10.0.0.2 tcp dport 80-90 accept",
+            f"{OUTER} ip saddr 10.0.0.0/8 ip daddr 10.0.0.1 tcp dport 80-90 accept",
+            f"{OUTER} ip saddr 10.0.0.0/8 ip daddr 10.0.0.2 tcp dport 80-90 accept",
         ],
-        "ip6": ["ip6 saddr fd00::/8 tcp dport 80-90 accept"],
+        "ip6": [f"{OUTER} ip6 saddr fd00::/8 tcp dport 80-90 accept"],
     }
 
 
 def test_overlapping_networks_are_one(texts: Any) -> None:
     found = texts(listen="0.0.0.0", srchosts="10.0.0.0/9,10.128.0.0/9,10.1.2.3/32,192.168.0.7/32")
     assert found["ip"] == [
-        "ip saddr 10.0.0.0/8 tcp dport 80 accept",
-        "ip saddr 192.168.0.7/32 tcp dport 80 accept",
+        f"{OUTER} ip saddr 10.0.0.0/8 tcp dport 80 accept",
+        f"{OUTER} ip saddr 192.168.0.7/32 tcp dport 80 accept",
     ]
 
 
 @pytest.mark.parametrize("anybody", ["any", "0.0.0.0/0,::/0"])
 def test_anybody_is_let_in_only_where_a_family_is_listened_on(texts: Any, anybody: str) -> None:
-    assert texts(listen="0.0.0.0", srchosts=anybody) == {"ip": ["tcp dport 80 accept"], "ip6": []}
-    assert texts(listen="::", srchosts=anybody) == {"ip": [], "ip6": ["tcp dport 80 accept"]}
+    assert texts(listen="0.0.0.0", srchosts=anybody) == {"ip": [f"{OUTER} tcp dport 80 accept"], "ip6": []}
+    assert texts(listen="::", srchosts=anybody) == {"ip": [], "ip6": [f"{OUTER} tcp dport 80 accept"]}
 
 
 def test_a_network_of_one_family_opens_nothing_in_the_other(texts: Any) -> None:
@@ -105,13 +106,13 @@ def test_a_port_that_is_not_listened_on_as_the_rule_says_has_no_rule(
 ) -> None:
     options = {"listen": "0.0.0.0", "srchosts": "any"}
     assert texts(**options, listening=listening) == {"ip": [], "ip6": []}
-    assert texts(**options, listening=listening | at("0.0.0.0", 80))["ip"] == ["tcp dport 80 accept"]
+    assert texts(**options, listening=listening | at("0.0.0.0", 80))["ip"] == [f"{OUTER} tcp dport 80 accept"]
 
 
 def test_an_address_that_is_not_listened_on_has_no_rule_beside_one_that_is(texts: Any) -> None:
     options = {"listen": "10.0.0.1,10.0.0.2,::", "srchosts": "any"}
     assert texts(**options, listening=at("10.0.0.2", 80) | at("0.0.0.0", 80)) == {
-        "ip": ["ip daddr 10.0.0.2 tcp dport 80 accept"],
+        "ip": [f"{OUTER} ip daddr 10.0.0.2 tcp dport 80 accept"],
         "ip6": [],
     }
 
@@ -131,7 +132,7 @@ def test_of_a_range_what_is_listened_on_has_rules(
 ) -> None:
     found = texts("80-90", at("0.0.0.0", *open_ports), listen="0.0.0.0", srchosts="10.0.0.0/8,192.168.0.0/16")
     assert found["ip"] == [
-        f"ip saddr {network} tcp dport {ports} accept"
+        f"{OUTER} ip saddr {network} tcp dport {ports} accept"
         for network in ("10.0.0.0/8", "192.168.0.0/16")
         for ports in ranges
     ]

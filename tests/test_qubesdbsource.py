@@ -16,7 +16,8 @@ from qubes_fwd_qrexec.errors import ConfigError
 from qubes_fwd_qrexec.qubesdbsource import QubesDBSource, open_qubesdb
 
 LINE = (
-    b"version=1 service=qubes.ForwardTCP transport=call listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
+    b"version=1 service=qubes.ForwardTCP transport=call side=outer "
+    b"listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
     b"srchosts=10.0.0.0/8"
 )
 WEB, SSH = "fwd.work.web", "fwd.work.ssh"

@@ -169,7 +169,7 @@ TABLE: dict[str, dict[str, list[str] | None]] = {
         "Requires": None,
         "BindsTo": None,
         "ExecStopPost": None,
-        "RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6"],
+        "RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6 AF_NETLINK"],
         "IPAddressDeny": None,
         # A vchan is made of them. PrivateDevices= would hide them, and so would any that is missing here:
         # the Xen libraries take no error for an answer but that there is no such device.

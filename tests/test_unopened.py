@@ -6,7 +6,8 @@ from qubes_fwd_qrexec.unopened import RETRY_MAX_S, Name, Unopened
 
 CONFIG = ListenerConfig.parse(
     "fwd.work.web",
-    "version=1 service=qubes.ForwardTCP transport=call listen=127.0.0.1 srcports=80 dstports=80 srchosts=any",
+    "version=1 service=qubes.ForwardTCP transport=call side=outer "
+    "listen=127.0.0.1 srcports=80 dstports=80 srchosts=any",
 )
 NAME: Name = (CONFIG.target, CONFIG.name)
 

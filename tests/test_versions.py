@@ -17,7 +17,7 @@ from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset,
 from helpers import write_config as configure
 
 from qubes_fwd_qrexec import exchange, localserver, report, revocation, rulexml, statusservice
-from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.errors import ConfigError, RuleError, TextError
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.localserver import ServiceError
@@ -30,11 +30,14 @@ KEY = "fwd.work.web"
 # dom0 to the exposed qube
 
 CONFIG_0_1 = (
-    "version=1 service=qubes.ForwardTCP transport=tunnel listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
+    "version=1 service=qubes.ForwardTCP transport=tunnel side=outer "
+    "listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
     "srchosts=192.168.0.0/16",
-    "version=1 service=qubes.ConnectTCP transport=call listen=::1 srcports=1-9 dstports=11-19 srchosts=any "
+    "version=1 service=qubes.ConnectTCP transport=call side=outer "
+    "listen=::1 srcports=1-9 dstports=11-19 srchosts=any "
     "on-expire=drain expire=1893456000",
-    "version=1 service=qubes.ForwardTCP transport=tunnel listen=0.0.0.0,:: srcports=22-22 dstports=22-22 "
+    "version=1 service=qubes.ForwardTCP transport=tunnel side=outer "
+    "listen=0.0.0.0,:: srcports=22-22 dstports=22-22 "
     "srchosts=10.0.0.0/8,fd00::/8 proxy=v2",
 )
 
@@ -47,7 +50,7 @@ def test_a_listener_reads_what_an_older_dom0_wrote(value: str) -> None:
 def test_an_older_listener_reads_what_dom0_writes_for_a_rule_without_new_options() -> None:
     rule = ForwardRule.parse("action=forward srcports=80 dstports=8080 srchosts=192.168.0.0/16")
     told = ListenerConfig.of_rule(
-        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.TUNNEL
+        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.TUNNEL, Side.OUTER
     )
     assert str(told) == CONFIG_0_1[0]
 
@@ -55,7 +58,7 @@ def test_an_older_listener_reads_what_dom0_writes_for_a_rule_without_new_options
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (f"{CONFIG_0_1[0]} mark=7", "option 'mark' at column 126: unknown option"),
+        (f"{CONFIG_0_1[0]} mark=7", "option 'mark' at column 137: unknown option"),
         (CONFIG_0_1[0].replace("version=1", "version=2"), "'version=2', written for another version"),
         (CONFIG_0_1[0].replace("tunnel", "quic"), "'quic' is not one of auto, tunnel, call"),
     ],

@@ -7,7 +7,7 @@ Nothing is decided here. The plan has decided; this says of every guard what it 
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import Service
+from qubes_fwd_qrexec.config import Service, Side
 
 from . import policy
 from .expiry import print_expire
@@ -37,7 +37,13 @@ def guards(
 ) -> tuple[Guard, ...]:
     """All guards of a forward, in the order of the way; ``installed`` is dom0's policy file as it is."""
     found = [] if forward.source.rule.enabled else [_switch(forward)]
-    found += [_sources(forward), _path(forward), _owner(forward), _tunnel(forward, inventory)]
+    found += [
+        _sources(forward),
+        *_side(forward),
+        _path(forward),
+        _owner(forward),
+        _tunnel(forward, inventory),
+    ]
     return (*found, _expiry(forward, now), _policy(forward, planned, installed))
 
 
@@ -50,6 +56,20 @@ def _sources(forward: Forward) -> Guard:
     if sources.anyone:
         return Guard("sources", Verdict.NOTE, "anybody who can reach the port may connect")
     return Guard("sources", Verdict.OK, f"{str(sources).replace(',', ', ')} may connect, nobody else")
+
+
+# The tunnel of a marked qube is on its outer side, too.
+_SIDES = {
+    Side.OUTER: "by {0}'s own network devices, or its VPN's; from no other qube",
+    Side.UPLINK: "by {0}'s uplink to its netvm; not from qubes behind {0}",
+    Side.VIFS: "from qubes that have {0} as their netvm; not from outside",
+}
+
+
+def _side(forward: Forward) -> list[Guard]:
+    if forward.side is None:
+        return []
+    return [Guard("side", Verdict.OK, f"{forward.side}: {_SIDES[forward.side].format(forward.exposed)}")]
 
 
 def _path(forward: Forward) -> Guard:
@@ -81,9 +101,9 @@ def _owner(forward: Forward) -> Guard:
 
 def _tunnel(forward: Forward, inventory: Inventory) -> Guard:
     target, exposed = inventory.get(forward.source.target), inventory.get(forward.exposed or "")
-    if target is None or exposed is None:
+    if target is None or exposed is None or forward.side is None:
         return Guard("tunnel", Verdict.NOTE, "not judged, as there is no qube that could listen")
-    mark = inventory.bypassed_tunnel(target.name, exposed.name)
+    mark = inventory.bypassed_tunnel(target.name, exposed.name, forward.side)
     if mark is not None and forward.source.rule.bypass_tunnel:
         return Guard("tunnel", Verdict.NOTE, f"goes round the tunnel {mark}, as the rule accepts")
     if mark is not None:

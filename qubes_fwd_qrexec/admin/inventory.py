@@ -8,7 +8,8 @@ lead in a circle: the walks here are bounded and say what is wrong.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.config import Service, is_forward_key
+from qubes_fwd_qrexec.config import Service, Side, is_forward_key
+from qubes_fwd_qrexec.rules import ForwardType
 from qubes_fwd_qrexec.values import QubeName
 
 # Four are common, and qubesd itself forbids loops: the bound is for an inventory that lies.
@@ -168,15 +169,31 @@ class Inventory(NamedTuple):
             return TunnelMark(name, "feature whonix-ws")
         return None
 
-    def bypassed_tunnel(self, target: QubeName, exposed: QubeName) -> TunnelMark | None:
-        """The tunnel that traffic from ``exposed`` to ``target`` would go round, if any.
+    def side(self, exposed: QubeName, forward_type: ForwardType) -> Side:
+        """By which side of a qube a forward is entered: an internal one from other qubes.
 
-        The nearest tunnel on the target's way out decides: exposing at it or behind it is fine, and so
-        is any other qube that has the same tunnel on its own way out. A target that is a tunnel itself may
-        be exposed behind itself alone, whatever is marked further out: qrexec goes round what runs in it.
-        A target marked as anonymous without a marked qube on its way may be exposed nowhere.
+        An external one at a tunnel qube is entered from its tunnel, and never by the uplink that the tunnel
+        hides the qubes from.
+        """
+        if forward_type is ForwardType.INTERNAL:
+            return Side.VIFS
+        if self.qubes[exposed].netvm is None or self.tunnel_mark(exposed) is not None:
+            return Side.OUTER
+        return Side.UPLINK
+
+    def bypassed_tunnel(self, target: QubeName, exposed: QubeName, side: Side) -> TunnelMark | None:
+        """The tunnel that traffic by this side of ``exposed`` to ``target`` would go round, if any.
+
+        The nearest tunnel on the target's way out decides: exposing behind it is fine, and so is any other
+        qube that has the same tunnel on its own way out. At the tunnel qube itself its vifs are behind the
+        tunnel, and its outer side is the tunnel alone if it has a netvm; without one its NICs are there too,
+        and the LAN would go round it. A target that is a tunnel itself may be exposed behind itself alone,
+        whatever is marked further out: qrexec goes round what runs in it. A target marked as anonymous
+        without a marked qube on its way may be exposed nowhere.
         """
         mark = self.nearest_tunnel(target)
         if mark is None:
             return self.behind_tunnel_mark(target)
-        return None if mark.qube in (exposed, *self.chain(exposed).qubes) else mark
+        if mark.qube == exposed:
+            return mark if side is Side.OUTER and self.qubes[exposed].netvm is None else None
+        return None if mark.qube in self.chain(exposed).qubes else mark

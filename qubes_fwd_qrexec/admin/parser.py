@@ -157,9 +157,8 @@ def _add_add(parser: argparse.ArgumentParser) -> None:
         help="the networks that may connect, or any; must be given",
     )
     parser.add_argument("--name", type=_NAME, help="the rule's name, made up if not given")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--internal", action="store_true", help="listen at the target's own netvm")
-    where.add_argument("--via", metavar="QUBE", type=_QUBE, help="listen at this qube")
+    parser.add_argument("--internal", action="store_true", help="for other qubes, at the target's own netvm")
+    parser.add_argument("--via", metavar="QUBE", type=_QUBE, help="listen at this qube")
     address = _typed(parse_address, "address")
     parser.add_argument("--listen", metavar="ADDR", type=address, help="listen at this address alone")
     _add_choice(parser, "--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")

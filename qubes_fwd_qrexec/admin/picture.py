@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The way of a forward as a small picture in text: clients, exposed qube, the call, target; and its guards.
 
-    +----------------+      +---------+            +----------------+
-    | LAN            |      | sys-net |   tunnel   | work           |
-    | 192.168.0.0/16 | ---> | port 80 | =========> | 127.0.0.1:8080 |
-    +----------------+      +---------+            +----------------+
+    +----------------+          +---------+           +----------------+
+    | LAN            |  outer   | sys-net |  tunnel   | work           |
+    | 192.168.0.0/16 | -------> | port 80 | ========> | 127.0.0.1:8080 |
+    +----------------+          +---------+           +----------------+
 
 A terminal that is too narrow for this gets it from top to bottom. It is ASCII everywhere: Python itself sets
 UTF-8 where the locale is C (PEP 538), so nothing here can know that box characters would be shown, nor how
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.rules import ForwardType
+from qubes_fwd_qrexec.config import Side
 
 from .guards import Guard, Verdict
 from .inventory import Inventory
@@ -103,12 +103,13 @@ def of_forward(forward: Forward, found: Sequence[Guard], inventory: Inventory) -
         call = forward.state
     elif not allowed:
         call = "no policy"
-    return Picture(boxes, (Link("", "-", listens), Link(call, "=", allowed and listens and answers)))
+    entrance = Link(str(forward.side or ""), "-", listens)
+    return Picture(boxes, (entrance, Link(call, "=", allowed and listens and answers)))
 
 
 def _clients(forward: Forward, inventory: Inventory) -> str:
     exposed = inventory.get(forward.exposed or "")
-    if forward.source.rule.forward_type is ForwardType.INTERNAL and forward.source.rule.via is None:
+    if forward.side is Side.VIFS:
         return "qubes"
     return "LAN" if exposed is not None and exposed.netvm is None and exposed.provides_network else "clients"
 

@@ -8,7 +8,7 @@ it, or else the first one.
 
 from collections.abc import Iterable
 
-from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.errors import ConfigError
 from qubes_fwd_qrexec.rules import (
     NO_LIMITS,
@@ -92,6 +92,7 @@ def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abili
     """One rule by itself. What has been found out before the verdict is kept, for those who look."""
     rule = named.rule
     chain = Chain(()) if inventory.get(named.target) is None else inventory.chain(named.target)
+    listener = _listener(rule, chain)
     found = Forward(
         source=named,
         state=State.ACTIVE,
@@ -99,7 +100,8 @@ def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abili
         reason="",
         chain=chain.qubes,
         mode=rule.mode,
-        exposed=_listener(rule, chain),
+        exposed=listener,
+        side=_side(rule, listener, inventory),
     )
     try:
         _check_wanted(named, now)
@@ -107,15 +109,16 @@ def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abili
         _check_owner(named, target)
         if chain.problem is not None:
             raise _refused(Cause.NETVM_BROKEN, f"{chain.problem}.")
-        _check_path(named, chain.qubes)
+        _check_path(named, chain.qubes, inventory)
         exposed = _exposed(named, found.exposed, inventory)
+        side = inventory.side(exposed.name, rule.forward_type)
         found = found._replace(notes=_notes(named, target))
         found = found._replace(mode=Mode.QREXEC, mode_reason=_mode_reason(rule, abilities))
         _check_abilities(rule, abilities)
         service, transport, transport_reason = _carrier(rule, target.name, inventory, abilities)
         found = found._replace(service=service, transport=transport, transport_reason=transport_reason)
-        found = found._replace(notes=found.notes + _tunnel_note(named, exposed.name, inventory))
-        config = _config(named, service, transport)
+        found = found._replace(notes=found.notes + _tunnel_note(named, exposed.name, side, inventory))
+        config = _config(named, service, transport, side)
     except _Verdict as verdict:
         return found._replace(state=verdict.state, cause=verdict.cause, reason=verdict.reason)
     return _live(found._replace(config=config), exposed, target)
@@ -172,16 +175,36 @@ def _check_owner(named: NamedRule, target: Qube) -> None:
     )
 
 
-def _check_path(named: NamedRule, chain: tuple[QubeName, ...]) -> None:
+def _check_path(named: NamedRule, chain: tuple[QubeName, ...], inventory: Inventory) -> None:
     path = named.rule.path
     if path is not None and path != chain and not named.rule.follow_netvm:
+        was, would_be = (_entrance(named.rule, way, inventory) for way in (path, chain))
+        moves = f", which opens it at {would_be} and no longer at {was}" if was != would_be else ""
         raise _Verdict(
             State.SUSPENDED,
             Cause.NETVM_CHANGED,
             f"The netvms of {named.target} were {_row(path)} when the rule was agreed to and are "
-            f"{_row(chain)} now; 'qvm-forward confirm {named.target} {named.name}' agrees to the new way, "
-            f"and with follow-netvm=yes the rule follows every change.",
+            f"{_row(chain)} now; 'qvm-forward confirm {named.target} {named.name}' agrees to the new way"
+            f"{moves}, and with follow-netvm=yes the rule follows every change.",
         )
+
+
+def _entrance(rule: ForwardRule, path: tuple[QubeName, ...], inventory: Inventory) -> str:
+    """Exposed qube and side by a way, in words; the side of a qube that is gone is not known."""
+    exposed = _listener(rule, Chain(path))
+    if exposed is None:
+        return "no qube"
+    side = _side(rule, exposed, inventory)
+    if side is not None and side is not Side.VIFS and exposed in path[-1:]:
+        side = Side.OUTER  # it had no netvm then, whatever it has now
+    return exposed if side is None else f"{exposed} ({side} side)"
+
+
+def _side(rule: ForwardRule, exposed: QubeName | None, inventory: Inventory) -> Side | None:
+    """None if there is no such qube."""
+    if exposed is None or inventory.get(exposed) is None:
+        return None
+    return inventory.side(exposed, rule.forward_type)
 
 
 def _listener(rule: ForwardRule, chain: Chain) -> QubeName | None:
@@ -286,14 +309,21 @@ def _notes(named: NamedRule, target: Qube) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _tunnel_note(named: NamedRule, exposed: QubeName, inventory: Inventory) -> tuple[str, ...]:
-    tunnel = inventory.bypassed_tunnel(named.target, exposed)
+def _tunnel_note(named: NamedRule, exposed: QubeName, side: Side, inventory: Inventory) -> tuple[str, ...]:
+    tunnel = inventory.bypassed_tunnel(named.target, exposed, side)
     if tunnel is None:
         return ()
     if named.rule.bypass_tunnel:
         return (f"bypasses the tunnel {tunnel}",)
     is_tunnel = inventory.tunnel_mark(named.target) is not None
     what = f"is a tunnel itself ({tunnel.mark})" if is_tunnel else f"is behind a tunnel, marked at {tunnel}"
+    if tunnel.qube == exposed:
+        raise _refused(
+            Cause.TUNNEL,
+            f"{named.target} {what}, and {exposed} has no netvm: nothing tells its tunnel from the LAN "
+            f"beside it, which would go round the tunnel. Expose it to qubes alone with forwardtype=internal "
+            f"(--internal), or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+        )
     if tunnel.qube != named.target:
         way_out = f"expose it at {tunnel.qube} with via={tunnel.qube} (--via {tunnel.qube})"
     elif is_tunnel and (inventory.qubes[named.target].provides_network or inventory.behind(named.target)):
@@ -307,7 +337,7 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, inventory: Inventory) -> t
     )
 
 
-def _config(named: NamedRule, service: Service, transport: Transport) -> ListenerConfig:
+def _config(named: NamedRule, service: Service, transport: Transport, side: Side) -> ListenerConfig:
     rule = named.rule
     if transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
         if service is Service.FORWARD_TCP:
@@ -321,7 +351,7 @@ def _config(named: NamedRule, service: Service, transport: Transport) -> Listene
             f"{way_out}.",
         )
     try:
-        return ListenerConfig.of_rule(named.target, named.name, rule, service, transport)
+        return ListenerConfig.of_rule(named.target, named.name, rule, service, transport, side)
     except ConfigError as error:
         raise _refused(Cause.TOO_LARGE, f"{error}.") from None
 
@@ -347,10 +377,14 @@ def _live(forward: Forward, exposed: Qube, target: Qube) -> Forward:
 def sentence(forward: Forward) -> str:
     """What a live forward opens, and for whom."""
     rule = forward.source.rule
-    where = f" at {rule.listen}" if rule.listen is not None else ""
+    # At a loopback address the qube itself alone connects, by none of its sides.
+    where = f" ({forward.side} side)" if rule.listen is None else f" at {rule.listen}"
+    if rule.listen is not None and not rule.listen.is_loopback:
+        where += f" ({forward.side} side)"
     who = "anybody who can reach it" if rule.sources.anyone else str(rule.sources).replace(",", ", ")
     return (
-        f"Connections to {rule.listen_ports.worded()} of {forward.exposed}{where} from {who} reach "
+        f"Connections to {rule.listen_ports.worded()} of {forward.exposed}{where} "
+        f"from {who} reach "
         f"{rule.target_ports.worded()} of {forward.source.target}."
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import ListenerConfig, Service
+from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.rules import BrokenRule, Mode, NamedRule, Transport
 from qubes_fwd_qrexec.values import QubeName
 
@@ -60,6 +60,8 @@ class Role(StrEnum):
 class Forward(NamedTuple):
     """One rule with everything that follows from it.
 
+    ``side`` of ``exposed`` is the one by which connections may come.
+
     ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats.
     ``config`` is there exactly when the forward is live; ``exposed`` is also where it would listen.
     """
@@ -72,6 +74,7 @@ class Forward(NamedTuple):
     mode: Mode = Mode.AUTO
     mode_reason: str = ""
     exposed: QubeName | None = None
+    side: Side | None = None
     service: Service | None = None
     transport: Transport = Transport.AUTO
     transport_reason: str = ""
@@ -115,6 +118,7 @@ class Forward(NamedTuple):
             "mode": self.mode,
             "mode_reason": self.mode_reason,
             "exposed": self.exposed,
+            "side": self.side,
             "path": list(self.chain),
             "service": self.service,
             "transport": self.transport,

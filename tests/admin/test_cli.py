@@ -26,8 +26,8 @@ def test_add_opens_and_says_for_whom(forward: Forward, lab: LabDirectory) -> Non
     result = forward(*ADD, "--mode=qrexec", "--expire", "+8h", "--comment", "demo for the office")
     assert (result.status, result.err) == (0, "")
     assert result.out.startswith(
-        "Forward work web is stored and active. Connections to port 80 of sys-net from 192.168.0.0/16 reach "
-        "port 8080 of work.\nIt ends "
+        "Forward work web is stored and active. Connections to port 80 of sys-net (outer side) from "
+        "192.168.0.0/16 reach port 8080 of work.\nIt ends "
     )
     assert "(in 8 h)" in result.out
     assert "come from 127.0.0.1, which some servers trust" in result.out
@@ -130,7 +130,6 @@ USAGE = [
     (("add", "wo rk", "80", "--from", "any"), "'wo rk' is not a qube's name"),
     (("add", "work", "80", "--from", "any", "--name", "tunnel"), "marks a tunnel qube"),
     (("add", "work", "80", "--from", "any", "--comment", "a\nb"), "printable ASCII on one line"),
-    (("add", "work", "80", "--from", "any", "--internal", "--via", "a"), "not allowed with"),
     (("add", "work", "80", "--from", "any", "--mode", "fast"), "one of auto, nft, qrexec"),
     ((), "COMMAND"),
     (("nonsense",), "invalid choice"),

@@ -126,7 +126,7 @@ def test_no_guard_hides_another() -> None:
 
 
 def test_an_enabled_rule_has_no_switch() -> None:
-    assert [*found(rule())] == ["sources", "path", "owner", "tunnel", "expiry", "policy"]
+    assert [*found(rule())] == ["sources", "side", "path", "owner", "tunnel", "expiry", "policy"]
 
 
 def test_policy_that_is_not_written_yet_stops_a_live_forward() -> None:

@@ -5,6 +5,8 @@ import pytest
 from worlds import qube, world
 
 from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory, feature_matters
+from qubes_fwd_qrexec.config import Side
+from qubes_fwd_qrexec.rules import ForwardType
 from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
@@ -133,13 +135,15 @@ def test_a_mark_of_the_template_counts() -> None:
 def test_only_at_the_nearest_tunnel_or_behind_it_nothing_is_bypassed(
     exposed: str, marked: str | None
 ) -> None:
-    found = world(qube("neighbour", "sys-vpn")).bypassed_tunnel(QubeName("hidden"), QubeName(exposed))
+    found = world(qube("neighbour", "sys-vpn")).bypassed_tunnel(
+        QubeName("hidden"), QubeName(exposed), Side.OUTER
+    )
     assert (found and found.qube) == marked
 
 
 def test_of_two_tunnels_the_nearest_decides() -> None:
     outer = qube("sys-firewall", "sys-net", tags=frozenset({"anon-gateway"}))
-    found = world(outer).bypassed_tunnel(QubeName("hidden"), QubeName("sys-firewall"))
+    found = world(outer).bypassed_tunnel(QubeName("hidden"), QubeName("sys-firewall"), Side.OUTER)
     assert found is not None
     assert found.qube == "sys-vpn"
 
@@ -165,7 +169,7 @@ def test_a_target_that_is_a_tunnel_itself_is_exposed_behind_itself_alone(
     outer = qube("outer", "sys-net", features={"forward.tunnel": "1"})
     whonix = qube("whonix", klass="TemplateVM", features={"whonix-gw": "1"})
     inventory = world(outer, whonix, qube("gate", "outer", **more), qube("inner", "gate"))
-    found = inventory.bypassed_tunnel(QubeName("gate"), QubeName(exposed))
+    found = inventory.bypassed_tunnel(QubeName("gate"), QubeName(exposed), Side.OUTER)
     assert (found and found.qube) == ("gate" if is_bypassed else None)
 
 
@@ -173,6 +177,30 @@ def test_a_target_that_is_a_tunnel_itself_is_exposed_behind_itself_alone(
 def test_an_anonymous_target_is_exposed_nowhere_but_behind_its_gateway(more: dict[str, object]) -> None:
     gate = qube("gate", "sys-net", tags=frozenset({"anon-gateway"}))
     inventory = world(gate, qube("anon", "gate", **more), qube("lost", "sys-net", **more))
-    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("gate")) is None
-    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("sys-net")) is not None
-    assert inventory.bypassed_tunnel(QubeName("lost"), QubeName("sys-net")) is not None
+    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("gate"), Side.OUTER) is None
+    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("sys-net"), Side.OUTER) is not None
+    assert inventory.bypassed_tunnel(QubeName("lost"), QubeName("sys-net"), Side.OUTER) is not None
+
+
+@pytest.mark.parametrize(
+    ("exposed", "forward_type", "side"),
+    [
+        ("sys-net", ForwardType.EXTERNAL, Side.OUTER),
+        ("sys-firewall", ForwardType.EXTERNAL, Side.UPLINK),
+        ("sys-vpn", ForwardType.EXTERNAL, Side.OUTER),
+        ("personal", ForwardType.EXTERNAL, Side.UPLINK),
+        ("sys-net", ForwardType.INTERNAL, Side.VIFS),
+        ("sys-vpn", ForwardType.INTERNAL, Side.VIFS),
+    ],
+)
+def test_a_forward_is_entered_by_one_side(exposed: str, forward_type: ForwardType, side: Side) -> None:
+    """A tunnel qube never by its uplink, though it has a netvm."""
+    assert world().side(QubeName(exposed), forward_type) is side
+
+
+def test_a_tunnel_beside_the_nics_is_bypassed_from_outside_alone() -> None:
+    inventory = world(qube("sys-net", features={"forward.tunnel": "1"}))
+    work, net = QubeName("work"), QubeName("sys-net")
+    assert inventory.bypassed_tunnel(work, net, Side.OUTER) is not None
+    assert inventory.bypassed_tunnel(work, net, Side.VIFS) is None
+    assert inventory.bypassed_tunnel(work, QubeName("sys-firewall"), Side.UPLINK) is None

@@ -31,17 +31,17 @@ def drawn(
 
 WEB = rule("dstports=8080 srchosts=192.168.0.0/16")
 WIDE = """\
-  +----------------+      +---------+           +----------------+
-  | LAN            |      | sys-net |  tunnel   | work           |
-  | 192.168.0.0/16 | ---> | port 80 | ========> | 127.0.0.1:8080 |
-  +----------------+      +---------+           +----------------+
+  +----------------+          +---------+           +----------------+
+  | LAN            |  outer   | sys-net |  tunnel   | work           |
+  | 192.168.0.0/16 | -------> | port 80 | ========> | 127.0.0.1:8080 |
+  +----------------+          +---------+           +----------------+
 """
 NARROW = """\
   +----------------+
   | LAN            |
   | 192.168.0.0/16 |
   +----------------+
-    |
+    | outer
     v
   +---------+
   | sys-net |
@@ -58,17 +58,17 @@ NARROW = """\
 
 def test_the_way_of_an_open_forward() -> None:
     # The sys-net of a real system provides network.
-    assert drawn(WEB) == drawn(WEB, 66) == WIDE
-    assert drawn(WEB, 65) == NARROW
+    assert drawn(WEB) == drawn(WEB, 70) == WIDE
+    assert drawn(WEB, 69) == NARROW
 
 
 def test_a_closed_forward_is_cut_and_says_why() -> None:
     closed = rule("dstports=8080 enabled=no")
     assert drawn(closed) == (
-        "  +---------+      +---------+             +----------------+\n"
-        "  | LAN     |      | sys-net |  disabled   | work           |\n"
-        "  | anybody | -X-> | port 80 | =====X====> | 127.0.0.1:8080 |\n"
-        "  +---------+      +---------+             +----------------+\n"
+        "  +---------+          +---------+             +----------------+\n"
+        "  | LAN     |  outer   | sys-net |  disabled   | work           |\n"
+        "  | anybody | ---X---> | port 80 | =====X====> | 127.0.0.1:8080 |\n"
+        "  +---------+          +---------+             +----------------+\n"
     )
     assert "    # disabled\n    X\n" in drawn(closed, 30)
 
@@ -81,7 +81,7 @@ def test_without_policy_the_call_is_cut_and_the_port_open() -> None:
 
 @pytest.mark.parametrize(
     ("name", "row"),
-    [("sys-net", "-X-> | port 80 | ====X===> |"), ("work", "---> | port 80 | ====X===> |")],
+    [("sys-net", "---X---> | port 80 | ====X===> |"), ("work", "---> | port 80 | ====X===> |")],
 )
 def test_a_halted_qube_says_so_and_cuts_what_needs_it(name: str, row: str) -> None:
     known = world().qubes[next(key for key in world().qubes if key == name)]
@@ -98,6 +98,7 @@ def test_a_target_that_is_started_by_connections_is_reached() -> None:
 def test_who_connects_and_where_it_listens() -> None:
     text = drawn(rule("forwardtype=internal listen=10.137.0.6 srcports=80-82"))
     assert "| qubes " in text
+    assert "  vifs   " in text
     assert "| 10.137.0.6 " in text
     assert "| ports 80-82 " in text
     assert "| clients " in drawn(rule("via=personal"))

@@ -2,12 +2,12 @@
 """What becomes of rules: where they are exposed, how they are carried, and which of them conflict."""
 
 import pytest
-from worlds import NOW, only, qube, rule, world
+from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, State
-from qubes_fwd_qrexec.config import Service
+from qubes_fwd_qrexec.config import Service, Side
 from qubes_fwd_qrexec.rules import BrokenRule, Mode, Transport
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
@@ -175,3 +175,45 @@ def test_a_forward_concerns_target_exposed_and_all_between() -> None:
     forward = only(rule("via=personal", target="work"))
     assert all(forward.concerns(name) for name in ("work", "personal", "sys-firewall", "sys-net"))
     assert not forward.concerns("vault")
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "exposed", "side"),
+    [
+        ("", "work", "sys-net", Side.OUTER),
+        ("forwardtype=internal", "work", "sys-firewall", Side.VIFS),
+        ("via=personal", "work", "personal", Side.UPLINK),
+        ("via=sys-vpn", "hidden", "sys-vpn", Side.OUTER),
+        ("via=sys-vpn forwardtype=internal", "vault", "sys-vpn", Side.VIFS),
+    ],
+)
+def test_each_forward_has_its_side_and_its_listener_is_told(
+    text: str, target: str, exposed: str, side: Side
+) -> None:
+    forward = only(rule(text, target=target))
+    assert forward.config is not None
+    assert (forward.exposed, forward.side, forward.config.side) == (exposed, side, side)
+    assert forward.as_json()["side"] == side
+
+
+def test_a_tunnel_beside_network_devices_is_gone_round_from_outside_alone() -> None:
+    marked = world(qube("sys-net", features={"forward.tunnel": "1"}))
+    refused = only(rule(), marked)
+    assert refused.cause is Cause.TUNNEL
+    assert "nothing tells its tunnel from the LAN beside it" in refused.reason
+    assert (
+        only(rule("bypass-tunnel=yes"), marked).notes[-1]
+        == "bypasses the tunnel sys-net (feature forward.tunnel)"
+    )
+    assert only(rule("forwardtype=internal via=sys-net"), marked).is_live
+
+
+def test_after_a_netvm_change_the_side_that_changes_is_named() -> None:
+    moved = world(qube("work", "sys-vpn", features=OURS))
+    reason = only(rule("path=sys-firewall,sys-net via=sys-vpn"), moved).reason
+    assert "opens it at" not in reason
+    reason = only(rule("path=sys-firewall,sys-net forwardtype=internal"), moved).reason
+    assert "which opens it at sys-vpn (vifs side) and no longer at sys-firewall (vifs side)" in reason
+    gone = world(qube("work", "sys-firewall", features=OURS), qube("sys-net", "outmost"), qube("outmost"))
+    reason = only(rule("path=sys-firewall,sys-net"), gone).reason
+    assert "opens it at outmost (outer side) and no longer at sys-net (outer side)" in reason

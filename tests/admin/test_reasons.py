@@ -22,15 +22,15 @@ CASES = [
         rule("dstports=8080 srchosts=192.168.0.0/16"),
         world(),
         State.ACTIVE,
-        "Connections to port 80 of sys-net from 192.168.0.0/16 reach port 8080 of work.",
+        "Connections to port 80 of sys-net (outer side) from 192.168.0.0/16 reach port 8080 of work.",
     ),
     (
         "open",
         rule("srcports=80-81 listen=10.0.0.1 srchosts=any"),
         world(),
         State.ACTIVE,
-        "Connections to ports 80-81 of sys-net at 10.0.0.1 from anybody who can reach it reach ports 80-81 "
-        "of work.",
+        "Connections to ports 80-81 of sys-net at 10.0.0.1 (outer side) from anybody who can reach it reach "
+        "ports 80-81 of work.",
     ),
     (
         "exposed-halted",
@@ -52,7 +52,7 @@ CASES = [
         rule("autostart=yes"),
         halted("work", "sys-firewall"),
         State.ACTIVE,
-        "Connections to port 80 of sys-net from anybody who can reach it reach port 80 of work.",
+        "Connections to port 80 of sys-net (outer side) from anybody who can reach it reach port 80 of work.",
     ),
     (
         "cloned",
@@ -241,7 +241,7 @@ CASES = [
         rule(f"srchosts={_WIDE}"),
         world(),
         State.REFUSED,
-        "fwd.work.web: the configuration has 4434 bytes and QubesDB takes 3071; name fewer or larger "
+        "fwd.work.web: the configuration has 4445 bytes and QubesDB takes 3071; name fewer or larger "
         "networks in srchosts.",
     ),
 ]

@@ -194,7 +194,7 @@ def test_a_qube_that_says_nothing_makes_nothing_wait(forward: Command, lab: LabD
     assert "work web active" in " ".join(shown.split())
     assert shown.endswith("\nFigures are unknown: no answer.\n")
     data: Any = json.loads(_with(lab, Unknown("no answer"), is_json=True)[1])
-    assert data["forwards"][0]["reason"].startswith("Connections to port 80 of sys-net from ")
+    assert data["forwards"][0]["reason"].startswith("Connections to port 80 of sys-net (outer side) from ")
 
 
 @pytest.mark.parametrize(
