@@ -6,18 +6,17 @@ about who may reach which target: dom0 judges every call. Reloading closes what 
 new, and touches no connection of what stays.
 """
 
-import argparse
 import logging
 import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import trio
 
-from . import __version__, qrexec
+from . import listeneroptions, qrexec
 from .accepting import BindError
 from .call import CallTimeouts
 from .config import ListenerConfig, parse_key
@@ -26,14 +25,16 @@ from .descriptors import raise_descriptor_limit
 from .draining import Draining
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Forward, Means
+from .leftbehind import Note
 from .lifetime import Expiry
 from .limits import PROCESS_MAX, Process, process_max
 from .logs import one_line, start_logging
 from .notify import notify, reloading
 from .qubesdbsource import open_qubesdb
 from .relaythread import open_relay_thread
-from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
+from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, DrainingReport, ListenerReport, Problem, Trial
 from .statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
+from .supervisor import Supervisor, supervise
 from .targets import CALLS_MAX
 from .transports import Transports
 from .trial import try_out
@@ -64,8 +65,12 @@ class Listener:
         connections_max: int = PROCESS_MAX,
         is_whole: bool = True,
         status_dir: Path | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
-        """``is_whole``: start with every port of the first configuration or not at all."""
+        """``is_whole``: start with every port of the first configuration or not at all.
+
+        ``supervisor``: once the ports are closed another listener may have them, and this one drains alone.
+        """
         self._source = source
         self._client = client
         self._calls_max = calls_max
@@ -74,6 +79,7 @@ class Listener:
         self._linger_s = linger_s
         self._is_whole = is_whole
         self._status_dir = status_dir
+        self._supervisor = supervisor
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
         self._process = Process(connections_max)
@@ -100,7 +106,7 @@ class Listener:
         """
         async with (
             open_relay_thread() as relays,
-            open_status(self._status_dir, self),
+            open_status(self._status_dir, self) as close_status,
             trio.open_nursery() as watching,
         ):
             async with trio.open_nursery() as tasks:
@@ -114,6 +120,9 @@ class Listener:
                     for forward in self._forwards.values():
                         forward.stop_listening()
                     transports.drain()
+                if self._supervisor is not None:
+                    close_status()
+                    await self._supervisor.closed()
                 tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
                 watching.start_soon(self._watch_while_draining)
             watching.cancel_scope.cancel()
@@ -143,11 +152,37 @@ class Listener:
             f"{len(self._forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
         )
 
+    async def follow_supervisor(self) -> None:
+        """Abort everything when the supervisor has died: the next listener could not have the ports."""
+        if self._supervisor is not None:
+            await self._supervisor.lost()
+            _logger.error("the process that started this listener has died")
+            self.stop()
+            self.stop()
+
     async def _watch_while_draining(self) -> None:
         """Who may go on to the end of the drain may do so only while dom0 says so."""
-        while True:
-            await trio.sleep(_LOOK_S)
-            self._look()
+        note = None if self._supervisor is None or self._status_dir is None else Note(self._status_dir)
+        try:
+            while True:
+                if note is not None:
+                    with suppress(OSError):  # what cannot be told goes on all the same
+                        note.write(self._left_behind())
+                await trio.sleep(_LOOK_S)
+                self._look()
+        finally:
+            if note is not None:
+                note.remove()
+
+    def _left_behind(self) -> tuple[DrainingReport, ...]:
+        """What still flows in a listener that was stopped."""
+        left_s = max(0, int(self._means.tasks.cancel_scope.deadline - trio.current_time()))
+        live = tuple(
+            DrainingReport(target=target, name=name, connections=forward.connections, left_s=left_s)
+            for (target, name), forward in sorted(self._forwards.items())
+            if forward.connections
+        )
+        return (live + self._draining.report())[:FORWARDS_MAX]
 
     def _look(self) -> None:
         """Do what is due: what has expired ends, what has changed is taken up, what failed is tried again."""
@@ -287,86 +322,18 @@ async def _obey_signals(listener: Listener, *, task_status: "trio.TaskStatus[Non
 async def _main(listener: Listener) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(_obey_signals, listener)
+        nursery.start_soon(listener.follow_supervisor)
         await listener.run()
         nursery.cancel_scope.cancel()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qubes-forward-listener",
-        description="Listen for what dom0 has configured to be forwarded, and carry it over qrexec.",
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="PATH",
-        help="directory or file with the forwards (default: this qube's QubesDB)",
-    )
-    parser.add_argument(
-        "--qrexec-client",
-        default=" ".join(qrexec.CLIENT),
-        metavar="COMMAND",
-        help="the program that makes a qrexec call, with its options (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--calls",
-        type=int,
-        default=CALLS_MAX,
-        metavar="N",
-        help="calls at once for each target (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--call-timeout",
-        type=float,
-        default=CallTimeouts().call_s,
-        metavar="SECONDS",
-        help="end a call that gives no sign of life for so long (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--linger",
-        type=float,
-        default=LINGER_S,
-        metavar="SECONDS",
-        help="keep a tunnel for so long after its last connection (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--status-dir",
-        type=Path,
-        metavar="PATH",
-        help=f"where this can be asked how it is (default: the service manager's {RUNTIME_VARIABLE})",
-    )
-    parser.add_argument(
-        "--idle-timeout",
-        type=float,
-        default=CallTimeouts().idle_s,
-        metavar="SECONDS",
-        help="end a connection in which nothing has moved for so long (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--connections",
-        type=int,
-        default=None,
-        metavar="N",
-        help=f"connections at once, of all forwards (default: {PROCESS_MAX}, or what open files allow)",
-    )
-    parser.add_argument("--verbose", action="store_true", help="log more")
-    parser.add_argument("--version", action="version", version=__version__)
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    if args.calls < 1:
-        parser.error(f"--calls {args.calls}: at least 1 would be right")
-    if not args.call_timeout > 0:
-        parser.error(f"--call-timeout {args.call_timeout}: more than 0 would be right")
-    if not args.linger >= 0:
-        parser.error(f"--linger {args.linger}: 0 or more would be right")
-    if not args.idle_timeout > 0:
-        parser.error(f"--idle-timeout {args.idle_timeout}: more than 0 would be right")
-    if args.connections is not None and args.connections < 1:
-        parser.error(f"--connections {args.connections}: at least 1 would be right")
+    given = sys.argv[1:] if arguments is None else arguments
+    args = listeneroptions.parse(given)
+    if args.leave_drain:
+        return supervise([word for word in given if word != "--leave-drain"])
+    # Whoever started this may have blocked what is to end it, as the supervisor does for itself.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     start_logging(is_verbose=args.verbose)
     connections_max = process_max(raise_descriptor_limit())
     status = 0
@@ -381,6 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
                 connections_max=min(connections_max, args.connections or connections_max),
                 # dom0 delivers each rule by itself, so that one which cannot be served stops no other.
                 is_whole=args.config is not None,
+                supervisor=None if args.supervisor_fd is None else Supervisor(args.supervisor_fd),
                 status_dir=args.status_dir or runtime_directory(os.environ.get(RUNTIME_VARIABLE)),
             )
             trio.run(_main, listener, strict_exception_groups=True)

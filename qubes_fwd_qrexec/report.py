@@ -265,7 +265,10 @@ class FirewallReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QubeReport:
-    """A qube's whole answer. ``listener`` is None where none runs; ``trial`` where none was asked for."""
+    """A qube's whole answer. ``listener`` is None where none runs; ``trial`` where none was asked for.
+
+    ``left_behind`` is what drains in listeners that were stopped.
+    """
 
     program: str
     listener: ListenerReport | None = None
@@ -273,6 +276,7 @@ class QubeReport:
     tunnels: tuple[TunnelsReport, ...] = ()
     trial: Trial | None = None
     firewall: FirewallReport = FirewallReport()
+    left_behind: tuple[DrainingReport, ...] = ()
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
@@ -286,6 +290,7 @@ class QubeReport:
             tunnels=untrusted.several("tunnels", TUNNELS_MAX, TunnelsReport.read),
             trial=untrusted.optional("trial", lambda key: Trial.read(untrusted.inner(key))),
             firewall=FirewallReport.read(untrusted.inner("firewall")),
+            left_behind=untrusted.several("left_behind", FORWARDS_MAX, DrainingReport.read),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -297,4 +302,5 @@ class QubeReport:
             "tunnels": [tunnels.as_json() for tunnels in self.tunnels],
             "trial": None if self.trial is None else self.trial.as_json(),
             "firewall": self.firewall.as_json(),
+            "left_behind": [forward.as_json() for forward in self.left_behind],
         }

@@ -18,6 +18,7 @@ from . import __version__, report
 from .config import STATUS_SERVICE, is_forward_key, parse_key
 from .errors import ConfigError, TextError
 from .exitstatus import ExitStatus
+from .leftbehind import left_behind
 from .localserver import ServiceError, connect
 from .logs import one_line
 from .relay import close_cleanly
@@ -59,6 +60,7 @@ def answer(
         tunnels=_tunnels(notes_place),
         trial=trial,
         firewall=_firewall(firewall_place),
+        left_behind=left_behind(listener_place),
     )
 
 

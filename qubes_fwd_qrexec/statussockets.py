@@ -55,20 +55,34 @@ def runtime_directory(environ_value: str | None) -> Path | None:
 
 
 @asynccontextmanager
-async def open_status(place: Path | None, listener: Reporting) -> AsyncIterator[None]:
-    """Answer within the block. Where the sockets cannot be made, the listener works without them."""
+async def open_status(place: Path | None, listener: Reporting) -> AsyncIterator[Callable[[], None]]:
+    """Answer within the block, or until what it gives is called: then the paths are free for another process.
+
+    Where the sockets cannot be made, the listener works without them.
+    """
     with contextlib.ExitStack() as undo:
         sockets = {} if place is None else _open(place, undo)
         serving = _Serving(listener)
+        scope = trio.CancelScope()
+
+        async def serve() -> None:
+            with scope:
+                async with trio.open_nursery() as handlers:
+                    for name, sock in sockets.items():
+                        listening = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+                        handler = serving.bounded(serving.handlers[name])
+                        handlers.start_soon(trio.serve_listeners, handler, [listening])
+
+        def close() -> None:
+            scope.cancel()
+            undo.close()
+
         async with trio.open_nursery() as nursery:
-            for name, sock in sockets.items():
-                listening = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-                handler = serving.bounded(serving.handlers[name])
-                nursery.start_soon(trio.serve_listeners, handler, [listening])
+            nursery.start_soon(serve)
             try:
-                yield
+                yield close
             finally:
-                nursery.cancel_scope.cancel()
+                scope.cancel()
 
 
 def _open(place: Path, undo: contextlib.ExitStack) -> dict[str, socket.socket]:

@@ -13,6 +13,7 @@ from qubes_fwd_qrexec import (
     deadpeers,
     limits,
     listener,
+    listeneroptions,
     localserver,
     logs,
     mux,
@@ -113,7 +114,7 @@ def test_a_quarter_of_the_calls_of_qrexec_is_one() -> None:
 def test_every_option_of_the_program_is_on_the_page_and_the_other_way_round() -> None:
     options = {
         option
-        for action in listener._parser()._actions
+        for action in listeneroptions.parser()._actions
         for option in action.option_strings
         if option.startswith("--") and action.help is not argparse.SUPPRESS
     }

@@ -13,6 +13,7 @@ from qubes_fwd_qrexec.listener import DRAIN_S
 from qubes_fwd_qrexec.localserver import SERVICE
 from qubes_fwd_qrexec.revocation import DIRECTORY
 from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
+from qubes_fwd_qrexec.supervisor import CLOSE_S
 
 ROOT = Path(__file__).parent.parent
 UNITS = sorted([*ROOT.glob("systemd/*.service"), *ROOT.glob("systemd/*.socket")])
@@ -101,10 +102,20 @@ def test_the_preset_enables_just_what_can_be_enabled_in_qubes() -> None:
 def test_each_is_ready_when_it_says_so_and_has_time_to_drain(unit: Path) -> None:
     given = settings(unit)
     assert given["Type"] == ["notify"]
-    assert given["KillMode"] == ["mixed"]
-    if unit.name in ("qubes-forward-listener.service", "qubes-forward-service.service"):
+    leaves_drain = any("--leave-drain" in command for command in given["ExecStart"])
+    assert given["KillMode"] == (["process"] if leaves_drain else ["mixed"])
+    if unit.name == "qubes-forward-service.service":
         (stop,) = given["TimeoutStopSec"]
-        assert int(stop.removesuffix("s")) > max(DRAIN_S, SERVICE_DRAIN_S)
+        assert int(stop.removesuffix("s")) > SERVICE_DRAIN_S
+
+
+def test_the_listener_leaves_its_ports_at_once_and_its_drain_behind() -> None:
+    given = settings(ROOT / "systemd" / "qubes-forward-listener.service")
+    assert given["ExecStart"] == ["/usr/bin/qubes-forward-listener --leave-drain"]
+    (stop,) = given["TimeoutStopSec"]
+    assert CLOSE_S < int(stop.removesuffix("s")) < DRAIN_S
+    # Its child says READY=1, and tells what it still carries in a directory that outlives the unit.
+    assert given["NotifyAccess"] == ["all"]
 
 
 @BY_SERVICE
@@ -164,7 +175,7 @@ TABLE: dict[str, dict[str, list[str] | None]] = {
         # The sockets at which it is asked how it is; qubes.ForwardStatus runs as another user.
         "RuntimeDirectory": ["qubes-forward-listener"],
         "RuntimeDirectoryMode": ["0755"],
-        "RuntimeDirectoryPreserve": None,
+        "RuntimeDirectoryPreserve": ["yes"],
         "Wants": ["qubes-forward-nft.service"],
         "Requires": None,
         "BindsTo": None,
@@ -179,7 +190,7 @@ TABLE: dict[str, dict[str, list[str] | None]] = {
         "PrivateNetwork": None,
         "ReadWritePaths": None,
         "Restart": ["on-failure"],
-        "KillMode": ["mixed"],
+        "KillMode": ["process"],
     },
     "qubes-forward-nft.service": {
         "User": None,

@@ -204,7 +204,7 @@ REPORT_0_1 = (
     b'[{"key":"fwd.work.ssh","text":"the port is in use"}],"left_out":0,"draining":[{"target":'
     b'"work","name":"old","connections":1,"left_s":60}]},"listener_problem":null,"tunnels":'
     b'[{"source":"sys-net","ports":"80-80","count":1}],"trial":{"answer":"through","reason":"","text":""},'
-    b'"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]}}\n'
+    b'"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]},"left_behind":[]}\n'
 )
 
 
