@@ -10,6 +10,7 @@ from .connection import Connection
 from .events import (
     AcceptReceived,
     CreditReceived,
+    CreditReturned,
     DataReceived,
     EofReceived,
     Event,
@@ -41,6 +42,7 @@ __all__ = [
     "Buffer",
     "Connection",
     "CreditReceived",
+    "CreditReturned",
     "DataReceived",
     "EofReceived",
     "Event",

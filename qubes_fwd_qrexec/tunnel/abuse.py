@@ -15,18 +15,20 @@ class LateFrames:
     """What the peer may still send on streams that are over here, because it crossed our EOF.
 
     Two sums for all streams rather than a record of each: a stream that ended well leaves a right to one
-    RESET and to as much CREDIT as its window had room for.
+    RESET, one RECALL and as much CREDIT as its window had room for.
     """
 
-    __slots__ = ("_credit", "_resets")
+    __slots__ = ("_credit", "_recalls", "_resets")
 
     def __init__(self) -> None:
         self._credit = 0
+        self._recalls = 0
         self._resets = 0
 
     def expect(self, credit: int) -> None:
         """A stream ended with both EOFs, and its window had that much room."""
         self._credit += credit
+        self._recalls += 1
         self._resets += 1
 
     def take_credit(self, stream_id: int, increment: int) -> None:
@@ -34,6 +36,12 @@ class LateFrames:
         if not MIN_CREDIT_BYTES <= increment <= self._credit:
             raise RemoteProtocolError(f"CREDIT on stream {stream_id}, which is over")
         self._credit -= increment
+
+    def take_recall(self, stream_id: int) -> None:
+        """A RECALL came for a stream that is over. Raises RemoteProtocolError if it cannot be late."""
+        if not self._recalls:
+            raise RemoteProtocolError(f"RECALL on stream {stream_id}, which is over")
+        self._recalls -= 1
 
     def take_reset(self, stream_id: int) -> None:
         """A RESET came for a stream that is over. Raises RemoteProtocolError if it cannot be late."""

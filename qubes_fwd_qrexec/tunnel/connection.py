@@ -162,6 +162,24 @@ class Connection(Incoming):
         if increment:
             self._outbox.add_control(wire.encode_credit(stream_id, increment))
 
+    def recall(self, stream_id: int, keep: int) -> bool:
+        """Ask the peer to give back its credit of that stream, but for ``keep`` bytes.
+
+        Its answer comes as CreditReturned, if it has anything to give. Returns whether it was asked: not
+        where there is nothing to ask for, nor before it has answered the last time and got credit since.
+        Raises LocalProtocolError for a number out of bounds, or a stream that never was or is not accepted.
+        """
+        if not MIN_WINDOW_BYTES <= keep <= self.hello.window_bytes:
+            raise LocalProtocolError(f"{keep} bytes cannot be what is kept")
+        stream = self._known(stream_id)
+        if stream is None or not stream.is_receiving:
+            return False
+        stream.move_local(FrameType.RECALL)
+        if not stream.incoming.recall(keep):
+            return False
+        self._outbox.add_control(wire.encode_recall(stream_id, keep))
+        return True
+
     def ping(self, payload: bytes) -> None:
         """Ask for a PONG with the same 8 bytes. Raises LocalProtocolError until the last one is answered.
 

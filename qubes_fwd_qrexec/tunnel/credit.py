@@ -12,10 +12,12 @@ from .limits import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES
 class SendCredit:
     """How much this end may still send on one stream."""
 
-    __slots__ = ("available",)
+    __slots__ = ("available", "was_recalled")
 
     def __init__(self, available: int) -> None:
         self.available = available
+        self.was_recalled = False
+        """Whether the peer has asked for credit back since it last gave some."""
 
     @property
     def sendable_bytes(self) -> int:
@@ -38,6 +40,19 @@ class SendCredit:
         if self.available + increment > window_bytes:
             raise RemoteProtocolError(f"CREDIT of {increment} bytes goes past the window of {window_bytes}")
         self.available += increment
+        self.was_recalled = False
+
+    def note_recall(self) -> None:
+        """The peer asks for credit back. Raises RemoteProtocolError if it did, and granted none since."""
+        if self.was_recalled:
+            raise RemoteProtocolError("a second RECALL, and no CREDIT since the last one")
+        self.was_recalled = True
+
+    def give_back(self, keep: int) -> int:
+        """Give up what is above ``keep``; how much that was."""
+        amount = max(self.available - keep, 0)
+        self.available -= amount
+        return amount
 
 
 class ReceiveCredit:
@@ -47,11 +62,14 @@ class ReceiveCredit:
     not told yet: a frame for each small read of the consumer would cost more than the read.
     """
 
-    __slots__ = ("held", "outstanding")
+    __slots__ = ("_is_recalled", "_keep", "held", "outstanding")
 
     def __init__(self, initial: int) -> None:
         self.outstanding = initial
         self.held = 0
+        # What the peer may keep of it, while a RECALL is not answered; and whether nothing was told since.
+        self._keep = 0
+        self._is_recalled = False
 
     @property
     def granted(self) -> int:
@@ -77,4 +95,25 @@ class ReceiveCredit:
             return 0
         self.held = 0
         self.outstanding += held
+        self._is_recalled = False
         return held
+
+    def recall(self, keep: int) -> bool:
+        """Whether to ask the peer, now, for all above ``keep``: it may have more, and may be asked."""
+        if self.outstanding <= keep or self._keep or self._is_recalled:
+            return False
+        self._keep = keep
+        self._is_recalled = True
+        return True
+
+    def take_back(self, amount: int) -> None:
+        """Take what the peer gives back. Raises RemoteProtocolError if it was not asked for so much."""
+        keep = self._keep
+        if not keep:
+            raise RemoteProtocolError("a RETURN that answers no RECALL")
+        if amount and self.outstanding - amount < keep:
+            raise RemoteProtocolError(
+                f"RETURN of {amount} bytes of {self.outstanding}, where {keep} may be kept"
+            )
+        self._keep = 0
+        self.outstanding -= amount

@@ -59,6 +59,14 @@ class CreditReceived:
 
 
 @dataclass(slots=True)
+class CreditReturned:
+    """The peer has given back ``amount`` bytes of its credit; see `Connection.recall`."""
+
+    stream_id: int
+    amount: int
+
+
+@dataclass(slots=True)
 class EofReceived:
     """The peer sends nothing more on this stream (FIN)."""
 
@@ -96,6 +104,7 @@ Event = (
     | AcceptReceived
     | DataReceived
     | CreditReceived
+    | CreditReturned
     | EofReceived
     | ResetReceived
     | PongReceived

@@ -13,6 +13,7 @@ from .endpoint import Endpoint
 from .events import (
     AcceptReceived,
     CreditReceived,
+    CreditReturned,
     DataReceived,
     EofReceived,
     Event,
@@ -143,6 +144,11 @@ class Incoming(Endpoint):
                 return self._on_accept(stream_id, stream, untrusted_payload)
             case FrameType.CREDIT:
                 return self._on_credit(stream_id, stream, untrusted_payload)
+            case FrameType.RECALL:
+                self._on_recall(stream_id, stream, untrusted_payload)
+                return None
+            case FrameType.RETURN:
+                return self._on_return(stream_id, stream, untrusted_payload)
             case FrameType.RESET:
                 return self._on_reset(stream_id, stream, untrusted_payload)
             case _:
@@ -252,6 +258,27 @@ class Incoming(Endpoint):
         stream.outgoing.replenish(wire.decode_number(untrusted_payload), self._peer_window_bytes)
         return CreditReceived(stream_id) if stream.local is Half.FLOWING else None
 
+    def _on_recall(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> None:
+        """The answer goes out in order with DATA, so it is what is left of the credit just now."""
+        stream.move_remote(FrameType.RECALL)
+        keep = self._decode_keep(untrusted_payload)
+        stream.outgoing.note_recall()
+        if stream.local is Half.FLOWING:
+            amount = stream.outgoing.give_back(keep)
+            self._outbox.add_control(wire.encode_return(stream_id, amount))
+
+    def _on_return(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> Event | None:
+        stream.move_remote(FrameType.RETURN)
+        amount = wire.decode_number(untrusted_payload)
+        stream.incoming.take_back(amount)
+        if not amount or stream.is_discarding:
+            return None
+        self.granted_bytes -= amount
+        # What was held back until it was worth a frame may be worth it now, as the peer has less.
+        if increment := stream.incoming.grant(0):
+            self._outbox.add_control(wire.encode_credit(stream_id, increment))
+        return CreditReturned(stream_id, amount)
+
     def _on_eof(self, stream_id: int, stream: Stream) -> Event | None:
         was_receiving = stream.is_receiving
         stream.move_remote(FrameType.EOF)
@@ -281,6 +308,9 @@ class Incoming(Endpoint):
         match frame_type:
             case FrameType.CREDIT:
                 self._late.take_credit(stream_id, wire.decode_number(untrusted_payload))
+            case FrameType.RECALL:
+                self._decode_keep(untrusted_payload)
+                self._late.take_recall(stream_id)
             case FrameType.RESET:
                 wire.decode_reset(untrusted_payload)
                 self._late.take_reset(stream_id)
@@ -292,6 +322,12 @@ class Incoming(Endpoint):
     def _check_peer_credit(self, credit: int) -> None:
         if credit and not MIN_WINDOW_BYTES <= credit <= self._peer_window_bytes:
             raise RemoteProtocolError(f"an initial credit of {credit} bytes")
+
+    def _decode_keep(self, untrusted_payload: Buffer) -> int:
+        keep = wire.decode_number(untrusted_payload)
+        if not MIN_WINDOW_BYTES <= keep <= self._peer_window_bytes:
+            raise RemoteProtocolError(f"a RECALL that lets {keep} bytes be kept")
+        return keep
 
     def _fail(self, problem: str, code: GoawayCode) -> None:
         """The tunnel ends; the first reason is the one that counts."""

@@ -54,9 +54,10 @@ and at 0.15 ms for a connection on loopback (measured) a sixth of a core."""
 CONTROL_BYTES: Final = 65_536
 """What may be queued of frames other than DATA, whatever the number of streams: the size of a pipe."""
 
-CONTROL_BYTES_PER_STREAM: Final = 80
-"""What may be queued beside that for each stream: an OPEN (51) or an ACCEPT (12), a RESET (12), and one
-CREDIT (12) to spare. A peer that reads never makes us queue more; see SPEC.md, "Abuse"."""
+CONTROL_BYTES_PER_STREAM: Final = 104
+"""What may be queued beside that for each stream: an OPEN (51) or an ACCEPT (12), a RESET, a RECALL and a
+RETURN (12 each), and one CREDIT (12) to spare. A peer that reads never makes us queue more; see SPEC.md,
+"Abuse"."""
 
 COPY_BYTES: Final = 4_096
 """Up to this size a payload is copied behind its header, above it is queued by reference. Measured with a

@@ -31,9 +31,12 @@ MOVES: Final[dict[tuple[Half, FrameType], Half]] = {
     (Half.PENDING, FrameType.RESET): Half.RESET,
     (Half.FLOWING, FrameType.DATA): Half.FLOWING,
     (Half.FLOWING, FrameType.CREDIT): Half.FLOWING,
+    (Half.FLOWING, FrameType.RECALL): Half.FLOWING,
+    (Half.FLOWING, FrameType.RETURN): Half.FLOWING,
     (Half.FLOWING, FrameType.EOF): Half.ENDED,
     (Half.FLOWING, FrameType.RESET): Half.RESET,
     (Half.ENDED, FrameType.CREDIT): Half.ENDED,
+    (Half.ENDED, FrameType.RECALL): Half.ENDED,
     (Half.ENDED, FrameType.RESET): Half.ENDED_RESET,
     (Half.MUST_RESET, FrameType.RESET): Half.RESET,
 }

@@ -33,6 +33,8 @@ class FrameType(IntEnum):
     PING = 8
     PONG = 9
     GOAWAY = 10
+    RECALL = 11
+    RETURN = 12
 
 
 class OpenRequest(NamedTuple):
@@ -71,6 +73,8 @@ _SHAPES: Final[dict[int, tuple[int, int, bool]]] = {
     FrameType.PING << 8: (8, 8, False),
     FrameType.PONG << 8: (8, 8, False),
     FrameType.GOAWAY << 8: (_GOAWAY.size, _GOAWAY.size, False),
+    FrameType.RECALL << 8: (_U32.size, _U32.size, True),
+    FrameType.RETURN << 8: (_U32.size, _U32.size, True),
 }
 
 
@@ -155,12 +159,20 @@ def encode_credit(stream_id: int, increment: int) -> bytes:
     return _frame(FrameType.CREDIT, stream_id, _U32.pack(increment))
 
 
+def encode_recall(stream_id: int, keep: int) -> bytes:
+    return _frame(FrameType.RECALL, stream_id, _U32.pack(keep))
+
+
+def encode_return(stream_id: int, amount: int) -> bytes:
+    return _frame(FrameType.RETURN, stream_id, _U32.pack(amount))
+
+
 def encode_reset(stream_id: int, code: ResetCode) -> bytes:
     return _frame(FrameType.RESET, stream_id, _U32.pack(code))
 
 
 def decode_number(untrusted_payload: Buffer) -> int:
-    """The one number of ACCEPT and CREDIT, in bytes of credit."""
+    """The one number of ACCEPT, CREDIT, RECALL and RETURN, in bytes of credit."""
     number: int = _U32.unpack(untrusted_payload)[0]
     return number
 

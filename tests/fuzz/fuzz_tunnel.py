@@ -75,6 +75,8 @@ class Caller:
         elif isinstance(event, DataReceived):
             if habits & 8:
                 connection.grant(event.stream_id, event.cost)
+            else:
+                connection.recall(event.stream_id, 2048)
             limit = connection.send_limit(event.stream_id)
             if limit:
                 connection.send_data(event.stream_id, event.data[:limit])
@@ -88,7 +90,7 @@ class Caller:
             connection.close()
 
 
-LENGTHS = {1: 40, 2: 43, 3: 4, 5: 4, 6: 0, 7: 4, 8: 8, 9: 8, 10: 8}
+LENGTHS = {1: 40, 2: 43, 3: 4, 5: 4, 6: 0, 7: 4, 8: 8, 9: 8, 10: 8, 11: 4, 12: 4}
 
 
 def framed(recipe: bytes) -> bytes:
@@ -96,7 +98,7 @@ def framed(recipe: bytes) -> bytes:
     filled up on the left for numbers, so that small ones are likely; OPEN is right but for its first byte."""
     frames = bytearray()
     while len(recipe) >= 3:
-        kind, stream_id, size = recipe[0] % 11, recipe[1] % 8, recipe[2]
+        kind, stream_id, size = recipe[0] % 13, recipe[1] % 8, recipe[2]
         length = LENGTHS.get(kind, size % 48 + 1 if size < 240 else size * 8)
         taken = min(length, size % 5)
         untrusted_payload = recipe[3 : 3 + taken].rjust(length, b"\0")
@@ -104,7 +106,7 @@ def framed(recipe: bytes) -> bytes:
             credit = (0, 2048, WINDOW, 77)[size % 4]
             request = wire.OpenRequest(credit, 8080 + size % 3, ORIGIN, ProxyVersion(size // 4 % 3))
             untrusted_payload = wire.encode_open(1, request)[8:]
-        elif kind in (3, 5) and size < 240:
+        elif kind in (3, 5, 11, 12) and size < 240:
             untrusted_payload = (2048 * (size % 4)).to_bytes(4, "big")
         if kind in (1, 8, 9, 10):
             stream_id = 0

@@ -28,6 +28,14 @@ def test_an_ended_stream_leaves_credit_up_to_the_room_of_its_window():
         late.take_credit(1, 1023)
 
 
+def test_an_ended_stream_leaves_one_recall():
+    late = LateFrames()
+    late.expect(0)
+    late.take_recall(1)
+    with pytest.raises(RemoteProtocolError, match="RECALL on stream 1, which is over"):
+        late.take_recall(1)
+
+
 def test_resets_are_answered_at_once_up_to_the_rate():
     rapid = RapidResets()
     assert all(rapid.may_answer(i, 0) for i in range(1, RAPID_RESETS_PER_TICK + 1))

@@ -140,7 +140,7 @@ def test_answers_to_a_peer_that_never_reads_are_bounded(max_streams):
 
     frames = rapid_resets()
     flood(target, frames, answer, is_read=False)
-    assert target.bytes_queued <= 65_536 + 80 * max_streams + 24 + 16
+    assert target.bytes_queued <= 65_536 + 104 * max_streams + 24 + 16
 
 
 def test_a_peer_that_never_reads_and_guesses_its_credit_is_bounded_too():
@@ -152,7 +152,73 @@ def test_a_peer_that_never_reads_and_guesses_its_credit_is_bounded_too():
         target.grant(event.stream_id, event.cost)
 
     flood(target, (data_frame(1, bytes(CREDIT - 64)) for _ in range(100_000)), answer, is_read=False)
-    assert target.bytes_queued <= 65_536 + 80 * 8 + 12 + 16
+    assert target.bytes_queued <= 65_536 + 104 * 8 + 12 + 16
+
+
+def test_a_flood_of_recalls_needs_a_credit_for_each():
+    target = ready("target")
+    feed(target, open_frame(1))
+    target.accept_stream(1, CREDIT)
+    assert flood(target, (wire.encode_recall(1, 2048) for _ in range(1000))) == 1
+    target = ready("target")
+    feed(target, open_frame(1))
+    target.accept_stream(1, CREDIT)
+    frames = (
+        frame for _ in range(1000) for frame in (wire.encode_credit(1, 1024), wire.encode_recall(1, WINDOW))
+    )
+    assert flood(target, frames) == 2 * (WINDOW - CREDIT) // 1024
+
+
+def test_answers_to_recalls_that_are_not_read_are_bounded():
+    target = ready("target")
+    feed(target, open_frame(1))
+    target.accept_stream(1, CREDIT)
+    frames = (wire.encode_credit(1, 14_336) + wire.encode_recall(1, 2048) for _ in range(100_000))
+    flood(target, frames, is_read=False)
+    assert target.bytes_queued <= 65_536 + 104 * 8 + 12 + 16
+
+
+def test_a_peer_that_never_answers_keeps_its_credit_and_is_asked_once():
+    target = ready("target")
+    feed(target, open_frame(1))
+    target.accept_stream(1, CREDIT)
+    take(target)
+    assert target.recall(1, 2048)
+    asked = take(target)
+    assert asked == wire.encode_recall(1, 2048)
+    for _ in range(1000):
+        assert not target.recall(1, 2048)
+        [event] = feed(target, data_frame(1))
+        target.grant(1, event.cost)
+    assert wire.encode_recall(1, 2048) not in take(target)
+    assert target.granted(1) == CREDIT
+
+
+@pytest.mark.parametrize("amount", [0, 1, CREDIT])
+def test_an_answer_that_nobody_asked_for_ends_the_tunnel(amount):
+    target = ready("target")
+    feed(target, open_frame(1))
+    target.accept_stream(1, CREDIT)
+    assert flood(target, [wire.encode_return(1, amount)]) == 0
+
+
+@pytest.mark.parametrize("amount", [CREDIT - 2047, CREDIT, CREDIT + 1, 0xFFFF_FFFF])
+def test_an_answer_with_more_than_was_asked_for_ends_the_tunnel(amount):
+    target = ready("target")
+    feed(target, open_frame(1))
+    target.accept_stream(1, CREDIT)
+    assert target.recall(1, 2048)
+    assert flood(target, [wire.encode_return(1, amount)]) == 0
+
+
+def test_late_recalls_do_not_add_up_to_a_flood():
+    target = ready("target")
+    for stream_id in (1, 2):
+        feed(target, open_frame(stream_id))
+        target.accept_stream(stream_id, CREDIT)
+        feed(target, wire.encode_eof(stream_id))
+        target.send_eof(stream_id)
+    assert flood(target, (wire.encode_recall(1, 2048) for _ in range(1000))) == 2
 
 
 def test_late_frames_do_not_add_up_to_a_flood():

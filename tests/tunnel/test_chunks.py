@@ -85,7 +85,7 @@ loose = st.builds(
     lambda kind, stream_id, payload: (
         bytes([kind, 0]) + len(payload).to_bytes(2, "big") + stream_id.to_bytes(4, "big") + payload
     ),
-    st.integers(0, 11),
+    st.integers(0, 13),
     numbers,
     payloads,
 )

@@ -62,11 +62,63 @@ def test_small_grants_are_told_together_once_the_peer_gains_half_of_its_window()
     assert (credit.outstanding, credit.held) == (4096, 0)
 
 
+def test_what_is_not_used_comes_back_and_what_may_be_kept_is_left():
+    sender, receiver = SendCredit(10_000), ReceiveCredit(10_000)
+    assert receiver.recall(4096)
+    sender.note_recall()
+    assert sender.give_back(4096) == 5904
+    receiver.take_back(5904)
+    assert sender.available == receiver.outstanding == 4096
+    assert sender.give_back(8192) == 0
+
+
+def test_nothing_is_asked_for_where_there_is_no_more_or_twice():
+    receiver = ReceiveCredit(4096)
+    assert not receiver.recall(4096)
+    assert receiver.recall(2048)
+    assert not receiver.recall(2048)
+    receiver.take_back(0)
+    assert not receiver.recall(2048), "it has answered, and got nothing since"
+    assert receiver.grant(8192)
+    assert receiver.recall(2048)
+    assert receiver.grant(20_000)
+    assert not receiver.recall(2048), "it has not answered"
+
+
+def test_a_peer_that_asks_again_has_granted_something_meanwhile():
+    sender = SendCredit(4096)
+    sender.note_recall()
+    with pytest.raises(RemoteProtocolError, match="a second RECALL"):
+        sender.note_recall()
+    sender.replenish(1024, 8192)
+    sender.note_recall()
+
+
+@pytest.mark.parametrize(("keep", "amount"), [(2048, 2049), (4095, 2), (2048, 4097)])
+def test_giving_back_more_than_was_asked_for_is_the_peers_fault(keep, amount):
+    receiver = ReceiveCredit(4096)
+    assert receiver.recall(keep)
+    with pytest.raises(RemoteProtocolError, match=f"RETURN of {amount} bytes of 4096, where {keep}"):
+        receiver.take_back(amount)
+
+
+def test_giving_back_unasked_is_the_peers_fault():
+    receiver = ReceiveCredit(4096)
+    with pytest.raises(RemoteProtocolError, match="answers no RECALL"):
+        receiver.take_back(0)
+    assert receiver.recall(2048)
+    receiver.take_back(2048)
+    with pytest.raises(RemoteProtocolError, match="answers no RECALL"):
+        receiver.take_back(0)
+
+
 @settings(derandomize=True)
 @given(
     window=st.integers(MIN_WINDOW_BYTES, 100_000),
     starts_empty=st.booleans(),
-    steps=st.lists(st.tuples(st.booleans(), st.integers(1, MAX_DATA_BYTES)), max_size=60),
+    steps=st.lists(
+        st.tuples(st.sampled_from(("send", "read", "recall")), st.integers(1, MAX_DATA_BYTES)), max_size=60
+    ),
 )
 def test_both_ends_agree_and_a_stream_never_stops_for_good(window, starts_empty, steps):
     sender = SendCredit(0 if starts_empty else window)
@@ -83,8 +135,17 @@ def test_both_ends_agree_and_a_stream_never_stops_for_good(window, starts_empty,
     if starts_empty:
         unread = window
         consume(window)
-    for is_send, size in steps:
-        if is_send and sender.sendable_bytes:
+    for what, size in steps:
+        if what == "recall":
+            if receiver.recall(max(size, MIN_WINDOW_BYTES)):
+                sender.note_recall()
+                returned = sender.give_back(max(size, MIN_WINDOW_BYTES))
+                receiver.take_back(returned)
+                window -= returned
+                told = receiver.grant(0)
+                if told:
+                    sender.replenish(told, window)
+        elif what == "send" and sender.sendable_bytes:
             length = min(size, sender.sendable_bytes)
             assert sender.spend(length)
             receiver.receive(length + FRAME_COST_BYTES)

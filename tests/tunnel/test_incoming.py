@@ -38,7 +38,7 @@ ACCEPT = wire.encode_accept(1, CREDIT)
     ("data", "problem"),
     [
         (raw_frame(0), "no frame type 0"),
-        (raw_frame(11, payload=b"x"), "no frame type 11"),
+        (raw_frame(13, payload=b"x"), "no frame type 13"),
         (raw_frame(4, 1, b"x", flags=1), "flags"),
         (raw_frame(4, 1, b""), "DATA of 0 bytes"),
         (raw_frame(4, 1, bytes(32769)), "DATA of 32769 bytes"),

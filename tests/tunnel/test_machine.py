@@ -13,6 +13,7 @@ from qubes_fwd_qrexec.tunnel import (
     AcceptReceived,
     Connection,
     CreditReceived,
+    CreditReturned,
     DataReceived,
     EofReceived,
     GoawayReceived,
@@ -116,6 +117,8 @@ class Tunnel(RuleBasedStateMachine):
                 assert other.said_eof
                 assert side.got == other.sent
                 side.got_eof = True
+            case CreditReturned():
+                assert 0 < event.amount <= WINDOW - 2048
             case CreditReceived():
                 assert self.ends[end].send_limit(event.stream_id) > 0
             case ResetReceived():
@@ -177,6 +180,14 @@ class Tunnel(RuleBasedStateMachine):
             amount = min(amount, side.unread)
             side.unread -= amount
             self.ends[end].grant(stream_id, amount)
+
+    @rule(end=ENDS, number=PICK, keep=st.sampled_from((2048, 3000, WINDOW)))
+    def recall(self, end, number, keep):
+        stream_id = self.pick(number, end, lambda side: side.is_open)
+        if stream_id:
+            before = self.ends[end].bytes_queued
+            is_asked = self.ends[end].recall(stream_id, keep)
+            assert self.ends[end].bytes_queued - before == 12 * is_asked
 
     @rule(end=ENDS)
     def write(self, end):

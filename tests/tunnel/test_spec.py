@@ -47,6 +47,10 @@ def encode(frame_type, values):
         case FrameType.DATA:
             data = bytes.fromhex(values["data"])
             return wire.data_header(stream_id, len(data)) + data
+        case FrameType.RECALL:
+            return wire.encode_recall(stream_id, values["keep"])
+        case FrameType.RETURN:
+            return wire.encode_return(stream_id, values["amount"])
         case FrameType.CREDIT:
             return wire.encode_credit(stream_id, values["increment"])
         case FrameType.EOF:
@@ -84,6 +88,10 @@ def decode(frame):
             values["credit"] = wire.decode_number(payload)
         case FrameType.DATA:
             values["data"] = payload.hex()
+        case FrameType.RECALL:
+            values["keep"] = wire.decode_number(payload)
+        case FrameType.RETURN:
+            values["amount"] = wire.decode_number(payload)
         case FrameType.CREDIT:
             values["increment"] = wire.decode_number(payload)
         case FrameType.RESET:

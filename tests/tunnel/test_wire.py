@@ -82,7 +82,7 @@ def test_frames_without_values_have_their_type():
     ("kind", "length", "stream_id", "problem"),
     [
         (0x0000, 0, 0, "no frame type 0"),
-        (0x0B00, 8, 0, "no frame type 11"),
+        (0x0D00, 8, 0, "no frame type 13"),
         (0xFF00, 8, 0, "no frame type 255"),
         (0xFF01, 8, 0, "no frame type 255"),
         (0x0401, 8, 1, "flags of a frame are 0x01"),
@@ -111,6 +111,8 @@ def test_frames_without_values_have_their_type():
         (0x0800, 8, 2, "PING on stream 2"),
         (0x0900, 8, 2, "PONG on stream 2"),
         (0x0A00, 8, 2, "GOAWAY on stream 2"),
+        (0x0B00, 4, 0, "RECALL on stream 0"),
+        (0x0C00, 4, 0, "RETURN on stream 0"),
     ],
 )
 def test_a_header_that_cannot_be_is_the_peers_fault(kind, length, stream_id, problem):
