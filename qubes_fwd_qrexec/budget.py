@@ -2,8 +2,9 @@
 """How many bytes all streams of a process may make it hold, together.
 
 Each stream has a floor that nobody can take from it, so that a full budget slows streams and stops
-none. What is above the floors is shared: a stream whose consumer keeps up gets more of it, one whose
-consumer is slow gives it back.
+none. What is above the floors is lent: a stream whose consumer keeps up gets more of it, one that is slow
+or idle gives it back. What is lent counts whether it is used or not, so the bound holds whatever peers do.
+tunnel/SPEC.md, section 5, says why it is enough for everybody.
 """
 
 from .tunnel.limits import MIN_WINDOW_BYTES
@@ -15,8 +16,15 @@ BUDGET_BYTES = 64 << 20
 STREAMS_MAX = BUDGET_BYTES // 2 // FLOOR_BYTES
 # A stream begins with this, where there is enough: an HTTP request or a small page without waiting.
 INITIAL_BYTES = 32 << 10
-# And ends with at most this: at 0.3 ms for a round trip through two qubes, enough for 1.6 GiB/s.
-WINDOW_MAX_BYTES = 512 << 10
+# And ends with at most this: at 0.3 ms for a round trip through two qubes, enough for 800 MiB/s. With twice
+# as much no stream was faster.
+WINDOW_MAX_BYTES = 256 << 10
+# No window is a larger part than this of what is left: the more is lent, the less each gets, and there is
+# always something for the next. A stream may have the largest window until half is lent.
+_PART = 64
+# What one tunnel has is at most so many times what it leaves: no peer alone can keep all, and streams of the
+# others can still begin as they do.
+_TUNNEL_TIMES = 15
 
 
 class Budget:
@@ -30,28 +38,45 @@ class Budget:
         self.streams = 0
         self.shared_left = total - streams_max * FLOOR_BYTES
 
+
+class Share:
+    """What the streams of one tunnel have of the budget. ``lent`` is what they have above their floors."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.lent = 0
+
     @property
-    def is_tight(self) -> bool:
-        """Whether so little is left to share that streams must give back what they were lent."""
-        return self.shared_left < (self.total - self.streams_max * FLOOR_BYTES) // 4
+    def window_max(self) -> int:
+        """The largest window that a stream may have now."""
+        left = self._budget.shared_left
+        room = min(left, _TUNNEL_TIMES * left - self.lent)
+        return min(max(room // _PART, FLOOR_BYTES), WINDOW_MAX_BYTES)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether so little is left that what is lent and not used is missed elsewhere."""
+        return self.window_max < WINDOW_MAX_BYTES
 
     def admit(self) -> int:
         """A new stream's first window, or 0 when there are as many streams as there are floors."""
-        if self.streams >= self.streams_max:
+        if self._budget.streams >= self._budget.streams_max:
             return 0
-        self.streams += 1
-        return FLOOR_BYTES + self.take(INITIAL_BYTES - FLOOR_BYTES)
+        self._budget.streams += 1
+        return FLOOR_BYTES + self.take(INITIAL_BYTES - FLOOR_BYTES, FLOOR_BYTES)
 
-    def take(self, wanted: int) -> int:
-        """As much more as may be had: never over an eighth of what is left, so that no one takes all."""
-        taken = min(wanted, self.shared_left // 8)
-        self.shared_left -= taken
+    def take(self, wanted: int, window: int) -> int:
+        """As much more as a stream may have that has ``window``."""
+        taken = max(min(wanted, self.window_max - window), 0)
+        self._budget.shared_left -= taken
+        self.lent += taken
         return taken
 
     def give_back(self, some: int) -> None:
-        self.shared_left += some
+        self._budget.shared_left += some
+        self.lent -= some
 
     def leave(self, window: int) -> None:
         """A stream with that window is over."""
-        self.streams -= 1
-        self.shared_left += window - FLOOR_BYTES
+        self._budget.streams -= 1
+        self.give_back(window - FLOOR_BYTES)

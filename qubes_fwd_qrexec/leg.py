@@ -12,12 +12,13 @@ from collections.abc import Callable
 from select import EPOLLERR
 from typing import TYPE_CHECKING
 
-from .budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES
+from .budget import FLOOR_BYTES
 from .leg_end import LegEnd
 from .loop import GONE, READ, WRITE, Timer
 from .pending import Pending
 from .relay import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
-from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES, Buffer, ResetCode
+from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, Buffer, ResetCode
+from .window import Window
 
 if TYPE_CHECKING:
     from .mux import Mux
@@ -30,10 +31,6 @@ _LAST_WORDS_LOOK_S = 0.005
 _STALLED_GONE_S = 10.0
 # What one turn moves from a socket at most: four of the longest frames, which go out in one write.
 PULL_BYTES = 4 * MAX_DATA_BYTES
-# Half of a window is granted at a time. A stream that used it sooner than this gets a larger window, and one
-# that took longer than this a smaller one.
-_FAST_S = 0.01
-_SLOW_S = 0.1
 # What is found out by reading or writing, among it that the peer is gone.
 _READABLE = READ | GONE
 _WRITABLE = WRITE | GONE
@@ -46,20 +43,18 @@ class Leg:
 
     ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
     the tunnel and out of it. ``has_eof``: the other end has sent all that it will. ``ended`` is None while
-    it lives. ``is_bulk``: it has had its turn, and more to send. It belongs to the loop's thread.
+    it lives. ``is_bulk``: it has had its turn, and more to send. ``window``: the other end's credit. It
+    belongs to the loop's thread.
     """
 
     __slots__ = (
         "_broken_by",
-        "_granted_at",
         "_is_closed",
         "_mask",
         "_mux",
-        "_owed",
         "_pending",
         "_sent_eof",
         "_timer",
-        "_window",
         "ended",
         "has_eof",
         "is_bulk",
@@ -70,12 +65,11 @@ class Leg:
         "sent",
         "sock",
         "stream_id",
+        "window",
     )
 
     def __init__(self, mux: "Mux", stream_id: int, window: int, sock: socket.socket) -> None:
         self._mux = mux
-        self._window = window
-        self._owed = 0
         self._mask = _UNWATCHED
         self._pending: Pending | None = None
         self._sent_eof = False
@@ -88,7 +82,8 @@ class Leg:
         self.ended: LegEnd | None = None
         self.on_end: Callable[[LegEnd], None] | None = None
         self.sent = self.received = 0
-        self.moved_at = self._granted_at = time.monotonic()
+        self.moved_at = time.monotonic()
+        self.window = Window(mux.share, window, self.moved_at)
         abort_by_default(sock)
 
     @property
@@ -226,9 +221,7 @@ class Leg:
             return
         self.moved_at = time.monotonic()
         if sent == length:
-            self._owed += cost
-            if self._owed >= self._window // 4:
-                self._grant_again()
+            self._taken(cost)
             return
         self._pending = Pending(data[sent:], cost)
         self._watch_too(WRITE)
@@ -240,9 +233,8 @@ class Leg:
             self._pass_eof_on()
 
     def _pass_eof_on(self) -> None:
-        """Nothing more can come: what its window had of the budget is for others."""
         half_close(self.sock)
-        self._change_window(FLOOR_BYTES - self._window)
+        self.window.end()
         self._close_if_done()
 
     def _push(self) -> None:
@@ -253,9 +245,7 @@ class Leg:
                 self.moved_at = time.monotonic()
                 if not cost:
                     return
-                self._owed += cost
-                if self._owed >= self._window // 4:
-                    self._grant_again()
+                self._taken(cost)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -279,35 +269,22 @@ class Leg:
         self._broken_by = error.errno or errno.ECONNRESET
         self._watch(READ)
 
-    def _grant_again(self) -> None:
-        """Grant again what was used, when it is half of the window, which is what the peer is told at once;
-        more where it was used fast, less where it was not.
+    def _taken(self, cost: int) -> None:
+        """The local peer has taken what cost so much of the window: it may be granted again.
 
         Nothing is granted to a stream that has ended; the budget has it back with the window then.
         """
-        if self.ended is not None or self.has_eof:
-            return
-        least = max(self._mux.granted(self.stream_id), MIN_CREDIT_BYTES)
-        if self._owed < least:
-            return
-        took_s = self.moved_at - self._granted_at
-        self._granted_at = self.moved_at
-        budget = self._mux.budget
-        if budget.is_tight or took_s > _SLOW_S:
-            less = min(self._owed, max(self._window - INITIAL_BYTES, 0))
-            self._change_window(-less)
-        elif took_s < _FAST_S:
-            self._change_window(budget.take(min(self._window, WINDOW_MAX_BYTES - self._window)))
-        if self._owed >= least:
-            self._mux.grant(self.stream_id, self._owed)
-            self._owed = 0
+        window = self.window
+        window.owed += cost
+        if window.is_owed_much and self.ended is None and not self.has_eof:
+            credit = window.grant(self._mux.connection.granted(self.stream_id), self.moved_at)
+            if credit:
+                self._mux.grant(self.stream_id, credit)
 
-    def _change_window(self, change: int) -> None:
-        """By what the budget was asked for, or gets back."""
-        self._window += change
-        self._owed += change
-        if change < 0:
-            self._mux.budget.give_back(-change)
+    def look(self) -> None:
+        """Once a second while the budget is short: ask for what the peer was lent and does not use."""
+        if self.window.is_idle(self.received) and self.is_joined and self.ended is None:
+            self._mux.connection.recall(self.stream_id, FLOOR_BYTES)
 
     # Endings
 
@@ -370,7 +347,8 @@ class Leg:
         self._watch(_UNWATCHED)
         if self._timer is not None:
             self._timer.cancel()
-        self._mux.forget(self, self._window)
+        self.window.leave()
+        self._mux.forget(self)
 
     def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Call it later, in the place of what was to be called before."""

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from .backlog import Backlog
-from .budget import Budget
+from .budget import Budget, Share
 from .errors import LocalProtocolError, RemoteProtocolError
 from .leg import Leg
 from .loop import READ, Loop
@@ -25,6 +25,7 @@ from .tunnel import (
     Buffer,
     Connection,
     CreditReceived,
+    CreditReturned,
     DataReceived,
     EofReceived,
     Event,
@@ -103,7 +104,7 @@ class Mux:
         idle_s: float = math.inf,
     ) -> None:
         self.loop = loop
-        self.budget = budget
+        self.share = Share(budget)
         self.connection = connection
         self.legs: dict[int, Leg] = {}
         self.is_over = False
@@ -146,7 +147,7 @@ class Mux:
         """
         if not self.open_room:
             raise LocalProtocolError("there is no room for another stream")
-        window = self.budget.admit()
+        window = self.share.admit()
         if not window:
             return None
         stream_id = self.connection.open_stream(port, origin, window, proxy)
@@ -157,7 +158,7 @@ class Mux:
 
     def accept(self, stream_id: int, sock: socket.socket) -> Leg | None:
         """The server is connected: join the stream with ``sock``; None when there is no room for it."""
-        if not (window := self.budget.admit()):
+        if not (window := self.share.admit()):
             self.refuse(stream_id, ResetCode.OVER_LIMIT)
             return None
         self.connection.accept_stream(stream_id, window)
@@ -218,15 +219,10 @@ class Mux:
         self.connection.grant(stream_id, credit)
         self._flush_soon()
 
-    def granted(self, stream_id: int) -> int:
-        """How much the peer may still send on a stream."""
-        return self.connection.granted(stream_id)
-
-    def forget(self, leg: Leg, window: int) -> None:
-        """A leg is closed, and its window with it."""
+    def forget(self, leg: Leg) -> None:
+        """A leg is closed."""
         del self.legs[leg.stream_id]
         self.backlog.forget(leg)
-        self.budget.leave(window)
         self._flush_soon()
 
     # From the call
@@ -295,6 +291,10 @@ class Mux:
                 leg = self.legs.get(event.stream_id)
                 if leg is not None:
                     _TO_LEG[type(event)](leg)
+            case CreditReturned():
+                leg = self.legs.get(event.stream_id)
+                if leg is not None:
+                    leg.window.give_back(event.amount)
             case ResetReceived():
                 self._on_reset(event)
             case OpenReceived():
@@ -375,6 +375,9 @@ class Mux:
         elif self.backlog.stuck_ticks * TICK_S >= _FRAME_S:
             self._end(f"the other end has read nothing for {_FRAME_S} s")
         else:
+            if self.share.is_short:
+                for leg in self.legs.values():
+                    leg.look()
             if self._ticks % _IDLE_LOOK_TICKS == 0:
                 self._end_idle(time.monotonic())
             self.loop.after(TICK_S, self._tick)

@@ -84,7 +84,7 @@ def test_a_stalled_stream_holds_its_window_and_no_more_and_goes_on_when_it_can(
 ) -> None:
     """relay-behaviours 15."""
     sent = bench.stall(stream.client)
-    assert 0 < pending_bytes(stream.far) <= stream.far._window <= WINDOW_MAX_BYTES
+    assert 0 < pending_bytes(stream.far) <= stream.far.window.size <= WINDOW_MAX_BYTES
     assert bench.near.backlog.is_empty
     assert bench.wake_ups() == 0
     assert len(bench.read(stream.server, sent)) == sent

@@ -33,11 +33,11 @@ def test_both_ends_of_file_are_a_clean_end_and_all_is_given_back(bench: TunnelBe
 
 def test_the_window_of_a_direction_that_ended_is_for_others(bench: TunnelBench, stream: Joined) -> None:
     before = bench.far_budget.shared_left
-    assert stream.far._window > FLOOR_BYTES
+    assert stream.far.window.size > FLOOR_BYTES
     half_close(stream.client)
     bench.until(lambda: stream.far.has_eof)
     assert bench.far_budget.shared_left == before + INITIAL_BYTES - FLOOR_BYTES
-    assert stream.far._window == FLOOR_BYTES
+    assert stream.far.window.size == FLOOR_BYTES
     stream.server.send(b"x")
     half_close(stream.server)
     bench.until(lambda: not bench.far.legs)

@@ -10,7 +10,7 @@ import pytest
 from endings import MIB, pattern
 from mux_bench import BOUND_S, Joined, TunnelBench, pending_bytes
 
-from qubes_fwd_qrexec import leg as leg_module
+from qubes_fwd_qrexec import window as window_module
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.leg import Leg
 from qubes_fwd_qrexec.relay import half_close
@@ -20,8 +20,8 @@ from qubes_fwd_qrexec.tunnel import FRAME_COST_BYTES
 def check_window(bench: TunnelBench, leg: Leg) -> None:
     """A window is what the peer may still send, what waits here, and what is not granted again yet."""
     granted = leg._mux.connection.granted(leg.stream_id)
-    assert leg._window == granted + pending_bytes(leg) + leg._owed
-    assert FLOOR_BYTES <= leg._window <= WINDOW_MAX_BYTES
+    assert leg.window.size == granted + pending_bytes(leg) + leg.window.owed
+    assert FLOOR_BYTES <= leg.window.size <= WINDOW_MAX_BYTES
 
 
 @pytest.mark.parametrize("size", [1, 32767, 32768, 32769, 4 * MIB + 1])
@@ -58,14 +58,14 @@ def receive_some(sock: socket.socket, size: int) -> bytes:
 def test_a_fast_stream_gets_a_large_window_and_a_slow_one_gives_it_back(
     bench: TunnelBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leg_module, "_FAST_S", 1000.0)
-    monkeypatch.setattr(leg_module, "_SLOW_S", 2000.0)
+    monkeypatch.setattr(window_module, "_FAST_S", 1000.0)
+    monkeypatch.setattr(window_module, "_SLOW_S", 2000.0)
     carry(bench, stream, 4 * MIB)
-    assert stream.far._window == WINDOW_MAX_BYTES
+    assert stream.far.window.size == WINDOW_MAX_BYTES
     assert bench.far_budget.shared_left == Budget().shared_left - (WINDOW_MAX_BYTES - FLOOR_BYTES)
-    monkeypatch.setattr(leg_module, "_SLOW_S", -1.0)
+    monkeypatch.setattr(window_module, "_SLOW_S", -1.0)
     carry(bench, stream, 4 * MIB)
-    assert stream.far._window == INITIAL_BYTES
+    assert stream.far.window.size == INITIAL_BYTES
     check_window(bench, stream.far)
     carry(bench, stream, MIB)
 
@@ -82,16 +82,16 @@ def carry(bench: TunnelBench, stream: Joined, size: int) -> None:
 
 
 def test_a_tight_budget_takes_back_what_it_lent_even_from_the_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leg_module, "_FAST_S", 1000.0)
-    monkeypatch.setattr(leg_module, "_SLOW_S", 2000.0)
-    with TunnelBench(far_budget=Budget(4 * MIB, 16)) as bench:
+    monkeypatch.setattr(window_module, "_FAST_S", 1000.0)
+    monkeypatch.setattr(window_module, "_SLOW_S", 2000.0)
+    with TunnelBench(far_budget=Budget(32 * MIB, 16)) as bench:
         stream = bench.join()
         carry(bench, stream, 4 * MIB)
-        assert stream.far._window == WINDOW_MAX_BYTES
+        assert stream.far.window.size == WINDOW_MAX_BYTES
         others = bench.far_budget.shared_left
         bench.far_budget.shared_left = 0
         carry(bench, stream, 4 * MIB)
-        assert stream.far._window <= 4 * INITIAL_BYTES
+        assert stream.far.window.size <= INITIAL_BYTES
         bench.far_budget.shared_left += others
 
 
@@ -103,8 +103,8 @@ def test_no_stream_stands_still_however_its_window_changes(
     chance = random.Random(seed)
     stream.far.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     for _ in range(40):
-        monkeypatch.setattr(leg_module, "_FAST_S", chance.choice((-1.0, 1000.0)))
-        monkeypatch.setattr(leg_module, "_SLOW_S", chance.choice((-1.0, 1000.0)))
+        monkeypatch.setattr(window_module, "_FAST_S", chance.choice((-1.0, 1000.0)))
+        monkeypatch.setattr(window_module, "_SLOW_S", chance.choice((-1.0, 1000.0)))
         carry(bench, stream, chance.randrange(1, 300_000))
         check_window(bench, stream.far)
     assert bench.near.connection.send_limit(stream.near.stream_id) > 0
@@ -113,9 +113,9 @@ def test_no_stream_stands_still_however_its_window_changes(
 def test_the_floor_alone_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     with TunnelBench(far_budget=Budget(16 * FLOOR_BYTES, 16)) as bench:
         stream = bench.join()
-        assert stream.far._window == FLOOR_BYTES
+        assert stream.far.window.size == FLOOR_BYTES
         carry(bench, stream, 300_000)
-        assert stream.far._window == FLOOR_BYTES
+        assert stream.far.window.size == FLOOR_BYTES
 
 
 @pytest.mark.parametrize("left", [0, 1, 63, 64, 65, 66])
@@ -128,7 +128,7 @@ def test_no_credit_is_too_little_to_be_added_to(
     with contextlib.suppress(BlockingIOError):
         while is_late:  # the server's socket is full
             before += stream.far.sock.send(bytes(65536))
-    size = stream.far._window - FRAME_COST_BYTES - left
+    size = stream.far.window.size - FRAME_COST_BYTES - left
     assert stream.client.send(bytes(size)) == size
     bench.until(lambda: stream.far.received)
     assert (pending_bytes(stream.far) > 0) is is_late

@@ -161,9 +161,9 @@ def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.
 
 
 def test_a_budget_without_room_is_a_refusal(bench: ServiceBench, server: socket.socket) -> None:
-    bench.service._mux.budget.streams = bench.service._mux.budget.streams_max
+    bench.service._mux.share._budget.streams = bench.service._mux.share._budget.streams_max
     assert bench.refusal(port_of(server)) is ResetCode.OVER_LIMIT
-    bench.service._mux.budget.streams = 0
+    bench.service._mux.share._budget.streams = 0
     with bench.accept(server) as far:
         assert bench.is_aborted(far)
 
