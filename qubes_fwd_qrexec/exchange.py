@@ -84,7 +84,10 @@ def _joined(alike: list[Read]) -> Read:
     anyone = any(read.rule.sources.anyone for read in alike)
     networks = [network for read in alike for network in read.rule.sources.networks]
     comments = dict.fromkeys(read.rule.comment for read in alike if read.rule.comment)
-    sources = _ANYBODY if anyone else Sources.of(networks)
+    try:
+        sources = _ANYBODY if anyone else Sources.of(networks)
+    except TextError as error:
+        raise RuleError(first.place, str(error)) from None
     return first._replace(rule=replace(first.rule, sources=sources, comment="; ".join(comments)))
 
 

@@ -69,7 +69,10 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
         if earlier is not None:
             if earlier.name == option.name or form.merge is None or forms[earlier.name].merge is None:
                 raise RuleError(option.place, f"says again what {earlier.place} has said")
-            value = form.merge(fields[form.field], value)
+            try:
+                value = form.merge(fields[form.field], value)
+            except TextError as error:
+                raise RuleError(option.place, str(error)) from None
         fields[form.field] = value
         filled_by[form.field] = option
     return fields

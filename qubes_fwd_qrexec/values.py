@@ -7,7 +7,7 @@ needs no further check, or raises `TextError`. What parses prints again: ``parse
 
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NewType, Self
@@ -129,7 +129,54 @@ def parse_network(text: str) -> IPNetwork:
             raise TextError(text, "a network without zone")
         if network.network_address.ipv4_mapped is not None:
             raise TextError(text, "a network written in its own family: IPv4 as IPv4")
+    if _covers(_NOBODY, [network]):
+        raise TextError(
+            text,
+            "a network of clients: these are no client's addresses (unspecified, multicast or broadcast), "
+            "and everybody is the word any",
+        )
     return network
+
+
+# RFC 6890: no client has such an address.
+_NOBODY: tuple[IPNetwork, ...] = tuple(
+    map(ipaddress.ip_network, ("0.0.0.0/8", "224.0.0.0/4", "255.255.255.255", "::/128", "ff00::/8"))
+)
+# RFC 6890: what the Internet has no clients at. Who names all the rest has named everybody.
+_NOT_GLOBAL = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+    *("192.168.0.0/16", "224.0.0.0/3"),
+)
+_EVERYBODY = {4: ipaddress.ip_network("0.0.0.0/0"), 6: ipaddress.ip_network("2000::/3")}
+
+
+def _union(networks: Iterable[IPNetwork], version: int) -> list[IPNetwork]:
+    """The networks of one family, without overlaps and as few as can be."""
+    if version == 4:
+        return list(ipaddress.collapse_addresses(n for n in networks if isinstance(n, IPv4Network)))
+    return list(ipaddress.collapse_addresses(n for n in networks if isinstance(n, IPv6Network)))
+
+
+def _everybody(networks: Sequence[IPNetwork]) -> IPNetwork | None:
+    """The family that these networks let in whole, if there is one."""
+    for version, whole in _EVERYBODY.items():
+        # Two comparisons of numbers are enough for almost every rule.
+        if sum(n.num_addresses for n in networks if n.version == version) >= whole.num_addresses // 2:
+            padded = (*networks, *map(ipaddress.ip_network, _NOT_GLOBAL))
+            if _covers(_union(padded, version), [whole]):
+                return whole
+    return None
+
+
+def _covers(some: Sequence[IPNetwork], others: Iterable[IPNetwork]) -> bool:
+    """Whether each of the others is within one of these."""
+    return all(any(_is_within(network, wide) for wide in some) for network in others)
+
+
+def _is_within(network: IPNetwork, wide: IPNetwork) -> bool:
+    if isinstance(network, IPv4Network):
+        return isinstance(wide, IPv4Network) and network.subnet_of(wide)
+    return isinstance(wide, IPv6Network) and network.subnet_of(wide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +250,14 @@ class Sources:
     def __post_init__(self) -> None:
         if self.anyone == bool(self.networks):
             raise TextError(str(self), "networks, comma-separated, or the word any")
+        everybody = _everybody(self.networks)
+        if everybody is not None:
+            family, wildcard = ("IPv4", "0.0.0.0") if everybody.version == 4 else ("IPv6", "::")
+            raise TextError(
+                str(self),
+                f"named networks: it lets in everybody by {family}, which is said by the word any "
+                f"(and listen={wildcard} for {family} alone)",
+            )
 
     @classmethod
     def of(cls, networks: Iterable[IPNetwork]) -> Self:
@@ -226,6 +281,12 @@ class Sources:
         """Whether this peer may connect; IPv4-mapped addresses count as IPv4, zones do not count."""
         plain = unmapped(address)
         return self.anyone or any(plain in n for n in self.networks if n.version == plain.version)
+
+    def cover(self, others: "Sources") -> bool:
+        """Whether everybody who is let in by the others is let in by these."""
+        if self.anyone or others.anyone:
+            return self.anyone
+        return _covers([*_union(self.networks, 4), *_union(self.networks, 6)], others.networks)
 
     @property
     def versions(self) -> frozenset[int]:

@@ -24,7 +24,7 @@ qube_names = st.from_regex(r"\A[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z").map(QubeName)
 rule_names = st.from_regex(r"\A[a-z][a-z0-9-]{0,15}\Z").map(RuleName)
 comments = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=40)
 sources = st.sampled_from(
-    ["any", "10.0.0.0/8", "192.0.2.1", "fd00::/8", "10.0.0.0/8,fd00::/8,0.0.0.0/0", "::/0"]
+    ["any", "10.0.0.0/8", "192.0.2.1", "fd00::/8", "10.0.0.0/8,fd00::/8,0.0.0.0/1", "2000::/4"]
 ).map(Sources.parse)
 addresses = st.sampled_from(["10.0.0.1", "0.0.0.0", "::", "fd00::1"]).map(parse_address)
 counts = st.none() | st.integers(1, 10**6)

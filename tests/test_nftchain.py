@@ -81,10 +81,9 @@ def test_overlapping_networks_are_one(texts: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize("anybody", ["any", "0.0.0.0/0,::/0"])
-def test_anybody_is_let_in_only_where_a_family_is_listened_on(texts: Any, anybody: str) -> None:
-    assert texts(listen="0.0.0.0", srchosts=anybody) == {"ip": [f"{OUTER} tcp dport 80 accept"], "ip6": []}
-    assert texts(listen="::", srchosts=anybody) == {"ip": [], "ip6": [f"{OUTER} tcp dport 80 accept"]}
+def test_anybody_is_let_in_only_where_a_family_is_listened_on(texts: Any) -> None:
+    assert texts(listen="0.0.0.0", srchosts="any") == {"ip": [f"{OUTER} tcp dport 80 accept"], "ip6": []}
+    assert texts(listen="::", srchosts="any") == {"ip": [], "ip6": [f"{OUTER} tcp dport 80 accept"]}
 
 
 def test_a_network_of_one_family_opens_nothing_in_the_other(texts: Any) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Small values: what parses prints, and what is almost right is refused."""
 
+from contextlib import suppress
 from ipaddress import ip_address, ip_network
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qubes_fwd_qrexec import values
@@ -123,6 +124,53 @@ def test_no_time_is_later_than_what_can_be_shown(text: str) -> None:
         values.parse_yes_no("Yes")
 
 
+NOBODY = ["0.0.0.0", "0.0.0.0/8", "0.1.2.3", "224.0.0.251", "224.0.0.0/4", "255.255.255.255", "::", "ff02::1"]
+EVERYBODY = [
+    "0.0.0.0/0",
+    "::/0",
+    "0.0.0.0/1,128.0.0.0/1",
+    "10.0.0.0/8,::/0",
+    "2000::/3",
+    "2000::/4,3000::/4,fd00::/8",
+    # All of the Internet, and no private network.
+    "0.0.0.0/5,8.0.0.0/7,11.0.0.0/8,12.0.0.0/6,16.0.0.0/4,32.0.0.0/3,64.0.0.0/2,128.0.0.0/3,160.0.0.0/5,"
+    "168.0.0.0/6,172.0.0.0/12,172.32.0.0/11,172.64.0.0/10,172.128.0.0/9,173.0.0.0/8,174.0.0.0/7,176.0.0.0/4,"
+    "192.0.0.0/9,192.128.0.0/11,192.160.0.0/13,192.169.0.0/16,192.170.0.0/15,192.172.0.0/14,192.176.0.0/12,"
+    "192.192.0.0/10,193.0.0.0/8,194.0.0.0/7,196.0.0.0/6,200.0.0.0/5,208.0.0.0/4",
+]
+
+
+@pytest.mark.parametrize("text", EVERYBODY)
+def test_everybody_is_said_by_its_word(text: str) -> None:
+    with pytest.raises(TextError, match=r"lets in everybody by IPv[46], which is said by the word any"):
+        Sources.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["0.0.0.0/1", "128.0.0.0/1", "2000::/4", "10.0.0.0/8,172.16.0.0/12,fc00::/7"]
+)
+def test_many_are_not_everybody(text: str) -> None:
+    assert str(Sources.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        ("any", "any"),
+        ("any", "10.0.0.0/8,fd00::/8"),
+        ("10.0.0.0/8", "10.0.0.0/8"),
+        ("10.0.0.0/9,10.128.0.0/9", "10.0.0.0/8"),
+        ("10.0.0.0/8,fd00::/8", "10.1.2.3/32"),
+    ],
+)
+def test_sources_cover_what_is_within_them_and_no_more(wide: str, narrow: str) -> None:
+    some, others = Sources.parse(wide), Sources.parse(narrow)
+    assert some.cover(others)
+    assert others.cover(some) == (
+        set(wide.split(",")) == set(narrow.split(",")) or wide.startswith("10.0.0.0/9")
+    )
+
+
 @pytest.mark.parametrize("text", ["a\n", "\t", "\x7f", "\u00e9", "\x1b"])
 def test_only_printable_ascii_fits_into_a_feature(text: str) -> None:
     with pytest.raises(TextError, match="all that a Qubes feature can hold"):
@@ -146,6 +194,7 @@ def test_what_is_no_address(text: str) -> None:
         ("", "a network such as"),
         ("::ffff:10.0.0.0/104", "IPv4 as IPv4"),
         ("fe80::1%eth0", "without zone"),
+        *((text, "no client's addresses") for text in NOBODY),
     ],
 )
 def test_what_is_no_network(text: str, words: str) -> None:
@@ -160,6 +209,12 @@ def test_any_stands_alone() -> None:
         Sources.parse("any,10.0.0.0/8")
 
 
+def is_of_clients(network: values.IPNetwork) -> bool:
+    with suppress(TextError):
+        return values.parse_network(str(network)) == network
+    return False
+
+
 networks = st.builds(
     lambda address, bits: (
         ip_network((int(address), bits % (address.max_prefixlen + 1)), strict=False)
@@ -168,12 +223,14 @@ networks = st.builds(
     ),
     st.ip_addresses(),
     st.integers(0, 128),
-).filter(lambda n: n.version == 4 or n.network_address.ipv4_mapped is None)
+).filter(is_of_clients)
 
 
 @settings(deadline=None)
 @given(st.lists(networks, min_size=1, max_size=5))
 def test_sources_print_as_they_parse(some: list[values.IPNetwork]) -> None:
+    assume(sum(n.num_addresses for n in some if n.version == 4) < 2**31)
+    assume(all(n.version == 4 or n.prefixlen > 5 for n in some))  # else they may be everybody
     sources = Sources.of(some)
     assert Sources.parse(str(sources)) == sources
     assert sources.versions == {n.version for n in some}
