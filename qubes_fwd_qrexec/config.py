@@ -121,6 +121,18 @@ class ListenerConfig:
         """Its name below ``/vm-config/``: ``fwd.TARGET.NAME``, at most 52 characters by construction."""
         return f"{_KEY_PREFIX}{self.target}.{self.name}"
 
+    def narrows(self, old: "ListenerConfig") -> bool:
+        """Whether a connection that the old one allowed may be one that this one does not allow."""
+        ports, before = self.listen_ports, old.listen_ports
+        families = {address.version for address in self.listen if address.is_unspecified}
+        return (
+            not self.sources.cover(old.sources)
+            or self.side is not old.side
+            or not (ports.first <= before.first and before.last <= ports.last)
+            or self.target_port(ports.first) != old.target_port(ports.first)
+            or not all(a in self.listen or a.version in families for a in old.listen)
+        )
+
     def target_port(self, listen_port: int) -> int:
         """The target's port behind an exposed one."""
         return listen_port - self.listen_ports.first + self.target_ports.first

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from ipaddress import ip_address
 
 import trio
 
@@ -30,7 +31,7 @@ from .relay import abort, close_well, read_out, undelivered_bytes
 from .report import ForwardReport, Way
 from .rules import OnExpire, Transport
 from .transports import Transports
-from .values import Binding, IPAddress
+from .values import Binding, IPAddress, unmapped
 
 _logger = logging.getLogger(__name__)
 
@@ -58,11 +59,13 @@ class Means:
 class _Connection:
     """One accepted connection, from when it is let in until it has ended."""
 
-    __slots__ = ("carried", "is_yielding", "scope", "sock", "source")
+    __slots__ = ("carried", "is_yielding", "local", "scope", "sock", "source")
 
     def __init__(self, sock: socket.socket, source: IPAddress) -> None:
         self.sock = sock
         self.source = source
+        address, port = sock.getsockname()[:2]
+        self.local: Binding = unmapped(ip_address(address)), port
         self.carried = Carried(time.monotonic())
         self.scope = trio.CancelScope()
         self.is_yielding = False
@@ -78,6 +81,19 @@ class _Connection:
     def make_room(self) -> None:
         self.is_yielding = True
         self.cut()
+
+
+def _still_allows(config: ListenerConfig, old: ListenerConfig, connection: _Connection) -> bool:
+    """Whether a connection could be made anew, from the same client to the same port of the target."""
+    address, port = connection.local
+    listened_at = {(ours.version, ours if not ours.is_unspecified else address) for ours in config.listen}
+    return (
+        connection.source in config.sources
+        and (address.version, address) in listened_at
+        and port in config.listen_ports
+        and config.target_port(port) == old.target_port(port)
+        and (config.side is old.side or came_by(connection.sock, config.side))
+    )
 
 
 class Forward:
@@ -101,16 +117,21 @@ class Forward:
         return f"{self.config.target} {self.config.name} ({', '.join(where)})"
 
     def reconfigure(self, config: ListenerConfig) -> None:
-        """Take a new configuration; connections and unchanged ports never notice.
+        """Take a new configuration; unchanged ports and connections that it still allows never notice.
 
-        Raises `BindError` when new ports cannot be opened. All else holds then: dom0 has narrowed or ended
-        something perhaps, and does not learn at once that a port is taken.
+        What it allows no more is cut, or goes on if it says on-expire=drain. Raises `BindError` when new
+        ports cannot be opened. All else holds then: dom0 has narrowed or ended something perhaps, and does
+        not learn at once that a port is taken.
         """
         self.give_up(config)
         if config.expire != self.config.expire:
             self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
         self.account.change(config.limits)
-        self.config = config
+        old, self.config = self.config, config
+        if config.on_expire is OnExpire.CUT:
+            for connection in self._live:
+                if not _still_allows(config, old, connection):
+                    connection.cut()
         self._open(bindings(config) - self._listening.keys())
 
     def give_up(self, config: ListenerConfig) -> None:

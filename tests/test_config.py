@@ -125,3 +125,27 @@ def test_a_value_too_large_for_qubesdb_is_refused() -> None:
             service=Service.FORWARD_TCP,
             transport=Transport.CALL,
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "narrows"),
+    [
+        ("", False),
+        ("srchosts=10.0.0.0/7", False),
+        ("srchosts=10.0.0.0/9", True),
+        ("srchosts=any listen=0.0.0.0,::", False),
+        ("listen=10.0.0.1", True),
+        ("srcports=79-80 dstports=8079-8080", False),
+        ("srcports=79-80 dstports=8080-8081", True),
+        ("srcports=81-81", True),
+        ("dstports=81-81", True),
+        ("side=vifs", True),
+        ("on-expire=drain expire=1893456000 limits=connections:1 transport=tunnel", False),
+    ],
+)
+def test_it_says_whether_it_allows_less_than_another(change: str, narrows: bool) -> None:
+    options = dict(word.split("=", 1) for word in f"{LINE} {change}".split())
+    changed = " ".join(f"{name}={value}" for name, value in options.items())
+    old = ListenerConfig.parse("fwd.work.web", LINE)
+    assert ListenerConfig.parse("fwd.work.web", changed).narrows(old) is narrows
+    assert not old.narrows(old)

@@ -64,7 +64,7 @@ async def test_where_a_new_port_is_in_use_all_else_holds_and_the_old_port_is_clo
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server))
     async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
-        async with await connect(port) as near, await accept(server) as far:
+        async with await connect(port) as near, await accept(server):
             with socket.create_server(("127.0.0.1", 0)) as holder:
                 taken = port_of(holder)
                 write_config(config, taken, port_of(server), srchosts="192.0.2.1/32")
@@ -72,14 +72,14 @@ async def test_where_a_new_port_is_in_use_all_else_holds_and_the_old_port_is_clo
                 assert not can_connect(port)
                 assert list(listener.problems) == ["fwd.work.web"]
                 assert any(f"127.0.0.1:{taken}: the port is in use" in m for m in caplog.messages)
+                assert await is_reset(near)
             await until(lambda: listening_addresses(taken) == ["127.0.0.1"])
             assert listener.problems == {}
-            await echo_once(near, far)
             async with await connect(taken) as stranger:
                 assert await is_reset(stranger)
 
 
-async def test_a_forward_whose_new_port_is_in_use_ends_when_it_was_told_last(
+async def test_a_forward_with_a_new_address_where_the_port_is_in_use_ends_when_it_was_told_last(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wall = [time.time()]
@@ -89,9 +89,39 @@ async def test_a_forward_whose_new_port_is_in_use_ends_when_it_was_told_last(
     async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            write_config(config, port_of(server), port_of(server), expire=str(int(wall[0]) + 1000))
-            listener._look()
-            await echo_once(near, far)
-            wall[0] += 1001
-            assert await is_reset(near)
+            with socket.create_server(("127.0.0.2", port)):
+                ends, listen = str(int(wall[0]) + 1000), "127.0.0.1,127.0.0.2"
+                write_config(config, port, port_of(server), expire=ends, listen=listen)
+                listener._look()
+                await echo_once(near, far)
+                wall[0] += 1001
+                assert await is_reset(near)
             await until(lambda: listener.problems == {})
+
+
+KEPT = [{"srchosts": "127.0.0.1/32"}, {"limits": "connections:1"}, {"listen": "0.0.0.0"}, {"side": "vifs"}]
+NARROWED = [
+    {"srchosts": "127.0.0.2/32"},
+    {"srchosts": "any", "listen": "127.0.0.2"},
+    {"dstports": "1-1"},
+    {"srcports": "1-1"},
+]
+
+
+@pytest.mark.parametrize("on_expire", ["cut", "drain"])
+@pytest.mark.parametrize("change", [*KEPT, *NARROWED])
+async def test_what_a_changed_forward_allows_no_more_is_cut_unless_it_may_drain(
+    tmp_path: Path, server: socket.socket, change: dict[str, str], on_expire: str
+) -> None:
+    """Loopback is admitted at every side, so that a connection by it outlives a change of side."""
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server))
+    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            write_config(config, port, port_of(server), on_expire=on_expire, **change)
+            listener.reload()
+            if change in KEPT or on_expire == "drain":
+                await echo_once(near, far)
+            else:
+                assert await is_reset(near)

@@ -14,7 +14,15 @@ from typing import NamedTuple, TypeVar
 from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
 from qubes_fwd_qrexec.options import Option
-from qubes_fwd_qrexec.rules import NO_LIMITS, BrokenRule, ForwardRule, ForwardType, NamedRule, Transport
+from qubes_fwd_qrexec.rules import (
+    NO_LIMITS,
+    BrokenRule,
+    ForwardRule,
+    ForwardType,
+    NamedRule,
+    OnExpire,
+    Transport,
+)
 from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
@@ -277,8 +285,9 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
     troubles = _troubles(carried_out, session)
 
     def notes(forward: Forward) -> list[str]:
-        trouble = troubles.get(forward.source[:2])
-        return warnings(forward) if trouble is None else [trouble, *warnings(forward)]
+        trouble, old = troubles.get(forward.source[:2]), carried_out.before.find(*forward.source[:2])
+        first = [] if trouble is None else [trouble]
+        return [*first, *_narrowing(old, forward), *warnings(forward)]
 
     if session.is_json:
         found = [f.as_json() | {"warnings": notes(f)} for f in forwards]
@@ -302,6 +311,15 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
             if note not in told:
                 session.say(f"Note: {escaped(note)}.\n")
     return 0
+
+
+def _narrowing(old: Forward | None, new: Forward) -> list[str]:
+    """What becomes of connections that were allowed before the change, and are no more."""
+    if old is None or old.config is None or new.config is None or not new.config.narrows(old.config):
+        return []
+    if new.config.on_expire is OnExpire.DRAIN:
+        return ["connections that it no longer allows go on until they end, as it says on-expire=drain"]
+    return ["connections that it no longer allows are cut"]
 
 
 def _and_closed(planned: Plan | None) -> str:

@@ -364,3 +364,19 @@ def test_the_mark_of_a_tunnel_is_not_taken_for_a_rule(forward: Forward, lab: Lab
     lab.set_feature("sys-firewall", "forward.tunnel", "1")
     assert forward("list").out == "No forwards.\n"
     assert "marked at sys-firewall (feature forward.tunnel)" in forward(*ADD).err
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        ("cut", "Note: connections that it no longer allows are cut.\n"),
+        (
+            "drain",
+            "Note: connections that it no longer allows go on until they end, as it says on-expire=drain.\n",
+        ),
+    ],
+)
+def test_set_says_what_becomes_of_those_it_shuts_out(forward: Forward, ending: str, words: str) -> None:
+    forward(*ADD)
+    assert words in forward("set", "work", "web", "srchosts=192.168.1.0/24", f"on-expire={ending}").out
+    assert words not in forward("set", "work", "web", "srchosts=192.168.0.0/16").out
