@@ -7,16 +7,18 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from ipaddress import IPv6Address, ip_address
 
 import trio
 
+from .bugs import Bugs
 from .deadpeers import notice_dead_peers
 from .errors import ForwardError
 from .ingress import note_ingress
 from .logs import RateLimit, warn
 from .portholder import port_holder
-from .relay import abort_by_default, keep_urgent_bytes
+from .relay import abort, abort_by_default, keep_urgent_bytes
 from .values import IPAddress, unmapped
 
 _logger = logging.getLogger(__name__)
@@ -98,9 +100,10 @@ def _bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
 
 
 async def accept_until_closed(
-    listening: socket.socket, accepted: Callable[[socket.socket], None], limit: RateLimit
+    listening: socket.socket, accepted: Callable[[socket.socket], None], limit: RateLimit, bugs: Bugs
 ) -> None:
-    """Hand every connection to ``accepted``, non-blocking; it must not raise.
+    """Hand every connection to ``accepted``, non-blocking. If it raises, that is a bug, and the connection is
+    aborted.
 
     Ends when somebody calls `close_listening`. ``limit`` is for the log, and one for all sockets of the
     process: what they run short of they share.
@@ -111,7 +114,7 @@ async def accept_until_closed(
             for _ in range(_BURST):
                 connection, _ = listening.accept()
                 connection.setblocking(False)
-                accepted(connection)
+                bugs.guarded(partial(abort, connection), accepted, connection)
         except trio.ClosedResourceError:
             return
         except BlockingIOError:
@@ -123,7 +126,8 @@ async def accept_until_closed(
                 warn(_logger, limit, "shortage", f"cannot accept connections for now: {error.strerror}")
                 await trio.sleep(_SHORTAGE_PAUSE_S)
             elif error.errno not in _PEERS_OWN:
-                raise
+                bugs.note(error)  # nobody knows what it means, but other connections may come all the same
+                await trio.sleep(_SHORTAGE_PAUSE_S)
 
 
 def peer_address(connection: socket.socket) -> IPAddress | None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from .leg import PULL_BYTES, Leg
-from .loop import GONE, WRITE, Loop
+from .loop import GONE, WRITE, End, Loop
 from .tunnel import Buffer, Connection
 
 # Above it no more is read from sockets, so that a keystroke behind a bulk stream waits for this much and for
@@ -29,8 +29,8 @@ _WRITE_BUFFERS = 64
 class Backlog:
     """Writes what ``connection`` has to ``sink``, the call's non-blocking socket, which is only used.
 
-    ``ready`` is called when the sink takes more, ``broken`` once when it never will again. Raises OSError
-    when the kernel can watch no more sockets.
+    ``ready`` is called when the sink takes more, ``broken`` once when it never will again, ``fail`` after a
+    bug. Raises OSError when the kernel can watch no more sockets.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Backlog:
         sink: socket.socket,
         ready: Callable[[], None],
         broken: Callable[[], None],
+        fail: End,
     ) -> None:
         self.stuck_ticks = 0
         """For how many ticks something has waited and nothing of it was taken."""
@@ -48,13 +49,14 @@ class Backlog:
         self._sink = sink
         self._ready = ready
         self._broken = broken
+        self._fail = fail
         self._mask = 0
         self._is_broken = False
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
         # A dict for its order, and so that each can leave.
         self._waiting: dict[Leg, None] = {}
-        loop.watch(sink.fileno(), 0, self._on_sink)
+        loop.watch(sink.fileno(), 0, self._on_sink, fail)
 
     @property
     def is_empty(self) -> bool:
@@ -85,9 +87,9 @@ class Backlog:
             for leg in list(itertools.islice(self._waiting, _TURNS)):
                 del self._waiting[leg]
                 leg.is_bulk = False
-                leg.resume()
+                self._loop.guarded(leg.fail, leg.resume)
             if self._waiting:
-                self._loop.after(0.0, self._ready)
+                self._loop.after(0.0, self._ready, self._fail)
 
     def forget(self, leg: Leg) -> None:
         """A leg that is closed waits for nothing."""

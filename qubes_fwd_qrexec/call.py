@@ -140,8 +140,9 @@ class _Connection:
     async def download(self) -> None:
         """Server to client, and the verdict of the exit status on what an end of file meant."""
         end = await self._copy(self.down)
-        if end is CopyEnd.SINK_BROKEN:
-            self._fail("the client aborted the connection")
+        if end is not CopyEnd.EOF:
+            is_client = end is CopyEnd.SINK_BROKEN
+            self._fail("the client aborted the connection" if is_client else "the call was lost")
             return
         status = await self.call.status(_STATUS_WAIT_S)
         if status:

@@ -19,6 +19,7 @@ from .accepting import (
     open_listening,
     peer_address,
 )
+from .bugs import Bugs
 from .config import ListenerConfig
 from .connectionlog import ConnectionLog
 from .counters import WAYS, Carried, Counters
@@ -54,6 +55,11 @@ class Means:
     process: Process = field(default_factory=Process)
     log: ConnectionLog = field(default_factory=ConnectionLog)
     shortage: RateLimit = field(default_factory=RateLimit)
+
+    @property
+    def bugs(self) -> Bugs:
+        """Where bugs of this process are counted."""
+        return self.transports.relays.loop.bugs
 
 
 class _Connection:
@@ -175,7 +181,8 @@ class Forward:
         self._listening |= opened
         for (_, port), sock in opened.items():
             accepted = partial(self._accepted, port)
-            self._means.tasks.start_soon(accept_until_closed, sock, accepted, self._means.shortage)
+            means = self._means
+            means.tasks.start_soon(accept_until_closed, sock, accepted, means.shortage, means.bugs)
 
     def _close(self, unwanted: Iterable[Binding]) -> None:
         for binding in unwanted:
@@ -218,11 +225,11 @@ class Forward:
                     close_well(accepted)
                 else:
                     await _delivered(accepted)
-        except Exception:
+        except Exception as bug:
             if self._means.transports.relays.has_failed:
                 raise
             how = "bug"
-            _logger.exception("%s: a bug ended the connection of %s", self, connection.source)
+            self._means.bugs.note(bug)
         finally:
             if connection.is_yielding:
                 how = "made-room"

@@ -286,16 +286,27 @@ class Leg:
         if self.window.is_idle(self.received) and self.is_joined and self.ended is None:
             self._mux.connection.recall(self.stream_id, FLOOR_BYTES)
 
+    def take_back(self, amount: int) -> None:
+        """The peer has given back credit that it does not use."""
+        self.window.give_back(amount)
+
     # Endings
 
-    def abort_from_here(self) -> None:
+    def abort_from_here(self, code: ResetCode = ResetCode.ABORTED) -> None:
         """The local peer is gone, or nobody wants it any more: RESET for the other end, RST for this one."""
         if self._is_closed:
             return
-        if self.ended is None:
-            self._mux.reset(self.stream_id, ResetCode.ABORTED)
-            self.ended = LegEnd.LOCAL_RESET
-        self._close(is_clean=False)
+        was_alive = self.ended is None
+        self.ended = self.ended or LegEnd.LOCAL_RESET
+        try:
+            if was_alive:
+                self._mux.reset(self.stream_id, code)
+        finally:
+            self._close(is_clean=False)
+
+    def fail(self) -> None:
+        """There is a bug in it: it ends, whatever state it is in."""
+        self.abort_from_here(ResetCode.INTERNAL)
 
     def abort_from_there(self) -> None:
         """The stream is gone: what had come is delivered, for a while, and then RST says the rest."""
@@ -332,29 +343,31 @@ class Leg:
             self._close(is_clean=True)
 
     def _close(self, *, is_clean: bool) -> None:
-        self._let_go()
-        if is_clean:
-            close_cleanly(self.sock)
-        else:
-            abort(self.sock)
-        if self.on_end is not None and self.ended is not None:
-            self.on_end(self.ended)
+        try:
+            self._let_go()
+        finally:
+            if is_clean:
+                close_cleanly(self.sock)
+            else:
+                abort(self.sock)
+            if self.on_end is not None and self.ended is not None:
+                self.on_end(self.ended)
 
     def _let_go(self) -> None:
         """Nothing calls this leg any more."""
         self._is_closed = True
         self._pending = None
-        self._watch(_UNWATCHED)
         if self._timer is not None:
             self._timer.cancel()
         self.window.leave()
         self._mux.forget(self)
+        self._watch(_UNWATCHED)
 
     def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Call it later, in the place of what was to be called before."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._mux.loop.after(delay_s, callback)
+        self._timer = self._mux.loop.after(delay_s, callback, self.fail)
 
     def _watch_too(self, more: int) -> None:
         self._watch((0 if self._mask == _UNWATCHED else self._mask) | more)
@@ -370,8 +383,8 @@ class Leg:
             loop.change(fd, mask)
         else:
             try:
-                loop.watch(fd, mask, self._on_ready)
+                loop.watch(fd, mask, self._on_ready, self.fail)
             except OSError:  # the kernel can watch no more sockets: this stream's trouble alone
-                loop.soon(self.abort_from_here)
+                loop.soon(self.abort_from_here, self.fail)
                 return
         self._mask = mask

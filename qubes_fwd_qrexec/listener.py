@@ -18,6 +18,7 @@ import trio
 
 from . import listeneroptions, qrexec
 from .accepting import BindError
+from .bugs import Bugs
 from .call import CallTimeouts
 from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration, Source
@@ -80,6 +81,7 @@ class Listener:
         self._is_whole = is_whole
         self._status_dir = status_dir
         self._supervisor = supervisor
+        self.bugs = Bugs()
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
         self._process = Process(connections_max)
@@ -105,7 +107,7 @@ class Listener:
         of the first configuration cannot be opened.
         """
         async with (
-            open_relay_thread() as relays,
+            open_relay_thread(self.bugs) as relays,
             open_status(self._status_dir, self) as close_status,
             trio.open_nursery() as watching,
         ):
@@ -224,6 +226,7 @@ class Listener:
             problems=tuple(Problem(one_line(k), one_line(text)) for k, text in problems[:PROBLEMS_MAX]),
             left_out=max(0, len(forwards) - FORWARDS_MAX),
             draining=self._draining.report()[:FORWARDS_MAX],
+            bugs=self.bugs.count,
         )
 
     async def try_out(self, untrusted_key: str) -> Trial:

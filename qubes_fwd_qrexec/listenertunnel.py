@@ -129,7 +129,11 @@ class Tunnel:
             if self.mux is not None:
                 self.mux.drain(GoawayCode.SHUTDOWN)
 
-        self._relays.order(drain)
+        def fail() -> None:
+            if self.mux is not None:
+                self.mux.fail()
+
+        self._relays.order(drain, fail)
 
     async def relay(
         self,

@@ -18,6 +18,8 @@ def text(report: ListenerReport) -> str:
         lines += _family(name, kind, help_text, samples)
     problems = [("", len(report.problems))]
     lines += _family("problems", _GAUGE, "Entries of the configuration that are not open.", problems)
+    bugs = [("", report.bugs)]
+    lines += _family("bugs_total", _COUNTER, "Bugs of the listener; its log has them.", bugs)
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -50,11 +50,6 @@ TICK_S = 1.0
 HALF_CLOSE_S = 600.0
 # How often legs are asked whether they have been idle for too long.
 _IDLE_LOOK_TICKS = 5
-_TO_LEG: dict[type[Event], Callable[[Leg], None]] = {
-    CreditReceived: Leg.resume,
-    AcceptReceived: Leg.join,
-    EofReceived: Leg.receive_eof,
-}
 # A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
 # peer that does not read waited for any longer when the last word is said.
 _LAST_READ_S = 1.0
@@ -122,13 +117,13 @@ class Mux:
         """Whether it is over because of what the peer said, rather than because it says nothing any more."""
         self.is_revoked = False
         """Whether the peer has said that dom0 has ended it, which is no fault."""
-        self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken)
+        self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
         try:
-            loop.watch(source.fileno(), READ, self._on_source)
+            loop.watch(source.fileno(), READ, self._on_source, self.fail)
         except OSError:
             self.backlog.let_go()
             raise
-        loop.after(TICK_S, self._tick)
+        self._after(TICK_S, self._tick)
         self._flush_soon()
 
     # What the owner asks for
@@ -182,7 +177,7 @@ class Mux:
         self.connection.close(code)
         self._abort_legs()
         self._flush_soon()
-        self.loop.after(_LAST_READ_S, partial(self._end, None))
+        self._after(_LAST_READ_S, partial(self._end, None))
 
     def abandon(self) -> None:
         """Let go of the call's sockets at once; every stream is aborted, and the owner is told nothing."""
@@ -277,28 +272,30 @@ class Mux:
                 self._deliver(stream_id, run)
 
     def _deliver(self, stream_id: int, run: Sequence[Buffer]) -> None:
+        self._to_leg(stream_id, Leg.deliver, run[0] if len(run) == 1 else b"".join(run), len(run))
+
+    def _to_leg(self, stream_id: int, method: Callable[..., None], *arguments: object) -> None:
+        """What was delivered before may have ended it: a write is how an abort is found out."""
         leg = self.legs.get(stream_id)
         if leg is not None:
-            leg.deliver(run[0] if len(run) == 1 else b"".join(run), len(run))
+            self.loop.guarded(leg.fail, method, leg, *arguments)
 
     def _on_event(self, event: Event) -> None:
-        """Any event but DATA, which is much the most frequent and comes first.
-
-        What was delivered before it may have ended its leg: a write is how an abort is found out.
-        """
+        """Any event but DATA, which is much the most frequent and comes first."""
         match event:
-            case CreditReceived() | AcceptReceived() | EofReceived():
-                leg = self.legs.get(event.stream_id)
-                if leg is not None:
-                    _TO_LEG[type(event)](leg)
+            case CreditReceived():
+                self._to_leg(event.stream_id, Leg.resume)
+            case AcceptReceived():
+                self._to_leg(event.stream_id, Leg.join)
+            case EofReceived():
+                self._to_leg(event.stream_id, Leg.receive_eof)
             case CreditReturned():
-                leg = self.legs.get(event.stream_id)
-                if leg is not None:
-                    leg.window.give_back(event.amount)
+                self._to_leg(event.stream_id, Leg.take_back, event.amount)
             case ResetReceived():
                 self._on_reset(event)
             case OpenReceived():
-                self._owner.open_requested(self, event)
+                not_begun = partial(self._not_begun, event.stream_id)
+                self.loop.guarded(not_begun, self._owner.open_requested, self, event)
             case HelloReceived():
                 self._owner.ready(self)
             case GoawayReceived():
@@ -329,9 +326,18 @@ class Mux:
         if leg is None:
             self._owner.open_abandoned(self, event.stream_id)
         elif leg.is_joined:
-            leg.abort_from_there()
+            self.loop.guarded(leg.fail, leg.abort_from_there)
         else:
             self._refused(leg, event.code)
+
+    def _not_begun(self, stream_id: int) -> None:
+        """There is a bug in what was to begin it."""
+        leg = self.legs.get(stream_id)
+        if leg is not None:
+            leg.fail()
+        else:
+            self._owner.open_abandoned(self, stream_id)
+            self.refuse(stream_id, ResetCode.INTERNAL)
 
     # To the call
 
@@ -339,7 +345,7 @@ class Mux:
         """At the end of this turn: what all its events cause goes out together."""
         if not self._is_flush_due:
             self._is_flush_due = True
-            self.loop.soon(self._flush)
+            self.loop.soon(self._flush, self.fail)
 
     def _flush(self) -> None:
         self._is_flush_due = False
@@ -356,7 +362,7 @@ class Mux:
 
     def _call_broken(self) -> None:
         """The call takes nothing more. What it still has for us, above all why, comes first."""
-        self.loop.after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
+        self._after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
 
     # Time and endings
 
@@ -376,26 +382,35 @@ class Mux:
             self._end(f"the other end has read nothing for {_FRAME_S} s")
         else:
             if self.share.is_short:
-                for leg in self.legs.values():
-                    leg.look()
+                for leg in list(self.legs.values()):
+                    self.loop.guarded(leg.fail, leg.look)
             if self._ticks % _IDLE_LOOK_TICKS == 0:
                 self._end_idle(time.monotonic())
-            self.loop.after(TICK_S, self._tick)
+            self._after(TICK_S, self._tick)
 
     def _end_idle(self, now: float) -> None:
         for leg in list(self.legs.values()):
             quiet_s = now - leg.moved_at
             if quiet_s >= self._idle_s or (quiet_s >= self._half_close_s and leg.is_half_closed):
-                leg.abort_from_here()
+                self.loop.guarded(leg.fail, leg.abort_from_here)
+
+    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self.loop.after(delay_s, callback, self.fail)
+
+    def fail(self) -> None:
+        """There is a bug in what is of the call as a whole: that ends, and nothing else of the process."""
+        self._end("a bug of this end; its log says more")
 
     def _end(self, problem: str | None) -> None:
         """The end of the byte stream; without a last word before, it is an abort of every stream."""
         if self.is_over:
             return
         self.is_over = True
-        self._unwatch()
-        self._abort_legs()
-        self._owner.over(self, problem)
+        try:
+            self._unwatch()
+            self._abort_legs()
+        finally:
+            self._owner.over(self, problem)
 
     def _unwatch(self) -> None:
         self.loop.unwatch(self._source.fileno())
@@ -403,4 +418,4 @@ class Mux:
 
     def _abort_legs(self) -> None:
         for leg in list(self.legs.values()):
-            leg.abort_from_there()
+            self.loop.guarded(leg.fail, leg.abort_from_there)

@@ -141,7 +141,8 @@ class Relay:
             return
         wanted = endpoint.wanted()
         if endpoint.mask < 0:
-            self._loop.watch(endpoint.fd, wanted, partial(self._serve, endpoint))
+            end = partial(self._fail, endpoint)
+            self._loop.watch(endpoint.fd, wanted, partial(self._serve, endpoint), end)
         elif endpoint.mask != wanted:
             self._loop.change(endpoint.fd, wanted)
         endpoint.mask = wanted
@@ -211,11 +212,19 @@ class Relay:
         copy.moved_at = time.monotonic()
         return sent
 
+    def _fail(self, endpoint: _Endpoint) -> None:
+        """There is a bug in a copy of this socket: both end, as if what they read had been aborted."""
+        for copy in (endpoint.reader, endpoint.writer):
+            if copy is not None:
+                self._end(copy, CopyEnd.SOURCE_RESET)
+
     def _end(self, copy: Copy, how: CopyEnd) -> None:
         on_end = copy.on_end
-        self.stop(copy)
-        if on_end is not None:
-            on_end(how)
+        try:
+            self.stop(copy)
+        finally:
+            if on_end is not None:
+                on_end(how)
 
 
 def abort(sock: socket.socket) -> None:

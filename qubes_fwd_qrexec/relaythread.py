@@ -2,7 +2,8 @@
 """A `Loop` in a thread of its own, for use from trio.
 
 The thread moves bytes and decides nothing; trio tasks start copies, wait for their ends and decide. A
-task that is cancelled while it waits gets its sockets back before it goes on.
+task that is cancelled while it waits gets its sockets back before it goes on. A bug in what a task has
+begun ends that; only what the loop itself raises ends the thread.
 """
 
 import os
@@ -16,7 +17,8 @@ from typing import NoReturn, TypeVar
 import outcome
 import trio
 
-from .loop import READ, Loop
+from .bugs import BugError, Bugs
+from .loop import READ, End, Loop
 from .relay import Copy, CopyEnd, Relay
 
 _T = TypeVar("_T")
@@ -28,13 +30,13 @@ class RelayThread:
     ``loop`` is the thread's own: what works in it is made by an order, and only orders reach it.
     """
 
-    def __init__(self) -> None:
-        self.loop = Loop()
+    def __init__(self, bugs: Bugs) -> None:
+        self.loop = Loop(bugs)
         self._relay = Relay(self.loop)
         self._token = trio.lowlevel.current_trio_token()
-        self._orders: deque[Callable[[], None]] = deque()
+        self._orders: deque[tuple[Callable[[], None], End]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.loop.watch(self._wake_fd, READ, self._obey)
+        self.loop.watch(self._wake_fd, READ, self._obey, _go_on)
         # One entry for each `wait` under way; a task's next one must not hear of the last one's end.
         self._waiting: dict[object, trio.lowlevel.Task] = {}
         self._crash: BaseException | None = None
@@ -58,7 +60,7 @@ class RelayThread:
 
         ``begin`` gets the function to call with the result, once. When this is cancelled, ``let_go`` has
         been called before Cancelled is raised. An OSError or ValueError of ``begin`` is raised here: it is
-        this caller's trouble, and no other's.
+        this caller's trouble, and no other's. So is a bug in it, as `BugError`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._crash is not None:
@@ -81,20 +83,24 @@ class RelayThread:
 
         def abort_fn(raise_cancel: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
             def let_go_and_tell() -> None:
-                let_go()
+                self.loop.guarded(_go_on, let_go)
                 self._token.run_sync_soon(lambda: resume(outcome.capture(raise_cancel)))
 
-            self.order(let_go_and_tell)
+            self.order(let_go_and_tell, _go_on)
             return trio.lowlevel.Abort.FAILED
 
+        def not_begun() -> None:
+            self.loop.guarded(_go_on, let_go)
+            self._token.run_sync_soon(resume, outcome.Error(BugError()))
+
         self._waiting[this_wait] = trio.lowlevel.current_task()
-        self.order(begin_or_fail)
+        self.order(begin_or_fail, not_begun)
         result: _T = await trio.lowlevel.wait_task_rescheduled(abort_fn)
         return result
 
-    def order(self, what: Callable[[], None]) -> None:
-        """Have the thread call ``what``, soon and in the order of the orders."""
-        self._orders.append(what)
+    def order(self, what: Callable[[], None], end: End) -> None:
+        """Have the thread call ``what``, soon and in the order of the orders; ``end`` after a bug in it."""
+        self._orders.append((what, end))
         os.eventfd_write(self._wake_fd, 1)
 
     def tell(self, what: Callable[[], None]) -> None:
@@ -116,7 +122,8 @@ class RelayThread:
         """In the thread: carry out what has been ordered. An order comes before its wake-up."""
         os.eventfd_read(self._wake_fd)
         while self._orders:
-            self._orders.popleft()()
+            what, end = self._orders.popleft()
+            self.loop.guarded(end, what)
 
     def _give_up(self, crash: BaseException) -> None:
         for task in self._waiting.values():
@@ -129,17 +136,21 @@ class RelayThread:
         def stop() -> None:
             self._is_closing = True
 
-        self.order(stop)
+        self.order(stop, _go_on)
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._thread.join)
         self.loop.close()
         os.close(self._wake_fd)
 
 
+def _go_on() -> None:
+    """There is nothing to be ended."""
+
+
 @asynccontextmanager
-async def open_relay_thread() -> AsyncIterator[RelayThread]:
+async def open_relay_thread(bugs: Bugs | None = None) -> AsyncIterator[RelayThread]:
     """A running `RelayThread`; it ends with the block, which must have no copy left by then."""
-    relays = RelayThread()
+    relays = RelayThread(bugs or Bugs())
     relays._thread.start()
     try:
         yield relays

@@ -158,6 +158,7 @@ class ListenerReport:
     """The listener of an exposed qube; ``left_out`` forwards are not told of, as there are too many.
 
     ``draining`` are forwards that are closed already: one may be there twice, and under ``forwards`` again.
+    ``bugs``: how many bugs of its own it has met, each of which ended no more than what it happened to.
     """
 
     since: int
@@ -165,6 +166,7 @@ class ListenerReport:
     problems: tuple[Problem, ...] = ()
     left_out: int = 0
     draining: tuple[DrainingReport, ...] = ()
+    bugs: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -174,6 +176,7 @@ class ListenerReport:
             "problems": [problem.as_json() for problem in self.problems],
             "left_out": self.left_out,
             "draining": [forward.as_json() for forward in self.draining],
+            "bugs": self.bugs,
         }
 
     @classmethod
@@ -190,6 +193,7 @@ class ListenerReport:
             problems=untrusted.several("problems", PROBLEMS_MAX, Problem.read),
             left_out=untrusted.number("left_out"),
             draining=untrusted.several("draining", FORWARDS_MAX, DrainingReport.read),
+            bugs=untrusted.number("bugs"),
         )
 
     def find(self, target: str, name: str) -> ForwardReport | None:
@@ -268,12 +272,14 @@ class QubeReport:
     """A qube's whole answer. ``listener`` is None where none runs; ``trial`` where none was asked for.
 
     ``left_behind`` is what drains in listeners that were stopped.
+    ``bugs``: those that the qube's service, as a target, has met since the qube was started.
     """
 
     program: str
     listener: ListenerReport | None = None
     listener_problem: str | None = None
     tunnels: tuple[TunnelsReport, ...] = ()
+    bugs: int = 0
     trial: Trial | None = None
     firewall: FirewallReport = FirewallReport()
     left_behind: tuple[DrainingReport, ...] = ()
@@ -288,6 +294,7 @@ class QubeReport:
             listener=untrusted.optional("listener", lambda key: ListenerReport.read(untrusted.inner(key))),
             listener_problem=untrusted.optional("listener_problem", untrusted.text),
             tunnels=untrusted.several("tunnels", TUNNELS_MAX, TunnelsReport.read),
+            bugs=untrusted.number("bugs"),
             trial=untrusted.optional("trial", lambda key: Trial.read(untrusted.inner(key))),
             firewall=FirewallReport.read(untrusted.inner("firewall")),
             left_behind=untrusted.several("left_behind", FORWARDS_MAX, DrainingReport.read),
@@ -300,6 +307,7 @@ class QubeReport:
             "listener": None if self.listener is None else self.listener.as_json(),
             "listener_problem": self.listener_problem,
             "tunnels": [tunnels.as_json() for tunnels in self.tunnels],
+            "bugs": self.bugs,
             "trial": None if self.trial is None else self.trial.as_json(),
             "firewall": self.firewall.as_json(),
             "left_behind": [forward.as_json() for forward in self.left_behind],

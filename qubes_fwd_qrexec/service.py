@@ -13,6 +13,8 @@ import socket
 import stat
 import sys
 
+from .bugs import Bugs
+from .bugs import leave as leave_bug
 from .exitstatus import ExitStatus
 from .localserver import SERVICE, ServiceError, connect, parse_argument
 from .loop import Loop
@@ -30,7 +32,7 @@ class _Joined:
     """
 
     def __init__(self, stdin: socket.socket, stdout: socket.socket, server: socket.socket) -> None:
-        self._loop = Loop()
+        self._loop = Loop(Bugs(_count_bug))
         relay = Relay(self._loop)
         self._stdout = stdout
         self._server = server
@@ -83,6 +85,13 @@ def _standard_socket(fd: int) -> socket.socket:
     return sock
 
 
+def _count_bug() -> None:
+    """Where dom0 is told of it when it asks."""
+    from .revocation import directory
+
+    leave_bug(directory())
+
+
 def _serve_call(arguments: list[str]) -> int:
     """Serve one call: its argument is the only one, stdin and stdout are its sockets."""
     try:
@@ -97,6 +106,9 @@ def _serve_call(arguments: list[str]) -> int:
         with contextlib.suppress(OSError):  # nobody listens, and the status says it all
             print(f"{SERVICE}: {error}"[:_MESSAGE_MAX], file=sys.stderr, flush=True)
         return error.status
+    except Exception as bug:  # noqa: BLE001 - the caller is told that it failed, and nothing of us
+        Bugs(_count_bug).note(bug)
+        return ExitStatus.TROUBLE
 
 
 def main(arguments: list[str] | None = None) -> int:

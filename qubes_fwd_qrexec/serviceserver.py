@@ -22,11 +22,14 @@ import socket
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from .accepting import accept_until_closed, close_listening
+from .bugs import Bugs
+from .bugs import leave as leave_bug
 from .descriptors import raise_descriptor_limit
 from .errors import ForwardError, RefusedError, leaves
 from .exitstatus import meaning
@@ -45,7 +48,7 @@ from .logs import RateLimit, start_logging, warn
 from .notify import notify
 from .relay import Copy, CopyEnd, abort, close_cleanly, half_close
 from .relaythread import RelayThread, open_relay_thread
-from .revocation import SIGNALS
+from .revocation import SIGNALS, directory
 from .rules import OnExpire
 
 _logger = logging.getLogger(__name__)
@@ -145,6 +148,7 @@ class ServiceServer:
         self._connections_max = connections_max
         self._drain_s = drain_s
         self._limit = RateLimit()
+        self._bugs = Bugs(partial(leave_bug, directory()))
         self._calls = 0
         self._tunnels: set[trio.Process] = set()
         self._stopping = trio.Event()
@@ -154,10 +158,12 @@ class ServiceServer:
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Accept until `stop`, then let calls finish, at most as long as the drain takes."""
-        async with open_relay_thread() as self._relays, trio.open_nursery() as self._tasks:
+        async with open_relay_thread(self._bugs) as self._relays, trio.open_nursery() as self._tasks:
             self._is_running = True
             try:
-                self._tasks.start_soon(accept_until_closed, self._listening, self._accepted, self._limit)
+                self._tasks.start_soon(
+                    accept_until_closed, self._listening, self._accepted, self._limit, self._bugs
+                )
                 task_status.started()
                 notify("READY=1")
                 await self._stopping.wait()
@@ -195,6 +201,10 @@ class ServiceServer:
                 await _join(call, await connect(request.ports.first), self._relays)
         except ForwardError as error:
             warn(_logger, self._limit, type(error).__name__, f"refused a call: {error}")
+        except Exception as bug:
+            if self._relays.has_failed:
+                raise
+            self._bugs.note(bug)
         finally:
             self._calls -= 1
             call.close()

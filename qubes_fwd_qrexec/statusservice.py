@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from . import __version__, report
+from . import __version__, bugs, report
 from .config import STATUS_SERVICE, is_forward_key, parse_key
 from .errors import ConfigError, TextError
 from .exitstatus import ExitStatus
@@ -58,6 +58,7 @@ def answer(
         listener=listener,
         listener_problem=problem,
         tunnels=_tunnels(notes_place),
+        bugs=bugs.left(notes_place),
         trial=trial,
         firewall=_firewall(firewall_place),
         left_behind=left_behind(listener_place),

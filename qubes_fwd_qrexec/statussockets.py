@@ -20,6 +20,7 @@ from typing import Protocol
 import trio
 
 from . import metrics, report
+from .bugs import Bugs
 from .errors import ConfigError, TextError
 from .report import Answer, ListenerReport, Trial
 from .unixsockets import open_unix_listening
@@ -41,6 +42,8 @@ _KEY_MAX_BYTES = 64
 
 class Reporting(Protocol):
     """The listener, as it is asked."""
+
+    bugs: Bugs
 
     def report(self) -> ListenerReport: ...
 
@@ -128,6 +131,8 @@ class _Serving:
                         await handler(stream)
                     except trio.BrokenResourceError:
                         return
+                    except Exception as bug:  # noqa: BLE001 - it is of this answer alone
+                        self._listener.bugs.note(bug)
             finally:
                 self._limiter.release_on_behalf_of(stream)
                 await trio.aclose_forcefully(stream)

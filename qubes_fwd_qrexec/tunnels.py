@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import trio
 
 from .budget import Budget
+from .bugs import BugError
 from .call import Ending
 from .counters import WAYS, Carried, Refusal
 from .errors import RefusedError
@@ -188,6 +189,11 @@ class Tunnels:
         except RefusedError as error:
             problem = str(error)
             tunnel.refusal = error.kind
+        except Exception as bug:
+            if self._relays.has_failed:
+                raise
+            self._relays.loop.bugs.note(bug)
+            problem = BugError().strerror
         finally:
             self._tunnels.remove(tunnel)
             if tunnel.is_opening:
@@ -205,6 +211,11 @@ class Tunnels:
                     self._target.refused(self._service, problem)
         except RefusedError as error:
             problem = str(error)
+        except Exception as bug:
+            if self._relays.has_failed:
+                raise
+            self._relays.loop.bugs.note(bug)
+            problem = BugError().strerror
         finally:
             self._is_renewing = False
         if tunnel.is_opening:

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from .budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
+from .bugs import Bugs
+from .bugs import leave as leave_bug
 from .descriptors import raise_descriptor_limit
 from .errors import TextError
 from .exitstatus import ExitStatus
@@ -32,7 +34,7 @@ from .localserver import (
     new_socket,
     prepare,
 )
-from .loop import READ, WRITE, Loop
+from .loop import READ, WRITE, End, Loop
 from .mux import Mux
 from .proxy_protocol import header
 from .relay import abort
@@ -58,9 +60,10 @@ def serve(ports: TargetPorts, stdin: socket.socket, stdout: socket.socket) -> in
     try:
         source = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
         allowed = partial(allowed_s, ports, source, place)
+        bugs = Bugs(partial(leave_bug, place))
         with (
             noted(ports, source, place),
-            contextlib.closing(TunnelService(ports, stdin, stdout, LEASE_S, allowed)) as service,
+            contextlib.closing(TunnelService(ports, stdin, stdout, LEASE_S, allowed, bugs)) as service,
         ):
             problem = service.run()
     except (RevocationError, TextError) as error:
@@ -80,7 +83,7 @@ class _Connecting:
         self._hosts = iter(LOCALHOSTS)
         self._sock: socket.socket | None = None
         self._refusal = ResetCode.UNREACHABLE
-        self._timer = mux.loop.after(CONNECT_TIMEOUT_S, self._too_late)
+        self._timer = mux.loop.after(CONNECT_TIMEOUT_S, self._too_late, self._fail)
 
     def start(self) -> None:
         self._try_next()
@@ -104,7 +107,7 @@ class _Connecting:
             try:
                 with contextlib.suppress(BlockingIOError):
                     sock.connect((host, self._event.port))
-                self._mux.loop.watch(sock.fileno(), WRITE, self._on_answer)
+                self._mux.loop.watch(sock.fileno(), WRITE, self._on_answer, self._fail)
             except OSError as error:
                 sock.close()
                 self._note(error.errno)
@@ -150,6 +153,14 @@ class _Connecting:
         self.give_up()
         self._refuse(ResetCode.TIMEOUT)
 
+    def _fail(self) -> None:
+        """There is a bug in it."""
+        if (leg := self._mux.legs.get(self._event.stream_id)) is not None:
+            leg.fail()
+        else:
+            self.give_up()
+            self._refuse(ResetCode.INTERNAL)
+
     def _refuse(self, code: ResetCode) -> None:
         self._timer.cancel()
         self._over(self._event.stream_id)
@@ -180,23 +191,24 @@ class TunnelService:
         stdout: socket.socket,
         lease_s: int,
         allowed_s: Callable[[], float] = lambda: 0.0,
+        bugs: Bugs | None = None,
     ) -> None:
         self._ports = ports
         self._lease_s = lease_s
         self._allowed_s = allowed_s
-        self._loop = Loop()
+        self._loop = Loop(bugs)
         self._connecting: dict[int, _Connecting] = {}
         self._is_over = False
         self._problem: str | None = None
         hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=STREAMS_MAX, lease_s=lease_s)
         connection = Connection(hello, range(ports.first, ports.last + 1))
         self._mux = Mux(self._loop, connection, stdin, stdout, Budget(), self)
-        self._loop.after(lease_s, self._look_at_lease)
+        self._loop.after(lease_s, self._look_at_lease, self._mux.fail)
 
     def run(self) -> str | None:
         """Serve until the tunnel is over and its last connection gone; why, unless it ended as agreed."""
         meanings = {SIGNALS[OnExpire.CUT]: self._revoke, SIGNALS[OnExpire.DRAIN]: self._end_lease}
-        with _called_on_signals(self._loop, meanings):
+        with _called_on_signals(self._loop, meanings, self._mux.fail):
             while not self._is_over or self._mux.legs:
                 self._loop.run_once()
         return self._problem
@@ -208,7 +220,7 @@ class TunnelService:
         """It is over, unless dom0 has said yes again since it began."""
         left_s = self._allowed_s() + self._lease_s - time.clock_gettime(time.CLOCK_BOOTTIME)
         if left_s > 0:
-            self._loop.after(left_s, self._look_at_lease)
+            self._loop.after(left_s, self._look_at_lease, self._mux.fail)
         else:
             self._end_lease()
 
@@ -256,7 +268,9 @@ class TunnelService:
 
 
 @contextmanager
-def _called_on_signals(loop: Loop, meanings: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+def _called_on_signals(
+    loop: Loop, meanings: Mapping[signal.Signals, Callable[[], None]], end: End
+) -> Iterator[None]:
     """Have the loop call back on signals: between two handlers, and never within one."""
     ours, kernels = socket.socketpair()
 
@@ -266,7 +280,7 @@ def _called_on_signals(loop: Loop, meanings: Mapping[signal.Signals, Callable[[]
 
     with ours, kernels:
         kernels.setblocking(False)
-        loop.watch(ours.fileno(), READ, woken)
+        loop.watch(ours.fileno(), READ, woken, end)
         before_fd = signal.set_wakeup_fd(kernels.fileno())
         before = {number: signal.signal(number, lambda _number, _frame: None) for number in meanings}
         try:

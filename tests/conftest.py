@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from mux_bench import Joined, TunnelBench
 
 from qubes_fwd_qrexec import logs, statussockets, targets, trial
+from qubes_fwd_qrexec.bugs import Bugs
 
 # How long an example takes says something of the machine's other load alone. Where a change is judged, the
 # examples are the same each time; elsewhere chance looks for others.
@@ -34,6 +35,27 @@ def _restored_logging() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture
+def bugs_are_wanted() -> None:
+    """The test makes some; `_no_bugs` has nothing against them."""
+
+
+@pytest.fixture(autouse=True)
+def _no_bugs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A program goes on after a bug. A test does not: what was raised in this process fails it."""
+    noted: list[BaseException] = []
+    real = Bugs.note
+
+    def note(self: Bugs, bug: BaseException) -> None:
+        noted.append(bug)
+        real(self, bug)
+
+    monkeypatch.setattr(Bugs, "note", note)
+    yield
+    if noted and "bugs_are_wanted" not in request.fixturenames:
+        raise noted[0]
 
 
 @pytest.fixture(autouse=True)

@@ -195,6 +195,10 @@ def open_fds() -> set[tuple[str, str]]:
     return found
 
 
+def nobody() -> None:
+    """For what a loop calls in a test that has nothing which a bug would have to end."""
+
+
 @contextmanager
 def no_fds_left() -> Iterator[None]:
     """The block leaves no descriptor; one that another thread still has to close then is waited for."""

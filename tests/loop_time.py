@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from qubes_fwd_qrexec import leg, loop, mux
-from qubes_fwd_qrexec.loop import Loop, Timer
+from qubes_fwd_qrexec.loop import End, Loop, Timer
 
 # What is to come within a second then comes within BOUND_S of the tests if no timer is waited for, and what
 # waits for one of a fifth of a second does not. A look after 5 ms at what the kernel has sent is still borne.
@@ -19,8 +19,8 @@ def slow_timers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every timer of every loop takes so much longer: what comes all the same, comes by itself."""
     real = Loop.after
 
-    def after(self: Loop, delay_s: float, callback: Callable[[], None]) -> Timer:
-        return real(self, delay_s * SLOWNESS, callback)
+    def after(self: Loop, delay_s: float, callback: Callable[[], None], end: End) -> Timer:
+        return real(self, delay_s * SLOWNESS, callback, end)
 
     monkeypatch.setattr(Loop, "after", after)
 

@@ -35,6 +35,7 @@ class PeerBench:
     def __init__(self, role: Role) -> None:
         self.clock = LoopClock()
         self.role = role
+        self.origin = ORIGIN
         self.loop = Loop()
         self.owner = Owner()
         self.owner.answer = self._accept

@@ -34,7 +34,7 @@ for name, value in json.loads(sys.argv.pop(1)).items():
     setattr(module, constant, value)
 from qubes_fwd_qrexec.loop import Loop
 after, slowness = Loop.after, float(sys.argv.pop(1))
-Loop.after = lambda loop, delay_s, callback: after(loop, delay_s * slowness, callback)
+Loop.after = lambda loop, delay_s, callback, end: after(loop, delay_s * slowness, callback, end)
 sys.exit(importlib.import_module("qubes_fwd_qrexec." + sys.argv.pop(1)).main())
 """
 

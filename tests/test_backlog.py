@@ -40,6 +40,7 @@ class Alone:
             self.sink,
             lambda: self.told.append("ready"),
             lambda: self.told.append("broken"),
+            lambda: self.told.append("failed"),
         )
 
     def fill(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 import trio
 from endings import pattern
 from handclock import HandClock
-from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, port_of, tcp_pair
+from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, nobody, port_of, tcp_pair
 
 from qubes_fwd_qrexec import call, relay
 from qubes_fwd_qrexec.call import CallTimeouts, Ending, relay_over_call
@@ -36,7 +36,7 @@ class Relayed:
         Else time that passes now could pass before that.
         """
         is_noted = trio.Event()
-        self.relays.order(lambda: self.relays.tell(is_noted.set))
+        self.relays.order(lambda: self.relays.tell(is_noted.set), nobody)
         with trio.fail_after(BOUND_S):
             await is_noted.wait()
 

@@ -19,6 +19,7 @@ from helpers import (
     accept_socket,
     calls_of,
     free_port,
+    nobody,
     port_of,
     running_listener,
     tcp_pair,
@@ -218,6 +219,7 @@ def test_a_forward_listens_on_every_address_and_port() -> None:
     assert bindings(both) == {(address, port) for address in addresses for port in (80, 81)}
 
 
+@pytest.mark.usefixtures("bugs_are_wanted")
 async def test_a_bug_ends_its_connection_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -234,7 +236,9 @@ async def test_a_bug_ends_its_connection_and_nothing_else(
                     await near.receive_some()
         assert not serving._live
         serving.close()
-    assert [r.message for r in caplog.records if "a bug ended" in r.message]
+        assert having.bugs.count == 2
+    (record,) = (record for record in caplog.records if "a bug" in record.message)
+    assert record.exc_info is not None
 
 
 async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
@@ -245,7 +249,7 @@ async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
             try:
                 async with await trio.open_tcp_stream("127.0.0.1", port):
                     await until(lambda: having.transports.relays._waiting)
-                    having.transports.relays.order(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+                    having.transports.relays.order(having.transports.relays.loop.close, nobody)
                     with trio.fail_after(BOUND_S):
                         await trio.sleep_forever()
             finally:

@@ -4,7 +4,7 @@ from test_report import FORWARD
 from qubes_fwd_qrexec import metrics
 from qubes_fwd_qrexec.report import ListenerReport, Problem, Way
 
-REPORT = ListenerReport(since=1000, forwards=(FORWARD,), problems=(Problem("fwd.a.b", "x"),))
+REPORT = ListenerReport(since=1000, forwards=(FORWARD,), problems=(Problem("fwd.a.b", "x"),), bugs=3)
 
 
 def test_every_figure_has_its_sample() -> None:
@@ -19,6 +19,7 @@ def test_every_figure_has_its_sample() -> None:
         f'qubes_forward_bytes_total{of},direction="to_client"}} 6',
         f"qubes_forward_tunnels{of}}} 1",
         "qubes_forward_problems 1",
+        "qubes_forward_bugs_total 3",
     ]
     ways = {line.split('state="')[1].split('"')[0]: line[-1] for line in lines if "_way{" in line}
     assert ways == {way: str(int(way is Way.OPEN)) for way in Way}

@@ -188,7 +188,7 @@ def test_a_call_that_only_stops_taking_is_read_to_its_end_and_then_lost(bench: T
         mux._source.close()
         mux._source, source = socket.socketpair()
         mux._source.setblocking(False)
-        bench.loop.watch(mux._source.fileno(), 1, mux._on_source)
+        bench.loop.watch(mux._source.fileno(), 1, mux._on_source, mux.fail)
         far.close()
         bench.turn()
         bench.clock.advance(0.9)

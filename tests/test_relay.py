@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from helpers import BOUND_S, no_fds_left, tcp_pair, unix_pair
+from helpers import BOUND_S, no_fds_left, nobody, tcp_pair, unix_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relay_bench import Bench, Pair, receive_all, turn_until
@@ -274,7 +274,7 @@ def test_old_news_of_a_number_do_not_reach_its_next_socket() -> None:
     news_r, news_w = unix_pair()
     news_w.send(b"x")
     # The kernel tells of what became ready first, first: make the watched one the first to be served.
-    bench.loop.watch(news_r.fileno(), READ, lambda _events: replace() if news_r.recv(1) else None)
+    bench.loop.watch(news_r.fileno(), READ, lambda _events: replace() if news_r.recv(1) else None, nobody)
     real = bench.loop._epoll
 
     class Ordered:

@@ -3,9 +3,10 @@ import socket
 
 import pytest
 import trio
-from helpers import BOUND_S, no_fds_left, tcp_pair, unix_pair
+from helpers import BOUND_S, no_fds_left, nobody, tcp_pair, unix_pair
 from trio.testing import wait_all_tasks_blocked
 
+from qubes_fwd_qrexec.bugs import BugError
 from qubes_fwd_qrexec.relay import Copy, CopyEnd, half_close
 from qubes_fwd_qrexec.relaythread import open_relay_thread
 
@@ -112,21 +113,44 @@ async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
             except RuntimeError as error:
                 failures.append(error.__cause__)
 
-        crash = ZeroDivisionError("a bug")
-
-        def fail() -> None:
-            raise crash
-
         with trio.fail_after(BOUND_S):
             async with trio.open_nursery() as nursery:
                 for (_, source), (sink, _) in zip(pairs[:3], pairs[3:], strict=True):
                     nursery.start_soon(carry, source, sink)
                 await wait_all_tasks_blocked()  # all are ordered, before the failure
-                relays.order(fail)
-        assert failures == [crash] * 3
+                relays.order(relays.loop.close, nobody)
+        assert [type(failure) for failure in failures] == [ValueError] * 3  # epoll is closed
         assert relays.has_failed
         with pytest.raises(RuntimeError, match="relay thread has failed"):
             await relays.run(Copy(pairs[0][0], pairs[0][1]))
     for one, other in pairs:
         one.close()
         other.close()
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+async def test_a_bug_in_what_a_task_has_ordered_is_that_tasks_alone() -> None:
+    far_in, near_in = unix_pair()
+    near_out, far_out = unix_pair()
+    let_go: list[bool] = []
+
+    def begin(_finish: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with far_in, near_in, near_out, far_out, trio.fail_after(BOUND_S):
+        async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+            ends: list[CopyEnd] = []
+
+            @nursery.start_soon
+            async def other() -> None:
+                ends.append(await relays.run(Copy(near_in, near_out)))
+
+            with pytest.raises(BugError, match="a bug of this program"):
+                await relays.wait(begin, lambda: let_go.append(True))
+            assert let_go == [True]
+            ended: list[bool] = []
+            relays.order(lambda: begin(None), lambda: ended.append(True))
+            half_close(far_in)
+        assert ends == [CopyEnd.EOF]
+        assert ended == [True]
+        assert relays.loop.bugs.count == 2

@@ -104,6 +104,7 @@ class Alone:
             self.sink,
             lambda: self.told.append("ready"),
             lambda: self.told.append("broken"),
+            lambda: self.told.append("failed"),
         )
         self.backlog.send()
         self.hello_bytes = len(self.far.recv(1000))

@@ -260,7 +260,7 @@ def test_what_dom0_has_allowed_again_begins_the_lease_anew(
     service = bench.service
     monkeypatch.setattr(service, "_allowed_s", lambda: asked[0])
     monkeypatch.setattr(time, "clock_gettime", lambda which: now[0])
-    monkeypatch.setattr(service._loop, "after", lambda delay_s, callback: waits.append(delay_s))
+    monkeypatch.setattr(service._loop, "after", lambda delay_s, callback, end: waits.append(delay_s))
     asked[0] = now[0] - LEASE_S + 0.5
     service._look_at_lease()
     assert waits == [0.5]

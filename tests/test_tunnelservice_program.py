@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import port_of, unix_pair
+from helpers import nobody, port_of, unix_pair
 from loop_time import SLOWNESS
 from mux_bench import BOUND_S, TunnelBench
 from processes import with_constants
@@ -194,7 +194,7 @@ def test_a_signal_ends_the_run(server: socket.socket) -> None:
     port = port_of(server)
     with ServiceBench(TargetPorts(port, port)) as bench:
         before = signal.getsignal(signal.SIGTERM)
-        bench.service._loop.after(0.0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        bench.service._loop.after(0.0, lambda: os.kill(os.getpid(), signal.SIGTERM), nobody)
         assert bench.service.run() is None
         assert bench.service._is_over
         assert signal.getsignal(signal.SIGTERM) is before

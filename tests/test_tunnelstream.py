@@ -9,7 +9,7 @@ from ipaddress import IPv4Address
 import pytest
 import trio
 import trio.testing
-from helpers import BOUND_S, unix_pair, until
+from helpers import BOUND_S, nobody, unix_pair, until
 from tunnelstream import TunnelStream
 
 from qubes_fwd_qrexec.budget import WINDOW_MAX_BYTES, Budget
@@ -96,7 +96,7 @@ class Tunnel:
             assert leg is not None
             opened.append(leg)
 
-        self.relays.order(open_it)
+        self.relays.order(open_it, nobody)
         await self.far.came.wait()
         await until(lambda: opened[0].is_joined)
         return TunnelStream(ours, opened[0], self.relays), self.far.asked.pop()
@@ -107,7 +107,7 @@ async def tunnel() -> AsyncIterator[Tunnel]:
     with trio.fail_after(BOUND_S):
         async with open_relay_thread() as relays:
             made = Tunnel(relays)
-            relays.order(made.begin)
+            relays.order(made.begin, nobody)
             await made.near.is_ready.wait()
             try:
                 yield made
@@ -118,7 +118,7 @@ async def tunnel() -> AsyncIterator[Tunnel]:
                     made.end()
                     relays.tell(ended.set)
 
-                relays.order(end)
+                relays.order(end, nobody)
                 with trio.CancelScope(shield=True):
                     await ended.wait()
 

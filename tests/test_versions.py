@@ -202,9 +202,9 @@ REPORT_0_1 = (
     b'"since":1,"connections":2,"total":3,"refused":{"stranger":4},"sent":5,"received":6,"transport":"tunnel",'
     b'"way":"open","tunnels":1,"is_listening":true,"last_error":null,"last_error_at":null}],"problems":'
     b'[{"key":"fwd.work.ssh","text":"the port is in use"}],"left_out":0,"draining":[{"target":'
-    b'"work","name":"old","connections":1,"left_s":60}]},"listener_problem":null,"tunnels":'
-    b'[{"source":"sys-net","ports":"80-80","count":1}],"trial":{"answer":"through","reason":"","text":""},'
-    b'"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]},"left_behind":[]}\n'
+    b'"work","name":"old","connections":1,"left_s":60}],"bugs":2},"listener_problem":null,"tunnels":'
+    b'[{"source":"sys-net","ports":"80-80","count":1}],"bugs":1,"trial":{"answer":"through","reason":"",'
+    b'"text":""},"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]},"left_behind":[]}\n'
 )
 
 

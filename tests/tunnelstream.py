@@ -46,4 +46,4 @@ class TunnelStream(trio.abc.HalfCloseableStream):
 
     def abort(self) -> None:
         """RESET for the other end, whatever was sent before."""
-        self._relays.order(self._leg.abort_from_here)
+        self._relays.order(self._leg.abort_from_here, self._leg.fail)

@@ -31,6 +31,9 @@ class Figures(NamedTuple):
     report: ForwardReport
     problem: str | None = None
     tunnels: int | None = None
+    bugs: int = 0
+    """Of the listener itself, of any of its forwards."""
+    bugs_in_target: int = 0
 
     @property
     def refused(self) -> int:
@@ -42,6 +45,8 @@ class Figures(NamedTuple):
             **self.report.as_json(),
             "problem": self.problem,
             "tunnels_in_target": self.tunnels,
+            "bugs": self.bugs,
+            "bugs_in_target": self.bugs_in_target,
         }
 
 
@@ -105,7 +110,8 @@ class QubeFigures:
             return Unknown(f"{forward.exposed} does not have {forward.source} open{why}", True)
         if problem is None and forward.config is not None and forward.config.key in answer.firewall.waiting:
             problem = "its firewall lets nobody in to a port that the listener does not listen on"
-        return Figures(found, problem, self._tunnels(forward))
+        tunnels = self._tunnels(forward)
+        return Figures(found, problem, tunnels, answer.listener.bugs, self._bugs_in_target(forward))
 
     def _tunnels(self, forward: Forward) -> int | None:
         target = forward.source.target
@@ -121,6 +127,11 @@ class QubeFigures:
             if found.source == forward.exposed
             and (found.ports.first, found.ports.last) == (ports.first, ports.last)
         )
+
+    def _bugs_in_target(self, forward: Forward) -> int:
+        """Only where the target was asked anyway."""
+        answer = self._answers.get(forward.source.target)
+        return answer.bugs if isinstance(answer, QubeReport) else 0
 
     def _ask(self, qube: QubeName) -> QubeReport | AnswerError:
         if qube not in self._answers:

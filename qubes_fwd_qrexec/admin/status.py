@@ -171,6 +171,7 @@ def _remarks(
     found: Iterable[tuple[Forward, bool, Figures | Unknown]], planned: Plan, due: int
 ) -> Iterable[str]:
     reasons: dict[str, None] = {}
+    bugs: dict[tuple[str, str], int] = {}
     for forward, _, figures in found:
         trouble = _trouble(figures)
         if trouble is not None:
@@ -180,12 +181,18 @@ def _remarks(
                 reasons[figures.reason] = None
             continue
         report = figures.report
+        bugs[str(forward.exposed), "listener"] = figures.bugs
+        bugs[forward.source.target, "service"] = figures.bugs_in_target
         if report.refused:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))
             yield f"{forward.source}: refused: {counts}."
         if report.last_error is not None:
             at = "" if report.last_error_at is None else f" at {_utc(report.last_error_at)}"
             yield f"{forward.source}: last error{at}: {report.last_error}."
+    for (qube, program), count in sorted(bugs.items()):
+        if count:
+            times = "a bug" if count == 1 else f"{count} bugs"
+            yield f"{qube}: its {program} has met {times} of its own; the journal there says more."
     if reasons:
         yield f"Figures are unknown: {'; '.join(reasons)}."
     closed = Counter(forward.state for forward in planned if not forward.is_live)

@@ -68,6 +68,16 @@ def test_figures_are_those_of_the_listener_and_of_the_targets_tunnels() -> None:
     assert figures(sys_net=listening(REPORT), work=MISSING) == Figures(REPORT, None, None)
 
 
+def test_bugs_of_either_program_are_told() -> None:
+    listener = dump(
+        QubeReport(program="1", listener=ListenerReport(since=1, forwards=(REPORT,), bugs=2)).as_json()
+    )
+    target = dump(QubeReport(program="1", bugs=3).as_json())
+    found = figures(sys_net=listener, work=target)
+    assert isinstance(found, Figures)
+    assert (found.bugs, found.bugs_in_target) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

@@ -146,6 +146,16 @@ def test_refusals_and_the_last_error_are_said(forward: Command, lab: LabDirector
     assert "last error at an unknown time: x" in _with(lab, Figures(report))[1]
 
 
+def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
+    code, shown = _with(lab, Figures(REPORT, None, 1, 1, 20))
+    assert code == 0  # each has ended no more than what it happened to
+    assert shown.endswith(
+        "sys-net: its listener has met a bug of its own; the journal there says more.\n"
+        "work: its service has met 20 bugs of its own; the journal there says more.\n"
+    )
+
+
 def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, lab: LabDirectory) -> None:
     forward(*ADD)
     trouble = Figures(REPORT, "another program has port 80 of sys-net", 1)
@@ -162,6 +172,8 @@ def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, lab: 
         **REPORT.as_json(),
         "problem": "another program has port 80 of sys-net",
         "tunnels_in_target": 1,
+        "bugs": 0,
+        "bugs_in_target": 0,
     }
 
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bugs of our own, while a program runs that carries everybody's connections.
+
+A bug ends what it happened to and nothing else. It is logged with its trace the first time, and counted,
+so that `qvm-forward status` can say that there is something to be looked at. Only what no handler is meant
+to raise comes here: an error with a meaning is caught where the meaning is known.
+"""
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# In the directory for notes of mux calls: a byte for each bug of a process of the target's service, which is
+# gone when somebody asks.
+_FILE = "bugs"
+# As far as is counted there: a bug that comes again and again does not fill /run.
+FILE_MAX_BYTES = 100_000
+
+
+class BugError(OSError):
+    """What was asked for came to nothing because of a bug, which is logged and counted already."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOTRECOVERABLE, "a bug of this program; its log says more")
+
+
+class Bugs:
+    """The bugs of one process; any thread may note one. ``noted`` is called for each."""
+
+    def __init__(self, noted: Callable[[], None] = lambda: None) -> None:
+        self.count = 0
+        self._noted = noted
+        self._logged: set[tuple[type[BaseException], str, int | None]] = set()
+        # Threads that note one at once get a number each.
+        self._numbers = itertools.count(1)
+
+    def note(self, bug: BaseException) -> None:
+        """Count it, and log it with its trace unless one of the same kind and place was."""
+        import logging  # each single call of the service would wait for them
+        import traceback
+
+        self.count = next(self._numbers)
+        last = traceback.extract_tb(bug.__traceback__)[-1:]
+        place = {(type(bug), frame.filename, frame.lineno) for frame in last}
+        if not place <= self._logged:
+            self._logged |= place
+            logger = logging.getLogger(__name__)
+            logger.error("a bug, which ends what it happened to: %r", bug, exc_info=bug)
+        self._noted()
+
+    def guarded(self, end: Callable[[], None], call: Callable[..., None], *arguments: object) -> None:
+        """Call ``call``; if it raises, that is a bug of it, and ``end`` is called to end what it is of."""
+        try:
+            call(*arguments)
+        except Exception as bug:  # noqa: BLE001 - this is the one place
+            self.note(bug)
+            try:
+                end()
+            except Exception as another:  # noqa: BLE001
+                self.note(another)
+
+
+def leave(place: "Path") -> None:
+    """Add one to the bugs of this qube's service that ``place`` tells of; where that cannot be, nothing."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(OSError):
+        fd = os.open(place / _FILE, flags, 0o600)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode) and status.st_size < FILE_MAX_BYTES:
+                os.write(fd, b".")
+        finally:
+            os.close(fd)
+
+
+def left(place: "Path") -> int:
+    """How many bugs of this qube's service ``place`` tells of."""
+    try:
+        status = (place / _FILE).lstat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
