@@ -30,6 +30,10 @@ CALLS = [
     *((method, "+", "dom0" if method == "admin.vm.List" else "work") for method in METHODS_OF_QUBES),
     ("admin.vm.List", "+", "work"),
     ("admin.Events", "+", "dom0"),
+    # What qubesd itself asks for each event (qubes-core-admin qubes/ext/admin.py), and hides the others.
+    ("admin.Events", "+domain-start", "work"),
+    ("admin.Events", "+property-set_netvm", "work"),
+    ("admin.Events", "+domain-feature-set_forward.web", "work"),
     ("policy.List", "+", "dom0"),
     ("policy.Get", "+30-forward", "dom0"),
     ("policy.Replace", "+30-forward", "dom0"),
