@@ -23,9 +23,9 @@ from .stage import Stage, open_stage
 from .table import number
 
 STEPS = (1, 10, 100, 1000, 3000, 10_000)
-# A call is one of 127, and 16 more are needed to measure beside those that are held.
+# A call is one of 30, and up to 16 more are needed to measure beside those that are held.
 _BY_CALL = (Socat.name, Call.name)
-_MOST_BY_CALL = 100
+_MOST_BY_CALL = 10
 _ROUNDS = 5
 _CONNECTIONS = 40
 _ROUND_TRIPS = 600

@@ -5,6 +5,10 @@ A user's mistake names its place, the text found there and what would be right. 
 our own are told apart, because the first ends a tunnel and the second is a bug.
 """
 
+from typing import TypeVar
+
+_E = TypeVar("_E", bound=BaseException)
+
 
 class ForwardError(Exception):
     """The base of all others; its text is one sentence for the user."""
@@ -71,9 +75,9 @@ def why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def leaves(group: BaseExceptionGroup[ForwardError]) -> list[ForwardError]:
+def leaves(group: BaseExceptionGroup[_E]) -> list[_E]:
     """The errors in a group, and in the groups within it, in their order."""
-    found: list[ForwardError] = []
+    found: list[_E] = []
     for error in group.exceptions:
         found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found

@@ -12,9 +12,7 @@ import logging
 import math
 import os
 import re
-import signal
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,17 +20,19 @@ from pathlib import Path
 
 import trio
 
-from qubes_fwd_qrexec.errors import ForwardError, StoreError
+from qubes_fwd_qrexec.errors import ForwardError, StoreError, leaves
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
 from qubes_fwd_qrexec.unixsockets import socket_address
 
 from . import wire
+from .agents import AgentProcess, Agents, open_agents
 from .evaluator import Allow, Ask, Request
-from .join import CallerEnds, Join, wait_for_exit
+from .join import CallerEnds, Join
 from .places import Places
 from .qube import Qube, QubeState
+from .room import NoVchanError, Room
 from .services import Executable, ServiceMissingError, ServiceUnusableError, find_service
-from .started import Started, StartedProcess, connect_service, start_process
+from .started import Started, agents_environment, connect_service, start_process
 from .view import LabView
 
 _log = logging.getLogger("qubes_fwd_qrexec.lab")
@@ -46,6 +46,10 @@ _ACCEPT_PAUSE_S = 0.1
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # What a service that has lost its call gets before it is killed, when the lab goes down.
 _GRACE_S = 2.0
+# How soon a knob that was turned back is seen by the calls that it holds.
+_KNOB_POLL_S = 0.05
+# qrexec-agent-data.c: so long an agent waits for the caller's vchan.
+_VCHAN_TIMEOUT_S = 120.0
 
 
 class CallRefusedError(Exception):
@@ -59,21 +63,38 @@ class JoinedCall:
     source: str
     target: str
     service: str
+    agent: AgentProcess
     scope: trio.CancelScope
+    join: Join | None = None
+
+    async def end_with_agent(self) -> None:
+        await self.agent.gone.wait()
+        if self.agent.is_lost:
+            self.scope.cancel()
 
 
 class Broker:
     """Made by `open_broker`; runs until that block ends."""
 
-    def __init__(self, view: LabView, places: Places, relays: RelayThread, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        view: LabView,
+        places: Places,
+        relays: RelayThread,
+        agents: Agents,
+        nursery: trio.Nursery,
+        releasing: trio.Nursery,
+    ) -> None:
         self.view = view
         self.places = places
         self._relays = relays
+        self._agents = agents
         self._nursery = nursery
+        self._releasing = releasing
         self._listening: dict[str, trio.CancelScope] = {}
         self._joined: list[JoinedCall] = []
-        self._used: Counter[str] = Counter()
-        self._processes: set[StartedProcess] = set()
+        self._room = Room()
+        self._living: dict[AgentProcess, str] = {}
 
     @property
     def joined(self) -> tuple[JoinedCall, ...]:
@@ -82,7 +103,7 @@ class Broker:
 
     def used_slots(self) -> dict[str, int]:
         """Calls by target; a lost call counts until its service has exited, as on Qubes."""
-        return {target: count for target, count in self._used.items() if count}
+        return {target: count for target, count in self._room.targets.items() if count}
 
     async def reload(self) -> None:
         """Take up qubes that have come, and give up those that have gone; raises `StoreError`."""
@@ -130,9 +151,9 @@ class Broker:
                     await self._handle(source, call, caller, agent)
                     nursery.cancel_scope.cancel()
             except* CallRefusedError as refused:
-                _log.info("%s: refused: %s", source, "; ".join(map(str, refused.exceptions)))
+                _log.info("%s: refused: %s", source, "; ".join(map(str, leaves(refused))))
             except* (ForwardError, OSError) as failed:
-                _log.error("%s: call failed: %s", source, "; ".join(map(str, failed.exceptions)))
+                _log.error("%s: call failed: %s", source, "; ".join(map(str, leaves(failed))))
             finally:
                 if caller is not None:
                     caller.close()
@@ -153,33 +174,54 @@ class Broker:
             await trio.sleep_forever()
         if not target.is_running:
             await self._start_qube(target.name)
-        if self._used[target.name] >= knobs.calls_per_target:
+        if self._room.targets[target.name] >= knobs.calls_per_target:
             raise CallRefusedError(f"{full_name} to {target.name}: {knobs.calls_per_target} calls at once")
-        self._used[target.name] += 1
-        joined = JoinedCall(source, target.name, full_name, trio.CancelScope())
-        self._joined.append(joined)
-        started: Started | None = None
+        with ExitStack() as room:
+            try:
+                room.enter_context(self._room.vchan(source, call.buffer_size, knobs))
+                beginning = room.enter_context(ExitStack())
+                beginning.enter_context(self._room.beginning(source, knobs))
+            except NoVchanError as error:
+                _log.info("%s: %s to %s: no room for a vchan", source, full_name, target.name)
+                await _send_quietly(agent, wire.NO_VCHAN + str(error).encode())
+                self._releasing.start_soon(self._wait_for_vchan, await self._fork(target.name))
+                return
+            forked = await self._fork(target.name)
+            beginning.close()
+            joined = JoinedCall(source, target.name, full_name, forked, trio.CancelScope())
+            self._joined.append(joined)
+            try:
+                with joined.scope:
+                    self._nursery.start_soon(joined.end_with_agent)
+                    await agent.send(wire.CONNECTED)
+                    await self._wait_while_parked(joined)
+                    status = await self._carry(joined, call, caller, agent)
+                    caller.end_source()
+                    await _send_quietly(agent, wire.encode_exit(status))
+                    _log.info("%s: %s to %s ended with %d", source, full_name, target.name, status)
+            finally:
+                self._joined.remove(joined)
+                self._releasing.start_soon(self._release, joined)
+
+    async def _carry(
+        self, joined: JoinedCall, call: wire.Call, caller: CallerEnds, agent: trio.socket.SocketType
+    ) -> int:
+        """From the handshake to the exit status."""
         try:
-            with joined.scope:
-                await agent.send(wire.CONNECTED)
-                try:
-                    started = await self._start_service(target.name, full_name, source)
-                except (ServiceMissingError, ServiceUnusableError) as error:
-                    # qrexec-agent-data.c: first the output's end, and then the exit status.
-                    _log.warning("%s: %s to %s: %s", source, full_name, target.name, error)
-                    caller.end_sink()
-                    missing = isinstance(error, ServiceMissingError)
-                    status = wire.EXIT_NOT_FOUND if missing else wire.EXIT_PROBLEM
-                else:
-                    status = await Join(self._relays, caller, started, call.prefix).run(
-                        lambda data: _send_quietly(agent, wire.STDERR + data)
-                    )
-                caller.end_source()
-                await _send_quietly(agent, wire.encode_exit(status))
-                _log.info("%s: %s to %s ended with %d", source, full_name, target.name, status)
-        finally:
-            self._joined.remove(joined)
-            self._release(target.name, started)
+            started = await self._start_service(joined)
+        except (ServiceMissingError, ServiceUnusableError) as error:
+            # qrexec-agent-data.c: first the output's end, and then the exit status.
+            _log.warning("%s: %s to %s: %s", joined.source, joined.service, joined.target, error)
+            caller.end_sink()
+            return wire.EXIT_NOT_FOUND if isinstance(error, ServiceMissingError) else wire.EXIT_PROBLEM
+        joined.join = Join(self._relays, caller, started, call.prefix)
+        return await joined.join.run(lambda data: _send_quietly(agent, wire.STDERR + data))
+
+    async def _wait_while_parked(self, joined: JoinedCall) -> None:
+        """The caller does not answer the handshake; the agent waits for it, without a deadline."""
+        while self.view.knobs.parks(joined.target, joined.service):
+            await trio.sleep(_KNOB_POLL_S)
+            self.view.refresh()
 
     def _judge(self, request: Request) -> Qube:
         """The target; raises `CallRefusedError`."""
@@ -214,60 +256,74 @@ class Broker:
         _log.info("%s: starts", name)
         await trio.to_thread.run_sync(start)
 
-    async def _start_service(self, target: str, full_name: str, source: str) -> Started:
-        """Raises `ServiceMissingError` or `ServiceUnusableError`."""
-        place = self.view.lab.qube_dir(target)
-        service = find_service(place.service_dirs, place.rpc_config_dirs, full_name)
+    async def _fork(self, target: str) -> AgentProcess:
+        """The agent's process of a call that dom0 has allowed; it has a place until it is gone."""
+        self._room.targets[target] += 1
         try:
-            enter = self.places.entering(target)
+            agent = await self._agents.fork()
+        except OSError:
+            self._room.targets[target] -= 1
+            raise
+        self._living[agent] = target
+        return agent
+
+    async def _start_service(self, joined: JoinedCall) -> Started:
+        """Raises `ServiceMissingError` or `ServiceUnusableError`."""
+        place = self.view.lab.qube_dir(joined.target)
+        service = find_service(place.service_dirs, place.rpc_config_dirs, joined.service)
+        try:
+            namespace_fd = self.places.namespace_fd(joined.target)
             if isinstance(service, Executable):
-                started = start_process(service, full_name, source, place.root, enter)
-                self._processes.add(started)
-                return started
-            return await connect_service(service, full_name, source, enter)
+                return await start_process(
+                    joined.agent, service, joined.service, joined.source, place.root, namespace_fd
+                )
+            return await connect_service(joined.agent, service, joined.service, joined.source, namespace_fd)
         except (OSError, StoreError) as error:  # no descriptors, no namespace: the agent's "other problem"
             raise ServiceUnusableError(f"cannot be started: {error}") from error
 
-    def _release(self, target: str, started: Started | None) -> None:
-        if isinstance(started, StartedProcess) and started.process.poll() is None:
-            # The agent waits for the service after a lost vchan, and its call is not over before.
-            self._nursery.start_soon(self._reap, target, started)
-            return
-        if isinstance(started, StartedProcess):
-            self._processes.discard(started)
-        self._used[target] -= 1
+    async def _release(self, joined: JoinedCall) -> None:
+        """The agent waits for the service after a lost vchan, and its call is not over before."""
+        joined.agent.let_go()
+        if joined.join is not None:
+            await joined.join.let_go()
+        await self._forget(joined.agent)
 
-    async def _reap(self, target: str, started: StartedProcess) -> None:
-        await wait_for_exit(started)
-        self._processes.discard(started)
-        self._used[target] -= 1
+    async def _wait_for_vchan(self, agent: AgentProcess) -> None:
+        """The agent waits for a vchan that its caller could not make."""
+        with trio.move_on_after(_VCHAN_TIMEOUT_S):
+            await agent.gone.wait()
+        agent.let_go()
+        await self._forget(agent)
+
+    async def _forget(self, agent: AgentProcess) -> None:
+        await agent.gone.wait()
+        self._room.targets[self._living.pop(agent)] -= 1
 
     async def end_services(self) -> None:
         """Let services that have lost their calls exit, and kill those that do not."""
+        for agent in self._living:
+            agent.let_go()
         with trio.move_on_after(_GRACE_S):
-            for started in tuple(self._processes):
-                await wait_for_exit(started)
-        for started in self._processes:
-            if started.process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(started.process.pid, signal.SIGKILL)
-                started.process.wait()
+            for agent in tuple(self._living):
+                await agent.gone.wait()
+        for agent in self._living:
+            agent.kill()
 
 
 @asynccontextmanager
 async def open_broker(view: LabView, places: Places) -> AsyncIterator[Broker]:
     """A broker that accepts calls of every qube by the time the block begins; raises `StoreError`."""
-    broker = None
-    try:
-        async with open_relay_thread() as relays, trio.open_nursery() as nursery:
-            broker = Broker(view, places, relays, nursery)
+    async with (
+        open_agents(agents_environment(os.environ)) as agents,
+        open_relay_thread() as relays,
+        trio.open_nursery() as releasing,
+    ):
+        async with trio.open_nursery() as nursery:
+            broker = Broker(view, places, relays, agents, nursery, releasing)
             await broker.reload()
             yield broker
             nursery.cancel_scope.cancel()
-    finally:
-        if broker is not None:
-            with trio.CancelScope(shield=True):
-                await broker.end_services()
+        await broker.end_services()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.errors import ForwardError, RefusedError, TextError, why
 
 from .directory import LabDirectory
+from .knobs import KNOBS
 
 _LAB_VARIABLE = "QVM_FORWARD_LAB"
 _DIFFERENCES_SHOWN = 5
@@ -102,7 +103,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         description="Without a value, show all knobs or one. 'drop' is no knob but an act: it loses that"
         " share of the calls that live now (1 for all), as if their vchans had died.",
     )
-    knob.add_argument("name", nargs="?", help="calls_per_target, latency_ms, refuse, hang or drop")
+    knob.add_argument("name", nargs="?", help=f"{', '.join(KNOBS)} or drop")
     knob.add_argument("value", nargs="?", help="a number, or a list parted by commas of TARGET[/SERVICE]")
     knob.set_defaults(action=_knob)
 

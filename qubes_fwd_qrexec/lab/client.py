@@ -70,6 +70,7 @@ class Options:
         self.source: str | None = None
         self.filters: dict[str, bool] = {}
         self.is_single_socket = False
+        self.buffer_size = wire.BUFFER_SIZE
         rest = argv[1:]
         while rest and rest[0].startswith("-") and rest[0] != "-":
             word = rest.pop(0)
@@ -118,7 +119,7 @@ class Options:
     def _set(self, letter: str, value: str) -> None:
         match letter:
             case "b":
-                _check_buffer_size(value)
+                self.buffer_size = _buffer_size(value)
             case "t" | "T" | "t-" | "T-":
                 self.filters[letter[0]] = len(letter) == 1
             case "a":
@@ -139,8 +140,8 @@ class Options:
                 raise ExitError(0, self.usage)
 
 
-def _check_buffer_size(text: str) -> None:
-    """It is checked and not used: the broker's buffer is the default, 64 KiB."""
+def _buffer_size(text: str) -> int:
+    """It decides what room the call takes; the broker buffers as much as ever. 0 is the default."""
     if not text[:1].isdigit():
         raise ExitError(1, "Bad buffer size: does not begin with a number\n")
     try:
@@ -149,6 +150,7 @@ def _check_buffer_size(text: str) -> None:
         raise ExitError(1, "Bad buffer size: trailing junk\n") from None
     if size > _BUFFER_SIZE_MAX:
         raise ExitError(1, "Bad buffer size: too large\n")
+    return size or wire.BUFFER_SIZE
 
 
 def is_stream_socket(fd: int) -> bool:
@@ -205,7 +207,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 def _send_call(agent: _socket.socket, options: Options, fds: list[int]) -> None:
     prefix = _bytes(options.prefix or "")
-    call = wire.Call(options.target, options.service, options.source or "", prefix)
+    call = wire.Call(options.target, options.service, options.source or "", prefix, options.buffer_size)
     packed = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
     agent.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, wire.CALL_MAX)
     try:
@@ -215,9 +217,12 @@ def _send_call(agent: _socket.socket, options: Options, fds: list[int]) -> None:
 
 
 def wait_for_connection(agent: _socket.socket) -> None:
-    """Raises `ExitError` if the call is refused."""
-    if not agent.recv(1):
+    """Raises `ExitError` if the call is refused, or cannot be connected."""
+    answer = agent.recv(wire.STDERR_MAX + 1)
+    if not answer:
         raise ExitError(wire.EXIT_REFUSED, "Request refused\n")
+    if answer.startswith(wire.NO_VCHAN):
+        raise ExitError(wire.EXIT_NO_VCHAN, answer[1:].decode())
 
 
 def wait_for_exit(agent: _socket.socket, *, is_filtered: bool) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import trio
 
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
+from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError, leaves
 
 from . import netns
 from .broker import open_broker
@@ -188,18 +188,15 @@ def _make_namespaces(lab: LabDirectory, network: Network) -> netns.Namespaces | 
 
 
 async def _run(lab: LabDirectory, namespaces: netns.Namespaces | None, ready_fd: int) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         view = LabView(lab, best_judge())
         places = Loopback() if namespaces is None else namespaces
         async with open_broker(view, places) as broker, trio.open_nursery() as nursery:
             await nursery.start(serve_control, broker)
             os.write(ready_fd, _READY)
             os.close(ready_fd)
-            async for number in signals:
-                # A service may send SIGUSR1 to QREXEC_AGENT_PID to ask for one socket both ways
-                # (qrexec-agent-data.c); the lab has nothing to offer and must not die of it.
-                if number != signal.SIGUSR1:
-                    break
+            async for _ in signals:
+                break
             nursery.cancel_scope.cancel()
 
 
@@ -222,7 +219,7 @@ def main(argv: list[str]) -> int:
                 if namespaces is not None:
                     namespaces.destroy()
     except* ForwardError as failed:
-        problem = "; ".join(map(str, failed.exceptions))
+        problem = "; ".join(map(str, leaves(failed)))
         _log.error("%s", problem)
         with suppress(OSError):  # it may have been ready, and the pipe closed, before
             os.write(ready_fd, problem.encode())

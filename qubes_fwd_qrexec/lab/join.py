@@ -9,7 +9,7 @@ more is read and dropped; the exit status comes last, and after it nothing is re
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import trio
 
@@ -66,9 +66,18 @@ class Join:
         self._input_over = trio.Event()
         self._output_over = trio.Event()
         self._carrying_input = trio.CancelScope()
+        self._input: Copy | None = None
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Bytes from the caller that the service's input has taken, and those that wait for it."""
+        return (0, 0) if self._input is None else (self._input.moved, len(self._input.pending))
 
     async def run(self, send_stderr: SendStderr) -> int:
-        """The status that the caller gets. Its output has ended by then; cancelled, both ends are let go."""
+        """The status that the caller gets. Its output has ended by then.
+
+        Cancelled, the call is lost: the caller's end is closed, and `let_go` is due for the service's.
+        """
         try:
             async with trio.open_nursery() as nursery:
                 if isinstance(self._started, StartedProcess):
@@ -79,14 +88,14 @@ class Join:
                 nursery.cancel_scope.cancel()
             return status
         finally:
-            self._let_go()
+            self._caller.close()
 
     async def _run_process(self, nursery: trio.Nursery, started: StartedProcess, send: SendStderr) -> int:
         nursery.start_soon(self._carry_input, started.stdin)
         nursery.start_soon(self._carry_output, started.stdout)
         stderr_over = trio.Event()
         nursery.start_soon(self._carry_stderr, started.stderr_fd, send, stderr_over)
-        status = await wait_for_exit(started)
+        status = await started.agent.wait_for_exit()
         # From SIGCHLD on the agent drops what the caller sends, even if the service left its stdin to others.
         self._carrying_input.cancel()
         await self._output_over.wait()
@@ -135,7 +144,8 @@ class Join:
         end = None
         with self._carrying_input:
             if await send_all(sink, self._prefix):
-                end = await self._relays.run(Copy(self._caller.source, sink))
+                self._input = Copy(self._caller.source, sink)
+                end = await self._relays.run(self._input)
             else:
                 end = CopyEnd.SINK_BROKEN
         shut_down(sink, socket.SHUT_WR)
@@ -163,35 +173,35 @@ class Join:
                 await send(data)
         over.set()
 
-    def _let_go(self) -> None:
-        """Both sides see that the call is over, and the service nothing but an end of file."""
+    async def let_go(self) -> None:
+        """The end of the service's side: shut down, never closed, until the service has ended by itself.
+
+        What has been taken from the caller is passed on first, for as long as the service needs.
+        """
         started = self._started
-        if isinstance(started, StartedProcess):
-            shut_down(started.stdin, socket.SHUT_WR)
-            shut_down(started.stdout, socket.SHUT_RD)
-            started.stdin.close()
-            started.stdout.close()
-            os.close(started.stderr_fd)
-        else:
+        if isinstance(started, ConnectedSocket):
             started.stream.close()
-        self._caller.close()
+            return
+        with started.stdin, started.stdout, ExitStack() as stderr:
+            stderr.callback(os.close, started.stderr_fd)
+            async with trio.open_nursery() as nursery:
+
+                async def finish_input() -> None:
+                    if self._input is not None and not self._input_over.is_set():
+                        await send_all(started.stdin, self._input.pending)
+                    shut_down(started.stdin, socket.SHUT_WR)
+                    shut_down(started.stdout, socket.SHUT_RD)
+                    stderr.close()
+
+                nursery.start_soon(finish_input)
+                await started.agent.gone.wait()
+                nursery.cancel_scope.cancel()
 
 
 async def _tell_when_both(one: trio.Event, other: trio.Event, told: trio.Event) -> None:
     await one.wait()
     await other.wait()
     told.set()
-
-
-async def wait_for_exit(started: StartedProcess) -> int:
-    """A process's exit status as qrexec reports it: 128 + N for signal N."""
-    pidfd = os.pidfd_open(started.process.pid)
-    try:
-        await trio.lowlevel.wait_readable(pidfd)
-    finally:
-        os.close(pidfd)
-    status = started.process.wait()
-    return status if status >= 0 else 128 - status
 
 
 async def send_all(sink: socket.socket, data: bytes) -> bool:

@@ -14,25 +14,39 @@ from qubes_fwd_qrexec.values import parse_number
 # Measured on qrexec 4.4: 127 calls held, the next one refused with status 126 (ports are handed out in steps
 # of two from 256, daemon/qrexec-daemon.c). Stock 4.3 manages 10 to 25.
 CALLS_PER_TARGET = 127
+# Measured on Xen 4.17 with qrexec 4.4.2: the caller's client is the vchan server and takes 33 grant pages of
+# the 1,024 that xen-gntalloc gives a qube (its parameter "limit"); 30 were held.
+VCHANS_PER_CALLER = 30
 _LATENCY_MAX_MS = 600_000
 _CALLS_MAX = 65_535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
-    """How calls fare. ``refuse`` and ``hang`` hold ``TARGET`` or ``TARGET/SERVICE`` (either may be ``*``)."""
+    """How calls fare. The lists hold ``TARGET`` or ``TARGET/SERVICE``, either of which may be ``*``.
+
+    ``vchans_per_caller`` counts vchans of the default buffer size, over all targets; ``begun_at_once`` are
+    those of one caller that have been allowed and not yet connected (0: no bound, else as many as a qube of
+    Qubes 4.3 manages). A call of ``refuse`` gets 126 and one of ``hang`` no answer from dom0. One of ``park``
+    is allowed, and then its caller leaves the data connection's handshake unanswered until the knob is
+    turned back.
+    """
 
     calls_per_target: int = CALLS_PER_TARGET
+    vchans_per_caller: int = VCHANS_PER_CALLER
+    begun_at_once: int = 0
     latency_ms: int = 0
     refuse: tuple[str, ...] = ()
     hang: tuple[str, ...] = ()
+    park: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.calls_per_target <= _CALLS_MAX:
-            raise TextError(str(self.calls_per_target), f"a number of calls: 0 to {_CALLS_MAX}")
+        for count in (self.calls_per_target, self.vchans_per_caller, self.begun_at_once):
+            if not 0 <= count <= _CALLS_MAX:
+                raise TextError(str(count), f"a number of calls: 0 to {_CALLS_MAX}")
         if not 0 <= self.latency_ms <= _LATENCY_MAX_MS:
             raise TextError(str(self.latency_ms), f"a latency in milliseconds: 0 to {_LATENCY_MAX_MS}")
-        for pattern in (*self.refuse, *self.hang):
+        for pattern in (*self.refuse, *self.hang, *self.park):
             if not pattern or " " in pattern or pattern.count("/") > 1:
                 raise TextError(pattern, "TARGET or TARGET/SERVICE, where * stands for any")
 
@@ -43,8 +57,8 @@ class Knobs:
             raise StoreError(f"{place}: 'knobs' must be an object")
         found: dict[str, Any] = {}
         for name, value in data.items():
-            if name not in _NAMES:
-                raise StoreError(f"{place}: unknown knob {name!a}; there are {', '.join(_NAMES)}")
+            if name not in KNOBS:
+                raise StoreError(f"{place}: unknown knob {name!a}; there are {', '.join(KNOBS)}")
             if name in _LISTS:
                 if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                     raise StoreError(f"{place}: knob {name!a} must be a list of strings")
@@ -66,14 +80,14 @@ class Knobs:
 
     def value(self, name: str) -> object:
         """One knob, as in `as_json`. Raises `TextError`."""
-        if name not in _NAMES:
-            raise TextError(name, f"a knob: one of {', '.join(_NAMES)}")
+        if name not in KNOBS:
+            raise TextError(name, f"a knob: one of {', '.join(KNOBS)}")
         return self.as_json()[name]
 
     def as_json(self) -> dict[str, object]:
         """All knobs, in the form that `parse` reads."""
         return {
-            name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in _NAMES
+            name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in KNOBS
         }
 
     def refuses(self, target: str, service: str) -> bool:
@@ -82,9 +96,12 @@ class Knobs:
     def hangs(self, target: str, service: str) -> bool:
         return any(_fits(pattern, target, service) for pattern in self.hang)
 
+    def parks(self, target: str, service: str) -> bool:
+        return any(_fits(pattern, target, service) for pattern in self.park)
 
-_NAMES = tuple(field.name for field in fields(Knobs))
-_LISTS = ("refuse", "hang")
+
+KNOBS = tuple(field.name for field in fields(Knobs))
+_LISTS = ("refuse", "hang", "park")
 
 
 def _fits(pattern: str, target: str, service: str) -> bool:

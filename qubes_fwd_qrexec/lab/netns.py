@@ -10,15 +10,14 @@ import hashlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from qubes_fwd_qrexec.errors import StoreError
 
 from .directory import LabDirectory
 from .qube import QubeClass
-from .started import EnterQube
 
 LAN = "lan"
 EDGE = "sys-net"
@@ -91,11 +90,15 @@ class Namespaces:
         self._fds.clear()
         destroy(self._lab)
 
-    def entering(self, qube: str) -> EnterQube:
-        """As `Places.entering`; a qube that has come since `create` gets its namespace now."""
+    def namespace_fd(self, qube: str) -> int:
+        """As `Places.namespace_fd`; a qube that has come since `create` gets its namespace now."""
         if qube not in self._fds:
             self._add(qube)
-        fd = self._fds[qube]
+        return self._fds[qube]
+
+    def entering(self, qube: str) -> Callable[[], AbstractContextManager[None]]:
+        """A way for this thread to be in a qube's network for the length of a block without await."""
+        fd = self.namespace_fd(qube)
 
         @contextmanager
         def enter() -> Iterator[None]:

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where the qubes of a lab are: all on the loopback of this machine, or each in a network namespace."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
-
-from .started import EnterQube
 
 
 class Places(Protocol):
@@ -13,8 +9,8 @@ class Places(Protocol):
 
     kind: str
 
-    def entering(self, qube: str) -> EnterQube:
-        """A way for this thread to be in a qube's network for the length of a block without await."""
+    def namespace_fd(self, qube: str) -> int | None:
+        """A qube's network namespace, where it has one of its own. Raises `StoreError`."""
 
 
 class Loopback:
@@ -22,10 +18,5 @@ class Loopback:
 
     kind = "loopback"
 
-    def entering(self, qube: str) -> EnterQube:
-        return _stay
-
-
-@contextmanager
-def _stay() -> Iterator[None]:
-    yield
+    def namespace_fd(self, qube: str) -> int | None:
+        return None

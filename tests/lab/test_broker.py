@@ -48,12 +48,13 @@ async def test_live_call_outlives_a_policy_change(tmp_path: Path) -> None:
 
 async def test_executable_gets_the_arguments_and_environment_of_the_agent(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab:
-        give_service(lab, 'echo "$# $1"; env | grep ^QREXEC_ | sort')
+        give_service(lab, 'echo "$# $1 $PPID"; env | grep ^QREXEC_ | sort')
         async with calling(lab, "work", "test.Service+8080") as call:
-            lines = (await call.read_all()).decode().splitlines()
+            first, *lines = (await call.read_all()).decode().splitlines()
+    *arguments, parent = first.split()
+    assert arguments == ["1", "8080"]
     assert lines == [
-        "1 8080",
-        f"QREXEC_AGENT_PID={os.getpid()}",
+        f"QREXEC_AGENT_PID={parent}",
         "QREXEC_REMOTE_DOMAIN=sys-net",
         "QREXEC_REQUESTED_TARGET_TYPE=",
         "QREXEC_SERVICE_ARGUMENT=8080",
