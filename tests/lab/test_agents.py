@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-
-from tests.helpers import until
+from helpers import until
 
 from .lab_calls import Gate, bounded_lab, calling, give_service, read_exactly, tcp_server, unix_server
 

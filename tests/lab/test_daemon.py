@@ -13,9 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import free_port
+import trio
+from helpers import free_port, until
 
-from qubes_fwd_qrexec.lab import daemon, netns
+from qubes_fwd_qrexec.lab import control, daemon, netns
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
@@ -71,6 +72,8 @@ def test_up_takes_calls_and_down_ends_all(lab: LabDirectory, capsys: pytest.Capt
     assert call(lab).returncode == 3
     assert main(["up"]) == 1
     assert "is up already" in capsys.readouterr().err
+    # A call has its place until its agent has ended, a moment after its client has.
+    trio.run(until, lambda: control.ask(lab, {"do": "status"})["calls"] == {})
     assert main(["status", "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["up"], status["network"], status["calls"]) == (True, "loopback", {})
