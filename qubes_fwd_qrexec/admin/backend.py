@@ -152,8 +152,8 @@ class Backend(Protocol):
         `answers.ANSWER_TIMEOUT_S`.
         """
 
-    def verdict(self, call: PolicyCall) -> PolicyVerdict:
-        """What dom0's whole policy, read by its own parser, says of a call to a target that runs."""
+    def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
+        """What dom0's whole policy, read once and by its own parser, says of calls to targets that run."""
 
     def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
         """Exclude all others that change rules, configuration or policy through a backend.

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.config import STATUS_SERVICE, ListenerConfig, Service
 from qubes_fwd_qrexec.report import Answer, Firewall, FirewallReport, QubeReport, Trial
-from qubes_fwd_qrexec.rules import BrokenRule, Transport
+from qubes_fwd_qrexec.rules import BrokenRule, Proxy
 from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
 from .answers import NO_SERVICE, REFUSED, AnswerError
-from .backend import PolicyCall
 from .figures import ask
 from .inventory import CONFIG_PREFIX, OFFER_PREFIX, Inventory, Qube
+from .judged import judged
 from .render import broken_line, escaped
 from .session import Session
 from .states import Cause, Forward, State
@@ -28,6 +28,10 @@ from .tables import Colour, Style
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
 _PACKAGE = "qubes-fwd-qrexec"
+
+
+# Nothing is said to the server, so a protocol that it does not share with its clients is not found.
+_WELL = "Nothing on the way to the server is wrong. What the server says to clients was not tried."
 
 
 class Verdict(StrEnum):
@@ -67,7 +71,7 @@ def diagnose(args: Namespace, session: Session) -> int:
         session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
     else:
         session.say("".join(_lines(findings, session.style)))
-        session.say("Nothing on the way is wrong.\n" if is_well else "")
+        session.say(f"{_WELL}\n" if is_well else "")
     return 0 if is_well else 1
 
 
@@ -112,15 +116,17 @@ class _Walk:
         qube = self._inventory.qubes[exposed]
         yield self._exposed(qube)
         yield self._applied(qube, config)
-        yield self._installed(qube)
         try:
             answer = ask(self._backend, exposed)
         except AnswerError as error:
+            # What a template has told dom0 may be old; a qube that answers has the package.
+            yield self._installed(qube)
             yield self._not_asked("listener", exposed, error)
             return
+        yield Finding("listener installed", Verdict.OK, f"{qube.name} has {_PACKAGE}, and answers")
         yield self._listener(exposed, answer)
         yield self._firewall(exposed, config, answer.firewall)
-        yield from self._policy(exposed)
+        yield self._policy(exposed)
         yield self._target_runs()
         yield self._service()
         if self._target.is_running:
@@ -228,27 +234,22 @@ class _Walk:
         verdict = Verdict.OK if set(words.values()) == {Firewall.OPEN} else Verdict.UNKNOWN
         return Finding("firewall", verdict, f"the firewall of {exposed} {text}")
 
-    def _policy(self, exposed: QubeName) -> Iterator[Finding]:
-        config = self._forward.config
-        if config is None:
-            return
-        if config.transport is Transport.TUNNEL:
-            argument = f"+{config.target_ports.brief()}+tunnel"
-        else:
-            argument = f"+{config.target_ports.first}"
-        verdict = self._backend.verdict(PolicyCall(config.service, argument, exposed, config.target))
+    def _policy(self, exposed: QubeName) -> Finding:
+        service, target = self._forward.service, self._target.name
+        verdict = judged([self._forward], self._backend, self._backend.read_policy().text)[
+            self._forward.source[:2]
+        ]
         if verdict.is_allowed is None:
-            yield Finding("policy", Verdict.UNKNOWN, verdict.reason)
-        elif verdict.is_allowed:
-            yield Finding("policy", Verdict.OK, f"dom0 allows {config.service}{argument} from {exposed}")
-        else:
-            yield Finding(
-                "policy",
-                Verdict.STOPS,
-                f"dom0 denies {config.service}{argument} from {exposed} to {config.target}: {verdict.reason}",
-                "look for a line in a policy file that sorts before 30-forward.policy, or for a file that "
-                "cannot be read: 'qubes-policy-lint' in dom0",
-            )
+            return Finding("policy", Verdict.UNKNOWN, verdict.reason)
+        if verdict.is_allowed:
+            return Finding("policy", Verdict.OK, f"dom0 allows {service} from {exposed} to {target}")
+        return Finding(
+            "policy",
+            Verdict.STOPS,
+            f"dom0 denies {service} from {exposed} to {target}: {verdict.reason}",
+            "look for a line in a policy file that sorts before 30-forward.policy, or for a file that "
+            "cannot be read: 'qubes-policy-lint' in dom0",
+        )
 
     def _target_runs(self) -> Finding:
         name = self._target.name
@@ -297,12 +298,22 @@ class _Walk:
             text = f"a connection from {exposed} was not refused, and nothing was heard of it"
             return Finding("round trip", Verdict.UNKNOWN, text if trial is None else f"{text}: {trial.text}")
         if trial.answer is Answer.THROUGH:
-            return Finding("round trip", Verdict.OK, f"a connection from {exposed} reached the server")
+            text = f"a connection from {exposed} reached the server, {self._header()}"
+            return Finding("round trip", Verdict.OK, text)
         return Finding(
             "round trip",
             Verdict.STOPS,
             f"a connection from {exposed} did not reach the server: {trial.text}",
             _remedy(trial, exposed, self._target.name),
+        )
+
+    def _header(self) -> str:
+        """What a server that expects something else refuses, and nobody here sees."""
+        proxy = self._forward.source.rule.proxy
+        if proxy is Proxy.OFF:
+            return "which gets no PROXY header (proxy=v1 or proxy=v2 sends one, where it expects one)"
+        return (
+            f"which must expect a PROXY header, version {str(proxy).removeprefix('v')} (proxy=off sends none)"
         )
 
     def _not_asked(self, step: str, qube: QubeName, error: AnswerError) -> Finding:

@@ -100,7 +100,8 @@ class QubeFigures:
         answer = self._ask(forward.exposed)
         if isinstance(answer, AnswerError):
             if answer.status == NO_SERVICE:
-                return Unknown(f"{forward.exposed} does not have {STATUS_SERVICE}")
+                what = f"{forward.exposed} does not have qubes-fwd-qrexec, without which it does not listen"
+                return Unknown(what, True)
             return Unknown(str(answer))
         if answer.listener is None:
             return Unknown(f"{forward.exposed}: {answer.listener_problem or 'no listener is running'}", True)

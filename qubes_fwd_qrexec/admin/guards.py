@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from qubes_fwd_qrexec.config import Service, Side
 
 from . import policy
+from .backend import PolicyVerdict
 from .expiry import print_expire
 from .inventory import Inventory
 from .states import Forward, Plan
@@ -33,9 +34,15 @@ class Guard(NamedTuple):
 
 
 def guards(
-    forward: Forward, planned: Plan, inventory: Inventory, installed: str | None, now: float
+    forward: Forward,
+    planned: Plan,
+    inventory: Inventory,
+    installed: str | None,
+    now: float,
+    verdict: PolicyVerdict | None = None,
 ) -> tuple[Guard, ...]:
-    """All guards of a forward, in the order of the way; ``installed`` is dom0's policy file as it is."""
+    """All guards of a forward, in the order of the way; ``installed`` is dom0's policy file as it is, and
+    ``verdict`` what its whole policy says of a live one."""
     found = [] if forward.source.rule.enabled else [_switch(forward)]
     found += [
         _sources(forward),
@@ -44,7 +51,7 @@ def guards(
         _owner(forward),
         _tunnel(forward, inventory),
     ]
-    return (*found, _expiry(forward, now), _policy(forward, planned, installed))
+    return (*found, _expiry(forward, now), _policy(forward, planned, installed, verdict))
 
 
 def _switch(forward: Forward) -> Guard:
@@ -129,11 +136,16 @@ def _expiry(forward: Forward, now: float) -> Guard:
     return Guard("expiry", Verdict.STOPS, f"over since {print_expire(expire, now)}; {way_out}")
 
 
-def _policy(forward: Forward, planned: Plan, installed: str | None) -> Guard:
+def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Guard:
     """What dom0 says now, which may not be what the plan asks for."""
     allowed = policy.allowing(installed)
     if forward.config is not None:
         missing = [line for line in policy.lines(forward) if line not in allowed]
+        if not missing and verdict is not None and verdict.is_allowed is False:
+            return Guard("policy", Verdict.STOPS, f"dom0 denies the call: {verdict.reason}")
+        if not missing and verdict is not None and verdict.is_allowed is None:
+            text = f"{policy.NAME}.policy allows the call; whether another file denies it is not known"
+            return Guard("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
         if not missing:
             return Guard("policy", Verdict.OK, "dom0 allows the call")
         return Guard(

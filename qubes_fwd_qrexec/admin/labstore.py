@@ -112,7 +112,7 @@ class LabStore:
             raise AnswerError(f"{what}: {error.strerror}") from error
         return read_answer(process, max_bytes, what, *(() if timeout_s is None else (timeout_s,)))
 
-    def verdict(self, call: PolicyCall) -> PolicyVerdict:
+    def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         from dataclasses import replace
 
         from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Request, System
@@ -121,18 +121,25 @@ class LabStore:
 
         view = LabView(self._lab, best_judge())
         view.refresh()
-        domains = dict(view.system.domains)
-        if call.target in domains:
-            domains[call.target] = replace(domains[call.target], is_running=True)
-        view.system = System(domains)
-        found = view.judge(
-            Request(service=call.service, argument=call.argument, source=call.source, target=call.target)
+        targets = {call.target for call in calls}
+        view.system = System(
+            {
+                name: replace(domain, is_running=True) if name in targets else domain
+                for name, domain in view.system.domains.items()
+            }
         )
-        if isinstance(found, Allow) and found.target == call.target:
-            return PolicyVerdict(True, "dom0 allows the call")
-        if isinstance(found, Deny):
-            return PolicyVerdict(False, found.reason)
-        return PolicyVerdict(False, "dom0 asks the user, or sends the call to another qube")
+
+        def verdict(call: PolicyCall) -> PolicyVerdict:
+            found = view.judge(
+                Request(service=call.service, argument=call.argument, source=call.source, target=call.target)
+            )
+            if isinstance(found, Allow) and found.target == call.target:
+                return PolicyVerdict(True, "dom0 allows the call")
+            if isinstance(found, Deny):
+                return PolicyVerdict(False, found.reason)
+            return PolicyVerdict(False, "dom0 asks the user, or sends the call to another qube")
+
+        return list(map(verdict, calls))
 
     def _call_words(self, qube: QubeName, service: str) -> list[str]:
         socket_path = self._lab.qube_dir("dom0").agent_socket

@@ -82,7 +82,7 @@ def of_forward(forward: Forward, found: Sequence[Guard], inventory: Inventory) -
     rule = forward.source.rule
     exposed, target = inventory.get(forward.exposed or ""), inventory.get(forward.source.target)
     listens = forward.config is not None and exposed is not None and exposed.is_running
-    allowed = any(guard.name == "policy" and guard.verdict is Verdict.OK for guard in found)
+    allowed = any(guard.name == "policy" and guard.verdict is not Verdict.STOPS for guard in found)
     answers = target is not None and (target.is_running or rule.autostart)
     boxes = (
         (_clients(forward, inventory), *_networks(forward)),

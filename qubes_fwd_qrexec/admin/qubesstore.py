@@ -109,14 +109,13 @@ class QubesStore:
         except StoreError as error:
             raise AnswerError(str(error)) from error
 
-    def verdict(self, call: PolicyCall) -> PolicyVerdict:
+    def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         if not self._admin.is_local:
-            return PolicyVerdict(
-                None, f"{self._admin.here} is not dom0, whose whole policy only dom0 can read"
-            )
-        from .qubesverdict import verdict
+            reason = f"{self._admin.here} is not dom0, whose whole policy only dom0 can read"
+            return [PolicyVerdict(None, reason)] * len(calls)
+        from .qubesverdict import verdicts
 
-        return verdict(call)
+        return verdicts(calls)
 
     def _way_out(self, qube: QubeName, service: str, status: int) -> str:
         if status != _REFUSED or self._admin.is_local:

@@ -10,6 +10,7 @@ from qubes_fwd_qrexec.rules import BrokenRule
 from . import policy, render
 from .apply import differences
 from .inventory import CONFIG_PREFIX
+from .judged import judged
 from .session import Session, Snapshot, plan_as_json
 from .states import Cause, Forward, Plan, State
 from .tables import Style
@@ -17,15 +18,22 @@ from .tables import Style
 
 def list_rules(args: Namespace, session: Session) -> int:
     """All forwards as a table."""
-    planned = selected(args.qube, session.look(), session.now)
+    snapshot = session.look()
+    planned = selected(args.qube, snapshot, session.now)
+    verdicts = judged(planned.live, session.backend, snapshot.installed.text)
     if session.is_json:
         data = plan_as_json(planned)
-        if args.qube:
-            for entry, forward in zip(data["forwards"], planned, strict=True):
+        for entry, forward in zip(data["forwards"], planned, strict=True):
+            verdict = verdicts.get(forward.source[:2])
+            entry["is_allowed"] = verdict.is_allowed if verdict is not None else False
+            if args.qube:
                 entry["roles"] = render.roles_of(forward, args.qube)
         session.say_json(data)
-    else:
-        session.say(render.table(planned, session.now, session.style, args.qube))
+        return 0
+    session.say(render.table(planned, session.now, session.style, args.qube))
+    for (target, name), verdict in verdicts.items():
+        if verdict.is_allowed is False:
+            session.say(f"{target} {name}: dom0 denies its calls: {render.escaped(verdict.reason)}.\n")
     return 0
 
 
@@ -68,7 +76,9 @@ def show(args: Namespace, session: Session) -> int:
     forward = planned.find(entry.target, entry.name)
     if forward is None:
         return 1
-    found = guards(forward, planned, snapshot.inventory, snapshot.installed.text, session.now)
+    installed = snapshot.installed.text
+    verdict = judged([forward], session.backend, installed).get(forward.source[:2])
+    found = guards(forward, planned, snapshot.inventory, installed, session.now, verdict)
     lines = policy.lines(forward)
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
     if session.is_json:

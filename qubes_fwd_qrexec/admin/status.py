@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from . import policy
 from .apply import Step, differences
+from .backend import PolicyVerdict
 from .figures import Figures, FigureSource, QubeFigures, Unknown
-from .render import exposed_at
+from .judged import judged
+from .render import escaped, exposed_at
 from .session import Session
 from .showing import selected
 from .states import Cause, Forward, Plan, State
@@ -33,13 +34,16 @@ _CLEAR = "\x1b[H\x1b[J"
 class _Seen(NamedTuple):
     """One look at everything."""
 
-    found: list[tuple[Forward, bool, Figures | Unknown]]
+    found: list[tuple[Forward, PolicyVerdict, Figures | Unknown]]
     planned: Plan
     due: list[Step]
 
     @property
     def is_well(self) -> bool:
-        return not self.due and all(_trouble(figures) is None for _, _, figures in self.found)
+        return not self.due and all(
+            verdict.is_allowed is not False and _trouble(figures) is None
+            for _, verdict, figures in self.found
+        )
 
     def as_json(self) -> dict[str, Any]:
         entries = [
@@ -50,10 +54,11 @@ class _Seen(NamedTuple):
                 "reason": forward.reason if (trouble := _trouble(figures)) is None else trouble,
                 "exposed": forward.exposed,
                 "ports": forward.source.rule.listen_ports.brief(),
-                "is_allowed": is_allowed,
+                "is_allowed": verdict.is_allowed,
+                "policy": verdict.reason,
                 "figures": figures.as_json(),
             }
-            for forward, is_allowed, figures in self.found
+            for forward, verdict, figures in self.found
         ]
         return {"forwards": entries, "due": [step.as_json() for step in self.due]}
 
@@ -95,10 +100,8 @@ def _watch(args: Namespace, session: Session, is_over: Callable[[float], bool]) 
 def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
-    allowed = policy.allowing(snapshot.installed.text)
-    found = [
-        (forward, allowed >= set(policy.lines(forward)), _ask(source, forward)) for forward in planned.live
-    ]
+    verdicts = judged(planned.live, session.backend, snapshot.installed.text)
+    found = [(forward, verdicts[forward.source[:2]], _ask(source, forward)) for forward in planned.live]
     # Of the whole system, whatever part of it is shown.
     due = differences(snapshot.plan(session.now), snapshot.inventory, snapshot.installed, session.now)
     return _Seen(found, planned, list(due))
@@ -132,7 +135,10 @@ def _state(forward: Forward, figures: Figures | Unknown) -> State:
     return forward.state if _trouble(figures) is None else State.WAITING
 
 
-def _row(forward: Forward, is_allowed: bool, figures: Figures | Unknown) -> tuple[str, ...]:
+_WORDS = {True: "allows", False: "denies", None: "allows?"}
+
+
+def _row(forward: Forward, verdict: PolicyVerdict, figures: Figures | Unknown) -> tuple[str, ...]:
     if isinstance(figures, Unknown):
         counts = (_UNKNOWN,) * 6
     else:
@@ -150,7 +156,7 @@ def _row(forward: Forward, is_allowed: bool, figures: Figures | Unknown) -> tupl
         forward.source.name,
         _state(forward, figures),
         exposed_at(forward),
-        "allows" if is_allowed else "denies",
+        _WORDS[verdict.is_allowed],
         *counts,
     )
 
@@ -168,11 +174,16 @@ def size(count: int) -> str:
 
 
 def _remarks(
-    found: Iterable[tuple[Forward, bool, Figures | Unknown]], planned: Plan, due: int
+    found: Iterable[tuple[Forward, PolicyVerdict, Figures | Unknown]], planned: Plan, due: int
 ) -> Iterable[str]:
     reasons: dict[str, None] = {}
     bugs: dict[tuple[str, str], int] = {}
-    for forward, _, figures in found:
+    doubts: dict[str, None] = {}
+    for forward, verdict, figures in found:
+        if verdict.is_allowed is False:
+            yield f"{forward.source}: dom0 denies its calls: {escaped(verdict.reason)}."
+        elif verdict.is_allowed is None:
+            doubts[verdict.reason] = None
         trouble = _trouble(figures)
         if trouble is not None:
             yield f"{forward.source}: {State.WAITING}: {trouble}."
@@ -187,12 +198,14 @@ def _remarks(
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))
             yield f"{forward.source}: refused: {counts}."
         if report.last_error is not None:
-            at = "" if report.last_error_at is None else f" at {_utc(report.last_error_at)}"
+            at = "" if report.last_error_at is None else f" at {_local(report.last_error_at)}"
             yield f"{forward.source}: last error{at}: {report.last_error}."
     for (qube, program), count in sorted(bugs.items()):
         if count:
             times = "a bug" if count == 1 else f"{count} bugs"
             yield f"{qube}: its {program} has met {times} of its own; the journal there says more."
+    if doubts:
+        yield f"Whether another policy file denies it is not known: {'; '.join(map(escaped, doubts))}."
     if reasons:
         yield f"Figures are unknown: {'; '.join(reasons)}."
     closed = Counter(forward.state for forward in planned if not forward.is_live)
@@ -204,9 +217,9 @@ def _remarks(
         yield f"Not in force yet: {due} change{'' if due == 1 else 's'}; 'qvm-forward apply' makes them."
 
 
-def _utc(untrusted_seconds: int) -> str:
-    """A time as a qube tells it, which may be none that there is."""
+def _local(untrusted_seconds: int) -> str:
+    """A time as a qube tells it, which may be none that there is; as all times here, that of this machine."""
     try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(untrusted_seconds))
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(untrusted_seconds))
     except (OverflowError, ValueError, OSError):
         return "an unknown time"

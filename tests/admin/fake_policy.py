@@ -171,6 +171,6 @@ class FakeParser:
             "qrexec.policy.parser": {
                 "AllowResolution": AllowResolution,
                 "Request": self.request,
-                "FilePolicy": lambda: SimpleNamespace(evaluate=self.evaluate),
+                "FilePolicy": lambda policy_path=None: SimpleNamespace(evaluate=self.evaluate),
             },
         }

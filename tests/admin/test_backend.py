@@ -133,19 +133,19 @@ LINE = "qubes.ForwardTCP  +80+tunnel  sys-net  work"
 
 
 def test_a_verdict_is_that_of_the_whole_policy(store: Backend, lab: LabDirectory) -> None:
-    assert store.verdict(CALL).is_allowed is False
+    assert store.verdicts([CALL])[0].is_allowed is False
     store.replace_policy(f"{LINE}  allow  autostart=no\n", NEW)
-    assert store.verdict(CALL).is_allowed is True
+    assert store.verdicts([CALL])[0].is_allowed is True
     lab.set_state("work", QubeState.HALTED)
-    assert store.verdict(CALL).is_allowed is True  # as if it ran
-    assert store.verdict(CALL._replace(argument="+81+tunnel")).is_allowed is False
+    assert store.verdicts([CALL])[0].is_allowed is True  # as if it ran
+    assert store.verdicts([CALL._replace(argument="+81+tunnel")])[0].is_allowed is False
     before = lab.policy_dir / "20-before.policy"
     before.write_text(f"{LINE}  ask\n")
-    assert store.verdict(CALL).is_allowed is False
+    assert store.verdicts([CALL])[0].is_allowed is False
     before.write_text(f"{LINE}  allow  target=vault\n")
-    assert store.verdict(CALL).is_allowed is False
+    assert store.verdicts([CALL])[0].is_allowed is False
     before.write_text("nonsense\n")
-    verdict = store.verdict(CALL)
+    verdict = store.verdicts([CALL])[0]
     assert verdict.is_allowed is False
     assert "20-before.policy" in verdict.reason
 

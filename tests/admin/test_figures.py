@@ -81,14 +81,14 @@ def test_bugs_of_either_program_are_told() -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (MISSING, "sys-net does not have qubes.ForwardStatus"),
+        (MISSING, "sys-net does not have qubes-fwd-qrexec, without which it does not listen"),
         (AnswerError("the call did not end"), "the call did not end"),
         (b"\x1b[2J", "what sys-net says cannot be read: the answer is no JSON in ASCII"),
         (b"{}", "what sys-net says cannot be read: the answer: version is missing"),
     ],
 )
 def test_who_cannot_be_asked_is_unknown_for_that_reason(answer: bytes | AnswerError, reason: str) -> None:
-    assert figures(sys_net=answer) == Unknown(reason)
+    assert figures(sys_net=answer) == Unknown(reason, answer is MISSING)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_a_management_qube_cannot_read_dom0s_whole_policy(
     lab: LabDirectory, policy_client: FakePolicyClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, FakeQubes(lab, connection="qrexec", name="mgmt"), policy_client)
-    verdict = QubesStore().verdict(PolicyCall("a", "+", QubeName("sys-net"), WORK))
+    (verdict,) = QubesStore().verdicts([PolicyCall("a", "+", QubeName("sys-net"), WORK)])
     assert verdict.is_allowed is None
     assert "mgmt is not dom0" in verdict.reason
 

@@ -3,6 +3,7 @@
 
 import io
 import json
+import time
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 from worlds import ADD, NOW, Command
 
+from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.figures import Figures, Unknown
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.admin.status import WATCH_S, _watch, size, status
@@ -29,19 +30,23 @@ def test_figures_are_unknown_and_the_reason_is_said_once(forward: Command, kind:
     result = forward("status")
     rows = [line.split() for line in result.out.splitlines()[1:3]]
     unknown = ["unknown"] * 6
+    # A qube that lacks the package opens nothing; one that cannot be asked may have it open.
+    state = "active" if kind == "lab" else "waiting"
     assert rows == [
-        ["personal", "tcp-81", "active", "sys-net:81", "allows", *unknown],
-        ["work", "web", "active", "sys-net:80", "allows", *unknown],
+        ["personal", "tcp-81", state, "sys-net:81", "allows", *unknown],
+        ["work", "web", state, "sys-net:80", "allows", *unknown],
     ]
-    reasons = {
-        "lab": "qubes.ForwardStatus+ in sys-net: the lab is down; 'qvm-forward-lab up' starts it",
-        "qubes": "sys-net does not have qubes.ForwardStatus",
-    }
-    assert result.out.splitlines()[3:] == [f"Figures are unknown: {reasons[kind]}."]
-    assert result.status == 0
+    lacking = "sys-net does not have qubes-fwd-qrexec, without which it does not listen"
+    down = "qubes.ForwardStatus+ in sys-net: the lab is down; 'qvm-forward-lab up' starts it"
+    assert result.out.splitlines()[3:] == (
+        [f"Figures are unknown: {down}."]
+        if kind == "lab"
+        else [f"personal tcp-81: waiting: {lacking}.", f"work web: waiting: {lacking}."]
+    )
+    assert result.status == (0 if kind == "lab" else 1)
     narrow = forward("status", "work", style=Style(40)).out
     assert narrow.startswith(
-        "work web: active\n  exposed at sys-net:80\n  policy allows\n  way unknown\n  open now unknown\n"
+        f"work web: {state}\n  exposed at sys-net:80\n  policy allows\n  way unknown\n  open now unknown\n"
     )
 
 
@@ -67,11 +72,30 @@ def test_what_is_not_in_force_yet_is_counted_and_fails(forward: Command) -> None
     forward(*ADD, "--no-apply")
     result = forward("status")
     assert result.status == 1
-    assert "work  web   active  sys-net:80  denies" in result.out
+    assert "  sys-net:80  denies  " in result.out
+    assert "work web: dom0 denies its calls: " in result.out
     assert "Not in force yet: 2 changes; 'qvm-forward apply' makes them.\n" in result.out
     data = forward("status", "vault", "--json")
     assert (data.status, data.json["forwards"]) == (1, [])
     assert [step["step"] for step in data.json["due"]] == ["open-policy", "set-config"]
+
+
+def test_another_policy_file_that_denies_or_cannot_be_read_is_named(
+    forward: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD)
+    assert "denies" not in forward("list").out
+    before = lab.policy_dir / "20-mine.policy"
+    before.write_text("qubes.ForwardTCP  *  @anyvm  @anyvm  deny\n")
+    for name in ("status", "list", "show"):
+        words = ("show", "work", "web") if name == "show" else (name,)
+        assert "20-mine.policy:1" in forward(*words).out, name
+    assert forward("status").status == 1
+    assert forward("status", "--json").json["forwards"][0]["is_allowed"] is False
+    assert forward("list", "--json").json["forwards"][0]["is_allowed"] is False
+    before.write_text("nonsense\n")
+    assert "20-mine.policy" in forward("status").out
+    assert "20-mine.policy" in forward("list").out
 
 
 def test_a_halted_listener_is_not_asked(forward: Command, lab: LabDirectory) -> None:
@@ -87,6 +111,7 @@ def test_a_halted_listener_is_not_asked(forward: Command, lab: LabDirectory) -> 
             "exposed": "sys-net",
             "ports": "80",
             "is_allowed": True,
+            "policy": "dom0 allows the call",
             "figures": {"is_known": False, "reason": "sys-net is halted"},
         }
     ]
@@ -103,9 +128,9 @@ class Asked:
         return self._answer
 
 
-def _with(lab: LabDirectory, answer: Figures | Unknown, *, is_json: bool = False) -> tuple[int, str]:
+def _with(store: Backend, answer: Figures | Unknown, *, is_json: bool = False) -> tuple[int, str]:
     out = io.StringIO()
-    session = Session(LabStore(lab), NOW, {}, io.StringIO(), out, io.StringIO(), Style(), is_json)
+    session = Session(store, NOW, {}, io.StringIO(), out, io.StringIO(), Style(), is_json)
     return status(Namespace(qube=[], watch=False), session, Asked(answer)), out.getvalue()
 
 
@@ -125,30 +150,31 @@ REPORT = ForwardReport(
 )
 
 
-def test_figures_are_shown_where_a_source_has_them(forward: Command, lab: LabDirectory) -> None:
+def test_figures_are_shown_where_a_source_has_them(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    code, shown = _with(lab, Figures(REPORT))
+    code, shown = _with(store, Figures(REPORT))
     assert (code, len(shown.splitlines())) == (0, 2)
     row = " ".join(shown.splitlines()[1].split())
     assert row == "work web active sys-net:80 allows open 3 40 0 999 1.5 KiB"
 
 
-def test_refusals_and_the_last_error_are_said(forward: Command, lab: LabDirectory) -> None:
+def test_refusals_and_the_last_error_are_said(forward: Command, store: Backend) -> None:
     forward(*ADD)
     refused = {"source": 2, "back-off": 3}
     report = replace(REPORT, refused=refused, last_error="no tunnel", last_error_at=0, way=Way.REFUSED)
-    code, shown = _with(lab, Figures(report))
+    code, shown = _with(store, Figures(report))
     assert code == 0
     assert "allows refused 3 40 5 999" in " ".join(shown.split())
     assert "work web: refused: 3 back-off, 2 source.\n" in shown
-    assert "work web: last error at 1970-01-01 00:00:00 UTC: no tunnel.\n" in shown
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(0))
+    assert f"work web: last error at {at}: no tunnel.\n" in shown
     report = replace(REPORT, last_error="x", last_error_at=2**63 - 1)
-    assert "last error at an unknown time: x" in _with(lab, Figures(report))[1]
+    assert "last error at an unknown time: x" in _with(store, Figures(report))[1]
 
 
-def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, lab: LabDirectory) -> None:
+def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    code, shown = _with(lab, Figures(REPORT, None, 1, 1, 20))
+    code, shown = _with(store, Figures(REPORT, None, 1, 1, 20))
     assert code == 0  # each has ended no more than what it happened to
     assert shown.endswith(
         "sys-net: its listener has met a bug of its own; the journal there says more.\n"
@@ -156,13 +182,13 @@ def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, lab: LabDi
     )
 
 
-def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, lab: LabDirectory) -> None:
+def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, store: Backend) -> None:
     forward(*ADD)
     trouble = Figures(REPORT, "another program has port 80 of sys-net", 1)
-    assert _with(lab, trouble)[0] == 1
-    assert "work web: waiting: another program has port 80 of sys-net.\n" in _with(lab, trouble)[1]
-    assert "work web waiting sys-net:80 allows open" in " ".join(_with(lab, trouble)[1].split())
-    data: Any = json.loads(_with(lab, trouble, is_json=True)[1])
+    assert _with(store, trouble)[0] == 1
+    assert "work web: waiting: another program has port 80 of sys-net.\n" in _with(store, trouble)[1]
+    assert "work web waiting sys-net:80 allows open" in " ".join(_with(store, trouble)[1].split())
+    data: Any = json.loads(_with(store, trouble, is_json=True)[1])
     assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == (
         "waiting",
         "another program has port 80 of sys-net",
@@ -177,35 +203,33 @@ def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, lab: 
     }
 
 
-def test_a_forward_that_its_listener_does_not_have_open_is_waiting(
-    forward: Command, lab: LabDirectory
-) -> None:
+def test_a_forward_that_its_listener_does_not_have_open_is_waiting(forward: Command, store: Backend) -> None:
     forward(*ADD)
     reason = "sys-net does not have work web open: the port is in use"
-    code, shown = _with(lab, Unknown(reason, is_trouble=True))
+    code, shown = _with(store, Unknown(reason, is_trouble=True))
     assert (code, len(shown.splitlines())) == (1, 3)
     assert "work web waiting sys-net:80 allows unknown" in " ".join(shown.split())
     assert shown.endswith(f"\nwork web: waiting: {reason}.\n")
-    data: Any = json.loads(_with(lab, Unknown(reason, is_trouble=True), is_json=True)[1])
+    data: Any = json.loads(_with(store, Unknown(reason, is_trouble=True), is_json=True)[1])
     assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == ("waiting", reason)
 
 
-def test_a_listener_that_gives_no_reason_is_waited_for_too(forward: Command, lab: LabDirectory) -> None:
+def test_a_listener_that_gives_no_reason_is_waited_for_too(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    code, shown = _with(lab, Figures(REPORT, ""))
+    code, shown = _with(store, Figures(REPORT, ""))
     assert (code, shown.splitlines()[-1]) == (1, "work web: waiting: .")
     assert "work web waiting" in " ".join(shown.split())
-    data: Any = json.loads(_with(lab, Figures(REPORT, ""), is_json=True)[1])
+    data: Any = json.loads(_with(store, Figures(REPORT, ""), is_json=True)[1])
     assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == ("waiting", "")
 
 
-def test_a_qube_that_says_nothing_makes_nothing_wait(forward: Command, lab: LabDirectory) -> None:
+def test_a_qube_that_says_nothing_makes_nothing_wait(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    code, shown = _with(lab, Unknown("no answer"))
+    code, shown = _with(store, Unknown("no answer"))
     assert code == 0
     assert "work web active" in " ".join(shown.split())
     assert shown.endswith("\nFigures are unknown: no answer.\n")
-    data: Any = json.loads(_with(lab, Unknown("no answer"), is_json=True)[1])
+    data: Any = json.loads(_with(store, Unknown("no answer"), is_json=True)[1])
     assert data["forwards"][0]["reason"].startswith("Connections to port 80 of sys-net (outer side) from ")
 
 
@@ -224,7 +248,7 @@ def test_bytes_are_for_people(count: int, shown: str) -> None:
     assert size(count) == shown
 
 
-def test_a_watch_looks_again_until_the_end_is_asked_for(forward: Command, lab: LabDirectory) -> None:
+def test_a_watch_looks_again_until_the_end_is_asked_for(forward: Command, store: Backend, kind: str) -> None:
     forward(*ADD)
     waits: list[float] = []
 
@@ -235,8 +259,8 @@ def test_a_watch_looks_again_until_the_end_is_asked_for(forward: Command, lab: L
     for is_json, style in ((False, Style()), (False, Style(200)), (True, Style())):
         waits.clear()
         out = io.StringIO()
-        session = Session(LabStore(lab), NOW, {}, io.StringIO(), out, io.StringIO(), style, is_json)
-        assert _watch(Namespace(qube=[]), session, is_over) == 0
+        session = Session(store, NOW, {}, io.StringIO(), out, io.StringIO(), style, is_json)
+        assert _watch(Namespace(qube=[]), session, is_over) == (kind == "qubes")  # a qube without the package
         assert waits == [WATCH_S, WATCH_S]
         if is_json:
             first, second = map(json.loads, out.getvalue().splitlines())

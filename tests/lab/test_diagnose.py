@@ -52,7 +52,7 @@ def test_a_forward_that_works_is_well_at_every_step(lab: Lab) -> None:
     status, said = lab.run("diagnose", "work", "web")
     assert status == 0
     assert said.splitlines()[0] == "ok       rule                work web is active"
-    assert said.splitlines()[-1] == "Nothing on the way is wrong."
+    assert said.splitlines()[-1].startswith("Nothing on the way to the server is wrong.")
 
 
 def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> None:
@@ -102,9 +102,11 @@ def test_no_listener_installed_none_running_and_none_that_can_be_asked(lab: Lab)
     lab.add()
     feature = f"supported-rpc.{Service.FORWARD_TCP}"
     lab.lab.set_feature("sys-net", feature, "")
+    # What it answers is newer than what its template has told.
+    assert "no listener is running | 'qvm-service sys-net qubes-forward-listener on'" in lab.wrong("listener")
+    lab.answers("sys-net", b"\x1b[2J")
     assert "install qubes-fwd-qrexec in fedora-42" in lab.wrong("listener installed")
     lab.lab.remove_feature("sys-net", feature)
-    assert "no listener is running | 'qvm-service sys-net qubes-forward-listener on'" in lab.wrong("listener")
     lab.answers("sys-net", b"\x1b[2J")
     assert "what sys-net says cannot be read" in lab.wrong("listener")
     lab.remove_service("sys-net", STATUS_SERVICE)
