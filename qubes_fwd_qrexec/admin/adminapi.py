@@ -12,6 +12,7 @@ from typing import IO, NamedTuple, Protocol
 from qubes_fwd_qrexec.errors import StoreError, TextError
 from qubes_fwd_qrexec.values import QubeName, parse_address, parse_qube_name
 
+from .answers import NotRunningError
 from .backend import check_feature_name
 from .inventory import ADMIN, Qube, feature_matters, is_told
 
@@ -27,6 +28,7 @@ _YES_NO = {"True": True, "False": False}
 class Process(Protocol):
     """What of `subprocess.Popen` is used of a call's process."""
 
+    stdin: IO[bytes] | None
     stdout: IO[bytes] | None
 
     def wait(self, timeout: float | None = None) -> int: ...
@@ -138,8 +140,8 @@ class AdminApi:
         except Vanished:
             raise StoreError(f"{qube}: there is no such qube any more") from None
 
-    def start_service(self, qube: QubeName, service: str, *, with_output: bool = False) -> Process:
-        """Start a qrexec call, without input; its output is a pipe or thrown away."""
+    def start_service(self, qube: QubeName, service: str, *, has_input: bool = False) -> Process:
+        """Start a qrexec call, whose output is a pipe. Raises `NotRunningError` for a halted qube."""
         from subprocess import DEVNULL, PIPE
 
         try:
@@ -150,14 +152,14 @@ class AdminApi:
                     # A management qube cannot choose; there the policy's user= does.
                     user="user" if self.is_local else None,
                     autostart=False,
-                    stdin=DEVNULL,
-                    stdout=PIPE if with_output else DEVNULL,
+                    stdin=PIPE if has_input else DEVNULL,
+                    stdout=PIPE,
                     stderr=DEVNULL,
                     # Ctrl-C in a terminal is for us, who end when the call has.
                     start_new_session=True,
                 )
         except Vanished:
-            raise StoreError(f"{service} in {qube}: there is no such qube any more") from None
+            raise NotRunningError(f"{service} in {qube}: there is no such qube any more") from None
 
     def _call(self, dest: str, method: str, arg: str | None = None, payload: bytes | None = None) -> bytes:
         """Raises `Vanished`, `KeyError` for a feature that is not there, and `StoreError`."""
@@ -176,6 +178,8 @@ class AdminApi:
             raise Vanished from error
         except exc.QubesFeatureNotFoundError as error:
             raise KeyError(arg) from error
+        except exc.QubesVMNotRunningError as error:
+            raise NotRunningError(f"{what}: {_plain(error)}") from error
         except exc.QubesDaemonAccessError as error:
             raise UnansweredError(f"{what}: {_plain(error)}. {self._way_out(dest, method)}") from error
         except exc.QubesDaemonCommunicationError as error:

@@ -22,8 +22,6 @@ NEW = "new"
 ANY = "any"
 
 
-# `ExitStatus.BAD_ARGUMENT` of our services, which dom0 knows nothing else of.
-_BAD_ARGUMENT = 2
 # qubes-core-admin qubes/api/admin.py, vm_feature_set(); qubes/ext/vm_config.py for what follows "vm-config.".
 _FEATURE_NAME = re.compile(r"[a-zA-Z0-9_.-]+\Z", re.ASCII)
 _CONFIG_NAME = re.compile(rf"[a-zA-Z].{{0,{KEY_MAX - 1}}}\Z", re.ASCII)
@@ -57,23 +55,11 @@ def check_feature(qube: QubeName, key: str, value: str) -> None:
             )
 
 
-def ended_badly(service: str, qube: QubeName, status: int) -> str:
-    """Words for a call to one of our services."""
-    words = f"{service} in {qube} ended with exit status {status}"
-    if status == _BAD_ARGUMENT:
-        words += f", as it does not understand that; its package in {qube}'s template is older than dom0's"
-    return words
-
-
 class ChangedError(StoreError):
     """Somebody else has changed the policy file since it was looked at, and it is left as they wrote it."""
 
     def __init__(self, place: object) -> None:
         super().__init__(f"{place}: somebody else changed it just now; try again")
-
-
-class HungError(StoreError):
-    """A call to a qube did not end in time, and another one would not either."""
 
 
 class PolicyFile(NamedTuple):
@@ -136,20 +122,15 @@ class Backend(Protocol):
         file, read or not.
         """
 
-    def call(self, qube: QubeName, service: str) -> None:
-        """Make a qrexec call from dom0 (``NAME+ARGUMENT``), without input, and wait for its end.
-
-        Raises `HungError` if it does not end within some seconds, and `StoreError` unless it ended with
-        status 0. A qube without the service has done no harm: what is to be ended by the call cannot be there
-        either. Several threads may call at once.
-        """
-
-    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
-        """Make a qrexec call from dom0 (``NAME+ARGUMENT``), without input, and return what it says.
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        """Make a qrexec call from dom0 (``NAME+ARGUMENT``) with ``given`` as input, and return what it says.
 
         A halted qube is not started. Raises `answers.AnswerError` unless it ended with status 0, in time and
-        with at most ``max_bytes``. What is returned is untrusted. Without ``timeout_s`` it has
-        `answers.ANSWER_TIMEOUT_S`.
+        with at most ``max_bytes``, and `answers.NotRunningError` where nothing runs that could answer. What
+        is returned is untrusted. Without ``timeout_s`` it has `answers.ANSWER_TIMEOUT_S`. Several threads may
+        ask at once.
         """
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
@@ -26,12 +26,14 @@ from qubes_fwd_qrexec.rules import (
 from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
+from .apply import Outcome, others
 from .conflicts import check_rivals
 from .expiry import parse_expire, print_expire
 from .inventory import Inventory
 from .render import escaped
 from .session import Session, Snapshot, UsageError
 from .states import Cause, Forward, Plan, State
+from .stock import Stock, ended, left_over
 from .store import made_up_name
 
 _V = TypeVar("_V")
@@ -121,7 +123,7 @@ def _check_new(named: NamedRule, session: Session, snapshot: Snapshot) -> None:
 def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> tuple[Forward, Plan]:
     """What would become of a rule, with those that are stored before it, and of them."""
     changed = snapshot._replace(stored=snapshot.stored.with_rules([named]))
-    planned = changed.plan(session.now, newcomer=(named.target, named.name))
+    planned = changed.plan(session.now, newcomer=(named.target, named.name), is_held=False)
     forward = planned.find(named.target, named.name)
     if forward is None:
         raise StoreError(f"{named} is missing from its own plan")
@@ -204,22 +206,76 @@ def remove(args: Namespace, session: Session) -> int:
     with session.backend.locked():
         snapshot = session.look()
         entries = [snapshot.find(args.qube, name) for name in dict.fromkeys(args.name)]
+        before = snapshot.plan(session.now)
         session.store(snapshot.inventory, {(entry.target, entry.name): None for entry in entries})
-        planned = None if args.no_apply else session.apply_change()
-        if session.is_json:
-            removed = [{"qube": entry.target, "name": entry.name} for entry in entries]
-            session.say_json({"removed": removed, "applied": planned is not None})
-            return 0
+        applied, outcome = (None, Outcome()) if args.no_apply else session.apply_change()
+    named = [entry for entry in entries if isinstance(entry, NamedRule)]
+    left = _left_over(before, applied, session)
+    if session.is_json:
+        removed = [{"qube": entry.target, "name": entry.name} for entry in entries]
+        session.say_json({"removed": removed} | _as_json(applied, outcome, left))
+    else:
         for entry in entries:
-            session.say(f"Forward {entry.target} {entry.name!s} is removed{_and_closed(planned)}.\n")
-        return 0
+            closed = _and_closed(entry, applied, outcome, left)
+            session.say(f"Forward {entry.target} {entry.name!s} is removed{closed}.\n")
+        _say_rest(session, applied, outcome, named, left)
+    return _status(left)
+
+
+def _left_over(before: Plan, applied: Plan | None, session: Session) -> tuple[Stock, ...]:
+    """What goes on and cannot be ended from here; its listeners are asked without the lock."""
+    return () if applied is None else left_over(ended(before, applied), session.backend)
+
+
+def _as_json(applied: Plan | None, outcome: Outcome, left: tuple[Stock, ...]) -> dict[str, Any]:
+    return {
+        "applied": applied is not None,
+        "steps": [step.as_json() for step in outcome.done],
+        "ended": [target.as_json() for target in outcome.ended],
+        "stock": [stock.as_json() for stock in left],
+    }
+
+
+def _and_closed(
+    entry: NamedRule | BrokenRule, applied: Plan | None, outcome: Outcome, left: Iterable[Stock]
+) -> str:
+    """Never "closed" where anything still flows."""
+    if applied is None:
+        return "; 'qvm-forward apply' closes it"
+    flows = any(stock.target == entry.target and stock.name == entry.name for stock in left)
+    drains = any(target.target == entry.target and target.draining for target in outcome.ended)
+    if flows or drains:
+        return " and takes no new connection, but what is open may go on"
+    return " and closed"
+
+
+def _say_rest(
+    session: Session,
+    applied: Plan | None,
+    outcome: Outcome,
+    asked: Iterable[NamedRule],
+    left: Iterable[Stock],
+) -> None:
+    """What else was opened and closed, and what goes on."""
+    for target in outcome.ended:
+        if target.draining:
+            session.say(f"{target.words()}.\n")
+    for stock in left:
+        session.warn(f"still open: {stock.words()}")
+    if applied is not None:
+        session.say("".join(f"{line}\n" for line in others(outcome, applied, asked)))
+
+
+def _status(left: Iterable[Stock]) -> int:
+    """What was to be cut and goes on is no success; what may drain was asked for."""
+    return 1 if any(stock.left_s is None for stock in left) else 0
 
 
 def _change(
     args: Namespace, session: Session, snapshot: Snapshot, changed: list[NamedRule], done: str
 ) -> "_Done":
     """Store changed rules unless one of them would be refused for a reason that it did not have before."""
-    before = snapshot.plan(session.now)
+    before = snapshot.plan(session.now, is_held=False)
     for named in changed:
         # One by one on top of each other: two of them may conflict.
         snapshot = snapshot._replace(stored=snapshot.stored.with_rules([named]))
@@ -249,6 +305,7 @@ class _Done(NamedTuple):
     inventory: Inventory
     before: Plan
     applied: Plan | None
+    outcome: Outcome
 
 
 def _carried_out(
@@ -260,10 +317,11 @@ def _carried_out(
 ) -> _Done:
     """Store and apply."""
     session.store(snapshot.inventory, {(named.target, named.name): str(named.rule) for named in changed})
-    applied = None if args.no_apply else session.apply_change()
+    before = before or snapshot.plan(session.now, is_held=False)
+    applied, outcome = (None, Outcome()) if args.no_apply else session.apply_change()
     shown = applied or session.look().plan(session.now)
     forwards = [f for named in changed if (f := shown.find(named.target, named.name)) is not None]
-    return _Done(forwards, snapshot.inventory, before or Plan(()), applied)
+    return _Done(forwards, snapshot.inventory, before, applied, outcome)
 
 
 def _troubles(done: _Done, session: Session) -> dict[tuple[str, str], str]:
@@ -283,6 +341,7 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
     """Say in plain sentences what is open now and for whom, without the warnings told before."""
     forwards, planned = carried_out.forwards, carried_out.applied
     troubles = _troubles(carried_out, session)
+    left = _left_over(carried_out.before, planned, session)
 
     def notes(forward: Forward) -> list[str]:
         trouble, old = troubles.get(forward.source[:2]), carried_out.before.find(*forward.source[:2])
@@ -291,8 +350,8 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
 
     if session.is_json:
         found = [f.as_json() | {"warnings": notes(f)} for f in forwards]
-        session.say_json({"forwards": found, "applied": planned is not None})
-        return 0
+        session.say_json({"forwards": found} | _as_json(planned, carried_out.outcome, left))
+        return _status(left)
     for forward in forwards:
         if forward.is_live and planned is None:
             session.say(
@@ -300,7 +359,8 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
                 f"Then: {forward.reason}\n"
             )
         elif forward.state is State.DISABLED:
-            session.say(f"Forward {forward.source} is {done}{_and_closed(planned)}. {forward.reason}\n")
+            closed = _and_closed(forward.source, planned, carried_out.outcome, left)
+            session.say(f"Forward {forward.source} is {done}{closed}. {forward.reason}\n")
         else:
             session.say(f"Forward {forward.source} is {done} and {forward.state}. {forward.reason}\n")
         if forward.is_live and forward.source.rule.expire is not None:
@@ -310,7 +370,9 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
         for note in notes(forward):
             if note not in told:
                 session.say(f"Note: {escaped(note)}.\n")
-    return 0
+    asked = [forward.source for forward in forwards]
+    _say_rest(session, planned, carried_out.outcome, asked, left)
+    return _status(left)
 
 
 def _narrowing(old: Forward | None, new: Forward) -> list[str]:
@@ -320,10 +382,6 @@ def _narrowing(old: Forward | None, new: Forward) -> list[str]:
     if new.config.on_expire is OnExpire.DRAIN:
         return ["connections that it no longer allows go on until they end, as it says on-expire=drain"]
     return ["connections that it no longer allows are cut"]
-
-
-def _and_closed(planned: Plan | None) -> str:
-    return " and closed" if planned is not None else "; 'qvm-forward apply' closes it"
 
 
 def warnings(forward: Forward) -> list[str]:

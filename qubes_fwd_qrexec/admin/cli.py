@@ -38,6 +38,7 @@ _COMMANDS = {
     "policy": ("showing", "print_policy"),
     "tunnel": ("tunnelmarks", "tunnel"),
     "panic": ("panic", "panic"),
+    "resume": ("panic", "resume"),
     "export": ("exchanging", "export_rules"),
     "import": ("exchanging", "import_rules"),
 }

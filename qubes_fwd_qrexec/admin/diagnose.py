@@ -143,8 +143,8 @@ class _Walk:
             State.SUSPENDED: f"'qvm-forward confirm {self._name}' if it is to be so",
         }
         remedy = remedies.get(forward.state, f"'qvm-forward show {self._name}' shows all that guards it")
-        if forward.cause is Cause.PANIC:
-            remedy = "'qvm-forward panic'"
+        if forward.cause is Cause.HELD:
+            remedy = "'qvm-forward resume'"
         return Finding("rule", Verdict.STOPS, f"{self._name} is {forward.state}. {forward.reason}", remedy)
 
     def _exposed(self, qube: Qube) -> Finding:

@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.exchange import Document
 from qubes_fwd_qrexec.rules import NamedRule
 from qubes_fwd_qrexec.values import QubeName
 
+from .apply import Outcome, others
 from .conflicts import check_rivals
 from .inventory import TUNNEL_FEATURE, Inventory
 from .plan import plan
@@ -55,7 +56,7 @@ def import_rules(args: Namespace, session: Session) -> int:
         rules = _placed(document, args.qube, snapshot)
         _check_room(rules, snapshot, is_replacing=args.replace)
         marks = _marks(document, snapshot, is_replacing=args.replace)
-        before = snapshot.plan(session.now)
+        before = snapshot.plan(session.now, is_held=False)
         _check_conflicts(rules, marks, before, snapshot, session.now, is_exact=document.is_exact)
         changes: dict[tuple[QubeName, str], str | None] = {
             (qube, TUNNEL_NAME): "1" if is_marked else "" for qube, is_marked in marks.items()
@@ -63,7 +64,10 @@ def import_rules(args: Namespace, session: Session) -> int:
         session.store(
             snapshot.inventory, changes | {(named.target, named.name): str(named.rule) for named in rules}
         )
-        planned = session.look().plan(session.now) if args.no_apply else session.apply_change()
+        if args.no_apply:
+            planned, outcome = session.look().plan(session.now), Outcome()
+        else:
+            planned, outcome = session.apply_change()
     forwards = [f for named in rules if (f := planned.find(named.target, named.name)) is not None]
     if session.is_json:
         data = {"imported": len(rules), "tunnels": marks, "skipped": document.skipped}
@@ -74,9 +78,11 @@ def import_rules(args: Namespace, session: Session) -> int:
         session.say(f"Left out {_count(document.skipped, 'rule')} of other actions than forward.\n")
     for qube, is_marked in marks.items():
         session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
-    for forward in (*forwards, *_others(planned, before, rules)):
+    told = [*forwards, *_others(planned, before, rules)]
+    for forward in told:
         session.say(f"{forward.source}: {forward.state}. {forward.reason}\n")
         session.say("".join(f"{forward.source}: note: {note}\n" for note in forward.notes))
+    session.say("".join(f"{line}\n" for line in others(outcome, planned, [f.source for f in told])))
     return 0
 
 

@@ -16,19 +16,12 @@ from .backend import (
     NEW,
     ChangedError,
     Changes,
-    HungError,
     PolicyCall,
     PolicyFile,
     PolicyVerdict,
     check_feature,
-    ended_badly,
 )
 from .inventory import Inventory, Qube, feature_matters, is_told
-
-# What a qube takes to end its tunnels is well under a second; others wait for the lab's lock for 10 s.
-_CALL_TIMEOUT_S = 5.0
-# qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_SERVICE_NOT_FOUND.
-_NO_SERVICE = 127
 
 
 class LabStore:
@@ -91,26 +84,30 @@ class LabStore:
         with _told():
             write_text(self._policy_path, text)
 
-    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
         import subprocess
 
-        from .answers import AnswerError, read_answer
+        from .answers import ANSWER_TIMEOUT_S, AnswerError, NotRunningError, read_answer
 
         what = f"{service} in {qube}"
         if not _is_up(self._lab.qube_dir("dom0").agent_socket):
             up = "'qvm-forward-lab up'"
-            raise AnswerError(f"{what}: the lab is down; {up} starts it", way_out=up)
+            raise NotRunningError(f"{what}: the lab is down; {up} starts it", way_out=up)
         try:
             process = subprocess.Popen(
                 self._call_words(qube, service),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if given else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                # Ctrl-C in a terminal is for us, who end when the call has.
                 start_new_session=True,
             )
         except OSError as error:
             raise AnswerError(f"{what}: {error.strerror}") from error
-        return read_answer(process, max_bytes, what, *(() if timeout_s is None else (timeout_s,)))
+        bound_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
+        return read_answer(process, max_bytes, what, bound_s, given)
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         from dataclasses import replace
@@ -144,29 +141,6 @@ class LabStore:
     def _call_words(self, qube: QubeName, service: str) -> list[str]:
         socket_path = self._lab.qube_dir("dom0").agent_socket
         return [str(self._lab.client_program), f"--agent-socket={socket_path}", "--", qube, service]
-
-    def call(self, qube: QubeName, service: str) -> None:
-        socket_path = self._lab.qube_dir("dom0").agent_socket
-        if not socket_path.exists():
-            return  # the lab is down, and nothing in it lives
-        import subprocess
-
-        words = self._call_words(qube, service)
-        try:
-            done = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=_CALL_TIMEOUT_S,
-                # Ctrl-C in a terminal is for us, who end when the call has.
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise HungError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
-        except OSError as error:
-            raise StoreError(f"{service} in {qube}: {error.strerror}") from error
-        if done.returncode not in (0, _NO_SERVICE) and _is_up(socket_path):
-            raise StoreError(ended_badly(service, qube, done.returncode))
 
     @contextmanager
     def locked(self, timeout_s: float | None = None) -> Iterator[None]:

@@ -5,10 +5,11 @@ No line has a wildcard but the closing ones, which deny. Of `Service.CONNECT_TCP
 user's, nothing is said but the lines of forwards that go over it.
 """
 
+import re
 import time
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Iterator
 
+from qubes_fwd_qrexec.allowance import Calls
 from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE, Service
 from qubes_fwd_qrexec.errors import TextError
 from qubes_fwd_qrexec.rules import Transport
@@ -17,7 +18,7 @@ from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_qube_name, yes_
 from .states import Forward
 
 NAME = "30-forward"
-# Only dom0 may end tunnels and ask how forwards are, and policy does not apply to dom0's own calls.
+# Only dom0 may end calls and ask how forwards are, and policy does not apply to dom0's own calls.
 CLOSING = tuple(
     f"{service}  *  @anyvm  @anyvm  deny  notify=no"
     for service in (REVOKE_SERVICE, STATUS_SERVICE, Service.FORWARD_TCP)
@@ -26,47 +27,33 @@ _HEADER = """\
 # This file is written by qvm-forward, and edits in it are lost.
 # Change the rules instead: see 'qvm-forward list' and qvm-forward(1).
 """
-# Two texts that differ in this line alone say the same.
-_WRITTEN = "# Written "
 # With a colon, which no qube's name has: a forward's own comment begins with that of its target.
-_PANIC = "# Panic:"
-PANIC = f"{_PANIC} nothing may be opened before 'qvm-forward panic' is through."
+_HOLD = "# Held:"
+HOLD = f"{_HOLD} nothing is allowed before 'qvm-forward resume'."
+# Two texts that differ in this line alone say the same.
+_WRITTEN = re.compile(
+    r"^# Written (?:as installed, without any forward|at [0-9: -]{19} UTC, for [0-9]+ forwards?)\.$",
+    re.ASCII | re.MULTILINE,
+)
+# Qubes' parser reads with universal newlines, so a carriage return ends a comment, and nothing else does.
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
 
-class Tunnel(NamedTuple):
-    """A tunnel that a line allows: its target, and what `qubes.ForwardRevoke` is to be told to end it."""
-
-    target: QubeName
-    argument: str
-
-    @property
-    def source(self) -> str:
-        """The exposed qube."""
-        return self.argument.partition("+")[2]
-
-
-def tunnel_of(line: str) -> Tunnel | None:
-    """The tunnel that one of our own lines allows; None for a call's line, and for what others wrote."""
+def calls_of(line: str) -> tuple[QubeName, Calls] | None:
+    """The target that a line of ours lets be called by our service, and by which calls; None for a line of
+    another service, and for one that we would not write.
+    """
     words = line.split()
     if len(words) < 5 or words[0] != Service.FORWARD_TCP or words[4] != "allow":
         return None
     _, argument, source, target, *_ = words
     ports, _, kind = argument.removeprefix("+").partition("+")
-    if kind != "tunnel":
+    if kind not in ("", Transport.TUNNEL):
         return None
     try:
-        return tunnel(parse_qube_name(target), TargetPorts.parse(ports), parse_qube_name(source))
+        return parse_qube_name(target), Calls(TargetPorts.parse(ports), parse_qube_name(source))
     except TextError:
         return None
-
-
-def tunnels(lines: Iterable[str]) -> frozenset[Tunnel]:
-    """All tunnels that these lines allow."""
-    return frozenset(tunnel for line in lines if (tunnel := tunnel_of(line)) is not None)
-
-
-def tunnel(target: QubeName, ports: TargetPorts, source: QubeName) -> Tunnel:
-    return Tunnel(target, f"{ports}+{source}")
 
 
 def lines(forward: Forward) -> tuple[str, ...]:
@@ -91,20 +78,22 @@ def text(
     written_at: float | None,
     *,
     withheld: frozenset[str] = frozenset(),
-    notes: Iterable[str] = (),
+    is_held: bool = False,
 ) -> str:
     """The whole file. ``written_at`` is in UNIX seconds, None for the file as it is installed.
 
-    ``withheld`` lines are left out: those whose forward could not be opened after all. ``notes`` are
-    comments that are kept for whoever writes it next.
+    ``withheld`` lines are left out: those whose forward is not opened yet. ``is_held``: nothing is to be
+    opened by whoever reads it.
     """
-    live = [forward for forward in forwards if forward.config is not None]
+    live = [forward for forward in forwards if forward.config is not None and not is_held]
     if written_at is None:
         dated = "as installed, without any forward."
     else:
         count = f"{len(live)} forward{'' if len(live) == 1 else 's'}"
         dated = f"at {_utc(written_at)}, for {count}."
-    parts = [f"{_HEADER}{_WRITTEN}{dated}\n", *(f"{note}\n" for note in notes)]
+    parts = [f"{_HEADER}# Written {dated}\n"]
+    if is_held:
+        parts.append(f"{HOLD}\n")
     done: set[str] = set(withheld)
     for forward in live:
         rule = forward.source.rule
@@ -125,26 +114,28 @@ def allowing(policy: str | None) -> frozenset[str]:
     return frozenset(line for line in _effective(policy or "") if line not in CLOSING)
 
 
-def panic_notes(policy: str | None) -> tuple[str, ...]:
-    """The lines by which panic says that it is not through, whatever else they say: doubt closes."""
-    return tuple(line for line in (policy or "").split("\n") if line.startswith(_PANIC))
+def without(policy: str, unwanted: Container[str]) -> str:
+    """A policy file without some of the lines that `allowing` finds."""
+    lines = policy.splitlines(keepends=True)
+    return "".join(line for line in lines if "  ".join(line.split()) not in unwanted)
+
+
+def is_held(policy: str | None) -> bool:
+    """Whether nothing may be opened. What else the line says is not read: doubt closes."""
+    return any(line.strip().startswith(_HOLD) for line in _LINE_ENDS.split(policy or ""))
 
 
 def is_same(some: str | None, other: str | None) -> bool:
-    """Whether two files say the same, whenever they were written."""
+    """Whether two files are the same but for the time at which they were written."""
     if some is None or other is None:
         return some is other
-    return _undated(some) == _undated(other)
+    return _WRITTEN.sub("", some, count=1) == _WRITTEN.sub("", other, count=1)
 
 
 def _effective(policy: str) -> Iterator[str]:
-    for line in policy.splitlines():
+    for line in _LINE_ENDS.split(policy):
         if line.strip() and not line.lstrip().startswith("#"):
             yield "  ".join(line.split())
-
-
-def _undated(policy: str) -> list[str]:
-    return [line for line in policy.split("\n") if not line.startswith(_WRITTEN)]
 
 
 def _utc(seconds: float) -> str:

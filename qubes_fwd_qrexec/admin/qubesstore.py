@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
-from subprocess import TimeoutExpired
 from threading import Lock
 
 from qubes_fwd_qrexec.errors import StoreError
@@ -19,7 +18,7 @@ from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
 from .adminapi import AdminApi
-from .backend import Changes, HungError, PolicyCall, PolicyFile, PolicyVerdict, check_feature, ended_badly
+from .backend import Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature
 from .inventory import Inventory
 from .policyapi import PolicyApi
 
@@ -29,11 +28,8 @@ from .policyapi import PolicyApi
 LOCK_PATH = "/run/qubes/qvm-forward.lock"
 _LOCK_TIMEOUT_S = 10.0
 _LOCK_RETRY_S = 0.02
-# What a qube takes to end its tunnels is well under a second; others wait for the lock for 10 s.
-_CALL_TIMEOUT_S = 5.0
-# qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED and QREXEC_EXIT_SERVICE_NOT_FOUND.
+# qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED.
 _REFUSED = 126
-_NO_SERVICE = 127
 # A management qube's call to qubesd is a qrexec call, of which most is waiting.
 _REMOTE_CALLS = 8
 
@@ -83,29 +79,22 @@ class QubesStore:
     def replace_policy(self, text: str, token: str) -> None:
         self._policy.replace(text, token)
 
-    def call(self, qube: QubeName, service: str) -> None:
-        with self._starting:
-            process = self._admin.start_service(qube, service)
-        try:
-            status = process.wait(_CALL_TIMEOUT_S)
-        except TimeoutExpired as error:
-            process.kill()
-            process.wait()
-            raise HungError(f"{service} in {qube} did not end within {_CALL_TIMEOUT_S:g} s") from error
-        if status not in (0, _NO_SERVICE):
-            raise StoreError(f"{ended_badly(service, qube, status)}{self._way_out(qube, service, status)}")
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        from .answers import ANSWER_TIMEOUT_S, AnswerError, read_answer
 
-    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
-        from .answers import AnswerError, read_answer
-
+        bound_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
         try:
-            process = self._admin.start_service(qube, service, with_output=True)
-            bound = () if timeout_s is None else (timeout_s,)
-            return read_answer(process, max_bytes, f"{service} in {qube}", *bound)
+            with self._starting:
+                process = self._admin.start_service(qube, service, has_input=bool(given))
+            return read_answer(process, max_bytes, f"{service} in {qube}", bound_s, given)
         except AnswerError as error:
-            way_out = self._way_out(qube, service, error.status or 0)
-            helps = "have that line in dom0's policy" if way_out else ""
-            raise AnswerError(f"{error}{way_out}", error.status, way_out=helps) from error
+            if not (way_out := self._way_out(qube, service, error.status or 0)):
+                raise
+            raise AnswerError(
+                f"{error}{way_out}", error.status, way_out="have that line in dom0's policy"
+            ) from error
         except StoreError as error:
             raise AnswerError(str(error)) from error
 

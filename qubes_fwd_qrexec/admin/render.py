@@ -94,7 +94,8 @@ def _broken_row(rule: BrokenRule) -> tuple[str, ...]:
 
 def _remarks(plan: Plan, style: Style) -> Iterable[str]:
     for forward in plan:
-        if forward.state not in (State.ACTIVE, State.DISABLED):
+        # That everything is held is said once, above.
+        if forward.state not in (State.ACTIVE, State.DISABLED, State.HELD):
             yield f"{forward.source}: {style.state(forward.state, forward.state)}. {forward.reason}\n"
         for note in forward.notes:
             yield f"{forward.source}: note: {note}\n"

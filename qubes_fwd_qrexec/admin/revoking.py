@@ -1,68 +1,161 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The calls by which dom0 ends tunnels, made: all of them in about the time that one may take.
+"""Calls of our service outlive the policy that allowed them: what each target is told, and what became of it.
 
-Others wait behind them, for the lock and for what is to be closed and opened next. So all targets are called
-at once, and one that does not answer, or only slowly, is not called for each of its tunnels: what is not
-done stays noted in the policy file.
+A target is told all that dom0 allows towards it from now on, and ends the rest. That is one bounded call to
+each target, all at once, and the best that can be done rather than what safety rests on: a mux call ends
+with its lease whatever becomes of this.
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
+from qubes_fwd_qrexec.config import REVOKE_SERVICE, ListenerConfig, Service
+from qubes_fwd_qrexec.errors import ConfigError, StoreError, TextError
+from qubes_fwd_qrexec.rules import OnExpire, Transport
+from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
-from .backend import Backend, HungError
-from .revocations import Revocation
+from . import policy
+from .answers import NO_SERVICE, AnswerError, NotRunningError
+from .backend import Backend
+from .inventory import ADMIN, CONFIG_PREFIX, OFFER_PREFIX, TEMPLATE, Inventory
 
+# How long a mux call goes on without dom0 being asked: `tunnelservice.LEASE_S` of the target.
+LEASE_S = 300
+# How long connections may go on whose rule ended with on-expire=drain.
+DRAIN_S = 3600
 # More targets than run on one machine; the others would wait for these.
 _AT_ONCE = 32
-# For all calls to one target, beside the last one that is begun. A call takes well under a tenth of a second.
-_TURN_S = 5.0
-
-# What became of a call: None if the tunnels are ended.
-Result = StoreError | None
+# A call takes some tenths of a second, and others wait for the lock for 10 s.
+_TIMEOUT_S = 5.0
 
 
-class SkippedError(StoreError):
-    """A call that was not made, as the target had not answered the one before it in time."""
+class Ended(NamedTuple):
+    """What one target made of it: calls that ended, and calls that take nothing new and go on for a while.
+
+    ``problem`` is None unless the target was not reached: then its calls may go on.
+    """
+
+    target: QubeName
+    ended: int = 0
+    draining: int = 0
+    problem: str | None = None
+
+    def words(self) -> str:
+        """For people: what goes on, and what bounds it. Empty if all has ended."""
+        if self.problem is not None:
+            return (
+                f"{self.problem}. What is open to {self.target} may go on: over a mux call for at most "
+                f"{LEASE_S} s, over a call of its own until it ends by itself or {self.target} is shut down"
+            )
+        if not self.draining:
+            return ""
+        return f"{self.target}: {self.draining} call{'' if self.draining == 1 else 's'} may go on for a while"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "qube": self.target,
+            "ended": self.ended,
+            "draining": self.draining,
+            "problem": self.problem,
+        }
 
 
-def revoke(
-    revocations: Iterable[Revocation], backend: Backend, elapsed: Callable[[], float] = time.monotonic
-) -> dict[Revocation, Result]:
-    """Make the calls, and say of each what became of it, in the order of the targets."""
-    by_target: dict[QubeName, list[Revocation]] = {}
-    for revocation in sorted(revocations):
-        by_target.setdefault(revocation.target, []).append(revocation)
-    if not by_target:
-        return {}
+def allowances(
+    targets: Iterable[QubeName],
+    lines: Iterable[str],
+    *,
+    drains: Mapping[tuple[QubeName, Calls], int] | None = None,
+    cuts_drains: bool = False,
+) -> dict[QubeName, Allowance]:
+    """What each of the targets is to be told when exactly these lines of policy are in force."""
+    keeps: dict[QubeName, set[Calls]] = {target: set() for target in sorted(set(targets))}
+    for line in lines:
+        call = policy.calls_of(line)
+        if call is not None and call[0] in keeps:
+            keeps[call[0]].add(call[1])
+    found: dict[QubeName, Allowance] = {}
+    for target, kept in keeps.items():
+        left = {
+            calls: seconds
+            for (drained, calls), seconds in (drains or {}).items()
+            if drained == target and calls not in kept
+        }
+        try:
+            found[target] = Allowance(keeps=frozenset(kept), drains=left, cuts_drains=cuts_drains)
+        except TextError:
+            # More than a target reads, and far more than it can carry: all ends, and may be called anew.
+            found[target] = Allowance(cuts_drains=True)
+    return found
+
+
+def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
+    """The running qubes that calls may have reached which these lines allowed.
+
+    A line that names no qube, as others may have written it, could have allowed a call to any that serves.
+    """
+    found: set[QubeName] = set()
+    for line in lines:
+        service, *words = line.split()
+        if service not in (Service.FORWARD_TCP, "*"):
+            continue
+        target = words[2] if len(words) > 2 else "@anyvm"
+        named = inventory.get(target)
+        if named is not None and named.is_running:
+            found.add(named.name)
+        elif target.startswith(("@", "uuid:")):
+            found |= serving(inventory)
+    return found
+
+
+def serving(inventory: Inventory) -> set[QubeName]:
+    """The running qubes that offer our service."""
+    return {
+        qube.name
+        for qube in inventory.qubes.values()
+        if qube.is_running
+        and qube.klass not in (ADMIN, TEMPLATE)
+        and inventory.feature(qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}")
+    }
+
+
+def drains(inventory: Inventory) -> dict[tuple[QubeName, Calls], int]:
+    """The calls that may drain when they are no longer allowed, and for how many seconds.
+
+    Their listeners know: all forwards that share a call must say on-expire=drain. What cannot be read cuts.
+    """
+    endings: dict[tuple[QubeName, Calls], set[OnExpire]] = {}
+    for exposed, key, value in inventory.told():
+        try:
+            config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
+        except ConfigError:
+            continue
+        is_tunnel = config.transport is Transport.TUNNEL
+        single = (TargetPorts(port, port) for port in config.target_ports)
+        for ports in [config.target_ports] if is_tunnel else single:
+            endings.setdefault((config.target, Calls(ports, exposed)), set()).add(config.on_expire)
+    return {call: DRAIN_S for call, said in endings.items() if said == {OnExpire.DRAIN}}
+
+
+def revoke(told: Mapping[QubeName, Allowance], backend: Backend) -> tuple[Ended, ...]:
+    """Tell all of these targets at once, and say of each what became of it. Raises nothing."""
+    if not told:
+        return ()
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(min(_AT_ONCE, len(by_target))) as pool:
-        turns = pool.map(lambda turn: _take_turn(turn, backend, elapsed), by_target.values())
-        return {revocation: result for turn in turns for revocation, result in turn}
+    with ThreadPoolExecutor(min(_AT_ONCE, len(told))) as pool:
+        return tuple(pool.map(lambda target: _revoke(target, told[target], backend), told))
 
 
-def _take_turn(
-    turn: Iterable[Revocation], backend: Backend, elapsed: Callable[[], float]
-) -> list[tuple[Revocation, Result]]:
-    """The calls to one target, one after the other, for as long as it answers."""
-    deadline = elapsed() + _TURN_S
-    is_hung = False
-    results: list[tuple[Revocation, Result]] = []
-    for revocation in turn:
-        result: Result = None
-        if is_hung or elapsed() > deadline:
-            result = SkippedError(f"{revocation.target} was not called for it, as it did not answer in time")
-        else:
-            try:
-                backend.call(revocation.target, f"{REVOKE_SERVICE}+{revocation.argument}")
-            except StoreError as error:
-                result = error
-                is_hung = isinstance(error, HungError)
-            except OSError as error:
-                result = StoreError(f"{REVOKE_SERVICE} in {revocation.target}: {error}")
-        results.append((revocation, result))
-    return results
+def _revoke(target: QubeName, allowance: Allowance, backend: Backend) -> Ended:
+    try:
+        untrusted_answer = backend.ask(target, REVOKE_SERVICE, ANSWER_MAX_BYTES, _TIMEOUT_S, str(allowance))
+        revoked = Revoked.parse(untrusted_answer)
+    except NotRunningError:
+        return Ended(target)
+    except AnswerError as error:
+        # A target without the service has no calls of ours.
+        return Ended(target, problem=None if error.status == NO_SERVICE else str(error))
+    except (StoreError, TextError, OSError) as error:
+        return Ended(target, problem=f"{REVOKE_SERVICE} in {target}: {error}")
+    return Ended(target, revoked.ended, revoked.draining)

@@ -10,12 +10,12 @@ from qubes_fwd_qrexec.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from . import policy
-from .apply import Outcome, Step, carry_out, differences
-from .backend import NEW, Backend, PolicyFile
+from .apply import Outcome, carry_out, differences
+from .backend import ANY, NEW, Backend, PolicyFile
 from .inventory import Inventory
 from .plan import plan
 from .render import escaped
-from .states import NOT_THROUGH, Cause, Plan, State
+from .states import Plan, State
 from .store import TUNNEL_NAME, Stored, feature_key, read_rules
 from .tables import Style
 
@@ -23,23 +23,41 @@ from .tables import Style
 _MORE_LOOKS = 2
 
 
+# Only what puts everything on hold is written over a file that cannot be read.
+_UNREAD = PolicyFile(None, ANY)
+
+
 class UsageError(ForwardError):
     """The command line asks for something that cannot be meant."""
 
 
 class Snapshot(NamedTuple):
-    """The system as it was read, once; ``installed`` is dom0's policy file."""
+    """The system as it was read, once; ``installed`` is dom0's policy file, unless ``policy_problem`` says
+    why it could not be read.
+    """
 
     inventory: Inventory
     stored: Stored
     installed: PolicyFile = PolicyFile(None, NEW)
+    policy_problem: str | None = None
 
-    def plan(self, now: float, newcomer: tuple[QubeName, RuleName] | None = None) -> Plan:
-        """What the rules ask for; as long as panic is not through, no forward of it is live."""
+    @property
+    def is_held(self) -> bool:
+        """Whether dom0's policy says that nothing is to be opened."""
+        return policy.is_held(self.installed.text)
+
+    def plan(
+        self,
+        now: float,
+        newcomer: tuple[QubeName, RuleName] | None = None,
+        *,
+        is_held: bool | None = None,
+    ) -> Plan:
+        """What the rules ask for; ``is_held`` where it is not for dom0's policy to say."""
         planned = plan(self.stored.rules, self.inventory, now, broken=self.stored.broken, newcomer=newcomer)
-        if not policy.panic_notes(self.installed.text):
+        if not (self.is_held if is_held is None else is_held):
             return planned
-        return replace(planned, forwards=tuple(forward.held() for forward in planned))
+        return replace(planned, forwards=tuple(forward.held() for forward in planned), is_held=True)
 
     def check_qube(self, name: str) -> QubeName:
         """Raises `RefusedError` if there is no such qube."""
@@ -86,67 +104,55 @@ class Session(NamedTuple):
     def look(self, *, with_config: bool = False) -> Snapshot:
         """``with_config``: also what listeners have been told, which only a comparison needs."""
         # Policy first: so its token tells also of whoever closes it while the qubes are read.
-        installed = self.backend.read_policy()
+        installed, problem = _UNREAD, None
+        try:
+            installed = self.backend.read_policy()
+        except StoreError as error:
+            problem = str(error)
         inventory = self.backend.inventory(with_config=with_config)
-        return Snapshot(inventory, read_rules(inventory), installed)
+        return Snapshot(inventory, read_rules(inventory), installed, problem)
 
-    def reconcile(self) -> tuple[Plan, Outcome]:
+    def reconcile(self, *, is_held: bool | None = None, ends_all: bool = False) -> tuple[Plan, Outcome]:
         """Make policy and configuration what the stored rules ask for; the lock is held.
 
         What could not be done is in the outcome. If somebody without our lock changes policy meanwhile, all
-        is looked at again.
+        is looked at again. ``is_held`` puts everything on hold or lifts that, where it is not None; what
+        others write meanwhile stands all the same. ``ends_all`` is for `differences`.
         """
-        planned, outcome = self._reconcile_once()
-        for _ in range(_MORE_LOOKS):
+        outcome = Outcome()
+        for _ in range(1 + _MORE_LOOKS):
+            snapshot = self.look(with_config=True)
+            planned = snapshot.plan(self.now, is_held=is_held)
+            steps = differences(planned, snapshot.inventory, snapshot.installed, self.now, ends_all=ends_all)
+            problem = None if is_held else snapshot.policy_problem
+            if problem is not None:
+                # Who knows whether it is held: close what can be closed without it.
+                steps = tuple(step for step in steps if step.narrows)
+            outcome = carry_out(steps, self.backend, snapshot.installed).after(outcome)
+            if problem is not None:
+                outcome = outcome._replace(problems=(problem, *outcome.problems))
             if not outcome.is_overtaken:
                 break
-            planned, again = self._reconcile_once(is_overtaken=True)
-            # What is owed may be owed by the look before.
-            outcome = again._replace(done=(*outcome.done, *again.done), problems=again.troubles, owed=())
+            # Whoever lifts a hold lifts the one that was seen, and no later one.
+            is_held = is_held or None
         return planned, outcome
 
-    def _reconcile_once(self, *, is_overtaken: bool = False) -> tuple[Plan, Outcome]:
-        """Whoever has overtaken us and closed everything is panic, or means it as panic does. That closes
-        policy first and disables the rules when it has the lock, which we have: so nothing is opened again.
-        """
-        snapshot = self.look(with_config=True)
-        installed = snapshot.installed
-        planned = snapshot.plan(self.now)
-        steps = differences(planned, snapshot.inventory, installed, self.now)
-        left: tuple[Step, ...] = ()
-        if is_overtaken and not policy.allowing(installed.text):
-            left = tuple(step for step in steps if step.opens)
-        outcome = carry_out([step for step in steps if step not in left], self.backend, installed)
-        why = ""
-        if left:
-            why = "somebody else closed everything in dom0's policy meanwhile, and nothing is opened again"
-        elif is_overtaken and any(forward.cause is Cause.PANIC for forward in planned):
-            why = NOT_THROUGH
-        if why:
-            outcome = outcome._replace(undone=(*outcome.undone, *left), problems=(*outcome.problems, why))
-        return planned, outcome
-
-    def apply(self) -> tuple[Plan, Outcome]:
+    def apply(self, *, is_held: bool | None = None) -> tuple[Plan, Outcome]:
         """The same; raises `StoreError` that says what was done and what was not."""
-        planned, outcome = self.reconcile()
+        planned, outcome = self.reconcile(is_held=is_held)
         if outcome.troubles:
-            raise StoreError(_told(outcome))
+            raise StoreError(told(outcome))
         return planned, outcome
 
-    def apply_change(self, done: str = "the rules are changed") -> Plan:
-        """Apply after something was changed; an error says that the change itself is kept.
-
-        What is left of changes before is no fault of this one, and only a warning.
-        """
+    def apply_change(self, done: str = "the rules are changed") -> tuple[Plan, Outcome]:
+        """Apply after something was changed; an error says that the change itself is kept."""
         try:
             planned, outcome = self.reconcile()
         except StoreError as error:
             raise StoreError(f"{done}, but {error}") from error
-        if outcome.problems:
-            raise StoreError(f"{done}, but {_told(outcome)}")
-        if outcome.owed:
-            self.warn(f"note: tunnels of earlier changes are still not ended: {'; '.join(outcome.owed)}")
-        return planned
+        if outcome.troubles:
+            raise StoreError(f"{done}, but {told(outcome)}")
+        return planned, outcome
 
     def store(self, inventory: Inventory, changes: Mapping[tuple[QubeName, str], str | None]) -> None:
         """Set (or with None remove) rules by qube and name; all of them, or on an error none: then they are
@@ -205,10 +211,15 @@ def plan_as_json(planned: Plan) -> dict[str, Any]:
         }
         for rule in planned.broken
     ]
-    return {"forwards": [forward.as_json() for forward in planned], "broken": broken}
+    return {
+        "forwards": [forward.as_json() for forward in planned],
+        "broken": broken,
+        "is_held": planned.is_held,
+    }
 
 
-def _told(outcome: Outcome) -> str:
+def told(outcome: Outcome) -> str:
+    """Words for steps of which not all could be taken."""
     done = [word for step in outcome.done for word in step.words()]
     undone = [word for step in outcome.undone for word in step.words()]
     return (

@@ -12,7 +12,7 @@ from .apply import differences
 from .inventory import CONFIG_PREFIX
 from .judged import judged
 from .session import Session, Snapshot, plan_as_json
-from .states import Cause, Forward, Plan, State
+from .states import HELD, Cause, Forward, Plan, State
 from .tables import Style
 
 
@@ -30,6 +30,7 @@ def list_rules(args: Namespace, session: Session) -> int:
                 entry["roles"] = render.roles_of(forward, args.qube)
         session.say_json(data)
         return 0
+    session.say(f"{HELD}.\n" if planned.is_held else "")
     session.say(render.table(planned, session.now, session.style, args.qube))
     for (target, name), verdict in verdicts.items():
         if verdict.is_allowed is False:
@@ -45,6 +46,7 @@ def explain(args: Namespace, session: Session) -> int:
         return 0
     parts = [render.explained(forward, session.style) for forward in planned]
     parts += [render.broken_line(rule, session.style) for rule in planned.broken]
+    session.say(f"{HELD}.\n\n" if planned.is_held else "")
     session.say("\n".join(parts) or "No forwards.\n")
     return 0
 
@@ -112,7 +114,7 @@ def print_policy(args: Namespace, session: Session) -> int:
     """The policy that the rules ask for."""
     snapshot = session.look()
     installed = snapshot.installed.text
-    text = policy.text(snapshot.plan(session.now), session.now, notes=policy.panic_notes(installed))
+    text = policy.text(snapshot.plan(session.now), session.now, is_held=snapshot.is_held)
     is_installed = policy.is_same(installed, text)
     if session.is_json:
         session.say_json({"policy": text, "installed": installed, "is_installed": is_installed})

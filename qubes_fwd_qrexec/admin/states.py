@@ -21,6 +21,7 @@ class State(StrEnum):
     DISABLED = "disabled"
     REFUSED = "refused"
     BROKEN = "broken"
+    HELD = "held"
 
 
 class Cause(StrEnum):
@@ -42,11 +43,11 @@ class Cause(StrEnum):
     TUNNEL = "tunnel-in-the-path"
     CONFLICT = "conflict"
     TOO_LARGE = "too-large"
-    PANIC = "panic"
+    HELD = "held"
     UNREADABLE = "unreadable"
 
 
-NOT_THROUGH = "'qvm-forward panic' closed everything and is not through"
+HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
 
 
 class Role(StrEnum):
@@ -99,14 +100,10 @@ class Forward(NamedTuple):
         return self.role(qube) is not None
 
     def held(self) -> "Forward":
-        """The same while panic is not through: not live."""
+        """The same while everything is held: not live."""
         if not self.is_live:
             return self
-        reason = (
-            f"{NOT_THROUGH}; if it does not run any more, say it again. After that "
-            f"'qvm-forward enable {self.source}' opens this one."
-        )
-        return self._replace(state=State.REFUSED, cause=Cause.PANIC, reason=reason, config=None)
+        return self._replace(state=State.HELD, cause=Cause.HELD, reason=f"{HELD}.", config=None)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -130,10 +127,14 @@ class Forward(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All rules in the order of target and name, and what is stored as a rule and cannot be read."""
+    """All rules in the order of target and name, and what is stored as a rule and cannot be read.
+
+    ``is_held``: nothing of it is live, whatever the rules ask for, until somebody resumes.
+    """
 
     forwards: tuple[Forward, ...]
     broken: tuple[BrokenRule, ...] = ()
+    is_held: bool = False
 
     def __iter__(self) -> Iterator[Forward]:
         return iter(self.forwards)

@@ -16,7 +16,7 @@ from .judged import judged
 from .render import escaped, exposed_at
 from .session import Session
 from .showing import selected
-from .states import Cause, Forward, Plan, State
+from .states import HELD, Cause, Forward, Plan, State
 from .tables import Table
 
 _TITLES = (
@@ -113,7 +113,7 @@ def _show(session: Session, seen: _Seen) -> None:
         table = Table(_TITLES, [_row(*entry) for entry in seen.found], states)
         session.say(table.text(session.style) or table.blocks(session.style))
     else:
-        session.say("Nothing is open.\n")
+        session.say(f"Nothing is open.{f' {HELD}.' if seen.planned.is_held else ''}\n")
     session.say("".join(f"{remark}\n" for remark in _remarks(seen.found, seen.planned, len(seen.due))))
 
 

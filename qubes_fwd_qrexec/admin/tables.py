@@ -33,6 +33,7 @@ _COLOURS = {
     State.DISABLED: Colour.FAINT,
     State.REFUSED: Colour.RED,
     State.BROKEN: Colour.RED,
+    State.HELD: Colour.YELLOW,
 }
 
 

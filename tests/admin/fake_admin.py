@@ -5,6 +5,7 @@ Whatever a real qubesd would not be asked fails the test. The answers are held a
 test_fake_admin.py. The package qrexec is `fake_policy`.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,10 +72,16 @@ class Method(NamedTuple):
 class FakeProcess:
     """A call's process: ``status`` is how it will end, None for never; ``says`` stands in its output."""
 
-    def __init__(self, status: int | None, says: bytes | None = None) -> None:
+    def __init__(self, status: int | None, says: bytes | None = None, *, is_given: bool = False) -> None:
         self._status = status
         self.log: list[str] = []
+        self.stdin: IO[bytes] | None = None
         self.stdout: IO[bytes] | None = None
+        self._given: IO[bytes] | None = None
+        self.given = b""
+        if is_given:
+            given_fd, stdin_fd = os.pipe()
+            self._given, self.stdin = os.fdopen(given_fd, "rb"), os.fdopen(stdin_fd, "wb")
         if says is not None:
             self.stdout = TemporaryFile()  # noqa: SIM115  # whoever reads it closes it
             self.stdout.write(says)
@@ -82,6 +89,9 @@ class FakeProcess:
 
     def wait(self, timeout: float | None = None) -> int:
         self.log.append("wait")
+        if self._given is not None and not self._given.closed:
+            with self._given:
+                self.given = self._given.read()
         if self._status is None:
             if timeout is None:
                 unexpected("to wait for ever")
@@ -134,15 +144,16 @@ class FakeQubes:
     def run_service(
         self, dest: str, service: str, user: str | None = None, *, autostart: bool = True, **popen: int
     ) -> FakeProcess:
-        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | {
-            "start_new_session": True
-        }
         is_asked = service.startswith("qubes.ForwardStatus+")
-        if is_asked:
-            nothing["stdout"] = subprocess.PIPE
+        expected = {
+            "stdin": subprocess.DEVNULL if is_asked else subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+            "start_new_session": True,
+        }
         expected_user = "user" if self.qubesd_connection_type == "socket" else None
-        is_known = is_asked or service.startswith("qubes.ForwardRevoke+")
-        if not is_known or autostart or popen != nothing:
+        is_known = is_asked or service == "qubes.ForwardRevoke"
+        if not is_known or autostart or popen != expected:
             unexpected((dest, service, autostart, popen))
         if user != expected_user:
             unexpected(f"user {user}")
@@ -153,7 +164,8 @@ class FakeQubes:
             says = self.says.get((dest, service))
             self.process = FakeProcess(127 if says is None else self.status, says or b"")
         else:
-            self.process = FakeProcess(self.status)
+            answer = b"version=1 ended=1 draining=0\n" if self.status == 0 else b""
+            self.process = FakeProcess(self.status, answer, is_given=True)
         return self.process
 
 

@@ -10,43 +10,12 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.admin.revocations import noted
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.values import QubeName
 
-REVOKE = "call work qubes.ForwardRevoke+8080-8080+sys-net"
 TRY = "lock within 0 s"
-
-EVERYTHING = [
-    "read",
-    "policy 0",
-    TRY,
-    "read",
-    "policy 0",
-    "inventory",
-    REVOKE,
-    "set personal forward.tcp-81",
-    "set work forward.web",
-    "remove sys-net vm-config.fwd.personal.tcp-81",
-    "remove sys-net vm-config.fwd.work.web",
-    "read",
-    "inventory",
-    "read",
-    "policy 0",
-    "read",
-]
-"""What panic does with `opened`, in order."""
-CONTESTED = [
-    "read",
-    "policy 0",
-    TRY,
-    "inventory",
-    REVOKE,
-    "lock",
-    *(entry for entry in EVERYTHING[EVERYTHING.index(TRY) + 1 :] if entry != REVOKE),
-]
-"""The same while somebody else has the lock: the tunnels are ended before it is waited for."""
 
 
 class Faulty:
@@ -57,6 +26,8 @@ class Faulty:
         self._refused = refused
         self._before = before
         self.log: list[str] = []
+        self.given: dict[str, str] = {}
+        """What each target was told last."""
 
     def _do(self, entry: str) -> None:
         if self._before is not None:
@@ -82,14 +53,18 @@ class Faulty:
         return self._store.read_policy()
 
     def replace_policy(self, text: str, token: str) -> None:
-        self._do(f"policy {len(policy.allowing(text))}")
+        held = " held" if policy.is_held(text) else ""
+        self._do(f"policy {len(policy.allowing(text))}{held}")
         self._store.replace_policy(text, token)
 
-    def call(self, qube: QubeName, service: str) -> None:
-        self._do(f"call {qube} {service}")
-
-    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None) -> bytes:
-        return self._store.ask(qube, service, max_bytes, timeout_s)
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        if service != REVOKE_SERVICE:
+            return self._store.ask(qube, service, max_bytes, timeout_s, given)
+        self._do(f"call {qube}")
+        self.given[qube] = given
+        return b"version=1 ended=1 draining=0\n"
 
     def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
         self._do("lock" if timeout_s is None else f"lock within {timeout_s:g} s")
@@ -103,6 +78,5 @@ def allowed(lab: LabDirectory) -> frozenset[str]:
     return policy.allowing((lab.policy_dir / "30-forward.policy").read_text())
 
 
-def due(lab: LabDirectory) -> list[str]:
-    """What the policy file has noted as not ended yet."""
-    return [revocation.words() for revocation in noted((lab.policy_dir / "30-forward.policy").read_text())]
+def is_held(lab: LabDirectory) -> bool:
+    return policy.is_held((lab.policy_dir / "30-forward.policy").read_text())

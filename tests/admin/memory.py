@@ -8,7 +8,7 @@ from worlds import NOW
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Outcome, Step, carry_out, differences
-from qubes_fwd_qrexec.admin.backend import NEW, Backend, ChangedError, PolicyFile
+from qubes_fwd_qrexec.admin.backend import ANY, NEW, Backend, ChangedError, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.errors import StoreError
@@ -24,6 +24,9 @@ class Memory:
         self._inventory = inventory
         self.policy: str | None = None
         self.log: list[str] = []
+        self.given: dict[str, str] = {}
+        """What each target was told last."""
+        self.answer = b"version=1 ended=1 draining=0\n"
         self.refuses: Callable[[str], bool] = lambda entry: False
 
     def _do(self, entry: str) -> None:
@@ -39,8 +42,12 @@ class Memory:
         self._do(f"set {qube} {key}")
         self.qubes[qube][key] = value
 
-    def call(self, qube: QubeName, service: str) -> None:
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
         self._do(f"call {qube} {service}")
+        self.given[qube] = given
+        return self.answer
 
     def remove_feature(self, qube: QubeName, key: str) -> None:
         self._do(f"remove {qube} {key}")
@@ -50,10 +57,10 @@ class Memory:
         return PolicyFile(self.policy, NEW if self.policy is None else self.policy)
 
     def replace_policy(self, text: str, token: str) -> None:
-        if token != self.read_policy().token:
+        if token not in (ANY, self.read_policy().token):
             raise ChangedError("policy")
-        allowed = len(policy.allowing(text))
-        self._do(f"policy {allowed}")
+        held = " held" if policy.is_held(text) else ""
+        self._do(f"policy {len(policy.allowing(text))}{held}")
         self.policy = text
 
     @contextmanager

@@ -152,9 +152,9 @@ def test_a_listener_that_may_not_have_heard_is_told_again_what_it_was_told() -> 
     applied(backend, rule())
     before = dict(backend.qubes[QubeName("sys-net")])
     outcome = applied(backend, rule("srchosts=10.0.0.0/8"))
-    assert outcome.problems == ("not delivered",)
+    assert outcome.problems[0] == "not delivered"
     assert backend.qubes[QubeName("sys-net")] == before
-    assert backend.log == ["set sys-net vm-config.fwd.work.web"] * 2
+    assert backend.log[:2] == ["set sys-net vm-config.fwd.work.web"] * 2
 
 
 CHANGING = [

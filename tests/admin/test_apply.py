@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.values import QubeName
 CONFIG = "vm-config.fwd.work.web"
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
 SSH_CONFIG = "vm-config.fwd.personal.ssh"
-REVOKE = "call work qubes.ForwardRevoke+8080-8080+sys-net"
+REVOKE = "call work qubes.ForwardRevoke"
 
 
 def test_opening_writes_policy_before_the_listener() -> None:
@@ -26,7 +26,7 @@ def test_closing_writes_policy_then_ends_tunnels_then_tells_the_listener() -> No
     backend = Memory(world())
     applied(backend, WEB)
     applied(backend)
-    assert backend.log == ["policy 0", REVOKE, f"remove sys-net {CONFIG}", "policy 0"]
+    assert backend.log == ["policy 0", REVOKE, f"remove sys-net {CONFIG}"]
     assert policy.is_same(backend.policy, policy.text([], NOW))
 
 
@@ -40,7 +40,6 @@ def test_closing_comes_before_opening() -> None:
         f"remove sys-net {CONFIG}",
         "policy 1",
         f"set sys-net {SSH_CONFIG}",
-        "policy 1",
     ]
 
 
@@ -93,11 +92,11 @@ def test_a_listener_that_cannot_be_told_is_closed_in_policy_again() -> None:
     applied(backend, SSH)
     backend.refuses = lambda entry: entry == f"set sys-net {CONFIG}"
     outcome = applied(backend, WEB, SSH)
-    assert backend.log == ["policy 2", f"remove sys-net {CONFIG}", "policy 1"]
+    assert backend.log == ["policy 2", f"remove sys-net {CONFIG}", "policy 1", REVOKE]
     assert [line.split()[1] for line in policy.allowing(backend.policy)] == ["+22"]
     assert outcome.problems == (
         f"cannot set sys-net {CONFIG}",
-        "what was to be opened for it is closed in dom0's policy again",
+        "what its listener was not told is closed in dom0's policy",
     )
     assert [step.kind for step in outcome.undone] == [Kind.SET_CONFIG]
 
@@ -123,17 +122,43 @@ def test_if_closing_again_fails_too_it_is_said() -> None:
     backend = Memory(world())
     backend.refuses = lambda entry: entry.startswith("set") or entry == "policy 0"
     outcome = applied(backend, WEB)
-    assert outcome.problems[-1] == "dom0's policy could not be closed again either: cannot policy 0"
+    assert outcome.problems[-1] == "dom0's policy could not be closed for it either: cannot policy 0"
 
 
-def test_while_something_could_not_be_closed_nothing_is_opened() -> None:
+def test_a_listener_that_cannot_be_told_to_stop_keeps_nothing_else_from_opening() -> None:
     backend = Memory(world())
     applied(backend, WEB)
     backend.refuses = lambda entry: entry.startswith("remove")
     outcome = applied(backend, SSH)
-    assert policy.allowing(backend.policy) == frozenset()
-    assert [step.kind for step in outcome.undone] == [Kind.REMOVE_CONFIG, Kind.OPEN_POLICY, Kind.SET_CONFIG]
-    assert outcome.problems[-1] == "nothing new was opened because of that"
+    assert [line.split()[1] for line in policy.allowing(backend.policy)] == ["+22"]
+    assert [step.kind for step in outcome.undone] == [Kind.REMOVE_CONFIG]
+    assert outcome.problems == (f"cannot remove sys-net {CONFIG}",)
+
+
+def test_what_cannot_be_narrowed_loses_its_policy_and_its_calls_and_all_else_goes_on() -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    backend.refuses = lambda entry: entry == f"set sys-net {CONFIG}"
+    outcome = applied(backend, rule("dstports=8080 srchosts=10.0.0.0/8"), SSH)
+    assert backend.log == ["policy 2", f"set sys-net {SSH_CONFIG}", "policy 1", REVOKE]
+    assert [line.split()[1] for line in policy.allowing(backend.policy)] == ["+22"]
+    assert backend.given == {"work": "version=1 drains=keep\n"}
+    assert outcome.problems == (
+        f"cannot set sys-net {CONFIG}",
+        "what its listener was not told is closed in dom0's policy",
+    )
+
+
+def test_if_policy_cannot_be_closed_calls_are_ended_and_listeners_told_all_the_same() -> None:
+    """As with a mistake in another policy file. Nothing opens, and what could not be closed is named."""
+    backend = Memory(world())
+    applied(backend, WEB)
+    backend.refuses = lambda entry: entry.startswith("policy")
+    outcome = applied(backend, SSH)
+    assert backend.log == [REVOKE, f"remove sys-net {CONFIG}"]
+    assert [step.kind for step in outcome.undone] == [Kind.CLOSE_POLICY, Kind.OPEN_POLICY, Kind.SET_CONFIG]
+    assert outcome.problems == ("cannot policy 0",)
+    assert CONFIG not in backend.qubes[QubeName("sys-net")]
 
 
 def test_waiting_forwards_are_delivered_for_the_next_start() -> None:
@@ -163,10 +188,10 @@ def test_steps_in_words_and_json() -> None:
     gone = steps(backend)
     assert [word for step in gone for word in step.words()] == [
         "policy: no longer qubes.ForwardTCP +8080+tunnel sys-net work allow autostart=no notify=no",
-        "work: end the tunnels of sys-net to port 8080",
+        "work: end connections of sys-net to port 8080",
         "sys-net: stop listening for fwd.work.web",
     ]
-    assert gone[1].as_json() == {"step": "revoke", "qube": "work", "tunnels": "8080-8080+sys-net"}
+    assert gone[1].as_json() == {"step": "revoke", "qube": "work", "allowance": "version=1 drains=keep\n"}
     assert gone[2].as_json() == {"step": "remove-config", "qube": "sys-net", "feature": CONFIG, "was": value}
 
 

@@ -233,10 +233,10 @@ def test_remove_leaves_nothing_behind(forward: Forward, lab: LabDirectory) -> No
 def test_a_dry_run_shows_which_tunnels_would_end(forward: Forward) -> None:
     forward(*ADD)
     forward("remove", "work", "web", "--no-apply")
-    assert "\n  work: end the tunnels of sys-net to port 8080\n" in forward("apply", "--dry-run").out
+    assert "\n  work: end connections of sys-net to port 8080\n" in forward("apply", "--dry-run").out
     steps = forward("apply", "--dry-run", "--json").json["steps"]
     assert [step["step"] for step in steps] == ["close-policy", "revoke", "remove-config"]
-    assert steps[1] == {"step": "revoke", "qube": "work", "tunnels": "8080-8080+sys-net"}
+    assert steps[1] == {"step": "revoke", "qube": "work", "allowance": "version=1 drains=keep\n"}
     assert forward("apply", "--json").json["steps"] == steps
 
 
@@ -352,7 +352,7 @@ def test_what_cannot_be_delivered_is_said_and_closed_again_and_apply_finishes(
     assert "the rules are changed, but not everything could be done" in result.err
     assert "Done: policy: from now on qubes.ForwardTCP +8080+tunnel sys-net" in result.err
     assert "Not done: sys-net: listen for fwd.work.web" in result.err
-    assert "closed in dom0's policy again" in result.err
+    assert "is closed in dom0's policy" in result.err
     assert "+8080" not in (lab.policy_dir / "30-forward.policy").read_text()
     place.unlink()
     place.mkdir()
@@ -380,3 +380,15 @@ def test_set_says_what_becomes_of_those_it_shuts_out(forward: Forward, ending: s
     forward(*ADD)
     assert words in forward("set", "work", "web", "srchosts=192.168.1.0/24", f"on-expire={ending}").out
     assert words not in forward("set", "work", "web", "srchosts=192.168.0.0/16").out
+
+
+def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDirectory) -> None:
+    """As by a backup that was restored, or by Qubes' own tools, since the last command."""
+    forward(*ADD)
+    forward("add", "personal", "81", "--from", "any", "--no-apply")
+    lab.remove_feature("work", "forward.web")
+    lab.set_feature("sys-net", "vm-config.fwd.odd", "x")
+    out = forward("add", "work", "82", "--from", "any").out
+    assert "\nAlso closed at sys-net: fwd.odd.\nAlso closed at sys-net: work web.\n" in out
+    assert "\nAlso opened at sys-net: personal tcp-81. Connections to port 81 of sys-net" in out
+    assert "Also" not in forward("remove", "work", "tcp-82").out

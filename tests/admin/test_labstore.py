@@ -2,16 +2,15 @@
 """What only the backend over a lab's directory does; see test_backend.py for the rest."""
 
 import socket
-from pathlib import Path
 
 import pytest
 import trio
 
-from qubes_fwd_qrexec.admin import answers, labstore
-from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin import answers
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.config import STATUS_SERVICE
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -52,67 +51,43 @@ def test_what_cannot_be_read_is_named_once(store: Backend, lab: LabDirectory) ->
 @pytest.fixture(autouse=True)
 def _long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine takes seconds to start a service."""
-    monkeypatch.setattr(labstore, "_CALL_TIMEOUT_S", 60.0)
-    monkeypatch.setattr(answers.read_answer, "__defaults__", (60.0,))
+    monkeypatch.setattr(answers, "ANSWER_TIMEOUT_S", 60.0)
 
 
-SERVICE = f"{REVOKE_SERVICE}+80-80+sys-net"
-
-
-def test_a_lab_that_is_down_has_nothing_to_call(store: Backend, lab: LabDirectory) -> None:
-    store.call(WORK, SERVICE)
+def test_in_a_lab_that_is_down_nothing_runs(store: Backend, lab: LabDirectory) -> None:
+    with pytest.raises(NotRunningError, match="the lab is down; 'qvm-forward-lab up' starts it"):
+        store.ask(WORK, ASK, 5)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left_behind:
         left_behind.bind(str(lab.qube_dir("dom0").agent_socket))
-    store.call(WORK, SERVICE)
+    with pytest.raises(NotRunningError):
+        store.ask(WORK, ASK, 5)
 
 
-async def test_a_call_of_dom0_is_made_without_policy_and_its_end_awaited(
-    store: Backend, lab: LabDirectory, tmp_path: Path
-) -> None:
-    said = tmp_path / "said"
-    async with open_lab(lab.root):
-        service = lab.qube_dir("work").service_dirs[0] / "test.Service"
-        service.write_text(f'#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN $1" >{said}\n')
-        service.chmod(0o755)
-        await trio.to_thread.run_sync(store.call, WORK, "test.Service+a")
-    assert said.read_text() == "dom0 a\n"
-
-
-async def test_a_target_without_the_service_has_no_tunnels_and_that_is_well(
+async def test_a_call_of_dom0_is_made_without_policy_and_gets_what_it_is_given(
     store: Backend, lab: LabDirectory
 ) -> None:
     async with open_lab(lab.root):
-        await trio.to_thread.run_sync(store.call, QubeName("personal"), SERVICE)
+        service = lab.qube_dir("work").service_dirs[0] / "test.Service"
+        service.write_text('#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN $1"; cat\n')
+        service.chmod(0o755)
+        given = "x" * 60_000
+        said = await trio.to_thread.run_sync(store.ask, WORK, "test.Service+a", 65536, 60.0, given)
+    assert said == f"dom0 a\n{given}".encode()
 
 
-@pytest.mark.parametrize(("script", "status"), [("exit 1", 1), ("exit 125", 125)])
-async def test_a_call_that_ends_badly_is_a_store_error(
+@pytest.mark.parametrize(("script", "status"), [("exit 1", 1), ("exit 125", 125), ("exit 2", 2)])
+async def test_a_call_that_ends_badly_says_how(
     store: Backend, lab: LabDirectory, script: str, status: int
 ) -> None:
+    """Also one that reads nothing of what it is given."""
+    older = ", as it does not understand that; its package is older than dom0's" if status == 2 else ""
     async with open_lab(lab.root):
-        service = lab.qube_dir("work").service_dirs[0] / REVOKE_SERVICE
+        service = lab.qube_dir("work").service_dirs[0] / "test.Service"
         service.write_text(f"#!/bin/sh\n{script}\n")
         service.chmod(0o755)
-        with pytest.raises(StoreError, match=rf"in work ended with exit status {status}$"):
-            await trio.to_thread.run_sync(store.call, WORK, SERVICE)
-
-
-async def test_a_target_that_is_older_than_dom0_is_named(store: Backend, lab: LabDirectory) -> None:
-    """Its service is the real one; what it is asked is what a later release may ask."""
-    words = r"exit status 2, as it does not understand that; its package in work's template is older"
-    async with open_lab(lab.root):
-        with pytest.raises(StoreError, match=words):
-            await trio.to_thread.run_sync(store.call, WORK, f"{REVOKE_SERVICE}+80-80+sys-net+drain+later")
-
-
-async def test_a_call_that_does_not_end_is_given_up(
-    store: Backend, lab: LabDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(labstore, "_CALL_TIMEOUT_S", 0.2)
-    async with open_lab(lab.root) as running:
-        running.turn(hang=("work",))
-        with pytest.raises(StoreError, match=r"in work did not end within 0\.2 s$"):
-            await trio.to_thread.run_sync(store.call, WORK, SERVICE)
+        with pytest.raises(AnswerError, match=rf"in work ended with exit status {status}{older}$") as caught:
+            await trio.to_thread.run_sync(store.ask, WORK, "test.Service", 5, 60.0, "given")
+    assert caught.value.status == status
 
 
 ASK = f"{STATUS_SERVICE}+"
@@ -134,21 +109,16 @@ async def test_an_answer_of_a_qube_is_read(store: Backend, lab: LabDirectory) ->
 async def test_a_qube_that_never_answers_is_given_up(
     store: Backend, lab: LabDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers.read_answer, "__defaults__", (0.2,))
+    monkeypatch.setattr(answers, "ANSWER_TIMEOUT_S", 0.2)
     async with open_lab(lab.root) as running:
         running.turn(hang=("work",))
         with pytest.raises(AnswerError, match=r"in work did not end within 0\.2 s$"):
             await trio.to_thread.run_sync(store.ask, WORK, ASK, 5)
 
 
-def test_a_lab_that_is_down_has_nobody_to_ask(store: Backend) -> None:
-    with pytest.raises(AnswerError, match="the lab is down; 'qvm-forward-lab up' starts it"):
-        store.ask(WORK, ASK, 5)
-
-
 async def test_a_halted_qube_is_not_started_by_a_call(store: Backend, lab: LabDirectory) -> None:
     lab.set_state("work", QubeState.HALTED)
     async with open_lab(lab.root):
         with pytest.raises(StoreError, match="exit status 126"):
-            await trio.to_thread.run_sync(store.call, WORK, SERVICE)
+            await trio.to_thread.run_sync(store.ask, WORK, ASK, 5)
     assert not lab.qube("work").is_running

@@ -79,7 +79,7 @@ def system(forward: Command, lab: LabDirectory) -> LabDirectory:
 QUBES = ["personal", "sys-firewall", "sys-net", "sys-vpn", "untrusted", "vault", "work"]
 LINES = [
     ([""], sorted(COMMANDS)),
-    (["re"], ["remove"]),
+    (["re"], ["remove", "resume"]),
     (["--l"], ["--lab"]),
     (["--lab", ""], []),
     (["add", ""], QUBES),
@@ -93,6 +93,8 @@ LINES = [
     (["list", "work", "va"], ["vault"]),
     (["status", "va"], ["vault"]),
     (["panic", ""], []),
+    (["resume", ""], []),
+    (["resume", "--d"], ["--dry-run"]),
     (["tunnel", ""], ["list", "mark", "unmark"]),
     (["tunnel", "mark", ""], ["sys-net", "sys-vpn"]),
     (["tunnel", "unmark", ""], ["sys-firewall"]),

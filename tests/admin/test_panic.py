@@ -1,238 +1,303 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command panic: everything closed whatever is wrong, in order, and what is said of what failed."""
+"""The commands panic and resume: everything is closed and held, whatever is wrong, until it is lifted."""
 
+import fcntl
+import io
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from faulty import CONTESTED, EVERYTHING, REVOKE, Faulty, Panic, allowed, due
-from worlds import NOW, Command, content
+from faulty import TRY, Faulty, Panic, allowed, is_held
+from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.admin.labstore import LabStore
+from qubes_fwd_qrexec.admin.session import Session
+from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 
+HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-forward resume'."
 
-def test_policy_is_closed_before_the_lock_then_tunnels_rules_and_listeners(
-    opened: LabDirectory, panic: Panic
-) -> None:
+
+SERVING = ["sys-firewall", "sys-net", "sys-vpn", "untrusted", "vault", "work"]
+"""The running qubes of the lab that offer our service."""
+# On a lab that is down nothing lives.
+ENDED = f"6 calls were ended in {', '.join(SERVING)}.\n"
+
+
+class Killed(BaseException):
+    """SIGKILL, of which nobody is told."""
+
+
+def reconcile(lab: LabDirectory, store: Any = None) -> None:
+    """What `watch` does, without the lock: as dom0's does while panic is in a management qube."""
+    out, err = io.StringIO(), io.StringIO()
+    Session(store or LabStore(lab), NOW, {}, io.StringIO(), out, err, Style(), False).reconcile()
+
+
+def test_policy_is_held_before_the_lock_then_calls_and_listeners(opened: LabDirectory, panic: Panic) -> None:
     backend = Faulty(opened)
     assert panic(backend).status == 0
-    assert backend.log == EVERYTHING
+    assert backend.log[:2] == ["policy 0 held", TRY]
+    changes = [entry for entry in backend.log if entry.split()[0] in ("policy", "call", "set", "remove")]
+    calls = slice(1, 1 + len(SERVING))
+    changes[calls] = sorted(changes[calls])
+    assert changes == [
+        "policy 0 held",
+        *sorted(f"call {qube}" for qube in SERVING),
+        "remove sys-net vm-config.fwd.personal.tcp-81",
+        "remove sys-net vm-config.fwd.work.web",
+    ]
+    assert backend.given == dict.fromkeys(SERVING, "version=1 drains=cut\n")
 
 
-def test_everything_is_closed_and_the_rules_are_kept(forward: Command, opened: LabDirectory) -> None:
+def test_everything_is_closed_and_the_rules_are_kept(
+    forward: Command, opened: LabDirectory, kind: str
+) -> None:
+    rules = {qube: opened.features(qube) for qube in ("work", "personal")}
     result = forward("panic")
     assert (result.status, result.err) == (0, "")
     assert result.out == (
-        "Everything is closed: dom0 denies every forward, and no qube is told to listen.\n"
-        "2 rules disabled and kept:\n  personal tcp-81\n  work web\n"
-        "'qvm-forward enable QUBE NAME' opens one again.\n"
+        "Everything is closed and held: dom0 allows no forward, and no qube is told to listen.\n"
+        f"{ENDED if kind == 'qubes' else ''}"
+        "The rules are kept as they are. 'qvm-forward resume' shows with --dry-run what would open again, "
+        "and opens it.\n"
     )
-    assert allowed(opened) == frozenset()
-    assert opened.vm_config("sys-net") == {}
-    states = {f["qube"]: f["state"] for f in forward("list", "--json").json["forwards"]}
-    assert states == {"personal": "disabled", "work": "disabled"}
+    assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
+    assert {qube: opened.features(qube) for qube in ("work", "personal")} == rules
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
 
 
-def test_enable_opens_one_by_one_to_what_was(forward: Command, opened: LabDirectory) -> None:
+def test_resume_shows_what_would_open_and_opens_it(forward: Command, opened: LabDirectory) -> None:
     before = content(opened)
     forward("panic")
-    assert forward("enable", "work", "web").status == 0
-    assert len(allowed(opened)) == 1
-    assert forward("enable", "personal", "tcp-81").status == 0
+    held = content(opened)
+    shown = forward("resume", "--dry-run")
+    assert (shown.status, content(opened)) == (0, held)
+    assert shown.out.startswith("This would be open again:\n  personal tcp-81: Connections to port 81 of ")
+    result = forward("resume")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith("Nothing is held any more. Open again:\n  personal tcp-81: ")
     assert content(opened) == before
 
 
-def test_a_second_panic_finds_nothing_to_do(forward: Command, opened: LabDirectory) -> None:
-    forward("panic")
+def test_resume_where_nothing_is_held_says_so(forward: Command, opened: LabDirectory) -> None:
     before = content(opened)
-    assert forward("panic", "--json").json == {
-        "is_closed": True,
-        "is_held": False,
-        "done": ["policy: deny every call", "read all qubes, to find rules and listeners"],
-        "not_done": [],
-        "notes": [],
-        "open_still": [],
-        "disabled": [],
-        "broken": [],
-    }
+    assert forward("resume").out.startswith("Nothing was held.\n")
     assert content(opened) == before
+    assert forward("resume", "--json").json["was_held"] is False
 
 
-def test_policy_is_closed_though_no_qube_can_be_read(opened: LabDirectory, panic: Panic) -> None:
-    backend = Faulty(opened, "inventory")
-    result = panic(backend)
-    assert result.status == 1
-    assert allowed(opened) == frozenset()
-    assert REVOKE in backend.log
-    assert result.out == (
-        "NOT EVERYTHING IS CLOSED.\nDone: policy: deny every call.\n"
-        "Done: work: end the tunnels of sys-net to port 8080.\n"
-    )
-    assert "not done: read all qubes, to find rules and listeners: cannot inventory" in result.err
-    assert result.err.endswith("until 'qvm-forward panic' is through: say it again once that is mended\n")
+@pytest.mark.parametrize("listing", ["list", "plan"])
+def test_listings_say_that_everything_is_held(forward: Command, opened: LabDirectory, listing: str) -> None:
+    forward("panic")
+    assert {entry["state"] for entry in forward(listing, "--json").json["forwards"]} == {"held"}
+    assert HELD in forward(listing).out
+    for qube in ("work", "personal"):
+        for name in list(opened.features(qube)):
+            opened.remove_feature(qube, name)
+    assert HELD in forward(listing).out
 
 
-def test_unreadable_features_close_policy_all_the_same(forward: Command, opened: LabDirectory) -> None:
-    (opened.qube_dir("vault").features / "x").write_bytes(b"\xff")
-    result = forward("panic")
-    assert result.status == 1
-    assert "not done: read all qubes" in result.err
-    assert allowed(opened) == frozenset()
+def test_status_and_show_say_it_too(forward: Command, opened: LabDirectory) -> None:
+    forward("panic")
+    assert f"Nothing is open. {HELD}\n" in forward("status").out
+    assert HELD in forward("show", "work", "web").out
 
 
-@pytest.mark.parametrize("text", ["\x00", "qubes.ForwardTCP * @anyvm @anyvm allow\n", "nonsense\n"])
-def test_whatever_the_policy_file_says_it_is_replaced(
-    forward: Command, opened: LabDirectory, text: str
-) -> None:
-    path = opened.policy_dir / "30-forward.policy"
-    path.write_text(text)
-    assert forward("panic").status == 0
-    assert policy.is_same(path.read_text(), policy.text((), NOW))
-
-
-def test_a_policy_file_that_cannot_be_read_is_replaced_and_noted(
+def test_rules_may_be_made_and_changed_meanwhile_and_nothing_opens(
     forward: Command, opened: LabDirectory
 ) -> None:
-    (opened.policy_dir / "30-forward.policy").write_bytes(b"\xff\xfe")
-    result = forward("panic")
-    assert result.status == 0
-    assert "note: what the policy allowed could not be read" in result.err
-    assert allowed(opened) == frozenset()
+    forward("panic")
+    for command, says in (
+        ("add work 82 --from any --name late", f"Forward work late is stored and held. {HELD}"),
+        ("disable personal tcp-81", "Forward personal tcp-81 is disabled and closed."),
+        ("enable personal tcp-81", f"Forward personal tcp-81 is enabled and held. {HELD}"),
+        ("set work web comment=x", f"Forward work web is changed and held. {HELD}"),
+    ):
+        result = forward(*command.split())
+        assert (result.status, result.err, result.out.startswith(says)) == (0, "", True), result
+        assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
+    assert forward("add", "work", "81", "--from", "any").status == 1  # personal has that port
+    forward("resume")
+    assert len(allowed(opened)) == 3
 
 
-REFUSALS = [
-    ("policy", "not done: policy: deny every call: cannot policy 0"),
-    ("set personal", "not done: personal tcp-81: disable the rule: cannot set"),
-    ("call", "until another panic or 'qvm-forward apply' can end them, or 'qvm-shutdown work' does"),
-    ("remove sys-net vm-config.fwd.personal", "not done: sys-net: stop listening for fwd.personal.tcp-81"),
-    ("lock", "this went on without the lock: cannot lock"),
-]
+@pytest.mark.parametrize("step", range(1, 16))
+def test_after_its_first_write_nothing_opens_wherever_panic_is_killed(
+    forward: Command, opened: LabDirectory, panic: Panic, step: int
+) -> None:
+    entries: list[str] = []
+
+    def kill(entry: str) -> None:
+        entries.append(entry)
+        if len(entries) == step + 1:
+            raise Killed
+
+    with suppress(Killed):
+        panic(Faulty(opened, before=kill))
+    assert forward("apply").status == 0
+    assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
 
 
-@pytest.mark.parametrize(("refused", "words"), REFUSALS)
+def test_what_has_another_lock_opens_nothing_at_any_moment(opened: LabDirectory, panic: Panic) -> None:
+    """The panic of a management qube, and dom0's watch."""
+    seen: list[int] = []
+
+    def play_watch(entry: str) -> None:
+        reconcile(opened)
+        seen.append(len(allowed(opened)))
+
+    assert panic(Faulty(opened, before=play_watch)).status == 0
+    assert seen[0] == 2
+    assert set(seen[1:]) == {0}
+
+
+@pytest.mark.parametrize("at", ["inventory", "policy 3", "set sys-net", "read"])
+def test_a_command_that_began_before_a_panic_opens_nothing_after_it(
+    over: Command, opened: LabDirectory, panic: Panic, at: str
+) -> None:
+    """Panic returns while the other one is at work, with the lock."""
+    done: list[str] = []
+
+    def interfere(entry: str) -> None:
+        if entry.startswith(at) and not done:
+            done.append(entry)
+            assert panic(Faulty(opened, "lock")).status == 0
+
+    before = opened.features("personal")
+    over(Faulty(opened, before=interfere), "add", "work", "82", "--from", "any")
+    assert done
+    assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
+    assert opened.features("personal") == before
+
+
+def test_a_resume_that_a_second_panic_overtakes_lifts_nothing(
+    over: Command, forward: Command, opened: LabDirectory, panic: Panic
+) -> None:
+    forward("panic")
+    done: list[str] = []
+
+    def interfere(entry: str) -> None:
+        if entry == "inventory" and len(done) < 2:
+            done.append(entry)
+            if len(done) == 2:
+                path = opened.policy_dir / "30-forward.policy"
+                path.write_text(f"{policy.text((), NOW + 1, is_held=True)}\n")
+
+    over(Faulty(opened, before=interfere), "resume")
+    assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
+
+
+def test_policy_is_held_though_no_qube_can_be_read(opened: LabDirectory, panic: Panic) -> None:
+    result = panic(Faulty(opened, "inventory"))
+    assert result.status == 1
+    assert (allowed(opened), is_held(opened)) == (frozenset(), True)
+    assert result.out.startswith("NOT EVERYTHING IS CLOSED.\n")
+    assert "not done: read all qubes, to find listeners and calls: cannot inventory" in result.err
+
+
+@pytest.mark.parametrize(
+    "text", [b"\x00", b"qubes.ForwardTCP * @anyvm @anyvm allow\n", b"nonsense\n", b"\xff\xfe"]
+)
+def test_whatever_the_policy_file_says_it_is_replaced(
+    forward: Command, opened: LabDirectory, text: bytes
+) -> None:
+    path = opened.policy_dir / "30-forward.policy"
+    path.write_bytes(text)
+    assert forward("panic").status == 0
+    assert policy.is_same(path.read_text(), policy.text((), NOW, is_held=True))
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        ("policy", "not done: policy: deny every call: cannot policy 0 held"),
+        ("call", "What is open to work may go on: over a mux call for at most 300 s"),
+        ("remove sys-net vm-config.fwd.personal", "not done: cannot remove sys-net vm-config.fwd.personal"),
+    ],
+)
 def test_each_step_is_tried_though_another_fails(
     opened: LabDirectory, panic: Panic, refused: str, words: str
 ) -> None:
     backend = Faulty(opened, refused)
     result = panic(backend)
-    assert words in result.err
-    assert result.status == (0 if refused == "lock" else 1)
-    # What failed is tried again when all else has been.
-    entries = CONTESTED if refused == "lock" else EVERYTHING
-    assert [*dict.fromkeys(backend.log)] == [*dict.fromkeys(entries)]
+    assert (result.status, words in result.err) == (1, True), result.err
+    for entry in ("policy 0 held", "call work", "remove sys-net vm-config.fwd.work.web"):
+        assert entry in backend.log
+    assert panic(Faulty(opened)).status == 0
 
 
-def test_what_fails_once_and_is_done_after_the_lock_has_not_failed(
+def test_a_lock_that_somebody_has_is_not_waited_for_before_calls_end(
     opened: LabDirectory, panic: Panic
 ) -> None:
-    class Once(Faulty):
-        def _do(self, entry: str) -> None:
-            is_first = entry not in self.log
-            super()._do(entry)
-            if is_first and entry in ("policy 0", "inventory", REVOKE):
-                raise StoreError("not yet")
-
-    result = panic(Once(opened), "--json")
-    assert (result.status, result.json["not_done"], allowed(opened)) == (0, [], frozenset())
+    backend = Faulty(opened, "lock")
+    result = panic(backend)
+    assert (result.status, allowed(opened), opened.vm_config("sys-net")) == (0, frozenset(), {})
+    assert "note: this went on without the lock: cannot lock" in result.err
+    assert backend.log[:3] == ["policy 0 held", TRY, "inventory"]
+    assert sorted(backend.log[3 : backend.log.index("lock")]) == [f"call {qube}" for qube in SERVING]
 
 
-def test_what_was_done_once_and_cannot_be_done_again_counts_if_it_is_found_closed(
-    opened: LabDirectory, panic: Panic
+def test_a_lock_that_is_held_is_not_waited_for_long(
+    opened: LabDirectory, panic: Panic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Never(Faulty):
-        def _do(self, entry: str) -> None:
-            if entry == "policy 0" and entry in self.log:
-                raise StoreError("not again")
-            super()._do(entry)
-
-    result = panic(Never(opened), "--json")
-    assert (result.status, result.json["not_done"], allowed(opened)) == (0, [], frozenset())
+    monkeypatch.setattr(directory, "_LOCK_TIMEOUT_S", 0.0)
+    with open(opened.lock_file, "a", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert panic(Faulty(opened)).status == 0
+    assert (allowed(opened), opened.vm_config("sys-net")) == (frozenset(), {})
 
 
-def test_what_fails_twice_is_told_once(opened: LabDirectory, panic: Panic) -> None:
-    data: Any = panic(Faulty(opened, "policy", "read", "call"), "--json").json
-    assert [entry["what"] for entry in data["not_done"]] == [
-        "policy: deny every call",
-        "work: end the tunnels of sys-net to port 8080",
-    ]
-    assert data["notes"] == ["what the policy allowed could not be read: cannot read"]
-    assert data["open_still"] == ["policy: it cannot be read (cannot read)"]
-
-
-def test_what_failed_is_done_by_the_next_panic(opened: LabDirectory, panic: Panic) -> None:
-    failed = panic(Faulty(opened, "policy", "set", "remove"))
-    assert failed.status == 1
-    assert "what is enabled opens again at the next 'qvm-forward apply'" in failed.err
-    assert len(allowed(opened)) == 2
-    result = panic(Faulty(opened), "--json")
-    assert (result.status, result.json["is_closed"], len(result.json["disabled"])) == (0, True, 2)
-
-
-def test_a_failure_is_told_to_programs_too(opened: LabDirectory, panic: Panic) -> None:
-    data: Any = panic(Faulty(opened, "set work"), "--json").json
-    assert data["is_closed"] is False
-    assert data["not_done"] == [{"what": "work web: disable the rule", "why": "cannot set work forward.web"}]
-    assert data["open_still"] == ["work web: the rule is enabled"]
-    assert data["disabled"] == [{"qube": "personal", "name": "tcp-81"}]
-
-
-def test_broken_rules_and_odd_configurations_hinder_nothing(forward: Command, opened: LabDirectory) -> None:
-    opened.set_feature("vault", "forward.bad", "action=drop")
-    opened.set_feature("sys-net", "vm-config.fwd.vault.odd", "nonsense")
-    opened.set_feature("sys-net", "vm-config.other", "1")
-    opened.set_feature("sys-net", "fwd.vault.odd", "of somebody else")
-    result = forward("panic")
-    assert result.status == 0
-    assert "vault bad is no readable rule; it is left, and opens nothing.\n" in result.out
-    assert opened.vm_config("sys-net") == {"other": "1"}
-    assert opened.feature("sys-net", "fwd.vault.odd") == "of somebody else"
-    assert opened.feature("vault", "forward.bad") == "action=drop"
-
-
-def test_tunnels_that_only_the_listeners_know_of_are_ended_too(opened: LabDirectory, panic: Panic) -> None:
-    """The policy was closed by a panic that went no further."""
-    (opened.policy_dir / "30-forward.policy").write_text(policy.text((), NOW))
-    opened.set_feature("sys-firewall", "vm-config.fwd.vault.odd", "nonsense")
-    backend = Faulty(opened)
-    panic(backend)
-    assert REVOKE in backend.log
-
-
-def test_tunnels_that_could_not_be_ended_are_ended_by_the_next_panic(
-    opened: LabDirectory, panic: Panic
+def test_every_running_qube_that_serves_is_told_to_cut_whatever_it_has(
+    forward: Command, opened: LabDirectory, panic: Panic
 ) -> None:
-    assert panic(Faulty(opened, "call")).status == 1
-    assert due(opened) == ["work: end the tunnels of sys-net to port 8080"]
+    """Also what drains of a rule that is gone."""
+    forward("remove", "work", "web")
     backend = Faulty(opened)
     assert panic(backend).status == 0
-    assert (backend.log.count(REVOKE), due(opened)) == (1, [])
-
-
-def test_tunnels_that_only_the_listeners_know_of_are_noted_where_they_cannot_be_ended(
-    opened: LabDirectory, panic: Panic
-) -> None:
-    """Their configuration is removed all the same, and with it the last that would tell of them."""
-    (opened.policy_dir / "30-forward.policy").write_text(policy.text((), NOW))
-    assert panic(Faulty(opened, "call")).status == 1
-    assert opened.vm_config("sys-net") == {}
-    assert due(opened) == ["work: end the tunnels of sys-net to port 8080"]
-
-
-def test_tunnels_that_were_to_drain_are_cut(opened: LabDirectory, panic: Panic) -> None:
-    note = "# Tunnels still to be ended: vault 22-22+sys-net+drain\n"
-    (opened.policy_dir / "30-forward.policy").write_text(note)
-    opened.set_state("vault", QubeState.RUNNING)
-    backend = Faulty(opened)
-    assert panic(backend).status == 0
-    assert "call vault qubes.ForwardRevoke+22-22+sys-net" in backend.log
-    assert due(opened) == []
-
-
-def test_no_call_is_made_to_a_halted_qube(opened: LabDirectory, panic: Panic) -> None:
+    assert backend.given == dict.fromkeys(SERVING, "version=1 drains=cut\n")
     opened.set_state("work", QubeState.HALTED)
     backend = Faulty(opened)
-    assert panic(backend).status == 0
-    assert not any(entry.startswith("call") for entry in backend.log)
+    assert (panic(backend).status, "work" in backend.given) == (0, False)
+
+
+def test_programs_are_told_the_same(opened: LabDirectory, panic: Panic) -> None:
+    data: Any = panic(Faulty(opened, "call work"), "--json").json
+    assert (data["is_closed"], data["is_held"], data["open_still"], data["stock"]) == (False, True, [], [])
+    (ended,) = [entry for entry in data["ended"] if entry["problem"]]
+    assert (ended["qube"], ended["problem"]) == ("work", "qubes.ForwardRevoke in work: cannot call work")
+    data = panic(Faulty(opened), "--json").json
+    assert (data["is_closed"], data["not_done"], data["ended"][0]["ended"]) == (True, [], 1)
+
+
+def test_what_is_opened_after_the_last_write_is_seen(opened: LabDirectory, panic: Panic) -> None:
+    path = opened.policy_dir / "30-forward.policy"
+    text = path.read_text()
+
+    def interfere(entry: str) -> None:
+        if entry == "read":
+            path.write_text(text)
+
+    result = panic(Faulty(opened, before=interfere))
+    assert result.status == 1
+    assert "still open: policy: qubes.ForwardTCP +8080+tunnel sys-net work allow" in result.err
+
+
+@pytest.mark.parametrize(
+    "text", ["# Held:", "# Held:\x00 of a newer version=2", "# x\r# Held: y", " # Held:"]
+)
+def test_a_hold_that_says_anything_counts(forward: Command, opened: LabDirectory, text: str) -> None:
+    path = opened.policy_dir / "30-forward.policy"
+    path.write_text(f"{text}\n{path.read_text()}", newline="")
+    forward("apply")
+    assert (allowed(opened), is_held(opened)) == (frozenset(), True)
+    assert forward(*ADD[:-1], "again").status == 1  # it has the port of work web
+
+
+def test_a_qube_of_that_name_is_no_hold() -> None:
+    assert not policy.is_held("# Held web: port 80 of sys-net to port 80\n# Held\n")
+    assert not policy.is_held(policy.text((), NOW))
+    assert not policy.is_held(None)

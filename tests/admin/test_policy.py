@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec import config, revocation, tunnelservice
-from qubes_fwd_qrexec.admin import apply, policy
+from qubes_fwd_qrexec.admin import policy, revoking
 from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
@@ -150,11 +150,15 @@ def test_a_tunnel_to_a_range_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "argument"),
+    ("line", "calls"),
     [
-        ("qubes.ForwardTCP  +80+tunnel  sys-net  work  allow  autostart=no  notify=no", "80-80+sys-net"),
-        ("qubes.ForwardTCP +80-90+tunnel sys-net work allow", "80-90+sys-net"),
-        ("qubes.ForwardTCP +80 sys-net work allow autostart=no", None),
+        (
+            "qubes.ForwardTCP  +80+tunnel  sys-net  work  allow  autostart=no  notify=no",
+            "work: 80-80 sys-net",
+        ),
+        ("qubes.ForwardTCP +80-90+tunnel sys-net work allow", "work: 80-90 sys-net"),
+        ("qubes.ForwardTCP +80 sys-net work allow autostart=no", "work: 80-80 sys-net"),
+        ("qubes.ForwardTCP +80+later sys-net work allow", None),
         ("qubes.ConnectTCP +80+tunnel sys-net work allow", None),
         ("qubes.ForwardTCP +80+tunnel sys-net work deny", None),
         ("qubes.ForwardTCP +80+tunnel sys-net @anyvm allow", None),
@@ -165,18 +169,14 @@ def test_a_tunnel_to_a_range_is_one_line() -> None:
         ("junk", None),
     ],
 )
-def test_the_tunnel_of_a_line_is_what_the_target_is_told_to_end(line: str, argument: str | None) -> None:
-    tunnel = policy.tunnel_of(line)
-    assert tunnel == (None if argument is None else ("work", argument))
-    if tunnel is not None:
-        ports, source, how = revocation.parse_argument(tunnel.argument)
-        assert how == "cut"
-        assert revocation.argument(ports, source) == tunnel.argument
+def test_the_calls_of_a_line_are_what_the_target_is_told(line: str, calls: str | None) -> None:
+    found = policy.calls_of(line)
+    assert (None if found is None else f"{found[0]}: {found[1]}") == calls
 
 
 def test_dom0_and_the_qubes_agree_on_the_name_of_the_service_and_on_the_lease() -> None:
     assert config.REVOKE_SERVICE == revocation.SERVICE
-    assert apply.LEASE_S == tunnelservice.LEASE_S
+    assert revoking.LEASE_S == tunnelservice.LEASE_S
 
 
 @pytest.mark.parametrize("source", ["sys-net", "work", "personal"])
@@ -227,3 +227,31 @@ def test_allowing_lines_are_read_in_one_spelling() -> None:
     text = "# no\n\n  a   b\tc \n" + "\n".join(policy.CLOSING) + "\n"
     assert policy.allowing(text) == {"a  b  c"}
     assert policy.allowing(None) == frozenset()
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_a_line_ends_where_qubes_parser_ends_it(judge: Judge, tmp_path: Path, end: str) -> None:
+    """It reads with universal newlines: a carriage return in a comment begins a line that is in force."""
+    hidden = "qubes.ForwardTCP +22 sys-net work allow"
+    text = policy.text([], NOW).replace("# This file", f"# x{end}{hidden}{end}# This file", 1)
+    assert policy.allowing(text) == {"  ".join(hidden.split())}
+    assert not policy.is_same(text, policy.text([], NOW))
+    (tmp_path / f"{policy.NAME}.policy").write_text(text, newline="")
+    request = Request(service=Service.FORWARD_TCP, argument="+22", source="sys-net", target="work")
+    assert isinstance(judge.load(tmp_path).judge(system(world()), request), Allow)
+
+
+@pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028"])
+def test_what_is_no_end_of_a_line_there_is_none_here(end: str) -> None:
+    assert policy.allowing(f"# x{end}qubes.ForwardTCP +22 sys-net work allow\n") == frozenset()
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["# Written by me.", "# Written at 2027-01-15 08:00:00 UTC, for 0 forwards.\r* * @anyvm @anyvm allow"],
+)
+def test_only_the_time_in_our_own_words_makes_no_difference(first: str) -> None:
+    ours = policy.text([], NOW)
+    assert policy.is_same(ours, policy.text([], NOW + 1))
+    line = next(line for line in ours.splitlines() if line.startswith("# Written"))
+    assert not policy.is_same(ours.replace(line, first), ours)

@@ -14,7 +14,7 @@ from fake_admin import FakeProcess, FakeQubes, install
 from fake_policy import FakePolicyClient
 
 from qubes_fwd_qrexec.admin import qubesstore
-from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import PolicyCall
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
 from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
@@ -26,7 +26,7 @@ from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
-SERVICE = f"{REVOKE_SERVICE}+80-80+sys-net"
+SERVICE = REVOKE_SERVICE
 
 
 @pytest.fixture
@@ -34,34 +34,38 @@ def store(dom0: FakeQubes) -> QubesStore:
     return QubesStore()
 
 
-@pytest.mark.parametrize("status", [0, 127])
-def test_a_call_is_made_and_its_end_awaited(store: QubesStore, dom0: FakeQubes, status: int) -> None:
-    dom0.status = status
-    store.call(WORK, SERVICE)
+ANSWER = b"version=1 ended=1 draining=0\n"
+
+
+def call(store: QubesStore) -> bytes:
+    return store.ask(WORK, SERVICE, 100, 5.0, "version=1\n")
+
+
+def test_a_call_gets_what_it_is_given_and_its_end_is_awaited(store: QubesStore, dom0: FakeQubes) -> None:
+    assert call(store) == ANSWER
     assert dom0.services == [(WORK, SERVICE)]
     assert dom0.process is not None
-    assert dom0.process.log == ["wait"]
+    assert (dom0.process.log, dom0.process.given) == (["wait"], b"version=1\n")
 
 
-@pytest.mark.parametrize("status", [1, 125, 126, -9])
-def test_a_call_that_ends_badly_is_a_store_error(store: QubesStore, dom0: FakeQubes, status: int) -> None:
+@pytest.mark.parametrize("status", [1, 125, 126, 127, -9])
+def test_a_call_that_ends_badly_says_how(store: QubesStore, dom0: FakeQubes, status: int) -> None:
     dom0.status = status
-    with pytest.raises(StoreError, match=rf"in work ended with exit status {status}$"):
-        store.call(WORK, SERVICE)
+    with pytest.raises(AnswerError, match=rf"in work ended with exit status {status}$") as caught:
+        call(store)
+    assert caught.value.status == status
 
 
 def test_a_target_that_is_older_than_dom0_is_named(store: QubesStore, dom0: FakeQubes) -> None:
     dom0.status = ExitStatus.BAD_ARGUMENT
-    with pytest.raises(
-        StoreError, match=r"exit status 2, .* package in work's template is older than dom0's$"
-    ):
-        store.call(WORK, SERVICE)
+    with pytest.raises(AnswerError, match=r"in work ended with exit status 2, .* is older than dom0's$"):
+        call(store)
 
 
 def test_a_call_that_does_not_end_is_killed(store: QubesStore, dom0: FakeQubes) -> None:
     dom0.status = None
-    with pytest.raises(StoreError, match=r"in work did not end within 5 s$"):
-        store.call(WORK, SERVICE)
+    with pytest.raises(AnswerError, match=r"in work did not end within 5 s$"):
+        call(store)
     assert dom0.process is not None
     assert dom0.process.log == ["wait", "kill", "wait"]
 
@@ -87,14 +91,14 @@ def test_calls_of_several_threads_are_started_one_by_one_and_awaited_at_once(
     monkeypatch.setattr(dom0, "run_service", run_service)
     monkeypatch.setattr(FakeProcess, "wait", wait)
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda _: store.call(WORK, SERVICE), range(4))) == [None] * 4
+        assert list(pool.map(lambda _: call(store), range(4))) == [ANSWER] * 4
     assert dom0.services == [(WORK, SERVICE)] * 4
 
 
 def test_a_halted_qube_is_not_started_by_a_call(store: QubesStore, lab: LabDirectory) -> None:
     lab.set_state("work", QubeState.HALTED)
-    with pytest.raises(StoreError, match=r"at work: work is not running$"):
-        store.call(WORK, SERVICE)
+    with pytest.raises(NotRunningError, match=r"at work: work is not running$"):
+        call(store)
 
 
 def test_a_management_qube_is_told_the_line_that_lets_it_end_tunnels(
@@ -102,10 +106,10 @@ def test_a_management_qube_is_told_the_line_that_lets_it_end_tunnels(
 ) -> None:
     app = FakeQubes(lab, connection="qrexec", name="mgmt")
     install(monkeypatch, app, policy_client)
-    QubesStore().call(WORK, SERVICE)
+    call(QubesStore())
     app.status = 126
     with pytest.raises(StoreError, match="exit status 126; dom0's policy denies it to every qube") as caught:
-        QubesStore().call(WORK, SERVICE)
+        call(QubesStore())
     found = re.search(f"'({REVOKE_SERVICE}.*?)'", str(caught.value))
     assert found is not None
     rule = PolicyRule.parse(found[1], "told")

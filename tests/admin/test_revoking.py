@@ -1,197 +1,217 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The calls that end tunnels: all targets at once, and none that does not answer is called for long."""
+"""Which targets are told what is allowed from now on, what they are told, and what becomes of it."""
 
-from collections.abc import Callable
 from threading import Barrier
 
 import pytest
 from memory import Memory, applied, steps
-from worlds import Command, rule, world
+from worlds import NOW, rule, world
 
-from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.apply import carry_out
-from qubes_fwd_qrexec.admin.backend import Backend, HungError
-from qubes_fwd_qrexec.admin.revocations import Revocation, noted
-from qubes_fwd_qrexec.admin.revoking import SkippedError, revoke
+from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.apply import Kind, differences
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.revoking import Ended, allowances, revoke
 from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.values import QubeName
 
-BOUND_S = 30.0
-
-
-def due(target: str, *ports: int) -> list[Revocation]:
-    source = QubeName("sys-net")
-    return [Revocation(policy.tunnel(QubeName(target), TargetPorts(p, p), source)) for p in ports]
+CONFIG = "vm-config.fwd.work.web"
+WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
+NOTHING = "version=1 drains=keep\n"
+WORK = QubeName("work")
 
 
-class Answers(Memory):
-    """Targets that answer as they are told to."""
-
-    def __init__(self, answer: Callable[[str], None]) -> None:
-        super().__init__(world())
-        self._answer = answer
-
-    def call(self, qube: QubeName, service: str) -> None:
-        super().call(qube, service)
-        self._answer(qube)
+def told(backend: Backend, *rules: NamedRule) -> dict[str, str]:
+    """What each target would be told if exactly these rules were there."""
+    return {step.qube: str(step.allowance) for step in steps(backend, *rules) if step.allowance is not None}
 
 
-def hung(qube: str) -> None:
-    if qube == "work":
-        raise HungError("did not end within 5 s")
+@pytest.mark.parametrize(
+    ("after", "keeps"),
+    [
+        ([], ""),
+        ([rule("dstports=8080 enabled=no")], ""),
+        ([rule(f"dstports=8080 expire={NOW}")], ""),
+        ([rule("dstports=8080 owner=office")], ""),
+        ([rule("dstports=8080 path=sys-vpn,sys-net")], ""),
+        ([rule("dstports=8081")], "keep 8081-8081 sys-net\n"),
+        ([rule("srcports=80-81 dstports=8080-8081")], "keep 8080-8081 sys-net\n"),
+        ([rule("dstports=8080 forwardtype=internal")], "keep 8080-8080 sys-firewall\n"),
+        ([rule("dstports=8080", target="hidden")], ""),
+        ([WEB], None),
+        ([rule("dstports=8080 autostart=yes")], None),
+        ([rule("dstports=8080 srchosts=10.0.0.0/8")], None),
+        ([rule("srcports=81 dstports=8080")], None),
+        ([rule("dstports=8080 expire=2000000000 comment=x proxy=v2")], None),
+        ([rule("dstports=8080", name="renamed")], None),
+        ([rule("srcports=81 dstports=8080", name="other")], None),
+    ],
+)
+def test_a_target_is_told_exactly_if_a_line_of_it_is_gone(after: list[NamedRule], keeps: str | None) -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    assert told(backend, *after) == ({} if keeps is None else {"work": f"{NOTHING}{keeps}"})
 
 
-def test_a_target_that_does_not_answer_is_called_once_and_others_for_all() -> None:
-    backend = Answers(hung)
-    results = revoke([*due("work", 81, 82, 83), *due("vault", 22, 23)], backend)
-    assert sorted(backend.log) == [
-        "call vault qubes.ForwardRevoke+22-22+sys-net",
-        "call vault qubes.ForwardRevoke+23-23+sys-net",
-        "call work qubes.ForwardRevoke+81-81+sys-net",
+def test_what_another_rule_shares_or_allows_is_kept() -> None:
+    backend = Memory(world())
+    other = rule("srcports=81 dstports=8080", name="other")
+    more = rule("srcports=1-2 transport=call", name="calls")
+    applied(backend, WEB, other, more, rule("srcports=9", name="nine"))
+    assert told(backend, other, more, rule("srcports=9", name="nine")) == {}
+    assert told(backend, other, more) == {
+        "work": f"{NOTHING}keep 1-1 sys-net\nkeep 2-2 sys-net\nkeep 8080-8080 sys-net\n"
+    }
+
+
+def test_single_calls_of_our_service_are_ended_too() -> None:
+    backend = Memory(world())
+    applied(backend, rule("transport=call"))
+    (step,) = [step for step in steps(backend) if step.kind is Kind.REVOKE]
+    assert step.words() == ["work: end connections of sys-net to port 80"]
+
+
+def test_calls_of_the_stock_service_cannot_be_ended() -> None:
+    backend = Memory(world())
+    applied(backend, SSH)
+    assert told(backend) == {}
+
+
+def test_a_halted_or_vanished_target_is_not_called() -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    inventory = backend.inventory()
+    halted = inventory.qubes[WORK]._replace(is_running=False)
+    gone = {name: qube for name, qube in inventory.qubes.items() if name != "work"}
+    for other in (Inventory({**inventory.qubes, halted.name: halted}), Inventory(gone)):
+        found = differences(plan([], other, NOW), other, backend.read_policy(), NOW)
+        assert Kind.REVOKE not in {step.kind for step in found}
+
+
+def test_calls_of_a_rule_that_drains_have_an_hour() -> None:
+    backend = Memory(world())
+    draining = rule("dstports=8080 on-expire=drain")
+    applied(backend, draining)
+    drained = {"work": f"{NOTHING}drain 8080-8080 sys-net 3600\n"}
+    assert told(backend) == drained
+    assert told(backend, rule(f"dstports=8080 on-expire=drain expire={NOW}")) == drained
+    assert told(backend, draining) == {}
+    (step,) = [step for step in steps(backend) if step.kind is Kind.REVOKE]
+    assert step.words() == ["work: let connections of sys-net end by themselves, to port 8080"]
+
+
+@pytest.mark.parametrize("transport", ["call", "tunnel"])
+def test_each_call_of_a_range_drains(transport: str) -> None:
+    backend = Memory(world())
+    applied(backend, rule(f"srcports=1-2 transport={transport} on-expire=drain"))
+    lines = ["1-2"] if transport == "tunnel" else ["1-1", "2-2"]
+    assert told(backend) == {"work": NOTHING + "".join(f"drain {ports} sys-net 3600\n" for ports in lines)}
+
+
+def test_what_cuts_is_cut_also_where_another_rule_that_ends_too_would_drain() -> None:
+    backend = Memory(world())
+    applied(backend, WEB, rule("srcports=81 dstports=8080 on-expire=drain", name="other"))
+    assert told(backend) == {"work": NOTHING}
+
+
+def test_what_the_listener_was_told_and_nobody_can_read_is_cut() -> None:
+    backend = Memory(world())
+    applied(backend, rule("dstports=8080 on-expire=drain"))
+    backend.qubes[QubeName("sys-net")][CONFIG] = "junk"
+    assert told(backend) == {"work": NOTHING}
+    del backend.qubes[QubeName("sys-net")][CONFIG]
+    assert told(backend) == {"work": NOTHING}
+
+
+def test_a_line_of_others_that_names_no_qube_is_told_to_all_that_serve() -> None:
+    backend = Memory(world())
+    backend.policy = "qubes.ForwardTCP * @anyvm @anyvm allow\n"
+    assert sorted(told(backend)) == ["hidden", "vault", "work"]
+    backend.policy = "qubes.ForwardTCP +22 personal work allow\n"
+    assert told(backend, WEB) == {"work": f"{NOTHING}keep 8080-8080 sys-net\n"}
+
+
+def test_more_than_a_target_reads_ends_everything() -> None:
+    lines = [
+        f"qubes.ForwardTCP +{port} a-name-that-is-as-long-as-can-b work allow" for port in range(1, 2000)
     ]
-    assert [type(result) for result in results.values()] == [
-        type(None),
-        type(None),
-        HungError,
-        SkippedError,
-        SkippedError,
-    ]
-    assert str(results[due("work", 83)[0]]) == "work was not called for it, as it did not answer in time"
+    assert str(allowances([WORK], lines)[WORK]) == "version=1 drains=cut\n"
 
 
-def test_a_call_that_fails_at_once_is_no_reason_not_to_make_the_next() -> None:
-    def fail(qube: str) -> None:
-        raise StoreError("exit status 2")
-
-    backend = Answers(fail)
-    results = revoke(due("work", 81, 82), backend)
-    assert len(backend.log) == 2
-    assert [str(result) for result in results.values()] == ["exit status 2"] * 2
-
-
-def test_what_the_operating_system_refuses_is_a_failed_call() -> None:
-    def fail(qube: str) -> None:
-        raise OSError("no more processes")
-
-    (result,) = revoke(due("work", 81), Answers(fail)).values()
-    assert str(result) == "qubes.ForwardRevoke in work: no more processes"
-
-
-def test_a_target_that_answers_slowly_is_not_waited_for_without_end() -> None:
-    time_s = [0.0]
-
-    def slow(qube: str) -> None:
-        time_s[0] += 2.0
-
-    backend = Answers(slow)
-    results = list(revoke(due("work", *range(80, 90)), backend, elapsed=lambda: time_s[0]).values())
-    assert len(backend.log) == 3
-    assert results[:3] == [None] * 3
-    assert {type(result) for result in results[3:]} == {SkippedError}
-
-
-def test_targets_are_called_at_once() -> None:
-    together = Barrier(3, timeout=BOUND_S)
-
-    def meet(qube: str) -> None:
-        together.wait()
-
-    every = [*due("work", 80), *due("vault", 80), *due("personal", 80)]
-    assert set(revoke(every, Answers(meet)).values()) == {None}
-
-
-def test_nothing_to_be_ended_needs_no_call() -> None:
-    assert revoke([], Answers(hung)) == {}
-
-
-def test_what_was_not_called_for_is_undone_and_noted_and_said_once() -> None:
-    backend = Answers(hung)
-    more = rule("srcports=81", name="more")
-    applied(backend, rule(), more)
-    outcome = carry_out(steps(backend), backend, backend.read_policy())
-    assert len(outcome.problems) == 1
-    assert [step.words() for step in outcome.undone] == [
-        ["work: end the tunnels of sys-net to port 80"],
-        ["work: end the tunnels of sys-net to port 81"],
-    ]
-    assert noted(backend.policy) == set(due("work", 80, 81))
-    assert not any(key.startswith("vm-config") for key in backend.qubes[QubeName("sys-net")])
-
-
-class Owing:
-    """Tunnels of work that cannot be ended, for as long as ``is_hung``."""
-
-    def __init__(self, store: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[str] = []
-        self.is_hung = True
-        monkeypatch.setattr(type(store), "call", lambda _, qube, service: self._call(qube, service))
-
-    def _call(self, qube: str, service: str) -> None:
-        self.calls.append(service)
-        if self.is_hung:
-            raise HungError(f"{service} in {qube} did not end within 5 s")
-
-
-@pytest.fixture
-def owing(forward: Command, store: Backend, monkeypatch: pytest.MonkeyPatch) -> Owing:
-    """A system that owes the end of three tunnels to one target."""
-    for port in ("80", "81", "82"):
-        forward("add", "work", port, "--from", "any")
-    found = Owing(store, monkeypatch)
-    result = forward("remove", "work", "tcp-80", "tcp-81", "tcp-82")
-    assert result.status == 1
-    assert "the rules are changed, but not everything could be done: qubes.ForwardRevoke+80-80" in result.err
-    assert found.calls == ["qubes.ForwardRevoke+80-80+sys-net"]
-    found.calls.clear()
+def ended(backend: Memory) -> Ended:
+    (found,) = revoke(allowances([WORK], ()), backend)
     return found
 
 
-OTHERS = [
-    (("add", "vault", "90", "--via", "sys-net", "--from", "any"), "Forward vault tcp-90 is stored and "),
-    (("set", "personal", "mine", "comment=x"), "Forward personal mine is changed and "),
-    (("disable", "personal", "mine"), "Forward personal mine is disabled"),
-    (("remove", "personal", "mine"), "Forward personal mine is removed and closed.\n"),
-    (("tunnel", "mark", "vault"), "vault is "),
-    (("import", "-"), "Imported 0 forwards.\n"),
-]
+def test_what_a_target_has_ended_is_known() -> None:
+    backend = Memory(world())
+    backend.answer = b"version=1 ended=3 draining=1\n"
+    assert ended(backend) == Ended(WORK, 3, 1)
+    assert ended(backend).words() == "work: 1 call may go on for a while"
+    assert Ended(WORK, 3).words() == ""
 
 
-@pytest.mark.parametrize(("argv", "said"), OTHERS)
-def test_what_is_owed_from_before_is_a_warning_and_no_fault_of_another_command(
-    forward: Command, owing: Owing, lab: LabDirectory, argv: tuple[str, ...], said: str
-) -> None:
-    owing.is_hung = False
-    forward("add", "personal", "70", "--from", "any", "--name", "mine", "--no-apply")
-    owing.is_hung = True
-    result = forward(*argv)
-    assert result.status == 0
-    assert result.out.startswith(said)
-    assert result.err == (
-        "qvm-forward: note: tunnels of earlier changes are still not ended: "
-        "qubes.ForwardRevoke+80-80+sys-net in work did not end within 5 s. dom0's policy is closed, but "
-        "tunnels that sys-net has to work may take connections for 300 s more, and those that are open go "
-        "on, until 'qvm-forward apply' can end them or work is shut down\n"
+@pytest.mark.parametrize("error", [NotRunningError("down"), AnswerError("none", NO_SERVICE)])
+def test_where_nothing_can_live_nothing_is_wrong(error: StoreError) -> None:
+    backend = Memory(world())
+
+    def refuse(entry: str) -> bool:
+        raise error
+
+    backend.refuses = refuse
+    assert ended(backend) == Ended(WORK)
+
+
+@pytest.mark.parametrize("error", [AnswerError("status 3", 3), StoreError("no"), OSError(24, "too many")])
+def test_a_target_that_is_not_reached_is_named_with_what_bounds_it(error: Exception) -> None:
+    backend = Memory(world())
+
+    def refuse(entry: str) -> bool:
+        raise error
+
+    backend.refuses = refuse
+    found = ended(backend)
+    assert found.problem is not None
+    assert found.words().endswith(
+        "What is open to work may go on: over a mux call for at most 300 s, over a call of its own until it "
+        "ends by itself or work is shut down"
     )
-    assert len(noted((lab.policy_dir / "30-forward.policy").read_text())) == 3
 
 
-def test_apply_itself_fails_until_nothing_is_owed(forward: Command, owing: Owing, lab: LabDirectory) -> None:
-    result = forward("apply")
-    assert result.status == 1
-    assert "not everything could be done: qubes.ForwardRevoke+80-80+sys-net in work did not" in result.err
-    owing.is_hung = False
-    assert forward("apply").status == 0
-    assert owing.calls[-3:] == [f"qubes.ForwardRevoke+{port}-{port}+sys-net" for port in (80, 81, 82)]
-    assert noted((lab.policy_dir / "30-forward.policy").read_text()) == set()
+@pytest.mark.parametrize("answer", [b"", b"ended=1\n", b"version=2 ended=0 draining=0\n", b"\xff" * 200])
+def test_an_answer_that_cannot_be_read_is_a_problem(answer: bytes) -> None:
+    backend = Memory(world())
+    backend.answer = answer
+    assert ended(backend).problem is not None
 
 
-def test_a_change_of_its_own_that_fails_is_an_error_beside_what_is_owed(
-    forward: Command, owing: Owing
-) -> None:
-    owing.is_hung = False
-    forward("add", "personal", "70", "--from", "any", "--name", "mine", "--via", "sys-net")
-    forward("add", "work", "70:71", "--from", "any", "--name", "mine")
-    owing.is_hung = True
-    result = forward("remove", "work", "mine")
-    assert result.status == 1
+def test_all_targets_are_told_at_once() -> None:
+    together = Barrier(3, timeout=30)
+
+    class Slow(Memory):
+        def ask(self, *args: object, **more: object) -> bytes:
+            together.wait()
+            return self.answer
+
+    names = [QubeName(name) for name in ("hidden", "vault", "work")]
+    assert [found.target for found in revoke(allowances(names, ()), Slow(world()))] == names
+
+
+def test_targets_that_cannot_be_told_hold_up_nothing_and_are_a_trouble() -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    backend.refuses = lambda entry: entry.startswith("call")
+    outcome = applied(backend, SSH)
+    assert backend.log == [
+        "policy 0",
+        f"remove sys-net {CONFIG}",
+        "policy 1",
+        "set sys-net vm-config.fwd.personal.ssh",
+    ]
+    assert (outcome.problems, outcome.undone) == ((), ())
+    assert len(outcome.troubles) == 1
+    assert "cannot call work qubes.ForwardRevoke. What is open to work may go on" in outcome.troubles[0]
+    backend.refuses = lambda entry: False
+    assert steps(backend, SSH) == ()

@@ -151,6 +151,7 @@ JSON = {
     "policy": (),
     "tunnel": ("list",),
     "panic": (),
+    "resume": ("--dry-run",),
     "export": (),
     "import": (),
 }
@@ -198,10 +199,10 @@ def test_json_of_changes(forward: Forward) -> None:
     assert "127.0.0.1" in data["forwards"][0]["warnings"][-1]
     steps = forward("apply", "--dry-run", "--json").json
     assert (steps["dry_run"], steps["steps"]) == (True, [])
-    assert forward("remove", "work", "web", "--json").json == {
-        "removed": [{"qube": "work", "name": "web"}],
-        "applied": True,
-    }
+    removed = forward("remove", "work", "web", "--json").json
+    assert (removed["removed"], removed["applied"]) == ([{"qube": "work", "name": "web"}], True)
+    assert [step["step"] for step in removed["steps"]] == ["close-policy", "revoke", "remove-config"]
+    assert (removed["ended"][0]["qube"], removed["stock"]) == ("work", [])
 
 
 @pytest.mark.parametrize(

@@ -59,28 +59,7 @@ def test_what_fails_to_be_written_is_told_and_mended(stage: Stage, monkeypatch: 
     assert stage.is_open
     first, last = stage.err.getvalue().splitlines()
     assert first.startswith(
-        "qvm-forward: not everything could be done: the disk is full; what was to be opened"
-    )
-    assert last == "qvm-forward: all is well again"
-
-
-def test_tunnels_that_could_not_be_ended_are_told_once_and_tried_until_they_are(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    def call(self: LabStore, qube: QubeName, service: str) -> None:
-        calls.append(f"{qube} {service}")
-        if len(calls) < 3:
-            raise StoreError("no answer")
-
-    monkeypatch.setattr(LabStore, "call", call)
-    stage.run(lambda: set_netvm(stage.lab))
-    assert not stage.is_open
-    assert calls == ["work qubes.ForwardRevoke+8080-8080+sys-net"] * 3
-    first, last = stage.err.getvalue().splitlines()
-    assert first.startswith(
-        "qvm-forward: not everything could be done: no answer. dom0's policy is closed, but"
+        "qvm-forward: not everything could be done: the disk is full; what its listener was not told"
     )
     assert last == "qvm-forward: all is well again"
 

@@ -151,7 +151,7 @@ def test_an_expired_rules_tunnels_end_when_it_is_applied(session: LabSession) ->
         session.start_listener("sys-net")
         with Joined(port, server) as idle:
             session.forward("set", "work", "web", f"expire={int(time.time()) + 1}", "--no-apply")
-            end = f"work: end the tunnels of sys-net to port {server.port}"
+            end = f"work: end connections of sys-net to port {server.port}"
             trio.run(until, lambda: end in session.forward("apply", "--dry-run"))
             idle.echo()
             assert end in session.forward("apply")
@@ -213,39 +213,29 @@ def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSess
         )
         assert done.returncode == 1
         assert "the rules are changed, but not everything could be done" in done.stderr
-        assert "qubes.ForwardRevoke+" in done.stderr
-        assert "ended with exit status 3" in done.stderr
-        assert "until 'qvm-forward apply' can end them" in done.stderr
+        assert "qubes.ForwardRevoke in work ended with exit status 3" in done.stderr
+        assert "What is open to work may go on: over a mux call for at most 300 s" in done.stderr
         assert session.lab.vm_config("sys-net") == {}
-        place.unlink()
-        assert "work: end the tunnels of sys-net to port " in session.forward("apply", "--dry-run")
-        session.forward("apply")
         assert "Nothing to change" in session.forward("apply")
 
 
-def test_a_target_that_is_older_than_the_word_for_draining_is_said_and_all_else_is_closed(
-    session: LabSession,
-) -> None:
+def test_a_target_that_is_older_than_the_message_is_said_and_all_else_is_closed(session: LabSession) -> None:
     with Server() as server:
-        port = add(session, server, "--on-expire=drain")
+        port = add(session, server)
         session.start_listener("sys-net")
         place = session.lab.qube_dir("work").service_dirs[0] / "qubes.ForwardRevoke"
-        older = '#!/bin/sh\ncase "$1" in *+*+*) exit 2;; esac\nexit 0\n'
         place.unlink(missing_ok=True)
-        place.write_text(older, encoding="ascii")
+        place.write_text("#!/bin/sh\nexit 2\n", encoding="ascii")
         place.chmod(0o755)
-        with Joined(port, server) as idle:
-            done = subprocess.run(
-                session.command("admin.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
-                capture_output=True,
-                text=True,
-                env=os.environ,
-                check=False,
-                timeout=60,
-            )
-            assert done.returncode == 1
-            assert "its package in work's template is older than dom0's" in done.stderr
-            assert "may take connections for 300 s more" in done.stderr
-            assert session.lab.vm_config("sys-net") == {}
-            trio.run(until, lambda: not is_listening(port))
-            idle.echo()
+        done = subprocess.run(
+            session.command("admin.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
+            capture_output=True,
+            text=True,
+            env=os.environ,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert "its package is older than dom0's" in done.stderr
+        assert session.lab.vm_config("sys-net") == {}
+        trio.run(until, lambda: not is_listening(port))
