@@ -2,7 +2,7 @@
 """``python -m bench growth``: how rate, latency and memory go from 1 connection that is held to 10,000.
 
 Each peer has a stage of its own and goes up to what it can hold. At every step the held connections are
-idle and alive, and new ones are measured beside them.
+idle and alive, each has moved a MiB each way when it was new, and others are measured beside them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from . import machine
 from .memory import footprint, pss_kib
 from .peers import PEERS, Call, Direct, Peer, Socat, Tunnel
 from .processes import BenchError
-from .rows import CLIENTS
+from .rows import CLIENTS, bulk_rate, hold_crowd
 from .stage import Stage, open_stage
 from .table import number
 
@@ -31,7 +31,9 @@ _CONNECTIONS = 40
 _ROUND_TRIPS = 600
 _MANY = 400
 _MANY_BY_CALL = 50
-_LIMIT_S = 60.0
+_BULK_BYTES = 128 << 20
+_MOVED_BYTES = 1 << 20
+_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Step:
     failed: int
     connect_ms: float
     round_trip_ms: float
+    upload_mib_s: float
+    download_mib_s: float
     memory: Memory
 
     @property
@@ -72,7 +76,7 @@ def steps(kind: type[Peer], counts: Sequence[int]) -> Iterator[Step]:
         for count in holding:
             now = _memory(holding.stage)
             memory[count] = Memory(now.first - before.first, now.own - before.own, now.broker - before.broker)
-    with _holding(kind, counts) as holding:
+    with _holding(kind, counts, _MOVED_BYTES) as holding:
         for count in holding:
             yield _measured(holding.stage, count, memory[count])
 
@@ -83,21 +87,18 @@ class _Holding:
 
     stage: Stage
     counts: Sequence[int]
+    moved: int
 
     def __iter__(self) -> Iterator[int]:
-        peer = self.stage.peers[0]
         for count in self.counts:
-            answer = self.stage.ask(peer, "hold", count=count, limit_s=_LIMIT_S)
-            if answer["alive"] < count:
-                raise BenchError(f"{peer.title}: {answer['alive']} of {count} alive; {answer['failure']}")
-            self.stage.count_at_rest()
+            hold_crowd(self.stage, count, self.moved, _LIMIT_S)
             yield count
 
 
 @contextmanager
-def _holding(kind: type[Peer], counts: Sequence[int]) -> Iterator[_Holding]:
+def _holding(kind: type[Peer], counts: Sequence[int], moved: int = 0) -> Iterator[_Holding]:
     with open_stage([kind]) as stage:
-        yield _Holding(stage, counts)
+        yield _Holding(stage, counts, moved)
 
 
 def _memory(stage: Stage) -> Memory:
@@ -112,6 +113,7 @@ def _measured(stage: Stage, held: int, memory: Memory) -> Step:
     rates: list[float] = []
     connects: list[float] = []
     round_trips: list[float] = []
+    bulk: dict[str, list[float]] = {"upload": [], "download": []}
     failed = 0
     for _ in range(_ROUNDS):
         connects += stage.ask(peer, "connections", count=_CONNECTIONS)["seconds"]
@@ -119,6 +121,8 @@ def _measured(stage: Stage, held: int, memory: Memory) -> Step:
         many = stage.ask(peer, "many", clients=CLIENTS, count=count, limit_s=_LIMIT_S)
         rates.append(many["done"] / many["seconds"])
         failed += many["failed"] + many["hung"]
+        for order, found in bulk.items():
+            found.append(bulk_rate(stage, order, _BULK_BYTES))
     return Step(
         peer=peer.name,
         held=held,
@@ -126,6 +130,8 @@ def _measured(stage: Stage, held: int, memory: Memory) -> Step:
         failed=failed,
         connect_ms=statistics.median(connects) * 1000,
         round_trip_ms=statistics.median(round_trips) * 1000,
+        upload_mib_s=statistics.median(bulk["upload"]),
+        download_mib_s=statistics.median(bulk["download"]),
         memory=memory,
     )
 
@@ -137,6 +143,8 @@ _COLUMNS = (
     "failed",
     "new connection",
     "round trip",
+    "one stream up",
+    "and down",
     "memory each",
     "listener",
     "service",
@@ -160,6 +168,8 @@ def render(found: list[Step]) -> str:
                 str(step.failed),
                 f"{number(step.connect_ms)} ms",
                 f"{number(step.round_trip_ms)} ms",
+                f"{number(step.upload_mib_s)} MiB/s",
+                f"{number(step.download_mib_s)} MiB/s",
                 each,
                 *parts,
             )

@@ -21,6 +21,7 @@ Address = tuple[str, int]
 # Longer than any peer takes when it works; a connection that needs more counts as hung.
 ANSWER_S = 5.0
 _CHUNK = bytes(1 << 18)
+_BUFFER = bytearray(1 << 20)
 
 
 class LoadError(Exception):
@@ -130,39 +131,47 @@ def upload(address: Address, size: int) -> dict[str, Any]:
     """From the first byte's departure to the server's word that it has the last of ``size``."""
     sock = connect(address)
     begun = time.perf_counter()
+    _upload(sock, size)
+    seconds = time.perf_counter() - begun
+    _finish(sock)
+    return {"seconds": seconds}
+
+
+def _upload(sock: socket.socket, size: int) -> None:
     sock.sendall(UPLOAD + size.to_bytes(LENGTH_BYTES, "big"))
     for left in range(size, 0, -len(_CHUNK)):
         sock.sendall(memoryview(_CHUNK)[: min(left, len(_CHUNK))])
     if sock.recv(1) != UPLOAD:
         raise LoadError("the upload ended early")
-    seconds = time.perf_counter() - begun
-    _finish(sock)
-    return {"seconds": seconds}
 
 
 def download(address: Address, size: int) -> dict[str, Any]:
     """From the request to the last of ``size`` bytes."""
     sock = connect(address)
-    buffer = bytearray(1 << 20)
     begun = time.perf_counter()
-    sock.sendall(DOWNLOAD + size.to_bytes(LENGTH_BYTES, "big"))
-    while size > 0:
-        count = sock.recv_into(buffer)
-        if not count:
-            raise LoadError("the download ended early")
-        size -= count
+    _download(sock, size)
     seconds = time.perf_counter() - begun
     _finish(sock)
     return {"seconds": seconds}
 
 
+def _download(sock: socket.socket, size: int) -> None:
+    sock.sendall(DOWNLOAD + size.to_bytes(LENGTH_BYTES, "big"))
+    while size > 0:
+        count = sock.recv_into(_BUFFER)
+        if not count:
+            raise LoadError("the download ended early")
+        size -= count
+
+
 _held: list[socket.socket] = []
 
 
-def hold(address: Address, count: int, limit_s: float) -> dict[str, Any]:
+def hold(address: Address, count: int, limit_s: float, moved: int = 0) -> dict[str, Any]:
     """Open connections and keep them, until one fails, ``count`` are open or ``limit_s`` is over.
 
-    ``opened`` got their echo when new, ``alive`` got one more when all were open.
+    Each moves ``moved`` bytes each way first. ``opened`` got their echo when new, ``alive`` got one more when
+    all were open.
     """
     deadline = time.monotonic() + limit_s
     failure = f"none up to {count}, where the bench stops"
@@ -176,6 +185,9 @@ def hold(address: Address, count: int, limit_s: float) -> dict[str, Any]:
             failure = str(error)
             break
         try:
+            if moved:
+                _upload(sock, moved)
+                _download(sock, moved)
             echo(sock)
             _held.append(sock)
         except (OSError, LoadError) as error:

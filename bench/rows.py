@@ -35,6 +35,9 @@ class Effort:
     memory_connections: int
     hold_max: int
     hold_limit_s: float
+    crowd: int
+    crowd_bytes: int
+    crowd_limit_s: float
     stock_each: int
 
 
@@ -51,6 +54,9 @@ FULL = Effort(
     memory_connections=100,
     hold_max=10_000,
     hold_limit_s=60.0,
+    crowd=5000,
+    crowd_bytes=2 * _MIB,
+    crowd_limit_s=600.0,
     stock_each=20,
 )
 QUICK = Effort(
@@ -65,6 +71,9 @@ QUICK = Effort(
     memory_connections=100,
     hold_max=200,
     hold_limit_s=5.0,
+    crowd=100,
+    crowd_bytes=_MIB // 2,
+    crowd_limit_s=30.0,
     stock_each=2,
 )
 
@@ -203,6 +212,60 @@ def bulk(stage: Stage, effort: Effort) -> Result:
     return Result(f"{effort.long_rounds} x {effort.bulk_bytes // _MIB} MiB each way", lines, notes)
 
 
+def crowd(stage: Stage, effort: Effort) -> Result:
+    """One stream beside thousands that moved some MiB once and are idle since, as keep-alive clients are.
+
+    In a lab of the peer's own, each direction: the median of the rounds alone, before there are others, and
+    then beside them. The first connections are still idle when the last one comes.
+    """
+    whithers = {"upload": "client to server", "download": "server to client"}
+    beside = {
+        order: Line(f"crowd-{order}", f"one stream beside {effort.crowd} idle, {whither}", "MiB/s", False)
+        for order, whither in whithers.items()
+    }
+    ratios = {
+        order: Line(f"crowd-{order}-ratio", f"  of its rate alone, {whither}", "%", False)
+        for order, whither in whithers.items()
+    }
+    notes = []
+    for kind in (type(peer) for peer in stage.peers):
+        try:
+            with open_stage([kind]) as own_stage:
+                alone = _bulk_rates(own_stage, effort)
+                hold_crowd(own_stage, effort.crowd, effort.crowd_bytes, effort.crowd_limit_s)
+                for order, rate in _bulk_rates(own_stage, effort).items():
+                    beside[order].values[kind.name] = rate
+                    ratios[order].values[kind.name] = 100 * rate / alone[order]
+        except BenchError as error:
+            notes.append(f"{kind.title} failed: {error}")
+    size = f"{effort.long_rounds} x {effort.bulk_bytes // _MIB} MiB each way"
+    lines = [line for order in whithers for line in (beside[order], ratios[order])]
+    return Result(f"{size}, beside {effort.crowd} that moved {effort.crowd_bytes / _MIB:g} MiB", lines, notes)
+
+
+def hold_crowd(stage: Stage, count: int, moved: int, limit_s: float) -> None:
+    """Up to ``count`` connections are held, each of which has moved so many bytes. Raises `BenchError`."""
+    peer = stage.peers[0]
+    answer = stage.ask(peer, "hold", limit_s + 60.0, count=count, limit_s=limit_s, moved=moved)
+    if answer["alive"] < count:
+        raise BenchError(f"{answer['alive']} of {count} alive; {answer['failure']}")
+    stage.count_at_rest()
+
+
+def _bulk_rates(stage: Stage, effort: Effort) -> dict[str, float]:
+    """The median of the rounds, in MiB a second, for each direction."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for _ in range(effort.long_rounds):
+        for order in ("upload", "download"):
+            rates[order].append(bulk_rate(stage, order, effort.bulk_bytes))
+    return {order: statistics.median(values) for order, values in rates.items()}
+
+
+def bulk_rate(stage: Stage, order: str, size: int) -> float:
+    """Of one stream of the stage's only peer, in MiB a second; ``order`` is a function of `load`."""
+    return size / _MIB / float(stage.ask(stage.peers[0], order, size=size)["seconds"])
+
+
 def memory(stage: Stage, effort: Effort) -> Result:
     """What each held, idle connection adds to the memory of all processes, in a lab of the peer's own.
 
@@ -303,6 +366,7 @@ ROWS: dict[str, Measure] = {
     "many": many,
     "round-trip": round_trip,
     "bulk": bulk,
+    "crowd": crowd,
     "memory": memory,
     "held": held,
     "stock": stock,

@@ -88,3 +88,14 @@ def test_this_process_has_memory_and_one_that_has_ended_has_none() -> None:
         pass
     assert pss_kib(os.getpid()) > 0
     assert pss_kib(ended.pid) == 0
+
+
+def test_a_crowd_is_measured_beside_and_compared_with_alone(tmp_path: Path) -> None:
+    found = run_bench(
+        "--quick", "--rows", "crowd", "--peers", "direct", "--json", str(tmp_path / "numbers.json")
+    )
+    assert found.returncode == 0, found.stderr
+    row = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["rows"]["crowd"]
+    assert row["notes"] == []
+    assert [found_line["unit"] for found_line in row["lines"]] == ["MiB/s", "%"] * 2
+    assert all(found_line["values"]["direct"] > 0 for found_line in row["lines"])
