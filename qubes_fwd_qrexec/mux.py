@@ -11,13 +11,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
 
 from .backlog import Backlog
 from .budget import Budget, Share
 from .errors import LocalProtocolError, RemoteProtocolError
 from .leg import Leg
 from .loop import READ, Loop
+from .muxowner import MuxOwner
+from .patience import TICK_S, Patience
 from .tunnel import (
     HEADER_BYTES,
     MAX_DATA_BYTES,
@@ -42,10 +43,6 @@ from .tunnel import (
 
 # What one turn reads from the call: all that its socket buffer holds, by default.
 _READ_BYTES = 256 << 10
-# relay-behaviours 48 and 26: half a frame and then silence, or a peer that reads nothing; no HELLO.
-_FRAME_S = 10
-_HELLO_S = 30
-TICK_S = 1.0
 # relay-behaviours 9.
 HALF_CLOSE_S = 600.0
 # How often legs are asked whether they have been idle for too long.
@@ -53,28 +50,6 @@ _IDLE_LOOK_TICKS = 5
 # A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
 # peer that does not read waited for any longer when the last word is said.
 _LAST_READ_S = 1.0
-
-
-class MuxOwner(Protocol):
-    """Who made a tunnel; all calls come from the loop's thread."""
-
-    def ready(self, mux: "Mux") -> None:
-        """The peer has said HELLO: streams may be opened."""
-
-    def open_requested(self, mux: "Mux", event: OpenReceived) -> None:
-        """The peer asks for a stream; answer with `Mux.accept` or `Mux.refuse`, now or later."""
-
-    def open_abandoned(self, mux: "Mux", stream_id: int) -> None:
-        """The peer does not want that stream any more, which was not answered yet."""
-
-    def refused(self, mux: "Mux", leg: Leg, code: ResetCode) -> None:
-        """The peer will not have that stream; its leg is over and has left its socket open."""
-
-    def draining(self, mux: "Mux", code: GoawayCode) -> None:
-        """The peer takes no more streams."""
-
-    def over(self, mux: "Mux", problem: str | None) -> None:
-        """The tunnel has ended, as agreed if there is no ``problem``; every leg has been aborted."""
 
 
 class Mux:
@@ -112,7 +87,7 @@ class Mux:
         self._half_close_s = half_close_s
         self._idle_s = idle_s
         self._ticks = 0
-        self._heard_tick = 0
+        self._ticked_at = time.monotonic()
         self.is_peer_wrong = False
         """Whether it is over because of what the peer said, rather than because it says nothing any more."""
         self.is_revoked = False
@@ -123,6 +98,7 @@ class Mux:
         except OSError:
             self.backlog.let_go()
             raise
+        self._patience = Patience(connection, self.backlog)
         self._after(TICK_S, self._tick)
         self._flush_soon()
 
@@ -230,7 +206,7 @@ class Mux:
         except OSError as error:
             self._end(f"the call was lost: {error.strerror}")
             return
-        self._heard_tick = self._ticks
+        self._patience.heard()
         try:
             if not count:
                 self.connection.receive_eof()
@@ -369,24 +345,28 @@ class Mux:
     def _tick(self) -> None:
         if self.is_over:
             return
+        now = time.monotonic()
         self._ticks += 1
         self.backlog.tick()
         self.connection.tick()
         self._flush_soon()  # the answers that were held back
-        silent_s = (self._ticks - self._heard_tick) * TICK_S
-        if self.connection.peer is None and self._ticks * TICK_S >= _HELLO_S:
-            self._end(f"no HELLO within {_HELLO_S} s")
-        elif self.connection.has_partial_frame and silent_s >= _FRAME_S:
-            self._end(f"half a frame, and nothing more for {_FRAME_S} s")
-        elif self.backlog.stuck_ticks * TICK_S >= _FRAME_S:
-            self._end(f"the other end has read nothing for {_FRAME_S} s")
+        if problem := self._patience.tick():
+            self._end(problem)
         else:
+            self._forgive(now, now - self._ticked_at - TICK_S)
+            self._ticked_at = now
             if self.share.is_short:
                 for leg in list(self.legs.values()):
                     self.loop.guarded(leg.fail, leg.look)
             if self._ticks % _IDLE_LOOK_TICKS == 0:
-                self._end_idle(time.monotonic())
+                self._end_idle(now)
             self._after(TICK_S, self._tick)
+
+    def _forgive(self, now: float, late_s: float) -> None:
+        """A time in which this process was stopped is nobody's silence."""
+        if late_s > TICK_S:
+            for leg in self.legs.values():
+                leg.moved_at = min(now, leg.moved_at + late_s)
 
     def _end_idle(self, now: float) -> None:
         for leg in list(self.legs.values()):

@@ -134,7 +134,7 @@ def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> 
         hanging, silent = world.forward(), world.forward()
         world.turn(hang=(f"work/{hanging.tunnel}",))
         world.serve_with(silent.tunnel, sys.executable, "-c", _SILENT)
-        world.start_listener(tunnels__HELLO_S=1.0, mux___HELLO_S=1.0)
+        world.start_listener(tunnels__HELLO_S=1.0, patience___HELLO_S=1.0)
         for way in hanging, silent:
             with at_least(0.9), ExitStack() as stack:
                 clients = [stack.enter_context(way.client()) for _ in range(5)]

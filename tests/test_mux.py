@@ -12,6 +12,7 @@ from qubes_fwd_qrexec import leg as leg_module
 from qubes_fwd_qrexec import mux as mux_module
 from qubes_fwd_qrexec.budget import Budget
 from qubes_fwd_qrexec.leg_end import LegEnd
+from qubes_fwd_qrexec.loop import READ
 from qubes_fwd_qrexec.relay import half_close
 from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, ResetCode
 
@@ -31,31 +32,62 @@ def test_no_hello_ends_the_tunnel() -> None:
         assert bench.near.open_room == 0
 
 
-def test_half_a_frame_and_silence_ends_the_tunnel(bench: TunnelBench) -> None:
+def test_half_a_frame_and_silence_for_minutes_ends_the_tunnel(bench: TunnelBench) -> None:
     """relay-behaviours 48; a frame that goes on, however slowly, does not."""
     bench.far_call.send(b"\x04\x00")
     bench.turn()
-    bench.tick(9)
+    bench.tick(299)
     bench.far_call.send(b"\x00")
     bench.turn()
-    bench.tick(9)
+    bench.tick(299)
     assert not bench.near_owner.is_over
     bench.tick(1)
-    assert bench.near_owner.problem == "half a frame, and nothing more for 10 s"
+    assert bench.near_owner.problem == "half a frame, and nothing more for 300 s"
 
 
-def test_a_peer_that_reads_nothing_ends_the_tunnel(bench: TunnelBench) -> None:
+def test_a_peer_that_reads_nothing_for_minutes_ends_the_tunnel(bench: TunnelBench) -> None:
     streams = [bench.join() for _ in range(20)]
     bench.loop.change(bench.far_call.fileno(), 0)
     for stream in streams:
         bench.stall(stream.client)
-    bench.tick(9)
+    bench.tick(299)
     assert not bench.near_owner.is_over
     assert bench.near.backlog._unsent_bytes
     assert bench.wake_ups() == 0
     bench.tick(1)
-    assert bench.near_owner.problem == "the other end has read nothing for 10 s"
+    assert bench.near_owner.problem == "the other end has read nothing for 300 s"
     assert bench.is_aborted(stream.client)
+
+
+def test_a_peer_that_pauses_for_a_minute_under_traffic_harms_no_stream(bench: TunnelBench) -> None:
+    bulk, idle = [bench.join() for _ in range(8)], bench.join()
+    bench.loop.change(bench.far_call.fileno(), 0)
+    sent = [bench.stall(stream.client) for stream in bulk]
+    bench.tick(60)
+    bench.loop.change(bench.far_call.fileno(), READ)
+    for stream, size in zip(bulk, sent, strict=True):
+        assert bench.read(stream.server, size) == bytes(size)
+    idle.client.send(b"x")
+    assert bench.read(idle.server, 1) == b"x"
+
+
+def test_an_end_that_was_stopped_itself_takes_the_time_for_nobodys_silence() -> None:
+    """Neither for half a frame nor for what is not read: it has looked once in all that time."""
+    with TunnelBench(half_close_s=600, idle_s=3600) as bench:
+        idle, half_closed = bench.join(), bench.join()
+        half_close(half_closed.client)
+        bench.until(lambda: half_closed.far.has_eof)
+        bench.stall(idle.client)
+        bench.far_call.send(b"\x04\x00")
+        for _ in range(10):
+            bench.clock.advance(5000)
+            bench.turn(1)
+        for _ in range(5):
+            bench.clock.advance(1)
+            bench.turn(1)
+        assert not bench.near_owner.is_over
+        assert not bench.far_owner.is_over
+        assert {leg.ended for stream in (idle, half_closed) for leg in (stream.near, stream.far)} == {None}
 
 
 def test_a_tunnel_with_nothing_to_say_is_no_peer_that_does_not_read(bench: TunnelBench) -> None:
