@@ -9,7 +9,6 @@ was sent cannot be taken back.
 """
 
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,8 @@ from .relaythread import RelayThread
 
 # relay-behaviours, "trio": stdout's end and the exit status race; the status is at most this much later.
 _STATUS_WAIT_S = 0.2
+# So often is it looked whether anything moved in the time that a connection may be quiet for.
+_LOOKS = 20
 # Statuses that the next call would end with too.
 _REFUSALS = (ExitStatus.REFUSED, ExitStatus.NO_SERVICE)
 
@@ -167,11 +168,7 @@ class _Connection:
 
     async def watch_for_idleness(self) -> None:
         """End a connection in which nothing moves."""
-        while True:
-            quiet_s = time.monotonic() - self.moved_at
-            if quiet_s >= self._timeouts.idle_s:
-                break
-            await trio.sleep(self._timeouts.idle_s - quiet_s)
+        await _quiet(self._timeouts.idle_s, self.up, self.down)
         self._fail(f"idle for {self._timeouts.idle_s:g} s")
 
     async def _after_end(self, other: Copy) -> None:
@@ -183,12 +180,7 @@ class _Connection:
                 self._fail("the call did not end" if status is None else meaning(status))
             self.scope.cancel()
             return
-        half_closed_at = time.monotonic()
-        while True:
-            quiet_s = time.monotonic() - max(half_closed_at, other.moved_at)
-            if quiet_s >= self._timeouts.half_close_s:
-                break
-            await trio.sleep(self._timeouts.half_close_s - quiet_s)
+        await _quiet(self._timeouts.half_close_s, other)
         self._fail(f"half-closed, and the other direction was idle for {self._timeouts.half_close_s:g} s")
 
     async def _copy(self, copy: Copy) -> CopyEnd:
@@ -201,3 +193,16 @@ class _Connection:
     def _fail(self, error: str) -> None:
         self.error = self.error or error
         self.scope.cancel()
+
+
+async def _quiet(timeout_s: float, *copies: Copy) -> None:
+    """Return once nothing has moved in them for so long, or up to a twentieth longer.
+
+    It counts its own looks and not the time between: one in which this process was stopped is nobody's
+    silence.
+    """
+    looks, moved = 0, sum(copy.moved for copy in copies)
+    while looks < _LOOKS:
+        await trio.sleep(timeout_s / _LOOKS)
+        before, moved = moved, sum(copy.moved for copy in copies)
+        looks = looks + 1 if moved == before else 0

@@ -59,3 +59,12 @@ class HandClock:
                     what()
             await wait_all_tasks_blocked()
         self._now = end
+
+    async def jump(self, seconds: float) -> None:
+        """Let so much time pass in which nobody ran: all that is due in it happens late, and at once."""
+        await wait_all_tasks_blocked()
+        self._now += seconds
+        for at, what in list(self._due):
+            if at <= self._now:
+                what()
+        await wait_all_tasks_blocked()

@@ -235,6 +235,25 @@ async def test_an_idle_connection_ends_and_a_byte_either_way_puts_it_off(
             assert await end_in(run, clock, 3600) == "idle for 3600 s"
 
 
+@pytest.mark.parametrize("is_half_closed", [False, True])
+async def test_a_listener_that_was_stopped_takes_the_time_for_nobodys_silence(
+    tmp_path: Path, server: socket.socket, clock: HandClock, is_half_closed: bool
+) -> None:
+    command = FakeClient(tmp_path, "serve").command
+    async with relayed(command, port_of(server), half_close_s=600, idle_s=3600) as run:
+        run.client.send(b"x")
+        with await accept_socket(server) as far:
+            assert await receive(far) == b"x"
+            if is_half_closed:
+                half_close(run.client)
+                assert await receive(far) == b""
+            await run.note()
+            await clock.jump(5000)
+            assert not run.ended.is_set()
+            far.send(b"y")
+            assert await receive(run.client) == b"y"
+
+
 async def end_in(run: Relayed, clock: HandClock, seconds: float) -> str | None:
     """The error with which it ends when so much time passes; the last byte may count from its end only."""
     for _ in range(2):
