@@ -388,7 +388,7 @@ def warnings(forward: Forward) -> list[str]:
     """What the user should know of a live forward beside that it is open."""
     if not forward.is_live:
         return []
-    found = list(forward.notes)
+    found = [*forward.notes, *forward.hints]
     if forward.service is Service.CONNECT_TCP:
         found.append(forward.transport_reason)
     if forward.source.rule.proxy == "off":

@@ -118,6 +118,8 @@ def _tunnel(forward: Forward, inventory: Inventory) -> Guard:
     mark = inventory.nearest_tunnel(target.name)
     if mark is None:
         text = f"neither {target.name} nor a netvm of it is marked as a tunnel"
+        if forward.hints:
+            return Guard("tunnel", Verdict.NOTE, f"{text}; {'; '.join(forward.hints)}")
         return Guard("tunnel", Verdict.OK, text)
     if mark.qube == target.name:
         where = "is behind the target, which is a tunnel"

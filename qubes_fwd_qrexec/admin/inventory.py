@@ -18,11 +18,33 @@ RULE_PREFIX = "forward."
 TUNNEL_FEATURE = f"{RULE_PREFIX}tunnel"
 CONFIG_PREFIX = "vm-config."
 OFFER_PREFIX = "supported-rpc."
-VPN_PREFIX = "service.vpn-handler"
-_MATTER = frozenset({"whonix-gw", "whonix-ws", *(f"{OFFER_PREFIX}{service}" for service in Service)})
+# The services that a user enables for a VPN: Qubes-vpn-support, qubes-tunnel (QubesOS-contrib), and units of
+# VPN programs that wait for their service.
+VPN_PREFIXES = (
+    "service.vpn-handler",
+    "service.qubes-tunnel",
+    "service.openvpn",
+    "service.wireguard",
+    "service.wg-quick",
+)
+QREXEC_FEATURE = "qrexec"
+OS_FEATURE = "os"
+_MATTER = frozenset(
+    {
+        "whonix-gw",
+        "whonix-ws",
+        QREXEC_FEATURE,
+        OS_FEATURE,
+        *(f"{OFFER_PREFIX}{service}" for service in Service),
+    }
+)
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
+REMOTE = "RemoteVM"
 DISPOSABLE = "DispVM"
+LINUX = "Linux"
+# What Qubes' installer calls its netvm that is no tunnel: qubes-mgmt-salt-dom0-virtual-machines.
+_STOCK_FIREWALL = "sys-firewall"
 
 
 def feature_matters(key: str, with_config: bool = True) -> bool:
@@ -32,7 +54,7 @@ def feature_matters(key: str, with_config: bool = True) -> bool:
     """
     if key.startswith(CONFIG_PREFIX):
         return with_config and is_told(key)
-    return key in _MATTER or key.startswith((RULE_PREFIX, VPN_PREFIX))
+    return key in _MATTER or key.startswith((RULE_PREFIX, *VPN_PREFIXES))
 
 
 def is_told(key: str) -> bool:
@@ -140,7 +162,7 @@ class Inventory(NamedTuple):
             if self.feature(name, key):
                 yield TunnelMark(name, f"feature {key}")
         for key in sorted(qube.features):
-            if key.startswith(VPN_PREFIX) and qube.features[key]:
+            if key.startswith(VPN_PREFIXES) and qube.features[key]:
                 yield TunnelMark(name, f"feature {key}")
 
     def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
@@ -160,6 +182,31 @@ class Inventory(NamedTuple):
             if mark is not None:
                 return mark
         return None
+
+    def perhaps_tunnels(self, target: QubeName, exposed: QubeName) -> Iterator[QubeName]:
+        """The netvms up to ``exposed`` that may be tunnels for all that dom0 can see.
+
+        They have a netvm themselves, are not the stock firewall, and nobody has said what they are.
+        """
+        if self.nearest_tunnel(target) is not None:
+            return
+        for name in self.chain(target).qubes:
+            qube = self.qubes[name]
+            if qube.netvm and name != _STOCK_FIREWALL and TUNNEL_FEATURE not in qube.features:
+                yield name
+            if name == exposed:
+                return
+
+    def how_to_install(self, name: QubeName) -> str:
+        """How our package comes into a qube."""
+        template = self.qubes[name]
+        for _ in range(CHAIN_MAX):
+            if template.template is None or template.template not in self.qubes:
+                break
+            template = self.qubes[template.template]
+        if template.name == name:
+            return f"install qubes-fwd-qrexec in {name}"
+        return f"install qubes-fwd-qrexec in its template {template.name} and start {name} again"
 
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube must not be reached but through its tunnel."""

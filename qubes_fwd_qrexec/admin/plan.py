@@ -25,7 +25,20 @@ from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from .abilities import THIS_VERSION, Abilities
 from .conflicts import Claims
-from .inventory import ADMIN, CONFIG_PREFIX, DISPOSABLE, TEMPLATE, Chain, Inventory, Qube
+from .inventory import (
+    ADMIN,
+    CONFIG_PREFIX,
+    DISPOSABLE,
+    LINUX,
+    OFFER_PREFIX,
+    OS_FEATURE,
+    QREXEC_FEATURE,
+    REMOTE,
+    TEMPLATE,
+    Chain,
+    Inventory,
+    Qube,
+)
 from .states import Cause, Forward, Plan, State
 
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
@@ -112,13 +125,13 @@ def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abili
         _check_path(named, chain.qubes, inventory)
         exposed = _exposed(named, found.exposed, inventory)
         side = inventory.side(exposed.name, rule.forward_type)
-        found = found._replace(notes=_notes(named, target))
+        found = found._replace(notes=_notes(named, target), hints=_hints(named, exposed.name, inventory))
         found = found._replace(mode=Mode.QREXEC, mode_reason=_mode_reason(rule, abilities))
         _check_abilities(rule, abilities)
         service, transport, transport_reason = _carrier(rule, target.name, inventory, abilities)
         found = found._replace(service=service, transport=transport, transport_reason=transport_reason)
         found = found._replace(notes=found.notes + _tunnel_note(named, exposed.name, side, inventory))
-        config = _config(named, service, transport, side)
+        config = _config(named, service, transport, side, inventory)
     except _Verdict as verdict:
         return found._replace(state=verdict.state, cause=verdict.cause, reason=verdict.reason)
     return _live(found._replace(config=config), exposed, target)
@@ -143,17 +156,24 @@ def _target(named: NamedRule, inventory: Inventory) -> Qube:
     target = inventory.get(named.target)
     if target is None:
         raise _refused(Cause.NO_SUCH_QUBE, f"There is no qube {named.target}; name one that 'qvm-ls' shows.")
-    _check_fit(target, "be the target of a forward", "name the qube that runs the service")
+    way_out = "name the qube that runs the service"
+    _check_fit(target, inventory, "be the target of a forward", way_out)
     return target
 
 
-def _check_fit(qube: Qube, purpose: str, way_out: str) -> None:
-    if qube.klass == ADMIN:
-        raise _refused(
-            Cause.UNFIT_QUBE, f"{qube.name} is the administrative qube and must not {purpose}; {way_out}."
-        )
-    if qube.klass == TEMPLATE:
-        raise _refused(Cause.UNFIT_QUBE, f"{qube.name} is a template and must not {purpose}; {way_out}.")
+_UNFIT = {
+    ADMIN: "is the administrative qube and must not",
+    TEMPLATE: "is a template and must not",
+    REMOTE: "is a qube of another machine and cannot",
+}
+
+
+def _check_fit(qube: Qube, inventory: Inventory, purpose: str, way_out: str) -> None:
+    why = _UNFIT.get(qube.klass)
+    if why is None and not inventory.feature(qube.name, QREXEC_FEATURE):
+        why = f"has no qrexec (feature {QREXEC_FEATURE}) and cannot"
+    if why is not None:
+        raise _refused(Cause.UNFIT_QUBE, f"{qube.name} {why} {purpose}; {way_out}.")
 
 
 def _check_owner(named: NamedRule, target: Qube) -> None:
@@ -226,7 +246,7 @@ def _exposed(named: NamedRule, listener: QubeName | None, inventory: Inventory) 
         raise _refused(
             Cause.NO_SUCH_QUBE, f"There is no qube {listener} to listen; name another one with via=QUBE."
         )
-    _check_fit(exposed, "listen", "name another qube with via=QUBE")
+    _check_fit(exposed, inventory, "listen", "name another qube with via=QUBE")
     if exposed.name == named.target:
         raise _refused(
             Cause.UNFIT_QUBE,
@@ -268,14 +288,21 @@ def _carrier(
     rule: ForwardRule, target: QubeName, inventory: Inventory, abilities: Abilities
 ) -> tuple[Service, Transport, str]:
     """Service and transport, and why they were chosen."""
-    has_ours = bool(inventory.feature(target, f"supported-rpc.{Service.FORWARD_TCP}"))
+    has_ours = bool(inventory.feature(target, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"))
     missing = f"{target} does not offer {Service.FORWARD_TCP}"
+    system = inventory.feature(target, OS_FEATURE) or LINUX
+    if not (has_ours or system == LINUX or inventory.feature(target, f"{OFFER_PREFIX}{Service.CONNECT_TCP}")):
+        raise _refused(
+            Cause.NO_SERVICE,
+            f"{target} runs {system}, which has neither {Service.FORWARD_TCP} nor {Service.CONNECT_TCP}; "
+            "name a target that runs Linux.",
+        )
     if not has_ours and (rule.transport is Transport.TUNNEL or rule.proxy is not Proxy.OFF):
         asked = "proxy" if rule.proxy is not Proxy.OFF else "transport=tunnel"
         raise _refused(
             Cause.NO_SERVICE,
-            f"The rule asks for {asked} and {missing}; install qubes-fwd-qrexec in its template and "
-            f"start {target} again, or leave {asked} out.",
+            f"The rule asks for {asked} and {missing}; {inventory.how_to_install(target)}, or leave "
+            f"{asked} out.",
         )
     if rule.transport is not Transport.CALL and abilities.tunnel and has_ours:
         why = "the rule says so" if rule.transport is Transport.TUNNEL else f"{target} offers our service"
@@ -287,8 +314,8 @@ def _carrier(
         Service.CONNECT_TCP,
         Transport.CALL,
         f"{missing}, so each connection goes over the stock {Service.CONNECT_TCP}: a server that ends its "
-        "sending first loses the rest of what the client sends. Installing qubes-fwd-qrexec in its "
-        "template mends that",
+        "sending first loses the rest of what the client sends. To mend that, "
+        f"{inventory.how_to_install(target)}",
     )
 
 
@@ -307,6 +334,14 @@ def _notes(named: NamedRule, target: Qube) -> tuple[str, ...]:
             f"shall be reached needs a rule of its own"
         )
     return tuple(notes)
+
+
+def _hints(named: NamedRule, exposed: QubeName, inventory: Inventory) -> tuple[str, ...]:
+    return tuple(
+        f"nothing says whether {name}, which is on the way, is a tunnel: if there is a VPN or Tor in it, "
+        f"mark it with 'qvm-forward tunnel mark {name}', so that no forward goes round it"
+        for name in inventory.perhaps_tunnels(named.target, exposed)
+    )
 
 
 def _tunnel_note(named: NamedRule, exposed: QubeName, side: Side, inventory: Inventory) -> tuple[str, ...]:
@@ -337,13 +372,15 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, side: Side, inventory: Inv
     )
 
 
-def _config(named: NamedRule, service: Service, transport: Transport, side: Side) -> ListenerConfig:
+def _config(
+    named: NamedRule, service: Service, transport: Transport, side: Side, inventory: Inventory
+) -> ListenerConfig:
     rule = named.rule
     if transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
         if service is Service.FORWARD_TCP:
             way_out = "use transport=tunnel"
         else:
-            way_out = f"install qubes-fwd-qrexec in its template and start {named.target} again"
+            way_out = inventory.how_to_install(named.target)
         raise _refused(
             Cause.TOO_LARGE,
             f"With one call for each connection every port needs its own policy line, and "

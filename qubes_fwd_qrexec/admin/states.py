@@ -63,7 +63,8 @@ class Forward(NamedTuple):
 
     ``side`` of ``exposed`` is the one by which connections may come.
 
-    ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats.
+    ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats, ``hints``
+    are said once, when it is made.
     ``config`` is there exactly when the forward is live; ``exposed`` is also where it would listen.
     """
 
@@ -80,6 +81,7 @@ class Forward(NamedTuple):
     transport: Transport = Transport.AUTO
     transport_reason: str = ""
     notes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     config: ListenerConfig | None = None
 
     @property
@@ -121,6 +123,7 @@ class Forward(NamedTuple):
             "transport": self.transport,
             "transport_reason": self.transport_reason,
             "notes": list(self.notes),
+            "hints": list(self.hints),
             "rule": self.source.rule.options(),
         }
 

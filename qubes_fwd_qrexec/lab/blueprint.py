@@ -55,8 +55,12 @@ _QUBES = (
 
 _FEATURES = {
     "sys-vpn": {"service.vpn-handler-openvpn": "1"},
-    _OUR_TEMPLATE: {f"supported-rpc.{FORWARD_SERVICE}": "1", f"supported-rpc.{CONNECT_SERVICE}": "1"},
-    _STOCK_TEMPLATE: {f"supported-rpc.{CONNECT_SERVICE}": "1"},
+    _OUR_TEMPLATE: {
+        "qrexec": "1",
+        f"supported-rpc.{FORWARD_SERVICE}": "1",
+        f"supported-rpc.{CONNECT_SERVICE}": "1",
+    },
+    _STOCK_TEMPLATE: {"qrexec": "1", f"supported-rpc.{CONNECT_SERVICE}": "1"},
 }
 
 _POLICY = """\

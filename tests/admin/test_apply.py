@@ -61,7 +61,11 @@ def test_other_features_are_left_alone() -> None:
     backend = Memory(world())
     backend.qubes[QubeName("sys-net")] |= {"vm-config.mine": "1", "fwd.x.y": "1"}
     applied(backend)
-    assert backend.qubes[QubeName("sys-net")] == {"vm-config.mine": "1", "fwd.x.y": "1"}
+    assert backend.qubes[QubeName("sys-net")] == {
+        "qrexec": "1",
+        "vm-config.mine": "1",
+        "fwd.x.y": "1",
+    }
 
 
 def test_lines_that_others_wrote_into_the_file_go() -> None:

@@ -95,7 +95,7 @@ def test_both_backends_see_the_same(store: Backend, lab: LabDirectory) -> None:
 
 
 def test_features_that_do_not_matter_are_left_out(store: Backend, lab: LabDirectory) -> None:
-    for key in ("os", "vm-config.other", "supported-rpc.qubes.Filecopy", "service.crond", "forward"):
+    for key in ("os-version", "vm-config.other", "supported-rpc.qubes.Filecopy", "service.crond", "forward"):
         lab.set_feature("work", key, "1")
     assert store.inventory().qubes[WORK].features == {}
 

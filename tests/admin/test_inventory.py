@@ -90,7 +90,10 @@ def test_templates_that_lead_in_a_circle_end() -> None:
         ("vm-config.other", False),
         ("supported-rpc.qubes.Filecopy", False),
         ("service.crond", False),
-        ("os", False),
+        ("os", True),
+        ("qrexec", True),
+        ("service.qubes-tunnel-openvpn", True),
+        ("os-version", False),
     ],
 )
 def test_what_matters_is_what_something_depends_on(key: str, matters: bool) -> None:

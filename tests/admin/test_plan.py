@@ -217,3 +217,31 @@ def test_after_a_netvm_change_the_side_that_changes_is_named() -> None:
     gone = world(qube("work", "sys-firewall", features=OURS), qube("sys-net", "outmost"), qube("outmost"))
     reason = only(rule("path=sys-firewall,sys-net"), gone).reason
     assert "opens it at outmost (outer side) and no longer at sys-net (outer side)" in reason
+
+
+@pytest.mark.parametrize(
+    ("features", "cause"),
+    [
+        ({"service.qubes-tunnel-openvpn": "1"}, Cause.TUNNEL),
+        ({"service.wireguard": "1"}, Cause.TUNNEL),
+        ({"service.qubes-tunnel-openvpn": ""}, Cause.OPEN),
+        ({}, Cause.OPEN),
+    ],
+)
+def test_vpn_services_mark_a_tunnel(features: dict[str, str], cause: Cause) -> None:
+    known = world(qube("sys-wg", "sys-firewall", features=features), qube("work", "sys-wg", features=OURS))
+    assert only(rule(), known).cause is cause
+
+
+def test_what_may_be_a_tunnel_is_hinted_at_until_somebody_has_said() -> None:
+    def hints(text: str = "", **features: str) -> tuple[str, ...]:
+        wg = qube("sys-wg", "sys-firewall", features=features)
+        return only(rule(text), world(wg, qube("work", "sys-wg", features=OURS))).hints
+
+    (hint,) = hints()
+    assert "'qvm-forward tunnel mark sys-wg'" in hint
+    assert hints("via=sys-wg") == (hint,)
+    assert hints("forwardtype=internal") == (hint,)
+    assert hints("via=sys-wg", **{"forward.tunnel": "1"}) == ()
+    assert hints(**{"forward.tunnel": ""}) == ()
+    assert only(rule()).hints == ()

@@ -175,7 +175,7 @@ CASES = [
         world(),
         State.REFUSED,
         "The rule asks for transport=tunnel and personal does not offer qubes.ForwardTCP; install "
-        "qubes-fwd-qrexec in its template and start personal again, or leave transport=tunnel out.",
+        "qubes-fwd-qrexec in its template debian-12 and start personal again, or leave transport=tunnel out.",
     ),
     (
         "no-service",
@@ -183,7 +183,45 @@ CASES = [
         world(),
         State.REFUSED,
         "The rule asks for proxy and personal does not offer qubes.ForwardTCP; install qubes-fwd-qrexec in "
-        "its template and start personal again, or leave proxy out.",
+        "its template debian-12 and start personal again, or leave proxy out.",
+    ),
+    (
+        "no-service",
+        rule("transport=tunnel", target="own"),
+        world(qube("own", "sys-firewall", klass="StandaloneVM")),
+        State.REFUSED,
+        "The rule asks for transport=tunnel and own does not offer qubes.ForwardTCP; install "
+        "qubes-fwd-qrexec in own, or leave transport=tunnel out.",
+    ),
+    (
+        "no-service",
+        rule(target="win"),
+        world(qube("win", "sys-firewall", klass="StandaloneVM", features={"os": "Windows"})),
+        State.REFUSED,
+        "win runs Windows, which has neither qubes.ForwardTCP nor qubes.ConnectTCP; name a target that runs "
+        "Linux.",
+    ),
+    (
+        "unfit-qube",
+        rule(target="far"),
+        world(qube("far", klass="RemoteVM")),
+        State.REFUSED,
+        "far is a qube of another machine and cannot be the target of a forward; name the qube that runs the "
+        "service.",
+    ),
+    (
+        "unfit-qube",
+        rule("via=far"),
+        world(qube("far", klass="RemoteVM")),
+        State.REFUSED,
+        "far is a qube of another machine and cannot listen; name another qube with via=QUBE.",
+    ),
+    (
+        "unfit-qube",
+        rule("via=bare"),
+        world(qube("bare", klass="StandaloneVM", features={"qrexec": ""})),
+        State.REFUSED,
+        "bare has no qrexec (feature qrexec) and cannot listen; name another qube with via=QUBE.",
     ),
     (
         "tunnel-in-the-path",
@@ -233,8 +271,8 @@ CASES = [
         world(),
         State.REFUSED,
         "With one call for each connection every port needs its own policy line, and 257 ports are more "
-        "than 256; make the range shorter, or install qubes-fwd-qrexec in its template and start personal "
-        "again.",
+        "than 256; make the range shorter, or install qubes-fwd-qrexec in its template debian-12 and "
+        "start personal again.",
     ),
     (
         "too-large",

@@ -23,7 +23,7 @@ OURS = {"supported-rpc.qubes.ForwardTCP": "1"}
 
 def qube(name: str, netvm: str | None = None, **more: Any) -> Qube:
     more.setdefault("klass", "AppVM")
-    more.setdefault("features", {})
+    more["features"] = {"qrexec": "1", **more.get("features", {})}
     return Qube(name=QubeName(name), netvm=None if netvm is None else QubeName(netvm), **more)
 
 
