@@ -87,6 +87,8 @@ class Listener:
         self._process = Process(connections_max)
         self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
+        # dom0 takes away what is over: what is still there, dom0 takes for open.
+        self._over: dict[str, str] = {}
         self._draining = Draining()
         self._unopened = Unopened()
         self._stamp: object = None
@@ -98,7 +100,7 @@ class Listener:
     def problems(self) -> dict[str, str]:
         """Why each entry, by its key, is not served as it asks for; and why the source cannot be read."""
         lost = {} if self._source.problem is None else {str(self._source): self._source.problem}
-        return lost | self._refused | self._unopened.problems
+        return lost | self._refused | self._unopened.problems | self._over
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until `stop`; reports started once the ports of the first configuration are open.
@@ -248,7 +250,10 @@ class Listener:
             _logger.error("refused: %s", problem)
             if (kept := self._forward_of(key)) is not None:
                 wanted[kept.config.target, kept.config.name] = kept.config
-        wanted = {key: config for key, config in wanted.items() if not self._is_expired(config)}
+        over = {key: config for key, config in wanted.items() if self._is_expired(config)}
+        self._over = {config.key: _over_by_our_clock() for config in over.values()}
+        for key in over:
+            del wanted[key]
         for name in self._forwards.keys() - wanted.keys():
             self._end(name, "removed")
         if self._stopping.is_set():
@@ -309,7 +314,13 @@ class Listener:
         for name, forward in list(self._forwards.items()):
             if forward.expiry.is_over():
                 self._expired.add((*name, forward.config.expire))
+                self._over[forward.config.key] = _over_by_our_clock()
                 self._end(name, "expired")
+
+
+def _over_by_our_clock() -> str:
+    now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    return f"its time is over by this qube's clock, which says {now} UTC; see whether that is right"
 
 
 async def _obey_signals(listener: Listener, *, task_status: "trio.TaskStatus[None]") -> None:

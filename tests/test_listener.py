@@ -220,9 +220,16 @@ async def test_an_expired_forward_is_closed_and_stays_so_when_the_clock_is_set_b
             offset[0] = 1001
             assert await is_reset(near)
             assert not can_connect(port)
+            (problem,) = listener.report().problems
+            assert problem.key == "fwd.work.web"
+            assert problem.text.startswith("its time is over by this qube's clock, which says ")
             offset[0] = 0
             listener.reload()
             assert not can_connect(port)
+            assert [problem.key for problem in listener.report().problems] == ["fwd.work.web"]
+            (config / "fwd.work.web").unlink()
+            listener.reload()
+            assert listener.report().problems == ()
 
 
 async def test_stopping_closes_the_ports_and_lets_connections_finish(
