@@ -252,8 +252,8 @@ class Listener:
                 wanted[kept.config.target, kept.config.name] = kept.config
         over = {key: config for key, config in wanted.items() if self._is_expired(config)}
         self._over = {config.key: _over_by_our_clock() for config in over.values()}
-        for key in over:
-            del wanted[key]
+        for name in over:
+            del wanted[name]
         for name in self._forwards.keys() - wanted.keys():
             self._end(name, "removed")
         if self._stopping.is_set():
