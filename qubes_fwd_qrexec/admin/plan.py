@@ -40,6 +40,7 @@ from .inventory import (
     Qube,
 )
 from .states import Cause, Forward, Plan, State
+from .twins import with_twins
 
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
 CALL_PORTS_MAX = 256
@@ -87,7 +88,7 @@ def plan(
                 judged[key] = forward._replace(
                     state=State.REFUSED, cause=Cause.CONFLICT, reason=problem, config=None
                 )
-    return Plan(tuple(judged.values()), tuple(sorted(broken)))
+    return Plan(tuple(with_twins(judged.values())), tuple(sorted(broken)))
 
 
 def _turn(

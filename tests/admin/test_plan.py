@@ -245,3 +245,19 @@ def test_what_may_be_a_tunnel_is_hinted_at_until_somebody_has_said() -> None:
     assert hints("via=sys-wg", **{"forward.tunnel": "1"}) == ()
     assert hints(**{"forward.tunnel": ""}) == ()
     assert only(rule()).hints == ()
+
+
+def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() -> None:
+    one = rule("srchosts=192.168.0.0/16", name="four")
+    other = rule("srchosts=fd00::/8", target="personal", name="six")
+    planned = plan([one, other], world(), NOW)
+    notes = {forward.source.name: forward.notes for forward in planned}
+    assert [note for note in notes["four"] if "elsewhere" in note] == [
+        "the same port of sys-net leads elsewhere by IPv6: personal six"
+    ]
+    assert [note for note in notes["six"] if "elsewhere" in note] == [
+        "the same port of sys-net leads elsewhere by IPv4: work four"
+    ]
+    same = rule("srchosts=fd00::/8", name="six")
+    for forward in plan([one, same], world(), NOW):
+        assert not [note for note in forward.notes if "elsewhere" in note]
