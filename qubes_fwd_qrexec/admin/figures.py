@@ -66,6 +66,9 @@ class FigureSource(Protocol):
     def figures(self, forward: Forward) -> Figures | Unknown:
         """The figures of one live forward."""
 
+    def answer(self, qube: QubeName) -> QubeReport | None:
+        """All that a qube says of itself, if it says anything."""
+
 
 def ask(backend: Backend, qube: QubeName, argument: str = "", timeout_s: float | None = None) -> QubeReport:
     """What a qube says of itself. Raises `AnswerError`, also for what cannot be read."""
@@ -133,6 +136,10 @@ class QubeFigures:
         """Only where the target was asked anyway."""
         answer = self._answers.get(forward.source.target)
         return answer.bugs if isinstance(answer, QubeReport) else 0
+
+    def answer(self, qube: QubeName) -> QubeReport | None:
+        found = self._ask(qube)
+        return None if isinstance(found, AnswerError) else found
 
     def _ask(self, qube: QubeName) -> QubeReport | AnswerError:
         if qube not in self._answers:

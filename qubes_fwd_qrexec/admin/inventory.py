@@ -27,6 +27,8 @@ VPN_PREFIXES = (
     "service.wireguard",
     "service.wg-quick",
 )
+# The Qubes service that starts the listener.
+LISTENER_FEATURE = "service.qubes-forward-listener"
 QREXEC_FEATURE = "qrexec"
 OS_FEATURE = "os"
 _MATTER = frozenset(
@@ -35,6 +37,7 @@ _MATTER = frozenset(
         "whonix-ws",
         QREXEC_FEATURE,
         OS_FEATURE,
+        LISTENER_FEATURE,
         *(f"{OFFER_PREFIX}{service}" for service in Service),
     }
 )

@@ -9,15 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.values import QubeName
+
 from .apply import Step, differences
 from .backend import PolicyVerdict
 from .figures import Figures, FigureSource, QubeFigures, Unknown
 from .judged import judged
+from .leftovers import WAY_OUT, Drain, drains, leftovers, listening
 from .render import escaped, exposed_at
 from .session import Session
 from .showing import selected
 from .states import HELD, Cause, Forward, Plan, State
-from .tables import Table
+from .tables import Colour, Table
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
@@ -37,6 +40,9 @@ class _Seen(NamedTuple):
     found: list[tuple[Forward, PolicyVerdict, Figures | Unknown]]
     planned: Plan
     due: list[Step]
+    drains: list[Drain]
+    silent: list[QubeName]
+    """Qubes with a listener that do not answer: what drains there is not known."""
 
     @property
     def is_well(self) -> bool:
@@ -60,7 +66,13 @@ class _Seen(NamedTuple):
             }
             for forward, verdict, figures in self.found
         ]
-        return {"forwards": entries, "due": [step.as_json() for step in self.due]}
+        return {
+            "leftovers": [leftover.as_json() for leftover in leftovers(self.due)],
+            "draining": [drain.as_json() for drain in self.drains],
+            "silent": self.silent,
+            "forwards": entries,
+            "due": [step.as_json() for step in self.due],
+        }
 
 
 def status(args: Namespace, session: Session, source: FigureSource | None = None) -> int:
@@ -104,17 +116,29 @@ def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
     found = [(forward, verdicts[forward.source[:2]], _ask(source, forward)) for forward in planned.live]
     # Of the whole system, whatever part of it is shown.
     due = differences(snapshot.plan(session.now), snapshot.inventory, snapshot.installed, session.now)
-    return _Seen(found, planned, list(due))
+    asked = {qube: source.answer(qube) for qube in listening(planned, snapshot.inventory, args.qube)}
+    draining = [drain for qube, answer in asked.items() if answer for drain in drains(qube, answer)]
+    # Of others the figures are said to be unknown.
+    shown = {forward.exposed for forward, _, _ in found}
+    silent = [qube for qube, answer in asked.items() if answer is None and qube not in shown]
+    return _Seen(found, planned, list(due), draining, silent)
 
 
 def _show(session: Session, seen: _Seen) -> None:
+    over = list(leftovers(seen.due))
+    for leftover in over:
+        words = f"No rule asks for it: {leftover.words()}; '{WAY_OUT}' ends that."
+        session.say(f"{session.style.colour(Colour.RED, escaped(words))}\n")
+    for drain in seen.drains:
+        session.say(f"{session.style.colour(Colour.YELLOW, drain.words())}.\n")
     if seen.found:
         states = [_state(forward, figures) for forward, _, figures in seen.found]
         table = Table(_TITLES, [_row(*entry) for entry in seen.found], states)
         session.say(table.text(session.style) or table.blocks(session.style))
     else:
-        session.say(f"Nothing is open.{f' {HELD}.' if seen.planned.is_held else ''}\n")
-    session.say("".join(f"{remark}\n" for remark in _remarks(seen.found, seen.planned, len(seen.due))))
+        nothing = "No forward is open" if over or seen.drains or seen.silent else "Nothing is open"
+        session.say(f"{nothing}.{f' {HELD}.' if seen.planned.is_held else ''}\n")
+    session.say("".join(f"{remark}\n" for remark in _remarks(seen)))
 
 
 def _ask(source: FigureSource, forward: Forward) -> Figures | Unknown:
@@ -173,9 +197,8 @@ def size(count: int) -> str:
     return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
 
 
-def _remarks(
-    found: Iterable[tuple[Forward, PolicyVerdict, Figures | Unknown]], planned: Plan, due: int
-) -> Iterable[str]:
+def _remarks(seen: _Seen) -> Iterable[str]:
+    found, planned, silent, due = seen.found, seen.planned, seen.silent, len(seen.due)
     reasons: dict[str, None] = {}
     bugs: dict[tuple[str, str], int] = {}
     doubts: dict[str, None] = {}
@@ -213,6 +236,8 @@ def _remarks(
     counts = ", ".join(f"{closed[state]} {state}" for state in State if closed[state])
     if counts:
         yield f"Not open: {counts}; 'qvm-forward list' says why."
+    if silent:
+        yield f"Whether anything drains is not known of {', '.join(silent)}, which does not answer."
     if due:
         yield f"Not in force yet: {due} change{'' if due == 1 else 's'}; 'qvm-forward apply' makes them."
 

@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.admin.status import WATCH_S, _watch, size, status
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.report import ForwardReport, Way
+from qubes_fwd_qrexec.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
 from qubes_fwd_qrexec.rules import Transport
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
@@ -80,6 +80,52 @@ def test_what_is_not_in_force_yet_is_counted_and_fails(forward: Command) -> None
     assert [step["step"] for step in data.json["due"]] == ["open-policy", "set-config"]
 
 
+def test_what_is_in_force_and_not_asked_for_is_said_first_with_what_ends_it(
+    forward: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD)
+    forward("disable", "work", "web", "--no-apply")
+    result = forward("status")
+    assert result.status == 1
+    first, second, *_ = result.out.splitlines()
+    assert first.startswith(
+        "No rule asks for it: dom0's policy allows 'qubes.ForwardTCP +8080+tunnel sys-net"
+    )
+    assert second == (
+        "No rule asks for it: sys-net is told to listen for work web; 'qvm-forward apply' ends that."
+    )
+    assert "Nothing is open" not in result.out
+    assert [entry["qube"] for entry in forward("status", "--json").json["leftovers"]] == [None, "sys-net"]
+    assert first.join(("\x1b[31m", "\x1b[0m")) in forward("status", style=Style(has_colour=True)).out
+    forward("apply")
+    assert forward("status").out.startswith("Nothing is open.\n")
+    # A rule whose qube is gone: nothing is left that would name it.
+    lab.set_feature("sys-net", "vm-config.fwd.gone.web", "version=1")
+    assert "sys-net is told to listen for gone web" in forward("status").out
+
+
+def test_what_drains_is_shown_and_who_does_not_say_is_named(forward: Command, store: Backend) -> None:
+    forward(*ADD)
+    forward("disable", "work", "web")
+    store.set_feature(QubeName("sys-net"), "service.qubes-forward-listener", "1")
+    drain = DrainingReport(target=QubeName("work"), name=RuleName("web"), connections=2, left_s=3000)
+    last = replace(drain, connections=1, left_s=59)
+    listener = ListenerReport(since=1, forwards=(), draining=(drain,))
+    report = QubeReport(program="1", listener=listener, left_behind=(last,))
+    shown = _with(store, Unknown("x"), report=report)[1]
+    assert shown.splitlines()[:3] == [
+        "work web is closed and draining: 2 connections at sys-net, cut in 50 min at the latest.",
+        "work web is closed and draining: 1 connection at sys-net, cut in 59 s at the latest.",
+        "No forward is open.",
+    ]
+    data = json.loads(_with(store, Unknown("x"), report=report, is_json=True)[1])
+    assert [entry["connections"] for entry in data["draining"]] == [2, 1]
+    shown = _with(store, Unknown("x"), report=None)[1]
+    assert "No forward is open.\n" in shown
+    assert "Whether anything drains is not known of sys-net, which does not answer.\n" in shown
+    assert _with(store, Unknown("x"))[1].startswith("Nothing is open.\n")
+
+
 def test_another_policy_file_that_denies_or_cannot_be_read_is_named(
     forward: Command, lab: LabDirectory
 ) -> None:
@@ -117,21 +163,31 @@ def test_a_halted_listener_is_not_asked(forward: Command, lab: LabDirectory) -> 
     ]
 
 
+NOTHING = QubeReport(program="1", listener=ListenerReport(since=1, forwards=()))
+
+
 class Asked:
     """A source that knows one forward, and refuses to be asked about others."""
 
-    def __init__(self, answer: Figures | Unknown) -> None:
+    def __init__(self, answer: Figures | Unknown, report: QubeReport | None) -> None:
         self._answer = answer
+        self._report = report
 
     def figures(self, forward: Forward) -> Figures | Unknown:
         assert str(forward.source) == "work web"
         return self._answer
 
+    def answer(self, qube: QubeName) -> QubeReport | None:
+        assert qube == "sys-net"
+        return self._report
 
-def _with(store: Backend, answer: Figures | Unknown, *, is_json: bool = False) -> tuple[int, str]:
+
+def _with(
+    store: Backend, answer: Figures | Unknown, *, is_json: bool = False, report: QubeReport | None = NOTHING
+) -> tuple[int, str]:
     out = io.StringIO()
     session = Session(store, NOW, {}, io.StringIO(), out, io.StringIO(), Style(), is_json)
-    return status(Namespace(qube=[], watch=False), session, Asked(answer)), out.getvalue()
+    return status(Namespace(qube=[], watch=False), session, Asked(answer, report)), out.getvalue()
 
 
 REPORT = ForwardReport(
@@ -264,7 +320,11 @@ def test_a_watch_looks_again_until_the_end_is_asked_for(forward: Command, store:
         assert waits == [WATCH_S, WATCH_S]
         if is_json:
             first, second = map(json.loads, out.getvalue().splitlines())
-            assert first.keys() == second.keys() == {"forwards", "due", "time"}
+            assert (
+                first.keys()
+                == second.keys()
+                == {"leftovers", "draining", "silent", "forwards", "due", "time"}
+            )
         else:
             assert out.getvalue().count("QUBE ") == 2
             assert out.getvalue().count("\x1b[H\x1b[J") == (2 if style.width else 0)

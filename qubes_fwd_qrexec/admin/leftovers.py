@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is in force although no live rule asks for it, and what drains: the first thing to see of a system."""
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from qubes_fwd_qrexec.config import parse_key
+from qubes_fwd_qrexec.errors import ConfigError
+from qubes_fwd_qrexec.report import DrainingReport, QubeReport
+from qubes_fwd_qrexec.values import QubeName
+
+from .apply import Kind, Step
+from .inventory import CONFIG_PREFIX, LISTENER_FEATURE, Inventory
+from .states import Plan
+
+# What ends each of them.
+WAY_OUT = "qvm-forward apply"
+
+
+class Leftover(NamedTuple):
+    """A line of dom0's policy (``qube`` is then None), or what the listener of a qube is told."""
+
+    qube: QubeName | None
+    text: str
+
+    def words(self) -> str:
+        """For people."""
+        if self.qube is None:
+            return f"dom0's policy allows '{self.text}'"
+        return f"{self.qube} is told to listen for {self.text}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"qube": self.qube, "what": self.text, "way_out": WAY_OUT}
+
+
+def leftovers(due: Iterable[Step]) -> Iterator[Leftover]:
+    """Out of what `differences` found: what is open and is to be closed."""
+    for step in due:
+        if step.kind is Kind.CLOSE_POLICY:
+            for line in step.lines_gone:
+                yield Leftover(None, " ".join(line.split()))
+        elif step.kind is Kind.REMOVE_CONFIG:
+            yield Leftover(step.qube, _forward(step.key.removeprefix(CONFIG_PREFIX)))
+
+
+def _forward(key: str) -> str:
+    try:
+        return " ".join(parse_key(key))
+    except ConfigError:
+        return key
+
+
+class Drain(NamedTuple):
+    """Connections of a forward that is closed, which may finish."""
+
+    exposed: QubeName
+    report: DrainingReport
+
+    def words(self) -> str:
+        """For people."""
+        report = self.report
+        count = "1 connection" if report.connections == 1 else f"{report.connections} connections"
+        left = f"{report.left_s // 60} min" if report.left_s >= 60 else f"{report.left_s} s"
+        return (
+            f"{report.target} {report.name} is closed and draining: {count} at {self.exposed}, "
+            f"cut in {left} at the latest"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {"exposed": self.exposed, **self.report.as_json()}
+
+
+def drains(exposed: QubeName, answer: QubeReport) -> Iterator[Drain]:
+    """What drains at a qube, by its own word."""
+    told = () if answer.listener is None else answer.listener.draining
+    for report in (*told, *answer.left_behind):
+        if report.connections:
+            yield Drain(exposed, report)
+
+
+def listening(planned: Plan, inventory: Inventory, qubes: Collection[str] = ()) -> list[QubeName]:
+    """Every running qube that listens, or did and may drain; of some ``qubes``, those that serve them."""
+    exposed = {forward.exposed for forward in planned}
+    return sorted(
+        qube.name
+        for qube in inventory.qubes.values()
+        if qube.is_running
+        and (qube.told or qube.features.get(LISTENER_FEATURE))
+        and (not qubes or qube.name in qubes or qube.name in exposed)
+    )
