@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Noticing a peer that is gone without a word: its machine is off, or the network between is.
 
-Whoever waits for bytes from it would wait for ever, so it is asked; whoever has sent something would find
-out by the kernel's own retries, after 15 minutes to half an hour.
+Whoever waits for bytes from it would wait for ever, so it is asked. Whoever has something for it finds out by
+the kernel's own retries. A peer that lives and only takes nothing for now stays, however long, as it would
+over a direct connection: its kernel answers when it is asked for room (RFC 9293, 3.8.6.1).
+
+So there is no TCP_USER_TIMEOUT: Linux counts with it from the first question for room, answered or not
+(net/ipv4/tcp_timer.c, tcp_probe_timer), and would end the one that lives. Without it, what is not answered
+is what counts, in each of the three states that a connection can be in:
+
+nothing is to be sent: after IDLE_S a question, then one in each INTERVAL_S, and COUNT of them at most;
+something was sent and not acknowledged: net.ipv4.tcp_retries2, which is 15 min at least, and up to 30;
+there is no room at the peer: as many questions as tcp_retries2 says, at most 2 min apart, so up to 30 min.
 """
 
 import socket
@@ -13,12 +22,6 @@ import socket
 IDLE_S = 300
 INTERVAL_S = 60
 COUNT = 10
-# tcp(7), TCP_USER_TIMEOUT: what was sent may wait for so long to be acknowledged, and so may what the peer
-# does not take. With it the count of unanswered questions has no meaning of its own (Linux,
-# net/ipv4/tcp_timer.c), so it is when the last of them would be over. It is about what the kernel's own
-# retries take (net.ipv4.tcp_retries2: 924 s at least), and fifteen times what web servers allow a client
-# that takes nothing.
-USER_TIMEOUT_MS = (IDLE_S + INTERVAL_S * COUNT) * 1000
 
 
 def notice_dead_peers(sock: socket.socket) -> None:
@@ -27,4 +30,3 @@ def notice_dead_peers(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, COUNT)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
