@@ -103,8 +103,9 @@ NO_LIMITS = Limits()
 class ForwardRule:
     """One forward, complete and consistent; construction raises `RuleError` where options contradict.
 
-    ``expire`` is in UNIX seconds, ``path`` the netvm chain (target's netvm first) that the user agreed
-    to, ``owner`` the target for which the rule was made: a clone carries another's name there.
+    ``expire`` is in UNIX seconds; that it was reached stays known as ``has_ended``, wherever a clock is set
+    to. ``path`` is the netvm chain (target's netvm first) that the user agreed to, ``owner`` the target for
+    which the rule was made: a clone carries another's name there.
     """
 
     listen_ports: ListenPorts
@@ -126,6 +127,7 @@ class ForwardRule:
     bypass_tunnel: bool = False
     limits: Limits = NO_LIMITS
     expire: int | None = None
+    has_ended: bool = False
     comment: str = ""
 
     def __post_init__(self) -> None:
@@ -281,6 +283,7 @@ _FORMS = {
     "bypass-tunnel": Form("bypass_tunnel", values.parse_yes_no, yes_no),
     "limits": Form("limits", Limits.parse),
     "expire": Form("expire", values.parse_time),
+    "ended": Form("has_ended", values.parse_yes_no, yes_no),
     "comment": Form("comment", values.parse_printable),
 }
 _CANONICAL = tuple(_FORMS)

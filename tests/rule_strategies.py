@@ -51,6 +51,7 @@ def rules(draw: st.DrawFn) -> ForwardRule:
                 "autostart": st.booleans(),
                 "on_expire": st.sampled_from(OnExpire),
                 "enabled": st.booleans(),
+                "has_ended": st.booleans(),
                 "owner": qube_names,
                 "path": st.lists(qube_names, max_size=4).map(tuple),
                 "follow_netvm": st.booleans(),

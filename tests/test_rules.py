@@ -21,7 +21,7 @@ FULL = (
     "action=forward mode=qrexec forwardtype=internal via=sys-vpn proto=tcp srcports=80-81 dstports=8080-8081 "
     "srchosts=10.0.0.0/8,192.168.0.0/16 listen=10.0.0.1 transport=tunnel proxy=v2 autostart=yes "
     "on-expire=drain enabled=no owner=work path=sys-firewall,sys-net follow-netvm=yes bypass-tunnel=yes "
-    "limits=connections:10,per-source:2,rate:5 expire=1893456000 comment=demo for the office"
+    "limits=connections:10,per-source:2,rate:5 expire=1893456000 ended=yes comment=demo for the office"
 )
 relaxed = settings(deadline=None, max_examples=100)
 

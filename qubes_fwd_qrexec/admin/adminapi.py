@@ -13,8 +13,8 @@ from qubes_fwd_qrexec.errors import StoreError, TextError
 from qubes_fwd_qrexec.values import QubeName, parse_address, parse_qube_name
 
 from .answers import NotRunningError
-from .backend import check_feature_name
-from .inventory import ADMIN, Qube, feature_matters, is_told
+from .backend import BadNameError, check_feature_name
+from .inventory import ADMIN, CONFIG_PREFIX, RULE_PREFIX, TUNNEL_FEATURE, Qube, feature_matters, is_told
 
 # qubes-core-admin qubes/vm/mix/net.py: these have a netvm, be it none; an answer without one is no answer.
 _NETWORKED = frozenset({"AppVM", "DispVM", "StandaloneVM", "TemplateVM"})
@@ -22,6 +22,8 @@ _NETWORKED = frozenset({"AppVM", "DispVM", "StandaloneVM", "TemplateVM"})
 _TEMPLATED = frozenset({"AppVM", "DispVM"})
 # qubes/vm/qubesvm.py, get_power_state(): nothing of these runs any more.
 _NOT_RUNNING = frozenset({"Halted", "NA", "Crashed", "Dying"})
+# In the place of an answer that did not come; it is no rule, no list and no configuration.
+_UNREAD = "unreadable"
 _YES_NO = {"True": True, "False": False}
 
 
@@ -88,7 +90,7 @@ class AdminApi:
         return parse_list(_text(self._call("dom0", "admin.vm.List")))
 
     def qube(self, listed: Listed, *, with_config: bool = True) -> Qube | None:
-        """Everything about one qube; None if it has vanished.
+        """Everything about one qube; None if it has vanished. What cannot be read is its ``problem``.
 
         Nothing more is asked about dom0, which is no end of any forward; policy would have to allow that too.
         """
@@ -98,32 +100,50 @@ class AdminApi:
             return self._read(listed, with_config)
         except Vanished:
             return None
-        except UnansweredError:
-            # A qrexec call to a qube that is gone is refused like any that policy forbids.
-            if listed.name in {other.name for other in self.qubes()}:
-                raise
-            return None
 
     def _read(self, listed: Listed, with_config: bool) -> Qube:
-        """Raises `Vanished`."""
+        """Raises `Vanished`, and `StoreError` where more is wrong than one qube."""
         name = listed.name
-        properties = parse_properties(name, _text(self._call(name, "admin.vm.property.GetAll")))
-        tags = frozenset(_lines(_text(self._call(name, "admin.vm.tag.List"))))
-        keys = _lines(_text(self._call(name, "admin.vm.feature.List")))
+        problems: list[str] = []
+        answer = self._tried(name, "admin.vm.property.GetAll", problems)
+        tags = frozenset(_lines(self._tried(name, "admin.vm.tag.List", problems)))
+        keys = _lines(self._tried(name, "admin.vm.feature.List", problems))
         features = {}
         for key in sorted(key for key in keys if feature_matters(key, with_config)):
-            value = self._feature(name, key)
-            if value is not None:
-                features[key] = value
-        return to_qube(listed, properties, tags, features)._replace(told=frozenset(filter(is_told, keys)))
-
-    def _feature(self, qube: QubeName, key: str) -> str | None:
-        """A feature's value; None if it has been removed since it was listed. Raises `Vanished`."""
-        check_feature_name(qube, key)
+            # What is no rule and tells no listener may be a mark, without which nothing is known.
+            is_single = key.startswith((RULE_PREFIX, CONFIG_PREFIX)) and key != TUNNEL_FEATURE
+            try:
+                check_feature_name(name, key)
+                features[key] = self._tried(name, "admin.vm.feature.Get", [] if is_single else problems, key)
+            except BadNameError as error:
+                problems.append(str(error))
+            except KeyError:
+                # It was removed since it was listed.
+                continue
         try:
-            return _text(self._call(qube, "admin.vm.feature.Get", key))
-        except KeyError:
-            return None
+            qube = to_qube(listed, {} if problems else parse_properties(name, answer), tags, features)
+        except StoreError as error:
+            problems.append(str(error))
+            qube = Qube(name, listed.klass, features, is_running=listed.is_running, tags=tags)
+        problem = problems[0] if problems else None
+        return qube._replace(told=frozenset(filter(is_told, keys)), problem=problem)
+
+    def _tried(self, qube: QubeName, method: str, problems: list[str], arg: str | None = None) -> str:
+        """The answer of a call, or a text that fits nothing. Raises `Vanished`, `KeyError` and `StoreError`.
+
+        Only in dom0 can it be this one call that fails. Elsewhere policy may forbid all of its kind, and what
+        cannot be read may be most of the system.
+        """
+        try:
+            return _text(self._call(qube, method, arg))
+        except UnansweredError as error:
+            # A call to a qube that is gone is refused like any that policy forbids.
+            if qube not in {other.name for other in self.qubes()}:
+                raise Vanished from error
+            if not self.is_local:
+                raise
+            problems.append(str(error))
+            return _UNREAD
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         try:
@@ -188,7 +208,9 @@ class AdminApi:
                 "qubesd has to run: 'systemctl status qubesd'"
             ) from error
         # The last two are no QubesException: qubesadmin/exc.py.
-        except (exc.QubesException, exc.ProtocolError, exc.PermissionDenied, OSError) as error:
+        except (exc.QubesException, exc.ProtocolError, exc.PermissionDenied) as error:
+            raise UnansweredError(f"{what}: {_plain(error)}") from error
+        except OSError as error:
             raise StoreError(f"{what}: {_plain(error)}") from error
 
     def _way_out(self, dest: str, method: str) -> str:

@@ -12,6 +12,7 @@ it since, nothing is written over that: they may have closed what we would open.
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -23,9 +24,9 @@ from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_printable
 
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile
-from .inventory import CONFIG_PREFIX, Inventory
+from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
-from .states import Forward, Plan
+from .states import Cause, Forward, Plan
 
 
 class Kind(StrEnum):
@@ -33,6 +34,7 @@ class Kind(StrEnum):
     REVOKE = "revoke"
     REMOVE_CONFIG = "remove-config"
     SET_CONFIG = "set-config"
+    END_RULE = "end-rule"
     OPEN_POLICY = "open-policy"
 
 
@@ -75,6 +77,8 @@ class Step(NamedTuple):
             return gone + new or ["policy: write the file, which allows the same as before"]
         if self.allowance is not None:
             return list(_endings(self.qube, self.allowance, self.lines_gone))
+        if self.kind is Kind.END_RULE:
+            return [f"{self.qube} {self.key.removeprefix(RULE_PREFIX)}: its time is over, and it stays ended"]
         if self.kind is Kind.REMOVE_CONFIG:
             return [f"{self.qube}: stop listening for {self.key.removeprefix(CONFIG_PREFIX)}"]
         verb = "listen" if self.was is None else "change how it listens"
@@ -86,7 +90,7 @@ class Step(NamedTuple):
         if self.allowance is not None:
             return {"step": self.kind, "qube": self.qube, "allowance": str(self.allowance)}
         step: dict[str, Any] = {"step": self.kind, "qube": self.qube, "feature": self.key, "was": self.was}
-        if self.kind is Kind.SET_CONFIG:
+        if self.kind in (Kind.SET_CONFIG, Kind.END_RULE):
             step["value"] = self.value
         return step
 
@@ -235,7 +239,17 @@ def differences(
             step = Step(Kind.SET_CONFIG, value, qube, key, was, lines_new=opens, lines=needed)
             # What needs no new line may narrow what is open: it belongs to closing.
             (opening if opens else closing).append(step)
-    return (*closing, *opening)
+    return (*closing, *_endings_of_rules(plan), *opening)
+
+
+def _endings_of_rules(plan: Plan) -> Iterator[Step]:
+    """A rule whose time is over is stored so: no clock that is set back opens it again."""
+    for forward in plan:
+        named = forward.source
+        if forward.cause is Cause.EXPIRED and not named.rule.has_ended:
+            line = str(replace(named.rule, has_ended=True))
+            key = f"{RULE_PREFIX}{named.name}"
+            yield Step(Kind.END_RULE, line, named.target, key, str(named.rule))
 
 
 def _revocations(

@@ -27,10 +27,14 @@ _FEATURE_NAME = re.compile(r"[a-zA-Z0-9_.-]+\Z", re.ASCII)
 _CONFIG_NAME = re.compile(rf"[a-zA-Z].{{0,{KEY_MAX - 1}}}\Z", re.ASCII)
 
 
+class BadNameError(StoreError):
+    """What stands as a feature's name is none."""
+
+
 def check_feature_name(qube: QubeName, key: str) -> None:
-    """Raises `StoreError` for what no call may name as a feature."""
+    """Raises `BadNameError` for what no call may name as a feature."""
     if not _FEATURE_NAME.match(key):
-        raise StoreError(f"{qube}: {key!a} is no feature's name, which has only [a-zA-Z0-9_.-]")
+        raise BadNameError(f"{qube}: {key!a} is no feature's name, which has only [a-zA-Z0-9_.-]")
 
 
 def check_feature(qube: QubeName, key: str, value: str) -> None:

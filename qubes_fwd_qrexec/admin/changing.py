@@ -158,6 +158,7 @@ def _with_options(rule: ForwardRule, texts: Iterable[str], now: float) -> Forwar
         if name == "expire" and value:
             expire = _parsed(f"option {name!a}", partial(parse_expire, now=now), value)
             value = "" if expire is None else str(expire)
+            options.pop("ended", None)
         if value:
             options[name] = value
         elif name in known:
@@ -181,7 +182,13 @@ def _replace_all(args: Namespace, session: Session, done: str, *, enabled: bool)
     with session.backend.locked():
         snapshot = session.look()
         olds = [_readable(snapshot, args.qube, name) for name in dict.fromkeys(args.name)]
-        changed = [old._replace(rule=replace(old.rule, enabled=enabled)) for old in olds]
+        # Whoever says enable gives an ended rule what is left of its time.
+        changed = [
+            old._replace(
+                rule=replace(old.rule, enabled=enabled, has_ended=old.rule.has_ended and not enabled)
+            )
+            for old in olds
+        ]
         carried_out = _change(args, session, snapshot, changed, done)
     return _finish(session, carried_out, done)
 

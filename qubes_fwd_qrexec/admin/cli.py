@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """qvm-forward, dom0's one command: from the command line to the functions that do it.
 
-Exit status: 0 done, 1 it could not be done, 2 the command line was wrong.
+Exit status: 0 done, 1 it could not be done, 2 the command line was wrong, 3 a fault of the program.
 """
 
 import importlib
@@ -17,8 +17,12 @@ from qubes_fwd_qrexec.errors import ForwardError
 
 from . import parser
 from .locate import open_backend
+from .render import escaped
 from .session import Session, UsageError
 from .tables import Style
+
+_FAULT = 3
+_TRACE = "QVM_FORWARD_TRACE"
 
 # Each command is imported when it is asked for: half of the time until it starts would go into the others.
 _COMMANDS = {
@@ -75,13 +79,19 @@ def run(
     args = parser.parse(arguments, argv)
     try:
         backend = open_backend(args.lab, environ)
-        session = Session(backend, now, environ, stdin, out, err, style, args.json)
+        session = Session(backend, now, environ, stdin, out, err, style, args.json, set())
         return _command(args.command)(args, session)
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
         return 2
     except ForwardError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        err.write(f"qvm-forward {args.command}: {place}{error.strerror or error}\n")
         return 1
 
 
@@ -160,7 +170,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # noqa: BLE001  # the last one who could give it a sentence
+        return _fault(error, stderr)
     return status
+
+
+def _fault(error: Exception, stderr: TextIO) -> int:
+    """One sentence for a mistake of ours, and the trace for whoever asks for it."""
+    if os.environ.get(_TRACE):
+        import traceback
+
+        stderr.write("".join(traceback.format_exception(error)))
+    words = " ".join(str(error).split())
+    text = f"{type(error).__name__}{f': {words}' if words else ''}"
+    stderr.write(
+        f"qvm-forward: this is a fault of qvm-forward itself ({escaped(text)}); what was done before it "
+        f"stands. {_TRACE}=1 shows where it is\n"
+    )
+    return _FAULT
 
 
 def _drop(stdout: TextIO) -> None:

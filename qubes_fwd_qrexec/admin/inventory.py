@@ -69,7 +69,7 @@ class Qube(NamedTuple):
     """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False.
 
     ``told`` are the names of the features that tell its listener of forwards, also where their values were
-    not asked for.
+    not asked for. ``problem`` says why something that matters could not be read: nothing is known then.
     """
 
     name: QubeName
@@ -84,6 +84,7 @@ class Qube(NamedTuple):
     template_for_dispvms: bool = False
     tags: frozenset[str] = frozenset()
     told: frozenset[str] = frozenset()
+    problem: str | None = None
 
 
 class Chain(NamedTuple):
@@ -110,6 +111,18 @@ class Inventory(NamedTuple):
 
     def get(self, name: str) -> Qube | None:
         return self.qubes.get(QubeName(name))
+
+    def unread(self, *names: str | None) -> str | None:
+        """Why something of one of these qubes, or of its templates, could not be read; None if all could."""
+        for name in names:
+            qube = self.qubes.get(QubeName(name or ""))
+            for _ in range(CHAIN_MAX):
+                if qube is None or qube.problem is not None:
+                    break
+                qube = None if qube.template is None else self.qubes.get(qube.template)
+            if qube is not None and qube.problem is not None:
+                return qube.problem
+        return None
 
     def chain(self, name: QubeName) -> Chain:
         """Walk from a qube along its netvms to the outermost one."""

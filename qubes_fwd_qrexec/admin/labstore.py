@@ -33,8 +33,14 @@ class LabStore:
 
     def inventory(self, *, with_config: bool = True) -> Inventory:
         found = {}
-        for name, qube in self._lab.qubes().items():
-            features = self._lab.features(name)
+        for name in self._lab.qube_names():
+            features = self._features(name)
+            try:
+                qube = self._lab.qube(name)
+            except StoreError as error:
+                told = frozenset(filter(is_told, features))
+                found[name] = Qube(name, "AppVM", features, told=told, problem=str(error))
+                continue
             found[name] = Qube(
                 name=name,
                 klass=qube.klass,
@@ -50,6 +56,17 @@ class LabStore:
                 told=frozenset(filter(is_told, features)),
             )
         return Inventory(found)
+
+    def _features(self, name: str) -> dict[str, str]:
+        """What is not UTF-8 stays visible and fits nothing that is parsed."""
+        try:
+            return self._lab.features(name)
+        except StoreError:
+            with _told():
+                return {
+                    path.name: path.read_text(encoding="utf-8", errors="backslashreplace")
+                    for path in self._lab.qube_dir(name).features.iterdir()
+                }
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         check_feature(qube, key, value)

@@ -119,6 +119,9 @@ def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abili
     )
     try:
         _check_wanted(named, now)
+        problem = inventory.unread(named.target, listener, *chain.qubes)
+        if problem is not None:
+            raise _refused(Cause.UNREADABLE_QUBE, f"Nothing opens where something is unknown: {problem}.")
         target = _target(named, inventory)
         _check_owner(named, target)
         if chain.problem is not None:
@@ -144,7 +147,7 @@ def _check_wanted(named: NamedRule, now: float) -> None:
         raise _Verdict(
             State.DISABLED, Cause.DISABLED, f"It was disabled; 'qvm-forward enable {where}' opens it again."
         )
-    if named.rule.expire is not None and named.rule.expire <= now:
+    if named.rule.has_ended or (named.rule.expire is not None and named.rule.expire <= now):
         raise _Verdict(
             State.EXPIRED,
             Cause.EXPIRED,

@@ -6,6 +6,7 @@ a `CalledProcessError` whatever the cause, and the cause is on standard error. S
 asking again, not by what an error says.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from subprocess import CalledProcessError
@@ -21,6 +22,10 @@ _PLACE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
 _REFUSED = 126
 # qrexec/tools/qubes_policy_admin.py: understood, and not done for a reason; 2 is an error within.
 _BAD_REQUEST = 1
+
+
+# In dom0 whoever calls opens it, qrexec/tools/qubes_policy_admin.py: whoever may not gets a traceback.
+_LOG = "/var/log/qubes/policy-admin.log"
 
 
 class Client(Protocol):
@@ -81,6 +86,13 @@ class PolicyApi:
         """Turn what the client raises into a `StoreError`."""
         from qrexec.policy.admin_client import PolicyAdminException
 
+        if self._here is None and os.path.exists(_LOG) and not os.access(_LOG, os.W_OK):
+            raise StoreError(
+                f"{_LOG}: it is not for you to write, and the policy API needs that; as root, "
+                f"'chgrp qubes {_LOG}; chmod g+w {_LOG}' mends it"
+            )
+        # Root may be the first to write the log; the group is to write it too.
+        umask = os.umask(0o002)
         try:
             yield
         except CalledProcessError as error:
@@ -94,6 +106,8 @@ class PolicyApi:
             raise StoreError(
                 f"{_PLACE}: {method}: {error}; qrexec-client or qrexec-client-vm is missing"
             ) from error
+        finally:
+            os.umask(umask)
 
     def _way_out(self, method: str, status: int) -> str:
         if status != _REFUSED or self._here is None:
@@ -114,6 +128,9 @@ def _said(stderr: bytes | None) -> str:
     """What a failed call wrote, on one line and without what a terminal could take for more than text."""
     if stderr is None:
         return " (the message before this one says more)"
-    words = " ".join(stderr.decode("ascii", "backslashreplace").split())
+    lines = stderr.decode("ascii", "backslashreplace").strip().splitlines()
+    # Of a traceback only what went wrong.
+    words = " ".join(lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines)
+    words = " ".join(words.split())
     said = "".join(c if " " <= c <= "~" else "?" for c in words)
     return f": {said}" if said else ""

@@ -89,6 +89,7 @@ class Session(NamedTuple):
     err: TextIO
     style: Style
     is_json: bool
+    warned: set[str] | None = None
 
     def say(self, text: str) -> None:
         self.out.write(text)
@@ -101,6 +102,13 @@ class Session(NamedTuple):
     def warn(self, text: str) -> None:
         self.err.write(f"qvm-forward: {text}\n")
 
+    def warn_once(self, text: str) -> None:
+        """The same only once in a run."""
+        if self.warned is None or text not in self.warned:
+            self.warn(text)
+        if self.warned is not None:
+            self.warned.add(text)
+
     def look(self, *, with_config: bool = False) -> Snapshot:
         """``with_config``: also what listeners have been told, which only a comparison needs."""
         # Policy first: so its token tells also of whoever closes it while the qubes are read.
@@ -110,6 +118,9 @@ class Session(NamedTuple):
         except StoreError as error:
             problem = str(error)
         inventory = self.backend.inventory(with_config=with_config)
+        for text in (problem, *(qube.problem for qube in inventory.qubes.values())):
+            if text is not None:
+                self.warn_once(escaped(text))
         return Snapshot(inventory, read_rules(inventory), installed, problem)
 
     def reconcile(self, *, is_held: bool | None = None, ends_all: bool = False) -> tuple[Plan, Outcome]:

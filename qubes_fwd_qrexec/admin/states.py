@@ -35,6 +35,7 @@ class Cause(StrEnum):
     EXPIRED = "expired"
     DISABLED = "disabled"
     NO_SUCH_QUBE = "no-such-qube"
+    UNREADABLE_QUBE = "unreadable-qube"
     UNFIT_QUBE = "unfit-qube"
     NO_NETVM = "no-netvm"
     NETVM_BROKEN = "netvm-broken"

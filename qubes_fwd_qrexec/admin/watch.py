@@ -218,7 +218,10 @@ def next_end(planned: Plan, now: float) -> float | None:
     ends = [
         f.source.rule.expire
         for f in planned
-        if f.source.rule.enabled and f.source.rule.expire is not None and f.source.rule.expire > now
+        if f.source.rule.enabled
+        and not f.source.rule.has_ended
+        and f.source.rule.expire is not None
+        and f.source.rule.expire > now
     ]
     return min(ends, default=None)
 

@@ -224,3 +224,30 @@ def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(cli, "run", interrupt)
     assert cli.main(["list"]) == 130
+
+
+def test_no_trace_reaches_a_user_but_the_one_who_asks(
+    lab: LabDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a\x1b[1m\nb")
+
+    monkeypatch.setattr(cli, "open_backend", fail)
+    assert cli.main(["list"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("qvm-forward: this is a fault of qvm-forward itself (KeyError: 'a\\x1b[1m\\nb'); ")
+    assert "Traceback" not in said
+    monkeypatch.setenv("QVM_FORWARD_TRACE", "1")
+    assert cli.main(["list"]) == 3
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
+
+
+def test_what_the_operating_system_refuses_has_its_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+    monkeypatch.setattr(cli, "open_backend", refuse)
+    assert cli.main(["list"]) == 1
+    assert capsys.readouterr().err == "qvm-forward list: /somewhere: Permission denied\n"

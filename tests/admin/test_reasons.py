@@ -283,6 +283,15 @@ CASES = [
         "networks in srchosts.",
     ),
 ]
+CASES.append(
+    (
+        "unreadable-qube",
+        rule(),
+        world(qube("sys-net", provides_network=True, problem="sys-net: no answer")),
+        State.REFUSED,
+        "Nothing opens where something is unknown: sys-net: no answer.",
+    )
+)
 
 
 @pytest.mark.parametrize(("cause", "named", "inventory", "state", "sentence"), CASES)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One qube that cannot be read: nothing opens in doubt for it, the rest is closed and shown, it is named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_admin import FakeQubes, empty_answer
+from fake_policy import FakePolicyClient
+from faulty import allowed
+from worlds import ADD, Command
+
+from qubes_fwd_qrexec.admin import policyapi
+from qubes_fwd_qrexec.admin.qubesstore import QubesStore
+from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.values import QubeName
+
+
+def fail(qubesd: FakeQubes, qube: str, method: str, arg: str | None = None) -> None:
+    """This call fails within qubesd from now on."""
+
+    def refuse(called: Any) -> None:
+        if (called.dest, called.method) == (qube, method) and arg in (None, called.arg):
+            raise empty_answer()
+
+    qubesd.fails = refuse
+
+
+@pytest.fixture
+def qubes(dom0: FakeQubes) -> FakeQubes:
+    return dom0
+
+
+@pytest.fixture
+def run(qubes: FakeQubes, over: Command) -> Command:
+    return lambda *argv: over(QubesStore(), *argv)
+
+
+@pytest.mark.parametrize("method", ["admin.vm.property.GetAll", "admin.vm.tag.List", "admin.vm.feature.List"])
+def test_another_qube_that_cannot_be_read_keeps_nothing_from_closing(
+    run: Command, qubes: FakeQubes, lab: LabDirectory, method: str
+) -> None:
+    run(*ADD)
+    fail(qubes, "vault", method)
+    result = run("remove", "work", "web")
+    assert (result.status, allowed(lab), lab.vm_config("sys-net")) == (0, frozenset(), {})
+    assert result.out == "Forward work web is removed and closed.\n"
+    assert result.err.count("at vault: ") == 1
+
+
+def test_its_own_forwards_are_closed_and_shown_as_refused(
+    run: Command, qubes: FakeQubes, lab: LabDirectory
+) -> None:
+    run(*ADD)
+    run("add", "vault", "81", "--from", "any", "--via", "sys-net")
+    fail(qubes, "vault", "admin.vm.property.GetAll")
+    assert run("apply").status == 1
+    assert len(allowed(lab)) == 1
+    shown = {
+        entry["qube"]: (entry["state"], entry["cause"]) for entry in run("list", "--json").json["forwards"]
+    }
+    assert shown == {"work": ("active", "open"), "vault": ("refused", "unreadable-qube")}
+    assert run("add", "vault", "82", "--from", "any", "--via", "sys-net").status == 1
+
+
+@pytest.mark.parametrize("unread", ["sys-net", "sys-firewall", "fedora-42"])
+def test_a_qube_on_the_way_or_a_template_is_needed_too(
+    run: Command, qubes: FakeQubes, lab: LabDirectory, unread: str
+) -> None:
+    run(*ADD)
+    unread = lab.qube("work").template or unread if unread == "fedora-42" else unread
+    fail(qubes, unread, "admin.vm.property.GetAll")
+    run("apply")
+    assert (allowed(lab), lab.vm_config("sys-net")) == (frozenset(), {})
+
+
+def test_a_rule_that_cannot_be_read_is_a_broken_one_and_no_more(
+    run: Command, qubes: FakeQubes, lab: LabDirectory
+) -> None:
+    run(*ADD)
+    run("add", "work", "81", "--from", "any", "--name", "odd")
+    fail(qubes, "work", "admin.vm.feature.Get", "forward.odd")
+    run("apply")
+    assert len(allowed(lab)) == 1
+    data = run("list", "--json").json
+    assert [entry["name"] for entry in data["broken"]] == ["odd"]
+    assert data["forwards"][0]["state"] == "active"
+
+
+def test_a_qubesd_that_is_gone_closes_nothing(run: Command, qubes: FakeQubes, lab: LabDirectory) -> None:
+    run(*ADD)
+
+    def refuse(called: Any) -> None:
+        if called.dest == "vault" or any(call.dest == "vault" for call in qubes.calls):
+            raise empty_answer()
+
+    qubes.fails = refuse
+    assert run("apply").status == 1
+    assert len(allowed(lab)) == 1
+
+
+def test_a_log_that_is_not_for_this_user_has_its_sentence(
+    policy_client: FakePolicyClient, qubes: FakeQubes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "policy-admin.log"
+    log.touch()
+    monkeypatch.setattr(policyapi, "_LOG", str(log))
+    monkeypatch.setattr(policyapi.os, "access", lambda *_: False)
+    with pytest.raises(StoreError, match=r"chgrp qubes .*; chmod g\+w .* mends it"):
+        QubesStore().read_policy()
+
+
+def test_a_qube_whose_mark_cannot_be_read_is_unknown(
+    run: Command, qubes: FakeQubes, lab: LabDirectory
+) -> None:
+    run(*ADD)
+    lab.set_feature("sys-firewall", "forward.tunnel", "")
+    fail(qubes, "sys-firewall", "admin.vm.feature.Get", "forward.tunnel")
+    run("apply")
+    assert allowed(lab) == frozenset()
+    assert QubeName("sys-firewall") in QubesStore().inventory().qubes
