@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # sockaddr_un.sun_path has 108 bytes, with the NUL.
-_SOCKET_PATH_MAX = 107
+SOCKET_PATH_MAX = 107
 
 
 @contextmanager
 def socket_address(path: Path) -> Iterator[str]:
     """A UNIX socket's address that fits into 107 bytes, however long the path is."""
-    if len(os.fsencode(path)) <= _SOCKET_PATH_MAX:
+    if len(os.fsencode(path)) <= SOCKET_PATH_MAX:
         yield str(path)
         return
     directory_fd = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)

@@ -171,13 +171,16 @@ class LabStore:
 
 
 def _is_up(socket_path: Path) -> bool:
-    """Whether a broker listens: one that was killed, or whose machine went down, leaves its sockets."""
+    """Whether a broker listens: one that was killed, or whose machine went down, leaves its sockets.
+
+    One of another user listens, although it cannot be called.
+    """
     from qubes_fwd_qrexec.lab.client import ExitError, connect
 
     try:
         connect(os.fsencode(socket_path)).close()
-    except ExitError:
-        return False
+    except ExitError as error:
+        return isinstance(error.__cause__, PermissionError)
     return True
 
 

@@ -55,12 +55,10 @@ _QUBES = (
 
 _FEATURES = {
     "sys-vpn": {"service.vpn-handler-openvpn": "1"},
-    _OUR_TEMPLATE: {
-        "qrexec": "1",
-        f"supported-rpc.{FORWARD_SERVICE}": "1",
-        f"supported-rpc.{CONNECT_SERVICE}": "1",
-    },
-    _STOCK_TEMPLATE: {"qrexec": "1", f"supported-rpc.{CONNECT_SERVICE}": "1"},
+    # qubes-core-agent-linux qubes-rpc/post-install.d/10-qubes-core-agent-rpc.sh: a template announces what
+    # is an executable file. The stock qubes.ConnectTCP is a link that leads to no file.
+    _OUR_TEMPLATE: {"qrexec": "1", **{f"supported-rpc.{service}": "1" for service in _OUR_SERVICES}},
+    _STOCK_TEMPLATE: {"qrexec": "1"},
 }
 
 _POLICY = """\
@@ -91,6 +89,8 @@ def create_lab(path: str | os.PathLike[str]) -> LabDirectory:
         if not qube.is_admin and qube.klass is not QubeClass.TEMPLATE:
             offer_services(lab.qube_dir(qube.name), forward=qube.template == _OUR_TEMPLATE)
     write_client(lab)
+    if not os.access(lab.client_program, os.X_OK):
+        raise StoreError(f"{lab.root}: no program can be run from there, as on a file system mounted noexec")
     # Last: what lacks this file is no lab, so that a half-made one is not taken for one.
     lab.write_knobs(Knobs())
     return lab

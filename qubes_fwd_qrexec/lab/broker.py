@@ -27,6 +27,7 @@ from qubes_fwd_qrexec.unixsockets import socket_address
 from . import wire
 from .agents import AgentProcess, Agents, open_agents
 from .evaluator import Allow, Ask, Request
+from .inhabitants import end_inhabitants
 from .join import CallerEnds, Join
 from .places import Places
 from .qube import Qube, QubeState
@@ -48,6 +49,8 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _GRACE_S = 2.0
 # How soon a knob that was turned back is seen by the calls that it holds.
 _KNOB_POLL_S = 0.05
+# How soon a qube halts whose description was changed.
+_WATCH_S = 0.25
 # qrexec-agent-data.c: so long an agent waits for the caller's vchan.
 _VCHAN_TIMEOUT_S = 120.0
 
@@ -113,6 +116,37 @@ class Broker:
             self._listening.pop(name).cancel()
         for name in sorted(wanted - set(self._listening)):
             await self._nursery.start(self._listen, name)
+
+    async def watch(self) -> None:
+        """Halt the qubes whose descriptions say so from now on, or which are gone, until cancelled."""
+        running = self._running()
+        while True:
+            await trio.sleep(_WATCH_S)
+            with suppress(StoreError):  # told by each call
+                self.view.refresh()
+            before, running = running, self._running()
+            for name in before - running:
+                await self._halt(name)
+
+    def _running(self) -> set[str]:
+        return {name for name, qube in self.view.qubes.items() if qube.is_running}
+
+    async def _halt(self, name: str) -> None:
+        """What a qube takes with it: the calls from it and to it, and all of its processes."""
+        _log.info("%s: halts", name)
+        for call in self._joined:
+            if name in (call.source, call.target):
+                call.scope.cancel()
+        for agent, target in self._living.items():
+            if target == name:
+                agent.kill()
+
+        def end() -> None:
+            end_inhabitants(self.view.lab.qube_dir(name).root)
+            with suppress(StoreError), self.view.lab.locked():
+                pass  # whoever takes the lock mends what the qube has in its QubesDB
+
+        await trio.to_thread.run_sync(end)
 
     def drop(self, share: float = 1.0, target: str | None = None) -> int:
         """Lose the vchans of a share of the joined calls, the oldest first, rounded up; how many it was."""
@@ -321,6 +355,7 @@ async def open_broker(view: LabView, places: Places) -> AsyncIterator[Broker]:
         async with trio.open_nursery() as nursery:
             broker = Broker(view, places, relays, agents, nursery, releasing)
             await broker.reload()
+            nursery.start_soon(broker.watch)
             yield broker
             nursery.cancel_scope.cancel()
         await broker.end_services()

@@ -253,7 +253,7 @@ def _drop(lab: LabDirectory, text: str | None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from . import control, netns
+    from . import control, inhabitants, netns
 
     lab = _lab(arguments)
     program = arguments.program[1:] if arguments.program[:1] == ["--"] else arguments.program
@@ -264,8 +264,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if control.ask(lab, {"do": "status"})["network"] == "namespaces":
         netns.enter_for_good(lab, arguments.qube)
     os.environ[_LAB_VARIABLE] = str(lab.root)
+    os.environ[inhabitants.VARIABLE] = str(lab.root / netns.LAN)
     if arguments.qube != netns.LAN:
         place = lab.qube_dir(arguments.qube)
+        os.environ[inhabitants.VARIABLE] = str(place.root)
         os.environ["QUBES_LAB_AGENT_SOCKET"] = str(place.agent_socket)
         # As the service manager would: a listener can be asked how it is.
         place.listener_run.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ time is part of every call. Facts: qubes-core-qrexec agent/qrexec-client-vm.c.
 """
 
 import _socket
+import errno
 import posix
 import sys
 
@@ -185,7 +186,8 @@ def connect(path: bytes) -> _socket.socket:
         sock.connect(address)
     except OSError as error:
         sock.close()
-        raise ExitError(1, f"connect: {path!r}: {error.strerror}; is the lab up?\n") from error
+        hint = "is it another user's lab?" if error.errno == errno.EACCES else "is the lab up?"
+        raise ExitError(1, f"connect: {path!r}: {error.strerror}; {hint}\n") from error
     finally:
         if directory_fd >= 0:
             posix.close(directory_fd)

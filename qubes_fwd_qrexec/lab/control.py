@@ -72,6 +72,8 @@ def ask(lab: LabDirectory, order: dict[str, object]) -> dict[str, Any]:
             answer: dict[str, Any] = json.loads(sock.recv(_PACKET_MAX))
         except (FileNotFoundError, ConnectionRefusedError):
             raise StoreError(f"{lab.root}: down; 'qvm-forward-lab up' starts it") from None
+        except PermissionError:
+            raise StoreError(f"{lab.root}: another user's lab, which only they can use") from None
         except (OSError, ValueError) as error:
             raise StoreError(f"{lab.control_socket}: the broker does not answer: {why(error)}") from error
     if "error" in answer:

@@ -27,6 +27,7 @@ from . import netns
 from .broker import open_broker
 from .control import serve_control
 from .directory import LabDirectory
+from .inhabitants import end_inhabitants
 from .places import Loopback
 from .verdicts import best_judge
 from .view import LabView
@@ -36,6 +37,7 @@ _READY = b"ready"
 _UP_TIMEOUT_S = 60.0
 _DOWN_TIMEOUT_S = 20.0
 _POLL_S = 0.02
+_DIRECTORY_S = 0.5
 _LOCK_PATIENCE_S = 1.0
 _LOG_BYTES_MAX = 10_000_000
 
@@ -76,14 +78,14 @@ def start(lab: LabDirectory, network: Network) -> int:
                 if log.tell() > _LOG_BYTES_MAX:
                     log.truncate(0)
                 process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(lab.root), network, str(its_ready_fd)],
+                    [sys.executable, "-P", "-m", __name__, str(lab.root), network, str(its_ready_fd)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     pass_fds=[its_ready_fd],
                     start_new_session=True,
                     cwd="/",
-                    env=os.environ | {"PYTHONPATH": _search_path()},
+                    env=os.environ | {"PYTHONPATH": search_path()},
                 )
         finally:
             os.close(its_ready_fd)
@@ -107,6 +109,7 @@ def stop(lab: LabDirectory) -> bool:
     pid = broker_pid(lab)
     if pid is not None:
         _end(pid)
+    end_inhabitants(lab.root)
     clean(lab)
     return pid is not None
 
@@ -128,8 +131,12 @@ def _end(pid: int) -> None:
         return
     try:
         for sign in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
+            try:
                 signal.pidfd_send_signal(pidfd, sign)
+            except PermissionError:
+                raise StoreError(f"the broker (pid {pid}) is another user's: only they can end it") from None
+            except ProcessLookupError:
+                pass
             if select.select([pidfd], [], [], _DOWN_TIMEOUT_S)[0]:
                 return
     finally:
@@ -137,7 +144,7 @@ def _end(pid: int) -> None:
     raise StoreError(f"the broker (pid {pid}) does not end")
 
 
-def _search_path() -> str:
+def search_path() -> str:
     """This package's place first, so that the broker is of the same version as the program that starts it."""
     inherited = os.environ.get("PYTHONPATH")
     parts = [str(Path(__file__).parent.parent.parent), *([inherited] if inherited else [])]
@@ -193,11 +200,29 @@ async def _run(lab: LabDirectory, namespaces: netns.Namespaces | None, ready_fd:
         places = Loopback() if namespaces is None else namespaces
         async with open_broker(view, places) as broker, trio.open_nursery() as nursery:
             await nursery.start(serve_control, broker)
+            nursery.start_soon(_end_with_directory, lab, nursery.cancel_scope)
             os.write(ready_fd, _READY)
             os.close(ready_fd)
             async for _ in signals:
                 break
             nursery.cancel_scope.cancel()
+
+
+async def _end_with_directory(lab: LabDirectory, scope: trio.CancelScope) -> None:
+    """End the lab when its directory is gone, or another one."""
+    here = _identity(lab.root)
+    while here is not None and _identity(lab.root) == here and lab.file.exists():  # noqa: ASYNC110
+        await trio.sleep(_DIRECTORY_S)
+    _log.error("%s: gone", lab.root)
+    scope.cancel()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def main(argv: list[str]) -> int:
@@ -216,6 +241,7 @@ def main(argv: list[str]) -> int:
             try:
                 trio.run(_run, lab, namespaces, ready_fd, strict_exception_groups=True)
             finally:
+                end_inhabitants(lab.root)
                 if namespaces is not None:
                     namespaces.destroy()
     except* ForwardError as failed:

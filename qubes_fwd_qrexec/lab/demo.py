@@ -8,7 +8,6 @@ share this machine's loopback.
 
 import argparse
 import shlex
-import signal
 import socket
 import sys
 import textwrap
@@ -108,7 +107,7 @@ def run_demo(session: LabSession) -> None:
 def run(arguments: argparse.Namespace) -> int:
     network = Network.LOOPBACK if arguments.no_netns else Network.AUTO
     try:
-        with ended_by_signals(signal.SIGTERM, signal.SIGINT), open_session(network) as session:
+        with ended_by_signals(), open_session(network) as session:
             run_demo(session)
     except KeyboardInterrupt:
         print("\nInterrupted; the lab is taken down.", file=sys.stderr)
@@ -137,6 +136,7 @@ def _start_server(session: LabSession, stage: Stage) -> None:
     (place / "index.html").write_text(_PAGE, encoding="utf-8")
     words = (
         sys.executable,
+        "-I",
         "-m",
         "http.server",
         stage.target_port,
@@ -147,7 +147,7 @@ def _start_server(session: LabSession, stage: Stage) -> None:
     )
     with open(session.lab.run_dir / "www.log", "wb") as log:
         server = session.start(session.in_qube("work", *words), stdout=log, stderr=log)
-    check = session.in_qube("work", sys.executable, "-c", _SERVER_CHECK, stage.target_port)
+    check = session.in_qube("work", sys.executable, "-I", "-c", _SERVER_CHECK, stage.target_port)
     deadline = time.monotonic() + _SERVER_TIMEOUT_S
     while True:
         try:
@@ -161,7 +161,7 @@ def _start_server(session: LabSession, stage: Stage) -> None:
 
 
 def _client(session: LabSession, stage: Stage, source: str) -> list[str]:
-    client = (sys.executable, "-c", _CLIENT, stage.address, stage.port, source)
+    client = (sys.executable, "-I", "-c", _CLIENT, stage.address, stage.port, source)
     return session.in_qube(netns.LAN, *client) if session.has_namespaces else list(client)
 
 

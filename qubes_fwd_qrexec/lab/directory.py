@@ -13,10 +13,11 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.errors import StoreError, TextError, why
 from qubes_fwd_qrexec.values import QubeName, parse_printable, parse_qube_name
 
@@ -31,6 +32,8 @@ DELIVERED_PREFIX = "vm-config."
 SEARCH_ROOTS = ("run", "usr-local-etc", "etc")
 # qubes-core-admin qubes/api/admin.py: [a-zA-Z0-9_.-]+. A leading dot is kept for files half written.
 _FEATURE_NAME = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*\Z", re.ASCII)
+# qubes-core-admin qubes/api/__init__.py, buffer_size: a request of the Admin API as a whole.
+_REQUEST_MAX = 65536
 _LOCK_TIMEOUT_S = 10.0
 _LOCK_RETRY_S = 0.02
 
@@ -170,14 +173,36 @@ class LabDirectory:
         for directory in (place.features, place.vm_config):
             directory.mkdir(parents=True, exist_ok=True)
         if qube.is_running:
-            for key, value in self.features(qube.name).items():
-                if key.startswith(DELIVERED_PREFIX):
-                    write_text(place.vm_config / key.removeprefix(DELIVERED_PREFIX), value)
+            self._deliver(qube.name, is_running=True)
         # In this order nobody sees a running qube that lacks its configuration.
         write_text(place.file, str(qube))
         if not qube.is_running:
-            for path in place.vm_config.iterdir():
-                path.unlink(missing_ok=True)
+            self._deliver(qube.name, is_running=False)
+
+    def _deliver(self, name: str, *, is_running: bool) -> None:
+        """Make a running qube's QubesDB what its features say; a halted one has none."""
+        delivered = {}
+        if is_running:
+            delivered = {
+                key.removeprefix(DELIVERED_PREFIX): value
+                for key, value in self.features(name).items()
+                if key.startswith(DELIVERED_PREFIX)
+            }
+        place = self.qube_dir(name).vm_config
+        present = _read_values(place)
+        for key in present.keys() - delivered.keys():
+            (place / key).unlink(missing_ok=True)
+        for key, value in delivered.items():
+            if present.get(key) != value:
+                write_text(place / key, value)
+
+    def _mend(self) -> None:
+        """Finish what was left half done: a writer killed between a feature and its delivery, or a state that
+        was changed by hand.
+        """
+        for name in self.qube_names():
+            with suppress(StoreError):  # of a qube that cannot be read others tell
+                self._deliver(name, is_running=self.qube(name).is_running)
 
     def set_state(self, name: str, state: QubeState) -> None:
         """Start or halt a qube, as `write_qube` does; nothing happens if it is in that state already."""
@@ -206,11 +231,20 @@ class LabDirectory:
         """Set a feature; a running qube sees a ``vm-config.`` one at once. Raises `StoreError`."""
         place = self.qube_dir(name)
         path = place.features / _checked_feature(place, key)
+        is_delivered = key.startswith(DELIVERED_PREFIX)
+        if is_delivered and (len(key) > len(DELIVERED_PREFIX) + KEY_MAX or len(value) > VALUE_MAX):
+            raise StoreError(
+                f"{path}: QubesDB takes names of at most {KEY_MAX} characters after {DELIVERED_PREFIX!r}, and"
+                f" values of at most {VALUE_MAX} bytes"
+            )
+        request = len(f"admin.vm.feature.Set+{key} dom0 name {name}\0{value}")
+        if request > _REQUEST_MAX:
+            raise StoreError(f"{path}: the Admin API takes requests of {_REQUEST_MAX} bytes, not {request}")
         try:
             write_text(path, parse_printable(value))
         except TextError as error:
             raise StoreError(f"{path}: {error}") from error
-        if key.startswith(DELIVERED_PREFIX) and self.qube(name).is_running:
+        if is_delivered and self.qube(name).is_running:
             write_text(place.vm_config / key.removeprefix(DELIVERED_PREFIX), value)
 
     def remove_feature(self, name: str, key: str) -> None:
@@ -253,6 +287,7 @@ class LabDirectory:
                     if time.monotonic() >= deadline:
                         raise StoreError(f"{self.lock_file}: another program changes this lab") from None
                     time.sleep(_LOCK_RETRY_S)
+            self._mend()
             yield
 
 

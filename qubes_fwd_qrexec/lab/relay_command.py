@@ -6,7 +6,6 @@ Broker, rule, policy, listener and service are the real ones; only the qubes are
 
 import argparse
 import re
-import signal
 import subprocess
 
 from qubes_fwd_qrexec.accepting import address_text
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Raises `TextError` for a bad argument, `SessionError` where something ends that should not."""
     address, port, target_port = parse_forward(arguments.forward)
     try:
-        with ended_by_signals(signal.SIGTERM, signal.SIGINT), open_session(Network.LOOPBACK) as session:
+        with ended_by_signals(), open_session(Network.LOOPBACK) as session:
             listener = _expose(session, address, port, target_port, arguments)
             print(f"ready {address_text(address, port)}", flush=True)
             status = listener.wait()

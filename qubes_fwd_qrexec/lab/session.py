@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import ForwardError
+from qubes_fwd_qrexec.errors import ForwardError, StoreError
+from qubes_fwd_qrexec.unixsockets import SOCKET_PATH_MAX
 
 from . import control, daemon
 from .blueprint import create_lab
@@ -25,6 +26,7 @@ from .directory import LabDirectory
 _READY_TIMEOUT_S = 20.0
 _COMMAND_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 5.0
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class SessionError(ForwardError):
@@ -45,7 +47,7 @@ class LabSession:
 
     def command(self, program: str, *words: str) -> list[str]:
         """One of this project's programs, by its module, as a command line."""
-        return [sys.executable, "-m", f"qubes_fwd_qrexec.{program}", *words]
+        return [sys.executable, "-P", "-m", f"qubes_fwd_qrexec.{program}", *words]
 
     def in_qube(self, qube: str, *words: str) -> list[str]:
         """A program run in a qube, or on the LAN."""
@@ -90,11 +92,28 @@ class LabSession:
 @contextmanager
 def open_session(network: daemon.Network) -> Iterator[LabSession]:
     """A lab in a temporary directory, up until the block is left."""
+    # The programs are started so that no module of the working directory is taken for one of Python's.
+    os.environ["PYTHONPATH"] = daemon.search_path()
     with tempfile.TemporaryDirectory(prefix="qvm-forward-lab-") as directory, ExitStack() as started:
-        lab = create_lab(Path(directory) / "lab")
+        lab = _create(Path(directory) / "lab")
         started.callback(daemon.stop, lab)
         daemon.start(lab, network)
         yield LabSession(lab, started)
+
+
+def _create(root: Path) -> LabDirectory:
+    """Raises `StoreError` that names TMPDIR, where the lab cannot be there."""
+    length = len(os.fsencode(root / "run" / "notify"))
+    if length > SOCKET_PATH_MAX:
+        problem = f"its sockets would have paths of {length} bytes, and {SOCKET_PATH_MAX} is the most"
+    else:
+        try:
+            return create_lab(root)
+        except StoreError as error:
+            problem = str(error)
+    raise StoreError(
+        f"no lab in {tempfile.gettempdir()}: {problem}; set TMPDIR to another directory, such as /var/tmp"
+    )
 
 
 class _Interruption:
@@ -126,12 +145,12 @@ _interruption = _Interruption()
 
 
 @contextmanager
-def ended_by_signals(*numbers: signal.Signals) -> Iterator[None]:
-    """Turn signals into KeyboardInterrupt, so that this process can clean up.
+def ended_by_signals() -> Iterator[None]:
+    """Turn the signals that end a program into KeyboardInterrupt, so that this process can clean up.
 
     SIGINT too: a shell that starts a program in the background has it ignore that one.
     """
-    before = {number: signal.signal(number, _interruption.signalled) for number in numbers}
+    before = {number: signal.signal(number, _interruption.signalled) for number in _ENDING}
     try:
         yield
     finally:

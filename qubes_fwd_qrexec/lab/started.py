@@ -19,6 +19,7 @@ from qubes_fwd_qrexec.statusservice import FIREWALL_STATE_VARIABLE, LISTENER_DIR
 
 from .agents import AgentProcess
 from .directory import QubeDirectory
+from .inhabitants import VARIABLE as QUBE_VARIABLE
 from .rpcconfig import RpcConfig
 from .services import Executable, ServiceMissingError, ServiceUnusableError, SocketService, TcpService
 
@@ -109,6 +110,7 @@ def service_environment(full_name: str, source: str, directory: Path) -> dict[st
         "QREXEC_REQUESTED_TARGET_TYPE": "",
         "QREXEC_SERVICE_ARGUMENT": full_name.partition("+")[2],
         "QREXEC_SERVICE_FULL_NAME": full_name,
+        QUBE_VARIABLE: str(directory),
         # Each qube has a /run of its own.
         DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
         LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),

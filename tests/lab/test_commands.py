@@ -2,6 +2,7 @@
 """``demo`` and ``relay`` as a user runs them: what they say, how they end, and what they leave behind."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -45,6 +46,58 @@ def test_demo_shows_the_page_and_both_refusals(network: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("network", [pytest.param("namespaces", marks=_NEEDS_NAMESPACES), "loopback"])
+def test_modules_of_the_working_directory_are_not_taken_for_pythons(network: str, tmp_path: Path) -> None:
+    for name in ("socket", "json", "http", "trio", "signal", "select", "qubesdb"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n", encoding="ascii")
+    options = [] if network == "namespaces" else ["--no-netns"]
+    done = subprocess.run(
+        [sys.executable, "-P", *_LAB[1:], "demo", *options],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "wrong module" not in done.stdout + done.stderr
+
+
+def test_place_whose_path_is_too_long_for_sockets_is_named(tmp_path: Path) -> None:
+    place = tmp_path / ("x" * 100)
+    place.mkdir()
+    done = subprocess.run(
+        [*_LAB, "demo", "--no-netns"],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+        env=os.environ | {"TMPDIR": str(place)},
+    )
+    assert done.returncode == 1
+    assert f"no lab in {place}: its sockets would have paths of" in done.stderr
+    assert "set TMPDIR to another directory" in done.stderr
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("words", ["demo --no-netns", "init {}/lab"])
+def test_place_without_programs_is_named(tmp_path: Path, words: str) -> None:
+    command = shlex.join([*_LAB, *words.format(tmp_path).split()])
+    script = f"mount -t tmpfs -o noexec none {tmp_path} && exec {command}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert "no program can be run from there, as on a file system mounted noexec" in done.stderr
+    assert ("set TMPDIR" in done.stderr) == words.startswith("demo")
+
+
 def test_demo_whose_client_gets_no_page_fails_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,7 +108,7 @@ def test_demo_whose_client_gets_no_page_fails_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_demo_cleans_up_when_it_is_interrupted(number: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*_LAB, "demo", "--no-netns"],

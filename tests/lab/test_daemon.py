@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -290,3 +291,46 @@ def connect_error(lab: LabDirectory, qube: str, address: str) -> str:
     )
     with qube_python(lab, qube, script) as program:
         return program.communicate(timeout=BOUND_S)[0].decode().strip()
+
+
+# All is imported before: another user may be allowed to read none of it.
+AS_ANOTHER_USER = """
+import encodings.ascii, importlib, os, pkgutil, sys
+import qubes_fwd_qrexec
+for found in pkgutil.walk_packages(qubes_fwd_qrexec.__path__, "qubes_fwd_qrexec."):
+    try:
+        importlib.import_module(found.name)
+    except ImportError:
+        pass
+os.setgroups([])
+os.setuid(65534)
+sys.exit(sys.modules["qubes_fwd_qrexec." + sys.argv[1]].main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize(
+    "words", ["lab.cli status", "lab.cli down", "lab.cli run work -- true", "admin.cli status"]
+)
+def test_lab_of_another_user_is_not_taken_for_one_that_is_down(words: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        root.chmod(0o755)
+        lab = create_lab(root / "lab")
+        daemon.start(lab, daemon.Network.LOOPBACK)
+        try:
+            program, *rest = words.split()
+            done = subprocess.run(
+                [sys.executable, "-c", AS_ANOTHER_USER, program, "--lab", str(lab.root), *rest],
+                capture_output=True,
+                text=True,
+                timeout=BOUND_S,
+                check=False,
+            )
+            assert "Traceback" not in done.stderr
+            assert "down;" not in done.stdout + done.stderr
+            if program == "lab.cli":
+                assert "another user's" in done.stderr
+            assert daemon.broker_pid(lab) is not None
+        finally:
+            daemon.stop(lab)

@@ -47,7 +47,6 @@ def test_init_makes_a_system_of_qubes_that_opens_again(lab: LabDirectory) -> Non
     assert opened.feature("work", "supported-rpc.qubes.ForwardTCP", with_template=True) == "1"
     assert opened.feature("work", "supported-rpc.qubes.ForwardTCP") is None
     assert opened.feature("personal", "supported-rpc.qubes.ForwardTCP", with_template=True) is None
-    assert opened.feature("personal", "supported-rpc.qubes.ConnectTCP", with_template=True) == "1"
     assert json.loads(opened.file.read_text(encoding="utf-8"))["version"] == 1
 
 
@@ -221,3 +220,44 @@ def test_directory_is_quick_to_import_and_free_of_trio() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
     )
     assert not {"trio", "socket", "subprocess", "asyncio", "ctypes"} & set(done.stdout.split())
+
+
+def test_what_a_killed_writer_left_between_feature_and_delivery_is_mended(lab: LabDirectory) -> None:
+    work = lab.qube_dir("work")
+    lab.set_feature("work", "vm-config.fwd.gone", "x")
+    lab.set_feature("work", "vm-config.fwd.changed", "old")
+    (work.features / "vm-config.fwd.new").write_text("value", encoding="ascii")
+    (work.features / "vm-config.fwd.changed").write_text("new", encoding="ascii")
+    (work.features / "vm-config.fwd.gone").unlink()
+    lab.qube_dir("vault").file.write_text("{", encoding="ascii")  # is no reason not to mend others
+    with lab.locked():
+        assert lab.vm_config("work") == {"fwd.new": "value", "fwd.changed": "new"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vm-config.fwd.x", "x" * 3072),
+        ("vm-config." + "x" * 53, ""),
+        ("forward.x", "x" * 65536),
+    ],
+)
+def test_bounds_of_qubes_hold(lab: LabDirectory, key: str, value: str) -> None:
+    before = lab.features("work")
+    with pytest.raises(StoreError, match=r"QubesDB takes|Admin API takes"):
+        lab.set_feature("work", key, value)
+    assert lab.features("work") == before
+
+
+def test_largest_values_fit(lab: LabDirectory) -> None:
+    lab.set_feature("work", "vm-config." + "x" * 52, "x" * 3071)
+    lab.set_feature("work", "forward.x", "x" * 65000)
+    assert len(lab.vm_config("work")["x" * 52]) == 3071
+
+
+def test_templates_announce_what_real_ones_do(lab: LabDirectory) -> None:
+    """An executable file is announced; the stock qubes.ConnectTCP is a link to no file."""
+    assert set(lab.features("debian-12")) == {"qrexec"}
+    assert set(lab.features("fedora-42")) - {"qrexec"} == {
+        f"supported-rpc.qubes.Forward{name}" for name in ("TCP", "Revoke", "Status")
+    }

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The processes of a qube, wherever they went: told by a variable of their environment, and ended with it.
+
+The variable is set for what ``qvm-forward-lab run`` runs and for every service; what those start inherits it,
+also where it detaches itself.
+"""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+# Names the directory of the process's qube.
+VARIABLE = "QUBES_LAB_QUBE"
+_GRACE_S = 2.0
+_END_TIMEOUT_S = 10.0
+_POLL_S = 0.02
+
+
+def inhabitants(place: Path) -> list[int]:
+    """The processes of the qube, or of every qube of the lab, whose directory is ``place``."""
+    whole = f"{VARIABLE}={place}".encode("utf-8", "surrogateescape")
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        with suppress(OSError):  # it has ended, or is another user's
+            settings = (process / "environ").read_bytes().split(b"\0")
+            if any(setting == whole or setting.startswith(whole + b"/") for setting in settings):
+                found.append(int(process.name))
+    return found
+
+
+def end_inhabitants(place: Path) -> None:
+    """Ask them to end, kill after 2 s what has not, and return when none is left, or after 10 s."""
+    begun = time.monotonic()
+    asked: set[int] = set()
+    while (left := inhabitants(place)) and time.monotonic() < begun + _END_TIMEOUT_S:
+        is_patient = time.monotonic() < begun + _GRACE_S
+        for pid in left:
+            with suppress(ProcessLookupError, PermissionError):
+                if not is_patient:
+                    os.kill(pid, signal.SIGKILL)
+                elif pid not in asked:
+                    os.kill(pid, signal.SIGTERM)
+        asked.update(left)
+        time.sleep(_POLL_S)
