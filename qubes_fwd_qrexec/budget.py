@@ -7,6 +7,7 @@ or idle gives it back. What is lent counts whether it is used or not, so the bou
 tunnel/SPEC.md, section 5, says why it is enough for everybody.
 """
 
+from .socketbuffers import SocketMemory
 from .tunnel.limits import MIN_WINDOW_BYTES
 
 # Credit that every stream has, whatever the others do.
@@ -37,6 +38,8 @@ class Budget:
         self.streams_max = streams_max
         self.streams = 0
         self.shared_left = total - streams_max * FLOOR_BYTES
+        self.sockets = SocketMemory()
+        """What the kernel may hold beside it."""
 
 
 class Share:
@@ -44,6 +47,7 @@ class Share:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
+        self.sockets = budget.sockets
         self.lent = 0
 
     @property

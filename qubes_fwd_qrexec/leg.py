@@ -17,6 +17,7 @@ from .leg_end import LegEnd
 from .loop import GONE, READ, WRITE, Timer
 from .pending import Pending
 from .relay import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
+from .socketbuffers import Buffers
 from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, Buffer, ResetCode
 from .window import Window
 
@@ -43,12 +44,12 @@ class Leg:
 
     ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
     the tunnel and out of it. ``has_eof``: the other end has sent all that it will. ``ended`` is None while
-    it lives. ``is_bulk``: it has had its turn, and more to send. ``window``: the other end's credit. It
-    belongs to the loop's thread.
+    it lives. ``is_bulk``: it has had its turn, and more to send. It belongs to the loop's thread.
     """
 
     __slots__ = (
         "_broken_by",
+        "_buffers",
         "_is_closed",
         "_mask",
         "_mux",
@@ -84,6 +85,7 @@ class Leg:
         self.sent = self.received = 0
         self.moved_at = time.monotonic()
         self.window = Window(mux.share, window, self.moved_at)
+        self._buffers = Buffers(mux.share.sockets, sock)
         abort_by_default(sock)
 
     @property
@@ -137,7 +139,7 @@ class Leg:
             if not data:
                 self._end_of_file()
                 return
-            self.sent += len(data)
+            self._count_moved(len(data))
             self._mux.send_data(self.stream_id, data)
             if len(data) < limit:
                 self.is_bulk = False
@@ -162,9 +164,14 @@ class Leg:
         if not count:
             return True  # an end of file is there for the second reader too
         self.moved_at = time.monotonic()
-        self.sent += count
+        self._count_moved(count)
         mux.send_now(self.stream_id, count)
         return count == limit
+
+    def _count_moved(self, sent: int) -> None:
+        self.sent += sent
+        if self.sent + self.received >= self._buffers.grow_at:
+            self._buffers.grow(self.sent + self.received)
 
     def _end_of_file(self) -> None:
         """The local peer's FIN, or the end of what it sent before its abort."""
@@ -280,11 +287,13 @@ class Leg:
             credit = window.grant(self._mux.connection.granted(self.stream_id), self.moved_at)
             if credit:
                 self._mux.grant(self.stream_id, credit)
+            self._count_moved(0)
 
     def look(self) -> None:
-        """Once a second while the budget is short: ask for what the peer was lent and does not use."""
-        if self.window.is_idle(self.received) and self.is_joined and self.ended is None:
+        """Once a second while the budget is short: what this stream has and does not use is for others."""
+        if self.window.is_missed(self.received) and self.is_joined and self.ended is None:
             self._mux.connection.recall(self.stream_id, FLOOR_BYTES)
+        self._buffers.look(self.sent + self.received)
 
     def take_back(self, amount: int) -> None:
         """The peer has given back credit that it does not use."""
@@ -360,6 +369,7 @@ class Leg:
         if self._timer is not None:
             self._timer.cancel()
         self.window.leave()
+        self._buffers.leave()
         self._mux.forget(self)
         self._watch(_UNWATCHED)
 

@@ -56,10 +56,13 @@ class Window:
         granted, self.owed = self.owed, 0
         return granted
 
-    def is_idle(self, received: int) -> bool:
-        """Whether less than the window was used since the last time; ``received`` counts all that came."""
+    def is_missed(self, received: int) -> bool:
+        """Whether less than the window was used since the last time, while others are short of it.
+
+        ``received`` counts all that came.
+        """
         used, self._received = received - self._received, received
-        return used < self.size
+        return used < self.size and self._share.is_short
 
     def give_back(self, amount: int) -> None:
         """So much less may be sent; and what was taken before need not be granted again for now."""

@@ -63,6 +63,7 @@ def test_a_fast_stream_gets_a_large_window_and_a_slow_one_gives_it_back(
     carry(bench, stream, 4 * MIB)
     assert stream.far.window.size == WINDOW_MAX_BYTES
     assert bench.far_budget.shared_left == Budget().shared_left - (WINDOW_MAX_BYTES - FLOOR_BYTES)
+    monkeypatch.setattr(window_module, "_FAST_S", -2.0)
     monkeypatch.setattr(window_module, "_SLOW_S", -1.0)
     carry(bench, stream, 4 * MIB)
     assert stream.far.window.size == INITIAL_BYTES

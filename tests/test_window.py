@@ -55,11 +55,15 @@ def test_what_many_want_is_shared_by_the_fast_too(window: Window, share: Share) 
     assert use_all(window, 0.0) <= 2 * INITIAL_BYTES
 
 
-def test_who_uses_less_than_its_window_is_idle(window: Window) -> None:
-    assert window.is_idle(0)
-    assert not window.is_idle(INITIAL_BYTES)
-    assert window.is_idle(2 * INITIAL_BYTES - 1)
-    assert window.is_idle(2 * INITIAL_BYTES - 1)
+def test_what_is_less_used_than_it_might_be_is_missed_where_others_are_short_of_it(
+    window: Window, share: Share
+) -> None:
+    assert not window.is_missed(0)
+    share._budget.shared_left //= 4
+    assert window.is_missed(0)
+    assert not window.is_missed(INITIAL_BYTES)
+    assert window.is_missed(2 * INITIAL_BYTES - 1)
+    assert window.is_missed(2 * INITIAL_BYTES - 1)
 
 
 def test_what_is_given_back_is_for_others_and_so_is_what_was_taken(window: Window, share: Share) -> None:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What sockets may hold in the kernel: lent, grown by use, given back when empty; what they do hold."""
+
+import contextlib
+import select
+import socket
+from collections.abc import Iterator
+
+import pytest
+from helpers import tcp_pair
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qubes_fwd_qrexec.socketbuffers import (
+    FLOOR_BYTES,
+    MAX_BYTES,
+    SHARED_BYTES,
+    START_BYTES,
+    Buffers,
+    SocketMemory,
+    held_bytes,
+)
+
+KIB = 1 << 10
+MIB = 1 << 20
+# Beside its buffer a socket holds the last segment that it let in: 64 KiB on loopback, with what the kernel
+# needs for that.
+_SEGMENT_BYTES = 80 * KIB
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = tcp_pair()
+    with near, far:
+        yield near, far
+
+
+def sizes(sock: socket.socket) -> tuple[int, int]:
+    """What the kernel says it allows, in each direction."""
+    names = socket.SO_SNDBUF, socket.SO_RCVBUF
+    send, receive = (sock.getsockopt(socket.SOL_SOCKET, name) for name in names)
+    return send, receive
+
+
+def test_the_kernel_is_told_and_allows_twice_as_much(pair: tuple[socket.socket, socket.socket]) -> None:
+    account = SocketMemory()
+    buffers = Buffers(account, pair[0])
+    assert buffers.size == START_BYTES
+    assert sizes(pair[0]) == (2 * START_BYTES, 2 * START_BYTES)
+    assert account.left == SHARED_BYTES - 4 * (START_BYTES - FLOOR_BYTES)
+
+
+def test_who_moves_much_gets_more_up_to_the_largest(pair: tuple[socket.socket, socket.socket]) -> None:
+    account = SocketMemory()
+    buffers = Buffers(account, pair[0])
+    seen = []
+    for _ in range(4):
+        buffers.grow(buffers.grow_at)
+        seen.append(buffers.size)
+    assert seen == [2 * START_BYTES, MAX_BYTES, MAX_BYTES, MAX_BYTES]
+    assert sizes(pair[0]) == (2 * MAX_BYTES, 2 * MAX_BYTES)
+    buffers.leave()
+    buffers.leave()
+    assert account.left == SHARED_BYTES
+
+
+def test_where_little_is_left_it_stays_small_and_grows_when_there_is_more(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    account = SocketMemory(MIB)
+    buffers = Buffers(account, pair[0])
+    assert buffers.size == FLOOR_BYTES
+    buffers.grow(buffers.grow_at)
+    assert buffers.size == FLOOR_BYTES
+    account.left = SHARED_BYTES
+    buffers.grow(buffers.grow_at)
+    assert buffers.size == 2 * FLOOR_BYTES
+
+
+def test_what_is_empty_and_unused_is_given_back_and_what_is_full_or_used_is_not(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = pair
+    account = SocketMemory()
+    buffers = Buffers(account, near)
+    lent = account.total - account.left
+    buffers.look(0)
+    assert buffers.size == START_BYTES, "there is enough"
+    account.left = 0
+    buffers.look(START_BYTES)
+    assert buffers.size == START_BYTES, "it was used"
+    far.send(b"x")
+    assert select.select([near], [], [], 10)[0]
+    buffers.look(START_BYTES)
+    assert buffers.size == START_BYTES, "the kernel holds something"
+    assert near.recv(1) == b"x"
+    buffers.look(START_BYTES)
+    assert (buffers.size, account.left) == (FLOOR_BYTES, lent)
+    assert sizes(near) == (2 * FLOOR_BYTES, 2 * FLOOR_BYTES)
+    account.left = SHARED_BYTES
+    buffers.grow(buffers.grow_at)
+    assert buffers.size == 2 * FLOOR_BYTES
+
+
+@given(st.lists(st.tuples(st.sampled_from(("begin", "grow", "look", "leave")), st.integers(0, 40))))
+def test_what_is_lent_never_exceeds_the_bound_and_all_comes_back(steps: list[tuple[str, int]]) -> None:
+    near, far = tcp_pair()
+    account = SocketMemory(8 * MIB)
+    live: list[tuple[Buffers, int]] = []
+    with near, far:
+        for what, number in steps:
+            if what == "begin":
+                live.append((Buffers(account, near), 0))
+                continue
+            if not live:
+                continue
+            buffers, moved = live.pop(number % len(live))
+            if what == "grow":
+                moved = buffers.grow_at
+                buffers.grow(moved)
+            elif what == "look":
+                buffers.look(moved)
+            else:
+                buffers.leave()
+                continue
+            live.append((buffers, moved))
+            lent = sum(4 * (buffers.size - FLOOR_BYTES) for buffers, _ in live)
+            assert 0 <= account.left == account.total - lent
+        for buffers, _ in live:
+            buffers.leave()
+    assert account.left == account.total
+
+
+def stall(near: socket.socket, far: socket.socket) -> None:
+    """Both send until nobody takes any more."""
+    for sock in (near, far):
+        sock.setblocking(False)
+    while select.select([], [near, far], [], 0.02)[1]:
+        for sock in (near, far):
+            with contextlib.suppress(BlockingIOError):
+                while sock.send(bytes(32 * KIB)):
+                    pass
+
+
+@pytest.mark.parametrize("size", [FLOOR_BYTES, START_BYTES, MAX_BYTES])
+def test_a_socket_that_stalls_both_ways_holds_twice_its_size_and_a_segment_each(size: int) -> None:
+    near, far = tcp_pair()
+    with near, far:
+        buffers = Buffers(SocketMemory(MIB if size == FLOOR_BYTES else SHARED_BYTES), near)
+        while buffers.size < size:
+            buffers.grow(buffers.grow_at)
+        assert buffers.size == size
+        stall(near, far)
+        assert size <= held_bytes(near) <= 2 * (2 * size + _SEGMENT_BYTES)
+
+
+def test_a_hundred_that_stall_at_the_size_they_have_hold_little_more_than_is_lent() -> None:
+    account = SocketMemory(8 * MIB)
+    with contextlib.ExitStack() as stack:
+        pairs = [tcp_pair() for _ in range(100)]
+        for near, far in pairs:
+            stack.enter_context(near)
+            stack.enter_context(far)
+            Buffers(account, near)
+        for near, far in pairs:
+            stall(near, far)
+        held = sum(held_bytes(near) for near, _ in pairs)
+    assert held <= 8 * MIB + len(pairs) * 2 * (2 * FLOOR_BYTES + _SEGMENT_BYTES)
