@@ -292,6 +292,9 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
                 ended = ended or revoke(
                     {each.qube: each.allowance for each in steps if each.allowance}, backend
                 )
+                if any(each.target == step.qube and each.problem is not None for each in ended):
+                    undone.append(step)
+                    continue
             elif step.kind is Kind.REMOVE_CONFIG:
                 backend.remove_feature(step.qube, step.key)
             else:

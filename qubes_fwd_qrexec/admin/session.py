@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from . import policy
-from .apply import Outcome, carry_out, differences
+from .apply import Kind, Outcome, carry_out, differences
 from .backend import ANY, NEW, Backend, PolicyFile
 from .inventory import Inventory
 from .plan import plan
@@ -233,8 +233,11 @@ def told(outcome: Outcome) -> str:
     """Words for steps of which not all could be taken."""
     done = [word for step in outcome.done for word in step.words()]
     undone = [word for step in outcome.undone for word in step.words()]
-    return (
+    words = (
         f"not everything could be done: {'; '.join(outcome.troubles)}.\n"
-        f"Done: {'; '.join(done) or 'nothing'}.\nNot done: {'; '.join(undone) or 'nothing'}.\n"
-        "'qvm-forward apply' does the rest once that is mended"
+        f"Done: {'; '.join(done) or 'nothing'}.\nNot done: {'; '.join(undone) or 'nothing'}."
     )
+    if all(step.kind is Kind.REVOKE for step in outcome.undone) and not outcome.problems:
+        # The next apply has no line of policy left to take away, so it tells that target nothing.
+        return words
+    return f"{words}\n'qvm-forward apply' does the rest once that is mended"
