@@ -27,7 +27,6 @@ from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
 from .apply import Outcome, others
-from .conflicts import check_rivals
 from .expiry import parse_expire, print_expire
 from .inventory import Inventory
 from .render import escaped
@@ -111,23 +110,21 @@ def _parsed(place: str, parse: Callable[[str], _V], text: str) -> _V:
 
 def _check_new(named: NamedRule, session: Session, snapshot: Snapshot) -> None:
     """A rule that could not be opened is not stored; a disabled one may wait for its port."""
-    asked = named._replace(rule=replace(named.rule, enabled=True))
-    forward, planned = _planned_with(asked, session, snapshot)
-    if not forward.is_live and (named.rule.enabled or forward.cause is not Cause.CONFLICT):
+    forward = _planned_with(_enabled(named), session, snapshot)
+    if not forward.is_live and forward.cause is not Cause.CONFLICT:
         raise RefusedError(f"{named} was not added. {forward.reason}")
-    problem = check_rivals(forward, planned, None) if named.rule.enabled else None
-    if problem is not None:
-        raise RefusedError(f"{named} was not added. {problem}")
+    if forward.conflict is not None and named.rule.enabled:
+        raise RefusedError(f"{named} was not added. {forward.conflict.text}")
 
 
-def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> tuple[Forward, Plan]:
-    """What would become of a rule, with those that are stored before it, and of them."""
+def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> Forward:
+    """What would become of a rule, with those that are stored before it."""
     changed = snapshot._replace(stored=snapshot.stored.with_rules([named]))
-    planned = changed.plan(session.now, newcomer=(named.target, named.name), is_held=False)
+    planned = changed.plan(session.now, newcomers=[named[:2]], is_held=False)
     forward = planned.find(named.target, named.name)
     if forward is None:
         raise StoreError(f"{named} is missing from its own plan")
-    return forward, planned
+    return forward
 
 
 def set_options(args: Namespace, session: Session) -> int:
@@ -137,10 +134,22 @@ def set_options(args: Namespace, session: Session) -> int:
         old = _readable(snapshot, args.qube, args.name)
         try:
             rule = _with_options(old.rule, args.options, session.now)
+            _check_recorded(old, rule, snapshot.inventory)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}") from None
         done = _change(args, session, snapshot, [old._replace(rule=rule)], "changed")
     return _finish(session, done, "changed")
+
+
+def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:
+    """Owner and path are what somebody agreed to, and `confirm` records them. Raises `RuleError`."""
+    if rule.owner not in (old.rule.owner, old.target, None):
+        raise RuleError("option 'owner'", f"it can be {old.target} alone, which has the rule")
+    gone = [name for name in rule.path or () if inventory.get(name) is None]
+    if gone and rule.path != old.rule.path:
+        raise RuleError(
+            "option 'path'", f"there is no qube {gone[0]}; 'qvm-forward confirm {old}' records the path"
+        )
 
 
 def _with_options(rule: ForwardRule, texts: Iterable[str], now: float) -> ForwardRule:
@@ -281,19 +290,41 @@ def _status(left: Iterable[Stock]) -> int:
 def _change(
     args: Namespace, session: Session, snapshot: Snapshot, changed: list[NamedRule], done: str
 ) -> "_Done":
-    """Store changed rules unless one of them would be refused for a reason that it did not have before."""
+    """Store changed rules unless one of them could not be opened for a cause that it did not have before.
+
+    One that is disabled is judged as if it was enabled, but it claims no ports.
+    """
     before = snapshot.plan(session.now, is_held=False)
     for named in changed:
         # One by one on top of each other: two of them may conflict.
-        snapshot = snapshot._replace(stored=snapshot.stored.with_rules([named]))
-        forward, planned = _planned_with(named, session, snapshot)
-        old = before.find(named.target, named.name)
-        if forward.state is State.REFUSED and (old is None or old.reason != forward.reason):
-            raise RefusedError(f"{named} was not {done}. {forward.reason}")
-        problem = check_rivals(forward, planned, before)
+        is_enabled = named.rule.enabled
+        # Judged as the last, as it is with the change in it.
+        old = snapshot.plan(session.now, [named[:2]], is_held=False).find(*named[:2])
+        if old is not None and old.source.rule.enabled and not is_enabled:
+            continue  # what closes is never refused
+        forward = _planned_with(_enabled(named), session, snapshot)
+        if old is not None and not old.source.rule.enabled and not is_enabled:
+            old = _planned_with(_enabled(old.source), session, snapshot)
+        problem = _new_problem(old, forward, is_enabled=is_enabled)
         if problem is not None:
             raise RefusedError(f"{named} was not {done}. {problem}")
+        snapshot = snapshot._replace(stored=snapshot.stored.with_rules([named]))
     return _carried_out(args, session, snapshot, changed, before)
+
+
+def _new_problem(old: Forward | None, new: Forward, *, is_enabled: bool) -> str | None:
+    """What keeps a rule from being open that did not before."""
+    if new.conflict is not None and is_enabled:
+        is_old = old is not None and old.conflict is not None and old.conflict.rival == new.conflict.rival
+        return None if is_old else new.conflict.text
+    if new.state is not State.REFUSED or new.cause is Cause.CONFLICT:
+        return None
+    is_old = old is not None and (old.cause, old.exposed) == (new.cause, new.exposed)
+    return None if is_old else new.reason
+
+
+def _enabled(named: NamedRule) -> NamedRule:
+    return named._replace(rule=replace(named.rule, enabled=True))
 
 
 def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:

@@ -12,11 +12,9 @@ from qubes_fwd_qrexec.rules import NamedRule
 from qubes_fwd_qrexec.values import QubeName
 
 from .apply import Outcome, others
-from .conflicts import check_rivals
 from .inventory import TUNNEL_FEATURE, Inventory
-from .plan import plan
 from .session import Session, Snapshot, UsageError, plan_as_json
-from .states import Cause, Forward, Plan
+from .states import Forward, Plan
 from .store import TUNNEL_NAME, made_up_name, parse_new_name
 
 
@@ -57,7 +55,7 @@ def import_rules(args: Namespace, session: Session) -> int:
         _check_room(rules, snapshot, is_replacing=args.replace)
         marks = _marks(document, snapshot, is_replacing=args.replace)
         before = snapshot.plan(session.now, is_held=False)
-        _check_conflicts(rules, marks, before, snapshot, session.now, is_exact=document.is_exact)
+        _check_conflicts(rules, marks, before, snapshot, session.now)
         changes: dict[tuple[QubeName, str], str | None] = {
             (qube, TUNNEL_NAME): "1" if is_marked else "" for qube, is_marked in marks.items()
         }
@@ -173,47 +171,23 @@ def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dic
 
 
 def _check_conflicts(
-    rules: Iterable[NamedRule],
-    marks: Mapping[QubeName, bool],
-    before: Plan,
-    snapshot: Snapshot,
-    now: float,
-    *,
-    is_exact: bool,
+    rules: Iterable[NamedRule], marks: Mapping[QubeName, bool], before: Plan, snapshot: Snapshot, now: float
 ) -> None:
-    """No imported rule takes the port of one that is here, nor finds its own taken.
-
-    Two of the rules may conflict with each other only if they did so where they come from.
-    """
+    """No imported rule claims a port that another rule has; one that did so before may be imported again."""
     qubes = dict(snapshot.inventory.qubes)
     for qube, is_marked in marks.items():
         features = {**qubes[qube].features, TUNNEL_FEATURE: "1" if is_marked else ""}
         qubes[qube] = qubes[qube]._replace(features=features)
-    inventory = Inventory(qubes)
-    alone = plan(rules, inventory, now)
-    planned = snapshot._replace(inventory=inventory, stored=snapshot.stored.with_rules(rules)).plan(now)
-    for forward in planned:
-        if forward.cause is not Cause.CONFLICT:
+    newcomers = {named[:2] for named in rules}
+    after = snapshot._replace(inventory=Inventory(qubes), stored=snapshot.stored.with_rules(rules))
+    for forward in after.plan(now, newcomers):
+        if forward.conflict is None or forward.source[:2] not in newcomers:
             continue
-        where = (forward.source.target, forward.source.name)
-        by_itself, here = alone.find(*where), before.find(*where)
-        if by_itself is None:
-            is_new = here is None or here.cause is not Cause.CONFLICT
-        else:
-            is_new = not is_exact or by_itself.cause is not Cause.CONFLICT
-        if is_new:
+        here = before.find(*forward.source[:2])
+        if here is None or here.conflict is None or here.source != forward.source:
             raise RefusedError(
-                f"nothing was imported, as {forward.source} would be in conflict. {forward.reason}"
+                f"nothing was imported, as {forward.source} would be in conflict. {forward.conflict.text}"
             )
-    # Among the rules of an exact import two may wait for one port, as they did where they come from.
-    others = [f for f in planned if not is_exact or alone.find(*f.source[:2]) is None]
-    for named in rules:
-        imported = planned.find(named.target, named.name)
-        problem = None
-        if imported is not None:
-            problem = check_rivals(imported, replace(planned, forwards=tuple(others)), before)
-        if problem is not None:
-            raise RefusedError(f"nothing was imported, as {named} would be in conflict. {problem}")
 
 
 def _check_room(rules: Iterable[NamedRule], snapshot: Snapshot, *, is_replacing: bool) -> None:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules and inventory to plan: for every rule where it is exposed, how it travels, and whether it may.
 
-Nothing is read or changed here. Each rule first finds its own verdict, in the order of `_judged`;
-those that would be live then claim their ports, and of two that claim the same the one that is open has
-it, or else the first one.
+Nothing is read or changed here. Each rule first finds its own verdict, in the order of `_judged`; all that
+are not asleep then claim their ports, and of two that claim the same the first by name has it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.errors import ConfigError
@@ -27,7 +26,6 @@ from .abilities import THIS_VERSION, Abilities
 from .conflicts import Claims
 from .inventory import (
     ADMIN,
-    CONFIG_PREFIX,
     DISPOSABLE,
     LINUX,
     OFFER_PREFIX,
@@ -68,38 +66,40 @@ def plan(
     now: float,
     *,
     broken: Iterable[BrokenRule] = (),
-    newcomer: tuple[QubeName, RuleName] | None = None,
+    newcomers: Collection[tuple[QubeName, RuleName]] = (),
     abilities: Abilities = THIS_VERSION,
 ) -> Plan:
     """What becomes of each rule at the time ``now`` (UNIX seconds).
 
-    ``newcomer`` names a rule that is not stored yet: what conflicts with it was there first.
+    ``newcomers`` names rules that are not stored yet: what conflicts with them was there first.
     """
     ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
     judged = {(rule.target, rule.name): _judged(rule, inventory, now, abilities) for rule in ordered}
     claims = Claims()
-    # The newcomer last, and before all others those of which their listener is told: what is open stays
-    # open when another one comes back to its port.
-    for forward in sorted(judged.values(), key=lambda forward: _turn(forward, inventory, newcomer)):
-        key = forward.source[:2]
-        if forward.is_live:
-            problem = claims.take(forward)
-            if problem is not None:
-                judged[key] = forward._replace(
-                    state=State.REFUSED, cause=Cause.CONFLICT, reason=problem, config=None
+    for key in sorted(judged, key=lambda key: (key in newcomers, key)):
+        forward = judged[key]
+        home = _home(forward)
+        conflict = None if home is None else claims.take(forward.source, home)
+        if conflict is not None:
+            judged[key] = forward._replace(conflict=conflict)
+            if forward.is_live:
+                judged[key] = judged[key]._replace(
+                    state=State.REFUSED, cause=Cause.CONFLICT, reason=conflict.text, config=None
                 )
     return Plan(tuple(with_twins(judged.values())), tuple(sorted(broken)))
 
 
-def _turn(
-    forward: Forward, inventory: Inventory, newcomer: tuple[QubeName, RuleName] | None
-) -> tuple[bool, bool, QubeName, RuleName]:
-    """Whose claim is heard first."""
-    target, name, _ = forward.source
-    exposed = inventory.get(forward.exposed or "")
-    key = "" if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
-    is_told = exposed is not None and key in exposed.told
-    return (target, name) == newcomer, not is_told, target, name
+# These come back when somebody says so, and are judged then: the copies that clones inherit claim nothing.
+_ASLEEP = frozenset((Cause.CLONED, Cause.EXPIRED, Cause.DISABLED))
+
+
+def _home(forward: Forward) -> QubeName | None:
+    """Where a rule claims its ports: where it was agreed to, to which it comes back by itself."""
+    rule = forward.source.rule
+    if forward.cause in _ASLEEP:
+        return None
+    agreed = rule.path is not None and not (rule.follow_netvm and forward.chain)
+    return _listener(rule, Chain(rule.path if agreed and rule.path else forward.chain))
 
 
 def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abilities) -> Forward:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What every command of qvm-forward has at hand: the system, the time, and where to print."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TextIO
 
@@ -49,12 +49,12 @@ class Snapshot(NamedTuple):
     def plan(
         self,
         now: float,
-        newcomer: tuple[QubeName, RuleName] | None = None,
+        newcomers: Collection[tuple[QubeName, RuleName]] = (),
         *,
         is_held: bool | None = None,
     ) -> Plan:
         """What the rules ask for; ``is_held`` where it is not for dom0's policy to say."""
-        planned = plan(self.stored.rules, self.inventory, now, broken=self.stored.broken, newcomer=newcomer)
+        planned = plan(self.stored.rules, self.inventory, now, broken=self.stored.broken, newcomers=newcomers)
         if not (self.is_held if is_held is None else is_held):
             return planned
         return replace(planned, forwards=tuple(forward.held() for forward in planned), is_held=True)

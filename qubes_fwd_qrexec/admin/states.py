@@ -10,6 +10,8 @@ from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.rules import BrokenRule, Mode, NamedRule, Transport
 from qubes_fwd_qrexec.values import QubeName
 
+from .conflicts import Conflict
+
 
 class State(StrEnum):
     """The state of a rule, as every listing shows it."""
@@ -65,7 +67,8 @@ class Forward(NamedTuple):
     ``side`` of ``exposed`` is the one by which connections may come.
 
     ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats, ``hints``
-    are said once, when it is made.
+    are said once, when it is made. ``conflict`` is there if another rule has
+    its ports, whatever else is the matter.
     ``config`` is there exactly when the forward is live; ``exposed`` is also where it would listen.
     """
 
@@ -84,6 +87,7 @@ class Forward(NamedTuple):
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     config: ListenerConfig | None = None
+    conflict: Conflict | None = None
 
     @property
     def is_live(self) -> bool:

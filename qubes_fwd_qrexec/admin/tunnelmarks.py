@@ -83,12 +83,6 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
         raise RefusedError(_not_ours(qube, snapshot.inventory))
     after = _with_feature(snapshot, qube, None)
     changes = [*_changes(snapshot, after, session.now)]
-    for change in changes:
-        if change.forward.cause is Cause.CONFLICT:
-            raise RefusedError(
-                f"{qube} stays marked, as {change.forward.source} would be in the way then. "
-                f"{change.forward.reason}"
-            )
     session.backend.remove_feature(qube, TUNNEL_FEATURE)
     session.apply_change(f"{qube} is no longer marked")
     if session.is_json:

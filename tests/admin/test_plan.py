@@ -131,8 +131,7 @@ def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str,
 
 def test_a_newcomer_never_takes_the_port_of_what_is_there() -> None:
     newcomer, there = rule(target="personal"), rule(target="work")
-    key = (newcomer.target, newcomer.name)
-    first, second = plan([newcomer, there], world(), NOW, newcomer=key)
+    first, second = plan([newcomer, there], world(), NOW, newcomers=[newcomer[:2]])
     assert (first.cause, second.state) == (Cause.CONFLICT, State.ACTIVE)
 
 

@@ -194,35 +194,16 @@ def test_a_templates_mark_is_its_qubes_mark(forward: Command, lab: LabDirectory)
     assert forward("tunnel", "unmark", "debian-12").status == 0
 
 
-def test_unmark_brings_no_two_forwards_to_one_port(forward: Command, lab: LabDirectory) -> None:
-    """The one that was closed by the mark would be first by its name, and take the port of the other."""
-    forward("add", "personal", "80", "--from", "any")
-    forward("tunnel", "mark", "sys-firewall")
-    lab.set_feature("vault", "forward.tcp-80", str(rule("via=sys-net", target="vault").rule))
-    before = content(lab)
-    result = forward("tunnel", "unmark", "sys-firewall")
-    assert result.status == 1
-    assert (
-        "stays marked, as vault tcp-80 would be in the way then. Rule personal tcp-80 has port 80"
-        in result.err
-    )
-    assert content(lab) == before
-
-
-def test_what_is_open_stays_open_when_another_one_could_come_back(
-    forward: Command, lab: LabDirectory
-) -> None:
+def test_what_a_mark_closes_keeps_its_port_and_gets_it_back(forward: Command, lab: LabDirectory) -> None:
+    """A rule that was stored by hand meanwhile is second by its name."""
     forward("add", "personal", "80", "--from", "any")
     forward("tunnel", "mark", "sys-firewall")
     lab.set_feature("vault", "forward.tcp-80", str(rule("via=sys-net", target="vault").rule))
     forward("apply")
-    assert lab.vm_config("sys-net").keys() == {"fwd.vault.tcp-80"}
-    assert forward("tunnel", "unmark", "sys-firewall").out == (
-        "sys-firewall is no longer marked as a tunnel.\nForward personal tcp-80 stays refused. Rule vault "
-        "tcp-80 has port 80 of sys-net already; take another port or listen address, or remove or disable "
-        "that rule.\n"
-    )
-    assert lab.vm_config("sys-net").keys() == {"fwd.vault.tcp-80"}
+    assert lab.vm_config("sys-net") == {}
+    result = forward("tunnel", "unmark", "sys-firewall")
+    assert "Forward personal tcp-80 is open again." in result.out
+    assert lab.vm_config("sys-net").keys() == {"fwd.personal.tcp-80"}
 
 
 def test_the_list_has_every_mark_and_what_is_behind(forward: Command, lab: LabDirectory) -> None:
