@@ -23,6 +23,8 @@ class ExitStatus(IntEnum):
     """The server aborted the connection (EX_IOERR)."""
     SERVER_TIMEOUT = 75
     """The server did not accept the connection in time (EX_TEMPFAIL)."""
+    REVOKED = 77
+    """dom0 has taken back that it allowed the call (EX_NOPERM)."""
 
 
 _MEANINGS = {
@@ -33,11 +35,13 @@ _MEANINGS = {
     ExitStatus.SERVER_REFUSED: "the server in the target refused the connection",
     ExitStatus.SERVER_RESET: "the server in the target aborted the connection",
     ExitStatus.SERVER_TIMEOUT: "the server in the target did not accept the connection in time",
+    ExitStatus.REVOKED: "dom0 allows the call no more",
 }
 
 
 _REFUSALS: dict[int, Refusal] = {
     ExitStatus.REFUSED: Refusal.POLICY,
+    ExitStatus.REVOKED: Refusal.POLICY,
     ExitStatus.NO_SERVICE: Refusal.NO_SERVICE,
     ExitStatus.SERVER_REFUSED: Refusal.SERVER,
     ExitStatus.SERVER_TIMEOUT: Refusal.SERVER,

@@ -18,7 +18,7 @@ __all__ = ["REPORT_MAX_BYTES", "TEXT_MAX", "VERSION", "ReportError", "dump", "lo
 
 FORWARDS_MAX = 1000
 PROBLEMS_MAX = 100
-TUNNELS_MAX = 1000
+CALLS_MAX = 1000
 
 
 class Way(StrEnum):
@@ -203,23 +203,39 @@ class ListenerReport:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class TunnelsReport:
-    """How many tunnels one qube has to exactly these ports of the target."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallsReport:
+    """The calls of our service that one qube has to exactly these ports of the target.
+
+    ``draining`` of them take no new stream any more; the last of those is cut in ``drain_left_s`` seconds.
+    """
 
     source: QubeName
     ports: TargetPorts
-    count: int
+    tunnels: int = 0
+    singles: int = 0
+    draining: int = 0
+    drain_left_s: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {"source": self.source, "ports": str(self.ports), "count": self.count}
+        return {
+            "source": self.source,
+            "ports": str(self.ports),
+            "tunnels": self.tunnels,
+            "singles": self.singles,
+            "draining": self.draining,
+            "drain_left_s": self.drain_left_s,
+        }
 
     @classmethod
     def read(cls, untrusted: Reader) -> Self:
         return cls(
-            untrusted.parsed("source", parse_qube_name),
-            untrusted.parsed("ports", TargetPorts.parse),
-            untrusted.number("count"),
+            source=untrusted.parsed("source", parse_qube_name),
+            ports=untrusted.parsed("ports", TargetPorts.parse),
+            tunnels=untrusted.number("tunnels"),
+            singles=untrusted.number("singles"),
+            draining=untrusted.number("draining"),
+            drain_left_s=untrusted.optional("drain_left_s", untrusted.number),
         )
 
 
@@ -278,7 +294,7 @@ class QubeReport:
     program: str
     listener: ListenerReport | None = None
     listener_problem: str | None = None
-    tunnels: tuple[TunnelsReport, ...] = ()
+    calls: tuple[CallsReport, ...] = ()
     bugs: int = 0
     trial: Trial | None = None
     firewall: FirewallReport = FirewallReport()
@@ -293,7 +309,7 @@ class QubeReport:
             program=untrusted.text("program"),
             listener=untrusted.optional("listener", lambda key: ListenerReport.read(untrusted.inner(key))),
             listener_problem=untrusted.optional("listener_problem", untrusted.text),
-            tunnels=untrusted.several("tunnels", TUNNELS_MAX, TunnelsReport.read),
+            calls=untrusted.several("calls", CALLS_MAX, CallsReport.read),
             bugs=untrusted.number("bugs"),
             trial=untrusted.optional("trial", lambda key: Trial.read(untrusted.inner(key))),
             firewall=FirewallReport.read(untrusted.inner("firewall")),
@@ -306,7 +322,7 @@ class QubeReport:
             "program": self.program,
             "listener": None if self.listener is None else self.listener.as_json(),
             "listener_problem": self.listener_problem,
-            "tunnels": [tunnels.as_json() for tunnels in self.tunnels],
+            "calls": [calls.as_json() for calls in self.calls],
             "bugs": self.bugs,
             "trial": None if self.trial is None else self.trial.as_json(),
             "firewall": self.firewall.as_json(),

@@ -1,264 +1,310 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How dom0 ends the tunnels of a forward: ``qubes.ForwardRevoke+PORTS+SOURCE``, in the target.
+"""How dom0 ends calls: ``qubes.ForwardRevoke`` in the target, with all that dom0 allows on its stdin.
 
-A tunnel outlives the policy that allowed it, and its lease ends only new streams. So each tunnel of the
-target leaves a note in a directory of this qube: which ports, for which caller, which process. The RPC,
-which only dom0 may call, finds the notes that fit and asks those processes to end: at once, or with
-``+drain`` behind the source when their last connection ends, and to take no new one.
+A call outlives the policy that allowed it. So dom0 sends the whole list of what it still allows
+(`allowance`), and every other call of our service in this target ends at once, tunnel or single call. The
+list is kept with its time, and judges whatever dom0 had allowed before it, also a call whose service begins
+only later: the calling qube can keep the agent waiting for as long as it likes.
 
-A tunnel that dom0 allowed just before, and that has not left its note yet, would be missed. So the RPC
-leaves a mark with the time first, and a tunnel whose process is older than the mark ends itself. What is
-left is the moment between dom0's word and the start of the process.
+A call first leaves its note and then looks at the list; the RPC first writes the list and then looks at the
+notes. So one of the two sees the other. The process that serves the call is asked to look at the list anew,
+and obeys by itself. Who has not obeyed within two seconds is killed: its connections end in RST.
 
-Each tunnel that was not revoked leaves a mark too: dom0 has just allowed this caller these ports. It
-begins the lease of the caller's other tunnels to them anew.
+Each tunnel that was let in leaves a mark too, when dom0 allowed it: the lease of the caller's other tunnels
+to these ports begins anew with it.
 """
 
 import fcntl
 import os
+import select
 import signal
 import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-from .errors import ForwardError, TextError
+from .allowance import ALLOWANCE_MAX_BYTES, Allowance, Calls, Revoked
+from .callnotes import (
+    HeldNote,
+    Kind,
+    Note,
+    RevocationError,
+    check_place,
+    directory,
+    left_note,
+    living,
+)
+from .callstart import TICKS_PER_S, CallStart, boot_ticks
+from .cleanstart import start_clean
+from .errors import TextError, why
 from .exitstatus import ExitStatus
-from .rules import OnExpire
-from .values import QubeName, TargetPorts, parse_number, parse_qube_name
+from .values import parse_number
 
 SERVICE = "qubes.ForwardRevoke"
-# Made by the package (tmpfiles.d), for the user that qrexec services run as; a lab names another.
-DIRECTORY = "/run/qubes-forward"
-DIRECTORY_VARIABLE = "QUBES_FORWARD_RUN_DIR"
-_REVOKED, _ALLOWED = "revoked", "allowed"
-# What a tunnel's process is told.
-SIGNALS = {OnExpire.CUT: signal.SIGTERM, OnExpire.DRAIN: signal.SIGUSR1}
-# What anybody else may not do to the directory: a foreign note could name any process of ours.
-_WRITABLE_TO_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-# proc_pid_stat(5): starttime is field 22, and the second field, in parentheses, may hold blanks.
-_START_TIME_AFTER_NAME = 22 - 3
+# What a process is told: that the list has changed.
+LOOK = signal.SIGUSR1
+_LIST, _ALLOWED = "allowance", "allowed"
+# How long those who are to end may take before they are killed, and how often that is looked at.
+OBEY_S = 2.0
+_LOOK_AGAIN_S = 0.02
+# A list that another process writes is written by then, or never.
+_LOCK_S = 2.0
+_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_READ_S = 5.0
 
 
-class RevocationError(ForwardError):
-    """A tunnel cannot be noted, or could not be ended."""
+class RevokedError(RevocationError):
+    """dom0 has taken back that it allowed the call."""
 
 
-class _Note(NamedTuple):
-    """A note is the name of an empty file, ``PORTS+SOURCE+PID``."""
+class _List(NamedTuple):
+    """What dom0 has said last, and when: in ticks of the kernel."""
 
-    ports: TargetPorts
-    source: QubeName
-    pid: int
+    at: int
+    allowance: Allowance
 
-    @classmethod
-    def parse(cls, name: str) -> Self | None:
-        """None for the name of any other file."""
+
+def judge(note: Note, at: int, allowance: Allowance) -> Note | None:
+    """What becomes of a call by a list of that time: None if it is over, else the note it has then."""
+    if note.began > at:
+        return note  # it was allowed after the list was made
+    if note.calls in allowance.keeps:
+        return replace(note, until=0)
+    if note.calls in allowance.drains:
+        until = at + allowance.drains[note.calls] * TICKS_PER_S
+        return replace(note, until=min(until, note.until or until))
+    return note if note.until and not allowance.cuts_drains else None
+
+
+class Permission:
+    """What dom0 allows of one call of this process, as long as the call lives."""
+
+    def __init__(self, held: HeldNote) -> None:
+        self._held = held
+
+    @property
+    def drain_left_s(self) -> float | None:
+        """For how many seconds it may go on; None unless it drains."""
+        until = self._held.note.until
+        return max(0.0, until / TICKS_PER_S - time.clock_gettime(time.CLOCK_BOOTTIME)) if until else None
+
+    def look(self) -> bool:
+        """Look at the list again. False if the call is over: it must end now, also in doubt."""
         try:
-            ports, source, pid = name.split("+")
-            note = cls(TargetPorts.parse(ports), parse_qube_name(source), parse_number(pid))
-        except (ValueError, TextError):
-            return None
-        return note if str(note) == name else None
-
-    def __str__(self) -> str:
-        return f"{argument(self.ports, self.source)}+{self.pid}"
-
-
-def directory() -> Path:
-    """Where this qube's tunnels leave their notes."""
-    return Path(os.environ.get(DIRECTORY_VARIABLE, DIRECTORY))
-
-
-def argument(ports: TargetPorts, source: QubeName, how: OnExpire = OnExpire.CUT) -> str:
-    """What the RPC is called with to end all tunnels to exactly these ports that ``source`` has opened."""
-    return f"{ports}+{source}" if how is OnExpire.CUT else f"{ports}+{source}+{how}"
-
-
-def parse_argument(untrusted_argument: str) -> tuple[TargetPorts, QubeName, OnExpire]:
-    """The one spelling that `argument` makes. Raises `TextError`."""
-    untrusted_ports, _, rest = untrusted_argument.partition("+")
-    untrusted_source, plus, _ = rest.partition("+")
-    ports, source = TargetPorts.parse(untrusted_ports), parse_qube_name(untrusted_source)
-    how = OnExpire.DRAIN if plus else OnExpire.CUT
-    if argument(ports, source, how) != untrusted_argument:
-        raise TextError(untrusted_argument, "PORT-PORT+QUBE, the ports as two, and perhaps +drain")
-    return ports, source, how
+            told = _read_list(self._held.place)
+            note = self._held.note if told is None else judge(self._held.note, *told)
+            if note is not None and note.until != self._held.note.until:
+                self._held.set_until(note.until)
+        except (OSError, RevocationError):
+            return False
+        return note is not None
 
 
 @contextmanager
-def noted(ports: TargetPorts, source: QubeName, place: Path) -> Iterator[None]:
-    """Leave a note about this process for as long as the block runs.
+def permitted(
+    kind: Kind, calls: Calls, start: CallStart, place: Path, number: int = 0
+) -> Iterator[Permission]:
+    """A call that dom0 allows, with a note for as long as the block runs.
 
-    The process holds a lock on its note, so that a note outlived by a crash is never taken for another
-    process of the same number. Raises `RevocationError`: a tunnel that could not be ended must not be, nor
-    one that was revoked while this process started.
+    Raises `RevokedError` where dom0 has taken its word back since, and `RevocationError` where it could not
+    end the call later.
     """
-    note = _Note(ports, source, os.getpid())
-    path = place / str(note)
-    hidden = place / f".{note}"
-    with ExitStack() as undo:
+    with left_note(kind, calls, start, place, number) as held:
+        told = _read_list(place)
+        if told is not None:
+            note = judge(held.note, *told)
+            if note is None or note.until:
+                raise RevokedError(f"{calls}: dom0 has taken back that it allowed this call")
+        if kind is Kind.TUNNEL:
+            _leave_mark(calls, start, place)
+        yield Permission(held)
+
+
+def allowed_s(calls: Calls, place: Path) -> float:
+    """When dom0 last allowed a tunnel of these calls (`time.monotonic`); 0 where nobody knows."""
+    with suppress(OSError, ValueError):
+        fd = os.open(_mark(calls, place), os.O_RDONLY | _OPEN)
         try:
-            _check_place(place)
-            # Locked before it is seen: who finds a note that nobody holds takes it for a dead one's.
-            fd = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            undo.callback(os.close, fd)
-            undo.callback(hidden.unlink, missing_ok=True)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            hidden.rename(path)
-            undo.callback(path.unlink, missing_ok=True)
-            # In this order, and the RPC's is the reverse: one of the two sees what the other has left.
-            started_s = _started_s()
-            is_revoked = started_s <= _marked_s(_mark(_REVOKED, ports, source, place))
-            if not is_revoked:
-                _leave_mark(_mark(_ALLOWED, ports, source, place), started_s)
-        except OSError as error:
-            raise RevocationError(f"{path}: {error.strerror}; dom0 could not end this tunnel") from error
-        if is_revoked:
-            raise RevocationError(f"{path}: revoked by dom0 while it started")
-        yield
+            return _marked_ns(fd) / 1e9
+        finally:
+            os.close(fd)
+    return 0.0
 
 
-def allowed_s(ports: TargetPorts, source: QubeName, place: Path) -> float:
-    """When dom0 last allowed ``source`` a tunnel to these ports, in seconds since the start of this qube.
+def revoke(allowance: Allowance, place: Path, obey_s: float = OBEY_S) -> Revoked:
+    """Hold all living calls to what dom0 allows now. Raises `RevocationError` where that did not succeed.
 
-    0 where that cannot be known: then nothing is longer allowed because of it.
+    Calls are ended also where the list itself cannot be written.
     """
+    problems: list[str] = []
+    at = boot_ticks()
     try:
-        return _marked_s(_mark(_ALLOWED, ports, source, place))
-    except (OSError, RevocationError):
-        return 0.0
-
-
-def revoke(ports: TargetPorts, source: QubeName, place: Path, how: OnExpire = OnExpire.CUT) -> int:
-    """End the tunnels to these ports that ``source`` has opened; how many they were.
-
-    Notes of dead processes are removed, whatever their ports. Raises `RevocationError` in the end if
-    anything went wrong on the way.
-    """
-    try:
-        _check_place(place)
-        _leave_mark(_mark(_REVOKED, ports, source, place), time.clock_gettime(time.CLOCK_BOOTTIME))
-        notes = [note for path in place.iterdir() if (note := _Note.parse(path.name)) is not None]
+        check_place(place)
+        at = _write_list(allowance, place)
     except OSError as error:
-        raise RevocationError(f"{place}: {error.strerror}") from error
-    ended = 0
-    problems = []
-    for note in notes:
-        try:
-            is_meant = (note.ports, note.source) == (ports, source)
-            ended += _end(note, place, SIGNALS[how] if is_meant else None)
-        except OSError as error:
-            problems.append(f"{place / str(note)}: {error.strerror}")
+        problems.append(f"{place / _LIST}: {error.strerror}")
+    deadline = time.monotonic() + obey_s
+    ended: set[tuple[Calls, int, int]] = set()
+    told: set[int] = set()
+    while True:
+        notes = living(place)
+        verdicts = [(note, judge(note, at, allowance)) for note in notes]
+        unsettled = [note for note, verdict in verdicts if verdict != note]
+        ended |= {(note.calls, note.pid, note.number) for note, verdict in verdicts if verdict is None}
+        if not unsettled:
+            break
+        is_late = time.monotonic() >= deadline
+        for pid in {note.pid for note in unsettled} - (set() if is_late else told):
+            told.add(pid)
+            problem = _tell(pid, place, signal.SIGKILL if is_late else LOOK)
+            if problem is not None:
+                problems.append(problem)
+        if time.monotonic() >= deadline + obey_s:
+            problems += [f"{note}: goes on" for note in unsettled]
+            break
+        time.sleep(_LOOK_AGAIN_S)
     if problems:
         raise RevocationError("; ".join(problems))
-    return ended
+    return Revoked(len(ended), sum(bool(note.until) for note in notes))
 
 
-def tunnels(place: Path) -> Iterator[tuple[TargetPorts, QubeName]]:
-    """Ports and source of every tunnel that lives now. Raises `RevocationError`."""
+def _tell(pid: int, place: Path, how: signal.Signals) -> str | None:
+    """Send a signal to a process that has a note, and to no other of its number; what went wrong."""
     try:
-        notes = [note for path in place.iterdir() if (note := _Note.parse(path.name)) is not None]
-        for note in notes:
-            with suppress(FileNotFoundError), (place / str(note)).open("rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield note.ports, note.source
-    except FileNotFoundError:
-        return  # there never was a tunnel
+        process_fd = os.pidfd_open(pid)
+    except OSError:
+        return None  # it is gone, and its notes will be seen to be nobody's
+    try:
+        # If a note is held after the process was taken hold of, that is the one who holds it.
+        if any(note.pid == pid for note in living(place)):
+            signal.pidfd_send_signal(process_fd, how)
+    except ProcessLookupError:
+        return None
     except OSError as error:
-        raise RevocationError(f"{place}: {error.strerror}") from error
+        return f"process {pid}: {error.strerror}"
+    finally:
+        os.close(process_fd)
+    return None
 
 
-def _end(note: _Note, place: Path, how: signal.Signals | None) -> bool:
-    """Whether the note's process lived and was told to end; the note of a dead one is removed."""
-    with ExitStack() as undo:
-        process_fd = None
-        with suppress(ProcessLookupError):
-            # Before the look at the lock: if that is held after this, this is the one who holds it.
-            process_fd = os.pidfd_open(note.pid)
-            undo.callback(os.close, process_fd)
-        path = place / str(note)
+def _write_list(allowance: Allowance, place: Path) -> int:
+    """Put the list in the place of the one before; its time in ticks. Raises OSError."""
+    place_fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    hidden = place / f".{_LIST}+{os.getpid()}"
+    try:
+        _lock(place_fd)
+        at = boot_ticks()
+        hidden.unlink(missing_ok=True)
+        with open(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN, 0o600), "wb") as file:
+            file.write(f"{at}\n{allowance}".encode("ascii"))
+        hidden.rename(place / _LIST)
+    except OSError:
+        hidden.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(place_fd)
+    return at
+
+
+def _lock(fd: int) -> None:
+    """So that a list is never replaced by an earlier one. In doubt it is written all the same."""
+    deadline = time.monotonic() + _LOCK_S
+    while time.monotonic() < deadline:
         try:
-            note_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
-        undo.callback(os.close, note_fd)
-        try:
-            # Shared, for two revocations at once would take each other for the note's process.
-            fcntl.flock(note_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if process_fd is None or how is None:
-                return False
-            try:
-                signal.pidfd_send_signal(process_fd, how)
-            except ProcessLookupError:
-                return False
-            return True
-        path.unlink(missing_ok=True)
-        return False
+            time.sleep(_LOOK_AGAIN_S)
+        else:
+            return
 
 
-def _check_place(place: Path) -> None:
-    """Make the directory if it is missing.
-
-    Raises OSError, or `RevocationError` unless it is there and ours alone.
-    """
+def _read_list(place: Path) -> _List | None:
+    """None where dom0 has said nothing since this qube started. Raises `RevocationError`."""
+    path = place / _LIST
     try:
-        with suppress(FileExistsError):
-            place.mkdir(mode=0o700)
-    except OSError as error:
-        problem = f"the directory for notes of tunnels is missing, and cannot be made: {error.strerror}"
-        raise RevocationError(f"{place}: {problem}") from error
-    status = place.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise RevocationError(f"{place}: not a directory")
-    if status.st_uid != os.geteuid() or status.st_mode & _WRITABLE_TO_OTHERS:
-        raise RevocationError(f"{place}: must belong to the user of this process, and nobody else may write")
-
-
-def _mark(kind: str, ports: TargetPorts, source: QubeName, place: Path) -> Path:
-    return place / f"{kind}+{argument(ports, source)}"
-
-
-def _leave_mark(path: Path, at_s: float) -> None:
-    hidden = path.with_name(f".{path.name}+{os.getpid()}")
-    hidden.write_text(repr(at_s), encoding="ascii")
-    hidden.rename(path)
-
-
-def _marked_s(path: Path) -> float:
-    """The time of a mark, in seconds since the start of this qube; 0 where there is none."""
-    try:
-        return float(path.read_text(encoding="ascii"))
+        fd = os.open(path, os.O_RDONLY | _OPEN)
     except FileNotFoundError:
-        return 0.0
-    except ValueError as error:
-        raise RevocationError(f"{path}: not a time") from error
+        return None
+    except OSError as error:
+        raise RevocationError(f"{path}: {error.strerror}") from error
+    try:
+        _checked(fd)
+        with open(fd, "rb", closefd=False) as file:
+            first, _, rest = file.read(ALLOWANCE_MAX_BYTES + 32).partition(b"\n")
+        return _List(parse_number(first.decode("ascii", "replace")), Allowance.parse(rest))
+    except (OSError, ValueError, TextError) as error:
+        raise RevocationError(f"{path}: {why(error)}") from error
+    finally:
+        os.close(fd)
 
 
-def _started_s() -> float:
-    """When this process was started, rounded down to a tick of the kernel, in seconds since the start."""
-    fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return int(fields[_START_TIME_AFTER_NAME]) / os.sysconf("SC_CLK_TCK")
+def _checked(fd: int) -> os.stat_result:
+    """Raises ValueError for what is no file of this user."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        raise ValueError("not a file of this user")
+    return status
+
+
+def _mark(calls: Calls, place: Path) -> Path:
+    return place / f"{_ALLOWED}+{calls.ports}+{calls.source}"
+
+
+def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:
+    """An empty file, whose own time is the mark: it needs no room. Raises `RevocationError`."""
+    path = _mark(calls, place)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | _OPEN, 0o600)
+        try:
+            started_ns = int(start.monotonic_s * 1e9)
+            if _marked_ns(fd) < started_ns:
+                os.utime(fd, ns=(started_ns, started_ns))
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        raise RevocationError(f"{path}: {why(error)}; the lease of this tunnel cannot be kept") from error
+
+
+def _marked_ns(fd: int) -> int:
+    """The time of a mark; 0 for a new file, whose time is that of the wall. Raises OSError, ValueError."""
+    marked_ns = _checked(fd).st_mtime_ns
+    return marked_ns if marked_ns <= time.monotonic_ns() else 0
 
 
 def main() -> int:
-    """The RPC: ``argv[1]`` is its argument. Says on stdout how many tunnels were ended."""
+    """The RPC: what dom0 allows is on stdin, and what came of it goes to stdout."""
+    start_clean()
     try:
-        ports, source, how = parse_argument(sys.argv[1] if len(sys.argv) == 2 else "")
-        print(revoke(ports, source, directory(), how))
+        if len(sys.argv) > 1 and sys.argv[1]:
+            raise TextError(sys.argv[1][:80], f"empty: {SERVICE} takes no argument, and a list on stdin")
+        print(revoke(Allowance.parse(_read_stdin()), directory()), flush=True)
     except TextError as error:
         print(f"{SERVICE}: {error}", file=sys.stderr)
         return ExitStatus.BAD_ARGUMENT
-    except RevocationError as error:
+    except (RevocationError, OSError) as error:
         print(f"{SERVICE}: {error}", file=sys.stderr)
         return ExitStatus.TROUBLE
     return os.EX_OK
+
+
+def _read_stdin() -> bytes:
+    """All of it, or more than there may be. Raises OSError, and TimeoutError where no end comes."""
+    deadline = time.monotonic() + _READ_S
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    received = b""
+    while len(received) <= ALLOWANCE_MAX_BYTES:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError(f"the list on stdin has no end after {_READ_S:g} s")
+        more = os.read(0, ALLOWANCE_MAX_BYTES)
+        if not more:
+            break
+        received += more
+    return received
 
 
 if __name__ == "__main__":

@@ -9,16 +9,25 @@ status. It uses no trio: importing it would take longer than all else that is do
 
 import contextlib
 import os
+import signal
 import socket
 import stat
 import sys
 
+from .allowance import Calls
 from .bugs import Bugs
 from .bugs import leave as leave_bug
+from .callnotes import Kind, RevocationError, directory
+from .callstart import CallStartError, agent_pid, call_start
+from .cleanstart import start_clean
+from .errors import TextError
 from .exitstatus import ExitStatus
 from .localserver import SERVICE, ServiceError, connect, parse_argument
 from .loop import Loop
+from .permissionwatch import PermissionWatch, called_on_signals
 from .relay import Copy, CopyEnd, Relay, abort, close_cleanly, half_close
+from .revocation import LOOK, Permission, RevokedError, permitted
+from .values import parse_qube_name
 
 # Arguments come from another qube, and this goes to a log.
 _MESSAGE_MAX = 200
@@ -31,8 +40,11 @@ class _Joined:
     no other way to tell; the caller's abort cannot be told from a clean end (libqrexec/remote.c).
     """
 
-    def __init__(self, stdin: socket.socket, stdout: socket.socket, server: socket.socket) -> None:
+    def __init__(
+        self, stdin: socket.socket, stdout: socket.socket, server: socket.socket, permission: Permission
+    ) -> None:
         self._loop = Loop(Bugs(_count_bug))
+        self._watch = PermissionWatch(self._loop, permission, self._revoked, end=self._failed)
         relay = Relay(self._loop)
         self._stdout = stdout
         self._server = server
@@ -44,8 +56,10 @@ class _Joined:
 
     def run(self) -> int:
         """Until both directions are over, or one of them is aborted; the exit status that tells."""
-        while self._open and self._status is None:
-            self._loop.run_once()
+        with called_on_signals(self._loop, {LOOK: self._watch.look}, self._failed):
+            self._watch.look()  # at what dom0 has said before anybody could be called back
+            while self._open and self._status is None:
+                self._loop.run_once()
         if self._status is None and self._has_lost:
             self._status = ExitStatus.SERVER_RESET  # it ended its side first, and took no more
         if self._status is None:
@@ -53,6 +67,12 @@ class _Joined:
             return os.EX_OK
         abort(self._server)
         return self._status
+
+    def _failed(self) -> None:
+        self._status = ExitStatus.TROUBLE
+
+    def _revoked(self) -> None:
+        self._status = ExitStatus.REVOKED
 
     def _upload_ended(self, how: CopyEnd) -> None:
         self._open -= 1
@@ -87,8 +107,6 @@ def _standard_socket(fd: int) -> socket.socket:
 
 def _count_bug() -> None:
     """Where dom0 is told of it when it asks."""
-    from .revocation import directory
-
     leave_bug(directory())
 
 
@@ -96,23 +114,37 @@ def _serve_call(arguments: list[str]) -> int:
     """Serve one call: its argument is the only one, stdin and stdout are its sockets."""
     try:
         request = parse_argument(arguments[0] if len(arguments) == 1 else "")
+        source = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
         stdin, stdout = _standard_socket(0), _standard_socket(1)
+        calls = Calls(request.ports, source)
+        start = call_start(agent_pid(), stdin)
+        signal.signal(LOOK, signal.SIG_IGN)  # until there is a loop, which looks first of all
         if request.is_tunnel:
             from . import tunnelservice  # a call for one connection starts faster without
 
-            return tunnelservice.serve(request.ports, stdin, stdout)
-        return _Joined(stdin, stdout, connect(request.ports.first)).run()
+            return tunnelservice.serve(calls, start, stdin, stdout)
+        with permitted(Kind.SINGLE, calls, start, directory()) as permission:
+            return _Joined(stdin, stdout, connect(request.ports.first), permission).run()
     except ServiceError as error:
-        with contextlib.suppress(OSError):  # nobody listens, and the status says it all
-            print(f"{SERVICE}: {error}"[:_MESSAGE_MAX], file=sys.stderr, flush=True)
-        return error.status
+        return _told(error, error.status)
+    except RevokedError as error:
+        return _told(error, ExitStatus.REVOKED)
+    except (RevocationError, CallStartError, TextError) as error:
+        return _told(error, ExitStatus.TROUBLE)
     except Exception as bug:  # noqa: BLE001 - the caller is told that it failed, and nothing of us
         Bugs(_count_bug).note(bug)
         return ExitStatus.TROUBLE
 
 
+def _told(error: Exception, status: ExitStatus) -> int:
+    with contextlib.suppress(OSError):  # nobody listens, and the status says it all
+        print(f"{SERVICE}: {error}"[:_MESSAGE_MAX], file=sys.stderr, flush=True)
+    return status
+
+
 def main(arguments: list[str] | None = None) -> int:
     """One call's service, or with ``--socket`` or ``--activated`` the server for all of them."""
+    start_clean()
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0].startswith("--"):
         from . import serviceserver  # it needs trio

@@ -8,13 +8,18 @@ whatever happens (qubes-core-qrexec agent/qrexec-agent-data.c). A refused connec
 abort is a clean end of file for the client; where endings must be right, use `service`.
 
 The socket has the service's whole name, so tunnels come here too. Each is handed to a process of its
-own, as if the agent had started it: dom0 ends a tunnel by its process (`revocation`), a tunnel has a
-budget of its own, and its endings are said within it, so that it needs no exit status.
+own, as if the agent had started it: a tunnel has a budget of its own, and its endings are said within it,
+so that it needs no exit status.
+
+The kernel says which process of the agent has connected, and so when dom0 allowed the call. Each call has
+its note (`callnotes`), and SIGUSR1 tells this process to look which ones dom0 still allows.
 """
 
 import argparse
 import errno
+import itertools
 import logging
+import math
 import os
 import select
 import signal
@@ -28,8 +33,11 @@ from pathlib import Path
 import trio
 
 from .accepting import accept_until_closed, close_listening
+from .allowance import Calls
 from .bugs import Bugs
 from .bugs import leave as leave_bug
+from .callnotes import Kind, directory
+from .callstart import AGENT_PID_VARIABLE, call_start, peer_pid
 from .descriptors import raise_descriptor_limit
 from .errors import ForwardError, RefusedError, leaves
 from .exitstatus import meaning
@@ -48,8 +56,8 @@ from .logs import RateLimit, start_logging, warn
 from .notify import notify
 from .relay import Copy, CopyEnd, abort, close_cleanly, half_close
 from .relaythread import RelayThread, open_relay_thread
-from .revocation import SIGNALS, directory
-from .rules import OnExpire
+from .revocation import LOOK, Permission, permitted
+from .values import QubeName, parse_qube_name
 
 _logger = logging.getLogger(__name__)
 
@@ -62,6 +70,10 @@ CONNECTIONS_MAX = 512
 DRAIN_S = 60.0
 # A tunnel that is told to end sends its last word, and is killed after this.
 _TUNNEL_END_S = 2.0
+# trio's clock stands still while the machine is suspended, and the deadline of a drain does not.
+_LOOK_AT_DRAINS_S = 30.0
+# What `tunnelservice` takes for: no more streams.
+_TAKE_NO_MORE = signal.SIGUSR2
 _BACKLOG = 128
 # sd_listen_fds(3): the first descriptor that systemd passes.
 _LISTEN_FD = 3
@@ -75,7 +87,7 @@ class DescriptorError(ForwardError):
     """What came before the bytes of a call is not the service descriptor that it should be."""
 
 
-def parse_descriptor(untrusted_descriptor: bytes) -> tuple[str, Request, str]:
+def parse_descriptor(untrusted_descriptor: bytes) -> tuple[str, Request, QubeName]:
     """The argument, what it asks for, and the calling qube. Raises `ForwardError`."""
     try:
         service, _, caller = untrusted_descriptor.decode("ascii").partition(" ")
@@ -85,7 +97,7 @@ def parse_descriptor(untrusted_descriptor: bytes) -> tuple[str, Request, str]:
     source = caller.partition(" ")[0]  # dom0 says behind it whom it has asked for
     if name != SERVICE or not plus or not source:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not {SERVICE}+PORT QUBE")
-    return argument, parse_argument(argument), source
+    return argument, parse_argument(argument), parse_qube_name(source)
 
 
 async def read_descriptor(call: socket.socket) -> bytes:
@@ -150,6 +162,8 @@ class ServiceServer:
         self._limit = RateLimit()
         self._bugs = Bugs(partial(leave_bug, directory()))
         self._calls = 0
+        self._numbers = itertools.count(1)
+        self._singles: dict[int, tuple[Permission, trio.CancelScope]] = {}
         self._tunnels: set[trio.Process] = set()
         self._stopping = trio.Event()
         self._is_running = False
@@ -158,27 +172,42 @@ class ServiceServer:
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Accept until `stop`, then let calls finish, at most as long as the drain takes."""
-        async with open_relay_thread(self._bugs) as self._relays, trio.open_nursery() as self._tasks:
-            self._is_running = True
-            try:
-                self._tasks.start_soon(
-                    accept_until_closed, self._listening, self._accepted, self._limit, self._bugs
-                )
-                task_status.started()
-                notify("READY=1")
-                await self._stopping.wait()
-            finally:
-                notify("STOPPING=1")
-                close_listening(self._listening, is_shared=True)  # with systemd, if that passed it
-            for tunnel in self._tunnels:
-                tunnel.send_signal(SIGNALS[OnExpire.DRAIN])
-            self._tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+        async with open_relay_thread(self._bugs) as self._relays, trio.open_nursery() as background:
+            background.start_soon(self._look_at_drains)
+            async with trio.open_nursery() as self._tasks:
+                self._is_running = True
+                try:
+                    self._tasks.start_soon(
+                        accept_until_closed, self._listening, self._accepted, self._limit, self._bugs
+                    )
+                    task_status.started()
+                    notify("READY=1")
+                    await self._stopping.wait()
+                finally:
+                    notify("STOPPING=1")
+                    close_listening(self._listening, is_shared=True)  # with systemd, if that passed it
+                for tunnel in self._tunnels:
+                    tunnel.send_signal(_TAKE_NO_MORE)
+                self._tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+            background.cancel_scope.cancel()
 
     def stop(self) -> None:
         """Accept no more and let calls finish for a while; called again: abort them now."""
         if self._stopping.is_set() and self._is_running:
             self._tasks.cancel_scope.cancel()
         self._stopping.set()
+
+    def look(self) -> None:
+        """dom0 has sent a new list of what it allows: every single call is held to it."""
+        for permission, scope in tuple(self._singles.values()):
+            _hold_to(permission, scope)
+
+    async def _look_at_drains(self) -> None:
+        while True:
+            await trio.sleep(_LOOK_AT_DRAINS_S)
+            for permission, scope in tuple(self._singles.values()):
+                if permission.drain_left_s is not None:
+                    _hold_to(permission, scope)
 
     def _accepted(self, call: socket.socket) -> None:
         if self._calls >= self._connections_max:
@@ -198,7 +227,7 @@ class ServiceServer:
             if request.is_tunnel:
                 await self._hand_over(call, argument, source)
             else:
-                await _join(call, await connect(request.ports.first), self._relays)
+                await self._serve_single(call, Calls(request.ports, source))
         except ForwardError as error:
             warn(_logger, self._limit, type(error).__name__, f"refused a call: {error}")
         except Exception as bug:
@@ -209,7 +238,21 @@ class ServiceServer:
             self._calls -= 1
             call.close()
 
-    async def _hand_over(self, call: socket.socket, argument: str, source: str) -> None:
+    async def _serve_single(self, call: socket.socket, calls: Calls) -> None:
+        start = call_start(peer_pid(call), call)
+        number = next(self._numbers)
+        with (
+            permitted(Kind.SINGLE, calls, start, directory(), number) as permission,
+            trio.CancelScope() as scope,
+        ):
+            self._singles[number] = permission, scope
+            try:
+                _hold_to(permission, scope)  # to what dom0 has said before this call was to be found
+                await _join(call, await connect(calls.ports.first), self._relays)
+            finally:
+                del self._singles[number]
+
+    async def _hand_over(self, call: socket.socket, argument: str, source: QubeName) -> None:
         """Have a process serve a tunnel until its end; when we are cancelled it gets SIGTERM."""
         if self._stopping.is_set():
             raise RefusedError("a tunnel comes too late, this server is ending")
@@ -221,7 +264,7 @@ class ServiceServer:
                 stdin=call.fileno(),
                 stdout=call.fileno(),
                 stderr=subprocess.DEVNULL,
-                env=environment | {"QREXEC_REMOTE_DOMAIN": source},
+                env=environment | {"QREXEC_REMOTE_DOMAIN": source, AGENT_PID_VARIABLE: str(peer_pid(call))},
             )
         except OSError as error:
             raise RefusedError(f"no process for a tunnel: {error.strerror}") from error
@@ -234,6 +277,16 @@ class ServiceServer:
             await _end(process)
         if status != os.EX_OK:
             warn(_logger, self._limit, "tunnel", f"a tunnel of {source} ended: {meaning(status)}")
+
+
+def _hold_to(permission: Permission, scope: trio.CancelScope) -> None:
+    """End the call if dom0 no longer allows it, or at its deadline if it drains."""
+    is_allowed = permission.look()
+    left_s = permission.drain_left_s
+    if not is_allowed or left_s == 0:
+        scope.cancel()
+    else:
+        scope.deadline = math.inf if left_s is None else trio.current_time() + left_s
 
 
 async def _end(process: trio.Process) -> None:
@@ -345,11 +398,14 @@ def adopt(fd: int) -> socket.socket:
 async def _main(listening: socket.socket) -> None:
     server = ServiceServer(listening)
     async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, LOOK) as signals:
 
             async def obey() -> None:
-                async for _ in signals:
-                    server.stop()
+                async for number in signals:
+                    if number == LOOK:
+                        server.look()
+                    else:
+                        server.stop()
 
             nursery.start_soon(obey)
             await server.run()

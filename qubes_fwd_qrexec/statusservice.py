@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The service ``qubes.ForwardStatus``: how the forwards of this qube are, for dom0, which alone may call it.
 
-Without an argument it tells what the listener of this qube says, and how many tunnels the qubes have that
-it is a target of. ``+PORT`` also tries whether a server of this qube takes a connection on that port, and
+Without an argument it tells what the listener of this qube says, and which calls of our service live to it
+as a target. ``+PORT`` also tries whether a server of this qube takes a connection on that port, and
 ``+fwd.TARGET.NAME`` sends one through that forward of the listener, all the way to the target's server.
 """
 
 import contextlib
+import math
 import os
 import socket
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 from . import __version__, bugs, report
+from .allowance import Calls
+from .callnotes import Kind, Note, RevocationError, directory, living
+from .callstart import TICKS_PER_S
 from .config import STATUS_SERVICE, is_forward_key, parse_key
 from .errors import ConfigError, TextError
 from .exitstatus import ExitStatus
@@ -22,8 +25,7 @@ from .leftbehind import left_behind
 from .localserver import ServiceError, connect
 from .logs import one_line
 from .relay import close_cleanly
-from .report import Answer, FirewallReport, ListenerReport, QubeReport, ReportError, Trial, TunnelsReport
-from .revocation import RevocationError, directory, tunnels
+from .report import Answer, CallsReport, FirewallReport, ListenerReport, QubeReport, ReportError, Trial
 from .unixsockets import socket_address
 from .values import parse_port
 
@@ -57,7 +59,7 @@ def answer(
         program=__version__,
         listener=listener,
         listener_problem=problem,
-        tunnels=_tunnels(notes_place),
+        calls=_calls(notes_place),
         bugs=bugs.left(notes_place),
         trial=trial,
         firewall=_firewall(firewall_place),
@@ -131,16 +133,30 @@ def _ask(path: Path, request: bytes) -> bytes:
     return bytes(received)
 
 
-def _tunnels(place: Path) -> tuple[TunnelsReport, ...]:
-    """The tunnels that live now, by source and ports."""
+def _calls(place: Path) -> tuple[CallsReport, ...]:
+    """The calls of our service that live now, by source and ports."""
     try:
-        counts = Counter(tunnels(place))
+        notes = living(place)
     except RevocationError:
         return ()
-    found = sorted(counts.items(), key=lambda entry: (entry[0][1], str(entry[0][0])))
-    return tuple(TunnelsReport(source, ports, count) for (ports, source), count in found)[
-        : report.TUNNELS_MAX
-    ]
+    by_calls: dict[Calls, list[Note]] = {}
+    for note in notes:
+        by_calls.setdefault(note.calls, []).append(note)
+    found = [_counted(calls, by_calls[calls]) for calls in sorted(by_calls, key=str)]
+    return tuple(found)[: report.CALLS_MAX]
+
+
+def _counted(calls: Calls, notes: list[Note]) -> CallsReport:
+    drains = [note.until for note in notes if note.until]
+    now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return CallsReport(
+        source=calls.source,
+        ports=calls.ports,
+        tunnels=sum(note.kind is Kind.TUNNEL for note in notes),
+        singles=sum(note.kind is Kind.SINGLE for note in notes),
+        draining=len(drains),
+        drain_left_s=max(0, math.ceil(max(drains) / TICKS_PER_S - now_s)) if drains else None,
+    )
 
 
 def main() -> int:

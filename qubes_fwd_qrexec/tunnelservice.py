@@ -2,10 +2,13 @@
 """The target's end of a tunnel: streams that are asked for in, connections to its own servers out.
 
 The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. The
-lease is kept here, whatever the other end thinks: once it is over no stream is taken, so that dom0 is
-asked again. Another call for the same ports, which dom0 has allowed meanwhile, begins it anew. SIGTERM
-means that dom0 has taken its permission back: every stream ends now. SIGUSR1 means the same for new
-streams alone: those that are open go on.
+lease is kept here, whatever the other end thinks. It begins when dom0 said yes to this call, and anew with
+another call for the same ports that dom0 has allowed meanwhile. Once it is over no stream is taken, and the
+connections are cut: so what dom0 no longer allows is over within the lease, even if nobody hears of it. Only
+where dom0 has said that the tunnel may drain do its connections go on, up to the deadline of that.
+
+SIGUSR1 says that dom0 has sent a new list of what it allows (`revocation`). SIGUSR2 that no new streams are
+to be taken. SIGTERM that every stream ends now.
 """
 
 import contextlib
@@ -15,15 +18,16 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
+from .allowance import Calls
 from .budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
 from .bugs import Bugs
 from .bugs import leave as leave_bug
+from .callnotes import Kind, directory
+from .callstart import CallStart
 from .descriptors import raise_descriptor_limit
-from .errors import TextError
 from .exitstatus import ExitStatus
 from .leg import Leg
 from .localserver import (
@@ -34,17 +38,20 @@ from .localserver import (
     new_socket,
     prepare,
 )
-from .loop import READ, WRITE, End, Loop
+from .loop import WRITE, Loop
 from .mux import Mux
+from .permissionwatch import PermissionWatch, Word, called_on_signals
 from .proxy_protocol import header
 from .relay import abort
-from .revocation import SIGNALS, RevocationError, allowed_s, directory, noted
-from .rules import OnExpire
+from .revocation import LOOK, RevokedError, allowed_s, permitted
 from .tunnel import Connection, GoawayCode, Hello, OpenReceived, ResetCode
-from .values import TargetPorts, parse_qube_name
+from .values import TargetPorts
 
-# How long dom0's answer holds for new streams (design, section 10).
+# How long dom0's answer holds (design, section 10).
 LEASE_S = 300
+TAKE_NO_MORE = signal.SIGUSR2
+# How often a tunnel that drains looks whether it is still meant to.
+_LOOK_AT_DRAIN_S = 30.0
 _REFUSALS = {
     errno.ECONNREFUSED: ResetCode.REFUSED,
     errno.ETIMEDOUT: ResetCode.TIMEOUT,
@@ -53,24 +60,36 @@ _REFUSALS = {
 }
 
 
-def serve(ports: TargetPorts, stdin: socket.socket, stdout: socket.socket) -> int:
-    """Serve a tunnel over a call's two sockets; the call's exit status. Raises `ServiceError`."""
+def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.socket) -> int:
+    """Serve a tunnel over a call's two sockets; the call's exit status.
+
+    Raises `ServiceError`, and `RevocationError` where dom0 does not allow it any more or could not end it.
+    """
     raise_descriptor_limit()
     place = directory()
-    try:
-        source = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
-        allowed = partial(allowed_s, ports, source, place)
+    with permitted(Kind.TUNNEL, calls, start, place) as permission:
+        lease = Lease(LEASE_S, lambda: max(start.monotonic_s, allowed_s(calls, place)))
+        if lease.left_s <= 0:
+            raise RevokedError(f"{calls}: dom0 allowed this call more than {LEASE_S} s ago")
         bugs = Bugs(partial(leave_bug, place))
-        with (
-            noted(ports, source, place),
-            contextlib.closing(TunnelService(ports, stdin, stdout, LEASE_S, allowed, bugs)) as service,
-        ):
+        service = TunnelService(calls.ports, stdin, stdout, lease, permission, bugs)
+        with contextlib.closing(service):
             problem = service.run()
-    except (RevocationError, TextError) as error:
-        raise ServiceError(ExitStatus.TROUBLE, str(error)) from None
     if problem is not None:
         raise ServiceError(ExitStatus.TROUBLE, problem)
     return os.EX_OK
+
+
+class Lease:
+    """For how long dom0's word holds: so many seconds from when it was last said (`time.monotonic`)."""
+
+    def __init__(self, length_s: int, said_s: Callable[[], float]) -> None:
+        self.length_s = length_s
+        self._said_s = said_s
+
+    @property
+    def left_s(self) -> float:
+        return self._said_s() + self.length_s - time.monotonic()
 
 
 class _Connecting:
@@ -179,36 +198,42 @@ def _tell(leg: Leg, first: bytes) -> None:
 
 
 class TunnelService:
-    """One tunnel, from its first byte to its last.
-
-    ``allowed_s`` says when dom0 last allowed such a tunnel, in seconds since the start of this qube.
-    """
+    """One tunnel, from its first byte to its last; ``permission`` is what dom0 says of it."""
 
     def __init__(
         self,
         ports: TargetPorts,
         stdin: socket.socket,
         stdout: socket.socket,
-        lease_s: int,
-        allowed_s: Callable[[], float] = lambda: 0.0,
+        lease: Lease,
+        permission: Word,
         bugs: Bugs | None = None,
     ) -> None:
         self._ports = ports
-        self._lease_s = lease_s
-        self._allowed_s = allowed_s
+        self._lease = lease
         self._loop = Loop(bugs)
         self._connecting: dict[int, _Connecting] = {}
         self._is_over = False
         self._problem: str | None = None
-        hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=STREAMS_MAX, lease_s=lease_s)
+        hello = Hello(
+            WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=STREAMS_MAX, lease_s=lease.length_s
+        )
         connection = Connection(hello, range(ports.first, ports.last + 1))
         self._mux = Mux(self._loop, connection, stdin, stdout, Budget(), self)
-        self._loop.after(lease_s, self._look_at_lease, self._mux.fail)
+        self._watch = PermissionWatch(
+            self._loop, permission, self._revoke, self._take_no_more, end=self._mux.fail
+        )
+        self._loop.after(lease.left_s, self._look_at_lease, self._mux.fail)
 
     def run(self) -> str | None:
         """Serve until the tunnel is over and its last connection gone; why, unless it ended as agreed."""
-        meanings = {SIGNALS[OnExpire.CUT]: self._revoke, SIGNALS[OnExpire.DRAIN]: self._end_lease}
-        with _called_on_signals(self._loop, meanings, self._mux.fail):
+        meanings = {
+            LOOK: self._watch.look,
+            TAKE_NO_MORE: self._take_no_more,
+            signal.SIGTERM: self._revoke,
+        }
+        with called_on_signals(self._loop, meanings, self._mux.fail):
+            self._watch.look()  # at what dom0 has said before anybody could be called back
             while not self._is_over or self._mux.legs:
                 self._loop.run_once()
         return self._problem
@@ -218,20 +243,27 @@ class TunnelService:
 
     def _look_at_lease(self) -> None:
         """It is over, unless dom0 has said yes again since it began."""
-        left_s = self._allowed_s() + self._lease_s - time.clock_gettime(time.CLOCK_BOOTTIME)
+        left_s = self._lease.left_s
+        if self._watch.drains:
+            left_s = max(left_s, _LOOK_AT_DRAIN_S)  # until its deadline, or until dom0 says other
         if left_s > 0:
             self._loop.after(left_s, self._look_at_lease, self._mux.fail)
-        else:
-            self._end_lease()
+        elif not self._is_over:
+            self._take_no_more()
+            if self._mux.legs or self._connecting:
+                self._cut(GoawayCode.LEASE_OVER)
 
-    def _end_lease(self) -> None:
+    def _take_no_more(self) -> None:
         if not self._is_over:
             self._mux.drain(GoawayCode.LEASE_OVER)
 
     def _revoke(self) -> None:
+        self._cut(GoawayCode.REVOKED)
+
+    def _cut(self, code: GoawayCode) -> None:
         if not self._is_over:
             self._give_up_connecting()
-            self._mux.close(GoawayCode.REVOKED)
+            self._mux.close(code)
 
     # What the tunnel tells
 
@@ -265,28 +297,3 @@ class TunnelService:
 
     def _answered(self, stream_id: int) -> None:
         self._connecting.pop(stream_id, None)
-
-
-@contextmanager
-def _called_on_signals(
-    loop: Loop, meanings: Mapping[signal.Signals, Callable[[], None]], end: End
-) -> Iterator[None]:
-    """Have the loop call back on signals: between two handlers, and never within one."""
-    ours, kernels = socket.socketpair()
-
-    def woken(_events: int) -> None:
-        for number in ours.recv(64):
-            meanings[signal.Signals(number)]()
-
-    with ours, kernels:
-        kernels.setblocking(False)
-        loop.watch(ours.fileno(), READ, woken, end)
-        before_fd = signal.set_wakeup_fd(kernels.fileno())
-        before = {number: signal.signal(number, lambda _number, _frame: None) for number in meanings}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(before_fd)
-            loop.unwatch(ours.fileno())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from agents import agent_process
 from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
 from hypothesis import HealthCheck, settings
 from mux_bench import Joined, TunnelBench
@@ -65,11 +66,24 @@ def _free_ports() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _called_by_an_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a service finds in a qube: who calls, the agent's process for it, and where its note goes."""
+    with pytest.MonkeyPatch.context() as patch, agent_process() as pid:
+        patch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
+        patch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path_factory.mktemp("target") / "run"))
+        patch.setenv("QREXEC_AGENT_PID", str(pid))
+        yield
+
+
 @pytest.fixture
-def tunnel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a tunnel's service finds in a qube: who calls, and where its note goes."""
-    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
-    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
+def tunnel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same for this test alone: a lease begins with the agent's process."""
+    with agent_process() as pid:
+        monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
+        monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
+        monkeypatch.setenv("QREXEC_AGENT_PID", str(pid))
+        yield
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ assert dashes == "--", sys.argv
 with open(calls, "a") as log:
     log.write(f"{target} {service}\\n")
 argument = service.partition("+")[2]
+os.environ["QREXEC_AGENT_PID"] = str(os.getpid())
 if mode == "serve":
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", argument])
 elif mode.startswith("tunnel"):  # our service, with constants of its own

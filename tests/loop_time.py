@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qubes_fwd_qrexec import leg, loop, mux
+from qubes_fwd_qrexec import leg, loop, mux, tunnelservice
 from qubes_fwd_qrexec.loop import End, Loop, Timer
 
 # What is to come within a second then comes within BOUND_S of the tests if no timer is waited for, and what
@@ -30,7 +30,7 @@ class LoopClock:
 
     def __init__(self) -> None:
         self.now = time.monotonic()
-        self._before = [(module, module.time) for module in (loop, leg, mux)]
+        self._before = [(module, module.time) for module in (loop, leg, mux, tunnelservice)]
         for module, _ in self._before:
             vars(module)["time"] = SimpleNamespace(monotonic=lambda: self.now)
 

@@ -11,8 +11,19 @@ from qubes_fwd_qrexec.leg import Leg
 from qubes_fwd_qrexec.loop import Loop
 from qubes_fwd_qrexec.mux import Mux
 from qubes_fwd_qrexec.tunnel import Connection, Hello, Origin, ProxyVersion, ResetCode
-from qubes_fwd_qrexec.tunnelservice import LEASE_S, TunnelService
+from qubes_fwd_qrexec.tunnelservice import LEASE_S, Lease, TunnelService
 from qubes_fwd_qrexec.values import TargetPorts
+
+
+class Word:
+    """dom0's, of a call: a `Permission` in the hands of a test."""
+
+    def __init__(self) -> None:
+        self.is_allowed = True
+        self.drain_left_s: float | None = None
+
+    def look(self) -> bool:
+        return self.is_allowed
 
 
 class ServiceBench(TunnelBench):
@@ -32,7 +43,10 @@ class ServiceBench(TunnelBench):
         self.near.abandon()
         hello = Connection(Hello(1 << 19, bytes(16)), range(ports.first, ports.last + 1))
         self.near = Mux(self.loop, hello, self.near_call, self.near_sink, self.near_budget, self.near_owner)
-        self.service = TunnelService(ports, self.far_call, self.far_sink, lease_s)
+        self.word = Word()
+        self.said_s = self.clock.now
+        lease = Lease(lease_s, lambda: self.said_s)
+        self.service = TunnelService(ports, self.far_call, self.far_sink, lease, self.word)
         near_loop, far_loop = self.loop, self.service._loop
 
         class Both(Loop):

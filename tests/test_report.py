@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qubes_fwd_qrexec import document, report
 from qubes_fwd_qrexec.report import (
     Answer,
+    CallsReport,
     DrainingReport,
     Firewall,
     FirewallReport,
@@ -21,7 +22,6 @@ from qubes_fwd_qrexec.report import (
     QubeReport,
     ReportError,
     Trial,
-    TunnelsReport,
     Way,
 )
 from qubes_fwd_qrexec.rules import Transport
@@ -77,7 +77,18 @@ answers = st.builds(
     program=texts,
     listener=st.none() | listeners,
     listener_problem=st.none() | texts,
-    tunnels=st.lists(st.builds(TunnelsReport, qubes, ports, numbers), max_size=3).map(tuple),
+    calls=st.lists(
+        st.builds(
+            CallsReport,
+            source=qubes,
+            ports=ports,
+            tunnels=numbers,
+            singles=numbers,
+            draining=numbers,
+            drain_left_s=st.none() | numbers,
+        ),
+        max_size=3,
+    ).map(tuple),
     trial=st.none() | trials,
     firewall=firewalls,
 )
@@ -125,7 +136,7 @@ FORWARD = ForwardReport(
 WHOLE = QubeReport(
     program="1",
     listener=ListenerReport(since=1, forwards=(FORWARD,), problems=(Problem("a", "b"),)),
-    tunnels=(TunnelsReport(QubeName("a"), TargetPorts(1, 2), 3),),
+    calls=(CallsReport(source=QubeName("a"), ports=TargetPorts(1, 2), tunnels=3),),
     trial=Trial(Answer.THROUGH, "", ""),
 )
 Change = Callable[[Any], object]
@@ -167,9 +178,9 @@ LIES = [
     (put({}, "listener", "forwards"), "forwards must be a list"),
     (put([{}] * 1001, "listener", "forwards"), "a list of at most 1000"),
     (put([{}] * 101, "listener", "problems"), "a list of at most 100"),
-    (put([{}] * 1001, "tunnels"), "a list of at most 1000"),
-    (put([{}], "tunnels"), "source is missing"),
-    (put("0-1", "tunnels", 0, "ports"), "ports must be a port or range"),
+    (put([{}] * 1001, "calls"), "a list of at most 1000"),
+    (put([{}], "calls"), "source is missing"),
+    (put("0-1", "calls", 0, "ports"), "ports must be a port or range"),
     (put("maybe", "trial", "answer"), "answer must be one of through, "),
     (put("open", "firewall"), "firewall must be an object"),
     (put("ajar", "firewall", "ip"), "ip must be one of open, closed, unknown"),

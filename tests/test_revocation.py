@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Notes of tunnels, and the RPC that ends whom it finds noted."""
+"""What dom0 allows, and what becomes of calls that it does not name."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -9,284 +8,294 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from noted import PORTS, SOURCE, Tunnel, names, spoil_mode
-
-from qubes_fwd_qrexec import revocation
-from qubes_fwd_qrexec.revocation import (
-    RevocationError,
-    allowed_s,
-    argument,
-    noted,
-    revoke,
+from noted import (
+    BOUND_S,
+    ENDED,
+    MINE,
+    OTHER_PORTS,
+    OTHER_SOURCE,
+    Call,
+    after_a_tick,
+    just_now,
+    names,
+    spoil_mode,
 )
-from qubes_fwd_qrexec.rules import OnExpire
+
+from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
+from qubes_fwd_qrexec.callnotes import Kind, Note, RevocationError, living
+from qubes_fwd_qrexec.callstart import TICKS_PER_S, CallStart, boot_ticks
+from qubes_fwd_qrexec.revocation import RevokedError, allowed_s, judge, permitted, revoke
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """A note as a living process holds it."""
-    with open(path, "w", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+NOTHING = Allowance()
+ALL_CUT = Allowance(cuts_drains=True)
+AT = 50_000
 
 
-def test_the_tunnels_that_fit_are_ended_and_no_other(place: Path) -> None:
+def keep(*calls: Calls) -> Allowance:
+    return Allowance(keeps=frozenset(calls))
+
+
+def a_note(began: int = AT - 1, until: int = 0) -> Note:
+    return Note(Kind.TUNNEL, MINE, 1, 0, began, until)
+
+
+def test_what_is_not_named_is_over() -> None:
+    assert judge(a_note(), AT, NOTHING) is None
+    assert judge(a_note(AT), AT, NOTHING) is None
+    assert judge(a_note(), AT, keep(OTHER_PORTS, OTHER_SOURCE)) is None
+
+
+def test_what_was_allowed_after_the_list_was_made_is_not_its_matter() -> None:
+    for until in (0, AT + 7):
+        assert judge(a_note(AT + 1, until), AT, NOTHING) == a_note(AT + 1, until)
+        assert judge(a_note(AT + 1, until), AT, keep(MINE)) == a_note(AT + 1, until)
+
+
+def test_what_is_kept_goes_on_also_if_it_drained() -> None:
+    assert judge(a_note(), AT, keep(MINE)) == a_note()
+    assert judge(a_note(until=AT + 7), AT, keep(MINE)) == a_note()
+
+
+def test_a_drain_has_its_deadline_and_no_later_one() -> None:
+    drain = Allowance(drains={MINE: 60})
+    until = AT + 60 * TICKS_PER_S
+    assert judge(a_note(), AT, drain) == a_note(until=until)
+    assert judge(a_note(until=until - 1), AT, drain) == a_note(until=until - 1)
+    assert judge(a_note(until=until + 1), AT, drain) == a_note(until=until)
+
+
+def test_what_drains_is_not_forgotten_and_can_be_cut() -> None:
+    draining = a_note(until=AT + 7)
+    assert judge(draining, AT, NOTHING) == draining
+    assert judge(draining, AT, ALL_CUT) is None
+
+
+def test_all_that_dom0_does_not_name_is_ended_and_no_other(place: Path) -> None:
     with (
-        Tunnel(place) as one,
-        Tunnel(place) as two,
-        Tunnel(place, TargetPorts(8080, 8089)) as other_ports,
-        Tunnel(place, source="work") as other_source,
+        Call(place) as tunnel,
+        Call(place, kind=Kind.SINGLE) as single,
+        Call(place, OTHER_PORTS) as other_ports,
+        Call(place, OTHER_SOURCE, Kind.SINGLE) as other_source,
     ):
-        assert revoke(PORTS, SOURCE, place) == 2
-        assert (one.status, two.status) == (-signal.SIGTERM, -signal.SIGTERM)
+        assert revoke(keep(OTHER_PORTS, OTHER_SOURCE), place) == Revoked(2, 0)
+        assert (tunnel.status, single.status) == (ENDED, ENDED)
         assert other_ports.lives
         assert other_source.lives
-        assert revoke(PORTS, SOURCE, place) == 0
-        assert names(place) == sorted([other_ports.note.name, other_source.note.name])
+        assert revoke(keep(OTHER_PORTS, OTHER_SOURCE), place) == Revoked(0, 0)
+        assert len(names(place)) == 2
 
 
-def test_tunnels_that_are_to_drain_are_told_that_and_lose_their_right_to_start(place: Path) -> None:
-    with Tunnel(place) as one, Tunnel(place, source="work") as other:
-        assert revoke(PORTS, SOURCE, place, OnExpire.DRAIN) == 1
-        assert one.status == -signal.SIGUSR1
+def test_who_does_not_obey_is_killed(place: Path) -> None:
+    with Call(place, obeys=False) as deaf, Call(place) as stopped, Call(place, OTHER_SOURCE) as other:
+        stopped.process.send_signal(signal.SIGSTOP)
+        assert revoke(keep(OTHER_SOURCE), place, obey_s=0.1) == Revoked(2, 0)
+        assert deaf.status == -signal.SIGKILL
+        assert stopped.status == -signal.SIGKILL
         assert other.lives
-    assert (place / f"revoked+{argument(PORTS, SOURCE)}").exists()
 
 
-def test_a_note_goes_with_its_tunnel(place: Path) -> None:
-    with noted(PORTS, SOURCE, place):
-        assert names(place) == [f"8080-8090+sys-net+{os.getpid()}"]
+def test_more_than_there_may_be_at_once_are_ended(place: Path) -> None:
+    with Call(place) as one, Call(place) as two, Call(place, kind=Kind.SINGLE, obeys=False) as three:
+        assert revoke(NOTHING, place, obey_s=0.1) == Revoked(3, 0)
+        assert {one.status, two.status, three.status} <= {ENDED, -signal.SIGKILL}
+
+
+def test_a_drain_is_told_and_remembered_until_it_is_cut(place: Path) -> None:
+    with Call(place) as call:
+        before = boot_ticks()
+        assert revoke(Allowance(drains={MINE: 600}), place) == Revoked(0, 1)
+        until = call.note.until
+        assert before + 600 * TICKS_PER_S <= until <= boot_ticks() + 600 * TICKS_PER_S
+        assert revoke(NOTHING, place) == Revoked(0, 1)
+        assert call.note.until == until
+        assert call.lives
+        assert revoke(keep(MINE), place) == Revoked(0, 0)
+        assert call.note.until == 0
+        assert revoke(Allowance(drains={MINE: 600}), place) == Revoked(0, 1)
+        assert revoke(ALL_CUT, place) == Revoked(1, 0)
+        assert call.status == ENDED
+
+
+def test_a_drain_ends_at_its_deadline_by_itself(place: Path) -> None:
+    with Call(place) as call:
+        assert revoke(Allowance(drains={MINE: 1}), place) == Revoked(0, 1)
+        assert call.status == ENDED
+
+
+def test_a_call_that_dom0_allowed_before_the_list_is_refused_whenever_it_begins(place: Path) -> None:
+    """The calling qube can let a call that was allowed wait for as long as it likes."""
+    parked = just_now()
+    for start in (parked, CallStart(boot_ticks() - 1000 * TICKS_PER_S, 0.0)):
+        revoke(keep(OTHER_SOURCE), place)
+        for kind in Kind:
+            with (
+                pytest.raises(RevokedError, match="dom0 has taken back"),
+                permitted(kind, MINE, start, place),
+            ):
+                pytest.fail("it was let in")
+        assert allowed_s(MINE, place) == 0
     assert names(place) == []
-    with pytest.raises(KeyError), noted(PORTS, SOURCE, place):
-        raise KeyError
-    assert names(place) == []
-
-
-def test_a_note_that_outlived_its_process_is_removed_and_nobody_is_ended(place: Path) -> None:
-    with Tunnel(place) as dead, Tunnel(place, source="work") as dead_of_another:
-        for tunnel in (dead, dead_of_another):
-            tunnel.process.kill()
-            tunnel.process.wait()
-        assert len(names(place)) == 2
-        assert revoke(PORTS, SOURCE, place) == 0
-        assert names(place) == []
-
-
-def test_a_living_process_is_not_taken_for_the_dead_one_whose_number_it_has(place: Path) -> None:
-    with Tunnel(place, source="work") as living:
-        (place / f"8080-8090+sys-net+{living.process.pid}").touch()
-        assert revoke(PORTS, SOURCE, place) == 0
-        assert living.lives
-        assert names(place) == [living.note.name]
-
-
-def test_a_note_that_is_held_for_a_process_that_is_gone_ends_nobody(place: Path) -> None:
-    with Tunnel(place) as gone:
-        gone.process.kill()
-        gone.process.wait()
-        with held(gone.note):
-            assert revoke(PORTS, SOURCE, place) == 0
-
-
-def test_two_revocations_at_once_do_not_take_each_other_for_the_tunnel(place: Path) -> None:
-    with Tunnel(place, source="work") as living:
-        stale = place / f"8080-8090+sys-net+{living.process.pid}"
-        stale.touch()
-        with open(stale, encoding="ascii") as other:
-            fcntl.flock(other, fcntl.LOCK_SH)
-            assert revoke(PORTS, SOURCE, place) == 0
-        assert living.lives
-
-
-def test_a_note_is_never_seen_before_it_is_held(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever looks in between would take it for a dead one's and remove it."""
-    seen: list[list[str]] = []
-    flock = fcntl.flock
-
-    def look_and_flock(fd: int, operation: int) -> None:
-        seen.append([name for name in names(place) if not name.startswith(".")])
-        # A revocation at the worst moment; in another process, for it may not wait for this one.
-        if operation & fcntl.LOCK_EX:
-            done = subprocess.run(
-                [sys.executable, "-m", "qubes_fwd_qrexec.revocation", argument(PORTS, QubeName("work"))],
-                env=os.environ | {revocation.DIRECTORY_VARIABLE: str(place)},
-                check=False,
-            )
-            assert done.returncode == 0
-        flock(fd, operation)
-
-    monkeypatch.setattr(fcntl, "flock", look_and_flock)
-    with noted(PORTS, SOURCE, place):
-        assert seen == [[]]
-        assert names(place) == [f"8080-8090+sys-net+{os.getpid()}"]
-
-
-def test_a_tunnel_that_starts_while_it_is_revoked_ends_itself(place: Path) -> None:
-    """This process is older than the revocation, as one that Python still starts would be."""
-    assert revoke(PORTS, SOURCE, place) == 0
-    with (
-        pytest.raises(RevocationError, match="revoked by dom0 while it started"),
-        noted(PORTS, SOURCE, place),
-    ):
+    with permitted(Kind.SINGLE, OTHER_SOURCE, parked, place):
+        pass
+    revoke(Allowance(drains={MINE: 60}), place)
+    with pytest.raises(RevokedError), permitted(Kind.TUNNEL, MINE, parked, place):
         pytest.fail("it was let in")
-    assert names(place) == []
-    with noted(PORTS, QubeName("work"), place), noted(TargetPorts(8080, 8080), SOURCE, place):
-        assert len(names(place)) == 2
 
 
-def test_a_tunnel_that_starts_after_a_revocation_is_let_in(place: Path) -> None:
-    revoke(PORTS, SOURCE, place)
-    revoked_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-    while time.clock_gettime(time.CLOCK_BOOTTIME) < revoked_s + 1 / os.sysconf("SC_CLK_TCK"):
-        pass  # the kernel tells the start of a process in ticks
-    with Tunnel(place) as tunnel:
-        assert revoke(PORTS, SOURCE, place) == 1
-        assert tunnel.status == -signal.SIGTERM
+def test_a_call_that_dom0_allows_after_the_list_is_let_in(place: Path) -> None:
+    revoke(NOTHING, place)
+    after_a_tick()
+    with permitted(Kind.TUNNEL, MINE, just_now(), place) as permission:
+        assert permission.look()
+        assert permission.drain_left_s is None
+    after_a_tick()
+    with Call(place) as call:
+        after_a_tick()
+        assert revoke(NOTHING, place) == Revoked(1, 0)
+        assert call.status == ENDED
+
+
+def test_permission_ends_when_the_list_cannot_be_read(place: Path) -> None:
+    with permitted(Kind.TUNNEL, MINE, just_now(), place) as permission:
+        assert permission.look()
+        (place / "allowance").write_text("soon")
+        assert not permission.look()
 
 
 def test_a_tunnel_that_is_let_in_says_when_dom0_allowed_it(place: Path) -> None:
-    assert allowed_s(PORTS, SOURCE, place) == 0
-    now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    with Tunnel(place):
-        begun_s = allowed_s(PORTS, SOURCE, place)
-        assert now - 1 / os.sysconf("SC_CLK_TCK") <= begun_s <= time.clock_gettime(time.CLOCK_BOOTTIME)
-        assert allowed_s(TargetPorts(8080, 8080), SOURCE, place) == 0
-        assert allowed_s(PORTS, QubeName("work"), place) == 0
-        with Tunnel(place):
-            assert allowed_s(PORTS, SOURCE, place) >= begun_s
-    assert allowed_s(PORTS, SOURCE, place) >= begun_s
+    assert allowed_s(MINE, place) == 0
+    start = replace_start(just_now(), -1.0)
+    with permitted(Kind.TUNNEL, MINE, start, place):
+        assert allowed_s(MINE, place) == pytest.approx(start.monotonic_s, abs=1e-6)
+        assert allowed_s(OTHER_PORTS, place) == 0
+        assert allowed_s(OTHER_SOURCE, place) == 0
+    older = replace_start(start, -5.0)
+    with permitted(Kind.TUNNEL, MINE, older, place):
+        assert allowed_s(MINE, place) == pytest.approx(start.monotonic_s, abs=1e-6)
+    newer = replace_start(start, 0.5)
+    with permitted(Kind.TUNNEL, MINE, newer, place):
+        assert allowed_s(MINE, place) == pytest.approx(newer.monotonic_s, abs=1e-6)
 
 
-def test_a_tunnel_that_was_revoked_allows_nobody_anything(place: Path) -> None:
-    revoke(PORTS, SOURCE, place)
-    with pytest.raises(RevocationError), noted(PORTS, SOURCE, place):
-        pytest.fail("it was let in")
-    assert allowed_s(PORTS, SOURCE, place) == 0
+def replace_start(start: CallStart, by_s: float) -> CallStart:
+    return start._replace(monotonic_s=start.monotonic_s + by_s)
 
 
-def test_a_spoiled_word_of_what_is_allowed_allows_nothing(place: Path) -> None:
+def test_a_single_call_begins_nobodys_lease(place: Path) -> None:
+    with permitted(Kind.SINGLE, MINE, just_now(), place):
+        assert allowed_s(MINE, place) == 0
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("x"), Path.touch])
+def test_an_odd_mark_allows_nothing_and_holds_nobody_up(place: Path, make: Callable[[Path], object]) -> None:
+    """A new file has the time of the wall, which is no time of a mark."""
     place.mkdir(mode=0o700)
-    mark = place / f"allowed+{argument(PORTS, SOURCE)}"
-    mark.write_text("for ever")
-    assert allowed_s(PORTS, SOURCE, place) == 0
-    mark.unlink()
-    mark.mkdir()
-    assert allowed_s(PORTS, SOURCE, place) == 0
+    make(place / "allowed+8080-8090+sys-net")
+    assert allowed_s(MINE, place) == 0
 
 
-FOREIGN = [
-    "8080-8090+sys-net",
-    "8080-8090+sys-net+x",
-    "8080-8090+sys-net+01",
-    "8080-8090+sys-net+-1",
-    "8080-8090+sys-net+1+2",
-    "08080-8090+sys-net+1",
-    "8090-8080+sys-net+1",
-    "8080+sys-net+1",
-    "8080-8090+sys net+1",
-    "8080-8090+sys-net+\u0661",
-    ".8080-8090+sys-net+1",
-    "8080-8090+sys-net+1.tmp",
-    "x",
-]
-
-
-def test_files_of_others_are_not_touched(place: Path) -> None:
-    place.mkdir(mode=0o700)
-    for name in FOREIGN:
-        (place / name).touch()
-    (place / "directory").mkdir()
-    assert revoke(PORTS, SOURCE, place) == 0
-    assert names(place) == sorted([*FOREIGN, "directory"])
-
-
-def test_a_note_that_cannot_be_read_is_reported_and_the_others_end(place: Path, tmp_path: Path) -> None:
-    with Tunnel(place) as tunnel:
-        target = tmp_path / "of-somebody-else"
-        target.touch()
-        (place / "8080-8090+sys-net+1").symlink_to(target)
-        with pytest.raises(RevocationError, match=r"8080-8090\+sys-net\+1: Too many levels"):
-            revoke(PORTS, SOURCE, place)
-        assert tunnel.status == -signal.SIGTERM
-        assert target.exists()
-
-
-def test_the_directory_is_made_for_its_user_alone(place: Path) -> None:
-    before = os.umask(0)
-    try:
-        with noted(PORTS, SOURCE, place):
-            assert place.stat().st_mode & 0o777 == 0o700
-            note = place / f"{argument(PORTS, SOURCE)}+{os.getpid()}"
-            assert note.stat().st_mode & 0o777 == 0o600
-    finally:
-        os.umask(before)
-
-
-def spoil_kind(place: Path) -> None:
-    place.touch()
-
-
-def spoil_link(place: Path) -> None:
-    place.with_name("real").mkdir(mode=0o700)
-    place.symlink_to("real")
-
-
-def spoil_parent(place: Path) -> None:
-    place.parent.rmdir()
-
-
-@pytest.mark.parametrize("spoil", [spoil_mode, spoil_kind, spoil_link, spoil_parent])
-def test_where_notes_are_not_safe_no_tunnel_begins_and_none_is_ended(
-    tmp_path: Path, spoil: Callable[[Path], None]
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_tunnel_whose_lease_cannot_be_kept_is_refused_and_leaves_nothing(
+    place: Path, make: Callable[[Path], object]
 ) -> None:
-    place = tmp_path / "parent" / "notes"
-    place.parent.mkdir()
-    spoil(place)
-    with pytest.raises(RevocationError, match="notes"), noted(PORTS, SOURCE, place):
-        pytest.fail("it was let in")
-    with pytest.raises(RevocationError, match="notes"):
-        revoke(PORTS, SOURCE, place)
-
-
-def test_a_missing_directory_is_named_and_why_it_cannot_be_made(tmp_path: Path) -> None:
-    """A qube that runs on after the installation, before anything has made it."""
-    place = tmp_path / "parent" / "notes"
-    words = f"{place}: the directory for notes of tunnels is missing, and cannot be made: No such file"
-    with pytest.raises(RevocationError, match=words), noted(PORTS, SOURCE, place):
-        pytest.fail("it was let in")
-    with pytest.raises(RevocationError, match=words):
-        revoke(PORTS, SOURCE, place)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory away")
-def test_a_directory_of_another_user_is_not_used(place: Path) -> None:
     place.mkdir(mode=0o700)
-    os.chown(place, 1000, -1)
-    with pytest.raises(RevocationError, match="must belong to the user"), noted(PORTS, SOURCE, place):
-        pytest.fail("it was let in")
-
-
-def test_a_tunnel_that_cannot_be_noted_is_refused_with_a_reason(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "rename", full)
-    words = "No space left on device; dom0 could not end this tunnel"
-    with pytest.raises(RevocationError, match=words), noted(PORTS, SOURCE, place):
+    make(place / "allowed+8080-8090+sys-net")
+    with pytest.raises(RevocationError, match="lease"), permitted(Kind.TUNNEL, MINE, just_now(), place):
         pytest.fail("it was let in")
     assert names(place) == []
 
 
-def test_a_spoiled_mark_refuses_the_tunnel(place: Path) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("x"), Path.touch])
+def test_with_an_odd_list_nothing_is_let_in_until_dom0_says_more(
+    place: Path, make: Callable[[Path], object]
+) -> None:
     place.mkdir(mode=0o700)
-    (place / f"revoked+{argument(PORTS, SOURCE)}").write_text("soon")
-    with pytest.raises(RevocationError, match="not a time"), noted(PORTS, SOURCE, place):
+    make(place / "allowance")
+    with pytest.raises(RevocationError), permitted(Kind.SINGLE, MINE, just_now(), place):
         pytest.fail("it was let in")
-    assert revoke(PORTS, SOURCE, place) == 0
-    assert float((place / f"revoked+{argument(PORTS, SOURCE)}").read_text()) > 0
+    assert names(place) == []
+    if not (place / "allowance").is_dir():
+        assert revoke(NOTHING, place) == Revoked(0, 0)
+        after_a_tick()
+        with permitted(Kind.SINGLE, MINE, just_now(), place):
+            pass
+
+
+def test_calls_are_ended_also_where_the_list_cannot_be_written(place: Path) -> None:
+    with Call(place) as call:
+        (place / "allowance").mkdir()
+        with pytest.raises(RevocationError, match="allowance"):
+            revoke(NOTHING, place, obey_s=0.1)
+        assert call.status in (ENDED, -signal.SIGKILL)
+
+
+def test_of_a_list_that_cannot_be_written_nothing_is_left(place: Path) -> None:
+    place.mkdir(mode=0o700)
+    (place / "allowance").mkdir()
+    with pytest.raises(RevocationError):
+        revoke(NOTHING, place)
+    assert os.listdir(place) == ["allowance"]
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k,mode=700", "none", path], check=True)
+    try:
+        with open(path / "filler", "wb", buffering=0) as filler:
+            filler.write(b"x" * 65536)
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_where_no_room_is_left_calls_are_noted_and_ended_all_the_same(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with full_disk(place):
+        for kind in Kind:
+            with permitted(kind, MINE, just_now(), place):
+                assert len(living(place)) == 1
+        with Call(place) as call:
+            with pytest.raises(RevocationError, match="No space left"):
+                revoke(NOTHING, place, obey_s=0.1)
+            assert call.status == -signal.SIGKILL
+        living(place)
+        assert sorted(os.listdir(place)) == ["allowed+8080-8090+sys-net", "filler"]
+
+
+def test_where_notes_are_not_safe_dom0_hears_of_it(place: Path) -> None:
+    spoil_mode(place)
+    with pytest.raises(RevocationError, match="must belong to the user"):
+        revoke(NOTHING, place)
+
+
+def test_a_process_is_not_taken_for_the_dead_one_whose_number_it_has(place: Path) -> None:
+    with Call(place, OTHER_SOURCE) as living_one:
+        stale = replace(living_one.note, calls=MINE)
+        (place / str(stale)).touch()
+        assert revoke(keep(OTHER_SOURCE), place) == Revoked(0, 0)
+        assert living_one.lives
+        assert not (place / str(stale)).exists()
+
+
+def test_two_lists_at_once_leave_a_whole_one(place: Path) -> None:
+    place.mkdir(mode=0o700)
+    command = [sys.executable, "-m", "qubes_fwd_qrexec.revocation"]
+    env = os.environ | {"QUBES_FORWARD_RUN_DIR": str(place)}
+    running = [
+        subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(4)
+    ]
+    text = str(keep(*(Calls(TargetPorts(n, n), QubeName("a")) for n in range(1, 500)))).encode()
+    for process in running:
+        assert process.communicate(text, BOUND_S)[0] == b"version=1 ended=0 draining=0\n"
+    assert sorted(os.listdir(place)) == ["allowance"]
+    with permitted(
+        Kind.SINGLE, Calls(TargetPorts(7, 7), QubeName("a")), CallStart(0, time.monotonic()), place
+    ):
+        pass

@@ -1,69 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The RPC by which dom0 ends tunnels: its argument, and the program with its exit status."""
+"""The RPC by which dom0 says what it allows: its stdin, its answer and its exit status."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from noted import BOUND_S, Tunnel, spoil_mode
+from noted import BOUND_S, ENDED, Call, spoil_mode
 
-from qubes_fwd_qrexec import revocation
-from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.revocation import argument, parse_argument
-from qubes_fwd_qrexec.rules import OnExpire
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec import callnotes
+from qubes_fwd_qrexec.allowance import ALLOWANCE_MAX_BYTES
 
-
-@pytest.mark.parametrize("ports", ["1-1", "8080-8090", "65535-65535"])
-@pytest.mark.parametrize("source", ["sys-net", "a", "disp1234", "A.b_c-d", "x" * 31])
-@pytest.mark.parametrize("how", OnExpire)
-def test_an_argument_that_is_made_is_understood(ports: str, source: str, how: OnExpire) -> None:
-    text = argument(TargetPorts.parse(ports), QubeName(source), how)
-    assert parse_argument(text) == (TargetPorts.parse(ports), source, how)
+NOTHING = "version=1 drains=keep\n"
 
 
-BAD = [
-    "",
-    "+",
-    "8080-8090",
-    "8080-8090+",
-    "+sys-net",
-    "8080+sys-net",
-    "8080-8090+sys-net+1",
-    "8080-8090+sys-net+",
-    "8080-8090+sys-net+cut",
-    "8080-8090+sys-net+drain+",
-    "8080-8090+sys-net+drain+drain",
-    "8080-8090+tunnel+sys-net",
-    "8090-8080+sys-net",
-    "0-1+sys-net",
-    "1-65536+sys-net",
-    "08080-8090+sys-net",
-    "8080-8090+sys net",
-    "8080-8090+sys-net\n",
-    "8080-8090+../../x",
-    "8080-8090+*",
-    "8080-8090+@anyvm",
-    "8080-8090+1x",
-    f"8080-8090+{'x' * 32}",
-    "8080-8090+s\u00fcs",
-    "*+*",
-]
-
-
-@pytest.mark.parametrize("untrusted", BAD)
-def test_any_other_argument_is_refused(untrusted: str) -> None:
-    with pytest.raises(TextError):
-        parse_argument(untrusted)
-
-
-def run_rpc(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_rpc(place: Path, stdin: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "qubes_fwd_qrexec.revocation", *arguments],
-        env=os.environ | {revocation.DIRECTORY_VARIABLE: str(place)},
+        env=os.environ | {callnotes.DIRECTORY_VARIABLE: str(place)},
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=BOUND_S,
@@ -71,28 +27,58 @@ def run_rpc(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.parametrize("arguments", [(), ("",)])
+def test_it_says_how_many_it_has_ended(place: Path, arguments: tuple[str, ...]) -> None:
+    with Call(place) as call:
+        done = run_rpc(place, NOTHING, *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "version=1 ended=1 draining=0\n", "")
+        assert call.status == ENDED
+
+
 @pytest.mark.parametrize(
-    "arguments", [(), ("",), ("8080-8090+*",), ("8080-8090+sys-net", "more"), ("--help",)]
+    "stdin",
+    ["", "version=2 drains=keep\n", f"{NOTHING}keep 80 a\n", NOTHING + "x" * ALLOWANCE_MAX_BYTES, "\u00fc"],
 )
-def test_the_rpc_refuses_what_it_does_not_understand_with_status_2(
-    place: Path, arguments: tuple[str, ...]
-) -> None:
-    done = run_rpc(place, *arguments)
+def test_what_it_does_not_understand_ends_nothing_and_is_status_2(place: Path, stdin: str) -> None:
+    with Call(place) as call:
+        done = run_rpc(place, stdin)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("qubes.ForwardRevoke: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert call.lives
+        assert not (place / "allowance").exists()
+
+
+@pytest.mark.parametrize("arguments", [("8080-8080+sys-net",), ("--help",)])
+def test_it_takes_no_argument(place: Path, arguments: tuple[str, ...]) -> None:
+    done = run_rpc(place, NOTHING, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("qubes.ForwardRevoke: ")
-    assert len(done.stderr.splitlines()) == 1
     assert not place.exists()
 
 
-def test_the_rpc_says_how_many_it_ended(place: Path) -> None:
-    with Tunnel(place) as tunnel:
-        done = run_rpc(place, "8080-8090+sys-net")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
-        assert tunnel.status == -signal.SIGTERM
-
-
-def test_the_rpc_says_what_stands_in_its_way_with_status_125(place: Path) -> None:
+def test_it_says_what_stands_in_its_way_with_status_125(place: Path) -> None:
     spoil_mode(place)
-    done = run_rpc(place, "8080-8090+sys-net")
+    done = run_rpc(place, NOTHING)
     assert (done.returncode, done.stdout) == (125, "")
     assert done.stderr.startswith(f"qubes.ForwardRevoke: {place}: must belong to the user")
+
+
+def test_a_list_without_an_end_is_not_waited_for(place: Path) -> None:
+    code = (
+        "import sys; from qubes_fwd_qrexec import revocation\n"
+        "revocation._READ_S = 0.1; sys.argv = ['x']; sys.exit(revocation.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {callnotes.DIRECTORY_VARIABLE: str(place)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    process.stdin.write(NOTHING.encode())
+    process.stdin.flush()
+    assert process.wait(BOUND_S) == 125
+    stderr = process.communicate()[1]
+    assert b"no end after" in stderr
+    assert not place.exists()

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from endings import pattern
 from helpers import BOUND_S, free_port, port_of
 
+from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
+from qubes_fwd_qrexec.callnotes import living
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.relay import abort, half_close
+from qubes_fwd_qrexec.revocation import LOOK, revoke
+from qubes_fwd_qrexec.values import QubeName, TargetPorts
+
+LOOK_AND_TERM = (LOOK, signal.SIGTERM)
 
 
 class Called:
@@ -134,6 +142,86 @@ def test_a_caller_that_is_gone_is_an_abort_to_the_server(served: Served) -> None
     assert called.end() == (ExitStatus.TROUBLE, "")
     with pytest.raises(ConnectionResetError):
         sock.recv(1)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_dom0_ends_a_single_call_with_an_abort_and_a_status_of_its_own(run_dir: Path, served: Served) -> None:
+    called, sock = served
+    assert revoke(Allowance(), run_dir) == Revoked(1, 0)
+    assert called.end() == (ExitStatus.REVOKED, "")
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert living(run_dir) == []
+
+
+def test_a_single_call_that_drains_goes_on_to_its_deadline(
+    run_dir: Path, server: socket.socket, served: Served
+) -> None:
+    called, sock = served
+    mine = Calls(TargetPorts(port_of(server), port_of(server)), QubeName("sys-net"))
+    assert revoke(Allowance(drains={mine: 1}), run_dir) == Revoked(0, 1)
+    called.stdin.send(b"x")
+    assert sock.recv(100) == b"x"
+    assert called.end() == (ExitStatus.REVOKED, "")
+
+
+def test_a_call_that_dom0_has_taken_back_before_it_began_reaches_no_server(
+    run_dir: Path, tunnel_home: None, server: socket.socket
+) -> None:
+    """Its agent's process is older than dom0's list, however late the exposed qube lets it begin."""
+    revoke(Allowance(), run_dir)
+    for argument in (f"{port_of(server)}", f"{port_of(server)}+tunnel"):
+        called = Called(argument)
+        status, stderr = called.end()
+        assert status == ExitStatus.REVOKED
+        assert "dom0 has taken back" in stderr
+        called.close()
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.accept()
+
+
+@pytest.mark.parametrize("agent", ["", "x", "1000000000"])
+def test_a_call_of_which_nobody_knows_when_it_was_allowed_is_refused(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, server: socket.socket, agent: str
+) -> None:
+    monkeypatch.setenv("QREXEC_AGENT_PID", agent)
+    called = Called(str(port_of(server)))
+    status, stderr = called.end()
+    assert status == ExitStatus.TROUBLE
+    assert "agent" in stderr
+    called.close()
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "0<&- 2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_errors_never_go_into_the_data(redirect: str) -> None:
+    ours, theirs = socket.socketpair()
+    code = f"exec {sys.executable} -m qubes_fwd_qrexec.service {free_port()} {redirect}"
+    with ours, theirs, subprocess.Popen(["/bin/sh", "-c", code], stdin=theirs, stdout=theirs) as process:
+        theirs.close()
+        assert receive_all(ours) == b""
+        assert process.wait(BOUND_S) != 0
+
+
+def test_a_signal_that_was_blocked_at_the_start_ends_it_all_the_same(
+    run_dir: Path, server: socket.socket
+) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, LOOK_AND_TERM)
+    try:
+        called = Called(str(port_of(server)))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOK_AND_TERM)
+    server.settimeout(BOUND_S)
+    sock, _ = server.accept()
+    with sock:
+        assert revoke(Allowance(), run_dir) == Revoked(1, 0)
+        assert called.end() == (ExitStatus.REVOKED, "")
+    called.close()
 
 
 def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:

@@ -25,6 +25,9 @@ HELLO = bytes(wire.encode_hello(Hello(65536, bytes(16))))
 WINDOW = 32768
 
 
+pytestmark = pytest.mark.usefixtures("tunnel_home")
+
+
 class Called:
     """The program, with one socket for both ways of its call and another for stderr."""
 

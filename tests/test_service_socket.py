@@ -14,13 +14,18 @@ import pytest
 import trio
 from helpers import BOUND_S, accept, listening_socket, no_fds_left, port_of
 from helpers import until as until_true
+from noted import after_a_tick
 from processes import TARGET, Way, World, assert_reset, open_world, until
 from test_serviceserver import Agent, agent, descriptor, read_all
 
 from bench.memory import descendants
+from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
+from qubes_fwd_qrexec.callnotes import living
 from qubes_fwd_qrexec.relay import abort
+from qubes_fwd_qrexec.revocation import revoke
 from qubes_fwd_qrexec.serviceserver import ServiceServer, listen_on
 from qubes_fwd_qrexec.tunnel import Hello, wire
+from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
 HELLO = bytes(wire.encode_hello(Hello(65536, bytes(16))))
 
@@ -53,6 +58,11 @@ def abort_is_an_abort(way: Way) -> bool:
             return True
 
 
+def is_service(pid: int) -> bool:
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"qubes-forward-service" in command or b"qubes_fwd_qrexec.service" in command
+
+
 def test_calls_and_tunnels_both_come_to_the_socket(world: World) -> None:
     tunnel, call = world.forward("tunnel"), world.forward("call")
     with serving(world) as server:
@@ -62,7 +72,7 @@ def test_calls_and_tunnels_both_come_to_the_socket(world: World) -> None:
                 connection.echo()
             # The tunnel is a process of its own, and the agent has started none.
             assert len(descendants([server.pid])) == 1
-            assert not world.services
+            assert not [pid for pid in world.services if is_service(pid)]
         assert abort_is_an_abort(tunnel)
         assert not abort_is_an_abort(call)  # a socket service has no exit status to tell it by
 
@@ -118,7 +128,8 @@ async def test_a_tunnel_leaves_the_note_of_its_caller_and_its_end_is_the_calls(
                 assert await call.receive_some()
             port = port_of(server)
             (process,) = qrexec.server._tunnels
-            assert f"{port}-{port}+sys-net+{process.pid}" in os.listdir(home)
+            (note,) = living(home)
+            assert (str(note.calls), note.pid) == (f"{port}-{port} sys-net", process.pid)
             await call.send_eof()
             await read_all(call)
             await until_true(lambda: not qrexec.server._tunnels)
@@ -129,7 +140,7 @@ async def test_a_caller_whose_name_is_none_gets_no_tunnel(
 ) -> None:
     async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server, "../x")) as call:
         assert await read_all(call) == b""
-        await until_true(lambda: "a tunnel of ../x ended" in caplog.text)
+        assert "is not a qube's name" in caplog.text
 
 
 async def test_the_deadline_ends_tunnels(tmp_path: Path, server: socket.socket, home: Path) -> None:
@@ -170,3 +181,87 @@ async def test_a_tunnel_that_comes_while_it_ends_is_refused(
         await call.send_all(b" sys-net\0")
         assert await read_all(call) == b""
         assert "comes too late" in caplog.text
+
+
+@contextmanager
+def program(tmp_path: Path) -> Iterator[Path]:
+    """The server as a process of its own; the path of its socket."""
+    path = tmp_path / "service"
+    command = [sys.executable, "-m", "qubes_fwd_qrexec.service", "--socket", str(path)]
+    with subprocess.Popen(command) as process:
+        try:
+            until(path.is_socket)
+            yield path
+        finally:
+            process.kill()
+
+
+def call_to(path: Path, server: socket.socket, kind: str = "") -> socket.socket:
+    call = socket.socket(socket.AF_UNIX)
+    call.settimeout(BOUND_S)
+    call.connect(str(path))
+    call.send(f"qubes.ForwardTCP+{port_of(server)}{kind} sys-net\0".encode())
+    return call
+
+
+def test_dom0_ends_the_single_calls_of_the_socket_that_it_does_not_allow(
+    tmp_path: Path, server: socket.socket, home: Path
+) -> None:
+    server.settimeout(BOUND_S)
+    with program(tmp_path) as path, listening_socket() as kept_server:
+        kept_server.settimeout(BOUND_S)
+        kept = Calls(TargetPorts(port_of(kept_server), port_of(kept_server)), QubeName("sys-net"))
+        with call_to(path, server) as ended, call_to(path, kept_server) as call:
+            (far, _), (kept_far, _) = server.accept(), kept_server.accept()
+            with far, kept_far:
+                assert revoke(Allowance(keeps=frozenset({kept})), home) == Revoked(1, 0)
+                far.settimeout(BOUND_S)
+                with pytest.raises(ConnectionResetError):
+                    far.recv(1)
+                assert ended.recv(1) == b""
+                call.send(b"x")
+                kept_far.settimeout(BOUND_S)
+                assert kept_far.recv(1) == b"x"
+                assert revoke(Allowance(drains={kept: 1}), home) == Revoked(0, 1)
+                with pytest.raises(ConnectionResetError):
+                    kept_far.recv(1)
+                until(lambda: living(home) == [])
+
+
+@pytest.mark.parametrize("kind", ["", "+tunnel"])
+def test_a_call_that_was_allowed_before_dom0s_list_reaches_no_server(
+    tmp_path: Path, server: socket.socket, home: Path, kind: str
+) -> None:
+    """The kernel says who has connected: this process, older than the list, and then one that is not."""
+    with program(tmp_path) as path:
+        revoke(Allowance(), home)
+        with call_to(path, server, kind) as call:
+            assert call.recv(1) == b""
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        after_a_tick()
+        code = (
+            "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
+            "s.send(sys.argv[2].encode() + b'\\0'); sys.stdout.buffer.write(s.recv(1)); sys.stdin.read()"
+        )
+        words = f"qubes.ForwardTCP+{port_of(server)}{kind} sys-net"
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(path), words], stdin=subprocess.PIPE
+        ) as agents:
+            until(lambda: living(home))
+            agents.kill()
+
+
+def test_dom0_ends_a_server_that_does_not_obey(tmp_path: Path, server: socket.socket, home: Path) -> None:
+    server.settimeout(BOUND_S)
+    with program(tmp_path) as path, call_to(path, server) as call:
+        far, _ = server.accept()
+        with far:
+            (note,) = living(home)
+            os.kill(note.pid, signal.SIGSTOP)
+            assert revoke(Allowance(), home, obey_s=0.1) == Revoked(1, 0)
+            far.settimeout(BOUND_S)
+            with pytest.raises(ConnectionResetError):
+                far.recv(1)
+            assert call.recv(1) == b""

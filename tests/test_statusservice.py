@@ -12,19 +12,22 @@ from pathlib import Path
 
 import pytest
 from helpers import free_port
+from noted import MINE, just_now
 
 from qubes_fwd_qrexec import report, statusservice
+from qubes_fwd_qrexec.allowance import Calls
+from qubes_fwd_qrexec.callnotes import DIRECTORY_VARIABLE, Kind, left_note
+from qubes_fwd_qrexec.callstart import TICKS_PER_S, boot_ticks
 from qubes_fwd_qrexec.errors import TextError
 from qubes_fwd_qrexec.report import (
     Answer,
+    CallsReport,
     Firewall,
     FirewallReport,
     ListenerReport,
     QubeReport,
     Trial,
-    TunnelsReport,
 )
-from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE, noted, tunnels
 from qubes_fwd_qrexec.statusservice import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY, answer
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
@@ -61,7 +64,7 @@ def listener(place: Path, name: str, said: bytes) -> Iterator[list[bytes]]:
 def test_a_qube_without_a_listener_and_without_tunnels_says_so(tmp_path: Path) -> None:
     found = told("", tmp_path / "none", tmp_path / "nothing")
     assert (found.listener, found.listener_problem) == (None, "no listener is running")
-    assert (found.tunnels, found.trial) == ((), None)
+    assert (found.calls, found.trial) == ((), None)
 
 
 def test_what_the_listener_says_is_passed_on(tmp_path: Path) -> None:
@@ -95,17 +98,34 @@ def test_a_listener_that_does_not_answer_is_not_waited_for(
     assert found.listener_problem == "the listener does not answer: timed out"
 
 
-def test_tunnels_are_counted_by_source_and_ports_while_they_live(tmp_path: Path) -> None:
-    ports, other = TargetPorts(80, 90), TargetPorts(80, 80)
-    with noted(ports, QubeName("sys-net"), tmp_path), noted(other, QubeName("sys-net"), tmp_path):
-        (tmp_path / "80-90+dead+1").write_text("")
-        (tmp_path / "other").write_text("")
-        found = told("", tmp_path / "none", tmp_path).tunnels
-        assert found == (
-            TunnelsReport(QubeName("sys-net"), other, 1),
-            TunnelsReport(QubeName("sys-net"), ports, 1),
+def test_calls_are_counted_by_source_and_ports_while_they_live(place: Path, tmp_path: Path) -> None:
+    single = Calls(TargetPorts(80, 80), QubeName("sys-net"))
+    with (
+        left_note(Kind.TUNNEL, MINE, just_now(), place, 1),
+        left_note(Kind.TUNNEL, MINE, just_now(), place, 2) as soon,
+        left_note(Kind.SINGLE, MINE, just_now(), place, 3) as late,
+        left_note(Kind.SINGLE, single, just_now(), place, 4),
+    ):
+        (place / "other").write_text("")
+        soon.set_until(boot_ticks() + 10 * TICKS_PER_S)
+        late.set_until(boot_ticks() + 100 * TICKS_PER_S)
+        one, other = told("", tmp_path / "none", place).calls
+        assert one == CallsReport(source=single.source, ports=single.ports, singles=1)
+        assert other.drain_left_s in range(70, 101)
+        assert other == CallsReport(
+            source=MINE.source,
+            ports=MINE.ports,
+            tunnels=2,
+            singles=1,
+            draining=2,
+            drain_left_s=other.drain_left_s,
         )
-    assert list(tunnels(tmp_path)) == []
+    assert told("", tmp_path / "none", place).calls == ()
+
+
+def test_where_notes_cannot_be_read_there_are_no_figures(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    assert told("", tmp_path / "none", tmp_path / "run").calls == ()
 
 
 FIREWALL = FirewallReport(Firewall.OPEN, Firewall.CLOSED, ("fwd.work.web",))

@@ -12,9 +12,9 @@ import trio
 from helpers import FakeClient, accept, children, echo_once, is_reset, port_of, until
 from tunnels_bench import Clock, end_well, one, tunnels_to
 
-from qubes_fwd_qrexec import revocation
+from qubes_fwd_qrexec import callnotes, revocation
+from qubes_fwd_qrexec.allowance import Allowance, Revoked
 from qubes_fwd_qrexec.errors import RefusedError
-from qubes_fwd_qrexec.values import QubeName
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
 
@@ -30,7 +30,7 @@ async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on
             await echo_once(near, far)
             (old,) = bench.tunnels._tunnels
             (service,) = children()
-            os.kill(service, signal.SIGUSR1)
+            os.kill(service, signal.SIGUSR2)
             await until(lambda: not old.has_room)
             async with bench.connect(port) as new_near, await accept(server) as new_far:
                 await echo_once(new_near, new_far)
@@ -87,10 +87,8 @@ async def test_a_tunnel_that_dom0_ends_is_not_lost_and_no_warning(
     async with tunnels_to(client.command, one(port)) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            ended = await trio.to_thread.run_sync(
-                revocation.revoke, one(port), QubeName("sys-net"), revocation.directory()
-            )
-            assert ended == 1
+            ended = await trio.to_thread.run_sync(revocation.revoke, Allowance(), callnotes.directory())
+            assert ended == Revoked(1, 0)
             assert await is_reset(near)
             assert await is_reset(far)
         await until(lambda: not bench.tunnels._tunnels)

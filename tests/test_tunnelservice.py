@@ -5,7 +5,6 @@ import contextlib
 import errno
 import os
 import socket
-import time
 from collections.abc import Iterator
 from ipaddress import ip_address
 
@@ -230,69 +229,136 @@ def test_every_port_of_the_range_is_reached_and_no_other() -> None:
 # The lease, and the end
 
 
-def test_past_its_lease_it_takes_no_stream_and_serves_those_it_has(server: socket.socket) -> None:
-    """relay-behaviours 53."""
+def test_past_its_lease_it_takes_no_stream_and_cuts_those_it_has(server: socket.socket) -> None:
+    """relay-behaviours 53: so what dom0 no longer allows is over then, even if nobody hears of it."""
     port = port_of(server)
     with ServiceBench(TargetPorts(port, port), lease_s=300) as bench:
         bench.is_time_still = True
-        client, leg = bench.connect(port)
+        client, _ = bench.connect(port)
         with client, bench.accept(server) as far:
-            bench.clock.advance(299.9)
+            bench.clock.advance(299)
             bench.turn()
             assert not bench.near_owner.drained
-            bench.clock.advance(0.1)
-            bench.until(lambda: bench.near_owner.drained)
+            bench.clock.advance(2)
+            bench.until(lambda: bench.near_owner.is_over)
             assert bench.near_owner.drained == [GoawayCode.LEASE_OVER]
-            assert bench.near.open_room == 0
-            bench.near.connection._drain_received = None  # one that does not listen
-            assert bench.refusal(port) is ResetCode.LEASE_OVER
-            client.send(b"x")
-            assert bench.read(far, 1) == b"x"
-            leg.abort_from_here()
-            bench.until(lambda: bench.service._is_over)
+            bench.is_time_still = False
+            assert bench.is_aborted(client)
+            assert bench.is_aborted(far)
+        bench.until(lambda: bench.service._is_over)
         assert bench.service._problem is None
 
 
+def test_without_streams_the_end_of_the_lease_is_an_agreed_end(server: socket.socket) -> None:
+    port = port_of(server)
+    with ServiceBench(TargetPorts(port, port), lease_s=300) as bench:
+        bench.is_time_still = True
+        bench.clock.advance(301)
+        bench.until(lambda: bench.near_owner.is_over)
+        assert bench.near_owner.drained == [GoawayCode.LEASE_OVER]
+        assert bench.near_owner.problem is None
+
+
+def test_a_server_that_is_being_asked_when_the_lease_ends_is_given_up(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.is_time_still = True
+    client, _ = bench.connect(port_of(server))
+    monkeypatch.setattr(tunnelservice._Connecting, "_on_answer", lambda *_: None)
+    bench.until(lambda: bench.service._connecting)
+    bench.service._connecting[1]._timer.cancel()
+    bench.clock.advance(LEASE_S + 1)
+    bench.until(lambda: bench.near_owner.is_over)
+    assert not bench.service._connecting
+    bench.is_time_still = False
+    with client:
+        assert bench.is_aborted(client)
+
+
 def test_what_dom0_has_allowed_again_begins_the_lease_anew(
-    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+    bench: ServiceBench, server: socket.socket
 ) -> None:
-    now, asked, waits = [5000.0], [0.0], list[float]()
-    service = bench.service
-    monkeypatch.setattr(service, "_allowed_s", lambda: asked[0])
-    monkeypatch.setattr(time, "clock_gettime", lambda which: now[0])
-    monkeypatch.setattr(service._loop, "after", lambda delay_s, callback, end: waits.append(delay_s))
-    asked[0] = now[0] - LEASE_S + 0.5
-    service._look_at_lease()
-    assert waits == [0.5]
-    bench.turn()
-    assert bench.near.open_room
-    asked[0] = now[0] - LEASE_S
-    service._look_at_lease()
-    monkeypatch.undo()
-    bench.until(lambda: bench.near_owner.drained)
-    assert waits == [0.5]
-    assert not bench.near.open_room
-
-
-def test_what_dom0_has_ended_is_not_begun_anew_by_what_it_allows(
-    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    bench.is_time_still = True
     client, leg = bench.connect(port_of(server))
     with client, bench.accept(server):
-        bench.service._end_lease()
+        for _ in range(3):
+            bench.clock.advance(LEASE_S - 10)
+            bench.said_s = bench.clock.now
+            bench.turn()
+        bench.clock.advance(LEASE_S - 10)
+        bench.turn()
+        assert bench.near.open_room
+        assert leg.is_joined
+        bench.clock.advance(20)
+        bench.until(lambda: bench.near_owner.is_over)
+
+
+def test_what_drains_takes_no_more_and_goes_on_past_its_lease_to_its_deadline(
+    bench: ServiceBench, server: socket.socket
+) -> None:
+    bench.is_time_still = True
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        bench.until(lambda: leg.is_joined)
+        bench.word.drain_left_s = 2000.0
+        bench.service._watch.look()
         bench.until(lambda: bench.near_owner.drained)
-        monkeypatch.setattr(bench.service, "_allowed_s", lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
-        bench.service._look_at_lease()
-        bench.near.connection._drain_received = None  # one that does not listen
-        assert bench.refusal(port_of(server)) is ResetCode.LEASE_OVER
-        leg.abort_from_here()
+        assert not bench.near.open_room
+        for _ in range(30):
+            bench.clock.advance(LEASE_S / 10)
+            bench.word.drain_left_s -= LEASE_S / 10
+            bench.turn()
+        assert leg.ended is None
+        client.send(b"x")
+        assert bench.read(far, 1) == b"x"
+        bench.word.drain_left_s = 0.0
+        bench.clock.advance(31)
+        bench.until(lambda: bench.near_owner.is_over)
+        assert bench.near_owner.problem == "dom0 has ended it"
+        bench.is_time_still = False
+        assert bench.is_aborted(client)
+        assert bench.is_aborted(far)
+
+
+def test_what_may_go_on_after_all_goes_on_as_long_as_dom0_says_yes(
+    bench: ServiceBench, server: socket.socket
+) -> None:
+    bench.is_time_still = True
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server):
+        bench.until(lambda: leg.is_joined)
+        bench.word.drain_left_s = 20.0
+        bench.service._watch.look()
+        bench.word.drain_left_s = None
+        bench.service._watch.look()
+        bench.clock.advance(100)
+        bench.turn()
+        assert leg.ended is None
+        bench.said_s = bench.clock.now
+        bench.clock.advance(LEASE_S - 50)
+        bench.turn()
+        assert leg.ended is None
+        bench.clock.advance(100)
+        bench.until(lambda: bench.near_owner.is_over)
+
+
+def test_what_is_no_longer_allowed_ends_when_it_looks(bench: ServiceBench, server: socket.socket) -> None:
+    client, _ = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        bench.word.is_allowed = False
+        bench.service._watch.look()
+        assert bench.is_aborted(client)
+        assert bench.is_aborted(far)
         bench.until(lambda: bench.service._is_over)
+        assert bench.near_owner.problem == "dom0 has ended it"
 
 
 def test_a_lease_of_a_tunnel_that_is_over_is_no_trouble(bench: ServiceBench) -> None:
     bench.near.drain(GoawayCode.SHUTDOWN)
     bench.until(lambda: bench.service._is_over)
-    bench.service._end_lease()
+    bench.said_s = 0.0
+    bench.service._look_at_lease()
+    bench.service._take_no_more()
     bench.service._revoke()
     assert bench.service.run() is None
 

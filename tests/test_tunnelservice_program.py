@@ -14,16 +14,22 @@ import pytest
 from helpers import nobody, port_of, unix_pair
 from loop_time import SLOWNESS
 from mux_bench import BOUND_S, TunnelBench
+from noted import just_now
 from processes import with_constants
 from service_bench import ServiceBench
 
+from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
+from qubes_fwd_qrexec.callnotes import Kind, RevocationError
+from qubes_fwd_qrexec.callstart import TICKS_PER_S, CallStart
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.localserver import ServiceError
 from qubes_fwd_qrexec.relay import abort
-from qubes_fwd_qrexec.revocation import allowed_s
+from qubes_fwd_qrexec.revocation import RevokedError, permitted, revoke
 from qubes_fwd_qrexec.tunnel import GoawayCode
-from qubes_fwd_qrexec.tunnelservice import TunnelService, serve
+from qubes_fwd_qrexec.tunnelservice import LEASE_S, TunnelService, serve
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
+
+pytestmark = pytest.mark.usefixtures("tunnel_home")
 
 
 class Program:
@@ -96,10 +102,10 @@ def test_sigterm_is_an_abort_of_every_stream_at_once(slow_program: Program, serv
         assert program.end() == (0, "")
 
 
-def test_sigusr1_lets_streams_go_on_and_takes_no_more(program: Program, server: socket.socket) -> None:
+def test_sigusr2_lets_streams_go_on_and_takes_no_more(program: Program, server: socket.socket) -> None:
     client, far = stream_of(program, server)
     with client, far:
-        program.process.send_signal(signal.SIGUSR1)
+        program.process.send_signal(signal.SIGUSR2)
         program.bench.until(lambda: program.bench.near_owner.drained == [GoawayCode.LEASE_OVER])
         assert not program.bench.near.open_room
         client.send(b"still here")
@@ -146,47 +152,75 @@ def test_a_caller_without_a_name_is_refused(tmp_path: Path) -> None:
         assert "is not" in message
 
 
+CALLS = Calls(TargetPorts(80, 90), QubeName("sys-net"))
+
+
 def test_a_tunnel_that_could_not_be_ended_must_not_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "no" / "such"))
-    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
     one, other = socket.socketpair()
-    with one, other, pytest.raises(ServiceError) as caught:
-        serve(TargetPorts(80, 80), one, other)
-    assert caught.value.status is ExitStatus.TROUBLE
+    with one, other, pytest.raises(RevocationError, match="notes of calls is missing"):
+        serve(CALLS, just_now(), one, other)
 
 
 def test_serve_says_why_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path))
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
     one, other = socket.socketpair()
     with one, other, one.dup() as again:
         one.setblocking(False)
         again.setblocking(False)
         other.shutdown(socket.SHUT_WR)
         with pytest.raises(ServiceError, match="without a final GOAWAY"):
-            serve(TargetPorts(80, 80), one, again)
+            serve(CALLS, just_now(), one, again)
 
 
-def test_serve_looks_where_tunnels_leave_word_of_what_dom0_allows(
+def test_a_call_that_waited_longer_than_its_lease_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path))
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
-    ports, found = TargetPorts(80, 90), list[float]()
+    """The exposed qube can let a call wait that dom0 has allowed: its lease runs meanwhile."""
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
+    start = just_now()
+    waited = CallStart(start.boot_ticks - LEASE_S * TICKS_PER_S, start.monotonic_s - LEASE_S)
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(RevokedError, match="more than 300 s ago"):
+        serve(CALLS, waited, one, other)
+
+
+def test_serve_looks_at_what_dom0_has_allowed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "run"))
+    found = list[float]()
+    start = just_now()
 
     def run(service: TunnelService) -> None:
-        found.append(service._allowed_s())
+        found.append(service._lease.left_s)
+        with permitted(Kind.TUNNEL, CALLS, start, tmp_path / "run", 1):
+            found.append(service._lease.left_s)
 
     monkeypatch.setattr(TunnelService, "run", run)
     one, other = unix_pair()
     with one, other, one.dup() as again:
-        assert serve(ports, one, again) == 0
-    assert found == [allowed_s(ports, QubeName("sys-net"), tmp_path)]
-    assert found[0] > 0
+        assert serve(CALLS, start._replace(monotonic_s=start.monotonic_s - 100), one, again) == 0
+    assert found[0] <= LEASE_S - 100 < LEASE_S - 50 < found[1] <= LEASE_S
+
+
+def test_dom0_ends_the_program_or_lets_it_drain(
+    tmp_path: Path, program: Program, server: socket.socket
+) -> None:
+    client, far = stream_of(program, server)
+    mine = Calls(TargetPorts(port_of(server), port_of(server)), QubeName("sys-net"))
+    with client, far:
+        assert revoke(Allowance(drains={mine: 3600}), tmp_path / "run") == Revoked(0, 1)
+        program.bench.until(lambda: program.bench.near_owner.drained == [GoawayCode.LEASE_OVER])
+        client.send(b"still here")
+        program.bench.until(lambda: far in select.select([far], [], [], 0)[0])
+        assert far.recv(100) == b"still here"
+        assert revoke(Allowance(cuts_drains=True), tmp_path / "run") == Revoked(1, 0)
+        assert program.bench.is_aborted(client)
+        assert program.bench.is_aborted(far)
+        assert program.end() == (0, "")
 
 
 def test_a_signal_ends_the_run(server: socket.socket) -> None:

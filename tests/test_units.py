@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qubes_fwd_qrexec.callnotes import DIRECTORY
 from qubes_fwd_qrexec.listener import DRAIN_S
 from qubes_fwd_qrexec.localserver import SERVICE
-from qubes_fwd_qrexec.revocation import DIRECTORY
 from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
 from qubes_fwd_qrexec.supervisor import CLOSE_S
 

@@ -16,12 +16,12 @@ import pytest
 from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset, port_of, running_listener
 from helpers import write_config as configure
 
-from qubes_fwd_qrexec import exchange, localserver, report, revocation, rulexml, statusservice
+from qubes_fwd_qrexec import allowance, exchange, localserver, report, rulexml, statusservice
 from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.errors import ConfigError, RuleError, TextError
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.localserver import ServiceError
-from qubes_fwd_qrexec.rules import ForwardRule, NamedRule, OnExpire, Transport
+from qubes_fwd_qrexec.rules import ForwardRule, NamedRule, Transport
 from qubes_fwd_qrexec.tunnel import Hello, wire
 from qubes_fwd_qrexec.values import QubeName, RuleName, TargetPorts
 
@@ -71,34 +71,36 @@ def test_what_a_newer_dom0_means_by_a_new_word_is_never_guessed(value: str, word
 
 # dom0 to the target
 
-REVOCATION_0_1 = {
-    "8080-8080+sys-net": (TargetPorts(8080, 8080), "sys-net", OnExpire.CUT),
-    "1-9+sys-net+drain": (TargetPorts(1, 9), "sys-net", OnExpire.DRAIN),
-}
+ALLOWANCE_0_1 = b"version=1 drains=cut\nkeep 8080-8080 sys-net\nkeep 1-9 work\ndrain 9000-9000 sys-net 3600\n"
+REVOKED_0_1 = b"version=1 ended=3 draining=1\n"
 
 
-@pytest.mark.parametrize(("argument", "meaning"), REVOCATION_0_1.items())
-def test_a_revocation_is_said_and_understood_as_it_was(
-    argument: str, meaning: tuple[TargetPorts, QubeName, OnExpire]
-) -> None:
-    assert revocation.parse_argument(argument) == meaning
-    assert revocation.argument(*meaning) == argument
+def test_what_dom0_allows_is_said_and_understood_as_it_was() -> None:
+    told = allowance.Allowance.parse(ALLOWANCE_0_1)
+    assert {str(calls) for calls in told.keeps} == {"8080-8080 sys-net", "1-9 work"}
+    assert [(str(calls), seconds) for calls, seconds in told.drains.items()] == [("9000-9000 sys-net", 3600)]
+    assert told.cuts_drains
+    assert str(told).encode() == ALLOWANCE_0_1
+    assert allowance.Revoked.parse(REVOKED_0_1) == allowance.Revoked(3, 1)
+    assert f"{allowance.Revoked(3, 1)}\n".encode() == REVOKED_0_1
 
 
 @pytest.mark.parametrize(
-    "argument", ["8080-8080+sys-net+cut", "8080-8080+sys-net+drain+v2", "8080-8080+sys-net+30"]
+    "newer",
+    [
+        ALLOWANCE_0_1.replace(b"version=1", b"version=2"),
+        ALLOWANCE_0_1.replace(b"drains=cut", b"drains=later"),
+        ALLOWANCE_0_1.replace(b"keep", b"slow"),
+    ],
 )
-def test_a_target_ends_nothing_by_a_revocation_that_is_newer_than_it(argument: str) -> None:
+def test_a_target_ends_nothing_by_a_list_that_is_newer_than_it(newer: bytes) -> None:
     with pytest.raises(TextError):
-        revocation.parse_argument(argument)
+        allowance.Allowance.parse(newer)
     done = subprocess.run(
-        [sys.executable, "-m", "qubes_fwd_qrexec.revocation", argument],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-m", "qubes_fwd_qrexec.revocation"], input=newer, capture_output=True, check=False
     )
-    assert (done.returncode, done.stdout) == (ExitStatus.BAD_ARGUMENT, "")
-    assert argument in done.stderr
+    assert (done.returncode, done.stdout) == (ExitStatus.BAD_ARGUMENT, b"")
+    assert done.stderr.startswith(b"qubes.ForwardRevoke: ")
 
 
 # The exposed qube to the target
@@ -202,8 +204,9 @@ REPORT_0_1 = (
     b'"since":1,"connections":2,"total":3,"refused":{"stranger":4},"sent":5,"received":6,"transport":"tunnel",'
     b'"way":"open","tunnels":1,"is_listening":true,"last_error":null,"last_error_at":null}],"problems":'
     b'[{"key":"fwd.work.ssh","text":"the port is in use"}],"left_out":0,"draining":[{"target":'
-    b'"work","name":"old","connections":1,"left_s":60}],"bugs":2},"listener_problem":null,"tunnels":'
-    b'[{"source":"sys-net","ports":"80-80","count":1}],"bugs":1,"trial":{"answer":"through","reason":"",'
+    b'"work","name":"old","connections":1,"left_s":60}],"bugs":2},"listener_problem":null,"calls":'
+    b'[{"source":"sys-net","ports":"80-80","tunnels":1,"singles":2,"draining":1,"drain_left_s":60}],'
+    b'"bugs":1,"trial":{"answer":"through","reason":"",'
     b'"text":""},"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]},"left_behind":[]}\n'
 )
 

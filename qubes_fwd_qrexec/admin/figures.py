@@ -126,8 +126,8 @@ class QubeFigures:
             return None
         ports = forward.config.target_ports
         return sum(
-            found.count
-            for found in answer.tunnels
+            found.tunnels
+            for found in answer.calls
             if found.source == forward.exposed
             and (found.ports.first, found.ports.last) == (ports.first, ports.last)
         )

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.callnotes import DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.statusservice import FIREWALL_STATE_VARIABLE, LISTENER_DIRECTORY_VARIABLE
 
 from .agents import AgentProcess

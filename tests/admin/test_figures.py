@@ -11,12 +11,12 @@ from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.figures import Figures, QubeFigures, Unknown
 from qubes_fwd_qrexec.report import (
     REPORT_MAX_BYTES,
+    CallsReport,
     FirewallReport,
     ForwardReport,
     ListenerReport,
     Problem,
     QubeReport,
-    TunnelsReport,
     dump,
 )
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
@@ -53,8 +53,8 @@ def listening(
     return dump(QubeReport(program="1", listener=listener, firewall=firewall).as_json())
 
 
-def tunnels(*found: TunnelsReport) -> bytes:
-    return dump(QubeReport(program="1", listener_problem="no listener", tunnels=found).as_json())
+def tunnels(*found: CallsReport) -> bytes:
+    return dump(QubeReport(program="1", listener_problem="no listener", calls=found).as_json())
 
 
 MISSING = AnswerError("x", 127)
@@ -62,8 +62,11 @@ MISSING = AnswerError("x", 127)
 
 def test_figures_are_those_of_the_listener_and_of_the_targets_tunnels() -> None:
     ports = TargetPorts(80, 80)
-    mine = TunnelsReport(QubeName("sys-net"), ports, 2)
-    others = TunnelsReport(QubeName("other"), ports, 5), TunnelsReport(mine.source, TargetPorts(80, 81), 7)
+    mine = CallsReport(source=QubeName("sys-net"), ports=ports, tunnels=2)
+    others = (
+        CallsReport(source=QubeName("other"), ports=ports, tunnels=5),
+        CallsReport(source=mine.source, ports=TargetPorts(80, 81), tunnels=7),
+    )
     assert figures(sys_net=listening(REPORT), work=tunnels(mine, *others)) == Figures(REPORT, None, 2)
     assert figures(sys_net=listening(REPORT), work=MISSING) == Figures(REPORT, None, None)
 

@@ -11,10 +11,10 @@ import trio
 from helpers import until
 
 from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.callnotes import DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.lab import wire
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.revocation import DIRECTORY_VARIABLE
 
 from .lab_calls import ALLOW_TEST, Gate, bounded_lab, calling, give_config, give_service, read_exactly
 
@@ -327,14 +327,16 @@ async def test_dom0s_own_calls_to_what_is_no_qube_are_refused(tmp_path: Path, ta
 @pytest.mark.parametrize("qube", ["sys-net", "work", "vault"])
 async def test_only_dom0_may_end_tunnels(tmp_path: Path, qube: str) -> None:
     """The policy that qvm-forward writes says so, even if another file allows it further down."""
-    service = f"{REVOKE_SERVICE}+8080-8080+sys-net"
+    service = REVOKE_SERVICE
     async with bounded_lab(tmp_path, policy=policy.text([], None)) as lab:
         lab.write_policy(f"{REVOKE_SERVICE} * @anyvm @anyvm allow\n", "90-other.policy")
         async with calling(lab, "work" if qube != "work" else "vault", service, qube=qube) as call:
             assert await call.read_stderr() == b"Request refused\n"
             assert await call.status() == 126
         async with calling(lab, "work", service, qube="dom0") as call:
-            assert await call.read_all() == b"0\n"
+            await call.stdin.send_all(b"version=1 drains=keep\n")
+            await call.stdin.send_eof()
+            assert await call.read_all() == b"version=1 ended=0 draining=0\n"
             assert await call.status() == 0
 
 
