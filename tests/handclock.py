@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import trio
+from loop_time import exact_s
 from trio.testing import wait_all_tasks_blocked
 
 
@@ -18,7 +19,7 @@ class HandClock:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
-        self._now = trio.current_time()
+        self._now = exact_s(trio.current_time())
         self._due: list[tuple[float, Callable[[], None]]] = []
         own = {
             "current_time": lambda: self._now,
@@ -50,7 +51,7 @@ class HandClock:
 
     async def advance(self, seconds: float) -> None:
         """Let so much time pass: all that is due in it happens at its time."""
-        end = self._now + seconds
+        end = self._now + exact_s(seconds)
         await wait_all_tasks_blocked()
         while due := sorted(at for at, _ in self._due if at <= end):
             self._now = due[0]
@@ -63,7 +64,7 @@ class HandClock:
     async def jump(self, seconds: float) -> None:
         """Let so much time pass in which nobody ran: all that is due in it happens late, and at once."""
         await wait_all_tasks_blocked()
-        self._now += seconds
+        self._now += exact_s(seconds)
         for at, what in list(self._due):
             if at <= self._now:
                 what()

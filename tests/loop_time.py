@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The time of the loop that moves bytes, in the hands of a test: no other load comes into it."""
 
+import math
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,18 +26,26 @@ def slow_timers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loop, "after", after)
 
 
+def exact_s(seconds: float) -> float:
+    """As many seconds, or up to a millionth more, that add up and compare without an error of rounding.
+
+    Any sum of such values below 2**32 is a float. 299.9 and 0.1 s then are 300 s, whenever that begins.
+    """
+    return math.ceil(seconds * 2**20) / 2**20
+
+
 class LoopClock:
     """The clock of loops and of what they turn: it stands still but for `advance`, until it is let go."""
 
     def __init__(self) -> None:
-        self.now = time.monotonic()
+        self.now = exact_s(time.monotonic())
         self._before = [(module, module.time) for module in (loop, leg, mux, tunnelservice)]
         for module, _ in self._before:
             vars(module)["time"] = SimpleNamespace(monotonic=lambda: self.now)
 
     def advance(self, seconds: float) -> None:
         """What is due then happens in the next turn of the loop."""
-        self.now += seconds
+        self.now += exact_s(seconds)
 
     def let_go(self) -> None:
         for module, before in self._before:

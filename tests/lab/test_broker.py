@@ -4,6 +4,7 @@
 import array
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from qubes_fwd_qrexec.callnotes import DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.lab import wire
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.lab.running import RunningLab
 
 from .lab_calls import ALLOW_TEST, Gate, bounded_lab, calling, give_config, give_service, read_exactly
 
@@ -277,17 +279,60 @@ async def test_socket_path_beyond_108_bytes_works(tmp_path: Path) -> None:
             assert await call.status() == 4
 
 
-async def test_garbage_at_the_agent_socket_ends_that_connection_alone(tmp_path: Path) -> None:
+WELL_FORMED = wire.Call("work", "test.Service", "", b"").encode()
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"x",
+        b"\0" * 3,
+        b"work\0test.Service\0\0 65536",
+        b"work\0test.Service\0\0\0",
+        b"work\0test.Service\0\0-1\0",
+        b"work\0test.Service\0\0" + b"9" * 11 + b"\0",
+        "work\0test.Service\0\0\N{ARABIC-INDIC DIGIT ONE}\0".encode(),
+    ],
+)
+async def test_garbled_request_with_sockets_ends_that_connection_alone(
+    tmp_path: Path, packet: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qubes_fwd_qrexec.lab")
     async with bounded_lab(tmp_path) as lab:
         give_service(lab, "exit 4")
-        path = str(lab.directory.qube_dir("sys-net").agent_socket)
-        for packet in (b"x", b"a\0b\0c\0d", b"\0" * 1000):
-            with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET) as sock:
-                await sock.connect(path)
-                await sock.send(packet)
-                assert await sock.recv(1) == b""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            assert await answer_to(lab, packet, [theirs.fileno()]) == b""
+            theirs.close()
+            assert ours.recv(1) == b""
+        assert "sys-net: refused: the client's request is garbled" in caplog.messages
         async with calling(lab) as call:
             assert await call.status() == 4
+
+
+@pytest.mark.parametrize("kind", ["none", "three", "datagrams", "a file"])
+async def test_request_without_streams_ends_that_connection_alone(tmp_path: Path, kind: str) -> None:
+    async with bounded_lab(tmp_path) as lab:
+        give_service(lab, "exit 4")
+        with ExitStack() as ends:
+            how = socket.SOCK_DGRAM if kind == "datagrams" else socket.SOCK_STREAM
+            pairs = [socket.socketpair(socket.AF_UNIX, how) for _ in range(2)]
+            fds = [ends.enter_context(sock).fileno() for pair in pairs for sock in pair]
+            file_fd = os.open(os.devnull, os.O_RDONLY)
+            ends.callback(os.close, file_fd)
+            chosen = {"none": [], "three": fds[:3], "datagrams": fds[:2], "a file": [fds[0], file_fd]}
+            assert await answer_to(lab, WELL_FORMED, chosen[kind]) == b""
+        async with calling(lab) as call:
+            assert await call.status() == 4
+
+
+async def answer_to(lab: RunningLab, packet: bytes, fds: list[int]) -> bytes:
+    """What the broker says to a client that writes this itself."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET) as agent:
+        await agent.connect(str(lab.directory.qube_dir("sys-net").agent_socket))
+        await agent.sendmsg([packet], rights)
+        return await agent.recv(100)
 
 
 @pytest.mark.parametrize("text", ["", "test.Service * @anyvm @anyvm deny\n", "junk\n"])
