@@ -51,6 +51,10 @@ class Bugs:
         place = {(type(bug), frame.filename, frame.lineno) for frame in last}
         if not place <= self._logged:
             self._logged |= place
+            if not logging.getLogger().handlers:
+                from .logs import start_logging  # a called service, which has no log until there is a bug
+
+                start_logging(is_called=True)
             logger = logging.getLogger(__name__)
             logger.error("a bug, which ends what it happened to: %r", bug, exc_info=bug)
         self._noted()

@@ -25,6 +25,7 @@ def start_clean() -> None:
     sys.stdout = sys.stdout or _text_to(1)
     sys.stderr = sys.stderr or _text_to(2)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody can wait for a child
 
 
 def _text_to(fd: int) -> TextIO:

@@ -20,6 +20,7 @@ from . import listeneroptions, qrexec
 from .accepting import BindError
 from .bugs import Bugs
 from .call import CallTimeouts
+from .cleanstart import start_clean
 from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
@@ -346,8 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = listeneroptions.parse(given)
     if args.leave_drain:
         return supervise([word for word in given if word != "--leave-drain"])
-    # Whoever started this may have blocked what is to end it, as the supervisor does for itself.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    start_clean()  # the supervisor has blocked signals for itself
     start_logging(is_verbose=args.verbose)
     connections_max = process_max(raise_descriptor_limit())
     status = 0

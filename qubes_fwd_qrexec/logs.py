@@ -2,18 +2,27 @@
 """What the programs in the qubes say to the journal: one event a line, short, and never a flood.
 
 Names, errors and addresses may come from another qube or from the network. A line shows them escaped,
-so that nobody can forge a second line or move the reader's terminal about.
+so that nobody can forge a second line or move the reader's terminal about. And nobody waits for it to be
+read (`outlet`).
 """
 
 import logging
-import sys
+import os
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+
+from .outlet import Outlet
 
 # relay-behaviours 45: whatever arrives, one line of at most so many characters.
 LINE_MAX = 200
 # relay-behaviours 34: at most one line in so many seconds for one kind of trouble.
 REPEAT_S = 10.0
+# syslog(3): where the journal listens, and a message of the facility user with the severity err.
+_JOURNAL = "/dev/log"
+_USER_ERROR = 1 << 3 | 3
+_NAME = "qubes-forward-service"
 
 
 def one_line(text: str) -> str:
@@ -31,9 +40,36 @@ class _OneLine(logging.Formatter):
         return "\n".join([line, *map(one_line, self.formatException(record.exc_info).split("\n"))])
 
 
-def start_logging(*, is_verbose: bool = False) -> None:
-    """Send the log of this process to stderr, where systemd takes it up."""
-    handler = logging.StreamHandler(sys.stderr)
+class _NeverWaits(logging.Handler):
+    """To stderr, as far as that takes it at once; a record's lines are bounded by `_OneLine`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outlet = Outlet()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).split("\n"):
+            self._outlet.say(line)
+
+
+class _Journal(logging.Handler):
+    """The journal of this qube, for a program whose stderr goes to its caller in another one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Not waiting either; where there is no journal, nothing."""
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+            journal.setblocking(False)
+            journal.connect(_JOURNAL)
+            for line in self.format(record).split("\n"):
+                journal.send(f"<{_USER_ERROR}>{_NAME}[{os.getpid()}]: {line}".encode("ascii", "replace"))
+
+
+def start_logging(*, is_verbose: bool = False, is_called: bool = False) -> None:
+    """Send the log of this process to stderr, where systemd takes it up.
+
+    ``is_called``: a qrexec call has started it, and has its stderr; the log goes to the journal.
+    """
+    handler = _Journal() if is_called else _NeverWaits()
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler], force=True)
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Self
 
 from . import __version__, nftchain, report
+from .cleanstart import start_clean
 from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Source
 from .errors import ConfigError, ForwardError, TextError
@@ -335,6 +336,7 @@ def _uid(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
+    start_clean()
     start_logging()
     firewall = Firewall(Nft())
     try:

@@ -24,6 +24,7 @@ from .errors import TextError
 from .exitstatus import ExitStatus
 from .localserver import SERVICE, ServiceError, connect, parse_argument
 from .loop import Loop
+from .outlet import Outlet
 from .permissionwatch import PermissionWatch, called_on_signals
 from .relay import Copy, CopyEnd, Relay, abort, close_cleanly, half_close
 from .revocation import LOOK, Permission, RevokedError, permitted
@@ -100,7 +101,8 @@ def _standard_socket(fd: int) -> socket.socket:
             ExitStatus.BAD_ARGUMENT, f"file descriptor {fd} is no socket; this program is started by qrexec"
         )
     sock = socket.socket(fileno=os.dup(fd))
-    os.close(fd)
+    with open(os.devnull, "r+b", buffering=0) as nothing:
+        os.dup2(nothing.fileno(), fd)  # else the next socket would have its number
     sock.setblocking(False)
     return sock
 
@@ -137,8 +139,7 @@ def _serve_call(arguments: list[str]) -> int:
 
 
 def _told(error: Exception, status: ExitStatus) -> int:
-    with contextlib.suppress(OSError):  # nobody listens, and the status says it all
-        print(f"{SERVICE}: {error}"[:_MESSAGE_MAX], file=sys.stderr, flush=True)
+    Outlet().say(f"{SERVICE}: {error}"[:_MESSAGE_MAX])  # to the caller, who need not listen
     return status
 
 

@@ -256,7 +256,7 @@ class ServiceServer:
         """Have a process serve a tunnel until its end; when we are cancelled it gets SIGTERM."""
         if self._stopping.is_set():
             raise RefusedError("a tunnel comes too late, this server is ending")
-        command = [sys.executable, "-P", "-m", "qubes_fwd_qrexec.service", argument]
+        command = [sys.executable, "-I", "-m", "qubes_fwd_qrexec.service", argument]
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
         try:
             process = await trio.lowlevel.open_process(

@@ -18,6 +18,7 @@ from . import __version__, bugs, report
 from .allowance import Calls
 from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
+from .cleanstart import start_clean
 from .config import STATUS_SERVICE, is_forward_key, parse_key
 from .errors import ConfigError, TextError
 from .exitstatus import ExitStatus
@@ -161,6 +162,7 @@ def _counted(calls: Calls, notes: list[Note]) -> CallsReport:
 
 def main() -> int:
     """The RPC: ``argv[1]`` is its argument, and the answer goes to stdout."""
+    start_clean()
     try:
         argument = sys.argv[1] if len(sys.argv) == 2 else ""
         told = answer(argument, listener_directory(), directory(), firewall_state())

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,11 @@ class Program:
     """The listener as a program."""
 
     def __init__(
-        self, *arguments: str, files_max: int | None = None, environment: dict[str, str] | None = None
+        self,
+        *arguments: str,
+        files_max: int | None = None,
+        environment: dict[str, str] | None = None,
+        stderr: int = subprocess.PIPE,
     ) -> None:
         def limit() -> None:
             if files_max is not None:
@@ -44,7 +49,7 @@ class Program:
 
         self.process = subprocess.Popen(
             [sys.executable, "-m", "qubes_fwd_qrexec.listener", *arguments],
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             preexec_fn=limit,
             env=os.environ | (environment or {}),
         )
@@ -179,6 +184,27 @@ async def test_over_qubesdb_a_port_in_use_stops_no_other_forward(
     assert f"a bad is not opened: 127.0.0.1:{port_of(server)}: the port is in use by" in stderr
 
 
+async def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path, server: socket.socket) -> None:
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server))
+    client = command_line(FakeClient(tmp_path, "serve").command)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    os.set_blocking(writing, True)
+    arguments = "--config", str(config), "--qrexec-client", client, "--verbose"
+    with Program(*arguments, stderr=writing) as program:
+        await until(lambda: is_listening(port))
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(BOUND_S) == 0
+    os.close(reading)
+    os.close(writing)
+
+
 async def test_sighup_reloads(tmp_path: Path) -> None:
     port, config = free_port(), tmp_path / "config"
     config.mkdir()
@@ -215,10 +241,10 @@ def test_a_port_in_use_ends_the_start_and_names_port_and_program(
     ],
 )
 def test_what_cannot_be_served_at_all_is_status_1_and_one_line(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert words in line
 
 

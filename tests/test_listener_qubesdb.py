@@ -219,7 +219,7 @@ async def test_an_expired_forward_is_not_tried_again(tmp_path: Path, monkeypatch
             assert listener.problems == {}
 
 
-def test_without_a_directory_the_program_asks_qubesdb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_directory_the_program_asks_qubesdb(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
-    (said,) = capsys.readouterr().err.splitlines()
+    (said,) = capfd.readouterr().err.splitlines()
     assert "QubesDB: the Python package 'qubesdb' is missing" in said

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import logging
+import os
+import socket
+from pathlib import Path
 
 import pytest
 
+from qubes_fwd_qrexec import logs
 from qubes_fwd_qrexec.logs import LINE_MAX, REPEAT_S, RateLimit, one_line, start_logging, warn
 
 
@@ -49,7 +53,7 @@ def test_the_next_line_says_how_many_were_held_back(caplog: pytest.LogCaptureFix
     assert caplog.messages == ["trouble", "trouble (and 2 more like it)"]
 
 
-def test_the_log_of_the_process_is_escaped_tracebacks_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_of_the_process_is_escaped_tracebacks_too(capfd: pytest.CaptureFixture[str]) -> None:
     start_logging()
     logging.getLogger("t").info("one\ntwo")
     logging.getLogger("t").debug("unseen")
@@ -57,12 +61,28 @@ def test_the_log_of_the_process_is_escaped_tracebacks_too(capsys: pytest.Capture
         raise ValueError("a\n\x1b[31mb")
     except ValueError:
         logging.getLogger("t").exception("bug")
-    lines = capsys.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     assert lines[:2] == ["info: one\\ntwo", "error: bug"]
     assert all(line.isprintable() for line in lines)
 
 
-def test_a_verbose_log_has_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_verbose_log_has_more(capfd: pytest.CaptureFixture[str]) -> None:
     start_logging(is_verbose=True)
     logging.getLogger("t").debug("seen")
-    assert capsys.readouterr().err == "debug: seen\n"
+    assert capfd.readouterr().err == "debug: seen\n"
+
+
+def test_a_called_service_has_its_log_in_the_journal_and_none_at_its_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "log")
+    monkeypatch.setattr(logs, "_JOURNAL", place)
+    start_logging(is_called=True)
+    logging.getLogger("t").error("nobody listens")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(place)
+        journal.setblocking(False)
+        for number in range(2000):  # more than anybody keeps who does not read
+            logging.getLogger("t").error("line %d", number)
+        assert journal.recv(1000) == f"<11>qubes-forward-service[{os.getpid()}]: error: line 0".encode()
+    assert capfd.readouterr() == ("", "")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A tunnel's service as the agent starts it, and callers that do not keep to the protocol."""
 
+import contextlib
 import os
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -233,3 +235,45 @@ def test_a_flood_that_is_no_protocol_is_not_read_to_its_end(tmp_path: Path, serv
             pass
         assert sent < 4 << 20
         assert called.end()[0] == ExitStatus.TROUBLE
+
+
+# However it was started
+
+
+def test_signals_that_were_blocked_at_its_start_end_it(tmp_path: Path) -> None:
+    """relay-behaviours 53: else dom0 could not."""
+    signals = {signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        called = Called(tmp_path, "8080+tunnel")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with called:
+        assert called.call.recv(len(HELLO))
+        called.process.terminate()
+        assert called.process.wait(BOUND_S) == 0
+
+
+@pytest.mark.parametrize("argument", ["nonsense", "8080"])
+def test_an_error_with_a_closed_stderr_never_goes_into_the_data(tmp_path: Path, argument: str) -> None:
+    with Called(tmp_path, argument, "2>&-") as called:
+        assert called.read_to_end() == b""
+        assert called.end()[0] != 0
+
+
+def test_an_error_that_the_caller_does_not_read_keeps_it_from_nothing(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(65536))
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    os.set_blocking(writing, True)
+    done = subprocess.run(
+        [sys.executable, "-m", "qubes_fwd_qrexec.service", "x"], stderr=writing, timeout=BOUND_S, check=False
+    )
+    assert done.returncode == ExitStatus.BAD_ARGUMENT
+    os.close(reading)
+    os.close(writing)

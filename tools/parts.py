@@ -52,7 +52,7 @@ DIRS_OF_OTHERS = (
     *("usr/lib/systemd/system-preset", "usr/lib/tmpfiles.d"),
 )
 _SCRIPT = """\
-#!/usr/bin/python3
+#!/usr/bin/python3 -I
 # SPDX-License-Identifier: GPL-2.0-or-later
 import sys
 
