@@ -62,6 +62,11 @@ class Share:
         """Whether so little is left that what is lent and not used is missed elsewhere."""
         return self.window_max < WINDOW_MAX_BYTES
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether each stream is to be looked at, as it may have what others need."""
+        return self.is_short or self.sockets.is_short or self.sockets.is_crowded
+
     def admit(self) -> int:
         """A new stream's first window, or 0 when there are as many streams as there are floors."""
         if self._budget.streams >= self._budget.streams_max:

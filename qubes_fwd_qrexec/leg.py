@@ -294,6 +294,8 @@ class Leg:
         if self.window.is_missed(self.received) and self.is_joined and self.ended is None:
             self._mux.connection.recall(self.stream_id, FLOOR_BYTES)
         self._buffers.look(self.sent + self.received)
+        if self._buffers.is_too_much:
+            self.abort_from_here()
 
     def take_back(self, amount: int) -> None:
         """The peer has given back credit that it does not use."""

@@ -355,7 +355,7 @@ class Mux:
         else:
             self._forgive(now, now - self._ticked_at - TICK_S)
             self._ticked_at = now
-            if self.share.is_short or self.share.sockets.is_short:
+            if self.share.is_watched:
                 for leg in list(self.legs.values()):
                     self.loop.guarded(leg.fail, leg.look)
             if self._ticks % _IDLE_LOOK_TICKS == 0:

@@ -3,8 +3,10 @@
 
 A connection that stalls fills both its buffers, so these are part of what a process may be made to hold. They
 are lent as windows are (`budget`): large to the few that move much, small where there are many, and back when
-nothing is in them. A socket's own floor is small enough for any number, and it still moves everything, only
-less at a time.
+nothing is in them. With its floor alone a socket still moves everything, only less at a time.
+
+Floors for all the connections of a process would be more than a small qube has, and most are empty. So where
+there are many it is also looked at what they really hold; those that stand still with too much are cut.
 """
 
 import socket
@@ -21,6 +23,11 @@ START_BYTES = 64 << 10
 MAX_BYTES = 212_992
 # All that is lent above the floors: 75 connections of the largest size, or 300 as they begin.
 SHARED_BYTES = 64 << 20
+# What all sockets may really hold. It is enough for all that is lent, and for as many that stall with their
+# floor as one source may have by default (1024, of 55 KiB each: their floor, and a segment that came in).
+HELD_BYTES = 128 << 20
+# So few cannot hold as much, each with a segment of 64 KiB in each direction beside what it asks for.
+_FEW = 256
 # No connection has more than this part of what is left, so that there is always something for the next.
 _PART = 64
 # linux/sock_diag.h: what is received and not read is the first number, what is sent and not taken the sixth.
@@ -34,6 +41,9 @@ class SocketMemory:
     def __init__(self, total: int = SHARED_BYTES) -> None:
         self.total = total
         self.left = total
+        self.connections = 0
+        self.held = 0
+        """What they held when each was looked at last."""
 
     @property
     def size_max(self) -> int:
@@ -45,6 +55,16 @@ class SocketMemory:
         """Whether so little is left that what is lent and empty is missed elsewhere."""
         return self.left < self.total // 2
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether there are so many that it counts what each of them really holds."""
+        return self.connections > _FEW
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more is held than may be: something must go."""
+        return self.held > HELD_BYTES
+
 
 class Buffers:
     """The buffers of one connection: ``size`` bytes in each direction.
@@ -52,12 +72,14 @@ class Buffers:
     They grow as it moves bytes: whoever moves them calls `grow` when they are ``grow_at`` in all.
     """
 
-    __slots__ = ("_account", "_moved", "_sock", "grow_at", "size")
+    __slots__ = ("_account", "_held", "_is_still", "_moved", "_sock", "grow_at", "size")
 
     def __init__(self, account: SocketMemory, sock: socket.socket) -> None:
         self._account = account
         self._sock = sock
-        self._moved = 0
+        self._moved = self._held = 0
+        self._is_still = False
+        account.connections += 1
         self.size = FLOOR_BYTES
         self._resize(min(START_BYTES, account.size_max))
         self.grow_at = 2 * self.size
@@ -74,16 +96,32 @@ class Buffers:
 
         What is full could not be taken back: the kernel holds it until it is read.
         """
+        account = self._account
         used, self._moved = moved - self._moved, moved
-        is_missed = self._account.is_short and used < self.size and self.size > FLOOR_BYTES
-        if is_missed and held_bytes(self._sock) == 0:
+        is_missed = account.is_short and used < self.size and self.size > FLOOR_BYTES
+        if not (is_missed or account.is_crowded):
+            return
+        self._is_still = used == 0
+        self._hold(held_bytes(self._sock))
+        if is_missed and self._held == 0:
             self._resize(FLOOR_BYTES)
             self.grow_at = moved + 2 * FLOOR_BYTES
 
+    @property
+    def is_too_much(self) -> bool:
+        """Whether the account is full, and this stands still and holds at least what one does on average."""
+        account = self._account
+        return account.is_full and self._is_still and self._held * account.connections >= account.held
+
     def leave(self) -> None:
-        """The socket is somebody else's from now on, or is closed."""
+        """The socket is somebody else's from now on, or is closed; called once."""
         self._account.left += _TIMES * (self.size - FLOOR_BYTES)
-        self.size = FLOOR_BYTES
+        self._account.connections -= 1
+        self._hold(0)
+
+    def _hold(self, held: int) -> None:
+        self._account.held += held - self._held
+        self._held = held
 
     def _resize(self, size: int) -> None:
         self._account.left -= _TIMES * (size - self.size)

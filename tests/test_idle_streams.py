@@ -11,8 +11,10 @@ import pytest
 from endings import MIB
 from mux_bench import BOUND_S, Joined, TunnelBench, pending_bytes
 
+from qubes_fwd_qrexec import socketbuffers
 from qubes_fwd_qrexec import window as window_module
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.window import Window
 
 # So small that a few dozen streams are lent more than half of it.
@@ -161,3 +163,24 @@ def test_a_stream_that_ended_or_was_aborted_is_not_asked_and_all_comes_back(benc
     bench.until(lambda: not bench.near.legs and not bench.far.legs)
     for budget in (bench.near_budget, bench.far_budget):
         assert budget.shared_left == Budget(_BUDGET_BYTES, _STREAMS_MAX).shared_left
+
+
+def test_where_the_kernel_holds_too_much_it_is_streams_that_stand_still_that_are_cut(
+    bench: TunnelBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socketbuffers, "_FEW", 4)
+    monkeypatch.setattr(socketbuffers, "HELD_BYTES", MIB)
+    others = [Way(bench, bench.join(), is_up=True) for _ in range(4)]
+    stalled = [bench.join() for _ in range(6)]
+    for stream in stalled:
+        bench.stall(stream.client)
+    sockets = bench.far_budget.sockets
+    for _ in range(3):
+        bench.tick(1)
+        for way in others:
+            way.carry(100)
+    cut = [stream for stream in stalled if stream.far.ended is not None]
+    assert 0 < len(cut) < len(stalled)
+    assert {stream.ends["far"] for stream in cut} == {LegEnd.LOCAL_RESET}
+    assert sockets.held <= MIB
+    assert {way.leg.ended for way in others} == {None}

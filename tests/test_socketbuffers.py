@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qubes_fwd_qrexec.socketbuffers import (
     FLOOR_BYTES,
+    HELD_BYTES,
     MAX_BYTES,
     SHARED_BYTES,
     START_BYTES,
@@ -59,7 +60,6 @@ def test_who_moves_much_gets_more_up_to_the_largest(pair: tuple[socket.socket, s
         seen.append(buffers.size)
     assert seen == [2 * START_BYTES, MAX_BYTES, MAX_BYTES, MAX_BYTES]
     assert sizes(pair[0]) == (2 * MAX_BYTES, 2 * MAX_BYTES)
-    buffers.leave()
     buffers.leave()
     assert account.left == SHARED_BYTES
 
@@ -129,6 +129,45 @@ def test_what_is_lent_never_exceeds_the_bound_and_all_comes_back(steps: list[tup
         for buffers, _ in live:
             buffers.leave()
     assert account.left == account.total
+
+
+def test_where_many_hold_too_much_those_that_stand_still_with_most_of_it_are_cut() -> None:
+    account = SocketMemory()
+    account.connections = 500
+    with contextlib.ExitStack() as stack:
+        pairs = [tcp_pair() for _ in range(4)]
+        for pair in pairs:
+            for sock in pair:
+                stack.enter_context(sock)
+        full, slow, small, empty = (Buffers(account, near) for near, _ in pairs)
+        for _, far in pairs[:2]:
+            far.send(bytes(60_000))
+        pairs[2][1].send(b"x")
+        for near, _ in pairs[:3]:
+            assert select.select([near], [], [], 10)[0]
+        looks = {full: 0, slow: 1, small: 0, empty: 0}
+        for buffers, moved in looks.items():
+            buffers.look(moved)
+        assert account.held == sum(held_bytes(near) for near, _ in pairs)
+        assert not any(buffers.is_too_much for buffers in looks), "it is not too much yet"
+        account.held += HELD_BYTES
+        account.connections = 2000
+        assert [buffers.is_too_much for buffers in looks] == [False] * 4, "others hold more"
+        account.connections = 200_000
+        assert [buffers.is_too_much for buffers in looks] == [True, False, True, False]
+        full.leave()
+        small.leave()
+        assert account.held == HELD_BYTES + held_bytes(pairs[1][0])
+
+
+def test_few_are_not_asked_what_they_hold(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, far = pair
+    account = SocketMemory()
+    buffers = Buffers(account, near)
+    far.send(b"x")
+    assert select.select([near], [], [], 10)[0]
+    buffers.look(0)
+    assert account.held == 0
 
 
 def stall(near: socket.socket, far: socket.socket) -> None:
