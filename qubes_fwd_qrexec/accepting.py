@@ -19,16 +19,13 @@ from .ingress import note_ingress
 from .logs import RateLimit, warn
 from .portholder import port_holder
 from .relay import abort, abort_by_default, keep_urgent_bytes
+from .socketbuffers import MAX_BYTES, set_size
 from .values import IPAddress, unmapped
 
 _logger = logging.getLogger(__name__)
 
 # The kernel's own bound (net.core.somaxconn) since Linux 5.4: a burst waits here, not in retries.
 _BACKLOG = 4096
-# relay-behaviours 17: what the kernel holds for a client in each direction, as it counts (it doubles the
-# number). It is what a stock kernel lets a program ask for (net.core.wmem_max): a gigabit over a LAN's 1 ms,
-# and 6 MiB/s to a client 50 ms away, where its own tuning would go to MiB for each stalled connection.
-_BUFFER_BYTES = 212_992
 # Accepted in one go before other tasks have their turn.
 _BURST = 64
 # relay-behaviours 34: how long to wait for descriptors or memory to come free.
@@ -79,8 +76,8 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         notice_dead_peers(sock)
         keep_urgent_bytes(sock)
         note_ingress(sock)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+        # relay-behaviours 17. No client gets a larger window than this allows; whoever accepts sets less.
+        set_size(sock, MAX_BYTES)
         sock.bind((str(address), port))
         sock.listen(_BACKLOG)
     except OSError as error:

@@ -19,6 +19,7 @@ from .exitstatus import ExitStatus, meaning, refusal
 from .qrexec import Call, open_call
 from .relay import Copy, CopyEnd, half_close
 from .relaythread import RelayThread
+from .socketbuffers import MAX_BYTES, set_size
 
 # relay-behaviours, "trio": stdout's end and the exit status race; the status is at most this much later.
 _STATUS_WAIT_S = 0.2
@@ -75,6 +76,7 @@ async def relay_over_call(
     qrexec client cannot be started.
     """
     async with open_call(client, target, service) as call:
+        set_size(accepted, MAX_BYTES)  # calls are few: what they hold needs no bound but that
         connection = _Connection(accepted, call, relays, timeouts)
         if carried is not None:
             carried.by = connection

@@ -31,6 +31,7 @@ from .logs import RateLimit, one_line, warn
 from .relay import abort, close_well, read_out, undelivered_bytes
 from .report import ForwardReport, Way
 from .rules import OnExpire, Transport
+from .socketbuffers import WAITING_BYTES, set_size
 from .transports import Transports
 from .values import Binding, IPAddress, unmapped
 
@@ -201,6 +202,7 @@ class Forward:
             self.counters.refused(refusal)
             self._warn(refusal, f"refused {peer}: {self.account.words(refusal)}")
             return
+        set_size(accepted, WAITING_BYTES)
         self._live.add(connection)
         self._means.tasks.start_soon(self._serve, port, connection)
 

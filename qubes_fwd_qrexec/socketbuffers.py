@@ -18,6 +18,8 @@ _TIMES = 4
 FLOOR_BYTES = 8 << 10
 # The longest segment of loopback fits: with less, its two ends wait for each other's timers.
 START_BYTES = 64 << 10
+# While a client waits for its target: more than it sends before it has heard anything.
+WAITING_BYTES = 32 << 10
 # What a stock kernel lets a program ask for (net.core.wmem_max): a gigabit over a LAN's 1 ms, and 6 MiB/s to
 # a client 50 ms away.
 MAX_BYTES = 212_992

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from qubes_fwd_qrexec.budget import BUDGET_BYTES, STREAMS_MAX
 from qubes_fwd_qrexec.callnotes import DIRECTORY
 from qubes_fwd_qrexec.listener import DRAIN_S
 from qubes_fwd_qrexec.localserver import SERVICE
 from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
+from qubes_fwd_qrexec.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
 from qubes_fwd_qrexec.supervisor import CLOSE_S
+from qubes_fwd_qrexec.targets import CALLS_MAX
+from qubes_fwd_qrexec.tunnels import WAITING_MAX
 
+MIB = 1 << 20
 ROOT = Path(__file__).parent.parent
 UNITS = sorted([*ROOT.glob("systemd/*.service"), *ROOT.glob("systemd/*.socket")])
 SERVICES = [unit for unit in UNITS if unit.suffix == ".service"]
@@ -289,3 +294,32 @@ def test_systemd_takes_every_line(tmp_path: Path) -> None:
     command = ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / unit.name) for unit in UNITS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# What no constant says, in MiB: the program itself, and a client program of qrexec.
+PROGRAM_MIB, CLIENT_MIB = 48, 3
+# docs/numbers.md: 9 KiB and something for each connection that is held.
+CONNECTION_KIB = 10
+# What comes at a gigabit a second, half of it read, until it is looked at again what the kernel holds.
+SECOND_MIB = 64
+# Beside what is asked for a socket holds the last segment that came in; see tests/test_socketbuffers.py.
+SEGMENT_KIB = 34
+
+
+def memory_mib(unit: str) -> int:
+    (text,) = settings(ROOT / "systemd" / unit)["MemoryMax"]
+    number, suffix = int(text[:-1]), text[-1]
+    return number * {"M": 1, "G": 1024}[suffix]
+
+
+def process_mib() -> float:
+    """The most that a process needs for all its streams."""
+    connections_mib = STREAMS_MAX * CONNECTION_KIB / 1024
+    return PROGRAM_MIB + connections_mib + (BUDGET_BYTES + HELD_BYTES) / MIB + SECOND_MIB
+
+
+def test_the_listener_has_memory_for_all_that_its_bounds_let_it_hold() -> None:
+    waiting_mib = WAITING_MAX * (2 * WAITING_BYTES / 1024 + SEGMENT_KIB) / 1024
+    calls_mib = CALLS_MAX * (CLIENT_MIB + (4 * MAX_BYTES / 1024 + SEGMENT_KIB) / 1024)
+    needed_mib = process_mib() + waiting_mib + calls_mib
+    assert needed_mib <= memory_mib("qubes-forward-listener.service") <= 1.1 * needed_mib
