@@ -13,6 +13,7 @@ from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.errors import RefusedError, StoreError
 from qubes_fwd_qrexec.values import QubeName
 
+from . import shortclient
 from .directory import LabDirectory, QubeDirectory, write_text
 from .knobs import Knobs
 from .qube import Qube, QubeClass, QubeState
@@ -26,6 +27,8 @@ _OUR_TEMPLATE = QubeName("fedora-42")
 _STOCK_TEMPLATE = QubeName("debian-12")
 # The kernel reads 255 bytes of a script's first line and parts it at blanks: fs/binfmt_script.c.
 _SHEBANG_MAX = 250
+# Beside the client, what it becomes where it is not enough.
+_LONG_CLIENT = ".qrexec-client-vm.py"
 
 
 def _app(name: str, netvm: str | None, address: int, *, provides_network: bool = False) -> Qube:
@@ -114,23 +117,28 @@ def offer_services(place: QubeDirectory, *, forward: bool) -> None:
 def write_client(lab: LabDirectory) -> None:
     """Write the lab's own ``qrexec-client-vm`` for the interpreter that runs now.
 
-    It starts without site-packages and without the environment's PYTHON variables, which is half of its
-    start-up time; so the way to this package is written into it.
+    The Python client starts without site-packages and without the environment's PYTHON variables, which is
+    half of its start-up time; so the way to this package is written into it. Where there is a Perl, most
+    calls do without it: see `shortclient`.
     """
+    short = shortclient.script(sys.executable, lab.client_program.with_name(_LONG_CLIENT))
+    long_client = lab.client_program.with_name(_LONG_CLIENT) if short else lab.client_program
     package_parent = Path(__file__).parent.parent.parent
     shebang = f"#!{sys.executable} -IS\n"
     if " " in sys.executable or len(os.fsencode(shebang)) > _SHEBANG_MAX:
         # A line that is shell and Python: the shell runs the second, Python takes it for text.
         shebang = f"#!/bin/sh\n'''exec' \"{sys.executable}\" -IS \"$0\" \"$@\"\n' '''\n"
     write_text(
-        lab.client_program,
+        long_client,
         f"{shebang}"
         "import sys\n\n"
         f"sys.path.insert(0, {str(package_parent)!r})\n"
         "from qubes_fwd_qrexec.lab.client import main\n\n"
-        "main(sys.argv)\n",
+        f"main([{str(lab.client_program)!r}, *sys.argv[1:]])\n",
         mode=0o755,
     )
+    if short:
+        write_text(lab.client_program, short, mode=0o755)
 
 
 def find_rpc_entry(service: str) -> Path:

@@ -268,6 +268,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.qube != netns.LAN:
         place = lab.qube_dir(arguments.qube)
         os.environ[inhabitants.VARIABLE] = str(place.root)
+        # The client may be a Perl script, and has nothing to say about the locale.
+        os.environ["PERL_BADLANG"] = "0"
         os.environ["QUBES_LAB_AGENT_SOCKET"] = str(place.agent_socket)
         # As the service manager would: a listener can be asked how it is.
         place.listener_run.mkdir(parents=True, exist_ok=True)
