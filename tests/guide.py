@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from worlds import NOW
 
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.expiry import parse_expire
+from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -66,16 +67,17 @@ def _utc() -> Iterator[None]:
 
 def play(text: str, home: Path) -> str:
     """The chapter, with what its commands print on a fresh lab in the directory ``home``."""
-    with _utc(), chdir(home):
-        return _Chapter(text, create_lab(home / "lab")).play()
+    with _utc(), chdir(home), ExitStack() as watching:
+        return _Chapter(text, home / "lab", watching).play()
 
 
 class _Chapter:
     """One chapter that is played; ``_written`` is what has become of its text so far."""
 
-    def __init__(self, text: str, lab: LabDirectory) -> None:
+    def __init__(self, text: str, lab: Path, watching: ExitStack) -> None:
         self._text = text
-        self._lab = lab
+        self._watching = watching
+        self._lab = self._fresh(lab)
         self._now = float(NOW)
         self._steps = list(_STEP.finditer(text))
         self._printed: dict[int, str] = {}
@@ -195,9 +197,15 @@ class _Chapter:
                 new = replace(old, name=QubeName(name), klass=QubeClass.DISPOSABLE, template=old.name)
                 self._add(replace(new, template_for_dispvms=False), template)
             case ["fresh", name]:
-                self._lab = create_lab(Path(name).absolute())
+                self._lab = self._fresh(Path(name).absolute())
             case _:
                 raise GuideError(f"the lab cannot do this: {shlex.join(words)}")
+
+    def _fresh(self, place: Path) -> LabDirectory:
+        lab = create_lab(place)
+        # As in dom0, where the package has started it.
+        self._watching.enter_context(LabStore(lab).watching())
+        return lab
 
     def _add(self, qube: Qube, features_of: str | None = None) -> None:
         """Qubes copies all features to a clone and to a disposable."""

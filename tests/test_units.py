@@ -323,3 +323,14 @@ def test_the_listener_has_memory_for_all_that_its_bounds_let_it_hold() -> None:
     calls_mib = CALLS_MAX * (CLIENT_MIB + (4 * MAX_BYTES / 1024 + SEGMENT_KIB) / 1024)
     needed_mib = process_mib() + waiting_mib + calls_mib
     assert needed_mib <= memory_mib("qubes-forward-listener.service") <= 1.1 * needed_mib
+
+
+def test_dom0s_unit_is_enabled_by_a_preset_of_its_own_and_waits_for_a_flag_elsewhere() -> None:
+    lines = (ROOT / "systemd" / "70-qubes-forward-dom0.preset").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["enable qubes-forward-watch.service"]
+    (unit,) = (unit for unit in UNITS if unit.name == "qubes-forward-watch.service")
+    # Either of the two.
+    assert settings(unit)["ConditionPathExists"] == [
+        "|/etc/qubes-release",
+        "|/run/qubes-service/qubes-forward-watch",
+    ]

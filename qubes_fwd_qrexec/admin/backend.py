@@ -146,6 +146,14 @@ class Backend(Protocol):
         Raises `StoreError` if they are not done within 10 s, or within ``timeout_s``, which may be 0.
         """
 
+    def watching(self) -> AbstractContextManager[None]:
+        """For as long as it is entered, `unwatched` knows that `watch` runs. Raises `StoreError` if another
+        one does.
+        """
+
+    def unwatched(self) -> str | None:
+        """What starts `watch`, where it does not run; None where it does."""
+
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         """For as long as it is entered, the news. ``wakers`` are descriptors that end a wait while they
         are readable; nobody reads them here.

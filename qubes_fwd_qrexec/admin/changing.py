@@ -229,7 +229,7 @@ def remove(args: Namespace, session: Session) -> int:
     left = _left_over(before, applied, session)
     if session.is_json:
         removed = [{"qube": entry.target, "name": entry.name} for entry in entries]
-        session.say_json({"removed": removed} | _as_json(applied, outcome, left))
+        session.say_json({"removed": removed} | _as_json(session, applied, outcome, left))
     else:
         for entry in entries:
             closed = _and_closed(entry, applied, outcome, left)
@@ -243,9 +243,12 @@ def _left_over(before: Plan, applied: Plan | None, session: Session) -> tuple[St
     return () if applied is None else left_over(ended(before, applied), session.backend)
 
 
-def _as_json(applied: Plan | None, outcome: Outcome, left: tuple[Stock, ...]) -> dict[str, Any]:
+def _as_json(
+    session: Session, applied: Plan | None, outcome: Outcome, left: tuple[Stock, ...]
+) -> dict[str, Any]:
     return {
         "applied": applied is not None,
+        "is_watched": session.backend.unwatched() is None,
         "steps": [step.as_json() for step in outcome.done],
         "ended": [target.as_json() for target in outcome.ended],
         "stock": [stock.as_json() for stock in left],
@@ -280,6 +283,7 @@ def _say_rest(
         session.warn(f"still open: {stock.words()}")
     if applied is not None:
         session.say("".join(f"{line}\n" for line in others(outcome, applied, asked)))
+        session.say_unwatched(applied, asked)
 
 
 def _status(left: Iterable[Stock]) -> int:
@@ -388,7 +392,7 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
 
     if session.is_json:
         found = [f.as_json() | {"warnings": notes(f)} for f in forwards]
-        session.say_json({"forwards": found} | _as_json(planned, carried_out.outcome, left))
+        session.say_json({"forwards": found} | _as_json(session, planned, carried_out.outcome, left))
         return _status(left)
     for forward in forwards:
         if forward.is_live and planned is None:

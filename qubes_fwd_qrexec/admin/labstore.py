@@ -23,6 +23,8 @@ from .backend import (
 )
 from .inventory import Inventory, Qube, feature_matters, is_told
 
+_WATCH_NAME = "watch.lock"
+
 
 class LabStore:
     """A lab as `Backend`. Each write is atomic; `locked` is the lab's own lock."""
@@ -163,6 +165,16 @@ class LabStore:
     def locked(self, timeout_s: float | None = None) -> Iterator[None]:
         with _told(), self._lab.locked(timeout_s):
             yield
+
+    def watching(self) -> AbstractContextManager[None]:
+        from .watched import watching
+
+        return watching(self._lab.root / _WATCH_NAME)
+
+    def unwatched(self) -> str | None:
+        from .watched import is_watched
+
+        return None if is_watched(self._lab.root / _WATCH_NAME) else "'qvm-forward watch' in another terminal"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from qubes_fwd_qrexec.lab.changes import LabChanges

@@ -123,7 +123,7 @@ def _close(session: Session) -> tuple[Plan, Outcome, tuple[str, ...]]:
     """All that `apply` closes while everything is held; and what was live before."""
     try:
         live = session.look().plan(session.now, is_held=False)
-        _, outcome = session.reconcile(is_held=True, ends_all=True)
+        outcome = session.reconcile(is_held=True, ends_all=True).outcome
     except (ForwardError, OSError) as error:
         return Plan(()), Outcome(), (f"read all qubes, to find listeners and calls: {error}",)
     return live, outcome, outcome.troubles

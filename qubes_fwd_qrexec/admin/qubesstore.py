@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
+from pathlib import Path
 from threading import Lock
 
 from qubes_fwd_qrexec.errors import StoreError
@@ -26,6 +27,7 @@ from .policyapi import PolicyApi
 # and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
 # /run/qubes-forward is the directory of a target's tunnels, and a management qube may be a target too.
 LOCK_PATH = "/run/qubes/qvm-forward.lock"
+WATCH_PATH = "/run/qubes/qvm-forward-watch.lock"
 _LOCK_TIMEOUT_S = 10.0
 _LOCK_RETRY_S = 0.02
 # qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED.
@@ -114,6 +116,19 @@ class QubesStore:
             "; dom0's policy denies it to every qube, unless a file that sorts before 30-forward.policy has "
             f"the line '{name}  *  {self._admin.here}  @anyvm  allow  user=user  autostart=no  notify=no'"
         )
+
+    def watching(self) -> AbstractContextManager[None]:
+        from .watched import watching
+
+        return watching(Path(WATCH_PATH))
+
+    def unwatched(self) -> str | None:
+        from .watched import is_watched
+
+        if is_watched(Path(WATCH_PATH)):
+            return None
+        start = "'systemctl enable --now qubes-forward-watch'"
+        return start if self._admin.is_local else f"unless dom0's does, {start} there"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from .qubesevents import qubes_changes

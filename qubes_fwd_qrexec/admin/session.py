@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What every command of qvm-forward has at hand: the system, the time, and where to print."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TextIO
 
@@ -78,6 +78,14 @@ class Snapshot(NamedTuple):
         return entry
 
 
+class Applied(NamedTuple):
+    """What the rules ask for, what became of the steps there, and the qubes as they were read."""
+
+    plan: Plan
+    outcome: Outcome
+    inventory: Inventory
+
+
 class Session(NamedTuple):
     """One run of qvm-forward; ``now`` is in UNIX seconds."""
 
@@ -123,7 +131,7 @@ class Session(NamedTuple):
                 self.warn_once(escaped(text))
         return Snapshot(inventory, read_rules(inventory), installed, problem)
 
-    def reconcile(self, *, is_held: bool | None = None, ends_all: bool = False) -> tuple[Plan, Outcome]:
+    def reconcile(self, *, is_held: bool | None = None, ends_all: bool = False) -> Applied:
         """Make policy and configuration what the stored rules ask for; the lock is held.
 
         What could not be done is in the outcome. If somebody without our lock changes policy meanwhile, all
@@ -146,11 +154,11 @@ class Session(NamedTuple):
                 break
             # Whoever lifts a hold lifts the one that was seen, and no later one.
             is_held = is_held or None
-        return planned, outcome
+        return Applied(planned, outcome, snapshot.inventory)
 
     def apply(self, *, is_held: bool | None = None) -> tuple[Plan, Outcome]:
         """The same; raises `StoreError` that says what was done and what was not."""
-        planned, outcome = self.reconcile(is_held=is_held)
+        planned, outcome, _ = self.reconcile(is_held=is_held)
         if outcome.troubles:
             raise StoreError(told(outcome))
         return planned, outcome
@@ -158,12 +166,23 @@ class Session(NamedTuple):
     def apply_change(self, done: str = "the rules are changed") -> tuple[Plan, Outcome]:
         """Apply after something was changed; an error says that the change itself is kept."""
         try:
-            planned, outcome = self.reconcile()
+            planned, outcome, _ = self.reconcile()
         except StoreError as error:
             raise StoreError(f"{done}, but {error}") from error
         if outcome.troubles:
             raise StoreError(f"{done}, but {told(outcome)}")
         return planned, outcome
+
+    def say_unwatched(self, applied: Plan, asked: Iterable[NamedRule]) -> None:
+        """A live forward is promised to end by itself: say so if nothing sees to that."""
+        is_live = any((f := applied.find(*named[:2])) is not None and f.is_live for named in asked)
+        start = self.backend.unwatched() if is_live else None
+        if start is not None:
+            self.say(
+                "Note: 'qvm-forward watch' does not run here, so nothing closes this when its time is over, "
+                "a netvm changes or a qube goes, before the next command of qvm-forward does. This helps: "
+                f"{start}.\n"
+            )
 
     def store(self, inventory: Inventory, changes: Mapping[tuple[QubeName, str], str | None]) -> None:
         """Set (or with None remove) rules by qube and name; all of them, or on an error none: then they are

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`qvm-forward watch`: what `apply` does, after each change that matters and whenever a rule's time is over.
 
-It remembers nothing that it would need: each time it looks at the whole system and makes true what the
-rules ask for. So whatever it missed, was killed in or could not do is mended by the next time. Its own
-writes are changes too; one more look finds nothing to do, and there it settles.
+It looks at the whole system each time and makes true what the rules ask for. So whatever it missed, was
+killed in or could not do is mended by the next time. Its own writes are changes too; one more look finds
+nothing to do, and there it settles. While nothing happens it looks at the clock, and at nothing else.
 """
 
 import json
@@ -19,21 +19,26 @@ from qubes_fwd_qrexec.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.notify import notify
 from qubes_fwd_qrexec.values import QubeName
 
+from . import policy
 from .apply import Outcome
 from .backend import Changes
-from .clock import Alarm, Clock
+from .clock import Clock
 from .ending import Ending
 from .expiry import print_expire
+from .inventory import Inventory
 from .render import escaped
+from .revoking import Ended, allowances, revoke, serving
 from .session import Session
 from .states import Cause, Plan, State
 
 # A tool that sets up a qube sends its events within milliseconds of each other; a person waits for a second.
 QUIET_S = 0.2
 BURST_S = 1.0
-# qubesd is back some seconds after it was restarted; a fault that stays is asked for each minute.
-RETRY_FIRST_S = 1.0
-RETRY_MAX_S = 60.0
+# The clock may be set, and the machine be suspended, while a wait goes on: how late that is noticed at most.
+# Listeners end to the second by themselves.
+TICK_S = 30.0
+# qubesd is back some seconds after it was restarted.
+RETRY_S = 5.0
 # Less is the work of clock synchronisation, and changes nothing that anybody would see.
 _SET_BACK_S = 60.0
 
@@ -57,72 +62,80 @@ class _Trouble(Enum):
 
 def watch(args: Namespace, session: Session) -> int:
     """Run until SIGTERM or SIGINT."""
-    with Ending() as ending, Alarm() as alarm:
-        Watcher(session, Clock(), alarm, ending).run()
+    with Ending() as ending, session.backend.watching():
+        Watcher(session, Clock(), ending).run()
     return 0
 
 
-def _ready(descriptors: Iterable[int], timeout_s: float) -> None:
-    """Wait until one of them is readable, or the time is over."""
+def _ready(fd: int, timeout_s: float) -> None:
+    """Wait until it is readable, or the time is over."""
     poll = select.poll()
-    for fd in descriptors:
-        poll.register(fd, select.POLLIN)
+    poll.register(fd, select.POLLIN)
     poll.poll(math.ceil(timeout_s * 1000))
 
 
 class Watcher:
-    """The loop. A trouble is told once, and tried again after 1 s, then 2 s, up to a minute."""
+    """The loop. A trouble is told once, and what failed is tried again every 5 s."""
 
     def __init__(
         self,
         session: Session,
         clock: Clock,
-        alarm: Alarm,
         ending: Ending,
         *,
         elapsed: Callable[[], float] = time.monotonic,
-        rest: Callable[[Iterable[int], float], None] = _ready,
+        rest: Callable[[int, float], None] = _ready,
     ) -> None:
         self._session = session
         self._clock = clock
-        self._alarm = alarm
         self._ending = ending
         self._elapsed = elapsed
         self._rest = rest
-        self._wakers = (ending.fileno(), alarm.fileno())
         self._seen: dict[Key, Seen] | None = None
         self._next_end: float | None = None
         # What is wrong, in the order of telling; each kind of trouble ends by itself.
         self._troubles: dict[_Trouble, str] = {}
-        self._failures = 0
         self._is_clock_told = False
+        # The targets that run and know what is allowed.
+        self._told: set[QubeName] = set()
+        self._was_held = False
 
     def run(self) -> None:
         """Until the end is asked for; a reconciliation that has begun is finished."""
         while not self._ending.is_asked:
             try:
-                with self._session.backend.changes(self._wakers) as changes:
+                with self._session.backend.changes((self._ending.fileno(),)) as changes:
                     self._follow(changes)
             except StoreError as error:
                 self._complain(_Trouble.NEWS, f"changes are not noticed for now: {error}")
-                self._rest(self._wakers, self._retry_s())
+                self._rest(self._ending.fileno(), RETRY_S)
         notify("STOPPING=1")
 
     def _follow(self, changes: Changes) -> None:
         """Reconcile, wait, and again. Raises `StoreError` when the news is lost."""
         self._reconcile()
         while not self._ending.is_asked:
-            timeout_s = None
             if _Trouble.APPLY in self._troubles:
                 # What was tried and failed may itself be news, and must not be tried at once again.
-                self._rest((self._ending.fileno(),), RETRY_FIRST_S)
-                timeout_s = self._retry_s() - RETRY_FIRST_S
-            self._set_alarm()
-            if changes.wait(timeout_s):
+                self._rest(self._ending.fileno(), RETRY_S)
+            if changes.wait(self._timeout_s()):
                 self._mended(_Trouble.NEWS)
                 self._settle(changes)
+            elif not self._is_due():
+                continue
             if not self._ending.is_asked:
                 self._reconcile()
+
+    def _timeout_s(self) -> float:
+        if _Trouble.APPLY in self._troubles:
+            return 0.0
+        left_s = TICK_S if self._next_end is None else self._next_end - self._clock.now()
+        return max(0.0, min(TICK_S, left_s))
+
+    def _is_due(self) -> bool:
+        is_over = self._next_end is not None and self._next_end <= self._clock.now()
+        self._check_clock()
+        return is_over or bool(self._troubles)
 
     def _settle(self, changes: Changes) -> None:
         """Let a burst come to its end; one that does not end is cut short."""
@@ -135,19 +148,33 @@ class Watcher:
         session = self._session._replace(now=now)
         try:
             with session.backend.locked():
-                planned, outcome = session.reconcile()
+                planned, outcome, inventory = session.reconcile()
         except ForwardError as error:
             self._complain(_Trouble.APPLY, str(error))
             return
+        outcome = outcome._replace(ended=(*outcome.ended, *self._tell_started(planned, inventory)))
         self._next_end = next_end(planned, now)
         self._report(planned, outcome, now)
         self._check_clock()
         if outcome.troubles:
-            problems = f"not everything could be done: {'; '.join(outcome.troubles)}"
-            self._complain(_Trouble.APPLY, problems)
+            self._complain(_Trouble.APPLY, f"not everything could be done: {'; '.join(outcome.troubles)}")
             return
         self._mended(_Trouble.APPLY)
         notify("READY=1", f"STATUS={self._status(planned, now)}")
+
+    def _tell_started(self, planned: Plan, inventory: Inventory) -> tuple[Ended, ...]:
+        """Tell targets that have started what is allowed: dom0 may have allowed a call before it was over,
+        while its target was still starting. All are told when everything is held, by whomever.
+        """
+        targets = {forward.source.target for forward in planned} if not planned.is_held else None
+        running = {name for name in serving(inventory) if targets is None or name in targets}
+        fresh = running if planned.is_held and not self._was_held else running - self._told
+        # One that could not be told is told with the next change, and bounded by its lease until then.
+        self._told, self._was_held = running, planned.is_held
+        lines = {line for forward in planned.live for line in policy.lines(forward)}
+        ended = revoke(allowances(fresh, lines, cuts_drains=planned.is_held), self._session.backend)
+        self._told -= {found.target for found in ended if found.problem is not None}
+        return tuple(found._replace(problem=None) for found in ended)
 
     def _report(self, planned: Plan, outcome: Outcome, now: float) -> None:
         seen = states(planned)
@@ -173,7 +200,6 @@ class Watcher:
 
     def _complain(self, trouble: _Trouble, text: str) -> None:
         """Tell a trouble, the same one once. One without which we could start is no reason not to start."""
-        self._failures += 1
         is_new = self._troubles.get(trouble) != text
         self._troubles[trouble] = text
         if is_new:
@@ -182,26 +208,12 @@ class Watcher:
 
     def _mended(self, trouble: _Trouble) -> None:
         if self._troubles.pop(trouble, None) is not None and not self._troubles:
-            self._failures = 0
             self._warn("all is well again")
 
     def _warn(self, text: str) -> None:
         for line in text.splitlines():
             self._session.warn(escaped(line))
         self._session.err.flush()
-
-    def _retry_s(self) -> float:
-        return float(min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(self._failures - 1, 10)))
-
-    def _set_alarm(self) -> None:
-        """For the next end of a rule. One that has come while we worked rings at once, unless it is what we
-        could not act upon: that is tried again like any trouble.
-        """
-        end = self._next_end
-        if end is None or (_Trouble.APPLY in self._troubles and end <= self._clock.now()):
-            self._alarm.set(None)
-        else:
-            self._alarm.set(end - self._clock.ahead_s())
 
     def _check_clock(self) -> None:
         ahead_s = self._clock.ahead_s()

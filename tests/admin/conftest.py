@@ -2,6 +2,7 @@
 """A system of qubes, and the command qvm-forward on it: as a lab, and as a Qubes system that is asked."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def dom0(
     install(monkeypatch, qubesd, policy_client)
     monkeypatch.setattr(locate, "_DOM0_SIGN", "/")
     monkeypatch.setattr(qubesstore, "LOCK_PATH", str(tmp_path / "lock"))
+    monkeypatch.setattr(qubesstore, "WATCH_PATH", str(tmp_path / "watch"))
     return qubesd
 
 
@@ -68,7 +70,14 @@ def store(lab: LabDirectory, kind: str) -> Backend:
 
 
 @pytest.fixture
-def forward(lab: LabDirectory, kind: str) -> Command:
+def _watched(store: Backend) -> Iterator[None]:
+    """As where dom0's package is installed, `watch` runs; it does nothing here."""
+    with store.watching():
+        yield
+
+
+@pytest.fixture
+def forward(lab: LabDirectory, kind: str, _watched: None) -> Command:
     """Run qvm-forward at a fixed time; on the lab at ``lab_dir``, if that is given."""
 
     def command(

@@ -66,6 +66,9 @@ class Faulty:
         self.given[qube] = given
         return b"version=1 ended=1 draining=0\n"
 
+    def unwatched(self) -> str | None:
+        return self._store.unwatched()
+
     def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
         self._do("lock" if timeout_s is None else f"lock within {timeout_s:g} s")
         return self._store.locked(timeout_s)

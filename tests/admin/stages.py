@@ -4,7 +4,7 @@
 import io
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -12,15 +12,12 @@ from worlds import Hands
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Changes
-from qubes_fwd_qrexec.admin.clock import Alarm
 from qubes_fwd_qrexec.admin.ending import Ending
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.watch import (
-    Watcher,
-)
+from qubes_fwd_qrexec.admin.watch import QUIET_S, TICK_S, Watcher
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.values import QubeName
@@ -30,36 +27,30 @@ END: Act = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
 CONFIG = "vm-config.fwd.work.web"
 
 
-class SilentAlarm(Alarm):
-    """An alarm that remembers what it was set to, and never rings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wall: float | None = None
-
-    def set(self, wall: float | None) -> None:
-        self.wall = wall
-
-
 class Played:
     """The news of a lab; where nothing would come, the next act is played, and at last SIGTERM."""
 
     def __init__(self, stage: "Stage", inner: Changes) -> None:
         self._stage = stage
         self._inner = inner
+        self._is_settling = False
 
     def wait(self, timeout_s: float | None) -> bool:
         stage = self._stage
+        assert timeout_s is not None
+        assert 0 <= timeout_s <= TICK_S
         stage.waits.append(timeout_s)
-        stage.alarms_at_waits.append(stage.alarm.wall)
         if stage.news_trouble is not None:
             raise StoreError(stage.news_trouble)
-        if self._inner.wait(0):
-            return True
-        if timeout_s is None:
+        was_settling, self._is_settling = self._is_settling, self._inner.wait(0)
+        if self._is_settling or was_settling:
+            return self._is_settling
+        if timeout_s > QUIET_S:
             stage.play()
-            return self._inner.wait(0)
-        return False
+            self._is_settling = self._inner.wait(0)
+        else:
+            stage.hands.pass_by(timeout_s)
+        return self._is_settling
 
 
 class Stage(LabStore):
@@ -73,17 +64,14 @@ class Stage(LabStore):
         self.lab = lab
         self.hands = Hands()
         self.looks: list[int] = []
-        self.waits: list[float | None] = []
-        self.alarms_at_waits: list[float | None] = []
+        self.waits: list[float] = []
         self.rests: list[float] = []
         self.news_trouble: str | None = None
         self.trouble: str | None = None
         self.on_rest: Act = lambda: None
         self.out, self.err = io.StringIO(), io.StringIO()
-        self.alarms: list[float | None] = []
         self._acts: list[Act] = []
         self._played = 0
-        self.alarm: SilentAlarm
 
     def inventory(self, *, with_config: bool = True) -> Inventory:
         self.looks.append(self._played)
@@ -92,15 +80,14 @@ class Stage(LabStore):
         return super().inventory(with_config=with_config)
 
     def changes(self, wakers: Sequence[int] = ()) -> "PlayedContext":
-        assert len(wakers) == 2
+        assert len(wakers) == 1
         return PlayedContext(self, super().changes(wakers))
 
     def play(self) -> None:
-        self.alarms.append(self.alarm.wall)
         self._played += 1
         (self._acts.pop(0) if self._acts else END)()
 
-    def _rest(self, descriptors: Iterable[int], timeout_s: float) -> None:
+    def _rest(self, fd: int, timeout_s: float) -> None:
         self.rests.append(timeout_s)
         self.hands.pass_by(timeout_s)
         self.on_rest()
@@ -109,12 +96,10 @@ class Stage(LabStore):
         """Watch until all acts have been played and nothing is left to be done."""
         self._acts = list(acts)
         session = Session(self, 0.0, {}, io.StringIO(), self.out, self.err, Style(), is_json)
-        with Ending() as ending, SilentAlarm() as alarm:
-            self.alarm = alarm
+        with Ending() as ending:
             Watcher(
                 session,
                 self.hands.clock(),
-                alarm,
                 ending,
                 elapsed=lambda: self.hands.elapsed,
                 rest=self._rest,

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import ADD, NOW, content
+from worlds import ADD, NOW, Command, content
 
+from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.values import QubeName
@@ -392,3 +393,17 @@ def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDi
     assert "\nAlso closed at sys-net: fwd.odd.\nAlso closed at sys-net: work web.\n" in out
     assert "\nAlso opened at sys-net: personal tcp-81. Connections to port 81 of sys-net" in out
     assert "Also" not in forward("remove", "work", "tcp-82").out
+
+
+def test_who_makes_a_forward_hears_that_nothing_watches_over_it(
+    lab: LabDirectory, over: Command, kind: str, store: Backend
+) -> None:
+    note = "Note: 'qvm-forward watch' does not run here, so nothing closes this when its time is over"
+    assert note in over(store, *ADD).out
+    assert over(store, *ADD[:-1], "again", "--json").status == 1
+    for command in ("set work web comment=x", "enable work web", "confirm work web"):
+        assert note in over(store, *command.split()).out
+    assert note not in over(store, "disable", "work", "web").out
+    with store.watching():
+        assert note not in over(store, "enable", "work", "web").out
+        assert over(store, "enable", "work", "web", "--json").json["is_watched"] is True

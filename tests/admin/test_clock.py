@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A clock driven by hand, and an alarm whose descriptor is looked at and never waited for but once."""
+"""A clock driven by hand."""
 
-import select
 import time
-from collections.abc import Iterator
-from typing import Any
 
-import pytest
 from worlds import Hands
 
-from qubes_fwd_qrexec.admin.clock import Alarm, Clock
-
-BOUND_S = 15.0
+from qubes_fwd_qrexec.admin.clock import Clock
 
 
 def test_it_goes_with_the_wall_clock() -> None:
@@ -71,69 +65,3 @@ def test_the_real_one_agrees_with_the_wall_clock() -> None:
     took_s = time.time() - before
     assert before <= now <= before + 2 * took_s + 0.1
     assert 0.0 <= ahead_s <= took_s + 0.1
-
-
-@pytest.fixture
-def alarm() -> Iterator[Alarm]:
-    with Alarm() as made:
-        yield made
-
-
-def rings(alarm: Alarm, timeout_s: float = 0.0) -> bool:
-    return bool(select.select([alarm], [], [], timeout_s)[0])
-
-
-def test_it_rings_when_it_is_time_and_until_it_is_set_anew(alarm: Alarm) -> None:
-    assert not rings(alarm)
-    alarm.set(time.time() + 0.01)
-    assert rings(alarm, BOUND_S)
-    assert rings(alarm)
-    alarm.set(time.time() + 3600)
-    assert not rings(alarm)
-
-
-@pytest.mark.parametrize("past", [-5.0, 0.0, 1.5])
-def test_it_rings_at_once_for_what_is_past(alarm: Alarm, past: float) -> None:
-    alarm.set(past)
-    assert rings(alarm, BOUND_S)
-
-
-def test_it_can_be_stopped(alarm: Alarm) -> None:
-    alarm.set(0.0)
-    assert rings(alarm, BOUND_S)
-    alarm.set(None)
-    assert not rings(alarm)
-
-
-def test_the_last_second_of_the_year_9999_can_be_set(alarm: Alarm) -> None:
-    alarm.set(253402300799.0)
-    assert not rings(alarm)
-
-
-class _Libc:
-    """The C library, whose calls are noted before they are made."""
-
-    def __init__(self, libc: Any) -> None:
-        self._libc = libc
-        self.flags: list[int] = []
-
-    def timerfd_settime(self, fd: int, flags: int, *more: object) -> int:
-        self.flags.append(flags)
-        return int(self._libc.timerfd_settime(fd, flags, *more))
-
-
-def test_it_is_to_ring_also_when_the_clock_is_set(alarm: Alarm) -> None:
-    """Which no test may do: TFD_TIMER_ABSTIME and TFD_TIMER_CANCEL_ON_SET, of linux/timerfd.h."""
-    noted = _Libc(alarm._libc)
-    alarm._libc = noted  # type: ignore[assignment]
-    alarm.set(time.time() + 3600)
-    alarm.set(None)
-    assert noted.flags == [1 | 2, 1 | 2]
-    assert not rings(alarm)
-
-
-def test_it_is_closed_when_it_is_left() -> None:
-    with Alarm() as alarm:
-        pass
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        alarm.set(None)

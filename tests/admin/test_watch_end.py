@@ -17,10 +17,8 @@ from qubes_fwd_qrexec.admin.backend import Changes
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.watch import (
-    _ready,
-    watch,
-)
+from qubes_fwd_qrexec.admin.watch import RETRY_S, _ready, watch
+from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 
@@ -49,7 +47,7 @@ def test_a_wish_to_end_in_a_burst_or_a_pause_is_obeyed_without_another_look(stag
     stage.on_rest = END
     stage.run()
     assert stage.looks == [0]
-    assert stage.rests == [1]
+    assert stage.rests == [RETRY_S]
 
 
 def test_the_command_ends_with_status_0(lab: LabDirectory) -> None:
@@ -62,13 +60,33 @@ def test_the_command_ends_with_status_0(lab: LabDirectory) -> None:
     assert watch(Namespace(), Session(Ended(lab), 0.0, {}, *streams, Style(), False)) == 0
 
 
+def test_whether_it_runs_is_known_and_it_runs_once(lab: LabDirectory) -> None:
+    seen: list[str | None] = []
+
+    class Looking(LabStore):
+        def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+            seen.append(self.unwatched())
+            with pytest.raises(StoreError, match="another 'qvm-forward watch' runs already"):
+                watch(Namespace(), session)
+            END()
+            return super().changes(wakers)
+
+    store = Looking(lab)
+    streams = io.StringIO(), io.StringIO(), io.StringIO()
+    session = Session(store, 0.0, {}, *streams, Style(), False)
+    assert store.unwatched() == "'qvm-forward watch' in another terminal"
+    assert watch(Namespace(), session) == 0
+    assert seen == [None]
+    assert store.unwatched() is not None
+
+
 def test_a_pause_ends_by_a_descriptor_or_after_its_time() -> None:
     read_fd, write_fd = os.pipe()
     begun = time.monotonic()
-    _ready([read_fd], 0.01)
+    _ready(read_fd, 0.01)
     assert time.monotonic() - begun >= 0.01
     os.write(write_fd, b"x")
-    _ready([read_fd], 3600.0)
+    _ready(read_fd, 3600.0)
     os.close(read_fd)
     os.close(write_fd)
 

@@ -84,6 +84,11 @@ class Program:
 
 
 @pytest.fixture
+def _watched() -> None:
+    """The program itself does."""
+
+
+@pytest.fixture
 def start(lab: LabDirectory, forward: Command, tmp_path: Path) -> Iterator[Callable[[], Program]]:
     """Start it, with one forward that is open; it is killed at the end of the test."""
     assert forward(*ADD, now=time.time()).status == 0

@@ -72,9 +72,12 @@ class Result(NamedTuple):
 Command = Callable[..., Result]
 
 
+_LOCKS = ("lock", "watch.lock")
+
+
 def content(lab: LabDirectory) -> dict[str, str]:
     """All that a command could change."""
-    files = (path for path in lab.root.rglob("*") if path.is_file() and path != lab.lock_file)
+    files = (path for path in lab.root.rglob("*") if path.is_file() and path.name not in _LOCKS)
     return {str(path): path.read_text() for path in files}
 
 
