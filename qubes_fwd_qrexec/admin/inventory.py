@@ -105,9 +105,10 @@ class TunnelMark(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """All qubes by name."""
+    """All qubes by name. ``here`` is the one that this program runs in, unless that is dom0 or no qube."""
 
     qubes: Mapping[QubeName, Qube]
+    here: QubeName | None = None
 
     def get(self, name: str) -> Qube | None:
         return self.qubes.get(QubeName(name))

@@ -61,12 +61,14 @@ class QubesStore:
         read = partial(self._admin.qube, with_config=with_config)
         if self._admin.is_local:
             found = list(map(read, listed))
+            here = None
         else:
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(_REMOTE_CALLS) as pool:
                 found = list(pool.map(read, listed))
-        return Inventory({qube.name: qube for qube in found if qube is not None})
+            here = QubeName(self._admin.here)
+        return Inventory({qube.name: qube for qube in found if qube is not None}, here)
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         check_feature(qube, key, value)
@@ -92,6 +94,10 @@ class QubesStore:
                 process = self._admin.start_service(qube, service, has_input=bool(given))
             return read_answer(process, max_bytes, f"{service} in {qube}", bound_s, given)
         except AnswerError as error:
+            if error.status == _REFUSED and not self._admin.is_local and qube == self._admin.here:
+                raise AnswerError(
+                    f"{error}; no qube can call itself", error.status, way_out="say it in dom0"
+                ) from error
             if not (way_out := self._way_out(qube, service, error.status or 0)):
                 raise
             raise AnswerError(

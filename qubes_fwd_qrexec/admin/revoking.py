@@ -109,12 +109,13 @@ def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
 
 
 def serving(inventory: Inventory) -> set[QubeName]:
-    """The running qubes that offer our service."""
+    """The running qubes that offer our service, but the one that this runs in: no qube can call itself."""
     return {
         qube.name
         for qube in inventory.qubes.values()
         if qube.is_running
         and qube.klass not in (ADMIN, TEMPLATE)
+        and qube.name != inventory.here
         and inventory.feature(qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}")
     }
 

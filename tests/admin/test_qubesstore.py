@@ -121,6 +121,22 @@ def test_a_management_qube_is_told_the_line_that_lets_it_end_tunnels(
     assert asked.value.way_out == "have that line in dom0's policy"
 
 
+def test_a_management_qube_is_told_that_it_cannot_call_itself(
+    lab: LabDirectory, policy_client: FakePolicyClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = FakeQubes(lab, connection="qrexec", name="work")
+    install(monkeypatch, app, policy_client)
+    app.status = 126
+    with pytest.raises(AnswerError, match=r"exit status 126; no qube can call itself$") as caught:
+        call(QubesStore())
+    assert caught.value.way_out == "say it in dom0"
+    assert QubesStore().inventory().here == WORK
+
+
+def test_dom0_is_no_qube_that_calls_itself(store: QubesStore) -> None:
+    assert store.inventory().here is None
+
+
 ASK = f"{STATUS_SERVICE}+"
 
 

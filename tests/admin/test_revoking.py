@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.admin.apply import Kind, differences
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.revoking import Ended, allowances, revoke
+from qubes_fwd_qrexec.admin.revoking import Ended, allowances, revoke, serving, targets_of
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.rules import NamedRule
 from qubes_fwd_qrexec.values import QubeName
@@ -198,6 +198,14 @@ def test_all_targets_are_told_at_once() -> None:
 
     names = [QubeName(name) for name in ("hidden", "vault", "work")]
     assert [found.target for found in revoke(allowances(names, ()), Slow(world()))] == names
+
+
+def test_a_management_qube_is_not_told_by_itself_unless_calls_to_it_were_allowed() -> None:
+    everywhere = {"hidden", "vault", "work"}
+    assert serving(world()) == everywhere
+    assert serving(world()._replace(here=WORK)) == everywhere - {"work"}
+    line = "qubes.ForwardTCP +8080 sys-net work allow"
+    assert targets_of([line], world()._replace(here=WORK)) == {"work"}
 
 
 def test_targets_that_cannot_be_told_hold_up_nothing_and_are_a_trouble() -> None:
