@@ -19,7 +19,7 @@ from .ingress import note_ingress
 from .logs import RateLimit, warn
 from .portholder import port_holder
 from .relay import abort, abort_by_default, keep_urgent_bytes
-from .socketbuffers import MAX_BYTES, set_size
+from .socketbuffers import MAX_BYTES, limit_segments, set_size
 from .values import IPAddress, unmapped
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         note_ingress(sock)
         # relay-behaviours 17. No client gets a larger window than this allows; whoever accepts sets less.
         set_size(sock, MAX_BYTES)
+        limit_segments(sock)
         sock.bind((str(address), port))
         sock.listen(_BACKLOG)
     except OSError as error:

@@ -17,6 +17,7 @@ from .deadpeers import notice_dead_peers
 from .errors import ForwardError, TextError
 from .exitstatus import ExitStatus
 from .relay import abort, abort_by_default, keep_urgent_bytes
+from .socketbuffers import limit_segments, set_size
 from .values import TargetPorts, parse_port
 
 SERVICE = "qubes.ForwardTCP"
@@ -96,8 +97,8 @@ def new_socket(family: int) -> socket.socket:
     abort_by_default(sock)
     notice_dead_peers(sock)
     keep_urgent_bytes(sock)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+    set_size(sock, _BUFFER_BYTES)
+    limit_segments(sock)
     return sock
 
 

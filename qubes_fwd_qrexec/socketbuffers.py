@@ -15,23 +15,26 @@ import struct
 # What a socket has in each direction, as it is asked for. The kernel lets twice as much be used, for what it
 # needs beside the bytes themselves (socket(7), SO_SNDBUF), so a connection counts four times.
 _TIMES = 4
-FLOOR_BYTES = 8 << 10
-# The longest segment of loopback fits: with less, its two ends wait for each other's timers.
+FLOOR_BYTES = 16 << 10
+# No segment is longer than the smallest buffer. Those of loopback have 64 KiB, and where one does not fit,
+# both ends wait for timers: a server was read from at 3 MiB/s. On a network they are shorter anyway. With
+# segments of 8 KiB a bulk stream took more of the processor.
+SEGMENT_BYTES = FLOOR_BYTES
 START_BYTES = 64 << 10
 # While a client waits for its target: more than it sends before it has heard anything.
 WAITING_BYTES = 32 << 10
 # What a stock kernel lets a program ask for (net.core.wmem_max): a gigabit over a LAN's 1 ms, and 6 MiB/s to
 # a client 50 ms away.
 MAX_BYTES = 212_992
-# All that is lent above the floors: 75 connections of the largest size, or 300 as they begin.
-SHARED_BYTES = 64 << 20
+# All that is lent above the floors: 62 connections of the largest size, or 256 as they begin.
+SHARED_BYTES = 48 << 20
 # What all sockets may really hold. It is enough for all that is lent, and for as many that stall with their
-# floor as one source may have by default (1024, of 55 KiB each: their floor, and a segment that came in).
+# floor as one source may have by default (1024, of 70 KiB each: their floor, and a segment that came in).
 HELD_BYTES = 128 << 20
 # So few cannot hold as much, each with a segment of 64 KiB in each direction beside what it asks for.
 _FEW = 256
 # No connection has more than this part of what is left, so that there is always something for the next.
-_PART = 64
+_PART = 32
 # linux/sock_diag.h: what is received and not read is the first number, what is sent and not taken the sixth.
 _SO_MEMINFO = 55
 _MEMINFO = struct.Struct("=I16xI")
@@ -135,6 +138,11 @@ def set_size(sock: socket.socket, size: int) -> None:
     """Let a socket have so many bytes in each direction; what is in it already stays."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
+def limit_segments(sock: socket.socket) -> None:
+    """Before a TCP socket connects or listens: it works with the smallest buffer too. Raises OSError."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
 
 
 def held_bytes(sock: socket.socket) -> int:

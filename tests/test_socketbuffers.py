@@ -4,6 +4,7 @@
 import contextlib
 import select
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,8 @@ from qubes_fwd_qrexec.socketbuffers import (
     Buffers,
     SocketMemory,
     held_bytes,
+    limit_segments,
+    set_size,
 )
 
 KIB = 1 << 10
@@ -205,3 +208,27 @@ def test_a_hundred_that_stall_at_the_size_they_have_hold_little_more_than_is_len
             stall(near, far)
         held = sum(held_bytes(near) for near, _ in pairs)
     assert held <= 8 * MIB + len(pairs) * 2 * (2 * FLOOR_BYTES + _SEGMENT_BYTES)
+
+
+def test_with_the_smallest_buffers_nobody_waits_for_a_timer() -> None:
+    """At 40 to 200 ms for each 8 KiB it would take minutes."""
+    with socket.socket() as listening, socket.socket() as near:
+        for sock in (listening, near):
+            limit_segments(sock)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        near.connect(listening.getsockname())
+        far, _ = listening.accept()
+        with far:
+            for sock in (near, far):
+                set_size(sock, FLOOR_BYTES)
+                sock.setblocking(False)
+            sent = received = 0
+            deadline = time.monotonic() + 30
+            while received < 16 * MIB:
+                assert time.monotonic() < deadline, f"{received} bytes"
+                readable, writable, _ = select.select([far], [near] if sent < 16 * MIB else [], [], 1)
+                if writable:
+                    sent += near.send(bytes(min(32 * KIB, 16 * MIB - sent)))
+                if readable:
+                    received += len(far.recv(32 * KIB))
