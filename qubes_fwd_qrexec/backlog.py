@@ -126,7 +126,9 @@ class Backlog:
             self._write()
 
     def tick(self) -> None:
-        """A second has passed."""
+        """A second has passed. That a UNIX socket's peer will not read on no event tells, only a write."""
+        if self._unsent:
+            self._write()
         self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0
 
     def let_go(self) -> None:

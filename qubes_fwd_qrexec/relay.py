@@ -26,6 +26,9 @@ from .loop import GONE, READ, WRITE, Loop
 # As much as qrexec-client-vm asks for by default (qubes-core-qrexec agent/qrexec-client-vm.c): what a
 # stalled direction holds at most, beside the kernel's own socket buffers.
 BUFFER_BYTES = 65536
+# How often a sink is asked whether it still takes anything. Of a UNIX socket whose peer will not read on
+# (SHUT_RD, as the qrexec agent does when a call is lost) no event tells: only a send does.
+LOOK_S = 2.0
 # What is read and dropped so that a close is no abort: more than a receive buffer of the default size.
 _READ_OUT_BYTES = 16 * BUFFER_BYTES
 
@@ -44,13 +47,17 @@ class CopyEnd(Enum):
 class Copy:
     """One direction: non-blocking ``source`` to non-blocking ``sink``.
 
+    ``looks``: whether the sink is looked at also while there is nothing to send, for who has no timer of its
+    own. One that has been sent more than it takes always is.
+
     ``moved`` counts the bytes that the sink has taken, ``moved_at`` is when it last did
     (`time.monotonic`, seconds). Both may be read from any thread.
     """
 
-    __slots__ = ("moved", "moved_at", "on_end", "pending", "sink", "source")
+    __slots__ = ("looks", "moved", "moved_at", "on_end", "pending", "sink", "source")
 
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, source: socket.socket, sink: socket.socket, *, looks: bool = False) -> None:
+        self.looks = looks
         self.source = source
         self.sink = sink
         self.moved = 0
@@ -91,6 +98,7 @@ class Relay:
         self._loop = loop
         self._endpoints: dict[int, _Endpoint] = {}
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._is_looking = False
 
     def start(self, copy: Copy, on_end: Callable[[CopyEnd], None]) -> None:
         """Begin to copy. ``on_end`` is called once, from the loop, and may start or stop others.
@@ -112,6 +120,9 @@ class Relay:
         except OSError:
             self.stop(copy)
             raise
+        if not self._is_looking:
+            self._is_looking = True
+            self._loop.after(LOOK_S, self._look, self._stop_looking)
 
     def stop(self, copy: Copy) -> None:
         """Let go of a copy's sockets; what it had not passed on is lost, and ``on_end`` is not called."""
@@ -189,6 +200,19 @@ class Relay:
             self._update(source)
             self._update(self._endpoint(copy.sink))
 
+    def _look(self) -> None:
+        """Ask each sink that holds something up, and each that is to be looked at, whether it takes more."""
+        self._is_looking = bool(self._endpoints)
+        for endpoint in list(self._endpoints.values()):
+            copy = endpoint.writer
+            if copy is not None and (copy.pending or copy.looks):
+                self._loop.guarded(partial(self._fail, endpoint), self._push, copy, endpoint)
+        if self._is_looking:
+            self._loop.after(LOOK_S, self._look, self._stop_looking)
+
+    def _stop_looking(self) -> None:
+        self._is_looking = False
+
     def _push(self, copy: Copy, sink: _Endpoint) -> None:
         sent = self._send(copy, copy.pending)
         if sent >= 0:
@@ -208,8 +232,9 @@ class Relay:
             self._endpoint(copy.sink).was_reset = error.errno != errno.EPIPE
             self._end(copy, CopyEnd.SINK_BROKEN)
             return -1
-        copy.moved += sent
-        copy.moved_at = time.monotonic()
+        if sent:
+            copy.moved += sent
+            copy.moved_at = time.monotonic()
         return sent
 
     def _fail(self, endpoint: _Endpoint) -> None:

@@ -53,7 +53,7 @@ class _Joined:
         self._has_lost = False
         self._status: ExitStatus | None = None
         relay.start(Copy(stdin, server), self._upload_ended)
-        relay.start(Copy(server, stdout), self._download_ended)
+        relay.start(Copy(server, stdout, looks=True), self._download_ended)
 
     def run(self) -> int:
         """Until both directions are over, or one of them is aborted; the exit status that tells."""

@@ -309,7 +309,7 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
             async def copy(source: socket.socket, sink: socket.socket) -> None:
                 nonlocal is_answered
                 try:
-                    end = await relays.run(Copy(source, sink))
+                    end = await relays.run(Copy(source, sink, looks=sink is call))
                 except OSError:  # the kernel can watch no more sockets
                     end = CopyEnd.SOURCE_RESET
                 if source is call and end is CopyEnd.EOF and not is_answered and _has_hung_up(call):

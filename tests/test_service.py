@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import contextlib
+import select
 import signal
 import socket
 import subprocess
@@ -142,6 +144,23 @@ def test_a_caller_that_is_gone_is_an_abort_to_the_server(served: Served) -> None
     assert called.end() == (ExitStatus.TROUBLE, "")
     with pytest.raises(ConnectionResetError):
         sock.recv(1)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_call_that_is_lost_ends_it_though_no_event_tells(served: Served, is_full: bool) -> None:
+    """The agent says no more and reads no more, keeps both sockets, and waits for it to end."""
+    called, sock = served
+    if is_full:
+        sock.setblocking(False)
+        while select.select([], [sock], [], 0.3)[1]:
+            with contextlib.suppress(BlockingIOError):
+                sock.send(bytes(65536))
+        sock.settimeout(BOUND_S)
+    called.stdin.shutdown(socket.SHUT_WR)
+    called.stdout.shutdown(socket.SHUT_RD)
+    assert called.end() == (ExitStatus.TROUBLE, "")
+    with pytest.raises(ConnectionError):
+        sock.sendall(b"x")
 
 
 @pytest.fixture
