@@ -9,8 +9,9 @@ work web action=forward mode=auto ... comment=demo
  "forwards": [{"qube": "work", "name": "web", "rule": {"action": "forward", ...}}]}
 
 The marks of tunnels are part of it: without them the same rules would make another plan. A document that
-says version 2 is taken as it is. Lines without that and version 1 are written by hand or older, and so are
-rules that do not say their qube, in the forms of 2021: what they do not record is recorded at import.
+says version 2 is an export. Lines without that and version 1 are written by hand or older, and so are rules
+that do not say their qube, in the forms of 2021. Owner and path that a rule does not record are recorded at
+import, whatever the document is.
 """
 
 import re
@@ -43,12 +44,12 @@ class Read(NamedTuple):
 class Document(NamedTuple):
     """Rules, marks of tunnels by qube, and how many rules of other actions were left out.
 
-    ``is_exact`` if it says of each rule all that is to be stored.
+    ``is_export`` if it says that it is all that was there when it was made.
     """
 
     rules: list[Read]
     tunnels: Mapping[QubeName, bool]
-    is_exact: bool
+    is_export: bool
     skipped: int = 0
 
 
@@ -103,7 +104,7 @@ def parse_lines(text: str) -> Document:
 
     Raises `RuleError` that names line and column.
     """
-    found, nameless, skipped, is_exact = [], [], 0, False
+    found, nameless, skipped, is_export = [], [], 0, False
     tunnels: dict[QubeName, bool] = {}
     is_first = True
     for number, line in enumerate(text.split("\n"), 1):
@@ -115,7 +116,7 @@ def parse_lines(text: str) -> Document:
         if is_first and len(texts) == 2 and texts[0] == "version":
             if texts[1] != str(VERSION):
                 raise RuleError(place, f"this program reads version {VERSION} and not {texts[1]!a}")
-            is_exact = True
+            is_export = True
         elif texts[0].startswith("action="):
             if texts[0] == "action=forward":
                 nameless.append(Read(None, None, _line_rule(line, 0, place), place))
@@ -129,7 +130,7 @@ def parse_lines(text: str) -> Document:
             target, name = _names(texts[0], texts[1], place)
             found.append(Read(target, name, _line_rule(line, words[2].start(), place), place))
         is_first = False
-    return Document([*found, *joined(nameless)], tunnels, is_exact, skipped)
+    return Document([*found, *joined(nameless)], tunnels, is_export, skipped)
 
 
 def _line_rule(line: str, start: int, place: str) -> ForwardRule:

@@ -75,9 +75,9 @@ def parse_document(text: str) -> Document:
             root.place,
             f'expected <forwards version="{VERSION}">, <rule>, or the <firewall> of a firewall.xml',
         )
-    is_exact = version == str(VERSION)
+    is_export = version == str(VERSION)
     rules_of, tunnels = [], dict[QubeName, bool]()
-    for node in root.only("qube", *(["tunnel"] if is_exact else [])):
+    for node in root.only("qube", *(["tunnel"] if is_export else [])):
         if node.tag == "tunnel":
             node.only()
             add_mark(tunnels, node.attributes.get("qube", ""), node.text, node.place)
@@ -86,7 +86,7 @@ def parse_document(text: str) -> Document:
         for rule in node.only("rule"):
             _name_of(rule, parse_rule_name)
             rules_of.append(_rule(rule, _properties(rule), QubeName(target)))
-    return Document(rules_of, tunnels, is_exact)
+    return Document(rules_of, tunnels, is_export)
 
 
 @dataclass(slots=True)

@@ -56,7 +56,7 @@ def test_documents_print_what_they_parse(named: list[NamedRule]) -> None:
         exchange.parse_json(json.dumps(exchange.as_json(named, marks))),
     ):
         assert [(read.target, read.name, read.rule) for read in found.rules] == named
-        assert (found.tunnels, found.is_exact, found.skipped) == (marks, True, 0)
+        assert (found.tunnels, found.is_export, found.skipped) == (marks, True, 0)
 
 
 @given(st.text(max_size=60))
@@ -339,7 +339,7 @@ def test_lines_of_2021_are_taken_among_others_and_those_of_one_forward_are_joine
         "action=drop"
     )
     found = exchange.parse_lines(text)
-    assert (found.skipped, found.is_exact, found.tunnels) == (2, False, {})
+    assert (found.skipped, found.is_export, found.tunnels) == (2, False, {})
     assert [(str(r.rule.sources), r.rule.forward_type, r.rule.comment, r.place) for r in found.rules] == [
         ("10.0.0.0/8,fd00::/8", "internal", "a b; c", "line 2"),
         ("10.0.0.0/8", "external", "", "line 4"),

@@ -29,7 +29,7 @@ def test_a_document_prints_what_it_parses(named: list[NamedRule]) -> None:
     found = rulexml.parse_document(rulexml.print_document(named, marks))
     read = [NamedRule(r.target, r.name, r.rule) for r in found.rules if r.target and r.name]
     assert sorted(read, key=lambda r: r[:2]) == sorted(named, key=lambda r: r[:2])
-    assert (found.tunnels, found.is_exact, found.skipped) == (marks, True, 0)
+    assert (found.tunnels, found.is_export, found.skipped) == (marks, True, 0)
 
 
 @given(st.text(max_size=60))
@@ -85,7 +85,7 @@ def test_rules_of_2021_that_differ_in_their_source_alone_are_one() -> None:
         rule_xml(srchosts="", src4="10.0.0.0/8", expire="5"),
     ]
     found = rulexml.parse_document(f'<firewall version="2"><rules>{"".join(rules)}</rules></firewall>')
-    assert (found.skipped, found.is_exact) == (1, False)
+    assert (found.skipped, found.is_export) == (1, False)
     assert [(str(read.rule.sources), read.rule.comment, read.rule.expire) for read in found.rules] == [
         ("10.0.0.0/8,192.168.0.0/16,fd00::/8,fd01::/16", "office", None),
         ("10.0.0.0/8", "", 5),

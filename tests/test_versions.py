@@ -282,7 +282,7 @@ def test_an_export_of_this_version_and_the_one_before_is_read(form: str, version
     found = PARSERS[form](EXPORTS[form, version])
     assert [(read.target, read.name, read.rule) for read in found.rules] == [("work", "web", RULE)]
     assert found.tunnels == (MARKS if version == 2 else {})
-    assert found.is_exact is (version == 2)
+    assert found.is_export is (version == 2)
 
 
 @pytest.mark.parametrize("form", PARSERS)

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from qubes_fwd_qrexec import exchange
 from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
-from qubes_fwd_qrexec.exchange import Document
-from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.exchange import Document, Read
+from qubes_fwd_qrexec.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.values import QubeName
 
 from .apply import Outcome, others
-from .inventory import TUNNEL_FEATURE, Inventory
+from .inventory import DISPOSABLE, TUNNEL_FEATURE, Inventory
 from .session import Session, Snapshot, UsageError, plan_as_json
 from .states import Forward, Plan
 from .store import TUNNEL_NAME, made_up_name, parse_new_name
@@ -66,9 +66,11 @@ def import_rules(args: Namespace, session: Session) -> int:
             planned, outcome = session.look().plan(session.now), Outcome()
         else:
             planned, outcome = session.apply_change()
+    left = _left(document, rules, planned)
     forwards = [f for named in rules if (f := planned.find(named.target, named.name)) is not None]
     if session.is_json:
         data = {"imported": len(rules), "tunnels": marks, "skipped": document.skipped}
+        data["left"] = [{"qube": named.target, "name": named.name} for named in left]
         session.say_json(data | {"applied": not args.no_apply} | plan_as_json(Plan(tuple(forwards))))
         return 0
     session.say(f"Imported {_count(len(rules), 'forward')}.\n")
@@ -81,6 +83,11 @@ def import_rules(args: Namespace, session: Session) -> int:
         session.say(f"{forward.source}: {forward.state}. {forward.reason}\n")
         session.say("".join(f"{forward.source}: note: {note}\n" for note in forward.notes))
     session.say("".join(f"{line}\n" for line in others(outcome, planned, [f.source for f in told])))
+    if left:
+        names = ", ".join(map(str, left))
+        session.say(
+            f"Not in the import, and left open: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
+        )
     if not args.no_apply:
         session.say_unwatched(planned, rules)
     return 0
@@ -128,7 +135,7 @@ def _read(form: str | None, text: str) -> Document:
 
 
 def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> list[NamedRule]:
-    """The rules under target and name; owner and path are today's if a document is not exact without them."""
+    """The rules under target and name; owner and path are today's where the document does not say them."""
     placed: dict[tuple[str, str], NamedRule] = {}
     for read in document.rules:
         target = read.target or qube
@@ -136,14 +143,7 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
             raise RefusedError(f"{read.place}: the file does not say for which qube; say --qube QUBE")
         if snapshot.inventory.get(target) is None:
             raise RefusedError(f"{read.place}: there is no qube {target}; nothing was imported")
-        rule = read.rule
-        if rule.owner is None and not document.is_exact:
-            rule = replace(rule, owner=target)
-        if rule.path is None and not document.is_exact:
-            chain = snapshot.inventory.chain(target)
-            if chain.problem is not None:
-                raise RefusedError(f"{read.place}: no way to record; nothing was imported. {chain.problem}")
-            rule = replace(rule, path=chain.qubes)
+        rule = _recorded(read, target, document, snapshot)
         try:
             taken = [*snapshot.stored.names(target), *(n for t, n in placed if t == target)]
             name = parse_new_name(read.name or made_up_name(rule, taken))
@@ -153,6 +153,33 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
             raise RefusedError(f"{read.place}: {target} {name} stands twice; nothing was imported")
         placed[target, name] = NamedRule(target, name, rule)
     return list(placed.values())
+
+
+def _recorded(read: Read, target: QubeName, document: Document, snapshot: Snapshot) -> ForwardRule:
+    """A rule with owner and path; one that is stored exactly so already stays as it is."""
+    rule, here = read.rule, None if read.name is None else snapshot.stored.find(target, read.name)
+    if isinstance(here, NamedRule) and here.rule == rule:
+        return rule
+    # An export has what a disposable inherited from its template, which nobody means to open.
+    is_inherited = document.is_export and snapshot.inventory.qubes[target].klass == DISPOSABLE
+    if rule.owner is None and not is_inherited:
+        rule = replace(rule, owner=target)
+    if rule.path is None:
+        chain = snapshot.inventory.chain(target)
+        if chain.problem is not None:
+            raise RefusedError(f"{read.place}: no way to record; nothing was imported. {chain.problem}")
+        rule = replace(rule, path=chain.qubes)
+    return rule
+
+
+def _left(document: Document, rules: Iterable[NamedRule], planned: Plan) -> list[NamedRule]:
+    """What is open and not in the document: of all qubes for an export, else of those that it is about."""
+    imported, targets = {named[:2] for named in rules}, {named.target for named in rules}
+    return [
+        forward.source
+        for forward in planned.live
+        if forward.source[:2] not in imported and (document.is_export or forward.source.target in targets)
+    ]
 
 
 def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dict[QubeName, bool]:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules out of a system and into it again, in every form."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from worlds import ADD, content
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeClass
 
 Forward = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -157,15 +160,49 @@ def test_a_mark_of_a_qube_that_is_not_here_is_refused(forward: Forward, lab: Lab
     assert content(lab) == before
 
 
-@pytest.mark.parametrize(
-    ("head", "owner"), [("", " owner=work path=sys-firewall,sys-net"), ("version 2\n", "")]
-)
-def test_what_a_rule_does_not_record_is_recorded_unless_the_document_is_exact(
-    forward: Forward, lab: LabDirectory, head: str, owner: str
+FORMS = [
+    f"work web {RULE}\n",
+    f"version 2\nwork web {RULE}\n",
+    json.dumps(
+        {
+            "version": 2,
+            "tunnels": {},
+            "forwards": [
+                {"qube": "work", "name": "web", "rule": dict(word.split("=") for word in RULE.split())}
+            ],
+        }
+    ),
+]
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_owner_and_path_that_a_document_does_not_say_are_recorded(
+    forward: Forward, lab: LabDirectory, text: str
 ) -> None:
-    result = forward("import", stdin=f"{head}work web {RULE}\n")
-    assert (lab.feature("work", "forward.web") or "").endswith(f"srchosts=any{owner}")
-    assert ("work web: note: no owner recorded" in result.out) == (not owner)
+    result = forward("import", stdin=text)
+    assert (lab.feature("work", "forward.web") or "").endswith(" owner=work path=sys-firewall,sys-net")
+    assert "note: no owner recorded" not in result.out
+
+
+def test_what_a_disposable_inherited_is_not_opened_by_an_export(forward: Forward, lab: LabDirectory) -> None:
+    lab.write_qube(replace(lab.qube("work"), klass=QubeClass.DISPOSABLE))
+    result = forward("import", stdin=f"version 2\nwork web {RULE}\n")
+    assert "work web: suspended." in result.out
+    assert lab.vm_config("sys-net") == {}
+
+
+def test_what_is_open_and_not_in_the_import_is_named(forward: Forward) -> None:
+    forward("add", "work", "81", "--from", "any", "--name", "old")
+    forward("add", "vault", "82", "--from", "any", "--via", "sys-net", "--name", "far")
+    forward("add", "work", "83", "--from", "any", "--name", "off", "--disabled")
+    words = "Not in the import, and left open: {}. 'qvm-forward remove QUBE NAME' closes one.\n"
+    assert forward("import", stdin=f"work web {RULE}\n").out.endswith(words.format("work old"))
+    text = f"version 2\nwork web {RULE}\n"
+    assert forward("import", "--replace", stdin=text).out.endswith(words.format("vault far, work old"))
+    left = forward("import", "--replace", "--json", stdin=text).json["left"]
+    assert left == [{"qube": "vault", "name": "far"}, {"qube": "work", "name": "old"}]
+    whole = forward("export").out
+    assert "left open" not in forward("import", stdin=whole).out
 
 
 def test_api_lines_of_2021_are_imported(forward: Forward, lab: LabDirectory) -> None:

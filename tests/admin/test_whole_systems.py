@@ -18,24 +18,32 @@ from qubes_fwd_qrexec.admin.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.rules import ForwardRule
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.values import ListenPorts, QubeName, TargetPorts
 
+_PORTS_EACH = 1000
 QUBES = ["work", "personal", "untrusted", "vault", "sys-net", "sys-firewall", "sys-vpn", "dom0", "fedora-42"]
-PATHS = [None, (), ("sys-firewall", "sys-net"), ("sys-vpn", "sys-firewall", "sys-net"), ("sys-net",)]
+PATHS = [(), ("sys-firewall", "sys-net"), ("sys-vpn", "sys-firewall", "sys-net"), ("sys-net",)]
 
 
 @st.composite
 def stored(draw: st.DrawFn) -> tuple[str, str, ForwardRule]:
-    """A rule at one of the lab's qubes: about qubes that are there, and often at odds with the others."""
+    """A rule at one of the lab's qubes, as a command stores it: with owner and path."""
     target = draw(st.sampled_from(QUBES))
     path = draw(st.sampled_from(PATHS))
     rule = replace(
         draw(rules()),
         via=draw(st.sampled_from([None, None, "sys-net", "sys-vpn", "personal", "gone"])),
-        owner=draw(st.sampled_from([None, target, target, "other"])),
-        path=None if path is None else tuple(map(QubeName, path)),
+        owner=draw(st.sampled_from([target, target, "other"])),
+        path=tuple(map(QubeName, path)),
     )
     return target, draw(rule_names.filter(lambda name: name != "tunnel")), rule
+
+
+def apart(number: int, rule: ForwardRule) -> ForwardRule:
+    """With ports of its own: no import takes a port that another rule has."""
+    first = 1 + _PORTS_EACH * number
+    last = first + min(len(rule.listen_ports), _PORTS_EACH) - 1
+    return replace(rule, listen_ports=ListenPorts(first, last), target_ports=TargetPorts(first, last))
 
 
 marks = st.dictionaries(st.sampled_from([*QUBES, "debian-12"]), st.sampled_from(["1", "yes", ""]), max_size=3)
@@ -68,8 +76,8 @@ def test_an_export_of_a_whole_system_makes_it_anew(
         old, new = (
             LabDirectory.open(shutil.copytree(empty, Path(place, name), symlinks=True)) for name in ("a", "b")
         )
-        for target, name, rule in entries:
-            old.set_feature(target, f"forward.{name}", str(rule))
+        for number, (target, name, rule) in enumerate(entries):
+            old.set_feature(target, f"forward.{name}", str(apart(number, rule)))
         for qube, value in tunnels.items():
             old.set_feature(qube, "forward.tunnel", value)
         forward(old, "apply")
