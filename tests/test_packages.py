@@ -112,6 +112,14 @@ def test_every_program_and_every_service_is_installed() -> None:
     assert services == {source for _, source, path in ITEMS if path.startswith("etc/qubes-rpc/")}
 
 
+def test_no_program_takes_modules_from_its_environment_or_working_directory(tmp_path: Path) -> None:
+    for part in ("dom0", "vm", "lab"):
+        subprocess.run([sys.executable, PARTS, "install", part, tmp_path], check=True)
+    programs = list((tmp_path / "usr" / "bin").iterdir())
+    assert len(programs) > 3
+    assert {program.read_text().splitlines()[0] for program in programs} == {"#!/usr/bin/python3 -I"}
+
+
 def test_every_program_has_a_manual_page_in_its_package() -> None:
     pages = {Path(path).stem: part for path, part in PART_OF.items() if path.startswith("usr/share/man/")}
     programs = {Path(path).name: part for path, part in PART_OF.items() if path.startswith("usr/bin/")}

@@ -14,9 +14,19 @@ import pytest
 import trio
 import trio.testing
 from endings import pattern
-from helpers import BOUND_S, accept, free_port, listening_socket, no_fds_left, port_of, unix_pair, until
+from helpers import (
+    BOUND_S,
+    accept,
+    echo_once,
+    free_port,
+    listening_socket,
+    no_fds_left,
+    port_of,
+    unix_pair,
+    until,
+)
 
-from qubes_fwd_qrexec import serviceserver
+from qubes_fwd_qrexec import bugs, serviceserver
 from qubes_fwd_qrexec.errors import ForwardError
 from qubes_fwd_qrexec.localserver import Request, ServiceError
 from qubes_fwd_qrexec.relay import abort, half_close
@@ -372,3 +382,22 @@ def test_a_path_that_cannot_be_bound_is_status_1() -> None:
     ended = subprocess.run(command, capture_output=True, check=False, timeout=BOUND_S)
     assert ended.returncode == 1
     assert b"/nonexistent/service" in ended.stderr
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+async def test_a_bug_in_one_call_ends_that_call_and_dom0_is_told(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path))
+
+    async def fail(*_: object) -> socket.socket:
+        raise ZeroDivisionError("a bug")
+
+    async with agent(tmp_path) as qrexec:
+        with monkeypatch.context() as patch:
+            patch.setattr(serviceserver, "connect", fail)
+            async with qrexec.call(descriptor(server)) as call:
+                assert await read_all(call) == b""
+        assert bugs.left(tmp_path) == 1
+        async with qrexec.call(descriptor(server)) as call, await accept(server) as far:
+            await echo_once(call, far)

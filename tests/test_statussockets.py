@@ -23,6 +23,7 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec import statussockets, trial
+from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.report import Answer, ForwardReport, ListenerReport, Trial, Way
 from qubes_fwd_qrexec.statussockets import METRICS, STATUS, TRY, runtime_directory
 
@@ -234,6 +235,23 @@ async def test_metrics_are_served_over_http(tmp_path: Path, place: Path) -> None
         answer = await asked(place / METRICS, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b'qubes_forward_connections{target="work",name="web"} 0\n' in answer
         assert await asked(place / METRICS, b"GET /" + b"x" * 9000) == b""
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+async def test_a_bug_in_an_answer_ends_that_answer_and_the_next_one_tells_of_it(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Listener) -> ListenerReport:
+        raise ZeroDivisionError("a bug")
+
+    config = tmp_path / "config"
+    write_config(config, free_port(), 1)
+    async with running_listener(config, FakeClient(tmp_path, "hang").command, status_dir=place):
+        assert (await report_of(place)).bugs == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Listener, "report", fail)
+            assert await asked(place / STATUS) == b""
+        assert (await report_of(place)).bugs == 1
 
 
 async def test_those_who_ask_and_do_not_listen_are_bounded_and_left(

@@ -15,6 +15,7 @@ from tunnels_bench import ORIGIN, Clock, end_well, one, tunnels_to
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, Budget
 from qubes_fwd_qrexec.call import Ending
 from qubes_fwd_qrexec.counters import Refusal
+from qubes_fwd_qrexec.listenertunnel import Tunnel
 from qubes_fwd_qrexec.relay import half_close
 from qubes_fwd_qrexec.tunnel import ProxyVersion
 from qubes_fwd_qrexec.values import TargetPorts
@@ -199,6 +200,23 @@ async def test_a_call_that_cannot_be_watched_is_that_tunnels_trouble(
             patch.setattr(bench.relays.loop, "watch", refuse)
             assert "cannot watch the call: No space left" in await bench.refusal(port)
         assert not bench.relays.has_failed
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+async def test_a_bug_in_a_call_is_that_calls_trouble(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = port_of(server)
+    async with tunnels_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+
+        async def fail(*_: object) -> str | None:
+            raise ZeroDivisionError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Tunnel, "run", fail)
+            assert "a bug of this program; its log says more" in await bench.refusal(port)
+        assert bench.relays.loop.bugs.count == 1
+        assert not bench.tunnels._tunnels
 
 
 async def test_bytes_and_a_clean_end_are_counted(tmp_path: Path, server: socket.socket) -> None:
