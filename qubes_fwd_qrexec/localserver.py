@@ -25,6 +25,9 @@ SERVICE = "qubes.ForwardTCP"
 LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 # relay-behaviours 22: how long a server may take to accept.
 CONNECT_TIMEOUT_S = 10.0
+# relay-behaviours 9, for a single call whose server has ended its side, and in which nothing moves any more.
+# The listener allows less, so it is the one who ends such a connection where it can.
+HALF_CLOSE_S = 900.0
 # relay-behaviours 17: what the kernel holds for a server in each direction, as it counts (it doubles the
 # number). On loopback an answer comes within a tenth of a ms, so this is no bound to anything but memory.
 _BUFFER_BYTES = 131_072
@@ -97,6 +100,9 @@ def new_socket(family: int) -> socket.socket:
     abort_by_default(sock)
     notice_dead_peers(sock)
     keep_urgent_bytes(sock)
+    # For the port that it connects from: a server of this qube may still listen there if it sets this too, as
+    # servers do.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     set_size(sock, _BUFFER_BYTES)
     limit_segments(sock)
     return sock

@@ -13,6 +13,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 
 from .allowance import Calls
 from .bugs import Bugs
@@ -22,7 +23,7 @@ from .callstart import CallStartError, agent_pid, call_start
 from .cleanstart import start_clean
 from .errors import TextError
 from .exitstatus import ExitStatus
-from .localserver import SERVICE, ServiceError, connect, parse_argument
+from .localserver import HALF_CLOSE_S, SERVICE, ServiceError, connect, parse_argument
 from .loop import Loop
 from .outlet import Outlet
 from .permissionwatch import PermissionWatch, called_on_signals
@@ -49,10 +50,12 @@ class _Joined:
         relay = Relay(self._loop)
         self._stdout = stdout
         self._server = server
-        self._open = 2
         self._has_lost = False
         self._status: ExitStatus | None = None
-        relay.start(Copy(stdin, server), self._upload_ended)
+        self._up = Copy(stdin, server)
+        self._open = 2
+        self._down_over_at = 0.0
+        relay.start(self._up, self._upload_ended)
         relay.start(Copy(server, stdout, looks=True), self._download_ended)
 
     def run(self) -> int:
@@ -75,6 +78,14 @@ class _Joined:
     def _revoked(self) -> None:
         self._status = ExitStatus.REVOKED
 
+    def _look_at_upload(self) -> None:
+        """The server has ended its side. From then on the agent has no sign left by which to end the call."""
+        quiet_s = time.monotonic() - max(self._up.moved_at, self._down_over_at)
+        if quiet_s >= HALF_CLOSE_S:
+            self._failed()
+        else:
+            self._loop.after(HALF_CLOSE_S - quiet_s, self._look_at_upload, self._failed)
+
     def _upload_ended(self, how: CopyEnd) -> None:
         self._open -= 1
         if how is CopyEnd.EOF:
@@ -86,8 +97,10 @@ class _Joined:
 
     def _download_ended(self, how: CopyEnd) -> None:
         self._open -= 1
+        self._down_over_at = time.monotonic()
         if how is CopyEnd.EOF:
             half_close(self._stdout)
+            self._look_at_upload()
         else:
             self._status = ExitStatus.SERVER_RESET if how is CopyEnd.SOURCE_RESET else ExitStatus.TROUBLE
 

@@ -27,6 +27,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from .errors import ForwardError, RefusedError, leaves
 from .exitstatus import meaning
 from .localserver import (
     CONNECT_TIMEOUT_S,
+    HALF_CLOSE_S,
     LOCALHOSTS,
     SERVICE,
     Request,
@@ -306,10 +308,11 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
     try:
         async with trio.open_nursery() as nursery:
 
-            async def copy(source: socket.socket, sink: socket.socket) -> None:
+            async def copy(copied: Copy) -> None:
                 nonlocal is_answered
+                source, sink = copied.source, copied.sink
                 try:
-                    end = await relays.run(Copy(source, sink, looks=sink is call))
+                    end = await relays.run(copied)
                 except OSError:  # the kernel can watch no more sockets
                     end = CopyEnd.SOURCE_RESET
                 if source is call and end is CopyEnd.EOF and not is_answered and _has_hung_up(call):
@@ -321,12 +324,30 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
                     nursery.cancel_scope.cancel()
                 # else the server takes no more, and what it had sent before is still delivered
 
-            nursery.start_soon(copy, call, server)
-            await copy(server, call)
+            async def upload() -> None:
+                await copy(up)
+                waiting.cancel()
+
+            up, waiting = Copy(call, server), trio.CancelScope()
+            nursery.start_soon(upload)
+            await copy(Copy(server, call, looks=True))
+            with waiting:
+                await _stands_still(up)
+                nursery.cancel_scope.cancel()
         if not nursery.cancel_scope.cancel_called:
             close_cleanly(server)
     finally:
         abort(server)
+
+
+async def _stands_still(copy: Copy) -> None:
+    """Until nothing has moved for too long: the agent may have no sign left by which to end the call."""
+    began = time.monotonic()
+    while True:
+        quiet_s = time.monotonic() - max(began, copy.moved_at)
+        if quiet_s >= HALF_CLOSE_S:
+            return
+        await trio.sleep(HALF_CLOSE_S - quiet_s)
 
 
 def _has_hung_up(call: socket.socket) -> bool:

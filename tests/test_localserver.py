@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import errno
 import os
+import select
 import socket
+from contextlib import ExitStack
 
 import pytest
-from helpers import listening_socket, no_fds_left, port_of
+from helpers import BOUND_S, listening_socket, no_fds_left, port_of
 
 from qubes_fwd_qrexec import localserver
 from qubes_fwd_qrexec.exitstatus import ExitStatus
-from qubes_fwd_qrexec.localserver import ServiceError, connect, parse_argument
+from qubes_fwd_qrexec.localserver import LOCALHOSTS, ServiceError, connect, parse_argument
+from qubes_fwd_qrexec.relay import close_cleanly, half_close
 from qubes_fwd_qrexec.values import TargetPorts
 
 BAD_ARGUMENTS = [
@@ -85,3 +88,36 @@ def test_a_shortage_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(localserver.socket, "socket", refuse)
     with pytest.raises(ServiceError, match="Too many open files"):
         connect(80)
+
+
+@pytest.mark.parametrize(("family", "host"), LOCALHOSTS)
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_server_of_the_target_may_listen_on_a_port_that_a_connection_comes_from(
+    family: socket.AddressFamily, host: str, *, is_over: bool
+) -> None:
+    """Also where that has ended and TCP holds the port for a while. Some ports others have too."""
+    assert any(can_listen_where_it_comes_from(family, host, is_over=is_over) for _ in range(10))
+
+
+def can_listen_where_it_comes_from(family: socket.AddressFamily, host: str, *, is_over: bool) -> bool:
+    with ExitStack() as undo:
+        server = undo.enter_context(socket.create_server((host, 0), family=family))
+        near = undo.enter_context(localserver._connect_to(family, host, port_of(server), BOUND_S))
+        far, _ = server.accept()
+        undo.enter_context(far)
+        port = near.getsockname()[1]
+        if is_over:
+            half_close(near)
+            assert far.recv(1) == b""
+            far.close()
+            select.select([near], [], [], BOUND_S)
+            close_cleanly(near)
+        for address in (host, "::" if family == socket.AF_INET6 else "0.0.0.0"):
+            with socket.socket(family) as other:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    other.bind((address, port))
+                    other.listen()
+                except OSError:
+                    return False
+    return True

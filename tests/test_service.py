@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import contextlib
-import select
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from endings import pattern
 from helpers import BOUND_S, free_port, port_of
+from processes import with_constants
 
 from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
 from qubes_fwd_qrexec.callnotes import living
@@ -25,12 +25,14 @@ LOOK_AND_TERM = (LOOK, signal.SIGTERM)
 class Called:
     """The program as the agent starts it: argv, and two sockets as stdin and stdout."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(
+        self, *arguments: str, program: Sequence[str] = (sys.executable, "-m", "qubes_fwd_qrexec.service")
+    ) -> None:
         self.stdin, child_in = socket.socketpair()
         self.stdout, child_out = socket.socketpair()
         with child_in, child_out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "qubes_fwd_qrexec.service", *arguments],
+                [*program, *arguments],
                 stdin=child_in,
                 stdout=child_out,
                 stderr=subprocess.PIPE,
@@ -146,21 +148,64 @@ def test_a_caller_that_is_gone_is_an_abort_to_the_server(served: Served) -> None
         sock.recv(1)
 
 
-@pytest.mark.parametrize("is_full", [False, True])
-def test_a_call_that_is_lost_ends_it_though_no_event_tells(served: Served, is_full: bool) -> None:
-    """The agent says no more and reads no more, keeps both sockets, and waits for it to end."""
-    called, sock = served
-    if is_full:
-        sock.setblocking(False)
-        while select.select([], [sock], [], 0.3)[1]:
-            with contextlib.suppress(BlockingIOError):
-                sock.send(bytes(65536))
-        sock.settimeout(BOUND_S)
+def lose(called: Called) -> None:
+    """As the agent does when the call is lost: it closes nothing, and waits for the service to exit."""
     called.stdin.shutdown(socket.SHUT_WR)
     called.stdout.shutdown(socket.SHUT_RD)
+
+
+def fill(sock: socket.socket) -> None:
+    """Send until the way is full, whoever reads on it."""
+    sock.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sock.send(bytes(65536))
+    sock.settimeout(BOUND_S)
+
+
+@pytest.mark.parametrize("is_half_closed", [False, True])
+def test_a_download_that_stands_ends_when_its_call_is_lost(served: Served, *, is_half_closed: bool) -> None:
+    """A full UNIX stream whose reader takes no more is never ready to be written to."""
+    called, sock = served
+    if is_half_closed:
+        half_close(called.stdin)
+    fill(sock)
+    lose(called)
     assert called.end() == (ExitStatus.TROUBLE, "")
-    with pytest.raises(ConnectionError):
-        sock.sendall(b"x")
+    with pytest.raises(OSError, match=r"reset|Broken pipe"):
+        fill(sock)
+
+
+def test_a_call_in_which_nothing_moves_ends_when_it_is_lost(served: Served) -> None:
+    called, sock = served
+    half_close(called.stdin)
+    assert sock.recv(1) == b""
+    called.stdout.shutdown(socket.SHUT_RD)
+    assert called.end() == (ExitStatus.TROUBLE, "")
+    with pytest.raises(BrokenPipeError):
+        sock.send(b"x")  # the FIN came before, so a reader is not told of the RST
+
+
+def test_an_upload_that_stands_ends_when_its_call_is_lost(served: Served) -> None:
+    called, _ = served
+    fill(called.stdin)
+    lose(called)
+    assert called.end() == (ExitStatus.TROUBLE, "")
+
+
+def test_an_upload_that_a_server_does_not_take_after_its_own_end_has_a_bound(
+    server: socket.socket,
+) -> None:
+    """The agent has nothing more to shut down by which it could say that the call is lost."""
+    called = Called(str(port_of(server)), program=with_constants("service", service__HALF_CLOSE_S=2.0))
+    server.settimeout(BOUND_S)
+    sock, _ = server.accept()
+    with sock:
+        half_close(sock)
+        assert called.stdout.recv(1) == b""
+        fill(called.stdin)
+        assert called.end() == (ExitStatus.TROUBLE, "")
+    called.close()
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, accept, listening_socket, no_fds_left, port_of
+from helpers import BOUND_S, SOON_S, accept, listening_socket, no_fds_left, port_of
 from helpers import until as until_true
 from noted import after_a_tick
-from processes import TARGET, Way, World, assert_reset, open_world, until
+from processes import TARGET, Way, World, assert_reset, open_world, until, with_constants
 from test_serviceserver import Agent, agent, descriptor, read_all
 
 from bench.memory import descendants
@@ -102,7 +102,10 @@ def test_sigterm_lets_a_tunnels_connections_finish_and_takes_no_new_ones(world: 
 
 
 def is_serving(world: World) -> bool:
-    path = world.lab.qube_dir(TARGET).service_dirs[0] / "qubes.ForwardTCP"
+    return takes_calls(world.lab.qube_dir(TARGET).service_dirs[0] / "qubes.ForwardTCP")
+
+
+def takes_calls(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
 
@@ -184,13 +187,13 @@ async def test_a_tunnel_that_comes_while_it_ends_is_refused(
 
 
 @contextmanager
-def program(tmp_path: Path) -> Iterator[Path]:
+def program(tmp_path: Path, **constants: float) -> Iterator[Path]:
     """The server as a process of its own; the path of its socket."""
     path = tmp_path / "service"
-    command = [sys.executable, "-m", "qubes_fwd_qrexec.service", "--socket", str(path)]
+    command = [*with_constants("service", **constants), "--socket", str(path)]
     with subprocess.Popen(command) as process:
         try:
-            until(path.is_socket)
+            until(lambda: takes_calls(path))
             yield path
         finally:
             process.kill()
@@ -265,3 +268,47 @@ def test_dom0_ends_a_server_that_does_not_obey(tmp_path: Path, server: socket.so
             with pytest.raises(ConnectionResetError):
                 far.recv(1)
             assert call.recv(1) == b""
+
+
+def fill(sock: socket.socket) -> None:
+    """Send until the way is full, whoever reads on it."""
+    sock.settimeout(0.2)
+    with suppress(TimeoutError):
+        while True:
+            sock.send(bytes(65536))
+    sock.settimeout(BOUND_S)
+
+
+@pytest.mark.parametrize("stands", ["download", "upload", "both", "nothing"])
+@pytest.mark.parametrize("is_half_closed", [False, True])
+def test_a_single_call_that_is_lost_ends_though_the_agent_closes_nothing(
+    tmp_path: Path, server: socket.socket, home: Path, stands: str, *, is_half_closed: bool
+) -> None:
+    server.settimeout(BOUND_S)
+    with program(tmp_path) as path, call_to(path, server) as call:
+        far, _ = server.accept()
+        with far:
+            if stands in ("upload", "both"):
+                fill(call)
+            if is_half_closed:
+                call.shutdown(socket.SHUT_WR)
+            if stands in ("download", "both"):
+                fill(far)
+            if not is_half_closed:
+                call.shutdown(socket.SHUT_WR)
+            call.shutdown(socket.SHUT_RD)
+            until(lambda: living(home) == [], SOON_S)
+
+
+def test_a_single_call_whose_server_has_ended_and_takes_nothing_has_a_bound(
+    tmp_path: Path, server: socket.socket, home: Path
+) -> None:
+    server.settimeout(BOUND_S)
+    with program(tmp_path, serviceserver__HALF_CLOSE_S=2.0) as path, call_to(path, server) as call:
+        far, _ = server.accept()
+        with far:
+            far.shutdown(socket.SHUT_WR)
+            assert call.recv(1) == b""
+            fill(call)
+            call.shutdown(socket.SHUT_WR)
+            until(lambda: living(home) == [], SOON_S)
