@@ -13,6 +13,7 @@ needs no search path.
 import _socket
 import ctypes
 import errno
+import gc
 import json
 import posix
 import signal
@@ -28,6 +29,8 @@ _FD_BYTES = 4
 _ERRNO_BYTES = 4
 _EXIT_NOT_STARTED = 127
 _LIBC = ctypes.CDLL(None, use_errno=True)
+# Looked up once, and not by each process.
+_prctl, _setns = _LIBC.prctl, _LIBC.setns
 
 
 def main() -> None:
@@ -36,6 +39,9 @@ def main() -> None:
     # Nobody asks how the processes ended: the broker sees the end of their sockets.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     own_pid = posix.getpid()
+    # A process shares its memory with this one as long as neither looks for garbage in it.
+    gc.disable()
+    gc.freeze()
     while True:
         packet, fds = _receive(broker)
         if not packet:
@@ -63,7 +69,7 @@ def _serve(broker: _socket.socket, parent_pid: int) -> None:
     # A service may ask in this way for one socket both ways; the lab has nothing to offer, and is not to die.
     signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if posix.getppid() != parent_pid:
         return
     broker.send(json.dumps({"pid": posix.getpid()}).encode())
@@ -137,7 +143,7 @@ def _connect(broker: _socket.socket, order: dict[str, Any]) -> None:
 
 
 def _enter(namespace_fd: int) -> None:
-    if _LIBC.setns(namespace_fd, _CLONE_NEWNET) != 0:
+    if _setns(namespace_fd, _CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "setns")
     posix.close(namespace_fd)
 

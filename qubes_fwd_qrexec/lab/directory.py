@@ -26,6 +26,7 @@ from .qube import Qube, QubeState
 
 VERSION = 1
 LAB_FILE = "lab.json"
+QUBE_FILE = "qube.json"
 # qubes-core-admin qubes/ext/vm_config.py: what the name of a delivered feature begins with.
 DELIVERED_PREFIX = "vm-config."
 # qubes-core-qrexec libqrexec/exec.c: the order in which an agent looks for a service and its configuration.
@@ -46,7 +47,7 @@ class QubeDirectory:
 
     @property
     def file(self) -> Path:
-        return self.root / "qube.json"
+        return self.root / QUBE_FILE
 
     @property
     def features(self) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.values import QubeName
 
-from .directory import LabDirectory
+from .directory import QUBE_FILE, LabDirectory
 from .evaluator import ADMIN_UUID, Deny, Domain, Request, System, Verdict
 from .knobs import Knobs
 from .policytext import PolicyTextError
@@ -38,11 +38,11 @@ class LabView:
 
     def refresh(self) -> None:
         """Raises `StoreError` if the qubes or knobs cannot be read; a bad policy shows in `judge`."""
-        knobs = _sign([self.lab.file])
+        knobs = _sign([str(self.lab.file)])
         if knobs != self._signatures.get("knobs"):
             self.knobs = self.lab.knobs()
             self._signatures["knobs"] = knobs
-        qubes = _sign([self.lab.qube_dir(name).file for name in self.lab.qube_names()])
+        qubes = _sign([f"{entry}/{QUBE_FILE}" for entry in _entries(self.lab.qubes_dir)])
         if qubes != self._signatures.get("qubes"):
             self.qubes = self.lab.qubes()
             self.system = System({name: _domain(qube) for name, qube in self.qubes.items()})
@@ -84,20 +84,21 @@ def qube_uuid(name: str) -> str:
     return str(uuid.UUID(bytes=hashlib.sha256(name.encode()).digest()[:16]))
 
 
-def _entries(directory: Path) -> list[Path]:
+def _entries(directory: Path) -> list[str]:
+    """The paths of what lies there, sorted; as text, because this is done at every call."""
     try:
-        return sorted(directory.iterdir())
+        return [f"{directory}/{name}" for name in sorted(os.listdir(directory))]
     except OSError as error:
         raise StoreError(f"{directory}: {error.strerror}") from error
 
 
-def _sign(paths: list[Path]) -> _Signature:
+def _sign(paths: list[str]) -> _Signature:
     """What changes when one of the files is replaced or edited; a file that is gone changes it too."""
     signature = []
     for path in paths:
         try:
             status = os.stat(path)
-            signature.append((str(path), status.st_mtime_ns, status.st_size, status.st_ino))
+            signature.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
         except OSError:
-            signature.append((str(path), 0, 0, 0))
+            signature.append((path, 0, 0, 0))
     return tuple(signature)
