@@ -89,9 +89,10 @@ def _path(forward: Forward) -> Guard:
     if rule.path == forward.chain:
         return Guard("path", Verdict.OK, f"{way}, as it was agreed to")
     agreed = " - ".join((forward.source.target, *rule.path)) if rule.path else "no netvm"
-    return Guard(
-        "path", Verdict.STOPS, f"{way} now, but agreed to was {agreed}; {confirm} agrees to this one"
-    )
+    text = f"{way} now, but agreed to was {agreed}"
+    # Where more than that is needed, the reason says it.
+    is_enough = forward.ways_out[:1] == (("qvm-forward", "confirm", *forward.source[:2]),)
+    return Guard("path", Verdict.STOPS, f"{text}; {confirm} agrees to this one" if is_enough else text)
 
 
 def _owner(forward: Forward) -> Guard:

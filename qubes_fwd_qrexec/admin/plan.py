@@ -6,6 +6,7 @@ are not asleep then claim their ports, and of two that claim the same the first 
 """
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.errors import ConfigError
@@ -49,15 +50,20 @@ _NOT_YET = "this version of qvm-forward cannot do that yet"
 class _Verdict(Exception):  # noqa: N818  # it ends the judgement of one rule and is no error
     """The judgement of a rule is over: it is not live."""
 
-    def __init__(self, state: State, cause: Cause, reason: str) -> None:
+    def __init__(self, state: State, cause: Cause, reason: str, *ways_out: tuple[str, ...]) -> None:
         super().__init__(reason)
         self.state = state
         self.cause = cause
         self.reason = reason
+        self.ways_out = ways_out
 
 
-def _refused(cause: Cause, reason: str) -> _Verdict:
-    return _Verdict(State.REFUSED, cause, reason)
+def _refused(cause: Cause, reason: str, *ways_out: tuple[str, ...]) -> _Verdict:
+    return _Verdict(State.REFUSED, cause, reason, *ways_out)
+
+
+def _command(verb: str, named: NamedRule, *more: str) -> tuple[str, ...]:
+    return ("qvm-forward", verb, named.target, named.name, *more)
 
 
 def plan(
@@ -67,14 +73,17 @@ def plan(
     *,
     broken: Iterable[BrokenRule] = (),
     newcomers: Collection[tuple[QubeName, RuleName]] = (),
+    stock: Collection[QubeName] = (),
     abilities: Abilities = THIS_VERSION,
 ) -> Plan:
     """What becomes of each rule at the time ``now`` (UNIX seconds).
 
-    ``newcomers`` names rules that are not stored yet: what conflicts with them was there first.
+    ``newcomers`` names rules that are not stored yet: what conflicts with them was there first. ``stock``
+    are the targets that dom0 now allows to be called over the stock service: as long as such a target runs,
+    what its template has learned meanwhile is not in it.
     """
     ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
-    judged = {(rule.target, rule.name): _judged(rule, inventory, now, abilities) for rule in ordered}
+    judged = {(rule.target, rule.name): _judged(rule, inventory, now, stock, abilities) for rule in ordered}
     claims = Claims()
     for key in sorted(judged, key=lambda key: (key in newcomers, key)):
         forward = judged[key]
@@ -102,7 +111,9 @@ def _home(forward: Forward) -> QubeName | None:
     return _listener(rule, Chain(rule.path if agreed and rule.path else forward.chain))
 
 
-def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abilities) -> Forward:
+def _judged(
+    named: NamedRule, inventory: Inventory, now: float, stock: Collection[QubeName], abilities: Abilities
+) -> Forward:
     """One rule by itself. What has been found out before the verdict is kept, for those who look."""
     rule = named.rule
     chain = Chain(()) if inventory.get(named.target) is None else inventory.chain(named.target)
@@ -126,18 +137,22 @@ def _judged(named: NamedRule, inventory: Inventory, now: float, abilities: Abili
         _check_owner(named, target)
         if chain.problem is not None:
             raise _refused(Cause.NETVM_BROKEN, f"{chain.problem}.")
-        _check_path(named, chain.qubes, inventory)
+        if _has_moved(rule, chain.qubes):
+            agreed = named._replace(rule=replace(rule, path=chain.qubes))
+            raise _moved(named, _judged(agreed, inventory, now, stock, abilities), inventory)
         exposed = _exposed(named, found.exposed, inventory)
         side = inventory.side(exposed.name, rule.forward_type)
         found = found._replace(notes=_notes(named, target), hints=_hints(named, exposed.name, inventory))
         found = found._replace(mode=Mode.QREXEC, mode_reason=_mode_reason(rule, abilities))
         _check_abilities(rule, abilities)
-        service, transport, transport_reason = _carrier(rule, target.name, inventory, abilities)
+        service, transport, transport_reason = _carrier(rule, target, inventory, stock, abilities)
         found = found._replace(service=service, transport=transport, transport_reason=transport_reason)
         found = found._replace(notes=found.notes + _tunnel_note(named, exposed.name, side, inventory))
         config = _config(named, service, transport, side, inventory)
     except _Verdict as verdict:
-        return found._replace(state=verdict.state, cause=verdict.cause, reason=verdict.reason)
+        return found._replace(
+            state=verdict.state, cause=verdict.cause, reason=verdict.reason, ways_out=verdict.ways_out
+        )
     return _live(found._replace(config=config), exposed, target)
 
 
@@ -145,7 +160,10 @@ def _check_wanted(named: NamedRule, now: float) -> None:
     where = f"{named.target} {named.name}"
     if not named.rule.enabled:
         raise _Verdict(
-            State.DISABLED, Cause.DISABLED, f"It was disabled; 'qvm-forward enable {where}' opens it again."
+            State.DISABLED,
+            Cause.DISABLED,
+            f"It was disabled; 'qvm-forward enable {where}' opens it again.",
+            _command("enable", named),
         )
     if named.rule.has_ended or (named.rule.expire is not None and named.rule.expire <= now):
         raise _Verdict(
@@ -153,6 +171,8 @@ def _check_wanted(named: NamedRule, now: float) -> None:
             Cause.EXPIRED,
             f"Its time is over; 'qvm-forward set {where} expire=+8h' gives it more, "
             f"'qvm-forward remove {where}' ends it.",
+            _command("set", named, "expire=+8h"),
+            _command("remove", named),
         )
 
 
@@ -196,21 +216,42 @@ def _check_owner(named: NamedRule, target: Qube) -> None:
         Cause.CLONED,
         f"{why}; 'qvm-forward confirm {named}' makes it one of {target.name}, "
         f"'qvm-forward remove {named}' drops it.",
+        _command("confirm", named),
+        _command("remove", named),
     )
 
 
-def _check_path(named: NamedRule, chain: tuple[QubeName, ...], inventory: Inventory) -> None:
-    path = named.rule.path
-    if path is not None and path != chain and not named.rule.follow_netvm:
-        was, would_be = (_entrance(named.rule, way, inventory) for way in (path, chain))
-        moves = f", which opens it at {would_be} and no longer at {was}" if was != would_be else ""
-        raise _Verdict(
+def _has_moved(rule: ForwardRule, chain: tuple[QubeName, ...]) -> bool:
+    return rule.path is not None and rule.path != chain and not rule.follow_netvm
+
+
+def _moved(named: NamedRule, confirmed: Forward, inventory: Inventory) -> _Verdict:
+    """The netvms have changed; ``confirmed`` is what would be if somebody agreed to them."""
+    path, chain = named.rule.path or (), confirmed.chain
+    were = (
+        f"The netvms of {named.target} were {_row(path)} when the rule was agreed to and are "
+        f"{_row(chain)} now"
+    )
+    confirm, follow = _command("confirm", named), _command("set", named, "follow-netvm=yes")
+    if not confirmed.is_live:
+        return _Verdict(
             State.SUSPENDED,
             Cause.NETVM_CHANGED,
-            f"The netvms of {named.target} were {_row(path)} when the rule was agreed to and are "
-            f"{_row(chain)} now; 'qvm-forward confirm {named.target} {named.name}' agrees to the new way"
-            f"{moves}, and with follow-netvm=yes the rule follows every change.",
+            f"{were}, where it would be {confirmed.state}. {confirmed.reason} After that "
+            f"'qvm-forward confirm {named}' agrees to the new way.",
+            *confirmed.ways_out,
+            confirm,
         )
+    was, would_be = (_entrance(named.rule, way, inventory) for way in (path, chain))
+    moves = f", which opens it at {would_be} and no longer at {was}" if was != would_be else ""
+    return _Verdict(
+        State.SUSPENDED,
+        Cause.NETVM_CHANGED,
+        f"{were}; 'qvm-forward confirm {named}' agrees to the new way{moves}, and with follow-netvm=yes the "
+        "rule follows every change.",
+        confirm,
+        follow,
+    )
 
 
 def _entrance(rule: ForwardRule, path: tuple[QubeName, ...], inventory: Inventory) -> str:
@@ -289,11 +330,17 @@ def _check_abilities(rule: ForwardRule, abilities: Abilities) -> None:
 
 
 def _carrier(
-    rule: ForwardRule, target: QubeName, inventory: Inventory, abilities: Abilities
+    rule: ForwardRule, qube: Qube, inventory: Inventory, stock: Collection[QubeName], abilities: Abilities
 ) -> tuple[Service, Transport, str]:
     """Service and transport, and why they were chosen."""
-    has_ours = bool(inventory.feature(target, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"))
+    target, offer = qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"
+    has_ours = bool(inventory.feature(target, offer))
     missing = f"{target} does not offer {Service.FORWARD_TCP}"
+    way_out = inventory.how_to_install(target)
+    if has_ours and target in stock and qube.is_running and offer not in qube.features:
+        has_ours = False
+        missing = f"{target} has run since before its template offered {Service.FORWARD_TCP}"
+        way_out = f"shut {target} down and start it again"
     system = inventory.feature(target, OS_FEATURE) or LINUX
     if not (has_ours or system == LINUX or inventory.feature(target, f"{OFFER_PREFIX}{Service.CONNECT_TCP}")):
         raise _refused(
@@ -305,8 +352,7 @@ def _carrier(
         asked = "proxy" if rule.proxy is not Proxy.OFF else "transport=tunnel"
         raise _refused(
             Cause.NO_SERVICE,
-            f"The rule asks for {asked} and {missing}; {inventory.how_to_install(target)}, or leave "
-            f"{asked} out.",
+            f"The rule asks for {asked} and {missing}; {way_out}, or leave {asked} out.",
         )
     if rule.transport is not Transport.CALL and abilities.tunnel and has_ours:
         why = "the rule says so" if rule.transport is Transport.TUNNEL else f"{target} offers our service"
@@ -318,8 +364,7 @@ def _carrier(
         Service.CONNECT_TCP,
         Transport.CALL,
         f"{missing}, so each connection goes over the stock {Service.CONNECT_TCP}: a server that ends its "
-        "sending first loses the rest of what the client sends. To mend that, "
-        f"{inventory.how_to_install(target)}",
+        f"sending first loses the rest of what the client sends. To mend that, {way_out}",
     )
 
 
@@ -356,15 +401,20 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, side: Side, inventory: Inv
         return (f"bypasses the tunnel {tunnel}",)
     is_tunnel = inventory.tunnel_mark(named.target) is not None
     what = f"is a tunnel itself ({tunnel.mark})" if is_tunnel else f"is behind a tunnel, marked at {tunnel}"
+    bypass = _command("set", named, "bypass-tunnel=yes")
     if tunnel.qube == exposed:
         raise _refused(
             Cause.TUNNEL,
             f"{named.target} {what}, and {exposed} has no netvm: nothing tells its tunnel from the LAN "
             f"beside it, which would go round the tunnel. Expose it to qubes alone with forwardtype=internal "
             f"(--internal), or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+            _command("set", named, "forwardtype=internal"),
+            bypass,
         )
-    if tunnel.qube != named.target:
+    ways_out = [bypass]
+    if tunnel.qube != named.target and inventory.qubes[tunnel.qube].netvm is not None:
         way_out = f"expose it at {tunnel.qube} with via={tunnel.qube} (--via {tunnel.qube})"
+        ways_out.insert(0, _command("set", named, f"via={tunnel.qube}"))
     elif is_tunnel and (inventory.qubes[named.target].provides_network or inventory.behind(named.target)):
         way_out = "expose it at a qube behind it with via=QUBE (--via QUBE)"
     else:
@@ -373,6 +423,7 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, side: Side, inventory: Inv
         Cause.TUNNEL,
         f"{named.target} {what}, and listening at {exposed} would go round "
         f"it; {way_out}, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+        *ways_out,
     )
 
 
@@ -404,6 +455,7 @@ def _live(forward: Forward, exposed: Qube, target: Qube) -> Forward:
             state=State.WAITING,
             cause=Cause.EXPOSED_HALTED,
             reason=f"{exposed.name} is halted and will listen when it starts: 'qvm-start {exposed.name}'.",
+            ways_out=(("qvm-start", exposed.name),),
         )
     if not target.is_running and not rule.autostart:
         return forward._replace(
@@ -411,6 +463,7 @@ def _live(forward: Forward, exposed: Qube, target: Qube) -> Forward:
             cause=Cause.TARGET_HALTED,
             reason=f"{target.name} is halted, and connections are refused until it runs: "
             f"'qvm-start {target.name}', or let connections start it with autostart=yes.",
+            ways_out=(("qvm-start", target.name), _command("set", forward.source, "autostart=yes")),
         )
     return forward._replace(reason=sentence(forward))
 

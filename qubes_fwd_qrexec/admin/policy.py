@@ -114,6 +114,16 @@ def allowing(policy: str | None) -> frozenset[str]:
     return frozenset(line for line in _effective(policy or "") if line not in CLOSING)
 
 
+def stock_targets(policy: str | None) -> frozenset[QubeName]:
+    """The targets that are called over the stock service alone."""
+    by_service: dict[str, set[QubeName]] = {service: set() for service in Service}
+    for line in allowing(policy):
+        service, _, _, target, *_ = (*line.split(), "", "", "", "")
+        if service in by_service:
+            by_service[service].add(QubeName(target))
+    return frozenset(by_service[Service.CONNECT_TCP] - by_service[Service.FORWARD_TCP])
+
+
 def without(policy: str, unwanted: Container[str]) -> str:
     """A policy file without some of the lines that `allowing` finds."""
     lines = policy.splitlines(keepends=True)

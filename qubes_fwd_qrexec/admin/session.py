@@ -54,7 +54,14 @@ class Snapshot(NamedTuple):
         is_held: bool | None = None,
     ) -> Plan:
         """What the rules ask for; ``is_held`` where it is not for dom0's policy to say."""
-        planned = plan(self.stored.rules, self.inventory, now, broken=self.stored.broken, newcomers=newcomers)
+        planned = plan(
+            self.stored.rules,
+            self.inventory,
+            now,
+            broken=self.stored.broken,
+            newcomers=newcomers,
+            stock=policy.stock_targets(self.installed.text),
+        )
         if not (self.is_held if is_held is None else is_held):
             return planned
         return replace(planned, forwards=tuple(forward.held() for forward in planned), is_held=True)

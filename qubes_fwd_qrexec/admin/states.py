@@ -68,7 +68,8 @@ class Forward(NamedTuple):
 
     ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats, ``hints``
     are said once, when it is made. ``conflict`` is there if another rule has
-    its ports, whatever else is the matter.
+    its ports, whatever else is the matter. ``ways_out`` are commands, each with its arguments, that a program
+    can offer; those of a rule that waits for more than one thing are in their order.
     ``config`` is there exactly when the forward is live; ``exposed`` is also where it would listen.
     """
 
@@ -88,6 +89,7 @@ class Forward(NamedTuple):
     hints: tuple[str, ...] = ()
     config: ListenerConfig | None = None
     conflict: Conflict | None = None
+    ways_out: tuple[tuple[str, ...], ...] = ()
 
     @property
     def is_live(self) -> bool:
@@ -119,6 +121,7 @@ class Forward(NamedTuple):
             "state": self.state,
             "cause": self.cause,
             "reason": self.reason,
+            "ways_out": [list(command) for command in self.ways_out],
             "mode": self.mode,
             "mode_reason": self.mode_reason,
             "exposed": self.exposed,

@@ -407,3 +407,18 @@ def test_who_makes_a_forward_hears_that_nothing_watches_over_it(
     with store.watching():
         assert note not in over(store, "enable", "work", "web").out
         assert over(store, "enable", "work", "web", "--json").json["is_watched"] is True
+
+
+def test_a_running_target_keeps_its_transport_until_it_starts_again(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    forward("add", "personal", "80", "--from", "any", "--name", "web")
+    lab.set_feature("debian-12", "supported-rpc.qubes.ForwardTCP", "1")
+    assert "Nothing to change" in forward("apply").out
+    assert "shut personal down and start it again" in forward("plan", "personal").out
+    change(lab, "personal", state=QubeState.HALTED)
+    forward("apply")
+    assert "transport=tunnel" in lab.vm_config("sys-net")["fwd.personal.web"]
+    change(lab, "personal", state=QubeState.RUNNING)
+    assert "Nothing to change" in forward("apply").out
+    assert "transport=tunnel" in lab.vm_config("sys-net")["fwd.personal.web"]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What becomes of rules: where they are exposed, how they are carried, and which of them conflict."""
 
+from typing import Any
+
 import pytest
 from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.states import Cause, State
+from qubes_fwd_qrexec.admin.states import Cause, Forward, State
 from qubes_fwd_qrexec.config import Service, Side
 from qubes_fwd_qrexec.rules import BrokenRule, Mode, Transport
 from qubes_fwd_qrexec.values import QubeName, RuleName
@@ -260,3 +262,53 @@ def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() 
     same = rule("srchosts=fd00::/8", name="six")
     for forward in plan([one, same], world(), NOW):
         assert not [note for note in forward.notes if "elsewhere" in note]
+
+
+def test_what_a_template_learns_is_in_a_target_that_starts_after_it() -> None:
+    """And in a qube that has the package itself at once."""
+
+    def planned(text: str = "", **more: Any) -> Forward:
+        work = qube("work", "sys-firewall", template=QubeName("fedora-42"), **more)
+        return plan([rule(text)], world(work), NOW, stock={QubeName("work")}).forwards[0]
+
+    before = planned()
+    assert (before.service, before.transport) == (Service.CONNECT_TCP, Transport.CALL)
+    assert before.transport_reason.startswith(
+        "work has run since before its template offered qubes.ForwardTCP"
+    )
+    assert before.transport_reason.endswith("shut work down and start it again")
+    assert planned("transport=tunnel").cause is Cause.NO_SERVICE
+    assert planned(is_running=False).service is Service.FORWARD_TCP
+    assert planned(features=OURS).service is Service.FORWARD_TCP
+
+
+def test_a_move_behind_a_tunnel_is_not_answered_with_a_confirm_that_is_refused() -> None:
+    moved = world(qube("work", "sys-vpn", features=OURS))
+    named = rule("path=sys-firewall,sys-net")
+    forward = only(named, moved)
+    assert forward.cause is Cause.NETVM_CHANGED
+    assert "where it would be refused. work is behind a tunnel" in forward.reason
+    assert forward.reason.endswith("After that 'qvm-forward confirm work web' agrees to the new way.")
+    set_via, set_bypass, confirm = forward.ways_out
+    assert confirm == ("qvm-forward", "confirm", "work", "web")
+    for command in (set_via, set_bypass):
+        assert command[:4] == ("qvm-forward", "set", "work", "web")
+        agreed = rule(f"{command[4]} path=sys-vpn,sys-firewall,sys-net")
+        assert only(agreed, moved).is_live
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "ways_out"),
+    [
+        ("enabled=no", Cause.DISABLED, ["enable work web"]),
+        ("expire=1", Cause.EXPIRED, ["set work web expire=+8h", "remove work web"]),
+        ("owner=office", Cause.CLONED, ["confirm work web", "remove work web"]),
+        ("path=sys-vpn", Cause.NETVM_CHANGED, ["confirm work web", "set work web follow-netvm=yes"]),
+        ("", Cause.OPEN, []),
+    ],
+)
+def test_the_ways_out_of_a_state_are_commands(text: str, cause: Cause, ways_out: list[str]) -> None:
+    forward = only(rule(text))
+    assert forward.cause is cause
+    assert [" ".join(command) for command in forward.ways_out] == [f"qvm-forward {way}" for way in ways_out]
+    assert forward.as_json()["ways_out"] == [list(command) for command in forward.ways_out]
