@@ -5,6 +5,7 @@ The call is shared by all streams. So that a keystroke waits behind little, ther
 queued; and so that each bulk stream gets its share, those that have had their turn queue up for the next.
 """
 
+import errno
 import itertools
 import socket
 from collections import deque
@@ -22,6 +23,8 @@ _LOW_BYTES = 64 << 10
 MAX_BYTES = 2 * HIGH_BYTES
 # How many legs may send when the call has taken what waited; each sends PULL_BYTES at most.
 _TURNS = HIGH_BYTES // PULL_BYTES
+# The kernel lacks memory for now, which is no fault of the call and ends none of its streams.
+_SHORTAGE = frozenset((errno.ENOBUFS, errno.ENOMEM))
 # How many buffers one write takes (IOV_MAX is 1024).
 _WRITE_BUFFERS = 64
 
@@ -117,16 +120,18 @@ class Backlog:
             count = self._sink.send(frame)
         except (BlockingIOError, InterruptedError):
             count = 0
-        except OSError:
-            self._break()
-            return
+        except OSError as error:
+            if error.errno not in _SHORTAGE:
+                self._break()
+                return
+            count = 0
         if count < len(frame):
             self._unsent.append(bytes(frame[count:]))
             self._unsent_bytes = len(frame) - count
             self._write()
 
     def tick(self) -> None:
-        """A second has passed. That a UNIX socket's peer will not read on no event tells, only a write."""
+        """A second has passed. That a UNIX socket's peer will not read on no event tells either."""
         if self._unsent:
             self._write()
         self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0
@@ -146,8 +151,9 @@ class Backlog:
                 self._written(self._sink.sendmsg(some))
         except (BlockingIOError, InterruptedError):
             mask = WRITE
-        except OSError:
-            self._break()
+        except OSError as error:
+            if error.errno not in _SHORTAGE:  # of which no event tells when it is over: `tick` tries again
+                self._break()
         if self._is_broken:
             self._unsent.clear()
             self._unsent_bytes = 0

@@ -2,9 +2,12 @@
 """What waits for the call is bounded, and everybody has a turn."""
 
 import contextlib
+import errno
 import select
+import socket
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from helpers import no_fds_left, unix_pair
@@ -15,7 +18,7 @@ from qubes_fwd_qrexec.backlog import HIGH_BYTES, MAX_BYTES, Backlog
 from qubes_fwd_qrexec.leg import PULL_BYTES
 from qubes_fwd_qrexec.loop import READ, Loop
 from qubes_fwd_qrexec.relay import abort
-from qubes_fwd_qrexec.tunnel import Connection, Hello
+from qubes_fwd_qrexec.tunnel import Connection, Hello, wire
 
 MIB = 1 << 20
 
@@ -29,9 +32,10 @@ def bench() -> Iterator[TunnelBench]:
 class Alone:
     """A backlog with no tunnel around it: ``far`` is where its frames come out."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[socket.socket] = socket.socket) -> None:
         self.loop = Loop()
-        self.sink, self.far = unix_pair()
+        sink, self.far = unix_pair()
+        self.sink = kind(fileno=sink.detach())
         self.connection = Connection(Hello(65536, bytes(16), max_streams=1000, lease_s=1), PORTS)
         self.told: list[str] = []
         self.backlog = Backlog(
@@ -208,3 +212,49 @@ def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more(monkeypatch
                     pass
         bench.loop.change(bench.far_call.fileno(), READ)
         bench.until(lambda: not bench.near.backlog._waiting)
+
+
+class Short(socket.socket):
+    """The kernel has no memory for what it is sent, so many times."""
+
+    left = 0
+
+    def send(self, *arguments: Any) -> int:
+        self._run_short()
+        return super().send(*arguments)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        self._run_short()
+        return super().sendmsg(*arguments)
+
+    def _run_short(self) -> None:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+
+
+@pytest.mark.parametrize("is_at_once", [False, True])
+def test_a_shortage_of_memory_ends_no_call_and_is_waited_out(is_at_once: bool) -> None:
+    alone = Alone(Short)
+    try:
+        alone.backlog.send()
+        alone.far.recv(MIB)
+        assert isinstance(alone.sink, Short)
+        alone.sink.left = 3
+        frame = wire.data_header(1, 5) + b"hello"
+        if is_at_once:
+            alone.backlog.send_now(memoryview(frame))
+        else:
+            alone.connection._outbox.add_data(1, b"hello", 5)
+            alone.backlog.send()
+        for _ in range(4):
+            assert not alone.loop._epoll.poll(0)  # nor does it spin meanwhile
+            alone.backlog.tick()
+        assert alone.far.recv(100) == frame
+        assert alone.told == []
+        assert alone.backlog.is_empty
+    finally:
+        alone.backlog.let_go()
+        alone.loop.close()
+        alone.sink.close()
+        alone.far.close()
