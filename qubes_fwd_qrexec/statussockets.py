@@ -12,6 +12,8 @@ listener. They tell figures, and carry nobody's bytes.
 import contextlib
 import logging
 import socket
+import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -34,8 +36,11 @@ STATUS, METRICS, TRY = "status.sock", "metrics.sock", "try.sock"
 _MODE = 0o666
 # Whoever neither asks nor takes the answer is left; an answer is at most a few megabytes on this machine.
 _PATIENCE_S = 5.0
-# dom0 asks one question at a time, and a collector of metrics another.
+# dom0 asks one question at a time, and a collector of metrics another. So many places each user has of its
+# own, that none can take dom0's; and so many there are in all.
 _AT_ONCE_MAX = 8
+_ALL_AT_ONCE_MAX = 64
+_PEER_CREDENTIALS = struct.Struct("iII")
 _BACKLOG = 16
 _KEY_MAX_BYTES = 64
 
@@ -113,18 +118,18 @@ class _Serving:
 
     def __init__(self, listener: Reporting) -> None:
         self._listener = listener
-        self._limiter = trio.CapacityLimiter(_AT_ONCE_MAX)
+        self._taken = Counter[int]()
         self.handlers: dict[str, _Handler] = {STATUS: self._status, METRICS: self._metrics, TRY: self._try}
 
     def bounded(self, handler: _Handler) -> _Handler:
         """The same, with bounds on number and time, and closed in the end whatever happens."""
 
         async def handle(stream: trio.SocketStream) -> None:
-            try:
-                self._limiter.acquire_on_behalf_of_nowait(stream)
-            except trio.WouldBlock:
+            user = _user_of(stream)
+            if self._taken[user] >= _AT_ONCE_MAX or self._taken.total() >= _ALL_AT_ONCE_MAX:
                 await trio.aclose_forcefully(stream)
                 return
+            self._taken[user] += 1
             try:
                 with trio.move_on_after(_PATIENCE_S):
                     try:
@@ -134,7 +139,9 @@ class _Serving:
                     except Exception as bug:  # noqa: BLE001 - it is of this answer alone
                         self._listener.bugs.note(bug)
             finally:
-                self._limiter.release_on_behalf_of(stream)
+                self._taken[user] -= 1
+                if not self._taken[user]:
+                    del self._taken[user]
                 await trio.aclose_forcefully(stream)
 
         return handle
@@ -157,6 +164,13 @@ class _Serving:
         except (ConfigError, TextError) as error:
             trial = Trial(Answer.FAILED, "", str(error)[: report.TEXT_MAX])
         await stream.send_all(report.dump(trial.as_json()))
+
+
+def _user_of(stream: trio.SocketStream) -> int:
+    """The user of the process that has connected, as the kernel says."""
+    size = _PEER_CREDENTIALS.size
+    _, user, _ = _PEER_CREDENTIALS.unpack(stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return int(user)
 
 
 async def _until(stream: trio.SocketStream, end: bytes, most: int) -> bytes | None:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A running listener, asked how it is: its counters as connections make them, and who may not stop it."""
 
+import os
 import socket
+import subprocess
+import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -273,6 +276,36 @@ async def test_those_who_ask_and_do_not_listen_are_bounded_and_left(
         # There is room again. Only now is anybody left, so that the room was not made by that.
         monkeypatch.setattr(statussockets, "_PATIENCE_S", 0.01)
         assert await asked(place / METRICS, b"GET /") == b""
+
+
+_CROWD = """\
+import os, socket, sys
+os.setgid(65534)
+os.setuid(65534)
+crowd = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+for sock in crowd:
+    sock.connect(sys.argv[1])
+print("here", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user")
+async def test_no_user_can_take_the_places_of_another(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statussockets, "_PATIENCE_S", 3600.0)
+    config = tmp_path / "config"
+    write_config(config, free_port(), 1)
+    async with running_listener(config, FakeClient(tmp_path, "hang").command, status_dir=place):
+        command = [sys.executable, "-c", _CROWD, METRICS]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=place, stdin=pipe, stdout=pipe) as crowd:  # noqa: ASYNC220
+            assert crowd.stdout is not None
+            assert await trio.to_thread.run_sync(crowd.stdout.readline) == b"here\n"
+            for _ in range(20):
+                assert await asked(place / STATUS) != b""
+            crowd.kill()
 
 
 async def test_a_directory_that_cannot_be_used_is_said_and_the_listener_works(
