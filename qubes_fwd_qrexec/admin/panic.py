@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.errors import ForwardError
+from qubes_fwd_qrexec.values import QubeName
 
-from . import policy
+from . import leftovers, policy
 from .apply import Outcome, differences
 from .backend import ANY
 from .inventory import CONFIG_PREFIX
@@ -38,9 +39,7 @@ class Report(NamedTuple):
 
     @property
     def is_closed(self) -> bool:
-        return self.is_held and not (
-            self.problems or self.open_still or any(left.is_open for left in self.stock)
-        )
+        return self.is_held and not (self.problems or self.open_still or self.stock)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -75,21 +74,15 @@ def hold(session: Session) -> Report:
             _end_calls(session)
             if (busy := _lock(held, session)) is not None:
                 notes.append(f"this went on without the lock: {busy}")
-        live, outcome, problems = _close(session)
+        live, listening, outcome, problems = _close(session)
         if why is not None:
             # It may work now, as where somebody was mending another policy file.
             why = _write_hold(session)
     is_held, open_still = _look(session)
     if why is not None and not is_held:
         problems = (f"policy: deny every call: {why}", *problems)
-    return Report(
-        is_held,
-        outcome,
-        problems,
-        tuple(notes),
-        open_still,
-        left_over(ended(live, Plan(())), session.backend),
-    )
+    left = left_over(ended(live, Plan(())), session.backend, everything_at=listening)
+    return Report(is_held, outcome, problems, tuple(notes), open_still, left)
 
 
 def _write_hold(session: Session) -> str | None:
@@ -119,14 +112,16 @@ def _end_calls(session: Session) -> tuple[Ended, ...]:
     return revoke(told, session.backend)
 
 
-def _close(session: Session) -> tuple[Plan, Outcome, tuple[str, ...]]:
-    """All that `apply` closes while everything is held; and what was live before."""
+def _close(session: Session) -> tuple[Plan, list[QubeName], Outcome, tuple[str, ...]]:
+    """All that `apply` closes while everything is held; what was live before, and who listened."""
     try:
-        live = session.look().plan(session.now, is_held=False)
+        snapshot = session.look(with_config=True)
+        live = snapshot.plan(session.now, is_held=False)
+        listening = leftovers.listening(live, snapshot.inventory)
         outcome = session.reconcile(is_held=True, ends_all=True).outcome
     except (ForwardError, OSError) as error:
-        return Plan(()), Outcome(), (f"read all qubes, to find listeners and calls: {error}",)
-    return live, outcome, outcome.troubles
+        return Plan(()), [], Outcome(), (f"read all qubes, to find listeners and calls: {error}",)
+    return live, listening, outcome, outcome.troubles
 
 
 def _look(session: Session) -> tuple[bool, tuple[str, ...]]:
@@ -159,8 +154,7 @@ def _say(report: Report, session: Session) -> None:
     for what in report.open_still:
         session.warn(f"still open: {what}")
     for left in report.stock:
-        if left.is_open:
-            session.warn(f"still open: {left.words()}")
+        session.warn(f"still open: {left.words()}")
     if not report.is_closed:
         session.warn("say 'qvm-forward panic' again once that is mended")
 

@@ -5,7 +5,7 @@ So the listener is asked what it still has, for as long as it needs to take up t
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.config import Service
@@ -22,7 +22,7 @@ _TIMEOUT_S = 1.0
 
 
 class Stock(NamedTuple):
-    """Connections over the stock service. ``connections`` is None where nobody tells how many.
+    """Connections of a forward that has ended. ``connections`` is None where nobody tells how many.
 
     ``left_s``: they may go on to their own end, as their rule says, and are cut after that; else None.
     """
@@ -33,19 +33,15 @@ class Stock(NamedTuple):
     connections: int | None
     left_s: int | None = None
 
-    @property
-    def is_open(self) -> bool:
-        return self.connections != 0
-
     def words(self) -> str:
         """For people: what may go on."""
         count = "connections" if self.connections is None else f"{self.connections} connections"
         count = "1 connection" if self.connections == 1 else count
-        what = f"{self.target} {self.name}: {count} over {Service.CONNECT_TCP}"
+        what = f"{self.target} {self.name}: {count}"
         if self.left_s is not None:
-            return f"{what} may go on for at most {self.left_s} s"
+            return f"{what} at {self.exposed} may go on for at most {self.left_s} s"
         where = f"; {self.exposed} does not say" if self.connections is None else f" at {self.exposed}"
-        return f"{what}, which dom0 cannot end{where}"
+        return f"{what} over {Service.CONNECT_TCP}, which dom0 cannot end{where}"
 
     def as_json(self) -> dict[str, Any]:
         return self._asdict()
@@ -67,26 +63,34 @@ def left_over(
     over: Iterable[Forward],
     backend: Backend,
     *,
+    everything_at: Collection[QubeName] = (),
     elapsed: Callable[[], float] = time.monotonic,
     rest: Callable[[float], None] = time.sleep,
 ) -> tuple[Stock, ...]:
-    """What is left of forwards that are over, where anything is."""
+    """What is left of forwards that are over, and of whatever else there is at some qubes.
+
+    Those are asked until nothing is left; else it is enough that what is left may finish.
+    """
     begun = elapsed()
-    pending = {(forward.source.target, forward.source.name): forward for forward in over}
-    found: dict[tuple[str, str], Stock] = {}
-    for at in ASKED_AT_S if pending else ():
+    asked: dict[QubeName, list[tuple[QubeName, str]]] = {qube: [] for qube in everything_at}
+    for forward in over:
+        if forward.exposed is not None:
+            asked.setdefault(forward.exposed, []).append(forward.source[:2])
+    found: list[Stock] = []
+    for at in ASKED_AT_S if asked else ():
         rest(max(0.0, begun + at - elapsed()))
-        for exposed in sorted({f.exposed for f in pending.values() if f.exposed is not None}):
+        found = []
+        for exposed, keys in sorted(asked.items()):
             counts = _counts(exposed, backend)
-            for key in [key for key, forward in pending.items() if forward.exposed == exposed]:
-                found[key] = Stock(
-                    *key, exposed, *((None, None) if counts is None else counts.get(key, (0, None)))
-                )
-                if found[key].connections == 0 or found[key].left_s is not None:
-                    del pending[key]
-        if not pending:
+            if counts is None:
+                found += [Stock(*key, exposed, None) for key in keys]
+                continue
+            for key, (count, left_s) in counts.items():
+                if count and (key in keys or exposed in everything_at):
+                    found.append(Stock(*key, exposed, count, left_s))
+        if all(stock.left_s is not None for stock in found) and not (found and everything_at):
             break
-    return tuple(stock for stock in found.values() if stock.is_open)
+    return tuple(found)
 
 
 def _counts(qube: QubeName, backend: Backend) -> dict[tuple[QubeName, str], tuple[int, int | None]] | None:

@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.errors import RefusedError
+from qubes_fwd_qrexec.rules import OnExpire
 from qubes_fwd_qrexec.values import QubeName
 
+from .apply import Outcome, others
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
 from .session import Session, Snapshot, UsageError
-from .states import Cause, Forward, State
+from .states import Cause, Forward, Plan, State
 
 
 class Change(NamedTuple):
@@ -58,7 +60,7 @@ def _mark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
     changes = [*_changes(snapshot, after, session.now)]
     if not is_marked:
         session.backend.set_feature(qube, TUNNEL_FEATURE, "1")
-    session.apply_change(f"{qube} is marked")
+    planned, outcome = session.apply_change(f"{qube} is marked")
     if session.is_json:
         session.say_json(_as_json(qube, after, changes))
         return 0
@@ -67,7 +69,13 @@ def _mark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
     _say(changes, session)
     for forward in _going_round(after, qube, session.now):
         session.say(f"Forward {forward.source} stays open: it {_bypass_note(forward)}, as it says itself.\n")
+    _say_others(outcome, planned, changes, session)
     return 0
+
+
+def _say_others(outcome: Outcome, planned: Plan, changes: Iterable[Change], session: Session) -> None:
+    asked = [change.forward.source for change in changes]
+    session.say("".join(f"{line}\n" for line in others(outcome, planned, asked)))
 
 
 def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
@@ -84,7 +92,7 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
     after = _with_feature(snapshot, qube, None)
     changes = [*_changes(snapshot, after, session.now)]
     session.backend.remove_feature(qube, TUNNEL_FEATURE)
-    session.apply_change(f"{qube} is no longer marked")
+    planned, outcome = session.apply_change(f"{qube} is no longer marked")
     if session.is_json:
         session.say_json(_as_json(qube, after, changes))
         return 0
@@ -102,6 +110,7 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
             *forward.chain,
         ):
             session.say(f"Forward {forward.source} stays refused. {forward.reason}\n")
+    _say_others(outcome, planned, changes, session)
     return 0
 
 
@@ -151,7 +160,9 @@ def _changes(before: Snapshot, after: Snapshot, now: float) -> Iterable[Change]:
         if forward.is_live:
             text = "is open again" if forward.state is State.ACTIVE else f"is {forward.state} now"
         else:
-            text = f"is {forward.state} now{' and closed' if was.is_live else ''}"
+            drains = forward.source.rule.on_expire is OnExpire.DRAIN
+            closed = " and takes no new connection, but what is open may go on" if drains else " and closed"
+            text = f"is {forward.state} now{closed if was.is_live else ''}"
         yield Change(forward, was.state, f"Forward {forward.source} {text}. {forward.reason}")
 
 

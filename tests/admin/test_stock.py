@@ -104,7 +104,7 @@ def test_connections_that_the_listener_does_not_end_are_counted() -> None:
 
 def test_those_that_may_finish_say_how_long() -> None:
     (stock,) = left(report(connections=1), report(draining=1))
-    assert stock.words() == "personal ssh: 1 connection over qubes.ConnectTCP may go on for at most 3000 s"
+    assert stock.words() == "personal ssh: 1 connection at sys-net may go on for at most 3000 s"
 
 
 @pytest.mark.parametrize("error", [NotRunningError("down"), AnswerError("none", NO_SERVICE)])

@@ -270,3 +270,14 @@ def test_a_mark_that_could_not_be_applied_is_kept_and_said(
     assert result.status == 1
     assert "sys-firewall is marked, but " in result.err
     assert lab.feature("sys-firewall", "forward.tunnel") == "1"
+
+
+def test_what_else_comes_into_force_is_named_and_what_drains_is_not_called_closed(
+    forward: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD, "--on-expire", "drain")
+    forward("add", "vault", "81", "--from", "any", "--via", "sys-net", "--no-apply")
+    out = forward("tunnel", "mark", "sys-firewall").out
+    assert "Forward work web is refused now and takes no new connection, but what is open may go on." in out
+    assert "\nAlso opened at sys-net: vault tcp-81. Connections to port 81 of sys-net" in out
+    assert "Also" not in forward("tunnel", "unmark", "sys-firewall").out

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Nothing is called closed while something flows: what remove, disable and panic say, and their status."""
+
+import pytest
+from faulty import Faulty
+from test_stock import report
+from worlds import ADD, Command
+
+from qubes_fwd_qrexec.admin import stock
+from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE
+from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.values import QubeName
+
+
+class Flowing(Faulty):
+    """A system whose targets let ``draining`` calls go on, and whose listener says ``listener``."""
+
+    def __init__(self, lab: LabDirectory, draining: int = 0, listener: bytes = b"") -> None:
+        super().__init__(lab)
+        self._draining = draining
+        self._listener = listener
+
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        if service != REVOKE_SERVICE:
+            return self._listener
+        drains = self._draining if qube == "work" else 0
+        return f"version=1 ended=0 draining={drains}\n".encode()
+
+
+@pytest.fixture(autouse=True)
+def _asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "ASKED_AT_S", (0.0,))
+
+
+@pytest.mark.parametrize(("command", "done"), [("remove", "removed"), ("disable", "disabled")])
+def test_calls_that_drain_are_said_and_no_failure(
+    forward: Command, over: Command, lab: LabDirectory, command: str, done: str
+) -> None:
+    forward(*ADD, "--on-expire", "drain")
+    result = over(Flowing(lab, draining=1, listener=report()), command, "work", "web")
+    assert result.status == 0
+    assert f"work web is {done} and takes no new connection, but what is open may go on." in result.out
+    assert "\nwork: 1 call may go on for a while.\n" in result.out
+
+
+@pytest.mark.parametrize("command", ["remove", "disable"])
+def test_connections_that_dom0_cannot_end_are_a_failure(
+    forward: Command, over: Command, lab: LabDirectory, command: str
+) -> None:
+    forward("add", "personal", "22", "--from", "any", "--name", "ssh")
+    result = over(Flowing(lab, listener=report(connections=3)), command, "personal", "ssh")
+    assert result.status == 1
+    assert "and closed" not in result.out
+    assert (
+        "still open: personal ssh: 3 connections over qubes.ConnectTCP, which dom0 cannot end" in result.err
+    )
+
+
+def test_panic_says_how_many_they_are(forward: Command, over: Command, lab: LabDirectory) -> None:
+    forward("add", "personal", "22", "--from", "any", "--name", "ssh")
+    result = over(Flowing(lab, listener=report(connections=3)), "panic")
+    assert result.status == 1
+    assert result.out.startswith("NOT EVERYTHING IS CLOSED.\n")
+    assert "still open: personal ssh: 3 connections over qubes.ConnectTCP" in result.err
+    forward("resume")
+    result = over(Flowing(lab, listener=report()), "panic")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith("Everything is closed and held")
+
+
+def test_panic_says_what_drains_of_rules_that_are_gone(
+    forward: Command, over: Command, lab: LabDirectory
+) -> None:
+    lab.set_feature("sys-net", LISTENER_FEATURE, "1")
+    result = over(Flowing(lab, listener=report(draining=2)), "panic")
+    assert result.status == 1
+    assert "still open: personal ssh: 2 connections at sys-net may go on for at most 3000 s" in result.err
