@@ -96,6 +96,8 @@ class Watcher:
         # What is wrong, in the order of telling; each kind of trouble ends by itself.
         self._troubles: dict[_Trouble, str] = {}
         self._is_clock_told = False
+        # Whoever had a rule at any look: one that is gone may have been in force when a call was allowed.
+        self._targets: set[QubeName] = set()
         # The targets that run and know what is allowed.
         self._told: set[QubeName] = set()
         self._was_held = False
@@ -166,8 +168,8 @@ class Watcher:
         """Tell targets that have started what is allowed: dom0 may have allowed a call before it was over,
         while its target was still starting. All are told when everything is held, by whomever.
         """
-        targets = {forward.source.target for forward in planned} if not planned.is_held else None
-        running = {name for name in serving(inventory) if targets is None or name in targets}
+        self._targets |= {forward.source.target for forward in planned}
+        running = {name for name in serving(inventory) if planned.is_held or name in self._targets}
         fresh = running if planned.is_held and not self._was_held else running - self._told
         # One that could not be told is told with the next change, and bounded by its lease until then.
         self._told, self._was_held = running, planned.is_held

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from stages import END, Played, Stage, set_netvm
 from worlds import NOW, rule
 
@@ -22,6 +23,7 @@ from qubes_fwd_qrexec.admin.watch import (
     differing,
     states,
 )
+from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.rules import BrokenRule
 from qubes_fwd_qrexec.values import QubeName
 
@@ -152,3 +154,23 @@ def test_json_has_one_object_a_line(stage: Stage) -> None:
     assert closed["problems"] == []
     (news,) = closed["news"]
     assert news.startswith("work web was active and is suspended.")
+
+
+def test_a_target_that_starts_when_its_rule_is_gone_is_told_that_nothing_is_allowed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+
+    def ask(qube: QubeName, service: str, max_bytes: int, timeout_s: float | None, given: str) -> bytes:
+        told.append((qube, given))
+        return b"version=1 ended=0 draining=0\n"
+
+    monkeypatch.setattr(stage, "ask", ask)
+    stage.run(
+        lambda: stage.lab.set_state("work", QubeState.HALTED),
+        lambda: stage.remove_feature(QubeName("work"), "forward.web"),
+        lambda: stage.lab.set_state("work", QubeState.RUNNING),
+    )
+    first, *_, last = told
+    assert first == ("work", "version=1 drains=keep\nkeep 8080-8080 sys-net\n")
+    assert last == ("work", "version=1 drains=keep\n")
