@@ -29,17 +29,21 @@ _TUNNEL_TIMES = 15
 
 
 class Budget:
-    """The account of one process; all numbers in bytes."""
+    """The account of one process; all numbers in bytes.
 
-    def __init__(self, total: int = BUDGET_BYTES, streams_max: int = STREAMS_MAX) -> None:
+    ``sockets`` is what the kernel may hold beside it.
+    """
+
+    def __init__(
+        self, total: int = BUDGET_BYTES, streams_max: int = STREAMS_MAX, sockets: SocketMemory | None = None
+    ) -> None:
         if streams_max * FLOOR_BYTES > total:
             raise ValueError(f"{streams_max} floors of {FLOOR_BYTES} bytes do not fit {total}")
         self.total = total
         self.streams_max = streams_max
         self.streams = 0
         self.shared_left = total - streams_max * FLOOR_BYTES
-        self.sockets = SocketMemory()
-        """What the kernel may hold beside it."""
+        self.sockets = sockets or SocketMemory()
 
 
 class Share:

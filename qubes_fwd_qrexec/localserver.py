@@ -30,7 +30,7 @@ CONNECT_TIMEOUT_S = 10.0
 HALF_CLOSE_S = 900.0
 # relay-behaviours 17: what the kernel holds for a server in each direction, as it counts (it doubles the
 # number). On loopback an answer comes within a tenth of a ms, so this is no bound to anything but memory.
-_BUFFER_BYTES = 131_072
+BUFFER_BYTES = 131_072
 
 
 class ServiceError(ForwardError):
@@ -103,7 +103,7 @@ def new_socket(family: int) -> socket.socket:
     # For the port that it connects from: a server of this qube may still listen there if it sets this too, as
     # servers do.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    set_size(sock, _BUFFER_BYTES)
+    set_size(sock, BUFFER_BYTES)
     limit_segments(sock)
     return sock
 

@@ -56,6 +56,7 @@ from .localserver import (
 )
 from .logs import RateLimit, start_logging, warn
 from .notify import notify
+from .portions import VARIABLE, Portions
 from .relay import Copy, CopyEnd, abort, close_cleanly, half_close
 from .relaythread import RelayThread, open_relay_thread
 from .revocation import LOOK, Permission, permitted
@@ -164,6 +165,7 @@ class ServiceServer:
         self._limit = RateLimit()
         self._bugs = Bugs(partial(leave_bug, directory()))
         self._calls = 0
+        self._portions = Portions()
         self._numbers = itertools.count(1)
         self._singles: dict[int, tuple[Permission, trio.CancelScope]] = {}
         self._tunnels: set[trio.Process] = set()
@@ -258,15 +260,25 @@ class ServiceServer:
         """Have a process serve a tunnel until its end; when we are cancelled it gets SIGTERM."""
         if self._stopping.is_set():
             raise RefusedError("a tunnel comes too late, this server is ending")
+        with self._portions.taken(source, argument) as parts:
+            await self._serve_in_process(call, argument, source, parts)
+
+    async def _serve_in_process(
+        self, call: socket.socket, argument: str, source: QubeName, parts: int
+    ) -> None:
         command = [sys.executable, "-I", "-m", "qubes_fwd_qrexec.service", argument]
-        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"} | {
+            "QREXEC_REMOTE_DOMAIN": source,
+            AGENT_PID_VARIABLE: str(peer_pid(call)),
+            VARIABLE: str(parts),
+        }
         try:
             process = await trio.lowlevel.open_process(
                 command,
                 stdin=call.fileno(),
                 stdout=call.fileno(),
                 stderr=subprocess.DEVNULL,
-                env=environment | {"QREXEC_REMOTE_DOMAIN": source, AGENT_PID_VARIABLE: str(peer_pid(call))},
+                env=environment,
             )
         except OSError as error:
             raise RefusedError(f"no process for a tunnel: {error.strerror}") from error

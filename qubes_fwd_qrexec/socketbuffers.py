@@ -31,8 +31,8 @@ SHARED_BYTES = 48 << 20
 # What all sockets may really hold. It is enough for all that is lent, and for as many that stall with their
 # floor as one source may have by default (1024, of 70 KiB each: their floor, and a segment that came in).
 HELD_BYTES = 128 << 20
-# So few cannot hold as much, each with a segment of 64 KiB in each direction beside what it asks for.
-_FEW = 256
+# Each that is there counts as this much before it is asked: its buffers as they begin, and a segment in each.
+_EACH_BYTES = 512 << 10
 # No connection has more than this part of what is left, so that there is always something for the next.
 _PART = 32
 # linux/sock_diag.h: what is received and not read is the first number, what is sent and not taken the sixth.
@@ -41,11 +41,12 @@ _MEMINFO = struct.Struct("=I16xI")
 
 
 class SocketMemory:
-    """The account of one process; in bytes of kernel memory."""
+    """The account of one process, in bytes of kernel memory: what may be lent, and what may be held."""
 
-    def __init__(self, total: int = SHARED_BYTES) -> None:
+    def __init__(self, total: int = SHARED_BYTES, held_max: int = HELD_BYTES) -> None:
         self.total = total
         self.left = total
+        self.held_max = held_max
         self.connections = 0
         self.held = 0
         """What they held when each was looked at last."""
@@ -63,12 +64,12 @@ class SocketMemory:
     @property
     def is_crowded(self) -> bool:
         """Whether there are so many that it counts what each of them really holds."""
-        return self.connections > _FEW
+        return self.connections * _EACH_BYTES > self.held_max
 
     @property
     def is_full(self) -> bool:
         """Whether more is held than may be: something must go."""
-        return self.held > HELD_BYTES
+        return self.held > self.held_max
 
 
 class Buffers:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .allowance import Calls
-from .budget import STREAMS_MAX, WINDOW_MAX_BYTES, Budget
+from .budget import WINDOW_MAX_BYTES, Budget
 from .bugs import Bugs
 from .bugs import leave as leave_bug
 from .callnotes import Kind, directory
@@ -41,6 +41,7 @@ from .localserver import (
 from .loop import WRITE, Loop
 from .mux import Mux
 from .permissionwatch import PermissionWatch, Word, called_on_signals
+from .portions import own_budget
 from .proxy_protocol import header
 from .relay import abort
 from .revocation import LOOK, RevokedError, allowed_s, permitted
@@ -66,13 +67,14 @@ def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.s
     Raises `ServiceError`, and `RevocationError` where dom0 does not allow it any more or could not end it.
     """
     raise_descriptor_limit()
+    budget = own_budget()
     place = directory()
     with permitted(Kind.TUNNEL, calls, start, place) as permission:
         lease = Lease(LEASE_S, lambda: max(start.monotonic_s, allowed_s(calls, place)))
         if lease.left_s <= 0:
             raise RevokedError(f"{calls}: dom0 allowed this call more than {LEASE_S} s ago")
         bugs = Bugs(partial(leave_bug, place))
-        service = TunnelService(calls.ports, stdin, stdout, lease, permission, bugs)
+        service = TunnelService(calls.ports, stdin, stdout, lease, permission, bugs, budget)
         with contextlib.closing(service):
             problem = service.run()
     if problem is not None:
@@ -208,7 +210,9 @@ class TunnelService:
         lease: Lease,
         permission: Word,
         bugs: Bugs | None = None,
+        budget: Budget | None = None,
     ) -> None:
+        budget = budget or Budget()
         self._ports = ports
         self._lease = lease
         self._loop = Loop(bugs)
@@ -216,10 +220,10 @@ class TunnelService:
         self._is_over = False
         self._problem: str | None = None
         hello = Hello(
-            WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=STREAMS_MAX, lease_s=lease.length_s
+            WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=budget.streams_max, lease_s=lease.length_s
         )
         connection = Connection(hello, range(ports.first, ports.last + 1))
-        self._mux = Mux(self._loop, connection, stdin, stdout, Budget(), self)
+        self._mux = Mux(self._loop, connection, stdin, stdout, budget, self)
         self._watch = PermissionWatch(
             self._loop, permission, self._revoke, self._take_no_more, end=self._mux.fail
         )

@@ -11,7 +11,6 @@ import pytest
 from endings import MIB
 from mux_bench import BOUND_S, Joined, TunnelBench, pending_bytes
 
-from qubes_fwd_qrexec import socketbuffers
 from qubes_fwd_qrexec import window as window_module
 from qubes_fwd_qrexec.budget import FLOOR_BYTES, INITIAL_BYTES, WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.leg_end import LegEnd
@@ -166,10 +165,9 @@ def test_a_stream_that_ended_or_was_aborted_is_not_asked_and_all_comes_back(benc
 
 
 def test_where_the_kernel_holds_too_much_it_is_streams_that_stand_still_that_are_cut(
-    bench: TunnelBench, monkeypatch: pytest.MonkeyPatch
+    bench: TunnelBench,
 ) -> None:
-    monkeypatch.setattr(socketbuffers, "_FEW", 4)
-    monkeypatch.setattr(socketbuffers, "HELD_BYTES", MIB)
+    bench.far_budget.sockets.held_max = bench.near_budget.sockets.held_max = MIB
     others = [Way(bench, bench.join(), is_up=True) for _ in range(4)]
     stalled = [bench.join() for _ in range(6)]
     for stream in stalled:

@@ -19,8 +19,10 @@ from processes import TARGET, Way, World, assert_reset, open_world, until, with_
 from test_serviceserver import Agent, agent, descriptor, read_all
 
 from bench.memory import descendants
+from qubes_fwd_qrexec import portions
 from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
 from qubes_fwd_qrexec.callnotes import living
+from qubes_fwd_qrexec.portions import budget_of
 from qubes_fwd_qrexec.relay import abort
 from qubes_fwd_qrexec.revocation import revoke
 from qubes_fwd_qrexec.serviceserver import ServiceServer, listen_on
@@ -144,6 +146,29 @@ async def test_a_caller_whose_name_is_none_gets_no_tunnel(
     async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server, "../x")) as call:
         assert await read_all(call) == b""
         assert "is not a qube's name" in caplog.text
+
+
+async def test_no_source_has_more_tunnels_than_it_leaves_and_each_has_its_part_of_the_memory(
+    tmp_path: Path,
+    server: socket.socket,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(portions, "CALLS_MAX", 2)
+    async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server)) as call:
+        with trio.fail_after(BOUND_S):
+            hello = await call.receive_some()
+        parts = (portions.PARTS - 2 * 2) // 8 + 2
+        assert wire.decode_hello(hello[8:48]).max_streams == budget_of(parts).streams_max
+        async with qrexec.call(b"qubes.ForwardTCP+1+tunnel sys-net\0") as another:
+            assert await read_all(another) == b""
+        assert "sys-net has 1 of 1 tunnels; of 2 in all no qube has more than it leaves" in caplog.text
+        async with qrexec.call(tunnel_to(server, "sys-vpn")) as others:
+            with trio.fail_after(BOUND_S):
+                assert await others.receive_some()
+        await call.send_eof()
+        await read_all(call)
 
 
 async def test_the_deadline_ends_tunnels(tmp_path: Path, server: socket.socket, home: Path) -> None:

@@ -12,7 +12,11 @@ import pytest
 from qubes_fwd_qrexec.budget import BUDGET_BYTES, STREAMS_MAX
 from qubes_fwd_qrexec.callnotes import DIRECTORY
 from qubes_fwd_qrexec.listener import DRAIN_S
+from qubes_fwd_qrexec.localserver import BUFFER_BYTES as SERVER_BUFFER_BYTES
 from qubes_fwd_qrexec.localserver import SERVICE
+from qubes_fwd_qrexec.portions import CALLS_MAX as TUNNELS_MAX
+from qubes_fwd_qrexec.portions import LENT_TIMES
+from qubes_fwd_qrexec.serviceserver import CONNECTIONS_MAX
 from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
 from qubes_fwd_qrexec.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
 from qubes_fwd_qrexec.supervisor import CLOSE_S
@@ -298,6 +302,8 @@ def test_systemd_takes_every_line(tmp_path: Path) -> None:
 
 # What no constant says, in MiB: the program itself, and a client program of qrexec.
 PROGRAM_MIB, CLIENT_MIB = 48, 3
+# The program of one tunnel, which has no trio.
+TUNNEL_MIB = 11
 # docs/numbers.md: 9 KiB and something for each connection that is held.
 CONNECTION_KIB = 10
 # What comes at a gigabit a second, half of it read, until it is looked at again what the kernel holds.
@@ -312,16 +318,16 @@ def memory_mib(unit: str) -> int:
     return number * {"M": 1, "G": 1024}[suffix]
 
 
-def process_mib() -> float:
-    """The most that a process needs for all its streams."""
+def streams_mib(lent_times: int = 1) -> float:
+    """The most that all streams of a process need."""
     connections_mib = STREAMS_MAX * CONNECTION_KIB / 1024
-    return PROGRAM_MIB + connections_mib + (BUDGET_BYTES + HELD_BYTES) / MIB + SECOND_MIB
+    return connections_mib + (BUDGET_BYTES * lent_times + HELD_BYTES) / MIB + SECOND_MIB
 
 
 def test_the_listener_has_memory_for_all_that_its_bounds_let_it_hold() -> None:
     waiting_mib = WAITING_MAX * (2 * WAITING_BYTES / 1024 + SEGMENT_KIB) / 1024
     calls_mib = CALLS_MAX * (CLIENT_MIB + (4 * MAX_BYTES / 1024 + SEGMENT_KIB) / 1024)
-    needed_mib = process_mib() + waiting_mib + calls_mib
+    needed_mib = PROGRAM_MIB + streams_mib() + waiting_mib + calls_mib
     assert needed_mib <= memory_mib("qubes-forward-listener.service") <= 1.1 * needed_mib
 
 
@@ -334,3 +340,10 @@ def test_dom0s_unit_is_enabled_by_a_preset_of_its_own_and_waits_for_a_flag_elsew
         "|/etc/qubes-release",
         "|/run/qubes-service/qubes-forward-watch",
     ]
+
+
+def test_the_socket_service_has_memory_for_all_its_tunnels_and_calls() -> None:
+    tunnels_mib = TUNNELS_MAX * TUNNEL_MIB + streams_mib(LENT_TIMES)
+    singles_mib = CONNECTIONS_MAX * (4 * SERVER_BUFFER_BYTES / 1024 + 2 * SEGMENT_KIB) / 1024
+    needed_mib = PROGRAM_MIB + tunnels_mib + singles_mib
+    assert needed_mib <= memory_mib("qubes-forward-service.service") <= 1.1 * needed_mib
