@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qubes_fwd_qrexec.lab.agents import PROGRAM
+
+AGENT_PROGRAM = str(PROGRAM)
 _COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 
@@ -20,8 +23,8 @@ _COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 class Footprint:
     """KiB. ``own``: the peer's processes, and services of ours that the broker started for it.
 
-    ``client`` is the qrexec clients and ``broker`` the broker itself: both are the lab's stand-ins, in
-    Python, for small C programs of Qubes and for its daemons, and the same for every peer.
+    ``client`` is the qrexec clients, and ``broker`` the broker with its agents' processes: all are the lab's
+    stand-ins for small C programs of Qubes and for its daemons, and the same for every peer.
     """
 
     own: float
@@ -46,8 +49,11 @@ def footprint(peer_pids: Iterable[int], broker_pid: int, client_program: str) ->
     own = client = 0.0
     broker = pss_kib(broker_pid)
     for pid in [*peer_pids, *descendants([*peer_pids, broker_pid])]:
-        if _is_client(pid, client_program):
+        arguments = _arguments(pid)
+        if _is_client(arguments, client_program):
             client += pss_kib(pid)
+        elif AGENT_PROGRAM in arguments:
+            broker += pss_kib(pid)
         else:
             own += pss_kib(pid)
     return Footprint(own, client, broker)
@@ -94,11 +100,13 @@ def _parent(process: Path) -> int | None:
     return int(text.rpartition(")")[2].split()[1])
 
 
-def _is_client(pid: int, client_program: str) -> bool:
-    """By its arguments, whole: socat and the listener have the client's name in theirs as well."""
+def _arguments(pid: int) -> list[str]:
     try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
     except OSError:
-        return False
-    program = client_program.encode()
-    return program in arguments[:4] and not any(a.startswith(b"EXEC:") for a in arguments)
+        return []
+
+
+def _is_client(arguments: list[str], client_program: str) -> bool:
+    """By its arguments, whole: socat and the listener have the client's name in theirs as well."""
+    return client_program in arguments[:4] and not any(word.startswith("EXEC:") for word in arguments)

@@ -276,7 +276,7 @@ def memory(stage: Stage, effort: Effort) -> Result:
     parts = {
         "own": Line("memory-own", "memory a connection: listener and service, or socat", "KiB"),
         "client": Line("memory-client", "  the lab's qrexec client", "KiB", is_compared=False),
-        "broker": Line("memory-broker", "  the lab's broker", "KiB", is_compared=False),
+        "broker": Line("memory-broker", "  the lab's broker and agents", "KiB", is_compared=False),
         "total": Line("memory-total", "  all processes together", "KiB"),
     }
     samples: dict[str, Samples] = {part: defaultdict(list) for part in parts}

@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-_PROGRAM = Path(__file__).with_name("agentprocess.py")
+PROGRAM = Path(__file__).with_name("agentprocess.py")
 _PACKET_MAX = 4096
 _NO_STATUS = -1
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4)
@@ -139,7 +139,7 @@ async def open_agents(environment: Mapping[str, str]) -> AsyncIterator[Agents]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-I", "-S", str(_PROGRAM)],
+            [sys.executable, "-I", "-S", str(PROGRAM)],
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             env=dict(environment),
