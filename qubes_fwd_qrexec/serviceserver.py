@@ -24,7 +24,6 @@ import os
 import select
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -46,12 +45,9 @@ from .localserver import (
     CONNECT_TIMEOUT_S,
     HALF_CLOSE_S,
     LOCALHOSTS,
-    SERVICE,
-    Request,
     check_answered,
     new_socket,
     not_connected,
-    parse_argument,
     prepare,
 )
 from .logs import RateLimit, start_logging, warn
@@ -60,14 +56,18 @@ from .portions import VARIABLE, Portions
 from .relay import Copy, CopyEnd, abort, close_cleanly, half_close
 from .relaythread import RelayThread, open_relay_thread
 from .revocation import LOOK, Permission, permitted
-from .values import QubeName, parse_qube_name
+from .servicesocket import (
+    DESCRIPTOR_TIMEOUT_S,
+    DescriptorError,
+    listen_on,
+    parse_descriptor,
+    read_descriptor,
+    take_activated,
+)
+from .values import QubeName
 
 _logger = logging.getLogger(__name__)
 
-# qubes-core-qrexec libqrexec/qrexec.h: service names have at most 64 + 64 characters, qubes' names 31.
-DESCRIPTOR_MAX = 1024
-# The agent sends it in one write, at once.
-DESCRIPTOR_TIMEOUT_S = 5.0
 # qrexec has 128 calls for each pair of qubes at most; several qubes may call.
 CONNECTIONS_MAX = 512
 DRAIN_S = 60.0
@@ -77,50 +77,6 @@ _TUNNEL_END_S = 2.0
 _LOOK_AT_DRAINS_S = 30.0
 # What `tunnelservice` takes for: no more streams.
 _TAKE_NO_MORE = signal.SIGUSR2
-_BACKLOG = 128
-# sd_listen_fds(3): the first descriptor that systemd passes.
-_LISTEN_FD = 3
-
-
-class SocketError(ForwardError):
-    """There is no socket to listen on; the text says why."""
-
-
-class DescriptorError(ForwardError):
-    """What came before the bytes of a call is not the service descriptor that it should be."""
-
-
-def parse_descriptor(untrusted_descriptor: bytes) -> tuple[str, Request, QubeName]:
-    """The argument, what it asks for, and the calling qube. Raises `ForwardError`."""
-    try:
-        service, _, caller = untrusted_descriptor.decode("ascii").partition(" ")
-    except UnicodeDecodeError:
-        raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not ASCII") from None
-    name, plus, argument = service.partition("+")
-    source = caller.partition(" ")[0]  # dom0 says behind it whom it has asked for
-    if name != SERVICE or not plus or not source:
-        raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not {SERVICE}+PORT QUBE")
-    return argument, parse_argument(argument), parse_qube_name(source)
-
-
-async def read_descriptor(call: socket.socket) -> bytes:
-    """Everything before the first NUL; what follows stays unread. Raises `DescriptorError`."""
-    untrusted = b""
-    while True:
-        await trio.lowlevel.wait_readable(call)
-        try:
-            # A look first: a byte of the stream that is read with it could not be given back.
-            peeked = call.recv(DESCRIPTOR_MAX - len(untrusted), socket.MSG_PEEK)
-            end = peeked.find(0)
-            untrusted += call.recv(len(peeked) if end < 0 else end + 1)
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            raise DescriptorError(f"no descriptor: {error.strerror}") from error
-        if end >= 0:
-            return untrusted[:-1]
-        if not peeked or len(untrusted) >= DESCRIPTOR_MAX:
-            raise DescriptorError(f"no descriptor in the first {len(untrusted)} bytes")
 
 
 async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
@@ -367,65 +323,6 @@ def _has_hung_up(call: socket.socket) -> bool:
     poll = select.poll()
     poll.register(call, 0)
     return bool(poll.poll(0))
-
-
-def listen_on(path: Path) -> socket.socket:
-    """A UNIX socket of our own, in the place of one that an earlier process left. Raises `SocketError`."""
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if _is_left_over(path):
-            path.unlink()
-        listening.bind(str(path))
-        listening.listen(_BACKLOG)
-    except OSError as error:
-        listening.close()
-        raise SocketError(f"{path}: {error.strerror or error}") from error
-    listening.setblocking(False)
-    return listening
-
-
-def _is_left_over(path: Path) -> bool:
-    """A socket that nobody listens on. Anything else is somebody's, and stays."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.connect(str(path))
-    except ConnectionRefusedError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
-
-
-def take_activated() -> socket.socket:
-    """The one listening socket that systemd passed to this very process. Raises `SocketError`."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        raise SocketError("LISTEN_PID is not this process; --activated is for a systemd socket unit")
-    if os.environ.get("LISTEN_FDS") != "1":
-        raise SocketError("LISTEN_FDS is not 1; one ListenStream= in the socket unit would be right")
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)  # nobody who is started by us may think they are meant
-    try:
-        return adopt(_LISTEN_FD)
-    except OSError as error:
-        raise SocketError(f"file descriptor {_LISTEN_FD}: {error.strerror}") from error
-
-
-def adopt(fd: int) -> socket.socket:
-    """Take over a listening UNIX stream socket. Raises `SocketError`, OSError where it is no socket."""
-    listening = socket.socket(fileno=fd)
-    is_right = (
-        listening.family == socket.AF_UNIX
-        and listening.type == socket.SOCK_STREAM
-        and listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    )
-    if not is_right:
-        listening.close()
-        raise SocketError(f"file descriptor {fd} is not a listening UNIX stream socket")
-    listening.set_inheritable(False)
-    listening.setblocking(False)
-    return listening
 
 
 async def _main(listening: socket.socket) -> None:

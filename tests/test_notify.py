@@ -11,7 +11,8 @@ from helpers import BOUND_S, FakeClient, free_port, running_listener, write_conf
 
 from qubes_fwd_qrexec import notify as notifying
 from qubes_fwd_qrexec.notify import notify, reloading
-from qubes_fwd_qrexec.serviceserver import ServiceServer, listen_on
+from qubes_fwd_qrexec.serviceserver import ServiceServer
+from qubes_fwd_qrexec.servicesocket import listen_on
 
 
 class Manager:

@@ -25,7 +25,8 @@ from qubes_fwd_qrexec.callnotes import living
 from qubes_fwd_qrexec.portions import budget_of
 from qubes_fwd_qrexec.relay import abort
 from qubes_fwd_qrexec.revocation import revoke
-from qubes_fwd_qrexec.serviceserver import ServiceServer, listen_on
+from qubes_fwd_qrexec.serviceserver import ServiceServer
+from qubes_fwd_qrexec.servicesocket import listen_on
 from qubes_fwd_qrexec.tunnel import Hello, wire
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
