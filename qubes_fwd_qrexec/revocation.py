@@ -45,6 +45,9 @@ from .exitstatus import ExitStatus
 from .values import parse_number
 
 SERVICE = "qubes.ForwardRevoke"
+# How old dom0's word may be when a call of its own begins: as old as a tunnel's, for no list may have come
+# through since. qrexec itself gives both qubes 120 s to connect, and then the caller all the time it likes.
+WAIT_S = 300
 # What a process is told: that the list has changed.
 LOOK = signal.SIGUSR1
 _LIST, _ALLOWED = "allowance", "allowed"
@@ -121,6 +124,8 @@ def permitted(
                 raise RevokedError(f"{calls}: dom0 has taken back that it allowed this call")
         if kind is Kind.TUNNEL:
             _leave_mark(calls, start, place)
+        elif time.monotonic() - start.monotonic_s > WAIT_S:
+            raise RevokedError(f"{calls}: dom0 allowed this call more than {WAIT_S} s ago")
         yield Permission(held)
 
 

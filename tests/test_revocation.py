@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
 from qubes_fwd_qrexec.callnotes import Kind, Note, RevocationError, living
 from qubes_fwd_qrexec.callstart import TICKS_PER_S, CallStart, boot_ticks
 from qubes_fwd_qrexec.revocation import RevokedError, allowed_s, judge, permitted, revoke
+from qubes_fwd_qrexec.tunnelservice import LEASE_S
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
 NOTHING = Allowance()
@@ -145,6 +146,16 @@ def test_a_call_that_dom0_allowed_before_the_list_is_refused_whenever_it_begins(
     revoke(Allowance(drains={MINE: 60}), place)
     with pytest.raises(RevokedError), permitted(Kind.TUNNEL, MINE, parked, place):
         pytest.fail("it was let in")
+
+
+def test_a_single_call_that_waited_longer_than_a_lease_is_refused_without_a_list(place: Path) -> None:
+    start = just_now()
+    for waited_s, is_let_in in ((LEASE_S - 60, True), (LEASE_S + 1, False)):
+        waited = CallStart(start.boot_ticks - waited_s * TICKS_PER_S, start.monotonic_s - waited_s)
+        expected = nullcontext() if is_let_in else pytest.raises(RevokedError, match="more than 300 s ago")
+        with expected, permitted(Kind.SINGLE, MINE, waited, place):
+            assert is_let_in
+    assert names(place) == []
 
 
 def test_a_call_that_dom0_allows_after_the_list_is_let_in(place: Path) -> None:
