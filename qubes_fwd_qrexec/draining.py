@@ -3,11 +3,8 @@
 
 import time
 
-from .forward import Forward
+from .forward import DRAIN_MAX_S, Forward
 from .report import DrainingReport
-
-# dom0 tells the target the same (`allowance`): an end has to come, and an hour is a long download.
-DRAIN_MAX_S = 3600.0
 
 
 class Draining:

@@ -2,6 +2,7 @@
 """One forward in the exposed qube: its listening sockets, its connections, and how each one ends."""
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterable
@@ -42,6 +43,11 @@ _DELIVERY_S = 1.0
 _DELIVERY_LOOK_S = 0.02
 
 
+# How long connections of what is over may finish. dom0 tells the target the same (`allowance`): an end has to
+# come, and an hour is a long download.
+DRAIN_MAX_S = 3600.0
+
+
 def bindings(config: ListenerConfig) -> frozenset[Binding]:
     """Every address and port that a forward listens on."""
     return frozenset((address, port) for address in config.listen for port in config.listen_ports)
@@ -66,13 +72,14 @@ class Means:
 class _Connection:
     """One accepted connection, from when it is let in until it has ended."""
 
-    __slots__ = ("carried", "is_yielding", "local", "scope", "sock", "source")
+    __slots__ = ("carried", "is_yielding", "local", "scope", "sock", "source", "target_port")
 
-    def __init__(self, sock: socket.socket, source: IPAddress) -> None:
+    def __init__(self, sock: socket.socket, source: IPAddress, target_port: int) -> None:
         self.sock = sock
         self.source = source
         address, port = sock.getsockname()[:2]
         self.local: Binding = unmapped(ip_address(address)), port
+        self.target_port = target_port
         self.carried = Carried(time.monotonic())
         self.scope = trio.CancelScope()
         self.is_yielding = False
@@ -90,7 +97,7 @@ class _Connection:
         self.cut()
 
 
-def _still_allows(config: ListenerConfig, old: ListenerConfig, connection: _Connection) -> bool:
+def _allows(config: ListenerConfig, connection: _Connection) -> bool:
     """Whether a connection could be made anew, from the same client to the same port of the target."""
     address, port = connection.local
     listened_at = {(ours.version, ours if not ours.is_unspecified else address) for ours in config.listen}
@@ -98,8 +105,8 @@ def _still_allows(config: ListenerConfig, old: ListenerConfig, connection: _Conn
         connection.source in config.sources
         and (address.version, address) in listened_at
         and port in config.listen_ports
-        and config.target_port(port) == old.target_port(port)
-        and (config.side is old.side or came_by(connection.sock, config.side))
+        and config.target_port(port) == connection.target_port
+        and came_by(connection.sock, config.side)
     )
 
 
@@ -126,19 +133,23 @@ class Forward:
     def reconfigure(self, config: ListenerConfig) -> None:
         """Take a new configuration; unchanged ports and connections that it still allows never notice.
 
-        What it allows no more is cut, or goes on if it says on-expire=drain. Raises `BindError` when new
-        ports cannot be opened. All else holds then: dom0 has narrowed or ended something perhaps, and does
-        not learn at once that a port is taken.
+        What it allows no more is cut, or has `DRAIN_MAX_S` if it says on-expire=drain. Raises `BindError`
+        when new ports cannot be opened. All else holds then: dom0 has narrowed or ended something perhaps,
+        and does not learn at once that a port is taken.
         """
         self.give_up(config)
         if config.expire != self.config.expire:
             self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
         self.account.change(config.limits)
-        old, self.config = self.config, config
-        if config.on_expire is OnExpire.CUT:
-            for connection in self._live:
-                if not _still_allows(config, old, connection):
-                    connection.cut()
+        self.config = config
+        for connection in self._live:
+            if _allows(config, connection):
+                connection.scope.deadline = math.inf
+            elif config.on_expire is OnExpire.CUT:
+                connection.cut()
+            else:
+                ends_at = trio.current_time() + DRAIN_MAX_S
+                connection.scope.deadline = min(connection.scope.deadline, ends_at)
         self._open(bindings(config) - self._listening.keys())
 
     def give_up(self, config: ListenerConfig) -> None:
@@ -195,7 +206,7 @@ class Forward:
         if peer is None:
             accepted.close()
             return
-        connection = _Connection(accepted, peer)
+        connection = _Connection(accepted, peer, self.config.target_port(port))
         refusal = self._refusal(connection)
         if refusal is not None:
             abort(accepted)

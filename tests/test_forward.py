@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from endings import CLIENT_ABORTS, SCRIPTS, Saw, Script, pattern, play, play_directly
 from helpers import (
     BOUND_S,
@@ -18,7 +19,10 @@ from helpers import (
     accept,
     accept_socket,
     calls_of,
+    connect,
+    echo_once,
     free_port,
+    is_reset,
     nobody,
     port_of,
     running_listener,
@@ -192,12 +196,11 @@ async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
 
 
 def config(port: int, **options: str) -> ListenerConfig:
-    given = {"listen": "127.0.0.1", "srchosts": "127.0.0.0/8"} | options
-    text = " ".join(f"{name}={value}" for name, value in given.items())
+    given = {"listen": "127.0.0.1", "srchosts": "127.0.0.0/8", "dstports": "80-80"} | options
+    text = " ".join(f"{name.replace('_', '-')}={value}" for name, value in given.items())
     return ListenerConfig.parse(
         "fwd.work.web",
-        f"version=1 service=qubes.ForwardTCP transport=call side=outer "
-        f"srcports={port}-{port} dstports=80-80 {text}",
+        f"version=1 service=qubes.ForwardTCP transport=call side=outer srcports={port}-{port} {text}",
     )
 
 
@@ -206,6 +209,28 @@ async def means(client: tuple[str, ...]) -> AsyncIterator[Means]:
     async with open_relay_thread() as relays, trio.open_nursery() as tasks:
         yield Means(Transports(client, relays, tasks, 32, CallTimeouts()), tasks)
         tasks.cancel_scope.cancel()
+
+
+async def test_what_drains_after_a_narrowing_is_cut_when_its_time_is_over(
+    tmp_path: Path, server: socket.socket, mock_clock: trio.testing.MockClock
+) -> None:
+    """And what is allowed again meanwhile, to the same port of the target, goes on."""
+    port = free_port()
+    wide = {"srchosts": "127.0.0.0/8", "dstports": f"{port_of(server)}-{port_of(server)}"}
+    async with means(FakeClient(tmp_path, "serve").command) as having:
+        serving = Forward(config(port, **wide), having)
+        async with await connect(port) as client, await accept(server) as far:
+            await echo_once(client, far)
+            for change in ({"srchosts": "127.0.0.2/32"}, {}, {"dstports": "1-1"}):
+                serving.reconfigure(config(port, **(wide | change), on_expire="drain"))
+                mock_clock.jump(forward.DRAIN_MAX_S - 1 if change else forward.DRAIN_MAX_S)
+                await echo_once(client, far)
+            # Nor does an unrelated change give it more time.
+            changed = config(port, **(wide | {"dstports": "1-1"}), on_expire="drain", limits="rate:9")
+            serving.reconfigure(changed)
+            mock_clock.jump(2)
+            assert await is_reset(client)
+        serving.close()
 
 
 def test_a_forward_listens_on_every_address_and_port() -> None:

@@ -422,7 +422,7 @@ def _narrowing(old: Forward | None, new: Forward) -> list[str]:
     if old is None or old.config is None or new.config is None or not new.config.narrows(old.config):
         return []
     if new.config.on_expire is OnExpire.DRAIN:
-        return ["connections that it no longer allows go on until they end, as it says on-expire=drain"]
+        return ["connections that it no longer allows go on for an hour at most, as it says on-expire=drain"]
     return ["connections that it no longer allows are cut"]
 
 

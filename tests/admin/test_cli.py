@@ -371,10 +371,7 @@ def test_the_mark_of_a_tunnel_is_not_taken_for_a_rule(forward: Forward, lab: Lab
     ("ending", "words"),
     [
         ("cut", "Note: connections that it no longer allows are cut.\n"),
-        (
-            "drain",
-            "Note: connections that it no longer allows go on until they end, as it says on-expire=drain.\n",
-        ),
+        ("drain", "Note: connections that it no longer allows go on for an hour at most, as it says "),
     ],
 )
 def test_set_says_what_becomes_of_those_it_shuts_out(forward: Forward, ending: str, words: str) -> None:
