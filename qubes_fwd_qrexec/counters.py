@@ -25,8 +25,6 @@ class Refusal(StrEnum):
     """The server in the target took no connection."""
     BUSY = "busy"
     """So many calls or connections are under way already that no more may wait."""
-    BACK_OFF = "back-off"
-    """A call was refused just before, and is not asked for again yet."""
     NO_CALL = "no-call"
     """There was no call to be had for any other reason."""
 

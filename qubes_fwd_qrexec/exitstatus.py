@@ -7,8 +7,10 @@ from .counters import Refusal
 
 
 class ExitStatus(IntEnum):
-    """The exit statuses that mean something; the first three are qrexec's (libqrexec/qrexec.h)."""
+    """The exit statuses that mean something; the first four are qrexec's (libqrexec/qrexec.h)."""
 
+    NO_ROOM = 1
+    """From the client itself, before the call is through: most likely there is no memory for its vchan."""
     TROUBLE = 125
     """No connection to the target, or with qubes.ConnectTCP none from it to its server."""
     REFUSED = 126
@@ -28,6 +30,7 @@ class ExitStatus(IntEnum):
 
 
 _MEANINGS = {
+    ExitStatus.NO_ROOM: "this qube has no room for another vchan; parameter limit of xen-gntalloc gives more",
     ExitStatus.TROUBLE: "the call failed: the target cannot be reached, or nothing listens on its port",
     ExitStatus.REFUSED: "dom0's policy refuses the call, or there are too many",
     ExitStatus.NO_SERVICE: "the target does not have the service",
@@ -40,6 +43,7 @@ _MEANINGS = {
 
 
 _REFUSALS: dict[int, Refusal] = {
+    ExitStatus.NO_ROOM: Refusal.BUSY,
     ExitStatus.REFUSED: Refusal.POLICY,
     ExitStatus.REVOKED: Refusal.POLICY,
     ExitStatus.NO_SERVICE: Refusal.NO_SERVICE,
@@ -48,14 +52,17 @@ _REFUSALS: dict[int, Refusal] = {
 }
 
 
-def refusal(status: int) -> Refusal:
+def refusal(status: int | None) -> Refusal:
     """What a call that gave no byte counts as; afterwards a target could have forged it."""
-    return _REFUSALS.get(status, Refusal.NO_CALL)
+    return Refusal.NO_CALL if status is None else _REFUSALS.get(status, Refusal.NO_CALL)
 
 
-def meaning(status: int) -> str:
-    """What an exit status says, in words for the log; once connected, a target can forge any of them."""
-    try:
-        return f"{_MEANINGS[ExitStatus(status)]} (exit status {status})"
-    except ValueError:
+def meaning(status: int, *, is_through: bool = False) -> str:
+    """What an exit status says, in words for the log; once connected, a target can forge any of them.
+
+    ``is_through``: the target is known to have taken the call, so that the status is its own.
+    """
+    known = {int(one) for one in _MEANINGS} - ({ExitStatus.NO_ROOM} if is_through else set())
+    if status not in known:
         return f"the call ended with exit status {status}"
+    return f"{_MEANINGS[ExitStatus(status)]} (exit status {status})"

@@ -263,7 +263,7 @@ class Forward:
             ending = await self._means.transports.carry(self.config, port, accepted, carried)
         except RefusedError as error:
             self._failed(error.kind, str(error))
-            self._warn("no call", f"{peer}: {error}")
+            self._warn(str(error), f"{peer}: {error}")
             return False, "refused"
         except OSError as error:
             self._failed(None, str(error))
@@ -290,7 +290,9 @@ class Forward:
         way = self._way
         if self.config.transport is Transport.TUNNEL:
             way = Way.IDLE if tunnels is None else tunnels.way
-        text, at = counters.last_error or (None, None)
+        lost = None if tunnels is None else tunnels.last_problem
+        said = [error for error in (counters.last_error, lost) if error is not None]
+        text, at = max(said, key=lambda error: error[1], default=(None, None))
         return ForwardReport(
             target=self.config.target,
             name=self.config.name,

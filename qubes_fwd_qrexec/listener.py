@@ -20,6 +20,7 @@ from . import listeneroptions, qrexec
 from .accepting import BindError
 from .bugs import Bugs
 from .call import CallTimeouts
+from .callbudget import CALLS_MAX
 from .cleanstart import start_clean
 from .config import ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration, Source
@@ -37,7 +38,6 @@ from .relaythread import open_relay_thread
 from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, DrainingReport, ListenerReport, Problem, Trial
 from .statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
 from .supervisor import Supervisor, supervise
-from .targets import CALLS_MAX
 from .transports import Transports
 from .trial import try_out
 from .tunnels import LINGER_S

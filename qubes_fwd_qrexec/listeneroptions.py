@@ -7,9 +7,9 @@ from pathlib import Path
 
 from . import __version__, qrexec
 from .call import CallTimeouts
+from .callbudget import CALLS_MAX
 from .limits import PROCESS_MAX
 from .statussockets import RUNTIME_VARIABLE
-from .targets import CALLS_MAX
 from .tunnels import LINGER_S
 
 
@@ -53,14 +53,14 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=CALLS_MAX,
         metavar="N",
-        help="calls at once for each target (default: %(default)s)",
+        help="qrexec calls at once, of all forwards (default: %(default)s)",
     )
     options.add_argument(
         "--call-timeout",
         type=float,
         default=CallTimeouts().call_s,
         metavar="SECONDS",
-        help="end a call that gives no sign of life for so long (default: %(default)g)",
+        help="end a call that dom0 and the target have not taken within this (default: %(default)g)",
     )
     options.add_argument(
         "--linger",

@@ -14,6 +14,7 @@ import trio
 
 from .budget import WINDOW_MAX_BYTES, Budget
 from .call import Ending
+from .callbudget import Place
 from .counters import Carried, Refusal
 from .leg import Leg
 from .leg_end import LegEnd
@@ -49,23 +50,28 @@ class Tunnel:
     read in both.
     """
 
-    def __init__(self, relays: RelayThread, ports: TargetPorts, given_up: "Callable[[Tunnel], None]") -> None:
+    def __init__(self, relays: RelayThread, ports: TargetPorts) -> None:
         self.settled = trio.Event()
         """Set once it is ready, or never will be."""
         self.problem: str | None = None
-        self.refusal: str | None = None
+        self.refusal: Refusal | None = None
         """Why it never became ready."""
+        self.status: int | None = None
+        """The exit status of its call, where that has one."""
         self.mux: Mux | None = None
         self.ready_at = -math.inf
         self.opened = 0
         """How many streams it was asked for so far."""
-        self.is_spent = False
-        """Whether this end wants no more of it, or the target's having given it up has been noted."""
+        self.was_let_go = False
+        """Whether this end wants no more of it."""
+        self.place: Place | None = None
+        """That of its call, among all of this qube."""
         self._relays = relays
         self._ports = ports
-        self._given_up = given_up
         self._is_ready = False
         self._is_draining = False
+        self._users = 0
+        self._used_at = -math.inf
         self._finish: Callable[[str | None], None] | None = None
         self._waiting: dict[Leg, Callable[[Ending | RetryError], None]] = {}
 
@@ -104,6 +110,22 @@ class Tunnel:
     def streams(self) -> int:
         return 0 if self.mux is None else len(self.mux.legs)
 
+    @property
+    def quiet_s(self) -> float | None:
+        """As the holder of a place among all calls: for how long it has had no stream."""
+        if self.is_opening or self._is_draining or self._users or self.streams:
+            return None
+        return trio.current_time() - max(self._used_at, self.ready_at)
+
+    def make_room(self) -> None:
+        """Another target needs the call."""
+        self.drain()
+
+    def forget_call(self) -> None:
+        """There was no room for its call, and there will be another."""
+        self.mux = self.refusal = self.status = self.place = None
+        self._is_draining = False
+
     async def run(self, call: Call, budget: Budget, half_close_s: float, idle_s: float) -> str | None:
         """Drive it until it is over; why, unless it ended as agreed."""
 
@@ -112,7 +134,9 @@ class Tunnel:
             hello = Hello(WINDOW_MAX_BYTES, secrets.token_bytes(16))
             connection = Connection(hello, range(self._ports.first, self._ports.last + 1))
             loop, source, sink = self._relays.loop, call.stdout, call.stdin
-            self.mux = Mux(loop, connection, source, sink, budget, self, half_close_s, idle_s)
+            self.mux = Mux(
+                loop, connection, source, sink, budget, self, half_close_s, idle_s, hello_s=math.inf
+            )
 
         def let_go() -> None:
             self._finish = None
@@ -123,7 +147,7 @@ class Tunnel:
 
     def drain(self) -> None:
         """Take no more streams, and end with the last one."""
-        self._is_draining = self.is_spent = True
+        self._is_draining = self.was_let_go = True
 
         def drain() -> None:
             if self.mux is not None:
@@ -144,6 +168,21 @@ class Tunnel:
         carried: Carried | None = None,
     ) -> Ending:
         """Carry one connection, and close or abort it in the end; `RetryError` if it was not begun."""
+        self._users += 1
+        try:
+            return await self._relay(accepted, port, origin, proxy, carried)
+        finally:
+            self._users -= 1
+            self._used_at = trio.current_time()
+
+    async def _relay(
+        self,
+        accepted: socket.socket,
+        port: int,
+        origin: Origin,
+        proxy: ProxyVersion,
+        carried: Carried | None,
+    ) -> Ending:
         legs: list[Leg] = []
 
         def begin(finish: Callable[[Ending | RetryError], None]) -> None:
@@ -154,7 +193,7 @@ class Tunnel:
             leg = self.mux.open(port, origin, accepted, proxy)
             if leg is None:
                 text = "this qube holds as many connections as it may"
-                finish(Ending(text, False, 0, 0, Refusal.BUSY, "refused"))
+                finish(Ending(text, 0, 0, Refusal.BUSY, "refused"))
                 return
             legs.append(leg)
             if carried is not None:
@@ -175,7 +214,7 @@ class Tunnel:
     def _leg_ended(self, leg: Leg, how: LegEnd) -> None:
         finish = self._waiting.pop(leg, None)
         if finish is not None:
-            finish(Ending(None, False, leg.sent, leg.received, how=_HOW[how]))
+            finish(Ending(None, leg.sent, leg.received, how=_HOW[how]))
 
     # What the mux tells, in the loop's thread
 
@@ -200,15 +239,21 @@ class Tunnel:
         finish = self._waiting.pop(leg, None)
         if finish is not None:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
-            refused = Ending(error, False, 0, 0, Refusal.SERVER, "refused")
+            refused = Ending(error, 0, 0, Refusal.SERVER, "refused")
             finish(RetryError(is_targets=True) if code in _TRY_AGAIN else refused)
 
     def draining(self, mux: Mux, code: GoawayCode) -> None:
         self._turn_away()
 
     def _turn_away(self) -> None:
-        self._is_draining = True
-        self._relays.tell(lambda: self._given_up(self))
+        """The target wants no more streams on it. It may not go on like this: each call asks dom0."""
+        if not self._is_draining:
+            self._is_draining = True
+            self._relays.tell(self._note_end)
+
+    def _note_end(self) -> None:
+        if self.place is not None:
+            self.place.lost("the target gave a tunnel up")
 
     def over(self, mux: Mux, problem: str | None) -> None:
         self._is_draining = True

@@ -18,7 +18,7 @@ from .errors import LocalProtocolError, RemoteProtocolError
 from .leg import Leg
 from .loop import READ, Loop
 from .muxowner import MuxOwner
-from .patience import TICK_S, Patience
+from .patience import HELLO_S, TICK_S, Patience
 from .tunnel import (
     HEADER_BYTES,
     MAX_DATA_BYTES,
@@ -58,6 +58,8 @@ class Mux:
     ``half_close_s``: a stream of which a direction has ended is aborted when nothing has moved in the other,
     or the last bytes were not taken, for so many seconds. ``idle_s``: so is any stream in which nothing has
     moved in either direction; a target leaves that to the listener, whose default it cannot know.
+    ``hello_s``: how long the peer may take to say HELLO; a listener, whose target may still be starting,
+    judges that by itself.
 
     Raises OSError when the kernel can watch no more sockets.
     """
@@ -72,6 +74,7 @@ class Mux:
         owner: MuxOwner,
         half_close_s: float = HALF_CLOSE_S,
         idle_s: float = math.inf,
+        hello_s: float = HELLO_S,
     ) -> None:
         self.loop = loop
         self.share = Share(budget)
@@ -98,7 +101,7 @@ class Mux:
         except OSError:
             self.backlog.let_go()
             raise
-        self._patience = Patience(connection, self.backlog)
+        self._patience = Patience(connection, self.backlog, hello_s)
         self._after(TICK_S, self._tick)
         self._flush_soon()
 

@@ -14,17 +14,22 @@ from .tunnel import Connection
 
 TICK_S = 1.0
 # relay-behaviours 26: no HELLO.
-_HELLO_S = 30
+HELLO_S = 30.0
 # relay-behaviours 48: half a frame and then silence, or a peer that reads nothing.
 _PAUSE_S = 300
 
 
 class Patience:
-    """For one end of one call; `tick` is called each second in which this process runs."""
+    """For one end of one call; `tick` is called each second in which this process runs.
 
-    __slots__ = ("_backlog", "_connection", "_silent_ticks", "_ticks")
+    ``hello_s``: how long the peer may take to say HELLO. A listener, whose target may still be starting,
+    judges that by itself.
+    """
 
-    def __init__(self, connection: Connection, backlog: Backlog) -> None:
+    __slots__ = ("_backlog", "_connection", "_hello_s", "_silent_ticks", "_ticks")
+
+    def __init__(self, connection: Connection, backlog: Backlog, hello_s: float = HELLO_S) -> None:
+        self._hello_s = hello_s
         self._connection = connection
         self._backlog = backlog
         self._ticks = 0
@@ -38,8 +43,8 @@ class Patience:
         """A second has passed: why the other end is waited for no longer, if so."""
         self._ticks += 1
         self._silent_ticks += 1
-        if self._connection.peer is None and self._ticks * TICK_S >= _HELLO_S:
-            return f"no HELLO within {_HELLO_S} s"
+        if self._connection.peer is None and self._ticks * TICK_S >= self._hello_s:
+            return f"no HELLO within {self._hello_s:g} s"
         if self._connection.has_partial_frame and self._silent_ticks * TICK_S >= _PAUSE_S:
             return f"half a frame, and nothing more for {_PAUSE_S} s"
         if self._backlog.stuck_ticks * TICK_S >= _PAUSE_S:

@@ -17,7 +17,7 @@ import socket
 import struct
 import subprocess
 import termios
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -27,6 +27,9 @@ from .errors import ConfigError
 CLIENT = ("/usr/bin/qrexec-client-vm",)
 # What a stalled direction may hold in the kernel, for each socketpair: twice the client's own 64 KiB.
 _SOCKET_BUFFER_BYTES = 131072
+# How soon it is seen that a call is through: at once for a warm target, and without any cost for a cold one.
+_LOOK_FIRST_S = 0.002
+_LOOK_MAX_S = 0.25
 
 
 def parse_client(text: str) -> tuple[str, ...]:
@@ -42,13 +45,58 @@ def parse_client(text: str) -> tuple[str, ...]:
     return words
 
 
+class CallInput:
+    """What a call's stdin is read from: ``ours`` is this end, a non-blocking socket.
+
+    Our hold on the client's end is kept until the call is through. What no client has read by then is still
+    there for the next one, so a call that found no room can be made again without a byte lost. And it tells
+    when a call is through: qrexec-client-vm makes its stdin non-blocking then, and not before
+    (qubes-core-qrexec libqrexec/process_io.c), which all who hold the same open file see.
+    """
+
+    def __init__(self) -> None:
+        self.ours, self._theirs = _pair()
+
+    @property
+    def theirs(self) -> socket.socket:
+        """The client's end; it must not be through yet."""
+        return self._theirs
+
+    @property
+    def is_read(self) -> bool:
+        """Whether a client has begun to read it."""
+        if self._theirs.fileno() < 0:
+            return True
+        if os.get_blocking(self._theirs.fileno()):
+            return False
+        self._theirs.close()  # its end of file is the client's alone to make
+        return True
+
+    def close(self) -> None:
+        self.ours.close()
+        self._theirs.close()
+
+
 class Call:
     """A call under way. ``stdin`` and ``stdout`` are this end's non-blocking sockets of the target's two."""
 
-    def __init__(self, process: trio.Process, stdin: socket.socket, stdout: socket.socket) -> None:
+    def __init__(self, process: trio.Process, given: CallInput, stdout: socket.socket) -> None:
         self._process = process
-        self.stdin = stdin
+        self._input = given
+        self.stdin = given.ours
         self.stdout = stdout
+
+    @property
+    def is_through(self) -> bool:
+        """Whether dom0 has allowed the call and the target has taken it."""
+        return self._input.is_read
+
+    async def wait_through(self, has_sign: Callable[[], bool] | None = None) -> None:
+        """Until it is through, or ``has_sign``. Nothing tells of it, so this looks again and again."""
+        pause_s = _LOOK_FIRST_S
+        while not (self.is_through or (has_sign is not None and has_sign())):
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LOOK_MAX_S)
 
     async def status(self, timeout_s: float = math.inf) -> int | None:
         """The exit status once there is one, None when there is none after ``timeout_s`` seconds."""
@@ -67,25 +115,32 @@ class Call:
 
 
 @asynccontextmanager
-async def open_call(client: Sequence[str], target: str, service: str) -> AsyncIterator[Call]:
+async def open_call(
+    client: Sequence[str], target: str, service: str, given: CallInput | None = None
+) -> AsyncIterator[Call]:
     """Call ``service`` (``NAME+ARGUMENT``) in ``target``; the call is over when the block is left.
 
-    Raises OSError when the client cannot be started. Whether the call is allowed, and whether anybody
-    answers, only shows later: in its exit status, or never.
+    ``given`` is the input, which stays open then; without it the call has one of its own. Raises OSError when
+    the client cannot be started. Whether the call is allowed, and whether anybody answers, only shows later:
+    in its exit status, or never.
     """
     with contextlib.ExitStack() as ours:
+        if given is None:
+            given = CallInput()
+            ours.callback(given.close)
         with contextlib.ExitStack() as theirs:
-            stdin, client_stdin = _pair(ours, theirs)
-            stdout, client_stdout = _pair(ours, theirs)
+            stdout, client_stdout = _pair()
+            ours.callback(stdout.close)
+            theirs.callback(client_stdout.close)
             process = await trio.lowlevel.open_process(
                 [*client, "--", target, service],
-                stdin=client_stdin,
+                stdin=given.theirs,
                 stdout=client_stdout,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
         try:
-            yield Call(process, stdin, stdout)
+            yield Call(process, given, stdout)
         finally:
             if process.returncode is None:
                 # The client may be a script around the real one; it leads a group of its own.
@@ -95,10 +150,9 @@ async def open_call(client: Sequence[str], target: str, service: str) -> AsyncIt
                 await process.wait()
 
 
-def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+def _pair() -> tuple[socket.socket, socket.socket]:
+    """Our end, which is non-blocking, and the client's."""
     mine, other = socket.socketpair()
-    ours.callback(mine.close)
-    theirs.callback(other.close)
     mine.setblocking(False)
     for end in (mine, other):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """An accepted connection carried to its target, by the transport that its forward says.
 
-`Transports` keeps what forwards to the same target share: its slots and back-off, and its tunnels.
+`Transports` keeps what forwards share: the budget of calls, and the tunnels to each target.
 """
 
 import socket
@@ -10,16 +10,15 @@ from ipaddress import ip_address
 import trio
 
 from .budget import Budget
-from .call import CallTimeouts, Ending, relay_over_call
-from .config import ListenerConfig
+from .call import Caller, CallTimeouts, Ending, relay_over_call
+from .callbudget import CallBudget
+from .config import ListenerConfig, Service
 from .counters import Carried
-from .errors import RefusedError
 from .relaythread import RelayThread
 from .rules import Proxy, Transport
-from .targets import Target
 from .tunnel import Origin, ProxyVersion
 from .tunnels import LINGER_S, Tunnels
-from .values import TargetPorts
+from .values import TargetPorts, unmapped
 
 _PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
 
@@ -41,11 +40,10 @@ class Transports:
         self.relays = relays
         self._client = client
         self._tasks = tasks
-        self._calls_max = calls_max
+        self.calls = CallBudget(tasks, calls_max)
         self._timeouts = timeouts
         self._linger_s = linger_s
         self._budget = Budget()
-        self._targets: dict[str, Target] = {}
         self._tunnels: dict[_TunnelsKey, Tunnels] = {}
         self._is_draining = False
 
@@ -63,28 +61,20 @@ class Transports:
 
         Raises `RefusedError` when there is no call to be had, OSError when the connection is gone.
         """
-        is_tcp = origin is None
         origin = origin or _origin(accepted)
         if config.transport is Transport.TUNNEL:
             tunnels = self._tunnels_for(config)
             proxy = _PROXY_VERSIONS[config.proxy]
             return await tunnels.relay(accepted, config.target_port(port), origin, proxy, carried)
-        target = self._target(config.target)
-        service = f"{config.service}+{config.target_port(port)}"
-        async with target.slot(service):
-            if is_tcp:
-                _origin(accepted)  # it may have left while it waited
-            try:
-                ending = await relay_over_call(
-                    accepted, self._client, config.target, service, self.relays, self._timeouts, carried
-                )
-            except OSError as error:
-                raise RefusedError(f"cannot start {self._client[0]}: {error.strerror}") from error
-        if ending.is_refused:
-            target.refused(service, "the last call was refused")
-        elif ending.received_bytes:
-            target.accepted(service)
-        return ending
+        caller = Caller(
+            self._client,
+            config.target,
+            f"{config.service}+{config.target_port(port)}",
+            self.calls,
+            ((config.target, config.name), unmapped(origin.client)),
+            ends_with_server=config.service is Service.CONNECT_TCP,
+        )
+        return await relay_over_call(accepted, caller, self.relays, self._timeouts, carried)
 
     def tunnels(self, config: ListenerConfig) -> Tunnels | None:
         """The tunnels that the forward uses, if there were any yet."""
@@ -92,11 +82,11 @@ class Transports:
 
     def reconfigured(self, configs: list[ListenerConfig]) -> None:
         """The configuration is new, and with it the policy: ask dom0 again, and let go what nobody needs."""
-        for target in self._targets.values():
-            target.forget_refusals()
         needed = {_tunnels_key(config) for config in configs if config.transport is Transport.TUNNEL}
         for key in self._tunnels.keys() - needed:
             self._tunnels.pop(key).retire()
+        self.calls.expect(len(needed))
+        self.calls.forget_refusals()
 
     def drain(self) -> None:
         """The listener stops: no more tunnels, and each that is there ends with its last stream."""
@@ -104,18 +94,14 @@ class Transports:
         for tunnels in self._tunnels.values():
             tunnels.retire()
 
-    def _target(self, name: str) -> Target:
-        if name not in self._targets:
-            self._targets[name] = Target(name, self._calls_max)
-        return self._targets[name]
-
     def _tunnels_for(self, config: ListenerConfig) -> Tunnels:
         key = _tunnels_key(config)
         if key not in self._tunnels:
             ports = config.target_ports
             self._tunnels[key] = Tunnels(
                 self._client,
-                self._target(config.target),
+                self.calls,
+                config.target,
                 f"{config.service}+{ports.brief()}+tunnel",
                 ports,
                 self.relays,

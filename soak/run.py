@@ -20,11 +20,11 @@ import trio
 
 from bench.memory import descendants, open_files, pss_kib
 from bench.processes import Child
+from qubes_fwd_qrexec.callbudget import WAIT_S
 from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
 from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.targets import BACK_OFF_MAX_S
 from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
 from .play import Outcome, play
@@ -169,14 +169,14 @@ class Soak:
         return [pid for pid in descendants([os.getpid()]) if pid not in listener]
 
     async def _wait_for_tunnel(self) -> None:
-        """Until a connection is carried: after the start, and after what a storm has left of back-off."""
+        """Until a connection is carried: after the start, and after what a storm has left of refusals."""
         script = Script(0, _PLAIN, _PLAIN)
-        with trio.move_on_after(BACK_OFF_MAX_S * 1.5):
+        with trio.move_on_after(WAIT_S):
             while True:
                 outcome, _ = await self._play(script, 0, self._listen)
                 if outcome.client is not None and outcome.client.end == "EOF":
                     return
-                await trio.sleep(0.1)  # a back-off that is over is told to nobody
+                await trio.sleep(0.1)
         self.findings.note("no tunnel opens any more")
 
     # What is left over

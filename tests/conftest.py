@@ -13,7 +13,7 @@ from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
 from hypothesis import HealthCheck, settings
 from mux_bench import Joined, TunnelBench
 
-from qubes_fwd_qrexec import logs, statussockets, targets, trial
+from qubes_fwd_qrexec import callbudget, logs, statussockets, trial
 from qubes_fwd_qrexec.bugs import Bugs
 
 # How long an example takes says something of the machine's other load alone. Where a change is judged, the
@@ -93,10 +93,16 @@ def said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def long_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a test takes, dom0 is not asked again for what it has refused."""
-    monkeypatch.setattr(targets, "BACK_OFF_FIRST_S", 1e6)
-    monkeypatch.setattr(targets, "BACK_OFF_MAX_S", 1e6)
+def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a test takes, dom0 is not asked again for what it refused; whoever waits gives up soon."""
+    monkeypatch.setattr(callbudget, "AGAIN_S", 1e6)
+    monkeypatch.setattr(callbudget, "WAIT_S", 0.05)
+
+
+@pytest.fixture
+def again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dom0 is asked again without a pause."""
+    monkeypatch.setattr(callbudget, "AGAIN_S", 0.0)
 
 
 @pytest.fixture

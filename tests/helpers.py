@@ -38,11 +38,11 @@ os.environ["QREXEC_AGENT_PID"] = str(os.getpid())
 if mode == "serve":
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", argument])
 elif mode.startswith("tunnel"):  # our service, with constants of its own
-    from qubes_fwd_qrexec import service, tunnelservice
+    from qubes_fwd_qrexec import portions, service, tunnelservice
     for setting in mode.split()[1:]:
         name, equals, value = setting.partition("=")
-        assert hasattr(tunnelservice, name)
-        setattr(tunnelservice, name, int(value))
+        (module,) = [module for module in (tunnelservice, portions) if hasattr(module, name)]
+        setattr(module, name, int(value))
     sys.exit(service.main([argument]))
 elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up what it is asked for
     from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived, ResetCode
@@ -67,6 +67,9 @@ elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up
 elif mode.startswith("exit"):
     sys.exit(int(mode[4:]))
 elif mode == "hang":
+    signal.pause()
+elif mode == "mute":  # the call is through, and the service says nothing
+    os.set_blocking(0, False)
     signal.pause()
 elif mode == "chatty":
     while True:
@@ -311,7 +314,7 @@ async def running_listener(
 
 def calls_of(listener: Listener, target: str = "work") -> int:
     """Calls under way to a target, one for each connection that `call` carries."""
-    return listener._means.transports._target(target).calls
+    return listener._means.transports.calls.calls_to(target)
 
 
 def is_listening(port: int) -> bool:

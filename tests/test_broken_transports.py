@@ -13,7 +13,7 @@ from loop_time import SLOWNESS
 from processes import Connection, Way, World, assert_reset, kill, open_world, until, with_constants
 
 from bench.memory import open_files
-from qubes_fwd_qrexec.targets import BACK_OFF_FIRST_S
+from qubes_fwd_qrexec.brake import AGAIN_S
 
 KILLS = 40
 CLIENTS = 20
@@ -41,16 +41,16 @@ def start_slowly(world: World, *tunnels: str) -> None:
 
 
 class Failing:
-    """A way for each of its tests, since the log and the back-off of a forward remember."""
+    """A way for each of its tests, since the log of a forward remembers, and so does what was refused."""
 
     def __init__(self, world: World, transport: str) -> None:
         self.world = world
         self.transport = transport
         self.ways = {trouble: world.forward(transport) for trouble in TROUBLES}
-        # However long all clients of a test take, no back-off is over before.
+        # However long all clients of a test take, dom0 is not asked again before, and nobody waits for that.
         world.start_listener(
-            targets__BACK_OFF_FIRST_S=1000.0,
-            targets__BACK_OFF_MAX_S=1250.0,
+            callbudget__AGAIN_S=1000.0,
+            callbudget__WAIT_S=0.1,
             logs__REPEAT_S=1000.0,  # nor is anything said again
         )
 
@@ -134,7 +134,7 @@ def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> 
         hanging, silent = world.forward(), world.forward()
         world.turn(hang=(f"work/{hanging.tunnel}",))
         world.serve_with(silent.tunnel, sys.executable, "-c", _SILENT)
-        world.start_listener(tunnels__HELLO_S=1.0, patience___HELLO_S=1.0)
+        world.start_listener(tunnels__OPEN_S=1.0, tunnels__HELLO_S=1.0)
         for way in hanging, silent:
             with at_least(0.9), ExitStack() as stack:
                 clients = [stack.enter_context(way.client()) for _ in range(5)]
@@ -270,7 +270,7 @@ def test_after_many_losses_nothing_is_left(lossy: Lossy) -> None:
 
 
 def test_tunnels_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Lossy) -> None:
-    """relay-behaviours 28: at once after the first loss, and after the second not before a second is over."""
+    """relay-behaviours 28: dom0 is asked at most every two seconds."""
     world, way = lossy.world, lossy.way
     with lossy.connect() as connection:
         asked = world.asked(way.tunnel)
@@ -279,7 +279,7 @@ def test_tunnels_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Loss
         began = time.monotonic()
         lossy.lose(kill_service, [connection])
     with way.connect_again():  # by many clients, one after the other
-        assert time.monotonic() - began >= BACK_OFF_FIRST_S
+        assert time.monotonic() - began >= AGAIN_S / 2
         until(lambda: world.asked(way.tunnel) >= asked + 2)  # the broker says so when all of it is over
         assert world.asked(way.tunnel) == asked + 2
 

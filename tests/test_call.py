@@ -11,7 +11,9 @@ from handclock import HandClock
 from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, nobody, port_of, tcp_pair
 
 from qubes_fwd_qrexec import call, relay
-from qubes_fwd_qrexec.call import CallTimeouts, Ending, relay_over_call
+from qubes_fwd_qrexec.call import Caller, CallTimeouts, Ending, relay_over_call
+from qubes_fwd_qrexec.callbudget import CallBudget
+from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
 
@@ -62,9 +64,11 @@ async def relayed(
         async with open_relay_thread() as relays, trio.open_nursery() as nursery:
             run.relays = relays
 
+            caller = Caller(command, "work", f"s+{port}", CallBudget(nursery))
+
             @nursery.start_soon
             async def carry() -> None:
-                run.ending = await relay_over_call(accepted, command, "work", f"s+{port}", relays, timeouts)
+                run.ending = await relay_over_call(accepted, caller, relays, timeouts)
                 run.ended.set()
 
             yield run
@@ -90,28 +94,26 @@ async def test_a_clean_conversation_ends_without_error(tmp_path: Path, server: s
                 assert await receive(run.client) == b""
                 half_close(run.client)
                 assert await receive(far) == b""
-            assert await run.end() == Ending(None, False, 8, 6)
+            assert await run.end() == Ending(None, 8, 6)
 
 
 @pytest.mark.parametrize(
-    ("mode", "is_refused", "words"),
+    ("mode", "words"),
     [
-        ("exit126", True, "policy refuses"),
-        ("exit127", True, "does not have the service"),
-        ("exit125", False, "cannot be reached"),
-        ("exit3", False, "exit status 3"),
-        ("serve", False, "refused the connection"),
-        ("stock", False, "nothing listens"),
+        ("exit126", "policy refuses"),
+        ("exit127", "does not have the service"),
+        ("exit1", "no room for another vchan"),
+        ("exit125", "cannot be reached"),
+        ("exit3", "exit status 3"),
+        ("serve", "refused the connection"),
+        ("stock", "nothing listens"),
     ],
 )
-async def test_a_failed_call_is_an_error_with_words_of_its_own(
-    tmp_path: Path, mode: str, is_refused: bool, words: str
-) -> None:
+async def test_a_failed_call_is_an_error_with_words_of_its_own(tmp_path: Path, mode: str, words: str) -> None:
     async with relayed(FakeClient(tmp_path, mode).command, free_port()) as run:
         ending = await run.end()
         assert ending.error is not None
         assert words in ending.error
-        assert ending.is_refused is is_refused
         assert ending.received_bytes == 0
 
 
@@ -119,7 +121,7 @@ async def test_a_refusal_after_bytes_is_a_forgery(tmp_path: Path) -> None:
     async with relayed(FakeClient(tmp_path, "forge").command, 1) as run:
         ending = await run.end()
         assert ending.error is not None
-        assert not ending.is_refused
+        assert ending.refusal is None
 
 
 async def test_a_client_program_that_dies_in_mid_stream_is_an_abort(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ async def test_a_call_that_hangs_meets_its_deadline(tmp_path: Path) -> None:
     async with relayed(FakeClient(tmp_path, "hang").command, 1, call_s=0.1) as run:
         run.client.send(pattern(1000))
         ending = await run.end()
-        assert ending.error == "the call gave no sign of life for 0.1 s"
+        assert ending.error == "the call was not through to work within 0.1 s"
 
 
 async def test_a_quiet_server_is_no_hanging_call(
@@ -272,12 +274,13 @@ async def test_the_stock_service_ends_with_its_server(tmp_path: Path, server: so
         assert (await run.end()).error is None
 
 
-async def test_a_program_that_does_not_exist_is_an_os_error() -> None:
+async def test_a_program_that_does_not_exist_is_a_refusal_that_names_it() -> None:
     client, accepted = tcp_pair()
     with client, accepted:
-        async with open_relay_thread() as relays:
-            with pytest.raises(FileNotFoundError):
-                await relay_over_call(accepted, ("/nonexistent",), "work", "s+1", relays, CallTimeouts())
+        async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+            caller = Caller(("/nonexistent",), "work", "s+1", CallBudget(nursery))
+            with pytest.raises(RefusedError, match="cannot start /nonexistent: No such file"):
+                await relay_over_call(accepted, caller, relays, CallTimeouts())
 
 
 async def test_a_socket_that_cannot_be_watched_is_an_error_of_its_connection(tmp_path: Path) -> None:
@@ -287,11 +290,13 @@ async def test_a_socket_that_cannot_be_watched_is_an_error_of_its_connection(tmp
             def fileno(self) -> int:
                 return file.fileno()
 
+            def getpeername(self) -> tuple[str, int]:
+                return "127.0.0.1", 1
+
         with NoSocket() as accepted:
-            async with open_relay_thread() as relays:
+            async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+                caller = Caller(FakeClient(tmp_path, "hang").command, "w", "s+1", CallBudget(nursery))
                 with trio.fail_after(BOUND_S):
-                    ending = await relay_over_call(
-                        accepted, FakeClient(tmp_path, "hang").command, "w", "s+1", relays, CallTimeouts()
-                    )
+                    ending = await relay_over_call(accepted, caller, relays, CallTimeouts())
         assert ending.error is not None
         assert "cannot watch" in ending.error

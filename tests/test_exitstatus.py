@@ -14,7 +14,7 @@ def test_the_words_name_the_number(status: ExitStatus) -> None:
     assert meaning(status).endswith(f"(exit status {status.value})")
 
 
-@pytest.mark.parametrize("status", [1, 255, -9, 0])
+@pytest.mark.parametrize("status", [3, 255, -9, 0])
 def test_any_other_status_is_named_by_its_number(status: int) -> None:
     assert meaning(status) == f"the call ended with exit status {status}"
 
@@ -27,8 +27,14 @@ def test_any_other_status_is_named_by_its_number(status: int) -> None:
         (69, Refusal.SERVER),
         (75, Refusal.SERVER),
         (125, Refusal.NO_CALL),
-        (1, Refusal.NO_CALL),
+        (1, Refusal.BUSY),
     ],
 )
 def test_what_a_status_counts_as(status: int, counted: Refusal) -> None:
     assert refusal(status) is counted
+
+
+def test_status_1_of_the_client_says_what_gives_more_room_and_that_of_a_service_does_not() -> None:
+    assert "parameter limit of xen-gntalloc" in meaning(1)
+    assert refusal(1) == "busy"
+    assert meaning(1, is_through=True) == "the call ended with exit status 1"

@@ -9,6 +9,9 @@ import pytest
 
 from qubes_fwd_qrexec import (
     accepting,
+    brake,
+    callbudget,
+    callqueue,
     connectionlog,
     deadpeers,
     limits,
@@ -19,7 +22,6 @@ from qubes_fwd_qrexec import (
     mux,
     patience,
     qubesdbsource,
-    targets,
     tunnels,
     tunnelservice,
     unopened,
@@ -33,7 +35,7 @@ UNITS = {"s": 1, "second": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
 WORDS = {"a": 1, "each": 1, "half a": 0.5, "five": 5, "five times": 5, "three quarters": 0.75}
 TIMEOUTS = CallTimeouts()
 GONE_S = deadpeers.IDLE_S + deadpeers.COUNT * deadpeers.INTERVAL_S
-CALLS_AT_ONCE_OF_QREXEC = 128
+VCHANS_OF_A_QUBE = 30
 
 # A sentence, and what the code has for each {} in it: a number, or a time in seconds.
 SAID: list[tuple[str, tuple[float, ...]]] = [
@@ -45,10 +47,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
         (unopened.RETRY_FIRST_S, unopened.RETRY_MAX_S),
     ),
     ("connects again, at first after {} and then after up to {}.", qubesdbsource.BACKOFF_S),
-    (
-        "is not tried again at once: for {}, and after further failures for up to {}, new",
-        (targets.BACK_OFF_FIRST_S, targets.BACK_OFF_MAX_S),
-    ),
+    ("dom0 is asked again at most every {} while", (brake.AGAIN_S,)),
     ("closes all ports at once, and gives connections {} to finish;", (listener.DRAIN_S,)),
     ("closes all ports at once and gives connections {}.", (listener.DRAIN_S,)),
     ("connections of all forwards {} as many as the bound", (limits.PROCESS_MAX,)),
@@ -60,7 +59,10 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("one side has ended, and nothing moves {} what", (TIMEOUTS.half_close_s,)),
     ("one side has ended, and nothing moves {} what", (mux.HALF_CLOSE_S,)),
     ("the server in the target does not accept {} it", (localserver.CONNECT_TIMEOUT_S,)),
-    ("the target does not answer a call {}, {} for a tunnel, and", (tunnels.HELLO_S, TIMEOUTS.call_s)),
+    ("dom0 and the target have not taken a call {} as", (TIMEOUTS.call_s,)),
+    ("dom0 and the target have not taken a call {} as", (tunnels.OPEN_S,)),
+    ("a tunnel's service says nothing {} the", (tunnels.HELLO_S,)),
+    ("no place among the calls of this qube {} longer", (callbudget.WAIT_S,)),
     (
         # Two lines of the table, whose columns alternate.
         "a silent peer is asked whether it is there after {}, then given up after {}, and not after the two "
@@ -74,9 +76,14 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
     ("after a burst of {};", (connectionlog.BURST,)),
     ("Of each other kind of trouble there is at most one line in {},", (logs.REPEAT_S,)),
-    ("Further connections wait for up to {}.", (targets.WAIT_S,)),
-    ("The default, {}, is a quarter of what", (targets.CALLS_MAX,)),
-    ("given none for so long. The default is {}.", (TIMEOUTS.call_s,)),
+    ("Further ones wait for up to {}.", (callbudget.WAIT_S,)),
+    ("The default, {}, leaves", (callbudget.CALLS_MAX,)),
+    ("At most {} connections wait for a call", (callqueue.WAITING_MAX,)),
+    ("and at most {} calls begin together", (callbudget.BEGIN_MAX,)),
+    ("and {} more may be renewals", (callbudget.RENEWALS_MAX,)),
+    ("So the listener makes at most {} calls at once", (callbudget.CALLS_MAX,)),
+    ("have not taken within so long. The default is {}, as long", (TIMEOUTS.call_s,)),
+    ("anew every {} whether", (tunnelservice.LEASE_S * tunnels.RENEW_AT_SHARE,)),
     ("for so long after its last connection. The default is {}.", (tunnels.LINGER_S,)),
     ("direction for so long. The default is {}. --connections", (TIMEOUTS.idle_s,)),
     ("together may have. The default is {}; more", (limits.PROCESS_MAX,)),
@@ -103,13 +110,13 @@ def test_no_limit_goes_unchecked() -> None:
     _, ruler, rows = re.split(r"^(=+ +=+ +=+)$", PAGE, flags=re.MULTILINE)[2:5]
     width = ruler.index(" ")
     limited = [line[:width].strip() for line in rows.splitlines() if line[:1].strip()]
-    assert len(limited) == 11
+    assert len(limited) == 13
     sentences = [sentence for sentence, _ in SAID]
     assert [what for what in limited if not any(s.startswith(what) for s in sentences)] == []
 
 
-def test_a_quarter_of_the_calls_of_qrexec_is_one() -> None:
-    assert targets.CALLS_MAX * 4 == CALLS_AT_ONCE_OF_QREXEC
+def test_all_calls_together_are_fewer_than_a_qube_has_room_for() -> None:
+    assert callbudget.CALLS_MAX + callbudget.RENEWALS_MAX < VCHANS_OF_A_QUBE
 
 
 def test_every_option_of_the_program_is_on_the_page_and_the_other_way_round() -> None:

@@ -105,7 +105,7 @@ async def test_a_connection_is_counted_while_it_lives_and_after(
         ("exit125", "no-call", Way.FAILED),
     ],
 )
-@pytest.mark.usefixtures("long_back_off", "long_trial")
+@pytest.mark.usefixtures("never_again", "long_trial")
 async def test_what_keeps_a_call_from_being_made_is_told_apart(
     tmp_path: Path, place: Path, mode: str, reason: str, way: Way, transport: str
 ) -> None:
@@ -122,7 +122,7 @@ async def test_what_keeps_a_call_from_being_made_is_told_apart(
         if mode == "exit126":  # the next one is refused here
             async with await connect(port) as near:
                 assert await is_reset(near)
-            assert dict((await only(place)).refused) == {reason: 1, "back-off": 1}
+            assert dict((await only(place)).refused) == {reason: 2}
         assert (await tried(place)).answer is Answer.REFUSED
 
 

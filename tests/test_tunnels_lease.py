@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import FakeClient, accept, echo_once, port_of, until
+from helpers import BOUND_S, FakeClient, accept, echo_once, port_of, until
 from tunnels_bench import Bench, Clock, end_well, one, tunnels_to
 
 from qubes_fwd_qrexec import tunnels as tunnels_module
-from qubes_fwd_qrexec.targets import Target
-from qubes_fwd_qrexec.tunnels import RENEW_BEFORE_S
+from qubes_fwd_qrexec.tunnels import RENEW_AT_SHARE
 from qubes_fwd_qrexec.tunnelservice import LEASE_S
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
 
 # When dom0 is asked again, in seconds after a tunnel is ready.
-_DUE_S = LEASE_S - RENEW_BEFORE_S
+_DUE_S = LEASE_S * RENEW_AT_SHARE
 
 
 async def renewed(bench: Bench, client: FakeClient, calls: int) -> None:
@@ -41,7 +40,7 @@ async def test_while_it_is_in_use_dom0_is_asked_again_before_its_lease_is_over(
                 assert len(client.calls) == turn + 1
                 await clock.advance(1)
                 await renewed(bench, client, turn + 2)
-                assert bench.target.calls == 1
+                assert bench.calls.calls == 1
             assert bench.tunnels._tunnels == [tunnel]
             await echo_once(near, far)
     assert len(set(client.calls)) == 1
@@ -67,28 +66,28 @@ async def test_one_that_is_not_in_use_is_not_worth_a_question(
             await renewed(bench, client, 2)
 
 
-async def test_where_dom0_refuses_what_lives_goes_on_and_dom0_is_not_flooded(
+async def test_where_dom0_refuses_it_is_asked_again_until_the_lease_is_over(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """That new connections were refused just before does not keep it from being asked."""
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     (tmp_path / "other").mkdir()
     refusing = FakeClient(tmp_path / "other", "exit126")
-    clock, now = Clock(monkeypatch), [1000.0]
-    target = Target("work", clock=lambda: now[0], chance=lambda: 0.0)
-    async with tunnels_to(client.command, one(port), target=target) as bench:  # noqa: SIM117
+    clock = Clock(monkeypatch)
+    async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             bench.tunnels._client = refusing.command
             await clock.advance(_DUE_S)
-            await renewed(bench, refusing, 1)
-            (line,) = [m for m in caplog.messages if "was not renewed" in m]
+            for turn in range(5):
+                await renewed(bench, refusing, turn + 1)
+                await clock.advance(19)
+                assert len(refusing.calls) == turn + 1
+                await clock.advance(1)
+            await renewed(bench, refusing, 6)
+            line = next(m for m in caplog.messages if "was not renewed" in m)
             assert "policy refuses" in line
-            await clock.advance(10)
-            # Asked again after its own pause; the back-off, whose time stands still here, keeps it from dom0.
-            await clock.advance(10)
-            await until(lambda: not bench.tunnels._is_renewing)
-            assert len(refusing.calls) == 1
-            now[0] += 100
+            assert "their connections end in 150 s" in line
             bench.tunnels._client = client.command
             await clock.advance(20)
             await renewed(bench, client, 2)
@@ -98,19 +97,26 @@ async def test_where_dom0_refuses_what_lives_goes_on_and_dom0_is_not_flooded(
             assert len(client.calls) == 2
 
 
-async def test_a_refusal_is_not_forgotten_because_an_old_tunnel_lives(
-    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+async def test_a_renewal_that_hangs_is_ended_and_tried_again(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """relay-behaviours 23: it proves itself once; what dom0 refuses later is as new as any refusal."""
+    monkeypatch.setattr(tunnels_module, "_RENEW_S", 0.1)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    (tmp_path / "other").mkdir()
+    hanging = FakeClient(tmp_path / "other", "hang")
     clock = Clock(monkeypatch)
     async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            await clock.advance(100)
-            bench.target.refused(bench.tunnels._service, "policy refuses")
-            await clock.advance(100)
-            assert bench.target._back_offs
+            bench.tunnels._client = hanging.command
+            await clock.advance(_DUE_S)
+            await until(lambda: not bench.tunnels._is_renewing)
+            assert [m for m in caplog.messages if "not renewed: no answer within 0.1 s" in m]
+            assert bench.calls.calls == 1
+            monkeypatch.setattr(tunnels_module, "_RENEW_S", BOUND_S)
+            bench.tunnels._client = client.command
+            await clock.advance(20)
+            await renewed(bench, client, 2)
 
 
 async def test_a_lease_that_is_renewed_lasts_in_the_target_too(
@@ -120,7 +126,7 @@ async def test_a_lease_that_is_renewed_lasts_in_the_target_too(
     port = port_of(server)
     (tmp_path / "before").mkdir()
     lease_s = max(3, math.ceil(10 * await a_call_takes_s(tmp_path / "before", server)))
-    monkeypatch.setattr(tunnels_module, "RENEW_BEFORE_S", lease_s - 0.05)
+    monkeypatch.setattr(tunnels_module, "RENEW_AT_SHARE", 0.05 / lease_s)
     monkeypatch.setattr(tunnels_module, "_LOOK_S", 0.05)
     client = FakeClient(tmp_path, f"tunnel LEASE_S={lease_s}")
     async with tunnels_to(client.command, one(port)) as bench:  # noqa: SIM117
@@ -147,10 +153,11 @@ async def a_call_takes_s(directory: Path, server: socket.socket) -> float:
 async def test_more_connections_that_stay_than_calls_are_served(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One in each lease; with a call for each, the target would have none left in the end."""
+    """One in each lease; with a call for each, there would be none left in the end. A renewal has room beyond
+    the budget, of which the tunnel has all here."""
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     clock = Clock(monkeypatch)
-    async with tunnels_to(client.command, one(port), target=Target("work", 2)) as bench:
+    async with tunnels_to(client.command, one(port), calls_max=1) as bench:
         ends: list[tuple[trio.SocketStream, trio.SocketStream]] = []
         for turn in range(5):
             ends.append((bench.connect(port), await accept(server)))

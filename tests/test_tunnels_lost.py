@@ -25,8 +25,9 @@ from loop_time import slow_timers
 from tunnels_bench import ORIGIN, Clock, one, tunnels_to
 
 from qubes_fwd_qrexec import tunnels as tunnels_module
+from qubes_fwd_qrexec.callqueue import Kind
 from qubes_fwd_qrexec.errors import RefusedError
-from qubes_fwd_qrexec.targets import Target
+from qubes_fwd_qrexec.report import Way
 from qubes_fwd_qrexec.tunnel import ProxyVersion
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("tunnel_home")
         ("exit0", "without a final GOAWAY"),
     ],
 )
-@pytest.mark.usefixtures("long_back_off")
+@pytest.mark.usefixtures("never_again")
 async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
     tmp_path: Path, mode: str, words: str
 ) -> None:
@@ -52,10 +53,8 @@ async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
         assert first.startswith("no tunnel to work: ")
         assert words in first
         for _ in range(20):
-            again = await bench.refusal(port)
-            assert "is tried again in" in again
-            assert words in again
-        assert bench.target.calls == 0
+            assert await bench.refusal(port) == first
+        assert bench.calls.calls == 0
         assert not bench.tunnels._tunnels
     assert len(client.calls) == 1
 
@@ -77,7 +76,7 @@ async def test_all_who_wait_are_told_when_the_call_dies_before_its_hello(tmp_pat
 
 
 async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """relay-behaviours 25 and 26."""
+    """relay-behaviours 25."""
     monkeypatch.setattr(tunnels_module, "WAITING_MAX", 5)
     client, port = FakeClient(tmp_path, "hang"), free_port()
     clock = Clock(monkeypatch)
@@ -86,23 +85,46 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
             await stack.enter_async_context(bench.connect(port))
         await until(lambda: bench.tunnels._waiting == 5 and client.calls)
         assert await bench.refusal(port) == "5 connections wait for a tunnel to work"
-        await clock.advance(29.9)
+        await clock.advance(119.9)
         assert not bench.endings
         await clock.advance(0.1)
-        assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 30 s"}
+        assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 120 s"}
         assert len(bench.endings) == 5
         assert bench.tunnels._waiting == 0
     assert len(client.calls) == 1
 
 
-async def test_without_a_slot_for_another_call_it_says_so_and_blames_nobody(
+@pytest.mark.parametrize(
+    ("mode", "bound", "words"),
+    [
+        ("hang", "OPEN_S", "work has not taken the call within 0.2 s"),
+        ("mute", "HELLO_S", "no HELLO within 0.2 s"),
+    ],
+)
+async def test_a_call_that_hangs_is_ended_before_the_target_took_it_or_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, bound: str, words: str
+) -> None:
+    """relay-behaviours 26. A cold target may take long to answer, and one that is there may not."""
+    monkeypatch.setattr(tunnels_module, bound, 0.2)
+    monkeypatch.setattr(tunnels_module, "OPEN_S" if bound == "HELLO_S" else "HELLO_S", 1e6)
+    client, port = FakeClient(tmp_path, mode), free_port()
+    async with tunnels_to(client.command, one(port)) as bench:
+        near = bench.connect(port)
+        await bench.endings.reach(1)
+        await near.aclose()
+        await until(lambda: not bench.tunnels._tunnels)
+        assert str(bench.endings[0]) in (f"no tunnel to work: {words}", "no tunnel to work within 0.2 s")
+        assert bench.calls.calls == 0
+
+
+async def test_without_room_for_another_call_it_says_so_and_blames_nobody(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qubes_fwd_qrexec.targets.WAIT_S", 0.05)
-    client, target, port = FakeClient(tmp_path, "serve"), Target("work", 1), port_of(server)
-    async with tunnels_to(client.command, one(port), target=target) as bench:
-        async with target.slot("another service"):
-            assert "work has 1 calls, and none ended" in await bench.refusal(port)
+    monkeypatch.setattr("qubes_fwd_qrexec.callbudget.WAIT_S", 0.05)
+    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    async with tunnels_to(client.command, one(port), calls_max=1) as bench:
+        async with bench.calls.place(Kind.SINGLE, "work", "another"):
+            assert "this qube makes 1 calls, and none ended in time" in await bench.refusal(port)
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
 
@@ -110,11 +132,11 @@ async def test_without_a_slot_for_another_call_it_says_so_and_blames_nobody(
 # When it is lost
 
 
-@pytest.mark.usefixtures("long_back_off", "said_once")
+@pytest.mark.usefixtures("said_once")
 async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_has_a_new_one(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """relay-behaviours 27 and 28: a second is not over, for no timer of the loop is waited for."""
+    """relay-behaviours 27: no timer of the loop is waited for."""
     slow_timers(monkeypatch)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     async with tunnels_to(client.command, one(port)) as bench:
@@ -134,7 +156,9 @@ async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_h
             kill_children()
             assert await is_reset(near)
         await until(lambda: not bench.tunnels._tunnels)
-        assert "is tried again in" in await bench.refusal(port)
+        assert bench.tunnels.way is Way.FAILED
+        assert bench.tunnels.last_problem is not None
+        assert "a tunnel to work was lost" in bench.tunnels.last_problem[0]
     assert len(client.calls) == 2
     assert len([m for m in caplog.messages if "a tunnel to work was lost" in m]) == 1
 
@@ -144,30 +168,8 @@ def kill_children() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-async def test_a_tunnel_that_was_proven_is_forgiven_its_end(
-    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When it has lived for 10 s: one that is lost before is not tried again at once a second time."""
-    client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    clock = Clock(monkeypatch)
-    async with tunnels_to(client.command, one(port)) as bench:
-        for _ in range(4):
-            async with bench.connect(port) as near, await accept(server) as far:
-                await echo_once(near, far)
-                was_lost_before = bool(bench.target._back_offs)
-                await clock.advance(9)
-                assert bool(bench.target._back_offs) is was_lost_before
-                await clock.advance(1)
-                assert not bench.target._back_offs
-                kill_children()
-                assert await is_reset(near)
-            await until(lambda: not bench.tunnels._tunnels)
-            assert bench.target._back_offs
-    assert len(client.calls) == 4
-
-
 @pytest.mark.parametrize("mode", ["rude close", "rude drain", "rude die", "rude refuse"])
-@pytest.mark.usefixtures("long_back_off")
+@pytest.mark.usefixtures("never_again")
 async def test_a_target_that_gives_tunnels_up_is_no_flood_of_calls(tmp_path: Path, mode: str) -> None:
     client, port = FakeClient(tmp_path, mode), free_port()
     async with tunnels_to(client.command, one(port)) as bench:
@@ -178,8 +180,8 @@ async def test_a_target_that_gives_tunnels_up_is_no_flood_of_calls(tmp_path: Pat
     assert len(client.calls) <= 3
 
 
+@pytest.mark.usefixtures("again_at_once")
 async def test_a_stream_is_not_asked_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Target, "check_back_off", lambda *_: None)
     monkeypatch.setattr(tunnels_module, "_TRIES", 2)
     client, port = FakeClient(tmp_path, "rude refuse"), free_port()
     async with tunnels_to(client.command, one(port)) as bench:

@@ -16,10 +16,10 @@ from qubes_fwd_qrexec import listenertunnel
 from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.budget import Budget
 from qubes_fwd_qrexec.call import Ending
+from qubes_fwd_qrexec.callbudget import CallBudget
 from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.mux import Mux
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
-from qubes_fwd_qrexec.targets import Target
 from qubes_fwd_qrexec.tunnel import Origin, ProxyVersion
 from qubes_fwd_qrexec.tunnels import Tunnels
 from qubes_fwd_qrexec.values import TargetPorts
@@ -30,9 +30,9 @@ ORIGIN = Origin(ip_address("192.0.2.1"), 40_000, ip_address("198.51.100.2"), 80)
 class Bench:
     """Tunnels to one port, and connections over them."""
 
-    def __init__(self, tunnels: Tunnels, target: Target, relays: RelayThread, tasks: trio.Nursery) -> None:
+    def __init__(self, tunnels: Tunnels, calls: CallBudget, relays: RelayThread, tasks: trio.Nursery) -> None:
         self.tunnels = tunnels
-        self.target = target
+        self.calls = calls
         self.relays = relays
         self.tasks = tasks
         self.endings: Collected[Ending | RefusedError] = Collected()
@@ -77,17 +77,17 @@ async def tunnels_to(
     ports: TargetPorts,
     *,
     budget: Budget | None = None,
-    target: Target | None = None,
+    calls_max: int = 20,
     linger_s: float = 60.0,
 ) -> AsyncIterator[Bench]:
-    target = target or Target("work", chance=lambda: 0.0)
     with no_fds_left():
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
             service = f"qubes.ForwardTCP+{ports.brief()}+tunnel"
+            calls = CallBudget(tasks, calls_max)
             tunnels = Tunnels(
-                client, target, service, ports, relays, budget or Budget(), tasks, math.inf, linger_s
+                client, calls, "work", service, ports, relays, budget or Budget(), tasks, math.inf, linger_s
             )
-            yield Bench(tunnels, target, relays, tasks)
+            yield Bench(tunnels, calls, relays, tasks)
             tasks.cancel_scope.cancel()
 
 

@@ -345,7 +345,6 @@ _REMEDIES: dict[str, Callable[[str, str], str]] = {
         f"see that the server in {target} runs and listens on 127.0.0.1; 'journalctl -u {LISTENER}' in "
         f"{exposed} says how calls fail"
     ),
-    "back-off": lambda exposed, target: "a call failed just before; ask again in a minute",
     "busy": lambda exposed, target: f"wait until some connections to {target} have ended",
 }
 

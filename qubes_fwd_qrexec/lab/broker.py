@@ -229,6 +229,7 @@ class Broker:
                     self._nursery.start_soon(joined.end_with_agent)
                     await agent.send(wire.CONNECTED)
                     await self._wait_while_parked(joined)
+                    caller.begin()
                     status = await self._carry(joined, call, caller, agent)
                     caller.end_source()
                     await _send_quietly(agent, wire.encode_exit(status))

@@ -31,7 +31,10 @@ class CallerEnds:
         self.source = sockets[0]
         self.sink = sockets[-1]
         self._is_single = len(sockets) == 1
-        for sock in sockets:
+
+    def begin(self) -> None:
+        """The call is through: process_io.c makes them non-blocking then, which the caller can see."""
+        for sock in (self.source, self.sink):
             sock.setblocking(False)
 
     def end_source(self) -> None:

@@ -216,12 +216,12 @@ def test_figures_are_shown_where_a_source_has_them(forward: Command, store: Back
 
 def test_refusals_and_the_last_error_are_said(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    refused = {"source": 2, "back-off": 3}
+    refused = {"source": 2, "policy": 3}
     report = replace(REPORT, refused=refused, last_error="no tunnel", last_error_at=0, way=Way.REFUSED)
     code, shown = _with(store, Figures(report))
     assert code == 0
     assert "allows refused 3 40 5 999" in " ".join(shown.split())
-    assert "work web: refused: 3 back-off, 2 source.\n" in shown
+    assert "work web: refused: 3 policy, 2 source.\n" in shown
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(0))
     assert f"work web: last error at {at}: no tunnel.\n" in shown
     report = replace(REPORT, last_error="x", last_error_at=2**63 - 1)

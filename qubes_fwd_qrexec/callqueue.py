@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may make a qrexec call next: counting and comparing, without a socket, a task or a clock.
+
+A qube has room for few calls at once (`callbudget`), so those that want one wait here. Renewals of leases
+come first, then mux calls, then single calls. Among single calls the next one is of the rule that holds
+fewest calls, and within the rule of the source that holds fewest; among those it is the one that waits
+longest.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from enum import IntEnum
+from itertools import count
+from typing import Generic, TypeVar
+
+# As many as a stock listen queue holds, and for a dozen rules. Each is a connection and nothing else.
+WAITING_MAX = 1024
+
+Key = tuple[Hashable, ...]
+"""For whom a call is made, the widest first: rule, then source."""
+
+
+class Kind(IntEnum):
+    """What a call is for, in the order in which they are served."""
+
+    RENEWAL = 0
+    """dom0 is to say once more that a mux call may go on; it ends at once."""
+    MUX = 1
+    SINGLE = 2
+    """One connection over a call of its own."""
+
+
+class Wanted:
+    """A call that somebody waits for."""
+
+    __slots__ = ("key", "kind", "service", "target")
+
+    def __init__(self, kind: Kind, target: str, service: str, key: Key = ()) -> None:
+        self.kind = kind
+        self.target = target
+        self.service = service
+        self.key = key
+
+
+_W = TypeVar("_W", bound=Wanted)
+
+
+class CallQueue(Generic[_W]):
+    """Those that wait, and how many calls each rule and source holds."""
+
+    def __init__(self, waiting_max: int = WAITING_MAX) -> None:
+        self._waiting_max = waiting_max
+        self._waiting: dict[_W, int] = {}
+        self._waiting_by: Counter[Key] = Counter()
+        self._held_by: Counter[Key] = Counter()
+        self._order = count()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[_W]:
+        """In the order in which they would be served now."""
+        return iter(sorted(self._waiting, key=self._rank))
+
+    def add(self, wanted: _W) -> _W | None:
+        """Have it wait. Where too many wait, returns the one that does not wait any more, perhaps ``wanted``.
+
+        That is the last one of whoever has most waiting; renewals and mux calls always wait.
+        """
+        self._waiting[wanted] = next(self._order)
+        self._count(self._waiting_by, wanted.key, 1)
+        if len(self._waiting) <= self._waiting_max or wanted.kind is not Kind.SINGLE:
+            return None
+        singles = [one for one in self._waiting if one.kind is Kind.SINGLE]
+        last = max(singles, key=lambda one: (*_counts(self._waiting_by, one.key), self._waiting[one]))
+        self.remove(last)
+        return last
+
+    def remove(self, wanted: _W) -> None:
+        """It waits no more; said again, it changes nothing."""
+        if self._waiting.pop(wanted, None) is not None:
+            self._count(self._waiting_by, wanted.key, -1)
+
+    def take(self, may_begin: Callable[[_W], bool]) -> _W | None:
+        """The next one that may begin: it waits no more, and holds a call until `release`."""
+        found = min(filter(may_begin, self._waiting), key=self._rank, default=None)
+        if found is not None:
+            self.remove(found)
+            self._count(self._held_by, found.key, 1)
+        return found
+
+    def release(self, key: Key) -> None:
+        """A call of that key is over."""
+        self._count(self._held_by, key, -1)
+
+    def held(self, key: Key) -> tuple[int, ...]:
+        """How many calls its rule holds, and its source of that rule."""
+        return _counts(self._held_by, key)
+
+    def has_more_than_its_share(self, holder: Key, waiting: Key) -> bool:
+        """Whether ``holder`` would still hold no less than ``waiting`` if it gave a call to it."""
+        for level, (holds, waits_for) in enumerate(zip(self.held(holder), self.held(waiting), strict=False)):
+            if holder[level] != waiting[level]:
+                return holds > waits_for + 1
+        return len(holder) > len(waiting) and self.held(holder)[len(waiting)] > 1
+
+    def _rank(self, wanted: _W) -> tuple[int, ...]:
+        return (wanted.kind, *_counts(self._held_by, wanted.key), self._waiting[wanted])
+
+    @staticmethod
+    def _count(counter: Counter[Key], key: Key, change: int) -> None:
+        for length in range(1, len(key) + 1):
+            counter[key[:length]] += change
+            if not counter[key[:length]]:
+                del counter[key[:length]]
+
+
+def _counts(counter: Counter[Key], key: Key) -> tuple[int, ...]:
+    return tuple(counter[key[:length]] for length in range(1, len(key) + 1))
