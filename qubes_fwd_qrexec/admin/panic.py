@@ -19,6 +19,7 @@ from . import leftovers, policy
 from .apply import Outcome, differences
 from .backend import ANY
 from .inventory import CONFIG_PREFIX
+from .judged import judged
 from .revoking import Ended, allowances, revoke, serving
 from .session import Session
 from .states import Plan
@@ -79,6 +80,7 @@ def hold(session: Session) -> Report:
             # It may work now, as where somebody was mending another policy file.
             why = _write_hold(session)
     is_held, open_still = _look(session)
+    open_still += _allowed_elsewhere(live, session)
     if why is not None and not is_held:
         problems = (f"policy: deny every call: {why}", *problems)
     left = left_over(ended(live, Plan(())), session.backend, everything_at=listening)
@@ -122,6 +124,19 @@ def _close(session: Session) -> tuple[Plan, list[QubeName], Outcome, tuple[str, 
     except (ForwardError, OSError) as error:
         return Plan(()), [], Outcome(), (f"read all qubes, to find listeners and calls: {error}",)
     return live, listening, outcome, outcome.troubles
+
+
+def _allowed_elsewhere(live: Plan, session: Session) -> tuple[str, ...]:
+    """Forwards whose calls another policy file allows: the hold is in ours, and the first file wins."""
+    try:
+        verdicts = judged(live.live, session.backend, None)
+    except (ForwardError, OSError):
+        return ()  # that dom0's policy cannot be read is said by then
+    return tuple(
+        f"policy: another file than {policy.NAME}.policy allows calls of {target} {name}"
+        for (target, name), verdict in verdicts.items()
+        if verdict.is_allowed
+    )
 
 
 def _look(session: Session) -> tuple[bool, tuple[str, ...]]:

@@ -106,11 +106,13 @@ def _token(data: bytes) -> str:
 
 # qrexec/exc.py.
 class AccessDenied(Exception):  # noqa: N818
-    pass
+    notify = False
 
 
 # qrexec/policy/parser.py.
 class AllowResolution:
+    user, autostart, notify = None, False, False
+
     def __init__(self, target: str) -> None:
         self.target = target
 
@@ -170,6 +172,7 @@ class FakeParser:
             "qrexec.utils": {"get_system_info": self.get_system_info},
             "qrexec.policy.parser": {
                 "AllowResolution": AllowResolution,
+                "AskResolution": AskResolution,
                 "Request": self.request,
                 "FilePolicy": lambda policy_path=None: SimpleNamespace(evaluate=self.evaluate),
             },

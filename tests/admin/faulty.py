@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A backend for `panic`, which logs what is done and refuses what it is told to; and what is to be done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from worlds import Result
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.backend import PolicyFile
+from qubes_fwd_qrexec.admin.backend import PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.config import REVOKE_SERVICE
@@ -65,6 +65,9 @@ class Faulty:
         self._do(f"call {qube}")
         self.given[qube] = given
         return b"version=1 ended=1 draining=0\n"
+
+    def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
+        return self._store.verdicts(calls)
 
     def unwatched(self) -> str | None:
         return self._store.unwatched()

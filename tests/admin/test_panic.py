@@ -70,6 +70,18 @@ def test_everything_is_closed_and_the_rules_are_kept(
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
 
 
+def test_what_another_policy_file_allows_is_still_open(forward: Command, opened: LabDirectory) -> None:
+    mine = opened.policy_dir / "20-mine.policy"
+    mine.write_text("qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow\n")
+    result = forward("panic")
+    assert result.status == 1
+    assert result.out.startswith("NOT EVERYTHING IS CLOSED.\n")
+    assert "still open: policy: another file than 30-forward.policy allows calls of work web\n" in result.err
+    mine.unlink()
+    result = forward("panic")
+    assert "another file" not in result.err
+
+
 def test_resume_shows_what_would_open_and_opens_it(forward: Command, opened: LabDirectory) -> None:
     before = content(opened)
     forward("panic")
