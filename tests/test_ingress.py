@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
+from helpers import FakeClient, free_port, is_reset, running_listener, until, write_config
 
 from qubes_fwd_qrexec.config import Side
 from qubes_fwd_qrexec.ingress import came_by, ingress, interface_group, note_ingress
@@ -81,5 +83,39 @@ def test_a_connection_came_by_the_side_of_its_interface_alone(
             with places.entering(netns.EDGE)():
                 by = [side for side in Side if came_by(connection, side)]
             assert by == [side for side in Side if side.group == group]
+    finally:
+        places.destroy()
+
+
+@needs_namespaces
+@pytest.mark.parametrize("address", [netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_IPV6])
+async def test_a_client_that_comes_by_another_side_is_refused_and_counted(
+    tmp_path: Path, address: str
+) -> None:
+    """By the listener alone: there is no firewall here."""
+    places = netns.Namespaces(create_lab(tmp_path / "lab"))
+    places.create()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    wanted = {"listen": "0.0.0.0,::", "srchosts": "any"}
+    try:
+        port, config = free_port(), tmp_path / "config"
+        write_config(config, port, 80, side="vifs", **wanted)
+        with (
+            in_place(places, netns.LAN, family) as stranger,
+            in_place(places, netns.LAN, family) as client,
+            places.entering(netns.EDGE)(),
+        ):
+            async with running_listener(config, FakeClient(tmp_path, "hang").command) as listener:
+                stranger.settimeout(BOUND_S)
+                stranger.connect((address, port))
+                stranger.setblocking(False)
+                assert await is_reset(trio.SocketStream(trio.socket.from_stdlib_socket(stranger)))
+                (report,) = listener.report().forwards
+                assert (report.refused, report.connections) == ({"side": 1}, 0)
+                write_config(config, port, 80, side="outer", **wanted)
+                listener.reload()
+                client.settimeout(BOUND_S)
+                client.connect((address, port))
+                await until(lambda: listener.report().forwards[0].connections == 1)
     finally:
         places.destroy()
