@@ -235,9 +235,10 @@ def differences(
         was = present.get((qube, key))
         if was != value:
             needed = policy.lines(forward)
-            opens = tuple(line for line in needed if line in new)
+            # Whoever listens already may be narrowed by it: that belongs to closing, and comes before the
+            # line of policy that it has perhaps lost, as it could not be told the last time.
+            opens = tuple(line for line in needed if line in new and was is None)
             step = Step(Kind.SET_CONFIG, value, qube, key, was, lines_new=opens, lines=needed)
-            # What needs no new line may narrow what is open: it belongs to closing.
             (opening if opens else closing).append(step)
     return (*closing, *_endings_of_rules(plan), *opening)
 
@@ -286,7 +287,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
             continue
         try:
             if step.is_policy:
-                our_policy.replace(step.value)
+                our_policy.replace(policy.without(step.value, _lost_lines(done, undone)))
             elif step.allowance is not None:
                 # All at once with the first of them.
                 ended = ended or revoke(
@@ -306,7 +307,9 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
             _undo(step, backend)
         else:
             done.append(step)
-    if lost := _lost_lines(done, undone):
+    if lost := _lost_lines(done, undone) & (
+        policy.allowing(installed.text) | policy.allowing(our_policy.text)
+    ):
         ended += _withdraw(lost, our_policy, backend, problems)
     if any(step.opens for step in done):
         our_policy.check()
@@ -329,10 +332,9 @@ def _withdraw(
     lost: frozenset[str], our_policy: _OurPolicy, backend: Backend, problems: list[str]
 ) -> tuple[Ended, ...]:
     """Take lines out of policy again, and end the calls that they may have allowed meanwhile."""
-    if not lost & policy.allowing(our_policy.text):
-        return ()
     try:
-        our_policy.replace(policy.without(our_policy.text, lost))
+        if lost & policy.allowing(our_policy.text):
+            our_policy.replace(policy.without(our_policy.text, lost))
     except (StoreError, OSError) as error:
         problems.append(f"dom0's policy could not be closed for it either: {error}")
     else:

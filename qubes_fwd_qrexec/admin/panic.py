@@ -18,7 +18,6 @@ from qubes_fwd_qrexec.values import QubeName
 from . import leftovers, policy
 from .apply import Outcome, differences
 from .backend import ANY
-from .inventory import CONFIG_PREFIX
 from .judged import judged
 from .revoking import Ended, allowances, revoke, serving
 from .session import Session
@@ -117,13 +116,11 @@ def _end_calls(session: Session) -> tuple[Ended, ...]:
 def _close(session: Session) -> tuple[Plan, list[QubeName], Outcome, tuple[str, ...]]:
     """All that `apply` closes while everything is held; what was live before, and who listened."""
     try:
-        snapshot = session.look(with_config=True)
-        live = snapshot.plan(session.now, is_held=False)
-        listening = leftovers.listening(live, snapshot.inventory)
-        outcome = session.reconcile(is_held=True, ends_all=True).outcome
+        _, outcome, before = session.reconcile(is_held=True, ends_all=True)
     except (ForwardError, OSError) as error:
         return Plan(()), [], Outcome(), (f"read all qubes, to find listeners and calls: {error}",)
-    return live, listening, outcome, outcome.troubles
+    live = before.plan(session.now, is_held=False)
+    return live, leftovers.listening(live, before.inventory), outcome, outcome.troubles
 
 
 def _allowed_elsewhere(live: Plan, session: Session) -> tuple[str, ...]:
@@ -140,18 +137,13 @@ def _allowed_elsewhere(live: Plan, session: Session) -> tuple[str, ...]:
 
 
 def _look(session: Session) -> tuple[bool, tuple[str, ...]]:
-    """Whether everything is held, and what is open all the same."""
+    """Whether everything is held, and what dom0 allows all the same."""
     try:
         text = session.backend.read_policy().text
     except (ForwardError, OSError) as error:
         return False, (f"policy: it cannot be read ({error})",)
-    lines = [f"policy: {' '.join(line.split())}" for line in sorted(policy.allowing(text))]
-    try:
-        told = sorted(session.backend.inventory().told())
-    except (ForwardError, OSError):
-        told = []
-    listens = [f"{qube}: told to listen for {key.removeprefix(CONFIG_PREFIX)}" for qube, key, _ in told]
-    return policy.is_held(text), (*lines, *listens)
+    lines = sorted(policy.allowing(text))
+    return policy.is_held(text), tuple(f"policy: {' '.join(line.split())}" for line in lines)
 
 
 def _say(report: Report, session: Session) -> None:

@@ -86,11 +86,11 @@ class Snapshot(NamedTuple):
 
 
 class Applied(NamedTuple):
-    """What the rules ask for, what became of the steps there, and the qubes as they were read."""
+    """What the rules ask for, what became of the steps there, and the system as it was before them."""
 
     plan: Plan
     outcome: Outcome
-    inventory: Inventory
+    snapshot: Snapshot
 
 
 class Session(NamedTuple):
@@ -161,7 +161,7 @@ class Session(NamedTuple):
                 break
             # Whoever lifts a hold lifts the one that was seen, and no later one.
             is_held = is_held or None
-        return Applied(planned, outcome, snapshot.inventory)
+        return Applied(planned, outcome, snapshot)
 
     def apply(self, *, is_held: bool | None = None) -> tuple[Plan, Outcome]:
         """The same; raises `StoreError` that says what was done and what was not."""

@@ -150,11 +150,11 @@ class Watcher:
         session = self._session._replace(now=now)
         try:
             with session.backend.locked():
-                planned, outcome, inventory = session.reconcile()
+                planned, outcome, snapshot = session.reconcile()
         except ForwardError as error:
             self._complain(_Trouble.APPLY, str(error))
             return
-        outcome = outcome._replace(ended=(*outcome.ended, *self._tell_started(planned, inventory)))
+        outcome = outcome._replace(ended=(*outcome.ended, *self._tell_started(planned, snapshot.inventory)))
         self._next_end = next_end(planned, now)
         self._report(planned, outcome, now)
         self._check_clock()

@@ -144,13 +144,28 @@ def test_what_cannot_be_narrowed_loses_its_policy_and_its_calls_and_all_else_goe
     applied(backend, WEB)
     backend.refuses = lambda entry: entry == f"set sys-net {CONFIG}"
     outcome = applied(backend, rule("dstports=8080 srchosts=10.0.0.0/8"), SSH)
-    assert backend.log == ["policy 2", f"set sys-net {SSH_CONFIG}", "policy 1", REVOKE]
+    assert backend.log == ["policy 1", f"set sys-net {SSH_CONFIG}", REVOKE]
     assert [line.split()[1] for line in policy.allowing(backend.policy)] == ["+22"]
     assert backend.given == {"work": "version=1 drains=keep\n"}
     assert outcome.problems == (
         f"cannot set sys-net {CONFIG}",
         "what its listener was not told is closed in dom0's policy",
     )
+
+
+def test_a_narrowing_that_fails_again_and_again_opens_nothing_meanwhile() -> None:
+    """As `watch` tries it: the listener is told before policy allows its calls again."""
+    backend = Memory(world())
+    applied(backend, WEB)
+    backend.refuses = lambda entry: entry == f"set sys-net {CONFIG}"
+    narrow = rule("dstports=8080 srchosts=10.0.0.0/8")
+    applied(backend, narrow)
+    for _ in range(2):
+        assert applied(backend, narrow).problems == (f"cannot set sys-net {CONFIG}",)
+        assert not any("policy 1" in entry for entry in backend.log)
+    backend.refuses = lambda entry: False
+    assert applied(backend, narrow).problems == ()
+    assert backend.log == [f"set sys-net {CONFIG}", "policy 1"]
 
 
 def test_if_policy_cannot_be_closed_calls_are_ended_and_listeners_told_all_the_same() -> None:

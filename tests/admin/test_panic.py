@@ -150,6 +150,8 @@ def test_after_its_first_write_nothing_opens_wherever_panic_is_killed(
 
     with suppress(Killed):
         panic(Faulty(opened, before=kill))
+    # If panic had fewer steps than that, the next command is not to be killed.
+    entries += [""] * step
     assert forward("apply").status == 0
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
 
