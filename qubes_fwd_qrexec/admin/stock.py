@@ -24,17 +24,23 @@ _TIMEOUT_S = 1.0
 class Stock(NamedTuple):
     """Connections of a forward that has ended. ``connections`` is None where nobody tells how many.
 
+    ``target`` and ``name`` are None where it is not known of which forwards there could be any.
     ``left_s``: they may go on to their own end, as their rule says, and are cut after that; else None.
     """
 
-    target: QubeName
-    name: str
+    target: QubeName | None
+    name: str | None
     exposed: QubeName
     connections: int | None
     left_s: int | None = None
 
     def words(self) -> str:
         """For people: what may go on."""
+        if self.target is None:
+            return (
+                f"{self.exposed} does not say whether it has connections over {Service.CONNECT_TCP}, which "
+                "dom0 cannot end"
+            )
         count = "connections" if self.connections is None else f"{self.connections} connections"
         count = "1 connection" if self.connections == 1 else count
         what = f"{self.target} {self.name}: {count}"
@@ -84,6 +90,8 @@ def left_over(
             counts = _counts(exposed, backend)
             if counts is None:
                 found += [Stock(*key, exposed, None) for key in keys]
+                if not keys:
+                    found.append(Stock(None, None, exposed, None))
                 continue
             for key, (count, left_s) in counts.items():
                 if count and (key in keys or exposed in everything_at):

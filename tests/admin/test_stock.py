@@ -118,3 +118,16 @@ def test_a_listener_that_does_not_say_is_not_taken_for_closed() -> None:
     assert stock.words() == (
         "personal ssh: connections over qubes.ConnectTCP, which dom0 cannot end; sys-net does not say"
     )
+
+
+def test_a_qube_that_does_not_answer_may_have_connections_of_any_forward() -> None:
+    now = [0.0]
+    (stock,) = left_over(
+        (),
+        Listener(AnswerError("it hangs")),
+        everything_at=[SYS_NET],
+        elapsed=lambda: now[0],
+        rest=lambda s: now.__setitem__(0, now[0] + s),
+    )
+    assert stock == Stock(None, None, SYS_NET, None)
+    assert stock.words().startswith("sys-net does not say whether it has connections over qubes.ConnectTCP,")
