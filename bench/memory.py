@@ -100,6 +100,11 @@ def _parent(process: Path) -> int | None:
     return int(text.rpartition(")")[2].split()[1])
 
 
+def is_agent(pid: int) -> bool:
+    """Whether it is one of the lab's agents' processes, or the one that forks them."""
+    return AGENT_PROGRAM in _arguments(pid)
+
+
 def _arguments(pid: int) -> list[str]:
     try:
         return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")

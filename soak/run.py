@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from bench.memory import descendants, open_files, pss_kib
+from bench.memory import descendants, is_agent, open_files, pss_kib
 from bench.processes import Child
 from qubes_fwd_qrexec.callbudget import WAIT_S
 from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
@@ -165,8 +165,9 @@ class Soak:
         return _kill(self._services())
 
     def _services(self) -> list[int]:
+        """Not the lab's own processes that start them and wait for them."""
         listener = {self._exposed.pid, *descendants([self._exposed.pid])}
-        return [pid for pid in descendants([os.getpid()]) if pid not in listener]
+        return [pid for pid in descendants([os.getpid()]) if pid not in listener and not is_agent(pid)]
 
     async def _wait_for_tunnel(self) -> None:
         """Until a connection is carried: after the start, and after what a storm has left of refusals."""
