@@ -21,12 +21,11 @@ import trio
 
 from .brake import AGAIN_S, Brake
 from .callqueue import CallQueue, Key, Kind, Wanted
+from .config import CALLS_MAX
 from .counters import Refusal
 from .errors import RefusedError
 from .exitstatus import ExitStatus, meaning, refusal
 
-# Of 30 vchans, so that the qube's other calls have some left.
-CALLS_MAX = 20
 # Renewals beyond the budget: without them, mux calls that hold all of it could not be renewed.
 RENEWALS_MAX = 2
 # On Qubes 4.3 calls that begin together fail, as xenstored has ten transactions at once for a qube.

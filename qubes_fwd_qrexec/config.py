@@ -30,6 +30,11 @@ REVOKE_SERVICE = "qubes.ForwardRevoke"
 STATUS_SERVICE = "qubes.ForwardStatus"
 
 
+# How many qrexec calls a listener makes at once, of the 30 vchans that a qube has room for (33 of the 1,024
+# grant pages of xen-gntalloc each, over all targets), so that the qube's other calls have some left.
+CALLS_MAX = 20
+
+
 class Service(StrEnum):
     """The qrexec service that is called in the target."""
 

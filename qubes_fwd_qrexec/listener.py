@@ -20,9 +20,8 @@ from . import listeneroptions, qrexec
 from .accepting import BindError
 from .bugs import Bugs
 from .call import CallTimeouts
-from .callbudget import CALLS_MAX
 from .cleanstart import start_clean
-from .config import ListenerConfig, parse_key
+from .config import CALLS_MAX, ListenerConfig, parse_key
 from .configsource import ConfigSource, Configuration, Source
 from .descriptors import raise_descriptor_limit
 from .draining import Draining

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import __version__, qrexec
 from .call import CallTimeouts
-from .callbudget import CALLS_MAX
+from .config import CALLS_MAX
 from .limits import PROCESS_MAX
 from .statussockets import RUNTIME_VARIABLE
 from .tunnels import LINGER_S

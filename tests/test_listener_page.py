@@ -12,6 +12,7 @@ from qubes_fwd_qrexec import (
     brake,
     callbudget,
     callqueue,
+    config,
     connectionlog,
     deadpeers,
     limits,
@@ -77,11 +78,11 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("after a burst of {};", (connectionlog.BURST,)),
     ("Of each other kind of trouble there is at most one line in {},", (logs.REPEAT_S,)),
     ("Further ones wait for up to {}.", (callbudget.WAIT_S,)),
-    ("The default, {}, leaves", (callbudget.CALLS_MAX,)),
+    ("The default, {}, leaves", (config.CALLS_MAX,)),
     ("At most {} connections wait for a call", (callqueue.WAITING_MAX,)),
     ("and at most {} calls begin together", (callbudget.BEGIN_MAX,)),
     ("and {} more may be renewals", (callbudget.RENEWALS_MAX,)),
-    ("So the listener makes at most {} calls at once", (callbudget.CALLS_MAX,)),
+    ("So the listener makes at most {} calls at once", (config.CALLS_MAX,)),
     ("have not taken within so long. The default is {}, as long", (TIMEOUTS.call_s,)),
     ("anew every {} whether", (tunnelservice.LEASE_S * tunnels.RENEW_AT_SHARE,)),
     ("for so long after its last connection. The default is {}.", (tunnels.LINGER_S,)),
@@ -116,7 +117,7 @@ def test_no_limit_goes_unchecked() -> None:
 
 
 def test_all_calls_together_are_fewer_than_a_qube_has_room_for() -> None:
-    assert callbudget.CALLS_MAX + callbudget.RENEWALS_MAX < VCHANS_OF_A_QUBE
+    assert config.CALLS_MAX + callbudget.RENEWALS_MAX < VCHANS_OF_A_QUBE
 
 
 def test_every_option_of_the_program_is_on_the_page_and_the_other_way_round() -> None:

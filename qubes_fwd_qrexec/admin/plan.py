@@ -24,6 +24,7 @@ from qubes_fwd_qrexec.rules import (
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from .abilities import THIS_VERSION, Abilities
+from .callroom import with_call_room
 from .conflicts import Claims
 from .inventory import (
     ADMIN,
@@ -95,7 +96,7 @@ def plan(
                 judged[key] = judged[key]._replace(
                     state=State.REFUSED, cause=Cause.CONFLICT, reason=conflict.text, config=None
                 )
-    return Plan(tuple(with_twins(judged.values())), tuple(sorted(broken)))
+    return Plan(tuple(with_call_room(with_twins(judged.values()))), tuple(sorted(broken)))
 
 
 # These come back when somebody says so, and are judged then: the copies that clones inherit claim nothing.
