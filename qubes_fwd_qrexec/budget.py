@@ -21,11 +21,11 @@ INITIAL_BYTES = 32 << 10
 # as much no stream was faster.
 WINDOW_MAX_BYTES = 256 << 10
 # No window is a larger part than this of what is left: the more is lent, the less each gets, and there is
-# always something for the next. A stream may have the largest window until half is lent.
-_PART = 64
+# always something for the next: 150 that are stalled leave it 75 KiB. The first may have the largest window.
+_PART = 100
 # What one tunnel has is at most so many times what it leaves: no peer alone can keep all, and streams of the
 # others can still begin as they do.
-_TUNNEL_TIMES = 15
+_TUNNEL_TIMES = 7
 
 
 class Budget:
@@ -42,7 +42,7 @@ class Budget:
         self.total = total
         self.streams_max = streams_max
         self.streams = 0
-        self.shared_left = total - streams_max * FLOOR_BYTES
+        self.shared = self.shared_left = total - streams_max * FLOOR_BYTES
         self.sockets = sockets or SocketMemory()
 
 
@@ -57,14 +57,18 @@ class Share:
     @property
     def window_max(self) -> int:
         """The largest window that a stream may have now."""
+        return min(max(self._room // _PART, FLOOR_BYTES), WINDOW_MAX_BYTES)
+
+    @property
+    def _room(self) -> int:
+        """What this tunnel may still be lent."""
         left = self._budget.shared_left
-        room = min(left, _TUNNEL_TIMES * left - self.lent)
-        return min(max(room // _PART, FLOOR_BYTES), WINDOW_MAX_BYTES)
+        return min(left, _TUNNEL_TIMES * left - self.lent)
 
     @property
     def is_short(self) -> bool:
         """Whether so little is left that what is lent and not used is missed elsewhere."""
-        return self.window_max < WINDOW_MAX_BYTES
+        return self._room < self._budget.shared // 2
 
     @property
     def is_watched(self) -> bool:

@@ -17,7 +17,7 @@ from .leg_end import LegEnd
 from .loop import GONE, READ, WRITE, Timer
 from .pending import Pending
 from .relay import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
-from .socketbuffers import Buffers
+from .socketbuffers import SocketBuffer
 from .tunnel import FRAME_COST_BYTES, MAX_DATA_BYTES, Buffer, ResetCode
 from .window import Window
 
@@ -49,10 +49,11 @@ class Leg:
 
     __slots__ = (
         "_broken_by",
-        "_buffers",
+        "_inlet",
         "_is_closed",
         "_mask",
         "_mux",
+        "_outlet",
         "_pending",
         "_sent_eof",
         "_timer",
@@ -85,7 +86,8 @@ class Leg:
         self.sent = self.received = 0
         self.moved_at = time.monotonic()
         self.window = Window(mux.share, window, self.moved_at)
-        self._buffers = Buffers(mux.share.sockets, sock)
+        self._inlet = SocketBuffer(mux.share.sockets, sock, socket.SO_RCVBUF)
+        self._outlet = SocketBuffer(mux.share.sockets, sock, socket.SO_SNDBUF)
         abort_by_default(sock)
 
     @property
@@ -139,7 +141,7 @@ class Leg:
             if not data:
                 self._end_of_file()
                 return
-            self._count_moved(len(data))
+            self._count_sent(len(data))
             self._mux.send_data(self.stream_id, data)
             if len(data) < limit:
                 self.is_bulk = False
@@ -164,14 +166,14 @@ class Leg:
         if not count:
             return True  # an end of file is there for the second reader too
         self.moved_at = time.monotonic()
-        self._count_moved(count)
+        self._count_sent(count)
         mux.send_now(self.stream_id, count)
         return count == limit
 
-    def _count_moved(self, sent: int) -> None:
-        self.sent += sent
-        if self.sent + self.received >= self._buffers.grow_at:
-            self._buffers.grow(self.sent + self.received)
+    def _count_sent(self, count: int) -> None:
+        self.sent += count
+        if self.sent >= self._inlet.grow_at:
+            self._inlet.grow(self.sent)
 
     def _end_of_file(self) -> None:
         """The local peer's FIN, or the end of what it sent before its abort."""
@@ -287,14 +289,16 @@ class Leg:
             credit = window.grant(self._mux.connection.granted(self.stream_id), self.moved_at)
             if credit:
                 self._mux.grant(self.stream_id, credit)
-            self._count_moved(0)
+            if self.received >= self._outlet.grow_at:
+                self._outlet.grow(self.received)
 
     def look(self) -> None:
         """Once a second while the budget is short: what this stream has and does not use is for others."""
         if self.window.is_missed(self.received) and self.is_joined and self.ended is None:
             self._mux.connection.recall(self.stream_id, FLOOR_BYTES)
-        self._buffers.look(self.sent + self.received)
-        if self._buffers.is_too_much:
+        self._inlet.look(self.sent)
+        self._outlet.look(self.received)
+        if self._inlet.is_too_much or self._outlet.is_too_much:
             self.abort_from_here()
 
     def take_back(self, amount: int) -> None:
@@ -371,7 +375,8 @@ class Leg:
         if self._timer is not None:
             self._timer.cancel()
         self.window.leave()
-        self._buffers.leave()
+        self._inlet.leave()
+        self._outlet.leave()
         self._mux.forget(self)
         self._watch(_UNWATCHED)
 

@@ -12,9 +12,9 @@ there are many it is also looked at what they really hold; those that stand stil
 import socket
 import struct
 
-# What a socket has in each direction, as it is asked for. The kernel lets twice as much be used, for what it
-# needs beside the bytes themselves (socket(7), SO_SNDBUF), so a connection counts four times.
-_TIMES = 4
+# What a socket has in a direction, as it is asked for. The kernel lets twice as much be used, for what it
+# needs beside the bytes themselves (socket(7), SO_SNDBUF).
+_TIMES = 2
 FLOOR_BYTES = 16 << 10
 # No segment is longer than the smallest buffer. Those of loopback have 64 KiB, and where one does not fit,
 # both ends wait for timers: a server was read from at 3 MiB/s. On a network they are shorter anyway. With
@@ -26,18 +26,19 @@ WAITING_BYTES = 32 << 10
 # What a stock kernel lets a program ask for (net.core.wmem_max): a gigabit over a LAN's 1 ms, and 6 MiB/s to
 # a client 50 ms away.
 MAX_BYTES = 212_992
-# All that is lent above the floors: 62 connections of the largest size, or 256 as they begin.
-SHARED_BYTES = 48 << 20
+# All that is lent above the floors: 149 directions of the largest size, or 597 as they begin.
+SHARED_BYTES = 56 << 20
 # What all sockets may really hold. It is enough for all that is lent, and for as many that stall with their
 # floor as one source may have by default (1024, of 70 KiB each: their floor, and a segment that came in).
 HELD_BYTES = 128 << 20
-# Each that is there counts as this much before it is asked: its buffers as they begin, and a segment in each.
-_EACH_BYTES = 512 << 10
-# No connection has more than this part of what is left, so that there is always something for the next.
-_PART = 32
+# Each counts as this much before it is asked: as it begins, with a segment beside that.
+_EACH_BYTES = 256 << 10
+# No buffer has more than this part of what is left, so that there is always something for the next.
+_PART = 128
 # linux/sock_diag.h: what is received and not read is the first number, what is sent and not taken the sixth.
 _SO_MEMINFO = 55
 _MEMINFO = struct.Struct("=I16xI")
+_MEMINFO_PLACE = {socket.SO_RCVBUF: 0, socket.SO_SNDBUF: 1}
 
 
 class SocketMemory:
@@ -47,13 +48,13 @@ class SocketMemory:
         self.total = total
         self.left = total
         self.held_max = held_max
-        self.connections = 0
+        self.buffers = 0
         self.held = 0
         """What they held when each was looked at last."""
 
     @property
     def size_max(self) -> int:
-        """The largest buffer, in each direction, that a socket may have now."""
+        """The largest buffer that a direction may have now."""
         return min(max(self.left // _PART // _TIMES, FLOOR_BYTES), MAX_BYTES)
 
     @property
@@ -64,7 +65,7 @@ class SocketMemory:
     @property
     def is_crowded(self) -> bool:
         """Whether there are so many that it counts what each of them really holds."""
-        return self.connections * _EACH_BYTES > self.held_max
+        return self.buffers * _EACH_BYTES > self.held_max
 
     @property
     def is_full(self) -> bool:
@@ -72,26 +73,27 @@ class SocketMemory:
         return self.held > self.held_max
 
 
-class Buffers:
-    """The buffers of one connection: ``size`` bytes in each direction.
+class SocketBuffer:
+    """One direction of one connection: ``option`` is SO_SNDBUF or SO_RCVBUF, ``size`` its bytes.
 
-    They grow as it moves bytes: whoever moves them calls `grow` when they are ``grow_at`` in all.
+    It grows as bytes are moved: whoever moves them calls `grow` when they are ``grow_at`` in all.
     """
 
-    __slots__ = ("_account", "_held", "_is_still", "_moved", "_sock", "grow_at", "size")
+    __slots__ = ("_account", "_held", "_is_still", "_moved", "_option", "_sock", "grow_at", "size")
 
-    def __init__(self, account: SocketMemory, sock: socket.socket) -> None:
+    def __init__(self, account: SocketMemory, sock: socket.socket, option: int) -> None:
         self._account = account
         self._sock = sock
+        self._option = option
         self._moved = self._held = 0
         self._is_still = False
-        account.connections += 1
+        account.buffers += 1
         self.size = FLOOR_BYTES
         self._resize(min(START_BYTES, account.size_max))
         self.grow_at = 2 * self.size
 
     def grow(self, moved: int) -> None:
-        """``moved`` bytes in all, in both directions, is much for so small a size."""
+        """``moved`` bytes in all is much for so small a size."""
         size = min(2 * self.size, self._account.size_max)
         if size > self.size:
             self._resize(size)
@@ -108,7 +110,7 @@ class Buffers:
         if not (is_missed or account.is_crowded):
             return
         self._is_still = used == 0
-        self._hold(held_bytes(self._sock))
+        self._hold(held_bytes(self._sock, self._option))
         if is_missed and self._held == 0:
             self._resize(FLOOR_BYTES)
             self.grow_at = moved + 2 * FLOOR_BYTES
@@ -117,12 +119,12 @@ class Buffers:
     def is_too_much(self) -> bool:
         """Whether the account is full, and this stands still and holds at least what one does on average."""
         account = self._account
-        return account.is_full and self._is_still and self._held * account.connections >= account.held
+        return account.is_full and self._is_still and self._held * account.buffers >= account.held
 
     def leave(self) -> None:
         """The socket is somebody else's from now on, or is closed; called once."""
         self._account.left += _TIMES * (self.size - FLOOR_BYTES)
-        self._account.connections -= 1
+        self._account.buffers -= 1
         self._hold(0)
 
     def _hold(self, held: int) -> None:
@@ -132,7 +134,7 @@ class Buffers:
     def _resize(self, size: int) -> None:
         self._account.left -= _TIMES * (size - self.size)
         self.size = size
-        set_size(self._sock, size)
+        self._sock.setsockopt(socket.SOL_SOCKET, self._option, size)
 
 
 def set_size(sock: socket.socket, size: int) -> None:
@@ -146,7 +148,7 @@ def limit_segments(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
 
 
-def held_bytes(sock: socket.socket) -> int:
-    """What the kernel holds for a socket now, in both directions, with all that it needs beside the bytes."""
-    received, queued = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
-    return int(received + queued)
+def held_bytes(sock: socket.socket, option: int) -> int:
+    """What the kernel holds in that buffer of a socket now, with all that it needs beside the bytes."""
+    held = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
+    return int(held[_MEMINFO_PLACE[option]])

@@ -17,9 +17,9 @@ from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.window import Window
 
 # So small that a few dozen streams are lent more than half of it.
-_IDLE = 40
-_BUDGET_BYTES = 20 * MIB
-_STREAMS_MAX = 64
+_IDLE = 100
+_BUDGET_BYTES = 33 * MIB
+_STREAMS_MAX = 128
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.socketbuffers import (
     MAX_BYTES,
     SHARED_BYTES,
     START_BYTES,
-    Buffers,
+    SocketBuffer,
     SocketMemory,
     held_bytes,
     limit_segments,
@@ -39,30 +39,31 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield near, far
 
 
-def sizes(sock: socket.socket) -> tuple[int, int]:
-    """What the kernel says it allows, in each direction."""
-    names = socket.SO_SNDBUF, socket.SO_RCVBUF
-    send, receive = (sock.getsockopt(socket.SOL_SOCKET, name) for name in names)
-    return send, receive
+def size_of(sock: socket.socket, option: int = socket.SO_RCVBUF) -> int:
+    """What the kernel says it allows."""
+    return sock.getsockopt(socket.SOL_SOCKET, option)
 
 
-def test_the_kernel_is_told_and_allows_twice_as_much(pair: tuple[socket.socket, socket.socket]) -> None:
+@pytest.mark.parametrize("option", [socket.SO_SNDBUF, socket.SO_RCVBUF])
+def test_the_kernel_is_told_and_allows_twice_as_much(
+    pair: tuple[socket.socket, socket.socket], option: int
+) -> None:
     account = SocketMemory()
-    buffers = Buffers(account, pair[0])
-    assert buffers.size == START_BYTES
-    assert sizes(pair[0]) == (2 * START_BYTES, 2 * START_BYTES)
-    assert account.left == SHARED_BYTES - 4 * (START_BYTES - FLOOR_BYTES)
+    buffer = SocketBuffer(account, pair[0], option)
+    assert buffer.size == START_BYTES
+    assert size_of(pair[0], option) == 2 * START_BYTES
+    assert account.left == SHARED_BYTES - 2 * (START_BYTES - FLOOR_BYTES)
 
 
 def test_who_moves_much_gets_more_up_to_the_largest(pair: tuple[socket.socket, socket.socket]) -> None:
     account = SocketMemory()
-    buffers = Buffers(account, pair[0])
+    buffers = SocketBuffer(account, pair[0], socket.SO_RCVBUF)
     seen = []
     for _ in range(4):
         buffers.grow(buffers.grow_at)
         seen.append(buffers.size)
     assert seen == [2 * START_BYTES, MAX_BYTES, MAX_BYTES, MAX_BYTES]
-    assert sizes(pair[0]) == (2 * MAX_BYTES, 2 * MAX_BYTES)
+    assert size_of(pair[0]) == 2 * MAX_BYTES
     buffers.leave()
     assert account.left == SHARED_BYTES
 
@@ -71,7 +72,7 @@ def test_where_little_is_left_it_stays_small_and_grows_when_there_is_more(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     account = SocketMemory(MIB)
-    buffers = Buffers(account, pair[0])
+    buffers = SocketBuffer(account, pair[0], socket.SO_RCVBUF)
     assert buffers.size == FLOOR_BYTES
     buffers.grow(buffers.grow_at)
     assert buffers.size == FLOOR_BYTES
@@ -85,7 +86,7 @@ def test_what_is_empty_and_unused_is_given_back_and_what_is_full_or_used_is_not(
 ) -> None:
     near, far = pair
     account = SocketMemory()
-    buffers = Buffers(account, near)
+    buffers = SocketBuffer(account, near, socket.SO_RCVBUF)
     lent = account.total - account.left
     buffers.look(0)
     assert buffers.size == START_BYTES, "there is enough"
@@ -99,7 +100,7 @@ def test_what_is_empty_and_unused_is_given_back_and_what_is_full_or_used_is_not(
     assert near.recv(1) == b"x"
     buffers.look(START_BYTES)
     assert (buffers.size, account.left) == (FLOOR_BYTES, lent)
-    assert sizes(near) == (2 * FLOOR_BYTES, 2 * FLOOR_BYTES)
+    assert size_of(near) == 2 * FLOOR_BYTES
     account.left = SHARED_BYTES
     buffers.grow(buffers.grow_at)
     assert buffers.size == 2 * FLOOR_BYTES
@@ -109,11 +110,11 @@ def test_what_is_empty_and_unused_is_given_back_and_what_is_full_or_used_is_not(
 def test_what_is_lent_never_exceeds_the_bound_and_all_comes_back(steps: list[tuple[str, int]]) -> None:
     near, far = tcp_pair()
     account = SocketMemory(8 * MIB)
-    live: list[tuple[Buffers, int]] = []
+    live: list[tuple[SocketBuffer, int]] = []
     with near, far:
         for what, number in steps:
             if what == "begin":
-                live.append((Buffers(account, near), 0))
+                live.append((SocketBuffer(account, near, socket.SO_RCVBUF), 0))
                 continue
             if not live:
                 continue
@@ -127,7 +128,7 @@ def test_what_is_lent_never_exceeds_the_bound_and_all_comes_back(steps: list[tup
                 buffers.leave()
                 continue
             live.append((buffers, moved))
-            lent = sum(4 * (buffers.size - FLOOR_BYTES) for buffers, _ in live)
+            lent = sum(2 * (buffers.size - FLOOR_BYTES) for buffers, _ in live)
             assert 0 <= account.left == account.total - lent
         for buffers, _ in live:
             buffers.leave()
@@ -136,13 +137,13 @@ def test_what_is_lent_never_exceeds_the_bound_and_all_comes_back(steps: list[tup
 
 def test_where_many_hold_too_much_those_that_stand_still_with_most_of_it_are_cut() -> None:
     account = SocketMemory()
-    account.connections = 500
+    account.buffers = 1000
     with contextlib.ExitStack() as stack:
         pairs = [tcp_pair() for _ in range(4)]
         for pair in pairs:
             for sock in pair:
                 stack.enter_context(sock)
-        full, slow, small, empty = (Buffers(account, near) for near, _ in pairs)
+        full, slow, small, empty = (SocketBuffer(account, near, socket.SO_RCVBUF) for near, _ in pairs)
         for _, far in pairs[:2]:
             far.send(bytes(60_000))
         pairs[2][1].send(b"x")
@@ -151,22 +152,22 @@ def test_where_many_hold_too_much_those_that_stand_still_with_most_of_it_are_cut
         looks = {full: 0, slow: 1, small: 0, empty: 0}
         for buffers, moved in looks.items():
             buffers.look(moved)
-        assert account.held == sum(held_bytes(near) for near, _ in pairs)
+        assert account.held == sum(held_bytes(near, socket.SO_RCVBUF) for near, _ in pairs)
         assert not any(buffers.is_too_much for buffers in looks), "it is not too much yet"
         account.held += HELD_BYTES
-        account.connections = 2000
+        account.buffers = 2000
         assert [buffers.is_too_much for buffers in looks] == [False] * 4, "others hold more"
-        account.connections = 200_000
+        account.buffers = 200_000
         assert [buffers.is_too_much for buffers in looks] == [True, False, True, False]
         full.leave()
         small.leave()
-        assert account.held == HELD_BYTES + held_bytes(pairs[1][0])
+        assert account.held == HELD_BYTES + held_bytes(pairs[1][0], socket.SO_RCVBUF)
 
 
 def test_few_are_not_asked_what_they_hold(pair: tuple[socket.socket, socket.socket]) -> None:
     near, far = pair
     account = SocketMemory()
-    buffers = Buffers(account, near)
+    buffers = SocketBuffer(account, near, socket.SO_RCVBUF)
     far.send(b"x")
     assert select.select([near], [], [], 10)[0]
     buffers.look(0)
@@ -185,28 +186,32 @@ def stall(near: socket.socket, far: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("size", [FLOOR_BYTES, START_BYTES, MAX_BYTES])
-def test_a_socket_that_stalls_both_ways_holds_twice_its_size_and_a_segment_each(size: int) -> None:
+def test_a_socket_that_stalls_both_ways_holds_twice_its_sizes_and_a_segment_each(size: int) -> None:
     near, far = tcp_pair()
     with near, far:
-        buffers = Buffers(SocketMemory(MIB if size == FLOOR_BYTES else SHARED_BYTES), near)
-        while buffers.size < size:
-            buffers.grow(buffers.grow_at)
-        assert buffers.size == size
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            buffer = SocketBuffer(SocketMemory(MIB if size == FLOOR_BYTES else SHARED_BYTES), near, option)
+            while buffer.size < size:
+                buffer.grow(buffer.grow_at)
+            assert buffer.size == size
         stall(near, far)
-        assert size <= held_bytes(near) <= 2 * (2 * size + _SEGMENT_BYTES)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            assert size // 2 <= held_bytes(near, option) <= 2 * size + _SEGMENT_BYTES
 
 
 def test_a_hundred_that_stall_at_the_size_they_have_hold_little_more_than_is_lent() -> None:
     account = SocketMemory(8 * MIB)
+    options = socket.SO_SNDBUF, socket.SO_RCVBUF
     with contextlib.ExitStack() as stack:
         pairs = [tcp_pair() for _ in range(100)]
         for near, far in pairs:
             stack.enter_context(near)
             stack.enter_context(far)
-            Buffers(account, near)
+            for option in options:
+                SocketBuffer(account, near, option)
         for near, far in pairs:
             stall(near, far)
-        held = sum(held_bytes(near) for near, _ in pairs)
+        held = sum(held_bytes(near, option) for near, _ in pairs for option in options)
     assert held <= 8 * MIB + len(pairs) * 2 * (2 * FLOOR_BYTES + _SEGMENT_BYTES)
 
 

@@ -8,10 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from qubes_fwd_qrexec.targets import CALLS_MAX
 
 from qubes_fwd_qrexec.budget import BUDGET_BYTES, STREAMS_MAX
+from qubes_fwd_qrexec.callbudget import CALLS_MAX
 from qubes_fwd_qrexec.callnotes import DIRECTORY
+from qubes_fwd_qrexec.callqueue import WAITING_MAX
 from qubes_fwd_qrexec.listener import DRAIN_S
 from qubes_fwd_qrexec.localserver import BUFFER_BYTES as SERVER_BUFFER_BYTES
 from qubes_fwd_qrexec.localserver import SERVICE
@@ -21,7 +22,6 @@ from qubes_fwd_qrexec.serviceserver import CONNECTIONS_MAX
 from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
 from qubes_fwd_qrexec.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
 from qubes_fwd_qrexec.supervisor import CLOSE_S
-from qubes_fwd_qrexec.tunnels import WAITING_MAX
 
 MIB = 1 << 20
 ROOT = Path(__file__).parent.parent
