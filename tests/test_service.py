@@ -228,9 +228,10 @@ def test_a_single_call_that_drains_goes_on_to_its_deadline(
 ) -> None:
     called, sock = served
     mine = Calls(TargetPorts(port_of(server), port_of(server)), QubeName("sys-net"))
-    assert revoke(Allowance(drains={mine: 1}), run_dir) == Revoked(0, 1)
+    assert revoke(Allowance(drains={mine: 3600}), run_dir) == Revoked(0, 1)
     called.stdin.send(b"x")
     assert sock.recv(100) == b"x"
+    assert revoke(Allowance(drains={mine: 1}), run_dir).ended == 0
     assert called.end() == (ExitStatus.REVOKED, "")
 
 

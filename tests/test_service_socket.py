@@ -251,7 +251,8 @@ def test_dom0_ends_the_single_calls_of_the_socket_that_it_does_not_allow(
                 call.send(b"x")
                 kept_far.settimeout(BOUND_S)
                 assert kept_far.recv(1) == b"x"
-                assert revoke(Allowance(drains={kept: 1}), home) == Revoked(0, 1)
+                assert revoke(Allowance(drains={kept: 3600}), home) == Revoked(0, 1)
+                assert revoke(Allowance(drains={kept: 1}), home).ended == 0
                 with pytest.raises(ConnectionResetError):
                     kept_far.recv(1)
                 until(lambda: living(home) == [])

@@ -119,9 +119,10 @@ def test_a_removed_rules_connections_end_at_once_and_those_of_others_go_on(sessi
                 new.echo()
 
 
-def test_dom0_ends_a_tunnel_though_the_exposed_qube_does_nothing(session: LabSession) -> None:
+@pytest.mark.parametrize("transport", ["tunnel", "call"])
+def test_dom0_ends_calls_though_the_exposed_qube_does_nothing(session: LabSession, transport: str) -> None:
     with Server() as server:
-        port = add(session, server)
+        port = add(session, server, f"--transport={transport}")
         listener = session.start_listener("sys-net")
         with Joined(port, server) as idle:
             listener.send_signal(signal.SIGSTOP)
