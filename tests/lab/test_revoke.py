@@ -194,7 +194,11 @@ def test_a_tunnel_that_drains_takes_no_new_connection_whatever_the_exposed_qube_
             config.write_text(text)
             listener.send_signal(signal.SIGHUP)
             trio.run(until, lambda: is_listening(port))
-            assert refused(port)
+            with socket.create_connection(("127.0.0.1", port), timeout=BOUND_S) as new:
+                new.sendall(b"x")
+                server.listening.settimeout(1.0)
+                with pytest.raises(TimeoutError):
+                    server.listening.accept()
             idle.echo()
 
 
