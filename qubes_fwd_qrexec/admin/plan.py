@@ -8,30 +8,23 @@ are not asleep then claim their ports, and of two that claim the same the first 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
-from qubes_fwd_qrexec.errors import ConfigError
+from qubes_fwd_qrexec.config import Side
 from qubes_fwd_qrexec.rules import (
-    NO_LIMITS,
     BrokenRule,
     ForwardRule,
     ForwardType,
     Mode,
     NamedRule,
-    Proto,
-    Proxy,
-    Transport,
 )
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from .abilities import THIS_VERSION, Abilities
 from .callroom import with_call_room
+from .carrier import carrier, check_abilities, listener_config, mode_reason
 from .conflicts import Claims
 from .inventory import (
     ADMIN,
     DISPOSABLE,
-    LINUX,
-    OFFER_PREFIX,
-    OS_FEATURE,
     QREXEC_FEATURE,
     REMOTE,
     TEMPLATE,
@@ -40,31 +33,8 @@ from .inventory import (
     Qube,
 )
 from .states import Cause, Forward, Plan, State
+from .stops import Stop, command, refused
 from .twins import with_twins
-
-# transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
-CALL_PORTS_MAX = 256
-
-_NOT_YET = "this version of qvm-forward cannot do that yet"
-
-
-class _Verdict(Exception):  # noqa: N818  # it ends the judgement of one rule and is no error
-    """The judgement of a rule is over: it is not live."""
-
-    def __init__(self, state: State, cause: Cause, reason: str, *ways_out: tuple[str, ...]) -> None:
-        super().__init__(reason)
-        self.state = state
-        self.cause = cause
-        self.reason = reason
-        self.ways_out = ways_out
-
-
-def _refused(cause: Cause, reason: str, *ways_out: tuple[str, ...]) -> _Verdict:
-    return _Verdict(State.REFUSED, cause, reason, *ways_out)
-
-
-def _command(verb: str, named: NamedRule, *more: str) -> tuple[str, ...]:
-    return ("qvm-forward", verb, named.target, named.name, *more)
 
 
 def plan(
@@ -133,54 +103,52 @@ def _judged(
         _check_wanted(named, now)
         problem = inventory.unread(named.target, listener, *chain.qubes)
         if problem is not None:
-            raise _refused(Cause.UNREADABLE_QUBE, f"Nothing opens where something is unknown: {problem}.")
+            raise refused(Cause.UNREADABLE_QUBE, f"Nothing opens where something is unknown: {problem}.")
         target = _target(named, inventory)
         _check_owner(named, target)
         if chain.problem is not None:
-            raise _refused(Cause.NETVM_BROKEN, f"{chain.problem}.")
+            raise refused(Cause.NETVM_BROKEN, f"{chain.problem}.")
         if _has_moved(rule, chain.qubes):
             agreed = named._replace(rule=replace(rule, path=chain.qubes))
             raise _moved(named, _judged(agreed, inventory, now, stock, abilities), inventory)
         exposed = _exposed(named, found.exposed, inventory)
         side = inventory.side(exposed.name, rule.forward_type)
         found = found._replace(notes=_notes(named, target), hints=_hints(named, exposed.name, inventory))
-        found = found._replace(mode=Mode.QREXEC, mode_reason=_mode_reason(rule, abilities))
-        _check_abilities(rule, abilities)
-        service, transport, transport_reason = _carrier(rule, target, inventory, stock, abilities)
+        found = found._replace(mode=Mode.QREXEC, mode_reason=mode_reason(rule, abilities))
+        check_abilities(rule, abilities)
+        service, transport, transport_reason = carrier(rule, target, inventory, stock, abilities)
         found = found._replace(service=service, transport=transport, transport_reason=transport_reason)
         found = found._replace(notes=found.notes + _tunnel_note(named, exposed.name, side, inventory))
-        config = _config(named, service, transport, side, inventory)
-    except _Verdict as verdict:
-        return found._replace(
-            state=verdict.state, cause=verdict.cause, reason=verdict.reason, ways_out=verdict.ways_out
-        )
+        config = listener_config(named, service, transport, side, inventory)
+    except Stop as stop:
+        return found._replace(state=stop.state, cause=stop.cause, reason=stop.reason, ways_out=stop.ways_out)
     return _live(found._replace(config=config), exposed, target)
 
 
 def _check_wanted(named: NamedRule, now: float) -> None:
     where = f"{named.target} {named.name}"
     if not named.rule.enabled:
-        raise _Verdict(
+        raise Stop(
             State.DISABLED,
             Cause.DISABLED,
             f"It was disabled; 'qvm-forward enable {where}' opens it again.",
-            _command("enable", named),
+            command("enable", named),
         )
     if named.rule.has_ended or (named.rule.expire is not None and named.rule.expire <= now):
-        raise _Verdict(
+        raise Stop(
             State.EXPIRED,
             Cause.EXPIRED,
             f"Its time is over; 'qvm-forward set {where} expire=+8h' gives it more, "
             f"'qvm-forward remove {where}' ends it.",
-            _command("set", named, "expire=+8h"),
-            _command("remove", named),
+            command("set", named, "expire=+8h"),
+            command("remove", named),
         )
 
 
 def _target(named: NamedRule, inventory: Inventory) -> Qube:
     target = inventory.get(named.target)
     if target is None:
-        raise _refused(Cause.NO_SUCH_QUBE, f"There is no qube {named.target}; name one that 'qvm-ls' shows.")
+        raise refused(Cause.NO_SUCH_QUBE, f"There is no qube {named.target}; name one that 'qvm-ls' shows.")
     way_out = "name the qube that runs the service"
     _check_fit(target, inventory, "be the target of a forward", way_out)
     return target
@@ -198,7 +166,7 @@ def _check_fit(qube: Qube, inventory: Inventory, purpose: str, way_out: str) -> 
     if why is None and not inventory.feature(qube.name, QREXEC_FEATURE):
         why = f"has no qrexec (feature {QREXEC_FEATURE}) and cannot"
     if why is not None:
-        raise _refused(Cause.UNFIT_QUBE, f"{qube.name} {why} {purpose}; {way_out}.")
+        raise refused(Cause.UNFIT_QUBE, f"{qube.name} {why} {purpose}; {way_out}.")
 
 
 def _check_owner(named: NamedRule, target: Qube) -> None:
@@ -212,13 +180,13 @@ def _check_owner(named: NamedRule, target: Qube) -> None:
         why = f"The rule was made for {owner}, and {target.name} is a disposable that came by it at its birth"
     else:
         why = f"The rule was made for {owner} and came to {target.name} by cloning or renaming"
-    raise _Verdict(
+    raise Stop(
         State.SUSPENDED,
         Cause.CLONED,
         f"{why}; 'qvm-forward confirm {named}' makes it one of {target.name}, "
         f"'qvm-forward remove {named}' drops it.",
-        _command("confirm", named),
-        _command("remove", named),
+        command("confirm", named),
+        command("remove", named),
     )
 
 
@@ -226,16 +194,16 @@ def _has_moved(rule: ForwardRule, chain: tuple[QubeName, ...]) -> bool:
     return rule.path is not None and rule.path != chain and not rule.follow_netvm
 
 
-def _moved(named: NamedRule, confirmed: Forward, inventory: Inventory) -> _Verdict:
+def _moved(named: NamedRule, confirmed: Forward, inventory: Inventory) -> Stop:
     """The netvms have changed; ``confirmed`` is what would be if somebody agreed to them."""
     path, chain = named.rule.path or (), confirmed.chain
     were = (
         f"The netvms of {named.target} were {_row(path)} when the rule was agreed to and are "
         f"{_row(chain)} now"
     )
-    confirm, follow = _command("confirm", named), _command("set", named, "follow-netvm=yes")
+    confirm, follow = command("confirm", named), command("set", named, "follow-netvm=yes")
     if not confirmed.is_live:
-        return _Verdict(
+        return Stop(
             State.SUSPENDED,
             Cause.NETVM_CHANGED,
             f"{were}, where it would be {confirmed.state}. {confirmed.reason} After that "
@@ -245,7 +213,7 @@ def _moved(named: NamedRule, confirmed: Forward, inventory: Inventory) -> _Verdi
         )
     was, would_be = (_entrance(named.rule, way, inventory) for way in (path, chain))
     moves = f", which opens it at {would_be} and no longer at {was}" if was != would_be else ""
-    return _Verdict(
+    return Stop(
         State.SUSPENDED,
         Cause.NETVM_CHANGED,
         f"{were}; 'qvm-forward confirm {named}' agrees to the new way{moves}, and with follow-netvm=yes the "
@@ -283,90 +251,23 @@ def _listener(rule: ForwardRule, chain: Chain) -> QubeName | None:
 def _exposed(named: NamedRule, listener: QubeName | None, inventory: Inventory) -> Qube:
     exposed = None if listener is None else inventory.get(listener)
     if listener is None:
-        raise _refused(
+        raise refused(
             Cause.NO_NETVM,
             f"{named.target} has no netvm that could listen for it; name the qube that shall listen "
             "with --via QUBE (option via=QUBE).",
         )
     if exposed is None:
-        raise _refused(
+        raise refused(
             Cause.NO_SUCH_QUBE, f"There is no qube {listener} to listen; name another one with via=QUBE."
         )
     _check_fit(exposed, inventory, "listen", "name another qube with via=QUBE")
     if exposed.name == named.target:
-        raise _refused(
+        raise refused(
             Cause.UNFIT_QUBE,
             f"{exposed.name} cannot listen for itself, as qrexec connects two different qubes; "
             "name another qube with via=QUBE.",
         )
     return exposed
-
-
-def _mode_reason(rule: ForwardRule, abilities: Abilities) -> str:
-    if rule.mode is not Mode.AUTO:
-        return "the rule says so"
-    if not abilities.nft:
-        return "mode=auto, and this version has no nft mode"
-    return "mode=auto"
-
-
-def _check_abilities(rule: ForwardRule, abilities: Abilities) -> None:
-    if rule.mode is Mode.NFT and not abilities.nft:
-        raise _refused(
-            Cause.NOT_YET, f"The rule asks for mode=nft and {_NOT_YET}; mode=qrexec would work for TCP."
-        )
-    if rule.proto is Proto.UDP:
-        raise _refused(
-            Cause.NOT_YET,
-            f"The rule asks for proto=udp, which needs mode=nft, and {_NOT_YET}; only TCP works.",
-        )
-    if rule.transport is Transport.TUNNEL and not abilities.tunnel:
-        raise _refused(
-            Cause.NOT_YET, f"The rule asks for transport=tunnel and {_NOT_YET}; use transport=call or auto."
-        )
-    if rule.proxy is not Proxy.OFF and not abilities.proxy:
-        raise _refused(Cause.NOT_YET, f"The rule asks for proxy={rule.proxy} and {_NOT_YET}; use proxy=off.")
-    if rule.limits != NO_LIMITS and not abilities.limits:
-        raise _refused(Cause.NOT_YET, f"The rule asks for limits and {_NOT_YET}; leave limits out.")
-
-
-def _carrier(
-    rule: ForwardRule, qube: Qube, inventory: Inventory, stock: Collection[QubeName], abilities: Abilities
-) -> tuple[Service, Transport, str]:
-    """Service and transport, and why they were chosen."""
-    target, offer = qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"
-    has_ours = bool(inventory.feature(target, offer))
-    missing = f"{target} does not offer {Service.FORWARD_TCP}"
-    way_out = inventory.how_to_install(target)
-    if has_ours and target in stock and qube.is_running and offer not in qube.features:
-        has_ours = False
-        missing = f"{target} has run since before its template offered {Service.FORWARD_TCP}"
-        way_out = f"shut {target} down and start it again"
-    system = inventory.feature(target, OS_FEATURE) or LINUX
-    if not (has_ours or system == LINUX or inventory.feature(target, f"{OFFER_PREFIX}{Service.CONNECT_TCP}")):
-        raise _refused(
-            Cause.NO_SERVICE,
-            f"{target} runs {system}, which has neither {Service.FORWARD_TCP} nor {Service.CONNECT_TCP}; "
-            "name a target that runs Linux.",
-        )
-    if not has_ours and (rule.transport is Transport.TUNNEL or rule.proxy is not Proxy.OFF):
-        asked = "proxy" if rule.proxy is not Proxy.OFF else "transport=tunnel"
-        raise _refused(
-            Cause.NO_SERVICE,
-            f"The rule asks for {asked} and {missing}; {way_out}, or leave {asked} out.",
-        )
-    if rule.transport is not Transport.CALL and abilities.tunnel and has_ours:
-        why = "the rule says so" if rule.transport is Transport.TUNNEL else f"{target} offers our service"
-        return Service.FORWARD_TCP, Transport.TUNNEL, why
-    if has_ours:
-        why = "the rule says so" if rule.transport is Transport.CALL else "this version has no tunnel yet"
-        return Service.FORWARD_TCP, Transport.CALL, why
-    return (
-        Service.CONNECT_TCP,
-        Transport.CALL,
-        f"{missing}, so each connection goes over the stock {Service.CONNECT_TCP}: a server that ends its "
-        f"sending first loses the rest of what the client sends. To mend that, {way_out}",
-    )
 
 
 def _notes(named: NamedRule, target: Qube) -> tuple[str, ...]:
@@ -402,51 +303,30 @@ def _tunnel_note(named: NamedRule, exposed: QubeName, side: Side, inventory: Inv
         return (f"bypasses the tunnel {tunnel}",)
     is_tunnel = inventory.tunnel_mark(named.target) is not None
     what = f"is a tunnel itself ({tunnel.mark})" if is_tunnel else f"is behind a tunnel, marked at {tunnel}"
-    bypass = _command("set", named, "bypass-tunnel=yes")
+    bypass = command("set", named, "bypass-tunnel=yes")
     if tunnel.qube == exposed:
-        raise _refused(
+        raise refused(
             Cause.TUNNEL,
             f"{named.target} {what}, and {exposed} has no netvm: nothing tells its tunnel from the LAN "
             f"beside it, which would go round the tunnel. Expose it to qubes alone with forwardtype=internal "
             f"(--internal), or accept that with bypass-tunnel=yes (--bypass-tunnel).",
-            _command("set", named, "forwardtype=internal"),
+            command("set", named, "forwardtype=internal"),
             bypass,
         )
     ways_out = [bypass]
     if tunnel.qube != named.target and inventory.qubes[tunnel.qube].netvm is not None:
         way_out = f"expose it at {tunnel.qube} with via={tunnel.qube} (--via {tunnel.qube})"
-        ways_out.insert(0, _command("set", named, f"via={tunnel.qube}"))
+        ways_out.insert(0, command("set", named, f"via={tunnel.qube}"))
     elif is_tunnel and (inventory.qubes[named.target].provides_network or inventory.behind(named.target)):
         way_out = "expose it at a qube behind it with via=QUBE (--via QUBE)"
     else:
         way_out = "expose it nowhere"
-    raise _refused(
+    raise refused(
         Cause.TUNNEL,
         f"{named.target} {what}, and listening at {exposed} would go round "
         f"it; {way_out}, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
         *ways_out,
     )
-
-
-def _config(
-    named: NamedRule, service: Service, transport: Transport, side: Side, inventory: Inventory
-) -> ListenerConfig:
-    rule = named.rule
-    if transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
-        if service is Service.FORWARD_TCP:
-            way_out = "use transport=tunnel"
-        else:
-            way_out = inventory.how_to_install(named.target)
-        raise _refused(
-            Cause.TOO_LARGE,
-            f"With one call for each connection every port needs its own policy line, and "
-            f"{len(rule.listen_ports)} ports are more than {CALL_PORTS_MAX}; make the range shorter, or "
-            f"{way_out}.",
-        )
-    try:
-        return ListenerConfig.of_rule(named.target, named.name, rule, service, transport, side)
-    except ConfigError as error:
-        raise _refused(Cause.TOO_LARGE, f"{error}.") from None
 
 
 def _live(forward: Forward, exposed: Qube, target: Qube) -> Forward:
@@ -464,7 +344,7 @@ def _live(forward: Forward, exposed: Qube, target: Qube) -> Forward:
             cause=Cause.TARGET_HALTED,
             reason=f"{target.name} is halted, and connections are refused until it runs: "
             f"'qvm-start {target.name}', or let connections start it with autostart=yes.",
-            ways_out=(("qvm-start", target.name), _command("set", forward.source, "autostart=yes")),
+            ways_out=(("qvm-start", target.name), command("set", forward.source, "autostart=yes")),
         )
     return forward._replace(reason=sentence(forward))
 
