@@ -14,6 +14,7 @@ Each tunnel that was let in leaves a mark too, when dom0 allowed it: the lease o
 to these ports begins anew with it.
 """
 
+import errno
 import fcntl
 import os
 import select
@@ -42,7 +43,6 @@ from .callstart import TICKS_PER_S, CallStart, boot_ticks
 from .cleanstart import start_clean
 from .errors import TextError, why
 from .exitstatus import ExitStatus
-from .values import parse_number
 
 SERVICE = "qubes.ForwardRevoke"
 # How old dom0's word may be when a call of its own begins: as old as a tunnel's, for no list may have come
@@ -197,22 +197,46 @@ def _tell(pid: int, place: Path, how: signal.Signals) -> str | None:
 
 
 def _write_list(allowance: Allowance, place: Path) -> int:
-    """Put the list in the place of the one before; its time in ticks. Raises OSError."""
+    """Put the list in the place of the one before; its time in ticks. Raises OSError.
+
+    The file's own time is that of the list. Where there is no room for the text the file is empty: it then
+    allows nothing of what is older, in doubt, and needs no room.
+    """
+    text = str(allowance).encode("ascii")
     place_fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     hidden = place / f".{_LIST}+{os.getpid()}"
     try:
         _lock(place_fd)
-        at = boot_ticks()
+        at_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         hidden.unlink(missing_ok=True)
-        with open(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN, 0o600), "wb") as file:
-            file.write(f"{at}\n{allowance}".encode("ascii"))
+        fd = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN, 0o600)
+        try:
+            if not _is_written(fd, text):
+                os.ftruncate(fd, 0)
+            os.utime(fd, ns=(at_ns, at_ns))
+        finally:
+            os.close(fd)
         hidden.rename(place / _LIST)
     except OSError:
         hidden.unlink(missing_ok=True)
         raise
     finally:
         os.close(place_fd)
-    return at
+    return _ticks(at_ns)
+
+
+def _is_written(fd: int, text: bytes) -> bool:
+    """False where there is no room for it. Raises OSError."""
+    try:
+        return os.write(fd, text) == len(text)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return False
+        raise
+
+
+def _ticks(boot_ns: int) -> int:
+    return boot_ns * TICKS_PER_S // 1_000_000_000
 
 
 def _lock(fd: int) -> None:
@@ -237,10 +261,10 @@ def _read_list(place: Path) -> _List | None:
     except OSError as error:
         raise RevocationError(f"{path}: {error.strerror}") from error
     try:
-        _checked(fd)
+        at = _ticks(_checked(fd).st_mtime_ns)
         with open(fd, "rb", closefd=False) as file:
-            first, _, rest = file.read(ALLOWANCE_MAX_BYTES + 32).partition(b"\n")
-        return _List(parse_number(first.decode("ascii", "replace")), Allowance.parse(rest))
+            text = file.read(ALLOWANCE_MAX_BYTES + 1)
+        return _List(at, Allowance.parse(text) if text else Allowance(cuts_drains=True))
     except (OSError, ValueError, TextError) as error:
         raise RevocationError(f"{path}: {why(error)}") from error
     finally:

@@ -272,12 +272,20 @@ def test_where_no_room_is_left_calls_are_noted_and_ended_all_the_same(tmp_path: 
         for kind in Kind:
             with permitted(kind, MINE, just_now(), place):
                 assert len(living(place)) == 1
-        with Call(place) as call:
-            with pytest.raises(RevocationError, match="No space left"):
-                revoke(NOTHING, place, obey_s=0.1)
-            assert call.status == -signal.SIGKILL
+        parked = just_now()
+        with Call(place) as call, Call(place, OTHER_SOURCE) as kept:
+            assert revoke(keep(OTHER_SOURCE), place) == Revoked(1, 0)
+            assert call.status == ENDED
+            assert kept.lives
+        for calls in (MINE, OTHER_SOURCE):  # in doubt, what is kept too: it may be called anew
+            with pytest.raises(RevokedError), permitted(Kind.SINGLE, calls, parked, place):
+                pytest.fail("it was let in")
+        after_a_tick()
+        with permitted(Kind.SINGLE, OTHER_SOURCE, just_now(), place):
+            pass
         living(place)
-        assert sorted(os.listdir(place)) == ["allowed+8080-8090+sys-net", "filler"]
+        names = ["allowance", "allowed+8080-8090+sys-net", "allowed+8080-8090+work", "filler"]
+        assert sorted(os.listdir(place)) == names
 
 
 def test_where_notes_are_not_safe_dom0_hears_of_it(place: Path) -> None:
