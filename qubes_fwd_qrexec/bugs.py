@@ -24,11 +24,14 @@ _FILE = "bugs"
 FILE_MAX_BYTES = 100_000
 
 
+A_BUG = "a bug of this program; its log says more"
+
+
 class BugError(OSError):
     """What was asked for came to nothing because of a bug, which is logged and counted already."""
 
     def __init__(self) -> None:
-        super().__init__(errno.ENOTRECOVERABLE, "a bug of this program; its log says more")
+        super().__init__(errno.ENOTRECOVERABLE, A_BUG)
 
 
 class Bugs:

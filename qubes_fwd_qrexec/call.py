@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import trio
 
+from .bugs import A_BUG
 from .callbudget import CallBudget, Place
 from .callqueue import Key, Kind
 from .counters import Carried, Refusal
@@ -301,10 +302,13 @@ class _Connection:
 
     async def _copy(self, copy: Copy) -> CopyEnd:
         try:
-            return await self._relays.run(copy)
+            end = await self._relays.run(copy)
         except OSError as error:
             self._fail(f"cannot watch the connection: {error.strerror}")
             return CopyEnd.SINK_BROKEN  # nobody hears of it: the scope is cancelled
+        if end is CopyEnd.BUG:
+            self._fail(A_BUG)
+        return end
 
     def _fail(self, error: str) -> None:
         self.error = self.error or error

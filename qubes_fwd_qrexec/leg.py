@@ -307,12 +307,12 @@ class Leg:
 
     # Endings
 
-    def abort_from_here(self, code: ResetCode = ResetCode.ABORTED) -> None:
+    def abort_from_here(self, code: ResetCode = ResetCode.ABORTED, how: LegEnd = LegEnd.LOCAL_RESET) -> None:
         """The local peer is gone, or nobody wants it any more: RESET for the other end, RST for this one."""
         if self._is_closed:
             return
         was_alive = self.ended is None
-        self.ended = self.ended or LegEnd.LOCAL_RESET
+        self.ended = self.ended or how
         try:
             if was_alive:
                 self._mux.reset(self.stream_id, code)
@@ -321,7 +321,7 @@ class Leg:
 
     def fail(self) -> None:
         """There is a bug in it: it ends, whatever state it is in."""
-        self.abort_from_here(ResetCode.INTERNAL)
+        self.abort_from_here(ResetCode.INTERNAL, LegEnd.BUG)
 
     def abort_from_there(self) -> None:
         """The stream is gone: what had come is delivered, for a while, and then RST says the rest."""

@@ -13,3 +13,5 @@ class LegEnd(Enum):
     """The local peer aborted."""
     REMOTE_RESET = auto()
     """The other end of the tunnel aborted, or the tunnel itself was lost."""
+    BUG = auto()
+    """There was a bug of this end in it."""

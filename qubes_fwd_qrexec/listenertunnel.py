@@ -24,7 +24,12 @@ from .relaythread import RelayThread
 from .tunnel import Connection, GoawayCode, Hello, OpenReceived, Origin, ProxyVersion, ResetCode
 from .values import TargetPorts
 
-_HOW = {LegEnd.DONE: "closed", LegEnd.LOCAL_RESET: "client-reset", LegEnd.REMOTE_RESET: "target-reset"}
+_HOW = {
+    LegEnd.DONE: "closed",
+    LegEnd.LOCAL_RESET: "client-reset",
+    LegEnd.REMOTE_RESET: "target-reset",
+    LegEnd.BUG: "bug",
+}
 _REFUSALS = {
     ResetCode.REFUSED: "the server in the target refused the connection",
     ResetCode.TIMEOUT: "the server in the target did not accept the connection in time",

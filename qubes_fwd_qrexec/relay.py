@@ -42,6 +42,8 @@ class CopyEnd(Enum):
     """The source was aborted; the sink has taken what had arrived before."""
     SINK_BROKEN = auto()
     """The sink takes no more; what it had not taken is lost."""
+    BUG = auto()
+    """There was a bug of ours in it; what it had not passed on is lost."""
 
 
 class Copy:
@@ -238,10 +240,10 @@ class Relay:
         return sent
 
     def _fail(self, endpoint: _Endpoint) -> None:
-        """There is a bug in a copy of this socket: both end, as if what they read had been aborted."""
+        """There is a bug in a copy of this socket: both end."""
         for copy in (endpoint.reader, endpoint.writer):
             if copy is not None:
-                self._end(copy, CopyEnd.SOURCE_RESET)
+                self._end(copy, CopyEnd.BUG)
 
     def _end(self, copy: Copy, how: CopyEnd) -> None:
         on_end = copy.on_end

@@ -90,7 +90,7 @@ class _Joined:
         self._open -= 1
         if how is CopyEnd.EOF:
             half_close(self._server)
-        elif how is CopyEnd.SOURCE_RESET:
+        elif how is not CopyEnd.SINK_BROKEN:
             self._status = ExitStatus.TROUBLE
         else:
             self._has_lost = True  # what the server had sent before is still delivered

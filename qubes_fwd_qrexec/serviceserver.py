@@ -288,7 +288,7 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
                 is_answered = is_answered or (source is server and end is CopyEnd.EOF)
                 if end is CopyEnd.EOF:
                     half_close(sink)
-                elif end is CopyEnd.SOURCE_RESET or sink is call:
+                elif end is not CopyEnd.SINK_BROKEN or sink is call:
                     nursery.cancel_scope.cancel()
                 # else the server takes no more, and what it had sent before is still delivered
 

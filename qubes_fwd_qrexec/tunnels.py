@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import trio
 
 from .budget import Budget
-from .bugs import BugError
+from .bugs import A_BUG
 from .call import Ending
 from .callbudget import CallBudget, Place
 from .callqueue import Kind
@@ -193,7 +193,7 @@ class Tunnels:
             if self._relays.has_failed:
                 raise
             self._relays.loop.bugs.note(bug)
-            problem = BugError().strerror
+            problem = A_BUG
         finally:
             self._tunnels.remove(tunnel)
             if tunnel.is_opening:
@@ -232,7 +232,7 @@ class Tunnels:
             if self._relays.has_failed:
                 raise
             self._relays.loop.bugs.note(bug)
-            problem = BugError().strerror
+            problem = A_BUG
         finally:
             self._is_renewing = False
         if not tunnel.is_opening:

@@ -14,6 +14,7 @@ from qubes_fwd_qrexec import bugs
 from qubes_fwd_qrexec.backlog import Backlog
 from qubes_fwd_qrexec.bugs import Bugs
 from qubes_fwd_qrexec.leg import Leg
+from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.loop import Loop
 from qubes_fwd_qrexec.relay import Copy, CopyEnd, Relay, half_close
 from qubes_fwd_qrexec.tunnel import Connection, ResetCode, ResetReceived, Role
@@ -55,6 +56,7 @@ def test_a_bug_in_one_stream_resets_that_stream(
     bench: PeerBench, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hit, other = bench.open(), bench.open()
+    leg = bench.mux.legs[hit]
     once(monkeypatch, Leg, method)
     match method:
         case "deliver":
@@ -77,6 +79,7 @@ def test_a_bug_in_one_stream_resets_that_stream(
     if method != "abort_from_there":
         assert resets == [ResetReceived(hit, ResetCode.INTERNAL)]
     assert set(bench.mux.legs) == {other}
+    assert leg.ended is LegEnd.BUG
     assert not bench.owner.is_over
     assert bench.loop.bugs.count == 1
 
@@ -162,7 +165,7 @@ def test_a_bug_in_one_copy_ends_what_shares_its_socket_and_no_other(
     once(monkeypatch, Relay, "_pull")
     (client if which == "source" else far).send(b"x")
     loop.run_once(0)
-    assert ends == dict.fromkeys(("up", "down"), CopyEnd.SOURCE_RESET)
+    assert ends == dict.fromkeys(("up", "down"), CopyEnd.BUG)
     half_close(other_in)
     loop.run_once(0)
     assert ends["other"] is CopyEnd.EOF

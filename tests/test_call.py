@@ -14,7 +14,7 @@ from qubes_fwd_qrexec import call, relay
 from qubes_fwd_qrexec.call import Caller, CallTimeouts, Ending, relay_over_call
 from qubes_fwd_qrexec.callbudget import CallBudget
 from qubes_fwd_qrexec.errors import RefusedError
-from qubes_fwd_qrexec.relay import abort, half_close
+from qubes_fwd_qrexec.relay import Relay, abort, half_close
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
 
 
@@ -300,3 +300,20 @@ async def test_a_socket_that_cannot_be_watched_is_an_error_of_its_connection(tmp
                     ending = await relay_over_call(accepted, caller, relays, CallTimeouts())
         assert ending.error is not None
         assert "cannot watch" in ending.error
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+async def test_a_bug_ends_it_and_is_not_called_the_clients_abort(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with relayed(FakeClient(tmp_path, "serve").command, port_of(server)) as run:
+        run.client.send(b"x")
+        with await accept_socket(server) as far:
+            assert await receive(far) == b"x"
+
+            def fail(*_: object) -> None:
+                raise ZeroDivisionError("a bug")
+
+            monkeypatch.setattr(Relay, "_pull", fail)
+            run.client.send(b"x")
+            assert (await run.end()).error == "a bug of this program; its log says more"
