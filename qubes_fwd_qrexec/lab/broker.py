@@ -6,23 +6,18 @@ the two ends to `Join`. It holds no rule and writes no policy. One call's troubl
 call; what the broker cannot tell it refuses.
 """
 
-import array
 import errno
 import logging
 import math
 import os
-import re
-import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
 from qubes_fwd_qrexec.errors import ForwardError, StoreError, leaves
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
-from qubes_fwd_qrexec.unixsockets import socket_address
 
 from . import wire
 from .agents import AgentProcess, Agents, open_agents
@@ -31,18 +26,20 @@ from .inhabitants import end_inhabitants
 from .join import CallerEnds, Join
 from .places import Places
 from .qube import Qube, QubeState
+from .requests import (
+    CallRefusedError,
+    bind_packets,
+    cancel_at_end,
+    parse_request,
+    receive_call,
+    send_quietly,
+)
 from .room import NoVchanError, Room
 from .services import Executable, ServiceMissingError, ServiceUnusableError, find_service
 from .started import Started, agents_environment, connect_service, start_process
 from .view import LabView
 
 _log = logging.getLogger("qubes_fwd_qrexec.lab")
-# qubes-core-qrexec daemon/qrexec-daemon.c, sanitize_name(): everything else becomes an underscore.
-_NOT_IN_SERVICE = re.compile(r"[^A-Za-z0-9@_.+-]", re.ASCII)
-_NOT_IN_TARGET = re.compile(r"[^A-Za-z0-9@:_.-]", re.ASCII)
-_BACKLOG = 128
-# One client brings two descriptors at most; room for a few more, so that a surplus is seen and closed.
-_ANCILLARY_BYTES = socket.CMSG_SPACE(8 * 4)
 _ACCEPT_PAUSE_S = 0.1
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # What a service that has lost its call gets before it is killed, when the lab goes down.
@@ -53,10 +50,6 @@ _KNOB_POLL_S = 0.05
 _WATCH_S = 0.25
 # qrexec-agent-data.c: so long an agent waits for the caller's vchan.
 _VCHAN_TIMEOUT_S = 120.0
-
-
-class CallRefusedError(Exception):
-    """The call ends as a refused one does: the caller's status is 126 and its bytes are not looked at."""
 
 
 @dataclass(eq=False, slots=True)
@@ -179,9 +172,9 @@ class Broker:
         caller = None
         with agent:
             try:
-                call, caller = await _receive_call(agent)
+                call, caller = await receive_call(agent)
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_cancel_at_end, agent, nursery.cancel_scope)
+                    nursery.start_soon(cancel_at_end, agent, nursery.cancel_scope)
                     await self._handle(source, call, caller, agent)
                     nursery.cancel_scope.cancel()
             except* CallRefusedError as refused:
@@ -195,7 +188,7 @@ class Broker:
     async def _handle(
         self, source: str, call: wire.Call, caller: CallerEnds, agent: trio.socket.SocketType
     ) -> None:
-        request = _request(source, call)
+        request = parse_request(source, call)
         full_name = request.service + request.argument
         self.view.refresh()
         knobs = self.view.knobs
@@ -217,8 +210,8 @@ class Broker:
                 beginning.enter_context(self._room.beginning(source, knobs))
             except NoVchanError as error:
                 _log.info("%s: %s to %s: no room for a vchan", source, full_name, target.name)
-                await _send_quietly(agent, wire.NO_VCHAN + str(error).encode())
                 self._releasing.start_soon(self._wait_for_vchan, await self._fork(target.name))
+                await send_quietly(agent, wire.NO_VCHAN + str(error).encode())
                 return
             forked = await self._fork(target.name)
             beginning.close()
@@ -232,7 +225,7 @@ class Broker:
                     caller.begin()
                     status = await self._carry(joined, call, caller, agent)
                     caller.end_source()
-                    await _send_quietly(agent, wire.encode_exit(status))
+                    await send_quietly(agent, wire.encode_exit(status))
                     _log.info("%s: %s to %s ended with %d", source, full_name, target.name, status)
             finally:
                 self._joined.remove(joined)
@@ -250,7 +243,7 @@ class Broker:
             caller.end_sink()
             return wire.EXIT_NOT_FOUND if isinstance(error, ServiceMissingError) else wire.EXIT_PROBLEM
         joined.join = Join(self._relays, caller, started, call.prefix)
-        return await joined.join.run(lambda data: _send_quietly(agent, wire.STDERR + data))
+        return await joined.join.run(lambda data: send_quietly(agent, wire.STDERR + data))
 
     async def _wait_while_parked(self, joined: JoinedCall) -> None:
         """The caller does not answer the handshake; the agent waits for it, without a deadline."""
@@ -296,7 +289,7 @@ class Broker:
         self._room.targets[target] += 1
         try:
             agent = await self._agents.fork()
-        except OSError:
+        except BaseException:
             self._room.targets[target] -= 1
             raise
         self._living[agent] = target
@@ -360,76 +353,3 @@ async def open_broker(view: LabView, places: Places) -> AsyncIterator[Broker]:
             yield broker
             nursery.cancel_scope.cancel()
         await broker.end_services()
-
-
-@contextmanager
-def bind_packets(path: Path) -> Iterator[trio.socket.SocketType]:
-    """A listening SOCK_SEQPACKET socket at ``path`` for the length of a block; raises `StoreError`."""
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        try:
-            with socket_address(path) as address:
-                sock.bind(address)
-            sock.listen(_BACKLOG)
-        except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}") from error
-        try:
-            with trio.socket.from_stdlib_socket(sock) as listener:
-                yield listener
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _request(source: str, call: wire.Call) -> Request:
-    """What the daemons make of a caller's words; raises `CallRefusedError`."""
-    if call.source:
-        raise CallRefusedError(f"{call.source!a} as the source: a lab has no RemoteVM")
-    name, plus, argument = _NOT_IN_SERVICE.sub("_", call.service).partition("+")
-    if not name:
-        raise CallRefusedError("no service is named")
-    return Request(
-        service=name,
-        argument=plus + argument or "+",
-        source=source,
-        target=_NOT_IN_TARGET.sub("_", call.target),
-    )
-
-
-async def _receive_call(agent: trio.socket.SocketType) -> tuple[wire.Call, CallerEnds]:
-    """Raises `CallRefusedError` for what no client stand-in sends."""
-    untrusted_packet, ancillary, _, _ = await agent.recvmsg(
-        wire.CALL_MAX, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-    )
-    sockets: list[socket.socket] = []
-    with ExitStack() as undo:
-        fds = array.array("i")
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-        for fd in fds:
-            try:
-                sockets.append(undo.enter_context(socket.socket(fileno=fd)))
-            except OSError:
-                undo.callback(os.close, fd)
-        if len(sockets) != len(fds) or len(fds) not in (1, 2):
-            raise CallRefusedError("the client must bring one or two sockets")
-        if any(sock.type != socket.SOCK_STREAM for sock in sockets):
-            raise CallRefusedError("the client's sockets must be streams")
-        try:
-            call = wire.Call.decode(untrusted_packet)
-        except ValueError as error:
-            raise CallRefusedError("the client's request is garbled") from error
-        undo.pop_all()
-    return call, CallerEnds(sockets)
-
-
-async def _cancel_at_end(agent: trio.socket.SocketType, scope: trio.CancelScope) -> None:
-    """The client says nothing after its request: whatever comes, it is gone, and its vchan with it."""
-    with suppress(OSError):
-        await agent.recv(1)
-    scope.cancel()
-
-
-async def _send_quietly(agent: trio.socket.SocketType, packet: bytes) -> None:
-    with suppress(OSError):  # a client that is gone is noticed by `_cancel_at_end`
-        await agent.send(packet)

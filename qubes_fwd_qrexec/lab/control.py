@@ -14,8 +14,9 @@ import trio
 from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError, why
 from qubes_fwd_qrexec.unixsockets import socket_address
 
-from .broker import Broker, bind_packets
+from .broker import Broker
 from .directory import LabDirectory
+from .requests import bind_packets
 
 _PACKET_MAX = 65536
 _TIMEOUT_S = 10.0
