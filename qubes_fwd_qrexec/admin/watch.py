@@ -101,6 +101,8 @@ class Watcher:
         # The targets that run and know what is allowed.
         self._told: set[QubeName] = set()
         self._was_held = False
+        # Those that could not be told when something ended.
+        self._owed: set[QubeName] = set()
 
     def run(self) -> None:
         """Until the end is asked for; a reconciliation that has begun is finished."""
@@ -154,7 +156,8 @@ class Watcher:
         except ForwardError as error:
             self._complain(_Trouble.APPLY, str(error))
             return
-        outcome = outcome._replace(ended=(*outcome.ended, *self._tell_started(planned, snapshot.inventory)))
+        self._owed |= {found.target for found in outcome.ended if found.problem is not None}
+        outcome = outcome._replace(ended=self._tell(planned, snapshot.inventory))
         self._next_end = next_end(planned, now)
         self._report(planned, outcome, now)
         self._check_clock()
@@ -164,19 +167,24 @@ class Watcher:
         self._mended(_Trouble.APPLY)
         notify("READY=1", f"STATUS={self._status(planned, now)}")
 
-    def _tell_started(self, planned: Plan, inventory: Inventory) -> tuple[Ended, ...]:
+    def _tell(self, planned: Plan, inventory: Inventory) -> tuple[Ended, ...]:
         """Tell targets that have started what is allowed: dom0 may have allowed a call before it was over,
-        while its target was still starting. All are told when everything is held, by whomever.
+        while its target was still starting. All are told when everything is held, by whomever; and those that
+        could not be told when something ended, until they are.
         """
         self._targets |= {forward.source.target for forward in planned}
         running = {name for name in serving(inventory) if planned.is_held or name in self._targets}
+        self._owed &= {qube.name for qube in inventory.qubes.values() if qube.is_running}
         fresh = running if planned.is_held and not self._was_held else running - self._told
-        # One that could not be told is told with the next change, and bounded by its lease until then.
         self._told, self._was_held = running, planned.is_held
         lines = {line for forward in planned.live for line in policy.lines(forward)}
-        ended = revoke(allowances(fresh, lines, cuts_drains=planned.is_held), self._session.backend)
-        self._told -= {found.target for found in ended if found.problem is not None}
-        return tuple(found._replace(problem=None) for found in ended)
+        told = allowances(fresh | self._owed, lines, cuts_drains=planned.is_held)
+        ended = revoke(told, self._session.backend)
+        failed = {found.target for found in ended if found.problem is not None}
+        self._told -= failed
+        self._owed &= failed
+        # One that has started is told with the next change, and bounded by its lease until then.
+        return tuple(found for found in ended if found.target in self._owed or found.problem is None)
 
     def _report(self, planned: Plan, outcome: Outcome, now: float) -> None:
         seen = states(planned)

@@ -186,3 +186,41 @@ def test_when_everything_is_held_all_that_serve_cut_what_they_have(
     assert not stage.is_open
     assert {said for _, said in targets.told} == {"version=1 drains=cut\n"}
     assert len(targets.told) == len({qube for qube, _ in targets.told}) > 1
+
+
+def test_a_target_that_could_not_be_told_of_an_end_is_a_trouble_until_it_is(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = Targets(monkeypatch)
+
+    def end() -> None:
+        targets.told.clear()
+        targets.is_silent = True
+        set_netvm(stage.lab)
+
+    def mend() -> None:
+        targets.is_silent = len(stage.rests) < 2
+
+    stage.on_rest = mend
+    stage.run(end)
+    assert not stage.is_open
+    assert stage.rests == [RETRY_S] * 2
+    assert set(targets.told) == {("work", "version=1 drains=keep\n")}
+    first, last = stage.err.getvalue().splitlines()
+    assert "qubes.ForwardRevoke in work: no answer. What is open to work may go on" in first
+    assert last == "qvm-forward: all is well again"
+
+
+def test_a_target_that_halts_has_nothing_left_to_be_told(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = Targets(monkeypatch)
+
+    def end() -> None:
+        targets.is_silent = True
+        set_netvm(stage.lab)
+
+    stage.on_rest = lambda: stage.lab.set_state("work", QubeState.HALTED)
+    stage.run(end)
+    assert stage.rests == [RETRY_S]
+    assert stage.err.getvalue().endswith("qvm-forward: all is well again\n")
