@@ -161,12 +161,14 @@ class World:
         self._ways.append(way)
         return way
 
-    def start_listener(self, *, slowness: float = 1.0, **constants: float) -> None:
+    def start_listener(
+        self, *, slowness: float = 1.0, options: tuple[str, ...] = (), **constants: float
+    ) -> None:
         place = self.lab.qube_dir(EXPOSED)
         client = shlex.join([str(self.lab.client_program), f"--agent-socket={place.agent_socket}"])
         words = [
             *with_constants("listener", slowness=slowness, **constants),
-            *(f"--config={place.vm_config}", f"--qrexec-client={client}"),
+            *(f"--config={place.vm_config}", f"--qrexec-client={client}", *options),
         ]
         with self._log.open("wb") as log:
             self._listener = self.session.start(self.session.in_qube(EXPOSED, *words), stderr=log)
