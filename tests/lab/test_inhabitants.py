@@ -22,8 +22,9 @@ from qubes_fwd_qrexec.lab.running import client_command
 
 from .lab_calls import bounded_lab, calling, give_service, read_exactly
 
-# Leaves the process group and session that it was started in, and says its pid.
-DETACHED = "setsid sh -c 'trap \"\" TERM HUP; echo $$; exec 2>/dev/null; while :; do sleep 1000; done' & wait"
+# Leaves the process group and session that it was started in, says its pid, and ends the call.
+DETACHED = "setsid sh -c '{first} echo $$; exec sleep 1000 <&- >/dev/null 2>&1' &"
+STUBBORN = 'trap "" TERM HUP;'
 
 
 def wait_until(condition: object) -> None:
@@ -41,16 +42,16 @@ def is_alive(pid: int) -> bool:
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[LabDirectory]:
     lab = create_lab(tmp_path / "lab")
-    service = lab.qube_dir("work").service_dirs[0] / "test.Service"
-    service.write_text(f"#!/bin/sh\n{DETACHED}\n", encoding="utf-8")
-    service.chmod(0o755)
     (lab.policy_dir / "30-test.policy").write_text("test.Service * @anyvm @anyvm allow\n", encoding="utf-8")
     yield lab
     if lab.root.exists():
         daemon.stop(lab)
 
 
-def detached_service(lab: LabDirectory) -> tuple[subprocess.Popen[bytes], int]:
+def detached_service(lab: LabDirectory, first: str = "") -> tuple[subprocess.Popen[bytes], int]:
+    service = lab.qube_dir("work").service_dirs[0] / "test.Service"
+    service.write_text(f"#!/bin/sh\n{DETACHED.format(first=first)}\n", encoding="utf-8")
+    service.chmod(0o755)
     client = subprocess.Popen(
         [*client_command(lab, "sys-net"), "work", "test.Service"],
         stdin=subprocess.DEVNULL,
@@ -99,7 +100,7 @@ def test_no_process_outlives_a_broker_that_is_told_to_end(lab: LabDirectory, num
 
 def test_down_ends_what_a_killed_broker_left(lab: LabDirectory) -> None:
     broker = daemon.start(lab, daemon.Network.LOOPBACK)
-    client, service = detached_service(lab)
+    client, service = detached_service(lab, STUBBORN)
     os.kill(broker, signal.SIGKILL)
     end(client)
     wait_until(lambda: daemon.broker_pid(lab) is None)
