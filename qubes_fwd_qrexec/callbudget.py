@@ -20,6 +20,7 @@ from typing import Protocol
 import trio
 
 from .brake import AGAIN_S, Brake
+from .bugs import Bugs
 from .callqueue import CallQueue, Key, Kind, Wanted
 from .config import CALLS_MAX
 from .counters import Refusal
@@ -111,9 +112,14 @@ class CallBudget:
     """Made once for a listener. ``tasks`` is where it looks after those that wait."""
 
     def __init__(
-        self, tasks: trio.Nursery, calls_max: int = CALLS_MAX, queue: CallQueue[Waiting] | None = None
+        self,
+        tasks: trio.Nursery,
+        calls_max: int = CALLS_MAX,
+        queue: CallQueue[Waiting] | None = None,
+        bugs: Bugs | None = None,
     ) -> None:
         self.calls_max = calls_max
+        self._bugs = bugs or Bugs()
         self._tasks = tasks
         self._kept = 0
         self._queue = CallQueue[Waiting]() if queue is None else queue
@@ -242,7 +248,8 @@ class CallBudget:
         try:
             while self._queue:
                 await trio.sleep(_LOOK_S)
-                self._look()
+                # Nobody's in particular, and so a bug in it ends nobody: who waits does so within bounds.
+                self._bugs.guarded(lambda: None, self._look)
         finally:
             self._is_looking = False
 

@@ -40,7 +40,7 @@ class Transports:
         self.relays = relays
         self._client = client
         self._tasks = tasks
-        self.calls = CallBudget(tasks, calls_max)
+        self.calls = CallBudget(tasks, calls_max, bugs=relays.loop.bugs)
         self._timeouts = timeouts
         self._linger_s = linger_s
         self._budget = Budget()

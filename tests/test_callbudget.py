@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+import pytest
 import trio
 from helpers import BOUND_S
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -434,3 +435,19 @@ async def test_ten_thousand_places_come_back(autojump_clock: MockClock) -> None:
             except ValueError:
                 pass
         assert bench.budget.calls == 0
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+async def test_a_bug_while_calls_are_waited_for_ends_nobody(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    async with bench_of(20) as bench:
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
+        with monkeypatch.context() as patch:
+            patch.setattr(CallBudget, "_make_room", fail)
+            await trio.sleep(BEGIN_S / 2)
+        await trio.sleep(BEGIN_S)
+        assert served(clients) == 2 * BEGIN_MAX
