@@ -186,7 +186,7 @@ def resume(args: Namespace, session: Session) -> int:
     else:
         with session.backend.locked():
             was_held = session.look().is_held
-            planned, outcome = session.apply(is_held=False)
+            planned, outcome, _ = session.apply(is_held=False)
             steps = outcome.done
     if session.is_json:
         data = {

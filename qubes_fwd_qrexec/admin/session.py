@@ -163,12 +163,12 @@ class Session(NamedTuple):
             is_held = is_held or None
         return Applied(planned, outcome, snapshot)
 
-    def apply(self, *, is_held: bool | None = None) -> tuple[Plan, Outcome]:
+    def apply(self, *, is_held: bool | None = None) -> Applied:
         """The same; raises `StoreError` that says what was done and what was not."""
-        planned, outcome, _ = self.reconcile(is_held=is_held)
-        if outcome.troubles:
-            raise StoreError(told(outcome))
-        return planned, outcome
+        applied = self.reconcile(is_held=is_held)
+        if applied.outcome.troubles:
+            raise StoreError(told(applied.outcome))
+        return applied
 
     def apply_change(self, done: str = "the rules are changed") -> tuple[Plan, Outcome]:
         """Apply after something was changed; an error says that the change itself is kept."""

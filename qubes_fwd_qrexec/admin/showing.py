@@ -133,14 +133,17 @@ def apply(args: Namespace, session: Session) -> int:
         steps = differences(planned, snapshot.inventory, snapshot.installed, session.now)
     else:
         with session.backend.locked():
-            planned, outcome = session.apply()
+            planned, outcome, snapshot = session.apply()
             steps = outcome.done
+    # Each was named when it was looked at.
+    is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())
     refused = [f for f in planned if f.state is State.REFUSED]
     if session.is_json:
         data = {"dry_run": args.dry_run, "steps": [step.as_json() for step in steps]}
         session.say_json(data | plan_as_json(planned))
     elif not steps:
-        session.say("Nothing to change: all is as the rules ask for.\n")
+        what = "what could be read" if is_unread else "all"
+        session.say(f"Nothing to change: {what} is as the rules ask for.\n")
     else:
         session.say("This would change:\n" if args.dry_run else "Changed:\n")
         session.say("".join(f"  {word}\n" for step in steps for word in step.words()))
@@ -152,7 +155,7 @@ def apply(args: Namespace, session: Session) -> int:
         session.warn(_refusal(forward))
     for rule in planned.broken:
         session.warn(render.broken_line(rule, Style()).rstrip("\n"))
-    return 1 if refused or planned.broken else 0
+    return 1 if refused or planned.broken or is_unread else 0
 
 
 def _refusal(forward: Forward) -> str:

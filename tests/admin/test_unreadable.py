@@ -49,6 +49,16 @@ def test_another_qube_that_cannot_be_read_keeps_nothing_from_closing(
     assert result.err.count("at vault: ") == 1
 
 
+def test_apply_does_not_say_of_what_it_could_not_read_that_it_is_as_the_rules_ask_for(
+    run: Command, qubes: FakeQubes
+) -> None:
+    run(*ADD)
+    fail(qubes, "vault", "admin.vm.feature.List")
+    for result in (run("apply"), run("apply", "--dry-run")):
+        assert result.status == 1
+        assert result.out == "Nothing to change: what could be read is as the rules ask for.\n"
+
+
 def test_its_own_forwards_are_closed_and_shown_as_refused(
     run: Command, qubes: FakeQubes, lab: LabDirectory
 ) -> None:
