@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("forward", metavar="LISTEN_ADDR:PORT=TARGET_PORT")
     transports = [str(transport) for transport in Transport]
     parser.add_argument("--transport", choices=transports, default=str(Transport.AUTO))
-    parser.add_argument(
-        "--calls", metavar="N", default="128", help="calls at once (default: %(default)s, qrexec's own limit)"
-    )
+    parser.add_argument("--calls", metavar="N", help="calls at once (default: the listener's own)")
     parser.add_argument(
         "--set",
         action="append",
@@ -72,4 +70,6 @@ def _expose(
     )
     if arguments.set:
         session.forward("set", _TARGET, "relay", *arguments.set)
-    return session.start_listener(_EXPOSED, "--calls", arguments.calls)
+    return session.start_listener(
+        _EXPOSED, *(() if arguments.calls is None else ("--calls", arguments.calls))
+    )
