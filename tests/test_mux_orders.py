@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.errors import LocalProtocolError
 from qubes_fwd_qrexec.loop import Loop
 from qubes_fwd_qrexec.relay import Copy, CopyEnd, Relay, abort, half_close
 from qubes_fwd_qrexec.tunnel import Role
-from qubes_fwd_qrexec.tunnel.limits import MIN_CREDIT_BYTES
+from qubes_fwd_qrexec.tunnel.limits import MIN_CREDIT_BYTES, MIN_WINDOW_BYTES
 
 ROLES = pytest.mark.parametrize("role", Role)
 
@@ -102,7 +102,7 @@ class Play:
         """One frame, if it may be; whether it goes out with the next in one chunk is left to chance."""
         bench, chance = self.bench, self.chance
         with contextlib.suppress(LocalProtocolError):
-            match chance.choice(["data", "data", "data", "eof", "reset", "credit"]):
+            match chance.choice(["data", "data", "data", "eof", "reset", "credit", "recall", "return"]):
                 case "data":
                     length = min(bench.peer.send_limit(stream_id), chance.choice([1, 100, 5000, 32768]))
                     if length:
@@ -113,6 +113,10 @@ class Play:
                     bench.peer.reset_stream(stream_id)
                 case "credit":
                     bench.peer.grant(stream_id, MIN_CREDIT_BYTES)
+                case "recall":
+                    bench.peer.recall(stream_id, MIN_WINDOW_BYTES)
+                case "return":  # the peer answers when it hears this
+                    bench.mux.connection.recall(stream_id, MIN_WINDOW_BYTES)
         if chance.random() < 0.3:
             bench.say()
 
