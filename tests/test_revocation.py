@@ -288,6 +288,16 @@ def test_where_no_room_is_left_calls_are_noted_and_ended_all_the_same(tmp_path: 
         assert sorted(os.listdir(place)) == names
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_list_that_has_room_only_in_part_allows_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    long = keep(*(Calls(TargetPorts(n, n), QubeName("a")) for n in range(1, 1000)))
+    with full_disk(place):
+        (place / "filler").write_bytes(b"x")
+        assert revoke(long, place) == Revoked(0, 0)
+        assert (place / "allowance").stat().st_size == 0
+
+
 def test_where_notes_are_not_safe_dom0_hears_of_it(place: Path) -> None:
     spoil_mode(place)
     with pytest.raises(RevocationError, match="must belong to the user"):
