@@ -16,6 +16,7 @@ from qubes_fwd_qrexec import tunnelservice
 from qubes_fwd_qrexec.leg_end import LegEnd
 from qubes_fwd_qrexec.proxy_protocol import header
 from qubes_fwd_qrexec.relay import abort, half_close
+from qubes_fwd_qrexec.socketbuffers import START_BYTES
 from qubes_fwd_qrexec.tunnel import GoawayCode, Origin, ProxyVersion, ResetCode
 from qubes_fwd_qrexec.tunnelservice import LEASE_S
 from qubes_fwd_qrexec.values import TargetPorts
@@ -67,7 +68,7 @@ def test_the_sockets_buffers_are_set(bench: ServiceBench, server: socket.socket)
         bench.until(lambda: leg.is_joined)
         (far,) = bench.service._mux.legs.values()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            assert far.sock.getsockopt(socket.SOL_SOCKET, option) == 2 * 131_072
+            assert far.sock.getsockopt(socket.SOL_SOCKET, option) == 2 * START_BYTES
         assert far.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         leg.abort_from_here()
         bench.until(lambda: not bench.service._mux.legs)
