@@ -107,9 +107,10 @@ async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
             status, stderr = program.end()
     assert status in (0, -signal.SIGTERM)  # the second may find it past its last connection already
     assert "Traceback" not in stderr
-    # relay-behaviours 34: at most one line in 10 s, however long all this took.
+    # relay-behaviours 34: at most one line in 10 s, however long all this took; and perhaps none, where the
+    # crowd meets another bound first, as few calls begin together.
     said = stderr.count("cannot accept connections for now")
-    assert 1 <= said <= 1 + (time.monotonic() - began) / 10
+    assert said <= 1 + (time.monotonic() - began) / 10
 
 
 async def is_served(port: int, server: socket.socket) -> bool:
