@@ -86,6 +86,11 @@ elif mode == "late":  # an end of file long before the exit status
     os.close(1)
     os.read(0, 1)
     sys.exit(74)
+elif mode == "later":  # the same, by half a second
+    os.write(1, b"x")
+    os.close(1)
+    threading.Event().wait(0.5)
+    sys.exit(74)
 elif mode == "stock":  # qubes.ConnectTCP: /dev/tcp with exit-on-service-eof
     try:
         server = socket.create_connection(("127.0.0.1", int(argument)))

@@ -56,6 +56,7 @@ async def relayed(
     call_s: float = 60,
     half_close_s: float = 600,
     idle_s: float = 3600,
+    ends_with_server: bool = False,
 ) -> AsyncIterator[Relayed]:
     client, accepted = tcp_pair()
     timeouts = CallTimeouts(call_s, half_close_s, idle_s)
@@ -64,7 +65,9 @@ async def relayed(
         async with open_relay_thread() as relays, trio.open_nursery() as nursery:
             run.relays = relays
 
-            caller = Caller(command, "work", f"s+{port}", CallBudget(nursery))
+            caller = Caller(
+                command, "work", f"s+{port}", CallBudget(nursery), ends_with_server=ends_with_server
+            )
 
             @nursery.start_soon
             async def carry() -> None:
@@ -171,6 +174,21 @@ async def test_an_abort_that_comes_late_is_an_error_all_the_same(tmp_path: Path)
         ending = await run.end()
         assert ending.error is not None
         assert "aborted the connection" in ending.error
+
+
+@pytest.mark.parametrize("who", ["the stock service", "the client has ended too"])
+async def test_where_a_status_must_follow_a_late_one_is_waited_for(tmp_path: Path, who: str) -> None:
+    """And the client sees no end of file of an answer that broke off."""
+    stock = who == "the stock service"
+    async with relayed(FakeClient(tmp_path, "later").command, 1, ends_with_server=stock) as run:
+        if not stock:
+            half_close(run.client)
+        ending = await run.end()
+        assert ending.error is not None
+        assert "aborted the connection" in ending.error
+        assert await receive(run.client) == b"x"
+        with pytest.raises(BlockingIOError):  # nothing else came, and whoever has the socket aborts it
+            run.client.recv(1)
 
 
 async def test_a_client_abort_ends_the_call(tmp_path: Path, server: socket.socket) -> None:
