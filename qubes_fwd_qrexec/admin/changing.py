@@ -29,10 +29,11 @@ from .abilities import THIS_VERSION
 from .apply import Outcome, others
 from .expiry import parse_expire, print_expire
 from .inventory import Inventory
+from .leftovers import listening
 from .render import escaped
 from .session import Session, Snapshot, UsageError
 from .states import Cause, Forward, Plan, State
-from .stock import Stock, ended, left_over
+from .stock import Stock, draining, ended, left_over
 from .store import made_up_name
 
 _V = TypeVar("_V")
@@ -164,8 +165,8 @@ def _with_options(rule: ForwardRule, texts: Iterable[str], now: float) -> Forwar
         if name in given:
             raise RuleError(f"option {name!a}", "stands twice")
         given.add(name)
-        if name == "expire" and value:
-            expire = _parsed(f"option {name!a}", partial(parse_expire, now=now), value)
+        if name == "expire":
+            expire = _parsed(f"option {name!a}", partial(parse_expire, now=now), value or "never")
             value = "" if expire is None else str(expire)
             options.pop("ended", None)
         if value:
@@ -226,7 +227,7 @@ def remove(args: Namespace, session: Session) -> int:
         session.store(snapshot.inventory, {(entry.target, entry.name): None for entry in entries})
         applied, outcome = (None, Outcome()) if args.no_apply else session.apply_change()
     named = [entry for entry in entries if isinstance(entry, NamedRule)]
-    left = _left_over(before, applied, session)
+    left = _left_over(before, applied, entries, snapshot.inventory, session)
     if session.is_json:
         removed = [{"qube": entry.target, "name": entry.name} for entry in entries]
         session.say_json({"removed": removed} | _as_json(session, applied, outcome, left))
@@ -238,9 +239,21 @@ def remove(args: Namespace, session: Session) -> int:
     return _status(left)
 
 
-def _left_over(before: Plan, applied: Plan | None, session: Session) -> tuple[Stock, ...]:
+def _left_over(
+    before: Plan,
+    applied: Plan | None,
+    asked: Iterable[NamedRule | BrokenRule],
+    inventory: Inventory,
+    session: Session,
+) -> tuple[Stock, ...]:
     """What goes on and cannot be ended from here; its listeners are asked without the lock."""
-    return () if applied is None else left_over(ended(before, applied), session.backend)
+    if applied is None:
+        return ()
+    live = {forward.source[:2] for forward in (*before.live, *applied.live)}
+    # They were closed before, and may drain since.
+    old = {(entry.target, str(entry.name)) for entry in asked} - live
+    over = left_over(ended(before, applied), session.backend)
+    return over + draining(old, listening(applied, inventory) if old else (), session.backend)
 
 
 def _as_json(
@@ -383,7 +396,8 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
     """Say in plain sentences what is open now and for whom, without the warnings told before."""
     forwards, planned = carried_out.forwards, carried_out.applied
     troubles = _troubles(carried_out, session)
-    left = _left_over(carried_out.before, planned, session)
+    asked = [forward.source for forward in forwards]
+    left = _left_over(carried_out.before, planned, asked, carried_out.inventory, session)
 
     def notes(forward: Forward) -> list[str]:
         trouble, old = troubles.get(forward.source[:2]), carried_out.before.find(*forward.source[:2])
@@ -412,7 +426,6 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
         for note in notes(forward):
             if note not in told:
                 session.say(f"Note: {escaped(note)}.\n")
-    asked = [forward.source for forward in forwards]
     _say_rest(session, planned, carried_out.outcome, asked, left)
     return _status(left)
 

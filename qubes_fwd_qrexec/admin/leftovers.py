@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.values import QubeName
 
 from .apply import Kind, Step
 from .inventory import CONFIG_PREFIX, LISTENER_FEATURE, Inventory
+from .revoking import serving
 from .states import Plan
 
 # What ends each of them.
@@ -79,12 +80,16 @@ def drains(exposed: QubeName, answer: QubeReport) -> Iterator[Drain]:
 
 
 def listening(planned: Plan, inventory: Inventory, qubes: Collection[str] = ()) -> list[QubeName]:
-    """Every running qube that listens, or did and may drain; of some ``qubes``, those that serve them."""
+    """Every running qube that listens, or may have and drains; of some ``qubes``, those that serve them.
+
+    A listener goes on when its qube's flag is taken away, so all that have our package count.
+    """
     exposed = {forward.exposed for forward in planned}
+    able = serving(inventory)
     return sorted(
         qube.name
         for qube in inventory.qubes.values()
         if qube.is_running
-        and (qube.told or qube.features.get(LISTENER_FEATURE))
+        and (qube.told or qube.features.get(LISTENER_FEATURE) or qube.name in able)
         and (not qubes or qube.name in qubes or qube.name in exposed)
     )

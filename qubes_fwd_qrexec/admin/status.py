@@ -113,10 +113,12 @@ def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed.text)
+    qubes = listening(planned, snapshot.inventory, args.qube)
+    source.prepare(qubes)
     found = [(forward, verdicts[forward.source[:2]], _ask(source, forward)) for forward in planned.live]
     # Of the whole system, whatever part of it is shown.
     due = differences(snapshot.plan(session.now), snapshot.inventory, snapshot.installed, session.now)
-    asked = {qube: source.answer(qube) for qube in listening(planned, snapshot.inventory, args.qube)}
+    asked = {qube: source.answer(qube) for qube in qubes}
     draining = [drain for qube, answer in asked.items() if answer for drain in drains(qube, answer)]
     # Of others the figures are said to be unknown.
     shown = {forward.exposed for forward, _, _ in found}

@@ -19,6 +19,7 @@ from .uptake import ASKED_AT_S
 
 # A listener answers within some tenths of a second.
 _TIMEOUT_S = 1.0
+_AT_ONCE = 32
 
 
 class Stock(NamedTuple):
@@ -86,8 +87,9 @@ def left_over(
     for at in ASKED_AT_S if asked else ():
         rest(max(0.0, begun + at - elapsed()))
         found = []
-        for exposed, keys in sorted(asked.items()):
-            counts = _counts(exposed, backend)
+        for (exposed, keys), counts in zip(
+            sorted(asked.items()), _all_counts(sorted(asked), backend), strict=True
+        ):
             if counts is None:
                 found += [Stock(*key, exposed, None) for key in keys]
                 if not keys:
@@ -101,23 +103,47 @@ def left_over(
     return tuple(found)
 
 
+def draining(
+    keys: Collection[tuple[str, str]], qubes: Collection[QubeName], backend: Backend
+) -> tuple[Stock, ...]:
+    """What some forwards that were over before still have at any of the qubes, which are asked once."""
+    counts = zip(qubes, _all_counts(qubes, backend), strict=True) if keys else ()
+    return tuple(
+        Stock(*key, qube, count, left_s)
+        for qube, found in counts
+        for key, (count, left_s) in (found or {}).items()
+        if count and key in keys
+    )
+
+
+def _all_counts(
+    qubes: Collection[QubeName], backend: Backend
+) -> list[dict[tuple[QubeName, str], tuple[int, int | None]] | None]:
+    """Those of many qubes, asked at once: a system may have dozens."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if len(qubes) < 2:
+        return [_counts(qube, backend) for qube in qubes]
+    with ThreadPoolExecutor(min(_AT_ONCE, len(qubes))) as pool:
+        return list(pool.map(lambda qube: _counts(qube, backend), qubes))
+
+
 def _counts(qube: QubeName, backend: Backend) -> dict[tuple[QubeName, str], tuple[int, int | None]] | None:
     """Connections, and seconds left to those that drain, of each forward that a listener has; None if it does
     not say.
     """
     try:
-        listener = ask(backend, qube, timeout_s=_TIMEOUT_S).listener
+        answer = ask(backend, qube, timeout_s=_TIMEOUT_S)
     except NotRunningError:
         return {}
     except AnswerError as error:
         return {} if error.status == NO_SERVICE else None
-    if listener is None:
-        return {}
+    listener = answer.listener
     found: dict[tuple[QubeName, str], tuple[int, int | None]] = {}
-    for old in listener.draining:
+    for old in (*(() if listener is None else listener.draining), *answer.left_behind):
         count, left_s = found.get((old.target, old.name), (0, 0))
         found[old.target, old.name] = count + old.connections, max(left_s or 0, old.left_s)
-    for forward in listener.forwards:
+    for forward in () if listener is None else listener.forwards:
         if forward.connections:
             found[forward.target, forward.name] = forward.connections, None
     return found

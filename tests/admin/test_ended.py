@@ -7,6 +7,7 @@ from worlds import ADD, NOW, Command
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 HOUR = 3600
+MORE = (("set", "work", "web", "expire=+8h"), ("enable", "work", "web"), ("set", "work", "web", "expire="))
 
 
 def test_a_clock_that_is_set_back_opens_nothing_again(forward: Command, lab: LabDirectory) -> None:
@@ -22,7 +23,7 @@ def test_a_clock_that_is_set_back_opens_nothing_again(forward: Command, lab: Lab
 
 def test_more_time_or_enable_gives_it_a_new_life(forward: Command, lab: LabDirectory) -> None:
     forward(*ADD, "--expire", "+1h")
-    for command in (("set", "work", "web", "expire=+8h"), ("enable", "work", "web")):
+    for command in MORE:
         forward("apply", now=NOW + 10 * HOUR)
         assert allowed(lab) == frozenset()
         assert forward(*command, now=NOW).status == 0

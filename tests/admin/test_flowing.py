@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Nothing is called closed while something flows: what remove, disable and panic say, and their status."""
 
+import json
+
 import pytest
 from faulty import Faulty
 from test_stock import report
@@ -10,7 +12,10 @@ from qubes_fwd_qrexec.admin import stock
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE
 from qubes_fwd_qrexec.config import REVOKE_SERVICE
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.report import QubeReport
 from qubes_fwd_qrexec.values import QubeName
+
+NOTHING = json.dumps(QubeReport(program="1").as_json()).encode()
 
 
 class Flowing(Faulty):
@@ -25,7 +30,7 @@ class Flowing(Faulty):
         self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
     ) -> bytes:
         if service != REVOKE_SERVICE:
-            return self._listener
+            return self._listener if qube == "sys-net" else NOTHING
         drains = self._draining if qube == "work" else 0
         return f"version=1 ended=0 draining={drains}\n".encode()
 
@@ -59,6 +64,18 @@ def test_connections_that_dom0_cannot_end_are_a_failure(
     )
 
 
+@pytest.mark.parametrize(("command", "done"), [("remove", "removed"), ("disable", "disabled")])
+def test_what_was_closed_before_and_still_drains_is_not_called_closed(
+    forward: Command, over: Command, lab: LabDirectory, command: str, done: str
+) -> None:
+    forward("add", "personal", "22", "--from", "any", "--name", "ssh", "--on-expire", "drain")
+    forward("disable", "personal", "ssh")
+    result = over(Flowing(lab, listener=report(draining=2)), command, "personal", "ssh")
+    assert result.status == 0
+    assert f"personal ssh is {done} and takes no new connection, but what is open may go on." in result.out
+    assert "still open: personal ssh: 2 connections at sys-net may go on for at most 3000 s" in result.err
+
+
 def test_panic_says_how_many_they_are(forward: Command, over: Command, lab: LabDirectory) -> None:
     forward("add", "personal", "22", "--from", "any", "--name", "ssh")
     result = over(Flowing(lab, listener=report(connections=3)), "panic")
@@ -71,10 +88,10 @@ def test_panic_says_how_many_they_are(forward: Command, over: Command, lab: LabD
     assert result.out.startswith("Everything is closed and held")
 
 
-def test_panic_says_what_drains_of_rules_that_are_gone(
-    forward: Command, over: Command, lab: LabDirectory
-) -> None:
-    lab.set_feature("sys-net", LISTENER_FEATURE, "1")
+@pytest.mark.parametrize("flag", ["1", ""])
+def test_panic_says_what_drains_of_rules_that_are_gone(over: Command, lab: LabDirectory, flag: str) -> None:
+    # A listener goes on without its flag until its qube is started again.
+    lab.set_feature("sys-net", LISTENER_FEATURE, flag)
     result = over(Flowing(lab, listener=report(draining=2)), "panic")
     assert result.status == 1
     assert "still open: personal ssh: 2 connections at sys-net may go on for at most 3000 s" in result.err
