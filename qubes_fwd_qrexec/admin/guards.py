@@ -157,7 +157,7 @@ def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: Pol
     others = {line for other in planned.live for line in policy.lines(other)}
     if _calls(forward) & {_call(line) for line in allowed - others}:
         return Guard("policy", Verdict.NOTE, "dom0 allows the call still; 'qvm-forward apply' closes it")
-    return Guard("policy", Verdict.STOPS, "dom0 allows nothing of it")
+    return Guard("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")
 
 
 def _call(line: str) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class LabStore:
     def inventory(self, *, with_config: bool = True) -> Inventory:
         found = {}
         for name in self._lab.qube_names():
-            features = self._features(name)
+            features, problem = self._features(name)
             try:
                 qube = self._lab.qube(name)
             except StoreError as error:
@@ -56,19 +56,30 @@ class LabStore:
                 template_for_dispvms=qube.template_for_dispvms,
                 tags=frozenset(qube.tags),
                 told=frozenset(filter(is_told, features)),
+                problem=problem,
             )
         return Inventory(found)
 
-    def _features(self, name: str) -> dict[str, str]:
-        """What is not UTF-8 stays visible and fits nothing that is parsed."""
+    def _features(self, name: str) -> tuple[dict[str, str], str | None]:
+        """All that can be read, and what cannot; what is not UTF-8 stays visible and fits nothing that is
+        parsed.
+        """
+        found: dict[str, str] = {}
+        problem = None
         try:
-            return self._lab.features(name)
-        except StoreError:
-            with _told():
-                return {
-                    path.name: path.read_text(encoding="utf-8", errors="backslashreplace")
-                    for path in self._lab.qube_dir(name).features.iterdir()
-                }
+            return self._lab.features(name), None
+        except StoreError as error:
+            try:
+                names = os.listdir(self._lab.qube_dir(name).features)
+            except OSError:
+                return {}, str(error)
+        for key in names:
+            path = self._lab.qube_dir(name).features / key
+            try:
+                found[key] = path.read_text(encoding="utf-8", errors="backslashreplace")
+            except OSError as error:
+                problem = f"{path}: {why(error)}"
+        return found, problem
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         check_feature(qube, key, value)
@@ -136,7 +147,10 @@ class LabStore:
         from qubes_fwd_qrexec.lab.view import LabView
 
         view = LabView(self._lab, best_judge())
-        view.refresh()
+        try:
+            view.refresh()
+        except StoreError as error:
+            return [PolicyVerdict(None, str(error))] * len(calls)
         targets = {call.target for call in calls}
         view.system = System(
             {

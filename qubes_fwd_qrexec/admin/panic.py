@@ -79,7 +79,8 @@ def hold(session: Session) -> Report:
             # It may work now, as where somebody was mending another policy file.
             why = _write_hold(session)
     is_held, open_still = _look(session)
-    open_still += _allowed_elsewhere(live, session)
+    if is_held:
+        open_still += _allowed_elsewhere(live, session)
     if why is not None and not is_held:
         problems = (f"policy: deny every call: {why}", *problems)
     left = left_over(ended(live, Plan(())), session.backend, everything_at=listening)
@@ -197,8 +198,11 @@ def resume(args: Namespace, session: Session) -> int:
         session.say_json(data | {"steps": [step.as_json() for step in steps]})
         return 0
     if not was_held:
-        session.say("Nothing was held.\n")
-    elif args.dry_run:
+        words = "".join(f"  {word}\n" for step in steps for word in step.words())
+        what = "" if not words else "This would change:\n" if args.dry_run else "Changed:\n"
+        session.say(f"Nothing was held.\n{what}{words}")
+        return 0
+    if args.dry_run:
         session.say("This would be open again:\n" if planned.live else "Nothing would open.\n")
     else:
         session.say(

@@ -156,6 +156,7 @@ class Session(NamedTuple):
                 steps = tuple(step for step in steps if step.narrows)
             outcome = carry_out(steps, self.backend, snapshot.installed).after(outcome)
             if problem is not None:
+                problem = f"dom0's policy cannot be read, and stays as it is: {problem}"
                 outcome = outcome._replace(problems=(problem, *outcome.problems))
             if not outcome.is_overtaken:
                 break
@@ -260,9 +261,10 @@ def told(outcome: Outcome) -> str:
     done = [word for step in outcome.done for word in step.words()]
     undone = [word for step in outcome.undone for word in step.words()]
     words = (
-        f"not everything could be done: {'; '.join(outcome.troubles)}.\n"
-        f"Done: {'; '.join(done) or 'nothing'}.\nNot done: {'; '.join(undone) or 'nothing'}."
+        f"not everything could be done: {'; '.join(outcome.troubles)}.\nDone: {'; '.join(done) or 'nothing'}."
     )
+    if undone:
+        words += f"\nNot done: {'; '.join(undone)}."
     if all(step.kind is Kind.REVOKE for step in outcome.undone) and not outcome.problems:
         # The next apply has no line of policy left to take away, so it tells that target nothing.
         return words

@@ -107,7 +107,7 @@ CASES = [
     (rule(f"expire={NOW + 7200}"), "expiry", "ok", "(in 2 h)"),
     (rule("enabled=no"), "switch", "stops", "disabled; 'qvm-forward enable work web' opens it"),
     (rule(), "policy", "ok", "dom0 allows the call"),
-    (rule("enabled=no"), "policy", "stops", "dom0 allows nothing of it"),
+    (rule("enabled=no"), "policy", "stops", "30-forward.policy allows nothing of it"),
 ]
 
 

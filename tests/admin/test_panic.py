@@ -97,7 +97,7 @@ def test_resume_shows_what_would_open_and_opens_it(forward: Command, opened: Lab
 
 def test_resume_where_nothing_is_held_says_so(forward: Command, opened: LabDirectory) -> None:
     before = content(opened)
-    assert forward("resume").out.startswith("Nothing was held.\n")
+    assert forward("resume").out == "Nothing was held.\n"
     assert content(opened) == before
     assert forward("resume", "--json").json["was_held"] is False
 
@@ -315,3 +315,10 @@ def test_a_qube_of_that_name_is_no_hold() -> None:
     assert not policy.is_held("# Held web: port 80 of sys-net to port 80\n# Held\n")
     assert not policy.is_held(policy.text((), NOW))
     assert not policy.is_held(None)
+
+
+def test_what_our_own_file_still_allows_is_not_laid_to_another(opened: LabDirectory, panic: Panic) -> None:
+    result = panic(Faulty(opened, "policy"))
+    assert result.status == 1
+    assert "still open: policy: qubes.ForwardTCP " in result.err
+    assert "another file" not in result.err

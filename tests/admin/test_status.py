@@ -144,6 +144,10 @@ def test_another_policy_file_that_denies_or_cannot_be_read_is_named(
     assert forward("status").status == 1
     assert forward("status", "--json").json["forwards"][0]["is_allowed"] is False
     assert forward("list", "--json").json["forwards"][0]["is_allowed"] is False
+    note = "Note: dom0 denies its calls: "
+    for words in (("set", "work", "web", "comment=x"), ("add", "work", "81", "--from", "any")):
+        assert note in (out := forward(*words).out), words
+        assert "20-mine.policy:1" in out, words
     before.write_text("nonsense\n")
     assert "20-mine.policy" in forward("status").out
     assert "20-mine.policy" in forward("list").out

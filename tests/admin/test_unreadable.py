@@ -11,6 +11,7 @@ from faulty import allowed
 from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin import policyapi
+from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
 from qubes_fwd_qrexec.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -130,3 +131,23 @@ def test_a_qube_whose_mark_cannot_be_read_is_unknown(
     run("apply")
     assert allowed(lab) == frozenset()
     assert QubeName("sys-firewall") in QubesStore().inventory().qubes
+
+
+@pytest.mark.parametrize("where", ["features/forward.bad", "features", "qube.json"])
+def test_in_a_lab_it_keeps_nothing_from_closing_either(over: Command, lab: LabDirectory, where: str) -> None:
+    store = LabStore(lab)
+    over(store, *ADD)
+    path = lab.qube_dir("vault").root / where
+    if path.is_file():
+        path.write_text("{")
+    elif path.is_dir():
+        path.rename(path.with_name("elsewhere"))
+        path.write_text("no directory")
+    else:
+        path.mkdir()
+    shown = over(store, "list")
+    assert (shown.status, " active " in shown.out) == (0, True)
+    result = over(store, "remove", "work", "web")
+    assert (result.status, allowed(lab), lab.vm_config("sys-net")) == (0, frozenset(), {})
+    assert "/qubes/vault/" in result.err
+    assert over(store, "panic").out.startswith("Everything is closed and held")
