@@ -18,7 +18,7 @@ from typing import Any
 
 from helpers import free_port, is_listening
 
-from bench.memory import descendants
+from bench.memory import descendants, is_agent
 from qubes_fwd_qrexec.lab import control, daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
@@ -198,7 +198,8 @@ class World:
 
     @property
     def services(self) -> list[int]:
-        return descendants([self.broker])
+        """Not the agents' processes that start them and wait for them."""
+        return [pid for pid in descendants([self.broker]) if not is_agent(pid)]
 
     def kill_listener(self) -> None:
         """It would let connections finish first."""
