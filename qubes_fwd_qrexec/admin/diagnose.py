@@ -140,12 +140,22 @@ class _Walk:
         remedies = {
             State.DISABLED: f"'qvm-forward enable {self._name}'",
             State.EXPIRED: f"'qvm-forward set {self._name} expire=+8h' gives it more time",
-            State.SUSPENDED: f"'qvm-forward confirm {self._name}' if it is to be so",
         }
-        remedy = remedies.get(forward.state, f"'qvm-forward show {self._name}' shows all that guards it")
+        remedy = remedies.get(forward.state, self._ways_out())
         if forward.cause is Cause.HELD:
             remedy = "'qvm-forward resume'"
         return Finding("rule", Verdict.STOPS, f"{self._name} is {forward.state}. {forward.reason}", remedy)
+
+    def _ways_out(self) -> str:
+        """The commands that could open it; where one has to be agreed to after it, that too."""
+        first = [f"'{' '.join(words)}'" for words in self._forward.ways_out if words[1] != "confirm"]
+        confirm = f"'qvm-forward confirm {self._name}'"
+        if self._forward.state is not State.SUSPENDED:
+            return " or ".join(first) or f"'qvm-forward show {self._name}' shows all that guards it"
+        is_enough = self._forward.ways_out[:1] == (("qvm-forward", "confirm", *self._forward.source[:2]),)
+        if is_enough or not first:
+            return f"{confirm} if it is to be so"
+        return f"{' or '.join(first)}, then {confirm}"
 
     def _exposed(self, qube: Qube) -> Finding:
         if qube.is_running and self._forward.cause is not Cause.EXPOSED_HALTED:

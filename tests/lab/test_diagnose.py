@@ -2,11 +2,13 @@
 """Each thing that can be wrong on the way of a forward, made so in a lab, and found by diagnose."""
 
 import json
+import re
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from helpers import free_port
@@ -79,6 +81,19 @@ def test_a_rule_that_is_not_live(lab: Lab) -> None:
     assert lab.run("diagnose", "work", "nothing")[0] == 1
     lab.lab.set_feature("work", "forward.web", "nonsense")
     assert "'qvm-forward remove" in lab.wrong("rule")
+
+
+def test_what_helps_after_a_netvm_change_is_not_refused(lab: Lab) -> None:
+    lab.add()
+    work = lab.lab.qube("work")
+    lab.lab.write_qube(replace(work, netvm=QubeName("sys-vpn")))
+    helps = lab.wrong("rule")
+    assert (
+        "'qvm-forward set work web via=sys-vpn' or 'qvm-forward set work web bypass-tunnel=yes', "
+        "then 'qvm-forward confirm work web'"
+    ) in helps
+    for words in re.findall("'qvm-forward ([^']*)'", helps.rpartition(" | ")[2]):
+        assert lab.run(*words.split())[0] == 0, words
 
 
 def test_an_exposed_qube_that_is_halted(lab: Lab) -> None:
