@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What goes on of a forward that has ended: a call of the stock service, which only its listener can end.
+"""What goes on of a forward that has ended: a call of the stock service, or one that another forward needs,
+which only its listener can end.
 
 So the listener is asked what it still has, for as long as it needs to take up that the forward is gone.
 """
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.values import QubeName
 
+from . import policy
 from .answers import NO_SERVICE, AnswerError, NotRunningError
 from .backend import Backend
 from .figures import ask
@@ -34,6 +36,7 @@ class Stock(NamedTuple):
     exposed: QubeName
     connections: int | None
     left_s: int | None = None
+    service: Service = Service.CONNECT_TCP
 
     def words(self) -> str:
         """For people: what may go on."""
@@ -48,6 +51,8 @@ class Stock(NamedTuple):
         if self.left_s is not None:
             return f"{what} at {self.exposed} may go on for at most {self.left_s} s"
         where = f"; {self.exposed} does not say" if self.connections is None else f" at {self.exposed}"
+        if self.service is not Service.CONNECT_TCP:
+            return f"{what} over a call that another forward needs, so that dom0 cannot end it{where}"
         return f"{what} over {Service.CONNECT_TCP}, which dom0 cannot end{where}"
 
     def as_json(self) -> dict[str, Any]:
@@ -55,14 +60,20 @@ class Stock(NamedTuple):
 
 
 def ended(before: Plan, after: Plan) -> list[Forward]:
-    """The forwards over the stock service that were in force and are no more, or in another form."""
-    still = {forward.config for forward in after.live}
+    """The forwards that were in force and are no more, and whose calls dom0 cannot end: those over the stock
+    service, and those over calls that others need. What is only changed has a right to its connections.
+    """
+    still = {(*forward.source[:2], forward.exposed) for forward in after.live}
+    needed = {policy.calls_of(line) for forward in after.live for line in policy.lines(forward)}
     return [
         forward
         for forward in before.live
-        if forward.service is Service.CONNECT_TCP
-        and forward.state is State.ACTIVE
-        and forward.config not in still
+        if forward.state is State.ACTIVE
+        and (*forward.source[:2], forward.exposed) not in still
+        and (
+            forward.service is Service.CONNECT_TCP
+            or not needed.isdisjoint(map(policy.calls_of, policy.lines(forward)))
+        )
     ]
 
 
@@ -79,10 +90,11 @@ def left_over(
     Those are asked until nothing is left; else it is enough that what is left may finish.
     """
     begun = elapsed()
-    asked: dict[QubeName, list[tuple[QubeName, str]]] = {qube: [] for qube in everything_at}
+    asked: dict[QubeName, dict[tuple[QubeName, str], Service]] = {qube: {} for qube in everything_at}
     for forward in over:
         if forward.exposed is not None:
-            asked.setdefault(forward.exposed, []).append(forward.source[:2])
+            service = forward.service or Service.CONNECT_TCP
+            asked.setdefault(forward.exposed, {})[forward.source[:2]] = service
     found: list[Stock] = []
     for at in ASKED_AT_S if asked else ():
         rest(max(0.0, begun + at - elapsed()))
@@ -91,13 +103,14 @@ def left_over(
             sorted(asked.items()), _all_counts(sorted(asked), backend), strict=True
         ):
             if counts is None:
-                found += [Stock(*key, exposed, None) for key in keys]
+                found += [Stock(*key, exposed, None, None, service) for key, service in keys.items()]
                 if not keys:
                     found.append(Stock(None, None, exposed, None))
                 continue
             for key, (count, left_s) in counts.items():
                 if count and (key in keys or exposed in everything_at):
-                    found.append(Stock(*key, exposed, count, left_s))
+                    service = keys.get(key, Service.CONNECT_TCP)
+                    found.append(Stock(*key, exposed, count, left_s, service))
         if all(stock.left_s is not None for stock in found) and not (found and everything_at):
             break
     return tuple(found)

@@ -76,6 +76,18 @@ def test_what_was_closed_before_and_still_drains_is_not_called_closed(
     assert "still open: personal ssh: 2 connections at sys-net may go on for at most 3000 s" in result.err
 
 
+def test_what_drains_over_a_call_that_another_forward_needs_is_not_called_closed(
+    forward: Command, over: Command, lab: LabDirectory
+) -> None:
+    # The target goes on with the call and ends nothing of it.
+    for name, port in (("ssh", "22"), ("other", "23:22")):
+        forward("add", "work", port, "--from", "any", "--name", name, "--on-expire", "drain")
+    said = report(draining=1).replace(b'"personal"', b'"work"')
+    result = over(Flowing(lab, listener=said), "disable", "work", "ssh")
+    assert "work ssh is disabled and takes no new connection, but what is open may go on." in result.out
+    assert "still open: work ssh: 1 connection at sys-net may go on for at most 3000 s" in result.err
+
+
 def test_panic_says_how_many_they_are(forward: Command, over: Command, lab: LabDirectory) -> None:
     forward("add", "personal", "22", "--from", "any", "--name", "ssh")
     result = over(Flowing(lab, listener=report(connections=3)), "panic")

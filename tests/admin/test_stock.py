@@ -12,6 +12,7 @@ from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningEr
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.stock import Stock, ended, left_over
+from qubes_fwd_qrexec.config import Service
 from qubes_fwd_qrexec.report import (
     DrainingReport,
     ForwardReport,
@@ -87,6 +88,19 @@ def test_what_has_ended_over_the_stock_service_is_found_and_no_other() -> None:
     after = planned(rule("srcports=23", target="personal", name="other"))
     assert [forward.source.name for forward in ended(before, after)] == ["ssh"]
     assert ended(planned(), planned(SSH)) == []
+
+
+def test_a_forward_is_found_whose_call_another_one_needs() -> None:
+    both = (rule(), rule("srcports=81 dstports=80", name="other"))
+    (found,) = ended(planned(*both), planned(both[1]))
+    assert found.source.name == "web"
+    assert "another forward needs" in Stock(PERSONAL, NAME, SYS_NET, 3, None, Service.FORWARD_TCP).words()
+    assert ended(planned(rule()), planned(rule("srchosts=10.0.0.0/8"))) == []
+
+
+def test_what_is_changed_and_goes_on_has_not_ended() -> None:
+    wider = rule("srcports=22 srchosts=192.168.0.0/16", target="personal", name="ssh")
+    assert ended(planned(SSH), planned(wider)) == []
 
 
 def test_a_listener_that_has_ended_all_leaves_nothing() -> None:
