@@ -26,7 +26,7 @@ from .callqueue import Key, Kind
 from .counters import Carried, Refusal
 from .errors import RefusedError
 from .exitstatus import ExitStatus, meaning, refusal
-from .qrexec import Call, CallInput, open_call
+from .qrexec import SINGLE_BUFFER_BYTES, Call, CallInput, open_call
 from .relay import Copy, CopyEnd, half_close
 from .relaythread import RelayThread
 from .socketbuffers import MAX_BYTES, set_size
@@ -88,8 +88,8 @@ class Caller:
     key: Key = ()
     ends_with_server: bool = False
 
-    def place(self) -> AbstractAsyncContextManager[Place]:
-        return self.budget.place(Kind.SINGLE, self.target, self.service, self.key)
+    def place(self, deadline: float) -> AbstractAsyncContextManager[Place]:
+        return self.budget.place(Kind.SINGLE, self.target, self.service, self.key, deadline)
 
 
 async def relay_over_call(
@@ -179,9 +179,10 @@ class _Connection:
     async def run(self, nursery: trio.Nursery) -> None:
         """Make calls until one is not for want of room, and carry the connection over that."""
         self._scope = nursery.cancel_scope
+        deadline = self._caller.budget.deadline()
         try:
             while True:
-                async with self._caller.place() as place:
+                async with self._caller.place(deadline) as place:
                     if self._input is None:
                         self._accepted.getpeername()  # it may have left while it waited
                         self._input = self._begin(CallInput(), nursery)
@@ -211,7 +212,9 @@ class _Connection:
         """One call, to its end; True if there was no room for it, so that it must be made again."""
         caller = self._caller
         try:
-            async with open_call(caller.client, caller.target, caller.service, given) as self._call:
+            async with open_call(
+                caller.client, caller.target, caller.service, given, SINGLE_BUFFER_BYTES
+            ) as self._call:
                 self._down = Copy(self._call.stdout, self._accepted)
                 place.holder = self
                 async with trio.open_nursery() as nursery:

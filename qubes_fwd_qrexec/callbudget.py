@@ -2,17 +2,20 @@
 """All qrexec calls of this qube together: how many there may be, and who waits for one.
 
 A calling qube has room for 30 vchans, over all targets and for everything else it calls: qrexec-client-vm
-takes 33 grant pages for each, of the 1,024 that xen-gntalloc has. So the listener has one budget for all its
-calls. Some of it is kept for mux calls, since each of those carries thousands of connections, and renewals
-have room beyond it. What is above the budget waits in a queue with bounds (`callqueue`). Where nothing ends
-by itself, an idle mux call is let go, the least recently used first, or the idlest connection of a source
-that has more than its share.
+takes 33 grant pages for each, of the 1,024 that xen-gntalloc has, and 17 for a single call, whose buffers are
+smaller. So the listener has one budget for all its calls. It counts calls and not pages: single calls leave
+their smaller size to the rest of the qube. Some of the budget is kept for mux calls, since each of those
+carries thousands of connections, and renewals have room beyond it. What is above the budget waits in a queue
+with bounds (`callqueue`). Where nothing ends by itself, an idle mux call is let go, the least recently used
+first, or the idlest connection of a source that has more than its share.
 
 A call that is refused beside living calls of its target, or for want of a vchan, has found no room: it is
 asked for again when another ends. A call that is refused by itself is refused to all who wait for the same
-(`brake`).
+(`brake`). dom0's refusal has the same exit status as a full target, so a service that was not allowed since
+the configuration is new counts as refused after a few seconds.
 """
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -37,6 +40,8 @@ BEGIN_S = 5.0
 _KEPT_SHARE = 4
 # How long a single call may wait for a place, and a mux call likewise.
 WAIT_S = 30.0
+# For how long a refusal beside living calls is taken for a full target where no such call was allowed yet.
+DOUBT_S = 5.0
 # A connection in which something moves is not ended to make room for another.
 QUIET_S = 1.0
 # How often those that wait are looked at, beside whenever a call ends.
@@ -127,6 +132,8 @@ class CallBudget:
         self._here = Brake()
         self._targets: dict[str, Brake] = {}
         self._services: dict[tuple[str, str], Brake] = {}
+        self._full_until: dict[tuple[str, str], float] = {}
+        """Until when a refusal of the service beside living calls is taken for a full target."""
         self._is_looking = False
 
     @property
@@ -157,19 +164,28 @@ class CallBudget:
         self._here.release()
         self._targets.clear()
         self._services.clear()
+        self._full_until.clear()
         self._look()
+
+    @staticmethod
+    def deadline() -> float:
+        """Until when whoever wants a call now may wait for it (trio's clock), however often it is made."""
+        return trio.current_time() + WAIT_S
 
     @asynccontextmanager
     async def place(
-        self, kind: Kind, target: str, service: str, key: Key = (), wait_s: float | None = None
+        self, kind: Kind, target: str, service: str, key: Key = (), deadline: float | None = None
     ) -> AsyncIterator[Place]:
         """A place for one call of ``service`` (``NAME+ARGUMENT``), waited for; the call ends with the block.
 
-        Raises `RefusedError` when there is none within ``wait_s`` seconds (by default `WAIT_S`), or the same
-        was refused meanwhile.
+        Raises `RefusedError` when there is none until ``deadline`` (by default that of now), or the same was
+        refused meanwhile.
         """
         waiting = Waiting(kind, target, service, key)
-        deadline = trio.current_time() + (WAIT_S if wait_s is None else wait_s)
+        if deadline is None:
+            deadline = self.deadline()
+        elif trio.current_time() >= deadline:
+            raise self._no_room(waiting)
         if (displaced := self._queue.add(waiting)) is not None:
             displaced.refuse(RefusedError(f"too many connections wait for a call to {target}", Refusal.BUSY))
         try:
@@ -197,7 +213,9 @@ class CallBudget:
         place.is_through = True
         for brake in self._brakes(place.wanted):
             brake.is_through(place)
-        self._services.pop((place.wanted.target, place.wanted.service), None)
+        named = place.wanted.target, place.wanted.service
+        self._services.pop(named, None)
+        self._full_until[named] = math.inf
 
     def failed(self, place: Place, why: str, status: int | None) -> bool:
         wanted = place.wanted
@@ -209,7 +227,8 @@ class CallBudget:
             self._here.put_on(len(others), again_at, meaning(status))
             return True
         living = sum(other.wanted.target == wanted.target for other in others)
-        if status == ExitStatus.REFUSED and living and wanted.kind is not Kind.RENEWAL:
+        is_renewal = wanted.kind is Kind.RENEWAL
+        if status == ExitStatus.REFUSED and living and not is_renewal and self._may_be_full(wanted):
             full = f"{wanted.target} takes no more than {living} calls of this qube, or dom0 refuses this one"
             self._target(wanted).put_on(living, again_at, full)
             return True
@@ -220,6 +239,10 @@ class CallBudget:
                 self._queue.remove(waiting)
                 waiting.refuse(RefusedError(why, refusal(status)))
         return False
+
+    def _may_be_full(self, wanted: Wanted) -> bool:
+        now = trio.current_time()
+        return now < self._full_until.setdefault((wanted.target, wanted.service), now + DOUBT_S)
 
     def lost(self, place: Place, why: str) -> None:
         if not place.is_through:  # it was; whoever finds out later must not take the brake off

@@ -25,6 +25,11 @@ import trio
 from .errors import ConfigError
 
 CLIENT = ("/usr/bin/qrexec-client-vm",)
+# For a call that carries one connection: each ring of its vchan, so that the call takes 17 of the caller's
+# grant pages and not 33. With 16 KiB (9 pages) one stream has half of its rate, see docs/numbers.md.
+SINGLE_BUFFER_BYTES = 32768
+# Every qrexec-client-vm has it (qubes-core-qrexec agent/qrexec-client-vm.c, since the first commit of 2018).
+_BUFFER_OPTION = "--buffer-size"
 # What a stalled direction may hold in the kernel, for each socketpair: twice the client's own 64 KiB.
 _SOCKET_BUFFER_BYTES = 131072
 # How soon it is seen that a call is through: at once for a warm target, and without any cost for a cold one.
@@ -116,14 +121,22 @@ class Call:
 
 @asynccontextmanager
 async def open_call(
-    client: Sequence[str], target: str, service: str, given: CallInput | None = None
+    client: Sequence[str],
+    target: str,
+    service: str,
+    given: CallInput | None = None,
+    buffer_bytes: int | None = None,
 ) -> AsyncIterator[Call]:
     """Call ``service`` (``NAME+ARGUMENT``) in ``target``; the call is over when the block is left.
 
-    ``given`` is the input, which stays open then; without it the call has one of its own. Raises OSError when
-    the client cannot be started. Whether the call is allowed, and whether anybody answers, only shows later:
-    in its exit status, or never.
+    ``given`` is the input, which stays open then; without it the call has one of its own. ``buffer_bytes`` is
+    the size of the vchan's buffer for each way, unless ``client`` says one. Raises OSError when the client
+    cannot be started. Whether the call is allowed, and whether anybody answers, only shows later: in its exit
+    status, or never.
     """
+    options = []
+    if buffer_bytes is not None and not any(word.startswith(_BUFFER_OPTION) for word in client):
+        options.append(f"{_BUFFER_OPTION}={buffer_bytes}")
     with contextlib.ExitStack() as ours:
         if given is None:
             given = CallInput()
@@ -133,7 +146,7 @@ async def open_call(
             ours.callback(stdout.close)
             theirs.callback(client_stdout.close)
             process = await trio.lowlevel.open_process(
-                [*client, "--", target, service],
+                [*client, *options, "--", target, service],
                 stdin=given.theirs,
                 stdout=client_stdout,
                 stderr=subprocess.DEVNULL,

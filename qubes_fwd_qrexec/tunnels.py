@@ -174,9 +174,12 @@ class Tunnels:
     async def _run(self, tunnel: Tunnel) -> None:
         """One tunnel's whole life, with the calls that it takes until there is room for one."""
         problem: str | None = "the listener stops"
+        deadline = self._calls.deadline()
         try:
             while True:
-                async with self._calls.place(Kind.MUX, self._target, self._service) as place:
+                async with self._calls.place(
+                    Kind.MUX, self._target, self._service, deadline=deadline
+                ) as place:
                     problem = await self._call(tunnel, place, self._keep)
                     if not tunnel.is_opening:
                         self._ended(tunnel, place, problem)

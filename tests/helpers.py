@@ -26,13 +26,15 @@ SOON_S = 8.0
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 Item = TypeVar("Item")
 
-# MODE from the command line; then what the real program gets: ``-- TARGET SERVICE+ARGUMENT``.
+# MODE from the command line; then what the real program gets: ``[OPTION...] -- TARGET SERVICE+ARGUMENT``.
 _CLIENT = """
 import contextlib, os, signal, socket, sys, threading
-mode, calls, dashes, target, service = sys.argv[1:]
+mode, calls, *options, dashes, target, service = sys.argv[1:]
 assert dashes == "--", sys.argv
 with open(calls, "a") as log:
     log.write(f"{target} {service}\\n")
+with open(calls + ".options", "a") as log:
+    log.write(" ".join(options) + "\\n")
 argument = service.partition("+")[2]
 os.environ["QREXEC_AGENT_PID"] = str(os.getpid())
 if mode == "serve":
@@ -128,6 +130,11 @@ class FakeClient:
     @property
     def calls(self) -> list[str]:
         return self._calls.read_text().splitlines() if self._calls.exists() else []
+
+    @property
+    def options(self) -> list[str]:
+        """The options of each call."""
+        return Path(f"{self._calls}.options").read_text().splitlines()
 
 
 def listening_socket(host: str = "127.0.0.1") -> socket.socket:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import math
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from endings import pattern
 from handclock import HandClock
 from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, nobody, port_of, tcp_pair
 
-from qubes_fwd_qrexec import call, relay
+from qubes_fwd_qrexec import call, callbudget, relay
 from qubes_fwd_qrexec.call import Caller, CallTimeouts, Ending, relay_over_call
 from qubes_fwd_qrexec.callbudget import CallBudget
+from qubes_fwd_qrexec.callqueue import Kind
 from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.relay import Relay, abort, half_close
 from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
@@ -29,6 +31,7 @@ class Relayed:
     def __init__(self, client: socket.socket) -> None:
         self.client = client
         self.ending: Ending
+        self.refused: RefusedError | None = None
         self.ended = trio.Event()
         self.relays: RelayThread
 
@@ -45,6 +48,8 @@ class Relayed:
     async def end(self) -> Ending:
         with trio.fail_after(BOUND_S):
             await self.ended.wait()
+        if self.refused is not None:
+            raise self.refused
         return self.ending
 
 
@@ -57,21 +62,26 @@ async def relayed(
     half_close_s: float = 600,
     idle_s: float = 3600,
     ends_with_server: bool = False,
+    is_beside_another: bool = False,
 ) -> AsyncIterator[Relayed]:
     client, accepted = tcp_pair()
     timeouts = CallTimeouts(call_s, half_close_s, idle_s)
     with client, accepted:
         run = Relayed(client)
-        async with open_relay_thread() as relays, trio.open_nursery() as nursery:
+        async with open_relay_thread() as relays, trio.open_nursery() as nursery, AsyncExitStack() as stack:
             run.relays = relays
-
-            caller = Caller(
-                command, "work", f"s+{port}", CallBudget(nursery), ends_with_server=ends_with_server
-            )
+            budget = CallBudget(nursery)
+            caller = Caller(command, "work", f"s+{port}", budget, ends_with_server=ends_with_server)
+            if is_beside_another:
+                place = await stack.enter_async_context(budget.place(Kind.SINGLE, "work", "another"))
+                place.through()
 
             @nursery.start_soon
             async def carry() -> None:
-                run.ending = await relay_over_call(accepted, caller, relays, timeouts)
+                try:
+                    run.ending = await relay_over_call(accepted, caller, relays, timeouts)
+                except RefusedError as error:
+                    run.refused = error
                 run.ended.set()
 
             yield run
@@ -133,6 +143,16 @@ async def test_a_client_program_that_dies_in_mid_stream_is_an_abort(tmp_path: Pa
         run.client.send(b"x")
         ending = await run.end()
         assert ending.error == "the call ended with exit status -9"
+
+
+async def test_a_target_that_stays_full_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WAIT_S": 1.0, "AGAIN_S": 0.0, "DOUBT_S": math.inf}.items():
+        monkeypatch.setattr(callbudget, name, value)
+    async with relayed(FakeClient(tmp_path, "exit126").command, 1, is_beside_another=True) as run:
+        with pytest.raises(RefusedError, match="work takes no more than 1 calls of this qube"):
+            await run.end()
 
 
 async def test_a_call_that_hangs_meets_its_deadline(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from helpers import BOUND_S
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.brake import AGAIN_S
-from qubes_fwd_qrexec.callbudget import BEGIN_MAX, BEGIN_S, RENEWALS_MAX, WAIT_S, CallBudget, Place
+from qubes_fwd_qrexec.callbudget import BEGIN_MAX, BEGIN_S, DOUBT_S, RENEWALS_MAX, WAIT_S, CallBudget, Place
 from qubes_fwd_qrexec.callqueue import Key, Kind
 from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.exitstatus import ExitStatus
@@ -286,6 +286,83 @@ async def test_where_it_stays_full_that_is_the_reason(autojump_clock: MockClock)
         assert other.error is not None
         assert "work takes no more than 2 calls of this qube" in str(other.error)
         assert other.error.kind == "busy"
+
+
+async def refusals_of(bench: Bench, service: str) -> int:
+    """How often a call that dom0 refuses for good is asked for, until somebody is told."""
+    (client,) = await bench.want("r/s", service=service)
+    asked = 1
+    while client.failed(ExitStatus.REFUSED):
+        (client,) = await bench.want("r/s", service=service)
+        await bench.until(partial(_has_call, client))
+        asked += 1
+    return asked
+
+
+async def test_what_dom0_has_never_allowed_is_soon_refused_beside_living_calls(
+    autojump_clock: MockClock,
+) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        began = trio.current_time()
+        assert await refusals_of(bench, "work/s+2") > 2
+        assert DOUBT_S <= trio.current_time() - began < DOUBT_S + 2 * AGAIN_S
+        # Whoever comes next is told with the first question.
+        await trio.sleep(AGAIN_S)
+        assert await refusals_of(bench, "work/s+2") == 1
+        # The target is not full, as the next call to it finds out for all.
+        others = await bench.want(*["r/s"] * BEGIN_MAX)
+        next(filter(_has_call, others)).through()
+        await wait_all_tasks_blocked()
+        assert served(others) == BEGIN_MAX
+        await trio.sleep(AGAIN_S)
+        assert await refusals_of(bench, "work/s+2") == 1
+        assert served(await bench.want("r/s")) == 1
+
+
+async def test_all_who_wait_for_what_was_never_allowed_are_told_together(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        await refusals_of(bench, "work/s+2")
+        waiting = await bench.want(*["r/s"] * 5, service="work/s+2")
+        await bench.until(lambda: served(waiting) == 1)
+        assert not next(filter(_has_call, waiting)).failed(ExitStatus.REFUSED, "dom0 says no")
+        await wait_all_tasks_blocked()
+        assert [str(client.error) for client in waiting if client.error] == ["dom0 says no"] * 4
+
+
+async def test_what_was_allowed_once_is_full_for_as_long_as_it_takes(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        for _ in range(20):
+            (client,) = await bench.want("r/s")
+            await bench.until(partial(_has_call, client))
+            assert client.failed(ExitStatus.REFUSED)
+
+
+async def test_a_new_configuration_may_have_taken_back_what_was_allowed(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(2)
+        bench.budget.forget_refusals()
+        assert await refusals_of(bench, "work/s+1") > 2
+        bench.budget.forget_refusals()
+        assert await refusals_of(bench, "work/s+1") > 2
+
+
+async def test_a_call_that_is_made_again_keeps_its_deadline(autojump_clock: MockClock) -> None:
+    async with bench_of(20) as bench:
+        await bench.have(1)
+        deadline = bench.budget.deadline()
+        assert deadline == trio.current_time() + WAIT_S
+
+        async def ask() -> None:
+            while True:
+                async with bench.budget.place(Kind.SINGLE, "work", "s+1", ("r", "s"), deadline) as place:
+                    assert place.failed("refused", ExitStatus.REFUSED)
+
+        with pytest.raises(RefusedError, match="takes no more than 1 calls of this qube"):
+            await ask()
+        assert trio.current_time() == deadline
 
 
 async def test_without_room_for_a_vchan_calls_to_all_targets_wait(autojump_clock: MockClock) -> None:

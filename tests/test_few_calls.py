@@ -68,6 +68,17 @@ def test_all_are_served_where_few_calls_fit(tmp_path: Path, knobs: dict[str, int
         assert world.said("refuse") == 0
 
 
+def test_a_single_call_takes_half_the_room_of_another(tmp_path: Path) -> None:
+    """Three of 17 pages, where two calls with buffers of the client's own size, of 33 each, have room."""
+    with open_world(tmp_path) as world, ExitStack() as stack:
+        way = world.forward("call")
+        world.turn(vchans_per_caller=2)
+        world.start_listener()
+        connections = [stack.enter_context(way.connect()) for _ in range(3)]
+        for connection in connections:
+            connection.echo()
+
+
 def test_more_targets_than_calls_are_served_one_after_the_other(tmp_path: Path) -> None:
     """A tunnel that is idle is let go when another one is wanted, and one in use is not."""
     with open_world(tmp_path) as world, ExitStack() as stack:

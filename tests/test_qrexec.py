@@ -49,6 +49,19 @@ async def test_a_call_names_target_and_service_after_two_dashes(tmp_path: Path) 
     assert client.calls == ["work qubes.ForwardTCP+80"]
 
 
+@pytest.mark.parametrize(
+    ("given", "options"), [((), "--buffer-size=32768"), (("--buffer-size=4096",), "--buffer-size=4096")]
+)
+async def test_a_call_has_the_buffer_it_is_given_unless_the_client_says_one(
+    tmp_path: Path, given: tuple[str, ...], options: str
+) -> None:
+    client = FakeClient(tmp_path, "exit0")
+    with trio.fail_after(BOUND_S):
+        async with open_call((*client.command, *given), "work", "s+1", buffer_bytes=32768) as call:
+            assert await call.status() == 0
+    assert client.options == [options]
+
+
 @pytest.mark.parametrize("status", [125, 126, 127])
 async def test_the_exit_status_is_told(tmp_path: Path, status: int) -> None:
     with trio.fail_after(BOUND_S):

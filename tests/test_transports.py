@@ -88,6 +88,7 @@ async def test_either_transport_carries_as_the_forward_says(tmp_path: Path, serv
             ending = await carry_one(transports, config(port, transport=transport), server)
             assert ending == Ending(None, 1, 1)
     assert client.calls == [f"work qubes.ForwardTCP+{port}", f"work qubes.ForwardTCP+{port}+tunnel"]
+    assert client.options == ["--buffer-size=32768", ""]
 
 
 async def test_forwards_to_the_same_ports_of_a_target_share_a_tunnel_and_others_do_not(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A tunnel that cannot be had, or is lost: what waits is told, and dom0 is left alone."""
 
+import math
 import os
 import signal
 import socket
@@ -115,6 +116,21 @@ async def test_a_call_that_hangs_is_ended_before_the_target_took_it_or_behind(
         await until(lambda: not bench.tunnels._tunnels)
         assert str(bench.endings[0]) in (f"no tunnel to work: {words}", "no tunnel to work within 0.2 s")
         assert bench.calls.calls == 0
+
+
+async def test_a_target_that_stays_full_is_not_asked_for_longer_than_anybody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qubes_fwd_qrexec.callbudget.WAIT_S", 1.0)
+    monkeypatch.setattr("qubes_fwd_qrexec.callbudget.AGAIN_S", 0.0)
+    monkeypatch.setattr("qubes_fwd_qrexec.callbudget.DOUBT_S", math.inf)
+    client, port = FakeClient(tmp_path, "exit126"), free_port()
+    async with (
+        tunnels_to(client.command, one(port)) as bench,
+        bench.calls.place(Kind.SINGLE, "work", "another") as living,
+    ):
+        living.through()
+        assert "work takes no more than 1 calls of this qube" in await bench.refusal(port)
 
 
 async def test_without_room_for_another_call_it_says_so_and_blames_nobody(
