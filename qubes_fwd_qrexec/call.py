@@ -6,7 +6,8 @@ a client's abort into an end of file for the server (libqrexec/remote.c). The ot
 tells, so a client sees RST where the call failed or our service says that the server aborted. A FIN that was
 sent cannot be taken back, so an end of file waits for the status wherever one must follow: behind the stock
 service, which ends with its server, and once the client has ended too. Our own service lives on when its
-server alone has ended, so there the wait is short.
+server alone has ended, and tells of a clean end by a line on stderr instead (`callsigns`), which needs no
+wait. Where it runs behind a socket it has no stderr, and there the wait for a status is short.
 
 A call that found no room (`callbudget`) is made again, and no byte of the client is lost: what no qrexec
 client has read is still in the socket that the next one reads.
@@ -23,6 +24,7 @@ import trio
 from .bugs import A_BUG
 from .callbudget import CallBudget, Place
 from .callqueue import Key, Kind
+from .callsigns import Signs
 from .counters import Carried, Refusal
 from .errors import RefusedError
 from .exitstatus import ExitStatus, meaning, refusal
@@ -31,12 +33,12 @@ from .relay import Copy, CopyEnd, half_close
 from .relaythread import RelayThread
 from .socketbuffers import MAX_BYTES, set_size
 
-# relay-behaviours, "trio": stdout's end and the exit status race; the status is at most this much later,
-# unless the target is slow.
+# relay-behaviours, "trio": stdout's end, stderr and the exit status race; the others are at most this much
+# later, unless the target is slow.
 _STATUS_WAIT_S = 0.2
 # So often is it looked whether anything moved in the time that a connection may be quiet for.
 _LOOKS = 20
-# Where a status must follow the end of file; a target that is so slow ends in FIN.
+# Where a status or a sign must follow the end of file.
 _SURE_STATUS_WAIT_S = 10.0
 # Statuses of a call that was not had, and that the next call may end with too. 125 is none of them: it is
 # also a server that does not listen yet.
@@ -213,7 +215,12 @@ class _Connection:
         caller = self._caller
         try:
             async with open_call(
-                caller.client, caller.target, caller.service, given, SINGLE_BUFFER_BYTES
+                caller.client,
+                caller.target,
+                caller.service,
+                given,
+                SINGLE_BUFFER_BYTES,
+                has_stderr=not caller.ends_with_server,
             ) as self._call:
                 self._down = Copy(self._call.stdout, self._accepted)
                 place.holder = self
@@ -242,10 +249,14 @@ class _Connection:
             is_client = end is CopyEnd.SINK_BROKEN
             self._fail("the client aborted the connection" if is_client else "the call was lost")
             return False
-        status = await self._call.status(self._status_wait_s())
+        signs = Signs(self.received)
+        status = await self._status_or_sign(signs)
+        if status is None and self._ended and not signs.is_clean:
+            # The client has ended too, so the service does.
+            status = await self._call.status(self._timeouts.half_close_s)
         if status:
             return self._ended_with(status, place)
-        if status is None and self._ended:
+        if status is None and not signs.is_clean and (self._ended or signs.will_tell):
             self._fail("the call did not end")
             return False
         half_close(self._accepted)
@@ -253,10 +264,34 @@ class _Connection:
             await self._after_end(lambda: self.sent)
         return False
 
-    def _status_wait_s(self) -> float:
-        if self._ended:  # the client has ended too, so the service does
-            return self._timeouts.half_close_s
-        return _SURE_STATUS_WAIT_S if self._caller.ends_with_server else _STATUS_WAIT_S
+    async def _status_or_sign(self, signs: Signs) -> int | None:
+        """The exit status; None if there is none in time, or once ``signs`` say that the end is clean."""
+        if self._call.stderr is None:
+            return await self._call.status(_SURE_STATUS_WAIT_S)
+        will_tell = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def wait_for_status() -> None:
+                await self._call.status()
+                nursery.cancel_scope.cancel()
+
+            @nursery.start_soon
+            async def read_signs() -> None:
+                while signs.left_bytes and (untrusted_data := await self._call.said(signs.left_bytes)):
+                    signs.take(untrusted_data)
+                    if signs.is_clean:
+                        nursery.cancel_scope.cancel()
+                    if signs.will_tell:
+                        will_tell.set()
+
+            with trio.move_on_at(trio.current_time() + _STATUS_WAIT_S):
+                await will_tell.wait()
+            if will_tell.is_set():
+                with trio.move_on_at(trio.current_time() + _SURE_STATUS_WAIT_S):
+                    await trio.sleep_forever()
+            nursery.cancel_scope.cancel()
+        return await self._call.status(0)
 
     def _ended_with(self, status: int, place: Place) -> bool:
         """As `_make_call`. Once there were bytes from the target, its 126 would be a forgery."""

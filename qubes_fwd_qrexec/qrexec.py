@@ -3,8 +3,9 @@
 
 The client gets two socketpairs for its stdin and stdout, which works with every version of it (one
 socket for both ways, --use-stdin-socket, needs 4.2.19, and would let a failed call send the client's
-FIN before its exit status is known). Its stderr goes nowhere: it writes there without end or hurry
-whatever the target sends.
+FIN before its exit status is known). It writes to stderr whatever the target sends there, without end and
+waiting until it is taken: so that goes nowhere, or into one more socketpair that is read once the output has
+ended. A target that fills it before stops its own call alone.
 """
 
 import contextlib
@@ -32,6 +33,8 @@ SINGLE_BUFFER_BYTES = 32768
 _BUFFER_OPTION = "--buffer-size"
 # What a stalled direction may hold in the kernel, for each socketpair: twice the client's own 64 KiB.
 _SOCKET_BUFFER_BYTES = 131072
+# And its stderr: for a dozen lines, and in fact more.
+STDERR_BUFFER_BYTES = 16384
 # How soon it is seen that a call is through: at once for a warm target, and without any cost for a cold one.
 _LOOK_FIRST_S = 0.002
 _LOOK_MAX_S = 0.25
@@ -83,13 +86,19 @@ class CallInput:
 
 
 class Call:
-    """A call under way. ``stdin`` and ``stdout`` are this end's non-blocking sockets of the target's two."""
+    """A call under way. ``stdin`` and ``stdout`` are this end's non-blocking sockets of the target's two.
 
-    def __init__(self, process: trio.Process, given: CallInput, stdout: socket.socket) -> None:
+    ``stderr`` is the third, where the call was opened with it.
+    """
+
+    def __init__(
+        self, process: trio.Process, given: CallInput, stdout: socket.socket, stderr: socket.socket | None
+    ) -> None:
         self._process = process
         self._input = given
         self.stdin = given.ours
         self.stdout = stdout
+        self.stderr = stderr
 
     @property
     def is_through(self) -> bool:
@@ -109,6 +118,14 @@ class Call:
             await self._process.wait()
         return self._process.poll()
 
+    async def said(self, max_bytes: int) -> bytes:
+        """The next that was written to ``stderr``; empty at its end, or where there is none."""
+        while self.stderr is not None:
+            await trio.lowlevel.wait_readable(self.stderr)
+            with contextlib.suppress(BlockingIOError):
+                return self.stderr.recv(max_bytes)
+        return b""
+
     def has_taken(self, written_bytes: int) -> bool:
         """Whether the client has read anything of the ``written_bytes`` that its stdin was sent.
 
@@ -126,13 +143,16 @@ async def open_call(
     service: str,
     given: CallInput | None = None,
     buffer_bytes: int | None = None,
+    *,
+    has_stderr: bool = False,
 ) -> AsyncIterator[Call]:
     """Call ``service`` (``NAME+ARGUMENT``) in ``target``; the call is over when the block is left.
 
     ``given`` is the input, which stays open then; without it the call has one of its own. ``buffer_bytes`` is
-    the size of the vchan's buffer for each way, unless ``client`` says one. Raises OSError when the client
-    cannot be started. Whether the call is allowed, and whether anybody answers, only shows later: in its exit
-    status, or never.
+    the size of the vchan's buffer for each way, unless ``client`` says one. ``has_stderr``: what the target
+    writes there waits to be read, and the call stands still where it has no room. Raises OSError when the
+    client cannot be started. Whether the call is allowed, and whether anybody answers, only shows later: in
+    its exit status, or never.
     """
     options = []
     if buffer_bytes is not None and not any(word.startswith(_BUFFER_OPTION) for word in client):
@@ -145,15 +165,20 @@ async def open_call(
             stdout, client_stdout = _pair()
             ours.callback(stdout.close)
             theirs.callback(client_stdout.close)
+            stderr = client_stderr = None
+            if has_stderr:
+                stderr, client_stderr = _pair(STDERR_BUFFER_BYTES)
+                ours.callback(stderr.close)
+                theirs.callback(client_stderr.close)
             process = await trio.lowlevel.open_process(
                 [*client, *options, "--", target, service],
                 stdin=given.theirs,
                 stdout=client_stdout,
-                stderr=subprocess.DEVNULL,
+                stderr=client_stderr or subprocess.DEVNULL,
                 start_new_session=True,
             )
         try:
-            yield Call(process, given, stdout)
+            yield Call(process, given, stdout, stderr)
         finally:
             if process.returncode is None:
                 # The client may be a script around the real one; it leads a group of its own.
@@ -163,10 +188,10 @@ async def open_call(
                 await process.wait()
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
+def _pair(buffer_bytes: int = _SOCKET_BUFFER_BYTES) -> tuple[socket.socket, socket.socket]:
     """Our end, which is non-blocking, and the client's."""
     mine, other = socket.socketpair()
     mine.setblocking(False)
     for end in (mine, other):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
     return mine, other

@@ -19,6 +19,7 @@ from .allowance import Calls
 from .bugs import Bugs
 from .bugs import leave as leave_bug
 from .callnotes import Kind, RevocationError, directory
+from .callsigns import GREETING, clean_end
 from .callstart import CallStartError, agent_pid, call_start
 from .cleanstart import start_clean
 from .errors import TextError
@@ -38,15 +39,22 @@ _MESSAGE_MAX = 200
 class _Joined:
     """A call's two sockets and the server's one, joined until both directions are over.
 
-    A clean end passes on as a half-close. The server's abort becomes an exit status, since qrexec has
-    no other way to tell; the caller's abort cannot be told from a clean end (libqrexec/remote.c).
+    A clean end passes on as a half-close, and is told on ``outlet``. The server's abort becomes an exit
+    status, since qrexec has no other way to tell; the caller's abort cannot be told from a clean end
+    (libqrexec/remote.c).
     """
 
     def __init__(
-        self, stdin: socket.socket, stdout: socket.socket, server: socket.socket, permission: Permission
+        self,
+        stdin: socket.socket,
+        stdout: socket.socket,
+        server: socket.socket,
+        permission: Permission,
+        outlet: Outlet,
     ) -> None:
         self._loop = Loop(Bugs(_count_bug))
         self._watch = PermissionWatch(self._loop, permission, self._revoked, end=self._failed)
+        self._outlet = outlet
         relay = Relay(self._loop)
         self._stdout = stdout
         self._server = server
@@ -56,7 +64,8 @@ class _Joined:
         self._open = 2
         self._down_over_at = 0.0
         relay.start(self._up, self._upload_ended)
-        relay.start(Copy(server, stdout, looks=True), self._download_ended)
+        self._down = Copy(server, stdout, looks=True)
+        relay.start(self._down, self._download_ended)
 
     def run(self) -> int:
         """Until both directions are over, or one of them is aborted; the exit status that tells."""
@@ -99,6 +108,7 @@ class _Joined:
         self._open -= 1
         self._down_over_at = time.monotonic()
         if how is CopyEnd.EOF:
+            self._outlet.say(clean_end(self._down.moved))
             half_close(self._stdout)
             self._look_at_upload()
         else:
@@ -127,8 +137,11 @@ def _count_bug() -> None:
 
 def _serve_call(arguments: list[str]) -> int:
     """Serve one call: its argument is the only one, stdin and stdout are its sockets."""
+    outlet = Outlet()
     try:
         request = parse_argument(arguments[0] if len(arguments) == 1 else "")
+        if not request.is_tunnel:
+            outlet.say(GREETING)
         source = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
         stdin, stdout = _standard_socket(0), _standard_socket(1)
         calls = Calls(request.ports, source)
@@ -139,20 +152,20 @@ def _serve_call(arguments: list[str]) -> int:
 
             return tunnelservice.serve(calls, start, stdin, stdout)
         with permitted(Kind.SINGLE, calls, start, directory()) as permission:
-            return _Joined(stdin, stdout, connect(request.ports.first), permission).run()
+            return _Joined(stdin, stdout, connect(request.ports.first), permission, outlet).run()
     except ServiceError as error:
-        return _told(error, error.status)
+        return _told(outlet, error, error.status)
     except RevokedError as error:
-        return _told(error, ExitStatus.REVOKED)
+        return _told(outlet, error, ExitStatus.REVOKED)
     except (RevocationError, CallStartError, TextError) as error:
-        return _told(error, ExitStatus.TROUBLE)
+        return _told(outlet, error, ExitStatus.TROUBLE)
     except Exception as bug:  # noqa: BLE001 - the caller is told that it failed, and nothing of us
         Bugs(_count_bug).note(bug)
         return ExitStatus.TROUBLE
 
 
-def _told(error: Exception, status: ExitStatus) -> int:
-    Outlet().say(f"{SERVICE}: {error}"[:_MESSAGE_MAX])  # to the caller, who need not listen
+def _told(outlet: Outlet, error: Exception, status: ExitStatus) -> int:
+    outlet.say(f"{SERVICE}: {error}"[:_MESSAGE_MAX])  # to the caller, who need not listen
     return status
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -14,11 +15,13 @@ from processes import with_constants
 
 from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
 from qubes_fwd_qrexec.callnotes import living
+from qubes_fwd_qrexec.callsigns import GREETING, clean_end
 from qubes_fwd_qrexec.exitstatus import ExitStatus
 from qubes_fwd_qrexec.relay import abort, half_close
 from qubes_fwd_qrexec.revocation import LOOK, revoke
 from qubes_fwd_qrexec.values import QubeName, TargetPorts
 
+SIGNS = GREETING, clean_end(0).partition(" after ")[0]
 LOOK_AND_TERM = (LOOK, signal.SIGTERM)
 
 
@@ -41,8 +44,11 @@ class Called:
         self.stdout.settimeout(BOUND_S)
 
     def end(self) -> tuple[int, str]:
+        """The exit status, and what was said on stderr beside `signs`."""
         _, stderr = self.process.communicate(timeout=BOUND_S)
-        return self.process.returncode, stderr.decode()
+        lines = stderr.decode().splitlines(keepends=True)
+        self.signs = [line for line in lines if line.startswith(tuple(SIGNS))]
+        return self.process.returncode, "".join(line for line in lines if line not in self.signs)
 
     def close(self) -> None:
         self.process.kill()
@@ -83,6 +89,17 @@ def test_bytes_and_both_ends_pass_each_way_by_itself(served: Served) -> None:
     half_close(sock)
     assert receive_all(called.stdout) == pattern(3_000_00)
     assert called.end() == (0, "")
+    assert called.signs == [f"{GREETING}\n", f"{clean_end(300_006)}\n"]
+
+
+def test_a_clean_end_is_told_before_it_is_passed_on(served: Served) -> None:
+    called, sock = served
+    sock.send(b"answer")
+    half_close(sock)
+    assert receive_all(called.stdout) == b"answer"
+    assert called.process.stderr is not None
+    os.set_blocking(called.process.stderr.fileno(), False)
+    assert called.process.stderr.read() == f"{GREETING}\n{clean_end(6)}\n".encode()
 
 
 def test_a_server_that_ends_first_gets_the_rest_of_the_upload(served: Served) -> None:
@@ -125,6 +142,7 @@ def test_a_server_abort_is_status_74_after_its_bytes(served: Served) -> None:
     abort(sock)
     assert called.stdout.recv(1) == b""
     assert called.end() == (ExitStatus.SERVER_RESET, "")
+    assert called.signs == [f"{GREETING}\n"]
 
 
 def test_a_server_that_takes_no_more_after_its_own_end_is_status_74(served: Served) -> None:
@@ -323,6 +341,7 @@ def test_nobody_listening_is_status_69() -> None:
     status, stderr = called.end()
     assert status == ExitStatus.SERVER_REFUSED
     assert "Connection refused" in stderr
+    assert called.signs == [f"{GREETING}\n"]
     called.close()
 
 

@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.localserver import BUFFER_BYTES as SERVER_BUFFER_BYTES
 from qubes_fwd_qrexec.localserver import SERVICE
 from qubes_fwd_qrexec.portions import CALLS_MAX as TUNNELS_MAX
 from qubes_fwd_qrexec.portions import LENT_TIMES
+from qubes_fwd_qrexec.qrexec import STDERR_BUFFER_BYTES
 from qubes_fwd_qrexec.serviceserver import CONNECTIONS_MAX
 from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
 from qubes_fwd_qrexec.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
@@ -326,7 +327,8 @@ def streams_mib(lent_times: int = 1) -> float:
 
 def test_the_listener_has_memory_for_all_that_its_bounds_let_it_hold() -> None:
     waiting_mib = WAITING_MAX * (2 * WAITING_BYTES / 1024 + SEGMENT_KIB) / 1024
-    calls_mib = CALLS_MAX * (CLIENT_MIB + (4 * MAX_BYTES / 1024 + SEGMENT_KIB) / 1024)
+    call_kib = 4 * MAX_BYTES / 1024 + SEGMENT_KIB + 2 * STDERR_BUFFER_BYTES / 1024
+    calls_mib = CALLS_MAX * (CLIENT_MIB + call_kib / 1024)
     needed_mib = PROGRAM_MIB + streams_mib() + waiting_mib + calls_mib
     assert needed_mib <= memory_mib("qubes-forward-listener.service") <= 1.1 * needed_mib
 

@@ -462,6 +462,11 @@ def warnings(forward: Forward) -> list[str]:
     found = [*forward.notes, *forward.hints]
     if forward.service is Service.CONNECT_TCP:
         found.append(forward.transport_reason)
+    elif forward.transport is Transport.CALL:
+        found.append(
+            f"where {forward.source.target} serves calls by qubes-forward-service.socket, "
+            "an answer that breaks off may look complete to the client"
+        )
     if forward.source.rule.proxy == "off":
         way_out = "see that it asks everybody for a password"
         if THIS_VERSION.proxy and forward.transport is Transport.TUNNEL:
