@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.config import parse_key
 from qubes_fwd_qrexec.errors import ConfigError
-from qubes_fwd_qrexec.report import DrainingReport, QubeReport
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.report import QubeReport
+from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from .apply import Kind, Step
 from .inventory import CONFIG_PREFIX, LISTENER_FEATURE, Inventory
@@ -52,31 +52,40 @@ def _forward(key: str) -> str:
 
 
 class Drain(NamedTuple):
-    """Connections of a forward that is closed, which may finish."""
+    """Connections of a forward that is closed. They may finish within ``left_s`` seconds; if that is None,
+    its listener should have ended them.
+    """
 
     exposed: QubeName
-    report: DrainingReport
+    target: QubeName
+    name: RuleName
+    connections: int
+    left_s: int | None
 
     def words(self) -> str:
         """For people."""
-        report = self.report
-        count = "1 connection" if report.connections == 1 else f"{report.connections} connections"
-        left = f"{report.left_s // 60} min" if report.left_s >= 60 else f"{report.left_s} s"
+        count = "1 connection" if self.connections == 1 else f"{self.connections} connections"
+        if self.left_s is None:
+            return f"{self.target} {self.name} is to be closed, and {self.exposed} still has {count} of it"
+        left = f"{self.left_s // 60} min" if self.left_s >= 60 else f"{self.left_s} s"
         return (
-            f"{report.target} {report.name} is closed and draining: {count} at {self.exposed}, "
+            f"{self.target} {self.name} is closed and draining: {count} at {self.exposed}, "
             f"cut in {left} at the latest"
         )
 
     def as_json(self) -> dict[str, Any]:
-        return {"exposed": self.exposed, **self.report.as_json()}
+        return self._asdict()
 
 
-def drains(exposed: QubeName, answer: QubeReport) -> Iterator[Drain]:
-    """What drains at a qube, by its own word."""
+def drains(exposed: QubeName, answer: QubeReport, live: Collection[tuple[str, str]]) -> Iterator[Drain]:
+    """What a qube says it has of forwards that are closed; ``live`` are those that it is to have."""
     told = () if answer.listener is None else answer.listener.draining
     for report in (*told, *answer.left_behind):
         if report.connections:
-            yield Drain(exposed, report)
+            yield Drain(exposed, report.target, report.name, report.connections, report.left_s)
+    for forward in () if answer.listener is None else answer.listener.forwards:
+        if forward.connections and (forward.target, forward.name) not in live:
+            yield Drain(exposed, forward.target, forward.name, forward.connections, None)
 
 
 def listening(planned: Plan, inventory: Inventory, qubes: Collection[str] = ()) -> list[QubeName]:

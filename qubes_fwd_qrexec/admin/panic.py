@@ -163,6 +163,8 @@ def _say(report: Report, session: Session) -> None:
         session.warn(f"still open: {what}")
     for left in report.stock:
         session.warn(f"still open: {left.words()}")
+    if targets := sorted({left.target for left in report.stock if left.target is not None}):
+        session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
     if not report.is_closed:
         session.warn("say 'qvm-forward panic' again once that is mended")
 

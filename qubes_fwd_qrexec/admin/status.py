@@ -46,9 +46,14 @@ class _Seen(NamedTuple):
 
     @property
     def is_well(self) -> bool:
-        return not self.due and all(
-            verdict.is_allowed is not False and _trouble(figures) is None
-            for _, verdict, figures in self.found
+        lingers = any(drain.left_s is None for drain in self.drains)
+        return (
+            not self.due
+            and not lingers
+            and all(
+                verdict.is_allowed is not False and _trouble(figures) is None
+                for _, verdict, figures in self.found
+            )
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -117,9 +122,11 @@ def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
     source.prepare(qubes)
     found = [(forward, verdicts[forward.source[:2]], _ask(source, forward)) for forward in planned.live]
     # Of the whole system, whatever part of it is shown.
-    due = differences(snapshot.plan(session.now), snapshot.inventory, snapshot.installed, session.now)
+    everything = snapshot.plan(session.now)
+    due = differences(everything, snapshot.inventory, snapshot.installed, session.now)
     asked = {qube: source.answer(qube) for qube in qubes}
-    draining = [drain for qube, answer in asked.items() if answer for drain in drains(qube, answer)]
+    live = {qube: {f.source[:2] for f in everything.live if f.exposed == qube} for qube in asked}
+    draining = [drain for qube, told in asked.items() if told for drain in drains(qube, told, live[qube])]
     # Of others the figures are said to be unknown.
     shown = {forward.exposed for forward, _, _ in found}
     silent = [qube for qube, answer in asked.items() if answer is None and qube not in shown]

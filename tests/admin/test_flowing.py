@@ -94,6 +94,7 @@ def test_panic_says_how_many_they_are(forward: Command, over: Command, lab: LabD
     assert result.status == 1
     assert result.out.startswith("NOT EVERYTHING IS CLOSED.\n")
     assert "still open: personal ssh: 3 connections over qubes.ConnectTCP" in result.err
+    assert "'qvm-shutdown personal' ends these connections at once\n" in result.err
     forward("resume")
     result = over(Flowing(lab, listener=report()), "panic")
     assert (result.status, result.err) == (0, "")

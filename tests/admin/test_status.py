@@ -131,6 +131,21 @@ def test_what_drains_is_shown_and_who_does_not_say_is_named(
     assert _with(store, Unknown("x"))[1].startswith("Nothing is open.\n")
 
 
+def test_connections_of_a_closed_forward_that_its_listener_has_not_ended_are_said(
+    forward: Command, store: Backend
+) -> None:
+    forward(*ADD)
+    live = QubeReport(program="1", listener=ListenerReport(since=1, forwards=(REPORT,)))
+    assert "to be closed" not in _with(store, Figures(REPORT), report=live)[1]
+    forward("disable", "work", "web")
+    store.set_feature(QubeName("sys-net"), "service.qubes-forward-listener", "1")
+    code, shown = _with(store, Unknown("x"), report=live)
+    assert code == 1
+    assert shown.startswith(
+        "work web is to be closed, and sys-net still has 3 connections of it.\nNo forward is open.\n"
+    )
+
+
 def test_another_policy_file_that_denies_or_cannot_be_read_is_named(
     forward: Command, lab: LabDirectory
 ) -> None:
