@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.config import Service
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
 from qubes_fwd_qrexec.options import Option
 from qubes_fwd_qrexec.rules import (
     NO_LIMITS,
@@ -23,13 +23,13 @@ from qubes_fwd_qrexec.rules import (
     OnExpire,
     Transport,
 )
-from qubes_fwd_qrexec.values import QubeName, RuleName, Sources
+from qubes_fwd_qrexec.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
 from .apply import Outcome, others
 from .expiry import parse_expire, print_expire
 from .inventory import Inventory
-from .judged import judged
+from .judged import denials
 from .leftovers import listening
 from .render import escaped
 from .session import Session, Snapshot, UsageError
@@ -393,31 +393,17 @@ def _troubles(done: _Done, session: Session) -> dict[tuple[str, str], str]:
     return found | uptake.troubles(asked, renewed, session.backend)
 
 
-def _denials(done: _Done, session: Session) -> dict[tuple[QubeName, RuleName], str]:
-    """The forwards whose calls another policy file denies; one mistake in any file denies all."""
-    if done.applied is None:
-        return {}
-    try:
-        verdicts = judged(done.forwards, session.backend, session.backend.read_policy().text)
-    except (ForwardError, OSError):
-        return {}  # status says so
-    return {
-        key: f"dom0 denies its calls: {verdict.reason}"
-        for key, verdict in verdicts.items()
-        if verdict.is_allowed is False
-    }
-
-
 def _finish(session: Session, carried_out: _Done, done: str) -> int:
     """Say in plain sentences what is open now and for whom, without the warnings told before."""
     forwards, planned = carried_out.forwards, carried_out.applied
-    troubles, denials = _troubles(carried_out, session), _denials(carried_out, session)
+    troubles = _troubles(carried_out, session)
+    denied = {} if planned is None else denials(forwards, session.backend)
     asked = [forward.source for forward in forwards]
     left = _left_over(carried_out.before, planned, asked, carried_out.inventory, session)
 
     def notes(forward: Forward) -> list[str]:
         trouble, old = troubles.get(forward.source[:2]), carried_out.before.find(*forward.source[:2])
-        first = [text for text in (denials.get(forward.source[:2]), trouble) if text is not None]
+        first = [text for text in (denied.get(forward.source[:2]), trouble) if text is not None]
         return [*first, *_narrowing(old, forward), *warnings(forward)]
 
     if session.is_json:

@@ -13,6 +13,8 @@ from qubes_fwd_qrexec.values import QubeName
 
 from .apply import Outcome, others
 from .inventory import DISPOSABLE, TUNNEL_FEATURE, Inventory
+from .judged import denials
+from .render import escaped
 from .session import Session, Snapshot, UsageError, plan_as_json
 from .states import Forward, Plan
 from .store import TUNNEL_NAME, made_up_name, parse_new_name
@@ -79,9 +81,12 @@ def import_rules(args: Namespace, session: Session) -> int:
     for qube, is_marked in marks.items():
         session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
     told = [*forwards, *_others(planned, before, rules)]
+    denied = {} if args.no_apply else denials(told, session.backend)
     for forward in told:
         session.say(f"{forward.source}: {forward.state}. {forward.reason}\n")
         session.say("".join(f"{forward.source}: note: {note}\n" for note in forward.notes))
+        if (denial := denied.get(forward.source[:2])) is not None:
+            session.say(f"{forward.source}: note: {escaped(denial)}\n")
     session.say("".join(f"{line}\n" for line in others(outcome, planned, [f.source for f in told])))
     if left:
         names = ", ".join(map(str, left))

@@ -7,6 +7,7 @@ in any file denies every call.
 
 from collections.abc import Iterable
 
+from qubes_fwd_qrexec.errors import ForwardError
 from qubes_fwd_qrexec.values import QubeName, RuleName
 
 from . import policy
@@ -36,6 +37,19 @@ def judged(
         key: min(map(verdict, needed), key=lambda found: _ORDER[found.is_allowed])
         for key, needed in lines.items()
         if needed
+    }
+
+
+def denials(forwards: Iterable[Forward], backend: Backend) -> dict[tuple[QubeName, RuleName], str]:
+    """Words for each live forward whose calls dom0 denies, whatever our own file says. Never raises."""
+    try:
+        verdicts = judged(forwards, backend, backend.read_policy().text)
+    except (ForwardError, OSError):
+        return {}  # status says so
+    return {
+        key: f"dom0 denies its calls: {verdict.reason}"
+        for key, verdict in verdicts.items()
+        if verdict.is_allowed is False
     }
 
 

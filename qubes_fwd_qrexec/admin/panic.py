@@ -18,7 +18,8 @@ from qubes_fwd_qrexec.values import QubeName
 from . import leftovers, policy
 from .apply import Outcome, differences
 from .backend import ANY
-from .judged import judged
+from .judged import denials, judged
+from .render import escaped
 from .revoking import Ended, allowances, revoke, serving
 from .session import Session
 from .states import Plan
@@ -211,4 +212,7 @@ def resume(args: Namespace, session: Session) -> int:
             "Nothing is held any more. Open again:\n" if planned.live else "Nothing is held any more.\n"
         )
     session.say("".join(f"  {forward.source}: {forward.reason}\n" for forward in planned.live))
+    if not args.dry_run:
+        for (target, name), denial in denials(planned.live, session.backend).items():
+            session.say(f"Note: {target} {name}: {escaped(denial)}.\n")
     return 0

@@ -163,6 +163,10 @@ def test_another_policy_file_that_denies_or_cannot_be_read_is_named(
     for words in (("set", "work", "web", "comment=x"), ("add", "work", "81", "--from", "any")):
         assert note in (out := forward(*words).out), words
         assert "20-mine.policy:1" in out, words
+    line = "work in action=forward srcports=82 srchosts=any"
+    assert "work in: note: dom0 denies its calls: " in forward("import", stdin=line).out
+    forward("panic")
+    assert "Note: work web: dom0 denies its calls: " in forward("resume").out
     before.write_text("nonsense\n")
     assert "20-mine.policy" in forward("status").out
     assert "20-mine.policy" in forward("list").out
