@@ -311,6 +311,7 @@ class _Connection:
         """Tell when the call is through, and end one that hangs before; silence is no fault."""
         with trio.move_on_after(self._timeouts.call_s):
             await self._call.wait_through(self._has_sign)
+        if self._has_sign():  # at the deadline too: whoever was stopped meanwhile has not looked before
             place.through()
             return
         why = f"the call was not through to {self._caller.target} within {self._timeouts.call_s:g} s"
