@@ -17,6 +17,7 @@ from .apply import Outcome, others
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
 from .session import Session, Snapshot, UsageError
 from .states import Cause, Forward, Plan, State
+from .stock import Stock, ended, left_over
 
 
 class Change(NamedTuple):
@@ -57,20 +58,24 @@ def _mark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
         raise RefusedError(f"{qube} is the administrative qube, and no traffic goes through it")
     is_marked = bool(known.features.get(TUNNEL_FEATURE))
     after = _with_feature(snapshot, qube, "1")
-    changes = [*_changes(snapshot, after, session.now)]
     if not is_marked:
         session.backend.set_feature(qube, TUNNEL_FEATURE, "1")
     planned, outcome = session.apply_change(f"{qube} is marked")
+    left = left_over(ended(snapshot.plan(session.now), planned), session.backend)
+    changes = [*_changes(snapshot, after, session.now, left)]
+    status = 1 if any(stock.left_s is None for stock in left) else 0
     if session.is_json:
-        session.say_json(_as_json(qube, after, changes))
-        return 0
+        session.say_json(_as_json(qube, after, changes) | {"stock": [stock.as_json() for stock in left]})
+        return status
     said = "was marked as a tunnel already" if is_marked else "is marked as a tunnel"
     session.say(f"{qube} {said}. {_what_it_means(qube, after.inventory)}\n")
     _say(changes, session)
     for forward in _going_round(after, qube, session.now):
         session.say(f"Forward {forward.source} stays open: it {_bypass_note(forward)}, as it says itself.\n")
     _say_others(outcome, planned, changes, session)
-    return 0
+    for stock in left:
+        session.warn(f"still open: {stock.words()}")
+    return status
 
 
 def _say_others(outcome: Outcome, planned: Plan, changes: Iterable[Change], session: Session) -> None:
@@ -150,9 +155,10 @@ def _with_feature(snapshot: Snapshot, qube: QubeName, value: str | None) -> Snap
     return snapshot._replace(inventory=Inventory(qubes))
 
 
-def _changes(before: Snapshot, after: Snapshot, now: float) -> Iterable[Change]:
-    """The forwards whose state differs, and how."""
+def _changes(before: Snapshot, after: Snapshot, now: float, left: Iterable[Stock] = ()) -> Iterable[Change]:
+    """The forwards whose state differs, and how; ``left`` is what goes on of some that are closed."""
     old = before.plan(now)
+    flows = {(stock.target, stock.name) for stock in left}
     for forward in after.plan(now):
         was = old.find(forward.source.target, forward.source.name)
         if was is None or was.state is forward.state:
@@ -160,7 +166,7 @@ def _changes(before: Snapshot, after: Snapshot, now: float) -> Iterable[Change]:
         if forward.is_live:
             text = "is open again" if forward.state is State.ACTIVE else f"is {forward.state} now"
         else:
-            drains = forward.source.rule.on_expire is OnExpire.DRAIN
+            drains = forward.source.rule.on_expire is OnExpire.DRAIN or forward.source[:2] in flows
             closed = " and takes no new connection, but what is open may go on" if drains else " and closed"
             text = f"is {forward.state} now{closed if was.is_live else ''}"
         yield Change(forward, was.state, f"Forward {forward.source} {text}. {forward.reason}")

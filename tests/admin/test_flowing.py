@@ -88,6 +88,16 @@ def test_what_drains_over_a_call_that_another_forward_needs_is_not_called_closed
     assert "still open: work ssh: 1 connection at sys-net may go on for at most 3000 s" in result.err
 
 
+def test_what_a_mark_could_not_end_is_not_called_closed(
+    forward: Command, over: Command, lab: LabDirectory
+) -> None:
+    forward("add", "personal", "22", "--from", "any", "--name", "ssh")
+    result = over(Flowing(lab, listener=report(connections=3)), "tunnel", "mark", "sys-firewall")
+    assert result.status == 1
+    assert "personal ssh is refused now and takes no new connection, but what is open may go on" in result.out
+    assert "still open: personal ssh: 3 connections over qubes.ConnectTCP" in result.err
+
+
 def test_panic_says_how_many_they_are(forward: Command, over: Command, lab: LabDirectory) -> None:
     forward("add", "personal", "22", "--from", "any", "--name", "ssh")
     result = over(Flowing(lab, listener=report(connections=3)), "panic")
