@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import trio
@@ -27,14 +27,13 @@ from .descriptors import raise_descriptor_limit
 from .draining import Draining
 from .errors import ConfigError, ForwardError, leaves
 from .forward import Forward, Means
-from .leftbehind import Note
 from .lifetime import Expiry
 from .limits import PROCESS_MAX, Process, process_max
 from .logs import one_line, start_logging
 from .notify import notify, reloading
 from .qubesdbsource import open_qubesdb
 from .relaythread import open_relay_thread
-from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, DrainingReport, ListenerReport, Problem, Trial
+from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
 from .statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
 from .supervisor import Supervisor, supervise
 from .transports import Transports
@@ -166,27 +165,9 @@ class Listener:
 
     async def _watch_while_draining(self) -> None:
         """Who may go on to the end of the drain may do so only while dom0 says so."""
-        note = None if self._supervisor is None or self._status_dir is None else Note(self._status_dir)
-        try:
-            while True:
-                if note is not None:
-                    with suppress(OSError):  # what cannot be told goes on all the same
-                        note.write(self._left_behind())
-                await trio.sleep(_LOOK_S)
-                self._look()
-        finally:
-            if note is not None:
-                note.remove()
-
-    def _left_behind(self) -> tuple[DrainingReport, ...]:
-        """What still flows in a listener that was stopped."""
-        left_s = max(0, int(self._means.tasks.cancel_scope.deadline - trio.current_time()))
-        live = tuple(
-            DrainingReport(target=target, name=name, connections=forward.connections, left_s=left_s)
-            for (target, name), forward in sorted(self._forwards.items())
-            if forward.connections
-        )
-        return (live + self._draining.report())[:FORWARDS_MAX]
+        while True:
+            await trio.sleep(_LOOK_S)
+            self._look()
 
     def _look(self) -> None:
         """Do what is due: what has expired ends, what has changed is taken up, what failed is tried again."""

@@ -287,7 +287,6 @@ class FirewallReport:
 class QubeReport:
     """A qube's whole answer. ``listener`` is None where none runs; ``trial`` where none was asked for.
 
-    ``left_behind`` is what drains in listeners that were stopped.
     ``bugs``: those that the qube's service, as a target, has met since the qube was started.
     """
 
@@ -298,7 +297,6 @@ class QubeReport:
     bugs: int = 0
     trial: Trial | None = None
     firewall: FirewallReport = FirewallReport()
-    left_behind: tuple[DrainingReport, ...] = ()
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
@@ -313,7 +311,6 @@ class QubeReport:
             bugs=untrusted.number("bugs"),
             trial=untrusted.optional("trial", lambda key: Trial.read(untrusted.inner(key))),
             firewall=FirewallReport.read(untrusted.inner("firewall")),
-            left_behind=untrusted.several("left_behind", FORWARDS_MAX, DrainingReport.read),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -326,5 +323,4 @@ class QubeReport:
             "bugs": self.bugs,
             "trial": None if self.trial is None else self.trial.as_json(),
             "firewall": self.firewall.as_json(),
-            "left_behind": [forward.as_json() for forward in self.left_behind],
         }

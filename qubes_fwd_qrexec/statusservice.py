@@ -22,7 +22,6 @@ from .cleanstart import start_clean
 from .config import STATUS_SERVICE, is_forward_key, parse_key
 from .errors import ConfigError, TextError
 from .exitstatus import ExitStatus
-from .leftbehind import left_behind
 from .localserver import ServiceError, connect
 from .logs import one_line
 from .relay import close_cleanly
@@ -64,7 +63,6 @@ def answer(
         bugs=bugs.left(notes_place),
         trial=trial,
         firewall=_firewall(firewall_place),
-        left_behind=left_behind(listener_place),
     )
 
 

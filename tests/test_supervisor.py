@@ -26,12 +26,7 @@ from helpers import (
     write_config,
 )
 
-from qubes_fwd_qrexec.leftbehind import Note, left_behind
-from qubes_fwd_qrexec.report import DrainingReport
 from qubes_fwd_qrexec.statussockets import STATUS
-from qubes_fwd_qrexec.values import QubeName, RuleName
-
-DRAINING = DrainingReport(target=QubeName("work"), name=RuleName("web"), connections=2, left_s=60)
 
 
 @contextmanager
@@ -70,7 +65,6 @@ async def test_the_next_listener_serves_while_the_last_one_drains(
             assert last.wait(BOUND_S) == 0
             assert not is_listening(port)
             assert not (status / STATUS).exists()
-            await until(lambda: [one.connections for one in left_behind(status)] == [1])
             with supervised(tmp_path) as following:
                 await until(lambda: is_listening(port) and (status / STATUS).exists())
                 async with await connect(port) as new, await accept(server) as new_far:
@@ -80,7 +74,6 @@ async def test_the_next_listener_serves_while_the_last_one_drains(
                     assert await old_far.receive_some() == b""
                     await old_far.aclose()
                     assert await old.receive_some() == b""
-                    await until(lambda: not left_behind(status))
                     await echo_once(new, new_far)
                     assert (status / STATUS).exists()
                 following.send_signal(signal.SIGTERM)
@@ -129,27 +122,3 @@ async def test_a_reload_reaches_the_listener(tmp_path: Path, server: socket.sock
         write_config(tmp_path / "config", other, port_of(server), key="fwd.work.more")
         process.send_signal(signal.SIGHUP)
         await until(lambda: is_listening(other))
-
-
-def test_a_note_is_read_while_its_process_lives(tmp_path: Path) -> None:
-    assert left_behind(tmp_path / "missing") == ()
-    note = Note(tmp_path)
-    note.write([DRAINING])
-    assert left_behind(tmp_path) == (DRAINING,)
-    note.write([])
-    assert left_behind(tmp_path) == ()
-    note.write([DRAINING])
-    text = (tmp_path / f"draining.{os.getpid()}").read_bytes()
-    (tmp_path / "draining.1").write_bytes(text)  # of a process that died
-    os.mkfifo(tmp_path / "draining.2")
-    (tmp_path / "draining.3").symlink_to(tmp_path / f"draining.{os.getpid()}")
-    assert left_behind(tmp_path) == (DRAINING,)
-    note.remove()
-    assert left_behind(tmp_path) == ()
-
-
-def test_a_note_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    note = Note(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError):
-        note.write([DRAINING])
-    note.remove()

@@ -124,7 +124,7 @@ def test_the_listener_leaves_its_ports_at_once_and_its_drain_behind() -> None:
     assert given["ExecStart"] == ["/usr/bin/qubes-forward-listener --leave-drain"]
     (stop,) = given["TimeoutStopSec"]
     assert CLOSE_S < int(stop.removesuffix("s")) < DRAIN_S
-    # Its child says READY=1, and tells what it still carries in a directory that outlives the unit.
+    # Its child says READY=1.
     assert given["NotifyAccess"] == ["all"]
 
 
@@ -185,7 +185,8 @@ TABLE: dict[str, dict[str, list[str] | None]] = {
         # The sockets at which it is asked how it is; qubes.ForwardStatus runs as another user.
         "RuntimeDirectory": ["qubes-forward-listener"],
         "RuntimeDirectoryMode": ["0755"],
-        "RuntimeDirectoryPreserve": ["yes"],
+        # With DynamicUser= it would lie in /run/private, where nobody else could ask the listener.
+        "RuntimeDirectoryPreserve": None,
         "Wants": ["qubes-forward-nft.service"],
         "Requires": None,
         "BindsTo": None,

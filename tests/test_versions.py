@@ -207,7 +207,7 @@ REPORT_0_1 = (
     b'"work","name":"old","connections":1,"left_s":60}],"bugs":2},"listener_problem":null,"calls":'
     b'[{"source":"sys-net","ports":"80-80","tunnels":1,"singles":2,"draining":1,"drain_left_s":60}],'
     b'"bugs":1,"trial":{"answer":"through","reason":"",'
-    b'"text":""},"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]},"left_behind":[]}\n'
+    b'"text":""},"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]}}\n'
 )
 
 

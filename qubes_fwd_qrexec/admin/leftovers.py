@@ -80,7 +80,7 @@ class Drain(NamedTuple):
 def drains(exposed: QubeName, answer: QubeReport, live: Collection[tuple[str, str]]) -> Iterator[Drain]:
     """What a qube says it has of forwards that are closed; ``live`` are those that it is to have."""
     told = () if answer.listener is None else answer.listener.draining
-    for report in (*told, *answer.left_behind):
+    for report in told:
         if report.connections:
             yield Drain(exposed, report.target, report.name, report.connections, report.left_s)
     for forward in () if answer.listener is None else answer.listener.forwards:

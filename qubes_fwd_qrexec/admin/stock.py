@@ -153,7 +153,7 @@ def _counts(qube: QubeName, backend: Backend) -> dict[tuple[QubeName, str], tupl
         return {} if error.status == NO_SERVICE else None
     listener = answer.listener
     found: dict[tuple[QubeName, str], tuple[int, int | None]] = {}
-    for old in (*(() if listener is None else listener.draining), *answer.left_behind):
+    for old in () if listener is None else listener.draining:
         count, left_s = found.get((old.target, old.name), (0, 0))
         found[old.target, old.name] = count + old.connections, max(left_s or 0, old.left_s)
     for forward in () if listener is None else listener.forwards:

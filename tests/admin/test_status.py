@@ -115,8 +115,8 @@ def test_what_drains_is_shown_and_who_does_not_say_is_named(
         store.set_feature(QubeName("sys-net"), "service.qubes-forward-listener", "1")
     drain = DrainingReport(target=QubeName("work"), name=RuleName("web"), connections=2, left_s=3000)
     last = replace(drain, connections=1, left_s=59)
-    listener = ListenerReport(since=1, forwards=(), draining=(drain,))
-    report = QubeReport(program="1", listener=listener, left_behind=(last,))
+    listener = ListenerReport(since=1, forwards=(), draining=(drain, last))
+    report = QubeReport(program="1", listener=listener)
     shown = _with(store, Unknown("x"), report=report)[1]
     assert shown.splitlines()[:3] == [
         "work web is closed and draining: 2 connections at sys-net, cut in 50 min at the latest.",

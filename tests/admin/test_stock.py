@@ -121,12 +121,6 @@ def test_those_that_may_finish_say_how_long() -> None:
     assert stock.words() == "personal ssh: 1 connection at sys-net may go on for at most 3000 s"
 
 
-def test_a_stopped_listener_that_still_drains_counts() -> None:
-    drain = DrainingReport(target=PERSONAL, name=NAME, connections=2, left_s=60)
-    (stock,) = left(json.dumps(QubeReport(program="x", left_behind=(drain,)).as_json()).encode())
-    assert stock == Stock(PERSONAL, NAME, SYS_NET, 2, 60)
-
-
 @pytest.mark.parametrize("error", [NotRunningError("down"), AnswerError("none", NO_SERVICE)])
 def test_where_nothing_listens_nothing_is_left(error: Exception) -> None:
     assert left(error) == ()
