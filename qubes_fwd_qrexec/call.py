@@ -174,6 +174,11 @@ class _Connection:
     def quiet_s(self) -> float:
         return time.monotonic() - self.moved_at
 
+    @property
+    def sole_user(self) -> None:
+        """It is no mux call."""
+        return None
+
     def make_room(self) -> None:
         self.how = "made-room"
         self._fail("the idlest connection of its source was ended to make room for one that waited")

@@ -7,7 +7,8 @@ smaller. So the listener has one budget for all its calls. It counts calls and n
 their smaller size to the rest of the qube. Some of the budget is kept for mux calls, since each of those
 carries thousands of connections, and renewals have room beyond it. What is above the budget waits in a queue
 with bounds (`callqueue`). Where nothing ends by itself, an idle mux call is let go, the least recently used
-first, or the idlest connection of a source that has more than its share.
+first, or the idlest connection of a source that has more than its share, or the idlest mux call that such a
+source has to itself.
 
 A call that is refused beside living calls of its target, or for want of a vchan, has found no room: it is
 asked for again when another ends. A call that is refused by itself is refused to all who wait for the same
@@ -16,7 +17,8 @@ the configuration is new counts as refused after a few seconds.
 """
 
 import math
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -24,7 +26,7 @@ import trio
 
 from .brake import AGAIN_S, Brake
 from .bugs import Bugs
-from .callqueue import CallQueue, Key, Kind, Wanted
+from .callqueue import CallQueue, Key, Kind, Wanted, count_key, has_more_than_its_share
 from .config import CALLS_MAX
 from .counters import Refusal
 from .errors import RefusedError
@@ -55,6 +57,10 @@ class Holder(Protocol):
     def quiet_s(self) -> float | None:
         """For how many seconds nothing has used it; None if it must not be ended."""
 
+    @property
+    def sole_user(self) -> tuple[Key, float] | None:
+        """The only source that uses a mux call, and for how many seconds nothing has moved in it."""
+
     def make_room(self) -> None:
         """End it; its place comes back soon."""
 
@@ -77,6 +83,11 @@ class Place:
         quiet_s = None if self.holder is None else self.holder.quiet_s
         return -1.0 if quiet_s is None else quiet_s
 
+    @property
+    def sole_user(self) -> tuple[Key, float] | None:
+        """As the holder's."""
+        return None if self.holder is None else self.holder.sole_user
+
     def through(self) -> None:
         """dom0 and the target have taken it; said again, it changes nothing."""
         self._budget.is_through(self)
@@ -98,12 +109,15 @@ class Place:
 
 
 class Waiting(Wanted):
-    """A call that a task waits for."""
+    """A call that a task waits for; ``users`` says which sources wait for it."""
 
-    __slots__ = ("error", "place", "settled")
+    __slots__ = ("error", "place", "settled", "users")
 
-    def __init__(self, kind: Kind, target: str, service: str, key: Key) -> None:
+    def __init__(
+        self, kind: Kind, target: str, service: str, key: Key, users: Callable[[], Collection[Key]]
+    ) -> None:
         super().__init__(kind, target, service, key)
+        self.users = users
         self.settled = trio.Event()
         self.place: Place | None = None
         self.error: RefusedError | None = None
@@ -174,14 +188,22 @@ class CallBudget:
 
     @asynccontextmanager
     async def place(
-        self, kind: Kind, target: str, service: str, key: Key = (), deadline: float | None = None
+        self,
+        kind: Kind,
+        target: str,
+        service: str,
+        key: Key = (),
+        deadline: float | None = None,
+        users: Callable[[], Collection[Key]] | None = None,
     ) -> AsyncIterator[Place]:
         """A place for one call of ``service`` (``NAME+ARGUMENT``), waited for; the call ends with the block.
+
+        ``users`` says for which sources it is: by default for that of ``key``, which begins with the rule.
 
         Raises `RefusedError` when there is none until ``deadline`` (by default that of now), or the same was
         refused meanwhile.
         """
-        waiting = Waiting(kind, target, service, key)
+        waiting = Waiting(kind, target, service, key, users or (lambda: [key[1:]]))
         if deadline is None:
             deadline = self.deadline()
         elif trio.current_time() >= deadline:
@@ -300,7 +322,11 @@ class CallBudget:
             places = [p for p in self._places if not is_targets or p.wanted.target == wanted.target]
             if any(place.makes_room for place in places):
                 return  # its end is near
-            found = self._idlest_mux_call(places) or self._idlest_single(places, wanted)
+            found = (
+                self._idlest_mux_call(places)
+                or self._idlest_single(places, wanted)
+                or self._idlest_of_one_user(places, wanted)
+            )
             if found is not None:
                 found.make_room()
             return
@@ -323,6 +349,22 @@ class CallBudget:
             and self._queue.has_more_than_its_share(place.wanted.key, wanted.key)
         )
         return max(candidates, key=lambda p: (self._queue.held(p.wanted.key), p.quiet_s), default=None)
+
+    def _idlest_of_one_user(self, places: list[Place], wanted: Waiting) -> Place | None:
+        """The idlest mux call that is all of one source that has more of them than one that waits."""
+        held_by = Counter[Key]()
+        for place in self._places:
+            if (use := place.sole_user) is not None:
+                count_key(held_by, use[0])
+        found: Place | None = None
+        most = (0, 0.0)
+        for place in places:
+            if (use := place.sole_user) is None or use[1] < QUIET_S:
+                continue
+            rank = held_by[use[0][:1]], use[1]
+            if rank > most and any(has_more_than_its_share(held_by, use[0], user) for user in wanted.users()):
+                found, most = place, rank
+        return found
 
     def _end(self, place: Place) -> None:
         self._places.discard(place)

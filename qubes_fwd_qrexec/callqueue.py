@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 WAITING_MAX = 1024
 
 Key = tuple[Hashable, ...]
-"""For whom a call is made, the widest first: rule, then source."""
+"""For whom a call is made, the widest first: rule, network, source."""
 
 
 class Kind(IntEnum):
@@ -68,7 +68,7 @@ class CallQueue(Generic[_W]):
         That is the last one of whoever has most waiting; renewals and mux calls always wait.
         """
         self._waiting[wanted] = next(self._order)
-        self._count(self._waiting_by, wanted.key, 1)
+        count_key(self._waiting_by, wanted.key, 1)
         if len(self._waiting) <= self._waiting_max or wanted.kind is not Kind.SINGLE:
             return None
         singles = [one for one in self._waiting if one.kind is Kind.SINGLE]
@@ -79,19 +79,19 @@ class CallQueue(Generic[_W]):
     def remove(self, wanted: _W) -> None:
         """It waits no more; said again, it changes nothing."""
         if self._waiting.pop(wanted, None) is not None:
-            self._count(self._waiting_by, wanted.key, -1)
+            count_key(self._waiting_by, wanted.key, -1)
 
     def take(self, may_begin: Callable[[_W], bool]) -> _W | None:
         """The next one that may begin: it waits no more, and holds a call until `release`."""
         found = min(filter(may_begin, self._waiting), key=self._rank, default=None)
         if found is not None:
             self.remove(found)
-            self._count(self._held_by, found.key, 1)
+            count_key(self._held_by, found.key, 1)
         return found
 
     def release(self, key: Key) -> None:
         """A call of that key is over."""
-        self._count(self._held_by, key, -1)
+        count_key(self._held_by, key, -1)
 
     def held(self, key: Key) -> tuple[int, ...]:
         """How many calls its rule holds, and its source of that rule."""
@@ -99,20 +99,27 @@ class CallQueue(Generic[_W]):
 
     def has_more_than_its_share(self, holder: Key, waiting: Key) -> bool:
         """Whether ``holder`` would still hold no less than ``waiting`` if it gave a call to it."""
-        for level, (holds, waits_for) in enumerate(zip(self.held(holder), self.held(waiting), strict=False)):
-            if holder[level] != waiting[level]:
-                return holds > waits_for + 1
-        return len(holder) > len(waiting) and self.held(holder)[len(waiting)] > 1
+        return has_more_than_its_share(self._held_by, holder, waiting)
 
     def _rank(self, wanted: _W) -> tuple[int, ...]:
         return (wanted.kind, *_counts(self._held_by, wanted.key), self._waiting[wanted])
 
-    @staticmethod
-    def _count(counter: Counter[Key], key: Key, change: int) -> None:
-        for length in range(1, len(key) + 1):
-            counter[key[:length]] += change
-            if not counter[key[:length]]:
-                del counter[key[:length]]
+
+def count_key(counter: Counter[Key], key: Key, change: int = 1) -> None:
+    """Count for each of its levels."""
+    for length in range(1, len(key) + 1):
+        counter[key[:length]] += change
+        if not counter[key[:length]]:
+            del counter[key[:length]]
+
+
+def has_more_than_its_share(held_by: Counter[Key], holder: Key, waiting: Key) -> bool:
+    """Whether ``holder`` would still hold no less than ``waiting`` if it gave one of its own to it."""
+    holds, waits_for = _counts(held_by, holder), _counts(held_by, waiting)
+    for level, (ours, theirs) in enumerate(zip(holds, waits_for, strict=False)):
+        if holder[level] != waiting[level]:
+            return ours > theirs + 1
+    return len(holder) > len(waiting) and holds[len(waiting)] > 1
 
 
 def _counts(counter: Counter[Key], key: Key) -> tuple[int, ...]:

@@ -38,6 +38,11 @@ def network(source: IPAddress) -> Network:
     return int(source) >> 64 if isinstance(source, IPv6Address) else source
 
 
+def source_key(source: IPAddress) -> tuple[Network, IPAddress]:
+    """By what a source is counted, the widest first."""
+    return network(source), source
+
+
 class _Ranking(Generic[_K]):
     """Numbers by key, which change by one; the largest is known at any time."""
 

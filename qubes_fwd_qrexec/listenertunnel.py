@@ -7,6 +7,7 @@
 import math
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +16,9 @@ import trio
 from .budget import WINDOW_MAX_BYTES, Budget
 from .call import Ending
 from .callbudget import Place
+from .callqueue import Key
 from .counters import Carried, Refusal
+from .crowd import source_key
 from .leg import Leg
 from .leg_end import LegEnd
 from .mux import Mux
@@ -75,7 +78,7 @@ class Tunnel:
         self._ports = ports
         self._is_ready = False
         self._is_draining = False
-        self._users = 0
+        self._users: dict[Carried, Key] = {}
         self._used_at = -math.inf
         self._finish: Callable[[str | None], None] | None = None
         self._waiting: dict[Leg, Callable[[Ending | RetryError], None]] = {}
@@ -122,9 +125,29 @@ class Tunnel:
             return None
         return trio.current_time() - max(self._used_at, self.ready_at)
 
+    @property
+    def sole_user(self) -> tuple[Key, float] | None:
+        """As the holder of a place: which one source uses it, and for how long nothing has moved in it."""
+        keys = set(self._users.values())
+        if self.is_opening or len(keys) != 1:
+            return None
+        return keys.pop(), time.monotonic() - max(carried.moved_at for carried in self._users)
+
     def make_room(self) -> None:
-        """Another target needs the call."""
+        """Others need the call: what is in it is cut."""
         self.drain()
+
+        def cut() -> None:
+            for leg, finish in list(self._waiting.items()):
+                del self._waiting[leg]
+                leg.abort_from_here()
+                finish(Ending(None, leg.sent, leg.received, how="made-room"))
+
+        def fail() -> None:
+            if self.mux is not None:
+                self.mux.fail()
+
+        self._relays.order(cut, fail)
 
     def forget_call(self) -> None:
         """There was no room for its call, and there will be another."""
@@ -173,11 +196,12 @@ class Tunnel:
         carried: Carried | None = None,
     ) -> Ending:
         """Carry one connection, and close or abort it in the end; `RetryError` if it was not begun."""
-        self._users += 1
+        carried = carried or Carried(time.monotonic())
+        self._users[carried] = source_key(origin.client)
         try:
             return await self._relay(accepted, port, origin, proxy, carried)
         finally:
-            self._users -= 1
+            del self._users[carried]
             self._used_at = trio.current_time()
 
     async def _relay(
@@ -186,7 +210,7 @@ class Tunnel:
         port: int,
         origin: Origin,
         proxy: ProxyVersion,
-        carried: Carried | None,
+        carried: Carried,
     ) -> Ending:
         legs: list[Leg] = []
 
@@ -201,8 +225,7 @@ class Tunnel:
                 finish(Ending(text, 0, 0, Refusal.BUSY, "refused"))
                 return
             legs.append(leg)
-            if carried is not None:
-                carried.by = leg
+            carried.by = leg
             self._waiting[leg] = finish
             leg.on_end = partial(self._leg_ended, leg)
 

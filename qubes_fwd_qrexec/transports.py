@@ -14,11 +14,12 @@ from .call import Caller, CallTimeouts, Ending, relay_over_call
 from .callbudget import CallBudget
 from .config import ListenerConfig, Service
 from .counters import Carried
+from .crowd import source_key
 from .relaythread import RelayThread
 from .rules import Proxy, Transport
 from .tunnel import Origin, ProxyVersion
 from .tunnels import LINGER_S, Tunnels
-from .values import TargetPorts, unmapped
+from .values import TargetPorts
 
 _PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
 
@@ -71,7 +72,7 @@ class Transports:
             config.target,
             f"{config.service}+{config.target_port(port)}",
             self.calls,
-            ((config.target, config.name), unmapped(origin.client)),
+            ((config.target, config.name), *source_key(origin.client)),
             ends_with_server=config.service is Service.CONNECT_TCP,
         )
         return await relay_over_call(accepted, caller, self.relays, self._timeouts, carried)

@@ -12,6 +12,7 @@ import logging
 import math
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,8 +22,9 @@ from .budget import Budget
 from .bugs import A_BUG
 from .call import Ending
 from .callbudget import CallBudget, Place
-from .callqueue import Kind
+from .callqueue import Key, Kind
 from .counters import WAYS, Carried, Refusal
+from .crowd import source_key
 from .errors import RefusedError
 from .exitstatus import meaning, refusal
 from .listenertunnel import RetryError, Tunnel
@@ -85,7 +87,7 @@ class Tunnels:
         self._idle_s = idle_s
         self._tunnels: list[Tunnel] = []
         self._limit = RateLimit()
-        self._waiting = 0
+        self._waiting: Counter[Key] = Counter()
         self._is_retired = False
         self._failed = ""
         self._is_renewing = False
@@ -128,7 +130,7 @@ class Tunnels:
         deadline = trio.current_time() + OPEN_S
         turned_away = 0
         while True:
-            tunnel = await self._usable(deadline)
+            tunnel = await self._usable(deadline, source_key(origin.client))
             try:
                 return await tunnel.relay(accepted, port, origin, proxy, carried)
             except RetryError as error:
@@ -136,7 +138,7 @@ class Tunnels:
             if turned_away >= _TRIES:
                 raise RefusedError(f"{self._target} took none of {_TRIES} requests for a stream")
 
-    async def _usable(self, deadline: float) -> Tunnel:
+    async def _usable(self, deadline: float, user: Key) -> Tunnel:
         """A tunnel with room, made if there is none; `RefusedError` when that fails or takes too long."""
         while trio.current_time() < deadline:
             if self._is_retired:
@@ -144,7 +146,7 @@ class Tunnels:
             for tunnel in self._tunnels:
                 if tunnel.has_room:
                     return tunnel
-            with self._waiting_one(), trio.move_on_at(deadline):
+            with self._waiting_one(user), trio.move_on_at(deadline):
                 if any(tunnel.is_held_up for tunnel in self._tunnels):
                     await trio.sleep(_LOOK_S)
                     continue
@@ -156,14 +158,16 @@ class Tunnels:
         raise RefusedError(f"no tunnel to {self._target} within {OPEN_S:g} s")
 
     @contextmanager
-    def _waiting_one(self) -> Iterator[None]:
-        if self._waiting >= WAITING_MAX:
+    def _waiting_one(self, user: Key) -> Iterator[None]:
+        if self._waiting.total() >= WAITING_MAX:
             raise RefusedError(f"{WAITING_MAX} connections wait for a tunnel to {self._target}", Refusal.BUSY)
-        self._waiting += 1
+        self._waiting[user] += 1
         try:
             yield
         finally:
-            self._waiting -= 1
+            self._waiting[user] -= 1
+            if not self._waiting[user]:
+                del self._waiting[user]
 
     def _open(self) -> Tunnel:
         tunnel = Tunnel(self._relays, self._ports)
@@ -178,7 +182,11 @@ class Tunnels:
         try:
             while True:
                 async with self._calls.place(
-                    Kind.MUX, self._target, self._service, deadline=deadline
+                    Kind.MUX,
+                    self._target,
+                    self._service,
+                    deadline=deadline,
+                    users=lambda: list(self._waiting),
                 ) as place:
                     problem = await self._call(tunnel, place, self._keep)
                     if not tunnel.is_opening:

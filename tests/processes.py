@@ -94,9 +94,10 @@ class Way:
     def tunnel(self) -> str:
         return f"qubes.ForwardTCP+{self.target_port}+tunnel"
 
-    def client(self) -> socket.socket:
+    def client(self, source: str = "127.0.0.1") -> socket.socket:
         """Connected, and it may have been aborted since: a connect that waits would fail then."""
         client = socket.socket()
+        client.bind((source, 0))
         client.setblocking(False)
         with suppress(BlockingIOError):
             client.connect(("127.0.0.1", self.listen_port))
@@ -104,8 +105,8 @@ class Way:
         client.settimeout(BOUND_S)
         return client
 
-    def connect(self) -> Connection:
-        client = self.client()
+    def connect(self, source: str = "127.0.0.1") -> Connection:
+        client = self.client(source)
         return Connection(client, self.server.accept()[0])
 
     def connect_again(self) -> Connection:

@@ -24,6 +24,7 @@ class Client:
         self.place: Place | None = None
         self.error: RefusedError | None = None
         self.quiet_s: float | None = None
+        self.sole_user: tuple[Key, float] | None = None
         self._over = trio.Event()
         self._budget = budget
         self.ended = trio.Event()
@@ -226,6 +227,58 @@ async def test_an_idle_crowd_of_one_source_does_not_keep_another_out(autojump_cl
         (same,) = await bench.want("web/a")
         assert not same.has_call
         assert served(crowd) == 3
+
+
+async def test_idle_connections_of_one_source_in_all_mux_calls_do_not_keep_another_out(
+    autojump_clock: MockClock,
+) -> None:
+    async with bench_of(4) as bench:
+        live = await bench.have(4, kind=Kind.MUX)
+        for idle_s, client in enumerate(live[:3], 10):
+            client.sole_user = ("net", "attacker"), idle_s
+        live[3].sole_user = ("other", "honest"), 3600.0
+
+        (waiting,) = await bench.want("r/lan/victim")
+        await bench.until(lambda: waiting.has_call)
+
+        assert [client.has_call for client in live] == [True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("sole_users", "waiting"),
+    [
+        pytest.param(
+            [("net", "one"), ("other", "two")], "r/lan/new", id="nobody alone has more than is left"
+        ),
+        pytest.param([("net", "one")] * 2, "r/net/one", id="the one that waits has them"),
+        pytest.param([None, None], "r/lan/new", id="several use each"),
+    ],
+)
+async def test_mux_calls_that_are_shared_fairly_are_not_cut(
+    autojump_clock: MockClock, sole_users: list[tuple[str, str] | None], waiting: str
+) -> None:
+    async with bench_of(2) as bench:
+        live = await bench.have(2, kind=Kind.MUX)
+        for client, user in zip(live, sole_users, strict=True):
+            client.sole_user = None if user is None else (user, 3600.0)
+
+        (newcomer,) = await bench.want(waiting)
+        await bench.until(newcomer.ended.is_set)
+
+        assert newcomer.error is not None
+        assert served(live) == 2
+
+
+async def test_a_mux_call_in_which_something_moves_is_not_cut(autojump_clock: MockClock) -> None:
+    async with bench_of(3) as bench:
+        live = await bench.have(3, kind=Kind.MUX)
+        for client in live:
+            client.sole_user = ("net", "busy"), 0.5
+
+        (newcomer,) = await bench.want("r/lan/new")
+        await bench.until(newcomer.ended.is_set)
+
+        assert served(live) == 3
 
 
 async def test_a_connection_in_which_something_moves_is_not_cut(autojump_clock: MockClock) -> None:

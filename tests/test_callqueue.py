@@ -2,11 +2,13 @@
 """Who is served next when calls are few."""
 
 from collections import Counter
+from ipaddress import ip_address
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_fwd_qrexec.callqueue import CallQueue, Key, Kind, Wanted
+from qubes_fwd_qrexec.crowd import source_key
 
 
 def single(rule: str, source: str = "a") -> Wanted:
@@ -77,6 +79,19 @@ def test_one_that_left_is_not_served_and_may_leave_twice() -> None:
     queue.remove(wanted)
     queue.remove(wanted)
     assert queue.take(anybody) is None
+
+
+def test_one_ipv6_host_with_many_addresses_is_one_source() -> None:
+    def key(address: str) -> Key:
+        return ("web", *source_key(ip_address(address)))
+
+    queue: CallQueue[Wanted] = CallQueue()
+    for number in range(1, 5):
+        queue.add(Wanted(Kind.SINGLE, "work", "s+1", key(f"2001:db8::{number}")))
+    taken(queue, 4)
+    assert queue.has_more_than_its_share(key("2001:db8::1"), key("2001:db8:0:1::1"))
+    assert queue.has_more_than_its_share(key("2001:db8::1"), key("192.0.2.1"))
+    assert not queue.has_more_than_its_share(key("2001:db8::1"), key("2001:db8::9"))
 
 
 def test_only_more_than_a_share_makes_room() -> None:

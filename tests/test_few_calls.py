@@ -92,6 +92,24 @@ def test_more_targets_than_calls_are_served_one_after_the_other(tmp_path: Path) 
             first.echo()
 
 
+@pytest.mark.parametrize("transport", ["tunnel", "call"])
+def test_idle_connections_of_one_source_in_all_tunnels_keep_no_other_out(
+    tmp_path: Path, transport: str
+) -> None:
+    with open_world(tmp_path) as world, ExitStack() as stack:
+        ways = [world.forward("tunnel") for _ in range(3)]
+        late = world.forward(transport)
+        world.start_listener(listeneroptions__CALLS_MAX=3)
+        idle = [stack.enter_context(way.connect("127.0.0.1")) for way in ways]
+        for connection in idle:
+            connection.echo()
+        with late.connect("127.0.0.2") as connection:
+            connection.echo()
+        assert_reset(idle[0].client)
+        for connection in idle[1:]:
+            connection.echo()
+
+
 def test_a_call_on_which_both_are_silent_goes_on_and_one_that_hangs_ends(tmp_path: Path) -> None:
     with open_world(tmp_path) as world:
         silent, hanging = world.forward("call"), world.forward("call")

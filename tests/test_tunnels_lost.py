@@ -84,14 +84,14 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
     async with tunnels_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: bench.tunnels._waiting == 5 and client.calls)
+        await until(lambda: bench.tunnels._waiting.total() == 5 and client.calls)
         assert await bench.refusal(port) == "5 connections wait for a tunnel to work"
         await clock.advance(119.9)
         assert not bench.endings
         await clock.advance(0.1)
         assert {str(ending) for ending in bench.endings} == {"no tunnel to work within 120 s"}
         assert len(bench.endings) == 5
-        assert bench.tunnels._waiting == 0
+        assert not bench.tunnels._waiting
     assert len(client.calls) == 1
 
 
