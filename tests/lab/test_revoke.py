@@ -13,6 +13,7 @@ import pytest
 import trio
 from helpers import SOON_S, free_port, is_listening, until
 
+from qubes_fwd_qrexec.callbudget import WAIT_S
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
@@ -199,6 +200,10 @@ def test_a_tunnel_that_drains_takes_no_new_connection_whatever_the_exposed_qube_
                 server.listening.settimeout(1.0)
                 with pytest.raises(TimeoutError):
                     server.listening.accept()
+                # Nor does it wait for as long as it would for a target that is full.
+                new.settimeout(WAIT_S / 2)
+                with pytest.raises(ConnectionResetError):
+                    new.recv(1)
             idle.echo()
 
 
