@@ -356,13 +356,13 @@ class CallBudget:
         for place in self._places:
             if (use := place.sole_user) is not None:
                 count_key(held_by, use[0])
-        found: Place | None = None
-        most = (0, 0.0)
+        users = wanted.users()
+        found, most = None, (0, 0.0)
         for place in places:
             if (use := place.sole_user) is None or use[1] < QUIET_S:
                 continue
             rank = held_by[use[0][:1]], use[1]
-            if rank > most and any(has_more_than_its_share(held_by, use[0], user) for user in wanted.users()):
+            if rank > most and any(has_more_than_its_share(held_by, use[0], user) for user in users):
                 found, most = place, rank
         return found
 

@@ -51,6 +51,7 @@ class CallQueue(Generic[_W]):
     def __init__(self, waiting_max: int = WAITING_MAX) -> None:
         self._waiting_max = waiting_max
         self._waiting: dict[_W, int] = {}
+        self._singles: dict[Key, dict[_W, None]] = {}
         self._waiting_by: Counter[Key] = Counter()
         self._held_by: Counter[Key] = Counter()
         self._order = count()
@@ -68,11 +69,13 @@ class CallQueue(Generic[_W]):
         That is the last one of whoever has most waiting; renewals and mux calls always wait.
         """
         self._waiting[wanted] = next(self._order)
-        count_key(self._waiting_by, wanted.key, 1)
+        count_key(self._waiting_by, wanted.key)
+        if wanted.kind is Kind.SINGLE:
+            self._singles.setdefault(wanted.key, {})[wanted] = None
         if len(self._waiting) <= self._waiting_max or wanted.kind is not Kind.SINGLE:
             return None
-        singles = [one for one in self._waiting if one.kind is Kind.SINGLE]
-        last = max(singles, key=lambda one: (*_counts(self._waiting_by, one.key), self._waiting[one]))
+        lasts = (next(reversed(of_one)) for of_one in self._singles.values())
+        last = max(lasts, key=lambda one: (*_counts(self._waiting_by, one.key), self._waiting[one]))
         self.remove(last)
         return last
 
@@ -80,6 +83,10 @@ class CallQueue(Generic[_W]):
         """It waits no more; said again, it changes nothing."""
         if self._waiting.pop(wanted, None) is not None:
             count_key(self._waiting_by, wanted.key, -1)
+            of_one = self._singles.get(wanted.key, {})
+            of_one.pop(wanted, None)
+            if not of_one:
+                self._singles.pop(wanted.key, None)
 
     def take(self, may_begin: Callable[[_W], bool]) -> _W | None:
         """The next one that may begin: it waits no more, and holds a call until `release`."""

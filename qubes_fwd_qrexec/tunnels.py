@@ -12,7 +12,6 @@ import logging
 import math
 import socket
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,7 +21,7 @@ from .budget import Budget
 from .bugs import A_BUG
 from .call import Ending
 from .callbudget import CallBudget, Place
-from .callqueue import Key, Kind
+from .callqueue import CallQueue, Key, Kind, Wanted
 from .counters import WAYS, Carried, Refusal
 from .crowd import source_key
 from .errors import RefusedError
@@ -57,6 +56,17 @@ _STATUS_WAIT_S = 0.2
 _LOOK_S = 1.0
 
 
+class _Waiter(Wanted):
+    """A connection that waits for a tunnel; its key is its source."""
+
+    __slots__ = ("is_refused", "scope")
+
+    def __init__(self, kind: Kind, target: str, service: str, key: Key) -> None:
+        super().__init__(kind, target, service, key)
+        self.scope = trio.CancelScope()
+        self.is_refused = False
+
+
 class Tunnels:
     """All tunnels to one target and one range of its ports; a call's argument names both."""
 
@@ -87,7 +97,7 @@ class Tunnels:
         self._idle_s = idle_s
         self._tunnels: list[Tunnel] = []
         self._limit = RateLimit()
-        self._waiting: Counter[Key] = Counter()
+        self._waiting: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
         self._is_retired = False
         self._failed = ""
         self._is_renewing = False
@@ -146,7 +156,7 @@ class Tunnels:
             for tunnel in self._tunnels:
                 if tunnel.has_room:
                     return tunnel
-            with self._waiting_one(user), trio.move_on_at(deadline):
+            with self._waiting_one(user, deadline):
                 if any(tunnel.is_held_up for tunnel in self._tunnels):
                     await trio.sleep(_LOOK_S)
                     continue
@@ -158,16 +168,21 @@ class Tunnels:
         raise RefusedError(f"no tunnel to {self._target} within {OPEN_S:g} s")
 
     @contextmanager
-    def _waiting_one(self, user: Key) -> Iterator[None]:
-        if self._waiting.total() >= WAITING_MAX:
-            raise RefusedError(f"{WAITING_MAX} connections wait for a tunnel to {self._target}", Refusal.BUSY)
-        self._waiting[user] += 1
+    def _waiting_one(self, user: Key, deadline: float) -> Iterator[None]:
+        """Where too many wait, the last one of whoever has most is refused, which may be this one."""
+        waiter = _Waiter(Kind.SINGLE, self._target, self._service, user)
+        displaced = self._waiting.add(waiter)
         try:
-            yield
+            if displaced is not None:
+                displaced.is_refused = True
+                displaced.scope.cancel()
+            if not waiter.is_refused:
+                with waiter.scope, trio.move_on_at(deadline):
+                    yield
         finally:
-            self._waiting[user] -= 1
-            if not self._waiting[user]:
-                del self._waiting[user]
+            self._waiting.remove(waiter)
+        if waiter.is_refused:
+            raise RefusedError(f"{WAITING_MAX} connections wait for a tunnel to {self._target}", Refusal.BUSY)
 
     def _open(self) -> Tunnel:
         tunnel = Tunnel(self._relays, self._ports)
@@ -186,7 +201,7 @@ class Tunnels:
                     self._target,
                     self._service,
                     deadline=deadline,
-                    users=lambda: list(self._waiting),
+                    users=lambda: {waiter.key for waiter in self._waiting},
                 ) as place:
                     problem = await self._call(tunnel, place, self._keep)
                     if not tunnel.is_opening:

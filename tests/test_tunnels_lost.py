@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from tunnels_bench import ORIGIN, Clock, one, tunnels_to
 
 from qubes_fwd_qrexec import tunnels as tunnels_module
 from qubes_fwd_qrexec.callqueue import Kind
+from qubes_fwd_qrexec.crowd import source_key
 from qubes_fwd_qrexec.errors import RefusedError
 from qubes_fwd_qrexec.report import Way
 from qubes_fwd_qrexec.tunnel import ProxyVersion
@@ -84,7 +87,7 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
     async with tunnels_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: bench.tunnels._waiting.total() == 5 and client.calls)
+        await until(lambda: len(bench.tunnels._waiting) == 5 and client.calls)
         assert await bench.refusal(port) == "5 connections wait for a tunnel to work"
         await clock.advance(119.9)
         assert not bench.endings
@@ -93,6 +96,25 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
         assert len(bench.endings) == 5
         assert not bench.tunnels._waiting
     assert len(client.calls) == 1
+
+
+async def test_where_one_source_has_all_waiting_places_another_one_waits_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnels_module, "WAITING_MAX", 5)
+    client, port = FakeClient(tmp_path, "hang"), free_port()
+    other = replace(ORIGIN, client=ip_address("192.0.2.77"))
+    async with tunnels_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+        for _ in range(5):
+            await stack.enter_async_context(bench.connect(port))
+        await until(lambda: len(bench.tunnels._waiting) == 5)
+        ours, accepted = tcp_pair()
+        with ours, accepted:
+            bench.tasks.start_soon(bench.tunnels.relay, accepted, port, other, ProxyVersion.OFF)
+            await bench.endings.reach(1)
+            assert str(bench.endings[0]) == "5 connections wait for a tunnel to work"
+            assert source_key(other.client) in {waiter.key for waiter in bench.tunnels._waiting}
+            bench.tasks.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(
