@@ -2,9 +2,12 @@
 """Fixtures of the programs in the qubes."""
 
 import logging
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,10 @@ def bugs_are_wanted() -> None:
     """The test makes some; `_no_bugs` has nothing against them."""
 
 
+# Of the 300 s that a call may wait at most.
+_YOUNG_S = 30.0
+
+
 @pytest.fixture(autouse=True)
 def _no_bugs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A program goes on after a bug. A test does not: what was raised in this process fails it."""
@@ -66,14 +73,40 @@ def _free_ports() -> Iterator[None]:
         yield
 
 
+class _Agent:
+    """The agent's process for a call, which dom0 allowed a moment ago: a service takes no old one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+        self._process = ExitStack()
+        self._began_at = -math.inf
+
+    def be_young(self) -> None:
+        if time.monotonic() - self._began_at > _YOUNG_S:
+            self.end()
+            self._began_at = time.monotonic()
+            self._patch.setenv("QREXEC_AGENT_PID", str(self._process.enter_context(agent_process())))
+
+    def end(self) -> None:
+        self._process.close()
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _called_by_an_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Agent]:
     """What a service finds in a qube: who calls, the agent's process for it, and where its note goes."""
-    with pytest.MonkeyPatch.context() as patch, agent_process() as pid:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
         patch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path_factory.mktemp("target") / "run"))
-        patch.setenv("QREXEC_AGENT_PID", str(pid))
-        yield
+        agent = _Agent(patch)
+        agent.be_young()
+        yield agent
+        agent.end()
+
+
+@pytest.fixture(autouse=True)
+def _called_by_an_agent(_agent: _Agent) -> None:
+    """Of each test: the whole suite takes longer than a call may wait before its service begins."""
+    _agent.be_young()
 
 
 @pytest.fixture
