@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from agents import agent_process
+from agents import agent_process, close_connector, renew_connector
 from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
 from hypothesis import HealthCheck, settings
 from mux_bench import Joined, TunnelBench
@@ -86,9 +86,11 @@ class _Agent:
             self.end()
             self._began_at = time.monotonic()
             self._patch.setenv("QREXEC_AGENT_PID", str(self._process.enter_context(agent_process())))
+            renew_connector()
 
     def end(self) -> None:
         self._process.close()
+        close_connector()
 
 
 @pytest.fixture(autouse=True, scope="session")

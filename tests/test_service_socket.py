@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from agents import connect_as_agent
 from helpers import BOUND_S, SOON_S, accept, listening_socket, no_fds_left, port_of
 from helpers import until as until_true
 from noted import after_a_tick
@@ -226,9 +227,8 @@ def program(tmp_path: Path, **constants: float) -> Iterator[Path]:
 
 
 def call_to(path: Path, server: socket.socket, kind: str = "") -> socket.socket:
-    call = socket.socket(socket.AF_UNIX)
+    call = connect_as_agent(path)
     call.settimeout(BOUND_S)
-    call.connect(str(path))
     call.send(f"qubes.ForwardTCP+{port_of(server)}{kind} sys-net\0".encode())
     return call
 

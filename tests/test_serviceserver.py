@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from agents import connect_as_agent
 from endings import pattern
 from helpers import (
     BOUND_S,
@@ -63,12 +64,7 @@ class Agent:
         self.server = server
 
     def call(self, untrusted_first: bytes) -> trio.SocketStream:
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.connect(str(self._path))
-        except OSError:
-            sock.close()
-            raise
+        sock = connect_as_agent(self._path)
         sock.setblocking(False)
         sock.send(untrusted_first)
         return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
@@ -231,8 +227,7 @@ async def test_systemd_may_pass_the_socket_and_keeps_it(tmp_path: Path, server: 
     path = tmp_path / "service"
     with listen_on(path) as listening:
         process = activated(listening.fileno())
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(str(path))
+        sock = connect_as_agent(path)
         sock.setblocking(False)
         async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as call:
             await call.send_all(descriptor(server))
