@@ -49,7 +49,7 @@ def held(listener: Listener) -> Held:
     return Held(
         tunnels=len(each),
         streams=sum(tunnel.streams for tunnel in each),
-        waiting=sum(tunnels._waiting for tunnels in all_tunnels),
+        waiting=sum(len(tunnels._waiting) for tunnels in all_tunnels),
         slots=listener._process.connections,
         budget_streams=transports._budget.streams,
         budget_used=transports._budget.total - transports._budget.shared_left,
