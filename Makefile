@@ -5,7 +5,7 @@
 # make guide  write what the commands of docs/guide print into its chapters
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
-# make fuzz   give the tunnel protocol bytes, guided by coverage, for SECONDS (60)
+# make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection
 # make packages  build the Debian packages and the RPMs, and as root run what they install in a clean Debian
 
@@ -50,7 +50,7 @@ bench-growth: $(VENV)/.bench
 # What is found is kept in build/fuzz, and so is what was learned: the next run begins with it.
 fuzz: $(VENV)/.fuzz
 	mkdir -p build/fuzz/corpus
-	$(VENV)/bin/python tests/fuzz/fuzz_tunnel.py $(or $(SECONDS),60) -artifact_prefix=build/fuzz/ build/fuzz/corpus $(ARGS)
+	$(VENV)/bin/python tests/fuzz/fuzz_mux.py $(or $(SECONDS),60) -artifact_prefix=build/fuzz/ build/fuzz/corpus $(ARGS)
 
 soak: $(VENV)/.installed
 	$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(ARGS)

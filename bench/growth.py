@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import machine
 from .memory import footprint, pss_kib
-from .peers import PEERS, Call, Direct, Peer, Socat, Tunnel
+from .peers import PEERS, Call, Direct, MuxCall, Peer, Socat
 from .processes import BenchError
 from .rows import CLIENTS, bulk_rate, hold_crowd
 from .stage import Stage, open_stage
@@ -158,7 +158,7 @@ def render(found: list[Step]) -> str:
         first, own = step.memory.first, step.memory.own
         each = "-" if step.peer == Direct.name else f"{number(step.each_kib)} KiB"
         parts = ["-", "-"]
-        if step.peer == Tunnel.name:
+        if step.peer == MuxCall.name:
             parts = [f"{number(first / 1024)} MiB", f"{number((own - first) / 1024)} MiB"]
         rows.append(
             (

@@ -10,8 +10,8 @@ import sys
 
 import trio
 
-from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.lab.running import open_lab
+from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
 SOURCE = "sys-net"
 TARGET = "work"
@@ -19,7 +19,7 @@ TARGET = "work"
 
 def policy(port: int) -> str:
     """What dom0 would be told to allow."""
-    services = (f"qubes.ConnectTCP +{port}", f"qubes.ForwardTCP +{port}", f"qubes.ForwardTCP +{port}+tunnel")
+    services = (f"qubes.ConnectTCP +{port}", f"qubes.ForwardTCP +{port}", f"qubes.ForwardTCP +{port}+mux")
     return "".join(f"{service} {SOURCE} {TARGET} allow\n" for service in services)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
 from .server import DOWNLOAD, ECHO, LENGTH_BYTES, UPLOAD
 

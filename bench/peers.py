@@ -15,10 +15,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import ClassVar
 
-from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.rules import Limits, Transport
+from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
 from qubes_fwd_qrexec.lab.knobs import CALLS_PER_TARGET
-from qubes_fwd_qrexec.rules import Limits, Transport
-from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
 from . import load
 from .labprocess import TARGET
@@ -158,20 +158,20 @@ class Call(ListenerPeer):
     transport = Transport.CALL
 
 
-class Tunnel(ListenerPeer):
-    """Transport `tunnel`: every connection a stream of one call to our own service."""
+class MuxCall(ListenerPeer):
+    """Transport `mux`: every connection a stream of one call to our own service."""
 
-    name = "tunnel"
-    title = "tunnel"
+    name = "mux"
+    title = "mux"
     service = Service.FORWARD_TCP
-    transport = Transport.TUNNEL
+    transport = Transport.MUX
 
 
 # The order of the table's columns.
-PEERS: tuple[type[Peer], ...] = (Direct, Socat, Call, Tunnel)
+PEERS: tuple[type[Peer], ...] = (Direct, Socat, Call, MuxCall)
 BASE = Socat.name
 # The columns of ratios: which peer, compared with which.
-COMPARED = ((Call, Socat), (Tunnel, Socat), (Tunnel, Call))
+COMPARED = ((Call, Socat), (MuxCall, Socat), (MuxCall, Call))
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ mpl.rcParams["svg.hashsalt"] = "growth"
 mpl.rcParams["svg.fonttype"] = "none"
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of the backend
 
-_COLOURS = {"direct": "#888888", "socat": "#d1495b", "call": "#edae49", "tunnel": "#00798c"}
+_COLOURS = {"direct": "#888888", "socat": "#d1495b", "call": "#edae49", "mux": "#00798c"}
 _GOAL_KIB = 24
 
 

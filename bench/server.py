@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 
-from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
 ECHO, UPLOAD, DOWNLOAD = b"e", b"u", b"d"
 LENGTH_BYTES = 8

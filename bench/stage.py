@@ -58,7 +58,7 @@ class Stage:
         """Wait until nothing is left that serves a connection, so that peers do not disturb each other.
 
         A connection is open files in processes, some of its own. How many there are at rest was counted
-        when all was up: a tunnel stays, with its call and its service.
+        when all was up: a mux call stays, with its call and its service.
         """
         self._look_until(lambda: self._open_files() <= self._files_at_rest)
 

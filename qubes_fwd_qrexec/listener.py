@@ -16,31 +16,31 @@ from pathlib import Path
 
 import trio
 
-from . import listeneroptions, qrexec
-from .accepting import BindError
-from .bugs import Bugs
-from .call import CallTimeouts
-from .cleanstart import start_clean
-from .config import CALLS_MAX, ListenerConfig, parse_key
-from .configsource import ConfigSource, Configuration, Source
-from .descriptors import raise_descriptor_limit
-from .draining import Draining
-from .errors import ConfigError, ForwardError, leaves
-from .forward import Forward, Means
-from .lifetime import Expiry
-from .limits import PROCESS_MAX, Process, process_max
-from .logs import one_line, start_logging
-from .notify import notify, reloading
-from .qubesdbsource import open_qubesdb
-from .relaythread import open_relay_thread
-from .report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
-from .statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
-from .supervisor import Supervisor, supervise
-from .transports import Transports
-from .trial import try_out
-from .tunnels import LINGER_S
-from .unopened import Unopened
-from .values import QubeName, RuleName
+from .common.config import CALLS_MAX, ListenerConfig, parse_key
+from .common.errors import ConfigError, ForwardError, leaves
+from .common.report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
+from .common.values import QubeName, RuleName
+from .exposed import listeneroptions, qrexec
+from .exposed.call import CallTimeouts
+from .exposed.configsource import ConfigSource, Configuration, Source
+from .exposed.draining import Draining
+from .exposed.forward import Forward, Means
+from .exposed.lifetime import Expiry
+from .exposed.limits import PROCESS_MAX, Process, process_max
+from .exposed.muxpool import LINGER_S
+from .exposed.qubesdbsource import open_qubesdb
+from .exposed.statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
+from .exposed.supervisor import Supervisor, supervise
+from .exposed.transports import Transports
+from .exposed.trial import try_out
+from .exposed.unopened import Unopened
+from .relay.acceptloop import BindError
+from .relay.thread import open_relay_thread
+from .system.bugs import Bugs
+from .system.cleanstart import start_clean
+from .system.descriptors import raise_descriptor_limit
+from .system.logs import one_line, start_logging
+from .system.notify import notify, reloading
 
 _logger = logging.getLogger(__name__)
 

@@ -15,22 +15,23 @@ import stat
 import sys
 import time
 
-from .allowance import Calls
-from .bugs import Bugs
-from .bugs import leave as leave_bug
-from .callnotes import Kind, RevocationError, directory
-from .callsigns import GREETING, clean_end
-from .callstart import CallStartError, agent_pid, call_start
-from .cleanstart import start_clean
-from .errors import TextError
-from .exitstatus import ExitStatus
-from .localserver import HALF_CLOSE_S, SERVICE, ServiceError, connect, parse_argument
-from .loop import Loop
-from .outlet import Outlet
-from .permissionwatch import PermissionWatch, called_on_signals
-from .relay import Copy, CopyEnd, Relay, abort, close_cleanly, half_close
-from .revocation import LOOK, Permission, RevokedError, permitted
-from .values import parse_qube_name
+from .common.allowance import Calls
+from .common.errors import TextError
+from .common.exitstatus import ExitStatus
+from .common.services import FORWARD_SERVICE
+from .common.values import parse_qube_name
+from .relay.callsigns import GREETING, clean_end
+from .relay.copy import Copy, CopyEnd, Relay, abort, close_cleanly, half_close
+from .relay.loop import Loop
+from .system.bugs import Bugs
+from .system.bugs import leave as leave_bug
+from .system.cleanstart import start_clean
+from .system.outlet import Outlet
+from .target.callnotes import Kind, RevocationError, directory
+from .target.callstart import CallStartError, agent_pid, call_start
+from .target.localserver import HALF_CLOSE_S, ServiceError, connect, parse_argument
+from .target.permissionwatch import PermissionWatch, called_on_signals
+from .target.revocation import LOOK, Permission, RevokedError, permitted
 
 # Arguments come from another qube, and this goes to a log.
 _MESSAGE_MAX = 200
@@ -140,17 +141,17 @@ def _serve_call(arguments: list[str]) -> int:
     outlet = Outlet()
     try:
         request = parse_argument(arguments[0] if len(arguments) == 1 else "")
-        if not request.is_tunnel:
+        if not request.is_mux:
             outlet.say(GREETING)
         source = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
         stdin, stdout = _standard_socket(0), _standard_socket(1)
         calls = Calls(request.ports, source)
         start = call_start(agent_pid(), stdin)
         signal.signal(LOOK, signal.SIG_IGN)  # until there is a loop, which looks first of all
-        if request.is_tunnel:
-            from . import tunnelservice  # a call for one connection starts faster without
+        if request.is_mux:
+            from .target import muxservice  # a call for one connection starts faster without
 
-            return tunnelservice.serve(calls, start, stdin, stdout)
+            return muxservice.serve(calls, start, stdin, stdout)
         with permitted(Kind.SINGLE, calls, start, directory()) as permission:
             return _Joined(stdin, stdout, connect(request.ports.first), permission, outlet).run()
     except ServiceError as error:
@@ -165,7 +166,7 @@ def _serve_call(arguments: list[str]) -> int:
 
 
 def _told(outlet: Outlet, error: Exception, status: ExitStatus) -> int:
-    outlet.say(f"{SERVICE}: {error}"[:_MESSAGE_MAX])  # to the caller, who need not listen
+    outlet.say(f"{FORWARD_SERVICE}: {error}"[:_MESSAGE_MAX])  # to the caller, who need not listen
     return status
 
 
@@ -174,9 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     start_clean()
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0].startswith("--"):
-        from . import serviceserver  # it needs trio
+        from .target import socketservice  # it needs trio
 
-        return serviceserver.main(arguments)
+        return socketservice.main(arguments)
     return _serve_call(arguments)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import trio
 
 from bench.memory import open_files, pss_kib
-from qubes_fwd_qrexec.configsource import ConfigSource
-from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.exposed.configsource import ConfigSource
 from qubes_fwd_qrexec.listener import Listener
-from qubes_fwd_qrexec.logs import start_logging
+from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.system.logs import start_logging
 
 # Threads that trio keeps for ten seconds after they were used; they come and go. Trio names them "Trio
 # thread 1", and before 0.23 "Trio worker thread 1".
@@ -29,7 +29,7 @@ _CACHED = ("Trio thread ", "Trio worker thread ")
 class Held:
     """What the listener holds. Nothing but the memory may be more than before, once nothing is carried."""
 
-    tunnels: int
+    mux_calls: int
     streams: int
     waiting: int
     slots: int
@@ -44,12 +44,12 @@ class Held:
 def held(listener: Listener) -> Held:
     """Looks where nobody else may: a leak is what no interface shows."""
     transports = listener._means.transports
-    all_tunnels = list(transports._tunnels.values())
-    each = [tunnel for tunnels in all_tunnels for tunnel in tunnels._tunnels]
+    all_mux_calls = list(transports._mux_calls.values())
+    each = [mux_call for mux_calls in all_mux_calls for mux_call in mux_calls._mux_calls]
     return Held(
-        tunnels=len(each),
-        streams=sum(tunnel.streams for tunnel in each),
-        waiting=sum(len(tunnels._waiting) for tunnels in all_tunnels),
+        mux_calls=len(each),
+        streams=sum(mux_call.streams for mux_call in each),
+        waiting=sum(len(mux_calls._waiting) for mux_calls in all_mux_calls),
         slots=listener._process.connections,
         budget_streams=transports._budget.streams,
         budget_used=transports._budget.total - transports._budget.shared_left,

@@ -9,7 +9,7 @@ from typing import cast
 
 import trio
 
-from qubes_fwd_qrexec.relay import undelivered_bytes
+from qubes_fwd_qrexec.relay.copy import undelivered_bytes
 
 from .scripts import How, Part, Script
 

@@ -20,12 +20,12 @@ import trio
 
 from bench.memory import descendants, is_agent, open_files, pss_kib
 from bench.processes import Child
-from qubes_fwd_qrexec.callbudget import WAIT_S
-from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
-from qubes_fwd_qrexec.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
+from qubes_fwd_qrexec.exposed.callbudget import WAIT_S
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
+from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
 from .play import Outcome, play
 from .scripts import How, Part, Script, make
@@ -43,7 +43,7 @@ _MEMORY_KIB = 6144
 # A service lives from one storm to the next, so it is what half a calm adds on average; measured: under 300.
 _SERVICE_MEMORY_KIB = 512
 _PROBLEMS_MAX = 20
-# A connection that nothing disturbs: the first, and the one that finds out whether tunnels open again.
+# A connection that nothing disturbs: the first, and the one that finds out whether mux calls open again.
 _PLAIN = Part(size=1000, chunk=1000, pause_s=0, stall_s=0, waits=False, how=How.FIN)
 
 
@@ -77,7 +77,7 @@ class Soak:
 
     async def run(self, seconds: float) -> None:
         """Calm and storm, in turns, for that long; then look what is left over."""
-        await self._wait_for_tunnel()
+        await self._wait_for_mux_call()
         at_rest = await self._settled({})
         ends_at = trio.current_time() + seconds
         memory: list[float] = []
@@ -91,7 +91,7 @@ class Soak:
                 nursery.start_soon(self._kill_now_and_then)
                 await self._phase(storm_s, self._honestly)
                 nursery.cancel_scope.cancel()
-            await self._wait_for_tunnel()
+            await self._wait_for_mux_call()
             memory.append((await self._held())["memory_kib"])
         await self._calm(min(seconds / 4, _CALM_S), at_rest)
         await self._check_left_over(at_rest, memory)
@@ -169,7 +169,7 @@ class Soak:
         listener = {self._exposed.pid, *descendants([self._exposed.pid])}
         return [pid for pid in descendants([os.getpid()]) if pid not in listener and not is_agent(pid)]
 
-    async def _wait_for_tunnel(self) -> None:
+    async def _wait_for_mux_call(self) -> None:
         """Until a connection is carried: after the start, and after what a storm has left of refusals."""
         script = Script(0, _PLAIN, _PLAIN)
         with trio.move_on_after(WAIT_S):
@@ -178,7 +178,7 @@ class Soak:
                 if outcome.client is not None and outcome.client.end == "EOF":
                     return
                 await trio.sleep(0.1)
-        self.findings.note("no tunnel opens any more")
+        self.findings.note("no mux call opens any more")
 
     # What is left over
 
@@ -209,7 +209,7 @@ class Soak:
         return before
 
     async def _check_left_over(self, at_rest: dict[str, Any], memory: list[float]) -> None:
-        await self._wait_for_tunnel()
+        await self._wait_for_mux_call()
         now = await self._settled(at_rest)
         for name in _left_over(now, at_rest):
             self.findings.note(f"left over: {name} {now[name]}, at the start {at_rest[name]}")
@@ -275,7 +275,7 @@ def _config(listen: int, target: int) -> ListenerConfig:
         target_ports=TargetPorts(target, target + _WORKERS - 1),
         sources=Sources.parse(f"{_HOST}/32"),
         service=Service.FORWARD_TCP,
-        transport=Transport.TUNNEL,
+        transport=Transport.MUX,
     )
 
 
@@ -288,7 +288,7 @@ async def soak(seed: int, seconds: float) -> Findings:
         config = _config(listen, target)
         (directory / "config").mkdir()
         (directory / "config" / config.key).write_text(f"{config}\n", encoding="ascii")
-        policy = f"qubes.ForwardTCP +{config.target_ports.brief()}+tunnel {_SOURCE} {_TARGET} allow\n"
+        policy = f"qubes.ForwardTCP +{config.target_ports.brief()}+mux {_SOURCE} {_TARGET} allow\n"
         async with open_lab(directory / "lab", policy=policy) as lab:
             client = lab.client_command(_SOURCE)
             exposed = Child.of_module("soak.exposed", [str(directory / "config"), *client], directory)

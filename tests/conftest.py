@@ -14,10 +14,11 @@ import pytest
 from agents import agent_process, close_connector, renew_connector
 from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
 from hypothesis import HealthCheck, settings
-from mux_bench import Joined, TunnelBench
+from mux_bench import Joined, MuxBench
 
-from qubes_fwd_qrexec import callbudget, logs, statussockets, trial
-from qubes_fwd_qrexec.bugs import Bugs
+from qubes_fwd_qrexec.exposed import callbudget, statussockets, trial
+from qubes_fwd_qrexec.system import logs
+from qubes_fwd_qrexec.system.bugs import Bugs
 
 # How long an example takes says something of the machine's other load alone. Where a change is judged, the
 # examples are the same each time; elsewhere chance looks for others.
@@ -112,7 +113,7 @@ def _called_by_an_agent(_agent: _Agent) -> None:
 
 
 @pytest.fixture
-def tunnel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def mux_call_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same for this test alone: a lease begins with the agent's process."""
     with agent_process() as pid:
         monkeypatch.setenv("QREXEC_REMOTE_DOMAIN", "sys-net")
@@ -149,7 +150,7 @@ def long_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Where tunnels leave their notes; it is not there yet."""
+    """Where mux calls leave their notes; it is not there yet."""
     return tmp_path / "notes"
 
 
@@ -161,13 +162,13 @@ def server() -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def bench() -> Iterator[TunnelBench]:
-    """Both ends of a tunnel, which leave no descriptor behind."""
-    with no_fds_left(), TunnelBench() as bench:
+def bench() -> Iterator[MuxBench]:
+    """Both ends of a mux call, which leave no descriptor behind."""
+    with no_fds_left(), MuxBench() as bench:
         yield bench
 
 
 @pytest.fixture
-def stream(bench: TunnelBench) -> Joined:
-    """One stream of that tunnel."""
+def stream(bench: MuxBench) -> Joined:
+    """One stream of that mux call."""
     return bench.join()

@@ -264,7 +264,7 @@ async def client_aborts_while_the_server_sends(client: End, server: End) -> None
     await server.read_to_end()
 
 
-# Those need a tunnel: raw qrexec turns a client's abort into an end of file.
+# Those need a mux call: raw qrexec turns a client's abort into an end of file.
 CLIENT_ABORTS: tuple[Script, ...] = (client_aborts, client_aborts_while_the_server_sends)
 
 

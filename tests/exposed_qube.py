@@ -157,7 +157,14 @@ class Program:
         before: tuple[str, ...],
         uid: int | None,
     ) -> None:
-        command = [*before, sys.executable, "-m", "qubes_fwd_qrexec.nft", "--config", str(edge.config)]
+        command = [
+            *before,
+            sys.executable,
+            "-m",
+            "qubes_fwd_qrexec.exposed.firewall.keeper",
+            "--config",
+            str(edge.config),
+        ]
         command += [] if uid is None else [f"--listener-uid={uid}"]
         with places.entering(netns.EDGE)():
             self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import trio
 
-from qubes_fwd_qrexec.call import CallTimeouts
-from qubes_fwd_qrexec.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.call import CallTimeouts
+from qubes_fwd_qrexec.exposed.configsource import ConfigSource
 from qubes_fwd_qrexec.listener import Listener
 
 BOUND_S = 60.0
@@ -39,16 +39,17 @@ argument = service.partition("+")[2]
 os.environ["QREXEC_AGENT_PID"] = str(os.getpid())
 if mode == "serve":
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", argument])
-elif mode.startswith("tunnel"):  # our service, with constants of its own
-    from qubes_fwd_qrexec import portions, service, tunnelservice
+elif mode.startswith("mux"):  # our service, with constants of its own
+    from qubes_fwd_qrexec import service
+    from qubes_fwd_qrexec.target import muxservice, portions
     for setting in mode.split()[1:]:
         name, equals, value = setting.partition("=")
-        (module,) = [module for module in (tunnelservice, portions) if hasattr(module, name)]
+        (module,) = [module for module in (muxservice, portions) if hasattr(module, name)]
         setattr(module, name, int(value))
     sys.exit(service.main([argument]))
 elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up what it is asked for
-    from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived, ResetCode
-    first, dash, last = argument.removesuffix("+tunnel").partition("-")
+    from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, OpenReceived, ResetCode
+    first, dash, last = argument.removesuffix("+mux").partition("-")
     ports = range(int(first), int(last or first) + 1)
     connection = Connection(Hello(65536, bytes(16), max_streams=100, lease_s=300), ports)
     if mode == "rude drain":

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from qubes_fwd_qrexec import leg, loop, mux, tunnelservice
-from qubes_fwd_qrexec.loop import End, Loop, Timer
+from qubes_fwd_qrexec.relay import leg, loop, mux
+from qubes_fwd_qrexec.relay.loop import End, Loop, Timer
+from qubes_fwd_qrexec.target import muxservice
 
 # What is to come within a second then comes within BOUND_S of the tests if no timer is waited for, and what
 # waits for one of a fifth of a second does not. A look after 5 ms at what the kernel has sent is still borne.
@@ -39,7 +40,7 @@ class LoopClock:
 
     def __init__(self) -> None:
         self.now = exact_s(time.monotonic())
-        self._before = [(module, module.time) for module in (loop, leg, mux, tunnelservice)]
+        self._before = [(module, module.time) for module in (loop, leg, mux, muxservice)]
         for module, _ in self._before:
             vars(module)["time"] = SimpleNamespace(monotonic=lambda: self.now)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Both ends of a tunnel in one loop, turned by hand: two muxes wired together, no threads and no waiting.
+"""Both ends of a mux call in one loop, turned by hand: two muxes wired together, no threads and no waiting.
 
 ``near`` is the listener's end and ``far`` the target's. Each stream has a TCP connection at either end, of
 which the test holds the outer sockets: the client's and the server's.
@@ -19,12 +19,12 @@ from ipaddress import ip_address
 from helpers import acknowledge, in_flight_bytes, tcp_pair, unix_pair
 from loop_time import LoopClock
 
-from qubes_fwd_qrexec.budget import WINDOW_MAX_BYTES, Budget
-from qubes_fwd_qrexec.leg import Leg
-from qubes_fwd_qrexec.leg_end import LegEnd
-from qubes_fwd_qrexec.loop import Loop
-from qubes_fwd_qrexec.mux import Mux
-from qubes_fwd_qrexec.tunnel import Connection, GoawayCode, Hello, OpenReceived, Origin, ResetCode
+from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, OpenReceived, Origin, ResetCode
+from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.relay.leg import Leg
+from qubes_fwd_qrexec.relay.leg_end import LegEnd
+from qubes_fwd_qrexec.relay.loop import Loop
+from qubes_fwd_qrexec.relay.mux import Mux
 
 PORTS = range(8080, 8090)
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
@@ -97,7 +97,7 @@ def pending_bytes(leg: Leg) -> int:
     return 0 if leg._pending is None else leg._pending.cost
 
 
-class TunnelBench:
+class MuxBench:
     """Two ends that have said HELLO. ``near_call`` and ``far_call`` are what each has for its call."""
 
     def __init__(
@@ -155,7 +155,7 @@ class TunnelBench:
             )
             self.until(lambda: self.near_owner.is_ready and self.far_owner.is_ready)
 
-    def __enter__(self) -> "TunnelBench":
+    def __enter__(self) -> "MuxBench":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One end of a mux call at work, and a peer that a test speaks for, frame by frame, over a real socket.
 
-`TunnelBench` wires two ends together, which take turns as they do; here the test says what stands in one
+`MuxBench` wires two ends together, which take turns as they do; here the test says what stands in one
 chunk of the call, and what the sockets of the streams have to tell in the same turn.
 """
 
@@ -12,17 +12,10 @@ from helpers import tcp_pair, unix_pair
 from loop_time import LoopClock
 from mux_bench import ORIGIN, PORTS, Owner
 
-from qubes_fwd_qrexec.budget import WINDOW_MAX_BYTES, Budget
-from qubes_fwd_qrexec.loop import Loop
-from qubes_fwd_qrexec.mux import Mux
-from qubes_fwd_qrexec.tunnel import (
-    Connection,
-    Event,
-    Hello,
-    OpenReceived,
-    ResetReceived,
-    Role,
-)
+from qubes_fwd_qrexec.mux import Connection, Event, Hello, OpenReceived, ResetReceived, Role
+from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.relay.loop import Loop
+from qubes_fwd_qrexec.relay.mux import Mux
 
 _CREDIT_BYTES = 65536
 # A socket that is not read is full after a few writes.

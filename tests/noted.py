@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Processes with a note, as the tunnels of a target are, and the place where their notes lie."""
+"""Processes with a note, as the mux calls of a target are, and the place where their notes lie."""
 
 import os
 import subprocess
@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from qubes_fwd_qrexec.allowance import Calls
-from qubes_fwd_qrexec.callnotes import Kind, Note, living
-from qubes_fwd_qrexec.callstart import CallStart, boot_ticks
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.target.callnotes import Kind, Note, living
+from qubes_fwd_qrexec.target.callstart import CallStart, boot_ticks
 
 PORTS, SOURCE = TargetPorts(8080, 8090), QubeName("sys-net")
 MINE = Calls(PORTS, SOURCE)
@@ -47,7 +47,7 @@ class Call:
     """A process with a note, which ends when its stdin does, or when dom0 does not allow it any more."""
 
     def __init__(
-        self, place: Path, calls: Calls = MINE, kind: Kind = Kind.TUNNEL, *, obeys: bool = True
+        self, place: Path, calls: Calls = MINE, kind: Kind = Kind.MUX, *, obeys: bool = True
     ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _CALL, kind, str(calls), str(place), "yes" if obeys else "no"],

@@ -2,9 +2,9 @@
 """Each part of the way stops for a minute, and no connection ends: ``python tests/pauses.py [SECONDS]``, with
 the root of the sources in PYTHONPATH.
 
-Streams run both ways as fast as they can, and one is idle, over a tunnel and over calls, while the listener,
-the target's services and the lab's daemon are stopped by SIGSTOP in turn. It takes minutes, so it is no test
-of `make test`: the same is held there without waiting (tests/test_mux.py).
+Streams run both ways as fast as they can, and one is idle, over a mux call and over calls, while the
+listener, the target's services and the lab's daemon are stopped by SIGSTOP in turn. It takes minutes, so it
+is no test of `make test`: the same is held there without waiting (tests/relay/test_mux.py).
 """
 
 import os
@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from processes import Connection, World, open_world
 from test_stalls import Flow
 
-_BULK = {"tunnel": 8, "call": 4}
+_BULK = {"mux": 8, "call": 4}
 _AROUND_S = 3.0
 _MIB = 1 << 20
 

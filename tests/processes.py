@@ -32,7 +32,7 @@ for name, value in json.loads(sys.argv.pop(1)).items():
     module = importlib.import_module("qubes_fwd_qrexec." + module)
     assert hasattr(module, constant), name
     setattr(module, constant, value)
-from qubes_fwd_qrexec.loop import Loop
+from qubes_fwd_qrexec.relay.loop import Loop
 after, slowness = Loop.after, float(sys.argv.pop(1))
 Loop.after = lambda loop, delay_s, callback, end: after(loop, delay_s * slowness, callback, end)
 sys.exit(importlib.import_module("qubes_fwd_qrexec." + sys.argv.pop(1)).main())
@@ -40,11 +40,11 @@ sys.exit(importlib.import_module("qubes_fwd_qrexec." + sys.argv.pop(1)).main())
 
 
 def with_constants(program: str, *, slowness: float = 1.0, **constants: float) -> list[str]:
-    """A program by its module, and constants by ``module__NAME``, as a command line.
+    """A program by its module, and constants by ``folder__module__NAME``, as a command line.
 
     ``slowness``: every timer of its loop takes so many times as long (`loop_time.slow_timers`).
     """
-    named = {name.replace("__", ".", 1): value for name, value in constants.items()}
+    named = {name.replace("__", "."): value for name, value in constants.items()}
     return [sys.executable, "-c", _WITH_CONSTANTS, json.dumps(named), str(slowness), program]
 
 
@@ -91,8 +91,8 @@ class Way:
         self.target_port = int(server.getsockname()[1])
 
     @property
-    def tunnel(self) -> str:
-        return f"qubes.ForwardTCP+{self.target_port}+tunnel"
+    def mux_call(self) -> str:
+        return f"qubes.ForwardTCP+{self.target_port}+mux"
 
     def client(self, source: str = "127.0.0.1") -> socket.socket:
         """Connected, and it may have been aborted since: a connect that waits would fail then."""
@@ -146,7 +146,7 @@ class World:
         self._listener: subprocess.Popen[bytes] | None = None
         self._ways: list[Way] = []
 
-    def forward(self, transport: str = "tunnel", receive_buffer_bytes: int = 0) -> Way:
+    def forward(self, transport: str = "mux", receive_buffer_bytes: int = 0) -> Way:
         server = self._undo.enter_context(socket.socket())
         if receive_buffer_bytes:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from helpers import BOUND_S, acknowledge, in_flight_bytes
 
-from qubes_fwd_qrexec.loop import Loop
-from qubes_fwd_qrexec.relay import BUFFER_BYTES, Copy, CopyEnd, Relay
+from qubes_fwd_qrexec.relay.copy import BUFFER_BYTES, Copy, CopyEnd, Relay
+from qubes_fwd_qrexec.relay.loop import Loop
 
 Pair = Callable[[], tuple[socket.socket, socket.socket]]
 

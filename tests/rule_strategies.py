@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from qubes_fwd_qrexec.errors import RuleError
-from qubes_fwd_qrexec.rules import (
+from qubes_fwd_qrexec.common.errors import RuleError
+from qubes_fwd_qrexec.common.rules import (
     ForwardRule,
     ForwardType,
     Limits,
@@ -18,7 +18,14 @@ from qubes_fwd_qrexec.rules import (
     Proxy,
     Transport,
 )
-from qubes_fwd_qrexec.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts, parse_address
+from qubes_fwd_qrexec.common.values import (
+    ListenPorts,
+    QubeName,
+    RuleName,
+    Sources,
+    TargetPorts,
+    parse_address,
+)
 
 qube_names = st.from_regex(r"\A[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z").map(QubeName)
 rule_names = st.from_regex(r"\A[a-z][a-z0-9-]{0,15}\Z").map(RuleName)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A mux in the place of the exposed qube, and the target's end of the tunnel, in one thread."""
+"""A mux in the place of the exposed qube, and the target's end of the mux call, in one thread."""
 
 import contextlib
 import socket
 
 from helpers import tcp_pair
-from mux_bench import ORIGIN, TunnelBench
+from mux_bench import ORIGIN, MuxBench
 
-from qubes_fwd_qrexec.leg import Leg
-from qubes_fwd_qrexec.loop import Loop
-from qubes_fwd_qrexec.mux import Mux
-from qubes_fwd_qrexec.tunnel import Connection, Hello, Origin, ProxyVersion, ResetCode
-from qubes_fwd_qrexec.tunnelservice import LEASE_S, Lease, TunnelService
-from qubes_fwd_qrexec.values import TargetPorts
+from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.mux import Connection, Hello, Origin, ProxyVersion, ResetCode
+from qubes_fwd_qrexec.relay.leg import Leg
+from qubes_fwd_qrexec.relay.loop import Loop
+from qubes_fwd_qrexec.relay.mux import Mux
+from qubes_fwd_qrexec.target.muxservice import LEASE_S, Lease, MuxService
 
 
 class Word:
@@ -26,8 +26,8 @@ class Word:
         return self.is_allowed
 
 
-class ServiceBench(TunnelBench):
-    """The near end of a tunnel and the service at the other, each with its loop, turned in turns."""
+class ServiceBench(MuxBench):
+    """The near end of a mux call and the service at the other, each with its loop, turned in turns."""
 
     def __init__(self, ports: TargetPorts, lease_s: int = LEASE_S, *, is_far_there: bool = False) -> None:
         super().__init__(is_far_there=is_far_there)
@@ -46,7 +46,7 @@ class ServiceBench(TunnelBench):
         self.word = Word()
         self.said_s = self.clock.now
         lease = Lease(lease_s, lambda: self.said_s)
-        self.service = TunnelService(ports, self.far_call, self.far_sink, lease, self.word)
+        self.service = MuxService(ports, self.far_call, self.far_sink, lease, self.word)
         near_loop, far_loop = self.loop, self.service._loop
 
         class Both(Loop):

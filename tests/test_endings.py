@@ -31,7 +31,7 @@ _END_TIMEOUT_S = 60.0
 _PATIENT = """
 import sys
 if "qubes_fwd_qrexec.listener" in sys.orig_argv:
-    from qubes_fwd_qrexec import call
+    from qubes_fwd_qrexec.exposed import call
     assert call._STATUS_WAIT_S < 1
     call._STATUS_WAIT_S = 600.0
 """
@@ -88,16 +88,16 @@ def patient_relay(
 
 
 @pytest.fixture(scope="module")
-def tunnel_relay(target: socket.socket) -> Iterator[tuple[str, int]]:
-    with relay(port_of(target), "tunnel") as address:
+def mux_call_relay(target: socket.socket) -> Iterator[tuple[str, int]]:
+    with relay(port_of(target), "mux") as address:
         yield address
 
 
 @pytest.mark.parametrize("script", SCRIPTS + CLIENT_ABORTS, ids=lambda script: script.__name__)
-async def test_a_tunnels_stream_ends_as_the_direct_connection_does(
-    target: socket.socket, tunnel_relay: tuple[str, int], script: Script
+async def test_a_mux_calls_stream_ends_as_the_direct_connection_does(
+    target: socket.socket, mux_call_relay: tuple[str, int], script: Script
 ) -> None:
-    assert await play(script, tunnel_relay, target) == await play_directly(script, target)
+    assert await play(script, mux_call_relay, target) == await play_directly(script, target)
 
 
 ABORTS = tuple(script for script in SCRIPTS if "abort" in script.__name__)

@@ -23,9 +23,9 @@ from helpers import (
     write_config,
 )
 
-from qubes_fwd_qrexec.accepting import BindError
-from qubes_fwd_qrexec.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import ConfigSource
 from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.relay.acceptloop import BindError
 
 
 async def test_a_connection_reaches_the_port_that_the_configuration_says(

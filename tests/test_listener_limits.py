@@ -27,16 +27,17 @@ from helpers import (
     write_config,
 )
 
-from qubes_fwd_qrexec import call, relay
 from qubes_fwd_qrexec import listener as listener_module
-from qubes_fwd_qrexec.accepting import peer_address
-from qubes_fwd_qrexec.call import CallTimeouts
-from qubes_fwd_qrexec.config import ListenerConfig
-from qubes_fwd_qrexec.configsource import ConfigSource
-from qubes_fwd_qrexec.limits import Account
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.exposed import call
+from qubes_fwd_qrexec.exposed.call import CallTimeouts
+from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.limits import Account
+from qubes_fwd_qrexec.exposed.unopened import Unopened
 from qubes_fwd_qrexec.listener import Listener
-from qubes_fwd_qrexec.relay import abort
-from qubes_fwd_qrexec.unopened import Unopened
+from qubes_fwd_qrexec.relay import copy
+from qubes_fwd_qrexec.relay.acceptloop import peer_address
+from qubes_fwd_qrexec.relay.copy import abort
 
 
 async def connect_from(source: str, port: int) -> trio.SocketStream:
@@ -52,7 +53,7 @@ def accounts(listener: Listener) -> list[Account]:
 # Limits
 
 
-@pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.parametrize("transport", ["call", "mux"])
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
@@ -106,7 +107,7 @@ async def test_one_source_that_holds_all_it_may_keeps_nobody_else_out(
             await echo_once(near, far)
 
 
-@pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.parametrize("transport", ["call", "mux"])
 @pytest.mark.usefixtures("tunnel_home", "said_once")
 async def test_the_idlest_connection_of_the_largest_holder_makes_room(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, transport: str
@@ -159,7 +160,7 @@ async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server:
     """relay-behaviours 37; `test_limits` counts 10,000 of them."""
     port, config, chance = free_port(), tmp_path / "config", random.Random(1)
     limits = "connections:8,per-source:8"
-    write_config(config, port, port_of(server), limits=limits, transport="tunnel")
+    write_config(config, port, port_of(server), limits=limits, transport="mux")
 
     async def serve() -> None:
         while True:
@@ -210,13 +211,13 @@ async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket
             await echo_once(near, far)
 
 
-@pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.parametrize("transport", ["call", "mux"])
 @pytest.mark.usefixtures("tunnel_home")
 async def test_an_idle_connection_ends_and_its_slot_comes_back(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    monkeypatch.setattr("qubes_fwd_qrexec.mux._IDLE_LOOK_TICKS", 1)
-    clock = HandClock(monkeypatch, call, relay)
+    monkeypatch.setattr("qubes_fwd_qrexec.relay.mux._IDLE_LOOK_TICKS", 1)
+    clock = HandClock(monkeypatch, call, copy)
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), transport=transport)
     timeouts = CallTimeouts(idle_s=1000.0)
@@ -228,11 +229,11 @@ async def test_an_idle_connection_ends_and_its_slot_comes_back(
                 for _ in range(2):  # the last byte may count from when the first is over
                     await clock.advance(1000)
             else:
-                (tunnels,) = listener._means.transports._tunnels.values()
-                (tunnel,) = tunnels._tunnels
-                assert tunnel.mux is not None
-                assert tunnel.mux._idle_s == 1000.0
-                tunnel.mux._idle_s = 0.1  # only now, however long it took until here
+                (mux_calls,) = listener._means.transports._mux_calls.values()
+                (mux_call,) = mux_calls._mux_calls
+                assert mux_call.mux is not None
+                assert mux_call.mux._idle_s == 1000.0
+                mux_call.mux._idle_s = 0.1  # only now, however long it took until here
             assert await is_reset(near)
         (counting,) = accounts(listener)
         await until(lambda: counting.connections == 0)
@@ -282,7 +283,7 @@ def test_mapped_and_scoped_peers_are_known_by_what_they_are(
 async def test_a_hundred_reloads_refuse_nobody_and_cut_nobody(tmp_path: Path, server: socket.socket) -> None:
     """relay-behaviours 29: at least as many connections come as there are reloads."""
     port, config = free_port(), tmp_path / "config"
-    write_config(config, port, port_of(server), transport="tunnel")
+    write_config(config, port, port_of(server), transport="mux")
     done = [0]
 
     async def come_and_go() -> None:
@@ -296,7 +297,7 @@ async def test_a_hundred_reloads_refuse_nobody_and_cut_nobody(tmp_path: Path, se
             clients.start_soon(come_and_go)
             for turn in range(100):
                 networks = f"127.0.0.0/{8 + turn % 2}"
-                write_config(config, port, port_of(server), transport="tunnel", srchosts=networks)
+                write_config(config, port, port_of(server), transport="mux", srchosts=networks)
                 listener.reload()
                 await until(lambda turn=turn: done[0] > turn)  # type: ignore[misc]
             clients.cancel_scope.cancel()

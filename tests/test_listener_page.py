@@ -7,28 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec import (
-    accepting,
+from qubes_fwd_qrexec import listener
+from qubes_fwd_qrexec.common import config
+from qubes_fwd_qrexec.exposed import (
     brake,
     callbudget,
     callqueue,
-    config,
     connectionlog,
-    deadpeers,
     limits,
-    listener,
     listeneroptions,
-    localserver,
-    logs,
-    mux,
-    patience,
+    muxpool,
     qrexec,
     qubesdbsource,
-    tunnels,
-    tunnelservice,
     unopened,
 )
-from qubes_fwd_qrexec.call import CallTimeouts
+from qubes_fwd_qrexec.exposed.call import CallTimeouts
+from qubes_fwd_qrexec.relay import acceptloop, mux, patience
+from qubes_fwd_qrexec.system import deadpeers, logs
+from qubes_fwd_qrexec.target import localserver, muxservice
 
 PAGE = (Path(__file__).parents[1] / "docs" / "qubes-forward-listener.rst").read_text()
 # As it is read, without line breaks and marks; a row of the table is one sentence then.
@@ -41,8 +37,8 @@ VCHANS_OF_A_QUBE = 30
 
 # A sentence, and what the code has for each {} in it: a number, or a time in seconds.
 SAID: list[tuple[str, tuple[float, ...]]] = [
-    ("when the first connection comes and kept for {} after the last", (tunnels.LINGER_S,)),
-    ("takes new connections over it for {}; then", (tunnelservice.LEASE_S,)),
+    ("when the first connection comes and kept for {} after the last", (muxpool.LINGER_S,)),
+    ("takes new connections over it for {}; then", (muxservice.LEASE_S,)),
     ("learns of a change within {}.", (listener._LOOK_S,)),
     (
         "is tried again after {}, and ever more slowly up to once {};",
@@ -62,8 +58,8 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("one side has ended, and nothing moves {} what", (mux.HALF_CLOSE_S,)),
     ("the server in the target does not accept {} it", (localserver.CONNECT_TIMEOUT_S,)),
     ("dom0 and the target have not taken a call {} as", (TIMEOUTS.call_s,)),
-    ("dom0 and the target have not taken a call {} as", (tunnels.OPEN_S,)),
-    ("a tunnel's service says nothing {} the", (tunnels.HELLO_S,)),
+    ("dom0 and the target have not taken a call {} as", (muxpool.OPEN_S,)),
+    ("a mux call's service says nothing {} the", (muxpool.HELLO_S,)),
     ("no place among the calls of this qube {} longer", (callbudget.WAIT_S,)),
     (
         # Two lines of the table, whose columns alternate.
@@ -72,9 +68,9 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
         (deadpeers.IDLE_S, GONE_S, deadpeers.INTERVAL_S),
     ),
     ("the peer does not acknowledge bytes {} at least", (GONE_S,)),
-    ("the target takes nothing over a tunnel {} it may be paused", (patience._PAUSE_S,)),
+    ("the target takes nothing over a mux call {} it may be paused", (patience._PAUSE_S,)),
     ("looks for them every {};", (mux._IDLE_LOOK_TICKS * mux.TICK_S,)),
-    ("tries again {} in a second.", (1 / accepting._SHORTAGE_PAUSE_S,)),
+    ("tries again {} in a second.", (1 / acceptloop._SHORTAGE_PAUSE_S,)),
     ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
     ("after a burst of {};", (connectionlog.BURST,)),
     ("Of each other kind of trouble there is at most one line in {},", (logs.REPEAT_S,)),
@@ -89,8 +85,8 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("and {} more may be renewals", (callbudget.RENEWALS_MAX,)),
     ("The listener makes at most {} calls at once", (config.CALLS_MAX,)),
     ("have not taken within so long. The default is {}, as long", (TIMEOUTS.call_s,)),
-    ("anew every {} whether", (tunnelservice.LEASE_S * tunnels.RENEW_AT_SHARE,)),
-    ("for so long after its last connection. The default is {}.", (tunnels.LINGER_S,)),
+    ("anew every {} whether", (muxservice.LEASE_S * muxpool.RENEW_AT_SHARE,)),
+    ("for so long after its last connection. The default is {}.", (muxpool.LINGER_S,)),
     ("direction for so long. The default is {}. --connections", (TIMEOUTS.idle_s,)),
     ("together may have. The default is {}; more", (limits.PROCESS_MAX,)),
 ]

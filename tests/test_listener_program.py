@@ -28,9 +28,9 @@ from helpers import (
     write_config,
 )
 
+from qubes_fwd_qrexec.common.report import ListenerReport
+from qubes_fwd_qrexec.exposed.statussockets import STATUS
 from qubes_fwd_qrexec.listener import main
-from qubes_fwd_qrexec.report import ListenerReport
-from qubes_fwd_qrexec.statussockets import STATUS
 
 
 class Program:

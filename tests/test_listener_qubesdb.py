@@ -27,9 +27,9 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec import listener as listener_module
-from qubes_fwd_qrexec import unopened
+from qubes_fwd_qrexec.exposed import unopened
+from qubes_fwd_qrexec.exposed.qubesdbsource import open_qubesdb
 from qubes_fwd_qrexec.listener import Listener, main
-from qubes_fwd_qrexec.qubesdbsource import open_qubesdb
 
 pytestmark = pytest.mark.usefixtures("tunnel_home")
 WEB = "fwd.work.web"
@@ -39,7 +39,7 @@ def line(listen_port: int, target_port: int, **options: str) -> bytes:
     given = {
         "version": "1",
         "service": "qubes.ForwardTCP",
-        "transport": "tunnel",
+        "transport": "mux",
         "side": "outer",
         "listen": "127.0.0.1",
         "srcports": f"{listen_port}-{listen_port}",
@@ -129,7 +129,7 @@ async def test_a_hundred_changes_are_noticed_by_no_connection_of_others(
                     await until(lambda served_before=served_before: served > served_before)
                 stop.set()
             assert served >= 100
-    assert client.calls == [f"work qubes.ForwardTCP+{port_of(server)}+tunnel"]
+    assert client.calls == [f"work qubes.ForwardTCP+{port_of(server)}+mux"]
 
 
 def keys_read(listener: Listener) -> list[str]:

@@ -179,7 +179,7 @@ def test_every_directory_is_owned_by_a_package_or_was_there_before(part: str) ->
 
 
 def test_an_rpm_makes_the_directories_of_tmpfiles_at_once() -> None:
-    """As dh_installtmpfiles does: without them a qube that runs refuses tunnels until its next start."""
+    """As dh_installtmpfiles does: without them a qube that runs refuses mux calls until its next start."""
     spec = (CHECKOUT / "rpm_spec" / "qubes-fwd-qrexec.spec.in").read_text()
     scriptlet = spec.partition("\n%post\n")[2].partition("\n%preun\n")[0].splitlines()
     # By its name, and not in the part that is for a first installation alone.

@@ -13,13 +13,13 @@ from endings import pattern
 from helpers import BOUND_S, free_port, port_of
 from processes import with_constants
 
-from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
-from qubes_fwd_qrexec.callnotes import living
-from qubes_fwd_qrexec.callsigns import GREETING, clean_end
-from qubes_fwd_qrexec.exitstatus import ExitStatus
-from qubes_fwd_qrexec.relay import abort, half_close
-from qubes_fwd_qrexec.revocation import LOOK, revoke
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.allowance import Allowance, Calls, Revoked
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.relay.callsigns import GREETING, clean_end
+from qubes_fwd_qrexec.relay.copy import abort, half_close
+from qubes_fwd_qrexec.target.callnotes import living
+from qubes_fwd_qrexec.target.revocation import LOOK, revoke
 
 SIGNS = GREETING, clean_end(0).partition(" after ")[0]
 LOOK_AND_TERM = (LOOK, signal.SIGTERM)
@@ -254,11 +254,11 @@ def test_a_single_call_that_drains_goes_on_to_its_deadline(
 
 
 def test_a_call_that_dom0_has_taken_back_before_it_began_reaches_no_server(
-    run_dir: Path, tunnel_home: None, server: socket.socket
+    run_dir: Path, mux_call_home: None, server: socket.socket
 ) -> None:
     """Its agent's process is older than dom0's list, however late the exposed qube lets it begin."""
     revoke(Allowance(), run_dir)
-    for argument in (f"{port_of(server)}", f"{port_of(server)}+tunnel"):
+    for argument in (f"{port_of(server)}", f"{port_of(server)}+mux"):
         called = Called(argument)
         status, stderr = called.end()
         assert status == ExitStatus.REVOKED
@@ -325,7 +325,7 @@ def test_one_socket_for_both_ways_will_do(server: socket.socket) -> None:
             assert process.wait(BOUND_S) == 0
 
 
-@pytest.mark.parametrize("arguments", [(), ("80", "81"), ("80+tunnels",), ("\u0668\u0660",), ("x" * 10_000,)])
+@pytest.mark.parametrize("arguments", [(), ("80", "81"), ("80+muxs",), ("\u0668\u0660",), ("x" * 10_000,)])
 def test_a_bad_argument_ends_with_status_2_and_a_short_message(arguments: tuple[str, ...]) -> None:
     called = Called(*arguments)
     called.stdin.send(b"x")

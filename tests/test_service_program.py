@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A tunnel's service as the agent starts it, and callers that do not keep to the protocol."""
+"""A mux call's service as the agent starts it, and callers that do not keep to the protocol."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from helpers import SOON_S, listening_socket, port_of
 
-from qubes_fwd_qrexec.exitstatus import ExitStatus
-from qubes_fwd_qrexec.relay import half_close
-from qubes_fwd_qrexec.tunnel import Connection, Hello, Origin, ProxyVersion, wire
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.mux import Connection, Hello, Origin, ProxyVersion, wire
+from qubes_fwd_qrexec.relay.copy import half_close
 
 BOUND_S = 60.0
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
@@ -96,7 +96,7 @@ def assert_one_line(message: str) -> None:
 def test_an_end_that_was_not_agreed_is_status_125_with_the_reason(
     tmp_path: Path, server: socket.socket, sent: bytes, words: str
 ) -> None:
-    with Called(tmp_path, f"{port_of(server)}+tunnel") as called:
+    with Called(tmp_path, f"{port_of(server)}+mux") as called:
         called.call.sendall(sent)
         half_close(called.call)
         status, message = called.end()
@@ -126,7 +126,7 @@ def test_a_violation_ends_the_call_at_once_with_status_125(
     tmp_path: Path, server: socket.socket, sent: bytes, words: str
 ) -> None:
     """relay-behaviours 47 and 48. Its other end is open all the while, and it does not wait for it."""
-    with Called(tmp_path, f"{port_of(server)}+tunnel") as called:
+    with Called(tmp_path, f"{port_of(server)}+mux") as called:
         assert called.call.recv(len(HELLO) + 100)
         began = time.monotonic()
         called.call.sendall(sent)
@@ -140,7 +140,7 @@ def test_a_violation_ends_the_call_at_once_with_status_125(
         server.accept()
 
 
-class Tunnel:
+class MuxCall:
     """The caller's end, spoken by hand, with one stream open."""
 
     def __init__(self, called: Called, server: socket.socket) -> None:
@@ -168,11 +168,11 @@ class Tunnel:
 
 
 def test_a_violation_is_an_abort_of_every_stream(tmp_path: Path, server: socket.socket) -> None:
-    with Called(tmp_path, f"{port_of(server)}+tunnel") as called:
-        tunnel = Tunnel(called, server)
-        with tunnel.far as far:
-            tunnel.connection.send_data(tunnel.stream_id, b"before it")
-            tunnel.send()
+    with Called(tmp_path, f"{port_of(server)}+mux") as called:
+        mux_call = MuxCall(called, server)
+        with mux_call.far as far:
+            mux_call.connection.send_data(mux_call.stream_id, b"before it")
+            mux_call.send()
             assert far.recv(100) == b"before it"
             called.call.sendall(frame(99))
             with pytest.raises(ConnectionResetError):
@@ -187,9 +187,9 @@ def test_a_caller_that_takes_nothing_more_is_an_abort_of_every_stream(
     tmp_path: Path, server: socket.socket
 ) -> None:
     """The call's output is closed, and its input is not."""
-    with Called(tmp_path, f"{port_of(server)}+tunnel") as called:
-        tunnel = Tunnel(called, server)
-        with tunnel.far as far:
+    with Called(tmp_path, f"{port_of(server)}+mux") as called:
+        mux_call = MuxCall(called, server)
+        with mux_call.far as far:
             called.call.shutdown(socket.SHUT_RD)
             far.sendall(b"news")
             with pytest.raises(ConnectionResetError):
@@ -201,13 +201,13 @@ def test_a_caller_that_takes_nothing_more_is_an_abort_of_every_stream(
 
 
 def test_without_a_stderr_the_status_says_it(tmp_path: Path, server: socket.socket) -> None:
-    with Called(tmp_path, f"{port_of(server)}+tunnel", "2>&-") as called:
+    with Called(tmp_path, f"{port_of(server)}+mux", "2>&-") as called:
         called.call.sendall(bytes(100))
         assert called.end() == (ExitStatus.TROUBLE, "")
 
 
 @pytest.mark.parametrize(
-    "argument", ["80\n+tunnel", "\x1b[2J+tunnel", "80-79+tunnel", "80+tunnel+80", "+tunnel", "\u202e80"]
+    "argument", ["80\n+mux", "\x1b[2J+mux", "80-79+mux", "80+mux+80", "+mux", "\u202e80"]
 )
 def test_a_bad_argument_is_status_2_on_one_line_and_nothing_was_read(tmp_path: Path, argument: str) -> None:
     with Called(tmp_path, argument) as called:
@@ -221,7 +221,7 @@ def test_a_bad_argument_is_status_2_on_one_line_and_nothing_was_read(tmp_path: P
 
 
 def test_a_flood_that_is_no_protocol_is_not_read_to_its_end(tmp_path: Path, server: socket.socket) -> None:
-    with Called(tmp_path, f"{port_of(server)}+tunnel") as called:
+    with Called(tmp_path, f"{port_of(server)}+mux") as called:
         called.call.setblocking(False)
         sent = 0
         poll = select.poll()
@@ -245,7 +245,7 @@ def test_signals_that_were_blocked_at_its_start_end_it(tmp_path: Path) -> None:
     signals = {signal.SIGTERM, signal.SIGUSR1}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        called = Called(tmp_path, "8080+tunnel")
+        called = Called(tmp_path, "8080+mux")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with called:

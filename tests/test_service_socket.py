@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One process as the target's qubes.ForwardTCP, in the place where qrexec looks first, tunnels included."""
+"""One process as the target's qubes.ForwardTCP, in the place where qrexec looks first, mux calls included."""
 
 import os
 import signal
@@ -17,19 +17,19 @@ from helpers import BOUND_S, SOON_S, accept, listening_socket, no_fds_left, port
 from helpers import until as until_true
 from noted import after_a_tick
 from processes import TARGET, Way, World, assert_reset, open_world, until, with_constants
-from test_serviceserver import Agent, agent, descriptor, read_all
+from test_socketservice import Agent, agent, descriptor, read_all
 
 from bench.memory import descendants
-from qubes_fwd_qrexec import portions
-from qubes_fwd_qrexec.allowance import Allowance, Calls, Revoked
-from qubes_fwd_qrexec.callnotes import living
-from qubes_fwd_qrexec.portions import budget_of
-from qubes_fwd_qrexec.relay import abort
-from qubes_fwd_qrexec.revocation import revoke
-from qubes_fwd_qrexec.serviceserver import ServiceServer
-from qubes_fwd_qrexec.servicesocket import listen_on
-from qubes_fwd_qrexec.tunnel import Hello, wire
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.allowance import Allowance, Calls, Revoked
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.mux import Hello, wire
+from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.target import portions
+from qubes_fwd_qrexec.target.callnotes import living
+from qubes_fwd_qrexec.target.portions import budget_of
+from qubes_fwd_qrexec.target.revocation import revoke
+from qubes_fwd_qrexec.target.servicesocket import listen_on
+from qubes_fwd_qrexec.target.socketservice import ServiceServer
 
 HELLO = bytes(wire.encode_hello(Hello(65536, bytes(16))))
 
@@ -67,21 +67,21 @@ def is_service(pid: int) -> bool:
     return b"qubes-forward-service" in command or b"qubes_fwd_qrexec.service" in command
 
 
-def test_calls_and_tunnels_both_come_to_the_socket(world: World) -> None:
-    tunnel, call = world.forward("tunnel"), world.forward("call")
+def test_calls_and_mux_calls_both_come_to_the_socket(world: World) -> None:
+    mux_call, call = world.forward("mux"), world.forward("call")
     with serving(world) as server:
         world.start_listener()
-        with tunnel.connect() as one, tunnel.connect() as other, call.connect() as third:
+        with mux_call.connect() as one, mux_call.connect() as other, call.connect() as third:
             for connection in (one, other, third):
                 connection.echo()
-            # The tunnel is a process of its own, and the agent has started none.
+            # The mux call is a process of its own, and the agent has started none.
             assert len(descendants([server.pid])) == 1
             assert not [pid for pid in world.services if is_service(pid)]
-        assert abort_is_an_abort(tunnel)
+        assert abort_is_an_abort(mux_call)
         assert not abort_is_an_abort(call)  # a socket service has no exit status to tell it by
 
 
-def test_dom0_ends_a_tunnel_that_came_by_the_socket(world: World) -> None:
+def test_dom0_ends_a_mux_call_that_came_by_the_socket(world: World) -> None:
     way = world.forward()
     with serving(world) as server:
         world.start_listener()
@@ -92,7 +92,7 @@ def test_dom0_ends_a_tunnel_that_came_by_the_socket(world: World) -> None:
         until(lambda: not descendants([server.pid]))
 
 
-def test_sigterm_lets_a_tunnels_connections_finish_and_takes_no_new_ones(world: World) -> None:
+def test_sigterm_lets_a_mux_calls_connections_finish_and_takes_no_new_ones(world: World) -> None:
     way = world.forward()
     with serving(world) as server:
         world.start_listener()
@@ -121,36 +121,36 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run
 
 
-def tunnel_to(server: socket.socket, source: str = "sys-net") -> bytes:
-    return f"qubes.ForwardTCP+{port_of(server)}+tunnel {source}\0".encode()
+def mux_call_to(server: socket.socket, source: str = "sys-net") -> bytes:
+    return f"qubes.ForwardTCP+{port_of(server)}+mux {source}\0".encode()
 
 
-async def test_a_tunnel_leaves_the_note_of_its_caller_and_its_end_is_the_calls(
+async def test_a_mux_call_leaves_the_note_of_its_caller_and_its_end_is_the_calls(
     tmp_path: Path, server: socket.socket, home: Path
 ) -> None:
     with no_fds_left():
-        async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server)) as call:
+        async with agent(tmp_path) as qrexec, qrexec.call(mux_call_to(server)) as call:
             await call.send_all(HELLO)
             with trio.fail_after(BOUND_S):
                 assert await call.receive_some()
             port = port_of(server)
-            (process,) = qrexec.server._tunnels
+            (process,) = qrexec.server._mux_calls
             (note,) = living(home)
             assert (str(note.calls), note.pid) == (f"{port}-{port} sys-net", process.pid)
             await call.send_eof()
             await read_all(call)
-            await until_true(lambda: not qrexec.server._tunnels)
+            await until_true(lambda: not qrexec.server._mux_calls)
 
 
-async def test_a_caller_whose_name_is_none_gets_no_tunnel(
+async def test_a_caller_whose_name_is_none_gets_no_mux_call(
     tmp_path: Path, server: socket.socket, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server, "../x")) as call:
+    async with agent(tmp_path) as qrexec, qrexec.call(mux_call_to(server, "../x")) as call:
         assert await read_all(call) == b""
         assert "is not a qube's name" in caplog.text
 
 
-async def test_no_source_has_more_tunnels_than_it_leaves_and_each_has_its_part_of_the_memory(
+async def test_no_source_has_more_mux_calls_than_it_leaves_and_each_has_its_part_of_the_memory(
     tmp_path: Path,
     server: socket.socket,
     home: Path,
@@ -158,54 +158,54 @@ async def test_no_source_has_more_tunnels_than_it_leaves_and_each_has_its_part_o
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(portions, "CALLS_MAX", 2)
-    async with agent(tmp_path) as qrexec, qrexec.call(tunnel_to(server)) as call:
+    async with agent(tmp_path) as qrexec, qrexec.call(mux_call_to(server)) as call:
         with trio.fail_after(BOUND_S):
             hello = await call.receive_some()
         parts = (portions.PARTS - 2 * 2) // 8 + 2
         assert wire.decode_hello(hello[8:48]).max_streams == budget_of(parts).streams_max
-        async with qrexec.call(b"qubes.ForwardTCP+1+tunnel sys-net\0") as another:
+        async with qrexec.call(b"qubes.ForwardTCP+1+mux sys-net\0") as another:
             assert await read_all(another) == b""
-        assert "sys-net has 1 of 1 tunnels; of 2 in all no qube has more than it leaves" in caplog.text
-        async with qrexec.call(tunnel_to(server, "sys-vpn")) as others:
+        assert "sys-net has 1 of 1 mux calls; of 2 in all no qube has more than it leaves" in caplog.text
+        async with qrexec.call(mux_call_to(server, "sys-vpn")) as others:
             with trio.fail_after(BOUND_S):
                 assert await others.receive_some()
         await call.send_eof()
         await read_all(call)
 
 
-async def test_the_deadline_ends_tunnels(tmp_path: Path, server: socket.socket, home: Path) -> None:
+async def test_the_deadline_ends_mux_calls(tmp_path: Path, server: socket.socket, home: Path) -> None:
     path = tmp_path / "service"
     async with trio.open_nursery() as nursery:
         serving = ServiceServer(listen_on(path), drain_s=0.2)
         await nursery.start(serving.run)
-        async with Agent(path, serving).call(tunnel_to(server)) as call:
+        async with Agent(path, serving).call(mux_call_to(server)) as call:
             await call.send_all(HELLO)
             with trio.fail_after(BOUND_S):
                 await call.receive_some()
-                (process,) = serving._tunnels
+                (process,) = serving._mux_calls
                 process.send_signal(signal.SIGSTOP)  # it obeys nothing any more
                 serving.stop()
                 await process.wait()
     assert process.returncode == -signal.SIGKILL
 
 
-async def test_a_tunnel_that_cannot_be_started_ends_alone(
+async def test_a_mux_call_that_cannot_be_started_ends_alone(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listening_socket() as server:
         async with agent(tmp_path) as qrexec:
             monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
-            async with qrexec.call(tunnel_to(server)) as call:
+            async with qrexec.call(mux_call_to(server)) as call:
                 assert await read_all(call) == b""
-            assert "no process for a tunnel: No such file" in caplog.text
+            assert "no process for a mux call: No such file" in caplog.text
             async with qrexec.call(descriptor(server)), await accept(server):
                 pass  # and others are served as before
 
 
-async def test_a_tunnel_that_comes_while_it_ends_is_refused(
+async def test_a_mux_call_that_comes_while_it_ends_is_refused(
     tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with agent(tmp_path) as qrexec, qrexec.call(b"qubes.ForwardTCP+80+tunnel") as call:
+    async with agent(tmp_path) as qrexec, qrexec.call(b"qubes.ForwardTCP+80+mux") as call:
         await until_true(lambda: qrexec.server._calls)
         qrexec.server.stop()
         await call.send_all(b" sys-net\0")
@@ -258,7 +258,7 @@ def test_dom0_ends_the_single_calls_of_the_socket_that_it_does_not_allow(
                 until(lambda: living(home) == [])
 
 
-@pytest.mark.parametrize("kind", ["", "+tunnel"])
+@pytest.mark.parametrize("kind", ["", "+mux"])
 def test_a_call_that_was_allowed_before_dom0s_list_reaches_no_server(
     tmp_path: Path, server: socket.socket, home: Path, kind: str
 ) -> None:
@@ -331,7 +331,7 @@ def test_a_single_call_whose_server_has_ended_and_takes_nothing_has_a_bound(
     tmp_path: Path, server: socket.socket, home: Path
 ) -> None:
     server.settimeout(BOUND_S)
-    with program(tmp_path, serviceserver__HALF_CLOSE_S=2.0) as path, call_to(path, server) as call:
+    with program(tmp_path, target__socketservice__HALF_CLOSE_S=2.0) as path, call_to(path, server) as call:
         far, _ = server.accept()
         with far:
             far.shutdown(socket.SHUT_WR)

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.budget import BUDGET_BYTES, STREAMS_MAX
-from qubes_fwd_qrexec.callbudget import CALLS_MAX
-from qubes_fwd_qrexec.callnotes import DIRECTORY
-from qubes_fwd_qrexec.callqueue import WAITING_MAX
+from qubes_fwd_qrexec.common.services import FORWARD_SERVICE
+from qubes_fwd_qrexec.exposed.callbudget import CALLS_MAX
+from qubes_fwd_qrexec.exposed.callqueue import WAITING_MAX
+from qubes_fwd_qrexec.exposed.qrexec import STDERR_BUFFER_BYTES
+from qubes_fwd_qrexec.exposed.supervisor import CLOSE_S
 from qubes_fwd_qrexec.listener import DRAIN_S
-from qubes_fwd_qrexec.localserver import BUFFER_BYTES as SERVER_BUFFER_BYTES
-from qubes_fwd_qrexec.localserver import SERVICE
-from qubes_fwd_qrexec.portions import CALLS_MAX as TUNNELS_MAX
-from qubes_fwd_qrexec.portions import LENT_TIMES
-from qubes_fwd_qrexec.qrexec import STDERR_BUFFER_BYTES
-from qubes_fwd_qrexec.serviceserver import CONNECTIONS_MAX
-from qubes_fwd_qrexec.serviceserver import DRAIN_S as SERVICE_DRAIN_S
-from qubes_fwd_qrexec.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
-from qubes_fwd_qrexec.supervisor import CLOSE_S
+from qubes_fwd_qrexec.relay.budget import BUDGET_BYTES, STREAMS_MAX
+from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES, MAX_BYTES, WAITING_BYTES
+from qubes_fwd_qrexec.target.callnotes import DIRECTORY
+from qubes_fwd_qrexec.target.localserver import BUFFER_BYTES as SERVER_BUFFER_BYTES
+from qubes_fwd_qrexec.target.portions import CALLS_MAX as MUXS_MAX
+from qubes_fwd_qrexec.target.portions import LENT_TIMES
+from qubes_fwd_qrexec.target.socketservice import CONNECTIONS_MAX
+from qubes_fwd_qrexec.target.socketservice import DRAIN_S as SERVICE_DRAIN_S
 
 MIB = 1 << 20
 ROOT = Path(__file__).parent.parent
@@ -159,10 +159,10 @@ def test_the_firewalls_program_sees_whose_sockets_the_kernel_lists() -> None:
 
 def test_the_socket_is_where_qrexec_looks_for_the_service() -> None:
     given = settings(ROOT / "systemd" / "qubes-forward-service.socket")
-    assert given["ListenStream"] == [f"/run/qubes-rpc/{SERVICE}"]
+    assert given["ListenStream"] == [f"/run/qubes-rpc/{FORWARD_SERVICE}"]
 
 
-def test_the_notes_of_tunnels_are_where_the_service_writes_them_and_its_users() -> None:
+def test_the_notes_of_mux_calls_are_where_the_service_writes_them_and_its_users() -> None:
     """They are others' too: the unit's end leaves them, and it may begin before the directory is there."""
     text = (ROOT / "tmpfiles.d" / "qubes-forward.conf").read_text()
     (line,) = [line for line in text.splitlines() if not line.startswith("#")]
@@ -226,7 +226,7 @@ TABLE: dict[str, dict[str, list[str] | None]] = {
         "KillMode": ["mixed"],
     },
     "qubes-forward-service.service": {
-        # Who ends tunnels by signals is this user.
+        # Who ends mux calls by signals is this user.
         "User": ["user"],
         "DynamicUser": None,
         "SupplementaryGroups": None,
@@ -304,8 +304,8 @@ def test_systemd_takes_every_line(tmp_path: Path) -> None:
 
 # What no constant says, in MiB: the program itself, and a client program of qrexec.
 PROGRAM_MIB, CLIENT_MIB = 48, 3
-# The program of one tunnel, which has no trio.
-TUNNEL_MIB = 11
+# The program of one mux call, which has no trio.
+MUX_MIB = 11
 # docs/numbers.md: 9 KiB and something for each connection that is held.
 CONNECTION_KIB = 10
 # What comes at a gigabit a second, half of it read, until it is looked at again what the kernel holds.
@@ -347,8 +347,8 @@ def test_dom0s_unit_is_enabled_by_a_preset_of_its_own_and_waits_for_a_flag_elsew
     ]
 
 
-def test_the_socket_service_has_memory_for_all_its_tunnels_and_calls() -> None:
-    tunnels_mib = TUNNELS_MAX * TUNNEL_MIB + streams_mib(LENT_TIMES)
+def test_the_socket_service_has_memory_for_all_its_mux_calls_and_calls() -> None:
+    mux_calls_mib = MUXS_MAX * MUX_MIB + streams_mib(LENT_TIMES)
     singles_mib = CONNECTIONS_MAX * (4 * SERVER_BUFFER_BYTES / 1024 + 2 * SEGMENT_KIB) / 1024
-    needed_mib = PROGRAM_MIB + tunnels_mib + singles_mib
+    needed_mib = PROGRAM_MIB + mux_calls_mib + singles_mib
     assert needed_mib <= memory_mib("qubes-forward-service.service") <= 1.1 * needed_mib

@@ -16,27 +16,28 @@ import pytest
 from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset, port_of, running_listener
 from helpers import write_config as configure
 
-from qubes_fwd_qrexec import allowance, exchange, localserver, report, rulexml, statusservice
-from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
-from qubes_fwd_qrexec.errors import ConfigError, RuleError, TextError
-from qubes_fwd_qrexec.exitstatus import ExitStatus
-from qubes_fwd_qrexec.localserver import ServiceError
-from qubes_fwd_qrexec.rules import ForwardRule, NamedRule, Transport
-from qubes_fwd_qrexec.tunnel import Hello, wire
-from qubes_fwd_qrexec.values import QubeName, RuleName, TargetPorts
+from qubes_fwd_qrexec.common import allowance, exchange, report, rulexml
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, TargetPorts
+from qubes_fwd_qrexec.mux import Hello, wire
+from qubes_fwd_qrexec.target import localserver, statusservice
+from qubes_fwd_qrexec.target.localserver import ServiceError
 
 KEY = "fwd.work.web"
 
 # dom0 to the exposed qube
 
 CONFIG_0_1 = (
-    "version=1 service=qubes.ForwardTCP transport=tunnel side=outer "
+    "version=1 service=qubes.ForwardTCP transport=mux side=outer "
     "listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
     "srchosts=192.168.0.0/16",
     "version=1 service=qubes.ConnectTCP transport=call side=outer "
     "listen=::1 srcports=1-9 dstports=11-19 srchosts=any "
     "on-expire=drain expire=1893456000",
-    "version=1 service=qubes.ForwardTCP transport=tunnel side=outer "
+    "version=1 service=qubes.ForwardTCP transport=mux side=outer "
     "listen=0.0.0.0,:: srcports=22-22 dstports=22-22 "
     "srchosts=10.0.0.0/8,fd00::/8 proxy=v2",
 )
@@ -50,7 +51,7 @@ def test_a_listener_reads_what_an_older_dom0_wrote(value: str) -> None:
 def test_an_older_listener_reads_what_dom0_writes_for_a_rule_without_new_options() -> None:
     rule = ForwardRule.parse("action=forward srcports=80 dstports=8080 srchosts=192.168.0.0/16")
     told = ListenerConfig.of_rule(
-        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.TUNNEL, Side.OUTER
+        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.MUX, Side.OUTER
     )
     assert str(told) == CONFIG_0_1[0]
 
@@ -60,7 +61,7 @@ def test_an_older_listener_reads_what_dom0_writes_for_a_rule_without_new_options
     [
         (f"{CONFIG_0_1[0]} mark=7", "option 'mark' at column 137: unknown option"),
         (CONFIG_0_1[0].replace("version=1", "version=2"), "'version=2', written for another version"),
-        (CONFIG_0_1[0].replace("tunnel", "quic"), "'quic' is not one of auto, tunnel, call"),
+        (CONFIG_0_1[0].replace("mux", "quic"), "'quic' is not one of auto, mux, call"),
     ],
 )
 def test_what_a_newer_dom0_means_by_a_new_word_is_never_guessed(value: str, words: str) -> None:
@@ -97,7 +98,10 @@ def test_a_target_ends_nothing_by_a_list_that_is_newer_than_it(newer: bytes) -> 
     with pytest.raises(TextError):
         allowance.Allowance.parse(newer)
     done = subprocess.run(
-        [sys.executable, "-m", "qubes_fwd_qrexec.revocation"], input=newer, capture_output=True, check=False
+        [sys.executable, "-m", "qubes_fwd_qrexec.target.revocation"],
+        input=newer,
+        capture_output=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (ExitStatus.BAD_ARGUMENT, b"")
     assert done.stderr.startswith(b"qubes.ForwardRevoke: ")
@@ -107,8 +111,8 @@ def test_a_target_ends_nothing_by_a_list_that_is_newer_than_it(newer: bytes) -> 
 
 CALL_0_1 = {
     "80": (TargetPorts(80, 80), False),
-    "80+tunnel": (TargetPorts(80, 80), True),
-    "80-90+tunnel": (TargetPorts(80, 90), True),
+    "80+mux": (TargetPorts(80, 80), True),
+    "80-90+mux": (TargetPorts(80, 90), True),
 }
 
 
@@ -117,14 +121,14 @@ def test_a_call_is_understood_as_it_was(argument: str, meaning: tuple[TargetPort
     assert localserver.parse_argument(argument) == meaning
 
 
-@pytest.mark.parametrize("argument", ["80+tunnel2", "80+tunnel+v2", "80+udp", "80-90"])
+@pytest.mark.parametrize("argument", ["80+mux2", "80+mux+v2", "80+udp", "80-90"])
 def test_a_target_refuses_a_call_that_is_newer_than_it(argument: str) -> None:
     with pytest.raises(ServiceError) as caught:
         localserver.parse_argument(argument)
     assert caught.value.status is ExitStatus.BAD_ARGUMENT
 
 
-def test_a_tunnel_begins_as_it_did() -> None:
+def test_a_mux_call_begins_as_it_did() -> None:
     begin = "01000028 00000000 716677642d74756e 0001 0001 00100000"
     listener = bytes.fromhex(begin + "00000000 00000000" + "6e" * 16)
     target = bytes.fromhex(begin + "00000064 0000012c" + "6e" * 16)
@@ -137,10 +141,11 @@ def test_a_tunnel_begins_as_it_did() -> None:
 _LATER = """
 import sys
 from functools import partial
-from qubes_fwd_qrexec import service, tunnelservice
-from qubes_fwd_qrexec.tunnel import connection, wire
+from qubes_fwd_qrexec import service
+from qubes_fwd_qrexec.target import muxservice
+from qubes_fwd_qrexec.mux import connection, wire
 
-tunnelservice.Hello = partial(tunnelservice.Hello, min_version={lowest}, max_version=2)
+muxservice.Hello = partial(muxservice.Hello, min_version={lowest}, max_version=2)
 
 def encode_longer(hello):
     return wire._frame(wire.FrameType.HELLO, 0, encode(hello)[8:] + b"and more")
@@ -160,7 +165,7 @@ def later_target(directory: Path, lowest: int) -> tuple[str, ...]:
 @pytest.mark.usefixtures("tunnel_home")
 async def test_a_listener_works_with_a_newer_target(tmp_path: Path, server: socket.socket) -> None:
     port = free_port()
-    configure(tmp_path / "config", port, port_of(server), transport="tunnel")
+    configure(tmp_path / "config", port, port_of(server), transport="mux")
     async with running_listener(tmp_path / "config", later_target(tmp_path, 1)):  # noqa: SIM117
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
@@ -171,7 +176,7 @@ async def test_a_newer_listener_works_with_this_target(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
-    configure(tmp_path / "config", port, port_of(server), transport="tunnel")
+    configure(tmp_path / "config", port, port_of(server), transport="mux")
     encode: Callable[[Hello], bytes] = wire.encode_hello
 
     def encode_newer(hello: Hello) -> bytes:
@@ -190,22 +195,22 @@ async def test_without_a_version_in_common_connections_are_reset_and_the_log_say
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
-    configure(tmp_path / "config", port, port_of(server), transport="tunnel")
+    configure(tmp_path / "config", port, port_of(server), transport="mux")
     async with running_listener(tmp_path / "config", later_target(tmp_path, 2)):  # noqa: SIM117
         async with await connect(port) as near:
             assert await is_reset(near)
-    assert any("speaks versions 2 to 2 of the tunnel protocol, this end 1 to 1" in m for m in caplog.messages)
+    assert any("speaks versions 2 to 2 of the mux protocol, this end 1 to 1" in m for m in caplog.messages)
 
 
 # Exposed qube and target to dom0
 
 REPORT_0_1 = (
     b'{"version":1,"program":"0.1.0","listener":{"version":1,"since":1,"forwards":[{"target":"work","name":"web",'
-    b'"since":1,"connections":2,"total":3,"refused":{"stranger":4},"sent":5,"received":6,"transport":"tunnel",'
-    b'"way":"open","tunnels":1,"is_listening":true,"last_error":null,"last_error_at":null}],"problems":'
+    b'"since":1,"connections":2,"total":3,"refused":{"stranger":4},"sent":5,"received":6,"transport":"mux",'
+    b'"way":"open","mux_calls":1,"is_listening":true,"last_error":null,"last_error_at":null}],"problems":'
     b'[{"key":"fwd.work.ssh","text":"the port is in use"}],"left_out":0,"draining":[{"target":'
     b'"work","name":"old","connections":1,"left_s":60}],"bugs":2},"listener_problem":null,"calls":'
-    b'[{"source":"sys-net","ports":"80-80","tunnels":1,"singles":2,"draining":1,"drain_left_s":60}],'
+    b'[{"source":"sys-net","ports":"80-80","mux_calls":1,"singles":2,"draining":1,"drain_left_s":60}],'
     b'"bugs":1,"trial":{"answer":"through","reason":"",'
     b'"text":""},"firewall":{"ip":"open","ip6":"closed","waiting":["fwd.work.ssh"]}}\n'
 )
@@ -232,7 +237,7 @@ def test_of_a_newer_qube_what_is_beside_the_known_is_passed_over_and_another_ver
         (b'"since":1,"forwards"', b'"begun":1,"forwards"', "listener: since is missing"),
         (b'"left_out":0', b'"left_over":0', "left_out is missing"),
         (b'"way":"open"', b'"way":"asleep"', "way must be one of idle, opening, open"),
-        (b'"tunnel"', b'"quic"', "transport must be one of auto, tunnel, call"),
+        (b'"mux"', b'"quic"', "transport must be one of auto, mux, call"),
         (b'"through"', b'"half"', "answer must be one of through, refused"),
     ],
 )
@@ -281,7 +286,7 @@ EXPORTS: dict[tuple[str, int], str] = {
 def test_an_export_of_this_version_and_the_one_before_is_read(form: str, version: int) -> None:
     found = PARSERS[form](EXPORTS[form, version])
     assert [(read.target, read.name, read.rule) for read in found.rules] == [("work", "web", RULE)]
-    assert found.tunnels == (MARKS if version == 2 else {})
+    assert found.mux_calls == (MARKS if version == 2 else {})
     assert found.is_export is (version == 2)
 
 

@@ -34,11 +34,8 @@ DEBIAN_NAMES = {
     "vm": "qubes-fwd-qrexec",
     "lab": "qubes-fwd-qrexec-lab",
 }
-# The vocabulary, and what programs of both sides ask of the operating system.
-COMMON = (
-    *("__init__", "errors", "values", "options", "rules", "exchange", "rulexml", "config"),
-    *("inotify", "notify", "document", "report", "allowance"),
-)
+# What of system/ the programs of dom0 need too; it gets nothing that it does not use.
+SYSTEM_IN_DOM0 = ("__init__", "inotify", "notify")
 # The one module of admin/ that knows the lab; dom0 loads it only when a lab is named.
 LAB_BACKEND = Path("admin/labstore.py")
 # Units that say nothing of themselves (presets, sockets) go by their names.
@@ -124,7 +121,11 @@ def part_of_module(path: Path) -> str:
         return "lab"
     if path.parts[0] == "admin":
         return "dom0"
-    return "common" if len(path.parts) == 1 and path.stem in COMMON else "vm"
+    if path.parts[0] in ("common", "__init__.py") or (
+        path.parts[0] == "system" and path.stem in SYSTEM_IN_DOM0
+    ):
+        return "common"
+    return "vm"
 
 
 def _part_of_program(target: str) -> str:

@@ -11,7 +11,7 @@ class Abilities(NamedTuple):
     """Each is one thing that rules can ask for."""
 
     nft: bool = False
-    tunnel: bool = True
+    mux: bool = True
     proxy: bool = True
     limits: bool = True
 

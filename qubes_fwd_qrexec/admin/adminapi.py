@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, NamedTuple, Protocol
 
-from qubes_fwd_qrexec.errors import StoreError, TextError
-from qubes_fwd_qrexec.values import QubeName, parse_address, parse_qube_name
+from qubes_fwd_qrexec.common.errors import StoreError, TextError
+from qubes_fwd_qrexec.common.values import QubeName, parse_address, parse_qube_name
 
 from .answers import NotRunningError
 from .backend import BadNameError, check_feature_name

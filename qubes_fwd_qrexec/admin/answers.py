@@ -8,7 +8,7 @@ from contextlib import suppress
 from subprocess import TimeoutExpired
 from typing import IO, Protocol
 
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 
 # A trial of a forward takes up to 3 s in its qube, and a call some tenths of a second.
 ANSWER_TIMEOUT_S = 8.0

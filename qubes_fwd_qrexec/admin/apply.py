@@ -16,11 +16,11 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.allowance import Allowance, Calls
-from qubes_fwd_qrexec.config import parse_key
-from qubes_fwd_qrexec.errors import ConfigError, StoreError
-from qubes_fwd_qrexec.rules import NamedRule
-from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_printable
+from qubes_fwd_qrexec.common.allowance import Allowance, Calls
+from qubes_fwd_qrexec.common.config import parse_key
+from qubes_fwd_qrexec.common.errors import ConfigError, StoreError
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts, parse_printable
 
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile

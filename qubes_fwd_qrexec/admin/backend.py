@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX
-from qubes_fwd_qrexec.errors import StoreError, TextError
-from qubes_fwd_qrexec.values import QubeName, parse_printable
+from qubes_fwd_qrexec.common.config import KEY_MAX, VALUE_MAX
+from qubes_fwd_qrexec.common.errors import StoreError, TextError
+from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from .inventory import CONFIG_PREFIX, Inventory
 

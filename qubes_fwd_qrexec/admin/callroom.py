@@ -3,9 +3,9 @@
 
 from collections.abc import Iterable, Iterator
 
-from qubes_fwd_qrexec.config import CALLS_MAX
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.config import CALLS_MAX
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
 from .states import Forward
 
@@ -13,7 +13,7 @@ from .states import Forward
 def with_call_room(forwards: Iterable[Forward]) -> Iterator[Forward]:
     """Say it where an exposed qube has forwards for more calls than it makes at once.
 
-    Those of a tunnel to the same ports of a target share one; a rule over single calls needs one at least.
+    Those of a mux call to the same ports of a target share one; a rule over single calls needs one at least.
     """
     found = list(forwards)
     calls: dict[QubeName, set[tuple[QubeName, TargetPorts, object]]] = {}

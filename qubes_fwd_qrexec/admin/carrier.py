@@ -3,10 +3,10 @@
 
 from collections.abc import Collection
 
-from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
-from qubes_fwd_qrexec.errors import ConfigError
-from qubes_fwd_qrexec.rules import NO_LIMITS, ForwardRule, Mode, NamedRule, Proto, Proxy, Transport
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, Mode, NamedRule, Proto, Proxy, Transport
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .abilities import Abilities
 from .inventory import LINUX, OFFER_PREFIX, OS_FEATURE, Inventory, Qube
@@ -39,9 +39,9 @@ def check_abilities(rule: ForwardRule, abilities: Abilities) -> None:
             Cause.NOT_YET,
             f"The rule asks for proto=udp, which needs mode=nft, and {_NOT_YET}; only TCP works.",
         )
-    if rule.transport is Transport.TUNNEL and not abilities.tunnel:
+    if rule.transport is Transport.MUX and not abilities.mux:
         raise refused(
-            Cause.NOT_YET, f"The rule asks for transport=tunnel and {_NOT_YET}; use transport=call or auto."
+            Cause.NOT_YET, f"The rule asks for transport=mux and {_NOT_YET}; use transport=call or auto."
         )
     if rule.proxy is not Proxy.OFF and not abilities.proxy:
         raise refused(Cause.NOT_YET, f"The rule asks for proxy={rule.proxy} and {_NOT_YET}; use proxy=off.")
@@ -68,17 +68,17 @@ def carrier(
             f"{target} runs {system}, which has neither {Service.FORWARD_TCP} nor {Service.CONNECT_TCP}; "
             "name a target that runs Linux.",
         )
-    if not has_ours and (rule.transport is Transport.TUNNEL or rule.proxy is not Proxy.OFF):
-        asked = "proxy" if rule.proxy is not Proxy.OFF else "transport=tunnel"
+    if not has_ours and (rule.transport is Transport.MUX or rule.proxy is not Proxy.OFF):
+        asked = "proxy" if rule.proxy is not Proxy.OFF else "transport=mux"
         raise refused(
             Cause.NO_SERVICE,
             f"The rule asks for {asked} and {missing}; {way_out}, or leave {asked} out.",
         )
-    if rule.transport is not Transport.CALL and abilities.tunnel and has_ours:
-        why = "the rule says so" if rule.transport is Transport.TUNNEL else f"{target} offers our service"
-        return Service.FORWARD_TCP, Transport.TUNNEL, why
+    if rule.transport is not Transport.CALL and abilities.mux and has_ours:
+        why = "the rule says so" if rule.transport is Transport.MUX else f"{target} offers our service"
+        return Service.FORWARD_TCP, Transport.MUX, why
     if has_ours:
-        why = "the rule says so" if rule.transport is Transport.CALL else "this version has no tunnel yet"
+        why = "the rule says so" if rule.transport is Transport.CALL else "this version has no mux yet"
         return Service.FORWARD_TCP, Transport.CALL, why
     return (
         Service.CONNECT_TCP,
@@ -95,7 +95,7 @@ def listener_config(
     rule = named.rule
     if transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
         if service is Service.FORWARD_TCP:
-            way_out = "use transport=tunnel"
+            way_out = "use transport=mux"
         else:
             way_out = inventory.how_to_install(named.target)
         raise refused(

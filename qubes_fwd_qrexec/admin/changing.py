@@ -11,10 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from qubes_fwd_qrexec.config import Service
-from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
-from qubes_fwd_qrexec.options import Option
-from qubes_fwd_qrexec.rules import (
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.common.options import Option
+from qubes_fwd_qrexec.common.rules import (
     NO_LIMITS,
     BrokenRule,
     ForwardRule,
@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.rules import (
     OnExpire,
     Transport,
 )
-from qubes_fwd_qrexec.values import QubeName, Sources
+from qubes_fwd_qrexec.common.values import QubeName, Sources
 
 from .abilities import THIS_VERSION
 from .apply import Outcome, others
@@ -455,7 +455,7 @@ def warnings(forward: Forward) -> list[str]:
         )
     if forward.source.rule.proxy == "off":
         way_out = "see that it asks everybody for a password"
-        if THIS_VERSION.proxy and forward.transport is Transport.TUNNEL:
+        if THIS_VERSION.proxy and forward.transport is Transport.MUX:
             way_out += ", or tell it the client's address with proxy=v2"
         found.append(
             f"the server in {forward.source.target} sees all of these connections come from 127.0.0.1, "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO, cast
 
-from qubes_fwd_qrexec.errors import ForwardError
+from qubes_fwd_qrexec.common.errors import ForwardError
 
 from . import parser
 from .locate import open_backend

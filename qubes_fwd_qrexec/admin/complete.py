@@ -7,8 +7,8 @@ The words come from a line half typed: nothing here complains, and where nothing
 import argparse
 from collections.abc import Mapping, Sequence
 
-from qubes_fwd_qrexec.errors import ForwardError
-from qubes_fwd_qrexec.rules import ForwardRule, ForwardType, Mode, OnExpire, Proto, Proxy, Transport
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, OnExpire, Proto, Proxy, Transport
 
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
 from .locate import open_backend

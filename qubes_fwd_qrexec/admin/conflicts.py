@@ -9,8 +9,8 @@ first by name has it.
 
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.rules import NamedRule
-from qubes_fwd_qrexec.values import IPAddress, QubeName, RuleName
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import IPAddress, QubeName, RuleName
 
 
 class Conflict(NamedTuple):

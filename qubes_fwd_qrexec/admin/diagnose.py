@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import STATUS_SERVICE, ListenerConfig, Service
-from qubes_fwd_qrexec.report import Answer, Firewall, FirewallReport, QubeReport, Trial
-from qubes_fwd_qrexec.rules import BrokenRule, Proxy
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service
+from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport, Trial
+from qubes_fwd_qrexec.common.rules import BrokenRule, Proxy
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import policy
 from .answers import NO_SERVICE, REFUSED, AnswerError

@@ -5,11 +5,11 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from qubes_fwd_qrexec import exchange
-from qubes_fwd_qrexec.errors import RefusedError, RuleError, StoreError, TextError
-from qubes_fwd_qrexec.exchange import Document, Read
-from qubes_fwd_qrexec.rules import ForwardRule, NamedRule
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common import exchange
+from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.common.exchange import Document, Read
+from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .apply import Outcome, others
 from .inventory import DISPOSABLE, TUNNEL_FEATURE, Inventory
@@ -37,7 +37,7 @@ def export_rules(args: Namespace, session: Session) -> int:
     if form == "json":
         session.say_json(exchange.as_json(rules, tunnels))
     elif form == "xml":
-        from qubes_fwd_qrexec.rulexml import print_document
+        from qubes_fwd_qrexec.common.rulexml import print_document
 
         session.say(print_document(rules, tunnels))
     else:
@@ -133,7 +133,7 @@ def _read(form: str | None, text: str) -> Document:
         )
     form = form or ("xml" if first == "<" else "json" if first == "{" else "line")
     if form == "xml":
-        from qubes_fwd_qrexec.rulexml import parse_document
+        from qubes_fwd_qrexec.common.rulexml import parse_document
 
         return parse_document(text)
     return exchange.parse_json(text) if form == "json" else exchange.parse_lines(text)

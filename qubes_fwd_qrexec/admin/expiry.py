@@ -4,8 +4,8 @@
 import re
 import time
 
-from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.values import TIME_MAX, parse_number
+from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.common.values import TIME_MAX, parse_number
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _RELATIVE = re.compile(r"\+([0-9]{1,9})([smhdw]?)\Z", re.ASCII)

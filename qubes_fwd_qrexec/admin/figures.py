@@ -7,15 +7,15 @@ What a qube says is untrusted: `report` checks it, and nothing is decided by it.
 from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
-from qubes_fwd_qrexec.config import STATUS_SERVICE
-from qubes_fwd_qrexec.report import (
+from qubes_fwd_qrexec.common.report import (
     REPORT_MAX_BYTES,
     ForwardReport,
     ListenerReport,
     QubeReport,
     ReportError,
 )
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .answers import NO_SERVICE, AnswerError, NotRunningError
 from .backend import Backend
@@ -27,13 +27,13 @@ _AT_ONCE = 32
 class Figures(NamedTuple):
     """What a listener counts: ``connections`` are open now, the others were since it began.
 
-    ``problem`` is what keeps it from carrying connections, as far as it says so; ``tunnels`` is how many
-    tunnels the target has of it, or None where it was not asked or has not answered.
+    ``problem`` is what keeps it from carrying connections, as far as it says so; ``muxpool`` is how many
+    mux calls the target has of it, or None where it was not asked or has not answered.
     """
 
     report: ForwardReport
     problem: str | None = None
-    tunnels: int | None = None
+    mux_calls: int | None = None
     bugs: int = 0
     """Of the listener itself, of any of its forwards."""
     bugs_in_target: int = 0
@@ -47,7 +47,7 @@ class Figures(NamedTuple):
             "is_known": True,
             **self.report.as_json(),
             "problem": self.problem,
-            "tunnels_in_target": self.tunnels,
+            "mux_calls_in_target": self.mux_calls,
             "bugs": self.bugs,
             "bugs_in_target": self.bugs_in_target,
         }
@@ -120,19 +120,19 @@ class QubeFigures:
             return Unknown(f"{forward.exposed} does not have {forward.source} open{why}", True)
         if problem is None and forward.config is not None and forward.config.key in answer.firewall.waiting:
             problem = "its firewall lets nobody in to a port that the listener does not listen on"
-        tunnels = self._tunnels(forward)
-        return Figures(found, problem, tunnels, answer.listener.bugs, self._bugs_in_target(forward))
+        mux_calls = self._mux_calls(forward)
+        return Figures(found, problem, mux_calls, answer.listener.bugs, self._bugs_in_target(forward))
 
-    def _tunnels(self, forward: Forward) -> int | None:
+    def _mux_calls(self, forward: Forward) -> int | None:
         target = forward.source.target
-        if forward.config is None or forward.config.transport != "tunnel":
+        if forward.config is None or forward.config.transport != "mux":
             return None
         answer = self._ask(target)
         if isinstance(answer, AnswerError):
             return None
         ports = forward.config.target_ports
         return sum(
-            found.tunnels
+            found.mux_calls
             for found in answer.calls
             if found.source == forward.exposed
             and (found.ports.first, found.ports.last) == (ports.first, ports.last)

@@ -7,7 +7,7 @@ Nothing is decided here. The plan has decided; this says of every guard what it 
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import Service, Side
+from qubes_fwd_qrexec.common.config import Service, Side
 
 from . import policy
 from .backend import PolicyVerdict
@@ -170,4 +170,4 @@ def _calls(forward: Forward) -> set[tuple[str, ...]]:
     ports = forward.source.rule.target_ports
     ends = (str(forward.exposed), forward.source.target)
     calls = {(str(service), f"+{port}", *ends) for service in Service for port in ports}
-    return calls | {(str(Service.FORWARD_TCP), f"+{ports.brief()}+tunnel", *ends)}
+    return calls | {(str(Service.FORWARD_TCP), f"+{ports.brief()}+mux", *ends)}

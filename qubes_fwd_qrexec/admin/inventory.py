@@ -8,9 +8,9 @@ lead in a circle: the walks here are bounded and say what is wrong.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.config import Service, Side, is_forward_key
-from qubes_fwd_qrexec.rules import ForwardType
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.config import Service, Side, is_forward_key
+from qubes_fwd_qrexec.common.rules import ForwardType
+from qubes_fwd_qrexec.common.values import QubeName
 
 # Four are common, and qubesd itself forbids loops: the bound is for an inventory that lies.
 CHAIN_MAX = 32

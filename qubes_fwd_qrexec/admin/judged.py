@@ -7,8 +7,8 @@ in any file denies every call.
 
 from collections.abc import Iterable
 
-from qubes_fwd_qrexec.errors import ForwardError
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import policy
 from .backend import Backend, PolicyCall, PolicyVerdict

@@ -6,21 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import StoreError, why
+from qubes_fwd_qrexec.common.errors import StoreError, why
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
-from qubes_fwd_qrexec.values import QubeName
 
 from . import policy
-from .backend import (
-    ANY,
-    NEW,
-    ChangedError,
-    Changes,
-    PolicyCall,
-    PolicyFile,
-    PolicyVerdict,
-    check_feature,
-)
+from .backend import ANY, NEW, ChangedError, Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature
 from .inventory import Inventory, Qube, feature_matters, is_told
 
 _WATCH_NAME = "watch.lock"

@@ -4,10 +4,10 @@
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import parse_key
-from qubes_fwd_qrexec.errors import ConfigError
-from qubes_fwd_qrexec.report import QubeReport
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.config import parse_key
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.report import QubeReport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .apply import Kind, Step
 from .inventory import CONFIG_PREFIX, LISTENER_FEATURE, Inventory

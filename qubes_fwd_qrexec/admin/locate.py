@@ -4,7 +4,7 @@
 import os
 from collections.abc import Mapping
 
-from qubes_fwd_qrexec.errors import RefusedError
+from qubes_fwd_qrexec.common.errors import RefusedError
 
 from .backend import Backend
 

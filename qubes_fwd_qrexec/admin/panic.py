@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.errors import ForwardError
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import leftovers, policy
 from .apply import Outcome, differences

@@ -6,10 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from qubes_fwd_qrexec import __version__
-from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.options import one_of
-from qubes_fwd_qrexec.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
-from qubes_fwd_qrexec.values import ListenPorts, TargetPorts, parse_address, parse_printable, parse_qube_name
+from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.common.options import one_of
+from qubes_fwd_qrexec.common.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
+from qubes_fwd_qrexec.common.values import (
+    ListenPorts,
+    TargetPorts,
+    parse_address,
+    parse_printable,
+    parse_qube_name,
+)
 
 from .locate import LAB_VARIABLE
 from .store import parse_new_name

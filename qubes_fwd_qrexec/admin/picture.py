@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.config import Side
+from qubes_fwd_qrexec.common.config import Side
 
 from .guards import Guard, Verdict
 from .inventory import Inventory

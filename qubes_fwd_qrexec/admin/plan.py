@@ -8,30 +8,15 @@ are not asleep then claim their ports, and of two that claim the same the first 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from qubes_fwd_qrexec.config import Side
-from qubes_fwd_qrexec.rules import (
-    BrokenRule,
-    ForwardRule,
-    ForwardType,
-    Mode,
-    NamedRule,
-)
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, ForwardType, Mode, NamedRule
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .abilities import THIS_VERSION, Abilities
 from .callroom import with_call_room
 from .carrier import carrier, check_abilities, listener_config, mode_reason
 from .conflicts import Claims
-from .inventory import (
-    ADMIN,
-    DISPOSABLE,
-    QREXEC_FEATURE,
-    REMOTE,
-    TEMPLATE,
-    Chain,
-    Inventory,
-    Qube,
-)
+from .inventory import ADMIN, DISPOSABLE, QREXEC_FEATURE, REMOTE, TEMPLATE, Chain, Inventory, Qube
 from .states import Cause, Forward, Plan, State
 from .stops import Stop, command, refused
 from .twins import with_twins

@@ -9,11 +9,12 @@ import re
 import time
 from collections.abc import Container, Iterable, Iterator
 
-from qubes_fwd_qrexec.allowance import Calls
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE, Service
-from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import QubeName, TargetPorts, parse_qube_name, yes_no
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts, parse_qube_name, yes_no
 
 from .states import Forward
 
@@ -48,7 +49,7 @@ def calls_of(line: str) -> tuple[QubeName, Calls] | None:
         return None
     _, argument, source, target, *_ = words
     ports, _, kind = argument.removeprefix("+").partition("+")
-    if kind not in ("", Transport.TUNNEL):
+    if kind not in ("", Transport.MUX):
         return None
     try:
         return parse_qube_name(target), Calls(TargetPorts.parse(ports), parse_qube_name(source))
@@ -61,8 +62,8 @@ def lines(forward: Forward) -> tuple[str, ...]:
     config = forward.config
     if config is None:
         return ()
-    if config.transport is Transport.TUNNEL:
-        arguments = [f"{config.target_ports.brief()}+tunnel"]
+    if config.transport is Transport.MUX:
+        arguments = [f"{config.target_ports.brief()}+mux"]
     else:
         arguments = [str(port) for port in config.target_ports]
     autostart = yes_no(forward.source.rule.autostart)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from subprocess import CalledProcessError
 from typing import Protocol
 
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 
 from . import policy
 from .backend import ANY, NEW, ChangedError, PolicyFile

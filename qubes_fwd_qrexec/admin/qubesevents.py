@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.inotify import Inotify
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.system.inotify import Inotify
 
 from .inventory import feature_matters
 

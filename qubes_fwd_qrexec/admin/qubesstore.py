@@ -14,8 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import policy
 from .adminapi import AdminApi

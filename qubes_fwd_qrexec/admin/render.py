@@ -6,7 +6,7 @@ Text that was stored by others is escaped here, so that no terminal acts on it. 
 
 from collections.abc import Callable, Iterable, Sequence
 
-from qubes_fwd_qrexec.rules import BrokenRule
+from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from .expiry import distance, print_expire
 from .states import Forward, Plan, Role, State

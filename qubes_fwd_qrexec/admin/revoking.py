@@ -9,18 +9,19 @@ with its lease whatever becomes of this.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, ListenerConfig, Service
-from qubes_fwd_qrexec.errors import ConfigError, StoreError, TextError
-from qubes_fwd_qrexec.rules import OnExpire, Transport
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service
+from qubes_fwd_qrexec.common.errors import ConfigError, StoreError, TextError
+from qubes_fwd_qrexec.common.rules import OnExpire, Transport
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
 from . import policy
 from .answers import NO_SERVICE, AnswerError, NotRunningError
 from .backend import Backend
 from .inventory import ADMIN, CONFIG_PREFIX, OFFER_PREFIX, TEMPLATE, Inventory
 
-# How long a mux call goes on without dom0 being asked: `tunnelservice.LEASE_S` of the target.
+# How long a mux call goes on without dom0 being asked: `muxservice.LEASE_S` of the target.
 LEASE_S = 300
 # How long connections may go on whose rule ended with on-expire=drain.
 DRAIN_S = 3600
@@ -131,9 +132,9 @@ def drains(inventory: Inventory) -> dict[tuple[QubeName, Calls], int]:
             config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
         except ConfigError:
             continue
-        is_tunnel = config.transport is Transport.TUNNEL
+        is_mux = config.transport is Transport.MUX
         single = (TargetPorts(port, port) for port in config.target_ports)
-        for ports in [config.target_ports] if is_tunnel else single:
+        for ports in [config.target_ports] if is_mux else single:
             endings.setdefault((config.target, Calls(ports, exposed)), set()).add(config.on_expire)
     return {call: DRAIN_S for call, said in endings.items() if said == {OnExpire.DRAIN}}
 

@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TextIO
 
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError
-from qubes_fwd_qrexec.rules import BrokenRule, NamedRule
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, StoreError
+from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import policy
 from .apply import Kind, Outcome, carry_out, differences

@@ -5,7 +5,7 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from qubes_fwd_qrexec.rules import BrokenRule
+from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import policy, render
 from .apply import differences

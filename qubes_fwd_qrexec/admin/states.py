@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import ListenerConfig, Service, Side
-from qubes_fwd_qrexec.rules import BrokenRule, Mode, NamedRule, Transport
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, Transport
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .conflicts import Conflict
 

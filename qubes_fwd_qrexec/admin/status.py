@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .apply import Step, differences
 from .backend import PolicyVerdict

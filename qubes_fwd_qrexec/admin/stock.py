@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.config import Service
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import policy
 from .answers import NO_SERVICE, AnswerError, NotRunningError

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What stops a rule: its state, the cause, a sentence, and the commands that are a way out."""
 
-from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.common.rules import NamedRule
 
 from .states import Cause, State
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.errors import RuleError, TextError
-from qubes_fwd_qrexec.rules import BrokenRule, ForwardRule, NamedRule
-from qubes_fwd_qrexec.values import QubeName, RuleName, parse_rule_name
+from qubes_fwd_qrexec.common.errors import RuleError, TextError
+from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, parse_rule_name
 
 from .inventory import TUNNEL_FEATURE, Inventory
 

@@ -9,9 +9,9 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.errors import RefusedError
-from qubes_fwd_qrexec.rules import OnExpire
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.rules import OnExpire
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .apply import Outcome, others
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark

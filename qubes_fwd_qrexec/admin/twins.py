@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .states import Forward
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.config import Service
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .answers import AnswerError
 from .backend import Backend

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.errors import ForwardError, StoreError
-from qubes_fwd_qrexec.notify import notify
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
+from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.system.notify import notify
 
 from . import policy
 from .apply import Outcome

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import StoreError, why
+from qubes_fwd_qrexec.common.errors import StoreError, why
 
 # Who asks has it for microseconds.
 _BUSY_S = 1.0

@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
-from qubes_fwd_qrexec.errors import RefusedError, StoreError
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import RefusedError, StoreError
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import shortclient
 from .directory import LabDirectory, QubeDirectory, write_text

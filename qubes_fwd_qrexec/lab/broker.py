@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import trio
 
-from qubes_fwd_qrexec.errors import ForwardError, StoreError, leaves
-from qubes_fwd_qrexec.relaythread import RelayThread, open_relay_thread
+from qubes_fwd_qrexec.common.errors import ForwardError, StoreError, leaves
+from qubes_fwd_qrexec.relay.thread import RelayThread, open_relay_thread
 
 from . import wire
 from .agents import AgentProcess, Agents, open_agents
@@ -26,14 +26,7 @@ from .inhabitants import end_inhabitants
 from .join import CallerEnds, Join
 from .places import Places
 from .qube import Qube, QubeState
-from .requests import (
-    CallRefusedError,
-    bind_packets,
-    cancel_at_end,
-    parse_request,
-    receive_call,
-    send_quietly,
-)
+from .requests import CallRefusedError, bind_packets, cancel_at_end, parse_request, receive_call, send_quietly
 from .room import NoVchanError, Room
 from .services import Executable, ServiceMissingError, ServiceUnusableError, find_service
 from .started import Started, agents_environment, connect_service, start_process

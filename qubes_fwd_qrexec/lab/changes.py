@@ -14,8 +14,8 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.inotify import (
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.system.inotify import (
     IN_CREATE,
     IN_DELETE_SELF,
     IN_IGNORED,

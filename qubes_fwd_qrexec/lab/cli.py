@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from qubes_fwd_qrexec import __version__
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, TextError, why
+from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, TextError, why
 
 from .directory import LabDirectory
 from .knobs import KNOBS

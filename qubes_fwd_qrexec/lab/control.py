@@ -11,8 +11,8 @@ from typing import Any
 
 import trio
 
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError, why
-from qubes_fwd_qrexec.unixsockets import socket_address
+from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, StoreError, why
+from qubes_fwd_qrexec.system.unixsockets import socket_address
 
 from .broker import Broker
 from .directory import LabDirectory

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import trio
 
-from qubes_fwd_qrexec.errors import ForwardError, RefusedError, StoreError, leaves
+from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, StoreError, leaves
 
 from . import netns
 from .broker import open_broker

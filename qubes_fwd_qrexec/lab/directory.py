@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX
-from qubes_fwd_qrexec.errors import StoreError, TextError, why
-from qubes_fwd_qrexec.values import QubeName, parse_printable, parse_qube_name
+from qubes_fwd_qrexec.common.config import KEY_MAX, VALUE_MAX
+from qubes_fwd_qrexec.common.errors import StoreError, TextError, why
+from qubes_fwd_qrexec.common.values import QubeName, parse_printable, parse_qube_name
 
 from .knobs import Knobs
 from .qube import Qube, QubeState

@@ -13,8 +13,8 @@ from contextlib import ExitStack, suppress
 
 import trio
 
-from qubes_fwd_qrexec.relay import Copy, CopyEnd
-from qubes_fwd_qrexec.relaythread import RelayThread
+from qubes_fwd_qrexec.relay.copy import Copy, CopyEnd
+from qubes_fwd_qrexec.relay.thread import RelayThread
 
 from . import wire
 from .started import ConnectedSocket, Started, StartedProcess

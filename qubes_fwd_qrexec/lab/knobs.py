@@ -8,8 +8,8 @@ state but an act: `qubes_fwd_qrexec.lab.control` has it.
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from qubes_fwd_qrexec.errors import StoreError, TextError
-from qubes_fwd_qrexec.values import parse_number
+from qubes_fwd_qrexec.common.errors import StoreError, TextError
+from qubes_fwd_qrexec.common.values import parse_number
 
 # Measured on qrexec 4.4: 127 calls held, the next one refused with status 126 (ports are handed out in steps
 # of two from 256, daemon/qrexec-daemon.c). Stock 4.3 manages 10 to 25.

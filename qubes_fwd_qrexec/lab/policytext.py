@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import ForwardError, why
+from qubes_fwd_qrexec.common.errors import ForwardError, why
 
 # qrexec/__init__.py, RPCNAME_ALLOWED_CHARSET, and parser.py, FILENAME_ALLOWED_CHARSET.
 _CALL_TEXT = re.compile(r"[A-Za-z0-9+._-]*\Z", re.ASCII)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self, TypeVar
 
-from qubes_fwd_qrexec.errors import StoreError, TextError
-from qubes_fwd_qrexec.values import QubeName, parse_address, parse_qube_name
+from qubes_fwd_qrexec.common.errors import StoreError, TextError
+from qubes_fwd_qrexec.common.values import QubeName, parse_address, parse_qube_name
 
 _E = TypeVar("_E", bound=StrEnum)
 

@@ -8,10 +8,10 @@ import argparse
 import re
 import subprocess
 
-from qubes_fwd_qrexec.accepting import address_text
-from qubes_fwd_qrexec.errors import TextError
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import IPAddress, parse_address, parse_port
+from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import IPAddress, parse_address, parse_port
+from qubes_fwd_qrexec.relay.acceptloop import address_text
 
 from .daemon import Network
 from .session import LabSession, SessionError, ended_by_signals, open_session

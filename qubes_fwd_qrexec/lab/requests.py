@@ -14,8 +14,8 @@ from pathlib import Path
 
 import trio
 
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.unixsockets import socket_address
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.system.unixsockets import socket_address
 
 from . import wire
 from .evaluator import Request

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
-from qubes_fwd_qrexec.errors import TextError
+from qubes_fwd_qrexec.common.errors import TextError
 
 _KEY = re.compile(r"([A-Za-z][A-Za-z0-9._-]*)[ \t]*=[ \t]*", re.ASCII)
 _VALUE = re.compile(r"(?:(true|false)|(0|[1-9][0-9]*)|'([^']*)')[ \t]*(?:#.*)?\Z", re.ASCII)

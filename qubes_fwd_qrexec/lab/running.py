@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .blueprint import create_lab
 from .broker import Broker, open_broker

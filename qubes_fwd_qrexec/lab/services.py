@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import ForwardError, TextError
-from qubes_fwd_qrexec.values import parse_port
+from qubes_fwd_qrexec.common.errors import ForwardError, TextError
+from qubes_fwd_qrexec.common.values import parse_port
 
 from .rpcconfig import RpcConfig
 

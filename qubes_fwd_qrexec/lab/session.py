@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import ForwardError, StoreError
-from qubes_fwd_qrexec.unixsockets import SOCKET_PATH_MAX
+from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
+from qubes_fwd_qrexec.system.unixsockets import SOCKET_PATH_MAX
 
 from . import control, daemon
 from .blueprint import create_lab

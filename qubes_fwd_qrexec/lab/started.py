@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from qubes_fwd_qrexec.callnotes import DIRECTORY_VARIABLE
-from qubes_fwd_qrexec.statusservice import FIREWALL_STATE_VARIABLE, LISTENER_DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.target.statusservice import FIREWALL_STATE_VARIABLE, LISTENER_DIRECTORY_VARIABLE
 
 from .agents import AgentProcess
 from .directory import QubeDirectory

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 
 from .evaluator import Allow, Ask, Deny, Domain, Request, System, Verdict, evaluate
 from .policytext import PolicyTextError, load_policy

@@ -10,8 +10,8 @@ import os
 import uuid
 from pathlib import Path
 
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .directory import QUBE_FILE, LabDirectory
 from .evaluator import ADMIN_UUID, Deny, Domain, Request, System, Verdict

@@ -18,7 +18,7 @@ import fake_policy
 import pytest
 from fake_policy import FakeParser, FakePolicyClient, unexpected
 
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 

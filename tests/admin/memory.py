@@ -11,9 +11,9 @@ from qubes_fwd_qrexec.admin.apply import Outcome, Step, carry_out, differences
 from qubes_fwd_qrexec.admin.backend import ANY, NEW, Backend, ChangedError, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.rules import NamedRule
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import QubeName
 
 
 class Memory:

@@ -18,9 +18,9 @@ from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.watch import QUIET_S, TICK_S, Watcher
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.values import QubeName
 
 Act = Callable[[], object]
 END: Act = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731

@@ -22,10 +22,10 @@ from fake_policy import FakePolicyClient
 
 from qubes_fwd_qrexec.admin.adminapi import AdminApi, Listed, parse_list, parse_properties, to_qube
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
-from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
 LISTED = Listed(WORK, "AppVM", True)

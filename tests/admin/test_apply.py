@@ -7,7 +7,7 @@ from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, carry_out
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.values import QubeName
 
 CONFIG = "vm-config.fwd.work.web"
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
@@ -22,7 +22,7 @@ def test_opening_writes_policy_before_the_listener() -> None:
     assert "srcports=80-80 dstports=8080-8080" in backend.qubes[QubeName("sys-net")][CONFIG]
 
 
-def test_closing_writes_policy_then_ends_tunnels_then_tells_the_listener() -> None:
+def test_closing_writes_policy_then_ends_mux_calls_then_tells_the_listener() -> None:
     backend = Memory(world())
     applied(backend, WEB)
     applied(backend)
@@ -193,10 +193,10 @@ def test_steps_in_words_and_json() -> None:
     first = steps(backend, WEB)
     value = backend_value = first[1].value
     assert [word for step in first for word in step.words()] == [
-        "policy: from now on qubes.ForwardTCP +8080+tunnel sys-net work allow autostart=no notify=no",
+        "policy: from now on qubes.ForwardTCP +8080+mux sys-net work allow autostart=no notify=no",
         f"sys-net: listen for fwd.work.web: {value}",
     ]
-    line = "qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow  autostart=no  notify=no"
+    line = "qubes.ForwardTCP  +8080+mux  sys-net  work  allow  autostart=no  notify=no"
     assert [step.as_json() for step in first] == [
         {"step": "open-policy", "remove": [], "add": [line]},
         {"step": "set-config", "qube": "sys-net", "feature": CONFIG, "was": None, "value": backend_value},
@@ -206,7 +206,7 @@ def test_steps_in_words_and_json() -> None:
     assert changed[0].words()[0].startswith("sys-net: change how it listens for fwd.work.web: version=1")
     gone = steps(backend)
     assert [word for step in gone for word in step.words()] == [
-        "policy: no longer qubes.ForwardTCP +8080+tunnel sys-net work allow autostart=no notify=no",
+        "policy: no longer qubes.ForwardTCP +8080+mux sys-net work allow autostart=no notify=no",
         "work: end connections of sys-net to port 8080",
         "sys-net: stop listening for fwd.work.web",
     ]

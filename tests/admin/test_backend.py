@@ -8,12 +8,12 @@ import pytest
 from qubes_fwd_qrexec.admin import qubesstore
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
 from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.config import KEY_MAX, VALUE_MAX
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.config import KEY_MAX, VALUE_MAX
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeClass, QubeState
-from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
 
@@ -128,8 +128,8 @@ def test_what_just_fits_is_set(store: Backend, lab: LabDirectory) -> None:
     assert lab.features("work").keys() == {key}
 
 
-CALL = PolicyCall("qubes.ForwardTCP", "+80+tunnel", QubeName("sys-net"), WORK)
-LINE = "qubes.ForwardTCP  +80+tunnel  sys-net  work"
+CALL = PolicyCall("qubes.ForwardTCP", "+80+mux", QubeName("sys-net"), WORK)
+LINE = "qubes.ForwardTCP  +80+mux  sys-net  work"
 
 
 def test_a_verdict_is_that_of_the_whole_policy(store: Backend, lab: LabDirectory) -> None:
@@ -138,7 +138,7 @@ def test_a_verdict_is_that_of_the_whole_policy(store: Backend, lab: LabDirectory
     assert store.verdicts([CALL])[0].is_allowed is True
     lab.set_state("work", QubeState.HALTED)
     assert store.verdicts([CALL])[0].is_allowed is True  # as if it ran
-    assert store.verdicts([CALL._replace(argument="+81+tunnel")])[0].is_allowed is False
+    assert store.verdicts([CALL._replace(argument="+81+mux")])[0].is_allowed is False
     before = lab.policy_dir / "20-before.policy"
     before.write_text(f"{LINE}  ask\n")
     assert store.verdicts([CALL])[0].is_allowed is False

@@ -4,8 +4,8 @@
 from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.config import CALLS_MAX
-from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.common.config import CALLS_MAX
+from qubes_fwd_qrexec.common.rules import NamedRule
 
 
 def hints(rules: list[NamedRule]) -> list[str]:
@@ -23,7 +23,7 @@ def rules(count: int, dstports: str = "", transport: str = "") -> list[NamedRule
     ]
 
 
-def test_as_many_tunnels_as_there_are_calls_fit_and_one_more_is_said() -> None:
+def test_as_many_mux_calls_as_there_are_calls_fit_and_one_more_is_said() -> None:
     assert hints(rules(CALLS_MAX)) == []
     (hint,) = hints(rules(CALLS_MAX + 1))
     assert hint.startswith(

@@ -10,9 +10,9 @@ import pytest
 from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.values import QubeName
 
 Forward = Callable[..., Any]
 
@@ -39,7 +39,7 @@ def test_add_opens_and_says_for_whom(forward: Forward, lab: LabDirectory) -> Non
     )
     assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
     policy = (lab.policy_dir / "30-forward.policy").read_text()
-    assert "qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow  autostart=no  notify=no\n" in policy
+    assert "qubes.ForwardTCP  +8080+mux  sys-net  work  allow  autostart=no  notify=no\n" in policy
 
 
 def test_add_takes_all_options(forward: Forward, lab: LabDirectory) -> None:
@@ -83,10 +83,10 @@ REFUSED = [
     (
         ("add", "work", "81", "--from", "any", "--proxy", "v2", "--transport", "call"),
         2,
-        "use transport=tunnel",
+        "use transport=mux",
     ),
     (("add", "personal", "81", "--from", "any", "--proxy", "v2"), 1, "leave proxy out"),
-    (("add", "personal", "81", "--from", "any", "--transport", "tunnel"), 1, "leave transport=tunnel out"),
+    (("add", "personal", "81", "--from", "any", "--transport", "mux"), 1, "leave transport=mux out"),
     (("add", "gone", "80", "--from", "any"), 1, "There is no qube gone"),
     (("add", "dom0", "80", "--from", "any"), 1, "is the administrative qube"),
     (("add", "vault", "80", "--from", "any"), 1, "--via QUBE"),
@@ -231,7 +231,7 @@ def test_remove_leaves_nothing_behind(forward: Forward, lab: LabDirectory) -> No
     assert content(lab) == before
 
 
-def test_a_dry_run_shows_which_tunnels_would_end(forward: Forward) -> None:
+def test_a_dry_run_shows_which_mux_calls_would_end(forward: Forward) -> None:
     forward(*ADD)
     forward("remove", "work", "web", "--no-apply")
     assert "\n  work: end connections of sys-net to port 8080\n" in forward("apply", "--dry-run").out
@@ -247,9 +247,7 @@ def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) 
     assert "is stored; 'qvm-forward apply' puts it in force. Then: Connections to port 80" in result.out
     assert lab.vm_config("sys-net") == {}
     dry = forward("apply", "--dry-run")
-    assert dry.out.startswith(
-        "This would change:\n  policy: from now on qubes.ForwardTCP +8080+tunnel sys-net"
-    )
+    assert dry.out.startswith("This would change:\n  policy: from now on qubes.ForwardTCP +8080+mux sys-net")
     assert lab.vm_config("sys-net") == {}
     assert forward("apply").out.startswith("Changed:\n")
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
@@ -264,7 +262,7 @@ def test_single_calls_come_with_a_note_of_what_a_socket_service_cannot_tell(forw
     )
     assert note in forward(*ADD, "--transport", "call").out
     assert note not in forward("set", "work", "web", "comment=x").out
-    forward("set", "work", "web", "transport=tunnel")
+    forward("set", "work", "web", "transport=mux")
     assert note in forward("set", "work", "web", "transport=call").out
 
 
@@ -362,7 +360,7 @@ def test_what_cannot_be_delivered_is_said_and_closed_again_and_apply_finishes(
     result = forward(*ADD)
     assert (result.status, result.out) == (1, "")
     assert "the rules are changed, but not everything could be done" in result.err
-    assert "Done: policy: from now on qubes.ForwardTCP +8080+tunnel sys-net" in result.err
+    assert "Done: policy: from now on qubes.ForwardTCP +8080+mux sys-net" in result.err
     assert "Not done: sys-net: listen for fwd.work.web" in result.err
     assert "is closed in dom0's policy" in result.err
     assert "+8080" not in (lab.policy_dir / "30-forward.policy").read_text()
@@ -426,7 +424,7 @@ def test_a_running_target_keeps_its_transport_until_it_starts_again(
     assert "shut personal down and start it again" in forward("plan", "personal").out
     change(lab, "personal", state=QubeState.HALTED)
     forward("apply")
-    assert "transport=tunnel" in lab.vm_config("sys-net")["fwd.personal.web"]
+    assert "transport=mux" in lab.vm_config("sys-net")["fwd.personal.web"]
     change(lab, "personal", state=QubeState.RUNNING)
     assert "Nothing to change" in forward("apply").out
-    assert "transport=tunnel" in lab.vm_config("sys-net")["fwd.personal.web"]
+    assert "transport=mux" in lab.vm_config("sys-net")["fwd.personal.web"]

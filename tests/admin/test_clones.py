@@ -8,9 +8,9 @@ from worlds import ADD, NOW, Command, qube, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, State
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeClass
-from qubes_fwd_qrexec.values import QubeName
 
 
 def clone(lab: LabDirectory, source: str, name: str, klass: QubeClass = QubeClass.APP) -> None:
@@ -86,7 +86,7 @@ def test_a_disposable_can_have_a_forward_of_its_own(forward: Command, lab: LabDi
     assert "'qvm-forward confirm disp42 web' makes it one of disp42" in told
     assert "Rule work web has port 80 of sys-net already" in forward("confirm", "disp42", "web").err
     assert forward("add", "disp42", "81:8080", "--from", "any").status == 0
-    assert "+8080+tunnel  sys-net  disp42  allow" in policy(lab)
+    assert "+8080+mux  sys-net  disp42  allow" in policy(lab)
 
 
 @pytest.mark.parametrize(("klass", "state"), [("DispVM", State.SUSPENDED), ("AppVM", State.ACTIVE)])
@@ -115,4 +115,4 @@ def test_a_renamed_qube_keeps_its_rules_suspended_until_confirmed(
     forward("apply")
     assert "  allow  " not in policy(lab)
     assert forward("confirm", "office", "web").status == 0
-    assert "+8080+tunnel  sys-net  office  allow" in policy(lab)
+    assert "+8080+mux  sys-net  office  allow" in policy(lab)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from worlds import ADD, Command, content, rule
 
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.values import QubeName
 
 OTHER = ("add", "vault", "--from", "any", "--name", "x")
 TAKEN = "Rule work web has port 80 of sys-net already"

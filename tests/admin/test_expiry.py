@@ -5,7 +5,7 @@ import pytest
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin.expiry import distance, parse_expire, print_expire
-from qubes_fwd_qrexec.errors import TextError
+from qubes_fwd_qrexec.common.errors import TextError
 
 
 @pytest.mark.parametrize(

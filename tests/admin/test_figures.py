@@ -9,7 +9,7 @@ from worlds import only, rule
 
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.figures import Figures, QubeFigures, Unknown
-from qubes_fwd_qrexec.report import (
+from qubes_fwd_qrexec.common.report import (
     REPORT_MAX_BYTES,
     CallsReport,
     FirewallReport,
@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.report import (
     QubeReport,
     dump,
 )
-from qubes_fwd_qrexec.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
 FORWARD = only(rule())
 
@@ -53,21 +53,21 @@ def listening(
     return dump(QubeReport(program="1", listener=listener, firewall=firewall).as_json())
 
 
-def tunnels(*found: CallsReport) -> bytes:
+def mux_calls(*found: CallsReport) -> bytes:
     return dump(QubeReport(program="1", listener_problem="no listener", calls=found).as_json())
 
 
 MISSING = AnswerError("x", 127)
 
 
-def test_figures_are_those_of_the_listener_and_of_the_targets_tunnels() -> None:
+def test_figures_are_those_of_the_listener_and_of_the_targets_mux_calls() -> None:
     ports = TargetPorts(80, 80)
-    mine = CallsReport(source=QubeName("sys-net"), ports=ports, tunnels=2)
+    mine = CallsReport(source=QubeName("sys-net"), ports=ports, mux_calls=2)
     others = (
-        CallsReport(source=QubeName("other"), ports=ports, tunnels=5),
-        CallsReport(source=mine.source, ports=TargetPorts(80, 81), tunnels=7),
+        CallsReport(source=QubeName("other"), ports=ports, mux_calls=5),
+        CallsReport(source=mine.source, ports=TargetPorts(80, 81), mux_calls=7),
     )
-    assert figures(sys_net=listening(REPORT), work=tunnels(mine, *others)) == Figures(REPORT, None, 2)
+    assert figures(sys_net=listening(REPORT), work=mux_calls(mine, *others)) == Figures(REPORT, None, 2)
     assert figures(sys_net=listening(REPORT), work=MISSING) == Figures(REPORT, None, None)
 
 
@@ -97,7 +97,7 @@ def test_who_cannot_be_asked_is_unknown_for_that_reason(answer: bytes | AnswerEr
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (tunnels(), "sys-net: no listener"),
+        (mux_calls(), "sys-net: no listener"),
         (listening(), "sys-net does not have work web open"),
         (
             listening(problems=(Problem("fwd.work.web", "the port is in use"), Problem("fwd.work.x", "y"))),
@@ -111,18 +111,18 @@ def test_a_listener_without_the_forward_is_trouble(answer: bytes, reason: str) -
 
 def test_a_forward_that_is_open_in_part_has_figures_and_a_problem() -> None:
     part = replace(REPORT, is_listening=False)
-    found = figures(sys_net=listening(part), work=tunnels())
+    found = figures(sys_net=listening(part), work=mux_calls())
     assert found == Figures(part, "not all of its ports are open", 0)
     problems = (Problem("fwd.work.web", "refused"),)
-    found = figures(sys_net=listening(REPORT, problems=problems), work=tunnels())
+    found = figures(sys_net=listening(REPORT, problems=problems), work=mux_calls())
     assert found == Figures(REPORT, "refused", 0)
 
 
 def test_a_forward_that_the_firewall_keeps_shut_for_its_listener_has_a_problem() -> None:
     words = "its firewall lets nobody in to a port that the listener does not listen on"
     for waiting, problem in ((("fwd.work.x", "fwd.work.web"), words), (("fwd.work.x",), None)):
-        found = figures(sys_net=listening(REPORT, waiting=waiting), work=tunnels())
+        found = figures(sys_net=listening(REPORT, waiting=waiting), work=mux_calls())
         assert found == Figures(REPORT, problem, 0)
     problems = (Problem("fwd.work.web", "refused"),)
     answer = listening(REPORT, problems=problems, waiting=("fwd.work.web",))
-    assert figures(sys_net=answer, work=tunnels()) == Figures(REPORT, "refused", 0)
+    assert figures(sys_net=answer, work=mux_calls()) == Figures(REPORT, "refused", 0)

@@ -10,10 +10,10 @@ from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin import stock
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.common.report import QubeReport
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.report import QubeReport
-from qubes_fwd_qrexec.values import QubeName
 
 NOTHING = json.dumps(QubeReport(program="1").as_json()).encode()
 

@@ -8,7 +8,7 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.guards import Guard, guards
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.common.rules import NamedRule
 
 AGREED = "path=sys-firewall,sys-net"
 
@@ -137,7 +137,7 @@ def test_policy_that_is_not_written_yet_stops_a_live_forward() -> None:
     )
 
 
-@pytest.mark.parametrize("call", ["qubes.ForwardTCP +80+tunnel", "qubes.ConnectTCP +80"])
+@pytest.mark.parametrize("call", ["qubes.ForwardTCP +80+mux", "qubes.ConnectTCP +80"])
 def test_policy_that_still_allows_what_is_closed_is_noted(call: str) -> None:
     line = f"{call} sys-net work allow autostart=no notify=no\n"
     guard = found(rule("enabled=no"), installed=line)["policy"]

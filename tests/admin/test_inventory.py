@@ -5,9 +5,9 @@ import pytest
 from worlds import qube, world
 
 from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory, feature_matters
-from qubes_fwd_qrexec.config import Side
-from qubes_fwd_qrexec.rules import ForwardType
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.rules import ForwardType
+from qubes_fwd_qrexec.common.values import QubeName
 
 WORK = QubeName("work")
 

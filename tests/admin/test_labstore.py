@@ -10,12 +10,12 @@ from qubes_fwd_qrexec.admin import answers
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.config import STATUS_SERVICE
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.running import open_lab
-from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
 

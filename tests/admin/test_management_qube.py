@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_admin import METHODS
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Domain, Request, System, Verdict, evaluate
 from qubes_fwd_qrexec.lab.policytext import PolicyRule, parse_policy
 

@@ -10,9 +10,9 @@ from worlds import Command, rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, carry_out
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.rules import NamedRule
 
 CLOSED = policy.text((), None)
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")

@@ -72,7 +72,7 @@ def test_everything_is_closed_and_the_rules_are_kept(
 
 def test_what_another_policy_file_allows_is_still_open(forward: Command, opened: LabDirectory) -> None:
     mine = opened.policy_dir / "20-mine.policy"
-    mine.write_text("qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow\n")
+    mine.write_text("qubes.ForwardTCP  +8080+mux  sys-net  work  allow\n")
     result = forward("panic")
     assert result.status == 1
     assert result.out.startswith("NOT EVERYTHING IS CLOSED.\n")
@@ -297,7 +297,7 @@ def test_what_is_opened_after_the_last_write_is_seen(opened: LabDirectory, panic
 
     result = panic(Faulty(opened, before=interfere))
     assert result.status == 1
-    assert "still open: policy: qubes.ForwardTCP +8080+tunnel sys-net work allow" in result.err
+    assert "still open: policy: qubes.ForwardTCP +8080+mux sys-net work allow" in result.err
 
 
 @pytest.mark.parametrize(

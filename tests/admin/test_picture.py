@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.admin.guards import Guard, Verdict, guards
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.tables import Style
-from qubes_fwd_qrexec.rules import NamedRule
+from qubes_fwd_qrexec.common.rules import NamedRule
 
 
 def drawn(
@@ -31,10 +31,10 @@ def drawn(
 
 WEB = rule("dstports=8080 srchosts=192.168.0.0/16")
 WIDE = """\
-  +----------------+          +---------+           +----------------+
-  | LAN            |  outer   | sys-net |  tunnel   | work           |
-  | 192.168.0.0/16 | -------> | port 80 | ========> | 127.0.0.1:8080 |
-  +----------------+          +---------+           +----------------+
+  +----------------+          +---------+        +----------------+
+  | LAN            |  outer   | sys-net |  mux   | work           |
+  | 192.168.0.0/16 | -------> | port 80 | =====> | 127.0.0.1:8080 |
+  +----------------+          +---------+        +----------------+
 """
 NARROW = """\
   +----------------+
@@ -47,7 +47,7 @@ NARROW = """\
   | sys-net |
   | port 80 |
   +---------+
-    # tunnel
+    # mux
     v
   +----------------+
   | work           |
@@ -58,8 +58,8 @@ NARROW = """\
 
 def test_the_way_of_an_open_forward() -> None:
     # The sys-net of a real system provides network.
-    assert drawn(WEB) == drawn(WEB, 70) == WIDE
-    assert drawn(WEB, 69) == NARROW
+    assert drawn(WEB) == drawn(WEB, 67) == WIDE
+    assert drawn(WEB, 66) == NARROW
 
 
 def test_a_closed_forward_is_cut_and_says_why() -> None:
@@ -81,7 +81,7 @@ def test_without_policy_the_call_is_cut_and_the_port_open() -> None:
 
 @pytest.mark.parametrize(
     ("name", "row"),
-    [("sys-net", "---X---> | port 80 | ====X===> |"), ("work", "---> | port 80 | ====X===> |")],
+    [("sys-net", "---X---> | port 80 | ==X==> |"), ("work", "---> | port 80 | ==X==> |")],
 )
 def test_a_halted_qube_says_so_and_cuts_what_needs_it(name: str, row: str) -> None:
     known = world().qubes[next(key for key in world().qubes if key == name)]

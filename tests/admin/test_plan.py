@@ -9,11 +9,11 @@ from worlds import NOW, OURS, only, qube, rule, world
 from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
-from qubes_fwd_qrexec.config import Service, Side
-from qubes_fwd_qrexec.rules import BrokenRule, Mode, Transport
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.config import Service, Side
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-ALL = Abilities(nft=True, tunnel=True, proxy=True, limits=True)
+ALL = Abilities(nft=True, mux=True, proxy=True, limits=True)
 
 
 def test_external_is_the_outermost_and_internal_the_nearest_netvm() -> None:
@@ -45,7 +45,7 @@ def test_auto_becomes_a_tunnel_where_the_target_has_our_service() -> None:
     forward = only(rule())
     assert (forward.mode, forward.transport, forward.service) == (
         Mode.QREXEC,
-        Transport.TUNNEL,
+        Transport.MUX,
         Service.FORWARD_TCP,
     )
     assert forward.mode_reason == "mode=auto, and this version has no nft mode"
@@ -53,17 +53,17 @@ def test_auto_becomes_a_tunnel_where_the_target_has_our_service() -> None:
     assert only(rule("srcports=1-65535")).state is State.ACTIVE
 
 
-@pytest.mark.parametrize("asked", ["tunnel", "call"])
+@pytest.mark.parametrize("asked", ["mux", "call"])
 def test_our_service_is_used_as_the_rule_says(asked: str) -> None:
     forward = only(rule(f"transport={asked}"))
     assert (forward.transport, forward.service) == (Transport(asked), Service.FORWARD_TCP)
     assert forward.transport_reason == "the rule says so"
 
 
-@pytest.mark.parametrize("asked", ["", "transport=tunnel"])
+@pytest.mark.parametrize("asked", ["", "transport=mux"])
 def test_the_tunnel_carries_who_the_client_is(asked: str) -> None:
     forward = only(rule(f"proxy=v2 {asked}"))
-    assert forward.transport is Transport.TUNNEL
+    assert forward.transport is Transport.MUX
     assert forward.config is not None
     assert forward.config.proxy == "v2"
 
@@ -71,14 +71,14 @@ def test_the_tunnel_carries_who_the_client_is(asked: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "cause"),
     [
-        ("transport=tunnel", Cause.NOT_YET),
+        ("transport=mux", Cause.NOT_YET),
         ("proxy=v2", Cause.NOT_YET),
         ("srcports=1-257", Cause.TOO_LARGE),
         ("", Cause.OPEN),
     ],
 )
 def test_a_version_without_the_tunnel_makes_calls_and_refuses_what_needs_it(asked: str, cause: Cause) -> None:
-    forward = only(rule(asked), abilities=Abilities(tunnel=False, proxy=False))
+    forward = only(rule(asked), abilities=Abilities(mux=False, proxy=False))
     assert forward.cause is cause
     assert forward.transport in (Transport.AUTO, Transport.CALL)
 
@@ -277,7 +277,7 @@ def test_what_a_template_learns_is_in_a_target_that_starts_after_it() -> None:
         "work has run since before its template offered qubes.ForwardTCP"
     )
     assert before.transport_reason.endswith("shut work down and start it again")
-    assert planned("transport=tunnel").cause is Cause.NO_SERVICE
+    assert planned("transport=mux").cause is Cause.NO_SERVICE
     assert planned(is_running=False).service is Service.FORWARD_TCP
     assert planned(features=OURS).service is Service.FORWARD_TCP
 

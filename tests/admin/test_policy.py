@@ -9,18 +9,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from worlds import NOW, rule, world
 
-from qubes_fwd_qrexec import config, revocation, tunnelservice
 from qubes_fwd_qrexec.admin import policy, revoking
 from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan, State
-from qubes_fwd_qrexec.config import Service
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.rules import NamedRule, Transport
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.lab.evaluator import Allow, Domain, Request, System
 from qubes_fwd_qrexec.lab.verdicts import Judge, OwnJudge, QubesJudge
-from qubes_fwd_qrexec.rules import NamedRule, Transport
+from qubes_fwd_qrexec.target import muxservice
 
-OURS_ALONE = (config.REVOKE_SERVICE, config.STATUS_SERVICE)
+OURS_ALONE = (REVOKE_SERVICE, STATUS_SERVICE)
 INSTALLED = Path(__file__).parents[2] / "policy" / f"{policy.NAME}.policy"
 
 
@@ -53,8 +54,8 @@ def flows(planned: Plan) -> set[tuple[str, str, str, str]]:
         told = forward.config
         assert told is not None
         assert forward.exposed is not None
-        if told.transport is Transport.TUNNEL:
-            arguments = [f"+{told.target_ports.brief()}+tunnel"]
+        if told.transport is Transport.MUX:
+            arguments = [f"+{told.target_ports.brief()}+mux"]
         else:
             arguments = [f"+{port}" for port in told.target_ports]
         found |= {(str(told.service), a, forward.exposed, told.target) for a in arguments}
@@ -64,7 +65,7 @@ def flows(planned: Plan) -> set[tuple[str, str, str, str]]:
 def neighbours(flow: tuple[str, str, str, str], inventory: Inventory) -> set[tuple[str, str, str, str]]:
     service, argument, source, target = flow
     number = int(argument.removeprefix("+").split("-")[0].split("+")[0])
-    tails = ["", "+tunnel", f"-{number + 1}+tunnel"]
+    tails = ["", "+mux", f"-{number + 1}+mux"]
     ports = [n for n in (number - 1, number, number + 1, number * 10) if n >= 0]
     arguments = [f"+{port}{tail}" for port in ports for tail in tails] + ["+", f"+0{number}", f"{argument}x"]
     return (
@@ -91,7 +92,7 @@ targets = st.sampled_from(["work", "personal", "hidden", "vault", "sys-firewall"
 rule_sets = st.dictionaries(st.tuples(targets, st.sampled_from("abc")), texts, max_size=6)
 
 
-@given(chosen=rule_sets, abilities=st.sampled_from([Abilities(), Abilities(tunnel=False, proxy=False)]))
+@given(chosen=rule_sets, abilities=st.sampled_from([Abilities(), Abilities(mux=False, proxy=False)]))
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
@@ -115,7 +116,7 @@ def test_only_autostart_lets_a_call_start_its_target(judge: Judge, tmp_path: Pat
     inventory = world(world().qubes[rule().target]._replace(is_running=False))
     planned = plan([rule(f"autostart={autostart}")], inventory, NOW)
     (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned, NOW))
-    request = Request(service="qubes.ForwardTCP", argument="+80+tunnel", source="sys-net", target="work")
+    request = Request(service="qubes.ForwardTCP", argument="+80+mux", source="sys-net", target="work")
     verdict = judge.load(tmp_path).judge(system(inventory), request)
     assert isinstance(verdict, Allow) == (autostart == "yes")
 
@@ -133,7 +134,7 @@ def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
         "qubes.ForwardTCP  +8081  sys-net  work  allow  autostart=no  notify=no\n"
         "\n"
         "# work x: ports 82-90 of sys-net to ports 82-90\n"
-        "qubes.ForwardTCP  +82-90+tunnel  sys-net  work  allow  autostart=no  notify=no\n"
+        "qubes.ForwardTCP  +82-90+mux  sys-net  work  allow  autostart=no  notify=no\n"
         "\n"
         "# Whatever no line above allows is denied.\n"
         "qubes.ForwardRevoke  *  @anyvm  @anyvm  deny  notify=no\n"
@@ -142,10 +143,10 @@ def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
     )
 
 
-def test_a_tunnel_to_a_range_is_one_line() -> None:
+def test_a_mux_call_to_a_range_is_one_line() -> None:
     (forward,) = plan([rule("srcports=80-81 dstports=8080-8081")], world(), NOW)
     assert policy.lines(forward) == (
-        "qubes.ForwardTCP  +8080-8081+tunnel  sys-net  work  allow  autostart=no  notify=no",
+        "qubes.ForwardTCP  +8080-8081+mux  sys-net  work  allow  autostart=no  notify=no",
     )
 
 
@@ -153,17 +154,17 @@ def test_a_tunnel_to_a_range_is_one_line() -> None:
     ("line", "calls"),
     [
         (
-            "qubes.ForwardTCP  +80+tunnel  sys-net  work  allow  autostart=no  notify=no",
+            "qubes.ForwardTCP  +80+mux  sys-net  work  allow  autostart=no  notify=no",
             "work: 80-80 sys-net",
         ),
-        ("qubes.ForwardTCP +80-90+tunnel sys-net work allow", "work: 80-90 sys-net"),
+        ("qubes.ForwardTCP +80-90+mux sys-net work allow", "work: 80-90 sys-net"),
         ("qubes.ForwardTCP +80 sys-net work allow autostart=no", "work: 80-80 sys-net"),
         ("qubes.ForwardTCP +80+later sys-net work allow", None),
-        ("qubes.ConnectTCP +80+tunnel sys-net work allow", None),
-        ("qubes.ForwardTCP +80+tunnel sys-net work deny", None),
-        ("qubes.ForwardTCP +80+tunnel sys-net @anyvm allow", None),
-        ("qubes.ForwardTCP +80+tunnel @anyvm work allow", None),
-        ("qubes.ForwardTCP +x+tunnel sys-net work allow", None),
+        ("qubes.ConnectTCP +80+mux sys-net work allow", None),
+        ("qubes.ForwardTCP +80+mux sys-net work deny", None),
+        ("qubes.ForwardTCP +80+mux sys-net @anyvm allow", None),
+        ("qubes.ForwardTCP +80+mux @anyvm work allow", None),
+        ("qubes.ForwardTCP +x+mux sys-net work allow", None),
         ("qubes.ForwardTCP * sys-net work allow", None),
         ("!include other", None),
         ("junk", None),
@@ -174,16 +175,15 @@ def test_the_calls_of_a_line_are_what_the_target_is_told(line: str, calls: str |
     assert (None if found is None else f"{found[0]}: {found[1]}") == calls
 
 
-def test_dom0_and_the_qubes_agree_on_the_name_of_the_service_and_on_the_lease() -> None:
-    assert config.REVOKE_SERVICE == revocation.SERVICE
-    assert revoking.LEASE_S == tunnelservice.LEASE_S
+def test_dom0_and_the_qubes_agree_on_the_lease() -> None:
+    assert revoking.LEASE_S == muxservice.LEASE_S
 
 
 @pytest.mark.parametrize("source", ["sys-net", "work", "personal"])
-def test_no_qube_may_end_tunnels_not_even_its_own(judge: Judge, tmp_path: Path, source: str) -> None:
+def test_no_qube_may_end_mux_calls_not_even_its_own(judge: Judge, tmp_path: Path, source: str) -> None:
     inventory = world()
     (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(plan([rule()], inventory, NOW), NOW))
-    request = Request(service=config.REVOKE_SERVICE, argument="+80-80+sys-net", source=source, target="work")
+    request = Request(service=REVOKE_SERVICE, argument="+80-80+sys-net", source=source, target="work")
     assert not isinstance(judge.load(tmp_path).judge(system(inventory), request), Allow)
 
 

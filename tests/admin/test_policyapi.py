@@ -11,7 +11,7 @@ from fake_policy import FakePolicyClient, PolicyAdminException
 
 from qubes_fwd_qrexec.admin.backend import NEW
 from qubes_fwd_qrexec.admin.policyapi import PolicyApi
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
 

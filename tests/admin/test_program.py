@@ -14,7 +14,7 @@ from fake_admin import FakeQubes
 from worlds import ADD
 
 from qubes_fwd_qrexec.admin import cli, locate
-from qubes_fwd_qrexec.errors import RefusedError
+from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: Lab
         "from qubes_fwd_qrexec.admin import cli, changing, showing, exchanging, complete\n"
         "from qubes_fwd_qrexec.admin import watch, qubesevents\n"
         "import qubes_fwd_qrexec.lab.changes\n"
-        "import qubes_fwd_qrexec.rulexml\n"
+        "import qubes_fwd_qrexec.common.rulexml\n"
         f"for line in {list(map(list, _EVERY_COMMAND))!r}: cli.main(['--lab', {str(lab.root)!r}, *line])\n"
         "names = {name.partition('.')[0] for name in sys.modules}\n"
         "names -= set(sys.stdlib_module_names) | {'__main__', 'qubes_fwd_qrexec'}\n"

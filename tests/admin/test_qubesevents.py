@@ -18,8 +18,8 @@ import pytest
 
 from qubes_fwd_qrexec.admin import qubesevents
 from qubes_fwd_qrexec.admin.qubesevents import QubesChanges, qubes_changes
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.inotify import Inotify
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.system.inotify import Inotify
 
 ESTABLISHED = ("", "connection-established")
 BOUND_S = 30.0  # of each wait

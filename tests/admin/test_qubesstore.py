@@ -17,13 +17,13 @@ from qubes_fwd_qrexec.admin import qubesstore
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import PolicyCall
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
-from qubes_fwd_qrexec.config import REVOKE_SERVICE, STATUS_SERVICE
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.values import QubeName
 
 WORK = QubeName("work")
 SERVICE = REVOKE_SERVICE
@@ -101,7 +101,7 @@ def test_a_halted_qube_is_not_started_by_a_call(store: QubesStore, lab: LabDirec
         call(store)
 
 
-def test_a_management_qube_is_told_the_line_that_lets_it_end_tunnels(
+def test_a_management_qube_is_told_the_line_that_lets_it_end_mux_calls(
     lab: LabDirectory, policy_client: FakePolicyClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = FakeQubes(lab, connection="qrexec", name="mgmt")

@@ -6,8 +6,8 @@ from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.states import Cause, State
-from qubes_fwd_qrexec.rules import NamedRule
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import QubeName
 
 
 def halted(name: str, netvm: str | None = None) -> Inventory:
@@ -171,11 +171,11 @@ CASES = [
     ),
     (
         "no-service",
-        rule("transport=tunnel", target="personal"),
+        rule("transport=mux", target="personal"),
         world(),
         State.REFUSED,
-        "The rule asks for transport=tunnel and personal does not offer qubes.ForwardTCP; install "
-        "qubes-fwd-qrexec in its template debian-12 and start personal again, or leave transport=tunnel out.",
+        "The rule asks for transport=mux and personal does not offer qubes.ForwardTCP; install "
+        "qubes-fwd-qrexec in its template debian-12 and start personal again, or leave transport=mux out.",
     ),
     (
         "no-service",
@@ -187,11 +187,11 @@ CASES = [
     ),
     (
         "no-service",
-        rule("transport=tunnel", target="own"),
+        rule("transport=mux", target="own"),
         world(qube("own", "sys-firewall", klass="StandaloneVM")),
         State.REFUSED,
-        "The rule asks for transport=tunnel and own does not offer qubes.ForwardTCP; install "
-        "qubes-fwd-qrexec in own, or leave transport=tunnel out.",
+        "The rule asks for transport=mux and own does not offer qubes.ForwardTCP; install "
+        "qubes-fwd-qrexec in own, or leave transport=mux out.",
     ),
     (
         "no-service",
@@ -263,7 +263,7 @@ CASES = [
         world(),
         State.REFUSED,
         "With one call for each connection every port needs its own policy line, and 257 ports are more "
-        "than 256; make the range shorter, or use transport=tunnel.",
+        "than 256; make the range shorter, or use transport=mux.",
     ),
     (
         "too-large",
@@ -279,7 +279,7 @@ CASES = [
         rule(f"srchosts={_WIDE}"),
         world(),
         State.REFUSED,
-        "fwd.work.web: the configuration has 4445 bytes and QubesDB takes 3071; name fewer or larger "
+        "fwd.work.web: the configuration has 4442 bytes and QubesDB takes 3071; name fewer or larger "
         "networks in srchosts.",
     ),
 ]

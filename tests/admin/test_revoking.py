@@ -14,9 +14,9 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.revoking import Ended, allowances, revoke, serving, targets_of
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.rules import NamedRule
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import QubeName
 
 CONFIG = "vm-config.fwd.work.web"
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
@@ -103,11 +103,11 @@ def test_calls_of_a_rule_that_drains_have_an_hour() -> None:
     assert step.words() == ["work: let connections of sys-net end by themselves, to port 8080"]
 
 
-@pytest.mark.parametrize("transport", ["call", "tunnel"])
+@pytest.mark.parametrize("transport", ["call", "mux"])
 def test_each_call_of_a_range_drains(transport: str) -> None:
     backend = Memory(world())
     applied(backend, rule(f"srcports=1-2 transport={transport} on-expire=drain"))
-    lines = ["1-2"] if transport == "tunnel" else ["1-1", "2-2"]
+    lines = ["1-2"] if transport == "mux" else ["1-1", "2-2"]
     assert told(backend) == {"work": NOTHING + "".join(f"drain {ports} sys-net 3600\n" for ports in lines)}
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from worlds import ADD, Command, content, rule
 
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.values import QubeName
 
 FIRST = ("add", "personal", "80", "--from", "any", "--name", "a")
 TAKEN = (

@@ -114,7 +114,7 @@ def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
         assert words in shown
     data = forward("show", "work", "web", "--json").json
     assert data["config"]["feature"] == KEY
-    assert data["policy"] == ["qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow  autostart=no  notify=no"]
+    assert data["policy"] == ["qubes.ForwardTCP  +8080+mux  sys-net  work  allow  autostart=no  notify=no"]
     forward("disable", "work", "web")
     assert "policy:\n  none\nlistener:\n  none\n" in forward("show", "work", "web").out
     assert forward("show", "work", "web", "--json").json["config"] is None
@@ -123,15 +123,15 @@ def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
 def test_show_draws_the_way_and_gives_each_guards_verdict(forward: Forward) -> None:
     forward(*ADD)
     shown = forward("show", "work", "web").out
-    assert "\n  | 192.168.0.0/16 | -------> | port 80 | ========> | 127.0.0.1:8080 |\n" in shown
+    assert "\n  | 192.168.0.0/16 | -------> | port 80 | =====> | 127.0.0.1:8080 |\n" in shown
     assert "\n  side     ok     outer: by sys-net's own network devices, " in shown
     assert "\n  policy   ok     dom0 allows the call\n" in shown
     guards = {
         entry["guard"]: entry["verdict"] for entry in forward("show", "work", "web", "--json").json["guards"]
     }
     assert guards == dict.fromkeys(["sources", "side", "path", "owner", "tunnel", "expiry", "policy"], "ok")
-    assert "\n  # tunnel\n" not in forward("show", "work", "web", style=Style(80)).out
-    assert "\n    # tunnel\n" in forward("show", "work", "web", style=Style(40)).out
+    assert "\n  # mux\n" not in forward("show", "work", "web", style=Style(80)).out
+    assert "\n    # mux\n" in forward("show", "work", "web", style=Style(40)).out
     assert "\x1b[32mok" in forward("show", "work", "web", style=Style(80, True)).out
 
 

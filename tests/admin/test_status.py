@@ -18,11 +18,11 @@ from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.admin.status import WATCH_S, _watch, size, status
 from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import QubeName, RuleName
 
 
 def test_figures_are_unknown_and_the_reason_is_said_once(forward: Command, kind: str) -> None:
@@ -89,9 +89,7 @@ def test_what_is_in_force_and_not_asked_for_is_said_first_with_what_ends_it(
     result = forward("status")
     assert result.status == 1
     first, second, *_ = result.out.splitlines()
-    assert first.startswith(
-        "No rule asks for it: dom0's policy allows 'qubes.ForwardTCP +8080+tunnel sys-net"
-    )
+    assert first.startswith("No rule asks for it: dom0's policy allows 'qubes.ForwardTCP +8080+mux sys-net")
     assert second == (
         "No rule asks for it: sys-net is told to listen for work web; 'qvm-forward apply' ends that."
     )
@@ -229,9 +227,9 @@ REPORT = ForwardReport(
     refused={},
     sent=999,
     received=1536,
-    transport=Transport.TUNNEL,
+    transport=Transport.MUX,
     way=Way.OPEN,
-    tunnels=1,
+    mux_calls=1,
     is_listening=True,
 )
 
@@ -283,7 +281,7 @@ def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, store
         "is_known": True,
         **REPORT.as_json(),
         "problem": "another program has port 80 of sys-net",
-        "tunnels_in_target": 1,
+        "mux_calls_in_target": 1,
         "bugs": 0,
         "bugs_in_target": 0,
     }

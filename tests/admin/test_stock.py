@@ -12,16 +12,10 @@ from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningEr
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.stock import Stock, ended, left_over
-from qubes_fwd_qrexec.config import Service
-from qubes_fwd_qrexec.report import (
-    DrainingReport,
-    ForwardReport,
-    ListenerReport,
-    QubeReport,
-    Way,
-)
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 SSH = rule("srcports=22", target="personal", name="ssh")
 PERSONAL, NAME, SYS_NET = QubeName("personal"), RuleName("ssh"), QubeName("sys-net")
@@ -54,7 +48,7 @@ def forward(connections: int) -> ForwardReport:
         received=0,
         transport=Transport.CALL,
         way=Way.OPEN,
-        tunnels=0,
+        mux_calls=0,
         is_listening=True,
     )
 

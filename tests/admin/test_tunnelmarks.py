@@ -11,7 +11,7 @@ from worlds import ADD, Command, content, rule
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
-POLICY = "qubes.ForwardTCP  +8080+tunnel  sys-net  work  allow"
+POLICY = "qubes.ForwardTCP  +8080+mux  sys-net  work  allow"
 
 
 def policy(lab: LabDirectory) -> str:

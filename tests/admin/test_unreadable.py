@@ -13,9 +13,9 @@ from worlds import ADD, Command
 from qubes_fwd_qrexec.admin import policyapi
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.values import QubeName
 
 
 def fail(qubesd: FakeQubes, qube: str, method: str, arg: str | None = None) -> None:

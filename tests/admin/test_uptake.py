@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 import pytest
-from test_figures import listening, tunnels
+from test_figures import listening, mux_calls
 from test_status import REPORT
 from worlds import ADD, Command, Hands, only, qube, rule, world
 
@@ -13,8 +13,8 @@ from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.uptake import BOUND_S, can_be_asked, troubles
-from qubes_fwd_qrexec.report import Problem
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.common.report import Problem
+from qubes_fwd_qrexec.common.values import QubeName
 
 FORWARD = only(rule())
 OTHER = only(rule("srcports=81", name="other"))
@@ -70,7 +70,7 @@ CASES: list[tuple[tuple[bytes | AnswerError, ...], bool, str | None]] = [
     ((NOTHING, HELD), False, "sys-net does not have it open: the port is in use by nginx"),
     ((OPEN, HELD), True, "sys-net does not have it open: the port is in use by nginx"),
     ((PART, PART), False, "sys-net does not have it open: not all of its ports are open"),
-    ((tunnels(),), False, "sys-net does not listen: no listener"),
+    ((mux_calls(),), False, "sys-net does not listen: no listener"),
     ((b"\x1b[2J",), False, None),
 ]
 

@@ -17,15 +17,10 @@ from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.watch import (
-    BURST_S,
-    QUIET_S,
-    differing,
-    states,
-)
+from qubes_fwd_qrexec.admin.watch import BURST_S, QUIET_S, differing, states
+from qubes_fwd_qrexec.common.rules import BrokenRule
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.rules import BrokenRule
-from qubes_fwd_qrexec.values import QubeName
 
 
 def test_it_applies_when_it_starts(stage: Stage) -> None:
@@ -38,12 +33,12 @@ def test_a_netvm_that_changes_closes_the_forward_and_says_so(stage: Stage) -> No
     stage.run(lambda: set_netvm(stage.lab))
     assert not stage.is_open
     lines = stage.out.getvalue().splitlines()
-    assert lines[0].startswith("policy: from now on qubes.ForwardTCP +8080+tunnel sys-net work allow")
+    assert lines[0].startswith("policy: from now on qubes.ForwardTCP +8080+mux sys-net work allow")
     assert lines[1].startswith("sys-net: listen for fwd.work.web: ")
     assert lines[2].startswith(
         "work web was active and is suspended. The netvms of work were sys-firewall - "
     )
-    assert lines[3].startswith("policy: no longer qubes.ForwardTCP +8080+tunnel sys-net work allow")
+    assert lines[3].startswith("policy: no longer qubes.ForwardTCP +8080+mux sys-net work allow")
     assert lines[-1] == "sys-net: stop listening for fwd.work.web"
     assert stage.err.getvalue() == ""
 

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.watch import RETRY_S, _ready, watch
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 

@@ -112,7 +112,7 @@ def test_a_netvm_that_changes_closes_the_forward(lab: LabDirectory, start: Calla
     assert is_open(lab)
     cut_off(lab)
     program.line("work web was active and is suspended.")
-    program.line("policy: no longer qubes.ForwardTCP +8080+tunnel sys-net work allow")
+    program.line("policy: no longer qubes.ForwardTCP +8080+mux sys-net work allow")
     program.line("sys-net: stop listening for fwd.work.web")
     assert not is_open(lab)
 

@@ -15,10 +15,10 @@ from worlds import NOW
 
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.common.rules import ForwardRule
+from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, TargetPorts
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.rules import ForwardRule
-from qubes_fwd_qrexec.values import ListenPorts, QubeName, TargetPorts
 
 _PORTS_EACH = 1000
 QUBES = ["work", "personal", "untrusted", "vault", "sys-net", "sys-firewall", "sys-vpn", "dom0", "fedora-42"]

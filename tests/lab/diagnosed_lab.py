@@ -12,9 +12,9 @@ from helpers import free_port
 
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.tables import Style
-from qubes_fwd_qrexec.config import STATUS_SERVICE
+from qubes_fwd_qrexec.common.report import Firewall, FirewallReport, dump
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.lab.session import LabSession
-from qubes_fwd_qrexec.report import Firewall, FirewallReport, dump
 
 NOW = 1_800_000_000
 BOUND_S = 60.0  # of each wait
@@ -58,7 +58,7 @@ class Lab:
         self.session.start_listener("sys-net")
 
     def pass_through(self) -> None:
-        """One connection all the way, so that a trial need not wait for the programs of a tunnel to start."""
+        """One connection all the way, so that a trial need not wait for a mux call's programs to start."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=BOUND_S) as client:
             far, _ = self.server.accept()
             with far:

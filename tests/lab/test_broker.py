@@ -12,11 +12,11 @@ import trio
 from helpers import until
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.callnotes import DIRECTORY_VARIABLE
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.lab import wire
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.running import RunningLab
+from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE
 
 from .lab_calls import ALLOW_TEST, Gate, bounded_lab, calling, give_config, give_service, read_exactly
 
@@ -370,7 +370,7 @@ async def test_dom0s_own_calls_to_what_is_no_qube_are_refused(tmp_path: Path, ta
 
 
 @pytest.mark.parametrize("qube", ["sys-net", "work", "vault"])
-async def test_only_dom0_may_end_tunnels(tmp_path: Path, qube: str) -> None:
+async def test_only_dom0_may_end_mux_calls(tmp_path: Path, qube: str) -> None:
     """The policy that qvm-forward writes says so, even if another file allows it further down."""
     service = REVOKE_SERVICE
     async with bounded_lab(tmp_path, policy=policy.text([], None)) as lab:

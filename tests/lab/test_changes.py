@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from qubes_fwd_qrexec.admin.inventory import feature_matters
-from qubes_fwd_qrexec.errors import StoreError
-from qubes_fwd_qrexec.inotify import IN_Q_OVERFLOW, Inotify, Notice
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.changes import LabChanges
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.lab.qube import Qube, QubeState
-from qubes_fwd_qrexec.values import QubeName
+from qubes_fwd_qrexec.system.inotify import IN_Q_OVERFLOW, Inotify, Notice
 
 POLICY = "30-forward.policy"
 BOUND_S = 30.0  # of each wait

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.errors import TextError
+from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.lab import cli, demo, netns
 from qubes_fwd_qrexec.lab.relay_command import parse_forward
 

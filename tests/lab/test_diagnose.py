@@ -14,12 +14,8 @@ import pytest
 from helpers import free_port
 
 from qubes_fwd_qrexec.admin import uptake
-from qubes_fwd_qrexec.config import STATUS_SERVICE, Service
-from qubes_fwd_qrexec.lab import daemon
-from qubes_fwd_qrexec.lab.knobs import Knobs
-from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.lab.session import open_session
-from qubes_fwd_qrexec.report import (
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.report import (
     Firewall,
     FirewallReport,
     ForwardReport,
@@ -28,8 +24,13 @@ from qubes_fwd_qrexec.report import (
     Way,
     dump,
 )
-from qubes_fwd_qrexec.rules import Transport
-from qubes_fwd_qrexec.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.lab import daemon
+from qubes_fwd_qrexec.lab.knobs import Knobs
+from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.lab.session import open_session
 
 from .diagnosed_lab import ALL, BOUND_S, Lab
 
@@ -105,7 +106,7 @@ def test_an_exposed_qube_that_is_halted(lab: Lab) -> None:
 def test_a_rule_that_is_not_applied(lab: Lab) -> None:
     lab.add("--no-apply")
     said = lab.wrong("applied")
-    line = f"qubes.ForwardTCP  +{lab.server.getsockname()[1]}+tunnel  sys-net  work  allow"
+    line = f"qubes.ForwardTCP  +{lab.server.getsockname()[1]}+mux  sys-net  work  allow"
     assert f"dom0's policy lacks '{line}" in said
     assert "; sys-net is told nothing of it | 'qvm-forward apply'" in said
     assert lab.run("apply")[0] == 0
@@ -194,9 +195,9 @@ LISTENING = ForwardReport(
     refused={},
     sent=0,
     received=0,
-    transport=Transport.TUNNEL,
+    transport=Transport.MUX,
     way=Way.IDLE,
-    tunnels=0,
+    mux_calls=0,
     is_listening=True,
 )
 IPV4 = ("--from=192.168.0.0/16",)
@@ -272,7 +273,7 @@ def test_a_target_without_the_service(lab: Lab) -> None:
     assert "install qubes-fwd-qrexec in the template of work" in said
     lab.remove_service("work", STATUS_SERVICE)
     assert "work does not have qubes.ForwardStatus" in lab.wrong("service")
-    assert lab.run("set", "work", "web", "transport=tunnel")[0] == 0
+    assert lab.run("set", "work", "web", "transport=mux")[0] == 0
     lab.lab.set_feature("work", f"supported-rpc.{Service.FORWARD_TCP}", "")
     assert "work web is refused." in lab.wrong("rule")
 
@@ -339,4 +340,4 @@ def test_status_shows_what_the_qubes_say(lab: Lab) -> None:
             figures = entry["figures"]
             assert status == 0
             assert (figures["connections"], figures["sent"], figures["way"]) == (1, 5, "open")
-            assert figures["tunnels_in_target"] == 1
+            assert figures["mux_calls_in_target"] == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.errors import StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.evaluator import ADMIN_UUID, Domain, Request, System
 from qubes_fwd_qrexec.lab.policytext import PolicyTextError, load_policy, parse_policy
 from qubes_fwd_qrexec.lab.verdicts import Judge, OwnJudge, QubesJudge, as_json, best_judge, play

@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qubes_fwd_qrexec.relay import Copy, Relay
+from qubes_fwd_qrexec.relay.copy import Copy, Relay
 
 from .lab_calls import (
     Gate,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.errors import RefusedError, StoreError, TextError
+from qubes_fwd_qrexec.common.errors import RefusedError, StoreError, TextError
 from qubes_fwd_qrexec.lab import directory as directory_module
 from qubes_fwd_qrexec.lab.blueprint import create_lab, write_client
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import accept, listening_socket, port_of, until
 
-from qubes_fwd_qrexec.config import REVOKE_SERVICE
-from qubes_fwd_qrexec.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.lab.running import RunningLab
 
 from .lab_calls import bounded_lab, calling
@@ -23,7 +23,7 @@ async def tell(lab: RunningLab, *lines: str) -> bytes:
         return await call.read_all()
 
 
-@pytest.mark.parametrize("kind", ["", "+tunnel"])
+@pytest.mark.parametrize("kind", ["", "+mux"])
 async def test_it_reaches_no_server_once_dom0_has_taken_its_word_back(tmp_path: Path, kind: str) -> None:
     with listening_socket() as server:
         async with bounded_lab(tmp_path, policy=_POLICY) as lab:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A rule ends, and with it its tunnels: dom0, broker, listener and target as they are, each a program."""
+"""A rule ends, and with it its mux calls: dom0, broker, listener and target as they are, each a program."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 import trio
 from helpers import SOON_S, free_port, is_listening, until
 
-from qubes_fwd_qrexec.callbudget import WAIT_S
+from qubes_fwd_qrexec.exposed.callbudget import WAIT_S
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
@@ -120,7 +120,7 @@ def test_a_removed_rules_connections_end_at_once_and_those_of_others_go_on(sessi
                 new.echo()
 
 
-@pytest.mark.parametrize("transport", ["tunnel", "call"])
+@pytest.mark.parametrize("transport", ["mux", "call"])
 def test_dom0_ends_calls_though_the_exposed_qube_does_nothing(session: LabSession, transport: str) -> None:
     with Server() as server:
         port = add(session, server, f"--transport={transport}")
@@ -136,7 +136,7 @@ def test_dom0_ends_calls_though_the_exposed_qube_does_nothing(session: LabSessio
 
 
 @pytest.mark.parametrize("change", ["srcports={port} dstports={other}", "via=sys-firewall"])
-def test_a_rule_that_moves_takes_its_tunnels_along(session: LabSession, change: str) -> None:
+def test_a_rule_that_moves_takes_its_mux_calls_along(session: LabSession, change: str) -> None:
     with Server() as server, Server() as other_server:
         port = add(session, server)
         session.start_listener("sys-net")
@@ -147,7 +147,7 @@ def test_a_rule_that_moves_takes_its_tunnels_along(session: LabSession, change: 
                 idle.far.recv(1)
 
 
-def test_an_expired_rules_tunnels_end_when_it_is_applied(session: LabSession) -> None:
+def test_an_expired_rules_mux_calls_end_when_it_is_applied(session: LabSession) -> None:
     with Server() as server:
         port = add(session, server)
         session.start_listener("sys-net")
@@ -181,7 +181,7 @@ def test_connections_of_a_rule_that_drains_go_on(session: LabSession) -> None:
             idle.echo()
 
 
-def test_a_tunnel_that_drains_takes_no_new_connection_whatever_the_exposed_qube_does(
+def test_a_mux_call_that_drains_takes_no_new_connection_whatever_the_exposed_qube_does(
     session: LabSession,
 ) -> None:
     with Server() as server:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.errors import TextError
+from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.lab.rpcconfig import RpcConfig
 from qubes_fwd_qrexec.lab.services import (
     Executable,

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What dom0 tells a target on stdin of ``qubes.ForwardRevoke``: all that it allows from now on.
+
+It is a whole list and no change to one, so that a message that was lost does no harm: the next one says
+everything again, and the target keeps no memory of what dom0 may still owe it. ASCII, a line each:
+
+    version=1 drains=keep
+    keep 8080-8080 sys-net
+    drain 9000-9000 sys-net 3600
+
+What ``keep`` names goes on. What ``drain`` names takes no new stream, and is cut after so many seconds.
+Every other call of our service in that target ends at once, be it a mux call or a single connection. What
+drains since an earlier list goes on to its own deadline, unless this one says ``drains=cut``.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple, Self
+
+from .errors import TextError
+from .values import QubeName, TargetPorts, parse_number, parse_qube_name
+
+VERSION = 1
+# What the target reads at most. That is more than a thousand calls, and qrexec carries 128 to a qube at once.
+ALLOWANCE_MAX_BYTES = 65536
+# A drain must end on the same day: one that does not is a rule that nobody has ended.
+DRAIN_MAX_S = 86_400
+ANSWER_MAX_BYTES = 128
+_KEEP_DRAINS, _CUT_DRAINS = "drains=keep", "drains=cut"
+_ANSWER = re.compile(r"version=(\S+) ended=(\S+) draining=(\S+)\n?\Z", re.ASCII)
+
+
+class Calls(NamedTuple):
+    """All calls of one qube to exactly these ports of the target; a single call's are one port twice."""
+
+    ports: TargetPorts
+    source: QubeName
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``PORT-PORT SOURCE``, spelled as it is printed. Raises `TextError`."""
+        ports, _, source = text.partition(" ")
+        calls = cls(TargetPorts.parse(ports), parse_qube_name(source))
+        if str(calls) != text:
+            raise TextError(text, "PORT-PORT SOURCE, the ports always as two")
+        return calls
+
+    def __str__(self) -> str:
+        return f"{self.ports} {self.source}"
+
+
+def _order(calls: Calls) -> tuple[str, int, int]:
+    return calls.source, calls.ports.first, calls.ports.last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """All that dom0 allows towards one target; ``drains`` says after how many seconds each is cut.
+
+    Raises `TextError` for what is kept and drained at once, for seconds that no drain may take, and where
+    the text would be larger than a target reads.
+    """
+
+    keeps: frozenset[Calls] = frozenset()
+    drains: Mapping[Calls, int] = field(default_factory=lambda: MappingProxyType({}))
+    cuts_drains: bool = False
+
+    def __post_init__(self) -> None:
+        for calls, seconds in self.drains.items():
+            if calls in self.keeps:
+                raise TextError(str(calls), "named once: it is kept or it drains")
+            if not 0 < seconds <= DRAIN_MAX_S:
+                raise TextError(str(seconds), f"the seconds of a drain, 1 to {DRAIN_MAX_S}")
+        if (size := len(str(self))) > ALLOWANCE_MAX_BYTES:
+            raise TextError(f"{size} bytes", f"an allowance: at most {ALLOWANCE_MAX_BYTES} bytes")
+
+    @classmethod
+    def parse(cls, untrusted_text: bytes) -> Self:
+        """What `str` makes, in any order of lines. Raises `TextError` that names the line."""
+        if len(untrusted_text) > ALLOWANCE_MAX_BYTES:
+            raise TextError("more", f"an allowance: at most {ALLOWANCE_MAX_BYTES} bytes")
+        try:
+            first, *lines = untrusted_text.decode("ascii").split("\n")
+        except UnicodeDecodeError:
+            raise TextError("a byte past 127", "ASCII") from None
+        if lines[-1:] != [""]:
+            raise TextError(([first, *lines])[-1][:80], "the end of an allowance: it ends with its last line")
+        cuts_drains = _head(first)
+        keeps: set[Calls] = set()
+        drains: dict[Calls, int] = {}
+        for line in lines[:-1]:
+            calls, seconds = _line(line)
+            if calls in keeps or calls in drains:
+                raise TextError(line, "named once: an earlier line has said so")
+            if seconds is None:
+                keeps.add(calls)
+            else:
+                drains[calls] = seconds
+        return cls(keeps=frozenset(keeps), drains=drains, cuts_drains=cuts_drains)
+
+    def __str__(self) -> str:
+        lines = [f"version={VERSION} {_CUT_DRAINS if self.cuts_drains else _KEEP_DRAINS}"]
+        lines += [f"keep {calls}" for calls in sorted(self.keeps, key=_order)]
+        lines += [f"drain {calls} {self.drains[calls]}" for calls in sorted(self.drains, key=_order)]
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _head(line: str) -> bool:
+    """Whether drains are cut."""
+    version, _, drains = line.partition(" ")
+    if version != f"version={VERSION}":
+        raise TextError(
+            line[:80], f"version={VERSION}, the one that this program reads; update the older one"
+        )
+    if drains not in (_KEEP_DRAINS, _CUT_DRAINS):
+        raise TextError(line[:80], f"version={VERSION} {_KEEP_DRAINS} or version={VERSION} {_CUT_DRAINS}")
+    return drains == _CUT_DRAINS
+
+
+def _line(line: str) -> tuple[Calls, int | None]:
+    """Calls, and after how many seconds they are cut if they drain."""
+    word, _, rest = line.partition(" ")
+    try:
+        if word == "keep":
+            return Calls.parse(rest), None
+        if word == "drain":
+            calls, _, seconds = rest.rpartition(" ")
+            return Calls.parse(calls), parse_number(seconds)
+    except TextError as error:
+        raise TextError(line[:80], f"right: {error}") from None
+    raise TextError(line[:80], "keep PORT-PORT SOURCE or drain PORT-PORT SOURCE SECONDS")
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The target's answer: how many calls it has ended, and how many drain now."""
+
+    ended: int
+    draining: int
+
+    @classmethod
+    def parse(cls, untrusted_answer: bytes) -> Self:
+        """Raises `TextError`."""
+        text = untrusted_answer[: ANSWER_MAX_BYTES + 1].decode("ascii", "replace")
+        found = _ANSWER.match(text) if len(text) <= ANSWER_MAX_BYTES else None
+        if found is None or found[1] != str(VERSION):
+            raise TextError(text[:80], f"version={VERSION} ended=N draining=M")
+        return cls(parse_number(found[2]), parse_number(found[3]))
+
+    def __str__(self) -> str:
+        return f"version={VERSION} ended={self.ended} draining={self.draining}"

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Why connections are not carried, in the words of logs, reports and metrics."""
+
+from enum import StrEnum
+
+
+class Refusal(StrEnum):
+    """Why a connection was not carried. Any other word of small letters and dashes counts by itself,
+    such as those of `limits.Refusal`."""
+
+    POLICY = "policy"
+    """dom0 refuses the call (exit status 126)."""
+    NO_SERVICE = "no-service"
+    """The target lacks the service (exit status 127)."""
+    SERVER = "server"
+    """The server in the target took no connection."""
+    BUSY = "busy"
+    """So many calls or connections are under way already that no more may wait."""
+    NO_CALL = "no-call"
+    """There was no call to be had for any other reason."""

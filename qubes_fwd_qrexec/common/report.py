@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a qube answers when dom0 asks how its forwards are: one JSON document with a version.
+
+The listener prints a `ListenerReport`, the service ``qubes.ForwardStatus`` a `QubeReport` around it, and
+dom0 parses that as what it is: the document of a qube that may lie (`document`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+from .document import REPORT_MAX_BYTES, TEXT_MAX, VERSION, Reader, ReportError, dump, load
+from .rules import Transport
+from .values import QubeName, RuleName, TargetPorts, parse_qube_name, parse_rule_name
+
+__all__ = ["REPORT_MAX_BYTES", "TEXT_MAX", "VERSION", "ReportError", "dump", "load"]
+
+FORWARDS_MAX = 1000
+PROBLEMS_MAX = 100
+CALLS_MAX = 1000
+
+
+class Way(StrEnum):
+    """How the way to the target is: its mux call, or the calls of ``transport=call``."""
+
+    IDLE = "idle"
+    """Nothing is open; the next connection opens it."""
+    OPENING = "opening"
+    OPEN = "open"
+    REFUSED = "refused"
+    """dom0 refused the last call (exit status 126)."""
+    NO_SERVICE = "no-service"
+    """The target lacks the service (exit status 127)."""
+    FAILED = "failed"
+    """The last call failed in another way."""
+
+
+class Firewall(StrEnum):
+    """Whether the exposed qube's own firewall lets clients of one IP version in."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    UNKNOWN = "unknown"
+
+
+class Answer(StrEnum):
+    """What came of a test: of a server's port, or of a stream through a forward."""
+
+    THROUGH = "through"
+    REFUSED = "refused"
+    SILENT = "silent"
+    """Nothing came within the time, neither yes nor no."""
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardReport:
+    """One forward. ``sent`` and ``received`` are bytes from and to clients; times are UNIX seconds."""
+
+    target: QubeName
+    name: RuleName
+    since: int
+    connections: int
+    total: int
+    refused: Mapping[str, int]
+    sent: int
+    received: int
+    transport: Transport
+    way: Way
+    mux_calls: int
+    is_listening: bool
+    last_error: str | None = None
+    last_error_at: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "name": self.name,
+            "since": self.since,
+            "connections": self.connections,
+            "total": self.total,
+            "refused": dict(self.refused),
+            "sent": self.sent,
+            "received": self.received,
+            "transport": self.transport,
+            "way": self.way,
+            "mux_calls": self.mux_calls,
+            "is_listening": self.is_listening,
+            "last_error": self.last_error,
+            "last_error_at": self.last_error_at,
+        }
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        return cls(
+            target=untrusted.parsed("target", parse_qube_name),
+            name=untrusted.parsed("name", parse_rule_name),
+            since=untrusted.number("since"),
+            connections=untrusted.number("connections"),
+            total=untrusted.number("total"),
+            refused=untrusted.counts("refused"),
+            sent=untrusted.number("sent"),
+            received=untrusted.number("received"),
+            transport=untrusted.word("transport", Transport),
+            way=untrusted.word("way", Way),
+            mux_calls=untrusted.number("mux_calls"),
+            is_listening=untrusted.flag("is_listening"),
+            last_error=untrusted.optional("last_error", untrusted.text),
+            last_error_at=untrusted.optional("last_error_at", untrusted.number),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What of the configuration is not open, by its key, and why."""
+
+    key: str
+    text: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"key": self.key, "text": self.text}
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        return cls(untrusted.text("key"), untrusted.text("text"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainingReport:
+    """A forward that is closed and whose connections may finish; they are cut after ``left_s`` seconds."""
+
+    target: QubeName
+    name: RuleName
+    connections: int
+    left_s: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "name": self.name,
+            "connections": self.connections,
+            "left_s": self.left_s,
+        }
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        return cls(
+            target=untrusted.parsed("target", parse_qube_name),
+            name=untrusted.parsed("name", parse_rule_name),
+            connections=untrusted.number("connections"),
+            left_s=untrusted.number("left_s"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerReport:
+    """The listener of an exposed qube; ``left_out`` forwards are not told of, as there are too many.
+
+    ``draining`` are forwards that are closed already: one may be there twice, and under ``forwards`` again.
+    ``bugs``: how many bugs of its own it has met, each of which ended no more than what it happened to.
+    """
+
+    since: int
+    forwards: tuple[ForwardReport, ...]
+    problems: tuple[Problem, ...] = ()
+    left_out: int = 0
+    draining: tuple[DrainingReport, ...] = ()
+    bugs: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "since": self.since,
+            "forwards": [forward.as_json() for forward in self.forwards],
+            "problems": [problem.as_json() for problem in self.problems],
+            "left_out": self.left_out,
+            "draining": [forward.as_json() for forward in self.draining],
+            "bugs": self.bugs,
+        }
+
+    @classmethod
+    def parse(cls, untrusted_answer: bytes) -> Self:
+        """Raises `ReportError`."""
+        return cls.read(Reader(load(untrusted_answer), "the listener's answer"))
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        untrusted.check_version()
+        return cls(
+            since=untrusted.number("since"),
+            forwards=untrusted.several("forwards", FORWARDS_MAX, ForwardReport.read),
+            problems=untrusted.several("problems", PROBLEMS_MAX, Problem.read),
+            left_out=untrusted.number("left_out"),
+            draining=untrusted.several("draining", FORWARDS_MAX, DrainingReport.read),
+            bugs=untrusted.number("bugs"),
+        )
+
+    def find(self, target: str, name: str) -> ForwardReport | None:
+        for forward in self.forwards:
+            if (forward.target, forward.name) == (target, name):
+                return forward
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallsReport:
+    """The calls of our service that one qube has to exactly these ports of the target.
+
+    ``draining`` of them take no new stream any more; the last of those is cut in ``drain_left_s`` seconds.
+    """
+
+    source: QubeName
+    ports: TargetPorts
+    mux_calls: int = 0
+    singles: int = 0
+    draining: int = 0
+    drain_left_s: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "ports": str(self.ports),
+            "mux_calls": self.mux_calls,
+            "singles": self.singles,
+            "draining": self.draining,
+            "drain_left_s": self.drain_left_s,
+        }
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        return cls(
+            source=untrusted.parsed("source", parse_qube_name),
+            ports=untrusted.parsed("ports", TargetPorts.parse),
+            mux_calls=untrusted.number("mux_calls"),
+            singles=untrusted.number("singles"),
+            draining=untrusted.number("draining"),
+            drain_left_s=untrusted.optional("drain_left_s", untrusted.number),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of the test that was asked for; ``reason`` is a word of `counters.Refusal`, or empty."""
+
+    answer: Answer
+    reason: str
+    text: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"answer": self.answer, "reason": self.reason, "text": self.text}
+
+    @classmethod
+    def parse(cls, untrusted_answer: bytes) -> Self:
+        """Raises `ReportError`."""
+        return cls.read(Reader(load(untrusted_answer), "the trial's answer"))
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        return cls(untrusted.word("answer", Answer), untrusted.text("reason"), untrusted.text("text"))
+
+
+@dataclass(frozen=True, slots=True)
+class FirewallReport:
+    """The firewall by IP version, and the keys of those forwards that it does not let in, or not wholly,
+    because their listener does not listen."""
+
+    ip: Firewall = Firewall.UNKNOWN
+    ip6: Firewall = Firewall.UNKNOWN
+    waiting: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {"ip": self.ip, "ip6": self.ip6, "waiting": list(self.waiting)}
+
+    @classmethod
+    def parse(cls, untrusted_answer: bytes) -> Self:
+        """Raises `ReportError`."""
+        return cls.read(Reader(load(untrusted_answer), "what is said of the firewall"))
+
+    @classmethod
+    def read(cls, untrusted: Reader) -> Self:
+        words = untrusted.word("ip", Firewall), untrusted.word("ip6", Firewall)
+        return cls(*words, untrusted.texts("waiting", FORWARDS_MAX))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QubeReport:
+    """A qube's whole answer. ``listener`` is None where none runs; ``trial`` where none was asked for.
+
+    ``bugs``: those that the qube's service, as a target, has met since the qube was started.
+    """
+
+    program: str
+    listener: ListenerReport | None = None
+    listener_problem: str | None = None
+    calls: tuple[CallsReport, ...] = ()
+    bugs: int = 0
+    trial: Trial | None = None
+    firewall: FirewallReport = FirewallReport()
+
+    @classmethod
+    def parse(cls, untrusted_answer: bytes) -> Self:
+        """Raises `ReportError`."""
+        untrusted = Reader(load(untrusted_answer), "the answer")
+        untrusted.check_version()
+        return cls(
+            program=untrusted.text("program"),
+            listener=untrusted.optional("listener", lambda key: ListenerReport.read(untrusted.inner(key))),
+            listener_problem=untrusted.optional("listener_problem", untrusted.text),
+            calls=untrusted.several("calls", CALLS_MAX, CallsReport.read),
+            bugs=untrusted.number("bugs"),
+            trial=untrusted.optional("trial", lambda key: Trial.read(untrusted.inner(key))),
+            firewall=FirewallReport.read(untrusted.inner("firewall")),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "program": self.program,
+            "listener": None if self.listener is None else self.listener.as_json(),
+            "listener_problem": self.listener_problem,
+            "calls": [calls.as_json() for calls in self.calls],
+            "bugs": self.bugs,
+            "trial": None if self.trial is None else self.trial.as_json(),
+            "firewall": self.firewall.as_json(),
+        }

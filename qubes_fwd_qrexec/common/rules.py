@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A forwarding rule, as the user asked for it: a value, and its form as one line of options.
+
+    action=forward mode=qrexec forwardtype=external proto=tcp srcports=80-80 dstports=8080-8080
+      srchosts=192.168.0.0/16 expire=1893456000 comment=demo for the office      (one line)
+
+The vocabulary is that of the Qubes firewall rules and of the forwarding proposal of 2021, where
+``srcports`` are the exposed ports. Options come in any order and print in one; ``comment`` takes the
+rest of its line. A rule knows nothing about qubes: whether it can work is `admin.plan`'s question.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import NamedTuple, Self
+
+from . import values
+from .errors import RuleError, TextError
+from .options import Form, Option, one_of, read, split
+from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts, yes_no
+
+
+class Mode(StrEnum):
+    """How the traffic travels between exposed qube and target."""
+
+    AUTO = "auto"
+    NFT = "nft"
+    QREXEC = "qrexec"
+
+
+class ForwardType(StrEnum):
+    """Where the rule is exposed: at the outermost qube of the netvm chain, or at the target's netvm."""
+
+    EXTERNAL = "external"
+    INTERNAL = "internal"
+
+
+class Proto(StrEnum):
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class Transport(StrEnum):
+    """How qrexec mode carries connections: many in one call, or one call for each."""
+
+    AUTO = "auto"
+    MUX = "mux"
+    CALL = "call"
+
+
+class Proxy(StrEnum):
+    """Whether the target's server is told the client's address, by the PROXY protocol."""
+
+    OFF = "off"
+    V1 = "v1"
+    V2 = "v2"
+
+
+class OnExpire(StrEnum):
+    """What becomes of live connections when the rule ends."""
+
+    CUT = "cut"
+    DRAIN = "drain"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on a rule's connections; None leaves the listener's own default in force.
+
+    ``connections`` and ``per_source`` count connections at one time, ``rate`` new ones in a second.
+    """
+
+    connections: int | None = None
+    per_source: int | None = None
+    rate: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``connections:1000,per-source:100,rate:50``, any of them. Raises `TextError`."""
+        expected = "limits such as connections:1000,per-source:100,rate:50, each once and at least 1"
+        known = {field.name.replace("_", "-"): field.name for field in fields(cls)}
+        found: dict[str, int] = {}
+        for part in text.split(","):
+            name, colon, number = part.partition(":")
+            try:
+                count = values.parse_number(number)
+            except TextError:
+                raise TextError(text, expected) from None
+            if name not in known or not colon or count < 1 or known[name] in found:
+                raise TextError(text, expected)
+            found[known[name]] = count
+        return cls(**found)
+
+    def __str__(self) -> str:
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return ",".join(f"{name.replace('_', '-')}:{count}" for name, count in given if count is not None)
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardRule:
+    """One forward, complete and consistent; construction raises `RuleError` where options contradict.
+
+    ``expire`` is in UNIX seconds; that it was reached stays known as ``has_ended``, wherever a clock is set
+    to. ``path`` is the netvm chain (target's netvm first) that the user agreed to, ``owner`` the target for
+    which the rule was made: a clone carries another's name there.
+    """
+
+    listen_ports: ListenPorts
+    target_ports: TargetPorts
+    sources: Sources
+    mode: Mode = Mode.AUTO
+    forward_type: ForwardType = ForwardType.EXTERNAL
+    via: QubeName | None = None
+    proto: Proto = Proto.TCP
+    listen: IPAddress | None = None
+    transport: Transport = Transport.AUTO
+    proxy: Proxy = Proxy.OFF
+    autostart: bool = False
+    on_expire: OnExpire = OnExpire.CUT
+    enabled: bool = True
+    owner: QubeName | None = None
+    path: tuple[QubeName, ...] | None = None
+    follow_netvm: bool = False
+    bypass_tunnel: bool = False
+    limits: Limits = NO_LIMITS
+    expire: int | None = None
+    has_ended: bool = False
+    comment: str = ""
+
+    def __post_init__(self) -> None:
+        for place, problem in self._contradictions():
+            raise RuleError(place, problem)
+
+    def _contradictions(self) -> Iterable[tuple[str, str]]:
+        if len(self.listen_ports) != len(self.target_ports):
+            yield (
+                "options 'srcports' and 'dstports'",
+                f"{self.listen_ports} is {_count(self.listen_ports)} and {self.target_ports} is "
+                f"{_count(self.target_ports)}; both must be as many",
+            )
+        if self.proto is Proto.UDP:
+            if self.mode is Mode.QREXEC:
+                yield ("options 'proto' and 'mode'", "qrexec carries TCP alone; udp needs mode=nft")
+            if self.proxy is not Proxy.OFF:
+                yield ("options 'proto' and 'proxy'", "the PROXY protocol needs proto=tcp")
+        if self.mode is Mode.NFT and self.transport is not Transport.AUTO:
+            yield ("options 'mode' and 'transport'", "transport is about qrexec; leave it out with mode=nft")
+        if self.mode is Mode.NFT and self.proxy is not Proxy.OFF:
+            yield ("options 'mode' and 'proxy'", "nftables cannot add a PROXY header; use mode=qrexec")
+        if self.transport is Transport.CALL and self.proxy is not Proxy.OFF:
+            yield (
+                "options 'transport' and 'proxy'",
+                "PROXY headers are made by the mux; use transport=mux",
+            )
+        if self.listen is not None:
+            strangers = [n for n in self.sources.networks if n.version != self.listen.version]
+            if strangers:
+                yield (
+                    "options 'listen' and 'srchosts'",
+                    f"{strangers[0]} can never reach {self.listen}: IPv4 and IPv6 do not mix; "
+                    f"make a second rule for IPv{strangers[0].version}",
+                )
+
+    @property
+    def listen_addresses(self) -> tuple[IPAddress, ...]:
+        """Where the exposed qube binds: ``listen``, else the wildcard of each family of the sources."""
+        if self.listen is not None:
+            return (self.listen,)
+        wildcards = {4: "0.0.0.0", 6: "::"}
+        return tuple(values.parse_address(wildcards[v]) for v in sorted(self.sources.versions))
+
+    def target_port(self, listen_port: int) -> int:
+        """The target's port behind an exposed one of this rule."""
+        return listen_port - self.listen_ports.first + self.target_ports.first
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """Read the line form. Raises `RuleError` that names option, column and what would be right."""
+        return cls.from_options(split(line))
+
+    @classmethod
+    def from_options(cls, options: Iterable[Option]) -> Self:
+        """Make a rule of options in any order. Raises `RuleError`."""
+        given = read(options, _READ_FORMS)
+        for name, missing in _MISSING.items():
+            if _FORMS[name].field not in given:
+                raise RuleError(f"option {name!r}", missing)
+        del given["action"]
+        given.setdefault("target_ports", TargetPorts(given["listen_ports"].first, given["listen_ports"].last))
+        return cls(**given)
+
+    @staticmethod
+    def option_names() -> tuple[str, ...]:
+        """All options, in canonical order."""
+        return _CANONICAL
+
+    def options(self) -> dict[str, str]:
+        """Options and their text, in canonical order; what has its default is left out."""
+        texts = {"action": "forward"}
+        for name in _CANONICAL[1:]:
+            form = _FORMS[name]
+            value = getattr(self, form.field)
+            if name in _ALWAYS or value != _DEFAULTS[form.field]:
+                texts[name] = form.print(value)
+        return texts
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={text}" for name, text in self.options().items())
+
+
+def _count(ports: ListenPorts | TargetPorts) -> str:
+    return f"{len(ports)} port{'' if len(ports) == 1 else 's'}"
+
+
+class NamedRule(NamedTuple):
+    """A rule where it is stored: at its target, under its name."""
+
+    target: QubeName
+    name: RuleName
+    rule: ForwardRule
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.name}"
+
+
+class BrokenRule(NamedTuple):
+    """Something stored as a rule that cannot be read; shown, and never acted upon."""
+
+    target: QubeName
+    name: str
+    text: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.name}"
+
+
+def _parse_action(text: str) -> str:
+    if text != "forward":
+        raise TextError(text, "forward, the only action that makes a forwarding rule")
+    return text
+
+
+def _parse_path(text: str) -> tuple[QubeName, ...]:
+    return tuple(map(values.parse_qube_name, text.split(","))) if text else ()
+
+
+def _merged(some: Sources, more: Sources) -> Sources:
+    return Sources.of((*some.networks, *more.networks))
+
+
+def _sources_of(version: int) -> Callable[[str], Sources]:
+    def parse(text: str) -> Sources:
+        sources = Sources.parse(text)
+        if sources.anyone or sources.versions != {version}:
+            raise TextError(text, f"IPv{version} networks, comma-separated")
+        return sources
+
+    return parse
+
+
+_FORMS = {
+    "action": Form("action", _parse_action),
+    "mode": Form("mode", one_of(Mode)),
+    "forwardtype": Form("forward_type", one_of(ForwardType)),
+    "via": Form("via", values.parse_qube_name),
+    "proto": Form("proto", one_of(Proto)),
+    "srcports": Form("listen_ports", ListenPorts.parse),
+    "dstports": Form("target_ports", TargetPorts.parse),
+    "srchosts": Form("sources", Sources.parse),
+    "listen": Form("listen", values.parse_address),
+    "transport": Form("transport", one_of(Transport)),
+    "proxy": Form("proxy", one_of(Proxy)),
+    "autostart": Form("autostart", values.parse_yes_no, yes_no),
+    "on-expire": Form("on_expire", one_of(OnExpire)),
+    "enabled": Form("enabled", values.parse_yes_no, yes_no),
+    "owner": Form("owner", values.parse_qube_name),
+    "path": Form("path", _parse_path, ",".join),
+    "follow-netvm": Form("follow_netvm", values.parse_yes_no, yes_no),
+    "bypass-tunnel": Form("bypass_tunnel", values.parse_yes_no, yes_no),
+    "limits": Form("limits", Limits.parse),
+    "expire": Form("expire", values.parse_time),
+    "ended": Form("has_ended", values.parse_yes_no, yes_no),
+    "comment": Form("comment", values.parse_printable),
+}
+_CANONICAL = tuple(_FORMS)
+_ALWAYS = frozenset(("mode", "forwardtype", "proto", "srcports", "dstports", "srchosts"))
+_DEFAULTS = {field.name: field.default for field in fields(ForwardRule)}
+_MISSING = {
+    "action": "missing; a forwarding rule has action=forward",
+    "srcports": "missing; it names the exposed port or range, such as srcports=80-80",
+    "srchosts": "missing; it names the networks that may connect, or says any",
+}
+# The spellings of the 2021 proposal: srchost in XML, src4 and src6 in the API line. Read, never written.
+_READ_FORMS = _FORMS | {
+    "srchost": Form("sources", Sources.parse),
+    "src4": Form("sources", _sources_of(4), merge=_merged),
+    "src6": Form("sources", _sources_of(6), merge=_merged),
+}

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The names of our qrexec services in a target."""
+
+FORWARD_SERVICE = "qubes.ForwardTCP"
+"""Carries connections; an exposed qube calls it where dom0's policy says so."""
+REVOKE_SERVICE = "qubes.ForwardRevoke"
+"""Ends calls that dom0 no longer allows; dom0 alone may call it."""
+STATUS_SERVICE = "qubes.ForwardStatus"
+"""Tells how a qube's forwards are; dom0 alone may call it."""

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""All qrexec calls of this qube together: how many there may be, and who waits for one.
+
+A calling qube has room for 30 vchans, over all targets and for everything else it calls: qrexec-client-vm
+takes 33 grant pages for each, of the 1,024 that xen-gntalloc has, and 17 for a single call, whose buffers are
+smaller. So the listener has one budget for all its calls. It counts calls and not pages: single calls leave
+their smaller size to the rest of the qube. Some of the budget is kept for mux calls, since each of those
+carries thousands of connections, and renewals have room beyond it. What is above the budget waits in a queue
+with bounds (`callqueue`). Where nothing ends by itself, an idle mux call is let go, the least recently used
+first, or the idlest connection of a source that has more than its share, or the idlest mux call that such a
+source has to itself.
+
+A call that is refused beside living calls of its target, or for want of a vchan, has found no room: it is
+asked for again when another ends. A call that is refused by itself is refused to all who wait for the same
+(`brake`). dom0's refusal has the same exit status as a full target, so a service that was not allowed since
+the configuration is new counts as refused after a few seconds.
+"""
+
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+import trio
+
+from qubes_fwd_qrexec.common.config import CALLS_MAX
+from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus, meaning, refusal
+from qubes_fwd_qrexec.common.refusals import Refusal
+from qubes_fwd_qrexec.system.bugs import Bugs
+
+from .brake import AGAIN_S, Brake
+from .callqueue import CallQueue, Key, Kind, Wanted, count_key, has_more_than_its_share
+
+# Renewals beyond the budget: without them, mux calls that hold all of it could not be renewed.
+RENEWALS_MAX = 2
+# On Qubes 4.3 calls that begin together fail, as xenstored has ten transactions at once for a qube.
+BEGIN_MAX = 4
+# A call that is not through by then waits for its target to start, and no more for xenstored.
+BEGIN_S = 5.0
+# A quarter of the budget at most is kept for mux calls.
+_KEPT_SHARE = 4
+# How long a single call may wait for a place, and a mux call likewise.
+WAIT_S = 30.0
+# For how long a refusal beside living calls is taken for a full target where no such call was allowed yet.
+DOUBT_S = 5.0
+# A connection in which something moves is not ended to make room for another.
+QUIET_S = 1.0
+# How often those that wait are looked at, beside whenever a call ends.
+_LOOK_S = 0.25
+
+
+class Holder(Protocol):
+    """What a call is used for, which may have to make room for another."""
+
+    @property
+    def quiet_s(self) -> float | None:
+        """For how many seconds nothing has used it; None if it must not be ended."""
+
+    @property
+    def sole_user(self) -> tuple[Key, float] | None:
+        """The only source that uses a mux call, and for how many seconds nothing has moved in it."""
+
+    def make_room(self) -> None:
+        """End it; its place comes back soon."""
+
+
+class Place:
+    """A call that may be made. Whoever has it says how the call fares."""
+
+    def __init__(self, budget: "CallBudget", wanted: Wanted, now: float) -> None:
+        self.wanted = wanted
+        self.began_at = now
+        self.is_through = False
+        """Whether dom0 and the target are known to have taken the call."""
+        self.holder: Holder | None = None
+        self.makes_room = False
+        self._budget = budget
+
+    @property
+    def quiet_s(self) -> float:
+        """For how long nothing has used it; below 0 if it must not be ended."""
+        quiet_s = None if self.holder is None else self.holder.quiet_s
+        return -1.0 if quiet_s is None else quiet_s
+
+    @property
+    def sole_user(self) -> tuple[Key, float] | None:
+        """As the holder's."""
+        return None if self.holder is None else self.holder.sole_user
+
+    def through(self) -> None:
+        """dom0 and the target have taken it; said again, it changes nothing."""
+        self._budget.is_through(self)
+
+    def make_room(self) -> None:
+        """Its holder is to end it."""
+        self.makes_room = True
+        if self.holder is not None:
+            self.holder.make_room()
+
+    def failed(self, why: str, status: int | None = None) -> bool:
+        """It came to nothing before it was through; True if there was no room, so that it may be asked for
+        again at once: it will wait until there is some."""
+        return self._budget.failed(self, why, status)
+
+    def lost(self, why: str) -> None:
+        """It was through, and was lost or given up: the same is asked for again at most every `AGAIN_S`."""
+        self._budget.lost(self, why)
+
+
+class Waiting(Wanted):
+    """A call that a task waits for; ``users`` says which sources wait for it."""
+
+    __slots__ = ("error", "place", "settled", "users")
+
+    def __init__(
+        self, kind: Kind, target: str, service: str, key: Key, users: Callable[[], Collection[Key]]
+    ) -> None:
+        super().__init__(kind, target, service, key)
+        self.users = users
+        self.settled = trio.Event()
+        self.place: Place | None = None
+        self.error: RefusedError | None = None
+
+    def refuse(self, error: RefusedError) -> None:
+        self.error = error
+        self.settled.set()
+
+
+class CallBudget:
+    """Made once for a listener. ``tasks`` is where it looks after those that wait."""
+
+    def __init__(
+        self,
+        tasks: trio.Nursery,
+        calls_max: int = CALLS_MAX,
+        queue: CallQueue[Waiting] | None = None,
+        bugs: Bugs | None = None,
+    ) -> None:
+        self.calls_max = calls_max
+        self._bugs = bugs or Bugs()
+        self._tasks = tasks
+        self._kept = 0
+        self._queue = CallQueue[Waiting]() if queue is None else queue
+        self._places: set[Place] = set()
+        self._here = Brake()
+        self._targets: dict[str, Brake] = {}
+        self._services: dict[tuple[str, str], Brake] = {}
+        self._full_until: dict[tuple[str, str], float] = {}
+        """Until when a refusal of the service beside living calls is taken for a full target."""
+        self._is_looking = False
+
+    @property
+    def calls(self) -> int:
+        """Calls under way."""
+        return len(self._places)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a call."""
+        return len(self._queue)
+
+    def calls_to(self, target: str) -> int:
+        """Calls under way to one target."""
+        return sum(place.wanted.target == target for place in self._places)
+
+    @property
+    def singles_max(self) -> int:
+        """How many single calls there may be."""
+        return self.calls_max - self._kept
+
+    def expect(self, mux_calls: int) -> None:
+        """So many mux calls may be wanted: some room is kept for them."""
+        self._kept = min(mux_calls, self.calls_max // _KEPT_SHARE)
+
+    def forget_refusals(self) -> None:
+        """dom0 has said that something changed, and so perhaps has its policy: ask again at once."""
+        self._here.release()
+        self._targets.clear()
+        self._services.clear()
+        self._full_until.clear()
+        self._look()
+
+    @staticmethod
+    def deadline() -> float:
+        """Until when whoever wants a call now may wait for it (trio's clock), however often it is made."""
+        return trio.current_time() + WAIT_S
+
+    @asynccontextmanager
+    async def place(
+        self,
+        kind: Kind,
+        target: str,
+        service: str,
+        key: Key = (),
+        deadline: float | None = None,
+        users: Callable[[], Collection[Key]] | None = None,
+    ) -> AsyncIterator[Place]:
+        """A place for one call of ``service`` (``NAME+ARGUMENT``), waited for; the call ends with the block.
+
+        ``users`` says for which sources it is: by default for that of ``key``, which begins with the rule.
+
+        Raises `RefusedError` when there is none until ``deadline`` (by default that of now), or the same was
+        refused meanwhile.
+        """
+        waiting = Waiting(kind, target, service, key, users or (lambda: [key[1:]]))
+        if deadline is None:
+            deadline = self.deadline()
+        elif trio.current_time() >= deadline:
+            raise self._no_room(waiting)
+        if (displaced := self._queue.add(waiting)) is not None:
+            displaced.refuse(RefusedError(f"too many connections wait for a call to {target}", Refusal.BUSY))
+        try:
+            self._look()
+            with trio.move_on_at(deadline):
+                await waiting.settled.wait()
+            if waiting.error is not None:
+                raise waiting.error
+            if waiting.place is None:
+                raise self._no_room(waiting)
+            yield waiting.place
+        finally:
+            self._queue.remove(waiting)
+            if waiting.place is not None:
+                self._end(waiting.place)
+
+    # What a place is told
+
+    def is_through(self, place: Place) -> None:
+        if not place.is_through:
+            self._note_through(place)
+            self._look()
+
+    def _note_through(self, place: Place) -> None:
+        place.is_through = True
+        for brake in self._brakes(place.wanted):
+            brake.is_through(place)
+        named = place.wanted.target, place.wanted.service
+        self._services.pop(named, None)
+        self._full_until[named] = math.inf
+
+    def failed(self, place: Place, why: str, status: int | None) -> bool:
+        wanted = place.wanted
+        others = [other for other in self._places if other is not place and other.is_through]
+        again_at = place.began_at + AGAIN_S
+        if place.is_through:
+            others = []  # then it had room
+        if status == ExitStatus.NO_ROOM and others:
+            self._here.put_on(len(others), again_at, meaning(status))
+            return True
+        living = sum(other.wanted.target == wanted.target for other in others)
+        is_renewal = wanted.kind is Kind.RENEWAL
+        if status == ExitStatus.REFUSED and living and not is_renewal and self._may_be_full(wanted):
+            full = f"{wanted.target} takes no more than {living} calls of this qube, or dom0 refuses this one"
+            self._target(wanted).put_on(living, again_at, full)
+            return True
+        self._service(wanted).put_on(0, again_at, why, refusal(status))
+        for waiting in list(self._queue):
+            is_same = (waiting.target, waiting.service) == (wanted.target, wanted.service)
+            if is_same and waiting.kind is not Kind.RENEWAL:
+                self._queue.remove(waiting)
+                waiting.refuse(RefusedError(why, refusal(status)))
+        return False
+
+    def _may_be_full(self, wanted: Wanted) -> bool:
+        now = trio.current_time()
+        return now < self._full_until.setdefault((wanted.target, wanted.service), now + DOUBT_S)
+
+    def lost(self, place: Place, why: str) -> None:
+        if not place.is_through:  # it was; whoever finds out later must not take the brake off
+            self._note_through(place)
+        self._service(place.wanted).put_on(0, place.began_at + AGAIN_S, why, Refusal.NO_CALL)
+
+    # Who is next
+
+    def _look(self) -> None:
+        """Let begin what may, and make room for the rest."""
+        now = trio.current_time()
+        while (wanted := self._queue.take(lambda one: self._may_begin(one, now))) is not None:
+            wanted.place = Place(self, wanted, now)
+            for brake in self._brakes(wanted):
+                brake.begins(wanted.place, self._living(brake, wanted))
+            self._places.add(wanted.place)
+            wanted.settled.set()
+        if self._queue:
+            self._make_room(now)
+            if not self._is_looking:
+                self._is_looking = True
+                self._tasks.start_soon(self._keep_looking)
+
+    async def _keep_looking(self) -> None:
+        """While anybody waits: what only time brings is told by nothing else."""
+        try:
+            while self._queue:
+                await trio.sleep(_LOOK_S)
+                # Nobody's in particular, and so a bug in it ends nobody: who waits does so within bounds.
+                self._bugs.guarded(lambda: None, self._look)
+        finally:
+            self._is_looking = False
+
+    def _may_begin(self, wanted: Wanted, now: float) -> bool:
+        beginning = sum(not place.is_through and now - place.began_at < BEGIN_S for place in self._places)
+        return (
+            beginning < BEGIN_MAX
+            and self._has_room(wanted)
+            and all(brake.admits(self._living(brake, wanted), now) for brake in self._brakes(wanted))
+        )
+
+    def _has_room(self, wanted: Wanted) -> bool:
+        """Whether the budget has."""
+        if wanted.kind is Kind.RENEWAL:
+            return self.calls < self.calls_max + RENEWALS_MAX
+        singles = sum(place.wanted.kind is Kind.SINGLE for place in self._places)
+        return self.calls < self.calls_max and (wanted.kind is not Kind.SINGLE or singles < self.singles_max)
+
+    def _make_room(self, now: float) -> None:
+        """For the first one that has none: another may have to end."""
+        for wanted in self._queue:
+            is_targets = not self._target(wanted).admits(self.calls_to(wanted.target), now)
+            if not is_targets and self._has_room(wanted) and self._here.admits(self.calls, now):
+                continue
+            places = [p for p in self._places if not is_targets or p.wanted.target == wanted.target]
+            if any(place.makes_room for place in places):
+                return  # its end is near
+            found = (
+                self._idlest_mux_call(places)
+                or self._idlest_single(places, wanted)
+                or self._idlest_of_one_user(places, wanted)
+            )
+            if found is not None:
+                found.make_room()
+            return
+
+    def _idlest_mux_call(self, places: list[Place]) -> Place | None:
+        """The least recently used one that nothing uses now."""
+        return max(
+            (p for p in places if p.wanted.kind is Kind.MUX and p.quiet_s >= 0),
+            key=lambda p: p.quiet_s,
+            default=None,
+        )
+
+    def _idlest_single(self, places: list[Place], wanted: Wanted) -> Place | None:
+        """The idlest one of whoever holds most, if that is more than is left to the one that waits."""
+        candidates = (
+            place
+            for place in places
+            if place.wanted.kind is Kind.SINGLE
+            and place.quiet_s >= QUIET_S
+            and self._queue.has_more_than_its_share(place.wanted.key, wanted.key)
+        )
+        return max(candidates, key=lambda p: (self._queue.held(p.wanted.key), p.quiet_s), default=None)
+
+    def _idlest_of_one_user(self, places: list[Place], wanted: Waiting) -> Place | None:
+        """The idlest mux call that is all of one source that has more of them than one that waits."""
+        held_by = Counter[Key]()
+        for place in self._places:
+            if (use := place.sole_user) is not None:
+                count_key(held_by, use[0])
+        users = wanted.users()
+        found, most = None, (0, 0.0)
+        for place in places:
+            if (use := place.sole_user) is None or use[1] < QUIET_S:
+                continue
+            rank = held_by[use[0][:1]], use[1]
+            if rank > most and any(has_more_than_its_share(held_by, use[0], user) for user in users):
+                found, most = place, rank
+        return found
+
+    def _end(self, place: Place) -> None:
+        self._places.discard(place)
+        self._queue.release(place.wanted.key)
+        for brake in self._brakes(place.wanted):
+            brake.ended(place)
+        self._look()
+
+    def _no_room(self, wanted: Wanted) -> RefusedError:
+        """Why there was no call to be had in time."""
+        for brake in reversed(self._brakes(wanted)):
+            if brake.is_on:
+                return RefusedError(brake.why, brake.kind)
+        return RefusedError(f"this qube makes {self.calls} calls, and none ended in time", Refusal.BUSY)
+
+    # Brakes
+
+    def _brakes(self, wanted: Wanted) -> tuple[Brake, ...]:
+        """What holds it back. A renewal is no new question: its own pace is slow enough."""
+        brakes = self._here, self._target(wanted)
+        return brakes if wanted.kind is Kind.RENEWAL else (*brakes, self._service(wanted))
+
+    def _target(self, wanted: Wanted) -> Brake:
+        return self._targets.setdefault(wanted.target, Brake())
+
+    def _service(self, wanted: Wanted) -> Brake:
+        return self._services.setdefault((wanted.target, wanted.service), Brake())
+
+    def _living(self, brake: Brake, wanted: Wanted) -> int:
+        """How many calls count against it; a service that was refused has none."""
+        if brake is self._here:
+            return self.calls
+        return self.calls_to(wanted.target) if brake is self._target(wanted) else 0

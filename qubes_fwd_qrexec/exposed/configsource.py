@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where a listener's configuration comes from, and when it has changed.
+
+Every `Source` has the same shape, so that the listener has one way to obey them: `ConfigSource` reads a
+directory or file, `qubesdbsource` reads QubesDB. What an entry means is decided here, for both.
+
+A directory holds one file for each forward, named by its key (``fwd.work.web``), with its options on
+one line: the shape of ``/vm-config/`` in QubesDB. A file holds the same, one forward a line:
+key, space, options. Blank lines and lines that start with ``#`` are passed over.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from qubes_fwd_qrexec.common.config import VALUE_MAX, ListenerConfig, is_forward_key
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+
+# A qube's QubesDB holds few entries; this bounds what a directory full of files can make us read.
+ENTRIES_MAX = 4096
+_FILE_MAX = 1 << 20
+_BLANKS = " \t\r"
+
+
+class Configuration(NamedTuple):
+    """What was found: the forwards that can be read, and an error for each entry that cannot."""
+
+    forwards: dict[tuple[QubeName, RuleName], ListenerConfig]
+    errors: dict[str, ConfigError]
+
+
+class Source(Protocol):
+    """What the listener asks; neither question waits for anybody else."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing new can be had from it at the moment, if so."""
+
+    def read(self) -> Configuration:
+        """What is configured now. Raises `ConfigError` when the source itself cannot be read."""
+
+    def stamp(self) -> object:
+        """A value that differs when `read` may find something else than before."""
+
+
+class ConfigSource:
+    """A directory or file of configurations."""
+
+    def __init__(self, path: Path) -> None:
+        self.problem: str | None = None
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def read(self) -> Configuration:
+        """Read everything afresh. Raises `ConfigError` when the source itself cannot be read."""
+        try:
+            entries = self._entries()
+        except ConfigError as error:
+            self.problem = str(error)
+            raise
+        self.problem = None
+        return parse_entries(entries)
+
+    def stamp(self) -> object:
+        """A value that differs when something changed since: names, sizes and times of the files."""
+        try:
+            if not self._path.is_dir():
+                return _stamp(self._path)
+            files = [file for file in self._path.iterdir() if is_forward_key(file.name)]
+            return sorted((file.name, _stamp(file)) for file in files)
+        except OSError:
+            return None
+
+    def _entries(self) -> dict[str, str | ConfigError]:
+        try:
+            if not self._path.is_dir():
+                text = _text(self._path, _FILE_MAX)
+                if len(text) > _FILE_MAX:
+                    raise ConfigError(f"{self._path}: more than {_FILE_MAX} bytes; so many are read")
+                return _line_entries(text)
+            files = sorted(file for file in self._path.iterdir() if is_forward_key(file.name))
+            if len(files) > ENTRIES_MAX:
+                raise ConfigError(f"{self._path}: {len(files)} entries; at most {ENTRIES_MAX} are read")
+            entries = {file.name: _value(file) for file in files}
+        except OSError as error:
+            raise ConfigError(f"{self._path}: {error.strerror}") from error
+        return {key: value for key, value in entries.items() if value is not None}
+
+
+def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
+    """Each entry by its key, or what kept it from being read. One that is bad is an error of its own."""
+    forwards: dict[tuple[QubeName, RuleName], ListenerConfig] = {}
+    errors: dict[str, ConfigError] = {}
+    for key, untrusted_value in entries.items():
+        try:
+            if isinstance(untrusted_value, ConfigError):
+                raise untrusted_value
+            config = ListenerConfig.parse(key, untrusted_value)
+        except ConfigError as error:
+            errors[key] = error
+        else:
+            forwards[config.target, config.name] = config
+    return Configuration(forwards, errors)
+
+
+def _text(path: Path, size_max: int) -> str:
+    """At most one byte more than ``size_max``. Latin-1 reads any byte; what is not ASCII is refused later."""
+    with path.open("rb") as file:
+        return file.read(size_max + 1).decode("latin-1")
+
+
+def _value(path: Path) -> str | ConfigError | None:
+    """One entry of a directory; None when it has been removed since the directory was read."""
+    try:
+        value = _text(path, VALUE_MAX + 1).removesuffix("\n")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return ConfigError(f"entry {path.name!a}: {error.strerror}")
+    if len(value) > VALUE_MAX:
+        return ConfigError(f"entry {path.name!a}: longer than the {VALUE_MAX} bytes that QubesDB takes")
+    return value
+
+
+def _line_entries(text: str) -> dict[str, str | ConfigError]:
+    """Split at newlines alone: other control characters are no ends of lines but errors in them."""
+    entries: dict[str, str | ConfigError] = {}
+    for line in text.split("\n"):
+        key, _, value = line.strip(_BLANKS).partition(" ")
+        if key and not key.startswith("#"):
+            twice = ConfigError(f"entry {key!a} is there twice; one of them would be right")
+            entries[key] = twice if key in entries else value.strip(_BLANKS)
+    return entries
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino

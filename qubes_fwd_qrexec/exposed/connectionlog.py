@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The log of connections: one line when one is let in and one at its end, in words of ``key=value``.
+
+Whoever may connect can make as many lines as connections. So only so many are written in a second, and
+the next one says how many were not; the counters have them all.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+
+from qubes_fwd_qrexec.common.config import ListenerConfig
+
+from .counters import Carried
+
+_logger = logging.getLogger(__name__)
+
+# journald itself takes 10,000 lines of a service in 30 s (RateLimitBurst, journald.conf(5)), and drops any
+# beyond: this stays under a tenth of it, and the warnings of the listener have the rest.
+LINES_PER_S = 20.0
+BURST = 100
+
+
+class ConnectionLog:
+    """One for all forwards of a listener."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tokens = float(BURST)
+        self._filled_at = clock()
+        self._held_back = 0
+
+    def opened(self, config: ListenerConfig, accepted: socket.socket, port: int) -> str | None:
+        """Write the first line, and return what `ended` needs; None if this connection is held back."""
+        if not self._may_write():
+            return None
+        try:
+            host, client_port = accepted.getpeername()[:2]
+            client = f"[{host}]:{client_port}" if ":" in host else f"{host}:{client_port}"
+        except OSError:
+            client = "gone"
+        line = f"client={client} port={port} transport={config.transport}"
+        self._write(f"connection=open {line} forward={config.target}.{config.name}")
+        return line
+
+    def ended(self, line: str | None, config: ListenerConfig, carried: Carried, how: str) -> None:
+        """Write the last line of a connection that has a first one; it counts as another line.
+
+        A line is cut at its end, so what stands in the first one too comes last.
+        """
+        if line is None or not self._may_write():
+            return
+        lasted_s = time.monotonic() - carried.since
+        self._write(
+            f"connection=end how={how} {line} sent={carried.sent} received={carried.received} "
+            f"seconds={lasted_s:.3f} forward={config.target}.{config.name}"
+        )
+
+    def _may_write(self) -> bool:
+        now = self._clock()
+        self._tokens = min(BURST, self._tokens + (now - self._filled_at) * LINES_PER_S)
+        self._filled_at = now
+        if self._tokens < 1:
+            self._held_back += 1
+            return False
+        self._tokens -= 1
+        return True
+
+    def _write(self, text: str) -> None:
+        held_back, self._held_back = self._held_back, 0
+        _logger.info("%s%s", text, f" held_back={held_back}" if held_back else "")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who holds how many connections, and which one makes room when there are as many as there may be.
+
+Sources are counted twice: by address, and by network, since an IPv6 host chooses among 2**64 addresses
+(RFC 4862). The largest network yields first, in it the largest address, and of that one the connection in
+which nothing has moved for longest. Nobody yields to a newcomer that holds as much already.
+"""
+
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
+from typing import Generic, Protocol, TypeVar
+
+from qubes_fwd_qrexec.common.values import IPAddress
+
+Network = IPv4Address | int
+"""An IPv4 address, or the upper 64 bits of an IPv6 one."""
+
+_K = TypeVar("_K")
+
+
+class Member(Protocol):
+    """A connection that was let in."""
+
+    @property
+    def source(self) -> IPAddress:
+        """Who is connected; IPv4 as IPv4."""
+
+    @property
+    def moved_at(self) -> float:
+        """When bytes last moved in it, or it began (`time.monotonic`)."""
+
+    def make_room(self) -> None:
+        """End it now: the client sees RST."""
+
+
+def network(source: IPAddress) -> Network:
+    """What an address is counted by beside itself."""
+    return int(source) >> 64 if isinstance(source, IPv6Address) else source
+
+
+def source_key(source: IPAddress) -> tuple[Network, IPAddress]:
+    """By what a source is counted, the widest first."""
+    return network(source), source
+
+
+class _Ranking(Generic[_K]):
+    """Numbers by key, which change by one; the largest is known at any time."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[_K, int] = {}
+        self._keys: dict[int, dict[_K, None]] = {}
+        self._largest = 0
+
+    def change(self, key: _K, by: int) -> None:
+        before = self.numbers.get(key, 0)
+        after = before + by
+        if before:
+            del self._keys[before][key]
+            if not self._keys[before]:
+                del self._keys[before]
+        if after:
+            self.numbers[key] = after
+            self._keys.setdefault(after, {})[key] = None
+        else:
+            del self.numbers[key]
+        if after > self._largest or self._largest not in self._keys:
+            self._largest = after
+
+    def largest(self) -> _K:
+        """The key with the largest number, the one that came to it first. Raises KeyError when empty."""
+        return next(iter(self._keys[self._largest]))
+
+
+class Crowd:
+    """Connections by network and address."""
+
+    def __init__(self) -> None:
+        self._members: dict[IPAddress, dict[Member, None]] = {}
+        self._networks: _Ranking[Network] = _Ranking()
+        self._addresses: dict[Network, _Ranking[IPAddress]] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        for members in self._members.values():
+            yield from members
+
+    def __contains__(self, member: Member) -> bool:
+        return member in self._members.get(member.source, ())
+
+    @property
+    def sources(self) -> int:
+        """How many addresses have a connection."""
+        return len(self._members)
+
+    def held_by(self, source: IPAddress) -> int:
+        """Connections of an address."""
+        return len(self._members.get(source, ()))
+
+    def held_in(self, source: IPAddress) -> int:
+        """Connections of an address's network."""
+        return self._networks.numbers.get(network(source), 0)
+
+    def add(self, member: Member) -> None:
+        """Count one more."""
+        source, key = member.source, network(member.source)
+        self._members.setdefault(source, {})[member] = None
+        self._networks.change(key, 1)
+        self._addresses.setdefault(key, _Ranking()).change(source, 1)
+
+    def discard(self, member: Member) -> bool:
+        """Count it no more; whether it was counted."""
+        source, key = member.source, network(member.source)
+        if member not in self:
+            return False
+        del self._members[source][member]
+        if not self._members[source]:
+            del self._members[source]
+        self._networks.change(key, -1)
+        self._addresses[key].change(source, -1)
+        if not self._addresses[key].numbers:
+            del self._addresses[key]
+        return True
+
+    def idlest(self) -> Member | None:
+        """The connection that makes room for anybody; None when there is none."""
+        return self._idlest_in(self._networks.largest()) if self._members else None
+
+    def idlest_before(self, source: IPAddress) -> Member | None:
+        """The connection that makes room for ``source``; None when nobody holds more than it does."""
+        if not self._members:
+            return None
+        largest = self._networks.largest()
+        if self._networks.numbers[largest] > self.held_in(source):
+            return self._idlest_in(largest)
+        own = self._addresses.get(network(source))
+        if own is None or own.numbers[own.largest()] <= self.held_by(source):
+            return None
+        return self._idlest_in(network(source))
+
+    def _idlest_in(self, key: Network) -> Member:
+        return min(self._members[self._addresses[key].largest()], key=lambda member: member.moved_at)

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The program that opens the exposed qube's firewall for its forwards, and for nothing else.
+
+It reads the same configuration as the listener, and not what the listener says: who takes the listener
+over, which talks to the network, opens no port by that. It listens to nobody and needs CAP_NET_ADMIN.
+
+Of what the configuration has, it lets in to those ports that the listener itself has open, by the word of the
+kernel (`listening`). Where another program of the qube has the port, a rule would else expose that program.
+In doubt it lets nobody in.
+
+It looks again whenever anybody has changed nftables, so a firewall that is loaded anew is open again
+before anybody notices. When it ends, nothing of it is left.
+"""
+
+import argparse
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from qubes_fwd_qrexec import __version__
+from qubes_fwd_qrexec.common import report
+from qubes_fwd_qrexec.common.config import ListenerConfig, parse_key
+from qubes_fwd_qrexec.common.errors import ConfigError, ForwardError, TextError
+from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
+from qubes_fwd_qrexec.common.values import Binding, QubeName, RuleName, parse_number
+from qubes_fwd_qrexec.exposed.configsource import ConfigSource, Source
+from qubes_fwd_qrexec.exposed.lifetime import Expiry
+from qubes_fwd_qrexec.exposed.qubesdbsource import open_qubesdb
+from qubes_fwd_qrexec.system.cleanstart import start_clean
+from qubes_fwd_qrexec.system.logs import RateLimit, one_line, start_logging, warn
+from qubes_fwd_qrexec.system.notify import notify, reloading
+from qubes_fwd_qrexec.system.sockdiag import DIRECTORY, SocketsError, listening, owner
+
+from . import chain
+from .chain import Family, NftError
+from .nfttool import Changes, Nft
+
+# In the directory that the service manager made: a `FirewallReport`.
+STATE = "state"
+_logger = logging.getLogger(__name__)
+
+# How soon a change of the configuration or of the listener's ports, or an expiry, is noticed: as there.
+_LOOK_S = 0.5
+# Between two looks at the firewall: who changes it without end costs three short programs in this time.
+_GAP_S = 0.2
+# What we have looked at may be gone when we change it; then we look again.
+_TRIES = 3
+_STOP = {signal.SIGTERM, signal.SIGINT}
+
+# linux/uidgid.h: the last one is none.
+_UID_MAX = 2**32 - 2
+
+_Name = tuple[QubeName, RuleName]
+
+
+class Forwards:
+    """The forwards that are to be let in now, by the configuration as it was read last."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._stamp: object = None
+        self._configs: dict[_Name, ListenerConfig] = {}
+        self._expiries: dict[tuple[_Name, int | None], Expiry] = {}
+        self._over: set[tuple[_Name, int | None]] = set()
+
+    def read(self) -> None:
+        """Read afresh; what was open under the name of a bad entry stays. Raises `ConfigError`."""
+        self._stamp = self._source.stamp()
+        found = self._source.read()
+        configs = dict(found.forwards)
+        for key, error in sorted(found.errors.items()):
+            _logger.error("refused: %s", error)
+            try:
+                name = parse_key(key)
+            except ConfigError:
+                continue
+            if name in self._configs:
+                configs[name] = self._configs[name]
+        self._configs = configs
+
+    def has_changed(self) -> bool:
+        """Whether the source has something new since `read`."""
+        return self._source.stamp() != self._stamp
+
+    def active(self) -> tuple[ListenerConfig, ...]:
+        """Those that have not expired; what was over stays over when the clock is set back."""
+        return tuple(config for name, config in sorted(self._configs.items()) if not self._is_over(name))
+
+    def _is_over(self, name: _Name) -> bool:
+        term = (name, self._configs[name].expire)
+        if self._expiries.setdefault(term, Expiry(term[1])).is_over():
+            self._over.add(term)
+        return term in self._over
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be let in: the active forwards, where the listener listens."""
+
+    configs: tuple[ListenerConfig, ...] = ()
+    listening: frozenset[Binding] = frozenset()
+
+    def rules(self, family: Family) -> tuple[chain.Rule, ...]:
+        return chain.rules(self.configs, family, self.listening)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """The keys of those that the listener does not listen for, or not on all their ports."""
+        waiting = (config.key for config in self.configs if chain.is_waiting(config, self.listening))
+        return tuple(waiting)
+
+
+class Firewall:
+    """Our chain and its jump, in each family that has a place for them."""
+
+    def __init__(self, nft: Nft) -> None:
+        self._nft = nft
+
+    def keep(self, wanted: Wanted) -> frozenset[Family]:
+        """Make it let in exactly this; the families that have a place for it. Raises `NftError`."""
+        for _ in range(_TRIES - 1):
+            try:
+                return self._keep(wanted)
+            except NftError as error:
+                _logger.debug("again: %s", error)
+        return self._keep(wanted)
+
+    def clear(self) -> None:
+        """Leave nothing. Raises `NftError`."""
+        self.keep(Wanted())
+
+    def _keep(self, wanted: Wanted) -> frozenset[Family]:
+        places = self._nft.look()
+        for family, seen in places.items():
+            rules = wanted.rules(family)
+            if todo := chain.transaction(family, rules, seen):
+                self._nft.carry_out(todo)
+                _logger.info("%s %s: %d rules let forwards in", family, chain.TABLE, len(rules))
+        return frozenset(places)
+
+
+def account(wanted: Wanted, places: Collection[Family]) -> Iterator[str]:
+    """What is let in and what is not, in words."""
+    waiting = wanted.waiting
+    yield f"{len(wanted.configs) - len(waiting)} forwards let in"
+    for family in Family:
+        if wanted.rules(family) and family not in places:
+            yield f"none by {family}: no table {chain.TABLE} with a chain {chain.USERS_CHAIN}"
+    if waiting:
+        yield f"{len(waiting)} wait for the listener to listen: {' '.join(waiting)}"
+
+
+def told(wanted: Wanted, places: Collection[Family]) -> FirewallReport:
+    """The same for dom0."""
+    if len(wanted.waiting) > FORWARDS_MAX:
+        return FirewallReport()  # with some of them left out it would not be true
+    words = {
+        family: report.Firewall.OPEN if family in places else report.Firewall.CLOSED for family in Family
+    }
+    return FirewallReport(words[Family.IP], words[Family.IP6], wanted.waiting)
+
+
+class Signals:
+    """SIGTERM and SIGINT ask us to end, SIGHUP to read again; readable when one has come."""
+
+    def __init__(self) -> None:
+        self._ours, self._theirs = socket.socketpair()
+        for end in (self._ours, self._theirs):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._theirs.fileno())
+        self._before = {n: signal.signal(n, lambda *_: None) for n in (*_STOP, signal.SIGHUP)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._ours.close()
+        self._theirs.close()
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def take(self) -> set[int]:
+        """Those that have come since the last call."""
+        try:
+            return set(self._ours.recv(4096))  # set_wakeup_fd: a byte for each, its number
+        except BlockingIOError:
+            return set()
+
+
+_CLOSED = FirewallReport(report.Firewall.CLOSED, report.Firewall.CLOSED)
+
+
+class Keeper:
+    """Keeps the firewall as the configuration says; `run` is the whole of its life."""
+
+    def __init__(
+        self,
+        forwards: Forwards,
+        firewall: Firewall,
+        sockets: Callable[[], frozenset[Binding]],
+        state: Path | None = None,
+    ) -> None:
+        """``sockets`` says where the listener listens, or raises `SocketsError`."""
+        self._forwards = forwards
+        self._firewall = firewall
+        self._sockets = sockets
+        self._state = state
+        self._limit = RateLimit()
+        self._kept: Wanted | None = None
+        self._kept_s = 0.0
+        self._told = ""
+        self._trouble = ""
+
+    def run(self, changes: Changes, signals: Signals) -> None:
+        """Until a signal ends it. Raises `ForwardError` when it cannot be done at the start, or undone."""
+        self._forwards.read()
+        try:
+            self._tell(self._keep(self._wanted()), is_asked=True)
+            while not (asked := self._wait(changes, signals)) & _STOP:
+                self._look(changes, is_asked=signal.SIGHUP in asked)
+        finally:
+            notify("STOPPING=1")
+            self._leave_word(_CLOSED)
+            self._firewall.clear()
+
+    def _wait(self, changes: Changes, signals: Signals) -> set[int]:
+        """For a change, the next look, or the signals that it returns; not at once after a look."""
+        gap_s = max(0.0, self._kept_s + _GAP_S - time.monotonic())
+        if not select.select([signals], [], [], gap_s)[0]:
+            select.select([signals.fileno(), changes.fileno()], [], [], _LOOK_S - gap_s)
+        return signals.take()
+
+    def _look(self, changes: Changes, *, is_asked: bool) -> None:
+        if is_asked:
+            notify(*reloading())
+        if is_asked or self._forwards.has_changed():
+            try:
+                self._forwards.read()
+            except ConfigError as error:
+                _logger.error("configuration not reloaded: %s", error)
+        wanted = self._wanted()
+        if changes.has_any() or is_asked or wanted != self._kept:
+            try:
+                self._tell(self._keep(wanted), is_asked=is_asked)
+            except NftError as error:
+                self._kept = None  # at the next look again
+                self._leave_word(_CLOSED)
+                warn(_logger, self._limit, "nft", str(error))
+                self._tell(one_line(str(error)), is_asked=is_asked)
+
+    def _wanted(self) -> Wanted:
+        """With nothing to listen on where the kernel does not say: then nobody is let in."""
+        active = self._forwards.active()
+        found: frozenset[Binding] = frozenset()
+        trouble = ""
+        if active:
+            try:
+                found = self._sockets()
+            except SocketsError as error:
+                trouble = str(error)
+        if trouble and trouble != self._trouble:
+            _logger.warning("nobody is let in: %s", trouble)
+        self._trouble = trouble
+        return Wanted(active, found)
+
+    def _tell(self, status: str, *, is_asked: bool) -> None:
+        """Tell the service manager, if it waits for an answer or there is news."""
+        if is_asked or status != self._told:
+            notify("READY=1", f"STATUS={status}")
+            self._told = status
+
+    def _keep(self, wanted: Wanted) -> str:
+        """One line on how it is then."""
+        self._kept_s = time.monotonic()
+        places = self._firewall.keep(wanted)
+        self._kept = wanted
+        self._leave_word(told(wanted, places))
+        return one_line(", ".join(account(wanted, places)))
+
+    def _leave_word(self, word: FirewallReport) -> None:
+        """For `statusservice`, which tells dom0. That it cannot be left stops nothing: it is unknown then."""
+        if self._state is None:
+            return
+        hidden = self._state.with_name(f".{self._state.name}")
+        try:
+            hidden.write_bytes(report.dump(word.as_json()))
+            hidden.chmod(0o644)  # whatever the umask is: it is no secret
+            hidden.rename(self._state)
+        except OSError as error:
+            warn(_logger, self._limit, "state", f"{self._state}: {error.strerror}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qubes-forward-nft",
+        description="Let the forwards of this qube in through its firewall, and nothing else.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="directory or file with the forwards (default: this qube's QubesDB)",
+    )
+    what.add_argument("--remove", action="store_true", help="remove what an earlier run has left, and end")
+    parser.add_argument(
+        "--listener-uid",
+        type=_uid,
+        metavar="UID",
+        help=f"the user whose listening sockets are the listener's (default: who owns {DIRECTORY})",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def _uid(text: str) -> int:
+    try:
+        uid = parse_number(text)
+    except TextError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if uid > _UID_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is more than {_UID_MAX}, the last user's number")
+    return uid
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    start_clean()
+    start_logging()
+    firewall = Firewall(Nft())
+    try:
+        if args.remove:
+            firewall.clear()
+            return 0
+        with ExitStack() as stack:
+            signals, changes = stack.enter_context(Signals()), stack.enter_context(Changes())
+            source = ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb())
+            place = os.environ.get("RUNTIME_DIRECTORY")
+            state = None if place is None else Path(place, STATE)
+            given: int | None = args.listener_uid
+            # Its user may be another one at its next start.
+            sockets = partial(listening, given) if given is not None else lambda: listening(owner())
+            Keeper(Forwards(source), firewall, sockets, state).run(changes, signals)
+    except ForwardError as error:
+        _logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

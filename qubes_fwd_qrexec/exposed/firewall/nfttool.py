@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The firewall's two ends: the program ``nft``, and the kernel's word that something has changed.
+
+It decides nothing. Both need CAP_NET_ADMIN in the network namespace of this process.
+"""
+
+import json
+import os
+import socket
+import subprocess
+from typing import Any, Self
+
+from . import chain
+from .chain import TABLE, Family, NftError, Seen
+
+# A transaction of ours takes milliseconds; this only keeps us from hanging for ever.
+_TIMEOUT_S = 10.0
+_MESSAGE_MAX = 400
+# linux/netlink.h and linux/netfilter/nfnetlink.h: the messages that `nft monitor` prints.
+_NETLINK_NETFILTER = 12
+_NFNLGRP_NFTABLES = 7
+_READ_MAX = 1 << 16
+
+
+class Nft:
+    """The program, found along PATH and in the directories of the system's administrator."""
+
+    def __init__(self, program: str = "nft") -> None:
+        self._program = program
+        path = os.environ.get("PATH", os.defpath)
+        self._environment = {"LC_ALL": "C", "PATH": f"{path}:/usr/sbin:/sbin"}
+
+    def look(self) -> dict[Family, Seen]:
+        """What there is of ours, in each family that has a place for it. Raises `NftError`."""
+        families = chain.usable_families(self._list("chains"))
+        return {family: chain.seen(self._list("table", family, TABLE)) for family in families}
+
+    def carry_out(self, transaction: str) -> None:
+        """All of it or nothing. Raises `NftError`."""
+        self._run("-f", "-", text=transaction)
+
+    def _list(self, *what: str) -> list[dict[str, Any]]:
+        # Without counters and the elements of sets, which may be many.
+        output = self._run("-j", "-s", "-t", "list", *what)
+        try:
+            listing = json.loads(output)["nftables"]
+        except (ValueError, KeyError, TypeError):
+            raise NftError(f"nft list {' '.join(what)}: what it says is not the JSON it should be") from None
+        return [entry for entry in listing if isinstance(entry, dict)]
+
+    def _run(self, *arguments: str, text: str = "") -> str:
+        try:
+            done = subprocess.run(
+                [self._program, *arguments],
+                input=text,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+                env=self._environment,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise NftError(f"the program {self._program!r} is missing; the package nftables has it") from None
+        except OSError as error:
+            raise NftError(f"{self._program}: {error.strerror}") from error
+        except subprocess.TimeoutExpired as error:
+            raise NftError(f"nft {' '.join(arguments)}: no end after {_TIMEOUT_S:g} s") from error
+        if done.returncode != 0:
+            why = " ".join(done.stderr.split())[:_MESSAGE_MAX]
+            raise NftError(f"nft {' '.join(arguments)}: exit status {done.returncode}: {why}")
+        return done.stdout
+
+
+class Changes:
+    """Readable when anybody has changed nftables, ourselves too. Raises `NftError`.
+
+    The kernel's messages themselves, and not ``nft monitor`` or a look now and then: a look that heals
+    within a second would start programs all day long, and a second program would be one to keep alive.
+    What the messages say does not matter, nor that some are lost: we look for ourselves.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
+        )
+        try:
+            self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
+        except OSError as error:
+            self._socket.close()
+            raise NftError(f"changes of the firewall cannot be watched: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def has_any(self) -> bool:
+        """Whether there was a change since the last call."""
+        found = False
+        while True:
+            try:
+                self._socket.recv(_READ_MAX)
+            except BlockingIOError:
+                return found
+            except OSError:  # ENOBUFS: there were more than the kernel keeps for us
+                pass
+            found = True

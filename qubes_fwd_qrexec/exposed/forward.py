@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One forward in the exposed qube: its listening sockets, its connections, and how each one ends."""
+
+import logging
+import math
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import ip_address
+
+import trio
+
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.report import ForwardReport, Way
+from qubes_fwd_qrexec.common.rules import OnExpire, Transport
+from qubes_fwd_qrexec.common.values import Binding, IPAddress, unmapped
+from qubes_fwd_qrexec.relay.acceptloop import (
+    BindError,
+    accept_until_closed,
+    address_text,
+    close_listening,
+    open_listening,
+    peer_address,
+)
+from qubes_fwd_qrexec.relay.copy import abort, close_well, read_out, undelivered_bytes
+from qubes_fwd_qrexec.relay.socketbuffers import WAITING_BYTES, set_size
+from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.system.ingress import came_by
+from qubes_fwd_qrexec.system.logs import RateLimit, one_line, warn
+
+from .connectionlog import ConnectionLog
+from .counters import WAYS, Carried, Counters
+from .lifetime import Expiry
+from .limits import Account, Process, Refusal
+from .transports import Transports
+
+_logger = logging.getLogger(__name__)
+
+# relay-behaviours 12: what came before an abort is delivered before the RST, within this time.
+_DELIVERY_S = 1.0
+_DELIVERY_LOOK_S = 0.02
+
+
+# How long connections of what is over may finish. dom0 tells the target the same (`allowance`): an end has to
+# come, and an hour is a long download.
+DRAIN_MAX_S = 3600.0
+
+
+def bindings(config: ListenerConfig) -> frozenset[Binding]:
+    """Every address and port that a forward listens on."""
+    return frozenset((address, port) for address in config.listen for port in config.listen_ports)
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What every forward of a listener works with."""
+
+    transports: Transports
+    tasks: trio.Nursery
+    process: Process = field(default_factory=Process)
+    log: ConnectionLog = field(default_factory=ConnectionLog)
+    shortage: RateLimit = field(default_factory=RateLimit)
+
+    @property
+    def bugs(self) -> Bugs:
+        """Where bugs of this process are counted."""
+        return self.transports.relays.loop.bugs
+
+
+class _Connection:
+    """One accepted connection, from when it is let in until it has ended."""
+
+    __slots__ = ("carried", "is_yielding", "local", "scope", "sock", "source", "target_port")
+
+    def __init__(self, sock: socket.socket, source: IPAddress, target_port: int) -> None:
+        self.sock = sock
+        self.source = source
+        address, port = sock.getsockname()[:2]
+        self.local: Binding = unmapped(ip_address(address)), port
+        self.target_port = target_port
+        self.carried = Carried(time.monotonic())
+        self.scope = trio.CancelScope()
+        self.is_yielding = False
+
+    @property
+    def moved_at(self) -> float:
+        return self.carried.moved_at
+
+    def cut(self) -> None:
+        """End it now: both sides see RST."""
+        self.scope.cancel()
+
+    def make_room(self) -> None:
+        self.is_yielding = True
+        self.cut()
+
+
+def _allows(config: ListenerConfig, connection: _Connection) -> bool:
+    """Whether a connection could be made anew, from the same client to the same port of the target."""
+    address, port = connection.local
+    listened_at = {(ours.version, ours if not ours.is_unspecified else address) for ours in config.listen}
+    return (
+        connection.source in config.sources
+        and (address.version, address) in listened_at
+        and port in config.listen_ports
+        and config.target_port(port) == connection.target_port
+        and came_by(connection.sock, config.side.group)
+    )
+
+
+class Forward:
+    """A forward that is open. Made with its sockets, all or none; ends with `close`."""
+
+    def __init__(self, config: ListenerConfig, means: Means) -> None:
+        """Bind everything. Raises `BindError`, and has bound nothing then."""
+        self.config = config
+        self.expiry = Expiry(config.expire)
+        self.account = Account(config.limits, means.process)
+        self._means = means
+        self.counters = Counters()
+        self._way = Way.IDLE
+        self._limit = RateLimit()
+        self._listening: dict[Binding, socket.socket] = {}
+        self._live: set[_Connection] = set()
+        self._open(bindings(config))
+
+    def __str__(self) -> str:
+        where = (address_text(address, self.config.listen_ports.brief()) for address in self.config.listen)
+        return f"{self.config.target} {self.config.name} ({', '.join(where)})"
+
+    def reconfigure(self, config: ListenerConfig) -> None:
+        """Take a new configuration; unchanged ports and connections that it still allows never notice.
+
+        What it allows no more is cut, or has `DRAIN_MAX_S` if it says on-expire=drain. Raises `BindError`
+        when new ports cannot be opened. All else holds then: dom0 has narrowed or ended something perhaps,
+        and does not learn at once that a port is taken.
+        """
+        self.give_up(config)
+        if config.expire != self.config.expire:
+            self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
+        self.account.change(config.limits)
+        self.config = config
+        for connection in self._live:
+            if _allows(config, connection):
+                connection.scope.deadline = math.inf
+            elif config.on_expire is OnExpire.CUT:
+                connection.cut()
+            else:
+                ends_at = trio.current_time() + DRAIN_MAX_S
+                connection.scope.deadline = min(connection.scope.deadline, ends_at)
+        self._open(bindings(config) - self._listening.keys())
+
+    def give_up(self, config: ListenerConfig) -> None:
+        """Close what ``config`` has no more."""
+        self._close(self._listening.keys() - bindings(config))
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether every port that it asks for is open."""
+        return self._listening.keys() == bindings(self.config)
+
+    def close(self) -> None:
+        """The forward is over: listen no more; what is live is cut or goes on, as the rule says."""
+        self.stop_listening()
+        if self.config.on_expire is OnExpire.CUT:
+            self.cut()
+
+    def cut(self) -> None:
+        """End all connections."""
+        for connection in self._live:
+            connection.cut()
+
+    @property
+    def connections(self) -> int:
+        """How many are live."""
+        return len(self._live)
+
+    def stop_listening(self) -> None:
+        """Close the listening sockets; connections go on."""
+        self._close(set(self._listening))
+
+    def _open(self, wanted: Iterable[Binding]) -> None:
+        opened: dict[Binding, socket.socket] = {}
+        try:
+            for address, port in sorted(wanted, key=str):
+                opened[address, port] = open_listening(address, port)
+        except BindError:
+            for sock in opened.values():
+                sock.close()
+            raise
+        self._listening |= opened
+        for (_, port), sock in opened.items():
+            accepted = partial(self._accepted, port)
+            means = self._means
+            means.tasks.start_soon(accept_until_closed, sock, accepted, means.shortage, means.bugs)
+
+    def _close(self, unwanted: Iterable[Binding]) -> None:
+        for binding in unwanted:
+            close_listening(self._listening.pop(binding))
+
+    def _accepted(self, port: int, accepted: socket.socket) -> None:
+        """Refuse a stranger, or one too many, before anything else is done for it; serve everybody else."""
+        peer = peer_address(accepted)
+        if peer is None:
+            accepted.close()
+            return
+        connection = _Connection(accepted, peer, self.config.target_port(port))
+        refusal = self._refusal(connection)
+        if refusal is not None:
+            abort(accepted)
+            self.counters.refused(refusal)
+            self._warn(refusal, f"refused {peer}: {self.account.words(refusal)}")
+            return
+        set_size(accepted, WAITING_BYTES)
+        self._live.add(connection)
+        self._means.tasks.start_soon(self._serve, port, connection)
+
+    def _refusal(self, connection: _Connection) -> Refusal | None:
+        """Why it is not let in; where it is, it is counted, and `_serve` is its end."""
+        if connection.source not in self.config.sources:
+            return Refusal.STRANGER
+        if not came_by(connection.sock, self.config.side.group):
+            return Refusal.SIDE
+        return self.account.admit(connection)
+
+    async def _serve(self, port: int, connection: _Connection) -> None:
+        """Carry one connection. Whatever happens ends in an abort, unless both directions ended well."""
+        accepted, carried = connection.sock, connection.carried
+        self.counters.opened(carried)
+        line = self._means.log.opened(self.config, accepted, port)
+        how = "cut"
+        try:
+            with connection.scope:
+                is_well, how = await self._relay(port, accepted, connection.source, carried)
+                if is_well:
+                    close_well(accepted)
+                else:
+                    await _delivered(accepted)
+        except Exception as bug:
+            if self._means.transports.relays.has_failed:
+                raise
+            how = "bug"
+            self._means.bugs.note(bug)
+        finally:
+            if connection.is_yielding:
+                how = "made-room"
+                self.counters.refused(how)
+                self._warn(how, f"ended the idlest connection of {connection.source} to let others in")
+            self._live.discard(connection)
+            abort(accepted)
+            self.account.leave(connection)
+            self.counters.closed(carried)
+            self._means.log.ended(line, self.config, carried, how)
+
+    async def _relay(
+        self, port: int, accepted: socket.socket, peer: IPAddress, carried: Carried
+    ) -> tuple[bool, str]:
+        """Whether the connection ended well, and how; if not well, the log has a line of its kind."""
+        try:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ending = await self._means.transports.carry(self.config, port, accepted, carried)
+        except RefusedError as error:
+            self._failed(error.kind, str(error))
+            self._warn(str(error), f"{peer}: {error}")
+            return False, "refused"
+        except OSError as error:
+            self._failed(None, str(error))
+            self._warn("trouble", f"{peer}: {error}")
+            return False, "aborted"
+        if ending.error is not None:
+            self._failed(ending.refusal, ending.error)
+            self._warn(ending.error, f"{peer}: {ending.error}")
+        elif self.config.transport is Transport.CALL:
+            self._way = Way.IDLE
+        return ending.error is None, ending.how
+
+    def _failed(self, kind: str | None, error: str) -> None:
+        """Count it; why a call of its own failed is what there is to know of the way to the target."""
+        self.counters.failed(error)
+        if kind is not None:
+            self.counters.refused(kind)
+        if self.config.transport is Transport.CALL:
+            self._way = WAYS.get(kind or "", self._way)
+
+    def report(self) -> ForwardReport:
+        """How it is now."""
+        counters, mux_calls = self.counters, self._means.transports.mux_calls(self.config)
+        way = self._way
+        if self.config.transport is Transport.MUX:
+            way = Way.IDLE if mux_calls is None else mux_calls.way
+        lost = None if mux_calls is None else mux_calls.last_problem
+        said = [error for error in (counters.last_error, lost) if error is not None]
+        text, at = max(said, key=lambda error: error[1], default=(None, None))
+        return ForwardReport(
+            target=self.config.target,
+            name=self.config.name,
+            since=int(counters.since),
+            connections=counters.connections,
+            total=counters.total,
+            refused=dict(counters.refusals),
+            sent=counters.sent,
+            received=counters.received,
+            transport=self.config.transport,
+            way=way,
+            mux_calls=0 if mux_calls is None else mux_calls.count,
+            is_listening=self.is_listening,
+            last_error=None if text is None else one_line(text),
+            last_error_at=None if at is None else int(at),
+        )
+
+    def _warn(self, kind: str, message: str) -> None:
+        warn(_logger, self._limit, kind, f"{self}: {message}")
+
+
+async def _delivered(accepted: socket.socket) -> None:
+    """Wait a moment until the client has what it was sent: an abort takes back the rest.
+
+    The kernel has no event for it, so this looks again and again; hardly ever is there more than one look.
+    """
+    with trio.move_on_after(_DELIVERY_S):
+        while undelivered_bytes(accepted):
+            read_out(accepted)
+            await trio.sleep(_DELIVERY_LOOK_S)

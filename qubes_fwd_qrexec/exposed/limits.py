@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who is let in, and who is one too many: counting, without a socket and with a clock that is given.
+
+A forward asks its `Account` about every connection and tells it when one is over. A refusal is an RST at
+once. What may be held is bounded for a rule, for each source of a rule and for the process; what may come in
+a second is bounded for a rule. No source takes more than its share while others want it: where a rule or the
+process is full, the idlest connection of whoever holds most makes room (`crowd`), and of a rule's rate one
+source has half at most at once.
+"""
+
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from ipaddress import IPv6Address
+
+from qubes_fwd_qrexec.common.rules import Limits
+from qubes_fwd_qrexec.common.values import IPAddress
+from qubes_fwd_qrexec.relay.budget import STREAMS_MAX
+
+from .crowd import Crowd, Member
+
+# As many as `budget` has floors for. Ten thousand were held in docs/numbers.md, with 9 KiB for each.
+PROCESS_MAX = STREAMS_MAX
+# An ordinary program may have 1024 files open (the soft limit that systemd gives, DefaultLimitNOFILE), so
+# that no honest client needs more, nor a proxy with a whole office behind it; sixteen sources fill a process.
+PER_SOURCE = 1024
+# The hosts of a LAN share one IPv6 network of 64 bits, and a single host has as many addresses there as it
+# likes: each address counts as a source, and all of one network together as so many.
+SOURCES_PER_NETWORK = 8
+# relay-behaviours 35: it is more than a mux call carries (docs/numbers.md), and refusing costs less than
+# carrying. Design, section 12: a server by itself was seen to take 4,900.
+RATE = 5000
+# How often in a second a connection is ended to make room for another: a machine with many addresses cannot
+# turn over more than this, and who looks for the idlest does not look all the time.
+YIELDS = 50
+
+
+class Refusal(StrEnum):
+    """Why a connection is not let in. The values are the rule's own words where it has any."""
+
+    STRANGER = "srchosts"
+    SIDE = "side"
+    PER_SOURCE = "per-source"
+    CONNECTIONS = "connections"
+    PROCESS = "process"
+    RATE = "rate"
+
+
+def process_max(descriptors: int) -> int:
+    """How many connections a process takes that may have so many files open; below 0 means any number.
+
+    A quarter stays for listening sockets and calls.
+    """
+    return PROCESS_MAX if descriptors < 0 else max(1, min(PROCESS_MAX, descriptors * 3 // 4))
+
+
+class _Bucket:
+    """So many in a second, and at most ``burst`` at once."""
+
+    __slots__ = ("_at", "_burst", "_rate", "left")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._at = now
+        self.left = burst
+
+    def fill(self, now: float) -> float:
+        """What is left at this time."""
+        self.left = min(self._burst, self.left + (now - self._at) * self._rate)
+        self._at = now
+        return self.left
+
+
+class _Rate:
+    """New connections of a rule in a second, and each source's half of them.
+
+    A source that has used up its half goes on with what nobody else wants: while over half is left.
+    """
+
+    def __init__(self, rate: int, now: float) -> None:
+        self.rate = rate
+        self._half = max(1.0, rate / 2)
+        self._all = _Bucket(rate, rate, now)
+        self._by_source: dict[IPAddress, _Bucket] = {}
+
+    @property
+    def sources(self) -> int:
+        return len(self._by_source)
+
+    def take(self, source: IPAddress, now: float) -> bool:
+        """Whether one more of ``source`` may come."""
+        if len(self._by_source) > 2 * self.rate:  # those of a second at most are not full again
+            self._by_source = {s: b for s, b in self._by_source.items() if b.fill(now) < self._half}
+        own = self._by_source.get(source)
+        if own is None:
+            own = self._by_source[source] = _Bucket(self._half, self._half, now)
+        if self._all.fill(now) < 1 or (own.fill(now) < 1 and self._all.left <= self.rate / 2):
+            return False
+        self._all.left -= 1
+        own.left = max(0.0, own.left - 1)
+        return True
+
+
+class Process:
+    """All connections of a process, of whatever forward."""
+
+    def __init__(
+        self, connections_max: int = PROCESS_MAX, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.connections_max = connections_max
+        self.connections = 0
+        self._clock = clock
+        self._yields = _Bucket(YIELDS, YIELDS, clock())
+        self._accounts: set[Account] = set()
+
+    @property
+    def rule_max(self) -> int:
+        """What a rule has that says nothing: three quarters, so that no rule alone keeps out all others."""
+        return max(1, self.connections_max * 3 // 4)
+
+    def join(self, account: "Account") -> None:
+        """An account that has connections now."""
+        self._accounts.add(account)
+
+    def leave(self, account: "Account") -> None:
+        """An account that has none any more."""
+        self._accounts.discard(account)
+
+    def may_yield(self) -> bool:
+        """Whether another connection may be ended now to make room; if so it is counted."""
+        if self._yields.fill(self._clock()) < 1:
+            return False
+        self._yields.left -= 1
+        return True
+
+    def idlest_before(self, account: "Account", source: IPAddress) -> tuple["Account", Member] | None:
+        """The connection that makes room for one of ``source`` in ``account``, and whose it is."""
+        largest = max(self._accounts, key=lambda one: one.connections, default=account)
+        if largest.connections > account.connections:
+            member = largest.crowd.idlest()
+        else:
+            largest, member = account, account.crowd.idlest_before(source)
+        return None if member is None else (largest, member)
+
+
+class Account:
+    """The connections of one forward."""
+
+    def __init__(self, limits: Limits, process: Process, clock: Callable[[], float] = time.monotonic) -> None:
+        self.connections = 0
+        self.crowd = Crowd()
+        self.yielded = 0
+        """How many were ended to make room for others."""
+        self._process = process
+        self._clock = clock
+        self._limits = limits
+        self._rate = _Rate(limits.rate or RATE, clock())
+
+    @property
+    def _per_source(self) -> int:
+        return self._limits.per_source or PER_SOURCE
+
+    @property
+    def _connections(self) -> int:
+        return self._limits.connections or self._process.rule_max
+
+    @property
+    def sources(self) -> int:
+        """How many addresses have a connection."""
+        return self.crowd.sources
+
+    @property
+    def sources_remembered(self) -> int:
+        """For how many addresses the rate keeps a number."""
+        return self._rate.sources
+
+    def change(self, limits: Limits) -> None:
+        """From now on; who is in stays in."""
+        self._limits = limits
+        rate = limits.rate or RATE
+        if self._rate.rate != rate:
+            self._rate = _Rate(rate, self._clock())
+
+    def admit(self, member: Member) -> Refusal | None:
+        """Count a connection, or say why not. Every one that is let in must `leave`.
+
+        It may have been told to make room by then: others that were in are ended here for this one.
+        """
+        source = member.source
+        if self.crowd.held_by(source) >= self._per_source or self._is_network_full(source):
+            return Refusal.PER_SOURCE
+        refusal, yielding = self._room(source)
+        if refusal is not None:
+            return refusal
+        if not self._rate.take(source, self._clock()):
+            return Refusal.RATE
+        if yielding is not None:
+            if not self._process.may_yield():
+                return Refusal.PROCESS if yielding[0] is not self else Refusal.CONNECTIONS
+            account, idlest = yielding
+            account.yielded += 1
+            account.leave(idlest)
+            idlest.make_room()
+        self.crowd.add(member)
+        self.connections += 1
+        self._process.connections += 1
+        self._process.join(self)
+        return None
+
+    def _is_network_full(self, source: IPAddress) -> bool:
+        most = self._per_source * SOURCES_PER_NETWORK
+        return isinstance(source, IPv6Address) and self.crowd.held_in(source) >= most
+
+    def _room(self, source: IPAddress) -> tuple[Refusal | None, "tuple[Account, Member] | None"]:
+        """Why there is none, or whose connection makes it, where it has to be made."""
+        if self.connections >= self._connections:
+            member = self.crowd.idlest_before(source)
+            return (Refusal.CONNECTIONS, None) if member is None else (None, (self, member))
+        if self._process.connections >= self._process.connections_max:
+            found = self._process.idlest_before(self, source)
+            return (Refusal.PROCESS, None) if found is None else (None, found)
+        return None, None
+
+    def leave(self, member: Member) -> None:
+        """A connection that was let in is over; said again, it changes nothing."""
+        if self.crowd.discard(member):
+            self.connections -= 1
+            self._process.connections -= 1
+            if not self.connections:
+                self._process.leave(self)
+
+    def words(self, refusal: Refusal) -> str:
+        """For the log: which limit it was, and how high that is."""
+        match refusal:
+            case Refusal.PER_SOURCE:
+                return (
+                    f"its source has {self._per_source} connections, the limit per-source, "
+                    f"or its IPv6 network {self._per_source * SOURCES_PER_NETWORK}"
+                )
+            case Refusal.CONNECTIONS:
+                return f"there are {self._connections} connections, the limit connections"
+            case Refusal.PROCESS:
+                return f"all forwards together have {self._process.connections_max} connections"
+            case Refusal.RATE:
+                return f"more than {self._rate.rate} new connections in a second, the limit rate"
+            case Refusal.SIDE:
+                return "it came by another interface than those of the forward's side"
+            case Refusal.STRANGER:
+                return "it is in none of the networks of srchosts"

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The exposed qube's mux calls to one target: opened when a connection comes, kept a while, replaced in time.
+
+A mux call is one qrexec call, which dom0 judges. It takes streams until its lease is over or it is full; then
+the next connection opens another, which dom0 judges afresh, and the old one ends with its last stream. While
+it is in use its lease is renewed long before it is over, by one more call that dom0 judges and that ends at
+once: the target cuts what was not renewed. All its calls are among those of `callbudget`, which also keeps
+connections from flooding dom0 with questions.
+"""
+
+import logging
+import math
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import trio
+
+from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.exitstatus import meaning, refusal
+from qubes_fwd_qrexec.common.refusals import Refusal
+from qubes_fwd_qrexec.common.report import Way
+from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.mux import Origin, ProxyVersion
+from qubes_fwd_qrexec.relay.budget import Budget
+from qubes_fwd_qrexec.relay.thread import RelayThread
+from qubes_fwd_qrexec.system.bugs import A_BUG
+from qubes_fwd_qrexec.system.logs import RateLimit, inform, warn
+
+from .call import Ending
+from .callbudget import CallBudget, Place
+from .callqueue import CallQueue, Key, Kind, Wanted
+from .counters import WAYS, Carried
+from .crowd import source_key
+from .muxcall import MuxCall, RetryError
+from .qrexec import Call, open_call
+
+_logger = logging.getLogger(__name__)
+# As long as qrexec waits for a target that has started to answer (agent/qrexec-client-vm.c).
+OPEN_S = 120.0
+# relay-behaviours 26: a target that has taken the call and never says HELLO.
+HELLO_S = 30.0
+# A browser's next request, a user's next click: a mux call without streams is kept for so long.
+LINGER_S = 60.0
+# relay-behaviours 25: connections that wait for a mux call are bounded in number; OPEN_S bounds their time.
+WAITING_MAX = 1024
+# When dom0 is asked to renew a lease: with so much of it over, and again after each tenth, or each 20 s.
+RENEW_AT_SHARE = 0.5
+_RENEW_AGAIN_SHARE = 0.1
+_RENEW_AGAIN_MAX_S = 20.0
+# A renewal that hangs holds up others, and the next try may fare better.
+_RENEW_S = 30.0
+# How often a stream is asked for again that the target would not have begun.
+_TRIES = 3
+# After the call has ended its exit status comes, or never does.
+_STATUS_WAIT_S = 0.2
+_LOOK_S = 1.0
+
+
+class _Waiter(Wanted):
+    """A connection that waits for a mux call; its key is its source."""
+
+    __slots__ = ("is_refused", "scope")
+
+    def __init__(self, kind: Kind, target: str, service: str, key: Key) -> None:
+        super().__init__(kind, target, service, key)
+        self.scope = trio.CancelScope()
+        self.is_refused = False
+
+
+class MuxPool:
+    """All mux calls to one target and one range of its ports; a call's argument names both."""
+
+    def __init__(
+        self,
+        client: tuple[str, ...],
+        calls: CallBudget,
+        target: str,
+        service: str,
+        ports: TargetPorts,
+        relays: RelayThread,
+        budget: Budget,
+        tasks: trio.Nursery,
+        half_close_s: float,
+        linger_s: float = LINGER_S,
+        idle_s: float = math.inf,
+    ) -> None:
+        self._client = client
+        self._calls = calls
+        self._target = target
+        self._service = service
+        self._ports = ports
+        self._relays = relays
+        self._budget = budget
+        self._tasks = tasks
+        self._half_close_s = half_close_s
+        self._linger_s = linger_s
+        self._idle_s = idle_s
+        self._mux_calls: list[MuxCall] = []
+        self._limit = RateLimit()
+        self._waiting: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
+        self._is_retired = False
+        self._failed = ""
+        self._is_renewing = False
+        self._renew_at = math.inf
+        self._lease_s = math.inf
+        self._lease_over_at = math.inf
+        self.last_problem: tuple[str, float] | None = None
+        """What became of a mux call that was lost, and when (UNIX seconds)."""
+
+    def retire(self) -> None:
+        """No forward needs these any more: each mux call ends with its last stream."""
+        self._is_retired = True
+        for mux_call in self._mux_calls:
+            mux_call.drain()
+
+    @property
+    def count(self) -> int:
+        """Mux calls that are ready, those that drain too."""
+        return sum(not mux_call.is_opening for mux_call in self._mux_calls)
+
+    @property
+    def way(self) -> Way:
+        """How it stands with the way to the target."""
+        if self.count:
+            return Way.OPEN
+        return Way.OPENING if self._mux_calls else WAYS.get(self._failed, Way.IDLE)
+
+    async def relay(
+        self,
+        accepted: socket.socket,
+        port: int,
+        origin: Origin,
+        proxy: ProxyVersion,
+        carried: Carried | None = None,
+    ) -> Ending:
+        """Carry one connection, which is closed then unless the `Ending` has an error.
+
+        Raises `RefusedError` when there is no mux call to be had; the connection is untouched then.
+        """
+        deadline = trio.current_time() + OPEN_S
+        turned_away = 0
+        while True:
+            mux_call = await self._usable(deadline, source_key(origin.client))
+            try:
+                return await mux_call.relay(accepted, port, origin, proxy, carried)
+            except RetryError as error:
+                turned_away += error.is_targets
+            if turned_away >= _TRIES:
+                raise RefusedError(f"{self._target} took none of {_TRIES} requests for a stream")
+
+    async def _usable(self, deadline: float, user: Key) -> MuxCall:
+        """A mux call with room, made if there is none; `RefusedError` when that fails or takes too long."""
+        while trio.current_time() < deadline:
+            if self._is_retired:
+                raise RefusedError(f"the forward to {self._target} is over")
+            for mux_call in self._mux_calls:
+                if mux_call.has_room:
+                    return mux_call
+            with self._waiting_one(user, deadline):
+                if any(mux_call.is_held_up for mux_call in self._mux_calls):
+                    await trio.sleep(_LOOK_S)
+                    continue
+                opening = next((t for t in self._mux_calls if t.is_opening), None) or self._open()
+                await opening.settled.wait()
+                if opening.problem is not None:
+                    kind = opening.refusal or Refusal.NO_CALL
+                    raise RefusedError(f"no mux call to {self._target}: {opening.problem}", kind)
+        raise RefusedError(f"no mux call to {self._target} within {OPEN_S:g} s")
+
+    @contextmanager
+    def _waiting_one(self, user: Key, deadline: float) -> Iterator[None]:
+        """Where too many wait, the last one of whoever has most is refused, which may be this one."""
+        waiter = _Waiter(Kind.SINGLE, self._target, self._service, user)
+        displaced = self._waiting.add(waiter)
+        try:
+            if displaced is not None:
+                displaced.is_refused = True
+                displaced.scope.cancel()
+            if not waiter.is_refused:
+                with waiter.scope, trio.move_on_at(deadline):
+                    yield
+        finally:
+            self._waiting.remove(waiter)
+        if waiter.is_refused:
+            raise RefusedError(
+                f"{WAITING_MAX} connections wait for a mux call to {self._target}", Refusal.BUSY
+            )
+
+    def _open(self) -> MuxCall:
+        mux_call = MuxCall(self._relays, self._ports)
+        self._mux_calls.append(mux_call)
+        self._tasks.start_soon(self._run, mux_call)
+        return mux_call
+
+    async def _run(self, mux_call: MuxCall) -> None:
+        """One mux call's whole life, with the calls that it takes until there is room for one."""
+        problem: str | None = "the listener stops"
+        deadline = self._calls.deadline()
+        try:
+            while True:
+                async with self._calls.place(
+                    Kind.MUX,
+                    self._target,
+                    self._service,
+                    deadline=deadline,
+                    users=lambda: {waiter.key for waiter in self._waiting},
+                ) as place:
+                    problem = await self._call(mux_call, place, self._keep)
+                    if not mux_call.is_opening:
+                        self._ended(mux_call, place, problem)
+                        return
+                    problem = problem or "the target closed it at once"
+                    self._failed = mux_call.refusal or Refusal.NO_CALL
+                    if not place.failed(problem, mux_call.status):
+                        return
+                mux_call.forget_call()
+        except RefusedError as error:
+            problem = str(error)
+            mux_call.refusal = Refusal(error.kind)
+        except Exception as bug:
+            if self._relays.has_failed:
+                raise
+            self._relays.loop.bugs.note(bug)
+            problem = A_BUG
+        finally:
+            self._mux_calls.remove(mux_call)
+            if mux_call.is_opening:
+                mux_call.problem = problem
+                mux_call.settled.set()
+
+    def _ended(self, mux_call: MuxCall, place: Place, problem: str | None) -> None:
+        """It was ready once. Whatever it ends by, the next one may not be a flood of calls."""
+        if problem is None:
+            if not mux_call.was_let_go:
+                place.lost("the target gave a mux call up")
+            return
+        place.lost(problem)
+        if mux_call.is_revoked:
+            inform(_logger, self._limit, "ended", f"dom0 has ended a mux call to {self._target}")
+            return
+        message = f"a mux call to {self._target} was lost: {problem}"
+        warn(_logger, self._limit, "lost", message)
+        self.last_problem = message, time.time()
+        self._failed = Refusal.NO_CALL
+
+    async def _renew(self) -> None:
+        """Have dom0 asked anew. In the target the call begins the lease of every mux call to these ports."""
+        mux_call = MuxCall(self._relays, self._ports)
+        problem: str | None = f"no answer within {_RENEW_S:g} s"
+        try:
+            with trio.move_on_after(_RENEW_S):
+                async with self._calls.place(Kind.RENEWAL, self._target, self._service) as place:
+                    problem = await self._call(mux_call, place, _end_at_once)
+                    if mux_call.is_opening:
+                        problem = problem or "the target closed it at once"
+                        place.failed(problem, mux_call.status)
+        except RefusedError as error:
+            problem = str(error)
+        except Exception as bug:
+            if self._relays.has_failed:
+                raise
+            self._relays.loop.bugs.note(bug)
+            problem = A_BUG
+        finally:
+            self._is_renewing = False
+        if not mux_call.is_opening:
+            self._leased(mux_call)
+            return
+        now = trio.current_time()
+        again_s = min(_RENEW_AGAIN_MAX_S, self._lease_s * _RENEW_AGAIN_SHARE)
+        self._renew_at = now + again_s
+        left_s = max(0, self._lease_over_at - now)
+        message = (
+            f"the lease of mux calls to {self._target} was not renewed: {problem}; unless it is, their "
+            f"connections end in {left_s:.0f} s"
+        )
+        warn(_logger, self._limit, "lease", message)
+
+    def _leased(self, mux_call: MuxCall) -> None:
+        """dom0 has said yes just now."""
+        self._lease_s = mux_call.lease_s
+        self._renew_at = mux_call.ready_at + mux_call.lease_s * RENEW_AT_SHARE
+        self._lease_over_at = mux_call.ready_at + mux_call.lease_s
+
+    async def _call(
+        self, mux_call: MuxCall, place: Place, keep: Callable[[MuxCall], Awaitable[None]]
+    ) -> str | None:
+        """Why the mux call ended, unless it was as agreed; ``keep`` looks after it meanwhile."""
+        try:
+            async with open_call(self._client, self._target, self._service) as call:
+                problem = await self._drive(mux_call, place, call, keep)
+                status = None if problem is None else await call.status(_STATUS_WAIT_S)
+        except OSError as error:
+            return f"cannot start {self._client[0]}: {error.strerror}"
+        mux_call.status = status
+        if not status:
+            return problem
+        is_told = mux_call.mux is not None and mux_call.mux.is_peer_wrong
+        if not mux_call.is_opening:
+            return problem if mux_call.is_revoked else f"{problem}; {meaning(status, is_through=True)}"
+        mux_call.refusal = refusal(status)
+        # That the call's bytes ended says nothing more where it never came through; what they said does.
+        return problem if is_told else meaning(status, is_through=place.is_through)
+
+    async def _drive(
+        self, mux_call: MuxCall, place: Place, call: Call, keep: Callable[[MuxCall], Awaitable[None]]
+    ) -> str | None:
+        place.holder = mux_call
+        mux_call.place = place
+        late = ""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep, mux_call)
+
+            @nursery.start_soon
+            async def watch() -> None:
+                """End a call that hangs: before the target has taken it, or before it has said HELLO."""
+                nonlocal late
+                with trio.move_on_after(OPEN_S):
+                    await call.wait_through(mux_call.settled.is_set)
+                    place.through()
+                if place.is_through:
+                    with trio.move_on_after(HELLO_S):
+                        await mux_call.settled.wait()
+                        return
+                    late = f"no HELLO within {HELLO_S:g} s"
+                else:
+                    late = f"{self._target} has not taken the call within {OPEN_S:g} s"
+                nursery.cancel_scope.cancel()
+
+            problem: str | None = None
+            try:
+                problem = await mux_call.run(call, self._budget, self._half_close_s, self._idle_s)
+            except OSError as error:
+                problem = f"cannot watch the call: {error.strerror}"
+            nursery.cancel_scope.cancel()
+        return late or problem
+
+    async def _keep(self, mux_call: MuxCall) -> None:
+        """End a mux call that has had no streams for a while, and renew the lease of one that has some."""
+        await mux_call.settled.wait()
+        self._failed = ""
+        self._leased(mux_call)
+        while not self._is_retired:
+            now = trio.current_time()
+            if (mux_call.quiet_s or 0.0) >= (self._linger_s if mux_call.opened else LINGER_S):
+                break
+            if (
+                now >= self._renew_at
+                and mux_call.streams
+                and not mux_call.is_draining
+                and not self._is_renewing
+            ):
+                self._is_renewing = True
+                self._tasks.start_soon(self._renew)
+            await trio.sleep(_LOOK_S)
+        mux_call.drain()
+
+
+async def _end_at_once(mux_call: MuxCall) -> None:
+    """All that was wanted of it is that dom0 and the target let it be."""
+    await mux_call.settled.wait()
+    mux_call.drain()

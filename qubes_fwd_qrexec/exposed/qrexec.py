@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A qrexec call, seen from the qube that makes it: the one place that starts qrexec-client-vm.
+
+The client gets two socketpairs for its stdin and stdout, which works with every version of it (one
+socket for both ways, --use-stdin-socket, needs 4.2.19, and would let a failed call send the client's
+FIN before its exit status is known). It writes to stderr whatever the target sends there, without end and
+waiting until it is taken: so that goes nowhere, or into one more socketpair that is read once the output has
+ended. A target that fills it before stops its own call alone.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import termios
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from qubes_fwd_qrexec.common.errors import ConfigError
+
+CLIENT = ("/usr/bin/qrexec-client-vm",)
+# For a call that carries one connection: each ring of its vchan, so that the call takes 17 of the caller's
+# grant pages and not 33. With 16 KiB (9 pages) one stream has half of its rate, see docs/numbers.md.
+SINGLE_BUFFER_BYTES = 32768
+# Every qrexec-client-vm has it (qubes-core-qrexec agent/qrexec-client-vm.c, since the first commit of 2018).
+_BUFFER_OPTION = "--buffer-size"
+# What a stalled direction may hold in the kernel, for each socketpair: twice the client's own 64 KiB.
+_SOCKET_BUFFER_BYTES = 131072
+# And its stderr: for a dozen lines, and in fact more.
+STDERR_BUFFER_BYTES = 16384
+# How soon it is seen that a call is through: at once for a warm target, and without any cost for a cold one.
+_LOOK_FIRST_S = 0.002
+_LOOK_MAX_S = 0.25
+
+
+def parse_client(text: str) -> tuple[str, ...]:
+    """A client's command line, options and all, as a shell would split it. Raises `ConfigError`."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigError(f"--qrexec-client {text!a}: {error}") from None
+    if not words:
+        raise ConfigError(
+            "--qrexec-client is empty; a program such as /usr/bin/qrexec-client-vm would be right"
+        )
+    return words
+
+
+class CallInput:
+    """What a call's stdin is read from: ``ours`` is this end, a non-blocking socket.
+
+    Our hold on the client's end is kept until the call is through. What no client has read by then is still
+    there for the next one, so a call that found no room can be made again without a byte lost. And it tells
+    when a call is through: qrexec-client-vm makes its stdin non-blocking then, and not before
+    (qubes-core-qrexec libqrexec/process_io.c), which all who hold the same open file see.
+    """
+
+    def __init__(self) -> None:
+        self.ours, self._theirs = _pair()
+
+    @property
+    def theirs(self) -> socket.socket:
+        """The client's end; it must not be through yet."""
+        return self._theirs
+
+    @property
+    def is_read(self) -> bool:
+        """Whether a client has begun to read it."""
+        if self._theirs.fileno() < 0:
+            return True
+        if os.get_blocking(self._theirs.fileno()):
+            return False
+        self._theirs.close()  # its end of file is the client's alone to make
+        return True
+
+    def close(self) -> None:
+        self.ours.close()
+        self._theirs.close()
+
+
+class Call:
+    """A call under way. ``stdin`` and ``stdout`` are this end's non-blocking sockets of the target's two.
+
+    ``stderr`` is the third, where the call was opened with it.
+    """
+
+    def __init__(
+        self, process: trio.Process, given: CallInput, stdout: socket.socket, stderr: socket.socket | None
+    ) -> None:
+        self._process = process
+        self._input = given
+        self.stdin = given.ours
+        self.stdout = stdout
+        self.stderr = stderr
+
+    @property
+    def is_through(self) -> bool:
+        """Whether dom0 has allowed the call and the target has taken it."""
+        return self._input.is_read
+
+    async def wait_through(self, has_sign: Callable[[], bool] | None = None) -> None:
+        """Until it is through, or ``has_sign``. Nothing tells of it, so this looks again and again."""
+        pause_s = _LOOK_FIRST_S
+        while not (self.is_through or (has_sign is not None and has_sign())):
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LOOK_MAX_S)
+
+    async def status(self, timeout_s: float = math.inf) -> int | None:
+        """The exit status once there is one, None when there is none after ``timeout_s`` seconds."""
+        with trio.move_on_after(timeout_s):
+            await self._process.wait()
+        return self._process.poll()
+
+    async def said(self, max_bytes: int) -> bytes:
+        """The next that was written to ``stderr``; empty at its end, or where there is none."""
+        while self.stderr is not None:
+            await trio.lowlevel.wait_readable(self.stderr)
+            with contextlib.suppress(BlockingIOError):
+                return self.stderr.recv(max_bytes)
+        return b""
+
+    def has_taken(self, written_bytes: int) -> bool:
+        """Whether the client has read anything of the ``written_bytes`` that its stdin was sent.
+
+        It reads nothing before the call is through to the target. The kernel counts what is unread
+        with its own overhead, so less than was written means that some of it was read.
+        """
+        unread_bytes = struct.unpack("i", fcntl.ioctl(self.stdin, termios.TIOCOUTQ, bytes(4)))[0]
+        return bool(written_bytes > unread_bytes)
+
+
+@asynccontextmanager
+async def open_call(
+    client: Sequence[str],
+    target: str,
+    service: str,
+    given: CallInput | None = None,
+    buffer_bytes: int | None = None,
+    *,
+    has_stderr: bool = False,
+) -> AsyncIterator[Call]:
+    """Call ``service`` (``NAME+ARGUMENT``) in ``target``; the call is over when the block is left.
+
+    ``given`` is the input, which stays open then; without it the call has one of its own. ``buffer_bytes`` is
+    the size of the vchan's buffer for each way, unless ``client`` says one. ``has_stderr``: what the target
+    writes there waits to be read, and the call stands still where it has no room. Raises OSError when the
+    client cannot be started. Whether the call is allowed, and whether anybody answers, only shows later: in
+    its exit status, or never.
+    """
+    options = []
+    if buffer_bytes is not None and not any(word.startswith(_BUFFER_OPTION) for word in client):
+        options.append(f"{_BUFFER_OPTION}={buffer_bytes}")
+    with contextlib.ExitStack() as ours:
+        if given is None:
+            given = CallInput()
+            ours.callback(given.close)
+        with contextlib.ExitStack() as theirs:
+            stdout, client_stdout = _pair()
+            ours.callback(stdout.close)
+            theirs.callback(client_stdout.close)
+            stderr = client_stderr = None
+            if has_stderr:
+                stderr, client_stderr = _pair(STDERR_BUFFER_BYTES)
+                ours.callback(stderr.close)
+                theirs.callback(client_stderr.close)
+            process = await trio.lowlevel.open_process(
+                [*client, *options, "--", target, service],
+                stdin=given.theirs,
+                stdout=client_stdout,
+                stderr=client_stderr or subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            yield Call(process, given, stdout, stderr)
+        finally:
+            if process.returncode is None:
+                # The client may be a script around the real one; it leads a group of its own.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+
+def _pair(buffer_bytes: int = _SOCKET_BUFFER_BYTES) -> tuple[socket.socket, socket.socket]:
+    """Our end, which is non-blocking, and the client's."""
+    mine, other = socket.socketpair()
+    mine.setblocking(False)
+    for end in (mine, other):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+    return mine, other

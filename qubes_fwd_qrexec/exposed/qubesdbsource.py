@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The listener's configuration as Qubes delivers it: ``/vm-config/fwd.TARGET.NAME`` in this qube's QubesDB.
+
+A thread of its own does all that is asked of QubesDB, so that a daemon which does not answer (it accepts
+clients before it has the database from dom0) keeps nobody else waiting. It waits on one handle for
+changes and reads on another: an event that arrives during a command is queued inside the handle, where
+nothing that waits for its descriptor sees it. A handle is for one connection: after the daemon's end the
+client library connects again by itself and forgets the watch, so every handle is closed with the first
+error, and after a while there is a fresh one. Until then the last configuration stays.
+"""
+
+import importlib
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Protocol, cast
+
+from qubes_fwd_qrexec.common.config import VALUE_MAX
+from qubes_fwd_qrexec.common.errors import ConfigError
+
+from .configsource import ENTRIES_MAX, Configuration, parse_entries
+
+_logger = logging.getLogger(__name__)
+
+# qubes-core-admin qubes/ext/vm_config.py: where features vm-config.NAME are delivered.
+_DIRECTORY = "/vm-config/"
+_PREFIX = f"{_DIRECTORY}fwd."
+# A daemon that restarts is back in well under a second; one that stays away costs a try every 10 s.
+BACKOFF_S = (0.1, 10.0)
+# How long the first answer may take. The daemon answers when it has the whole database from dom0.
+START_S = 10.0
+# How long the end waits for the thread, which ends at once unless the daemon hangs.
+_JOIN_S = 1.0
+# Events are taken together, so that many changes at once are read once; so many, and then it is read.
+_BURST_MAX = 1024
+
+
+class Handle(Protocol):
+    """The methods of ``qubesdb.QubesDB`` that are used, python/qubesdb.c of qubes-core-qubesdb."""
+
+    def list(self, path: str, /) -> "list[str] | None": ...
+    def read(self, path: str, /) -> bytes | None: ...
+    def watch(self, path: str, /) -> None: ...
+    def watch_fd(self) -> int: ...
+    def read_watch(self) -> str: ...
+    def close(self) -> None: ...
+
+
+class Module(Protocol):
+    """The package ``qubesdb``; its ``DisconnectedError`` is an ``Error``."""
+
+    @property
+    def QubesDB(self) -> Callable[[], Handle]: ...  # noqa: N802 - as it is named there
+    @property
+    def Error(self) -> type[Exception]: ...  # noqa: N802
+
+
+class QubesDBSource:
+    """This qube's QubesDB. It is to be had from `open_qubesdb`."""
+
+    def __init__(self, module: Module, backoff_s: tuple[float, float] = BACKOFF_S) -> None:
+        self.problem: str | None = None
+        self._module = module
+        self._backoff_s = backoff_s
+        self._thread = threading.Thread(target=self._run, name="qubesdb", daemon=True)
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        self._tried = threading.Event()
+        # Guarded by the lock: what was read last and how often that differed, and what the thread waits on.
+        self._entries: dict[str, str | ConfigError] | ConfigError | None = None
+        self._generation = 0
+        self._waits_on: socket.socket | None = None
+
+    def __str__(self) -> str:
+        return "QubesDB"
+
+    def read(self) -> Configuration:
+        """What was there when QubesDB last told of a change."""
+        with self._lock:
+            entries = self._entries
+        if entries is None:
+            raise ConfigError(self.problem or "QubesDB has not been read")
+        if isinstance(entries, ConfigError):
+            raise entries
+        return parse_entries(entries)
+
+    def stamp(self) -> object:
+        """How often the entries have differed."""
+        with self._lock:
+            return self._generation
+
+    def start(self, start_s: float = START_S) -> None:
+        """Return when everything has been read once. Raises `ConfigError` when that cannot be."""
+        self._thread.start()
+        self._tried.wait(start_s)
+        if self._generation == 0:
+            raise ConfigError(self.problem or f"QubesDB: no answer within {start_s:g} s")
+
+    def close(self) -> None:
+        """End the thread; one that waits for an answer ends when that comes."""
+        self._ending.set()
+        with self._lock:
+            if self._waits_on is not None:
+                self._waits_on.shutdown(socket.SHUT_RDWR)
+        self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        # A signal must not end a command halfway; the main thread gets them all.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        shortest_s, longest_s = self._backoff_s
+        delay_s = shortest_s
+        while not self._ending.is_set():
+            try:
+                with closing(self._module.QubesDB()) as watching, self._interruptible(watching):
+                    # Watched before it is read: what changes in between is read twice rather than never.
+                    watching.watch(_DIRECTORY)
+                    while not self._ending.is_set():
+                        self._take(self._read_all())
+                        delay_s = shortest_s
+                        _wait_for_events(watching)
+            except (self._module.Error, OSError) as error:
+                self._lost(error)
+            self._tried.set()
+            self._ending.wait(delay_s)
+            delay_s = min(2 * delay_s, longest_s)
+
+    @contextmanager
+    def _interruptible(self, handle: Handle) -> Iterator[None]:
+        """Let `close` end a wait on the handle, by the end of the connection below it."""
+        with socket.socket(fileno=os.dup(handle.watch_fd())) as below:
+            with self._lock:
+                self._waits_on = below
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._waits_on = None
+
+    def _read_all(self) -> dict[str, str | ConfigError] | ConfigError:
+        # Not by multiread, which never frees the values that it returns (python/qubesdb.c of 4.3).
+        with closing(self._module.QubesDB()) as reading:
+            paths = reading.list(_PREFIX)
+            if paths is None:
+                return ConfigError("QubesDB: its list of entries cannot be read")
+            if len(paths) > ENTRIES_MAX:
+                return ConfigError(f"QubesDB: {len(paths)} entries; at most {ENTRIES_MAX} are read")
+            values = {path: reading.read(path) for path in sorted(paths)}
+        return {
+            path.removeprefix(_DIRECTORY): _text(path, untrusted_value)
+            for path, untrusted_value in values.items()
+            if untrusted_value is not None  # removed since the list was read
+        }
+
+    def _take(self, entries: dict[str, str | ConfigError] | ConfigError) -> None:
+        if self.problem is not None:
+            _logger.info("QubesDB is back")
+        self.problem = None
+        with self._lock:
+            if self._generation == 0 or not _is_same(entries, self._entries):
+                self._entries = entries
+                self._generation += 1
+        self._tried.set()
+
+    def _lost(self, error: Exception) -> None:
+        if self._ending.is_set():
+            return
+        is_news = self.problem is None
+        self.problem = f"QubesDB cannot be reached: {_words(error)}"
+        if is_news and self._generation:
+            _logger.warning("%s; what was configured stays, until it is back", self.problem)
+
+
+@contextmanager
+def open_qubesdb(
+    module: Module | None = None, *, start_s: float = START_S, backoff_s: tuple[float, float] = BACKOFF_S
+) -> Iterator[QubesDBSource]:
+    """This qube's QubesDB, read once when the block begins. Raises `ConfigError` without it."""
+    source = QubesDBSource(module or _installed(), backoff_s)
+    try:
+        source.start(start_s)
+        yield source
+    finally:
+        source.close()
+
+
+def _installed() -> Module:
+    try:
+        return cast(Module, importlib.import_module("qubesdb"))
+    except ImportError as error:
+        raise ConfigError(
+            "QubesDB: the Python package 'qubesdb' is missing; install python3-qubesdb, or name a directory "
+            "with --config"
+        ) from error
+
+
+def _wait_for_events(watching: Handle) -> None:
+    """Return when something below the watched directory has changed, and no more of it is waiting."""
+    watching.read_watch()
+    waiting = select.poll()
+    waiting.register(watching.watch_fd(), select.POLLIN)
+    for _ in range(_BURST_MAX):
+        if not waiting.poll(0):
+            return
+        watching.read_watch()
+
+
+def _text(path: str, untrusted_value: bytes) -> str | ConfigError:
+    """Latin-1 reads any byte; what is not ASCII is refused where the entry is parsed."""
+    if len(untrusted_value) > VALUE_MAX:
+        return ConfigError(f"entry {path!a}: longer than the {VALUE_MAX} bytes that QubesDB takes")
+    return untrusted_value.decode("latin-1")
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, ConfigError) or isinstance(other, ConfigError):
+        return str(one) == str(other)
+    return one == other
+
+
+def _words(error: Exception) -> str:
+    """What the client library says: a number and its meaning, or a sentence."""
+    return str(error.args[-1]) if error.args else type(error).__name__

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An accepted connection carried to its target, by the transport that its forward says.
+
+`Transports` keeps what forwards share: the budget of calls, and the mux calls to each target.
+"""
+
+import socket
+from ipaddress import ip_address
+
+import trio
+
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service
+from qubes_fwd_qrexec.common.rules import Proxy, Transport
+from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.mux import Origin, ProxyVersion
+from qubes_fwd_qrexec.relay.budget import Budget
+from qubes_fwd_qrexec.relay.thread import RelayThread
+
+from .call import Caller, CallTimeouts, Ending, relay_over_call
+from .callbudget import CallBudget
+from .counters import Carried
+from .crowd import source_key
+from .muxpool import LINGER_S, MuxPool
+
+_PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
+
+_PoolKey = tuple[str, str, TargetPorts]
+
+
+class Transports:
+    """Made once for a listener; carries every connection of every forward."""
+
+    def __init__(
+        self,
+        client: tuple[str, ...],
+        relays: RelayThread,
+        tasks: trio.Nursery,
+        calls_max: int,
+        timeouts: CallTimeouts,
+        linger_s: float = LINGER_S,
+    ) -> None:
+        self.relays = relays
+        self._client = client
+        self._tasks = tasks
+        self.calls = CallBudget(tasks, calls_max, bugs=relays.loop.bugs)
+        self._timeouts = timeouts
+        self._linger_s = linger_s
+        self._budget = Budget()
+        self._mux_calls: dict[_PoolKey, MuxPool] = {}
+        self._is_draining = False
+
+    async def carry(
+        self,
+        config: ListenerConfig,
+        port: int,
+        accepted: socket.socket,
+        carried: Carried | None = None,
+        origin: Origin | None = None,
+    ) -> Ending:
+        """Carry a connection that was accepted on ``port``; an `Ending` with an error asks for an abort.
+
+        ``origin`` is said where it is no TCP connection.
+
+        Raises `RefusedError` when there is no call to be had, OSError when the connection is gone.
+        """
+        origin = origin or _origin(accepted)
+        if config.transport is Transport.MUX:
+            mux_calls = self._mux_calls_for(config)
+            proxy = _PROXY_VERSIONS[config.proxy]
+            return await mux_calls.relay(accepted, config.target_port(port), origin, proxy, carried)
+        caller = Caller(
+            self._client,
+            config.target,
+            f"{config.service}+{config.target_port(port)}",
+            self.calls,
+            ((config.target, config.name), *source_key(origin.client)),
+            ends_with_server=config.service is Service.CONNECT_TCP,
+        )
+        return await relay_over_call(accepted, caller, self.relays, self._timeouts, carried)
+
+    def mux_calls(self, config: ListenerConfig) -> MuxPool | None:
+        """The mux calls that the forward uses, if there were any yet."""
+        return self._mux_calls.get(_pool_key(config))
+
+    def reconfigured(self, configs: list[ListenerConfig]) -> None:
+        """The configuration is new, and with it the policy: ask dom0 again, and let go what nobody needs."""
+        needed = {_pool_key(config) for config in configs if config.transport is Transport.MUX}
+        for key in self._mux_calls.keys() - needed:
+            self._mux_calls.pop(key).retire()
+        self.calls.expect(len(needed))
+        self.calls.forget_refusals()
+
+    def drain(self) -> None:
+        """The listener stops: no more mux calls, and each that is there ends with its last stream."""
+        self._is_draining = True
+        for mux_calls in self._mux_calls.values():
+            mux_calls.retire()
+
+    def _mux_calls_for(self, config: ListenerConfig) -> MuxPool:
+        key = _pool_key(config)
+        if key not in self._mux_calls:
+            ports = config.target_ports
+            self._mux_calls[key] = MuxPool(
+                self._client,
+                self.calls,
+                config.target,
+                f"{config.service}+{ports.brief()}+mux",
+                ports,
+                self.relays,
+                self._budget,
+                self._tasks,
+                self._timeouts.half_close_s,
+                self._linger_s,
+                self._timeouts.idle_s,
+            )
+            if self._is_draining:
+                self._mux_calls[key].retire()
+        return self._mux_calls[key]
+
+
+def _pool_key(config: ListenerConfig) -> _PoolKey:
+    """Target, service and ports: what dom0 judges."""
+    return config.target, config.service, config.target_ports
+
+
+def _origin(accepted: socket.socket) -> Origin:
+    """Who is connected to what. Raises OSError when the client has left."""
+    client, client_port = accepted.getpeername()[:2]
+    exposed, exposed_port = accepted.getsockname()[:2]
+    return Origin(ip_address(client), client_port, ip_address(exposed), exposed_port)

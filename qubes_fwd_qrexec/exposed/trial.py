@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A connection that goes all the way through a forward and carries nothing: whether the way is open.
+
+It goes as a client's would: by the same mux call or a call of its own, under the same bounds, to the server
+in the target, which sees somebody connect and send its FIN at once.
+"""
+
+import socket
+from ipaddress import IPv4Address
+
+import trio
+
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.report import Answer, Trial
+from qubes_fwd_qrexec.mux import Origin
+from qubes_fwd_qrexec.system.logs import one_line
+
+from .call import Ending
+from .counters import Carried
+from .transports import Transports
+
+# Less than dom0 waits for the answer (5 s), with what else it takes to ask.
+TRIAL_S = 3.0
+_LOOK_S = 0.02
+_LOCALHOST = IPv4Address("127.0.0.1")
+
+
+async def try_out(config: ListenerConfig, transports: Transports, timeout_s: float = TRIAL_S) -> Trial:
+    """Try the first port of a forward. Nothing of it is counted."""
+    carried = Carried(trio.current_time())
+    found: Ending | Trial | None = None
+    ours, theirs = socket.socketpair()
+    try:
+        theirs.setblocking(False)
+        ours.shutdown(socket.SHUT_WR)
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_leave_when_joined, carried, nursery.cancel_scope)
+                found = await _carry(config, transports, theirs, carried)
+                nursery.cancel_scope.cancel()
+    finally:
+        ours.close()
+        theirs.close()
+    if isinstance(found, Trial):
+        return found
+    if found is not None and found.refusal is not None:
+        return Trial(Answer.REFUSED, found.refusal, one_line(found.error or "refused"))
+    if _is_joined(carried) or (found is not None and found.error is None and found.how == "closed"):
+        return Trial(Answer.THROUGH, "", "the server in the target took a connection")
+    if found is None:
+        return Trial(Answer.SILENT, "", f"no answer within {timeout_s:g} s")
+    return Trial(Answer.FAILED, "", one_line(found.error or f"the connection ended: {found.how}"))
+
+
+async def _carry(
+    config: ListenerConfig, transports: Transports, sock: socket.socket, carried: Carried
+) -> Ending | Trial:
+    port = config.listen_ports.first
+    origin = Origin(_LOCALHOST, port, _LOCALHOST, port)
+    try:
+        return await transports.carry(config, port, sock, carried, origin)
+    except RefusedError as error:
+        return Trial(Answer.REFUSED, error.kind, one_line(str(error)))
+    except OSError as error:
+        return Trial(Answer.FAILED, "", one_line(str(error)))
+
+
+def _is_joined(carried: Carried) -> bool:
+    return carried.by is not None and carried.by.is_joined
+
+
+async def _leave_when_joined(carried: Carried, scope: trio.CancelScope) -> None:
+    """That the server took the connection is all that is asked; the relay's thread tells nobody of it."""
+    while not _is_joined(carried):  # noqa: ASYNC110
+        await trio.sleep(_LOOK_S)
+    scope.cancel()

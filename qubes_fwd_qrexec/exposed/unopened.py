@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Forwards whose ports could not be bound, and when each is tried again.
+
+The program that has the port may leave, and an address may come back with its network: nobody tells.
+"""
+
+import time
+from collections.abc import Callable
+
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+
+# At first soon, as after a restart of whoever had the port; then as seldom as a mux call that dom0 refuses.
+RETRY_FIRST_S = 1.0
+RETRY_MAX_S = 60.0
+
+Name = tuple[QubeName, RuleName]
+
+
+class _Waiting:
+    def __init__(self, config: ListenerConfig, problem: str, wait_s: float, now: float) -> None:
+        self.config = config
+        self.problem = problem
+        self.wait_s = wait_s
+        self.due_at = now + wait_s
+
+
+class Unopened:
+    """Those that wait; the wait doubles with each failure."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._waiting: dict[Name, _Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def failed(self, name: Name, config: ListenerConfig, problem: str) -> bool:
+        """It could not be opened; whether that is news."""
+        before = self._waiting.get(name)
+        wait_s = RETRY_FIRST_S if before is None else min(2 * before.wait_s, RETRY_MAX_S)
+        self._waiting[name] = _Waiting(config, problem, wait_s, self._clock())
+        return before is None or before.problem != problem
+
+    def forget(self, name: Name) -> None:
+        """It is open, or nobody wants it any more."""
+        self._waiting.pop(name, None)
+
+    def forget_all(self) -> None:
+        """The configuration is new, and everything in it is tried at once."""
+        self._waiting.clear()
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why, by the key of each one's configuration."""
+        return {waiting.config.key: waiting.problem for waiting in self._waiting.values()}
+
+    def due(self) -> list[tuple[Name, ListenerConfig]]:
+        """What is to be tried now: tell `failed` or `forget`."""
+        now = self._clock()
+        return [(name, waiting.config) for name, waiting in self._waiting.items() if waiting.due_at <= now]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The arithmetic of credit, alone: what may be sent, and what the peer may send. Numbers in, numbers out.
+
+Credit is counted in bytes. A DATA frame costs its payload and FRAME_COST_BYTES more.
+"""
+
+from qubes_fwd_qrexec.common.errors import RemoteProtocolError
+
+from .limits import FRAME_COST_BYTES, MAX_DATA_BYTES, MIN_CREDIT_BYTES
+
+
+class SendCredit:
+    """How much this end may still send on one stream."""
+
+    __slots__ = ("available", "was_recalled")
+
+    def __init__(self, available: int) -> None:
+        self.available = available
+        self.was_recalled = False
+        """Whether the peer has asked for credit back since it last gave some."""
+
+    @property
+    def sendable_bytes(self) -> int:
+        """The longest payload that one DATA frame may have now; 0 if none may be sent."""
+        room = self.available - FRAME_COST_BYTES
+        return 0 if room <= 0 else min(room, MAX_DATA_BYTES)
+
+    def spend(self, payload_bytes: int) -> bool:
+        """Take a frame's cost; False, with nothing taken, if there is not enough."""
+        left = self.available - payload_bytes - FRAME_COST_BYTES
+        if left < 0:
+            return False
+        self.available = left
+        return True
+
+    def replenish(self, increment: int, window_bytes: int) -> None:
+        """Add what the peer granted. Raises RemoteProtocolError past its window or below the least."""
+        if increment < MIN_CREDIT_BYTES:
+            raise RemoteProtocolError(f"CREDIT of {increment} bytes; at least {MIN_CREDIT_BYTES} are right")
+        if self.available + increment > window_bytes:
+            raise RemoteProtocolError(f"CREDIT of {increment} bytes goes past the window of {window_bytes}")
+        self.available += increment
+        self.was_recalled = False
+
+    def note_recall(self) -> None:
+        """The peer asks for credit back. Raises RemoteProtocolError if it did, and granted none since."""
+        if self.was_recalled:
+            raise RemoteProtocolError("a second RECALL, and no CREDIT since the last one")
+        self.was_recalled = True
+
+    def give_back(self, keep: int) -> int:
+        """Give up what is above ``keep``; how much that was."""
+        amount = max(self.available - keep, 0)
+        self.available -= amount
+        return amount
+
+
+class ReceiveCredit:
+    """How much the peer may still send on one stream.
+
+    ``outstanding`` is what it may send as far as it has been told, ``held`` what was granted here but
+    not told yet: a frame for each small read of the consumer would cost more than the read.
+    """
+
+    __slots__ = ("_is_recalled", "_keep", "held", "outstanding")
+
+    def __init__(self, initial: int) -> None:
+        self.outstanding = initial
+        self.held = 0
+        # What the peer may keep of it, while a RECALL is not answered; and whether nothing was told since.
+        self._keep = 0
+        self._is_recalled = False
+
+    @property
+    def granted(self) -> int:
+        """What may still arrive, told or not."""
+        return self.outstanding + self.held
+
+    def receive(self, cost: int) -> None:
+        """Take the cost of a DATA frame that came. Raises RemoteProtocolError if it was not granted."""
+        left = self.outstanding - cost
+        if left < 0:
+            raise RemoteProtocolError(f"DATA goes {-left} bytes past the credit")
+        self.outstanding = left
+
+    def grant(self, increment: int) -> int:
+        """Grant more; returns what to tell the peer in a CREDIT frame now, or 0 to wait for more.
+
+        The peer is told once it would gain half of its window: it is never left without credit while
+        the consumer keeps up, and a CREDIT frame stands for many DATA frames.
+        """
+        held = self.held + increment
+        if held < MIN_CREDIT_BYTES or held < self.outstanding:
+            self.held = held
+            return 0
+        self.held = 0
+        self.outstanding += held
+        self._is_recalled = False
+        return held
+
+    def recall(self, keep: int) -> bool:
+        """Whether to ask the peer, now, for all above ``keep``: it may have more, and may be asked."""
+        if self.outstanding <= keep or self._keep or self._is_recalled:
+            return False
+        self._keep = keep
+        self._is_recalled = True
+        return True
+
+    def take_back(self, amount: int) -> None:
+        """Take what the peer gives back. Raises RemoteProtocolError if it was not asked for so much."""
+        keep = self._keep
+        if not keep:
+            raise RemoteProtocolError("a RETURN that answers no RECALL")
+        if amount and self.outstanding - amount < keep:
+            raise RemoteProtocolError(
+                f"RETURN of {amount} bytes of {self.outstanding}, where {keep} may be kept"
+            )
+        self._keep = 0
+        self.outstanding -= amount

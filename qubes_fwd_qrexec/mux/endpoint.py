@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The state of one end of a mux, and the questions that may be asked about it.
+
+`incoming` moves it by what the peer sends, `connection` by what the caller does.
+"""
+
+from qubes_fwd_qrexec.common.errors import LocalProtocolError
+
+from . import wire
+from .abuse import LateFrames, RapidResets
+from .limits import CONTROL_BYTES, CONTROL_BYTES_PER_STREAM, LAST_STREAM_ID
+from .messages import Goaway, GoawayCode, Hello, ResetCode, Role
+from .outbox import Outbox
+from .reader import FrameReader
+from .states import Half
+from .stream import Stream
+from .wire import FrameType
+
+
+class Endpoint:
+    """What one end knows; `Connection` is the class to use."""
+
+    def __init__(self, hello: Hello, target_ports: range) -> None:
+        self.role = hello.role
+        self.hello = hello
+        self.peer: Hello | None = None
+        """What the peer said of itself; None until then."""
+        self.granted_bytes = 0
+        """Credit that the peer may still use to make this end hold data, over all streams. Together with
+        what the caller holds, this is what a bound in bytes for the whole process must cover."""
+        self._peer_window_bytes = 0
+        self._max_streams = hello.max_streams
+        self._control_bound_bytes = self._control_bound()
+        self._target_ports = target_ports
+        self._streams: dict[int, Stream] = {}
+        self._last_id = 0
+        self._last_accepted = 0
+        self._reader = FrameReader()
+        self._outbox = Outbox()
+        self._late = LateFrames()
+        self._rapid = RapidResets()
+        self._late_opens = 0
+        self._ping: bytes | None = None
+        self._is_pong_queued = False
+        self._drain_sent: Goaway | None = None
+        self._drain_received: Goaway | None = None
+        self._is_closed = False
+        self._is_closed_by_peer = False
+        self._is_receiving = False
+        self._failure: str | None = None
+        self._outbox.add_control(wire.encode_hello(hello))
+
+    # What the caller asks
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether both HELLOs were exchanged and neither end has said its last word."""
+        return self.peer is not None and not self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether either end said a final GOAWAY, or the peer broke the protocol. No stream lives."""
+        return self._is_closed or self._is_closed_by_peer
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether either end takes or makes no more streams."""
+        return self._drain_sent is not None or self._drain_received is not None
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it drains and no stream is left: time to `close`."""
+        return self.is_draining and not self._streams
+
+    @property
+    def open_streams(self) -> int:
+        """How many slots are taken, by live streams and by those whose RESET is not answered."""
+        return len(self._streams)
+
+    @property
+    def open_room(self) -> int:
+        """How many streams this end may open now; always 0 on the target side."""
+        if self.role is Role.TARGET or not self.is_ready or self.is_draining:
+            return 0
+        return min(self._max_streams - len(self._streams), LAST_STREAM_ID - self._last_id)
+
+    @property
+    def are_ids_used_up(self) -> bool:
+        """Whether no stream will ever be opened here again: drain, and make another mux."""
+        return self._last_id >= LAST_STREAM_ID
+
+    @property
+    def has_partial_frame(self) -> bool:
+        """Whether a frame has begun and not ended; the caller bounds the time that may last."""
+        return self._reader.has_partial_frame
+
+    @property
+    def bytes_queued(self) -> int:
+        """What `data_to_send` would give."""
+        return self._outbox.bytes_queued
+
+    def send_limit(self, stream_id: int) -> int:
+        """The longest payload that `send_data` takes for that stream now; 0 means wait for CreditReceived."""
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.local is not Half.FLOWING:
+            return 0
+        return stream.outgoing.sendable_bytes
+
+    def granted(self, stream_id: int) -> int:
+        """The credit that the peer has left on that stream, told or not: its part of `granted_bytes`.
+
+        0 once nothing more can come that must be kept: after the peer's EOF, or a RESET of either end.
+        """
+        stream = self._streams.get(stream_id)
+        return stream.incoming.granted if stream is not None and stream.is_receiving else 0
+
+    # Shared by both ways
+
+    def _control_bound(self) -> int:
+        return CONTROL_BYTES + CONTROL_BYTES_PER_STREAM * self._max_streams
+
+    def _known(self, stream_id: int) -> Stream | None:
+        """The stream, or None if it is over. Raises LocalProtocolError if it never was."""
+        stream = self._streams.get(stream_id)
+        if stream is None and not 0 < stream_id <= self._last_id:
+            raise LocalProtocolError(f"there never was a stream {stream_id}")
+        return stream
+
+    def _reset(self, stream_id: int, stream: Stream, code: ResetCode) -> None:
+        """Send RESET on a stream on which none was sent."""
+        was_receiving = stream.is_receiving
+        stream.move_local(FrameType.RESET)
+        if was_receiving:
+            self.granted_bytes -= stream.incoming.granted
+        self._outbox.add_control(wire.encode_reset(stream_id, code))
+        self._free_if_over(stream_id, stream)
+
+    def _free_if_over(self, stream_id: int, stream: Stream) -> None:
+        """Free the slot if nothing more is to be said on this stream."""
+        if not stream.is_over:
+            return
+        del self._streams[stream_id]
+        if stream.remote is Half.ENDED:
+            # It ended with both EOFs. The peer may not have seen ours yet, and speak on.
+            self._late.expect(self._peer_window_bytes - stream.outgoing.available)
+
+    def _say_goodbye(self, code: GoawayCode) -> None:
+        """Queue the final GOAWAY, once, and forget all streams."""
+        if not self._is_closed:
+            self._is_closed = True
+            last_id = self._last_id if self._drain_sent is None else self._drain_sent.last_id
+            self._outbox.add_control(wire.encode_goaway(Goaway(last_id, code, is_final=True)))
+        self._forget_streams()
+
+    def _forget_streams(self) -> None:
+        self._streams.clear()
+        self._rapid.forget()
+        self.granted_bytes = 0

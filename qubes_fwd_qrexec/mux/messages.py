@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The values that frames carry. Each is valid once it exists; nobody checks it again.
+
+A value that cannot be raises LocalProtocolError, since it is the caller who made it; `wire` turns that
+into RemoteProtocolError where the value came from the peer.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from ipaddress import IPv4Address, IPv6Address
+
+from qubes_fwd_qrexec.common.errors import LocalProtocolError
+
+from .limits import MAX_LEASE_S, MAX_STREAMS, MAX_WINDOW_BYTES, MIN_WINDOW_BYTES, VERSION
+
+IPAddress = IPv4Address | IPv6Address
+
+NONCE_BYTES = 16
+PING_BYTES = 8
+LAST_PORT = 65_535
+
+
+class Role(Enum):
+    """Which end of the mux this is. Only the listener side opens streams."""
+
+    LISTENER = "listener"
+    TARGET = "target"
+
+
+class ResetCode(IntEnum):
+    """Why a stream is reset. Before ACCEPT it says why the stream was refused."""
+
+    ABORTED = 1
+    REFUSED = 2
+    TIMEOUT = 3
+    UNREACHABLE = 4
+    OVER_LIMIT = 5
+    LEASE_OVER = 6
+    REVOKED = 7
+    SHUTDOWN = 8
+    INTERNAL = 9
+
+
+class GoawayCode(IntEnum):
+    """Why no more streams are taken, or why the mux is over. Numbers are shared with `ResetCode`."""
+
+    LEASE_OVER = 6
+    REVOKED = 7
+    SHUTDOWN = 8
+    INTERNAL = 9
+    DONE = 10
+    IDS_USED_UP = 11
+    PROTOCOL_ERROR = 12
+    NO_COMMON_VERSION = 13
+
+
+class ProxyVersion(IntEnum):
+    """Which header of the PROXY protocol the target's service sends to the server before anything else."""
+
+    OFF = 0
+    V1 = 1
+    V2 = 2
+
+
+REFUSAL_WHILE_DRAINING = {
+    GoawayCode.LEASE_OVER: ResetCode.LEASE_OVER,
+    GoawayCode.REVOKED: ResetCode.REVOKED,
+    GoawayCode.SHUTDOWN: ResetCode.SHUTDOWN,
+    GoawayCode.IDS_USED_UP: ResetCode.SHUTDOWN,
+}
+"""The codes that may begin a drain, and what a stream that comes too late is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What an end says of itself before anything else.
+
+    ``window_bytes``: the most credit that this end will have outstanding for one stream.
+    ``max_streams`` and ``lease_s``: how many streams the target side holds at once, and for how many
+    seconds it takes new ones; the listener side says 0 for both. ``nonce``: 16 bytes by which the logs
+    of both ends can be matched. Raises LocalProtocolError for values out of bounds.
+    """
+
+    window_bytes: int
+    nonce: bytes
+    max_streams: int = 0
+    lease_s: int = 0
+    min_version: int = VERSION
+    max_version: int = VERSION
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.min_version <= self.max_version <= 0xFFFF, "versions must be 1 to 65535, in order")
+        _check(
+            MIN_WINDOW_BYTES <= self.window_bytes <= MAX_WINDOW_BYTES,
+            f"the window must be {MIN_WINDOW_BYTES} to {MAX_WINDOW_BYTES} bytes",
+        )
+        _check(0 <= self.max_streams <= MAX_STREAMS, f"streams must be 0 to {MAX_STREAMS}")
+        _check(0 <= self.lease_s <= MAX_LEASE_S, f"a lease must be 0 to {MAX_LEASE_S} seconds")
+        _check(
+            (self.max_streams == 0) == (self.lease_s == 0),
+            "the target side says streams and lease, the listener side neither",
+        )
+        _check(len(self.nonce) == NONCE_BYTES, f"a nonce has {NONCE_BYTES} bytes")
+
+    @property
+    def role(self) -> Role:
+        """Which end says this."""
+        return Role.TARGET if self.max_streams else Role.LISTENER
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who connected, and to which address and port of the exposed qube.
+
+    An IPv4 address that came in IPv6 form becomes IPv4, and a scope (``%eth0``) is dropped, as it means
+    nothing in another qube. The target side must not trust it: the listener side can say what it likes.
+    """
+
+    client: IPAddress
+    client_port: int
+    exposed: IPAddress
+    exposed_port: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "client", unmapped(self.client))
+        object.__setattr__(self, "exposed", unmapped(self.exposed))
+        _check(0 <= self.client_port <= LAST_PORT, "a port must be 0 to 65535")
+        _check(0 <= self.exposed_port <= LAST_PORT, "a port must be 0 to 65535")
+
+
+@dataclass(frozen=True, slots=True)
+class Goaway:
+    """No stream above ``last_id`` was or will be processed; after a final one nothing follows at all."""
+
+    last_id: int
+    code: GoawayCode
+    is_final: bool
+
+    def __post_init__(self) -> None:
+        _check(self.is_final or self.code in REFUSAL_WHILE_DRAINING, f"{self.code.name} cannot begin a drain")
+
+
+def unmapped(address: IPAddress) -> IPAddress:
+    """The address without scope, as IPv4 where it is an IPv4-mapped one."""
+    if isinstance(address, IPv4Address):
+        return address
+    return address.ipv4_mapped or IPv6Address(address.packed)
+
+
+def _check(is_valid: bool, problem: str) -> None:
+    if not is_valid:
+        raise LocalProtocolError(problem)

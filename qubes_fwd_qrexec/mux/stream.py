@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One stream, as small as it can be: 10,000 of them are held at once, at both ends."""
+
+from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
+
+from .credit import ReceiveCredit, SendCredit
+from .states import MOVES, OVER, Half
+from .wire import FrameType
+
+
+class Stream:
+    """The two halves of a stream, its credit both ways, and the tick in which it was opened."""
+
+    __slots__ = ("incoming", "local", "opened_tick", "outgoing", "remote")
+
+    def __init__(self, send_credit: int, receive_credit: int, tick: int) -> None:
+        self.local = Half.PENDING
+        self.remote = Half.PENDING
+        self.outgoing = SendCredit(send_credit)
+        self.incoming = ReceiveCredit(receive_credit)
+        self.opened_tick = tick
+
+    def move_local(self, frame_type: FrameType) -> None:
+        """This end is about to send that frame. Raises LocalProtocolError if it may not."""
+        half = MOVES.get((self.local, frame_type))
+        if half is None:
+            raise LocalProtocolError(f"{frame_type.name} cannot be sent on a stream that is {self}")
+        self.local = half
+
+    def move_remote(self, frame_type: FrameType) -> None:
+        """The peer sent that frame. Raises RemoteProtocolError if it may not."""
+        half = MOVES.get((self.remote, frame_type))
+        if half is None:
+            raise RemoteProtocolError(f"{frame_type.name} came on a stream that is {self}")
+        self.remote = half
+
+    @property
+    def is_discarding(self) -> bool:
+        """Whether this end has reset the stream, so that what still comes is checked and dropped."""
+        return self.local >= Half.RESET
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether data can still come that this end must keep."""
+        return self.remote <= Half.FLOWING and self.local < Half.RESET
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the slot is free."""
+        return (self.local, self.remote) in OVER
+
+    def __str__(self) -> str:
+        return f"{self.local.name} here and {self.remote.name} there"

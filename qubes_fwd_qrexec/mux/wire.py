@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The layout of every frame, in one place: offsets never leave it. SPEC.md says the same in words.
+
+Encoders take valid values and return a whole frame. Decoders take the payload of a frame whose header
+passed `check_header`, and raise RemoteProtocolError if the values in it cannot be.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv6Address
+from struct import Struct
+from typing import Final, NamedTuple, TypeVar
+
+from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
+
+from .limits import MAX_DATA_BYTES, MAX_HELLO_BYTES, VERSION
+from .messages import Goaway, GoawayCode, Hello, IPAddress, Origin, ProxyVersion, ResetCode
+
+Buffer = bytes | bytearray | memoryview
+_T = TypeVar("_T")
+
+
+class FrameType(IntEnum):
+    """The first byte of a frame."""
+
+    HELLO = 1
+    OPEN = 2
+    ACCEPT = 3
+    DATA = 4
+    CREDIT = 5
+    EOF = 6
+    RESET = 7
+    PING = 8
+    PONG = 9
+    GOAWAY = 10
+    RECALL = 11
+    RETURN = 12
+
+
+class OpenRequest(NamedTuple):
+    """The payload of OPEN: the opener's grant to the target side, the port that is wanted, who asks, and in
+    which form the server is to be told that."""
+
+    credit: int
+    port: int
+    origin: Origin
+    proxy: ProxyVersion
+
+
+MAGIC: Final = b"qfwd-tun"
+
+# The header with type and flags as one number: flags are 0, so a legal one is the type times 256, and
+# one comparison on the way of every frame checks both.
+HEADER: Final = Struct(">HHI")
+_VERSIONS: Final = Struct(">8sHH")
+_HELLO_REST: Final = Struct(">III16s")
+_HELLO_BYTES: Final = _VERSIONS.size + _HELLO_REST.size
+_OPEN: Final = Struct(">IH16sH16sHB")
+_U32: Final = Struct(">I")
+_GOAWAY: Final = Struct(">IHH")
+
+DATA_KIND: Final = FrameType.DATA << 8
+
+# For each type: least length, greatest length, and whether it belongs to a stream.
+_SHAPES: Final[dict[int, tuple[int, int, bool]]] = {
+    FrameType.HELLO << 8: (_HELLO_BYTES, MAX_HELLO_BYTES, False),
+    FrameType.OPEN << 8: (_OPEN.size, _OPEN.size, True),
+    FrameType.ACCEPT << 8: (_U32.size, _U32.size, True),
+    FrameType.DATA << 8: (1, MAX_DATA_BYTES, True),
+    FrameType.CREDIT << 8: (_U32.size, _U32.size, True),
+    FrameType.EOF << 8: (0, 0, True),
+    FrameType.RESET << 8: (_U32.size, _U32.size, True),
+    FrameType.PING << 8: (8, 8, False),
+    FrameType.PONG << 8: (8, 8, False),
+    FrameType.GOAWAY << 8: (_GOAWAY.size, _GOAWAY.size, False),
+    FrameType.RECALL << 8: (_U32.size, _U32.size, True),
+    FrameType.RETURN << 8: (_U32.size, _U32.size, True),
+}
+
+
+def check_header(kind: int, length: int, stream_id: int) -> FrameType:
+    """The type of a frame, from the three numbers of its header. Raises RemoteProtocolError."""
+    shape = _SHAPES.get(kind)
+    if shape is None:
+        if kind & 0xFF and kind & 0xFF00 in _SHAPES:
+            raise RemoteProtocolError(f"the flags of a frame are {kind & 0xFF:#04x} in the place of 0")
+        raise RemoteProtocolError(f"there is no frame type {kind >> 8}")
+    frame_type = FrameType(kind >> 8)
+    least, most, has_stream = shape
+    if not least <= length <= most:
+        raise RemoteProtocolError(f"{frame_type.name} of {length} bytes; {least} to {most} are right")
+    if has_stream != (stream_id != 0):
+        raise RemoteProtocolError(f"{frame_type.name} on stream {stream_id}")
+    return frame_type
+
+
+def encode_hello(hello: Hello) -> bytes:
+    versions = _VERSIONS.pack(MAGIC, hello.min_version, hello.max_version)
+    rest = _HELLO_REST.pack(hello.window_bytes, hello.max_streams, hello.lease_s, hello.nonce)
+    return _frame(FrameType.HELLO, 0, versions + rest)
+
+
+def decode_versions(untrusted_payload: Buffer) -> tuple[int, int]:
+    """The lowest and highest version of a HELLO, whose layout up to there is the same for ever."""
+    magic, min_version, max_version = _VERSIONS.unpack_from(untrusted_payload)
+    if magic != MAGIC:
+        raise RemoteProtocolError(f"the HELLO begins with {magic!a} in the place of {MAGIC!a}")
+    return min_version, max_version
+
+
+def decode_hello(untrusted_payload: Buffer) -> Hello:
+    """Raises also for a longer HELLO than ours that does not speak a later version."""
+    min_version, max_version = decode_versions(untrusted_payload)
+    window, streams, lease_s, nonce = _HELLO_REST.unpack_from(untrusted_payload, _VERSIONS.size)
+    if len(untrusted_payload) > _HELLO_BYTES and max_version <= VERSION:
+        raise RemoteProtocolError(f"HELLO of {len(untrusted_payload)} bytes; {_HELLO_BYTES} are right")
+    return _from_peer(
+        lambda: Hello(
+            window_bytes=window,
+            nonce=nonce,
+            max_streams=streams,
+            lease_s=lease_s,
+            min_version=min_version,
+            max_version=max_version,
+        )
+    )
+
+
+def encode_open(stream_id: int, request: OpenRequest) -> bytes:
+    origin = request.origin
+    client, exposed = _pack_address(origin.client), _pack_address(origin.exposed)
+    payload = _OPEN.pack(
+        request.credit,
+        request.port,
+        client,
+        origin.client_port,
+        exposed,
+        origin.exposed_port,
+        request.proxy,
+    )
+    return _frame(FrameType.OPEN, stream_id, payload)
+
+
+def decode_open(untrusted_payload: Buffer) -> OpenRequest:
+    credit, port, client, client_port, exposed, exposed_port, number = _OPEN.unpack(untrusted_payload)
+    try:
+        proxy = ProxyVersion(number)
+    except ValueError as error:
+        raise RemoteProtocolError(f"there is no PROXY header {number}") from error
+    origin = Origin(IPv6Address(client), client_port, IPv6Address(exposed), exposed_port)
+    return OpenRequest(credit, port, origin, proxy)
+
+
+def encode_accept(stream_id: int, credit: int) -> bytes:
+    return _frame(FrameType.ACCEPT, stream_id, _U32.pack(credit))
+
+
+def encode_credit(stream_id: int, increment: int) -> bytes:
+    return _frame(FrameType.CREDIT, stream_id, _U32.pack(increment))
+
+
+def encode_recall(stream_id: int, keep: int) -> bytes:
+    return _frame(FrameType.RECALL, stream_id, _U32.pack(keep))
+
+
+def encode_return(stream_id: int, amount: int) -> bytes:
+    return _frame(FrameType.RETURN, stream_id, _U32.pack(amount))
+
+
+def encode_reset(stream_id: int, code: ResetCode) -> bytes:
+    return _frame(FrameType.RESET, stream_id, _U32.pack(code))
+
+
+def decode_number(untrusted_payload: Buffer) -> int:
+    """The one number of ACCEPT, CREDIT, RECALL and RETURN, in bytes of credit."""
+    number: int = _U32.unpack(untrusted_payload)[0]
+    return number
+
+
+def decode_reset(untrusted_payload: Buffer) -> ResetCode:
+    number = decode_number(untrusted_payload)
+    try:
+        return ResetCode(number)
+    except ValueError as error:
+        raise RemoteProtocolError(f"there is no RESET code {number}") from error
+
+
+def encode_eof(stream_id: int) -> bytes:
+    return _frame(FrameType.EOF, stream_id, b"")
+
+
+def encode_ping(payload: bytes) -> bytes:
+    return _frame(FrameType.PING, 0, payload)
+
+
+def encode_pong(payload: bytes) -> bytes:
+    return _frame(FrameType.PONG, 0, payload)
+
+
+def encode_goaway(goaway: Goaway) -> bytes:
+    return _frame(FrameType.GOAWAY, 0, _GOAWAY.pack(goaway.last_id, goaway.code, goaway.is_final))
+
+
+def decode_goaway(untrusted_payload: Buffer) -> Goaway:
+    last_id, number, final = _GOAWAY.unpack(untrusted_payload)
+    if final > 1:
+        raise RemoteProtocolError(f"the final field of a GOAWAY is {final}; 0 or 1 is right")
+    try:
+        code = GoawayCode(number)
+    except ValueError as error:
+        raise RemoteProtocolError(f"there is no GOAWAY code {number}") from error
+    return _from_peer(lambda: Goaway(last_id, code, bool(final)))
+
+
+def data_header(stream_id: int, length: int) -> bytes:
+    """The header alone, since the payload of DATA is not copied behind it when it is large."""
+    return HEADER.pack(DATA_KIND, length, stream_id)
+
+
+def _frame(frame_type: FrameType, stream_id: int, payload: bytes) -> bytes:
+    return HEADER.pack(frame_type << 8, len(payload), stream_id) + payload
+
+
+def _pack_address(address: IPAddress) -> bytes:
+    if isinstance(address, IPv4Address):
+        return b"\0" * 10 + b"\xff\xff" + address.packed
+    return address.packed
+
+
+def _from_peer(make: Callable[[], _T]) -> _T:
+    try:
+        return make()
+    except LocalProtocolError as error:
+        raise RemoteProtocolError(f"the peer said what cannot be: {error}") from error

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Listening sockets, and an accept loop that no single connection and no shortage can end."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from ipaddress import IPv6Address, ip_address
+
+import trio
+
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.values import IPAddress, unmapped
+from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
+from qubes_fwd_qrexec.system.ingress import note_ingress
+from qubes_fwd_qrexec.system.logs import RateLimit, warn
+from qubes_fwd_qrexec.system.portholder import port_holder
+
+from .copy import abort, abort_by_default, keep_urgent_bytes
+from .socketbuffers import MAX_BYTES, limit_segments, set_size
+
+_logger = logging.getLogger(__name__)
+
+# The kernel's own bound (net.core.somaxconn) since Linux 5.4: a burst waits here, not in retries.
+_BACKLOG = 4096
+# Accepted in one go before other tasks have their turn.
+_BURST = 64
+# relay-behaviours 34: how long to wait for descriptors or memory to come free.
+_SHORTAGE_PAUSE_S = 0.2
+_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+# What the kernel reports of a connection that was gone before it was accepted (accept(2), Linux).
+_PEERS_OWN = frozenset(
+    (
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+    )
+)
+# With less than this the kernel lets only privileged programs bind (net.ipv4.ip_unprivileged_port_start).
+_UNPRIVILEGED_PORT = 1024
+
+
+class BindError(ForwardError):
+    """A port cannot be listened on; the text names it and says why."""
+
+
+def address_text(address: IPAddress | str, port: int | str) -> str:
+    """``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
+    return f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
+
+
+def open_listening(address: IPAddress, port: int) -> socket.socket:
+    """A non-blocking socket that listens on exactly this; ``::`` is IPv6 alone. Raises `BindError`."""
+    is_ipv6 = isinstance(address, IPv6Address)
+    try:
+        sock = socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET, socket.SOCK_STREAM)
+    except OSError as error:
+        raise BindError(f"{address_text(address, port)}: {error.strerror}") from error
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_ipv6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Before it listens: what is accepted inherits all this, and the window's scale is agreed on by then.
+        abort_by_default(sock)
+        notice_dead_peers(sock)
+        keep_urgent_bytes(sock)
+        note_ingress(sock)
+        # relay-behaviours 17. No client gets a larger window than this allows; whoever accepts sets less.
+        set_size(sock, MAX_BYTES)
+        limit_segments(sock)
+        sock.bind((str(address), port))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise BindError(f"{address_text(address, port)}: {_bind_trouble(error, address, port)}") from error
+    return sock
+
+
+def _bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"the port is in use by {port_holder(address, port) or 'another program'}"
+    if error.errno == errno.EACCES and port < _UNPRIVILEGED_PORT:
+        return f"ports under {_UNPRIVILEGED_PORT} need the capability CAP_NET_BIND_SERVICE"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this qube does not have the address"
+    return os.strerror(error.errno or 0)
+
+
+async def accept_until_closed(
+    listening: socket.socket, accepted: Callable[[socket.socket], None], limit: RateLimit, bugs: Bugs
+) -> None:
+    """Hand every connection to ``accepted``, non-blocking. If it raises, that is a bug, and the connection is
+    aborted.
+
+    Ends when somebody calls `close_listening`. ``limit`` is for the log, and one for all sockets of the
+    process: what they run short of they share.
+    """
+    while listening.fileno() >= 0:
+        try:
+            await trio.lowlevel.wait_readable(listening)
+            for _ in range(_BURST):
+                connection, _ = listening.accept()
+                connection.setblocking(False)
+                bugs.guarded(partial(abort, connection), accepted, connection)
+        except trio.ClosedResourceError:
+            return
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if listening.fileno() < 0:
+                return
+            if error.errno in _SHORTAGE:
+                warn(_logger, limit, "shortage", f"cannot accept connections for now: {error.strerror}")
+                await trio.sleep(_SHORTAGE_PAUSE_S)
+            elif error.errno not in _PEERS_OWN:
+                bugs.note(error)  # nobody knows what it means, but other connections may come all the same
+                await trio.sleep(_SHORTAGE_PAUSE_S)
+
+
+def peer_address(connection: socket.socket) -> IPAddress | None:
+    """Who is at the other end, IPv4 as IPv4; None when nobody is any more."""
+    try:
+        return unmapped(ip_address(connection.getpeername()[0]))
+    except OSError:
+        return None
+
+
+def close_listening(listening: socket.socket, *, is_shared: bool = False) -> None:
+    """Close at once, also while `accept_until_closed` waits for it.
+
+    A child that is just being started still has a copy, which would keep the port open for a moment more;
+    so the socket is shut down first, unless somebody else, who shares it, is to go on with it.
+    """
+    if listening.fileno() < 0:
+        return
+    trio.lowlevel.notify_closing(listening)
+    if not is_shared:
+        with contextlib.suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
+    listening.close()

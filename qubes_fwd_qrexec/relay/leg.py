@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A stream of a mux call joined with a local socket: bytes both ways, and every ending as it is.
+
+A FIN becomes EOF and EOF a FIN, in each direction by itself; RST becomes RESET and RESET an RST, after
+what had arrived before it. Anything that goes wrong is an abort: a clean end is only ever said.
+"""
+
+import errno
+import socket
+import time
+from collections.abc import Callable
+from select import EPOLLERR
+from typing import TYPE_CHECKING
+
+from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, MAX_DATA_BYTES, Buffer, ResetCode
+
+from .budget import FLOOR_BYTES
+from .copy import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
+from .leg_end import LegEnd
+from .loop import GONE, READ, WRITE, Timer
+from .pending import Pending
+from .socketbuffers import SocketBuffer
+from .window import Window
+
+if TYPE_CHECKING:
+    from .mux import Mux
+
+# relay-behaviours 12: what had been received is delivered before an RST, within a second.
+_LAST_WORDS_S = 0.8
+# The kernel has no event for it: looked for after this time first, and after twice as long each time.
+_LAST_WORDS_LOOK_S = 0.005
+# relay-behaviours 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
+_STALLED_GONE_S = 10.0
+# What one turn moves from a socket at most: four of the longest frames, which go out in one write.
+PULL_BYTES = 4 * MAX_DATA_BYTES
+# What is found out by reading or writing, among it that the peer is gone.
+_READABLE = READ | GONE
+_WRITABLE = WRITE | GONE
+# In the place of a mask: the kernel is not asked about the socket at all.
+_UNWATCHED = -1
+
+
+class Leg:
+    """Owns ``sock`` (non-blocking) and closes it in the end; no byte moves before `join`.
+
+    ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
+    the mux call and out of it. ``has_eof``: the other end has sent all that it will. ``ended`` is None while
+    it lives. ``is_bulk``: it has had its turn, and more to send. It belongs to the loop's thread.
+    """
+
+    __slots__ = (
+        "_broken_by",
+        "_inlet",
+        "_is_closed",
+        "_mask",
+        "_mux",
+        "_outlet",
+        "_pending",
+        "_sent_eof",
+        "_timer",
+        "ended",
+        "has_eof",
+        "is_bulk",
+        "is_joined",
+        "moved_at",
+        "on_end",
+        "received",
+        "sent",
+        "sock",
+        "stream_id",
+        "window",
+    )
+
+    def __init__(self, mux: "Mux", stream_id: int, window: int, sock: socket.socket) -> None:
+        self._mux = mux
+        self._mask = _UNWATCHED
+        self._pending: Pending | None = None
+        self._sent_eof = False
+        self._broken_by = 0
+        self._is_closed = False
+        self._timer: Timer | None = None
+        self.has_eof = self.is_bulk = self.is_joined = False
+        self.stream_id = stream_id
+        self.sock = sock
+        self.ended: LegEnd | None = None
+        self.on_end: Callable[[LegEnd], None] | None = None
+        self.sent = self.received = 0
+        self.moved_at = time.monotonic()
+        self.window = Window(mux.share, window, self.moved_at)
+        self._inlet = SocketBuffer(mux.share.sockets, sock, socket.SO_RCVBUF)
+        self._outlet = SocketBuffer(mux.share.sockets, sock, socket.SO_SNDBUF)
+        abort_by_default(sock)
+
+    @property
+    def is_half_closed(self) -> bool:
+        """Whether a direction has ended: the other one is awaited, or the last bytes are."""
+        return self.has_eof or self._sent_eof
+
+    def wait(self) -> None:
+        """The stream is asked for: nothing is read before it is accepted, but an abort is noticed."""
+        self._watch(0)
+
+    def join(self) -> None:
+        """The stream is accepted and the socket connected: let bytes flow."""
+        self.is_joined = True
+        self._watch(READ)
+
+    def leave(self) -> None:
+        """The stream was refused: it ends here, and the socket stays open."""
+        self.ended = LegEnd.REMOTE_RESET
+        self._let_go()
+
+    # From the socket into the mux call
+
+    def _on_ready(self, events: int) -> None:
+        mask = self._mask
+        if mask & WRITE and events & _WRITABLE:
+            self._push()
+        if mask & READ and events & _READABLE and not self._is_closed:
+            (self._pull if self.ended is None else self._discard)()
+        elif events & GONE and not mask & READ and self._mask != _UNWATCHED:
+            self._gone(events)
+
+    def _pull(self) -> None:
+        """Read while frames are full and the credit lets us, and send it all on in the same turn."""
+        if not self.is_bulk and self._mux.loop.is_alone and not self._pull_one():
+            return
+        stop_at = self.sent + PULL_BYTES
+        while self.sent < stop_at:
+            limit = self._mux.room(self)
+            if limit <= 0:
+                self._watch(self._mask & ~READ)
+                return
+            try:
+                data = self.sock.recv(limit)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self.abort_from_here()
+                return
+            self.moved_at = time.monotonic()
+            if not data:
+                self._end_of_file()
+                return
+            self._count_sent(len(data))
+            self._mux.send_data(self.stream_id, data)
+            if len(data) < limit:
+                self.is_bulk = False
+                return
+        self.is_bulk = True
+
+    def _pull_one(self) -> bool:
+        """The short way for the little that there mostly is: one read and one write, without a copy.
+
+        Returns whether there may be more to read.
+        """
+        mux = self._mux
+        if not (limit := mux.backlog.room_now(self)):
+            return True
+        try:
+            count = self.sock.recv_into(mux.payload_buffer, limit)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            self.abort_from_here()
+            return False
+        if not count:
+            return True  # an end of file is there for the second reader too
+        self.moved_at = time.monotonic()
+        self._count_sent(count)
+        mux.send_now(self.stream_id, count)
+        return count == limit
+
+    def _count_sent(self, count: int) -> None:
+        self.sent += count
+        if self.sent >= self._inlet.grow_at:
+            self._inlet.grow(self.sent)
+
+    def _end_of_file(self) -> None:
+        """The local peer's FIN, or the end of what it sent before its abort."""
+        if not self._broken_by or (self._broken_by == errno.EPIPE and not self.has_eof):
+            self._sent_eof = True
+            self._mux.send_eof(self.stream_id)
+        if self._broken_by:
+            self.abort_from_here()
+        else:
+            self._watch(self._mask & ~READ)
+            self._close_if_done()
+
+    def resume(self) -> None:
+        """There is credit again, or room in the mux call."""
+        if not self._sent_eof and self.ended is None:
+            self._watch_too(READ)
+
+    def _gone(self, events: int) -> None:
+        """The local peer is gone both ways while we do not read.
+
+        After its FIN that is an abort. Before, there may be bytes to read that wait for credit: the
+        kernel is asked to be silent until then, but an abort does not wait for ever.
+        """
+        if self._sent_eof or not self.is_joined or self.ended is not None:
+            self.abort_from_here()
+            return
+        self._watch(_UNWATCHED)
+        if events & EPOLLERR or self._broken_by:
+            self._after(_STALLED_GONE_S, self._abort_if_stalled)
+
+    def _abort_if_stalled(self) -> None:
+        if self._mask == _UNWATCHED:
+            self.abort_from_here()
+
+    # From the mux call into the socket
+
+    def deliver(self, data: Buffer, frames: int = 1) -> None:
+        """Bytes of the peer, which came in so many frames: written at once where the socket takes them, else
+        copied and kept until it does."""
+        length = len(data)
+        cost = length + frames * FRAME_COST_BYTES
+        self.received += length
+        if self._broken_by:
+            return
+        if self._pending is not None:
+            self._pending.add(data, cost)
+            return
+        try:
+            sent = self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self.broken(error)
+            return
+        self.moved_at = time.monotonic()
+        if sent == length:
+            self._taken(cost)
+            return
+        self._pending = Pending(data[sent:], cost)
+        self._watch_too(WRITE)
+
+    def receive_eof(self) -> None:
+        """The peer's FIN; it goes out behind everything that still waits."""
+        self.has_eof = True
+        if self._pending is None:
+            self._pass_eof_on()
+
+    def _pass_eof_on(self) -> None:
+        half_close(self.sock)
+        self.window.end()
+        self._close_if_done()
+
+    def _push(self) -> None:
+        pending = self._pending
+        try:
+            while pending:
+                cost = pending.send(self.sock)
+                self.moved_at = time.monotonic()
+                if not cost:
+                    return
+                self._taken(cost)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.broken(error)
+            return
+        self._pending = None
+        self._watch(self._mask & ~WRITE)
+        if self.has_eof:
+            self._pass_eof_on()
+
+    def broken(self, error: OSError) -> None:
+        """The local peer takes nothing more. What it sent before is still passed on, and then RESET.
+
+        The kernel reports an abort once. What is read after it ends as if by FIN, and that is the truth
+        only where a FIN came before the RST: then it is EPIPE that is reported.
+        """
+        self._pending = None
+        if self._sent_eof or self.ended is not None:
+            self.abort_from_here()
+            return
+        self._broken_by = error.errno or errno.ECONNRESET
+        self._watch(READ)
+
+    def _taken(self, cost: int) -> None:
+        """The local peer has taken what cost so much of the window: it may be granted again.
+
+        Nothing is granted to a stream that has ended; the budget has it back with the window then.
+        """
+        window = self.window
+        window.owed += cost
+        if window.is_owed_much and self.ended is None and not self.has_eof:
+            credit = window.grant(self._mux.connection.granted(self.stream_id), self.moved_at)
+            if credit:
+                self._mux.grant(self.stream_id, credit)
+            if self.received >= self._outlet.grow_at:
+                self._outlet.grow(self.received)
+
+    def look(self) -> None:
+        """Once a second while the budget is short: what this stream has and does not use is for others."""
+        if self.window.is_missed(self.received) and self.is_joined and self.ended is None:
+            self._mux.connection.recall(self.stream_id, FLOOR_BYTES)
+        self._inlet.look(self.sent)
+        self._outlet.look(self.received)
+        if self._inlet.is_too_much or self._outlet.is_too_much:
+            self.abort_from_here()
+
+    def take_back(self, amount: int) -> None:
+        """The peer has given back credit that it does not use."""
+        self.window.give_back(amount)
+
+    # Endings
+
+    def abort_from_here(self, code: ResetCode = ResetCode.ABORTED, how: LegEnd = LegEnd.LOCAL_RESET) -> None:
+        """The local peer is gone, or nobody wants it any more: RESET for the other end, RST for this one."""
+        if self._is_closed:
+            return
+        was_alive = self.ended is None
+        self.ended = self.ended or how
+        try:
+            if was_alive:
+                self._mux.reset(self.stream_id, code)
+        finally:
+            self._close(is_clean=False)
+
+    def fail(self) -> None:
+        """There is a bug in it: it ends, whatever state it is in."""
+        self.abort_from_here(ResetCode.INTERNAL, LegEnd.BUG)
+
+    def abort_from_there(self) -> None:
+        """The stream is gone: what had come is delivered, for a while, and then RST says the rest."""
+        if self.ended is not None:
+            return
+        self.ended = LegEnd.REMOTE_RESET
+        if not self.is_joined or self._broken_by:
+            self._close(is_clean=False)
+            return
+        self._watch(READ | WRITE if self._pending else READ)
+        self._last_words(_LAST_WORDS_LOOK_S, time.monotonic() + _LAST_WORDS_S)
+
+    def _last_words(self, look_s: float, deadline: float) -> None:
+        """An RST makes the kernel drop what it has not sent, so it waits until that is acknowledged."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or (self._pending is None and unsent_bytes(self.sock) == 0):
+            self._close(is_clean=False)
+        else:
+            self._after(min(look_s, left_s), lambda: self._last_words(2 * look_s, deadline))
+
+    def _discard(self) -> None:
+        """What the local peer still sends is for nobody; see `relay.read_out`."""
+        try:
+            if not self.sock.recv_into(self._mux.payload_buffer):
+                self._watch(self._mask & ~READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort_from_here()
+
+    def _close_if_done(self) -> None:
+        if self.has_eof and self._sent_eof and self._pending is None and self.ended is None:
+            self.ended = LegEnd.DONE
+            self._close(is_clean=True)
+
+    def _close(self, *, is_clean: bool) -> None:
+        try:
+            self._let_go()
+        finally:
+            if is_clean:
+                close_cleanly(self.sock)
+            else:
+                abort(self.sock)
+            if self.on_end is not None and self.ended is not None:
+                self.on_end(self.ended)
+
+    def _let_go(self) -> None:
+        """Nothing calls this leg any more."""
+        self._is_closed = True
+        self._pending = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self.window.leave()
+        self._inlet.leave()
+        self._outlet.leave()
+        self._mux.forget(self)
+        self._watch(_UNWATCHED)
+
+    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call it later, in the place of what was to be called before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._mux.loop.after(delay_s, callback, self.fail)
+
+    def _watch_too(self, more: int) -> None:
+        self._watch((0 if self._mask == _UNWATCHED else self._mask) | more)
+
+    def _watch(self, mask: int) -> None:
+        """Make the kernel's interest this; with 0 it still tells when the peer is gone."""
+        if mask == self._mask:
+            return
+        loop, fd = self._mux.loop, self.sock.fileno()
+        if mask == _UNWATCHED:
+            loop.unwatch(fd)
+        elif self._mask != _UNWATCHED:
+            loop.change(fd, mask)
+        else:
+            try:
+                loop.watch(fd, mask, self._on_ready, self.fail)
+            except OSError:  # the kernel can watch no more sockets: this stream's trouble alone
+                loop.soon(self.abort_from_here, self.fail)
+                return
+        self._mask = mask

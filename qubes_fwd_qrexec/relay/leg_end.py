@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a stream of a mux call ended."""
+
+from enum import Enum, auto
+
+
+class LegEnd(Enum):
+    """How a stream ended."""
+
+    DONE = auto()
+    """Both directions ended cleanly."""
+    LOCAL_RESET = auto()
+    """The local peer aborted."""
+    REMOTE_RESET = auto()
+    """The other end of the mux call aborted, or the mux call itself was lost."""
+    BUG = auto()
+    """There was a bug of this end in it."""

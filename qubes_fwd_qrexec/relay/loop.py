@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A plain epoll loop: sockets and deadlines in, calls of handlers out.
+
+Bytes are moved here and not in trio tasks, because waking a task costs more than moving what it waits
+for (docs/numbers.md). `RelayThread` runs one beside trio, the service in the target runs one alone.
+
+All connections share it, so every handler is called under guard: whoever gives the loop one says how to
+end what it is of, and that is all that a bug in it ends.
+"""
+
+import heapq
+import itertools
+import select
+import time
+from collections.abc import Callable
+
+from qubes_fwd_qrexec.system.bugs import Bugs
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+GONE = select.EPOLLERR | select.EPOLLHUP
+
+# How many are served in one turn; the kernel goes round, so that none is passed over.
+_EVENTS_MAX = 256
+
+Handler = Callable[[int], None]
+End = Callable[[], None]
+"""Ends what a handler is of, after a bug in it; it may be called whatever state that is in."""
+
+
+class Timer:
+    """A call that is due at a time; `cancel` takes it back."""
+
+    __slots__ = ("callback", "end")
+
+    def __init__(self, callback: Callable[[], None], end: End) -> None:
+        self.callback: Callable[[], None] | None = callback
+        self.end = end
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Loop:
+    """Handlers by file descriptor, timers, and what is left for the end of a turn; for one thread."""
+
+    def __init__(self, bugs: Bugs | None = None) -> None:
+        self.bugs = bugs or Bugs()
+        self.guarded = self.bugs.guarded
+        """For who calls a part of itself that may end alone, with what ends it."""
+        self._epoll = select.epoll()
+        self._handlers: dict[int, tuple[Handler, End, int]] = {}
+        self._turn = 0
+        self.is_alone = False
+        """Whether what is being served is all there is in this turn: its end is not worth waiting for."""
+        self._soon: list[tuple[Callable[[], None], End]] = []
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+
+    def close(self) -> None:
+        self._epoll.close()
+
+    def watch(self, fd: int, mask: int, handler: Handler, end: End) -> None:
+        """Call ``handler`` with the events whenever one of ``mask`` holds; `GONE` is always among them."""
+        self._epoll.register(fd, mask)
+        self._handlers[fd] = (handler, end, self._turn)
+
+    def change(self, fd: int, mask: int) -> None:
+        self._epoll.modify(fd, mask)
+
+    def unwatch(self, fd: int) -> None:
+        """Before the descriptor is closed."""
+        self._epoll.unregister(fd)
+        del self._handlers[fd]
+
+    def soon(self, callback: Callable[[], None], end: End) -> None:
+        """Call it at the end of this turn, when every ready descriptor has been served."""
+        self._soon.append((callback, end))
+
+    def after(self, delay_s: float, callback: Callable[[], None], end: End) -> Timer:
+        """Call it once ``delay_s`` seconds have passed."""
+        timer = Timer(callback, end)
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), timer))
+        return timer
+
+    def run_once(self, timeout_s: float | None = None) -> None:
+        """One turn: wait until something is ready or due, at most ``timeout_s``, and serve all of it."""
+        if self._soon:
+            timeout_s = 0.0
+        elif self._timers:
+            due_s = self._timers[0][0] - time.monotonic()
+            if due_s < 0.0:
+                due_s = 0.0
+            if timeout_s is None or due_s < timeout_s:
+                timeout_s = due_s
+        news = self._epoll.poll(timeout_s, _EVENTS_MAX)
+        self._turn += 1
+        self.is_alone = len(news) == 1
+        for fd, events in news:
+            # What is watched only since this turn began has the number of a descriptor that was closed in
+            # it: the news is about that one.
+            found = self._handlers.get(fd)
+            if found is not None and found[2] != self._turn:
+                self.guarded(found[1], found[0], events)
+        if self._timers and self._timers[0][0] <= time.monotonic():
+            self._run_timers()
+        while self._soon:
+            callbacks, self._soon = self._soon, []
+            for callback, end in callbacks:
+                self.guarded(end, callback)
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
+            if timer.callback is not None:
+                self.guarded(timer.end, timer.callback)

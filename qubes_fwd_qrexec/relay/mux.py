@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A mux call at work: the protocol's state, the qrexec call's two sockets, and a leg for each stream.
+
+One loop reads the call, hands each frame's bytes to its socket and reads the sockets into frames, all in
+the same turn; what a turn has to say goes out in one write. Whoever owns it is told what happens to the
+mux call as a whole (`MuxOwner`), and decides what to do about it.
+"""
+
+import math
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
+from qubes_fwd_qrexec.mux import (
+    HEADER_BYTES,
+    MAX_DATA_BYTES,
+    AcceptReceived,
+    Buffer,
+    Connection,
+    CreditReceived,
+    CreditReturned,
+    DataReceived,
+    EofReceived,
+    Event,
+    Goaway,
+    GoawayCode,
+    GoawayReceived,
+    HelloReceived,
+    OpenReceived,
+    Origin,
+    ProxyVersion,
+    ResetCode,
+    ResetReceived,
+)
+
+from .backlog import Backlog
+from .budget import Budget, Share
+from .leg import Leg
+from .loop import READ, Loop
+from .muxowner import MuxOwner
+from .patience import HELLO_S, TICK_S, Patience
+
+# What one turn reads from the call: all that its socket buffer holds, by default.
+_READ_BYTES = 256 << 10
+# relay-behaviours 9.
+HALF_CLOSE_S = 600.0
+# How often legs are asked whether they have been idle for too long.
+_IDLE_LOOK_TICKS = 5
+# A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
+# peer that does not read waited for any longer when the last word is said.
+_LAST_READ_S = 1.0
+
+
+class Mux:
+    """One end of a mux call. ``source`` and ``sink`` are the call's non-blocking sockets; they are only used.
+
+    ``half_close_s``: a stream of which a direction has ended is aborted when nothing has moved in the other,
+    or the last bytes were not taken, for so many seconds. ``idle_s``: so is any stream in which nothing has
+    moved in either direction; a target leaves that to the listener, whose default it cannot know.
+    ``hello_s``: how long the peer may take to say HELLO; a listener, whose target may still be starting,
+    judges that by itself.
+
+    Raises OSError when the kernel can watch no more sockets.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: Connection,
+        source: socket.socket,
+        sink: socket.socket,
+        budget: Budget,
+        owner: MuxOwner,
+        half_close_s: float = HALF_CLOSE_S,
+        idle_s: float = math.inf,
+        hello_s: float = HELLO_S,
+    ) -> None:
+        self.loop = loop
+        self.share = Share(budget)
+        self.connection = connection
+        self.legs: dict[int, Leg] = {}
+        self.is_over = False
+        self._owner = owner
+        self._source = source
+        self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        self._frame_buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_BYTES))
+        self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
+        self._is_flush_due = False
+        self._half_close_s = half_close_s
+        self._idle_s = idle_s
+        self._ticks = 0
+        self._ticked_at = time.monotonic()
+        self.is_peer_wrong = False
+        """Whether it is over because of what the peer said, rather than because it says nothing any more."""
+        self.is_revoked = False
+        """Whether the peer has said that dom0 has ended it, which is no fault."""
+        self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
+        try:
+            loop.watch(source.fileno(), READ, self._on_source, self.fail)
+        except OSError:
+            self.backlog.let_go()
+            raise
+        self._patience = Patience(connection, self.backlog, hello_s)
+        self._after(TICK_S, self._tick)
+        self._flush_soon()
+
+    # What the owner asks for
+
+    @property
+    def open_room(self) -> int:
+        """How many streams may be opened now."""
+        return 0 if self.is_over else self.connection.open_room
+
+    def open(
+        self, port: int, origin: Origin, sock: socket.socket, proxy: ProxyVersion = ProxyVersion.OFF
+    ) -> Leg | None:
+        """Ask for a stream, and join it with ``sock`` once it is accepted; None when the budget has no room.
+
+        Raises LocalProtocolError without `open_room`.
+        """
+        if not self.open_room:
+            raise LocalProtocolError("there is no room for another stream")
+        window = self.share.admit()
+        if not window:
+            return None
+        stream_id = self.connection.open_stream(port, origin, window, proxy)
+        leg = self.legs[stream_id] = Leg(self, stream_id, window, sock)
+        leg.wait()
+        self._flush_soon()
+        return leg
+
+    def accept(self, stream_id: int, sock: socket.socket) -> Leg | None:
+        """The server is connected: join the stream with ``sock``; None when there is no room for it."""
+        if not (window := self.share.admit()):
+            self.refuse(stream_id, ResetCode.OVER_LIMIT)
+            return None
+        self.connection.accept_stream(stream_id, window)
+        leg = self.legs[stream_id] = Leg(self, stream_id, window, sock)
+        leg.join()
+        self._flush_soon()
+        return leg
+
+    def refuse(self, stream_id: int, code: ResetCode) -> None:
+        """The stream that was asked for cannot be."""
+        self.connection.reset_stream(stream_id, code)
+        self._flush_soon()
+
+    def drain(self, code: GoawayCode) -> None:
+        """No more streams; the mux call ends when the last one has."""
+        self.connection.drain(code)
+        self._flush_soon()
+
+    def close(self, code: GoawayCode = GoawayCode.DONE) -> None:
+        """The mux call is over now, and so is every stream that is left."""
+        self.connection.close(code)
+        self._abort_legs()
+        self._flush_soon()
+        self._after(_LAST_READ_S, partial(self._end, None))
+
+    def abandon(self) -> None:
+        """Let go of the call's sockets at once; every stream is aborted, and the owner is told nothing."""
+        if not self.is_over:
+            self.is_over = True
+            self._unwatch()
+            self._abort_legs()
+
+    # What the legs ask for
+
+    def room(self, leg: Leg) -> int:
+        """How many bytes a leg may send now; it is told when there is more."""
+        return self.backlog.room(leg)
+
+    def send_data(self, stream_id: int, data: bytes) -> None:
+        self.connection.send_data(stream_id, data)
+        self._flush_soon()
+
+    def send_now(self, stream_id: int, length: int) -> None:
+        """Send what stands in ``payload_buffer``; at most `Backlog.room_now`."""
+        frame = self._frame_buffer[: HEADER_BYTES + length]
+        self.connection.send_data_now(stream_id, frame)
+        self.backlog.send_now(frame)
+
+    def send_eof(self, stream_id: int) -> None:
+        self.connection.send_eof(stream_id)
+        self._flush_soon()
+
+    def reset(self, stream_id: int, code: ResetCode) -> None:
+        self.connection.reset_stream(stream_id, code)
+        self._flush_soon()
+
+    def grant(self, stream_id: int, credit: int) -> None:
+        self.connection.grant(stream_id, credit)
+        self._flush_soon()
+
+    def forget(self, leg: Leg) -> None:
+        """A leg is closed."""
+        del self.legs[leg.stream_id]
+        self.backlog.forget(leg)
+        self._flush_soon()
+
+    # From the call
+
+    def _on_source(self, events: int) -> None:
+        try:
+            count = self._source.recv_into(self._read_buffer)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end(f"the call was lost: {error.strerror}")
+            return
+        self._patience.heard()
+        try:
+            if not count:
+                self.connection.receive_eof()
+                self._end(None)
+                return
+            chunk = self._read_buffer[:count]
+            stream_id = self.connection.receive_lone_data(chunk)
+            if stream_id:
+                self._deliver(stream_id, (chunk[HEADER_BYTES:],))
+                return
+            self._take(self.connection.receive_data(chunk))
+        except RemoteProtocolError as error:
+            self.is_peer_wrong = count > 0
+            self.backlog.send()
+            self._end(str(error))
+            return
+        if self.connection.bytes_queued or self.connection.is_draining:
+            self._flush_soon()
+
+    def _take(self, events: Iterator[Event]) -> None:
+        """Frames of one stream that come in a row are written as one: each write wakes who reads it."""
+        stream_id = 0
+        run: list[bytes | bytearray] = []
+        try:
+            for event in events:
+                if type(event) is DataReceived:
+                    if run and event.stream_id != stream_id:
+                        self._deliver(stream_id, run)
+                        run = []
+                    stream_id = event.stream_id
+                    run.append(event.data)
+                else:
+                    if run:
+                        self._deliver(stream_id, run)
+                        run = []
+                    self._on_event(event)
+        finally:
+            if run:
+                self._deliver(stream_id, run)
+
+    def _deliver(self, stream_id: int, run: Sequence[Buffer]) -> None:
+        self._to_leg(stream_id, Leg.deliver, run[0] if len(run) == 1 else b"".join(run), len(run))
+
+    def _to_leg(self, stream_id: int, method: Callable[..., None], *arguments: object) -> None:
+        """What was delivered before may have ended it: a write is how an abort is found out."""
+        leg = self.legs.get(stream_id)
+        if leg is not None:
+            self.loop.guarded(leg.fail, method, leg, *arguments)
+
+    def _on_event(self, event: Event) -> None:
+        """Any event but DATA, which is much the most frequent and comes first."""
+        match event:
+            case CreditReceived():
+                self._to_leg(event.stream_id, Leg.resume)
+            case AcceptReceived():
+                self._to_leg(event.stream_id, Leg.join)
+            case EofReceived():
+                self._to_leg(event.stream_id, Leg.receive_eof)
+            case CreditReturned():
+                self._to_leg(event.stream_id, Leg.take_back, event.amount)
+            case ResetReceived():
+                self._on_reset(event)
+            case OpenReceived():
+                not_begun = partial(self._not_begun, event.stream_id)
+                self.loop.guarded(not_begun, self._owner.open_requested, self, event)
+            case HelloReceived():
+                self._owner.ready(self)
+            case GoawayReceived():
+                if not event.goaway.is_final:
+                    self._owner.draining(self, event.goaway.code)
+                else:
+                    self._on_last_word(event.goaway)
+
+    def _on_last_word(self, goaway: Goaway) -> None:
+        """What the peer had not seen before it went may be asked for again elsewhere."""
+        for stream_id in [stream_id for stream_id in self.legs if stream_id > goaway.last_id]:
+            self._refused(self.legs[stream_id], ResetCode.SHUTDOWN)
+        if goaway.code is GoawayCode.DONE:
+            self._end(None)
+        elif goaway.code is GoawayCode.REVOKED:
+            self.is_revoked = True
+            self._end("dom0 has ended it")
+        else:
+            self._end(f"the other end closed the mux call: {goaway.code.name}")
+
+    def _refused(self, leg: Leg, code: ResetCode) -> None:
+        leg.leave()
+        self._owner.refused(self, leg, code)
+
+    def _on_reset(self, event: ResetReceived) -> None:
+        leg = self.legs.get(event.stream_id)
+        self.connection.reset_stream(event.stream_id)
+        if leg is None:
+            self._owner.open_abandoned(self, event.stream_id)
+        elif leg.is_joined:
+            self.loop.guarded(leg.fail, leg.abort_from_there)
+        else:
+            self._refused(leg, event.code)
+
+    def _not_begun(self, stream_id: int) -> None:
+        """There is a bug in what was to begin it."""
+        leg = self.legs.get(stream_id)
+        if leg is not None:
+            leg.fail()
+        else:
+            self._owner.open_abandoned(self, stream_id)
+            self.refuse(stream_id, ResetCode.INTERNAL)
+
+    # To the call
+
+    def _flush_soon(self) -> None:
+        """At the end of this turn: what all its events cause goes out together."""
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self.loop.soon(self._flush, self.fail)
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        if self.is_over:
+            return
+        self.backlog.send()
+        self.backlog.give_turns()
+        if not self.backlog.is_empty:
+            return
+        if self.connection.is_over:
+            self._end(None)
+        elif self.connection.is_drained and not self.legs:
+            self.close()
+
+    def _call_broken(self) -> None:
+        """The call takes nothing more. What it still has for us, above all why, comes first."""
+        self._after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
+
+    # Time and endings
+
+    def _tick(self) -> None:
+        if self.is_over:
+            return
+        now = time.monotonic()
+        self._ticks += 1
+        self.backlog.tick()
+        self.connection.tick()
+        self._flush_soon()  # the answers that were held back
+        if problem := self._patience.tick():
+            self._end(problem)
+        else:
+            self._forgive(now, now - self._ticked_at - TICK_S)
+            self._ticked_at = now
+            if self.share.is_watched:
+                for leg in list(self.legs.values()):
+                    self.loop.guarded(leg.fail, leg.look)
+            if self._ticks % _IDLE_LOOK_TICKS == 0:
+                self._end_idle(now)
+            self._after(TICK_S, self._tick)
+
+    def _forgive(self, now: float, late_s: float) -> None:
+        """A time in which this process was stopped is nobody's silence."""
+        if late_s > TICK_S:
+            for leg in self.legs.values():
+                leg.moved_at = min(now, leg.moved_at + late_s)
+
+    def _end_idle(self, now: float) -> None:
+        for leg in list(self.legs.values()):
+            quiet_s = now - leg.moved_at
+            if quiet_s >= self._idle_s or (quiet_s >= self._half_close_s and leg.is_half_closed):
+                self.loop.guarded(leg.fail, leg.abort_from_here)
+
+    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self.loop.after(delay_s, callback, self.fail)
+
+    def fail(self) -> None:
+        """There is a bug in what is of the call as a whole: that ends, and nothing else of the process."""
+        self._end("a bug of this end; its log says more")
+
+    def _end(self, problem: str | None) -> None:
+        """The end of the byte stream; without a last word before, it is an abort of every stream."""
+        if self.is_over:
+            return
+        self.is_over = True
+        try:
+            self._unwatch()
+            self._abort_legs()
+        finally:
+            self._owner.over(self, problem)
+
+    def _unwatch(self) -> None:
+        self.loop.unwatch(self._source.fileno())
+        self.backlog.let_go()
+
+    def _abort_legs(self) -> None:
+        for leg in list(self.legs.values()):
+            self.loop.guarded(leg.fail, leg.abort_from_there)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each living call of our service leaves a note, by which dom0 finds it: an empty file whose name says all.
+
+    KIND+PORTS+SOURCE+PID.NUMBER+BEGAN+UNTIL
+
+The process that serves the call holds a lock on the note for as long as the call lives. So a note that
+outlived a crash is known for what it is, and never taken for another process of the same number. All is in
+the name, since a file without contents needs no room where none is left, and a rename changes it at once.
+"""
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.errors import ForwardError, TextError
+from qubes_fwd_qrexec.common.values import TargetPorts, parse_number, parse_qube_name
+
+from .callstart import CallStart
+
+# Made by the package (tmpfiles.d), for the user that qrexec services run as; a lab names another.
+DIRECTORY = "/run/qubes-forward"
+DIRECTORY_VARIABLE = "QUBES_FORWARD_RUN_DIR"
+# What anybody else may not do to the directory: a foreign note could name any process of ours.
+_WRITABLE_TO_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+# Notes come and go while somebody looks; more often than this, he sees what he sees.
+_PASSES_MAX = 50
+# Never wait for what is no file: opening a FIFO would.
+_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class RevocationError(ForwardError):
+    """A call cannot be noted, or dom0 has ended it, or could not end it."""
+
+
+class Kind(StrEnum):
+    """What a call carries."""
+
+    MUX = "mux"
+    SINGLE = "call"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One living call: what it is, which process serves it, and when dom0 allowed it.
+
+    ``number`` tells the calls of one process apart. ``began`` and ``until`` are ticks of the kernel
+    (`callstart`); ``until`` is when a call that drains is cut, 0 for one that does not.
+    """
+
+    kind: Kind
+    calls: Calls
+    pid: int
+    number: int
+    began: int
+    until: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        """None for the name of any other file."""
+        try:
+            kind, ports, source, process, began, until = name.split("+")
+            pid, number = process.split(".")
+            calls = Calls(TargetPorts.parse(ports), parse_qube_name(source))
+            numbers = map(parse_number, (pid, number, began, until))
+            note = cls(Kind(kind), calls, *numbers)
+        except (ValueError, TextError):
+            return None
+        return note if str(note) == name else None
+
+    def __str__(self) -> str:
+        ports, source = self.calls
+        return f"{self.kind}+{ports}+{source}+{self.pid}.{self.number}+{self.began}+{self.until}"
+
+
+class HeldNote:
+    """A note of this process, there as long as the call lives."""
+
+    def __init__(self, note: Note, place: Path) -> None:
+        self.note = note
+        self.place = place
+
+    def set_until(self, until: int) -> None:
+        """Say when the call is cut, or with 0 that it does not drain. Raises OSError."""
+        note = replace(self.note, until=until)
+        (self.place / str(self.note)).rename(self.place / str(note))
+        self.note = note
+
+
+def directory() -> Path:
+    """Where this qube's calls leave their notes."""
+    return Path(os.environ.get(DIRECTORY_VARIABLE, DIRECTORY))
+
+
+@contextmanager
+def left_note(kind: Kind, calls: Calls, start: CallStart, place: Path, number: int = 0) -> Iterator[HeldNote]:
+    """Leave a note about a call of this process for as long as the block runs.
+
+    Nothing of it is left behind where that fails. Raises `RevocationError`: a call that could not be ended
+    must not be.
+    """
+    held = HeldNote(Note(kind, calls, os.getpid(), number, start.boot_ticks), place)
+    with ExitStack() as undo:
+        try:
+            check_place(place)
+            # Locked before it is seen: who finds a note that nobody holds takes it for a dead one's.
+            hidden = place / f".{held.note}"
+            fd = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN, 0o600)
+            undo.callback(os.close, fd)
+            undo.callback(hidden.unlink, missing_ok=True)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(place / str(held.note))
+            undo.callback(_remove, held)
+        except OSError as error:
+            raise RevocationError(
+                f"{place / str(held.note)}: {error.strerror}; dom0 could not end this call"
+            ) from error
+        yield held
+
+
+def _remove(held: HeldNote) -> None:
+    (held.place / str(held.note)).unlink(missing_ok=True)
+
+
+def living(place: Path) -> list[Note]:
+    """The notes of calls that live now; what dead ones have left is removed. Raises `RevocationError`."""
+    notes: list[Note] = []
+    for _ in range(_PASSES_MAX):
+        notes = []
+        is_whole = True
+        try:
+            names = os.listdir(place)
+        except FileNotFoundError:
+            return []  # there never was a call
+        except OSError as error:
+            raise RevocationError(f"{place}: {error.strerror}") from error
+        for name in names:
+            note = Note.parse(name)
+            if note is None:
+                continue
+            try:
+                if is_held(place / name):
+                    notes.append(note)
+            except FileNotFoundError:
+                is_whole = False  # its call has ended, or drains since and has another name now
+        if is_whole:
+            break
+    return notes
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the note; that of a dead one is removed. Raises FileNotFoundError.
+
+    What is no file of this user is nobody's note, and stays.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | _OPEN)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        # Shared, for two who look at once would take each other for the note's process.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    with suppress(OSError):
+        path.unlink()
+    return False
+
+
+def check_place(place: Path) -> None:
+    """Make the directory if it is missing.
+
+    Raises OSError, or `RevocationError` unless it is there and ours alone.
+    """
+    try:
+        with suppress(FileExistsError):
+            place.mkdir(mode=0o700)
+    except OSError as error:
+        problem = f"the directory for notes of calls is missing, and cannot be made: {error.strerror}"
+        raise RevocationError(f"{place}: {problem}") from error
+    status = place.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise RevocationError(f"{place}: not a directory for notes of calls")
+    if status.st_uid != os.geteuid() or status.st_mode & _WRITABLE_TO_OTHERS:
+        raise RevocationError(f"{place}: must belong to the user of this process, and nobody else may write")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The target's own server: which port a call may reach, and a connection to it.
+
+The argument alone says what may be reached, so that dom0's policy covers it: ``8080`` is port 8080 of
+127.0.0.1, or of ::1 where 127.0.0.1 refuses, and nothing else.
+"""
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import time
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.common.errors import ForwardError, TextError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.values import TargetPorts, parse_port
+from qubes_fwd_qrexec.relay.copy import abort, abort_by_default, keep_urgent_bytes
+from qubes_fwd_qrexec.relay.socketbuffers import limit_segments, set_size
+from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
+
+# Where a server in the target may listen; tried in this order, and nowhere else.
+LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+# relay-behaviours 22: how long a server may take to accept.
+CONNECT_TIMEOUT_S = 10.0
+# relay-behaviours 9, for a single call whose server has ended its side, and in which nothing moves any more.
+# The listener allows less, so it is the one who ends such a connection where it can.
+HALF_CLOSE_S = 900.0
+# relay-behaviours 17: what the kernel holds for a server in each direction, as it counts (it doubles the
+# number). On loopback an answer comes within a tenth of a ms, so this is no bound to anything but memory.
+BUFFER_BYTES = 131_072
+
+
+class ServiceError(ForwardError):
+    """The call cannot be served; ``status`` is what the caller's qrexec client will exit with."""
+
+    def __init__(self, status: ExitStatus, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Request(NamedTuple):
+    """What a call asks for: one connection to one port, or a mux call to a range of them."""
+
+    ports: TargetPorts
+    is_mux: bool
+
+
+def parse_argument(untrusted_argument: str) -> Request:
+    """``PORT``, ``PORT+mux`` or ``PORT-PORT+mux``; else `ServiceError` with exit status 2 is raised."""
+    untrusted_ports, plus, untrusted_kind = untrusted_argument.partition("+")
+    try:
+        if not plus:
+            port = parse_port(untrusted_ports)
+            return Request(TargetPorts(port, port), is_mux=False)
+        if untrusted_kind != "mux":
+            raise TextError(untrusted_argument, "PORT, PORT+mux or PORT-PORT+mux")
+        return Request(TargetPorts.parse(untrusted_ports), is_mux=True)
+    except TextError as error:
+        raise ServiceError(ExitStatus.BAD_ARGUMENT, f"argument {error}") from None
+
+
+def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+    """A non-blocking connection to the target's own server. Raises `ServiceError`."""
+    deadline = time.monotonic() + timeout_s
+    trouble: OSError | None = None
+    for family, host in LOCALHOSTS:
+        try:
+            return _connect_to(family, host, port, deadline - time.monotonic())
+        except ConnectionResetError as error:  # it was there
+            raise not_connected(port, timeout_s, error) from None
+        except OSError as error:
+            trouble = trouble or error
+    raise not_connected(port, timeout_s, trouble)
+
+
+def _connect_to(family: int, host: str, port: int, timeout_s: float) -> socket.socket:
+    server = new_socket(family)
+    try:
+        server.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            server.connect((host, port))
+        poll = select.poll()
+        poll.register(server, select.POLLOUT)
+        if not poll.poll(max(timeout_s, 0.001) * 1000):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        check_answered(server, port)
+        prepare(server)
+    except OSError:
+        abort(server)
+        raise
+    return server
+
+
+def new_socket(family: int) -> socket.socket:
+    """A socket for a connection to a server. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    abort_by_default(sock)
+    notice_dead_peers(sock)
+    keep_urgent_bytes(sock)
+    # For the port that it connects from: a server of this qube may still listen there if it sets this too, as
+    # servers do.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    set_size(sock, BUFFER_BYTES)
+    limit_segments(sock)
+    return sock
+
+
+def check_answered(server: socket.socket, port: int) -> None:
+    """Raises OSError unless a server has answered on ``port``; ConnectionResetError if it has aborted since.
+
+    Where it had sent something before its abort, that is still to be read, and no error is raised. SO_ERROR
+    is not asked: it takes the abort away, and what is read then ends as if by FIN.
+
+    The kernel may choose the very port that is connected to as the port to connect from. Where nobody
+    listens, the connection then opens from both ends at once, and echoes: nobody has answered.
+    """
+    with contextlib.suppress(BlockingIOError):
+        server.recv(1, socket.MSG_PEEK)
+    if server.getsockname()[1] == port:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def prepare(server: socket.socket) -> None:
+    """Make a new connection to the server ready to be relayed."""
+    server.setblocking(False)
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def not_connected(port: int, timeout_s: float, trouble: OSError | None) -> ServiceError:
+    """Why there is no connection to the server; ``trouble`` is what the first try met."""
+    if isinstance(trouble, TimeoutError):
+        return ServiceError(ExitStatus.SERVER_TIMEOUT, f"port {port}: no answer within {timeout_s:g} s")
+    if isinstance(trouble, ConnectionResetError):
+        return ServiceError(ExitStatus.SERVER_RESET, f"port {port}: {trouble.strerror}")
+    reason = (trouble.strerror if trouble else None) or "no connection"
+    return ServiceError(ExitStatus.SERVER_REFUSED, f"port {port}: {reason}")

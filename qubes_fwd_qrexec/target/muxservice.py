@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The target's end of a mux call: streams that are asked for in, connections to its own servers out.
+
+The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. The
+lease is kept here, whatever the other end thinks. It begins when dom0 said yes to this call, and anew with
+another call for the same ports that dom0 has allowed meanwhile. Once it is over no stream is taken, and the
+connections are cut: so what dom0 no longer allows is over within the lease, even if nobody hears of it. Only
+where dom0 has said that the mux call may drain do its connections go on, up to the deadline of that.
+
+SIGUSR1 says that dom0 has sent a new list of what it allows (`revocation`). SIGUSR2 that no new streams are
+to be taken. SIGTERM that every stream ends now.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, OpenReceived, ResetCode
+from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.relay.leg import Leg
+from qubes_fwd_qrexec.relay.loop import WRITE, Loop
+from qubes_fwd_qrexec.relay.mux import Mux
+from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.system.bugs import leave as leave_bug
+from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
+
+from .callnotes import Kind, directory
+from .callstart import CallStart
+from .localserver import CONNECT_TIMEOUT_S, LOCALHOSTS, ServiceError, check_answered, new_socket, prepare
+from .permissionwatch import PermissionWatch, Word, called_on_signals
+from .portions import own_budget
+from .proxyheader import header
+from .revocation import LOOK, RevokedError, allowed_s, permitted
+
+# How long dom0's answer holds (design, section 10).
+LEASE_S = 300
+TAKE_NO_MORE = signal.SIGUSR2
+# How often a mux call that drains looks whether it is still meant to.
+_LOOK_AT_DRAIN_S = 30.0
+_REFUSALS = {
+    errno.ECONNREFUSED: ResetCode.REFUSED,
+    errno.ETIMEDOUT: ResetCode.TIMEOUT,
+    errno.EMFILE: ResetCode.OVER_LIMIT,
+    errno.ENFILE: ResetCode.OVER_LIMIT,
+}
+
+
+def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.socket) -> int:
+    """Serve a mux call over a call's two sockets; the call's exit status.
+
+    Raises `ServiceError`, and `RevocationError` where dom0 does not allow it any more or could not end it.
+    """
+    raise_descriptor_limit()
+    budget = own_budget()
+    place = directory()
+    with permitted(Kind.MUX, calls, start, place) as permission:
+        lease = Lease(LEASE_S, lambda: max(start.monotonic_s, allowed_s(calls, place)))
+        if lease.left_s <= 0:
+            raise RevokedError(f"{calls}: dom0 allowed this call more than {LEASE_S} s ago")
+        bugs = Bugs(partial(leave_bug, place))
+        service = MuxService(calls.ports, stdin, stdout, lease, permission, bugs, budget)
+        with contextlib.closing(service):
+            problem = service.run()
+    if problem is not None:
+        raise ServiceError(ExitStatus.TROUBLE, problem)
+    return os.EX_OK
+
+
+class Lease:
+    """For how long dom0's word holds: so many seconds from when it was last said (`time.monotonic`)."""
+
+    def __init__(self, length_s: int, said_s: Callable[[], float]) -> None:
+        self.length_s = length_s
+        self._said_s = said_s
+
+    @property
+    def left_s(self) -> float:
+        return self._said_s() + self.length_s - time.monotonic()
+
+
+class _Connecting:
+    """A stream that was asked for, while no server has answered."""
+
+    def __init__(self, mux: Mux, event: OpenReceived, over: Callable[[int], None]) -> None:
+        self._mux = mux
+        self._event = event
+        self._over = over
+        self._hosts = iter(LOCALHOSTS)
+        self._sock: socket.socket | None = None
+        self._refusal = ResetCode.UNREACHABLE
+        self._timer = mux.loop.after(CONNECT_TIMEOUT_S, self._too_late, self._fail)
+
+    def start(self) -> None:
+        self._try_next()
+
+    def give_up(self) -> None:
+        """Nobody wants the stream any more; the peer is not told, for it was the peer who said so."""
+        self._timer.cancel()
+        if self._sock is not None:
+            self._mux.loop.unwatch(self._sock.fileno())
+            abort(self._sock)
+            self._sock = None
+
+    def _try_next(self) -> None:
+        for family, host in self._hosts:
+            try:
+                sock = new_socket(family)
+            except OSError as error:
+                self._note(error.errno)
+                continue
+            sock.setblocking(False)
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    sock.connect((host, self._event.port))
+                self._mux.loop.watch(sock.fileno(), WRITE, self._on_answer, self._fail)
+            except OSError as error:
+                sock.close()
+                self._note(error.errno)
+            else:
+                self._sock = sock
+                return
+        self._refuse(self._refusal)
+
+    def _on_answer(self, events: int) -> None:
+        sock = self._sock
+        if sock is None:
+            return
+        self._mux.loop.unwatch(sock.fileno())
+        self._sock = None
+        try:
+            check_answered(sock, self._event.port)
+            prepare(sock)
+        except ConnectionResetError:  # it was there, so no other is tried
+            abort(sock)
+            self._refuse(ResetCode.ABORTED)
+        except OSError as error:
+            abort(sock)
+            self._note(error.errno)
+            self._try_next()
+        else:
+            self._connected(sock)
+
+    def _connected(self, sock: socket.socket) -> None:
+        self._timer.cancel()
+        self._over(self._event.stream_id)
+        leg = self._mux.accept(self._event.stream_id, sock)
+        if leg is None:
+            abort(sock)
+        elif first := header(self._event.proxy, self._event.origin):
+            _tell(leg, first)
+
+    def _note(self, error_number: int | None) -> None:
+        """Remember why; 127.0.0.1 comes first, and what it said counts more than a missing ::1."""
+        if self._refusal is ResetCode.UNREACHABLE and error_number is not None:
+            self._refusal = _REFUSALS.get(error_number, ResetCode.UNREACHABLE)
+
+    def _too_late(self) -> None:
+        self.give_up()
+        self._refuse(ResetCode.TIMEOUT)
+
+    def _fail(self) -> None:
+        """There is a bug in it."""
+        if (leg := self._mux.legs.get(self._event.stream_id)) is not None:
+            leg.fail()
+        else:
+            self.give_up()
+            self._refuse(ResetCode.INTERNAL)
+
+    def _refuse(self, code: ResetCode) -> None:
+        self._timer.cancel()
+        self._over(self._event.stream_id)
+        self._mux.refuse(self._event.stream_id, code)
+
+
+def _tell(leg: Leg, first: bytes) -> None:
+    """What the server is told before its client's first byte; a new socket's buffer takes it at once."""
+    try:
+        is_told = leg.sock.send(first) == len(first)
+    except OSError as error:
+        leg.broken(error)
+    else:
+        if not is_told:
+            leg.abort_from_here()
+
+
+class MuxService:
+    """One mux call, from its first byte to its last; ``permission`` is what dom0 says of it."""
+
+    def __init__(
+        self,
+        ports: TargetPorts,
+        stdin: socket.socket,
+        stdout: socket.socket,
+        lease: Lease,
+        permission: Word,
+        bugs: Bugs | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        budget = budget or Budget()
+        self._ports = ports
+        self._lease = lease
+        self._loop = Loop(bugs)
+        self._connecting: dict[int, _Connecting] = {}
+        self._is_over = False
+        self._problem: str | None = None
+        hello = Hello(
+            WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=budget.streams_max, lease_s=lease.length_s
+        )
+        connection = Connection(hello, range(ports.first, ports.last + 1))
+        self._mux = Mux(self._loop, connection, stdin, stdout, budget, self)
+        self._watch = PermissionWatch(
+            self._loop, permission, self._revoke, self._take_no_more, end=self._mux.fail
+        )
+        self._loop.after(lease.left_s, self._look_at_lease, self._mux.fail)
+
+    def run(self) -> str | None:
+        """Serve until the mux call is over and its last connection gone; why, unless it ended as agreed."""
+        meanings = {
+            LOOK: self._watch.look,
+            TAKE_NO_MORE: self._take_no_more,
+            signal.SIGTERM: self._revoke,
+        }
+        with called_on_signals(self._loop, meanings, self._mux.fail):
+            self._watch.look()  # at what dom0 has said before anybody could be called back
+            while not self._is_over or self._mux.legs:
+                self._loop.run_once()
+        return self._problem
+
+    def close(self) -> None:
+        self._loop.close()
+
+    def _look_at_lease(self) -> None:
+        """It is over, unless dom0 has said yes again since it began."""
+        left_s = self._lease.left_s
+        if self._watch.drains:
+            left_s = max(left_s, _LOOK_AT_DRAIN_S)  # until its deadline, or until dom0 says other
+        if left_s > 0:
+            self._loop.after(left_s, self._look_at_lease, self._mux.fail)
+        elif not self._is_over:
+            self._take_no_more()
+            if self._mux.legs or self._connecting:
+                self._cut(GoawayCode.LEASE_OVER)
+
+    def _take_no_more(self) -> None:
+        if not self._is_over:
+            self._mux.drain(GoawayCode.LEASE_OVER)
+
+    def _revoke(self) -> None:
+        self._cut(GoawayCode.REVOKED)
+
+    def _cut(self, code: GoawayCode) -> None:
+        if not self._is_over:
+            self._give_up_connecting()
+            self._mux.close(code)
+
+    # What the mux call tells
+
+    def ready(self, mux: Mux) -> None:
+        """Nothing to do: the other end begins."""
+
+    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
+        connecting = self._connecting[event.stream_id] = _Connecting(mux, event, self._answered)
+        connecting.start()
+
+    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+        connecting = self._connecting.pop(stream_id, None)
+        if connecting is not None:
+            connecting.give_up()
+
+    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+        """Never: this end opens no streams."""
+
+    def draining(self, mux: Mux, code: GoawayCode) -> None:
+        """The other end opens no more; the mux call closes after the last stream by itself."""
+
+    def over(self, mux: Mux, problem: str | None) -> None:
+        self._is_over = True
+        self._problem = problem
+        self._give_up_connecting()
+
+    def _give_up_connecting(self) -> None:
+        for connecting in self._connecting.values():
+            connecting.give_up()
+        self._connecting.clear()
+
+    def _answered(self, stream_id: int) -> None:
+        self._connecting.pop(stream_id, None)

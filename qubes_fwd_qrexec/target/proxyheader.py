@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The header of the PROXY protocol, versions 1 and 2, by which a server learns who connected.
+
+Between the target's service and the user's server: the first bytes of a connection, in one write. It
+is built from binary fields alone, so nothing that a peer wrote as text gets into it. The addresses are
+what the exposed qube says; a server that trusts the header trusts that qube.
+
+An IPv4-mapped IPv6 address counts as IPv4, and a scope is dropped. If one end is IPv4 and the other
+IPv6, which no socket has but a lying peer can say, both are written as IPv6, the IPv4 one mapped.
+"""
+
+from ipaddress import IPv4Address, IPv6Address
+from struct import pack
+
+from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.mux import Origin, ProxyVersion
+
+IPAddress = IPv4Address | IPv6Address
+SocketAddress = tuple[IPAddress, int]
+"""An address and a port from 0 to 65535."""
+
+# Section 2.2 of the PROXY protocol's text: 12 bytes that no other protocol begins with.
+_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+_VERSION_2_PROXY = 0x21
+_TCP4 = 0x11
+_TCP6 = 0x21
+
+
+def header(version: ProxyVersion, origin: Origin) -> bytes:
+    """What a server is to get before the first byte of the client; nothing for OFF."""
+    if version is ProxyVersion.OFF:
+        return b""
+    write = header_v1 if version is ProxyVersion.V1 else header_v2
+    return write((origin.client, origin.client_port), (origin.exposed, origin.exposed_port))
+
+
+def header_v1(source: SocketAddress, destination: SocketAddress) -> bytes:
+    """One line of ASCII, at most 107 bytes. Raises TextError for a port that cannot be."""
+    client, exposed = _same_family(source[0], destination[0])
+    family = "TCP4" if isinstance(client, IPv4Address) else "TCP6"
+    ports = f"{_port(source)} {_port(destination)}"
+    return f"PROXY {family} {client} {exposed} {ports}\r\n".encode("ascii")
+
+
+def header_v2(source: SocketAddress, destination: SocketAddress) -> bytes:
+    """28 bytes for IPv4, 52 for IPv6. Raises TextError for a port that cannot be."""
+    client, exposed = _same_family(source[0], destination[0])
+    family = _TCP4 if isinstance(client, IPv4Address) else _TCP6
+    addresses = client.packed + exposed.packed + pack(">HH", _port(source), _port(destination))
+    return _SIGNATURE + pack(">BBH", _VERSION_2_PROXY, family, len(addresses)) + addresses
+
+
+def _same_family(client: IPAddress, exposed: IPAddress) -> tuple[IPAddress, IPAddress]:
+    client, exposed = _plain(client), _plain(exposed)
+    if client.version == exposed.version:
+        return client, exposed
+    return _as_ipv6(client), _as_ipv6(exposed)
+
+
+def _plain(address: IPAddress) -> IPAddress:
+    """Without a scope, which means nothing to another machine, and IPv4 where it is a mapped one."""
+    if isinstance(address, IPv4Address):
+        return address
+    return address.ipv4_mapped or IPv6Address(address.packed)
+
+
+def _as_ipv6(address: IPAddress) -> IPAddress:
+    if isinstance(address, IPv6Address):
+        return address
+    return IPv6Address(b"\0" * 10 + b"\xff\xff" + address.packed)
+
+
+def _port(address: SocketAddress) -> int:
+    port = address[1]
+    if not 0 <= port <= 0xFFFF:
+        raise TextError(str(port), "a port from 0 to 65535")
+    return port

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service of the target as one long-living process: a qrexec socket service.
+
+The agent connects to its UNIX socket for each call, says whom the call is for
+(``qubes.ForwardTCP+8080 sys-net`` and a NUL), and passes bytes both ways. That saves starting a
+program for each connection. What is lost: a socket service has no exit status, the caller is told 0
+whatever happens (qubes-core-qrexec agent/qrexec-agent-data.c). A refused connection or a server's
+abort is a clean end of file for the client; where endings must be right, use `service`.
+
+The socket has the service's whole name, so mux calls come here too. Each is handed to a process of its
+own, as if the agent had started it: a mux call has a budget of its own, and its endings are said within it,
+so that it needs no exit status.
+
+The kernel says which process of the agent has connected, and so when dom0 allowed the call. Each call has
+its note (`callnotes`), and SIGUSR1 tells this process to look which ones dom0 still allows.
+"""
+
+import argparse
+import errno
+import itertools
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, leaves
+from qubes_fwd_qrexec.common.exitstatus import meaning
+from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.relay.acceptloop import accept_until_closed, close_listening
+from qubes_fwd_qrexec.relay.copy import Copy, CopyEnd, abort, close_cleanly, half_close
+from qubes_fwd_qrexec.relay.thread import RelayThread, open_relay_thread
+from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.system.bugs import leave as leave_bug
+from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.system.logs import RateLimit, start_logging, warn
+from qubes_fwd_qrexec.system.notify import notify
+
+from .callnotes import Kind, directory
+from .callstart import AGENT_PID_VARIABLE, call_start, peer_pid
+from .localserver import (
+    CONNECT_TIMEOUT_S,
+    HALF_CLOSE_S,
+    LOCALHOSTS,
+    check_answered,
+    new_socket,
+    not_connected,
+    prepare,
+)
+from .portions import VARIABLE, Portions
+from .revocation import LOOK, Permission, permitted
+from .servicesocket import (
+    DESCRIPTOR_TIMEOUT_S,
+    DescriptorError,
+    listen_on,
+    parse_descriptor,
+    read_descriptor,
+    take_activated,
+)
+
+_logger = logging.getLogger(__name__)
+
+# qrexec has 128 calls for each pair of qubes at most; several qubes may call.
+CONNECTIONS_MAX = 512
+DRAIN_S = 60.0
+# A mux call that is told to end sends its last word, and is killed after this.
+_MUX_END_S = 2.0
+# trio's clock stands still while the machine is suspended, and the deadline of a drain does not.
+_LOOK_AT_DRAINS_S = 30.0
+# What `muxservice` takes for: no more streams.
+_TAKE_NO_MORE = signal.SIGUSR2
+
+
+async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+    """As `localserver.connect`, beside other tasks."""
+    trouble: OSError | None = None
+    with trio.move_on_after(timeout_s):
+        for family, host in LOCALHOSTS:
+            try:
+                return await _connect_to(family, host, port)
+            except ConnectionResetError as error:  # it was there
+                raise not_connected(port, timeout_s, error) from None
+            except OSError as error:
+                trouble = trouble or error
+        raise not_connected(port, timeout_s, trouble)
+    raise not_connected(port, timeout_s, trouble or TimeoutError(errno.ETIMEDOUT, "timed out"))
+
+
+async def _connect_to(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    server = new_socket(family)
+    try:
+        prepare(server)
+        try:
+            server.connect((host, port))
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(server)
+        check_answered(server, port)
+    except BaseException:
+        abort(server)
+        raise
+    return server
+
+
+class ServiceServer:
+    """Serves every call that comes to a listening socket, until `stop`."""
+
+    def __init__(
+        self, listening: socket.socket, *, connections_max: int = CONNECTIONS_MAX, drain_s: float = DRAIN_S
+    ) -> None:
+        self._listening = listening
+        self._connections_max = connections_max
+        self._drain_s = drain_s
+        self._limit = RateLimit()
+        self._bugs = Bugs(partial(leave_bug, directory()))
+        self._calls = 0
+        self._portions = Portions()
+        self._numbers = itertools.count(1)
+        self._singles: dict[int, tuple[Permission, trio.CancelScope]] = {}
+        self._mux_calls: set[trio.Process] = set()
+        self._stopping = trio.Event()
+        self._is_running = False
+        self._relays: RelayThread
+        self._tasks: trio.Nursery
+
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+        """Accept until `stop`, then let calls finish, at most as long as the drain takes."""
+        async with open_relay_thread(self._bugs) as self._relays, trio.open_nursery() as background:
+            background.start_soon(self._look_at_drains)
+            async with trio.open_nursery() as self._tasks:
+                self._is_running = True
+                try:
+                    self._tasks.start_soon(
+                        accept_until_closed, self._listening, self._accepted, self._limit, self._bugs
+                    )
+                    task_status.started()
+                    notify("READY=1")
+                    await self._stopping.wait()
+                finally:
+                    notify("STOPPING=1")
+                    close_listening(self._listening, is_shared=True)  # with systemd, if that passed it
+                for mux_call in self._mux_calls:
+                    mux_call.send_signal(_TAKE_NO_MORE)
+                self._tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
+            background.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Accept no more and let calls finish for a while; called again: abort them now."""
+        if self._stopping.is_set() and self._is_running:
+            self._tasks.cancel_scope.cancel()
+        self._stopping.set()
+
+    def look(self) -> None:
+        """dom0 has sent a new list of what it allows: every single call is held to it."""
+        for permission, scope in tuple(self._singles.values()):
+            _hold_to(permission, scope)
+
+    async def _look_at_drains(self) -> None:
+        while True:
+            await trio.sleep(_LOOK_AT_DRAINS_S)
+            for permission, scope in tuple(self._singles.values()):
+                if permission.drain_left_s is not None:
+                    _hold_to(permission, scope)
+
+    def _accepted(self, call: socket.socket) -> None:
+        if self._calls >= self._connections_max:
+            call.close()
+            warn(_logger, self._limit, "full", f"refused a call: {self._connections_max} are under way")
+            return
+        self._calls += 1
+        self._tasks.start_soon(self._serve, call)
+
+    async def _serve(self, call: socket.socket) -> None:
+        try:
+            with trio.move_on_after(DESCRIPTOR_TIMEOUT_S) as reading:
+                untrusted_descriptor = await read_descriptor(call)
+            if reading.cancelled_caught:
+                raise DescriptorError(f"no descriptor within {DESCRIPTOR_TIMEOUT_S:g} s")
+            argument, request, source = parse_descriptor(untrusted_descriptor)
+            if request.is_mux:
+                await self._hand_over(call, argument, source)
+            else:
+                await self._serve_single(call, Calls(request.ports, source))
+        except ForwardError as error:
+            warn(_logger, self._limit, type(error).__name__, f"refused a call: {error}")
+        except Exception as bug:
+            if self._relays.has_failed:
+                raise
+            self._bugs.note(bug)
+        finally:
+            self._calls -= 1
+            call.close()
+
+    async def _serve_single(self, call: socket.socket, calls: Calls) -> None:
+        start = call_start(peer_pid(call), call)
+        number = next(self._numbers)
+        with (
+            permitted(Kind.SINGLE, calls, start, directory(), number) as permission,
+            trio.CancelScope() as scope,
+        ):
+            self._singles[number] = permission, scope
+            try:
+                _hold_to(permission, scope)  # to what dom0 has said before this call was to be found
+                await _join(call, await connect(calls.ports.first), self._relays)
+            finally:
+                del self._singles[number]
+
+    async def _hand_over(self, call: socket.socket, argument: str, source: QubeName) -> None:
+        """Have a process serve a mux call until its end; when we are cancelled it gets SIGTERM."""
+        if self._stopping.is_set():
+            raise RefusedError("a mux call comes too late, this server is ending")
+        with self._portions.taken(source, argument) as parts:
+            await self._serve_in_process(call, argument, source, parts)
+
+    async def _serve_in_process(
+        self, call: socket.socket, argument: str, source: QubeName, parts: int
+    ) -> None:
+        command = [sys.executable, "-I", "-m", "qubes_fwd_qrexec.service", argument]
+        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"} | {
+            "QREXEC_REMOTE_DOMAIN": source,
+            AGENT_PID_VARIABLE: str(peer_pid(call)),
+            VARIABLE: str(parts),
+        }
+        try:
+            process = await trio.lowlevel.open_process(
+                command,
+                stdin=call.fileno(),
+                stdout=call.fileno(),
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        except OSError as error:
+            raise RefusedError(f"no process for a mux call: {error.strerror}") from error
+        call.close()  # its end is that of the process
+        self._mux_calls.add(process)
+        try:
+            status = await process.wait()
+        finally:
+            self._mux_calls.discard(process)
+            await _end(process)
+        if status != os.EX_OK:
+            warn(_logger, self._limit, "mux", f"a mux call of {source} ended: {meaning(status)}")
+
+
+def _hold_to(permission: Permission, scope: trio.CancelScope) -> None:
+    """End the call if dom0 no longer allows it, or at its deadline if it drains."""
+    is_allowed = permission.look()
+    left_s = permission.drain_left_s
+    if not is_allowed or left_s == 0:
+        scope.cancel()
+    else:
+        scope.deadline = math.inf if left_s is None else trio.current_time() + left_s
+
+
+async def _end(process: trio.Process) -> None:
+    """Ask a process to end, if it has not, and do not wait for one that does not want to."""
+    with trio.CancelScope(shield=True):
+        if process.returncode is None:
+            process.terminate()
+            with trio.move_on_after(_MUX_END_S):
+                await process.wait()
+            process.kill()
+            await process.wait()
+
+
+async def _join(call: socket.socket, server: socket.socket, relays: RelayThread) -> None:
+    """Copy both ways until both are over, or one is aborted: then the other end is aborted too."""
+    is_answered = False
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def copy(copied: Copy) -> None:
+                nonlocal is_answered
+                source, sink = copied.source, copied.sink
+                try:
+                    end = await relays.run(copied)
+                except OSError:  # the kernel can watch no more sockets
+                    end = CopyEnd.SOURCE_RESET
+                if source is call and end is CopyEnd.EOF and not is_answered and _has_hung_up(call):
+                    end = CopyEnd.SOURCE_RESET
+                is_answered = is_answered or (source is server and end is CopyEnd.EOF)
+                if end is CopyEnd.EOF:
+                    half_close(sink)
+                elif end is not CopyEnd.SINK_BROKEN or sink is call:
+                    nursery.cancel_scope.cancel()
+                # else the server takes no more, and what it had sent before is still delivered
+
+            async def upload() -> None:
+                await copy(up)
+                waiting.cancel()
+
+            up, waiting = Copy(call, server), trio.CancelScope()
+            nursery.start_soon(upload)
+            await copy(Copy(server, call, looks=True))
+            with waiting:
+                await _stands_still(up)
+                nursery.cancel_scope.cancel()
+        if not nursery.cancel_scope.cancel_called:
+            close_cleanly(server)
+    finally:
+        abort(server)
+
+
+async def _stands_still(copy: Copy) -> None:
+    """Until nothing has moved for too long: the agent may have no sign left by which to end the call."""
+    began = time.monotonic()
+    while True:
+        quiet_s = time.monotonic() - max(began, copy.moved_at)
+        if quiet_s >= HALF_CLOSE_S:
+            return
+        await trio.sleep(HALF_CLOSE_S - quiet_s)
+
+
+def _has_hung_up(call: socket.socket) -> bool:
+    """Whether the agent has ended both ways at once, as it does when the caller or the link is gone."""
+    poll = select.poll()
+    poll.register(call, 0)
+    return bool(poll.poll(0))
+
+
+async def _main(listening: socket.socket) -> None:
+    server = ServiceServer(listening)
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, LOOK) as signals:
+
+            async def obey() -> None:
+                async for number in signals:
+                    if number == LOOK:
+                        server.look()
+                    else:
+                        server.stop()
+
+            nursery.start_soon(obey)
+            await server.run()
+            nursery.cancel_scope.cancel()
+
+
+def main(arguments: list[str]) -> int:
+    """``--socket PATH`` or ``--activated``; until SIGTERM. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="qubes-forward-service", description="Serve all calls of qubes.ForwardTCP in one process."
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", type=Path, metavar="PATH", help="make and listen on this UNIX socket")
+    where.add_argument("--activated", action="store_true", help="listen on the socket that systemd passes")
+    args = parser.parse_args(arguments)
+    start_logging()
+    raise_descriptor_limit()
+    status = 0
+    try:
+        listening = take_activated() if args.activated else listen_on(args.socket)
+        trio.run(_main, listening, strict_exception_groups=True)
+    except* ForwardError as errors:
+        for error in leaves(errors):
+            _logger.error("%s", error)
+        status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service ``qubes.ForwardStatus``: how the forwards of this qube are, for dom0, which alone may call it.
+
+Without an argument it tells what the listener of this qube says, and which calls of our service live to it
+as a target. ``+PORT`` also tries whether a server of this qube takes a connection on that port, and
+``+fwd.TARGET.NAME`` sends one through that forward of the listener, all the way to the target's server.
+"""
+
+import contextlib
+import math
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from qubes_fwd_qrexec import __version__
+from qubes_fwd_qrexec.common import report
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.config import is_forward_key, parse_key
+from qubes_fwd_qrexec.common.errors import ConfigError, TextError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.report import (
+    Answer,
+    CallsReport,
+    FirewallReport,
+    ListenerReport,
+    QubeReport,
+    ReportError,
+    Trial,
+)
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import parse_port
+from qubes_fwd_qrexec.relay.copy import close_cleanly
+from qubes_fwd_qrexec.system import bugs
+from qubes_fwd_qrexec.system.cleanstart import start_clean
+from qubes_fwd_qrexec.system.logs import one_line
+from qubes_fwd_qrexec.system.unixsockets import socket_address
+
+from .callnotes import Kind, Note, RevocationError, directory, living
+from .callstart import TICKS_PER_S
+from .localserver import ServiceError, connect
+
+# RuntimeDirectory= of the listener's unit; a lab names another.
+LISTENER_DIRECTORY = "/run/qubes-forward-listener"
+LISTENER_DIRECTORY_VARIABLE = "QUBES_FORWARD_LISTENER_DIR"
+STATUS, TRY = "status.sock", "try.sock"
+# Where the program that opens this qube's firewall leaves a `FirewallReport`.
+FIREWALL_STATE = "/run/qubes-forward-nft/state"
+FIREWALL_STATE_VARIABLE = "QUBES_FORWARD_NFT_STATE"
+# dom0 waits for 5 s: a trial takes at most 3 s, and a server on this machine answers at once.
+_LISTENER_TIMEOUT_S = 4.0
+_CONNECT_TIMEOUT_S = 2.0
+
+
+def listener_directory() -> Path:
+    return Path(os.environ.get(LISTENER_DIRECTORY_VARIABLE, LISTENER_DIRECTORY))
+
+
+def firewall_state() -> Path:
+    return Path(os.environ.get(FIREWALL_STATE_VARIABLE, FIREWALL_STATE))
+
+
+def answer(
+    untrusted_argument: str, listener_place: Path, notes_place: Path, firewall_place: Path
+) -> QubeReport:
+    """The report that an argument asks for. Raises `TextError` for what is no argument."""
+    trial = _try(untrusted_argument, listener_place)
+    listener, problem = _listener(listener_place)
+    return QubeReport(
+        program=__version__,
+        listener=listener,
+        listener_problem=problem,
+        calls=_calls(notes_place),
+        bugs=bugs.left(notes_place),
+        trial=trial,
+        firewall=_firewall(firewall_place),
+    )
+
+
+def _try(untrusted_argument: str, place: Path) -> Trial | None:
+    if not untrusted_argument:
+        return None
+    if is_forward_key(untrusted_argument):
+        try:
+            parse_key(untrusted_argument)
+        except ConfigError as error:
+            raise TextError(untrusted_argument, "fwd.TARGET.NAME") from error
+        try:
+            untrusted = _ask(place / TRY, f"{untrusted_argument}\n".encode("ascii"))
+            return Trial.parse(untrusted)
+        except (OSError, ReportError) as error:
+            return Trial(Answer.FAILED, "", one_line(f"the listener does not answer: {error}"))
+    return _try_port(parse_port(untrusted_argument))
+
+
+def _try_port(port: int) -> Trial:
+    try:
+        server = connect(port, _CONNECT_TIMEOUT_S)
+    except ServiceError as error:
+        is_silent = error.status == ExitStatus.SERVER_TIMEOUT
+        return Trial(Answer.SILENT if is_silent else Answer.REFUSED, "server", one_line(str(error)))
+    close_cleanly(server)
+    return Trial(Answer.THROUGH, "", f"a server takes connections on port {port}")
+
+
+def _listener(place: Path) -> tuple[ListenerReport | None, str | None]:
+    """What the listener says, or why it says nothing."""
+    try:
+        untrusted = _ask(place / STATUS, b"")
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None, "no listener is running"
+    except OSError as error:
+        return None, one_line(f"the listener does not answer: {error.strerror or error}")
+    try:
+        return ListenerReport.parse(untrusted), None
+    except ReportError as error:
+        return None, one_line(f"the listener's answer cannot be read: {error}")
+
+
+def _firewall(path: Path) -> FirewallReport:
+    try:
+        with path.open("rb") as file:
+            return FirewallReport.parse(file.read(report.REPORT_MAX_BYTES + 1))
+    except (OSError, ReportError):
+        return FirewallReport()
+
+
+def _ask(path: Path, request: bytes) -> bytes:
+    """Everything that comes until the other end closes. Raises OSError."""
+    deadline = time.monotonic() + _LISTENER_TIMEOUT_S
+    received = bytearray()
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as sock:
+        sock.settimeout(_LISTENER_TIMEOUT_S)
+        with socket_address(path) as address:
+            sock.connect(address)
+        if request:  # who asks nothing is answered at once, and may find the other end closed already
+            sock.sendall(request)
+        while len(received) <= report.REPORT_MAX_BYTES:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            if not (more := sock.recv(65536)):
+                break
+            received += more
+    return bytes(received)
+
+
+def _calls(place: Path) -> tuple[CallsReport, ...]:
+    """The calls of our service that live now, by source and ports."""
+    try:
+        notes = living(place)
+    except RevocationError:
+        return ()
+    by_calls: dict[Calls, list[Note]] = {}
+    for note in notes:
+        by_calls.setdefault(note.calls, []).append(note)
+    found = [_counted(calls, by_calls[calls]) for calls in sorted(by_calls, key=str)]
+    return tuple(found)[: report.CALLS_MAX]
+
+
+def _counted(calls: Calls, notes: list[Note]) -> CallsReport:
+    drains = [note.until for note in notes if note.until]
+    now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return CallsReport(
+        source=calls.source,
+        ports=calls.ports,
+        mux_calls=sum(note.kind is Kind.MUX for note in notes),
+        singles=sum(note.kind is Kind.SINGLE for note in notes),
+        draining=len(drains),
+        drain_left_s=max(0, math.ceil(max(drains) / TICKS_PER_S - now_s)) if drains else None,
+    )
+
+
+def main() -> int:
+    """The RPC: ``argv[1]`` is its argument, and the answer goes to stdout."""
+    start_clean()
+    try:
+        argument = sys.argv[1] if len(sys.argv) == 2 else ""
+        told = answer(argument, listener_directory(), directory(), firewall_state())
+    except TextError as error:
+        print(f"{STATUS_SERVICE}: {error}"[:200], file=sys.stderr)
+        return ExitStatus.BAD_ARGUMENT
+    try:
+        sys.stdout.buffer.write(report.dump(told.as_json()))
+        sys.stdout.buffer.flush()
+    except OSError:
+        return ExitStatus.TROUBLE
+    return os.EX_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

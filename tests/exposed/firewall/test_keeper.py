@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the firewall's program decides. What it does is for `test_nft_namespaces`."""
+
+import shutil
+import signal
+import time
+from contextlib import suppress
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from helpers import write_config
+
+from qubes_fwd_qrexec.common import report
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
+from qubes_fwd_qrexec.common.values import Binding
+from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.firewall import keeper
+from qubes_fwd_qrexec.exposed.firewall.chain import Family, NftError, Seen, rules, transaction
+from qubes_fwd_qrexec.exposed.firewall.keeper import Firewall, Forwards, Wanted, account, main, told
+from qubes_fwd_qrexec.exposed.firewall.nfttool import Nft
+from qubes_fwd_qrexec.system.sockdiag import SocketsError
+from qubes_fwd_qrexec.target.statusservice import FIREWALL_STATE
+
+OPEN, CLOSED = report.Firewall.OPEN, report.Firewall.CLOSED
+LISTENING = frozenset((ip_address("127.0.0.1"), port) for port in (80, 81))
+
+
+class FakeNft(Nft):
+    """A firewall with one family's table, which may refuse so many transactions."""
+
+    def __init__(self, *, refusals: int = 0, there: tuple[Family, ...] = (Family.IP,)) -> None:
+        super().__init__("/nonexistent")
+        self.refusals = refusals
+        self.there = there
+        self.given: list[str] = []
+
+    def look(self) -> dict[Family, Seen]:
+        return {family: Seen() for family in self.there}
+
+    def carry_out(self, transaction: str) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise NftError("gone meanwhile")
+        self.given.append(transaction)
+
+
+class FakeSockets:
+    """Where the listener listens, or why that is not known."""
+
+    def __init__(self, said: frozenset[Binding] | SocketsError = LISTENING) -> None:
+        self.said = said
+        self.times = 0
+
+    def __call__(self) -> frozenset[Binding]:
+        self.times += 1
+        if isinstance(self.said, SocketsError):
+            raise self.said
+        return self.said
+
+
+def a_keeper(
+    forwards: Forwards, fake: FakeNft, *, sockets: FakeSockets | None = None, state: Path | None = None
+) -> keeper.Keeper:
+    return keeper.Keeper(forwards, Firewall(fake), sockets or FakeSockets(), state)
+
+
+@pytest.fixture
+def forwards(tmp_path: Path) -> Forwards:
+    write_config(tmp_path / "c", 80, 80)
+    made = Forwards(ConfigSource(tmp_path / "c"))
+    made.read()
+    return made
+
+
+def names(forwards: Forwards) -> list[str]:
+    return [config.key for config in forwards.active()]
+
+
+def test_a_bad_entry_leaves_what_was_open_under_its_name_and_no_other(
+    forwards: Forwards, tmp_path: Path
+) -> None:
+    before = forwards.active()
+    for key in ("fwd.work.web", "fwd.work.new", "fwd.!"):
+        (tmp_path / "c" / key).write_text("bad")
+    forwards.read()
+    assert forwards.active() == before
+
+
+def test_a_change_is_seen_once_also_when_it_cannot_be_read(forwards: Forwards, tmp_path: Path) -> None:
+    assert not forwards.has_changed()
+    write_config(tmp_path / "c", 81, 80, key="fwd.work.new")
+    assert forwards.has_changed()
+    forwards.read()
+    assert names(forwards) == ["fwd.work.new", "fwd.work.web"]
+    shutil.rmtree(tmp_path / "c")
+    with pytest.raises(ConfigError):
+        forwards.read()
+    assert not forwards.has_changed()
+    assert names(forwards) == ["fwd.work.new", "fwd.work.web"]
+
+
+def test_what_is_over_stays_over_when_the_clock_is_set_back(
+    forwards: Forwards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall, boot = [1000.0], [50.0]
+    monkeypatch.setattr(time, "time", lambda: wall[0])
+    monkeypatch.setattr(time, "clock_gettime", lambda which: boot[0])
+    write_config(tmp_path / "c", 80, 80, expire="1010")
+    forwards.read()
+    assert names(forwards) == ["fwd.work.web"]
+    wall[0] = 1010
+    assert names(forwards) == []
+    wall[0] = 0
+    forwards.read()
+    assert names(forwards) == []
+    write_config(tmp_path / "c", 80, 80, expire="2000")
+    forwards.read()
+    assert names(forwards) == ["fwd.work.web"]
+
+
+def test_the_firewall_is_asked_again_when_it_changed_meanwhile(forwards: Forwards) -> None:
+    fake = FakeNft(refusals=2)
+    wanted = Wanted(forwards.active(), LISTENING)
+    assert Firewall(fake).keep(wanted) == {Family.IP}
+    assert fake.given == [transaction(Family.IP, rules(forwards.active(), Family.IP, LISTENING), Seen())]
+    with pytest.raises(NftError, match="gone meanwhile"):
+        Firewall(FakeNft(refusals=3)).keep(wanted)
+
+
+def test_a_family_that_cannot_be_opened_is_named(forwards: Forwards) -> None:
+    missing = "none by ip: no table qubes with a chain custom-input"
+    assert list(account(Wanted(forwards.active(), LISTENING), ())) == ["1 forwards let in", missing]
+    assert list(account(Wanted(), ())) == ["0 forwards let in"]
+
+
+def test_a_forward_whose_listener_does_not_listen_is_named_and_not_counted(forwards: Forwards) -> None:
+    assert list(account(Wanted(forwards.active()), Family)) == [
+        "0 forwards let in",
+        "1 wait for the listener to listen: fwd.work.web",
+    ]
+
+
+def test_dom0_is_told_of_each_family_and_of_those_that_wait(forwards: Forwards) -> None:
+    wanted = Wanted(forwards.active(), LISTENING)
+    assert told(wanted, {Family.IP}) == FirewallReport(OPEN, CLOSED)
+    assert told(wanted, {Family.IP6}) == FirewallReport(CLOSED, OPEN)
+    assert told(replace(wanted, listening=frozenset()), Family) == FirewallReport(
+        OPEN, OPEN, ("fwd.work.web",)
+    )
+
+
+def test_where_more_wait_than_can_be_told_nothing_is_said_of_any(forwards: Forwards) -> None:
+    some = Wanted(forwards.active() * FORWARDS_MAX)
+    assert len(told(some, Family).waiting) == FORWARDS_MAX
+    more = replace(some, configs=(*some.configs, *forwards.active()))
+    assert told(more, Family) == FirewallReport(report.Firewall.UNKNOWN, report.Firewall.UNKNOWN)
+
+
+class FakeEvents:
+    """Readable or not, as is said."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+def test_who_changes_the_firewall_without_end_is_followed_a_few_times_a_second_only(
+    forwards: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[tuple[int, float]] = []
+
+    def select(
+        waited_for: list[object], _: object, __: object, timeout_s: float
+    ) -> tuple[list[object], list[object], list[object]]:
+        waits.append((len(waited_for), timeout_s))
+        return [], [], []
+
+    monkeypatch.setattr(keeper.select, "select", select)
+    now = [100.0]
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    kept = a_keeper(forwards, FakeNft())
+    kept._keep(Wanted())
+    with keeper.Signals() as signals:
+        kept._wait(FakeEvents(0), signals)  # type: ignore[arg-type]
+        # First for signals alone, then for changes too; together until the next look is due.
+        assert waits == [
+            (1, pytest.approx(keeper._GAP_S)),
+            (2, pytest.approx(keeper._LOOK_S - keeper._GAP_S)),
+        ]
+        waits.clear()
+        now[0] += keeper._GAP_S
+        kept._wait(FakeEvents(0), signals)  # type: ignore[arg-type]
+        assert waits == [(1, pytest.approx(0)), (2, pytest.approx(keeper._LOOK_S))]
+
+
+@pytest.mark.parametrize("kept_before_s", [0.0, 0.1, 0.19, 1.0])
+@pytest.mark.parametrize("comes_after_s", [0.0, 0.1, 0.3, 0.49, 0.6])
+@pytest.mark.parametrize("is_of_nftables", [True, False])
+def test_whatever_happens_is_looked_at_within_half_a_second(
+    forwards: Forwards,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_before_s: float,
+    comes_after_s: float,
+    is_of_nftables: bool,
+) -> None:
+    """By a clock that only waiting moves; what nft then takes is milliseconds, and the promise one second.
+
+    A change of nftables can be waited for; one of the configuration, or of a socket, cannot.
+    """
+    now = [100.0]
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    with keeper.Signals() as signals:
+        changes = FakeEvents(0)
+
+        def select(waited_for: list[object], _: object, __: object, timeout_s: float) -> tuple[list[object]]:
+            assert timeout_s >= 0
+            if changes.fileno() in waited_for and is_of_nftables and now[0] + timeout_s >= comes_s:
+                now[0] = max(now[0], comes_s)
+                return ([changes.fileno()],)
+            now[0] += timeout_s
+            return ([],)
+
+        monkeypatch.setattr(keeper.select, "select", select)
+        kept = a_keeper(forwards, FakeNft())
+        kept._keep(Wanted())
+        now[0] += kept_before_s
+        comes_s = now[0] + comes_after_s
+        while now[0] < comes_s:
+            kept._wait(changes, signals)  # type: ignore[arg-type]
+        assert now[0] - comes_s <= (keeper._GAP_S if is_of_nftables else keeper._LOOK_S) + 1e-9
+        assert keeper._GAP_S < keeper._LOOK_S <= 0.5
+
+
+class FakeChanges:
+    """Says that the firewall has changed, once each time that it is told."""
+
+    def __init__(self) -> None:
+        self.are_there = False
+
+    def has_any(self) -> bool:
+        found, self.are_there = self.are_there, False
+        return found
+
+
+def test_what_fails_while_it_runs_is_tried_at_the_next_look(
+    forwards: Forwards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake, changes = FakeNft(), FakeChanges()
+    kept = a_keeper(forwards, fake)
+    kept._keep(kept._wanted())
+
+    def look() -> int:
+        """How many transactions it makes."""
+        before = len(fake.given)
+        kept._look(changes, is_asked=False)  # type: ignore[arg-type]
+        return len(fake.given) - before
+
+    assert look() == 0
+    changes.are_there, fake.refusals = True, 3
+    assert look() == 0
+    assert "gone meanwhile" in caplog.text
+    assert look() == 1
+    assert look() == 0
+    write_config(tmp_path / "c", 81, 80)
+    assert look() == 1
+
+
+def test_it_keeps_or_removes_and_not_both(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--config", "x", "--remove"])
+    assert end.value.code == 2
+    assert "--remove: not allowed with argument --config" in capsys.readouterr().err
+
+
+def test_without_nft_it_fails_and_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(keeper, "Nft", lambda: Nft("/nonexistent/nft"))
+    assert main(["--remove"]) == 1
+    assert "the package nftables has it" in capfd.readouterr().err
+
+
+def test_signals_are_given_back() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with keeper.Signals() as signals:
+        assert signals.take() == set()
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.take() == {signal.SIGHUP}
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_the_listeners_ports_are_followed_without_a_change_of_anything_else(
+    forwards: Forwards, tmp_path: Path
+) -> None:
+    fake, sockets, state = FakeNft(), FakeSockets(frozenset()), tmp_path / "state"
+    kept = a_keeper(forwards, fake, sockets=sockets, state=state)
+
+    def look() -> tuple[int, tuple[str, ...]]:
+        """How many rules that accept are in the transactions that it makes, and who is said to wait."""
+        before = len(fake.given)
+        kept._look(NoChanges(), is_asked=False)
+        made = "".join(fake.given[before:]).count("accept")
+        return made, FirewallReport.parse(state.read_bytes()).waiting
+
+    waits = (0, ("fwd.work.web",))
+    assert look() == waits
+    sockets.said = LISTENING
+    assert look() == (1, ())
+    assert look() == (0, ())
+    sockets.said = frozenset((ip_address("127.0.0.1"), port) for port in (79, 81))
+    assert look() == waits
+
+
+@pytest.mark.usefixtures("said_once")
+def test_where_the_kernel_does_not_say_who_listens_nobody_is_let_in(
+    forwards: Forwards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake, sockets = FakeNft(), FakeSockets()
+    kept = a_keeper(forwards, fake, sockets=sockets)
+    kept._look(NoChanges(), is_asked=False)
+    assert kept._kept == Wanted(forwards.active(), LISTENING)
+    sockets.said = SocketsError("no listener is running")
+    for _ in range(3):
+        kept._look(NoChanges(), is_asked=False)
+        assert kept._kept == Wanted(forwards.active(), frozenset())
+    assert caplog.text.count("nobody is let in: no listener is running") == 1
+    # With no forward there is nothing to ask for.
+    before = sockets.times
+    (tmp_path / "c" / "fwd.work.web").unlink()
+    kept._look(NoChanges(), is_asked=False)
+    kept._look(NoChanges(), is_asked=False)
+    assert sockets.times == before
+
+
+@pytest.mark.parametrize(
+    ("there", "refusals", "ip", "ip6"),
+    [
+        (tuple(Family), 0, OPEN, OPEN),
+        ((Family.IP,), 0, OPEN, CLOSED),
+        ((Family.IP6,), 0, CLOSED, OPEN),
+        ((), 0, CLOSED, CLOSED),
+        ((Family.IP,), 99, CLOSED, CLOSED),
+    ],
+)
+def test_what_is_left_for_dom0_says_of_each_family_whether_clients_are_let_in(
+    forwards: Forwards,
+    tmp_path: Path,
+    there: tuple[Family, ...],
+    refusals: int,
+    ip: report.Firewall,
+    ip6: report.Firewall,
+) -> None:
+    state = tmp_path / "state"
+    kept = a_keeper(forwards, FakeNft(refusals=refusals, there=there), state=state)
+    with suppress(NftError):
+        kept._look(NoChanges(), is_asked=True)
+    assert FirewallReport.parse(state.read_bytes()) == FirewallReport(ip, ip6)
+    assert state.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_word_that_cannot_be_left_stops_nothing(forwards: Forwards, tmp_path: Path) -> None:
+    fake = FakeNft()
+    a_keeper(forwards, fake, state=tmp_path / "missing" / "state")._look(NoChanges(), is_asked=True)
+    assert fake.given
+
+
+@pytest.mark.parametrize(
+    ("uid", "words"),
+    [("x", "is not a whole number"), ("-1", "is not a whole number"), ("4294967295", "is more than")],
+)
+def test_a_user_is_a_number(capsys: pytest.CaptureFixture[str], uid: str, words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--listener-uid", uid])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+class NoChanges(keeper.Changes):
+    """News that never comes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def has_any(self) -> bool:
+        return False
+
+
+def test_the_word_lies_where_it_is_looked_for() -> None:
+    unit = (Path(__file__).parents[3] / "systemd" / "qubes-forward-nft.service").read_text()
+    name = Path(FIREWALL_STATE).parent.name
+    assert f"/run/{name}/{keeper.STATE}" == FIREWALL_STATE
+    assert f"RuntimeDirectory={name}\n" in unit

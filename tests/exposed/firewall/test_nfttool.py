@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The seam to the program nft, played by a script. The real one is for `test_nft_namespaces`."""
+
+from pathlib import Path
+
+import pytest
+
+from qubes_fwd_qrexec.exposed.firewall import nfttool
+from qubes_fwd_qrexec.exposed.firewall.chain import Family, NftError, Seen
+from qubes_fwd_qrexec.exposed.firewall.nfttool import Nft
+
+CHAINS = (
+    '{"nftables": [{"metainfo": {}}, {"chain": {"family": "ip", "table": "qubes", "name": "custom-input"}}]}'
+)
+
+
+def script(directory: Path, text: str) -> Nft:
+    file = directory / "nft"
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    return Nft(str(file))
+
+
+def test_only_families_that_are_there_are_asked_for_their_table(tmp_path: Path) -> None:
+    nft = script(
+        tmp_path,
+        f'case "$*" in "-j -s -t list chains") echo \'{CHAINS}\';; '
+        '"-j -s -t list table ip qubes") echo \'{"nftables": []}\';; *) exit 9;; esac',
+    )
+    assert nft.look() == {Family.IP: Seen()}
+
+
+def test_a_transaction_is_given_on_stdin(tmp_path: Path) -> None:
+    script(tmp_path, f'[ "$*" = "-f -" ] && cat > {tmp_path}/given').carry_out("add chain ip qubes x\n")
+    assert (tmp_path / "given").read_text() == "add chain ip qubes x\n"
+
+
+@pytest.mark.parametrize("output", ["", "{}", "[]", '"x"', "\udcff", "{"])
+def test_what_is_not_the_json_that_it_should_be_is_an_error(tmp_path: Path, output: str) -> None:
+    nft = script(tmp_path, f"printf '%s' '{output.encode('ascii', 'replace').decode()}'")
+    with pytest.raises(NftError, match="nft list chains: what it says is not the JSON"):
+        nft.look()
+
+
+def test_a_failure_is_told_on_one_line(tmp_path: Path) -> None:
+    nft = script(tmp_path, "echo 'Error: no\n  ^^^' >&2; exit 1")
+    with pytest.raises(NftError, match=r"nft -f -: exit status 1: Error: no \^\^\^$"):
+        nft.carry_out("x")
+
+
+def test_a_program_that_is_missing_or_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NftError, match="missing; the package nftables has it"):
+        Nft(str(tmp_path / "nft")).look()
+    (tmp_path / "nft").touch()
+    with pytest.raises(NftError, match="Permission denied"):
+        Nft(str(tmp_path / "nft")).look()
+
+
+def test_a_program_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nfttool, "_TIMEOUT_S", 0.05)
+    with pytest.raises(NftError, match=r"no end after 0\.05 s"):
+        script(tmp_path, "exec sleep 60").look()

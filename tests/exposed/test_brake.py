@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One question now and then, for all who wait."""
+
+from qubes_fwd_qrexec.exposed.brake import Brake
+
+
+def test_it_holds_nothing_back_before_it_is_put_on() -> None:
+    brake = Brake()
+    assert not brake.is_on
+    assert brake.admits(10_000, 0)
+
+
+def test_one_call_finds_out_when_its_time_has_come_and_no_other_beside_it() -> None:
+    brake = Brake()
+    brake.put_on(2, 10.0, "full")
+    assert brake.is_on
+    assert brake.admits(1, 5)
+    assert not brake.admits(2, 9.9)
+    assert brake.admits(2, 10)
+    brake.begins("one", 2)
+    assert not brake.admits(2, 100)
+    assert brake.admits(1, 100)
+
+
+def test_it_goes_on_where_that_call_is_refused_and_ends_where_it_is_through() -> None:
+    brake = Brake()
+    brake.put_on(0, 10.0, "refused")
+    brake.begins("one", 0)
+    brake.put_on(0, 12.0, "refused again")
+    brake.ended("one")
+    assert brake.why == "refused again"
+    assert not brake.admits(0, 11)
+    assert brake.admits(0, 12)
+    brake.begins("two", 0)
+    brake.is_through("one")  # it was begun before: it says nothing
+    assert brake.is_on
+    brake.is_through("two")
+    assert not brake.is_on
+
+
+def test_a_call_that_ends_without_a_verdict_lets_another_find_out() -> None:
+    brake = Brake()
+    brake.put_on(0, 10.0, "refused")
+    brake.begins("one", 0)
+    brake.ended("one")
+    assert brake.admits(0, 10)
+
+
+def test_several_refusals_at_once_are_one_wait() -> None:
+    brake = Brake()
+    brake.put_on(0, 10.0, "refused")
+    brake.put_on(0, 9.0, "refused")
+    assert not brake.admits(0, 9.5)
+    assert brake.admits(0, 10)

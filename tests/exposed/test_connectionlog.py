@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The log of connections: what each line has, and how many there are at most."""
+
+import logging
+from ipaddress import IPv6Address
+
+import pytest
+from helpers import tcp_pair
+
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.exposed.connectionlog import BURST, LINES_PER_S, ConnectionLog
+from qubes_fwd_qrexec.exposed.counters import Carried
+from qubes_fwd_qrexec.system.logs import LINE_MAX, one_line
+
+CONFIG = ListenerConfig.parse(
+    "fwd.work.web",
+    "version=1 service=qubes.ForwardTCP transport=mux side=outer "
+    "listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
+    "srchosts=any",
+)
+
+
+class Moved:
+    sent, received, moved_at, is_joined = 10, 20, 0.0, True
+
+
+def test_one_line_at_the_beginning_and_one_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log, carried = ConnectionLog(), Carried(0.0)
+    carried.by = Moved()
+    client, accepted = tcp_pair()
+    with client, accepted:
+        host, port = client.getsockname()
+        line = log.opened(CONFIG, accepted, 80)
+    log.ended(line, CONFIG, carried, "closed")
+    first, last = (dict(word.split("=") for word in message.split()) for message in caplog.messages)
+    both = {"client": f"{host}:{port}", "port": "80", "transport": "mux", "forward": "work.web"}
+    assert first == both | {"connection": "open"}
+    assert float(last.pop("seconds")) > 0
+    assert last == both | {"connection": "end", "how": "closed", "sent": "10", "received": "20"}
+
+
+class Longest:
+    """The longest names that there can be."""
+
+    target, name, transport = "a" * 31, "b" * 16, "mux"
+
+
+class FarClient:
+    def getpeername(self) -> tuple[str, int]:
+        return str(IPv6Address(2**128 - 2)), 65535
+
+
+def test_the_longest_line_tells_all_but_the_end_of_a_name(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log, carried = ConnectionLog(), Carried(-1e6)
+    carried.by = type("Much", (), {"sent": 10**13, "received": 10**13, "is_joined": True})()
+    line = log.opened(Longest, FarClient(), 65535)  # type: ignore[arg-type]
+    log.ended(line, Longest, carried, "target-reset")  # type: ignore[arg-type]
+    for message in caplog.messages:
+        assert "forward=" in one_line(f"info: {message}")[:LINE_MAX]
+
+
+def test_a_client_that_is_gone_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    client, accepted = tcp_pair()
+    client.close()
+    accepted.close()
+    ConnectionLog().opened(CONFIG, accepted, 80)
+    assert "client=gone" in caplog.messages[0]
+
+
+def test_a_flood_is_held_back_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    log = ConnectionLog(lambda: now[0])
+    client, accepted = tcp_pair()
+    with client, accepted:
+        lines = [log.opened(CONFIG, accepted, 80) for _ in range(BURST + 50)]
+        assert [line is None for line in lines] == [False] * BURST + [True] * 50
+        log.ended(lines[0], CONFIG, Carried(0.0), "closed")
+        log.ended(None, CONFIG, Carried(0.0), "closed")
+        assert len(caplog.messages) == BURST
+        now[0] = 1 / LINES_PER_S
+        log.opened(CONFIG, accepted, 80)
+        assert caplog.messages[-1].endswith(" held_back=51")
+        assert log.opened(CONFIG, accepted, 80) is None
+        now[0] = 1e6  # a long silence saves up no more than a burst
+        assert [log.opened(CONFIG, accepted, 80) is None for _ in range(BURST + 1)] == [False] * BURST + [
+            True
+        ]

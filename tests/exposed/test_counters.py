@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from qubes_fwd_qrexec.common.refusals import Refusal
+from qubes_fwd_qrexec.exposed.counters import Carried, Counters
+
+
+class Moves:
+    moved_at = 7.0
+    is_joined = True
+
+    def __init__(self, sent: int, received: int) -> None:
+        self.sent = sent
+        self.received = received
+
+
+def opened(counters: Counters) -> Carried:
+    carried = Carried(5.0)
+    counters.opened(carried)
+    return carried
+
+
+def test_bytes_are_those_of_the_living_and_of_the_dead() -> None:
+    counters = Counters()
+    first, second = opened(counters), opened(counters)
+    assert (counters.sent, counters.received) == (0, 0)
+    first.by, second.by = Moves(1, 10), Moves(2, 20)
+    assert first.moved_at == 7.0
+    assert (counters.connections, counters.sent, counters.received) == (2, 3, 30)
+    counters.closed(first)
+    first.by = Moves(1000, 1000)  # whatever it does afterwards
+    assert (counters.connections, counters.sent, counters.received) == (1, 3, 30)
+    second.by = Moves(5, 50)
+    counters.closed(second)
+    assert (counters.connections, counters.total, counters.sent, counters.received) == (0, 2, 6, 60)
+
+
+def test_a_connection_that_was_never_carried_has_no_bytes() -> None:
+    counters = Counters()
+    carried = opened(counters)
+    assert carried.moved_at == 5.0
+    counters.closed(carried)
+    assert (counters.total, counters.sent, counters.received) == (1, 0, 0)
+
+
+def test_refusals_are_counted_by_reason_and_an_error_has_its_time() -> None:
+    now = [1000.0]
+    counters = Counters(lambda: now[0])
+    for reason in ("srchosts", Refusal.POLICY, "srchosts", "per-source"):
+        counters.refused(reason)
+    now[0] = 1005.0
+    counters.failed("no call")
+    assert counters.refusals == {"srchosts": 2, "policy": 1, "per-source": 1}
+    assert (counters.since, counters.last_error) == (1000.0, ("no call", 1005.0))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is closed and still flows is told, and has an end."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from handclock import HandClock
+from helpers import (
+    FakeClient,
+    accept,
+    can_connect,
+    connect,
+    echo_once,
+    free_port,
+    is_reset,
+    port_of,
+    running_listener,
+    until,
+    write_config,
+)
+
+from qubes_fwd_qrexec.common.report import DrainingReport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.exposed import draining
+from qubes_fwd_qrexec.exposed.draining import DRAIN_MAX_S
+
+
+@pytest.mark.parametrize("transport", ["call", "mux"])
+@pytest.mark.usefixtures("tunnel_home")
+async def test_a_drain_is_reported_until_it_is_over_and_is_cut_in_the_end(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    clock = HandClock(monkeypatch, draining)
+    port, config = free_port(), tmp_path / "config"
+    write_config(config, port, port_of(server), on_expire="drain", transport=transport)
+    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:
+        async with await connect(port) as first, await accept(server) as first_far:
+            async with await connect(port) as second, await accept(server) as second_far:
+                await echo_once(first, first_far)
+                await echo_once(second, second_far)
+                (config / "fwd.work.web").unlink()
+                await until(lambda: not listener.report().forwards)
+                assert not can_connect(port)
+                await clock.advance(60)
+                report = DrainingReport(
+                    target=QubeName("work"),
+                    name=RuleName("web"),
+                    connections=2,
+                    left_s=int(DRAIN_MAX_S) - 60,
+                )
+                assert listener.report().draining == (report,)
+                await echo_once(first, first_far)
+            await until(lambda: [one.connections for one in listener.report().draining] == [1])
+            await clock.advance(DRAIN_MAX_S)
+            assert await is_reset(first)
+        await until(lambda: not listener.report().draining)
+
+
+async def test_what_is_cut_or_has_no_connection_does_not_drain(tmp_path: Path, server: socket.socket) -> None:
+    ports, config = {"cut": free_port(), "drain": free_port()}, tmp_path / "config"
+    for how, port in ports.items():
+        write_config(config, port, port_of(server), key=f"fwd.work.{how}", on_expire=how)
+    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
+        async with await connect(ports["cut"]) as near, await accept(server):
+            for how in ports:
+                (config / f"fwd.work.{how}").unlink()
+            assert await is_reset(near)
+            await until(lambda: not listener.report().forwards)
+            await until(lambda: not listener.report().draining)

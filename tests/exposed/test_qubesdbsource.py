@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What Qubes delivers is read, and read again: over a fake of the package, whose descriptors are real."""
+
+import select
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+from fake_qubesdb import DisconnectedError, Error, FakeQubesDB
+from helpers import BOUND_S, no_fds_left, until
+
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.exposed import qubesdbsource
+from qubes_fwd_qrexec.exposed.qubesdbsource import QubesDBSource, open_qubesdb
+
+LINE = (
+    b"version=1 service=qubes.ForwardTCP transport=call side=outer "
+    b"listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
+    b"srchosts=10.0.0.0/8"
+)
+WEB, SSH = "fwd.work.web", "fwd.work.ssh"
+AT_ONCE = (0.0, 0.001)
+
+
+@pytest.fixture
+def qubesdb() -> FakeQubesDB:
+    return FakeQubesDB({WEB: LINE})
+
+
+def opened(qubesdb: FakeQubesDB) -> AbstractContextManager[QubesDBSource]:
+    return open_qubesdb(qubesdb, start_s=BOUND_S, backoff_s=AT_ONCE)
+
+
+def names(source: QubesDBSource) -> set[str]:
+    return {name for _, name in source.read().forwards}
+
+
+def readers() -> int:
+    """The source's own threads; those that trio keeps for a while come and go."""
+    return sum(thread.name == "qubesdb" for thread in threading.enumerate())
+
+
+@contextmanager
+def nothing_left(qubesdb: FakeQubesDB) -> Iterator[None]:
+    assert readers() == 0
+    with no_fds_left():
+        yield
+    assert qubesdb.handles == []
+    assert readers() == 0
+
+
+async def test_what_is_there_is_read_and_changes_are_noticed(qubesdb: FakeQubesDB) -> None:
+    qubesdb.entries["/qubes-ip"] = b"10.137.0.5"
+    qubesdb.entries["/vm-config/forward"] = b"not ours"
+    with nothing_left(qubesdb), opened(qubesdb) as source:
+        assert names(source) == {"web"}
+        assert source.problem is None
+        before = source.stamp()
+        qubesdb.set(SSH, LINE)
+        await until(lambda: source.stamp() != before)
+        assert names(source) == {"web", "ssh"}
+        qubesdb.remove(WEB)
+        await until(lambda: names(source) == {"ssh"})
+
+
+async def test_a_change_of_something_else_is_no_change(qubesdb: FakeQubesDB) -> None:
+    with opened(qubesdb) as source:
+        before = source.stamp()
+        (watching,) = qubesdb.watchers
+        assert watching.watches == ["/vm-config/"]
+        reads = qubesdb.opened
+        qubesdb.set("other", b"1")
+        await until(lambda: qubesdb.opened > reads)
+        await until(lambda: len(qubesdb.handles) == 1)
+        assert source.stamp() == before
+
+
+async def test_a_change_between_watch_and_first_read_is_seen(qubesdb: FakeQubesDB) -> None:
+    def change() -> None:
+        qubesdb.before_list = lambda: None
+        qubesdb.set(SSH, LINE)
+
+    qubesdb.before_list = change
+    with opened(qubesdb) as source:
+        await until(lambda: names(source) == {"web", "ssh"})
+
+
+async def test_a_change_during_a_read_is_seen(qubesdb: FakeQubesDB) -> None:
+    """Its event would be queued inside a handle that both reads and watches."""
+    with opened(qubesdb) as source:
+
+        def change(path: str) -> None:
+            if path.endswith("ssh"):
+                qubesdb.before_read = lambda path: None
+                qubesdb.set(WEB, LINE.replace(b"10.0.0.0/8", b"10.9.0.0/16"))
+
+        qubesdb.before_read = change
+        qubesdb.set(SSH, LINE)
+        await until(lambda: "10.9.0.0/16" in str(source.read().forwards["work", "web"]))  # type: ignore[index]
+
+
+async def test_an_entry_that_goes_while_it_is_read_is_no_error(qubesdb: FakeQubesDB) -> None:
+    qubesdb.set(SSH, LINE)
+
+    def remove(path: str) -> None:
+        qubesdb.before_read = lambda path: None
+        qubesdb.remove(SSH)
+
+    qubesdb.before_read = remove
+    with opened(qubesdb) as source:
+        await until(lambda: names(source) == {"web"})
+        assert not source.read().errors
+
+
+async def test_many_changes_at_once_are_read_together(qubesdb: FakeQubesDB) -> None:
+    go_on = threading.Event()
+    with opened(qubesdb) as source:
+        before = qubesdb.opened
+        qubesdb.before_list = lambda: assert_set(go_on)
+        qubesdb.set("fwd.work.r0", LINE)
+        await until(lambda: qubesdb.opened > before)
+        for number in range(1, 200):
+            qubesdb.set(f"fwd.work.r{number}", LINE)
+        go_on.set()
+        await until(lambda: len(names(source)) == 201)
+        assert qubesdb.opened <= before + 2
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(BOUND_S)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("fwd.work.bad", b"version=1 nonsense", "an option is written name=value"),
+        ("fwd.work.bad", b"\xff\xfe", "'\\xff\\xfe' at column 1"),
+        ("fwd.work.bad", b"", "option 'version' is missing"),
+        ("fwd.work.bad", LINE.replace(b"version=1", b"version=2"), "written for another version"),
+        ("fwd.work", LINE, "entry 'fwd.work'"),
+        ("fwd.a/b.web", LINE, "entry 'fwd.a/b.web'"),
+    ],
+)
+async def test_a_bad_entry_is_an_error_of_its_own(
+    qubesdb: FakeQubesDB, key: str, value: bytes, words: str
+) -> None:
+    with opened(qubesdb) as source:
+        qubesdb.set(key, value)
+        await until(lambda: source.read().errors)
+        assert list(source.read().errors) == [key]
+        assert words in str(source.read().errors[key])
+        assert names(source) == {"web"}
+
+
+async def test_what_is_more_than_qubesdb_can_hold_is_refused(
+    qubesdb: FakeQubesDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qubesdb.entries[f"/vm-config/{SSH}"] = b"x" * 3072
+    monkeypatch.setattr(qubesdbsource, "ENTRIES_MAX", 2)
+    with opened(qubesdb) as source:
+        assert "longer than the 3071 bytes" in str(source.read().errors[SSH])
+        before = source.stamp()
+        qubesdb.set("fwd.work.third", LINE)
+        await until(lambda: source.stamp() != before)
+        with pytest.raises(ConfigError, match="3 entries; at most 2 are read"):
+            source.read()
+
+
+async def test_the_end_of_the_daemon_leaves_the_configuration_and_a_new_one_is_watched(
+    qubesdb: FakeQubesDB, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with nothing_left(qubesdb), opened(qubesdb) as source:
+        for turn in range(3):
+            tries = qubesdb.opened
+            before = source.stamp()
+            qubesdb.end()
+            await until(lambda tries=tries: qubesdb.opened > tries + 2)
+            assert source.problem == "QubesDB cannot be reached: Connection refused"
+            assert "web" in names(source)
+            assert source.stamp() == before
+            qubesdb.entries[f"/vm-config/fwd.work.new{turn}"] = LINE  # while nobody could watch
+            qubesdb.begin()
+            await until(lambda turn=turn: f"new{turn}" in names(source))
+            qubesdb.set(f"fwd.work.then{turn}", LINE)
+            await until(lambda turn=turn: f"then{turn}" in names(source))
+            assert source.problem is None
+    lost = [m for m in caplog.messages if "what was configured stays" in m]
+    assert len(lost) == 3
+    assert caplog.messages.count("QubesDB is back") == 3
+
+
+@pytest.mark.parametrize("error", [Error(5, "Input/output error"), DisconnectedError("QubesDB disconnected")])
+async def test_a_read_that_fails_is_tried_again(qubesdb: FakeQubesDB, error: Error) -> None:
+    with nothing_left(qubesdb), opened(qubesdb) as source:
+
+        def fail(path: str) -> None:
+            qubesdb.before_read = lambda path: None
+            raise error
+
+        qubesdb.before_read = fail
+        qubesdb.set(SSH, LINE)
+        await until(lambda: names(source) == {"web", "ssh"})
+
+
+async def test_the_pauses_between_tries_grow_and_begin_anew(qubesdb: FakeQubesDB) -> None:
+    pauses: list[float] = []
+    has_failed = threading.Event()
+
+    class Ending:
+        """Time passes at once, from when the start has failed: it must not find QubesDB back by then."""
+
+        def is_set(self) -> bool:
+            return len(pauses) == 8
+
+        def wait(self, pause_s: float) -> None:
+            assert has_failed.wait(BOUND_S)
+            pauses.append(pause_s)
+            if len(pauses) == 6:
+                qubesdb.begin()
+
+    qubesdb.end()
+    source = QubesDBSource(qubesdb, (0.5, 3.0))
+    source._ending = Ending()  # type: ignore[assignment]
+    with pytest.raises(ConfigError):
+        source.start()
+    has_failed.set()
+    await until(lambda: source.problem is None)
+    qubesdb.end()
+    source._thread.join(BOUND_S)
+    assert pauses == [0.5, 1.0, 2.0, 3.0, 3.0, 3.0, 0.5, 1.0]
+
+
+def test_without_a_daemon_it_does_not_start(qubesdb: FakeQubesDB) -> None:
+    qubesdb.is_up = False
+    with (
+        nothing_left(qubesdb),
+        pytest.raises(ConfigError, match="QubesDB cannot be reached: Connection refused"),
+        opened(qubesdb),
+    ):
+        pass
+
+
+def test_a_daemon_that_does_not_answer_is_waited_for_no_longer_than_it_says(qubesdb: FakeQubesDB) -> None:
+    go_on = threading.Event()
+    qubesdb.before_list = lambda: assert_set(go_on)
+    with (
+        pytest.raises(ConfigError, match=r"no answer within 0\.01 s"),
+        open_qubesdb(qubesdb, start_s=0.01, backoff_s=AT_ONCE),
+    ):
+        pass
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "qubesdb":
+            thread.join(BOUND_S)
+    assert qubesdb.handles == []
+
+
+async def test_a_daemon_that_hangs_keeps_nobody_waiting(
+    qubesdb: FakeQubesDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qubesdbsource, "_JOIN_S", 0.0)
+    go_on = threading.Event()
+    with opened(qubesdb) as source:
+        thread = source._thread
+        before = qubesdb.opened
+        qubesdb.before_list = lambda: assert_set(go_on)
+        qubesdb.set(SSH, LINE)
+        await until(lambda: qubesdb.opened > before)
+        assert names(source) == {"web"}
+    go_on.set()
+    thread.join(BOUND_S)
+    assert qubesdb.handles == []
+
+
+async def test_a_list_that_cannot_be_had_is_not_an_empty_one(qubesdb: FakeQubesDB) -> None:
+    with opened(qubesdb) as source:
+        before = source.stamp()
+        qubesdb.can_list = False
+        qubesdb.set(SSH, LINE)
+        await until(lambda: source.stamp() != before)
+        with pytest.raises(ConfigError, match="list of entries cannot be read"):
+            source.read()
+
+
+def test_without_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qubesdb", None)
+    with pytest.raises(ConfigError, match="install python3-qubesdb, or name a directory"), open_qubesdb():
+        pass
+
+
+def test_the_installed_package_is_used(qubesdb: FakeQubesDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qubesdb", qubesdb)  # type: ignore[arg-type]
+    with open_qubesdb() as source:
+        assert names(source) == {"web"}
+        assert str(source) == "QubesDB"
+
+
+def test_before_the_start_nothing_can_be_read(qubesdb: FakeQubesDB) -> None:
+    with pytest.raises(ConfigError, match="has not been read"):
+        QubesDBSource(qubesdb).read()
+
+
+# The fake has the traps of the real one.
+
+
+def failing(call: Callable[[], object]) -> Error:
+    with pytest.raises(Error) as caught:
+        call()
+    return caught.value
+
+
+def test_the_fake_queues_an_event_that_comes_before_a_command(qubesdb: FakeQubesDB) -> None:
+    handle = qubesdb.QubesDB()
+    handle.watch("/vm-config/")
+    qubesdb.set(SSH, LINE)
+    assert select.select([handle.watch_fd()], [], [], BOUND_S)[0]
+    handle.read("/vm-config/other")
+    assert not select.select([handle.watch_fd()], [], [], 0)[0]
+    assert handle.read_watch() == f"/vm-config/{SSH}"
+    handle.close()
+    assert failing(handle.watch_fd).args[0] == 22
+
+
+def test_the_fakes_handle_connects_again_without_its_watch(qubesdb: FakeQubesDB) -> None:
+    handle = qubesdb.QubesDB()
+    handle.watch("/vm-config/")
+    qubesdb.end()
+    assert isinstance(failing(handle.read_watch), DisconnectedError)
+    assert isinstance(failing(lambda: handle.read("/a")), DisconnectedError)
+    qubesdb.begin()
+    assert handle.read(f"/vm-config/{WEB}") == LINE
+    assert qubesdb.watchers == []
+    handle.close()

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What waits for the call is bounded, and everybody has a turn."""
+
+import contextlib
+import errno
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers import no_fds_left, unix_pair
+from mux_bench import BOUND_S, PORTS, Joined, MuxBench
+
+from qubes_fwd_qrexec.mux import Connection, Hello, wire
+from qubes_fwd_qrexec.relay import mux as mux_module
+from qubes_fwd_qrexec.relay.backlog import HIGH_BYTES, MAX_BYTES, Backlog
+from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.relay.leg import PULL_BYTES
+from qubes_fwd_qrexec.relay.loop import READ, Loop
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def bench() -> Iterator[MuxBench]:
+    with no_fds_left(), MuxBench() as bench:
+        yield bench
+
+
+class Alone:
+    """A backlog with no mux call around it: ``far`` is where its frames come out."""
+
+    def __init__(self, kind: type[socket.socket] = socket.socket) -> None:
+        self.loop = Loop()
+        sink, self.far = unix_pair()
+        self.sink = kind(fileno=sink.detach())
+        self.connection = Connection(Hello(65536, bytes(16), max_streams=1000, lease_s=1), PORTS)
+        self.told: list[str] = []
+        self.backlog = Backlog(
+            self.loop,
+            self.connection,
+            self.sink,
+            lambda: self.told.append("ready"),
+            lambda: self.told.append("broken"),
+            lambda: self.told.append("failed"),
+        )
+
+    def fill(self) -> int:
+        """Queue more than the sink takes; how much that is."""
+        size = 0
+        while self.backlog.is_empty:
+            for payload in range(100):
+                self.connection._outbox.add_data(1, struct.pack(">I", payload) * 2000, 8000)
+            size += self.connection.bytes_queued
+            self.backlog.send()
+        return size
+
+
+@pytest.fixture
+def alone() -> Iterator[Alone]:
+    alone = Alone()
+    yield alone
+    alone.backlog.let_go()
+    alone.loop.close()
+    alone.sink.close()
+    alone.far.close()
+
+
+def test_all_that_is_said_goes_out_in_its_order_whatever_one_write_takes(alone: Alone) -> None:
+    alone.backlog.send()
+    size = 48 + alone.fill()
+    got = bytearray()
+    while len(got) < size:
+        got += alone.far.recv(12_345)
+        alone.loop.run_once(0)
+        if alone.told:
+            alone.told.clear()
+            alone.backlog.send()
+    assert alone.backlog.is_empty
+    frames = [got[48 + start + 8 :][:8000] for start in range(0, size - 48, 8008)]
+    assert frames == [struct.pack(">I", number % 100) * 2000 for number in range(len(frames))]
+    alone.loop.run_once(0)
+    assert not alone.told  # with nothing to say, the kernel is not asked
+
+
+def test_a_sink_that_takes_nothing_is_counted_in_ticks(alone: Alone) -> None:
+    alone.backlog.tick()
+    assert alone.backlog.stuck_ticks == 0
+    alone.fill()
+    for ticks in (1, 2, 3):
+        alone.backlog.tick()
+        assert alone.backlog.stuck_ticks == ticks
+    alone.far.recv(MIB)
+    alone.backlog.send()
+    assert alone.backlog.stuck_ticks == 0
+
+
+def test_a_broken_sink_is_told_of_once_and_drops_what_there_is(alone: Alone) -> None:
+    alone.fill()
+    alone.far.close()
+    alone.backlog.send()
+    assert alone.told == ["broken"]
+    assert alone.backlog.is_empty
+    alone.connection._outbox.add_control(b"x" * 100)
+    alone.backlog.send()
+    assert alone.backlog.bytes_queued == 0
+    alone.loop.run_once(0)
+    assert alone.told == ["broken"]
+
+
+def test_a_sink_that_breaks_while_nothing_is_said_is_noticed(alone: Alone) -> None:
+    alone.backlog.send()
+    alone.far.close()
+    alone.loop.run_once(0)
+    assert alone.told == ["broken"]
+    alone.loop.run_once(0)
+    assert alone.told == ["broken"]
+
+
+def test_what_waits_for_the_call_is_bounded_whatever_the_number_of_streams(bench: MuxBench) -> None:
+    streams = [bench.join() for _ in range(20)]
+    bench.loop.change(bench.far_call.fileno(), 0)
+    for stream in streams:
+        bench.stall(stream.client)
+    assert bench.near.backlog.bytes_queued <= MAX_BYTES + 40_000
+    assert len(bench.near.backlog._waiting) == len({*bench.near.backlog._waiting}) <= 20
+    assert bench.wake_ups() == 0
+    abort(streams[0].client)
+    streams[0].near.abort_from_here()
+    assert streams[0].near not in bench.near.backlog._waiting
+
+
+def test_a_small_stream_beside_many_bulk_ones_has_its_turn(bench: MuxBench) -> None:
+    """relay-behaviours 19 and 20, counted in turns: no clock, and no other load, comes into it."""
+    bulk = [bench.join() for _ in range(16)]
+    small = bench.join()
+    for stream in bulk:
+        bench.stall(stream.client)
+    took: list[int] = []
+    for _ in range(50):
+        small.client.send(b"x")
+        before = small.far.received
+        # From when the kernel has brought it here until it is given to the kernel there.
+        assert select.select([small.near.sock], [], [], BOUND_S)[0]
+        turns = 0
+        while small.far.received == before:
+            assert turns < 200
+            for stream in bulk:
+                move(stream)
+            bench.loop.run_once(0)
+            turns += 1
+        assert bench.read(small.server, 1) == b"x"
+        took.append(turns)
+    took.sort()
+    assert took[25] <= 6
+    # It may come when what is queued is at its bound: then each of the others has one turn before it.
+    assert took[-1] <= 40
+
+
+def move(stream: Joined) -> None:
+    """Bulk from the client to the server, as much as there is room for."""
+    with contextlib.suppress(BlockingIOError):
+        stream.server.recv(MIB)
+    with contextlib.suppress(BlockingIOError):
+        stream.client.send(bytes(65536))
+
+
+def test_bulk_streams_share_the_call(bench: MuxBench) -> None:
+    streams = [bench.join() for _ in range(8)]
+    got = [0] * len(streams)
+    while max(got) < 8 * MIB:
+        for number, stream in enumerate(streams):
+            with contextlib.suppress(BlockingIOError):
+                stream.client.send(bytes(65536))
+            with contextlib.suppress(BlockingIOError):
+                got[number] += len(stream.server.recv(MIB))
+        bench.loop.run_once(0)
+    assert min(got) * 3 > max(got)
+
+
+def test_a_stream_that_waits_is_remembered_once_and_forgotten_with_its_end(bench: MuxBench) -> None:
+    streams = [bench.join() for _ in range(20)]
+    bench.loop.change(bench.far_call.fileno(), 0)
+    for stream in streams:
+        bench.stall(stream.client)
+    assert bench.near.backlog.bytes_queued > HIGH_BYTES
+    waiting = list(bench.near.backlog._waiting)
+    for leg in waiting:
+        leg.resume()  # credit came
+    bench.turn()
+    assert list(bench.near.backlog._waiting) == waiting
+    for leg in waiting:
+        leg.abort_from_here()
+    assert not bench.near.backlog._waiting
+
+
+def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second passes, which would give another two their turn: all have it as fast as the loop turns."""
+    monkeypatch.setattr(mux_module, "TICK_S", 1000.0)
+    with no_fds_left(), MuxBench() as bench:
+        streams = [bench.join() for _ in range(30)]
+        bench.loop.change(bench.far_call.fileno(), 0)
+        for stream in streams:
+            bench.stall(stream.client)
+        waiting = list(bench.near.backlog._waiting)
+        assert len(waiting) > 2 * HIGH_BYTES // PULL_BYTES
+        for leg in waiting:
+            with contextlib.suppress(BlockingIOError):
+                while leg.sock.recv(MIB):
+                    pass
+        bench.loop.change(bench.far_call.fileno(), READ)
+        bench.until(lambda: not bench.near.backlog._waiting)
+
+
+class Short(socket.socket):
+    """The kernel has no memory for what it is sent, so many times."""
+
+    left = 0
+
+    def send(self, *arguments: Any) -> int:
+        self._run_short()
+        return super().send(*arguments)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        self._run_short()
+        return super().sendmsg(*arguments)
+
+    def _run_short(self) -> None:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+
+
+@pytest.mark.parametrize("is_at_once", [False, True])
+def test_a_shortage_of_memory_ends_no_call_and_is_waited_out(is_at_once: bool) -> None:
+    alone = Alone(Short)
+    try:
+        alone.backlog.send()
+        alone.far.recv(MIB)
+        assert isinstance(alone.sink, Short)
+        alone.sink.left = 3
+        frame = wire.data_header(1, 5) + b"hello"
+        if is_at_once:
+            alone.backlog.send_now(memoryview(frame))
+        else:
+            alone.connection._outbox.add_data(1, b"hello", 5)
+            alone.backlog.send()
+        for _ in range(4):
+            assert not alone.loop._epoll.poll(0)  # nor does it spin meanwhile
+            alone.backlog.tick()
+        assert alone.far.recv(100) == frame
+        assert alone.told == []
+        assert alone.backlog.is_empty
+    finally:
+        alone.backlog.let_go()
+        alone.loop.close()
+        alone.sink.close()
+        alone.far.close()

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One stream between two real connections: bytes, stalls, and while it is only asked for."""
+
+import errno
+import socket
+
+import pytest
+from endings import MIB
+from helpers import unix_pair
+from mux_bench import Joined, MuxBench, pending_bytes
+
+from qubes_fwd_qrexec.mux import ResetCode
+from qubes_fwd_qrexec.relay import leg as leg_module
+from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
+from qubes_fwd_qrexec.relay.copy import abort, half_close
+from qubes_fwd_qrexec.relay.leg_end import LegEnd
+from qubes_fwd_qrexec.relay.loop import READ
+
+# Bytes
+
+
+def test_bytes_go_both_ways(bench: MuxBench, stream: Joined) -> None:
+    stream.client.send(b"request")
+    assert bench.read(stream.server, 7) == b"request"
+    stream.server.send(b"answer")
+    assert bench.read(stream.client, 6) == b"answer"
+    assert (stream.near.sent, stream.near.received) == (7, 6)
+    assert (stream.far.sent, stream.far.received) == (6, 7)
+
+
+# While the stream is only asked for
+
+
+def test_a_client_that_leaves_before_the_stream_is_accepted_takes_it_back(bench: MuxBench) -> None:
+    client, leg = bench.open()
+    bench.until(lambda: bench.far_owner.requested)
+    abort(client)
+    bench.until(lambda: bench.far_owner.abandoned)
+    assert leg.ended is LegEnd.LOCAL_RESET
+    bench.until(lambda: not bench.near.connection.open_streams)
+    assert bench.far.connection.open_streams == 0
+
+
+def test_nothing_is_read_from_a_client_before_the_stream_is_accepted(bench: MuxBench) -> None:
+    client, leg = bench.open()
+    client.send(b"early")
+    half_close(client)
+    bench.until(lambda: bench.far_owner.requested)
+    assert bench.wake_ups() == 0
+    assert leg.sent == 0
+    assert leg.sock.recv(100, socket.MSG_PEEK) == b"early"
+    bench.near.abandon()
+    assert leg.ended is LegEnd.REMOTE_RESET
+    client.close()
+
+
+def test_a_refused_stream_leaves_its_socket_as_it_was(bench: MuxBench) -> None:
+    client, leg = bench.open()
+    with client, leg.sock:
+        client.send(b"early")
+        bench.until(lambda: bench.far_owner.requested)
+        bench.far.refuse(1, ResetCode.REFUSED)
+        bench.until(lambda: bench.near_owner.refusals)
+        assert bench.near_owner.refusals == [(leg, ResetCode.REFUSED)]
+        assert leg.sock.recv(100) == b"early"
+        assert (bench.near_budget.streams, bench.near_budget.shared_left) == (0, Budget().shared_left)
+        leg.abort_from_here()  # from a cancellation that crossed it
+        leg.abort_from_there()
+        assert leg.sock.fileno() >= 0
+
+
+def test_an_abort_twice_is_one(bench: MuxBench, stream: Joined) -> None:
+    stream.near.abort_from_here()
+    stream.near.abort_from_here()
+    stream.near.abort_from_there()
+    bench.until(lambda: len(stream.ends) == 2)
+
+
+# Stalls
+
+
+def test_a_stalled_stream_holds_its_window_and_no_more_and_goes_on_when_it_can(
+    bench: MuxBench, stream: Joined
+) -> None:
+    """relay-behaviours 15."""
+    sent = bench.stall(stream.client)
+    assert 0 < pending_bytes(stream.far) <= stream.far.window.size <= WINDOW_MAX_BYTES
+    assert bench.near.backlog.is_empty
+    assert bench.wake_ups() == 0
+    assert len(bench.read(stream.server, sent)) == sent
+    stream.client.send(b"more")
+    assert bench.read(stream.server, 4) == b"more"
+
+
+def test_a_peer_that_is_gone_while_it_stalls_is_noticed(bench: MuxBench, stream: Joined) -> None:
+    """relay-behaviours 13."""
+    bench.stall(stream.client)
+    bench.is_time_still = True
+    abort(stream.client)
+    bench.until(lambda: stream.near._mask == leg_module._UNWATCHED)
+    assert bench.wake_ups() == 0  # the kernel is not asked again and again
+    bench.clock.advance(9.9)
+    bench.turn()
+    assert "near" not in stream.ends
+    bench.clock.advance(0.1)
+    bench.until(lambda: "near" in stream.ends)
+    bench.is_time_still = False
+    assert bench.is_aborted(stream.server)
+
+
+def test_a_peer_that_was_gone_while_it_stalled_is_passed_on_to_the_last_byte(
+    bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 1000)
+    bench.stall(stream.client)
+    on_its_way = stream.near.sent
+    abort(stream.client)
+    unread = len(stream.near.sock.recv(4 * MIB, socket.MSG_PEEK))
+    bench.until(lambda: stream.near._mask == leg_module._UNWATCHED)
+    got, how = bench.read_to_end(stream.server)
+    assert (len(got), how) == (on_its_way + unread, "RST")
+    assert stream.near._timer is None or stream.near._timer.callback is None
+
+
+def test_both_ends_of_file_and_stalled_is_no_abort_and_no_busy_loop(
+    bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HUP is what the kernel says after both FINs, too; the bytes before the client's wait for credit."""
+    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0.0)
+    half_close(stream.server)
+    assert bench.read_to_end(stream.client) == (b"", "EOF")
+    assert stream.near.is_half_closed
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.near, "room", lambda _leg: 0)
+        stream.client.send(b"waits for credit")
+        half_close(stream.client)
+        bench.until(lambda: stream.near._mask == leg_module._UNWATCHED)
+        assert bench.wake_ups() == 0
+    stream.near.resume()
+    assert bench.read_to_end(stream.server) == (b"waits for credit", "EOF")
+    bench.until(lambda: len(stream.ends) == 2)
+    assert set(stream.ends.values()) == {LegEnd.DONE}
+
+
+def test_credit_for_what_has_ended_changes_nothing(bench: MuxBench, stream: Joined) -> None:
+    half_close(stream.client)
+    bench.until(lambda: stream.far.has_eof)
+    stream.near.resume()
+    assert stream.near._mask == 0
+
+
+def test_a_stall_timer_of_a_leg_that_goes_on_again_does_nothing(
+    bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0.0)
+    bench.stall(stream.client)
+    stream.near._watch(leg_module._UNWATCHED)
+    stream.near._after(0.0, stream.near._abort_if_stalled)
+    stream.near._watch(READ)
+    bench.turn()
+    assert stream.near.ended is None
+
+
+def test_an_idle_and_a_half_closed_stream_wake_nobody(bench: MuxBench, stream: Joined) -> None:
+    assert bench.wake_ups() == 0
+    half_close(stream.client)
+    bench.until(lambda: stream.far.has_eof)
+    bench.turn()
+    assert bench.wake_ups() == 0
+    bench.stall(stream.server)
+    assert bench.wake_ups() == 0
+
+
+def test_a_socket_that_the_kernel_cannot_watch_is_one_streams_trouble(
+    bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "too many")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.loop, "watch", refuse)
+        client, leg = bench.open()
+    bench.until(lambda: leg.ended)
+    assert bench.is_aborted(client)
+    client.close()
+    stream.client.send(b"x")
+    assert bench.read(stream.server, 1) == b"x"
+
+
+# Other sockets
+
+
+def test_what_a_socket_has_not_sent_is_nothing_where_that_cannot_be_known() -> None:
+    one, other = unix_pair()
+    with one, other:
+        one.send(b"x")
+        assert leg_module.unsent_bytes(one) > 0
+    with socket.socket() as listening:
+        listening.listen()
+        assert leg_module.unsent_bytes(listening) == 0

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When dom0 said yes: when the agent's process began, and never when our service did."""
+
+import os
+import socket
+import subprocess
+import time
+
+import pytest
+from agents import agent_process
+from noted import after_a_tick
+
+from qubes_fwd_qrexec.target import callstart
+from qubes_fwd_qrexec.target.callstart import CallStartError, agent_pid, boot_ticks, call_start, peer_pid
+
+
+def test_it_is_the_start_of_the_agents_process_by_two_clocks() -> None:
+    before, before_s = boot_ticks(), time.monotonic()
+    with agent_process() as pid:
+        after, after_s = boot_ticks(), time.monotonic()
+        after_a_tick()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            start = call_start(pid, ours)
+    tick_s = 1 / callstart.TICKS_PER_S
+    assert before <= start.boot_ticks <= after
+    assert before_s - tick_s <= start.monotonic_s <= after_s
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "01", "1 ", "\u0661", "9" * 40])
+def test_an_agent_that_is_not_named_is_no_agent(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("QREXEC_AGENT_PID", text)
+    with pytest.raises(CallStartError, match="QREXEC_AGENT_PID"):
+        agent_pid()
+
+
+def test_the_agent_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QREXEC_AGENT_PID", "4711")
+    assert agent_pid() == 4711
+
+
+def test_an_agent_that_is_gone_or_hidden_is_doubt() -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pid = gone.pid
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(CallStartError, match="hidepid"):
+        call_start(pid, ours)
+
+
+def test_once_the_call_is_over_the_number_may_be_another_ones() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with agent_process() as pid, ours, pytest.raises(CallStartError, match="the call is over"):
+        call_start(pid, ours)
+
+
+def test_a_caller_that_has_sent_all_is_still_there() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.shutdown(socket.SHUT_WR)
+    with agent_process() as pid, ours, theirs:
+        assert call_start(pid, ours).boot_ticks <= boot_ticks()
+
+
+def test_the_kernel_says_who_has_connected(tmp_path: os.PathLike[str]) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        path = os.path.join(tmp_path, "s")
+        listening.bind(path)
+        listening.listen()
+        code = (
+            "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.stdin.read()"
+        )
+        with subprocess.Popen(["python3", "-c", code, path], stdin=subprocess.PIPE) as process:
+            call, _ = listening.accept()
+            with call:
+                assert peer_pid(call) == process.pid
+                assert call_start(peer_pid(call), call).boot_ticks <= boot_ticks()

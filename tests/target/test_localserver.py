@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+import errno
+import os
+import select
+import socket
+from contextlib import ExitStack
+
+import pytest
+from helpers import BOUND_S, listening_socket, no_fds_left, port_of
+
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.relay.copy import close_cleanly, half_close
+from qubes_fwd_qrexec.target import localserver
+from qubes_fwd_qrexec.target.localserver import LOCALHOSTS, ServiceError, connect, parse_argument
+
+BAD_ARGUMENTS = [
+    "", "+8080", " 8080", "8080 ", "08080", "8_080", "8080\n", "65536", "99999", "100000", "0", "-1", "80-90",
+    "\u0668\u0660", "\u00b2", "0x50", "8e3", "80.0", "localhost", "127.0.0.1:80", "80+", "80+call",
+    "80+mux+", "+mux", "80-+mux", "90-80+mux", "080+mux", "80-65536+mux",
+    "80/../81", "x" * 100_000, "\udcff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "port"), [("1", 1), ("80", 80), ("8080", 8080), ("65535", 65535)])
+def test_a_port_is_taken(text: str, port: int) -> None:
+    assert parse_argument(text) == (TargetPorts(port, port), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"), [("80+mux", 80, 80), ("80-90+mux", 80, 90), ("1-65535+mux", 1, 65535)]
+)
+def test_a_mux_call_is_asked_for_by_port_or_range(text: str, first: int, last: int) -> None:
+    assert parse_argument(text) == (TargetPorts(first, last), True)
+
+
+@pytest.mark.parametrize("text", BAD_ARGUMENTS)
+def test_whatever_is_no_port_is_refused_with_status_2(text: str) -> None:
+    with pytest.raises(ServiceError) as caught:
+        parse_argument(text)
+    assert caught.value.status == 2
+
+
+def test_ipv6_is_tried_when_ipv4_refuses() -> None:
+    with listening_socket("::1") as server, connect(port_of(server)) as sock:
+        assert sock.getpeername()[:2] == server.getsockname()[:2]
+        assert not sock.getblocking()
+
+
+def test_a_server_whose_queue_is_full_is_status_75_in_time() -> None:
+    with socket.socket() as server, no_fds_left():
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        fillers = []
+        for _ in range(3):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(server.getsockname())
+            fillers.append(filler)
+        with pytest.raises(ServiceError) as caught:
+            connect(port_of(server), timeout_s=0.1)
+        for filler in fillers:
+            filler.close()
+    assert caught.value.status is ExitStatus.SERVER_TIMEOUT
+
+
+def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that the kernel happened to bind to the very port it connects to meets itself."""
+    with listening_socket() as sock:
+        port = port_of(sock)
+
+    class Unlucky(socket.socket):
+        def connect(self, address: tuple[str, int]) -> None:  # type: ignore[override]
+            if self.family == socket.AF_INET:
+                self.bind(("127.0.0.1", port))
+            super().connect(address)
+
+    monkeypatch.setattr(localserver.socket, "socket", Unlucky)
+    with no_fds_left(), pytest.raises(ServiceError) as caught:
+        connect(port)
+    assert caught.value.status is ExitStatus.SERVER_REFUSED
+
+
+def test_a_shortage_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(localserver.socket, "socket", refuse)
+    with pytest.raises(ServiceError, match="Too many open files"):
+        connect(80)
+
+
+@pytest.mark.parametrize(("family", "host"), LOCALHOSTS)
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_server_of_the_target_may_listen_on_a_port_that_a_connection_comes_from(
+    family: socket.AddressFamily, host: str, *, is_over: bool
+) -> None:
+    """Also where that has ended and TCP holds the port for a while. Some ports others have too."""
+    assert any(can_listen_where_it_comes_from(family, host, is_over=is_over) for _ in range(10))
+
+
+def can_listen_where_it_comes_from(family: socket.AddressFamily, host: str, *, is_over: bool) -> bool:
+    with ExitStack() as undo:
+        server = undo.enter_context(socket.create_server((host, 0), family=family))
+        near = undo.enter_context(localserver._connect_to(family, host, port_of(server), BOUND_S))
+        far, _ = server.accept()
+        undo.enter_context(far)
+        port = near.getsockname()[1]
+        if is_over:
+            half_close(near)
+            assert far.recv(1) == b""
+            far.close()
+            select.select([near], [], [], BOUND_S)
+            close_cleanly(near)
+        for address in (host, "::" if family == socket.AF_INET6 else "0.0.0.0"):
+            with socket.socket(family) as other:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    other.bind((address, port))
+                    other.listen()
+                except OSError:
+                    return False
+    return True

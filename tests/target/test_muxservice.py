@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The target's end: a mux in the place of the exposed qube, and real servers on loopback."""
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import pytest
+from helpers import free_port, listening_socket, no_fds_left, port_of
+from service_bench import ServiceBench
+
+from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.mux import GoawayCode, Origin, ProxyVersion, ResetCode
+from qubes_fwd_qrexec.relay.copy import abort, half_close
+from qubes_fwd_qrexec.relay.leg_end import LegEnd
+from qubes_fwd_qrexec.relay.socketbuffers import START_BYTES
+from qubes_fwd_qrexec.target import muxservice
+from qubes_fwd_qrexec.target.muxservice import LEASE_S
+from qubes_fwd_qrexec.target.proxyheader import header
+
+
+@pytest.fixture
+def bench(server: socket.socket) -> Iterator[ServiceBench]:
+    port = port_of(server)
+    with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
+        yield bench
+
+
+@contextlib.contextmanager
+def full_server() -> Iterator[int]:
+    """The port of a server whose accept queue is full: it answers nobody any more."""
+    with contextlib.ExitStack() as sockets:
+        server = sockets.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(3):
+            filler = sockets.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(server.getsockname())
+        yield port_of(server)
+
+
+# Streams
+
+
+def test_a_stream_is_a_connection_to_the_server(bench: ServiceBench, server: socket.socket) -> None:
+    client, leg = bench.connect(port_of(server))
+    far = bench.accept(server)
+    with client, far:
+        bench.until(lambda: leg.is_joined)
+        client.send(b"request")
+        assert bench.read(far, 7) == b"request"
+        far.send(b"answer")
+        half_close(far)
+        half_close(client)
+        assert bench.read_to_end(client) == (b"answer", "EOF")
+        assert bench.read_to_end(far) == (b"", "EOF")
+        bench.until(lambda: not bench.service._mux.legs and not bench.near.legs)
+
+
+def test_the_sockets_buffers_are_set(bench: ServiceBench, server: socket.socket) -> None:
+    """relay-behaviours 17."""
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server):
+        bench.until(lambda: leg.is_joined)
+        (far,) = bench.service._mux.legs.values()
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            assert far.sock.getsockopt(socket.SOL_SOCKET, option) == 2 * START_BYTES
+        assert far.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        leg.abort_from_here()
+        bench.until(lambda: not bench.service._mux.legs)
+
+
+def test_ipv6_is_tried_when_ipv4_refuses() -> None:
+    with listening_socket("::1") as server:
+        port = port_of(server)
+        with ServiceBench(TargetPorts(port, port)) as bench:
+            client, leg = bench.connect(port)
+            with client, bench.accept(server):
+                bench.until(lambda: leg.is_joined)
+
+
+def test_nobody_listening_is_a_refusal_and_nothing_was_read() -> None:
+    """relay-behaviours 21: within no time at all by the loop's own clock."""
+    port = free_port()
+    with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
+        client, leg = bench.connect(port)
+        with client, leg.sock:
+            client.send(b"unread")
+            bench.is_time_still = True
+            bench.until(lambda: bench.near_owner.refusals)
+            assert bench.near_owner.refusals == [(leg, ResetCode.REFUSED)]
+            assert leg.sock.recv(100) == b"unread"
+
+
+def test_a_full_accept_queue_is_a_timeout() -> None:
+    """relay-behaviours 22."""
+    with no_fds_left(), full_server() as port, ServiceBench(TargetPorts(port, port)) as bench:
+        bench.is_time_still = True
+        client, leg = bench.connect(port)
+        with client, leg.sock:
+            bench.until(lambda: bench.service._connecting)
+            bench.clock.advance(9.9)
+            bench.turn()
+            assert not bench.near_owner.refusals
+            bench.clock.advance(0.1)
+            bench.until(lambda: bench.near_owner.refusals == [(leg, ResetCode.TIMEOUT)])
+        assert not bench.service._connecting
+
+
+def test_an_abandoned_request_leaves_no_connection_behind() -> None:
+    with no_fds_left(), full_server() as port, ServiceBench(TargetPorts(port, port)) as bench:
+        client, leg = bench.connect(port)
+        bench.until(lambda: bench.service._connecting)
+        abort(client)
+        bench.until(lambda: leg.ended is LegEnd.LOCAL_RESET)
+        bench.until(lambda: not bench.service._connecting)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EMFILE, ResetCode.OVER_LIMIT), (errno.EAFNOSUPPORT, ResetCode.UNREACHABLE)],
+)
+def test_no_socket_to_be_had_is_a_refusal(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch, number: int, code: ResetCode
+) -> None:
+    def refuse(_family: int) -> socket.socket:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(muxservice, "new_socket", refuse)
+    assert bench.refusal(port_of(server)) is code
+
+
+def test_a_socket_that_cannot_be_watched_is_a_refusal(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "too many")
+
+    monkeypatch.setattr(bench.service._loop, "watch", refuse)
+    assert bench.refusal(port_of(server)) is ResetCode.UNREACHABLE
+
+
+def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening_socket() as sock:
+        port = port_of(sock)
+    real = muxservice.new_socket
+
+    def unlucky(family: int) -> socket.socket:
+        sock = real(family)
+        if family == socket.AF_INET:
+            sock.bind(("127.0.0.1", port))
+        return sock
+
+    monkeypatch.setattr(muxservice, "new_socket", unlucky)
+    with ServiceBench(TargetPorts(port, port)) as bench:
+        assert bench.refusal(port) is ResetCode.REFUSED
+
+
+def test_a_budget_without_room_is_a_refusal(bench: ServiceBench, server: socket.socket) -> None:
+    bench.service._mux.share._budget.streams = bench.service._mux.share._budget.streams_max
+    assert bench.refusal(port_of(server)) is ResetCode.OVER_LIMIT
+    bench.service._mux.share._budget.streams = 0
+    with bench.accept(server) as far:
+        assert bench.is_aborted(far)
+
+
+# The PROXY protocol
+
+
+@pytest.mark.parametrize("version", [ProxyVersion.V1, ProxyVersion.V2])
+@pytest.mark.parametrize("client_address", ["192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1"])
+def test_the_server_is_told_first_who_connected(
+    bench: ServiceBench, server: socket.socket, version: ProxyVersion, client_address: str
+) -> None:
+    """relay-behaviours 44."""
+    origin = Origin(ip_address(client_address), 40_000, ip_address("2001:db8::2"), 80)
+    if "." in client_address:
+        origin = Origin(origin.client, origin.client_port, ip_address("198.51.100.2"), 80)
+    client, _ = bench.connect(port_of(server), version, origin)
+    own = b"PROXY TCP4 6.6.6.6 6.6.6.6 6 6\r\n"
+    with client, bench.accept(server) as far:
+        client.send(own)
+        expected = header(version, origin)
+        assert bench.read(far, len(expected) + len(own)) == expected + own
+
+
+def test_a_server_that_cannot_be_told_all_of_it_is_told_nothing_more(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header that is cut could pass for data; no new socket's buffer takes one of 16 MiB."""
+    monkeypatch.setattr(muxservice, "header", lambda *_: bytes(16 << 20))
+    client, leg = bench.connect(port_of(server), ProxyVersion.V2)
+    with client, bench.accept(server) as far:
+        client.send(b"data")
+        assert bench.read_to_end(far)[1] == "RST"
+        assert bench.is_aborted(client)
+        assert leg.ended is LegEnd.REMOTE_RESET
+
+
+# The range
+
+
+def test_every_port_of_the_range_is_reached_and_no_other() -> None:
+    with listening_socket() as first, listening_socket() as second:
+        low, high = sorted((port_of(first), port_of(second)))
+        by_port = {port_of(first): first, port_of(second): second}
+        with ServiceBench(TargetPorts(low, high)) as bench:
+            for port in (low, high):
+                client, _ = bench.connect(port)
+                with client, bench.accept(by_port[port]):
+                    pass
+    with listening_socket() as inside, ServiceBench(TargetPorts(port_of(inside), port_of(inside))) as bench:
+        # A listener that lies about the ports of its call: the whole mux call ends.
+        bench.near.connection._target_ports = range(1, 65536)
+        with listening_socket() as outside:
+            client, leg = bench.connect(port_of(outside))
+            bench.until(lambda: bench.near_owner.is_over and bench.service._is_over)
+            assert leg.ended is LegEnd.REMOTE_RESET
+            assert bench.service._problem == f"OPEN to port {port_of(outside)}, which is not of this call"
+            with pytest.raises(BlockingIOError):
+                outside.accept()
+            client.close()
+            leg.sock.close()
+
+
+# The lease, and the end
+
+
+def test_past_its_lease_it_takes_no_stream_and_cuts_those_it_has(server: socket.socket) -> None:
+    """relay-behaviours 53: so what dom0 no longer allows is over then, even if nobody hears of it."""
+    port = port_of(server)
+    with ServiceBench(TargetPorts(port, port), lease_s=300) as bench:
+        bench.is_time_still = True
+        client, _ = bench.connect(port)
+        with client, bench.accept(server) as far:
+            bench.clock.advance(299)
+            bench.turn()
+            assert not bench.near_owner.drained
+            bench.clock.advance(2)
+            bench.until(lambda: bench.near_owner.is_over)
+            assert bench.near_owner.drained == [GoawayCode.LEASE_OVER]
+            bench.is_time_still = False
+            assert bench.is_aborted(client)
+            assert bench.is_aborted(far)
+        bench.until(lambda: bench.service._is_over)
+        assert bench.service._problem is None
+
+
+def test_without_streams_the_end_of_the_lease_is_an_agreed_end(server: socket.socket) -> None:
+    port = port_of(server)
+    with ServiceBench(TargetPorts(port, port), lease_s=300) as bench:
+        bench.is_time_still = True
+        bench.clock.advance(301)
+        bench.until(lambda: bench.near_owner.is_over)
+        assert bench.near_owner.drained == [GoawayCode.LEASE_OVER]
+        assert bench.near_owner.problem is None
+
+
+def test_a_server_that_is_being_asked_when_the_lease_ends_is_given_up(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.is_time_still = True
+    client, _ = bench.connect(port_of(server))
+    monkeypatch.setattr(muxservice._Connecting, "_on_answer", lambda *_: None)
+    bench.until(lambda: bench.service._connecting)
+    bench.service._connecting[1]._timer.cancel()
+    bench.clock.advance(LEASE_S + 1)
+    bench.until(lambda: bench.near_owner.is_over)
+    assert not bench.service._connecting
+    bench.is_time_still = False
+    with client:
+        assert bench.is_aborted(client)
+
+
+def test_what_dom0_has_allowed_again_begins_the_lease_anew(
+    bench: ServiceBench, server: socket.socket
+) -> None:
+    bench.is_time_still = True
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server):
+        for _ in range(3):
+            bench.clock.advance(LEASE_S - 10)
+            bench.said_s = bench.clock.now
+            bench.turn()
+        bench.clock.advance(LEASE_S - 10)
+        bench.turn()
+        assert bench.near.open_room
+        assert leg.is_joined
+        bench.clock.advance(20)
+        bench.until(lambda: bench.near_owner.is_over)
+
+
+def test_what_drains_takes_no_more_and_goes_on_past_its_lease_to_its_deadline(
+    bench: ServiceBench, server: socket.socket
+) -> None:
+    bench.is_time_still = True
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        bench.until(lambda: leg.is_joined)
+        bench.word.drain_left_s = 2000.0
+        bench.service._watch.look()
+        bench.until(lambda: bench.near_owner.drained)
+        assert not bench.near.open_room
+        for _ in range(30):
+            bench.clock.advance(LEASE_S / 10)
+            bench.word.drain_left_s -= LEASE_S / 10
+            bench.turn()
+        assert leg.ended is None
+        client.send(b"x")
+        assert bench.read(far, 1) == b"x"
+        bench.word.drain_left_s = 0.0
+        bench.clock.advance(31)
+        bench.until(lambda: bench.near_owner.is_over)
+        assert bench.near_owner.problem == "dom0 has ended it"
+        bench.is_time_still = False
+        assert bench.is_aborted(client)
+        assert bench.is_aborted(far)
+
+
+def test_what_may_go_on_after_all_goes_on_as_long_as_dom0_says_yes(
+    bench: ServiceBench, server: socket.socket
+) -> None:
+    bench.is_time_still = True
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server):
+        bench.until(lambda: leg.is_joined)
+        bench.word.drain_left_s = 20.0
+        bench.service._watch.look()
+        bench.word.drain_left_s = None
+        bench.service._watch.look()
+        bench.clock.advance(100)
+        bench.turn()
+        assert leg.ended is None
+        bench.said_s = bench.clock.now
+        bench.clock.advance(LEASE_S - 50)
+        bench.turn()
+        assert leg.ended is None
+        bench.clock.advance(100)
+        bench.until(lambda: bench.near_owner.is_over)
+
+
+def test_what_is_no_longer_allowed_ends_when_it_looks(bench: ServiceBench, server: socket.socket) -> None:
+    client, _ = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        bench.word.is_allowed = False
+        bench.service._watch.look()
+        assert bench.is_aborted(client)
+        assert bench.is_aborted(far)
+        bench.until(lambda: bench.service._is_over)
+        assert bench.near_owner.problem == "dom0 has ended it"
+
+
+def test_a_lease_of_a_mux_call_that_is_over_is_no_trouble(bench: ServiceBench) -> None:
+    bench.near.drain(GoawayCode.SHUTDOWN)
+    bench.until(lambda: bench.service._is_over)
+    bench.said_s = 0.0
+    bench.service._look_at_lease()
+    bench.service._take_no_more()
+    bench.service._revoke()
+    assert bench.service.run() is None
+
+
+def test_taken_back_by_dom0_every_stream_is_aborted_and_no_server_is_asked(
+    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        waiting, leg = bench.connect(port_of(server))
+        monkeypatch.setattr(muxservice._Connecting, "_on_answer", lambda *_: pytest.fail("connected"))
+        bench.loop.run_once(0)
+        monkeypatch.undo()
+        bench.service._revoke()
+        assert not bench.service._connecting
+        bench.until(lambda: bench.near_owner.is_over and bench.service._is_over)
+        assert bench.near_owner.problem == "dom0 has ended it"
+        assert bench.is_aborted(client)
+        assert bench.is_aborted(far)
+        with waiting:
+            assert leg.ended is LegEnd.REMOTE_RESET or not leg.sock.close()
+
+
+def test_a_lost_call_ends_it_within_two_seconds_though_a_server_takes_nothing(
+    bench: ServiceBench, server: socket.socket
+) -> None:
+    """relay-behaviours 28, by the loop's own clock, and 27 for the server."""
+    client, leg = bench.connect(port_of(server))
+    with client, bench.accept(server) as far:
+        bench.until(lambda: leg.is_joined)
+        bench.stall(client)
+        bench.is_time_still = True
+        bench.near.abandon()
+        bench.near_call.shutdown(socket.SHUT_RDWR)
+        bench.until(lambda: bench.service._is_over)
+        bench.turn()
+        assert bench.service._mux.legs
+        for _ in range(19):
+            bench.clock.advance(0.1)
+            bench.turn()
+        assert not bench.service._mux.legs
+        assert bench.is_aborted(far)
+
+
+def test_a_lost_call_gives_up_every_request(bench: ServiceBench, server: socket.socket) -> None:
+    client, _ = bench.connect(port_of(server))
+    bench.near.backlog.send()
+    bench.near.abandon()
+    bench.near_call.shutdown(socket.SHUT_RDWR)
+    bench.until(lambda: bench.service._is_over)
+    assert bench.service._problem == "the byte stream ended without a final GOAWAY"
+    assert not bench.service._connecting
+    bench.until(lambda: not bench.service._mux.legs)
+    client.close()

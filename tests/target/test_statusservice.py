@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a qube answers to dom0, by the program and by its parts."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import free_port
+from noted import MINE, just_now
+
+from qubes_fwd_qrexec.common import report
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.common.report import (
+    Answer,
+    CallsReport,
+    Firewall,
+    FirewallReport,
+    ListenerReport,
+    QubeReport,
+    Trial,
+)
+from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.target import statusservice
+from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE, Kind, left_note
+from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, boot_ticks
+from qubes_fwd_qrexec.target.statusservice import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY, answer
+
+BOUND_S = 60.0
+REPORT = ListenerReport(since=1, forwards=())
+
+
+def told(argument: str, listener_place: Path, notes_place: Path) -> QubeReport:
+    return answer(argument, listener_place, notes_place, Path("/nonexistent"))
+
+
+@contextmanager
+def listener(place: Path, name: str, said: bytes) -> Iterator[list[bytes]]:
+    """Answers one connection as a listener's socket would."""
+    requests: list[bytes] = []
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(place / name))
+        listening.listen()
+        listening.settimeout(BOUND_S)
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                if name == TRY:
+                    requests.append(connection.recv(100))
+                connection.sendall(said)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield requests
+        thread.join(BOUND_S)
+
+
+def test_a_qube_without_a_listener_and_without_mux_calls_says_so(tmp_path: Path) -> None:
+    found = told("", tmp_path / "none", tmp_path / "nothing")
+    assert (found.listener, found.listener_problem) == (None, "no listener is running")
+    assert (found.calls, found.trial) == ((), None)
+
+
+def test_what_the_listener_says_is_passed_on(tmp_path: Path) -> None:
+    with listener(tmp_path, STATUS, report.dump(REPORT.as_json())):
+        assert told("", tmp_path, tmp_path).listener == REPORT
+
+
+@pytest.mark.parametrize("said", [b"", b"nonsense", b'{"version":2}', b"x" * (report.REPORT_MAX_BYTES + 1)])
+def test_a_listener_that_says_nonsense_is_a_problem(tmp_path: Path, said: bytes) -> None:
+    with listener(tmp_path, STATUS, said):
+        found = told("", tmp_path, tmp_path)
+    assert found.listener is None
+    assert found.listener_problem is not None
+    assert found.listener_problem.startswith("the listener's answer cannot be read: ")
+
+
+def test_a_dead_listeners_socket_is_no_listener(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / STATUS))
+    assert told("", tmp_path, tmp_path).listener_problem == "no listener is running"
+
+
+def test_a_listener_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statusservice, "_LISTENER_TIMEOUT_S", 0.1)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / STATUS))
+        silent.listen()
+        found = told("", tmp_path, tmp_path)
+    assert found.listener_problem == "the listener does not answer: timed out"
+
+
+def test_calls_are_counted_by_source_and_ports_while_they_live(place: Path, tmp_path: Path) -> None:
+    single = Calls(TargetPorts(80, 80), QubeName("sys-net"))
+    with (
+        left_note(Kind.MUX, MINE, just_now(), place, 1),
+        left_note(Kind.MUX, MINE, just_now(), place, 2) as soon,
+        left_note(Kind.SINGLE, MINE, just_now(), place, 3) as late,
+        left_note(Kind.SINGLE, single, just_now(), place, 4),
+    ):
+        (place / "other").write_text("")
+        soon.set_until(boot_ticks() + 10 * TICKS_PER_S)
+        late.set_until(boot_ticks() + 100 * TICKS_PER_S)
+        one, other = told("", tmp_path / "none", place).calls
+        assert one == CallsReport(source=single.source, ports=single.ports, singles=1)
+        assert other.drain_left_s in range(70, 101)
+        assert other == CallsReport(
+            source=MINE.source,
+            ports=MINE.ports,
+            mux_calls=2,
+            singles=1,
+            draining=2,
+            drain_left_s=other.drain_left_s,
+        )
+    assert told("", tmp_path / "none", place).calls == ()
+
+
+def test_where_notes_cannot_be_read_there_are_no_figures(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    assert told("", tmp_path / "none", tmp_path / "run").calls == ()
+
+
+FIREWALL = FirewallReport(Firewall.OPEN, Firewall.CLOSED, ("fwd.work.web",))
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (report.dump(FIREWALL.as_json()), FIREWALL),
+        (b"open\n", FirewallReport()),
+        (b"", FirewallReport()),
+        (b"\xff", FirewallReport()),
+        (report.dump(FIREWALL.as_json()) + b" " * report.REPORT_MAX_BYTES, FirewallReport()),
+        (None, FirewallReport()),
+    ],
+)
+def test_the_firewall_is_what_its_program_says(
+    tmp_path: Path, content: bytes | None, found: FirewallReport
+) -> None:
+    state = tmp_path / "state"
+    if content is not None:
+        state.write_bytes(content)
+    assert answer("", tmp_path, tmp_path, state).firewall == found
+
+
+def test_a_port_is_tried(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(BOUND_S)
+        port = server.getsockname()[1]
+        trial = told(str(port), tmp_path, tmp_path).trial
+        assert trial is not None
+        assert trial.answer is Answer.THROUGH
+        taken, _ = server.accept()
+        with taken:
+            taken.settimeout(BOUND_S)
+            assert taken.recv(1) == b""  # a clean end, which no server complains of
+    port = free_port()
+    assert told(str(port), tmp_path, tmp_path).trial == Trial(
+        Answer.REFUSED, "server", f"port {port}: Connection refused"
+    )
+
+
+def test_a_forward_is_tried_by_the_listener(tmp_path: Path) -> None:
+    trial = Trial(Answer.REFUSED, "policy", "no")
+    with listener(tmp_path, TRY, report.dump(trial.as_json())) as requests:
+        assert told("fwd.work.web", tmp_path, tmp_path).trial == trial
+    assert requests == [b"fwd.work.web\n"]
+
+
+def test_a_forward_is_not_tried_where_nobody_listens(tmp_path: Path) -> None:
+    trial = told("fwd.work.web", tmp_path, tmp_path).trial
+    assert trial is not None
+    assert (trial.answer, trial.text.startswith("the listener does not answer")) == (Answer.FAILED, True)
+
+
+@pytest.mark.parametrize("argument", ["0", "080", "x", "fwd.x", "fwd.work.web\n", "80-90", "65536", "fwd."])
+def test_any_other_argument_is_refused(tmp_path: Path, argument: str) -> None:
+    with pytest.raises(TextError):
+        told(argument, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("argument", "status"), [([], 0), ([""], 0), (["x\x1b"], 2)])
+def test_the_program_answers_on_stdout_or_says_what_is_wrong(
+    tmp_path: Path, argument: list[str], status: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qubes_fwd_qrexec.target.statusservice", *argument],
+        capture_output=True,
+        env=os.environ | {LISTENER_DIRECTORY_VARIABLE: str(tmp_path), DIRECTORY_VARIABLE: str(tmp_path)},
+        timeout=BOUND_S,
+        check=False,
+    )
+    assert done.returncode == status
+    if status:
+        assert done.stdout == b""
+        assert done.stderr.startswith(b"qubes.ForwardStatus: 'x\\x1b' is not a port")
+    else:
+        assert QubeReport.parse(done.stdout).listener_problem == "no listener is running"
