@@ -20,12 +20,12 @@ BOUND_S = 60.0
 _CALL = """\
 import signal, sys
 from pathlib import Path
-from qubes_fwd_qrexec.allowance import Calls
-from qubes_fwd_qrexec.callnotes import Kind
-from qubes_fwd_qrexec.callstart import CallStart, boot_ticks
-from qubes_fwd_qrexec.loop import READ, Loop
-from qubes_fwd_qrexec.permissionwatch import PermissionWatch, called_on_signals
-from qubes_fwd_qrexec.revocation import LOOK, permitted
+from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.target.callnotes import Kind
+from qubes_fwd_qrexec.target.callstart import CallStart, boot_ticks
+from qubes_fwd_qrexec.relay.loop import READ, Loop
+from qubes_fwd_qrexec.target.permissionwatch import PermissionWatch, called_on_signals
+from qubes_fwd_qrexec.target.revocation import LOOK, permitted
 import time
 kind, calls, place, obeys = sys.argv[1:]
 loop = Loop()

@@ -271,7 +271,7 @@ def test_a_shortage_is_waited_out_for_a_tenth_of_a_second_to_a_second() -> None:
 _LOW_PORT = """
 import os, sys
 from ipaddress import ip_address
-from qubes_fwd_qrexec.accepting import BindError, open_listening
+from qubes_fwd_qrexec.relay.acceptloop import BindError, open_listening
 if os.geteuid() == 0:
     os.setuid(65534)
 try:
