@@ -30,7 +30,7 @@ from worlds import NOW
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.expiry import parse_expire
 from qubes_fwd_qrexec.admin.labstore import LabStore
-from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory

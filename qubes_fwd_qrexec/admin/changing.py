@@ -31,11 +31,11 @@ from .expiry import parse_expire, print_expire
 from .inventory import Inventory
 from .judged import denials
 from .leftovers import listening
-from .render import escaped
 from .session import Session, Snapshot, UsageError
 from .states import Cause, Forward, Plan, State
 from .stock import Stock, draining, ended, left_over
 from .store import made_up_name
+from .views.render import escaped
 
 _V = TypeVar("_V")
 _NO_FROM = (

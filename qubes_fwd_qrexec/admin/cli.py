@@ -17,9 +17,9 @@ from qubes_fwd_qrexec.common.errors import ForwardError
 
 from . import parser
 from .locate import open_backend
-from .render import escaped
 from .session import Session, UsageError
-from .tables import Style
+from .views.render import escaped
+from .views.tables import Style
 
 _FAULT = 3
 _TRACE = "QVM_FORWARD_TRACE"
@@ -32,14 +32,14 @@ _COMMANDS = {
     "enable": ("changing", "enable"),
     "disable": ("changing", "disable"),
     "confirm": ("changing", "confirm"),
-    "list": ("showing", "list_rules"),
-    "show": ("showing", "show"),
-    "status": ("status", "status"),
-    "diagnose": ("diagnose", "diagnose"),
-    "plan": ("showing", "explain"),
-    "apply": ("showing", "apply"),
+    "list": ("views.showing", "list_rules"),
+    "show": ("views.showing", "show"),
+    "status": ("views.status", "status"),
+    "diagnose": ("views.diagnose", "diagnose"),
+    "plan": ("views.showing", "explain"),
+    "apply": ("views.showing", "apply"),
     "watch": ("watch", "watch"),
-    "policy": ("showing", "print_policy"),
+    "policy": ("views.showing", "print_policy"),
     "tunnel": ("tunnelmarks", "tunnel"),
     "panic": ("panic", "panic"),
     "resume": ("panic", "resume"),
@@ -72,7 +72,7 @@ def run(
     """
     arguments = parser.build()
     if argv[:1] == ["__complete"]:
-        from . import complete
+        from .views import complete
 
         out.write("".join(f"{word}\n" for word in complete.candidates(arguments, argv[1:], environ)))
         return 0

@@ -14,10 +14,10 @@ from qubes_fwd_qrexec.common.values import QubeName
 from .apply import Outcome, others
 from .inventory import DISPOSABLE, TUNNEL_FEATURE, Inventory
 from .judged import denials
-from .render import escaped
 from .session import Session, Snapshot, UsageError, plan_as_json
 from .states import Forward, Plan
 from .store import TUNNEL_NAME, made_up_name, parse_new_name
+from .views.render import escaped
 
 
 def export_rules(args: Namespace, session: Session) -> int:

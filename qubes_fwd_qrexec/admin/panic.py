@@ -19,11 +19,11 @@ from . import leftovers, policy
 from .apply import Outcome, differences
 from .backend import ANY
 from .judged import denials, judged
-from .render import escaped
 from .revoking import Ended, allowances, revoke, serving
 from .session import Session
 from .states import Plan
 from .stock import Stock, ended, left_over
+from .views.render import escaped
 
 _RESUME = "'qvm-forward resume' shows with --dry-run what would open again, and opens it"
 

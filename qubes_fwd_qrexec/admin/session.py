@@ -14,10 +14,10 @@ from .apply import Kind, Outcome, carry_out, differences
 from .backend import ANY, NEW, Backend, PolicyFile
 from .inventory import Inventory
 from .plan import plan
-from .render import escaped
 from .states import Plan, State
 from .store import TUNNEL_NAME, Stored, feature_key, read_rules
-from .tables import Style
+from .views.render import escaped
+from .views.tables import Style
 
 # Policy that somebody else keeps on writing is no reason to go on for ever while the lock is held.
 _MORE_LOOKS = 2

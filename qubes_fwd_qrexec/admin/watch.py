@@ -26,10 +26,10 @@ from .clock import Clock
 from .ending import Ending
 from .expiry import print_expire
 from .inventory import Inventory
-from .render import escaped
 from .revoking import Ended, allowances, revoke, serving
 from .session import Session
 from .states import Cause, Plan, State
+from .views.render import escaped
 
 # A tool that sets up a qube sends its events within milliseconds of each other; a person waits for a second.
 QUIET_S = 0.2

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from worlds import Command
 
-from qubes_fwd_qrexec.admin import cli, complete, parser
+from qubes_fwd_qrexec.admin import cli, parser
+from qubes_fwd_qrexec.admin.views import complete
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from worlds import ADD, NOW, Command, content
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState

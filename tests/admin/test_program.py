@@ -127,7 +127,8 @@ def test_it_starts_fast(lab: LabDirectory) -> None:
 def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: LabDirectory) -> None:
     code = (
         "import sys\n"
-        "from qubes_fwd_qrexec.admin import cli, changing, showing, exchanging, complete\n"
+        "from qubes_fwd_qrexec.admin import cli, changing, exchanging\n"
+        "from qubes_fwd_qrexec.admin.views import complete, showing\n"
         "from qubes_fwd_qrexec.admin import watch, qubesevents\n"
         "import qubes_fwd_qrexec.lab.changes\n"
         "import qubes_fwd_qrexec.common.rulexml\n"

@@ -15,8 +15,8 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Changes
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.render import Style
 from qubes_fwd_qrexec.admin.session import Session
+from qubes_fwd_qrexec.admin.views.render import Style
 from qubes_fwd_qrexec.admin.watch import BURST_S, QUIET_S, differing, states
 from qubes_fwd_qrexec.common.rules import BrokenRule
 from qubes_fwd_qrexec.common.values import QubeName

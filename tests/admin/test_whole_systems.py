@@ -14,7 +14,7 @@ from rule_strategies import rule_names, rules
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin.cli import run
-from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.rules import ForwardRule
 from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, TargetPorts
 from qubes_fwd_qrexec.lab.blueprint import create_lab

@@ -6,10 +6,10 @@ Text that was stored by others is escaped here, so that no terminal acts on it. 
 
 from collections.abc import Callable, Iterable, Sequence
 
+from qubes_fwd_qrexec.admin.expiry import distance, print_expire
+from qubes_fwd_qrexec.admin.states import Forward, Plan, Role, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
-from .expiry import distance, print_expire
-from .states import Forward, Plan, Role, State
 from .tables import Style, Table
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")

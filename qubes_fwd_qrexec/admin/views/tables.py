@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from .states import State
+from qubes_fwd_qrexec.admin.states import State
 
 # Below this a cell says nothing any more, and blocks are better.
 _CELL_MIN = 12

@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.admin.apply import Step, differences
+from qubes_fwd_qrexec.admin.backend import PolicyVerdict
+from qubes_fwd_qrexec.admin.figures import Figures, FigureSource, QubeFigures, Unknown
+from qubes_fwd_qrexec.admin.judged import judged
+from qubes_fwd_qrexec.admin.leftovers import WAY_OUT, Drain, drains, leftovers, listening
+from qubes_fwd_qrexec.admin.session import Session
+from qubes_fwd_qrexec.admin.states import HELD, Cause, Forward, Plan, State
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .apply import Step, differences
-from .backend import PolicyVerdict
-from .figures import Figures, FigureSource, QubeFigures, Unknown
-from .judged import judged
-from .leftovers import WAY_OUT, Drain, drains, leftovers, listening
 from .render import escaped, exposed_at
-from .session import Session
 from .showing import selected
-from .states import HELD, Cause, Forward, Plan, State
 from .tables import Colour, Table
 
 _TITLES = (
@@ -83,7 +83,7 @@ class _Seen(NamedTuple):
 def status(args: Namespace, session: Session, source: FigureSource | None = None) -> int:
     """Show the forwards that are live; status 1 if one of them is not as its rule asks for."""
     if args.watch:
-        from .ending import Ending
+        from qubes_fwd_qrexec.admin.ending import Ending
 
         with Ending() as ending:
             return _watch(args, session, lambda timeout_s: _is_over(ending, timeout_s))

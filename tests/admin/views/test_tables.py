@@ -2,7 +2,7 @@
 """Rows in the width that there is: cut in their order, coloured without being moved, or as blocks."""
 
 from qubes_fwd_qrexec.admin.states import State
-from qubes_fwd_qrexec.admin.tables import Colour, Style, Table
+from qubes_fwd_qrexec.admin.views.tables import Colour, Style, Table
 
 ROWS = [("work", "web", "active", "x" * 30, "y" * 30), ("a", "b", "refused", "?", "")]
 TABLE = Table(

@@ -9,7 +9,7 @@ import pytest
 from worlds import ADD
 
 from qubes_fwd_qrexec.admin import cli
-from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 Forward = Callable[..., Any]

@@ -5,14 +5,15 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.apply import differences
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
+from qubes_fwd_qrexec.admin.judged import judged
+from qubes_fwd_qrexec.admin.session import Session, Snapshot, plan_as_json
+from qubes_fwd_qrexec.admin.states import HELD, Cause, Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
-from . import policy, render
-from .apply import differences
-from .inventory import CONFIG_PREFIX
-from .judged import judged
-from .session import Session, Snapshot, plan_as_json
-from .states import HELD, Cause, Forward, Plan, State
+from . import render
 from .tables import Style
 
 
@@ -67,8 +68,9 @@ def selected(qubes: list[str], snapshot: Snapshot, now: float) -> Plan:
 
 def show(args: Namespace, session: Session) -> int:
     """All about one forward: its way as a picture, what guards it, and what follows from its rule."""
+    from qubes_fwd_qrexec.admin.guards import guards
+
     from . import picture
-    from .guards import guards
 
     snapshot = session.look()
     entry = snapshot.find(args.qube, args.name)

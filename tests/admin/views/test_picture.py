@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import NOW, OURS, qube, rule, world
 
-from qubes_fwd_qrexec.admin import picture, policy
+from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.guards import Guard, Verdict, guards
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.admin.views import picture
+from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 

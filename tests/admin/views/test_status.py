@@ -16,8 +16,8 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.figures import Figures, Unknown
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.states import Forward
-from qubes_fwd_qrexec.admin.status import WATCH_S, _watch, size, status
-from qubes_fwd_qrexec.admin.tables import Style
+from qubes_fwd_qrexec.admin.views.status import WATCH_S, _watch, size, status
+from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
