@@ -29,12 +29,12 @@ from worlds import NOW
 
 from qubes_fwd_qrexec.admin.cli import run
 from qubes_fwd_qrexec.admin.expiry import parse_expire
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import Qube, QubeClass, QubeState
+from qubes_fwd_qrexec.lab.store import LabStore
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
 _STEP = re.compile(r"^```console\n(?P<block>.*?)^```$|^<!-- lab: (?P<lab>.*?) -->$", re.MULTILINE | re.DOTALL)

@@ -135,15 +135,9 @@ def test_what_is_only_for_types_or_within_functions_does_not_run_at_once() -> No
     assert found(running_at_once(ast.parse(source))) == "acegh"
 
 
-# dom0 loads the lab only where a lab is named.
-LAB_BACKEND = ("admin.labstore", "admin.locate")
-
-
 @pytest.mark.parametrize("name", IN_ROOMS)
 def test_a_folder_knows_only_those_below_it(name: str) -> None:
     known = {room(found) for found in IMPORTS[name] if found in MODULES and found}
-    if name in LAB_BACKEND:
-        known.discard("lab")
     assert known <= ROOMS[room(name)] | {room(name)}
 
 
@@ -152,6 +146,27 @@ def test_the_folders_stand_above_each_other() -> None:
     for folder, known in ROOMS.items():
         assert known <= below
         below.add(folder)
+
+
+def strings_of(file: Path) -> set[str]:
+    return {
+        node.value
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_dom0_names_the_lab_in_one_place() -> None:
+    """The lab is a plug-in of `admin.locate`, which loads it by this name where a lab is asked for."""
+    found = {
+        (module_name(file), value)
+        for file in FILES
+        if room(module_name(file)) in ROOMS
+        for value in strings_of(file)
+        if f"{PACKAGE}.lab" in value
+    }
+    assert found == {("admin.locate", f"{PACKAGE}.lab.store")}
+    assert "lab.store" in MODULES
 
 
 @pytest.mark.parametrize("name", ADMIN)

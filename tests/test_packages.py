@@ -89,9 +89,7 @@ def test_whether_a_directory_ships_is_said() -> None:
 @pytest.mark.parametrize("name", sorted(MODULE_PARTS))
 def test_what_a_module_imports_is_in_its_package_or_in_one_that_is_required(name: str) -> None:
     allowed = NEEDS[MODULE_PARTS[name]]
-    # Only when a lab is named, and with an error of its own where there is none to import.
-    late = {"admin.labstore", "lab.directory"} if name == "admin.locate" else set()
-    imports = {found for found in EVER[name] if found in MODULE_PARTS} - late
+    imports = {found for found in EVER[name] if found in MODULE_PARTS}
     assert {found: MODULE_PARTS[found] for found in imports if MODULE_PARTS[found] not in allowed} == {}
 
 

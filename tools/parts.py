@@ -36,8 +36,6 @@ DEBIAN_NAMES = {
 }
 # What of system/ the programs of dom0 need too; it gets nothing that it does not use.
 SYSTEM_IN_DOM0 = ("__init__", "inotify", "notify")
-# The one module of admin/ that knows the lab; dom0 loads it only when a lab is named.
-LAB_BACKEND = Path("admin/labstore.py")
 # Units that say nothing of themselves (presets, sockets) go by their names.
 DOM0_UNITS = ("qubes-forward-watch", "70-qubes-forward-dom0")
 UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")
@@ -117,7 +115,7 @@ def _modules(python_dir: str) -> Iterator[Item]:
 
 def part_of_module(path: Path) -> str:
     """The part of a module by its path below the package. What nobody else claims is the qubes'."""
-    if path.parts[0] == "lab" or path == LAB_BACKEND:
+    if path.parts[0] == "lab":
         return "lab"
     if path.parts[0] == "admin":
         return "dom0"

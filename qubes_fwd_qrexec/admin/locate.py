@@ -3,11 +3,14 @@
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 
 from .backend import Backend
 
+# The one place where dom0 knows of the lab, by name: it is another package, loaded only when a lab is named.
+LAB_MODULE = "qubes_fwd_qrexec.lab.store"
 LAB_VARIABLE = "QVM_FORWARD_LAB"
 _MAKE_A_LAB = f"make a lab with 'qvm-forward-lab init DIR', then name it with --lab DIR or {LAB_VARIABLE}=DIR"
 # In dom0, as qubesadmin itself tells (qubesadmin/__init__.py), and in a qube (qubes-core-agent-linux).
@@ -25,18 +28,10 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
     Raises `RefusedError` or `StoreError`.
     """
     if lab == "":
-        # As --lab "$LAB" is where LAB is not set: what was meant for a lab must not meet a real system.
+        # --lab "$LAB" with LAB unset: what was meant for a lab must not reach a real system.
         raise RefusedError("--lab is empty: name the directory of the lab")
-    path = lab or environ.get(LAB_VARIABLE)
-    if path:
-        try:
-            from qubes_fwd_qrexec.lab.directory import LabDirectory
-
-            from .labstore import LabStore
-        except ModuleNotFoundError as error:
-            # dom0's package leaves them out.
-            raise RefusedError(f"{path}: to open a lab, install the package qubes-fwd-qrexec-lab") from error
-        return LabStore(LabDirectory.open(path))
+    if path := lab or environ.get(LAB_VARIABLE):
+        return _open_lab(path)
     from importlib.util import find_spec
 
     is_dom0 = os.path.exists(_DOM0_SIGN)
@@ -54,3 +49,12 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
     from .qubesstore import QubesStore
 
     return QubesStore()
+
+
+def _open_lab(path: str) -> Backend:
+    try:
+        module = import_module(LAB_MODULE)
+    except ModuleNotFoundError as error:
+        raise RefusedError(f"{path}: to open a lab, install the package qubes-fwd-qrexec-lab") from error
+    backend: Backend = module.open_backend(path)
+    return backend

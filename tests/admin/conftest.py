@@ -14,10 +14,10 @@ from worlds import ADD, NO_FORWARDS, NOW, Command, Result
 
 from qubes_fwd_qrexec.admin import cli, locate, qubesstore
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
 
 LAB, QUBES = "lab", "qubes"
 

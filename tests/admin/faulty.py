@@ -9,11 +9,11 @@ from worlds import Result
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
 
 TRY = "lock within 0 s"
 

@@ -14,13 +14,13 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Changes
 from qubes_fwd_qrexec.admin.ending import Ending
 from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.views.render import Style
 from qubes_fwd_qrexec.admin.watch import QUIET_S, TICK_S, Watcher
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
 
 Act = Callable[[], object]
 END: Act = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731

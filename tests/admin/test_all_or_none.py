@@ -11,11 +11,11 @@ from worlds import ADD, Command, content, rule, world
 
 from qubes_fwd_qrexec.admin import qubesstore
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
 
 RULES = "".join(f"work r{i} action=forward srcports={80 + i} srchosts=any\n" for i in range(4))
 

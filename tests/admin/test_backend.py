@@ -7,13 +7,13 @@ import pytest
 
 from qubes_fwd_qrexec.admin import qubesstore
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.common.config import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeClass, QubeState
+from qubes_fwd_qrexec.lab.store import LabStore
 
 WORK = QubeName("work")
 

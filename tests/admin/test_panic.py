@@ -11,12 +11,12 @@ from faulty import TRY, Faulty, Panic, allowed, is_held
 from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.lab.store import LabStore
 
 HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-forward resume'."
 

@@ -11,11 +11,11 @@ from faulty import allowed
 from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin import policyapi
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.qubesstore import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
 
 
 def fail(qubesd: FakeQubes, qube: str, method: str, arg: str | None = None) -> None:

@@ -14,13 +14,13 @@ import pytest
 from stages import END, Stage, set_netvm
 
 from qubes_fwd_qrexec.admin.backend import Changes
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.views.render import Style
 from qubes_fwd_qrexec.admin.watch import RETRY_S, _ready, watch
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.lab.store import LabStore
 
 
 def test_a_wish_to_end_does_not_interrupt_what_has_begun(

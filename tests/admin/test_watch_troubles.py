@@ -6,11 +6,11 @@ from stages import END, Stage, set_netvm
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.admin.watch import RETRY_S
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.lab.store import LabStore
 
 
 def test_a_trouble_is_told_once_and_tried_again(stage: Stage) -> None:

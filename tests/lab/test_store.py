@@ -2,6 +2,7 @@
 """What only the backend over a lab's directory does; see test_backend.py for the rest."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import trio
@@ -9,15 +10,21 @@ import trio
 from qubes_fwd_qrexec.admin import answers
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.labstore import LabStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.running import open_lab
+from qubes_fwd_qrexec.lab.store import LabStore
 
 WORK = QubeName("work")
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> LabDirectory:
+    return create_lab(tmp_path / "lab")
 
 
 @pytest.fixture

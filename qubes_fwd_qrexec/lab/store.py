@@ -6,15 +6,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import (
+    ANY,
+    NEW,
+    Backend,
+    ChangedError,
+    Changes,
+    PolicyCall,
+    PolicyFile,
+    PolicyVerdict,
+    check_feature,
+)
+from qubes_fwd_qrexec.admin.inventory import Inventory, Qube, feature_matters, is_told
 from qubes_fwd_qrexec.common.errors import StoreError, why
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 
-from . import policy
-from .backend import ANY, NEW, ChangedError, Changes, PolicyCall, PolicyFile, PolicyVerdict, check_feature
-from .inventory import Inventory, Qube, feature_matters, is_told
+from .directory import LabDirectory, write_text
 
 _WATCH_NAME = "watch.lock"
+
+
+def open_backend(path: str) -> Backend:
+    """What `admin.locate` calls for ``--lab``. Raises `StoreError` if there is no lab at ``path``."""
+    return LabStore(LabDirectory.open(path))
 
 
 class LabStore:
@@ -96,7 +111,7 @@ class LabStore:
         if token != ANY and self.read_policy().token != token:
             raise ChangedError(self._policy_path)
         # A lab has no policy daemon that would look at the text before it takes it: look here.
-        from qubes_fwd_qrexec.lab.policytext import PolicyTextError, parse_policy
+        from .policytext import PolicyTextError, parse_policy
 
         try:
             parse_policy(text)
@@ -110,7 +125,7 @@ class LabStore:
     ) -> bytes:
         import subprocess
 
-        from .answers import ANSWER_TIMEOUT_S, AnswerError, NotRunningError, read_answer
+        from qubes_fwd_qrexec.admin.answers import ANSWER_TIMEOUT_S, AnswerError, NotRunningError, read_answer
 
         what = f"{service} in {qube}"
         if not _is_up(self._lab.qube_dir("dom0").agent_socket):
@@ -133,9 +148,9 @@ class LabStore:
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         from dataclasses import replace
 
-        from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Request, System
-        from qubes_fwd_qrexec.lab.verdicts import best_judge
-        from qubes_fwd_qrexec.lab.view import LabView
+        from .evaluator import Allow, Deny, Request, System
+        from .verdicts import best_judge
+        from .view import LabView
 
         view = LabView(self._lab, best_judge())
         try:
@@ -172,17 +187,17 @@ class LabStore:
             yield
 
     def watching(self) -> AbstractContextManager[None]:
-        from .watched import watching
+        from qubes_fwd_qrexec.admin.watched import watching
 
         return watching(self._lab.root / _WATCH_NAME)
 
     def unwatched(self) -> str | None:
-        from .watched import is_watched
+        from qubes_fwd_qrexec.admin.watched import is_watched
 
         return None if is_watched(self._lab.root / _WATCH_NAME) else "'qvm-forward watch' in another terminal"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
-        from qubes_fwd_qrexec.lab.changes import LabChanges
+        from .changes import LabChanges
 
         return LabChanges(self._lab, feature_matters, self._policy_path.name, wakers)
 
@@ -192,7 +207,7 @@ def _is_up(socket_path: Path) -> bool:
 
     One of another user listens, although it cannot be called.
     """
-    from qubes_fwd_qrexec.lab.client import ExitError, connect
+    from .client import ExitError, connect
 
     try:
         connect(os.fsencode(socket_path)).close()
