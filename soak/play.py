@@ -16,7 +16,7 @@ from .scripts import How, Part, Script
 _CHUNK = 65536
 # More than any script takes; a connection that needs more has hung.
 BOUND_S = 20.0
-# Of a call that was killed: how long its service may still connect (relay-behaviours 28, and some more).
+# Of a call that was killed: how long its service may still connect (docs/behaviours.md, 28, and some more).
 _LATE_S = 3.0
 _LOOK_S = 0.002
 # So many pauses at most, or pieces of one byte take all day.

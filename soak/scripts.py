@@ -11,7 +11,7 @@ _SIZES = (0, 0, 1, 2, 100, 5000, 32767, 32768, 32769, 65536, 65537, 200_000, 1 <
 _SIZE_RARELY = 4 << 20
 _CHUNKS = (1000, 32768, 65536, 1 << 20)
 _PAUSES_S = (0.0, 0.0, 0.0, 0.002, 0.02)
-# An abort lets what had come be delivered for 0.8 s (relay-behaviours 12), so a reader pauses for less.
+# An abort lets what had come be delivered for 0.8 s (docs/behaviours.md, 12), so a reader pauses for less.
 _STALLS_S = (0.0, 0.0, 0.0, 0.05, 0.2)
 _STALLS_LONG_S = (1.0, 2.0)
 

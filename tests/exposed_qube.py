@@ -26,7 +26,7 @@ PORT = 8080
 # Of no user that this machine has.
 LISTENER_UID = 54321
 
-# What a qube has for what comes in (qubes-facts): a chain that drops, and that asks the user's chain first.
+# A qube's chain for what comes in drops, and asks the user's chain first: docs/facts.md, F2.
 QUBES_TABLE = """
 table {family} qubes {{
     chain input {{

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Limits, deadlines and retries of a running listener, beside `test_listener`: relay-behaviours 29 to 39."""
+"""Limits, deadlines and retries of a running listener: docs/behaviours.md, 29 to 39."""
 
 import random
 import socket
@@ -71,7 +71,7 @@ async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
     words: str,
     transport: str,
 ) -> None:
-    """relay-behaviours 36 and 37."""
+    """docs/behaviours.md, 36 and 37."""
     port, client = free_port(), FakeClient(tmp_path, "serve")
     write_config(tmp_path / "config", port, port_of(server), limits=limits, transport=transport)
     async with running_listener(tmp_path / "config", client.command) as listener, AsyncExitStack() as undo:
@@ -94,7 +94,7 @@ async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
 async def test_one_source_that_holds_all_it_may_keeps_nobody_else_out(
     tmp_path: Path, server: socket.socket
 ) -> None:
-    """relay-behaviours 37: slowloris."""
+    """docs/behaviours.md, 37: slowloris."""
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), limits="connections:5,per-source:3")
     async with running_listener(config, FakeClient(tmp_path, "serve").command), AsyncExitStack() as undo:
@@ -157,7 +157,7 @@ async def test_all_forwards_together_hold_what_the_process_may(tmp_path: Path, s
 
 @pytest.mark.usefixtures("tunnel_home")
 async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server: socket.socket) -> None:
-    """relay-behaviours 37; `test_limits` counts 10,000 of them."""
+    """docs/behaviours.md, 37; `test_limits` counts 10,000 of them."""
     port, config, chance = free_port(), tmp_path / "config", random.Random(1)
     limits = "connections:8,per-source:8"
     write_config(config, port, port_of(server), limits=limits, transport="mux")
@@ -264,7 +264,7 @@ class _From(socket.socket):
 def test_mapped_and_scoped_peers_are_known_by_what_they_are(
     address: str, networks: str, is_allowed: bool
 ) -> None:
-    """relay-behaviours 39."""
+    """docs/behaviours.md, 39."""
     value = "version=1 service=qubes.ForwardTCP transport=call side=outer listen=:: srcports=80 dstports=80"
     config = ListenerConfig.parse("fwd.work.web", f"{value} srchosts={networks}")
     with _From(socket.AF_INET6) as sock:
@@ -281,7 +281,7 @@ def test_mapped_and_scoped_peers_are_known_by_what_they_are(
 
 @pytest.mark.usefixtures("tunnel_home")
 async def test_a_hundred_reloads_refuse_nobody_and_cut_nobody(tmp_path: Path, server: socket.socket) -> None:
-    """relay-behaviours 29: at least as many connections come as there are reloads."""
+    """docs/behaviours.md, 29: at least as many connections come as there are reloads."""
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), transport="mux")
     done = [0]
@@ -357,7 +357,7 @@ async def test_what_nobody_wants_any_more_is_not_tried_again(tmp_path: Path, how
 async def test_while_it_drains_what_expires_or_is_removed_is_cut(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """relay-behaviours 31 and 32 together: SIGTERM lengthens no permission."""
+    """docs/behaviours.md, 31 and 32 together: SIGTERM lengthens no permission."""
     monkeypatch.setattr(listener_module, "_LOOK_S", 0.01)
     real, offset, config = time.time, [0.0], tmp_path / "config"
     monkeypatch.setattr(time, "time", lambda: real() + offset[0])
@@ -404,7 +404,7 @@ async def test_a_live_connection_ends_or_goes_on_as_the_rule_says_by_either_cloc
     how: str,
     passes: Callable[[list[float], list[float]], None],
 ) -> None:
-    """relay-behaviours 32: also when the wall clock was set back and the machine was suspended meanwhile."""
+    """docs/behaviours.md, 32: although the wall clock was set back, or the machine suspended, meanwhile."""
     wall, boot = [time.time()], [1000.0]
     monkeypatch.setattr(time, "time", lambda: wall[0])
     monkeypatch.setattr(time, "clock_gettime", lambda which: boot[0])

@@ -107,7 +107,7 @@ async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
             status, stderr = program.end()
     assert status in (0, -signal.SIGTERM)  # the second may find it past its last connection already
     assert "Traceback" not in stderr
-    # relay-behaviours 34: at most one line in 10 s, however long all this took; and perhaps none, where the
+    # docs/behaviours.md, 34: at most one line in 10 s, however long all this took; perhaps none, where the
     # crowd meets another bound first, as few calls begin together.
     said = stderr.count("cannot accept connections for now")
     assert said <= 1 + (time.monotonic() - began) / 10
@@ -222,7 +222,7 @@ async def test_sighup_reloads(tmp_path: Path) -> None:
 def test_a_port_in_use_ends_the_start_and_names_port_and_program(
     tmp_path: Path, server: socket.socket
 ) -> None:
-    """relay-behaviours 40; nothing is half-started."""
+    """docs/behaviours.md, 40; nothing is half-started."""
     config = tmp_path / "config"
     write_config(config, free_port(), 1, key="fwd.a.good")
     write_config(config, port_of(server), 1, key="fwd.b.bad")

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("tunnel_home")
 async def test_all_ports_are_closed_before_anything_is_waited_for(
     tmp_path: Path, server: socket.socket, transport: str
 ) -> None:
-    """relay-behaviours 31 asks for 100 ms: it is done when each task has had its turn, however slow."""
+    """docs/behaviours.md, 31 asks for 100 ms: it is done when each task has had its turn, however slow."""
     ports, config = [free_port() for _ in range(5)], tmp_path / "config"
     for number, port in enumerate(ports):
         write_config(config, port, port_of(server), key=f"fwd.work.w{number}", transport=transport)
@@ -46,7 +46,7 @@ async def test_all_ports_are_closed_before_anything_is_waited_for(
 async def test_who_waits_in_the_kernels_queue_during_a_reload_is_served(
     tmp_path: Path, server: socket.socket, transport: str, reloads: int
 ) -> None:
-    """relay-behaviours 29. A port that is closed and opened anew loses them. Each call starts a program."""
+    """docs/behaviours.md, 29. A port that is closed and opened anew would lose them."""
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), transport=transport)
     async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117

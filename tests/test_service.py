@@ -128,7 +128,7 @@ def test_what_a_server_has_not_read_when_the_call_is_over_is_not_lost(server: so
 
 
 def test_killed_it_is_an_abort_to_the_server(served: Served) -> None:
-    """relay-behaviours 14: the kernel closes its sockets."""
+    """docs/behaviours.md, 14: the kernel closes its sockets."""
     called, sock = served
     called.process.kill()
     with pytest.raises(ConnectionResetError):

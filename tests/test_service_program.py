@@ -125,7 +125,7 @@ GARBAGE = {
 def test_a_violation_ends_the_call_at_once_with_status_125(
     tmp_path: Path, server: socket.socket, sent: bytes, words: str
 ) -> None:
-    """relay-behaviours 47 and 48. Its other end is open all the while, and it does not wait for it."""
+    """docs/behaviours.md, 47 and 48. Its other end is open all the while, and it does not wait for it."""
     with Called(tmp_path, f"{port_of(server)}+mux") as called:
         assert called.call.recv(len(HELLO) + 100)
         began = time.monotonic()
@@ -241,7 +241,7 @@ def test_a_flood_that_is_no_protocol_is_not_read_to_its_end(tmp_path: Path, serv
 
 
 def test_signals_that_were_blocked_at_its_start_end_it(tmp_path: Path) -> None:
-    """relay-behaviours 53: else dom0 could not."""
+    """docs/behaviours.md, 53: else dom0 could not."""
     signals = {signal.SIGTERM, signal.SIGUSR1}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

@@ -16,7 +16,7 @@ VERSION = 1
 # A thousand forwards with all that can be said of each, and room to spare.
 REPORT_MAX_BYTES = 2 << 20
 REASONS_MAX = 32
-# relay-behaviours 45: as a line of the log.
+# docs/behaviours.md, 45: as a line of the log.
 TEXT_MAX = 200
 # Nothing counts further than a signed number of 64 bits.
 _NUMBER_MAX = 2**63 - 1

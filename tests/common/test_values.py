@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.common import values
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.values import ListenPorts, PortRange, Sources, TargetPorts
 
-# relay-behaviours 43 and its kin: what int(), isdigit() and "$" would let through.
+# docs/behaviours.md, 43 and its kin: what int(), isdigit() and "$" would let through.
 BAD_PORTS = [
     "+8080",
     " 8080",

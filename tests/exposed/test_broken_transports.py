@@ -94,8 +94,8 @@ def failing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_a_call_that_fails_is_an_abort_and_dom0_is_left_alone_for_a_while(
     failing: Failing, trouble: str
 ) -> None:
-    """relay-behaviours 23 and 24. Of calls for one connection, 125 is not remembered: a server that starts is
-    found at once."""
+    """docs/behaviours.md, 23 and 24. A single call's 125 is not remembered: a server that starts is found
+    at once."""
     world, way = failing.world, failing.ways[trouble]
     fail, words = TROUBLES[trouble]
     service = failing.service(way)
@@ -129,7 +129,7 @@ _SILENT = "import os, sys\nwhile os.read(0, 65536): pass"
 
 
 def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> None:
-    """relay-behaviours 26, with 1 s in the place of 30: the call hangs before the target, or in it."""
+    """docs/behaviours.md, 26, with 1 s in the place of 30: the call hangs before the target, or in it."""
     with open_world(tmp_path) as world:
         hanging, silent = world.forward(), world.forward()
         world.turn(hang=(f"work/{hanging.mux_call}",))
@@ -145,7 +145,7 @@ def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> 
 
 
 def test_a_server_whose_queue_is_full_is_an_abort_at_the_connect_timeout(tmp_path: Path) -> None:
-    """relay-behaviours 22, with half a second in the place of 10 s."""
+    """docs/behaviours.md, 22, with half a second in the place of 10 s."""
     with open_world(tmp_path) as world, ExitStack() as stack:
         way = world.forward()
         way.server.listen(0)
@@ -169,7 +169,7 @@ def test_a_server_whose_queue_is_full_is_an_abort_at_the_connect_timeout(tmp_pat
 
 
 def test_nobody_listening_is_an_abort_within_a_second(tmp_path: Path) -> None:
-    """relay-behaviours 21."""
+    """docs/behaviours.md, 21."""
     with open_world(tmp_path) as world:
         way = world.forward()
         start_slowly(world, way.mux_call)
@@ -247,7 +247,7 @@ def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lossy]:
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 def test_a_lost_mux_call_is_an_abort_for_everybody_within_a_second(lossy: Lossy, loss: Loss) -> None:
-    """relay-behaviours 27 and 28."""
+    """docs/behaviours.md, 27 and 28."""
     with ExitStack() as stack:
         connections = [stack.enter_context(lossy.connect())]
         connections += [stack.enter_context(lossy.way.connect()) for _ in range(4)]
@@ -257,7 +257,7 @@ def test_a_lost_mux_call_is_an_abort_for_everybody_within_a_second(lossy: Lossy,
 
 
 def test_after_many_losses_nothing_is_left(lossy: Lossy) -> None:
-    """relay-behaviours 28; `make soak` has more of them."""
+    """docs/behaviours.md, 28; `make soak` has more of them."""
     with lossy.connect():
         before = lossy.at_rest()
         assert before["clients"] == before["services"] == before["calls"] == 1
@@ -270,7 +270,7 @@ def test_after_many_losses_nothing_is_left(lossy: Lossy) -> None:
 
 
 def test_mux_calls_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Lossy) -> None:
-    """relay-behaviours 28: dom0 is asked at most every two seconds."""
+    """docs/behaviours.md, 28: dom0 is asked at most every two seconds."""
     world, way = lossy.world, lossy.way
     with lossy.connect() as connection:
         asked = world.asked(way.mux_call)
@@ -285,7 +285,7 @@ def test_mux_calls_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Lo
 
 
 def test_nobody_is_left_to_say_so_and_still_it_is_no_clean_end(tmp_path: Path) -> None:
-    """relay-behaviours 14: a program is killed, and the kernel closes its sockets."""
+    """docs/behaviours.md, 14: a program is killed, and the kernel closes its sockets."""
     with open_world(tmp_path) as world:
         mux_call, call = world.forward("mux"), world.forward("call")
         start_slowly(world, mux_call.mux_call)

@@ -89,7 +89,7 @@ class Crowd:
 
 @pytest.mark.usefixtures("many_files", "tunnel_home")
 def test_of_five_thousand_clients_each_ends_in_data_or_reset_and_a_stream_goes_on(tmp_path: Path) -> None:
-    """relay-behaviours 35."""
+    """docs/behaviours.md, 35."""
     config, client = tmp_path / "config", FakeClient(tmp_path, "serve").command
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as still, socket.socket() as server:

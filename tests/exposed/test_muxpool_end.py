@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("tunnel_home")
 async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on(
     tmp_path: Path, server: socket.socket
 ) -> None:
-    """relay-behaviours 53. The target says so when it is told to, whatever time this takes; that it says so
-    when the time has come is for `test_muxservice`."""
+    """docs/behaviours.md, 53. The target says so when it is told to, however long that takes;
+    `test_muxservice` shows that it does so in time."""
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     async with mux_calls_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("tunnel_home")
 async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
     tmp_path: Path, mode: str, words: str
 ) -> None:
-    """relay-behaviours 23 and 24."""
+    """docs/behaviours.md, 23 and 24."""
     client, port = FakeClient(tmp_path, mode), free_port()
     async with mux_calls_to(client.command, one(port)) as bench:
         first = await bench.refusal(port)
@@ -80,7 +80,7 @@ async def test_all_who_wait_are_told_when_the_call_dies_before_its_hello(tmp_pat
 
 
 async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """relay-behaviours 25."""
+    """docs/behaviours.md, 25."""
     monkeypatch.setattr(muxpool_module, "WAITING_MAX", 5)
     client, port = FakeClient(tmp_path, "hang"), free_port()
     clock = Clock(monkeypatch)
@@ -127,7 +127,7 @@ async def test_where_one_source_has_all_waiting_places_another_one_waits_all_the
 async def test_a_call_that_hangs_is_ended_before_the_target_took_it_or_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, bound: str, words: str
 ) -> None:
-    """relay-behaviours 26. A cold target may take long to answer, and one that is there may not."""
+    """docs/behaviours.md, 26. A cold target may take long to answer, and one that is there may not."""
     monkeypatch.setattr(muxpool_module, bound, 0.2)
     monkeypatch.setattr(muxpool_module, "OPEN_S" if bound == "HELLO_S" else "HELLO_S", 1e6)
     client, port = FakeClient(tmp_path, mode), free_port()
@@ -174,7 +174,7 @@ async def test_without_room_for_another_call_it_says_so_and_blames_nobody(
 async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_has_a_new_one(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """relay-behaviours 27: no timer of the loop is waited for."""
+    """docs/behaviours.md, 27: no timer of the loop is waited for."""
     slow_timers(monkeypatch)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     async with mux_calls_to(client.command, one(port)) as bench:

@@ -171,7 +171,7 @@ def mux_calls_of(listener: Listener) -> int:
 
 
 async def test_a_reload_touches_no_stream(tmp_path: Path, server: socket.socket) -> None:
-    """relay-behaviours 29."""
+    """docs/behaviours.md, 29."""
     port, directory, client = free_port(), tmp_path / "config", FakeClient(tmp_path, "serve")
     write_config(directory, port, port_of(server), transport="mux")
     async with running_listener(directory, client.command) as listener:  # noqa: SIM117
@@ -223,7 +223,7 @@ async def test_mux_calls_that_no_forward_needs_end_with_their_streams(
 async def test_stopping_ends_the_mux_calls_with_the_last_stream(
     tmp_path: Path, server: socket.socket
 ) -> None:
-    """relay-behaviours 31: neither their linger nor the drain's deadline is waited for."""
+    """docs/behaviours.md, 31: neither their linger nor the drain's deadline is waited for."""
     port, directory = free_port(), tmp_path / "config"
     write_config(directory, port, port_of(server), transport="mux")
     listener = Listener(ConfigSource(directory), FakeClient(tmp_path, "serve").command, drain_s=1000)

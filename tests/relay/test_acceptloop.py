@@ -121,7 +121,7 @@ async def test_a_burst_is_accepted_and_each_connection_is_ready_for_the_relay() 
 
 
 async def test_what_the_kernel_holds_for_a_connection_is_set_and_does_not_grow() -> None:
-    """relay-behaviours 17; of what is asked for the kernel takes net.core.?mem_max, and doubles it."""
+    """docs/behaviours.md, 17; of what is asked for the kernel takes net.core.?mem_max, and doubles it."""
     acceptor = Acceptor()
     with acceptor.connect() as client:
         async with trio.open_nursery() as nursery:
@@ -204,7 +204,7 @@ class Failing(socket.socket):
         return super().accept()
 
 
-# relay-behaviours 34, written out: to wait and say so, and to go on at once without a word.
+# docs/behaviours.md, 34, written out: to wait and say so, and to go on at once without a word.
 SHORTAGES = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]
 PEERS_OWN = [
     *(errno.ECONNABORTED, errno.EPROTO, errno.EPERM),
@@ -264,7 +264,7 @@ async def test_any_other_trouble_is_a_bug_and_others_are_still_served(
 
 
 def test_a_shortage_is_waited_out_for_a_tenth_of_a_second_to_a_second() -> None:
-    """relay-behaviours 33 and 34: neither does it spin, nor are free descriptors left lying."""
+    """docs/behaviours.md, 33 and 34: neither does it spin, nor are free descriptors left lying."""
     assert 0.1 <= acceptloop._SHORTAGE_PAUSE_S <= 1.0
 
 
@@ -287,7 +287,7 @@ except BindError as error:
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_program_without_privileges_learns_what_a_low_port_needs(host: str) -> None:
-    """relay-behaviours 41."""
+    """docs/behaviours.md, 41."""
     found = subprocess.run(
         [sys.executable, "-c", _LOW_PORT, host], capture_output=True, text=True, timeout=30, check=True
     )

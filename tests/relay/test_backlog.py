@@ -133,7 +133,7 @@ def test_what_waits_for_the_call_is_bounded_whatever_the_number_of_streams(bench
 
 
 def test_a_small_stream_beside_many_bulk_ones_has_its_turn(bench: MuxBench) -> None:
-    """relay-behaviours 19 and 20, counted in turns: no clock, and no other load, comes into it."""
+    """docs/behaviours.md, 19 and 20, counted in turns: no clock, and no other load, comes into it."""
     bulk = [bench.join() for _ in range(16)]
     small = bench.join()
     for stream in bulk:

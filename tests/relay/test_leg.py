@@ -82,7 +82,7 @@ def test_an_abort_twice_is_one(bench: MuxBench, stream: Joined) -> None:
 def test_a_stalled_stream_holds_its_window_and_no_more_and_goes_on_when_it_can(
     bench: MuxBench, stream: Joined
 ) -> None:
-    """relay-behaviours 15."""
+    """docs/behaviours.md, 15."""
     sent = bench.stall(stream.client)
     assert 0 < pending_bytes(stream.far) <= stream.far.window.size <= WINDOW_MAX_BYTES
     assert bench.near.backlog.is_empty
@@ -93,7 +93,7 @@ def test_a_stalled_stream_holds_its_window_and_no_more_and_goes_on_when_it_can(
 
 
 def test_a_peer_that_is_gone_while_it_stalls_is_noticed(bench: MuxBench, stream: Joined) -> None:
-    """relay-behaviours 13."""
+    """docs/behaviours.md, 13."""
     bench.stall(stream.client)
     bench.is_time_still = True
     abort(stream.client)

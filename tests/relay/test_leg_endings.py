@@ -73,7 +73,7 @@ def test_an_abort_after_ones_own_end_of_file(bench: MuxBench, stream: Joined) ->
 
 
 def test_what_was_received_before_an_abort_is_delivered_first(bench: MuxBench, stream: Joined) -> None:
-    """relay-behaviours 12, with a client that reads late but in time."""
+    """docs/behaviours.md, 12, with a client that reads late but in time."""
     sent = pattern(200_000)
     assert stream.server.send(sent) == len(sent)
     bench.until(lambda: stream.near.received == len(sent))
@@ -85,7 +85,7 @@ def test_what_was_received_before_an_abort_is_delivered_first(bench: MuxBench, s
 def test_an_abort_does_not_wait_for_ever_for_a_client_that_reads_nothing(
     bench: MuxBench, stream: Joined
 ) -> None:
-    """relay-behaviours 12: within a second."""
+    """docs/behaviours.md, 12: within a second."""
     bench.stall(stream.server)
     bench.is_time_still = True
     stream.far.abort_from_here()
@@ -113,8 +113,8 @@ def assert_last_bytes_come(bench: MuxBench, stream: Joined) -> None:
 
 
 def test_last_bytes_reach_a_server_that_goes_on_sending(bench: MuxBench, stream: Joined) -> None:
-    """relay-behaviours 12. What it sends is read by nobody, and must not fill our receive buffer: Linux drops
-    acknowledgements with what has no room there."""
+    """docs/behaviours.md, 12. Nobody reads what it sends, and that must not fill our receive buffer:
+    docs/facts.md, L4."""
     abort_while_last_bytes_wait(bench, stream)
     left = 4 * MIB
 

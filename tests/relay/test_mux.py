@@ -23,7 +23,7 @@ def test_both_say_hello_and_streams_may_be_opened(bench: MuxBench) -> None:
 
 
 def test_no_hello_ends_the_mux_call() -> None:
-    """relay-behaviours 26."""
+    """docs/behaviours.md, 26."""
     with MuxBench(is_far_there=False) as bench:
         bench.tick(29)
         assert not bench.near_owner.is_over
@@ -33,7 +33,7 @@ def test_no_hello_ends_the_mux_call() -> None:
 
 
 def test_half_a_frame_and_silence_for_minutes_ends_the_mux_call(bench: MuxBench) -> None:
-    """relay-behaviours 48; a frame that goes on, however slowly, does not."""
+    """docs/behaviours.md, 48; a frame that goes on, however slowly, does not."""
     bench.far_call.send(b"\x04\x00")
     bench.turn()
     bench.tick(299)
@@ -172,7 +172,7 @@ def test_closed_towards_a_peer_that_reads_nothing_it_ends_soon(
 
 
 def test_a_lost_call_is_an_abort_of_every_stream(bench: MuxBench) -> None:
-    """relay-behaviours 27: within no time at all by the loop's own clock."""
+    """docs/behaviours.md, 27: within no time at all by the loop's own clock."""
     bench.is_time_still = True
     streams = [bench.join() for _ in range(3)]
     asked, waiting = bench.open()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The attacks of relay-behaviours 50 to 52 on the driver: the bounds of the protocol hold in it too.
+"""The attacks of docs/behaviours.md, 50 to 52 on the driver: the bounds of the protocol hold in it too.
 
 tests/mux call/test_attacks.py plays them against the protocol alone.
 """
@@ -59,7 +59,7 @@ def test_streams_that_are_refused_to_a_peer_that_does_not_read_end_the_mux_call(
 def test_answers_that_were_held_back_are_written_by_the_tick_though_nothing_else_moves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """relay-behaviours 50: else a listener side that has all its slots in them would wait for ever."""
+    """docs/behaviours.md, 50: else a listener side that has all its slots in them would wait for ever."""
     monkeypatch.setattr(abuse, "RAPID_RESETS_PER_TICK", 3)
     with MuxBench(max_streams=6) as bench:
         for _ in range(6):
@@ -74,7 +74,7 @@ def test_answers_that_were_held_back_are_written_by_the_tick_though_nothing_else
 
 
 def test_frames_of_one_byte_occupy_no_more_than_the_credit_they_cost() -> None:
-    """relay-behaviours 18 and 51, whoever alternates between streams so that none are joined on their way."""
+    """docs/behaviours.md, 18 and 51. Frames of two streams alternate, so that none are joined."""
     with MuxBench() as bench:
         streams = [bench.join(), bench.join()]
         for stream in streams:

@@ -54,7 +54,7 @@ def test_a_target_whose_budget_has_no_room_refuses() -> None:
 
 
 def test_a_half_closed_stream_ends_when_nothing_moves() -> None:
-    """relay-behaviours 9."""
+    """docs/behaviours.md, 9."""
     with MuxBench(half_close_s=60) as bench:
         idle, half_closed = bench.join(), bench.join()
         half_close(half_closed.client)
@@ -89,7 +89,7 @@ def test_last_bytes_that_nobody_takes_end_too() -> None:
 
 
 def test_an_idle_stream_ends_within_a_tenth_of_its_time() -> None:
-    """relay-behaviours 38: not before, and the next look comes within 5 s."""
+    """docs/behaviours.md, 38: not before, and the next look comes within 5 s."""
     with MuxBench(idle_s=600) as bench:
         idle, half_closed = bench.join(), bench.join()
         half_close(half_closed.client)
@@ -131,7 +131,7 @@ def test_a_target_ends_no_idle_stream_by_itself() -> None:
 
 
 def test_the_budget_at_its_bound_stops_nobody() -> None:
-    """relay-behaviours 18: every window is at its floor; all consumers stall but one, which goes on."""
+    """docs/behaviours.md, 18: every window is at its floor; all consumers stall but one, which goes on."""
     with MuxBench(far_budget=Budget(30 * FLOOR_BYTES, 30), near_budget=Budget(30 * FLOOR_BYTES, 30)) as bench:
         streams = [bench.join() for _ in range(30)]
         assert bench.far_budget.shared_left == bench.near_budget.shared_left == 0
@@ -150,7 +150,7 @@ def test_the_budget_at_its_bound_stops_nobody() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_of_a_thousand_random_streams_nothing_is_left(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """relay-behaviours 3: no byte crosses streams, and windows, slots, sockets and timers all come back."""
+    """docs/behaviours.md, 3. Windows, slots, sockets and timers all come back."""
     monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0.2)
     monkeypatch.setattr(leg_module, "_LAST_WORDS_S", 0.2)
     chance = random.Random(seed)

@@ -168,7 +168,7 @@ def stalls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalls]:
 
 
 def test_a_server_that_never_reads_costs_a_mebibyte_and_gets_all_in_the_end(stalls: Stalls) -> None:
-    """relay-behaviours 15, and 17: what the kernel holds on the way is bounded too."""
+    """docs/behaviours.md, 15, and 17: what the kernel holds on the way is bounded too."""
     with stalls.connections(1) as (connection,):
         flow = Flow(connection.client, connection.far, 1)
         before = stalls.memory_kib()
@@ -191,7 +191,7 @@ def test_a_client_that_never_reads_is_no_other_case(stalls: Stalls) -> None:
 
 
 def test_64_streams_stalled_both_ways_cost_32_mebibytes_and_go_on_to_the_last_byte(stalls: Stalls) -> None:
-    """relay-behaviours 16 and 18: the windows have grown before, to all that there is to share."""
+    """docs/behaviours.md, 16 and 18: the windows have grown before, to all that there is to share."""
     before = stalls.memory_kib()
     with stalls.connections(64) as connections:
         flows = both_ways(connections)
@@ -228,7 +228,7 @@ def round_trips_s(connection: Connection, other: Connection, count: int) -> tupl
 def test_one_that_echoes_beside_63_that_stall_is_not_much_slower_than_alone(
     stalls: Stalls, alone: Connection
 ) -> None:
-    """relay-behaviours 19; the number of milliseconds is for `make bench`."""
+    """docs/behaviours.md, 19; the number of milliseconds is for `make bench`."""
     with stalls.connections(64) as (echoing, *others):
         flows = both_ways(others)
         stall(flows)
@@ -262,8 +262,8 @@ while not over:
 
 
 def test_a_small_answer_beside_bulk_streams_is_soon_there(stalls: Stalls, tmp_path: Path) -> None:
-    """relay-behaviours 20, counted in what the others move meanwhile, which no other load makes more: a
-    hundred MiB a second is 2 MiB in 20 ms. tests/test_backlog.py counts the turns."""
+    """docs/behaviours.md, 20, counted in what the others move meanwhile, which no other load makes more: a
+    hundred MiB a second is 2 MiB in 20 ms. tests/relay/test_backlog.py counts the turns."""
     with stalls.connections(5) as (small, *bulk), ExitStack() as stack:
         file = stack.enter_context((tmp_path / "moved").open("w+b"))
         file.truncate(mmap.PAGESIZE)

@@ -114,7 +114,7 @@ def found_in_a_namespace(what: str) -> str:
 @in_a_namespace
 @pytest.mark.parametrize("what", ["idle", "sending", "stalled"])
 def test_a_peer_behind_a_network_that_is_gone_is_noticed(what: str) -> None:
-    """relay-behaviours 38."""
+    """docs/behaviours.md, 38."""
     assert found_in_a_namespace(what) == "gone"
 
 

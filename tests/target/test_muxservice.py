@@ -62,7 +62,7 @@ def test_a_stream_is_a_connection_to_the_server(bench: ServiceBench, server: soc
 
 
 def test_the_sockets_buffers_are_set(bench: ServiceBench, server: socket.socket) -> None:
-    """relay-behaviours 17."""
+    """docs/behaviours.md, 17."""
     client, leg = bench.connect(port_of(server))
     with client, bench.accept(server):
         bench.until(lambda: leg.is_joined)
@@ -84,7 +84,7 @@ def test_ipv6_is_tried_when_ipv4_refuses() -> None:
 
 
 def test_nobody_listening_is_a_refusal_and_nothing_was_read() -> None:
-    """relay-behaviours 21: within no time at all by the loop's own clock."""
+    """docs/behaviours.md, 21: within no time at all by the loop's own clock."""
     port = free_port()
     with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
         client, leg = bench.connect(port)
@@ -97,7 +97,7 @@ def test_nobody_listening_is_a_refusal_and_nothing_was_read() -> None:
 
 
 def test_a_full_accept_queue_is_a_timeout() -> None:
-    """relay-behaviours 22."""
+    """docs/behaviours.md, 22."""
     with no_fds_left(), full_server() as port, ServiceBench(TargetPorts(port, port)) as bench:
         bench.is_time_still = True
         client, leg = bench.connect(port)
@@ -176,7 +176,7 @@ def test_a_budget_without_room_is_a_refusal(bench: ServiceBench, server: socket.
 def test_the_server_is_told_first_who_connected(
     bench: ServiceBench, server: socket.socket, version: ProxyVersion, client_address: str
 ) -> None:
-    """relay-behaviours 44."""
+    """docs/behaviours.md, 44."""
     origin = Origin(ip_address(client_address), 40_000, ip_address("2001:db8::2"), 80)
     if "." in client_address:
         origin = Origin(origin.client, origin.client_port, ip_address("198.51.100.2"), 80)
@@ -231,7 +231,7 @@ def test_every_port_of_the_range_is_reached_and_no_other() -> None:
 
 
 def test_past_its_lease_it_takes_no_stream_and_cuts_those_it_has(server: socket.socket) -> None:
-    """relay-behaviours 53: so what dom0 no longer allows is over then, even if nobody hears of it."""
+    """docs/behaviours.md, 53: so what dom0 no longer allows is over then, even if nobody hears of it."""
     port = port_of(server)
     with ServiceBench(TargetPorts(port, port), lease_s=300) as bench:
         bench.is_time_still = True
@@ -386,7 +386,7 @@ def test_taken_back_by_dom0_every_stream_is_aborted_and_no_server_is_asked(
 def test_a_lost_call_ends_it_within_two_seconds_though_a_server_takes_nothing(
     bench: ServiceBench, server: socket.socket
 ) -> None:
-    """relay-behaviours 28, by the loop's own clock, and 27 for the server."""
+    """docs/behaviours.md, 28, by the loop's own clock, and 27 for the server."""
     client, leg = bench.connect(port_of(server))
     with client, bench.accept(server) as far:
         bench.until(lambda: leg.is_joined)

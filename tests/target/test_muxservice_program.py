@@ -117,7 +117,7 @@ def test_sigusr2_lets_streams_go_on_and_takes_no_more(program: Program, server: 
 
 
 def test_after_the_calls_death_it_ends(program: Program, server: socket.socket) -> None:
-    """relay-behaviours 28, with a server that takes nothing, and 27 for it; within two seconds, as
+    """docs/behaviours.md, 28, with a server that takes nothing, and 27 for it; within two seconds, as
     `test_muxservice` has it by a clock."""
     client, far = stream_of(program, server)
     with client, far:
@@ -130,7 +130,7 @@ def test_after_the_calls_death_it_ends(program: Program, server: socket.socket) 
 
 
 def test_killed_it_is_an_abort_to_the_server(program: Program, server: socket.socket) -> None:
-    """relay-behaviours 14: nobody is left to say so, and still it is no clean end."""
+    """docs/behaviours.md, 14: nobody is left to say so, and still it is no clean end."""
     client, far = stream_of(program, server)
     with client, far:
         program.process.kill()

@@ -36,7 +36,7 @@ from qubes_fwd_qrexec.target.socketservice import ServiceServer, connect
 async def test_ipv6_is_tried_when_ipv4_refuses() -> None:
     with listening_socket("::1") as server, await connect(port_of(server)) as sock:
         assert sock.getpeername()[:2] == server.getsockname()[:2]
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # relay-behaviours 17
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # docs/behaviours.md, 17
             assert sock.getsockopt(socket.SOL_SOCKET, option) == 2 * 131_072
 
 
