@@ -1,197 +1,272 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command status: what is open now, with the figures of its listener, and what is still to be applied."""
+"""The command status: what is open now, what the qubes say of it, and what is not in force yet.
+
+What a qube says is untrusted: `common.report` checks it, and nothing is decided by it.
+"""
 
 import json
-import select
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Step, differences
-from qubes_fwd_qrexec.admin.backend import PolicyVerdict
-from qubes_fwd_qrexec.admin.figures import Figures, FigureSource, QubeFigures, Unknown
+from qubes_fwd_qrexec.admin.backend import Backend, PolicyVerdict
+from qubes_fwd_qrexec.admin.figures import ask, said_of
+from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.leftovers import WAY_OUT, Drain, drains, leftovers, listening
-from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.states import HELD, Cause, Forward, Plan, State
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.admin.leftovers import Drain, Leftover, drains, leftovers, listening
+from qubes_fwd_qrexec.admin.session import Session, Snapshot
+from qubes_fwd_qrexec.admin.states import HELD, Forward, Plan, State
+from qubes_fwd_qrexec.common.report import ForwardReport, QubeReport
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .render import escaped, exposed_at
 from .showing import selected
-from .tables import Colour, Table
+from .tables import Colour, Style, Table
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
-_UNKNOWN = "unknown"
 _KIB = 1024
-# Each look is a call to every qube that listens, and a person reads no faster.
+_AT_ONCE = 32
+# Each look is a call to every qube that listens, and nobody reads faster.
 WATCH_S = 2.0
-# ECMA-48: the cursor goes home, and what stands behind it is erased.
+# ECMA-48: put the cursor into the first column of the first line, and erase everything after it.
 _CLEAR = "\x1b[H\x1b[J"
 
+Answers = Mapping[QubeName, QubeReport | AnswerError]
+"""What each qube that was asked says of itself, or why there is no answer."""
 
-class _Seen(NamedTuple):
-    """One look at everything."""
 
-    found: list[tuple[Forward, PolicyVerdict, Figures | Unknown]]
-    planned: Plan
-    due: list[Step]
-    drains: list[Drain]
-    silent: list[QubeName]
-    """Qubes with a listener that do not answer: what drains there is not known."""
+class Row(NamedTuple):
+    """One live forward, with dom0's verdict on its calls and what its listener and its target say of it.
+
+    ``report`` is None if there are no figures. ``problem`` says why, or why the listener does not have it
+    open (or not wholly): then ``is_waiting``. ``mux_calls`` are those that the target has of it, if known.
+    """
+
+    forward: Forward
+    verdict: PolicyVerdict
+    report: ForwardReport | None = None
+    problem: str | None = None
+    is_waiting: bool = False
+    mux_calls: int | None = None
+    bugs: int = 0
+    bugs_in_target: int = 0
+
+    @property
+    def state(self) -> State:
+        return State.WAITING if self.is_waiting else self.forward.state
+
+    def as_json(self) -> dict[str, Any]:
+        forward = self.forward
+        figures: dict[str, Any] = {"is_known": False, "reason": self.problem}
+        if self.report is not None:
+            figures = {
+                "is_known": True,
+                **self.report.as_json(),
+                "problem": self.problem,
+                "mux_calls_in_target": self.mux_calls,
+                "bugs": self.bugs,
+                "bugs_in_target": self.bugs_in_target,
+            }
+        return {
+            "qube": forward.source.target,
+            "name": forward.source.name,
+            "state": self.state,
+            "reason": self.problem if self.is_waiting else forward.reason,
+            "exposed": forward.exposed,
+            "ports": forward.source.rule.listen_ports.brief(),
+            "is_allowed": self.verdict.is_allowed,
+            "policy": self.verdict.reason,
+            "figures": figures,
+        }
+
+
+class Status(NamedTuple):
+    """The forwards that are live, and all that is not as the rules ask for.
+
+    ``plan`` and ``rows`` are about the qubes that the user named, ``leftovers`` and ``due`` about the whole
+    system. ``silent`` are qubes with a listener that did not answer: what drains there is unknown.
+    """
+
+    plan: Plan
+    rows: tuple[Row, ...]
+    leftovers: tuple[Leftover, ...]
+    drains: tuple[Drain, ...]
+    silent: tuple[QubeName, ...]
+    due: tuple[Step, ...]
 
     @property
     def is_well(self) -> bool:
-        lingers = any(drain.left_s is None for drain in self.drains)
         return (
             not self.due
-            and not lingers
-            and all(
-                verdict.is_allowed is not False and _trouble(figures) is None
-                for _, verdict, figures in self.found
-            )
+            and all(drain.left_s is not None for drain in self.drains)
+            and not any(row.is_waiting or row.verdict.is_allowed is False for row in self.rows)
         )
 
     def as_json(self) -> dict[str, Any]:
-        entries = [
-            {
-                "qube": forward.source.target,
-                "name": forward.source.name,
-                "state": _state(forward, figures),
-                "reason": forward.reason if (trouble := _trouble(figures)) is None else trouble,
-                "exposed": forward.exposed,
-                "ports": forward.source.rule.listen_ports.brief(),
-                "is_allowed": verdict.is_allowed,
-                "policy": verdict.reason,
-                "figures": figures.as_json(),
-            }
-            for forward, verdict, figures in self.found
-        ]
         return {
-            "leftovers": [leftover.as_json() for leftover in leftovers(self.due)],
+            "leftovers": [leftover.as_json() for leftover in self.leftovers],
             "draining": [drain.as_json() for drain in self.drains],
-            "silent": self.silent,
-            "forwards": entries,
+            "silent": list(self.silent),
+            "forwards": [row.as_json() for row in self.rows],
             "due": [step.as_json() for step in self.due],
         }
 
 
-def status(args: Namespace, session: Session, source: FigureSource | None = None) -> int:
-    """Show the forwards that are live; status 1 if one of them is not as its rule asks for."""
-    if args.watch:
-        from qubes_fwd_qrexec.admin.ending import Ending
-
-        with Ending() as ending:
-            return _watch(args, session, lambda timeout_s: _is_over(ending, timeout_s))
-    seen = _look(args, session, source or QubeFigures(session.backend))
-    if session.is_json:
-        session.say_json(seen.as_json())
-    else:
-        _show(session, seen)
-    return 0 if seen.is_well else 1
+def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
+    """The running qubes whose answers `status_of` wants for a part of the plan."""
+    found = set(listening(planned, inventory, qubes))
+    for forward in planned.live:
+        found |= {forward.exposed} if forward.exposed is not None else set()
+        found |= {forward.source.target} if forward.transport is Transport.MUX else set()
+    return sorted(qube for qube in found if inventory.qubes[qube].is_running)
 
 
-def _is_over(ending: Any, timeout_s: float) -> bool:
-    return bool(select.select([ending], [], [], timeout_s)[0])
+def ask_all(qubes: Collection[QubeName], backend: Backend) -> Answers:
+    """Ask many qubes at once, so that nobody waits for one after the other."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def answer(qube: QubeName) -> QubeReport | AnswerError:
+        try:
+            return ask(backend, qube)
+        except AnswerError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(zip(qubes, pool.map(answer, qubes), strict=True))
 
 
-def _watch(args: Namespace, session: Session, is_over: Callable[[float], bool]) -> int:
-    """Show it again and again, until the end is asked for; the status is that of the last look."""
-    while True:
-        session = session._replace(now=time.time())
-        seen = _look(args, session, QubeFigures(session.backend))
+def status_of(
+    snapshot: Snapshot,
+    planned: Plan,
+    now: float,
+    verdicts: Mapping[tuple[QubeName, RuleName], PolicyVerdict],
+    answers: Answers,
+    qubes: Collection[str] = (),
+) -> Status:
+    """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
+    rows = tuple(_row(forward, verdicts[forward.source[:2]], answers) for forward in planned.live)
+    everything = snapshot.plan(now)
+    due = differences(everything, snapshot.inventory, snapshot.installed, now)
+    draining: list[Drain] = []
+    silent = []
+    for qube in listening(planned, snapshot.inventory, qubes):
+        answer = answers[qube]
+        if isinstance(answer, QubeReport):
+            live = {forward.source[:2] for forward in everything.live if forward.exposed == qube}
+            draining += drains(qube, answer, live)
+        elif not _has_no_listener(answer) and all(row.forward.exposed != qube for row in rows):
+            silent.append(qube)  # of others the figures are unknown, and that is said already
+    return Status(planned, rows, tuple(leftovers(due)), tuple(draining), tuple(silent), tuple(due))
+
+
+def _has_no_listener(error: AnswerError) -> bool:
+    return isinstance(error, NotRunningError) or error.status == NO_SERVICE
+
+
+def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
+    row, exposed = Row(forward, verdict), forward.exposed
+    answer = None if exposed is None else answers.get(exposed)
+    if answer is None:
+        return row._replace(problem=f"{exposed} is halted")
+    if isinstance(answer, AnswerError):
+        if answer.status != NO_SERVICE:
+            return row._replace(problem=str(answer))
+        problem = f"{exposed} does not have qubes-fwd-qrexec, without which it does not listen"
+        return row._replace(problem=problem, is_waiting=True)
+    if answer.listener is None:
+        problem = f"{exposed}: {answer.listener_problem or 'no listener is running'}"
+        return row._replace(problem=problem, is_waiting=True)
+    report, trouble = said_of(forward, answer.listener)
+    if report is None:
+        why = "" if trouble is None else f": {trouble}"
+        return row._replace(problem=f"{exposed} does not have {forward.source} open{why}", is_waiting=True)
+    if trouble is None and forward.config is not None and forward.config.key in answer.firewall.waiting:
+        trouble = "its firewall lets nobody in to a port that the listener does not listen on"
+    row = row._replace(
+        report=report, problem=trouble, is_waiting=trouble is not None, bugs=answer.listener.bugs
+    )
+    target = answers.get(forward.source.target)
+    if not isinstance(target, QubeReport):
+        return row
+    mux_calls = sum(
+        calls.mux_calls
+        for calls in target.calls
+        if calls.source == exposed and calls.ports == forward.source.rule.target_ports
+    )
+    is_mux = forward.transport is Transport.MUX
+    return row._replace(mux_calls=mux_calls if is_mux else None, bugs_in_target=target.bugs)
+
+
+def status(args: Namespace, session: Session, rest: Callable[[float], None] = time.sleep) -> int:
+    """Show what is open; exit status 1 if something is not as the rules ask for."""
+    if not args.watch:
+        found = _look(args, session)
         if session.is_json:
-            session.say(f"{json.dumps(seen.as_json() | {'time': session.now})}\n")
+            session.say_json(found.as_json())
         else:
-            session.say(_CLEAR if session.style.width is not None else "")
-            _show(session, seen)
-        session.out.flush()
-        if is_over(WATCH_S):
-            return 0 if seen.is_well else 1
+            session.say(text(found, session.style))
+        return 0 if found.is_well else 1
+    is_well = True
+    try:
+        while True:
+            session = session._replace(now=time.time())
+            found = _look(args, session)
+            is_well = found.is_well
+            if session.is_json:
+                session.say(f"{json.dumps(found.as_json() | {'time': session.now})}\n")
+            else:
+                clear = _CLEAR if session.style.width is not None else ""
+                session.say(f"{clear}{text(found, session.style)}")
+            session.out.flush()
+            rest(WATCH_S)
+    except KeyboardInterrupt:
+        return 0 if is_well else 1
 
 
-def _look(args: Namespace, session: Session, source: FigureSource) -> _Seen:
+def _look(args: Namespace, session: Session) -> Status:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed.text)
-    qubes = listening(planned, snapshot.inventory, args.qube)
-    source.prepare(qubes)
-    found = [(forward, verdicts[forward.source[:2]], _ask(source, forward)) for forward in planned.live]
-    # Of the whole system, whatever part of it is shown.
-    everything = snapshot.plan(session.now)
-    due = differences(everything, snapshot.inventory, snapshot.installed, session.now)
-    asked = {qube: source.answer(qube) for qube in qubes}
-    live = {qube: {f.source[:2] for f in everything.live if f.exposed == qube} for qube in asked}
-    draining = [drain for qube, told in asked.items() if told for drain in drains(qube, told, live[qube])]
-    # Of others the figures are said to be unknown.
-    shown = {forward.exposed for forward, _, _ in found}
-    silent = [qube for qube, answer in asked.items() if answer is None and qube not in shown]
-    return _Seen(found, planned, list(due), draining, silent)
+    answers = ask_all(to_ask(planned, snapshot.inventory, args.qube), session.backend)
+    return status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
 
 
-def _show(session: Session, seen: _Seen) -> None:
-    over = list(leftovers(seen.due))
-    for leftover in over:
-        words = f"No rule asks for it: {leftover.words()}; '{WAY_OUT}' ends that."
-        session.say(f"{session.style.colour(Colour.RED, escaped(words))}\n")
-    for drain in seen.drains:
-        session.say(f"{session.style.colour(Colour.YELLOW, drain.words())}.\n")
-    if seen.found:
-        states = [_state(forward, figures) for forward, _, figures in seen.found]
-        table = Table(_TITLES, [_row(*entry) for entry in seen.found], states)
-        session.say(table.text(session.style) or table.blocks(session.style))
+def text(found: Status, style: Style) -> str:
+    """The status for people."""
+    parts = [
+        style.colour(Colour.RED, escaped(f"No rule asks for it: {leftover.words()}; {_ENDS_THAT}"))
+        for leftover in found.leftovers
+    ]
+    parts += [style.colour(Colour.YELLOW, f"{drain.words()}.") for drain in found.drains]
+    if found.rows:
+        table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
+        parts.append((table.text(style) or table.blocks(style)).rstrip("\n"))
     else:
-        nothing = "No forward is open" if over or seen.drains or seen.silent else "Nothing is open"
-        session.say(f"{nothing}.{f' {HELD}.' if seen.planned.is_held else ''}\n")
-    session.say("".join(f"{remark}\n" for remark in _remarks(seen)))
+        is_quiet = not (found.leftovers or found.drains or found.silent)
+        nothing = "Nothing is open." if is_quiet else "No forward is open."
+        parts.append(f"{nothing} {HELD}." if found.plan.is_held else nothing)
+    return "".join(f"{part}\n" for part in (*parts, *_remarks(found)))
 
 
-def _ask(source: FigureSource, forward: Forward) -> Figures | Unknown:
-    if forward.cause is Cause.EXPOSED_HALTED:
-        return Unknown(f"{forward.exposed} is halted")
-    return source.figures(forward)
+_ENDS_THAT = "'qvm-forward apply' ends that."
+_VERDICTS = {True: "allows", False: "denies", None: "allows?"}
 
 
-def _trouble(figures: Figures | Unknown) -> str | None:
-    """Why its listener does not have a forward open, or not wholly."""
-    if isinstance(figures, Figures):
-        return figures.problem
-    return figures.reason if figures.is_trouble else None
-
-
-def _state(forward: Forward, figures: Figures | Unknown) -> State:
-    """That of the plan, unless the forward waits for its listener."""
-    return forward.state if _trouble(figures) is None else State.WAITING
-
-
-_WORDS = {True: "allows", False: "denies", None: "allows?"}
-
-
-def _row(forward: Forward, verdict: PolicyVerdict, figures: Figures | Unknown) -> tuple[str, ...]:
-    if isinstance(figures, Unknown):
-        counts = (_UNKNOWN,) * 6
-    else:
-        report = figures.report
-        counts = (
-            str(report.way),
-            str(report.connections),
-            str(report.total),
-            str(figures.refused),
-            size(report.sent),
-            size(report.received),
-        )
-    return (
-        forward.source.target,
-        forward.source.name,
-        _state(forward, figures),
-        exposed_at(forward),
-        _WORDS[verdict.is_allowed],
-        *counts,
-    )
+def _cells(row: Row) -> tuple[str, ...]:
+    named, report = row.forward.source, row.report
+    cells = (named.target, named.name, row.state, exposed_at(row.forward), _VERDICTS[row.verdict.is_allowed])
+    if report is None:
+        return (*cells, *("unknown",) * 6)
+    counts = (report.connections, report.total, sum(report.refused.values()))
+    return (*cells, report.way, *map(str, counts), size(report.sent), size(report.received))
 
 
 def size(count: int) -> str:
@@ -206,53 +281,52 @@ def size(count: int) -> str:
     return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
 
 
-def _remarks(seen: _Seen) -> Iterable[str]:
-    found, planned, silent, due = seen.found, seen.planned, seen.silent, len(seen.due)
-    reasons: dict[str, None] = {}
-    bugs: dict[tuple[str, str], int] = {}
-    doubts: dict[str, None] = {}
-    for forward, verdict, figures in found:
-        if verdict.is_allowed is False:
-            yield f"{forward.source}: dom0 denies its calls: {escaped(verdict.reason)}."
-        elif verdict.is_allowed is None:
-            doubts[verdict.reason] = None
-        trouble = _trouble(figures)
-        if trouble is not None:
-            yield f"{forward.source}: {State.WAITING}: {trouble}."
-        if isinstance(figures, Unknown):
-            if trouble is None:
-                reasons[figures.reason] = None
-            continue
-        report = figures.report
-        bugs[str(forward.exposed), "listener"] = figures.bugs
-        bugs[forward.source.target, "service"] = figures.bugs_in_target
-        if report.refused:
-            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))
-            yield f"{forward.source}: refused: {counts}."
-        if report.last_error is not None:
-            at = "" if report.last_error_at is None else f" at {_local(report.last_error_at)}"
-            yield f"{forward.source}: last error{at}: {report.last_error}."
+def _remarks(found: Status) -> Iterator[str]:
+    for row in found.rows:
+        yield from _about(row)
+    known = [row for row in found.rows if row.report is not None]
+    bugs = {(str(row.forward.exposed), "listener"): row.bugs for row in known}
+    bugs |= {(row.forward.source.target, "service"): row.bugs_in_target for row in known}
     for (qube, program), count in sorted(bugs.items()):
         if count:
             times = "a bug" if count == 1 else f"{count} bugs"
-            yield f"{qube}: its {program} has met {times} of its own; the journal there says more."
+            yield f"{qube}: its {program} has met {times} of its own; see the journal there."
+    doubts = dict.fromkeys(row.verdict.reason for row in found.rows if row.verdict.is_allowed is None)
     if doubts:
-        yield f"Whether another policy file denies it is not known: {'; '.join(map(escaped, doubts))}."
-    if reasons:
-        yield f"Figures are unknown: {'; '.join(reasons)}."
-    closed = Counter(forward.state for forward in planned if not forward.is_live)
-    closed[State.BROKEN] += len(planned.broken)
+        yield f"Another policy file may deny it, which cannot be told: {'; '.join(map(escaped, doubts))}."
+    unknown = dict.fromkeys(
+        row.problem for row in found.rows if row.report is None and row.problem and not row.is_waiting
+    )
+    if unknown:
+        yield f"Figures are unknown: {'; '.join(unknown)}."
+    closed = Counter(forward.state for forward in found.plan if not forward.is_live)
+    closed[State.BROKEN] += len(found.plan.broken)
     counts = ", ".join(f"{closed[state]} {state}" for state in State if closed[state])
     if counts:
         yield f"Not open: {counts}; 'qvm-forward list' says why."
-    if silent:
-        yield f"Whether anything drains is not known of {', '.join(silent)}, which does not answer."
-    if due:
-        yield f"Not in force yet: {due} change{'' if due == 1 else 's'}; 'qvm-forward apply' makes them."
+    if found.silent:
+        yield f"What drains at {', '.join(found.silent)} is unknown: no answer."
+    if found.due:
+        changes = "1 change" if len(found.due) == 1 else f"{len(found.due)} changes"
+        yield f"Not in force yet: {changes}; 'qvm-forward apply' makes them."
+
+
+def _about(row: Row) -> Iterator[str]:
+    name, report = row.forward.source, row.report
+    if row.verdict.is_allowed is False:
+        yield f"{name}: dom0 denies its calls: {escaped(row.verdict.reason)}."
+    if row.is_waiting:
+        yield f"{name}: {State.WAITING}: {row.problem}."
+    if report is not None and report.refused:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))
+        yield f"{name}: refused: {counts}."
+    if report is not None and report.last_error is not None:
+        at = "" if report.last_error_at is None else f" at {_local(report.last_error_at)}"
+        yield f"{name}: last error{at}: {report.last_error}."
 
 
 def _local(untrusted_seconds: int) -> str:
-    """A time as a qube tells it, which may be none that there is; as all times here, that of this machine."""
+    """A time that a qube gave, in dom0's time zone; it may be out of range."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(untrusted_seconds))
     except (OverflowError, ValueError, OSError):

@@ -5,22 +5,32 @@ import io
 import json
 import time
 from argparse import Namespace
-from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 import pytest
+from faulty import Faulty
 from worlds import ADD, NOW, Command
 
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.figures import Figures, Unknown
-from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.states import Forward
-from qubes_fwd_qrexec.admin.views.status import WATCH_S, _watch, size, status
+from qubes_fwd_qrexec.admin.judged import judged
+from qubes_fwd_qrexec.admin.session import Session, Snapshot
+from qubes_fwd_qrexec.admin.store import read_rules
+from qubes_fwd_qrexec.admin.views.status import WATCH_S, Row, Status, size, status, status_of, text, to_ask
 from qubes_fwd_qrexec.admin.views.tables import Style
-from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
+from qubes_fwd_qrexec.common.report import (
+    CallsReport,
+    DrainingReport,
+    FirewallReport,
+    ForwardReport,
+    ListenerReport,
+    Problem,
+    QubeReport,
+    Way,
+    dump,
+)
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, TargetPorts
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 
@@ -114,32 +124,30 @@ def test_what_drains_is_shown_and_who_does_not_say_is_named(
     drain = DrainingReport(target=QubeName("work"), name=RuleName("web"), connections=2, left_s=3000)
     last = replace(drain, connections=1, left_s=59)
     listener = ListenerReport(since=1, forwards=(), draining=(drain, last))
-    report = QubeReport(program="1", listener=listener)
-    shown = _with(store, Unknown("x"), report=report)[1]
-    assert shown.splitlines()[:3] == [
+    found = look(store, sys_net=QubeReport(program="1", listener=listener))
+    assert shown(found).splitlines()[:3] == [
         "work web is closed and draining: 2 connections at sys-net, cut in 50 min at the latest.",
         "work web is closed and draining: 1 connection at sys-net, cut in 59 s at the latest.",
         "No forward is open.",
     ]
-    data = json.loads(_with(store, Unknown("x"), report=report, is_json=True)[1])
-    assert [entry["connections"] for entry in data["draining"]] == [2, 1]
-    shown = _with(store, Unknown("x"), report=None)[1]
-    assert "No forward is open.\n" in shown
-    assert "Whether anything drains is not known of sys-net, which does not answer.\n" in shown
-    assert _with(store, Unknown("x"))[1].startswith("Nothing is open.\n")
+    assert [entry["connections"] for entry in found.as_json()["draining"]] == [2, 1]
+    words = shown(look(store, sys_net=AnswerError("x")))
+    assert "No forward is open.\n" in words
+    assert "What drains at sys-net is unknown: no answer.\n" in words
+    for answer in (NOTHING, AnswerError("x", 127), NotRunningError("x")):
+        assert shown(look(store, sys_net=answer)).startswith("Nothing is open.\n")
 
 
 def test_connections_of_a_closed_forward_that_its_listener_has_not_ended_are_said(
     forward: Command, store: Backend
 ) -> None:
     forward(*ADD)
-    live = QubeReport(program="1", listener=ListenerReport(since=1, forwards=(REPORT,)))
-    assert "to be closed" not in _with(store, Figures(REPORT), report=live)[1]
+    assert look(store, sys_net=listening(REPORT)).drains == ()
     forward("disable", "work", "web")
     store.set_feature(QubeName("sys-net"), "service.qubes-forward-listener", "1")
-    code, shown = _with(store, Unknown("x"), report=live)
-    assert code == 1
-    assert shown.startswith(
+    found = look(store, sys_net=listening(REPORT))
+    assert not found.is_well
+    assert shown(found).startswith(
         "work web is to be closed, and sys-net still has 3 connections of it.\nNo forward is open.\n"
     )
 
@@ -192,30 +200,25 @@ def test_a_halted_listener_is_not_asked(forward: Command, lab: LabDirectory) -> 
 NOTHING = QubeReport(program="1", listener=ListenerReport(since=1, forwards=()))
 
 
-class Asked:
-    """A source that knows one forward, and refuses to be asked about others."""
-
-    def __init__(self, answer: Figures | Unknown, report: QubeReport | None) -> None:
-        self._answer = answer
-        self._report = report
-
-    def figures(self, forward: Forward) -> Figures | Unknown:
-        assert str(forward.source) == "work web"
-        return self._answer
-
-    def answer(self, qube: QubeName) -> QubeReport | None:
-        return self._report if qube == "sys-net" else QubeReport(program="1")
-
-    def prepare(self, qubes: Collection[QubeName]) -> None:
-        assert "sys-net" in qubes
+def look(store: Backend, **answers: QubeReport | AnswerError) -> Status:
+    """The status of a system whose other qubes answer that they have no listener."""
+    inventory = store.inventory(with_config=True)
+    snapshot = Snapshot(inventory, read_rules(inventory), store.read_policy())
+    planned = snapshot.plan(NOW)
+    asked: dict[QubeName, QubeReport | AnswerError] = dict.fromkeys(
+        to_ask(planned, inventory, ()), QubeReport(program="1")
+    )
+    asked |= {QubeName(name.replace("_", "-")): answer for name, answer in answers.items()}
+    return status_of(snapshot, planned, NOW, judged(planned.live, store, snapshot.installed.text), asked)
 
 
-def _with(
-    store: Backend, answer: Figures | Unknown, *, is_json: bool = False, report: QubeReport | None = NOTHING
-) -> tuple[int, str]:
-    out = io.StringIO()
-    session = Session(store, NOW, {}, io.StringIO(), out, io.StringIO(), Style(), is_json)
-    return status(Namespace(qube=[], watch=False), session, Asked(answer, report)), out.getvalue()
+def row(store: Backend, **answers: QubeReport | AnswerError) -> Row:
+    (found,) = look(store, **answers).rows
+    return found
+
+
+def shown(found: Status) -> str:
+    return text(found, Style())
 
 
 REPORT = ForwardReport(
@@ -234,87 +237,128 @@ REPORT = ForwardReport(
 )
 
 
-def test_figures_are_shown_where_a_source_has_them(forward: Command, store: Backend) -> None:
+def listening(
+    *forwards: ForwardReport, problems: tuple[Problem, ...] = (), waiting: tuple[str, ...] = (), bugs: int = 0
+) -> QubeReport:
+    listener = ListenerReport(since=1, forwards=forwards, problems=problems, bugs=bugs)
+    return QubeReport(program="1", listener=listener, firewall=FirewallReport(waiting=waiting))
+
+
+def test_figures_are_shown_where_the_listener_gives_them(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    code, shown = _with(store, Figures(REPORT))
-    assert (code, len(shown.splitlines())) == (0, 2)
-    row = " ".join(shown.splitlines()[1].split())
-    assert row == "work web active sys-net:80 allows open 3 40 0 999 1.5 KiB"
+    found = look(store, sys_net=listening(REPORT))
+    assert found.is_well
+    assert [" ".join(line.split()) for line in shown(found).splitlines()][1:] == [
+        "work web active sys-net:80 allows open 3 40 0 999 1.5 KiB"
+    ]
+
+
+def test_the_mux_calls_that_the_target_has_are_those_of_the_forward(forward: Command, store: Backend) -> None:
+    forward(*ADD)
+    ports = TargetPorts(8080, 8080)
+    mine = CallsReport(source=QubeName("sys-net"), ports=ports, mux_calls=2)
+    others = (
+        CallsReport(source=QubeName("other"), ports=ports, mux_calls=5),
+        CallsReport(source=mine.source, ports=TargetPorts(8080, 8081), mux_calls=7),
+    )
+    target = QubeReport(program="1", calls=(mine, *others))
+    assert row(store, sys_net=listening(REPORT), work=target).mux_calls == 2
+    assert row(store, sys_net=listening(REPORT), work=AnswerError("x")).mux_calls is None
 
 
 def test_refusals_and_the_last_error_are_said(forward: Command, store: Backend) -> None:
     forward(*ADD)
     refused = {"source": 2, "policy": 3}
-    report = replace(REPORT, refused=refused, last_error="no tunnel", last_error_at=0, way=Way.REFUSED)
-    code, shown = _with(store, Figures(report))
-    assert code == 0
-    assert "allows refused 3 40 5 999" in " ".join(shown.split())
-    assert "work web: refused: 3 policy, 2 source.\n" in shown
+    report = replace(REPORT, refused=refused, last_error="no call", last_error_at=0, way=Way.REFUSED)
+    found = look(store, sys_net=listening(report))
+    assert found.is_well
+    assert "allows refused 3 40 5 999" in " ".join(shown(found).split())
+    assert "work web: refused: 3 policy, 2 source.\n" in shown(found)
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(0))
-    assert f"work web: last error at {at}: no tunnel.\n" in shown
+    assert f"work web: last error at {at}: no call.\n" in shown(found)
     report = replace(REPORT, last_error="x", last_error_at=2**63 - 1)
-    assert "last error at an unknown time: x" in _with(store, Figures(report))[1]
+    assert "last error at an unknown time: x" in shown(look(store, sys_net=listening(report)))
 
 
 def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    code, shown = _with(store, Figures(REPORT, None, 1, 1, 20))
-    assert code == 0  # each has ended no more than what it happened to
-    assert shown.endswith(
-        "sys-net: its listener has met a bug of its own; the journal there says more.\n"
-        "work: its service has met 20 bugs of its own; the journal there says more.\n"
+    found = look(store, sys_net=listening(REPORT, bugs=1), work=QubeReport(program="1", bugs=20))
+    assert found.is_well  # each has ended no more than what it happened to
+    assert shown(found).endswith(
+        "sys-net: its listener has met a bug of its own; see the journal there.\n"
+        "work: its service has met 20 bugs of its own; see the journal there.\n"
     )
 
 
-def test_what_a_listener_complains_of_is_shown_and_fails(forward: Command, store: Backend) -> None:
+SHUT = "its firewall lets nobody in to a port that the listener does not listen on"
+MINE, OTHER = Problem("fwd.work.web", "refused"), Problem("fwd.work.x", "y")
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (listening(REPORT, problems=(OTHER, MINE)), "refused"),
+        (listening(replace(REPORT, is_listening=False)), "not all of its ports are open"),
+        (listening(REPORT, waiting=("fwd.work.x", "fwd.work.web")), SHUT),
+        (listening(REPORT, waiting=("fwd.work.x",)), None),
+        (listening(REPORT, problems=(MINE,), waiting=("fwd.work.web",)), "refused"),
+        (listening(REPORT, problems=(Problem("fwd.work.web", ""),)), ""),
+    ],
+)
+def test_what_keeps_a_forward_from_being_open_wholly_is_said_and_fails(
+    forward: Command, store: Backend, answer: QubeReport, problem: str | None
+) -> None:
     forward(*ADD)
-    trouble = Figures(REPORT, "another program has port 80 of sys-net", 1)
-    assert _with(store, trouble)[0] == 1
-    assert "work web: waiting: another program has port 80 of sys-net.\n" in _with(store, trouble)[1]
-    assert "work web waiting sys-net:80 allows open" in " ".join(_with(store, trouble)[1].split())
-    data: Any = json.loads(_with(store, trouble, is_json=True)[1])
-    assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == (
-        "waiting",
-        "another program has port 80 of sys-net",
-    )
-    assert data["forwards"][0]["figures"] == {
+    found = look(store, sys_net=answer)
+    if problem is None:
+        assert found.is_well
+        return
+    assert not found.is_well
+    assert f"work web: waiting: {problem}.\n" in shown(found)
+    assert "work web waiting sys-net:80 allows open" in " ".join(shown(found).split())
+    (entry,) = found.as_json()["forwards"]
+    assert (entry["state"], entry["reason"]) == ("waiting", problem)
+    report = answer.listener.forwards[0].as_json() if answer.listener else {}
+    assert entry["figures"] == {
+        **report,
         "is_known": True,
-        **REPORT.as_json(),
-        "problem": "another program has port 80 of sys-net",
-        "mux_calls_in_target": 1,
+        "problem": problem,
+        "mux_calls_in_target": 0,
         "bugs": 0,
         "bugs_in_target": 0,
     }
 
 
-def test_a_forward_that_its_listener_does_not_have_open_is_waiting(forward: Command, store: Backend) -> None:
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (QubeReport(program="1", listener_problem="no listener"), "sys-net: no listener"),
+        (QubeReport(program="1"), "sys-net: no listener is running"),
+        (listening(), "sys-net does not have work web open"),
+        (listening(problems=(MINE, OTHER)), "sys-net does not have work web open: refused"),
+        (AnswerError("x", 127), "sys-net does not have qubes-fwd-qrexec, without which it does not listen"),
+    ],
+)
+def test_a_forward_that_its_listener_does_not_have_open_is_waiting(
+    forward: Command, store: Backend, answer: QubeReport | AnswerError, problem: str
+) -> None:
     forward(*ADD)
-    reason = "sys-net does not have work web open: the port is in use"
-    code, shown = _with(store, Unknown(reason, is_trouble=True))
-    assert (code, len(shown.splitlines())) == (1, 3)
-    assert "work web waiting sys-net:80 allows unknown" in " ".join(shown.split())
-    assert shown.endswith(f"\nwork web: waiting: {reason}.\n")
-    data: Any = json.loads(_with(store, Unknown(reason, is_trouble=True), is_json=True)[1])
-    assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == ("waiting", reason)
-
-
-def test_a_listener_that_gives_no_reason_is_waited_for_too(forward: Command, store: Backend) -> None:
-    forward(*ADD)
-    code, shown = _with(store, Figures(REPORT, ""))
-    assert (code, shown.splitlines()[-1]) == (1, "work web: waiting: .")
-    assert "work web waiting" in " ".join(shown.split())
-    data: Any = json.loads(_with(store, Figures(REPORT, ""), is_json=True)[1])
-    assert (data["forwards"][0]["state"], data["forwards"][0]["reason"]) == ("waiting", "")
+    found = look(store, sys_net=answer)
+    assert not found.is_well
+    assert "work web waiting sys-net:80 allows unknown" in " ".join(shown(found).split())
+    assert shown(found).endswith(f"\nwork web: waiting: {problem}.\n")
+    (entry,) = found.as_json()["forwards"]
+    assert (entry["state"], entry["reason"]) == ("waiting", problem)
+    assert entry["figures"] == {"is_known": False, "reason": problem}
 
 
 def test_a_qube_that_says_nothing_makes_nothing_wait(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    code, shown = _with(store, Unknown("no answer"))
-    assert code == 0
-    assert "work web active" in " ".join(shown.split())
-    assert shown.endswith("\nFigures are unknown: no answer.\n")
-    data: Any = json.loads(_with(store, Unknown("no answer"), is_json=True)[1])
-    assert data["forwards"][0]["reason"].startswith("Connections to port 80 of sys-net (outer side) from ")
+    found = look(store, sys_net=AnswerError("no answer"))
+    assert found.is_well
+    assert "work web active" in " ".join(shown(found).split())
+    assert shown(found).endswith("\nFigures are unknown: no answer.\n")
+    assert found.as_json()["forwards"][0]["reason"].startswith("Connections to port 80 of sys-net ")
 
 
 @pytest.mark.parametrize(
@@ -332,27 +376,48 @@ def test_bytes_are_for_people(count: int, shown: str) -> None:
     assert size(count) == shown
 
 
-def test_a_watch_looks_again_until_the_end_is_asked_for(forward: Command, store: Backend, kind: str) -> None:
+class Answering(Faulty):
+    """A system whose sys-net gives one answer; the other qubes cannot be read."""
+
+    def __init__(self, lab: LabDirectory, answer: QubeReport) -> None:
+        super().__init__(lab)
+        self._answer = dump(answer.as_json())
+
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        assert service == "qubes.ForwardStatus+"
+        return self._answer if qube == "sys-net" else b"\x1b[2J"
+
+
+def test_what_a_qube_says_is_read_with_care(forward: Command, over: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
+    result = over(Answering(lab, listening(REPORT)), "status", "--json")
+    assert result.status == 0
+    assert result.json["forwards"][0]["figures"]["mux_calls_in_target"] is None
+    assert "work" in result.json["silent"]
+
+
+def test_a_watch_looks_again_until_it_is_interrupted(forward: Command, store: Backend, kind: str) -> None:
     forward(*ADD)
     waits: list[float] = []
 
-    def is_over(timeout_s: float) -> bool:
-        waits.append(timeout_s)
-        return len(waits) == 2
+    def rest(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
 
     for is_json, style in ((False, Style()), (False, Style(200)), (True, Style())):
         waits.clear()
         out = io.StringIO()
         session = Session(store, NOW, {}, io.StringIO(), out, io.StringIO(), style, is_json)
-        assert _watch(Namespace(qube=[]), session, is_over) == (kind == "qubes")  # a qube without the package
+        is_lacking = kind == "qubes"  # there sys-net is without the package
+        assert status(Namespace(qube=[], watch=True), session, rest) == is_lacking
         assert waits == [WATCH_S, WATCH_S]
         if is_json:
             first, second = map(json.loads, out.getvalue().splitlines())
-            assert (
-                first.keys()
-                == second.keys()
-                == {"leftovers", "draining", "silent", "forwards", "due", "time"}
-            )
+            keys = {"leftovers", "draining", "silent", "forwards", "due", "time"}
+            assert first.keys() == second.keys() == keys
         else:
             assert out.getvalue().count("QUBE ") == 2
             assert out.getvalue().count("\x1b[H\x1b[J") == (2 if style.width else 0)
