@@ -62,7 +62,7 @@ def accounts(listener: Listener) -> list[Account]:
         ("rate:4", "more than 4 new connections in a second, the limit rate"),  # half for one source
     ],
 )
-@pytest.mark.usefixtures("tunnel_home", "said_once")
+@pytest.mark.usefixtures("mux_call_home", "said_once")
 async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
     tmp_path: Path,
     server: socket.socket,
@@ -108,7 +108,7 @@ async def test_one_source_that_holds_all_it_may_keeps_nobody_else_out(
 
 
 @pytest.mark.parametrize("transport", ["call", "mux"])
-@pytest.mark.usefixtures("tunnel_home", "said_once")
+@pytest.mark.usefixtures("mux_call_home", "said_once")
 async def test_the_idlest_connection_of_the_largest_holder_makes_room(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture, transport: str
 ) -> None:
@@ -155,7 +155,7 @@ async def test_all_forwards_together_hold_what_the_process_may(tmp_path: Path, s
         listener.stop()
 
 
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server: socket.socket) -> None:
     """docs/behaviours.md, 37; `test_limits` counts 10,000 of them."""
     port, config, chance = free_port(), tmp_path / "config", random.Random(1)
@@ -212,7 +212,7 @@ async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket
 
 
 @pytest.mark.parametrize("transport", ["call", "mux"])
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_an_idle_connection_ends_and_its_slot_comes_back(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
@@ -279,7 +279,7 @@ def test_mapped_and_scoped_peers_are_known_by_what_they_are(
 # Reloads
 
 
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_a_hundred_reloads_refuse_nobody_and_cut_nobody(tmp_path: Path, server: socket.socket) -> None:
     """docs/behaviours.md, 29: at least as many connections come as there are reloads."""
     port, config = free_port(), tmp_path / "config"

@@ -31,7 +31,7 @@ from qubes_fwd_qrexec.exposed import unopened
 from qubes_fwd_qrexec.exposed.qubesdbsource import open_qubesdb
 from qubes_fwd_qrexec.listener import Listener, main
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 WEB = "fwd.work.web"
 
 

@@ -21,7 +21,7 @@ from helpers import (
 )
 from trio.testing import wait_all_tasks_blocked
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 @pytest.mark.parametrize("transport", ["call", "mux"])

@@ -27,7 +27,7 @@ HELLO = bytes(wire.encode_hello(Hello(65536, bytes(16))))
 WINDOW = 32768
 
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 class Called:

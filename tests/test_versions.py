@@ -162,7 +162,7 @@ def later_target(directory: Path, lowest: int) -> tuple[str, ...]:
     return (sys.executable, str(script))
 
 
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_a_listener_works_with_a_newer_target(tmp_path: Path, server: socket.socket) -> None:
     port = free_port()
     configure(tmp_path / "config", port, port_of(server), transport="mux")
@@ -171,7 +171,7 @@ async def test_a_listener_works_with_a_newer_target(tmp_path: Path, server: sock
             await echo_once(near, far)
 
 
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_a_newer_listener_works_with_this_target(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +190,7 @@ async def test_a_newer_listener_works_with_this_target(
             await echo_once(near, far)
 
 
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_without_a_version_in_common_connections_are_reset_and_the_log_says_why(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:

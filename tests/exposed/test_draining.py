@@ -27,7 +27,7 @@ from qubes_fwd_qrexec.exposed.draining import DRAIN_MAX_S
 
 
 @pytest.mark.parametrize("transport", ["call", "mux"])
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_a_drain_is_reported_until_it_is_over_and_is_cut_in_the_end(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:

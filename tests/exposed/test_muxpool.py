@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.mux import ProxyVersion
 from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, Budget
 from qubes_fwd_qrexec.relay.copy import half_close
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 # One mux call

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common.allowance import Allowance, Revoked
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.target import callnotes, revocation
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on(

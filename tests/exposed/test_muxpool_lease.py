@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
 from qubes_fwd_qrexec.exposed.muxpool import RENEW_AT_SHARE
 from qubes_fwd_qrexec.target.muxservice import LEASE_S
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 # When dom0 is asked again, in seconds after a mux call is ready.
 _DUE_S = LEASE_S * RENEW_AT_SHARE

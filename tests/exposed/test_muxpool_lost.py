@@ -34,7 +34,7 @@ from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.crowd import source_key
 from qubes_fwd_qrexec.mux import ProxyVersion
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from qubes_fwd_qrexec.exposed import statussockets, trial
 from qubes_fwd_qrexec.exposed.statussockets import METRICS, STATUS, TRY, runtime_directory
 from qubes_fwd_qrexec.listener import Listener
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 async def asked(path: Path, request: bytes = b"") -> bytes:

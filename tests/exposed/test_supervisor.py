@@ -51,7 +51,7 @@ def supervised(tmp_path: Path, *more: str) -> "Iterator[subprocess.Popen[bytes]]
 
 
 @pytest.mark.parametrize("transport", ["call", "mux"])
-@pytest.mark.usefixtures("tunnel_home")
+@pytest.mark.usefixtures("mux_call_home")
 async def test_the_next_listener_serves_while_the_last_one_drains(
     tmp_path: Path, server: socket.socket, transport: str
 ) -> None:

@@ -36,7 +36,7 @@ from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.copy import half_close
 from qubes_fwd_qrexec.relay.thread import open_relay_thread
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 def config(port: int, **options: str) -> ListenerConfig:

@@ -29,7 +29,7 @@ from qubes_fwd_qrexec.target.localserver import ServiceError
 from qubes_fwd_qrexec.target.muxservice import LEASE_S, MuxService, serve
 from qubes_fwd_qrexec.target.revocation import RevokedError, permitted, revoke
 
-pytestmark = pytest.mark.usefixtures("tunnel_home")
+pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 
 class Program:
