@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import differences
-from qubes_fwd_qrexec.admin.session import Snapshot
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.store import read_rules
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab
@@ -123,7 +123,7 @@ def _command(lab: LabDirectory, *argv: str) -> float:
     """Run the program; returns the seconds from its start to its end."""
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", "--lab", str(lab.root), *argv],
+        [sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", "--lab", str(lab.root), *argv],
         env=dict(os.environ),
         capture_output=True,
         timeout=120,

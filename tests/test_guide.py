@@ -7,7 +7,7 @@ from pathlib import Path
 import guide
 import pytest
 
-from qubes_fwd_qrexec.admin import cli
+from qubes_fwd_qrexec.admin.views import cli
 
 CHAPTERS = guide.chapters()
 ALL = [*CHAPTERS, guide.GUIDE / "README.md"]

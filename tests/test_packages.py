@@ -14,7 +14,7 @@ import yaml
 from test_imports import EVER, ROOT
 
 import qubes_fwd_qrexec
-from qubes_fwd_qrexec.admin import parser
+from qubes_fwd_qrexec.admin.views import parser
 
 CHECKOUT = ROOT.parent
 PARTS = CHECKOUT / "tools" / "parts.py"
@@ -257,7 +257,7 @@ def test_dom0_alone_runs_and_names_the_package_that_a_lab_needs(tmp_path: Path) 
     code = (
         f"import importlib, sys; sys.path.insert(0, {place!r})\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
-        "from qubes_fwd_qrexec.admin.cli import main\n"
+        "from qubes_fwd_qrexec.admin.views.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     # Without site-packages: what a dom0 has beside its own is not there, and trio is not either.

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.config import Service
-from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError, UsageError
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import (
     NO_LIMITS,
@@ -31,11 +31,13 @@ from .expiry import parse_expire, print_expire
 from .inventory import Inventory
 from .judged import denials
 from .leftovers import listening
-from .session import Session, Snapshot, UsageError
+from .reconcile import apply
+from .snapshot import Snapshot
 from .states import Cause, Forward, Plan, State
 from .stock import Stock, draining, ended, left_over
-from .store import made_up_name
+from .store import made_up_name, store
 from .views.render import escaped
+from .views.session import Session
 
 _V = TypeVar("_V")
 _NO_FROM = (
@@ -225,8 +227,8 @@ def remove(args: Namespace, session: Session) -> int:
         snapshot = session.look()
         entries = [snapshot.find(args.qube, name) for name in dict.fromkeys(args.name)]
         before = snapshot.plan(session.now)
-        session.store(snapshot.inventory, {(entry.target, entry.name): None for entry in entries})
-        applied, outcome = (None, Outcome()) if args.no_apply else session.apply_change()
+        store(session.backend, snapshot.inventory, {(entry.target, entry.name): None for entry in entries})
+        applied, outcome = (None, Outcome()) if args.no_apply else _apply(session)
     named = [entry for entry in entries if isinstance(entry, NamedRule)]
     left = _left_over(before, applied, entries, snapshot.inventory, session)
     if session.is_json:
@@ -238,6 +240,12 @@ def remove(args: Namespace, session: Session) -> int:
             session.say(f"Forward {entry.target} {entry.name!s} is removed{closed}.\n")
         _say_rest(session, applied, outcome, named, left)
     return _status(left)
+
+
+def _apply(session: Session) -> tuple[Plan, Outcome]:
+    applied = apply(session.backend, session.now, changed="the rules are changed")
+    session.warn_unread(applied.snapshot)
+    return applied.plan, applied.outcome
 
 
 def _left_over(
@@ -372,9 +380,13 @@ def _carried_out(
     before: Plan | None = None,
 ) -> _Done:
     """Store and apply."""
-    session.store(snapshot.inventory, {(named.target, named.name): str(named.rule) for named in changed})
+    store(
+        session.backend,
+        snapshot.inventory,
+        {(named.target, named.name): str(named.rule) for named in changed},
+    )
     before = before or snapshot.plan(session.now, is_held=False)
-    applied, outcome = (None, Outcome()) if args.no_apply else session.apply_change()
+    applied, outcome = (None, Outcome()) if args.no_apply else _apply(session)
     shown = applied or session.look().plan(session.now)
     forwards = [f for named in changed if (f := shown.find(named.target, named.name)) is not None]
     return _Done(forwards, snapshot.inventory, before, applied, outcome)

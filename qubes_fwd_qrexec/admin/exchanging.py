@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from qubes_fwd_qrexec.common import exchange
-from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError, UsageError
 from qubes_fwd_qrexec.common.exchange import Document, Read
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
@@ -14,10 +14,12 @@ from qubes_fwd_qrexec.common.values import QubeName
 from .apply import Outcome, others
 from .inventory import DISPOSABLE, TUNNEL_FEATURE, Inventory
 from .judged import denials
-from .session import Session, Snapshot, UsageError, plan_as_json
+from .reconcile import apply
+from .snapshot import Snapshot
 from .states import Forward, Plan
-from .store import TUNNEL_NAME, made_up_name, parse_new_name
+from .store import TUNNEL_NAME, made_up_name, parse_new_name, store
 from .views.render import escaped
+from .views.session import Session, plan_as_json
 
 
 def export_rules(args: Namespace, session: Session) -> int:
@@ -61,13 +63,17 @@ def import_rules(args: Namespace, session: Session) -> int:
         changes: dict[tuple[QubeName, str], str | None] = {
             (qube, TUNNEL_NAME): "1" if is_marked else "" for qube, is_marked in marks.items()
         }
-        session.store(
-            snapshot.inventory, changes | {(named.target, named.name): str(named.rule) for named in rules}
+        store(
+            session.backend,
+            snapshot.inventory,
+            changes | {(named.target, named.name): str(named.rule) for named in rules},
         )
         if args.no_apply:
             planned, outcome = session.look().plan(session.now), Outcome()
         else:
-            planned, outcome = session.apply_change()
+            applied = apply(session.backend, session.now, changed="the rules are changed")
+            planned, outcome, read = applied
+            session.warn_unread(read)
     left = _left(document, rules, planned)
     forwards = [f for named in rules if (f := planned.find(named.target, named.name)) is not None]
     if session.is_json:

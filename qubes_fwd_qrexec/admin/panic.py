@@ -19,11 +19,12 @@ from . import leftovers, policy
 from .apply import Outcome, differences
 from .backend import ANY
 from .judged import denials, judged
+from .reconcile import apply, reconcile
 from .revoking import Ended, allowances, revoke, serving
-from .session import Session
 from .states import Plan
 from .stock import Stock, ended, left_over
 from .views.render import escaped
+from .views.session import Session
 
 _RESUME = "'qvm-forward resume' shows with --dry-run what would open again, and opens it"
 
@@ -118,9 +119,10 @@ def _end_calls(session: Session) -> tuple[Ended, ...]:
 def _close(session: Session) -> tuple[Plan, list[QubeName], Outcome, tuple[str, ...]]:
     """All that `apply` closes while everything is held; what was live before, and who listened."""
     try:
-        _, outcome, before = session.reconcile(is_held=True, ends_all=True)
+        _, outcome, before = reconcile(session.backend, session.now, is_held=True, ends_all=True)
     except (ForwardError, OSError) as error:
         return Plan(()), [], Outcome(), (f"read all qubes, to find listeners and calls: {error}",)
+    session.warn_unread(before)
     live = before.plan(session.now, is_held=False)
     return live, leftovers.listening(live, before.inventory), outcome, outcome.troubles
 
@@ -190,7 +192,7 @@ def resume(args: Namespace, session: Session) -> int:
     else:
         with session.backend.locked():
             was_held = session.look().is_held
-            planned, outcome, _ = session.apply(is_held=False)
+            planned, outcome, _ = apply(session.backend, session.now, is_held=False)
             steps = outcome.done
     if session.is_json:
         data = {

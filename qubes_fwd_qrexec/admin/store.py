@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules where they are stored: feature ``forward.NAME`` of the target, whose value is the rule's line."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.errors import RuleError, TextError
+from qubes_fwd_qrexec.common.errors import RuleError, StoreError, TextError
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, parse_rule_name
 
+from .backend import Backend
 from .inventory import TUNNEL_FEATURE, Inventory
 
 PREFIX = "forward."
-# No rule's name: its feature is TUNNEL_FEATURE, which marks a tunnel qube.
+# TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
 TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(PREFIX)
-RESERVED = frozenset((TUNNEL_NAME,))
 
 
 class Stored(NamedTuple):
@@ -76,7 +76,7 @@ def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> Nam
 
 def parse_new_name(text: str) -> RuleName:
     """A name that a rule can be stored under. Raises `TextError`."""
-    if text in RESERVED:
+    if text == TUNNEL_NAME:
         raise TextError(text, f"free as a rule's name: the feature {feature_key(text)} marks a tunnel qube")
     return parse_rule_name(text)
 
@@ -91,3 +91,51 @@ def made_up_name(rule: ForwardRule, taken: Iterable[str]) -> RuleName:
         # tcp-60000-60010 leaves one digit of the 16; a tenth such rule may well be named by the user.
         name = f"{base[: 16 - len(str(number)) - 1]}-{number}"
     return parse_rule_name(name)
+
+
+def store(backend: Backend, inventory: Inventory, changes: Mapping[tuple[QubeName, str], str | None]) -> None:
+    """Set rules, or with None remove them, by qube and name: all, or on an error none.
+
+    On an error each is put back to what it was in ``inventory``. The caller holds the lock. Raises
+    `StoreError`, which lists what could not be put back, and what to do about it.
+    """
+    tried: list[tuple[QubeName, str]] = []
+    try:
+        for (qube, name), value in changes.items():
+            tried.append((qube, name))
+            _put(backend, qube, name, value)
+    except StoreError as error:
+        left = [line for qube, name in tried for line in _put_back(backend, inventory, qube, name)]
+        if not left:
+            raise
+        lines = "\n".join(left)
+        raise StoreError(
+            f"{error}.\nWhat was changed before could not be put back, and the next 'qvm-forward apply' puts "
+            f"it in force:\n{lines}"
+        ) from error
+
+
+def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> Iterator[str]:
+    """A line for the user if this fails."""
+    old = inventory.qubes[qube].features.get(feature_key(name))
+    try:
+        _put(backend, qube, name, old)
+    except StoreError as error:
+        if name == TUNNEL_NAME:
+            verb = "mark" if old else "unmark"
+            way_out = f"'qvm-forward tunnel {verb} {qube}' restores it"
+            yield f"the mark of {qube} may be changed ({error}); {way_out}"
+        elif old is None:
+            yield f"{qube} {name} may be stored ({error}); 'qvm-forward remove {qube} {name}' removes it"
+        else:
+            yield (
+                f"{qube} {name} may be changed or gone ({error}); 'qvm-forward import --replace' restores it "
+                f"from this line: {qube} {ascii(name)[1:-1]} {ascii(old)[1:-1]}"
+            )
+
+
+def _put(backend: Backend, qube: QubeName, name: str, value: str | None) -> None:
+    if value is None:
+        backend.remove_feature(qube, feature_key(name))
+    else:
+        backend.set_feature(qube, feature_key(name), value)

@@ -9,15 +9,17 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
 from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import QubeName
 
 from .apply import Outcome, others
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
-from .session import Session, Snapshot, UsageError
+from .reconcile import apply
+from .snapshot import Snapshot
 from .states import Cause, Forward, Plan, State
 from .stock import Stock, ended, left_over
+from .views.session import Session
 
 
 class Change(NamedTuple):
@@ -60,7 +62,7 @@ def _mark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
     after = _with_feature(snapshot, qube, "1")
     if not is_marked:
         session.backend.set_feature(qube, TUNNEL_FEATURE, "1")
-    planned, outcome = session.apply_change(f"{qube} is marked")
+    planned, outcome, _ = apply(session.backend, session.now, changed=f"{qube} is marked")
     left = left_over(ended(snapshot.plan(session.now), planned), session.backend)
     changes = [*_changes(snapshot, after, session.now, left)]
     status = 1 if any(stock.left_s is None for stock in left) else 0
@@ -97,7 +99,7 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
     after = _with_feature(snapshot, qube, None)
     changes = [*_changes(snapshot, after, session.now)]
     session.backend.remove_feature(qube, TUNNEL_FEATURE)
-    planned, outcome = session.apply_change(f"{qube} is no longer marked")
+    planned, outcome, _ = apply(session.backend, session.now, changed=f"{qube} is no longer marked")
     if session.is_json:
         session.say_json(_as_json(qube, after, changes))
         return 0

@@ -26,10 +26,11 @@ from .clock import Clock
 from .ending import Ending
 from .expiry import print_expire
 from .inventory import Inventory
+from .reconcile import reconcile
 from .revoking import Ended, allowances, revoke, serving
-from .session import Session
 from .states import Cause, Plan, State
 from .views.render import escaped
+from .views.session import Session
 
 # A tool that sets up a qube sends its events within milliseconds of each other; a person waits for a second.
 QUIET_S = 0.2
@@ -149,13 +150,14 @@ class Watcher:
 
     def _reconcile(self) -> None:
         now = self._clock.now()
-        session = self._session._replace(now=now)
+        backend = self._session.backend
         try:
-            with session.backend.locked():
-                planned, outcome, snapshot = session.reconcile()
+            with backend.locked():
+                planned, outcome, snapshot = reconcile(backend, now)
         except ForwardError as error:
             self._complain(_Trouble.APPLY, str(error))
             return
+        self._session.warn_unread(snapshot)
         self._owed |= {found.target for found in outcome.ended if found.problem is not None}
         outcome = outcome._replace(ended=self._tell(planned, snapshot.inventory))
         self._next_end = next_end(planned, now)

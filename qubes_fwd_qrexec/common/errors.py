@@ -39,6 +39,17 @@ class RuleError(ForwardError):
         self.problem = problem
 
 
+class UsageError(ForwardError):
+    """What is asked for makes no sense.
+
+    ``options`` are the names of the rule's options that are wrong, as a rule's line spells them.
+    """
+
+    def __init__(self, text: str, *options: str) -> None:
+        super().__init__(text)
+        self.options = options
+
+
 class ConfigError(ForwardError):
     """A listener's configuration cannot be read; the text names the entry and the option."""
 

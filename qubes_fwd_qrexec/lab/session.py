@@ -55,7 +55,7 @@ class LabSession:
 
     def forward(self, *words: str) -> str:
         """Run ``qvm-forward`` on this lab and return what it says. Raises `SessionError` if it fails."""
-        return output_of(self.command("admin.cli", "--lab", str(self.lab.root), *words))
+        return output_of(self.command("admin.views.cli", "--lab", str(self.lab.root), *words))
 
     def start(self, words: Sequence[str], **options: object) -> "subprocess.Popen[bytes]":
         """Start a program that is ended with the session."""

@@ -68,9 +68,9 @@ def test_what_cannot_be_put_back_is_named_with_the_way_out(forward: Command, fai
     assert result.err == (
         "qvm-forward import: qubesd is gone.\n"
         "What was changed before could not be put back, and the next 'qvm-forward apply' puts it in force:\n"
-        "work r0 may be stored (qubesd is gone); 'qvm-forward remove work r0' takes it away\n"
-        "work r1 may be stored (qubesd is gone); 'qvm-forward remove work r1' takes it away\n"
-        "work r2 may be stored (qubesd is gone); 'qvm-forward remove work r2' takes it away\n"
+        "work r0 may be stored (qubesd is gone); 'qvm-forward remove work r0' removes it\n"
+        "work r1 may be stored (qubesd is gone); 'qvm-forward remove work r1' removes it\n"
+        "work r2 may be stored (qubesd is gone); 'qvm-forward remove work r2' removes it\n"
     )
 
 
@@ -83,10 +83,10 @@ def test_a_rule_and_a_mark_that_cannot_be_put_back_are_told_with_what_they_were(
     text = "sys-vpn tunnel yes\nwork web action=forward srcports=90 srchosts=any\n"
     result = forward("import", "--replace", stdin=text)
     assert result.err.splitlines()[2:] == [
-        "sys-vpn may be marked otherwise than before (qubesd is gone); 'qvm-forward tunnel unmark sys-vpn' "
-        "mends that",
-        f"work web may be changed or gone (qubesd is gone); 'qvm-forward import --replace' reads it back: "
-        f"work web {old}",
+        "the mark of sys-vpn may be changed (qubesd is gone); 'qvm-forward tunnel unmark sys-vpn' restores "
+        "it",
+        "work web may be changed or gone (qubesd is gone); 'qvm-forward import --replace' restores it from "
+        f"this line: work web {old}",
     ]
 
 

@@ -101,10 +101,10 @@ REFUSED = [
     (("set", "work", "web", "srchosts="), 2, "option 'srchosts': missing"),
     (("set", "work", "web", "via=a", "via=b"), 2, "option 'via': stands twice"),
     (("set", "work", "web", "via=work"), 1, "work web was not changed. work cannot listen for itself"),
-    (("set", "work", "nope", "via=a"), 1, "work has no forward 'nope': it has web"),
+    (("set", "work", "nope", "via=a"), 1, "work has no forward 'nope', only web"),
     (("set", "gone", "web", "via=a"), 1, "there is no qube 'gone'"),
     (("remove", "work", "web", "nope"), 1, "work has no forward 'nope'"),
-    (("remove", "vault", "web"), 1, "vault has no forward at all; 'qvm-forward list' shows what there is"),
+    (("remove", "vault", "web"), 1, "vault has no forwards; 'qvm-forward list' shows those of all qubes"),
     (("enable", "work", "nope"), 1, "work has no forward"),
     (("show", "work", "nope"), 1, "work has no forward"),
     (("list", "gone"), 1, "there is no qube 'gone'"),
@@ -404,7 +404,7 @@ def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDi
 def test_who_makes_a_forward_hears_that_nothing_watches_over_it(
     lab: LabDirectory, over: Command, kind: str, store: Backend
 ) -> None:
-    note = "Note: 'qvm-forward watch' does not run here, so nothing closes this when its time is over"
+    note = "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over"
     assert note in over(store, *ADD).out
     assert over(store, *ADD[:-1], "again", "--json").status == 1
     for command in ("set work web comment=x", "enable work web", "confirm work web"):

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from worlds import Command
 
-from qubes_fwd_qrexec.admin import cli, parser
-from qubes_fwd_qrexec.admin.views import complete
+from qubes_fwd_qrexec.admin.views import cli, complete, parser
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +153,7 @@ def test_candidates_are_those_of_the_lab_on_the_line(system: LabDirectory) -> No
 )
 def test_bash_offers_the_same(system: LabDirectory, tmp_path: Path, line: str, offered: list[str]) -> None:
     program = tmp_path / "qvm-forward"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qubes_fwd_qrexec.admin.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qubes_fwd_qrexec.admin.views.cli "$@"\n')
     program.chmod(0o755)
     script = (
         f". {ROOT}/completions/qvm-forward.bash\n"

@@ -2,7 +2,6 @@
 """The commands panic and resume: everything is closed and held, whatever is wrong, until it is lifted."""
 
 import fcntl
-import io
 from contextlib import suppress
 from typing import Any
 
@@ -11,8 +10,7 @@ from faulty import TRY, Faulty, Panic, allowed, is_held
 from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.views.tables import Style
+from qubes_fwd_qrexec.admin import reconcile as reconciling
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -33,8 +31,7 @@ class Killed(BaseException):
 
 def reconcile(lab: LabDirectory, store: Any = None) -> None:
     """What `watch` does, without the lock: as dom0's does while panic is in a management qube."""
-    out, err = io.StringIO(), io.StringIO()
-    Session(store or LabStore(lab), NOW, {}, io.StringIO(), out, err, Style(), False).reconcile()
+    reconciling.reconcile(store or LabStore(lab), NOW)
 
 
 def test_policy_is_held_before_the_lock_then_calls_and_listeners(opened: LabDirectory, panic: Panic) -> None:

@@ -13,7 +13,8 @@ import pytest
 from fake_admin import FakeQubes
 from worlds import ADD
 
-from qubes_fwd_qrexec.admin import cli, locate
+from qubes_fwd_qrexec.admin import locate
+from qubes_fwd_qrexec.admin.views import cli
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
@@ -68,7 +69,7 @@ def test_a_lab_of_an_empty_name_is_not_taken_for_the_system_itself(
 
 
 def _program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", *argv]
+    command = [sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", *argv]
     return subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
@@ -118,7 +119,7 @@ def test_it_starts_fast(lab: LabDirectory) -> None:
         assert process.returncode == 0
         return used.ru_utime + used.ru_stime
 
-    program = ("-m", "qubes_fwd_qrexec.admin.cli", "--lab", str(lab.root), "list")
+    program = ("-m", "qubes_fwd_qrexec.admin.views.cli", "--lab", str(lab.root), "list")
     # In turns, as other load slows down whatever runs beside it.
     bare, whole = zip(*((took_s("-c", "pass"), took_s(*program)) for _ in range(5)), strict=True)
     assert min(whole) < max(0.1, 15 * min(bare))
@@ -127,7 +128,8 @@ def test_it_starts_fast(lab: LabDirectory) -> None:
 def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: LabDirectory) -> None:
     code = (
         "import sys\n"
-        "from qubes_fwd_qrexec.admin import cli, changing, exchanging\n"
+        "from qubes_fwd_qrexec.admin.views import cli\n"
+        "from qubes_fwd_qrexec.admin import changing, exchanging\n"
         "from qubes_fwd_qrexec.admin.views import complete, showing\n"
         "from qubes_fwd_qrexec.admin import watch, qubesevents\n"
         "import qubes_fwd_qrexec.lab.changes\n"
@@ -153,7 +155,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(lab: LabDirectory) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
-        [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", "policy"],
+        [sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", "policy"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "QVM_FORWARD_LAB": str(lab.root)},
         stdout=write_end,
         stderr=subprocess.PIPE,
@@ -172,7 +174,7 @@ def test_what_cannot_be_printed_is_said_after_it_was_done(
     lab: LabDirectory, redirection: str, command: tuple[str, ...]
 ) -> None:
     """Nobody is refused for it: who closes everything need not read what is said of it."""
-    line = shlex.join([sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", *command])
+    line = shlex.join([sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", *command])
     done = subprocess.run(
         ["sh", "-c", f"exec {line} {redirection}"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "QVM_FORWARD_LAB": str(lab.root)},
@@ -204,7 +206,7 @@ def test_a_terminal_gets_colours_unless_it_says_that_it_wants_none(
     given = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM", "COLUMNS")}
     # What it prints fits into the terminal's buffer, so nobody needs to read meanwhile.
     done = subprocess.run(
-        [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", "list"],
+        [sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", "list"],
         env=given | {"PYTHONPATH": str(ROOT), "QVM_FORWARD_LAB": str(lab.root)} | environ,
         stdout=inner,
         stderr=subprocess.PIPE,

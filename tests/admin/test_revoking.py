@@ -7,7 +7,7 @@ import pytest
 from memory import Memory, applied, steps
 from worlds import NOW, rule, world
 
-from qubes_fwd_qrexec.admin import session
+from qubes_fwd_qrexec.admin import reconcile
 from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind, differences
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -226,6 +226,6 @@ def test_targets_that_cannot_be_told_hold_up_nothing_and_are_a_trouble() -> None
     assert "cannot call work qubes.ForwardRevoke. What is open to work may go on" in outcome.troubles[0]
     backend.refuses = lambda entry: False
     assert steps(backend, SSH) == ()
-    words = session.told(outcome)
+    words = reconcile.failure(outcome)
     assert "Not done: work: end connections of sys-net to port 8080." in words
     assert "qvm-forward apply" not in words

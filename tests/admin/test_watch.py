@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The loop of `watch` makes true what the rules ask for, after each change."""
 
-import io
 import json
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,8 +14,7 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Changes
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.session import Session
-from qubes_fwd_qrexec.admin.views.render import Style
+from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.watch import BURST_S, QUIET_S, differing, states
 from qubes_fwd_qrexec.common.rules import BrokenRule
 from qubes_fwd_qrexec.common.values import QubeName
@@ -108,8 +106,7 @@ def test_a_policy_file_that_somebody_edits_is_written_again(stage: Stage) -> Non
 
 
 def plan_of(stage: Stage) -> object:
-    session = Session(stage, NOW, {}, io.StringIO(), io.StringIO(), io.StringIO(), Style(), False)
-    return session.look().plan(NOW)
+    return look(stage).plan(NOW)
 
 
 def test_listeners_that_somebody_else_configured_are_removed(stage: Stage) -> None:

@@ -14,8 +14,8 @@ import pytest
 from stages import END, Stage, set_netvm
 
 from qubes_fwd_qrexec.admin.backend import Changes
-from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.views.render import Style
+from qubes_fwd_qrexec.admin.views.session import Session
 from qubes_fwd_qrexec.admin.watch import RETRY_S, _ready, watch
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory

@@ -32,7 +32,7 @@ class Program:
         self._manager.bind(str(home / f"notify-{time.monotonic_ns()}"))
         self._manager.settimeout(BOUND_S)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qubes_fwd_qrexec.admin.cli", "--lab", str(lab.root), "watch"],
+            [sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", "--lab", str(lab.root), "watch"],
             env=os.environ | {"PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": self._manager.getsockname()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

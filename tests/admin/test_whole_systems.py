@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rule_strategies import rule_names, rules
 from worlds import NOW
 
-from qubes_fwd_qrexec.admin.cli import run
+from qubes_fwd_qrexec.admin.views.cli import run
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.rules import ForwardRule
 from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, TargetPorts

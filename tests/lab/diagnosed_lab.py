@@ -10,7 +10,7 @@ from typing import Any
 
 from helpers import free_port
 
-from qubes_fwd_qrexec.admin.cli import run
+from qubes_fwd_qrexec.admin.views.cli import run
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import Firewall, FirewallReport, dump
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE

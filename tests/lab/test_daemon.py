@@ -310,7 +310,7 @@ sys.exit(sys.modules["qubes_fwd_qrexec." + sys.argv[1]].main(sys.argv[2:]))
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 @pytest.mark.parametrize(
-    "words", ["lab.cli status", "lab.cli down", "lab.cli run work -- true", "admin.cli status"]
+    "words", ["lab.cli status", "lab.cli down", "lab.cli run work -- true", "admin.views.cli status"]
 )
 def test_lab_of_another_user_is_not_taken_for_one_that_is_down(words: str) -> None:
     with tempfile.TemporaryDirectory() as directory:

@@ -214,7 +214,7 @@ def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSess
         place.write_text("#!/bin/sh\nexit 3\n", encoding="ascii")
         place.chmod(0o755)
         done = subprocess.run(
-            session.command("admin.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
+            session.command("admin.views.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
             capture_output=True,
             text=True,
             env=os.environ,
@@ -238,7 +238,7 @@ def test_a_target_that_is_older_than_the_message_is_said_and_all_else_is_closed(
         place.write_text("#!/bin/sh\nexit 2\n", encoding="ascii")
         place.chmod(0o755)
         done = subprocess.run(
-            session.command("admin.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
+            session.command("admin.views.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
             capture_output=True,
             text=True,
             env=os.environ,

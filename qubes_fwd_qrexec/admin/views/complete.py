@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from qubes_fwd_qrexec.admin.inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
 from qubes_fwd_qrexec.admin.locate import open_backend
-from qubes_fwd_qrexec.admin.parser import TUNNEL_ACTIONS, commands_of
-from qubes_fwd_qrexec.admin.session import Snapshot
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.store import read_rules
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, OnExpire, Proto, Proxy, Transport
+
+from .parser import TUNNEL_ACTIONS, commands_of
 
 _VALUES: dict[str, tuple[str, ...]] = {
     "mode": tuple(Mode),

@@ -15,7 +15,6 @@ from qubes_fwd_qrexec.admin.answers import NO_SERVICE, REFUSED, AnswerError
 from qubes_fwd_qrexec.admin.figures import ask
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, OFFER_PREFIX, Inventory, Qube
 from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.session import Session
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport, Trial
@@ -24,6 +23,7 @@ from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
 from .render import broken_line, escaped
+from .session import Session
 from .tables import Colour, Style
 
 # The unit of the listener, and the Qubes service that starts it.

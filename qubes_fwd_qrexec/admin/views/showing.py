@@ -9,11 +9,13 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import differences
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.session import Session, Snapshot, plan_as_json
+from qubes_fwd_qrexec.admin.reconcile import apply as applied
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import HELD, Cause, Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import render
+from .session import Session, plan_as_json
 from .tables import Style
 
 
@@ -135,7 +137,8 @@ def apply(args: Namespace, session: Session) -> int:
         steps = differences(planned, snapshot.inventory, snapshot.installed, session.now)
     else:
         with session.backend.locked():
-            planned, outcome, snapshot = session.apply()
+            planned, outcome, snapshot = applied(session.backend, session.now)
+            session.warn_unread(snapshot)
             steps = outcome.done
     # Each was named when it was looked at.
     is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())

@@ -18,13 +18,14 @@ from qubes_fwd_qrexec.admin.figures import ask, said_of
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.leftovers import Drain, Leftover, drains, leftovers, listening
-from qubes_fwd_qrexec.admin.session import Session, Snapshot
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import HELD, Forward, Plan, State
 from qubes_fwd_qrexec.common.report import ForwardReport, QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .render import escaped, exposed_at
+from .session import Session
 from .showing import selected
 from .tables import Colour, Style, Table
 

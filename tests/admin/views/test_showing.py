@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from worlds import ADD
 
-from qubes_fwd_qrexec.admin import cli
+from qubes_fwd_qrexec.admin.views import cli
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 

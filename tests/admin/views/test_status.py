@@ -14,8 +14,9 @@ from worlds import ADD, NOW, Command
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.session import Session, Snapshot
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.store import read_rules
+from qubes_fwd_qrexec.admin.views.session import Session
 from qubes_fwd_qrexec.admin.views.status import WATCH_S, Row, Status, size, status, status_of, text, to_ask
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import (

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from qubes_fwd_qrexec import __version__
+from qubes_fwd_qrexec.admin.locate import LAB_VARIABLE
+from qubes_fwd_qrexec.admin.store import parse_new_name
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.options import one_of
 from qubes_fwd_qrexec.common.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
@@ -16,9 +18,6 @@ from qubes_fwd_qrexec.common.values import (
     parse_printable,
     parse_qube_name,
 )
-
-from .locate import LAB_VARIABLE
-from .store import parse_new_name
 
 _HELP_WIDTH = 78
 FORMATS = ("line", "xml", "json")

@@ -13,45 +13,45 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO, cast
 
-from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.admin.locate import open_backend
+from qubes_fwd_qrexec.common.errors import ForwardError, UsageError
 
 from . import parser
-from .locate import open_backend
-from .session import Session, UsageError
-from .views.render import escaped
-from .views.tables import Style
+from .render import escaped
+from .session import Session
+from .tables import Style
 
 _FAULT = 3
 _TRACE = "QVM_FORWARD_TRACE"
 
 # Each command is imported when it is asked for: half of the time until it starts would go into the others.
 _COMMANDS = {
-    "add": ("changing", "add"),
-    "set": ("changing", "set_options"),
-    "remove": ("changing", "remove"),
-    "enable": ("changing", "enable"),
-    "disable": ("changing", "disable"),
-    "confirm": ("changing", "confirm"),
-    "list": ("views.showing", "list_rules"),
-    "show": ("views.showing", "show"),
-    "status": ("views.status", "status"),
-    "diagnose": ("views.diagnose", "diagnose"),
-    "plan": ("views.showing", "explain"),
-    "apply": ("views.showing", "apply"),
-    "watch": ("watch", "watch"),
-    "policy": ("views.showing", "print_policy"),
-    "tunnel": ("tunnelmarks", "tunnel"),
-    "panic": ("panic", "panic"),
-    "resume": ("panic", "resume"),
-    "export": ("exchanging", "export_rules"),
-    "import": ("exchanging", "import_rules"),
+    "add": ("..changing", "add"),
+    "set": ("..changing", "set_options"),
+    "remove": ("..changing", "remove"),
+    "enable": ("..changing", "enable"),
+    "disable": ("..changing", "disable"),
+    "confirm": ("..changing", "confirm"),
+    "list": (".showing", "list_rules"),
+    "show": (".showing", "show"),
+    "status": (".status", "status"),
+    "diagnose": (".diagnose", "diagnose"),
+    "plan": (".showing", "explain"),
+    "apply": (".showing", "apply"),
+    "watch": ("..watch", "watch"),
+    "policy": (".showing", "print_policy"),
+    "tunnel": ("..tunnelmarks", "tunnel"),
+    "panic": ("..panic", "panic"),
+    "resume": ("..panic", "resume"),
+    "export": ("..exchanging", "export_rules"),
+    "import": ("..exchanging", "import_rules"),
 }
 
 
 def _command(name: str) -> Callable[[Namespace, Session], int]:
     module, function = _COMMANDS[name]
     command: Callable[[Namespace, Session], int] = getattr(
-        importlib.import_module(f".{module}", __package__), function
+        importlib.import_module(module, __package__), function
     )
     return command
 
@@ -72,7 +72,7 @@ def run(
     """
     arguments = parser.build()
     if argv[:1] == ["__complete"]:
-        from .views import complete
+        from . import complete
 
         out.write("".join(f"{word}\n" for word in complete.candidates(arguments, argv[1:], environ)))
         return 0

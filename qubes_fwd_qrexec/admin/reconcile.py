@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reconcile: read the system, plan, and make policy and listeners follow. Nothing opens in another way."""
+
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.common.errors import StoreError
+
+from .apply import Kind, Outcome, carry_out, differences
+from .backend import Backend
+from .snapshot import Snapshot, look
+from .states import Plan
+
+# Somebody who keeps rewriting policy must not keep us here for ever, as we hold the lock.
+_LOOKS = 3
+
+
+class Applied(NamedTuple):
+    """What the rules ask for, what became of the steps there, and the system as it was before them."""
+
+    plan: Plan
+    outcome: Outcome
+    snapshot: Snapshot
+
+
+def reconcile(
+    backend: Backend, now: float, *, is_held: bool | None = None, ends_all: bool = False
+) -> Applied:
+    """Make policy and configuration what the stored rules ask for; the caller holds the lock.
+
+    What could not be done is in the outcome. If somebody changes policy meanwhile without our lock, all is
+    looked at again. ``is_held`` puts everything on hold, or lifts the hold. ``ends_all`` is for
+    `differences`. Raises `StoreError` if the qubes cannot be read.
+    """
+    outcome = Outcome()
+    for _ in range(_LOOKS):
+        snapshot = look(backend, with_config=True)
+        planned = snapshot.plan(now, is_held=is_held)
+        steps = differences(planned, snapshot.inventory, snapshot.installed, now, ends_all=ends_all)
+        problem = None if is_held else snapshot.policy_problem
+        if problem is not None:
+            # Everything may be on hold: only close, and only what needs no policy.
+            steps = tuple(step for step in steps if step.narrows)
+        outcome = carry_out(steps, backend, snapshot.installed).after(outcome)
+        if problem is not None:
+            problem = f"dom0's policy cannot be read, and stays as it is: {problem}"
+            outcome = outcome._replace(problems=(problem, *outcome.problems))
+        if not outcome.is_overtaken:
+            break
+        # The hold to be lifted is the one that was seen; a newer one stays.
+        is_held = is_held or None
+    return Applied(planned, outcome, snapshot)
+
+
+def apply(
+    backend: Backend, now: float, *, is_held: bool | None = None, changed: str | None = None
+) -> Applied:
+    """`reconcile`, which raises `StoreError` for whatever could not be done.
+
+    ``changed`` says what was stored before, for the error to say that it is kept.
+    """
+    kept = "" if changed is None else f"{changed}, but "
+    try:
+        applied = reconcile(backend, now, is_held=is_held)
+    except StoreError as error:
+        raise StoreError(f"{kept}{error}") from error
+    if applied.outcome.troubles:
+        raise StoreError(f"{kept}{failure(applied.outcome)}")
+    return applied
+
+
+def failure(outcome: Outcome) -> str:
+    """The error's text where not all steps could be taken."""
+    done = [word for step in outcome.done for word in step.words()]
+    undone = [word for step in outcome.undone for word in step.words()]
+    text = (
+        f"not everything could be done: {'; '.join(outcome.troubles)}.\nDone: {'; '.join(done) or 'nothing'}."
+    )
+    if undone:
+        text += f"\nNot done: {'; '.join(undone)}."
+    if all(step.kind is Kind.REVOKE for step in outcome.undone) and not outcome.problems:
+        # The line of policy is gone already, so another apply would have nothing to tell that target.
+        return text
+    return f"{text}\n'qvm-forward apply' does the rest once that is mended"

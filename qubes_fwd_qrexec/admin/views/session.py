@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One run of qvm-forward: the system and the time that it works with, and where it prints."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TextIO
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.snapshot import Snapshot, look
+from qubes_fwd_qrexec.admin.states import Plan, State
+from qubes_fwd_qrexec.common.rules import NamedRule
+
+from .render import escaped
+from .tables import Style
+
+
+class Session(NamedTuple):
+    """One run of qvm-forward; ``now`` is in UNIX seconds."""
+
+    backend: Backend
+    now: float
+    environ: Mapping[str, str]
+    stdin: TextIO
+    out: TextIO
+    err: TextIO
+    style: Style
+    is_json: bool
+    warned: set[str] | None = None
+
+    def say(self, text: str) -> None:
+        self.out.write(text)
+
+    def say_json(self, data: Any) -> None:
+        import json
+
+        self.out.write(f"{json.dumps(data, indent=2)}\n")
+
+    def warn(self, text: str) -> None:
+        self.err.write(f"qvm-forward: {text}\n")
+
+    def warn_once(self, text: str) -> None:
+        """The same only once in a run."""
+        if self.warned is None or text not in self.warned:
+            self.warn(text)
+        if self.warned is not None:
+            self.warned.add(text)
+
+    def look(self, *, with_config: bool = False) -> Snapshot:
+        """`snapshot.look`; what could not be read is warned of."""
+        snapshot = look(self.backend, with_config=with_config)
+        self.warn_unread(snapshot)
+        return snapshot
+
+    def warn_unread(self, snapshot: Snapshot) -> None:
+        """Warn of what could not be read, once in a run."""
+        for text in snapshot.problems:
+            self.warn_once(escaped(text))
+
+    def say_unwatched(self, applied: Plan, asked: Iterable[NamedRule]) -> None:
+        """Say so if forwards are live and nothing runs that would close them by itself."""
+        is_live = any((f := applied.find(*named[:2])) is not None and f.is_live for named in asked)
+        start = self.backend.unwatched() if is_live else None
+        if start is not None:
+            self.say(
+                "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a "
+                "netvm changes or a qube is removed, until you run qvm-forward again. This starts it: "
+                f"{start}.\n"
+            )
+
+
+def plan_as_json(planned: Plan) -> dict[str, Any]:
+    broken = [
+        {
+            "qube": rule.target,
+            "name": rule.name,
+            "state": State.BROKEN,
+            "reason": rule.problem,
+            "text": rule.text,
+        }
+        for rule in planned.broken
+    ]
+    return {
+        "forwards": [forward.as_json() for forward in planned],
+        "broken": broken,
+        "is_held": planned.is_held,
+    }
