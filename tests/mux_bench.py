@@ -45,26 +45,26 @@ class Owner:
         self.abandoned: list[int] = []
         self.refusals: list[tuple[Leg, ResetCode]] = []
         self.drained: list[GoawayCode] = []
-        self.answer: Callable[[Mux, OpenReceived], None] | None = None
+        self.answer: Callable[[OpenReceived], None] | None = None
 
-    def ready(self, mux: Mux) -> None:
+    def ready(self) -> None:
         self.is_ready = True
 
-    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
+    def open_requested(self, event: OpenReceived) -> None:
         self.requested.append(event)
         if self.answer is not None:
-            self.answer(mux, event)
+            self.answer(event)
 
-    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+    def open_abandoned(self, stream_id: int) -> None:
         self.abandoned.append(stream_id)
 
-    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+    def refused(self, leg: Leg, code: ResetCode) -> None:
         self.refusals.append((leg, code))
 
-    def draining(self, mux: Mux, code: GoawayCode) -> None:
+    def draining(self, code: GoawayCode) -> None:
         self.drained.append(code)
 
-    def over(self, mux: Mux, problem: str | None) -> None:
+    def over(self, problem: str | None) -> None:
         assert not self.is_over, "told twice"
         self.is_over = True
         self.problem = problem

@@ -69,8 +69,8 @@ class PeerBench:
         (stream_id,) = set(self.socks) - known
         return stream_id
 
-    def _accept(self, mux: Mux, event: OpenReceived) -> None:
-        assert mux.accept(event.stream_id, self._tcp(event.stream_id)) is not None
+    def _accept(self, event: OpenReceived) -> None:
+        assert self.mux.accept(event.stream_id, self._tcp(event.stream_id)) is not None
 
     def _tcp(self, stream_id: int) -> socket.socket:
         self.socks[stream_id], near = tcp_pair()

@@ -216,7 +216,7 @@ async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket
 async def test_an_idle_connection_ends_and_its_slot_comes_back(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    monkeypatch.setattr("qubes_fwd_qrexec.relay.mux._IDLE_LOOK_TICKS", 1)
+    monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
     clock = HandClock(monkeypatch, call, copy)
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), transport=transport)

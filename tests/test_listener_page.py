@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.exposed import (
     unopened,
 )
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
-from qubes_fwd_qrexec.relay import acceptloop, mux, patience
+from qubes_fwd_qrexec.relay import acceptloop, idleness, patience
 from qubes_fwd_qrexec.system import deadpeers, logs
 from qubes_fwd_qrexec.target import localserver, muxservice
 
@@ -55,7 +55,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("With few open files allowed, {} of these", (limits.process_max(1000) / 1000,)),
     ("nothing moves in a connection {} many", (TIMEOUTS.idle_s,)),
     ("one side has ended, and nothing moves {} what", (TIMEOUTS.half_close_s,)),
-    ("one side has ended, and nothing moves {} what", (mux.HALF_CLOSE_S,)),
+    ("one side has ended, and nothing moves {} what", (idleness.HALF_CLOSE_S,)),
     ("the server in the target does not accept {} it", (localserver.CONNECT_TIMEOUT_S,)),
     ("dom0 and the target have not taken a call {} as", (TIMEOUTS.call_s,)),
     ("dom0 and the target have not taken a call {} as", (muxpool.OPEN_S,)),
@@ -69,7 +69,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ),
     ("the peer does not acknowledge bytes {} at least", (GONE_S,)),
     ("the target takes nothing over a mux call {} it may be paused", (patience._PAUSE_S,)),
-    ("looks for them every {};", (mux._IDLE_LOOK_TICKS * mux.TICK_S,)),
+    ("looks for them every {};", (idleness._LOOK_TICKS * idleness.TICK_S,)),
     ("tries again {} in a second.", (1 / acceptloop._SHORTAGE_PAUSE_S,)),
     ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
     ("after a burst of {};", (connectionlog.BURST,)),

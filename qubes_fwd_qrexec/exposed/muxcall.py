@@ -248,7 +248,7 @@ class MuxCall:
 
     # What the mux tells, in the loop's thread
 
-    def ready(self, mux: Mux) -> None:
+    def ready(self) -> None:
         def settle() -> None:
             self.ready_at = trio.current_time()
             self.settled.set()
@@ -256,23 +256,23 @@ class MuxCall:
         self._is_ready = True
         self._relays.tell(settle)
 
-    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
+    def open_requested(self, event: OpenReceived) -> None:
         """Never: the protocol lets the target ask for nothing."""
 
-    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+    def open_abandoned(self, stream_id: int) -> None:
         """Never: this end answers no streams."""
 
-    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
-        if code in _TRY_AGAIN and not mux.is_over:
+    def refused(self, leg: Leg, code: ResetCode) -> None:
+        if code in _TRY_AGAIN and self.mux is not None and not self.mux.is_over:
             self._turn_away()  # it has said so, or should have
-            mux.drain(GoawayCode.SHUTDOWN)
+            self.mux.drain(GoawayCode.SHUTDOWN)
         finish = self._waiting.pop(leg, None)
         if finish is not None:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
             refused = Ending(error, 0, 0, Refusal.SERVER, "refused")
             finish(RetryError(is_targets=True) if code in _TRY_AGAIN else refused)
 
-    def draining(self, mux: Mux, code: GoawayCode) -> None:
+    def draining(self, code: GoawayCode) -> None:
         self._turn_away()
 
     def _turn_away(self) -> None:
@@ -285,7 +285,7 @@ class MuxCall:
         if self.place is not None:
             self.place.lost("the target gave a mux call up")
 
-    def over(self, mux: Mux, problem: str | None) -> None:
+    def over(self, problem: str | None) -> None:
         self._is_draining = True
         if self._finish is not None:
             self._finish(problem)

@@ -10,10 +10,10 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
-from qubes_fwd_qrexec.mux import Buffer, Connection
+from qubes_fwd_qrexec.mux import MAX_DATA_BYTES, Buffer, Connection
 
-from .leg import PULL_BYTES, Leg
 from .loop import GONE, WRITE, End, Loop
 
 # Above it no more is read from sockets, so that a keystroke behind a bulk stream waits for this much and for
@@ -22,12 +22,27 @@ HIGH_BYTES = 256 << 10
 _LOW_BYTES = 64 << 10
 # A stream that does not send all the time waits only for more than this, and never behind those that do.
 MAX_BYTES = 2 * HIGH_BYTES
-# How many legs may send when the call has taken what waited; each sends PULL_BYTES at most.
-_TURNS = HIGH_BYTES // PULL_BYTES
+# What a stream sends in one turn at most: four of the longest frames, which go out in one write.
+TURN_BYTES = 4 * MAX_DATA_BYTES
+# How many streams may send when the call has taken what waited.
+_TURNS = HIGH_BYTES // TURN_BYTES
 # The kernel lacks memory for now, which is no fault of the call and ends none of its streams.
 _SHORTAGE = frozenset((errno.ENOBUFS, errno.ENOMEM))
 # How many buffers one write takes (IOV_MAX is 1024).
 _WRITE_BUFFERS = 64
+
+
+class Sender(Protocol):
+    """A stream that takes turns. ``is_bulk``: it has had its turn, and has more to send."""
+
+    stream_id: int
+    is_bulk: bool
+
+    def resume(self) -> None:
+        """It may send again."""
+
+    def fail(self) -> None:
+        """There was a bug in `resume`: the stream ends."""
 
 
 class Backlog:
@@ -59,7 +74,7 @@ class Backlog:
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
         # A dict for its order, and so that each can leave.
-        self._waiting: dict[Leg, None] = {}
+        self._waiting: dict[Sender, None] = {}
         loop.watch(sink.fileno(), 0, self._on_sink, fail)
 
     @property
@@ -70,14 +85,14 @@ class Backlog:
     def bytes_queued(self) -> int:
         return self._unsent_bytes + self._connection.bytes_queued
 
-    def room(self, leg: Leg) -> int:
-        """How many bytes a leg may send now; if it has the credit, it is resumed when it is its turn."""
-        limit = self._connection.send_limit(leg.stream_id)
+    def room(self, sender: Sender) -> int:
+        """How many bytes a stream may send now; if it has the credit, it is resumed when it is its turn."""
+        limit = self._connection.send_limit(sender.stream_id)
         if limit:
             queued = self._unsent_bytes + self._connection.bytes_queued
-            is_turn_over = leg.is_bulk and (queued > HIGH_BYTES or self._waiting)
+            is_turn_over = sender.is_bulk and (queued > HIGH_BYTES or self._waiting)
             if is_turn_over or queued > MAX_BYTES:
-                self._waiting[leg] = None
+                self._waiting[sender] = None
                 return 0
         return limit
 
@@ -88,16 +103,16 @@ class Backlog:
         after the next turn of the loop, whatever comes of these.
         """
         if self._waiting and self.bytes_queued < _LOW_BYTES:
-            for leg in list(itertools.islice(self._waiting, _TURNS)):
-                del self._waiting[leg]
-                leg.is_bulk = False
-                self._loop.guarded(leg.fail, leg.resume)
+            for sender in list(itertools.islice(self._waiting, _TURNS)):
+                del self._waiting[sender]
+                sender.is_bulk = False
+                self._loop.guarded(sender.fail, sender.resume)
             if self._waiting:
                 self._loop.after(0.0, self._ready, self._fail)
 
-    def forget(self, leg: Leg) -> None:
-        """A leg that is closed waits for nothing."""
-        self._waiting.pop(leg, None)
+    def forget(self, sender: Sender) -> None:
+        """It has ended and waits for nothing."""
+        self._waiting.pop(sender, None)
 
     def send(self) -> None:
         """Write all that there is, or as much as the call takes now."""
@@ -109,11 +124,11 @@ class Backlog:
             self._unsent.extend(self._connection.data_to_send())
             self._write()
 
-    def room_now(self, leg: Leg) -> int:
-        """How many bytes a leg may send by `send_now`; 0 while anything waits."""
+    def room_now(self, sender: Sender) -> int:
+        """How many bytes a stream may send by `send_now`; 0 while anything waits."""
         if self._unsent_bytes or self._is_broken:
             return 0
-        return self._connection.send_limit_now(leg.stream_id)
+        return self._connection.send_limit_now(sender.stream_id)
 
     def send_now(self, frame: memoryview) -> None:
         """Write a frame before anything else is queued; what is not taken is copied, and waits."""

@@ -10,20 +10,19 @@ import socket
 import time
 from collections.abc import Callable
 from select import EPOLLERR
-from typing import TYPE_CHECKING
 
-from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, MAX_DATA_BYTES, Buffer, ResetCode
+from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, Buffer, ResetCode
 
+from .backlog import TURN_BYTES
 from .budget import FLOOR_BYTES
 from .copy import abort, abort_by_default, close_cleanly, half_close, unsent_bytes
 from .leg_end import LegEnd
-from .loop import GONE, READ, WRITE, Timer
+from .legowner import LegOwner
+from .loop import GONE, READ, WRITE
 from .pending import Pending
 from .socketbuffers import SocketBuffer
+from .watchedsocket import UNWATCHED, WatchedSocket
 from .window import Window
-
-if TYPE_CHECKING:
-    from .mux import Mux
 
 # relay-behaviours 12: what had been received is delivered before an RST, within a second.
 _LAST_WORDS_S = 0.8
@@ -31,16 +30,12 @@ _LAST_WORDS_S = 0.8
 _LAST_WORDS_LOOK_S = 0.005
 # relay-behaviours 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
 _STALLED_GONE_S = 10.0
-# What one turn moves from a socket at most: four of the longest frames, which go out in one write.
-PULL_BYTES = 4 * MAX_DATA_BYTES
 # What is found out by reading or writing, among it that the peer is gone.
 _READABLE = READ | GONE
 _WRITABLE = WRITE | GONE
-# In the place of a mask: the kernel is not asked about the socket at all.
-_UNWATCHED = -1
 
 
-class Leg:
+class Leg(WatchedSocket):
     """Owns ``sock`` (non-blocking) and closes it in the end; no byte moves before `join`.
 
     ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
@@ -52,12 +47,10 @@ class Leg:
         "_broken_by",
         "_inlet",
         "_is_closed",
-        "_mask",
-        "_mux",
         "_outlet",
+        "_owner",
         "_pending",
         "_sent_eof",
-        "_timer",
         "ended",
         "has_eof",
         "is_bulk",
@@ -66,29 +59,26 @@ class Leg:
         "on_end",
         "received",
         "sent",
-        "sock",
         "stream_id",
         "window",
     )
 
-    def __init__(self, mux: "Mux", stream_id: int, window: int, sock: socket.socket) -> None:
-        self._mux = mux
-        self._mask = _UNWATCHED
+    def __init__(self, owner: LegOwner, stream_id: int, window: int, sock: socket.socket) -> None:
+        super().__init__(owner.loop, sock)
+        self._owner = owner
         self._pending: Pending | None = None
         self._sent_eof = False
         self._broken_by = 0
         self._is_closed = False
-        self._timer: Timer | None = None
         self.has_eof = self.is_bulk = self.is_joined = False
         self.stream_id = stream_id
-        self.sock = sock
         self.ended: LegEnd | None = None
         self.on_end: Callable[[LegEnd], None] | None = None
         self.sent = self.received = 0
         self.moved_at = time.monotonic()
-        self.window = Window(mux.share, window, self.moved_at)
-        self._inlet = SocketBuffer(mux.share.sockets, sock, socket.SO_RCVBUF)
-        self._outlet = SocketBuffer(mux.share.sockets, sock, socket.SO_SNDBUF)
+        self.window = Window(owner.share, window, self.moved_at)
+        self._inlet = SocketBuffer(owner.share.sockets, sock, socket.SO_RCVBUF)
+        self._outlet = SocketBuffer(owner.share.sockets, sock, socket.SO_SNDBUF)
         abort_by_default(sock)
 
     @property
@@ -118,16 +108,16 @@ class Leg:
             self._push()
         if mask & READ and events & _READABLE and not self._is_closed:
             (self._pull if self.ended is None else self._discard)()
-        elif events & GONE and not mask & READ and self._mask != _UNWATCHED:
+        elif events & GONE and not mask & READ and self._mask != UNWATCHED:
             self._gone(events)
 
     def _pull(self) -> None:
         """Read while frames are full and the credit lets us, and send it all on in the same turn."""
-        if not self.is_bulk and self._mux.loop.is_alone and not self._pull_one():
+        if not self.is_bulk and self._loop.is_alone and not self._pull_one():
             return
-        stop_at = self.sent + PULL_BYTES
+        stop_at = self.sent + TURN_BYTES
         while self.sent < stop_at:
-            limit = self._mux.room(self)
+            limit = self._owner.backlog.room(self)
             if limit <= 0:
                 self._watch(self._mask & ~READ)
                 return
@@ -143,7 +133,7 @@ class Leg:
                 self._end_of_file()
                 return
             self._count_sent(len(data))
-            self._mux.send_data(self.stream_id, data)
+            self._owner.send_data(self.stream_id, data)
             if len(data) < limit:
                 self.is_bulk = False
                 return
@@ -154,11 +144,11 @@ class Leg:
 
         Returns whether there may be more to read.
         """
-        mux = self._mux
-        if not (limit := mux.backlog.room_now(self)):
+        owner = self._owner
+        if not (limit := owner.backlog.room_now(self)):
             return True
         try:
-            count = self.sock.recv_into(mux.payload_buffer, limit)
+            count = self.sock.recv_into(owner.payload_buffer, limit)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
@@ -168,7 +158,7 @@ class Leg:
             return True  # an end of file is there for the second reader too
         self.moved_at = time.monotonic()
         self._count_sent(count)
-        mux.send_now(self.stream_id, count)
+        owner.send_now(self.stream_id, count)
         return count == limit
 
     def _count_sent(self, count: int) -> None:
@@ -180,7 +170,7 @@ class Leg:
         """The local peer's FIN, or the end of what it sent before its abort."""
         if not self._broken_by or (self._broken_by == errno.EPIPE and not self.has_eof):
             self._sent_eof = True
-            self._mux.send_eof(self.stream_id)
+            self._owner.send_eof(self.stream_id)
         if self._broken_by:
             self.abort_from_here()
         else:
@@ -201,12 +191,12 @@ class Leg:
         if self._sent_eof or not self.is_joined or self.ended is not None:
             self.abort_from_here()
             return
-        self._watch(_UNWATCHED)
+        self._watch(UNWATCHED)
         if events & EPOLLERR or self._broken_by:
             self._after(_STALLED_GONE_S, self._abort_if_stalled)
 
     def _abort_if_stalled(self) -> None:
-        if self._mask == _UNWATCHED:
+        if self._mask == UNWATCHED:
             self.abort_from_here()
 
     # From the mux call into the socket
@@ -287,16 +277,16 @@ class Leg:
         window = self.window
         window.owed += cost
         if window.is_owed_much and self.ended is None and not self.has_eof:
-            credit = window.grant(self._mux.connection.granted(self.stream_id), self.moved_at)
+            credit = window.grant(self._owner.connection.granted(self.stream_id), self.moved_at)
             if credit:
-                self._mux.grant(self.stream_id, credit)
+                self._owner.grant(self.stream_id, credit)
             if self.received >= self._outlet.grow_at:
                 self._outlet.grow(self.received)
 
     def look(self) -> None:
         """Once a second while the budget is short: what this stream has and does not use is for others."""
         if self.window.is_missed(self.received) and self.is_joined and self.ended is None:
-            self._mux.connection.recall(self.stream_id, FLOOR_BYTES)
+            self._owner.connection.recall(self.stream_id, FLOOR_BYTES)
         self._inlet.look(self.sent)
         self._outlet.look(self.received)
         if self._inlet.is_too_much or self._outlet.is_too_much:
@@ -316,7 +306,7 @@ class Leg:
         self.ended = self.ended or how
         try:
             if was_alive:
-                self._mux.reset(self.stream_id, code)
+                self._owner.reset(self.stream_id, code)
         finally:
             self._close(is_clean=False)
 
@@ -346,7 +336,7 @@ class Leg:
     def _discard(self) -> None:
         """What the local peer still sends is for nobody; see `relay.read_out`."""
         try:
-            if not self.sock.recv_into(self._mux.payload_buffer):
+            if not self.sock.recv_into(self._owner.payload_buffer):
                 self._watch(self._mask & ~READ)
         except (BlockingIOError, InterruptedError):
             return
@@ -373,36 +363,13 @@ class Leg:
         """Nothing calls this leg any more."""
         self._is_closed = True
         self._pending = None
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
         self.window.leave()
         self._inlet.leave()
         self._outlet.leave()
-        self._mux.forget(self)
-        self._watch(_UNWATCHED)
+        self._owner.forget(self.stream_id)
+        self._watch(UNWATCHED)
 
-    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Call it later, in the place of what was to be called before."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._mux.loop.after(delay_s, callback, self.fail)
-
-    def _watch_too(self, more: int) -> None:
-        self._watch((0 if self._mask == _UNWATCHED else self._mask) | more)
-
-    def _watch(self, mask: int) -> None:
-        """Make the kernel's interest this; with 0 it still tells when the peer is gone."""
-        if mask == self._mask:
-            return
-        loop, fd = self._mux.loop, self.sock.fileno()
-        if mask == _UNWATCHED:
-            loop.unwatch(fd)
-        elif self._mask != _UNWATCHED:
-            loop.change(fd, mask)
-        else:
-            try:
-                loop.watch(fd, mask, self._on_ready, self.fail)
-            except OSError:  # the kernel can watch no more sockets: this stream's trouble alone
-                loop.soon(self.abort_from_here, self.fail)
-                return
-        self._mask = mask
+    def _on_unwatchable(self) -> None:
+        """That is this stream's trouble alone."""
+        self.abort_from_here()

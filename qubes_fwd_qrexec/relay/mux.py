@@ -37,6 +37,7 @@ from qubes_fwd_qrexec.mux import (
 
 from .backlog import Backlog
 from .budget import Budget, Share
+from .idleness import HALF_CLOSE_S, Idleness
 from .leg import Leg
 from .loop import READ, Loop
 from .muxowner import MuxOwner
@@ -44,10 +45,6 @@ from .patience import HELLO_S, TICK_S, Patience
 
 # What one turn reads from the call: all that its socket buffer holds, by default.
 _READ_BYTES = 256 << 10
-# relay-behaviours 9.
-HALF_CLOSE_S = 600.0
-# How often legs are asked whether they have been idle for too long.
-_IDLE_LOOK_TICKS = 5
 # A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
 # peer that does not read waited for any longer when the last word is said.
 _LAST_READ_S = 1.0
@@ -88,10 +85,7 @@ class Mux:
         self._frame_buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_BYTES))
         self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
         self._is_flush_due = False
-        self._half_close_s = half_close_s
-        self._idle_s = idle_s
-        self._ticks = 0
-        self._ticked_at = time.monotonic()
+        self._idleness = Idleness(half_close_s, idle_s, time.monotonic())
         self.is_peer_wrong = False
         """Whether it is over because of what the peer said, rather than because it says nothing any more."""
         self.is_revoked = False
@@ -168,10 +162,6 @@ class Mux:
 
     # What the legs ask for
 
-    def room(self, leg: Leg) -> int:
-        """How many bytes a leg may send now; it is told when there is more."""
-        return self.backlog.room(leg)
-
     def send_data(self, stream_id: int, data: bytes) -> None:
         self.connection.send_data(stream_id, data)
         self._flush_soon()
@@ -194,10 +184,9 @@ class Mux:
         self.connection.grant(stream_id, credit)
         self._flush_soon()
 
-    def forget(self, leg: Leg) -> None:
-        """A leg is closed."""
-        del self.legs[leg.stream_id]
-        self.backlog.forget(leg)
+    def forget(self, stream_id: int) -> None:
+        """A leg has closed."""
+        self.backlog.forget(self.legs.pop(stream_id))
         self._flush_soon()
 
     # From the call
@@ -275,12 +264,12 @@ class Mux:
                 self._on_reset(event)
             case OpenReceived():
                 not_begun = partial(self._not_begun, event.stream_id)
-                self.loop.guarded(not_begun, self._owner.open_requested, self, event)
+                self.loop.guarded(not_begun, self._owner.open_requested, event)
             case HelloReceived():
-                self._owner.ready(self)
+                self._owner.ready()
             case GoawayReceived():
                 if not event.goaway.is_final:
-                    self._owner.draining(self, event.goaway.code)
+                    self._owner.draining(event.goaway.code)
                 else:
                     self._on_last_word(event.goaway)
 
@@ -298,13 +287,13 @@ class Mux:
 
     def _refused(self, leg: Leg, code: ResetCode) -> None:
         leg.leave()
-        self._owner.refused(self, leg, code)
+        self._owner.refused(leg, code)
 
     def _on_reset(self, event: ResetReceived) -> None:
         leg = self.legs.get(event.stream_id)
         self.connection.reset_stream(event.stream_id)
         if leg is None:
-            self._owner.open_abandoned(self, event.stream_id)
+            self._owner.open_abandoned(event.stream_id)
         elif leg.is_joined:
             self.loop.guarded(leg.fail, leg.abort_from_there)
         else:
@@ -316,7 +305,7 @@ class Mux:
         if leg is not None:
             leg.fail()
         else:
-            self._owner.open_abandoned(self, stream_id)
+            self._owner.open_abandoned(stream_id)
             self.refuse(stream_id, ResetCode.INTERNAL)
 
     # To the call
@@ -349,34 +338,19 @@ class Mux:
     def _tick(self) -> None:
         if self.is_over:
             return
-        now = time.monotonic()
-        self._ticks += 1
         self.backlog.tick()
         self.connection.tick()
         self._flush_soon()  # the answers that were held back
         if problem := self._patience.tick():
             self._end(problem)
         else:
-            self._forgive(now, now - self._ticked_at - TICK_S)
-            self._ticked_at = now
+            idle = self._idleness.tick(self.legs.values(), time.monotonic())
             if self.share.is_watched:
                 for leg in list(self.legs.values()):
                     self.loop.guarded(leg.fail, leg.look)
-            if self._ticks % _IDLE_LOOK_TICKS == 0:
-                self._end_idle(now)
-            self._after(TICK_S, self._tick)
-
-    def _forgive(self, now: float, late_s: float) -> None:
-        """A time in which this process was stopped is nobody's silence."""
-        if late_s > TICK_S:
-            for leg in self.legs.values():
-                leg.moved_at = min(now, leg.moved_at + late_s)
-
-    def _end_idle(self, now: float) -> None:
-        for leg in list(self.legs.values()):
-            quiet_s = now - leg.moved_at
-            if quiet_s >= self._idle_s or (quiet_s >= self._half_close_s and leg.is_half_closed):
+            for leg in idle:
                 self.loop.guarded(leg.fail, leg.abort_from_here)
+            self._after(TICK_S, self._tick)
 
     def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
         self.loop.after(delay_s, callback, self.fail)
@@ -394,7 +368,7 @@ class Mux:
             self._unwatch()
             self._abort_legs()
         finally:
-            self._owner.over(self, problem)
+            self._owner.over(problem)
 
     def _unwatch(self) -> None:
         self.loop.unwatch(self._source.fileno())

@@ -1,32 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a `Mux` tells whoever made it, who decides what to do about it."""
+"""What a `Mux` tells its owner, which decides what to do about it."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from qubes_fwd_qrexec.mux import GoawayCode, OpenReceived, ResetCode
+from qubes_fwd_qrexec.mux import GoawayCode, OpenReceived, ResetCode
 
-    from .leg import Leg
-    from .mux import Mux
+from .leg import Leg
 
 
 class MuxOwner(Protocol):
-    """Who made a mux call; all calls come from the loop's thread."""
+    """The maker of one `Mux`, which is called from the loop's thread alone."""
 
-    def ready(self, mux: "Mux") -> None:
+    def ready(self) -> None:
         """The peer has said HELLO: streams may be opened."""
 
-    def open_requested(self, mux: "Mux", event: "OpenReceived") -> None:
+    def open_requested(self, event: OpenReceived) -> None:
         """The peer asks for a stream; answer with `Mux.accept` or `Mux.refuse`, now or later."""
 
-    def open_abandoned(self, mux: "Mux", stream_id: int) -> None:
-        """The peer does not want that stream any more, which was not answered yet."""
+    def open_abandoned(self, stream_id: int) -> None:
+        """The peer no longer wants a stream that has not been answered yet."""
 
-    def refused(self, mux: "Mux", leg: "Leg", code: "ResetCode") -> None:
-        """The peer will not have that stream; its leg is over and has left its socket open."""
+    def refused(self, leg: Leg, code: ResetCode) -> None:
+        """The peer refused the stream. Its leg is over and has left its socket open."""
 
-    def draining(self, mux: "Mux", code: "GoawayCode") -> None:
+    def draining(self, code: GoawayCode) -> None:
         """The peer takes no more streams."""
 
-    def over(self, mux: "Mux", problem: str | None) -> None:
-        """The mux call has ended, as agreed if there is no ``problem``; every leg has been aborted."""
+    def over(self, problem: str | None) -> None:
+        """The mux call has ended and every leg was aborted; ``problem`` is None if it ended as agreed."""

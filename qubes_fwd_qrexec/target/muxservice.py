@@ -265,25 +265,25 @@ class MuxService:
 
     # What the mux call tells
 
-    def ready(self, mux: Mux) -> None:
+    def ready(self) -> None:
         """Nothing to do: the other end begins."""
 
-    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
-        connecting = self._connecting[event.stream_id] = _Connecting(mux, event, self._answered)
+    def open_requested(self, event: OpenReceived) -> None:
+        connecting = self._connecting[event.stream_id] = _Connecting(self._mux, event, self._answered)
         connecting.start()
 
-    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+    def open_abandoned(self, stream_id: int) -> None:
         connecting = self._connecting.pop(stream_id, None)
         if connecting is not None:
             connecting.give_up()
 
-    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+    def refused(self, leg: Leg, code: ResetCode) -> None:
         """Never: this end opens no streams."""
 
-    def draining(self, mux: Mux, code: GoawayCode) -> None:
+    def draining(self, code: GoawayCode) -> None:
         """The other end opens no more; the mux call closes after the last stream by itself."""
 
-    def over(self, mux: Mux, problem: str | None) -> None:
+    def over(self, problem: str | None) -> None:
         self._is_over = True
         self._problem = problem
         self._give_up_connecting()

@@ -15,9 +15,8 @@ from mux_bench import BOUND_S, PORTS, Joined, MuxBench
 
 from qubes_fwd_qrexec.mux import Connection, Hello, wire
 from qubes_fwd_qrexec.relay import mux as mux_module
-from qubes_fwd_qrexec.relay.backlog import HIGH_BYTES, MAX_BYTES, Backlog
+from qubes_fwd_qrexec.relay.backlog import HIGH_BYTES, MAX_BYTES, TURN_BYTES, Backlog
 from qubes_fwd_qrexec.relay.copy import abort
-from qubes_fwd_qrexec.relay.leg import PULL_BYTES
 from qubes_fwd_qrexec.relay.loop import READ, Loop
 
 MIB = 1 << 20
@@ -205,7 +204,7 @@ def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more(monkeypatch
         for stream in streams:
             bench.stall(stream.client)
         waiting = list(bench.near.backlog._waiting)
-        assert len(waiting) > 2 * HIGH_BYTES // PULL_BYTES
+        assert len(waiting) > 2 * HIGH_BYTES // TURN_BYTES
         for leg in waiting:
             with contextlib.suppress(BlockingIOError):
                 while leg.sock.recv(MIB):

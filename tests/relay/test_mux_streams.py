@@ -156,7 +156,7 @@ def test_of_a_thousand_random_streams_nothing_is_left(monkeypatch: pytest.Monkey
     chance = random.Random(seed)
     small = 200 * FLOOR_BYTES
     with no_fds_left(), MuxBench(far_budget=Budget(small, 40), near_budget=Budget(small, 40)) as bench:
-        bench.far_owner.answer = lambda mux, event: answer(bench, mux, event, chance)
+        bench.far_owner.answer = lambda event: answer(bench, bench.far, event, chance)
         living: list[Stream] = []
         for _ in range(330):
             while len(living) < 30 and bench.near.open_room > 0:

@@ -27,16 +27,18 @@ class _Owner:
 
     def __init__(self, relays: RelayThread) -> None:
         self.relays = relays
+        self.mux: Mux | None = None
         self.is_ready = trio.Event()
         self.asked: list[MuxStream] = []
         self.came = trio.Event()
 
-    def ready(self, mux: Mux) -> None:
+    def ready(self) -> None:
         self.relays.tell(self.is_ready.set)
 
-    def open_requested(self, mux: Mux, event: OpenReceived) -> None:
+    def open_requested(self, event: OpenReceived) -> None:
         ours, legs = unix_pair()
-        leg = mux.accept(event.stream_id, legs)
+        assert self.mux is not None
+        leg = self.mux.accept(event.stream_id, legs)
         assert leg is not None
         asked = MuxStream(ours, leg, self.relays)
 
@@ -46,16 +48,16 @@ class _Owner:
 
         self.relays.tell(tell)
 
-    def open_abandoned(self, mux: Mux, stream_id: int) -> None:
+    def open_abandoned(self, stream_id: int) -> None:
         raise AssertionError("every stream is answered at once")
 
-    def refused(self, mux: Mux, leg: Leg, code: ResetCode) -> None:
+    def refused(self, leg: Leg, code: ResetCode) -> None:
         raise AssertionError(code)
 
-    def draining(self, mux: Mux, code: GoawayCode) -> None:
+    def draining(self, code: GoawayCode) -> None:
         pass
 
-    def over(self, mux: Mux, problem: str | None) -> None:
+    def over(self, problem: str | None) -> None:
         pass
 
 
@@ -77,7 +79,8 @@ class MuxCall:
             (target, far_in, far_out, self.far),
         ):
             connection = Connection(hello, range(_PORT, _PORT + 1))
-            self._muxes.append(Mux(self.relays.loop, connection, source, sink, Budget(), owner))
+            owner.mux = Mux(self.relays.loop, connection, source, sink, Budget(), owner)
+            self._muxes.append(owner.mux)
 
     def end(self) -> None:
         for mux in self._muxes:

@@ -102,7 +102,7 @@ def test_a_bug_in_ending_one_stream_keeps_no_other_from_ending_with_the_call(
 def test_a_bug_in_beginning_a_stream_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with PeerBench(Role.TARGET) as bench:
         once(monkeypatch, PeerBench, "_accept")
-        bench.owner.answer = lambda mux, event: bench._accept(mux, event)
+        bench.owner.answer = lambda event: bench._accept(event)
         bench.peer.open_stream(8080, bench.origin, 65536)
         bench.say()
         bench.turn(2)
