@@ -232,8 +232,8 @@ async def test_an_idle_connection_ends_and_its_slot_comes_back(
                 (mux_calls,) = listener._means.transports._mux_calls.values()
                 (mux_call,) = mux_calls._mux_calls
                 assert mux_call.mux is not None
-                assert mux_call.mux._idle_s == 1000.0
-                mux_call.mux._idle_s = 0.1  # only now, however long it took until here
+                assert mux_call.mux.idleness.idle_s == 1000.0
+                mux_call.mux.idleness.idle_s = 0.1  # only now, however long it took until here
             assert await is_reset(near)
         (counting,) = accounts(listener)
         await until(lambda: counting.connections == 0)

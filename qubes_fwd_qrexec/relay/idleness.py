@@ -18,11 +18,11 @@ class Idleness:
     ``half_close_s``: for a stream of which one direction has ended. ``idle_s``: for any stream.
     """
 
-    __slots__ = ("_half_close_s", "_idle_s", "_ticked_at", "_ticks")
+    __slots__ = ("_ticked_at", "_ticks", "half_close_s", "idle_s")
 
     def __init__(self, half_close_s: float, idle_s: float, now: float) -> None:
-        self._half_close_s = half_close_s
-        self._idle_s = idle_s
+        self.half_close_s = half_close_s
+        self.idle_s = idle_s
         self._ticked_at = now
         self._ticks = 0
 
@@ -39,4 +39,4 @@ class Idleness:
         return [leg for leg in legs if self._is_idle(leg, now - leg.moved_at)]
 
     def _is_idle(self, leg: Leg, quiet_s: float) -> bool:
-        return quiet_s >= self._idle_s or (quiet_s >= self._half_close_s and leg.is_half_closed)
+        return quiet_s >= self.idle_s or (quiet_s >= self.half_close_s and leg.is_half_closed)

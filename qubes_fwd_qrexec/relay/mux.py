@@ -85,7 +85,7 @@ class Mux:
         self._frame_buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_BYTES))
         self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
         self._is_flush_due = False
-        self._idleness = Idleness(half_close_s, idle_s, time.monotonic())
+        self.idleness = Idleness(half_close_s, idle_s, time.monotonic())
         self.is_peer_wrong = False
         """Whether it is over because of what the peer said, rather than because it says nothing any more."""
         self.is_revoked = False
@@ -344,7 +344,7 @@ class Mux:
         if problem := self._patience.tick():
             self._end(problem)
         else:
-            idle = self._idleness.tick(self.legs.values(), time.monotonic())
+            idle = self.idleness.tick(self.legs.values(), time.monotonic())
             if self.share.is_watched:
                 for leg in list(self.legs.values()):
                     self.loop.guarded(leg.fail, leg.look)

@@ -131,7 +131,7 @@ async def test_idle_for_too_long_is_an_abort_at_both_ends(
         monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            bench.mux._idle_s = 0.1  # only now, however long that took
+            bench.mux.idleness.idle_s = 0.1  # only now, however long that took
             assert await is_reset(near)
             assert await is_reset(far)
             await bench.endings.reach(1)

@@ -15,6 +15,7 @@ from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
 from qubes_fwd_qrexec.relay.loop import READ
+from qubes_fwd_qrexec.relay.watchedsocket import UNWATCHED
 
 # Bytes
 
@@ -97,7 +98,7 @@ def test_a_peer_that_is_gone_while_it_stalls_is_noticed(bench: MuxBench, stream:
     bench.stall(stream.client)
     bench.is_time_still = True
     abort(stream.client)
-    bench.until(lambda: stream.near._mask == leg_module._UNWATCHED)
+    bench.until(lambda: stream.near._mask == UNWATCHED)
     assert bench.wake_ups() == 0  # the kernel is not asked again and again
     bench.clock.advance(9.9)
     bench.turn()
@@ -116,7 +117,7 @@ def test_a_peer_that_was_gone_while_it_stalled_is_passed_on_to_the_last_byte(
     on_its_way = stream.near.sent
     abort(stream.client)
     unread = len(stream.near.sock.recv(4 * MIB, socket.MSG_PEEK))
-    bench.until(lambda: stream.near._mask == leg_module._UNWATCHED)
+    bench.until(lambda: stream.near._mask == UNWATCHED)
     got, how = bench.read_to_end(stream.server)
     assert (len(got), how) == (on_its_way + unread, "RST")
     assert stream.near._timer is None or stream.near._timer.callback is None
@@ -131,10 +132,10 @@ def test_both_ends_of_file_and_stalled_is_no_abort_and_no_busy_loop(
     assert bench.read_to_end(stream.client) == (b"", "EOF")
     assert stream.near.is_half_closed
     with monkeypatch.context() as patch:
-        patch.setattr(bench.near, "room", lambda _leg: 0)
+        patch.setattr(bench.near.backlog, "room", lambda _leg: 0)
         stream.client.send(b"waits for credit")
         half_close(stream.client)
-        bench.until(lambda: stream.near._mask == leg_module._UNWATCHED)
+        bench.until(lambda: stream.near._mask == UNWATCHED)
         assert bench.wake_ups() == 0
     stream.near.resume()
     assert bench.read_to_end(stream.server) == (b"waits for credit", "EOF")
@@ -154,7 +155,7 @@ def test_a_stall_timer_of_a_leg_that_goes_on_again_does_nothing(
 ) -> None:
     monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0.0)
     bench.stall(stream.client)
-    stream.near._watch(leg_module._UNWATCHED)
+    stream.near._watch(UNWATCHED)
     stream.near._after(0.0, stream.near._abort_if_stalled)
     stream.near._watch(READ)
     bench.turn()

@@ -196,7 +196,7 @@ def test_what_waits_behind_a_failed_write_waits_no_longer_than_behind_an_abort(
 ) -> None:
     monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 1000)
     bench.stall(stream.server)
-    monkeypatch.setattr(bench.far, "room", lambda _leg: 0)
+    monkeypatch.setattr(bench.far.backlog, "room", lambda _leg: 0)
     abort(stream.server)
     break_far(bench, stream)
     monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0)

@@ -207,7 +207,8 @@ class Stream:
         self.chance = chance
         self.client, self.accepted = tcp_pair()
         origin = Origin(ORIGIN.client, self.number, ORIGIN.exposed, ORIGIN.exposed_port)
-        self.leg = bench.near.open(PORTS.start, origin, self.accepted)
+        self.mux = bench.near
+        self.leg = self.mux.open(PORTS.start, origin, self.accepted)
         assert self.leg is not None
         self.data = {"client": pattern(chance.randrange(100_000), self.number)}
         self.data["server"] = self.data["client"][::-1]
@@ -247,7 +248,7 @@ class Stream:
                 sock.close()
         if self.leg.ended is None:
             return True
-        if self.leg.sock.fileno() >= 0 and self.leg not in self.leg._mux.legs.values():
+        if self.leg.sock.fileno() >= 0 and self.leg not in self.mux.legs.values():
             self.leg.sock.close()  # it was refused
         if self.leg.sock.fileno() >= 0:
             return True
