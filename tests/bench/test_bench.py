@@ -68,7 +68,7 @@ def test_a_ratio_above_one_is_better_whatever_the_unit() -> None:
 
 
 def test_a_table_has_a_column_for_each_peer_and_a_dash_for_what_was_not_measured() -> None:
-    header, rule, row = render([line(socat=10, call=4, mux_call=1)], PEERS).splitlines()
+    header, rule, row = render([line(socat=10, call=4, mux=1)], PEERS).splitlines()
     assert len(header) == len(rule) == len(row)
     assert row.replace(" ", "") == "|title|-|10ms|4ms|1ms|2.50x|10.00x|4.00x|"
 
