@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Words for what listeners say after a change: why one is not open, and what goes on of a closed one."""
+
+from typing import Any
+
+from qubes_fwd_qrexec.admin.listeners import GoesOn, Has, Uptake
+from qubes_fwd_qrexec.admin.states import Forward
+from qubes_fwd_qrexec.common.config import Service
+
+IN_PART = "not all of its ports are open"
+FIREWALL = "its firewall lets nobody in to a port that the listener does not listen on"
+
+
+def note(forward: Forward, uptake: Uptake) -> str | None:
+    """What keeps a forward from being open; None if it is open, and if its qube does not say."""
+    lacking = "has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen"
+    texts = {
+        Has.NOT_OFFERED: lacking,
+        Has.NO_LISTENER: f"does not listen: {uptake.said or 'no listener is running'}",
+        Has.NOT_YET: "does not have it open yet",
+        Has.FAILED: f"does not have it open: {uptake.said}",
+        Has.IN_PART: f"does not have it open: {IN_PART}",
+        Has.FIREWALL: f"does not have it open: {FIREWALL}",
+    }
+    text = texts.get(uptake.has)
+    if text is None:
+        return None
+    return f"{forward.exposed} {text}; 'qvm-forward diagnose {forward.source}' says what helps"
+
+
+def still_open(left: GoesOn) -> str:
+    """What goes on of a forward that was to be closed."""
+    if left.target is None:
+        return (
+            f"{left.exposed} does not say whether it has connections over {Service.CONNECT_TCP}, which "
+            "dom0 cannot end"
+        )
+    what = f"{left.target} {left.name}: {_count(left)}"
+    if left.left_s is not None:
+        return f"{what} at {left.exposed} may go on for at most {left.left_s} s"
+    where = f"; {left.exposed} does not say" if left.connections is None else f" at {left.exposed}"
+    if left.service is Service.CONNECT_TCP:
+        return f"{what} over {Service.CONNECT_TCP}, which dom0 cannot end{where}"
+    return f"{what} over a call that another forward needs, so that dom0 cannot end it{where}"
+
+
+def _count(left: GoesOn) -> str:
+    if left.connections is None:
+        return "connections"
+    return "1 connection" if left.connections == 1 else f"{left.connections} connections"
+
+
+def as_json(left: GoesOn) -> dict[str, Any]:
+    return left._asdict()

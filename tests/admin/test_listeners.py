@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What listeners answer: when they are asked, for how long, and what goes on of what is closed."""
+
+from dataclasses import replace
+from threading import Barrier
+from typing import Any
+
+import pytest
+from worlds import NOW, OURS, Hands, only, qube, rule, world
+
+from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
+from qubes_fwd_qrexec.admin.listeners import (
+    BOUND_S,
+    GoesOn,
+    Has,
+    Heard,
+    Uptake,
+    ask,
+    ask_after,
+    ask_all,
+    beyond_dom0,
+    flows,
+    listening,
+    uptake,
+)
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.states import Plan
+from qubes_fwd_qrexec.admin.views import heard as words
+from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.report import (
+    REPORT_MAX_BYTES,
+    DrainingReport,
+    FirewallReport,
+    ForwardReport,
+    ListenerReport,
+    Problem,
+    QubeReport,
+    Way,
+    dump,
+)
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+
+SYS_NET, PERSONAL, SSH = QubeName("sys-net"), QubeName("personal"), RuleName("ssh")
+WORLD = world(qube("sys-net", features=OURS, provides_network=True))
+STOCK = rule("srcports=22", target="personal", name="ssh")
+WEB = ("work", "web")
+SILENT = AnswerError("it does not answer")
+
+
+def planned(*rules: Any) -> Plan:
+    return plan(rules, WORLD, NOW)
+
+
+def report(target: str = "work", name: str = "web", connections: int = 0) -> ForwardReport:
+    return ForwardReport(
+        target=QubeName(target),
+        name=RuleName(name),
+        since=0,
+        connections=connections,
+        total=9,
+        refused={},
+        sent=0,
+        received=0,
+        transport=Transport.MUX,
+        way=Way.OPEN,
+        mux_calls=1,
+        is_listening=True,
+    )
+
+
+def drain(connections: int, left_s: int = 3000) -> DrainingReport:
+    return DrainingReport(target=PERSONAL, name=SSH, connections=connections, left_s=left_s)
+
+
+def answer(*forwards: ForwardReport, **more: Any) -> QubeReport:
+    firewall = FirewallReport(waiting=more.pop("waiting", ()))
+    listener = ListenerReport(since=0, forwards=forwards, **more)
+    return QubeReport(program="x", listener=listener, firewall=firewall)
+
+
+OPEN, NOTHING = answer(report()), answer()
+BUSY = answer(problems=(Problem("fwd.work.web", "the port is in use by nginx"),))
+PART = answer(replace(report(), is_listening=False))
+SHUT = answer(report(), waiting=("fwd.work.web",))
+DOWN = QubeReport(program="x", listener_problem="it is not enabled")
+FLOWING, DRAINING = answer(report("personal", "ssh", 3)), answer(draining=(drain(2),))
+
+
+class Qube:
+    """sys-net, which answers each question as it is told to, and time that passes by waiting."""
+
+    def __init__(self, *answers: QubeReport | AnswerError, takes_s: float = 0.0) -> None:
+        self._answers = list(answers)
+        self._takes_s = takes_s
+        self.hands = Hands(elapsed=100.0)
+        self.asked_at: list[float] = []
+
+    def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float) -> bytes:
+        assert (qube, service, max_bytes) == ("sys-net", "qubes.ForwardStatus+", REPORT_MAX_BYTES)
+        self.asked_at.append(round(self.hands.elapsed - 100.0, 3))
+        assert 0 < timeout_s <= BOUND_S - self.asked_at[-1] + 0.001
+        self.hands.pass_by(min(self._takes_s, timeout_s))
+        said = self._answers.pop(0)
+        if isinstance(said, AnswerError):
+            raise said
+        return dump(said.as_json())
+
+    def heard(self, before: Plan, after: Plan, *keys: tuple[str, str], **more: Any) -> Heard:
+        found = ask_after(
+            before,
+            after,
+            keys,
+            more.pop("inventory", WORLD),
+            self,  # type: ignore[arg-type]
+            elapsed=lambda: self.hands.elapsed,
+            rest=self.hands.pass_by,
+            **more,
+        )
+        assert self._answers == []
+        assert self.hands.elapsed - 100.0 <= BOUND_S
+        return found
+
+
+OPENING: list[tuple[tuple[QubeReport | AnswerError, ...], Has]] = [
+    ((OPEN,), Has.OPEN),
+    ((SILENT,), Has.NO_ANSWER),
+    ((AnswerError("none", NO_SERVICE),), Has.NO_SERVICE),
+    ((DOWN,), Has.NO_LISTENER),
+    ((NOTHING, OPEN), Has.OPEN),
+    ((BUSY, OPEN), Has.OPEN),
+    ((NOTHING, SILENT), Has.NO_ANSWER),
+    ((NOTHING, NOTHING, OPEN), Has.OPEN),
+    ((NOTHING, NOTHING, NOTHING), Has.NOT_YET),
+    ((NOTHING, BUSY, BUSY), Has.FAILED),
+    ((PART, PART, PART), Has.IN_PART),
+    ((SHUT, SHUT, OPEN), Has.OPEN),
+    ((SHUT, SHUT, SHUT), Has.FIREWALL),
+]
+
+
+@pytest.mark.parametrize(("answers", "has"), OPENING)
+def test_a_listener_is_asked_again_until_it_has_a_new_forward_open(
+    answers: tuple[QubeReport | AnswerError, ...], has: Has
+) -> None:
+    asked = Qube(*answers)
+    assert asked.heard(planned(), planned(rule()), WEB).uptakes["work", "web"].has is has  # type: ignore[index]
+    assert asked.asked_at == [0.0, 0.7, 1.3][: len(answers)]
+
+
+def test_an_answer_that_may_be_of_the_forward_as_it_was_is_not_asked_for() -> None:
+    asked = Qube(OPEN)
+    asked.heard(planned(rule()), planned(rule("srcports=81")), WEB)
+    assert asked.asked_at == [0.7]
+    asked = Qube(OPEN)
+    asked.heard(planned(rule()), planned(rule("comment=x")), WEB)
+    assert asked.asked_at == [0.0]
+
+
+def test_a_qube_is_asked_once_for_all_of_its_forwards() -> None:
+    other = rule("srcports=81", name="other")
+    asked = Qube(OPEN, OPEN, answer(report(), report(name="other")))
+    found = asked.heard(planned(), planned(rule(), other), WEB, ("work", "other"))
+    assert {key: each.has for key, each in found.uptakes.items()} == {
+        WEB: Has.OPEN,
+        ("work", "other"): Has.OPEN,
+    }
+
+
+@pytest.mark.parametrize(("takes_s", "answers"), [(0.9, 3), (5.0, 2)])
+def test_a_qube_that_is_slow_is_not_waited_for(takes_s: float, answers: int) -> None:
+    found = Qube(*[NOTHING] * answers, takes_s=takes_s).heard(planned(), planned(rule()), WEB)
+    assert found.uptakes[WEB].has is Has.NOT_YET  # type: ignore[index]
+
+
+def test_only_what_is_open_now_and_was_asked_for_is_a_question() -> None:
+    assert Qube().heard(planned(), planned(rule())) == Heard({})
+    halted = world(qube("sys-net", is_running=False, features=OURS, provides_network=True))
+    after = plan([rule()], halted, NOW)
+    assert Qube().heard(planned(), after, WEB, inventory=halted).uptakes == {}
+
+
+def test_a_qube_that_lacks_our_package_is_not_asked() -> None:
+    found = Qube().heard(planned(), planned(rule()), WEB, inventory=world())
+    assert found.uptakes == {WEB: Uptake(Has.NOT_OFFERED)}
+
+
+NOTES: list[tuple[QubeReport | AnswerError, str | None]] = [
+    (OPEN, None),
+    (SILENT, None),
+    (NOTHING, "sys-net does not have it open yet"),
+    (BUSY, "sys-net does not have it open: the port is in use by nginx"),
+    (PART, "sys-net does not have it open: not all of its ports are open"),
+    (DOWN, "sys-net does not listen: it is not enabled"),
+    (QubeReport(program="x"), "sys-net does not listen: no listener is running"),
+]
+
+
+@pytest.mark.parametrize(("said", "text"), NOTES)
+def test_what_keeps_a_forward_from_being_open_has_words(
+    said: QubeReport | AnswerError, text: str | None
+) -> None:
+    forward = only(rule())
+    helps = "; 'qvm-forward diagnose work web' says what helps"
+    assert words.note(forward, uptake(forward, said)) == (None if text is None else f"{text}{helps}")
+
+
+def test_what_has_ended_beyond_dom0_is_found_and_no_other() -> None:
+    other = rule("srcports=23", target="personal", name="other")
+    assert [f.source.name for f in beyond_dom0(planned(STOCK, rule(), other), planned(other))] == ["ssh"]
+    assert beyond_dom0(planned(), planned(STOCK)) == []
+    both = (rule(), rule("srcports=81 dstports=80", name="shares"))
+    assert [f.source.name for f in beyond_dom0(planned(*both), planned(both[1]))] == ["web"]
+    assert beyond_dom0(planned(rule()), planned(rule("srchosts=10.0.0.0/8"))) == []
+
+
+LEAVING: list[tuple[tuple[QubeReport | AnswerError, ...], list[GoesOn]]] = [
+    ((answer(),), []),
+    ((answer(report("personal", "ssh", 0)),), []),
+    ((FLOWING, answer()), []),
+    ((FLOWING, DRAINING), [GoesOn(PERSONAL, SSH, SYS_NET, 2, 3000)]),
+    ((FLOWING, FLOWING, FLOWING), [GoesOn(PERSONAL, SSH, SYS_NET, 3)]),
+    ((NotRunningError("down"),), []),
+    ((AnswerError("none", NO_SERVICE),), []),
+    ((SILENT, SILENT, SILENT), [GoesOn(PERSONAL, SSH, SYS_NET, None)]),
+]
+
+
+@pytest.mark.parametrize(("answers", "left"), LEAVING)
+def test_a_listener_is_asked_again_until_it_has_ended_what_dom0_cannot(
+    answers: tuple[QubeReport | AnswerError, ...], left: list[GoesOn]
+) -> None:
+    assert list(Qube(*answers).heard(planned(STOCK), planned(), ("personal", "ssh")).goes_on) == left
+
+
+def test_what_was_closed_before_and_still_drains_is_found_wherever_it_is() -> None:
+    (found,) = (
+        Qube(DRAINING).heard(planned(), planned(), ("personal", "ssh"), inventory=only_sys_net()).goes_on
+    )
+    assert (found.connections, found.left_s) == (2, 3000)
+    assert Qube(DRAINING).heard(planned(), planned(), ("work", "x"), inventory=only_sys_net()).goes_on == ()
+
+
+def only_sys_net() -> Inventory:
+    return Inventory({SYS_NET: WORLD.qubes[SYS_NET]})
+
+
+def test_all_that_goes_on_at_a_qube_is_asked_until_nothing_is_left() -> None:
+    asked = Qube(DRAINING, DRAINING, answer())
+    assert asked.heard(planned(), planned(), everything_at=[SYS_NET]).goes_on == ()
+    (found,) = Qube(SILENT, SILENT, SILENT).heard(planned(), planned(), everything_at=[SYS_NET]).goes_on
+    assert found == GoesOn(None, None, SYS_NET, None)
+    assert words.still_open(found).startswith(
+        "sys-net does not say whether it has connections over qubes.Conn"
+    )
+
+
+def test_several_drains_of_a_forward_are_one_and_what_is_live_is_none() -> None:
+    said = answer(report(connections=1), report("personal", "ssh", 4), draining=(drain(2), drain(1, 59)))
+    assert flows(said, [(PERSONAL, SSH)]) == {
+        (PERSONAL, SSH): (3, 3000),
+        (QubeName("work"), RuleName("web")): (1, None),
+    }
+    assert flows(said, [(QubeName("work"), RuleName("web"))]) == {(PERSONAL, SSH): (7, None)}
+    assert flows(DOWN, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [
+        (
+            GoesOn(PERSONAL, SSH, SYS_NET, 3),
+            "3 connections over qubes.ConnectTCP, which dom0 cannot end at sys-net",
+        ),
+        (GoesOn(PERSONAL, SSH, SYS_NET, 1, 3000), "1 connection at sys-net may go on for at most 3000 s"),
+        (
+            GoesOn(PERSONAL, SSH, SYS_NET, None),
+            "connections over qubes.ConnectTCP, which dom0 cannot end; sys-net does not say",
+        ),
+        (
+            GoesOn(PERSONAL, SSH, SYS_NET, 3, None, Service.FORWARD_TCP),
+            "3 connections over a call that another forward needs, so that dom0 cannot end it at sys-net",
+        ),
+    ],
+)
+def test_what_goes_on_has_words(left: GoesOn, text: str) -> None:
+    assert words.still_open(left) == f"personal ssh: {text}"
+
+
+@pytest.mark.parametrize("said", [b"\x1b[2J", b"{}"])
+def test_what_cannot_be_read_is_no_answer(said: bytes) -> None:
+    class Liar:
+        def ask(self, *_: object, **__: object) -> bytes:
+            return said
+
+    with pytest.raises(AnswerError, match="what sys-net says cannot be read: the answer"):
+        ask(Liar(), SYS_NET)  # type: ignore[arg-type]
+
+
+def test_all_qubes_are_asked_at_once() -> None:
+    together = Barrier(3, timeout=30)
+
+    class Slow:
+        def ask(self, qube: QubeName, *_: object, **__: object) -> bytes:
+            together.wait()
+            if qube == "vault":
+                raise SILENT
+            return dump(OPEN.as_json())
+
+    names = [QubeName(name) for name in ("work", "vault", "sys-net")]
+    found = ask_all(Slow(), names)  # type: ignore[arg-type]
+    assert found == {"work": OPEN, "vault": SILENT, "sys-net": OPEN}
+
+
+def test_whoever_has_our_package_may_listen_whatever_its_flag_says() -> None:
+    flagged = world(
+        qube("sys-net", features=OURS, provides_network=True),
+        qube("sys-firewall", "sys-net", features={LISTENER_FEATURE: "1"}, provides_network=True),
+        qube("hidden", "sys-vpn", is_running=False, features=OURS),
+        without=("work", "vault"),
+    )
+    assert listening(plan([], flagged, NOW), flagged) == ["sys-firewall", "sys-net"]
+    assert listening(plan([], flagged, NOW), flagged, ["sys-net"]) == ["sys-net"]
