@@ -27,6 +27,7 @@ from .backend import Backend, ChangedError, PolicyFile
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .states import Cause, Forward, Plan
+from .views import reasons
 
 
 class Kind(StrEnum):
@@ -192,7 +193,7 @@ def others(outcome: Outcome, after: Plan, asked: Iterable[NamedRule]) -> Iterato
             continue
         forward = after.find(*found)
         what = "closed" if step.kind is Kind.REMOVE_CONFIG else "opened" if step.was is None else "changed"
-        why = f". {forward.reason}" if forward is not None else "."
+        why = f". {reasons.sentence(forward)}" if forward is not None else "."
         yield f"Also {what} at {step.qube}: {' '.join(found)}{why}"
 
 

@@ -25,7 +25,6 @@ from qubes_fwd_qrexec.common.rules import (
 )
 from qubes_fwd_qrexec.common.values import QubeName, Sources
 
-from .abilities import THIS_VERSION
 from .apply import Outcome, others
 from .expiry import parse_expire, print_expire
 from .inventory import Inventory
@@ -33,9 +32,11 @@ from .judged import denials
 from .leftovers import listening
 from .reconcile import apply
 from .snapshot import Snapshot
-from .states import Cause, Forward, Plan, State
+from .states import Cause, Finding, Forward, NotOpenError, Plan, State
 from .stock import Stock, draining, ended, left_over
 from .store import made_up_name, store
+from .views import reasons
+from .views.plans import forward_as_json
 from .views.render import escaped
 from .views.session import Session
 
@@ -116,9 +117,9 @@ def _check_new(named: NamedRule, session: Session, snapshot: Snapshot) -> None:
     """A rule that could not be opened is not stored; a disabled one may wait for its port."""
     forward = _planned_with(_enabled(named), session, snapshot)
     if not forward.is_live and forward.cause is not Cause.CONFLICT:
-        raise RefusedError(f"{named} was not added. {forward.reason}")
+        raise NotOpenError(f"{named} was not added", forward, forward.decisive)
     if forward.conflict is not None and named.rule.enabled:
-        raise RefusedError(f"{named} was not added. {forward.conflict.text}")
+        raise NotOpenError(f"{named} was not added", forward, forward.conflict)
 
 
 def _planned_with(named: NamedRule, session: Session, snapshot: Snapshot) -> Forward:
@@ -333,20 +334,20 @@ def _change(
             old = _planned_with(_enabled(old.source), session, snapshot)
         problem = _new_problem(old, forward, is_enabled=is_enabled)
         if problem is not None:
-            raise RefusedError(f"{named} was not {done}. {problem}")
+            raise NotOpenError(f"{named} was not {done}", forward, problem)
         snapshot = snapshot._replace(stored=snapshot.stored.with_rules([named]))
     return _carried_out(args, session, snapshot, changed, before)
 
 
-def _new_problem(old: Forward | None, new: Forward, *, is_enabled: bool) -> str | None:
+def _new_problem(old: Forward | None, new: Forward, *, is_enabled: bool) -> Finding | None:
     """What keeps a rule from being open that did not before."""
     if new.conflict is not None and is_enabled:
-        is_old = old is not None and old.conflict is not None and old.conflict.rival == new.conflict.rival
-        return None if is_old else new.conflict.text
+        was = None if old is None or old.conflict is None else old.conflict.rival
+        return None if new.conflict.rival == was else new.conflict
     if new.state is not State.REFUSED or new.cause is Cause.CONFLICT:
         return None
     is_old = old is not None and (old.cause, old.exposed) == (new.cause, new.exposed)
-    return None if is_old else new.reason
+    return None if is_old else new.decisive
 
 
 def _enabled(named: NamedRule) -> NamedRule:
@@ -419,20 +420,22 @@ def _finish(session: Session, carried_out: _Done, done: str) -> int:
         return [*first, *_narrowing(old, forward), *warnings(forward)]
 
     if session.is_json:
-        found = [f.as_json() | {"warnings": notes(f)} for f in forwards]
+        found = [forward_as_json(f) | {"warnings": notes(f)} for f in forwards]
         session.say_json({"forwards": found} | _as_json(session, planned, carried_out.outcome, left))
         return _status(left)
     for forward in forwards:
         if forward.is_live and planned is None:
             session.say(
                 f"Forward {forward.source} is {done}; 'qvm-forward apply' puts it in force. "
-                f"Then: {forward.reason}\n"
+                f"Then: {reasons.sentence(forward)}\n"
             )
         elif forward.state is State.DISABLED:
             closed = _and_closed(forward.source, planned, carried_out.outcome, left)
-            session.say(f"Forward {forward.source} is {done}{closed}. {forward.reason}\n")
+            session.say(f"Forward {forward.source} is {done}{closed}. {reasons.sentence(forward)}\n")
         else:
-            session.say(f"Forward {forward.source} is {done} and {forward.state}. {forward.reason}\n")
+            session.say(
+                f"Forward {forward.source} is {done} and {forward.state}. {reasons.sentence(forward)}\n"
+            )
         if forward.is_live and forward.source.rule.expire is not None:
             session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
         old = carried_out.before.find(*forward.source[:2])
@@ -457,9 +460,9 @@ def warnings(forward: Forward) -> list[str]:
     """What the user should know of a live forward beside that it is open."""
     if not forward.is_live:
         return []
-    found = [*forward.notes, *forward.hints]
+    found = [*reasons.notes(forward), *reasons.hints(forward)]
     if forward.service is Service.CONNECT_TCP:
-        found.append(forward.transport_reason)
+        found.append(reasons.transport_reason(forward))
     elif forward.transport is Transport.CALL:
         found.append(
             f"where {forward.source.target} serves calls by qubes-forward-service.socket, "
@@ -467,7 +470,7 @@ def warnings(forward: Forward) -> list[str]:
         )
     if forward.source.rule.proxy == "off":
         way_out = "see that it asks everybody for a password"
-        if THIS_VERSION.proxy and forward.transport is Transport.MUX:
+        if forward.transport is Transport.MUX:
             way_out += ", or tell it the client's address with proxy=v2"
         found.append(
             f"the server in {forward.source.target} sees all of these connections come from 127.0.0.1, "

@@ -16,10 +16,12 @@ from .inventory import DISPOSABLE, TUNNEL_FEATURE, Inventory
 from .judged import denials
 from .reconcile import apply
 from .snapshot import Snapshot
-from .states import Forward, Plan
+from .states import Forward, NotOpenError, Plan
 from .store import TUNNEL_NAME, made_up_name, parse_new_name, store
+from .views import reasons
+from .views.plans import plan_as_json
 from .views.render import escaped
-from .views.session import Session, plan_as_json
+from .views.session import Session
 
 
 def export_rules(args: Namespace, session: Session) -> int:
@@ -89,8 +91,8 @@ def import_rules(args: Namespace, session: Session) -> int:
     told = [*forwards, *_others(planned, before, rules)]
     denied = {} if args.no_apply else denials(told, session.backend)
     for forward in told:
-        session.say(f"{forward.source}: {forward.state}. {forward.reason}\n")
-        session.say("".join(f"{forward.source}: note: {note}\n" for note in forward.notes))
+        session.say(f"{forward.source}: {forward.state}. {reasons.sentence(forward)}\n")
+        session.say("".join(f"{forward.source}: note: {note}\n" for note in reasons.notes(forward)))
         if (denial := denied.get(forward.source[:2])) is not None:
             session.say(f"{forward.source}: note: {escaped(denial)}\n")
     session.say("".join(f"{line}\n" for line in others(outcome, planned, [f.source for f in told])))
@@ -225,9 +227,8 @@ def _check_conflicts(
             continue
         here = before.find(*forward.source[:2])
         if here is None or here.conflict is None or here.source != forward.source:
-            raise RefusedError(
-                f"nothing was imported, as {forward.source} would be in conflict. {forward.conflict.text}"
-            )
+            done = f"nothing was imported, as {forward.source} would be in conflict"
+            raise NotOpenError(done, forward, forward.conflict)
 
 
 def _check_room(rules: Iterable[NamedRule], snapshot: Snapshot, *, is_replacing: bool) -> None:

@@ -95,10 +95,11 @@ class Chain(NamedTuple):
 
 
 class TunnelMark(NamedTuple):
-    """Which qube is marked as a tunnel (or as living behind one), and by what."""
+    """Which qube is marked as a tunnel, and by what; ``is_behind``: as one that lives behind a tunnel."""
 
     qube: QubeName
     mark: str
+    is_behind: bool = False
 
     def __str__(self) -> str:
         return f"{self.qube} ({self.mark})"
@@ -113,50 +114,44 @@ class Inventory(NamedTuple):
     def get(self, name: str) -> Qube | None:
         return self.qubes.get(QubeName(name))
 
+    def with_templates(self, name: str) -> Iterator[Qube]:
+        """A qube, its template, and the template of that: a disposable is made from a qube that has one."""
+        qube = self.get(name)
+        for _ in range(CHAIN_MAX):
+            if qube is None:
+                return
+            yield qube
+            qube = None if qube.template is None else self.get(qube.template)
+
     def unread(self, *names: str | None) -> str | None:
         """Why something of one of these qubes, or of its templates, could not be read; None if all could."""
-        for name in names:
-            qube = self.qubes.get(QubeName(name or ""))
-            for _ in range(CHAIN_MAX):
-                if qube is None or qube.problem is not None:
-                    break
-                qube = None if qube.template is None else self.qubes.get(qube.template)
-            if qube is not None and qube.problem is not None:
-                return qube.problem
-        return None
+        qubes = (qube for name in names if name is not None for qube in self.with_templates(name))
+        return next((qube.problem for qube in qubes if qube.problem is not None), None)
 
     def chain(self, name: QubeName) -> Chain:
         """Walk from a qube along its netvms to the outermost one."""
         walked: list[QubeName] = []
-        current = self.qubes[name]
-        while current.netvm is not None:
+        current = self.get(name)
+        while current is not None and current.netvm is not None:
+            following, problem = self.get(current.netvm), None
             if current.netvm == name or current.netvm in walked:
-                return Chain(
-                    tuple(walked), f"The netvms of {name} lead in a circle at {current.netvm}; mend its netvm"
-                )
-            following = self.qubes.get(current.netvm)
-            if following is None:
-                return Chain(
-                    tuple(walked),
-                    f"The netvm of {current.name}, {current.netvm}, does not exist; set another",
-                )
-            if len(walked) == CHAIN_MAX:
-                return Chain(tuple(walked), f"{name} has more than {CHAIN_MAX} netvms in a row")
-            walked.append(following.name)
+                problem = f"The netvms of {name} lead in a circle at {current.netvm}; mend its netvm"
+            elif following is None:
+                problem = f"The netvm of {current.name}, {current.netvm}, does not exist; set another"
+            elif len(walked) == CHAIN_MAX:
+                problem = f"{name} has more than {CHAIN_MAX} netvms in a row"
+            if problem is not None:
+                return Chain(tuple(walked), problem)
+            walked.append(current.netvm)
             current = following
         return Chain(tuple(walked))
 
     def holder(self, name: QubeName, key: str) -> Qube | None:
         """The qube that has the feature: this one, or else the nearest of its templates that has it.
 
-        A disposable has a template with a template: qubes-core-admin qubes/features.py walks along all.
+        qubes-core-admin qubes/features.py walks along all of them, too.
         """
-        qube = self.qubes.get(name)
-        for _ in range(CHAIN_MAX):
-            if qube is None or key in qube.features:
-                return qube
-            qube = None if qube.template is None else self.qubes.get(qube.template)
-        return None
+        return next((qube for qube in self.with_templates(name) if key in qube.features), None)
 
     def feature(self, name: QubeName, key: str) -> str | None:
         """A feature of the qube or else of its templates, as Qubes' check_with_template finds it."""
@@ -214,23 +209,12 @@ class Inventory(NamedTuple):
             if name == exposed:
                 return
 
-    def how_to_install(self, name: QubeName) -> str:
-        """How our package comes into a qube."""
-        template = self.qubes[name]
-        for _ in range(CHAIN_MAX):
-            if template.template is None or template.template not in self.qubes:
-                break
-            template = self.qubes[template.template]
-        if template.name == name:
-            return f"install qubes-fwd-qrexec in {name}"
-        return f"install qubes-fwd-qrexec in its template {template.name} and start {name} again"
-
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube must not be reached but through its tunnel."""
         if "anon-vm" in self.qubes[name].tags:
-            return TunnelMark(name, "tag anon-vm")
+            return TunnelMark(name, "tag anon-vm", is_behind=True)
         if self.feature(name, "whonix-ws"):
-            return TunnelMark(name, "feature whonix-ws")
+            return TunnelMark(name, "feature whonix-ws", is_behind=True)
         return None
 
     def side(self, exposed: QubeName, forward_type: ForwardType) -> Side:

@@ -23,6 +23,7 @@ from .reconcile import apply, reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .states import Plan
 from .stock import Stock, ended, left_over
+from .views import reasons
 from .views.render import escaped
 from .views.session import Session
 
@@ -213,7 +214,7 @@ def resume(args: Namespace, session: Session) -> int:
         session.say(
             "Nothing is held any more. Open again:\n" if planned.live else "Nothing is held any more.\n"
         )
-    session.say("".join(f"  {forward.source}: {forward.reason}\n" for forward in planned.live))
+    session.say("".join(f"  {forward.source}: {reasons.sentence(forward)}\n" for forward in planned.live))
     if not args.dry_run:
         for (target, name), denial in denials(planned.live, session.backend).items():
             session.say(f"Note: {target} {name}: {escaped(denial)}.\n")

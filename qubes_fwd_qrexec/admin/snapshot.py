@@ -2,7 +2,6 @@
 """The system as it was read, once: its qubes, the rules stored there, and dom0's policy file."""
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError
@@ -60,7 +59,7 @@ class Snapshot(NamedTuple):
         )
         if not (self.is_held if is_held is None else is_held):
             return planned
-        return replace(planned, forwards=tuple(forward.held() for forward in planned), is_held=True)
+        return planned.held()
 
     def check_qube(self, name: str) -> QubeName:
         """The qube of that name. Raises `RefusedError` if there is none."""

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What can become of a rule: its state, the cause, and the planned forward that carries both."""
+"""What becomes of a rule: the findings of its checks, and the forward whose state follows from them.
+
+There is no sentence here: a finding is a cause with its facts, and `views.reasons` puts it into words.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
-from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, Transport
+from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule, Transport
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .conflicts import Conflict
+from .inventory import TunnelMark
 
 
 class State(StrEnum):
@@ -26,8 +30,16 @@ class State(StrEnum):
     HELD = "held"
 
 
+class Verdict(StrEnum):
+    """What a finding means for its rule."""
+
+    OK = "ok"
+    NOTE = "note"
+    STOPS = "stops"
+
+
 class Cause(StrEnum):
-    """Why a rule is in its state: one word for programs, where the sentence is for people."""
+    """What was found, in a word for programs. Those of the first group may decide about a rule's state."""
 
     OPEN = "open"
     EXPOSED_HALTED = "exposed-halted"
@@ -49,8 +61,59 @@ class Cause(StrEnum):
     HELD = "held"
     UNREADABLE = "unreadable"
 
+    IN_TIME = "in-time"
+    ANYBODY = "anybody"
+    SOURCES = "sources"
+    SIDE = "side"
+    OWN = "own"
+    NO_OWNER = "no-owner"
+    AGREED = "agreed"
+    FOLLOWS = "follows-netvm"
+    NO_PATH = "no-path"
+    NO_DISPOSABLES = "no-disposables"
+    NO_TUNNEL = "no-tunnel"
+    WITHIN_TUNNEL = "within-tunnel"
+    BYPASSES_TUNNEL = "bypasses-tunnel"
+    PERHAPS_TUNNEL = "perhaps-tunnel"
+    STOCK_SERVICE = "stock-service"
+    ELSEWHERE = "elsewhere"
+    MANY_CALLS = "many-calls"
 
-HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
+
+class Finding(NamedTuple):
+    """What one check found. Of the facts there are those that its cause needs.
+
+    ``qube`` is the qube that it is about, with its ``side``; ``rival`` is another rule, ``mark`` that of a
+    tunnel, ``number`` one of ports or calls. ``detail`` tells cases of one cause apart, or is what the
+    error says that was met.
+    """
+
+    cause: Cause
+    verdict: Verdict = Verdict.STOPS
+    qube: QubeName | None = None
+    side: Side | None = None
+    mark: TunnelMark | None = None
+    rival: NamedRule | None = None
+    number: int = 0
+    detail: str = ""
+
+    @property
+    def state(self) -> State:
+        """The state of a rule that this finding decides about."""
+        return _STATES.get(self.cause, State.REFUSED)
+
+
+OPEN = Finding(Cause.OPEN, Verdict.OK)
+_STATES = {
+    Cause.OPEN: State.ACTIVE,
+    Cause.EXPOSED_HALTED: State.WAITING,
+    Cause.TARGET_HALTED: State.WAITING,
+    Cause.CLONED: State.SUSPENDED,
+    Cause.NETVM_CHANGED: State.SUSPENDED,
+    Cause.EXPIRED: State.EXPIRED,
+    Cause.DISABLED: State.DISABLED,
+    Cause.HELD: State.HELD,
+}
 
 
 class Role(StrEnum):
@@ -64,37 +127,59 @@ class Role(StrEnum):
 class Forward(NamedTuple):
     """One rule with everything that follows from it.
 
-    ``side`` of ``exposed`` is the one by which connections may come.
-
-    ``reason`` is a sentence that says what to do; ``notes`` are labels that every listing repeats, ``hints``
-    are said once, when it is made. ``conflict`` is there if another rule has
-    its ports, whatever else is the matter. ``ways_out`` are commands, each with its arguments, that a program
-    can offer; those of a rule that waits for more than one thing are in their order.
-    ``config`` is there exactly when the forward is live; ``exposed`` is also where it would listen.
+    ``findings`` are in the order in which they were made, and all are there: that the rule is disabled hides
+    no tunnel. ``chain`` are the netvms of its target. ``exposed`` is where it listens, or would listen, and
+    ``side`` that by which connections may come. ``service`` is None if the target cannot be reached.
+    ``config`` is there exactly when the forward is live.
     """
 
     source: NamedRule
-    state: State
-    cause: Cause
-    reason: str
+    findings: tuple[Finding, ...] = ()
     chain: tuple[QubeName, ...] = ()
-    mode: Mode = Mode.AUTO
-    mode_reason: str = ""
     exposed: QubeName | None = None
     side: Side | None = None
     service: Service | None = None
     transport: Transport = Transport.AUTO
-    transport_reason: str = ""
-    notes: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()
     config: ListenerConfig | None = None
-    conflict: Conflict | None = None
-    ways_out: tuple[tuple[str, ...], ...] = ()
 
     @property
     def is_live(self) -> bool:
         """Whether policy and configuration are given out: now (active) or for the next start (waiting)."""
-        return self.state in (State.ACTIVE, State.WAITING)
+        return self.config is not None
+
+    @property
+    def stops(self) -> tuple[Finding, ...]:
+        """What keeps it from being open, the first of which decides."""
+        return tuple(finding for finding in self.findings if finding.verdict is Verdict.STOPS)
+
+    @property
+    def decisive(self) -> Finding:
+        """The finding that decides about its state."""
+        for finding in self.stops:
+            return finding
+        return self.finding(Cause.EXPOSED_HALTED) or self.finding(Cause.TARGET_HALTED) or OPEN
+
+    @property
+    def state(self) -> State:
+        return self.decisive.state
+
+    @property
+    def cause(self) -> Cause:
+        return self.decisive.cause
+
+    @property
+    def conflict(self) -> Finding | None:
+        """That another rule has its ports, whatever else is the matter."""
+        return self.finding(Cause.CONFLICT)
+
+    def finding(self, cause: Cause) -> Finding | None:
+        """The first finding of a cause."""
+        return next((finding for finding in self.findings if finding.cause is cause), None)
+
+    def with_finding(self, finding: Finding) -> "Forward":
+        """The same with one more finding, which may stop it."""
+        config = None if finding.verdict is Verdict.STOPS else self.config
+        return self._replace(findings=(*self.findings, finding), config=config)
 
     def role(self, qube: str) -> Role | None:
         """The part that a qube has in it: as target, as exposed qube, or as another netvm of the target."""
@@ -107,33 +192,6 @@ class Forward(NamedTuple):
     def concerns(self, qube: str) -> bool:
         """Whether a qube has any part in it."""
         return self.role(qube) is not None
-
-    def held(self) -> "Forward":
-        """The same while everything is held: not live."""
-        if not self.is_live:
-            return self
-        return self._replace(state=State.HELD, cause=Cause.HELD, reason=f"{HELD}.", config=None)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "qube": self.source.target,
-            "name": self.source.name,
-            "state": self.state,
-            "cause": self.cause,
-            "reason": self.reason,
-            "ways_out": [list(command) for command in self.ways_out],
-            "mode": self.mode,
-            "mode_reason": self.mode_reason,
-            "exposed": self.exposed,
-            "side": self.side,
-            "path": list(self.chain),
-            "service": self.service,
-            "transport": self.transport,
-            "transport_reason": self.transport_reason,
-            "notes": list(self.notes),
-            "hints": list(self.hints),
-            "rule": self.source.rule.options(),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +217,17 @@ class Plan:
             if forward.source.target == target and forward.source.name == name:
                 return forward
         return None
+
+    def held(self) -> "Plan":
+        """The same while everything is held: nothing is live."""
+        held = Finding(Cause.HELD)
+        return Plan(tuple(forward.with_finding(held) for forward in self.forwards), self.broken, True)
+
+
+class NotOpenError(RefusedError):
+    """A change was not made, as ``finding`` would keep its rule, planned as ``forward``, from being open."""
+
+    def __init__(self, done: str, forward: Forward, finding: Finding) -> None:
+        super().__init__(done)
+        self.forward = forward
+        self.finding = finding

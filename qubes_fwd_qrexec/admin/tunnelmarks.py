@@ -17,8 +17,9 @@ from .apply import Outcome, others
 from .inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
 from .reconcile import apply
 from .snapshot import Snapshot
-from .states import Cause, Forward, Plan, State
+from .states import Cause, Finding, Forward, Plan, State
 from .stock import Stock, ended, left_over
+from .views import reasons
 from .views.session import Session
 
 
@@ -35,7 +36,7 @@ class Change(NamedTuple):
             "name": self.forward.source.name,
             "was": self.was,
             "state": self.forward.state,
-            "reason": self.forward.reason,
+            "reason": reasons.sentence(self.forward),
         }
 
 
@@ -72,8 +73,9 @@ def _mark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
     said = "was marked as a tunnel already" if is_marked else "is marked as a tunnel"
     session.say(f"{qube} {said}. {_what_it_means(qube, after.inventory)}\n")
     _say(changes, session)
-    for forward in _going_round(after, qube, session.now):
-        session.say(f"Forward {forward.source} stays open: it {_bypass_note(forward)}, as it says itself.\n")
+    for forward, found in _going_round(after, qube, session.now):
+        note = reasons.sentence(forward, found)
+        session.say(f"Forward {forward.source} stays open: it {note}, as it says itself.\n")
     _say_others(outcome, planned, changes, session)
     for stock in left:
         session.warn(f"still open: {stock.words()}")
@@ -116,7 +118,7 @@ def _unmark(qube: QubeName, snapshot: Snapshot, session: Session) -> int:
             forward.source.target,
             *forward.chain,
         ):
-            session.say(f"Forward {forward.source} stays refused. {forward.reason}\n")
+            session.say(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}\n")
     _say_others(outcome, planned, changes, session)
     return 0
 
@@ -171,15 +173,14 @@ def _changes(before: Snapshot, after: Snapshot, now: float, left: Iterable[Stock
             drains = forward.source.rule.on_expire is OnExpire.DRAIN or forward.source[:2] in flows
             closed = " and takes no new connection, but what is open may go on" if drains else " and closed"
             text = f"is {forward.state} now{closed if was.is_live else ''}"
-        yield Change(forward, was.state, f"Forward {forward.source} {text}. {forward.reason}")
+        yield Change(forward, was.state, f"Forward {forward.source} {text}. {reasons.sentence(forward)}")
 
 
-def _going_round(after: Snapshot, qube: QubeName, now: float) -> Iterable[Forward]:
-    return (f for f in after.plan(now).live if f"bypasses the tunnel {qube} " in " ".join(f.notes))
-
-
-def _bypass_note(forward: Forward) -> str:
-    return next(note for note in forward.notes if note.startswith("bypasses the tunnel "))
+def _going_round(after: Snapshot, qube: QubeName, now: float) -> Iterable[tuple[Forward, Finding]]:
+    for forward in after.plan(now).live:
+        found = forward.finding(Cause.BYPASSES_TUNNEL)
+        if found is not None and found.mark is not None and found.mark.qube == qube:
+            yield forward, found
 
 
 def _say(changes: Iterable[Change], session: Session) -> None:

@@ -29,6 +29,7 @@ from .inventory import Inventory
 from .reconcile import reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .states import Cause, Plan, State
+from .views import reasons
 from .views.render import escaped
 from .views.session import Session
 
@@ -253,7 +254,7 @@ def next_end(planned: Plan, now: float) -> float | None:
 def states(planned: Plan) -> dict[Key, Seen]:
     """What there is to be told of each rule, and of what cannot be read as one."""
     seen: dict[Key, Seen] = {
-        (f.source.target, f.source.name): Seen(f.state, f.cause, f.reason) for f in planned
+        (f.source.target, f.source.name): Seen(f.state, f.cause, reasons.sentence(f)) for f in planned
     }
     for rule in planned.broken:
         seen[rule.target, rule.name] = Seen(State.BROKEN, Cause.UNREADABLE, f"{rule.problem}.")

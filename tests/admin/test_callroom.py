@@ -4,13 +4,14 @@
 from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.views import reasons
 from qubes_fwd_qrexec.common.config import CALLS_MAX
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 
 def hints(rules: list[NamedRule]) -> list[str]:
     """Those of the last rule that speak of calls."""
-    return [hint for hint in list(plan(rules, world(), NOW))[-1].hints if "qrexec calls" in hint]
+    return [hint for hint in reasons.hints(list(plan(rules, world(), NOW))[-1]) if "qrexec calls" in hint]
 
 
 def rules(count: int, dstports: str = "", transport: str = "") -> list[NamedRule]:

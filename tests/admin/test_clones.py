@@ -8,6 +8,7 @@ from worlds import ADD, NOW, Command, qube, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, State
+from qubes_fwd_qrexec.admin.views import reasons
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeClass
@@ -96,7 +97,7 @@ def test_a_rule_without_owner_at_a_disposable_is_not_known_to_be_its_own(klass: 
     assert forward.state is state
     if state is State.SUSPENDED:
         assert forward.cause is Cause.CLONED
-        assert forward.reason == (
+        assert reasons.sentence(forward) == (
             "The rule does not say for which qube it was made, and disp42 is a disposable; 'qvm-forward "
             "confirm disp42 web' makes it one of disp42, 'qvm-forward remove disp42 web' drops it."
         )

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 from worlds import NOW, OURS, only, qube, rule, world
 
-from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
+from qubes_fwd_qrexec.admin.views import reasons
+from qubes_fwd_qrexec.admin.views.plans import forward_as_json
 from qubes_fwd_qrexec.common.config import Service, Side
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
-
-ALL = Abilities(nft=True, mux=True, proxy=True, limits=True)
 
 
 def test_external_is_the_outermost_and_internal_the_nearest_netvm() -> None:
@@ -33,23 +32,23 @@ def test_a_rule_that_follows_its_netvm_goes_on_after_a_change() -> None:
 
 def test_a_rule_with_its_recorded_path_is_active_without_notes() -> None:
     forward = only(rule("path=sys-firewall,sys-net"))
-    assert (forward.state, forward.notes) == (State.ACTIVE, ())
+    assert (forward.state, reasons.notes(forward)) == (State.ACTIVE, ())
 
 
 def test_missing_owner_and_path_are_noted() -> None:
-    notes = only(rule("owner=")).notes
+    notes = reasons.notes(only(rule("owner=")))
     assert [note.split(",")[0] for note in notes] == ["no owner recorded", "no path recorded"]
 
 
 def test_auto_becomes_a_tunnel_where_the_target_has_our_service() -> None:
     forward = only(rule())
-    assert (forward.mode, forward.transport, forward.service) == (
+    assert (reasons.mode(forward)[0], forward.transport, forward.service) == (
         Mode.QREXEC,
         Transport.MUX,
         Service.FORWARD_TCP,
     )
-    assert forward.mode_reason == "mode=auto, and this version has no nft mode"
-    assert forward.transport_reason == "work offers our service"
+    assert reasons.mode(forward)[1] == "mode=auto, and this version has no nft mode"
+    assert reasons.transport_reason(forward) == "work offers our service"
     assert only(rule("srcports=1-65535")).state is State.ACTIVE
 
 
@@ -57,7 +56,7 @@ def test_auto_becomes_a_tunnel_where_the_target_has_our_service() -> None:
 def test_our_service_is_used_as_the_rule_says(asked: str) -> None:
     forward = only(rule(f"transport={asked}"))
     assert (forward.transport, forward.service) == (Transport(asked), Service.FORWARD_TCP)
-    assert forward.transport_reason == "the rule says so"
+    assert reasons.transport_reason(forward) == "the rule says so"
 
 
 @pytest.mark.parametrize("asked", ["", "transport=mux"])
@@ -68,25 +67,10 @@ def test_the_tunnel_carries_who_the_client_is(asked: str) -> None:
     assert forward.config.proxy == "v2"
 
 
-@pytest.mark.parametrize(
-    ("asked", "cause"),
-    [
-        ("transport=mux", Cause.NOT_YET),
-        ("proxy=v2", Cause.NOT_YET),
-        ("srcports=1-257", Cause.TOO_LARGE),
-        ("", Cause.OPEN),
-    ],
-)
-def test_a_version_without_the_tunnel_makes_calls_and_refuses_what_needs_it(asked: str, cause: Cause) -> None:
-    forward = only(rule(asked), abilities=Abilities(mux=False, proxy=False))
-    assert forward.cause is cause
-    assert forward.transport in (Transport.AUTO, Transport.CALL)
-
-
 def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason_warns() -> None:
     forward = only(rule(target="personal"))
     assert (forward.transport, forward.service) == (Transport.CALL, Service.CONNECT_TCP)
-    assert "loses the rest of what the client sends" in forward.transport_reason
+    assert "loses the rest of what the client sends" in reasons.transport_reason(forward)
 
 
 def test_limits_are_what_the_listener_is_told() -> None:
@@ -96,16 +80,10 @@ def test_limits_are_what_the_listener_is_told() -> None:
     assert str(forward.config).endswith(" limits=connections:9,per-source:3,rate:5")
 
 
-def test_limits_are_refused_by_a_version_that_has_none() -> None:
-    forward = only(rule("limits=rate:5"), abilities=Abilities(limits=False))
-    assert forward.cause is Cause.NOT_YET
-    assert "leave limits out" in forward.reason
-
-
 def test_a_bypassed_tunnel_is_labelled() -> None:
     forward = only(rule("bypass-tunnel=yes", target="hidden"))
     assert forward.state is State.ACTIVE
-    assert "bypasses the tunnel sys-vpn (feature service.vpn-handler-openvpn)" in forward.notes
+    assert "bypasses the tunnel sys-vpn (feature service.vpn-handler-openvpn)" in reasons.notes(forward)
 
 
 @pytest.mark.parametrize("via", ["sys-vpn", "below"])
@@ -128,7 +106,7 @@ def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str,
     first, second = plan([rule(other, "work"), rule(one, "personal")], world(), NOW)
     assert (first.source.target, first.state) == ("personal", State.ACTIVE)
     assert (second.state, second.cause, second.config) == (State.REFUSED, Cause.CONFLICT, None)
-    assert second.reason.startswith("Rule personal web has port")
+    assert reasons.sentence(second).startswith("Rule personal web has port")
 
 
 def test_a_newcomer_never_takes_the_port_of_what_is_there() -> None:
@@ -160,7 +138,7 @@ def test_two_ways_to_one_port_must_agree_about_autostart() -> None:
     ]
     _, second = plan(rules, world(), NOW)
     assert second.cause is Cause.CONFLICT
-    assert "give both the same autostart" in second.reason
+    assert "give both the same autostart" in reasons.sentence(second)
 
 
 def test_the_plan_keeps_broken_rules_and_finds_by_name() -> None:
@@ -194,16 +172,16 @@ def test_each_forward_has_its_side_and_its_listener_is_told(
     forward = only(rule(text, target=target))
     assert forward.config is not None
     assert (forward.exposed, forward.side, forward.config.side) == (exposed, side, side)
-    assert forward.as_json()["side"] == side
+    assert forward_as_json(forward)["side"] == side
 
 
 def test_a_tunnel_beside_network_devices_is_gone_round_from_outside_alone() -> None:
     marked = world(qube("sys-net", features={"forward.tunnel": "1"}))
     refused = only(rule(), marked)
     assert refused.cause is Cause.TUNNEL
-    assert "nothing tells its tunnel from the LAN beside it" in refused.reason
+    assert "nothing tells its tunnel from the LAN beside it" in reasons.sentence(refused)
     assert (
-        only(rule("bypass-tunnel=yes"), marked).notes[-1]
+        reasons.notes(only(rule("bypass-tunnel=yes"), marked))[-1]
         == "bypasses the tunnel sys-net (feature forward.tunnel)"
     )
     assert only(rule("forwardtype=internal via=sys-net"), marked).is_live
@@ -211,12 +189,12 @@ def test_a_tunnel_beside_network_devices_is_gone_round_from_outside_alone() -> N
 
 def test_after_a_netvm_change_the_side_that_changes_is_named() -> None:
     moved = world(qube("work", "sys-vpn", features=OURS))
-    reason = only(rule("path=sys-firewall,sys-net via=sys-vpn"), moved).reason
+    reason = reasons.sentence(only(rule("path=sys-firewall,sys-net via=sys-vpn"), moved))
     assert "opens it at" not in reason
-    reason = only(rule("path=sys-firewall,sys-net forwardtype=internal"), moved).reason
+    reason = reasons.sentence(only(rule("path=sys-firewall,sys-net forwardtype=internal"), moved))
     assert "which opens it at sys-vpn (vifs side) and no longer at sys-firewall (vifs side)" in reason
     gone = world(qube("work", "sys-firewall", features=OURS), qube("sys-net", "outmost"), qube("outmost"))
-    reason = only(rule("path=sys-firewall,sys-net"), gone).reason
+    reason = reasons.sentence(only(rule("path=sys-firewall,sys-net"), gone))
     assert "opens it at outmost (outer side) and no longer at sys-net (outer side)" in reason
 
 
@@ -237,7 +215,7 @@ def test_vpn_services_mark_a_tunnel(features: dict[str, str], cause: Cause) -> N
 def test_what_may_be_a_tunnel_is_hinted_at_until_somebody_has_said() -> None:
     def hints(text: str = "", **features: str) -> tuple[str, ...]:
         wg = qube("sys-wg", "sys-firewall", features=features)
-        return only(rule(text), world(wg, qube("work", "sys-wg", features=OURS))).hints
+        return reasons.hints(only(rule(text), world(wg, qube("work", "sys-wg", features=OURS))))
 
     (hint,) = hints()
     assert "'qvm-forward tunnel mark sys-wg'" in hint
@@ -245,14 +223,14 @@ def test_what_may_be_a_tunnel_is_hinted_at_until_somebody_has_said() -> None:
     assert hints("forwardtype=internal") == (hint,)
     assert hints("via=sys-wg", **{"forward.tunnel": "1"}) == ()
     assert hints(**{"forward.tunnel": ""}) == ()
-    assert only(rule()).hints == ()
+    assert reasons.hints(only(rule())) == ()
 
 
 def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() -> None:
     one = rule("srchosts=192.168.0.0/16", name="four")
     other = rule("srchosts=fd00::/8", target="personal", name="six")
     planned = plan([one, other], world(), NOW)
-    notes = {forward.source.name: forward.notes for forward in planned}
+    notes = {forward.source.name: reasons.notes(forward) for forward in planned}
     assert [note for note in notes["four"] if "elsewhere" in note] == [
         "the same port of sys-net leads elsewhere by IPv6: personal six"
     ]
@@ -261,7 +239,7 @@ def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() 
     ]
     same = rule("srchosts=fd00::/8", name="six")
     for forward in plan([one, same], world(), NOW):
-        assert not [note for note in forward.notes if "elsewhere" in note]
+        assert not [note for note in reasons.notes(forward) if "elsewhere" in note]
 
 
 def test_what_a_template_learns_is_in_a_target_that_starts_after_it() -> None:
@@ -273,10 +251,10 @@ def test_what_a_template_learns_is_in_a_target_that_starts_after_it() -> None:
 
     before = planned()
     assert (before.service, before.transport) == (Service.CONNECT_TCP, Transport.CALL)
-    assert before.transport_reason.startswith(
+    assert reasons.transport_reason(before).startswith(
         "work has run since before its template offered qubes.ForwardTCP"
     )
-    assert before.transport_reason.endswith("shut work down and start it again")
+    assert reasons.transport_reason(before).endswith("shut work down and start it again")
     assert planned("transport=mux").cause is Cause.NO_SERVICE
     assert planned(is_running=False).service is Service.FORWARD_TCP
     assert planned(features=OURS).service is Service.FORWARD_TCP
@@ -287,9 +265,11 @@ def test_a_move_behind_a_tunnel_is_not_answered_with_a_confirm_that_is_refused()
     named = rule("path=sys-firewall,sys-net")
     forward = only(named, moved)
     assert forward.cause is Cause.NETVM_CHANGED
-    assert "where it would be refused. work is behind a tunnel" in forward.reason
-    assert forward.reason.endswith("After that 'qvm-forward confirm work web' agrees to the new way.")
-    set_via, set_bypass, confirm = forward.ways_out
+    assert "where it would be refused. work is behind a tunnel" in reasons.sentence(forward)
+    assert reasons.sentence(forward).endswith(
+        "After that 'qvm-forward confirm work web' agrees to the new way."
+    )
+    set_via, set_bypass, confirm = reasons.ways_out(forward)
     assert confirm == ("qvm-forward", "confirm", "work", "web")
     for command in (set_via, set_bypass):
         assert command[:4] == ("qvm-forward", "set", "work", "web")
@@ -310,5 +290,7 @@ def test_a_move_behind_a_tunnel_is_not_answered_with_a_confirm_that_is_refused()
 def test_the_ways_out_of_a_state_are_commands(text: str, cause: Cause, ways_out: list[str]) -> None:
     forward = only(rule(text))
     assert forward.cause is cause
-    assert [" ".join(command) for command in forward.ways_out] == [f"qvm-forward {way}" for way in ways_out]
-    assert forward.as_json()["ways_out"] == [list(command) for command in forward.ways_out]
+    assert [" ".join(command) for command in reasons.ways_out(forward)] == [
+        f"qvm-forward {way}" for way in ways_out
+    ]
+    assert forward_as_json(forward)["ways_out"] == [list(command) for command in reasons.ways_out(forward)]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin import policy, revoking
-from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan, State
@@ -92,16 +91,16 @@ targets = st.sampled_from(["work", "personal", "hidden", "vault", "sys-firewall"
 rule_sets = st.dictionaries(st.tuples(targets, st.sampled_from("abc")), texts, max_size=6)
 
 
-@given(chosen=rule_sets, abilities=st.sampled_from([Abilities(), Abilities(mux=False, proxy=False)]))
+@given(chosen=rule_sets)
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
 def test_planned_flows_are_allowed_and_all_their_neighbours_denied(
-    judge: Judge, tmp_path: Path, chosen: dict[tuple[str, str], str], abilities: Abilities
+    judge: Judge, tmp_path: Path, chosen: dict[tuple[str, str], str]
 ) -> None:
     inventory = world()
     rules = [rule(text, target, name) for (target, name), text in chosen.items()]
-    planned = plan(rules, inventory, NOW, abilities=abilities)
+    planned = plan(rules, inventory, NOW)
     (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned, NOW))
     loaded, qubes, allowed = judge.load(tmp_path), system(inventory), flows(planned)
     asked = set(allowed).union(*(neighbours(flow, inventory) for flow in allowed))

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.admin.abilities import Abilities
 from qubes_fwd_qrexec.admin.clock import Clock
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube
 from qubes_fwd_qrexec.admin.plan import plan
@@ -53,9 +52,9 @@ def rule(text: str = "", target: str = "work", name: str = "web") -> NamedRule:
     return NamedRule(QubeName(target), RuleName(name), ForwardRule.parse(line))
 
 
-def only(named: NamedRule, inventory: Inventory | None = None, **more: Abilities) -> Forward:
+def only(named: NamedRule, inventory: Inventory | None = None) -> Forward:
     """What the plan makes of one rule by itself."""
-    (forward,) = plan([named], inventory or world(), NOW, **more)
+    (forward,) = plan([named], inventory or world(), NOW)
     return forward
 
 

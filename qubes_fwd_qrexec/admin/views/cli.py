@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TextIO, cast
 
 from qubes_fwd_qrexec.admin.locate import open_backend
+from qubes_fwd_qrexec.admin.states import NotOpenError
 from qubes_fwd_qrexec.common.errors import ForwardError, UsageError
 
 from . import parser
@@ -84,6 +85,11 @@ def run(
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
         return 2
+    except NotOpenError as error:
+        from . import reasons
+
+        err.write(f"qvm-forward {args.command}: {reasons.refusal(error)}\n")
+        return 1
     except ForwardError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
         return 1

@@ -22,6 +22,7 @@ from qubes_fwd_qrexec.common.rules import BrokenRule, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
+from . import reasons
 from .render import broken_line, escaped
 from .session import Session
 from .tables import Colour, Style
@@ -145,15 +146,19 @@ class _Walk:
         remedy = remedies.get(forward.state, self._ways_out())
         if forward.cause is Cause.HELD:
             remedy = "'qvm-forward resume'"
-        return Finding("rule", Verdict.STOPS, f"{self._name} is {forward.state}. {forward.reason}", remedy)
+        return Finding(
+            "rule", Verdict.STOPS, f"{self._name} is {forward.state}. {reasons.sentence(forward)}", remedy
+        )
 
     def _ways_out(self) -> str:
         """The commands that could open it; where one has to be agreed to after it, that too."""
-        first = [f"'{' '.join(words)}'" for words in self._forward.ways_out if words[1] != "confirm"]
+        first = [f"'{' '.join(words)}'" for words in reasons.ways_out(self._forward) if words[1] != "confirm"]
         confirm = f"'qvm-forward confirm {self._name}'"
         if self._forward.state is not State.SUSPENDED:
             return " or ".join(first) or f"'qvm-forward show {self._name}' shows all that guards it"
-        is_enough = self._forward.ways_out[:1] == (("qvm-forward", "confirm", *self._forward.source[:2]),)
+        is_enough = reasons.ways_out(self._forward)[:1] == (
+            ("qvm-forward", "confirm", *self._forward.source[:2]),
+        )
         if is_enough or not first:
             return f"{confirm} if it is to be so"
         return f"{' or '.join(first)}, then {confirm}"

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.admin.guards import Guard, Verdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.states import Forward
+from qubes_fwd_qrexec.admin.states import Forward, Verdict
 from qubes_fwd_qrexec.common.config import Side
 
+from .guards import Guard
 from .tables import Colour, Style
 
 # What a terminal has if nothing else is known, and the least that anything is drawn for.

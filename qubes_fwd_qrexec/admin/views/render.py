@@ -10,6 +10,7 @@ from qubes_fwd_qrexec.admin.expiry import distance, print_expire
 from qubes_fwd_qrexec.admin.states import Forward, Plan, Role, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
+from . import reasons
 from .tables import Style, Table
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
@@ -79,7 +80,7 @@ def _row(forward: Forward, expires: Callable[[int | None], str]) -> tuple[str, .
         forward.source.target,
         forward.source.name,
         forward.state,
-        forward.mode,
+        reasons.mode(forward)[0],
         exposed_at(forward),
         f"{rule.proto} {rule.target_ports.brief()}",
         str(rule.sources),
@@ -96,8 +97,9 @@ def _remarks(plan: Plan, style: Style) -> Iterable[str]:
     for forward in plan:
         # That everything is held is said once, above.
         if forward.state not in (State.ACTIVE, State.DISABLED, State.HELD):
-            yield f"{forward.source}: {style.state(forward.state, forward.state)}. {forward.reason}\n"
-        for note in forward.notes:
+            state = style.state(forward.state, forward.state)
+            yield f"{forward.source}: {state}. {reasons.sentence(forward)}\n"
+        for note in reasons.notes(forward):
             yield f"{forward.source}: note: {note}\n"
     for rule in plan.broken:
         yield broken_line(rule, style)
@@ -113,14 +115,18 @@ def broken_line(rule: BrokenRule, style: Style) -> str:
 
 def explained(forward: Forward, style: Style) -> str:
     """A rule's state with all the reasons, over several lines."""
-    lines = [f"{forward.source}: {style.state(forward.state, forward.state)}", f"  {forward.reason}"]
-    if forward.mode_reason:
-        lines.append(f"  mode {forward.mode}: {forward.mode_reason}.")
+    lines = [
+        f"{forward.source}: {style.state(forward.state, forward.state)}",
+        f"  {reasons.sentence(forward)}",
+    ]
+    mode, why = reasons.mode(forward)
+    lines.append(f"  mode {mode}: {why}.")
     if forward.exposed is not None and forward.is_live:
         lines.append(f"  listening at {forward.exposed}: {_exposed_reason(forward)}.")
     if forward.service is not None:
-        lines.append(f"  transport {forward.transport} over {forward.service}: {forward.transport_reason}.")
-    lines += [f"  note: {note}" for note in forward.notes]
+        why = reasons.transport_reason(forward)
+        lines.append(f"  transport {forward.transport} over {forward.service}: {why}.")
+    lines += [f"  note: {note}" for note in reasons.notes(forward)]
     return "".join(f"{line}\n" for line in lines)
 
 

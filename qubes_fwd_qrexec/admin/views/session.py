@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TextIO
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import Snapshot, look
-from qubes_fwd_qrexec.admin.states import Plan, State
+from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 from .render import escaped
@@ -65,21 +65,3 @@ class Session(NamedTuple):
                 "netvm changes or a qube is removed, until you run qvm-forward again. This starts it: "
                 f"{start}.\n"
             )
-
-
-def plan_as_json(planned: Plan) -> dict[str, Any]:
-    broken = [
-        {
-            "qube": rule.target,
-            "name": rule.name,
-            "state": State.BROKEN,
-            "reason": rule.problem,
-            "text": rule.text,
-        }
-        for rule in planned.broken
-    ]
-    return {
-        "forwards": [forward.as_json() for forward in planned],
-        "broken": broken,
-        "is_held": planned.is_held,
-    }

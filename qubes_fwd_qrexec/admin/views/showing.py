@@ -11,11 +11,12 @@ from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.reconcile import apply as applied
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import HELD, Cause, Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Cause, Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
-from . import render
-from .session import Session, plan_as_json
+from . import reasons, render
+from .plans import forward_as_json, plan_as_json
+from .session import Session
 from .tables import Style
 
 
@@ -33,7 +34,7 @@ def list_rules(args: Namespace, session: Session) -> int:
                 entry["roles"] = render.roles_of(forward, args.qube)
         session.say_json(data)
         return 0
-    session.say(f"{HELD}.\n" if planned.is_held else "")
+    session.say(f"{reasons.HELD}.\n" if planned.is_held else "")
     session.say(render.table(planned, session.now, session.style, args.qube))
     for (target, name), verdict in verdicts.items():
         if verdict.is_allowed is False:
@@ -49,7 +50,7 @@ def explain(args: Namespace, session: Session) -> int:
         return 0
     parts = [render.explained(forward, session.style) for forward in planned]
     parts += [render.broken_line(rule, session.style) for rule in planned.broken]
-    session.say(f"{HELD}.\n\n" if planned.is_held else "")
+    session.say(f"{reasons.HELD}.\n\n" if planned.is_held else "")
     session.say("\n".join(parts) or "No forwards.\n")
     return 0
 
@@ -70,9 +71,8 @@ def selected(qubes: list[str], snapshot: Snapshot, now: float) -> Plan:
 
 def show(args: Namespace, session: Session) -> int:
     """All about one forward: its way as a picture, what guards it, and what follows from its rule."""
-    from qubes_fwd_qrexec.admin.guards import guards
-
     from . import picture
+    from .guards import guards
 
     snapshot = session.look()
     entry = snapshot.find(args.qube, args.name)
@@ -84,11 +84,11 @@ def show(args: Namespace, session: Session) -> int:
         return 1
     installed = snapshot.installed.text
     verdict = judged([forward], session.backend, installed).get(forward.source[:2])
-    found = guards(forward, planned, snapshot.inventory, installed, session.now, verdict)
+    found = guards(forward, planned, installed, session.now, verdict)
     lines = policy.lines(forward)
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
     if session.is_json:
-        data: dict[str, Any] = forward.as_json()
+        data: dict[str, Any] = forward_as_json(forward)
         data |= {"guards": [guard.as_json() for guard in found]}
         data |= {"line": str(entry.rule), "policy": list(lines), "config": None}
         if config is not None:
@@ -155,7 +155,7 @@ def apply(args: Namespace, session: Session) -> int:
     if not session.is_json:
         # Not of clones and disposables: there may be many, and their forwards never were open.
         closed = (f for f in planned if f.cause is Cause.NETVM_CHANGED)
-        session.say("".join(f"{f.source} is suspended. {f.reason}\n" for f in closed))
+        session.say("".join(f"{f.source} is suspended. {reasons.sentence(f)}\n" for f in closed))
     for forward in refused:
         session.warn(_refusal(forward))
     for rule in planned.broken:
@@ -164,4 +164,4 @@ def apply(args: Namespace, session: Session) -> int:
 
 
 def _refusal(forward: Forward) -> str:
-    return f"{forward.source} is refused. {forward.reason}"
+    return f"{forward.source} is refused. {reasons.sentence(forward)}"

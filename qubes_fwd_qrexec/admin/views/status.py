@@ -19,11 +19,12 @@ from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.leftovers import Drain, Leftover, drains, leftovers, listening
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import HELD, Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.report import ForwardReport, QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
+from . import reasons
 from .render import escaped, exposed_at
 from .session import Session
 from .showing import selected
@@ -80,7 +81,7 @@ class Row(NamedTuple):
             "qube": forward.source.target,
             "name": forward.source.name,
             "state": self.state,
-            "reason": self.problem if self.is_waiting else forward.reason,
+            "reason": self.problem if self.is_waiting else reasons.sentence(forward),
             "exposed": forward.exposed,
             "ports": forward.source.rule.listen_ports.brief(),
             "is_allowed": self.verdict.is_allowed,
@@ -253,7 +254,7 @@ def text(found: Status, style: Style) -> str:
     else:
         is_quiet = not (found.leftovers or found.drains or found.silent)
         nothing = "Nothing is open." if is_quiet else "No forward is open."
-        parts.append(f"{nothing} {HELD}." if found.plan.is_held else nothing)
+        parts.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
     return "".join(f"{part}\n" for part in (*parts, *_remarks(found)))
 
 

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from worlds import NOW, OURS, qube, rule, world
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.guards import Guard, Verdict, guards
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.states import Verdict
 from qubes_fwd_qrexec.admin.views import picture
+from qubes_fwd_qrexec.admin.views.guards import Guard, guards
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.rules import NamedRule
 
@@ -26,7 +27,7 @@ def drawn(
     planned = plan([named], inventory, NOW)
     text = policy.text(planned, NOW) if installed is None else installed
     (forward,) = planned
-    found = guards(forward, planned, inventory, text, NOW)
+    found = guards(forward, planned, text, NOW)
     return picture.of_forward(forward, found, inventory).text(width)
 
 

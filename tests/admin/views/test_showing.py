@@ -70,8 +70,8 @@ def test_list_of_a_qube_says_its_role(forward: Forward, lab: LabDirectory) -> No
 
 def test_what_is_closed_is_listed_where_it_would_be_open(forward: Forward, lab: LabDirectory) -> None:
     forward(*ADD, "--expire", "+60", "--disabled")
-    assert "disabled  auto  sys-net:80" in forward("list", "sys-net").out
-    assert "disabled  auto  sys-net:80" in forward("list", "sys-firewall").out
+    assert "disabled  qrexec  sys-net:80" in forward("list", "sys-net").out
+    assert "disabled  qrexec  sys-net:80" in forward("list", "sys-firewall").out
 
 
 def test_a_narrower_table_leaves_the_date_out_before_it_becomes_blocks(forward: Forward) -> None:

@@ -5,9 +5,9 @@ import pytest
 from worlds import NOW, qube, rule, world
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.guards import Guard, guards
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.views.guards import Guard, guards
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 AGREED = "path=sys-firewall,sys-net"
@@ -22,7 +22,7 @@ def found(
     assert forward is not None
     if installed is None:
         installed = policy.text(planned, NOW)
-    return {guard.name: guard for guard in guards(forward, planned, inventory, installed, NOW)}
+    return {guard.name: guard for guard in guards(forward, planned, installed, NOW)}
 
 
 CASES = [
@@ -100,8 +100,10 @@ CASES = [
         "ok",
         "below is behind the same tunnel, sys-vpn (feature service.vpn-handler-openvpn)",
     ),
-    (rule(target="vault"), "tunnel", "note", "not judged, as there is no qube that could listen"),
-    (rule("via=gone"), "tunnel", "note", "not judged, as there is no qube that could listen"),
+    (rule(target="vault"), "qubes", "stops", "the qube that shall listen with --via QUBE (option via=QUBE)"),
+    (rule("via=gone"), "qubes", "stops", "no qube gone to listen; name another one with via=QUBE"),
+    (rule("mode=nft"), "service", "stops", "mode=qrexec would work for TCP"),
+    (rule("srcports=1-257 transport=call"), "ports", "stops", "range shorter, or use transport=mux"),
     (rule(), "expiry", "ok", "never"),
     (rule(f"expire={NOW}"), "expiry", "stops", "'qvm-forward set work web expire=+8h' gives it more"),
     (rule(f"expire={NOW + 7200}"), "expiry", "ok", "(in 2 h)"),
@@ -123,6 +125,11 @@ def test_no_guard_hides_another() -> None:
     named = rule(f"owner=office path=sys-vpn enabled=no expire={NOW}", target="hidden")
     stopping = [guard.name for guard in found(named).values() if guard.verdict == "stops"]
     assert stopping == ["switch", "path", "owner", "tunnel", "expiry", "policy"]
+
+
+def test_what_is_the_matter_with_other_qubes_and_services_is_said_too() -> None:
+    stopping = [guard.name for guard in found(rule("path=sys-vpn via=gone mode=nft")).values()]
+    assert stopping == ["qubes", "sources", "path", "owner", "service", "expiry", "policy"]
 
 
 def test_an_enabled_rule_has_no_switch() -> None:

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The checks of one rule by itself. Each yields what it finds, and what stops a rule hides nothing after it.
+
+Their order is that in which a finding decides: a rule that is disabled is disabled, whatever else is wrong.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, NamedRule, Proto, Proxy, Transport
+from qubes_fwd_qrexec.common.values import QubeName
+
+from .inventory import (
+    ADMIN,
+    DISPOSABLE,
+    LINUX,
+    OFFER_PREFIX,
+    OS_FEATURE,
+    QREXEC_FEATURE,
+    REMOTE,
+    TEMPLATE,
+    Chain,
+    Inventory,
+    Qube,
+)
+from .states import Cause, Finding, Forward, Verdict
+
+# transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
+CALL_PORTS_MAX = 256
+
+
+def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection[QubeName]) -> Forward:
+    """What becomes of a rule, whatever ports other rules have."""
+    rule, chain = named.rule, inventory.chain(named.target)
+    listener = listener_of(rule, chain)
+    forward = Forward(named, (*_of_rule(rule, now),), chain.qubes, listener, _side(rule, listener, inventory))
+    problem = inventory.unread(named.target, listener, *chain.qubes)
+    if problem is not None:
+        return forward.with_finding(Finding(Cause.UNREADABLE_QUBE, detail=problem))
+    target = inventory.get(named.target)
+    if target is None:
+        return forward.with_finding(Finding(Cause.NO_SUCH_QUBE, qube=named.target))
+    unfit = [*_unfit(target, inventory)]
+    findings = [
+        *forward.findings,
+        *unfit,
+        *_owner(rule, target),
+        *_path(rule, named.target, chain, inventory),
+    ]
+    exposed = None if listener is None else inventory.get(listener)
+    problems = [*_of_exposed(named, listener, chain, inventory)]
+    findings += problems
+    if forward.side is not None:
+        findings.append(Finding(Cause.SIDE, Verdict.OK, listener, forward.side))
+    if rule.mode is Mode.NFT or rule.proto is Proto.UDP:
+        detail = "mode=nft" if rule.mode is Mode.NFT else "proto=udp"
+        findings.append(Finding(Cause.NOT_YET, detail=detail))
+    if not unfit:
+        service, transport, found = _carrier(rule, target, inventory, stock)
+        forward = forward._replace(service=service, transport=transport)
+        findings += found
+    if exposed is None or forward.side is None or problems:
+        return forward._replace(findings=tuple(findings))
+    findings += _tunnel(rule, target, exposed, forward.side, inventory)
+    findings += _halted(rule, target, exposed)
+    config = None
+    if forward.transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
+        findings.append(Finding(Cause.TOO_LARGE, number=len(rule.listen_ports)))
+    else:
+        try:
+            config = _config(forward)
+        except ConfigError as error:
+            findings.append(Finding(Cause.TOO_LARGE, detail=str(error)))
+    forward = forward._replace(findings=tuple(findings))
+    return forward if forward.stops else forward._replace(config=config)
+
+
+def listener_of(rule: ForwardRule, chain: Chain) -> QubeName | None:
+    """Where a rule asks to be exposed, whether that can be or not."""
+    if rule.via is not None or chain.problem is not None or not chain.qubes:
+        return rule.via
+    return chain.qubes[-1 if rule.forward_type is ForwardType.EXTERNAL else 0]
+
+
+def _side(rule: ForwardRule, exposed: QubeName | None, inventory: Inventory) -> Side | None:
+    """None if there is no such qube."""
+    if exposed is None or inventory.get(exposed) is None:
+        return None
+    return inventory.side(exposed, rule.forward_type)
+
+
+def _of_rule(rule: ForwardRule, now: float) -> Iterator[Finding]:
+    if not rule.enabled:
+        yield Finding(Cause.DISABLED)
+    if rule.has_ended or (rule.expire is not None and rule.expire <= now):
+        yield Finding(Cause.EXPIRED)
+    else:
+        yield _IN_TIME
+    yield _ANYBODY if rule.sources.anyone else _SOURCES
+
+
+# Most rules have these, and a plan of a thousand makes them once.
+_IN_TIME = Finding(Cause.IN_TIME, Verdict.OK)
+_ANYBODY = Finding(Cause.ANYBODY, Verdict.NOTE)
+_SOURCES = Finding(Cause.SOURCES, Verdict.OK)
+_OWN = Finding(Cause.OWN, Verdict.OK)
+_AGREED = Finding(Cause.AGREED, Verdict.OK)
+_NO_TUNNEL = Finding(Cause.NO_TUNNEL, Verdict.OK)
+
+
+def _unfit(qube: Qube, inventory: Inventory) -> Iterator[Finding]:
+    if qube.klass in (ADMIN, TEMPLATE, REMOTE):
+        yield Finding(Cause.UNFIT_QUBE, qube=qube.name, detail=qube.klass)
+    elif not inventory.feature(qube.name, QREXEC_FEATURE):
+        yield Finding(Cause.UNFIT_QUBE, qube=qube.name, detail=QREXEC_FEATURE)
+
+
+def _owner(rule: ForwardRule, target: Qube) -> Iterator[Finding]:
+    """A clone and a disposable have the features of what they were made from, its rules among them."""
+    if rule.owner == target.name:
+        yield _OWN
+    elif rule.owner is not None or target.klass == DISPOSABLE:
+        yield Finding(Cause.CLONED, detail=target.klass)
+    else:
+        yield Finding(Cause.NO_OWNER, Verdict.NOTE)
+    if target.template_for_dispvms and rule.owner is not None:
+        yield Finding(Cause.NO_DISPOSABLES, Verdict.NOTE)
+
+
+def _path(rule: ForwardRule, target: QubeName, chain: Chain, inventory: Inventory) -> Iterator[Finding]:
+    if chain.problem is not None:
+        last = chain.qubes[-1] if chain.qubes else target
+        yield Finding(Cause.NETVM_BROKEN, qube=last, detail=chain.problem)
+    elif rule.follow_netvm:
+        yield Finding(Cause.FOLLOWS, Verdict.OK)
+    elif rule.path is None:
+        yield Finding(Cause.NO_PATH, Verdict.NOTE)
+    elif rule.path == chain.qubes:
+        yield _AGREED
+    else:
+        was = listener_of(rule, Chain(rule.path))
+        side = _side(rule, was, inventory)
+        if side is not None and side is not Side.VIFS and was in rule.path[-1:]:
+            side = Side.OUTER  # it had no netvm then, whatever it has now
+        yield Finding(Cause.NETVM_CHANGED, qube=was, side=side)
+
+
+def _of_exposed(
+    named: NamedRule, listener: QubeName | None, chain: Chain, inventory: Inventory
+) -> Iterator[Finding]:
+    """What keeps the exposed qube from listening."""
+    exposed = None if listener is None else inventory.get(listener)
+    if listener is None:
+        if chain.problem is None:
+            yield Finding(Cause.NO_NETVM)
+    elif exposed is None:
+        yield Finding(Cause.NO_SUCH_QUBE, qube=listener)
+    elif listener == named.target:
+        yield Finding(Cause.UNFIT_QUBE, qube=listener, detail="itself")
+    else:
+        yield from _unfit(exposed, inventory)
+
+
+def _carrier(
+    rule: ForwardRule, target: Qube, inventory: Inventory, stock: Collection[QubeName]
+) -> tuple[Service | None, Transport, list[Finding]]:
+    """Service and transport by what the target has; no service if it cannot answer."""
+    name, offer = target.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"
+    offers = bool(inventory.feature(name, offer))
+    is_older = name in stock and target.is_running and offer not in target.features
+    if offers and not is_older:
+        mux_or_call = Transport.CALL if rule.transport is Transport.CALL else Transport.MUX
+        return Service.FORWARD_TCP, mux_or_call, []
+    system = inventory.feature(name, OS_FEATURE) or LINUX
+    if system != LINUX and not inventory.feature(name, f"{OFFER_PREFIX}{Service.CONNECT_TCP}"):
+        return None, rule.transport, [Finding(Cause.NO_SERVICE, detail=system)]
+    *_, installed_in = inventory.with_templates(name)
+    stock_only = Finding(
+        Cause.STOCK_SERVICE, Verdict.NOTE, installed_in.name, detail="older" if offers else ""
+    )
+    if rule.transport is Transport.MUX or rule.proxy is not Proxy.OFF:
+        return None, rule.transport, [stock_only._replace(cause=Cause.NO_SERVICE, verdict=Verdict.STOPS)]
+    return Service.CONNECT_TCP, Transport.CALL, [stock_only]
+
+
+def _tunnel(
+    rule: ForwardRule, target: Qube, exposed: Qube, side: Side, inventory: Inventory
+) -> Iterator[Finding]:
+    mark = inventory.bypassed_tunnel(target.name, exposed.name, side)
+    if mark is not None and rule.bypass_tunnel:
+        yield Finding(Cause.BYPASSES_TUNNEL, Verdict.NOTE, mark=mark)
+    elif mark is not None:
+        is_itself = mark.qube == target.name and not mark.is_behind
+        if mark.qube == exposed.name:
+            way_out = "beside"
+        elif mark.qube != target.name and inventory.qubes[mark.qube].netvm is not None:
+            way_out = "at"
+        elif is_itself and (target.provides_network or inventory.behind(target.name)):
+            way_out = "behind"
+        else:
+            way_out = "nowhere"
+        yield Finding(Cause.TUNNEL, qube=exposed.name, mark=mark, detail=way_out)
+    else:
+        nearest = inventory.nearest_tunnel(target.name)
+        if nearest is None:
+            yield _NO_TUNNEL
+        else:
+            yield Finding(Cause.WITHIN_TUNNEL, Verdict.OK, exposed.name, mark=nearest)
+    for name in inventory.perhaps_tunnels(target.name, exposed.name):
+        yield Finding(Cause.PERHAPS_TUNNEL, Verdict.NOTE, name)
+
+
+def _halted(rule: ForwardRule, target: Qube, exposed: Qube) -> Iterable[Finding]:
+    if not exposed.is_running:
+        yield Finding(Cause.EXPOSED_HALTED, Verdict.NOTE, exposed.name)
+    if not target.is_running and not rule.autostart:
+        yield Finding(Cause.TARGET_HALTED, Verdict.NOTE, target.name)
+
+
+def _config(forward: Forward) -> ListenerConfig | None:
+    """What the listener is told. Raises `ConfigError` if it does not fit."""
+    named = forward.source
+    if forward.service is None or forward.side is None:
+        return None
+    return ListenerConfig.of_rule(
+        named.target, named.name, named.rule, forward.service, forward.transport, forward.side
+    )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who has which port: an enabled rule claims its ports until its time is over, whether it is open or not.
+
+Two rules conflict that would listen at one address and port of a qube, or that reach one port of a target
+from one qube and say otherwise about autostart, which dom0's policy cannot tell apart. Who changes rules
+refuses a second claim. Qubes' own tools may bring two together all the same, as they change netvms: then the
+first by name has it.
+"""
+
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import IPAddress, QubeName
+
+from .states import Cause, Finding
+
+
+class _Claim(NamedTuple):
+    """Numbers first, as with a thousand rules almost all comparisons end there."""
+
+    first: int
+    last: int
+    addresses: tuple[IPAddress, ...]
+    source: NamedRule
+
+
+class Claims:
+    """What the rules that were taken claim, by the qube that listens for them.
+
+    ``twins`` are pairs that share a port by IPv4 and IPv6 and lead to different servers. Nothing is wrong
+    with that, but a client that knows the exposed qube by a name reaches one or the other.
+    """
+
+    def __init__(self) -> None:
+        self.twins: list[tuple[NamedRule, NamedRule]] = []
+        self._ports: dict[QubeName, list[_Claim]] = {}
+        self._calls: dict[tuple[QubeName, QubeName], list[NamedRule]] = {}
+
+    def take(self, source: NamedRule, listener: QubeName) -> Finding | None:
+        """Let a rule have what it claims, or say which one has it."""
+        rule = source.rule
+        ports = self._ports.setdefault(listener, [])
+        calls = self._calls.setdefault((listener, source.target), [])
+        claim = _Claim(rule.listen_ports.first, rule.listen_ports.last, rule.listen_addresses, source)
+        twins = []
+        for other in ports:
+            if (
+                other.first <= claim.last
+                and claim.first <= other.last
+                and other.source.rule.proto is rule.proto
+            ):
+                if _overlap(claim.addresses, other.addresses):
+                    return Finding(Cause.CONFLICT, qube=listener, rival=other.source, detail="port")
+                if _are_twins(claim, other):
+                    twins.append((source, other.source))
+        for reaching in calls:
+            if rule.autostart != reaching.rule.autostart and rule.target_ports.overlaps(
+                reaching.rule.target_ports
+            ):
+                return Finding(Cause.CONFLICT, qube=listener, rival=reaching, detail="autostart")
+        ports.append(claim)
+        calls.append(source)
+        self.twins += twins
+        return None
+
+
+def _overlap(some: tuple[IPAddress, ...], others: tuple[IPAddress, ...]) -> bool:
+    """Whether two listeners would claim one address; a wildcard claims all of its family, and no other."""
+    return any(
+        a.version == b.version and (a == b or a.is_unspecified or b.is_unspecified)
+        for a in some
+        for b in others
+    )
+
+
+def _are_twins(one: _Claim, other: _Claim) -> bool:
+    """Of two that share a port: whether they listen by different IP versions and lead to other servers."""
+    if {a.version for a in one.addresses} & {a.version for a in other.addresses}:
+        return False
+    offsets = {claim.source.rule.target_ports.first - claim.first for claim in (one, other)}
+    return len(offsets) > 1 or one.source.target != other.source.target

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What guards a forward, each guard with its own verdict: a sentence names only the first that stops it."""
+
+from typing import Any, NamedTuple
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import PolicyVerdict
+from qubes_fwd_qrexec.admin.expiry import print_expire
+from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
+from qubes_fwd_qrexec.common.config import Service, Side
+
+from . import reasons
+
+
+class Guard(NamedTuple):
+    """One guard; ``text`` says what it found, and where it stops the forward also the way out."""
+
+    name: str
+    verdict: Verdict
+    text: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"guard": self.name, "verdict": self.verdict, "text": self.text}
+
+
+# In the order of the way. What has no text here has its sentence.
+_GUARDS = {
+    "switch": (Cause.DISABLED,),
+    "qubes": (Cause.NO_SUCH_QUBE, Cause.UNREADABLE_QUBE, Cause.UNFIT_QUBE, Cause.NO_NETVM),
+    "sources": (Cause.ANYBODY, Cause.SOURCES),
+    "side": (Cause.SIDE,),
+    "ports": (Cause.CONFLICT, Cause.TOO_LARGE),
+    "path": (Cause.NETVM_BROKEN, Cause.NETVM_CHANGED, Cause.AGREED, Cause.FOLLOWS, Cause.NO_PATH),
+    "owner": (Cause.OWN, Cause.NO_OWNER, Cause.CLONED),
+    "tunnel": (
+        *(Cause.TUNNEL, Cause.BYPASSES_TUNNEL, Cause.WITHIN_TUNNEL, Cause.NO_TUNNEL),
+        Cause.PERHAPS_TUNNEL,
+    ),
+    "service": (Cause.NOT_YET, Cause.NO_SERVICE),
+    "expiry": (Cause.IN_TIME, Cause.EXPIRED),
+    "hold": (Cause.HELD,),
+}
+_NAMES = {cause: name for name, causes in _GUARDS.items() for cause in causes}
+_ORDER = [*_GUARDS]
+
+_TEXTS = {
+    Cause.DISABLED: "disabled; '{0}' opens it",
+    Cause.ANYBODY: "anybody who can reach the port may connect",
+    Cause.SOURCES: "{sources} may connect, nobody else",
+    Cause.FOLLOWS: "{way}; the rule follows every change",
+    Cause.NO_PATH: "{way}; none was recorded, so a change is not seen: '{0}'",
+    Cause.AGREED: "{way}, as it was agreed to",
+    Cause.NETVM_CHANGED: "{way} now, but agreed to was {agreed}; '{0}' agrees to this one",
+    Cause.OWN: "made for {target}",
+    Cause.NO_OWNER: "not recorded, so a clone is not told from {target}: '{0}'",
+    Cause.CLONED: "made for {owner} and inherited; '{0}' makes it one of {target}",
+    Cause.BYPASSES_TUNNEL: "goes round the tunnel {mark}, as the rule accepts",
+    Cause.TUNNEL: "{exposed} lies outside of the tunnel {mark}",
+    Cause.NO_TUNNEL: "neither {target} nor a netvm of it is marked as a tunnel",
+    Cause.IN_TIME: "{ends}",
+    Cause.EXPIRED: "over since {ends}; '{0}' gives it more",
+}
+# The tunnel of a marked qube is on its outer side, too.
+_SIDES = {
+    Side.OUTER: "by {exposed}'s own network devices, or its VPN's; from no other qube",
+    Side.UPLINK: "by {exposed}'s uplink to its netvm; not from qubes behind {exposed}",
+    Side.VIFS: "from qubes that have {exposed} as their netvm; not from outside",
+}
+
+
+def guards(
+    forward: Forward, planned: Plan, installed: str | None, now: float, verdict: PolicyVerdict | None = None
+) -> tuple[Guard, ...]:
+    """All guards of a forward, in the order of the way; ``installed`` is dom0's policy file as it is, and
+    ``verdict`` what its whole policy says of a live one."""
+    found = [
+        Guard(_NAMES[finding.cause], finding.verdict, _text(forward, finding, now))
+        for finding in forward.findings
+        if finding.cause in _NAMES
+    ]
+    found.sort(key=lambda guard: _ORDER.index(guard.name))
+    return (*found, _policy(forward, planned, installed, verdict))
+
+
+def _text(forward: Forward, finding: Finding, now: float) -> str:
+    rule, target = forward.source.rule, forward.source.target
+    if finding.cause is Cause.SIDE:
+        return f"{forward.side}: {_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed)}"
+    if finding.cause is Cause.WITHIN_TUNNEL and finding.mark is not None:
+        if finding.mark.qube == target:
+            where = "is behind the target, which is a tunnel"
+        else:
+            where = (
+                "is the tunnel itself"
+                if finding.mark.qube == forward.exposed
+                else "is behind the same tunnel"
+            )
+        return f"{forward.exposed} {where}, {finding.mark}"
+    template = _TEXTS.get(finding.cause)
+    if template is None:
+        return reasons.sentence(forward, finding).rstrip(".")
+    if finding.cause is Cause.NETVM_CHANGED and reasons.next_stop(forward) is not None:
+        template = template.partition("; ")[0]
+    ways = reasons.ways_out(forward, finding) if "{0}" in template else ()
+    return template.format(
+        *map(" ".join, ways),
+        target=target,
+        exposed=forward.exposed,
+        sources=str(rule.sources).replace(",", ", "),
+        way=_way(forward, forward.chain),
+        agreed=_way(forward, rule.path or ()),
+        owner=rule.owner or "a qube that it does not name",
+        mark=finding.mark,
+        ends=print_expire(rule.expire, now),
+    )
+
+
+def _way(forward: Forward, path: tuple[str, ...]) -> str:
+    return " - ".join((forward.source.target, *path)) if path else "no netvm"
+
+
+def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Guard:
+    """What dom0 says now, which may not be what the plan asks for."""
+    allowed = policy.allowing(installed)
+    if forward.config is not None:
+        missing = [line for line in policy.lines(forward) if line not in allowed]
+        if not missing and verdict is not None and verdict.is_allowed is False:
+            return Guard("policy", Verdict.STOPS, f"dom0 denies the call: {verdict.reason}")
+        if not missing and verdict is not None and verdict.is_allowed is None:
+            text = f"{policy.NAME}.policy allows the call; whether another file denies it is not known"
+            return Guard("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
+        if not missing:
+            return Guard("policy", Verdict.OK, "dom0 allows the call")
+        return Guard(
+            "policy", Verdict.STOPS, "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
+        )
+    others = {line for other in planned.live for line in policy.lines(other)}
+    if _calls(forward) & {_call(line) for line in allowed - others}:
+        return Guard("policy", Verdict.NOTE, "dom0 allows the call still; 'qvm-forward apply' closes it")
+    return Guard("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")
+
+
+def _call(line: str) -> tuple[str, ...]:
+    """Service, argument, source and target of a line of policy."""
+    return tuple(line.split()[:4])
+
+
+def _calls(forward: Forward) -> set[tuple[str, ...]]:
+    """The calls by which a forward that is closed might go on, over whatever service it went before."""
+    ports = forward.source.rule.target_ports
+    ends = (str(forward.exposed), forward.source.target)
+    calls = {(str(service), f"+{port}", *ends) for service in Service for port in ports}
+    return calls | {(str(Service.FORWARD_TCP), f"+{ports.brief()}+mux", *ends)}

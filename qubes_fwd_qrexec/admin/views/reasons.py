@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The words for findings: why a forward is as it is, and the commands that would change it.
+
+Each row has the sentence of a cause and its ways out. Both name facts in braces, and the sentence names the
+ways out by number. In a way out, QUBE, NETVM, PORTS and NETWORKS are for the user to fill in.
+"""
+
+from collections.abc import Mapping
+from itertools import takewhile
+
+from qubes_fwd_qrexec.admin.checks import CALL_PORTS_MAX
+from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, QREXEC_FEATURE, REMOTE, TEMPLATE
+from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
+from qubes_fwd_qrexec.common.config import CALLS_MAX, Service, Side
+from qubes_fwd_qrexec.common.rules import Mode, Proxy, Transport
+from qubes_fwd_qrexec.common.values import QubeName, yes_no
+
+Command = tuple[str, ...]
+HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
+
+_SET, _REMOVE = "qvm-forward set {target} {name} ", "qvm-forward remove {target} {name}"
+_CONFIRM = "qvm-forward confirm {target} {name}"
+_BYPASS = "or accept that with bypass-tunnel=yes (--bypass-tunnel)."
+_GOES_ROUND = "{target} {is_tunnelled}, and listening at {qube} would go round it; "
+_NOT_YET = "this version of qvm-forward cannot do that yet"
+
+_ROWS: dict[tuple[Cause, str], Command] = {
+    (Cause.OPEN, ""): (
+        "Connections to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",
+    ),
+    (Cause.EXPOSED_HALTED, ""): (
+        "{qube} is halted and will listen when it starts: '{0}'.",
+        "qvm-start {qube}",
+    ),
+    (Cause.TARGET_HALTED, ""): (
+        "{qube} is halted, and connections are refused until it runs: '{0}', or let connections start it "
+        "with autostart=yes.",
+        "qvm-start {qube}",
+        _SET + "autostart=yes",
+    ),
+    (Cause.DISABLED, ""): (
+        "It was disabled; '{0}' opens it again.",
+        "qvm-forward enable {target} {name}",
+    ),
+    (Cause.EXPIRED, ""): (
+        "Its time is over; '{0}' gives it more, '{1}' ends it.",
+        _SET + "expire=+8h",
+        _REMOVE,
+    ),
+    (Cause.HELD, ""): (f"{HELD}.", "qvm-forward resume"),
+    (Cause.UNREADABLE_QUBE, ""): (
+        "Nothing opens where something is unknown: {detail}.",
+        "qvm-forward apply",
+    ),
+    (Cause.NO_SUCH_QUBE, "target"): ("There is no qube {qube}; name one that 'qvm-ls' shows.", _REMOVE),
+    (Cause.NO_SUCH_QUBE, "exposed"): (
+        "There is no qube {qube} to listen; name another one with via=QUBE.",
+        _SET + "via=QUBE",
+    ),
+    (Cause.UNFIT_QUBE, "target"): (
+        "{qube} {is_unfit} be the target of a forward; name the qube that runs the service.",
+        _REMOVE,
+    ),
+    (Cause.UNFIT_QUBE, "exposed"): (
+        "{qube} {is_unfit} listen; name another qube with via=QUBE.",
+        _SET + "via=QUBE",
+    ),
+    (Cause.UNFIT_QUBE, "itself"): (
+        "{qube} cannot listen for itself, as qrexec connects two different qubes; name another qube with "
+        "via=QUBE.",
+        _SET + "via=QUBE",
+    ),
+    (Cause.CLONED, ""): (
+        "{whose}; '{0}' makes it one of {target}, '{1}' drops it.",
+        _CONFIRM,
+        _REMOVE,
+    ),
+    (Cause.NETVM_BROKEN, ""): ("{detail}.", "qvm-prefs {qube} netvm NETVM"),
+    (Cause.NETVM_CHANGED, ""): (
+        "{moved}; '{0}' agrees to the new way{moves}, and with follow-netvm=yes the rule follows every "
+        "change.",
+        _CONFIRM,
+        _SET + "follow-netvm=yes",
+    ),
+    (Cause.NO_NETVM, ""): (
+        "{target} has no netvm that could listen for it; name the qube that shall listen with --via QUBE "
+        "(option via=QUBE).",
+        _SET + "via=QUBE",
+    ),
+    (Cause.NOT_YET, "mode=nft"): (
+        f"The rule asks for mode=nft and {_NOT_YET}; mode=qrexec would work for TCP.",
+        _SET + "mode=qrexec",
+    ),
+    (Cause.NOT_YET, "proto=udp"): (
+        f"The rule asks for proto=udp, which needs mode=nft, and {_NOT_YET}; only TCP works.",
+        _SET + "proto=tcp",
+    ),
+    (Cause.NO_SERVICE, "system"): (
+        f"{{target}} runs {{detail}}, which has neither {Service.FORWARD_TCP} nor {Service.CONNECT_TCP}; "
+        f"name a "
+        "target that runs Linux.",
+        _REMOVE,
+    ),
+    (Cause.NO_SERVICE, "mux"): (
+        "The rule asks for transport=mux and {lacks}; {install}, or leave transport=mux out.",
+        _SET + "transport=auto",
+    ),
+    (Cause.NO_SERVICE, "proxy"): (
+        "The rule asks for proxy and {lacks}; {install}, or leave proxy out.",
+        _SET + "proxy=off",
+    ),
+    (Cause.TUNNEL, "beside"): (
+        "{target} {is_tunnelled}, and {qube} has no netvm: nothing tells its tunnel from the LAN beside it, "
+        "which would go round the tunnel. Expose it to qubes alone with forwardtype=internal (--internal), "
+        + _BYPASS,
+        _SET + "forwardtype=internal",
+        _SET + "bypass-tunnel=yes",
+    ),
+    (Cause.TUNNEL, "at"): (
+        _GOES_ROUND + "expose it at {tunnel} with via={tunnel} (--via {tunnel}), " + _BYPASS,
+        _SET + "via={tunnel}",
+        _SET + "bypass-tunnel=yes",
+    ),
+    (Cause.TUNNEL, "behind"): (
+        _GOES_ROUND + "expose it at a qube behind it with via=QUBE (--via QUBE), " + _BYPASS,
+        _SET + "bypass-tunnel=yes",
+    ),
+    (Cause.TUNNEL, "nowhere"): (
+        _GOES_ROUND + "expose it nowhere, " + _BYPASS,
+        _SET + "bypass-tunnel=yes",
+    ),
+    (Cause.CONFLICT, "port"): (
+        "Rule {rival} has {rival_ports} of {qube} already; take another port or listen address, or remove or "
+        "disable that rule.",
+        _SET + "srcports=PORTS",
+        "qvm-forward disable {rival_target} {rival_name}",
+    ),
+    (Cause.CONFLICT, "autostart"): (
+        "Rule {rival} reaches the same port of {target} from {qube} and says otherwise about autostart, and "
+        "dom0's policy cannot tell the two apart; give both the same autostart.",
+        _SET + "autostart={rival_autostart}",
+    ),
+    (Cause.TOO_LARGE, "ports"): (
+        "With one call for each connection every port needs its own policy line, and {number} ports are more "
+        "than "
+        f"{CALL_PORTS_MAX}; make the range shorter, or {{shorten}}.",
+        _SET + "srcports=PORTS",
+    ),
+    (Cause.TOO_LARGE, "bytes"): ("{detail}.", _SET + "srchosts=NETWORKS"),
+    (Cause.NO_OWNER, ""): ("no owner recorded, so clones would be open too: '{0}'", _CONFIRM),
+    (Cause.NO_PATH, ""): ("no path recorded, so it stays open when the netvm changes: '{0}'", _CONFIRM),
+    (Cause.NO_DISPOSABLES, ""): (
+        "it opens {target} itself, and disposables made from {target} do not get it: one that shall be "
+        "reached needs a rule of its own",
+    ),
+    (Cause.BYPASSES_TUNNEL, ""): ("bypasses the tunnel {mark}",),
+    (Cause.ELSEWHERE, ""): ("the same port of {exposed} leads elsewhere by {rival_family}: {rival}",),
+    (Cause.PERHAPS_TUNNEL, ""): (
+        "nothing says whether {qube}, which is on the way, is a tunnel: if there is a VPN or Tor in it, "
+        "mark it with '{0}', so that no forward goes round it",
+        "qvm-forward tunnel mark {qube}",
+    ),
+    (Cause.MANY_CALLS, ""): (
+        f"the forwards of {{qube}} need {{number}} qrexec calls, and it makes {CALLS_MAX} at once: those "
+        f"that nobody "
+        "uses give theirs up, and while all are in use, further connections wait",
+    ),
+    (Cause.STOCK_SERVICE, ""): (
+        f"{{lacks}}, so each connection goes over the stock {Service.CONNECT_TCP}: a server that ends its "
+        f"sending "
+        "first loses the rest of what the client sends. To mend that, {install}",
+    ),
+}
+_UNFIT = {
+    ADMIN: "is the administrative qube and must not",
+    TEMPLATE: "is a template and must not",
+    REMOTE: "is a qube of another machine and cannot",
+    QREXEC_FEATURE: f"has no qrexec (feature {QREXEC_FEATURE}) and cannot",
+}
+# Labels that every listing repeats; and what is said once, when a forward is made.
+_NOTES = frozenset(
+    (Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL, Cause.ELSEWHERE)
+)
+_HINTS = frozenset((Cause.PERHAPS_TUNNEL, Cause.MANY_CALLS))
+
+
+def sentence(forward: Forward, finding: Finding | None = None) -> str:
+    """What a forward opens, or why it does not and what to do; or what else was found about it."""
+    return _said(forward, finding or forward.decisive)[0]
+
+
+def ways_out(forward: Forward, finding: Finding | None = None) -> tuple[Command, ...]:
+    """The commands by which a forward leaves its state, those that are all needed in their order."""
+    return _said(forward, finding or forward.decisive)[1]
+
+
+def notes(forward: Forward) -> tuple[str, ...]:
+    """Labels that every listing repeats."""
+    return _before_it_stops(forward, _NOTES)
+
+
+def hints(forward: Forward) -> tuple[str, ...]:
+    """What is said once, when a forward is made."""
+    return _before_it_stops(forward, _HINTS)
+
+
+def _before_it_stops(forward: Forward, causes: frozenset[Cause]) -> tuple[str, ...]:
+    found = takewhile(lambda finding: finding.verdict is not Verdict.STOPS, forward.findings)
+    return tuple(sentence(forward, finding) for finding in found if finding.cause in causes)
+
+
+def refusal(error: NotOpenError) -> str:
+    """Why a change was not made."""
+    return f"{error}. {sentence(error.forward, error.finding)}"
+
+
+def mode(forward: Forward) -> tuple[Mode, str]:
+    """The mode of a forward, and why it is that."""
+    asked = forward.source.rule.mode
+    if asked is not Mode.AUTO:
+        return asked, "the rule says so"
+    return Mode.QREXEC, "mode=auto, and this version has no nft mode"
+
+
+def transport_reason(forward: Forward) -> str:
+    """Why a forward that has a service goes over its transport."""
+    stock = forward.finding(Cause.STOCK_SERVICE)
+    if stock is not None:
+        return sentence(forward, stock)
+    asked = forward.source.rule.transport
+    return f"{forward.source.target} offers our service" if asked is Transport.AUTO else "the rule says so"
+
+
+def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]:
+    """Sentence and ways out."""
+    more = next_stop(forward) if finding.cause is Cause.NETVM_CHANGED else None
+    if more is not None:
+        first, ways = _said(forward, more)
+        confirm = _filled(_CONFIRM, {"target": forward.source.target, "name": forward.source.name})
+        text = f"{_moved(forward)}, where it would be {more.state}. {first} After that '{' '.join(confirm)}' "
+        return f"{text}agrees to the new way.", (*ways, confirm)
+    text, *templates = _ROWS.get((finding.cause, "")) or _ROWS[finding.cause, _case(forward, finding)]
+    facts = _facts(forward, finding)
+    commands = tuple(_filled(template, facts) for template in templates)
+    return text.format(*map(" ".join, commands), **facts), commands
+
+
+def _filled(template: str, facts: Mapping[str, object]) -> Command:
+    return tuple(word.format(**facts) for word in template.split())
+
+
+def next_stop(forward: Forward) -> Finding | None:
+    """What would stop a forward if its changed netvms were agreed to; ports are claimed by the old ones."""
+    stops = (
+        stop for stop in forward.stops if stop.state is State.REFUSED and stop.cause is not Cause.CONFLICT
+    )
+    return next(stops, None)
+
+
+def _case(forward: Forward, finding: Finding) -> str:
+    """Which row it is of a cause that has several."""
+    if finding.cause is Cause.TOO_LARGE:
+        return "ports" if finding.number else "bytes"
+    if finding.cause is Cause.NO_SERVICE:
+        asked = "mux" if forward.source.rule.proxy is Proxy.OFF else "proxy"
+        return "system" if finding.qube is None else asked
+    if finding.cause in (Cause.NO_SUCH_QUBE, Cause.UNFIT_QUBE) and finding.detail != "itself":
+        return "target" if finding.qube == forward.source.target else "exposed"
+    return finding.detail
+
+
+def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
+    """What the rows name: about the rule first, then about the finding."""
+    rule, target = forward.source.rule, forward.source.target
+    facts: dict[str, object] = {
+        "target": target,
+        "name": forward.source.name,
+        "exposed": forward.exposed,
+        "ports": rule.listen_ports.worded(),
+        "target_ports": rule.target_ports.worded(),
+        "qube": finding.qube,
+        "mark": finding.mark,
+        "number": finding.number,
+        "detail": finding.detail,
+    }
+    if finding.cause is Cause.OPEN:
+        facts["where"] = _where(forward)
+        facts["who"] = (
+            "anybody who can reach it" if rule.sources.anyone else f"{rule.sources}".replace(",", ", ")
+        )
+    elif finding.cause is Cause.UNFIT_QUBE:
+        facts["is_unfit"] = _UNFIT.get(finding.detail)
+    elif finding.cause is Cause.CLONED:
+        facts["whose"] = _whose(forward, finding)
+    elif finding.cause is Cause.NETVM_CHANGED:
+        was, now = _entrance(finding.qube, finding.side), _entrance(forward.exposed, forward.side)
+        facts["moved"] = _moved(forward)
+        facts["moves"] = f", which opens it at {now} and no longer at {was}" if was != now else ""
+    elif finding.cause in (Cause.NO_SERVICE, Cause.STOCK_SERVICE):
+        facts["lacks"], facts["install"] = _lacks(target, finding), _install(target, finding)
+    elif finding.cause is Cause.TOO_LARGE:
+        stock = forward.finding(Cause.STOCK_SERVICE)
+        facts["shorten"] = "use transport=mux" if stock is None else _install(target, stock)
+    elif finding.mark is not None:
+        is_itself = finding.mark.qube == target and not finding.mark.is_behind
+        facts["tunnel"] = finding.mark.qube
+        facts["is_tunnelled"] = (
+            f"is a tunnel itself ({finding.mark.mark})"
+            if is_itself
+            else f"is behind a tunnel, marked at {finding.mark}"
+        )
+    if finding.rival is not None:
+        facts["rival"], facts["rival_target"], facts["rival_name"] = finding.rival, *finding.rival[:2]
+        facts["rival_ports"] = finding.rival.rule.listen_ports.worded()
+        facts["rival_autostart"] = yes_no(finding.rival.rule.autostart)
+        versions = {address.version for address in finding.rival.rule.listen_addresses}
+        facts["rival_family"] = " and ".join(f"IPv{version}" for version in sorted(versions))
+    return facts
+
+
+def _where(forward: Forward) -> str:
+    listen = forward.source.rule.listen
+    where = "" if listen is None else f" at {listen}"
+    # At a loopback address the qube itself alone connects, by none of its sides.
+    return where if listen is not None and listen.is_loopback else f"{where} ({forward.side} side)"
+
+
+def _whose(forward: Forward, finding: Finding) -> str:
+    owner, target = forward.source.rule.owner, forward.source.target
+    if owner is None:
+        return f"The rule does not say for which qube it was made, and {target} is a disposable"
+    if finding.detail == DISPOSABLE:
+        return f"The rule was made for {owner}, and {target} is a disposable that came by it at its birth"
+    return f"The rule was made for {owner} and came to {target} by cloning or renaming"
+
+
+def _moved(forward: Forward) -> str:
+    were, are = (" - ".join(path) or "none" for path in (forward.source.rule.path or (), forward.chain))
+    return f"The netvms of {forward.source.target} were {were} when the rule was agreed to and are {are} now"
+
+
+def _entrance(exposed: QubeName | None, side: Side | None) -> str:
+    """The side of a qube that is gone is not known."""
+    return "no qube" if exposed is None else exposed if side is None else f"{exposed} ({side} side)"
+
+
+def _lacks(target: QubeName, finding: Finding) -> str:
+    if finding.detail == "older":
+        return f"{target} has run since before its template offered {Service.FORWARD_TCP}"
+    return f"{target} does not offer {Service.FORWARD_TCP}"
+
+
+def _install(target: QubeName, finding: Finding) -> str:
+    """How our package comes into a target."""
+    if finding.detail == "older":
+        return f"shut {target} down and start it again"
+    if finding.qube == target:
+        return f"install qubes-fwd-qrexec in {target}"
+    return f"install qubes-fwd-qrexec in its template {finding.qube} and start {target} again"
