@@ -22,9 +22,9 @@ from .common.report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, P
 from .common.values import QubeName, RuleName
 from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
-from .exposed.configsource import ConfigSource, Configuration, Source
+from .exposed.configsource import ConfigSource, Configuration, FileSource
 from .exposed.draining import Draining
-from .exposed.forward import Forward, Means
+from .exposed.forward import Means, OpenForward
 from .exposed.lifetime import Expiry
 from .exposed.limits import PROCESS_MAX, Process, process_max
 from .exposed.muxpool import LINGER_S
@@ -55,8 +55,8 @@ class Listener:
 
     def __init__(
         self,
-        source: Source,
-        client: tuple[str, ...] = qrexec.CLIENT,
+        source: ConfigSource,
+        qrexec_client: tuple[str, ...] = qrexec.CLIENT,
         *,
         calls_max: int = CALLS_MAX,
         timeouts: CallTimeouts | None = None,
@@ -72,7 +72,7 @@ class Listener:
         ``supervisor``: once the ports are closed another listener may have them, and this one drains alone.
         """
         self._source = source
-        self._client = client
+        self._qrexec_client = qrexec_client
         self._calls_max = calls_max
         self._timeouts = timeouts or CallTimeouts()
         self._drain_s = drain_s
@@ -84,7 +84,7 @@ class Listener:
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
         self._process = Process(connections_max)
-        self._forwards: dict[tuple[QubeName, RuleName], Forward] = {}
+        self._forwards: dict[tuple[QubeName, RuleName], OpenForward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         # dom0 takes away what is over: what is still there, dom0 takes for open.
         self._over: dict[str, str] = {}
@@ -114,7 +114,7 @@ class Listener:
         ):
             async with trio.open_nursery() as tasks:
                 transports = Transports(
-                    self._client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
+                    self._qrexec_client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
                 )
                 self._means = Means(transports, tasks, self._process)
                 try:
@@ -260,7 +260,7 @@ class Listener:
         else:
             self._unopened.forget(name)
 
-    def _forward_of(self, untrusted_key: str) -> Forward | None:
+    def _forward_of(self, untrusted_key: str) -> OpenForward | None:
         try:
             return self._forwards.get(parse_key(untrusted_key))
         except ConfigError:
@@ -275,7 +275,7 @@ class Listener:
     def _open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
         forward = self._forwards.get(name)
         if forward is None:
-            forward = self._forwards[name] = Forward(config, self._means)
+            forward = self._forwards[name] = OpenForward(config, self._means)
             _logger.info("open: %s to %s", forward, config.target_ports.worded())
         elif forward.config != config or not forward.is_listening:
             forward.reconfigure(config)
@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with ExitStack() as stack:
             listener = Listener(
-                ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb()),
+                FileSource(args.config) if args.config else stack.enter_context(open_qubesdb()),
                 qrexec.parse_client(args.qrexec_client),
                 calls_max=args.calls,
                 timeouts=CallTimeouts(call_s=args.call_timeout, idle_s=args.idle_timeout),

@@ -143,9 +143,9 @@ def _serve_call(arguments: list[str]) -> int:
         request = parse_argument(arguments[0] if len(arguments) == 1 else "")
         if not request.is_mux:
             outlet.say(GREETING)
-        source = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
+        caller = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
         stdin, stdout = _standard_socket(0), _standard_socket(1)
-        calls = Calls(request.ports, source)
+        calls = Calls(request.ports, caller)
         start = call_start(agent_pid(), stdin)
         signal.signal(LOOK, signal.SIG_IGN)  # until there is a loop, which looks first of all
         if request.is_mux:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import trio
 
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
 
 BOUND_S = 60.0
@@ -310,7 +310,7 @@ async def running_listener(
 ) -> AsyncIterator[Listener]:
     """A listener that serves ``directory``; stopped, at once, with the block."""
     listener = Listener(
-        ConfigSource(directory),
+        FileSource(directory),
         client,
         calls_max=calls_max,
         timeouts=timeouts,

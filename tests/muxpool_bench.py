@@ -30,10 +30,8 @@ ORIGIN = Origin(ip_address("192.0.2.1"), 40_000, ip_address("198.51.100.2"), 80)
 class Bench:
     """Mux calls to one port, and connections over them."""
 
-    def __init__(
-        self, mux_calls: MuxPool, calls: CallBudget, relays: RelayThread, tasks: trio.Nursery
-    ) -> None:
-        self.mux_calls = mux_calls
+    def __init__(self, pool: MuxPool, calls: CallBudget, relays: RelayThread, tasks: trio.Nursery) -> None:
+        self.pool = pool
         self.calls = calls
         self.relays = relays
         self.tasks = tasks
@@ -41,7 +39,7 @@ class Bench:
 
     async def carry(self, accepted: socket.socket, port: int) -> None:
         try:
-            self.endings.append(await self.mux_calls.relay(accepted, port, ORIGIN, ProxyVersion.OFF))
+            self.endings.append(await self.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF))
         except RefusedError as error:
             self.endings.append(error)
         finally:
@@ -56,12 +54,12 @@ class Bench:
     async def refusal(self, port: int) -> str:
         client, accepted = tcp_pair()
         with client, accepted, pytest.raises(RefusedError) as caught, trio.fail_after(BOUND_S):
-            await self.mux_calls.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
+            await self.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
         return str(caught.value)
 
     @property
     def mux(self) -> Mux:
-        (mux_call,) = self.mux_calls._mux_calls
+        (mux_call,) = self.pool._mux_calls
         assert mux_call.mux is not None
         return mux_call.mux
 
@@ -74,7 +72,7 @@ class Clock(HandClock):
 
 
 @asynccontextmanager
-async def mux_calls_to(
+async def pool_to(
     client: tuple[str, ...],
     ports: TargetPorts,
     *,
@@ -86,10 +84,10 @@ async def mux_calls_to(
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
             service = f"qubes.ForwardTCP+{ports.brief()}+mux"
             calls = CallBudget(tasks, calls_max)
-            mux_calls = MuxPool(
+            pool = MuxPool(
                 client, calls, "work", service, ports, relays, budget or Budget(), tasks, math.inf, linger_s
             )
-            yield Bench(mux_calls, calls, relays, tasks)
+            yield Bench(pool, calls, relays, tasks)
             tasks.cancel_scope.cancel()
 
 

@@ -23,7 +23,7 @@ from helpers import (
     write_config,
 )
 
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.acceptloop import BindError
 
@@ -182,7 +182,7 @@ async def test_a_first_configuration_that_cannot_be_bound_starts_nothing(
     write_config(config, port_of(server), 1, key="fwd.b.bad")
     with no_fds_left():
         with pytest.raises(BaseException) as caught:  # noqa: PT011 - in groups, as deep as trio nests them
-            await Listener(ConfigSource(config)).run()
+            await Listener(FileSource(config)).run()
         found = caught.value
         while isinstance(found, BaseExceptionGroup):
             (found,) = found.exceptions
@@ -236,7 +236,7 @@ async def test_stopping_closes_the_ports_and_lets_connections_finish(
 ) -> None:
     port, other, config = free_port(), free_port(), tmp_path / "config"
     write_config(config, port, port_of(server))
-    listener = Listener(ConfigSource(config), FakeClient(tmp_path, "serve").command)
+    listener = Listener(FileSource(config), FakeClient(tmp_path, "serve").command)
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)
         async with await connect(port) as near, await accept(server) as far:
@@ -257,7 +257,7 @@ async def test_the_drain_has_a_deadline(tmp_path: Path, server: socket.socket) -
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server))
     command = FakeClient(tmp_path, "serve").command
-    listener = Listener(ConfigSource(config), command, drain_s=0.1)
+    listener = Listener(FileSource(config), command, drain_s=0.1)
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)
         async with await connect(port) as near, await accept(server):
@@ -269,7 +269,7 @@ async def test_stopping_twice_ends_now(tmp_path: Path, server: socket.socket) ->
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server))
     async with trio.open_nursery() as nursery:
-        listener = Listener(ConfigSource(config), FakeClient(tmp_path, "serve").command)
+        listener = Listener(FileSource(config), FakeClient(tmp_path, "serve").command)
         await nursery.start(listener.run)
         async with await connect(port) as near, await accept(server):
             listener.stop()
@@ -279,7 +279,7 @@ async def test_stopping_twice_ends_now(tmp_path: Path, server: socket.socket) ->
 
 async def test_stopping_or_reloading_before_the_start_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "config").mkdir()
-    listener = Listener(ConfigSource(tmp_path / "config"))
+    listener = Listener(FileSource(tmp_path / "config"))
     listener.reload()
     listener.stop()
     listener.stop()
@@ -292,7 +292,7 @@ async def test_a_cancelled_listener_leaves_no_descriptor(tmp_path: Path, server:
     write_config(config, port, port_of(server))
     with no_fds_left():
         async with trio.open_nursery() as nursery:
-            listener = Listener(ConfigSource(config), FakeClient(tmp_path, "serve").command)
+            listener = Listener(FileSource(config), FakeClient(tmp_path, "serve").command)
             await nursery.start(listener.run)
             async with await connect(port), await accept(server):
                 nursery.cancel_scope.cancel()

@@ -31,7 +31,7 @@ from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.exposed import call
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.limits import Account
 from qubes_fwd_qrexec.exposed.unopened import Unopened
 from qubes_fwd_qrexec.listener import Listener
@@ -139,7 +139,7 @@ async def test_all_forwards_together_hold_what_the_process_may(tmp_path: Path, s
     ports, config = [free_port(), free_port()], tmp_path / "config"
     for number, port in enumerate(ports):
         write_config(config, port, port_of(server), key=f"fwd.work.w{number}")
-    listener = Listener(ConfigSource(config), FakeClient(tmp_path, "serve").command, connections_max=2)
+    listener = Listener(FileSource(config), FakeClient(tmp_path, "serve").command, connections_max=2)
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)
         async with await connect(ports[0]), await accept(server):
@@ -196,7 +196,7 @@ async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server:
             serving.cancel_scope.cancel()
         (counting,) = accounts(listener)
         await until(lambda: counting.connections == 0)
-        assert (counting.sources, listener._process.connections) == (0, 0)
+        assert (counting.clients, listener._process.connections) == (0, 0)
 
 
 async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket.socket) -> None:
@@ -229,8 +229,8 @@ async def test_an_idle_connection_ends_and_its_slot_comes_back(
                 for _ in range(2):  # the last byte may count from when the first is over
                     await clock.advance(1000)
             else:
-                (mux_calls,) = listener._means.transports._mux_calls.values()
-                (mux_call,) = mux_calls._mux_calls
+                (pool,) = listener._means.transports._pools.values()
+                (mux_call,) = pool._mux_calls
                 assert mux_call.mux is not None
                 assert mux_call.mux.idleness.idle_s == 1000.0
                 mux_call.mux.idleness.idle_s = 0.1  # only now, however long it took until here

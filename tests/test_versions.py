@@ -286,7 +286,7 @@ EXPORTS: dict[tuple[str, int], str] = {
 def test_an_export_of_this_version_and_the_one_before_is_read(form: str, version: int) -> None:
     found = PARSERS[form](EXPORTS[form, version])
     assert [(read.target, read.name, read.rule) for read in found.rules] == [("work", "web", RULE)]
-    assert found.mux_calls == (MARKS if version == 2 else {})
+    assert found.tunnels == (MARKS if version == 2 else {})
     assert found.is_export is (version == 2)
 
 

@@ -102,7 +102,7 @@ def _endings(target: QubeName, allowance: Allowance, lines_gone: Iterable[str]) 
     for line in lines_gone:
         found = policy.calls_of(line)
         if found is not None and found[1] not in allowance.keeps:
-            over.setdefault(found[1].source, []).append(found[1])
+            over.setdefault(found[1].caller, []).append(found[1])
     for source, calls in sorted(over.items()):
         for is_draining in (False, True):
             ports = [call.ports for call in calls if (call in allowance.drains) is is_draining]

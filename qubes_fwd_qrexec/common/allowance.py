@@ -36,23 +36,23 @@ class Calls(NamedTuple):
     """All calls of one qube to exactly these ports of the target; a single call's are one port twice."""
 
     ports: TargetPorts
-    source: QubeName
+    caller: QubeName
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """``PORT-PORT SOURCE``, spelled as it is printed. Raises `TextError`."""
-        ports, _, source = text.partition(" ")
-        calls = cls(TargetPorts.parse(ports), parse_qube_name(source))
+        ports, _, caller = text.partition(" ")
+        calls = cls(TargetPorts.parse(ports), parse_qube_name(caller))
         if str(calls) != text:
             raise TextError(text, "PORT-PORT SOURCE, the ports always as two")
         return calls
 
     def __str__(self) -> str:
-        return f"{self.ports} {self.source}"
+        return f"{self.ports} {self.caller}"
 
 
 def _order(calls: Calls) -> tuple[str, int, int]:
-    return calls.source, calls.ports.first, calls.ports.last
+    return calls.caller, calls.ports.first, calls.ports.last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 class Refusal(StrEnum):
     """Why a connection was not carried. Any other word of small letters and dashes counts by itself,
-    such as those of `limits.Refusal`."""
+    such as those of `limits.NotAdmitted`."""
 
     POLICY = "policy"
     """dom0 refuses the call (exit status 126)."""

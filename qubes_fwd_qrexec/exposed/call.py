@@ -85,7 +85,7 @@ class Caller:
     has sent its last byte, as the stock one does.
     """
 
-    client: Sequence[str]
+    qrexec_client: Sequence[str]
     target: str
     service: str
     budget: CallBudget
@@ -222,7 +222,7 @@ class _Connection:
         caller = self._caller
         try:
             async with open_call(
-                caller.client,
+                caller.qrexec_client,
                 caller.target,
                 caller.service,
                 given,
@@ -237,7 +237,7 @@ class _Connection:
                     nursery.cancel_scope.cancel()
                 return must_again
         except OSError as error:
-            raise RefusedError(f"cannot start {caller.client[0]}: {error.strerror}") from error
+            raise RefusedError(f"cannot start {caller.qrexec_client[0]}: {error.strerror}") from error
 
     async def _upload(self, given: CallInput) -> None:
         """Client to server. A client's abort ends all; why a call takes no more, `_download` learns."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where a listener's configuration comes from, and when it has changed.
 
-Every `Source` has the same shape, so that the listener has one way to obey them: `ConfigSource` reads a
+Every `ConfigSource` has the same shape, so that the listener has one way to obey them: `FileSource` reads a
 directory or file, `qubesdbsource` reads QubesDB. What an entry means is decided here, for both.
 
 A directory holds one file for each forward, named by its key (``fwd.work.web``), with its options on
@@ -30,7 +30,7 @@ class Configuration(NamedTuple):
     errors: dict[str, ConfigError]
 
 
-class Source(Protocol):
+class ConfigSource(Protocol):
     """What the listener asks; neither question waits for anybody else."""
 
     @property
@@ -44,7 +44,7 @@ class Source(Protocol):
         """A value that differs when `read` may find something else than before."""
 
 
-class ConfigSource:
+class FileSource:
     """A directory or file of configurations."""
 
     def __init__(self, path: Path) -> None:

@@ -22,7 +22,7 @@ class Member(Protocol):
     """A connection that was let in."""
 
     @property
-    def source(self) -> IPAddress:
+    def client(self) -> IPAddress:
         """Who is connected; IPv4 as IPv4."""
 
     @property
@@ -33,14 +33,14 @@ class Member(Protocol):
         """End it now: the client sees RST."""
 
 
-def network(source: IPAddress) -> Network:
+def network(client: IPAddress) -> Network:
     """What an address is counted by beside itself."""
-    return int(source) >> 64 if isinstance(source, IPv6Address) else source
+    return int(client) >> 64 if isinstance(client, IPv6Address) else client
 
 
-def source_key(source: IPAddress) -> tuple[Network, IPAddress]:
-    """By what a source is counted, the widest first."""
-    return network(source), source
+def client_key(client: IPAddress) -> tuple[Network, IPAddress]:
+    """By what a client is counted, the widest first."""
+    return network(client), client
 
 
 class _Ranking(Generic[_K]):
@@ -84,38 +84,38 @@ class Crowd:
             yield from members
 
     def __contains__(self, member: Member) -> bool:
-        return member in self._members.get(member.source, ())
+        return member in self._members.get(member.client, ())
 
     @property
-    def sources(self) -> int:
+    def clients(self) -> int:
         """How many addresses have a connection."""
         return len(self._members)
 
-    def held_by(self, source: IPAddress) -> int:
+    def held_by(self, client: IPAddress) -> int:
         """Connections of an address."""
-        return len(self._members.get(source, ()))
+        return len(self._members.get(client, ()))
 
-    def held_in(self, source: IPAddress) -> int:
+    def held_in(self, client: IPAddress) -> int:
         """Connections of an address's network."""
-        return self._networks.numbers.get(network(source), 0)
+        return self._networks.numbers.get(network(client), 0)
 
     def add(self, member: Member) -> None:
         """Count one more."""
-        source, key = member.source, network(member.source)
-        self._members.setdefault(source, {})[member] = None
+        client, key = member.client, network(member.client)
+        self._members.setdefault(client, {})[member] = None
         self._networks.change(key, 1)
-        self._addresses.setdefault(key, _Ranking()).change(source, 1)
+        self._addresses.setdefault(key, _Ranking()).change(client, 1)
 
     def discard(self, member: Member) -> bool:
         """Count it no more; whether it was counted."""
-        source, key = member.source, network(member.source)
+        client, key = member.client, network(member.client)
         if member not in self:
             return False
-        del self._members[source][member]
-        if not self._members[source]:
-            del self._members[source]
+        del self._members[client][member]
+        if not self._members[client]:
+            del self._members[client]
         self._networks.change(key, -1)
-        self._addresses[key].change(source, -1)
+        self._addresses[key].change(client, -1)
         if not self._addresses[key].numbers:
             del self._addresses[key]
         return True
@@ -124,17 +124,17 @@ class Crowd:
         """The connection that makes room for anybody; None when there is none."""
         return self._idlest_in(self._networks.largest()) if self._members else None
 
-    def idlest_before(self, source: IPAddress) -> Member | None:
-        """The connection that makes room for ``source``; None when nobody holds more than it does."""
+    def idlest_before(self, client: IPAddress) -> Member | None:
+        """The connection that makes room for ``client``; None when nobody holds more than it does."""
         if not self._members:
             return None
         largest = self._networks.largest()
-        if self._networks.numbers[largest] > self.held_in(source):
+        if self._networks.numbers[largest] > self.held_in(client):
             return self._idlest_in(largest)
-        own = self._addresses.get(network(source))
-        if own is None or own.numbers[own.largest()] <= self.held_by(source):
+        own = self._addresses.get(network(client))
+        if own is None or own.numbers[own.largest()] <= self.held_by(client):
             return None
-        return self._idlest_in(network(source))
+        return self._idlest_in(network(client))
 
     def _idlest_in(self, key: Network) -> Member:
         return min(self._members[self._addresses[key].largest()], key=lambda member: member.moved_at)

@@ -5,16 +5,16 @@ import time
 
 from qubes_fwd_qrexec.common.report import DrainingReport
 
-from .forward import DRAIN_MAX_S, Forward
+from .forward import DRAIN_MAX_S, OpenForward
 
 
 class Draining:
     """Closed forwards with connections, each with the time at which these are cut."""
 
     def __init__(self) -> None:
-        self._deadlines: dict[Forward, float] = {}
+        self._deadlines: dict[OpenForward, float] = {}
 
-    def add(self, forward: Forward) -> None:
+    def add(self, forward: OpenForward) -> None:
         """A forward that has just been closed."""
         if forward.connections:
             self._deadlines[forward] = time.monotonic() + DRAIN_MAX_S

@@ -34,7 +34,7 @@ from qubes_fwd_qrexec.system.logs import RateLimit, one_line, warn
 from .connectionlog import ConnectionLog
 from .counters import WAYS, Carried, Counters
 from .lifetime import Expiry
-from .limits import Account, Process, Refusal
+from .limits import Account, NotAdmitted, Process
 from .transports import Transports
 
 _logger = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ class Means:
 class _Connection:
     """One accepted connection, from when it is let in until it has ended."""
 
-    __slots__ = ("carried", "is_yielding", "local", "scope", "sock", "source", "target_port")
+    __slots__ = ("carried", "client", "is_yielding", "local", "scope", "sock", "target_port")
 
-    def __init__(self, sock: socket.socket, source: IPAddress, target_port: int) -> None:
+    def __init__(self, sock: socket.socket, client: IPAddress, target_port: int) -> None:
         self.sock = sock
-        self.source = source
+        self.client = client
         address, port = sock.getsockname()[:2]
         self.local: Binding = unmapped(ip_address(address)), port
         self.target_port = target_port
@@ -103,7 +103,7 @@ def _allows(config: ListenerConfig, connection: _Connection) -> bool:
     address, port = connection.local
     listened_at = {(ours.version, ours if not ours.is_unspecified else address) for ours in config.listen}
     return (
-        connection.source in config.sources
+        connection.client in config.sources
         and (address.version, address) in listened_at
         and port in config.listen_ports
         and config.target_port(port) == connection.target_port
@@ -111,7 +111,7 @@ def _allows(config: ListenerConfig, connection: _Connection) -> bool:
     )
 
 
-class Forward:
+class OpenForward:
     """A forward that is open. Made with its sockets, all or none; ends with `close`."""
 
     def __init__(self, config: ListenerConfig, means: Means) -> None:
@@ -218,12 +218,12 @@ class Forward:
         self._live.add(connection)
         self._means.tasks.start_soon(self._serve, port, connection)
 
-    def _refusal(self, connection: _Connection) -> Refusal | None:
+    def _refusal(self, connection: _Connection) -> NotAdmitted | None:
         """Why it is not let in; where it is, it is counted, and `_serve` is its end."""
-        if connection.source not in self.config.sources:
-            return Refusal.STRANGER
+        if connection.client not in self.config.sources:
+            return NotAdmitted.STRANGER
         if not came_by(connection.sock, self.config.side.group):
-            return Refusal.SIDE
+            return NotAdmitted.SIDE
         return self.account.admit(connection)
 
     async def _serve(self, port: int, connection: _Connection) -> None:
@@ -234,7 +234,7 @@ class Forward:
         how = "cut"
         try:
             with connection.scope:
-                is_well, how = await self._relay(port, accepted, connection.source, carried)
+                is_well, how = await self._relay(port, accepted, connection.client, carried)
                 if is_well:
                     close_well(accepted)
                 else:
@@ -248,7 +248,7 @@ class Forward:
             if connection.is_yielding:
                 how = "made-room"
                 self.counters.refused(how)
-                self._warn(how, f"ended the idlest connection of {connection.source} to let others in")
+                self._warn(how, f"ended the idlest connection of {connection.client} to let others in")
             self._live.discard(connection)
             abort(accepted)
             self.account.leave(connection)
@@ -287,11 +287,11 @@ class Forward:
 
     def report(self) -> ForwardReport:
         """How it is now."""
-        counters, mux_calls = self.counters, self._means.transports.mux_calls(self.config)
+        counters, pool = self.counters, self._means.transports.pool(self.config)
         way = self._way
         if self.config.transport is Transport.MUX:
-            way = Way.IDLE if mux_calls is None else mux_calls.way
-        lost = None if mux_calls is None else mux_calls.last_problem
+            way = Way.IDLE if pool is None else pool.way
+        lost = None if pool is None else pool.last_problem
         said = [error for error in (counters.last_error, lost) if error is not None]
         text, at = max(said, key=lambda error: error[1], default=(None, None))
         return ForwardReport(
@@ -305,7 +305,7 @@ class Forward:
             received=counters.received,
             transport=self.config.transport,
             way=way,
-            mux_calls=0 if mux_calls is None else mux_calls.count,
+            mux_calls=0 if pool is None else pool.count,
             is_listening=self.is_listening,
             last_error=None if text is None else one_line(text),
             last_error_at=None if at is None else int(at),

@@ -2,10 +2,10 @@
 """Who is let in, and who is one too many: counting, without a socket and with a clock that is given.
 
 A forward asks its `Account` about every connection and tells it when one is over. A refusal is an RST at
-once. What may be held is bounded for a rule, for each source of a rule and for the process; what may come in
-a second is bounded for a rule. No source takes more than its share while others want it: where a rule or the
+once. What may be held is bounded for a rule, for each client of a rule and for the process; what may come in
+a second is bounded for a rule. No client takes more than its share while others want it: where a rule or the
 process is full, the idlest connection of whoever holds most makes room (`crowd`), and of a rule's rate one
-source has half at most at once.
+client has half at most at once.
 """
 
 import time
@@ -25,7 +25,7 @@ PROCESS_MAX = STREAMS_MAX
 # that no honest client needs more, nor a proxy with a whole office behind it; sixteen sources fill a process.
 PER_SOURCE = 1024
 # The hosts of a LAN share one IPv6 network of 64 bits, and a single host has as many addresses there as it
-# likes: each address counts as a source, and all of one network together as so many.
+# likes: each address counts as a client, and all of one network together as so many.
 SOURCES_PER_NETWORK = 8
 # relay-behaviours 35: it is more than a mux call carries (docs/numbers.md), and refusing costs less than
 # carrying. Design, section 12: a server by itself was seen to take 4,900.
@@ -35,7 +35,7 @@ RATE = 5000
 YIELDS = 50
 
 
-class Refusal(StrEnum):
+class NotAdmitted(StrEnum):
     """Why a connection is not let in. The values are the rule's own words where it has any."""
 
     STRANGER = "srchosts"
@@ -75,26 +75,26 @@ class _Bucket:
 class _Rate:
     """New connections of a rule in a second, and each source's half of them.
 
-    A source that has used up its half goes on with what nobody else wants: while over half is left.
+    A client that has used up its half goes on with what nobody else wants: while over half is left.
     """
 
     def __init__(self, rate: int, now: float) -> None:
         self.rate = rate
         self._half = max(1.0, rate / 2)
         self._all = _Bucket(rate, rate, now)
-        self._by_source: dict[IPAddress, _Bucket] = {}
+        self._by_client: dict[IPAddress, _Bucket] = {}
 
     @property
-    def sources(self) -> int:
-        return len(self._by_source)
+    def clients(self) -> int:
+        return len(self._by_client)
 
-    def take(self, source: IPAddress, now: float) -> bool:
-        """Whether one more of ``source`` may come."""
-        if len(self._by_source) > 2 * self.rate:  # those of a second at most are not full again
-            self._by_source = {s: b for s, b in self._by_source.items() if b.fill(now) < self._half}
-        own = self._by_source.get(source)
+    def take(self, client: IPAddress, now: float) -> bool:
+        """Whether one more of ``client`` may come."""
+        if len(self._by_client) > 2 * self.rate:  # those of a second at most are not full again
+            self._by_client = {c: b for c, b in self._by_client.items() if b.fill(now) < self._half}
+        own = self._by_client.get(client)
         if own is None:
-            own = self._by_source[source] = _Bucket(self._half, self._half, now)
+            own = self._by_client[client] = _Bucket(self._half, self._half, now)
         if self._all.fill(now) < 1 or (own.fill(now) < 1 and self._all.left <= self.rate / 2):
             return False
         self._all.left -= 1
@@ -134,13 +134,13 @@ class Process:
         self._yields.left -= 1
         return True
 
-    def idlest_before(self, account: "Account", source: IPAddress) -> tuple["Account", Member] | None:
-        """The connection that makes room for one of ``source`` in ``account``, and whose it is."""
+    def idlest_before(self, account: "Account", client: IPAddress) -> tuple["Account", Member] | None:
+        """The connection that makes room for one of ``client`` in ``account``, and whose it is."""
         largest = max(self._accounts, key=lambda one: one.connections, default=account)
         if largest.connections > account.connections:
             member = largest.crowd.idlest()
         else:
-            largest, member = account, account.crowd.idlest_before(source)
+            largest, member = account, account.crowd.idlest_before(client)
         return None if member is None else (largest, member)
 
 
@@ -166,14 +166,14 @@ class Account:
         return self._limits.connections or self._process.rule_max
 
     @property
-    def sources(self) -> int:
+    def clients(self) -> int:
         """How many addresses have a connection."""
-        return self.crowd.sources
+        return self.crowd.clients
 
     @property
-    def sources_remembered(self) -> int:
+    def clients_remembered(self) -> int:
         """For how many addresses the rate keeps a number."""
-        return self._rate.sources
+        return self._rate.clients
 
     def change(self, limits: Limits) -> None:
         """From now on; who is in stays in."""
@@ -182,22 +182,22 @@ class Account:
         if self._rate.rate != rate:
             self._rate = _Rate(rate, self._clock())
 
-    def admit(self, member: Member) -> Refusal | None:
+    def admit(self, member: Member) -> NotAdmitted | None:
         """Count a connection, or say why not. Every one that is let in must `leave`.
 
         It may have been told to make room by then: others that were in are ended here for this one.
         """
-        source = member.source
-        if self.crowd.held_by(source) >= self._per_source or self._is_network_full(source):
-            return Refusal.PER_SOURCE
-        refusal, yielding = self._room(source)
+        client = member.client
+        if self.crowd.held_by(client) >= self._per_source or self._is_network_full(client):
+            return NotAdmitted.PER_SOURCE
+        refusal, yielding = self._room(client)
         if refusal is not None:
             return refusal
-        if not self._rate.take(source, self._clock()):
-            return Refusal.RATE
+        if not self._rate.take(client, self._clock()):
+            return NotAdmitted.RATE
         if yielding is not None:
             if not self._process.may_yield():
-                return Refusal.PROCESS if yielding[0] is not self else Refusal.CONNECTIONS
+                return NotAdmitted.PROCESS if yielding[0] is not self else NotAdmitted.CONNECTIONS
             account, idlest = yielding
             account.yielded += 1
             account.leave(idlest)
@@ -208,18 +208,18 @@ class Account:
         self._process.join(self)
         return None
 
-    def _is_network_full(self, source: IPAddress) -> bool:
+    def _is_network_full(self, client: IPAddress) -> bool:
         most = self._per_source * SOURCES_PER_NETWORK
-        return isinstance(source, IPv6Address) and self.crowd.held_in(source) >= most
+        return isinstance(client, IPv6Address) and self.crowd.held_in(client) >= most
 
-    def _room(self, source: IPAddress) -> tuple[Refusal | None, "tuple[Account, Member] | None"]:
+    def _room(self, client: IPAddress) -> tuple[NotAdmitted | None, "tuple[Account, Member] | None"]:
         """Why there is none, or whose connection makes it, where it has to be made."""
         if self.connections >= self._connections:
-            member = self.crowd.idlest_before(source)
-            return (Refusal.CONNECTIONS, None) if member is None else (None, (self, member))
+            member = self.crowd.idlest_before(client)
+            return (NotAdmitted.CONNECTIONS, None) if member is None else (None, (self, member))
         if self._process.connections >= self._process.connections_max:
-            found = self._process.idlest_before(self, source)
-            return (Refusal.PROCESS, None) if found is None else (None, found)
+            found = self._process.idlest_before(self, client)
+            return (NotAdmitted.PROCESS, None) if found is None else (None, found)
         return None, None
 
     def leave(self, member: Member) -> None:
@@ -230,21 +230,21 @@ class Account:
             if not self.connections:
                 self._process.leave(self)
 
-    def words(self, refusal: Refusal) -> str:
+    def words(self, refusal: NotAdmitted) -> str:
         """For the log: which limit it was, and how high that is."""
         match refusal:
-            case Refusal.PER_SOURCE:
+            case NotAdmitted.PER_SOURCE:
                 return (
-                    f"its source has {self._per_source} connections, the limit per-source, "
+                    f"its address has {self._per_source} connections, the limit per-source, "
                     f"or its IPv6 network {self._per_source * SOURCES_PER_NETWORK}"
                 )
-            case Refusal.CONNECTIONS:
+            case NotAdmitted.CONNECTIONS:
                 return f"there are {self._connections} connections, the limit connections"
-            case Refusal.PROCESS:
+            case NotAdmitted.PROCESS:
                 return f"all forwards together have {self._process.connections_max} connections"
-            case Refusal.RATE:
+            case NotAdmitted.RATE:
                 return f"more than {self._rate.rate} new connections in a second, the limit rate"
-            case Refusal.SIDE:
+            case NotAdmitted.SIDE:
                 return "it came by another interface than those of the forward's side"
-            case Refusal.STRANGER:
+            case NotAdmitted.STRANGER:
                 return "it is in none of the networks of srchosts"

@@ -26,7 +26,7 @@ from .call import Ending
 from .callbudget import Place
 from .callqueue import Key
 from .counters import Carried
-from .crowd import source_key
+from .crowd import client_key
 from .qrexec import Call
 
 _HOW = {
@@ -199,7 +199,7 @@ class MuxCall:
     ) -> Ending:
         """Carry one connection, and close or abort it in the end; `RetryError` if it was not begun."""
         carried = carried or Carried(time.monotonic())
-        self._users[carried] = source_key(origin.client)
+        self._users[carried] = client_key(origin.client)
         try:
             return await self._relay(accepted, port, origin, proxy, carried)
         finally:

@@ -32,7 +32,7 @@ from .call import Ending
 from .callbudget import CallBudget, Place
 from .callqueue import CallQueue, Key, Kind, Wanted
 from .counters import WAYS, Carried
-from .crowd import source_key
+from .crowd import client_key
 from .muxcall import MuxCall, RetryError
 from .qrexec import Call, open_call
 
@@ -74,7 +74,7 @@ class MuxPool:
 
     def __init__(
         self,
-        client: tuple[str, ...],
+        qrexec_client: tuple[str, ...],
         calls: CallBudget,
         target: str,
         service: str,
@@ -86,7 +86,7 @@ class MuxPool:
         linger_s: float = LINGER_S,
         idle_s: float = math.inf,
     ) -> None:
-        self._client = client
+        self._qrexec_client = qrexec_client
         self._calls = calls
         self._target = target
         self._service = service
@@ -142,7 +142,7 @@ class MuxPool:
         deadline = trio.current_time() + OPEN_S
         turned_away = 0
         while True:
-            mux_call = await self._usable(deadline, source_key(origin.client))
+            mux_call = await self._usable(deadline, client_key(origin.client))
             try:
                 return await mux_call.relay(accepted, port, origin, proxy, carried)
             except RetryError as error:
@@ -289,11 +289,11 @@ class MuxPool:
     ) -> str | None:
         """Why the mux call ended, unless it was as agreed; ``keep`` looks after it meanwhile."""
         try:
-            async with open_call(self._client, self._target, self._service) as call:
+            async with open_call(self._qrexec_client, self._target, self._service) as call:
                 problem = await self._drive(mux_call, place, call, keep)
                 status = None if problem is None else await call.status(_STATUS_WAIT_S)
         except OSError as error:
-            return f"cannot start {self._client[0]}: {error.strerror}"
+            return f"cannot start {self._qrexec_client[0]}: {error.strerror}"
         mux_call.status = status
         if not status:
             return problem

@@ -138,7 +138,7 @@ class Call:
 
 @asynccontextmanager
 async def open_call(
-    client: Sequence[str],
+    qrexec_client: Sequence[str],
     target: str,
     service: str,
     given: CallInput | None = None,
@@ -146,16 +146,17 @@ async def open_call(
     *,
     has_stderr: bool = False,
 ) -> AsyncIterator[Call]:
-    """Call ``service`` (``NAME+ARGUMENT``) in ``target``; the call is over when the block is left.
+    """Call ``service`` (``NAME+ARGUMENT``) in ``target``; leaving the block ends the call.
 
-    ``given`` is the input, which stays open then; without it the call has one of its own. ``buffer_bytes`` is
-    the size of the vchan's buffer for each way, unless ``client`` says one. ``has_stderr``: what the target
-    writes there waits to be read, and the call stands still where it has no room. Raises OSError when the
-    client cannot be started. Whether the call is allowed, and whether anybody answers, only shows later: in
-    its exit status, or never.
+    ``given`` is the input, which stays open afterwards; without it the call has an input of its own.
+    ``buffer_bytes`` is the size of the vchan's buffer each way, unless ``qrexec_client`` sets one. With
+    ``has_stderr`` the caller must read what the target writes to stderr, or the call stalls.
+
+    Raises OSError when qrexec-client-vm cannot be started. Whether dom0 allows the call and the target
+    answers shows only later, in the exit status, or never.
     """
     options = []
-    if buffer_bytes is not None and not any(word.startswith(_BUFFER_OPTION) for word in client):
+    if buffer_bytes is not None and not any(word.startswith(_BUFFER_OPTION) for word in qrexec_client):
         options.append(f"{_BUFFER_OPTION}={buffer_bytes}")
     with contextlib.ExitStack() as ours:
         if given is None:
@@ -171,7 +172,7 @@ async def open_call(
                 ours.callback(stderr.close)
                 theirs.callback(client_stderr.close)
             process = await trio.lowlevel.open_process(
-                [*client, *options, "--", target, service],
+                [*qrexec_client, *options, "--", target, service],
                 stdin=given.theirs,
                 stdout=client_stdout,
                 stderr=client_stderr or subprocess.DEVNULL,

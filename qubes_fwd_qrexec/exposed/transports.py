@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.relay.thread import RelayThread
 from .call import Caller, CallTimeouts, Ending, relay_over_call
 from .callbudget import CallBudget
 from .counters import Carried
-from .crowd import source_key
+from .crowd import client_key
 from .muxpool import LINGER_S, MuxPool
 
 _PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
@@ -32,7 +32,7 @@ class Transports:
 
     def __init__(
         self,
-        client: tuple[str, ...],
+        qrexec_client: tuple[str, ...],
         relays: RelayThread,
         tasks: trio.Nursery,
         calls_max: int,
@@ -40,13 +40,13 @@ class Transports:
         linger_s: float = LINGER_S,
     ) -> None:
         self.relays = relays
-        self._client = client
+        self._qrexec_client = qrexec_client
         self._tasks = tasks
         self.calls = CallBudget(tasks, calls_max, bugs=relays.loop.bugs)
         self._timeouts = timeouts
         self._linger_s = linger_s
         self._budget = Budget()
-        self._mux_calls: dict[_PoolKey, MuxPool] = {}
+        self._pools: dict[_PoolKey, MuxPool] = {}
         self._is_draining = False
 
     async def carry(
@@ -65,43 +65,43 @@ class Transports:
         """
         origin = origin or _origin(accepted)
         if config.transport is Transport.MUX:
-            mux_calls = self._mux_calls_for(config)
+            pool = self._pool_for(config)
             proxy = _PROXY_VERSIONS[config.proxy]
-            return await mux_calls.relay(accepted, config.target_port(port), origin, proxy, carried)
+            return await pool.relay(accepted, config.target_port(port), origin, proxy, carried)
         caller = Caller(
-            self._client,
+            self._qrexec_client,
             config.target,
             f"{config.service}+{config.target_port(port)}",
             self.calls,
-            ((config.target, config.name), *source_key(origin.client)),
+            ((config.target, config.name), *client_key(origin.client)),
             ends_with_server=config.service is Service.CONNECT_TCP,
         )
         return await relay_over_call(accepted, caller, self.relays, self._timeouts, carried)
 
-    def mux_calls(self, config: ListenerConfig) -> MuxPool | None:
+    def pool(self, config: ListenerConfig) -> MuxPool | None:
         """The mux calls that the forward uses, if there were any yet."""
-        return self._mux_calls.get(_pool_key(config))
+        return self._pools.get(_pool_key(config))
 
     def reconfigured(self, configs: list[ListenerConfig]) -> None:
         """The configuration is new, and with it the policy: ask dom0 again, and let go what nobody needs."""
         needed = {_pool_key(config) for config in configs if config.transport is Transport.MUX}
-        for key in self._mux_calls.keys() - needed:
-            self._mux_calls.pop(key).retire()
+        for key in self._pools.keys() - needed:
+            self._pools.pop(key).retire()
         self.calls.expect(len(needed))
         self.calls.forget_refusals()
 
     def drain(self) -> None:
         """The listener stops: no more mux calls, and each that is there ends with its last stream."""
         self._is_draining = True
-        for mux_calls in self._mux_calls.values():
-            mux_calls.retire()
+        for pool in self._pools.values():
+            pool.retire()
 
-    def _mux_calls_for(self, config: ListenerConfig) -> MuxPool:
+    def _pool_for(self, config: ListenerConfig) -> MuxPool:
         key = _pool_key(config)
-        if key not in self._mux_calls:
+        if key not in self._pools:
             ports = config.target_ports
-            self._mux_calls[key] = MuxPool(
-                self._client,
+            self._pools[key] = MuxPool(
+                self._qrexec_client,
                 self.calls,
                 config.target,
                 f"{config.service}+{ports.brief()}+mux",
@@ -114,8 +114,8 @@ class Transports:
                 self._timeouts.idle_s,
             )
             if self._is_draining:
-                self._mux_calls[key].retire()
-        return self._mux_calls[key]
+                self._pools[key].retire()
+        return self._pools[key]
 
 
 def _pool_key(config: ListenerConfig) -> _PoolKey:

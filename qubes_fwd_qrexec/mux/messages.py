@@ -7,13 +7,11 @@ into RemoteProtocolError where the value came from the peer.
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from ipaddress import IPv4Address, IPv6Address
 
 from qubes_fwd_qrexec.common.errors import LocalProtocolError
+from qubes_fwd_qrexec.common.values import IPAddress, unmapped
 
 from .limits import MAX_LEASE_S, MAX_STREAMS, MAX_WINDOW_BYTES, MIN_WINDOW_BYTES, VERSION
-
-IPAddress = IPv4Address | IPv6Address
 
 NONCE_BYTES = 16
 PING_BYTES = 8
@@ -138,13 +136,6 @@ class Goaway:
 
     def __post_init__(self) -> None:
         _check(self.is_final or self.code in REFUSAL_WHILE_DRAINING, f"{self.code.name} cannot begin a drain")
-
-
-def unmapped(address: IPAddress) -> IPAddress:
-    """The address without scope, as IPv4 where it is an IPv4-mapped one."""
-    if isinstance(address, IPv4Address):
-        return address
-    return address.ipv4_mapped or IPv6Address(address.packed)
 
 
 def _check(is_valid: bool, problem: str) -> None:

@@ -12,9 +12,10 @@ from struct import Struct
 from typing import Final, NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
+from qubes_fwd_qrexec.common.values import IPAddress
 
 from .limits import MAX_DATA_BYTES, MAX_HELLO_BYTES, VERSION
-from .messages import Goaway, GoawayCode, Hello, IPAddress, Origin, ProxyVersion, ResetCode
+from .messages import Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode
 
 Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")

@@ -65,9 +65,9 @@ class Note:
     def parse(cls, name: str) -> Self | None:
         """None for the name of any other file."""
         try:
-            kind, ports, source, process, began, until = name.split("+")
+            kind, ports, caller, process, began, until = name.split("+")
             pid, number = process.split(".")
-            calls = Calls(TargetPorts.parse(ports), parse_qube_name(source))
+            calls = Calls(TargetPorts.parse(ports), parse_qube_name(caller))
             numbers = map(parse_number, (pid, number, began, until))
             note = cls(Kind(kind), calls, *numbers)
         except (ValueError, TextError):
@@ -75,8 +75,8 @@ class Note:
         return note if str(note) == name else None
 
     def __str__(self) -> str:
-        ports, source = self.calls
-        return f"{self.kind}+{ports}+{source}+{self.pid}.{self.number}+{self.began}+{self.until}"
+        ports, caller = self.calls
+        return f"{self.kind}+{ports}+{caller}+{self.pid}.{self.number}+{self.began}+{self.until}"
 
 
 class HeldNote:

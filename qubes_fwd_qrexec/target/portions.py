@@ -23,7 +23,7 @@ from .localserver import ServiceError
 PARTS = 256
 # 128 connections.
 _LEAST = 2
-# Beside that a process has this part of what its source may still have: at first 1,664 connections.
+# Beside that a process has this part of what its caller may still have: at first 1,664 connections.
 _SHARE = 8
 # Each is a process with 11 MiB before it carries anything.
 CALLS_MAX = 32
@@ -41,28 +41,28 @@ class Portions:
         self._parts: Counter[QubeName] = Counter()
 
     @contextmanager
-    def taken(self, source: QubeName, argument: str) -> Iterator[int]:
+    def taken(self, caller: QubeName, argument: str) -> Iterator[int]:
         """How many parts a call of that source has, while it lives. Raises `RefusedError`.
 
         A second call for what a living one is for is let in as long as there is any place: by such calls
         leases are renewed.
         """
         in_use = sum(self._calls.values())
-        own = sum(count for (other, _), count in self._calls.items() if other == source)
-        may_renew = self._calls[source, argument] == 1 and in_use < CALLS_MAX
+        own = sum(count for (other, _), count in self._calls.items() if other == caller)
+        may_renew = self._calls[caller, argument] == 1 and in_use < CALLS_MAX
         if own >= CALLS_MAX - in_use and not may_renew:
-            taken = f"{source} has {own} of {in_use} mux calls"
+            taken = f"{caller} has {own} of {in_use} mux calls"
             raise RefusedError(f"{taken}; of {CALLS_MAX} in all no qube has more than it leaves to others")
         # The least that each may need that is not there yet stays.
         left = PARTS - sum(self._parts.values()) - _LEAST * (CALLS_MAX - in_use)
-        parts = _LEAST + max((left - self._parts[source]) // _SHARE, 0)
-        self._calls[source, argument] += 1
-        self._parts[source] += parts
+        parts = _LEAST + max((left - self._parts[caller]) // _SHARE, 0)
+        self._calls[caller, argument] += 1
+        self._parts[caller] += parts
         try:
             yield parts
         finally:
-            self._calls[source, argument] -= 1
-            self._parts[source] -= parts
+            self._calls[caller, argument] -= 1
+            self._parts[caller] -= parts
             self._calls, self._parts = +self._calls, +self._parts
 
 

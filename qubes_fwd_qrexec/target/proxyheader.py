@@ -13,9 +13,9 @@ from ipaddress import IPv4Address, IPv6Address
 from struct import pack
 
 from qubes_fwd_qrexec.common.errors import TextError
+from qubes_fwd_qrexec.common.values import IPAddress, unmapped
 from qubes_fwd_qrexec.mux import Origin, ProxyVersion
 
-IPAddress = IPv4Address | IPv6Address
 SocketAddress = tuple[IPAddress, int]
 """An address and a port from 0 to 65535."""
 
@@ -34,34 +34,26 @@ def header(version: ProxyVersion, origin: Origin) -> bytes:
     return write((origin.client, origin.client_port), (origin.exposed, origin.exposed_port))
 
 
-def header_v1(source: SocketAddress, destination: SocketAddress) -> bytes:
-    """One line of ASCII, at most 107 bytes. Raises TextError for a port that cannot be."""
-    client, exposed = _same_family(source[0], destination[0])
-    family = "TCP4" if isinstance(client, IPv4Address) else "TCP6"
-    ports = f"{_port(source)} {_port(destination)}"
-    return f"PROXY {family} {client} {exposed} {ports}\r\n".encode("ascii")
+def header_v1(client: SocketAddress, exposed: SocketAddress) -> bytes:
+    """One line of ASCII, at most 107 bytes. Raises `TextError` for a port out of range."""
+    client_ip, exposed_ip = _same_family(client[0], exposed[0])
+    family = "TCP4" if isinstance(client_ip, IPv4Address) else "TCP6"
+    return f"PROXY {family} {client_ip} {exposed_ip} {_port(client)} {_port(exposed)}\r\n".encode("ascii")
 
 
-def header_v2(source: SocketAddress, destination: SocketAddress) -> bytes:
-    """28 bytes for IPv4, 52 for IPv6. Raises TextError for a port that cannot be."""
-    client, exposed = _same_family(source[0], destination[0])
-    family = _TCP4 if isinstance(client, IPv4Address) else _TCP6
-    addresses = client.packed + exposed.packed + pack(">HH", _port(source), _port(destination))
+def header_v2(client: SocketAddress, exposed: SocketAddress) -> bytes:
+    """28 bytes for IPv4, 52 for IPv6. Raises `TextError` for a port out of range."""
+    client_ip, exposed_ip = _same_family(client[0], exposed[0])
+    family = _TCP4 if isinstance(client_ip, IPv4Address) else _TCP6
+    addresses = client_ip.packed + exposed_ip.packed + pack(">HH", _port(client), _port(exposed))
     return _SIGNATURE + pack(">BBH", _VERSION_2_PROXY, family, len(addresses)) + addresses
 
 
 def _same_family(client: IPAddress, exposed: IPAddress) -> tuple[IPAddress, IPAddress]:
-    client, exposed = _plain(client), _plain(exposed)
+    client, exposed = unmapped(client), unmapped(exposed)
     if client.version == exposed.version:
         return client, exposed
     return _as_ipv6(client), _as_ipv6(exposed)
-
-
-def _plain(address: IPAddress) -> IPAddress:
-    """Without a scope, which means nothing to another machine, and IPv4 where it is a mapped one."""
-    if isinstance(address, IPv4Address):
-        return address
-    return address.ipv4_mapped or IPv6Address(address.packed)
 
 
 def _as_ipv6(address: IPAddress) -> IPAddress:

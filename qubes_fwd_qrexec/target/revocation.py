@@ -272,7 +272,7 @@ def _checked(fd: int) -> os.stat_result:
 
 
 def _mark(calls: Calls, place: Path) -> Path:
-    return place / f"{_ALLOWED}+{calls.ports}+{calls.source}"
+    return place / f"{_ALLOWED}+{calls.ports}+{calls.caller}"
 
 
 def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:

@@ -38,14 +38,14 @@ class DescriptorError(ForwardError):
 def parse_descriptor(untrusted_descriptor: bytes) -> tuple[str, Request, QubeName]:
     """The argument, what it asks for, and the calling qube. Raises `ForwardError`."""
     try:
-        service, _, caller = untrusted_descriptor.decode("ascii").partition(" ")
+        service, _, origin = untrusted_descriptor.decode("ascii").partition(" ")
     except UnicodeDecodeError:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not ASCII") from None
     name, plus, argument = service.partition("+")
-    source = caller.partition(" ")[0]  # dom0 says behind it whom it has asked for
-    if name != FORWARD_SERVICE or not plus or not source:
+    caller = origin.partition(" ")[0]  # dom0 says behind it whom it has asked for
+    if name != FORWARD_SERVICE or not plus or not caller:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not {FORWARD_SERVICE}+PORT QUBE")
-    return argument, parse_argument(argument), parse_qube_name(source)
+    return argument, parse_argument(argument), parse_qube_name(caller)
 
 
 async def read_descriptor(call: socket.socket) -> bytes:

@@ -184,11 +184,11 @@ class ServiceServer:
                 untrusted_descriptor = await read_descriptor(call)
             if reading.cancelled_caught:
                 raise DescriptorError(f"no descriptor within {DESCRIPTOR_TIMEOUT_S:g} s")
-            argument, request, source = parse_descriptor(untrusted_descriptor)
+            argument, request, caller = parse_descriptor(untrusted_descriptor)
             if request.is_mux:
-                await self._hand_over(call, argument, source)
+                await self._hand_over(call, argument, caller)
             else:
-                await self._serve_single(call, Calls(request.ports, source))
+                await self._serve_single(call, Calls(request.ports, caller))
         except ForwardError as error:
             warn(_logger, self._limit, type(error).__name__, f"refused a call: {error}")
         except Exception as bug:
@@ -213,19 +213,19 @@ class ServiceServer:
             finally:
                 del self._singles[number]
 
-    async def _hand_over(self, call: socket.socket, argument: str, source: QubeName) -> None:
+    async def _hand_over(self, call: socket.socket, argument: str, caller: QubeName) -> None:
         """Have a process serve a mux call until its end; when we are cancelled it gets SIGTERM."""
         if self._stopping.is_set():
             raise RefusedError("a mux call comes too late, this server is ending")
-        with self._portions.taken(source, argument) as parts:
-            await self._serve_in_process(call, argument, source, parts)
+        with self._portions.taken(caller, argument) as parts:
+            await self._serve_in_process(call, argument, caller, parts)
 
     async def _serve_in_process(
-        self, call: socket.socket, argument: str, source: QubeName, parts: int
+        self, call: socket.socket, argument: str, caller: QubeName, parts: int
     ) -> None:
         command = [sys.executable, "-I", "-m", "qubes_fwd_qrexec.service", argument]
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"} | {
-            "QREXEC_REMOTE_DOMAIN": source,
+            "QREXEC_REMOTE_DOMAIN": caller,
             AGENT_PID_VARIABLE: str(peer_pid(call)),
             VARIABLE: str(parts),
         }
@@ -247,7 +247,7 @@ class ServiceServer:
             self._mux_calls.discard(process)
             await _end(process)
         if status != os.EX_OK:
-            warn(_logger, self._limit, "mux", f"a mux call of {source} ended: {meaning(status)}")
+            warn(_logger, self._limit, "mux", f"a mux call of {caller} ended: {meaning(status)}")
 
 
 def _hold_to(permission: Permission, scope: trio.CancelScope) -> None:

@@ -161,7 +161,7 @@ def _counted(calls: Calls, notes: list[Note]) -> CallsReport:
     drains = [note.until for note in notes if note.until]
     now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     return CallsReport(
-        source=calls.source,
+        source=calls.caller,
         ports=calls.ports,
         mux_calls=sum(note.kind is Kind.MUX for note in notes),
         singles=sum(note.kind is Kind.SINGLE for note in notes),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_fwd_qrexec.exposed.callqueue import CallQueue, Key, Kind, Wanted
-from qubes_fwd_qrexec.exposed.crowd import source_key
+from qubes_fwd_qrexec.exposed.crowd import client_key
 
 
 def single(rule: str, source: str = "a") -> Wanted:
@@ -83,7 +83,7 @@ def test_one_that_left_is_not_served_and_may_leave_twice() -> None:
 
 def test_one_ipv6_host_with_many_addresses_is_one_source() -> None:
     def key(address: str) -> Key:
-        return ("web", *source_key(ip_address(address)))
+        return ("web", *client_key(ip_address(address)))
 
     queue: CallQueue[Wanted] = CallQueue()
     for number in range(1, 5):

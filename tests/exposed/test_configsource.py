@@ -8,7 +8,7 @@ from helpers import write_config
 from qubes_fwd_qrexec.common.config import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.exposed import configsource
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import FileSource
 
 WEB = ("work", "web")
 
@@ -29,7 +29,7 @@ def test_each_file_of_a_directory_is_a_forward(directory: Path, line: str) -> No
     (directory / "fwd.my.qube.ssh").write_text(line)
     (directory / "other").write_text("not ours")
     (directory / ".fwd.work.tmp").write_text("half")
-    found = ConfigSource(directory).read()
+    found = FileSource(directory).read()
     assert set(found.forwards) == {WEB, ("my.qube", "ssh")}
     assert not found.errors
     assert str(found.forwards["work", "web"]) == line  # type: ignore[index]
@@ -38,7 +38,7 @@ def test_each_file_of_a_directory_is_a_forward(directory: Path, line: str) -> No
 def test_each_line_of_a_file_is_a_forward(directory: Path, line: str) -> None:
     file = directory / "all"
     file.write_text(f"# comment\n\n  fwd.work.web   {line}  \r\nfwd.work.ssh {line}")
-    found = ConfigSource(file).read()
+    found = FileSource(file).read()
     assert set(found.forwards) == {WEB, ("work", "ssh")}
     assert not found.errors
 
@@ -57,7 +57,7 @@ def test_each_line_of_a_file_is_a_forward(directory: Path, line: str) -> None:
 def test_a_bad_file_is_an_error_of_its_own(directory: Path, line: str, content: bytes) -> None:
     (directory / "fwd.work.web").write_text(line)
     (directory / "fwd.work.bad").write_bytes(content)
-    found = ConfigSource(directory).read()
+    found = FileSource(directory).read()
     assert set(found.forwards) == {WEB}
     assert list(found.errors) == ["fwd.work.bad"]
     assert "fwd.work.bad" in str(found.errors["fwd.work.bad"])
@@ -70,7 +70,7 @@ def test_a_bad_file_is_an_error_of_its_own(directory: Path, line: str, content: 
 def test_a_bad_key_is_an_error_of_its_own(directory: Path, line: str, name: str) -> None:
     (directory / "fwd.work.web").write_text(line)
     (directory / name).write_text(line)
-    found = ConfigSource(directory).read()
+    found = FileSource(directory).read()
     assert set(found.forwards) == {WEB}
     assert list(found.errors) == [name]
     assert str(found.errors[name]).isprintable()
@@ -79,7 +79,7 @@ def test_a_bad_key_is_an_error_of_its_own(directory: Path, line: str, name: str)
 @pytest.mark.parametrize("cut", range(0, 120, 7))
 def test_a_half_written_value_is_never_a_wider_one(directory: Path, line: str, cut: int) -> None:
     (directory / "fwd.work.web").write_text(line[:cut])
-    found = ConfigSource(directory).read()
+    found = FileSource(directory).read()
     assert len(found.forwards) + len(found.errors) == 1
     for config in found.forwards.values():
         assert str(config.sources).startswith("127.0.0.0/")
@@ -89,21 +89,21 @@ def test_an_unreadable_entry_is_an_error_of_its_own(directory: Path, line: str) 
     (directory / "fwd.work.web").write_text(line)
     (directory / "fwd.work.dir").mkdir()
     (directory / "fwd.work.loop").symlink_to("fwd.work.loop")
-    found = ConfigSource(directory).read()
+    found = FileSource(directory).read()
     assert set(found.forwards) == {WEB}
     assert set(found.errors) == {"fwd.work.dir", "fwd.work.loop"}
 
 
 def test_an_entry_that_is_gone_already_is_no_error(directory: Path, line: str) -> None:
     (directory / "fwd.work.web").symlink_to("nowhere")
-    found = ConfigSource(directory).read()
+    found = FileSource(directory).read()
     assert found == ({}, {})
 
 
 def test_an_entry_that_is_there_twice_is_refused(directory: Path, line: str) -> None:
     file = directory / "all"
     file.write_text(f"fwd.work.web {line}\nfwd.work.web {line}\nfwd.work.ssh {line}\n")
-    found = ConfigSource(file).read()
+    found = FileSource(file).read()
     assert set(found.forwards) == {("work", "ssh")}
     assert "twice" in str(found.errors["fwd.work.web"])
 
@@ -112,26 +112,26 @@ def test_an_entry_that_is_there_twice_is_refused(directory: Path, line: str) -> 
 def test_only_a_newline_ends_a_line(directory: Path, line: str, separator: str) -> None:
     file = directory / "all"
     file.write_bytes(f"# comment{separator}fwd.work.web {line}\n".encode("latin-1"))
-    assert ConfigSource(file).read() == ({}, {})
+    assert FileSource(file).read() == ({}, {})
 
 
 def test_a_source_that_is_gone_or_too_large_is_an_error(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        ConfigSource(directory / "missing").read()
+        FileSource(directory / "missing").read()
     (directory / "all").write_bytes(b"\n" * (configsource._FILE_MAX + 1))
     with pytest.raises(ConfigError, match="more than"):
-        ConfigSource(directory / "all").read()
+        FileSource(directory / "all").read()
     monkeypatch.setattr(configsource, "ENTRIES_MAX", 1)
     for name in ("fwd.a.a", "fwd.a.b"):
         (directory / name).touch()
     with pytest.raises(ConfigError, match="2 entries"):
-        ConfigSource(directory).read()
+        FileSource(directory).read()
 
 
 def test_the_stamp_differs_when_something_changed(directory: Path, line: str) -> None:
-    source = ConfigSource(directory)
+    source = FileSource(directory)
     seen = [source.stamp()]
     file = directory / "fwd.work.web"
 
@@ -156,6 +156,6 @@ def test_the_stamp_differs_when_something_changed(directory: Path, line: str) ->
 
 
 def test_the_source_is_named_by_its_path(directory: Path) -> None:
-    assert str(ConfigSource(directory)) == str(directory)
+    assert str(FileSource(directory)) == str(directory)
     (directory / "all").touch()
-    assert ConfigSource(directory / "all").stamp() is not None
+    assert FileSource(directory / "all").stamp() is not None

@@ -34,7 +34,7 @@ from helpers import (
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.exposed import call, forward
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
-from qubes_fwd_qrexec.exposed.forward import Forward, Means, bindings
+from qubes_fwd_qrexec.exposed.forward import Means, OpenForward, bindings
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.relay.copy import undelivered_bytes
 from qubes_fwd_qrexec.relay.thread import open_relay_thread
@@ -218,7 +218,7 @@ async def test_what_drains_after_a_narrowing_is_cut_when_its_time_is_over(
     port = free_port()
     wide = {"srchosts": "127.0.0.0/8", "dstports": f"{port_of(server)}-{port_of(server)}"}
     async with means(FakeClient(tmp_path, "serve").command) as having:
-        serving = Forward(config(port, **wide), having)
+        serving = OpenForward(config(port, **wide), having)
         async with await connect(port) as client, await accept(server) as far:
             await echo_once(client, far)
             for change in ({"srchosts": "127.0.0.2/32"}, {}, {"dstports": "1-1"}):
@@ -254,7 +254,7 @@ async def test_a_bug_ends_its_connection_and_nothing_else(
     monkeypatch.setattr(Transports, "carry", fail)
     port = free_port()
     async with means(("unused",)) as having:
-        serving = Forward(config(port), having)
+        serving = OpenForward(config(port), having)
         for _ in range(2):
             async with await trio.open_tcp_stream("127.0.0.1", port) as near:
                 with trio.fail_after(BOUND_S), pytest.raises(trio.BrokenResourceError):
@@ -270,7 +270,7 @@ async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
     port = free_port()
     with pytest.raises(BaseException) as caught:  # noqa: PT011, PT012
         async with means(FakeClient(tmp_path, "hang").command) as having:
-            serving = Forward(config(port), having)
+            serving = OpenForward(config(port), having)
             try:
                 async with await trio.open_tcp_stream("127.0.0.1", port):
                     await until(lambda: having.transports.relays._waiting)
@@ -294,7 +294,7 @@ async def test_a_new_configuration_with_the_old_expiry_does_not_put_it_off(
     monkeypatch.setattr(time, "time", lambda: wall[0])
     port = free_port()
     async with means(("unused",)) as having:
-        serving = Forward(config(port, expire="1010"), having)
+        serving = OpenForward(config(port, expire="1010"), having)
         wall[0] = 0  # set back, and then a reload for another reason
         serving.reconfigure(config(port, expire="1010", srchosts="127.0.0.0/9"))
         boot[0] = 60

@@ -15,8 +15,8 @@ from qubes_fwd_qrexec.exposed.limits import (
     SOURCES_PER_NETWORK,
     YIELDS,
     Account,
+    NotAdmitted,
     Process,
-    Refusal,
     process_max,
 )
 
@@ -36,8 +36,8 @@ class Visitor:
 
     _turns = count()
 
-    def __init__(self, source: IPAddress) -> None:
-        self.source = source
+    def __init__(self, client: IPAddress) -> None:
+        self.client = client
         self.moved_at = float(next(self._turns))
         self.has_made_room = False
 
@@ -55,12 +55,12 @@ def numbered(number: int) -> IPAddress:
     return ip_address(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
 
 
-def enter(counting: Account, *sources: IPAddress) -> list[Refusal | None]:
-    return [counting.admit(Visitor(source)) for source in sources]
+def enter(counting: Account, *clients: IPAddress) -> list[NotAdmitted | None]:
+    return [counting.admit(Visitor(client)) for client in clients]
 
 
-def let_in(counting: Account, *sources: IPAddress) -> list[Visitor]:
-    visitors = [Visitor(source) for source in sources]
+def let_in(counting: Account, *clients: IPAddress) -> list[Visitor]:
+    visitors = [Visitor(client) for client in clients]
     assert [counting.admit(visitor) for visitor in visitors] == [None] * len(visitors)
     return visitors
 
@@ -68,16 +68,16 @@ def let_in(counting: Account, *sources: IPAddress) -> list[Visitor]:
 def test_one_more_than_the_rule_takes_is_refused_until_one_leaves() -> None:
     counting = account("connections:2")
     first, _ = let_in(counting, numbered(0), numbered(1))
-    assert enter(counting, numbered(1), numbered(0)) == [Refusal.CONNECTIONS] * 2
+    assert enter(counting, numbered(1), numbered(0)) == [NotAdmitted.CONNECTIONS] * 2
     counting.leave(first)
     let_in(counting, numbered(7))
     assert counting.connections == 2
 
 
-def test_one_more_than_a_source_may_have_is_refused_and_others_are_unharmed() -> None:
+def test_one_more_than_a_client_may_have_is_refused_and_others_are_unharmed() -> None:
     counting = account("per-source:2")
     first, _ = let_in(counting, ONE, ONE)
-    assert enter(counting, ONE) == [Refusal.PER_SOURCE]
+    assert enter(counting, ONE) == [NotAdmitted.PER_SOURCE]
     let_in(counting, OTHER)
     counting.leave(first)
     let_in(counting, ONE)
@@ -94,10 +94,10 @@ def test_one_more_than_a_source_may_have_is_refused_and_others_are_unharmed() ->
         ("2001:db8::1", "2001:db8:0:0::1", True),
     ],
 )
-def test_each_address_is_a_source(one: str, other: str, is_same: bool) -> None:
+def test_each_address_is_a_client(one: str, other: str, is_same: bool) -> None:
     counting = account("per-source:1")
     let_in(counting, ip_address(one))
-    assert enter(counting, ip_address(other)) == [Refusal.PER_SOURCE if is_same else None]
+    assert enter(counting, ip_address(other)) == [NotAdmitted.PER_SOURCE if is_same else None]
 
 
 def test_the_addresses_of_one_ipv6_network_have_a_bound_together() -> None:
@@ -105,7 +105,7 @@ def test_the_addresses_of_one_ipv6_network_have_a_bound_together() -> None:
     addresses = [ip_address(f"2001:db8::{n:x}") for n in range(1, 2 * SOURCES_PER_NETWORK + 2)]
     *within, beyond = addresses
     visitors = let_in(counting, *within)
-    assert enter(counting, beyond) == [Refusal.PER_SOURCE]
+    assert enter(counting, beyond) == [NotAdmitted.PER_SOURCE]
     let_in(counting, ip_address("2001:db8:0:1::1"), ONE)
     counting.leave(visitors[0])
     let_in(counting, beyond)
@@ -114,39 +114,39 @@ def test_the_addresses_of_one_ipv6_network_have_a_bound_together() -> None:
 def test_a_rate_lets_in_a_seconds_worth_at_once_and_then_as_time_goes() -> None:
     clock = Clock()
     counting = account("rate:4", clock=clock)
-    assert enter(counting, *map(numbered, range(5))) == [None] * 4 + [Refusal.RATE]
+    assert enter(counting, *map(numbered, range(5))) == [None] * 4 + [NotAdmitted.RATE]
     clock.now += 0.25
-    assert enter(counting, numbered(8), numbered(9)) == [None, Refusal.RATE]
+    assert enter(counting, numbered(8), numbered(9)) == [None, NotAdmitted.RATE]
     clock.now += 1000
-    assert enter(counting, *map(numbered, range(5))) == [None] * 4 + [Refusal.RATE]
+    assert enter(counting, *map(numbered, range(5))) == [None] * 4 + [NotAdmitted.RATE]
 
 
-def test_one_source_has_half_of_a_rate_at_once_and_leaves_the_rest_to_others() -> None:
+def test_one_client_has_half_of_a_rate_at_once_and_leaves_the_rest_to_others() -> None:
     clock = Clock()
     counting = account("rate:4", clock=clock)
-    assert enter(counting, ONE, ONE, ONE, OTHER, OTHER) == [None, None, Refusal.RATE, None, None]
+    assert enter(counting, ONE, ONE, ONE, OTHER, OTHER) == [None, None, NotAdmitted.RATE, None, None]
     clock.now += 1
-    assert enter(counting, *[ONE] * 4) == [None, None, Refusal.RATE, Refusal.RATE]
+    assert enter(counting, *[ONE] * 4) == [None, None, NotAdmitted.RATE, NotAdmitted.RATE]
     for _ in range(8):  # all of the rate, while nobody else wants any of it
         clock.now += 0.25
         assert enter(counting, ONE) == [None]
     assert enter(counting, OTHER, OTHER) == [None, None]
 
 
-def test_sources_of_the_past_are_forgotten() -> None:
+def test_clients_of_the_past_are_forgotten() -> None:
     clock = Clock()
     counting = account("rate:10", clock=clock)
     for number in range(1000):
         clock.now += 1
         (visitor,) = let_in(counting, numbered(number))
         counting.leave(visitor)
-        assert counting.sources_remembered <= 21
+        assert counting.clients_remembered <= 21
 
 
 def test_who_is_refused_for_another_reason_uses_no_rate() -> None:
     counting = account("rate:2,per-source:1")
     let_in(counting, ONE)
-    assert enter(counting, *[ONE] * 10) == [Refusal.PER_SOURCE] * 10
+    assert enter(counting, *[ONE] * 10) == [NotAdmitted.PER_SOURCE] * 10
     let_in(counting, OTHER)
 
 
@@ -155,7 +155,7 @@ def test_the_process_counts_all_its_forwards() -> None:
     first, second = account("connections:3", process), account("connections:3", process)
     visitor, _ = let_in(first, ONE, ONE)
     let_in(second, OTHER)
-    assert enter(first, ONE) == [Refusal.PROCESS]
+    assert enter(first, ONE) == [NotAdmitted.PROCESS]
     first.leave(visitor)
     let_in(second, OTHER)
     assert process.connections == 3
@@ -164,7 +164,7 @@ def test_the_process_counts_all_its_forwards() -> None:
 def test_a_rule_that_says_nothing_leaves_a_quarter_of_the_process_to_others() -> None:
     process = Process(8)
     greedy, other = account("", process), account("", process)
-    assert enter(greedy, *[ONE] * 7) == [None] * 6 + [Refusal.CONNECTIONS]
+    assert enter(greedy, *[ONE] * 7) == [None] * 6 + [NotAdmitted.CONNECTIONS]
     let_in(other, ONE, ONE)
     assert process.connections == 8
 
@@ -183,7 +183,7 @@ def test_a_full_rule_makes_room_for_who_holds_less() -> None:
     let_in(counting, numbered(1))
     assert oldest.has_made_room
     assert not busy.has_made_room
-    assert enter(counting, OTHER) == [Refusal.CONNECTIONS]  # nobody holds more than it does by now
+    assert enter(counting, OTHER) == [NotAdmitted.CONNECTIONS]  # nobody holds more than it does by now
     counting.leave(third)  # it ends a moment later, and is counted no more
     assert counting.connections == 3
 
@@ -204,7 +204,7 @@ def test_in_a_network_the_address_that_holds_most_yields_to_its_neighbours() -> 
     let_in(counting, ip_address("fe80::3"))
     assert [v.has_made_room for v in greedy] == [True, False]
     assert not neighbour.has_made_room
-    assert enter(counting, ip_address("fe80::1")) == [Refusal.CONNECTIONS]
+    assert enter(counting, ip_address("fe80::1")) == [NotAdmitted.CONNECTIONS]
 
 
 def test_the_rule_that_holds_most_yields_to_the_others() -> None:
@@ -214,7 +214,7 @@ def test_the_rule_that_holds_most_yields_to_the_others() -> None:
     let_in(other, ONE)
     assert [v.has_made_room for v in held] == [True, False, False, False]
     let_in(other, ONE)
-    assert enter(other, ONE) == [Refusal.PROCESS]
+    assert enter(other, ONE) == [NotAdmitted.PROCESS]
     assert (greedy.connections, other.connections, process.connections) == (2, 2, 4)
 
 
@@ -223,18 +223,18 @@ def test_no_more_than_so_many_make_room_in_a_second() -> None:
     process = Process(1000, clock)
     counting = account("connections:900", process, clock)
     let_in(counting, *[ONE] * 900)
-    assert enter(counting, *map(numbered, range(YIELDS + 1))) == [None] * YIELDS + [Refusal.CONNECTIONS]
+    assert enter(counting, *map(numbered, range(YIELDS + 1))) == [None] * YIELDS + [NotAdmitted.CONNECTIONS]
     clock.now += 1
     let_in(counting, OTHER)
     assert (counting.connections, process.connections, counting.yielded) == (900, 900, YIELDS + 1)
 
 
-def test_the_defaults_hold_what_was_measured_and_bound_each_source_and_second() -> None:
+def test_the_defaults_hold_what_was_measured_and_bound_each_client_and_second() -> None:
     assert Process().rule_max == 12_288
     counting = account()
-    assert enter(counting, *[ONE] * (PER_SOURCE + 1)) == [None] * PER_SOURCE + [Refusal.PER_SOURCE]
+    assert enter(counting, *[ONE] * (PER_SOURCE + 1)) == [None] * PER_SOURCE + [NotAdmitted.PER_SOURCE]
     found = enter(counting, *map(numbered, range(RATE - PER_SOURCE + 1)))
-    assert found == [None] * (RATE - PER_SOURCE) + [Refusal.RATE]
+    assert found == [None] * (RATE - PER_SOURCE) + [NotAdmitted.RATE]
 
 
 def test_new_limits_hold_for_newcomers_and_give_no_second_burst() -> None:
@@ -242,9 +242,9 @@ def test_new_limits_hold_for_newcomers_and_give_no_second_burst() -> None:
     let_in(counting, numbered(0), numbered(1))
     counting.change(Limits(connections=1, rate=2))
     assert counting.connections == 2
-    assert enter(counting, numbered(0)) == [Refusal.CONNECTIONS]
+    assert enter(counting, numbered(0)) == [NotAdmitted.CONNECTIONS]
     counting.change(Limits(rate=2))
-    assert enter(counting, ONE) == [Refusal.RATE]
+    assert enter(counting, ONE) == [NotAdmitted.RATE]
     counting.change(Limits(rate=3))
     let_in(counting, ONE)
 
@@ -258,10 +258,10 @@ def test_ten_thousand_cycles_leave_nothing() -> None:
         held += let_in(counting, numbered(number % 700))
         if number >= 100:
             counting.leave(held.pop(0))
-    assert (counting.connections, counting.sources) == (100, 100)
+    assert (counting.connections, counting.clients) == (100, 100)
     for visitor in held:
         counting.leave(visitor)
-    assert (counting.connections, counting.sources, process.connections) == (0, 0, 0)
+    assert (counting.connections, counting.clients, process.connections) == (0, 0, 0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(-6, 6).filter(bool)), max_size=60))
@@ -272,11 +272,11 @@ def test_whatever_comes_and_goes_no_limit_is_passed_and_only_who_holds_more_make
     accounts = [account("connections:4,per-source:2", process) for _ in range(2)]
     held: list[list[Visitor]] = [[], []]
     for which, move in moves:
-        counting, source = accounts[which], numbered(abs(move))
+        counting, client = accounts[which], numbered(abs(move))
         if move > 0:
-            visitor = Visitor(source)
+            visitor = Visitor(client)
             numbers = [len(own) for own in held]
-            own = sum(other.source == source for other in held[which])
+            own = sum(other.client == client for other in held[which])
             refusal = counting.admit(visitor)
             held[which] += [visitor] * (refusal is None)
             assert refusal is None or own == 2 or sum(numbers) == 5 or numbers[which] == 4
@@ -287,11 +287,11 @@ def test_whatever_comes_and_goes_no_limit_is_passed_and_only_who_holds_more_make
                     visitors.remove(other)
                     assert refusal is None
                     if index == which:
-                        assert sum(one.source == other.source for one in visitors) >= own
+                        assert sum(one.client == other.client for one in visitors) >= own
                     else:
                         assert numbers[index] > numbers[which]
         else:
-            for visitor in [one for one in held[which] if one.source == source][:1]:
+            for visitor in [one for one in held[which] if one.client == client][:1]:
                 held[which].remove(visitor)
                 counting.leave(visitor)
                 counting.leave(visitor)
@@ -299,18 +299,18 @@ def test_whatever_comes_and_goes_no_limit_is_passed_and_only_who_holds_more_make
         assert process.connections == sum(map(len, held)) <= 5
         assert all(len(own) <= 4 for own in held)
         for counting, own in zip(accounts, held, strict=True):
-            assert counting.sources == len({visitor.source for visitor in own})
+            assert counting.clients == len({visitor.client for visitor in own})
             assert set(counting.crowd) == set(own)
 
 
 @pytest.mark.parametrize(("limits", "number"), [("", 12_288), ("connections:7", 7)])
 def test_the_words_say_which_limit_and_how_high_it_is(limits: str, number: int) -> None:
     counting = account(limits)
-    assert f"there are {number} connections, the limit connections" in counting.words(Refusal.CONNECTIONS)
-    assert len({counting.words(refusal) for refusal in Refusal}) == len(Refusal)
-    assert f"{PER_SOURCE} connections, the limit per-source" in counting.words(Refusal.PER_SOURCE)
-    assert f"more than {RATE} new" in counting.words(Refusal.RATE)
-    assert str(PROCESS_MAX) in counting.words(Refusal.PROCESS)
+    assert f"there are {number} connections, the limit connections" in counting.words(NotAdmitted.CONNECTIONS)
+    assert len({counting.words(refusal) for refusal in NotAdmitted}) == len(NotAdmitted)
+    assert f"{PER_SOURCE} connections, the limit per-source" in counting.words(NotAdmitted.PER_SOURCE)
+    assert f"more than {RATE} new" in counting.words(NotAdmitted.RATE)
+    assert str(PROCESS_MAX) in counting.words(NotAdmitted.PROCESS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import trio
 from endings import pattern
 from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
-from muxpool_bench import ORIGIN, Clock, end_well, mux_calls_to, one
+from muxpool_bench import ORIGIN, Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.values import TargetPorts
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("mux_call_home")
 
 async def test_many_connections_are_one_call(tmp_path: Path, server: socket.socket) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(10):
             near = await stack.enter_async_context(bench.connect(port))
             far = await stack.enter_async_context(await accept(server))
@@ -42,7 +42,7 @@ async def test_many_connections_are_one_call(tmp_path: Path, server: socket.sock
 
 async def test_those_who_come_while_it_opens_share_it(tmp_path: Path, server: socket.socket) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(20):
             await stack.enter_async_context(bench.connect(port))
         for _ in range(20):
@@ -55,7 +55,7 @@ async def test_a_range_is_one_call_and_every_port_its_own_server(
 ) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     ports = TargetPorts(port - 1, port + 1)
-    async with mux_calls_to(client.command, ports) as bench:
+    async with pool_to(client.command, ports) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
         async with bench.connect(port - 1):
@@ -66,11 +66,11 @@ async def test_a_range_is_one_call_and_every_port_its_own_server(
 
 async def test_a_refused_connection_is_left_to_whoever_asked(tmp_path: Path) -> None:
     port = free_port()
-    async with mux_calls_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
         client, accepted = tcp_pair()
         with client, accepted, trio.fail_after(BOUND_S):
             client.send(b"unread")
-            ending = await bench.mux_calls.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
+            ending = await bench.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
             error = "the server in the target refused the connection"
             assert ending == Ending(error, 0, 0, Refusal.SERVER, "refused")
             assert accepted.recv(10) == b"unread"
@@ -80,12 +80,12 @@ async def test_a_full_budget_refuses_here(tmp_path: Path, server: socket.socket)
     port = port_of(server)
     budget = Budget(FLOOR_BYTES, 1)
     command = FakeClient(tmp_path, "serve").command
-    async with mux_calls_to(command, one(port), budget=budget) as bench:  # noqa: SIM117
+    async with pool_to(command, one(port), budget=budget) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             client, accepted = tcp_pair()
             with client, accepted:
-                ending = await bench.mux_calls.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
+                ending = await bench.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
                 assert ending.error == "this qube holds as many connections as it may"
 
 
@@ -94,20 +94,20 @@ async def test_a_full_budget_refuses_here(tmp_path: Path, server: socket.socket)
 
 async def test_a_full_mux_call_is_joined_by_another(tmp_path: Path, server: socket.socket) -> None:
     client, port = FakeClient(tmp_path, "mux STREAMS_MAX=3"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         pairs = []
         for _ in range(10):
             near = await stack.enter_async_context(bench.connect(port))
             pairs.append((near, await stack.enter_async_context(await accept(server))))
         for near, far in pairs:
             await echo_once(near, far)
-        assert [mux_call.streams for mux_call in bench.mux_calls._mux_calls] == [3, 3, 3, 1]
+        assert [mux_call.streams for mux_call in bench.pool._mux_calls] == [3, 3, 3, 1]
     assert len(client.calls) == 4
 
 
 async def test_all_at_once_find_room_too(tmp_path: Path, server: socket.socket) -> None:
     client, port = FakeClient(tmp_path, "mux STREAMS_MAX=3"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(10):
             await stack.enter_async_context(bench.connect(port))
         for _ in range(10):
@@ -121,7 +121,7 @@ async def test_slots_that_wait_for_an_answer_are_waited_for(
     """Clients that come and go faster than the target answers for are no reason for another call."""
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port)) as bench:  # noqa: SIM117
+    async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             connection = bench.mux.connection
@@ -130,8 +130,8 @@ async def test_slots_that_wait_for_an_answer_are_waited_for(
             connection._streams[10] = connection._streams[11] = next(iter(connection._streams.values()))
             async with bench.connect(port) as waiting:
                 await clock.advance(5)
-                assert bench.mux_calls._waiting
-                assert len(bench.mux_calls._mux_calls) == 1
+                assert bench.pool._waiting
+                assert len(bench.pool._mux_calls) == 1
                 del connection._streams[10], connection._streams[11]
                 connection._max_streams = room
                 await clock.advance(1)
@@ -147,7 +147,7 @@ async def test_a_cancelled_connection_is_an_abort_at_both_ends_and_the_others_go
     tmp_path: Path, server: socket.socket
 ) -> None:
     port = port_of(server)
-    async with mux_calls_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:  # noqa: SIM117
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as other, await accept(server) as other_far:
             client, accepted = tcp_pair()
             near = trio.SocketStream(trio.socket.from_stdlib_socket(client))
@@ -173,24 +173,24 @@ async def test_a_cancellation_at_any_moment_leaves_nothing(
     port = port_of(server)
     server.listen(1000)
     chance = random.Random(1)
-    async with mux_calls_to(FakeClient(tmp_path, mode).command, one(port)) as bench:
+    async with pool_to(FakeClient(tmp_path, mode).command, one(port)) as bench:
         for _ in range(60):
             client, accepted = tcp_pair()
             with client, trio.move_on_after(chance.random() * 0.004):
                 await bench.carry(accepted, port)
-        await until(lambda: not any(mux_call.streams for mux_call in bench.mux_calls._mux_calls))
-        assert not bench.mux_calls._waiting
-        assert bench.mux_calls._budget.streams == 0
-        assert bench.mux_calls._budget.shared_left == Budget().shared_left
+        await until(lambda: not any(mux_call.streams for mux_call in bench.pool._mux_calls))
+        assert not bench.pool._waiting
+        assert bench.pool._budget.streams == 0
+        assert bench.pool._budget.shared_left == Budget().shared_left
         assert not bench.relays.has_failed
-        assert not [t for t in bench.mux_calls._mux_calls if t._waiting]
+        assert not [t for t in bench.pool._mux_calls if t._waiting]
 
 
 async def test_a_call_that_cannot_be_watched_is_that_mux_calls_trouble(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = port_of(server)
-    async with mux_calls_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
 
         def refuse(*_: object) -> None:
             raise OSError(28, "No space left on device")
@@ -206,7 +206,7 @@ async def test_a_bug_in_a_call_is_that_calls_trouble(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = port_of(server)
-    async with mux_calls_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
 
         async def fail(*_: object) -> str | None:
             raise ZeroDivisionError("a bug")
@@ -215,13 +215,13 @@ async def test_a_bug_in_a_call_is_that_calls_trouble(
             patch.setattr(MuxCall, "run", fail)
             assert "a bug of this program; its log says more" in await bench.refusal(port)
         assert bench.relays.loop.bugs.count == 1
-        assert not bench.mux_calls._mux_calls
+        assert not bench.pool._mux_calls
 
 
 async def test_bytes_and_a_clean_end_are_counted(tmp_path: Path, server: socket.socket) -> None:
     port = port_of(server)
     sent = pattern(300_000)
-    async with mux_calls_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
         async with bench.connect(port) as near, await accept(server) as far, trio.open_nursery() as both:
 
             async def upload() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 from helpers import FakeClient, accept, children, echo_once, is_reset, port_of, until
-from muxpool_bench import Clock, end_well, mux_calls_to, one
+from muxpool_bench import Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.common.allowance import Allowance, Revoked
 from qubes_fwd_qrexec.common.errors import RefusedError
@@ -25,10 +25,10 @@ async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on
     """docs/behaviours.md, 53. The target says so when it is told to, however long that takes;
     `test_muxservice` shows that it does so in time."""
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench:  # noqa: SIM117
+    async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (old,) = bench.mux_calls._mux_calls
+            (old,) = bench.pool._mux_calls
             (service,) = children()
             os.kill(service, signal.SIGUSR2)
             await until(lambda: not old.has_room)
@@ -36,7 +36,7 @@ async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on
                 await echo_once(new_near, new_far)
                 await echo_once(near, far)
                 await end_well(near, far)
-                await until(lambda: old not in bench.mux_calls._mux_calls)
+                await until(lambda: old not in bench.pool._mux_calls)
     assert len(client.calls) == 2
 
 
@@ -45,10 +45,10 @@ async def test_without_streams_it_is_kept_a_while_and_then_ends(
 ) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port), linger_s=30) as bench:
+    async with pool_to(client.command, one(port), linger_s=30) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (mux_call,) = bench.mux_calls._mux_calls
+            (mux_call,) = bench.pool._mux_calls
             await clock.advance(100)
             assert mux_call.has_room
             await end_well(near, far)
@@ -57,7 +57,7 @@ async def test_without_streams_it_is_kept_a_while_and_then_ends(
         assert mux_call.has_room
         await clock.advance(1)
         assert not mux_call.has_room
-        await until(lambda: not bench.mux_calls._mux_calls)
+        await until(lambda: not bench.pool._mux_calls)
         async with bench.connect(port), await accept(server):
             pass
     assert len(client.calls) == 2
@@ -68,7 +68,7 @@ async def test_a_stream_that_is_over_between_two_looks_keeps_it(
 ) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port), linger_s=1.5) as bench:
+    async with pool_to(client.command, one(port), linger_s=1.5) as bench:
         for number in range(6):
             async with bench.connect(port) as near, await accept(server) as far:
                 await echo_once(near, far)
@@ -84,14 +84,14 @@ async def test_a_mux_call_that_dom0_ends_is_not_lost_and_no_warning(
 ) -> None:
     caplog.set_level(logging.INFO)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             ended = await trio.to_thread.run_sync(revocation.revoke, Allowance(), callnotes.directory())
             assert ended == Revoked(1, 0)
             assert await is_reset(near)
             assert await is_reset(far)
-        await until(lambda: not bench.mux_calls._mux_calls)
+        await until(lambda: not bench.pool._mux_calls)
     assert [(entry.levelname, entry.message) for entry in caplog.records] == [
         ("INFO", "dom0 has ended a mux call to work")
     ]
@@ -101,25 +101,25 @@ async def test_retired_they_end_with_their_last_stream_and_open_no_other(
     tmp_path: Path, server: socket.socket
 ) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            bench.mux_calls.retire()
+            bench.pool.retire()
             assert await bench.refusal(port) == "the forward to work is over"
             await echo_once(near, far)
             await end_well(near, far)
-        await until(lambda: not bench.mux_calls._mux_calls)
+        await until(lambda: not bench.pool._mux_calls)
     assert len(client.calls) == 1
 
 
 async def test_retired_while_it_opens_it_ends(tmp_path: Path, server: socket.socket) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         async with bench.connect(port):
-            await until(lambda: bench.mux_calls._mux_calls)
-            bench.mux_calls.retire()
+            await until(lambda: bench.pool._mux_calls)
+            bench.pool.retire()
             await bench.endings.reach(1)
-            await until(lambda: not bench.mux_calls._mux_calls)
+            await until(lambda: not bench.pool._mux_calls)
         assert all(isinstance(ending, RefusedError) for ending in bench.endings)
 
 
@@ -127,7 +127,7 @@ async def test_idle_for_too_long_is_an_abort_at_both_ends(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = port_of(server)
-    async with mux_calls_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
         monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
@@ -141,8 +141,8 @@ async def test_half_closed_for_too_long_is_an_abort(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = port_of(server)
-    async with mux_calls_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
-        bench.mux_calls._half_close_s = 0.1
+    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
+        bench.pool._half_close_s = 0.1
         monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
             await near.send_eof()

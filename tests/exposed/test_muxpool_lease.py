@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 from helpers import BOUND_S, FakeClient, accept, echo_once, port_of, until
-from muxpool_bench import Bench, Clock, end_well, mux_calls_to, one
+from muxpool_bench import Bench, Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
 from qubes_fwd_qrexec.exposed.muxpool import RENEW_AT_SHARE
@@ -22,7 +22,7 @@ _DUE_S = LEASE_S * RENEW_AT_SHARE
 
 async def renewed(bench: Bench, client: FakeClient, calls: int) -> None:
     """Wait until there were so many calls in all, and the last one is over."""
-    await until(lambda: len(client.calls) == calls and not bench.mux_calls._is_renewing)
+    await until(lambda: len(client.calls) == calls and not bench.pool._is_renewing)
 
 
 async def test_while_it_is_in_use_dom0_is_asked_again_before_its_lease_is_over(
@@ -30,18 +30,18 @@ async def test_while_it_is_in_use_dom0_is_asked_again_before_its_lease_is_over(
 ) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port)) as bench:  # noqa: SIM117
+    async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (mux_call,) = bench.mux_calls._mux_calls
+            (mux_call,) = bench.pool._mux_calls
             for turn in range(3):
                 await clock.advance(_DUE_S - 1)
-                assert not bench.mux_calls._is_renewing
+                assert not bench.pool._is_renewing
                 assert len(client.calls) == turn + 1
                 await clock.advance(1)
                 await renewed(bench, client, turn + 2)
                 assert bench.calls.calls == 1
-            assert bench.mux_calls._mux_calls == [mux_call]
+            assert bench.pool._mux_calls == [mux_call]
             await echo_once(near, far)
     assert len(set(client.calls)) == 1
 
@@ -51,14 +51,14 @@ async def test_one_that_is_not_in_use_is_not_worth_a_question(
 ) -> None:
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port), linger_s=10 * LEASE_S) as bench:
+    async with pool_to(client.command, one(port), linger_s=10 * LEASE_S) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             await end_well(near, far)
-        (mux_call,) = bench.mux_calls._mux_calls
+        (mux_call,) = bench.pool._mux_calls
         await until(lambda: not mux_call.streams)
         await clock.advance(_DUE_S + 10)
-        assert not bench.mux_calls._is_renewing  # a call that has begun is in no list of calls yet
+        assert not bench.pool._is_renewing  # a call that has begun is in no list of calls yet
         assert len(client.calls) == 1
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
@@ -74,10 +74,10 @@ async def test_where_dom0_refuses_it_is_asked_again_until_the_lease_is_over(
     (tmp_path / "other").mkdir()
     refusing = FakeClient(tmp_path / "other", "exit126")
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port)) as bench:  # noqa: SIM117
+    async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            bench.mux_calls._client = refusing.command
+            bench.pool._client = refusing.command
             await clock.advance(_DUE_S)
             for turn in range(5):
                 await renewed(bench, refusing, turn + 1)
@@ -88,12 +88,12 @@ async def test_where_dom0_refuses_it_is_asked_again_until_the_lease_is_over(
             line = next(m for m in caplog.messages if "was not renewed" in m)
             assert "policy refuses" in line
             assert "their connections end in 150 s" in line
-            bench.mux_calls._client = client.command
+            bench.pool._client = client.command
             await clock.advance(20)
             await renewed(bench, client, 2)
             await echo_once(near, far)
             await clock.advance(_DUE_S - 1)
-            assert not bench.mux_calls._is_renewing
+            assert not bench.pool._is_renewing
             assert len(client.calls) == 2
 
 
@@ -105,16 +105,16 @@ async def test_a_renewal_that_hangs_is_ended_and_tried_again(
     (tmp_path / "other").mkdir()
     hanging = FakeClient(tmp_path / "other", "hang")
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port)) as bench:  # noqa: SIM117
+    async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            bench.mux_calls._client = hanging.command
+            bench.pool._client = hanging.command
             await clock.advance(_DUE_S)
-            await until(lambda: not bench.mux_calls._is_renewing)
+            await until(lambda: not bench.pool._is_renewing)
             assert [m for m in caplog.messages if "not renewed: no answer within 0.1 s" in m]
             assert bench.calls.calls == 1
             monkeypatch.setattr(muxpool_module, "_RENEW_S", BOUND_S)
-            bench.mux_calls._client = client.command
+            bench.pool._client = client.command
             await clock.advance(20)
             await renewed(bench, client, 2)
 
@@ -129,22 +129,22 @@ async def test_a_lease_that_is_renewed_lasts_in_the_target_too(
     monkeypatch.setattr(muxpool_module, "RENEW_AT_SHARE", 0.05 / lease_s)
     monkeypatch.setattr(muxpool_module, "_LOOK_S", 0.05)
     client = FakeClient(tmp_path, f"mux LEASE_S={lease_s}")
-    async with mux_calls_to(client.command, one(port)) as bench:  # noqa: SIM117
+    async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (mux_call,) = bench.mux_calls._mux_calls
+            (mux_call,) = bench.pool._mux_calls
             await until(lambda: trio.current_time() > mux_call.ready_at + lease_s + 0.2)
             assert len(client.calls) > 2
             assert mux_call.has_room
             async with bench.connect(port) as new_near, await accept(server) as new_far:
                 await echo_once(new_near, new_far)
-            assert bench.mux_calls._mux_calls == [mux_call]
+            assert bench.pool._mux_calls == [mux_call]
 
 
 async def a_call_takes_s(directory: Path, server: socket.socket) -> float:
     """From when it is needed until it carries."""
     began_s = trio.current_time()
-    async with mux_calls_to(FakeClient(directory, "serve").command, one(port_of(server))) as bench:  # noqa: SIM117
+    async with pool_to(FakeClient(directory, "serve").command, one(port_of(server))) as bench:  # noqa: SIM117
         async with bench.connect(port_of(server)) as near, await accept(server) as far:
             await echo_once(near, far)
             return trio.current_time() - began_s
@@ -157,7 +157,7 @@ async def test_more_connections_that_stay_than_calls_are_served(
     the budget, of which the mux call has all here."""
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port), calls_max=1) as bench:
+    async with pool_to(client.command, one(port), calls_max=1) as bench:
         ends: list[tuple[trio.SocketStream, trio.SocketStream]] = []
         for turn in range(5):
             ends.append((bench.connect(port), await accept(server)))

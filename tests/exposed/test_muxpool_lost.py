@@ -25,13 +25,13 @@ from helpers import (
     until,
 )
 from loop_time import slow_timers
-from muxpool_bench import ORIGIN, Clock, mux_calls_to, one
+from muxpool_bench import ORIGIN, Clock, one, pool_to
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Way
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
 from qubes_fwd_qrexec.exposed.callqueue import Kind
-from qubes_fwd_qrexec.exposed.crowd import source_key
+from qubes_fwd_qrexec.exposed.crowd import client_key
 from qubes_fwd_qrexec.mux import ProxyVersion
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
@@ -52,26 +52,26 @@ async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
 ) -> None:
     """docs/behaviours.md, 23 and 24."""
     client, port = FakeClient(tmp_path, mode), free_port()
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         first = await bench.refusal(port)
         assert first.startswith("no mux call to work: ")
         assert words in first
         for _ in range(20):
             assert await bench.refusal(port) == first
         assert bench.calls.calls == 0
-        assert not bench.mux_calls._mux_calls
+        assert not bench.pool._mux_calls
     assert len(client.calls) == 1
 
 
 async def test_a_client_program_that_is_not_there_is_named() -> None:
     port = free_port()
-    async with mux_calls_to(("/nonexistent/client",), one(port)) as bench:
+    async with pool_to(("/nonexistent/client",), one(port)) as bench:
         assert "cannot start /nonexistent/client: No such file" in await bench.refusal(port)
 
 
 async def test_all_who_wait_are_told_when_the_call_dies_before_its_hello(tmp_path: Path) -> None:
     client, port = FakeClient(tmp_path, "die"), free_port()
-    async with mux_calls_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(20):
             await stack.enter_async_context(bench.connect(port))
         await bench.endings.reach(20)
@@ -84,17 +84,17 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
     monkeypatch.setattr(muxpool_module, "WAITING_MAX", 5)
     client, port = FakeClient(tmp_path, "hang"), free_port()
     clock = Clock(monkeypatch)
-    async with mux_calls_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: len(bench.mux_calls._waiting) == 5 and client.calls)
+        await until(lambda: len(bench.pool._waiting) == 5 and client.calls)
         assert await bench.refusal(port) == "5 connections wait for a mux call to work"
         await clock.advance(119.9)
         assert not bench.endings
         await clock.advance(0.1)
         assert {str(ending) for ending in bench.endings} == {"no mux call to work within 120 s"}
         assert len(bench.endings) == 5
-        assert not bench.mux_calls._waiting
+        assert not bench.pool._waiting
     assert len(client.calls) == 1
 
 
@@ -104,16 +104,16 @@ async def test_where_one_source_has_all_waiting_places_another_one_waits_all_the
     monkeypatch.setattr(muxpool_module, "WAITING_MAX", 5)
     client, port = FakeClient(tmp_path, "hang"), free_port()
     other = replace(ORIGIN, client=ip_address("192.0.2.77"))
-    async with mux_calls_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
+    async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: len(bench.mux_calls._waiting) == 5)
+        await until(lambda: len(bench.pool._waiting) == 5)
         ours, accepted = tcp_pair()
         with ours, accepted:
-            bench.tasks.start_soon(bench.mux_calls.relay, accepted, port, other, ProxyVersion.OFF)
+            bench.tasks.start_soon(bench.pool.relay, accepted, port, other, ProxyVersion.OFF)
             await bench.endings.reach(1)
             assert str(bench.endings[0]) == "5 connections wait for a mux call to work"
-            assert source_key(other.client) in {waiter.key for waiter in bench.mux_calls._waiting}
+            assert client_key(other.client) in {waiter.key for waiter in bench.pool._waiting}
             bench.tasks.cancel_scope.cancel()
 
 
@@ -131,11 +131,11 @@ async def test_a_call_that_hangs_is_ended_before_the_target_took_it_or_behind(
     monkeypatch.setattr(muxpool_module, bound, 0.2)
     monkeypatch.setattr(muxpool_module, "OPEN_S" if bound == "HELLO_S" else "HELLO_S", 1e6)
     client, port = FakeClient(tmp_path, mode), free_port()
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         near = bench.connect(port)
         await bench.endings.reach(1)
         await near.aclose()
-        await until(lambda: not bench.mux_calls._mux_calls)
+        await until(lambda: not bench.pool._mux_calls)
         assert str(bench.endings[0]) in (f"no mux call to work: {words}", "no mux call to work within 0.2 s")
         assert bench.calls.calls == 0
 
@@ -148,7 +148,7 @@ async def test_a_target_that_stays_full_is_not_asked_for_longer_than_anybody_wai
     monkeypatch.setattr("qubes_fwd_qrexec.exposed.callbudget.DOUBT_S", math.inf)
     client, port = FakeClient(tmp_path, "exit126"), free_port()
     async with (
-        mux_calls_to(client.command, one(port)) as bench,
+        pool_to(client.command, one(port)) as bench,
         bench.calls.place(Kind.SINGLE, "work", "another") as living,
     ):
         living.through()
@@ -160,7 +160,7 @@ async def test_without_room_for_another_call_it_says_so_and_blames_nobody(
 ) -> None:
     monkeypatch.setattr("qubes_fwd_qrexec.exposed.callbudget.WAIT_S", 0.05)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port), calls_max=1) as bench:
+    async with pool_to(client.command, one(port), calls_max=1) as bench:
         async with bench.calls.place(Kind.SINGLE, "work", "another"):
             assert "this qube makes 1 calls, and none ended in time" in await bench.refusal(port)
         async with bench.connect(port) as near, await accept(server) as far:
@@ -177,7 +177,7 @@ async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_h
     """docs/behaviours.md, 27: no timer of the loop is waited for."""
     slow_timers(monkeypatch)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         async with AsyncExitStack() as stack:
             pairs = []
             for _ in range(5):
@@ -193,10 +193,10 @@ async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_h
             await echo_once(near, far)
             kill_children()
             assert await is_reset(near)
-        await until(lambda: not bench.mux_calls._mux_calls)
-        assert bench.mux_calls.way is Way.FAILED
-        assert bench.mux_calls.last_problem is not None
-        assert "a mux call to work was lost" in bench.mux_calls.last_problem[0]
+        await until(lambda: not bench.pool._mux_calls)
+        assert bench.pool.way is Way.FAILED
+        assert bench.pool.last_problem is not None
+        assert "a mux call to work was lost" in bench.pool.last_problem[0]
     assert len(client.calls) == 2
     assert len([m for m in caplog.messages if "a mux call to work was lost" in m]) == 1
 
@@ -210,11 +210,11 @@ def kill_children() -> None:
 @pytest.mark.usefixtures("never_again")
 async def test_a_target_that_gives_mux_calls_up_is_no_flood_of_calls(tmp_path: Path, mode: str) -> None:
     client, port = FakeClient(tmp_path, mode), free_port()
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         for _ in range(20):
             near, accepted = tcp_pair()
             with near, accepted, trio.fail_after(BOUND_S), suppress(RefusedError):
-                await bench.mux_calls.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
+                await bench.pool.relay(accepted, port, ORIGIN, ProxyVersion.OFF)
     assert len(client.calls) <= 3
 
 
@@ -222,6 +222,6 @@ async def test_a_target_that_gives_mux_calls_up_is_no_flood_of_calls(tmp_path: P
 async def test_a_stream_is_not_asked_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muxpool_module, "_TRIES", 2)
     client, port = FakeClient(tmp_path, "rude refuse"), free_port()
-    async with mux_calls_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port)) as bench:
         assert await bench.refusal(port) == "work took none of 2 requests for a stream"
     assert len(client.calls) == 2

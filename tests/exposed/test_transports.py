@@ -30,7 +30,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Answer
 from qubes_fwd_qrexec.exposed.call import CallTimeouts, Ending
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.copy import half_close
@@ -167,7 +167,7 @@ async def test_after_a_refusal_a_new_configuration_asks_again(
 
 
 def mux_calls_of(listener: Listener) -> int:
-    return sum(len(mux_calls._mux_calls) for mux_calls in listener._means.transports._mux_calls.values())
+    return sum(len(mux_calls._mux_calls) for mux_calls in listener._means.transports._pools.values())
 
 
 async def test_a_reload_touches_no_stream(tmp_path: Path, server: socket.socket) -> None:
@@ -226,7 +226,7 @@ async def test_stopping_ends_the_mux_calls_with_the_last_stream(
     """docs/behaviours.md, 31: neither their linger nor the drain's deadline is waited for."""
     port, directory = free_port(), tmp_path / "config"
     write_config(directory, port, port_of(server), transport="mux")
-    listener = Listener(ConfigSource(directory), FakeClient(tmp_path, "serve").command, drain_s=1000)
+    listener = Listener(FileSource(directory), FakeClient(tmp_path, "serve").command, drain_s=1000)
     with trio.fail_after(BOUND_S):
         async with trio.open_nursery() as nursery:
             await nursery.start(listener.run)
@@ -249,7 +249,7 @@ async def test_while_it_drains_no_new_mux_call_is_opened_for_a_trial(
     port = free_port()
     write_config(directory, port, port_of(server), transport="mux")
     write_config(directory, free_port(), 1, transport="mux", key="fwd.work.other")
-    listener = Listener(ConfigSource(directory), client.command, drain_s=1000)
+    listener = Listener(FileSource(directory), client.command, drain_s=1000)
     with trio.fail_after(BOUND_S):
         async with trio.open_nursery() as nursery:
             await nursery.start(listener.run)
@@ -269,7 +269,7 @@ async def test_while_it_drains_no_new_mux_call_is_opened_for_a_trial(
 async def test_the_drain_has_a_deadline(tmp_path: Path, server: socket.socket) -> None:
     port, directory = free_port(), tmp_path / "config"
     write_config(directory, port, port_of(server), transport="mux")
-    listener = Listener(ConfigSource(directory), FakeClient(tmp_path, "serve").command, drain_s=0.1)
+    listener = Listener(FileSource(directory), FakeClient(tmp_path, "serve").command, drain_s=0.1)
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)
         async with await connect(port) as near, await accept(server) as far:

@@ -206,7 +206,7 @@ def test_of_a_call_that_cannot_be_noted_nothing_is_left(
 
 def test_a_killed_process_holds_nothing(place: Path) -> None:
     with Call(place) as call:
-        assert (call.note.calls.ports, call.note.calls.source) == (PORTS, SOURCE)
+        assert (call.note.calls.ports, call.note.calls.caller) == (PORTS, SOURCE)
         call.process.send_signal(signal.SIGSTOP)
         assert len(living(place)) == 1
 

@@ -35,9 +35,9 @@ pytestmark = pytest.mark.usefixtures("mux_call_home")
 class Program:
     """The service as the agent starts it, with a mux of ours at the other end of its call."""
 
-    def __init__(self, directory: Path, port: int, *, source: str = "sys-net", slowness: float = 1.0) -> None:
+    def __init__(self, directory: Path, port: int, *, caller: str = "sys-net", slowness: float = 1.0) -> None:
         self.bench = MuxBench(is_far_there=False)
-        environment = os.environ | {"QREXEC_REMOTE_DOMAIN": source, "QUBES_FORWARD_RUN_DIR": str(directory)}
+        environment = os.environ | {"QREXEC_REMOTE_DOMAIN": caller, "QUBES_FORWARD_RUN_DIR": str(directory)}
         self.process = subprocess.Popen(
             [*with_constants("service", slowness=slowness), f"{port}+mux"],
             stdin=self.bench.far_call,
@@ -146,7 +146,7 @@ def test_garbage_is_status_125_with_the_reason(program: Program) -> None:
 
 
 def test_a_caller_without_a_name_is_refused(tmp_path: Path) -> None:
-    with Program(tmp_path, 80, source="../etc") as program:
+    with Program(tmp_path, 80, caller="../etc") as program:
         status, message = program.end()
         assert status == ExitStatus.TROUBLE
         assert "is not" in message

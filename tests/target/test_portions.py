@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory that the processes of a socket service divide: bounded in all, and no source takes it all."""
+"""Memory that the processes of a socket service divide: bounded in all, and no caller takes it all."""
 
 from contextlib import ExitStack
 
@@ -19,12 +19,12 @@ FIRST = 26
 A, B = QubeName("sys-net"), QubeName("sys-vpn")
 
 
-def take_all(undo: ExitStack, portions: Portions, source: QubeName) -> list[int]:
-    """As many as one source gets, each for another port."""
+def take_all(undo: ExitStack, portions: Portions, caller: QubeName) -> list[int]:
+    """As many as one caller gets, each for another port."""
     taken: list[int] = []
     while True:
         try:
-            taken.append(undo.enter_context(portions.taken(source, f"{len(taken) + 1}+mux")))
+            taken.append(undo.enter_context(portions.taken(caller, f"{len(taken) + 1}+mux")))
         except RefusedError:
             return taken
 
@@ -41,7 +41,7 @@ def test_the_first_gets_most_and_each_after_it_less() -> None:
         assert parts == FIRST
 
 
-def test_what_one_source_leaves_is_for_the_others() -> None:
+def test_what_one_caller_leaves_is_for_the_others() -> None:
     portions = Portions()
     with ExitStack() as undo:
         take_all(undo, portions, A)
@@ -65,22 +65,22 @@ def test_in_all_there_are_never_more_than_the_most() -> None:
     with ExitStack() as undo:
         for number in range(CALLS_MAX):
             undo.enter_context(portions.taken(QubeName(f"q{number}"), "1+mux"))
-        for source, argument in ((A, "1+mux"), (QubeName("q1"), "1+mux")):
+        for caller, argument in ((A, "1+mux"), (QubeName("q1"), "1+mux")):
             with pytest.raises(RefusedError, match="more than it leaves"):
-                undo.enter_context(portions.taken(source, argument))
+                undo.enter_context(portions.taken(caller, argument))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.booleans()), max_size=80))
 def test_what_is_taken_is_at_most_all_and_comes_back(steps: list[tuple[int, int, bool]]) -> None:
     portions = Portions()
     live: list[tuple[ExitStack, int]] = []
-    for source, port, is_end in steps:
+    for caller, port, is_end in steps:
         if is_end and live:
             live.pop(port % len(live))[0].close()
             continue
         undo = ExitStack()
         try:
-            parts = undo.enter_context(portions.taken(QubeName(f"q{source}"), f"{port}+mux"))
+            parts = undo.enter_context(portions.taken(QubeName(f"q{caller}"), f"{port}+mux"))
         except RefusedError:
             continue
         live.append((undo, parts))

@@ -38,7 +38,7 @@ def test_v2_of_two_ipv6_addresses_has_52_bytes():
 
 
 @pytest.mark.parametrize("header", [header_v1, header_v2])
-def test_a_mapped_source_is_tcp4(header):
+def test_a_mapped_client_is_tcp4(header):
     mapped = (ip_address("::ffff:192.0.2.1"), 40000)
     assert header(mapped, EXPOSED4) == header(CLIENT4, EXPOSED4)
     assert header(mapped, (ip_address("::ffff:198.51.100.2"), 8080)) == header(CLIENT4, EXPOSED4)
@@ -81,21 +81,21 @@ def test_a_port_that_cannot_be_is_refused(header, port):
 
 @settings(derandomize=True)
 @given(ends, ends)
-def test_v1_is_one_short_line_that_reads_back(source, destination):
-    line = header_v1(source, destination)
+def test_v1_is_one_short_line_that_reads_back(client, exposed):
+    line = header_v1(client, exposed)
     assert len(line) <= 107
     assert line.count(b"\n") == 1
     assert line.endswith(b"\r\n")
-    proxy, family, client, exposed, client_port, exposed_port = line[:-2].decode("ascii").split(" ")
+    proxy, family, client_ip, exposed_ip, client_port, exposed_port = line[:-2].decode("ascii").split(" ")
     kind = {"TCP4": IPv4Address, "TCP6": IPv6Address}[family]
-    kind(client), kind(exposed)
-    assert (proxy, int(client_port), int(exposed_port)) == ("PROXY", source[1], destination[1])
+    kind(client_ip), kind(exposed_ip)
+    assert (proxy, int(client_port), int(exposed_port)) == ("PROXY", client[1], exposed[1])
 
 
 @settings(derandomize=True)
 @given(ends, ends)
-def test_v2_says_its_own_length(source, destination):
-    header = header_v2(source, destination)
+def test_v2_says_its_own_length(client, exposed):
+    header = header_v2(client, exposed)
     assert header.startswith(SIGNATURE)
     assert int.from_bytes(header[14:16], "big") == len(header) - 16
     assert len(header) in (28, 52)

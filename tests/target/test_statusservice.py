@@ -99,7 +99,7 @@ def test_a_listener_that_does_not_answer_is_not_waited_for(
     assert found.listener_problem == "the listener does not answer: timed out"
 
 
-def test_calls_are_counted_by_source_and_ports_while_they_live(place: Path, tmp_path: Path) -> None:
+def test_calls_are_counted_by_caller_and_ports_while_they_live(place: Path, tmp_path: Path) -> None:
     single = Calls(TargetPorts(80, 80), QubeName("sys-net"))
     with (
         left_note(Kind.MUX, MINE, just_now(), place, 1),
@@ -111,10 +111,10 @@ def test_calls_are_counted_by_source_and_ports_while_they_live(place: Path, tmp_
         soon.set_until(boot_ticks() + 10 * TICKS_PER_S)
         late.set_until(boot_ticks() + 100 * TICKS_PER_S)
         one, other = told("", tmp_path / "none", place).calls
-        assert one == CallsReport(source=single.source, ports=single.ports, singles=1)
+        assert one == CallsReport(source=single.caller, ports=single.ports, singles=1)
         assert other.drain_left_s in range(70, 101)
         assert other == CallsReport(
-            source=MINE.source,
+            source=MINE.caller,
             ports=MINE.ports,
             mux_calls=2,
             singles=1,

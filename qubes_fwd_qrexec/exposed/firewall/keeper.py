@@ -33,7 +33,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, ForwardError, TextError
 from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
 from qubes_fwd_qrexec.common.values import Binding, QubeName, RuleName, parse_number
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource, Source
+from qubes_fwd_qrexec.exposed.configsource import ConfigSource, FileSource
 from qubes_fwd_qrexec.exposed.lifetime import Expiry
 from qubes_fwd_qrexec.exposed.qubesdbsource import open_qubesdb
 from qubes_fwd_qrexec.system.cleanstart import start_clean
@@ -66,7 +66,7 @@ _Name = tuple[QubeName, RuleName]
 class Forwards:
     """The forwards that are to be let in now, by the configuration as it was read last."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ConfigSource) -> None:
         self._source = source
         self._stamp: object = None
         self._configs: dict[_Name, ListenerConfig] = {}
@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         with ExitStack() as stack:
             signals, changes = stack.enter_context(Signals()), stack.enter_context(Changes())
-            source = ConfigSource(args.config) if args.config else stack.enter_context(open_qubesdb())
+            source = FileSource(args.config) if args.config else stack.enter_context(open_qubesdb())
             place = os.environ.get("RUNTIME_DIRECTORY")
             state = None if place is None else Path(place, STATE)
             given: int | None = args.listener_uid

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
 from qubes_fwd_qrexec.common.values import Binding
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.firewall import keeper
 from qubes_fwd_qrexec.exposed.firewall.chain import Family, NftError, Seen, rules, transaction
 from qubes_fwd_qrexec.exposed.firewall.keeper import Firewall, Forwards, Wanted, account, main, told
@@ -70,7 +70,7 @@ def a_keeper(
 @pytest.fixture
 def forwards(tmp_path: Path) -> Forwards:
     write_config(tmp_path / "c", 80, 80)
-    made = Forwards(ConfigSource(tmp_path / "c"))
+    made = Forwards(FileSource(tmp_path / "c"))
     made.read()
     return made
 
