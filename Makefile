@@ -12,6 +12,11 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest-trio
+# One process for each CPU; ARGS=-n0 runs the tests one after another, as --pdb needs it.
+PARALLEL := -n auto --dist worksteal
+# What imports trio, and the doors over all of it.
+TRIO_TESTS := tests/exposed tests/lab tests/relay tests/target tests/test_endings.py \
+	$(wildcard tests/test_listener*.py tests/test_service*.py)
 export PYTHON
 
 .PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz soak packages clean
@@ -22,11 +27,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.dev
 	@tools/debian-packages --optional socat nftables iproute2
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
+# Of the rest no line runs otherwise with another trio.
 test-oldest-trio: $(OLDEST)/.dev
 	@tools/debian-packages --optional socat nftables iproute2
-	$(OLDEST)/bin/python -m pytest $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) $(or $(ARGS),$(TRIO_TESTS))
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

@@ -32,6 +32,12 @@ settings.register_profile(
 settings.load_profile("ours")
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest's own has the test's name in it, and below it a UNIX socket's path would be too long."""
+    return tmp_path_factory.mktemp("t")
+
+
 @pytest.fixture(autouse=True)
 def _restored_logging() -> Iterator[None]:
     """A program's ``main`` takes over the log of its process, which here is that of all tests."""

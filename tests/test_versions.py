@@ -59,7 +59,7 @@ def test_an_older_listener_reads_what_dom0_writes_for_a_rule_without_new_options
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (f"{CONFIG_0_1[0]} mark=7", "option 'mark' at column 137: unknown option"),
+        (f"{CONFIG_0_1[0]} mark=7", "option 'mark' at column 134: unknown option"),
         (CONFIG_0_1[0].replace("version=1", "version=2"), "'version=2', written for another version"),
         (CONFIG_0_1[0].replace("mux", "quic"), "'quic' is not one of auto, mux, call"),
     ],

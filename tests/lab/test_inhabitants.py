@@ -13,12 +13,13 @@ import pytest
 import trio
 from helpers import until
 
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.inhabitants import VARIABLE, end_inhabitants, inhabitants
 from qubes_fwd_qrexec.lab.qube import QubeState
-from qubes_fwd_qrexec.lab.running import client_command
+from qubes_fwd_qrexec.lab.running import RunningLab, client_command
 
 from .lab_calls import bounded_lab, calling, give_service, read_exactly
 
@@ -134,6 +135,13 @@ async def test_qube_that_is_halted_by_its_description_ends_its_calls(tmp_path: P
             assert await read_exactly(other.stdout, 10) == b"still here"
 
 
+def has_no_configuration(lab: RunningLab) -> bool:
+    try:
+        return lab.directory.vm_config("work") == {}
+    except StoreError:  # it is being made anew
+        return False
+
+
 async def test_qube_that_is_halted_takes_its_servers_and_its_configuration_with_it(tmp_path: Path) -> None:
     async with bounded_lab(tmp_path) as lab:
         place = lab.directory.qube_dir("work")
@@ -144,7 +152,7 @@ async def test_qube_that_is_halted_takes_its_servers_and_its_configuration_with_
         await until(lambda: inhabitants(place.root))
         place.file.write_text(place.file.read_text().replace('"Running"', '"Halted"'))
         assert await server.wait() == -signal.SIGTERM
-        await until(lambda: lab.directory.vm_config("work") == {})
+        await until(lambda: has_no_configuration(lab))
         lab.directory.set_state("work", QubeState.RUNNING)
         assert lab.directory.vm_config("work") == {"fwd.x": "y"}
         await server.stdin.aclose()  # type: ignore[union-attr]
