@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a called qube says, read with bounds on size and time: it may say anything, for ever or not at all."""
 
-import os
-import select
 import time
 from contextlib import suppress
-from subprocess import TimeoutExpired
-from typing import IO, Protocol
+from subprocess import Popen
+from threading import Timer
 
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 
 # A trial of a forward takes up to 3 s in its qube, and a call some tenths of a second.
 ANSWER_TIMEOUT_S = 8.0
 # qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED and QREXEC_EXIT_SERVICE_NOT_FOUND.
 REFUSED = 126
 NO_SERVICE = 127
-# `ExitStatus.BAD_ARGUMENT` of our services.
-_BAD_ARGUMENT = 2
 
 
 class AnswerError(StoreError):
@@ -35,77 +32,37 @@ class NotRunningError(AnswerError):
     """Nothing runs that could answer: what a call there would end does not live either."""
 
 
-class Answering(Protocol):
-    """A call's process, as `subprocess.Popen`; its stdout is a pipe, and its stdin if it gets anything."""
-
-    stdin: IO[bytes] | None
-    stdout: IO[bytes] | None
-
-    def wait(self, timeout: float | None = None) -> int: ...
-
-    def kill(self) -> None: ...
-
-
 def read_answer(
-    process: Answering, max_bytes: int, what: str, timeout_s: float = ANSWER_TIMEOUT_S, given: str = ""
+    process: Popen[bytes], given: str, max_bytes: int, what: str, timeout_s: float | None = None
 ) -> bytes:
-    """All that the call says until it ends with status 0; else the call is ended and `AnswerError` raised.
+    """Give a call its input and return all that it says, which is untrusted. The call has ended then.
 
-    ``given`` is at most what a pipe takes at once, 64 KiB.
+    ``process`` has pipes as stdin and stdout, and ``what`` names the call in errors. Raises `AnswerError`
+    unless it ends with status 0, within ``timeout_s`` (else `ANSWER_TIMEOUT_S`), after at most ``max_bytes``.
     """
+    timeout_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
     deadline = time.monotonic() + timeout_s
-    is_over = False
-    try:
-        _give(process, given.encode("ascii"), what)
-        untrusted_answer = _read(process, max_bytes, what, deadline, timeout_s)
-        status = process.wait(max(0.0, deadline - time.monotonic()))
-        is_over = True
-    except TimeoutExpired as error:
-        raise AnswerError(f"{what} did not end within {timeout_s:g} s") from error
-    finally:
-        if not is_over:
+    if process.stdin is None or process.stdout is None:
+        raise ValueError("a call's process has both pipes")
+    with process:
+        # It ends every wait below.
+        timer = Timer(timeout_s, process.kill)
+        timer.start()
+        try:
+            # One that ends without reading says why by its exit status.
+            with suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(given.encode("ascii"))
+            untrusted_answer = process.stdout.read(max_bytes + 1)
+            if len(untrusted_answer) > max_bytes:
+                raise AnswerError(f"{what} said more than {max_bytes} bytes")
+            status = process.wait()
+        finally:
+            timer.cancel()
             process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+    if time.monotonic() >= deadline:
+        raise AnswerError(f"{what} did not end within {timeout_s:g} s")
     if status != 0:
-        why = ", as it does not understand that; its package is older than dom0's"
-        raise AnswerError(
-            f"{what} ended with exit status {status}{why if status == _BAD_ARGUMENT else ''}", status
-        )
+        is_older = status == ExitStatus.BAD_ARGUMENT
+        why = ", as it does not understand that; its package is older than dom0's" if is_older else ""
+        raise AnswerError(f"{what} ended with exit status {status}{why}", status)
     return untrusted_answer
-
-
-def _give(process: Answering, given: bytes, what: str) -> None:
-    if process.stdin is None:
-        return
-    fd = process.stdin.fileno()
-    os.set_blocking(fd, False)
-    try:
-        # One that has ended without reading says why by its exit status.
-        with suppress(BrokenPipeError):
-            if os.write(fd, given) != len(given):
-                raise AnswerError(f"{what} took only a part of what it was told")
-    except BlockingIOError as error:
-        raise AnswerError(f"{what} took nothing of what it was told") from error
-    finally:
-        process.stdin.close()
-
-
-def _read(process: Answering, max_bytes: int, what: str, deadline: float, timeout_s: float) -> bytes:
-    if process.stdout is None:
-        raise AnswerError(f"{what} has no output")
-    fd = process.stdout.fileno()
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    received = bytearray()
-    while True:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0 or not poll.poll(left_s * 1000):
-            raise AnswerError(f"{what} did not end within {timeout_s:g} s")
-        more = os.read(fd, 65536)
-        if not more:
-            return bytes(received)
-        received += more
-        if len(received) > max_bytes:
-            raise AnswerError(f"{what} said more than {max_bytes} bytes")

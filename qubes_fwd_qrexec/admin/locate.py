@@ -46,7 +46,7 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
             "qvm-forward is a command of dom0, and this is a qube; run it there. In a qube that may manage "
             f"this system, {install}; to try it without one, {_MAKE_A_LAB}"
         )
-    from .qubesstore import QubesStore
+    from .qubes.store import QubesStore
 
     return QubesStore()
 

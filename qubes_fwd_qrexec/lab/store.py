@@ -16,15 +16,16 @@ from qubes_fwd_qrexec.admin.backend import (
     PolicyCall,
     PolicyFile,
     PolicyVerdict,
-    check_feature,
 )
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube, feature_matters, is_told
+from qubes_fwd_qrexec.admin.lockfile import WATCH_BUSY, hold, is_held
 from qubes_fwd_qrexec.common.errors import StoreError, why
 from qubes_fwd_qrexec.common.values import QubeName
 
 from .directory import LabDirectory, write_text
 
 _WATCH_NAME = "watch.lock"
+_WATCH_TIMEOUT_S = 1.0
 
 
 def open_backend(path: str) -> Backend:
@@ -88,7 +89,6 @@ class LabStore:
         return found, problem
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
-        check_feature(qube, key, value)
         with _told():
             self._lab.set_feature(qube, key, value)
 
@@ -125,7 +125,7 @@ class LabStore:
     ) -> bytes:
         import subprocess
 
-        from qubes_fwd_qrexec.admin.answers import ANSWER_TIMEOUT_S, AnswerError, NotRunningError, read_answer
+        from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, read_answer
 
         what = f"{service} in {qube}"
         if not _is_up(self._lab.qube_dir("dom0").agent_socket):
@@ -134,7 +134,7 @@ class LabStore:
         try:
             process = subprocess.Popen(
                 self._call_words(qube, service),
-                stdin=subprocess.PIPE if given else subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 # Ctrl-C in a terminal is for us, who end when the call has.
@@ -142,8 +142,7 @@ class LabStore:
             )
         except OSError as error:
             raise AnswerError(f"{what}: {error.strerror}") from error
-        bound_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
-        return read_answer(process, max_bytes, what, bound_s, given)
+        return read_answer(process, given, max_bytes, what, timeout_s)
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         from dataclasses import replace
@@ -187,14 +186,10 @@ class LabStore:
             yield
 
     def watching(self) -> AbstractContextManager[None]:
-        from qubes_fwd_qrexec.admin.watched import watching
-
-        return watching(self._lab.root / _WATCH_NAME)
+        return hold(self._lab.root / _WATCH_NAME, _WATCH_TIMEOUT_S, WATCH_BUSY)
 
     def unwatched(self) -> str | None:
-        from qubes_fwd_qrexec.admin.watched import is_watched
-
-        return None if is_watched(self._lab.root / _WATCH_NAME) else "'qvm-forward watch' in another terminal"
+        return None if is_held(self._lab.root / _WATCH_NAME) else "'qvm-forward watch' in another terminal"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from .changes import LabChanges

@@ -12,8 +12,9 @@ from faulty import Panic, allowed
 from stages import Stage
 from worlds import ADD, NO_FORWARDS, NOW, Command, Result
 
-from qubes_fwd_qrexec.admin import locate, qubesstore
+from qubes_fwd_qrexec.admin import locate
 from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.qubes import store as qubesstore
 from qubes_fwd_qrexec.admin.views import cli
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab

@@ -8,11 +8,13 @@ test_fake_admin.py. The package qrexec is `fake_policy`.
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from tempfile import TemporaryFile
+from threading import Event
 from types import ModuleType
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import fake_policy
 import pytest
@@ -47,6 +49,15 @@ class QubesDaemonAccessError(QubesDaemonCommunicationError):
     pass
 
 
+class QubesPropertyAccessError(QubesDaemonAccessError, AttributeError):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Failed to access '{name}' property")
+
+
+class QubesNoSuchPropertyError(QubesException, AttributeError):
+    pass
+
+
 class ProtocolError(AssertionError):
     pass
 
@@ -70,46 +81,179 @@ class Method(NamedTuple):
 
 
 class FakeProcess:
-    """A call's process: ``status`` is how it will end, None for never; ``says`` stands in its output."""
+    """A call's process, as `subprocess.Popen`: ``status`` is how it will end, None for never, and it says
+    ``says`` before that. Its input is a pipe that nobody reads before the end.
+    """
 
-    def __init__(self, status: int | None, says: bytes | None = None, *, is_given: bool = False) -> None:
+    def __init__(self, status: int | None, says: bytes) -> None:
         self._status = status
-        self.log: list[str] = []
-        self.stdin: IO[bytes] | None = None
-        self.stdout: IO[bytes] | None = None
-        self._given: IO[bytes] | None = None
+        self._is_over = Event()
+        self._ends: list[int] = []
+        self.is_killed = False
         self.given = b""
-        if is_given:
-            given_fd, stdin_fd = os.pipe()
-            self._given, self.stdin = os.fdopen(given_fd, "rb"), os.fdopen(stdin_fd, "wb")
-        if says is not None:
-            self.stdout = TemporaryFile()  # noqa: SIM115  # whoever reads it closes it
+        given_fd, stdin_fd = os.pipe()
+        self._given, self.stdin = os.fdopen(given_fd, "rb"), os.fdopen(stdin_fd, "wb")
+        if status is None:
+            stdout_fd, end = os.pipe()
+            self._ends.append(end)
+            os.write(end, says)
+            self.stdout: IO[bytes] = os.fdopen(stdout_fd, "rb")
+        else:
+            self.stdout = TemporaryFile()  # noqa: SIM115  # closed at the end
             self.stdout.write(says)
             self.stdout.seek(0)
+            self._is_over.set()
+
+    def __enter__(self) -> "FakeProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        self.stdin.close()
+        self.wait()
+        self._given.close()
 
     def wait(self, timeout: float | None = None) -> int:
-        self.log.append("wait")
-        if self._given is not None and not self._given.closed:
-            with self._given:
-                self.given = self._given.read()
-        if self._status is None:
-            if timeout is None:
-                unexpected("to wait for ever")
-            raise subprocess.TimeoutExpired("qrexec-client", timeout)
-        return self._status
+        assert self._is_over.wait(60.0), "nobody ends it"
+        if not self.given and self.stdin.closed and not self._given.closed:
+            self.given = self._given.read()
+        return -9 if self._status is None else self._status
 
     def kill(self) -> None:
-        self.log.append("kill")
-        self._status = -9
+        if not self._is_over.is_set():
+            self.is_killed = True
+            self._is_over.set()
+            os.close(self._ends.pop())
+
+
+class FakeVM:
+    """`qubesadmin.vm.QubesVM`, whose properties are read as qubesadmin/base.py does."""
+
+    def __init__(self, app: "FakeApp", name: str, klass: str, state: str | None) -> None:
+        self._app = app
+        self.name = name
+        self.klass = klass
+        self._state = state
+        self._known: dict[str, Any] = {}
+        self.features = FakeFeatures(app, name)
+
+    @property
+    def tags(self) -> Iterator[str]:
+        return iter(self._app.qubesd_call(self.name, "admin.vm.tag.List").decode().splitlines())
+
+    def get_power_state(self) -> str:
+        if self._state is None:
+            unexpected("a call for each state")
+        return self._state
+
+    def __getattr__(self, item: str) -> Any:
+        if item.startswith("_"):
+            raise AttributeError(item)
+        if not self._app.cache_enabled:
+            unexpected("a call for each property")
+        if not self._known:
+            with suppress(QubesDaemonAccessError):
+                answer = self._app.qubesd_call(self.name, "admin.vm.property.GetAll")
+                for line in answer.splitlines():
+                    name, value = line.split(b" ", 1)
+                    self._known[name.decode()] = self._value(value)
+        if self._known:
+            value = self._known.get(item, AttributeError)
+        else:
+            try:
+                value = self._value(self._app.qubesd_call(self.name, "admin.vm.property.Get", item))
+            except (QubesDaemonAccessError, QubesVMNotFoundError):
+                raise QubesPropertyAccessError(item) from None
+        if value is AttributeError:
+            raise AttributeError(item)
+        return value
+
+    def _value(self, answer: bytes) -> Any:
+        default, kind, value = answer.split(b" ", 2)
+        assert default.startswith(b"default=")
+        text = value.decode()
+        if kind == b"type=vm":
+            return self._app.domains.get_blind(text) if text else None
+        if kind == b"type=bool":
+            return text == "True" if text else AttributeError
+        if kind in (b"type=str", b"type=int", b"type=label"):
+            return text
+        raise QubesDaemonCommunicationError(f"Received invalid value type: {kind!r}")
+
+
+class FakeFeatures:
+    """qubesadmin/features.py."""
+
+    def __init__(self, app: "FakeApp", name: str) -> None:
+        self._app = app
+        self._name = name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._app.qubesd_call(self._name, "admin.vm.feature.List").decode().splitlines())
+
+    def get(self, key: str) -> str | None:
+        try:
+            return self._app.qubesd_call(self._name, "admin.vm.feature.Get", key).decode()
+        except KeyError:
+            return None
+
+    def __setitem__(self, key: str, value: str) -> None:
+        self._app.qubesd_call(self._name, "admin.vm.feature.Set", key, value.encode())
+
+    def __delitem__(self, key: str) -> None:
+        self._app.qubesd_call(self._name, "admin.vm.feature.Remove", key)
+
+
+class FakeDomains:
+    """`qubesadmin.app.VMCollection`."""
+
+    def __init__(self, app: "FakeApp") -> None:
+        self._app = app
+        self._listed: dict[str, dict[str, str]] = {}
+        self._objects: dict[str, FakeVM] = {}
+
+    def _list(self) -> dict[str, dict[str, str]]:
+        if not self._listed:
+            for line in self._app.qubesd_call("dom0", "admin.vm.List").splitlines():
+                name, words = line.decode("ascii").split(" ", 1)
+                # A word without "=" is a ValueError there too.
+                self._listed[name] = dict(word.split("=", 1) for word in words.split(" "))
+        return self._listed
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._list()
+
+    def values(self) -> list[FakeVM]:
+        return [self.get_blind(name) for name in self._list()]
+
+    def get_blind(self, name: str) -> FakeVM:
+        if name not in self._objects:
+            listed = self._listed.get(name)
+            klass = listed["class"] if listed else "not asked for"
+            state = listed.get("state") if listed and self._app.cache_enabled else None
+            self._objects[name] = FakeVM(self._app, name, klass, state)
+        return self._objects[name]
+
+
+class FakeApp:
+    """What ``qubesadmin.Qubes()`` makes. What it has cached stays as it was."""
+
+    def __init__(self, qubesd: "FakeQubes") -> None:
+        self.qubesd_connection_type = qubesd.connection
+        self.local_name = qubesd.name
+        self.cache_enabled = False
+        self.qubesd_call = qubesd.qubesd_call
+        self.run_service = qubesd.run_service
+        self.domains = FakeDomains(self)
 
 
 class FakeQubes:
-    """`qubesadmin.Qubes`. ``fails`` may raise, or give an answer, in the place of a call's own."""
+    """The system. ``fails`` may raise, or give an answer, in the place of a call's own."""
 
     def __init__(self, lab: LabDirectory, *, connection: str = "socket", name: str = "dom0") -> None:
         self.lab = lab
-        self.qubesd_connection_type = connection
-        self.local_name = name
+        self.connection = connection
+        self.name = name
         self.calls: list[Called] = []
         self.services: list[tuple[str, str]] = []
         self.status: int | None = 0
@@ -146,12 +290,12 @@ class FakeQubes:
     ) -> FakeProcess:
         is_asked = service.startswith("qubes.ForwardStatus+")
         expected = {
-            "stdin": subprocess.DEVNULL if is_asked else subprocess.PIPE,
+            "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
             "stderr": subprocess.DEVNULL,
             "start_new_session": True,
         }
-        expected_user = "user" if self.qubesd_connection_type == "socket" else None
+        expected_user = "user" if self.connection == "socket" else None
         is_known = is_asked or service == "qubes.ForwardRevoke"
         if not is_known or autostart or popen != expected:
             unexpected((dest, service, autostart, popen))
@@ -165,7 +309,7 @@ class FakeQubes:
             self.process = FakeProcess(127 if says is None else self.status, says or b"")
         else:
             answer = b"version=1 ended=1 draining=0\n" if self.status == 0 else b""
-            self.process = FakeProcess(self.status, answer, is_given=True)
+            self.process = FakeProcess(self.status, answer)
         return self.process
 
 
@@ -215,6 +359,14 @@ def _properties(app: FakeQubes, called: Called) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def _property(app: FakeQubes, called: Called) -> str:
+    for line in _properties(app, called).splitlines():
+        name, _, value = line.partition(" ")
+        if name == called.arg:
+            return value
+    raise QubesNoSuchPropertyError(f"Invalid property {called.arg!r} of {called.dest}")
+
+
 def _tags(app: FakeQubes, called: Called) -> str:
     return "".join(f"{tag}\n" for tag in sorted(app.lab.qube(called.dest).tags))
 
@@ -244,6 +396,7 @@ def _remove(app: FakeQubes, called: Called) -> str:
 METHODS = {
     "admin.vm.List": Method(False, False, True, _list),
     "admin.vm.property.GetAll": Method(False, False, False, _properties),
+    "admin.vm.property.Get": Method(True, False, False, _property),
     "admin.vm.tag.List": Method(False, False, False, _tags),
     "admin.vm.feature.List": Method(False, False, False, _features),
     "admin.vm.feature.Get": Method(True, False, False, _feature),
@@ -261,7 +414,7 @@ def install(monkeypatch: pytest.MonkeyPatch, app: FakeQubes, client: FakePolicyC
     }
     of_policy = {name: one for name, one in vars(fake_policy).items() if name.startswith("PolicyAdmin")}
     modules = {
-        "qubesadmin": {"Qubes": lambda: app},
+        "qubesadmin": {"Qubes": lambda: FakeApp(app)},
         "qubesadmin.exc": of_qubes,
         "qrexec": {},
         "qrexec.policy": {},

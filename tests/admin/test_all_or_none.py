@@ -9,8 +9,8 @@ from memory import Memory, applied
 from stages import Stage
 from worlds import ADD, Command, content, rule, world
 
-from qubes_fwd_qrexec.admin import qubesstore
 from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.qubes import store as qubesstore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import directory

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from qubes_fwd_qrexec.admin import qubesstore
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
-from qubes_fwd_qrexec.common.config import KEY_MAX, VALUE_MAX
+from qubes_fwd_qrexec.admin.qubes import store as qubesstore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import directory
@@ -98,34 +97,6 @@ def test_features_that_do_not_matter_are_left_out(store: Backend, lab: LabDirect
     for key in ("os-version", "vm-config.other", "supported-rpc.qubes.Filecopy", "service.crond", "forward"):
         lab.set_feature("work", key, "1")
     assert store.inventory().qubes[WORK].features == {}
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("a b", "x", "'a b' is no feature's name"),
-        ("", "x", "'' is no feature's name"),
-        ("forward.\u00e9", "x", r"'forward.\\xe9' is no feature's name"),
-        ("forward.a", "\n", "printable ASCII on one line"),
-        ("forward.a", "\u00e9", "printable ASCII on one line"),
-        (f"vm-config.{'a' * (KEY_MAX + 1)}", "x", "must have 1 to 52 characters"),
-        ("vm-config.", "x", "must have 1 to 52 characters"),
-        ("vm-config.1", "x", "a letter first"),
-        ("vm-config.a", "x" * (VALUE_MAX + 1), "has 3072 bytes, and QubesDB takes at most 3071"),
-    ],
-)
-def test_what_must_not_be_set_is_refused_before_it_is(
-    store: Backend, lab: LabDirectory, key: str, value: str, words: str
-) -> None:
-    with pytest.raises(StoreError, match=words):
-        store.set_feature(WORK, key, value)
-    assert lab.features("work") == {}
-
-
-def test_what_just_fits_is_set(store: Backend, lab: LabDirectory) -> None:
-    key = f"vm-config.{'a' * KEY_MAX}"
-    store.set_feature(WORK, key, "x" * VALUE_MAX)
-    assert lab.features("work").keys() == {key}
 
 
 CALL = PolicyCall("qubes.ForwardTCP", "+80+mux", QubeName("sys-net"), WORK)

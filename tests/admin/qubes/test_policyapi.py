@@ -10,7 +10,7 @@ from fake_admin import FakeQubes
 from fake_policy import FakePolicyClient, PolicyAdminException
 
 from qubes_fwd_qrexec.admin.backend import NEW
-from qubes_fwd_qrexec.admin.policyapi import PolicyApi
+from qubes_fwd_qrexec.admin.qubes.policyapi import PolicyApi
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
@@ -62,8 +62,8 @@ def test_a_change_by_somebody_else_is_not_overwritten(api: PolicyApi, lab: LabDi
 
 
 def test_what_qubes_cannot_read_is_not_written(api: PolicyApi, policy_client: FakePolicyClient) -> None:
-    why = "the message before this one" if policy_client.is_old else "validation failed: .*:1: 1 fields"
-    with pytest.raises(StoreError, match=f"not written, as dom0's policy could not be read with it.*{why}"):
+    why = "exit status 1: not" if policy_client.is_old else "validation failed: .*:1: 1 fields.*: not"
+    with pytest.raises(StoreError, match=f"{why} written, as dom0's policy could not be read with it"):
         api.replace("nonsense\n", NEW)
     assert api.read().text is None
 
@@ -73,7 +73,7 @@ def test_another_file_that_qubes_cannot_read_is_named(
 ) -> None:
     (lab.policy_dir / "20-mine.policy").write_text("nonsense\n")
     where = "" if policy_client.is_old else r"20-mine\.policy:1.*"
-    with pytest.raises(StoreError, match=f"{where}Where that names another file, mend that one"):
+    with pytest.raises(StoreError, match=f"{where}If another file is named, mend that one"):
         api.replace("# fine\n", NEW)
 
 
@@ -82,11 +82,11 @@ def test_another_file_that_qubes_cannot_read_is_named(
     [
         (
             CalledProcessError(2, "x", stderr=b"Internal \x1b\xfferror"),
-            r"status 2: Internal \?\\xfferror\. .*log",
+            r"status 2: Internal \\u001b\\xfferror\. .*log",
         ),
         (CalledProcessError(126, "x", stderr=None), "status 126.*root or as a member of the group qubes"),
         (PolicyAdminException("odd"), "odd$"),
-        (NotImplementedError("qrexec not available"), "qrexec not available; qrexec-client"),
+        (NotImplementedError("qrexec not available"), "qrexec not available$"),
         (PermissionError("no"), "no$"),
     ],
 )
@@ -95,7 +95,7 @@ def test_an_error_names_the_file_and_the_call(
     api: PolicyApi, policy_client: FakePolicyClient, error: Exception, words: str, method: str
 ) -> None:
     if (method, type(error)) == ("policy.Replace", PolicyAdminException):
-        words = "not written.*odd"
+        words = "odd: not written"
     policy_client.fails = failing(error, method)
     with pytest.raises(StoreError, match=rf"^dom0's /etc/qubes/policy.d/30-forward\.policy: .*{words}"):
         asking(api, method)

@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Domain, Request, System, Verdict, evaluate
 from qubes_fwd_qrexec.lab.policytext import PolicyRule, parse_policy
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCUMENT = (ROOT / "docs" / "management-qube.md").read_text()
 MANUAL = (ROOT / "docs" / "qvm-forward.rst").read_text()
 GIVEN = "".join(f"{line.strip()}\n" for line in DOCUMENT.splitlines() if line.startswith("    "))
@@ -24,8 +24,9 @@ def verdict(rules: list[PolicyRule], service: str, argument: str, source: str, t
     return evaluate(rules, SYSTEM, Request(service=service, argument=argument, source=source, target=target))
 
 
-# That one qubesadmin asks by itself, before it makes a call that is not to start the qube.
-METHODS_OF_QUBES = [*METHODS, "admin.vm.CurrentState"]
+# qubesadmin asks CurrentState by itself, before it makes a call that is not to start the qube; and Get only
+# where GetAll was refused.
+METHODS_OF_QUBES = sorted((METHODS.keys() | {"admin.vm.CurrentState"}) - {"admin.vm.property.Get"})
 CALLS = [
     *((method, "+", "dom0" if method == "admin.vm.List" else "work") for method in METHODS_OF_QUBES),
     ("admin.vm.List", "+", "work"),

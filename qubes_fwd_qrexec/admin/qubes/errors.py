@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What Qubes' packages raise, turned into our errors: what was asked of whom, why not, and what helps.
+
+``here`` is the management qube that this runs in, None in dom0, which no policy binds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from subprocess import CalledProcessError
+
+from qubes_fwd_qrexec.admin.answers import REFUSED, NotRunningError
+from qubes_fwd_qrexec.common.errors import StoreError, TextError
+
+WHO_MAY = "qvm-forward works as root or as a member of the group qubes"
+# qrexec/tools/qubes_policy_admin.py: the request was understood and not carried out; 2 is an error within.
+_BAD_REQUEST = 1
+# What qubesadmin raises for an answer that it cannot parse; its ProtocolError is an AssertionError.
+_UNPARSABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class UnansweredError(StoreError):
+    """qubesd refused one call, failed within, knows no such qube, or gave an answer that cannot be read."""
+
+
+class NotDoneError(StoreError):
+    """The policy API has understood a call and did not carry it out."""
+
+
+@contextmanager
+def asking_qubesd(method: str, dest: str, here: str | None) -> Iterator[None]:
+    """Raises `UnansweredError`, `NotRunningError` if the qube is halted, and `StoreError` without qubesd."""
+    from qubesadmin import exc
+
+    what = f"{method} at {dest}"
+    try:
+        yield
+    except exc.QubesVMNotRunningError as error:
+        raise NotRunningError(f"{what}: {plain(error)}") from error
+    except exc.QubesDaemonAccessError as error:
+        target = "@adminvm" if dest == "dom0" else "@anyvm"
+        line = f"{method.partition('+')[0]}  *  {here}  {target}  allow  target=dom0"
+        way_out = how_to_allow(line) if here else "'journalctl -u qubesd' says why"
+        raise UnansweredError(f"{what}: {plain(error)}. {way_out}") from error
+    except exc.QubesDaemonCommunicationError as error:
+        way_out = f"{WHO_MAY}, and qubesd has to run: 'systemctl status qubesd'"
+        raise StoreError(f"{what}: {plain(error)}. {way_out}") from error
+    except OSError as error:
+        raise StoreError(f"{what}: {plain(error)}") from error
+    except (exc.QubesException, exc.PermissionDenied, TextError, *_UNPARSABLE) as error:
+        raise UnansweredError(f"{what}: {plain(error)}") from error
+
+
+@contextmanager
+def asking_policy_api(method: str, name: str, place: str, here: str | None) -> Iterator[None]:
+    """``name`` is the policy file's, ``place`` what to call it. Raises `NotDoneError` and `StoreError`.
+
+    Since April 2026 the client tells what was wrong; before, it has the call's exit status alone.
+    """
+    from qrexec.policy.admin_client import PolicyAdminException
+
+    try:
+        yield
+    except PolicyAdminException as error:
+        raise NotDoneError(f"{place}: {method}: {plain(error)}") from error
+    except CalledProcessError as error:
+        # Of a traceback the last line says what was wrong. What is not captured was on the terminal.
+        said = (error.stderr or b"").decode("utf-8", "backslashreplace").strip().rpartition("\n")[2]
+        what = f"{place}: {method} ended with exit status {error.returncode}{said and f': {plain(said)}'}"
+        if error.returncode == _BAD_REQUEST:
+            raise NotDoneError(what) from error
+        way_out = f"'/var/log/qubes/policy-admin.log' in dom0 may say why; {WHO_MAY}"
+        if here and error.returncode == REFUSED:
+            argument = "*" if method == "policy.List" else f"+{name}"
+            way_out = how_to_allow(f"{method}  {argument}  {here}  @adminvm  allow  target=dom0")
+        raise StoreError(f"{what}. {way_out}") from error
+    except (NotImplementedError, OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{place}: {method}: {plain(error)}") from error
+
+
+def how_to_allow(line: str) -> str:
+    """The sentence that gives a management qube the line of policy that it lacks."""
+    return (
+        "If dom0's policy is what refuses it, this line allows it, in a file of /etc/qubes/policy.d that "
+        f"sorts before 30-forward.policy: '{line}'. qvm-forward(1) has all that a management qube needs"
+    )
+
+
+def plain(text: object) -> str:
+    """An error's text on one line, with what a terminal could take for more than text escaped."""
+    words = " ".join(str(text).split()).rstrip(".")
+    return "".join(c if " " <= c <= "~" else f"\\u{ord(c):04x}" for c in words) or type(text).__name__

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dom0's policy: our own file through Qubes' policy API, and what its own parser says of all of it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import ANY, NEW, ChangedError, PolicyCall, PolicyFile, PolicyVerdict
+from qubes_fwd_qrexec.common.errors import StoreError
+
+from .errors import NotDoneError, asking_policy_api
+
+_PLACE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
+# In dom0 the caller opens it (qrexec/tools/qubes_policy_admin.py), and one who may not gets a traceback.
+_LOG = "/var/log/qubes/policy-admin.log"
+
+
+class PolicyApi:
+    """Our policy file. ``client`` is a `qrexec.policy.admin_client.PolicyClient`, ``here`` as in `errors`."""
+
+    def __init__(self, client: Any, here: str | None) -> None:
+        self._client = client
+        self._here = here
+
+    def read(self) -> PolicyFile:
+        """Raises `StoreError`."""
+        try:
+            with self._asking("policy.Get"):
+                return PolicyFile(*self._client.policy_get(policy.NAME))
+        except NotDoneError:
+            # An old client does not say whether that is because there is none.
+            with self._asking("policy.List"):
+                if policy.NAME in self._client.policy_list():
+                    raise
+        return PolicyFile(None, NEW)
+
+    def replace(self, text: str, token: str) -> None:
+        """Raises `ChangedError` and `StoreError`; the file is then as it was."""
+        try:
+            with self._asking("policy.Replace"):
+                self._client.policy_replace(policy.NAME, text, token)
+        except NotDoneError as error:
+            if token != ANY and self.read().token != token:
+                raise ChangedError(_PLACE) from error
+            raise StoreError(
+                f"{error}: not written, as dom0's policy could not be read with it. If another file is "
+                "named, mend that one: until then dom0 may refuse every call"
+            ) from error
+
+    @contextmanager
+    def _asking(self, method: str) -> Iterator[None]:
+        if self._here is None and os.path.exists(_LOG) and not os.access(_LOG, os.W_OK):
+            raise StoreError(
+                f"{_LOG}: the policy API needs to write it, and you may not; as root, "
+                f"'chgrp qubes {_LOG}; chmod g+w {_LOG}' mends that"
+            )
+        # If root is the first to write the log, the group has to be able to write it too.
+        umask = os.umask(0o002)
+        try:
+            with asking_policy_api(method, policy.NAME, _PLACE, self._here):
+                yield
+        finally:
+            os.umask(umask)
+
+
+def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
+    """What dom0 would say of calls if their targets ran; the policy is read once.
+
+    By qrexec/policy/parser.py, which judges real calls over the same files. Where it fails, dom0 refuses.
+    """
+    from qrexec.exc import AccessDenied
+    from qrexec.policy.parser import AllowResolution, FilePolicy, Request
+    from qrexec.utils import get_system_info
+
+    def verdict(call: PolicyCall) -> PolicyVerdict:
+        try:
+            found = rules.evaluate(Request(*call, system_info=system))
+        except AccessDenied as error:
+            return PolicyVerdict(False, str(error) or "dom0 denies the call")
+        # Its asserts and lookups, where a line names a qube that does not exist.
+        except (AssertionError, AttributeError, LookupError, OSError, ValueError) as error:
+            return PolicyVerdict(False, f"the policy cannot be evaluated: {type(error).__name__}: {error}")
+        uuid = system["domains"][call.target].get("uuid")
+        if isinstance(found, AllowResolution) and str(found.target) in (call.target, f"uuid:{uuid}"):
+            return PolicyVerdict(True, "dom0 allows the call")
+        return PolicyVerdict(False, "dom0 asks the user first, or sends the call elsewhere")
+
+    try:
+        system: dict[str, Any] = get_system_info()
+        rules: Any = FilePolicy()
+    except (AccessDenied, OSError, ValueError) as error:
+        reason = f"the policy cannot be read, so that dom0 denies every call: {error}"
+        return [PolicyVerdict(False, reason)] * len(calls)
+    for domain in system["domains"].values():
+        domain["power_state"] = "Running"
+    return list(map(verdict, calls))

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""All qubes of the system, read through qubesadmin's objects.
+
+With its cache on, an object reads all properties of its qube in one call, and the list of qubes gives their
+states: as many calls as are needed, 4 for a qube with a rule, and as fast as calls made by hand. What the
+cache has is never renewed, so each inventory begins with an app of its own.
+
+A qube of which something cannot be read has a ``problem``, and all that was read before it.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from qubes_fwd_qrexec.admin.inventory import ADMIN, Inventory, Qube, feature_matters, is_told
+from qubes_fwd_qrexec.common.values import QubeName, parse_address, parse_qube_name
+
+from .errors import UnansweredError, asking_qubesd
+
+# qubes-core-admin qubes/vm/qubesvm.py, get_power_state(): nothing of these runs any more.
+_NOT_RUNNING = ("Halted", "NA", "Crashed", "Dying")
+# qubes/vm/mix/net.py, appvm.py and dispvm.py: which classes always have these, be it with no value.
+_ALWAYS = {
+    "netvm": ("AppVM", "DispVM", "StandaloneVM", "TemplateVM"),
+    "template": ("AppVM", "DispVM"),
+}
+# A management qube's call of qubesd is a qrexec call, of which most is waiting.
+_REMOTE_CALLS = 8
+
+
+class Reader:
+    """Reads one inventory. ``open_app`` makes a `qubesadmin.Qubes`; ``here`` is as in `errors`."""
+
+    def __init__(self, open_app: Callable[[], Any], here: QubeName | None, with_config: bool) -> None:
+        self._open_app = open_app
+        self._here = here
+        self._with_config = with_config
+
+    def inventory(self) -> Inventory:
+        """Raises `StoreError` where more is wrong than one qube."""
+        app = self._open_app()
+        app.cache_enabled = True
+        with asking_qubesd("admin.vm.List", "dom0", self._here):
+            vms = list(app.domains.values())
+        if self._here is None:
+            found = list(map(self._read, vms))
+        else:
+            with ThreadPoolExecutor(_REMOTE_CALLS) as pool:
+                found = list(pool.map(self._read, vms))
+        return Inventory({qube.name: qube for qube in found if qube is not None}, self._here)
+
+    def _read(self, vm: Any) -> Qube | None:
+        """None if the qube has vanished. Of dom0 nothing is asked, which policy would have to allow too."""
+        with asking_qubesd("admin.vm.List", "dom0", self._here):
+            name = parse_qube_name(vm.name)
+            features: dict[str, str] = {}
+            qube = Qube(name, vm.klass, features, is_running=vm.get_power_state() not in _NOT_RUNNING)
+        if qube.klass == ADMIN:
+            return qube
+        try:
+            with asking_qubesd("admin.vm.feature.List", name, self._here):
+                keys = list(vm.features)
+            qube = qube._replace(told=frozenset(filter(is_told, keys)))
+            for key in keys:
+                if feature_matters(key, self._with_config):
+                    with asking_qubesd(f"admin.vm.feature.Get+{key}", name, self._here):
+                        value = vm.features.get(key)
+                    # None: it was removed since it was listed.
+                    if value is not None:
+                        features[key] = value
+            with asking_qubesd("admin.vm.tag.List", name, self._here):
+                qube = qube._replace(tags=frozenset(vm.tags))
+            with asking_qubesd("admin.vm.property.GetAll", name, self._here):
+                return qube._replace(**properties(vm))
+        except UnansweredError as error:
+            # A management qube is refused a call to a qube that is gone like any that policy forbids.
+            if not self._exists(name):
+                return None
+            # There policy may forbid all calls of this kind, and what cannot be read be most of the system.
+            if self._here is not None:
+                raise
+            return qube._replace(problem=str(error))
+
+    def _exists(self, name: QubeName) -> bool:
+        with asking_qubesd("admin.vm.List", "dom0", self._here):
+            return name in self._open_app().domains
+
+
+def properties(vm: Any) -> Mapping[str, Any]:
+    """What `Qube` has of its properties. Raises what qubesadmin does, and `TextError` and `ValueError`."""
+
+    def value(name: str) -> Any:
+        """None for no value, and where the class has no such property."""
+        from qubesadmin.exc import QubesPropertyAccessError
+
+        try:
+            return getattr(vm, name) or None
+        except QubesPropertyAccessError:
+            # An AttributeError too, and no sign that there is none.
+            raise
+        except AttributeError:
+            if vm.klass in _ALWAYS.get(name, ()):
+                raise ValueError(f"it has no {name}, without which nothing of its traffic is known") from None
+            return None
+
+    netvm, template, ip, ip6 = map(value, ("netvm", "template", "ip", "ip6"))
+    return {
+        "netvm": None if netvm is None else parse_qube_name(netvm.name),
+        "template": None if template is None else parse_qube_name(template.name),
+        "ip": None if ip is None else str(parse_address(ip)),
+        "ip6": None if ip6 is None else str(parse_address(ip6)),
+        "provides_network": value("provides_network") is True,
+        "template_for_dispvms": value("template_for_dispvms") is True,
+    }

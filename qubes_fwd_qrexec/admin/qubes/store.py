@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A Qubes system as `Backend`, in dom0 or in a management qube.
+
+The packages qubesadmin and qrexec take longer to import than everything else here takes to run, so they
+are imported when the system is asked something.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import cached_property
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
+from typing import Any
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.answers import REFUSED, AnswerError, read_answer
+from qubes_fwd_qrexec.admin.backend import Changes, PolicyCall, PolicyFile, PolicyVerdict
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.lockfile import WATCH_BUSY, hold, is_held
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
+
+from .errors import WHO_MAY, asking_qubesd, how_to_allow
+from .policyapi import PolicyApi, verdicts
+from .reading import Reader
+
+# Root and the group qubes can write there, in dom0 (qubes-core-admin linux/system-config/tmpfiles-qubes.conf)
+# and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
+LOCK_PATH = "/run/qubes/qvm-forward.lock"
+WATCH_PATH = "/run/qubes/qvm-forward-watch.lock"
+_LOCK_TIMEOUT_S = 10.0
+_WATCH_TIMEOUT_S = 1.0
+
+
+class QubesStore:
+    """Each call has an app of its own: what one remembers is not renewed, nor meant for several threads."""
+
+    def _open_app(self) -> Any:
+        import qubesadmin
+
+        return qubesadmin.Qubes()
+
+    @cached_property
+    def _here(self) -> QubeName | None:
+        """The management qube that this runs in; None in dom0."""
+        app = self._open_app()
+        return None if app.qubesd_connection_type == "socket" else QubeName(app.local_name)
+
+    @cached_property
+    def _policy(self) -> PolicyApi:
+        from qrexec.policy.admin_client import PolicyClient
+
+        return PolicyApi(PolicyClient(), self._here)
+
+    def inventory(self, *, with_config: bool = True) -> Inventory:
+        return Reader(self._open_app, self._here, with_config).inventory()
+
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        with asking_qubesd(f"admin.vm.feature.Set+{key}", qube, self._here):
+            self._open_app().domains.get_blind(qube).features[key] = value
+
+    def remove_feature(self, qube: QubeName, key: str) -> None:
+        from qubesadmin.exc import QubesFeatureNotFoundError
+
+        asking = asking_qubesd(f"admin.vm.feature.Remove+{key}", qube, self._here)
+        with asking, suppress(QubesFeatureNotFoundError):
+            del self._open_app().domains.get_blind(qube).features[key]
+
+    def read_policy(self) -> PolicyFile:
+        return self._policy.read()
+
+    def replace_policy(self, text: str, token: str) -> None:
+        self._policy.replace(text, token)
+
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        try:
+            with asking_qubesd(service, qube, self._here):
+                process = self._open_app().run_service(
+                    qube,
+                    service,
+                    # A management qube cannot choose; there the policy's user= does.
+                    user="user" if self._here is None else None,
+                    autostart=False,
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=DEVNULL,
+                    # Ctrl-C in a terminal is for us, and we end the call.
+                    start_new_session=True,
+                )
+            return read_answer(process, given, max_bytes, f"{service} in {qube}", timeout_s)
+        except AnswerError as error:
+            if error.status != REFUSED or self._here is None:
+                raise
+            if qube == self._here:
+                text = f"{error}; no qube can call itself"
+                raise AnswerError(text, error.status, way_out="say it in dom0") from error
+            name = service.partition("+")[0]
+            line = f"{name}  *  {self._here}  @anyvm  allow  user=user  autostart=no  notify=no"
+            way_out = "have that line in dom0's policy"
+            raise AnswerError(f"{error}. {how_to_allow(line)}", error.status, way_out=way_out) from error
+        except StoreError as error:
+            raise AnswerError(str(error)) from error
+
+    def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
+        if self._here is not None:
+            reason = f"{self._here} is not dom0, and only dom0 can read its whole policy"
+            return [PolicyVerdict(None, reason)] * len(calls)
+        return verdicts(calls)
+
+    def watching(self) -> AbstractContextManager[None]:
+        return hold(Path(WATCH_PATH), _WATCH_TIMEOUT_S, WATCH_BUSY)
+
+    def unwatched(self) -> str | None:
+        if is_held(Path(WATCH_PATH)):
+            return None
+        start = "'systemctl enable --now qubes-forward-watch'"
+        return start if self._here is None else f"unless dom0's does, {start} there"
+
+    def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
+        from qubes_fwd_qrexec.admin.qubesevents import qubes_changes
+
+        return qubes_changes(policy.NAME, wakers)
+
+    def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
+        timeout_s = _LOCK_TIMEOUT_S if timeout_s is None else timeout_s
+        return hold(
+            Path(LOCK_PATH),
+            timeout_s,
+            f"another qvm-forward is changing this system, and was not done within {timeout_s:g} s; "
+            "see what it waits for",
+            f"; {WHO_MAY}",
+        )
