@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command diagnose: the whole way of a forward, from its rule to the server, up to the first thing wrong.
 
-Each step looks at one thing and says what it found; what a qube says of itself is believed only as far
-as it goes, for the last step sends a connection all the way.
+Each step looks at one thing. What a qube says of itself is not the last word, for the last step sends a
+connection all the way.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.answers import NO_SERVICE, REFUSED, AnswerError
-from qubes_fwd_qrexec.admin.figures import ask
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, OFFER_PREFIX, Inventory, Qube
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, OFFER_PREFIX
 from qubes_fwd_qrexec.admin.judged import judged
+from qubes_fwd_qrexec.admin.listeners import Has, ask, uptake
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
+from qubes_fwd_qrexec.admin.states import Finding as Planned
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
-from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport, Trial
+from qubes_fwd_qrexec.common.refusals import Refusal
+from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport
 from qubes_fwd_qrexec.common.rules import BrokenRule, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import reasons
+from . import heard, reasons
+from .reasons import Command
 from .render import broken_line, escaped
 from .session import Session
 from .tables import Colour, Style
@@ -30,9 +35,7 @@ from .tables import Colour, Style
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
 _PACKAGE = "qubes-fwd-qrexec"
-
-
-# Nothing is said to the server, so a protocol that it does not share with its clients is not found.
+# A trial says nothing to the server, so it does not find a protocol that server and clients do not share.
 _WELL = "Nothing on the way to the server is wrong. What the server says to clients was not tried."
 
 
@@ -42,34 +45,96 @@ class Verdict(StrEnum):
     STOPS = "stops"
 
 
+class Fault(StrEnum):
+    """What is wrong where a step stops, in a word for programs. There are also those of the plan's `Cause`,
+    of `Has`, and of the round trip's `Refusal`.
+    """
+
+    NOT_APPLIED = "not-applied"
+    CLOSED = "firewall-closed"
+    DENIED = "denied"
+    NO_SERVER = "no-server"
+
+
+_SET = "qvm-forward set {target} {name} "
+_LOG = f"'journalctl -u {LISTENER}' in {{exposed}}"
+_FIREWALL_LOG = "'systemctl status qubes-forward-nft' in {exposed} says why"
+_INSTALL = f"install or update {_PACKAGE} in {{template}}, shut {{template}} down, and start {{qube}} again"
+_PORT = (
+    "mend that in {exposed}, or choose another port or address: {0}, or {1}",
+    *(f"{_SET}srcports=PORT", f"{_SET}listen=ADDRESS"),
+)
+# What helps against each, and the commands of dom0 in that, which it names by their numbers.
+_REMEDIES: dict[str, tuple[str, ...]] = {
+    State.BROKEN: ("{0}", "qvm-forward remove {target} {name}"),
+    Fault.NOT_APPLIED: ("{0}", "qvm-forward apply"),
+    Has.NO_SERVICE: (_INSTALL,),  # `Refusal.NO_SERVICE` is the same word
+    Has.NOT_OFFERED: (_INSTALL,),
+    Has.NO_ANSWER: ("{helps}",),
+    Has.NO_LISTENER: (
+        f"{{0}} and start {{exposed}} again; if it is on, 'systemctl status {LISTENER}' in {{exposed}} says "
+        "why it does not run",
+        f"qvm-service {{exposed}} {LISTENER} on",
+    ),
+    Has.FAILED: _PORT,
+    Has.IN_PART: _PORT,
+    Has.NOT_YET: (f"{_LOG} says why; 'systemctl restart {LISTENER}' there reads everything again",),
+    Has.FIREWALL: (_FIREWALL_LOG,),
+    Fault.CLOSED: (_FIREWALL_LOG,),
+    Fault.DENIED: (
+        "look for a line in a policy file that sorts before 30-forward.policy, or for a file that cannot be "
+        "read: {0}",
+        "qubes-policy-lint",
+    ),
+    Fault.NO_SERVER: (
+        "start the server in {target}, and have it listen on 127.0.0.1; 'ss -ltn' there shows who listens",
+    ),
+    Refusal.POLICY: (
+        "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; {target} may also "
+        "have as many calls as it can",
+    ),
+    Refusal.SERVER: ("the server in {target} took no connection; see what it logs",),
+    # With the stock service this is also how a server that does not listen looks.
+    Refusal.NO_CALL: (
+        f"see that the server in {{target}} runs and listens on 127.0.0.1; {_LOG} says how calls fail",
+    ),
+    Refusal.BUSY: ("wait until some connections to {target} have ended",),
+}
+_OTHERWISE = (f"{_LOG}, and the journal of {{target}}, say more",)
+_FIREWALL = {
+    Firewall.OPEN: "lets clients in by",
+    Firewall.CLOSED: "drops what comes by",
+    Firewall.UNKNOWN: "is not known to let clients in by",
+}
+
+
 class Finding(NamedTuple):
-    """What one step found; ``remedy`` is there where it stops."""
+    """What one step found. Where it stops, ``cause`` says why and ``remedy`` what helps; ``ways_out`` are the
+    commands of dom0 in it, with a word in capitals where the user chooses.
+    """
 
     step: str
     verdict: Verdict
     text: str
+    cause: str = ""
     remedy: str = ""
+    ways_out: tuple[Command, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        return {"step": self.step, "verdict": self.verdict, "text": self.text, "remedy": self.remedy}
+
+def _stops(step: str, cause: str, text: str, **facts: object) -> Finding:
+    remedy, *commands = _REMEDIES.get(cause, _OTHERWISE)
+    ways_out = tuple(tuple(word.format(**facts) for word in command.split()) for command in commands)
+    quoted = (f"'{' '.join(words)}'" for words in ways_out)
+    return Finding(step, Verdict.STOPS, text, cause, remedy.format(*quoted, **facts), ways_out)
 
 
 def diagnose(args: Namespace, session: Session) -> int:
-    """Walk the way; status 0 if nothing on it is wrong."""
+    """Walk the way; exit status 0 if nothing on it is wrong."""
     snapshot = session.look(with_config=True)
-    entry = snapshot.find(args.qube, args.name)
-    if isinstance(entry, BrokenRule):
-        text = broken_line(entry, Style()).rstrip("\n")
-        findings = [Finding("rule", Verdict.STOPS, text, f"'qvm-forward remove {entry}'")]
-    else:
-        planned = snapshot.plan(session.now)
-        forward = planned.find(entry.target, entry.name)
-        if forward is None:
-            return 1
-        findings = list(_until_wrong(_Walk(session, forward, snapshot.inventory).steps()))
-    is_well = not any(finding.verdict is Verdict.STOPS for finding in findings)
+    findings = list(walk(snapshot, args.qube, args.name, session.now, session.backend))
+    is_well = findings[-1].verdict is not Verdict.STOPS
     if session.is_json:
-        steps = [finding.as_json() for finding in findings]
+        steps = [finding._asdict() for finding in findings]
         session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
     else:
         session.say("".join(_lines(findings, session.style)))
@@ -89,284 +154,193 @@ def _lines(findings: list[Finding], style: Style) -> Iterator[str]:
             yield f"What helps: {escaped(finding.remedy)}\n"
 
 
-def _until_wrong(steps: Iterator[Finding]) -> Iterator[Finding]:
-    for finding in steps:
-        yield finding
-        if finding.verdict is Verdict.STOPS:
-            return
+def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backend) -> Iterator[Finding]:
+    """The findings of each step, up to the first that stops.
+
+    Each step asks what it needs when it is taken. Raises `RefusedError` if there is no such rule.
+    """
+    entry = snapshot.find(target, name)
+    if isinstance(entry, BrokenRule):
+        text = broken_line(entry, Style()).rstrip("\n")
+        yield _stops("rule", State.BROKEN, text, target=target, name=name)
+        return
+    for forward in snapshot.plan(now):
+        if forward.source == entry:
+            for finding in _Walk(snapshot, forward, backend).steps():
+                yield finding
+                if finding.verdict is Verdict.STOPS:
+                    return
 
 
 class _Walk:
     """The steps for one forward, each a method, in the order of the way."""
 
-    def __init__(self, session: Session, forward: Forward, inventory: Inventory) -> None:
-        self._backend = session.backend
+    def __init__(self, snapshot: Snapshot, forward: Forward, backend: Backend) -> None:
+        self._snapshot = snapshot
         self._forward = forward
-        self._inventory = inventory
-        self._target = inventory.qubes[forward.source.target]
-        self._name = str(forward.source)
-        # Of a range the first port stands for all.
-        self._port = forward.source.rule.target_ports.first
-        self._server_trial: Trial | None = None
+        self._backend = backend
+        self._target = snapshot.inventory.qubes[forward.source.target]
+        self._facts: dict[str, object] = {
+            "target": forward.source.target,
+            "name": forward.source.name,
+            "exposed": forward.exposed,
+        }
 
     def steps(self) -> Iterator[Finding]:
-        """Lazily: a step is only taken after the one before it; each relies on that."""
-        yield self._rule()
-        exposed, config = self._forward.exposed, self._forward.config
+        """A step is taken only if those before it did not stop."""
+        forward, exposed, config = self._forward, self._forward.exposed, self._forward.config
         if exposed is None or config is None:
+            yield self._planned("rule", forward.decisive)
             return
-        qube = self._inventory.qubes[exposed]
-        yield self._exposed(qube)
-        yield self._applied(qube, config)
+        yield _ok("rule", f"{forward.source} is {forward.state}")
+        halted = forward.finding(Cause.EXPOSED_HALTED)
+        if halted is not None:
+            yield self._planned("exposed qube", halted)
+        yield _ok("exposed qube", f"{exposed} is running")
+        yield self._applied(exposed, config)
         try:
             answer = ask(self._backend, exposed)
         except AnswerError as error:
-            # What a template has told dom0 may be old; a qube that answers has the package.
-            yield self._installed(qube)
             yield self._not_asked("listener", exposed, error)
             return
-        yield Finding("listener installed", Verdict.OK, f"{qube.name} has {_PACKAGE}, and answers")
         yield self._listener(exposed, answer)
         yield self._firewall(exposed, config, answer.firewall)
         yield self._policy(exposed)
         yield self._target_runs()
-        yield self._service()
+        try:
+            yield from self._target_answers()
+        except AnswerError as error:
+            yield self._not_asked("service", self._target.name, error)
         if self._target.is_running:
-            yield self._server()
-            yield self._round_trip(exposed)
+            yield self._round_trip(exposed, config)
 
-    def _rule(self) -> Finding:
-        forward = self._forward
-        if forward.is_live:
-            return Finding("rule", Verdict.OK, f"{self._name} is {forward.state}")
-        remedies = {
-            State.DISABLED: f"'qvm-forward enable {self._name}'",
-            State.EXPIRED: f"'qvm-forward set {self._name} expire=+8h' gives it more time",
-        }
-        remedy = remedies.get(forward.state, self._ways_out())
-        if forward.cause is Cause.HELD:
-            remedy = "'qvm-forward resume'"
-        return Finding(
-            "rule", Verdict.STOPS, f"{self._name} is {forward.state}. {reasons.sentence(forward)}", remedy
-        )
+    def _stops(self, step: str, cause: str, text: str, **more: object) -> Finding:
+        return _stops(step, cause, text, **self._facts, **more)
 
-    def _ways_out(self) -> str:
-        """The commands that could open it; where one has to be agreed to after it, that too."""
-        first = [f"'{' '.join(words)}'" for words in reasons.ways_out(self._forward) if words[1] != "confirm"]
-        confirm = f"'qvm-forward confirm {self._name}'"
-        if self._forward.state is not State.SUSPENDED:
-            return " or ".join(first) or f"'qvm-forward show {self._name}' shows all that guards it"
-        is_enough = reasons.ways_out(self._forward)[:1] == (
-            ("qvm-forward", "confirm", *self._forward.source[:2]),
-        )
-        if is_enough or not first:
-            return f"{confirm} if it is to be so"
-        return f"{' or '.join(first)}, then {confirm}"
+    def _planned(self, step: str, found: Planned) -> Finding:
+        """A step stops by what the plan has found."""
+        ways_out = reasons.ways_out(self._forward, found)
+        quoted = [f"'{' '.join(words)}'" for words in ways_out]
+        # Where somebody has to agree after something else, that is the last.
+        last = quoted.pop() if len(ways_out) > 1 and ways_out[-1][1] == "confirm" else None
+        remedy = " or ".join(quoted) if last is None else f"{' or '.join(quoted)}, then {last}"
+        text = f"{self._forward.source} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
+        return Finding(step, Verdict.STOPS, text, found.cause, remedy, ways_out)
 
-    def _exposed(self, qube: Qube) -> Finding:
-        if qube.is_running and self._forward.cause is not Cause.EXPOSED_HALTED:
-            return Finding("exposed qube", Verdict.OK, f"{qube.name} is running")
-        return Finding(
-            "exposed qube",
-            Verdict.STOPS,
-            f"{qube.name}, which is to listen, is halted",
-            f"'qvm-start {qube.name}'",
-        )
+    def _not_asked(self, step: str, qube: QubeName, error: AnswerError) -> Finding:
+        inventory = self._snapshot.inventory
+        facts = {"qube": qube, "template": inventory.qubes[qube].template or qube}
+        if error.status == NO_SERVICE:
+            return self._stops(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", **facts)
+        # What a template has told dom0 may be old; a qube that answers has the package.
+        if not inventory.feature(qube, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"):
+            text = f"{qube} has not told dom0 that it has {_PACKAGE}"
+            return self._stops(step, Has.NOT_OFFERED, text, **facts)
+        helps = error.way_out or f"look into {qube}, or restart it"
+        if error.status == REFUSED and not error.way_out:
+            helps = f"{qube} may have as many calls as it can: wait until some have ended, or restart it"
+        return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {error}", helps=helps)
 
-    def _applied(self, exposed: Qube, config: ListenerConfig) -> Finding:
-        allowed = policy.allowing(self._backend.read_policy().text)
-        told = exposed.features.get(f"{CONFIG_PREFIX}{config.key}")
+    def _applied(self, exposed: QubeName, config: ListenerConfig) -> Finding:
+        allowed = policy.allowing(self._snapshot.installed.text)
+        told = self._snapshot.inventory.qubes[exposed].features.get(f"{CONFIG_PREFIX}{config.key}")
         lacking = [
             f"dom0's policy lacks '{line}'" for line in policy.lines(self._forward) if line not in allowed
         ]
         if told != str(config):
-            lacking.append(f"{exposed.name} is told {'nothing' if told is None else 'something else'} of it")
-        if not lacking:
-            return Finding("applied", Verdict.OK, "policy and listener are told what the rule asks for")
-        return Finding("applied", Verdict.STOPS, "; ".join(lacking), "'qvm-forward apply'")
-
-    def _installed(self, qube: Qube) -> Finding:
-        if self._inventory.feature(qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"):
-            return Finding("listener installed", Verdict.OK, f"{qube.name} has {_PACKAGE}")
-        where = qube.template or qube.name
-        return Finding(
-            "listener installed",
-            Verdict.STOPS,
-            f"{qube.name} has not told dom0 that it has {_PACKAGE}",
-            f"install {_PACKAGE} in {where}, shut {where} down, and start {qube.name} again",
-        )
+            lacking.append(f"{exposed} is told {'nothing' if told is None else 'something else'} of it")
+        if lacking:
+            return self._stops("applied", Fault.NOT_APPLIED, "; ".join(lacking))
+        return _ok("applied", "policy and listener are told what the rule asks for")
 
     def _listener(self, exposed: QubeName, answer: QubeReport) -> Finding:
-        def stops(text: str, remedy: str) -> Finding:
-            return Finding("listener", Verdict.STOPS, text, remedy)
-
-        if answer.listener is None:
-            return stops(
-                f"{exposed}: {answer.listener_problem or 'no listener is running'}",
-                f"'qvm-service {exposed} {LISTENER} on' and start {exposed} again; if it is on, "
-                f"'systemctl status {LISTENER}' in {exposed} says why it does not run",
-            )
-        key = "" if self._forward.config is None else self._forward.config.key
-        problem = next((p.text for p in answer.listener.problems if p.key == key), None)
-        found = answer.listener.find(self._forward.source.target, self._forward.source.name)
-        if problem is not None:
-            remedy = (
-                f"mend that in {exposed}, or choose another port or address: "
-                f"'qvm-forward set {self._name} srcports=PORT', or listen=ADDRESS"
-            )
-            return stops(f"the listener of {exposed} cannot open it: {problem}", remedy)
-        if found is None or not found.is_listening:
-            remedy = (
-                f"'journalctl -u {LISTENER}' in {exposed} says why; 'systemctl restart {LISTENER}' there "
-                "reads everything again"
-            )
-            return stops(f"the listener of {exposed} does not have {self._name} open", remedy)
-        ports = self._forward.source.rule.listen_ports.worded()
-        return Finding("listener", Verdict.OK, f"{exposed} listens on {ports}")
+        found = uptake(self._forward, answer)
+        if found.has not in (Has.OPEN, Has.FIREWALL):
+            return self._stops("listener", found.has, heard.trouble(self._forward, found) or "")
+        return _ok("listener", f"{exposed} listens on {self._forward.source.rule.listen_ports.worded()}")
 
     def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Finding:
         """For those IP versions that it listens on and that its clients have."""
-        remedy = f"'systemctl status qubes-forward-nft' in {exposed} says why"
         if config.key in told.waiting:
-            text = f"the firewall of {exposed} lets nobody in to a port that the listener does not listen on"
-            return Finding("firewall", Verdict.STOPS, text, remedy)
+            return self._stops("firewall", Has.FIREWALL, f"{exposed}: {heard.FIREWALL}")
         listened = {address.version for address in config.listen}
-        words = {
-            name: word
-            for version, name, word in ((4, "IPv4", told.ip), (6, "IPv6", told.ip6))
-            if version in (listened & config.sources.versions or listened)
-        }
-        by = {word: " and ".join(name for name in words if words[name] is word) for word in Firewall}
-        if set(words.values()) == {Firewall.CLOSED}:
-            text = f"the firewall of {exposed} drops what comes to the port by {by[Firewall.CLOSED]}"
-            return Finding("firewall", Verdict.STOPS, text, remedy)
-        parts = (
-            (Firewall.OPEN, f"lets clients in by {by[Firewall.OPEN]}"),
-            (Firewall.CLOSED, f"drops what comes by {by[Firewall.CLOSED]}"),
-            (Firewall.UNKNOWN, f"is not known to let clients in by {by[Firewall.UNKNOWN]}"),
+        versions = sorted(listened & config.sources.versions or listened)
+        words = {f"IPv{version}": told.ip if version == 4 else told.ip6 for version in versions}
+        detail = ", ".join(
+            f"{does} {' and '.join(names)}"
+            for word, does in _FIREWALL.items()
+            if (names := [name for name in words if words[name] is word])
         )
-        text = ", ".join(part for word, part in parts if by[word])
-        # Which of them a client uses is the client's choice: what is open does not make up for what is not.
-        verdict = Verdict.OK if set(words.values()) == {Firewall.OPEN} else Verdict.UNKNOWN
-        return Finding("firewall", verdict, f"the firewall of {exposed} {text}")
+        text = f"the firewall of {exposed} {detail}"
+        if set(words.values()) == {Firewall.CLOSED}:
+            return self._stops("firewall", Fault.CLOSED, text)
+        # Which version a client uses is the client's choice: one that is open does not make up for the other.
+        is_open = set(words.values()) == {Firewall.OPEN}
+        verdict = Verdict.OK if is_open else Verdict.UNKNOWN
+        return Finding("firewall", verdict, text)
 
     def _policy(self, exposed: QubeName) -> Finding:
-        service, target = self._forward.service, self._target.name
-        verdict = judged([self._forward], self._backend, self._backend.read_policy().text)[
-            self._forward.source[:2]
-        ]
+        verdicts = judged([self._forward], self._backend, self._snapshot.installed.text)
+        verdict = verdicts[self._forward.source[:2]]
+        call = f"{self._forward.service} from {exposed} to {self._target.name}"
         if verdict.is_allowed is None:
             return Finding("policy", Verdict.UNKNOWN, verdict.reason)
-        if verdict.is_allowed:
-            return Finding("policy", Verdict.OK, f"dom0 allows {service} from {exposed} to {target}")
-        return Finding(
-            "policy",
-            Verdict.STOPS,
-            f"dom0 denies {service} from {exposed} to {target}: {verdict.reason}",
-            "look for a line in a policy file that sorts before 30-forward.policy, or for a file that "
-            "cannot be read: 'qubes-policy-lint' in dom0",
-        )
+        if not verdict.is_allowed:
+            return self._stops("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
+        return _ok("policy", f"dom0 allows {call}")
 
     def _target_runs(self) -> Finding:
         name = self._target.name
         if self._target.is_running:
-            return Finding("target", Verdict.OK, f"{name} is running")
-        if self._forward.source.rule.autostart:
-            return Finding("target", Verdict.UNKNOWN, f"{name} is halted, and a connection starts it")
-        return Finding(
-            "target",
-            Verdict.STOPS,
-            f"{name} is halted, and connections may not start it",
-            f"'qvm-start {name}', or 'qvm-forward set {self._name} autostart=yes'",
-        )
+            return _ok("target", f"{name} is running")
+        halted = self._forward.finding(Cause.TARGET_HALTED)
+        if halted is not None:
+            return self._planned("target", halted)
+        return Finding("target", Verdict.UNKNOWN, f"{name} is halted, and a connection starts it")
 
-    def _service(self) -> Finding:
-        """The plan has looked for what the template offers; whether the target has it, the target says."""
+    def _target_answers(self) -> Iterator[Finding]:
+        """The plan has looked for what the template offers; whether the target has it, the target says.
+
+        Raises `AnswerError`.
+        """
         service, name = self._forward.service, self._target.name
+        port = self._forward.source.rule.target_ports.first  # of a range it stands for all
         if not self._target.is_running or service is not Service.FORWARD_TCP:
-            return Finding("service", Verdict.UNKNOWN, f"{name} is not asked whether it has {service}")
-        try:
-            self._server_trial = ask(self._backend, name, str(self._port)).trial
-        except AnswerError as error:
-            return self._not_asked("service", name, error)
-        return Finding("service", Verdict.OK, f"{name} has {_PACKAGE}, and answers")
-
-    def _server(self) -> Finding:
-        name, trial = self._target.name, self._server_trial
+            yield Finding("service", Verdict.UNKNOWN, f"{name} is not asked whether it has {service}")
+            trial = None
+        else:
+            trial = ask(self._backend, name, str(port)).trial
+            yield _ok("service", f"{name} has {_PACKAGE}, and answers")
+        if not self._target.is_running:
+            return
         if trial is None:
-            return Finding("server", Verdict.UNKNOWN, f"{name} is not asked whether a server listens")
-        if trial.answer is Answer.THROUGH:
-            return Finding("server", Verdict.OK, f"a server in {name} takes connections on port {self._port}")
-        return Finding(
-            "server",
-            Verdict.STOPS,
-            f"no server in {name} takes connections on port {self._port} of 127.0.0.1 or ::1: {trial.text}",
-            f"start the server in {name}, and have it listen on 127.0.0.1; 'ss -ltn' there shows who listens",
-        )
+            yield Finding("server", Verdict.UNKNOWN, f"{name} is not asked whether a server listens")
+        elif trial.answer is Answer.THROUGH:
+            yield _ok("server", f"a server in {name} takes connections on port {port}")
+        else:
+            text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
+            yield self._stops("server", Fault.NO_SERVER, text)
 
-    def _round_trip(self, exposed: QubeName) -> Finding:
-        config = self._forward.config
+    def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Finding:
         try:
-            trial = ask(self._backend, exposed, "" if config is None else config.key).trial
+            trial = ask(self._backend, exposed, config.key).trial
         except AnswerError as error:
             return self._not_asked("round trip", exposed, error)
         if trial is None or trial.answer is Answer.SILENT:
             text = f"a connection from {exposed} was not refused, and nothing was heard of it"
             return Finding("round trip", Verdict.UNKNOWN, text if trial is None else f"{text}: {trial.text}")
-        if trial.answer is Answer.THROUGH:
-            text = f"a connection from {exposed} reached the server, {self._header()}"
-            return Finding("round trip", Verdict.OK, text)
-        return Finding(
-            "round trip",
-            Verdict.STOPS,
-            f"a connection from {exposed} did not reach the server: {trial.text}",
-            _remedy(trial, exposed, self._target.name),
-        )
-
-    def _header(self) -> str:
-        """What a server that expects something else refuses, and nobody here sees."""
+        if trial.answer is not Answer.THROUGH:
+            target = self._target
+            text = f"a connection from {exposed} did not reach the server: {trial.text}"
+            facts = {"qube": target.name, "template": target.template or target.name}
+            return self._stops("round trip", trial.reason, text, **facts)
+        # A server that expects something else refuses it, and nobody here sees that.
         proxy = self._forward.source.rule.proxy
+        header = f"a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
         if proxy is Proxy.OFF:
-            return "which gets no PROXY header (proxy=v1 or proxy=v2 sends one, where it expects one)"
-        return (
-            f"which must expect a PROXY header, version {str(proxy).removeprefix('v')} (proxy=off sends none)"
-        )
-
-    def _not_asked(self, step: str, qube: QubeName, error: AnswerError) -> Finding:
-        where = self._inventory.qubes[qube].template or qube
-        if error.status == NO_SERVICE:
-            return Finding(
-                step,
-                Verdict.STOPS,
-                f"{qube} does not have {STATUS_SERVICE}",
-                f"install or update {_PACKAGE} in {where}, shut {where} down, and start {qube} again",
-            )
-        remedy = error.way_out or f"look into {qube}, or restart it"
-        if error.status == REFUSED and not error.way_out:
-            remedy = f"{qube} may have as many calls as it can: wait until some have ended, or restart it"
-        return Finding(step, Verdict.STOPS, f"{qube} cannot be asked: {error}", remedy)
+            header = "no PROXY header (proxy=v1 or proxy=v2 sends one, if it expects one)"
+        return _ok("round trip", f"a connection from {exposed} reached the server, which gets {header}")
 
 
-_REMEDIES: dict[str, Callable[[str, str], str]] = {
-    "policy": lambda exposed, target: (
-        "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; "
-        f"{target} may also have as many calls as it can"
-    ),
-    "no-service": lambda exposed, target: (
-        f"install {_PACKAGE} in the template of {target} and restart {target}"
-    ),
-    "server": lambda exposed, target: f"the server in {target} took no connection; see what it logs",
-    # With the stock service this is also how a server that does not listen looks.
-    "no-call": lambda exposed, target: (
-        f"see that the server in {target} runs and listens on 127.0.0.1; 'journalctl -u {LISTENER}' in "
-        f"{exposed} says how calls fail"
-    ),
-    "busy": lambda exposed, target: f"wait until some connections to {target} have ended",
-}
-
-
-def _remedy(trial: Trial, exposed: str, target: str) -> str:
-    found = _REMEDIES.get(trial.reason)
-    if found is not None:
-        return found(exposed, target)
-    return f"'journalctl -u {LISTENER}' in {exposed}, and the journal of {target}, say more"
+def _ok(step: str, text: str) -> Finding:
+    return Finding(step, Verdict.OK, text)

@@ -12,20 +12,23 @@ FIREWALL = "its firewall lets nobody in to a port that the listener does not lis
 
 
 def note(forward: Forward, uptake: Uptake) -> str | None:
-    """What keeps a forward from being open; None if it is open, and if its qube does not say."""
-    lacking = "has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen"
+    """What keeps a forward from being open, and who knows more; None if it is open, and if no answer came."""
+    text = trouble(forward, uptake)
+    return None if text is None else f"{text}; 'qvm-forward diagnose {forward.source}' says what helps"
+
+
+def trouble(forward: Forward, uptake: Uptake) -> str | None:
+    """What keeps a forward from being open; None if it is open, and if no answer came."""
     texts = {
-        Has.NOT_OFFERED: lacking,
+        Has.NOT_OFFERED: "has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen",
+        Has.NO_SERVICE: "does not have qubes-fwd-qrexec, without which it does not listen",
         Has.NO_LISTENER: f"does not listen: {uptake.said or 'no listener is running'}",
         Has.NOT_YET: "does not have it open yet",
         Has.FAILED: f"does not have it open: {uptake.said}",
         Has.IN_PART: f"does not have it open: {IN_PART}",
         Has.FIREWALL: f"does not have it open: {FIREWALL}",
     }
-    text = texts.get(uptake.has)
-    if text is None:
-        return None
-    return f"{forward.exposed} {text}; 'qvm-forward diagnose {forward.source}' says what helps"
+    return f"{forward.exposed} {texts[uptake.has]}" if uptake.has in texts else None
 
 
 def still_open(left: GoesOn) -> str:

@@ -11,20 +11,29 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
-from qubes_fwd_qrexec.admin.apply import Step, differences
-from qubes_fwd_qrexec.admin.backend import Backend, PolicyVerdict
-from qubes_fwd_qrexec.admin.figures import ask, said_of
-from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
+from qubes_fwd_qrexec.admin.backend import PolicyVerdict
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.leftovers import Drain, Leftover, drains, leftovers, listening
+from qubes_fwd_qrexec.admin.listeners import (
+    Answer,
+    Has,
+    Uptake,
+    ask_all,
+    flows,
+    is_without_listener,
+    listening,
+    uptake,
+)
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
-from qubes_fwd_qrexec.common.report import ForwardReport, QubeReport
+from qubes_fwd_qrexec.common.config import parse_key
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import reasons
+from . import heard, reasons
 from .render import escaped, exposed_at
 from .session import Session
 from .showing import selected
@@ -35,31 +44,70 @@ _TITLES = (
     *("FROM CLIENTS", "TO CLIENTS"),
 )
 _KIB = 1024
-_AT_ONCE = 32
 # Each look is a call to every qube that listens, and nobody reads faster.
 WATCH_S = 2.0
 # ECMA-48: put the cursor into the first column of the first line, and erase everything after it.
 _CLEAR = "\x1b[H\x1b[J"
 
-Answers = Mapping[QubeName, QubeReport | AnswerError]
+Answers = Mapping[QubeName, Answer]
 """What each qube that was asked says of itself, or why there is no answer."""
+
+
+class Leftover(NamedTuple):
+    """What no rule asks for: a line of dom0's policy, or what the listener of ``qube`` is told."""
+
+    qube: QubeName | None
+    what: str
+
+    def __str__(self) -> str:
+        if self.qube is None:
+            return f"dom0's policy allows '{self.what}'"
+        return f"{self.qube} is told to listen for {self.what}"
+
+
+class Drain(NamedTuple):
+    """Connections of a forward that is closed. They may finish within ``left_s`` seconds; if that is None,
+    its listener should have cut them.
+    """
+
+    exposed: QubeName
+    target: QubeName
+    name: RuleName
+    connections: int
+    left_s: int | None
+
+    def __str__(self) -> str:
+        count = "1 connection" if self.connections == 1 else f"{self.connections} connections"
+        if self.left_s is None:
+            return f"{self.target} {self.name} is to be closed, and {self.exposed} still has {count} of it"
+        left = f"{self.left_s // 60} min" if self.left_s >= 60 else f"{self.left_s} s"
+        return (
+            f"{self.target} {self.name} is closed and draining: {count} at {self.exposed}, "
+            f"cut in {left} at the latest"
+        )
 
 
 class Row(NamedTuple):
     """One live forward, with dom0's verdict on its calls and what its listener and its target say of it.
 
-    ``report`` is None if there are no figures. ``problem`` says why, or why the listener does not have it
-    open (or not wholly): then ``is_waiting``. ``mux_calls`` are those that the target has of it, if known.
+    ``mux_calls`` are those that the target has of it; None if it is not known or there are none.
     """
 
     forward: Forward
     verdict: PolicyVerdict
-    report: ForwardReport | None = None
-    problem: str | None = None
-    is_waiting: bool = False
+    uptake: Uptake
     mux_calls: int | None = None
     bugs: int = 0
     bugs_in_target: int = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its listener does not have it open, or not wholly."""
+        return self.uptake.has not in (Has.OPEN, Has.NO_ANSWER)
+
+    @property
+    def problem(self) -> str | None:
+        return heard.note(self.forward, self.uptake) or self.uptake.said or None
 
     @property
     def state(self) -> State:
@@ -68,10 +116,10 @@ class Row(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         forward = self.forward
         figures: dict[str, Any] = {"is_known": False, "reason": self.problem}
-        if self.report is not None:
+        if self.uptake.report is not None:
             figures = {
                 "is_known": True,
-                **self.report.as_json(),
+                **self.uptake.report.as_json(),
                 "problem": self.problem,
                 "mux_calls_in_target": self.mux_calls,
                 "bugs": self.bugs,
@@ -114,8 +162,8 @@ class Status(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "leftovers": [leftover.as_json() for leftover in self.leftovers],
-            "draining": [drain.as_json() for drain in self.drains],
+            "leftovers": [leftover._asdict() for leftover in self.leftovers],
+            "draining": [drain._asdict() for drain in self.drains],
             "silent": list(self.silent),
             "forwards": [row.as_json() for row in self.rows],
             "due": [step.as_json() for step in self.due],
@@ -129,20 +177,6 @@ def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[
         found |= {forward.exposed} if forward.exposed is not None else set()
         found |= {forward.source.target} if forward.transport is Transport.MUX else set()
     return sorted(qube for qube in found if inventory.qubes[qube].is_running)
-
-
-def ask_all(qubes: Collection[QubeName], backend: Backend) -> Answers:
-    """Ask many qubes at once, so that nobody waits for one after the other."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def answer(qube: QubeName) -> QubeReport | AnswerError:
-        try:
-            return ask(backend, qube)
-        except AnswerError as error:
-            return error
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return dict(zip(qubes, pool.map(answer, qubes), strict=True))
 
 
 def status_of(
@@ -163,48 +197,39 @@ def status_of(
         answer = answers[qube]
         if isinstance(answer, QubeReport):
             live = {forward.source[:2] for forward in everything.live if forward.exposed == qube}
-            draining += drains(qube, answer, live)
-        elif not _has_no_listener(answer) and all(row.forward.exposed != qube for row in rows):
+            draining += (Drain(qube, *key, *left) for key, left in flows(answer, live).items())
+        elif not is_without_listener(answer) and all(row.forward.exposed != qube for row in rows):
             silent.append(qube)  # of others the figures are unknown, and that is said already
-    return Status(planned, rows, tuple(leftovers(due)), tuple(draining), tuple(silent), tuple(due))
+    return Status(planned, rows, tuple(_leftovers(due)), tuple(draining), tuple(silent), tuple(due))
 
 
-def _has_no_listener(error: AnswerError) -> bool:
-    return isinstance(error, NotRunningError) or error.status == NO_SERVICE
+def _leftovers(due: Collection[Step]) -> Iterator[Leftover]:
+    for step in due:
+        if step.kind is Kind.CLOSE_POLICY:
+            yield from (Leftover(None, " ".join(line.split())) for line in step.lines_gone)
+        elif step.kind is Kind.REMOVE_CONFIG:
+            key = step.key.removeprefix(CONFIG_PREFIX)
+            try:
+                yield Leftover(step.qube, " ".join(parse_key(key)))
+            except ConfigError:
+                yield Leftover(step.qube, key)
 
 
 def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
-    row, exposed = Row(forward, verdict), forward.exposed
-    answer = None if exposed is None else answers.get(exposed)
+    answer = None if forward.exposed is None else answers.get(forward.exposed)
     if answer is None:
-        return row._replace(problem=f"{exposed} is halted")
-    if isinstance(answer, AnswerError):
-        if answer.status != NO_SERVICE:
-            return row._replace(problem=str(answer))
-        problem = f"{exposed} does not have qubes-fwd-qrexec, without which it does not listen"
-        return row._replace(problem=problem, is_waiting=True)
-    if answer.listener is None:
-        problem = f"{exposed}: {answer.listener_problem or 'no listener is running'}"
-        return row._replace(problem=problem, is_waiting=True)
-    report, trouble = said_of(forward, answer.listener)
-    if report is None:
-        why = "" if trouble is None else f": {trouble}"
-        return row._replace(problem=f"{exposed} does not have {forward.source} open{why}", is_waiting=True)
-    if trouble is None and forward.config is not None and forward.config.key in answer.firewall.waiting:
-        trouble = "its firewall lets nobody in to a port that the listener does not listen on"
-    row = row._replace(
-        report=report, problem=trouble, is_waiting=trouble is not None, bugs=answer.listener.bugs
-    )
-    target = answers.get(forward.source.target)
-    if not isinstance(target, QubeReport):
-        return row
-    mux_calls = sum(
-        calls.mux_calls
-        for calls in target.calls
-        if calls.source == exposed and calls.ports == forward.source.rule.target_ports
-    )
-    is_mux = forward.transport is Transport.MUX
-    return row._replace(mux_calls=mux_calls if is_mux else None, bugs_in_target=target.bugs)
+        return Row(forward, verdict, Uptake(Has.NO_ANSWER, f"{forward.exposed} is halted"))
+    row, target = Row(forward, verdict, uptake(forward, answer)), answers.get(forward.source.target)
+    if isinstance(answer, QubeReport) and answer.listener is not None:
+        row = row._replace(bugs=answer.listener.bugs)
+    if isinstance(target, QubeReport):
+        row = row._replace(bugs_in_target=target.bugs)
+    if isinstance(target, QubeReport) and forward.transport is Transport.MUX:
+        mine = (forward.exposed, forward.source.rule.target_ports)
+        row = row._replace(
+            mux_calls=sum(calls.mux_calls for calls in target.calls if (calls.source, calls.ports) == mine)
+        )
+    return row
 
 
 def status(args: Namespace, session: Session, rest: Callable[[float], None] = time.sleep) -> int:
@@ -237,17 +262,17 @@ def _look(args: Namespace, session: Session) -> Status:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed.text)
-    answers = ask_all(to_ask(planned, snapshot.inventory, args.qube), session.backend)
+    answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
     return status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
 
 
 def text(found: Status, style: Style) -> str:
     """The status for people."""
     parts = [
-        style.colour(Colour.RED, escaped(f"No rule asks for it: {leftover.words()}; {_ENDS_THAT}"))
+        style.colour(Colour.RED, escaped(f"No rule asks for it: {leftover}; 'qvm-forward apply' ends that."))
         for leftover in found.leftovers
     ]
-    parts += [style.colour(Colour.YELLOW, f"{drain.words()}.") for drain in found.drains]
+    parts += [style.colour(Colour.YELLOW, f"{drain}.") for drain in found.drains]
     if found.rows:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
         parts.append((table.text(style) or table.blocks(style)).rstrip("\n"))
@@ -258,12 +283,11 @@ def text(found: Status, style: Style) -> str:
     return "".join(f"{part}\n" for part in (*parts, *_remarks(found)))
 
 
-_ENDS_THAT = "'qvm-forward apply' ends that."
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    named, report = row.forward.source, row.report
+    named, report = row.forward.source, row.uptake.report
     cells = (named.target, named.name, row.state, exposed_at(row.forward), _VERDICTS[row.verdict.is_allowed])
     if report is None:
         return (*cells, *("unknown",) * 6)
@@ -286,9 +310,8 @@ def size(count: int) -> str:
 def _remarks(found: Status) -> Iterator[str]:
     for row in found.rows:
         yield from _about(row)
-    known = [row for row in found.rows if row.report is not None]
-    bugs = {(str(row.forward.exposed), "listener"): row.bugs for row in known}
-    bugs |= {(row.forward.source.target, "service"): row.bugs_in_target for row in known}
+    bugs = {(str(row.forward.exposed), "listener"): row.bugs for row in found.rows}
+    bugs |= {(row.forward.source.target, "service"): row.bugs_in_target for row in found.rows}
     for (qube, program), count in sorted(bugs.items()):
         if count:
             times = "a bug" if count == 1 else f"{count} bugs"
@@ -296,9 +319,7 @@ def _remarks(found: Status) -> Iterator[str]:
     doubts = dict.fromkeys(row.verdict.reason for row in found.rows if row.verdict.is_allowed is None)
     if doubts:
         yield f"Another policy file may deny it, which cannot be told: {'; '.join(map(escaped, doubts))}."
-    unknown = dict.fromkeys(
-        row.problem for row in found.rows if row.report is None and row.problem and not row.is_waiting
-    )
+    unknown = dict.fromkeys(row.uptake.said for row in found.rows if row.uptake.has is Has.NO_ANSWER)
     if unknown:
         yield f"Figures are unknown: {'; '.join(unknown)}."
     closed = Counter(forward.state for forward in found.plan if not forward.is_live)
@@ -314,7 +335,7 @@ def _remarks(found: Status) -> Iterator[str]:
 
 
 def _about(row: Row) -> Iterator[str]:
-    name, report = row.forward.source, row.report
+    name, report = row.forward.source, row.uptake.report
     if row.verdict.is_allowed is False:
         yield f"{name}: dom0 denies its calls: {escaped(row.verdict.reason)}."
     if row.is_waiting:

@@ -53,7 +53,10 @@ def test_figures_are_unknown_and_the_reason_is_said_once(forward: Command, kind:
     assert result.out.splitlines()[3:] == (
         [f"Figures are unknown: {down}."]
         if kind == "lab"
-        else [f"personal tcp-81: waiting: {lacking}.", f"work web: waiting: {lacking}."]
+        else [
+            f"{name}: waiting: {lacking}; 'qvm-forward diagnose {name}' says what helps."
+            for name in ("personal tcp-81", "work web")
+        ]
     )
     assert result.status == (0 if kind == "lab" else 1)
     narrow = forward("status", "work", style=Style(40)).out
@@ -123,12 +126,12 @@ def test_what_drains_is_shown_and_who_does_not_say_is_named(
         # In the lab it has our package, and may run without its flag until its qube is started again.
         store.set_feature(QubeName("sys-net"), "service.qubes-forward-listener", "1")
     drain = DrainingReport(target=QubeName("work"), name=RuleName("web"), connections=2, left_s=3000)
-    last = replace(drain, connections=1, left_s=59)
+    last = replace(drain, name=RuleName("old"), connections=1, left_s=59)
     listener = ListenerReport(since=1, forwards=(), draining=(drain, last))
     found = look(store, sys_net=QubeReport(program="1", listener=listener))
     assert shown(found).splitlines()[:3] == [
         "work web is closed and draining: 2 connections at sys-net, cut in 50 min at the latest.",
-        "work web is closed and draining: 1 connection at sys-net, cut in 59 s at the latest.",
+        "work old is closed and draining: 1 connection at sys-net, cut in 59 s at the latest.",
         "No forward is open.",
     ]
     assert [entry["connections"] for entry in found.as_json()["draining"]] == [2, 1]
@@ -291,6 +294,7 @@ def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, store: Bac
     )
 
 
+HELPS = "; 'qvm-forward diagnose work web' says what helps"
 SHUT = "its firewall lets nobody in to a port that the listener does not listen on"
 MINE, OTHER = Problem("fwd.work.web", "refused"), Problem("fwd.work.x", "y")
 
@@ -315,6 +319,7 @@ def test_what_keeps_a_forward_from_being_open_wholly_is_said_and_fails(
         assert found.is_well
         return
     assert not found.is_well
+    problem = f"sys-net does not have it open: {problem}{HELPS}"
     assert f"work web: waiting: {problem}.\n" in shown(found)
     assert "work web waiting sys-net:80 allows open" in " ".join(shown(found).split())
     (entry,) = found.as_json()["forwards"]
@@ -333,17 +338,18 @@ def test_what_keeps_a_forward_from_being_open_wholly_is_said_and_fails(
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        (QubeReport(program="1", listener_problem="no listener"), "sys-net: no listener"),
-        (QubeReport(program="1"), "sys-net: no listener is running"),
-        (listening(), "sys-net does not have work web open"),
-        (listening(problems=(MINE, OTHER)), "sys-net does not have work web open: refused"),
-        (AnswerError("x", 127), "sys-net does not have qubes-fwd-qrexec, without which it does not listen"),
+        (QubeReport(program="1", listener_problem="it crashed"), "does not listen: it crashed"),
+        (QubeReport(program="1"), "does not listen: no listener is running"),
+        (listening(), "does not have it open yet"),
+        (listening(problems=(MINE, OTHER)), "does not have it open: refused"),
+        (AnswerError("x", 127), "does not have qubes-fwd-qrexec, without which it does not listen"),
     ],
 )
 def test_a_forward_that_its_listener_does_not_have_open_is_waiting(
     forward: Command, store: Backend, answer: QubeReport | AnswerError, problem: str
 ) -> None:
     forward(*ADD)
+    problem = f"sys-net {problem}{HELPS}"
     found = look(store, sys_net=answer)
     assert not found.is_well
     assert "work web waiting sys-net:80 allows unknown" in " ".join(shown(found).split())
