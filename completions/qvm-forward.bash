@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# Completion of qvm-forward for bash. What may come next is asked of qvm-forward itself.
+# Completion of qvm-forward for bash. It asks qvm-forward itself what may come next.
 
 _qvm_forward() {
     local line word
     COMPREPLY=()
-    # COMP_WORDS is split at = and : too; the words that the shell would pass on are wanted here.
+    # COMP_WORDS is also split at = and :, so take the words as the shell would pass them on.
     line=${COMP_LINE:0:COMP_POINT}
     local -a words=()
     read -r -a words <<<"$line"
@@ -14,7 +14,7 @@ _qvm_forward() {
     while IFS= read -r word; do
         COMPREPLY+=("$word")
     done < <("${words[0]}" __complete "${words[@]:1}" 2>/dev/null)
-    # Readline replaces only what stands behind the last = or : of the word.
+    # Readline replaces only what follows the last = or : of the word.
     local current=${words[${#words[@]} - 1]} prefix
     case $current in
         *[=:]*)
