@@ -20,6 +20,7 @@ from .peers import PEERS, Call, Direct, MuxCall, Peer, Socat
 from .processes import BenchError
 from .rows import CLIENTS, bulk_rate, hold_crowd
 from .stage import Stage, open_stage
+from .step import Memory, Step
 from .table import number
 
 STEPS = (1, 10, 100, 1000, 3000, 10_000)
@@ -34,35 +35,6 @@ _MANY_BY_CALL = 50
 _BULK_BYTES = 128 << 20
 _MOVED_BYTES = 1 << 20
 _LIMIT_S = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What ``held`` connections have added, in KiB: to the listener (or socat) itself, to all processes of
-    the peer, services among them, and to the lab's broker."""
-
-    first: float
-    own: float
-    broker: float
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What was measured beside ``held`` connections."""
-
-    peer: str
-    held: int
-    rate: float
-    failed: int
-    connect_ms: float
-    round_trip_ms: float
-    upload_mib_s: float
-    download_mib_s: float
-    memory: Memory
-
-    @property
-    def each_kib(self) -> float:
-        return self.memory.own / self.held
 
 
 def steps(kind: type[Peer], counts: Sequence[int]) -> Iterator[Step]:
@@ -208,6 +180,7 @@ def main(arguments: list[str]) -> int:
         document = {"machine": facts, "steps": [asdict(step) for step in found]}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if args.plot is not None:
+        # matplotlib is needed for the picture alone.
         from . import plot
 
         plot.draw(found, args.plot)

@@ -3,12 +3,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
-if TYPE_CHECKING:
-    from .growth import Step
+from .step import Step
 
 mpl.use("svg")
 # The same picture from the same numbers: no random ids, no date.
@@ -20,7 +18,7 @@ _COLOURS = {"direct": "#888888", "socat": "#d1495b", "call": "#edae49", "mux": "
 _GOAL_KIB = 24
 
 
-def draw(found: "Sequence[Step]", file: Path) -> None:
+def draw(found: Sequence[Step], file: Path) -> None:
     """Write the picture, an SVG."""
     panels: tuple[tuple[str, str, str, Callable[[Step], float | None]], ...] = (
         ("new connections, 16 clients at once", "log", "connections / s", lambda step: step.rate),

@@ -116,10 +116,20 @@ def test_no_module_needs_itself_to_be_imported() -> None:
     assert [name for name in AT_ONCE if name and name in reached_by(name, AT_ONCE)] == []
 
 
-@pytest.mark.parametrize("name", [name for name in IN_ROOMS if name != room(name)])
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name and not is_package(name)))
 def test_no_two_modules_know_each_other(name: str) -> None:
     """Neither at once, nor within a function, nor only for the type checker."""
     assert name not in reached_by(name, IMPORTS)
+
+
+@pytest.mark.parametrize("folder", ["bench", "soak"])
+def test_no_two_modules_of_a_folder_beside_the_package_know_each_other(folder: str) -> None:
+    imports: dict[str, set[str]] = {}
+    for file in (ROOT.parent / folder).glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {name for node in nodes for name in (node.module, *(alias.name for alias in node.names))}
+        imports[file.stem] = {str(name) for name in names}
+    assert [name for name in imports if name in reached_by(name, imports)] == []
 
 
 def test_what_is_only_for_types_or_within_functions_does_not_run_at_once() -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from .client import (
+from .clientcall import (
     ExitError,
     Options,
     complain,

@@ -202,7 +202,7 @@ def _is_up(socket_path: Path) -> bool:
 
     One of another user listens, although it cannot be called.
     """
-    from .client import ExitError, connect
+    from .clientcall import ExitError, connect
 
     try:
         connect(os.fsencode(socket_path)).close()

@@ -10,7 +10,7 @@ import pytest
 import trio
 from helpers import until
 
-from qubes_fwd_qrexec.lab.client import ExitError, Options, replace_characters
+from qubes_fwd_qrexec.lab.clientcall import ExitError, Options, replace_characters
 from qubes_fwd_qrexec.lab.running import RunningLab
 
 from .lab_calls import bounded_lab, give_service, read_all
