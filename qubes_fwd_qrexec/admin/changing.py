@@ -35,7 +35,7 @@ from .snapshot import Snapshot
 from .states import Cause, Finding, Forward, NotOpenError, Plan, State
 from .stock import Stock, draining, ended, left_over
 from .store import made_up_name, store
-from .views import reasons
+from .views import reasons, steps
 from .views.plans import forward_as_json
 from .views.render import escaped
 from .views.session import Session
@@ -272,8 +272,8 @@ def _as_json(
     return {
         "applied": applied is not None,
         "is_watched": session.backend.unwatched() is None,
-        "steps": [step.as_json() for step in outcome.done],
-        "ended": [target.as_json() for target in outcome.ended],
+        "steps": [steps.as_json(step) for step in outcome.done],
+        "ended": [steps.ended_as_json(ended) for ended in outcome.ended],
         "stock": [stock.as_json() for stock in left],
     }
 
@@ -301,7 +301,7 @@ def _say_rest(
     """What else was opened and closed, and what goes on."""
     for target in outcome.ended:
         if target.draining:
-            session.say(f"{target.words()}.\n")
+            session.say(f"{steps.ended_words(target)}.\n")
     for stock in left:
         session.warn(f"still open: {stock.words()}")
     if applied is not None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import StoreError
 
-from .apply import Kind, Outcome, carry_out, differences
+from .apply import Outcome, carry_out, differences
 from .backend import Backend
 from .snapshot import Snapshot, look
 from .states import Plan
@@ -22,20 +22,27 @@ class Applied(NamedTuple):
     snapshot: Snapshot
 
 
-def reconcile(
-    backend: Backend, now: float, *, is_held: bool | None = None, ends_all: bool = False
-) -> Applied:
+class UnfinishedError(StoreError):
+    """Not all steps could be taken: ``outcome`` says which. ``kept`` says what was stored before, if any."""
+
+    def __init__(self, outcome: Outcome, kept: str = "") -> None:
+        super().__init__(f"{kept}not everything could be done: {'; '.join(outcome.problems)}")
+        self.outcome = outcome
+        self.kept = kept
+
+
+def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> Applied:
     """Make policy and configuration what the stored rules ask for; the caller holds the lock.
 
     What could not be done is in the outcome. If somebody changes policy meanwhile without our lock, all is
-    looked at again. ``is_held`` puts everything on hold, or lifts the hold. ``ends_all`` is for
-    `differences`. Raises `StoreError` if the qubes cannot be read.
+    looked at again. ``is_held`` puts everything on hold, or lifts the hold. Raises `StoreError` if the qubes
+    cannot be read.
     """
     outcome = Outcome()
     for _ in range(_LOOKS):
         snapshot = look(backend, with_config=True)
         planned = snapshot.plan(now, is_held=is_held)
-        steps = differences(planned, snapshot.inventory, snapshot.installed, now, ends_all=ends_all)
+        steps = differences(planned, snapshot.inventory, snapshot.installed, now)
         problem = None if is_held else snapshot.policy_problem
         if problem is not None:
             # Everything may be on hold: only close, and only what needs no policy.
@@ -54,7 +61,7 @@ def reconcile(
 def apply(
     backend: Backend, now: float, *, is_held: bool | None = None, changed: str | None = None
 ) -> Applied:
-    """`reconcile`, which raises `StoreError` for whatever could not be done.
+    """`reconcile`, which raises `UnfinishedError` for whatever could not be done, and other `StoreError`.
 
     ``changed`` says what was stored before, for the error to say that it is kept.
     """
@@ -63,21 +70,6 @@ def apply(
         applied = reconcile(backend, now, is_held=is_held)
     except StoreError as error:
         raise StoreError(f"{kept}{error}") from error
-    if applied.outcome.troubles:
-        raise StoreError(f"{kept}{failure(applied.outcome)}")
+    if not applied.outcome.is_whole:
+        raise UnfinishedError(applied.outcome, kept)
     return applied
-
-
-def failure(outcome: Outcome) -> str:
-    """The error's text where not all steps could be taken."""
-    done = [word for step in outcome.done for word in step.words()]
-    undone = [word for step in outcome.undone for word in step.words()]
-    text = (
-        f"not everything could be done: {'; '.join(outcome.troubles)}.\nDone: {'; '.join(done) or 'nothing'}."
-    )
-    if undone:
-        text += f"\nNot done: {'; '.join(undone)}."
-    if all(step.kind is Kind.REVOKE for step in outcome.undone) and not outcome.problems:
-        # The line of policy is gone already, so another apply would have nothing to tell that target.
-        return text
-    return f"{text}\n'qvm-forward apply' does the rest once that is mended"

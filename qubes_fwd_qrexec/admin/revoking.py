@@ -7,7 +7,7 @@ with its lease whatever becomes of this.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
@@ -41,25 +41,6 @@ class Ended(NamedTuple):
     ended: int = 0
     draining: int = 0
     problem: str | None = None
-
-    def words(self) -> str:
-        """For people: what goes on, and what bounds it. Empty if all has ended."""
-        if self.problem is not None:
-            return (
-                f"{self.problem}. What is open to {self.target} may go on: over a mux call for at most "
-                f"{LEASE_S} s, over a call of its own until it ends by itself or {self.target} is shut down"
-            )
-        if not self.draining:
-            return ""
-        return f"{self.target}: {self.draining} call{'' if self.draining == 1 else 's'} may go on for a while"
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "qube": self.target,
-            "ended": self.ended,
-            "draining": self.draining,
-            "problem": self.problem,
-        }
 
 
 def allowances(

@@ -29,7 +29,7 @@ from .inventory import Inventory
 from .reconcile import reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .states import Cause, Plan, State
-from .views import reasons
+from .views import reasons, steps
 from .views.render import escaped
 from .views.session import Session
 
@@ -164,8 +164,8 @@ class Watcher:
         self._next_end = next_end(planned, now)
         self._report(planned, outcome, now)
         self._check_clock()
-        if outcome.troubles:
-            self._complain(_Trouble.APPLY, f"not everything could be done: {'; '.join(outcome.troubles)}")
+        if troubles := steps.troubles(outcome):
+            self._complain(_Trouble.APPLY, f"not everything could be done: {'; '.join(troubles)}")
             return
         self._mended(_Trouble.APPLY)
         notify("READY=1", f"STATUS={self._status(planned, now)}")
@@ -194,13 +194,13 @@ class Watcher:
         news = [] if self._seen is None else list(differing(self._seen, seen))
         self._seen = seen
         if self._session.is_json:
-            if outcome.done or outcome.troubles or news:
-                steps = [step.as_json() for step in outcome.done]
-                data = {"time": now, "news": news, "steps": steps, "problems": list(outcome.troubles)}
+            if outcome.done or not outcome.is_whole or news:
+                done = [steps.as_json(step) for step in outcome.done]
+                data = {"time": now, "news": news, "steps": done, "problems": list(steps.troubles(outcome))}
                 # One object a line, and not session.say_json, which writes for people too.
                 self._session.say(f"{json.dumps(data)}\n")
         else:
-            words = [word for step in outcome.done for word in step.words()]
+            words = [word for step in outcome.done for word in steps.words(step)]
             self._session.say("".join(f"{escaped(line)}\n" for line in (*news, *words)))
         self._session.out.flush()
 

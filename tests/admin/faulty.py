@@ -15,8 +15,6 @@ from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
 
-TRY = "lock within 0 s"
-
 
 class Faulty:
     """A lab whose backend logs what is done, and refuses what it is told to refuse."""

@@ -7,6 +7,8 @@ from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, carry_out
+from qubes_fwd_qrexec.admin.views.steps import as_json
+from qubes_fwd_qrexec.admin.views.steps import words as in_words
 from qubes_fwd_qrexec.common.values import QubeName
 
 CONFIG = "vm-config.fwd.work.web"
@@ -114,12 +116,21 @@ def test_the_next_time_finishes_what_failed() -> None:
     assert steps(backend, WEB) == ()
 
 
-def test_a_line_that_a_delivered_forward_shares_stays() -> None:
+def test_a_line_goes_with_the_listener_that_could_not_be_told_though_another_forward_shares_it() -> None:
     backend = Memory(world())
     other = rule("srcports=81 dstports=8080", name="other")
     backend.refuses = lambda entry: entry == f"set sys-net {CONFIG}"
     applied(backend, WEB, other)
-    assert len(policy.allowing(backend.policy)) == 1
+    assert policy.allowing(backend.policy) == frozenset()
+
+
+def test_what_is_allowed_already_is_not_told_to_a_new_listener_where_policy_cannot_be_written() -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    backend.refuses = lambda entry: entry.startswith("policy")
+    outcome = applied(backend, WEB, rule("srcports=81 dstports=8080", name="shares"), SSH)
+    assert backend.log == []
+    assert [step.kind for step in outcome.undone] == [Kind.OPEN_POLICY, Kind.SET_CONFIG, Kind.SET_CONFIG]
 
 
 def test_if_closing_again_fails_too_it_is_said() -> None:
@@ -161,7 +172,7 @@ def test_a_narrowing_that_fails_again_and_again_opens_nothing_meanwhile() -> Non
     narrow = rule("dstports=8080 srchosts=10.0.0.0/8")
     applied(backend, narrow)
     for _ in range(2):
-        assert applied(backend, narrow).problems == (f"cannot set sys-net {CONFIG}",)
+        assert applied(backend, narrow).problems[0] == f"cannot set sys-net {CONFIG}"
         assert not any("policy 1" in entry for entry in backend.log)
     backend.refuses = lambda entry: False
     assert applied(backend, narrow).problems == ()
@@ -192,26 +203,26 @@ def test_steps_in_words_and_json() -> None:
     backend = Memory(world())
     first = steps(backend, WEB)
     value = backend_value = first[1].value
-    assert [word for step in first for word in step.words()] == [
+    assert [word for step in first for word in in_words(step)] == [
         "policy: from now on qubes.ForwardTCP +8080+mux sys-net work allow autostart=no notify=no",
         f"sys-net: listen for fwd.work.web: {value}",
     ]
     line = "qubes.ForwardTCP  +8080+mux  sys-net  work  allow  autostart=no  notify=no"
-    assert [step.as_json() for step in first] == [
+    assert [as_json(step) for step in first] == [
         {"step": "open-policy", "remove": [], "add": [line]},
         {"step": "set-config", "qube": "sys-net", "feature": CONFIG, "was": None, "value": backend_value},
     ]
     carry_out(first, backend, backend.read_policy())
     changed = steps(backend, rule("dstports=8080 srchosts=10.0.0.0/8"))
-    assert changed[0].words()[0].startswith("sys-net: change how it listens for fwd.work.web: version=1")
+    assert in_words(changed[0])[0].startswith("sys-net: change how it listens for fwd.work.web: version=1")
     gone = steps(backend)
-    assert [word for step in gone for word in step.words()] == [
+    assert [word for step in gone for word in in_words(step)] == [
         "policy: no longer qubes.ForwardTCP +8080+mux sys-net work allow autostart=no notify=no",
         "work: end connections of sys-net to port 8080",
         "sys-net: stop listening for fwd.work.web",
     ]
-    assert gone[1].as_json() == {"step": "revoke", "qube": "work", "allowance": "version=1 drains=keep\n"}
-    assert gone[2].as_json() == {"step": "remove-config", "qube": "sys-net", "feature": CONFIG, "was": value}
+    assert as_json(gone[1]) == {"step": "revoke", "qube": "work", "allowance": "version=1 drains=keep\n"}
+    assert as_json(gone[2]) == {"step": "remove-config", "qube": "sys-net", "feature": CONFIG, "was": value}
 
 
 @pytest.mark.parametrize("before", [None, "", "# edited\n"])
@@ -219,6 +230,6 @@ def test_a_missing_or_edited_file_is_written_anew(before: str | None) -> None:
     backend = Memory(world())
     backend.policy = before
     (step,) = steps(backend)
-    assert step.words() == ["policy: write the file, which allows the same as before"]
+    assert in_words(step) == ["policy: write the file, which allows the same as before"]
     carry_out([step], backend, backend.read_policy())
     assert policy.is_same(backend.policy, policy.text([], NOW))

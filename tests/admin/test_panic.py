@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from faulty import TRY, Faulty, Panic, allowed, is_held
+from faulty import Faulty, Panic, allowed, is_held
 from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import policy
@@ -37,7 +37,6 @@ def reconcile(lab: LabDirectory, store: Any = None) -> None:
 def test_policy_is_held_before_the_lock_then_calls_and_listeners(opened: LabDirectory, panic: Panic) -> None:
     backend = Faulty(opened)
     assert panic(backend).status == 0
-    assert backend.log[:2] == ["policy 0 held", TRY]
     changes = [entry for entry in backend.log if entry.split()[0] in ("policy", "call", "set", "remove")]
     calls = slice(1, 1 + len(SERVING))
     changes[calls] = sorted(changes[calls])
@@ -47,6 +46,7 @@ def test_policy_is_held_before_the_lock_then_calls_and_listeners(opened: LabDire
         "remove sys-net vm-config.fwd.personal.tcp-81",
         "remove sys-net vm-config.fwd.work.web",
     ]
+    assert backend.log.index("lock") > max(backend.log.index(f"call {qube}") for qube in SERVING)
     assert backend.given == dict.fromkeys(SERVING, "version=1 drains=cut\n")
 
 
@@ -192,11 +192,10 @@ def test_a_resume_that_a_second_panic_overtakes_lifts_nothing(
     done: list[str] = []
 
     def interfere(entry: str) -> None:
-        if entry == "inventory" and len(done) < 2:
+        if entry == "inventory" and not done:
             done.append(entry)
-            if len(done) == 2:
-                path = opened.policy_dir / "30-forward.policy"
-                path.write_text(f"{policy.text((), NOW + 1, is_held=True)}\n")
+            path = opened.policy_dir / "30-forward.policy"
+            path.write_text(f"{policy.text((), NOW + 1, is_held=True)}\n")
 
     over(Faulty(opened, before=interfere), "resume")
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
@@ -241,15 +240,10 @@ def test_each_step_is_tried_though_another_fails(
     assert panic(Faulty(opened)).status == 0
 
 
-def test_a_lock_that_somebody_has_is_not_waited_for_before_calls_end(
-    opened: LabDirectory, panic: Panic
-) -> None:
-    backend = Faulty(opened, "lock")
-    result = panic(backend)
+def test_without_the_lock_everything_is_closed_all_the_same(opened: LabDirectory, panic: Panic) -> None:
+    result = panic(Faulty(opened, "lock"))
     assert (result.status, allowed(opened), opened.vm_config("sys-net")) == (0, frozenset(), {})
     assert "note: this went on without the lock: cannot lock" in result.err
-    assert backend.log[:3] == ["policy 0 held", TRY, "inventory"]
-    assert sorted(backend.log[3 : backend.log.index("lock")]) == [f"call {qube}" for qube in SERVING]
 
 
 def test_a_lock_that_is_held_is_not_waited_for_long(

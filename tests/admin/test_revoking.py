@@ -7,13 +7,13 @@ import pytest
 from memory import Memory, applied, steps
 from worlds import NOW, rule, world
 
-from qubes_fwd_qrexec.admin import reconcile
 from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind, differences
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.revoking import Ended, allowances, revoke, serving, targets_of
+from qubes_fwd_qrexec.admin.views import steps as views
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
@@ -71,7 +71,7 @@ def test_single_calls_of_our_service_are_ended_too() -> None:
     backend = Memory(world())
     applied(backend, rule("transport=call"))
     (step,) = [step for step in steps(backend) if step.kind is Kind.REVOKE]
-    assert step.words() == ["work: end connections of sys-net to port 80"]
+    assert views.words(step) == ["work: end connections of sys-net to port 80"]
 
 
 def test_calls_of_the_stock_service_cannot_be_ended() -> None:
@@ -100,7 +100,7 @@ def test_calls_of_a_rule_that_drains_have_an_hour() -> None:
     assert told(backend, rule(f"dstports=8080 on-expire=drain expire={NOW}")) == drained
     assert told(backend, draining) == {}
     (step,) = [step for step in steps(backend) if step.kind is Kind.REVOKE]
-    assert step.words() == ["work: let connections of sys-net end by themselves, to port 8080"]
+    assert views.words(step) == ["work: let connections of sys-net end by themselves, to port 8080"]
 
 
 @pytest.mark.parametrize("transport", ["call", "mux"])
@@ -150,8 +150,8 @@ def test_what_a_target_has_ended_is_known() -> None:
     backend = Memory(world())
     backend.answer = b"version=1 ended=3 draining=1\n"
     assert ended(backend) == Ended(WORK, 3, 1)
-    assert ended(backend).words() == "work: 1 call may go on for a while"
-    assert Ended(WORK, 3).words() == ""
+    assert views.ended_words(ended(backend)) == "work: 1 call may go on for a while"
+    assert views.ended_words(Ended(WORK, 3)) == ""
 
 
 @pytest.mark.parametrize("error", [NotRunningError("down"), AnswerError("none", NO_SERVICE)])
@@ -175,7 +175,7 @@ def test_a_target_that_is_not_reached_is_named_with_what_bounds_it(error: Except
     backend.refuses = refuse
     found = ended(backend)
     assert found.problem is not None
-    assert found.words().endswith(
+    assert views.ended_words(found).endswith(
         "What is open to work may go on: over a mux call for at most 300 s, over a call of its own until it "
         "ends by itself or work is shut down"
     )
@@ -222,10 +222,12 @@ def test_targets_that_cannot_be_told_hold_up_nothing_and_are_a_trouble() -> None
     assert outcome.problems == ()
     assert [step.kind for step in outcome.undone] == [Kind.REVOKE]
     assert Kind.REVOKE not in {step.kind for step in outcome.done}
-    assert len(outcome.troubles) == 1
-    assert "cannot call work qubes.ForwardRevoke. What is open to work may go on" in outcome.troubles[0]
+    assert len(views.troubles(outcome)) == 1
+    assert (
+        "cannot call work qubes.ForwardRevoke. What is open to work may go on" in views.troubles(outcome)[0]
+    )
     backend.refuses = lambda entry: False
     assert steps(backend, SSH) == ()
-    words = reconcile.failure(outcome)
+    words = views.failure(outcome)
     assert "Not done: work: end connections of sys-net to port 8080." in words
     assert "qvm-forward apply" not in words

@@ -42,8 +42,8 @@ _COMMANDS = {
     "watch": ("..watch", "watch"),
     "policy": (".showing", "print_policy"),
     "tunnel": ("..tunnelmarks", "tunnel"),
-    "panic": ("..panic", "panic"),
-    "resume": ("..panic", "resume"),
+    "panic": (".panic", "panic"),
+    "resume": (".panic", "resume"),
     "export": ("..exchanging", "export_rules"),
     "import": ("..exchanging", "import_rules"),
 }
@@ -91,7 +91,9 @@ def run(
         err.write(f"qvm-forward {args.command}: {reasons.refusal(error)}\n")
         return 1
     except ForwardError as error:
-        err.write(f"qvm-forward {args.command}: {error}\n")
+        from . import steps
+
+        err.write(f"qvm-forward {args.command}: {steps.error_text(error)}\n")
         return 1
     except BrokenPipeError:
         raise

@@ -17,6 +17,7 @@ from qubes_fwd_qrexec.common.rules import BrokenRule
 from . import reasons, render
 from .plans import forward_as_json, plan_as_json
 from .session import Session
+from .steps import as_json, words
 from .tables import Style
 
 
@@ -144,14 +145,14 @@ def apply(args: Namespace, session: Session) -> int:
     is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())
     refused = [f for f in planned if f.state is State.REFUSED]
     if session.is_json:
-        data = {"dry_run": args.dry_run, "steps": [step.as_json() for step in steps]}
+        data = {"dry_run": args.dry_run, "steps": [as_json(step) for step in steps]}
         session.say_json(data | plan_as_json(planned))
     elif not steps:
         what = "what could be read" if is_unread else "all"
         session.say(f"Nothing to change: {what} is as the rules ask for.\n")
     else:
         session.say("This would change:\n" if args.dry_run else "Changed:\n")
-        session.say("".join(f"  {word}\n" for step in steps for word in step.words()))
+        session.say("".join(f"  {word}\n" for step in steps for word in words(step)))
     if not session.is_json:
         # Not of clones and disposables: there may be many, and their forwards never were open.
         closed = (f for f in planned if f.cause is Cause.NETVM_CHANGED)

@@ -33,7 +33,7 @@ from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import heard, reasons
+from . import heard, reasons, steps
 from .render import escaped, exposed_at
 from .session import Session
 from .showing import selected
@@ -166,7 +166,7 @@ class Status(NamedTuple):
             "draining": [drain._asdict() for drain in self.drains],
             "silent": list(self.silent),
             "forwards": [row.as_json() for row in self.rows],
-            "due": [step.as_json() for step in self.due],
+            "due": [steps.as_json(step) for step in self.due],
         }
 
 

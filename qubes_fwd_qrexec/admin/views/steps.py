@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Words and JSON for steps, for what became of them, and for what targets made of being told."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
+from qubes_fwd_qrexec.admin.reconcile import UnfinishedError
+from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
+from qubes_fwd_qrexec.common.allowance import Allowance, Calls
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.values import QubeName
+
+
+def words(step: Step) -> list[str]:
+    """For people, one change a line."""
+    if step.is_policy:
+        gone = [f"policy: no longer {' '.join(line.split())}" for line in step.lines_gone]
+        new = [f"policy: from now on {' '.join(line.split())}" for line in step.lines_new]
+        return gone + new or ["policy: write the file, which allows the same as before"]
+    if step.allowance is not None:
+        return list(_endings(step.qube, step.allowance, step.lines_gone))
+    if step.kind is Kind.END_RULE:
+        return [f"{step.qube} {step.key.removeprefix(RULE_PREFIX)}: its time is over, and it stays ended"]
+    key = step.key.removeprefix(CONFIG_PREFIX)
+    if step.kind is Kind.REMOVE_CONFIG:
+        return [f"{step.qube}: stop listening for {key}"]
+    return [f"{step.qube}: {'listen' if step.opens else 'change how it listens'} for {key}: {step.value}"]
+
+
+def _endings(target: QubeName, allowance: Allowance, lines_gone: Iterable[str]) -> Iterator[str]:
+    over: dict[QubeName, list[Calls]] = {}
+    for line in lines_gone:
+        found = policy.calls_of(line)
+        if found is not None and found[1] not in allowance.keeps:
+            over.setdefault(found[1].caller, []).append(found[1])
+    for caller, calls in sorted(over.items()):
+        for is_draining in (False, True):
+            ports = [call.ports.worded() for call in calls if (call in allowance.drains) is is_draining]
+            verb = (
+                f"let connections of {caller} end by themselves,"
+                if is_draining
+                else f"end connections of {caller}"
+            )
+            if ports:
+                yield f"{target}: {verb} to {', '.join(ports)}"
+    if not over:
+        yield f"{target}: end all that is not allowed"
+
+
+def as_json(step: Step) -> dict[str, Any]:
+    if step.is_policy:
+        return {"step": step.kind, "remove": list(step.lines_gone), "add": list(step.lines_new)}
+    if step.allowance is not None:
+        return {"step": step.kind, "qube": step.qube, "allowance": str(step.allowance)}
+    found: dict[str, Any] = {"step": step.kind, "qube": step.qube, "feature": step.key, "was": step.was}
+    return found if step.kind is Kind.REMOVE_CONFIG else found | {"value": step.value}
+
+
+def ended_words(ended: Ended) -> str:
+    """What goes on in a target, and what bounds it. Empty if all has ended."""
+    if ended.problem is not None:
+        return (
+            f"{ended.problem}. What is open to {ended.target} may go on: over a mux call for at most "
+            f"{LEASE_S} s, over a call of its own until it ends by itself or {ended.target} is shut down"
+        )
+    if not ended.draining:
+        return ""
+    return f"{ended.target}: {ended.draining} call{'' if ended.draining == 1 else 's'} may go on for a while"
+
+
+def ended_as_json(ended: Ended) -> dict[str, Any]:
+    target, *rest = ended
+    return {"qube": target, **dict(zip(("ended", "draining", "problem"), rest, strict=True))}
+
+
+def troubles(outcome: Outcome) -> list[str]:
+    """All that is not as it should be."""
+    untold = [ended_words(ended) for ended in outcome.ended if ended.problem is not None]
+    return [*outcome.problems, *untold]
+
+
+def error_text(error: ForwardError) -> str:
+    """What an error says; where not all steps could be taken, also which."""
+    return f"{error.kept}{failure(error.outcome)}" if isinstance(error, UnfinishedError) else str(error)
+
+
+def failure(outcome: Outcome) -> str:
+    done = "; ".join(word for step in outcome.done for word in words(step))
+    undone = "; ".join(word for step in outcome.undone for word in words(step))
+    text = f"not everything could be done: {'; '.join(troubles(outcome))}.\nDone: {done or 'nothing'}."
+    if undone:
+        text += f"\nNot done: {undone}."
+    # A target that was not told is not told by another apply, which finds no line of policy to take away.
+    return f"{text}\n'qvm-forward apply' does the rest once that is mended" if outcome.problems else text
