@@ -109,12 +109,13 @@ class MuxBench:
         is_far_there: bool = True,
         half_close_s: float = 600.0,
         idle_s: float = math.inf,
+        ports: range = PORTS,
     ) -> None:
         self.clock = LoopClock()
         self.is_time_still = True
         """Whether nothing is waited for that only time brings, as in the beginning."""
         try:
-            self._begin(near_budget, far_budget, max_streams, is_far_there, half_close_s, idle_s)
+            self._begin(near_budget, far_budget, max_streams, is_far_there, half_close_s, idle_s, ports)
         except BaseException:
             self.clock.let_go()
             raise
@@ -128,6 +129,7 @@ class MuxBench:
         is_far_there: bool,
         half_close_s: float,
         idle_s: float,
+        ports: range,
     ) -> None:
         self.loop = Loop()
         self.near_budget = near_budget or Budget()
@@ -136,7 +138,7 @@ class MuxBench:
         self.near_sink, self.far_sink = self.near_call.dup(), self.far_call.dup()
         self.near_owner, self.far_owner = Owner(), Owner()
         self._streams: list[Joined] = []
-        near = Connection(Hello(WINDOW_MAX_BYTES, bytes(16)), PORTS)
+        near = Connection(Hello(WINDOW_MAX_BYTES, bytes(16)), ports)
         self.near = Mux(
             self.loop,
             near,
@@ -149,7 +151,7 @@ class MuxBench:
         )
         if is_far_there:
             hello = Hello(WINDOW_MAX_BYTES, bytes(16), max_streams=max_streams, lease_s=300)
-            far = Connection(hello, PORTS)
+            far = Connection(hello, ports)
             self.far = Mux(
                 self.loop, far, self.far_call, self.far_sink, self.far_budget, self.far_owner, half_close_s
             )

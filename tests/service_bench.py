@@ -29,42 +29,47 @@ class Word:
 class ServiceBench(MuxBench):
     """The near end of a mux call and the service at the other, each with its loop, turned in turns."""
 
-    def __init__(self, ports: TargetPorts, lease_s: int = LEASE_S, *, is_far_there: bool = False) -> None:
-        super().__init__(is_far_there=is_far_there)
+    def __init__(
+        self, ports: TargetPorts, lease_s: int = LEASE_S, *, asked: TargetPorts | None = None
+    ) -> None:
+        """``asked``: the ports that the near end takes its call to be for."""
+        super().__init__(is_far_there=False)
         self.is_time_still = True
         try:
-            self._begin_service(ports, lease_s)
+            self._begin_service(ports, lease_s, asked or ports)
         except BaseException:
             self.clock.let_go()
             raise
         self.is_time_still = False
 
-    def _begin_service(self, ports: TargetPorts, lease_s: int) -> None:
+    def _begin_service(self, ports: TargetPorts, lease_s: int, asked: TargetPorts) -> None:
         self.near.abandon()
-        hello = Connection(Hello(1 << 19, bytes(16)), range(ports.first, ports.last + 1))
+        hello = Connection(Hello(1 << 19, bytes(16)), range(asked.first, asked.last + 1))
         self.near = Mux(self.loop, hello, self.near_call, self.near_sink, self.near_budget, self.near_owner)
         self.word = Word()
         self.said_s = self.clock.now
         lease = Lease(lease_s, lambda: self.said_s)
-        self.service = MuxService(ports, self.far_call, self.far_sink, lease, self.word)
-        near_loop, far_loop = self.loop, self.service._loop
+        self.service = MuxService(
+            ports, self.far_call, self.far_sink, lease, self.word, budget=self.far_budget
+        )
+        near_loop, service = self.loop, self.service
 
         class Both(Loop):
             def run_once(self, timeout_s: float | None = None) -> None:
                 near_loop.run_once(0)
-                far_loop.run_once(timeout_s)
+                service.loop.run_once(timeout_s)
 
             def close(self) -> None:
                 super().close()
                 near_loop.close()
-                far_loop.close()
+                service.close()
 
         self.loop = Both()
         self.until(lambda: self.near_owner.is_ready)
 
     @property
     def muxes(self) -> tuple[Mux, ...]:
-        return self.near, self.service._mux
+        return self.near, self.service.mux
 
     def connect(
         self, port: int, proxy: ProxyVersion = ProxyVersion.OFF, origin: Origin = ORIGIN
@@ -96,7 +101,3 @@ class ServiceBench(MuxBench):
         self.until(is_there)
         found[0].setblocking(False)
         return found[0]
-
-    def __exit__(self, *_: object) -> None:
-        self.service._give_up_connecting()
-        super().__exit__()

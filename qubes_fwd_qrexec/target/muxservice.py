@@ -194,7 +194,11 @@ def _tell(leg: Leg, first: bytes) -> None:
 
 
 class MuxService:
-    """One mux call, from its first byte to its last; ``permission`` is what dom0 says of it."""
+    """One mux call, from its first byte to its last; ``permission`` is what dom0 says of it.
+
+    ``is_over``: no stream can come any more; those that are there may still write their last bytes.
+    ``problem`` is why, unless that was agreed.
+    """
 
     def __init__(
         self,
@@ -208,60 +212,73 @@ class MuxService:
     ) -> None:
         budget = budget or Budget()
         self._ports = ports
-        self._lease = lease
-        self._loop = Loop(bugs)
+        self.lease = lease
+        self.loop = Loop(bugs)
         self._connecting: dict[int, _Connecting] = {}
-        self._is_over = False
-        self._problem: str | None = None
+        self.is_over = False
+        self.problem: str | None = None
         hello = Hello(
             WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=budget.streams_max, lease_s=lease.length_s
         )
         connection = Connection(hello, range(ports.first, ports.last + 1))
-        self._mux = Mux(self._loop, connection, stdin, stdout, budget, self)
+        self.mux = Mux(self.loop, connection, stdin, stdout, budget, self)
         self._watch = PermissionWatch(
-            self._loop, permission, self._revoke, self._take_no_more, end=self._mux.fail
+            self.loop, permission, self.revoke, self.take_no_more, end=self.mux.fail
         )
-        self._loop.after(lease.left_s, self._look_at_lease, self._mux.fail)
+        self.loop.after(lease.left_s, self._look_at_lease, self.mux.fail)
 
     def run(self) -> str | None:
         """Serve until the mux call is over and its last connection gone; why, unless it ended as agreed."""
         meanings = {
-            LOOK: self._watch.look,
-            TAKE_NO_MORE: self._take_no_more,
-            signal.SIGTERM: self._revoke,
+            LOOK: self.look,
+            TAKE_NO_MORE: self.take_no_more,
+            signal.SIGTERM: self.revoke,
         }
-        with called_on_signals(self._loop, meanings, self._mux.fail):
-            self._watch.look()  # at what dom0 has said before anybody could be called back
-            while not self._is_over or self._mux.legs:
-                self._loop.run_once()
-        return self._problem
+        with called_on_signals(self.loop, meanings, self.mux.fail):
+            self.look()  # at what dom0 has said before anybody could be called back
+            while not self.is_over or self.mux.legs:
+                self.loop.run_once()
+        return self.problem
+
+    @property
+    def is_connecting(self) -> bool:
+        """Whether a server has been asked that has not answered yet."""
+        return bool(self._connecting)
 
     def close(self) -> None:
-        self._loop.close()
+        """Let go of what `run` has left, which is nothing where it returned."""
+        self._give_up_connecting()
+        self.loop.close()
+
+    def look(self) -> None:
+        """Do as dom0 says now."""
+        self._watch.look()
 
     def _look_at_lease(self) -> None:
         """It is over, unless dom0 has said yes again since it began."""
-        left_s = self._lease.left_s
+        left_s = self.lease.left_s
         if self._watch.drains:
             left_s = max(left_s, _LOOK_AT_DRAIN_S)  # until its deadline, or until dom0 says other
         if left_s > 0:
-            self._loop.after(left_s, self._look_at_lease, self._mux.fail)
-        elif not self._is_over:
-            self._take_no_more()
-            if self._mux.legs or self._connecting:
+            self.loop.after(left_s, self._look_at_lease, self.mux.fail)
+        elif not self.is_over:
+            self.take_no_more()
+            if self.mux.legs or self._connecting:
                 self._cut(GoawayCode.LEASE_OVER)
 
-    def _take_no_more(self) -> None:
-        if not self._is_over:
-            self._mux.drain(GoawayCode.LEASE_OVER)
+    def take_no_more(self) -> None:
+        """Refuse new streams from now on, and end with the last one there is."""
+        if not self.is_over:
+            self.mux.drain(GoawayCode.LEASE_OVER)
 
-    def _revoke(self) -> None:
+    def revoke(self) -> None:
+        """dom0 does not allow it any more: abort all streams."""
         self._cut(GoawayCode.REVOKED)
 
     def _cut(self, code: GoawayCode) -> None:
-        if not self._is_over:
+        if not self.is_over:
             self._give_up_connecting()
-            self._mux.close(code)
+            self.mux.close(code)
 
     # What the mux call tells
 
@@ -269,7 +286,7 @@ class MuxService:
         """Nothing to do: the other end begins."""
 
     def open_requested(self, event: OpenReceived) -> None:
-        connecting = self._connecting[event.stream_id] = _Connecting(self._mux, event, self._answered)
+        connecting = self._connecting[event.stream_id] = _Connecting(self.mux, event, self._answered)
         connecting.start()
 
     def open_abandoned(self, stream_id: int) -> None:
@@ -284,8 +301,8 @@ class MuxService:
         """The other end opens no more; the mux call closes after the last stream by itself."""
 
     def over(self, problem: str | None) -> None:
-        self._is_over = True
-        self._problem = problem
+        self.is_over = True
+        self.problem = problem
         self._give_up_connecting()
 
     def _give_up_connecting(self) -> None:

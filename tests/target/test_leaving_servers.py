@@ -86,12 +86,12 @@ def test_a_mux_calls_client_sees_what_it_would_directly(
     port = port_of(server)
     with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
         client, _ = bench.connect(port, proxy)
-        bench.until(lambda: bench.service._connecting)
+        bench.until(lambda: bench.service.is_connecting)
         leave(server.accept()[0])
         with client:
             assert bench.read_to_end(client) == seen_directly(leave)
             half_close(client)
-            bench.until(lambda: not bench.service._mux.legs and not bench.near.legs)
+            bench.until(lambda: not bench.service.mux.legs and not bench.near.legs)
 
 
 def test_a_mux_calls_server_that_aborts_without_a_word_is_an_abort_and_no_other_is_tried(
@@ -100,13 +100,13 @@ def test_a_mux_calls_server_that_aborts_without_a_word_is_an_abort_and_no_other_
     port = port_of(server)
     with no_fds_left(), ServiceBench(TargetPorts(port, port)) as bench:
         client, leg = bench.connect(port)
-        bench.until(lambda: bench.service._connecting)
+        bench.until(lambda: bench.service.is_connecting)
         monkeypatch.setattr(muxservice, "new_socket", lambda _family: pytest.fail("another is tried"))
         abort(server.accept()[0])
         with client, leg.sock:
             bench.until(lambda: bench.near_owner.refusals)
             assert bench.near_owner.refusals == [(leg, ResetCode.ABORTED)]
-            assert not bench.service._connecting
+            assert not bench.service.is_connecting
 
 
 # A call for one connection, by each of its two programs

@@ -58,7 +58,7 @@ def test_a_stream_is_a_connection_to_the_server(bench: ServiceBench, server: soc
         half_close(client)
         assert bench.read_to_end(client) == (b"answer", "EOF")
         assert bench.read_to_end(far) == (b"", "EOF")
-        bench.until(lambda: not bench.service._mux.legs and not bench.near.legs)
+        bench.until(lambda: not bench.service.mux.legs and not bench.near.legs)
 
 
 def test_the_sockets_buffers_are_set(bench: ServiceBench, server: socket.socket) -> None:
@@ -66,12 +66,12 @@ def test_the_sockets_buffers_are_set(bench: ServiceBench, server: socket.socket)
     client, leg = bench.connect(port_of(server))
     with client, bench.accept(server):
         bench.until(lambda: leg.is_joined)
-        (far,) = bench.service._mux.legs.values()
+        (far,) = bench.service.mux.legs.values()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             assert far.sock.getsockopt(socket.SOL_SOCKET, option) == 2 * START_BYTES
         assert far.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         leg.abort_from_here()
-        bench.until(lambda: not bench.service._mux.legs)
+        bench.until(lambda: not bench.service.mux.legs)
 
 
 def test_ipv6_is_tried_when_ipv4_refuses() -> None:
@@ -102,22 +102,22 @@ def test_a_full_accept_queue_is_a_timeout() -> None:
         bench.is_time_still = True
         client, leg = bench.connect(port)
         with client, leg.sock:
-            bench.until(lambda: bench.service._connecting)
+            bench.until(lambda: bench.service.is_connecting)
             bench.clock.advance(9.9)
             bench.turn()
             assert not bench.near_owner.refusals
             bench.clock.advance(0.1)
             bench.until(lambda: bench.near_owner.refusals == [(leg, ResetCode.TIMEOUT)])
-        assert not bench.service._connecting
+        assert not bench.service.is_connecting
 
 
 def test_an_abandoned_request_leaves_no_connection_behind() -> None:
     with no_fds_left(), full_server() as port, ServiceBench(TargetPorts(port, port)) as bench:
         client, leg = bench.connect(port)
-        bench.until(lambda: bench.service._connecting)
+        bench.until(lambda: bench.service.is_connecting)
         abort(client)
         bench.until(lambda: leg.ended is LegEnd.LOCAL_RESET)
-        bench.until(lambda: not bench.service._connecting)
+        bench.until(lambda: not bench.service.is_connecting)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_socket_that_cannot_be_watched_is_a_refusal(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "too many")
 
-    monkeypatch.setattr(bench.service._loop, "watch", refuse)
+    monkeypatch.setattr(bench.service.loop, "watch", refuse)
     assert bench.refusal(port_of(server)) is ResetCode.UNREACHABLE
 
 
@@ -161,9 +161,9 @@ def test_a_port_that_nobody_listens_on_never_answers_itself(monkeypatch: pytest.
 
 
 def test_a_budget_without_room_is_a_refusal(bench: ServiceBench, server: socket.socket) -> None:
-    bench.service._mux.share._budget.streams = bench.service._mux.share._budget.streams_max
+    bench.far_budget.streams = bench.far_budget.streams_max
     assert bench.refusal(port_of(server)) is ResetCode.OVER_LIMIT
-    bench.service._mux.share._budget.streams = 0
+    bench.far_budget.streams = 0
     with bench.accept(server) as far:
         assert bench.is_aborted(far)
 
@@ -213,14 +213,14 @@ def test_every_port_of_the_range_is_reached_and_no_other() -> None:
                 client, _ = bench.connect(port)
                 with client, bench.accept(by_port[port]):
                     pass
-    with listening_socket() as inside, ServiceBench(TargetPorts(port_of(inside), port_of(inside))) as bench:
+    with listening_socket() as inside, listening_socket() as outside:
+        ports = TargetPorts(port_of(inside), port_of(inside))
         # A listener that lies about the ports of its call: the whole mux call ends.
-        bench.near.connection._target_ports = range(1, 65536)
-        with listening_socket() as outside:
+        with ServiceBench(ports, asked=TargetPorts(1, 65535)) as bench:
             client, leg = bench.connect(port_of(outside))
-            bench.until(lambda: bench.near_owner.is_over and bench.service._is_over)
+            bench.until(lambda: bench.near_owner.is_over and bench.service.is_over)
             assert leg.ended is LegEnd.REMOTE_RESET
-            assert bench.service._problem == f"OPEN to port {port_of(outside)}, which is not of this call"
+            assert bench.service.problem == f"OPEN to port {port_of(outside)}, which is not of this call"
             with pytest.raises(BlockingIOError):
                 outside.accept()
             client.close()
@@ -246,8 +246,8 @@ def test_past_its_lease_it_takes_no_stream_and_cuts_those_it_has(server: socket.
             bench.is_time_still = False
             assert bench.is_aborted(client)
             assert bench.is_aborted(far)
-        bench.until(lambda: bench.service._is_over)
-        assert bench.service._problem is None
+        bench.until(lambda: bench.service.is_over)
+        assert bench.service.problem is None
 
 
 def test_without_streams_the_end_of_the_lease_is_an_agreed_end(server: socket.socket) -> None:
@@ -260,20 +260,19 @@ def test_without_streams_the_end_of_the_lease_is_an_agreed_end(server: socket.so
         assert bench.near_owner.problem is None
 
 
-def test_a_server_that_is_being_asked_when_the_lease_ends_is_given_up(
-    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench.is_time_still = True
-    client, _ = bench.connect(port_of(server))
-    monkeypatch.setattr(muxservice._Connecting, "_on_answer", lambda *_: None)
-    bench.until(lambda: bench.service._connecting)
-    bench.service._connecting[1]._timer.cancel()
-    bench.clock.advance(LEASE_S + 1)
-    bench.until(lambda: bench.near_owner.is_over)
-    assert not bench.service._connecting
-    bench.is_time_still = False
-    with client:
-        assert bench.is_aborted(client)
+def test_a_server_that_is_being_asked_when_the_lease_ends_is_given_up() -> None:
+    with full_server() as port, ServiceBench(TargetPorts(port, port)) as bench:
+        bench.is_time_still = True
+        bench.clock.advance(LEASE_S - 5)
+        bench.turn()
+        client, _ = bench.connect(port)
+        bench.until(lambda: bench.service.is_connecting)
+        bench.clock.advance(6)
+        bench.until(lambda: bench.near_owner.is_over)
+        assert not bench.service.is_connecting
+        bench.is_time_still = False
+        with client:
+            assert bench.is_aborted(client)
 
 
 def test_what_dom0_has_allowed_again_begins_the_lease_anew(
@@ -302,7 +301,7 @@ def test_what_drains_takes_no_more_and_goes_on_past_its_lease_to_its_deadline(
     with client, bench.accept(server) as far:
         bench.until(lambda: leg.is_joined)
         bench.word.drain_left_s = 2000.0
-        bench.service._watch.look()
+        bench.service.look()
         bench.until(lambda: bench.near_owner.drained)
         assert not bench.near.open_room
         for _ in range(30):
@@ -329,9 +328,9 @@ def test_what_may_go_on_after_all_goes_on_as_long_as_dom0_says_yes(
     with client, bench.accept(server):
         bench.until(lambda: leg.is_joined)
         bench.word.drain_left_s = 20.0
-        bench.service._watch.look()
+        bench.service.look()
         bench.word.drain_left_s = None
-        bench.service._watch.look()
+        bench.service.look()
         bench.clock.advance(100)
         bench.turn()
         assert leg.ended is None
@@ -347,40 +346,38 @@ def test_what_is_no_longer_allowed_ends_when_it_looks(bench: ServiceBench, serve
     client, _ = bench.connect(port_of(server))
     with client, bench.accept(server) as far:
         bench.word.is_allowed = False
-        bench.service._watch.look()
+        bench.service.look()
         assert bench.is_aborted(client)
         assert bench.is_aborted(far)
-        bench.until(lambda: bench.service._is_over)
+        bench.until(lambda: bench.service.is_over)
         assert bench.near_owner.problem == "dom0 has ended it"
 
 
 def test_a_lease_of_a_mux_call_that_is_over_is_no_trouble(bench: ServiceBench) -> None:
     bench.near.drain(GoawayCode.SHUTDOWN)
-    bench.until(lambda: bench.service._is_over)
-    bench.said_s = 0.0
-    bench.service._look_at_lease()
-    bench.service._take_no_more()
-    bench.service._revoke()
+    bench.until(lambda: bench.service.is_over)
+    bench.clock.advance(LEASE_S + 1)
+    bench.turn()
+    bench.service.take_no_more()
+    bench.service.revoke()
     assert bench.service.run() is None
 
 
 def test_taken_back_by_dom0_every_stream_is_aborted_and_no_server_is_asked(
-    bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+    bench: ServiceBench, server: socket.socket
 ) -> None:
     client, _ = bench.connect(port_of(server))
     with client, bench.accept(server) as far:
         waiting, leg = bench.connect(port_of(server))
-        monkeypatch.setattr(muxservice._Connecting, "_on_answer", lambda *_: pytest.fail("connected"))
-        bench.loop.run_once(0)
-        monkeypatch.undo()
-        bench.service._revoke()
-        assert not bench.service._connecting
-        bench.until(lambda: bench.near_owner.is_over and bench.service._is_over)
+        bench.until(lambda: bench.service.is_connecting)
+        bench.service.revoke()
+        assert not bench.service.is_connecting
+        bench.until(lambda: bench.near_owner.is_over and bench.service.is_over)
         assert bench.near_owner.problem == "dom0 has ended it"
         assert bench.is_aborted(client)
         assert bench.is_aborted(far)
-        with waiting:
-            assert leg.ended is LegEnd.REMOTE_RESET or not leg.sock.close()
+        with waiting, leg.sock:
+            assert leg.ended is LegEnd.REMOTE_RESET
 
 
 def test_a_lost_call_ends_it_within_two_seconds_though_a_server_takes_nothing(
@@ -394,13 +391,13 @@ def test_a_lost_call_ends_it_within_two_seconds_though_a_server_takes_nothing(
         bench.is_time_still = True
         bench.near.abandon()
         bench.near_call.shutdown(socket.SHUT_RDWR)
-        bench.until(lambda: bench.service._is_over)
+        bench.until(lambda: bench.service.is_over)
         bench.turn()
-        assert bench.service._mux.legs
+        assert bench.service.mux.legs
         for _ in range(19):
             bench.clock.advance(0.1)
             bench.turn()
-        assert not bench.service._mux.legs
+        assert not bench.service.mux.legs
         assert bench.is_aborted(far)
 
 
@@ -409,8 +406,8 @@ def test_a_lost_call_gives_up_every_request(bench: ServiceBench, server: socket.
     bench.near.backlog.send()
     bench.near.abandon()
     bench.near_call.shutdown(socket.SHUT_RDWR)
-    bench.until(lambda: bench.service._is_over)
-    assert bench.service._problem == "the byte stream ended without a final GOAWAY"
-    assert not bench.service._connecting
-    bench.until(lambda: not bench.service._mux.legs)
+    bench.until(lambda: bench.service.is_over)
+    assert bench.service.problem == "the byte stream ended without a final GOAWAY"
+    assert not bench.service.is_connecting
+    bench.until(lambda: not bench.service.mux.legs)
     client.close()

@@ -36,7 +36,7 @@ class Program:
     """The service as the agent starts it, with a mux of ours at the other end of its call."""
 
     def __init__(self, directory: Path, port: int, *, caller: str = "sys-net", slowness: float = 1.0) -> None:
-        self.bench = MuxBench(is_far_there=False)
+        self.bench = MuxBench(is_far_there=False, ports=range(port, port + 1))
         environment = os.environ | {"QREXEC_REMOTE_DOMAIN": caller, "QUBES_FORWARD_RUN_DIR": str(directory)}
         self.process = subprocess.Popen(
             [*with_constants("service", slowness=slowness), f"{port}+mux"],
@@ -47,7 +47,6 @@ class Program:
         )
         self.bench.far_call.close()
         self.bench.far_sink.close()
-        self.bench.near.connection._target_ports = range(port, port + 1)
 
     def end(self) -> tuple[int, str]:
         _, stderr = self.process.communicate(timeout=BOUND_S)
@@ -195,9 +194,9 @@ def test_serve_looks_at_what_dom0_has_allowed_to_others(
     start = just_now()
 
     def run(service: MuxService) -> None:
-        found.append(service._lease.left_s)
+        found.append(service.lease.left_s)
         with permitted(Kind.MUX, CALLS, start, tmp_path / "run", 1):
-            found.append(service._lease.left_s)
+            found.append(service.lease.left_s)
 
     monkeypatch.setattr(MuxService, "run", run)
     one, other = unix_pair()
@@ -228,7 +227,7 @@ def test_a_signal_ends_the_run(server: socket.socket) -> None:
     port = port_of(server)
     with ServiceBench(TargetPorts(port, port)) as bench:
         before = signal.getsignal(signal.SIGTERM)
-        bench.service._loop.after(0.0, lambda: os.kill(os.getpid(), signal.SIGTERM), nobody)
+        bench.service.loop.after(0.0, lambda: os.kill(os.getpid(), signal.SIGTERM), nobody)
         assert bench.service.run() is None
-        assert bench.service._is_over
+        assert bench.service.is_over
         assert signal.getsignal(signal.SIGTERM) is before

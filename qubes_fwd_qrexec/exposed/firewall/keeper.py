@@ -50,9 +50,9 @@ STATE = "state"
 _logger = logging.getLogger(__name__)
 
 # How soon a change of the configuration or of the listener's ports, or an expiry, is noticed: as there.
-_LOOK_S = 0.5
+LOOK_S = 0.5
 # Between two looks at the firewall: who changes it without end costs three short programs in this time.
-_GAP_S = 0.2
+GAP_S = 0.2
 # What we have looked at may be gone when we change it; then we look again.
 _TRIES = 3
 _STOP = {signal.SIGTERM, signal.SIGINT}
@@ -213,14 +213,17 @@ class Keeper:
         firewall: Firewall,
         sockets: Callable[[], frozenset[Binding]],
         state: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``sockets`` says where the listener listens, or raises `SocketsError`."""
         self._forwards = forwards
         self._firewall = firewall
         self._sockets = sockets
         self._state = state
+        self._clock = clock
         self._limit = RateLimit()
-        self._kept: Wanted | None = None
+        self.kept: Wanted | None = None
+        """What is let in now; None before the first time, and where nft has failed."""
         self._kept_s = 0.0
         self._told = ""
         self._trouble = ""
@@ -229,22 +232,23 @@ class Keeper:
         """Until a signal ends it. Raises `ForwardError` when it cannot be done at the start, or undone."""
         self._forwards.read()
         try:
-            self._tell(self._keep(self._wanted()), is_asked=True)
-            while not (asked := self._wait(changes, signals)) & _STOP:
-                self._look(changes, is_asked=signal.SIGHUP in asked)
+            self._tell(self.keep(self.wanted()), is_asked=True)
+            while not (asked := self.wait(changes, signals)) & _STOP:
+                self.look(changes, is_asked=signal.SIGHUP in asked)
         finally:
             notify("STOPPING=1")
             self._leave_word(_CLOSED)
             self._firewall.clear()
 
-    def _wait(self, changes: Changes, signals: Signals) -> set[int]:
-        """For a change, the next look, or the signals that it returns; not at once after a look."""
-        gap_s = max(0.0, self._kept_s + _GAP_S - time.monotonic())
+    def wait(self, changes: Changes, signals: Signals) -> set[int]:
+        """Wait for a change, the next look, or the signals that it returns; not at once after a look."""
+        gap_s = max(0.0, self._kept_s + GAP_S - self._clock())
         if not select.select([signals], [], [], gap_s)[0]:
-            select.select([signals.fileno(), changes.fileno()], [], [], _LOOK_S - gap_s)
+            select.select([signals.fileno(), changes.fileno()], [], [], LOOK_S - gap_s)
         return signals.take()
 
-    def _look(self, changes: Changes, *, is_asked: bool) -> None:
+    def look(self, changes: Changes, *, is_asked: bool) -> None:
+        """Let in what is to be let in now, if that or the firewall has changed, or if it ``is_asked`` for."""
         if is_asked:
             notify(*reloading())
         if is_asked or self._forwards.has_changed():
@@ -252,18 +256,18 @@ class Keeper:
                 self._forwards.read()
             except ConfigError as error:
                 _logger.error("configuration not reloaded: %s", error)
-        wanted = self._wanted()
-        if changes.has_any() or is_asked or wanted != self._kept:
+        wanted = self.wanted()
+        if changes.has_any() or is_asked or wanted != self.kept:
             try:
-                self._tell(self._keep(wanted), is_asked=is_asked)
+                self._tell(self.keep(wanted), is_asked=is_asked)
             except NftError as error:
-                self._kept = None  # at the next look again
+                self.kept = None  # at the next look again
                 self._leave_word(_CLOSED)
                 warn(_logger, self._limit, "nft", str(error))
                 self._tell(one_line(str(error)), is_asked=is_asked)
 
-    def _wanted(self) -> Wanted:
-        """With nothing to listen on where the kernel does not say: then nobody is let in."""
+    def wanted(self) -> Wanted:
+        """What is to be let in: nobody, where the kernel does not say where the listener listens."""
         active = self._forwards.active()
         found: frozenset[Binding] = frozenset()
         trouble = ""
@@ -283,11 +287,11 @@ class Keeper:
             notify("READY=1", f"STATUS={status}")
             self._told = status
 
-    def _keep(self, wanted: Wanted) -> str:
-        """One line on how it is then."""
-        self._kept_s = time.monotonic()
+    def keep(self, wanted: Wanted) -> str:
+        """Let it in, and nothing else; one line on how it is then. Raises `NftError`."""
+        self._kept_s = self._clock()
         places = self._firewall.keep(wanted)
-        self._kept = wanted
+        self.kept = wanted
         self._leave_word(told(wanted, places))
         return one_line(", ".join(account(wanted, places)))
 

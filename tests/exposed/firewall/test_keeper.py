@@ -4,6 +4,7 @@
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
@@ -62,9 +63,14 @@ class FakeSockets:
 
 
 def a_keeper(
-    forwards: Forwards, fake: FakeNft, *, sockets: FakeSockets | None = None, state: Path | None = None
+    forwards: Forwards,
+    fake: FakeNft,
+    *,
+    sockets: FakeSockets | None = None,
+    state: Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> keeper.Keeper:
-    return keeper.Keeper(forwards, Firewall(fake), sockets or FakeSockets(), state)
+    return keeper.Keeper(forwards, Firewall(fake), sockets or FakeSockets(), state, clock)
 
 
 @pytest.fixture
@@ -182,20 +188,19 @@ def test_who_changes_the_firewall_without_end_is_followed_a_few_times_a_second_o
 
     monkeypatch.setattr(keeper.select, "select", select)
     now = [100.0]
-    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
-    kept = a_keeper(forwards, FakeNft())
-    kept._keep(Wanted())
+    kept = a_keeper(forwards, FakeNft(), clock=lambda: now[0])
+    kept.keep(Wanted())
     with keeper.Signals() as signals:
-        kept._wait(FakeEvents(0), signals)  # type: ignore[arg-type]
+        kept.wait(FakeEvents(0), signals)  # type: ignore[arg-type]
         # First for signals alone, then for changes too; together until the next look is due.
         assert waits == [
-            (1, pytest.approx(keeper._GAP_S)),
-            (2, pytest.approx(keeper._LOOK_S - keeper._GAP_S)),
+            (1, pytest.approx(keeper.GAP_S)),
+            (2, pytest.approx(keeper.LOOK_S - keeper.GAP_S)),
         ]
         waits.clear()
-        now[0] += keeper._GAP_S
-        kept._wait(FakeEvents(0), signals)  # type: ignore[arg-type]
-        assert waits == [(1, pytest.approx(0)), (2, pytest.approx(keeper._LOOK_S))]
+        now[0] += keeper.GAP_S
+        kept.wait(FakeEvents(0), signals)  # type: ignore[arg-type]
+        assert waits == [(1, pytest.approx(0)), (2, pytest.approx(keeper.LOOK_S))]
 
 
 @pytest.mark.parametrize("kept_before_s", [0.0, 0.1, 0.19, 1.0])
@@ -213,7 +218,6 @@ def test_whatever_happens_is_looked_at_within_half_a_second(
     A change of nftables can be waited for; one of the configuration, or of a socket, cannot.
     """
     now = [100.0]
-    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
     with keeper.Signals() as signals:
         changes = FakeEvents(0)
 
@@ -226,14 +230,14 @@ def test_whatever_happens_is_looked_at_within_half_a_second(
             return ([],)
 
         monkeypatch.setattr(keeper.select, "select", select)
-        kept = a_keeper(forwards, FakeNft())
-        kept._keep(Wanted())
+        kept = a_keeper(forwards, FakeNft(), clock=lambda: now[0])
+        kept.keep(Wanted())
         now[0] += kept_before_s
         comes_s = now[0] + comes_after_s
         while now[0] < comes_s:
-            kept._wait(changes, signals)  # type: ignore[arg-type]
-        assert now[0] - comes_s <= (keeper._GAP_S if is_of_nftables else keeper._LOOK_S) + 1e-9
-        assert keeper._GAP_S < keeper._LOOK_S <= 0.5
+            kept.wait(changes, signals)  # type: ignore[arg-type]
+        assert now[0] - comes_s <= (keeper.GAP_S if is_of_nftables else keeper.LOOK_S) + 1e-9
+        assert keeper.GAP_S < keeper.LOOK_S <= 0.5
 
 
 class FakeChanges:
@@ -252,12 +256,12 @@ def test_what_fails_while_it_runs_is_tried_at_the_next_look(
 ) -> None:
     fake, changes = FakeNft(), FakeChanges()
     kept = a_keeper(forwards, fake)
-    kept._keep(kept._wanted())
+    kept.keep(kept.wanted())
 
     def look() -> int:
         """How many transactions it makes."""
         before = len(fake.given)
-        kept._look(changes, is_asked=False)  # type: ignore[arg-type]
+        kept.look(changes, is_asked=False)  # type: ignore[arg-type]
         return len(fake.given) - before
 
     assert look() == 0
@@ -304,7 +308,7 @@ def test_the_listeners_ports_are_followed_without_a_change_of_anything_else(
     def look() -> tuple[int, tuple[str, ...]]:
         """How many rules that accept are in the transactions that it makes, and who is said to wait."""
         before = len(fake.given)
-        kept._look(NoChanges(), is_asked=False)
+        kept.look(NoChanges(), is_asked=False)
         made = "".join(fake.given[before:]).count("accept")
         return made, FirewallReport.parse(state.read_bytes()).waiting
 
@@ -323,18 +327,18 @@ def test_where_the_kernel_does_not_say_who_listens_nobody_is_let_in(
 ) -> None:
     fake, sockets = FakeNft(), FakeSockets()
     kept = a_keeper(forwards, fake, sockets=sockets)
-    kept._look(NoChanges(), is_asked=False)
-    assert kept._kept == Wanted(forwards.active(), LISTENING)
+    kept.look(NoChanges(), is_asked=False)
+    assert kept.kept == Wanted(forwards.active(), LISTENING)
     sockets.said = SocketsError("no listener is running")
     for _ in range(3):
-        kept._look(NoChanges(), is_asked=False)
-        assert kept._kept == Wanted(forwards.active(), frozenset())
+        kept.look(NoChanges(), is_asked=False)
+        assert kept.kept == Wanted(forwards.active(), frozenset())
     assert caplog.text.count("nobody is let in: no listener is running") == 1
     # With no forward there is nothing to ask for.
     before = sockets.times
     (tmp_path / "c" / "fwd.work.web").unlink()
-    kept._look(NoChanges(), is_asked=False)
-    kept._look(NoChanges(), is_asked=False)
+    kept.look(NoChanges(), is_asked=False)
+    kept.look(NoChanges(), is_asked=False)
     assert sockets.times == before
 
 
@@ -359,14 +363,14 @@ def test_what_is_left_for_dom0_says_of_each_family_whether_clients_are_let_in(
     state = tmp_path / "state"
     kept = a_keeper(forwards, FakeNft(refusals=refusals, there=there), state=state)
     with suppress(NftError):
-        kept._look(NoChanges(), is_asked=True)
+        kept.look(NoChanges(), is_asked=True)
     assert FirewallReport.parse(state.read_bytes()) == FirewallReport(ip, ip6)
     assert state.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_word_that_cannot_be_left_stops_nothing(forwards: Forwards, tmp_path: Path) -> None:
     fake = FakeNft()
-    a_keeper(forwards, fake, state=tmp_path / "missing" / "state")._look(NoChanges(), is_asked=True)
+    a_keeper(forwards, fake, state=tmp_path / "missing" / "state").look(NoChanges(), is_asked=True)
     assert fake.given
 
 
