@@ -363,6 +363,12 @@ async def accept(server: socket.socket) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(await accept_socket(server)))
 
 
+def abort_stream(stream: trio.SocketStream) -> None:
+    """Close it by an RST."""
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stream.socket.close()
+
+
 async def is_reset(stream: trio.SocketStream) -> bool:
     """Whether it ends by an abort, and not by an end of file; nothing else may come before that."""
     with trio.fail_after(BOUND_S):

@@ -59,7 +59,7 @@ class Bench:
 
     @property
     def mux(self) -> Mux:
-        (mux_call,) = self.pool._mux_calls
+        (mux_call,) = self.pool.mux_calls
         assert mux_call.mux is not None
         return mux_call.mux
 
@@ -79,13 +79,15 @@ async def pool_to(
     budget: Budget | None = None,
     calls_max: int = 20,
     linger_s: float = 60.0,
+    half_close_s: float = math.inf,
 ) -> AsyncIterator[Bench]:
     with no_fds_left():
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
             service = f"qubes.ForwardTCP+{ports.brief()}+mux"
             calls = CallBudget(tasks, calls_max)
+            budget = budget or Budget()
             pool = MuxPool(
-                client, calls, "work", service, ports, relays, budget or Budget(), tasks, math.inf, linger_s
+                client, calls, "work", service, ports, relays, budget, tasks, half_close_s, linger_s
             )
             yield Bench(pool, calls, relays, tasks)
             tasks.cancel_scope.cancel()

@@ -229,8 +229,8 @@ async def test_an_idle_connection_ends_and_its_slot_comes_back(
                 for _ in range(2):  # the last byte may count from when the first is over
                     await clock.advance(1000)
             else:
-                (pool,) = listener._means.transports._pools.values()
-                (mux_call,) = pool._mux_calls
+                (pool,) = listener._means.transports.pools.values()
+                (mux_call,) = pool.mux_calls
                 assert mux_call.mux is not None
                 assert mux_call.mux.idleness.idle_s == 1000.0
                 mux_call.mux.idleness.idle_s = 0.1  # only now, however long it took until here

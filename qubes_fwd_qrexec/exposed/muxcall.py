@@ -83,7 +83,8 @@ class MuxCall:
         self._users: dict[Carried, Key] = {}
         self._used_at = -math.inf
         self._finish: Callable[[str | None], None] | None = None
-        self._waiting: dict[Leg, Callable[[Ending | RetryError], None]] = {}
+        self.waiting: dict[Leg, Callable[[Ending | RetryError], None]] = {}
+        """What is told how each stream ended, in the loop's thread."""
 
     @property
     def is_opening(self) -> bool:
@@ -140,8 +141,8 @@ class MuxCall:
         self.drain()
 
         def cut() -> None:
-            for leg, finish in list(self._waiting.items()):
-                del self._waiting[leg]
+            for leg, finish in list(self.waiting.items()):
+                del self.waiting[leg]
                 leg.abort_from_here()
                 finish(Ending(None, leg.sent, leg.received, how="made-room"))
 
@@ -228,12 +229,12 @@ class MuxCall:
                 return
             legs.append(leg)
             carried.by = leg
-            self._waiting[leg] = finish
+            self.waiting[leg] = finish
             leg.on_end = partial(self._leg_ended, leg)
 
         def let_go() -> None:
             for leg in legs:
-                self._waiting.pop(leg, None)
+                self.waiting.pop(leg, None)
                 leg.abort_from_here()
 
         result = await self._relays.wait(begin, let_go)
@@ -242,7 +243,7 @@ class MuxCall:
         return result
 
     def _leg_ended(self, leg: Leg, how: LegEnd) -> None:
-        finish = self._waiting.pop(leg, None)
+        finish = self.waiting.pop(leg, None)
         if finish is not None:
             finish(Ending(None, leg.sent, leg.received, how=_HOW[how]))
 
@@ -266,7 +267,7 @@ class MuxCall:
         if code in _TRY_AGAIN and self.mux is not None and not self.mux.is_over:
             self._turn_away()  # it has said so, or should have
             self.mux.drain(GoawayCode.SHUTDOWN)
-        finish = self._waiting.pop(leg, None)
+        finish = self.waiting.pop(leg, None)
         if finish is not None:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
             refused = Ending(error, 0, 0, Refusal.SERVER, "refused")

@@ -70,7 +70,12 @@ class _Waiter(Wanted):
 
 
 class MuxPool:
-    """All mux calls to one target and one range of its ports; a call's argument names both."""
+    """All mux calls to one target and one range of its ports; a call's argument names both.
+
+    ``qrexec_client``: the command that makes the next call. ``mux_calls``: those that are not over.
+    ``waiting``: the connections for which there is none yet. ``is_renewing``: dom0 is being asked to renew
+    the lease.
+    """
 
     def __init__(
         self,
@@ -86,7 +91,7 @@ class MuxPool:
         linger_s: float = LINGER_S,
         idle_s: float = math.inf,
     ) -> None:
-        self._qrexec_client = qrexec_client
+        self.qrexec_client = qrexec_client
         self._calls = calls
         self._target = target
         self._service = service
@@ -97,12 +102,12 @@ class MuxPool:
         self._half_close_s = half_close_s
         self._linger_s = linger_s
         self._idle_s = idle_s
-        self._mux_calls: list[MuxCall] = []
+        self.mux_calls: list[MuxCall] = []
         self._limit = RateLimit()
-        self._waiting: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
+        self.waiting: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
         self._is_retired = False
         self._failed = ""
-        self._is_renewing = False
+        self.is_renewing = False
         self._renew_at = math.inf
         self._lease_s = math.inf
         self._lease_over_at = math.inf
@@ -112,20 +117,20 @@ class MuxPool:
     def retire(self) -> None:
         """No forward needs these any more: each mux call ends with its last stream."""
         self._is_retired = True
-        for mux_call in self._mux_calls:
+        for mux_call in self.mux_calls:
             mux_call.drain()
 
     @property
     def count(self) -> int:
         """Mux calls that are ready, those that drain too."""
-        return sum(not mux_call.is_opening for mux_call in self._mux_calls)
+        return sum(not mux_call.is_opening for mux_call in self.mux_calls)
 
     @property
     def way(self) -> Way:
         """How it stands with the way to the target."""
         if self.count:
             return Way.OPEN
-        return Way.OPENING if self._mux_calls else WAYS.get(self._failed, Way.IDLE)
+        return Way.OPENING if self.mux_calls else WAYS.get(self._failed, Way.IDLE)
 
     async def relay(
         self,
@@ -155,14 +160,14 @@ class MuxPool:
         while trio.current_time() < deadline:
             if self._is_retired:
                 raise RefusedError(f"the forward to {self._target} is over")
-            for mux_call in self._mux_calls:
+            for mux_call in self.mux_calls:
                 if mux_call.has_room:
                     return mux_call
             with self._waiting_one(user, deadline):
-                if any(mux_call.is_held_up for mux_call in self._mux_calls):
+                if any(mux_call.is_held_up for mux_call in self.mux_calls):
                     await trio.sleep(_LOOK_S)
                     continue
-                opening = next((t for t in self._mux_calls if t.is_opening), None) or self._open()
+                opening = next((t for t in self.mux_calls if t.is_opening), None) or self._open()
                 await opening.settled.wait()
                 if opening.problem is not None:
                     kind = opening.refusal or Refusal.NO_CALL
@@ -173,7 +178,7 @@ class MuxPool:
     def _waiting_one(self, user: Key, deadline: float) -> Iterator[None]:
         """Where too many wait, the last one of whoever has most is refused, which may be this one."""
         waiter = _Waiter(Kind.SINGLE, self._target, self._service, user)
-        displaced = self._waiting.add(waiter)
+        displaced = self.waiting.add(waiter)
         try:
             if displaced is not None:
                 displaced.is_refused = True
@@ -182,7 +187,7 @@ class MuxPool:
                 with waiter.scope, trio.move_on_at(deadline):
                     yield
         finally:
-            self._waiting.remove(waiter)
+            self.waiting.remove(waiter)
         if waiter.is_refused:
             raise RefusedError(
                 f"{WAITING_MAX} connections wait for a mux call to {self._target}", Refusal.BUSY
@@ -190,7 +195,7 @@ class MuxPool:
 
     def _open(self) -> MuxCall:
         mux_call = MuxCall(self._relays, self._ports)
-        self._mux_calls.append(mux_call)
+        self.mux_calls.append(mux_call)
         self._tasks.start_soon(self._run, mux_call)
         return mux_call
 
@@ -205,7 +210,7 @@ class MuxPool:
                     self._target,
                     self._service,
                     deadline=deadline,
-                    users=lambda: {waiter.key for waiter in self._waiting},
+                    users=lambda: {waiter.key for waiter in self.waiting},
                 ) as place:
                     problem = await self._call(mux_call, place, self._keep)
                     if not mux_call.is_opening:
@@ -225,7 +230,7 @@ class MuxPool:
             self._relays.loop.bugs.note(bug)
             problem = A_BUG
         finally:
-            self._mux_calls.remove(mux_call)
+            self.mux_calls.remove(mux_call)
             if mux_call.is_opening:
                 mux_call.problem = problem
                 mux_call.settled.set()
@@ -264,7 +269,7 @@ class MuxPool:
             self._relays.loop.bugs.note(bug)
             problem = A_BUG
         finally:
-            self._is_renewing = False
+            self.is_renewing = False
         if not mux_call.is_opening:
             self._leased(mux_call)
             return
@@ -289,11 +294,11 @@ class MuxPool:
     ) -> str | None:
         """Why the mux call ended, unless it was as agreed; ``keep`` looks after it meanwhile."""
         try:
-            async with open_call(self._qrexec_client, self._target, self._service) as call:
+            async with open_call(self.qrexec_client, self._target, self._service) as call:
                 problem = await self._drive(mux_call, place, call, keep)
                 status = None if problem is None else await call.status(_STATUS_WAIT_S)
         except OSError as error:
-            return f"cannot start {self._qrexec_client[0]}: {error.strerror}"
+            return f"cannot start {self.qrexec_client[0]}: {error.strerror}"
         mux_call.status = status
         if not status:
             return problem
@@ -350,9 +355,9 @@ class MuxPool:
                 now >= self._renew_at
                 and mux_call.streams
                 and not mux_call.is_draining
-                and not self._is_renewing
+                and not self.is_renewing
             ):
-                self._is_renewing = True
+                self.is_renewing = True
                 self._tasks.start_soon(self._renew)
             await trio.sleep(_LOOK_S)
         mux_call.drain()

@@ -46,7 +46,7 @@ class Transports:
         self._timeouts = timeouts
         self._linger_s = linger_s
         self._budget = Budget()
-        self._pools: dict[_PoolKey, MuxPool] = {}
+        self.pools: dict[_PoolKey, MuxPool] = {}
         self._is_draining = False
 
     async def carry(
@@ -80,27 +80,27 @@ class Transports:
 
     def pool(self, config: ListenerConfig) -> MuxPool | None:
         """The mux calls that the forward uses, if there were any yet."""
-        return self._pools.get(_pool_key(config))
+        return self.pools.get(_pool_key(config))
 
     def reconfigured(self, configs: list[ListenerConfig]) -> None:
         """The configuration is new, and with it the policy: ask dom0 again, and let go what nobody needs."""
         needed = {_pool_key(config) for config in configs if config.transport is Transport.MUX}
-        for key in self._pools.keys() - needed:
-            self._pools.pop(key).retire()
+        for key in self.pools.keys() - needed:
+            self.pools.pop(key).retire()
         self.calls.expect(len(needed))
         self.calls.forget_refusals()
 
     def drain(self) -> None:
         """The listener stops: no more mux calls, and each that is there ends with its last stream."""
         self._is_draining = True
-        for pool in self._pools.values():
+        for pool in self.pools.values():
             pool.retire()
 
     def _pool_for(self, config: ListenerConfig) -> MuxPool:
         key = _pool_key(config)
-        if key not in self._pools:
+        if key not in self.pools:
             ports = config.target_ports
-            self._pools[key] = MuxPool(
+            self.pools[key] = MuxPool(
                 self._qrexec_client,
                 self.calls,
                 config.target,
@@ -114,8 +114,8 @@ class Transports:
                 self._timeouts.idle_s,
             )
             if self._is_draining:
-                self._pools[key].retire()
-        return self._pools[key]
+                self.pools[key].retire()
+        return self.pools[key]
 
 
 def _pool_key(config: ListenerConfig) -> _PoolKey:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The exposed qube's mux calls, over a stand-in for qrexec-client-vm and the real service behind it."""
 
+import os
 import random
+import signal
 import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -9,7 +11,19 @@ from pathlib import Path
 import pytest
 import trio
 from endings import pattern
-from helpers import BOUND_S, FakeClient, accept, echo_once, free_port, is_reset, port_of, tcp_pair, until
+from helpers import (
+    BOUND_S,
+    FakeClient,
+    abort_stream,
+    accept,
+    children,
+    echo_once,
+    free_port,
+    is_reset,
+    port_of,
+    tcp_pair,
+    until,
+)
 from muxpool_bench import ORIGIN, Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.common.refusals import Refusal
@@ -18,7 +32,6 @@ from qubes_fwd_qrexec.exposed.call import Ending
 from qubes_fwd_qrexec.exposed.muxcall import MuxCall
 from qubes_fwd_qrexec.mux import ProxyVersion
 from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, Budget
-from qubes_fwd_qrexec.relay.copy import half_close
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 
@@ -101,7 +114,7 @@ async def test_a_full_mux_call_is_joined_by_another(tmp_path: Path, server: sock
             pairs.append((near, await stack.enter_async_context(await accept(server))))
         for near, far in pairs:
             await echo_once(near, far)
-        assert [mux_call.streams for mux_call in bench.pool._mux_calls] == [3, 3, 3, 1]
+        assert [mux_call.streams for mux_call in bench.pool.mux_calls] == [3, 3, 3, 1]
     assert len(client.calls) == 4
 
 
@@ -119,21 +132,25 @@ async def test_slots_that_wait_for_an_answer_are_waited_for(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients that come and go faster than the target answers for are no reason for another call."""
-    client, port = FakeClient(tmp_path, "serve"), port_of(server)
+    client, port = FakeClient(tmp_path, "mux STREAMS_MAX=3"), port_of(server)
     clock = Clock(monkeypatch)
     async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            connection = bench.mux.connection
-            room = connection._max_streams
-            connection._max_streams = 1
-            connection._streams[10] = connection._streams[11] = next(iter(connection._streams.values()))
+            (service,) = children()
+            os.kill(service, signal.SIGSTOP)
+            for _ in range(2):
+                abort_stream(bench.connect(port))
+            await bench.endings.reach(2)
             async with bench.connect(port) as waiting:
                 await clock.advance(5)
-                assert bench.pool._waiting
-                assert len(bench.pool._mux_calls) == 1
-                del connection._streams[10], connection._streams[11]
-                connection._max_streams = room
+                assert bench.pool.waiting
+                assert len(bench.pool.mux_calls) == 1
+                os.kill(service, signal.SIGCONT)
+                for _ in range(2):
+                    async with await accept(server) as gone:
+                        assert await is_reset(gone)
+                await until(lambda: bench.mux.open_room)
                 await clock.advance(1)
                 async with await accept(server) as other:
                     await echo_once(waiting, other)
@@ -173,17 +190,17 @@ async def test_a_cancellation_at_any_moment_leaves_nothing(
     port = port_of(server)
     server.listen(1000)
     chance = random.Random(1)
-    async with pool_to(FakeClient(tmp_path, mode).command, one(port)) as bench:
+    budget = Budget()
+    async with pool_to(FakeClient(tmp_path, mode).command, one(port), budget=budget) as bench:
         for _ in range(60):
             client, accepted = tcp_pair()
             with client, trio.move_on_after(chance.random() * 0.004):
                 await bench.carry(accepted, port)
-        await until(lambda: not any(mux_call.streams for mux_call in bench.pool._mux_calls))
-        assert not bench.pool._waiting
-        assert bench.pool._budget.streams == 0
-        assert bench.pool._budget.shared_left == Budget().shared_left
+        await until(lambda: not any(mux_call.streams for mux_call in bench.pool.mux_calls))
+        assert not bench.pool.waiting
+        assert (budget.streams, budget.shared_left) == (0, Budget().shared_left)
         assert not bench.relays.has_failed
-        assert not [t for t in bench.pool._mux_calls if t._waiting]
+        assert not any(mux_call.waiting for mux_call in bench.pool.mux_calls)
 
 
 async def test_a_call_that_cannot_be_watched_is_that_mux_calls_trouble(
@@ -215,7 +232,7 @@ async def test_a_bug_in_a_call_is_that_calls_trouble(
             patch.setattr(MuxCall, "run", fail)
             assert "a bug of this program; its log says more" in await bench.refusal(port)
         assert bench.relays.loop.bugs.count == 1
-        assert not bench.pool._mux_calls
+        assert not bench.pool.mux_calls
 
 
 async def test_bytes_and_a_clean_end_are_counted(tmp_path: Path, server: socket.socket) -> None:
@@ -233,7 +250,7 @@ async def test_bytes_and_a_clean_end_are_counted(tmp_path: Path, server: socket.
             async for chunk in far:
                 got += chunk
             assert got == sent
-            half_close(far.socket._sock)
+            far.socket.shutdown(socket.SHUT_WR)
             assert await near.receive_some() == b""
         await bench.endings.reach(1)
         assert bench.endings == [Ending(None, len(sent), 0)]

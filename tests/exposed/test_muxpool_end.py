@@ -28,7 +28,7 @@ async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on
     async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (old,) = bench.pool._mux_calls
+            (old,) = bench.pool.mux_calls
             (service,) = children()
             os.kill(service, signal.SIGUSR2)
             await until(lambda: not old.has_room)
@@ -36,7 +36,7 @@ async def test_past_its_lease_new_connections_have_a_new_call_and_old_ones_go_on
                 await echo_once(new_near, new_far)
                 await echo_once(near, far)
                 await end_well(near, far)
-                await until(lambda: old not in bench.pool._mux_calls)
+                await until(lambda: old not in bench.pool.mux_calls)
     assert len(client.calls) == 2
 
 
@@ -48,7 +48,7 @@ async def test_without_streams_it_is_kept_a_while_and_then_ends(
     async with pool_to(client.command, one(port), linger_s=30) as bench:
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (mux_call,) = bench.pool._mux_calls
+            (mux_call,) = bench.pool.mux_calls
             await clock.advance(100)
             assert mux_call.has_room
             await end_well(near, far)
@@ -57,7 +57,7 @@ async def test_without_streams_it_is_kept_a_while_and_then_ends(
         assert mux_call.has_room
         await clock.advance(1)
         assert not mux_call.has_room
-        await until(lambda: not bench.pool._mux_calls)
+        await until(lambda: not bench.pool.mux_calls)
         async with bench.connect(port), await accept(server):
             pass
     assert len(client.calls) == 2
@@ -91,7 +91,7 @@ async def test_a_mux_call_that_dom0_ends_is_not_lost_and_no_warning(
             assert ended == Revoked(1, 0)
             assert await is_reset(near)
             assert await is_reset(far)
-        await until(lambda: not bench.pool._mux_calls)
+        await until(lambda: not bench.pool.mux_calls)
     assert [(entry.levelname, entry.message) for entry in caplog.records] == [
         ("INFO", "dom0 has ended a mux call to work")
     ]
@@ -108,7 +108,7 @@ async def test_retired_they_end_with_their_last_stream_and_open_no_other(
             assert await bench.refusal(port) == "the forward to work is over"
             await echo_once(near, far)
             await end_well(near, far)
-        await until(lambda: not bench.pool._mux_calls)
+        await until(lambda: not bench.pool.mux_calls)
     assert len(client.calls) == 1
 
 
@@ -116,10 +116,10 @@ async def test_retired_while_it_opens_it_ends(tmp_path: Path, server: socket.soc
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
     async with pool_to(client.command, one(port)) as bench:
         async with bench.connect(port):
-            await until(lambda: bench.pool._mux_calls)
+            await until(lambda: bench.pool.mux_calls)
             bench.pool.retire()
             await bench.endings.reach(1)
-            await until(lambda: not bench.pool._mux_calls)
+            await until(lambda: not bench.pool.mux_calls)
         assert all(isinstance(ending, RefusedError) for ending in bench.endings)
 
 
@@ -141,8 +141,8 @@ async def test_half_closed_for_too_long_is_an_abort(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = port_of(server)
-    async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
-        bench.pool._half_close_s = 0.1
+    client = FakeClient(tmp_path, "serve")
+    async with pool_to(client.command, one(port), half_close_s=0.1) as bench:
         monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
             await near.send_eof()

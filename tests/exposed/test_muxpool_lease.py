@@ -22,7 +22,7 @@ _DUE_S = LEASE_S * RENEW_AT_SHARE
 
 async def renewed(bench: Bench, client: FakeClient, calls: int) -> None:
     """Wait until there were so many calls in all, and the last one is over."""
-    await until(lambda: len(client.calls) == calls and not bench.pool._is_renewing)
+    await until(lambda: len(client.calls) == calls and not bench.pool.is_renewing)
 
 
 async def test_while_it_is_in_use_dom0_is_asked_again_before_its_lease_is_over(
@@ -33,15 +33,15 @@ async def test_while_it_is_in_use_dom0_is_asked_again_before_its_lease_is_over(
     async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (mux_call,) = bench.pool._mux_calls
+            (mux_call,) = bench.pool.mux_calls
             for turn in range(3):
                 await clock.advance(_DUE_S - 1)
-                assert not bench.pool._is_renewing
+                assert not bench.pool.is_renewing
                 assert len(client.calls) == turn + 1
                 await clock.advance(1)
                 await renewed(bench, client, turn + 2)
                 assert bench.calls.calls == 1
-            assert bench.pool._mux_calls == [mux_call]
+            assert bench.pool.mux_calls == [mux_call]
             await echo_once(near, far)
     assert len(set(client.calls)) == 1
 
@@ -55,10 +55,10 @@ async def test_one_that_is_not_in_use_is_not_worth_a_question(
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             await end_well(near, far)
-        (mux_call,) = bench.pool._mux_calls
+        (mux_call,) = bench.pool.mux_calls
         await until(lambda: not mux_call.streams)
         await clock.advance(_DUE_S + 10)
-        assert not bench.pool._is_renewing  # a call that has begun is in no list of calls yet
+        assert not bench.pool.is_renewing  # a call that has begun is in no list of calls yet
         assert len(client.calls) == 1
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
@@ -77,7 +77,7 @@ async def test_where_dom0_refuses_it_is_asked_again_until_the_lease_is_over(
     async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            bench.pool._client = refusing.command
+            bench.pool.qrexec_client = refusing.command
             await clock.advance(_DUE_S)
             for turn in range(5):
                 await renewed(bench, refusing, turn + 1)
@@ -88,12 +88,12 @@ async def test_where_dom0_refuses_it_is_asked_again_until_the_lease_is_over(
             line = next(m for m in caplog.messages if "was not renewed" in m)
             assert "policy refuses" in line
             assert "their connections end in 150 s" in line
-            bench.pool._client = client.command
+            bench.pool.qrexec_client = client.command
             await clock.advance(20)
             await renewed(bench, client, 2)
             await echo_once(near, far)
             await clock.advance(_DUE_S - 1)
-            assert not bench.pool._is_renewing
+            assert not bench.pool.is_renewing
             assert len(client.calls) == 2
 
 
@@ -108,13 +108,13 @@ async def test_a_renewal_that_hangs_is_ended_and_tried_again(
     async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            bench.pool._client = hanging.command
+            bench.pool.qrexec_client = hanging.command
             await clock.advance(_DUE_S)
-            await until(lambda: not bench.pool._is_renewing)
+            await until(lambda: not bench.pool.is_renewing)
             assert [m for m in caplog.messages if "not renewed: no answer within 0.1 s" in m]
             assert bench.calls.calls == 1
             monkeypatch.setattr(muxpool_module, "_RENEW_S", BOUND_S)
-            bench.pool._client = client.command
+            bench.pool.qrexec_client = client.command
             await clock.advance(20)
             await renewed(bench, client, 2)
 
@@ -132,13 +132,13 @@ async def test_a_lease_that_is_renewed_lasts_in_the_target_too(
     async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            (mux_call,) = bench.pool._mux_calls
+            (mux_call,) = bench.pool.mux_calls
             await until(lambda: trio.current_time() > mux_call.ready_at + lease_s + 0.2)
             assert len(client.calls) > 2
             assert mux_call.has_room
             async with bench.connect(port) as new_near, await accept(server) as new_far:
                 await echo_once(new_near, new_far)
-            assert bench.pool._mux_calls == [mux_call]
+            assert bench.pool.mux_calls == [mux_call]
 
 
 async def a_call_takes_s(directory: Path, server: socket.socket) -> float:

@@ -59,7 +59,7 @@ async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
         for _ in range(20):
             assert await bench.refusal(port) == first
         assert bench.calls.calls == 0
-        assert not bench.pool._mux_calls
+        assert not bench.pool.mux_calls
     assert len(client.calls) == 1
 
 
@@ -87,14 +87,14 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
     async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: len(bench.pool._waiting) == 5 and client.calls)
+        await until(lambda: len(bench.pool.waiting) == 5 and client.calls)
         assert await bench.refusal(port) == "5 connections wait for a mux call to work"
         await clock.advance(119.9)
         assert not bench.endings
         await clock.advance(0.1)
         assert {str(ending) for ending in bench.endings} == {"no mux call to work within 120 s"}
         assert len(bench.endings) == 5
-        assert not bench.pool._waiting
+        assert not bench.pool.waiting
     assert len(client.calls) == 1
 
 
@@ -107,13 +107,13 @@ async def test_where_one_source_has_all_waiting_places_another_one_waits_all_the
     async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(bench.connect(port))
-        await until(lambda: len(bench.pool._waiting) == 5)
+        await until(lambda: len(bench.pool.waiting) == 5)
         ours, accepted = tcp_pair()
         with ours, accepted:
             bench.tasks.start_soon(bench.pool.relay, accepted, port, other, ProxyVersion.OFF)
             await bench.endings.reach(1)
             assert str(bench.endings[0]) == "5 connections wait for a mux call to work"
-            assert client_key(other.client) in {waiter.key for waiter in bench.pool._waiting}
+            assert client_key(other.client) in {waiter.key for waiter in bench.pool.waiting}
             bench.tasks.cancel_scope.cancel()
 
 
@@ -135,7 +135,7 @@ async def test_a_call_that_hangs_is_ended_before_the_target_took_it_or_behind(
         near = bench.connect(port)
         await bench.endings.reach(1)
         await near.aclose()
-        await until(lambda: not bench.pool._mux_calls)
+        await until(lambda: not bench.pool.mux_calls)
         assert str(bench.endings[0]) in (f"no mux call to work: {words}", "no mux call to work within 0.2 s")
         assert bench.calls.calls == 0
 
@@ -193,7 +193,7 @@ async def test_a_killed_call_is_an_abort_for_everybody_and_the_next_connection_h
             await echo_once(near, far)
             kill_children()
             assert await is_reset(near)
-        await until(lambda: not bench.pool._mux_calls)
+        await until(lambda: not bench.pool.mux_calls)
         assert bench.pool.way is Way.FAILED
         assert bench.pool.last_problem is not None
         assert "a mux call to work was lost" in bench.pool.last_problem[0]

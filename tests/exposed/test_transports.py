@@ -167,7 +167,7 @@ async def test_after_a_refusal_a_new_configuration_asks_again(
 
 
 def mux_calls_of(listener: Listener) -> int:
-    return sum(len(mux_calls._mux_calls) for mux_calls in listener._means.transports._pools.values())
+    return sum(len(pool.mux_calls) for pool in listener._means.transports.pools.values())
 
 
 async def test_a_reload_touches_no_stream(tmp_path: Path, server: socket.socket) -> None:
