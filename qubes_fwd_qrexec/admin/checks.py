@@ -20,6 +20,7 @@ from .inventory import (
     QREXEC_FEATURE,
     REMOTE,
     TEMPLATE,
+    TUNNEL_FEATURE,
     Chain,
     Inventory,
     Qube,
@@ -28,6 +29,8 @@ from .states import Cause, Finding, Forward, Verdict
 
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
 CALL_PORTS_MAX = 256
+# What Qubes' installer calls its netvm that is no tunnel: qubes-mgmt-salt-dom0-virtual-machines.
+_STOCK_FIREWALL = "sys-firewall"
 
 
 def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection[QubeName]) -> Forward:
@@ -62,7 +65,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
         findings += found
     if exposed is None or forward.side is None or problems:
         return forward._replace(findings=tuple(findings))
-    findings += _tunnel(rule, target, exposed, forward.side, inventory)
+    findings += _tunnel(forward, target, exposed, forward.side, inventory)
     findings += _halted(rule, target, exposed)
     config = None
     if forward.transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
@@ -185,30 +188,45 @@ def _carrier(
 
 
 def _tunnel(
-    rule: ForwardRule, target: Qube, exposed: Qube, side: Side, inventory: Inventory
+    forward: Forward, target: Qube, exposed: Qube, side: Side, inventory: Inventory
 ) -> Iterator[Finding]:
-    mark = inventory.bypassed_tunnel(target.name, exposed.name, side)
-    if mark is not None and rule.bypass_tunnel:
-        yield Finding(Cause.BYPASSES_TUNNEL, Verdict.NOTE, mark=mark)
-    elif mark is not None:
-        is_itself = mark.qube == target.name and not mark.is_behind
-        if mark.qube == exposed.name:
+    tunnel = inventory.nearest_tunnel(target.name)
+    if tunnel is None or tunnel.is_behind:
+        yield from _perhaps_tunnels(forward, inventory)
+    if tunnel is None:
+        yield _NO_TUNNEL
+    elif not inventory.is_bypassed(tunnel, exposed.name, side):
+        yield Finding(Cause.WITHIN_TUNNEL, Verdict.OK, exposed.name, mark=tunnel)
+    elif forward.source.rule.bypass_tunnel:
+        yield Finding(Cause.BYPASSES_TUNNEL, Verdict.NOTE, mark=tunnel)
+    else:
+        is_at_target = tunnel.qube == target.name
+        if tunnel.qube == exposed.name:
             way_out = "beside"
-        elif mark.qube != target.name and inventory.qubes[mark.qube].netvm is not None:
+        elif not is_at_target and inventory.qubes[tunnel.qube].netvm is not None:
             way_out = "at"
-        elif is_itself and (target.provides_network or inventory.behind(target.name)):
+        elif (
+            is_at_target
+            and not tunnel.is_behind
+            and (target.provides_network or inventory.behind(target.name))
+        ):
             way_out = "behind"
         else:
             way_out = "nowhere"
-        yield Finding(Cause.TUNNEL, qube=exposed.name, mark=mark, detail=way_out)
-    else:
-        nearest = inventory.nearest_tunnel(target.name)
-        if nearest is None:
-            yield _NO_TUNNEL
-        else:
-            yield Finding(Cause.WITHIN_TUNNEL, Verdict.OK, exposed.name, mark=nearest)
-    for name in inventory.perhaps_tunnels(target.name, exposed.name):
-        yield Finding(Cause.PERHAPS_TUNNEL, Verdict.NOTE, name)
+        yield Finding(Cause.TUNNEL, qube=exposed.name, mark=tunnel, detail=way_out)
+
+
+def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding]:
+    """The netvms up to the exposed qube that may be tunnels for all that dom0 can see.
+
+    They have a netvm themselves, are not the stock firewall, and nobody has said what they are.
+    """
+    for name in forward.chain:
+        qube = inventory.qubes[name]
+        if qube.netvm and name != _STOCK_FIREWALL and TUNNEL_FEATURE not in qube.features:
+            yield Finding(Cause.PERHAPS_TUNNEL, Verdict.NOTE, name)
+        if name == forward.exposed:
+            return
 
 
 def _halted(rule: ForwardRule, target: Qube, exposed: Qube) -> Iterable[Finding]:

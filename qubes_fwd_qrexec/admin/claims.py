@@ -34,33 +34,25 @@ class Claims:
     def __init__(self) -> None:
         self.twins: list[tuple[NamedRule, NamedRule]] = []
         self._ports: dict[QubeName, list[_Claim]] = {}
-        self._calls: dict[tuple[QubeName, QubeName], list[NamedRule]] = {}
+        self._calls: dict[tuple[QubeName, QubeName, bool], list[NamedRule]] = {}
 
     def take(self, source: NamedRule, listener: QubeName) -> Finding | None:
         """Let a rule have what it claims, or say which one has it."""
         rule = source.rule
+        first, last = rule.listen_ports.first, rule.listen_ports.last
+        claim = _Claim(first, last, rule.listen_addresses, source)
         ports = self._ports.setdefault(listener, [])
-        calls = self._calls.setdefault((listener, source.target), [])
-        claim = _Claim(rule.listen_ports.first, rule.listen_ports.last, rule.listen_addresses, source)
-        twins = []
-        for other in ports:
-            if (
-                other.first <= claim.last
-                and claim.first <= other.last
-                and other.source.rule.proto is rule.proto
-            ):
-                if _overlap(claim.addresses, other.addresses):
-                    return Finding(Cause.CONFLICT, qube=listener, rival=other.source, detail="port")
-                if _are_twins(claim, other):
-                    twins.append((source, other.source))
-        for reaching in calls:
-            if rule.autostart != reaching.rule.autostart and rule.target_ports.overlaps(
-                reaching.rule.target_ports
-            ):
+        sharing = [other for other in ports if other[0] <= last and first <= other[1]]
+        sharing = [other for other in sharing if other.source.rule.proto is rule.proto]
+        for other in sharing:
+            if _overlap(claim.addresses, other.addresses):
+                return Finding(Cause.CONFLICT, qube=listener, rival=other.source, detail="port")
+        for reaching in self._calls.get((listener, source.target, not rule.autostart), ()):
+            if rule.target_ports.overlaps(reaching.rule.target_ports):
                 return Finding(Cause.CONFLICT, qube=listener, rival=reaching, detail="autostart")
         ports.append(claim)
-        calls.append(source)
-        self.twins += twins
+        self._calls.setdefault((listener, source.target, rule.autostart), []).append(source)
+        self.twins += [(source, other.source) for other in sharing if _are_twins(claim, other)]
         return None
 
 

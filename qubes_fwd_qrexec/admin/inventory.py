@@ -46,8 +46,6 @@ TEMPLATE = "TemplateVM"
 REMOTE = "RemoteVM"
 DISPOSABLE = "DispVM"
 LINUX = "Linux"
-# What Qubes' installer calls its netvm that is no tunnel: qubes-mgmt-salt-dom0-virtual-machines.
-_STOCK_FIREWALL = "sys-firewall"
 
 
 def feature_matters(key: str, with_config: bool = True) -> bool:
@@ -121,7 +119,7 @@ class Inventory(NamedTuple):
             if qube is None:
                 return
             yield qube
-            qube = None if qube.template is None else self.get(qube.template)
+            qube = None if qube.template is None else self.qubes.get(qube.template)
 
     def unread(self, *names: str | None) -> str | None:
         """Why something of one of these qubes, or of its templates, could not be read; None if all could."""
@@ -151,7 +149,10 @@ class Inventory(NamedTuple):
 
         qubes-core-admin qubes/features.py walks along all of them, too.
         """
-        return next((qube for qube in self.with_templates(name) if key in qube.features), None)
+        for qube in self.with_templates(name):
+            if key in qube.features:
+                return qube
+        return None
 
     def feature(self, name: QubeName, key: str) -> str | None:
         """A feature of the qube or else of its templates, as Qubes' check_with_template finds it."""
@@ -187,27 +188,13 @@ class Inventory(NamedTuple):
 
     def nearest_tunnel(self, target: QubeName) -> TunnelMark | None:
         """The tunnel by which traffic of ``target`` leaves: its own, if it is marked itself, or else that of
-        the nearest of its netvms that is marked.
+        the nearest of its netvms that is marked, or else the mark that says that there must be one.
         """
         for name in (target, *self.chain(target).qubes):
             mark = self.tunnel_mark(name)
             if mark is not None:
                 return mark
-        return None
-
-    def perhaps_tunnels(self, target: QubeName, exposed: QubeName) -> Iterator[QubeName]:
-        """The netvms up to ``exposed`` that may be tunnels for all that dom0 can see.
-
-        They have a netvm themselves, are not the stock firewall, and nobody has said what they are.
-        """
-        if self.nearest_tunnel(target) is not None:
-            return
-        for name in self.chain(target).qubes:
-            qube = self.qubes[name]
-            if qube.netvm and name != _STOCK_FIREWALL and TUNNEL_FEATURE not in qube.features:
-                yield name
-            if name == exposed:
-                return
+        return self.behind_tunnel_mark(target)
 
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube must not be reached but through its tunnel."""
@@ -229,19 +216,17 @@ class Inventory(NamedTuple):
             return Side.OUTER
         return Side.UPLINK
 
-    def bypassed_tunnel(self, target: QubeName, exposed: QubeName, side: Side) -> TunnelMark | None:
-        """The tunnel that traffic by this side of ``exposed`` to ``target`` would go round, if any.
+    def is_bypassed(self, tunnel: TunnelMark, exposed: QubeName, side: Side) -> bool:
+        """Whether traffic by this side of ``exposed`` goes round the tunnel that is nearest to its target.
 
-        The nearest tunnel on the target's way out decides: exposing behind it is fine, and so is any other
-        qube that has the same tunnel on its own way out. At the tunnel qube itself its vifs are behind the
-        tunnel, and its outer side is the tunnel alone if it has a netvm; without one its NICs are there too,
-        and the LAN would go round it. A target that is a tunnel itself may be exposed behind itself alone,
-        whatever is marked further out: qrexec goes round what runs in it. A target marked as anonymous
-        without a marked qube on its way may be exposed nowhere.
+        Exposing behind the tunnel is fine, and so is any other qube that has the same tunnel on its own way
+        out. At the tunnel qube itself its vifs are behind the tunnel, and its outer side is the tunnel alone
+        if it has a netvm; without one its NICs are there too, and the LAN would go round it. A target that is
+        a tunnel itself may be exposed behind itself alone, whatever is marked further out: qrexec goes round
+        what runs in it. One that must be behind a tunnel and is not may be exposed nowhere.
         """
-        mark = self.nearest_tunnel(target)
-        if mark is None:
-            return self.behind_tunnel_mark(target)
-        if mark.qube == exposed:
-            return mark if side is Side.OUTER and self.qubes[exposed].netvm is None else None
-        return None if mark.qube in self.chain(exposed).qubes else mark
+        if tunnel.is_behind:
+            return True
+        if tunnel.qube == exposed:
+            return side is Side.OUTER and self.qubes[exposed].netvm is None
+        return tunnel.qube not in self.chain(exposed).qubes

@@ -116,14 +116,6 @@ _STATES = {
 }
 
 
-class Role(StrEnum):
-    """What a qube has to do with a forward."""
-
-    TARGET = "target"
-    EXPOSED = "exposed"
-    PATH = "path"
-
-
 class Forward(NamedTuple):
     """One rule with everything that follows from it.
 
@@ -180,18 +172,6 @@ class Forward(NamedTuple):
         """The same with one more finding, which may stop it."""
         config = None if finding.verdict is Verdict.STOPS else self.config
         return self._replace(findings=(*self.findings, finding), config=config)
-
-    def role(self, qube: str) -> Role | None:
-        """The part that a qube has in it: as target, as exposed qube, or as another netvm of the target."""
-        if qube == self.source.target:
-            return Role.TARGET
-        if qube == self.exposed:
-            return Role.EXPOSED
-        return Role.PATH if qube in self.chain else None
-
-    def concerns(self, qube: str) -> bool:
-        """Whether a qube has any part in it."""
-        return self.role(qube) is not None
 
 
 @dataclass(frozen=True, slots=True)

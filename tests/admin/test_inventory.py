@@ -4,7 +4,7 @@
 import pytest
 from worlds import qube, world
 
-from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory, feature_matters
+from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory, TunnelMark, feature_matters
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.rules import ForwardType
 from qubes_fwd_qrexec.common.values import QubeName
@@ -138,17 +138,20 @@ def test_a_mark_of_the_template_counts() -> None:
 def test_only_at_the_nearest_tunnel_or_behind_it_nothing_is_bypassed(
     exposed: str, marked: str | None
 ) -> None:
-    found = world(qube("neighbour", "sys-vpn")).bypassed_tunnel(
-        QubeName("hidden"), QubeName(exposed), Side.OUTER
-    )
+    found = bypassed(world(qube("neighbour", "sys-vpn")), "hidden", exposed)
     assert (found and found.qube) == marked
 
 
 def test_of_two_tunnels_the_nearest_decides() -> None:
     outer = qube("sys-firewall", "sys-net", tags=frozenset({"anon-gateway"}))
-    found = world(outer).bypassed_tunnel(QubeName("hidden"), QubeName("sys-firewall"), Side.OUTER)
+    found = bypassed(world(outer), "hidden", "sys-firewall")
     assert found is not None
     assert found.qube == "sys-vpn"
+
+
+def bypassed(inventory: Inventory, target: str, exposed: str, side: Side = Side.OUTER) -> TunnelMark | None:
+    tunnel = inventory.nearest_tunnel(QubeName(target))
+    return tunnel if tunnel is not None and inventory.is_bypassed(tunnel, QubeName(exposed), side) else None
 
 
 MARKED = [
@@ -172,7 +175,7 @@ def test_a_target_that_is_a_tunnel_itself_is_exposed_behind_itself_alone(
     outer = qube("outer", "sys-net", features={"forward.tunnel": "1"})
     whonix = qube("whonix", klass="TemplateVM", features={"whonix-gw": "1"})
     inventory = world(outer, whonix, qube("gate", "outer", **more), qube("inner", "gate"))
-    found = inventory.bypassed_tunnel(QubeName("gate"), QubeName(exposed), Side.OUTER)
+    found = bypassed(inventory, "gate", exposed)
     assert (found and found.qube) == ("gate" if is_bypassed else None)
 
 
@@ -180,9 +183,9 @@ def test_a_target_that_is_a_tunnel_itself_is_exposed_behind_itself_alone(
 def test_an_anonymous_target_is_exposed_nowhere_but_behind_its_gateway(more: dict[str, object]) -> None:
     gate = qube("gate", "sys-net", tags=frozenset({"anon-gateway"}))
     inventory = world(gate, qube("anon", "gate", **more), qube("lost", "sys-net", **more))
-    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("gate"), Side.OUTER) is None
-    assert inventory.bypassed_tunnel(QubeName("anon"), QubeName("sys-net"), Side.OUTER) is not None
-    assert inventory.bypassed_tunnel(QubeName("lost"), QubeName("sys-net"), Side.OUTER) is not None
+    assert bypassed(inventory, "anon", "gate") is None
+    assert bypassed(inventory, "anon", "sys-net") is not None
+    assert bypassed(inventory, "lost", "sys-net") is not None
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,6 @@ def test_a_forward_is_entered_by_one_side(exposed: str, forward_type: ForwardTyp
 
 def test_a_tunnel_beside_the_nics_is_bypassed_from_outside_alone() -> None:
     inventory = world(qube("sys-net", features={"forward.tunnel": "1"}))
-    work, net = QubeName("work"), QubeName("sys-net")
-    assert inventory.bypassed_tunnel(work, net, Side.OUTER) is not None
-    assert inventory.bypassed_tunnel(work, net, Side.VIFS) is None
-    assert inventory.bypassed_tunnel(work, QubeName("sys-firewall"), Side.UPLINK) is None
+    assert bypassed(inventory, "work", "sys-net") is not None
+    assert bypassed(inventory, "work", "sys-net", Side.VIFS) is None
+    assert bypassed(inventory, "work", "sys-firewall", Side.UPLINK) is None

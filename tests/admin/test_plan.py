@@ -150,12 +150,6 @@ def test_the_plan_keeps_broken_rules_and_finds_by_name() -> None:
     assert found.live == found.forwards
 
 
-def test_a_forward_concerns_target_exposed_and_all_between() -> None:
-    forward = only(rule("via=personal", target="work"))
-    assert all(forward.concerns(name) for name in ("work", "personal", "sys-firewall", "sys-net"))
-    assert not forward.concerns("vault")
-
-
 @pytest.mark.parametrize(
     ("text", "target", "exposed", "side"),
     [

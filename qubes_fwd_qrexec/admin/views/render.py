@@ -5,9 +5,10 @@ Text that was stored by others is escaped here, so that no terminal acts on it. 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 
 from qubes_fwd_qrexec.admin.expiry import distance, print_expire
-from qubes_fwd_qrexec.admin.states import Forward, Plan, Role, State
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import reasons
@@ -15,6 +16,14 @@ from .tables import Style, Table
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
 _ROLE = "ROLE"
+
+
+class Role(StrEnum):
+    """What a qube has to do with a forward: it is its target, its exposed qube, or another of its netvms."""
+
+    TARGET = "target"
+    EXPOSED = "exposed"
+    PATH = "path"
 
 
 def escaped(untrusted_text: str) -> str:
@@ -64,7 +73,11 @@ def _table(
 
 def roles_of(forward: Forward, qubes: Iterable[str]) -> dict[str, Role]:
     """What each of some qubes has to do with a forward, without those that have nothing."""
-    return {qube: role for qube in qubes if (role := forward.role(qube)) is not None}
+    parts: dict[str, Role] = dict.fromkeys(forward.chain, Role.PATH)
+    if forward.exposed is not None:
+        parts[forward.exposed] = Role.EXPOSED
+    parts[forward.source.target] = Role.TARGET
+    return {qube: parts[qube] for qube in qubes if qube in parts}
 
 
 def exposed_at(forward: Forward) -> str:

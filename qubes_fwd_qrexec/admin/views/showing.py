@@ -65,7 +65,7 @@ def selected(qubes: list[str], snapshot: Snapshot, now: float) -> Plan:
         snapshot.check_qube(qube)
     return replace(
         planned,
-        forwards=tuple(f for f in planned if any(f.concerns(qube) for qube in qubes)),
+        forwards=tuple(f for f in planned if render.roles_of(f, qubes)),
         broken=tuple(rule for rule in planned.broken if rule.target in qubes),
     )
 
