@@ -41,7 +41,7 @@ def test_a_clone_is_suspended_with_a_way_out_and_opens_nothing(forward: Command,
     assert (listed["cause"], listed["reason"]) == (
         "cloned",
         "The rule was made for work and came to office by cloning or renaming; 'qvm-forward confirm office "
-        "web' makes it one of office, 'qvm-forward remove office web' drops it.",
+        "web' makes it a rule of office, 'qvm-forward remove office web' removes it.",
     )
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
 
@@ -68,8 +68,8 @@ def test_a_forward_of_a_disposable_template_opens_for_it_alone_and_says_so(
     added = forward(*ADD)
     assert added.status == 0
     assert (
-        "Note: it opens work itself, and disposables made from work do not get it: one that shall be reached "
-        "needs a rule of its own.\n"
+        "Note: it opens work itself and not the disposables made from work, each of which needs a rule of "
+        "its own.\n"
     ) in added.out
     clone(lab, "work", "disp42", QubeClass.DISPOSABLE)
     assert states(forward) == {"disp42": "suspended", "work": "active"}
@@ -83,8 +83,8 @@ def test_a_disposable_can_have_a_forward_of_its_own(forward: Command, lab: LabDi
     forward(*ADD)
     clone(lab, "work", "disp42", QubeClass.DISPOSABLE)
     told = forward("list", "disp42").out
-    assert "The rule was made for work, and disp42 is a disposable that came by it at its birth" in told
-    assert "'qvm-forward confirm disp42 web' makes it one of disp42" in told
+    assert "The rule was made for work, and disp42 is a disposable that inherited it" in told
+    assert "'qvm-forward confirm disp42 web' makes it a rule of disp42" in told
     assert "Rule work web has port 80 of sys-net already" in forward("confirm", "disp42", "web").err
     assert forward("add", "disp42", "81:8080", "--from", "any").status == 0
     assert "+8080+mux  sys-net  disp42  allow" in policy(lab)
@@ -99,7 +99,7 @@ def test_a_rule_without_owner_at_a_disposable_is_not_known_to_be_its_own(klass: 
         assert forward.cause is Cause.CLONED
         assert reasons.sentence(forward) == (
             "The rule does not say for which qube it was made, and disp42 is a disposable; 'qvm-forward "
-            "confirm disp42 web' makes it one of disp42, 'qvm-forward remove disp42 web' drops it."
+            "confirm disp42 web' makes it a rule of disp42, 'qvm-forward remove disp42 web' removes it."
         )
 
 

@@ -197,7 +197,4 @@ def test_agreement_about_autostart_is_asked_for_at_add(forward: Command) -> None
     forward(*ADD)
     result = forward("add", "work", "81:8080", "--from", "any", "--autostart")
     assert result.status == 1
-    assert (
-        "Rule work web reaches the same port of work from sys-net and says otherwise about autostart"
-        in result.err
-    )
+    assert "Rule work web reaches the same port of work from sys-net with another autostart" in result.err

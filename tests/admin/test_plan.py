@@ -246,9 +246,9 @@ def test_what_a_template_learns_is_in_a_target_that_starts_after_it() -> None:
     before = planned()
     assert (before.service, before.transport) == (Service.CONNECT_TCP, Transport.CALL)
     assert reasons.transport_reason(before).startswith(
-        "work has run since before its template offered qubes.ForwardTCP"
+        "work was started before its template offered qubes.ForwardTCP"
     )
-    assert reasons.transport_reason(before).endswith("shut work down and start it again")
+    assert reasons.transport_reason(before).endswith("restart work")
     assert planned("transport=mux").cause is Cause.NO_SERVICE
     assert planned(is_running=False).service is Service.FORWARD_TCP
     assert planned(features=OURS).service is Service.FORWARD_TCP
@@ -261,7 +261,7 @@ def test_a_move_behind_a_tunnel_is_not_answered_with_a_confirm_that_is_refused()
     assert forward.cause is Cause.NETVM_CHANGED
     assert "where it would be refused. work is behind a tunnel" in reasons.sentence(forward)
     assert reasons.sentence(forward).endswith(
-        "After that 'qvm-forward confirm work web' agrees to the new way."
+        "After that 'qvm-forward confirm work web' agrees to the new path."
     )
     set_via, set_bypass, confirm = reasons.ways_out(forward)
     assert confirm == ("qvm-forward", "confirm", "work", "web")

@@ -48,7 +48,7 @@ def test_a_mark_of_the_target_itself_closes_what_goes_round_it(forward: Command,
     assert (result.status, result.err) == (0, "")
     assert result.out.endswith(
         "\nForward work web is refused now and closed. work is a tunnel itself (feature forward.tunnel), and "
-        "listening at sys-net would go round it; expose it nowhere, or accept that with bypass-tunnel=yes "
+        "listening at sys-net would bypass it; do not expose it, or accept that with bypass-tunnel=yes "
         "(--bypass-tunnel).\n"
     )
     assert POLICY not in policy(lab)

@@ -48,17 +48,17 @@ _TEXTS = {
     Cause.ANYBODY: "anybody who can reach the port may connect",
     Cause.SOURCES: "{sources} may connect, nobody else",
     Cause.FOLLOWS: "{way}; the rule follows every change",
-    Cause.NO_PATH: "{way}; none was recorded, so a change is not seen: '{0}'",
+    Cause.NO_PATH: "{way}; none was recorded, so a change goes unnoticed: '{0}'",
     Cause.AGREED: "{way}, as it was agreed to",
     Cause.NETVM_CHANGED: "{way} now, but agreed to was {agreed}; '{0}' agrees to this one",
     Cause.OWN: "made for {target}",
-    Cause.NO_OWNER: "not recorded, so a clone is not told from {target}: '{0}'",
-    Cause.CLONED: "made for {owner} and inherited; '{0}' makes it one of {target}",
-    Cause.BYPASSES_TUNNEL: "goes round the tunnel {mark}, as the rule accepts",
+    Cause.NO_OWNER: "not recorded, so a clone cannot be told from {target}: '{0}'",
+    Cause.CLONED: "made for {owner} and inherited; '{0}' makes it a rule of {target}",
+    Cause.BYPASSES_TUNNEL: "bypasses the tunnel {mark}, as the rule accepts",
     Cause.TUNNEL: "{exposed} lies outside of the tunnel {mark}",
-    Cause.NO_TUNNEL: "neither {target} nor a netvm of it is marked as a tunnel",
+    Cause.NO_TUNNEL: "neither {target} nor any of its netvms is marked as a tunnel",
     Cause.IN_TIME: "{ends}",
-    Cause.EXPIRED: "over since {ends}; '{0}' gives it more",
+    Cause.EXPIRED: "over: {ends}; '{0}' gives it more",
 }
 # The tunnel of a marked qube is on its outer side, too.
 _SIDES = {

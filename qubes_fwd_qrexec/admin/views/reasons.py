@@ -20,9 +20,11 @@ HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-
 
 _SET, _REMOVE = "qvm-forward set {target} {name} ", "qvm-forward remove {target} {name}"
 _CONFIRM = "qvm-forward confirm {target} {name}"
-_BYPASS = "or accept that with bypass-tunnel=yes (--bypass-tunnel)."
-_GOES_ROUND = "{target} {is_tunnelled}, and listening at {qube} would go round it; "
+_BYPASS = _SET + "bypass-tunnel=yes"
+_OR_BYPASS = ", or accept that with bypass-tunnel=yes (--bypass-tunnel)."
+_BYPASSES = "{target} {is_tunneled}, and listening at {qube} would bypass it; "
 _NOT_YET = "this version of qvm-forward cannot do that yet"
+_FORWARD, _CONNECT = Service.FORWARD_TCP, Service.CONNECT_TCP
 
 _ROWS: dict[tuple[Cause, str], Command] = {
     (Cause.OPEN, ""): (
@@ -38,18 +40,15 @@ _ROWS: dict[tuple[Cause, str], Command] = {
         "qvm-start {qube}",
         _SET + "autostart=yes",
     ),
-    (Cause.DISABLED, ""): (
-        "It was disabled; '{0}' opens it again.",
-        "qvm-forward enable {target} {name}",
-    ),
+    (Cause.DISABLED, ""): ("It was disabled; '{0}' opens it again.", "qvm-forward enable {target} {name}"),
     (Cause.EXPIRED, ""): (
-        "Its time is over; '{0}' gives it more, '{1}' ends it.",
+        "Its time is over; '{0}' gives it more, '{1}' removes it.",
         _SET + "expire=+8h",
         _REMOVE,
     ),
     (Cause.HELD, ""): (f"{HELD}.", "qvm-forward resume"),
     (Cause.UNREADABLE_QUBE, ""): (
-        "Nothing opens where something is unknown: {detail}.",
+        "Nothing opens while something about its qubes is unknown: {detail}.",
         "qvm-forward apply",
     ),
     (Cause.NO_SUCH_QUBE, "target"): ("There is no qube {qube}; name one that 'qvm-ls' shows.", _REMOVE),
@@ -70,21 +69,17 @@ _ROWS: dict[tuple[Cause, str], Command] = {
         "via=QUBE.",
         _SET + "via=QUBE",
     ),
-    (Cause.CLONED, ""): (
-        "{whose}; '{0}' makes it one of {target}, '{1}' drops it.",
-        _CONFIRM,
-        _REMOVE,
-    ),
+    (Cause.CLONED, ""): ("{whose}; '{0}' makes it a rule of {target}, '{1}' removes it.", _CONFIRM, _REMOVE),
     (Cause.NETVM_BROKEN, ""): ("{detail}.", "qvm-prefs {qube} netvm NETVM"),
     (Cause.NETVM_CHANGED, ""): (
-        "{moved}; '{0}' agrees to the new way{moves}, and with follow-netvm=yes the rule follows every "
+        "{moved}; '{0}' agrees to the new path{moves}, and with follow-netvm=yes the rule follows every "
         "change.",
         _CONFIRM,
         _SET + "follow-netvm=yes",
     ),
     (Cause.NO_NETVM, ""): (
-        "{target} has no netvm that could listen for it; name the qube that shall listen with --via QUBE "
-        "(option via=QUBE).",
+        "{target} has no netvm that could listen for it; name the qube that is to listen with via=QUBE "
+        "(--via QUBE).",
         _SET + "via=QUBE",
     ),
     (Cause.NOT_YET, "mode=nft"): (
@@ -96,9 +91,8 @@ _ROWS: dict[tuple[Cause, str], Command] = {
         _SET + "proto=tcp",
     ),
     (Cause.NO_SERVICE, "system"): (
-        f"{{target}} runs {{detail}}, which has neither {Service.FORWARD_TCP} nor {Service.CONNECT_TCP}; "
-        f"name a "
-        "target that runs Linux.",
+        f"{{target}} runs {{detail}}, which has neither {_FORWARD} nor {_CONNECT}; name a target that runs "
+        "Linux.",
         _REMOVE,
     ),
     (Cause.NO_SERVICE, "mux"): (
@@ -110,65 +104,60 @@ _ROWS: dict[tuple[Cause, str], Command] = {
         _SET + "proxy=off",
     ),
     (Cause.TUNNEL, "beside"): (
-        "{target} {is_tunnelled}, and {qube} has no netvm: nothing tells its tunnel from the LAN beside it, "
-        "which would go round the tunnel. Expose it to qubes alone with forwardtype=internal (--internal), "
-        + _BYPASS,
+        "{target} {is_tunneled}, and {qube} has no netvm: nothing tells its tunnel from the LAN beside it, "
+        "which would bypass the tunnel. Expose it to qubes alone with forwardtype=internal (--internal)"
+        + _OR_BYPASS,
         _SET + "forwardtype=internal",
-        _SET + "bypass-tunnel=yes",
+        _BYPASS,
     ),
     (Cause.TUNNEL, "at"): (
-        _GOES_ROUND + "expose it at {tunnel} with via={tunnel} (--via {tunnel}), " + _BYPASS,
+        _BYPASSES + "expose it at {tunnel} with via={tunnel} (--via {tunnel})" + _OR_BYPASS,
         _SET + "via={tunnel}",
-        _SET + "bypass-tunnel=yes",
+        _BYPASS,
     ),
     (Cause.TUNNEL, "behind"): (
-        _GOES_ROUND + "expose it at a qube behind it with via=QUBE (--via QUBE), " + _BYPASS,
-        _SET + "bypass-tunnel=yes",
+        _BYPASSES + "expose it at a qube behind it with via=QUBE (--via QUBE)" + _OR_BYPASS,
+        _SET + "via=QUBE",
+        _BYPASS,
     ),
-    (Cause.TUNNEL, "nowhere"): (
-        _GOES_ROUND + "expose it nowhere, " + _BYPASS,
-        _SET + "bypass-tunnel=yes",
-    ),
+    (Cause.TUNNEL, "nowhere"): (_BYPASSES + "do not expose it" + _OR_BYPASS, _BYPASS),
     (Cause.CONFLICT, "port"): (
-        "Rule {rival} has {rival_ports} of {qube} already; take another port or listen address, or remove or "
-        "disable that rule.",
+        "Rule {rival} has {rival_ports} of {qube} already; take another port or listen address, or remove "
+        "or disable that rule.",
         _SET + "srcports=PORTS",
-        "qvm-forward disable {rival_target} {rival_name}",
+        "qvm-forward disable {rival}",
     ),
     (Cause.CONFLICT, "autostart"): (
-        "Rule {rival} reaches the same port of {target} from {qube} and says otherwise about autostart, and "
-        "dom0's policy cannot tell the two apart; give both the same autostart.",
+        "Rule {rival} reaches the same port of {target} from {qube} with another autostart, and dom0's "
+        "policy cannot tell the two apart; give both the same autostart.",
         _SET + "autostart={rival_autostart}",
     ),
     (Cause.TOO_LARGE, "ports"): (
-        "With one call for each connection every port needs its own policy line, and {number} ports are more "
-        "than "
-        f"{CALL_PORTS_MAX}; make the range shorter, or {{shorten}}.",
+        "With one call for each connection every port needs its own policy line, and {number} ports are "
+        f"more than {CALL_PORTS_MAX}; make the range shorter, or {{shorten}}.",
         _SET + "srcports=PORTS",
     ),
     (Cause.TOO_LARGE, "bytes"): ("{detail}.", _SET + "srchosts=NETWORKS"),
     (Cause.NO_OWNER, ""): ("no owner recorded, so clones would be open too: '{0}'", _CONFIRM),
     (Cause.NO_PATH, ""): ("no path recorded, so it stays open when the netvm changes: '{0}'", _CONFIRM),
     (Cause.NO_DISPOSABLES, ""): (
-        "it opens {target} itself, and disposables made from {target} do not get it: one that shall be "
-        "reached needs a rule of its own",
+        "it opens {target} itself and not the disposables made from {target}, each of which needs a rule of "
+        "its own",
     ),
     (Cause.BYPASSES_TUNNEL, ""): ("bypasses the tunnel {mark}",),
     (Cause.ELSEWHERE, ""): ("the same port of {exposed} leads elsewhere by {rival_family}: {rival}",),
     (Cause.PERHAPS_TUNNEL, ""): (
-        "nothing says whether {qube}, which is on the way, is a tunnel: if there is a VPN or Tor in it, "
-        "mark it with '{0}', so that no forward goes round it",
+        "nothing says whether {qube}, which is on the path, is a tunnel: if it runs a VPN or Tor, mark it "
+        "with '{0}', so that no forward bypasses it",
         "qvm-forward tunnel mark {qube}",
     ),
     (Cause.MANY_CALLS, ""): (
-        f"the forwards of {{qube}} need {{number}} qrexec calls, and it makes {CALLS_MAX} at once: those "
-        f"that nobody "
-        "uses give theirs up, and while all are in use, further connections wait",
+        f"the forwards of {{qube}} need {{number}} qrexec calls, and it makes {CALLS_MAX} at once: idle "
+        "forwards give theirs up, and while all are in use, further connections wait",
     ),
     (Cause.STOCK_SERVICE, ""): (
-        f"{{lacks}}, so each connection goes over the stock {Service.CONNECT_TCP}: a server that ends its "
-        f"sending "
-        "first loses the rest of what the client sends. To mend that, {install}",
+        f"{{lacks}}, so each connection goes over the stock {_CONNECT}: a server that ends its sending "
+        "first loses the rest of what the client sends. To fix that, {install}",
     ),
 }
 _UNFIT = {
@@ -177,11 +166,8 @@ _UNFIT = {
     REMOTE: "is a qube of another machine and cannot",
     QREXEC_FEATURE: f"has no qrexec (feature {QREXEC_FEATURE}) and cannot",
 }
-# Labels that every listing repeats; and what is said once, when a forward is made.
-_NOTES = frozenset(
-    (Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL, Cause.ELSEWHERE)
-)
-_HINTS = frozenset((Cause.PERHAPS_TUNNEL, Cause.MANY_CALLS))
+_NOTES = {Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL, Cause.ELSEWHERE}
+_HINTS = {Cause.PERHAPS_TUNNEL, Cause.MANY_CALLS}
 
 
 def sentence(forward: Forward, finding: Finding | None = None) -> str:
@@ -190,7 +176,7 @@ def sentence(forward: Forward, finding: Finding | None = None) -> str:
 
 
 def ways_out(forward: Forward, finding: Finding | None = None) -> tuple[Command, ...]:
-    """The commands by which a forward leaves its state, those that are all needed in their order."""
+    """The commands by which a forward leaves its state; if it takes more than one, in their order."""
     return _said(forward, finding or forward.decisive)[1]
 
 
@@ -204,7 +190,7 @@ def hints(forward: Forward) -> tuple[str, ...]:
     return _before_it_stops(forward, _HINTS)
 
 
-def _before_it_stops(forward: Forward, causes: frozenset[Cause]) -> tuple[str, ...]:
+def _before_it_stops(forward: Forward, causes: set[Cause]) -> tuple[str, ...]:
     found = takewhile(lambda finding: finding.verdict is not Verdict.STOPS, forward.findings)
     return tuple(sentence(forward, finding) for finding in found if finding.cause in causes)
 
@@ -231,30 +217,29 @@ def transport_reason(forward: Forward) -> str:
     return f"{forward.source.target} offers our service" if asked is Transport.AUTO else "the rule says so"
 
 
+def next_stop(forward: Forward) -> Finding | None:
+    """What would stop a forward if its changed netvms were agreed to; ports are claimed by the old ones."""
+    stops = (stop for stop in forward.stops if stop.state is State.REFUSED)
+    return next((stop for stop in stops if stop.cause is not Cause.CONFLICT), None)
+
+
 def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]:
     """Sentence and ways out."""
+    facts = _facts(forward, finding)
     more = next_stop(forward) if finding.cause is Cause.NETVM_CHANGED else None
     if more is not None:
         first, ways = _said(forward, more)
-        confirm = _filled(_CONFIRM, {"target": forward.source.target, "name": forward.source.name})
-        text = f"{_moved(forward)}, where it would be {more.state}. {first} After that '{' '.join(confirm)}' "
-        return f"{text}agrees to the new way.", (*ways, confirm)
+        confirm = _filled(_CONFIRM, facts)
+        text = f"{facts['moved']}, where it would be {more.state}. {first} After that '{' '.join(confirm)}' "
+        return f"{text}agrees to the new path.", (*ways, confirm)
     text, *templates = _ROWS.get((finding.cause, "")) or _ROWS[finding.cause, _case(forward, finding)]
-    facts = _facts(forward, finding)
     commands = tuple(_filled(template, facts) for template in templates)
     return text.format(*map(" ".join, commands), **facts), commands
 
 
 def _filled(template: str, facts: Mapping[str, object]) -> Command:
-    return tuple(word.format(**facts) for word in template.split())
-
-
-def next_stop(forward: Forward) -> Finding | None:
-    """What would stop a forward if its changed netvms were agreed to; ports are claimed by the old ones."""
-    stops = (
-        stop for stop in forward.stops if stop.state is State.REFUSED and stop.cause is not Cause.CONFLICT
-    )
-    return next(stops, None)
+    # No fact in a command has spaces but the name of a rule, which is two words.
+    return tuple(template.format(**facts).split())
 
 
 def _case(forward: Forward, finding: Finding) -> str:
@@ -279,42 +264,37 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         "ports": rule.listen_ports.worded(),
         "target_ports": rule.target_ports.worded(),
         "qube": finding.qube,
-        "mark": finding.mark,
         "number": finding.number,
         "detail": finding.detail,
     }
     if finding.cause is Cause.OPEN:
         facts["where"] = _where(forward)
         facts["who"] = (
-            "anybody who can reach it" if rule.sources.anyone else f"{rule.sources}".replace(",", ", ")
+            "anybody who can reach it" if rule.sources.anyone else ", ".join(map(str, rule.sources.networks))
         )
     elif finding.cause is Cause.UNFIT_QUBE:
         facts["is_unfit"] = _UNFIT.get(finding.detail)
     elif finding.cause is Cause.CLONED:
         facts["whose"] = _whose(forward, finding)
     elif finding.cause is Cause.NETVM_CHANGED:
+        were, are = (" - ".join(path) or "none" for path in (rule.path or (), forward.chain))
+        facts["moved"] = f"The netvms of {target} were {were} when the rule was agreed to and are {are} now"
         was, now = _entrance(finding.qube, finding.side), _entrance(forward.exposed, forward.side)
-        facts["moved"] = _moved(forward)
         facts["moves"] = f", which opens it at {now} and no longer at {was}" if was != now else ""
     elif finding.cause in (Cause.NO_SERVICE, Cause.STOCK_SERVICE):
-        facts["lacks"], facts["install"] = _lacks(target, finding), _install(target, finding)
+        facts["lacks"], facts["install"] = _lacks(target, finding)
     elif finding.cause is Cause.TOO_LARGE:
         stock = forward.finding(Cause.STOCK_SERVICE)
-        facts["shorten"] = "use transport=mux" if stock is None else _install(target, stock)
-    elif finding.mark is not None:
-        is_itself = finding.mark.qube == target and not finding.mark.is_behind
-        facts["tunnel"] = finding.mark.qube
-        facts["is_tunnelled"] = (
-            f"is a tunnel itself ({finding.mark.mark})"
-            if is_itself
-            else f"is behind a tunnel, marked at {finding.mark}"
-        )
-    if finding.rival is not None:
-        facts["rival"], facts["rival_target"], facts["rival_name"] = finding.rival, *finding.rival[:2]
-        facts["rival_ports"] = finding.rival.rule.listen_ports.worded()
-        facts["rival_autostart"] = yes_no(finding.rival.rule.autostart)
-        versions = {address.version for address in finding.rival.rule.listen_addresses}
-        facts["rival_family"] = " and ".join(f"IPv{version}" for version in sorted(versions))
+        facts["shorten"] = "use transport=mux" if stock is None else _lacks(target, stock)[1]
+    if (mark := finding.mark) is not None:
+        is_itself = mark.qube == target and not mark.is_behind
+        itself, behind = f"is a tunnel itself ({mark.mark})", f"is behind a tunnel, marked at {mark}"
+        facts |= {"mark": mark, "tunnel": mark.qube, "is_tunneled": itself if is_itself else behind}
+    if (rival := finding.rival) is not None:
+        versions = sorted({address.version for address in rival.rule.listen_addresses})
+        facts |= {"rival": rival, "rival_ports": rival.rule.listen_ports.worded()}
+        facts["rival_autostart"] = yes_no(rival.rule.autostart)
+        facts["rival_family"] = " and ".join(f"IPv{version}" for version in versions)
     return facts
 
 
@@ -330,13 +310,8 @@ def _whose(forward: Forward, finding: Finding) -> str:
     if owner is None:
         return f"The rule does not say for which qube it was made, and {target} is a disposable"
     if finding.detail == DISPOSABLE:
-        return f"The rule was made for {owner}, and {target} is a disposable that came by it at its birth"
+        return f"The rule was made for {owner}, and {target} is a disposable that inherited it"
     return f"The rule was made for {owner} and came to {target} by cloning or renaming"
-
-
-def _moved(forward: Forward) -> str:
-    were, are = (" - ".join(path) or "none" for path in (forward.source.rule.path or (), forward.chain))
-    return f"The netvms of {forward.source.target} were {were} when the rule was agreed to and are {are} now"
 
 
 def _entrance(exposed: QubeName | None, side: Side | None) -> str:
@@ -344,16 +319,11 @@ def _entrance(exposed: QubeName | None, side: Side | None) -> str:
     return "no qube" if exposed is None else exposed if side is None else f"{exposed} ({side} side)"
 
 
-def _lacks(target: QubeName, finding: Finding) -> str:
+def _lacks(target: QubeName, finding: Finding) -> tuple[str, str]:
+    """What a target lacks, and how it comes by it."""
     if finding.detail == "older":
-        return f"{target} has run since before its template offered {Service.FORWARD_TCP}"
-    return f"{target} does not offer {Service.FORWARD_TCP}"
-
-
-def _install(target: QubeName, finding: Finding) -> str:
-    """How our package comes into a target."""
-    if finding.detail == "older":
-        return f"shut {target} down and start it again"
-    if finding.qube == target:
-        return f"install qubes-fwd-qrexec in {target}"
-    return f"install qubes-fwd-qrexec in its template {finding.qube} and start {target} again"
+        return f"{target} was started before its template offered {_FORWARD}", f"restart {target}"
+    install = f"install qubes-fwd-qrexec in {target}"
+    if finding.qube != target:
+        install = f"install qubes-fwd-qrexec in its template {finding.qube} and restart {target}"
+    return f"{target} does not offer {_FORWARD}", install

@@ -34,7 +34,7 @@ CASES = [
         rule(),
         "path",
         "note",
-        "work - sys-firewall - sys-net; none was recorded, so a change is not seen: "
+        "work - sys-firewall - sys-net; none was recorded, so a change goes unnoticed: "
         "'qvm-forward confirm work web'",
     ),
     (
@@ -55,15 +55,15 @@ CASES = [
         rule("owner="),
         "owner",
         "note",
-        "not recorded, so a clone is not told from work: 'qvm-forward confirm work web'",
+        "not recorded, so a clone cannot be told from work: 'qvm-forward confirm work web'",
     ),
     (
         rule("owner=office"),
         "owner",
         "stops",
-        "made for office and inherited; 'qvm-forward confirm work web' makes it one of work",
+        "made for office and inherited; 'qvm-forward confirm work web' makes it a rule of work",
     ),
-    (rule(), "tunnel", "ok", "neither work nor a netvm of it is marked as a tunnel"),
+    (rule(), "tunnel", "ok", "neither work nor any of its netvms is marked as a tunnel"),
     (
         rule(target="sys-vpn"),
         "tunnel",
@@ -86,7 +86,7 @@ CASES = [
         rule("bypass-tunnel=yes", target="hidden"),
         "tunnel",
         "note",
-        "goes round the tunnel sys-vpn (feature service.vpn-handler-openvpn), as the rule accepts",
+        "bypasses the tunnel sys-vpn (feature service.vpn-handler-openvpn), as the rule accepts",
     ),
     (
         rule("forwardtype=internal", target="hidden"),
@@ -100,7 +100,7 @@ CASES = [
         "ok",
         "below is behind the same tunnel, sys-vpn (feature service.vpn-handler-openvpn)",
     ),
-    (rule(target="vault"), "qubes", "stops", "the qube that shall listen with --via QUBE (option via=QUBE)"),
+    (rule(target="vault"), "qubes", "stops", "the qube that is to listen with via=QUBE (--via QUBE)"),
     (rule("via=gone"), "qubes", "stops", "no qube gone to listen; name another one with via=QUBE"),
     (rule("mode=nft"), "service", "stops", "mode=qrexec would work for TCP"),
     (rule("srcports=1-257 transport=call"), "ports", "stops", "range shorter, or use transport=mux"),

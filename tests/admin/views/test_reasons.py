@@ -61,7 +61,7 @@ CASES = [
         world(),
         State.SUSPENDED,
         "The rule was made for office and came to work by cloning or renaming; 'qvm-forward confirm work "
-        "web' makes it one of work, 'qvm-forward remove work web' drops it.",
+        "web' makes it a rule of work, 'qvm-forward remove work web' removes it.",
     ),
     (
         "netvm-changed",
@@ -69,7 +69,7 @@ CASES = [
         world(),
         State.SUSPENDED,
         "The netvms of work were sys-vpn - sys-net when the rule was agreed to and are sys-firewall - "
-        "sys-net now; 'qvm-forward confirm work web' agrees to the new way, and with follow-netvm=yes the "
+        "sys-net now; 'qvm-forward confirm work web' agrees to the new path, and with follow-netvm=yes the "
         "rule follows every change.",
     ),
     (
@@ -78,7 +78,7 @@ CASES = [
         world(),
         State.EXPIRED,
         "Its time is over; 'qvm-forward set work web expire=+8h' gives it more, 'qvm-forward remove work "
-        "web' ends it.",
+        "web' removes it.",
     ),
     (
         "disabled",
@@ -137,8 +137,8 @@ CASES = [
         rule(target="vault"),
         world(),
         State.REFUSED,
-        "vault has no netvm that could listen for it; name the qube that shall listen with --via QUBE "
-        "(option via=QUBE).",
+        "vault has no netvm that could listen for it; name the qube that is to listen with via=QUBE (--via "
+        "QUBE).",
     ),
     (
         "netvm-broken",
@@ -176,7 +176,7 @@ CASES = [
         world(),
         State.REFUSED,
         "The rule asks for transport=mux and personal does not offer qubes.ForwardTCP; install "
-        "qubes-fwd-qrexec in its template debian-12 and start personal again, or leave transport=mux out.",
+        "qubes-fwd-qrexec in its template debian-12 and restart personal, or leave transport=mux out.",
     ),
     (
         "no-service",
@@ -184,7 +184,7 @@ CASES = [
         world(),
         State.REFUSED,
         "The rule asks for proxy and personal does not offer qubes.ForwardTCP; install qubes-fwd-qrexec in "
-        "its template debian-12 and start personal again, or leave proxy out.",
+        "its template debian-12 and restart personal, or leave proxy out.",
     ),
     (
         "no-service",
@@ -230,7 +230,7 @@ CASES = [
         world(),
         State.REFUSED,
         "hidden is behind a tunnel, marked at sys-vpn (feature service.vpn-handler-openvpn), and listening "
-        "at sys-net would go round it; expose it at sys-vpn with via=sys-vpn (--via sys-vpn), or accept "
+        "at sys-net would bypass it; expose it at sys-vpn with via=sys-vpn (--via sys-vpn), or accept "
         "that with bypass-tunnel=yes (--bypass-tunnel).",
     ),
     (
@@ -238,16 +238,16 @@ CASES = [
         rule(),
         world(qube("work", "sys-firewall", tags=frozenset({"anon-vm"}), features=OURS)),
         State.REFUSED,
-        "work is behind a tunnel, marked at work (tag anon-vm), and listening at sys-net would go round "
-        "it; expose it nowhere, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+        "work is behind a tunnel, marked at work (tag anon-vm), and listening at sys-net would bypass it; "
+        "do not expose it, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
     ),
     (
         "tunnel-in-the-path",
         rule(),
         world(qube("work", "sys-firewall", features=OURS | {"forward.tunnel": "1"})),
         State.REFUSED,
-        "work is a tunnel itself (feature forward.tunnel), and listening at sys-net would go round it; "
-        "expose it nowhere, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
+        "work is a tunnel itself (feature forward.tunnel), and listening at sys-net would bypass it; "
+        "do not expose it, or accept that with bypass-tunnel=yes (--bypass-tunnel).",
     ),
     (
         "tunnel-in-the-path",
@@ -255,7 +255,7 @@ CASES = [
         world(),
         State.REFUSED,
         "sys-vpn is a tunnel itself (feature service.vpn-handler-openvpn), and listening at sys-net would "
-        "go round it; expose it at a qube behind it with via=QUBE (--via QUBE), or accept that with "
+        "bypass it; expose it at a qube behind it with via=QUBE (--via QUBE), or accept that with "
         "bypass-tunnel=yes (--bypass-tunnel).",
     ),
     (
@@ -273,7 +273,7 @@ CASES = [
         State.REFUSED,
         "With one call for each connection every port needs its own policy line, and 257 ports are more "
         "than 256; make the range shorter, or install qubes-fwd-qrexec in its template debian-12 and "
-        "start personal again.",
+        "restart personal.",
     ),
     (
         "too-large",
@@ -290,7 +290,7 @@ CASES.append(
         rule(),
         world(qube("sys-net", provides_network=True, problem="sys-net: no answer")),
         State.REFUSED,
-        "Nothing opens where something is unknown: sys-net: no answer.",
+        "Nothing opens while something about its qubes is unknown: sys-net: no answer.",
     )
 )
 
