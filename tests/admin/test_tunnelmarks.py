@@ -32,7 +32,7 @@ def test_a_mark_closes_at_once_what_goes_round_it_and_says_which(forward: Comman
         "sys-firewall is marked as a tunnel. Neither it nor what is behind it may be exposed outside of it; "
         "behind it is personal, sys-vpn, untrusted, work.\nForward work web is refused now and closed. work "
         "is behind a tunnel, marked at sys-firewall (feature forward.tunnel), and listening at sys-net would "
-        "go round it"
+        "bypass it"
     )
     assert "personal tcp-81" not in result.out
     assert POLICY not in policy(lab)
