@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The process of a qube's agent that serves one call, and the one that forks it: single-threaded and small.
+"""The agent's process that serves one call, and the small, single-threaded program that forks it.
 
-Run as a program, it forks one process for each connection that comes over its stdin; so the broker, which
-has threads, never forks. Such a process begins when dom0 has said yes and names itself in
-QREXEC_AGENT_PID. It waits for the broker's order, starts the service or connects to it, and stays until
-that has ended. When the broker is gone, the qubes are: the processes kill their services and end.
+The program forks one process for each connection that it gets over stdin, so that the broker, which has
+threads, never forks. A process begins when dom0 has allowed its call; the service finds its pid in
+QREXEC_AGENT_PID. It waits for the broker's order, starts the service or connects to it, and stays until the
+service has ended. If the broker goes away, the processes kill their services and end.
 
-Facts: qubes-core-qrexec agent/qrexec-agent-data.c. Imports nothing of this package, so that the program
+Facts: qubes-core-qrexec agent/qrexec-agent-data.c. It imports nothing of this package, so that the program
 needs no search path.
 """
 
@@ -34,9 +34,9 @@ _prctl, _setns = _LIBC.prctl, _LIBC.setns
 
 
 def main() -> None:
-    """Fork one process for each descriptor that comes; ends when the broker does."""
+    """Fork one process for each descriptor received; returns when the broker is gone."""
     broker = _socket.socket(-1, -1, -1, posix.dup(0))
-    # Nobody asks how the processes ended: the broker sees the end of their sockets.
+    # Nobody needs their exit statuses: the broker sees their sockets close.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     own_pid = posix.getpid()
     # A process shares its memory with this one as long as neither looks for garbage in it.
@@ -66,7 +66,7 @@ def _serve(broker: _socket.socket, parent_pid: int) -> None:
     """One call, from its beginning to its service's end."""
     services: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: _end_with(services))
-    # A service may ask in this way for one socket both ways; the lab has nothing to offer, and is not to die.
+    # A service may ask for a single socket this way. The lab does not offer that, and must not die of it.
     signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

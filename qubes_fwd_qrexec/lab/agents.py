@@ -41,7 +41,7 @@ class AgentProcess:
         self._answers, self._answered = trio.open_memory_channel[tuple[dict[str, Any], list[int]]](2)
 
     async def run(self) -> None:
-        """Hear what the process says, until it has ended. Not to be cancelled: `kill` ends it."""
+        """Read what the process reports until it has ended. Do not cancel this; `kill` ends it."""
         with trio.CancelScope(shield=True), self._sock:
             with suppress(OSError):
                 while True:
@@ -67,9 +67,8 @@ class AgentProcess:
     async def order(
         self, what: Mapping[str, object], fds: Sequence[int], namespace_fd: int | None
     ) -> list[int]:
-        """Have it start or connect; the descriptors that it hands over.
-
-        Raises OSError as the process met it.
+        """Order it to start or connect, and return the descriptors that it hands over. Raises the process's
+        OSError.
         """
         all_fds = array.array("i", [*fds, *([] if namespace_fd is None else [namespace_fd])])
         packet = json.dumps({**what, "in_namespace": namespace_fd is not None}).encode()
@@ -94,7 +93,7 @@ class AgentProcess:
         return self._status
 
     def let_go(self) -> None:
-        """No order comes any more: it ends, or goes on to wait for its service."""
+        """Give no more orders: it ends, or goes on waiting for its service."""
         self._is_let_go = True
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
@@ -114,13 +113,13 @@ class Agents:
         self._nursery = nursery
 
     async def fork(self) -> AgentProcess:
-        """A new process, as dom0's yes to a call makes one; raises OSError."""
+        """Fork a process, as an agent does once dom0 has allowed a call. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock = trio.socket.from_stdlib_socket(ours)
         with theirs:
             rights = array.array("i", [theirs.fileno()])
             try:
-                # Shielded: a process that nobody knows would be waited for by nobody.
+                # Shielded: once forked, the process has to be known, or nobody would wait for it.
                 with trio.CancelScope(shield=True):
                     await self._fork_socket.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
                     theirs.close()
@@ -135,7 +134,7 @@ class Agents:
 
 @asynccontextmanager
 async def open_agents(environment: Mapping[str, str]) -> AsyncIterator[Agents]:
-    """Agents whose services find ``environment``; in the end all of their processes are gone."""
+    """Agents whose services get ``environment``. All of their processes are gone when the block ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = await trio.lowlevel.open_process(

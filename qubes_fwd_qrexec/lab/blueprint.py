@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The lab that ``init`` makes: which qubes there are, and what each can be called for.
+"""The lab that ``init`` makes: its qubes, and the services that each offers.
 
-A small system as Qubes' installer leaves it, with a VPN qube beside and one qube (``personal``) whose
+It is a small system as Qubes' installer leaves it, with a VPN qube added, and one qube (``personal``) whose
 template lacks our package, so that the stock service is seen at work too.
 """
 
@@ -25,9 +25,9 @@ CONNECT_SERVICE = "qubes.ConnectTCP"
 _CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
 _OUR_TEMPLATE = QubeName("fedora-42")
 _STOCK_TEMPLATE = QubeName("debian-12")
-# The kernel reads 255 bytes of a script's first line and parts it at blanks: fs/binfmt_script.c.
+# The kernel reads 255 bytes of a script's first line and splits it at blanks: fs/binfmt_script.c.
 _SHEBANG_MAX = 250
-# Beside the client, what it becomes where it is not enough.
+# Lies beside the short client, which runs it where it is not enough itself.
 _LONG_CLIENT = ".qrexec-client-vm.py"
 
 
@@ -94,7 +94,7 @@ def create_lab(path: str | os.PathLike[str]) -> LabDirectory:
     write_client(lab)
     if not os.access(lab.client_program, os.X_OK):
         raise StoreError(f"{lab.root}: no program can be run from there, as on a file system mounted noexec")
-    # Last: what lacks this file is no lab, so that a half-made one is not taken for one.
+    # Written last: a directory without this file is no lab, so a half-made lab is never taken for one.
     lab.write_knobs(Knobs())
     return lab
 
@@ -117,9 +117,9 @@ def offer_services(place: QubeDirectory, *, forward: bool) -> None:
 def write_client(lab: LabDirectory) -> None:
     """Write the lab's own ``qrexec-client-vm`` for the interpreter that runs now.
 
-    The Python client starts without site-packages and without the environment's PYTHON variables, which is
-    half of its start-up time; so the way to this package is written into it. Where there is a Perl, most
-    calls do without it: see `shortclient`.
+    The Python client starts without site-packages and without the environment's PYTHON variables, which
+    saves half of its start-up time; so the path of this package is written into it. Where Perl is
+    installed, most calls need no Python: see `shortclient`.
     """
     short = shortclient.script(sys.executable, lab.client_program.with_name(_LONG_CLIENT))
     long_client = lab.client_program.with_name(_LONG_CLIENT) if short else lab.client_program
@@ -142,7 +142,7 @@ def write_client(lab: LabDirectory) -> None:
 
 
 def find_rpc_entry(service: str) -> Path:
-    """Where an RPC entry of ours lies: in a checkout, among pip's data, or where the packages put it."""
+    """The path of one of our RPC entries: in a checkout, among pip's data, or where the packages put it."""
     in_checkout = Path(__file__).parent.parent.parent / "rpc" / service
     if in_checkout.parent.is_dir():
         return in_checkout

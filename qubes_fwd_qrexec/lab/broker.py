@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The broker: in the place of dom0's policy daemon, and of every qube's qrexec daemon and agent.
+"""The broker: it stands in for dom0's policy daemon, and for every qube's qrexec daemon and agent.
 
-It takes calls at one socket for each qube, asks the policy, turns the knobs, starts the service and hands
-the two ends to `Join`. It holds no rule and writes no policy. One call's trouble is logged and ends that
-call; what the broker cannot tell it refuses.
+It takes calls at one socket for each qube, asks the policy, obeys the knobs, starts the service and hands
+the two ends to `Join`. It holds no rule and writes no policy. An error is logged and ends the one call that
+had it; in doubt a call is refused.
 """
 
 import errno
@@ -35,19 +35,19 @@ from .view import LabView
 _log = logging.getLogger("qubes_fwd_qrexec.lab")
 _ACCEPT_PAUSE_S = 0.1
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-# What a service that has lost its call gets before it is killed, when the lab goes down.
+# How long a service that has lost its call may go on when the lab goes down, before it is killed.
 _GRACE_S = 2.0
-# How soon a knob that was turned back is seen by the calls that it holds.
+# How soon a call that a knob holds up notices that the knob was turned back.
 _KNOB_POLL_S = 0.05
-# How soon a qube halts whose description was changed.
+# How soon a qube halts once its description says so.
 _WATCH_S = 0.25
-# qrexec-agent-data.c: so long an agent waits for the caller's vchan.
+# qrexec-agent-data.c: how long an agent waits for the caller's vchan.
 _VCHAN_TIMEOUT_S = 120.0
 
 
 @dataclass(eq=False, slots=True)
 class JoinedCall:
-    """A call that has got past the policy; cancelling ``scope`` is what losing its vchan is."""
+    """A call that policy has allowed. Cancelling ``scope`` loses its vchan."""
 
     source: str
     target: str
@@ -104,7 +104,7 @@ class Broker:
             await self._nursery.start(self._listen, name)
 
     async def watch(self) -> None:
-        """Halt the qubes whose descriptions say so from now on, or which are gone, until cancelled."""
+        """Until cancelled, halt each qube that is gone, or whose description now says that it is halted."""
         running = self._running()
         while True:
             await trio.sleep(_WATCH_S)
@@ -118,7 +118,7 @@ class Broker:
         return {name for name, qube in self.view.qubes.items() if qube.is_running}
 
     async def _halt(self, name: str) -> None:
-        """What a qube takes with it: the calls from it and to it, and all of its processes."""
+        """End what ends with a qube: all calls from it and to it, and all of its processes."""
         _log.info("%s: halts", name)
         for call in self._joined:
             if name in (call.source, call.target):
@@ -135,7 +135,9 @@ class Broker:
         await trio.to_thread.run_sync(end)
 
     def drop(self, share: float = 1.0, target: str | None = None) -> int:
-        """Lose the vchans of a share of the joined calls, the oldest first, rounded up; how many it was."""
+        """Lose the vchans of a share of the joined calls, the oldest first, and return how many (rounded
+        up).
+        """
         calls = [call for call in self._joined if target in (None, call.target)]
         lost = calls[: math.ceil(len(calls) * share)]
         for call in lost:
@@ -161,7 +163,7 @@ class Broker:
                 self._nursery.start_soon(self._serve, name, agent)
 
     async def _serve(self, source: str, agent: trio.socket.SocketType) -> None:
-        """One call, from its request to its exit status; no error of it leaves here."""
+        """Serve one call, from its request to its exit status. No error of the call is raised."""
         caller = None
         with agent:
             try:
@@ -303,7 +305,7 @@ class Broker:
             raise ServiceUnusableError(f"cannot be started: {error}") from error
 
     async def _release(self, joined: JoinedCall) -> None:
-        """The agent waits for the service after a lost vchan, and its call is not over before."""
+        """After a lost vchan the agent waits for the service, and its call is not over before that ends."""
         joined.agent.let_go()
         if joined.join is not None:
             await joined.join.let_go()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What happens in a lab that dom0 would be told of by qubesd's events: seen in its directory by inotify.
+"""What qubesd would tell dom0 by events: changes of a lab, seen in its directory by inotify.
 
-It stands in for `admin.qubesevents`: features that matter, a qube's properties, qubes that come and go,
-and the policy file. It says that something changed and never what: whoever is told looks at everything.
+It stands in for `admin.qubesevents`: features that matter, a qube's properties, qubes that come and go, and
+the policy file. It says that something has changed and never what; the caller reads everything again.
 """
 
 import math
@@ -105,7 +105,7 @@ class _Watches:
         self._watched: dict[int, _Watched] = {}
 
     def add_all(self) -> None:
-        """Watch whatever is there. What comes while this runs is found here or told: both is no harm."""
+        """Watch whatever is there. What appears meanwhile is found here or reported; both does no harm."""
         self._add(_Role.ROOT, self._lab.root)
         self._add(_Role.POLICY, self._lab.policy_dir)
         self._add(_Role.QUBES, self._lab.qubes_dir)
@@ -116,7 +116,7 @@ class _Watches:
         self._watched[self.inotify.add(path)] = _Watched(role, path)
 
     def _add_qube(self, path: Path) -> None:
-        # It may be gone again, or be no qube; its features may come later, and then that is told.
+        # It may be gone again, or be no qube. If its features come later, that is reported.
         with suppress(FileNotFoundError, NotADirectoryError):
             self._add(_Role.QUBE, path)
             self._add(_Role.FEATURES, QubeDirectory(path).features)
@@ -128,8 +128,8 @@ class _Watches:
                 self.inotify.remove(number)
 
     def take(self) -> bool:
-        """Read all notices; whether one of them matters. Raises `StoreError` if no more can come."""
-        # All are judged before any() may stop: each may have something to be watched from now on.
+        """Read all notices and return whether one matters. Raises `StoreError` if no more can come."""
+        # Judge all of them before any(), which may stop early: each may bring something new to watch.
         judged = [self._judge(notice) for notice in self.inotify.read()]
         return any(judged)
 

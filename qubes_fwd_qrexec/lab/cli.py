@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``qvm-forward-lab``: make a lab, bring it up, look at it, turn its knobs, take it down.
 
-Words in, an effect of one other module out; exit status 2 for what cannot be asked, 1 for what failed.
+Each command calls one other module. Exit status 2 says that the command line is wrong, 1 that something
+failed.
 """
 
 import argparse
@@ -28,7 +29,7 @@ _ELSEWHERE = {
 
 
 class UsageError(ForwardError):
-    """The command line asks for something that cannot be; the text says what would be right."""
+    """The command line is wrong; the text says what would be right."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qvm-forward-lab: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing may be flushed to it at exit.
+        # The reader of our output is gone: nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: Sequence[str]) -> str | None:
-    """The subcommand, before the parser is made: it decides which other modules are imported at all."""
+    """The subcommand, found before the parser is made, because it decides which modules are imported."""
     rest = iter(words)
     for word in rest:
         if word == "--lab":

@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Does not return. Leaves at once, without Python's farewell: there is nothing to tidy up."""
+    """Make the call and exit at once, without Python's clean-up, as there is nothing to clean up."""
     try:
         status = run(argv)
     except ExitError as end:

@@ -140,7 +140,9 @@ class Options:
 
 
 def _buffer_size(text: str) -> int:
-    """It decides what room the call takes; the broker buffers as much as ever. 0 is the default."""
+    """The buffer size decides how much room the call takes; what the broker buffers stays the same. 0 is
+    the default.
+    """
     if not text[:1].isdigit():
         raise ExitError(1, "Bad buffer size: does not begin with a number\n")
     try:
@@ -228,7 +230,7 @@ def wait_for_connection(agent: _socket.socket) -> None:
 def wait_for_exit(agent: _socket.socket, *, is_filtered: bool) -> int:
     """Pass stderr on until the broker says how the call ended; raises `ExitError` when it does not.
 
-    Writing to stderr blocks, as in the real client: who does not read it stalls the call.
+    Writing to stderr blocks, as in the real client: a stderr that nobody reads stalls the call.
     """
     while packet := agent.recv(wire.STDERR_MAX + 1):
         if packet.startswith(wire.EXIT):

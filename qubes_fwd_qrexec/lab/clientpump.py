@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The client stand-in's slower ways: descriptors that are no sockets, filters, and a local program.
+"""The client stand-in's slow paths: descriptors that are not sockets, filters, and a local program.
 
-The broker joins sockets only; so pipes, files and terminals are copied to and from socket pairs here, one
-thread for each direction.
+The broker joins only sockets; so pipes, files and terminals are copied to and from socket pairs here, with
+one thread for each direction.
 """
 
 import _socket

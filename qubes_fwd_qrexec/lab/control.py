@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The broker's control socket: who is there, take up changes, and lose calls on purpose.
+"""The broker's control socket: ask what it runs, have it take up changes, or lose calls on purpose.
 
-One JSON object as one packet each way. The file system says who may use it.
+Each side sends one JSON object in one packet. File permissions say who may use it.
 """
 
 import json
@@ -25,7 +25,7 @@ _TIMEOUT_S = 10.0
 async def serve_control(
     broker: Broker, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Answer until cancelled; one asker at a time."""
+    """Answer one client at a time, until cancelled."""
     with bind_packets(broker.view.lab.control_socket) as listener:
         task_status.started()
         while True:
@@ -38,7 +38,7 @@ async def serve_control(
                 try:
                     await asker.send(json.dumps(answer).encode())
                 except OSError:
-                    continue  # the asker did not wait
+                    continue  # the client did not wait
 
 
 async def _answer(broker: Broker, order: dict[str, Any]) -> dict[str, object]:
@@ -60,9 +60,9 @@ async def _answer(broker: Broker, order: dict[str, Any]) -> dict[str, object]:
 
 
 def ask(lab: LabDirectory, order: dict[str, object]) -> dict[str, Any]:
-    """The broker's answer; raises `RefusedError` if it says no, `StoreError` if it is not there.
+    """Ask the broker and return its answer. Blocks for at most 10 s.
 
-    Standard library only and blocking, at most 10 s.
+    Raises `RefusedError` if it refuses, and `StoreError` if it is not there. Standard library only.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(_TIMEOUT_S)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The broker as a process in the background: brought up, found again, and taken down.
+"""The broker as a background process: how to start it, find it and stop it.
 
-Whoever runs the broker holds an flock on the pid file; so a process id that was given to another program
-is never taken for a broker, and what a killed one left behind is removed by the next.
+The process that runs the broker holds an flock on the pid file. So a reused process id is never taken for a
+broker, and what a killed broker left behind is removed by the next one.
 """
 
 import fcntl
@@ -43,7 +43,7 @@ _LOG_BYTES_MAX = 10_000_000
 
 
 class Network(StrEnum):
-    """What the user asked for: ``auto`` takes namespaces where they can be had."""
+    """What the user asked for; ``auto`` means namespaces where they are available."""
 
     AUTO = "auto"
     NAMESPACES = "namespaces"
@@ -226,7 +226,9 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def main(argv: list[str]) -> int:
-    """The broker's process: LAB NETWORK READY_FD. What keeps it from coming up goes to READY_FD."""
+    """The broker's process, with the arguments LAB NETWORK READY_FD. It writes to READY_FD why it cannot
+    start.
+    """
     lab, network, ready_fd = LabDirectory.open(argv[1]), Network(argv[2]), int(argv[3])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # A call takes about eight descriptors here, and a target may have 127 calls.

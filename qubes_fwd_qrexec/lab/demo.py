@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qvm-forward-lab demo``: one forward from the command in dom0 to the page on the LAN, and its end.
+"""``qvm-forward-lab demo``: one forward, from the command in dom0 to the page on the LAN, until it is
+closed.
 
-Every step runs the real program and is checked; the first that is not as it should be ends the demo with
-exit status 1. As root the qubes are network namespaces with no IP path between them; otherwise they
-share this machine's loopback.
+Every step runs the real program and is checked; the first that fails ends the demo with exit status 1. Run
+by root, the qubes are network namespaces with no IP path between them; otherwise they share this machine's
+loopback.
 """
 
 import argparse
@@ -33,7 +34,7 @@ try:
 except OSError as error:
     sys.exit(f"no page: {error.strerror or error}")
 """
-# Until the server in the qube accepts, which it does on its own loopback.
+# Succeeds once the server in the qube accepts, on the qube's own loopback.
 _SERVER_CHECK = """\
 import socket, sys
 socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=1).close()
@@ -166,7 +167,7 @@ def _client(session: LabSession, stage: Stage, source: str) -> list[str]:
 
 
 def _refusal(session: LabSession, stage: Stage, source: str) -> str:
-    """What a client is told that gets no page. Raises `SessionError` if it gets one."""
+    """The error that a client gets instead of the page. Raises `SessionError` if it gets the page."""
     try:
         page = output_of(_client(session, stage, source))
     except SessionError as error:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The directory that holds a lab: where each thing lies, and the few ways to read and change it.
+"""A lab's directory: where things lie in it, and how to read and change them.
 
-It is the lab's inventory, its features and its QubesDB, read and written by ``qvm-forward`` as dom0's
-would be; so this module is standard library only and quick to import. It starts nothing and knows
-nothing of the broker. Each write is a temporary name and a rename: a reader sees the old or the new
-value. Writers that read before they write hold `LabDirectory.locked`.
+It is the lab's inventory, features and QubesDB, which ``qvm-forward`` reads and writes as it does dom0's;
+so this module needs the standard library alone and is quick to import. It starts nothing and knows nothing
+of the broker.
+
+Each write goes to a temporary file that is then renamed, so a reader sees the old or the new value. Whoever
+reads and then writes holds `LabDirectory.locked`.
 """
 
 import fcntl
@@ -41,7 +43,7 @@ _LOCK_RETRY_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class QubeDirectory:
-    """Where the things of one qube lie."""
+    """The paths of one qube."""
 
     root: Path
 
@@ -137,7 +139,7 @@ class LabDirectory:
         return self.root / "bin" / "qrexec-client-vm"
 
     def qube_dir(self, name: str) -> QubeDirectory:
-        """Raises `StoreError` for what is no qube's name, so that no name leaves the directory."""
+        """Raises `StoreError` for what is no qube's name, so that no name leads out of the directory."""
         try:
             return QubeDirectory(self.qubes_dir / parse_qube_name(name))
         except TextError as error:
@@ -202,7 +204,7 @@ class LabDirectory:
         was changed by hand.
         """
         for name in self.qube_names():
-            with suppress(StoreError):  # of a qube that cannot be read others tell
+            with suppress(StoreError):  # a qube that cannot be read is reported elsewhere
                 self._deliver(name, is_running=self.qube(name).is_running)
 
     def set_state(self, name: str, state: QubeState) -> None:

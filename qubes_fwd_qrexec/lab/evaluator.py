@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a qrexec policy says of one call: the rules, the system and the request to a verdict.
+"""What a qrexec policy says of one call: rules, system and request in, verdict out.
 
-Held against the verdicts of Qubes' own parser (qubes-core-qrexec qrexec/policy/parser.py), from which
-the semantics are taken. Pure; in doubt it denies.
+The semantics are those of Qubes' own parser (qubes-core-qrexec qrexec/policy/parser.py), and tests compare
+the verdicts of both. Pure; in doubt it denies.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

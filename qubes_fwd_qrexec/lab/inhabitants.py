@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The processes of a qube, wherever they went: told by a variable of their environment, and ended with it.
+"""The processes of a qube, known by a variable of their environment, and how they end with the qube.
 
-The variable is set for what ``qvm-forward-lab run`` runs and for every service; what those start inherits it,
-also where it detaches itself.
+The variable is set for what ``qvm-forward-lab run`` runs and for every service. Whatever those start
+inherits it, even if it detaches itself.
 """
 
 import os

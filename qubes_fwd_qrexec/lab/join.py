@@ -33,7 +33,9 @@ class CallerEnds:
         self._is_single = len(sockets) == 1
 
     def begin(self) -> None:
-        """The call is through: process_io.c makes them non-blocking then, which the caller can see."""
+        """The call is connected: process_io.c makes the descriptors non-blocking now, which the caller can
+        see.
+        """
         for sock in (self.source, self.sink):
             sock.setblocking(False)
 
@@ -77,9 +79,10 @@ class Join:
         return (0, 0) if self._input is None else (self._input.moved, len(self._input.pending))
 
     async def run(self, send_stderr: SendStderr) -> int:
-        """The status that the caller gets. Its output has ended by then.
+        """Carry the call and return the status that the caller gets; its output has ended by then.
 
-        Cancelled, the call is lost: the caller's end is closed, and `let_go` is due for the service's.
+        If this is cancelled, the call is lost: the caller's end is closed, and `let_go` has to end the
+        service's.
         """
         try:
             async with trio.open_nursery() as nursery:
@@ -143,7 +146,7 @@ class Join:
         return 0
 
     async def _carry_input(self, sink: socket.socket) -> None:
-        """Caller to service; a service that takes no more is not the caller's matter."""
+        """Caller to service. The caller does not notice that a service takes no more."""
         end = None
         with self._carrying_input:
             if await send_all(sink, self._prefix):
@@ -177,9 +180,9 @@ class Join:
         over.set()
 
     async def let_go(self) -> None:
-        """The end of the service's side: shut down, never closed, until the service has ended by itself.
+        """End the service's side: shut it down, but do not close it before the service has ended by itself.
 
-        What has been taken from the caller is passed on first, for as long as the service needs.
+        What was taken from the caller is passed on first, for as long as the service needs.
         """
         started = self._started
         if isinstance(started, ConnectedSocket):
@@ -235,7 +238,7 @@ async def drain(source: socket.socket) -> None:
 
 
 def shut_down(sock: socket.socket, direction: int) -> None:
-    """`shutdown`, where that the peer is gone already makes no difference."""
+    """`shutdown`, also where the peer is gone already."""
     with suppress(OSError):
         sock.shutdown(direction)
 

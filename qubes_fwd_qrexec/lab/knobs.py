@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The knobs of a lab: what its qrexec is made to do so that others can be tried under it.
+"""The knobs of a lab: how its qrexec is made to misbehave, so that programs can be tried under it.
 
-A value of ``lab.json``, checked; the broker obeys it from the next call on. Death in mid-stream is no
-state but an act: `qubes_fwd_qrexec.lab.control` has it.
+They are a checked value of ``lab.json``, which the broker obeys from the next call on. Losing calls in
+mid-stream is an act and not a state: `qubes_fwd_qrexec.lab.control` has it.
 """
 
 from dataclasses import dataclass, fields, replace

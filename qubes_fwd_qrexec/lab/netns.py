@@ -91,13 +91,13 @@ class Namespaces:
         destroy(self._lab)
 
     def namespace_fd(self, qube: str) -> int:
-        """As `Places.namespace_fd`; a qube that has come since `create` gets its namespace now."""
+        """As `Places.namespace_fd`; a qube that was added since `create` gets its namespace now."""
         if qube not in self._fds:
             self._add(qube)
         return self._fds[qube]
 
     def entering(self, qube: str) -> Callable[[], AbstractContextManager[None]]:
-        """A way for this thread to be in a qube's network for the length of a block without await."""
+        """What puts this thread into a qube's network, for a block without await."""
         fd = self.namespace_fd(qube)
 
         @contextmanager

@@ -52,7 +52,7 @@ def bind_packets(path: Path) -> Iterator[trio.socket.SocketType]:
 
 
 def parse_request(source: str, call: wire.Call) -> Request:
-    """What the daemons make of a caller's words; raises `CallRefusedError`."""
+    """A caller's request, sanitized as the daemons do it; raises `CallRefusedError`."""
     if call.source:
         raise CallRefusedError(f"{call.source!a} as the source: a lab has no RemoteVM")
     name, plus, argument = _NOT_IN_SERVICE.sub("_", call.service).partition("+")
@@ -95,7 +95,9 @@ async def receive_call(agent: trio.socket.SocketType) -> tuple[wire.Call, Caller
 
 
 async def cancel_at_end(agent: trio.socket.SocketType, scope: trio.CancelScope) -> None:
-    """The client says nothing after its request: whatever comes, it is gone, and its vchan with it."""
+    """Cancel the call when its client is gone, and the vchan with it. A client sends nothing after its
+    request, so whatever arrives means that.
+    """
     with suppress(OSError):
         await agent.recv(1)
     scope.cancel()

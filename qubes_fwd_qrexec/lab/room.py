@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What room there is for calls: places of a target's daemon, and grant pages of a caller.
-
-Facts: qubes-core-qrexec daemon/qrexec-daemon.c (`allocate_vchan_port`); qubes-core-vchan-xen, whose server
-is the caller's client: two rings and one page for each vchan, a small ring within that page.
+"""How many calls there is room for: by the slots of a target's daemon, and by a caller's grant pages.
+Facts: qubes-core-qrexec daemon/qrexec-daemon.c (`allocate_vchan_port`); qubes-core-vchan-xen, whose
+server is the caller's client: two rings and one page for each vchan, a small ring within that page.
 """
 
 from collections import Counter
@@ -26,7 +25,7 @@ class NoVchanError(Exception):
 
 
 class Room:
-    """Counted by names of qubes; ``targets`` has the places that are taken."""
+    """Counts by the names of qubes; ``targets`` has the slots that are taken."""
 
     def __init__(self) -> None:
         self.targets: Counter[str] = Counter()
@@ -35,7 +34,7 @@ class Room:
 
     @contextmanager
     def vchan(self, caller: str, buffer_size: int, knobs: Knobs) -> Iterator[None]:
-        """The caller's pages for one call, for the length of a block; raises `NoVchanError`."""
+        """Take the caller's pages for one call, for the length of a block; raises `NoVchanError`."""
         pages = _pages(buffer_size)
         if self._pages[caller] + pages > knobs.vchans_per_caller * _pages(wire.BUFFER_SIZE):
             raise NoVchanError(_NO_PAGES)

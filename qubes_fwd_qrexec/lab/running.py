@@ -39,7 +39,7 @@ class RunningLab:
             self.directory.write_knobs(replace(self.directory.knobs(), **knobs))
 
     def drop_calls(self, share: float = 1.0, target: str | None = None) -> int:
-        """Lose the vchans of a share of the joined calls, the oldest first; how many it was."""
+        """Lose the vchans of a share of the joined calls, the oldest first, and return how many."""
         return self.broker.drop(share, target)
 
 

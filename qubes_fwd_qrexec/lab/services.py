@@ -23,7 +23,7 @@ _NAME_MAX = 255
 
 @dataclass(frozen=True, slots=True)
 class Executable:
-    """Start ``path``, its argument, if it has one, as argv[1]."""
+    """Start ``path``, with the call's argument, if it has one, as argv[1]."""
 
     path: Path
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The client stand-in's quick start: a Perl script for the calls that a listener makes.
 
-The real client is a small C program that is there in a millisecond. Python takes eight before its first
-line, and a lab whose client is that slow says of every comparison that one call for each connection costs
-more than it does. Perl takes about one and a half, and nearly every Linux has it. The script does what
-`client` does for sockets with plain options; for all else, and for every error before the call is made, it
-becomes the Python client, which has the same words.
+The real client is a small C program that starts in a millisecond. Python takes eight before its first line;
+with a client that slow, every comparison would make one call for each connection look more expensive than
+it is. Perl takes about one and a half, and nearly every Linux has it.
+
+The script does what `client` does for sockets with plain options. For everything else, and for every error
+before the call is made, it becomes the Python client, which says the same.
 """
 
 import platform

@@ -2,7 +2,7 @@
 """A qrexec service started or connected to, as the agent of its qube does it.
 
 Facts: qubes-core-qrexec libqrexec/exec.c. Two things are left out, as the lab's qubes are no boundary:
-users (all runs as who runs the lab) and waiting for a session.
+users (everything runs as the user who runs the lab) and waiting for a session.
 """
 
 import errno

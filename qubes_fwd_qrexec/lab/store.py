@@ -68,8 +68,8 @@ class LabStore:
         return Inventory(found)
 
     def _features(self, name: str) -> tuple[dict[str, str], str | None]:
-        """All that can be read, and what cannot; what is not UTF-8 stays visible and fits nothing that is
-        parsed.
+        """The features that can be read, and the problem with one that cannot. What is not UTF-8 stays
+        visible, and is nothing that any parser takes.
         """
         found: dict[str, str] = {}
         problem = None
@@ -110,7 +110,7 @@ class LabStore:
     def replace_policy(self, text: str, token: str) -> None:
         if token != ANY and self.read_policy().token != token:
             raise ChangedError(self._policy_path)
-        # A lab has no policy daemon that would look at the text before it takes it: look here.
+        # A lab has no policy daemon that checks the text before it takes it, so check it here.
         from .policytext import PolicyTextError, parse_policy
 
         try:
@@ -137,7 +137,7 @@ class LabStore:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                # Ctrl-C in a terminal is for us, who end when the call has.
+                # Ctrl-C in a terminal is for us, and we end the call.
                 start_new_session=True,
             )
         except OSError as error:
@@ -198,9 +198,9 @@ class LabStore:
 
 
 def _is_up(socket_path: Path) -> bool:
-    """Whether a broker listens: one that was killed, or whose machine went down, leaves its sockets.
+    """Whether a broker listens. The socket alone says nothing: a broker that was killed leaves it behind.
 
-    One of another user listens, although it cannot be called.
+    Another user's broker counts, although it cannot be called.
     """
     from .clientcall import ExitError, connect
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Who judges calls in a lab: Qubes' own policy parser where it is installed, else our evaluator.
 
-Also plays a file of recorded verdicts against a judge, which is how the evaluator is held to the
-parser's word.
+This also checks a judge against a file of recorded verdicts, which keeps our evaluator true to the parser.
 """
 
 import json
@@ -141,7 +140,7 @@ def _system_info(system: System) -> dict[str, dict[str, object]]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A case in which the judge says something else than the record."""
+    """A case in which the judge does not say what was recorded."""
 
     index: int
     policy: str

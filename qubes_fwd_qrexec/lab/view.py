@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The broker's sight of a lab directory: read when it changed, and not at every call.
+"""The broker's view of a lab directory: read again when it has changed, and not at every call.
 
-A call costs a few stat() calls here. What cannot be read denies: `LabView.judge` never allows on the
-strength of an older policy.
+A call costs a few stat() calls here. What cannot be read denies: `LabView.judge` never allows by an older
+policy.
 """
 
 import hashlib
@@ -53,11 +53,11 @@ class LabView:
                 self._policy = self._judge.load(self.lab.policy_dir)
             except PolicyTextError as error:
                 self._policy = error
-            # Signed before it was read: a change in between is read again, not missed.
+            # Signed before it is read, so that a change in between is read again and not missed.
             self._signatures["policy"] = policy
 
     def judge(self, request: Request) -> Verdict:
-        """The policy's word on a call."""
+        """What the policy says of a call."""
         if isinstance(self._policy, PolicyTextError):
             return Deny(reason=f"the policy cannot be read, so that nothing is allowed: {self._policy}")
         return self._policy.judge(self.system, request)
@@ -93,7 +93,7 @@ def _entries(directory: Path) -> list[str]:
 
 
 def _sign(paths: list[str]) -> _Signature:
-    """What changes when one of the files is replaced or edited; a file that is gone changes it too."""
+    """A value that changes when one of the files is replaced, edited or removed."""
     signature = []
     for path in paths:
         try:
