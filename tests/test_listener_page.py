@@ -50,7 +50,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("closes all ports at once and gives connections {}.", (listener.DRAIN_S,)),
     ("connections of all forwards {} as many as the bound", (limits.PROCESS_MAX,)),
     ("connections of a forward {} three", (limits.Process().rule_max,)),
-    ("connections of a forward from one source {} as", (limits.PER_SOURCE,)),
+    ("connections of a forward from one client {} as", (limits.PER_SOURCE,)),
     ("new connections of a forward in a second {} more", (limits.RATE,)),
     ("With few open files allowed, {} of these", (limits.process_max(1000) / 1000,)),
     ("nothing moves in a connection {} many", (TIMEOUTS.idle_s,)),
