@@ -6,7 +6,7 @@ connection all the way.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from . import heard, reasons
 from .reasons import Command
 from .render import broken_line, escaped
 from .session import Session
-from .tables import Colour, Style
+from .tables import Check, Colour, Style, checks
 
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
@@ -137,21 +137,18 @@ def diagnose(args: Namespace, session: Session) -> int:
         steps = [finding._asdict() for finding in findings]
         session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
     else:
-        session.say("".join(_lines(findings, session.style)))
-        session.say(f"{_WELL}\n" if is_well else "")
+        session.say(text(findings, session.style))
     return 0 if is_well else 1
 
 
 _COLOURS = {Verdict.OK: Colour.GREEN, Verdict.UNKNOWN: Colour.YELLOW, Verdict.STOPS: Colour.RED}
 
 
-def _lines(findings: list[Finding], style: Style) -> Iterator[str]:
-    width = max(len(finding.step) for finding in findings)
-    for finding in findings:
-        verdict = style.colour(_COLOURS[finding.verdict], finding.verdict.ljust(len(Verdict.UNKNOWN)))
-        yield f"{verdict}  {finding.step.ljust(width)}  {escaped(finding.text)}\n"
-        if finding.remedy:
-            yield f"What helps: {escaped(finding.remedy)}\n"
+def text(findings: Sequence[Finding], style: Style) -> str:
+    """The findings for people, and what helps against the last."""
+    found = [Check(f.verdict, _COLOURS[f.verdict], f.step, escaped(f.text)) for f in findings]
+    remedy = escaped(findings[-1].remedy)
+    return checks(found, style) + (f"What helps: {remedy}\n" if remedy else f"{_WELL}\n")
 
 
 def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backend) -> Iterator[Finding]:
@@ -161,8 +158,8 @@ def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backen
     """
     entry = snapshot.find(target, name)
     if isinstance(entry, BrokenRule):
-        text = broken_line(entry, Style()).rstrip("\n")
-        yield _stops("rule", State.BROKEN, text, target=target, name=name)
+        problem = broken_line(entry, Style()).rstrip("\n")
+        yield _stops("rule", State.BROKEN, problem, target=target, name=name)
         return
     for forward in snapshot.plan(now):
         if forward.source == entry:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What guards a forward, each guard with its own verdict: a sentence names only the first that stops it."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
@@ -10,6 +11,9 @@ from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
 from qubes_fwd_qrexec.common.config import Service, Side
 
 from . import reasons
+from .tables import Check, Colour, Style, checks
+
+_COLOURS = {Verdict.OK: Colour.GREEN, Verdict.NOTE: Colour.YELLOW, Verdict.STOPS: Colour.RED}
 
 
 class Guard(NamedTuple):
@@ -80,6 +84,11 @@ def guards(
     ]
     found.sort(key=lambda guard: _ORDER.index(guard.name))
     return (*found, _policy(forward, planned, installed, verdict))
+
+
+def text(found: Sequence[Guard], style: Style) -> str:
+    """The guards for people, below each other."""
+    return checks([Check(guard.verdict, _COLOURS[guard.verdict], *guard[::2]) for guard in found], style)
 
 
 def _text(forward: Forward, finding: Finding, now: float) -> str:

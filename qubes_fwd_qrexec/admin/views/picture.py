@@ -1,89 +1,45 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The way of a forward as a small picture in text: clients, exposed qube, the call, target; and its guards.
+"""The way of a forward as a small picture in text: clients, exposed qube, the call, target.
 
-    +----------------+          +---------+           +----------------+
-    | LAN            |  outer   | sys-net |  tunnel   | work           |
-    | 192.168.0.0/16 | -------> | port 80 | ========> | 127.0.0.1:8080 |
-    +----------------+          +---------+           +----------------+
+    +----------------+          +---------+        +----------------+
+    | LAN            |  outer   | sys-net |  mux   | work           |
+    | 192.168.0.0/16 | -------> | port 80 | =====> | 127.0.0.1:8080 |
+    +----------------+          +---------+        +----------------+
 
-A terminal that is too narrow for this gets it from top to bottom. It is ASCII everywhere: Python itself sets
-UTF-8 where the locale is C (PEP 538), so nothing here can know that box characters would be shown, nor how
-wide (East Asian Width: ambiguous). Everything that is drawn was checked or escaped before.
+Where the terminal is too narrow for it, the same goes from top to bottom. It is ASCII everywhere: Python sets
+UTF-8 itself where the locale is C (PEP 538), so nothing here can know whether box characters would be shown.
+Everything that is drawn was checked or escaped before.
 """
 
-import textwrap
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.states import Forward, Verdict
+from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Side
 
-from .guards import Guard
-from .tables import Colour, Style
+from .tables import cut
 
-# What a terminal has if nothing else is known, and the least that anything is drawn for.
+# The width if no terminal says another, and the least that anything is drawn for.
 _WIDTH = 80
 _WIDTH_MIN = 24
-# More networks than these are counted: `show` prints the whole rule below.
+# Further networks are counted: `show` prints the whole rule below.
 _SOURCES_MAX = 4
 _MARGIN = "  "
-_COLOURS = {Verdict.OK: Colour.GREEN, Verdict.NOTE: Colour.YELLOW, Verdict.STOPS: Colour.RED}
 
 
-class Link(NamedTuple):
-    """What leads from one box to the next; ``label`` says how, or where it is not open what is the matter."""
+class _Link(NamedTuple):
+    """What leads from one box to the next; ``label`` says how, or why it is not open."""
 
     label: str
     stroke: str
     is_open: bool
 
 
-class Picture(NamedTuple):
-    """Boxes, each of some lines, and a link between each two of them."""
-
-    boxes: tuple[tuple[str, ...], ...]
-    links: tuple[Link, ...]
-
-    def text(self, width: int | None) -> str:
-        """From left to right if that fits, else from top to bottom."""
-        room = max(_WIDTH if width is None else width, _WIDTH_MIN) - len(_MARGIN)
-        lines = self._across()
-        if max(map(len, lines)) > room:
-            lines = self._down(room)
-        return "".join(f"{_MARGIN}{line}".rstrip() + "\n" for line in lines)
-
-    def _across(self) -> list[str]:
-        height = max(map(len, self.boxes))
-        columns = [_boxed([*box, *[""] * (height - len(box))]) for box in self.boxes]
-        parts = [columns[0]]
-        for link, column in zip(self.links, columns[1:], strict=True):
-            parts += [_arrow_across(link, height), column]
-        return ["".join(row) for row in zip(*parts, strict=True)]
-
-    def _down(self, room: int) -> list[str]:
-        lines: list[str] = []
-        for box, link in zip_longest(self.boxes, self.links):
-            lines += _boxed([_cut(line, room - 4) for line in box])
-            if link is not None:
-                lines += [
-                    f"  {_UPRIGHT[link.stroke]} {link.label}".rstrip(),
-                    "  v" if link.is_open else "  X",
-                ]
-        return lines
-
-
-_UPRIGHT = {"-": "|", "=": "#"}
-
-
-def of_forward(forward: Forward, found: Sequence[Guard], inventory: Inventory) -> Picture:
-    """The way of a forward as it is now, with the verdicts of its guards."""
+def picture(forward: Forward, inventory: Inventory, *, is_allowed: bool, width: int | None = None) -> str:
+    """The way of a forward as it is now; ``is_allowed``: whether dom0's policy allows its calls."""
     rule = forward.source.rule
     exposed, target = inventory.get(forward.exposed or ""), inventory.get(forward.source.target)
-    listens = forward.config is not None and exposed is not None and exposed.is_running
-    allowed = any(guard.name == "policy" and guard.verdict is not Verdict.STOPS for guard in found)
-    answers = target is not None and (target.is_running or rule.autostart)
     boxes = (
         (_clients(forward, inventory), *_networks(forward)),
         (
@@ -98,13 +54,45 @@ def of_forward(forward: Forward, found: Sequence[Guard], inventory: Inventory) -
             *([] if target is None or target.is_running else ["halted"]),
         ),
     )
-    call = "" if forward.service is None else str(forward.transport)
-    if not forward.is_live:
-        call = forward.state
-    elif not allowed:
-        call = "no policy"
-    entrance = Link(str(forward.side or ""), "-", listens)
-    return Picture(boxes, (entrance, Link(call, "=", allowed and listens and answers)))
+    listens = forward.config is not None and exposed is not None and exposed.is_running
+    answers = target is not None and (target.is_running or rule.autostart)
+    call = "no policy" if forward.is_live and not is_allowed else str(forward.transport)
+    links = (
+        _Link(str(forward.side or ""), "-", listens),
+        _Link(call if forward.is_live else forward.state, "=", is_allowed and listens and answers),
+    )
+    room = max(width or _WIDTH, _WIDTH_MIN) - len(_MARGIN)
+    lines = _across(boxes, links)
+    if len(lines[0]) > room:
+        lines = [cut(line, room) for line in _down(boxes, links)]
+    return "".join(f"{_MARGIN}{line}\n" for line in lines)
+
+
+def _across(boxes: Sequence[Sequence[str]], links: Sequence[_Link]) -> list[str]:
+    rows = [""] * (max(map(len, boxes)) + 2)
+    for number, box in enumerate(boxes):
+        if number:
+            link = links[number - 1]
+            arrow = link.stroke * max(3, len(link.label) + 2) + ">"
+            if not link.is_open:
+                middle = (len(arrow) - 1) // 2
+                arrow = f"{arrow[:middle]}X{arrow[middle + 1 :]}"
+            beside = ["", f"  {link.label}", f" {arrow} ", *[""] * len(rows)]
+            rows = [row + text.ljust(len(arrow) + 2) for row, text in zip(rows, beside, strict=False)]
+        width = max(map(len, box))
+        edge = f"+{'-' * (width + 2)}+"
+        texts = [*box, *[""] * (len(rows) - 2 - len(box))]
+        column = [edge, *(f"| {text.ljust(width)} |" for text in texts), edge]
+        rows = [row + cell for row, cell in zip(rows, column, strict=True)]
+    return rows
+
+
+def _down(boxes: Sequence[Sequence[str]], links: Sequence[_Link]) -> list[str]:
+    lines = [", ".join(boxes[0])]
+    for link, box in zip(links, boxes[1:], strict=True):
+        upright = {"-": "|", "=": "#"}[link.stroke]
+        lines += [f"  {upright} {link.label}".rstrip(), "  v" if link.is_open else "  X", ", ".join(box)]
+    return lines
 
 
 def _clients(forward: Forward, inventory: Inventory) -> str:
@@ -121,45 +109,3 @@ def _networks(forward: Forward) -> list[str]:
     shown = [str(network) for network in sources.networks[:_SOURCES_MAX]]
     more = len(sources.networks) - len(shown)
     return [*shown, *([f"and {more} more"] if more else [])]
-
-
-def guards_text(found: Sequence[Guard], style: Style) -> str:
-    """The guards below each other, in the width that there is."""
-    name_width, verdict_width = max(len(guard.name) for guard in found), max(map(len, Verdict))
-    beside = len(_MARGIN) + name_width + verdict_width + 4
-    room = max(style.width or _WIDTH, _WIDTH_MIN)
-    indent = " " * (beside if room >= 3 * beside else 2 * len(_MARGIN))
-    parts = []
-    for guard in found:
-        verdict = style.colour(_COLOURS[guard.verdict], guard.verdict.ljust(verdict_width))
-        lines = textwrap.wrap(
-            guard.text, room, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        )
-        head = f"{_MARGIN}{guard.name.ljust(name_width)}  {verdict}"
-        if len(indent) == beside:
-            lines[0] = f"{head}  {lines[0][beside:]}"
-        else:
-            lines.insert(0, head.rstrip())
-        parts += [f"{line}\n" for line in lines]
-    return "".join(parts)
-
-
-def _arrow_across(link: Link, height: int) -> list[str]:
-    """Five lines or more beside a box: the label on the first line of its text, the arrow on the second."""
-    length = max(3, len(link.label) + 2)
-    arrow = link.stroke * length + ">"
-    if not link.is_open:
-        arrow = arrow[: length // 2] + "X" + arrow[length // 2 + 1 :]
-    blank = " " * (length + 3)
-    label = f"  {link.label}".ljust(length + 3)
-    return [blank, label, f" {arrow} ", *[blank] * (height - 1)]
-
-
-def _boxed(lines: Sequence[str]) -> list[str]:
-    width = max(map(len, lines))
-    edge = f"+{'-' * (width + 2)}+"
-    return [edge, *(f"| {line.ljust(width)} |" for line in lines), edge]
-
-
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: room - 3]}..."

@@ -4,10 +4,10 @@
 Text that was stored by others is escaped here, so that no terminal acts on it. It prints nothing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
-from qubes_fwd_qrexec.admin.expiry import distance, print_expire
+from qubes_fwd_qrexec.admin.expiry import distance
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
@@ -15,7 +15,6 @@ from . import reasons
 from .tables import Style, Table
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
-_ROLE = "ROLE"
 
 
 class Role(StrEnum):
@@ -35,40 +34,28 @@ def escaped(untrusted_text: str) -> str:
 
 
 def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> str:
-    """All rules of a plan, with the sentence of each that is not simply open below.
+    """All rules of a plan, and below them the sentence of each that is not simply open.
 
     If it is about some ``qubes``, a column says what each of them has to do with each rule.
     """
     if not (plan.forwards or plan.broken):
         return "No forwards.\n"
-    # The comment gives way first, then the date, then the sources; the whole is in `show`.
-    wide = _table(plan, qubes, ("COMMENT",), lambda expire: print_expire(expire, now))
-    narrower = _table(
-        plan,
-        qubes,
-        ("COMMENT", "FROM"),
-        lambda expire: "never" if expire is None else distance(expire - now),
-    )
-    body = wide.text(style) or narrower.text(style) or wide.blocks(style)
-    remarks = [*_remarks(plan, style)]
-    return body + ("\n" + "".join(remarks) if remarks else "")
-
-
-def _table(
-    plan: Plan, qubes: Sequence[str], yielding: tuple[str, ...], expires: Callable[[int | None], str]
-) -> Table:
-    rows = [_row(forward, expires) for forward in plan] + [_broken_row(rule) for rule in plan.broken]
+    titles: tuple[str, ...] = _TITLES
+    rows = [_row(forward, now) for forward in plan] + [_broken_row(rule) for rule in plan.broken]
+    if qubes:
+        titles = (*titles[:2], "ROLE", *titles[2:])
+        roles = [roles_of(forward, qubes) for forward in plan]
+        roles += [{rule.target: Role.TARGET} for rule in plan.broken]
+        rows = [(*row[:2], _role(some, qubes), *row[2:]) for row, some in zip(rows, roles, strict=True)]
     states = [forward.state for forward in plan] + [State.BROKEN for _ in plan.broken]
-    if not qubes:
-        return Table(_TITLES, rows, states, yielding)
-    roles = [roles_of(forward, qubes) for forward in plan]
-    roles += [{rule.target: Role.TARGET} for rule in plan.broken]
-    shown = [
-        ", ".join(role if len(qubes) == 1 else f"{qube} {role}" for qube, role in some.items())
-        for some in roles
-    ]
-    rows = [(*row[:2], cell, *row[2:]) for row, cell in zip(rows, shown, strict=True)]
-    return Table((*_TITLES[:2], _ROLE, *_TITLES[2:]), rows, states, yielding)
+    remarks = "".join(_remarks(plan, style))
+    # The comment gives way first, then the sources; the whole is in `show`.
+    body = Table(titles, rows, states, ("COMMENT", "FROM")).text(style)
+    return f"{body}\n{remarks}" if remarks else body
+
+
+def _role(roles: Mapping[str, Role], qubes: Sequence[str]) -> str:
+    return ", ".join(role if len(qubes) == 1 else f"{qube} {role}" for qube, role in roles.items())
 
 
 def roles_of(forward: Forward, qubes: Iterable[str]) -> dict[str, Role]:
@@ -87,7 +74,7 @@ def exposed_at(forward: Forward) -> str:
     return exposed if rule.listen is None else f"{exposed} ({rule.listen})"
 
 
-def _row(forward: Forward, expires: Callable[[int | None], str]) -> tuple[str, ...]:
+def _row(forward: Forward, now: float) -> tuple[str, ...]:
     rule = forward.source.rule
     return (
         forward.source.target,
@@ -97,7 +84,7 @@ def _row(forward: Forward, expires: Callable[[int | None], str]) -> tuple[str, .
         exposed_at(forward),
         f"{rule.proto} {rule.target_ports.brief()}",
         str(rule.sources),
-        expires(rule.expire),
+        "never" if rule.expire is None else distance(rule.expire - now),
         escaped(rule.comment),
     )
 

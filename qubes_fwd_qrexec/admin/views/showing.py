@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.reconcile import apply as applied
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Cause, Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Cause, Forward, Plan, State, Verdict
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import reasons, render
@@ -72,8 +72,8 @@ def selected(qubes: list[str], snapshot: Snapshot, now: float) -> Plan:
 
 def show(args: Namespace, session: Session) -> int:
     """All about one forward: its way as a picture, what guards it, and what follows from its rule."""
-    from . import picture
-    from .guards import guards
+    from . import guards
+    from .picture import picture
 
     snapshot = session.look()
     entry = snapshot.find(args.qube, args.name)
@@ -85,7 +85,7 @@ def show(args: Namespace, session: Session) -> int:
         return 1
     installed = snapshot.installed.text
     verdict = judged([forward], session.backend, installed).get(forward.source[:2])
-    found = guards(forward, planned, installed, session.now, verdict)
+    found = guards.guards(forward, planned, installed, session.now, verdict)
     lines = policy.lines(forward)
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
     if session.is_json:
@@ -97,8 +97,9 @@ def show(args: Namespace, session: Session) -> int:
         session.say_json(data)
         return 0
     session.say(render.explained(forward, session.style))
-    session.say(f"\n{picture.of_forward(forward, found, snapshot.inventory).text(session.style.width)}\n")
-    session.say(f"{picture.guards_text(found, session.style)}\n")
+    is_allowed = found[-1].verdict is not Verdict.STOPS
+    drawn = picture(forward, snapshot.inventory, is_allowed=is_allowed, width=session.style.width)
+    session.say(f"\n{drawn}\n{guards.text(found, session.style)}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
     session.say(f"listener at {forward.exposed}:\n" if config else "listener:\n")

@@ -275,7 +275,7 @@ def text(found: Status, style: Style) -> str:
     parts += [style.colour(Colour.YELLOW, f"{drain}.") for drain in found.drains]
     if found.rows:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
-        parts.append((table.text(style) or table.blocks(style)).rstrip("\n"))
+        parts.append(table.text(style).rstrip("\n"))
     else:
         is_quiet = not (found.leftovers or found.drains or found.silent)
         nothing = "Nothing is open." if is_quiet else "No forward is open."

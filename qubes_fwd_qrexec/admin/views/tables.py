@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Rows as text for people: a table where it fits, one block for each row where it does not.
+"""Rows as text for people, in the width that there is. The cells are printable ASCII already."""
 
-The cells are printable ASCII already. It prints nothing.
-"""
-
+import sys
+import textwrap
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.states import State
 
-# Below this a cell says nothing any more, and blocks are better.
+# A cell that is cut further says nothing any more.
 _CELL_MIN = 12
 _GAP = "  "
 
@@ -51,7 +50,7 @@ class Style(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows below their titles. ``states`` colours the cell below STATE, where there is one.
+    """Rows below their titles; ``states`` colours the cells below STATE.
 
     ``yielding`` are the titles of cells that may be cut, in the order in which they give way.
     """
@@ -61,57 +60,58 @@ class Table(NamedTuple):
     states: Sequence[State]
     yielding: tuple[str, ...] = ()
 
-    def text(self, style: Style) -> str | None:
-        """The table in the width that there is, or None if it needs more."""
-        lines = [self.titles, *self.rows]
-        for title in self.yielding:
-            column = self.titles.index(title)
-            widths = _widths(lines)
-            excess = _width(widths) - (style.width or _width(widths))
-            if excess > 0:
-                room = max(widths[column] - excess, min(_CELL_MIN, widths[column]))
-                lines = [(*row[:column], _cut(row[column], room), *row[column + 1 :]) for row in lines]
-        widths = _widths(lines)
-        if style.width is not None and _width(widths) > style.width:
-            return None
-        return _line(lines[0], widths) + "".join(
-            _line(self._coloured(row, widths, state, style), widths)
-            for row, state in zip(lines[1:], self.states, strict=True)
-        )
-
-    def blocks(self, style: Style) -> str:
-        """Each row by itself, over several lines; what the first two cells and the state say is its head."""
-        return "\n".join(
-            self._block(row, state, style) for row, state in zip(self.rows, self.states, strict=True)
-        )
-
-    def _coloured(
-        self, row: tuple[str, ...], widths: Sequence[int], state: State, style: Style
-    ) -> tuple[str, ...]:
+    def text(self, style: Style) -> str:
+        """A table if it fits, else a block of lines for each row."""
+        widths = [max(map(len, column)) for column in zip(self.titles, *self.rows, strict=True)]
+        excess = sum(widths) + len(_GAP) * (len(widths) - 1) - (style.width or sys.maxsize)
+        for column in map(self.titles.index, self.yielding):
+            less = max(0, min(excess, widths[column] - _CELL_MIN))
+            widths[column], excess = widths[column] - less, excess - less
+        if excess > 0:
+            return "\n".join(self._block(*each, style) for each in zip(self.rows, self.states, strict=True))
+        lines = [_cells(row, widths) for row in (self.titles, *self.rows)]
         column = self.titles.index("STATE")
-        # Filled up before it is coloured: what colours does not count for the width.
-        painted = style.state(state, row[column].ljust(widths[column]))
-        return (*row[:column], painted, *row[column + 1 :])
+        for line, state in zip(lines[1:], self.states, strict=True):
+            line[column] = style.state(state, line[column])
+        return "".join(f"{_GAP.join(line).rstrip()}\n" for line in lines)
 
     def _block(self, row: tuple[str, ...], state: State, style: Style) -> str:
-        labelled = dict(zip(self.titles, row, strict=True))
-        head = f"{row[0]} {row[1]}: {style.state(state, labelled['STATE'])}\n"
-        rest = [title for title in self.titles[2:] if title != "STATE" and labelled[title] not in ("", "?")]
-        return head + "".join(f"  {title.lower()} {labelled[title]}\n" for title in rest)
+        """The first two cells and the state as a head, then the cells that say something."""
+        labelled = dict(zip(self.titles[2:], row[2:], strict=True))
+        head = f"{row[0]} {row[1]}: {style.state(state, labelled.pop('STATE'))}\n"
+        return head + "".join(
+            f"  {title.lower()} {cell}\n" for title, cell in labelled.items() if cell not in ("", "?")
+        )
 
 
-def _widths(lines: Sequence[tuple[str, ...]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(*lines, strict=True)]
+def _cells(row: tuple[str, ...], widths: Sequence[int]) -> list[str]:
+    return [cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
 
 
-def _width(widths: Sequence[int]) -> int:
-    return sum(widths) + len(_GAP) * (len(widths) - 1)
+def cut(text: str, width: int) -> str:
+    """Text that is at most so wide."""
+    return text if len(text) <= width else f"{text[: max(width - 3, 0)]}..."
 
 
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: max(room - 3, 0)]}..."
+class Check(NamedTuple):
+    """A line of a list of checks, whose verdict is coloured."""
+
+    verdict: str
+    colour: Colour
+    name: str
+    text: str
 
 
-def _line(row: tuple[str, ...], widths: Sequence[int]) -> str:
-    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-    return f"{_GAP.join(cells).rstrip()}\n"
+def checks(found: Sequence[Check], style: Style) -> str:
+    """Checks below each other, their texts wrapped where a terminal is."""
+    verdict_width, name_width = (max(map(len, column)) for column in list(zip(*found, strict=True))[::2][:2])
+    lines = []
+    for check in found:
+        verdict = check.verdict.ljust(verdict_width)
+        head = f"{verdict}{_GAP}{check.name.ljust(name_width)}{_GAP}"
+        width = max(style.width or sys.maxsize, 2 * len(head))
+        line = textwrap.fill(
+            check.text, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+        )
+        lines.append(f"{style.colour(check.colour, verdict)}{line[verdict_width:]}\n")
+    return "".join(lines)

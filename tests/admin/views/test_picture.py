@@ -10,9 +10,8 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Verdict
-from qubes_fwd_qrexec.admin.views import picture
-from qubes_fwd_qrexec.admin.views.guards import Guard, guards
-from qubes_fwd_qrexec.admin.views.tables import Style
+from qubes_fwd_qrexec.admin.views.guards import guards
+from qubes_fwd_qrexec.admin.views.picture import picture
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 
@@ -28,7 +27,8 @@ def drawn(
     text = policy.text(planned, NOW) if installed is None else installed
     (forward,) = planned
     found = guards(forward, planned, text, NOW)
-    return picture.of_forward(forward, found, inventory).text(width)
+    is_allowed = found[-1].verdict is not Verdict.STOPS
+    return picture(forward, inventory, is_allowed=is_allowed, width=width)
 
 
 WEB = rule("dstports=8080 srchosts=192.168.0.0/16")
@@ -39,22 +39,13 @@ WIDE = """\
   +----------------+          +---------+        +----------------+
 """
 NARROW = """\
-  +----------------+
-  | LAN            |
-  | 192.168.0.0/16 |
-  +----------------+
+  LAN, 192.168.0.0/16
     | outer
     v
-  +---------+
-  | sys-net |
-  | port 80 |
-  +---------+
+  sys-net, port 80
     # mux
     v
-  +----------------+
-  | work           |
-  | 127.0.0.1:8080 |
-  +----------------+
+  work, 127.0.0.1:8080
 """
 
 
@@ -126,33 +117,3 @@ def test_it_is_ascii_and_never_wider_than_the_terminal(width: int, more: str) ->
     text = drawn(rule(f"srcports=60000-60010 {more}", name="a", target="work"), width)
     assert all(c == "\n" or " " <= c <= "~" for c in text)
     assert max(map(len, text.splitlines())) <= max(width, 24)
-
-
-GUARDS = (
-    Guard("sources", Verdict.OK, "10.0.0.0/8 may connect, nobody else"),
-    Guard("path", Verdict.STOPS, "work - sys-firewall - sys-net now, but agreed to was work - sys-vpn"),
-)
-
-
-def test_guards_stand_below_each_other() -> None:
-    assert picture.guards_text(GUARDS, Style(60)) == (
-        "  sources  ok     10.0.0.0/8 may connect, nobody else\n"
-        "  path     stops  work - sys-firewall - sys-net now, but\n"
-        "                  agreed to was work - sys-vpn\n"
-    )
-    assert picture.guards_text(GUARDS, Style(30)) == (
-        "  sources  ok\n"
-        "    10.0.0.0/8 may connect,\n"
-        "    nobody else\n"
-        "  path     stops\n"
-        "    work - sys-firewall -\n"
-        "    sys-net now, but agreed to\n"
-        "    was work - sys-vpn\n"
-    )
-
-
-def test_verdicts_have_colours_where_a_terminal_is() -> None:
-    assert "\x1b" not in picture.guards_text(GUARDS, Style(80))
-    coloured = picture.guards_text(GUARDS, Style(80, True))
-    assert "\x1b[32mok   \x1b[0m  10.0.0.0/8" in coloured
-    assert "\x1b[31mstops\x1b[0m  work" in coloured

@@ -2,7 +2,7 @@
 """Rows in the width that there is: cut in their order, coloured without being moved, or as blocks."""
 
 from qubes_fwd_qrexec.admin.states import State
-from qubes_fwd_qrexec.admin.views.tables import Colour, Style, Table
+from qubes_fwd_qrexec.admin.views.tables import Check, Colour, Style, Table, checks
 
 ROWS = [("work", "web", "active", "x" * 30, "y" * 30), ("a", "b", "refused", "?", "")]
 TABLE = Table(
@@ -19,25 +19,47 @@ def test_without_a_terminal_nothing_is_cut() -> None:
 
 
 def test_cells_give_way_in_their_order_and_to_a_limit() -> None:
-    assert f"  {'x' * 30}  {'y' * 22}...\n" in (TABLE.text(Style(78)) or "")
-    assert f"  {'x' * 24}...  {'y' * 9}...\n" in (TABLE.text(Style(62)) or "")
-    narrowest = TABLE.text(Style(47))
-    assert narrowest is not None
-    assert max(map(len, narrowest.splitlines())) == 47
-    assert TABLE.text(Style(46)) is None
+    assert f"  {'x' * 30}  {'y' * 22}...\n" in TABLE.text(Style(78))
+    assert f"  {'x' * 24}...  {'y' * 9}...\n" in TABLE.text(Style(62))
+    assert max(map(len, TABLE.text(Style(47)).splitlines())) == 47
+    assert TABLE.text(Style(46)) == BLOCKS
 
 
 def test_colours_move_nothing() -> None:
-    plain, coloured = TABLE.text(Style(60)), TABLE.text(Style(60, True))
-    assert plain is not None
-    assert coloured is not None
+    coloured = TABLE.text(Style(60, True))
     assert "\x1b[31mrefused\x1b[0m" in coloured
+    assert _without_colours(coloured) == TABLE.text(Style(60))
+
+
+def _without_colours(text: str) -> str:
     for code in Colour:
-        coloured = coloured.replace(f"\x1b[{code}m", "")
-    assert coloured.replace("\x1b[0m", "") == plain
+        text = text.replace(f"\x1b[{code}m", "")
+    return text.replace("\x1b[0m", "")
 
 
-def test_blocks_leave_out_what_is_empty() -> None:
-    assert TABLE.blocks(Style(10)) == (
-        f"work web: active\n  from {'x' * 30}\n  comment {'y' * 30}\n\na b: refused\n"
+BLOCKS = f"""\
+work web: active
+  from {"x" * 30}
+  comment {"y" * 30}
+
+a b: refused
+"""
+CHECKS = (
+    Check("ok", Colour.GREEN, "sources", "10.0.0.0/8 may connect, nobody else"),
+    Check("stops", Colour.RED, "path", "work - sys-firewall - sys-net now, but agreed to was work - sys-vpn"),
+)
+
+
+def test_checks_stand_below_each_other() -> None:
+    assert checks(CHECKS, Style(58)) == (
+        "ok     sources  10.0.0.0/8 may connect, nobody else\n"
+        "stops  path     work - sys-firewall - sys-net now, but\n"
+        "                agreed to was work - sys-vpn\n"
     )
+    assert checks(CHECKS, Style()).count("\n") == 2
+
+
+def test_verdicts_have_colours_where_a_terminal_is() -> None:
+    coloured = checks(CHECKS, Style(58, True))
+    assert coloured.startswith("\x1b[32mok   \x1b[0m  sources  10.0.0.0/8")
+    assert _without_colours(coloured) == checks(CHECKS, Style(58))
