@@ -6,6 +6,7 @@
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
+# make mutate change the code in 200 places, one at a time, and see whether the tests notice (ARGS="--count 60 mux")
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection
 # make packages  build the Debian packages and the RPMs, and as root run what they install in a clean Debian
 
@@ -19,7 +20,7 @@ TRIO_TESTS := tests/exposed tests/lab tests/relay tests/target tests/test_ending
 	$(wildcard tests/test_listener*.py tests/test_service*.py)
 export PYTHON
 
-.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz soak packages clean
+.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional iproute2
@@ -58,6 +59,9 @@ fuzz: $(VENV)/.fuzz
 	mkdir -p build/fuzz/corpus
 	$(VENV)/bin/python tests/fuzz/fuzz_mux.py $(or $(SECONDS),60) -artifact_prefix=build/fuzz/ build/fuzz/corpus $(ARGS)
 
+mutate: $(VENV)/.mutate
+	$(VENV)/bin/python tools/mutate.py $(ARGS)
+
 soak: $(VENV)/.installed
 	$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(ARGS)
 
@@ -82,6 +86,10 @@ $(VENV)/.bench: pyproject.toml
 $(VENV)/.fuzz: pyproject.toml
 	@tools/environment $(VENV) -e '.[fuzz]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.mutate: pyproject.toml
+	@tools/environment $(VENV) -e '.[dev,mutate]'
+	@touch $@ $(VENV)/.dev $(VENV)/.installed
 
 # The oldest trio that is supported: Debian 12 has it, and so do the templates made from it.
 $(OLDEST)/.dev: pyproject.toml
