@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.values import QubeName, parse_qube_name
 
 from .localserver import Request, parse_argument
 
-# qubes-core-qrexec libqrexec/qrexec.h: service names have at most 64 + 64 characters, qubes' names 31.
+# The name of our service, an argument and a qube's name (31 characters) are much shorter: docs/facts.md, Q18.
 DESCRIPTOR_MAX = 1024
 # The agent sends it in one write, at once.
 DESCRIPTOR_TIMEOUT_S = 5.0
