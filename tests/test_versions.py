@@ -129,7 +129,7 @@ def test_a_target_refuses_a_call_that_is_newer_than_it(argument: str) -> None:
 
 
 def test_a_mux_call_begins_as_it_did() -> None:
-    begin = "01000028 00000000 716677642d74756e 0001 0001 00100000"
+    begin = "01000028 00000000 716677642d6d7578 0001 0001 00100000"
     listener = bytes.fromhex(begin + "00000000 00000000" + "6e" * 16)
     target = bytes.fromhex(begin + "00000064 0000012c" + "6e" * 16)
     assert wire.encode_hello(Hello(1 << 20, b"n" * 16)) == listener

@@ -48,7 +48,7 @@ class OpenRequest(NamedTuple):
     proxy: ProxyVersion
 
 
-MAGIC: Final = b"qfwd-tun"
+MAGIC: Final = b"qfwd-mux"
 
 # The header with type and flags as one number: flags are 0, so a legal one is the type times 256, and
 # one comparison on the way of every frame checks both.
