@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What qubesd would tell dom0 by events: changes of a lab, seen in its directory by inotify.
 
-It stands in for `admin.qubesevents`: features that matter, a qube's properties, qubes that come and go, and
+It stands in for `admin.qubes.events`: features that matter, a qube's properties, qubes that come and go, and
 the policy file. It says that something has changed and never what; the caller reads everything again.
 """
 

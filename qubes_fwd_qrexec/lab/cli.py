@@ -93,7 +93,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as JSON")
     status.set_defaults(action=_status)
 
-    verdicts = commands.add_parser("verdicts", help="hold the policy evaluator to recorded verdicts")
+    verdicts = commands.add_parser("verdicts", help="check the policy evaluator against recorded verdicts")
     verdicts.add_argument("file", metavar="FILE", type=Path, help="recorded verdicts of Qubes' policy parser")
     verdicts.add_argument("--json", action="store_true", help="as JSON")
     verdicts.set_defaults(action=_verdicts)
@@ -105,7 +105,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         " share of the calls that live now (1 for all), as if their vchans had died.",
     )
     knob.add_argument("name", nargs="?", help=f"{', '.join(KNOBS)} or drop")
-    knob.add_argument("value", nargs="?", help="a number, or a list parted by commas of TARGET[/SERVICE]")
+    knob.add_argument("value", nargs="?", help="a number, or a comma-separated list of TARGET[/SERVICE]")
     knob.set_defaults(action=_knob)
 
     run = commands.add_parser("run", help="run a program in a qube, or on the LAN (lan)")

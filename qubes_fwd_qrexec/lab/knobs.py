@@ -73,7 +73,7 @@ class Knobs:
             raise StoreError(f"{place}: {error}") from error
 
     def with_text(self, name: str, text: str) -> Self:
-        """One knob set from text: a number, or a list parted by commas (empty: none). Raises `TextError`."""
+        """One knob set from text: a number, or a comma-separated list (empty: none). Raises `TextError`."""
         self.value(name)
         value: Any = tuple(filter(None, text.split(","))) if name in _LISTS else parse_number(text)
         return replace(self, **{name: value})

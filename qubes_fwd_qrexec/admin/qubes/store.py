@@ -119,7 +119,7 @@ class QubesStore:
         return start if self._here is None else f"unless dom0's does, {start} there"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
-        from qubes_fwd_qrexec.admin.qubesevents import qubes_changes
+        from .events import qubes_changes
 
         return qubes_changes(policy.NAME, wakers)
 

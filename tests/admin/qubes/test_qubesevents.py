@@ -16,8 +16,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from qubes_fwd_qrexec.admin import qubesevents
-from qubes_fwd_qrexec.admin.qubesevents import QubesChanges, qubes_changes
+from qubes_fwd_qrexec.admin.qubes import events as events_module
+from qubes_fwd_qrexec.admin.qubes.events import QubesChanges, qubes_changes
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.system.inotify import Inotify
 
@@ -339,5 +339,5 @@ def test_the_real_dispatcher_is_asked_for_without_a_cache(
     monkeypatch.setitem(sys.modules, "qubesadmin.events", events)
     with qubes_changes("30-forward") as changes:
         assert changes._linger_s == linger_s
-        assert changes._policy_file == qubesevents.POLICY_DIR / "30-forward.policy"
+        assert changes._policy_file == events_module.POLICY_DIR / "30-forward.policy"
     assert made == [(app, "admin.Events", False)]

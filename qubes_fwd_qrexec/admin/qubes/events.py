@@ -12,10 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from qubes_fwd_qrexec.admin.inventory import feature_matters
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.system.inotify import Inotify
-
-from .inventory import feature_matters
 
 POLICY_DIR = Path("/etc/qubes/policy.d")
 # What the plan is made from. qubes-core-admin qubes/app.py: that default_netvm was set comes also as a reset
