@@ -35,7 +35,7 @@ from .callqueue import Key, Kind
 from .counters import Carried
 from .qrexec import SINGLE_BUFFER_BYTES, Call, CallInput, open_call
 
-# relay-behaviours, "trio": stdout's end, stderr and the exit status race; the others are at most this much
+# docs/facts.md, T4: stdout's end, stderr and the exit status race; the others are at most this much
 # later, unless the target is slow.
 _STATUS_WAIT_S = 0.2
 # So often is it looked whether anything moved in the time that a connection may be quiet for.
@@ -54,7 +54,7 @@ class CallTimeouts:
     ``call_s``: dom0 and the target have not taken the call. qrexec has no timeout of its own for policy and
     autostart, and 120 s for the connection between the qubes.
     ``half_close_s``: one direction has ended and nothing has moved in the other since.
-    ``idle_s``: nothing has moved in either direction (relay-behaviours 38).
+    ``idle_s``: nothing has moved in either direction (docs/behaviours.md, 38).
     """
 
     call_s: float = 120.0

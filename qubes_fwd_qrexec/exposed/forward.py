@@ -39,7 +39,7 @@ from .transports import Transports
 
 _logger = logging.getLogger(__name__)
 
-# relay-behaviours 12: what came before an abort is delivered before the RST, within this time.
+# docs/behaviours.md, 12: what came before an abort is delivered before the RST, within this time.
 _DELIVERY_S = 1.0
 _DELIVERY_LOOK_S = 0.02
 

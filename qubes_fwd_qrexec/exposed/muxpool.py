@@ -39,11 +39,11 @@ from .qrexec import Call, open_call
 _logger = logging.getLogger(__name__)
 # As long as qrexec waits for a target that has started to answer (agent/qrexec-client-vm.c).
 OPEN_S = 120.0
-# relay-behaviours 26: a target that has taken the call and never says HELLO.
+# docs/behaviours.md, 26: a target that has taken the call and never says HELLO.
 HELLO_S = 30.0
 # A browser's next request, a user's next click: a mux call without streams is kept for so long.
 LINGER_S = 60.0
-# relay-behaviours 25: connections that wait for a mux call are bounded in number; OPEN_S bounds their time.
+# docs/behaviours.md, 25: how many connections may wait for a mux call; OPEN_S bounds how long.
 WAITING_MAX = 1024
 # When dom0 is asked to renew a lease: with so much of it over, and again after each tenth, or each 20 s.
 RENEW_AT_SHARE = 0.5

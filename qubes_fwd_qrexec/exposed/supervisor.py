@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import trio
 
-# The listener closes its ports in less than 100 ms (relay-behaviours 31); one that hangs is killed.
+# The listener closes its ports in less than 100 ms (docs/behaviours.md, 31); one that hangs is killed.
 CLOSE_S = 10.0
 _SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
 _CLOSED, _LEFT = b"c", b"l"

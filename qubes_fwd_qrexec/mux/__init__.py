@@ -3,7 +3,7 @@
 
 Pure: no I/O, no clock, no trio, no randomness. `Connection` is one end; events come out of
 `receive_data`, bytes out of `data_to_send`. The only exceptions that leave this package are
-RemoteProtocolError (the peer's fault, the mux ends) and LocalProtocolError (the caller's bug).
+RemoteProtocolError (the peer's fault, which ends the mux) and LocalProtocolError (the caller's bug).
 """
 
 from .connection import Connection

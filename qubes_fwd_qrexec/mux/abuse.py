@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Counters against a peer whose every frame is legal and whose frames together are an attack.
+"""Counters against a peer whose frames are legal one by one and an attack together.
 
-None of them knows a clock: the first lives on what streams left behind, the second on `tick`.
+Neither has a clock: the first counts what ended streams leave behind, the second counts per `tick`.
 """
 
 from itertools import islice
@@ -14,8 +14,8 @@ from .limits import MIN_CREDIT_BYTES, RAPID_RESETS_PER_TICK
 class LateFrames:
     """What the peer may still send on streams that are over here, because it crossed our EOF.
 
-    Two sums for all streams rather than a record of each: a stream that ended well leaves a right to one
-    RESET, one RECALL and as much CREDIT as its window had room for.
+    It keeps sums over all streams instead of a record for each one: a stream that ended well entitles the
+    peer to one RESET, one RECALL and as much CREDIT as its window had room for.
     """
 
     __slots__ = ("_credit", "_recalls", "_resets")
@@ -26,25 +26,25 @@ class LateFrames:
         self._resets = 0
 
     def expect(self, credit: int) -> None:
-        """A stream ended with both EOFs, and its window had that much room."""
+        """A stream ended with both EOFs, and its window had room for ``credit`` more bytes."""
         self._credit += credit
         self._recalls += 1
         self._resets += 1
 
     def take_credit(self, stream_id: int, increment: int) -> None:
-        """A CREDIT came for a stream that is over. Raises RemoteProtocolError if it cannot be late."""
+        """A CREDIT came for a stream that is over. Raises RemoteProtocolError if it cannot just be late."""
         if not MIN_CREDIT_BYTES <= increment <= self._credit:
             raise RemoteProtocolError(f"CREDIT on stream {stream_id}, which is over")
         self._credit -= increment
 
     def take_recall(self, stream_id: int) -> None:
-        """A RECALL came for a stream that is over. Raises RemoteProtocolError if it cannot be late."""
+        """A RECALL came for a stream that is over. Raises RemoteProtocolError if it cannot just be late."""
         if not self._recalls:
             raise RemoteProtocolError(f"RECALL on stream {stream_id}, which is over")
         self._recalls -= 1
 
     def take_reset(self, stream_id: int) -> None:
-        """A RESET came for a stream that is over. Raises RemoteProtocolError if it cannot be late."""
+        """A RESET came for a stream that is over. Raises RemoteProtocolError if it cannot just be late."""
         if not self._resets:
             raise RemoteProtocolError(f"RESET on stream {stream_id}, which is over")
         self._resets -= 1
@@ -53,9 +53,9 @@ class LateFrames:
 class RapidResets:
     """Streams that the listener side opened and reset within one tick, and the answers held back for them.
 
-    Holding the answer holds the slot. So a peer that opens and resets faster than it is good for runs out
-    of slots: it is slowed down if it keeps to the limit of streams, and breaks it if it does not. Ending
-    the mux by rate alone would let any client that connects and aborts quickly cut off all others.
+    Holding back the answer keeps the slot taken. So a peer that opens and resets too fast runs out of slots:
+    if it keeps to the limit of streams it is slowed down, and if it does not that is a violation. Ending the
+    mux because of the rate alone would let any client that connects and aborts quickly cut off all others.
     """
 
     __slots__ = ("_answered", "_withheld", "tick")
@@ -67,8 +67,10 @@ class RapidResets:
         self._withheld: dict[int, None] = {}
 
     def may_answer(self, stream_id: int, opened_tick: int) -> bool:
-        """Whether the RESET of a stream that was opened in that tick may be answered now; if not, its answer
-        is due with a later `next_tick`."""
+        """Whether to answer the RESET of a stream that was opened in that tick now.
+
+        If not, a later `next_tick` returns the stream.
+        """
         if stream_id in self._withheld:
             return False
         if opened_tick != self.tick:
@@ -80,7 +82,7 @@ class RapidResets:
         return False
 
     def next_tick(self) -> list[int]:
-        """A second has passed: the streams whose RESET is to be answered now, oldest first."""
+        """Return the streams whose RESET is to be answered now, oldest first; called once a second."""
         self.tick += 1
         due = list(islice(self._withheld, RAPID_RESETS_PER_TICK))
         for stream_id in due:
@@ -89,5 +91,5 @@ class RapidResets:
         return due
 
     def forget(self) -> None:
-        """The mux is over; nothing is answered any more."""
+        """The mux is over: answer nothing any more."""
         self._withheld.clear()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The arithmetic of credit, alone: what may be sent, and what the peer may send. Numbers in, numbers out.
+"""The arithmetic of credit, and nothing else: how much may be sent, and how much the peer may send.
 
-Credit is counted in bytes. A DATA frame costs its payload and FRAME_COST_BYTES more.
+Credit is counted in bytes. A DATA frame costs its payload plus FRAME_COST_BYTES.
 """
 
 from qubes_fwd_qrexec.common.errors import RemoteProtocolError
@@ -26,7 +26,7 @@ class SendCredit:
         return 0 if room <= 0 else min(room, MAX_DATA_BYTES)
 
     def spend(self, payload_bytes: int) -> bool:
-        """Take a frame's cost; False, with nothing taken, if there is not enough."""
+        """Take the cost of a frame. Returns False, and takes nothing, if there is not enough credit."""
         left = self.available - payload_bytes - FRAME_COST_BYTES
         if left < 0:
             return False
@@ -34,22 +34,22 @@ class SendCredit:
         return True
 
     def replenish(self, increment: int, window_bytes: int) -> None:
-        """Add what the peer granted. Raises RemoteProtocolError past its window or below the least."""
+        """Add what the peer granted. Raises RemoteProtocolError past its window or below the minimum."""
         if increment < MIN_CREDIT_BYTES:
-            raise RemoteProtocolError(f"CREDIT of {increment} bytes; at least {MIN_CREDIT_BYTES} are right")
+            raise RemoteProtocolError(f"CREDIT of {increment} bytes, not at least {MIN_CREDIT_BYTES}")
         if self.available + increment > window_bytes:
             raise RemoteProtocolError(f"CREDIT of {increment} bytes goes past the window of {window_bytes}")
         self.available += increment
         self.was_recalled = False
 
     def note_recall(self) -> None:
-        """The peer asks for credit back. Raises RemoteProtocolError if it did, and granted none since."""
+        """The peer asks for credit back. Raises RemoteProtocolError if it granted none in between."""
         if self.was_recalled:
             raise RemoteProtocolError("a second RECALL, and no CREDIT since the last one")
         self.was_recalled = True
 
     def give_back(self, keep: int) -> int:
-        """Give up what is above ``keep``; how much that was."""
+        """Give up what is above ``keep``; returns how much that was."""
         amount = max(self.available - keep, 0)
         self.available -= amount
         return amount
@@ -58,8 +58,8 @@ class SendCredit:
 class ReceiveCredit:
     """How much the peer may still send on one stream.
 
-    ``outstanding`` is what it may send as far as it has been told, ``held`` what was granted here but
-    not told yet: a frame for each small read of the consumer would cost more than the read.
+    ``outstanding`` is what the peer knows that it may send. ``held`` was granted here but not sent yet: a
+    CREDIT frame for each small read of the consumer would cost more than the read.
     """
 
     __slots__ = ("_is_recalled", "_keep", "held", "outstanding")
@@ -67,13 +67,13 @@ class ReceiveCredit:
     def __init__(self, initial: int) -> None:
         self.outstanding = initial
         self.held = 0
-        # What the peer may keep of it, while a RECALL is not answered; and whether nothing was told since.
+        # What the peer may keep, while a RECALL is unanswered; and whether no CREDIT was sent since.
         self._keep = 0
         self._is_recalled = False
 
     @property
     def granted(self) -> int:
-        """What may still arrive, told or not."""
+        """How much may still arrive, including what is held back."""
         return self.outstanding + self.held
 
     def receive(self, cost: int) -> None:
@@ -84,10 +84,10 @@ class ReceiveCredit:
         self.outstanding = left
 
     def grant(self, increment: int) -> int:
-        """Grant more; returns what to tell the peer in a CREDIT frame now, or 0 to wait for more.
+        """Grant more. Returns how much to send in a CREDIT frame now; 0 to hold it back.
 
-        The peer is told once it would gain half of its window: it is never left without credit while
-        the consumer keeps up, and a CREDIT frame stands for many DATA frames.
+        CREDIT is sent once it adds half of the peer's window: the peer never runs out of credit while the
+        consumer keeps up, and a CREDIT frame stands for many DATA frames.
         """
         held = self.held + increment
         if held < MIN_CREDIT_BYTES or held < self.outstanding:
@@ -99,7 +99,7 @@ class ReceiveCredit:
         return held
 
     def recall(self, keep: int) -> bool:
-        """Whether to ask the peer, now, for all above ``keep``: it may have more, and may be asked."""
+        """Return whether to ask the peer for everything above ``keep`` now; if so, it counts as asked."""
         if self.outstanding <= keep or self._keep or self._is_recalled:
             return False
         self._keep = keep
@@ -107,7 +107,7 @@ class ReceiveCredit:
         return True
 
     def take_back(self, amount: int) -> None:
-        """Take what the peer gives back. Raises RemoteProtocolError if it was not asked for so much."""
+        """Take what the peer gives back. Raises RemoteProtocolError if that is more than it was asked for."""
         keep = self._keep
         if not keep:
             raise RemoteProtocolError("a RETURN that answers no RECALL")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `Connection.receive_data` tells its caller.
+"""The events that `Connection.receive_data` returns.
 
-They are not frozen: a frozen one takes 0.35 us to make in the place of 0.14, and one is made for every frame.
+They are not frozen: making a frozen one takes 0.35 us instead of 0.14, and one is made for every frame.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .messages import Goaway, Hello, Origin, ProxyVersion, ResetCode
 
 @dataclass(slots=True)
 class HelloReceived:
-    """The peer is there and a version is agreed on; streams may be opened from now on."""
+    """The peer is there and has a version in common; streams may be opened from now on."""
 
     hello: Hello
     version: int
@@ -20,9 +20,9 @@ class HelloReceived:
 
 @dataclass(slots=True)
 class OpenReceived:
-    """A stream is asked for. Answer with `accept_stream`, or refuse it with `reset_stream`.
+    """The peer asks for a stream. Answer with `accept_stream`, or refuse it with `reset_stream`.
 
-    ``proxy``: the header that the server is to get first.
+    ``proxy``: the version of the PROXY header that the server gets first.
     """
 
     stream_id: int
@@ -40,27 +40,27 @@ class AcceptReceived:
 
 @dataclass(slots=True)
 class DataReceived:
-    """Payload, 1 to 32768 bytes, copied from the chunk it came in."""
+    """A payload of 1 to 32768 bytes, copied from the chunk it came in."""
 
     stream_id: int
     data: bytes | bytearray
 
     @property
     def cost(self) -> int:
-        """The credit that it used: what to `grant` again once it was consumed."""
+        """The credit that it used, to `grant` again once the data is consumed."""
         return len(self.data) + FRAME_COST_BYTES
 
 
 @dataclass(slots=True)
 class CreditReceived:
-    """More may be sent on this stream than before."""
+    """This end may send more on this stream than before."""
 
     stream_id: int
 
 
 @dataclass(slots=True)
 class CreditReturned:
-    """The peer has given back ``amount`` bytes of its credit; see `Connection.recall`."""
+    """The peer gave back ``amount`` bytes of its credit; see `Connection.recall`."""
 
     stream_id: int
     amount: int
@@ -75,7 +75,7 @@ class EofReceived:
 
 @dataclass(slots=True)
 class ResetReceived:
-    """The peer aborted or refused this stream. Its slot is taken until `reset_stream` answers."""
+    """The peer aborted or refused this stream. Its slot stays taken until `reset_stream` answers."""
 
     stream_id: int
     code: ResetCode
@@ -90,9 +90,9 @@ class PongReceived:
 
 @dataclass(slots=True)
 class GoawayReceived:
-    """The peer takes no more streams; if ``goaway.is_final``, all streams are gone and the mux is over.
+    """The peer takes no more streams; if ``goaway.is_final``, the mux and all its streams are over.
 
-    Streams above ``goaway.last_id`` were not processed and may be opened again on another mux.
+    Streams above ``goaway.last_id`` were not processed and may be opened again on another mux call.
     """
 
     goaway: Goaway

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the peer's frames do to one end of a mux. Each is checked, moves the state, and may be an event.
+"""What the peer's frames do to one end of a mux. Each is checked, changes the state, and may become an event.
 
-Whatever is wrong raises RemoteProtocolError, which ends the mux; nothing is repaired or skipped.
+Any violation raises RemoteProtocolError, which ends the mux; nothing is repaired or skipped.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from .states import Half
 from .stream import Stream
 from .wire import DATA_KIND, HEADER, Buffer, FrameType
 
-# Looked up once: the members of an enumeration are not as quick to find as other names.
+# Looked up once: members of an enumeration are slower to look up than other names.
 _FLOWING = Half.FLOWING
 _RESET = Half.RESET
 
@@ -38,27 +38,27 @@ class Incoming(Endpoint):
     """The receiving side of `Connection`."""
 
     def receive_data(self, untrusted_chunk: Buffer) -> Iterator[Event]:
-        """The events of a chunk, one by one as it is read, so that what the caller does for one event counts
-        for the next. Take them all before the next call, and keep the chunk as it is until then.
+        """Return the events of a chunk, each made as it is taken, so that what the caller does for one counts
+        for the next. Take them all before the next call, and do not change the chunk until then.
 
-        Raises (also between events) RemoteProtocolError if the peer broke the protocol, and
+        Raises RemoteProtocolError, also between events, if the peer broke the protocol, and
         LocalProtocolError if the last chunk's events were not all taken.
         """
         if self._failure is not None:
             raise RemoteProtocolError(self._failure)
         if self._is_receiving:
-            raise LocalProtocolError("the events of the chunk before were not all taken")
+            raise LocalProtocolError("the events of the last chunk were not all taken")
         if self._is_closed:
             return iter(())
         self._is_receiving = True
         return self._events(untrusted_chunk)
 
     def receive_lone_data(self, untrusted_chunk: memoryview) -> int:
-        """The short way for the most frequent chunk: exactly one DATA frame that may be.
+        """The fast path for the most frequent chunk: exactly one legal DATA frame.
 
-        Returns its stream, and the frame counts as received: its payload is what follows the header
-        (`limits.HEADER_BYTES`). Returns 0, and nothing has happened, for every other chunk:
-        `receive_data` is for that, and for saying what is wrong with it.
+        Returns its stream; the frame counts as received, and its payload follows the header
+        (`limits.HEADER_BYTES`). For any other chunk it returns 0 and does nothing: give that one to
+        `receive_data`, which also says what is wrong with it.
         """
         length = len(untrusted_chunk) - HEADER_BYTES
         if length <= 0 or self._is_receiving or self._reader.partial:
@@ -78,8 +78,8 @@ class Incoming(Endpoint):
         return stream_id  # type: ignore[no-any-return]
 
     def receive_eof(self) -> None:
-        """The byte stream has ended. Returns if either end had said its last word; else it is an abort, and
-        RemoteProtocolError is raised."""
+        """The byte stream has ended. Raises RemoteProtocolError unless either end had sent its final GOAWAY:
+        then it is an abort."""
         if not self._is_closed and (not self._is_closed_by_peer or self.has_partial_frame):
             problem = "the byte stream ended without a final GOAWAY"
             self._fail(problem, GoawayCode.PROTOCOL_ERROR)
@@ -89,7 +89,7 @@ class Incoming(Endpoint):
         try:
             yield from self._read(untrusted_chunk)
         except RemoteProtocolError as error:
-            # Once this end has said its last word, what was on its way no longer matters.
+            # After our own final GOAWAY it no longer matters what was on its way.
             if not self._is_closed or self._failure is not None:
                 self._fail(str(error), GoawayCode.PROTOCOL_ERROR)
                 raise
@@ -101,7 +101,7 @@ class Incoming(Endpoint):
         for frame_type, stream_id, untrusted_payload in self._reader.frames(untrusted_chunk):
             if outbox.control_bytes > self._control_bound_bytes:
                 raise RemoteProtocolError("the peer sends and does not read")
-            # DATA comes first and does without the table of moves: its only row there is FLOWING.
+            # DATA comes first and needs no table of moves: its only row there is FLOWING.
             if frame_type == FrameType.DATA and (stream := streams.get(stream_id)) is not None:
                 if stream.remote is not Half.FLOWING:
                     stream.move_remote(FrameType.DATA)
@@ -179,7 +179,7 @@ class Incoming(Endpoint):
         return HelloReceived(peer, version)
 
     def _on_ping(self, payload: bytes) -> None:
-        # The peer may not ping again before it has our answer, and it cannot have what is still here.
+        # The peer may not ping again before it has our answer, which is still queued here.
         if self._is_pong_queued:
             raise RemoteProtocolError("a PING before the PONG to the last one was sent")
         self._is_pong_queued = True
@@ -201,10 +201,10 @@ class Incoming(Endpoint):
         elif self.role is Role.TARGET:
             is_possible = goaway.last_id == self._last_id
         else:
-            # What it had accepted was processed, and could not be asked for again elsewhere.
+            # It had processed what it accepted, which may not be asked for again elsewhere.
             is_possible = self._last_accepted <= goaway.last_id <= self._last_id
         if not is_possible:
-            raise RemoteProtocolError(f"the last stream of a GOAWAY is {goaway.last_id}, which cannot be")
+            raise RemoteProtocolError(f"GOAWAY with the last stream {goaway.last_id}, which is impossible")
         self._drain_received = goaway
         if goaway.is_final:
             self._is_closed_by_peer = True
@@ -222,7 +222,7 @@ class Incoming(Endpoint):
         if stream_id != self._last_id + 1:
             raise RemoteProtocolError(f"OPEN of stream {stream_id} after stream {self._last_id}")
         if request.port not in self._target_ports:
-            raise RemoteProtocolError(f"OPEN to port {request.port}, which is not of this call")
+            raise RemoteProtocolError(f"OPEN to port {request.port}, which is none of this call's ports")
         self._check_peer_credit(request.credit)
         if len(self._streams) >= self._max_streams:
             raise RemoteProtocolError(f"OPEN past the limit of {self._max_streams} streams")
@@ -230,8 +230,8 @@ class Incoming(Endpoint):
         stream = self._streams[stream_id] = Stream(request.credit, 0, self._rapid.tick)
         if self._drain_sent is None:
             return OpenReceived(stream_id, request.port, request.origin, request.proxy)
-        # It crossed our GOAWAY. Before the listener side has seen that, each such stream holds a slot of
-        # its own, as only frames that we sent later could free it: so there cannot be more than slots.
+        # It crossed our GOAWAY. Until the listener side has seen that, each such stream holds a slot of its
+        # own, as only frames that we sent later could free it. So there cannot be more of them than slots.
         self._late_opens += 1
         if self._late_opens > self._max_streams:
             raise RemoteProtocolError("OPEN after GOAWAY was seen")
@@ -259,7 +259,7 @@ class Incoming(Endpoint):
         return CreditReceived(stream_id) if stream.local is Half.FLOWING else None
 
     def _on_recall(self, stream_id: int, stream: Stream, untrusted_payload: Buffer) -> None:
-        """The answer goes out in order with DATA, so it is what is left of the credit just now."""
+        """The answer goes out in order with DATA, so it gives back what is left of the credit right now."""
         stream.move_remote(FrameType.RECALL)
         keep = self._decode_keep(untrusted_payload)
         stream.outgoing.note_recall()
@@ -274,7 +274,7 @@ class Incoming(Endpoint):
         if not amount or stream.is_discarding:
             return None
         self.granted_bytes -= amount
-        # What was held back until it was worth a frame may be worth it now, as the peer has less.
+        # What was held back may be worth a frame now that the peer has less.
         if increment := stream.incoming.grant(0):
             self._outbox.add_control(wire.encode_credit(stream_id, increment))
         return CreditReturned(stream_id, amount)
@@ -302,7 +302,7 @@ class Incoming(Endpoint):
         return ResetReceived(stream_id, code)
 
     def _on_late(self, frame_type: FrameType, stream_id: int, untrusted_payload: Buffer) -> None:
-        """A frame for a stream that is not, or no longer, here."""
+        """A frame for a stream that is over, or was never opened."""
         if stream_id > self._last_id:
             raise RemoteProtocolError(f"{frame_type.name} on stream {stream_id}, which was never opened")
         match frame_type:
@@ -317,7 +317,7 @@ class Incoming(Endpoint):
             case _:
                 raise RemoteProtocolError(f"{frame_type.name} on stream {stream_id}, which is over")
 
-    # What is wrong
+    # Violations
 
     def _check_peer_credit(self, credit: int) -> None:
         if credit and not MIN_WINDOW_BYTES <= credit <= self._peer_window_bytes:
@@ -326,11 +326,11 @@ class Incoming(Endpoint):
     def _decode_keep(self, untrusted_payload: Buffer) -> int:
         keep = wire.decode_number(untrusted_payload)
         if not MIN_WINDOW_BYTES <= keep <= self._peer_window_bytes:
-            raise RemoteProtocolError(f"a RECALL that lets {keep} bytes be kept")
+            raise RemoteProtocolError(f"a RECALL that lets us keep {keep} bytes")
         return keep
 
     def _fail(self, problem: str, code: GoawayCode) -> None:
-        """The mux ends; the first reason is the one that counts."""
+        """End the mux; the first reason counts."""
         if self._failure is None:
             self._failure = problem
             self._say_goodbye(code)

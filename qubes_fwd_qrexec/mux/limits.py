@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every bound of the mux protocol, each with where its number comes from.
+"""Every bound of the mux protocol, and where its number comes from.
 
-Bounds that both ends must agree on are part of the wire (SPEC.md names them too); the others protect
+Bounds that both ends must agree on are part of the wire format (SPEC.md has them too); the others protect
 this end alone.
 """
 
@@ -14,52 +14,52 @@ HEADER_BYTES: Final = 8
 """Type, flags, length and stream; see SPEC.md, "Frames"."""
 
 MAX_DATA_BYTES: Final = 32_768
-"""Payload of one DATA frame. At 90 MiB/s, what socat moves over qrexec, one frame holds the others up
-for 0.35 ms, and its 72 bytes of header and cost are a fifth of a percent."""
+"""The largest payload of a DATA frame. At 90 MiB/s, which socat reaches over qrexec, one frame holds up the
+others for 0.35 ms, and its 72 bytes of header and cost are a fifth of a percent."""
 
 MAX_HELLO_BYTES: Final = 256
-"""A HELLO of a later version may be longer than ours; it is never longer than this."""
+"""A HELLO of a later version may be longer than ours, but never longer than this."""
 
 FRAME_COST_BYTES: Final = 64
-"""What a DATA frame costs in credit beside its payload. It is what a received payload occupies here
-beside its bytes: 33 for a bytes object, 24 to 40 for its place in an event or a queue. Because of it,
-a peer that sends its credit in frames of one byte cannot make us hold more than we granted."""
+"""What a DATA frame costs in credit beside its payload: the memory that a received payload takes here beside
+its bytes, which is 33 for a bytes object and 24 to 40 for its place in an event or a queue. Without it, a
+peer that spends its credit on frames of one byte could make us hold more than we granted."""
 
 MIN_CREDIT_BYTES: Final = 1_024
-"""The least that a CREDIT frame may carry. So a peer cannot send more CREDIT frames than one for each
-KiB that it received, and a keystroke is not answered by a frame of its own."""
+"""The least that a CREDIT frame may carry. So a peer can send at most one CREDIT frame for each KiB that it
+received, and no keystroke is answered with a frame of its own."""
 
 MIN_WINDOW_BYTES: Final = 2_048
-"""The least initial credit that is not 0. With less than MIN_CREDIT_BYTES + FRAME_COST_BYTES a stream
-can stop for good: too little left to send a frame, too little consumed to send a CREDIT."""
+"""The least initial credit apart from 0. With less than MIN_CREDIT_BYTES + FRAME_COST_BYTES a stream can stop
+for good: too little left to send a frame, too little consumed to send a CREDIT."""
 
 MAX_WINDOW_BYTES: Final = 1 << 24
-"""The most credit that may be outstanding for one stream: 16 MiB is over 150 ms at 100 MiB/s, far more
-than a call between two qubes of one machine needs."""
+"""The most credit that may be outstanding for one stream: 16 MiB last over 150 ms at 100 MiB/s, far more than
+a call between two qubes of one machine needs."""
 
 MAX_STREAMS: Final = 65_536
 """The most streams that one mux may hold: more connections than one target address has ports for."""
 
 MAX_LEASE_S: Final = 86_400
-"""The longest lease in seconds: dom0's policy is asked again at least once a day."""
+"""The longest lease in seconds: dom0's policy is evaluated again at least once a day."""
 
 LAST_STREAM_ID: Final = 0xFFFF_FFFF
 """The last id that fits the header. At 1,000 streams a second it is reached after 49 days."""
 
 RAPID_RESETS_PER_TICK: Final = 1_000
-"""How many streams that the listener side opened and reset within one tick (a second) are answered in a
-tick; the others hold their slots until a later one. More than clients of a LAN come and go in good faith,
-and at 0.15 ms for a connection on loopback (measured) a sixth of a core."""
+"""Of the streams that the listener side opened and reset within one tick (a second), so many are answered per
+tick; the others hold their slots until a later one. It is more than honest clients of a LAN need, and a sixth
+of a core at the measured 0.15 ms for a connection on loopback."""
 
 CONTROL_BYTES: Final = 65_536
-"""What may be queued of frames other than DATA, whatever the number of streams: the size of a pipe."""
+"""How many bytes of frames other than DATA may be queued, for any number of streams: the size of a pipe."""
 
 CONTROL_BYTES_PER_STREAM: Final = 104
-"""What may be queued beside that for each stream: an OPEN (51) or an ACCEPT (12), a RESET, a RECALL and a
-RETURN (12 each), and one CREDIT (12) to spare. A peer that reads never makes us queue more; see SPEC.md,
-"Abuse"."""
+"""How many bytes may be queued in addition for each stream: an OPEN (51) or an ACCEPT (12), a RESET, a RECALL
+and a RETURN (12 each), and one CREDIT (12) to spare. A peer that reads never makes us queue more; see
+SPEC.md, "Limits and abuse"."""
 
 COPY_BYTES: Final = 4_096
-"""Up to this size a payload is copied behind its header, above it is queued by reference. Measured with a
-socket pair: at 4 KiB a copy and send takes as long as sendmsg of two parts (4.3 us), at 16 KiB a quarter
-longer."""
+"""Payloads up to this size are copied behind their header, larger ones are queued by reference. Measured with
+a socket pair: at 4 KiB, copying and sending takes as long as sendmsg of two parts (4.3 us), at 16 KiB a
+quarter longer."""

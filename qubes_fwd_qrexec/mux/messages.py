@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The values that frames carry. Each is valid once it exists; nobody checks it again.
+"""The values that frames carry. Each is valid once it exists, and is not checked again.
 
-A value that cannot be raises LocalProtocolError, since it is the caller who made it; `wire` turns that
-into RemoteProtocolError where the value came from the peer.
+An invalid value raises LocalProtocolError, since the caller made it; `wire` turns that into
+RemoteProtocolError if the value came from the peer.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Role(Enum):
 
 
 class ResetCode(IntEnum):
-    """Why a stream is reset. Before ACCEPT it says why the stream was refused."""
+    """Why a stream was reset, or, before ACCEPT, why it was refused."""
 
     ABORTED = 1
     REFUSED = 2
@@ -40,7 +40,7 @@ class ResetCode(IntEnum):
 
 
 class GoawayCode(IntEnum):
-    """Why no more streams are taken, or why the mux is over. Numbers are shared with `ResetCode`."""
+    """Why an end takes no more streams, or why the mux is over. The numbers are shared with `ResetCode`."""
 
     LEASE_OVER = 6
     REVOKED = 7
@@ -53,7 +53,7 @@ class GoawayCode(IntEnum):
 
 
 class ProxyVersion(IntEnum):
-    """Which header of the PROXY protocol the target's service sends to the server before anything else."""
+    """The header of the PROXY protocol that the target's service sends to the server before anything else."""
 
     OFF = 0
     V1 = 1
@@ -66,17 +66,17 @@ REFUSAL_WHILE_DRAINING = {
     GoawayCode.SHUTDOWN: ResetCode.SHUTDOWN,
     GoawayCode.IDS_USED_UP: ResetCode.SHUTDOWN,
 }
-"""The codes that may begin a drain, and what a stream that comes too late is told."""
+"""The codes that may begin a drain, and the code that then refuses a stream which comes too late."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What an end says of itself before anything else.
+    """What each end says about itself before anything else.
 
     ``window_bytes``: the most credit that this end will have outstanding for one stream.
     ``max_streams`` and ``lease_s``: how many streams the target side holds at once, and for how many
-    seconds it takes new ones; the listener side says 0 for both. ``nonce``: 16 bytes by which the logs
-    of both ends can be matched. Raises LocalProtocolError for values out of bounds.
+    seconds it takes new ones; both are 0 on the listener side. ``nonce``: 16 random bytes, to match the logs
+    of both ends. Raises LocalProtocolError for values out of bounds.
     """
 
     window_bytes: int
@@ -102,7 +102,7 @@ class Hello:
 
     @property
     def role(self) -> Role:
-        """Which end says this."""
+        """The end that says this."""
         return Role.TARGET if self.max_streams else Role.LISTENER
 
 
@@ -110,8 +110,8 @@ class Hello:
 class Origin:
     """Who connected, and to which address and port of the exposed qube.
 
-    An IPv4 address that came in IPv6 form becomes IPv4, and a scope (``%eth0``) is dropped, as it means
-    nothing in another qube. The target side must not trust it: the listener side can say what it likes.
+    An IPv4-mapped IPv6 address becomes IPv4, and a scope (``%eth0``) is dropped, as it means nothing in
+    another qube. The target side must not trust any of this: the listener side can claim anything.
     """
 
     client: IPAddress
@@ -128,7 +128,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Goaway:
-    """No stream above ``last_id`` was or will be processed; after a final one nothing follows at all."""
+    """No stream above ``last_id`` was or will be processed; nothing at all follows a final one."""
 
     last_id: int
     code: GoawayCode

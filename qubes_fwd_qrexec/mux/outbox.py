@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Frames that wait to be written, small ones joined and large payloads by reference.
+"""Frames that wait to be written: small ones joined, large payloads by reference.
 
-It counts what waits, and apart from that the bytes that are not DATA: those can be caused by a peer
-that sends and never reads, and have a bound (`limits.CONTROL_BYTES`) that `Connection` holds.
+It counts all bytes that wait, and separately those that are not DATA: a peer that sends and never reads can
+cause those, and `Connection` enforces a bound on them (`limits.CONTROL_BYTES`).
 """
 
 from .limits import COPY_BYTES
@@ -10,7 +10,7 @@ from .wire import Buffer, data_header
 
 
 class Outbox:
-    """What the next write takes, in order."""
+    """The frames of the next write, in order."""
 
     __slots__ = ("_ready", "_tail", "bytes_queued", "control_bytes")
 
@@ -21,13 +21,13 @@ class Outbox:
         self.control_bytes = 0
 
     def add_control(self, frame: bytes) -> None:
-        """Queue a whole frame that is not DATA."""
+        """Queue a complete frame other than DATA."""
         self._tail += frame
         self.bytes_queued += len(frame)
         self.control_bytes += len(frame)
 
     def add_data(self, stream_id: int, payload: Buffer, length: int) -> None:
-        """Queue a DATA frame with that payload of ``length`` bytes."""
+        """Queue a DATA frame whose ``payload`` has ``length`` bytes."""
         tail = self._tail
         header = data_header(stream_id, length)
         tail += header
@@ -40,7 +40,7 @@ class Outbox:
             self._tail = bytearray()
 
     def take(self) -> list[Buffer]:
-        """All that waits, to be written in this order; nothing waits any more."""
+        """Return and forget all that waits, in the order in which to write it."""
         ready = self._ready
         if self._tail:
             ready.append(self._tail)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Chunks of bytes in, frames out. It knows the header's layout and legal lengths, and no more.
+"""Chunks of bytes in, frames out. It knows the layout of the header and the legal lengths, and no more.
 
-Payloads are copied exactly once, so that a payload which is kept never keeps the chunk it came in.
-At most one frame, HEADER_BYTES + MAX_DATA_BYTES, is ever buffered.
+Payloads are copied exactly once, so that keeping a payload never keeps the chunk it came in. At most one
+frame, HEADER_BYTES + MAX_DATA_BYTES, is ever buffered.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class FrameReader:
 
     def __init__(self) -> None:
         self.partial = bytearray()
-        """What has come of a frame that is not complete; to be looked at and no more."""
+        """The part of an incomplete frame that has arrived; do not change it."""
 
     @property
     def has_partial_frame(self) -> bool:
@@ -29,10 +29,9 @@ class FrameReader:
         return bool(self.partial)
 
     def frames(self, untrusted_chunk: Buffer) -> Iterator[Frame]:
-        """The frames that are complete with this chunk. Take them all before the next chunk.
+        """Yield the frames that this chunk completes. Take them all before the next chunk.
 
-        Raises RemoteProtocolError as soon as a header is complete and cannot be; not reading on from
-        there is up to the caller.
+        Raises RemoteProtocolError as soon as an illegal header is complete; the caller must not read on then.
         """
         view = memoryview(untrusted_chunk)
         position = 0
@@ -43,7 +42,7 @@ class FrameReader:
             if frame is None:
                 return
             yield frame
-        # A slice of bytes is the one copy; a slice of a view would be none, and is copied below.
+        # Slicing bytes makes the one copy; slicing a view makes none, so that one is copied below.
         is_bytes = isinstance(untrusted_chunk, bytes)
         unpack_from = HEADER.unpack_from
         while size - position >= HEADER_BYTES:
@@ -65,7 +64,7 @@ class FrameReader:
             self.partial += view[position:]
 
     def _fill(self, view: memoryview) -> int:
-        """Move what the frame that has begun lacks into it; returns how much of the chunk that took."""
+        """Complete the partial frame as far as the chunk goes; returns how many of its bytes that took."""
         partial = self.partial
         taken = 0
         if len(partial) < HEADER_BYTES:
@@ -80,7 +79,7 @@ class FrameReader:
         return taken + missing
 
     def _finished(self) -> Frame | None:
-        """The frame that has begun, if it is complete now."""
+        """The partial frame, if it is complete now."""
         partial = self.partial
         if len(partial) < HEADER_BYTES:
             return None
@@ -88,7 +87,7 @@ class FrameReader:
         if len(partial) < HEADER_BYTES + length:
             return None
         self.partial = bytearray()
-        # It is handed over as it is: cutting a bytearray at its front moves a pointer and no bytes.
+        # It is handed over without a copy: cutting a bytearray at its front moves a pointer and no bytes.
         del partial[:HEADER_BYTES]
         return kind >> 8, stream_id, partial
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The life of one stream, as a table of legal moves; a move that is absent is illegal.
+"""The life of one stream, as a table of legal moves; a move that is not in it is illegal.
 
-A stream has two halves: what this end has said and what the peer has said. Each half moves by the
-frames of its own end alone. The one exception is ACCEPT, which lets both halves flow.
+A stream has two halves: what this end has sent, and what the peer has sent. Only the frames of its own end
+move a half, except ACCEPT, which lets both halves flow.
 """
 
 from enum import IntEnum
@@ -12,14 +12,14 @@ from .wire import FrameType
 
 
 class Half(IntEnum):
-    """How far one end has come. A number rather than a name, so that comparing is cheap."""
+    """How far one end has come. A number rather than a name, so that comparing them is cheap."""
 
     PENDING = 0
     FLOWING = 1
     ENDED = 2
     """It sent EOF."""
     MUST_RESET = 3
-    """The other half was reset, and this one owes the answer."""
+    """The other end sent RESET, and this one owes the answer."""
     RESET = 4
     """It sent RESET and had not sent EOF."""
     ENDED_RESET = 5
@@ -47,8 +47,8 @@ OVER: Final[frozenset[tuple[Half, Half]]] = frozenset(
         (Half.RESET, Half.RESET),
         (Half.RESET, Half.ENDED_RESET),
         (Half.ENDED_RESET, Half.RESET),
-        # The peer's EOF crossed our RESET. It had our EOF before our RESET, so to it the stream ended
-        # with both EOFs, and no answer will come.
+        # The peer's EOF crossed our RESET. The peer had our EOF before our RESET, so for it the stream ended
+        # with both EOFs, and it will not answer.
         (Half.ENDED_RESET, Half.ENDED),
     }
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One stream, as small as it can be: 10,000 of them are held at once, at both ends."""
+"""One stream, as small as possible: both ends hold up to 10,000 of them at once."""
 
 from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
 
@@ -21,14 +21,14 @@ class Stream:
         self.opened_tick = tick
 
     def move_local(self, frame_type: FrameType) -> None:
-        """This end is about to send that frame. Raises LocalProtocolError if it may not."""
+        """This end is about to send such a frame. Raises LocalProtocolError if it may not."""
         half = MOVES.get((self.local, frame_type))
         if half is None:
             raise LocalProtocolError(f"{frame_type.name} cannot be sent on a stream that is {self}")
         self.local = half
 
     def move_remote(self, frame_type: FrameType) -> None:
-        """The peer sent that frame. Raises RemoteProtocolError if it may not."""
+        """The peer sent such a frame. Raises RemoteProtocolError if it may not."""
         half = MOVES.get((self.remote, frame_type))
         if half is None:
             raise RemoteProtocolError(f"{frame_type.name} came on a stream that is {self}")
@@ -36,12 +36,12 @@ class Stream:
 
     @property
     def is_discarding(self) -> bool:
-        """Whether this end has reset the stream, so that what still comes is checked and dropped."""
+        """Whether this end has reset the stream, so that what still arrives is checked and dropped."""
         return self.local >= Half.RESET
 
     @property
     def is_receiving(self) -> bool:
-        """Whether data can still come that this end must keep."""
+        """Whether data can still arrive that this end must keep."""
         return self.remote <= Half.FLOWING and self.local < Half.RESET
 
     @property

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The layout of every frame, in one place: offsets never leave it. SPEC.md says the same in words.
+"""The layout of every frame; offsets never leave this file. SPEC.md says the same in words.
 
-Encoders take valid values and return a whole frame. Decoders take the payload of a frame whose header
-passed `check_header`, and raise RemoteProtocolError if the values in it cannot be.
+Encoders take valid values and return a complete frame. Decoders take the payload of a frame whose header
+passed `check_header`, and raise RemoteProtocolError if its values are invalid.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ class FrameType(IntEnum):
 
 
 class OpenRequest(NamedTuple):
-    """The payload of OPEN: the opener's grant to the target side, the port that is wanted, who asks, and in
-    which form the server is to be told that."""
+    """The payload of OPEN: the credit of the target side, the port, who connected, and the PROXY header that
+    tells the server."""
 
     credit: int
     port: int
@@ -50,8 +50,8 @@ class OpenRequest(NamedTuple):
 
 MAGIC: Final = b"qfwd-mux"
 
-# The header with type and flags as one number: flags are 0, so a legal one is the type times 256, and
-# one comparison on the way of every frame checks both.
+# The header, with type and flags as one number: as flags are 0, a legal one is the type times 256, and one
+# comparison for each frame checks both.
 HEADER: Final = Struct(">HHI")
 _VERSIONS: Final = Struct(">8sHH")
 _HELLO_REST: Final = Struct(">III16s")
@@ -62,7 +62,7 @@ _GOAWAY: Final = Struct(">IHH")
 
 DATA_KIND: Final = FrameType.DATA << 8
 
-# For each type: least length, greatest length, and whether it belongs to a stream.
+# For each type: the least and the greatest length, and whether the frame belongs to a stream.
 _SHAPES: Final[dict[int, tuple[int, int, bool]]] = {
     FrameType.HELLO << 8: (_HELLO_BYTES, MAX_HELLO_BYTES, False),
     FrameType.OPEN << 8: (_OPEN.size, _OPEN.size, True),
@@ -84,12 +84,12 @@ def check_header(kind: int, length: int, stream_id: int) -> FrameType:
     shape = _SHAPES.get(kind)
     if shape is None:
         if kind & 0xFF and kind & 0xFF00 in _SHAPES:
-            raise RemoteProtocolError(f"the flags of a frame are {kind & 0xFF:#04x} in the place of 0")
+            raise RemoteProtocolError(f"the flags of a frame are {kind & 0xFF:#04x} instead of 0")
         raise RemoteProtocolError(f"there is no frame type {kind >> 8}")
     frame_type = FrameType(kind >> 8)
     least, most, has_stream = shape
     if not least <= length <= most:
-        raise RemoteProtocolError(f"{frame_type.name} of {length} bytes; {least} to {most} are right")
+        raise RemoteProtocolError(f"{frame_type.name} of {length} bytes instead of {least} to {most}")
     if has_stream != (stream_id != 0):
         raise RemoteProtocolError(f"{frame_type.name} on stream {stream_id}")
     return frame_type
@@ -102,19 +102,19 @@ def encode_hello(hello: Hello) -> bytes:
 
 
 def decode_versions(untrusted_payload: Buffer) -> tuple[int, int]:
-    """The lowest and highest version of a HELLO, whose layout up to there is the same for ever."""
+    """The lowest and highest version of a HELLO, whose layout up to there never changes."""
     magic, min_version, max_version = _VERSIONS.unpack_from(untrusted_payload)
     if magic != MAGIC:
-        raise RemoteProtocolError(f"the HELLO begins with {magic!a} in the place of {MAGIC!a}")
+        raise RemoteProtocolError(f"the HELLO begins with {magic!a} instead of {MAGIC!a}")
     return min_version, max_version
 
 
 def decode_hello(untrusted_payload: Buffer) -> Hello:
-    """Raises also for a longer HELLO than ours that does not speak a later version."""
+    """A HELLO longer than ours is an error, too, unless the peer speaks a later version."""
     min_version, max_version = decode_versions(untrusted_payload)
     window, streams, lease_s, nonce = _HELLO_REST.unpack_from(untrusted_payload, _VERSIONS.size)
     if len(untrusted_payload) > _HELLO_BYTES and max_version <= VERSION:
-        raise RemoteProtocolError(f"HELLO of {len(untrusted_payload)} bytes; {_HELLO_BYTES} are right")
+        raise RemoteProtocolError(f"HELLO of {len(untrusted_payload)} bytes instead of {_HELLO_BYTES}")
     return _from_peer(
         lambda: Hello(
             window_bytes=window,
@@ -205,7 +205,7 @@ def encode_goaway(goaway: Goaway) -> bytes:
 def decode_goaway(untrusted_payload: Buffer) -> Goaway:
     last_id, number, final = _GOAWAY.unpack(untrusted_payload)
     if final > 1:
-        raise RemoteProtocolError(f"the final field of a GOAWAY is {final}; 0 or 1 is right")
+        raise RemoteProtocolError(f"the final field of a GOAWAY is {final} instead of 0 or 1")
     try:
         code = GoawayCode(number)
     except ValueError as error:
@@ -214,7 +214,7 @@ def decode_goaway(untrusted_payload: Buffer) -> Goaway:
 
 
 def data_header(stream_id: int, length: int) -> bytes:
-    """The header alone, since the payload of DATA is not copied behind it when it is large."""
+    """The header alone: a large payload of DATA is not copied behind it."""
     return HEADER.pack(DATA_KIND, length, stream_id)
 
 
@@ -232,4 +232,4 @@ def _from_peer(make: Callable[[], _T]) -> _T:
     try:
         return make()
     except LocalProtocolError as error:
-        raise RemoteProtocolError(f"the peer said what cannot be: {error}") from error
+        raise RemoteProtocolError(f"the peer sent an invalid value: {error}") from error

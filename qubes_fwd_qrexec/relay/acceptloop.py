@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 _BACKLOG = 4096
 # Accepted in one go before other tasks have their turn.
 _BURST = 64
-# relay-behaviours 34: how long to wait for descriptors or memory to come free.
+# docs/behaviours.md, 34: how long to wait for descriptors or memory to come free.
 _SHORTAGE_PAUSE_S = 0.2
 _SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 # What the kernel reports of a connection that was gone before it was accepted (accept(2), Linux).
@@ -77,7 +77,7 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         notice_dead_peers(sock)
         keep_urgent_bytes(sock)
         note_ingress(sock)
-        # relay-behaviours 17. No client gets a larger window than this allows; whoever accepts sets less.
+        # docs/behaviours.md, 17. No client gets a larger window than this allows; whoever accepts sets less.
         set_size(sock, MAX_BYTES)
         limit_segments(sock)
         sock.bind((str(address), port))

@@ -17,7 +17,7 @@ from qubes_fwd_qrexec.mux import MAX_DATA_BYTES, Buffer, Connection
 from .loop import GONE, WRITE, End, Loop
 
 # Above it no more is read from sockets, so that a keystroke behind a bulk stream waits for this much and for
-# no more (relay-behaviours 20: 20 ms, which is 2 MiB at 100 MiB/s).
+# no more (docs/behaviours.md, 20: 20 ms, which is 2 MiB at 100 MiB/s).
 HIGH_BYTES = 256 << 10
 _LOW_BYTES = 64 << 10
 # A stream that does not send all the time waits only for more than this, and never behind those that do.

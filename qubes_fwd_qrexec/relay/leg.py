@@ -24,11 +24,11 @@ from .socketbuffers import SocketBuffer
 from .watchedsocket import UNWATCHED, WatchedSocket
 from .window import Window
 
-# relay-behaviours 12: what had been received is delivered before an RST, within a second.
+# docs/behaviours.md, 12: what had been received is delivered before an RST, within a second.
 _LAST_WORDS_S = 0.8
 # The kernel has no event for it: looked for after this time first, and after twice as long each time.
 _LAST_WORDS_LOOK_S = 0.005
-# relay-behaviours 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
+# docs/behaviours.md, 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
 _STALLED_GONE_S = 10.0
 # What is found out by reading or writing, among it that the peer is gone.
 _READABLE = READ | GONE

@@ -14,9 +14,9 @@ from qubes_fwd_qrexec.mux import Connection
 from .backlog import Backlog
 
 TICK_S = 1.0
-# relay-behaviours 26: no HELLO.
+# docs/behaviours.md, 26: no HELLO.
 HELLO_S = 30.0
-# relay-behaviours 48: half a frame and then silence, or a peer that reads nothing.
+# docs/behaviours.md, 48: half a frame and then silence, or a peer that reads nothing.
 _PAUSE_S = 300
 
 

@@ -15,9 +15,9 @@ from contextlib import suppress
 
 from .outlet import Outlet
 
-# relay-behaviours 45: whatever arrives, one line of at most so many characters.
+# docs/behaviours.md, 45: whatever arrives, one line of at most so many characters.
 LINE_MAX = 200
-# relay-behaviours 34: at most one line in so many seconds for one kind of trouble.
+# docs/behaviours.md, 34: at most one line in so many seconds for one kind of trouble.
 REPEAT_S = 10.0
 # syslog(3): where the journal listens, and a message of the facility user with the severity err.
 _JOURNAL = "/dev/log"

@@ -22,12 +22,12 @@ from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
 
 # Where a server in the target may listen; tried in this order, and nowhere else.
 LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
-# relay-behaviours 22: how long a server may take to accept.
+# docs/behaviours.md, 22: how long a server may take to accept.
 CONNECT_TIMEOUT_S = 10.0
-# relay-behaviours 9, for a single call whose server has ended its side, and in which nothing moves any more.
-# The listener allows less, so it is the one who ends such a connection where it can.
+# docs/behaviours.md, 9: for a single call whose server has ended its side, once nothing moves any more.
+# The listener allows less, so the listener ends such a connection if it can.
 HALF_CLOSE_S = 900.0
-# relay-behaviours 17: what the kernel holds for a server in each direction, as it counts (it doubles the
+# docs/behaviours.md, 17: what the kernel holds for a server in each direction, as it counts (it doubles the
 # number). On loopback an answer comes within a tenth of a ms, so this is no bound to anything but memory.
 BUFFER_BYTES = 131_072
 

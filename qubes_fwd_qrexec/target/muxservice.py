@@ -42,7 +42,7 @@ from .portions import own_budget
 from .proxyheader import header
 from .revocation import LOOK, RevokedError, allowed_s, permitted
 
-# How long dom0's answer holds (design, section 10).
+# How long dom0's answer holds (docs/behaviours.md, 53).
 LEASE_S = 300
 TAKE_NO_MORE = signal.SIGUSR2
 # How often a mux call that drains looks whether it is still meant to.

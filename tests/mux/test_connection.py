@@ -118,7 +118,7 @@ def test_only_the_listener_side_opens_and_only_the_target_side_accepts():
 
 
 def test_a_stream_names_a_port_of_the_call():
-    with pytest.raises(LocalProtocolError, match="port 22 is not of this call"):
+    with pytest.raises(LocalProtocolError, match="port 22 is none of"):
         Pair().listener.open_stream(22, ORIGIN, CREDIT)
 
 

@@ -24,11 +24,11 @@ def test_a_large_credit_allows_one_frame_at_a_time():
     assert pair.listener.send_limit(1) == MAX_DATA_BYTES
     pair.listener.send_data(1, bytes(MAX_DATA_BYTES))
     assert pair.listener.send_limit(1) == WINDOW - MAX_DATA_BYTES - 2 * FRAME_COST_BYTES
-    with pytest.raises(LocalProtocolError, match=r"0 bytes, and"):
+    with pytest.raises(LocalProtocolError, match=r"0 bytes, where"):
         pair.listener.send_data(1, b"")
-    with pytest.raises(LocalProtocolError, match=r"32769 bytes, and"):
+    with pytest.raises(LocalProtocolError, match=r"32769 bytes, where"):
         pair.listener.send_data(1, bytes(MAX_DATA_BYTES + 1))
-    with pytest.raises(LocalProtocolError, match=r"32768 bytes, and 32640 may"):
+    with pytest.raises(LocalProtocolError, match=r"32768 bytes, where 1 to 32640 may"):
         pair.listener.send_data(1, bytes(MAX_DATA_BYTES))
 
 
@@ -88,9 +88,9 @@ def test_a_grant_before_accept_is_a_bug_and_after_the_end_is_nothing():
     for connection in (pair.listener, pair.target):
         with pytest.raises(LocalProtocolError, match="CREDIT cannot be sent on a stream that is PENDING"):
             connection.grant(1, 2048)
-        with pytest.raises(LocalProtocolError, match="never was a stream 2"):
+        with pytest.raises(LocalProtocolError, match="stream 2 never existed"):
             connection.grant(2, 2048)
-        with pytest.raises(LocalProtocolError, match="never was a stream 0"):
+        with pytest.raises(LocalProtocolError, match="stream 0 never existed"):
             connection.grant(0, 2048)
     pair.target.accept_stream(1, CREDIT)
     pair.settle()
@@ -214,9 +214,9 @@ def test_an_answer_that_crosses_our_reset_is_checked_and_dropped():
 def test_what_may_be_kept_is_within_bounds(keep):
     pair = Pair()
     pair.open()
-    with pytest.raises(LocalProtocolError, match="cannot be what is kept"):
+    with pytest.raises(LocalProtocolError, match="a peer keeps"):
         pair.target.recall(1, keep)
-    refuses(pair.listener, wire.encode_recall(1, keep), f"lets {keep} bytes be kept")
+    refuses(pair.listener, wire.encode_recall(1, keep), f"lets us keep {keep} bytes")
 
 
 def test_asking_before_accept_is_a_bug():
@@ -226,5 +226,5 @@ def test_asking_before_accept_is_a_bug():
     for connection in (pair.listener, pair.target):
         with pytest.raises(LocalProtocolError, match="RECALL cannot be sent on a stream that is PENDING"):
             connection.recall(1, 2048)
-        with pytest.raises(LocalProtocolError, match="never was a stream 2"):
+        with pytest.raises(LocalProtocolError, match="stream 2 never existed"):
             connection.recall(2, 2048)

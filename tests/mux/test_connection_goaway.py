@@ -100,7 +100,7 @@ def test_a_last_stream_below_one_that_was_accepted_ends_the_mux(is_final: bool):
     pair.open()
     pair.listener.open_stream(8080, ORIGIN, CREDIT)
     code = GoawayCode.SHUTDOWN
-    with pytest.raises(RemoteProtocolError, match="the last stream of a GOAWAY is 1, which cannot be"):
+    with pytest.raises(RemoteProtocolError, match="GOAWAY with the last stream 1, which is impossible"):
         list(pair.listener.receive_data(encode_goaway(Goaway(1, code, is_final))))
 
 

@@ -53,7 +53,7 @@ def test_after_a_reset_nothing_more_is_heard_or_said_of_the_stream():
     pair.target.reset_stream(1)
     pair.target.reset_stream(1)
     assert pair.settle() == ([], [])
-    with pytest.raises(LocalProtocolError, match="never was"):
+    with pytest.raises(LocalProtocolError, match="never existed"):
         pair.target.reset_stream(2)
 
 

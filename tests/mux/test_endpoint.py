@@ -162,5 +162,5 @@ def test_the_questions_follow_the_life_of_a_mux():
 def test_a_stream_that_never_was_is_a_bug_of_the_caller():
     pair = Pair()
     for stream_id in (-1, 0, 1):
-        with pytest.raises(LocalProtocolError, match="there never was a stream"):
+        with pytest.raises(LocalProtocolError, match="never existed"):
             pair.listener.reset_stream(stream_id)

@@ -59,8 +59,8 @@ ACCEPT = wire.encode_accept(1, CREDIT)
         (raw_frame(7, 1, bytes(4)), "no RESET code 0"),
         (wire.encode_pong(b"12345678"), "a PONG that answers no PING"),
         (wire.encode_ping(b"12345678") * 2, "a PING before the PONG"),
-        (goaway_frame(0, GoawayCode.SHUTDOWN), "last stream of a GOAWAY is 0"),
-        (goaway_frame(2, GoawayCode.DONE, True), "last stream of a GOAWAY is 2"),
+        (goaway_frame(0, GoawayCode.SHUTDOWN), "GOAWAY with the last stream 0"),
+        (goaway_frame(2, GoawayCode.DONE, True), "GOAWAY with the last stream 2"),
         (goaway_frame(1, GoawayCode.SHUTDOWN) + open_frame(2), "OPEN after the listener side said GOAWAY"),
         (goaway_frame(1, GoawayCode.SHUTDOWN) * 2, "a second GOAWAY"),
         (raw_frame(10, 0, bytes.fromhex("00000001 0001 0001")), "no GOAWAY code 1"),
@@ -91,10 +91,10 @@ def test_nothing_but_a_reset_comes_before_accept(data, problem):
         (open_frame(2), "OPEN from the target side"),
         (ACCEPT, "ACCEPT came on a stream"),
         (wire.encode_accept(2, CREDIT), "ACCEPT on stream 2, which was never opened"),
-        (goaway_frame(2, GoawayCode.LEASE_OVER), "last stream of a GOAWAY is 2"),
+        (goaway_frame(2, GoawayCode.LEASE_OVER), "GOAWAY with the last stream 2"),
         (
             goaway_frame(1, GoawayCode.LEASE_OVER) + goaway_frame(0, GoawayCode.DONE, True),
-            "last stream of a GOAWAY is 0",
+            "GOAWAY with the last stream 0",
         ),
     ],
 )

@@ -152,7 +152,7 @@ def test_the_numbers_in_the_text_are_the_limits_of_the_code():
         limits.RAPID_RESETS_PER_TICK,
     ):
         assert re.search(rf"\b{number}\b", SPEC), number
-    assert f"its payload and {limits.FRAME_COST_BYTES} bytes more" in SPEC
+    assert f"its payload plus {limits.FRAME_COST_BYTES} bytes" in SPEC
 
 
 def test_the_conversation_is_what_two_connections_say():

@@ -220,7 +220,8 @@ def test_every_port_of_the_range_is_reached_and_no_other() -> None:
             client, leg = bench.connect(port_of(outside))
             bench.until(lambda: bench.near_owner.is_over and bench.service.is_over)
             assert leg.ended is LegEnd.REMOTE_RESET
-            assert bench.service.problem == f"OPEN to port {port_of(outside)}, which is not of this call"
+            problem = f"OPEN to port {port_of(outside)}, which is none of this call's ports"
+            assert bench.service.problem == problem
             with pytest.raises(BlockingIOError):
                 outside.accept()
             client.close()
