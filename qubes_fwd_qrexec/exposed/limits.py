@@ -27,8 +27,8 @@ PER_SOURCE = 1024
 # The hosts of a LAN share one IPv6 network of 64 bits, and a single host has as many addresses there as it
 # likes: each address counts as a client, and all of one network together as so many.
 SOURCES_PER_NETWORK = 8
-# docs/behaviours.md, 35: more than a mux call carries (docs/numbers.md), and refusing costs less than carrying.
-# A server by itself was seen to take 4,900.
+# docs/behaviours.md, 35: more than a mux call carries (docs/numbers.md), as refusing costs less. A server by
+# itself was seen to take 4,900.
 RATE = 5000
 # How often in a second a connection is ended to make room for another: a machine with many addresses cannot
 # turn over more than this, and who looks for the idlest does not look all the time.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bytes between sockets, for both qubes: it knows neither the exposed qube nor the target."""
+"""Moving bytes between sockets, the same in both qubes: it knows neither the exposed side nor the target."""

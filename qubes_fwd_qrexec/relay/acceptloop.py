@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Listening sockets, and an accept loop that no single connection and no shortage can end."""
+"""Listening sockets, and an accept loop that survives any connection and any shortage."""
 
 import contextlib
 import errno
@@ -25,14 +25,14 @@ from .socketbuffers import MAX_BYTES, limit_segments, set_size
 
 _logger = logging.getLogger(__name__)
 
-# The kernel's own bound (net.core.somaxconn) since Linux 5.4: a burst waits here, not in retries.
+# The kernel's default limit (net.core.somaxconn) since Linux 5.4: a burst waits here and needs no retries.
 _BACKLOG = 4096
-# Accepted in one go before other tasks have their turn.
+# How many are accepted in one go before other tasks get their turn.
 _BURST = 64
-# docs/behaviours.md, 34: how long to wait for descriptors or memory to come free.
+# docs/behaviours.md, 34: how long to wait until descriptors or memory are free.
 _SHORTAGE_PAUSE_S = 0.2
 _SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-# What the kernel reports of a connection that was gone before it was accepted (accept(2), Linux).
+# Errors of a connection that was gone before it was accepted (accept(2), Linux).
 _PEERS_OWN = frozenset(
     (
         errno.ECONNABORTED,
@@ -47,12 +47,12 @@ _PEERS_OWN = frozenset(
         errno.ENETUNREACH,
     )
 )
-# With less than this the kernel lets only privileged programs bind (net.ipv4.ip_unprivileged_port_start).
+# Only privileged programs may bind ports below this one (net.ipv4.ip_unprivileged_port_start).
 _UNPRIVILEGED_PORT = 1024
 
 
 class BindError(ForwardError):
-    """A port cannot be listened on; the text names it and says why."""
+    """Listening on a port failed; the text names the port and says why."""
 
 
 def address_text(address: IPAddress | str, port: int | str) -> str:
@@ -61,7 +61,10 @@ def address_text(address: IPAddress | str, port: int | str) -> str:
 
 
 def open_listening(address: IPAddress, port: int) -> socket.socket:
-    """A non-blocking socket that listens on exactly this; ``::`` is IPv6 alone. Raises `BindError`."""
+    """Return a non-blocking socket that listens on exactly this; ``::`` means IPv6 alone. Raises `BindError`.
+
+    The caller owns it, and ends it with `close_listening`.
+    """
     is_ipv6 = isinstance(address, IPv6Address)
     try:
         sock = socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET, socket.SOCK_STREAM)
@@ -72,12 +75,12 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_ipv6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # Before it listens: what is accepted inherits all this, and the window's scale is agreed on by then.
+        # Before it listens: accepted sockets inherit all this, and the handshake fixes the window scale.
         abort_by_default(sock)
         notice_dead_peers(sock)
         keep_urgent_bytes(sock)
         note_ingress(sock)
-        # docs/behaviours.md, 17. No client gets a larger window than this allows; whoever accepts sets less.
+        # docs/behaviours.md, 17: the largest window that a client gets. Accepted sockets are set to less.
         set_size(sock, MAX_BYTES)
         limit_segments(sock)
         sock.bind((str(address), port))
@@ -101,11 +104,11 @@ def _bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
 async def accept_until_closed(
     listening: socket.socket, accepted: Callable[[socket.socket], None], limit: RateLimit, bugs: Bugs
 ) -> None:
-    """Hand every connection to ``accepted``, non-blocking. If it raises, that is a bug, and the connection is
-    aborted.
+    """Pass every connection, non-blocking, to ``accepted``, which owns it from then on.
 
-    Ends when somebody calls `close_listening`. ``limit`` is for the log, and one for all sockets of the
-    process: what they run short of they share.
+    If ``accepted`` raises, that counts as a bug, and the connection is aborted. Returns after
+    `close_listening`. ``limit`` is for log lines about a shortage; use the same one for all sockets of the
+    process, as they share what they run short of.
     """
     while listening.fileno() >= 0:
         try:
@@ -125,12 +128,12 @@ async def accept_until_closed(
                 warn(_logger, limit, "shortage", f"cannot accept connections for now: {error.strerror}")
                 await trio.sleep(_SHORTAGE_PAUSE_S)
             elif error.errno not in _PEERS_OWN:
-                bugs.note(error)  # nobody knows what it means, but other connections may come all the same
+                bugs.note(error)  # unknown, but other connections may come all the same
                 await trio.sleep(_SHORTAGE_PAUSE_S)
 
 
 def peer_address(connection: socket.socket) -> IPAddress | None:
-    """Who is at the other end, IPv4 as IPv4; None when nobody is any more."""
+    """The address of the other end, IPv4 as IPv4; None if the peer is gone."""
     try:
         return unmapped(ip_address(connection.getpeername()[0]))
     except OSError:
@@ -138,10 +141,11 @@ def peer_address(connection: socket.socket) -> IPAddress | None:
 
 
 def close_listening(listening: socket.socket, *, is_shared: bool = False) -> None:
-    """Close at once, also while `accept_until_closed` waits for it.
+    """Close at once, even while `accept_until_closed` waits for it.
 
-    A child that is just being started still has a copy, which would keep the port open for a moment more;
-    so the socket is shut down first, unless somebody else, who shares it, is to go on with it.
+    A child process that is just being started still has a copy of the socket, which would keep the port open
+    for a moment longer. So the socket is shut down first, unless it ``is_shared`` with another process that
+    goes on using it.
     """
     if listening.fileno() < 0:
         return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a mux call has to say and its call has not taken yet, and whose turn it is to add to it.
+"""What a mux call has queued for its socket, and which stream may add to it next.
 
-The call is shared by all streams. So that a keystroke waits behind little, there is a bound to what is
-queued; and so that each bulk stream gets its share, those that have had their turn queue up for the next.
+All streams share the call. What is queued is bounded, so that a keystroke never waits behind much, and bulk
+streams take turns, so that each one gets its share.
 """
 
 import errno
@@ -16,19 +16,19 @@ from qubes_fwd_qrexec.mux import MAX_DATA_BYTES, Buffer, Connection
 
 from .loop import GONE, WRITE, End, Loop
 
-# Above it no more is read from sockets, so that a keystroke behind a bulk stream waits for this much and for
-# no more (docs/behaviours.md, 20: 20 ms, which is 2 MiB at 100 MiB/s).
+# Bulk streams are not read while more than this is queued, so that a keystroke waits for so much and no more
+# (docs/behaviours.md, 20: 20 ms, which is 2 MiB at 100 MiB/s).
 HIGH_BYTES = 256 << 10
 _LOW_BYTES = 64 << 10
-# A stream that does not send all the time waits only for more than this, and never behind those that do.
+# A stream that is not bulk waits only when more than this is queued, and never behind bulk streams.
 MAX_BYTES = 2 * HIGH_BYTES
 # What a stream sends in one turn at most: four of the longest frames, which go out in one write.
 TURN_BYTES = 4 * MAX_DATA_BYTES
-# How many streams may send when the call has taken what waited.
+# How many streams get a turn once little is left in the queue.
 _TURNS = HIGH_BYTES // TURN_BYTES
-# The kernel lacks memory for now, which is no fault of the call and ends none of its streams.
+# The kernel is short of memory, which is temporary: it ends neither the call nor its streams.
 _SHORTAGE = frozenset((errno.ENOBUFS, errno.ENOMEM))
-# How many buffers one write takes (IOV_MAX is 1024).
+# How many buffers one write passes on (IOV_MAX is 1024).
 _WRITE_BUFFERS = 64
 
 
@@ -46,10 +46,11 @@ class Sender(Protocol):
 
 
 class Backlog:
-    """Writes what ``connection`` has to ``sink``, the call's non-blocking socket, which is only used.
+    """Writes what ``connection`` has queued to ``sink``, the call's non-blocking socket.
 
-    ``ready`` is called when the sink takes more, ``broken`` once when it never will again, ``fail`` after a
-    bug. Raises OSError when the kernel can watch no more sockets.
+    It does not own the sink: call `let_go` before closing that. ``ready`` is called when the sink takes more,
+    ``broken`` once when it never will again, and ``fail`` after a bug. Raises OSError when the kernel can
+    watch no more sockets.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Backlog:
         fail: End,
     ) -> None:
         self.stuck_ticks = 0
-        """For how many ticks something has waited and nothing of it was taken."""
+        """For how many ticks something has been queued and the sink has taken nothing."""
         self._loop = loop
         self._connection = connection
         self._sink = sink
@@ -73,7 +74,7 @@ class Backlog:
         self._is_broken = False
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
-        # A dict for its order, and so that each can leave.
+        # A dict, because it is ordered and any sender can leave.
         self._waiting: dict[Sender, None] = {}
         loop.watch(sink.fileno(), 0, self._on_sink, fail)
 
@@ -86,7 +87,7 @@ class Backlog:
         return self._unsent_bytes + self._connection.bytes_queued
 
     def room(self, sender: Sender) -> int:
-        """How many bytes a stream may send now; if it has the credit, it is resumed when it is its turn."""
+        """How many bytes a stream may send now. At 0 it is resumed when it gets credit, or is its turn."""
         limit = self._connection.send_limit(sender.stream_id)
         if limit:
             queued = self._unsent_bytes + self._connection.bytes_queued
@@ -97,10 +98,10 @@ class Backlog:
         return limit
 
     def give_turns(self) -> None:
-        """As many as there is room for, to those who have waited longest.
+        """Resume the streams that have waited longest, as many as there is room for.
 
-        Some may have nothing to send any more; so that nobody waits behind those, the others have their turn
-        after the next turn of the loop, whatever comes of these.
+        Some of them may have nothing left to send. So that nobody waits behind those, the next ones get their
+        turn in the next turn of the loop, whatever these do.
         """
         if self._waiting and self.bytes_queued < _LOW_BYTES:
             for sender in list(itertools.islice(self._waiting, _TURNS)):
@@ -111,27 +112,27 @@ class Backlog:
                 self._loop.after(0.0, self._ready, self._fail)
 
     def forget(self, sender: Sender) -> None:
-        """It has ended and waits for nothing."""
+        """A stream has ended: it waits for no turn."""
         self._waiting.pop(sender, None)
 
     def send(self) -> None:
-        """Write all that there is, or as much as the call takes now."""
+        """Write everything that is queued, or as much as the call takes now."""
         if self._unsent:
             self._write()
-        # What waits stays with the connection, which bounds it, until the call has taken what came before.
+        # The rest stays with the connection, which bounds it, until the call has taken what came before.
         if not self._unsent and self._connection.bytes_queued:
             self._unsent_bytes = self._connection.bytes_queued
             self._unsent.extend(self._connection.data_to_send())
             self._write()
 
     def room_now(self, sender: Sender) -> int:
-        """How many bytes a stream may send by `send_now`; 0 while anything waits."""
+        """How many bytes a stream may send with `send_now`; 0 while anything is queued."""
         if self._unsent_bytes or self._is_broken:
             return 0
         return self._connection.send_limit_now(sender.stream_id)
 
     def send_now(self, frame: memoryview) -> None:
-        """Write a frame before anything else is queued; what is not taken is copied, and waits."""
+        """Write a frame while nothing is queued; what the call does not take is copied and queued."""
         try:
             count = self._sink.send(frame)
         except (BlockingIOError, InterruptedError):
@@ -147,13 +148,13 @@ class Backlog:
             self._write()
 
     def tick(self) -> None:
-        """A second has passed. That a UNIX socket's peer will not read on no event tells either."""
+        """A second has passed: try again. No event says that the peer of a UNIX socket will not read on."""
         if self._unsent:
             self._write()
         self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0
 
     def let_go(self) -> None:
-        """Of the sink, before it is closed; what is still to be written is for nobody."""
+        """Stop using the sink, before it is closed; what is still queued is lost."""
         if not self._is_broken:
             self._is_broken = True
             self._loop.unwatch(self._sink.fileno())
@@ -168,7 +169,7 @@ class Backlog:
         except (BlockingIOError, InterruptedError):
             mask = WRITE
         except OSError as error:
-            if error.errno not in _SHORTAGE:  # of which no event tells when it is over: `tick` tries again
+            if error.errno not in _SHORTAGE:  # no event says when that is over: `tick` tries again
                 self._break()
         if self._is_broken:
             self._unsent.clear()

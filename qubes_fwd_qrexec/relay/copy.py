@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bytes from one socket to another, until they end, and how they ended.
+"""Copying bytes from one socket to another until they end, and how they ended.
 
-This is the arrow between two sockets of one qube: accepted client and qrexec call in the exposed qube,
-qrexec call and server in the target. A `Copy` is one direction. It never passes an ending on: whoever
-started it is told `CopyEnd` and decides, because only the owner knows whether an end of file on this
-side is a clean one.
+The two sockets are in the same qube: accepted client and qrexec call in the exposed qube, qrexec call and
+server in the target. A `Copy` is one direction. It never passes an ending on: its owner gets a `CopyEnd` and
+decides, because only the owner knows whether an end of file on this side is a clean one.
 
-It works in a plain `Loop` without trio; `relaythread` makes it usable from trio.
+It works in a plain `Loop` without trio; `thread` makes it usable from trio.
 """
 
 import contextlib
@@ -23,13 +22,13 @@ from functools import partial
 
 from .loop import GONE, READ, WRITE, Loop
 
-# As much as qrexec-client-vm asks for by default (qubes-core-qrexec agent/qrexec-client-vm.c): what a
-# stalled direction holds at most, beside the kernel's own socket buffers.
+# The default buffer of qrexec-client-vm (qubes-core-qrexec agent/qrexec-client-vm.c): the most that a stalled
+# direction holds, beside the kernel's own socket buffers.
 BUFFER_BYTES = 65536
-# How often a sink is asked whether it still takes anything. Of a UNIX socket whose peer will not read on
-# (SHUT_RD, as the qrexec agent does when a call is lost) no event tells: only a send does.
+# How often to try whether a sink still takes anything. When the peer of a UNIX socket will not read on
+# (SHUT_RD, as the qrexec agent does when a call is lost), no event says so: only a send fails.
 LOOK_S = 2.0
-# What is read and dropped so that a close is no abort: more than a receive buffer of the default size.
+# How much is read and dropped so that a close is no abort: more than a receive buffer of the default size.
 _READ_OUT_BYTES = 16 * BUFFER_BYTES
 
 
@@ -37,22 +36,22 @@ class CopyEnd(Enum):
     """How a copy ended."""
 
     EOF = auto()
-    """The source ended cleanly and the sink has taken every byte of it."""
+    """The source ended cleanly, and the sink has taken every byte."""
     SOURCE_RESET = auto()
-    """The source was aborted; the sink has taken what had arrived before."""
+    """The source was aborted; the sink has taken what arrived before."""
     SINK_BROKEN = auto()
     """The sink takes no more; what it had not taken is lost."""
     BUG = auto()
-    """There was a bug of ours in it; what it had not passed on is lost."""
+    """A bug of ours ended it; what it had not passed on is lost."""
 
 
 class Copy:
     """One direction: non-blocking ``source`` to non-blocking ``sink``.
 
-    ``looks``: whether the sink is looked at also while there is nothing to send, for who has no timer of its
-    own. One that has been sent more than it takes always is.
+    ``looks``: whether to check the sink even while there is nothing to send, for owners without a timer of
+    their own. A sink that holds up bytes is always checked.
 
-    ``moved`` counts the bytes that the sink has taken, ``moved_at`` is when it last did
+    ``moved`` counts the bytes that the sink has taken, ``moved_at`` is when it last took some
     (`time.monotonic`, seconds). Both may be read from any thread.
     """
 
@@ -71,8 +70,8 @@ class Copy:
 class _Endpoint:
     """A socket in the loop, with the copy that reads it and the one that writes it.
 
-    ``was_reset`` outlives the kernel's own note of an abort. The first call that meets it takes it away,
-    and a read after a failed write would look like a clean end.
+    ``was_reset`` remembers an abort, which the kernel reports only once: a read after a failed write would
+    look like a clean end.
     """
 
     __slots__ = ("fd", "mask", "reader", "was_reset", "writer")
@@ -91,9 +90,9 @@ class _Endpoint:
 
 
 class Relay:
-    """Any number of copies in a loop, whose thread alone may call this.
+    """Any number of copies in a loop. Call it from the loop's thread alone.
 
-    It owns no socket. A socket must outlive the copies it is part of: stop them, then close it.
+    It owns no socket. A socket must outlive its copies: stop those before you close it.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -103,10 +102,10 @@ class Relay:
         self._is_looking = False
 
     def start(self, copy: Copy, on_end: Callable[[CopyEnd], None]) -> None:
-        """Begin to copy. ``on_end`` is called once, from the loop, and may start or stop others.
+        """Begin to copy. ``on_end`` is called once, from the loop, and may start or stop other copies.
 
-        Raises ValueError where another copy reads the source or writes the sink already, and OSError where
-        the kernel can watch no more sockets; nothing has begun then.
+        Raises ValueError if another copy already reads the source or writes the sink, and OSError if the
+        kernel can watch no more sockets; the copy has not begun then.
         """
         for role, sock in (("reader", copy.source), ("writer", copy.sink)):
             known = self._endpoints.get(sock.fileno())
@@ -127,7 +126,7 @@ class Relay:
             self._loop.after(LOOK_S, self._look, self._stop_looking)
 
     def stop(self, copy: Copy) -> None:
-        """Let go of a copy's sockets; what it had not passed on is lost, and ``on_end`` is not called."""
+        """Let go of the copy's sockets; what it had not passed on is lost, and ``on_end`` is not called."""
         if copy.on_end is None:
             return
         copy.on_end = None
@@ -145,7 +144,7 @@ class Relay:
         return endpoint
 
     def _update(self, endpoint: _Endpoint) -> None:
-        """Make the kernel's interest what the copies of this endpoint need."""
+        """Watch for the events that the copies of this endpoint need."""
         if endpoint.reader is None and endpoint.writer is None:
             if endpoint.mask >= 0:
                 self._loop.unwatch(endpoint.fd)
@@ -172,11 +171,11 @@ class Relay:
             self._gone(endpoint)
 
     def _gone(self, endpoint: _Endpoint) -> None:
-        """The peer is away in both directions, and nobody is reading who would find out why.
+        """The peer is gone in both directions, and no copy is reading, which would find out why.
 
-        A sink is then broken: TCP says HUP only after an abort or after both FINs, and a socket whose
-        FIN we sent has no writer any more. A reader that waits for its own sink reads the rest later;
-        until then the kernel must not repeat the news at every turn.
+        A sink is broken then: TCP reports HUP only after an abort or after both FINs, and a socket whose FIN
+        we sent has no writer any more. A reader that waits for its own sink reads the rest later; until then
+        the socket is not watched, as the kernel would report this in every turn.
         """
         if endpoint.writer is not None:
             self._end(endpoint.writer, CopyEnd.SINK_BROKEN)
@@ -185,7 +184,7 @@ class Relay:
             endpoint.mask = -1
 
     def _pull(self, copy: Copy, source: _Endpoint) -> None:
-        """Read once and write at once: most bytes never wait in here."""
+        """Read once and write at once: most bytes never wait here."""
         try:
             count = copy.source.recv_into(self._buffer)
         except (BlockingIOError, InterruptedError):
@@ -203,7 +202,7 @@ class Relay:
             self._update(self._endpoint(copy.sink))
 
     def _look(self) -> None:
-        """Ask each sink that holds something up, and each that is to be looked at, whether it takes more."""
+        """Try each sink that holds something up, and each whose copy ``looks``."""
         self._is_looking = bool(self._endpoints)
         for endpoint in list(self._endpoints.values()):
             copy = endpoint.writer
@@ -224,13 +223,13 @@ class Relay:
                 self._update(self._endpoint(copy.source))
 
     def _send(self, copy: Copy, data: bytes | memoryview) -> int:
-        """How many bytes the sink took; -1 when that ended the copy."""
+        """How many bytes the sink took; -1 if that ended the copy."""
         try:
             sent = copy.sink.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            # EPIPE tells of a FIN before the RST: what there is to read then does end cleanly (tcp_reset).
+            # EPIPE means that a FIN came before the RST: what is left to read does end cleanly (tcp_reset).
             self._endpoint(copy.sink).was_reset = error.errno != errno.EPIPE
             self._end(copy, CopyEnd.SINK_BROKEN)
             return -1
@@ -240,7 +239,7 @@ class Relay:
         return sent
 
     def _fail(self, endpoint: _Endpoint) -> None:
-        """There is a bug in a copy of this socket: both end."""
+        """A bug in a copy of this socket ends both."""
         for copy in (endpoint.reader, endpoint.writer):
             if copy is not None:
                 self._end(copy, CopyEnd.BUG)
@@ -255,49 +254,49 @@ class Relay:
 
 
 def abort(sock: socket.socket) -> None:
-    """Close so that the peer sees an abort: RST on TCP, and never a clean end of what was sent."""
+    """Close so that the peer sees an abort: RST on TCP, never a clean end."""
     abort_by_default(sock)
     sock.close()
 
 
 def abort_by_default(sock: socket.socket) -> None:
-    """Make every close an abort, also the kernel's when this process dies; `close_cleanly` says otherwise."""
-    with contextlib.suppress(OSError):  # it may have ended by itself, and then closing says it all
+    """Make every close an abort, even the kernel's when this process dies; `close_cleanly` undoes it."""
+    with contextlib.suppress(OSError):  # it may have ended by itself, and then closing is enough
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def keep_urgent_bytes(sock: socket.socket) -> None:
-    """Have TCP's urgent bytes read in their place: else the kernel keeps each aside, and nobody asks for it.
+    """Read TCP's urgent bytes in their place: otherwise the kernel sets them aside, and they are lost.
 
-    What a listening socket accepts inherits it. Raises OSError.
+    Accepted sockets inherit it from the listening one. Raises OSError.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def close_cleanly(sock: socket.socket) -> None:
-    """Close a connection whose both directions are over: the kernel delivers what it still has, and FIN."""
+    """Close a connection that has ended both ways: the kernel delivers what it still has, then FIN."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
     sock.close()
 
 
 def close_well(sock: socket.socket) -> None:
-    """Close a connection whose both directions are over, so that the peer still gets all it was sent.
+    """Close a connection that has ended both ways, so that the peer still gets everything.
 
-    A TCP socket closed with unread bytes sends RST and forgets what it had not delivered; so they are
-    read first, within bounds: bytes that come later meet a closed socket, as with any server.
+    A TCP socket that is closed with unread bytes sends RST and drops what it had not delivered. So they are
+    read first, within bounds: later bytes meet a closed socket, as with any server.
     """
     read_out(sock)
     close_cleanly(sock)
 
 
 def read_out(sock: socket.socket) -> None:
-    """Read what has come, for nobody, within bounds.
+    """Read and drop what has arrived, within bounds.
 
-    A peer that still sends may not get what it was sent, as long as our receive buffer is full: Linux drops
-    acknowledgements with what has no room there.
+    While our receive buffer is full, a peer that still sends may not get what we sent: Linux drops
+    acknowledgements together with data that has no room.
     """
-    with contextlib.suppress(OSError):  # nothing there to read, or nobody left to be hurt
+    with contextlib.suppress(OSError):  # nothing to read, or the peer is gone
         sock.setblocking(False)
         for _ in range(_READ_OUT_BYTES // BUFFER_BYTES):
             if not sock.recv(BUFFER_BYTES):
@@ -305,20 +304,20 @@ def read_out(sock: socket.socket) -> None:
 
 
 def undelivered_bytes(sock: socket.socket) -> int:
-    """What a TCP peer has not yet acknowledged of what it was sent; 0 when it is gone."""
+    """How many bytes a TCP peer has not acknowledged yet; 0 if it is gone."""
     gone = select.poll()
     gone.register(sock, 0)
     return 0 if gone.poll(0) else unsent_bytes(sock)
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """What the kernel still holds for the peer, gone or not; 0 where that cannot be known."""
+    """How many bytes the kernel still holds for the peer, gone or not; 0 if that cannot be known."""
     with contextlib.suppress(OSError):
         return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
     return 0
 
 
 def half_close(sock: socket.socket) -> None:
-    """Send an end of file; the other direction goes on."""
-    with contextlib.suppress(OSError):  # the peer is gone altogether: whoever reads from it will say so
+    """Send FIN; the other direction goes on."""
+    with contextlib.suppress(OSError):  # the peer is gone altogether, which reading will show
         sock.shutdown(socket.SHUT_WR)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A stream of a mux call joined with a local socket: bytes both ways, and every ending as it is.
 
-A FIN becomes EOF and EOF a FIN, in each direction by itself; RST becomes RESET and RESET an RST, after
-what had arrived before it. Anything that goes wrong is an abort: a clean end is only ever said.
+FIN becomes EOF and EOF becomes FIN, in each direction by itself. RST becomes RESET and RESET becomes RST,
+after everything that arrived before it. Anything that goes wrong is an abort: only an explicit end is clean.
 """
 
 import errno
@@ -24,13 +24,13 @@ from .socketbuffers import SocketBuffer
 from .watchedsocket import UNWATCHED, WatchedSocket
 from .window import Window
 
-# docs/behaviours.md, 12: what had been received is delivered before an RST, within a second.
+# docs/behaviours.md, 12: what arrived before an abort is delivered before the RST, within a second.
 _LAST_WORDS_S = 0.8
-# The kernel has no event for it: looked for after this time first, and after twice as long each time.
+# The kernel has no event for it, so it is polled: first after this time, then after twice as long each time.
 _LAST_WORDS_LOOK_S = 0.005
-# docs/behaviours.md, 13: how long a peer that is gone may wait for its stalled last bytes to be taken.
+# docs/behaviours.md, 13: how long the last bytes of a peer that is gone may wait until they are taken.
 _STALLED_GONE_S = 10.0
-# What is found out by reading or writing, among it that the peer is gone.
+# Reading or writing also shows that the peer is gone.
 _READABLE = READ | GONE
 _WRITABLE = WRITE | GONE
 
@@ -38,9 +38,9 @@ _WRITABLE = WRITE | GONE
 class Leg(WatchedSocket):
     """Owns ``sock`` (non-blocking) and closes it in the end; no byte moves before `join`.
 
-    ``moved_at`` is when bytes last moved (`time.monotonic`); ``sent`` and ``received`` count them, into
-    the mux call and out of it. ``has_eof``: the other end has sent all that it will. ``ended`` is None while
-    it lives. ``is_bulk``: it has had its turn, and more to send. It belongs to the loop's thread.
+    ``sent`` and ``received`` count the bytes into the mux call and out of it; ``moved_at`` is when some last
+    moved (`time.monotonic`). ``has_eof``: the other end sends nothing more. ``ended`` is None while the leg
+    lives. ``is_bulk``: it has had its turn, and has more to send. It belongs to the loop's thread.
     """
 
     __slots__ = (
@@ -83,11 +83,11 @@ class Leg(WatchedSocket):
 
     @property
     def is_half_closed(self) -> bool:
-        """Whether a direction has ended: the other one is awaited, or the last bytes are."""
+        """Whether one direction has ended, so that only the other one, or the last bytes, are awaited."""
         return self.has_eof or self._sent_eof
 
     def wait(self) -> None:
-        """The stream is asked for: nothing is read before it is accepted, but an abort is noticed."""
+        """The stream was asked for: nothing is read before it is accepted, but an abort is noticed."""
         self._watch(0)
 
     def join(self) -> None:
@@ -112,7 +112,7 @@ class Leg(WatchedSocket):
             self._gone(events)
 
     def _pull(self) -> None:
-        """Read while frames are full and the credit lets us, and send it all on in the same turn."""
+        """Read while frames are full and there is credit, and send everything on in the same turn."""
         if not self.is_bulk and self._loop.is_alone and not self._pull_one():
             return
         stop_at = self.sent + TURN_BYTES
@@ -140,7 +140,7 @@ class Leg(WatchedSocket):
         self.is_bulk = True
 
     def _pull_one(self) -> bool:
-        """The short way for the little that there mostly is: one read and one write, without a copy.
+        """The fast path for a lone small payload: one read and one write, without a copy.
 
         Returns whether there may be more to read.
         """
@@ -155,7 +155,7 @@ class Leg(WatchedSocket):
             self.abort_from_here()
             return False
         if not count:
-            return True  # an end of file is there for the second reader too
+            return True  # the caller reads the end of file again
         self.moved_at = time.monotonic()
         self._count_sent(count)
         owner.send_now(self.stream_id, count)
@@ -167,7 +167,7 @@ class Leg(WatchedSocket):
             self._inlet.grow(self.sent)
 
     def _end_of_file(self) -> None:
-        """The local peer's FIN, or the end of what it sent before its abort."""
+        """The local peer sent FIN, or this is the end of what it sent before its abort."""
         if not self._broken_by or (self._broken_by == errno.EPIPE and not self.has_eof):
             self._sent_eof = True
             self._owner.send_eof(self.stream_id)
@@ -178,15 +178,15 @@ class Leg(WatchedSocket):
             self._close_if_done()
 
     def resume(self) -> None:
-        """There is credit again, or room in the mux call."""
+        """There is credit again, or it is this stream's turn."""
         if not self._sent_eof and self.ended is None:
             self._watch_too(READ)
 
     def _gone(self, events: int) -> None:
-        """The local peer is gone both ways while we do not read.
+        """The local peer is gone in both directions while we are not reading.
 
-        After its FIN that is an abort. Before, there may be bytes to read that wait for credit: the
-        kernel is asked to be silent until then, but an abort does not wait for ever.
+        After its FIN that is an abort. Before it, there may be bytes left that wait for credit: the socket is
+        not watched until there is some, but an abort does not wait for ever.
         """
         if self._sent_eof or not self.is_joined or self.ended is not None:
             self.abort_from_here()
@@ -202,8 +202,10 @@ class Leg(WatchedSocket):
     # From the mux call into the socket
 
     def deliver(self, data: Buffer, frames: int = 1) -> None:
-        """Bytes of the peer, which came in so many frames: written at once where the socket takes them, else
-        copied and kept until it does."""
+        """Data of the other end, which came in so many ``frames``.
+
+        What the socket takes is written at once; the rest is copied and kept until it does.
+        """
         length = len(data)
         cost = length + frames * FRAME_COST_BYTES
         self.received += length
@@ -227,7 +229,7 @@ class Leg(WatchedSocket):
         self._watch_too(WRITE)
 
     def receive_eof(self) -> None:
-        """The peer's FIN; it goes out behind everything that still waits."""
+        """The other end sent EOF: FIN goes out behind everything that still waits."""
         self.has_eof = True
         if self._pending is None:
             self._pass_eof_on()
@@ -257,10 +259,10 @@ class Leg(WatchedSocket):
             self._pass_eof_on()
 
     def broken(self, error: OSError) -> None:
-        """The local peer takes nothing more. What it sent before is still passed on, and then RESET.
+        """The local peer takes nothing more. What it sent before is still passed on, then RESET.
 
-        The kernel reports an abort once. What is read after it ends as if by FIN, and that is the truth
-        only where a FIN came before the RST: then it is EPIPE that is reported.
+        The kernel reports an abort only once, and what is read after that seems to end with FIN. That is true
+        only if a FIN came before the RST, and then the error is EPIPE.
         """
         self._pending = None
         if self._sent_eof or self.ended is not None:
@@ -270,9 +272,9 @@ class Leg(WatchedSocket):
         self._watch(READ)
 
     def _taken(self, cost: int) -> None:
-        """The local peer has taken what cost so much of the window: it may be granted again.
+        """The local peer has taken data that cost so much credit, which may be granted again.
 
-        Nothing is granted to a stream that has ended; the budget has it back with the window then.
+        Nothing is granted to a stream that has ended: then the budget gets it back with the window.
         """
         window = self.window
         window.owed += cost
@@ -284,7 +286,7 @@ class Leg(WatchedSocket):
                 self._outlet.grow(self.received)
 
     def look(self) -> None:
-        """Once a second while the budget is short: what this stream has and does not use is for others."""
+        """Give back what this stream has and does not use; called once a second while others need it."""
         if self.window.is_missed(self.received) and self.is_joined and self.ended is None:
             self._owner.connection.recall(self.stream_id, FLOOR_BYTES)
         self._inlet.look(self.sent)
@@ -293,13 +295,13 @@ class Leg(WatchedSocket):
             self.abort_from_here()
 
     def take_back(self, amount: int) -> None:
-        """The peer has given back credit that it does not use."""
+        """The other end has given back credit that it does not use."""
         self.window.give_back(amount)
 
     # Endings
 
     def abort_from_here(self, code: ResetCode = ResetCode.ABORTED, how: LegEnd = LegEnd.LOCAL_RESET) -> None:
-        """The local peer is gone, or nobody wants it any more: RESET for the other end, RST for this one."""
+        """Abort both ways: RESET to the other end, RST to the local peer."""
         if self._is_closed:
             return
         was_alive = self.ended is None
@@ -311,11 +313,11 @@ class Leg(WatchedSocket):
             self._close(is_clean=False)
 
     def fail(self) -> None:
-        """There is a bug in it: it ends, whatever state it is in."""
+        """A bug ends it, whatever state it is in."""
         self.abort_from_here(ResetCode.INTERNAL, LegEnd.BUG)
 
     def abort_from_there(self) -> None:
-        """The stream is gone: what had come is delivered, for a while, and then RST says the rest."""
+        """The other end aborted: deliver what had arrived, for a limited time, and then abort with RST."""
         if self.ended is not None:
             return
         self.ended = LegEnd.REMOTE_RESET
@@ -326,7 +328,7 @@ class Leg(WatchedSocket):
         self._last_words(_LAST_WORDS_LOOK_S, time.monotonic() + _LAST_WORDS_S)
 
     def _last_words(self, look_s: float, deadline: float) -> None:
-        """An RST makes the kernel drop what it has not sent, so it waits until that is acknowledged."""
+        """An RST makes the kernel drop what is not acknowledged, so wait for that."""
         left_s = deadline - time.monotonic()
         if left_s <= 0 or (self._pending is None and unsent_bytes(self.sock) == 0):
             self._close(is_clean=False)
@@ -334,7 +336,7 @@ class Leg(WatchedSocket):
             self._after(min(look_s, left_s), lambda: self._last_words(2 * look_s, deadline))
 
     def _discard(self) -> None:
-        """What the local peer still sends is for nobody; see `relay.read_out`."""
+        """Read and drop what the local peer still sends; see `copy.read_out`."""
         try:
             if not self.sock.recv_into(self._owner.payload_buffer):
                 self._watch(self._mask & ~READ)
@@ -360,7 +362,7 @@ class Leg(WatchedSocket):
                 self.on_end(self.ended)
 
     def _let_go(self) -> None:
-        """Nothing calls this leg any more."""
+        """Give back everything but the socket; nothing calls this leg any more."""
         self._is_closed = True
         self._pending = None
         self._cancel_timer()
@@ -371,5 +373,5 @@ class Leg(WatchedSocket):
         self._watch(UNWATCHED)
 
     def _on_unwatchable(self) -> None:
-        """That is this stream's trouble alone."""
+        """Only this stream ends."""
         self.abort_from_here()

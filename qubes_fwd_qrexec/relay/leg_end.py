@@ -12,6 +12,6 @@ class LegEnd(Enum):
     LOCAL_RESET = auto()
     """The local peer aborted."""
     REMOTE_RESET = auto()
-    """The other end of the mux call aborted, or the mux call itself was lost."""
+    """The other end aborted the stream, or the mux call was lost."""
     BUG = auto()
-    """There was a bug of this end in it."""
+    """A bug of this end ended it."""

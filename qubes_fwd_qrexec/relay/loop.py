@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A plain epoll loop: sockets and deadlines in, calls of handlers out.
+"""A plain epoll loop: it calls handlers when sockets are ready or deadlines pass.
 
 Bytes are moved here and not in trio tasks, because waking a task costs more than moving what it waits
-for (docs/numbers.md). `RelayThread` runs one beside trio, the service in the target runs one alone.
+for (docs/numbers.md). `RelayThread` runs a loop beside trio; the service in the target runs one alone.
 
-All connections share it, so every handler is called under guard: whoever gives the loop one says how to
-end what it is of, and that is all that a bug in it ends.
+All connections share the loop, so each handler comes with a function that ends what it belongs to: a bug in
+the handler ends that and nothing else.
 """
 
 import heapq
@@ -25,11 +25,11 @@ _EVENTS_MAX = 256
 
 Handler = Callable[[int], None]
 End = Callable[[], None]
-"""Ends what a handler is of, after a bug in it; it may be called whatever state that is in."""
+"""Ends what a handler belongs to, after a bug in it; it may be called in any state."""
 
 
 class Timer:
-    """A call that is due at a time; `cancel` takes it back."""
+    """A callback that is due at a time, unless `cancel` is called before."""
 
     __slots__ = ("callback", "end")
 
@@ -42,17 +42,21 @@ class Timer:
 
 
 class Loop:
-    """Handlers by file descriptor, timers, and what is left for the end of a turn; for one thread."""
+    """Handlers by file descriptor, timers, and callbacks for the end of a turn; for one thread.
+
+    `close` it when nothing is watched any more.
+    """
 
     def __init__(self, bugs: Bugs | None = None) -> None:
         self.bugs = bugs or Bugs()
         self.guarded = self.bugs.guarded
-        """For who calls a part of itself that may end alone, with what ends it."""
+        """Calls a function that may fail by itself, given what ends it then."""
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Handler, End, int]] = {}
         self._turn = 0
         self.is_alone = False
-        """Whether what is being served is all there is in this turn: its end is not worth waiting for."""
+        """Whether the descriptor being served is the only one in this turn, so that its output need not wait
+        for the turn's end."""
         self._soon: list[tuple[Callable[[], None], End]] = []
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -61,7 +65,10 @@ class Loop:
         self._epoll.close()
 
     def watch(self, fd: int, mask: int, handler: Handler, end: End) -> None:
-        """Call ``handler`` with the events whenever one of ``mask`` holds; `GONE` is always among them."""
+        """Call ``handler`` with the events whenever one of ``mask`` or `GONE` occurs.
+
+        Raises OSError when the kernel can watch no more descriptors.
+        """
         self._epoll.register(fd, mask)
         self._handlers[fd] = (handler, end, self._turn)
 
@@ -69,22 +76,22 @@ class Loop:
         self._epoll.modify(fd, mask)
 
     def unwatch(self, fd: int) -> None:
-        """Before the descriptor is closed."""
+        """Stop watching; to be called before the descriptor is closed."""
         self._epoll.unregister(fd)
         del self._handlers[fd]
 
     def soon(self, callback: Callable[[], None], end: End) -> None:
-        """Call it at the end of this turn, when every ready descriptor has been served."""
+        """Call ``callback`` at the end of this turn, when every ready descriptor has been served."""
         self._soon.append((callback, end))
 
     def after(self, delay_s: float, callback: Callable[[], None], end: End) -> Timer:
-        """Call it once ``delay_s`` seconds have passed."""
+        """Call ``callback`` once ``delay_s`` seconds have passed."""
         timer = Timer(callback, end)
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), timer))
         return timer
 
     def run_once(self, timeout_s: float | None = None) -> None:
-        """One turn: wait until something is ready or due, at most ``timeout_s``, and serve all of it."""
+        """One turn: wait at most ``timeout_s`` until something is ready or due, and serve all of it."""
         if self._soon:
             timeout_s = 0.0
         elif self._timers:
@@ -97,8 +104,8 @@ class Loop:
         self._turn += 1
         self.is_alone = len(news) == 1
         for fd, events in news:
-            # What is watched only since this turn began has the number of a descriptor that was closed in
-            # it: the news is about that one.
+            # A descriptor watched since this turn began may have the number of one that was closed in this
+            # turn: the event was about that one.
             found = self._handlers.get(fd)
             if found is not None and found[2] != self._turn:
                 self.guarded(found[1], found[0], events)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A mux call at work: the protocol's state, the qrexec call's two sockets, and a leg for each stream.
 
-One loop reads the call, hands each frame's bytes to its socket and reads the sockets into frames, all in
-the same turn; what a turn has to say goes out in one write. Whoever owns it is told what happens to the
-mux call as a whole (`MuxOwner`), and decides what to do about it.
+In each turn of the loop it reads the call, passes the data of each frame to its socket, and reads the sockets
+into frames; everything that a turn produces goes out in one write. The owner (`MuxOwner`) hears what happens
+to the mux call as a whole, and decides what to do about it.
 """
 
 import math
@@ -43,21 +43,21 @@ from .loop import READ, Loop
 from .muxowner import MuxOwner
 from .patience import HELLO_S, TICK_S, Patience
 
-# What one turn reads from the call: all that its socket buffer holds, by default.
+# How much one turn reads from the call: the default size of its socket buffer.
 _READ_BYTES = 256 << 10
-# A call that takes nothing more has ended; its last bytes for us come within this, or not at all. Nor is a
-# peer that does not read waited for any longer when the last word is said.
+# A call that takes nothing more has ended: its last bytes for us arrive within this time or never. It is also
+# how long the final GOAWAY waits for a peer that does not read.
 _LAST_READ_S = 1.0
 
 
 class Mux:
-    """One end of a mux call. ``source`` and ``sink`` are the call's non-blocking sockets; they are only used.
+    """One end of a mux call. It uses ``source`` and ``sink``, the call's non-blocking sockets, and does not
+    close them; it is done with them when the owner hears that it is `over`, or after `abandon`.
 
-    ``half_close_s``: a stream of which a direction has ended is aborted when nothing has moved in the other,
-    or the last bytes were not taken, for so many seconds. ``idle_s``: so is any stream in which nothing has
-    moved in either direction; a target leaves that to the listener, whose default it cannot know.
-    ``hello_s``: how long the peer may take to say HELLO; a listener, whose target may still be starting,
-    judges that by itself.
+    ``half_close_s``: abort a stream of which one direction has ended when nothing has moved for so many
+    seconds. ``idle_s``: abort any stream in which nothing has moved for so many seconds; a target leaves that
+    to the listener, whose setting it does not know. ``hello_s``: how many seconds the peer may take to say
+    HELLO; a listener, whose target may still be starting, decides that itself.
 
     Raises OSError when the kernel can watch no more sockets.
     """
@@ -87,9 +87,9 @@ class Mux:
         self._is_flush_due = False
         self.idleness = Idleness(half_close_s, idle_s, time.monotonic())
         self.is_peer_wrong = False
-        """Whether it is over because of what the peer said, rather than because it says nothing any more."""
+        """Whether it is over because the peer broke the protocol."""
         self.is_revoked = False
-        """Whether the peer has said that dom0 has ended it, which is no fault."""
+        """Whether it is over because dom0 ended it, which is no fault."""
         self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
         try:
             loop.watch(source.fileno(), READ, self._on_source, self.fail)
@@ -100,7 +100,7 @@ class Mux:
         self._after(TICK_S, self._tick)
         self._flush_soon()
 
-    # What the owner asks for
+    # For the owner
 
     @property
     def open_room(self) -> int:
@@ -110,9 +110,10 @@ class Mux:
     def open(
         self, port: int, origin: Origin, sock: socket.socket, proxy: ProxyVersion = ProxyVersion.OFF
     ) -> Leg | None:
-        """Ask for a stream, and join it with ``sock`` once it is accepted; None when the budget has no room.
+        """Ask for a stream, and join it with ``sock`` once it is accepted.
 
-        Raises LocalProtocolError without `open_room`.
+        The leg owns ``sock``, unless the stream is refused. Returns None, and leaves ``sock`` alone, if the
+        budget has no room. Raises LocalProtocolError without `open_room`.
         """
         if not self.open_room:
             raise LocalProtocolError("there is no room for another stream")
@@ -126,7 +127,10 @@ class Mux:
         return leg
 
     def accept(self, stream_id: int, sock: socket.socket) -> Leg | None:
-        """The server is connected: join the stream with ``sock``; None when there is no room for it."""
+        """The server is connected: join the stream with ``sock``, which the leg owns then.
+
+        Returns None, after refusing the stream and leaving ``sock`` alone, if the budget has no room.
+        """
         if not (window := self.share.admit()):
             self.refuse(stream_id, ResetCode.OVER_LIMIT)
             return None
@@ -137,37 +141,36 @@ class Mux:
         return leg
 
     def refuse(self, stream_id: int, code: ResetCode) -> None:
-        """The stream that was asked for cannot be."""
+        """Refuse a stream that the peer asked for."""
         self.connection.reset_stream(stream_id, code)
         self._flush_soon()
 
     def drain(self, code: GoawayCode) -> None:
-        """No more streams; the mux call ends when the last one has."""
+        """Take or open no more streams; the mux call ends with the last one."""
         self.connection.drain(code)
         self._flush_soon()
 
     def close(self, code: GoawayCode = GoawayCode.DONE) -> None:
-        """The mux call is over now, and so is every stream that is left."""
+        """End the mux call now, and abort every stream that is left."""
         self.connection.close(code)
         self._abort_legs()
         self._flush_soon()
         self._after(_LAST_READ_S, partial(self._end, None))
 
     def abandon(self) -> None:
-        """Let go of the call's sockets at once; every stream is aborted, and the owner is told nothing."""
+        """Stop using the call's sockets at once and abort every stream, without telling the owner."""
         if not self.is_over:
             self.is_over = True
             self._unwatch()
             self._abort_legs()
 
-    # What the legs ask for
+    # For the legs; see `LegOwner`
 
     def send_data(self, stream_id: int, data: bytes) -> None:
         self.connection.send_data(stream_id, data)
         self._flush_soon()
 
     def send_now(self, stream_id: int, length: int) -> None:
-        """Send what stands in ``payload_buffer``; at most `Backlog.room_now`."""
         frame = self._frame_buffer[: HEADER_BYTES + length]
         self.connection.send_data_now(stream_id, frame)
         self.backlog.send_now(frame)
@@ -185,7 +188,6 @@ class Mux:
         self._flush_soon()
 
     def forget(self, stream_id: int) -> None:
-        """A leg has closed."""
         self.backlog.forget(self.legs.pop(stream_id))
         self._flush_soon()
 
@@ -220,7 +222,7 @@ class Mux:
             self._flush_soon()
 
     def _take(self, events: Iterator[Event]) -> None:
-        """Frames of one stream that come in a row are written as one: each write wakes who reads it."""
+        """Frames of one stream that come in a row are written as one: each write wakes a reader."""
         stream_id = 0
         run: list[bytes | bytearray] = []
         try:
@@ -244,13 +246,13 @@ class Mux:
         self._to_leg(stream_id, Leg.deliver, run[0] if len(run) == 1 else b"".join(run), len(run))
 
     def _to_leg(self, stream_id: int, method: Callable[..., None], *arguments: object) -> None:
-        """What was delivered before may have ended it: a write is how an abort is found out."""
+        """Earlier data may have ended it, as writing shows an abort."""
         leg = self.legs.get(stream_id)
         if leg is not None:
             self.loop.guarded(leg.fail, method, leg, *arguments)
 
     def _on_event(self, event: Event) -> None:
-        """Any event but DATA, which is much the most frequent and comes first."""
+        """Any event but DATA, which is by far the most frequent and is handled first."""
         match event:
             case CreditReceived():
                 self._to_leg(event.stream_id, Leg.resume)
@@ -271,10 +273,10 @@ class Mux:
                 if not event.goaway.is_final:
                     self._owner.draining(event.goaway.code)
                 else:
-                    self._on_last_word(event.goaway)
+                    self._on_final_goaway(event.goaway)
 
-    def _on_last_word(self, goaway: Goaway) -> None:
-        """What the peer had not seen before it went may be asked for again elsewhere."""
+    def _on_final_goaway(self, goaway: Goaway) -> None:
+        """Streams that the peer had not seen yet may be asked for again elsewhere."""
         for stream_id in [stream_id for stream_id in self.legs if stream_id > goaway.last_id]:
             self._refused(self.legs[stream_id], ResetCode.SHUTDOWN)
         if goaway.code is GoawayCode.DONE:
@@ -300,7 +302,7 @@ class Mux:
             self._refused(leg, event.code)
 
     def _not_begun(self, stream_id: int) -> None:
-        """There is a bug in what was to begin it."""
+        """A bug kept a stream from beginning."""
         leg = self.legs.get(stream_id)
         if leg is not None:
             leg.fail()
@@ -311,7 +313,7 @@ class Mux:
     # To the call
 
     def _flush_soon(self) -> None:
-        """At the end of this turn: what all its events cause goes out together."""
+        """Write at the end of this turn, so that everything its events cause goes out together."""
         if not self._is_flush_due:
             self._is_flush_due = True
             self.loop.soon(self._flush, self.fail)
@@ -330,7 +332,7 @@ class Mux:
             self.close()
 
     def _call_broken(self) -> None:
-        """The call takes nothing more. What it still has for us, above all why, comes first."""
+        """The call takes nothing more. What it still has for us comes first: above all, why."""
         self._after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
 
     # Time and endings
@@ -340,7 +342,7 @@ class Mux:
             return
         self.backlog.tick()
         self.connection.tick()
-        self._flush_soon()  # the answers that were held back
+        self._flush_soon()  # for answers that were held back
         if problem := self._patience.tick():
             self._end(problem)
         else:
@@ -356,11 +358,11 @@ class Mux:
         self.loop.after(delay_s, callback, self.fail)
 
     def fail(self) -> None:
-        """There is a bug in what is of the call as a whole: that ends, and nothing else of the process."""
+        """A bug in the call as a whole ends it, and nothing else of the process."""
         self._end("a bug of this end; its log says more")
 
     def _end(self, problem: str | None) -> None:
-        """The end of the byte stream; without a last word before, it is an abort of every stream."""
+        """Abort every stream that is left, and tell the owner; ``problem`` is None if it ended as agreed."""
         if self.is_over:
             return
         self.is_over = True

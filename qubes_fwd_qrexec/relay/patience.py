@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How long the other end of a mux call's call is waited for, when it says or takes nothing.
+"""How long to wait for the other end of a mux call when it sends or reads nothing.
 
-A qube that is paused or swaps, or a daemon between that is stopped, is no fault: TCP waits for such a peer,
-and so does this, for minutes. What it holds up is bounded by credit all the while, and that the call is gone
-the call itself says. So this is only for a peer that would hold its streams for ever.
+It is no fault if a qube is paused or swaps, or a daemon in between is stopped: TCP waits for such a peer, and
+so does this, for minutes. Credit bounds what the peer holds up meanwhile, and the call itself says when it is
+gone. So this is only for a peer that would hold its streams for ever.
 
-It counts in ticks of this process and not by the clock. A process that was stopped itself finds that much
-time has passed in which its peer could not be heard.
+It counts ticks of this process and not the clock: a process that was stopped itself could not hear its peer
+in that time.
 """
 
 from qubes_fwd_qrexec.mux import Connection
@@ -16,15 +16,15 @@ from .backlog import Backlog
 TICK_S = 1.0
 # docs/behaviours.md, 26: no HELLO.
 HELLO_S = 30.0
-# docs/behaviours.md, 48: half a frame and then silence, or a peer that reads nothing.
+# docs/behaviours.md, 48: half a frame and then silence. As long for a peer that reads nothing.
 _PAUSE_S = 300
 
 
 class Patience:
-    """For one end of one call; `tick` is called each second in which this process runs.
+    """For one end of one mux call; `tick` is called every second in which this process runs.
 
-    ``hello_s``: how long the peer may take to say HELLO. A listener, whose target may still be starting,
-    judges that by itself.
+    ``hello_s``: how many seconds the peer may take to say HELLO. A listener, whose target may still be
+    starting, decides that itself.
     """
 
     __slots__ = ("_backlog", "_connection", "_hello_s", "_silent_ticks", "_ticks")
@@ -37,11 +37,11 @@ class Patience:
         self._silent_ticks = 0
 
     def heard(self) -> None:
-        """Something has come."""
+        """Something has arrived."""
         self._silent_ticks = 0
 
     def tick(self) -> str | None:
-        """A second has passed: why the other end is waited for no longer, if so."""
+        """A second has passed. Returns why to give up on the other end, or None to go on waiting."""
         self._ticks += 1
         self._silent_ticks += 1
         if self._connection.peer is None and self._ticks * TICK_S >= self._hello_s:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bytes of a stream that its socket has not taken yet, in order, with what they cost of its window."""
+"""Data of a stream that its socket has not taken yet, in order, and the credit that it cost."""
 
 import socket
 from collections import deque
 
 from qubes_fwd_qrexec.mux import Buffer
 
-# Small pieces that wait are kept as one: each by itself takes some 350 bytes more than it has.
+# Small pieces are joined while they wait: each one takes some 350 bytes beside its data.
 _JOIN_BYTES = 4096
 
 
 class Pending:
-    """Pieces that wait; true while there are any."""
+    """Pieces that wait to be written; true while there are any."""
 
     __slots__ = ("_pieces",)
 
@@ -23,11 +23,11 @@ class Pending:
 
     @property
     def cost(self) -> int:
-        """Of all that waits, in bytes of credit."""
+        """The credit in bytes that everything here has cost."""
         return sum(cost for _, cost in self._pieces)
 
     def add(self, data: Buffer, cost: int) -> None:
-        """Behind all that waits; it is copied."""
+        """Copy ``data`` and keep it behind everything else."""
         last, last_cost = self._pieces[-1]
         if len(last) + len(data) <= _JOIN_BYTES:
             self._pieces[-1] = (memoryview(b"".join((last, data))), last_cost + cost)
@@ -35,7 +35,7 @@ class Pending:
             self._pieces.append((memoryview(bytes(data)), cost))
 
     def send(self, sock: socket.socket) -> int:
-        """Write what comes first; its cost if the socket has taken it whole, else 0. Raises OSError."""
+        """Write the first piece. Returns its cost if the socket took all of it, else 0. Raises OSError."""
         data, cost = self._pieces[0]
         sent = sock.send(data)
         if sent < len(data):

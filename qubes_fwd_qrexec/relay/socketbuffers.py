@@ -1,39 +1,40 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the kernel may hold for the TCP sockets of a process, in their buffers.
+"""What the kernel may hold in the socket buffers of a process's TCP connections.
 
-A connection that stalls fills both its buffers, so these are part of what a process may be made to hold. They
-are lent as windows are (`budget`): large to the few that move much, small where there are many, and back when
-nothing is in them. With its floor alone a socket still moves everything, only less at a time.
+A connection that stalls fills both its buffers, so they count among what peers can make a process hold. They
+are lent like windows (`budget`): large ones to the few that move much, small ones when there are many, and
+given back when they are empty. With only its floor a socket still moves everything, but less at a time.
 
-Floors for all the connections of a process would be more than a small qube has, and most are empty. So where
-there are many it is also looked at what they really hold; those that stand still with too much are cut.
+Floors for all possible connections would be more than a small qube has, and most of them are empty. So when
+there are many connections, the kernel is asked what they really hold, and stalled ones that hold too much are
+cut.
 """
 
 import socket
 import struct
 
-# What a socket has in a direction, as it is asked for. The kernel lets twice as much be used, for what it
-# needs beside the bytes themselves (socket(7), SO_SNDBUF).
+# Sizes are for one direction, as SO_SNDBUF is set. The kernel allows twice as much, for what it needs beside
+# the bytes themselves (socket(7), SO_SNDBUF).
 _TIMES = 2
 FLOOR_BYTES = 16 << 10
-# No segment is longer than the smallest buffer. Those of loopback have 64 KiB, and where one does not fit,
-# both ends wait for timers: a server was read from at 3 MiB/s. On a network they are shorter anyway. With
-# segments of 8 KiB a bulk stream took more of the processor.
+# No segment is longer than the smallest buffer. Loopback has segments of 64 KiB, and if one does not fit,
+# both ends wait for timers: reading from a server fell to 3 MiB/s. On a network segments are shorter
+# anyway. With segments of 8 KiB a bulk stream took more of the processor.
 SEGMENT_BYTES = FLOOR_BYTES
 START_BYTES = 64 << 10
-# While a client waits for its target: more than it sends before it has heard anything.
+# While a client waits for its target: more than a client sends before it has heard anything.
 WAITING_BYTES = 32 << 10
-# What a stock kernel lets a program ask for (net.core.wmem_max): a gigabit over a LAN's 1 ms, and 6 MiB/s to
-# a client 50 ms away.
+# The most that a stock kernel lets a program ask for (net.core.wmem_max): a gigabit at a LAN's 1 ms, and
+# 6 MiB/s to a client 50 ms away.
 MAX_BYTES = 212_992
-# All that is lent above the floors: 149 directions of the largest size, or 597 as they begin.
+# What is lent above the floors: 149 directions of the largest size, or 597 of the initial size.
 SHARED_BYTES = 56 << 20
-# What all sockets may really hold. It is enough for all that is lent, and for as many that stall with their
-# floor as one source may have by default (1024, of 70 KiB each: their floor, and a segment that came in).
+# What all sockets together may really hold: enough for what is lent, and for as many connections stalled at
+# their floor as one client may have by default (1024, of 70 KiB each: their floor and one segment).
 HELD_BYTES = 128 << 20
-# Each counts as this much before it is asked: as it begins, with a segment beside that.
+# Each buffer counts as this much until the kernel is asked: its initial size and one segment.
 _EACH_BYTES = 256 << 10
-# No buffer has more than this part of what is left, so that there is always something for the next.
+# No buffer has more than this part of what is left, so that there is always something left for the next one.
 _PART = 128
 # linux/sock_diag.h: what is received and not read is the first number, what is sent and not taken the sixth.
 _SO_MEMINFO = 55
@@ -42,7 +43,7 @@ _MEMINFO_PLACE = {socket.SO_RCVBUF: 0, socket.SO_SNDBUF: 1}
 
 
 class SocketMemory:
-    """The account of one process, in bytes of kernel memory: what may be lent, and what may be held."""
+    """The account of one process, in bytes of kernel memory: what it may lend, and what sockets may hold."""
 
     def __init__(self, total: int = SHARED_BYTES, held_max: int = HELD_BYTES) -> None:
         self.total = total
@@ -50,33 +51,33 @@ class SocketMemory:
         self.held_max = held_max
         self.buffers = 0
         self.held = 0
-        """What they held when each was looked at last."""
+        """What they held when each was last looked at."""
 
     @property
     def size_max(self) -> int:
-        """The largest buffer that a direction may have now."""
+        """The largest buffer that one direction may have now."""
         return min(max(self.left // _PART // _TIMES, FLOOR_BYTES), MAX_BYTES)
 
     @property
     def is_short(self) -> bool:
-        """Whether so little is left that what is lent and empty is missed elsewhere."""
+        """Whether so little is left that others need what is lent and empty."""
         return self.left < self.total // 2
 
     @property
     def is_crowded(self) -> bool:
-        """Whether there are so many that it counts what each of them really holds."""
+        """Whether there are so many that what each of them really holds matters."""
         return self.buffers * _EACH_BYTES > self.held_max
 
     @property
     def is_full(self) -> bool:
-        """Whether more is held than may be: something must go."""
+        """Whether sockets hold more than they may, so that some must be cut."""
         return self.held > self.held_max
 
 
 class SocketBuffer:
-    """One direction of one connection: ``option`` is SO_SNDBUF or SO_RCVBUF, ``size`` its bytes.
+    """One direction of one connection: ``option`` is SO_SNDBUF or SO_RCVBUF, ``size`` is in bytes.
 
-    It grows as bytes are moved: whoever moves them calls `grow` when they are ``grow_at`` in all.
+    It grows with traffic: the caller calls `grow` when it has moved ``grow_at`` bytes in all.
     """
 
     __slots__ = ("_account", "_held", "_is_still", "_moved", "_option", "_sock", "grow_at", "size")
@@ -93,16 +94,16 @@ class SocketBuffer:
         self.grow_at = 2 * self.size
 
     def grow(self, moved: int) -> None:
-        """``moved`` bytes in all is much for so small a size."""
+        """The connection has moved ``moved`` bytes in all, which is much for this size: double it."""
         size = min(2 * self.size, self._account.size_max)
         if size > self.size:
             self._resize(size)
         self.grow_at = moved + 2 * self.size
 
     def look(self, moved: int) -> None:
-        """Once a second: while memory is short, what was lent, is empty and was not used is for others.
+        """Give back what is lent, empty and unused while memory is short; called once a second.
 
-        What is full could not be taken back: the kernel holds it until it is read.
+        A full buffer cannot be taken back: the kernel holds its bytes until they are read.
         """
         account = self._account
         used, self._moved = moved - self._moved, moved
@@ -117,12 +118,12 @@ class SocketBuffer:
 
     @property
     def is_too_much(self) -> bool:
-        """Whether the account is full, and this stands still and holds at least what one does on average."""
+        """Whether the account is full and this connection stalls, holding at least the average."""
         account = self._account
         return account.is_full and self._is_still and self._held * account.buffers >= account.held
 
     def leave(self) -> None:
-        """The socket is somebody else's from now on, or is closed; called once."""
+        """The socket is closed, or belongs to somebody else now; called once."""
         self._account.left += _TIMES * (self.size - FLOOR_BYTES)
         self._account.buffers -= 1
         self._hold(0)
@@ -138,17 +139,17 @@ class SocketBuffer:
 
 
 def set_size(sock: socket.socket, size: int) -> None:
-    """Let a socket have so many bytes in each direction; what is in it already stays."""
+    """Set the size of a socket's buffers in each direction; bytes that they hold stay."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def limit_segments(sock: socket.socket) -> None:
-    """Before a TCP socket connects or listens: it works with the smallest buffer too. Raises OSError."""
+    """Let a TCP socket work with the smallest buffer, too; before it connects or listens. Raises OSError."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
 
 
 def held_bytes(sock: socket.socket, option: int) -> int:
-    """What the kernel holds in that buffer of a socket now, with all that it needs beside the bytes."""
+    """How many bytes the kernel holds for a buffer of a socket, including its overhead."""
     held = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
     return int(held[_MEMINFO_PLACE[option]])

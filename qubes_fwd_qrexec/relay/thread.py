@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A `Loop` in a thread of its own, for use from trio.
 
-The thread moves bytes and decides nothing; trio tasks start copies, wait for their ends and decide. A
-task that is cancelled while it waits gets its sockets back before it goes on. A bug in what a task has
-begun ends that; only what the loop itself raises ends the thread.
+The thread moves bytes and decides nothing; trio tasks start copies, wait for their ends and decide. A task
+that is cancelled while it waits gets its sockets back before it goes on. A bug in something that a task began
+ends only that; only an exception of the loop itself ends the thread.
 """
 
 import os
@@ -26,9 +26,9 @@ _T = TypeVar("_T")
 
 
 class RelayThread:
-    """Made by `open_relay_thread`; its methods belong to the trio thread that opened it.
+    """Made by `open_relay_thread`. Call its methods from the trio thread that opened it.
 
-    ``loop`` is the thread's own: what works in it is made by an order, and only orders reach it.
+    ``loop`` belongs to the relay thread: reach it only with `order` or `wait`.
     """
 
     def __init__(self, bugs: Bugs) -> None:
@@ -38,7 +38,7 @@ class RelayThread:
         self._orders: deque[tuple[Callable[[], None], End]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.loop.watch(self._wake_fd, READ, self._obey, _go_on)
-        # One entry for each `wait` under way; a task's next one must not hear of the last one's end.
+        # One entry for each `wait` under way, so that the end of one never resumes the next one of its task.
         self._waiting: dict[object, trio.lowlevel.Task] = {}
         self._crash: BaseException | None = None
         self._is_closing = False
@@ -46,22 +46,24 @@ class RelayThread:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the thread is gone for good: a bug, after which nothing can be carried any more."""
+        """Whether a bug ended the thread, after which nothing can be carried any more."""
         return self._crash is not None
 
     async def run(self, copy: Copy) -> CopyEnd:
         """Copy until the end. When this is cancelled, the sockets are free before Cancelled is raised.
 
-        Raises what `Relay.start` raises; `RuntimeError` when the thread has failed, and all is lost.
+        Raises what `Relay.start` raises, and `RuntimeError` if the thread has failed.
         """
         return await self.wait(partial(self._relay.start, copy), partial(self._relay.stop, copy))
 
     async def wait(self, begin: Callable[[Callable[[_T], None]], None], let_go: Callable[[], None]) -> _T:
-        """Have the thread begin something, and wait for what it finishes with.
+        """Have the thread begin something, and wait for its result.
 
-        ``begin`` gets the function to call with the result, once. When this is cancelled, ``let_go`` has
-        been called before Cancelled is raised. An OSError or ValueError of ``begin`` is raised here: it is
-        this caller's trouble, and no other's. So is a bug in it, as `BugError`.
+        The thread calls ``begin`` with a function that takes the result, to be called once. When this is
+        cancelled, the thread has called ``let_go`` before Cancelled is raised.
+
+        Raises an OSError or ValueError of ``begin``, `BugError` for any other exception of it, and
+        `RuntimeError` if the thread has failed.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._crash is not None:
@@ -100,12 +102,12 @@ class RelayThread:
         return result
 
     def order(self, what: Callable[[], None], end: End) -> None:
-        """Have the thread call ``what``, soon and in the order of the orders; ``end`` after a bug in it."""
+        """Have the thread call ``what`` soon, in the order of these calls; and ``end`` if it raises."""
         self._orders.append((what, end))
         os.eventfd_write(self._wake_fd, 1)
 
     def tell(self, what: Callable[[], None]) -> None:
-        """From the thread: have trio call ``what``."""
+        """Have trio call ``what`` soon; to be called from the relay thread."""
         self._token.run_sync_soon(what)
 
     def _run(self) -> None:
@@ -120,7 +122,7 @@ class RelayThread:
                 raise crash from None
 
     def _obey(self, _events: int) -> None:
-        """In the thread: carry out what has been ordered. An order comes before its wake-up."""
+        """In the relay thread: carry out the orders. An order is queued before its wake-up is written."""
         os.eventfd_read(self._wake_fd)
         while self._orders:
             what, end = self._orders.popleft()
@@ -145,12 +147,12 @@ class RelayThread:
 
 
 def _go_on() -> None:
-    """There is nothing to be ended."""
+    """For calls that have nothing to end."""
 
 
 @asynccontextmanager
 async def open_relay_thread(bugs: Bugs | None = None) -> AsyncIterator[RelayThread]:
-    """A running `RelayThread`; it ends with the block, which must have no copy left by then."""
+    """Run a `RelayThread` until the end of the block, when no copy may be left."""
     relays = RelayThread(bugs or Bugs())
     relays._thread.start()
     try:

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How much of the budget one stream has, and when its peer is granted more of it.
+"""How much of the budget one stream has, and when to grant its peer more.
 
-A window grows while the local peer takes what comes as fast as it comes, and shrinks when it does not, when
-nothing comes, and when many want some.
+A window grows while the local peer takes data as fast as it arrives. It shrinks when the peer does not, when
+nothing arrives, and when many streams want some.
 """
 
 from qubes_fwd_qrexec.mux import MIN_CREDIT_BYTES
 
 from .budget import FLOOR_BYTES, INITIAL_BYTES, Share
 
-# Half of a window is granted at a time. A stream that used it sooner than this gets a larger window, and one
-# that took longer than this a smaller one.
+# Half of a window is granted at a time. A stream that uses it up sooner than the first gets a larger window,
+# and one that takes longer than the second a smaller one.
 _FAST_S = 0.01
 _SLOW_S = 0.1
 
 
 class Window:
-    """``size`` is what the peer may still send, what waits for the local peer, and ``owed``: what that has
-    taken and what is not granted again yet. All in bytes of credit; times are those of `time.monotonic`.
+    """``size`` is the sum of what the other end may still send, what waits for the local peer, and ``owed``:
+    what the local peer has taken and was not granted again yet. All in bytes of credit; times are those of
+    `time.monotonic`.
     """
 
     __slots__ = ("_granted_at", "_received", "_share", "owed", "size")
@@ -31,14 +32,14 @@ class Window:
 
     @property
     def is_owed_much(self) -> bool:
-        """Whether it is time to see what may be granted again."""
+        """Whether so much is owed that `grant` may have something to grant."""
         return self.owed >= self.size // 4
 
     def grant(self, outstanding: int, now: float) -> int:
-        """What to grant to a peer that may still send ``outstanding``; 0 to wait for more.
+        """Return how much to grant to a peer that may still send ``outstanding``; 0 to wait.
 
-        It is what was used, when it is half of the window, which is what the peer is told at once; more where
-        it was used fast, less where it was not.
+        It grants what was used once that is half of the window, for which the protocol sends CREDIT at once:
+        more if it was used fast, less if not.
         """
         least = max(outstanding, MIN_CREDIT_BYTES)
         if self.owed < least:
@@ -58,21 +59,21 @@ class Window:
         return granted
 
     def is_missed(self, received: int) -> bool:
-        """Whether less than the window was used since the last time, while others are short of it.
+        """Whether less than the window was used since the last call, while others need it.
 
-        ``received`` counts all that came.
+        ``received`` counts all bytes that arrived so far.
         """
         used, self._received = received - self._received, received
         return used < self.size and self._share.is_short
 
     def give_back(self, amount: int) -> None:
-        """So much less may be sent; and what was taken before need not be granted again for now."""
+        """The other end gave back ``amount``; and do not grant again, for now, what is owed."""
         self.size -= amount
         self._share.give_back(amount)
         self._change(-min(self.owed, self.size - FLOOR_BYTES))
 
     def end(self) -> None:
-        """Nothing more can come: all but the floor is for others."""
+        """Nothing more can arrive: give everything but the floor back to the budget."""
         self._change(FLOOR_BYTES - self.size)
 
     def leave(self) -> None:
@@ -80,7 +81,7 @@ class Window:
         self._share.leave(self.size)
 
     def _change(self, change: int) -> None:
-        """By what the budget was asked for, or gets back."""
+        """Change the size by what the budget lent, or gets back if it is negative."""
         self.size += change
         self.owed += change
         if change < 0:

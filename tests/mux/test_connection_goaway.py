@@ -63,7 +63,7 @@ def test_a_drain_needs_a_code_that_lets_streams_go_on():
         Pair().target.drain(GoawayCode.DONE)
 
 
-def test_the_last_word_drops_all_streams_at_both_ends():
+def test_the_final_goaway_drops_all_streams_at_both_ends():
     pair = Pair()
     pair.open()
     pair.target.close(GoawayCode.REVOKED)

@@ -121,7 +121,7 @@ def test_nothing_is_granted_once_the_peer_has_ended_or_either_end_reset(end):
     assert pair.listener.granted(1) == pair.target.granted(1) == 0
 
 
-def test_the_last_word_after_a_drain_has_the_same_last_stream():
+def test_the_final_goaway_after_a_drain_has_the_same_last_stream():
     pair = Pair()
     pair.open()
     pair.target.drain(GoawayCode.LEASE_OVER)

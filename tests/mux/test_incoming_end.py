@@ -28,7 +28,7 @@ def test_the_target_side_may_not_have_processed_what_was_opened_last():
 
 
 @pytest.mark.parametrize("make", [lambda: fresh("listener"), target_with_stream, listener_with_stream])
-def test_the_end_of_the_bytes_without_a_last_word_is_an_abort(make):
+def test_the_end_of_the_bytes_without_a_final_goaway_is_an_abort(make):
     connection = make()
     with pytest.raises(RemoteProtocolError, match="ended without a final GOAWAY"):
         connection.receive_eof()
@@ -38,14 +38,14 @@ def test_the_end_of_the_bytes_without_a_last_word_is_an_abort(make):
     assert connection.open_streams == 0
 
 
-def test_the_end_of_the_bytes_in_a_frame_is_an_abort_even_after_the_last_word():
+def test_the_end_of_the_bytes_in_a_frame_is_an_abort_even_after_the_final_goaway():
     listener = ready("listener")
     feed(listener, goaway_frame(0, GoawayCode.DONE, True) + b"\x08")
     with pytest.raises(RemoteProtocolError, match="ended without"):
         listener.receive_eof()
 
 
-def test_after_our_last_word_all_that_comes_is_dropped():
+def test_after_our_final_goaway_all_that_comes_is_dropped():
     listener = listener_with_stream()
     events = listener.receive_data(data_frame(1) + data_frame(1) + b"\xff" * 8)
     assert next(events) == DataReceived(1, b"x")
@@ -55,7 +55,7 @@ def test_after_our_last_word_all_that_comes_is_dropped():
     listener.receive_eof()
 
 
-def test_a_wrong_header_after_our_last_word_is_dropped_too():
+def test_a_wrong_header_after_our_final_goaway_is_dropped_too():
     listener = listener_with_stream()
     events = listener.receive_data(data_frame(1) + b"\xff" * 8)
     next(events)

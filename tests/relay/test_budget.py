@@ -120,7 +120,7 @@ def test_the_specification_of_the_protocol_says_the_same_numbers() -> None:
     share = Share(budget)
     budget.shared_left = BUDGET_BYTES // 8
     assert share.window_max == budget.shared_left // 100
-    assert "No window is larger than a hundredth of what the pool has left." in text
+    assert "No window is larger than a hundredth of what is left in the pool." in text
     assert "at most seven times what is left in the pool" in text
     assert not Share(Budget()).is_short
     assert "less than half is left" in text

@@ -137,7 +137,7 @@ def test_an_open_that_crosses_the_goaway_is_refused_and_may_be_tried_elsewhere(b
     assert not bench.far_owner.requested
 
 
-def test_an_open_that_crosses_a_goaway_that_is_not_the_last_word_is_refused(bench: MuxBench) -> None:
+def test_an_open_that_crosses_a_goaway_that_is_not_the_final_goaway_is_refused(bench: MuxBench) -> None:
     bench.join()
     client, leg = bench.open()
     bench.far.drain(GoawayCode.LEASE_OVER)

@@ -65,7 +65,7 @@ def test_an_abort_while_the_last_bytes_and_what_follows_them_come(bench: PeerBen
 
 
 @ROLES
-def test_garbage_behind_the_last_word_is_nothing_where_the_call_is_full(bench: PeerBench) -> None:
+def test_garbage_behind_the_final_goaway_is_nothing_where_the_call_is_full(bench: PeerBench) -> None:
     bench.fill_call()
     bench.peer.close()
     bench.say(b"garbage that is no frame")
