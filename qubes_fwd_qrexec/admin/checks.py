@@ -4,7 +4,7 @@
 Their order is that in which a finding decides: a rule that is disabled is disabled, whatever else is wrong.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.errors import ConfigError
@@ -37,44 +37,32 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     """What becomes of a rule, whatever ports other rules have."""
     rule, chain = named.rule, inventory.chain(named.target)
     listener = listener_of(rule, chain)
-    forward = Forward(named, (*_of_rule(rule, now),), chain.qubes, listener, _side(rule, listener, inventory))
+    side = _side(rule, listener, inventory)
+    forward = Forward(named, (*_of_rule(rule, now),), chain.qubes, listener, side)
+    target, exposed = inventory.get(named.target), inventory.get(listener or "")
     problem = inventory.unread(named.target, listener, *chain.qubes)
     if problem is not None:
         return forward.with_finding(Finding(Cause.UNREADABLE_QUBE, detail=problem))
-    target = inventory.get(named.target)
     if target is None:
         return forward.with_finding(Finding(Cause.NO_SUCH_QUBE, qube=named.target))
     unfit = [*_unfit(target, inventory)]
-    findings = [
-        *forward.findings,
-        *unfit,
-        *_owner(rule, target),
-        *_path(rule, named.target, chain, inventory),
-    ]
-    exposed = None if listener is None else inventory.get(listener)
-    problems = [*_of_exposed(named, listener, chain, inventory)]
-    findings += problems
-    if forward.side is not None:
-        findings.append(Finding(Cause.SIDE, Verdict.OK, listener, forward.side))
-    if rule.mode is Mode.NFT or rule.proto is Proto.UDP:
-        detail = "mode=nft" if rule.mode is Mode.NFT else "proto=udp"
-        findings.append(Finding(Cause.NOT_YET, detail=detail))
+    misplaced = [*_misplaced(named, listener, chain, inventory)]
+    findings = [*forward.findings, *unfit, *_owner(rule, target), *_path(rule, target, chain, inventory)]
+    findings += [*misplaced, *_not_yet(rule)]
     if not unfit:
         service, transport, found = _carrier(rule, target, inventory, stock)
         forward = forward._replace(service=service, transport=transport)
         findings += found
-    if exposed is None or forward.side is None or problems:
-        return forward._replace(findings=tuple(findings))
-    findings += _tunnel(forward, target, exposed, forward.side, inventory)
-    findings += _halted(rule, target, exposed)
     config = None
-    if forward.transport is Transport.CALL and len(rule.listen_ports) > CALL_PORTS_MAX:
-        findings.append(Finding(Cause.TOO_LARGE, number=len(rule.listen_ports)))
-    else:
-        try:
-            config = _config(forward)
-        except ConfigError as error:
-            findings.append(Finding(Cause.TOO_LARGE, detail=str(error)))
+    if exposed is not None and side is not None and not misplaced:
+        findings.append(Finding(Cause.SIDE, Verdict.OK, exposed.name, side))
+        findings += _tunnel(forward, target, exposed, side, inventory)
+        if not exposed.is_running:
+            findings.append(Finding(Cause.EXPOSED_HALTED, Verdict.NOTE, exposed.name))
+        if not (target.is_running or rule.autostart):
+            findings.append(Finding(Cause.TARGET_HALTED, Verdict.NOTE, target.name))
+        config, found = _config(forward, side)
+        findings += found
     forward = forward._replace(findings=tuple(findings))
     return forward if forward.stops else forward._replace(config=config)
 
@@ -131,9 +119,9 @@ def _owner(rule: ForwardRule, target: Qube) -> Iterator[Finding]:
         yield Finding(Cause.NO_DISPOSABLES, Verdict.NOTE)
 
 
-def _path(rule: ForwardRule, target: QubeName, chain: Chain, inventory: Inventory) -> Iterator[Finding]:
+def _path(rule: ForwardRule, target: Qube, chain: Chain, inventory: Inventory) -> Iterator[Finding]:
     if chain.problem is not None:
-        last = chain.qubes[-1] if chain.qubes else target
+        last = chain.qubes[-1] if chain.qubes else target.name
         yield Finding(Cause.NETVM_BROKEN, qube=last, detail=chain.problem)
     elif rule.follow_netvm:
         yield Finding(Cause.FOLLOWS, Verdict.OK)
@@ -149,20 +137,26 @@ def _path(rule: ForwardRule, target: QubeName, chain: Chain, inventory: Inventor
         yield Finding(Cause.NETVM_CHANGED, qube=was, side=side)
 
 
-def _of_exposed(
+def _misplaced(
     named: NamedRule, listener: QubeName | None, chain: Chain, inventory: Inventory
 ) -> Iterator[Finding]:
     """What keeps the exposed qube from listening."""
-    exposed = None if listener is None else inventory.get(listener)
-    if listener is None:
-        if chain.problem is None:
-            yield Finding(Cause.NO_NETVM)
-    elif exposed is None:
+    exposed = inventory.get(listener or "")
+    if listener is None and chain.problem is None:
+        yield Finding(Cause.NO_NETVM)
+    elif listener is not None and exposed is None:
         yield Finding(Cause.NO_SUCH_QUBE, qube=listener)
     elif listener == named.target:
         yield Finding(Cause.UNFIT_QUBE, qube=listener, detail="itself")
-    else:
+    elif exposed is not None:
         yield from _unfit(exposed, inventory)
+
+
+def _not_yet(rule: ForwardRule) -> Iterator[Finding]:
+    if rule.mode is Mode.NFT:
+        yield Finding(Cause.NOT_YET, detail="mode=nft")
+    elif rule.proto is Proto.UDP:
+        yield Finding(Cause.NOT_YET, detail="proto=udp")
 
 
 def _carrier(
@@ -229,18 +223,15 @@ def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding
             return
 
 
-def _halted(rule: ForwardRule, target: Qube, exposed: Qube) -> Iterable[Finding]:
-    if not exposed.is_running:
-        yield Finding(Cause.EXPOSED_HALTED, Verdict.NOTE, exposed.name)
-    if not target.is_running and not rule.autostart:
-        yield Finding(Cause.TARGET_HALTED, Verdict.NOTE, target.name)
-
-
-def _config(forward: Forward) -> ListenerConfig | None:
-    """What the listener is told. Raises `ConfigError` if it does not fit."""
-    named = forward.source
-    if forward.service is None or forward.side is None:
-        return None
-    return ListenerConfig.of_rule(
-        named.target, named.name, named.rule, forward.service, forward.transport, forward.side
-    )
+def _config(forward: Forward, side: Side) -> tuple[ListenerConfig | None, list[Finding]]:
+    """What the listener is told, if it can be told so much."""
+    named, service, transport = forward.source, forward.service, forward.transport
+    ports = len(named.rule.listen_ports)
+    if service is None:
+        return None, []
+    if transport is Transport.CALL and ports > CALL_PORTS_MAX:
+        return None, [Finding(Cause.TOO_LARGE, number=ports)]
+    try:
+        return ListenerConfig.of_rule(*named, service, transport, side), []
+    except ConfigError as error:
+        return None, [Finding(Cause.TOO_LARGE, detail=str(error))]
