@@ -1,144 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What becomes of rules: where they are exposed, how they are carried, and which of them conflict."""
+"""A plan of many rules: found by name, and with the calls that they need together."""
 
-from typing import Any
-
-import pytest
-from worlds import NOW, OURS, only, qube, rule, world
+from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.states import Cause, Forward, State
 from qubes_fwd_qrexec.admin.views import reasons
-from qubes_fwd_qrexec.admin.views.plans import forward_as_json
-from qubes_fwd_qrexec.common.config import Service, Side
-from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Transport
+from qubes_fwd_qrexec.common.config import CALLS_MAX
+from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
-
-
-def test_external_is_the_outermost_and_internal_the_nearest_netvm() -> None:
-    assert only(rule()).exposed == "sys-net"
-    assert only(rule("forwardtype=internal")).exposed == "sys-firewall"
-    assert only(rule("forwardtype=internal via=personal")).exposed == "personal"
-
-
-def test_a_target_without_netvm_is_exposed_where_the_rule_says() -> None:
-    forward = only(rule("via=sys-net path=", target="vault"))
-    assert (forward.state, forward.exposed) == (State.ACTIVE, "sys-net")
-
-
-def test_a_rule_that_follows_its_netvm_goes_on_after_a_change() -> None:
-    assert only(rule("path=sys-vpn follow-netvm=yes")).state is State.ACTIVE
-
-
-def test_a_rule_with_its_recorded_path_is_active_without_notes() -> None:
-    forward = only(rule("path=sys-firewall,sys-net"))
-    assert (forward.state, reasons.notes(forward)) == (State.ACTIVE, ())
-
-
-def test_missing_owner_and_path_are_noted() -> None:
-    notes = reasons.notes(only(rule("owner=")))
-    assert [note.split(",")[0] for note in notes] == ["no owner recorded", "no path recorded"]
-
-
-def test_auto_becomes_a_tunnel_where_the_target_has_our_service() -> None:
-    forward = only(rule())
-    assert (reasons.mode(forward)[0], forward.transport, forward.service) == (
-        Mode.QREXEC,
-        Transport.MUX,
-        Service.FORWARD_TCP,
-    )
-    assert reasons.mode(forward)[1] == "mode=auto, and this version has no nft mode"
-    assert reasons.transport_reason(forward) == "work offers our service"
-    assert only(rule("srcports=1-65535")).state is State.ACTIVE
-
-
-@pytest.mark.parametrize("asked", ["mux", "call"])
-def test_our_service_is_used_as_the_rule_says(asked: str) -> None:
-    forward = only(rule(f"transport={asked}"))
-    assert (forward.transport, forward.service) == (Transport(asked), Service.FORWARD_TCP)
-    assert reasons.transport_reason(forward) == "the rule says so"
-
-
-@pytest.mark.parametrize("asked", ["", "transport=mux"])
-def test_the_tunnel_carries_who_the_client_is(asked: str) -> None:
-    forward = only(rule(f"proxy=v2 {asked}"))
-    assert forward.transport is Transport.MUX
-    assert forward.config is not None
-    assert forward.config.proxy == "v2"
-
-
-def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason_warns() -> None:
-    forward = only(rule(target="personal"))
-    assert (forward.transport, forward.service) == (Transport.CALL, Service.CONNECT_TCP)
-    assert "loses the rest of what the client sends" in reasons.transport_reason(forward)
-
-
-def test_limits_are_what_the_listener_is_told() -> None:
-    forward = only(rule("limits=connections:9,per-source:3,rate:5"))
-    assert forward.state is State.ACTIVE
-    assert forward.config is not None
-    assert str(forward.config).endswith(" limits=connections:9,per-source:3,rate:5")
-
-
-def test_a_bypassed_tunnel_is_labelled() -> None:
-    forward = only(rule("bypass-tunnel=yes", target="hidden"))
-    assert forward.state is State.ACTIVE
-    assert "bypasses the tunnel sys-vpn (feature service.vpn-handler-openvpn)" in reasons.notes(forward)
-
-
-@pytest.mark.parametrize("via", ["sys-vpn", "below"])
-def test_at_the_tunnel_or_behind_it_is_fine(via: str) -> None:
-    forward = only(rule(f"via={via}", target="hidden"), world(qube("below", "sys-vpn")))
-    assert (forward.state, forward.exposed) == (State.ACTIVE, via)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("srcports=80", "srcports=80"),
-        ("srcports=80-90", "srcports=85-95"),
-        ("srcports=80 listen=10.0.0.1", "srcports=80 srchosts=10.0.0.0/8"),
-        ("srcports=80 srchosts=fd00::/8", "srcports=80"),
-        ("srcports=80 listen=10.0.0.1", "srcports=80 listen=10.0.0.1"),
-    ],
-)
-def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str, other: str) -> None:
-    first, second = plan([rule(other, "work"), rule(one, "personal")], world(), NOW)
-    assert (first.source.target, first.state) == ("personal", State.ACTIVE)
-    assert (second.state, second.cause, second.config) == (State.REFUSED, Cause.CONFLICT, None)
-    assert reasons.sentence(second).startswith("Rule personal web has port")
-
-
-def test_a_newcomer_never_takes_the_port_of_what_is_there() -> None:
-    newcomer, there = rule(target="personal"), rule(target="work")
-    first, second = plan([newcomer, there], world(), NOW, newcomers=[newcomer[:2]])
-    assert (first.cause, second.state) == (Cause.CONFLICT, State.ACTIVE)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("srcports=80", "srcports=81"),
-        ("srcports=80 listen=10.0.0.1", "srcports=80 listen=10.0.0.2"),
-        ("srcports=80 srchosts=10.0.0.0/8", "srcports=80 srchosts=fd00::/8"),
-        ("srcports=80", "srcports=80 forwardtype=internal"),
-        ("srcports=80", "srcports=80 enabled=no"),
-        ("srcports=80 owner=other", "srcports=80"),
-    ],
-)
-def test_other_ports_addresses_families_qubes_and_idle_rules_do_not_conflict(one: str, other: str) -> None:
-    found = plan([rule(one, name="a"), rule(other, name="b")], world(), NOW)
-    assert Cause.CONFLICT not in {forward.cause for forward in found}
-
-
-def test_two_ways_to_one_port_must_agree_about_autostart() -> None:
-    rules = [
-        rule("srcports=80 dstports=22", name="a"),
-        rule("srcports=81 dstports=22 autostart=yes", name="b"),
-    ]
-    _, second = plan(rules, world(), NOW)
-    assert second.cause is Cause.CONFLICT
-    assert "give both the same autostart" in reasons.sentence(second)
 
 
 def test_the_plan_keeps_broken_rules_and_finds_by_name() -> None:
@@ -150,141 +19,35 @@ def test_the_plan_keeps_broken_rules_and_finds_by_name() -> None:
     assert found.live == found.forwards
 
 
-@pytest.mark.parametrize(
-    ("text", "target", "exposed", "side"),
-    [
-        ("", "work", "sys-net", Side.OUTER),
-        ("forwardtype=internal", "work", "sys-firewall", Side.VIFS),
-        ("via=personal", "work", "personal", Side.UPLINK),
-        ("via=sys-vpn", "hidden", "sys-vpn", Side.OUTER),
-        ("via=sys-vpn forwardtype=internal", "vault", "sys-vpn", Side.VIFS),
-    ],
-)
-def test_each_forward_has_its_side_and_its_listener_is_told(
-    text: str, target: str, exposed: str, side: Side
-) -> None:
-    forward = only(rule(text, target=target))
-    assert forward.config is not None
-    assert (forward.exposed, forward.side, forward.config.side) == (exposed, side, side)
-    assert forward_as_json(forward)["side"] == side
+def hints(rules: list[NamedRule]) -> list[str]:
+    """Those of the last rule that speak of calls."""
+    return [hint for hint in reasons.hints(list(plan(rules, world(), NOW))[-1]) if "qrexec calls" in hint]
 
 
-def test_a_tunnel_beside_network_devices_is_gone_round_from_outside_alone() -> None:
-    marked = world(qube("sys-net", features={"forward.tunnel": "1"}))
-    refused = only(rule(), marked)
-    assert refused.cause is Cause.TUNNEL
-    assert "nothing tells its tunnel from the LAN beside it" in reasons.sentence(refused)
-    assert (
-        reasons.notes(only(rule("bypass-tunnel=yes"), marked))[-1]
-        == "bypasses the tunnel sys-net (feature forward.tunnel)"
-    )
-    assert only(rule("forwardtype=internal via=sys-net"), marked).is_live
-
-
-def test_after_a_netvm_change_the_side_that_changes_is_named() -> None:
-    moved = world(qube("work", "sys-vpn", features=OURS))
-    reason = reasons.sentence(only(rule("path=sys-firewall,sys-net via=sys-vpn"), moved))
-    assert "opens it at" not in reason
-    reason = reasons.sentence(only(rule("path=sys-firewall,sys-net forwardtype=internal"), moved))
-    assert "which opens it at sys-vpn (vifs side) and no longer at sys-firewall (vifs side)" in reason
-    gone = world(qube("work", "sys-firewall", features=OURS), qube("sys-net", "outmost"), qube("outmost"))
-    reason = reasons.sentence(only(rule("path=sys-firewall,sys-net"), gone))
-    assert "opens it at outmost (outer side) and no longer at sys-net (outer side)" in reason
-
-
-@pytest.mark.parametrize(
-    ("features", "cause"),
-    [
-        ({"service.qubes-tunnel-openvpn": "1"}, Cause.TUNNEL),
-        ({"service.wireguard": "1"}, Cause.TUNNEL),
-        ({"service.qubes-tunnel-openvpn": ""}, Cause.OPEN),
-        ({}, Cause.OPEN),
-    ],
-)
-def test_vpn_services_mark_a_tunnel(features: dict[str, str], cause: Cause) -> None:
-    known = world(qube("sys-wg", "sys-firewall", features=features), qube("work", "sys-wg", features=OURS))
-    assert only(rule(), known).cause is cause
-
-
-def test_what_may_be_a_tunnel_is_hinted_at_until_somebody_has_said() -> None:
-    def hints(text: str = "", **features: str) -> tuple[str, ...]:
-        wg = qube("sys-wg", "sys-firewall", features=features)
-        return reasons.hints(only(rule(text), world(wg, qube("work", "sys-wg", features=OURS))))
-
-    (hint,) = hints()
-    assert "'qvm-forward tunnel mark sys-wg'" in hint
-    assert hints("via=sys-wg") == (hint,)
-    assert hints("forwardtype=internal") == (hint,)
-    assert hints("via=sys-wg", **{"forward.tunnel": "1"}) == ()
-    assert hints(**{"forward.tunnel": ""}) == ()
-    assert reasons.hints(only(rule())) == ()
-
-
-def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() -> None:
-    one = rule("srchosts=192.168.0.0/16", name="four")
-    other = rule("srchosts=fd00::/8", target="personal", name="six")
-    planned = plan([one, other], world(), NOW)
-    notes = {forward.source.name: reasons.notes(forward) for forward in planned}
-    assert [note for note in notes["four"] if "elsewhere" in note] == [
-        "the same port of sys-net leads elsewhere by IPv6: personal six"
+def rules(count: int, dstports: str = "", transport: str = "") -> list[NamedRule]:
+    return [
+        rule(
+            f"srcports={8000 + number} dstports={dstports or 8000 + number} transport={transport}",
+            name=f"r-{number:02}",
+        )
+        for number in range(count)
     ]
-    assert [note for note in notes["six"] if "elsewhere" in note] == [
-        "the same port of sys-net leads elsewhere by IPv4: work four"
-    ]
-    same = rule("srchosts=fd00::/8", name="six")
-    for forward in plan([one, same], world(), NOW):
-        assert not [note for note in reasons.notes(forward) if "elsewhere" in note]
 
 
-def test_what_a_template_learns_is_in_a_target_that_starts_after_it() -> None:
-    """And in a qube that has the package itself at once."""
-
-    def planned(text: str = "", **more: Any) -> Forward:
-        work = qube("work", "sys-firewall", template=QubeName("fedora-42"), **more)
-        return plan([rule(text)], world(work), NOW, stock={QubeName("work")}).forwards[0]
-
-    before = planned()
-    assert (before.service, before.transport) == (Service.CONNECT_TCP, Transport.CALL)
-    assert reasons.transport_reason(before).startswith(
-        "work was started before its template offered qubes.ForwardTCP"
+def test_as_many_mux_calls_as_there_are_calls_fit_and_one_more_is_said() -> None:
+    assert hints(rules(CALLS_MAX)) == []
+    (hint,) = hints(rules(CALLS_MAX + 1))
+    assert hint.startswith(
+        f"the forwards of sys-net need {CALLS_MAX + 1} qrexec calls, and it makes {CALLS_MAX}"
     )
-    assert reasons.transport_reason(before).endswith("restart work")
-    assert planned("transport=mux").cause is Cause.NO_SERVICE
-    assert planned(is_running=False).service is Service.FORWARD_TCP
-    assert planned(features=OURS).service is Service.FORWARD_TCP
 
 
-def test_a_move_behind_a_tunnel_is_not_answered_with_a_confirm_that_is_refused() -> None:
-    moved = world(qube("work", "sys-vpn", features=OURS))
-    named = rule("path=sys-firewall,sys-net")
-    forward = only(named, moved)
-    assert forward.cause is Cause.NETVM_CHANGED
-    assert "where it would be refused. work is behind a tunnel" in reasons.sentence(forward)
-    assert reasons.sentence(forward).endswith(
-        "After that 'qvm-forward confirm work web' agrees to the new path."
-    )
-    set_via, set_bypass, confirm = reasons.ways_out(forward)
-    assert confirm == ("qvm-forward", "confirm", "work", "web")
-    for command in (set_via, set_bypass):
-        assert command[:4] == ("qvm-forward", "set", "work", "web")
-        agreed = rule(f"{command[4]} path=sys-vpn,sys-firewall,sys-net")
-        assert only(agreed, moved).is_live
+def test_forwards_to_the_same_ports_of_a_target_share_a_call_and_others_do_not() -> None:
+    assert hints(rules(2 * CALLS_MAX, dstports="80")) == []
+    assert hints(rules(2 * CALLS_MAX, dstports="80", transport="call"))
+    assert hints([*rules(CALLS_MAX, transport="call"), rule("srcports=7000", "personal")])
 
 
-@pytest.mark.parametrize(
-    ("text", "cause", "ways_out"),
-    [
-        ("enabled=no", Cause.DISABLED, ["enable work web"]),
-        ("expire=1", Cause.EXPIRED, ["set work web expire=+8h", "remove work web"]),
-        ("owner=office", Cause.CLONED, ["confirm work web", "remove work web"]),
-        ("path=sys-vpn", Cause.NETVM_CHANGED, ["confirm work web", "set work web follow-netvm=yes"]),
-        ("", Cause.OPEN, []),
-    ],
-)
-def test_the_ways_out_of_a_state_are_commands(text: str, cause: Cause, ways_out: list[str]) -> None:
-    forward = only(rule(text))
-    assert forward.cause is cause
-    assert [" ".join(command) for command in reasons.ways_out(forward)] == [
-        f"qvm-forward {way}" for way in ways_out
-    ]
-    assert forward_as_json(forward)["ways_out"] == [list(command) for command in reasons.ways_out(forward)]
+def test_what_is_not_open_needs_no_call() -> None:
+    idle = [rule(f"srcports={9000 + n} enabled=no", name=f"i-{n:02}") for n in range(CALLS_MAX)]
+    assert hints([*idle, *rules(CALLS_MAX)]) == []

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Cause, Forward, Plan, State
 
 from . import reasons
 
@@ -39,7 +39,9 @@ def plan_as_json(planned: Plan) -> dict[str, Any]:
             "qube": rule.target,
             "name": rule.name,
             "state": State.BROKEN,
+            "cause": Cause.UNREADABLE,
             "reason": rule.problem,
+            "ways_out": [["qvm-forward", "remove", rule.target, rule.name]],
             "text": rule.text,
         }
         for rule in planned.broken

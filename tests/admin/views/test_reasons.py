@@ -5,8 +5,9 @@ import pytest
 from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, State
-from qubes_fwd_qrexec.admin.views import reasons
+from qubes_fwd_qrexec.admin.views import parser, reasons
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 
@@ -308,3 +309,35 @@ def test_every_cause_of_a_rule_is_in_the_table_or_not_of_one_rule() -> None:
     others = {Cause.CONFLICT, Cause.UNREADABLE, Cause.HELD}
     deciding = [*Cause][: [*Cause].index(Cause.IN_TIME)]
     assert {Cause(case[0]) for case in CASES} | others == set(deciding)
+
+
+@pytest.mark.parametrize(
+    ("cause", "named", "inventory"),
+    [case[:3] for case in CASES if case[0] != "open"],
+    ids=range(len(CASES) - 3),
+)
+def test_every_state_has_a_way_out_that_is_a_command(
+    cause: str, named: NamedRule, inventory: Inventory
+) -> None:
+    ways = reasons.ways_out(only(named, inventory))
+    assert ways
+    for program, *arguments in ways:
+        assert program in ("qvm-forward", "qvm-start", "qvm-prefs")
+        if program == "qvm-forward":
+            parser.parse(parser.build(), arguments)
+
+
+def test_a_hold_is_ended_by_resume_and_stops_nothing_twice() -> None:
+    planned = plan([rule(), rule("enabled=no", name="off")], world(), NOW).held()
+    off, web = planned
+    assert (off.state, web.state, planned.live) == (State.DISABLED, State.HELD, ())
+    assert reasons.ways_out(web) == (("qvm-forward", "resume"),)
+    assert reasons.sentence(web) == f"{reasons.HELD}."
+
+
+def test_of_two_rules_for_one_port_the_second_may_take_another_or_end_the_first() -> None:
+    _, second = plan([rule(name="a"), rule(name="b")], world(), NOW)
+    assert reasons.ways_out(second) == (
+        ("qvm-forward", "set", "work", "b", "srcports=PORTS"),
+        ("qvm-forward", "disable", "work", "a"),
+    )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which of two rules has a port, and what shares one without being in conflict."""
+
+import pytest
+from worlds import NOW, rule, world
+
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.states import Cause, State
+from qubes_fwd_qrexec.admin.views import reasons
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("srcports=80", "srcports=80"),
+        ("srcports=80-90", "srcports=85-95"),
+        ("srcports=80 listen=10.0.0.1", "srcports=80 srchosts=10.0.0.0/8"),
+        ("srcports=80 srchosts=fd00::/8", "srcports=80"),
+        ("srcports=80 listen=10.0.0.1", "srcports=80 listen=10.0.0.1"),
+    ],
+)
+def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str, other: str) -> None:
+    first, second = plan([rule(other, "work"), rule(one, "personal")], world(), NOW)
+    assert (first.source.target, first.state) == ("personal", State.ACTIVE)
+    assert (second.state, second.cause, second.config) == (State.REFUSED, Cause.CONFLICT, None)
+    assert reasons.sentence(second).startswith("Rule personal web has port")
+
+
+def test_a_newcomer_never_takes_the_port_of_what_is_there() -> None:
+    newcomer, there = rule(target="personal"), rule(target="work")
+    first, second = plan([newcomer, there], world(), NOW, newcomers=[newcomer[:2]])
+    assert (first.cause, second.state) == (Cause.CONFLICT, State.ACTIVE)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("srcports=80", "srcports=81"),
+        ("srcports=80 listen=10.0.0.1", "srcports=80 listen=10.0.0.2"),
+        ("srcports=80 srchosts=10.0.0.0/8", "srcports=80 srchosts=fd00::/8"),
+        ("srcports=80", "srcports=80 forwardtype=internal"),
+        ("srcports=80", "srcports=80 enabled=no"),
+        ("srcports=80 owner=other", "srcports=80"),
+    ],
+)
+def test_other_ports_addresses_families_qubes_and_idle_rules_do_not_conflict(one: str, other: str) -> None:
+    found = plan([rule(one, name="a"), rule(other, name="b")], world(), NOW)
+    assert Cause.CONFLICT not in {forward.cause for forward in found}
+
+
+def test_two_ways_to_one_port_must_agree_about_autostart() -> None:
+    rules = [
+        rule("srcports=80 dstports=22", name="a"),
+        rule("srcports=81 dstports=22 autostart=yes", name="b"),
+    ]
+    _, second = plan(rules, world(), NOW)
+    assert second.cause is Cause.CONFLICT
+    assert "give both the same autostart" in reasons.sentence(second)
+
+
+def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() -> None:
+    one = rule("srchosts=192.168.0.0/16", name="four")
+    other = rule("srchosts=fd00::/8", target="personal", name="six")
+    planned = plan([one, other], world(), NOW)
+    notes = {forward.source.name: reasons.notes(forward) for forward in planned}
+    assert [note for note in notes["four"] if "elsewhere" in note] == [
+        "the same port of sys-net leads elsewhere by IPv6: personal six"
+    ]
+    assert [note for note in notes["six"] if "elsewhere" in note] == [
+        "the same port of sys-net leads elsewhere by IPv4: work four"
+    ]
+    same = rule("srchosts=fd00::/8", name="six")
+    for forward in plan([one, same], world(), NOW):
+        assert not [note for note in reasons.notes(forward) if "elsewhere" in note]
