@@ -103,7 +103,6 @@ def build() -> argparse.ArgumentParser:
     _add_rule(command("show", "Show all about one forward."), several=False)
     reported = command("status", "Show what is open now, with the figures of its listeners.")
     reported.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
-    reported.add_argument("--watch", action="store_true", help="show it again every 2 s")
     _add_rule(command("diagnose", "Find out why a forward does not work, and what helps."), several=False)
     planned = command("plan", "Explain what becomes of each forward, and why.")
     planned.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)

@@ -4,11 +4,10 @@
 What a qube says is untrusted: `common.report` checks it, and nothing is decided by it.
 """
 
-import json
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
@@ -17,6 +16,7 @@ from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.listeners import (
     Answer,
+    GoesOn,
     Has,
     Uptake,
     ask_all,
@@ -27,8 +27,6 @@ from qubes_fwd_qrexec.admin.listeners import (
 )
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
-from qubes_fwd_qrexec.common.config import parse_key
-from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
@@ -43,48 +41,9 @@ _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
-_KIB = 1024
-# Each look is a call to every qube that listens, and nobody reads faster.
-WATCH_S = 2.0
-# ECMA-48: put the cursor into the first column of the first line, and erase everything after it.
-_CLEAR = "\x1b[H\x1b[J"
 
 Answers = Mapping[QubeName, Answer]
 """What each qube that was asked says of itself, or why there is no answer."""
-
-
-class Leftover(NamedTuple):
-    """What no rule asks for: a line of dom0's policy, or what the listener of ``qube`` is told."""
-
-    qube: QubeName | None
-    what: str
-
-    def __str__(self) -> str:
-        if self.qube is None:
-            return f"dom0's policy allows '{self.what}'"
-        return f"{self.qube} is told to listen for {self.what}"
-
-
-class Drain(NamedTuple):
-    """Connections of a forward that is closed. They may finish within ``left_s`` seconds; if that is None,
-    its listener should have cut them.
-    """
-
-    exposed: QubeName
-    target: QubeName
-    name: RuleName
-    connections: int
-    left_s: int | None
-
-    def __str__(self) -> str:
-        count = "1 connection" if self.connections == 1 else f"{self.connections} connections"
-        if self.left_s is None:
-            return f"{self.target} {self.name} is to be closed, and {self.exposed} still has {count} of it"
-        left = f"{self.left_s // 60} min" if self.left_s >= 60 else f"{self.left_s} s"
-        return (
-            f"{self.target} {self.name} is closed and draining: {count} at {self.exposed}, "
-            f"cut in {left} at the latest"
-        )
 
 
 class Row(NamedTuple):
@@ -141,14 +100,14 @@ class Row(NamedTuple):
 class Status(NamedTuple):
     """The forwards that are live, and all that is not as the rules ask for.
 
-    ``plan`` and ``rows`` are about the qubes that the user named, ``leftovers`` and ``due`` about the whole
-    system. ``silent`` are qubes with a listener that did not answer: what drains there is unknown.
+    ``plan`` and ``rows`` are about the qubes that the user named, ``due`` is about the whole system.
+    ``goes_on`` are connections of forwards that are closed. ``silent`` are qubes with a listener that did not
+    answer: what goes on there is unknown.
     """
 
     plan: Plan
     rows: tuple[Row, ...]
-    leftovers: tuple[Leftover, ...]
-    drains: tuple[Drain, ...]
+    goes_on: tuple[GoesOn, ...]
     silent: tuple[QubeName, ...]
     due: tuple[Step, ...]
 
@@ -156,14 +115,13 @@ class Status(NamedTuple):
     def is_well(self) -> bool:
         return (
             not self.due
-            and all(drain.left_s is not None for drain in self.drains)
+            and all(left.left_s is not None for left in self.goes_on)
             and not any(row.is_waiting or row.verdict.is_allowed is False for row in self.rows)
         )
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "leftovers": [leftover._asdict() for leftover in self.leftovers],
-            "draining": [drain._asdict() for drain in self.drains],
+            "draining": [left._asdict() for left in self.goes_on],
             "silent": list(self.silent),
             "forwards": [row.as_json() for row in self.rows],
             "due": [steps.as_json(step) for step in self.due],
@@ -172,11 +130,9 @@ class Status(NamedTuple):
 
 def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
     """The running qubes whose answers `status_of` wants for a part of the plan."""
-    found = set(listening(planned, inventory, qubes))
-    for forward in planned.live:
-        found |= {forward.exposed} if forward.exposed is not None else set()
-        found |= {forward.source.target} if forward.transport is Transport.MUX else set()
-    return sorted(qube for qube in found if inventory.qubes[qube].is_running)
+    found: set[QubeName | None] = {*listening(planned, inventory, qubes)}
+    found |= {qube for forward in planned.live for qube in (forward.exposed, forward.source.target)}
+    return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
 
 
 def status_of(
@@ -191,28 +147,16 @@ def status_of(
     rows = tuple(_row(forward, verdicts[forward.source[:2]], answers) for forward in planned.live)
     everything = snapshot.plan(now)
     due = differences(everything, snapshot.inventory, snapshot.installed, now)
-    draining: list[Drain] = []
+    goes_on: list[GoesOn] = []
     silent = []
     for qube in listening(planned, snapshot.inventory, qubes):
         answer = answers[qube]
         if isinstance(answer, QubeReport):
             live = {forward.source[:2] for forward in everything.live if forward.exposed == qube}
-            draining += (Drain(qube, *key, *left) for key, left in flows(answer, live).items())
+            goes_on += (GoesOn(*key, qube, *left) for key, left in flows(answer, live).items())
         elif not is_without_listener(answer) and all(row.forward.exposed != qube for row in rows):
             silent.append(qube)  # of others the figures are unknown, and that is said already
-    return Status(planned, rows, tuple(_leftovers(due)), tuple(draining), tuple(silent), tuple(due))
-
-
-def _leftovers(due: Collection[Step]) -> Iterator[Leftover]:
-    for step in due:
-        if step.kind is Kind.CLOSE_POLICY:
-            yield from (Leftover(None, " ".join(line.split())) for line in step.lines_gone)
-        elif step.kind is Kind.REMOVE_CONFIG:
-            key = step.key.removeprefix(CONFIG_PREFIX)
-            try:
-                yield Leftover(step.qube, " ".join(parse_key(key)))
-            except ConfigError:
-                yield Leftover(step.qube, key)
+    return Status(planned, rows, tuple(goes_on), tuple(silent), tuple(due))
 
 
 def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
@@ -222,65 +166,56 @@ def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
     row, target = Row(forward, verdict, uptake(forward, answer)), answers.get(forward.source.target)
     if isinstance(answer, QubeReport) and answer.listener is not None:
         row = row._replace(bugs=answer.listener.bugs)
-    if isinstance(target, QubeReport):
-        row = row._replace(bugs_in_target=target.bugs)
-    if isinstance(target, QubeReport) and forward.transport is Transport.MUX:
-        mine = (forward.exposed, forward.source.rule.target_ports)
-        row = row._replace(
-            mux_calls=sum(calls.mux_calls for calls in target.calls if (calls.source, calls.ports) == mine)
-        )
-    return row
+    if not isinstance(target, QubeReport):
+        return row
+    mine = (forward.exposed, forward.source.rule.target_ports)
+    mux_calls = sum(calls.mux_calls for calls in target.calls if (calls.source, calls.ports) == mine)
+    is_mux = forward.transport is Transport.MUX
+    return row._replace(bugs_in_target=target.bugs, mux_calls=mux_calls if is_mux else None)
 
 
-def status(args: Namespace, session: Session, rest: Callable[[float], None] = time.sleep) -> int:
+def status(args: Namespace, session: Session) -> int:
     """Show what is open; exit status 1 if something is not as the rules ask for."""
-    if not args.watch:
-        found = _look(args, session)
-        if session.is_json:
-            session.say_json(found.as_json())
-        else:
-            session.say(text(found, session.style))
-        return 0 if found.is_well else 1
-    is_well = True
-    try:
-        while True:
-            session = session._replace(now=time.time())
-            found = _look(args, session)
-            is_well = found.is_well
-            if session.is_json:
-                session.say(f"{json.dumps(found.as_json() | {'time': session.now})}\n")
-            else:
-                clear = _CLEAR if session.style.width is not None else ""
-                session.say(f"{clear}{text(found, session.style)}")
-            session.out.flush()
-            rest(WATCH_S)
-    except KeyboardInterrupt:
-        return 0 if is_well else 1
-
-
-def _look(args: Namespace, session: Session) -> Status:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed.text)
     answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
-    return status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
+    found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
+    if session.is_json:
+        session.say_json(found.as_json())
+    else:
+        session.say(text(found, session.style))
+    return 0 if found.is_well else 1
 
 
 def text(found: Status, style: Style) -> str:
     """The status for people."""
-    parts = [
-        style.colour(Colour.RED, escaped(f"No rule asks for it: {leftover}; 'qvm-forward apply' ends that."))
-        for leftover in found.leftovers
-    ]
-    parts += [style.colour(Colour.YELLOW, f"{drain}.") for drain in found.drains]
+    leftovers = [style.colour(Colour.RED, escaped(line)) for line in _leftovers(found.due)]
+    parts = leftovers + [style.colour(Colour.YELLOW, f"{_goes_on(left)}.") for left in found.goes_on]
     if found.rows:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
         parts.append(table.text(style).rstrip("\n"))
     else:
-        is_quiet = not (found.leftovers or found.drains or found.silent)
-        nothing = "Nothing is open." if is_quiet else "No forward is open."
+        nothing = "No forward is open." if parts or found.silent else "Nothing is open."
         parts.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
     return "".join(f"{part}\n" for part in (*parts, *_remarks(found)))
+
+
+def _leftovers(due: Collection[Step]) -> Iterator[str]:
+    """What is in force although no rule asks for it."""
+    for step in due:
+        lines = step.lines_gone if step.kind is Kind.CLOSE_POLICY else ()
+        found = [f"dom0's policy allows '{' '.join(line.split())}'" for line in lines]
+        if step.kind is Kind.REMOVE_CONFIG:
+            found = [f"{step.qube} is told to listen for {step.key.removeprefix(CONFIG_PREFIX)}"]
+        yield from (f"No rule asks for it: {what}; 'qvm-forward apply' ends that." for what in found)
+
+
+def _goes_on(left: GoesOn) -> str:
+    if left.left_s is not None:
+        return f"Draining: {heard.still_open(left)}"
+    count = "1 connection" if left.connections == 1 else f"{left.connections} connections"
+    return f"{left.target} {left.name} is to be closed, and {left.exposed} still has {count} of it"
 
 
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
@@ -297,14 +232,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def size(count: int) -> str:
     """A number of bytes for people: ``0``, ``999``, ``1.5 KiB``, ``12 MiB``."""
-    if count < _KIB:
-        return str(count)
-    value, unit = float(count), ""
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):  # noqa: B007
-        value /= _KIB
-        if value < _KIB:
-            break
-    return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    value, units = float(count), ["", " KiB", " MiB", " GiB", " TiB", " PiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        del units[0]
+    return f"{value:.1f}{units[0]}" if units[0] and value < 10 else f"{value:.0f}{units[0]}"
 
 
 def _remarks(found: Status) -> Iterator[str]:

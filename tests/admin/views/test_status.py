@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command status: what is open, what is not known, and what is not in force yet."""
 
-import io
-import json
 import time
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -16,8 +13,7 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.store import read_rules
-from qubes_fwd_qrexec.admin.views.session import Session
-from qubes_fwd_qrexec.admin.views.status import WATCH_S, Row, Status, size, status, status_of, text, to_ask
+from qubes_fwd_qrexec.admin.views.status import Row, Status, size, status_of, text, to_ask
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import (
     CallsReport,
@@ -105,16 +101,17 @@ def test_what_is_in_force_and_not_asked_for_is_said_first_with_what_ends_it(
     first, second, *_ = result.out.splitlines()
     assert first.startswith("No rule asks for it: dom0's policy allows 'qubes.ForwardTCP +8080+mux sys-net")
     assert second == (
-        "No rule asks for it: sys-net is told to listen for work web; 'qvm-forward apply' ends that."
+        "No rule asks for it: sys-net is told to listen for fwd.work.web; 'qvm-forward apply' ends that."
     )
     assert "Nothing is open" not in result.out
-    assert [entry["qube"] for entry in forward("status", "--json").json["leftovers"]] == [None, "sys-net"]
+    due = [step["step"] for step in forward("status", "--json").json["due"]]
+    assert due == ["close-policy", "revoke", "remove-config"]
     assert first.join(("\x1b[31m", "\x1b[0m")) in forward("status", style=Style(has_colour=True)).out
     forward("apply")
     assert forward("status").out.startswith("Nothing is open.\n")
     # A rule whose qube is gone: nothing is left that would name it.
     lab.set_feature("sys-net", "vm-config.fwd.gone.web", "version=1")
-    assert "sys-net is told to listen for gone web" in forward("status").out
+    assert "sys-net is told to listen for fwd.gone.web" in forward("status").out
 
 
 def test_what_drains_is_shown_and_who_does_not_say_is_named(
@@ -130,8 +127,8 @@ def test_what_drains_is_shown_and_who_does_not_say_is_named(
     listener = ListenerReport(since=1, forwards=(), draining=(drain, last))
     found = look(store, sys_net=QubeReport(program="1", listener=listener))
     assert shown(found).splitlines()[:3] == [
-        "work web is closed and draining: 2 connections at sys-net, cut in 50 min at the latest.",
-        "work old is closed and draining: 1 connection at sys-net, cut in 59 s at the latest.",
+        "Draining: work web: 2 connections at sys-net may go on for at most 3000 s.",
+        "Draining: work old: 1 connection at sys-net may go on for at most 59 s.",
         "No forward is open.",
     ]
     assert [entry["connections"] for entry in found.as_json()["draining"]] == [2, 1]
@@ -146,7 +143,7 @@ def test_connections_of_a_closed_forward_that_its_listener_has_not_ended_are_sai
     forward: Command, store: Backend
 ) -> None:
     forward(*ADD)
-    assert look(store, sys_net=listening(REPORT)).drains == ()
+    assert look(store, sys_net=listening(REPORT)).goes_on == ()
     forward("disable", "work", "web")
     store.set_feature(QubeName("sys-net"), "service.qubes-forward-listener", "1")
     found = look(store, sys_net=listening(REPORT))
@@ -403,28 +400,3 @@ def test_what_a_qube_says_is_read_with_care(forward: Command, over: Command, lab
     assert result.status == 0
     assert result.json["forwards"][0]["figures"]["mux_calls_in_target"] is None
     assert "work" in result.json["silent"]
-
-
-def test_a_watch_looks_again_until_it_is_interrupted(forward: Command, store: Backend, kind: str) -> None:
-    forward(*ADD)
-    waits: list[float] = []
-
-    def rest(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 2:
-            raise KeyboardInterrupt
-
-    for is_json, style in ((False, Style()), (False, Style(200)), (True, Style())):
-        waits.clear()
-        out = io.StringIO()
-        session = Session(store, NOW, {}, io.StringIO(), out, io.StringIO(), style, is_json)
-        is_lacking = kind == "qubes"  # there sys-net is without the package
-        assert status(Namespace(qube=[], watch=True), session, rest) == is_lacking
-        assert waits == [WATCH_S, WATCH_S]
-        if is_json:
-            first, second = map(json.loads, out.getvalue().splitlines())
-            keys = {"leftovers", "draining", "silent", "forwards", "due", "time"}
-            assert first.keys() == second.keys() == keys
-        else:
-            assert out.getvalue().count("QUBE ") == 2
-            assert out.getvalue().count("\x1b[H\x1b[J") == (2 if style.width else 0)
