@@ -186,7 +186,7 @@ def test_dom0_knows_no_trio(name: str) -> None:
 
 
 # Modules of the core that still use a view; the set only shrinks.
-CORE_WITH_VIEWS = {f"admin.{name}" for name in ("apply", "changing", "exchanging", "tunnelmarks", "watch")}
+CORE_WITH_VIEWS = {f"admin.{name}" for name in ("apply", "changing", "exchanging", "tunnelmarks")}
 
 
 @pytest.mark.parametrize("name", [name for name in ADMIN if not name.startswith("admin.views")])

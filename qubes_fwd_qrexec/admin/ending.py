@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""SIGTERM and SIGINT as a wish: nothing is interrupted by them, and a wait ends by a descriptor."""
+"""SIGTERM and SIGINT as a wish: they interrupt nothing, and end a wait."""
 
 import os
+import select
 import signal
-from types import FrameType
 
 
 class Ending:
-    """While it is entered, both signals set ``is_asked`` and make `fileno` readable, for good."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
+    """While it is entered, either signal makes `fileno` readable, for good. It has a pipe of its own."""
 
     def __enter__(self) -> "Ending":
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # A signal just before a wait would be seen by Python after it; this descriptor is written at once.
+        # Written at once: a signal just before a wait would be seen by Python's own handler only after it.
         self._wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-        self._handlers = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -31,5 +27,6 @@ class Ending:
     def fileno(self) -> int:
         return self._read_fd
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.is_asked = True
+    def is_asked(self, within_s: float = 0.0) -> bool:
+        """Whether the end is asked for by now, or within some seconds, for which it waits."""
+        return bool(select.select([self], [], [], within_s)[0])

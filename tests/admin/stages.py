@@ -16,7 +16,8 @@ from qubes_fwd_qrexec.admin.ending import Ending
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.views.render import Style
 from qubes_fwd_qrexec.admin.views.session import Session
-from qubes_fwd_qrexec.admin.watch import QUIET_S, TICK_S, Watcher
+from qubes_fwd_qrexec.admin.views.watching import follow
+from qubes_fwd_qrexec.admin.watch import QUIET_S, TICK_S
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -87,23 +88,12 @@ class Stage(LabStore):
         self._played += 1
         (self._acts.pop(0) if self._acts else END)()
 
-    def _rest(self, fd: int, timeout_s: float) -> None:
-        self.rests.append(timeout_s)
-        self.hands.pass_by(timeout_s)
-        self.on_rest()
-
     def run(self, *acts: Act, is_json: bool = False) -> None:
         """Watch until all acts have been played and nothing is left to be done."""
         self._acts = list(acts)
         session = Session(self, 0.0, {}, io.StringIO(), self.out, self.err, Style(), is_json)
-        with Ending() as ending:
-            Watcher(
-                session,
-                self.hands.clock(),
-                ending,
-                elapsed=lambda: self.hands.elapsed,
-                rest=self._rest,
-            ).run()
+        with Resting(self) as ending:
+            follow(session, self.hands.clock(), ending)
 
     @property
     def is_open(self) -> bool:
@@ -111,6 +101,20 @@ class Stage(LabStore):
         is_allowed = bool(policy.allowing(self.read_policy().text or ""))
         assert is_allowed == (CONFIG in self.lab.features("sys-net"))
         return is_allowed
+
+
+class Resting(Ending):
+    """A wish to end that is not waited for: the time of a stage passes by."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def is_asked(self, within_s: float = 0.0) -> bool:
+        if within_s:
+            self._stage.rests.append(within_s)
+            self._stage.hands.pass_by(within_s)
+            self._stage.on_rest()
+        return super().is_asked()
 
 
 class PlayedContext(AbstractContextManager[Played]):

@@ -2,9 +2,7 @@
 """`watch` ends when it is asked to, and what it tells the service manager."""
 
 import io
-import os
 import socket
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +14,8 @@ from stages import END, Stage, set_netvm
 from qubes_fwd_qrexec.admin.backend import Changes
 from qubes_fwd_qrexec.admin.views.render import Style
 from qubes_fwd_qrexec.admin.views.session import Session
-from qubes_fwd_qrexec.admin.watch import RETRY_S, _ready, watch
+from qubes_fwd_qrexec.admin.views.watching import watch
+from qubes_fwd_qrexec.admin.watch import RETRY_S
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -78,17 +77,6 @@ def test_whether_it_runs_is_known_and_it_runs_once(lab: LabDirectory) -> None:
     assert watch(Namespace(), session) == 0
     assert seen == [None]
     assert store.unwatched() is not None
-
-
-def test_a_pause_ends_by_a_descriptor_or_after_its_time() -> None:
-    read_fd, write_fd = os.pipe()
-    begun = time.monotonic()
-    _ready(read_fd, 0.01)
-    assert time.monotonic() - begun >= 0.01
-    os.write(write_fd, b"x")
-    _ready(read_fd, 3600.0)
-    os.close(read_fd)
-    os.close(write_fd)
 
 
 def test_the_service_manager_is_told(

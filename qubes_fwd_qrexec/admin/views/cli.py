@@ -39,7 +39,7 @@ _COMMANDS = {
     "diagnose": (".diagnose", "diagnose"),
     "plan": (".showing", "explain"),
     "apply": (".showing", "apply"),
-    "watch": ("..watch", "watch"),
+    "watch": (".watching", "watch"),
     "policy": (".showing", "print_policy"),
     "tunnel": ("..tunnelmarks", "tunnel"),
     "panic": (".panic", "panic"),

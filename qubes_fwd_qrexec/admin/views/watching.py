@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command watch, and what it prints: each step, each rule whose state changes, and what fails, once."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.admin.clock import Clock
+from qubes_fwd_qrexec.admin.ending import Ending
+from qubes_fwd_qrexec.admin.expiry import print_expire
+from qubes_fwd_qrexec.admin.states import Cause, Plan, State
+from qubes_fwd_qrexec.admin.watch import Look, Watcher
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.system.notify import notify
+
+from . import reasons, steps
+from .render import escaped
+from .session import Session
+
+# Less is the work of clock synchronisation, and changes nothing that anybody would see.
+_SET_BACK_S = 60.0
+
+
+def watch(args: Namespace, session: Session) -> int:
+    """Run until SIGTERM or SIGINT."""
+    with Ending() as ending, session.backend.watching():
+        follow(session, Clock(), ending)
+    return 0
+
+
+def follow(session: Session, clock: Clock, ending: Ending) -> None:
+    """Print what the loop does until its end, and tell the service manager."""
+    Watcher(session.backend, clock, ending, _Printer(session)).run()
+    notify("STOPPING=1")
+
+
+class _Printer:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._trouble: str | None = None
+        self._is_set_back = False
+
+    def looked(self, look: Look) -> None:
+        session, (planned, outcome, snapshot) = self._session, look.applied
+        session.warn_unread(snapshot)
+        news = [] if look.before is None else list(differing(look.before, planned))
+        untold = [steps.ended_words(ended) for ended in look.ended if ended.problem is not None]
+        if session.is_json:
+            if outcome.done or outcome.problems or untold or news:
+                done = [steps.as_json(step) for step in outcome.done]
+                data = {
+                    "time": look.at,
+                    "news": news,
+                    "steps": done,
+                    "problems": [*outcome.problems, *untold],
+                }
+                # One object a line, and not session.say_json, which writes for people too.
+                session.say(f"{json.dumps(data)}\n")
+        else:
+            words = [word for step in outcome.done for word in steps.words(step)]
+            session.say("".join(f"{escaped(line)}\n" for line in (*news, *words)))
+        session.out.flush()
+        for text in untold:
+            self._warn(text)
+        count = len(planned.forwards) + len(planned.broken)
+        status = f"{len(planned.live)} of {count} forwards open"
+        if look.next_end is not None:
+            status = f"{status}; the next ends {print_expire(int(look.next_end), look.at)}"
+        if self._trouble is None:
+            notify("READY=1", f"STATUS={status}")
+
+    def troubled(self, error: ForwardError) -> None:
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            self._warn(self._trouble)
+        # Nothing without which it could start is a reason not to start.
+        notify("READY=1", f"STATUS={escaped(self._trouble)}")
+
+    def is_well(self) -> None:
+        if self._trouble is not None:
+            self._trouble = None
+            self._warn("all is well again")
+
+    def ticked(self, ahead_s: float) -> None:
+        was, self._is_set_back = self._is_set_back, ahead_s >= _SET_BACK_S
+        if self._is_set_back and not was:
+            self._warn(
+                f"the clock was set back by {ahead_s:.0f} s; rules end as if it had not been, until "
+                "'qvm-forward watch' starts again"
+            )
+
+    def _warn(self, text: str) -> None:
+        for line in text.splitlines():
+            self._session.warn(escaped(line))
+        self._session.err.flush()
+
+
+class _Seen(NamedTuple):
+    """What became of one rule."""
+
+    state: State
+    cause: Cause
+    reason: str
+
+
+def _seen(planned: Plan) -> dict[tuple[str, str], _Seen]:
+    """Of each rule, and of what cannot be read as one."""
+    seen: dict[tuple[str, str], _Seen] = {
+        f.source[:2]: _Seen(f.state, f.cause, reasons.sentence(f)) for f in planned
+    }
+    for rule in planned.broken:
+        seen[rule.target, rule.name] = _Seen(State.BROKEN, Cause.UNREADABLE, f"{rule.problem}.")
+    return seen
+
+
+def differing(before: Plan, after: Plan) -> Iterator[str]:
+    """A sentence for each rule that came, went, or is in another state than before."""
+    olds, news = _seen(before), _seen(after)
+    for key in sorted(olds.keys() | news.keys()):
+        old, new = olds.get(key), news.get(key)
+        name = " ".join(key)
+        if new is None:
+            yield f"{name} is no longer there"
+        elif old is None:
+            yield f"{name} is new, and {new.state}. {new.reason}"
+        elif (old.state, old.cause) != (new.state, new.cause):
+            yield f"{name} was {old.state} and is {new.state}. {new.reason}"
