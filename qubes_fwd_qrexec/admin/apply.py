@@ -17,9 +17,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import Allowance
-from qubes_fwd_qrexec.common.config import parse_key
-from qubes_fwd_qrexec.common.errors import ConfigError, StoreError
-from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
@@ -27,7 +25,6 @@ from .backend import Backend, ChangedError, PolicyFile
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, targets_of
 from .states import Cause, Forward, Plan
-from .views import reasons
 
 
 class Kind(StrEnum):
@@ -92,28 +89,6 @@ class Outcome(NamedTuple):
     def after(self, earlier: "Outcome") -> "Outcome":
         """Of two that follow each other; what the earlier one left undone, this one has seen too."""
         return self._replace(done=(*earlier.done, *self.done), ended=(*earlier.ended, *self.ended))
-
-
-def others(outcome: Outcome, after: Plan, asked: Iterable[NamedRule]) -> Iterator[str]:
-    """A sentence for each forward that was opened or closed beside those that were asked for: rules that were
-    restored, or changed by Qubes' own tools, come into force with whatever command is next.
-    """
-    names = {(named.target, named.name) for named in asked}
-    for step in outcome.done:
-        if step.kind not in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG):
-            continue
-        key = step.key.removeprefix(CONFIG_PREFIX)
-        try:
-            found = parse_key(key)
-        except ConfigError:
-            yield f"Also closed at {step.qube}: {key}."
-            continue
-        if found in names:
-            continue
-        forward = after.find(*found)
-        what = "closed" if step.kind is Kind.REMOVE_CONFIG else "opened" if step.was is None else "changed"
-        why = f". {reasons.sentence(forward)}" if forward is not None else "."
-        yield f"Also {what} at {step.qube}: {' '.join(found)}{why}"
 
 
 def wanted_config(forwards: Iterable[Forward]) -> dict[tuple[QubeName, str], Forward]:

@@ -41,16 +41,12 @@ def judged(
 
 
 def denials(forwards: Iterable[Forward], backend: Backend) -> dict[tuple[QubeName, RuleName], str]:
-    """Words for each live forward whose calls dom0 denies, whatever our own file says. Never raises."""
+    """Why dom0 denies the calls of live forwards, whatever our own file says. Never raises."""
     try:
         verdicts = judged(forwards, backend, backend.read_policy().text)
     except (ForwardError, OSError):
         return {}  # status says so
-    return {
-        key: f"dom0 denies its calls: {verdict.reason}"
-        for key, verdict in verdicts.items()
-        if verdict.is_allowed is False
-    }
+    return {key: verdict.reason for key, verdict in verdicts.items() if verdict.is_allowed is False}
 
 
 _ORDER = {False: 0, None: 1, True: 2}

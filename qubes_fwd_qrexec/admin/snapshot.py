@@ -13,7 +13,7 @@ from .backend import ANY, NEW, Backend, PolicyFile
 from .inventory import Inventory
 from .plan import plan
 from .states import Plan
-from .store import Stored, read_rules
+from .store import Changes, Stored, feature_key, read_rules
 
 # A policy file that cannot be read is replaced only by one that allows nothing.
 _UNREAD = PolicyFile(None, ANY)
@@ -60,6 +60,17 @@ class Snapshot(NamedTuple):
         if not (self.is_held if is_held is None else is_held):
             return planned
         return planned.held()
+
+    def changed(self, changes: Changes) -> "Snapshot":
+        """The system as it would be with some rules and marks changed; their qubes must exist."""
+        qubes = dict(self.inventory.qubes)
+        for (qube, name), value in changes.items():
+            features = {key: text for key, text in qubes[qube].features.items() if key != feature_key(name)}
+            if value is not None:
+                features[feature_key(name)] = value
+            qubes[qube] = qubes[qube]._replace(features=features)
+        inventory = Inventory(qubes)
+        return self._replace(inventory=inventory, stored=read_rules(inventory))
 
     def check_qube(self, name: str) -> QubeName:
         """The qube of that name. Raises `RefusedError` if there is none."""

@@ -16,6 +16,9 @@ PREFIX = "forward."
 # TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
 TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(PREFIX)
 
+Changes = Mapping[tuple[QubeName, str], str | None]
+"""New lines of rules by qube and name, or None to remove one. `TUNNEL_NAME` stands for a qube's mark."""
+
 
 class Stored(NamedTuple):
     """All that is stored as rules, in the order of target and name."""
@@ -38,13 +41,6 @@ class Stored(NamedTuple):
     def targets(self) -> list[QubeName]:
         """The qubes at which anything is stored."""
         return sorted({rule.target for rule in self.rules} | {rule.target for rule in self.broken})
-
-    def with_rules(self, changed: Iterable[NamedRule]) -> "Stored":
-        """The same with rules added or replaced."""
-        new = {(rule.target, rule.name): rule for rule in changed}
-        kept = [rule for rule in self.rules if (rule.target, rule.name) not in new]
-        broken = [rule for rule in self.broken if (rule.target, rule.name) not in new]
-        return Stored(tuple(sorted((*kept, *new.values()), key=lambda rule: rule[:2])), tuple(broken))
 
 
 def feature_key(name: str) -> str:
@@ -93,8 +89,8 @@ def made_up_name(rule: ForwardRule, taken: Iterable[str]) -> RuleName:
     return parse_rule_name(name)
 
 
-def store(backend: Backend, inventory: Inventory, changes: Mapping[tuple[QubeName, str], str | None]) -> None:
-    """Set rules, or with None remove them, by qube and name: all, or on an error none.
+def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
+    """Make all of the changes, or on an error none.
 
     On an error each is put back to what it was in ``inventory``. The caller holds the lock. Raises
     `StoreError`, which lists what could not be put back, and what to do about it.

@@ -30,13 +30,15 @@ class TextError(ForwardError):
 class RuleError(ForwardError):
     """A rule cannot be read or is at odds with itself.
 
-    ``place`` names the option and where it stands (``option 'srcports' at column 17``).
+    ``place`` names the option and where it stands (``option 'srcports' at column 17``); ``options`` are the
+    names of the options that are wrong, where it is about options.
     """
 
-    def __init__(self, place: str, problem: str) -> None:
+    def __init__(self, place: str, problem: str, *options: str) -> None:
         super().__init__(f"{place}: {problem}")
         self.place = place
         self.problem = problem
+        self.options = options
 
 
 class UsageError(ForwardError):

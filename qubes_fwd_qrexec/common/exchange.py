@@ -55,7 +55,7 @@ class Document(NamedTuple):
 
 def within(place: str, error: RuleError) -> RuleError:
     """The same error, with the place around its own."""
-    return RuleError(f"{place}, {error.place}", error.problem)
+    return RuleError(f"{place}, {error.place}", error.problem, *error.options)
 
 
 def rule_from_json(data: object, place: str) -> ForwardRule:

@@ -60,19 +60,19 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
     for option in options:
         form = forms.get(option.name)
         if form is None:
-            raise RuleError(option.place, f"unknown option; known are {', '.join(forms)}")
+            raise RuleError(option.place, f"unknown option; known are {', '.join(forms)}", option.name)
         try:
             value = form.parse(option.value)
         except TextError as error:
-            raise RuleError(option.place, str(error)) from None
+            raise RuleError(option.place, str(error), option.name) from None
         earlier = filled_by.get(form.field)
         if earlier is not None:
             if earlier.name == option.name or form.merge is None or forms[earlier.name].merge is None:
-                raise RuleError(option.place, f"says again what {earlier.place} has said")
+                raise RuleError(option.place, f"says again what {earlier.place} has said", option.name)
             try:
                 value = form.merge(fields[form.field], value)
             except TextError as error:
-                raise RuleError(option.place, str(error)) from None
+                raise RuleError(option.place, str(error), option.name) from None
         fields[form.field] = value
         filled_by[form.field] = option
     return fields

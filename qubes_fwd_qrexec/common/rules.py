@@ -131,35 +131,39 @@ class ForwardRule:
     comment: str = ""
 
     def __post_init__(self) -> None:
-        for place, problem in self._contradictions():
-            raise RuleError(place, problem)
+        for one, other, problem in self._contradictions():
+            raise RuleError(f"options {one!r} and {other!r}", problem, one, other)
 
-    def _contradictions(self) -> Iterable[tuple[str, str]]:
+    def _contradictions(self) -> Iterable[tuple[str, str, str]]:
+        """Two options each, and why they do not go together."""
         if len(self.listen_ports) != len(self.target_ports):
             yield (
-                "options 'srcports' and 'dstports'",
+                "srcports",
+                "dstports",
                 f"{self.listen_ports} is {_count(self.listen_ports)} and {self.target_ports} is "
                 f"{_count(self.target_ports)}; both must be as many",
             )
         if self.proto is Proto.UDP:
             if self.mode is Mode.QREXEC:
-                yield ("options 'proto' and 'mode'", "qrexec carries TCP alone; udp needs mode=nft")
+                yield ("proto", "mode", "qrexec carries TCP alone; udp needs mode=nft")
             if self.proxy is not Proxy.OFF:
-                yield ("options 'proto' and 'proxy'", "the PROXY protocol needs proto=tcp")
+                yield ("proto", "proxy", "the PROXY protocol needs proto=tcp")
         if self.mode is Mode.NFT and self.transport is not Transport.AUTO:
-            yield ("options 'mode' and 'transport'", "transport is about qrexec; leave it out with mode=nft")
+            yield ("mode", "transport", "transport is about qrexec; leave it out with mode=nft")
         if self.mode is Mode.NFT and self.proxy is not Proxy.OFF:
-            yield ("options 'mode' and 'proxy'", "nftables cannot add a PROXY header; use mode=qrexec")
+            yield ("mode", "proxy", "nftables cannot add a PROXY header; use mode=qrexec")
         if self.transport is Transport.CALL and self.proxy is not Proxy.OFF:
             yield (
-                "options 'transport' and 'proxy'",
+                "transport",
+                "proxy",
                 "PROXY headers are made by the mux; use transport=mux",
             )
         if self.listen is not None:
             strangers = [n for n in self.sources.networks if n.version != self.listen.version]
             if strangers:
                 yield (
-                    "options 'listen' and 'srchosts'",
+                    "listen",
+                    "srchosts",
                     f"{strangers[0]} can never reach {self.listen}: IPv4 and IPv6 do not mix; "
                     f"make a second rule for IPv{strangers[0].version}",
                 )
@@ -187,7 +191,7 @@ class ForwardRule:
         given = read(options, _READ_FORMS)
         for name, missing in _MISSING.items():
             if _FORMS[name].field not in given:
-                raise RuleError(f"option {name!r}", missing)
+                raise RuleError(f"option {name!r}", missing, name)
         del given["action"]
         given.setdefault("target_ports", TargetPorts(given["listen_ports"].first, given["listen_ports"].last))
         return cls(**given)

@@ -128,7 +128,8 @@ def test_an_imported_mark_closes_what_goes_round_it_and_says_so(forward: Forward
     result = forward("import", stdin="version 2\nsys-firewall tunnel yes\n")
     assert result.status == 0
     assert result.out.startswith(
-        "Imported 0 forwards.\nsys-firewall is marked as a tunnel.\nwork web: refused. work is behind a "
+        "Imported 0 forwards.\nsys-firewall is marked as a tunnel.\nForward work web is refused now and "
+        "closed. work is behind a "
     )
     assert lab.vm_config("sys-net") == {}
     assert forward("import", "--json", stdin="sys-firewall tunnel yes").json["tunnels"] == {}
@@ -224,5 +225,5 @@ def test_two_forwards_of_2021_to_one_port_are_refused_together(forward: Forward,
         "action=forward proto=tcp src4=10.1.0.0/16 srcports=80 dstports=81\n"
     )
     result = forward("import", "--qube", "work", stdin=text)
-    assert "as work tcp-80-2 would be in conflict. Rule work tcp-80 has port 80" in result.err
+    assert "work tcp-80-2 was not imported, nor was anything else. Rule work tcp-80 has port 80" in result.err
     assert content(lab) == before

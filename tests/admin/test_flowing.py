@@ -5,17 +5,46 @@ import json
 
 import pytest
 from faulty import Faulty
-from test_stock import report
 from worlds import ADD, Command
 
-from qubes_fwd_qrexec.admin import stock
+from qubes_fwd_qrexec.admin import listeners
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE
-from qubes_fwd_qrexec.common.report import QubeReport
+from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
+from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
+PERSONAL, NAME = QubeName("personal"), RuleName("ssh")
 NOTHING = json.dumps(QubeReport(program="1").as_json()).encode()
+
+
+def report(connections: int | None = None, draining: int | None = None) -> bytes:
+    forwards = [] if connections is None else [forward(connections)]
+    drains = (
+        []
+        if draining is None
+        else [DrainingReport(target=PERSONAL, name=NAME, connections=draining, left_s=3000)]
+    )
+    listener = ListenerReport(since=0, forwards=tuple(forwards), draining=tuple(drains))
+    return json.dumps(QubeReport(program="x", listener=listener).as_json()).encode()
+
+
+def forward(connections: int) -> ForwardReport:
+    return ForwardReport(
+        target=PERSONAL,
+        name=NAME,
+        since=0,
+        connections=connections,
+        total=9,
+        refused={},
+        sent=0,
+        received=0,
+        transport=Transport.CALL,
+        way=Way.OPEN,
+        mux_calls=0,
+        is_listening=True,
+    )
 
 
 class Flowing(Faulty):
@@ -37,7 +66,7 @@ class Flowing(Faulty):
 
 @pytest.fixture(autouse=True)
 def _asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stock, "ASKED_AT_S", (0.0,))
+    monkeypatch.setattr(listeners, "ASKED_AT_S", (0.0, 0.0))
 
 
 @pytest.mark.parametrize(("command", "done"), [("remove", "removed"), ("disable", "disabled")])
@@ -86,6 +115,15 @@ def test_what_drains_over_a_call_that_another_forward_needs_is_not_called_closed
     result = over(Flowing(lab, listener=said), "disable", "work", "ssh")
     assert "work ssh is disabled and takes no new connection, but what is open may go on." in result.out
     assert "still open: work ssh: 1 connection at sys-net may go on for at most 3000 s" in result.err
+
+
+def test_what_drains_after_a_mark_is_not_called_closed(
+    forward: Command, over: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD, "--on-expire", "drain")
+    result = over(Flowing(lab, draining=1, listener=report()), "tunnel", "mark", "sys-firewall")
+    assert result.status == 0
+    assert "work web is refused now and takes no new connection, but what is open may go on. " in result.out
 
 
 def test_what_a_mark_could_not_end_is_not_called_closed(

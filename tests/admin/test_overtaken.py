@@ -101,7 +101,7 @@ def test_a_policy_that_others_keep_on_changing_is_given_up(over: Command, opened
     assert result.status == 1
     assert rivals == ["policy 3"] * 3
     assert path.read_text().endswith("# theirs 3\n")
-    assert "the rules are changed, but not everything could be done: " in result.err
+    assert "the change is stored, but not everything could be done: " in result.err
     assert "somebody else changed it just now; try again" in result.err
 
 
@@ -123,7 +123,7 @@ def test_a_target_that_the_look_before_could_not_tell_is_a_trouble_of_the_whole(
     assert result.status == 1
     assert len(allowed(opened)) == 2
     assert (
-        "the rules are changed, but not everything could be done: qubes.ForwardRevoke in work: no answer"
+        "the change is stored, but not everything could be done: qubes.ForwardRevoke in work: no answer"
         in (result.err)
     )
 

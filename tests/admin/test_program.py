@@ -129,7 +129,7 @@ def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: Lab
     code = (
         "import sys\n"
         "from qubes_fwd_qrexec.admin.views import cli\n"
-        "from qubes_fwd_qrexec.admin import changing, exchanging\n"
+        "from qubes_fwd_qrexec.admin.views import changes, exchange, tunnels\n"
         "from qubes_fwd_qrexec.admin.views import complete, showing\n"
         "from qubes_fwd_qrexec.admin import watch\n"
         "from qubes_fwd_qrexec.admin.qubes import events\n"

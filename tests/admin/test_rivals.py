@@ -61,7 +61,7 @@ def test_the_port_of_a_forward_that_comes_back_by_itself_is_not_free(
     assert f"work web was not added. {TAKEN}" in result.err
     assert content(lab) == before
     result = forward("import", stdin="work web action=forward srcports=80 srchosts=any\n")
-    assert f"nothing was imported, as work web would be in conflict. {TAKEN}" in result.err
+    assert f"work web was not imported, nor was anything else. {TAKEN}" in result.err
     assert content(lab) == before
     assert forward(*ADD, "--disabled").status == 0
     assert f"work web was not enabled. {TAKEN}" in forward("enable", "work", "web").err

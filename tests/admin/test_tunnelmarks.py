@@ -101,8 +101,8 @@ def test_what_the_rule_accepts_stays_open_and_is_named(forward: Command, lab: La
     forward(*ADD, "--bypass-tunnel")
     result = forward("tunnel", "mark", "sys-firewall")
     assert result.out.endswith(
-        "Forward work web stays open: it bypasses the tunnel sys-firewall (feature forward.tunnel), as it "
-        "says itself.\n"
+        "Forward work web stays open: it bypasses the tunnel sys-firewall (feature forward.tunnel), as its "
+        "rule accepts.\n"
     )
     assert POLICY in policy(lab)
 
@@ -268,16 +268,14 @@ def test_a_mark_that_could_not_be_applied_is_kept_and_said(
     forward(*ADD)
     result = over(Faulty(lab, "policy"), "tunnel", "mark", "sys-firewall")
     assert result.status == 1
-    assert "sys-firewall is marked, but " in result.err
+    assert "the change is stored, but " in result.err
     assert lab.feature("sys-firewall", "forward.tunnel") == "1"
 
 
-def test_what_else_comes_into_force_is_named_and_what_drains_is_not_called_closed(
-    forward: Command, lab: LabDirectory
-) -> None:
-    forward(*ADD, "--on-expire", "drain")
+def test_what_else_comes_into_force_is_named(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
     forward("add", "vault", "81", "--from", "any", "--via", "sys-net", "--no-apply")
     out = forward("tunnel", "mark", "sys-firewall").out
-    assert "Forward work web is refused now and takes no new connection, but what is open may go on." in out
+    assert "Forward work web is refused now and closed. " in out
     assert "\nAlso opened at sys-net: vault tcp-81. Connections to port 81 of sys-net" in out
     assert "Also" not in forward("tunnel", "unmark", "sys-firewall").out

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from helpers import free_port
 
-from qubes_fwd_qrexec.admin import uptake
+from qubes_fwd_qrexec.admin import listeners
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.report import (
     Firewall,
@@ -148,8 +148,8 @@ def test_what_the_listener_cannot_open_is_said_by_the_command_that_asks_for_it(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Until it has tried, for however long a busy machine takes: then its word ends the waiting.
-    monkeypatch.setattr(uptake, "ASKED_AT_S", tuple(0.7 * number for number in range(60)))
-    monkeypatch.setattr(uptake, "BOUND_S", 45.0)
+    monkeypatch.setattr(listeners, "ASKED_AT_S", tuple(0.7 * number for number in range(60)))
+    monkeypatch.setattr(listeners, "BOUND_S", 45.0)
     lab.listen()
     with socket.create_server(("127.0.0.1", lab.port)):
         words = ("work", f"{lab.port}:80", "--from=any", "--listen=127.0.0.1", "--name=web")

@@ -222,7 +222,7 @@ def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSess
             timeout=60,
         )
         assert done.returncode == 1
-        assert "the rules are changed, but not everything could be done" in done.stderr
+        assert "the change is stored, but not everything could be done" in done.stderr
         assert "qubes.ForwardRevoke in work ended with exit status 3" in done.stderr
         assert "What is open to work may go on: over a mux call for at most 300 s" in done.stderr
         assert session.lab.vm_config("sys-net") == {}

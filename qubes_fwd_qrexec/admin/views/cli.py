@@ -27,12 +27,12 @@ _TRACE = "QVM_FORWARD_TRACE"
 
 # Each command is imported when it is asked for: half of the time until it starts would go into the others.
 _COMMANDS = {
-    "add": ("..changing", "add"),
-    "set": ("..changing", "set_options"),
-    "remove": ("..changing", "remove"),
-    "enable": ("..changing", "enable"),
-    "disable": ("..changing", "disable"),
-    "confirm": ("..changing", "confirm"),
+    "add": (".changes", "add"),
+    "set": (".changes", "set_options"),
+    "remove": (".changes", "remove"),
+    "enable": (".changes", "enable"),
+    "disable": (".changes", "disable"),
+    "confirm": (".changes", "confirm"),
     "list": (".showing", "list_rules"),
     "show": (".showing", "show"),
     "status": (".status", "status"),
@@ -41,11 +41,11 @@ _COMMANDS = {
     "apply": (".showing", "apply"),
     "watch": (".watching", "watch"),
     "policy": (".showing", "print_policy"),
-    "tunnel": ("..tunnelmarks", "tunnel"),
+    "tunnel": (".tunnels", "tunnel"),
     "panic": (".panic", "panic"),
     "resume": (".panic", "resume"),
-    "export": ("..exchanging", "export_rules"),
-    "import": ("..exchanging", "import_rules"),
+    "export": (".exchange", "export_rules"),
+    "import": (".exchange", "import_rules"),
 }
 
 

@@ -97,7 +97,7 @@ def resume(args: Namespace, session: Session) -> int:
     session.say(_resumed(resumed, is_preview=args.dry_run))
     if not args.dry_run and resumed.was_held:
         for (target, name), denial in denials(resumed.plan.live, session.backend).items():
-            session.say(f"Note: {target} {name}: {escaped(denial)}.\n")
+            session.say(f"Note: {target} {name}: dom0 denies its calls: {escaped(denial)}.\n")
     return 0
 
 

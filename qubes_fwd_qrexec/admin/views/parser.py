@@ -89,6 +89,7 @@ def build() -> argparse.ArgumentParser:
     _add_rule(command("set", "Change options of a forward."), several=False)
     changed = commands.choices["set"]
     changed.add_argument("options", nargs="+", metavar="OPTION=VALUE", help="an empty value: the default")
+    changed.add_argument("--was", metavar="LINE", help="refuse if the rule's line is another one by now")
     _add_no_apply(changed)
     for name, text in (
         ("remove", "Close forwards and forget them."),

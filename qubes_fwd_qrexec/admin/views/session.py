@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One run of qvm-forward: the system and the time that it works with, and where it prints."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TextIO
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import Snapshot, look
-from qubes_fwd_qrexec.admin.states import Plan
-from qubes_fwd_qrexec.common.rules import NamedRule
 
 from .render import escaped
 from .tables import Style
@@ -54,14 +52,3 @@ class Session(NamedTuple):
         """Warn of what could not be read, once in a run."""
         for text in snapshot.problems:
             self.warn_once(escaped(text))
-
-    def say_unwatched(self, applied: Plan, asked: Iterable[NamedRule]) -> None:
-        """Say so if forwards are live and nothing runs that would close them by itself."""
-        is_live = any((f := applied.find(*named[:2])) is not None and f.is_live for named in asked)
-        start = self.backend.unwatched() if is_live else None
-        if start is not None:
-            self.say(
-                "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a "
-                "netvm changes or a qube is removed, until you run qvm-forward again. This starts it: "
-                f"{start}.\n"
-            )

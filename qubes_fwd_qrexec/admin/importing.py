@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Import: the rules and tunnel marks of a document, all of them or none."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, TextError
+from qubes_fwd_qrexec.common.exchange import Document, Read
+from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
+from qubes_fwd_qrexec.common.values import QubeName
+
+from .backend import Backend
+from .changing import Changed, change
+from .inventory import DISPOSABLE, TUNNEL_FEATURE
+from .snapshot import Snapshot
+from .store import TUNNEL_NAME, Changes, made_up_name, parse_new_name
+
+
+class Imported(NamedTuple):
+    """What an import did.
+
+    ``marks`` are the qubes whose mark it has set, or with False taken away. ``left_open`` are forwards that
+    are not in the document: of all qubes if it is an export, else of those that it is about.
+    """
+
+    changed: Changed
+    marks: Mapping[QubeName, bool]
+    left_open: tuple[NamedRule, ...]
+
+
+def import_document(
+    backend: Backend,
+    now: float,
+    document: Document,
+    qube: QubeName | None = None,
+    *,
+    is_replacing: bool = False,
+    is_applied: bool = True,
+) -> Imported:
+    """Store a document and apply it.
+
+    ``qube`` has the rules of which the document does not say whose they are. ``is_replacing``: the document
+    may change rules and take marks away. Raises `RefusedError`, `RuleError`, and what `changing.change` does.
+    """
+    marks: dict[QubeName, bool] = {}
+
+    def decide(snapshot: Snapshot) -> Changes:
+        rules = _placed(document, qube, snapshot)
+        for named in rules:
+            old = snapshot.stored.find(*named[:2])
+            if old is not None and old != named and not is_replacing:
+                raise RefusedError(
+                    f"{named} exists already and is another rule; nothing was imported. With --replace the "
+                    "imported one takes its place"
+                )
+        marks.update(_marks(document, snapshot, is_replacing=is_replacing))
+        changes: dict[tuple[QubeName, str], str | None] = {
+            (name, TUNNEL_NAME): _mark(is_marked) for name, is_marked in marks.items()
+        }
+        return changes | {named[:2]: str(named.rule) for named in rules}
+
+    changed = change(
+        backend,
+        now,
+        decide,
+        "imported, nor was anything else",
+        is_applied=is_applied,
+        refuses_ports_alone=True,
+    )
+    targets = {target for target, _ in changed.keys}
+    left_open = tuple(
+        forward.source
+        for forward in changed.plan.live
+        if forward.source[:2] not in changed.keys and (document.is_export or forward.source.target in targets)
+    )
+    return Imported(changed, marks, left_open)
+
+
+def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> list[NamedRule]:
+    """The rules with target and name; owner and path are today's where the document does not say them."""
+    placed: dict[tuple[str, str], NamedRule] = {}
+    for read in document.rules:
+        target = read.target or qube
+        if target is None:
+            raise RefusedError(f"{read.place}: the file does not say for which qube; say --qube QUBE")
+        if snapshot.inventory.get(target) is None:
+            raise RefusedError(f"{read.place}: there is no qube {target}; nothing was imported")
+        rule = _recorded(read, target, document, snapshot)
+        try:
+            taken = [*snapshot.stored.names(target), *(n for t, n in placed if t == target)]
+            name = parse_new_name(read.name or made_up_name(rule, taken))
+        except TextError as error:
+            raise RuleError(read.place, str(error)) from None
+        if (target, name) in placed:
+            raise RefusedError(f"{read.place}: {target} {name} stands twice; nothing was imported")
+        placed[target, name] = NamedRule(target, name, rule)
+    return list(placed.values())
+
+
+def _recorded(read: Read, target: QubeName, document: Document, snapshot: Snapshot) -> ForwardRule:
+    """A rule with owner and path; one that is stored exactly so already stays as it is."""
+    rule, here = read.rule, None if read.name is None else snapshot.stored.find(target, read.name)
+    if isinstance(here, NamedRule) and here.rule == rule:
+        return rule
+    # An export has what a disposable inherited from its template, which nobody means to open.
+    is_inherited = document.is_export and snapshot.inventory.qubes[target].klass == DISPOSABLE
+    if rule.owner is None and not is_inherited:
+        rule = replace(rule, owner=target)
+    if rule.path is None:
+        chain = snapshot.inventory.chain(target)
+        if chain.problem is not None:
+            raise RefusedError(f"{read.place}: {chain.problem}; nothing was imported")
+        rule = replace(rule, path=chain.qubes)
+    return rule
+
+
+def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dict[QubeName, bool]:
+    """The marks that change. Taking one away may open forwards, so that must be asked for."""
+    found = {}
+    for qube, is_marked in document.tunnels.items():
+        known = snapshot.inventory.get(qube)
+        if known is None:
+            raise RefusedError(f"there is no qube {qube} to mark as a tunnel or not; nothing was imported")
+        if not is_marked and snapshot.inventory.feature(qube, TUNNEL_FEATURE) and not is_replacing:
+            raise RefusedError(
+                f"{qube} is marked as a tunnel, and the import says that it is none; nothing was imported. "
+                "--replace takes the mark away"
+            )
+        if known.features.get(TUNNEL_FEATURE) != _mark(is_marked):
+            found[qube] = is_marked
+    return found
+
+
+def _mark(is_marked: bool) -> str:
+    """The feature's value. The empty one also overrides a mark of the template."""
+    return "1" if is_marked else ""

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands that change rules, as users write them; and the words for what any change did."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from qubes_fwd_qrexec.admin import changing
+from qubes_fwd_qrexec.admin.apply import Kind
+from qubes_fwd_qrexec.admin.changing import Changed, Key
+from qubes_fwd_qrexec.admin.expiry import parse_expire, print_expire
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
+from qubes_fwd_qrexec.admin.states import Forward, State
+from qubes_fwd_qrexec.common.config import Service, parse_key
+from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
+from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, ForwardType, OnExpire, Transport
+from qubes_fwd_qrexec.common.values import Sources
+
+from . import heard, reasons, steps
+from .plans import forward_as_json
+from .render import escaped
+from .session import Session
+
+_V = TypeVar("_V")
+_NO_FROM = (
+    "--from is missing: say who may connect, such as --from 192.168.0.0/16 (more with commas or by saying "
+    "it again), or --from any to let in everybody who can reach the port"
+)
+
+
+def add(args: Namespace, session: Session) -> int:
+    """Make a forward and open it."""
+    rule = _rule(args, session.now)
+    changed = changing.add(
+        session.backend, session.now, args.qube, rule, args.name, is_applied=not args.no_apply
+    )
+    return report(changed, session, "stored")
+
+
+def _rule(args: Namespace, now: float) -> ForwardRule:
+    """What the options of the command line ask for. Raises `UsageError`."""
+    if not args.sources:
+        raise UsageError(_NO_FROM, "srchosts")
+    listen_ports, target_ports = args.ports
+    sources = _parsed("--from", "srchosts", Sources.parse, ",".join(args.sources))
+    expire = None
+    if args.expire is not None:
+        expire = _parsed("--expire", "expire", lambda text: parse_expire(text, now), args.expire)
+    try:
+        return ForwardRule(
+            listen_ports=listen_ports,
+            target_ports=target_ports,
+            sources=sources,
+            mode=args.mode,
+            forward_type=ForwardType.INTERNAL if args.internal else ForwardType.EXTERNAL,
+            via=args.via,
+            proto=args.proto,
+            listen=args.listen,
+            transport=args.transport,
+            proxy=args.proxy,
+            autostart=args.autostart,
+            on_expire=args.on_expire,
+            enabled=not args.disabled,
+            follow_netvm=args.follow_netvm,
+            bypass_tunnel=args.bypass_tunnel,
+            limits=args.limits or NO_LIMITS,
+            expire=expire,
+            comment=args.comment,
+        )
+    except RuleError as error:
+        raise UsageError(str(error), *error.options) from None
+
+
+def _parsed(place: str, option: str, parse: Callable[[str], _V], text: str) -> _V:
+    try:
+        return parse(text)
+    except TextError as error:
+        raise UsageError(f"{place}: {error}", option) from None
+
+
+def set_options(args: Namespace, session: Session) -> int:
+    """Change options by their names."""
+    options: dict[str, str] = {}
+    for text in args.options:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{text!a}: an option is written name=value")
+        if name in options:
+            raise UsageError(f"option {name!a}: stands twice", name)
+        options[name] = value
+    changed = changing.set_options(
+        session.backend,
+        session.now,
+        args.qube,
+        args.name,
+        options,
+        seen=args.was,
+        is_applied=not args.no_apply,
+    )
+    return report(changed, session, "changed")
+
+
+def enable(args: Namespace, session: Session) -> int:
+    """Open what was disabled."""
+    return report(_of_several(changing.enable, args, session), session, "enabled")
+
+
+def disable(args: Namespace, session: Session) -> int:
+    """Close and keep."""
+    return report(_of_several(changing.disable, args, session), session, "disabled")
+
+
+def confirm(args: Namespace, session: Session) -> int:
+    """Record owner and path as they are now."""
+    return report(_of_several(changing.confirm, args, session), session, "confirmed")
+
+
+def remove(args: Namespace, session: Session) -> int:
+    """Close and forget, broken rules too."""
+    changed = _of_several(changing.remove, args, session)
+    if session.is_json:
+        removed = [{"qube": qube, "name": name} for qube, name in changed.keys]
+        session.say_json({"removed": removed} | as_json(changed))
+        return finish(changed, session)
+    for qube, name in changed.keys:
+        session.say(f"Forward {qube} {name!s} is removed{_closed(changed, (qube, name))}.\n")
+    say_rest(changed, session)
+    return finish(changed, session)
+
+
+def _of_several(do: Callable[..., Changed], args: Namespace, session: Session) -> Changed:
+    return do(session.backend, session.now, args.qube, args.name, is_applied=not args.no_apply)
+
+
+def report(changed: Changed, session: Session, done: str) -> int:
+    """Say what is open now, for whom, until when, and what to mind; the exit status."""
+    if session.is_json:
+        session.say_json(as_json(changed))
+        return finish(changed, session)
+    for forward in changed.forwards:
+        session.say(f"Forward {forward.source} is {done}{_state(changed, forward)}\n")
+        if forward.is_live and forward.source.rule.expire is not None:
+            session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
+        old = changed.plan_before.find(*forward.source[:2])
+        known = [] if old is None else warnings(old)
+        for note in notes(changed, forward):
+            if note not in known:
+                session.say(f"Note: {escaped(note)}.\n")
+    say_rest(changed, session)
+    return finish(changed, session)
+
+
+def _state(changed: Changed, forward: Forward) -> str:
+    """What became of a forward that the change was about."""
+    sentence = reasons.sentence(forward)
+    if forward.state is State.DISABLED:
+        return f"{_closed(changed, forward.source[:2])}. {sentence}"
+    if forward.is_live and changed.outcome is None:
+        return f"; 'qvm-forward apply' puts it in force. Then: {sentence}"
+    return f" and {forward.state}. {sentence}"
+
+
+def _closed(changed: Changed, key: Key) -> str:
+    """Never "closed" where anything still flows."""
+    if changed.outcome is None:
+        return "; 'qvm-forward apply' closes it"
+    flows = any((left.target, left.name) == key for left in changed.heard.goes_on)
+    if flows or any(ended.target == key[0] and ended.draining for ended in changed.outcome.ended):
+        return " and takes no new connection, but what is open may go on"
+    return " and closed"
+
+
+def notes(changed: Changed, forward: Forward) -> list[str]:
+    """What to mind of a forward, what is new first."""
+    return [*news(changed, forward), *warnings(forward)]
+
+
+def news(changed: Changed, forward: Forward) -> list[str]:
+    """What to mind of a forward because of the change."""
+    key = forward.source[:2]
+    denial, uptake = changed.denials.get(key), changed.heard.uptakes.get(key)
+    found = [] if denial is None else [f"dom0 denies its calls: {denial}"]
+    trouble = None if uptake is None else heard.note(forward, uptake)
+    found += [] if trouble is None else [trouble]
+    return [*found, *_narrowing(changed.plan_before.find(*key), forward)]
+
+
+def _narrowing(old: Forward | None, new: Forward) -> list[str]:
+    """What becomes of connections that were allowed before the change, and are no more."""
+    if old is None or old.config is None or new.config is None or not new.config.narrows(old.config):
+        return []
+    if new.config.on_expire is OnExpire.DRAIN:
+        return ["connections that it no longer allows go on for an hour at most, as it says on-expire=drain"]
+    return ["connections that it no longer allows are cut"]
+
+
+def warnings(forward: Forward) -> list[str]:
+    """What to mind of a forward that is open, whatever was changed."""
+    if not forward.is_live:
+        return []
+    target = forward.source.target
+    found = [*reasons.notes(forward), *reasons.hints(forward)]
+    if forward.service is Service.CONNECT_TCP:
+        found.append(reasons.transport_reason(forward))
+    elif forward.transport is Transport.CALL:
+        found.append(
+            f"where {target} serves calls by qubes-forward-service.socket, an answer that breaks off may "
+            "look complete to the client"
+        )
+    if forward.source.rule.proxy == "off":
+        way_out = "see that it asks everybody for a password"
+        if forward.transport is Transport.MUX:
+            way_out += ", or tell it the client's address with proxy=v2"
+        found.append(
+            f"the server in {target} sees all of these connections come from 127.0.0.1, which some servers "
+            f"trust: {way_out}"
+        )
+    return found
+
+
+def say_rest(changed: Changed, session: Session) -> None:
+    """What else was opened and closed, what goes on, and whether anything looks after it."""
+    for forward, was in changed.moved:
+        session.say(
+            f"Forward {forward.source} {_moved(changed, forward, was)}. {reasons.sentence(forward)}\n"
+        )
+    session.say("".join(f"{line}\n" for line in _others(changed)))
+    for ended in () if changed.outcome is None else changed.outcome.ended:
+        if ended.draining:
+            session.say(f"{steps.ended_words(ended)}.\n")
+    for left in changed.heard.goes_on:
+        session.warn(f"still open: {heard.still_open(left)}")
+    is_live = changed.outcome is not None and any(forward.is_live for forward in changed.forwards)
+    if is_live and changed.watch_start is not None:
+        session.say(
+            "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a netvm "
+            "changes or a qube is removed, until you run qvm-forward again. This starts it: "
+            f"{changed.watch_start}.\n"
+        )
+
+
+def _moved(changed: Changed, forward: Forward, was: State) -> str:
+    if forward.state is State.ACTIVE:
+        return "is open again"
+    is_closed = was in (State.ACTIVE, State.WAITING) and not forward.is_live
+    closed = _closed(changed, forward.source[:2]) if is_closed else ""
+    return f"is {forward.state} now{closed}"
+
+
+def _others(changed: Changed) -> Iterator[str]:
+    """A sentence for each forward that was opened or closed besides.
+
+    Rules that were restored, or changed by Qubes' own tools, come into force with whatever command is next.
+    """
+    named = {*changed.keys, *(forward.source[:2] for forward, _ in changed.moved)}
+    for step in () if changed.outcome is None else changed.outcome.done:
+        if step.kind not in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG):
+            continue
+        text = step.key.removeprefix(CONFIG_PREFIX)
+        try:
+            key = parse_key(text)
+        except ConfigError:
+            yield f"Also closed at {step.qube}: {text}."
+            continue
+        if key in named:
+            continue
+        forward = changed.plan.find(*key)
+        what = "closed" if step.kind is Kind.REMOVE_CONFIG else "opened" if step.was is None else "changed"
+        why = f". {reasons.sentence(forward)}" if forward is not None else "."
+        yield f"Also {what} at {step.qube}: {' '.join(key)}{why}"
+
+
+def as_json(changed: Changed) -> dict[str, Any]:
+    """What a change did, for programs."""
+    outcome = changed.outcome
+    return {
+        "forwards": [forward_as_json(f) | {"warnings": notes(changed, f)} for f in changed.forwards],
+        "changed": [forward_as_json(forward) | {"was": was} for forward, was in changed.moved],
+        "applied": outcome is not None,
+        "is_watched": changed.watch_start is None,
+        "steps": [] if outcome is None else [steps.as_json(step) for step in outcome.done],
+        "ended": [] if outcome is None else [steps.ended_as_json(ended) for ended in outcome.ended],
+        "stock": [heard.as_json(left) for left in changed.heard.goes_on],
+    }
+
+
+def finish(changed: Changed, session: Session) -> int:
+    """Warn of what could not be read; the exit status.
+
+    What was to be cut and goes on is no success; what may drain was asked for.
+    """
+    session.warn_unread(changed.after)
+    return 1 if any(left.left_s is None for left in changed.heard.goes_on) else 0

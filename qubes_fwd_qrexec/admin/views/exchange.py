@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands export and import: documents out of this system and into it."""
+
+from argparse import Namespace
+
+from qubes_fwd_qrexec.admin.importing import import_document
+from qubes_fwd_qrexec.admin.inventory import TUNNEL_FEATURE
+from qubes_fwd_qrexec.common import exchange
+from qubes_fwd_qrexec.common.errors import RuleError, StoreError, UsageError
+from qubes_fwd_qrexec.common.exchange import Document
+
+from . import changes, reasons
+from .render import escaped
+from .session import Session
+
+
+def export_rules(args: Namespace, session: Session) -> int:
+    """Print rules; what cannot be read is left out, and said."""
+    snapshot = session.look()
+    qubes = {snapshot.check_qube(qube) for qube in args.qube} or snapshot.inventory.qubes.keys()
+    rules = [rule for rule in snapshot.stored.rules if rule.target in qubes]
+    marks = {
+        name: bool(value)
+        for name in sorted(qubes)
+        if (value := snapshot.inventory.qubes[name].features.get(TUNNEL_FEATURE)) is not None
+    }
+    form = args.format or ("json" if session.is_json else "line")
+    if session.is_json and form != "json":
+        raise UsageError(f"--json and --format {form} ask for two things; leave one out")
+    if form == "json":
+        session.say_json(exchange.as_json(rules, marks))
+    elif form == "xml":
+        from qubes_fwd_qrexec.common.rulexml import print_document
+
+        session.say(print_document(rules, marks))
+    else:
+        session.say(exchange.print_lines(rules, marks))
+    broken = [rule for rule in snapshot.stored.broken if rule.target in qubes]
+    for rule in broken:
+        session.warn(f"{rule.target} {rule.name!a} is left out, as it cannot be read")
+    return 1 if broken else 0
+
+
+def import_rules(args: Namespace, session: Session) -> int:
+    """Store all rules and marks of a document, or none."""
+    document = _read(args.format, _text(args.file, session))
+    changed, marks, left_open = import_document(
+        session.backend,
+        session.now,
+        document,
+        args.qube,
+        is_replacing=args.replace,
+        is_applied=not args.no_apply,
+    )
+    if session.is_json:
+        data = {"imported": len(changed.keys), "tunnels": marks, "skipped": document.skipped}
+        data["left"] = [{"qube": named.target, "name": named.name} for named in left_open]
+        session.say_json(data | changes.as_json(changed))
+        return changes.finish(changed, session)
+    session.say(f"Imported {_count(len(changed.keys), 'forward')}.\n")
+    if document.skipped:
+        session.say(f"Left out {_count(document.skipped, 'rule')} of other actions than forward.\n")
+    for qube, is_marked in marks.items():
+        session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
+    for forward in changed.forwards:
+        session.say(f"{forward.source}: {forward.state}. {reasons.sentence(forward)}\n")
+        for note in (*reasons.notes(forward), *changes.news(changed, forward)):
+            session.say(f"{forward.source}: note: {escaped(note)}\n")
+    changes.say_rest(changed, session)
+    if left_open:
+        names = ", ".join(map(str, left_open))
+        session.say(
+            f"Not in the import, and left open: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
+        )
+    return changes.finish(changed, session)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _text(path: str, session: Session) -> str:
+    try:
+        if path == "-":
+            return session.stdin.read()
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path}: not text: {error}") from error
+
+
+def _read(form: str | None, text: str) -> Document:
+    """Raises `RuleError`."""
+    first = text.lstrip()[:1]
+    if not first:
+        raise RuleError(
+            "line 1", "there is nothing to import; even an export without forwards says its version"
+        )
+    form = form or ("xml" if first == "<" else "json" if first == "{" else "line")
+    if form == "xml":
+        from qubes_fwd_qrexec.common.rulexml import parse_document
+
+        return parse_document(text)
+    return exchange.parse_json(text) if form == "json" else exchange.parse_lines(text)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command tunnel: mark, unmark and list, and the words for them."""
+
+from argparse import Namespace
+from collections.abc import Iterable
+
+from qubes_fwd_qrexec.admin import tunnelmarks
+from qubes_fwd_qrexec.admin.changing import Changed
+from qubes_fwd_qrexec.admin.inventory import TEMPLATE, Inventory, TunnelMark
+from qubes_fwd_qrexec.admin.states import Cause
+from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
+from qubes_fwd_qrexec.common.values import QubeName
+
+from . import changes, reasons
+from .session import Session
+
+
+def tunnel(args: Namespace, session: Session) -> int:
+    """Mark, unmark, or list."""
+    if args.action == "list":
+        if args.qube is not None:
+            raise UsageError(f"list shows all tunnel qubes; leave {args.qube} out")
+        return _list(session)
+    if args.qube is None:
+        raise UsageError(f"{args.action} is about one qube; name it")
+    return (_mark if args.action == "mark" else _unmark)(args.qube, session)
+
+
+def _mark(qube: QubeName, session: Session) -> int:
+    changed = tunnelmarks.mark(session.backend, session.now, qube)
+    if session.is_json:
+        return _say_json(qube, changed, session)
+    is_new = changed.before.inventory != changed.after.inventory
+    session.say(f"{qube} {'is marked as a tunnel' if is_new else 'was marked as a tunnel already'}. ")
+    session.say(f"{_what_it_means(qube, changed.after.inventory)}\n")
+    changes.say_rest(changed, session)
+    for forward in changed.plan.live:
+        found = forward.finding(Cause.BYPASSES_TUNNEL)
+        if found is not None and found.mark is not None and found.mark.qube == qube:
+            note = reasons.sentence(forward, found)
+            session.say(f"Forward {forward.source} stays open: it {note}, as its rule accepts.\n")
+    return changes.finish(changed, session)
+
+
+def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
+    if inventory.qubes[qube].klass == TEMPLATE:
+        made = [q.name for q in inventory.qubes.values() if q.template == qube]
+        return f"That marks every qube made from it: {', '.join(made) or 'none yet'}."
+    behind = ", ".join(inventory.behind(qube)) or "no qube yet"
+    return f"Neither it nor what is behind it may be exposed outside of it; behind it is {behind}."
+
+
+def _unmark(qube: QubeName, session: Session) -> int:
+    try:
+        changed = tunnelmarks.unmark(session.backend, session.now, qube)
+    except tunnelmarks.NotMarkedError as error:
+        raise RefusedError(_not_ours(error.qube, error.inventory)) from None
+    if session.is_json:
+        return _say_json(qube, changed, session)
+    inventory = changed.after.inventory
+    if left := [*inventory.tunnel_marks(qube)]:
+        session.say(f"The mark is taken off {qube}, which is a tunnel still: {_ways_out(left, inventory)}.\n")
+    else:
+        session.say(f"{qube} is no longer marked as a tunnel.\n")
+    changes.say_rest(changed, session)
+    for forward in changed.plan:
+        if forward.cause in (Cause.TUNNEL, Cause.CONFLICT) and qube in (
+            forward.source.target,
+            *forward.chain,
+        ):
+            session.say(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}\n")
+    return changes.finish(changed, session)
+
+
+def _not_ours(qube: QubeName, inventory: Inventory) -> str:
+    """Why there is nothing of ours to take away, and whose mark it is."""
+    if marks := [*inventory.tunnel_marks(qube)]:
+        ways_out = _ways_out(marks, inventory)
+        return f"{qube} is marked as a tunnel by other means, which are not changed here: {ways_out}"
+    marked = [entry.qube for entry in tunnelmarks.tunnels(inventory)]
+    there = f"marked are {', '.join(marked)}" if marked else "no qube is"
+    return f"{qube} is not marked as a tunnel; {there}"
+
+
+def _ways_out(marks: Iterable[TunnelMark], inventory: Inventory) -> str:
+    return "; ".join(
+        f"{mark.mark}, which '{' '.join(tunnelmarks.way_out(mark, inventory))}' takes away" for mark in marks
+    )
+
+
+def _say_json(qube: QubeName, changed: Changed, session: Session) -> int:
+    marks = [mark.mark for mark in changed.after.inventory.tunnel_marks(qube)]
+    session.say_json({"qube": qube, "marks": marks} | changes.as_json(changed))
+    return changes.finish(changed, session)
+
+
+def _list(session: Session) -> int:
+    snapshot = session.look()
+    inventory, targets = snapshot.inventory, snapshot.stored.targets()
+    found = tunnelmarks.tunnels(inventory)
+    # Qubes that must not be exposed outside of a tunnel, whether they are behind one or not.
+    marks = (inventory.behind_tunnel_mark(name) for name in sorted(inventory.qubes))
+    anonymous = [mark for mark in marks if mark is not None]
+    if session.is_json:
+        tunnels = [
+            {
+                "qube": entry.qube,
+                "marks": [mark.mark for mark in entry.marks],
+                "behind": list(entry.behind),
+                "targets": [qube for qube in (entry.qube, *entry.behind) if qube in targets],
+            }
+            for entry in found
+        ]
+        session.say_json(
+            {
+                "tunnels": tunnels,
+                "anonymous": [{"qube": mark.qube, "mark": mark.mark} for mark in anonymous],
+            }
+        )
+        return 0
+    for entry in found:
+        itself, *behind = (
+            f"{qube} (has forwards)" if qube in targets else qube for qube in (entry.qube, *entry.behind)
+        )
+        session.say(f"{itself}: {', '.join(mark.mark for mark in entry.marks)}\n")
+        session.say(f"  behind it: {', '.join(behind) or 'nothing'}\n")
+    for mark in anonymous:
+        session.say(f"{mark.qube}: {mark.mark}, to be reached through its tunnel only\n")
+    if not found and not anonymous:
+        session.say("No tunnel qubes. 'qvm-forward tunnel mark QUBE' marks one, such as a VPN qube.\n")
+    return 0

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Changes as values: what they refuse, what they return, and what the commands make of it."""
+
+from dataclasses import replace
+
+import pytest
+from worlds import ADD, NOW, Command, content
+
+from qubes_fwd_qrexec.admin import changing, listeners
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.snapshot import look
+from qubes_fwd_qrexec.admin.states import Cause, NotOpenError, State
+from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
+from qubes_fwd_qrexec.common.report import ListenerReport, Problem, QubeReport, dump
+from qubes_fwd_qrexec.common.rules import ForwardRule
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+
+WORK, VAULT, WEB = QubeName("work"), QubeName("vault"), RuleName("web")
+RULE = ForwardRule.parse("action=forward srcports=80 srchosts=any")
+HELPS = "; 'qvm-forward diagnose work web' says what helps"
+HELD = dump(
+    QubeReport(
+        program="1",
+        listener=ListenerReport(
+            since=1, forwards=(), problems=(Problem("fwd.work.web", "the port is in use by nginx"),)
+        ),
+    ).as_json()
+)
+
+
+def test_a_preview_shows_what_add_would_open_and_stores_nothing(store: Backend, lab: LabDirectory) -> None:
+    before = content(lab)
+    snapshot = look(store)
+    named = changing.new_rule(snapshot, NOW, WORK, RULE)
+    seen = changing.preview(snapshot, NOW, named)
+    assert (seen.state, seen.exposed, seen.source.name) == (State.ACTIVE, "sys-net", "tcp-80")
+    assert content(lab) == before
+    added = changing.add(store, NOW, WORK, RULE)
+    assert added.forwards == [seen]
+    refused = changing.preview(snapshot, NOW, changing.new_rule(snapshot, NOW, VAULT, RULE))
+    assert (refused.state, refused.cause) == (State.REFUSED, Cause.NO_NETVM)
+
+
+def test_a_change_returns_what_was_and_what_is(store: Backend) -> None:
+    added = changing.add(store, NOW, WORK, RULE, WEB)
+    assert (added.keys, added.plan_before.forwards, added.outcome is None) == (((WORK, WEB),), (), False)
+    disabled = changing.disable(store, NOW, "work", ["web"])
+    assert disabled.plan_before.forwards == tuple(added.forwards)
+    assert [forward.state for forward in disabled.forwards] == [State.DISABLED]
+    removed = changing.remove(store, NOW, "work", ["web"], is_applied=False)
+    assert (removed.forwards, removed.plan.forwards, removed.outcome) == ([], (), None)
+
+
+def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: LabDirectory) -> None:
+    changing.add(store, NOW, WORK, RULE, WEB)
+    before = content(lab)
+    with pytest.raises(NotOpenError) as refused:
+        changing.add(store, NOW, VAULT, replace(RULE, via=QubeName("sys-net")))
+    assert (refused.value.finding.cause, refused.value.forward.source.target) == (Cause.CONFLICT, "vault")
+    assert content(lab) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"expire": "soon"}, ("expire",)),
+        ({"bogus": "1"}, ("bogus",)),
+        ({"bogus": ""}, ("bogus",)),
+        ({"srcports": "80-81"}, ("srcports", "dstports")),
+        ({"srchosts": ""}, ("srchosts",)),
+        ({"owner": "vault"}, ("owner",)),
+        ({"path": "gone"}, ("path",)),
+        ({"listen": "::1", "srchosts": "10.0.0.0/8"}, ("listen", "srchosts")),
+    ],
+)
+def test_an_error_has_the_names_of_the_options_that_are_wrong(
+    store: Backend, options: dict[str, str], wrong: tuple[str, ...]
+) -> None:
+    changing.add(store, NOW, WORK, RULE, WEB)
+    with pytest.raises(UsageError) as error:
+        changing.set_options(store, NOW, "work", "web", options)
+    assert error.value.options == wrong
+
+
+def test_a_rule_that_is_over_already_is_not_added(store: Backend) -> None:
+    with pytest.raises(UsageError) as error:
+        changing.add(store, NOW, WORK, replace(RULE, expire=NOW))
+    assert error.value.options == ("expire",)
+
+
+def test_set_refuses_if_the_rule_is_no_longer_what_the_user_saw(forward: Command, lab: LabDirectory) -> None:
+    forward(*ADD)
+    seen = lab.feature("work", "forward.web") or ""
+    assert forward("set", "work", "web", "comment=a", "--was", seen).status == 0
+    before = content(lab)
+    result = forward("set", "work", "web", "comment=b", "--was", seen)
+    assert (result.status, result.out) == (1, "")
+    now = lab.feature("work", "forward.web")
+    assert f"work web was not changed: it is no longer what you saw, but '{now}'" in result.err
+    assert content(lab) == before
+    # The order of the options does not matter.
+    other = " ".join(sorted((now or "").replace(" comment=a", "").split())) + " comment=a"
+    assert forward("set", "work", "web", "comment=b", "--was", other).status == 0
+    result = forward("set", "work", "web", "comment=c", "--was", "nonsense")
+    assert (result.status, "an option is written name=value" in result.err) == (2, True)
+
+
+def test_several_rules_change_all_or_none(store: Backend, lab: LabDirectory) -> None:
+    changing.add(store, NOW, WORK, RULE, WEB)
+    before = content(lab)
+    with pytest.raises(RefusedError, match="has no forward 'other', only web"):
+        changing.disable(store, NOW, "work", ["web", "other"])
+    assert content(lab) == before
+
+
+def test_the_json_of_a_removal_says_what_was_removed_and_ended(forward: Command) -> None:
+    forward(*ADD)
+    data = forward("remove", "work", "web", "--json").json
+    assert data["removed"] == [{"qube": "work", "name": "web"}]
+    assert (data["forwards"], data["applied"], data["stock"]) == ([], True, [])
+    assert "close-policy" in [step["step"] for step in data["steps"]]
+
+
+def test_a_qube_without_our_package_is_said_not_to_listen(forward: Command) -> None:
+    note = (
+        "Note: personal has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen; "
+        "'qvm-forward diagnose work web' says what helps.\n"
+    )
+    added = forward(*ADD, "--via", "personal")
+    assert (added.status, note in added.out) == (0, True)
+    assert "Note: personal" not in forward("set", "work", "web", "comment=x", "--no-apply").out
+    assert "Note: personal" not in forward("set", "work", "web", "via=sys-net").out
+
+
+def test_a_change_tells_it_and_does_not_fail(
+    forward: Command, store: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked: list[bool] = []
+
+    def answer(store: Backend, *_: object, **__: object) -> bytes:
+        with store.locked():  # or else this would be waited for in vain
+            locked.append(True)
+        return HELD
+
+    monkeypatch.setattr(type(store), "ask", answer)
+    monkeypatch.setattr(listeners, "ASKED_AT_S", (0.0, 0.0))
+    note = f"Note: sys-net does not have it open: the port is in use by nginx{HELPS}.\n"
+    added = forward(*ADD)
+    assert (added.status, note in added.out) == (0, True)
+    changed = forward("set", "work", "web", "comment=x", "--json")
+    assert (changed.status, changed.json["forwards"][0]["warnings"][0]) == (0, note[6:-2])
+    for words in (("disable", "work", "web"), ("set", "work", "web", "comment=y", "--no-apply")):
+        locked.clear()
+        assert "Note: sys-net" not in forward(*words).out
+        assert not locked
+    assert note in forward("enable", "work", "web").out
+    assert note in forward("confirm", "work", "web").out
