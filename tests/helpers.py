@@ -3,6 +3,7 @@
 
 import fcntl
 import os
+import select
 import socket
 import struct
 import sys
@@ -18,6 +19,7 @@ import trio
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.relay.loop import Loop
 
 BOUND_S = 60.0
 # What is to be over "at once" or "within a second" is held to this: less than any of the timers that could
@@ -247,6 +249,11 @@ def in_flight_bytes(sock: socket.socket) -> int:
         for request in (termios.TIOCOUTQ, _SIOCOUTQNSD)
     )
     return int(all_of_it - unsent)
+
+
+def is_ready(loop: Loop) -> bool:
+    """Whether the kernel has news for it now."""
+    return bool(select.select([loop], [], [], 0)[0])
 
 
 class Collected(list[Item]):

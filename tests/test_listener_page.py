@@ -70,7 +70,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("the peer does not acknowledge bytes {} at least", (GONE_S,)),
     ("the target takes nothing over a mux call {} it may be paused", (patience._PAUSE_S,)),
     ("looks for them every {};", (idleness._LOOK_TICKS * idleness.TICK_S,)),
-    ("tries again {} in a second.", (1 / acceptloop._SHORTAGE_PAUSE_S,)),
+    ("tries again {} in a second.", (1 / acceptloop.SHORTAGE_PAUSE_S,)),
     ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
     ("after a burst of {};", (connectionlog.BURST,)),
     ("Of each other kind of trouble there is at most one line in {},", (logs.REPEAT_S,)),

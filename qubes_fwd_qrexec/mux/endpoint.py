@@ -30,7 +30,7 @@ class Endpoint:
         cover it, together with what the caller holds."""
         self._peer_window_bytes = 0
         self._max_streams = hello.max_streams
-        self._control_bound_bytes = self._control_bound()
+        self.control_bound_bytes = self._control_bound()
         self._target_ports = target_ports
         self._streams: dict[int, Stream] = {}
         self._last_id = 0

@@ -71,7 +71,7 @@ class Incoming(Endpoint):
             return 0
         cost = length + FRAME_COST_BYTES
         left = stream.incoming.outstanding - cost
-        if left < 0 or self._outbox.control_bytes > self._control_bound_bytes:
+        if left < 0 or self._outbox.control_bytes > self.control_bound_bytes:
             return 0
         stream.incoming.outstanding = left
         self.granted_bytes -= cost
@@ -99,7 +99,7 @@ class Incoming(Endpoint):
         streams = self._streams
         outbox = self._outbox
         for frame_type, stream_id, untrusted_payload in self._reader.frames(untrusted_chunk):
-            if outbox.control_bytes > self._control_bound_bytes:
+            if outbox.control_bytes > self.control_bound_bytes:
                 raise RemoteProtocolError("the peer sends and does not read")
             # DATA comes first and needs no table of moves: its only row there is FLOWING.
             if frame_type == FrameType.DATA and (stream := streams.get(stream_id)) is not None:
@@ -175,7 +175,7 @@ class Incoming(Endpoint):
         self.peer = peer
         self._peer_window_bytes = peer.window_bytes
         self._max_streams = max(self._max_streams, peer.max_streams)
-        self._control_bound_bytes = self._control_bound()
+        self.control_bound_bytes = self._control_bound()
         return HelloReceived(peer, version)
 
     def _on_ping(self, payload: bytes) -> None:

@@ -28,9 +28,9 @@ _logger = logging.getLogger(__name__)
 # The kernel's default limit (net.core.somaxconn) since Linux 5.4: a burst waits here and needs no retries.
 _BACKLOG = 4096
 # How many are accepted in one go before other tasks get their turn.
-_BURST = 64
+BURST = 64
 # docs/behaviours.md, 34: how long to wait until descriptors or memory are free.
-_SHORTAGE_PAUSE_S = 0.2
+SHORTAGE_PAUSE_S = 0.2
 _SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 # Errors of a connection that was gone before it was accepted (accept(2), Linux).
 _PEERS_OWN = frozenset(
@@ -87,11 +87,11 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"{address_text(address, port)}: {_bind_trouble(error, address, port)}") from error
+        raise BindError(f"{address_text(address, port)}: {bind_trouble(error, address, port)}") from error
     return sock
 
 
-def _bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
+def bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"the port is in use by {port_holder(address, port) or 'another program'}"
     if error.errno == errno.EACCES and port < _UNPRIVILEGED_PORT:
@@ -113,7 +113,7 @@ async def accept_until_closed(
     while listening.fileno() >= 0:
         try:
             await trio.lowlevel.wait_readable(listening)
-            for _ in range(_BURST):
+            for _ in range(BURST):
                 connection, _ = listening.accept()
                 connection.setblocking(False)
                 bugs.guarded(partial(abort, connection), accepted, connection)
@@ -126,10 +126,10 @@ async def accept_until_closed(
                 return
             if error.errno in _SHORTAGE:
                 warn(_logger, limit, "shortage", f"cannot accept connections for now: {error.strerror}")
-                await trio.sleep(_SHORTAGE_PAUSE_S)
+                await trio.sleep(SHORTAGE_PAUSE_S)
             elif error.errno not in _PEERS_OWN:
                 bugs.note(error)  # unknown, but other connections may come all the same
-                await trio.sleep(_SHORTAGE_PAUSE_S)
+                await trio.sleep(SHORTAGE_PAUSE_S)
 
 
 def peer_address(connection: socket.socket) -> IPAddress | None:

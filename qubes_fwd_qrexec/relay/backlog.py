@@ -75,7 +75,7 @@ class Backlog:
         self._unsent: deque[Buffer] = deque()
         self._unsent_bytes = 0
         # A dict, because it is ordered and any sender can leave.
-        self._waiting: dict[Sender, None] = {}
+        self.waiting: dict[Sender, None] = {}
         loop.watch(sink.fileno(), 0, self._on_sink, fail)
 
     @property
@@ -91,9 +91,9 @@ class Backlog:
         limit = self._connection.send_limit(sender.stream_id)
         if limit:
             queued = self._unsent_bytes + self._connection.bytes_queued
-            is_turn_over = sender.is_bulk and (queued > HIGH_BYTES or self._waiting)
+            is_turn_over = sender.is_bulk and (queued > HIGH_BYTES or self.waiting)
             if is_turn_over or queued > MAX_BYTES:
-                self._waiting[sender] = None
+                self.waiting[sender] = None
                 return 0
         return limit
 
@@ -103,17 +103,17 @@ class Backlog:
         Some of them may have nothing left to send. So that nobody waits behind those, the next ones get their
         turn in the next turn of the loop, whatever these do.
         """
-        if self._waiting and self.bytes_queued < _LOW_BYTES:
-            for sender in list(itertools.islice(self._waiting, _TURNS)):
-                del self._waiting[sender]
+        if self.waiting and self.bytes_queued < _LOW_BYTES:
+            for sender in list(itertools.islice(self.waiting, _TURNS)):
+                del self.waiting[sender]
                 sender.is_bulk = False
                 self._loop.guarded(sender.fail, sender.resume)
-            if self._waiting:
+            if self.waiting:
                 self._loop.after(0.0, self._ready, self._fail)
 
     def forget(self, sender: Sender) -> None:
         """A stream has ended: it waits for no turn."""
-        self._waiting.pop(sender, None)
+        self.waiting.pop(sender, None)
 
     def send(self) -> None:
         """Write everything that is queued, or as much as the call takes now."""

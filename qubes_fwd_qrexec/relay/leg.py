@@ -49,7 +49,6 @@ class Leg(WatchedSocket):
         "_is_closed",
         "_outlet",
         "_owner",
-        "_pending",
         "_sent_eof",
         "ended",
         "has_eof",
@@ -57,6 +56,7 @@ class Leg(WatchedSocket):
         "is_joined",
         "moved_at",
         "on_end",
+        "pending",
         "received",
         "sent",
         "stream_id",
@@ -66,7 +66,7 @@ class Leg(WatchedSocket):
     def __init__(self, owner: LegOwner, stream_id: int, window: int, sock: socket.socket) -> None:
         super().__init__(owner.loop, sock)
         self._owner = owner
-        self._pending: Pending | None = None
+        self.pending: Pending | None = None
         self._sent_eof = False
         self._broken_by = 0
         self._is_closed = False
@@ -85,6 +85,11 @@ class Leg(WatchedSocket):
     def is_half_closed(self) -> bool:
         """Whether one direction has ended, so that only the other one, or the last bytes, are awaited."""
         return self.has_eof or self._sent_eof
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a write has failed: the local peer takes nothing more."""
+        return self._broken_by != 0
 
     def wait(self) -> None:
         """The stream was asked for: nothing is read before it is accepted, but an abort is noticed."""
@@ -211,8 +216,8 @@ class Leg(WatchedSocket):
         self.received += length
         if self._broken_by:
             return
-        if self._pending is not None:
-            self._pending.add(data, cost)
+        if self.pending is not None:
+            self.pending.add(data, cost)
             return
         try:
             sent = self.sock.send(data)
@@ -225,13 +230,13 @@ class Leg(WatchedSocket):
         if sent == length:
             self._taken(cost)
             return
-        self._pending = Pending(data[sent:], cost)
+        self.pending = Pending(data[sent:], cost)
         self._watch_too(WRITE)
 
     def receive_eof(self) -> None:
         """The other end sent EOF: FIN goes out behind everything that still waits."""
         self.has_eof = True
-        if self._pending is None:
+        if self.pending is None:
             self._pass_eof_on()
 
     def _pass_eof_on(self) -> None:
@@ -240,7 +245,7 @@ class Leg(WatchedSocket):
         self._close_if_done()
 
     def _push(self) -> None:
-        pending = self._pending
+        pending = self.pending
         try:
             while pending:
                 cost = pending.send(self.sock)
@@ -253,7 +258,7 @@ class Leg(WatchedSocket):
         except OSError as error:
             self.broken(error)
             return
-        self._pending = None
+        self.pending = None
         self._watch(self._mask & ~WRITE)
         if self.has_eof:
             self._pass_eof_on()
@@ -264,7 +269,7 @@ class Leg(WatchedSocket):
         The kernel reports an abort only once, and what is read after that seems to end with FIN. That is true
         only if a FIN came before the RST, and then the error is EPIPE.
         """
-        self._pending = None
+        self.pending = None
         if self._sent_eof or self.ended is not None:
             self.abort_from_here()
             return
@@ -324,13 +329,13 @@ class Leg(WatchedSocket):
         if not self.is_joined or self._broken_by:
             self._close(is_clean=False)
             return
-        self._watch(READ | WRITE if self._pending else READ)
+        self._watch(READ | WRITE if self.pending else READ)
         self._last_words(_LAST_WORDS_LOOK_S, time.monotonic() + _LAST_WORDS_S)
 
     def _last_words(self, look_s: float, deadline: float) -> None:
         """An RST makes the kernel drop what is not acknowledged, so wait for that."""
         left_s = deadline - time.monotonic()
-        if left_s <= 0 or (self._pending is None and unsent_bytes(self.sock) == 0):
+        if left_s <= 0 or (self.pending is None and unsent_bytes(self.sock) == 0):
             self._close(is_clean=False)
         else:
             self._after(min(look_s, left_s), lambda: self._last_words(2 * look_s, deadline))
@@ -346,7 +351,7 @@ class Leg(WatchedSocket):
             self.abort_from_here()
 
     def _close_if_done(self) -> None:
-        if self.has_eof and self._sent_eof and self._pending is None and self.ended is None:
+        if self.has_eof and self._sent_eof and self.pending is None and self.ended is None:
             self.ended = LegEnd.DONE
             self._close(is_clean=True)
 
@@ -364,7 +369,7 @@ class Leg(WatchedSocket):
     def _let_go(self) -> None:
         """Give back everything but the socket; nothing calls this leg any more."""
         self._is_closed = True
-        self._pending = None
+        self.pending = None
         self._cancel_timer()
         self.window.leave()
         self._inlet.leave()

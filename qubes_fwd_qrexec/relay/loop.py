@@ -62,7 +62,22 @@ class Loop:
         self._order = itertools.count()
 
     def close(self) -> None:
+        """Close its own descriptor; those it watches are their owners'."""
         self._epoll.close()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while something it watches is ready."""
+        return self._epoll.fileno()
+
+    @property
+    def watched(self) -> frozenset[int]:
+        """The descriptors that it watches now."""
+        return frozenset(self._handlers)
+
+    @property
+    def timers_left(self) -> int:
+        """How many callbacks are due at a later time, without those that were cancelled."""
+        return sum(timer.callback is not None for _, _, timer in self._timers)
 
     def watch(self, fd: int, mask: int, handler: Handler, end: End) -> None:
         """Call ``handler`` with the events whenever one of ``mask`` or `GONE` occurs.

@@ -39,7 +39,7 @@ class RelayThread:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.loop.watch(self._wake_fd, READ, self._obey, _go_on)
         # One entry for each `wait` under way, so that the end of one never resumes the next one of its task.
-        self._waiting: dict[object, trio.lowlevel.Task] = {}
+        self.waiting: dict[object, trio.lowlevel.Task] = {}
         self._crash: BaseException | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
@@ -71,7 +71,7 @@ class RelayThread:
         this_wait = object()
 
         def resume(result: "outcome.Outcome[_T]") -> None:
-            task = self._waiting.pop(this_wait, None)
+            task = self.waiting.pop(this_wait, None)
             if task is not None:
                 trio.lowlevel.reschedule(task, result)
 
@@ -96,7 +96,7 @@ class RelayThread:
             self.loop.guarded(_go_on, let_go)
             self._token.run_sync_soon(resume, outcome.Error(BugError()))
 
-        self._waiting[this_wait] = trio.lowlevel.current_task()
+        self.waiting[this_wait] = trio.lowlevel.current_task()
         self.order(begin_or_fail, not_begun)
         result: _T = await trio.lowlevel.wait_task_rescheduled(abort_fn)
         return result
@@ -129,11 +129,11 @@ class RelayThread:
             self.loop.guarded(end, what)
 
     def _give_up(self, crash: BaseException) -> None:
-        for task in self._waiting.values():
+        for task in self.waiting.values():
             error = RuntimeError("the relay thread has failed")
             error.__cause__ = crash
             trio.lowlevel.reschedule(task, outcome.Error(error))
-        self._waiting.clear()
+        self.waiting.clear()
 
     async def _close(self) -> None:
         def stop() -> None:

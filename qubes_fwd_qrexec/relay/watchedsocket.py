@@ -24,6 +24,11 @@ class WatchedSocket:
         self._timer: Timer | None = None
         self.sock = sock
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether the kernel tells anything of it, be it only that the peer is gone."""
+        return self._mask != UNWATCHED
+
     def _on_ready(self, events: int) -> None:
         raise NotImplementedError
 

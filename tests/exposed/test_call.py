@@ -87,7 +87,7 @@ async def relayed(
 
             yield run
             nursery.cancel_scope.cancel()
-        assert not relays._waiting
+        assert not relays.waiting
 
 
 async def receive(sock: socket.socket) -> bytes:

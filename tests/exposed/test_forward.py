@@ -273,7 +273,7 @@ async def test_a_failed_relay_thread_is_the_end_of_all(tmp_path: Path) -> None:
             serving = OpenForward(config(port), having)
             try:
                 async with await trio.open_tcp_stream("127.0.0.1", port):
-                    await until(lambda: having.transports.relays._waiting)
+                    await until(lambda: having.transports.relays.waiting)
                     having.transports.relays.order(having.transports.relays.loop.close, nobody)
                     with trio.fail_after(BOUND_S):
                         await trio.sleep_forever()

@@ -12,9 +12,9 @@ from .helpers import CREDIT, ORIGIN, WINDOW, Pair, feed, fresh, ready, reset_fra
 
 
 def test_the_bound_on_queued_frames_grows_with_the_streams_that_are_allowed():
-    assert fresh("listener")._control_bound_bytes == CONTROL_BYTES
-    assert fresh("target")._control_bound_bytes == CONTROL_BYTES + 8 * CONTROL_BYTES_PER_STREAM
-    assert ready("listener")._control_bound_bytes == CONTROL_BYTES + 8 * CONTROL_BYTES_PER_STREAM
+    assert fresh("listener").control_bound_bytes == CONTROL_BYTES
+    assert fresh("target").control_bound_bytes == CONTROL_BYTES + 8 * CONTROL_BYTES_PER_STREAM
+    assert ready("listener").control_bound_bytes == CONTROL_BYTES + 8 * CONTROL_BYTES_PER_STREAM
 
 
 @pytest.mark.parametrize("first", ["listener", "target"])

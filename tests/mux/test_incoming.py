@@ -124,7 +124,7 @@ def test_more_opens_after_our_goaway_than_can_have_crossed_it_end_the_mux():
 
 def test_a_peer_that_sends_and_never_reads_ends_the_mux():
     target = ready("target")
-    bound = target._control_bound_bytes
+    bound = target.control_bound_bytes
     for stream_id in range(1, bound // 12 + 2):
         assert target.bytes_queued <= bound
         feed(target, open_frame(stream_id) + reset_frame(stream_id))

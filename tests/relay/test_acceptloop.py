@@ -76,7 +76,7 @@ def test_an_address_that_is_not_here_is_said_to_be() -> None:
     [(errno.EACCES, 80, "CAP_NET_BIND_SERVICE"), (errno.EACCES, 8080, "Permission denied")],
 )
 def test_a_low_port_without_the_capability_is_explained(number: int, port: int, words: str) -> None:
-    assert words in acceptloop._bind_trouble(OSError(number, "x"), IPv4Address(0), port)
+    assert words in acceptloop.bind_trouble(OSError(number, "x"), IPv4Address(0), port)
 
 
 def test_no_socket_at_all_is_a_bind_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ class Acceptor:
 
 async def test_a_burst_is_accepted_and_each_connection_is_ready_for_the_relay() -> None:
     acceptor = Acceptor()
-    clients = [acceptor.connect() for _ in range(acceptloop._BURST + 10)]
+    clients = [acceptor.connect() for _ in range(acceptloop.BURST + 10)]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept_until_closed, acceptor.listening, acceptor.accepted.append, *means())
         await acceptor.accepted.reach(len(clients))
@@ -219,7 +219,7 @@ PEERS_OWN = [
 async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
     number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(acceptloop, "_SHORTAGE_PAUSE_S", 0.001)
+    monkeypatch.setattr(acceptloop, "SHORTAGE_PAUSE_S", 0.001)
     acceptor = Acceptor()
     failing = Failing(fileno=acceptor.listening.detach())
     failing.errors = [number] * 3
@@ -238,7 +238,7 @@ async def test_any_other_trouble_is_a_bug_and_others_are_still_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither an error that nobody knows, nor one in what is done for a connection, ends the loop."""
-    monkeypatch.setattr(acceptloop, "_SHORTAGE_PAUSE_S", 0.001)
+    monkeypatch.setattr(acceptloop, "SHORTAGE_PAUSE_S", 0.001)
     acceptor = Acceptor()
     failing = acceptor.listening = Failing(fileno=acceptor.listening.detach())
     failing.errors = [errno.EINVAL]
@@ -265,7 +265,7 @@ async def test_any_other_trouble_is_a_bug_and_others_are_still_served(
 
 def test_a_shortage_is_waited_out_for_a_tenth_of_a_second_to_a_second() -> None:
     """docs/behaviours.md, 33 and 34: neither does it spin, nor are free descriptors left lying."""
-    assert 0.1 <= acceptloop._SHORTAGE_PAUSE_S <= 1.0
+    assert 0.1 <= acceptloop.SHORTAGE_PAUSE_S <= 1.0
 
 
 _LOW_PORT = """

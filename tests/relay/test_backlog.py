@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import no_fds_left, unix_pair
-from mux_bench import BOUND_S, PORTS, Joined, MuxBench
+from helpers import is_ready, no_fds_left, unix_pair
+from mux_bench import BOUND_S, ORIGIN, PORTS, Joined, MuxBench
 
-from qubes_fwd_qrexec.mux import Connection, Hello, wire
+from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, MIN_CREDIT_BYTES, Connection, Hello, wire
 from qubes_fwd_qrexec.relay import mux as mux_module
 from qubes_fwd_qrexec.relay.backlog import HIGH_BYTES, MAX_BYTES, TURN_BYTES, Backlog
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.loop import READ, Loop
 
 MIB = 1 << 20
+WINDOW_BYTES = 65536
 
 
 @pytest.fixture
@@ -35,7 +36,11 @@ class Alone:
         self.loop = Loop()
         sink, self.far = unix_pair()
         self.sink = kind(fileno=sink.detach())
-        self.connection = Connection(Hello(65536, bytes(16), max_streams=1000, lease_s=1), PORTS)
+        self.connection = Connection(Hello(WINDOW_BYTES, bytes(16)), PORTS)
+        self.hear(wire.encode_hello(Hello(WINDOW_BYTES, bytes(16), max_streams=1000, lease_s=1)))
+        self.stream_id = self.connection.open_stream(PORTS.start, ORIGIN, WINDOW_BYTES)
+        self.hear(wire.encode_accept(self.stream_id, WINDOW_BYTES))
+        self.connection.data_to_send()
         self.told: list[str] = []
         self.backlog = Backlog(
             self.loop,
@@ -46,12 +51,22 @@ class Alone:
             lambda: self.told.append("failed"),
         )
 
+    def hear(self, frame: bytes) -> None:
+        """The peer says so."""
+        list(self.connection.receive_data(frame))
+
+    def say(self, data: bytes) -> None:
+        """Queue bytes of the stream, for which the peer gives credit again when that is worth a frame."""
+        self.connection.send_data(self.stream_id, data)
+        if (cost := len(data) + FRAME_COST_BYTES) >= MIN_CREDIT_BYTES:
+            self.hear(wire.encode_credit(self.stream_id, cost))
+
     def fill(self) -> int:
         """Queue more than the sink takes; how much that is."""
         size = 0
         while self.backlog.is_empty:
             for payload in range(100):
-                self.connection._outbox.add_data(1, struct.pack(">I", payload) * 2000, 8000)
+                self.say(struct.pack(">I", payload) * 2000)
             size += self.connection.bytes_queued
             self.backlog.send()
         return size
@@ -68,8 +83,7 @@ def alone() -> Iterator[Alone]:
 
 
 def test_all_that_is_said_goes_out_in_its_order_whatever_one_write_takes(alone: Alone) -> None:
-    alone.backlog.send()
-    size = 48 + alone.fill()
+    size = alone.fill()
     got = bytearray()
     while len(got) < size:
         got += alone.far.recv(12_345)
@@ -78,7 +92,7 @@ def test_all_that_is_said_goes_out_in_its_order_whatever_one_write_takes(alone: 
             alone.told.clear()
             alone.backlog.send()
     assert alone.backlog.is_empty
-    frames = [got[48 + start + 8 :][:8000] for start in range(0, size - 48, 8008)]
+    frames = [got[start + 8 :][:8000] for start in range(0, size, 8008)]
     assert frames == [struct.pack(">I", number % 100) * 2000 for number in range(len(frames))]
     alone.loop.run_once(0)
     assert not alone.told  # with nothing to say, the kernel is not asked
@@ -102,7 +116,7 @@ def test_a_broken_sink_is_told_of_once_and_drops_what_there_is(alone: Alone) -> 
     alone.backlog.send()
     assert alone.told == ["broken"]
     assert alone.backlog.is_empty
-    alone.connection._outbox.add_control(b"x" * 100)
+    alone.say(b"x" * 100)
     alone.backlog.send()
     assert alone.backlog.bytes_queued == 0
     alone.loop.run_once(0)
@@ -124,11 +138,11 @@ def test_what_waits_for_the_call_is_bounded_whatever_the_number_of_streams(bench
     for stream in streams:
         bench.stall(stream.client)
     assert bench.near.backlog.bytes_queued <= MAX_BYTES + 40_000
-    assert len(bench.near.backlog._waiting) == len({*bench.near.backlog._waiting}) <= 20
+    assert len(bench.near.backlog.waiting) == len({*bench.near.backlog.waiting}) <= 20
     assert bench.wake_ups() == 0
     abort(streams[0].client)
     streams[0].near.abort_from_here()
-    assert streams[0].near not in bench.near.backlog._waiting
+    assert streams[0].near not in bench.near.backlog.waiting
 
 
 def test_a_small_stream_beside_many_bulk_ones_has_its_turn(bench: MuxBench) -> None:
@@ -185,14 +199,14 @@ def test_a_stream_that_waits_is_remembered_once_and_forgotten_with_its_end(bench
     for stream in streams:
         bench.stall(stream.client)
     assert bench.near.backlog.bytes_queued > HIGH_BYTES
-    waiting = list(bench.near.backlog._waiting)
+    waiting = list(bench.near.backlog.waiting)
     for leg in waiting:
         leg.resume()  # credit came
     bench.turn()
-    assert list(bench.near.backlog._waiting) == waiting
+    assert list(bench.near.backlog.waiting) == waiting
     for leg in waiting:
         leg.abort_from_here()
-    assert not bench.near.backlog._waiting
+    assert not bench.near.backlog.waiting
 
 
 def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,14 +217,14 @@ def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more(monkeypatch
         bench.loop.change(bench.far_call.fileno(), 0)
         for stream in streams:
             bench.stall(stream.client)
-        waiting = list(bench.near.backlog._waiting)
+        waiting = list(bench.near.backlog.waiting)
         assert len(waiting) > 2 * HIGH_BYTES // TURN_BYTES
         for leg in waiting:
             with contextlib.suppress(BlockingIOError):
                 while leg.sock.recv(MIB):
                     pass
         bench.loop.change(bench.far_call.fileno(), READ)
-        bench.until(lambda: not bench.near.backlog._waiting)
+        bench.until(lambda: not bench.near.backlog.waiting)
 
 
 class Short(socket.socket):
@@ -236,18 +250,16 @@ class Short(socket.socket):
 def test_a_shortage_of_memory_ends_no_call_and_is_waited_out(is_at_once: bool) -> None:
     alone = Alone(Short)
     try:
-        alone.backlog.send()
-        alone.far.recv(MIB)
         assert isinstance(alone.sink, Short)
         alone.sink.left = 3
         frame = wire.data_header(1, 5) + b"hello"
         if is_at_once:
             alone.backlog.send_now(memoryview(frame))
         else:
-            alone.connection._outbox.add_data(1, b"hello", 5)
+            alone.say(b"hello")
             alone.backlog.send()
         for _ in range(4):
-            assert not alone.loop._epoll.poll(0)  # nor does it spin meanwhile
+            assert not is_ready(alone.loop)  # nor does it spin meanwhile
             alone.backlog.tick()
         assert alone.far.recv(100) == frame
         assert alone.told == []

@@ -14,8 +14,6 @@ from qubes_fwd_qrexec.relay import leg as leg_module
 from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
-from qubes_fwd_qrexec.relay.loop import READ
-from qubes_fwd_qrexec.relay.watchedsocket import UNWATCHED
 
 # Bytes
 
@@ -98,7 +96,7 @@ def test_a_peer_that_is_gone_while_it_stalls_is_noticed(bench: MuxBench, stream:
     bench.stall(stream.client)
     bench.is_time_still = True
     abort(stream.client)
-    bench.until(lambda: stream.near._mask == UNWATCHED)
+    bench.until(lambda: not stream.near.is_watched)
     assert bench.wake_ups() == 0  # the kernel is not asked again and again
     bench.clock.advance(9.9)
     bench.turn()
@@ -117,10 +115,10 @@ def test_a_peer_that_was_gone_while_it_stalled_is_passed_on_to_the_last_byte(
     on_its_way = stream.near.sent
     abort(stream.client)
     unread = len(stream.near.sock.recv(4 * MIB, socket.MSG_PEEK))
-    bench.until(lambda: stream.near._mask == UNWATCHED)
+    bench.until(lambda: not stream.near.is_watched)
     got, how = bench.read_to_end(stream.server)
     assert (len(got), how) == (on_its_way + unread, "RST")
-    assert stream.near._timer is None or stream.near._timer.callback is None
+    assert bench.loop.timers_left == len(bench.muxes)  # for their ticks
 
 
 def test_both_ends_of_file_and_stalled_is_no_abort_and_no_busy_loop(
@@ -135,7 +133,7 @@ def test_both_ends_of_file_and_stalled_is_no_abort_and_no_busy_loop(
         patch.setattr(bench.near.backlog, "room", lambda _leg: 0)
         stream.client.send(b"waits for credit")
         half_close(stream.client)
-        bench.until(lambda: stream.near._mask == UNWATCHED)
+        bench.until(lambda: not stream.near.is_watched)
         assert bench.wake_ups() == 0
     stream.near.resume()
     assert bench.read_to_end(stream.server) == (b"waits for credit", "EOF")
@@ -147,19 +145,27 @@ def test_credit_for_what_has_ended_changes_nothing(bench: MuxBench, stream: Join
     half_close(stream.client)
     bench.until(lambda: stream.far.has_eof)
     stream.near.resume()
-    assert stream.near._mask == 0
+    assert bench.wake_ups() == 0
 
 
-def test_a_stall_timer_of_a_leg_that_goes_on_again_does_nothing(
-    bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+def test_a_peer_that_is_gone_has_another_ten_seconds_once_its_bytes_go_on(
+    bench: MuxBench, stream: Joined
 ) -> None:
-    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0.0)
     bench.stall(stream.client)
-    stream.near._watch(UNWATCHED)
-    stream.near._after(0.0, stream.near._abort_if_stalled)
-    stream.near._watch(READ)
+    bench.is_time_still = True
+    abort(stream.client)
+    bench.until(lambda: not stream.near.is_watched)
+    bench.clock.advance(9.9)
+    sent = stream.near.sent
+    while stream.near.sent == sent:
+        bench.read(stream.server, 10_000)
+        bench.turn()
+    bench.until(lambda: not stream.near.is_watched)
+    bench.clock.advance(9.9)
     bench.turn()
-    assert stream.near.ended is None
+    assert "near" not in stream.ends
+    bench.clock.advance(0.1)
+    bench.until(lambda: "near" in stream.ends)
 
 
 def test_an_idle_and_a_half_closed_stream_wake_nobody(bench: MuxBench, stream: Joined) -> None:

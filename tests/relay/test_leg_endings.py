@@ -11,11 +11,9 @@ import pytest
 from endings import MIB, pattern
 from mux_bench import BOUND_S, Joined, MuxBench
 
-from qubes_fwd_qrexec.relay import leg as leg_module
 from qubes_fwd_qrexec.relay.budget import FLOOR_BYTES, INITIAL_BYTES, Budget
 from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
-from qubes_fwd_qrexec.relay.loop import READ
 
 
 def test_both_ends_of_file_are_a_clean_end_and_all_is_given_back(bench: MuxBench, stream: Joined) -> None:
@@ -131,8 +129,7 @@ def test_last_bytes_reach_a_server_that_goes_on_sending(bench: MuxBench, stream:
 def test_last_bytes_reach_a_server_that_has_ended(bench: MuxBench, stream: Joined) -> None:
     abort_while_last_bytes_wait(bench, stream)
     half_close(stream.server)
-    bench.until(lambda: not stream.far._mask & READ)
-    assert bench.wake_ups() == 0
+    bench.until(lambda: bench.wake_ups() == 0)
     assert_last_bytes_come(bench, stream)
 
 
@@ -153,7 +150,7 @@ def test_so_it_does_where_the_kernel_has_all_of_them(bench: MuxBench, stream: Jo
     bench.until(lambda: stream.near.received == 100_000)
     stream.far.abort_from_here()
     bench.until(lambda: stream.near.ended is LegEnd.REMOTE_RESET)
-    assert stream.near._pending is None
+    assert stream.near.pending is None
     bench.turn()
     assert not stream.ends.get("near")
     abort(stream.client)
@@ -171,7 +168,7 @@ def break_far(bench: MuxBench, stream: Joined) -> int:
     """The server's abort is met by a write, while its bytes wait for credit; how many had left by then."""
     bench.turn(20)
     sent_before = stream.far.sent
-    while not stream.far._broken_by:
+    while not stream.far.is_broken:
         assert stream.far.ended is None
         stream.client.send(b"x" * 10)
         bench.turn()
@@ -192,15 +189,17 @@ def test_what_a_server_sent_before_its_abort_is_not_lost_by_a_failed_write(
 
 
 def test_what_waits_behind_a_failed_write_waits_no_longer_than_behind_an_abort(
-    bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+    bench: MuxBench, stream: Joined
 ) -> None:
-    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 1000)
     bench.stall(stream.server)
-    monkeypatch.setattr(bench.far.backlog, "room", lambda _leg: 0)
+    bench.is_time_still = True
     abort(stream.server)
     break_far(bench, stream)
-    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0)
-    stream.far._watch(READ)
+    bench.until(lambda: not stream.far.is_watched)
+    bench.clock.advance(9.9)
+    bench.turn()
+    assert "far" not in stream.ends
+    bench.clock.advance(0.1)
     bench.until(lambda: stream.ends.get("far") is LegEnd.LOCAL_RESET)
 
 
@@ -223,7 +222,7 @@ def test_a_server_that_had_ended_before_it_took_nothing_more_ends_cleanly_for_th
 def test_an_end_of_file_behind_a_failed_write_is_believed_only_after_a_fin(
     bench: MuxBench, stream: Joined
 ) -> None:
-    stream.far._broken_by = errno.EPIPE
+    stream.far.broken(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     half_close(stream.server)
     assert bench.read_to_end(stream.client) == (b"", "EOF")
     bench.until(lambda: len(stream.ends) == 2)
@@ -233,15 +232,9 @@ def test_an_end_of_file_behind_a_failed_write_is_believed_only_after_a_fin(
 def test_both_have_ended_and_a_byte_is_lost_is_no_clean_end(bench: MuxBench, stream: Joined) -> None:
     half_close(stream.client)
     bench.until(lambda: stream.far.has_eof)
-    stream.far._broken_by = errno.EPIPE
+    stream.far.broken(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     half_close(stream.server)
     assert bench.is_aborted(stream.client)
-
-
-def test_a_full_socket_is_tried_again_when_it_is_ready(bench: MuxBench, stream: Joined) -> None:
-    bench.stall(stream.client)
-    stream.far._push()
-    assert stream.far._pending
 
 
 def test_what_comes_for_a_broken_connection_is_dropped(bench: MuxBench, stream: Joined) -> None:
@@ -249,9 +242,9 @@ def test_what_comes_for_a_broken_connection_is_dropped(bench: MuxBench, stream: 
     abort(stream.server)
     wait_for_news_of_its_end(stream.far.sock)
     stream.far.deliver(b"x")
-    assert stream.far._broken_by
+    assert stream.far.is_broken
     stream.far.deliver(b"y")
-    assert stream.far._pending is None
+    assert stream.far.pending is None
     stream.near.abort_from_here()
     bench.until(lambda: len(stream.ends) == 2)
 
@@ -267,7 +260,7 @@ def test_a_lost_stream_that_is_broken_here_has_no_last_words(bench: MuxBench, st
 
 def test_a_write_that_fails_late_is_an_abort(bench: MuxBench, stream: Joined) -> None:
     bench.stall(stream.client)
-    assert stream.far._pending
+    assert stream.far.pending
     abort(stream.server)
     bench.until(lambda: len(stream.ends) == 2)
     assert stream.ends == {"near": LegEnd.REMOTE_RESET, "far": LegEnd.LOCAL_RESET}

@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.relay.leg import Leg
 
 def check_window(bench: MuxBench, leg: Leg) -> None:
     """A window is what the peer may still send, what waits here, and what is not granted again yet."""
-    granted = leg._owner.connection.granted(leg.stream_id)
+    granted = bench.far.connection.granted(leg.stream_id)
     assert leg.window.size == granted + pending_bytes(leg) + leg.window.owed
     assert FLOOR_BYTES <= leg.window.size <= WINDOW_MAX_BYTES
 

@@ -4,11 +4,14 @@
 import errno
 import random
 import socket
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from helpers import unix_pair
 from mux_bench import PORTS, MuxBench
 
-from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, ResetCode
+from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, ResetCode, wire
 from qubes_fwd_qrexec.relay import leg as leg_module
 from qubes_fwd_qrexec.relay import mux as mux_module
 from qubes_fwd_qrexec.relay.budget import Budget
@@ -52,7 +55,7 @@ def test_a_peer_that_reads_nothing_for_minutes_ends_the_mux_call(bench: MuxBench
         bench.stall(stream.client)
     bench.tick(299)
     assert not bench.near_owner.is_over
-    assert bench.near.backlog._unsent_bytes
+    assert not bench.near.backlog.is_empty
     assert bench.wake_ups() == 0
     bench.tick(1)
     assert bench.near_owner.problem == "the other end has read nothing for 300 s"
@@ -208,45 +211,60 @@ def test_ten_thousand_last_words_are_not_looked_after_all_the_time(
     assert looks <= 2 * 7
 
 
+def mux_over(bench: MuxBench, source: socket.socket, sink: socket.socket) -> mux_module.Mux:
+    """Another mux for the bench's owner."""
+    connection = Connection(Hello(65536, bytes(16)), PORTS)
+    return mux_module.Mux(bench.loop, connection, source, sink, Budget(), bench.near_owner)
+
+
 def test_a_call_that_only_stops_taking_is_read_to_its_end_and_then_lost(bench: MuxBench) -> None:
-    near, far = socket.socketpair()
     owner = bench.near_owner
-    with near, far:
-        near.setblocking(False)
-        connection = Connection(Hello(65536, bytes(16)), PORTS)
-        owner.is_over = False
-        mux = mux_module.Mux(bench.loop, connection, bench.near_call.dup(), near, Budget(), owner)
-        bench.loop.unwatch(mux._source.fileno())
-        mux._source.close()
-        mux._source, source = socket.socketpair()
-        mux._source.setblocking(False)
-        bench.loop.watch(mux._source.fileno(), 1, mux._on_source, mux.fail)
-        far.close()
+    (source, far_source), (sink, far_sink) = unix_pair(), unix_pair()
+    with source, far_source, sink:
+        mux_over(bench, source, sink)
+        far_sink.close()
         bench.turn()
         bench.clock.advance(0.9)
         bench.turn()
         assert not owner.is_over
         bench.until(lambda: owner.is_over)
         assert owner.problem == "the call takes nothing more"
-        source.close()
-        mux._source.close()
 
 
-def test_an_error_of_the_call_is_named(bench: MuxBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def recv_into(self, _buffer: object) -> int:
-            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+class Troubled(socket.socket):
+    """Raises what it is given, once, when it is to be read."""
 
-        def fileno(self) -> int:
-            return bench.near_call.fileno()
+    trouble: OSError | None = None
 
-    monkeypatch.setattr(bench.near, "_source", Broken())
-    bench.near._on_source(0)
+    def recv_into(self, *arguments: Any) -> int:
+        trouble, self.trouble = self.trouble, None
+        if trouble is not None:
+            raise trouble
+        return super().recv_into(*arguments)
+
+
+@pytest.fixture
+def troubled(bench: MuxBench) -> Iterator[Troubled]:
+    """What another mux of the bench's owner reads, with something to read."""
+    source, far = unix_pair()
+    sink = bench.near_sink.dup()
+    with Troubled(fileno=source.detach()) as source, far, sink:
+        far.send(wire.encode_hello(Hello(65536, bytes(16), max_streams=1, lease_s=300)))
+        bench.near_owner.is_ready = False
+        mux = mux_over(bench, source, sink)
+        yield source
+        mux.abandon()
+
+
+def test_an_error_of_the_call_is_named(bench: MuxBench, troubled: Troubled) -> None:
+    troubled.trouble = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    bench.until(lambda: bench.near_owner.is_over)
     assert bench.near_owner.problem == "the call was lost: Connection reset by peer"
 
 
-def test_no_news_from_the_call_are_no_news(bench: MuxBench) -> None:
-    bench.near._on_source(0)
+def test_no_news_from_the_call_are_no_news(bench: MuxBench, troubled: Troubled) -> None:
+    troubled.trouble = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    bench.until(lambda: bench.near_owner.is_ready)
     assert not bench.near_owner.is_over
 
 
@@ -284,7 +302,7 @@ def test_a_call_that_cannot_be_watched_leaves_nothing(
 
     one, other = socket.socketpair()
     with one, other:
-        watched = dict(bench.loop._handlers)
+        watched = bench.loop.watched
         monkeypatch.setattr(bench.loop, "watch", only_once)
         with pytest.raises(OSError, match="too many"):
             mux_module.Mux(
@@ -295,7 +313,7 @@ def test_a_call_that_cannot_be_watched_leaves_nothing(
                 Budget(),
                 bench.near_owner,
             )
-        assert bench.loop._handlers == watched
+        assert bench.loop.watched == watched
 
 
 def test_abandoned_it_tells_nobody_and_leaves_the_call_alone(bench: MuxBench) -> None:

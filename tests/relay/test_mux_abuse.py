@@ -28,7 +28,7 @@ def attack(bench: MuxBench, make_frame: Callable[[int], bytes]) -> int:
             bench.near_call.sendall(make_frame(sent))
             sent += 1
         bench.turn(2)
-        assert bench.far.backlog.bytes_queued <= bench.far.connection._control_bound_bytes + 4096
+        assert bench.far.backlog.bytes_queued <= bench.far.connection.control_bound_bytes + 4096
     return sent
 
 
@@ -45,7 +45,7 @@ def test_streams_that_are_refused_to_a_peer_that_does_not_read_end_the_mux_call(
     monkeypatch.setattr(abuse, "RAPID_RESETS_PER_TICK", _ATTEMPTS)
 
     with MuxBench(max_streams=1) as bench:
-        bench.far.connection._control_bound_bytes = 2000
+        bench.far.connection.control_bound_bytes = 2000
 
         def make_frame(number: int) -> bytes:
             request = wire.OpenRequest(4096, PORTS.start, ORIGIN, ProxyVersion.OFF)
@@ -69,7 +69,7 @@ def test_answers_that_were_held_back_are_written_by_the_tick_though_nothing_else
             bench.turn()
             client.close()
         assert bench.near.open_room == 3
-        bench.far._tick()
+        bench.tick(1)
         bench.until(lambda: bench.near.open_room == 6)
 
 

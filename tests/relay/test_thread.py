@@ -29,6 +29,7 @@ async def test_a_cancelled_copy_has_let_go_of_its_sockets() -> None:
     near_out, far_out = unix_pair()
     with far, near, near_out, far_out:
         async with open_relay_thread() as relays:
+            watched = relays.loop.watched
             for _ in range(200):
                 copy = Copy(near, near_out)
                 with trio.CancelScope() as scope:
@@ -37,8 +38,8 @@ async def test_a_cancelled_copy_has_let_go_of_its_sockets() -> None:
                         await trio.lowlevel.checkpoint()
                         scope.cancel()
                 assert copy.on_end is None
-                assert not relays._relay._endpoints
-                assert not relays._waiting
+                assert relays.loop.watched == watched
+                assert not relays.waiting
 
 
 async def test_an_end_and_a_cancellation_at_once_leave_nothing_behind() -> None:
@@ -66,7 +67,7 @@ async def test_an_end_and_a_cancellation_at_once_leave_nothing_behind() -> None:
                     half_close(far_out)
                     assert await relays.run(Copy(near_out, near_out_sink := near)) is not None
                     assert near_out_sink is near
-        assert not relays._waiting
+        assert not relays.waiting
 
 
 async def test_a_copy_that_is_cancelled_before_it_begins_never_begins() -> None:

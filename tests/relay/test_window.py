@@ -11,8 +11,13 @@ from qubes_fwd_qrexec.relay.window import Window
 
 
 @pytest.fixture
-def share() -> Share:
-    return Share(Budget())
+def budget() -> Budget:
+    return Budget()
+
+
+@pytest.fixture
+def share(budget: Budget) -> Share:
+    return Share(budget)
 
 
 @pytest.fixture
@@ -56,10 +61,10 @@ def test_what_many_want_is_shared_by_the_fast_too(window: Window, share: Share) 
 
 
 def test_what_is_less_used_than_it_might_be_is_missed_where_others_are_short_of_it(
-    window: Window, share: Share
+    window: Window, budget: Budget
 ) -> None:
     assert not window.is_missed(0)
-    share._budget.shared_left //= 4
+    budget.shared_left //= 4
     assert window.is_missed(0)
     assert not window.is_missed(INITIAL_BYTES)
     assert window.is_missed(2 * INITIAL_BYTES - 1)
@@ -90,8 +95,9 @@ def test_a_window_is_the_sum_of_its_parts_and_no_stream_stops(
     lent: int, steps: list[tuple[str, int, float]]
 ) -> None:
     """The peer sends as it likes within its credit, and what came is taken late or soon."""
-    share = Share(Budget())
-    share._budget.shared_left -= lent
+    budget = Budget()
+    share = Share(budget)
+    budget.shared_left -= lent
     window = Window(share, share.admit(), 0.0)
     outstanding, waiting, now = window.size, 0, 0.0
 
