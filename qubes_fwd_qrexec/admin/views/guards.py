@@ -22,9 +22,11 @@ class Guard(NamedTuple):
     name: str
     verdict: Verdict
     text: str
+    ways_out: tuple[reasons.Command, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return {"guard": self.name, "verdict": self.verdict, "text": self.text}
+        ways_out = [list(command) for command in self.ways_out]
+        return {"guard": self.name, "verdict": self.verdict, "text": self.text, "ways_out": ways_out}
 
 
 # In the order of the way. What has no text here has its sentence.
@@ -46,10 +48,10 @@ _GUARDS = {
 }
 _NAMES = {cause: name for name, causes in _GUARDS.items() for cause in causes}
 _ORDER = [*_GUARDS]
+_APPLY = (("qvm-forward", "apply"),)
 
 _TEXTS = {
     Cause.DISABLED: "disabled; '{0}' opens it",
-    Cause.ANYBODY: "anybody who can reach the port may connect",
     Cause.SOURCES: "{sources} may connect, nobody else",
     Cause.FOLLOWS: "{way}; the rule follows every change",
     Cause.NO_PATH: "{way}; none was recorded, so a change goes unnoticed: '{0}'",
@@ -59,7 +61,7 @@ _TEXTS = {
     Cause.NO_OWNER: "not recorded, so a clone cannot be told from {target}: '{0}'",
     Cause.CLONED: "made for {owner} and inherited; '{0}' makes it a rule of {target}",
     Cause.BYPASSES_TUNNEL: "bypasses the tunnel {mark}, as the rule accepts",
-    Cause.TUNNEL: "{exposed} lies outside of the tunnel {mark}",
+    Cause.TUNNEL: "{exposed} lies outside of the tunnel {mark}; {ways_out}",
     Cause.NO_TUNNEL: "neither {target} nor any of its netvms is marked as a tunnel",
     Cause.IN_TIME: "{ends}",
     Cause.EXPIRED: "over: {ends}; '{0}' gives it more",
@@ -77,11 +79,7 @@ def guards(
 ) -> tuple[Guard, ...]:
     """All guards of a forward, in the order of the way; ``installed`` is dom0's policy file as it is, and
     ``verdict`` what its whole policy says of a live one."""
-    found = [
-        Guard(_NAMES[finding.cause], finding.verdict, _text(forward, finding, now))
-        for finding in forward.findings
-        if finding.cause in _NAMES
-    ]
+    found = [_guard(forward, finding, now) for finding in forward.findings if finding.cause in _NAMES]
     found.sort(key=lambda guard: _ORDER.index(guard.name))
     return (*found, _policy(forward, planned, installed, verdict))
 
@@ -91,7 +89,12 @@ def text(found: Sequence[Guard], style: Style) -> str:
     return checks([Check(guard.verdict, _COLOURS[guard.verdict], *guard[::2]) for guard in found], style)
 
 
-def _text(forward: Forward, finding: Finding, now: float) -> str:
+def _guard(forward: Forward, finding: Finding, now: float) -> Guard:
+    ways_out = () if finding.verdict is Verdict.OK else reasons.ways_out(forward, finding)
+    return Guard(_NAMES[finding.cause], finding.verdict, _text(forward, finding, ways_out, now), ways_out)
+
+
+def _text(forward: Forward, finding: Finding, ways_out: Sequence[reasons.Command], now: float) -> str:
     rule, target = forward.source.rule, forward.source.target
     if finding.cause is Cause.SIDE:
         return f"{forward.side}: {_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed)}"
@@ -99,20 +102,17 @@ def _text(forward: Forward, finding: Finding, now: float) -> str:
         if finding.mark.qube == target:
             where = "is behind the target, which is a tunnel"
         else:
-            where = (
-                "is the tunnel itself"
-                if finding.mark.qube == forward.exposed
-                else "is behind the same tunnel"
-            )
+            is_there = finding.mark.qube == forward.exposed
+            where = "is the tunnel itself" if is_there else "is behind the same tunnel"
         return f"{forward.exposed} {where}, {finding.mark}"
     template = _TEXTS.get(finding.cause)
     if template is None:
         return reasons.sentence(forward, finding).rstrip(".")
     if finding.cause is Cause.NETVM_CHANGED and reasons.next_stop(forward) is not None:
         template = template.partition("; ")[0]
-    ways = reasons.ways_out(forward, finding) if "{0}" in template else ()
     return template.format(
-        *map(" ".join, ways),
+        *map(" ".join, ways_out),
+        ways_out=" or ".join(f"'{' '.join(command)}'" for command in ways_out),
         target=target,
         exposed=forward.exposed,
         sources=str(rule.sources).replace(",", ", "),
@@ -140,12 +140,12 @@ def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: Pol
             return Guard("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
         if not missing:
             return Guard("policy", Verdict.OK, "dom0 allows the call")
-        return Guard(
-            "policy", Verdict.STOPS, "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
-        )
+        text = "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
+        return Guard("policy", Verdict.STOPS, text, _APPLY)
     others = {line for other in planned.live for line in policy.lines(other)}
     if _calls(forward) & {_call(line) for line in allowed - others}:
-        return Guard("policy", Verdict.NOTE, "dom0 allows the call still; 'qvm-forward apply' closes it")
+        text = "dom0 still allows the call; 'qvm-forward apply' closes it"
+        return Guard("policy", Verdict.NOTE, text, _APPLY)
     return Guard("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")
 
 

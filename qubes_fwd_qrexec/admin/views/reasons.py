@@ -20,67 +20,56 @@ HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-
 
 _SET, _REMOVE = "qvm-forward set {target} {name} ", "qvm-forward remove {target} {name}"
 _CONFIRM = "qvm-forward confirm {target} {name}"
-_BYPASS = _SET + "bypass-tunnel=yes"
+_VIA, _BYPASS = _SET + "via=QUBE", _SET + "bypass-tunnel=yes"
 _OR_BYPASS = ", or accept that with bypass-tunnel=yes (--bypass-tunnel)."
 _BYPASSES = "{target} {is_tunneled}, and listening at {qube} would bypass it; "
+_ASKS = "The rule asks for {case} and {lacks}; {install}, or leave {case} out."
 _NOT_YET = "this version of qvm-forward cannot do that yet"
 _FORWARD, _CONNECT = Service.FORWARD_TCP, Service.CONNECT_TCP
 
-_ROWS: dict[tuple[Cause, str], Command] = {
-    (Cause.OPEN, ""): (
-        "Connections to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",
-    ),
-    (Cause.EXPOSED_HALTED, ""): (
-        "{qube} is halted and will listen when it starts: '{0}'.",
-        "qvm-start {qube}",
-    ),
-    (Cause.TARGET_HALTED, ""): (
+_ROWS: dict[Cause | tuple[Cause, str], Command] = {
+    Cause.OPEN: ("Connections to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",),
+    Cause.EXPOSED_HALTED: ("{qube} is halted and will listen when it starts: '{0}'.", "qvm-start {qube}"),
+    Cause.TARGET_HALTED: (
         "{qube} is halted, and connections are refused until it runs: '{0}', or let connections start it "
         "with autostart=yes.",
         "qvm-start {qube}",
         _SET + "autostart=yes",
     ),
-    (Cause.DISABLED, ""): ("It was disabled; '{0}' opens it again.", "qvm-forward enable {target} {name}"),
-    (Cause.EXPIRED, ""): (
-        "Its time is over; '{0}' gives it more, '{1}' removes it.",
-        _SET + "expire=+8h",
-        _REMOVE,
-    ),
-    (Cause.HELD, ""): (f"{HELD}.", "qvm-forward resume"),
-    (Cause.UNREADABLE_QUBE, ""): (
+    Cause.DISABLED: ("It was disabled; '{0}' opens it again.", "qvm-forward enable {target} {name}"),
+    Cause.EXPIRED: ("Its time is over; '{0}' gives it more, '{1}' removes it.", _SET + "expire=+8h", _REMOVE),
+    Cause.HELD: (f"{HELD}.", "qvm-forward resume"),
+    Cause.UNREADABLE_QUBE: (
         "Nothing opens while something about its qubes is unknown: {detail}.",
         "qvm-forward apply",
     ),
     (Cause.NO_SUCH_QUBE, "target"): ("There is no qube {qube}; name one that 'qvm-ls' shows.", _REMOVE),
     (Cause.NO_SUCH_QUBE, "exposed"): (
         "There is no qube {qube} to listen; name another one with via=QUBE.",
-        _SET + "via=QUBE",
+        _VIA,
     ),
     (Cause.UNFIT_QUBE, "target"): (
         "{qube} {is_unfit} be the target of a forward; name the qube that runs the service.",
         _REMOVE,
     ),
-    (Cause.UNFIT_QUBE, "exposed"): (
-        "{qube} {is_unfit} listen; name another qube with via=QUBE.",
-        _SET + "via=QUBE",
-    ),
+    (Cause.UNFIT_QUBE, "exposed"): ("{qube} {is_unfit} listen; name another qube with via=QUBE.", _VIA),
     (Cause.UNFIT_QUBE, "itself"): (
         "{qube} cannot listen for itself, as qrexec connects two different qubes; name another qube with "
         "via=QUBE.",
-        _SET + "via=QUBE",
+        _VIA,
     ),
-    (Cause.CLONED, ""): ("{whose}; '{0}' makes it a rule of {target}, '{1}' removes it.", _CONFIRM, _REMOVE),
-    (Cause.NETVM_BROKEN, ""): ("{detail}.", "qvm-prefs {qube} netvm NETVM"),
-    (Cause.NETVM_CHANGED, ""): (
+    Cause.CLONED: ("{whose}; '{0}' makes it a rule of {target}, '{1}' removes it.", _CONFIRM, _REMOVE),
+    Cause.NETVM_BROKEN: ("{detail}.", "qvm-prefs {qube} netvm NETVM"),
+    Cause.NETVM_CHANGED: (
         "{moved}; '{0}' agrees to the new path{moves}, and with follow-netvm=yes the rule follows every "
         "change.",
         _CONFIRM,
         _SET + "follow-netvm=yes",
     ),
-    (Cause.NO_NETVM, ""): (
+    Cause.NO_NETVM: (
         "{target} has no netvm that could listen for it; name the qube that is to listen with via=QUBE "
         "(--via QUBE).",
-        _SET + "via=QUBE",
+        _VIA,
     ),
     (Cause.NOT_YET, "mode=nft"): (
         f"The rule asks for mode=nft and {_NOT_YET}; mode=qrexec would work for TCP.",
@@ -95,14 +84,8 @@ _ROWS: dict[tuple[Cause, str], Command] = {
         "Linux.",
         _REMOVE,
     ),
-    (Cause.NO_SERVICE, "mux"): (
-        "The rule asks for transport=mux and {lacks}; {install}, or leave transport=mux out.",
-        _SET + "transport=auto",
-    ),
-    (Cause.NO_SERVICE, "proxy"): (
-        "The rule asks for proxy and {lacks}; {install}, or leave proxy out.",
-        _SET + "proxy=off",
-    ),
+    (Cause.NO_SERVICE, "transport=mux"): (_ASKS, _SET + "transport=auto"),
+    (Cause.NO_SERVICE, "proxy"): (_ASKS, _SET + "proxy=off"),
     (Cause.TUNNEL, "beside"): (
         "{target} {is_tunneled}, and {qube} has no netvm: nothing tells its tunnel from the LAN beside it, "
         "which would bypass the tunnel. Expose it to qubes alone with forwardtype=internal (--internal)"
@@ -117,7 +100,7 @@ _ROWS: dict[tuple[Cause, str], Command] = {
     ),
     (Cause.TUNNEL, "behind"): (
         _BYPASSES + "expose it at a qube behind it with via=QUBE (--via QUBE)" + _OR_BYPASS,
-        _SET + "via=QUBE",
+        _VIA,
         _BYPASS,
     ),
     (Cause.TUNNEL, "nowhere"): (_BYPASSES + "do not expose it" + _OR_BYPASS, _BYPASS),
@@ -138,24 +121,25 @@ _ROWS: dict[tuple[Cause, str], Command] = {
         _SET + "srcports=PORTS",
     ),
     (Cause.TOO_LARGE, "bytes"): ("{detail}.", _SET + "srchosts=NETWORKS"),
-    (Cause.NO_OWNER, ""): ("no owner recorded, so clones would be open too: '{0}'", _CONFIRM),
-    (Cause.NO_PATH, ""): ("no path recorded, so it stays open when the netvm changes: '{0}'", _CONFIRM),
-    (Cause.NO_DISPOSABLES, ""): (
+    Cause.ANYBODY: ("anybody who can reach the port may connect",),
+    Cause.NO_OWNER: ("no owner recorded, so clones would be open too: '{0}'", _CONFIRM),
+    Cause.NO_PATH: ("no path recorded, so it stays open when the netvm changes: '{0}'", _CONFIRM),
+    Cause.NO_DISPOSABLES: (
         "it opens {target} itself and not the disposables made from {target}, each of which needs a rule of "
         "its own",
     ),
-    (Cause.BYPASSES_TUNNEL, ""): ("bypasses the tunnel {mark}",),
-    (Cause.ELSEWHERE, ""): ("the same port of {exposed} leads elsewhere by {rival_family}: {rival}",),
-    (Cause.PERHAPS_TUNNEL, ""): (
+    Cause.BYPASSES_TUNNEL: ("bypasses the tunnel {mark}",),
+    Cause.ELSEWHERE: ("the same port of {exposed} leads elsewhere by {rival_family}: {rival}",),
+    Cause.PERHAPS_TUNNEL: (
         "nothing says whether {qube}, which is on the path, is a tunnel: if it runs a VPN or Tor, mark it "
         "with '{0}', so that no forward bypasses it",
         "qvm-forward tunnel mark {qube}",
     ),
-    (Cause.MANY_CALLS, ""): (
+    Cause.MANY_CALLS: (
         f"the forwards of {{qube}} need {{number}} qrexec calls, and it makes {CALLS_MAX} at once: idle "
         "forwards give theirs up, and while all are in use, further connections wait",
     ),
-    (Cause.STOCK_SERVICE, ""): (
+    Cause.STOCK_SERVICE: (
         f"{{lacks}}, so each connection goes over the stock {_CONNECT}: a server that ends its sending "
         "first loses the rest of what the client sends. To fix that, {install}",
     ),
@@ -232,7 +216,7 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
         confirm = _filled(_CONFIRM, facts)
         text = f"{facts['moved']}, where it would be {more.state}. {first} After that '{' '.join(confirm)}' "
         return f"{text}agrees to the new path.", (*ways, confirm)
-    text, *templates = _ROWS.get((finding.cause, "")) or _ROWS[finding.cause, _case(forward, finding)]
+    text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, str(facts["case"])]
     commands = tuple(_filled(template, facts) for template in templates)
     return text.format(*map(" ".join, commands), **facts), commands
 
@@ -247,7 +231,7 @@ def _case(forward: Forward, finding: Finding) -> str:
     if finding.cause is Cause.TOO_LARGE:
         return "ports" if finding.number else "bytes"
     if finding.cause is Cause.NO_SERVICE:
-        asked = "mux" if forward.source.rule.proxy is Proxy.OFF else "proxy"
+        asked = "transport=mux" if forward.source.rule.proxy is Proxy.OFF else "proxy"
         return "system" if finding.qube is None else asked
     if finding.cause in (Cause.NO_SUCH_QUBE, Cause.UNFIT_QUBE) and finding.detail != "itself":
         return "target" if finding.qube == forward.source.target else "exposed"
@@ -265,6 +249,7 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         "target_ports": rule.target_ports.worded(),
         "qube": finding.qube,
         "number": finding.number,
+        "case": _case(forward, finding),
         "detail": finding.detail,
     }
     if finding.cause is Cause.OPEN:

@@ -68,7 +68,8 @@ CASES = [
         rule(target="sys-vpn"),
         "tunnel",
         "stops",
-        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn)",
+        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn); 'qvm-forward set "
+        "sys-vpn web via=QUBE' or 'qvm-forward set sys-vpn web bypass-tunnel=yes'",
     ),
     (
         rule("via=hidden", target="sys-vpn"),
@@ -80,7 +81,8 @@ CASES = [
         rule(target="hidden"),
         "tunnel",
         "stops",
-        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn)",
+        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn); 'qvm-forward set "
+        "hidden web via=sys-vpn' or 'qvm-forward set hidden web bypass-tunnel=yes'",
     ),
     (
         rule("bypass-tunnel=yes", target="hidden"),
@@ -132,6 +134,16 @@ def test_what_is_the_matter_with_other_qubes_and_services_is_said_too() -> None:
     assert stopping == ["qubes", "sources", "path", "owner", "service", "expiry", "policy"]
 
 
+def test_a_guard_has_its_ways_out_as_commands() -> None:
+    guard = found(rule("owner=office"))["owner"]
+    assert guard.as_json()["ways_out"] == [
+        ["qvm-forward", "confirm", "work", "web"],
+        ["qvm-forward", "remove", "work", "web"],
+    ]
+    assert found(rule())["policy"].ways_out == ()
+    assert found(rule(), installed="")["policy"].ways_out == (("qvm-forward", "apply"),)
+
+
 def test_an_enabled_rule_has_no_switch() -> None:
     assert [*found(rule())] == ["sources", "side", "path", "owner", "tunnel", "expiry", "policy"]
 
@@ -150,7 +162,7 @@ def test_policy_that_still_allows_what_is_closed_is_noted(call: str) -> None:
     guard = found(rule("enabled=no"), installed=line)["policy"]
     assert (guard.verdict, guard.text) == (
         "note",
-        "dom0 allows the call still; 'qvm-forward apply' closes it",
+        "dom0 still allows the call; 'qvm-forward apply' closes it",
     )
 
 
