@@ -17,52 +17,50 @@ _PLACE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
 _LOG = "/var/log/qubes/policy-admin.log"
 
 
-class PolicyApi:
-    """Our policy file. ``client`` is a `qrexec.policy.admin_client.PolicyClient`, ``here`` as in `errors`."""
+def read(here: str | None) -> PolicyFile:
+    """Our policy file; ``here`` is as in `errors`. Raises `StoreError`."""
+    try:
+        with _client("policy.Get", here) as client:
+            return PolicyFile(*client.policy_get(policy.NAME))
+    except NotDoneError:
+        # An old client does not say whether that is because there is none.
+        with _client("policy.List", here) as client:
+            if policy.NAME in client.policy_list():
+                raise
+    return PolicyFile(None, NEW)
 
-    def __init__(self, client: Any, here: str | None) -> None:
-        self._client = client
-        self._here = here
 
-    def read(self) -> PolicyFile:
-        """Raises `StoreError`."""
-        try:
-            with self._asking("policy.Get"):
-                return PolicyFile(*self._client.policy_get(policy.NAME))
-        except NotDoneError:
-            # An old client does not say whether that is because there is none.
-            with self._asking("policy.List"):
-                if policy.NAME in self._client.policy_list():
-                    raise
-        return PolicyFile(None, NEW)
+def replace(text: str, token: str, here: str | None) -> None:
+    """Raises `ChangedError` and `StoreError`; the file is then as it was."""
+    try:
+        with _client("policy.Replace", here) as client:
+            client.policy_replace(policy.NAME, text, token)
+    except NotDoneError as error:
+        if token != ANY and read(here).token != token:
+            raise ChangedError(_PLACE) from error
+        raise StoreError(
+            f"{error}: not written, as dom0's policy could not be read with it. If another file is named, "
+            "mend that one: until then dom0 may refuse every call"
+        ) from error
 
-    def replace(self, text: str, token: str) -> None:
-        """Raises `ChangedError` and `StoreError`; the file is then as it was."""
-        try:
-            with self._asking("policy.Replace"):
-                self._client.policy_replace(policy.NAME, text, token)
-        except NotDoneError as error:
-            if token != ANY and self.read().token != token:
-                raise ChangedError(_PLACE) from error
-            raise StoreError(
-                f"{error}: not written, as dom0's policy could not be read with it. If another file is "
-                "named, mend that one: until then dom0 may refuse every call"
-            ) from error
 
-    @contextmanager
-    def _asking(self, method: str) -> Iterator[None]:
-        if self._here is None and os.path.exists(_LOG) and not os.access(_LOG, os.W_OK):
-            raise StoreError(
-                f"{_LOG}: the policy API needs to write it, and you may not; as root, "
-                f"'chgrp qubes {_LOG}; chmod g+w {_LOG}' mends that"
-            )
-        # If root is the first to write the log, the group has to be able to write it too.
-        umask = os.umask(0o002)
-        try:
-            with asking_policy_api(method, policy.NAME, _PLACE, self._here):
-                yield
-        finally:
-            os.umask(umask)
+@contextmanager
+def _client(method: str, here: str | None) -> Iterator[Any]:
+    """A `PolicyClient` for one call."""
+    from qrexec.policy.admin_client import PolicyClient
+
+    if here is None and os.path.exists(_LOG) and not os.access(_LOG, os.W_OK):
+        raise StoreError(
+            f"{_LOG}: the policy API needs to write it, and you may not; as root, "
+            f"'chgrp qubes {_LOG}; chmod g+w {_LOG}' mends that"
+        )
+    # If root is the first to write the log, the group has to be able to write it too.
+    umask = os.umask(0o002)
+    try:
+        with asking_policy_api(method, policy.NAME, _PLACE, here):
+            yield PolicyClient()
+    finally:
+        os.umask(umask)
 
 
 def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:

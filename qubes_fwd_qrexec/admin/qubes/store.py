@@ -20,8 +20,8 @@ from qubes_fwd_qrexec.admin.lockfile import WATCH_BUSY, hold, is_held
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 
+from . import policyapi
 from .errors import WHO_MAY, asking_qubesd, how_to_allow
-from .policyapi import PolicyApi, verdicts
 from .reading import Reader
 
 # Root and the group qubes can write there, in dom0 (qubes-core-admin linux/system-config/tmpfiles-qubes.conf)
@@ -46,12 +46,6 @@ class QubesStore:
         app = self._open_app()
         return None if app.qubesd_connection_type == "socket" else QubeName(app.local_name)
 
-    @cached_property
-    def _policy(self) -> PolicyApi:
-        from qrexec.policy.admin_client import PolicyClient
-
-        return PolicyApi(PolicyClient(), self._here)
-
     def inventory(self, *, with_config: bool = True) -> Inventory:
         return Reader(self._open_app, self._here, with_config).inventory()
 
@@ -67,10 +61,10 @@ class QubesStore:
             del self._open_app().domains.get_blind(qube).features[key]
 
     def read_policy(self) -> PolicyFile:
-        return self._policy.read()
+        return policyapi.read(self._here)
 
     def replace_policy(self, text: str, token: str) -> None:
-        self._policy.replace(text, token)
+        policyapi.replace(text, token, self._here)
 
     def ask(
         self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
@@ -107,7 +101,7 @@ class QubesStore:
         if self._here is not None:
             reason = f"{self._here} is not dom0, and only dom0 can read its whole policy"
             return [PolicyVerdict(None, reason)] * len(calls)
-        return verdicts(calls)
+        return policyapi.verdicts(calls)
 
     def watching(self) -> AbstractContextManager[None]:
         return hold(Path(WATCH_PATH), _WATCH_TIMEOUT_S, WATCH_BUSY)
@@ -116,7 +110,7 @@ class QubesStore:
         if is_held(Path(WATCH_PATH)):
             return None
         start = "'systemctl enable --now qubes-forward-watch'"
-        return start if self._here is None else f"unless dom0's does, {start} there"
+        return start if self._here is None else f"{start} in {self._here}, unless it runs in dom0"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from .events import qubes_changes

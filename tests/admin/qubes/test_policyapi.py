@@ -9,17 +9,17 @@ import pytest
 from fake_admin import FakeQubes
 from fake_policy import FakePolicyClient, PolicyAdminException
 
-from qubes_fwd_qrexec.admin.backend import NEW
-from qubes_fwd_qrexec.admin.qubes.policyapi import PolicyApi
+from qubes_fwd_qrexec.admin.backend import NEW, Backend
+from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
 
 
 @pytest.fixture(params=["new client", "old client"])
-def api(request: pytest.FixtureRequest, dom0: FakeQubes, policy_client: FakePolicyClient) -> PolicyApi:
+def api(request: pytest.FixtureRequest, dom0: FakeQubes, policy_client: FakePolicyClient) -> Backend:
     policy_client.is_old = request.param == "old client"
-    return PolicyApi(policy_client, None)
+    return QubesStore()
 
 
 def failing(error: Exception, method: str) -> Callable[[str], None]:
@@ -30,25 +30,25 @@ def failing(error: Exception, method: str) -> Callable[[str], None]:
     return fails
 
 
-def asking(api: PolicyApi, method: str) -> None:
+def asking(api: Backend, method: str) -> None:
     """Do what makes this call."""
     if method == "policy.Replace":
-        api.replace("# one\n", NEW)
+        api.replace_policy("# one\n", NEW)
     else:
-        api.read()
+        api.read_policy()
 
 
-def test_a_missing_file_is_new_and_one_that_is_there_has_its_token(api: PolicyApi) -> None:
-    assert api.read() == (None, NEW)
-    api.replace("# one\n", NEW)
-    text, token = api.read()
+def test_a_missing_file_is_new_and_one_that_is_there_has_its_token(api: Backend) -> None:
+    assert api.read_policy() == (None, NEW)
+    api.replace_policy("# one\n", NEW)
+    text, token = api.read_policy()
     assert text == "# one\n"
     assert token.startswith("sha256:")
 
 
-def test_a_change_by_somebody_else_is_not_overwritten(api: PolicyApi, lab: LabDirectory) -> None:
-    api.replace("# one\n", NEW)
-    token = api.read().token
+def test_a_change_by_somebody_else_is_not_overwritten(api: Backend, lab: LabDirectory) -> None:
+    api.replace_policy("# one\n", NEW)
+    token = api.read_policy().token
     path = lab.policy_dir / "30-forward.policy"
     for meanwhile in ("# other\n", None):
         path.unlink()
@@ -57,24 +57,24 @@ def test_a_change_by_somebody_else_is_not_overwritten(api: PolicyApi, lab: LabDi
         with pytest.raises(
             StoreError, match=r"30-forward\.policy: somebody else changed it just now; try again"
         ):
-            api.replace("# two\n", token)
-        assert api.read().text == meanwhile
+            api.replace_policy("# two\n", token)
+        assert api.read_policy().text == meanwhile
 
 
-def test_what_qubes_cannot_read_is_not_written(api: PolicyApi, policy_client: FakePolicyClient) -> None:
+def test_what_qubes_cannot_read_is_not_written(api: Backend, policy_client: FakePolicyClient) -> None:
     why = "exit status 1: not" if policy_client.is_old else "validation failed: .*:1: 1 fields.*: not"
     with pytest.raises(StoreError, match=f"{why} written, as dom0's policy could not be read with it"):
-        api.replace("nonsense\n", NEW)
-    assert api.read().text is None
+        api.replace_policy("nonsense\n", NEW)
+    assert api.read_policy().text is None
 
 
 def test_another_file_that_qubes_cannot_read_is_named(
-    api: PolicyApi, policy_client: FakePolicyClient, lab: LabDirectory
+    api: Backend, policy_client: FakePolicyClient, lab: LabDirectory
 ) -> None:
     (lab.policy_dir / "20-mine.policy").write_text("nonsense\n")
     where = "" if policy_client.is_old else r"20-mine\.policy:1.*"
     with pytest.raises(StoreError, match=f"{where}If another file is named, mend that one"):
-        api.replace("# fine\n", NEW)
+        api.replace_policy("# fine\n", NEW)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_another_file_that_qubes_cannot_read_is_named(
 )
 @pytest.mark.parametrize("method", ["policy.List", "policy.Replace"])
 def test_an_error_names_the_file_and_the_call(
-    api: PolicyApi, policy_client: FakePolicyClient, error: Exception, words: str, method: str
+    api: Backend, policy_client: FakePolicyClient, error: Exception, words: str, method: str
 ) -> None:
     if (method, type(error)) == ("policy.Replace", PolicyAdminException):
         words = "odd: not written"
@@ -102,12 +102,12 @@ def test_an_error_names_the_file_and_the_call(
 
 
 def test_a_file_that_is_there_and_cannot_be_read_is_not_taken_for_a_missing_one(
-    api: PolicyApi, policy_client: FakePolicyClient
+    api: Backend, policy_client: FakePolicyClient
 ) -> None:
-    api.replace("# one\n", NEW)
+    api.replace_policy("# one\n", NEW)
     policy_client.fails = failing(CalledProcessError(1, "x"), "policy.Get")
     with pytest.raises(StoreError, match=r"policy\.Get ended with exit status 1"):
-        api.read()
+        api.read_policy()
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,10 @@ def test_a_file_that_is_there_and_cannot_be_read_is_not_taken_for_a_missing_one(
 def test_a_management_qube_that_may_not_is_told_the_line_that_allows_it(
     dom0: FakeQubes, policy_client: FakePolicyClient, method: str, argument: str
 ) -> None:
-    api = PolicyApi(policy_client, "mgmt")
+    dom0.connection, dom0.name = "qrexec", "mgmt"
+    api = QubesStore()
     if method == "policy.Get":
-        api.replace("# one\n", NEW)
+        api.replace_policy("# one\n", NEW)
     policy_client.fails = failing(CalledProcessError(126, "x", stderr=b"Request refused\n"), method)
     with pytest.raises(StoreError, match="Request refused") as caught:
         asking(api, method)
