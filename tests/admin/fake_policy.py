@@ -7,6 +7,7 @@ Beside `fake_admin`; test_fake_admin.py holds the answers against recorded ones.
 import hashlib
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -144,7 +145,15 @@ class FakeParser:
         request = Request(service=service, argument=argument, source=source, target=target)
         return request, system_info["domains"]
 
-    def evaluate(self, asked: tuple[Request, dict[str, Any]]) -> object:
+    def load(self, policy_path: Path | None = None) -> SimpleNamespace:
+        """`FilePolicy`, which reads the whole policy when it is made."""
+        try:
+            judge = OwnJudge().load(self._lab.policy_dir)
+        except PolicyTextError as error:
+            raise AccessDenied(str(error)) from error
+        return SimpleNamespace(evaluate=partial(self.evaluate, judge))
+
+    def evaluate(self, judge: OwnJudge, asked: tuple[Request, dict[str, Any]]) -> object:
         request, domains = asked
         system = System(
             {
@@ -158,10 +167,7 @@ class FakeParser:
                 if not name.startswith("uuid:")
             }
         )
-        try:
-            found = OwnJudge().load(self._lab.policy_dir).judge(system, request)
-        except PolicyTextError as error:
-            raise AccessDenied(str(error)) from error
+        found = judge.judge(system, request)
         if isinstance(found, Deny):
             raise AccessDenied(found.reason)
         return AllowResolution(found.target) if isinstance(found, Allow) else AskResolution()
@@ -174,6 +180,6 @@ class FakeParser:
                 "AllowResolution": AllowResolution,
                 "AskResolution": AskResolution,
                 "Request": self.request,
-                "FilePolicy": lambda policy_path=None: SimpleNamespace(evaluate=self.evaluate),
+                "FilePolicy": self.load,
             },
         }

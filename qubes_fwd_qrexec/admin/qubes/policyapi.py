@@ -74,14 +74,14 @@ def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
 
     def verdict(call: PolicyCall) -> PolicyVerdict:
         try:
+            names = call.target, f"uuid:{system['domains'][call.target].get('uuid')}"
             found = rules.evaluate(Request(*call, system_info=system))
         except AccessDenied as error:
             return PolicyVerdict(False, str(error) or "dom0 denies the call")
-        # Its asserts and lookups, where a line names a qube that does not exist.
+        # Asserts and lookups, where the call or a line names a qube that does not exist.
         except (AssertionError, AttributeError, LookupError, OSError, ValueError) as error:
             return PolicyVerdict(False, f"the policy cannot be evaluated: {type(error).__name__}: {error}")
-        uuid = system["domains"][call.target].get("uuid")
-        if isinstance(found, AllowResolution) and str(found.target) in (call.target, f"uuid:{uuid}"):
+        if isinstance(found, AllowResolution) and str(found.target) in names:
             return PolicyVerdict(True, "dom0 allows the call")
         return PolicyVerdict(False, "dom0 asks the user first, or sends the call elsewhere")
 

@@ -9,9 +9,10 @@ import pytest
 from fake_admin import FakeQubes
 from fake_policy import FakePolicyClient, PolicyAdminException
 
-from qubes_fwd_qrexec.admin.backend import NEW, Backend
+from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.policytext import PolicyRule
 
@@ -129,3 +130,9 @@ def test_a_management_qube_that_may_not_is_told_the_line_that_allows_it(
     rule = PolicyRule.parse(found[1], "told")
     assert (rule.service, rule.argument or "", rule.source.text) == (method, argument, "mgmt")
     assert rule.target.text == "@adminvm"
+
+
+def test_a_call_to_a_qube_that_is_gone_would_be_refused(dom0: FakeQubes) -> None:
+    call = PolicyCall("qubes.ForwardTCP", "+80", QubeName("sys-net"), QubeName("gone"))
+    (verdict,) = QubesStore().verdicts([call])
+    assert verdict == (False, "the policy cannot be evaluated: KeyError: 'gone'")

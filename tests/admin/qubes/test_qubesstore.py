@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What only the backend over a Qubes system does; see test_backend.py for the rest."""
 
-import os
 import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -185,20 +182,6 @@ def test_a_management_qube_cannot_read_dom0s_whole_policy(
     assert "mgmt is not dom0" in verdict.reason
 
 
-@pytest.fixture
-def umask() -> Iterator[None]:
-    """A root shell that gives others nothing."""
-    old = os.umask(0o077)
-    yield
-    os.umask(old)
-
-
-def test_the_lock_is_for_the_group_too_whoever_made_it(store: QubesStore, umask: None) -> None:
-    with store.locked():
-        pass
-    assert Path(qubesstore.LOCK_PATH).stat().st_mode & 0o777 == 0o660
-
-
 def test_a_lock_that_cannot_be_made_says_who_can(store: QubesStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qubesstore, "LOCK_PATH", "/nowhere/lock")
     with (
@@ -208,16 +191,12 @@ def test_a_lock_that_cannot_be_made_says_who_can(store: QubesStore, monkeypatch:
         pass
 
 
-def test_a_lock_that_leads_elsewhere_is_not_followed(store: QubesStore, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    os.symlink(other, qubesstore.LOCK_PATH)
-    with pytest.raises(StoreError, match="lock: "), store.locked():
-        pass
-    assert not other.exists()
-
-
-def test_the_lock_is_free_after_an_error(store: QubesStore) -> None:
-    with pytest.raises(KeyboardInterrupt), store.locked():
-        raise KeyboardInterrupt
-    with store.locked():
-        pass
+def test_where_watch_would_have_to_be_started_is_said(
+    store: QubesStore, lab: LabDirectory, policy_client: FakePolicyClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = "'systemctl enable --now qubes-forward-watch'"
+    assert store.unwatched() == start
+    with store.watching():
+        assert store.unwatched() is None
+    install(monkeypatch, FakeQubes(lab, connection="qrexec", name="mgmt"), policy_client)
+    assert QubesStore().unwatched() == f"{start} in mgmt, unless it runs in dom0"

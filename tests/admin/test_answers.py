@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An answer is read with bounds, whatever a real process does with its two ends."""
+
+from subprocess import PIPE, Popen
+
+import pytest
+
+from qubes_fwd_qrexec.admin.answers import AnswerError, read_answer
+
+BOUND_S = 60.0
+SHORT_S = 0.1
+
+
+def shell(script: str) -> Popen[bytes]:
+    return Popen(["/bin/sh", "-c", script], stdin=PIPE, stdout=PIPE)
+
+
+def test_a_call_is_given_its_input_to_the_end_and_heard_to_the_end() -> None:
+    assert (
+        read_answer(shell("cat; echo over"), "x" * 60_000, 60_005, "it", BOUND_S) == b"x" * 60_000 + b"over\n"
+    )
+
+
+def test_a_call_that_says_more_is_ended_at_once() -> None:
+    process = shell("exec yes")
+    with pytest.raises(AnswerError, match=r"^it said more than 100 bytes$"):
+        read_answer(process, "", 100, "it", BOUND_S)
+    assert process.returncode == -9
+
+
+@pytest.mark.parametrize("script", ["exec tail -f /dev/null", "exec >/dev/null; exec tail -f /dev/null"])
+@pytest.mark.parametrize("given", ["", "x" * 200_000])
+def test_a_call_that_does_not_end_is_ended(script: str, given: str) -> None:
+    """Whether it says nothing, has closed its output, or reads nothing of what it is given."""
+    process = shell(script)
+    with pytest.raises(AnswerError, match=r"^it did not end within 0\.1 s$") as caught:
+        read_answer(process, given, 100, "it", SHORT_S)
+    assert (process.returncode, caught.value.status) == (-9, None)
+
+
+def test_an_endless_trickle_within_the_bound_is_ended() -> None:
+    process = shell("printf a; exec tail -f /dev/null")
+    with pytest.raises(AnswerError, match="did not end"):
+        read_answer(process, "", 100, "it", SHORT_S)
+
+
+@pytest.mark.parametrize("given", ["", "x" * 200_000])
+def test_a_call_that_ends_badly_says_how_even_if_it_reads_nothing(given: str) -> None:
+    with pytest.raises(AnswerError, match=r"^it ended with exit status 3$") as caught:
+        read_answer(shell("echo said; exit 3"), given, 100, "it", BOUND_S)
+    assert caught.value.status == 3
+
+
+def test_a_process_without_pipes_is_a_mistake_of_ours() -> None:
+    with Popen(["/bin/true"]) as process, pytest.raises(ValueError, match="both pipes"):
+        read_answer(process, "", 100, "it", BOUND_S)
