@@ -7,6 +7,7 @@ nothing of policy, so in dom0 the policy file is watched too; a management qube 
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,30 +20,28 @@ from qubes_fwd_qrexec.system.inotify import Inotify
 POLICY_DIR = Path("/etc/qubes/policy.d")
 # What the plan is made from. qubes-core-admin qubes/app.py: that default_netvm was set comes also as a reset
 # of netvm for each qube that has the default; that it was reset does not. The -del ones are an older name.
-_PROPERTIES = ("netvm", "default_netvm", "template", "template_for_dispvms", "provides_network")
-_TAGS = ("anon-vm", "anon-gateway")
-_EVENTS = (
-    "connection-established",
-    "domain-add",
-    "domain-delete",
-    "domain-start",
-    "domain-start-failed",
-    "domain-shutdown",
-    *(f"property-{verb}:{name}" for verb in ("set", "reset", "del") for name in _PROPERTIES),
-    *(f"domain-tag-{verb}:{tag}" for verb in ("add", "delete") for tag in _TAGS),
+_MATTER = re.compile(
+    r"connection-established|domain-(add|delete|start|start-failed|shutdown)"
+    r"|property-(set|reset|del):(netvm|default_netvm|template|template_for_dispvms|provides_network)"
+    r"|domain-tag-(add|delete):(anon-vm|anon-gateway)"
 )
-# Their names end in the feature's; `feature_matters` decides.
-_FEATURE_EVENTS = ("domain-feature-set:*", "domain-feature-delete:*")
-# The dispatcher kills the process and waits for nothing; if asyncio has not seen its end before the loop is
-# closed, it complains at length. That takes some milliseconds, and nobody waits for what is being closed.
+_OF_FEATURES = ("domain-feature-set", "domain-feature-delete")
+# In a management qube the connection is a process, which the dispatcher kills and does not wait for. asyncio
+# complains at length if it has not seen its end before the loop is closed.
 _PROCESS_ENDS_S = 0.1
+
+
+def matters(event: str) -> bool:
+    """Whether the event of that name may change what is to be open."""
+    kind, _, key = event.partition(":")
+    return feature_matters(key) if kind in _OF_FEATURES else _MATTER.fullmatch(event) is not None
 
 
 class Dispatcher(Protocol):
     """What is used of `qubesadmin.events.EventsDispatcher`."""
 
     def add_handler(self, event: str, handler: Callable[..., None]) -> None:
-        """``event`` may have wildcards; the handler gets subject, event and its parameters by name."""
+        """``event`` is ``*`` for all; the handler gets subject, event and its parameters by name."""
 
     def listen_for_events(self, *, reconnect: bool) -> Coroutine[Any, Any, None]:
         """Call handlers until the connection ends, or could not be made."""
@@ -80,10 +79,7 @@ class QubesChanges:
         self._woken = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
         self._inotify: Inotify | None = None
-        for event in _EVENTS:
-            dispatcher.add_handler(event, self._on_event)
-        for event in _FEATURE_EVENTS:
-            dispatcher.add_handler(event, self._on_feature)
+        dispatcher.add_handler("*", self._on_event)
 
     def __enter__(self) -> "QubesChanges":
         self._loop = asyncio.new_event_loop()
@@ -143,12 +139,12 @@ class QubesChanges:
 
     def _on_policy(self, inotify: Inotify) -> None:
         if any(notice.name == self._policy_file.name for notice in inotify.read()):
-            self._on_event()
+            self._changed()
 
-    def _on_feature(self, subject: object, event: str, **_: object) -> None:
-        if feature_matters(event.partition(":")[2]):
-            self._on_event()
+    def _on_event(self, subject: object, event: str, **_: object) -> None:
+        if matters(event):
+            self._changed()
 
-    def _on_event(self, *_: object, **__: object) -> None:
+    def _changed(self) -> None:
         self._has_changed = True
         self._woken.set()
