@@ -2,18 +2,25 @@
 """What a called qube says, read with bounds on size and time: it may say anything, for ever or not at all."""
 
 import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from subprocess import Popen
 from threading import Timer
+from typing import TypeVar
 
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.values import QubeName
 
 # A trial of a forward takes up to 3 s in its qube, and a call some tenths of a second.
 ANSWER_TIMEOUT_S = 8.0
 # qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED and QREXEC_EXIT_SERVICE_NOT_FOUND.
 REFUSED = 126
 NO_SERVICE = 127
+# More qubes than run on one machine; the others would wait for these.
+_AT_ONCE = 32
+
+_T = TypeVar("_T")
 
 
 class AnswerError(StoreError):
@@ -66,3 +73,13 @@ def read_answer(
         why = ", as it does not understand that; its package is older than dom0's" if is_older else ""
         raise AnswerError(f"{what} ended with exit status {status}{why}", status)
     return untrusted_answer
+
+
+def at_once(ask: Callable[[QubeName], _T], qubes: Collection[QubeName]) -> dict[QubeName, _T]:
+    """What ``ask`` returns for each qube. All are asked at once, by threads that end before this returns."""
+    if len(qubes) < 2:
+        return {qube: ask(qube) for qube in qubes}
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(_AT_ONCE, len(qubes))) as pool:
+        return dict(zip(qubes, pool.map(ask, qubes), strict=True))

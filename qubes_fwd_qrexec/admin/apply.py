@@ -24,7 +24,7 @@ from . import policy
 from .backend import Backend, ChangedError, PolicyFile
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, targets_of
-from .states import Cause, Forward, Plan
+from .states import Cause, Plan
 
 
 class Kind(StrEnum):
@@ -91,15 +91,6 @@ class Outcome(NamedTuple):
         return self._replace(done=(*earlier.done, *self.done), ended=(*earlier.ended, *self.ended))
 
 
-def wanted_config(forwards: Iterable[Forward]) -> dict[tuple[QubeName, str], Forward]:
-    """For each live forward the qube and feature that tell its listener."""
-    return {
-        (forward.exposed, f"{CONFIG_PREFIX}{forward.config.key}"): forward
-        for forward in forwards
-        if forward.exposed is not None and forward.config is not None
-    }
-
-
 def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: float) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken."""
     final = policy.text(plan, now, is_held=plan.is_held)
@@ -112,7 +103,11 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: fl
         steps.append(Step(Kind.CLOSE_POLICY, closed, lines_gone=tuple(sorted(gone))))
     steps += _revocations(gone, new_lines, inventory, cuts_drains=plan.is_held)
     present = {(qube, key): value for qube, key, value in inventory.told()}
-    wanted = wanted_config(plan)
+    wanted = {
+        (forward.exposed, f"{CONFIG_PREFIX}{forward.config.key}"): forward
+        for forward in plan
+        if forward.exposed is not None and forward.config is not None
+    }
     for qube, key in sorted(present.keys() - wanted.keys()):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     told = [

@@ -8,7 +8,7 @@ a qube says is untrusted: `common.report` checks it, users are told it, and noth
 import time
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, QubeReport, ReportError
@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import policy
-from .answers import NO_SERVICE, AnswerError, NotRunningError
+from .answers import NO_SERVICE, AnswerError, NotRunningError, at_once
 from .backend import Backend
 from .inventory import LISTENER_FEATURE, OFFER_PREFIX, Inventory
 from .revoking import serving
@@ -27,10 +27,6 @@ ASKED_AT_S = (0.0, 0.7, 1.3)
 # For all questions to one qube. An answer takes some tenths of a second.
 BOUND_S = 2.0
 _TIMEOUT_S = 1.0
-# More qubes than run on one machine; the others would wait for these.
-_AT_ONCE = 32
-
-_T = TypeVar("_T")
 
 Key = tuple[QubeName, RuleName]
 """Target and name of a rule."""
@@ -103,7 +99,7 @@ def ask(backend: Backend, qube: QubeName, argument: str = "", timeout_s: float |
 
 def ask_all(backend: Backend, qubes: Collection[QubeName]) -> dict[QubeName, Answer]:
     """The answer of each qube. All are asked at once, by threads that end before this returns."""
-    return _at_once(lambda qube: _answer(backend, qube, None), qubes)
+    return at_once(lambda qube: _answer(backend, qube, None), qubes)
 
 
 def _answer(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer:
@@ -111,15 +107,6 @@ def _answer(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer
         return ask(backend, qube, timeout_s=timeout_s)
     except AnswerError as error:
         return error
-
-
-def _at_once(ask_one: Callable[[QubeName], _T], qubes: Collection[QubeName]) -> dict[QubeName, _T]:
-    if len(qubes) < 2:
-        return {qube: ask_one(qube) for qube in qubes}
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return dict(zip(qubes, pool.map(ask_one, qubes), strict=True))
 
 
 def is_without_listener(answer: Answer) -> bool:
@@ -252,7 +239,7 @@ def ask_after(
                 break
         return said
 
-    all_heard = _at_once(ask_until_settled, sorted(qubes)).values()
+    all_heard = at_once(ask_until_settled, sorted(qubes)).values()
     for each in all_heard:
         uptakes |= each.uptakes
     return Heard(uptakes, tuple(left for each in all_heard for left in each.goes_on))

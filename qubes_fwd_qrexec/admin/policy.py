@@ -7,7 +7,7 @@ user's, nothing is said but the lines of forwards that go over it.
 
 import re
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.config import Service
@@ -112,7 +112,8 @@ def text(
 
 def allowing(policy: str | None) -> frozenset[str]:
     """The lines of a policy file that are in force, all but the closing ones, in one spelling."""
-    return frozenset(line for line in _effective(policy or "") if line not in CLOSING)
+    lines = ("  ".join(line.split()) for line in _LINE_ENDS.split(policy or ""))
+    return frozenset(line for line in lines if line and not line.startswith("#") and line not in CLOSING)
 
 
 def stock_targets(policy: str | None) -> frozenset[QubeName]:
@@ -141,12 +142,6 @@ def is_same(some: str | None, other: str | None) -> bool:
     if some is None or other is None:
         return some is other
     return _WRITTEN.sub("", some, count=1) == _WRITTEN.sub("", other, count=1)
-
-
-def _effective(policy: str) -> Iterator[str]:
-    for line in _LINE_ENDS.split(policy):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield "  ".join(line.split())
 
 
 def _utc(seconds: float) -> str:

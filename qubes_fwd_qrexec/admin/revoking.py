@@ -7,6 +7,7 @@ with its lease whatever becomes of this.
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
@@ -17,7 +18,7 @@ from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
 from . import policy
-from .answers import NO_SERVICE, AnswerError, NotRunningError
+from .answers import NO_SERVICE, AnswerError, NotRunningError, at_once
 from .backend import Backend
 from .inventory import ADMIN, CONFIG_PREFIX, OFFER_PREFIX, TEMPLATE, Inventory
 
@@ -25,8 +26,6 @@ from .inventory import ADMIN, CONFIG_PREFIX, OFFER_PREFIX, TEMPLATE, Inventory
 LEASE_S = 300
 # How long connections may go on whose rule ended with on-expire=drain.
 DRAIN_S = 3600
-# More targets than run on one machine; the others would wait for these.
-_AT_ONCE = 32
 # A call takes some tenths of a second, and others wait for the lock for 10 s.
 _TIMEOUT_S = 5.0
 
@@ -47,24 +46,17 @@ def allowances(
     targets: Iterable[QubeName],
     lines: Iterable[str],
     *,
-    drains: Mapping[tuple[QubeName, Calls], int] | None = None,
+    drains: Mapping[tuple[QubeName, Calls], int] = MappingProxyType({}),
     cuts_drains: bool = False,
 ) -> dict[QubeName, Allowance]:
     """What each of the targets is to be told when exactly these lines of policy are in force."""
-    keeps: dict[QubeName, set[Calls]] = {target: set() for target in sorted(set(targets))}
-    for line in lines:
-        call = policy.calls_of(line)
-        if call is not None and call[0] in keeps:
-            keeps[call[0]].add(call[1])
+    kept = {call for line in lines if (call := policy.calls_of(line)) is not None}
     found: dict[QubeName, Allowance] = {}
-    for target, kept in keeps.items():
-        left = {
-            calls: seconds
-            for (drained, calls), seconds in (drains or {}).items()
-            if drained == target and calls not in kept
-        }
+    for target in sorted(set(targets)):
+        keeps = frozenset(calls for at, calls in kept if at == target)
+        left = {calls: s for (at, calls), s in drains.items() if at == target and calls not in keeps}
         try:
-            found[target] = Allowance(keeps=frozenset(kept), drains=left, cuts_drains=cuts_drains)
+            found[target] = Allowance(keeps=keeps, drains=left, cuts_drains=cuts_drains)
         except TextError:
             # More than a target reads, and far more than it can carry: all ends, and may be called anew.
             found[target] = Allowance(cuts_drains=True)
@@ -107,27 +99,23 @@ def drains(inventory: Inventory) -> dict[tuple[QubeName, Calls], int]:
 
     Their listeners know: all forwards that share a call must say on-expire=drain. What cannot be read cuts.
     """
-    endings: dict[tuple[QubeName, Calls], set[OnExpire]] = {}
+    cut: set[tuple[QubeName, Calls]] = set()
+    drained: set[tuple[QubeName, Calls]] = set()
     for exposed, key, value in inventory.told():
         try:
             config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
         except ConfigError:
             continue
         is_mux = config.transport is Transport.MUX
-        single = (TargetPorts(port, port) for port in config.target_ports)
-        for ports in [config.target_ports] if is_mux else single:
-            endings.setdefault((config.target, Calls(ports, exposed)), set()).add(config.on_expire)
-    return {call: DRAIN_S for call, said in endings.items() if said == {OnExpire.DRAIN}}
+        each = [config.target_ports] if is_mux else [TargetPorts(p, p) for p in config.target_ports]
+        told = drained if config.on_expire is OnExpire.DRAIN else cut
+        told.update((config.target, Calls(ports, exposed)) for ports in each)
+    return dict.fromkeys(drained - cut, DRAIN_S)
 
 
 def revoke(told: Mapping[QubeName, Allowance], backend: Backend) -> tuple[Ended, ...]:
     """Tell all of these targets at once, and say of each what became of it. Raises nothing."""
-    if not told:
-        return ()
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(min(_AT_ONCE, len(told))) as pool:
-        return tuple(pool.map(lambda target: _revoke(target, told[target], backend), told))
+    return tuple(at_once(lambda target: _revoke(target, told[target], backend), told).values())
 
 
 def _revoke(target: QubeName, allowance: Allowance, backend: Backend) -> Ended:
