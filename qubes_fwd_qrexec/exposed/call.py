@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Transport `call`: one accepted connection over one qrexec call of its own.
 
-The stock service ``qubes.ConnectTCP`` suffices in the target. What raw qrexec cannot carry is lost: it turns
-a client's abort into an end of file for the server (libqrexec/remote.c). The other way round the exit status
-tells, so a client sees RST where the call failed or our service says that the server aborted. A FIN that was
-sent cannot be taken back, so an end of file waits for the status wherever one must follow: behind the stock
-service, which ends with its server, and once the client has ended too. Our own service lives on when its
-server alone has ended, and tells of a clean end by a line on stderr instead (`callsigns`), which needs no
-wait. Where it runs behind a socket it has no stderr, and there the wait for a status is short.
+The stock service ``qubes.ConnectTCP`` is enough in the target. What raw qrexec cannot carry is lost: the
+server sees an abort of the client as an end of file (libqrexec/remote.c). In the other direction the exit
+status helps: the client sees RST if the call failed, or our service says that the server aborted. A FIN that
+was sent cannot be taken back, so an end of file waits for the exit status where that must follow: behind the
+stock service, which ends with its server, and once the client has ended too. Our own service goes on when
+only its server has ended. It reports a clean end with a line on stderr instead (`callsigns`), so there is
+nothing to wait for. Started by a socket it has no stderr, and then the wait for a status is short.
 
-A call that found no room (`callbudget`) is made again, and no byte of the client is lost: what no qrexec
-client has read is still in the socket that the next one reads.
+A call that found no room (`callbudget`) is made again without losing a byte of the client: what no
+qrexec-client-vm has read is still in the socket that the next one reads.
 """
 
 import socket
@@ -35,15 +35,15 @@ from .callqueue import Key, Kind
 from .counters import Carried
 from .qrexec import SINGLE_BUFFER_BYTES, Call, CallInput, open_call
 
-# docs/facts.md, T4: stdout's end, stderr and the exit status race; the others are at most this much
+# docs/facts.md, T4: the end of stdout, stderr and the exit status race. The others come at most this much
 # later, unless the target is slow.
 _STATUS_WAIT_S = 0.2
-# So often is it looked whether anything moved in the time that a connection may be quiet for.
+# How many times to look, within the time that a connection may be quiet for, whether anything moved.
 _LOOKS = 20
-# Where a status or a sign must follow the end of file.
+# For a status or a sign that must follow the end of file.
 _SURE_STATUS_WAIT_S = 10.0
-# Statuses of a call that was not had, and that the next call may end with too. 125 is none of them: it is
-# also a server that does not listen yet.
+# Exit statuses of a call that never got through, which the next call may have too. 125 is not among them: it
+# also means a server that does not listen yet.
 _NOT_HAD = (ExitStatus.REFUSED, ExitStatus.NO_ROOM)
 
 
@@ -51,10 +51,10 @@ _NOT_HAD = (ExitStatus.REFUSED, ExitStatus.NO_ROOM)
 class CallTimeouts:
     """Deadlines of one connection, in seconds.
 
-    ``call_s``: dom0 and the target have not taken the call. qrexec has no timeout of its own for policy and
+    ``call_s``: for dom0 and the target to take the call. qrexec itself has no timeout for policy and
     autostart, and 120 s for the connection between the qubes.
-    ``half_close_s``: one direction has ended and nothing has moved in the other since.
-    ``idle_s``: nothing has moved in either direction (docs/behaviours.md, 38).
+    ``half_close_s``: without a byte once one direction has ended.
+    ``idle_s``: without a byte in either direction (docs/behaviours.md, 38).
     """
 
     call_s: float = 120.0
@@ -66,8 +66,8 @@ class CallTimeouts:
 class Ending:
     """How a connection ended.
 
-    ``error`` is None for a clean end of both directions, else says why not. ``refusal`` says why nothing was
-    carried at all; ``how`` is one word for the log of connections.
+    ``error`` is None after a clean end of both directions, and otherwise says what went wrong. ``refusal``
+    says why nothing was carried at all; ``how`` is one word for the connection log.
     """
 
     error: str | None
@@ -79,7 +79,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes the calls of a connection, and which.
+    """Which calls to make for a connection, and how.
 
     ``key``: for whom, in the queue for calls. ``ends_with_server``: the service ends as soon as its server
     has sent its last byte, as the stock one does.
@@ -103,10 +103,10 @@ async def relay_over_call(
     timeouts: CallTimeouts,
     carried: Carried | None = None,
 ) -> Ending:
-    """Carry one accepted, non-blocking connection over a call; whoever calls closes or aborts it.
+    """Carry one accepted, non-blocking connection over a call; the caller closes or aborts it afterwards.
 
-    An `Ending` with an error asks for an abort: the client must see RST. Raises `RefusedError` when there is
-    no call to be had, OSError when the client has left while it waited for one.
+    After an `Ending` with an error abort it: the client must see RST. Raises `RefusedError` if no call can be
+    made, and OSError if the client left while it waited for one.
     """
     connection = _Connection(accepted, caller, relays, timeouts, carried)
     try:
@@ -126,7 +126,7 @@ async def relay_over_call(
 
 
 class _Connection:
-    """One connection while it lives: its two directions, and what is known of how they ended."""
+    """One connection while it lives: its two directions, and what is known about how they ended."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class _Connection:
         self.refusal: Refusal | None = None
         self.how = "aborted"
         self.trouble: RefusedError | OSError | None = None
-        """Why it could not even begin."""
+        """Why it did not even begin."""
         self._accepted = accepted
         self._caller = caller
         self._relays = relays
@@ -167,7 +167,7 @@ class _Connection:
 
     @property
     def is_joined(self) -> bool:
-        """Nothing but a byte from the target tells that the server has taken the connection."""
+        """Only a byte from the target shows that the server has taken the connection."""
         return self._down.moved > 0
 
     # As the holder of a place among all calls
@@ -178,15 +178,15 @@ class _Connection:
 
     @property
     def sole_user(self) -> None:
-        """It is no mux call."""
+        """None, as it is no mux call."""
         return None
 
     def make_room(self) -> None:
         self.how = "made-room"
-        self._fail("the idlest connection of its source was ended to make room for one that waited")
+        self._fail("ended as the idlest connection of its client, to make room for one that waited")
 
     async def run(self, nursery: trio.Nursery) -> None:
-        """Make calls until one is not for want of room, and carry the connection over that."""
+        """Make calls until one does not fail for lack of room, and carry the connection over that one."""
         self._scope = nursery.cancel_scope
         deadline = self._caller.budget.deadline()
         try:
@@ -203,12 +203,12 @@ class _Connection:
             nursery.cancel_scope.cancel()
 
     def close(self) -> None:
-        """Nothing copies any more."""
+        """Close what is ours, once nothing is copied any more."""
         if self._input is not None:
             self._input.close()
 
     def _begin(self, given: CallInput, nursery: trio.Nursery) -> CallInput:
-        set_size(self._accepted, MAX_BYTES)  # calls are few: what they hold needs no bound but that
+        set_size(self._accepted, MAX_BYTES)  # calls are few, which is bound enough for what they hold
         self._up = Copy(self._accepted, given.ours)
         self._down = Copy(given.ours, self._accepted)  # until there is a call
         if self._carried is not None:
@@ -218,7 +218,7 @@ class _Connection:
         return given
 
     async def _make_call(self, place: Place, given: CallInput) -> bool:
-        """One call, to its end; True if there was no room for it, so that it must be made again."""
+        """Make one call, to its end. Returns True if there was no room for it, to make it again."""
         caller = self._caller
         try:
             async with open_call(
@@ -240,7 +240,7 @@ class _Connection:
             raise RefusedError(f"cannot start {caller.qrexec_client[0]}: {error.strerror}") from error
 
     async def _upload(self, given: CallInput) -> None:
-        """Client to server. A client's abort ends all; why a call takes no more, `_download` learns."""
+        """Client to server. An abort of the client ends everything; `_download` handles a broken call."""
         end = await self._copy(self._up)
         if end is CopyEnd.SOURCE_RESET:
             self._fail("the client aborted the connection")
@@ -250,7 +250,7 @@ class _Connection:
         await self._after_end(lambda: self.received)
 
     async def _download(self, place: Place) -> bool:
-        """Server to client, and the verdict of the exit status on what an end of file meant."""
+        """Server to client, and then the exit status, which says what an end of file meant."""
         end = await self._copy(self._down)
         if end is not CopyEnd.EOF:
             is_client = end is CopyEnd.SINK_BROKEN
@@ -259,7 +259,7 @@ class _Connection:
         signs = Signs(self.received)
         status = await self._status_or_sign(signs)
         if status is None and self._ended and not signs.is_clean:
-            # The client has ended too, so the service does.
+            # The client has ended too, so the service will end.
             status = await self._call.status(self._timeouts.half_close_s)
         if status:
             return self._ended_with(status, place)
@@ -272,7 +272,7 @@ class _Connection:
         return False
 
     async def _status_or_sign(self, signs: Signs) -> int | None:
-        """The exit status; None if there is none in time, or once ``signs`` say that the end is clean."""
+        """The exit status; None if it does not come in time, or ``signs`` say that the end is clean."""
         if self._call.stderr is None:
             return await self._call.status(_SURE_STATUS_WAIT_S)
         will_tell = trio.Event()
@@ -301,10 +301,10 @@ class _Connection:
         return await self._call.status(0)
 
     def _ended_with(self, status: int, place: Place) -> bool:
-        """As `_make_call`. Once there were bytes from the target, its 126 would be a forgery."""
+        """Returns what `_make_call` does. After bytes from the target, its exit status 126 is a forgery."""
         is_through = place.is_through or self._has_sign()
         why = meaning(status, is_through=is_through)
-        # That the service is missing is known only when the call is through.
+        # Only a call that is through can show that the service is missing.
         was_not_had = status in _NOT_HAD and not is_through
         was_not_had = was_not_had or (status == ExitStatus.NO_SERVICE and self._down.moved == 0)
         if was_not_had and place.failed(why, status):
@@ -315,10 +315,10 @@ class _Connection:
         return False
 
     async def _watch_for_life(self, place: Place) -> None:
-        """Tell when the call is through, and end one that hangs before; silence is no fault."""
+        """Note when the call is through, and end one that hangs before; silence afterwards is no fault."""
         with trio.move_on_after(self._timeouts.call_s):
             await self._call.wait_through(self._has_sign)
-        if self._has_sign():  # at the deadline too: whoever was stopped meanwhile has not looked before
+        if self._has_sign():  # at the deadline, too: a process that was stopped has not looked before
             place.through()
             return
         why = f"the call was not through to {self._caller.target} within {self._timeouts.call_s:g} s"
@@ -335,7 +335,7 @@ class _Connection:
         self._fail(f"idle for {self._timeouts.idle_s:g} s")
 
     async def _after_end(self, other_moved: Callable[[], int]) -> None:
-        """One direction has ended, the other may go on; after both, the call delivers what it holds."""
+        """One direction has ended, and the other may go on; after both, the call delivers what it holds."""
         self._ended += 1
         if self._ended == 2:
             status = await self._call.status(self._timeouts.half_close_s)
@@ -351,7 +351,7 @@ class _Connection:
             end = await self._relays.run(copy)
         except OSError as error:
             self._fail(f"cannot watch the connection: {error.strerror}")
-            return CopyEnd.SINK_BROKEN  # nobody hears of it: the scope is cancelled
+            return CopyEnd.SINK_BROKEN  # the scope is cancelled: nobody looks at it
         if end is CopyEnd.BUG:
             self._fail(A_BUG)
         return end
@@ -362,10 +362,9 @@ class _Connection:
 
 
 async def _quiet(timeout_s: float, moved: Callable[[], int]) -> None:
-    """Return once nothing has moved for so long, or up to a twentieth longer.
+    """Return once nothing has moved for ``timeout_s``, or up to a twentieth longer.
 
-    It counts its own looks and not the time between: one in which this process was stopped is nobody's
-    silence.
+    It counts its own looks and not the clock: time in which this process was stopped does not count.
     """
     looks, now = 0, moved()
     while looks < _LOOKS:

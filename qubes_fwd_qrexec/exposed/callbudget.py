@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """All qrexec calls of this qube together: how many there may be, and who waits for one.
 
-A calling qube has room for 30 vchans, over all targets and for everything else it calls: qrexec-client-vm
-takes 33 grant pages for each, of the 1,024 that xen-gntalloc has, and 17 for a single call, whose buffers are
-smaller. So the listener has one budget for all its calls. It counts calls and not pages: single calls leave
-their smaller size to the rest of the qube. Some of the budget is kept for mux calls, since each of those
-carries thousands of connections, and renewals have room beyond it. What is above the budget waits in a queue
-with bounds (`callqueue`). Where nothing ends by itself, an idle mux call is let go, the least recently used
-first, or the idlest connection of a source that has more than its share, or the idlest mux call that such a
-source has to itself.
+A calling qube has room for 30 vchans, over all targets and including everything else that it calls:
+qrexec-client-vm takes 33 of the 1,024 grant pages of xen-gntalloc for each, or 17 for a single call, whose
+buffers are smaller. So the listener has one budget for all its calls. It counts calls and not pages, so the
+smaller size of single calls benefits the rest of the qube. Part of the budget is reserved for mux calls,
+since each of those carries thousands of connections, and renewals have room on top of it. Calls beyond the
+budget wait in a bounded queue (`callqueue`). If no call ends by itself, something makes room: the least
+recently used of the idle mux calls, the idlest connection of a client that has more than its share, or the
+idlest mux call that such a client has to itself.
 
-A call that is refused beside living calls of its target, or for want of a vchan, has found no room: it is
-asked for again when another ends. A call that is refused by itself is refused to all who wait for the same
-(`brake`). dom0's refusal has the same exit status as a full target, so a service that was not allowed since
-the configuration is new counts as refused after a few seconds.
+A call that is refused beside live calls to its target, or for lack of a vchan, has found no room: it is made
+again when another ends. A call that is refused on its own is refused to everybody who waits for the same one
+(`brake`). A refusal by dom0 has the same exit status as a full target. So a service that was never allowed
+since the last change of the configuration counts as refused after a few seconds.
 """
 
 import math
@@ -33,26 +33,26 @@ from qubes_fwd_qrexec.system.bugs import Bugs
 from .brake import AGAIN_S, Brake
 from .callqueue import CallQueue, Key, Kind, Wanted, count_key, has_more_than_its_share
 
-# Renewals beyond the budget: without them, mux calls that hold all of it could not be renewed.
+# Renewals on top of the budget: otherwise mux calls that take up all of it could not be renewed.
 RENEWALS_MAX = 2
-# On Qubes 4.3 calls that begin together fail, as xenstored has ten transactions at once for a qube.
+# On Qubes 4.3 calls that begin together fail, as xenstored allows a qube ten transactions at once.
 BEGIN_MAX = 4
-# A call that is not through by then waits for its target to start, and no more for xenstored.
+# A call that takes longer than this waits for its target to start, and no longer for xenstored.
 BEGIN_S = 5.0
-# A quarter of the budget at most is kept for mux calls.
-_KEPT_SHARE = 4
-# How long a single call may wait for a place, and a mux call likewise.
+# At most a quarter of the budget is reserved for mux calls.
+_RESERVED_SHARE = 4
+# How long a call may wait for a place.
 WAIT_S = 30.0
-# For how long a refusal beside living calls is taken for a full target where no such call was allowed yet.
+# How long a refusal beside live calls may mean a full target, if no such call has been allowed yet.
 DOUBT_S = 5.0
 # A connection in which something moves is not ended to make room for another.
 QUIET_S = 1.0
-# How often those that wait are looked at, beside whenever a call ends.
+# How often to look at the queue, in addition to whenever a call ends.
 _LOOK_S = 0.25
 
 
 class Holder(Protocol):
-    """What a call is used for, which may have to make room for another."""
+    """The user of a call, which may have to make room for another."""
 
     @property
     def quiet_s(self) -> float | None:
@@ -60,14 +60,14 @@ class Holder(Protocol):
 
     @property
     def sole_user(self) -> tuple[Key, float] | None:
-        """The only source that uses a mux call, and for how many seconds nothing has moved in it."""
+        """The only client that uses a mux call, and for how many seconds nothing has moved in it."""
 
     def make_room(self) -> None:
         """End it; its place comes back soon."""
 
 
 class Place:
-    """A call that may be made. Whoever has it says how the call fares."""
+    """A call that may be made. Its user reports what becomes of the call."""
 
     def __init__(self, budget: "CallBudget", wanted: Wanted, now: float) -> None:
         self.wanted = wanted
@@ -80,37 +80,37 @@ class Place:
 
     @property
     def quiet_s(self) -> float:
-        """For how long nothing has used it; below 0 if it must not be ended."""
+        """For how many seconds nothing has used it; below 0 if it must not be ended."""
         quiet_s = None if self.holder is None else self.holder.quiet_s
         return -1.0 if quiet_s is None else quiet_s
 
     @property
     def sole_user(self) -> tuple[Key, float] | None:
-        """As the holder's."""
+        """See `Holder`."""
         return None if self.holder is None else self.holder.sole_user
 
     def through(self) -> None:
-        """dom0 and the target have taken it; said again, it changes nothing."""
+        """dom0 and the target have taken the call; a second report changes nothing."""
         self._budget.is_through(self)
 
     def make_room(self) -> None:
-        """Its holder is to end it."""
+        """Have the holder end the call."""
         self.makes_room = True
         if self.holder is not None:
             self.holder.make_room()
 
     def failed(self, why: str, status: int | None = None) -> bool:
-        """It came to nothing before it was through; True if there was no room, so that it may be asked for
-        again at once: it will wait until there is some."""
+        """The call failed before it was through. Returns True if there was no room: the user may ask for
+        another place at once, and waits until there is room."""
         return self._budget.failed(self, why, status)
 
     def lost(self, why: str) -> None:
-        """It was through, and was lost or given up: the same is asked for again at most every `AGAIN_S`."""
+        """The call was through, and was lost or given up: the same is tried at most every `AGAIN_S`."""
         self._budget.lost(self, why)
 
 
 class Waiting(Wanted):
-    """A call that a task waits for; ``users`` says which sources wait for it."""
+    """A call that a task waits for; ``users`` says which clients wait for it."""
 
     __slots__ = ("error", "place", "settled", "users")
 
@@ -129,7 +129,7 @@ class Waiting(Wanted):
 
 
 class CallBudget:
-    """Made once for a listener. ``tasks`` is where it looks after those that wait."""
+    """One for each listener. In ``tasks`` it runs a task while anybody waits."""
 
     def __init__(
         self,
@@ -141,14 +141,14 @@ class CallBudget:
         self.calls_max = calls_max
         self._bugs = bugs or Bugs()
         self._tasks = tasks
-        self._kept = 0
+        self._reserved = 0
         self._queue = CallQueue[Waiting]() if queue is None else queue
         self._places: set[Place] = set()
         self._here = Brake()
         self._targets: dict[str, Brake] = {}
         self._services: dict[tuple[str, str], Brake] = {}
         self._full_until: dict[tuple[str, str], float] = {}
-        """Until when a refusal of the service beside living calls is taken for a full target."""
+        """Until when a refusal of the service beside live calls may mean a full target."""
         self._is_looking = False
 
     @property
@@ -158,7 +158,7 @@ class CallBudget:
 
     @property
     def waiting(self) -> int:
-        """How many wait for a call."""
+        """How many calls wait."""
         return len(self._queue)
 
     def calls_to(self, target: str) -> int:
@@ -168,14 +168,14 @@ class CallBudget:
     @property
     def singles_max(self) -> int:
         """How many single calls there may be."""
-        return self.calls_max - self._kept
+        return self.calls_max - self._reserved
 
     def expect(self, mux_calls: int) -> None:
-        """So many mux calls may be wanted: some room is kept for them."""
-        self._kept = min(mux_calls, self.calls_max // _KEPT_SHARE)
+        """Reserve room, within bounds, for so many mux calls."""
+        self._reserved = min(mux_calls, self.calls_max // _RESERVED_SHARE)
 
     def forget_refusals(self) -> None:
-        """dom0 has said that something changed, and so perhaps has its policy: ask again at once."""
+        """The configuration has changed, and dom0's policy perhaps with it: try again at once."""
         self._here.release()
         self._targets.clear()
         self._services.clear()
@@ -184,7 +184,7 @@ class CallBudget:
 
     @staticmethod
     def deadline() -> float:
-        """Until when whoever wants a call now may wait for it (trio's clock), however often it is made."""
+        """Until when a call that is wanted now may wait (trio's clock), however often it is made."""
         return trio.current_time() + WAIT_S
 
     @asynccontextmanager
@@ -197,12 +197,12 @@ class CallBudget:
         deadline: float | None = None,
         users: Callable[[], Collection[Key]] | None = None,
     ) -> AsyncIterator[Place]:
-        """A place for one call of ``service`` (``NAME+ARGUMENT``), waited for; the call ends with the block.
+        """Wait for a place for one call of ``service`` (``NAME+ARGUMENT``); the call must end with the block.
 
-        ``users`` says for which sources it is: by default for that of ``key``, which begins with the rule.
+        ``users`` says for which clients it is: by default the one in ``key``, which begins with the rule.
 
-        Raises `RefusedError` when there is none until ``deadline`` (by default that of now), or the same was
-        refused meanwhile.
+        Raises `RefusedError` if there is no place before ``deadline`` (by default `deadline`), or the same
+        call is refused meanwhile.
         """
         waiting = Waiting(kind, target, service, key, users or (lambda: [key[1:]]))
         if deadline is None:
@@ -225,7 +225,7 @@ class CallBudget:
             if waiting.place is not None:
                 self._end(waiting.place)
 
-    # What a place is told
+    # Reports of places
 
     def is_through(self, place: Place) -> None:
         if not place.is_through:
@@ -268,14 +268,14 @@ class CallBudget:
         return now < self._full_until.setdefault((wanted.target, wanted.service), now + DOUBT_S)
 
     def lost(self, place: Place, why: str) -> None:
-        if not place.is_through:  # it was; whoever finds out later must not take the brake off
+        if not place.is_through:  # it was, and a later report must not release the brake
             self._note_through(place)
         self._service(place.wanted).put_on(0, place.began_at + AGAIN_S, why, Refusal.NO_CALL)
 
     # Who is next
 
     def _look(self) -> None:
-        """Let begin what may, and make room for the rest."""
+        """Let the calls begin that may, and make room for the rest."""
         now = trio.current_time()
         while (wanted := self._queue.take(lambda one: self._may_begin(one, now))) is not None:
             wanted.place = Place(self, wanted, now)
@@ -290,11 +290,11 @@ class CallBudget:
                 self._tasks.start_soon(self._keep_looking)
 
     async def _keep_looking(self) -> None:
-        """While anybody waits: what only time brings is told by nothing else."""
+        """Look again while anybody waits: some calls become possible with time alone."""
         try:
             while self._queue:
                 await trio.sleep(_LOOK_S)
-                # Nobody's in particular, and so a bug in it ends nobody: who waits does so within bounds.
+                # It belongs to nobody, so a bug in it ends nobody: every wait has its own bound.
                 self._bugs.guarded(lambda: None, self._look)
         finally:
             self._is_looking = False
@@ -308,21 +308,21 @@ class CallBudget:
         )
 
     def _has_room(self, wanted: Wanted) -> bool:
-        """Whether the budget has."""
+        """Whether the budget has room for it."""
         if wanted.kind is Kind.RENEWAL:
             return self.calls < self.calls_max + RENEWALS_MAX
         singles = sum(place.wanted.kind is Kind.SINGLE for place in self._places)
         return self.calls < self.calls_max and (wanted.kind is not Kind.SINGLE or singles < self.singles_max)
 
     def _make_room(self, now: float) -> None:
-        """For the first one that has none: another may have to end."""
+        """End a call, if necessary, for the first one in the queue that has no room."""
         for wanted in self._queue:
             is_targets = not self._target(wanted).admits(self.calls_to(wanted.target), now)
             if not is_targets and self._has_room(wanted) and self._here.admits(self.calls, now):
                 continue
             places = [p for p in self._places if not is_targets or p.wanted.target == wanted.target]
             if any(place.makes_room for place in places):
-                return  # its end is near
+                return  # that one will end soon
             found = (
                 self._idlest_mux_call(places)
                 or self._idlest_single(places, wanted)
@@ -333,7 +333,7 @@ class CallBudget:
             return
 
     def _idlest_mux_call(self, places: list[Place]) -> Place | None:
-        """The least recently used one that nothing uses now."""
+        """The least recently used mux call that nothing uses now."""
         return max(
             (p for p in places if p.wanted.kind is Kind.MUX and p.quiet_s >= 0),
             key=lambda p: p.quiet_s,
@@ -341,7 +341,7 @@ class CallBudget:
         )
 
     def _idlest_single(self, places: list[Place], wanted: Wanted) -> Place | None:
-        """The idlest one of whoever holds most, if that is more than is left to the one that waits."""
+        """The idlest single call of the key that holds most, if that is more than the waiting one's share."""
         candidates = (
             place
             for place in places
@@ -352,7 +352,7 @@ class CallBudget:
         return max(candidates, key=lambda p: (self._queue.held(p.wanted.key), p.quiet_s), default=None)
 
     def _idlest_of_one_user(self, places: list[Place], wanted: Waiting) -> Place | None:
-        """The idlest mux call that is all of one source that has more of them than one that waits."""
+        """The idlest mux call with a single client, if that client has more of them than one that waits."""
         held_by = Counter[Key]()
         for place in self._places:
             if (use := place.sole_user) is not None:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Who may make a qrexec call next: counting and comparing, without a socket, a task or a clock.
 
-A qube has room for few calls at once (`callbudget`), so those that want one wait here. Renewals of leases
-come first, then mux calls, then single calls. Among single calls the next one is of the rule that holds
-fewest calls, and within the rule of the source that holds fewest; among those it is the one that waits
-longest.
+A qube has room for few calls at once (`callbudget`), so wanted calls wait here. Renewals of leases come
+first, then mux calls, then single calls. The next single call is for the rule that holds the fewest calls,
+within the rule for the client that holds the fewest, and among those the one that has waited longest.
 """
 
 from collections import Counter
@@ -13,18 +12,18 @@ from enum import IntEnum
 from itertools import count
 from typing import Generic, TypeVar
 
-# As many as a stock listen queue holds, and for a dozen rules. Each is a connection and nothing else.
+# A quarter of the kernel's default listen queue. Each one is an open connection and nothing else.
 WAITING_MAX = 1024
 
 Key = tuple[Hashable, ...]
-"""For whom a call is made, the widest first: rule, network, source."""
+"""For whom a call is made, the widest first: rule, network, client address."""
 
 
 class Kind(IntEnum):
     """What a call is for, in the order in which they are served."""
 
     RENEWAL = 0
-    """dom0 is to say once more that a mux call may go on; it ends at once."""
+    """dom0 says once more that a mux call may go on; it ends at once."""
     MUX = 1
     SINGLE = 2
     """One connection over a call of its own."""
@@ -46,7 +45,7 @@ _W = TypeVar("_W", bound=Wanted)
 
 
 class CallQueue(Generic[_W]):
-    """Those that wait, and how many calls each rule and source holds."""
+    """The calls that wait, and how many each rule and each client holds."""
 
     def __init__(self, waiting_max: int = WAITING_MAX) -> None:
         self._waiting_max = waiting_max
@@ -64,9 +63,9 @@ class CallQueue(Generic[_W]):
         return iter(sorted(self._waiting, key=self._rank))
 
     def add(self, wanted: _W) -> _W | None:
-        """Have it wait. Where too many wait, returns the one that does not wait any more, perhaps ``wanted``.
+        """Let ``wanted`` wait. If too many wait, returns the one removed for it, perhaps ``wanted`` itself.
 
-        That is the last one of whoever has most waiting; renewals and mux calls always wait.
+        That is the newest one of the key with most waiting. Renewals and mux calls are never removed.
         """
         self._waiting[wanted] = next(self._order)
         count_key(self._waiting_by, wanted.key)
@@ -80,7 +79,7 @@ class CallQueue(Generic[_W]):
         return last
 
     def remove(self, wanted: _W) -> None:
-        """It waits no more; said again, it changes nothing."""
+        """Stop waiting; does nothing if it does not wait."""
         if self._waiting.pop(wanted, None) is not None:
             count_key(self._waiting_by, wanted.key, -1)
             of_one = self._singles.get(wanted.key, {})
@@ -89,7 +88,7 @@ class CallQueue(Generic[_W]):
                 self._singles.pop(wanted.key, None)
 
     def take(self, may_begin: Callable[[_W], bool]) -> _W | None:
-        """The next one that may begin: it waits no more, and holds a call until `release`."""
+        """Return the next one that may begin. It waits no more, and counts as a call until `release`."""
         found = min(filter(may_begin, self._waiting), key=self._rank, default=None)
         if found is not None:
             self.remove(found)
@@ -101,11 +100,11 @@ class CallQueue(Generic[_W]):
         count_key(self._held_by, key, -1)
 
     def held(self, key: Key) -> tuple[int, ...]:
-        """How many calls its rule holds, and its source of that rule."""
+        """How many calls the key holds on each level: those of its rule, its network, its client."""
         return _counts(self._held_by, key)
 
     def has_more_than_its_share(self, holder: Key, waiting: Key) -> bool:
-        """Whether ``holder`` would still hold no less than ``waiting`` if it gave a call to it."""
+        """Whether ``holder`` would still hold no less than ``waiting`` if it gave one call to it."""
         return has_more_than_its_share(self._held_by, holder, waiting)
 
     def _rank(self, wanted: _W) -> tuple[int, ...]:
@@ -113,7 +112,7 @@ class CallQueue(Generic[_W]):
 
 
 def count_key(counter: Counter[Key], key: Key, change: int = 1) -> None:
-    """Count for each of its levels."""
+    """Count for each level of the key."""
     for length in range(1, len(key) + 1):
         counter[key[:length]] += change
         if not counter[key[:length]]:
@@ -121,7 +120,7 @@ def count_key(counter: Counter[Key], key: Key, change: int = 1) -> None:
 
 
 def has_more_than_its_share(held_by: Counter[Key], holder: Key, waiting: Key) -> bool:
-    """Whether ``holder`` would still hold no less than ``waiting`` if it gave one of its own to it."""
+    """Whether ``holder`` would still hold no less than ``waiting`` if it gave one of its calls to it."""
     holds, waits_for = _counts(held_by, holder), _counts(held_by, waiting)
     for level, (ours, theirs) in enumerate(zip(holds, waits_for, strict=False)):
         if holder[level] != waiting[level]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The log of connections: one line when one is let in and one at its end, in words of ``key=value``.
+"""The connection log: one line when a connection is let in and one when it ends, in ``key=value`` form.
 
-Whoever may connect can make as many lines as connections. So only so many are written in a second, and
-the next one says how many were not; the counters have them all.
+Clients could flood the log with connections. So the lines per second are limited, and the next line says how
+many were left out; the counters count all connections.
 """
 
 import logging
@@ -16,8 +16,8 @@ from .counters import Carried
 
 _logger = logging.getLogger(__name__)
 
-# journald itself takes 10,000 lines of a service in 30 s (RateLimitBurst, journald.conf(5)), and drops any
-# beyond: this stays under a tenth of it, and the warnings of the listener have the rest.
+# journald takes 10,000 lines of a service in 30 s (RateLimitBurst, journald.conf(5)) and drops the rest. This
+# stays under a tenth of that, and leaves room for the listener's warnings.
 LINES_PER_S = 20.0
 BURST = 100
 
@@ -32,7 +32,7 @@ class ConnectionLog:
         self._held_back = 0
 
     def opened(self, config: ListenerConfig, accepted: socket.socket, port: int) -> str | None:
-        """Write the first line, and return what `ended` needs; None if this connection is held back."""
+        """Write the first line. Returns what `ended` needs, or None if the line was left out."""
         if not self._may_write():
             return None
         try:
@@ -45,9 +45,9 @@ class ConnectionLog:
         return line
 
     def ended(self, line: str | None, config: ListenerConfig, carried: Carried, how: str) -> None:
-        """Write the last line of a connection that has a first one; it counts as another line.
+        """Write the last line of a connection, if it has a first one.
 
-        A line is cut at its end, so what stands in the first one too comes last.
+        A long line is cut at its end, so what the first line has, too, comes last.
         """
         if line is None or not self._may_write():
             return

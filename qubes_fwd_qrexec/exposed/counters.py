@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a forward counts while it is open, without any cost where bytes move.
+"""The figures of a forward while it is open, at no cost where bytes move.
 
-Who carries a connection counts its bytes anyway; they are read from there while it lives, and added up
-when it ends.
+The transport counts the bytes of each connection anyway. They are read from there while it lives, and added
+up when it ends.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Protocol
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Way
 
-# What of it tells how the way to the target is, until a connection comes through again.
+# The refusals that show what is wrong on the way to the target, until a connection gets through again.
 WAYS: dict[str, Way] = {
     Refusal.POLICY: Way.REFUSED,
     Refusal.NO_SERVICE: Way.NO_SERVICE,
@@ -21,7 +21,7 @@ WAYS: dict[str, Way] = {
 
 
 class Measured(Protocol):
-    """What knows how many bytes it has moved; another thread may be counting on."""
+    """Something that counts the bytes it moves, perhaps in another thread."""
 
     @property
     def sent(self) -> int: ...
@@ -39,7 +39,7 @@ class Measured(Protocol):
 
 
 class Carried:
-    """One connection; ``by`` is what moves its bytes, once there is such."""
+    """One connection; ``by`` is what moves its bytes, once something does."""
 
     __slots__ = ("by", "since")
 
@@ -64,16 +64,16 @@ class Carried:
 
 
 class Counters:
-    """The figures of one forward since ``since`` (UNIX seconds). It belongs to trio's thread."""
+    """The figures of one forward since ``since`` (UNIX seconds). For trio's thread alone."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self.since = clock()
         self.total = 0
-        """Connections that were let in, whatever became of them."""
+        """How many connections were let in, however they ended."""
         self.refusals: dict[str, int] = {}
         self.last_error: tuple[str, float] | None = None
-        """What went wrong last, and when."""
+        """What went wrong last, and when (UNIX seconds)."""
         self._live: set[Carried] = set()
         self._sent = self._received = 0
 
@@ -83,7 +83,7 @@ class Counters:
 
     @property
     def sent(self) -> int:
-        """Bytes from clients, those of live connections too."""
+        """Bytes from clients, including those of live connections."""
         return self._sent + sum(carried.sent for carried in self._live)
 
     @property

@@ -39,13 +39,13 @@ from .transports import Transports
 
 _logger = logging.getLogger(__name__)
 
-# docs/behaviours.md, 12: what came before an abort is delivered before the RST, within this time.
+# docs/behaviours.md, 12: what arrived before an abort is delivered before the RST, within this time.
 _DELIVERY_S = 1.0
 _DELIVERY_LOOK_S = 0.02
 
 
-# How long connections of what is over may finish. dom0 tells the target the same (`allowance`): an end has to
-# come, and an hour is a long download.
+# How long connections may go on after their rule has ended. dom0 tells the target the same (`allowance`).
+# There must be an end, and an hour is a long download.
 DRAIN_MAX_S = 3600.0
 
 
@@ -56,7 +56,7 @@ def bindings(config: ListenerConfig) -> frozenset[Binding]:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What every forward of a listener works with."""
+    """What all forwards of a listener share."""
 
     transports: Transports
     tasks: trio.Nursery
@@ -99,7 +99,7 @@ class _Connection:
 
 
 def _allows(config: ListenerConfig, connection: _Connection) -> bool:
-    """Whether a connection could be made anew, from the same client to the same port of the target."""
+    """Whether the same client could connect anew to the same port of the target."""
     address, port = connection.local
     listened_at = {(ours.version, ours if not ours.is_unspecified else address) for ours in config.listen}
     return (
@@ -112,10 +112,10 @@ def _allows(config: ListenerConfig, connection: _Connection) -> bool:
 
 
 class OpenForward:
-    """A forward that is open. Made with its sockets, all or none; ends with `close`."""
+    """A forward that is open: it listens from the start, and ends with `close`."""
 
     def __init__(self, config: ListenerConfig, means: Means) -> None:
-        """Bind everything. Raises `BindError`, and has bound nothing then."""
+        """Bind all ports. Raises `BindError` if one cannot be bound, and then none is."""
         self.config = config
         self.expiry = Expiry(config.expire)
         self.account = Account(config.limits, means.process)
@@ -132,15 +132,15 @@ class OpenForward:
         return f"{self.config.target} {self.config.name} ({', '.join(where)})"
 
     def reconfigure(self, config: ListenerConfig) -> None:
-        """Take a new configuration; unchanged ports and connections that it still allows never notice.
+        """Take a new configuration. It affects neither unchanged ports nor connections that it still allows.
 
-        What it allows no more is cut, or has `DRAIN_MAX_S` if it says on-expire=drain. Raises `BindError`
-        when new ports cannot be opened. All else holds then: dom0 has narrowed or ended something perhaps,
-        and does not learn at once that a port is taken.
+        Connections that it no longer allows are cut, or have `DRAIN_MAX_S` left with on-expire=drain. Raises
+        `BindError` if new ports cannot be opened. Everything else is in force even then: dom0 may have
+        narrowed or ended something, and does not learn at once that a port is taken.
         """
         self.give_up(config)
         if config.expire != self.config.expire:
-            self.expiry = Expiry(config.expire)  # else the wall clock of now would replace that of then
+            self.expiry = Expiry(config.expire)  # unchanged, it keeps the wall clock of when it was set
         self.account.change(config.limits)
         self.config = config
         for connection in self._live:
@@ -154,16 +154,16 @@ class OpenForward:
         self._open(bindings(config) - self._listening.keys())
 
     def give_up(self, config: ListenerConfig) -> None:
-        """Close what ``config`` has no more."""
+        """Stop listening on what is not in ``config``."""
         self._close(self._listening.keys() - bindings(config))
 
     @property
     def is_listening(self) -> bool:
-        """Whether every port that it asks for is open."""
+        """Whether every configured port is open."""
         return self._listening.keys() == bindings(self.config)
 
     def close(self) -> None:
-        """The forward is over: listen no more; what is live is cut or goes on, as the rule says."""
+        """End the forward: stop listening, and cut live connections or let them go on, as the rule says."""
         self.stop_listening()
         if self.config.on_expire is OnExpire.CUT:
             self.cut()
@@ -175,7 +175,7 @@ class OpenForward:
 
     @property
     def connections(self) -> int:
-        """How many are live."""
+        """How many connections are live."""
         return len(self._live)
 
     def stop_listening(self) -> None:
@@ -202,7 +202,7 @@ class OpenForward:
             close_listening(self._listening.pop(binding))
 
     def _accepted(self, port: int, accepted: socket.socket) -> None:
-        """Refuse a stranger, or one too many, before anything else is done for it; serve everybody else."""
+        """Refuse a stranger, or one too many, before doing anything else; serve everybody else."""
         peer = peer_address(accepted)
         if peer is None:
             accepted.close()
@@ -219,7 +219,7 @@ class OpenForward:
         self._means.tasks.start_soon(self._serve, port, connection)
 
     def _refusal(self, connection: _Connection) -> NotAdmitted | None:
-        """Why it is not let in; where it is, it is counted, and `_serve` is its end."""
+        """Why it is not let in. Without a reason it counts as let in, until `_serve` ends."""
         if connection.client not in self.config.sources:
             return NotAdmitted.STRANGER
         if not came_by(connection.sock, self.config.side.group):
@@ -227,7 +227,7 @@ class OpenForward:
         return self.account.admit(connection)
 
     async def _serve(self, port: int, connection: _Connection) -> None:
-        """Carry one connection. Whatever happens ends in an abort, unless both directions ended well."""
+        """Carry one connection. It ends with an abort unless both directions ended well."""
         accepted, carried = connection.sock, connection.carried
         self.counters.opened(carried)
         line = self._means.log.opened(self.config, accepted, port)
@@ -258,7 +258,7 @@ class OpenForward:
     async def _relay(
         self, port: int, accepted: socket.socket, peer: IPAddress, carried: Carried
     ) -> tuple[bool, str]:
-        """Whether the connection ended well, and how; if not well, the log has a line of its kind."""
+        """Carry it. Returns whether it ended well, and how; if not well, a warning is in the log."""
         try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             ending = await self._means.transports.carry(self.config, port, accepted, carried)
@@ -278,7 +278,7 @@ class OpenForward:
         return ending.error is None, ending.how
 
     def _failed(self, kind: str | None, error: str) -> None:
-        """Count it; why a call of its own failed is what there is to know of the way to the target."""
+        """Count a failure; without a mux call it also shows what is wrong on the way to the target."""
         self.counters.failed(error)
         if kind is not None:
             self.counters.refused(kind)
@@ -286,7 +286,7 @@ class OpenForward:
             self._way = WAYS.get(kind or "", self._way)
 
     def report(self) -> ForwardReport:
-        """How it is now."""
+        """The figures and the state of this forward now."""
         counters, pool = self.counters, self._means.transports.pool(self.config)
         way = self._way
         if self.config.transport is Transport.MUX:
@@ -316,9 +316,9 @@ class OpenForward:
 
 
 async def _delivered(accepted: socket.socket) -> None:
-    """Wait a moment until the client has what it was sent: an abort takes back the rest.
+    """Wait a moment until the client has what it was sent, as an abort drops the rest.
 
-    The kernel has no event for it, so this looks again and again; hardly ever is there more than one look.
+    The kernel has no event for it, so this polls; one look is nearly always enough.
     """
     with trio.move_on_after(_DELIVERY_S):
         while undelivered_bytes(accepted):

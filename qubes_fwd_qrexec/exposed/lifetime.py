@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When a forward ends: by two clocks, so that neither suspend nor a clock set back prolongs it."""
+"""When a forward ends, by two clocks, so that neither suspend nor a clock set back prolongs it."""
 
 import math
 import time
 
 
 class Expiry:
-    """When a forward ends: by the wall clock, and by a clock that nobody sets and that runs in suspend."""
+    """Over when the wall clock says so, or CLOCK_BOOTTIME, which nobody can set and which runs in suspend.
+
+    ``expire``: the end in UNIX seconds; None for no end.
+    """
 
     def __init__(self, expire: int | None) -> None:
         self._wall_s = math.inf if expire is None else expire

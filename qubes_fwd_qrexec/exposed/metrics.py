@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A listener's report as Prometheus reads it: the text format 0.0.4, and the little HTTP around it."""
+"""A listener's report for Prometheus: the text format 0.0.4, and as much HTTP as it needs."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ _GAUGE, _COUNTER = "gauge", "counter"
 
 
 def text(report: ListenerReport) -> str:
-    """Every figure of every forward. Names of qubes and rules need no escapes within quotes."""
+    """Every figure of every forward. Names of qubes and rules need no escaping within quotes."""
     lines = [*_family("start_time_seconds", _GAUGE, "When the listener began.", [("", report.since)])]
     for name, kind, help_text, of in _FAMILIES:
         samples = [sample for forward in report.forwards for sample in of(forward)]
@@ -24,7 +24,7 @@ def text(report: ListenerReport) -> str:
 
 
 def answer(untrusted_request: bytes, report: ListenerReport) -> bytes:
-    """The answer to one HTTP request, whatever path it names."""
+    """The response to one HTTP request, for any path."""
     if untrusted_request.split(b" ", 1)[0] != b"GET":
         return b"HTTP/1.0 405 Method Not Allowed\r\nAllow: GET\r\nConnection: close\r\n\r\n"
     body = text(report).encode("ascii")

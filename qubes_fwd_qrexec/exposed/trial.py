@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A connection that goes all the way through a forward and carries nothing: whether the way is open.
+"""A trial connection all the way through a forward, without any data, to see whether the way is open.
 
-It goes as a client's would: by the same mux call or a call of its own, under the same bounds, to the server
-in the target, which sees somebody connect and send its FIN at once.
+It takes the way of a client's connection: over the same mux call or a call of its own, within the same
+bounds, to the server in the target, which sees somebody connect and send FIN at once.
 """
 
 import socket
@@ -20,14 +20,14 @@ from .call import Ending
 from .counters import Carried
 from .transports import Transports
 
-# Less than dom0 waits for the answer (5 s), with what else it takes to ask.
+# Less than dom0 waits for the whole answer (5 s).
 TRIAL_S = 3.0
 _LOOK_S = 0.02
 _LOCALHOST = IPv4Address("127.0.0.1")
 
 
 async def try_out(config: ListenerConfig, transports: Transports, timeout_s: float = TRIAL_S) -> Trial:
-    """Try the first port of a forward. Nothing of it is counted."""
+    """Try the first port of a forward for up to ``timeout_s`` seconds. The counters do not count it."""
     carried = Carried(trio.current_time())
     found: Ending | Trial | None = None
     ours, theirs = socket.socketpair()
@@ -71,7 +71,7 @@ def _is_joined(carried: Carried) -> bool:
 
 
 async def _leave_when_joined(carried: Carried, scope: trio.CancelScope) -> None:
-    """That the server took the connection is all that is asked; the relay's thread tells nobody of it."""
+    """Stop once the server has taken the connection. It polls, as the relay thread does not report it."""
     while not _is_joined(carried):  # noqa: ASYNC110
         await trio.sleep(_LOOK_S)
     scope.cancel()

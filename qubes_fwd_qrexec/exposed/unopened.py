@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Forwards whose ports could not be bound, and when each is tried again.
+"""Forwards whose ports could not be bound, and when to try each again.
 
-The program that has the port may leave, and an address may come back with its network: nobody tells.
+The program that has the port may end, and an address may come back with its network: no event says so.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-# At first soon, as after a restart of whoever had the port; then as seldom as a mux call that dom0 refuses.
+# Soon at first, as the program that has the port may just be ending; then ever more rarely.
 RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 60.0
 
@@ -26,7 +26,7 @@ class _Waiting:
 
 
 class Unopened:
-    """Those that wait; the wait doubles with each failure."""
+    """The forwards that wait; each wait doubles with each failure."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,26 +36,26 @@ class Unopened:
         return len(self._waiting)
 
     def failed(self, name: Name, config: ListenerConfig, problem: str) -> bool:
-        """It could not be opened; whether that is news."""
+        """A forward could not be opened. Returns whether that, or the reason, is new."""
         before = self._waiting.get(name)
         wait_s = RETRY_FIRST_S if before is None else min(2 * before.wait_s, RETRY_MAX_S)
         self._waiting[name] = _Waiting(config, problem, wait_s, self._clock())
         return before is None or before.problem != problem
 
     def forget(self, name: Name) -> None:
-        """It is open, or nobody wants it any more."""
+        """A forward is open, or no longer configured."""
         self._waiting.pop(name, None)
 
     def forget_all(self) -> None:
-        """The configuration is new, and everything in it is tried at once."""
+        """The configuration has changed, and everything in it is tried at once."""
         self._waiting.clear()
 
     @property
     def problems(self) -> dict[str, str]:
-        """Why, by the key of each one's configuration."""
+        """Why each one is not open, by the key of its configuration."""
         return {waiting.config.key: waiting.problem for waiting in self._waiting.values()}
 
     def due(self) -> list[tuple[Name, ListenerConfig]]:
-        """What is to be tried now: tell `failed` or `forget`."""
+        """The forwards to try now; report the result with `failed` or `forget`."""
         now = self._clock()
         return [(name, waiting.config) for name, waiting in self._waiting.items() if waiting.due_at <= now]
