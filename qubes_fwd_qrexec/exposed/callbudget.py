@@ -375,7 +375,7 @@ class CallBudget:
         self._look()
 
     def _no_room(self, wanted: Wanted) -> RefusedError:
-        """Why there was no call to be had in time."""
+        """Why there was no place in time."""
         for brake in reversed(self._brakes(wanted)):
             if brake.is_on:
                 return RefusedError(brake.why, brake.kind)
@@ -384,7 +384,7 @@ class CallBudget:
     # Brakes
 
     def _brakes(self, wanted: Wanted) -> tuple[Brake, ...]:
-        """What holds it back. A renewal is no new question: its own pace is slow enough."""
+        """The brakes that apply to it. A renewal has none for its service: its own pace is slow enough."""
         brakes = self._here, self._target(wanted)
         return brakes if wanted.kind is Kind.RENEWAL else (*brakes, self._service(wanted))
 
@@ -395,7 +395,7 @@ class CallBudget:
         return self._services.setdefault((wanted.target, wanted.service), Brake())
 
     def _living(self, brake: Brake, wanted: Wanted) -> int:
-        """How many calls count against it; a service that was refused has none."""
+        """How many calls count against a brake: none against that of a service, which was refused."""
         if brake is self._here:
             return self.calls
         return self.calls_to(wanted.target) if brake is self._target(wanted) else 0

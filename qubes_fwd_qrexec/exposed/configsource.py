@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where a listener's configuration comes from, and when it has changed.
 
-Every `ConfigSource` has the same shape, so that the listener has one way to obey them: `FileSource` reads a
-directory or file, `qubesdbsource` reads QubesDB. What an entry means is decided here, for both.
+The listener knows only `ConfigSource`: `FileSource` reads a directory or a file, `qubesdbsource` reads
+QubesDB. What an entry means is decided here, for both.
 
-A directory holds one file for each forward, named by its key (``fwd.work.web``), with its options on
-one line: the shape of ``/vm-config/`` in QubesDB. A file holds the same, one forward a line:
-key, space, options. Blank lines and lines that start with ``#`` are passed over.
+A directory holds one file for each forward, named by its key (``fwd.work.web``), with the options on one
+line, like ``/vm-config/`` in QubesDB. A file holds the same, one forward on each line: key, space, options.
+Blank lines and lines that start with ``#`` are ignored.
 """
 
 from collections.abc import Mapping
@@ -17,35 +17,35 @@ from qubes_fwd_qrexec.common.config import VALUE_MAX, ListenerConfig, is_forward
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-# A qube's QubesDB holds few entries; this bounds what a directory full of files can make us read.
+# A qube's QubesDB has few entries; this bounds how much of a directory full of files is read.
 ENTRIES_MAX = 4096
 _FILE_MAX = 1 << 20
 _BLANKS = " \t\r"
 
 
 class Configuration(NamedTuple):
-    """What was found: the forwards that can be read, and an error for each entry that cannot."""
+    """The forwards that were read, and an error for each entry that cannot be, by its key."""
 
     forwards: dict[tuple[QubeName, RuleName], ListenerConfig]
     errors: dict[str, ConfigError]
 
 
 class ConfigSource(Protocol):
-    """What the listener asks; neither question waits for anybody else."""
+    """A source of configuration. None of these methods blocks."""
 
     @property
     def problem(self) -> str | None:
-        """Why nothing new can be had from it at the moment, if so."""
+        """Why nothing new can be read from it at the moment; None if something can."""
 
     def read(self) -> Configuration:
-        """What is configured now. Raises `ConfigError` when the source itself cannot be read."""
+        """Return what is configured now. Raises `ConfigError` if the source itself cannot be read."""
 
     def stamp(self) -> object:
-        """A value that differs when `read` may find something else than before."""
+        """A value that changes when `read` may return something new."""
 
 
 class FileSource:
-    """A directory or file of configurations."""
+    """A directory or a file; see the module's docstring."""
 
     def __init__(self, path: Path) -> None:
         self.problem: str | None = None
@@ -55,7 +55,7 @@ class FileSource:
         return str(self._path)
 
     def read(self) -> Configuration:
-        """Read everything afresh. Raises `ConfigError` when the source itself cannot be read."""
+        """Read everything afresh. Raises `ConfigError` if the directory or file cannot be read."""
         try:
             entries = self._entries()
         except ConfigError as error:
@@ -65,7 +65,7 @@ class FileSource:
         return parse_entries(entries)
 
     def stamp(self) -> object:
-        """A value that differs when something changed since: names, sizes and times of the files."""
+        """The names, sizes and times of the files."""
         try:
             if not self._path.is_dir():
                 return _stamp(self._path)
@@ -91,7 +91,7 @@ class FileSource:
 
 
 def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
-    """Each entry by its key, or what kept it from being read. One that is bad is an error of its own."""
+    """Parse entries, by their keys. A bad one is an error of its own, as is one that could not be read."""
     forwards: dict[tuple[QubeName, RuleName], ListenerConfig] = {}
     errors: dict[str, ConfigError] = {}
     for key, untrusted_value in entries.items():
@@ -107,13 +107,13 @@ def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
 
 
 def _text(path: Path, size_max: int) -> str:
-    """At most one byte more than ``size_max``. Latin-1 reads any byte; what is not ASCII is refused later."""
+    """At most ``size_max`` + 1 bytes. Latin-1 decodes any byte; what is not ASCII is refused later."""
     with path.open("rb") as file:
         return file.read(size_max + 1).decode("latin-1")
 
 
 def _value(path: Path) -> str | ConfigError | None:
-    """One entry of a directory; None when it has been removed since the directory was read."""
+    """One entry of a directory; None if it was removed since the directory was read."""
     try:
         value = _text(path, VALUE_MAX + 1).removesuffix("\n")
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def _value(path: Path) -> str | ConfigError | None:
 
 
 def _line_entries(text: str) -> dict[str, str | ConfigError]:
-    """Split at newlines alone: other control characters are no ends of lines but errors in them."""
+    """Split at newlines alone: other control characters do not end lines, but are errors in them."""
     entries: dict[str, str | ConfigError] = {}
     for line in text.split("\n"):
         key, _, value = line.strip(_BLANKS).partition(" ")

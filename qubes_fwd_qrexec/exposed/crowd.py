@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who holds how many connections, and which one makes room when there are as many as there may be.
+"""Who holds how many connections, and which one makes room when the limit is reached.
 
-Sources are counted twice: by address, and by network, since an IPv6 host chooses among 2**64 addresses
-(RFC 4862). The largest network yields first, in it the largest address, and of that one the connection in
-which nothing has moved for longest. Nobody yields to a newcomer that holds as much already.
+Clients are counted twice: by address, and by network, since an IPv6 host can choose among 2**64 addresses
+(docs/facts.md, R6). The network with most connections makes room first, in it the address with most, and of
+that one the connection that has been idle for longest. Nobody makes room for a newcomer that holds as many.
 """
 
 from collections.abc import Iterator
@@ -19,32 +19,32 @@ _K = TypeVar("_K")
 
 
 class Member(Protocol):
-    """A connection that was let in."""
+    """A connection that is let in."""
 
     @property
     def client(self) -> IPAddress:
-        """Who is connected; IPv4 as IPv4."""
+        """The client's address, IPv4 as IPv4."""
 
     @property
     def moved_at(self) -> float:
-        """When bytes last moved in it, or it began (`time.monotonic`)."""
+        """When bytes last moved, or it began (`time.monotonic`)."""
 
     def make_room(self) -> None:
         """End it now: the client sees RST."""
 
 
 def network(client: IPAddress) -> Network:
-    """What an address is counted by beside itself."""
+    """The network that an address counts towards."""
     return int(client) >> 64 if isinstance(client, IPv6Address) else client
 
 
 def client_key(client: IPAddress) -> tuple[Network, IPAddress]:
-    """By what a client is counted, the widest first."""
+    """What a client is counted by, the widest first."""
     return network(client), client
 
 
 class _Ranking(Generic[_K]):
-    """Numbers by key, which change by one; the largest is known at any time."""
+    """Numbers by key, which change by one; finding the largest takes constant time."""
 
     def __init__(self) -> None:
         self.numbers: dict[_K, int] = {}
@@ -67,12 +67,12 @@ class _Ranking(Generic[_K]):
             self._largest = after
 
     def largest(self) -> _K:
-        """The key with the largest number, the one that came to it first. Raises KeyError when empty."""
+        """The key with the largest number, the one that reached it first. Raises KeyError if empty."""
         return next(iter(self._keys[self._largest]))
 
 
 class Crowd:
-    """Connections by network and address."""
+    """The connections of one forward, by network and address."""
 
     def __init__(self) -> None:
         self._members: dict[IPAddress, dict[Member, None]] = {}
@@ -92,22 +92,22 @@ class Crowd:
         return len(self._members)
 
     def held_by(self, client: IPAddress) -> int:
-        """Connections of an address."""
+        """How many connections an address has."""
         return len(self._members.get(client, ()))
 
     def held_in(self, client: IPAddress) -> int:
-        """Connections of an address's network."""
+        """How many connections the network of an address has."""
         return self._networks.numbers.get(network(client), 0)
 
     def add(self, member: Member) -> None:
-        """Count one more."""
+        """Count a connection."""
         client, key = member.client, network(member.client)
         self._members.setdefault(client, {})[member] = None
         self._networks.change(key, 1)
         self._addresses.setdefault(key, _Ranking()).change(client, 1)
 
     def discard(self, member: Member) -> bool:
-        """Count it no more; whether it was counted."""
+        """Stop counting a connection. Returns whether it was counted."""
         client, key = member.client, network(member.client)
         if member not in self:
             return False
@@ -121,11 +121,11 @@ class Crowd:
         return True
 
     def idlest(self) -> Member | None:
-        """The connection that makes room for anybody; None when there is none."""
+        """The connection that makes room for anybody; None if there are no connections."""
         return self._idlest_in(self._networks.largest()) if self._members else None
 
     def idlest_before(self, client: IPAddress) -> Member | None:
-        """The connection that makes room for ``client``; None when nobody holds more than it does."""
+        """The connection that makes room for ``client``; None if nobody holds more than it does."""
         if not self._members:
             return None
         largest = self._networks.largest()

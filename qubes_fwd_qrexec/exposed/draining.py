@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Forwards that are over and whose connections may finish: what still flows, and until when at most."""
+"""Forwards that have ended and whose connections may finish: which ones, and until when."""
 
 import time
 
@@ -9,18 +9,18 @@ from .forward import DRAIN_MAX_S, OpenForward
 
 
 class Draining:
-    """Closed forwards with connections, each with the time at which these are cut."""
+    """Closed forwards that still have connections, and when those are cut."""
 
     def __init__(self) -> None:
         self._deadlines: dict[OpenForward, float] = {}
 
     def add(self, forward: OpenForward) -> None:
-        """A forward that has just been closed."""
+        """Take a forward that was just closed."""
         if forward.connections:
             self._deadlines[forward] = time.monotonic() + DRAIN_MAX_S
 
     def look(self) -> None:
-        """Forget those that have finished, and cut what has had its time."""
+        """Forget forwards that have finished, and cut those whose time is over."""
         now = time.monotonic()
         for forward, deadline in list(self._deadlines.items()):
             if now >= deadline:
@@ -29,7 +29,7 @@ class Draining:
                 del self._deadlines[forward]
 
     def report(self) -> tuple[DrainingReport, ...]:
-        """Those that have connections still, in the order in which they were closed."""
+        """The forwards that still have connections, in the order in which they were closed."""
         now = time.monotonic()
         return tuple(
             DrainingReport(

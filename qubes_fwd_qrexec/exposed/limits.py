@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who is let in, and who is one too many: counting, without a socket and with a clock that is given.
+"""Who is let in, and who is one too many: counting, without sockets and with a given clock.
 
-A forward asks its `Account` about every connection and tells it when one is over. A refusal is an RST at
-once. What may be held is bounded for a rule, for each client of a rule and for the process; what may come in
-a second is bounded for a rule. No client takes more than its share while others want it: where a rule or the
-process is full, the idlest connection of whoever holds most makes room (`crowd`), and of a rule's rate one
-client has half at most at once.
+A forward asks its `Account` about every connection, and reports when one is over. A connection that is not
+admitted gets RST at once. Connections are limited for a rule, for each client of a rule and for the process;
+new connections per second are limited for a rule. No client keeps more than its share while others want some:
+if a rule or the process is full, the idlest connection of the client with most makes room (`crowd`), and one
+client gets at most half of a rule's rate at once.
 """
 
 import time
@@ -19,24 +19,24 @@ from qubes_fwd_qrexec.relay.budget import STREAMS_MAX
 
 from .crowd import Crowd, Member
 
-# As many as `budget` has floors for. Ten thousand were held in docs/numbers.md, with 9 KiB for each.
+# As many as `budget` has floors for. docs/numbers.md has ten thousand held, at 9 KiB each.
 PROCESS_MAX = STREAMS_MAX
-# An ordinary program may have 1024 files open (the soft limit that systemd gives, DefaultLimitNOFILE), so
-# that no honest client needs more, nor a proxy with a whole office behind it; sixteen sources fill a process.
+# An ordinary program may have 1024 files open (systemd's soft limit, DefaultLimitNOFILE). So no honest client
+# needs more, nor does a proxy with an office behind it. Sixteen clients fill a process.
 PER_SOURCE = 1024
-# The hosts of a LAN share one IPv6 network of 64 bits, and a single host has as many addresses there as it
-# likes: each address counts as a client, and all of one network together as so many.
-SOURCES_PER_NETWORK = 8
+# The hosts of a LAN share one IPv6 network of 64 bits, and a single host has as many addresses in it as it
+# likes. So each address counts as a client, and a whole network as this many clients.
+CLIENTS_PER_NETWORK = 8
 # docs/behaviours.md, 35: more than a mux call carries (docs/numbers.md), as refusing costs less. A server by
 # itself was seen to take 4,900.
 RATE = 5000
-# How often in a second a connection is ended to make room for another: a machine with many addresses cannot
-# turn over more than this, and who looks for the idlest does not look all the time.
+# How many connections a second are ended to make room for others: a machine with many addresses cannot turn
+# over more than this, and looking for the idlest does not take all the time.
 YIELDS = 50
 
 
 class NotAdmitted(StrEnum):
-    """Why a connection is not let in. The values are the rule's own words where it has any."""
+    """Why a connection is not let in. The values are the words of a rule's options, if it has one."""
 
     STRANGER = "srchosts"
     SIDE = "side"
@@ -47,15 +47,15 @@ class NotAdmitted(StrEnum):
 
 
 def process_max(descriptors: int) -> int:
-    """How many connections a process takes that may have so many files open; below 0 means any number.
+    """How many connections a process takes that may have ``descriptors`` files open; below 0 is no limit.
 
-    A quarter stays for listening sockets and calls.
+    A quarter is left for listening sockets and calls.
     """
     return PROCESS_MAX if descriptors < 0 else max(1, min(PROCESS_MAX, descriptors * 3 // 4))
 
 
 class _Bucket:
-    """So many in a second, and at most ``burst`` at once."""
+    """A token bucket: ``rate`` tokens a second, and at most ``burst`` at once."""
 
     __slots__ = ("_at", "_burst", "_rate", "left")
 
@@ -66,16 +66,16 @@ class _Bucket:
         self.left = burst
 
     def fill(self, now: float) -> float:
-        """What is left at this time."""
+        """How much is left at this time."""
         self.left = min(self._burst, self.left + (now - self._at) * self._rate)
         self._at = now
         return self.left
 
 
 class _Rate:
-    """New connections of a rule in a second, and each source's half of them.
+    """A rule's new connections per second, of which each client has half.
 
-    A client that has used up its half goes on with what nobody else wants: while over half is left.
+    A client that has used up its half may use what nobody else wants, as long as more than half is left.
     """
 
     def __init__(self, rate: int, now: float) -> None:
@@ -89,8 +89,8 @@ class _Rate:
         return len(self._by_client)
 
     def take(self, client: IPAddress, now: float) -> bool:
-        """Whether one more of ``client`` may come."""
-        if len(self._by_client) > 2 * self.rate:  # those of a second at most are not full again
+        """Whether one more connection of ``client`` may come; if so, it is counted."""
+        if len(self._by_client) > 2 * self.rate:  # only clients of the last second are not full again
             self._by_client = {c: b for c, b in self._by_client.items() if b.fill(now) < self._half}
         own = self._by_client.get(client)
         if own is None:
@@ -103,7 +103,7 @@ class _Rate:
 
 
 class Process:
-    """All connections of a process, of whatever forward."""
+    """All connections of a process, for all forwards together."""
 
     def __init__(
         self, connections_max: int = PROCESS_MAX, clock: Callable[[], float] = time.monotonic
@@ -116,26 +116,26 @@ class Process:
 
     @property
     def rule_max(self) -> int:
-        """What a rule has that says nothing: three quarters, so that no rule alone keeps out all others."""
+        """The limit of a rule that sets none: three quarters, so that no rule alone keeps out all others."""
         return max(1, self.connections_max * 3 // 4)
 
     def join(self, account: "Account") -> None:
-        """An account that has connections now."""
+        """An account has connections now."""
         self._accounts.add(account)
 
     def leave(self, account: "Account") -> None:
-        """An account that has none any more."""
+        """An account has no connections any more."""
         self._accounts.discard(account)
 
     def may_yield(self) -> bool:
-        """Whether another connection may be ended now to make room; if so it is counted."""
+        """Whether another connection may be ended now to make room; if so, it is counted."""
         if self._yields.fill(self._clock()) < 1:
             return False
         self._yields.left -= 1
         return True
 
     def idlest_before(self, account: "Account", client: IPAddress) -> tuple["Account", Member] | None:
-        """The connection that makes room for one of ``client`` in ``account``, and whose it is."""
+        """The connection that makes room for one of ``client`` in ``account``, and its own account."""
         largest = max(self._accounts, key=lambda one: one.connections, default=account)
         if largest.connections > account.connections:
             member = largest.crowd.idlest()
@@ -151,7 +151,7 @@ class Account:
         self.connections = 0
         self.crowd = Crowd()
         self.yielded = 0
-        """How many were ended to make room for others."""
+        """How many connections were ended to make room for others."""
         self._process = process
         self._clock = clock
         self._limits = limits
@@ -172,20 +172,20 @@ class Account:
 
     @property
     def clients_remembered(self) -> int:
-        """For how many addresses the rate keeps a number."""
+        """How many addresses the rate limit remembers."""
         return self._rate.clients
 
     def change(self, limits: Limits) -> None:
-        """From now on; who is in stays in."""
+        """Apply new limits from now on; live connections stay."""
         self._limits = limits
         rate = limits.rate or RATE
         if self._rate.rate != rate:
             self._rate = _Rate(rate, self._clock())
 
     def admit(self, member: Member) -> NotAdmitted | None:
-        """Count a connection, or say why not. Every one that is let in must `leave`.
+        """Count a connection, or return why it is not let in. One that is let in must `leave` in the end.
 
-        It may have been told to make room by then: others that were in are ended here for this one.
+        This may call `make_room` of another connection, which it ends for this one.
         """
         client = member.client
         if self.crowd.held_by(client) >= self._per_source or self._is_network_full(client):
@@ -209,11 +209,11 @@ class Account:
         return None
 
     def _is_network_full(self, client: IPAddress) -> bool:
-        most = self._per_source * SOURCES_PER_NETWORK
+        most = self._per_source * CLIENTS_PER_NETWORK
         return isinstance(client, IPv6Address) and self.crowd.held_in(client) >= most
 
     def _room(self, client: IPAddress) -> tuple[NotAdmitted | None, "tuple[Account, Member] | None"]:
-        """Why there is none, or whose connection makes it, where it has to be made."""
+        """Why there is no room; else the connection that must make room, if one must."""
         if self.connections >= self._connections:
             member = self.crowd.idlest_before(client)
             return (NotAdmitted.CONNECTIONS, None) if member is None else (None, (self, member))
@@ -223,7 +223,7 @@ class Account:
         return None, None
 
     def leave(self, member: Member) -> None:
-        """A connection that was let in is over; said again, it changes nothing."""
+        """A connection that was let in is over; a second call changes nothing."""
         if self.crowd.discard(member):
             self.connections -= 1
             self._process.connections -= 1
@@ -231,12 +231,12 @@ class Account:
                 self._process.leave(self)
 
     def words(self, refusal: NotAdmitted) -> str:
-        """For the log: which limit it was, and how high that is."""
+        """For the log: which limit it is, and how high."""
         match refusal:
             case NotAdmitted.PER_SOURCE:
                 return (
                     f"its address has {self._per_source} connections, the limit per-source, "
-                    f"or its IPv6 network {self._per_source * SOURCES_PER_NETWORK}"
+                    f"or its IPv6 network {self._per_source * CLIENTS_PER_NETWORK}"
                 )
             case NotAdmitted.CONNECTIONS:
                 return f"there are {self._connections} connections, the limit connections"
@@ -245,6 +245,6 @@ class Account:
             case NotAdmitted.RATE:
                 return f"more than {self._rate.rate} new connections in a second, the limit rate"
             case NotAdmitted.SIDE:
-                return "it came by another interface than those of the forward's side"
+                return "it came in through an interface that is not on the forward's side"
             case NotAdmitted.STRANGER:
                 return "it is in none of the networks of srchosts"

@@ -16,7 +16,7 @@ from .statussockets import RUNTIME_VARIABLE
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked; ends the program with a message where they are wrong."""
+    """Parse and check the options; ends the program with a message if they are wrong."""
     options = parser()
     args = options.parse_args(arguments)
     if args.calls < 1:
@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What there is to say on the command line."""
+    """The command line's parser."""
     options = argparse.ArgumentParser(
         prog="qubes-forward-listener",
         description="Listen for what dom0 has configured to be forwarded, and carry it over qrexec.",

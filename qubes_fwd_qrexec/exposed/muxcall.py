@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One mux call of the listener side: a call, the mux that drives it, and the connections that it carries.
+"""One mux call of the listener side: a qrexec call, its mux, and the connections that it carries.
 
-`muxpool` makes it, keeps it and lets it go; here is what happens in between.
+`muxpool` makes it, keeps it and lets it go; this is what happens in between.
 """
 
 import math
@@ -41,12 +41,12 @@ _REFUSALS = {
     ResetCode.UNREACHABLE: "the server in the target cannot be reached",
     ResetCode.OVER_LIMIT: "the target takes no more connections",
 }
-# The target has not touched the stream: it may be asked for again, on another mux call.
+# The target has done nothing for the stream: it may be asked for again on another mux call.
 _TRY_AGAIN = frozenset((ResetCode.LEASE_OVER, ResetCode.SHUTDOWN))
 
 
 class RetryError(Exception):
-    """The stream was not begun and may be asked for again. ``is_targets``: the target would not have it."""
+    """The stream was not begun and may be asked for again. ``is_targets``: the target refused it."""
 
     def __init__(self, *, is_targets: bool) -> None:
         super().__init__()
@@ -54,28 +54,27 @@ class RetryError(Exception):
 
 
 class MuxCall:
-    """One mux call of the listener side, from before the call is made (`MuxPool._open`) until it has ended.
+    """One mux call of the listener side, from before the call is made until it has ended.
 
-    Its attributes are written in the loop's thread or in trio's, each in one of them alone, and may be
-    read in both.
+    Each attribute is written either in the loop's thread or in trio's, and may be read in both.
     """
 
     def __init__(self, relays: RelayThread, ports: TargetPorts) -> None:
         self.settled = trio.Event()
-        """Set once it is ready, or never will be."""
+        """Set once it is ready, or it is known that it never will be."""
         self.problem: str | None = None
         self.refusal: Refusal | None = None
-        """Why it never became ready."""
+        """Why it never became ready, as one word."""
         self.status: int | None = None
-        """The exit status of its call, where that has one."""
+        """The exit status of its call, if it has one."""
         self.mux: Mux | None = None
         self.ready_at = -math.inf
         self.opened = 0
-        """How many streams it was asked for so far."""
+        """How many streams it was asked for."""
         self.was_let_go = False
-        """Whether this end wants no more of it."""
+        """Whether this end drains it."""
         self.place: Place | None = None
-        """That of its call, among all of this qube."""
+        """The place of its call among all calls of this qube."""
         self._relays = relays
         self._ports = ports
         self._is_ready = False
@@ -106,7 +105,7 @@ class MuxCall:
 
     @property
     def is_held_up(self) -> bool:
-        """Whether it has no room only because clients come and go faster than the target answers for."""
+        """Whether it has no room only because clients come and go faster than the target answers resets."""
         mux = self.mux
         if not self._is_ready or self._is_draining or mux is None or mux.open_room > 0:
             return False
@@ -123,21 +122,21 @@ class MuxCall:
 
     @property
     def quiet_s(self) -> float | None:
-        """As the holder of a place among all calls: for how long it has had no stream."""
+        """As the holder of a place: for how many seconds it has had no stream; None if it has some."""
         if self.is_opening or self._is_draining or self._users or self.streams:
             return None
         return trio.current_time() - max(self._used_at, self.ready_at)
 
     @property
     def sole_user(self) -> tuple[Key, float] | None:
-        """As the holder of a place: which one source uses it, and for how long nothing has moved in it."""
+        """As the holder of a place: the only client that uses it, and for how many seconds it was idle."""
         keys = set(self._users.values())
         if self.is_opening or len(keys) != 1:
             return None
         return keys.pop(), time.monotonic() - max(carried.moved_at for carried in self._users)
 
     def make_room(self) -> None:
-        """Others need the call: what is in it is cut."""
+        """As the holder of a place: others need the call, so cut its streams."""
         self.drain()
 
         def cut() -> None:
@@ -153,12 +152,15 @@ class MuxCall:
         self._relays.order(cut, fail)
 
     def forget_call(self) -> None:
-        """There was no room for its call, and there will be another."""
+        """There was no room for its call, and another will be made."""
         self.mux = self.refusal = self.status = self.place = None
         self._is_draining = False
 
     async def run(self, call: Call, budget: Budget, half_close_s: float, idle_s: float) -> str | None:
-        """Drive it until it is over; why, unless it ended as agreed."""
+        """Drive it until it is over. Returns why it ended, or None if it ended as agreed.
+
+        It uses the sockets of ``call`` until then. Raises OSError when the kernel can watch no more sockets.
+        """
 
         def begin(finish: Callable[[str | None], None]) -> None:
             self._finish = finish
@@ -198,7 +200,10 @@ class MuxCall:
         proxy: ProxyVersion,
         carried: Carried | None = None,
     ) -> Ending:
-        """Carry one connection, and close or abort it in the end; `RetryError` if it was not begun."""
+        """Carry one connection, and close or abort it in the end, unless the `Ending` has an error.
+
+        Raises `RetryError` if it was not begun.
+        """
         carried = carried or Carried(time.monotonic())
         self._users[carried] = client_key(origin.client)
         try:
@@ -247,7 +252,7 @@ class MuxCall:
         if finish is not None:
             finish(Ending(None, leg.sent, leg.received, how=_HOW[how]))
 
-    # What the mux tells, in the loop's thread
+    # As the owner of the mux, in the loop's thread
 
     def ready(self) -> None:
         def settle() -> None:
@@ -258,14 +263,14 @@ class MuxCall:
         self._relays.tell(settle)
 
     def open_requested(self, event: OpenReceived) -> None:
-        """Never: the protocol lets the target ask for nothing."""
+        """Never called: the target cannot ask for streams."""
 
     def open_abandoned(self, stream_id: int) -> None:
-        """Never: this end answers no streams."""
+        """Never called: this end answers no streams."""
 
     def refused(self, leg: Leg, code: ResetCode) -> None:
         if code in _TRY_AGAIN and self.mux is not None and not self.mux.is_over:
-            self._turn_away()  # it has said so, or should have
+            self._turn_away()  # the target drains, or should
             self.mux.drain(GoawayCode.SHUTDOWN)
         finish = self.waiting.pop(leg, None)
         if finish is not None:
@@ -277,7 +282,7 @@ class MuxCall:
         self._turn_away()
 
     def _turn_away(self) -> None:
-        """The target wants no more streams on it. It may not go on like this: each call asks dom0."""
+        """The target takes no more streams. That must not repeat quickly: dom0 judges each new call."""
         if not self._is_draining:
             self._is_draining = True
             self._relays.tell(self._note_end)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The exposed qube's mux calls to one target: opened when a connection comes, kept a while, replaced in time.
+"""The exposed qube's mux calls to one target: opened for a connection, kept for a while, renewed in time.
 
-A mux call is one qrexec call, which dom0 judges. It takes streams until its lease is over or it is full; then
-the next connection opens another, which dom0 judges afresh, and the old one ends with its last stream. While
-it is in use its lease is renewed long before it is over, by one more call that dom0 judges and that ends at
-once: the target cuts what was not renewed. All its calls are among those of `callbudget`, which also keeps
-connections from flooding dom0 with questions.
+A mux call is one qrexec call, which dom0 judges. It takes streams until its lease is over or it is full.
+Then the next connection opens another one, which dom0 judges anew, and the old one ends with its last
+stream. While a mux call is in use its lease is renewed long before it ends, by one more call that dom0
+judges and that ends at once; the target cuts mux calls that are not renewed. All these calls count in
+`callbudget`, which also keeps connections from flooding dom0 with calls.
 """
 
 import logging
@@ -37,29 +37,29 @@ from .muxcall import MuxCall, RetryError
 from .qrexec import Call, open_call
 
 _logger = logging.getLogger(__name__)
-# As long as qrexec waits for a target that has started to answer (agent/qrexec-client-vm.c).
+# As long as qrexec-client-vm waits for the data connection of a started target (agent/qrexec-client-vm.c).
 OPEN_S = 120.0
 # docs/behaviours.md, 26: a target that has taken the call and never says HELLO.
 HELLO_S = 30.0
-# A browser's next request, a user's next click: a mux call without streams is kept for so long.
+# A mux call without streams is kept for so long: for a browser's next request, or a user's next click.
 LINGER_S = 60.0
 # docs/behaviours.md, 25: how many connections may wait for a mux call; OPEN_S bounds how long.
 WAITING_MAX = 1024
-# When dom0 is asked to renew a lease: with so much of it over, and again after each tenth, or each 20 s.
+# When to renew a lease: once so much of it is over, and again after each tenth of it, or every 20 s.
 RENEW_AT_SHARE = 0.5
 _RENEW_AGAIN_SHARE = 0.1
 _RENEW_AGAIN_MAX_S = 20.0
-# A renewal that hangs holds up others, and the next try may fare better.
+# A renewal that hangs holds up others, and the next try may succeed.
 _RENEW_S = 30.0
-# How often a stream is asked for again that the target would not have begun.
+# How often to ask for a stream that the target did not begin.
 _TRIES = 3
-# After the call has ended its exit status comes, or never does.
+# The exit status comes this soon after the end of the call, or never.
 _STATUS_WAIT_S = 0.2
 _LOOK_S = 1.0
 
 
 class _Waiter(Wanted):
-    """A connection that waits for a mux call; its key is its source."""
+    """A connection that waits for a mux call; its key is its client."""
 
     __slots__ = ("is_refused", "scope")
 
@@ -112,22 +112,22 @@ class MuxPool:
         self._lease_s = math.inf
         self._lease_over_at = math.inf
         self.last_problem: tuple[str, float] | None = None
-        """What became of a mux call that was lost, and when (UNIX seconds)."""
+        """Why a mux call was last lost, and when (UNIX seconds)."""
 
     def retire(self) -> None:
-        """No forward needs these any more: each mux call ends with its last stream."""
+        """No forward needs the pool any more: each mux call ends with its last stream."""
         self._is_retired = True
         for mux_call in self.mux_calls:
             mux_call.drain()
 
     @property
     def count(self) -> int:
-        """Mux calls that are ready, those that drain too."""
+        """How many mux calls are ready, including draining ones."""
         return sum(not mux_call.is_opening for mux_call in self.mux_calls)
 
     @property
     def way(self) -> Way:
-        """How it stands with the way to the target."""
+        """The state of the way to the target."""
         if self.count:
             return Way.OPEN
         return Way.OPENING if self.mux_calls else WAYS.get(self._failed, Way.IDLE)
@@ -140,9 +140,9 @@ class MuxPool:
         proxy: ProxyVersion,
         carried: Carried | None = None,
     ) -> Ending:
-        """Carry one connection, which is closed then unless the `Ending` has an error.
+        """Carry one connection, and close it in the end, unless the `Ending` has an error.
 
-        Raises `RefusedError` when there is no mux call to be had; the connection is untouched then.
+        Raises `RefusedError` if there is no mux call for it; the connection is untouched then.
         """
         deadline = trio.current_time() + OPEN_S
         turned_away = 0
@@ -156,7 +156,7 @@ class MuxPool:
                 raise RefusedError(f"{self._target} took none of {_TRIES} requests for a stream")
 
     async def _usable(self, deadline: float, user: Key) -> MuxCall:
-        """A mux call with room, made if there is none; `RefusedError` when that fails or takes too long."""
+        """A mux call with room, opened if there is none. Raises `RefusedError` if that fails."""
         while trio.current_time() < deadline:
             if self._is_retired:
                 raise RefusedError(f"the forward to {self._target} is over")
@@ -176,7 +176,7 @@ class MuxPool:
 
     @contextmanager
     def _waiting_one(self, user: Key, deadline: float) -> Iterator[None]:
-        """Where too many wait, the last one of whoever has most is refused, which may be this one."""
+        """If too many wait, the newest one of the client with most is refused, which may be this one."""
         waiter = _Waiter(Kind.SINGLE, self._target, self._service, user)
         displaced = self.waiting.add(waiter)
         try:
@@ -200,7 +200,7 @@ class MuxPool:
         return mux_call
 
     async def _run(self, mux_call: MuxCall) -> None:
-        """One mux call's whole life, with the calls that it takes until there is room for one."""
+        """The whole life of a mux call, including calls that find no room and are made again."""
         problem: str | None = "the listener stops"
         deadline = self._calls.deadline()
         try:
@@ -236,7 +236,7 @@ class MuxPool:
                 mux_call.settled.set()
 
     def _ended(self, mux_call: MuxCall, place: Place, problem: str | None) -> None:
-        """It was ready once. Whatever it ends by, the next one may not be a flood of calls."""
+        """A mux call that was ready has ended. However it ended, that must not cause a flood of calls."""
         if problem is None:
             if not mux_call.was_let_go:
                 place.lost("the target gave a mux call up")
@@ -251,7 +251,7 @@ class MuxPool:
         self._failed = Refusal.NO_CALL
 
     async def _renew(self) -> None:
-        """Have dom0 asked anew. In the target the call begins the lease of every mux call to these ports."""
+        """Make a call that dom0 judges. In the target it renews the lease of all mux calls to these ports."""
         mux_call = MuxCall(self._relays, self._ports)
         problem: str | None = f"no answer within {_RENEW_S:g} s"
         try:
@@ -284,7 +284,7 @@ class MuxPool:
         warn(_logger, self._limit, "lease", message)
 
     def _leased(self, mux_call: MuxCall) -> None:
-        """dom0 has said yes just now."""
+        """dom0 has just allowed a call, which begins the lease anew."""
         self._lease_s = mux_call.lease_s
         self._renew_at = mux_call.ready_at + mux_call.lease_s * RENEW_AT_SHARE
         self._lease_over_at = mux_call.ready_at + mux_call.lease_s
@@ -292,7 +292,7 @@ class MuxPool:
     async def _call(
         self, mux_call: MuxCall, place: Place, keep: Callable[[MuxCall], Awaitable[None]]
     ) -> str | None:
-        """Why the mux call ended, unless it was as agreed; ``keep`` looks after it meanwhile."""
+        """Make the call, with ``keep`` as a task beside it. Returns why it ended; None if as agreed."""
         try:
             async with open_call(self.qrexec_client, self._target, self._service) as call:
                 problem = await self._drive(mux_call, place, call, keep)
@@ -306,7 +306,7 @@ class MuxPool:
         if not mux_call.is_opening:
             return problem if mux_call.is_revoked else f"{problem}; {meaning(status, is_through=True)}"
         mux_call.refusal = refusal(status)
-        # That the call's bytes ended says nothing more where it never came through; what they said does.
+        # If the call never got through, its exit status says more than the end of its bytes.
         return problem if is_told else meaning(status, is_through=place.is_through)
 
     async def _drive(
@@ -343,7 +343,7 @@ class MuxPool:
         return late or problem
 
     async def _keep(self, mux_call: MuxCall) -> None:
-        """End a mux call that has had no streams for a while, and renew the lease of one that has some."""
+        """Renew the lease of a mux call while it has streams, and end it after a while without any."""
         await mux_call.settled.wait()
         self._failed = ""
         self._leased(mux_call)
@@ -364,6 +364,6 @@ class MuxPool:
 
 
 async def _end_at_once(mux_call: MuxCall) -> None:
-    """All that was wanted of it is that dom0 and the target let it be."""
+    """A renewal only needs dom0 to allow the call and the target to answer it."""
     await mux_call.settled.wait()
     mux_call.drain()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A qrexec call, seen from the qube that makes it: the one place that starts qrexec-client-vm.
 
-The client gets two socketpairs for its stdin and stdout, which works with every version of it (one
-socket for both ways, --use-stdin-socket, needs 4.2.19, and would let a failed call send the client's
-FIN before its exit status is known). It writes to stderr whatever the target sends there, without end and
-waiting until it is taken: so that goes nowhere, or into one more socketpair that is read once the output has
-ended. A target that fills it before stops its own call alone.
+qrexec-client-vm gets a socketpair for stdin and one for stdout, which works with every version of it (one
+socket for both ways, --use-stdin-socket, needs 4.2.19, and would pass on the end of a failed call before its
+exit status is known). It copies the target's stderr without limit, and blocks until that is read. So stderr
+is discarded, or goes into one more socketpair, which is read once the output has ended. A target that fills
+it before that stalls only its own call.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ import trio
 from qubes_fwd_qrexec.common.errors import ConfigError
 
 CLIENT = ("/usr/bin/qrexec-client-vm",)
-# For a call that carries one connection: each ring of its vchan, so that the call takes 17 of the caller's
-# grant pages and not 33. With 16 KiB (9 pages) one stream has half of its rate, see docs/numbers.md.
+# Each ring of the vchan of a call for one connection, so that it takes 17 of the caller's grant pages instead
+# of 33. With 16 KiB (9 pages) one stream has half the rate, see docs/numbers.md.
 SINGLE_BUFFER_BYTES = 32768
-# Every qrexec-client-vm has it (qubes-core-qrexec agent/qrexec-client-vm.c, since the first commit of 2018).
+# Every qrexec-client-vm has it (qubes-core-qrexec agent/qrexec-client-vm.c, since its first commit in 2018).
 _BUFFER_OPTION = "--buffer-size"
-# What a stalled direction may hold in the kernel, for each socketpair: twice the client's own 64 KiB.
+# What a stalled direction may hold in the kernel, for each socketpair: twice the 64 KiB of qrexec-client-vm.
 _SOCKET_BUFFER_BYTES = 131072
-# And its stderr: for a dozen lines, and in fact more.
+# The same for stderr: a dozen lines and more.
 STDERR_BUFFER_BYTES = 16384
-# How soon it is seen that a call is through: at once for a warm target, and without any cost for a cold one.
+# How often to look whether a call is through: soon for a target that runs, rarely for one that must start.
 _LOOK_FIRST_S = 0.002
 _LOOK_MAX_S = 0.25
 
 
 def parse_client(text: str) -> tuple[str, ...]:
-    """A client's command line, options and all, as a shell would split it. Raises `ConfigError`."""
+    """Split the command line of a qrexec-client-vm as a shell would. Raises `ConfigError`."""
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:
@@ -54,12 +54,12 @@ def parse_client(text: str) -> tuple[str, ...]:
 
 
 class CallInput:
-    """What a call's stdin is read from: ``ours`` is this end, a non-blocking socket.
+    """The socketpair of a call's stdin: ``ours`` is this end, a non-blocking socket.
 
-    Our hold on the client's end is kept until the call is through. What no client has read by then is still
-    there for the next one, so a call that found no room can be made again without a byte lost. And it tells
-    when a call is through: qrexec-client-vm makes its stdin non-blocking then, and not before
-    (qubes-core-qrexec libqrexec/process_io.c), which all who hold the same open file see.
+    We keep the other end open, too, until the call is through. So what no qrexec-client-vm has read by then
+    is still there for the next one, and a call that found no room can be made again without losing a byte.
+    It also shows when a call is through: only then does qrexec-client-vm make its stdin non-blocking
+    (qubes-core-qrexec libqrexec/process_io.c), which everybody sees who has the same file open.
     """
 
     def __init__(self) -> None:
@@ -67,17 +67,17 @@ class CallInput:
 
     @property
     def theirs(self) -> socket.socket:
-        """The client's end; it must not be through yet."""
+        """The end of qrexec-client-vm; only before the call is through."""
         return self._theirs
 
     @property
     def is_read(self) -> bool:
-        """Whether a client has begun to read it."""
+        """Whether qrexec-client-vm has begun to read it."""
         if self._theirs.fileno() < 0:
             return True
         if os.get_blocking(self._theirs.fileno()):
             return False
-        self._theirs.close()  # its end of file is the client's alone to make
+        self._theirs.close()  # from now on qrexec-client-vm alone decides when it ends
         return True
 
     def close(self) -> None:
@@ -86,9 +86,8 @@ class CallInput:
 
 
 class Call:
-    """A call under way. ``stdin`` and ``stdout`` are this end's non-blocking sockets of the target's two.
-
-    ``stderr`` is the third, where the call was opened with it.
+    """A call under way. ``stdin`` and ``stdout`` are our non-blocking sockets for those of the target, and
+    ``stderr`` is the third one, if the call was opened with it.
     """
 
     def __init__(
@@ -106,20 +105,20 @@ class Call:
         return self._input.is_read
 
     async def wait_through(self, has_sign: Callable[[], bool] | None = None) -> None:
-        """Until it is through, or ``has_sign``. Nothing tells of it, so this looks again and again."""
+        """Return once it is through, or ``has_sign()``. It polls, as no event says so."""
         pause_s = _LOOK_FIRST_S
         while not (self.is_through or (has_sign is not None and has_sign())):
             await trio.sleep(pause_s)
             pause_s = min(pause_s * 2, _LOOK_MAX_S)
 
     async def status(self, timeout_s: float = math.inf) -> int | None:
-        """The exit status once there is one, None when there is none after ``timeout_s`` seconds."""
+        """Wait up to ``timeout_s`` seconds for the exit status; None if there is none."""
         with trio.move_on_after(timeout_s):
             await self._process.wait()
         return self._process.poll()
 
     async def said(self, max_bytes: int) -> bytes:
-        """The next that was written to ``stderr``; empty at its end, or where there is none."""
+        """Wait for more on ``stderr``; empty at its end, or without a ``stderr``."""
         while self.stderr is not None:
             await trio.lowlevel.wait_readable(self.stderr)
             with contextlib.suppress(BlockingIOError):
@@ -127,10 +126,10 @@ class Call:
         return b""
 
     def has_taken(self, written_bytes: int) -> bool:
-        """Whether the client has read anything of the ``written_bytes`` that its stdin was sent.
+        """Whether qrexec-client-vm has read any of the ``written_bytes`` that were sent to its stdin.
 
-        It reads nothing before the call is through to the target. The kernel counts what is unread
-        with its own overhead, so less than was written means that some of it was read.
+        It reads nothing before the call is through to the target. The kernel counts what is unread including
+        its own overhead, so a number below ``written_bytes`` means that some of it was read.
         """
         unread_bytes = struct.unpack("i", fcntl.ioctl(self.stdin, termios.TIOCOUTQ, bytes(4)))[0]
         return bool(written_bytes > unread_bytes)
@@ -182,7 +181,7 @@ async def open_call(
             yield Call(process, given, stdout, stderr)
         finally:
             if process.returncode is None:
-                # The client may be a script around the real one; it leads a group of its own.
+                # It may be a script around the real one; it leads a process group of its own.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
             with trio.CancelScope(shield=True):
@@ -190,7 +189,7 @@ async def open_call(
 
 
 def _pair(buffer_bytes: int = _SOCKET_BUFFER_BYTES) -> tuple[socket.socket, socket.socket]:
-    """Our end, which is non-blocking, and the client's."""
+    """Our end, which is non-blocking, and the end of qrexec-client-vm."""
     mine, other = socket.socketpair()
     mine.setblocking(False)
     for end in (mine, other):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The listener's configuration as Qubes delivers it: ``/vm-config/fwd.TARGET.NAME`` in this qube's QubesDB.
 
-A thread of its own does all that is asked of QubesDB, so that a daemon which does not answer (it accepts
-clients before it has the database from dom0) keeps nobody else waiting. It waits on one handle for
-changes and reads on another: an event that arrives during a command is queued inside the handle, where
-nothing that waits for its descriptor sees it. A handle is for one connection: after the daemon's end the
-client library connects again by itself and forgets the watch, so every handle is closed with the first
-error, and after a while there is a fresh one. Until then the last configuration stays.
+A thread of its own talks to QubesDB, so that a daemon which does not answer (it accepts clients before it has
+the database from dom0) keeps nobody else waiting. The thread waits for changes on one handle and reads from
+another: an event that arrives during a command is queued inside the handle, and does not make its descriptor
+readable. Each handle is used for one connection: when the daemon has ended, the client library connects again
+by itself and forgets the watch. So the first error closes a handle, and after a while there is a new one.
+Until then the last configuration stays.
 """
 
 import importlib
@@ -27,21 +27,21 @@ from .configsource import ENTRIES_MAX, Configuration, parse_entries
 
 _logger = logging.getLogger(__name__)
 
-# qubes-core-admin qubes/ext/vm_config.py: where features vm-config.NAME are delivered.
+# Where the features vm-config.NAME are delivered (qubes-core-admin qubes/ext/vm_config.py).
 _DIRECTORY = "/vm-config/"
 _PREFIX = f"{_DIRECTORY}fwd."
 # A daemon that restarts is back in well under a second; one that stays away costs a try every 10 s.
 BACKOFF_S = (0.1, 10.0)
-# How long the first answer may take. The daemon answers when it has the whole database from dom0.
+# How long the first answer may take. The daemon answers once it has the whole database from dom0.
 START_S = 10.0
-# How long the end waits for the thread, which ends at once unless the daemon hangs.
+# How long `close` waits for the thread, which ends at once unless the daemon hangs.
 _JOIN_S = 1.0
-# Events are taken together, so that many changes at once are read once; so many, and then it is read.
+# Up to so many events are taken together, so that many changes at once cause one read.
 _BURST_MAX = 1024
 
 
 class Handle(Protocol):
-    """The methods of ``qubesdb.QubesDB`` that are used, python/qubesdb.c of qubes-core-qubesdb."""
+    """The methods of ``qubesdb.QubesDB`` that we use (qubes-core-qubesdb python/qubesdb.c)."""
 
     def list(self, path: str, /) -> "list[str] | None": ...
     def read(self, path: str, /) -> bytes | None: ...
@@ -61,7 +61,7 @@ class Module(Protocol):
 
 
 class QubesDBSource:
-    """This qube's QubesDB. It is to be had from `open_qubesdb`."""
+    """This qube's QubesDB; made by `open_qubesdb`."""
 
     def __init__(self, module: Module, backoff_s: tuple[float, float] = BACKOFF_S) -> None:
         self.problem: str | None = None
@@ -71,7 +71,7 @@ class QubesDBSource:
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._tried = threading.Event()
-        # Guarded by the lock: what was read last and how often that differed, and what the thread waits on.
+        # Guarded by the lock: what was last read, how often that changed, and what the thread waits on.
         self._entries: dict[str, str | ConfigError] | ConfigError | None = None
         self._generation = 0
         self._waits_on: socket.socket | None = None
@@ -80,7 +80,7 @@ class QubesDBSource:
         return "QubesDB"
 
     def read(self) -> Configuration:
-        """What was there when QubesDB last told of a change."""
+        """Return what the thread read last. Raises `ConfigError` if it could not read the entries."""
         with self._lock:
             entries = self._entries
         if entries is None:
@@ -90,19 +90,19 @@ class QubesDBSource:
         return parse_entries(entries)
 
     def stamp(self) -> object:
-        """How often the entries have differed."""
+        """How often the entries have changed."""
         with self._lock:
             return self._generation
 
     def start(self, start_s: float = START_S) -> None:
-        """Return when everything has been read once. Raises `ConfigError` when that cannot be."""
+        """Return when everything was read once. Raises `ConfigError` if that fails or takes too long."""
         self._thread.start()
         self._tried.wait(start_s)
         if self._generation == 0:
             raise ConfigError(self.problem or f"QubesDB: no answer within {start_s:g} s")
 
     def close(self) -> None:
-        """End the thread; one that waits for an answer ends when that comes."""
+        """End the thread; if it waits for an answer, it ends when that comes."""
         self._ending.set()
         with self._lock:
             if self._waits_on is not None:
@@ -117,7 +117,7 @@ class QubesDBSource:
         while not self._ending.is_set():
             try:
                 with closing(self._module.QubesDB()) as watching, self._interruptible(watching):
-                    # Watched before it is read: what changes in between is read twice rather than never.
+                    # Watched before it is read, so that no change in between is missed.
                     watching.watch(_DIRECTORY)
                     while not self._ending.is_set():
                         self._take(self._read_all())
@@ -131,7 +131,7 @@ class QubesDBSource:
 
     @contextmanager
     def _interruptible(self, handle: Handle) -> Iterator[None]:
-        """Let `close` end a wait on the handle, by the end of the connection below it."""
+        """Let `close` end a wait on the handle, by shutting down the connection below it."""
         with socket.socket(fileno=os.dup(handle.watch_fd())) as below:
             with self._lock:
                 self._waits_on = below
@@ -142,7 +142,7 @@ class QubesDBSource:
                     self._waits_on = None
 
     def _read_all(self) -> dict[str, str | ConfigError] | ConfigError:
-        # Not by multiread, which never frees the values that it returns (python/qubesdb.c of 4.3).
+        # Not with multiread, which never frees the values that it returns (python/qubesdb.c of 4.3).
         with closing(self._module.QubesDB()) as reading:
             paths = reading.list(_PREFIX)
             if paths is None:
@@ -179,7 +179,10 @@ class QubesDBSource:
 def open_qubesdb(
     module: Module | None = None, *, start_s: float = START_S, backoff_s: tuple[float, float] = BACKOFF_S
 ) -> Iterator[QubesDBSource]:
-    """This qube's QubesDB, read once when the block begins. Raises `ConfigError` without it."""
+    """Open this qube's QubesDB for the block, read once when it begins. Raises `ConfigError`.
+
+    ``start_s`` bounds that first read; ``backoff_s``: the first and the longest wait between tries.
+    """
     source = QubesDBSource(module or _installed(), backoff_s)
     try:
         source.start(start_s)
@@ -199,7 +202,7 @@ def _installed() -> Module:
 
 
 def _wait_for_events(watching: Handle) -> None:
-    """Return when something below the watched directory has changed, and no more of it is waiting."""
+    """Return when something below the watched directory has changed and no further event waits."""
     watching.read_watch()
     waiting = select.poll()
     waiting.register(watching.watch_fd(), select.POLLIN)
@@ -210,7 +213,7 @@ def _wait_for_events(watching: Handle) -> None:
 
 
 def _text(path: str, untrusted_value: bytes) -> str | ConfigError:
-    """Latin-1 reads any byte; what is not ASCII is refused where the entry is parsed."""
+    """Latin-1 decodes any byte; what is not ASCII is refused when the entry is parsed."""
     if len(untrusted_value) > VALUE_MAX:
         return ConfigError(f"entry {path!a}: longer than the {VALUE_MAX} bytes that QubesDB takes")
     return untrusted_value.decode("latin-1")
@@ -223,5 +226,5 @@ def _is_same(one: object, other: object) -> bool:
 
 
 def _words(error: Exception) -> str:
-    """What the client library says: a number and its meaning, or a sentence."""
+    """The client library's message: errors have a number and its meaning, or a sentence."""
     return str(error.args[-1]) if error.args else type(error).__name__

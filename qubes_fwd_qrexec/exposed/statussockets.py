@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where a running listener is asked how it is: UNIX sockets in its runtime directory.
+"""The status of a running listener: UNIX sockets in its runtime directory.
 
-``status.sock`` answers whoever connects with one JSON document (`ListenerReport`) and closes.
-``metrics.sock`` answers an HTTP request with the same figures for Prometheus. ``try.sock`` takes the key
-of a forward on a line, sends a connection through it and tells what came of it (`Trial`).
+``status.sock`` answers each connection with one JSON document (`ListenerReport`) and closes it.
+``metrics.sock`` answers an HTTP request with the same figures for Prometheus. ``try.sock`` takes the key of a
+forward on a line, sends a connection through that forward and returns the result (`Trial`).
 
-They are open to every user of this qube: the service that dom0 calls runs as another one than the
-listener. They tell figures, and carry nobody's bytes.
+They are open to every user of this qube, as the service that dom0 calls does not run as the listener's user.
+They show figures and carry no data of connections.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from . import metrics
 
 _logger = logging.getLogger(__name__)
 
-# systemd.exec(5): set for a unit with RuntimeDirectory=, and colon-separated if there are several.
+# Set for a unit with RuntimeDirectory=; several are separated by colons (systemd.exec(5)).
 RUNTIME_VARIABLE = "RUNTIME_DIRECTORY"
 STATUS, METRICS, TRY = "status.sock", "metrics.sock", "try.sock"
-# Connect is writing: the RPC runs as the user of the qube, the listener as one of its own.
+# Connecting needs write permission: the RPC service runs as the qube's user, the listener as its own.
 _MODE = 0o666
-# Whoever neither asks nor takes the answer is left; an answer is at most a few megabytes on this machine.
+# How long a peer may take to ask and to read the answer, which has at most a few megabytes.
 _PATIENCE_S = 5.0
-# dom0 asks one question at a time, and a collector of metrics another. So many places each user has of its
-# own, that none can take dom0's; and so many there are in all.
+# dom0 asks one question at a time, and so does a collector of metrics. Each user has its own number of
+# connections, so that nobody can use up dom0's; the second number is for all users together.
 _AT_ONCE_MAX = 8
 _ALL_AT_ONCE_MAX = 64
 _PEER_CREDENTIALS = struct.Struct("iII")
@@ -48,14 +48,14 @@ _KEY_MAX_BYTES = 64
 
 
 class Reporting(Protocol):
-    """The listener, as it is asked."""
+    """What this module needs of the listener."""
 
     bugs: Bugs
 
     def report(self) -> ListenerReport: ...
 
     async def try_out(self, untrusted_key: str) -> Trial:
-        """Raises `ConfigError` or `TextError` for what is no forward."""
+        """Raises `ConfigError` or `TextError` if it is not the key of an open forward."""
 
 
 def runtime_directory(environ_value: str | None) -> Path | None:
@@ -66,9 +66,10 @@ def runtime_directory(environ_value: str | None) -> Path | None:
 
 @asynccontextmanager
 async def open_status(place: Path | None, listener: Reporting) -> AsyncIterator[Callable[[], None]]:
-    """Answer within the block, or until what it gives is called: then the paths are free for another process.
+    """Answer during the block, or until the returned function is called, which frees the paths for another
+    process.
 
-    Where the sockets cannot be made, the listener works without them.
+    If the sockets cannot be made, that is logged, and the listener works without them.
     """
     with contextlib.ExitStack() as undo:
         sockets = {} if place is None else _open(place, undo)
@@ -96,7 +97,7 @@ async def open_status(place: Path | None, listener: Reporting) -> AsyncIterator[
 
 
 def _open(place: Path, undo: contextlib.ExitStack) -> dict[str, socket.socket]:
-    """All sockets, or none with a line in the log."""
+    """Open all sockets, or none with a line in the log."""
     opened = {}
     try:
         place.mkdir(mode=0o755, exist_ok=True)
@@ -107,7 +108,7 @@ def _open(place: Path, undo: contextlib.ExitStack) -> dict[str, socket.socket]:
         for sock in opened.values():
             sock.close()
         undo.close()
-        _logger.error("%s: %s; nobody can ask how this listener is", place, error.strerror)
+        _logger.error("%s: %s; the status of this listener is not available", place, error.strerror)
         return {}
     return opened
 
@@ -116,7 +117,7 @@ _Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
 
 class _Serving:
-    """What becomes of each connection to one of the sockets."""
+    """Serves the connections to the sockets."""
 
     def __init__(self, listener: Reporting) -> None:
         self._listener = listener
@@ -124,7 +125,7 @@ class _Serving:
         self.handlers: dict[str, _Handler] = {STATUS: self._status, METRICS: self._metrics, TRY: self._try}
 
     def bounded(self, handler: _Handler) -> _Handler:
-        """The same, with bounds on number and time, and closed in the end whatever happens."""
+        """The handler with bounds on number and time, which always closes the connection in the end."""
 
         async def handle(stream: trio.SocketStream) -> None:
             user = _user_of(stream)
@@ -169,14 +170,14 @@ class _Serving:
 
 
 def _user_of(stream: trio.SocketStream) -> int:
-    """The user of the process that has connected, as the kernel says."""
+    """The user of the connected process, according to the kernel."""
     size = _PEER_CREDENTIALS.size
     _, user, _ = _PEER_CREDENTIALS.unpack(stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return int(user)
 
 
 async def _until(stream: trio.SocketStream, end: bytes, most: int) -> bytes | None:
-    """What comes up to ``end``; None if that does not come within ``most`` bytes."""
+    """Read up to and including ``end``; None if it does not come within ``most`` bytes."""
     received = b""
     while end not in received:
         more = await stream.receive_some(max(1, most - len(received)))

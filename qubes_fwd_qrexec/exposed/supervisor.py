@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The process that the service manager starts: it starts the listener, and ends once that has no ports.
+"""The process that the service manager starts: it runs the listener, and ends once that has no open ports.
 
-Connections may finish for a minute after SIGTERM, and a restart must not wait for them: whoever comes
-meanwhile would be refused. So, as with sshd, the unit's main process ends at once, the listener that drains
-stays behind without it (``KillMode=process``), and the next one has the ports.
+Connections may finish for a minute after SIGTERM, and a restart must not wait for them, as new clients would
+be refused meanwhile. So, as with sshd, the unit's main process ends at once, the draining listener stays
+behind without it (``KillMode=process``), and the next listener gets the ports.
 
-Should this process die by itself, the listener aborts everything and ends: two would share the ports.
+If this process dies unexpectedly, the listener aborts everything and ends: otherwise two would share the
+ports.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ FD_OPTION = "--supervisor-fd"
 
 
 def supervise(arguments: Sequence[str]) -> int:
-    """Run the listener with these arguments; returns its exit status, or 0 once it drains by itself."""
+    """Run the listener with these arguments. Returns its exit status, or 0 once it drains on its own."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     ours, theirs = socket.socketpair()
     try:
@@ -58,7 +59,7 @@ def _follow(child: "subprocess.Popen[bytes]", control: socket.socket) -> int:
 
 
 def _leave(child: "subprocess.Popen[bytes]", control: socket.socket) -> int:
-    """Wait until the ports are closed, and let the listener drain alone."""
+    """Wait until the ports are closed, and let the listener drain on its own."""
     control.settimeout(CLOSE_S)
     try:
         is_closed = control.recv(1) == _CLOSED
@@ -74,7 +75,7 @@ def _leave(child: "subprocess.Popen[bytes]", control: socket.socket) -> int:
 
 
 class Supervisor:
-    """The listener's end. ``fd`` is what `supervise` passed. Raises OSError where it is no socket."""
+    """The listener's end. ``fd`` is what `supervise` passed. Raises OSError if it is no socket."""
 
     def __init__(self, fd: int) -> None:
         sock = socket.socket(fileno=fd)
@@ -82,13 +83,13 @@ class Supervisor:
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
     async def closed(self) -> None:
-        """Tell that no port is open any more, and be left alone."""
-        os.environ.pop("NOTIFY_SOCKET", None)  # what is said from now on would be said of the next one
-        with contextlib.suppress(trio.BrokenResourceError):  # `lost` tells
+        """Report that all ports are closed; from now on this process drains on its own."""
+        os.environ.pop("NOTIFY_SOCKET", None)  # later messages would be about the next listener
+        with contextlib.suppress(trio.BrokenResourceError):  # `lost` returns then
             await self._stream.send_all(_CLOSED)
 
     async def lost(self) -> None:
-        """Return when the supervisor has died without leaving this process alone; else never."""
+        """Return when the supervisor has died before it let this process drain on its own; else never."""
         try:
             word = await self._stream.receive_some(1)
         except trio.BrokenResourceError:

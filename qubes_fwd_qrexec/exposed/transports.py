@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An accepted connection carried to its target, by the transport that its forward says.
+"""Carries an accepted connection to its target, over the transport that its forward uses.
 
-`Transports` keeps what forwards share: the budget of calls, and the mux calls to each target.
+`Transports` has what forwards share: the budget of calls, and the mux calls to each target.
 """
 
 import socket
@@ -28,7 +28,7 @@ _PoolKey = tuple[str, str, TargetPorts]
 
 
 class Transports:
-    """Made once for a listener; carries every connection of every forward."""
+    """One for each listener; it carries the connections of all forwards."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class Transports:
         carried: Carried | None = None,
         origin: Origin | None = None,
     ) -> Ending:
-        """Carry a connection that was accepted on ``port``; an `Ending` with an error asks for an abort.
+        """Carry a connection that was accepted on ``port``. After an `Ending` with an error, abort it.
 
-        ``origin`` is said where it is no TCP connection.
+        ``origin``: who connected, if ``accepted`` is not a TCP socket.
 
-        Raises `RefusedError` when there is no call to be had, OSError when the connection is gone.
+        Raises `RefusedError` if there is no call for it, and OSError if the connection is gone.
         """
         origin = origin or _origin(accepted)
         if config.transport is Transport.MUX:
@@ -79,11 +79,11 @@ class Transports:
         return await relay_over_call(accepted, caller, self.relays, self._timeouts, carried)
 
     def pool(self, config: ListenerConfig) -> MuxPool | None:
-        """The mux calls that the forward uses, if there were any yet."""
+        """The pool of mux calls that a forward uses; None before its first connection."""
         return self.pools.get(_pool_key(config))
 
     def reconfigured(self, configs: list[ListenerConfig]) -> None:
-        """The configuration is new, and with it the policy: ask dom0 again, and let go what nobody needs."""
+        """The configuration has changed, and perhaps the policy: forget refusals, and pools without use."""
         needed = {_pool_key(config) for config in configs if config.transport is Transport.MUX}
         for key in self.pools.keys() - needed:
             self.pools.pop(key).retire()
@@ -91,7 +91,7 @@ class Transports:
         self.calls.forget_refusals()
 
     def drain(self) -> None:
-        """The listener stops: no more mux calls, and each that is there ends with its last stream."""
+        """The listener stops: open no more mux calls, and let each end with its last stream."""
         self._is_draining = True
         for pool in self.pools.values():
             pool.retire()
@@ -119,12 +119,12 @@ class Transports:
 
 
 def _pool_key(config: ListenerConfig) -> _PoolKey:
-    """Target, service and ports: what dom0 judges."""
+    """Target, service and ports, by which dom0 judges a mux call."""
     return config.target, config.service, config.target_ports
 
 
 def _origin(accepted: socket.socket) -> Origin:
-    """Who is connected to what. Raises OSError when the client has left."""
+    """Who connected to what. Raises OSError if the client has left."""
     client, client_port = accepted.getpeername()[:2]
     exposed, exposed_port = accepted.getsockname()[:2]
     return Origin(ip_address(client), client_port, ip_address(exposed), exposed_port)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from qubes_fwd_qrexec.common.rules import NO_LIMITS, Limits
 from qubes_fwd_qrexec.common.values import IPAddress
 from qubes_fwd_qrexec.exposed.limits import (
+    CLIENTS_PER_NETWORK,
     PER_SOURCE,
     PROCESS_MAX,
     RATE,
-    SOURCES_PER_NETWORK,
     YIELDS,
     Account,
     NotAdmitted,
@@ -102,7 +102,7 @@ def test_each_address_is_a_client(one: str, other: str, is_same: bool) -> None:
 
 def test_the_addresses_of_one_ipv6_network_have_a_bound_together() -> None:
     counting = account("per-source:2")
-    addresses = [ip_address(f"2001:db8::{n:x}") for n in range(1, 2 * SOURCES_PER_NETWORK + 2)]
+    addresses = [ip_address(f"2001:db8::{n:x}") for n in range(1, 2 * CLIENTS_PER_NETWORK + 2)]
     *within, beyond = addresses
     visitors = let_in(counting, *within)
     assert enter(counting, beyond) == [NotAdmitted.PER_SOURCE]

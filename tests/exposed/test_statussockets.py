@@ -318,7 +318,7 @@ async def test_a_directory_that_cannot_be_used_is_said_and_the_listener_works(
     async with running_listener(config, client, status_dir=tmp_path / "file"):  # noqa: SIM117
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-    assert any("nobody can ask how this listener is" in message for message in caplog.messages)
+    assert any("the status of this listener is not available" in message for message in caplog.messages)
 
 
 async def test_what_a_killed_listener_left_is_replaced_and_long_paths_work(tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the firewall of an exposed qube should hold for its forwards, and the way from what it holds.
+"""What the firewall of an exposed qube should contain for its forwards, and how to get there.
 
-The tables ``ip qubes`` and ``ip6 qubes`` drop what comes in, after they have asked ``custom-input``,
-which is the user's. There we have one rule, tagged by its comment, that jumps to a chain of ours; both
-are there only while a forward needs them. No other rule, chain or table is ever named in a change.
+The tables ``ip qubes`` and ``ip6 qubes`` drop incoming traffic, after the chain ``custom-input``, which is
+the user's. In it we have one rule, tagged by its comment, that jumps to a chain of ours; both exist only
+while a forward needs them. A change never names any other rule, chain or table.
 
-A rule is compared by its comment, which ends in a digest of what the rule says: nft prints one and the
-same rule differently from version to version.
+Rules are compared by their comments, which end in a digest of the rule: nft prints the same rule differently
+from version to version.
 
-A rule names the side by which connections may come, the port, and the address too unless it is listened on
-at all of them. So who has the same port at another address is not let in to; at all addresses the kernel lets
-nobody else listen beside the listener.
+A rule names the side that connections may come from, the port, and the address, unless the forward listens on
+all of them. So a program that has the same port at another address is not exposed; and on all addresses the
+kernel lets nobody else listen beside the listener.
 
-All of this is text and values; `nft` carries it out.
+All of this is text and values; `nfttool` applies it.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from qubes_fwd_qrexec.common.values import Binding, IPAddress, IPNetwork, PortRa
 # qubes-core-agent-linux network/qubes-ipv4.nft and qubes-ipv6.nft.
 TABLE = "qubes"
 USERS_CHAIN = "custom-input"
-# Of this chain, and of the comment of the one rule that jumps to it.
+# The name of our chain, and the comment of the rule that jumps to it.
 OURS = "qubes-fwd-qrexec"
 # 48 bits; a comment has at most 128 characters (libnftnl, NFTNL_UDATA_COMMENT_MAXLEN), a key at most 52.
 _DIGEST_CHARACTERS = 12
@@ -40,7 +40,7 @@ class NftError(ForwardError):
 
 
 class Family(StrEnum):
-    """The families of nftables that have a table of Qubes' for what comes in."""
+    """The nftables families in which Qubes has a table for incoming traffic."""
 
     IP = "ip"
     IP6 = "ip6"
@@ -52,7 +52,7 @@ class Family(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule as nft takes it, without its comment; ``label`` says whose it is."""
+    """A rule as nft takes it, without its comment; ``label`` says what it is for."""
 
     label: str
     text: str
@@ -66,18 +66,18 @@ class Rule:
         return f'{self.text} comment "{self.comment}"'
 
 
-# Only what begins a connection: the rest of it passes by Qubes' own rule for established ones, until the
-# listener ends it, and what belongs to no connection is dropped as ever.
+# Only packets that begin a connection: the rest passes by Qubes' own rule for established connections until
+# the listener ends it, and what belongs to no connection is dropped as always.
 JUMP = Rule(OURS, f"meta l4proto tcp ct state new jump {OURS}")
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What there is of ours in one family's table.
+    """What one family's table has of ours.
 
-    ``jumps`` are the handles of our rules in the user's chain; ``is_jump_right`` when there is one, as it
-    should be and behind all of the user's own. ``comments`` are those of our chain's rules, None when
-    there is no chain. ``is_foreign`` when somebody else's rule jumps to our chain, which keeps it alive.
+    ``jumps`` are the handles of our rules in the user's chain; ``is_jump_right`` if there is exactly one,
+    the right one, behind all rules of the user. ``comments`` are those of our chain's rules, None without a
+    chain. ``is_foreign`` if another rule jumps to our chain, so that it cannot be deleted.
     """
 
     jumps: tuple[int, ...] = ()
@@ -89,11 +89,11 @@ class Seen:
 def rules(
     configs: Iterable[ListenerConfig], family: Family, listening: Container[Binding]
 ) -> tuple[Rule, ...]:
-    """What lets the forwards in: for each network, address and port a rule, and nothing for other families.
+    """The rules of our chain in one family: one for each network, address and range of ports.
 
-    ``listening`` is where the listener listens; what a forward wants beside that has no rule. Ports that
-    follow each other have one together. Not one rule with a set for all: nft prints the networks of a set
-    joined or not, as its version likes.
+    ``listening`` is where the listener listens; a port of a forward that is not among these gets no rule.
+    Adjacent ports share a rule. There is no single rule with a set, because nft prints the networks of a set
+    joined or not, depending on its version.
     """
     return tuple(
         Rule(config.key, " ".join((*match, "accept")))
@@ -103,7 +103,7 @@ def rules(
 
 
 def is_waiting(config: ListenerConfig, listening: Container[Binding]) -> bool:
-    """Whether the listener does not listen on all that a forward wants."""
+    """Whether the listener does not yet listen on every address and port of a forward."""
     return any((address, port) not in listening for address in config.listen for port in config.listen_ports)
 
 
@@ -120,7 +120,7 @@ def _matches(
 
 
 def _by(side: Side) -> tuple[str, ...]:
-    """The interfaces of a side. By group and never by index: eth0 and vifs are made anew with their netvm."""
+    """The interfaces of a side, by group and never by index: eth0 and vifs are replaced with the netvm."""
     this = f"iifgroup {side.group}"
     return (this, 'iifname != "lo"') if side is Side.OUTER else (this,)
 
@@ -128,7 +128,7 @@ def _by(side: Side) -> tuple[str, ...]:
 def _open_ports(
     config: ListenerConfig, address: IPAddress, listening: Container[Binding]
 ) -> Iterator[PortRange]:
-    """Those that are listened on, in ranges as long as can be."""
+    """The ports that the listener listens on, in ranges as long as possible."""
     first = None
     for port in config.listen_ports:
         if (address, port) not in listening:
@@ -142,7 +142,7 @@ def _open_ports(
 
 
 def _networks(config: ListenerConfig, family: Family) -> Sequence[IPNetwork]:
-    """Without overlaps; the whole family where anybody may come."""
+    """The networks of clients, without overlaps; the whole family if anybody may connect."""
     if config.sources.anyone:
         return [ip_network("0.0.0.0/0" if family is Family.IP else "::/0")]
     networks = config.sources.networks
@@ -152,16 +152,16 @@ def _networks(config: ListenerConfig, family: Family) -> Sequence[IPNetwork]:
 
 
 def usable_families(chains: list[dict[str, Any]]) -> list[Family]:
-    """The families whose table is there with the user's chain, from what ``nft -j list chains`` names.
+    """The families that have Qubes' table and the user's chain, by the output of ``nft -j list chains``.
 
-    A qube without IPv6 has no ``ip6 qubes``, or one that is for antispoofing alone.
+    A qube without IPv6 has no ``ip6 qubes``, or one that is for anti-spoofing alone.
     """
     there = {(chain.get("family"), chain.get("table"), chain.get("name")) for chain in _of(chains, "chain")}
     return [family for family in Family if (family, TABLE, USERS_CHAIN) in there]
 
 
 def seen(table: list[dict[str, Any]]) -> Seen:
-    """What is ours in what ``nft -j list table`` says of one table."""
+    """What is ours in the output of ``nft -j list table`` for one table."""
     rules = list(_of(table, "rule"))
     users = [rule for rule in rules if rule.get("chain") == USERS_CHAIN]
     ours = [rule for rule in users if _is_tagged(rule) and _jumps_to_us(rule)]
@@ -176,7 +176,7 @@ def seen(table: list[dict[str, Any]]) -> Seen:
 
 
 def transaction(family: Family, wanted: tuple[Rule, ...], seen: Seen) -> str:
-    """What ``nft -f -`` is to do, all or nothing; empty when all is as it should be."""
+    """The input of ``nft -f -`` that makes everything right, all or nothing; empty if it is right."""
     if is_right(wanted, seen):
         return ""
     table = f"{family} {TABLE}"
@@ -193,6 +193,7 @@ def transaction(family: Family, wanted: tuple[Rule, ...], seen: Seen) -> str:
 
 
 def is_right(wanted: tuple[Rule, ...], seen: Seen) -> bool:
+    """Whether the table has exactly the wanted rules, and what leads to them."""
     if wanted:
         return seen.is_jump_right and seen.comments == tuple(rule.comment for rule in wanted)
     return not seen.jumps and (seen.comments is None or (seen.is_foreign and not seen.comments))

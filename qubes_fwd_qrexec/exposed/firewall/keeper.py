@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The program that opens the exposed qube's firewall for its forwards, and for nothing else.
 
-It reads the same configuration as the listener, and not what the listener says: who takes the listener
-over, which talks to the network, opens no port by that. It listens to nobody and needs CAP_NET_ADMIN.
+It reads the same configuration as the listener and takes no orders from it: an attacker who takes over the
+listener, which talks to the network, opens no port that way. It listens to nobody and needs CAP_NET_ADMIN.
 
-Of what the configuration has, it lets in to those ports that the listener itself has open, by the word of the
-kernel (`listening`). Where another program of the qube has the port, a rule would else expose that program.
-In doubt it lets nobody in.
+It opens only those configured ports on which the listener itself listens, according to the kernel
+(`sockdiag`): if another program of the qube has the port, a rule would expose that program. In doubt it lets
+nobody in.
 
-It looks again whenever anybody has changed nftables, so a firewall that is loaded anew is open again
-before anybody notices. When it ends, nothing of it is left.
+It looks again whenever anybody changes nftables, so a firewall that is loaded anew is open again before
+anybody notices. When it ends, it removes everything it added.
 """
 
 import argparse
@@ -49,11 +49,11 @@ from .nfttool import Changes, Nft
 STATE = "state"
 _logger = logging.getLogger(__name__)
 
-# How soon a change of the configuration or of the listener's ports, or an expiry, is noticed: as there.
+# How soon it notices an expiry, or a change of the configuration or of the listener's ports; as the listener.
 LOOK_S = 0.5
-# Between two looks at the firewall: who changes it without end costs three short programs in this time.
+# The least time between two looks at the firewall: endless changes by others cost three short programs each.
 GAP_S = 0.2
-# What we have looked at may be gone when we change it; then we look again.
+# Others may change the firewall between our look and our change; then we look again.
 _TRIES = 3
 _STOP = {signal.SIGTERM, signal.SIGINT}
 
@@ -64,7 +64,7 @@ _Name = tuple[QubeName, RuleName]
 
 
 class Forwards:
-    """The forwards that are to be let in now, by the configuration as it was read last."""
+    """The forwards to let in now, by the configuration as it was last read."""
 
     def __init__(self, source: ConfigSource) -> None:
         self._source = source
@@ -74,7 +74,8 @@ class Forwards:
         self._over: set[tuple[_Name, int | None]] = set()
 
     def read(self) -> None:
-        """Read afresh; what was open under the name of a bad entry stays. Raises `ConfigError`."""
+        """Read everything anew; a bad entry leaves the forward of its name as it was. Raises
+        `ConfigError`."""
         self._stamp = self._source.stamp()
         found = self._source.read()
         configs = dict(found.forwards)
@@ -89,11 +90,11 @@ class Forwards:
         self._configs = configs
 
     def has_changed(self) -> bool:
-        """Whether the source has something new since `read`."""
+        """Whether the configuration may have changed since `read`."""
         return self._source.stamp() != self._stamp
 
     def active(self) -> tuple[ListenerConfig, ...]:
-        """Those that have not expired; what was over stays over when the clock is set back."""
+        """The forwards that have not expired; an expired one stays so even if the clock is set back."""
         return tuple(config for name, config in sorted(self._configs.items()) if not self._is_over(name))
 
     def _is_over(self, name: _Name) -> bool:
@@ -105,7 +106,7 @@ class Forwards:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be let in: the active forwards, where the listener listens."""
+    """What to let in: the active forwards, on the ports where the listener listens."""
 
     configs: tuple[ListenerConfig, ...] = ()
     listening: frozenset[Binding] = frozenset()
@@ -115,19 +116,19 @@ class Wanted:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """The keys of those that the listener does not listen for, or not on all their ports."""
+        """The keys of the forwards for which the listener does not listen on all ports."""
         waiting = (config.key for config in self.configs if chain.is_waiting(config, self.listening))
         return tuple(waiting)
 
 
 class Firewall:
-    """Our chain and its jump, in each family that has a place for them."""
+    """Our chain and the jump to it, in each family that has a place for them."""
 
     def __init__(self, nft: Nft) -> None:
         self._nft = nft
 
     def keep(self, wanted: Wanted) -> frozenset[Family]:
-        """Make it let in exactly this; the families that have a place for it. Raises `NftError`."""
+        """Let in exactly this. Returns the families that have a place for rules. Raises `NftError`."""
         for _ in range(_TRIES - 1):
             try:
                 return self._keep(wanted)
@@ -136,7 +137,7 @@ class Firewall:
         return self._keep(wanted)
 
     def clear(self) -> None:
-        """Leave nothing. Raises `NftError`."""
+        """Remove everything that is ours. Raises `NftError`."""
         self.keep(Wanted())
 
     def _keep(self, wanted: Wanted) -> frozenset[Family]:
@@ -150,7 +151,7 @@ class Firewall:
 
 
 def account(wanted: Wanted, places: Collection[Family]) -> Iterator[str]:
-    """What is let in and what is not, in words."""
+    """What is let in and what is not, in words for the status line."""
     waiting = wanted.waiting
     yield f"{len(wanted.configs) - len(waiting)} forwards let in"
     for family in Family:
@@ -160,10 +161,10 @@ def account(wanted: Wanted, places: Collection[Family]) -> Iterator[str]:
         yield f"{len(waiting)} wait for the listener to listen: {' '.join(waiting)}"
 
 
-def told(wanted: Wanted, places: Collection[Family]) -> FirewallReport:
-    """The same for dom0."""
+def firewall_report(wanted: Wanted, places: Collection[Family]) -> FirewallReport:
+    """The same as a value for dom0."""
     if len(wanted.waiting) > FORWARDS_MAX:
-        return FirewallReport()  # with some of them left out it would not be true
+        return FirewallReport()  # an incomplete list would be wrong
     words = {
         family: report.Firewall.OPEN if family in places else report.Firewall.CLOSED for family in Family
     }
@@ -171,7 +172,7 @@ def told(wanted: Wanted, places: Collection[Family]) -> FirewallReport:
 
 
 class Signals:
-    """SIGTERM and SIGINT ask us to end, SIGHUP to read again; readable when one has come."""
+    """Readable when a signal has come: SIGTERM and SIGINT end the program, SIGHUP makes it read again."""
 
     def __init__(self) -> None:
         self._ours, self._theirs = socket.socketpair()
@@ -194,7 +195,7 @@ class Signals:
         return self._ours.fileno()
 
     def take(self) -> set[int]:
-        """Those that have come since the last call."""
+        """The signals that have come since the last call."""
         try:
             return set(self._ours.recv(4096))  # set_wakeup_fd: a byte for each, its number
         except BlockingIOError:
@@ -205,7 +206,7 @@ _CLOSED = FirewallReport(report.Firewall.CLOSED, report.Firewall.CLOSED)
 
 
 class Keeper:
-    """Keeps the firewall as the configuration says; `run` is the whole of its life."""
+    """Keeps the firewall as the configuration says, while `run` runs."""
 
     def __init__(
         self,
@@ -223,32 +224,33 @@ class Keeper:
         self._clock = clock
         self._limit = RateLimit()
         self.kept: Wanted | None = None
-        """What is let in now; None before the first time, and where nft has failed."""
+        """What is let in now; None before the first time, and after nft has failed."""
         self._kept_s = 0.0
-        self._told = ""
+        self._last_status = ""
         self._trouble = ""
 
     def run(self, changes: Changes, signals: Signals) -> None:
-        """Until a signal ends it. Raises `ForwardError` when it cannot be done at the start, or undone."""
+        """Run until a signal ends it. Raises `ForwardError` if the start or the clean-up fails."""
         self._forwards.read()
         try:
-            self._tell(self.keep(self.wanted()), is_asked=True)
+            self._notify(self.keep(self.wanted()), is_asked=True)
             while not (asked := self.wait(changes, signals)) & _STOP:
                 self.look(changes, is_asked=signal.SIGHUP in asked)
         finally:
             notify("STOPPING=1")
-            self._leave_word(_CLOSED)
+            self._write_state(_CLOSED)
             self._firewall.clear()
 
     def wait(self, changes: Changes, signals: Signals) -> set[int]:
-        """Wait for a change, the next look, or the signals that it returns; not at once after a look."""
+        """Wait for a change, a signal or the next look, at least `GAP_S` after the last. Returns the
+        signals."""
         gap_s = max(0.0, self._kept_s + GAP_S - self._clock())
         if not select.select([signals], [], [], gap_s)[0]:
             select.select([signals.fileno(), changes.fileno()], [], [], LOOK_S - gap_s)
         return signals.take()
 
     def look(self, changes: Changes, *, is_asked: bool) -> None:
-        """Let in what is to be let in now, if that or the firewall has changed, or if it ``is_asked`` for."""
+        """Let in what is wanted now, if that or the firewall has changed, or somebody ``is_asked`` for it."""
         if is_asked:
             notify(*reloading())
         if is_asked or self._forwards.has_changed():
@@ -259,15 +261,15 @@ class Keeper:
         wanted = self.wanted()
         if changes.has_any() or is_asked or wanted != self.kept:
             try:
-                self._tell(self.keep(wanted), is_asked=is_asked)
+                self._notify(self.keep(wanted), is_asked=is_asked)
             except NftError as error:
-                self.kept = None  # at the next look again
-                self._leave_word(_CLOSED)
+                self.kept = None  # try again at the next look
+                self._write_state(_CLOSED)
                 warn(_logger, self._limit, "nft", str(error))
-                self._tell(one_line(str(error)), is_asked=is_asked)
+                self._notify(one_line(str(error)), is_asked=is_asked)
 
     def wanted(self) -> Wanted:
-        """What is to be let in: nobody, where the kernel does not say where the listener listens."""
+        """What to let in: nobody, if the kernel does not say where the listener listens."""
         active = self._forwards.active()
         found: frozenset[Binding] = frozenset()
         trouble = ""
@@ -281,22 +283,23 @@ class Keeper:
         self._trouble = trouble
         return Wanted(active, found)
 
-    def _tell(self, status: str, *, is_asked: bool) -> None:
-        """Tell the service manager, if it waits for an answer or there is news."""
-        if is_asked or status != self._told:
+    def _notify(self, status: str, *, is_asked: bool) -> None:
+        """Notify the service manager, if it waits for an answer or the status is new."""
+        if is_asked or status != self._last_status:
             notify("READY=1", f"STATUS={status}")
-            self._told = status
+            self._last_status = status
 
     def keep(self, wanted: Wanted) -> str:
-        """Let it in, and nothing else; one line on how it is then. Raises `NftError`."""
+        """Let in what is wanted and nothing else. Returns the status in one line. Raises `NftError`."""
         self._kept_s = self._clock()
         places = self._firewall.keep(wanted)
         self.kept = wanted
-        self._leave_word(told(wanted, places))
+        self._write_state(firewall_report(wanted, places))
         return one_line(", ".join(account(wanted, places)))
 
-    def _leave_word(self, word: FirewallReport) -> None:
-        """For `statusservice`, which tells dom0. That it cannot be left stops nothing: it is unknown then."""
+    def _write_state(self, word: FirewallReport) -> None:
+        """Write the state file for `statusservice`, which reports to dom0. A failure only leaves it
+        unknown."""
         if self._state is None:
             return
         hidden = self._state.with_name(f".{self._state.name}")
@@ -356,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
             place = os.environ.get("RUNTIME_DIRECTORY")
             state = None if place is None else Path(place, STATE)
             given: int | None = args.listener_uid
-            # Its user may be another one at its next start.
+            # The listener's user may be another one after its next start.
             sockets = partial(listening, given) if given is not None else lambda: listening(owner())
             Keeper(Forwards(source), firewall, sockets, state).run(changes, signals)
     except ForwardError as error:

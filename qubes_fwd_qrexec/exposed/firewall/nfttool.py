@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The firewall's two ends: the program ``nft``, and the kernel's word that something has changed.
+"""Access to the firewall: the program ``nft``, and the kernel's notifications of changes.
 
 It decides nothing. Both need CAP_NET_ADMIN in the network namespace of this process.
 """
@@ -13,7 +13,7 @@ from typing import Any, Self
 from . import chain
 from .chain import TABLE, Family, NftError, Seen
 
-# A transaction of ours takes milliseconds; this only keeps us from hanging for ever.
+# Our transactions take milliseconds; this only keeps us from hanging for ever.
 _TIMEOUT_S = 10.0
 _MESSAGE_MAX = 400
 # linux/netlink.h and linux/netfilter/nfnetlink.h: the messages that `nft monitor` prints.
@@ -23,7 +23,7 @@ _READ_MAX = 1 << 16
 
 
 class Nft:
-    """The program, found along PATH and in the directories of the system's administrator."""
+    """The program ``nft``, found along PATH and in the sbin directories."""
 
     def __init__(self, program: str = "nft") -> None:
         self._program = program
@@ -31,12 +31,12 @@ class Nft:
         self._environment = {"LC_ALL": "C", "PATH": f"{path}:/usr/sbin:/sbin"}
 
     def look(self) -> dict[Family, Seen]:
-        """What there is of ours, in each family that has a place for it. Raises `NftError`."""
+        """What there is of ours in each family that has a place for it. Raises `NftError`."""
         families = chain.usable_families(self._list("chains"))
         return {family: chain.seen(self._list("table", family, TABLE)) for family in families}
 
     def carry_out(self, transaction: str) -> None:
-        """All of it or nothing. Raises `NftError`."""
+        """Apply all of it or nothing. Raises `NftError`."""
         self._run("-f", "-", text=transaction)
 
     def _list(self, *what: str) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ class Nft:
         try:
             listing = json.loads(output)["nftables"]
         except (ValueError, KeyError, TypeError):
-            raise NftError(f"nft list {' '.join(what)}: what it says is not the JSON it should be") from None
+            raise NftError(f"nft list {' '.join(what)}: the output is not the JSON it should be") from None
         return [entry for entry in listing if isinstance(entry, dict)]
 
     def _run(self, *arguments: str, text: str = "") -> str:
@@ -73,11 +73,11 @@ class Nft:
 
 
 class Changes:
-    """Readable when anybody has changed nftables, ourselves too. Raises `NftError`.
+    """Readable when anybody has changed nftables, including ourselves. Raises `NftError`.
 
-    The kernel's messages themselves, and not ``nft monitor`` or a look now and then: a look that heals
-    within a second would start programs all day long, and a second program would be one to keep alive.
-    What the messages say does not matter, nor that some are lost: we look for ourselves.
+    It uses the kernel's messages instead of polling or ``nft monitor``: polling often enough would start
+    programs all day long, and a second program would have to be kept alive. The content of the messages does
+    not matter, nor that some may be lost: we look at the firewall ourselves.
     """
 
     def __init__(self) -> None:

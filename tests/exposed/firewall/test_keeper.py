@@ -20,7 +20,14 @@ from qubes_fwd_qrexec.common.values import Binding
 from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.firewall import keeper
 from qubes_fwd_qrexec.exposed.firewall.chain import Family, NftError, Seen, rules, transaction
-from qubes_fwd_qrexec.exposed.firewall.keeper import Firewall, Forwards, Wanted, account, main, told
+from qubes_fwd_qrexec.exposed.firewall.keeper import (
+    Firewall,
+    Forwards,
+    Wanted,
+    account,
+    firewall_report,
+    main,
+)
 from qubes_fwd_qrexec.exposed.firewall.nfttool import Nft
 from qubes_fwd_qrexec.system.sockdiag import SocketsError
 from qubes_fwd_qrexec.target.statusservice import FIREWALL_STATE
@@ -151,18 +158,18 @@ def test_a_forward_whose_listener_does_not_listen_is_named_and_not_counted(forwa
 
 def test_dom0_is_told_of_each_family_and_of_those_that_wait(forwards: Forwards) -> None:
     wanted = Wanted(forwards.active(), LISTENING)
-    assert told(wanted, {Family.IP}) == FirewallReport(OPEN, CLOSED)
-    assert told(wanted, {Family.IP6}) == FirewallReport(CLOSED, OPEN)
-    assert told(replace(wanted, listening=frozenset()), Family) == FirewallReport(
+    assert firewall_report(wanted, {Family.IP}) == FirewallReport(OPEN, CLOSED)
+    assert firewall_report(wanted, {Family.IP6}) == FirewallReport(CLOSED, OPEN)
+    assert firewall_report(replace(wanted, listening=frozenset()), Family) == FirewallReport(
         OPEN, OPEN, ("fwd.work.web",)
     )
 
 
 def test_where_more_wait_than_can_be_told_nothing_is_said_of_any(forwards: Forwards) -> None:
     some = Wanted(forwards.active() * FORWARDS_MAX)
-    assert len(told(some, Family).waiting) == FORWARDS_MAX
+    assert len(firewall_report(some, Family).waiting) == FORWARDS_MAX
     more = replace(some, configs=(*some.configs, *forwards.active()))
-    assert told(more, Family) == FirewallReport(report.Firewall.UNKNOWN, report.Firewall.UNKNOWN)
+    assert firewall_report(more, Family) == FirewallReport(report.Firewall.UNKNOWN, report.Firewall.UNKNOWN)
 
 
 class FakeEvents:
@@ -241,7 +248,7 @@ def test_whatever_happens_is_looked_at_within_half_a_second(
 
 
 class FakeChanges:
-    """Says that the firewall has changed, once each time that it is told."""
+    """Says that the firewall has changed, once each time that it is firewall_report."""
 
     def __init__(self) -> None:
         self.are_there = False

@@ -38,7 +38,7 @@ def test_a_transaction_is_given_on_stdin(tmp_path: Path) -> None:
 @pytest.mark.parametrize("output", ["", "{}", "[]", '"x"', "\udcff", "{"])
 def test_what_is_not_the_json_that_it_should_be_is_an_error(tmp_path: Path, output: str) -> None:
     nft = script(tmp_path, f"printf '%s' '{output.encode('ascii', 'replace').decode()}'")
-    with pytest.raises(NftError, match="nft list chains: what it says is not the JSON"):
+    with pytest.raises(NftError, match="nft list chains: the output is not the JSON"):
         nft.look()
 
 
