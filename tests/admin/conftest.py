@@ -144,7 +144,7 @@ def panic(over: Command) -> Panic:
 
 @pytest.fixture
 def opened(forward: Command, lab: LabDirectory) -> LabDirectory:
-    """A lab with two forwards: a tunnel that drains, and calls."""
+    """A lab with two forwards: one over mux that drains, and one over single calls."""
     forward(*ADD, "--on-expire", "drain")
     forward("add", "personal", "81", "--from", "any")
     assert len(allowed(lab)) == 2
