@@ -71,8 +71,8 @@ def selected(qubes: list[str], snapshot: Snapshot, now: float) -> Plan:
 
 
 def show(args: Namespace, session: Session) -> int:
-    """All about one forward: its way as a picture, what guards it, and what follows from its rule."""
-    from . import guards
+    """All about one forward: its way as a picture, all findings, and what follows from its rule."""
+    from . import findings
     from .picture import picture
 
     snapshot = session.look()
@@ -85,12 +85,12 @@ def show(args: Namespace, session: Session) -> int:
         return 1
     installed = snapshot.installed.text
     verdict = judged([forward], session.backend, installed).get(forward.source[:2])
-    found = guards.guards(forward, planned, installed, session.now, verdict)
+    found = findings.shown(forward, planned, installed, session.now, verdict)
     lines = policy.lines(forward)
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
     if session.is_json:
         data: dict[str, Any] = forward_as_json(forward)
-        data |= {"guards": [guard.as_json() for guard in found]}
+        data |= {"findings": [one.as_json() for one in found]}
         data |= {"line": str(entry.rule), "policy": list(lines), "config": None}
         if config is not None:
             data["config"] = {"qube": forward.exposed, "feature": config, "value": str(forward.config)}
@@ -99,7 +99,7 @@ def show(args: Namespace, session: Session) -> int:
     session.say(render.explained(forward, session.style))
     is_allowed = found[-1].verdict is not Verdict.STOPS
     drawn = picture(forward, snapshot.inventory, is_allowed=is_allowed, width=session.style.width)
-    session.say(f"\n{drawn}\n{guards.text(found, session.style)}\n")
+    session.say(f"\n{drawn}\n{findings.text(found, session.style)}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
     session.say(f"listener at {forward.exposed}:\n" if config else "listener:\n")

@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Verdict
-from qubes_fwd_qrexec.admin.views.guards import guards
+from qubes_fwd_qrexec.admin.views.findings import shown
 from qubes_fwd_qrexec.admin.views.picture import picture
 from qubes_fwd_qrexec.common.rules import NamedRule
 
@@ -26,7 +26,7 @@ def drawn(
     planned = plan([named], inventory, NOW)
     text = policy.text(planned, NOW) if installed is None else installed
     (forward,) = planned
-    found = guards(forward, planned, text, NOW)
+    found = shown(forward, planned, text, NOW)
     is_allowed = found[-1].verdict is not Verdict.STOPS
     return picture(forward, inventory, is_allowed=is_allowed, width=width)
 

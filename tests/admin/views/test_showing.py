@@ -117,16 +117,17 @@ def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
     assert forward("show", "work", "web", "--json").json["config"] is None
 
 
-def test_show_draws_the_way_and_gives_each_guards_verdict(forward: Forward) -> None:
+def test_show_draws_the_way_and_gives_the_verdict_of_each_check(forward: Forward) -> None:
     forward(*ADD)
     shown = forward("show", "work", "web").out
     assert "\n  | 192.168.0.0/16 | -------> | port 80 | =====> | 127.0.0.1:8080 |\n" in shown
     assert "\nok  side     outer: by sys-net's own network devices, " in shown
     assert "\nok  policy   dom0 allows the call\n" in shown
-    guards = {
-        entry["guard"]: entry["verdict"] for entry in forward("show", "work", "web", "--json").json["guards"]
+    found = {
+        entry["check"]: entry["verdict"]
+        for entry in forward("show", "work", "web", "--json").json["findings"]
     }
-    assert guards == dict.fromkeys(["sources", "side", "path", "owner", "tunnel", "expiry", "policy"], "ok")
+    assert found == dict.fromkeys(["sources", "side", "path", "owner", "tunnel", "expiry", "policy"], "ok")
     assert "\n  # mux\n" not in forward("show", "work", "web", style=Style(80)).out
     assert "\n    # mux\n" in forward("show", "work", "web", style=Style(40)).out
     assert "\x1b[32mok" in forward("show", "work", "web", style=Style(80, True)).out

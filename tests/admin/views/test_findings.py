@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Each guard's verdict by itself, whatever another one says."""
+"""Each check's verdict by itself, whatever another one says."""
 
 import pytest
 from worlds import NOW, qube, rule, world
@@ -7,7 +7,7 @@ from worlds import NOW, qube, rule, world
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.views.guards import Guard, guards
+from qubes_fwd_qrexec.admin.views.findings import Shown, shown
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 AGREED = "path=sys-firewall,sys-net"
@@ -15,14 +15,14 @@ AGREED = "path=sys-firewall,sys-net"
 
 def found(
     named: NamedRule, inventory: Inventory | None = None, *others: NamedRule, installed: str | None = None
-) -> dict[str, Guard]:
+) -> dict[str, Shown]:
     inventory = inventory or world()
     planned = plan([named, *others], inventory, NOW)
     forward = planned.find(named.target, named.name)
     assert forward is not None
     if installed is None:
         installed = policy.text(planned, NOW)
-    return {guard.name: guard for guard in guards(forward, planned, installed, NOW)}
+    return {one.check: one for one in shown(forward, planned, installed, NOW)}
 
 
 CASES = [
@@ -116,27 +116,27 @@ CASES = [
 
 
 @pytest.mark.parametrize(("named", "name", "verdict", "words"), CASES)
-def test_each_guard_has_its_verdict_and_says_why(
+def test_each_check_has_its_verdict_and_says_why(
     named: NamedRule, name: str, verdict: str, words: str
 ) -> None:
-    guard = found(named, world(qube("below", "sys-vpn")))[name]
-    assert (guard.verdict, guard.text[-len(words) :]) == (verdict, words)
+    one = found(named, world(qube("below", "sys-vpn")))[name]
+    assert (one.verdict, one.text[-len(words) :]) == (verdict, words)
 
 
-def test_no_guard_hides_another() -> None:
+def test_no_finding_hides_another() -> None:
     named = rule(f"owner=office path=sys-vpn enabled=no expire={NOW}", target="hidden")
-    stopping = [guard.name for guard in found(named).values() if guard.verdict == "stops"]
+    stopping = [one.check for one in found(named).values() if one.verdict == "stops"]
     assert stopping == ["switch", "path", "owner", "tunnel", "expiry", "policy"]
 
 
 def test_what_is_the_matter_with_other_qubes_and_services_is_said_too() -> None:
-    stopping = [guard.name for guard in found(rule("path=sys-vpn via=gone mode=nft")).values()]
+    stopping = [one.check for one in found(rule("path=sys-vpn via=gone mode=nft")).values()]
     assert stopping == ["qubes", "sources", "path", "owner", "service", "expiry", "policy"]
 
 
-def test_a_guard_has_its_ways_out_as_commands() -> None:
-    guard = found(rule("owner=office"))["owner"]
-    assert guard.as_json()["ways_out"] == [
+def test_a_finding_has_its_ways_out_as_commands() -> None:
+    one = found(rule("owner=office"))["owner"]
+    assert one.as_json()["ways_out"] == [
         ["qvm-forward", "confirm", "work", "web"],
         ["qvm-forward", "remove", "work", "web"],
     ]
@@ -149,8 +149,8 @@ def test_an_enabled_rule_has_no_switch() -> None:
 
 
 def test_policy_that_is_not_written_yet_stops_a_live_forward() -> None:
-    guard = found(rule(), installed="")["policy"]
-    assert (guard.verdict, guard.text) == (
+    one = found(rule(), installed="")["policy"]
+    assert (one.verdict, one.text) == (
         "stops",
         "dom0 does not allow the call yet; 'qvm-forward apply' sees to it",
     )
@@ -159,8 +159,8 @@ def test_policy_that_is_not_written_yet_stops_a_live_forward() -> None:
 @pytest.mark.parametrize("call", ["qubes.ForwardTCP +80+mux", "qubes.ConnectTCP +80"])
 def test_policy_that_still_allows_what_is_closed_is_noted(call: str) -> None:
     line = f"{call} sys-net work allow autostart=no notify=no\n"
-    guard = found(rule("enabled=no"), installed=line)["policy"]
-    assert (guard.verdict, guard.text) == (
+    one = found(rule("enabled=no"), installed=line)["policy"]
+    assert (one.verdict, one.text) == (
         "note",
         "dom0 still allows the call; 'qvm-forward apply' closes it",
     )

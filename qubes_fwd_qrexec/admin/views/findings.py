@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What guards a forward, each guard with its own verdict: a sentence names only the first that stops it."""
+"""All findings about a forward in words, and what dom0's policy says now: its sentence names only the first
+that stops it.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,21 +18,21 @@ from .tables import Check, Colour, Style, checks
 _COLOURS = {Verdict.OK: Colour.GREEN, Verdict.NOTE: Colour.YELLOW, Verdict.STOPS: Colour.RED}
 
 
-class Guard(NamedTuple):
-    """One guard; ``text`` says what it found, and where it stops the forward also the way out."""
+class Shown(NamedTuple):
+    """What one check found; where that stops the forward, ``text`` names a way out too."""
 
-    name: str
+    check: str
     verdict: Verdict
     text: str
     ways_out: tuple[reasons.Command, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         ways_out = [list(command) for command in self.ways_out]
-        return {"guard": self.name, "verdict": self.verdict, "text": self.text, "ways_out": ways_out}
+        return {"check": self.check, "verdict": self.verdict, "text": self.text, "ways_out": ways_out}
 
 
 # In the order of the way. What has no text here has its sentence.
-_GUARDS = {
+_CHECKS = {
     "switch": (Cause.DISABLED,),
     "qubes": (Cause.NO_SUCH_QUBE, Cause.UNREADABLE_QUBE, Cause.UNFIT_QUBE, Cause.NO_NETVM),
     "sources": (Cause.ANYBODY, Cause.SOURCES),
@@ -46,8 +48,8 @@ _GUARDS = {
     "expiry": (Cause.IN_TIME, Cause.EXPIRED),
     "hold": (Cause.HELD,),
 }
-_NAMES = {cause: name for name, causes in _GUARDS.items() for cause in causes}
-_ORDER = [*_GUARDS]
+_NAMES = {cause: name for name, causes in _CHECKS.items() for cause in causes}
+_ORDER = [*_CHECKS]
 _APPLY = (("qvm-forward", "apply"),)
 
 _TEXTS = {
@@ -74,24 +76,24 @@ _SIDES = {
 }
 
 
-def guards(
+def shown(
     forward: Forward, planned: Plan, installed: str | None, now: float, verdict: PolicyVerdict | None = None
-) -> tuple[Guard, ...]:
-    """All guards of a forward, in the order of the way; ``installed`` is dom0's policy file as it is, and
+) -> tuple[Shown, ...]:
+    """All findings, in the order of the way; ``installed`` is dom0's policy file as it is, and
     ``verdict`` what its whole policy says of a live one."""
-    found = [_guard(forward, finding, now) for finding in forward.findings if finding.cause in _NAMES]
-    found.sort(key=lambda guard: _ORDER.index(guard.name))
+    found = [_shown(forward, finding, now) for finding in forward.findings if finding.cause in _NAMES]
+    found.sort(key=lambda one: _ORDER.index(one.check))
     return (*found, _policy(forward, planned, installed, verdict))
 
 
-def text(found: Sequence[Guard], style: Style) -> str:
-    """The guards for people, below each other."""
-    return checks([Check(guard.verdict, _COLOURS[guard.verdict], *guard[::2]) for guard in found], style)
+def text(found: Sequence[Shown], style: Style) -> str:
+    """The findings for people, below each other."""
+    return checks([Check(one.verdict, _COLOURS[one.verdict], one.check, one.text) for one in found], style)
 
 
-def _guard(forward: Forward, finding: Finding, now: float) -> Guard:
+def _shown(forward: Forward, finding: Finding, now: float) -> Shown:
     ways_out = () if finding.verdict is Verdict.OK else reasons.ways_out(forward, finding)
-    return Guard(_NAMES[finding.cause], finding.verdict, _text(forward, finding, ways_out, now), ways_out)
+    return Shown(_NAMES[finding.cause], finding.verdict, _text(forward, finding, ways_out, now), ways_out)
 
 
 def _text(forward: Forward, finding: Finding, ways_out: Sequence[reasons.Command], now: float) -> str:
@@ -128,25 +130,25 @@ def _way(forward: Forward, path: tuple[str, ...]) -> str:
     return " - ".join((forward.source.target, *path)) if path else "no netvm"
 
 
-def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Guard:
+def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Shown:
     """What dom0 says now, which may not be what the plan asks for."""
     allowed = policy.allowing(installed)
     if forward.config is not None:
         missing = [line for line in policy.lines(forward) if line not in allowed]
         if not missing and verdict is not None and verdict.is_allowed is False:
-            return Guard("policy", Verdict.STOPS, f"dom0 denies the call: {verdict.reason}")
+            return Shown("policy", Verdict.STOPS, f"dom0 denies the call: {verdict.reason}")
         if not missing and verdict is not None and verdict.is_allowed is None:
             text = f"{policy.NAME}.policy allows the call; whether another file denies it is not known"
-            return Guard("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
+            return Shown("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
         if not missing:
-            return Guard("policy", Verdict.OK, "dom0 allows the call")
+            return Shown("policy", Verdict.OK, "dom0 allows the call")
         text = "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
-        return Guard("policy", Verdict.STOPS, text, _APPLY)
+        return Shown("policy", Verdict.STOPS, text, _APPLY)
     others = {line for other in planned.live for line in policy.lines(other)}
     if _calls(forward) & {_call(line) for line in allowed - others}:
         text = "dom0 still allows the call; 'qvm-forward apply' closes it"
-        return Guard("policy", Verdict.NOTE, text, _APPLY)
-    return Guard("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")
+        return Shown("policy", Verdict.NOTE, text, _APPLY)
+    return Shown("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")
 
 
 def _call(line: str) -> tuple[str, ...]:
