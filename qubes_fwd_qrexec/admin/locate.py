@@ -4,10 +4,12 @@
 import os
 from collections.abc import Mapping
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 
-from .backend import Backend
+if TYPE_CHECKING:
+    from .backend import Backend
 
 # The one place where dom0 knows of the lab, by name: it is another package, loaded only when a lab is named.
 LAB_MODULE = "qubes_fwd_qrexec.lab.store"
@@ -22,7 +24,7 @@ _PACKAGES = {
 }
 
 
-def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
+def open_backend(lab: str | None, environ: Mapping[str, str]) -> "Backend":
     """The backend for ``--lab`` or the environment, else for this Qubes system; asks nothing of it yet.
 
     Raises `RefusedError` or `StoreError`.
@@ -51,7 +53,7 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> Backend:
     return QubesStore()
 
 
-def _open_lab(path: str) -> Backend:
+def _open_lab(path: str) -> "Backend":
     try:
         module = import_module(LAB_MODULE)
     except ModuleNotFoundError as error:

@@ -18,8 +18,8 @@ from qubes_fwd_qrexec.common.values import Sources
 
 from . import heard, reasons, steps
 from .plans import forward_as_json
-from .render import escaped
 from .session import Session
+from .tables import escaped
 
 _V = TypeVar("_V")
 _NO_FROM = (

@@ -11,16 +11,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from qubes_fwd_qrexec.admin.locate import open_backend
-from qubes_fwd_qrexec.admin.states import NotOpenError
 from qubes_fwd_qrexec.common.errors import ForwardError, UsageError
 
 from . import parser
-from .render import escaped
-from .session import Session
-from .tables import Style
+from .tables import Style, escaped
 
 _FAULT = 3
 _TRACE = "QVM_FORWARD_TRACE"
@@ -49,11 +46,9 @@ _COMMANDS = {
 }
 
 
-def _command(name: str) -> Callable[[Namespace, Session], int]:
+def _command(name: str) -> Callable[[Namespace, Any], int]:
     module, function = _COMMANDS[name]
-    command: Callable[[Namespace, Session], int] = getattr(
-        importlib.import_module(module, __package__), function
-    )
+    command: Callable[[Namespace, Any], int] = getattr(importlib.import_module(module, __package__), function)
     return command
 
 
@@ -71,13 +66,17 @@ def run(
 
     Raises `SystemExit` for what argparse settles itself: usage errors, --help and --version.
     """
-    arguments = parser.build()
     if argv[:1] == ["__complete"]:
         from . import complete
 
-        out.write("".join(f"{word}\n" for word in complete.candidates(arguments, argv[1:], environ)))
+        found = complete.candidates(parser.build(), argv[1:], environ)
+        out.write("".join(f"{word}\n" for word in found))
         return 0
-    args = parser.parse(arguments, argv)
+    args = parser.parse(argv)
+    from .session import (
+        Session,  # what is imported from here on, a command line that is wrong does not wait for
+    )
+
     try:
         backend = open_backend(args.lab, environ)
         session = Session(backend, now, environ, stdin, out, err, style, args.json, set())
@@ -85,11 +84,6 @@ def run(
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
         return 2
-    except NotOpenError as error:
-        from . import reasons
-
-        err.write(f"qvm-forward {args.command}: {reasons.refusal(error)}\n")
-        return 1
     except ForwardError as error:
         from . import steps
 

@@ -28,9 +28,9 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from . import heard, reasons
 from .reasons import Command
-from .render import broken_line, escaped
+from .render import broken_line
 from .session import Session
-from .tables import Check, Colour, Style, checks
+from .tables import Check, Colour, Style, checks, escaped
 
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"

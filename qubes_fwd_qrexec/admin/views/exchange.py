@@ -10,8 +10,8 @@ from qubes_fwd_qrexec.common.errors import RuleError, StoreError, UsageError
 from qubes_fwd_qrexec.common.exchange import Document
 
 from . import changes, reasons
-from .render import escaped
 from .session import Session
+from .tables import escaped
 
 
 def export_rules(args: Namespace, session: Session) -> int:

@@ -11,8 +11,8 @@ from qubes_fwd_qrexec.admin.judged import denials
 from qubes_fwd_qrexec.admin.policy import NAME
 
 from . import heard, reasons, steps
-from .render import escaped
 from .session import Session
+from .tables import escaped
 
 
 def panic(args: Namespace, session: Session) -> int:

@@ -1,62 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line of qvm-forward: its subcommands and options, and their help. It runs none of them."""
+"""The command line of qvm-forward: its subcommands and options, and their help. It runs none of them.
+
+What values are made of is imported when there is a value to parse, or an option to explain.
+"""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.admin.locate import LAB_VARIABLE
-from qubes_fwd_qrexec.admin.store import parse_new_name
 from qubes_fwd_qrexec.common.errors import TextError
-from qubes_fwd_qrexec.common.options import one_of
-from qubes_fwd_qrexec.common.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
-from qubes_fwd_qrexec.common.values import (
-    ListenPorts,
-    TargetPorts,
-    parse_address,
-    parse_printable,
-    parse_qube_name,
-)
+
+if TYPE_CHECKING:
+    from qubes_fwd_qrexec.common.values import ListenPorts, TargetPorts
 
 _HELP_WIDTH = 78
 FORMATS = ("line", "xml", "json")
 TUNNEL_ACTIONS = ("mark", "unmark", "list")
 
 
-def _typed(parse: Callable[[str], object], name: str) -> Callable[[str], object]:
-    """One of our parsers in the form that argparse wants; its error becomes a usage error."""
-
-    def typed(text: str) -> object:
-        try:
-            return parse(text)
-        except TextError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    typed.__name__ = name
-    return typed
-
-
-def parse_ports(text: str) -> tuple[ListenPorts, TargetPorts]:
-    """``80``, ``80:8080`` or ``80-90:8080-8090``. Raises `TextError`."""
-    exposed, colon, target = text.partition(":")
-    listen_ports = ListenPorts.parse(exposed)
-    if not colon:
-        return listen_ports, TargetPorts(listen_ports.first, listen_ports.last)
-    return listen_ports, TargetPorts.parse(target)
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """argparse makes one for each option that is added, and would look for the terminal's size each time."""
-    return argparse.HelpFormatter(prog, width=_HELP_WIDTH)
-
-
-_QUBE = _typed(parse_qube_name, "qube")
-_NAME = _typed(parse_new_name, "rule name")
-
-
-def build() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line; with ``words``, only of those commands that are among them."""
     parser = argparse.ArgumentParser(
         prog="qvm-forward",
         description="Make a service in one qube reachable from the LAN or from other qubes.",
@@ -74,9 +40,8 @@ def build() -> argparse.ArgumentParser:
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs"
     )
-
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+    for name, (text, add_arguments) in _COMMANDS.items():
+        command = commands.add_parser(
             name,
             help=text,
             description=text,
@@ -84,56 +49,17 @@ def build() -> argparse.ArgumentParser:
             formatter_class=_formatter,
             allow_abbrev=False,
         )
-
-    _add_add(command("add", "Make a forward: check it, store it, and open it."))
-    _add_rule(command("set", "Change options of a forward."), several=False)
-    changed = commands.choices["set"]
-    changed.add_argument("options", nargs="+", metavar="OPTION=VALUE", help="an empty value: the default")
-    changed.add_argument("--was", metavar="LINE", help="refuse if the rule's line is another one by now")
-    _add_no_apply(changed)
-    for name, text in (
-        ("remove", "Close forwards and forget them."),
-        ("enable", "Open forwards that were disabled."),
-        ("disable", "Close forwards and keep their rules."),
-        ("confirm", "Agree to forwards that were suspended."),
-    ):
-        _add_rule(command(name, text), several=True)
-        _add_no_apply(commands.choices[name])
-    listing = command("list", "Show all forwards, or those that pass through a qube.")
-    listing.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
-    _add_rule(command("show", "Show all about one forward."), several=False)
-    reported = command("status", "Show what is open now, with the figures of its listeners.")
-    reported.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
-    _add_rule(command("diagnose", "Find out why a forward does not work, and what helps."), several=False)
-    planned = command("plan", "Explain what becomes of each forward, and why.")
-    planned.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
-    applied = command("apply", "Make policy and listeners what the rules ask for.")
-    applied.add_argument("--dry-run", action="store_true", help="show the difference and change nothing")
-    command("watch", "Keep policy and listeners true: apply after each change and when a rule ends.")
-    command("policy", "Print the qrexec policy that the rules ask for.")
-    marked = command("tunnel", "Say which qubes are tunnels, such as VPNs, that no forward may go round.")
-    marked.add_argument("action", choices=TUNNEL_ACTIONS, metavar="mark|unmark|list")
-    marked.add_argument("qube", nargs="?", metavar="QUBE", type=_QUBE, help="not with list")
-    command("panic", "Close everything at once, and hold it: nothing opens before resume.")
-    resume = command("resume", "Open again what panic holds.")
-    resume.add_argument("--dry-run", action="store_true", help="say what would open, and open nothing")
-    exported = command("export", "Print rules for import elsewhere.")
-    exported.add_argument("qube", nargs="*", metavar="QUBE", type=_QUBE)
-    exported.add_argument("--format", choices=FORMATS, help="line is the default, json with --json")
-    imported = command("import", "Store the rules of an export, or of a firewall.xml.")
-    imported.add_argument("file", nargs="?", default="-", metavar="FILE", help="- or none: standard input")
-    imported.add_argument("--format", choices=FORMATS, help="recognised if not said")
-    imported.add_argument("--qube", type=_QUBE, metavar="QUBE", help="the target, where the file says none")
-    imported.add_argument("--replace", action="store_true", help="replace rules of the same name")
-    _add_no_apply(imported)
+        if words is None or name in words:
+            add_arguments(command)
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """What `build` makes of a command line. A word too many is the command's error, with its own usage.
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """What a command line asks for. A word too many is the command's error, with its own usage.
 
     Raises `SystemExit`.
     """
+    parser = build(argv)
     args, rest = parser.parse_known_args(argv)
     if rest:
         commands_of(parser)[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
@@ -148,12 +74,108 @@ def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argume
     return {}
 
 
-def _add_add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("qube", metavar="QUBE", type=_QUBE, help="the qube that runs the service")
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """argparse makes one for each option that is added, and would look for the terminal's size each time."""
+    return argparse.HelpFormatter(prog, width=_HELP_WIDTH)
+
+
+def _typed(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """One of our parsers in the form that argparse wants; its error becomes a usage error."""
+
+    def typed(text: str) -> object:
+        try:
+            return parse(text)
+        except TextError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return typed
+
+
+@_typed
+def _qube(text: str) -> object:
+    from qubes_fwd_qrexec.common.values import parse_qube_name
+
+    return parse_qube_name(text)
+
+
+def parse_ports(text: str) -> "tuple[ListenPorts, TargetPorts]":
+    """``80``, ``80:8080`` or ``80-90:8080-8090``. Raises `TextError`."""
+    from qubes_fwd_qrexec.common.values import ListenPorts, TargetPorts
+
+    exposed, colon, target = text.partition(":")
+    listen_ports = ListenPorts.parse(exposed)
+    if not colon:
+        return listen_ports, TargetPorts(listen_ports.first, listen_ports.last)
+    return listen_ports, TargetPorts.parse(target)
+
+
+def _set(parser: argparse.ArgumentParser) -> None:
+    _rule(parser)
+    parser.add_argument("options", nargs="+", metavar="OPTION=VALUE", help="an empty value: the default")
+    parser.add_argument("--was", metavar="LINE", help="refuse if the rule's line is another one by now")
+    _add_no_apply(parser)
+
+
+def _rule(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    # A broken rule may stand under any name, and must be shown and removed too: these are not parsed.
+    parser.add_argument("qube", metavar="QUBE", type=_qube)
+    parser.add_argument("name", metavar="NAME", nargs=nargs)
+
+
+def _rules(parser: argparse.ArgumentParser) -> None:
+    _rule(parser, "+")
+    _add_no_apply(parser)
+
+
+def _qubes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("qube", nargs="*", metavar="QUBE", type=_qube)
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    """A command without arguments."""
+
+
+def _apply(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="show the difference and change nothing")
+
+
+def _tunnel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=TUNNEL_ACTIONS, metavar="mark|unmark|list")
+    parser.add_argument("qube", nargs="?", metavar="QUBE", type=_qube, help="not with list")
+
+
+def _resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what would open, and open nothing")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _qubes(parser)
+    parser.add_argument("--format", choices=FORMATS, help="line is the default, json with --json")
+
+
+def _import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="- or none: standard input")
+    parser.add_argument("--format", choices=FORMATS, help="recognised if not said")
+    parser.add_argument("--qube", type=_qube, metavar="QUBE", help="the target, where the file says none")
+    parser.add_argument("--replace", action="store_true", help="replace rules of the same name")
+    _add_no_apply(parser)
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    from qubes_fwd_qrexec.admin.store import parse_new_name
+    from qubes_fwd_qrexec.common.options import one_of
+    from qubes_fwd_qrexec.common.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
+    from qubes_fwd_qrexec.common.values import parse_address, parse_printable
+
+    def add_choice(option: str, kind: type[StrEnum], default: StrEnum, text: str) -> None:
+        metavar = "|".join(kind)
+        parser.add_argument(option, type=_typed(one_of(kind)), default=default, metavar=metavar, help=text)
+
+    parser.add_argument("qube", metavar="QUBE", type=_qube, help="the qube that runs the service")
     parser.add_argument(
         "ports",
         metavar="PORT[:PORT]",
-        type=_typed(parse_ports, "ports"),
+        type=_typed(parse_ports),
         help="the exposed port or range, then that of the service",
     )
     parser.add_argument(
@@ -163,53 +185,59 @@ def _add_add(parser: argparse.ArgumentParser) -> None:
         metavar="NET[,NET]",
         help="the networks that may connect, or any; must be given",
     )
-    parser.add_argument("--name", type=_NAME, help="the rule's name, made up if not given")
+    parser.add_argument("--name", type=_typed(parse_new_name), help="the rule's name, made up if not given")
     parser.add_argument("--internal", action="store_true", help="for other qubes, at the target's own netvm")
-    parser.add_argument("--via", metavar="QUBE", type=_QUBE, help="listen at this qube")
-    address = _typed(parse_address, "address")
+    parser.add_argument("--via", metavar="QUBE", type=_qube, help="listen at this qube")
+    address = _typed(parse_address)
     parser.add_argument("--listen", metavar="ADDR", type=address, help="listen at this address alone")
-    _add_choice(parser, "--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")
-    _add_choice(parser, "--proto", Proto, Proto.TCP, "this version has tcp alone")
-    _add_choice(
-        parser,
+    add_choice("--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")
+    add_choice("--proto", Proto, Proto.TCP, "this version has tcp alone")
+    add_choice(
         "--transport",
         Transport,
         Transport.AUTO,
         "many connections in one qrexec call, or a call for each",
     )
-    _add_choice(
-        parser, "--proxy", Proxy, Proxy.OFF, "tell the server the client's address, if it expects that"
-    )
+    add_choice("--proxy", Proxy, Proxy.OFF, "tell the server the client's address, if it expects that")
     parser.add_argument("--autostart", action="store_true", help="connections may start a halted target")
     parser.add_argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never")
-    _add_choice(parser, "--on-expire", OnExpire, OnExpire.CUT, "what becomes of open connections then")
+    add_choice("--on-expire", OnExpire, OnExpire.CUT, "what becomes of open connections then")
     parser.add_argument(
         "--limits",
         metavar="LIMITS",
-        type=_typed(Limits.parse, "limits"),
+        type=_typed(Limits.parse),
         help="such as connections:1000,per-source:100,rate:50, any of them",
     )
     parser.add_argument("--follow-netvm", action="store_true", help="stay open when the netvm changes")
     parser.add_argument("--bypass-tunnel", action="store_true", help="accept a way round the target's tunnel")
-    comment = _typed(parse_printable, "comment")
+    comment = _typed(parse_printable)
     parser.add_argument("--comment", default="", metavar="TEXT", type=comment, help="a remark for yourself")
     parser.add_argument("--disabled", action="store_true", help="store the rule and leave it closed")
     _add_no_apply(parser)
 
 
-def _add_choice(
-    parser: argparse.ArgumentParser, option: str, kind: type[StrEnum], default: StrEnum, text: str
-) -> None:
-    """An option with one word of ``kind``."""
-    word = _typed(one_of(kind), option.lstrip("-"))
-    parser.add_argument(option, type=word, default=default, metavar="|".join(kind), help=text)
-
-
-def _add_rule(parser: argparse.ArgumentParser, *, several: bool) -> None:
-    # A broken rule may stand under any name, and must be shown and removed too: these are not parsed.
-    parser.add_argument("qube", metavar="QUBE", type=_QUBE)
-    parser.add_argument("name", metavar="NAME", nargs="+" if several else None)
-
-
 def _add_no_apply(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-apply", action="store_true", help="store it and leave the rest to 'apply'")
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "add": ("Make a forward: check it, store it, and open it.", _add),
+    "set": ("Change options of a forward.", _set),
+    "remove": ("Close forwards and forget them.", _rules),
+    "enable": ("Open forwards that were disabled.", _rules),
+    "disable": ("Close forwards and keep their rules.", _rules),
+    "confirm": ("Agree to forwards that were suspended.", _rules),
+    "list": ("Show all forwards, or those that pass through a qube.", _qubes),
+    "show": ("Show all about one forward.", _rule),
+    "status": ("Show what is open now, with the figures of its listeners.", _qubes),
+    "diagnose": ("Find out why a forward does not work, and what helps.", _rule),
+    "plan": ("Explain what becomes of each forward, and why.", _qubes),
+    "apply": ("Make policy and listeners what the rules ask for.", _apply),
+    "watch": ("Keep policy and listeners true: apply after each change and when a rule ends.", _nothing),
+    "policy": ("Print the qrexec policy that the rules ask for.", _nothing),
+    "tunnel": ("Say which qubes are tunnels, such as VPNs, that no forward may go round.", _tunnel),
+    "panic": ("Close everything at once, and hold it: nothing opens before resume.", _nothing),
+    "resume": ("Open again what panic holds.", _resume),
+    "export": ("Print rules for import elsewhere.", _export),
+    "import": ("Store the rules of an export, or of a firewall.xml.", _import),
+}

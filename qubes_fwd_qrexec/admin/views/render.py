@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import reasons
-from .tables import Style, Table
+from .tables import Style, Table, escaped
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
 
@@ -23,14 +23,6 @@ class Role(StrEnum):
     TARGET = "target"
     EXPOSED = "exposed"
     PATH = "path"
-
-
-def escaped(untrusted_text: str) -> str:
-    """Printable ASCII as it is, all else as an escape."""
-    return "".join(
-        c if " " <= c <= "~" else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in untrusted_text
-    )
 
 
 def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> str:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, TextIO
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import Snapshot, look
 
-from .render import escaped
-from .tables import Style
+from .tables import Style, escaped
 
 
 class Session(NamedTuple):

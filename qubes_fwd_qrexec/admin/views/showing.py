@@ -18,7 +18,7 @@ from . import reasons, render
 from .plans import forward_as_json, plan_as_json
 from .session import Session
 from .steps import as_json, words
-from .tables import Style
+from .tables import Style, escaped
 
 
 def list_rules(args: Namespace, session: Session) -> int:
@@ -39,7 +39,7 @@ def list_rules(args: Namespace, session: Session) -> int:
     session.say(render.table(planned, session.now, session.style, args.qube))
     for (target, name), verdict in verdicts.items():
         if verdict.is_allowed is False:
-            session.say(f"{target} {name}: dom0 denies its calls: {render.escaped(verdict.reason)}.\n")
+            session.say(f"{target} {name}: dom0 denies its calls: {escaped(verdict.reason)}.\n")
     return 0
 
 
@@ -112,7 +112,7 @@ def _show_broken(rule: BrokenRule, session: Session) -> int:
         session.say_json(plan_as_json(Plan((), (rule,)))["broken"][0])
     else:
         session.say(render.broken_line(rule, session.style))
-        session.say(f"rule:\n  {render.escaped(rule.text)}\n")
+        session.say(f"rule:\n  {escaped(rule.text)}\n")
     return 0
 
 

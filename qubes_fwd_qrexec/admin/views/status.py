@@ -32,10 +32,10 @@ from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import heard, reasons, steps
-from .render import escaped, exposed_at
+from .render import exposed_at
 from .session import Session
 from .showing import selected
-from .tables import Colour, Style, Table
+from .tables import Colour, Style, Table, escaped
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),

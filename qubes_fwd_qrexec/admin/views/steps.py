@@ -9,9 +9,12 @@ from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
 from qubes_fwd_qrexec.admin.reconcile import UnfinishedError
 from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
+from qubes_fwd_qrexec.admin.states import NotOpenError
 from qubes_fwd_qrexec.common.allowance import Allowance, Calls
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import QubeName
+
+from . import reasons
 
 
 def words(step: Step) -> list[str]:
@@ -84,6 +87,8 @@ def troubles(outcome: Outcome) -> list[str]:
 
 def error_text(error: ForwardError) -> str:
     """What an error says; where not all steps could be taken, also which."""
+    if isinstance(error, NotOpenError):
+        return reasons.refusal(error)
     return f"{error.kept}{failure(error.outcome)}" if isinstance(error, UnfinishedError) else str(error)
 
 

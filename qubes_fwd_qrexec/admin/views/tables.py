@@ -2,12 +2,9 @@
 """Rows as text for people, in the width that there is. The cells are printable ASCII already."""
 
 import sys
-import textwrap
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
-
-from qubes_fwd_qrexec.admin.states import State
 
 # A cell that is cut further says nothing any more.
 _CELL_MIN = 12
@@ -24,16 +21,25 @@ class Colour(StrEnum):
     FAINT = "2"
 
 
+# By the values of `State`.
 _COLOURS = {
-    State.ACTIVE: Colour.GREEN,
-    State.WAITING: Colour.CYAN,
-    State.SUSPENDED: Colour.YELLOW,
-    State.EXPIRED: Colour.FAINT,
-    State.DISABLED: Colour.FAINT,
-    State.REFUSED: Colour.RED,
-    State.BROKEN: Colour.RED,
-    State.HELD: Colour.YELLOW,
+    "active": Colour.GREEN,
+    "waiting": Colour.CYAN,
+    "suspended": Colour.YELLOW,
+    "expired": Colour.FAINT,
+    "disabled": Colour.FAINT,
+    "refused": Colour.RED,
+    "broken": Colour.RED,
+    "held": Colour.YELLOW,
 }
+
+
+def escaped(untrusted_text: str) -> str:
+    """Printable ASCII as it is, all else as an escape."""
+    return "".join(
+        c if " " <= c <= "~" else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in untrusted_text
+    )
 
 
 class Style(NamedTuple):
@@ -45,7 +51,7 @@ class Style(NamedTuple):
     def colour(self, colour: Colour, text: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.has_colour else text
 
-    def state(self, state: State, text: str) -> str:
+    def state(self, state: str, text: str) -> str:
         return self.colour(_COLOURS[state], text)
 
 
@@ -57,7 +63,7 @@ class Table(NamedTuple):
 
     titles: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
-    states: Sequence[State]
+    states: Sequence[str]
     yielding: tuple[str, ...] = ()
 
     def text(self, style: Style) -> str:
@@ -75,7 +81,7 @@ class Table(NamedTuple):
             line[column] = style.state(state, line[column])
         return "".join(f"{_GAP.join(line).rstrip()}\n" for line in lines)
 
-    def _block(self, row: tuple[str, ...], state: State, style: Style) -> str:
+    def _block(self, row: tuple[str, ...], state: str, style: Style) -> str:
         """The first two cells and the state as a head, then the cells that say something."""
         labelled = dict(zip(self.titles[2:], row[2:], strict=True))
         head = f"{row[0]} {row[1]}: {style.state(state, labelled.pop('STATE'))}\n"
@@ -104,6 +110,8 @@ class Check(NamedTuple):
 
 def checks(found: Sequence[Check], style: Style) -> str:
     """Checks below each other, their texts wrapped where a terminal is."""
+    import textwrap
+
     verdict_width, name_width = (max(map(len, column)) for column in list(zip(*found, strict=True))[::2][:2])
     lines = []
     for check in found:

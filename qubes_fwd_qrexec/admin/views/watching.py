@@ -15,8 +15,8 @@ from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.system.notify import notify
 
 from . import reasons, steps
-from .render import escaped
 from .session import Session
+from .tables import escaped
 
 # Less is the work of clock synchronisation, and changes nothing that anybody would see.
 _SET_BACK_S = 60.0

@@ -324,7 +324,7 @@ def test_every_state_has_a_way_out_that_is_a_command(
     for program, *arguments in ways:
         assert program in ("qvm-forward", "qvm-start", "qvm-prefs")
         if program == "qvm-forward":
-            parser.parse(parser.build(), arguments)
+            parser.parse(arguments)
 
 
 def test_a_hold_is_ended_by_resume_and_stops_nothing_twice() -> None:
