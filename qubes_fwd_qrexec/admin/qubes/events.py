@@ -25,6 +25,9 @@ _MATTER = re.compile(
     r"|property-(set|reset|del):(netvm|default_netvm|template|template_for_dispvms|provides_network)"
     r"|domain-tag-(add|delete):(anon-vm|anon-gateway)"
 )
+# Not "*": for an event that has a handler the dispatcher looks up the devices among its parameters. Those are
+# calls that a management qube may not make, and their error ends the listening.
+_PATTERNS = ("connection-established", "domain-*", "property-*")
 _OF_FEATURES = ("domain-feature-set", "domain-feature-delete")
 # In a management qube the connection is a process, which the dispatcher kills and does not wait for. asyncio
 # complains at length if it has not seen its end before the loop is closed.
@@ -41,7 +44,7 @@ class Dispatcher(Protocol):
     """What is used of `qubesadmin.events.EventsDispatcher`."""
 
     def add_handler(self, event: str, handler: Callable[..., None]) -> None:
-        """``event`` is ``*`` for all; the handler gets subject, event and its parameters by name."""
+        """``event`` may have wildcards; the handler gets subject, event and its parameters by name."""
 
     def listen_for_events(self, *, reconnect: bool) -> Coroutine[Any, Any, None]:
         """Call handlers until the connection ends, or could not be made."""
@@ -79,7 +82,8 @@ class QubesChanges:
         self._woken = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
         self._inotify: Inotify | None = None
-        dispatcher.add_handler("*", self._on_event)
+        for pattern in _PATTERNS:
+            dispatcher.add_handler(pattern, self._on_event)
 
     def __enter__(self) -> "QubesChanges":
         self._loop = asyncio.new_event_loop()
