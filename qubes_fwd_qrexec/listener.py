@@ -45,7 +45,7 @@ from .system.notify import notify, reloading
 _logger = logging.getLogger(__name__)
 
 # How soon a change of the configuration, or an expiry, is noticed.
-_LOOK_S = 0.5
+LOOK_S = 0.5
 # systemd's own TimeoutStopSec is 90 s; connections that still live after this are aborted.
 DRAIN_S = 60.0
 
@@ -69,9 +69,11 @@ class Listener:
     ) -> None:
         """``is_whole``: start with every port of the first configuration or not at all.
 
+        ``forwards``: those that are open. ``process``: what the connections of all of them count against.
+
         ``supervisor``: once the ports are closed another listener may have them, and this one drains alone.
         """
-        self._source = source
+        self.source = source
         self._qrexec_client = qrexec_client
         self._calls_max = calls_max
         self._timeouts = timeouts or CallTimeouts()
@@ -83,8 +85,8 @@ class Listener:
         self.bugs = Bugs()
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
-        self._process = Process(connections_max)
-        self._forwards: dict[tuple[QubeName, RuleName], OpenForward] = {}
+        self.process = Process(connections_max)
+        self.forwards: dict[tuple[QubeName, RuleName], OpenForward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
         # dom0 takes away what is over: what is still there, dom0 takes for open.
         self._over: dict[str, str] = {}
@@ -96,9 +98,14 @@ class Listener:
         self._means: Means
 
     @property
+    def transports(self) -> Transports:
+        """What carries the connections, once it runs."""
+        return self._means.transports
+
+    @property
     def problems(self) -> dict[str, str]:
         """Why each entry, by its key, is not served as it asks for; and why the source cannot be read."""
-        lost = {} if self._source.problem is None else {str(self._source): self._source.problem}
+        lost = {} if self.source.problem is None else {str(self.source): self.source.problem}
         return lost | self._refused | self._unopened.problems | self._over
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
@@ -116,11 +123,11 @@ class Listener:
                 transports = Transports(
                     self._qrexec_client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
                 )
-                self._means = Means(transports, tasks, self._process)
+                self._means = Means(transports, tasks, self.process)
                 try:
                     await self._listen(task_status)
                 finally:
-                    for forward in self._forwards.values():
+                    for forward in self.forwards.values():
                         forward.stop_listening()
                     transports.drain()
                 if self._supervisor is not None:
@@ -132,17 +139,17 @@ class Listener:
 
     async def _listen(self, task_status: "trio.TaskStatus[None]") -> None:
         """Follow the configuration until `stop`."""
-        self._stamp = self._source.stamp()
-        self._reconcile(self._source.read(), is_whole=self._is_whole)
+        self._stamp = self.source.stamp()
+        self._reconcile(self.source.read(), is_whole=self._is_whole)
         self._is_running = True
         task_status.started()
         told = self._status()
         notify("READY=1", f"STATUS={told}")
         while not self._stopping.is_set():
-            with trio.move_on_after(_LOOK_S):
+            with trio.move_on_after(LOOK_S):
                 await self._stopping.wait()
                 break
-            self._look()
+            self.look()
             if (status := self._status()) != told:
                 told = status
                 notify(f"STATUS={status}")
@@ -152,7 +159,7 @@ class Listener:
         """One line for the service manager: what is open, and the entries that are not as they ask for."""
         problems = ", ".join(sorted(self.problems))
         return one_line(
-            f"{len(self._forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
+            f"{len(self.forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
         )
 
     async def follow_supervisor(self) -> None:
@@ -166,14 +173,14 @@ class Listener:
     async def _watch_while_draining(self) -> None:
         """Who may go on to the end of the drain may do so only while dom0 says so."""
         while True:
-            await trio.sleep(_LOOK_S)
-            self._look()
+            await trio.sleep(LOOK_S)
+            self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Do what is due: what has expired ends, what has changed is taken up, what failed is tried again."""
         self._end_expired()
         self._draining.look()
-        if (now := self._source.stamp()) != self._stamp:
+        if (now := self.source.stamp()) != self._stamp:
             self._stamp = now
             self.reload()
         for name, config in self._unopened.due():
@@ -192,7 +199,7 @@ class Listener:
         if not self._stopping.is_set():
             notify(*reloading())
         try:
-            self._reconcile(self._source.read())
+            self._reconcile(self.source.read())
         except ConfigError as error:
             _logger.error("configuration not reloaded: %s", error)
         finally:
@@ -201,7 +208,7 @@ class Listener:
 
     def report(self) -> ListenerReport:
         """How everything is now, for whoever asks."""
-        forwards = [forward for _, forward in sorted(self._forwards.items())]
+        forwards = [forward for _, forward in sorted(self.forwards.items())]
         problems = sorted(self.problems.items())
         return ListenerReport(
             since=self._since,
@@ -214,7 +221,7 @@ class Listener:
 
     async def try_out(self, untrusted_key: str) -> Trial:
         """Send a connection through a forward. Raises `ConfigError` or `TextError` for what is none."""
-        forward = self._forwards.get(parse_key(untrusted_key))
+        forward = self.forwards.get(parse_key(untrusted_key))
         if forward is None:
             return Trial(Answer.FAILED, "", one_line(f"{untrusted_key} is not open here"))
         return await try_out(forward.config, self._means.transports)
@@ -235,7 +242,7 @@ class Listener:
         self._over = {config.key: _over_by_our_clock() for config in over.values()}
         for name in over:
             del wanted[name]
-        for name in self._forwards.keys() - wanted.keys():
+        for name in self.forwards.keys() - wanted.keys():
             self._end(name, "removed")
         if self._stopping.is_set():
             return
@@ -262,27 +269,27 @@ class Listener:
 
     def _forward_of(self, untrusted_key: str) -> OpenForward | None:
         try:
-            return self._forwards.get(parse_key(untrusted_key))
+            return self.forwards.get(parse_key(untrusted_key))
         except ConfigError:
             return None
 
     def _hand_over(self, wanted: dict[tuple[QubeName, RuleName], ListenerConfig]) -> None:
         """Let all ports go that are given up, before any is opened: another forward may take one, or the same
         forward by another address."""
-        for name, forward in self._forwards.items():
+        for name, forward in self.forwards.items():
             forward.give_up(wanted[name])
 
     def _open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
-        forward = self._forwards.get(name)
+        forward = self.forwards.get(name)
         if forward is None:
-            forward = self._forwards[name] = OpenForward(config, self._means)
+            forward = self.forwards[name] = OpenForward(config, self._means)
             _logger.info("open: %s to %s", forward, config.target_ports.worded())
         elif forward.config != config or not forward.is_listening:
             forward.reconfigure(config)
             _logger.info("changed: %s to %s", forward, config.target_ports.worded())
 
     def _end(self, name: tuple[QubeName, RuleName], why: str) -> None:
-        forward = self._forwards.pop(name)
+        forward = self.forwards.pop(name)
         forward.close()
         self._draining.add(forward)
         _logger.info("closed: %s: %s", forward, why)
@@ -292,7 +299,7 @@ class Listener:
         return (config.target, config.name, config.expire) in self._expired or Expiry(config.expire).is_over()
 
     def _end_expired(self) -> None:
-        for name, forward in list(self._forwards.items()):
+        for name, forward in list(self.forwards.items()):
             if forward.expiry.is_over():
                 self._expired.add((*name, forward.config.expire))
                 self._over[forward.config.key] = _over_by_our_clock()

@@ -334,7 +334,7 @@ async def running_listener(
 
 def calls_of(listener: Listener, target: str = "work") -> int:
     """Calls under way to a target, one for each connection that `call` carries."""
-    return listener._means.transports.calls.calls_to(target)
+    return listener.transports.calls.calls_to(target)
 
 
 def is_listening(port: int) -> bool:

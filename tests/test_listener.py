@@ -324,7 +324,7 @@ async def test_many_connections_leave_nothing(tmp_path: Path, server: socket.soc
                 for _ in range(20):
                     nursery.start_soon(converse)
             await until(
-                lambda: not any(forward.counters.connections for forward in listener._forwards.values())
+                lambda: not any(forward.counters.connections for forward in listener.forwards.values())
             )
 
 
@@ -337,7 +337,7 @@ async def test_a_client_that_leaves_while_it_waits_makes_no_call(
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             waiting = await connect(port)
-            calls = listener._means.transports.calls
+            calls = listener.transports.calls
             await until(lambda: calls.waiting == 1)
             waiting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             waiting.socket.close()

@@ -92,7 +92,7 @@ async def test_a_forward_with_a_new_address_where_the_port_is_in_use_ends_when_i
             with socket.create_server(("127.0.0.2", port)):
                 ends, listen = str(int(wall[0]) + 1000), "127.0.0.1,127.0.0.2"
                 write_config(config, port, port_of(server), expire=ends, listen=listen)
-                listener._look()
+                listener.look()
                 await echo_once(near, far)
                 wall[0] += 1001
                 assert await is_reset(near)

@@ -15,6 +15,7 @@ from handclock import HandClock
 from helpers import (
     BOUND_S,
     FakeClient,
+    abort_stream,
     accept,
     can_connect,
     connect,
@@ -29,11 +30,10 @@ from helpers import (
 
 from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.exposed import call
+from qubes_fwd_qrexec.exposed import call, unopened
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.limits import Account
-from qubes_fwd_qrexec.exposed.unopened import Unopened
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay import copy
 from qubes_fwd_qrexec.relay.acceptloop import peer_address
@@ -47,7 +47,7 @@ async def connect_from(source: str, port: int) -> trio.SocketStream:
 
 
 def accounts(listener: Listener) -> list[Account]:
-    return [forward.account for forward in listener._forwards.values()]
+    return [forward.account for forward in listener.forwards.values()]
 
 
 # Limits
@@ -75,8 +75,8 @@ async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
     port, client = free_port(), FakeClient(tmp_path, "serve")
     write_config(tmp_path / "config", port, port_of(server), limits=limits, transport=transport)
     async with running_listener(tmp_path / "config", client.command) as listener, AsyncExitStack() as undo:
-        (forward,) = listener._forwards.values()
-        forward.account = Account(forward.config.limits, listener._process, lambda: 0.0)  # it all is at once
+        (forward,) = listener.forwards.values()
+        forward.account = Account(forward.config.limits, listener.process, lambda: 0.0)  # it all is at once
         pairs = []
         for _ in range(2):
             near = await undo.enter_async_context(await connect(port))
@@ -149,8 +149,8 @@ async def test_all_forwards_together_hold_what_the_process_may(tmp_path: Path, s
                 async with await connect(ports[1]) as refused:
                     assert await is_reset(refused)
                 await echo_once(near, far)
-            await until(lambda: listener._process.connections == 1)
-        await until(lambda: listener._process.connections == 0)
+            await until(lambda: listener.process.connections == 1)
+        await until(lambda: listener.process.connections == 0)
         listener.stop()
         listener.stop()
 
@@ -176,7 +176,7 @@ async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server:
             near = await connect(port)
             how = chance.randrange(3)
             if how == 0:
-                abort(near.socket._sock)
+                abort_stream(near)
                 continue
             async with near:
                 try:
@@ -196,7 +196,7 @@ async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server:
             serving.cancel_scope.cancel()
         (counting,) = accounts(listener)
         await until(lambda: counting.connections == 0)
-        assert (counting.clients, listener._process.connections) == (0, 0)
+        assert (counting.clients, listener.process.connections) == (0, 0)
 
 
 async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket.socket) -> None:
@@ -216,7 +216,7 @@ async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket
 async def test_an_idle_connection_ends_and_its_slot_comes_back(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
+    monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness.LOOK_TICKS", 1)
     clock = HandClock(monkeypatch, call, copy)
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), transport=transport)
@@ -229,7 +229,7 @@ async def test_an_idle_connection_ends_and_its_slot_comes_back(
                 for _ in range(2):  # the last byte may count from when the first is over
                     await clock.advance(1000)
             else:
-                (pool,) = listener._means.transports.pools.values()
+                (pool,) = listener.transports.pools.values()
                 (mux_call,) = pool.mux_calls
                 assert mux_call.mux is not None
                 assert mux_call.mux.idleness.idle_s == 1000.0
@@ -313,10 +313,10 @@ async def test_a_port_that_comes_free_is_opened_without_a_new_configuration(
     port = port_of(holder)
     async with running_listener(config, FakeClient(tmp_path, "exit125").command) as listener:
         write_config(config, port, 1)
-        await until(lambda: listener._stamp == listener._source.stamp())
-        assert not listener._forwards
+        await until(lambda: listener.problems)
+        assert not listener.forwards
         holder.close()
-        await until(lambda: listener._forwards)
+        await until(lambda: listener.forwards)
         async with await connect(port) as near:
             assert await is_reset(near)
     failed = [m for m in caplog.messages if "is not opened" in m]
@@ -326,29 +326,30 @@ async def test_a_port_that_comes_free_is_opened_without_a_new_configuration(
 
 
 @pytest.mark.parametrize("how", ["removed", "expired", "stopping"])
-async def test_what_nobody_wants_any_more_is_not_tried_again(tmp_path: Path, how: str) -> None:
-    config, clock = tmp_path / "config", [0.0]
+async def test_what_nobody_wants_any_more_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(unopened, "RETRY_FIRST_S", 0.0)
+    config, real, offset = tmp_path / "config", time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
     config.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = port_of(holder)
         async with running_listener(config, ("unused",)) as listener:
-            listener._unopened = Unopened(lambda: clock[0])
-            write_config(config, port, 1)
-            listener._look()
-            ((name, waiting),) = listener._unopened._waiting.items()
+            write_config(config, port, 1, expire=str(int(real()) + 3600))
+            listener.look()
+            assert "the port is in use" in listener.problems["fwd.work.web"]
             if how == "removed":
                 (config / "fwd.work.web").unlink()
                 listener.reload()
             elif how == "expired":
-                listener._expired.add((*name, waiting.config.expire))
-                assert len(listener._unopened)
+                offset[0] = 7200.0
             else:
                 listener.stop()
             holder.close()
-            clock[0] = 100.0
-            listener._look()
-            assert not len(listener._unopened)
-            assert not listener._forwards
+            listener.look()
+            assert listener.problems == {}
+            assert not listener.forwards
 
 
 # The drain
@@ -358,7 +359,7 @@ async def test_while_it_drains_what_expires_or_is_removed_is_cut(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """docs/behaviours.md, 31 and 32 together: SIGTERM lengthens no permission."""
-    monkeypatch.setattr(listener_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(listener_module, "LOOK_S", 0.01)
     real, offset, config = time.time, [0.0], tmp_path / "config"
     monkeypatch.setattr(time, "time", lambda: real() + offset[0])
     ports = {key: free_port() for key in ("expires", "removed", "drains", "stays")}
@@ -408,7 +409,7 @@ async def test_a_live_connection_ends_or_goes_on_as_the_rule_says_by_either_cloc
     wall, boot = [time.time()], [1000.0]
     monkeypatch.setattr(time, "time", lambda: wall[0])
     monkeypatch.setattr(time, "clock_gettime", lambda which: boot[0])
-    assert 2 * listener_module._LOOK_S <= 1.0
+    assert 2 * listener_module.LOOK_S <= 1.0
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server), expire=str(int(wall[0]) + 50), on_expire=how)
     async with running_listener(config, FakeClient(tmp_path, "serve").command):  # noqa: SIM117

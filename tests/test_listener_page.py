@@ -39,7 +39,7 @@ VCHANS_OF_A_QUBE = 30
 SAID: list[tuple[str, tuple[float, ...]]] = [
     ("when the first connection comes and kept for {} after the last", (muxpool.LINGER_S,)),
     ("takes new connections over it for {}; then", (muxservice.LEASE_S,)),
-    ("learns of a change within {}.", (listener._LOOK_S,)),
+    ("learns of a change within {}.", (listener.LOOK_S,)),
     (
         "is tried again after {}, and ever more slowly up to once {};",
         (unopened.RETRY_FIRST_S, unopened.RETRY_MAX_S),
@@ -68,8 +68,8 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
         (deadpeers.IDLE_S, GONE_S, deadpeers.INTERVAL_S),
     ),
     ("the peer does not acknowledge bytes {} at least", (GONE_S,)),
-    ("the target takes nothing over a mux call {} it may be paused", (patience._PAUSE_S,)),
-    ("looks for them every {};", (idleness._LOOK_TICKS * idleness.TICK_S,)),
+    ("the target takes nothing over a mux call {} it may be paused", (patience.PAUSE_S,)),
+    ("looks for them every {};", (idleness.LOOK_TICKS * idleness.TICK_S,)),
     ("tries again {} in a second.", (1 / acceptloop.SHORTAGE_PAUSE_S,)),
     ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
     ("after a burst of {};", (connectionlog.BURST,)),

@@ -113,7 +113,7 @@ async def test_a_hundred_changes_are_noticed_by_no_connection_of_others(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(converse)
                 for turn in range(100):
-                    before, served_before = listener._source.stamp(), served
+                    before, served_before = listener.source.stamp(), served
                     if turn % 2:
                         for number in range(3):
                             qubesdb.remove(f"fwd.work.o{number}")
@@ -121,7 +121,7 @@ async def test_a_hundred_changes_are_noticed_by_no_connection_of_others(
                         for number, other in enumerate(others):
                             qubesdb.set(f"fwd.work.o{number}", line(other, 1))
                     qubesdb.set(WEB, line(port, port_of(server), srchosts=f"127.0.0.0/{8 + turn % 2}"))
-                    await until(lambda before=before: listener._source.stamp() != before)
+                    await until(lambda before=before: listener.source.stamp() != before)
                     await until(lambda: sorted(qubesdb.entries) == keys_read(listener))
                     listener.reload()
                     assert all(is_listening(other) is not bool(turn % 2) for other in others)
@@ -133,7 +133,7 @@ async def test_a_hundred_changes_are_noticed_by_no_connection_of_others(
 
 
 def keys_read(listener: Listener) -> list[str]:
-    return sorted(f"/vm-config/{config.key}" for config in listener._source.read().forwards.values())
+    return sorted(f"/vm-config/{config.key}" for config in listener.source.read().forwards.values())
 
 
 async def test_a_bad_new_entry_keeps_the_old_one_and_is_named_alone(
@@ -188,7 +188,7 @@ async def test_the_loss_of_qubesdb_leaves_what_is_open_and_is_shown(
 async def test_a_port_that_cannot_be_opened_stops_no_other_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(listener_module, "_LOOK_S", 0.005)
+    monkeypatch.setattr(listener_module, "LOOK_S", 0.005)
     monkeypatch.setattr(unopened, "RETRY_FIRST_S", 0.0)
     port, qubesdb = free_port(), FakeQubesDB()
     with listening_socket() as taken:
@@ -198,12 +198,12 @@ async def test_a_port_that_cannot_be_opened_stops_no_other_and_is_tried_again(
             assert is_listening(port)
             assert "the port is in use" in listener.problems["fwd.a.first"]
             tries = itertools.count()
-            monkeypatch.setattr(listener, "_look", lambda look=listener._look: (next(tries), look()))
+            monkeypatch.setattr(listener, "look", lambda look=listener.look: (next(tries), look()))
             await until(lambda: next(tries) > 3)
             taken.close()
             await until(lambda: not listener.problems)
             qubesdb.remove("fwd.a.first")
-            await until(lambda: listener._forwards.keys() == {("work", "web")})
+            await until(lambda: listener.forwards.keys() == {("work", "web")})
     assert len([m for m in caplog.messages if "is not opened" in m]) == 1
 
 
@@ -215,7 +215,7 @@ async def test_an_expired_forward_is_not_tried_again(tmp_path: Path, monkeypatch
         async with listening(qubesdb, FakeClient(tmp_path, "serve")) as listener:
             assert set(listener.problems) == {WEB}
             monkeypatch.setattr(listener, "_is_expired", lambda config: True)
-            listener._look()
+            listener.look()
             assert listener.problems == {}
 
 

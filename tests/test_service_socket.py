@@ -134,12 +134,12 @@ async def test_a_mux_call_leaves_the_note_of_its_caller_and_its_end_is_the_calls
             with trio.fail_after(BOUND_S):
                 assert await call.receive_some()
             port = port_of(server)
-            (process,) = qrexec.server._mux_calls
+            (process,) = qrexec.server.mux_calls
             (note,) = living(home)
             assert (str(note.calls), note.pid) == (f"{port}-{port} sys-net", process.pid)
             await call.send_eof()
             await read_all(call)
-            await until_true(lambda: not qrexec.server._mux_calls)
+            await until_true(lambda: not qrexec.server.mux_calls)
 
 
 async def test_a_caller_whose_name_is_none_gets_no_mux_call(
@@ -182,7 +182,7 @@ async def test_the_deadline_ends_mux_calls(tmp_path: Path, server: socket.socket
             await call.send_all(HELLO)
             with trio.fail_after(BOUND_S):
                 await call.receive_some()
-                (process,) = serving._mux_calls
+                (process,) = serving.mux_calls
                 process.send_signal(signal.SIGSTOP)  # it obeys nothing any more
                 serving.stop()
                 await process.wait()
@@ -206,7 +206,7 @@ async def test_a_mux_call_that_comes_while_it_ends_is_refused(
     tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with agent(tmp_path) as qrexec, qrexec.call(b"qubes.ForwardTCP+80+mux") as call:
-        await until_true(lambda: qrexec.server._calls)
+        await until_true(lambda: qrexec.server.calls)
         qrexec.server.stop()
         await call.send_all(b" sys-net\0")
         assert await read_all(call) == b""

@@ -148,7 +148,7 @@ from qubes_fwd_qrexec.mux import connection, wire
 muxservice.Hello = partial(muxservice.Hello, min_version={lowest}, max_version=2)
 
 def encode_longer(hello):
-    return wire._frame(wire.FrameType.HELLO, 0, encode(hello)[8:] + b"and more")
+    return wire.frame(wire.FrameType.HELLO, 0, encode(hello)[8:] + b"and more")
 
 encode, wire.encode_hello = wire.encode_hello, encode_longer
 sys.exit(service.main([sys.argv[3].partition("+")[2]]))
@@ -181,7 +181,7 @@ async def test_a_newer_listener_works_with_this_target(
 
     def encode_newer(hello: Hello) -> bytes:
         newer = Hello(hello.window_bytes, hello.nonce, hello.max_streams, hello.lease_s, 1, 2)
-        return wire._frame(wire.FrameType.HELLO, 0, encode(newer)[8:] + b"and more")
+        return wire.frame(wire.FrameType.HELLO, 0, encode(newer)[8:] + b"and more")
 
     monkeypatch.setattr(wire, "encode_hello", encode_newer)
     client = FakeClient(tmp_path, "serve")

@@ -37,7 +37,7 @@ from .qrexec import SINGLE_BUFFER_BYTES, Call, CallInput, open_call
 
 # docs/facts.md, T4: the end of stdout, stderr and the exit status race. The others come at most this much
 # later, unless the target is slow.
-_STATUS_WAIT_S = 0.2
+STATUS_WAIT_S = 0.2
 # How many times to look, within the time that a connection may be quiet for, whether anything moved.
 _LOOKS = 20
 # For a status or a sign that must follow the end of file.
@@ -292,7 +292,7 @@ class _Connection:
                     if signs.will_tell:
                         will_tell.set()
 
-            with trio.move_on_at(trio.current_time() + _STATUS_WAIT_S):
+            with trio.move_on_at(trio.current_time() + STATUS_WAIT_S):
                 await will_tell.wait()
             if will_tell.is_set():
                 with trio.move_on_at(trio.current_time() + _SURE_STATUS_WAIT_S):

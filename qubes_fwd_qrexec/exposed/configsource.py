@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 # A qube's QubesDB has few entries; this bounds how much of a directory full of files is read.
 ENTRIES_MAX = 4096
-_FILE_MAX = 1 << 20
+FILE_MAX = 1 << 20
 _BLANKS = " \t\r"
 
 
@@ -77,9 +77,9 @@ class FileSource:
     def _entries(self) -> dict[str, str | ConfigError]:
         try:
             if not self._path.is_dir():
-                text = _text(self._path, _FILE_MAX)
-                if len(text) > _FILE_MAX:
-                    raise ConfigError(f"{self._path}: more than {_FILE_MAX} bytes; so many are read")
+                text = _text(self._path, FILE_MAX)
+                if len(text) > FILE_MAX:
+                    raise ConfigError(f"{self._path}: more than {FILE_MAX} bytes; so many are read")
                 return _line_entries(text)
             files = sorted(file for file in self._path.iterdir() if is_forward_key(file.name))
             if len(files) > ENTRIES_MAX:

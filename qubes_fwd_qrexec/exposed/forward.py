@@ -124,7 +124,7 @@ class OpenForward:
         self._way = Way.IDLE
         self._limit = RateLimit()
         self._listening: dict[Binding, socket.socket] = {}
-        self._live: set[_Connection] = set()
+        self.live: set[_Connection] = set()
         self._open(bindings(config))
 
     def __str__(self) -> str:
@@ -143,7 +143,7 @@ class OpenForward:
             self.expiry = Expiry(config.expire)  # unchanged, it keeps the wall clock of when it was set
         self.account.change(config.limits)
         self.config = config
-        for connection in self._live:
+        for connection in self.live:
             if _allows(config, connection):
                 connection.scope.deadline = math.inf
             elif config.on_expire is OnExpire.CUT:
@@ -170,13 +170,13 @@ class OpenForward:
 
     def cut(self) -> None:
         """End all connections."""
-        for connection in self._live:
+        for connection in self.live:
             connection.cut()
 
     @property
     def connections(self) -> int:
         """How many connections are live."""
-        return len(self._live)
+        return len(self.live)
 
     def stop_listening(self) -> None:
         """Close the listening sockets; connections go on."""
@@ -215,7 +215,7 @@ class OpenForward:
             self._warn(refusal, f"refused {peer}: {self.account.words(refusal)}")
             return
         set_size(accepted, WAITING_BYTES)
-        self._live.add(connection)
+        self.live.add(connection)
         self._means.tasks.start_soon(self._serve, port, connection)
 
     def _refusal(self, connection: _Connection) -> NotAdmitted | None:
@@ -249,7 +249,7 @@ class OpenForward:
                 how = "made-room"
                 self.counters.refused(how)
                 self._warn(how, f"ended the idlest connection of {connection.client} to let others in")
-            self._live.discard(connection)
+            self.live.discard(connection)
             abort(accepted)
             self.account.leave(connection)
             self.counters.closed(carried)

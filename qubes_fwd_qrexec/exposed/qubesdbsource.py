@@ -63,13 +63,19 @@ class Module(Protocol):
 class QubesDBSource:
     """This qube's QubesDB; made by `open_qubesdb`."""
 
-    def __init__(self, module: Module, backoff_s: tuple[float, float] = BACKOFF_S) -> None:
+    def __init__(
+        self,
+        module: Module,
+        backoff_s: tuple[float, float] = BACKOFF_S,
+        ending: threading.Event | None = None,
+    ) -> None:
+        """``ending``: what tells the thread to end, and what it waits by between tries."""
         self.problem: str | None = None
         self._module = module
         self._backoff_s = backoff_s
         self._thread = threading.Thread(target=self._run, name="qubesdb", daemon=True)
         self._lock = threading.Lock()
-        self._ending = threading.Event()
+        self._ending = ending or threading.Event()
         self._tried = threading.Event()
         # Guarded by the lock: what was last read, how often that changed, and what the thread waits on.
         self._entries: dict[str, str | ConfigError] | ConfigError | None = None

@@ -40,7 +40,7 @@ _MODE = 0o666
 _PATIENCE_S = 5.0
 # dom0 asks one question at a time, and so does a collector of metrics. Each user has its own number of
 # connections, so that nobody can use up dom0's; the second number is for all users together.
-_AT_ONCE_MAX = 8
+AT_ONCE_MAX = 8
 _ALL_AT_ONCE_MAX = 64
 _PEER_CREDENTIALS = struct.Struct("iII")
 _BACKLOG = 16
@@ -129,7 +129,7 @@ class _Serving:
 
         async def handle(stream: trio.SocketStream) -> None:
             user = _user_of(stream)
-            if self._taken[user] >= _AT_ONCE_MAX or self._taken.total() >= _ALL_AT_ONCE_MAX:
+            if self._taken[user] >= AT_ONCE_MAX or self._taken.total() >= _ALL_AT_ONCE_MAX:
                 await trio.aclose_forcefully(stream)
                 return
             self._taken[user] += 1

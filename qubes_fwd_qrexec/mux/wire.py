@@ -98,7 +98,7 @@ def check_header(kind: int, length: int, stream_id: int) -> FrameType:
 def encode_hello(hello: Hello) -> bytes:
     versions = _VERSIONS.pack(MAGIC, hello.min_version, hello.max_version)
     rest = _HELLO_REST.pack(hello.window_bytes, hello.max_streams, hello.lease_s, hello.nonce)
-    return _frame(FrameType.HELLO, 0, versions + rest)
+    return frame(FrameType.HELLO, 0, versions + rest)
 
 
 def decode_versions(untrusted_payload: Buffer) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def encode_open(stream_id: int, request: OpenRequest) -> bytes:
         origin.exposed_port,
         request.proxy,
     )
-    return _frame(FrameType.OPEN, stream_id, payload)
+    return frame(FrameType.OPEN, stream_id, payload)
 
 
 def decode_open(untrusted_payload: Buffer) -> OpenRequest:
@@ -153,23 +153,23 @@ def decode_open(untrusted_payload: Buffer) -> OpenRequest:
 
 
 def encode_accept(stream_id: int, credit: int) -> bytes:
-    return _frame(FrameType.ACCEPT, stream_id, _U32.pack(credit))
+    return frame(FrameType.ACCEPT, stream_id, _U32.pack(credit))
 
 
 def encode_credit(stream_id: int, increment: int) -> bytes:
-    return _frame(FrameType.CREDIT, stream_id, _U32.pack(increment))
+    return frame(FrameType.CREDIT, stream_id, _U32.pack(increment))
 
 
 def encode_recall(stream_id: int, keep: int) -> bytes:
-    return _frame(FrameType.RECALL, stream_id, _U32.pack(keep))
+    return frame(FrameType.RECALL, stream_id, _U32.pack(keep))
 
 
 def encode_return(stream_id: int, amount: int) -> bytes:
-    return _frame(FrameType.RETURN, stream_id, _U32.pack(amount))
+    return frame(FrameType.RETURN, stream_id, _U32.pack(amount))
 
 
 def encode_reset(stream_id: int, code: ResetCode) -> bytes:
-    return _frame(FrameType.RESET, stream_id, _U32.pack(code))
+    return frame(FrameType.RESET, stream_id, _U32.pack(code))
 
 
 def decode_number(untrusted_payload: Buffer) -> int:
@@ -187,19 +187,19 @@ def decode_reset(untrusted_payload: Buffer) -> ResetCode:
 
 
 def encode_eof(stream_id: int) -> bytes:
-    return _frame(FrameType.EOF, stream_id, b"")
+    return frame(FrameType.EOF, stream_id, b"")
 
 
 def encode_ping(payload: bytes) -> bytes:
-    return _frame(FrameType.PING, 0, payload)
+    return frame(FrameType.PING, 0, payload)
 
 
 def encode_pong(payload: bytes) -> bytes:
-    return _frame(FrameType.PONG, 0, payload)
+    return frame(FrameType.PONG, 0, payload)
 
 
 def encode_goaway(goaway: Goaway) -> bytes:
-    return _frame(FrameType.GOAWAY, 0, _GOAWAY.pack(goaway.last_id, goaway.code, goaway.is_final))
+    return frame(FrameType.GOAWAY, 0, _GOAWAY.pack(goaway.last_id, goaway.code, goaway.is_final))
 
 
 def decode_goaway(untrusted_payload: Buffer) -> Goaway:
@@ -218,7 +218,7 @@ def data_header(stream_id: int, length: int) -> bytes:
     return HEADER.pack(DATA_KIND, length, stream_id)
 
 
-def _frame(frame_type: FrameType, stream_id: int, payload: bytes) -> bytes:
+def frame(frame_type: FrameType, stream_id: int, payload: bytes) -> bytes:
     return HEADER.pack(frame_type << 8, len(payload), stream_id) + payload
 
 

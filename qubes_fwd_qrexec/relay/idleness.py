@@ -9,7 +9,7 @@ from .patience import TICK_S
 # docs/behaviours.md, 9.
 HALF_CLOSE_S = 600.0
 # How often the streams are looked at.
-_LOOK_TICKS = 5
+LOOK_TICKS = 5
 
 
 class Idleness:
@@ -34,7 +34,7 @@ class Idleness:
         if late_s > TICK_S:  # this process was stopped, which is nobody's silence
             for leg in legs:
                 leg.moved_at = min(now, leg.moved_at + late_s)
-        if self._ticks % _LOOK_TICKS:
+        if self._ticks % LOOK_TICKS:
             return []
         return [leg for leg in legs if self._is_idle(leg, now - leg.moved_at)]
 

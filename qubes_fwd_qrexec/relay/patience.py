@@ -17,7 +17,7 @@ TICK_S = 1.0
 # docs/behaviours.md, 26: no HELLO.
 HELLO_S = 30.0
 # docs/behaviours.md, 48: half a frame and then silence. As long for a peer that reads nothing.
-_PAUSE_S = 300
+PAUSE_S = 300
 
 
 class Patience:
@@ -46,8 +46,8 @@ class Patience:
         self._silent_ticks += 1
         if self._connection.peer is None and self._ticks * TICK_S >= self._hello_s:
             return f"no HELLO within {self._hello_s:g} s"
-        if self._connection.has_partial_frame and self._silent_ticks * TICK_S >= _PAUSE_S:
-            return f"half a frame, and nothing more for {_PAUSE_S} s"
-        if self._backlog.stuck_ticks * TICK_S >= _PAUSE_S:
-            return f"the other end has read nothing for {_PAUSE_S} s"
+        if self._connection.has_partial_frame and self._silent_ticks * TICK_S >= PAUSE_S:
+            return f"half a frame, and nothing more for {PAUSE_S} s"
+        if self._backlog.stuck_ticks * TICK_S >= PAUSE_S:
+            return f"the other end has read nothing for {PAUSE_S} s"
         return None

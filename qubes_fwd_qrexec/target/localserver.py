@@ -67,7 +67,7 @@ def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     trouble: OSError | None = None
     for family, host in LOCALHOSTS:
         try:
-            return _connect_to(family, host, port, deadline - time.monotonic())
+            return connect_to(family, host, port, deadline - time.monotonic())
         except ConnectionResetError as error:  # it was there
             raise not_connected(port, timeout_s, error) from None
         except OSError as error:
@@ -75,7 +75,7 @@ def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     raise not_connected(port, timeout_s, trouble)
 
 
-def _connect_to(family: int, host: str, port: int, timeout_s: float) -> socket.socket:
+def connect_to(family: int, host: str, port: int, timeout_s: float) -> socket.socket:
     server = new_socket(family)
     try:
         server.setblocking(False)

@@ -49,7 +49,7 @@ _LOOK_AGAIN_S = 0.02
 # A list that another process writes is written by then, or never.
 _LOCK_S = 2.0
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_READ_S = 5.0
+READ_S = 5.0
 
 
 class RevokedError(RevocationError):
@@ -316,13 +316,13 @@ def main() -> int:
 
 def _read_stdin() -> bytes:
     """All of it, or more than there may be. Raises OSError, and TimeoutError where no end comes."""
-    deadline = time.monotonic() + _READ_S
+    deadline = time.monotonic() + READ_S
     poll = select.poll()
     poll.register(0, select.POLLIN)
     received = b""
     while len(received) <= ALLOWANCE_MAX_BYTES:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError(f"the list on stdin has no end after {_READ_S:g} s")
+            raise TimeoutError(f"the list on stdin has no end after {READ_S:g} s")
         more = os.read(0, ALLOWANCE_MAX_BYTES)
         if not more:
             break

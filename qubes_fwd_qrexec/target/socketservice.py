@@ -121,11 +121,11 @@ class ServiceServer:
         self._drain_s = drain_s
         self._limit = RateLimit()
         self._bugs = Bugs(partial(leave_bug, directory()))
-        self._calls = 0
+        self.calls = 0
         self._portions = Portions()
         self._numbers = itertools.count(1)
         self._singles: dict[int, tuple[Permission, trio.CancelScope]] = {}
-        self._mux_calls: set[trio.Process] = set()
+        self.mux_calls: set[trio.Process] = set()
         self._stopping = trio.Event()
         self._is_running = False
         self._relays: RelayThread
@@ -147,7 +147,7 @@ class ServiceServer:
                 finally:
                     notify("STOPPING=1")
                     close_listening(self._listening, is_shared=True)  # with systemd, if that passed it
-                for mux_call in self._mux_calls:
+                for mux_call in self.mux_calls:
                     mux_call.send_signal(_TAKE_NO_MORE)
                 self._tasks.cancel_scope.deadline = trio.current_time() + self._drain_s
             background.cancel_scope.cancel()
@@ -171,11 +171,11 @@ class ServiceServer:
                     _hold_to(permission, scope)
 
     def _accepted(self, call: socket.socket) -> None:
-        if self._calls >= self._connections_max:
+        if self.calls >= self._connections_max:
             call.close()
             warn(_logger, self._limit, "full", f"refused a call: {self._connections_max} are under way")
             return
-        self._calls += 1
+        self.calls += 1
         self._tasks.start_soon(self._serve, call)
 
     async def _serve(self, call: socket.socket) -> None:
@@ -196,7 +196,7 @@ class ServiceServer:
                 raise
             self._bugs.note(bug)
         finally:
-            self._calls -= 1
+            self.calls -= 1
             call.close()
 
     async def _serve_single(self, call: socket.socket, calls: Calls) -> None:
@@ -240,11 +240,11 @@ class ServiceServer:
         except OSError as error:
             raise RefusedError(f"no process for a mux call: {error.strerror}") from error
         call.close()  # its end is that of the process
-        self._mux_calls.add(process)
+        self.mux_calls.add(process)
         try:
             status = await process.wait()
         finally:
-            self._mux_calls.discard(process)
+            self.mux_calls.discard(process)
             await _end(process)
         if status != os.EX_OK:
             warn(_logger, self._limit, "mux", f"a mux call of {caller} ended: {meaning(status)}")

@@ -120,7 +120,7 @@ def test_a_source_that_is_gone_or_too_large_is_an_error(
 ) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         FileSource(directory / "missing").read()
-    (directory / "all").write_bytes(b"\n" * (configsource._FILE_MAX + 1))
+    (directory / "all").write_bytes(b"\n" * (configsource.FILE_MAX + 1))
     with pytest.raises(ConfigError, match="more than"):
         FileSource(directory / "all").read()
     monkeypatch.setattr(configsource, "ENTRIES_MAX", 1)

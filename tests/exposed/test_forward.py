@@ -51,7 +51,7 @@ async def play_relayed(script: Script, server: socket.socket, directory: Path) -
 def _patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an abort the call's status comes, however long a busy machine takes to end a program."""
     if "abort" in request.node.name:
-        monkeypatch.setattr(call, "_STATUS_WAIT_S", BOUND_S)
+        monkeypatch.setattr(call, "STATUS_WAIT_S", BOUND_S)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -182,7 +182,7 @@ async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
     port = free_port()
     write_config(tmp_path / "config", port, port_of(server))
     async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command) as listener:
-        (serving,) = listener._forwards.values()
+        (serving,) = listener.forwards.values()
         async with await trio.open_tcp_stream("127.0.0.1", port):
             with trio.fail_after(BOUND_S):
                 far_stream = await accept(server)
@@ -192,7 +192,7 @@ async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
                 far_stream.socket.close()
                 listener._means.tasks.cancel_scope.deadline = trio.current_time() + BOUND_S
                 serving.close()
-                await until(lambda: not serving._live)
+                await until(lambda: not serving.live)
 
 
 def config(port: int, **options: str) -> ListenerConfig:
@@ -259,7 +259,7 @@ async def test_a_bug_ends_its_connection_and_nothing_else(
             async with await trio.open_tcp_stream("127.0.0.1", port) as near:
                 with trio.fail_after(BOUND_S), pytest.raises(trio.BrokenResourceError):
                     await near.receive_some()
-        assert not serving._live
+        assert not serving.live
         serving.close()
         assert having.bugs.count == 2
     (record,) = (record for record in caplog.records if "a bug" in record.message)

@@ -128,7 +128,7 @@ async def test_idle_for_too_long_is_an_abort_at_both_ends(
 ) -> None:
     port = port_of(server)
     async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
-        monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
+        monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness.LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
             bench.mux.idleness.idle_s = 0.1  # only now, however long that took
@@ -143,7 +143,7 @@ async def test_half_closed_for_too_long_is_an_abort(
     port = port_of(server)
     client = FakeClient(tmp_path, "serve")
     async with pool_to(client.command, one(port), half_close_s=0.1) as bench:
-        monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness._LOOK_TICKS", 1)
+        monkeypatch.setattr("qubes_fwd_qrexec.relay.idleness.LOOK_TICKS", 1)
         async with bench.connect(port) as near, await accept(server) as far:
             await near.send_eof()
             assert await is_reset(near)

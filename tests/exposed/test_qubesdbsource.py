@@ -205,31 +205,39 @@ async def test_a_read_that_fails_is_tried_again(qubesdb: FakeQubesDB, error: Err
         await until(lambda: names(source) == {"web", "ssh"})
 
 
+def end_of_thread() -> None:
+    """Wait until no thread of a source is left."""
+    for thread in threading.enumerate():
+        if thread.name == "qubesdb":
+            thread.join(BOUND_S)
+
+
 async def test_the_pauses_between_tries_grow_and_begin_anew(qubesdb: FakeQubesDB) -> None:
     pauses: list[float] = []
     has_failed = threading.Event()
 
-    class Ending:
+    class Ending(threading.Event):
         """Time passes at once, from when the start has failed: it must not find QubesDB back by then."""
 
         def is_set(self) -> bool:
             return len(pauses) == 8
 
-        def wait(self, pause_s: float) -> None:
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
             assert has_failed.wait(BOUND_S)
-            pauses.append(pause_s)
+            pauses.append(timeout)
             if len(pauses) == 6:
                 qubesdb.begin()
+            return self.is_set()
 
     qubesdb.end()
-    source = QubesDBSource(qubesdb, (0.5, 3.0))
-    source._ending = Ending()  # type: ignore[assignment]
+    source = QubesDBSource(qubesdb, (0.5, 3.0), Ending())
     with pytest.raises(ConfigError):
         source.start()
     has_failed.set()
     await until(lambda: source.problem is None)
     qubesdb.end()
-    source._thread.join(BOUND_S)
+    end_of_thread()
     assert pauses == [0.5, 1.0, 2.0, 3.0, 3.0, 3.0, 0.5, 1.0]
 
 
@@ -252,9 +260,7 @@ def test_a_daemon_that_does_not_answer_is_waited_for_no_longer_than_it_says(qube
     ):
         pass
     go_on.set()
-    for thread in threading.enumerate():
-        if thread.name == "qubesdb":
-            thread.join(BOUND_S)
+    end_of_thread()
     assert qubesdb.handles == []
 
 
@@ -264,14 +270,13 @@ async def test_a_daemon_that_hangs_keeps_nobody_waiting(
     monkeypatch.setattr(qubesdbsource, "_JOIN_S", 0.0)
     go_on = threading.Event()
     with opened(qubesdb) as source:
-        thread = source._thread
         before = qubesdb.opened
         qubesdb.before_list = lambda: assert_set(go_on)
         qubesdb.set(SSH, LINE)
         await until(lambda: qubesdb.opened > before)
         assert names(source) == {"web"}
     go_on.set()
-    thread.join(BOUND_S)
+    end_of_thread()
     assert qubesdb.handles == []
 
 

@@ -266,7 +266,7 @@ async def test_those_who_ask_and_do_not_listen_are_bounded_and_left(
     async with running_listener(config, FakeClient(tmp_path, "hang").command, status_dir=place):
         with trio.fail_after(BOUND_S):
             with ExitStack() as crowd:
-                for _ in range(statussockets._AT_ONCE_MAX):
+                for _ in range(statussockets.AT_ONCE_MAX):
                     sock = crowd.enter_context(socket.socket(socket.AF_UNIX))
                     sock.connect(str(place / METRICS))
                 while await asked(place / STATUS) != b"":

@@ -167,7 +167,7 @@ async def test_after_a_refusal_a_new_configuration_asks_again(
 
 
 def mux_calls_of(listener: Listener) -> int:
-    return sum(len(pool.mux_calls) for pool in listener._means.transports.pools.values())
+    return sum(len(pool.mux_calls) for pool in listener.transports.pools.values())
 
 
 async def test_a_reload_touches_no_stream(tmp_path: Path, server: socket.socket) -> None:
@@ -211,7 +211,7 @@ async def test_mux_calls_that_no_forward_needs_end_with_their_streams(
     async with running_listener(directory, FakeClient(tmp_path, "serve").command) as listener:
         async with await connect(port) as near, await accept(server) as far:
             await echo_once(near, far)
-            calls = listener._means.transports.calls
+            calls = listener.transports.calls
             (directory / "fwd.work.web").unlink()
             listener.reload()
             assert mux_calls_of(listener) == 0

@@ -102,7 +102,7 @@ def test_a_server_of_the_target_may_listen_on_a_port_that_a_connection_comes_fro
 def can_listen_where_it_comes_from(family: socket.AddressFamily, host: str, *, is_over: bool) -> bool:
     with ExitStack() as undo:
         server = undo.enter_context(socket.create_server((host, 0), family=family))
-        near = undo.enter_context(localserver._connect_to(family, host, port_of(server), BOUND_S))
+        near = undo.enter_context(localserver.connect_to(family, host, port_of(server), BOUND_S))
         far, _ = server.accept()
         undo.enter_context(far)
         port = near.getsockname()[1]

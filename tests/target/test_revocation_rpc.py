@@ -66,7 +66,7 @@ def test_it_says_what_stands_in_its_way_with_status_125(place: Path) -> None:
 def test_a_list_without_an_end_is_not_waited_for(place: Path) -> None:
     code = (
         "import sys; from qubes_fwd_qrexec.target import revocation\n"
-        "revocation._READ_S = 0.1; sys.argv = ['x']; sys.exit(revocation.main())"
+        "revocation.READ_S = 0.1; sys.argv = ['x']; sys.exit(revocation.main())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
