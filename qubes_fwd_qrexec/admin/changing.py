@@ -128,7 +128,7 @@ def _check(
 def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:
     """What keeps a rule closed that did not before; of a disabled one, what would."""
     stop = _stop(new)
-    if not ports_alone and stop is not None and stop.state is State.REFUSED:
+    if not ports_alone and stop is not None and stop.cause.state is State.REFUSED:
         before = None if old is None else _stop(old)
         if before is None or (before.cause, old and old.exposed) != (stop.cause, new.exposed):
             return stop

@@ -25,7 +25,7 @@ from .inventory import (
     Inventory,
     Qube,
 )
-from .states import Cause, Finding, Forward, Verdict
+from .states import Cause, Finding, Forward
 
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
 CALL_PORTS_MAX = 256
@@ -37,7 +37,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     """What becomes of a rule, whatever ports other rules have."""
     rule, chain = named.rule, inventory.chain(named.target)
     listener = listener_of(rule, chain)
-    side = _side(rule, listener, inventory)
+    side = inventory.side(listener, rule.forward_type)
     forward = Forward(named, (*_of_rule(rule, now),), chain.qubes, listener, side)
     target, exposed = inventory.get(named.target), inventory.get(listener or "")
     problem = inventory.unread(named.target, listener, *chain.qubes)
@@ -55,12 +55,12 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
         findings += found
     config = None
     if exposed is not None and side is not None and not misplaced:
-        findings.append(Finding(Cause.SIDE, Verdict.OK, exposed.name, side))
+        findings.append(Finding(Cause.SIDE, exposed.name, side))
         findings += _tunnel(forward, target, exposed, side, inventory)
         if not exposed.is_running:
-            findings.append(Finding(Cause.EXPOSED_HALTED, Verdict.NOTE, exposed.name))
+            findings.append(Finding(Cause.EXPOSED_HALTED, exposed.name))
         if not (target.is_running or rule.autostart):
-            findings.append(Finding(Cause.TARGET_HALTED, Verdict.NOTE, target.name))
+            findings.append(Finding(Cause.TARGET_HALTED, target.name))
         config, found = _config(forward, side)
         findings += found
     forward = forward._replace(findings=tuple(findings))
@@ -74,30 +74,14 @@ def listener_of(rule: ForwardRule, chain: Chain) -> QubeName | None:
     return chain.qubes[-1 if rule.forward_type is ForwardType.EXTERNAL else 0]
 
 
-def _side(rule: ForwardRule, exposed: QubeName | None, inventory: Inventory) -> Side | None:
-    """None if there is no such qube."""
-    if exposed is None or inventory.get(exposed) is None:
-        return None
-    return inventory.side(exposed, rule.forward_type)
-
-
 def _of_rule(rule: ForwardRule, now: float) -> Iterator[Finding]:
     if not rule.enabled:
         yield Finding(Cause.DISABLED)
     if rule.has_ended or (rule.expire is not None and rule.expire <= now):
         yield Finding(Cause.EXPIRED)
     else:
-        yield _IN_TIME
-    yield _ANYBODY if rule.sources.anyone else _SOURCES
-
-
-# Most rules have these, and a plan of a thousand makes them once.
-_IN_TIME = Finding(Cause.IN_TIME, Verdict.OK)
-_ANYBODY = Finding(Cause.ANYBODY, Verdict.NOTE)
-_SOURCES = Finding(Cause.SOURCES, Verdict.OK)
-_OWN = Finding(Cause.OWN, Verdict.OK)
-_AGREED = Finding(Cause.AGREED, Verdict.OK)
-_NO_TUNNEL = Finding(Cause.NO_TUNNEL, Verdict.OK)
+        yield Finding(Cause.IN_TIME)
+    yield Finding(Cause.ANYBODY if rule.sources.anyone else Cause.SOURCES)
 
 
 def _unfit(qube: Qube, inventory: Inventory) -> Iterator[Finding]:
@@ -110,13 +94,13 @@ def _unfit(qube: Qube, inventory: Inventory) -> Iterator[Finding]:
 def _owner(rule: ForwardRule, target: Qube) -> Iterator[Finding]:
     """A clone and a disposable have the features of what they were made from, its rules among them."""
     if rule.owner == target.name:
-        yield _OWN
+        yield Finding(Cause.OWN)
     elif rule.owner is not None or target.klass == DISPOSABLE:
         yield Finding(Cause.CLONED, detail=target.klass)
     else:
-        yield Finding(Cause.NO_OWNER, Verdict.NOTE)
+        yield Finding(Cause.NO_OWNER)
     if target.template_for_dispvms and rule.owner is not None:
-        yield Finding(Cause.NO_DISPOSABLES, Verdict.NOTE)
+        yield Finding(Cause.NO_DISPOSABLES)
 
 
 def _path(rule: ForwardRule, target: Qube, chain: Chain, inventory: Inventory) -> Iterator[Finding]:
@@ -124,14 +108,14 @@ def _path(rule: ForwardRule, target: Qube, chain: Chain, inventory: Inventory) -
         last = chain.qubes[-1] if chain.qubes else target.name
         yield Finding(Cause.NETVM_BROKEN, qube=last, detail=chain.problem)
     elif rule.follow_netvm:
-        yield Finding(Cause.FOLLOWS, Verdict.OK)
+        yield Finding(Cause.FOLLOWS)
     elif rule.path is None:
-        yield Finding(Cause.NO_PATH, Verdict.NOTE)
+        yield Finding(Cause.NO_PATH)
     elif rule.path == chain.qubes:
-        yield _AGREED
+        yield Finding(Cause.AGREED)
     else:
         was = listener_of(rule, Chain(rule.path))
-        side = _side(rule, was, inventory)
+        side = inventory.side(was, rule.forward_type)
         if side is not None and side is not Side.VIFS and was in rule.path[-1:]:
             side = Side.OUTER  # it had no netvm then, whatever it has now
         yield Finding(Cause.NETVM_CHANGED, qube=was, side=side)
@@ -163,21 +147,19 @@ def _carrier(
     rule: ForwardRule, target: Qube, inventory: Inventory, stock: Collection[QubeName]
 ) -> tuple[Service | None, Transport, list[Finding]]:
     """Service and transport by what the target has; no service if it cannot answer."""
-    name, offer = target.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"
-    offers = bool(inventory.feature(name, offer))
-    is_older = name in stock and target.is_running and offer not in target.features
+    name, offers = target.name, inventory.offers(target.name, Service.FORWARD_TCP)
+    has_own = f"{OFFER_PREFIX}{Service.FORWARD_TCP}" in target.features
+    is_older = name in stock and target.is_running and not has_own
     if offers and not is_older:
         mux_or_call = Transport.CALL if rule.transport is Transport.CALL else Transport.MUX
         return Service.FORWARD_TCP, mux_or_call, []
     system = inventory.feature(name, OS_FEATURE) or LINUX
-    if system != LINUX and not inventory.feature(name, f"{OFFER_PREFIX}{Service.CONNECT_TCP}"):
+    if system != LINUX and not inventory.offers(name, Service.CONNECT_TCP):
         return None, rule.transport, [Finding(Cause.NO_SERVICE, detail=system)]
     *_, installed_in = inventory.with_templates(name)
-    stock_only = Finding(
-        Cause.STOCK_SERVICE, Verdict.NOTE, installed_in.name, detail="older" if offers else ""
-    )
+    stock_only = Finding(Cause.STOCK_SERVICE, installed_in.name, detail="older" if offers else "")
     if rule.transport is Transport.MUX or rule.proxy is not Proxy.OFF:
-        return None, rule.transport, [stock_only._replace(cause=Cause.NO_SERVICE, verdict=Verdict.STOPS)]
+        return None, rule.transport, [stock_only._replace(cause=Cause.NO_SERVICE)]
     return Service.CONNECT_TCP, Transport.CALL, [stock_only]
 
 
@@ -188,25 +170,18 @@ def _tunnel(
     if tunnel is None or tunnel.is_behind:
         yield from _perhaps_tunnels(forward, inventory)
     if tunnel is None:
-        yield _NO_TUNNEL
+        yield Finding(Cause.NO_TUNNEL)
     elif not inventory.is_bypassed(tunnel, exposed.name, side):
-        yield Finding(Cause.WITHIN_TUNNEL, Verdict.OK, exposed.name, mark=tunnel)
+        yield Finding(Cause.WITHIN_TUNNEL, exposed.name, mark=tunnel)
     elif forward.source.rule.bypass_tunnel:
-        yield Finding(Cause.BYPASSES_TUNNEL, Verdict.NOTE, mark=tunnel)
+        yield Finding(Cause.BYPASSES_TUNNEL, mark=tunnel)
     else:
-        is_at_target = tunnel.qube == target.name
         if tunnel.qube == exposed.name:
             way_out = "beside"
-        elif not is_at_target and inventory.qubes[tunnel.qube].netvm is not None:
-            way_out = "at"
-        elif (
-            is_at_target
-            and not tunnel.is_behind
-            and (target.provides_network or inventory.behind(target.name))
-        ):
-            way_out = "behind"
+        elif tunnel.qube != target.name:
+            way_out = "nowhere" if inventory.qubes[tunnel.qube].netvm is None else "at"
         else:
-            way_out = "nowhere"
+            way_out = "behind" if target.provides_network and not tunnel.is_behind else "nowhere"
         yield Finding(Cause.TUNNEL, qube=exposed.name, mark=tunnel, detail=way_out)
 
 
@@ -218,7 +193,7 @@ def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding
     for name in forward.chain:
         qube = inventory.qubes[name]
         if qube.netvm and name != _STOCK_FIREWALL and TUNNEL_FEATURE not in qube.features:
-            yield Finding(Cause.PERHAPS_TUNNEL, Verdict.NOTE, name)
+            yield Finding(Cause.PERHAPS_TUNNEL, name)
         if name == forward.exposed:
             return
 

@@ -159,6 +159,10 @@ class Inventory(NamedTuple):
         holder = self.holder(name, key)
         return None if holder is None else holder.features[key]
 
+    def offers(self, name: QubeName, service: Service = Service.FORWARD_TCP) -> bool:
+        """Whether a qube, or the template that it is made from, has told dom0 that it has a service."""
+        return bool(self.feature(name, f"{OFFER_PREFIX}{service}"))
+
     def told(self) -> Iterator[tuple[QubeName, str, str]]:
         """What listeners are told: exposed qube, name and value of the feature."""
         for qube in self.qubes.values():
@@ -204,12 +208,14 @@ class Inventory(NamedTuple):
             return TunnelMark(name, "feature whonix-ws", is_behind=True)
         return None
 
-    def side(self, exposed: QubeName, forward_type: ForwardType) -> Side:
-        """By which side of a qube a forward is entered: an internal one from other qubes.
+    def side(self, exposed: QubeName | None, forward_type: ForwardType) -> Side | None:
+        """By which side of a qube, if there is one, a forward is entered: an internal one from other qubes.
 
         An external one at a tunnel qube is entered from its tunnel, and never by the uplink that the tunnel
         hides the qubes from.
         """
+        if exposed is None or exposed not in self.qubes:
+            return None
         if forward_type is ForwardType.INTERNAL:
             return Side.VIFS
         if self.qubes[exposed].netvm is None or self.tunnel_mark(exposed) is not None:

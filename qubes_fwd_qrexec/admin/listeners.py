@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from . import policy
 from .answers import NO_SERVICE, AnswerError, NotRunningError, at_once
 from .backend import Backend
-from .inventory import LISTENER_FEATURE, OFFER_PREFIX, Inventory
+from .inventory import LISTENER_FEATURE, Inventory
 from .revoking import serving
 from .states import Forward, Plan, State
 
@@ -247,7 +247,7 @@ def ask_after(
 
 def _is_able(forward: Forward, inventory: Inventory) -> bool:
     exposed = forward.exposed
-    return exposed is not None and bool(inventory.feature(exposed, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"))
+    return exposed is not None and inventory.offers(exposed)
 
 
 def _is_settled(heard: Heard, *, is_everything: bool) -> bool:

@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from .checks import judged, listener_of
 from .claims import Claims
 from .inventory import Chain, Inventory
-from .states import Cause, Finding, Forward, Plan, Verdict
+from .states import Cause, Finding, Forward, Plan
 
 # These come back when somebody says so, and are judged then: the copies that clones inherit claim nothing.
 _ASLEEP = frozenset((Cause.CLONED, Cause.EXPIRED, Cause.DISABLED))
@@ -47,13 +47,13 @@ def plan(
     for pair in claims.twins:
         if all(forwards[named[:2]].is_live for named in pair):
             for named, rival in (pair, pair[::-1]):
-                twin = Finding(Cause.ELSEWHERE, Verdict.NOTE, rival=rival)
+                twin = Finding(Cause.ELSEWHERE, rival=rival)
                 forwards[named[:2]] = forwards[named[:2]].with_finding(twin)
     calls = _calls(forwards.values())
     for key, forward in forwards.items():
         count = len(calls.get(forward.exposed, ())) if forward.is_live else 0
         if count > CALLS_MAX:
-            many = Finding(Cause.MANY_CALLS, Verdict.NOTE, forward.exposed, number=count)
+            many = Finding(Cause.MANY_CALLS, forward.exposed, number=count)
             forwards[key] = forward.with_finding(many)
     return Plan(tuple(forwards.values()), tuple(sorted(broken)))
 

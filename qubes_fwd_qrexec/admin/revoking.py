@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 from . import policy
 from .answers import NO_SERVICE, AnswerError, NotRunningError, at_once
 from .backend import Backend
-from .inventory import ADMIN, CONFIG_PREFIX, OFFER_PREFIX, TEMPLATE, Inventory
+from .inventory import ADMIN, CONFIG_PREFIX, TEMPLATE, Inventory
 
 # How long a mux call goes on without dom0 being asked: `muxservice.LEASE_S` of the target.
 LEASE_S = 300
@@ -90,7 +90,7 @@ def serving(inventory: Inventory) -> set[QubeName]:
         if qube.is_running
         and qube.klass not in (ADMIN, TEMPLATE)
         and qube.name != inventory.here
-        and inventory.feature(qube.name, f"{OFFER_PREFIX}{Service.FORWARD_TCP}")
+        and inventory.offers(qube.name)
     }
 
 

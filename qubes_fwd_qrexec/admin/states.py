@@ -39,15 +39,25 @@ class Verdict(StrEnum):
 
 
 class Cause(StrEnum):
-    """What was found, in a word for programs. Those of the first group may decide about a rule's state."""
+    """What was found, in a word for programs; what it means for the rule, and the state that it gives it."""
 
-    OPEN = "open"
-    EXPOSED_HALTED = "exposed-halted"
-    TARGET_HALTED = "target-halted"
-    CLONED = "cloned"
-    NETVM_CHANGED = "netvm-changed"
-    EXPIRED = "expired"
-    DISABLED = "disabled"
+    def __new__(cls, word: str, verdict: Verdict = Verdict.STOPS, state: State = State.REFUSED) -> "Cause":
+        cause = str.__new__(cls, word)
+        cause._value_ = word
+        cause.verdict = verdict
+        cause.state = state
+        return cause
+
+    verdict: Verdict
+    state: State
+
+    OPEN = "open", Verdict.OK, State.ACTIVE
+    EXPOSED_HALTED = "exposed-halted", Verdict.NOTE, State.WAITING
+    TARGET_HALTED = "target-halted", Verdict.NOTE, State.WAITING
+    CLONED = "cloned", Verdict.STOPS, State.SUSPENDED
+    NETVM_CHANGED = "netvm-changed", Verdict.STOPS, State.SUSPENDED
+    EXPIRED = "expired", Verdict.STOPS, State.EXPIRED
+    DISABLED = "disabled", Verdict.STOPS, State.DISABLED
     NO_SUCH_QUBE = "no-such-qube"
     UNREADABLE_QUBE = "unreadable-qube"
     UNFIT_QUBE = "unfit-qube"
@@ -58,38 +68,37 @@ class Cause(StrEnum):
     TUNNEL = "tunnel-in-the-path"
     CONFLICT = "conflict"
     TOO_LARGE = "too-large"
-    HELD = "held"
-    UNREADABLE = "unreadable"
+    HELD = "held", Verdict.STOPS, State.HELD
+    UNREADABLE = "unreadable", Verdict.STOPS, State.BROKEN
 
-    IN_TIME = "in-time"
-    ANYBODY = "anybody"
-    SOURCES = "sources"
-    SIDE = "side"
-    OWN = "own"
-    NO_OWNER = "no-owner"
-    AGREED = "agreed"
-    FOLLOWS = "follows-netvm"
-    NO_PATH = "no-path"
-    NO_DISPOSABLES = "no-disposables"
-    NO_TUNNEL = "no-tunnel"
-    WITHIN_TUNNEL = "within-tunnel"
-    BYPASSES_TUNNEL = "bypasses-tunnel"
-    PERHAPS_TUNNEL = "perhaps-tunnel"
-    STOCK_SERVICE = "stock-service"
-    ELSEWHERE = "elsewhere"
-    MANY_CALLS = "many-calls"
+    IN_TIME = "in-time", Verdict.OK
+    ANYBODY = "anybody", Verdict.NOTE
+    SOURCES = "sources", Verdict.OK
+    SIDE = "side", Verdict.OK
+    OWN = "own", Verdict.OK
+    NO_OWNER = "no-owner", Verdict.NOTE
+    AGREED = "agreed", Verdict.OK
+    FOLLOWS = "follows-netvm", Verdict.OK
+    NO_PATH = "no-path", Verdict.NOTE
+    NO_DISPOSABLES = "no-disposables", Verdict.NOTE
+    NO_TUNNEL = "no-tunnel", Verdict.OK
+    WITHIN_TUNNEL = "within-tunnel", Verdict.OK
+    BYPASSES_TUNNEL = "bypasses-tunnel", Verdict.NOTE
+    PERHAPS_TUNNEL = "perhaps-tunnel", Verdict.NOTE
+    STOCK_SERVICE = "stock-service", Verdict.NOTE
+    ELSEWHERE = "elsewhere", Verdict.NOTE
+    MANY_CALLS = "many-calls", Verdict.NOTE
 
 
 class Finding(NamedTuple):
     """What one check found. Of the facts there are those that its cause needs.
 
     ``qube`` is the qube that it is about, with its ``side``; ``rival`` is another rule, ``mark`` that of a
-    tunnel, ``number`` one of ports or calls. ``detail`` tells cases of one cause apart, or is what the
-    error says that was met.
+    tunnel, ``number`` one of ports or calls. ``detail`` tells cases of one cause apart, or is what the error
+    says that was met.
     """
 
     cause: Cause
-    verdict: Verdict = Verdict.STOPS
     qube: QubeName | None = None
     side: Side | None = None
     mark: TunnelMark | None = None
@@ -97,23 +106,8 @@ class Finding(NamedTuple):
     number: int = 0
     detail: str = ""
 
-    @property
-    def state(self) -> State:
-        """The state of a rule that this finding decides about."""
-        return _STATES.get(self.cause, State.REFUSED)
 
-
-OPEN = Finding(Cause.OPEN, Verdict.OK)
-_STATES = {
-    Cause.OPEN: State.ACTIVE,
-    Cause.EXPOSED_HALTED: State.WAITING,
-    Cause.TARGET_HALTED: State.WAITING,
-    Cause.CLONED: State.SUSPENDED,
-    Cause.NETVM_CHANGED: State.SUSPENDED,
-    Cause.EXPIRED: State.EXPIRED,
-    Cause.DISABLED: State.DISABLED,
-    Cause.HELD: State.HELD,
-}
+OPEN = Finding(Cause.OPEN)
 
 
 class Forward(NamedTuple):
@@ -142,7 +136,7 @@ class Forward(NamedTuple):
     @property
     def stops(self) -> tuple[Finding, ...]:
         """What keeps it from being open, the first of which decides."""
-        return tuple(finding for finding in self.findings if finding.verdict is Verdict.STOPS)
+        return tuple(finding for finding in self.findings if finding.cause.verdict is Verdict.STOPS)
 
     @property
     def decisive(self) -> Finding:
@@ -153,7 +147,7 @@ class Forward(NamedTuple):
 
     @property
     def state(self) -> State:
-        return self.decisive.state
+        return self.decisive.cause.state
 
     @property
     def cause(self) -> Cause:
@@ -170,7 +164,7 @@ class Forward(NamedTuple):
 
     def with_finding(self, finding: Finding) -> "Forward":
         """The same with one more finding, which may stop it."""
-        config = None if finding.verdict is Verdict.STOPS else self.config
+        config = None if finding.cause.verdict is Verdict.STOPS else self.config
         return self._replace(findings=(*self.findings, finding), config=config)
 
 

@@ -34,7 +34,7 @@ def world(*extra: Qube, without: tuple[str, ...] = ()) -> Inventory:
         qube("debian-12", klass="TemplateVM"),
         qube("sys-net", provides_network=True),
         qube("sys-firewall", "sys-net", provides_network=True),
-        qube("sys-vpn", "sys-firewall", features={"service.vpn-handler-openvpn": "1"}),
+        qube("sys-vpn", "sys-firewall", provides_network=True, features={"service.vpn-handler-openvpn": "1"}),
         qube("work", "sys-firewall", template=QubeName("fedora-42")),
         qube("personal", "sys-firewall", template=QubeName("debian-12")),
         qube("hidden", "sys-vpn", template=QubeName("fedora-42")),

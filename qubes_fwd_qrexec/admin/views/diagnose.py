@@ -13,7 +13,7 @@ from typing import NamedTuple
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.answers import NO_SERVICE, REFUSED, AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, OFFER_PREFIX
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.listeners import Has, ask, uptake
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
@@ -230,7 +230,7 @@ class _Walk:
         if error.status == NO_SERVICE:
             return self._stops(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", **facts)
         # What a template has told dom0 may be old; a qube that answers has the package.
-        if not inventory.feature(qube, f"{OFFER_PREFIX}{Service.FORWARD_TCP}"):
+        if not inventory.offers(qube):
             text = f"{qube} has not told dom0 that it has {_PACKAGE}"
             return self._stops(step, Has.NOT_OFFERED, text, **facts)
         helps = error.way_out or f"look into {qube}, or restart it"

@@ -92,8 +92,10 @@ def text(found: Sequence[Shown], style: Style) -> str:
 
 
 def _shown(forward: Forward, finding: Finding, now: float) -> Shown:
-    ways_out = () if finding.verdict is Verdict.OK else reasons.ways_out(forward, finding)
-    return Shown(_NAMES[finding.cause], finding.verdict, _text(forward, finding, ways_out, now), ways_out)
+    ways_out = () if finding.cause.verdict is Verdict.OK else reasons.ways_out(forward, finding)
+    return Shown(
+        _NAMES[finding.cause], finding.cause.verdict, _text(forward, finding, ways_out, now), ways_out
+    )
 
 
 def _text(forward: Forward, finding: Finding, ways_out: Sequence[reasons.Command], now: float) -> str:

@@ -175,7 +175,7 @@ def hints(forward: Forward) -> tuple[str, ...]:
 
 
 def _before_it_stops(forward: Forward, causes: set[Cause]) -> tuple[str, ...]:
-    found = takewhile(lambda finding: finding.verdict is not Verdict.STOPS, forward.findings)
+    found = takewhile(lambda finding: finding.cause.verdict is not Verdict.STOPS, forward.findings)
     return tuple(sentence(forward, finding) for finding in found if finding.cause in causes)
 
 
@@ -203,7 +203,7 @@ def transport_reason(forward: Forward) -> str:
 
 def next_stop(forward: Forward) -> Finding | None:
     """What would stop a forward if its changed netvms were agreed to; ports are claimed by the old ones."""
-    stops = (stop for stop in forward.stops if stop.state is State.REFUSED)
+    stops = (stop for stop in forward.stops if stop.cause.state is State.REFUSED)
     return next((stop for stop in stops if stop.cause is not Cause.CONFLICT), None)
 
 
@@ -214,8 +214,8 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
     if more is not None:
         first, ways = _said(forward, more)
         confirm = _filled(_CONFIRM, facts)
-        text = f"{facts['moved']}, where it would be {more.state}. {first} After that '{' '.join(confirm)}' "
-        return f"{text}agrees to the new path.", (*ways, confirm)
+        text = f"{facts['moved']}, where it would be {more.cause.state}. {first} After that "
+        return f"{text}'{' '.join(confirm)}' agrees to the new path.", (*ways, confirm)
     text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, str(facts["case"])]
     commands = tuple(_filled(template, facts) for template in templates)
     return text.format(*map(" ".join, commands), **facts), commands
