@@ -25,7 +25,7 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
     """The parser of the whole command line; with ``words``, only of those commands that are among them."""
     parser = argparse.ArgumentParser(
         prog="qvm-forward",
-        description="Make a service in one qube reachable from the LAN or from other qubes.",
+        description="Make a server in one qube reachable from the LAN or from other qubes.",
         epilog="qvm-forward(1) explains each command.",
         formatter_class=_formatter,
         allow_abbrev=False,
@@ -111,8 +111,10 @@ def parse_ports(text: str) -> "tuple[ListenPorts, TargetPorts]":
 
 def _set(parser: argparse.ArgumentParser) -> None:
     _rule(parser)
-    parser.add_argument("options", nargs="+", metavar="OPTION=VALUE", help="an empty value: the default")
-    parser.add_argument("--was", metavar="LINE", help="refuse if the rule's line is another one by now")
+    parser.add_argument(
+        "options", nargs="+", metavar="OPTION=VALUE", help="an empty value restores the default"
+    )
+    parser.add_argument("--was", metavar="LINE", help="refuse if the rule's line is no longer this")
     _add_no_apply(parser)
 
 
@@ -136,7 +138,7 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="show the difference and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
 
 
 def _tunnel(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +147,7 @@ def _tunnel(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="say what would open, and open nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would open, and open nothing")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -154,9 +156,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="- or none: standard input")
-    parser.add_argument("--format", choices=FORMATS, help="recognised if not said")
-    parser.add_argument("--qube", type=_qube, metavar="QUBE", help="the target, where the file says none")
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="standard input if - or missing")
+    parser.add_argument("--format", choices=FORMATS, help="recognised by default")
+    parser.add_argument("--qube", type=_qube, metavar="QUBE", help="the target, if the file names none")
     parser.add_argument("--replace", action="store_true", help="replace rules of the same name")
     _add_no_apply(parser)
 
@@ -171,37 +173,39 @@ def _add(parser: argparse.ArgumentParser) -> None:
         metavar = "|".join(kind)
         parser.add_argument(option, type=_typed(one_of(kind)), default=default, metavar=metavar, help=text)
 
-    parser.add_argument("qube", metavar="QUBE", type=_qube, help="the qube that runs the service")
+    parser.add_argument("qube", metavar="QUBE", type=_qube, help="the qube that runs the server")
     parser.add_argument(
         "ports",
         metavar="PORT[:PORT]",
         type=_typed(parse_ports),
-        help="the exposed port or range, then that of the service",
+        help="the exposed port or range, then the server's",
     )
     parser.add_argument(
         "--from",
         dest="sources",
         action="append",
         metavar="NET[,NET]",
-        help="the networks that may connect, or any; must be given",
+        help="the networks that may connect, or any; required",
     )
-    parser.add_argument("--name", type=_typed(parse_new_name), help="the rule's name, made up if not given")
-    parser.add_argument("--internal", action="store_true", help="for other qubes, at the target's own netvm")
+    parser.add_argument(
+        "--name", type=_typed(parse_new_name), help="the rule's name (default: such as tcp-80)"
+    )
+    parser.add_argument("--internal", action="store_true", help="let in other qubes, at the target's netvm")
     parser.add_argument("--via", metavar="QUBE", type=_qube, help="listen at this qube")
     address = _typed(parse_address)
-    parser.add_argument("--listen", metavar="ADDR", type=address, help="listen at this address alone")
+    parser.add_argument("--listen", metavar="ADDR", type=address, help="listen at this address only")
     add_choice("--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")
-    add_choice("--proto", Proto, Proto.TCP, "this version has tcp alone")
+    add_choice("--proto", Proto, Proto.TCP, "udp is not in this version")
     add_choice(
         "--transport",
         Transport,
         Transport.AUTO,
-        "many connections in one qrexec call, or a call for each",
+        "many connections in one qrexec call, or one call each",
     )
-    add_choice("--proxy", Proxy, Proxy.OFF, "tell the server the client's address, if it expects that")
-    parser.add_argument("--autostart", action="store_true", help="connections may start a halted target")
+    add_choice("--proxy", Proxy, Proxy.OFF, "tell the server the client's address; it must expect that")
+    parser.add_argument("--autostart", action="store_true", help="let connections start a halted target")
     parser.add_argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never")
-    add_choice("--on-expire", OnExpire, OnExpire.CUT, "what becomes of open connections then")
+    add_choice("--on-expire", OnExpire, OnExpire.CUT, "what happens to open connections then")
     parser.add_argument(
         "--limits",
         metavar="LIMITS",
@@ -209,7 +213,9 @@ def _add(parser: argparse.ArgumentParser) -> None:
         help="such as connections:1000,per-source:100,rate:50, any of them",
     )
     parser.add_argument("--follow-netvm", action="store_true", help="stay open when the netvm changes")
-    parser.add_argument("--bypass-tunnel", action="store_true", help="accept a way round the target's tunnel")
+    parser.add_argument(
+        "--bypass-tunnel", action="store_true", help="accept that the target's tunnel is bypassed"
+    )
     comment = _typed(parse_printable)
     parser.add_argument("--comment", default="", metavar="TEXT", type=comment, help="a remark for yourself")
     parser.add_argument("--disabled", action="store_true", help="store the rule and leave it closed")
@@ -217,27 +223,29 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_no_apply(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-apply", action="store_true", help="store it and leave the rest to 'apply'")
+    parser.add_argument(
+        "--no-apply", action="store_true", help="store it, and change nothing else until 'apply'"
+    )
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "add": ("Make a forward: check it, store it, and open it.", _add),
     "set": ("Change options of a forward.", _set),
-    "remove": ("Close forwards and forget them.", _rules),
+    "remove": ("Close forwards and delete their rules.", _rules),
     "enable": ("Open forwards that were disabled.", _rules),
     "disable": ("Close forwards and keep their rules.", _rules),
-    "confirm": ("Agree to forwards that were suspended.", _rules),
-    "list": ("Show all forwards, or those that pass through a qube.", _qubes),
-    "show": ("Show all about one forward.", _rule),
-    "status": ("Show what is open now, with the figures of its listeners.", _qubes),
+    "confirm": ("Approve forwards that are suspended.", _rules),
+    "list": ("Show all forwards, or those that involve a qube.", _qubes),
+    "show": ("Show everything about one forward.", _rule),
+    "status": ("Show what is open now, with figures from its listeners.", _qubes),
     "diagnose": ("Find out why a forward does not work, and what helps.", _rule),
-    "plan": ("Explain what becomes of each forward, and why.", _qubes),
-    "apply": ("Make policy and listeners what the rules ask for.", _apply),
-    "watch": ("Keep policy and listeners true: apply after each change and when a rule ends.", _nothing),
+    "plan": ("Explain the state of each forward.", _qubes),
+    "apply": ("Bring policy and listeners in line with the rules.", _apply),
+    "watch": ("Keep policy and listeners in line: apply after each change and when a rule ends.", _nothing),
     "policy": ("Print the qrexec policy that the rules ask for.", _nothing),
-    "tunnel": ("Say which qubes are tunnels, such as VPNs, that no forward may go round.", _tunnel),
-    "panic": ("Close everything at once, and hold it: nothing opens before resume.", _nothing),
-    "resume": ("Open again what panic holds.", _resume),
+    "tunnel": ("Say which qubes are tunnels, such as VPNs, that no forward may bypass.", _tunnel),
+    "panic": ("Close everything at once, and hold it closed until resume.", _nothing),
+    "resume": ("Open again what panic closed.", _resume),
     "export": ("Print rules for import elsewhere.", _export),
     "import": ("Store the rules of an export, or of a firewall.xml.", _import),
 }
