@@ -89,8 +89,8 @@ def measure(lab: LabDirectory) -> list[Row]:
     rows = [
         Row("read all qubes and rules", _timed(lambda: read_rules(store.inventory()))),
         Row("plan", _timed(lambda: snapshot.plan(now))),
-        Row("policy", _timed(lambda: policy.text(planned, now))),
-        Row("plan and policy", _timed(lambda: policy.text(snapshot.plan(now), now)), 1.0),
+        Row("policy", _timed(lambda: policy.text(planned))),
+        Row("plan and policy", _timed(lambda: policy.text(snapshot.plan(now))), 1.0),
         Row("first apply", [_command(lab, "apply")]),
         Row("list", _timed(lambda: _command(lab, "list")), 2.0),
         Row("list of one qube", _timed(lambda: _command(lab, "list", "sys-net")), 2.0),
@@ -100,7 +100,7 @@ def measure(lab: LabDirectory) -> list[Row]:
         Row("apply with nothing to change", _timed(lambda: _command(lab, "apply"))),
     ]
     inventory, installed = store.inventory(), store.read_policy()
-    rows.append(Row("find the differences", _timed(lambda: differences(planned, inventory, installed, now))))
+    rows.append(Row("find the differences", _timed(lambda: differences(planned, inventory, installed))))
     rows.append(Row("panic", [_command(lab, "panic")]))
     return rows
 

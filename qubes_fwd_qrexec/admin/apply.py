@@ -91,15 +91,15 @@ class Outcome(NamedTuple):
         return self._replace(done=(*earlier.done, *self.done), ended=(*earlier.ended, *self.ended))
 
 
-def differences(plan: Plan, inventory: Inventory, installed: PolicyFile, now: float) -> tuple[Step, ...]:
+def differences(plan: Plan, inventory: Inventory, installed: PolicyFile) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken."""
-    final = policy.text(plan, now, is_held=plan.is_held)
+    final = policy.text(plan)
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(final)
     gone, new = old_lines - new_lines, new_lines - old_lines
     steps: list[Step] = []
-    if gone or not (new or policy.is_same(installed.text, final)):
+    if gone or not (new or installed.text == final):
         # Two writes if there is something to open too, so that closing never waits for opening.
-        closed = policy.text(plan, now, withheld=new, is_held=plan.is_held)
+        closed = policy.text(plan, withheld=new)
         steps.append(Step(Kind.CLOSE_POLICY, closed, lines_gone=tuple(sorted(gone))))
     steps += _revocations(gone, new_lines, inventory, cuts_drains=plan.is_held)
     present = {(qube, key): value for qube, key, value in inventory.told()}

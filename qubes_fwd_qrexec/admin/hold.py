@@ -61,7 +61,7 @@ class Resumed(NamedTuple):
 def hold(backend: Backend, now: float) -> Held:
     """Close everything and hold it. Never raises a `ForwardError`; waits for the lock for 10 s at most."""
     problems: list[str] = []
-    unwritten = _write(backend, now)
+    unwritten = _write(backend)
     # Whoever has the lock may be waiting for a qube, so calls end before the lock is waited for.
     ended = {each.target: each for each in _end_all_calls(backend)}
     applied, busy = None, None
@@ -103,10 +103,10 @@ def hold(backend: Backend, now: float) -> Held:
     )
 
 
-def _write(backend: Backend, now: float) -> str | None:
+def _write(backend: Backend) -> str | None:
     """Write the hold over whatever the file says; why not, if that cannot be done."""
     try:
-        backend.replace_policy(policy.text((), now, is_held=True), ANY)
+        backend.replace_policy(policy.text(Plan((), is_held=True)), ANY)
     except (ForwardError, OSError) as error:
         return str(error)
     return None
@@ -134,7 +134,7 @@ def resume(backend: Backend, now: float, *, is_preview: bool = False) -> Resumed
     if is_preview:
         snapshot = look(backend, with_config=True)
         planned = snapshot.plan(now, is_held=False)
-        steps = differences(planned, snapshot.inventory, snapshot.installed, now)
+        steps = differences(planned, snapshot.inventory, snapshot.installed)
         return Resumed(snapshot.is_held, planned, steps, snapshot)
     with backend.locked():
         planned, outcome, snapshot = apply(backend, now, is_held=False)

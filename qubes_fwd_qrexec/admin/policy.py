@@ -6,8 +6,7 @@ user's, nothing is said but the lines of forwards that go over it.
 """
 
 import re
-import time
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.config import Service
@@ -16,7 +15,7 @@ from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, TargetPorts, parse_qube_name, yes_no
 
-from .states import Forward
+from .states import Forward, Plan
 
 NAME = "30-forward"
 # Only dom0 may end calls and ask how forwards are, and policy does not apply to dom0's own calls.
@@ -31,11 +30,6 @@ _HEADER = """\
 # With a colon, which no qube's name has: a forward's own comment begins with that of its target.
 _HOLD = "# Held:"
 HOLD = f"{_HOLD} nothing is allowed before 'qvm-forward resume'."
-# Two texts that differ in this line alone say the same.
-_WRITTEN = re.compile(
-    r"^# Written (?:as installed, without any forward|at [0-9: -]{19} UTC, for [0-9]+ forwards?)\.$",
-    re.ASCII | re.MULTILINE,
-)
 # Qubes' parser reads with universal newlines, so a carriage return ends a comment, and nothing else does.
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
@@ -74,36 +68,18 @@ def lines(forward: Forward) -> tuple[str, ...]:
     )
 
 
-def text(
-    forwards: Iterable[Forward],
-    written_at: float | None,
-    *,
-    withheld: frozenset[str] = frozenset(),
-    is_held: bool = False,
-) -> str:
-    """The whole file. ``written_at`` is in UNIX seconds, None for the file as it is installed.
-
-    ``withheld`` lines are left out: those whose forward is not opened yet. ``is_held``: nothing is to be
-    opened by whoever reads it.
-    """
-    live = [forward for forward in forwards if forward.config is not None and not is_held]
-    if written_at is None:
-        dated = "as installed, without any forward."
-    else:
-        count = f"{len(live)} forward{'' if len(live) == 1 else 's'}"
-        dated = f"at {_utc(written_at)}, for {count}."
-    parts = [f"{_HEADER}# Written {dated}\n"]
-    if is_held:
-        parts.append(f"{HOLD}\n")
-    done: set[str] = set(withheld)
-    for forward in live:
+def text(planned: Plan, *, withheld: Container[str] = ()) -> str:
+    """The whole file; ``withheld`` lines are left out."""
+    parts = [_HEADER, f"{HOLD}\n" if planned.is_held else ""]
+    # Two forwards to the same port of a target from the same qube share a line.
+    done: set[str] = set()
+    for forward in planned.live:
         rule = forward.source.rule
         parts.append(
             f"\n# {forward.source}: {rule.listen_ports.worded()} of {forward.exposed} to "
             f"{rule.target_ports.worded()}\n"
         )
-        # Two forwards to the same port of a target from the same qube share a line.
-        parts += [f"{line}\n" for line in lines(forward) if line not in done]
+        parts += [f"{line}\n" for line in lines(forward) if line not in done and line not in withheld]
         done.update(lines(forward))
     parts.append("\n# Whatever no line above allows is denied.\n")
     parts += [f"{line}\n" for line in CLOSING]
@@ -135,14 +111,3 @@ def without(policy: str, unwanted: Container[str]) -> str:
 def is_held(policy: str | None) -> bool:
     """Whether nothing may be opened. What else the line says is not read: doubt closes."""
     return any(line.strip().startswith(_HOLD) for line in _LINE_ENDS.split(policy or ""))
-
-
-def is_same(some: str | None, other: str | None) -> bool:
-    """Whether two files are the same but for the time at which they were written."""
-    if some is None or other is None:
-        return some is other
-    return _WRITTEN.sub("", some, count=1) == _WRITTEN.sub("", other, count=1)
-
-
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

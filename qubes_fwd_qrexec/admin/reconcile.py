@@ -42,7 +42,7 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
     for _ in range(_LOOKS):
         snapshot = look(backend, with_config=True)
         planned = snapshot.plan(now, is_held=is_held)
-        steps = differences(planned, snapshot.inventory, snapshot.installed, now)
+        steps = differences(planned, snapshot.inventory, snapshot.installed)
         problem = None if is_held else snapshot.policy_problem
         if problem is not None:
             # Everything may be on hold: only close, and only what needs no policy.

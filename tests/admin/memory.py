@@ -70,7 +70,7 @@ class Memory:
 
 def steps(backend: Backend, *rules: NamedRule) -> tuple[Step, ...]:
     inventory = backend.inventory()
-    return differences(plan(rules, inventory, NOW), inventory, backend.read_policy(), NOW)
+    return differences(plan(rules, inventory, NOW), inventory, backend.read_policy())
 
 
 def applied(backend: Memory, *rules: NamedRule) -> Outcome:

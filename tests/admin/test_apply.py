@@ -3,10 +3,11 @@
 
 import pytest
 from memory import Memory, applied, steps
-from worlds import NOW, rule, world
+from worlds import rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, carry_out
+from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.views.steps import as_json
 from qubes_fwd_qrexec.admin.views.steps import words as in_words
 from qubes_fwd_qrexec.common.values import QubeName
@@ -29,7 +30,7 @@ def test_closing_writes_policy_then_ends_mux_calls_then_tells_the_listener() -> 
     applied(backend, WEB)
     applied(backend)
     assert backend.log == ["policy 0", REVOKE, f"remove sys-net {CONFIG}"]
-    assert policy.is_same(backend.policy, policy.text([], NOW))
+    assert backend.policy == policy.text(Plan(()))
 
 
 def test_closing_comes_before_opening() -> None:
@@ -232,4 +233,4 @@ def test_a_missing_or_edited_file_is_written_anew(before: str | None) -> None:
     (step,) = steps(backend)
     assert in_words(step) == ["policy: write the file, which allows the same as before"]
     carry_out([step], backend, backend.read_policy())
-    assert policy.is_same(backend.policy, policy.text([], NOW))
+    assert backend.policy == policy.text(Plan(()))

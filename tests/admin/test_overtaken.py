@@ -10,11 +10,12 @@ from worlds import Command, rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, carry_out
+from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
-CLOSED = policy.text((), None)
+CLOSED = policy.text(Plan(()))
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
 REVOKE = "call work qubes.ForwardRevoke"
 
@@ -135,7 +136,7 @@ def test_what_was_held_while_listeners_are_told_is_looked_at_again_and_closed(
 
     def hold(entry: str) -> None:
         if entry.startswith("set sys-net"):
-            (opened.policy_dir / "30-forward.policy").write_text(policy.text((), None, is_held=True))
+            (opened.policy_dir / "30-forward.policy").write_text(policy.text(Plan((), is_held=True)))
 
     result = over(Faulty(opened, before=hold), "add", "work", "82", "--from", "any")
     assert (result.status, "Forward work tcp-82 is stored and held." in result.out) == (0, True)

@@ -11,6 +11,7 @@ from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin import reconcile as reconciling
+from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -195,7 +196,7 @@ def test_a_resume_that_a_second_panic_overtakes_lifts_nothing(
         if entry == "inventory" and not done:
             done.append(entry)
             path = opened.policy_dir / "30-forward.policy"
-            path.write_text(f"{policy.text((), NOW + 1, is_held=True)}\n")
+            path.write_text(f"{policy.text(Plan((), is_held=True))}\n")
 
     over(Faulty(opened, before=interfere), "resume")
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
@@ -218,7 +219,7 @@ def test_whatever_the_policy_file_says_it_is_replaced(
     path = opened.policy_dir / "30-forward.policy"
     path.write_bytes(text)
     assert forward("panic").status == 0
-    assert policy.is_same(path.read_text(), policy.text((), NOW, is_held=True))
+    assert path.read_text() == policy.text(Plan((), is_held=True))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_a_hold_that_says_anything_counts(forward: Command, opened: LabDirectory
 
 def test_a_qube_of_that_name_is_no_hold() -> None:
     assert not policy.is_held("# Held web: port 80 of sys-net to port 80\n# Held\n")
-    assert not policy.is_held(policy.text((), NOW))
+    assert not policy.is_held(policy.text(Plan(())))
     assert not policy.is_held(None)
 
 

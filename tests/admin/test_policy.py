@@ -101,7 +101,7 @@ def test_planned_flows_are_allowed_and_all_their_neighbours_denied(
     inventory = world()
     rules = [rule(text, target, name) for (target, name), text in chosen.items()]
     planned = plan(rules, inventory, NOW)
-    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned, NOW))
+    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned))
     loaded, qubes, allowed = judge.load(tmp_path), system(inventory), flows(planned)
     asked = set(allowed).union(*(neighbours(flow, inventory) for flow in allowed))
     for service, argument, source, target in asked:
@@ -114,7 +114,7 @@ def test_planned_flows_are_allowed_and_all_their_neighbours_denied(
 def test_only_autostart_lets_a_call_start_its_target(judge: Judge, tmp_path: Path, autostart: str) -> None:
     inventory = world(world().qubes[rule().target]._replace(is_running=False))
     planned = plan([rule(f"autostart={autostart}")], inventory, NOW)
-    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned, NOW))
+    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned))
     request = Request(service="qubes.ForwardTCP", argument="+80+mux", source="sys-net", target="work")
     verdict = judge.load(tmp_path).judge(system(inventory), request)
     assert isinstance(verdict, Allow) == (autostart == "yes")
@@ -123,10 +123,9 @@ def test_only_autostart_lets_a_call_start_its_target(judge: Judge, tmp_path: Pat
 def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
     rules = [rule("srcports=80-81 dstports=8080-8081 transport=call"), rule("srcports=82-90", name="x")]
     planned = plan(rules, world(), NOW)
-    assert policy.text(planned, 0.0) == (
+    assert policy.text(planned) == (
         "# This file is written by qvm-forward, and edits in it are lost.\n"
         "# Change the rules instead: see 'qvm-forward list' and qvm-forward(1).\n"
-        "# Written at 1970-01-01 00:00:00 UTC, for 2 forwards.\n"
         "\n"
         "# work web: ports 80-81 of sys-net to ports 8080-8081\n"
         "qubes.ForwardTCP  +8080  sys-net  work  allow  autostart=no  notify=no\n"
@@ -181,27 +180,27 @@ def test_dom0_and_the_qubes_agree_on_the_lease() -> None:
 @pytest.mark.parametrize("source", ["sys-net", "work", "personal"])
 def test_no_qube_may_end_mux_calls_not_even_its_own(judge: Judge, tmp_path: Path, source: str) -> None:
     inventory = world()
-    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(plan([rule()], inventory, NOW), NOW))
+    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(plan([rule()], inventory, NOW)))
     request = Request(service=REVOKE_SERVICE, argument="+80-80+sys-net", source=source, target="work")
     assert not isinstance(judge.load(tmp_path).judge(system(inventory), request), Allow)
 
 
 def test_what_is_installed_is_the_file_without_any_forward() -> None:
     spdx = "# SPDX-License-Identifier: GPL-2.0-or-later\n"
-    assert INSTALLED.read_text() == spdx + policy.text([], None)
+    assert INSTALLED.read_text() == spdx + policy.text(Plan(()))
 
 
 def test_nothing_but_forwards_over_it_is_said_about_the_stock_service() -> None:
-    text = policy.text(plan([rule()], world(), NOW), NOW)
+    text = policy.text(plan([rule()], world(), NOW))
     assert Service.CONNECT_TCP not in text
-    text = policy.text(plan([rule(target="personal")], world(), NOW), NOW)
+    text = policy.text(plan([rule(target="personal")], world(), NOW))
     said = [line for line in text.splitlines() if Service.CONNECT_TCP in line]
     assert said == ["qubes.ConnectTCP  +80  sys-net  personal  allow  autostart=no  notify=no"]
 
 
 def test_forwards_that_share_a_line_have_it_once() -> None:
     rules: list[NamedRule] = [rule("dstports=22", name="a"), rule("srcports=81 dstports=22", name="b")]
-    text = policy.text(plan(rules, world(), NOW), NOW)
+    text = policy.text(plan(rules, world(), NOW))
     assert text.count("+22") == 1
 
 
@@ -211,15 +210,8 @@ def test_rules_that_are_not_live_have_no_lines() -> None:
     assert policy.lines(forward) == ()
 
 
-def test_only_the_time_of_writing_makes_no_difference() -> None:
-    planned = plan([rule()], world(), NOW)
-    one, later = policy.text(planned, NOW), policy.text(planned, NOW + 5)
-    assert one != later
-    assert policy.is_same(one, later)
-    assert not policy.is_same(one, later.replace("+80", "+81"))
-    assert not policy.is_same(one, f"{later}# a remark\n")
-    assert not policy.is_same(None, one)
-    assert policy.is_same(None, None)
+def test_the_same_plan_is_the_same_file() -> None:
+    assert policy.text(plan([rule()], world(), NOW)) == policy.text(plan([rule()], world(), NOW + 5))
 
 
 def test_allowing_lines_are_read_in_one_spelling() -> None:
@@ -232,9 +224,8 @@ def test_allowing_lines_are_read_in_one_spelling() -> None:
 def test_a_line_ends_where_qubes_parser_ends_it(judge: Judge, tmp_path: Path, end: str) -> None:
     """It reads with universal newlines: a carriage return in a comment begins a line that is in force."""
     hidden = "qubes.ForwardTCP +22 sys-net work allow"
-    text = policy.text([], NOW).replace("# This file", f"# x{end}{hidden}{end}# This file", 1)
+    text = policy.text(Plan(())).replace("# This file", f"# x{end}{hidden}{end}# This file", 1)
     assert policy.allowing(text) == {"  ".join(hidden.split())}
-    assert not policy.is_same(text, policy.text([], NOW))
     (tmp_path / f"{policy.NAME}.policy").write_text(text, newline="")
     request = Request(service=Service.FORWARD_TCP, argument="+22", source="sys-net", target="work")
     assert isinstance(judge.load(tmp_path).judge(system(world()), request), Allow)
@@ -243,14 +234,3 @@ def test_a_line_ends_where_qubes_parser_ends_it(judge: Judge, tmp_path: Path, en
 @pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028"])
 def test_what_is_no_end_of_a_line_there_is_none_here(end: str) -> None:
     assert policy.allowing(f"# x{end}qubes.ForwardTCP +22 sys-net work allow\n") == frozenset()
-
-
-@pytest.mark.parametrize(
-    "first",
-    ["# Written by me.", "# Written at 2027-01-15 08:00:00 UTC, for 0 forwards.\r* * @anyvm @anyvm allow"],
-)
-def test_only_the_time_in_our_own_words_makes_no_difference(first: str) -> None:
-    ours = policy.text([], NOW)
-    assert policy.is_same(ours, policy.text([], NOW + 1))
-    line = next(line for line in ours.splitlines() if line.startswith("# Written"))
-    assert not policy.is_same(ours.replace(line, first), ours)

@@ -87,7 +87,7 @@ def test_a_halted_or_vanished_target_is_not_called() -> None:
     halted = inventory.qubes[WORK]._replace(is_running=False)
     gone = {name: qube for name, qube in inventory.qubes.items() if name != "work"}
     for other in (Inventory({**inventory.qubes, halted.name: halted}), Inventory(gone)):
-        found = differences(plan([], other, NOW), other, backend.read_policy(), NOW)
+        found = differences(plan([], other, NOW), other, backend.read_policy())
         assert Kind.REVOKE not in {step.kind for step in found}
 
 

@@ -3,10 +3,10 @@
 
 import pytest
 from stages import END, Stage, set_netvm
-from worlds import NOW
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.revoking import serving
+from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.watch import RETRY_S
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
@@ -175,7 +175,7 @@ def test_when_everything_is_held_all_that_serve_cut_what_they_have(
 
     def hold() -> None:
         targets.told.clear()
-        path.write_text(policy.text((), NOW, is_held=True))
+        path.write_text(policy.text(Plan((), is_held=True)))
 
     stage.run(hold, lambda: stage.lab.set_feature("vault", "forward.tunnel", "1"))
     assert not stage.is_open

@@ -12,6 +12,7 @@ import trio
 from helpers import until
 
 from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.lab import wire
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -373,7 +374,7 @@ async def test_dom0s_own_calls_to_what_is_no_qube_are_refused(tmp_path: Path, ta
 async def test_only_dom0_may_end_mux_calls(tmp_path: Path, qube: str) -> None:
     """The policy that qvm-forward writes says so, even if another file allows it further down."""
     service = REVOKE_SERVICE
-    async with bounded_lab(tmp_path, policy=policy.text([], None)) as lab:
+    async with bounded_lab(tmp_path, policy=policy.text(Plan(()))) as lab:
         lab.write_policy(f"{REVOKE_SERVICE} * @anyvm @anyvm allow\n", "90-other.policy")
         async with calling(lab, "work" if qube != "work" else "vault", service, qube=qube) as call:
             assert await call.read_stderr() == b"Request refused\n"

@@ -120,8 +120,8 @@ def print_policy(args: Namespace, session: Session) -> int:
     """The policy that the rules ask for."""
     snapshot = session.look()
     installed = snapshot.installed.text
-    text = policy.text(snapshot.plan(session.now), session.now, is_held=snapshot.is_held)
-    is_installed = policy.is_same(installed, text)
+    text = policy.text(snapshot.plan(session.now))
+    is_installed = installed == text
     if session.is_json:
         session.say_json({"policy": text, "installed": installed, "is_installed": is_installed})
         return 0
@@ -136,7 +136,7 @@ def apply(args: Namespace, session: Session) -> int:
     if args.dry_run:
         snapshot = session.look(with_config=True)
         planned = snapshot.plan(session.now)
-        steps = differences(planned, snapshot.inventory, snapshot.installed, session.now)
+        steps = differences(planned, snapshot.inventory, snapshot.installed)
     else:
         with session.backend.locked():
             planned, outcome, snapshot = applied(session.backend, session.now)

@@ -146,7 +146,7 @@ def status_of(
     """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
     rows = tuple(_row(forward, verdicts[forward.source[:2]], answers) for forward in planned.live)
     everything = snapshot.plan(now)
-    due = differences(everything, snapshot.inventory, snapshot.installed, now)
+    due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
     silent = []
     for qube in listening(planned, snapshot.inventory, qubes):

@@ -21,7 +21,7 @@ def found(
     forward = planned.find(named.target, named.name)
     assert forward is not None
     if installed is None:
-        installed = policy.text(planned, NOW)
+        installed = policy.text(planned)
     return {one.check: one for one in shown(forward, planned, installed, NOW)}
 
 

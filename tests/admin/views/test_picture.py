@@ -24,7 +24,7 @@ def drawn(
 ) -> str:
     inventory = inventory or world()
     planned = plan([named], inventory, NOW)
-    text = policy.text(planned, NOW) if installed is None else installed
+    text = policy.text(planned) if installed is None else installed
     (forward,) = planned
     found = shown(forward, planned, text, NOW)
     is_allowed = found[-1].verdict is not Verdict.STOPS
