@@ -123,14 +123,15 @@ def expiring(stage: Stage) -> Stage:
 
 
 @pytest.fixture
-def over(monkeypatch: pytest.MonkeyPatch) -> Command:
+def over() -> Command:
     """Run qvm-forward over a backend, at a fixed time."""
 
     def command(backend: Backend, *argv: str) -> Result:
-        monkeypatch.setattr(cli, "open_backend", lambda *_: backend)
         out, err = io.StringIO(), io.StringIO()
         stdin = io.StringIO(NO_FORWARDS)
-        status = cli.run(argv, environ={}, now=NOW, stdin=stdin, out=out, err=err, style=Style())
+        status = cli.run(
+            argv, environ={}, now=NOW, stdin=stdin, out=out, err=err, style=Style(), backend=backend
+        )
         return Result(status, out.getvalue(), err.getvalue())
 
     return command

@@ -125,6 +125,30 @@ def test_it_starts_fast(lab: LabDirectory) -> None:
     assert min(whole) < max(0.1, 15 * min(bare))
 
 
+def test_help_imports_nothing_that_a_command_needs() -> None:
+    """What reads rules and plans takes longer to import than all the rest takes."""
+    code = (
+        "import sys\n"
+        "from qubes_fwd_qrexec.admin.views import cli\n"
+        "try:\n    cli.main(['--help'])\n"
+        "finally:\n    print(*sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=BOUND_S,
+    )
+    assert (done.returncode, done.stdout.startswith("usage: qvm-forward [-h]")) == (0, True)
+    imported = set(done.stderr.split())
+    ours = {name.removeprefix("qubes_fwd_qrexec.") for name in imported if name.startswith("qubes_fwd")}
+    modules = {"views", "views.cli", "views.parser", "views.tables", "locate"}
+    assert ours == {"qubes_fwd_qrexec", "common", "common.errors", "admin", *(f"admin.{m}" for m in modules)}
+    assert not imported & {"dataclasses", "ipaddress", "json", "logging", "socket", "subprocess"}
+
+
 def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: LabDirectory) -> None:
     code = (
         "import sys\n"
@@ -236,7 +260,7 @@ def test_no_trace_reaches_a_user_but_the_one_who_asks(
     def fail(*_: object) -> None:
         raise KeyError("a\x1b[1m\nb")
 
-    monkeypatch.setattr(cli, "open_backend", fail)
+    monkeypatch.setattr(locate, "open_backend", fail)
     assert cli.main(["list"]) == 3
     said = capsys.readouterr().err
     assert said.startswith("qvm-forward: this is a fault of qvm-forward itself (KeyError: 'a\\x1b[1m\\nb'); ")
@@ -252,6 +276,6 @@ def test_what_the_operating_system_refuses_has_its_sentence(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/somewhere")
 
-    monkeypatch.setattr(cli, "open_backend", refuse)
+    monkeypatch.setattr(locate, "open_backend", refuse)
     assert cli.main(["list"]) == 1
     assert capsys.readouterr().err == "qvm-forward list: /somewhere: Permission denied\n"

@@ -11,13 +11,16 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from qubes_fwd_qrexec.admin.locate import open_backend
+from qubes_fwd_qrexec.admin import locate
 from qubes_fwd_qrexec.common.errors import ForwardError, UsageError
 
 from . import parser
 from .tables import Style, escaped
+
+if TYPE_CHECKING:
+    from qubes_fwd_qrexec.admin.backend import Backend
 
 _FAULT = 3
 _TRACE = "QVM_FORWARD_TRACE"
@@ -61,10 +64,12 @@ def run(
     out: TextIO,
     err: TextIO,
     style: Style,
+    backend: "Backend | None" = None,
 ) -> int:
     """One command, with everything that it may look at given; returns the exit status.
 
-    Raises `SystemExit` for what argparse settles itself: usage errors, --help and --version.
+    Without ``backend`` the system is the one that the command line or ``environ`` names. Raises `SystemExit`
+    for what argparse settles itself: usage errors, --help and --version.
     """
     if argv[:1] == ["__complete"]:
         from . import complete
@@ -73,13 +78,12 @@ def run(
         out.write("".join(f"{word}\n" for word in found))
         return 0
     args = parser.parse(argv)
-    from .session import (
-        Session,  # what is imported from here on, a command line that is wrong does not wait for
-    )
+    # Only now, as a wrong command line and --help need none of it.
+    from .session import Session
 
     try:
-        backend = open_backend(args.lab, environ)
-        session = Session(backend, now, environ, stdin, out, err, style, args.json, set())
+        system = backend or locate.open_backend(args.lab, environ)
+        session = Session(system, now, environ, stdin, out, err, style, args.json, set())
         return _command(args.command)(args, session)
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
