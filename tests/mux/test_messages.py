@@ -17,6 +17,10 @@ def test_streams_and_lease_say_which_side_speaks():
     assert hello("target").role is Role.TARGET
 
 
+def test_every_version_that_fits_may_be_offered():
+    assert hello("target", max_version=0xFFFF).max_version == 0xFFFF
+
+
 @pytest.mark.parametrize(
     "changes",
     [

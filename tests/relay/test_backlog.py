@@ -51,6 +51,12 @@ class Alone:
             lambda: self.told.append("failed"),
         )
 
+    def close(self) -> None:
+        self.backlog.let_go()
+        self.loop.close()
+        self.sink.close()
+        self.far.close()
+
     def hear(self, frame: bytes) -> None:
         """The peer says so."""
         list(self.connection.receive_data(frame))
@@ -76,10 +82,7 @@ class Alone:
 def alone() -> Iterator[Alone]:
     alone = Alone()
     yield alone
-    alone.backlog.let_go()
-    alone.loop.close()
-    alone.sink.close()
-    alone.far.close()
+    alone.close()
 
 
 def test_all_that_is_said_goes_out_in_its_order_whatever_one_write_takes(alone: Alone) -> None:
@@ -227,6 +230,26 @@ def test_nobody_waits_behind_those_who_have_nothing_to_send_any_more(monkeypatch
         bench.until(lambda: not bench.near.backlog.waiting)
 
 
+class Slow(socket.socket):
+    """Takes three bytes of a single buffer."""
+
+    def send(self, data: Any, *flags: int) -> int:
+        return super().send(data[:3], *flags)
+
+
+def test_a_frame_of_which_the_call_takes_a_part_at_once_is_finished_and_nothing_waits_then() -> None:
+    alone = Alone(Slow)
+    try:
+        frame = wire.data_header(1, 5) + b"hello"
+        alone.backlog.send_now(memoryview(frame))
+        assert alone.far.recv(100) == frame
+        assert alone.backlog.bytes_queued == 0
+        alone.backlog.tick()
+        assert alone.backlog.stuck_ticks == 0
+    finally:
+        alone.close()
+
+
 class Short(socket.socket):
     """The kernel has no memory for what it is sent, so many times."""
 
@@ -265,7 +288,4 @@ def test_a_shortage_of_memory_ends_no_call_and_is_waited_out(is_at_once: bool) -
         assert alone.told == []
         assert alone.backlog.is_empty
     finally:
-        alone.backlog.let_go()
-        alone.loop.close()
-        alone.sink.close()
-        alone.far.close()
+        alone.close()

@@ -188,6 +188,24 @@ def test_one_direction_goes_on_after_the_end_of_the_other(both: Both) -> None:
     assert both.far.recv(100) == b"still here"
 
 
+@pytest.mark.usefixtures("bugs_are_wanted")
+def test_a_bug_ends_the_copy_in_which_it_is_and_the_loop_goes_on() -> None:
+    class Faulty(socket.socket):
+        def send(self, *_: object) -> int:
+            raise ZeroDivisionError("a bug")
+
+    def faulty_pair() -> tuple[socket.socket, socket.socket]:
+        one, other = unix_pair()
+        return Faulty(fileno=one.detach()), other
+
+    bench = Bench(unix_pair, faulty_pair)
+    bench.far_source.send(b"x")
+    assert bench.turn_until_end() is CopyEnd.BUG
+    assert not bench.loop.watched
+    assert bench.loop.bugs.count == 1
+    bench.close()
+
+
 @EACH_KIND
 def test_a_stalled_copy_is_silent(bench: Bench) -> None:
     bench.stall()

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 from endings import MIB
-from helpers import unix_pair
+from helpers import tcp_pair, unix_pair
 from mux_bench import Joined, MuxBench, pending_bytes
 
 from qubes_fwd_qrexec.mux import ResetCode
@@ -139,6 +139,22 @@ def test_both_ends_of_file_and_stalled_is_no_abort_and_no_busy_loop(
     assert bench.read_to_end(stream.server) == (b"waits for credit", "EOF")
     bench.until(lambda: len(stream.ends) == 2)
     assert set(stream.ends.values()) == {LegEnd.DONE}
+
+
+def test_the_socket_buffer_of_a_stream_that_moves_much_grows(bench: MuxBench) -> None:
+    client, near = bench.open()
+    bench.until(lambda: bench.far_owner.requested)
+    server, connected = tcp_pair()
+    far = bench.far.accept(bench.far_owner.requested[0].stream_id, connected)
+    assert far is not None
+    with client, server:
+        before = connected.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        for _ in range(16):
+            client.send(bytes(16384))
+            bench.read(server, 16384)
+        assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > before
+        near.abort_from_here()
+        bench.until(lambda: far.ended is not None)
 
 
 def test_credit_for_what_has_ended_changes_nothing(bench: MuxBench, stream: Joined) -> None:

@@ -229,6 +229,14 @@ def test_an_end_of_file_behind_a_failed_write_is_believed_only_after_a_fin(
     assert stream.ends == {"near": LegEnd.REMOTE_RESET, "far": LegEnd.LOCAL_RESET}
 
 
+def test_a_write_that_fails_after_the_local_fin_is_an_abort_at_once(bench: MuxBench, stream: Joined) -> None:
+    half_close(stream.server)
+    assert bench.read_to_end(stream.client) == (b"", "EOF")
+    stream.far.broken(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert stream.ends["far"] is LegEnd.LOCAL_RESET
+    assert bench.loop.bugs.count == 0
+
+
 def test_both_have_ended_and_a_byte_is_lost_is_no_clean_end(bench: MuxBench, stream: Joined) -> None:
     half_close(stream.client)
     bench.until(lambda: stream.far.has_eof)
