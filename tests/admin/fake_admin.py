@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
+from queue import SimpleQueue
 from tempfile import TemporaryFile
 from threading import Event
 from types import ModuleType
@@ -66,6 +67,10 @@ class PermissionDenied(Exception):  # noqa: N818
     pass
 
 
+# docs/facts.md, Q5.
+_CALLS_MAX = 9
+
+
 class Called(NamedTuple):
     dest: str
     method: str
@@ -87,6 +92,7 @@ class FakeProcess:
 
     def __init__(self, status: int | None, says: bytes) -> None:
         self._status = status
+        self.is_closed = False
         self._is_over = Event()
         self._ends: list[int] = []
         self.is_killed = False
@@ -108,6 +114,7 @@ class FakeProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.is_closed = True
         self.stdout.close()
         self.stdin.close()
         self.wait()
@@ -260,6 +267,9 @@ class FakeQubes:
         self.says: dict[tuple[str, str], bytes] = {}
         """What qubes answer to which calls; they lack every other service."""
         self.process: FakeProcess | None = None
+        """The last call's."""
+        self.processes: list[FakeProcess] = []
+        self.started: SimpleQueue[FakeProcess] = SimpleQueue()
         self.fails: Callable[[Called], bytes | None] = lambda called: None
 
     def qubesd_call(
@@ -304,12 +314,16 @@ class FakeQubes:
         if dest not in self.lab.qube_names() or not self.lab.qube(dest).is_running:
             raise QubesVMNotRunningError(f"{dest} is not running")
         self.services.append((dest, service))
+        if sum(not process.is_closed for process in self.processes) >= _CALLS_MAX:
+            unexpected("so many calls at once, of which some would fail")
         if is_asked:
             says = self.says.get((dest, service))
             self.process = FakeProcess(127 if says is None else self.status, says or b"")
         else:
             answer = b"version=1 ended=1 draining=0\n" if self.status == 0 else b""
             self.process = FakeProcess(self.status, answer)
+        self.processes.append(self.process)
+        self.started.put(self.process)
         return self.process
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
+from threading import Semaphore
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
@@ -22,7 +23,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from . import policyapi
 from .errors import WHO_MAY, asking_qubesd, how_to_allow
-from .reading import Reader
+from .reading import CALLS_AT_ONCE, Reader
 
 # Root and the group qubes can write there, in dom0 (qubes-core-admin linux/system-config/tmpfiles-qubes.conf)
 # and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
@@ -34,6 +35,9 @@ _WATCH_TIMEOUT_S = 1.0
 
 class QubesStore:
     """Each call has an app of its own: what one remembers is not renewed, nor meant for several threads."""
+
+    def __init__(self) -> None:
+        self._room = Semaphore(CALLS_AT_ONCE)
 
     def _open_app(self) -> Any:
         import qubesadmin
@@ -70,20 +74,21 @@ class QubesStore:
         self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
     ) -> bytes:
         try:
-            with asking_qubesd(service, qube, self._here):
-                process = self._open_app().run_service(
-                    qube,
-                    service,
-                    # A management qube cannot choose; there the policy's user= does.
-                    user="user" if self._here is None else None,
-                    autostart=False,
-                    stdin=PIPE,
-                    stdout=PIPE,
-                    stderr=DEVNULL,
-                    # Ctrl-C in a terminal is for us, and we end the call.
-                    start_new_session=True,
-                )
-            return read_answer(process, given, max_bytes, f"{service} in {qube}", timeout_s)
+            with self._room:
+                with asking_qubesd(service, qube, self._here):
+                    process = self._open_app().run_service(
+                        qube,
+                        service,
+                        # A management qube cannot choose; there the policy's user= does.
+                        user="user" if self._here is None else None,
+                        autostart=False,
+                        stdin=PIPE,
+                        stdout=PIPE,
+                        stderr=DEVNULL,
+                        # Ctrl-C in a terminal is for us, and we end the call.
+                        start_new_session=True,
+                    )
+                return read_answer(process, given, max_bytes, f"{service} in {qube}", timeout_s)
         except AnswerError as error:
             if error.status != REFUSED or self._here is None:
                 raise

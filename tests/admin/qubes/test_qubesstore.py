@@ -24,6 +24,7 @@ from qubes_fwd_qrexec.lab.qube import QubeState
 
 WORK = QubeName("work")
 SERVICE = REVOKE_SERVICE
+BOUND_S = 60.0
 
 
 @pytest.fixture
@@ -91,6 +92,18 @@ def test_calls_of_several_threads_are_awaited_at_once_and_share_no_app(
         assert list(pool.map(lambda _: call(store), range(4))) == [ANSWER] * 4
     assert dom0.services == [(WORK, SERVICE)] * 4
     assert len(opened) >= 4
+
+
+def test_no_more_calls_are_made_at_once_than_qubes_has_room_for(store: QubesStore, dom0: FakeQubes) -> None:
+    dom0.status = None
+    with ThreadPoolExecutor(24) as pool:
+        asked = [pool.submit(store.ask, WORK, SERVICE, 100, BOUND_S) for _ in range(24)]
+        for _ in range(3):
+            for process in [dom0.started.get(timeout=BOUND_S) for _ in range(8)]:
+                process.kill()
+        for one in asked:
+            with pytest.raises(AnswerError, match="exit status -9"):
+                one.result(BOUND_S)
 
 
 def test_a_halted_qube_is_not_started_by_a_call(store: QubesStore, lab: LabDirectory) -> None:
