@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The program of the exposed qube: configuration in, listening sockets out.
+"""The program of the exposed qube: it listens where its configuration says.
 
-It keeps what is open equal to what the configuration says, and says so in the log. It decides nothing
-about who may reach which target: dom0 judges every call. Reloading closes what is gone, opens what is
-new, and touches no connection of what stays.
+It keeps the open forwards equal to the configuration, and logs every change. It decides nothing about who
+may reach which target: dom0 judges every call. Reloading closes what is gone, opens what is new, and does
+not touch connections of what stays.
 """
 
 import logging
@@ -44,14 +44,14 @@ from .system.notify import notify, reloading
 
 _logger = logging.getLogger(__name__)
 
-# How soon a change of the configuration, or an expiry, is noticed.
+# How soon it notices a change of the configuration, or an expiry.
 LOOK_S = 0.5
-# systemd's own TimeoutStopSec is 90 s; connections that still live after this are aborted.
+# Connections that still live after this are aborted; systemd's default TimeoutStopSec is 90 s.
 DRAIN_S = 60.0
 
 
 class Listener:
-    """All forwards of this qube. `run` is the whole of its life."""
+    """All forwards of this qube, open while `run` runs."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class Listener:
         status_dir: Path | None = None,
         supervisor: Supervisor | None = None,
     ) -> None:
-        """``is_whole``: start with every port of the first configuration or not at all.
-
-        ``forwards``: those that are open. ``process``: what the connections of all of them count against.
+        """``is_whole``: start with every port of the first configuration, or not at all.
 
         ``supervisor``: once the ports are closed another listener may have them, and this one drains alone.
+
+        The attribute ``forwards`` has the open ones; all their connections count against ``process``.
         """
         self.source = source
         self._qrexec_client = qrexec_client
@@ -88,7 +88,7 @@ class Listener:
         self.process = Process(connections_max)
         self.forwards: dict[tuple[QubeName, RuleName], OpenForward] = {}
         self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
-        # dom0 takes away what is over: what is still there, dom0 takes for open.
+        # Configured but over by our clock: dom0 removes what is over, so it still considers these open.
         self._over: dict[str, str] = {}
         self._draining = Draining()
         self._unopened = Unopened()
@@ -104,15 +104,15 @@ class Listener:
 
     @property
     def problems(self) -> dict[str, str]:
-        """Why each entry, by its key, is not served as it asks for; and why the source cannot be read."""
+        """Why entries, by their keys, are not served as configured; and why the source cannot be read."""
         lost = {} if self.source.problem is None else {str(self.source): self.source.problem}
         return lost | self._refused | self._unopened.problems | self._over
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until `stop`; reports started once the ports of the first configuration are open.
 
-        Raises `ConfigError` when the source cannot be read, and `BindError` when it ``is_whole`` and a port
-        of the first configuration cannot be opened.
+        Raises `ConfigError` if the source cannot be read, and `BindError` if it ``is_whole`` and a port of
+        the first configuration cannot be opened.
         """
         async with (
             open_relay_thread(self.bugs) as relays,
@@ -143,27 +143,29 @@ class Listener:
         self._reconcile(self.source.read(), is_whole=self._is_whole)
         self._is_running = True
         task_status.started()
-        told = self._status()
-        notify("READY=1", f"STATUS={told}")
+        last = self._status()
+        notify("READY=1", f"STATUS={last}")
         while not self._stopping.is_set():
             with trio.move_on_after(LOOK_S):
                 await self._stopping.wait()
                 break
             self.look()
-            if (status := self._status()) != told:
-                told = status
+            if (status := self._status()) != last:
+                last = status
                 notify(f"STATUS={status}")
         notify("STOPPING=1", "STATUS=closed, connections may finish")
 
     def _status(self) -> str:
-        """One line for the service manager: what is open, and the entries that are not as they ask for."""
+        """One line for the service manager: what is open, and the entries that are not served as
+        configured."""
         problems = ", ".join(sorted(self.problems))
         return one_line(
             f"{len(self.forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
         )
 
     async def follow_supervisor(self) -> None:
-        """Abort everything when the supervisor has died: the next listener could not have the ports."""
+        """Abort everything when the supervisor has died: otherwise the next listener could not get the
+        ports."""
         if self._supervisor is not None:
             await self._supervisor.lost()
             _logger.error("the process that started this listener has died")
@@ -171,13 +173,13 @@ class Listener:
             self.stop()
 
     async def _watch_while_draining(self) -> None:
-        """Who may go on to the end of the drain may do so only while dom0 says so."""
+        """Go on following the configuration: dom0 may still end connections during the drain."""
         while True:
             await trio.sleep(LOOK_S)
             self.look()
 
     def look(self) -> None:
-        """Do what is due: what has expired ends, what has changed is taken up, what failed is tried again."""
+        """Do what is due: end what has expired, reload what has changed, try again what failed."""
         self._end_expired()
         self._draining.look()
         if (now := self.source.stamp()) != self._stamp:
@@ -187,15 +189,15 @@ class Listener:
             self._try_to_open(name, config)
 
     def stop(self) -> None:
-        """Listen no more and let connections finish for a while; called again: abort them now."""
+        """Stop listening and let connections finish for a while; called again, abort them now."""
         if self._stopping.is_set() and self._is_running:
             self._means.tasks.cancel_scope.cancel()
         self._stopping.set()
 
     def reload(self) -> None:
-        """Make what is open what the configuration says now; what is wrong in it stays as it was."""
+        """Make the open forwards equal to the configuration; a bad entry leaves its forward as it was."""
         if not self._is_running:
-            return  # it is read at the start
+            return  # `run` reads it first
         if not self._stopping.is_set():
             notify(*reloading())
         try:
@@ -207,7 +209,7 @@ class Listener:
                 notify("READY=1")
 
     def report(self) -> ListenerReport:
-        """How everything is now, for whoever asks."""
+        """The status of everything now."""
         forwards = [forward for _, forward in sorted(self.forwards.items())]
         problems = sorted(self.problems.items())
         return ListenerReport(
@@ -220,17 +222,14 @@ class Listener:
         )
 
     async def try_out(self, untrusted_key: str) -> Trial:
-        """Send a connection through a forward. Raises `ConfigError` or `TextError` for what is none."""
+        """Send a connection through a forward. Raises `ConfigError` or `TextError` for a bad key."""
         forward = self.forwards.get(parse_key(untrusted_key))
         if forward is None:
             return Trial(Answer.FAILED, "", one_line(f"{untrusted_key} is not open here"))
         return await try_out(forward.config, self._means.transports)
 
     def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
-        """Close what is gone, then open what is new. A bad entry is refused alone, and named.
-
-        Once it is to stop, nothing opens any more.
-        """
+        """Close what is gone, then open what is new, unless the listener stops. A bad entry is logged."""
         wanted = dict(found.forwards)
         self._unopened.forget_all()
         self._refused = {key: str(error) for key, error in sorted(found.errors.items())}
@@ -255,7 +254,7 @@ class Listener:
                 self._try_to_open(name, config)
 
     def _try_to_open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
-        """Now, or later if it cannot be bound now."""
+        """Open a forward now, or try again later if its ports cannot be bound."""
         if self._stopping.is_set() or self._is_expired(config):
             self._unopened.forget(name)
             return
@@ -274,8 +273,8 @@ class Listener:
             return None
 
     def _hand_over(self, wanted: dict[tuple[QubeName, RuleName], ListenerConfig]) -> None:
-        """Let all ports go that are given up, before any is opened: another forward may take one, or the same
-        forward by another address."""
+        """Close all ports that are given up before any is opened: another forward may take one, or the same
+        forward at another address."""
         for name, forward in self.forwards.items():
             forward.give_up(wanted[name])
 
@@ -295,7 +294,7 @@ class Listener:
         _logger.info("closed: %s: %s", forward, why)
 
     def _is_expired(self, config: ListenerConfig) -> bool:
-        """Also when the wall clock has been set back since it was found over."""
+        """Whether it has expired, even if the wall clock has been set back since."""
         return (config.target, config.name, config.expire) in self._expired or Expiry(config.expire).is_over()
 
     def _end_expired(self) -> None:

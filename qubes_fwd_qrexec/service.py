@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The program of the target: a qrexec call's argument in, a connection to the target's own server out.
+"""The program of the target: it connects a qrexec call to the port of the target that its argument names.
 
-An argument that is not exactly a port is refused with exit status 2 before a byte is read.
+An invalid argument is refused with exit status 2 before any byte is read.
 
-The agent starts this program for each call, with two sockets as stdin and stdout, and reads its exit
-status. It uses no trio: importing it would take longer than all else that is done for a connection.
+The agent starts this program for each call, with two sockets as stdin and stdout, and reads its exit status.
+It does not use trio: importing that would take longer than everything else that is done for a connection.
 """
 
 import contextlib
@@ -33,15 +33,15 @@ from .target.localserver import HALF_CLOSE_S, ServiceError, connect, parse_argum
 from .target.permissionwatch import PermissionWatch, called_on_signals
 from .target.revocation import LOOK, Permission, RevokedError, permitted
 
-# Arguments come from another qube, and this goes to a log.
+# Messages quote arguments of another qube, and go to a log.
 _MESSAGE_MAX = 200
 
 
 class _Joined:
-    """A call's two sockets and the server's one, joined until both directions are over.
+    """A call's two sockets joined with the server's one, until both directions have ended.
 
-    A clean end passes on as a half-close, and is told on ``outlet``. The server's abort becomes an exit
-    status, since qrexec has no other way to tell; the caller's abort cannot be told from a clean end
+    A clean end is passed on as a half-close, and reported on ``outlet``. An abort of the server becomes an
+    exit status, as qrexec has no other way to pass it on; an abort of the caller looks like a clean end
     (libqrexec/remote.c).
     """
 
@@ -69,13 +69,13 @@ class _Joined:
         relay.start(self._down, self._download_ended)
 
     def run(self) -> int:
-        """Until both directions are over, or one of them is aborted; the exit status that tells."""
+        """Run until both directions have ended or one is aborted. Returns the exit status."""
         with called_on_signals(self._loop, {LOOK: self._watch.look}, self._failed):
-            self._watch.look()  # at what dom0 has said before anybody could be called back
+            self._watch.look()  # dom0 may have said something before the signals had handlers
             while self._open and self._status is None:
                 self._loop.run_once()
         if self._status is None and self._has_lost:
-            self._status = ExitStatus.SERVER_RESET  # it ended its side first, and took no more
+            self._status = ExitStatus.SERVER_RESET  # it ended its side first, and then took no more
         if self._status is None:
             close_cleanly(self._server)
             return os.EX_OK
@@ -89,7 +89,7 @@ class _Joined:
         self._status = ExitStatus.REVOKED
 
     def _look_at_upload(self) -> None:
-        """The server has ended its side. From then on the agent has no sign left by which to end the call."""
+        """The server has ended its side. From then on the agent has no way left to end the call."""
         quiet_s = time.monotonic() - max(self._up.moved_at, self._down_over_at)
         if quiet_s >= HALF_CLOSE_S:
             self._failed()
@@ -103,7 +103,7 @@ class _Joined:
         elif how is not CopyEnd.SINK_BROKEN:
             self._status = ExitStatus.TROUBLE
         else:
-            self._has_lost = True  # what the server had sent before is still delivered
+            self._has_lost = True  # what the server sent before is still delivered
 
     def _download_ended(self, how: CopyEnd) -> None:
         self._open -= 1
@@ -126,18 +126,18 @@ def _standard_socket(fd: int) -> socket.socket:
         )
     sock = socket.socket(fileno=os.dup(fd))
     with open(os.devnull, "r+b", buffering=0) as nothing:
-        os.dup2(nothing.fileno(), fd)  # else the next socket would have its number
+        os.dup2(nothing.fileno(), fd)  # otherwise the next socket would get its number
     sock.setblocking(False)
     return sock
 
 
 def _count_bug() -> None:
-    """Where dom0 is told of it when it asks."""
+    """Count a bug where `statusservice` finds it."""
     leave_bug(directory())
 
 
 def _serve_call(arguments: list[str]) -> int:
-    """Serve one call: its argument is the only one, stdin and stdout are its sockets."""
+    """Serve one call, whose argument is the only one, and whose sockets are stdin and stdout."""
     outlet = Outlet()
     try:
         request = parse_argument(arguments[0] if len(arguments) == 1 else "")
@@ -147,31 +147,31 @@ def _serve_call(arguments: list[str]) -> int:
         stdin, stdout = _standard_socket(0), _standard_socket(1)
         calls = Calls(request.ports, caller)
         start = call_start(agent_pid(), stdin)
-        signal.signal(LOOK, signal.SIG_IGN)  # until there is a loop, which looks first of all
+        signal.signal(LOOK, signal.SIG_IGN)  # until there is a loop, which looks first
         if request.is_mux:
-            from .target import muxservice  # a call for one connection starts faster without
+            from .target import muxservice  # a call for one connection starts faster without it
 
             return muxservice.serve(calls, start, stdin, stdout)
         with permitted(Kind.SINGLE, calls, start, directory()) as permission:
             return _Joined(stdin, stdout, connect(request.ports.first), permission, outlet).run()
     except ServiceError as error:
-        return _told(outlet, error, error.status)
+        return _refuse(outlet, error, error.status)
     except RevokedError as error:
-        return _told(outlet, error, ExitStatus.REVOKED)
+        return _refuse(outlet, error, ExitStatus.REVOKED)
     except (RevocationError, CallStartError, TextError) as error:
-        return _told(outlet, error, ExitStatus.TROUBLE)
-    except Exception as bug:  # noqa: BLE001 - the caller is told that it failed, and nothing of us
+        return _refuse(outlet, error, ExitStatus.TROUBLE)
+    except Exception as bug:  # noqa: BLE001 - the caller only learns that it failed
         Bugs(_count_bug).note(bug)
         return ExitStatus.TROUBLE
 
 
-def _told(outlet: Outlet, error: Exception, status: ExitStatus) -> int:
-    outlet.say(f"{FORWARD_SERVICE}: {error}"[:_MESSAGE_MAX])  # to the caller, who need not listen
+def _refuse(outlet: Outlet, error: Exception, status: ExitStatus) -> int:
+    outlet.say(f"{FORWARD_SERVICE}: {error}"[:_MESSAGE_MAX])  # for the caller, if it reads stderr
     return status
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One call's service, or with ``--socket`` or ``--activated`` the server for all of them."""
+    """Serve one call, or with ``--socket`` or ``--activated`` all calls. Returns the exit status."""
     start_clean()
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0].startswith("--"):

@@ -262,7 +262,7 @@ def test_a_call_that_dom0_has_taken_back_before_it_began_reaches_no_server(
         called = Called(argument)
         status, stderr = called.end()
         assert status == ExitStatus.REVOKED
-        assert "dom0 has taken back" in stderr
+        assert "dom0 no longer allows" in stderr
         called.close()
     server.setblocking(False)
     with pytest.raises(BlockingIOError):

@@ -210,7 +210,7 @@ async def test_a_mux_call_that_comes_while_it_ends_is_refused(
         qrexec.server.stop()
         await call.send_all(b" sys-net\0")
         assert await read_all(call) == b""
-        assert "comes too late" in caplog.text
+        assert "came too late" in caplog.text
 
 
 @contextmanager

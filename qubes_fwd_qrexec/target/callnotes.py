@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Each living call of our service leaves a note, by which dom0 finds it: an empty file whose name says all.
+"""Each live call of our service has a note, by which dom0 finds it: an empty file whose name says everything.
 
-    KIND+PORTS+SOURCE+PID.NUMBER+BEGAN+UNTIL
+    KIND+PORTS+CALLER+PID.NUMBER+BEGAN+UNTIL
 
-The process that serves the call holds a lock on the note for as long as the call lives. So a note that
-outlived a crash is known for what it is, and never taken for another process of the same number. All is in
-the name, since a file without contents needs no room where none is left, and a rename changes it at once.
+The process that serves the call holds a lock on the note for as long as the call lives. So a note that was
+left by a crash is recognized, and never mistaken for that of another process with the same PID. Everything
+is in the name, because an empty file can be made on a full disk, and renaming it changes everything at once.
 """
 
 import fcntl
@@ -24,19 +24,19 @@ from qubes_fwd_qrexec.common.values import TargetPorts, parse_number, parse_qube
 
 from .callstart import CallStart
 
-# Made by the package (tmpfiles.d), for the user that qrexec services run as; a lab names another.
+# Made by the package (tmpfiles.d), for the user that qrexec services run as; a lab sets another one.
 DIRECTORY = "/run/qubes-forward"
 DIRECTORY_VARIABLE = "QUBES_FORWARD_RUN_DIR"
-# What anybody else may not do to the directory: a foreign note could name any process of ours.
+# Nobody else may write to the directory: a foreign note could name any process of ours.
 _WRITABLE_TO_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-# Notes come and go while somebody looks; more often than this, he sees what he sees.
+# Notes come and go during a look, so it is repeated until it sees a consistent state, or this many times.
 _PASSES_MAX = 50
-# Never wait for what is no file: opening a FIFO would.
+# Never block on something that is not a file: opening a FIFO would.
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class RevocationError(ForwardError):
-    """A call cannot be noted, or dom0 has ended it, or could not end it."""
+    """A call cannot have a note, dom0 has ended it, or dom0 could not end it."""
 
 
 class Kind(StrEnum):
@@ -48,10 +48,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One living call: what it is, which process serves it, and when dom0 allowed it.
+    """One live call: what it is, which process serves it, and when dom0 allowed it.
 
-    ``number`` tells the calls of one process apart. ``began`` and ``until`` are ticks of the kernel
-    (`callstart`); ``until`` is when a call that drains is cut, 0 for one that does not.
+    ``number`` tells the calls of one process apart. ``began`` and ``until`` are in kernel ticks
+    (`callstart`); ``until`` is when a draining call is cut, and 0 for one that does not drain.
     """
 
     kind: Kind
@@ -63,7 +63,7 @@ class Note:
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
-        """None for the name of any other file."""
+        """Parse the name of a note; None for any other name."""
         try:
             kind, ports, caller, process, began, until = name.split("+")
             pid, number = process.split(".")
@@ -80,36 +80,36 @@ class Note:
 
 
 class HeldNote:
-    """A note of this process, there as long as the call lives."""
+    """A note of this process, which exists as long as the call lives."""
 
     def __init__(self, note: Note, place: Path) -> None:
         self.note = note
         self.place = place
 
     def set_until(self, until: int) -> None:
-        """Say when the call is cut, or with 0 that it does not drain. Raises OSError."""
+        """Set when the call is cut, in kernel ticks; 0 if it does not drain. Raises OSError."""
         note = replace(self.note, until=until)
         (self.place / str(self.note)).rename(self.place / str(note))
         self.note = note
 
 
 def directory() -> Path:
-    """Where this qube's calls leave their notes."""
+    """The directory with the notes of this qube's calls."""
     return Path(os.environ.get(DIRECTORY_VARIABLE, DIRECTORY))
 
 
 @contextmanager
 def left_note(kind: Kind, calls: Calls, start: CallStart, place: Path, number: int = 0) -> Iterator[HeldNote]:
-    """Leave a note about a call of this process for as long as the block runs.
+    """Keep a note of a call of this process for as long as the block runs.
 
-    Nothing of it is left behind where that fails. Raises `RevocationError`: a call that could not be ended
-    must not be.
+    Raises `RevocationError` if it cannot be made, and leaves nothing behind then: the call must not be
+    served, as dom0 could not end it.
     """
     held = HeldNote(Note(kind, calls, os.getpid(), number, start.boot_ticks), place)
     with ExitStack() as undo:
         try:
             check_place(place)
-            # Locked before it is seen: who finds a note that nobody holds takes it for a dead one's.
+            # Locked before anybody can see it, as a note without a lock counts as left by a crash.
             hidden = place / f".{held.note}"
             fd = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN, 0o600)
             undo.callback(os.close, fd)
@@ -129,7 +129,7 @@ def _remove(held: HeldNote) -> None:
 
 
 def living(place: Path) -> list[Note]:
-    """The notes of calls that live now; what dead ones have left is removed. Raises `RevocationError`."""
+    """Return the notes of live calls, and remove those left by crashes. Raises `RevocationError`."""
     notes: list[Note] = []
     for _ in range(_PASSES_MAX):
         notes = []
@@ -137,7 +137,7 @@ def living(place: Path) -> list[Note]:
         try:
             names = os.listdir(place)
         except FileNotFoundError:
-            return []  # there never was a call
+            return []  # no call yet
         except OSError as error:
             raise RevocationError(f"{place}: {error.strerror}") from error
         for name in names:
@@ -148,16 +148,16 @@ def living(place: Path) -> list[Note]:
                 if is_held(place / name):
                     notes.append(note)
             except FileNotFoundError:
-                is_whole = False  # its call has ended, or drains since and has another name now
+                is_whole = False  # its call has ended, or has begun to drain, which changes the name
         if is_whole:
             break
     return notes
 
 
 def is_held(path: Path) -> bool:
-    """Whether a living process holds the note; that of a dead one is removed. Raises FileNotFoundError.
+    """Whether a live process holds the note; if not, the note is removed. Raises FileNotFoundError.
 
-    What is no file of this user is nobody's note, and stays.
+    Something that is no file of this user is no note, and stays.
     """
     try:
         fd = os.open(path, os.O_RDONLY | _OPEN)
@@ -169,7 +169,7 @@ def is_held(path: Path) -> bool:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return False
-        # Shared, for two who look at once would take each other for the note's process.
+        # A shared lock: two processes that look at once must not take each other for the note's holder.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -185,7 +185,7 @@ def is_held(path: Path) -> bool:
 def check_place(place: Path) -> None:
     """Make the directory if it is missing.
 
-    Raises OSError, or `RevocationError` unless it is there and ours alone.
+    Raises `RevocationError` unless it is there and only we can write to it, and OSError.
     """
     try:
         with suppress(FileExistsError):

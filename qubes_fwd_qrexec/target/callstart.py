@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When dom0 said yes to a call, as its target knows it: when the agent's process for the call began.
+"""When dom0 allowed a call, as far as its target can know: when the agent's process for the call began.
 
-That the service of the call starts says little: before the agent starts it, it shakes hands with the
-calling qube, which may take as long as it likes (qubes-core-qrexec agent/qrexec-agent-data.c). The agent's
-process is forked when dom0's word comes. ``QREXEC_AGENT_PID`` names it to an executable service, and the
-kernel to a socket service, as the peer of the connection.
+The start of the service says little: before the agent starts it, it does a handshake with the calling qube,
+which can delay it as long as it likes (qubes-core-qrexec agent/qrexec-agent-data.c). But the agent forks its
+process when dom0's message arrives. An executable service learns the process from ``QREXEC_AGENT_PID``, and a
+socket service from the kernel, as the peer of the connection.
 
-It counts in the kernel's ticks of `CLOCK_BOOTTIME`, rounded down, as /proc does. Doubt is an error: a call
-of which nobody knows when dom0 allowed it is refused.
+Times are in kernel ticks of `CLOCK_BOOTTIME`, rounded down, as in /proc. A call is refused if it is not
+certain when dom0 allowed it.
 """
 
 import os
@@ -31,44 +31,44 @@ _PEER_CREDENTIALS = struct.Struct("iII")
 
 
 class CallStartError(ForwardError):
-    """Nobody can tell when dom0 allowed the call."""
+    """It is unknown when dom0 allowed the call."""
 
 
 class CallStart(NamedTuple):
-    """The same moment by two clocks: the second one does not run while the machine is suspended."""
+    """The same moment by two clocks, of which the second stops while the machine is suspended."""
 
     boot_ticks: int
     monotonic_s: float
 
 
 def boot_ticks() -> int:
-    """Now."""
+    """The time now, in kernel ticks."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S)
 
 
 def agent_pid() -> int:
-    """The process of the agent that has started this one. Raises `CallStartError`."""
+    """The PID of the agent's process that started this one. Raises `CallStartError`."""
     text = os.environ.get(AGENT_PID_VARIABLE, "")
     try:
         return parse_number(text)
     except TextError:
-        raise CallStartError(f"{AGENT_PID_VARIABLE} is {text!a}, and not the agent's process") from None
+        raise CallStartError(f"{AGENT_PID_VARIABLE} is {text!a} instead of the agent's PID") from None
 
 
 def peer_pid(call: socket.socket) -> int:
-    """The process that has connected to a socket service. Raises `CallStartError`."""
+    """The PID of the process that connected to a socket service. Raises `CallStartError`."""
     try:
         raw = call.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     except OSError as error:
-        raise CallStartError(f"nobody knows who calls: {error.strerror}") from error
+        raise CallStartError(f"the calling process is unknown: {error.strerror}") from error
     return int(_PEER_CREDENTIALS.unpack(raw)[0])
 
 
 def call_start(agent: int, call: socket.socket) -> CallStart:
-    """When the agent's process for ``call`` began. Raises `CallStartError`, also where the call is over.
+    """When the agent's process for ``call`` began. Raises `CallStartError`, also if the call is over.
 
-    ``call`` is the socket by which it sends to us: as long as its other end is open, the number is still that
-    of the agent's process and not another one's.
+    ``agent`` is its PID. ``call`` is the socket on which it sends to us: as long as the other end is open,
+    the PID still belongs to the agent's process.
     """
     try:
         with (_PROC / str(agent) / "stat").open("rb") as file:
@@ -76,11 +76,11 @@ def call_start(agent: int, call: socket.socket) -> CallStart:
         began = int(text.rpartition(")")[2].split()[_START_TIME_AFTER_NAME])
     except (FileNotFoundError, ProcessLookupError):
         raise CallStartError(
-            f"the agent's process {agent} cannot be seen, so nobody knows when dom0 allowed this call; "
+            f"the agent's process {agent} cannot be seen, so it is unknown when dom0 allowed this call; "
             "is /proc mounted with hidepid?"
         ) from None
     except (OSError, ValueError, IndexError) as error:
-        raise CallStartError(f"when the agent's process {agent} began: {why(error)}") from error
+        raise CallStartError(f"cannot read when the agent's process {agent} began: {why(error)}") from error
     now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     monotonic_s = time.monotonic()
     if _is_over(call):
@@ -88,7 +88,7 @@ def call_start(agent: int, call: socket.socket) -> CallStart:
     age_s = now_s - began / TICKS_PER_S
     if age_s < 0:
         raise CallStartError(f"the agent's process {agent} begins in the future")
-    # Where the machine was suspended in between, the lease is shorter for it and never longer.
+    # If the machine was suspended in between, this makes the lease shorter, never longer.
     return CallStart(began, monotonic_s - age_s)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The target's own server: which port a call may reach, and a connection to it.
 
-The argument alone says what may be reached, so that dom0's policy covers it: ``8080`` is port 8080 of
-127.0.0.1, or of ::1 where 127.0.0.1 refuses, and nothing else.
+The call's argument alone determines what it can reach, so that dom0's policy covers it: ``8080`` is port
+8080 of 127.0.0.1, or of ::1 if 127.0.0.1 refuses, and nothing else.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from qubes_fwd_qrexec.relay.copy import abort, abort_by_default, keep_urgent_byt
 from qubes_fwd_qrexec.relay.socketbuffers import limit_segments, set_size
 from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
 
-# Where a server in the target may listen; tried in this order, and nowhere else.
+# The addresses of a server in the target, in the order in which they are tried.
 LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 # docs/behaviours.md, 22: how long a server may take to accept.
 CONNECT_TIMEOUT_S = 10.0
 # docs/behaviours.md, 9: for a single call whose server has ended its side, once nothing moves any more.
 # The listener allows less, so the listener ends such a connection if it can.
 HALF_CLOSE_S = 900.0
-# docs/behaviours.md, 17: what the kernel holds for a server in each direction, as it counts (it doubles the
-# number). On loopback an answer comes within a tenth of a ms, so this is no bound to anything but memory.
+# docs/behaviours.md, 17: what the kernel holds for a server in each direction (it doubles the number). On
+# loopback an answer takes less than a tenth of a millisecond, so this limits memory and not speed.
 BUFFER_BYTES = 131_072
 
 
 class ServiceError(ForwardError):
-    """The call cannot be served; ``status`` is what the caller's qrexec client will exit with."""
+    """The call cannot be served; ``status`` is the exit status of the caller's qrexec-client-vm."""
 
     def __init__(self, status: ExitStatus, text: str) -> None:
         super().__init__(text)
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 def parse_argument(untrusted_argument: str) -> Request:
-    """``PORT``, ``PORT+mux`` or ``PORT-PORT+mux``; else `ServiceError` with exit status 2 is raised."""
+    """Parse ``PORT``, ``PORT+mux`` or ``PORT-PORT+mux``. Raises `ServiceError` with exit status 2."""
     untrusted_ports, plus, untrusted_kind = untrusted_argument.partition("+")
     try:
         if not plus:
@@ -62,7 +62,10 @@ def parse_argument(untrusted_argument: str) -> Request:
 
 
 def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
-    """A non-blocking connection to the target's own server. Raises `ServiceError`."""
+    """Connect to the target's own server within ``timeout_s`` seconds. Raises `ServiceError`.
+
+    The socket is non-blocking, and closing it aborts the connection until `close_cleanly`.
+    """
     deadline = time.monotonic() + timeout_s
     trouble: OSError | None = None
     for family, host in LOCALHOSTS:
@@ -99,8 +102,8 @@ def new_socket(family: int) -> socket.socket:
     abort_by_default(sock)
     notice_dead_peers(sock)
     keep_urgent_bytes(sock)
-    # For the port that it connects from: a server of this qube may still listen there if it sets this too, as
-    # servers do.
+    # So that a server of this qube can still listen on the port that this connects from, if it sets the
+    # option too, as servers do.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     set_size(sock, BUFFER_BYTES)
     limit_segments(sock)
@@ -108,13 +111,13 @@ def new_socket(family: int) -> socket.socket:
 
 
 def check_answered(server: socket.socket, port: int) -> None:
-    """Raises OSError unless a server has answered on ``port``; ConnectionResetError if it has aborted since.
+    """Raises OSError unless a server answered on ``port``; ConnectionResetError if it has aborted since.
 
-    Where it had sent something before its abort, that is still to be read, and no error is raised. SO_ERROR
-    is not asked: it takes the abort away, and what is read then ends as if by FIN.
+    If it sent something before its abort, that can still be read, and this raises nothing. It does not use
+    SO_ERROR, which would clear the abort, so that later reads would seem to end with FIN.
 
-    The kernel may choose the very port that is connected to as the port to connect from. Where nobody
-    listens, the connection then opens from both ends at once, and echoes: nobody has answered.
+    The kernel may choose the destination port as the source port, too. If nobody listens there, the socket
+    then connects to itself and echoes, although nobody has answered.
     """
     with contextlib.suppress(BlockingIOError):
         server.recv(1, socket.MSG_PEEK)
@@ -123,13 +126,13 @@ def check_answered(server: socket.socket, port: int) -> None:
 
 
 def prepare(server: socket.socket) -> None:
-    """Make a new connection to the server ready to be relayed."""
+    """Prepare a new connection to the server for relaying."""
     server.setblocking(False)
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def not_connected(port: int, timeout_s: float, trouble: OSError | None) -> ServiceError:
-    """Why there is no connection to the server; ``trouble`` is what the first try met."""
+    """Why there is no connection to the server; ``trouble`` is the error of the first try."""
     if isinstance(trouble, TimeoutError):
         return ServiceError(ExitStatus.SERVER_TIMEOUT, f"port {port}: no answer within {timeout_s:g} s")
     if isinstance(trouble, ConnectionResetError):

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The target's end of a mux call: streams that are asked for in, connections to its own servers out.
+"""The target's end of a mux call: it connects the streams that are asked for to the target's own servers.
 
-The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. The
-lease is kept here, whatever the other end thinks. It begins when dom0 said yes to this call, and anew with
-another call for the same ports that dom0 has allowed meanwhile. Once it is over no stream is taken, and the
-connections are cut: so what dom0 no longer allows is over within the lease, even if nobody hears of it. Only
-where dom0 has said that the mux call may drain do its connections go on, up to the deadline of that.
+The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. The lease
+is kept here, whatever the other end thinks. It begins when dom0 allows this call, and begins anew when dom0
+allows another call of the same caller for the same ports. Once it is over, the service takes no streams and
+cuts its connections. So what dom0 no longer allows is over within the lease, even if no revocation arrives.
+Only if dom0 has said that the mux call may drain do its connections go on, up to the deadline for that.
 
-SIGUSR1 says that dom0 has sent a new list of what it allows (`revocation`). SIGUSR2 that no new streams are
-to be taken. SIGTERM that every stream ends now.
+On SIGUSR1 it looks at the new list of what dom0 allows (`revocation`). On SIGUSR2 it takes no new streams. On
+SIGTERM it ends every stream now.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 from .callnotes import Kind, directory
 from .callstart import CallStart
 from .localserver import CONNECT_TIMEOUT_S, LOCALHOSTS, ServiceError, check_answered, new_socket, prepare
-from .permissionwatch import PermissionWatch, Word, called_on_signals
+from .permissionwatch import PermissionLike, PermissionWatch, called_on_signals
 from .portions import own_budget
 from .proxyheader import header
 from .revocation import LOOK, RevokedError, allowed_s, permitted
@@ -45,7 +45,7 @@ from .revocation import LOOK, RevokedError, allowed_s, permitted
 # How long dom0's answer holds (docs/behaviours.md, 53).
 LEASE_S = 300
 TAKE_NO_MORE = signal.SIGUSR2
-# How often a mux call that drains looks whether it is still meant to.
+# How often a draining mux call checks whether dom0 still lets it drain.
 _LOOK_AT_DRAIN_S = 30.0
 _REFUSALS = {
     errno.ECONNREFUSED: ResetCode.REFUSED,
@@ -56,9 +56,9 @@ _REFUSALS = {
 
 
 def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.socket) -> int:
-    """Serve a mux call over a call's two sockets; the call's exit status.
+    """Serve a mux call over its two sockets until it is over. Returns the exit status.
 
-    Raises `ServiceError`, and `RevocationError` where dom0 does not allow it any more or could not end it.
+    Raises `ServiceError`, and `RevocationError` if dom0 no longer allows the call or could not end it.
     """
     raise_descriptor_limit()
     budget = own_budget()
@@ -77,7 +77,7 @@ def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.s
 
 
 class Lease:
-    """For how long dom0's word holds: so many seconds from when it was last said (`time.monotonic`)."""
+    """Holds for ``length_s`` seconds from when dom0 last allowed the call (``said_s``, `time.monotonic`)."""
 
     def __init__(self, length_s: int, said_s: Callable[[], float]) -> None:
         self.length_s = length_s
@@ -89,7 +89,7 @@ class Lease:
 
 
 class _Connecting:
-    """A stream that was asked for, while no server has answered."""
+    """A stream that was asked for, until a server has answered."""
 
     def __init__(self, mux: Mux, event: OpenReceived, over: Callable[[int], None]) -> None:
         self._mux = mux
@@ -104,7 +104,7 @@ class _Connecting:
         self._try_next()
 
     def give_up(self) -> None:
-        """Nobody wants the stream any more; the peer is not told, for it was the peer who said so."""
+        """Stop connecting, without an answer to the peer: the stream is over."""
         self._timer.cancel()
         if self._sock is not None:
             self._mux.loop.unwatch(self._sock.fileno())
@@ -160,7 +160,7 @@ class _Connecting:
             _tell(leg, first)
 
     def _note(self, error_number: int | None) -> None:
-        """Remember why; 127.0.0.1 comes first, and what it said counts more than a missing ::1."""
+        """Remember the first reason: that of 127.0.0.1 counts more than a missing ::1."""
         if self._refusal is ResetCode.UNREACHABLE and error_number is not None:
             self._refusal = _REFUSALS.get(error_number, ResetCode.UNREACHABLE)
 
@@ -169,7 +169,7 @@ class _Connecting:
         self._refuse(ResetCode.TIMEOUT)
 
     def _fail(self) -> None:
-        """There is a bug in it."""
+        """A bug ends it."""
         if (leg := self._mux.legs.get(self._event.stream_id)) is not None:
             leg.fail()
         else:
@@ -183,7 +183,7 @@ class _Connecting:
 
 
 def _tell(leg: Leg, first: bytes) -> None:
-    """What the server is told before its client's first byte; a new socket's buffer takes it at once."""
+    """Send what the server gets before its client's first byte; a new socket's buffer takes it at once."""
     try:
         is_told = leg.sock.send(first) == len(first)
     except OSError as error:
@@ -206,7 +206,7 @@ class MuxService:
         stdin: socket.socket,
         stdout: socket.socket,
         lease: Lease,
-        permission: Word,
+        permission: PermissionLike,
         bugs: Bugs | None = None,
         budget: Budget | None = None,
     ) -> None:
@@ -228,14 +228,17 @@ class MuxService:
         self.loop.after(lease.left_s, self._look_at_lease, self.mux.fail)
 
     def run(self) -> str | None:
-        """Serve until the mux call is over and its last connection gone; why, unless it ended as agreed."""
+        """Serve until the mux call and its last connection are over.
+
+        Returns why it ended, or None if it ended as agreed.
+        """
         meanings = {
             LOOK: self.look,
             TAKE_NO_MORE: self.take_no_more,
             signal.SIGTERM: self.revoke,
         }
         with called_on_signals(self.loop, meanings, self.mux.fail):
-            self.look()  # at what dom0 has said before anybody could be called back
+            self.look()  # dom0 may have said something before the signals had handlers
             while not self.is_over or self.mux.legs:
                 self.loop.run_once()
         return self.problem
@@ -255,10 +258,10 @@ class MuxService:
         self._watch.look()
 
     def _look_at_lease(self) -> None:
-        """It is over, unless dom0 has said yes again since it began."""
+        """End the mux call if its lease is over, unless dom0 lets it drain."""
         left_s = self.lease.left_s
         if self._watch.drains:
-            left_s = max(left_s, _LOOK_AT_DRAIN_S)  # until its deadline, or until dom0 says other
+            left_s = max(left_s, _LOOK_AT_DRAIN_S)  # until its deadline, or until dom0 decides otherwise
         if left_s > 0:
             self.loop.after(left_s, self._look_at_lease, self.mux.fail)
         elif not self.is_over:
@@ -280,10 +283,10 @@ class MuxService:
             self._give_up_connecting()
             self.mux.close(code)
 
-    # What the mux call tells
+    # As the owner of the mux
 
     def ready(self) -> None:
-        """Nothing to do: the other end begins."""
+        """Nothing to do: the other end opens streams."""
 
     def open_requested(self, event: OpenReceived) -> None:
         connecting = self._connecting[event.stream_id] = _Connecting(self.mux, event, self._answered)
@@ -295,10 +298,10 @@ class MuxService:
             connecting.give_up()
 
     def refused(self, leg: Leg, code: ResetCode) -> None:
-        """Never: this end opens no streams."""
+        """Never called: this end opens no streams."""
 
     def draining(self, code: GoawayCode) -> None:
-        """The other end opens no more; the mux call closes after the last stream by itself."""
+        """Nothing to do: the mux closes by itself after the last stream."""
 
     def over(self, problem: str | None) -> None:
         self.is_over = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""In a plain loop: a call that dom0 no longer allows ends at once, and one that drains at its deadline."""
+"""Ends a call in a plain loop: at once if dom0 no longer allows it, at its deadline if it drains."""
 
 import signal
 import socket
@@ -13,8 +13,8 @@ from qubes_fwd_qrexec.relay.loop import READ, End, Loop
 _LOOK_AGAIN_S = 30.0
 
 
-class Word(Protocol):
-    """What dom0 says of a call, as `revocation.Permission` has it."""
+class PermissionLike(Protocol):
+    """What dom0 allows a call; see `revocation.Permission`."""
 
     @property
     def drain_left_s(self) -> float | None: ...
@@ -23,15 +23,16 @@ class Word(Protocol):
 
 
 class PermissionWatch:
-    """Looks when it is told to, or when it is time; ``over`` is called once dom0 allows the call no more.
+    """Checks the permission when `look` is called and at deadlines.
 
-    ``draining`` is called whenever it is seen that the call drains, and ``end`` after a bug.
+    It calls ``over`` when dom0 no longer allows the call, ``draining`` whenever it finds that the call
+    drains, and ``end`` after a bug.
     """
 
     def __init__(
         self,
         loop: Loop,
-        permission: Word,
+        permission: PermissionLike,
         over: Callable[[], None],
         draining: Callable[[], None] = lambda: None,
         *,
@@ -48,7 +49,7 @@ class PermissionWatch:
         return self._permission.drain_left_s is not None
 
     def look(self) -> None:
-        """dom0 has said something new."""
+        """Check the permission: dom0 has sent a new list."""
         if not self._permission.look():
             self._over()
         elif self.drains:
@@ -69,7 +70,7 @@ class PermissionWatch:
 def called_on_signals(
     loop: Loop, meanings: dict[signal.Signals, Callable[[], None]], end: End
 ) -> Iterator[None]:
-    """Have the loop call back on signals: between two handlers, and never within one."""
+    """During the block, have the loop call functions on signals: between handlers, never within one."""
     ours, kernels = socket.socketpair()
 
     def woken(_events: int) -> None:

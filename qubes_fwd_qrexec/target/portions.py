@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How the processes that serve mux calls for one socket service divide its memory.
 
-A process alone may fill what `budget` and `socketbuffers` allow. Where there is one for each call, all of
-them together may use as much as one, and what each gets is decided when it begins: the more there are, the
-less. No source has more calls than it leaves to the others, nor much more memory.
+A single process may use all that `budget` and `socketbuffers` allow. With one process for each call, all of
+them together may use as much as one. What each gets is decided when it begins: the more there are, the less.
+No caller has more calls than it leaves to the others, nor much more memory.
 """
 
 import os
@@ -19,22 +19,22 @@ from qubes_fwd_qrexec.relay.socketbuffers import HELD_BYTES, SHARED_BYTES, Socke
 
 from .localserver import ServiceError
 
-# Of which the memory of one whole process has so many.
+# The memory of a single process has so many parts.
 PARTS = 256
-# 128 connections.
+# The least that a process gets: 128 connections.
 _LEAST = 2
-# Beside that a process has this part of what its caller may still have: at first 1,664 connections.
+# In addition it gets one part in so many of what its caller may still have: at first 1,664 connections.
 _SHARE = 8
-# Each is a process with 11 MiB before it carries anything.
+# Each is a process that takes 11 MiB before it carries anything.
 CALLS_MAX = 32
-# By which a process is told how many parts it has; without it, it has all.
+# Says how many parts a process has; without it, it has all.
 VARIABLE = "QUBES_FORWARD_MEMORY_PARTS"
-# Windows and buffers that are lent are less divided than what each connection needs: few large ones are fast.
+# Lent windows and buffers are divided less than what each connection needs: a few large ones are fast.
 LENT_TIMES = 2
 
 
 class Portions:
-    """What has been given out; see `taken`."""
+    """The parts that live calls have; see `taken`."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[QubeName, str]] = Counter()
@@ -42,10 +42,10 @@ class Portions:
 
     @contextmanager
     def taken(self, caller: QubeName, argument: str) -> Iterator[int]:
-        """How many parts a call of that source has, while it lives. Raises `RefusedError`.
+        """Take parts for a call for as long as the block runs; yields how many. Raises `RefusedError`.
 
-        A second call for what a living one is for is let in as long as there is any place: by such calls
-        leases are renewed.
+        A second call with the same caller and argument is let in as long as there is any room, because such
+        calls renew leases.
         """
         in_use = sum(self._calls.values())
         own = sum(count for (other, _), count in self._calls.items() if other == caller)
@@ -53,7 +53,7 @@ class Portions:
         if own >= CALLS_MAX - in_use and not may_renew:
             taken = f"{caller} has {own} of {in_use} mux calls"
             raise RefusedError(f"{taken}; of {CALLS_MAX} in all no qube has more than it leaves to others")
-        # The least that each may need that is not there yet stays.
+        # The least that future calls may need is reserved.
         left = PARTS - sum(self._parts.values()) - _LEAST * (CALLS_MAX - in_use)
         parts = _LEAST + max((left - self._parts[caller]) // _SHARE, 0)
         self._calls[caller, argument] += 1
@@ -67,7 +67,7 @@ class Portions:
 
 
 def own_budget() -> Budget:
-    """What this process may hold, by its environment. Raises `ServiceError` where that is no such number."""
+    """The budget of this process, from its environment. Raises `ServiceError` if that is invalid."""
     text = os.environ.get(VARIABLE, str(PARTS))
     try:
         return budget_of(int(text))
@@ -77,7 +77,8 @@ def own_budget() -> Budget:
 
 
 def budget_of(parts: int) -> Budget:
-    """The budget of a process with so many parts of the memory of a whole one. Raises ValueError."""
+    """The budget of a process that has ``parts`` of the memory. Raises ValueError if that is out of
+    bounds."""
     if not _LEAST <= parts <= PARTS:
         raise ValueError(f"{parts} parts")
     lent = min(LENT_TIMES * parts, PARTS)

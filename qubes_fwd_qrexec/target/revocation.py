@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How dom0 ends calls: ``qubes.ForwardRevoke`` in the target, with all that dom0 allows on its stdin.
+"""How dom0 ends calls: ``qubes.ForwardRevoke`` in the target, with everything that dom0 allows on its stdin.
 
-A call outlives the policy that allowed it. So dom0 sends the whole list of what it still allows
+A call outlives the policy that allowed it. So dom0 sends the complete list of what it still allows
 (`allowance`), and every other call of our service in this target ends at once, mux call or single call. The
-list is kept with its time, and judges whatever dom0 had allowed before it, also a call whose service begins
-only later: the calling qube can keep the agent waiting for as long as it likes.
+list is kept with its time. It applies to every call that dom0 had allowed before, even if the call's service
+starts later: the calling qube can keep the agent waiting for as long as it likes.
 
-A call first leaves its note and then looks at the list; the RPC first writes the list and then looks at the
-notes. So one of the two sees the other. The process that serves the call is asked to look at the list anew,
-and obeys by itself. Who has not obeyed within two seconds is killed: its connections end in RST.
+A call first makes its note and then reads the list; the RPC first writes the list and then reads the notes.
+So at least one of them sees the other. The process that serves a call is sent a signal to read the list
+again, and ends the call itself. A process that has not done so within two seconds is killed: its connections
+end with RST.
 
-Each mux call that was let in leaves a mark too, when dom0 allowed it: the lease of the caller's other mux
-calls to these ports begins anew with it.
+Each mux call that was let in also leaves a mark with the time at which dom0 allowed it, as it renews the
+lease of the caller's other mux calls to the same ports.
 """
 
 import errno
@@ -37,34 +38,35 @@ from qubes_fwd_qrexec.system.cleanstart import start_clean
 from .callnotes import HeldNote, Kind, Note, RevocationError, check_place, directory, left_note, living
 from .callstart import TICKS_PER_S, CallStart, boot_ticks
 
-# How old dom0's word may be when a call of its own begins: as old as a mux call's, for no list may have come
-# through since. qrexec itself gives both qubes 120 s to connect, and then the caller all the time it likes.
+# How long after dom0 allowed it a single call may begin: as long as a lease, as no list may have arrived
+# since. qrexec itself gives both qubes 120 s to connect, and then the caller as long as it likes.
 WAIT_S = 300
-# What a process is told: that the list has changed.
+# Tells a process that the list has changed.
 LOOK = signal.SIGUSR1
 _LIST, _ALLOWED = "allowance", "allowed"
-# How long those who are to end may take before they are killed, and how often that is looked at.
+# How long calls may take to end before their processes are killed, and how often to check.
 OBEY_S = 2.0
 _LOOK_AGAIN_S = 0.02
-# A list that another process writes is written by then, or never.
+# How long to wait for another process that is writing a list.
 _LOCK_S = 2.0
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 READ_S = 5.0
 
 
 class RevokedError(RevocationError):
-    """dom0 has taken back that it allowed the call."""
+    """dom0 no longer allows the call."""
 
 
 class _List(NamedTuple):
-    """What dom0 has said last, and when: in ticks of the kernel."""
+    """The last list from dom0, and when it came, in kernel ticks."""
 
     at: int
     allowance: Allowance
 
 
 def judge(note: Note, at: int, allowance: Allowance) -> Note | None:
-    """What becomes of a call by a list of that time: None if it is over, else the note it has then."""
+    """Apply a list of the time ``at`` to a call. Returns the call's note then, or None if the call is
+    over."""
     if note.began > at:
         return note  # it was allowed after the list was made
     if note.calls in allowance.keeps:
@@ -76,22 +78,22 @@ def judge(note: Note, at: int, allowance: Allowance) -> Note | None:
 
 
 class Permission:
-    """What dom0 allows of one call of this process, as long as the call lives."""
+    """What dom0 allows one call of this process, while the call lives."""
 
     def __init__(self, held: HeldNote) -> None:
         self._held = held
 
     @property
     def drain_left_s(self) -> float | None:
-        """For how many seconds it may go on; None unless it drains."""
+        """For how many seconds it may go on draining; None if it does not drain."""
         until = self._held.note.until
         return max(0.0, until / TICKS_PER_S - time.clock_gettime(time.CLOCK_BOOTTIME)) if until else None
 
     def look(self) -> bool:
-        """Look at the list again. False if the call is over: it must end now, also in doubt."""
+        """Read the list again. Returns False if the call must end now, also in doubt."""
         try:
-            told = _read_list(self._held.place)
-            note = self._held.note if told is None else judge(self._held.note, *told)
+            last = _read_list(self._held.place)
+            note = self._held.note if last is None else judge(self._held.note, *last)
             if note is not None and note.until != self._held.note.until:
                 self._held.set_until(note.until)
         except (OSError, RevocationError):
@@ -103,17 +105,16 @@ class Permission:
 def permitted(
     kind: Kind, calls: Calls, start: CallStart, place: Path, number: int = 0
 ) -> Iterator[Permission]:
-    """A call that dom0 allows, with a note for as long as the block runs.
+    """Keep a note of a call for as long as the block runs, if dom0 still allows the call.
 
-    Raises `RevokedError` where dom0 has taken its word back since, and `RevocationError` where it could not
-    end the call later.
+    Raises `RevokedError` if dom0 no longer allows it, and `RevocationError` if dom0 could not end it later.
     """
     with left_note(kind, calls, start, place, number) as held:
-        told = _read_list(place)
-        if told is not None:
-            note = judge(held.note, *told)
+        last = _read_list(place)
+        if last is not None:
+            note = judge(held.note, *last)
             if note is None or note.until:
-                raise RevokedError(f"{calls}: dom0 has taken back that it allowed this call")
+                raise RevokedError(f"{calls}: dom0 no longer allows this call")
         if kind is Kind.MUX:
             _leave_mark(calls, start, place)
         elif time.monotonic() - start.monotonic_s > WAIT_S:
@@ -122,7 +123,7 @@ def permitted(
 
 
 def allowed_s(calls: Calls, place: Path) -> float:
-    """When dom0 last allowed a mux call of these calls (`time.monotonic`); 0 where nobody knows."""
+    """When dom0 last allowed such a mux call (`time.monotonic`); 0 if that is unknown."""
     with suppress(OSError, ValueError):
         fd = os.open(_mark(calls, place), os.O_RDONLY | _OPEN)
         try:
@@ -133,9 +134,9 @@ def allowed_s(calls: Calls, place: Path) -> float:
 
 
 def revoke(allowance: Allowance, place: Path, obey_s: float = OBEY_S) -> Revoked:
-    """Hold all living calls to what dom0 allows now. Raises `RevocationError` where that did not succeed.
+    """End all live calls that dom0 no longer allows. Raises `RevocationError` if that did not fully succeed.
 
-    Calls are ended also where the list itself cannot be written.
+    Calls are ended even if the list itself cannot be written. It takes up to twice ``obey_s`` seconds.
     """
     problems: list[str] = []
     at = boot_ticks()
@@ -146,7 +147,7 @@ def revoke(allowance: Allowance, place: Path, obey_s: float = OBEY_S) -> Revoked
         problems.append(f"{place / _LIST}: {error.strerror}")
     deadline = time.monotonic() + obey_s
     ended: set[tuple[Calls, int, int]] = set()
-    told: set[int] = set()
+    signalled: set[int] = set()
     while True:
         notes = living(place)
         verdicts = [(note, judge(note, at, allowance)) for note in notes]
@@ -155,13 +156,13 @@ def revoke(allowance: Allowance, place: Path, obey_s: float = OBEY_S) -> Revoked
         if not unsettled:
             break
         is_late = time.monotonic() >= deadline
-        for pid in {note.pid for note in unsettled} - (set() if is_late else told):
-            told.add(pid)
-            problem = _tell(pid, place, signal.SIGKILL if is_late else LOOK)
+        for pid in {note.pid for note in unsettled} - (set() if is_late else signalled):
+            signalled.add(pid)
+            problem = _signal(pid, place, signal.SIGKILL if is_late else LOOK)
             if problem is not None:
                 problems.append(problem)
         if time.monotonic() >= deadline + obey_s:
-            problems += [f"{note}: goes on" for note in unsettled]
+            problems += [f"{note}: does not end" for note in unsettled]
             break
         time.sleep(_LOOK_AGAIN_S)
     if problems:
@@ -169,14 +170,14 @@ def revoke(allowance: Allowance, place: Path, obey_s: float = OBEY_S) -> Revoked
     return Revoked(len(ended), sum(bool(note.until) for note in notes))
 
 
-def _tell(pid: int, place: Path, how: signal.Signals) -> str | None:
-    """Send a signal to a process that has a note, and to no other of its number; what went wrong."""
+def _signal(pid: int, place: Path, how: signal.Signals) -> str | None:
+    """Send a signal to a process that has a note, and to no other with its PID. Returns what went wrong."""
     try:
         process_fd = os.pidfd_open(pid)
     except OSError:
-        return None  # it is gone, and its notes will be seen to be nobody's
+        return None  # it is gone, which the next look at its notes will find out
     try:
-        # If a note is held after the process was taken hold of, that is the one who holds it.
+        # If its note is held after the pidfd was opened, this is the process that holds it.
         if any(note.pid == pid for note in living(place)):
             signal.pidfd_send_signal(process_fd, how)
     except ProcessLookupError:
@@ -189,10 +190,10 @@ def _tell(pid: int, place: Path, how: signal.Signals) -> str | None:
 
 
 def _write_list(allowance: Allowance, place: Path) -> int:
-    """Put the list in the place of the one before; its time in ticks. Raises OSError.
+    """Replace the list. Returns its time in kernel ticks. Raises OSError.
 
-    The file's own time is that of the list. Where there is no room for the text the file is empty: it then
-    allows nothing of what is older, in doubt, and needs no room.
+    The time of the list is the file's modification time. On a full disk the file is empty, which allows no
+    older call, to be safe.
     """
     text = str(allowance).encode("ascii")
     place_fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -218,7 +219,7 @@ def _write_list(allowance: Allowance, place: Path) -> int:
 
 
 def _is_written(fd: int, text: bytes) -> bool:
-    """False where there is no room for it. Raises OSError."""
+    """Write the text. Returns False if the disk is full. Raises OSError."""
     try:
         return os.write(fd, text) == len(text)
     except OSError as error:
@@ -232,7 +233,7 @@ def _ticks(boot_ns: int) -> int:
 
 
 def _lock(fd: int) -> None:
-    """So that a list is never replaced by an earlier one. In doubt it is written all the same."""
+    """Lock, so that no list is replaced by an earlier one; but not for ever, as the list must be written."""
     deadline = time.monotonic() + _LOCK_S
     while time.monotonic() < deadline:
         try:
@@ -244,7 +245,7 @@ def _lock(fd: int) -> None:
 
 
 def _read_list(place: Path) -> _List | None:
-    """None where dom0 has said nothing since this qube started. Raises `RevocationError`."""
+    """The last list; None if dom0 has sent none since this qube started. Raises `RevocationError`."""
     path = place / _LIST
     try:
         fd = os.open(path, os.O_RDONLY | _OPEN)
@@ -264,7 +265,7 @@ def _read_list(place: Path) -> _List | None:
 
 
 def _checked(fd: int) -> os.stat_result:
-    """Raises ValueError for what is no file of this user."""
+    """Raises ValueError unless it is a regular file of this user."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
         raise ValueError("not a file of this user")
@@ -276,7 +277,8 @@ def _mark(calls: Calls, place: Path) -> Path:
 
 
 def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:
-    """An empty file, whose own time is the mark: it needs no room. Raises `RevocationError`."""
+    """Make an empty file whose modification time is the mark, even on a full disk. Raises
+    `RevocationError`."""
     path = _mark(calls, place)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | _OPEN, 0o600)
@@ -291,13 +293,13 @@ def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:
 
 
 def _marked_ns(fd: int) -> int:
-    """The time of a mark; 0 for a new file, whose time is that of the wall. Raises OSError, ValueError."""
+    """The time of a mark; 0 for a new file, which has the wall clock's time. Raises OSError, ValueError."""
     marked_ns = _checked(fd).st_mtime_ns
     return marked_ns if marked_ns <= time.monotonic_ns() else 0
 
 
 def main() -> int:
-    """The RPC: what dom0 allows is on stdin, and what came of it goes to stdout."""
+    """The RPC: reads what dom0 allows from stdin, and writes the result to stdout."""
     start_clean()
     try:
         if len(sys.argv) > 1 and sys.argv[1]:
@@ -315,14 +317,14 @@ def main() -> int:
 
 
 def _read_stdin() -> bytes:
-    """All of it, or more than there may be. Raises OSError, and TimeoutError where no end comes."""
+    """All of stdin, or more than is allowed. Raises OSError, and TimeoutError if it does not end in time."""
     deadline = time.monotonic() + READ_S
     poll = select.poll()
     poll.register(0, select.POLLIN)
     received = b""
     while len(received) <= ALLOWANCE_MAX_BYTES:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError(f"the list on stdin has no end after {READ_S:g} s")
+            raise TimeoutError(f"the list on stdin did not end within {READ_S:g} s")
         more = os.read(0, ALLOWANCE_MAX_BYTES)
         if not more:
             break

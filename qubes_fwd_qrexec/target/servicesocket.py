@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The UNIX socket of a qrexec socket service, and what the agent says on it before a call's bytes.
+"""The UNIX socket of a qrexec socket service, and what the agent sends on it before a call's bytes.
 
-Whether it is our own or systemd's, only what is right is listened on: anything else at its path is
-somebody's, and stays.
+The socket is our own or systemd's, and is checked first. Anything else at its path belongs to somebody else,
+and stays.
 """
 
 import os
@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.values import QubeName, parse_qube_name
 
 from .localserver import Request, parse_argument
 
-# The name of our service, an argument and a qube's name (31 characters) are much shorter: docs/facts.md, Q18.
+# Our service's name, an argument and a qube's name (31 characters) are much shorter; see docs/facts.md, Q18.
 DESCRIPTOR_MAX = 1024
 # The agent sends it in one write, at once.
 DESCRIPTOR_TIMEOUT_S = 5.0
@@ -32,29 +32,29 @@ class SocketError(ForwardError):
 
 
 class DescriptorError(ForwardError):
-    """What came before the bytes of a call is not the service descriptor that it should be."""
+    """A call did not begin with a valid service descriptor."""
 
 
 def parse_descriptor(untrusted_descriptor: bytes) -> tuple[str, Request, QubeName]:
-    """The argument, what it asks for, and the calling qube. Raises `ForwardError`."""
+    """Return the argument, the request in it, and the calling qube. Raises `ForwardError`."""
     try:
         service, _, origin = untrusted_descriptor.decode("ascii").partition(" ")
     except UnicodeDecodeError:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not ASCII") from None
     name, plus, argument = service.partition("+")
-    caller = origin.partition(" ")[0]  # dom0 says behind it whom it has asked for
+    caller = origin.partition(" ")[0]  # what follows is the target that the caller asked for
     if name != FORWARD_SERVICE or not plus or not caller:
         raise DescriptorError(f"descriptor {untrusted_descriptor!a} is not {FORWARD_SERVICE}+PORT QUBE")
     return argument, parse_argument(argument), parse_qube_name(caller)
 
 
 async def read_descriptor(call: socket.socket) -> bytes:
-    """Everything before the first NUL; what follows stays unread. Raises `DescriptorError`."""
+    """Read everything up to the first NUL, and return it without that. Raises `DescriptorError`."""
     untrusted = b""
     while True:
         await trio.lowlevel.wait_readable(call)
         try:
-            # A look first: a byte of the stream that is read with it could not be given back.
+            # Peek first: bytes of the stream that are read too early could not be given back.
             peeked = call.recv(DESCRIPTOR_MAX - len(untrusted), socket.MSG_PEEK)
             end = peeked.find(0)
             untrusted += call.recv(len(peeked) if end < 0 else end + 1)
@@ -69,7 +69,10 @@ async def read_descriptor(call: socket.socket) -> bytes:
 
 
 def listen_on(path: Path) -> socket.socket:
-    """A UNIX socket of our own, in the place of one that an earlier process left. Raises `SocketError`."""
+    """Make a UNIX socket and listen on it, replacing one that an earlier process left behind.
+
+    It is non-blocking. Raises `SocketError`.
+    """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if _is_left_over(path):
@@ -84,7 +87,7 @@ def listen_on(path: Path) -> socket.socket:
 
 
 def _is_left_over(path: Path) -> bool:
-    """A socket that nobody listens on. Anything else is somebody's, and stays."""
+    """Whether it is a socket that nobody listens on."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             return False
@@ -98,13 +101,13 @@ def _is_left_over(path: Path) -> bool:
 
 
 def take_activated() -> socket.socket:
-    """The one listening socket that systemd passed to this very process. Raises `SocketError`."""
+    """Return the one listening socket that systemd passed to this process. Raises `SocketError`."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         raise SocketError("LISTEN_PID is not this process; --activated is for a systemd socket unit")
     if os.environ.get("LISTEN_FDS") != "1":
         raise SocketError("LISTEN_FDS is not 1; one ListenStream= in the socket unit would be right")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)  # nobody who is started by us may think they are meant
+        os.environ.pop(name, None)  # processes that we start must not use them
     try:
         return adopt(_LISTEN_FD)
     except OSError as error:
@@ -112,7 +115,10 @@ def take_activated() -> socket.socket:
 
 
 def adopt(fd: int) -> socket.socket:
-    """Take over a listening UNIX stream socket. Raises `SocketError`, OSError where it is no socket."""
+    """Take over a listening UNIX stream socket, which the result then owns.
+
+    Raises `SocketError`, and OSError if it is no socket.
+    """
     listening = socket.socket(fileno=fd)
     is_right = (
         listening.family == socket.AF_UNIX

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service of the target as one long-living process: a qrexec socket service.
+"""The service of the target as one long-running process: a qrexec socket service.
 
-The agent connects to its UNIX socket for each call, says whom the call is for
-(``qubes.ForwardTCP+8080 sys-net`` and a NUL), and passes bytes both ways. That saves starting a
-program for each connection. What is lost: a socket service has no exit status, the caller is told 0
-whatever happens (qubes-core-qrexec agent/qrexec-agent-data.c). A refused connection or a server's
-abort is a clean end of file for the client; where endings must be right, use `service`.
+For each call the agent connects to its UNIX socket, sends the service descriptor (``qubes.ForwardTCP+8080
+sys-net`` and a NUL), and passes bytes both ways. That saves starting a program for each connection. The
+price: a socket service has no exit status, and the caller always gets 0 (qubes-core-qrexec
+agent/qrexec-agent-data.c). So a refused connection, or an abort of the server, is a clean end of file for
+the client. Where endings must be exact, use `service`.
 
-The socket has the service's whole name, so mux calls come here too. Each is handed to a process of its
-own, as if the agent had started it: a mux call has a budget of its own, and its endings are said within it,
+The socket serves all arguments of the service, so mux calls come here, too. Each is handed to a process of
+its own, as if the agent had started it. Its memory is bounded by itself, and the protocol carries endings,
 so that it needs no exit status.
 
-The kernel says which process of the agent has connected, and so when dom0 allowed the call. Each call has
-its note (`callnotes`), and SIGUSR1 tells this process to look which ones dom0 still allows.
+The kernel says which process of the agent has connected, and so when dom0 allowed the call. Each call has its
+note (`callnotes`), and on SIGUSR1 this process checks which calls dom0 still allows.
 """
 
 import argparse
@@ -69,19 +69,19 @@ from .servicesocket import (
 
 _logger = logging.getLogger(__name__)
 
-# qrexec has 128 calls for each pair of qubes at most; several qubes may call.
+# qrexec allows 128 calls for each pair of qubes; several qubes may call.
 CONNECTIONS_MAX = 512
 DRAIN_S = 60.0
-# A mux call that is told to end sends its last word, and is killed after this.
+# How long a mux call may take to end before it is killed.
 _MUX_END_S = 2.0
-# trio's clock stands still while the machine is suspended, and the deadline of a drain does not.
+# trio's clock stops while the machine is suspended, but the deadline of a drain does not.
 _LOOK_AT_DRAINS_S = 30.0
-# What `muxservice` takes for: no more streams.
+# Tells `muxservice` to take no more streams.
 _TAKE_NO_MORE = signal.SIGUSR2
 
 
 async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
-    """As `localserver.connect`, beside other tasks."""
+    """Like `localserver.connect`, in a trio task."""
     trouble: OSError | None = None
     with trio.move_on_after(timeout_s):
         for family, host in LOCALHOSTS:
@@ -111,7 +111,7 @@ async def _connect_to(family: socket.AddressFamily, host: str, port: int) -> soc
 
 
 class ServiceServer:
-    """Serves every call that comes to a listening socket, until `stop`."""
+    """Serves all calls to a listening socket, until `stop`."""
 
     def __init__(
         self, listening: socket.socket, *, connections_max: int = CONNECTIONS_MAX, drain_s: float = DRAIN_S
@@ -132,7 +132,7 @@ class ServiceServer:
         self._tasks: trio.Nursery
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
-        """Accept until `stop`, then let calls finish, at most as long as the drain takes."""
+        """Accept calls until `stop`, then let them finish for at most ``drain_s`` seconds."""
         async with open_relay_thread(self._bugs) as self._relays, trio.open_nursery() as background:
             background.start_soon(self._look_at_drains)
             async with trio.open_nursery() as self._tasks:
@@ -159,7 +159,7 @@ class ServiceServer:
         self._stopping.set()
 
     def look(self) -> None:
-        """dom0 has sent a new list of what it allows: every single call is held to it."""
+        """dom0 has sent a new list of what it allows: end single calls that are not in it."""
         for permission, scope in tuple(self._singles.values()):
             _hold_to(permission, scope)
 
@@ -208,15 +208,15 @@ class ServiceServer:
         ):
             self._singles[number] = permission, scope
             try:
-                _hold_to(permission, scope)  # to what dom0 has said before this call was to be found
+                _hold_to(permission, scope)  # dom0 may have sent a list before this call was in `_singles`
                 await _join(call, await connect(calls.ports.first), self._relays)
             finally:
                 del self._singles[number]
 
     async def _hand_over(self, call: socket.socket, argument: str, caller: QubeName) -> None:
-        """Have a process serve a mux call until its end; when we are cancelled it gets SIGTERM."""
+        """Have a process serve a mux call until its end; if cancelled, it gets SIGTERM."""
         if self._stopping.is_set():
-            raise RefusedError("a mux call comes too late, this server is ending")
+            raise RefusedError("a mux call came too late: this server is ending")
         with self._portions.taken(caller, argument) as parts:
             await self._serve_in_process(call, argument, caller, parts)
 
@@ -239,7 +239,7 @@ class ServiceServer:
             )
         except OSError as error:
             raise RefusedError(f"no process for a mux call: {error.strerror}") from error
-        call.close()  # its end is that of the process
+        call.close()  # it ends with the process
         self.mux_calls.add(process)
         try:
             status = await process.wait()
@@ -261,7 +261,7 @@ def _hold_to(permission: Permission, scope: trio.CancelScope) -> None:
 
 
 async def _end(process: trio.Process) -> None:
-    """Ask a process to end, if it has not, and do not wait for one that does not want to."""
+    """Ask a process to end, and kill it if it does not."""
     with trio.CancelScope(shield=True):
         if process.returncode is None:
             process.terminate()
@@ -272,7 +272,7 @@ async def _end(process: trio.Process) -> None:
 
 
 async def _join(call: socket.socket, server: socket.socket, relays: RelayThread) -> None:
-    """Copy both ways until both are over, or one is aborted: then the other end is aborted too."""
+    """Copy both ways until both have ended, or one end aborts: then abort the other end, too."""
     is_answered = False
     try:
         async with trio.open_nursery() as nursery:
@@ -291,7 +291,7 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
                     half_close(sink)
                 elif end is not CopyEnd.SINK_BROKEN or sink is call:
                     nursery.cancel_scope.cancel()
-                # else the server takes no more, and what it had sent before is still delivered
+                # else the server takes no more, but what it sent before is still delivered
 
             async def upload() -> None:
                 await copy(up)
@@ -310,7 +310,7 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
 
 
 async def _stands_still(copy: Copy) -> None:
-    """Until nothing has moved for too long: the agent may have no sign left by which to end the call."""
+    """Return once nothing has moved for too long: the agent may have no way left to end the call."""
     began = time.monotonic()
     while True:
         quiet_s = time.monotonic() - max(began, copy.moved_at)
@@ -320,7 +320,7 @@ async def _stands_still(copy: Copy) -> None:
 
 
 def _has_hung_up(call: socket.socket) -> bool:
-    """Whether the agent has ended both ways at once, as it does when the caller or the link is gone."""
+    """Whether the agent closed both ways at once, as it does when the caller or the link is gone."""
     poll = select.poll()
     poll.register(call, 0)
     return bool(poll.poll(0))
@@ -344,7 +344,7 @@ async def _main(listening: socket.socket) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """``--socket PATH`` or ``--activated``; until SIGTERM. Returns the exit status."""
+    """Run with ``--socket PATH`` or ``--activated`` until SIGTERM. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="qubes-forward-service", description="Serve all calls of qubes.ForwardTCP in one process."
     )

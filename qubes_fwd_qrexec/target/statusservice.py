@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service ``qubes.ForwardStatus``: how the forwards of this qube are, for dom0, which alone may call it.
+"""The service ``qubes.ForwardStatus``: the status of this qube's forwards, for dom0, which alone may call it.
 
-Without an argument it tells what the listener of this qube says, and which calls of our service live to it
-as a target. ``+PORT`` also tries whether a server of this qube takes a connection on that port, and
-``+fwd.TARGET.NAME`` sends one through that forward of the listener, all the way to the target's server.
+Without an argument it reports what this qube's listener says, and the live calls to this qube as a target.
+``+PORT`` also tries whether a server of this qube takes a connection on that port, and ``+fwd.TARGET.NAME``
+sends a connection through that forward of the listener, all the way to the target's server.
 """
 
 import contextlib
@@ -41,14 +41,14 @@ from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
 from .localserver import ServiceError, connect
 
-# RuntimeDirectory= of the listener's unit; a lab names another.
+# RuntimeDirectory= of the listener's unit; a lab sets another one.
 LISTENER_DIRECTORY = "/run/qubes-forward-listener"
 LISTENER_DIRECTORY_VARIABLE = "QUBES_FORWARD_LISTENER_DIR"
 STATUS, TRY = "status.sock", "try.sock"
-# Where the program that opens this qube's firewall leaves a `FirewallReport`.
+# Where the program that opens this qube's firewall writes its `FirewallReport`.
 FIREWALL_STATE = "/run/qubes-forward-nft/state"
 FIREWALL_STATE_VARIABLE = "QUBES_FORWARD_NFT_STATE"
-# dom0 waits for 5 s: a trial takes at most 3 s, and a server on this machine answers at once.
+# dom0 waits for 5 s. A trial takes at most 3 s, and a server on this machine answers at once.
 _LISTENER_TIMEOUT_S = 4.0
 _CONNECT_TIMEOUT_S = 2.0
 
@@ -64,7 +64,7 @@ def firewall_state() -> Path:
 def answer(
     untrusted_argument: str, listener_place: Path, notes_place: Path, firewall_place: Path
 ) -> QubeReport:
-    """The report that an argument asks for. Raises `TextError` for what is no argument."""
+    """The report that an argument asks for. Raises `TextError` for an invalid one."""
     trial = _try(untrusted_argument, listener_place)
     listener, problem = _listener(listener_place)
     return QubeReport(
@@ -105,7 +105,7 @@ def _try_port(port: int) -> Trial:
 
 
 def _listener(place: Path) -> tuple[ListenerReport | None, str | None]:
-    """What the listener says, or why it says nothing."""
+    """The listener's report, or why there is none."""
     try:
         untrusted = _ask(place / STATUS, b"")
     except (FileNotFoundError, ConnectionRefusedError):
@@ -127,14 +127,14 @@ def _firewall(path: Path) -> FirewallReport:
 
 
 def _ask(path: Path, request: bytes) -> bytes:
-    """Everything that comes until the other end closes. Raises OSError."""
+    """Send a request and read everything until the other end closes. Raises OSError."""
     deadline = time.monotonic() + _LISTENER_TIMEOUT_S
     received = bytearray()
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as sock:
         sock.settimeout(_LISTENER_TIMEOUT_S)
         with socket_address(path) as address:
             sock.connect(address)
-        if request:  # who asks nothing is answered at once, and may find the other end closed already
+        if request:  # without one the answer comes at once, and the other end may be closed already
             sock.sendall(request)
         while len(received) <= report.REPORT_MAX_BYTES:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -145,7 +145,7 @@ def _ask(path: Path, request: bytes) -> bytes:
 
 
 def _calls(place: Path) -> tuple[CallsReport, ...]:
-    """The calls of our service that live now, by source and ports."""
+    """The live calls of our service, by caller and ports."""
     try:
         notes = living(place)
     except RevocationError:
@@ -171,16 +171,16 @@ def _counted(calls: Calls, notes: list[Note]) -> CallsReport:
 
 
 def main() -> int:
-    """The RPC: ``argv[1]`` is its argument, and the answer goes to stdout."""
+    """The RPC: ``argv[1]`` is its argument, and the report goes to stdout."""
     start_clean()
     try:
         argument = sys.argv[1] if len(sys.argv) == 2 else ""
-        told = answer(argument, listener_directory(), directory(), firewall_state())
+        asked = answer(argument, listener_directory(), directory(), firewall_state())
     except TextError as error:
         print(f"{STATUS_SERVICE}: {error}"[:200], file=sys.stderr)
         return ExitStatus.BAD_ARGUMENT
     try:
-        sys.stdout.buffer.write(report.dump(told.as_json()))
+        sys.stdout.buffer.write(report.dump(asked.as_json()))
         sys.stdout.buffer.flush()
     except OSError:
         return ExitStatus.TROUBLE

@@ -135,7 +135,7 @@ def test_a_call_that_dom0_allowed_before_the_list_is_refused_whenever_it_begins(
         revoke(keep(OTHER_SOURCE), place)
         for kind in Kind:
             with (
-                pytest.raises(RevokedError, match="dom0 has taken back"),
+                pytest.raises(RevokedError, match="dom0 no longer allows"),
                 permitted(kind, MINE, start, place),
             ):
                 pytest.fail("it was let in")

@@ -80,5 +80,5 @@ def test_a_list_without_an_end_is_not_waited_for(place: Path) -> None:
     process.stdin.flush()
     assert process.wait(BOUND_S) == 125
     stderr = process.communicate()[1]
-    assert b"no end after" in stderr
+    assert b"did not end within" in stderr
     assert not place.exists()
