@@ -154,7 +154,7 @@ def test_dom0_imports_nothing_but_the_standard_library_and_this_package(lab: Lab
         "import sys\n"
         "from qubes_fwd_qrexec.admin.views import cli\n"
         "from qubes_fwd_qrexec.admin.views import changes, exchange, tunnels\n"
-        "from qubes_fwd_qrexec.admin.views import complete, showing\n"
+        "from qubes_fwd_qrexec.admin.views import applying, complete, showing\n"
         "from qubes_fwd_qrexec.admin import watch\n"
         "from qubes_fwd_qrexec.admin.qubes import events\n"
         "import qubes_fwd_qrexec.lab.changes\n"

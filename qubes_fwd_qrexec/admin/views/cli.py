@@ -38,7 +38,7 @@ _COMMANDS = {
     "status": (".status", "status"),
     "diagnose": (".diagnose", "diagnose"),
     "plan": (".showing", "explain"),
-    "apply": (".showing", "apply"),
+    "apply": (".applying", "apply"),
     "watch": (".watching", "watch"),
     "policy": (".showing", "print_policy"),
     "tunnel": (".tunnels", "tunnel"),

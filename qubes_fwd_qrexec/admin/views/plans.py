@@ -3,7 +3,8 @@
 
 from typing import Any
 
-from qubes_fwd_qrexec.admin.states import Cause, Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import reasons
 
@@ -32,22 +33,21 @@ def forward_as_json(forward: Forward) -> dict[str, Any]:
     }
 
 
+def broken_as_json(rule: BrokenRule) -> dict[str, Any]:
+    """What is stored as a rule and cannot be read."""
+    return {
+        "qube": rule.target,
+        "name": rule.name,
+        "state": State.BROKEN,
+        "reason": rule.problem,
+        "text": rule.text,
+    }
+
+
 def plan_as_json(planned: Plan) -> dict[str, Any]:
     """All forwards, and what is stored as a rule and cannot be read."""
-    broken = [
-        {
-            "qube": rule.target,
-            "name": rule.name,
-            "state": State.BROKEN,
-            "cause": Cause.UNREADABLE,
-            "reason": rule.problem,
-            "ways_out": [["qvm-forward", "remove", rule.target, rule.name]],
-            "text": rule.text,
-        }
-        for rule in planned.broken
-    ]
     return {
         "forwards": [forward_as_json(forward) for forward in planned],
-        "broken": broken,
+        "broken": [broken_as_json(rule) for rule in planned.broken],
         "is_held": planned.is_held,
     }

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The commands that show: list, show, plan, policy; and apply, which shows what it changes."""
+"""The commands that only show: list, show, plan and policy."""
 
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.apply import differences
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.reconcile import apply as applied
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Cause, Forward, Plan, State, Verdict
+from qubes_fwd_qrexec.admin.states import Plan, Verdict
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
-from . import reasons, render
-from .plans import forward_as_json, plan_as_json
+from . import findings, reasons, render
+from .picture import picture
+from .plans import broken_as_json, forward_as_json, plan_as_json
 from .session import Session
-from .steps import as_json, words
-from .tables import Style, escaped
+from .tables import escaped
 
 
 def list_rules(args: Namespace, session: Session) -> int:
@@ -72,17 +70,16 @@ def selected(qubes: list[str], snapshot: Snapshot, now: float) -> Plan:
 
 def show(args: Namespace, session: Session) -> int:
     """All about one forward: its way as a picture, all findings, and what follows from its rule."""
-    from . import findings
-    from .picture import picture
-
     snapshot = session.look()
     entry = snapshot.find(args.qube, args.name)
     if isinstance(entry, BrokenRule):
-        return _show_broken(entry, session)
+        if session.is_json:
+            session.say_json(broken_as_json(entry))
+        else:
+            session.say(f"{render.broken_line(entry, session.style)}rule:\n  {escaped(entry.text)}\n")
+        return 0
     planned = snapshot.plan(session.now)
-    forward = planned.find(entry.target, entry.name)
-    if forward is None:
-        return 1
+    forward = next(forward for forward in planned if forward.source == entry)
     installed = snapshot.installed.text
     verdict = judged([forward], session.backend, installed).get(forward.source[:2])
     found = findings.shown(forward, planned, installed, session.now, verdict)
@@ -107,15 +104,6 @@ def show(args: Namespace, session: Session) -> int:
     return 0
 
 
-def _show_broken(rule: BrokenRule, session: Session) -> int:
-    if session.is_json:
-        session.say_json(plan_as_json(Plan((), (rule,)))["broken"][0])
-    else:
-        session.say(render.broken_line(rule, session.style))
-        session.say(f"rule:\n  {escaped(rule.text)}\n")
-    return 0
-
-
 def print_policy(args: Namespace, session: Session) -> int:
     """The policy that the rules ask for."""
     snapshot = session.look()
@@ -129,41 +117,3 @@ def print_policy(args: Namespace, session: Session) -> int:
     if not is_installed:
         session.warn("the policy in force says otherwise; 'qvm-forward apply' writes this one")
     return 0
-
-
-def apply(args: Namespace, session: Session) -> int:
-    """Make it so, or with --dry-run say what that would change."""
-    if args.dry_run:
-        snapshot = session.look(with_config=True)
-        planned = snapshot.plan(session.now)
-        steps = differences(planned, snapshot.inventory, snapshot.installed)
-    else:
-        with session.backend.locked():
-            planned, outcome, snapshot = applied(session.backend, session.now)
-            session.warn_unread(snapshot)
-            steps = outcome.done
-    # Each was named when it was looked at.
-    is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())
-    refused = [f for f in planned if f.state is State.REFUSED]
-    if session.is_json:
-        data = {"dry_run": args.dry_run, "steps": [as_json(step) for step in steps]}
-        session.say_json(data | plan_as_json(planned))
-    elif not steps:
-        what = "what could be read" if is_unread else "all"
-        session.say(f"Nothing to change: {what} is as the rules ask for.\n")
-    else:
-        session.say("This would change:\n" if args.dry_run else "Changed:\n")
-        session.say("".join(f"  {word}\n" for step in steps for word in words(step)))
-    if not session.is_json:
-        # Not of clones and disposables: there may be many, and their forwards never were open.
-        closed = (f for f in planned if f.cause is Cause.NETVM_CHANGED)
-        session.say("".join(f"{f.source} is suspended. {reasons.sentence(f)}\n" for f in closed))
-    for forward in refused:
-        session.warn(_refusal(forward))
-    for rule in planned.broken:
-        session.warn(render.broken_line(rule, Style()).rstrip("\n"))
-    return 1 if refused or planned.broken or is_unread else 0
-
-
-def _refusal(forward: Forward) -> str:
-    return f"{forward.source} is refused. {reasons.sentence(forward)}"
