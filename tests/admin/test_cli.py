@@ -421,7 +421,7 @@ def test_a_running_target_keeps_its_transport_until_it_starts_again(
     forward("add", "personal", "80", "--from", "any", "--name", "web")
     lab.set_feature("debian-12", "supported-rpc.qubes.ForwardTCP", "1")
     assert "Nothing to change" in forward("apply").out
-    assert "restart personal" in forward("plan", "personal").out
+    assert "restart personal" in forward("show", "personal", "web").out
     change(lab, "personal", state=QubeState.HALTED)
     forward("apply")
     assert "transport=mux" in lab.vm_config("sys-net")["fwd.personal.web"]

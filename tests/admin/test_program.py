@@ -89,7 +89,6 @@ def test_the_program_itself_runs(lab: LabDirectory) -> None:
 _EVERY_COMMAND = (
     ADD,
     ("list",),
-    ("plan",),
     ("show", "work", "web"),
     ("status",),
     ("policy",),
