@@ -17,7 +17,7 @@ from . import policy
 from .apply import Step, differences
 from .backend import ANY, Backend
 from .judged import judged
-from .listeners import GoesOn, ask_after, listening
+from .listeners import GoesOn, ask_after
 from .reconcile import apply, reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .snapshot import Snapshot, look
@@ -88,8 +88,7 @@ def hold(backend: Backend, now: float) -> Held:
     outcome, snapshot = applied.outcome, applied.snapshot
     ended |= {each.target: each for each in outcome.ended}
     live = snapshot.plan(now, is_held=False)
-    everywhere = listening(live, snapshot.inventory)
-    heard = ask_after(live, Plan(()), (), snapshot.inventory, backend, everything_at=everywhere)
+    heard = ask_after(live, Plan(()), (), snapshot.inventory, backend, is_everything=True)
     return Held(
         is_held,
         outcome.done,

@@ -35,21 +35,25 @@ Answer = QubeReport | AnswerError
 
 
 class Has(StrEnum):
-    """Whether a listener has a forward open, or what keeps it from that."""
+    """Whether a listener has a forward open, or what keeps it from that.
+
+    FIREWALL: its firewall lets nobody in to a port that it does not listen on. NO_SERVICE: the qube lacks
+    our package. NOT_OFFERED: it has not told dom0 that it has the package, so it is not asked.
+    """
 
     OPEN = "open"
     IN_PART = "open-in-part"
     FIREWALL = "firewall"
-    """Its firewall lets nobody in to a port that the listener does not listen on."""
     FAILED = "failed"
-    """It could not open it, and says why."""
     NOT_YET = "not-yet"
     NO_LISTENER = "no-listener"
     NO_SERVICE = "no-service"
-    """The qube lacks our package."""
     NOT_OFFERED = "not-offered"
-    """The qube was not asked, as it has not told dom0 that it has our package."""
     NO_ANSWER = "no-answer"
+
+
+# What a later answer may say otherwise.
+_UNSETTLED = frozenset((Has.NOT_YET, Has.FAILED, Has.IN_PART, Has.FIREWALL))
 
 
 class Uptake(NamedTuple):
@@ -134,37 +138,32 @@ def uptake(forward: Forward, answer: Answer) -> Uptake:
     return Uptake(Has.FIREWALL if key in answer.firewall.waiting else Has.OPEN, report=report)
 
 
-def flows(answer: QubeReport, live: Collection[Key]) -> dict[Key, tuple[int, int | None]]:
-    """The connections that a qube has of forwards that are closed, and the seconds that are left to them:
-    None where they should have been cut. ``live`` are the forwards that it should have.
-    """
+def flows(exposed: QubeName, answer: QubeReport, live: Collection[tuple[str, str]]) -> list[GoesOn]:
+    """The connections that a qube has of forwards that are closed; ``live`` are those that it should have."""
     found: dict[Key, tuple[int, int | None]] = {}
-    listener = answer.listener
-    for old in () if listener is None else listener.draining:
+    draining, forwards = (
+        ((), ()) if answer.listener is None else (answer.listener.draining, answer.listener.forwards)
+    )
+    for old in draining:
         count, left_s = found.get((old.target, old.name), (0, 0))
-        if old.connections:
-            found[old.target, old.name] = count + old.connections, max(left_s or 0, old.left_s)
-    for forward in () if listener is None else listener.forwards:
+        found[old.target, old.name] = count + old.connections, max(left_s or 0, old.left_s)
+    for forward in forwards:
         key = (forward.target, forward.name)
         if forward.connections and key not in live:
             found[key] = found.get(key, (0, 0))[0] + forward.connections, None
-    return found
+    return [GoesOn(*key, exposed, *counts) for key, counts in found.items() if counts[0]]
 
 
-def listening(planned: Plan, inventory: Inventory, qubes: Collection[str] = ()) -> list[QubeName]:
-    """Every running qube that listens, or may have and drains; of some ``qubes``, those that serve them.
-
-    A listener goes on when its qube's flag is taken away, so all that have our package count.
+def listening(inventory: Inventory) -> set[QubeName]:
+    """Every running qube that listens, or may have and drains: a listener goes on when its qube's flag is
+    taken away, so all that have our package count.
     """
-    exposed = {forward.exposed for forward in planned}
-    able = serving(inventory)
-    return sorted(
+    flagged = {
         qube.name
         for qube in inventory.qubes.values()
-        if qube.is_running
-        and (qube.told or qube.features.get(LISTENER_FEATURE) or qube.name in able)
-        and (not qubes or qube.name in qubes or qube.name in exposed)
-    )
+        if qube.is_running and (qube.told or qube.features.get(LISTENER_FEATURE))
+    }
+    return flagged | serving(inventory)
 
 
 def beyond_dom0(before: Plan, after: Plan) -> list[Forward]:
@@ -192,41 +191,45 @@ def ask_after(
     inventory: Inventory,
     backend: Backend,
     *,
-    everything_at: Collection[QubeName] = (),
+    is_everything: bool = False,
     elapsed: Callable[[], float] = time.monotonic,
     rest: Callable[[float], None] = time.sleep,
 ) -> Heard:
     """Ask the listeners that a change concerns, all at once, what they have made of it: 2 s at most.
 
     ``keys`` are the rules that it was about: they are to be open now, or were closed before and may drain.
-    What the change closed and dom0 cannot end is asked for in any case, and all that goes on at the qubes
-    ``everything_at``. The caller should not hold the lock. Raises nothing.
+    What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
+    goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
-    fresh = [f for f in after if f.source[:2] in keys and f.state is State.ACTIVE and f.exposed is not None]
-    uptakes = {f.source[:2]: Uptake(Has.NOT_OFFERED) for f in fresh if not _is_able(f, inventory)}
-    asked = [forward for forward in fresh if forward.source[:2] not in uptakes]
+    uptakes: dict[Key, Uptake] = {}
+    fresh: list[Forward] = []
+    for forward in after:
+        if forward.source[:2] in keys and forward.state is State.ACTIVE and forward.exposed is not None:
+            if inventory.offers(forward.exposed, Service.FORWARD_TCP):
+                fresh.append(forward)
+            else:
+                uptakes[forward.source[:2]] = Uptake(Has.NOT_OFFERED)
     was = {forward.source[:2]: forward.config for forward in before.live}
-    renewed = {f.exposed for f in asked if was.get(f.source[:2], f.config) != f.config}
+    renewed = {f.exposed for f in fresh if was.get(f.source[:2], f.config) != f.config}
     over = beyond_dom0(before, after)
     closed = set(keys) - {forward.source[:2] for forward in (*before.live, *after.live)}
-    qubes = {*everything_at, *(listening(after, inventory) if closed else ())}
-    qubes |= {forward.exposed for forward in (*asked, *over) if forward.exposed is not None}
+    qubes = {forward.exposed for forward in (*fresh, *over) if forward.exposed is not None}
+    qubes |= listening(inventory) if closed or is_everything else set()
 
     def heard(qube: QubeName, answer: Answer) -> Heard:
-        services = {f.source[:2]: f.service or Service.CONNECT_TCP for f in over if f.exposed == qube}
-        live = [forward.source[:2] for forward in after.live if forward.exposed == qube]
+        services: dict[tuple[str | None, ...], Service] = {
+            f.source[:2]: f.service for f in over if f.exposed == qube and f.service is not None
+        }
+        left: list[GoesOn] = []
         if isinstance(answer, QubeReport):
-            left = [
-                GoesOn(*key, qube, *counts, services.get(key, Service.CONNECT_TCP))
-                for key, counts in flows(answer, live).items()
-                if key in closed or key in services or qube in everything_at
-            ]
-        elif is_without_listener(answer):
-            left = []
-        else:
-            left = [GoesOn(*key, qube, None, None, service) for key, service in services.items()]
-            left = left or [GoesOn(None, None, qube, None) for each in everything_at if each == qube]
-        return Heard({f.source[:2]: uptake(f, answer) for f in asked if f.exposed == qube}, tuple(left))
+            live = [forward.source[:2] for forward in after.live if forward.exposed == qube]
+            found = flows(qube, answer, live)
+            left = [each for each in found if is_everything or each[:2] in closed or each[:2] in services]
+        elif not is_without_listener(answer):
+            left = [GoesOn(*f.source[:2], qube, None) for f in over if f.exposed == qube]
+            left = left or [GoesOn(None, None, qube, None)] * is_everything
+        left = [each._replace(service=services.get(each[:2], each.service)) for each in left]
+        return Heard({f.source[:2]: uptake(f, answer) for f in fresh if f.exposed == qube}, tuple(left))
 
     def ask_until_settled(qube: QubeName) -> Heard:
         begun, said = elapsed(), Heard({})
@@ -235,7 +238,8 @@ def ask_after(
             left_s = begun + BOUND_S - elapsed()
             if left_s > 0:
                 said = heard(qube, _answer(backend, qube, min(_TIMEOUT_S, left_s)))
-            if _is_settled(said, is_everything=qube in everything_at):
+            is_over = all(left.left_s is not None for left in said.goes_on) and not is_everything
+            if (is_over or not said.goes_on) and _UNSETTLED.isdisjoint(e.has for e in said.uptakes.values()):
                 break
         return said
 
@@ -243,17 +247,3 @@ def ask_after(
     for each in all_heard:
         uptakes |= each.uptakes
     return Heard(uptakes, tuple(left for each in all_heard for left in each.goes_on))
-
-
-def _is_able(forward: Forward, inventory: Inventory) -> bool:
-    exposed = forward.exposed
-    return exposed is not None and inventory.offers(exposed)
-
-
-def _is_settled(heard: Heard, *, is_everything: bool) -> bool:
-    """Whether a later answer would say the same."""
-    if any(
-        each.has in (Has.NOT_YET, Has.FAILED, Has.IN_PART, Has.FIREWALL) for each in heard.uptakes.values()
-    ):
-        return False
-    return not heard.goes_on if is_everything else all(each.left_s is not None for each in heard.goes_on)

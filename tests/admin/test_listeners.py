@@ -246,10 +246,13 @@ def only_sys_net() -> Inventory:
     return Inventory({SYS_NET: WORLD.qubes[SYS_NET]})
 
 
-def test_all_that_goes_on_at_a_qube_is_asked_until_nothing_is_left() -> None:
-    asked = Qube(DRAINING, DRAINING, answer())
-    assert asked.heard(planned(), planned(), everything_at=[SYS_NET]).goes_on == ()
-    (found,) = Qube(SILENT, SILENT, SILENT).heard(planned(), planned(), everything_at=[SYS_NET]).goes_on
+def test_all_that_goes_on_anywhere_is_asked_for_until_nothing_is_left() -> None:
+    def left(*answers: QubeReport | AnswerError) -> tuple[GoesOn, ...]:
+        asked = Qube(*answers)
+        return asked.heard(planned(), planned(), inventory=only_sys_net(), is_everything=True).goes_on
+
+    assert left(DRAINING, DRAINING, answer()) == ()
+    (found,) = left(SILENT, SILENT, SILENT)
     assert found == GoesOn(None, None, SYS_NET, None)
     assert words.still_open(found).startswith(
         "sys-net does not say whether it has connections over qubes.Conn"
@@ -258,12 +261,12 @@ def test_all_that_goes_on_at_a_qube_is_asked_until_nothing_is_left() -> None:
 
 def test_several_drains_of_a_forward_are_one_and_what_is_live_is_none() -> None:
     said = answer(report(connections=1), report("personal", "ssh", 4), draining=(drain(2), drain(1, 59)))
-    assert flows(said, [(PERSONAL, SSH)]) == {
-        (PERSONAL, SSH): (3, 3000),
-        (QubeName("work"), RuleName("web")): (1, None),
-    }
-    assert flows(said, [(QubeName("work"), RuleName("web"))]) == {(PERSONAL, SSH): (7, None)}
-    assert flows(DOWN, []) == {}
+    assert flows(SYS_NET, said, [("personal", "ssh")]) == [
+        GoesOn(PERSONAL, SSH, SYS_NET, 3, 3000),
+        GoesOn(QubeName("work"), RuleName("web"), SYS_NET, 1),
+    ]
+    assert flows(SYS_NET, said, [WEB]) == [GoesOn(PERSONAL, SSH, SYS_NET, 7)]
+    assert flows(SYS_NET, DOWN, []) == []
 
 
 @pytest.mark.parametrize(
@@ -320,5 +323,4 @@ def test_whoever_has_our_package_may_listen_whatever_its_flag_says() -> None:
         qube("hidden", "sys-vpn", is_running=False, features=OURS),
         without=("work", "vault"),
     )
-    assert listening(plan([], flagged, NOW), flagged) == ["sys-firewall", "sys-net"]
-    assert listening(plan([], flagged, NOW), flagged, ["sys-net"]) == ["sys-net"]
+    assert listening(flagged) == {"sys-firewall", "sys-net"}

@@ -130,9 +130,14 @@ class Status(NamedTuple):
 
 def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
     """The running qubes whose answers `status_of` wants for a part of the plan."""
-    found: set[QubeName | None] = {*listening(planned, inventory, qubes)}
+    found: set[QubeName | None] = {*_listening(planned, inventory, qubes)}
     found |= {qube for forward in planned.live for qube in (forward.exposed, forward.source.target)}
     return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
+
+
+def _listening(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
+    exposed = {forward.exposed for forward in planned}
+    return sorted(qube for qube in listening(inventory) if not qubes or qube in qubes or qube in exposed)
 
 
 def status_of(
@@ -149,11 +154,11 @@ def status_of(
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
     silent = []
-    for qube in listening(planned, snapshot.inventory, qubes):
+    for qube in _listening(planned, snapshot.inventory, qubes):
         answer = answers[qube]
         if isinstance(answer, QubeReport):
             live = {forward.source[:2] for forward in everything.live if forward.exposed == qube}
-            goes_on += (GoesOn(*key, qube, *left) for key, left in flows(answer, live).items())
+            goes_on += flows(qube, answer, live)
         elif not is_without_listener(answer) and all(row.forward.exposed != qube for row in rows):
             silent.append(qube)  # of others the figures are unknown, and that is said already
     return Status(planned, rows, tuple(goes_on), tuple(silent), tuple(due))
