@@ -7,8 +7,9 @@ write names the text that they read. So the file is written at once, without the
 `apply` does. Wherever this is killed after its first write, nothing opens, and the next `apply` closes.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.rules import NamedRule
@@ -18,26 +19,27 @@ from .apply import Step, differences
 from .backend import ANY, Backend
 from .judged import judged
 from .listeners import GoesOn, ask_after
-from .reconcile import apply, reconcile
+from .reconcile import Applied, apply, reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .snapshot import Snapshot, look
 from .states import Plan
+
+_T = TypeVar("_T")
 
 
 class Held(NamedTuple):
     """What a hold has done, and what a look at the system found afterwards.
 
-    ``problems`` are errors, ``busy`` is that of the lock, if others had it too long. ``snapshot`` is the
-    system before, if it could be read. ``allowed`` are lines that our own file allows all the same,
+    ``applied`` is None if the qubes could not be read. ``problems`` are errors with what they kept from being
+    done, ``notes`` those that kept nothing. ``allowed`` are lines that our own file allows all the same,
     ``allowed_elsewhere`` forwards whose calls another policy file allows.
     """
 
     is_held: bool
-    steps: tuple[Step, ...] = ()
+    applied: Applied | None = None
     ended: tuple[Ended, ...] = ()
     problems: tuple[str, ...] = ()
-    busy: str | None = None
-    snapshot: Snapshot | None = None
+    notes: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
     allowed_elsewhere: tuple[NamedRule, ...] = ()
     goes_on: tuple[GoesOn, ...] = ()
@@ -61,71 +63,44 @@ class Resumed(NamedTuple):
 def hold(backend: Backend, now: float) -> Held:
     """Close everything and hold it. Never raises a `ForwardError`; waits for the lock for 10 s at most."""
     problems: list[str] = []
-    unwritten = _write(backend)
+    notes: list[str] = []
+    text = policy.text(Plan((), is_held=True))
+    _tried(problems, "policy: deny every call", lambda: backend.replace_policy(text, ANY))
     # Whoever has the lock may be waiting for a qube, so calls end before the lock is waited for.
-    ended = {each.target: each for each in _end_all_calls(backend)}
-    applied, busy = None, None
+    targets = _tried([], "", lambda: serving(backend.inventory(with_config=False))) or ()
+    ended = {each.target: each for each in revoke(allowances(targets, (), cuts_drains=True), backend)}
     with ExitStack() as locked:
-        try:
-            locked.enter_context(backend.locked())
-        except (ForwardError, OSError) as error:
-            busy = str(error)
-        try:
-            applied = reconcile(backend, now, is_held=True)
-        except (ForwardError, OSError) as error:
-            problems.append(f"read all qubes, to find listeners and calls: {error}")
-    text = None
-    try:
-        text = backend.read_policy().text
-    except (ForwardError, OSError) as error:
-        problems.append(f"policy: it cannot be read ({error})")
-    is_held = policy.is_held(text)
-    if unwritten is not None and not is_held:
-        problems.insert(0, f"policy: deny every call: {unwritten}")
-    allowed = tuple(sorted(policy.allowing(text)))
+        _tried(notes, "this went on without the lock", lambda: locked.enter_context(backend.locked()))
+        what = "read all qubes, to find listeners and calls"
+        applied = _tried(problems, what, lambda: reconcile(backend, now, is_held=True))
+    installed = _tried(problems, "policy: it cannot be read", backend.read_policy)
+    in_force = None if installed is None else installed.text
+    held = Held(
+        policy.is_held(in_force), notes=tuple(notes), allowed=tuple(sorted(policy.allowing(in_force)))
+    )
     if applied is None:
-        return Held(is_held, (), tuple(ended.values()), tuple(problems), busy, None, allowed)
+        return held._replace(ended=tuple(ended.values()), problems=tuple(problems))
     outcome, snapshot = applied.outcome, applied.snapshot
-    ended |= {each.target: each for each in outcome.ended}
     live = snapshot.plan(now, is_held=False)
-    heard = ask_after(live, Plan(()), (), snapshot.inventory, backend, is_everything=True)
-    return Held(
-        is_held,
-        outcome.done,
-        tuple(ended.values()),
-        (*problems, *outcome.problems),
-        busy,
-        snapshot,
-        allowed,
-        _allowed_elsewhere(live, backend) if is_held else (),
-        heard.goes_on,
+    # Our file is the one that is held, and the first file decides. If none can be read, that is said already.
+    verdicts = (_tried([], "", lambda: judged(live.live, backend, None)) if held.is_held else None) or {}
+    allowed = {key for key, verdict in verdicts.items() if verdict.is_allowed}
+    return held._replace(
+        applied=applied,
+        ended=tuple((ended | {each.target: each for each in outcome.ended}).values()),
+        problems=(*problems, *outcome.problems),
+        allowed_elsewhere=tuple(f.source for f in live.live if f.source[:2] in allowed),
+        goes_on=ask_after(live, Plan(()), (), snapshot.inventory, backend, is_everything=True).goes_on,
     )
 
 
-def _write(backend: Backend) -> str | None:
-    """Write the hold over whatever the file says; why not, if that cannot be done."""
+def _tried(problems: list[str], what: str, do: Callable[[], _T]) -> _T | None:
+    """What a step returns; if it fails None, and one problem more."""
     try:
-        backend.replace_policy(policy.text(Plan((), is_held=True)), ANY)
+        return do()
     except (ForwardError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _end_all_calls(backend: Backend) -> tuple[Ended, ...]:
-    try:
-        told = allowances(serving(backend.inventory(with_config=False)), (), cuts_drains=True)
-    except (ForwardError, OSError):
-        return ()  # reading the qubes again says why
-    return revoke(told, backend)
-
-
-def _allowed_elsewhere(live: Plan, backend: Backend) -> tuple[NamedRule, ...]:
-    """Forwards whose calls another policy file allows: the hold is in ours, and the first file decides."""
-    try:
-        verdicts = judged(live.live, backend, None)
-    except (ForwardError, OSError):
-        return ()  # that dom0's policy cannot be read is said already
-    return tuple(f.source for f in live.live if verdicts[f.source[:2]].is_allowed)
+        problems.append(f"{what}: {error}")
+        return None
 
 
 def resume(backend: Backend, now: float, *, is_preview: bool = False) -> Resumed:

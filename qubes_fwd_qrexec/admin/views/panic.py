@@ -18,8 +18,8 @@ from .tables import escaped
 def panic(args: Namespace, session: Session) -> int:
     """Close everything and hold it; status 0 only if all of it is closed."""
     held = hold(session.backend, session.now)
-    if held.snapshot is not None:
-        session.warn_unread(held.snapshot)
+    if held.applied is not None:
+        session.warn_unread(held.applied.snapshot)
     if session.is_json:
         session.say_json(_as_json(held))
     else:
@@ -31,10 +31,10 @@ def _as_json(held: Held) -> dict[str, Any]:
     return {
         "is_closed": held.is_closed,
         "is_held": held.is_held,
-        "steps": [steps.as_json(step) for step in held.steps],
+        "steps": [steps.as_json(step) for step in held.applied.outcome.done] if held.applied else [],
         "ended": [steps.ended_as_json(ended) for ended in held.ended],
         "not_done": list(_not_done(held)),
-        "notes": list(_notes(held)),
+        "notes": list(held.notes),
         "open_still": list(_open_still(held)),
         "stock": [heard.as_json(left) for left in held.goes_on],
     }
@@ -54,7 +54,7 @@ def _say(held: Held, session: Session) -> None:
             "The rules are kept as they are. 'qvm-forward resume' shows with --dry-run what would open "
             "again, and opens it.\n"
         )
-    for note in _notes(held):
+    for note in held.notes:
         session.warn(f"note: {note}")
     for problem in _not_done(held):
         session.warn(f"not done: {problem}")
@@ -64,11 +64,6 @@ def _say(held: Held, session: Session) -> None:
         session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
     if not held.is_closed:
         session.warn("mend that, and say 'qvm-forward panic' again")
-
-
-def _notes(held: Held) -> Iterator[str]:
-    if held.busy is not None:
-        yield f"this went on without the lock: {held.busy}"
 
 
 def _not_done(held: Held) -> Iterator[str]:
