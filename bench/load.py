@@ -18,14 +18,14 @@ from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 from .server import DOWNLOAD, ECHO, LENGTH_BYTES, UPLOAD
 
 Address = tuple[str, int]
-# Longer than any peer takes when it works; a connection that needs more counts as hung.
+# Longer than any working peer takes; a connection that needs more counts as hung.
 ANSWER_S = 5.0
 _CHUNK = bytes(1 << 18)
 _BUFFER = bytearray(1 << 20)
 
 
 class LoadError(Exception):
-    """A connection failed where none may."""
+    """A connection failed where none should."""
 
 
 def connect(address: Address) -> socket.socket:
@@ -42,7 +42,7 @@ def echo(sock: socket.socket) -> None:
 
 
 def _finish(sock: socket.socket) -> None:
-    """End in order, and wait for the other side: its work must not be in the next sample."""
+    """End cleanly and wait for the other side, so that its work is not in the next sample."""
     with sock:
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(65536):
@@ -128,7 +128,7 @@ def round_trips(address: Address, count: int) -> dict[str, Any]:
 
 
 def upload(address: Address, size: int) -> dict[str, Any]:
-    """From the first byte's departure to the server's word that it has the last of ``size``."""
+    """From sending the first byte to the server's answer that it has all ``size`` bytes."""
     sock = connect(address)
     begun = time.perf_counter()
     _upload(sock, size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the numbers were measured on, for whoever compares them with others."""
+"""What the numbers were measured on, to compare them with others."""
 
 import os
 import platform

@@ -25,7 +25,7 @@ from .labprocess import TARGET
 from .processes import BenchError, Child
 
 _HOST = "127.0.0.1"
-# All of the load comes from one source, which by default may have fewer connections than are held.
+# All load comes from one client, which by default may have fewer connections than are held.
 _LIMITS = Limits(connections=12_000, per_source=12_000, rate=100_000)
 _READY_S = 15.0
 _RETRY_S = 0.02
@@ -95,7 +95,7 @@ class Peer:
 
 
 class Direct(Peer):
-    """Nothing in between: what this machine, its kernel and the bench itself can do."""
+    """Nothing in between: what machine, kernel and bench can do."""
 
     name = "direct"
     title = "direct TCP"
@@ -123,7 +123,7 @@ class Socat(Peer):
 
 
 class ListenerPeer(Peer):
-    """Our listener, with the call's cap above that of qrexec, so that its own does not show."""
+    """Our listener, with a cap on calls above qrexec's, so that its own cap does not show."""
 
     service: ClassVar[Service]
     transport: ClassVar[Transport]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A process that the bench has started: asked by lines of JSON, and ended without touching any other."""
+"""A process that the bench started: controlled by lines of JSON, and ended without touching any other."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _LOG_LINES = 10
 
 
 class BenchError(Exception):
-    """Something that was to be measured does not work; the text says what."""
+    """Something to be measured does not work; the text says what."""
 
 
 class Child:

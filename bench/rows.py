@@ -41,7 +41,7 @@ class Effort:
     stock_each: int
 
 
-# Many short rounds: what else the machine does lasts for seconds, and then meets every peer.
+# Many short rounds: other work of the machine lasts for seconds, and then meets every peer.
 FULL = Effort(
     rounds=20,
     connections=25,
@@ -93,7 +93,7 @@ class Line:
 
 @dataclass(slots=True)
 class Result:
-    """What a row has found: its lines, the sizes of its samples, and what failed, in words."""
+    """What a row found: its lines, the sizes of its samples, and what failed, in words."""
 
     samples: str
     lines: list[Line]

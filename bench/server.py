@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The server behind every peer: one thread, one epoll, so that it is no peer's bottleneck.
+"""The server behind every peer: one thread and one epoll, so that it is no peer's bottleneck.
 
 The first byte of a connection says what it is for: ``e`` is echoed, and so is all that follows;
 ``u`` and eight bytes of length: that many bytes are read and then acknowledged by one; ``d`` and a

@@ -18,13 +18,13 @@ from .processes import Child
 _READY_S = 20.0
 _SETTLE_S = 10.0
 _LOOK_S = 0.005
-# So long nothing has changed when all is up and at rest.
+# When nothing has changed for so long, all is up and at rest.
 _STILL_S = 0.5
 
 
 @dataclass(slots=True)
 class Stage:
-    """What `open_stage` has started. ``lab`` is what the lab said of itself."""
+    """What `open_stage` started. ``lab`` is the lab's description of itself."""
 
     peers: tuple[Peer, ...]
     broker_pid: int
@@ -55,7 +55,7 @@ class Stage:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until nothing is left that serves a connection, so that peers do not disturb each other.
+        """Wait until nothing serves a connection any more, so that peers do not disturb each other.
 
         A connection is open files in processes, some of its own. How many there are at rest was counted
         when all was up: a mux call stays, with its call and its service.
@@ -63,7 +63,7 @@ class Stage:
         self._look_until(lambda: self._open_files() <= self._files_at_rest)
 
     def count_at_rest(self) -> None:
-        """Wait until nothing changes any more: that is what `settle` waits for from now on."""
+        """Wait until nothing changes any more. From now on `settle` waits for this state."""
         still_since = time.monotonic()
 
         def is_still() -> bool:
@@ -76,7 +76,7 @@ class Stage:
         self._look_until(is_still)
 
     def _look_until(self, is_reached: Callable[[], bool]) -> None:
-        """Again and again, within a bound: nobody tells of files that other processes open and close."""
+        """Look again and again, within a bound: nothing reports which files other processes open and close."""
         deadline = time.monotonic() + _SETTLE_S
         while not is_reached() and time.monotonic() < deadline:
             time.sleep(_LOOK_S)

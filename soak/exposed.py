@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The listener, in a process of its own that can be asked what it holds.
+"""The listener in a process of its own, which can be asked what it holds.
 
 ``python -m soak.exposed CONFIG_DIRECTORY CLIENT...``: a line on stdin is answered by one of JSON, and the
 end of stdin ends it.
@@ -27,7 +27,7 @@ _CACHED = ("Trio thread ", "Trio worker thread ")
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the listener holds. Nothing but the memory may be more than before, once nothing is carried."""
+    """What the listener holds. When nothing is carried, only the memory may be more than before."""
 
     mux_calls: int
     streams: int
@@ -42,7 +42,7 @@ class Held:
 
 
 def held(listener: Listener) -> Held:
-    """Looks where nobody else may: a leak is what no interface shows."""
+    """Reads private state, since no interface shows a leak."""
     transports = listener._means.transports
     all_mux_calls = list(transports._mux_calls.values())
     each = [mux_call for mux_calls in all_mux_calls for mux_call in mux_calls._mux_calls]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One script played between two sockets, whatever is between them, and what each side saw."""
+"""Plays one script between two sockets, whatever lies between them, and says what each side saw."""
 
 import errno
 import socket
@@ -34,7 +34,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """None for a side that has aborted and not waited: how far it had read is chance."""
+    """None for a side that aborted without waiting: how far it had read is chance."""
 
     client: Seen | None
     server: Seen | None
@@ -57,15 +57,15 @@ class _Side:
 
     @property
     def seen(self) -> Seen:
-        # The kernel tells of an RST once. Where the writer was told, the reader saw an end of file, perhaps
-        # before the writer knew: trio gives other tasks a turn before it raises.
+        # The kernel reports an RST once (docs/facts.md, L2). If the writer got it, the reader saw an end of
+        # file, perhaps earlier: trio gives other tasks a turn before it raises.
         return Seen(self._count, self._is_right, "RST" if self._was_reset else self._end or "nothing")
 
     def __str__(self) -> str:
         return f"{self.seen}, {'has' if self.has_finished else 'has not'} sent all"
 
     def has_lost(self) -> None:
-        """There is no connection at all."""
+        """There was no connection at all."""
         self._end = "RST"
 
     async def run(self, sock: trio.socket.SocketType) -> None:
@@ -91,7 +91,7 @@ class _Side:
         self._read_over.set()
 
     async def _write(self, sock: trio.socket.SocketType) -> bool:
-        """Whether all was sent and ended as the part says; else the other side is gone."""
+        """Whether all was sent and ended as the part says; if not, the other side is gone."""
         pauses = 0
         try:
             for start in range(0, len(self._sends), self.part.chunk):
@@ -107,14 +107,14 @@ class _Side:
                 await self._heard.wait()
                 await self._delivered(sock)
         except OSError as error:
-            # EPIPE comes where an RST was told before, or after a FIN.
+            # EPIPE follows an RST that was reported before, or a FIN.
             self._was_reset = error.errno not in (errno.EPIPE, errno.ENOTCONN)
             return False
         self.has_finished = True
         return True
 
     async def _delivered(self, sock: trio.socket.SocketType) -> None:
-        """Until the peer's kernel has all that was sent, which an abort would take back."""
+        """Wait until the peer's kernel has everything that was sent; an abort would take it back."""
         while undelivered_bytes(cast("socket.socket", sock)):  # noqa: ASYNC110 - the kernel has no event for it
             await trio.sleep(_LOOK_S)
 
@@ -127,7 +127,7 @@ async def _send_all(sock: trio.socket.SocketType, data: memoryview) -> None:
 async def play(script: Script, seed: int, address: tuple[str, int], port: int) -> tuple[Outcome, list[str]]:
     """Play it between a client that connects to ``address`` and a server on ``port``.
 
-    Returns what they saw, and what is wrong with that in any weather.
+    Returns what they saw, and what is wrong with that in calm or storm.
     """
     upload, download = script.data(seed, "client"), script.data(seed, "server")
     client = _Side(script.client, upload, download)
@@ -180,7 +180,7 @@ def _comparable(side: _Side) -> Seen | None:
 
 
 def _problems(name: str, side: _Side, other: _Side) -> list[str]:
-    """What may never be, whatever was killed."""
+    """What must never happen, whatever was killed."""
     seen = side.seen
     found = []
     if not seen.is_right:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A whole run: calm and storm by turns, and then what is left over."""
+"""A whole run: calm and storm in turns, and then what is left over."""
 
 import os
 import signal
@@ -38,18 +38,18 @@ _CALM_S = 12.0
 _STORM_S = 6.0
 _KILL_S = (0.1, 1.5)
 _SETTLE_S = 20.0
-# What is not given back by an allocator is no leak yet; measured: under 2 MiB after the first calm.
+# Memory that an allocator keeps is no leak yet. Measured: under 2 MiB after the first calm.
 _MEMORY_KIB = 6144
-# A service lives from one storm to the next, so it is what half a calm adds on average; measured: under 300.
+# A service lives from storm to storm, so this is what half a calm adds on average. Measured: under 300.
 _SERVICE_MEMORY_KIB = 512
 _PROBLEMS_MAX = 20
-# A connection that nothing disturbs: the first, and the one that finds out whether mux calls open again.
+# An undisturbed connection: the first, and the one that finds out whether mux calls open again.
 _PLAIN = Part(size=1000, chunk=1000, pause_s=0, stall_s=0, waits=False, how=How.FIN)
 
 
 @dataclass(slots=True)
 class Findings:
-    """What a run has found. ``problems`` is empty when all is well."""
+    """What a run found. ``problems`` is empty if all is well."""
 
     played: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
@@ -76,12 +76,12 @@ class Soak:
         self._random = Random(seed)
 
     async def run(self, seconds: float) -> None:
-        """Calm and storm, in turns, for that long; then look what is left over."""
+        """Calm and storm in turns, for that long; then check what is left over."""
         await self._wait_for_mux_call()
         at_rest = await self._settled({})
         ends_at = trio.current_time() + seconds
         memory: list[float] = []
-        # The last part is always calm, so that what a storm has broken shows.
+        # The last part is always calm, to show what a storm broke.
         while (left_s := ends_at - trio.current_time()) > 0:
             calm_s, storm_s = min(_CALM_S, left_s / 2), min(_STORM_S, left_s / 4)
             await self._calm(calm_s, at_rest)
@@ -97,10 +97,10 @@ class Soak:
         await self._check_left_over(at_rest, memory)
 
     async def _calm(self, length_s: float, at_rest: dict[str, Any]) -> None:
-        """Two halves: what the first one has made a service hold, the second one may not add to.
+        """Two halves: the second must not add to what the first made a service hold.
 
-        A storm kills services, so what the last one holds says little about the first one. In a calm it is
-        one and the same process; should a lease end in it, that calm is left out.
+        A storm kills services, so the last one says little about the first. In a calm it is the same process;
+        if a lease ends meanwhile, that calm does not count.
         """
         sizes = []
         for _ in range(2):
@@ -127,7 +127,7 @@ class Soak:
             await check(make(self._seed, self._number), worker)
 
     async def _exactly(self, script: Script, worker: int) -> None:
-        """In calm it is the same as the direct connection."""
+        """In calm, a connection ends as the direct one does."""
         relayed, problems = await self._play(script, worker, self._listen)
         direct, none = await self._play(script, worker, self._target)
         for problem in (*problems, *(f"directly, {text}" for text in none)):
@@ -137,7 +137,7 @@ class Soak:
         self.findings.played["as the direct connection"] += 1
 
     async def _honestly(self, script: Script, worker: int) -> None:
-        """In a storm it may be cut, and not lied about."""
+        """In a storm, a connection may be cut, but never looks complete when it is not."""
         relayed, problems = await self._play(script, worker, self._listen)
         for problem in problems:
             self.findings.note(f"{script}: in a storm {problem}")
@@ -165,12 +165,12 @@ class Soak:
         return _kill(self._services())
 
     def _services(self) -> list[int]:
-        """Not the lab's own processes that start them and wait for them."""
+        """The services, without the lab's processes that start them and wait for them."""
         listener = {self._exposed.pid, *descendants([self._exposed.pid])}
         return [pid for pid in descendants([os.getpid()]) if pid not in listener and not is_agent(pid)]
 
     async def _wait_for_mux_call(self) -> None:
-        """Until a connection is carried: after the start, and after what a storm has left of refusals."""
+        """Wait until a connection is carried: after the start, and after a storm's refusals."""
         script = Script(0, _PLAIN, _PLAIN)
         with trio.move_on_after(WAIT_S):
             while True:
@@ -183,7 +183,7 @@ class Soak:
     # What is left over
 
     async def _held(self) -> dict[str, Any]:
-        """What the listener holds, and the lab and the services beside it."""
+        """What listener, lab and services hold."""
         held = await trio.to_thread.run_sync(self._exposed.ask, {}, 10.0)
         services = self._services()
         return held | {
@@ -197,7 +197,7 @@ class Soak:
         }
 
     async def _settled(self, at_rest: dict[str, Any]) -> dict[str, Any]:
-        """What is held once it is no more than at rest, or, where that is not known yet, does not change."""
+        """What is held once that is no more than at rest or, if that is not known yet, no longer changes."""
         before: dict[str, Any] = {}
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline:
@@ -232,7 +232,7 @@ def _mib(kib: Sequence[float]) -> str:
 
 
 def _left_over(now: dict[str, Any], at_rest: dict[str, Any]) -> Iterator[str]:
-    """Of what there is more than at rest; memory is judged by itself."""
+    """What there is more of than at rest. Memory is judged separately."""
     return (name for name, rest in at_rest.items() if not name.endswith("memory_kib") and now[name] > rest)
 
 
@@ -248,7 +248,7 @@ def _kill(pids: list[int]) -> int:
 
 
 def _free_range() -> int:
-    """The first of _WORKERS ports in a row that nobody uses, below those that the kernel hands out."""
+    """The first of _WORKERS unused ports in a row, below those that the kernel hands out."""
     random = Random()  # where it is makes no difference to what is played
     while True:
         first = random.randrange(10_000, 32_000)
@@ -280,7 +280,7 @@ def _config(listen: int, target: int) -> ListenerConfig:
 
 
 async def soak(seed: int, seconds: float) -> Findings:
-    """A run of about that long with that seed."""
+    """A run of about ``seconds`` with that seed."""
     raise_descriptor_limit()
     with TemporaryDirectory(prefix="fwd-soak-") as place:
         directory = Path(place)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is played: connections made up at random, each from the run's seed and its own number alone."""
+"""The scripts: random connections, each made from the run's seed and its own number alone."""
 
 import hashlib
 from dataclasses import dataclass, replace
 from enum import Enum
 from random import Random
 
-# Around what a frame and a buffer hold, and enough for several windows.
+# Around the sizes of a frame and a buffer, and enough for several windows.
 _SIZES = (0, 0, 1, 2, 100, 5000, 32767, 32768, 32769, 65536, 65537, 200_000, 1 << 20)
 _SIZE_RARELY = 4 << 20
 _CHUNKS = (1000, 32768, 65536, 1 << 20)
 _PAUSES_S = (0.0, 0.0, 0.0, 0.002, 0.02)
-# An abort lets what had come be delivered for 0.8 s (docs/behaviours.md, 12), so a reader pauses for less.
+# What came before an abort is delivered for 0.8 s (docs/behaviours.md, 12), so a reader pauses for less.
 _STALLS_S = (0.0, 0.0, 0.0, 0.05, 0.2)
 _STALLS_LONG_S = (1.0, 2.0)
 
@@ -47,18 +47,18 @@ class Script:
     server: Part
 
     def data(self, seed: int, side: str) -> bytes:
-        """What that side sends; no two sides of two scripts send the same."""
+        """What that side sends. No two sides of any scripts send the same."""
         size = self.client.size if side == "client" else self.server.size
         return hashlib.shake_128(f"{seed} {self.number} {side}".encode()).digest(size)
 
 
 def make(seed: int, number: int) -> Script:
-    """The script of that number in the run with that seed."""
+    """The script with that number in the run with that seed."""
     random = Random(f"{seed} {number}")
     client, server = _part(random), _part(random)
     aborts = random.choice((None, None, "client", "server"))
-    # An abort comes when something has been heard of the other side. Before, nobody knows how far each part
-    # of the way has come, and what was sent is lost or not.
+    # Abort only after the other side was heard: before that, nobody knows how much has arrived where, so what
+    # was sent may be lost or not.
     if aborts == "client":
         client, server = replace(client, how=How.RST), replace(server, size=server.size or 1)
     elif aborts == "server":

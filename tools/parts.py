@@ -34,13 +34,13 @@ DEBIAN_NAMES = {
     "vm": "qubes-fwd-qrexec",
     "lab": "qubes-fwd-qrexec-lab",
 }
-# What of system/ the programs of dom0 need too; it gets nothing that it does not use.
+# The modules of system/ that dom0's programs use too; dom0 gets no others.
 SYSTEM_IN_DOM0 = ("__init__", "inotify", "notify")
-# Units that say nothing of themselves (presets, sockets) go by their names.
+# Presets and sockets do not say where they belong, so their names do.
 DOM0_UNITS = ("qubes-forward-watch", "70-qubes-forward-dom0")
 UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")
-# Directories that are there before ours: Fedora's packages filesystem and systemd have them, and those of
-# qrexec that ours require. Any other is owned by each RPM that has a file in it.
+# Directories that other packages own: Fedora's filesystem and systemd, and those of qrexec that ours require.
+# Every RPM that has a file in any other directory owns that.
 DIRS_OF_OTHERS = (
     *("etc/qubes-rpc", "etc/qubes/rpc-config"),
     *("usr/bin", "usr/share/doc", "usr/share/man/man1", "usr/share/man/man8"),
@@ -62,7 +62,7 @@ class PartsError(Exception):
 
 
 class Item(NamedTuple):
-    """One file of a part. What has no source is generated, and `make` says from what it is made."""
+    """One file of a part. A file without a source is generated; `make` says from what."""
 
     part: str
     source: str
@@ -81,7 +81,7 @@ def items(python_dir: str, unit_dir: str) -> Iterator[Item]:
         yield _copy("vm", file, f"etc/qubes-rpc/{file.name}", 0o755)
     for file in _files("rpc-config"):
         yield _copy("vm", file, f"etc/qubes/rpc-config/{file.name}")
-    # Not at its own place: there lies what qvm-forward has written. The packages put it there if nothing is.
+    # Not at its final place, where qvm-forward writes: the packages put it there if nothing is.
     for file in _files("policy"):
         yield _copy("dom0", file, f"usr/share/qubes-fwd-qrexec/{file.name}")
     for file in _files("completions"):
@@ -114,7 +114,7 @@ def _modules(python_dir: str) -> Iterator[Item]:
 
 
 def part_of_module(path: Path) -> str:
-    """The part of a module by its path below the package. What nobody else claims is the qubes'."""
+    """The part of a module, by its path below the package. What no other part claims belongs to the qubes."""
     if path.parts[0] == "lab":
         return "lab"
     if path.parts[0] == "admin":
@@ -131,7 +131,7 @@ def _part_of_program(target: str) -> str:
 
 
 def _part_of_name(name: str, programs: dict[str, str]) -> str:
-    """The part of a page or a completion: that of the program or service. PROGRAM-COMMAND is a page too."""
+    """The part of a page or completion: that of its program or service. PROGRAM-COMMAND is a page too."""
     for program in (name, name.rpartition("-")[0]):
         if program in programs:
             return _part_of_program(programs[program])
@@ -173,7 +173,7 @@ def _script(target: str) -> Callable[[Path], str]:
 
 
 def _pages(file: Path, part: str) -> Iterator[Item]:
-    """A manual page, and one that leads to it for each further name that it says it has."""
+    """A manual page, and one that redirects to it for each further name in its NAME line."""
     section = section_of(file.stem)
     place = f"usr/share/man/man{section}"
     yield Item(part, _relative(file), f"{place}/{file.stem}.{section}", 0o644, _page)
@@ -203,7 +203,7 @@ def install(item: Item, destdir: Path) -> None:
 
 
 def own_directories(item: Item, python_dir: str, unit_dir: str) -> Iterator[str]:
-    """Those above a file that its package has to own, as nobody else does."""
+    """The directories above a file that its package has to own, because no other does."""
     others = {Path(name) for name in (python_dir, unit_dir, *DIRS_OF_OTHERS)}
     others |= {parent for path in others for parent in path.parents}
     for directory in Path(item.destination).parents:
