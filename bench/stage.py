@@ -76,7 +76,7 @@ class Stage:
         self._look_until(is_still)
 
     def _look_until(self, is_reached: Callable[[], bool]) -> None:
-        """Look again and again, within a bound: nothing reports which files other processes open and close."""
+        """Look repeatedly, within a bound: nothing reports which files other processes open and close."""
         deadline = time.monotonic() + _SETTLE_S
         while not is_reached() and time.monotonic() < deadline:
             time.sleep(_LOOK_S)

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from bench.memory import open_files, pss_kib
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource
+from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.system.logs import start_logging
@@ -61,7 +61,7 @@ def held(listener: Listener) -> Held:
 
 
 async def _run(directory: str, client: list[str]) -> None:
-    listener = Listener(ConfigSource(Path(directory)), tuple(client), drain_s=1.0)
+    listener = Listener(FileSource(Path(directory)), tuple(client), drain_s=1.0)
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)
         print("{}", flush=True)
