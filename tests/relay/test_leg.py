@@ -108,10 +108,10 @@ def test_a_peer_that_is_gone_while_it_stalls_is_noticed(bench: MuxBench, stream:
 
 
 def test_a_peer_that_was_gone_while_it_stalled_is_passed_on_to_the_last_byte(
-    bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
+    bench: MuxBench, stream: Joined
 ) -> None:
-    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 1000)
     bench.stall(stream.client)
+    bench.is_time_still = True
     on_its_way = stream.near.sent
     abort(stream.client)
     unread = len(stream.near.sock.recv(4 * MIB, socket.MSG_PEEK))
@@ -125,7 +125,6 @@ def test_both_ends_of_file_and_stalled_is_no_abort_and_no_busy_loop(
     bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HUP is what the kernel says after both FINs, too; the bytes before the client's wait for credit."""
-    monkeypatch.setattr(leg_module, "_STALLED_GONE_S", 0.0)
     half_close(stream.server)
     assert bench.read_to_end(stream.client) == (b"", "EOF")
     assert stream.near.is_half_closed
@@ -135,6 +134,9 @@ def test_both_ends_of_file_and_stalled_is_no_abort_and_no_busy_loop(
         half_close(stream.client)
         bench.until(lambda: not stream.near.is_watched)
         assert bench.wake_ups() == 0
+        bench.clock.advance(20.0)
+        bench.turn()
+        assert not stream.ends
     stream.near.resume()
     assert bench.read_to_end(stream.server) == (b"waits for credit", "EOF")
     bench.until(lambda: len(stream.ends) == 2)
