@@ -16,18 +16,18 @@ LAB_MODULE = "qubes_fwd_qrexec.lab.store"
 LAB_VARIABLE = "QVM_FORWARD_LAB"
 _MAKE_A_LAB = f"make a lab with 'qvm-forward-lab init DIR', then name it with --lab DIR or {LAB_VARIABLE}=DIR"
 # In dom0, as qubesadmin itself tells (qubesadmin/__init__.py), and in a qube (qubes-core-agent-linux).
-_DOM0_SIGN = "/etc/qubes-release"
-_QUBE_SIGN = "/usr/share/qubes/marker-vm"
+_DOM0_SIGN = "etc/qubes-release"
+_QUBE_SIGN = "usr/share/qubes/marker-vm"
 _PACKAGES = {
     "qubesadmin": "python3-qubesadmin",
     "qrexec": "qubes-core-qrexec (on Debian python3-qrexec)",
 }
 
 
-def open_backend(lab: str | None, environ: Mapping[str, str]) -> "Backend":
+def open_backend(lab: str | None, environ: Mapping[str, str], root: str = "/") -> "Backend":
     """The backend for ``--lab`` or the environment, else for this Qubes system; asks nothing of it yet.
 
-    Raises `RefusedError` or `StoreError`.
+    ``root`` is the root of the file system. Raises `RefusedError` or `StoreError`.
     """
     if lab == "":
         # --lab "$LAB" with LAB unset: what was meant for a lab must not reach a real system.
@@ -36,8 +36,8 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> "Backend":
         return _open_lab(path)
     from importlib.util import find_spec
 
-    is_dom0 = os.path.exists(_DOM0_SIGN)
-    if not is_dom0 and not os.path.exists(_QUBE_SIGN):
+    is_dom0 = os.path.exists(os.path.join(root, _DOM0_SIGN))
+    if not is_dom0 and not os.path.exists(os.path.join(root, _QUBE_SIGN)):
         raise RefusedError(f"this is no Qubes system, and no lab was named; {_MAKE_A_LAB}")
     missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if missing:
@@ -50,7 +50,7 @@ def open_backend(lab: str | None, environ: Mapping[str, str]) -> "Backend":
         )
     from .qubes.store import QubesStore
 
-    return QubesStore()
+    return QubesStore(root)
 
 
 def _open_lab(path: str) -> "Backend":

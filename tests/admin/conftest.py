@@ -2,7 +2,7 @@
 """A system of qubes, and the command qvm-forward on it: as a lab, and as a Qubes system that is asked."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,8 @@ from faulty import Panic, allowed
 from stages import Stage
 from worlds import ADD, NO_FORWARDS, NOW, Command, Result
 
-from qubes_fwd_qrexec.admin import locate
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.qubes import store as qubesstore
+from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.admin.views import cli
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
@@ -46,9 +45,10 @@ def dom0(
 ) -> FakeQubes:
     """This machine is taken for the dom0 of a Qubes system."""
     install(monkeypatch, qubesd, policy_client)
-    monkeypatch.setattr(locate, "_DOM0_SIGN", "/")
-    monkeypatch.setattr(qubesstore, "LOCK_PATH", str(tmp_path / "lock"))
-    monkeypatch.setattr(qubesstore, "WATCH_PATH", str(tmp_path / "watch"))
+    qubesd.root = tmp_path / "root"
+    for directory in ("etc", "run/qubes"):
+        (qubesd.root / directory).mkdir(parents=True)
+    (qubesd.root / "etc/qubes-release").touch()
     return qubesd
 
 
@@ -67,8 +67,14 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def store(lab: LabDirectory, kind: str) -> Backend:
-    return LabStore(lab) if kind == LAB else qubesstore.QubesStore()
+def other_store(lab: LabDirectory, kind: str, qubesd: FakeQubes) -> Callable[[], Backend]:
+    """What makes a backend, as another program has it."""
+    return lambda: LabStore(lab) if kind == LAB else QubesStore(qubesd.root)
+
+
+@pytest.fixture
+def store(other_store: Callable[[], Backend]) -> Backend:
+    return other_store()
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def _watched(store: Backend) -> Iterator[None]:
 
 
 @pytest.fixture
-def forward(lab: LabDirectory, kind: str, _watched: None) -> Command:
+def forward(lab: LabDirectory, kind: str, qubesd: FakeQubes, _watched: None) -> Command:
     """Run qvm-forward at a fixed time; on the lab at ``lab_dir``, if that is given."""
 
     def command(
@@ -90,9 +96,8 @@ def forward(lab: LabDirectory, kind: str, _watched: None) -> Command:
         lab_dir: Path | None = None,
     ) -> Result:
         out, err = io.StringIO(), io.StringIO()
-        environ = {}
-        if lab_dir is not None or kind == LAB:
-            environ["QVM_FORWARD_LAB"] = str(lab_dir or lab.root)
+        is_lab = lab_dir is not None or kind == LAB
+        environ = {"QVM_FORWARD_LAB": str(lab_dir or lab.root)} if is_lab else {}
         status = cli.run(
             argv,
             environ=environ,
@@ -101,6 +106,7 @@ def forward(lab: LabDirectory, kind: str, _watched: None) -> Command:
             out=out,
             err=err,
             style=style or Style(),
+            backend=None if is_lab else QubesStore(qubesd.root),
         )
         return Result(status, out.getvalue(), err.getvalue())
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryFile
 from threading import Event
@@ -259,6 +260,8 @@ class FakeQubes:
 
     def __init__(self, lab: LabDirectory, *, connection: str = "socket", name: str = "dom0") -> None:
         self.lab = lab
+        self.root = Path("/nowhere")
+        """Of the file system that the program sees."""
         self.connection = connection
         self.name = name
         self.calls: list[Called] = []

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What every backend does alike: the tests run over a lab and over a Qubes system that is asked."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
-from qubes_fwd_qrexec.admin.qubes import store as qubesstore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeClass, QubeState
 from qubes_fwd_qrexec.lab.store import LabStore
@@ -121,24 +120,9 @@ def test_a_verdict_is_that_of_the_whole_policy(store: Backend, lab: LabDirectory
     assert "20-before.policy" in verdict.reason
 
 
-def test_two_at_once_exclude_each_other(
-    store: Backend, lab: LabDirectory, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (directory, qubesstore):
-        monkeypatch.setattr(module, "_LOCK_TIMEOUT_S", 0.0)
-    other = LabStore(lab) if kind == "lab" else qubesstore.QubesStore()
-    refused = pytest.raises(StoreError, match=r"another .* (changes|is changing) this")
-    with store.locked(), refused, other.locked():
-        pass
-    with other.locked():
-        pass
-
-
-def test_a_lock_that_is_held_can_be_tried_without_waiting(
-    store: Backend, lab: LabDirectory, kind: str
-) -> None:
-    other = LabStore(lab) if kind == "lab" else qubesstore.QubesStore()
+def test_two_at_once_exclude_each_other(store: Backend, other_store: Callable[[], Backend]) -> None:
+    other = other_store()
     with store.locked(0), pytest.raises(StoreError, match=r"another .* (changes|is changing) this"):
         other.locked(0).__enter__()
-    with other.locked(0):
+    with other.locked():
         pass

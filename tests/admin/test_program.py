@@ -22,25 +22,24 @@ ROOT = Path(__file__).parents[2]
 BOUND_S = 60.0
 
 
-def test_without_a_lab_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate, "_DOM0_SIGN", "/nowhere")
-    monkeypatch.setattr(locate, "_QUBE_SIGN", "/nowhere")
+def test_without_a_lab_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"no Qubes system.*qvm-forward-lab init DIR.*--lab DIR"):
-        locate.open_backend(None, {})
+        locate.open_backend(None, {}, str(tmp_path))
 
 
-def test_on_a_qubes_system_it_says_which_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_qubes_system_it_says_which_packages_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    monkeypatch.setattr(locate, "_DOM0_SIGN", "/nowhere")
-    monkeypatch.setattr(locate, "_QUBE_SIGN", "/")
+    (tmp_path / "usr/share/qubes/marker-vm").mkdir(parents=True)
     packages = "install python3-qubesadmin and qubes-core-qrexec"
     with pytest.raises(
         RefusedError, match=f"a command of dom0, and this is a qube; run it there.*{packages}"
     ):
-        locate.open_backend(None, {})
-    monkeypatch.setattr(locate, "_DOM0_SIGN", "/")
+        locate.open_backend(None, {}, str(tmp_path))
+    (tmp_path / "etc/qubes-release").mkdir(parents=True)
     with pytest.raises(RefusedError, match=f"dom0 lacks what qvm-forward asks it with: {packages}"):
-        locate.open_backend(None, {})
+        locate.open_backend(None, {}, str(tmp_path))
 
 
 def test_a_qubes_system_is_not_asked_before_something_is_to_be_known(
@@ -49,7 +48,7 @@ def test_a_qubes_system_is_not_asked_before_something_is_to_be_known(
     started = []
     real = sys.modules["qubesadmin"].Qubes
     monkeypatch.setattr(sys.modules["qubesadmin"], "Qubes", lambda: started.append(1) or real())
-    backend = locate.open_backend(None, {})
+    backend = locate.open_backend(None, {}, str(dom0.root))
     assert (started, dom0.calls) == ([], [])
     assert backend.inventory().qubes
     assert started

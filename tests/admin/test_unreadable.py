@@ -35,7 +35,7 @@ def qubes(dom0: FakeQubes) -> FakeQubes:
 
 @pytest.fixture
 def run(qubes: FakeQubes, over: Command) -> Command:
-    return lambda *argv: over(QubesStore(), *argv)
+    return lambda *argv: over(QubesStore(qubes.root), *argv)
 
 
 @pytest.mark.parametrize("method", ["admin.vm.property.Get", "admin.vm.tag.List", "admin.vm.feature.List"])

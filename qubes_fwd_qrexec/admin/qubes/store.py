@@ -27,8 +27,8 @@ from .reading import CALLS_AT_ONCE, Reader
 
 # Root and the group qubes can write there, in dom0 (qubes-core-admin linux/system-config/tmpfiles-qubes.conf)
 # and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
-LOCK_PATH = "/run/qubes/qvm-forward.lock"
-WATCH_PATH = "/run/qubes/qvm-forward-watch.lock"
+_LOCK_FILE = "run/qubes/qvm-forward.lock"
+_WATCH_FILE = "run/qubes/qvm-forward-watch.lock"
 _LOCK_TIMEOUT_S = 10.0
 _WATCH_TIMEOUT_S = 1.0
 
@@ -36,7 +36,9 @@ _WATCH_TIMEOUT_S = 1.0
 class QubesStore:
     """Each call has an app of its own: what one remembers is not renewed, nor meant for several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: str | Path = "/") -> None:
+        self._lock_file = Path(root, _LOCK_FILE)
+        self._watch_file = Path(root, _WATCH_FILE)
         self._room = Semaphore(CALLS_AT_ONCE)
 
     def _open_app(self) -> Any:
@@ -109,10 +111,10 @@ class QubesStore:
         return policyapi.verdicts(calls)
 
     def watching(self) -> AbstractContextManager[None]:
-        return hold(Path(WATCH_PATH), _WATCH_TIMEOUT_S, WATCH_BUSY)
+        return hold(self._watch_file, _WATCH_TIMEOUT_S, WATCH_BUSY)
 
     def unwatched(self) -> str | None:
-        if is_held(Path(WATCH_PATH)):
+        if is_held(self._watch_file):
             return None
         start = "'systemctl enable --now qubes-forward-watch'"
         return start if self._here is None else f"{start} in {self._here}, unless it runs in dom0"
@@ -125,7 +127,7 @@ class QubesStore:
     def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
         timeout_s = _LOCK_TIMEOUT_S if timeout_s is None else timeout_s
         return hold(
-            Path(LOCK_PATH),
+            self._lock_file,
             timeout_s,
             f"another qvm-forward is changing this system, and was not done within {timeout_s:g} s; "
             "see what it waits for",

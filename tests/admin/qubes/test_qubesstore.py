@@ -12,7 +12,6 @@ from fake_policy import FakePolicyClient
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import PolicyCall
-from qubes_fwd_qrexec.admin.qubes import store as qubesstore
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -29,7 +28,7 @@ BOUND_S = 60.0
 
 @pytest.fixture
 def store(dom0: FakeQubes) -> QubesStore:
-    return QubesStore()
+    return QubesStore(dom0.root)
 
 
 ANSWER = b"version=1 ended=1 draining=0\n"
@@ -195,12 +194,10 @@ def test_a_management_qube_cannot_read_dom0s_whole_policy(
     assert "mgmt is not dom0" in verdict.reason
 
 
-def test_a_lock_that_cannot_be_made_says_who_can(store: QubesStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qubesstore, "LOCK_PATH", "/nowhere/lock")
-    with (
-        pytest.raises(StoreError, match=r"^/nowhere/lock: No such file.*member of the group qubes"),
-        store.locked(),
-    ):
+def test_a_lock_that_cannot_be_made_says_who_can(store: QubesStore, dom0: FakeQubes) -> None:
+    (dom0.root / "run/qubes").rmdir()
+    refused = pytest.raises(StoreError, match=r"qvm-forward\.lock: No such file.*member of the group qubes")
+    with refused, store.locked():
         pass
 
 
@@ -212,4 +209,4 @@ def test_where_watch_would_have_to_be_started_is_said(
     with store.watching():
         assert store.unwatched() is None
     install(monkeypatch, FakeQubes(lab, connection="qrexec", name="mgmt"), policy_client)
-    assert QubesStore().unwatched() == f"{start} in mgmt, unless it runs in dom0"
+    assert QubesStore(lab.root).unwatched() == f"{start} in mgmt, unless it runs in dom0"
