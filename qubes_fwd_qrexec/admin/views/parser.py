@@ -22,7 +22,7 @@ TUNNEL_ACTIONS = ("mark", "unmark", "list")
 
 
 def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of the whole command line; with ``words``, only of those commands that are among them."""
+    """The parser of the whole command line; with ``words``, complete only for commands among them."""
     parser = argparse.ArgumentParser(
         prog="qvm-forward",
         description="Make a server in one qube reachable from the LAN or from other qubes.",
@@ -41,6 +41,9 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
         "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs"
     )
     for name, (text, add_arguments) in _COMMANDS.items():
+        if words is not None and name not in words:
+            commands.add_parser(name, help=text, add_help=False, formatter_class=_formatter)
+            continue
         command = commands.add_parser(
             name,
             help=text,
@@ -49,8 +52,7 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
             formatter_class=_formatter,
             allow_abbrev=False,
         )
-        if words is None or name in words:
-            add_arguments(command)
+        add_arguments(command)
     return parser
 
 
