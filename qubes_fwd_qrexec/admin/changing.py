@@ -8,6 +8,7 @@ until then; what the listeners make of it is asked without it.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, TextError, UsageError
 from qubes_fwd_qrexec.common.options import Option
@@ -16,7 +17,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .apply import Outcome
 from .backend import Backend
-from .expiry import parse_expire, print_expire
+from .expiry import parse_expire
 from .inventory import Inventory
 from .judged import denials
 from .listeners import Heard, ask_after
@@ -27,6 +28,17 @@ from .store import TUNNEL_NAME, Changes, made_up_name, store
 
 Key = tuple[QubeName, str]
 """Target and name of a rule."""
+
+
+class System(NamedTuple):
+    """What is changed: a system of qubes at the time ``now``, in UNIX seconds.
+
+    Without ``is_applied`` a change is only stored, and `reconcile.apply` does the rest later.
+    """
+
+    backend: Backend
+    now: float
+    is_applied: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,67 +78,44 @@ class Changed:
 
 
 def change(
-    backend: Backend,
-    now: float,
-    decide: Callable[[Snapshot], Changes],
-    done: str,
-    *,
-    is_applied: bool = True,
-    refuses_ports_alone: bool = False,
+    system: System, decide: Callable[[Snapshot], Changes], done: str, *, ports_alone: bool = False
 ) -> Changed:
     """Store what ``decide`` makes of the system, all or none, and apply it.
 
-    ``done`` is the word that follows "was not" where it is refused. ``refuses_ports_alone``: a rule may be
-    closed for any other cause than that another one has its ports. Raises `NotOpenError`, `StoreError`, and
-    what ``decide`` does.
+    ``done`` is the word that follows "was not" where it is refused; with ``ports_alone`` it is refused only
+    for ports that another rule has. Raises `NotOpenError`, `StoreError`, and what ``decide`` does.
     """
+    backend, now, is_applied = system
     with backend.locked():
         before = look(backend)
         changes = decide(before)
         after = before.changed(changes)
         keys = tuple(key for key in changes if key[1] != TUNNEL_NAME)
-        _check(before, after, keys, now, done, refuses_ports_alone=refuses_ports_alone)
+        # Judged as the last of those that claim ports, before and after.
+        newcomers = [named[:2] for named in after.stored.rules if named[:2] in keys]
+        was, planned = (each.plan(now, newcomers, is_held=False) for each in (before, after))
+        for forward in (forward for forward in planned if forward.source[:2] in keys):
+            problem = _new_problem(was.find(*forward.source[:2]), forward, ports_alone=ports_alone)
+            if problem is not None:
+                raise NotOpenError(f"{forward.source} was not {done}", forward, problem)
         store(backend, before.inventory, changes)
         plan_before, planned, outcome = before.plan(now), after.plan(now), None
         if is_applied:
             planned, outcome, read = apply(backend, now, changed="the change is stored")
             after = after._replace(inventory=read.inventory, policy_problem=read.policy_problem)
-    forwards = [forward for key in keys if (forward := planned.find(*key)) is not None]
-    heard = Heard({})
+    heard, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
     if is_applied:
         heard = ask_after(plan_before, planned, keys, after.inventory, backend)
-    denied = denials(forwards, backend) if is_applied else {}
+        denied = denials((forward for forward in planned if forward.source[:2] in keys), backend)
     return Changed(keys, before, after, plan_before, planned, outcome, denied, heard, backend.unwatched())
 
 
-def _check(
-    before: Snapshot,
-    after: Snapshot,
-    keys: Iterable[Key],
-    now: float,
-    done: str,
-    *,
-    refuses_ports_alone: bool,
-) -> None:
-    """Refuse what could not be opened for a cause that is new. Raises `NotOpenError`."""
-    # Judged as the last of those that claim ports, before and after.
-    newcomers = [named[:2] for named in after.stored.rules if named[:2] in keys]
-    was, planned = (each.plan(now, newcomers, is_held=False) for each in (before, after))
-    for key in newcomers:
-        old, new = was.find(*key), planned.find(*key)
-        if new is None:
-            continue
-        if old is not None and old.source.rule.enabled is not new.source.rule.enabled:
-            if old.source.rule.enabled:
-                continue  # what closes is never refused
-            old = None
-        problem = _new_problem(old, new, ports_alone=refuses_ports_alone)
-        if problem is not None:
-            raise NotOpenError(f"{new.source} was not {done}", new, problem)
-
-
 def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:
-    """What keeps a rule closed that did not before; of a disabled one, what would."""
+    """What keeps a rule closed that did not before; of one that is disabled as it was, what would."""
+    if old is not None and old.source.rule.enabled is not new.source.rule.enabled:
+        if old.source.rule.enabled:
+            return None  # what closes is never refused
+        old = None
     stop = _stop(new)
     if not ports_alone and stop is not None and stop.cause.state is State.REFUSED:
         before = None if old is None else _stop(old)
@@ -151,20 +140,15 @@ def new_rule(
     """
     snapshot.check_qube(target)
     if rule.expire is not None and rule.expire <= now:
-        over = f"expire: {print_expire(rule.expire, now)} is over already"
-        raise UsageError(f"{over}; name a time to come, such as +8h", "expire")
+        raise UsageError("expire: that time is over already; name a time to come, such as +8h", "expire")
     rule = replace(rule, owner=target, path=snapshot.inventory.chain(target).qubes)
     named = NamedRule(target, name or made_up_name(rule, snapshot.stored.names(target)), rule)
     taken = snapshot.stored.find(*named[:2])
-    if isinstance(taken, BrokenRule):
-        raise RefusedError(
-            f"{named} exists already and cannot be read; take another --name, or remove it first with "
-            f"'qvm-forward remove {named}'"
-        )
     if taken is not None:
-        raise RefusedError(
-            f"{named} exists already; take another --name, or change it with 'qvm-forward set {named}'"
-        )
+        what, command = "exists already", "change it with 'qvm-forward set"
+        if isinstance(taken, BrokenRule):
+            what, command = "exists already and cannot be read", "remove it first with 'qvm-forward remove"
+        raise RefusedError(f"{named} {what}; take another --name, or {command} {named}'")
     return named
 
 
@@ -174,33 +158,58 @@ def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Forward:
     return next(forward for forward in after.plan(now, [named[:2]]) if forward.source == named)
 
 
-def add(
-    backend: Backend,
-    now: float,
-    target: QubeName,
-    rule: ForwardRule,
-    name: RuleName | None = None,
-    *,
-    is_applied: bool = True,
-) -> Changed:
+def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | None = None) -> Changed:
     """Make a forward and open it. Raises what `new_rule` and `change` do."""
 
     def decide(snapshot: Snapshot) -> Changes:
-        named = new_rule(snapshot, now, target, rule, name)
+        named = new_rule(snapshot, system.now, target, rule, name)
         return {named[:2]: str(named.rule)}
 
-    return change(backend, now, decide, "added", is_applied=is_applied)
+    return change(system, decide, "added")
+
+
+def remove(system: System, target: str, names: Iterable[str]) -> Changed:
+    """Close and forget, rules that cannot be read too."""
+
+    def decide(snapshot: Snapshot) -> Changes:
+        found = [snapshot.find(target, name) for name in names]
+        return {(entry.target, entry.name): None for entry in found}
+
+    return change(system, decide, "removed")
+
+
+def enable(system: System, target: str, names: Iterable[str]) -> Changed:
+    """Open what was disabled; a rule that has ended gets what is left of its time."""
+
+    def enabled(old: NamedRule, inventory: Inventory) -> ForwardRule:
+        return replace(old.rule, enabled=True, has_ended=False)
+
+    return _change_each(system, target, names, enabled, "enabled")
+
+
+def disable(system: System, target: str, names: Iterable[str]) -> Changed:
+    """Close and keep."""
+
+    def disabled(old: NamedRule, inventory: Inventory) -> ForwardRule:
+        return replace(old.rule, enabled=False)
+
+    return _change_each(system, target, names, disabled, "disabled")
+
+
+def confirm(system: System, target: str, names: Iterable[str]) -> Changed:
+    """Record owner and path as they are now. Raises `RefusedError` where the netvms lead nowhere."""
+
+    def confirmed(old: NamedRule, inventory: Inventory) -> ForwardRule:
+        chain = inventory.chain(old.target)
+        if chain.problem is not None:
+            raise RefusedError(f"{old} was not confirmed. {chain.problem}")
+        return replace(old.rule, owner=old.target, path=chain.qubes)
+
+    return _change_each(system, target, names, confirmed, "confirmed")
 
 
 def set_options(
-    backend: Backend,
-    now: float,
-    target: str,
-    name: str,
-    options: Mapping[str, str],
-    *,
-    seen: str | None = None,
-    is_applied: bool = True,
+    system: System, target: str, name: str, options: Mapping[str, str], *, seen: str | None = None
 ) -> Changed:
     """Change options of a rule by their names; an empty value is the default.
 
@@ -208,18 +217,40 @@ def set_options(
     `UsageError`, which names the options, for values that are wrong; else what `change` does.
     """
 
-    def decide(snapshot: Snapshot) -> Changes:
-        old = _readable(snapshot, target, name)
+    def changed(old: NamedRule, inventory: Inventory) -> ForwardRule:
         try:
             if seen is not None and ForwardRule.parse(seen) != old.rule:
                 raise RefusedError(f"{old} was not changed: it is no longer what you saw, but '{old.rule}'")
-            rule = with_options(old.rule, options, now)
-            _check_recorded(old, rule, snapshot.inventory)
+            rule = with_options(old.rule, options, system.now)
+            _check_recorded(old, rule, inventory)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
-        return {old[:2]: str(rule)}
+        return rule
 
-    return change(backend, now, decide, "changed", is_applied=is_applied)
+    return _change_each(system, target, [name], changed, "changed")
+
+
+def _change_each(
+    system: System,
+    target: str,
+    names: Iterable[str],
+    changed: Callable[[NamedRule, Inventory], ForwardRule],
+    done: str,
+) -> Changed:
+    """Change rules of a qube that are stored and can be read."""
+
+    def decide(snapshot: Snapshot) -> Changes:
+        olds = (snapshot.find(target, name) for name in names)
+        return {old[:2]: str(changed(_readable(old), snapshot.inventory)) for old in olds}
+
+    return change(system, decide, done)
+
+
+def _readable(entry: NamedRule | BrokenRule) -> NamedRule:
+    if isinstance(entry, NamedRule):
+        return entry
+    name = f"{entry.target} {entry.name!a}"
+    raise RefusedError(f"{name} cannot be read ({entry.problem}); remove it and add it anew")
 
 
 def with_options(rule: ForwardRule, options: Mapping[str, str], now: float) -> ForwardRule:
@@ -254,66 +285,3 @@ def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> 
     if gone and rule.path != old.rule.path:
         problem = f"there is no qube {gone[0]}; 'qvm-forward confirm {old}' records the path"
         raise RuleError("option 'path'", problem, "path")
-
-
-def enable(
-    backend: Backend, now: float, target: str, names: Iterable[str], *, is_applied: bool = True
-) -> Changed:
-    """Open what was disabled; a rule that has ended gets what is left of its time."""
-
-    def decide(snapshot: Snapshot) -> Changes:
-        olds = [_readable(snapshot, target, name) for name in names]
-        return {old[:2]: str(replace(old.rule, enabled=True, has_ended=False)) for old in olds}
-
-    return change(backend, now, decide, "enabled", is_applied=is_applied)
-
-
-def disable(
-    backend: Backend, now: float, target: str, names: Iterable[str], *, is_applied: bool = True
-) -> Changed:
-    """Close and keep."""
-
-    def decide(snapshot: Snapshot) -> Changes:
-        olds = [_readable(snapshot, target, name) for name in names]
-        return {old[:2]: str(replace(old.rule, enabled=False)) for old in olds}
-
-    return change(backend, now, decide, "disabled", is_applied=is_applied)
-
-
-def confirm(
-    backend: Backend, now: float, target: str, names: Iterable[str], *, is_applied: bool = True
-) -> Changed:
-    """Record owner and path as they are now. Raises `RefusedError` where the netvms lead nowhere."""
-
-    def decide(snapshot: Snapshot) -> Changes:
-        changes: dict[Key, str | None] = {}
-        for name in names:
-            old = _readable(snapshot, target, name)
-            chain = snapshot.inventory.chain(old.target)
-            if chain.problem is not None:
-                raise RefusedError(f"{old} was not confirmed. {chain.problem}")
-            changes[old[:2]] = str(replace(old.rule, owner=old.target, path=chain.qubes))
-        return changes
-
-    return change(backend, now, decide, "confirmed", is_applied=is_applied)
-
-
-def remove(
-    backend: Backend, now: float, target: str, names: Iterable[str], *, is_applied: bool = True
-) -> Changed:
-    """Close and forget, rules that cannot be read too."""
-
-    def decide(snapshot: Snapshot) -> Changes:
-        found = [snapshot.find(target, name) for name in names]
-        return {(entry.target, entry.name): None for entry in found}
-
-    return change(backend, now, decide, "removed", is_applied=is_applied)
-
-
-def _readable(snapshot: Snapshot, target: str, name: str) -> NamedRule:
-    entry = snapshot.find(target, name)
-    if not isinstance(entry, NamedRule):
-        raise RefusedError(
-            f"{entry.target} {entry.name!a} cannot be read ({entry.problem}); remove it and add it anew"
-        )
-    return entry

@@ -10,8 +10,7 @@ from qubes_fwd_qrexec.common.exchange import Document, Read
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .backend import Backend
-from .changing import Changed, change
+from .changing import Changed, System, change
 from .inventory import DISPOSABLE, TUNNEL_FEATURE
 from .snapshot import Snapshot
 from .store import TUNNEL_NAME, Changes, made_up_name, parse_new_name
@@ -30,13 +29,7 @@ class Imported(NamedTuple):
 
 
 def import_document(
-    backend: Backend,
-    now: float,
-    document: Document,
-    qube: QubeName | None = None,
-    *,
-    is_replacing: bool = False,
-    is_applied: bool = True,
+    system: System, document: Document, qube: QubeName | None = None, *, is_replacing: bool = False
 ) -> Imported:
     """Store a document and apply it.
 
@@ -60,14 +53,7 @@ def import_document(
         }
         return changes | {named[:2]: str(named.rule) for named in rules}
 
-    changed = change(
-        backend,
-        now,
-        decide,
-        "imported, nor was anything else",
-        is_applied=is_applied,
-        refuses_ports_alone=True,
-    )
+    changed = change(system, decide, "imported, nor was anything else", ports_alone=True)
     targets = {target for target, _ in changed.keys}
     left_open = tuple(
         forward.source

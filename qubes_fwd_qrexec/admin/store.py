@@ -2,12 +2,11 @@
 """Rules where they are stored: feature ``forward.NAME`` of the target, whose value is the rule's line."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RuleError, StoreError, TextError
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
-from qubes_fwd_qrexec.common.values import QubeName, RuleName, parse_rule_name
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, parse_rule_name, yes_no
 
 from .backend import Backend
 from .inventory import TUNNEL_FEATURE, Inventory
@@ -26,21 +25,21 @@ class Stored(NamedTuple):
     rules: tuple[NamedRule, ...]
     broken: tuple[BrokenRule, ...]
 
+    @property
+    def entries(self) -> tuple[NamedRule | BrokenRule, ...]:
+        return (*self.rules, *self.broken)
+
     def find(self, target: str, name: str) -> NamedRule | BrokenRule | None:
-        entries: Iterable[NamedRule | BrokenRule] = chain(self.rules, self.broken)
-        for entry in entries:
-            if entry.target == target and entry.name == name:
-                return entry
-        return None
+        """A rule, readable or not."""
+        return next((entry for entry in self.entries if (entry.target, entry.name) == (target, name)), None)
 
     def names(self, target: str) -> list[str]:
         """The names of all that is stored at a qube, readable or not."""
-        rules = [rule.name for rule in self.rules if rule.target == target]
-        return [*rules, *(rule.name for rule in self.broken if rule.target == target)]
+        return [entry.name for entry in self.entries if entry.target == target]
 
     def targets(self) -> list[QubeName]:
         """The qubes at which anything is stored."""
-        return sorted({rule.target for rule in self.rules} | {rule.target for rule in self.broken})
+        return sorted({entry.target for entry in self.entries})
 
 
 def feature_key(name: str) -> str:
@@ -49,17 +48,16 @@ def feature_key(name: str) -> str:
 
 def read_rules(inventory: Inventory) -> Stored:
     """The rules of all qubes; what cannot be read as one is kept as broken, never dropped."""
-    rules: list[NamedRule] = []
-    broken: list[BrokenRule] = []
-    for target in sorted(inventory.qubes):
-        for key, untrusted_line in sorted(inventory.qubes[target].features.items()):
-            if key.startswith(PREFIX) and key != TUNNEL_FEATURE:
-                entry = read_rule(target, key.removeprefix(PREFIX), untrusted_line)
-                if isinstance(entry, NamedRule):
-                    rules.append(entry)
-                else:
-                    broken.append(entry)
-    return Stored(tuple(rules), tuple(broken))
+    found = [
+        read_rule(target, key.removeprefix(PREFIX), untrusted_line)
+        for target in sorted(inventory.qubes)
+        for key, untrusted_line in sorted(inventory.qubes[target].features.items())
+        if key.startswith(PREFIX) and key != TUNNEL_FEATURE
+    ]
+    return Stored(
+        tuple(entry for entry in found if isinstance(entry, NamedRule)),
+        tuple(entry for entry in found if isinstance(entry, BrokenRule)),
+    )
 
 
 def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> NamedRule | BrokenRule:
@@ -93,7 +91,7 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
     """Make all of the changes, or on an error none.
 
     On an error each is put back to what it was in ``inventory``. The caller holds the lock. Raises
-    `StoreError`, which lists what could not be put back, and what to do about it.
+    `StoreError`, which lists what could not be put back.
     """
     tried: list[tuple[QubeName, str]] = []
     try:
@@ -101,33 +99,23 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
             tried.append((qube, name))
             _put(backend, qube, name, value)
     except StoreError as error:
-        left = [line for qube, name in tried for line in _put_back(backend, inventory, qube, name)]
+        left = "".join(line for key in tried for line in _put_back(backend, inventory, *key))
         if not left:
             raise
-        lines = "\n".join(left)
         raise StoreError(
-            f"{error}.\nWhat was changed before could not be put back, and the next 'qvm-forward apply' puts "
-            f"it in force:\n{lines}"
+            f"{error}.\nNot put back, and in force with the next 'qvm-forward apply':{left}\n"
+            "'qvm-forward remove' takes away what is new, 'qvm-forward import --replace' reads the rest"
         ) from error
 
 
 def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> Iterator[str]:
-    """A line for the user if this fails."""
+    """What it was, as a line of a document, if this fails."""
     old = inventory.qubes[qube].features.get(feature_key(name))
     try:
         _put(backend, qube, name, old)
-    except StoreError as error:
-        if name == TUNNEL_NAME:
-            verb = "mark" if old else "unmark"
-            way_out = f"'qvm-forward tunnel {verb} {qube}' restores it"
-            yield f"the mark of {qube} may be changed ({error}); {way_out}"
-        elif old is None:
-            yield f"{qube} {name} may be stored ({error}); 'qvm-forward remove {qube} {name}' removes it"
-        else:
-            yield (
-                f"{qube} {name} may be changed or gone ({error}); 'qvm-forward import --replace' restores it "
-                f"from this line: {qube} {ascii(name)[1:-1]} {ascii(old)[1:-1]}"
-            )
+    except StoreError:
+        was = yes_no(bool(old)) if name == TUNNEL_NAME else "(new)" if old is None else old
+        yield f"\n  {qube} {ascii(name)[1:-1]} {ascii(was)[1:-1]}"
 
 
 def _put(backend: Backend, qube: QubeName, name: str, value: str | None) -> None:

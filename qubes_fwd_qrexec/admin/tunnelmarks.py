@@ -10,8 +10,7 @@ from typing import NamedTuple
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .backend import Backend
-from .changing import Changed, change
+from .changing import Changed, System, change
 from .inventory import ADMIN, TUNNEL_FEATURE, Inventory, TunnelMark
 from .snapshot import Snapshot
 from .store import TUNNEL_NAME, Changes
@@ -55,7 +54,7 @@ def way_out(mark: TunnelMark, inventory: Inventory) -> tuple[str, ...]:
     return ("qvm-features", "--unset", owner, key)
 
 
-def mark(backend: Backend, now: float, qube: str) -> Changed:
+def mark(system: System, qube: str) -> Changed:
     """Mark a qube, or all that are made from a template: what would go round it closes.
 
     Raises `RefusedError` if there is no such qube, and what `change` does.
@@ -68,10 +67,10 @@ def mark(backend: Backend, now: float, qube: str) -> Changed:
             raise RefusedError(f"{name} is the administrative qube, and no traffic goes through it")
         return {} if known.features.get(TUNNEL_FEATURE) else {(name, TUNNEL_NAME): "1"}
 
-    return change(backend, now, decide, "marked")
+    return change(system, decide, "marked")
 
 
-def unmark(backend: Backend, now: float, qube: str) -> Changed:
+def unmark(system: System, qube: str) -> Changed:
     """Take our mark away. Raises `NotMarkedError` if there is none, and what `change` does."""
 
     def decide(snapshot: Snapshot) -> Changes:
@@ -80,4 +79,4 @@ def unmark(backend: Backend, now: float, qube: str) -> Changed:
             raise NotMarkedError(name, snapshot.inventory)
         return {(name, TUNNEL_NAME): None}
 
-    return change(backend, now, decide, "unmarked")
+    return change(system, decide, "unmarked")

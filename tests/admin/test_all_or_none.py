@@ -12,6 +12,7 @@ from worlds import ADD, Command, content, rule, world
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.qubes import store as qubesstore
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.exchange import parse_lines
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -67,10 +68,9 @@ def test_what_cannot_be_put_back_is_named_with_the_way_out(forward: Command, fai
     assert result.status == 1
     assert result.err == (
         "qvm-forward import: qubesd is gone.\n"
-        "What was changed before could not be put back, and the next 'qvm-forward apply' puts it in force:\n"
-        "work r0 may be stored (qubesd is gone); 'qvm-forward remove work r0' removes it\n"
-        "work r1 may be stored (qubesd is gone); 'qvm-forward remove work r1' removes it\n"
-        "work r2 may be stored (qubesd is gone); 'qvm-forward remove work r2' removes it\n"
+        "Not put back, and in force with the next 'qvm-forward apply':\n"
+        "  work r0 (new)\n  work r1 (new)\n  work r2 (new)\n"
+        "'qvm-forward remove' takes away what is new, 'qvm-forward import --replace' reads the rest\n"
     )
 
 
@@ -82,12 +82,9 @@ def test_a_rule_and_a_mark_that_cannot_be_put_back_are_told_with_what_they_were(
     failing("work forward.web", is_for_good=True, takes_effect=True)
     text = "sys-vpn tunnel yes\nwork web action=forward srcports=90 srchosts=any\n"
     result = forward("import", "--replace", stdin=text)
-    assert result.err.splitlines()[2:] == [
-        "the mark of sys-vpn may be changed (qubesd is gone); 'qvm-forward tunnel unmark sys-vpn' restores "
-        "it",
-        "work web may be changed or gone (qubesd is gone); 'qvm-forward import --replace' restores it from "
-        f"this line: work web {old}",
-    ]
+    assert result.err.splitlines()[2:-1] == ["  sys-vpn tunnel no", f"  work web {old}"]
+    read = parse_lines("".join(f"{line.strip()}\n" for line in result.err.splitlines()[2:-1]))
+    assert ([str(entry.rule) for entry in read.rules], read.tunnels) == ([old], {"sys-vpn": False})
 
 
 @pytest.mark.parametrize("takes_effect", [False, True])
@@ -99,7 +96,7 @@ def test_each_is_put_back_though_one_cannot_be(
     failing("work forward.r0", only_removals=True)
     result = forward("import", "-", stdin=RULES)
     assert sorted(key for key in lab.features("work") if key.startswith("forward.")) == ["forward.r0"]
-    assert "work r0 may be stored (qubesd is gone)" in result.err
+    assert "\n  work r0 (new)\n" in result.err
     assert "work r1" not in result.err
 
 

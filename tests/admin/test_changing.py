@@ -8,6 +8,7 @@ from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import changing, listeners
 from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Cause, NotOpenError, State
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
@@ -36,27 +37,27 @@ def test_a_preview_shows_what_add_would_open_and_stores_nothing(store: Backend, 
     seen = changing.preview(snapshot, NOW, named)
     assert (seen.state, seen.exposed, seen.source.name) == (State.ACTIVE, "sys-net", "tcp-80")
     assert content(lab) == before
-    added = changing.add(store, NOW, WORK, RULE)
+    added = changing.add(System(store, NOW), WORK, RULE)
     assert added.forwards == [seen]
     refused = changing.preview(snapshot, NOW, changing.new_rule(snapshot, NOW, VAULT, RULE))
     assert (refused.state, refused.cause) == (State.REFUSED, Cause.NO_NETVM)
 
 
 def test_a_change_returns_what_was_and_what_is(store: Backend) -> None:
-    added = changing.add(store, NOW, WORK, RULE, WEB)
+    added = changing.add(System(store, NOW), WORK, RULE, WEB)
     assert (added.keys, added.plan_before.forwards, added.outcome is None) == (((WORK, WEB),), (), False)
-    disabled = changing.disable(store, NOW, "work", ["web"])
+    disabled = changing.disable(System(store, NOW), "work", ["web"])
     assert disabled.plan_before.forwards == tuple(added.forwards)
     assert [forward.state for forward in disabled.forwards] == [State.DISABLED]
-    removed = changing.remove(store, NOW, "work", ["web"], is_applied=False)
+    removed = changing.remove(System(store, NOW, is_applied=False), "work", ["web"])
     assert (removed.forwards, removed.plan.forwards, removed.outcome) == ([], (), None)
 
 
 def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: LabDirectory) -> None:
-    changing.add(store, NOW, WORK, RULE, WEB)
+    changing.add(System(store, NOW), WORK, RULE, WEB)
     before = content(lab)
     with pytest.raises(NotOpenError) as refused:
-        changing.add(store, NOW, VAULT, replace(RULE, via=QubeName("sys-net")))
+        changing.add(System(store, NOW), VAULT, replace(RULE, via=QubeName("sys-net")))
     assert (refused.value.finding.cause, refused.value.forward.source.target) == (Cause.CONFLICT, "vault")
     assert content(lab) == before
 
@@ -77,15 +78,15 @@ def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: Lab
 def test_an_error_has_the_names_of_the_options_that_are_wrong(
     store: Backend, options: dict[str, str], wrong: tuple[str, ...]
 ) -> None:
-    changing.add(store, NOW, WORK, RULE, WEB)
+    changing.add(System(store, NOW), WORK, RULE, WEB)
     with pytest.raises(UsageError) as error:
-        changing.set_options(store, NOW, "work", "web", options)
+        changing.set_options(System(store, NOW), "work", "web", options)
     assert error.value.options == wrong
 
 
 def test_a_rule_that_is_over_already_is_not_added(store: Backend) -> None:
     with pytest.raises(UsageError) as error:
-        changing.add(store, NOW, WORK, replace(RULE, expire=NOW))
+        changing.add(System(store, NOW), WORK, replace(RULE, expire=NOW))
     assert error.value.options == ("expire",)
 
 
@@ -107,10 +108,10 @@ def test_set_refuses_if_the_rule_is_no_longer_what_the_user_saw(forward: Command
 
 
 def test_several_rules_change_all_or_none(store: Backend, lab: LabDirectory) -> None:
-    changing.add(store, NOW, WORK, RULE, WEB)
+    changing.add(System(store, NOW), WORK, RULE, WEB)
     before = content(lab)
     with pytest.raises(RefusedError, match="has no forward 'other', only web"):
-        changing.disable(store, NOW, "work", ["web", "other"])
+        changing.disable(System(store, NOW), "work", ["web", "other"])
     assert content(lab) == before
 
 

@@ -75,7 +75,7 @@ REFUSED = [
     (("add", "work", "80", "--from", "any,10.0.0.0/8"), 2, "any lets in everybody, and stands alone"),
     (("add", "work", "80", "--from", "office"), 2, "add: --from: 'office' is not a network such as"),
     (("add", "work", "80", "--from", "any", "--expire", "soon"), 2, "add: --expire: 'soon' is not a time"),
-    (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "ago) is over already; name a time to come"),
+    (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "expire: that time is over already"),
     (("add", "work", "80-81:90", "--from", "any"), 2, "both must be as many"),
     (("add", "work", "80", "--from", "any", "--proto", "udp", "--mode", "qrexec"), 2, "udp needs mode=nft"),
     (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "only TCP works"),

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Kind
-from qubes_fwd_qrexec.admin.changing import Changed, Key
+from qubes_fwd_qrexec.admin.changing import Changed, Key, System
 from qubes_fwd_qrexec.admin.expiry import parse_expire, print_expire
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.states import Forward, State
@@ -31,10 +31,7 @@ _NO_FROM = (
 def add(args: Namespace, session: Session) -> int:
     """Make a forward and open it."""
     rule = _rule(args, session.now)
-    changed = changing.add(
-        session.backend, session.now, args.qube, rule, args.name, is_applied=not args.no_apply
-    )
-    return report(changed, session, "stored")
+    return report(changing.add(_system(args, session), args.qube, rule, args.name), session, "stored")
 
 
 def _rule(args: Namespace, now: float) -> ForwardRule:
@@ -88,36 +85,29 @@ def set_options(args: Namespace, session: Session) -> int:
         if name in options:
             raise UsageError(f"option {name!a}: stands twice", name)
         options[name] = value
-    changed = changing.set_options(
-        session.backend,
-        session.now,
-        args.qube,
-        args.name,
-        options,
-        seen=args.was,
-        is_applied=not args.no_apply,
-    )
+    system = _system(args, session)
+    changed = changing.set_options(system, args.qube, args.name, options, seen=args.was)
     return report(changed, session, "changed")
 
 
 def enable(args: Namespace, session: Session) -> int:
     """Open what was disabled."""
-    return report(_of_several(changing.enable, args, session), session, "enabled")
+    return report(changing.enable(_system(args, session), args.qube, args.name), session, "enabled")
 
 
 def disable(args: Namespace, session: Session) -> int:
     """Close and keep."""
-    return report(_of_several(changing.disable, args, session), session, "disabled")
+    return report(changing.disable(_system(args, session), args.qube, args.name), session, "disabled")
 
 
 def confirm(args: Namespace, session: Session) -> int:
     """Record owner and path as they are now."""
-    return report(_of_several(changing.confirm, args, session), session, "confirmed")
+    return report(changing.confirm(_system(args, session), args.qube, args.name), session, "confirmed")
 
 
 def remove(args: Namespace, session: Session) -> int:
     """Close and forget, broken rules too."""
-    changed = _of_several(changing.remove, args, session)
+    changed = changing.remove(_system(args, session), args.qube, args.name)
     if session.is_json:
         removed = [{"qube": qube, "name": name} for qube, name in changed.keys]
         session.say_json({"removed": removed} | as_json(changed))
@@ -128,8 +118,8 @@ def remove(args: Namespace, session: Session) -> int:
     return finish(changed, session)
 
 
-def _of_several(do: Callable[..., Changed], args: Namespace, session: Session) -> Changed:
-    return do(session.backend, session.now, args.qube, args.name, is_applied=not args.no_apply)
+def _system(args: Namespace, session: Session) -> System:
+    return System(session.backend, session.now, is_applied=not args.no_apply)
 
 
 def report(changed: Changed, session: Session, done: str) -> int:

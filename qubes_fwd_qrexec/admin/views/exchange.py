@@ -3,6 +3,7 @@
 
 from argparse import Namespace
 
+from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.importing import import_document
 from qubes_fwd_qrexec.admin.inventory import TUNNEL_FEATURE
 from qubes_fwd_qrexec.common import exchange
@@ -44,14 +45,8 @@ def export_rules(args: Namespace, session: Session) -> int:
 def import_rules(args: Namespace, session: Session) -> int:
     """Store all rules and marks of a document, or none."""
     document = _read(args.format, _text(args.file, session))
-    changed, marks, left_open = import_document(
-        session.backend,
-        session.now,
-        document,
-        args.qube,
-        is_replacing=args.replace,
-        is_applied=not args.no_apply,
-    )
+    system = System(session.backend, session.now, is_applied=not args.no_apply)
+    changed, marks, left_open = import_document(system, document, args.qube, is_replacing=args.replace)
     if session.is_json:
         data = {"imported": len(changed.keys), "tunnels": marks, "skipped": document.skipped}
         data["left"] = [{"qube": named.target, "name": named.name} for named in left_open]

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 from qubes_fwd_qrexec.admin import tunnelmarks
-from qubes_fwd_qrexec.admin.changing import Changed
+from qubes_fwd_qrexec.admin.changing import Changed, System
 from qubes_fwd_qrexec.admin.inventory import TEMPLATE, Inventory, TunnelMark
 from qubes_fwd_qrexec.admin.states import Cause
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
@@ -27,7 +27,7 @@ def tunnel(args: Namespace, session: Session) -> int:
 
 
 def _mark(qube: QubeName, session: Session) -> int:
-    changed = tunnelmarks.mark(session.backend, session.now, qube)
+    changed = tunnelmarks.mark(System(session.backend, session.now), qube)
     if session.is_json:
         return _say_json(qube, changed, session)
     is_new = changed.before.inventory != changed.after.inventory
@@ -52,7 +52,7 @@ def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
 
 def _unmark(qube: QubeName, session: Session) -> int:
     try:
-        changed = tunnelmarks.unmark(session.backend, session.now, qube)
+        changed = tunnelmarks.unmark(System(session.backend, session.now), qube)
     except tunnelmarks.NotMarkedError as error:
         raise RefusedError(_not_ours(error.qube, error.inventory)) from None
     if session.is_json:
