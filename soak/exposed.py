@@ -44,13 +44,13 @@ class Held:
 def held(listener: Listener) -> Held:
     """Reads private state, since no interface shows a leak."""
     transports = listener._means.transports
-    all_mux_calls = list(transports._mux_calls.values())
-    each = [mux_call for mux_calls in all_mux_calls for mux_call in mux_calls._mux_calls]
+    pools = list(transports.pools.values())
+    mux_calls = [mux_call for pool in pools for mux_call in pool.mux_calls]
     return Held(
-        mux_calls=len(each),
-        streams=sum(mux_call.streams for mux_call in each),
-        waiting=sum(len(mux_calls._waiting) for mux_calls in all_mux_calls),
-        slots=listener._process.connections,
+        mux_calls=len(mux_calls),
+        streams=sum(mux_call.streams for mux_call in mux_calls),
+        waiting=sum(len(pool.waiting) for pool in pools),
+        slots=listener.process.connections,
         budget_streams=transports._budget.streams,
         budget_used=transports._budget.total - transports._budget.shared_left,
         tasks=trio.lowlevel.current_statistics().tasks_living,
