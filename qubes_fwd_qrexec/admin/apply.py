@@ -10,10 +10,11 @@ What is written stands on what policy said when the differences were computed. I
 it since, nothing is written over that: they may have closed what we would open.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import Allowance
@@ -38,7 +39,7 @@ class Kind(StrEnum):
 
 class Step(NamedTuple):
     """One change: of policy (``value`` is the whole new text), of a feature (``qube`` and ``key``), or what
-    a target is told of the calls to it (``qube`` and ``allowance``).
+    targets are told of the calls to them (``told``).
 
     ``lines_gone`` and ``lines_new`` are what a change of policy means; ``lines`` those of policy without
     which a feature would be useless.
@@ -52,7 +53,7 @@ class Step(NamedTuple):
     lines_gone: tuple[str, ...] = ()
     lines_new: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
-    allowance: Allowance | None = None
+    told: Mapping[QubeName, Allowance] = MappingProxyType({})
 
     @property
     def is_policy(self) -> bool:
@@ -101,7 +102,8 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile) -> tupl
         # Two writes if there is something to open too, so that closing never waits for opening.
         closed = policy.text(plan, withheld=new)
         steps.append(Step(Kind.CLOSE_POLICY, closed, lines_gone=tuple(sorted(gone))))
-    steps += _revocations(gone, new_lines, inventory, cuts_drains=plan.is_held)
+    if told := _revocations(gone, new_lines, inventory, cuts_drains=plan.is_held):
+        steps.append(Step(Kind.REVOKE, told=told))
     present = {(qube, key): value for qube, key, value in inventory.told()}
     wanted = {
         (forward.exposed, f"{CONFIG_PREFIX}{forward.config.key}"): forward
@@ -110,32 +112,29 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile) -> tupl
     }
     for qube, key in sorted(present.keys() - wanted.keys()):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
-    told = [
+    changed = [
         Step(Kind.SET_CONFIG, value, qube, key, present.get((qube, key)), lines=policy.lines(forward))
         for (qube, key), forward in sorted(wanted.items(), key=lambda item: item[0])
         if (value := parse_printable(str(forward.config))) != present.get((qube, key))
     ]
     # Whoever listens already may be narrowed by it, and its line of policy may be missing, as it could not be
     # told the last time: so it is told before that line comes back.
-    steps += [step for step in told if not step.opens]
+    steps += [step for step in changed if not step.opens]
     steps += _endings_of_rules(plan)
     if new:
         steps.append(Step(Kind.OPEN_POLICY, final, lines_new=tuple(sorted(new))))
-    return (*steps, *(step for step in told if step.opens))
+    return (*steps, *(step for step in changed if step.opens))
 
 
 def _revocations(
     gone: frozenset[str], wanted: frozenset[str], inventory: Inventory, *, cuts_drains: bool
-) -> Iterator[Step]:
-    """A step for each target whose calls are not all allowed any more. ``cuts_drains``: none may drain."""
+) -> dict[QubeName, Allowance]:
+    """What is told to each target whose calls are not all allowed any more. ``cuts_drains``: at once."""
     kept = {call for line in wanted if (call := policy.calls_of(line)) is not None}
     # A line that only changes, in its autostart, ends nothing.
-    over = {line: call for line in sorted(gone) if (call := policy.calls_of(line)) not in kept}
+    over = [line for line in gone if policy.calls_of(line) not in kept]
     drained = {} if cuts_drains else drains(inventory)
-    told = allowances(targets_of(over, inventory), wanted, drains=drained, cuts_drains=cuts_drains)
-    for target, allowance in told.items():
-        ours = tuple(line for line, call in over.items() if call is None or call[0] == target)
-        yield Step(Kind.REVOKE, qube=target, lines_gone=ours, allowance=allowance)
+    return allowances(targets_of(over, inventory), wanted, drains=drained, cuts_drains=cuts_drains)
 
 
 def _endings_of_rules(plan: Plan) -> Iterator[Step]:
@@ -184,14 +183,11 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
     is opened, and all the same the targets are told, and the listeners. A listener that could not be told,
     of a new forward or of a narrower one, loses its lines of policy; everything else goes on.
     """
-    steps = tuple(steps)
     done: list[Step] = []
     undone: list[Step] = []
     problems: list[str] = []
     lost: set[str] = set()
     our_policy, is_policy_written = _OurPolicy(backend, installed), True
-    # All targets at once, when it is the turn of the first.
-    untold = {step.qube: step.allowance for step in steps if step.allowance is not None}
     ended: tuple[Ended, ...] = ()
     for step in steps:
         if step.opens and not is_policy_written:
@@ -201,7 +197,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
             if step.is_policy:
                 our_policy.replace(policy.without(step.value, lost))
             elif step.kind is Kind.REVOKE:
-                ended = ended or revoke(untold, backend)
+                ended = revoke(step.told, backend)
             elif step.kind is Kind.REMOVE_CONFIG:
                 backend.remove_feature(step.qube, step.key)
             else:
@@ -214,8 +210,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
                 lost.update(step.lines)
                 _put_back(step, backend)
         else:
-            is_untold = any(each.target == step.qube and each.problem is not None for each in ended)
-            (undone if step.kind is Kind.REVOKE and is_untold else done).append(step)
+            done.append(step)
     if lost:
         ended += _withdraw(lost, our_policy, backend, problems)
     if any(step.opens for step in done):

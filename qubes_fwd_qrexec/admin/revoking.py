@@ -66,18 +66,14 @@ def allowances(
 def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
     """The running qubes that calls may have reached which these lines allowed.
 
-    A line that names no qube, as others may have written it, could have allowed a call to any that serves.
+    A line that we would not write could have allowed a call of our service to any that serves.
     """
     found: set[QubeName] = set()
     for line in lines:
-        service, *words = line.split()
-        if service not in (Service.FORWARD_TCP, "*"):
-            continue
-        target = words[2] if len(words) > 2 else "@anyvm"
-        named = inventory.get(target)
-        if named is not None and named.is_running:
-            found.add(named.name)
-        elif target.startswith(("@", "uuid:")):
+        call = policy.calls_of(line)
+        if call is not None:
+            found |= {call[0]} & {qube.name for qube in inventory.qubes.values() if qube.is_running}
+        elif line.split()[0] in (Service.FORWARD_TCP, "*"):
             found |= serving(inventory)
     return found
 

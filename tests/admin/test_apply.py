@@ -219,10 +219,10 @@ def test_steps_in_words_and_json() -> None:
     gone = steps(backend)
     assert [word for step in gone for word in in_words(step)] == [
         "policy: no longer qubes.ForwardTCP +8080+mux sys-net work allow autostart=no notify=no",
-        "work: end connections of sys-net to port 8080",
+        "work: end connections that are not allowed any more",
         "sys-net: stop listening for fwd.work.web",
     ]
-    assert as_json(gone[1]) == {"step": "revoke", "qube": "work", "allowance": "version=1 drains=keep\n"}
+    assert as_json(gone[1]) == {"step": "revoke", "told": {"work": "version=1 drains=keep\n"}}
     assert as_json(gone[2]) == {"step": "remove-config", "qube": "sys-net", "feature": CONFIG, "was": value}
 
 

@@ -234,10 +234,10 @@ def test_remove_leaves_nothing_behind(forward: Forward, lab: LabDirectory) -> No
 def test_a_dry_run_shows_which_mux_calls_would_end(forward: Forward) -> None:
     forward(*ADD)
     forward("remove", "work", "web", "--no-apply")
-    assert "\n  work: end connections of sys-net to port 8080\n" in forward("apply", "--dry-run").out
+    assert "\n  work: end connections that are not allowed any more\n" in forward("apply", "--dry-run").out
     steps = forward("apply", "--dry-run", "--json").json["steps"]
     assert [step["step"] for step in steps] == ["close-policy", "revoke", "remove-config"]
-    assert steps[1] == {"step": "revoke", "qube": "work", "allowance": "version=1 drains=keep\n"}
+    assert steps[1] == {"step": "revoke", "told": {"work": "version=1 drains=keep\n"}}
     assert forward("apply", "--json").json["steps"] == steps
 
 

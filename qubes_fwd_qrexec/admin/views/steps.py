@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Words and JSON for steps, for what became of them, and for what targets made of being told."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
 from qubes_fwd_qrexec.admin.reconcile import UnfinishedError
 from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
 from qubes_fwd_qrexec.admin.states import NotOpenError
-from qubes_fwd_qrexec.common.allowance import Allowance, Calls
+from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import QubeName
 
 from . import reasons
 
@@ -23,8 +20,8 @@ def words(step: Step) -> list[str]:
         gone = [f"policy: no longer {' '.join(line.split())}" for line in step.lines_gone]
         new = [f"policy: from now on {' '.join(line.split())}" for line in step.lines_new]
         return gone + new or ["policy: write the file, which allows the same as before"]
-    if step.allowance is not None:
-        return list(_endings(step.qube, step.allowance, step.lines_gone))
+    if step.kind is Kind.REVOKE:
+        return [f"{target}: {_ends(allowance)}" for target, allowance in step.told.items()]
     if step.kind is Kind.END_RULE:
         return [f"{step.qube} {step.key.removeprefix(RULE_PREFIX)}: its time is over, and it stays ended"]
     key = step.key.removeprefix(CONFIG_PREFIX)
@@ -33,31 +30,20 @@ def words(step: Step) -> list[str]:
     return [f"{step.qube}: {'listen' if step.opens else 'change how it listens'} for {key}: {step.value}"]
 
 
-def _endings(target: QubeName, allowance: Allowance, lines_gone: Iterable[str]) -> Iterator[str]:
-    over: dict[QubeName, list[Calls]] = {}
-    for line in lines_gone:
-        found = policy.calls_of(line)
-        if found is not None and found[1] not in allowance.keeps:
-            over.setdefault(found[1].caller, []).append(found[1])
-    for caller, calls in sorted(over.items()):
-        for is_draining in (False, True):
-            ports = [call.ports.worded() for call in calls if (call in allowance.drains) is is_draining]
-            verb = (
-                f"let connections of {caller} end by themselves,"
-                if is_draining
-                else f"end connections of {caller}"
-            )
-            if ports:
-                yield f"{target}: {verb} to {', '.join(ports)}"
-    if not over:
-        yield f"{target}: end all that is not allowed"
+def _ends(allowance: Allowance) -> str:
+    drained = ", ".join(calls.ports.worded() for calls in sorted(allowance.drains, key=str))
+    text = "end connections that are not allowed any more"
+    return f"{text}, but let those to {drained} end by themselves" if drained else text
 
 
 def as_json(step: Step) -> dict[str, Any]:
     if step.is_policy:
         return {"step": step.kind, "remove": list(step.lines_gone), "add": list(step.lines_new)}
-    if step.allowance is not None:
-        return {"step": step.kind, "qube": step.qube, "allowance": str(step.allowance)}
+    if step.kind is Kind.REVOKE:
+        return {
+            "step": step.kind,
+            "told": {target: str(allowance) for target, allowance in step.told.items()},
+        }
     found: dict[str, Any] = {"step": step.kind, "qube": step.qube, "feature": step.key, "was": step.was}
     return found if step.kind is Kind.REMOVE_CONFIG else found | {"value": step.value}
 
@@ -93,7 +79,7 @@ def error_text(error: ForwardError) -> str:
 
 
 def failure(outcome: Outcome) -> str:
-    done = "; ".join(word for step in outcome.done for word in words(step))
+    done = "; ".join(word for step in outcome.done if step.kind is not Kind.REVOKE for word in words(step))
     undone = "; ".join(word for step in outcome.undone for word in words(step))
     text = f"not everything could be done: {'; '.join(troubles(outcome))}.\nDone: {done or 'nothing'}."
     if undone:
