@@ -170,75 +170,31 @@ def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backen
 
 
 class _Walk:
-    """The steps for one forward, each a method, in the order of the way."""
+    """The steps for one forward, in their order. One is taken only if those before it did not stop."""
 
     def __init__(self, snapshot: Snapshot, forward: Forward, backend: Backend) -> None:
         self._snapshot = snapshot
         self._forward = forward
         self._backend = backend
         self._target = snapshot.inventory.qubes[forward.source.target]
-        self._facts: dict[str, object] = {
-            "target": forward.source.target,
-            "name": forward.source.name,
-            "exposed": forward.exposed,
-        }
 
     def steps(self) -> Iterator[Finding]:
-        """A step is taken only if those before it did not stop."""
-        forward, exposed, config = self._forward, self._forward.exposed, self._forward.config
-        if exposed is None or config is None:
+        forward = self._forward
+        if forward.exposed is None or forward.config is None:
             yield self._planned("rule", forward.decisive)
             return
         yield _ok("rule", f"{forward.source} is {forward.state}")
-        halted = forward.finding(Cause.EXPOSED_HALTED)
+        yield from self._at_exposed(forward.exposed, forward.config)
+        yield from self._at_target()
+        if self._target.is_running:
+            yield self._round_trip(forward.exposed, forward.config)
+
+    def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Finding]:
+        halted = self._forward.finding(Cause.EXPOSED_HALTED)
         if halted is not None:
             yield self._planned("exposed qube", halted)
         yield _ok("exposed qube", f"{exposed} is running")
-        yield self._applied(exposed, config)
-        try:
-            answer = ask(self._backend, exposed)
-        except AnswerError as error:
-            yield self._not_asked("listener", exposed, error)
-            return
-        yield self._listener(exposed, answer)
-        yield self._firewall(exposed, config, answer.firewall)
-        yield self._policy(exposed)
-        yield self._target_runs()
-        try:
-            yield from self._target_answers()
-        except AnswerError as error:
-            yield self._not_asked("service", self._target.name, error)
-        if self._target.is_running:
-            yield self._round_trip(exposed, config)
 
-    def _stops(self, step: str, cause: str, text: str, **more: object) -> Finding:
-        return _stops(step, cause, text, **self._facts, **more)
-
-    def _planned(self, step: str, found: Planned) -> Finding:
-        """A step stops by what the plan has found."""
-        ways_out = reasons.ways_out(self._forward, found)
-        quoted = [f"'{' '.join(words)}'" for words in ways_out]
-        # Where somebody has to agree after something else, that is the last.
-        last = quoted.pop() if len(ways_out) > 1 and ways_out[-1][1] == "confirm" else None
-        remedy = " or ".join(quoted) if last is None else f"{' or '.join(quoted)}, then {last}"
-        text = f"{self._forward.source} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
-        return Finding(step, Verdict.STOPS, text, found.cause, remedy, ways_out)
-
-    def _not_asked(self, step: str, qube: QubeName, error: AnswerError) -> Finding:
-        inventory = self._snapshot.inventory
-        facts = {"qube": qube, "template": inventory.qubes[qube].template or qube}
-        if error.status == NO_SERVICE:
-            return self._stops(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", **facts)
-        # What a template has told dom0 may be old; a qube that answers has the package.
-        if not inventory.offers(qube):
-            text = f"{qube} has not told dom0 that it has {_PACKAGE}"
-            return self._stops(step, Has.NOT_OFFERED, text, **facts)
-        helps = error.way_out or f"look into {qube}, or restart it"
-        if error.status == REFUSED and not error.way_out:
-            helps = f"{qube} may have as many calls as it can: wait until some have ended, or restart it"
-        return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {error}", helps=helps)
-
-    def _applied(self, exposed: QubeName, config: ListenerConfig) -> Finding:
         allowed = policy.allowing(self._snapshot.installed.text)
         told = self._snapshot.inventory.qubes[exposed].features.get(f"{CONFIG_PREFIX}{config.key}")
         lacking = [
@@ -247,14 +203,28 @@ class _Walk:
         if told != str(config):
             lacking.append(f"{exposed} is told {'nothing' if told is None else 'something else'} of it")
         if lacking:
-            return self._stops("applied", Fault.NOT_APPLIED, "; ".join(lacking))
-        return _ok("applied", "policy and listener are told what the rule asks for")
+            yield self._stops("applied", Fault.NOT_APPLIED, "; ".join(lacking))
+        yield _ok("applied", "policy and listener are told what the rule asks for")
 
-    def _listener(self, exposed: QubeName, answer: QubeReport) -> Finding:
+        answer = self._ask("listener", exposed)
+        if isinstance(answer, Finding):
+            yield answer
+            return
         found = uptake(self._forward, answer)
         if found.has not in (Has.OPEN, Has.FIREWALL):
-            return self._stops("listener", found.has, heard.trouble(self._forward, found) or "")
-        return _ok("listener", f"{exposed} listens on {self._forward.source.rule.listen_ports.worded()}")
+            yield self._stops("listener", found.has, heard.trouble(self._forward, found) or "")
+        yield _ok("listener", f"{exposed} listens on {self._forward.source.rule.listen_ports.worded()}")
+        yield self._firewall(exposed, config, answer.firewall)
+
+        verdicts = judged([self._forward], self._backend, self._snapshot.installed.text)
+        verdict = verdicts[self._forward.source[:2]]
+        call = f"{self._forward.service} from {exposed} to {self._target.name}"
+        if verdict.is_allowed:
+            yield _ok("policy", f"dom0 allows {call}")
+        elif verdict.is_allowed is None:
+            yield _unknown("policy", verdict.reason)
+        else:
+            yield self._stops("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
 
     def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Finding:
         """For those IP versions that it listens on and that its clients have."""
@@ -272,46 +242,32 @@ class _Walk:
         if set(words.values()) == {Firewall.CLOSED}:
             return self._stops("firewall", Fault.CLOSED, text)
         # Which version a client uses is the client's choice: one that is open does not make up for the other.
-        is_open = set(words.values()) == {Firewall.OPEN}
-        verdict = Verdict.OK if is_open else Verdict.UNKNOWN
-        return Finding("firewall", verdict, text)
+        return (_ok if set(words.values()) == {Firewall.OPEN} else _unknown)("firewall", text)
 
-    def _policy(self, exposed: QubeName) -> Finding:
-        verdicts = judged([self._forward], self._backend, self._snapshot.installed.text)
-        verdict = verdicts[self._forward.source[:2]]
-        call = f"{self._forward.service} from {exposed} to {self._target.name}"
-        if verdict.is_allowed is None:
-            return Finding("policy", Verdict.UNKNOWN, verdict.reason)
-        if not verdict.is_allowed:
-            return self._stops("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
-        return _ok("policy", f"dom0 allows {call}")
-
-    def _target_runs(self) -> Finding:
-        name = self._target.name
-        if self._target.is_running:
-            return _ok("target", f"{name} is running")
-        halted = self._forward.finding(Cause.TARGET_HALTED)
-        if halted is not None:
-            return self._planned("target", halted)
-        return Finding("target", Verdict.UNKNOWN, f"{name} is halted, and a connection starts it")
-
-    def _target_answers(self) -> Iterator[Finding]:
-        """The plan has looked for what the template offers; whether the target has it, the target says.
-
-        Raises `AnswerError`.
-        """
+    def _at_target(self) -> Iterator[Finding]:
+        """The plan has looked for what the template offers; whether the target has it, the target says."""
         service, name = self._forward.service, self._target.name
         port = self._forward.source.rule.target_ports.first  # of a range it stands for all
-        if not self._target.is_running or service is not Service.FORWARD_TCP:
-            yield Finding("service", Verdict.UNKNOWN, f"{name} is not asked whether it has {service}")
-            trial = None
-        else:
-            trial = ask(self._backend, name, str(port)).trial
-            yield _ok("service", f"{name} has {_PACKAGE}, and answers")
+        halted = self._forward.finding(Cause.TARGET_HALTED)
+        if halted is not None:
+            yield self._planned("target", halted)
         if not self._target.is_running:
+            yield _unknown("target", f"{name} is halted, and a connection starts it")
+            yield _unknown("service", f"{name} is not asked whether it has {service}")
             return
+        yield _ok("target", f"{name} is running")
+        if service is not Service.FORWARD_TCP:
+            yield _unknown("service", f"{name} is not asked whether it has {service}")
+            yield _unknown("server", f"{name} is not asked whether a server listens")
+            return
+        answer = self._ask("service", name, str(port))
+        if isinstance(answer, Finding):
+            yield answer
+            return
+        yield _ok("service", f"{name} has {_PACKAGE}, and answers")
+        trial = answer.trial
         if trial is None:
-            yield Finding("server", Verdict.UNKNOWN, f"{name} is not asked whether a server listens")
+            yield _unknown("server", f"{name} does not say whether a server listens")
         elif trial.answer is Answer.THROUGH:
             yield _ok("server", f"a server in {name} takes connections on port {port}")
         else:
@@ -319,18 +275,16 @@ class _Walk:
             yield self._stops("server", Fault.NO_SERVER, text)
 
     def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Finding:
-        try:
-            trial = ask(self._backend, exposed, config.key).trial
-        except AnswerError as error:
-            return self._not_asked("round trip", exposed, error)
+        answer = self._ask("round trip", exposed, config.key)
+        if isinstance(answer, Finding):
+            return answer
+        trial = answer.trial
         if trial is None or trial.answer is Answer.SILENT:
             text = f"a connection from {exposed} was not refused, and nothing was heard of it"
-            return Finding("round trip", Verdict.UNKNOWN, text if trial is None else f"{text}: {trial.text}")
+            return _unknown("round trip", text if trial is None else f"{text}: {trial.text}")
         if trial.answer is not Answer.THROUGH:
-            target = self._target
             text = f"a connection from {exposed} did not reach the server: {trial.text}"
-            facts = {"qube": target.name, "template": target.template or target.name}
-            return self._stops("round trip", trial.reason, text, **facts)
+            return self._stops("round trip", trial.reason, text, self._target.name)
         # A server that expects something else refuses it, and nobody here sees that.
         proxy = self._forward.source.rule.proxy
         header = f"a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
@@ -338,6 +292,43 @@ class _Walk:
             header = "no PROXY header (proxy=v1 or proxy=v2 sends one, if it expects one)"
         return _ok("round trip", f"a connection from {exposed} reached the server, which gets {header}")
 
+    def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport | Finding:
+        try:
+            return ask(self._backend, qube, argument)
+        except AnswerError as error:
+            caught = error
+        if caught.status == NO_SERVICE:
+            return self._stops(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", qube)
+        # What a template has told dom0 may be old; a qube that answers has the package.
+        if not self._snapshot.inventory.offers(qube):
+            text = f"{qube} has not told dom0 that it has {_PACKAGE}"
+            return self._stops(step, Has.NOT_OFFERED, text, qube)
+        helps = caught.way_out or f"look into {qube}, or restart it"
+        if caught.status == REFUSED and not caught.way_out:
+            helps = f"{qube} may have as many calls as it can: wait until some have ended, or restart it"
+        return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
+
+    def _stops(self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str) -> Finding:
+        """``qube`` is the one that lacks something, if it is one."""
+        template = None if qube is None else self._snapshot.inventory.qubes[qube].template or qube
+        target, name, *_ = self._forward.source
+        facts = {"target": target, "name": name, "exposed": self._forward.exposed, "qube": qube}
+        return _stops(step, cause, text, **facts, template=template, **more)
+
+    def _planned(self, step: str, found: Planned) -> Finding:
+        """A step stops by what the plan has found."""
+        ways_out = reasons.ways_out(self._forward, found)
+        quoted = [f"'{' '.join(words)}'" for words in ways_out]
+        # Where somebody has to agree after something else, that is the last.
+        last = quoted.pop() if len(ways_out) > 1 and ways_out[-1][1] == "confirm" else None
+        remedy = " or ".join(quoted) if last is None else f"{' or '.join(quoted)}, then {last}"
+        text = f"{self._forward.source} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
+        return Finding(step, Verdict.STOPS, text, found.cause, remedy, ways_out)
+
 
 def _ok(step: str, text: str) -> Finding:
     return Finding(step, Verdict.OK, text)
+
+
+def _unknown(step: str, text: str) -> Finding:
+    return Finding(step, Verdict.UNKNOWN, text)
