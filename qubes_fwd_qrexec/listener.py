@@ -156,16 +156,14 @@ class Listener:
         notify("STOPPING=1", "STATUS=closed, connections may finish")
 
     def _status(self) -> str:
-        """One line for the service manager: what is open, and the entries that are not served as
-        configured."""
+        """One line for the service manager: what is open, and which entries are not."""
         problems = ", ".join(sorted(self.problems))
         return one_line(
             f"{len(self.forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
         )
 
     async def follow_supervisor(self) -> None:
-        """Abort everything when the supervisor has died: otherwise the next listener could not get the
-        ports."""
+        """Abort everything when the supervisor has died, as the next listener needs the ports."""
         if self._supervisor is not None:
             await self._supervisor.lost()
             _logger.error("the process that started this listener has died")

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What dom0 tells a target on stdin of ``qubes.ForwardRevoke``: all that it allows from now on.
+"""The input of ``qubes.ForwardRevoke`` in a target: everything that dom0 allows from now on.
 
-It is a whole list and no change to one, so that a message that was lost does no harm: the next one says
-everything again, and the target keeps no memory of what dom0 may still owe it. ASCII, a line each:
+It is a complete list and not a change, so a lost message does no harm: the next one says everything again,
+and the target need not know what dom0 may still owe it. It is ASCII, one entry on each line:
 
     version=1 drains=keep
     keep 8080-8080 sys-net
     drain 9000-9000 sys-net 3600
 
-What ``keep`` names goes on. What ``drain`` names takes no new stream, and is cut after so many seconds.
-Every other call of our service in that target ends at once, be it a mux call or a single connection. What
-drains since an earlier list goes on to its own deadline, unless this one says ``drains=cut``.
+Calls under ``keep`` go on. Calls under ``drain`` take no new stream, and are cut after so many seconds.
+Every other call of our service in that target ends at once, mux call or single call. Calls that drain since
+an earlier list go on to their own deadline, unless this list says ``drains=cut``.
 """
 
 import re
@@ -23,9 +23,9 @@ from .errors import TextError
 from .values import QubeName, TargetPorts, parse_number, parse_qube_name
 
 VERSION = 1
-# What the target reads at most. That is more than a thousand calls, and qrexec carries 128 to a qube at once.
+# The most that the target reads: over a thousand entries, while qrexec allows 128 calls to a qube at once.
 ALLOWANCE_MAX_BYTES = 65536
-# A drain must end on the same day: one that does not is a rule that nobody has ended.
+# A drain must end within a day; otherwise the rule would not really have ended.
 DRAIN_MAX_S = 86_400
 ANSWER_MAX_BYTES = 128
 _KEEP_DRAINS, _CUT_DRAINS = "drains=keep", "drains=cut"
@@ -33,18 +33,18 @@ _ANSWER = re.compile(r"version=(\S+) ended=(\S+) draining=(\S+)\n?\Z", re.ASCII)
 
 
 class Calls(NamedTuple):
-    """All calls of one qube to exactly these ports of the target; a single call's are one port twice."""
+    """All calls of one qube to exactly these ports of the target; a single call has the same port twice."""
 
     ports: TargetPorts
     caller: QubeName
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """``PORT-PORT SOURCE``, spelled as it is printed. Raises `TextError`."""
+        """Parse ``PORT-PORT CALLER``, spelled exactly as it is printed. Raises `TextError`."""
         ports, _, caller = text.partition(" ")
         calls = cls(TargetPorts.parse(ports), parse_qube_name(caller))
         if str(calls) != text:
-            raise TextError(text, "PORT-PORT SOURCE, the ports always as two")
+            raise TextError(text, "PORT-PORT CALLER, always with two ports")
         return calls
 
     def __str__(self) -> str:
@@ -57,10 +57,10 @@ def _order(calls: Calls) -> tuple[str, int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowance:
-    """All that dom0 allows towards one target; ``drains`` says after how many seconds each is cut.
+    """Everything that dom0 allows towards one target; ``drains`` says after how many seconds each is cut.
 
-    Raises `TextError` for what is kept and drained at once, for seconds that no drain may take, and where
-    the text would be larger than a target reads.
+    Raises `TextError` if something is both kept and drained, for a drain that takes too many seconds, and if
+    the text is longer than a target reads.
     """
 
     keeps: frozenset[Calls] = frozenset()
@@ -70,7 +70,7 @@ class Allowance:
     def __post_init__(self) -> None:
         for calls, seconds in self.drains.items():
             if calls in self.keeps:
-                raise TextError(str(calls), "named once: it is kept or it drains")
+                raise TextError(str(calls), "named once: it is either kept or drained")
             if not 0 < seconds <= DRAIN_MAX_S:
                 raise TextError(str(seconds), f"the seconds of a drain, 1 to {DRAIN_MAX_S}")
         if (size := len(str(self))) > ALLOWANCE_MAX_BYTES:
@@ -78,7 +78,7 @@ class Allowance:
 
     @classmethod
     def parse(cls, untrusted_text: bytes) -> Self:
-        """What `str` makes, in any order of lines. Raises `TextError` that names the line."""
+        """Parse what `str` prints, with the lines in any order. Raises `TextError` that quotes the line."""
         if len(untrusted_text) > ALLOWANCE_MAX_BYTES:
             raise TextError("more", f"an allowance: at most {ALLOWANCE_MAX_BYTES} bytes")
         try:
@@ -108,7 +108,7 @@ class Allowance:
 
 
 def _head(line: str) -> bool:
-    """Whether drains are cut."""
+    """Parse the first line. Returns whether drains are cut."""
     version, _, drains = line.partition(" ")
     if version != f"version={VERSION}":
         raise TextError(
@@ -120,7 +120,7 @@ def _head(line: str) -> bool:
 
 
 def _line(line: str) -> tuple[Calls, int | None]:
-    """Calls, and after how many seconds they are cut if they drain."""
+    """Parse another line: calls, and after how many seconds they are cut, or None if they are kept."""
     word, _, rest = line.partition(" ")
     try:
         if word == "keep":
@@ -130,19 +130,19 @@ def _line(line: str) -> tuple[Calls, int | None]:
             return Calls.parse(calls), parse_number(seconds)
     except TextError as error:
         raise TextError(line[:80], f"right: {error}") from None
-    raise TextError(line[:80], "keep PORT-PORT SOURCE or drain PORT-PORT SOURCE SECONDS")
+    raise TextError(line[:80], "keep PORT-PORT CALLER or drain PORT-PORT CALLER SECONDS")
 
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
-    """The target's answer: how many calls it has ended, and how many drain now."""
+    """The target's answer: how many calls it ended, and how many drain now."""
 
     ended: int
     draining: int
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
-        """Raises `TextError`."""
+        """Parse what `str` prints. Raises `TextError`."""
         text = untrusted_answer[: ANSWER_MAX_BYTES + 1].decode("ascii", "replace")
         found = _ANSWER.match(text) if len(text) <= ANSWER_MAX_BYTES else None
         if found is None or found[1] != str(VERSION):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What an exposed qube is told of one forward, and no more: the one value that dom0 and the qubes share.
+"""What an exposed qube gets to know about a forward, and no more.
 
-dom0 writes each `ListenerConfig` as feature ``vm-config.fwd.TARGET.NAME`` of the exposed qube; Qubes
-carries it to the qube's QubesDB as ``/vm-config/fwd.TARGET.NAME``, where the listener reads it. The
-qube learns no address of the target, no other qube's name and no comment.
+dom0 writes each `ListenerConfig` as feature ``vm-config.fwd.TARGET.NAME`` of the exposed qube. Qubes carries
+it to the qube's QubesDB as ``/vm-config/fwd.TARGET.NAME``, where the listener reads it. The qube learns
+neither the target's addresses nor the names of other qubes nor comments.
 """
 
 from dataclasses import dataclass, fields
@@ -18,15 +18,15 @@ from .services import FORWARD_SERVICE
 from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
 VERSION = 1
-# qubes-core-admin qubes/ext/vm_config.py (4.2.9): names of vm-config features have at most 52 characters.
+# Names of vm-config features have at most 52 characters (qubes-core-admin qubes/ext/vm_config.py, 4.2.9).
 KEY_MAX = 52
-# QubesDB's protocol: a value has at most 3071 bytes; a larger one can stop a qube from starting.
+# A value in QubesDB has at most 3071 bytes; a larger one can keep a qube from starting.
 VALUE_MAX = 3071
 _KEY_PREFIX = "fwd."
 
 
-# How many qrexec calls a listener makes at once, of the 30 vchans that a qube has room for (33 of the 1,024
-# grant pages of xen-gntalloc each, over all targets), so that the qube's other calls have some left.
+# How many qrexec calls a listener makes at once. A qube has room for 30 vchans over all targets (each takes
+# 33 of the 1,024 grant pages of xen-gntalloc), so this leaves some for the qube's other calls.
 CALLS_MAX = 20
 
 
@@ -38,26 +38,27 @@ class Service(StrEnum):
 
 
 class Side(StrEnum):
-    """By which interfaces of the exposed qube a forward may be entered."""
+    """The interfaces of the exposed qube through which connections may come."""
 
     OUTER = "outer"
-    """What is neither an uplink nor a vif: NICs, and the interfaces of a VPN."""
+    """Everything that is neither an uplink nor a vif: NICs, and the interfaces of a VPN."""
     UPLINK = "uplink"
     """The interface to the qube's own netvm."""
     VIFS = "vifs"
-    """Those to other qubes."""
+    """The interfaces to other qubes."""
 
     @property
     def group(self) -> int:
-        """Of its interfaces: qubes-core-agent-linux sets it in network/setup-ip and vif-route-qubes."""
+        """The interface group, as qubes-core-agent-linux sets it in network/setup-ip and vif-route-qubes."""
         return {Side.OUTER: 0, Side.UPLINK: 1, Side.VIFS: 2}[self]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerConfig:
-    """One forward, as its listener needs it; raises `ConfigError` where it does not fit into QubesDB.
+    """One forward, as its listener needs it.
 
-    ``transport`` is decided: never ``auto``. ``expire`` is in UNIX seconds.
+    ``transport`` is never ``auto``. ``expire`` is in UNIX seconds. Raises `ConfigError` for contradictions,
+    and if it does not fit into QubesDB.
     """
 
     target: QubeName
@@ -99,7 +100,7 @@ class ListenerConfig:
         transport: Transport,
         side: Side,
     ) -> Self:
-        """What the exposed qube is told of a rule, once the plan has decided service, transport and side."""
+        """The configuration for a rule, once the plan has decided service, transport and side."""
         return cls(
             target=target,
             name=name,
@@ -118,11 +119,11 @@ class ListenerConfig:
 
     @property
     def key(self) -> str:
-        """Its name below ``/vm-config/``: ``fwd.TARGET.NAME``, at most 52 characters by construction."""
+        """Its name below ``/vm-config/``: ``fwd.TARGET.NAME``, which always has at most 52 characters."""
         return f"{_KEY_PREFIX}{self.target}.{self.name}"
 
     def narrows(self, old: "ListenerConfig") -> bool:
-        """Whether a connection that the old one allowed may be one that this one does not allow."""
+        """Whether the old one may have allowed a connection that this one does not allow."""
         ports, before = self.listen_ports, old.listen_ports
         families = {address.version for address in self.listen if address.is_unspecified}
         return (
@@ -134,12 +135,12 @@ class ListenerConfig:
         )
 
     def target_port(self, listen_port: int) -> int:
-        """The target's port behind an exposed one."""
+        """The target's port for an exposed port."""
         return listen_port - self.listen_ports.first + self.target_ports.first
 
     @classmethod
     def parse(cls, key: str, untrusted_value: str) -> Self:
-        """Read what stands under ``key``. Raises `ConfigError` that names key and option."""
+        """Parse the value of ``key``. Raises `ConfigError` that names the key and the option."""
         target, name = parse_key(key)
         _check_version(key, untrusted_value)
         try:
@@ -176,7 +177,7 @@ def is_forward_key(key: str) -> bool:
 
 
 def parse_key(key: str) -> tuple[QubeName, RuleName]:
-    """Target and rule of ``fwd.TARGET.NAME``; rule names have no dot. Raises `ConfigError`."""
+    """The target and the rule in ``fwd.TARGET.NAME``; rule names have no dot. Raises `ConfigError`."""
     target, _, name = key.removeprefix(_KEY_PREFIX).rpartition(".")
     try:
         if not is_forward_key(key):
@@ -187,7 +188,7 @@ def parse_key(key: str) -> tuple[QubeName, RuleName]:
 
 
 def _check_version(key: str, untrusted_value: str) -> None:
-    """Before anything else is read: another version may mean something else by every other word."""
+    """Check the version before anything else: in another version every word may have another meaning."""
     versions = [word for word in untrusted_value.split(" ") if word.startswith("version=")]
     if versions and versions[0] != f"version={VERSION}":
         raise ConfigError(

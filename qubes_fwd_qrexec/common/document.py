@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A JSON document of a qube that may lie, read member by member.
+"""Reading a JSON document of an untrusted qube, member by member.
 
-Sizes, types and charset are checked, and what is not as it should be is refused as a whole. Unknown keys are
-passed over, so that a newer qube may say more under the same version.
+Sizes, types and charset are checked, and an invalid document is refused as a whole. Unknown keys are
+ignored, so that a newer qube may add some under the same version.
 """
 
 import re
@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 from .errors import ForwardError, TextError
 
 VERSION = 1
-# A thousand forwards with all that can be said of each, and room to spare.
+# A thousand forwards with everything that a report has about each, and room to spare.
 REPORT_MAX_BYTES = 2 << 20
 REASONS_MAX = 32
-# docs/behaviours.md, 45: as a line of the log.
+# docs/behaviours.md, 45: the length of a log line.
 TEXT_MAX = 200
-# Nothing counts further than a signed number of 64 bits.
+# The largest signed number of 64 bits.
 _NUMBER_MAX = 2**63 - 1
 _REASON = re.compile(r"[a-z][a-z-]{0,31}\Z", re.ASCII)
 _PRINTABLE = re.compile(r"[\x20-\x7e]*\Z", re.ASCII)
@@ -27,17 +27,17 @@ _V = TypeVar("_V")
 
 
 class ReportError(ForwardError):
-    """An answer is no report; the text says where it is not, and repeats nothing of it unescaped."""
+    """An answer is no valid report; the text says where, and quotes nothing of it unescaped."""
 
 
 def load(untrusted_text: bytes) -> object:
-    """The JSON value of an answer. Raises `ReportError`."""
+    """Parse the JSON of an answer. Raises `ReportError`."""
     import json
 
     if len(untrusted_text) > REPORT_MAX_BYTES:
         raise ReportError(f"the answer has more than {REPORT_MAX_BYTES} bytes")
     try:
-        # Whatever may stand in it is ASCII.
+        # Everything that a report may contain is ASCII.
         value: object = json.loads(untrusted_text.decode("ascii"), object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise ReportError("the answer is no JSON in ASCII") from None
@@ -45,7 +45,7 @@ def load(untrusted_text: bytes) -> object:
 
 
 def dump(value: Mapping[str, Any]) -> bytes:
-    """One document, on one line."""
+    """The document on one line."""
     import json
 
     return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
@@ -59,7 +59,10 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 class Reader:
-    """An object of the document whose members are checked as they are read; ``place`` is where it stands."""
+    """Reads an object in the document, and checks its members as they are read.
+
+    ``place`` says for error messages where the object is. All methods raise `ReportError`.
+    """
 
     def __init__(self, untrusted_value: object, place: str) -> None:
         if not isinstance(untrusted_value, dict):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Every error that this project raises on purpose.
 
-A user's mistake names its place, the text found there and what would be right. A peer's mistake and
-our own are told apart, because the first ends a mux and the second is a bug.
+Errors about a user's mistake name its place, the text found there, and what would be right. Mistakes of a
+peer and of our own are distinguished, because the first end a mux and the second are bugs.
 """
 
 from typing import TypeVar
@@ -11,14 +11,14 @@ _E = TypeVar("_E", bound=BaseException)
 
 
 class ForwardError(Exception):
-    """The base of all others; its text is one sentence for the user."""
+    """The base class of all others; its text is one sentence for the user."""
 
 
 class TextError(ForwardError):
     """A piece of text is not what its role asks for.
 
-    ``text`` is what was found, ``expected`` says what would be right. Whoever knows where the text
-    stood turns this into a `RuleError` or `ConfigError` that names the place.
+    ``text`` is what was found, ``expected`` says what would be right. Callers that know where the text was
+    turn this into a `RuleError` or `ConfigError` that names the place.
     """
 
     def __init__(self, text: str, expected: str) -> None:
@@ -28,7 +28,7 @@ class TextError(ForwardError):
 
 
 class RuleError(ForwardError):
-    """A rule cannot be read or is at odds with itself.
+    """A rule cannot be read, or contradicts itself.
 
     ``place`` names the option and where it stands (``option 'srcports' at column 17``); ``options`` are the
     names of the options that are wrong, where it is about options.
@@ -42,9 +42,9 @@ class RuleError(ForwardError):
 
 
 class UsageError(ForwardError):
-    """What is asked for makes no sense.
+    """A request makes no sense.
 
-    ``options`` are the names of the rule's options that are wrong, as a rule's line spells them.
+    ``options`` are the names of the rule's options that are wrong, as they are spelled in a rule.
     """
 
     def __init__(self, text: str, *options: str) -> None:
@@ -57,13 +57,13 @@ class ConfigError(ForwardError):
 
 
 class StoreError(ForwardError):
-    """What is stored about qubes, rules or policy cannot be read or written."""
+    """Stored data about qubes, rules or policy cannot be read or written."""
 
 
 class RefusedError(ForwardError):
-    """A request is understood and not done, for a reason that the text gives with the way out.
+    """A valid request is refused; the text gives the reason and the way out.
 
-    ``kind`` is one word for counters, such as those of `counters.Refusal`.
+    ``kind`` is one word for counters, such as those of `refusals.Refusal`.
     """
 
     def __init__(self, text: str, kind: str = "no-call") -> None:
@@ -72,24 +72,24 @@ class RefusedError(ForwardError):
 
 
 class ProtocolError(ForwardError):
-    """The base of both errors of the mux protocol."""
+    """The base class of both errors of the mux protocol."""
 
 
 class LocalProtocolError(ProtocolError):
-    """This end was asked to do what the protocol does not allow at this point: a bug of the caller."""
+    """This end was asked to do something that the protocol does not allow now: a bug of the caller."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer broke the protocol; the mux ends."""
+    """The peer broke the protocol, which ends the mux."""
 
 
 def why(error: Exception) -> str:
-    """What went wrong, for a text that has named the place: `OSError` says its file again, and a number."""
+    """What went wrong, for a message that names the place: an `OSError` without file and number."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def leaves(group: BaseExceptionGroup[_E]) -> list[_E]:
-    """The errors in a group, and in the groups within it, in their order."""
+    """All errors in a group and in the groups within it, in order."""
     found: list[_E] = []
     for error in group.exceptions:
         found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]

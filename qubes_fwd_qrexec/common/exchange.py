@@ -8,10 +8,10 @@ work web action=forward mode=auto ... comment=demo
 {"version": 2, "tunnels": {"sys-vpn": true},
  "forwards": [{"qube": "work", "name": "web", "rule": {"action": "forward", ...}}]}
 
-The marks of tunnels are part of it: without them the same rules would make another plan. A document that
-says version 2 is an export. Lines without that and version 1 are written by hand or older, and so are rules
-that do not say their qube, in the forms of 2021. Owner and path that a rule does not record are recorded at
-import, whatever the document is.
+It includes the marks of tunnels: without them the same rules would give another plan. A document with
+version 2 is an export. Lines without a version, and version 1, are older or written by hand, and so are
+rules without a qube, in the forms of 2021. If a rule has no owner or path, import records them, in any kind
+of document.
 """
 
 import re
@@ -25,7 +25,7 @@ from .rules import ForwardRule, NamedRule
 from .values import QubeName, RuleName, Sources, parse_qube_name, parse_rule_name, parse_yes_no, yes_no
 
 VERSION = 2
-# Without marks of tunnels, and not as exact.
+# It has no marks of tunnels, and is less strict.
 OLDER = 1
 _TUNNEL = "tunnel"
 _ANYBODY = Sources((), anyone=True)
@@ -33,7 +33,7 @@ _WORD = re.compile(r"\S+")
 
 
 class Read(NamedTuple):
-    """A rule from a document; forms that do not say target or name leave them None."""
+    """A rule from a document; ``target`` and ``name`` are None in forms that do not have them."""
 
     target: QubeName | None
     name: RuleName | None
@@ -44,7 +44,7 @@ class Read(NamedTuple):
 class Document(NamedTuple):
     """Rules, marks of tunnels by qube, and how many rules of other actions were left out.
 
-    ``is_export`` if it says that it is all that was there when it was made.
+    ``is_export``: whether it says that it is complete, with everything that existed when it was made.
     """
 
     rules: list[Read]
@@ -54,7 +54,7 @@ class Document(NamedTuple):
 
 
 def within(place: str, error: RuleError) -> RuleError:
-    """The same error, with the place around its own."""
+    """The same error, with an outer place added to its own."""
     return RuleError(f"{place}, {error.place}", error.problem, *error.options)
 
 
@@ -72,7 +72,7 @@ def rule_from_json(data: object, place: str) -> ForwardRule:
 
 
 def joined(rules: Iterable[Read]) -> list[Read]:
-    """Rules of 2021, which had one network each: those that differ in it alone become one."""
+    """Join rules of 2021, which had one network each: rules that differ only in the network become one."""
     found: dict[ForwardRule, list[Read]] = {}
     for read in rules:
         rest = replace(read.rule, sources=_ANYBODY, comment="")
@@ -93,6 +93,7 @@ def _joined(alike: list[Read]) -> Read:
 
 
 def print_lines(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) -> str:
+    """The form of one line for each mark and rule."""
     marks = [f"{qube} {_TUNNEL} {yes_no(is_marked)}\n" for qube, is_marked in tunnels.items()]
     return "".join(
         (f"version {VERSION}\n", *marks, *(f"{rule.target} {rule.name} {rule.rule}\n" for rule in rules))
@@ -100,9 +101,9 @@ def print_lines(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) ->
 
 
 def parse_lines(text: str) -> Document:
-    """Read what `print_lines` prints, and lines of 2021, which begin with the action.
+    """Parse what `print_lines` prints, and lines of 2021, which begin with the action.
 
-    Raises `RuleError` that names line and column.
+    Raises `RuleError` that names the line and the column.
     """
     found, nameless, skipped, is_export = [], [], 0, False
     tunnels: dict[QubeName, bool] = {}
@@ -141,7 +142,7 @@ def _line_rule(line: str, start: int, place: str) -> ForwardRule:
 
 
 def add_mark(tunnels: dict[QubeName, bool], untrusted_qube: str, untrusted_mark: str, place: str) -> None:
-    """Whether a qube is marked, said once. Raises `RuleError`."""
+    """Add the mark of a qube, which may be there only once. Raises `RuleError`."""
     try:
         qube = parse_qube_name(untrusted_qube)
         is_marked = parse_yes_no(untrusted_mark)
@@ -153,12 +154,13 @@ def add_mark(tunnels: dict[QubeName, bool], untrusted_qube: str, untrusted_mark:
 
 
 def as_json(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) -> dict[str, Any]:
+    """The document for JSON."""
     forwards = [{"qube": r.target, "name": r.name, "rule": r.rule.options()} for r in rules]
     return {"version": VERSION, "tunnels": dict(tunnels), "forwards": forwards}
 
 
 def parse_json(text: str) -> Document:
-    """Read the document that `as_json` makes. Raises `RuleError` that names forward and option."""
+    """Parse what `as_json` returns, as text. Raises `RuleError` that names the forward and the option."""
     import json
 
     try:
@@ -211,7 +213,7 @@ def _json_rules(forwards: Iterable[object]) -> list[Read]:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; Python's own would let the last of two equal keys win."""
+    """Make an object, and refuse equal keys, of which Python would keep the last one."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The exit statuses of a qrexec call, and what they say."""
+"""The exit statuses of a qrexec call, and what they mean."""
 
 from enum import IntEnum
 
@@ -7,12 +7,12 @@ from .refusals import Refusal
 
 
 class ExitStatus(IntEnum):
-    """The exit statuses that mean something; the first four are qrexec's (libqrexec/qrexec.h)."""
+    """The exit statuses with a meaning; the first four are qrexec's (libqrexec/qrexec.h)."""
 
     NO_ROOM = 1
-    """From the client itself, before the call is through: most likely there is no memory for its vchan."""
+    """From qrexec-client-vm itself, before the call is through: most likely no memory for its vchan."""
     TROUBLE = 125
-    """No connection to the target, or with qubes.ConnectTCP none from it to its server."""
+    """No connection to the target, or with qubes.ConnectTCP no connection from it to its server."""
     REFUSED = 126
     """Refused by dom0's policy, or no resources for another call."""
     NO_SERVICE = 127
@@ -26,7 +26,7 @@ class ExitStatus(IntEnum):
     SERVER_TIMEOUT = 75
     """The server did not accept the connection in time (EX_TEMPFAIL)."""
     REVOKED = 77
-    """dom0 has taken back that it allowed the call (EX_NOPERM)."""
+    """dom0 no longer allows the call (EX_NOPERM)."""
 
 
 _MEANINGS = {
@@ -38,7 +38,7 @@ _MEANINGS = {
     ExitStatus.SERVER_REFUSED: "the server in the target refused the connection",
     ExitStatus.SERVER_RESET: "the server in the target aborted the connection",
     ExitStatus.SERVER_TIMEOUT: "the server in the target did not accept the connection in time",
-    ExitStatus.REVOKED: "dom0 allows the call no more",
+    ExitStatus.REVOKED: "dom0 no longer allows the call",
 }
 
 
@@ -53,14 +53,14 @@ _REFUSALS: dict[int, Refusal] = {
 
 
 def refusal(status: int | None) -> Refusal:
-    """What a call that gave no byte counts as; afterwards a target could have forged it."""
+    """What a call counts as from which no byte came; after that a target could have forged the status."""
     return Refusal.NO_CALL if status is None else _REFUSALS.get(status, Refusal.NO_CALL)
 
 
 def meaning(status: int, *, is_through: bool = False) -> str:
-    """What an exit status says, in words for the log; once connected, a target can forge any of them.
+    """The meaning of an exit status, in words for the log. Once connected, a target can forge any status.
 
-    ``is_through``: the target is known to have taken the call, so that the status is its own.
+    ``is_through``: whether the target is known to have taken the call, so that the status is its own.
     """
     known = {int(one) for one in _MEANINGS} - ({ExitStatus.NO_ROOM} if is_through else set())
     if status not in known:

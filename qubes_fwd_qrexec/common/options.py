@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A line of ``name=value`` options, the one text form that rules and configurations share.
 
-Options are split at single spaces, as on Qubes firewall rules; ``comment`` takes the rest of its line.
-Which options there are, and what each may hold, is said by a table of `Form`; anything else is a
-`RuleError` that names the option and its place.
+Options are separated by single spaces, as in Qubes firewall rules; ``comment`` takes the rest of its line. A
+table of `Form` says which options there are, and what each may contain; anything else is a `RuleError` that
+names the option and its place.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from .errors import RuleError, TextError
 
 
 class Option(NamedTuple):
-    """One option as it was found; ``place`` tells the user where that was."""
+    """One option as it was found; ``place`` says where, for error messages."""
 
     name: str
     value: str
@@ -22,9 +22,9 @@ class Option(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How one option is read and printed, and which field of the value it fills.
+    """How one option is parsed and printed, and which field of the value it fills.
 
-    ``merge`` joins the values of options that may share a field; without it a second one is an error.
+    ``merge`` joins the values of options that may fill the same field; without it a second one is an error.
     """
 
     field: str
@@ -34,7 +34,7 @@ class Form(NamedTuple):
 
 
 def split(line: str, start: int = 0) -> Iterator[Option]:
-    """The options of a line from ``start`` on, in its order.
+    """Yield the options of a line from ``start`` on.
 
     Raises `RuleError` that names the column, counted from 1.
     """
@@ -54,7 +54,7 @@ def split(line: str, start: int = 0) -> Iterator[Option]:
 
 
 def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]:
-    """Fields and their values, as ``forms`` says. Raises `RuleError` for what is unknown, double or wrong."""
+    """Parse options into fields and values. Raises `RuleError` for unknown, repeated or invalid ones."""
     fields: dict[str, Any] = {}
     filled_by: dict[str, Option] = {}
     for option in options:
@@ -79,7 +79,7 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
 
 
 def one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
-    """A parser of one word of ``kind``; it raises `TextError` that lists them."""
+    """A parser for one word of ``kind``; it raises `TextError` that lists the words."""
 
     def parse(text: str) -> StrEnum:
         try:

@@ -5,8 +5,8 @@ from enum import StrEnum
 
 
 class Refusal(StrEnum):
-    """Why a connection was not carried. Any other word of small letters and dashes counts by itself,
-    such as those of `limits.NotAdmitted`."""
+    """Why a connection was not carried. Other words of small letters and dashes are counted, too, such as
+    those of `limits.NotAdmitted`."""
 
     POLICY = "policy"
     """dom0 refuses the call (exit status 126)."""
@@ -15,6 +15,6 @@ class Refusal(StrEnum):
     SERVER = "server"
     """The server in the target took no connection."""
     BUSY = "busy"
-    """So many calls or connections are under way already that no more may wait."""
+    """There are so many calls or connections already that no more may wait."""
     NO_CALL = "no-call"
-    """There was no call to be had for any other reason."""
+    """No call could be made, for any other reason."""

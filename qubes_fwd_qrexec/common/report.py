@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a qube answers when dom0 asks how its forwards are: one JSON document with a version.
+"""A qube's answer when dom0 asks for the status of its forwards: one JSON document with a version.
 
-The listener prints a `ListenerReport`, the service ``qubes.ForwardStatus`` a `QubeReport` around it, and
-dom0 parses that as what it is: the document of a qube that may lie (`document`).
+The listener prints a `ListenerReport`, and the service ``qubes.ForwardStatus`` a `QubeReport` around it.
+dom0 parses that as the document of an untrusted qube (`document`).
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ CALLS_MAX = 1000
 
 
 class Way(StrEnum):
-    """How the way to the target is: its mux call, or the calls of ``transport=call``."""
+    """The state of the way to the target: of its mux call, or of the last call with ``transport=call``."""
 
     IDLE = "idle"
     """Nothing is open; the next connection opens it."""
@@ -37,7 +37,7 @@ class Way(StrEnum):
 
 
 class Firewall(StrEnum):
-    """Whether the exposed qube's own firewall lets clients of one IP version in."""
+    """Whether the exposed qube's own firewall lets in clients of one IP version."""
 
     OPEN = "open"
     CLOSED = "closed"
@@ -45,18 +45,18 @@ class Firewall(StrEnum):
 
 
 class Answer(StrEnum):
-    """What came of a test: of a server's port, or of a stream through a forward."""
+    """The result of a test: of a server's port, or of a connection through a forward."""
 
     THROUGH = "through"
     REFUSED = "refused"
     SILENT = "silent"
-    """Nothing came within the time, neither yes nor no."""
+    """There was no answer in time."""
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardReport:
-    """One forward. ``sent`` and ``received`` are bytes from and to clients; times are UNIX seconds."""
+    """One forward. ``sent`` and ``received`` are bytes from and to clients; times are in UNIX seconds."""
 
     target: QubeName
     name: RuleName
@@ -113,7 +113,7 @@ class ForwardReport:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What of the configuration is not open, by its key, and why."""
+    """An entry of the configuration, by its key, that is not open, and why."""
 
     key: str
     text: str
@@ -128,7 +128,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainingReport:
-    """A forward that is closed and whose connections may finish; they are cut after ``left_s`` seconds."""
+    """A closed forward whose connections may finish; they are cut in ``left_s`` seconds."""
 
     target: QubeName
     name: RuleName
@@ -155,10 +155,10 @@ class DrainingReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerReport:
-    """The listener of an exposed qube; ``left_out`` forwards are not told of, as there are too many.
+    """The listener of an exposed qube; ``left_out`` forwards are missing, as there are too many.
 
-    ``draining`` are forwards that are closed already: one may be there twice, and under ``forwards`` again.
-    ``bugs``: how many bugs of its own it has met, each of which ended no more than what it happened to.
+    ``draining`` are closed forwards: one may be there twice, and under ``forwards`` again. ``bugs``: how
+    many bugs of its own it has met, each of which ended only what it happened to.
     """
 
     since: int
@@ -207,7 +207,7 @@ class ListenerReport:
 class CallsReport:
     """The calls of our service that one qube has to exactly these ports of the target.
 
-    ``draining`` of them take no new stream any more; the last of those is cut in ``drain_left_s`` seconds.
+    ``draining`` of them take no new streams; the last of those is cut in ``drain_left_s`` seconds.
     """
 
     source: QubeName
@@ -241,7 +241,7 @@ class CallsReport:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What came of the test that was asked for; ``reason`` is a word of `counters.Refusal`, or empty."""
+    """The result of a test; ``reason`` is a word of `refusals.Refusal`, or empty."""
 
     answer: Answer
     reason: str
@@ -262,8 +262,8 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class FirewallReport:
-    """The firewall by IP version, and the keys of those forwards that it does not let in, or not wholly,
-    because their listener does not listen."""
+    """The firewall by IP version; and the keys of forwards that it does not let in, or only in part, because
+    the listener does not listen on their ports."""
 
     ip: Firewall = Firewall.UNKNOWN
     ip6: Firewall = Firewall.UNKNOWN
@@ -285,9 +285,9 @@ class FirewallReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QubeReport:
-    """A qube's whole answer. ``listener`` is None where none runs; ``trial`` where none was asked for.
+    """A qube's complete answer. ``listener`` is None if none runs, ``trial`` if none was asked for.
 
-    ``bugs``: those that the qube's service, as a target, has met since the qube was started.
+    ``bugs``: how many the qube's service, as a target, has met since the qube started.
     """
 
     program: str

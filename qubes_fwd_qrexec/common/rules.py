@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A forwarding rule, as the user asked for it: a value, and its form as one line of options.
+"""A forwarding rule as the user asked for it: a value, and its form as one line of options.
 
     action=forward mode=qrexec forwardtype=external proto=tcp srcports=80-80 dstports=8080-8080
       srchosts=192.168.0.0/16 expire=1893456000 comment=demo for the office      (one line)
 
-The vocabulary is that of the Qubes firewall rules and of the forwarding proposal of 2021, where
-``srcports`` are the exposed ports. Options come in any order and print in one; ``comment`` takes the
-rest of its line. A rule knows nothing about qubes: whether it can work is `admin.plan`'s question.
+The vocabulary is that of Qubes firewall rules and of the forwarding proposal of 2021, in which ``srcports``
+are the exposed ports. Options may come in any order and are printed in one order; ``comment`` takes the rest
+of its line. A rule knows nothing about qubes: `admin.plan` decides whether it can work.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ class Mode(StrEnum):
 
 
 class ForwardType(StrEnum):
-    """Where the rule is exposed: at the outermost qube of the netvm chain, or at the target's netvm."""
+    """Where the rule is exposed: in the outermost qube of the netvm chain, or in the target's netvm."""
 
     EXTERNAL = "external"
     INTERNAL = "internal"
@@ -49,7 +49,7 @@ class Transport(StrEnum):
 
 
 class Proxy(StrEnum):
-    """Whether the target's server is told the client's address, by the PROXY protocol."""
+    """Whether the target's server gets the client's address, by the PROXY protocol, and in which version."""
 
     OFF = "off"
     V1 = "v1"
@@ -65,9 +65,9 @@ class OnExpire(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on a rule's connections; None leaves the listener's own default in force.
+    """Limits of a rule's connections; None means the listener's default.
 
-    ``connections`` and ``per_source`` count connections at one time, ``rate`` new ones in a second.
+    ``connections`` and ``per_source`` limit connections at one time, ``rate`` new ones in a second.
     """
 
     connections: int | None = None
@@ -101,11 +101,11 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardRule:
-    """One forward, complete and consistent; construction raises `RuleError` where options contradict.
+    """One forward, complete and consistent; raises `RuleError` if its options contradict each other.
 
-    ``expire`` is in UNIX seconds; that it was reached stays known as ``has_ended``, wherever a clock is set
-    to. ``path`` is the netvm chain (target's netvm first) that the user agreed to, ``owner`` the target for
-    which the rule was made: a clone carries another's name there.
+    ``expire`` is in UNIX seconds; ``has_ended`` records that it was reached, however clocks are set later.
+    ``path`` is the netvm chain (the target's netvm first) that the user agreed to. ``owner`` is the target
+    for which the rule was made: in a clone it is another qube's name.
     """
 
     listen_ports: ListenPorts
@@ -135,7 +135,7 @@ class ForwardRule:
             raise RuleError(f"options {one!r} and {other!r}", problem, one, other)
 
     def _contradictions(self) -> Iterable[tuple[str, str, str]]:
-        """Two options each, and why they do not go together."""
+        """Pairs of options, and why they do not go together."""
         if len(self.listen_ports) != len(self.target_ports):
             yield (
                 "srcports",
@@ -156,7 +156,7 @@ class ForwardRule:
             yield (
                 "transport",
                 "proxy",
-                "PROXY headers are made by the mux; use transport=mux",
+                "PROXY headers need mux calls; use transport=mux",
             )
         if self.listen is not None:
             strangers = [n for n in self.sources.networks if n.version != self.listen.version]
@@ -170,24 +170,24 @@ class ForwardRule:
 
     @property
     def listen_addresses(self) -> tuple[IPAddress, ...]:
-        """Where the exposed qube binds: ``listen``, else the wildcard of each family of the sources."""
+        """Where the exposed qube listens: ``listen``, or the wildcard of each IP version of the sources."""
         if self.listen is not None:
             return (self.listen,)
         wildcards = {4: "0.0.0.0", 6: "::"}
         return tuple(values.parse_address(wildcards[v]) for v in sorted(self.sources.versions))
 
     def target_port(self, listen_port: int) -> int:
-        """The target's port behind an exposed one of this rule."""
+        """The target's port for an exposed port of this rule."""
         return listen_port - self.listen_ports.first + self.target_ports.first
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """Read the line form. Raises `RuleError` that names option, column and what would be right."""
+        """Parse the line form. Raises `RuleError` that names option, column and what would be right."""
         return cls.from_options(split(line))
 
     @classmethod
     def from_options(cls, options: Iterable[Option]) -> Self:
-        """Make a rule of options in any order. Raises `RuleError`."""
+        """Make a rule from options in any order. Raises `RuleError`."""
         given = read(options, _READ_FORMS)
         for name, missing in _MISSING.items():
             if _FORMS[name].field not in given:
@@ -202,7 +202,7 @@ class ForwardRule:
         return _CANONICAL
 
     def options(self) -> dict[str, str]:
-        """Options and their text, in canonical order; what has its default is left out."""
+        """Options and their texts, in canonical order, without those that have their default."""
         texts = {"action": "forward"}
         for name in _CANONICAL[1:]:
             form = _FORMS[name]
@@ -220,7 +220,7 @@ def _count(ports: ListenPorts | TargetPorts) -> str:
 
 
 class NamedRule(NamedTuple):
-    """A rule where it is stored: at its target, under its name."""
+    """A rule with the target and the name under which it is stored."""
 
     target: QubeName
     name: RuleName
@@ -231,7 +231,7 @@ class NamedRule(NamedTuple):
 
 
 class BrokenRule(NamedTuple):
-    """Something stored as a rule that cannot be read; shown, and never acted upon."""
+    """Something stored as a rule that cannot be read: it is shown, but never acted upon."""
 
     target: QubeName
     name: str
@@ -298,7 +298,7 @@ _MISSING = {
     "srcports": "missing; it names the exposed port or range, such as srcports=80-80",
     "srchosts": "missing; it names the networks that may connect, or says any",
 }
-# The spellings of the 2021 proposal: srchost in XML, src4 and src6 in the API line. Read, never written.
+# The spellings of the 2021 proposal, srchost in XML, src4 and src6 in the API line: read, but never written.
 _READ_FORMS = _FORMS | {
     "srchost": Form("sources", Sources.parse),
     "src4": Form("sources", _sources_of(4), merge=_merged),

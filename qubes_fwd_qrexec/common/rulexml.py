@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Rules in XML: the form of Qubes' firewall.xml for one rule, and a document of many around it.
+"""Rules in XML: one rule in the form of Qubes' firewall.xml, and a document of many rules.
 
     <forwards version="2"><tunnel qube="sys-vpn">yes</tunnel>
       <qube name="work"><rule name="web"><properties>
       <property name="action">forward</property>...</properties></rule></qube></forwards>
 
-A firewall.xml of a system with the 2021 forwarding patches is read too: its forwarding rules are
-taken, all others counted. DTDs and entities of one's own are refused, before they can do anything.
+It also reads the firewall.xml of a system with the forwarding patches of 2021: it takes the forwarding rules
+and counts all others. DTDs and entity declarations are refused before they can have any effect.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,12 +21,12 @@ from .options import Option
 from .rules import ForwardRule, NamedRule
 from .values import QubeName, RuleName, parse_qube_name, parse_rule_name, yes_no
 
-# forwards, qube, rule, properties, property: nothing deeper means anything.
+# forwards, qube, rule, properties, property: nothing deeper has a meaning.
 _DEPTH_MAX = 5
 
 
 def print_rule(rule: ForwardRule, name: str | None = None, indent: str = "") -> str:
-    """One ``<rule>``; ``name`` is its attribute in a document."""
+    """Print one ``<rule>``; in a document, ``name`` is its attribute."""
     head = "<rule>" if name is None else f'<rule name="{name}">'
     properties = "".join(
         f'{indent}    <property name="{option}">{escape(text)}</property>\n'
@@ -36,7 +36,7 @@ def print_rule(rule: ForwardRule, name: str | None = None, indent: str = "") -> 
 
 
 def print_document(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) -> str:
-    """The marks of tunnels, then all rules, those of one target together."""
+    """Print the marks of tunnels, and then all rules, grouped by target."""
     by_target: dict[QubeName, list[NamedRule]] = {}
     for named in rules:
         by_target.setdefault(named.target, []).append(named)
@@ -53,7 +53,7 @@ def print_document(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool])
 
 
 def parse_rule(text: str) -> ForwardRule:
-    """Read one ``<rule>``. Raises `RuleError` that names line and property."""
+    """Parse one ``<rule>``. Raises `RuleError` that names the line and the property."""
     root = _parse_tree(text)
     if root.tag != "rule":
         raise RuleError(root.place, "one rule is a <rule> element")
@@ -61,7 +61,7 @@ def parse_rule(text: str) -> ForwardRule:
 
 
 def parse_document(text: str) -> Document:
-    """Read ``<forwards>``, a single ``<rule>`` or a firewall.xml. Raises `RuleError`."""
+    """Parse ``<forwards>``, a single ``<rule>`` or a firewall.xml. Raises `RuleError`."""
     root = _parse_tree(text)
     if root.tag == "rule":
         return Document([_rule(root, _properties(root))], {}, False)
@@ -91,7 +91,7 @@ def parse_document(text: str) -> Document:
 
 @dataclass(slots=True)
 class _Node:
-    """An element, with the line on which it begins."""
+    """An element and the line on which it begins."""
 
     tag: str
     attributes: dict[str, str]
@@ -105,7 +105,7 @@ class _Node:
         return f"{self.tag}{'' if name is None else f' {name!a}'} at line {self.line}"
 
     def only(self, *tags: str) -> list["_Node"]:
-        """Its children, which must all be of these kinds; without any it holds text alone."""
+        """Its children, which must all have one of these tags; without tags it may only contain text."""
         known = " or ".join(f"<{tag}>" for tag in tags)
         for child in self.children:
             if child.tag not in tags:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The small values that rules and configurations are made of, each parsed once and printable.
+"""The small values that rules and configurations are made of, each parsed once.
 
-Every parser here takes text that may come from a user or from another qube, answers with a value that
-needs no further check, or raises `TextError`. What parses prints again: ``parse(str(x)) == x``.
+Every parser here takes text that may come from a user or from another qube. It returns a value that needs no
+further check, or raises `TextError`. Values print as they parse: ``parse(str(x)) == x``.
 """
 
 import ipaddress
@@ -18,19 +18,20 @@ QubeName = NewType("QubeName", str)
 RuleName = NewType("RuleName", str)
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
-# What a socket is bound to: an address and a port.
+# The address and the port that a socket is bound to.
 Binding = tuple[IPAddress, int]
 
 PORT_MAX = 65535
-# The last second of the year 9999, in UNIX seconds: what lies beyond can be neither shown nor meant, and a
-# timer of the kernel may not take it.
+# The last second of the year 9999, in UNIX seconds: nobody means a later time, it cannot be shown, and a
+# kernel timer may not take it.
 TIME_MAX = 253402300799
 
-# qubes-core-admin qubes/vm/__init__.py: at most 31 characters, a letter first.
+# At most 31 characters, a letter first (qubes-core-admin qubes/vm/__init__.py).
 _QUBE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z", re.ASCII)
-# Together with a qube's 31 characters, "fwd." and a dot, 16 fill the 52 of a vm-config name exactly.
+# 16 characters, together with 31 of the qube's name, "fwd." and a dot, are the 52 that a vm-config name may
+# have.
 _RULE_NAME = re.compile(r"[a-z][a-z0-9-]{0,15}\Z", re.ASCII)
-# int() would also take "+80", " 80", "8_0", "080" and the digits of other scripts.
+# int() would also accept "+80", " 80", "8_0", "080" and digits of other scripts.
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z", re.ASCII)
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 # The values of features: qubes-core-admin qubes/api/admin.py, since 4.3.
@@ -85,14 +86,14 @@ def yes_no(value: bool) -> str:
 
 
 def parse_printable(text: str) -> str:
-    """Text that a feature can hold: printable ASCII on one line. Raises `TextError`."""
+    """Text that a feature can contain: printable ASCII on one line. Raises `TextError`."""
     if not _PRINTABLE.match(text):
         raise TextError(text, "printable ASCII on one line, which is all that a Qubes feature can hold")
     return text
 
 
 def parse_address(text: str) -> IPAddress:
-    """One IPv4 or IPv6 address without zone. Raises `TextError`."""
+    """An IPv4 or IPv6 address without a zone. Raises `TextError`."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -103,9 +104,9 @@ def parse_address(text: str) -> IPAddress:
 
 
 def unmapped(address: IPAddress) -> IPAddress:
-    """``::ffff:192.0.2.1`` as ``192.0.2.1``; anything else as it is, without its zone.
+    """``::ffff:192.0.2.1`` as ``192.0.2.1``; any other address as it is, but without a zone.
 
-    A dual-stack socket reports IPv4 peers in the mapped form, and no IPv4 network contains that.
+    A dual-stack socket reports IPv4 peers as IPv4-mapped addresses, which are in no IPv4 network.
     """
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
@@ -115,7 +116,7 @@ def unmapped(address: IPAddress) -> IPAddress:
 
 
 def parse_network(text: str) -> IPNetwork:
-    """An IPv4 or IPv6 network; a bare address is the network of itself. Raises `TextError`."""
+    """An IPv4 or IPv6 network; a bare address is a network of one address. Raises `TextError`."""
     try:
         network = ipaddress.ip_network(text)
     except ValueError:
@@ -142,7 +143,7 @@ def parse_network(text: str) -> IPNetwork:
 _NOBODY: tuple[IPNetwork, ...] = tuple(
     map(ipaddress.ip_network, ("0.0.0.0/8", "224.0.0.0/4", "255.255.255.255", "::/128", "ff00::/8"))
 )
-# RFC 6890: what the Internet has no clients at. Who names all the rest has named everybody.
+# RFC 6890: no client on the Internet has such an address. All other networks together are everybody.
 _NOT_GLOBAL = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
     *("192.168.0.0/16", "224.0.0.0/3"),
@@ -151,16 +152,16 @@ _EVERYBODY = {4: ipaddress.ip_network("0.0.0.0/0"), 6: ipaddress.ip_network("200
 
 
 def _union(networks: Iterable[IPNetwork], version: int) -> list[IPNetwork]:
-    """The networks of one family, without overlaps and as few as can be."""
+    """The networks of one IP version, without overlaps and as few as possible."""
     if version == 4:
         return list(ipaddress.collapse_addresses(n for n in networks if isinstance(n, IPv4Network)))
     return list(ipaddress.collapse_addresses(n for n in networks if isinstance(n, IPv6Network)))
 
 
 def _everybody(networks: Sequence[IPNetwork]) -> IPNetwork | None:
-    """The family that these networks let in whole, if there is one."""
+    """The network of everybody of one IP version, if these networks let in all of that."""
     for version, whole in _EVERYBODY.items():
-        # Two comparisons of numbers are enough for almost every rule.
+        # Comparing two numbers is enough for almost every rule.
         if sum(n.num_addresses for n in networks if n.version == version) >= whole.num_addresses // 2:
             padded = (*networks, *map(ipaddress.ip_network, _NOT_GLOBAL))
             if _covers(_union(padded, version), [whole]):
@@ -181,7 +182,7 @@ def _is_within(network: IPNetwork, wide: IPNetwork) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PortRange:
-    """Ports from ``first`` to ``last``, both included; printed ``N-M`` as Qubes prints port ranges."""
+    """Ports from ``first`` to ``last``, both included; printed as ``N-M``, like port ranges in Qubes."""
 
     first: int
     last: int
@@ -239,9 +240,9 @@ class TargetPorts(PortRange):
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Who may connect: some networks, or anybody.
+    """The networks of clients that may connect, or anybody.
 
-    ``networks`` is sorted, IPv4 first, and empty only when ``anyone`` is true: nobody is not a value.
+    ``networks`` is sorted, IPv4 first, and empty only if ``anyone`` is true: there is no value for nobody.
     """
 
     networks: tuple[IPNetwork, ...]
@@ -278,17 +279,17 @@ class Sources:
         return "any" if self.anyone else ",".join(map(str, self.networks))
 
     def __contains__(self, address: IPAddress) -> bool:
-        """Whether this peer may connect; IPv4-mapped addresses count as IPv4, zones do not count."""
+        """Whether a client may connect; IPv4-mapped addresses count as IPv4, and zones are ignored."""
         plain = unmapped(address)
         return self.anyone or any(plain in n for n in self.networks if n.version == plain.version)
 
     def cover(self, others: "Sources") -> bool:
-        """Whether everybody who is let in by the others is let in by these."""
+        """Whether these let in everybody whom the others let in."""
         if self.anyone or others.anyone:
             return self.anyone
         return _covers([*_union(self.networks, 4), *_union(self.networks, 6)], others.networks)
 
     @property
     def versions(self) -> frozenset[int]:
-        """The IP versions that can be allowed: a subset of {4, 6}."""
+        """The IP versions of the networks: a subset of {4, 6}."""
         return frozenset((4, 6)) if self.anyone else frozenset(n.version for n in self.networks)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bugs of our own, while a program runs that carries everybody's connections.
+"""Bugs of our own, in programs that carry everybody's connections.
 
-A bug ends what it happened to and nothing else. It is logged with its trace the first time, and counted,
-so that `qvm-forward status` can say that there is something to be looked at. Only what no handler is meant
-to raise comes here: an error with a meaning is caught where the meaning is known.
+A bug ends what it happened to and nothing else. It is logged with a traceback the first time, and counted,
+so that `qvm-forward status` can show that something is wrong. Only unexpected exceptions come here: an error
+with a meaning is caught where its meaning is known.
 """
 
 import errno
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-# In the directory for notes of mux calls: a byte for each bug of a process of the target's service, which is
-# gone when somebody asks.
+# In the directory for notes of calls: one byte for each bug in a process of the target's service, as that
+# process has ended when dom0 asks.
 _FILE = "bugs"
-# As far as is counted there: a bug that comes again and again does not fill /run.
+# Counting stops here, so that a recurring bug does not fill /run.
 FILE_MAX_BYTES = 100_000
 
 
@@ -28,25 +28,25 @@ A_BUG = "a bug of this program; its log says more"
 
 
 class BugError(OSError):
-    """What was asked for came to nothing because of a bug, which is logged and counted already."""
+    """Something failed because of a bug, which was logged and counted already."""
 
     def __init__(self) -> None:
         super().__init__(errno.ENOTRECOVERABLE, A_BUG)
 
 
 class Bugs:
-    """The bugs of one process; any thread may note one. ``noted`` is called for each."""
+    """The bugs of one process, noted from any thread. ``noted`` is called for each."""
 
     def __init__(self, noted: Callable[[], None] = lambda: None) -> None:
         self.count = 0
         self._noted = noted
         self._logged: set[tuple[type[BaseException], str, int | None]] = set()
-        # Threads that note one at once get a number each.
+        # Threads that note one at the same time get a number each.
         self._numbers = itertools.count(1)
 
     def note(self, bug: BaseException) -> None:
-        """Count it, and log it with its trace unless one of the same kind and place was."""
-        import logging  # each single call of the service would wait for them
+        """Count it, and log it with its traceback unless one of the same kind and place was logged."""
+        import logging  # importing these at once would delay each single call of the service
         import traceback
 
         self.count = next(self._numbers)
@@ -55,7 +55,7 @@ class Bugs:
         if not place <= self._logged:
             self._logged |= place
             if not logging.getLogger().handlers:
-                from .logs import start_logging  # a called service, which has no log until there is a bug
+                from .logs import start_logging  # a called service, which has no log before there is a bug
 
                 start_logging(is_called=True)
             logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Bugs:
         self._noted()
 
     def guarded(self, end: Callable[[], None], call: Callable[..., None], *arguments: object) -> None:
-        """Call ``call``; if it raises, that is a bug of it, and ``end`` is called to end what it is of."""
+        """Call ``call``. If it raises, that is a bug, and ``end`` is called to end what it belongs to."""
         try:
             call(*arguments)
         except Exception as bug:  # noqa: BLE001 - this is the one place
@@ -75,7 +75,7 @@ class Bugs:
 
 
 def leave(place: "Path") -> None:
-    """Add one to the bugs of this qube's service that ``place`` tells of; where that cannot be, nothing."""
+    """Count a bug of this qube's service in the directory ``place``; does nothing if that fails."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with suppress(OSError):
         fd = os.open(place / _FILE, flags, 0o600)
@@ -88,7 +88,7 @@ def leave(place: "Path") -> None:
 
 
 def left(place: "Path") -> int:
-    """How many bugs of this qube's service ``place`` tells of."""
+    """How many bugs of this qube's service are counted in the directory ``place``."""
     try:
         status = (place / _FILE).lstat()
     except OSError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A program begins as if nobody had started it oddly: with descriptors 0 to 2, and with no signal blocked.
+"""A clean start, however the program was started: with descriptors 0 to 2 open and no signal blocked.
 
-Where one of the three was closed, the next thing that is opened gets its number: what is said on stderr
-would go to a client. And Python's print to a stderr that is not there goes to stdout, which is the data.
+If one of the three is closed, the next thing that is opened gets its number, and messages for stderr could go
+to a client. And without a stderr, Python's print goes to stdout, which carries data.
 """
 
 import os
@@ -12,12 +12,12 @@ from typing import TextIO
 
 
 def start_clean() -> None:
-    """Before anything is opened. Descriptors that are missing become /dev/null."""
+    """Make the start clean; to be called before anything is opened. Missing descriptors become /dev/null."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            null = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
@@ -25,7 +25,7 @@ def start_clean() -> None:
     sys.stdout = sys.stdout or _text_to(1)
     sys.stderr = sys.stderr or _text_to(2)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody can wait for a child
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, nobody can wait for a child
 
 
 def _text_to(fd: int) -> TextIO:

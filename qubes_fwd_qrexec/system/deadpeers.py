@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Noticing a peer that is gone without a word: its machine is off, or the network between is.
+"""Detecting a peer that disappeared without a word: its machine, or the network in between, is off.
 
-Whoever waits for bytes from it would wait for ever, so it is asked. Whoever has something for it finds out by
-the kernel's own retries. A peer that lives and only takes nothing for now stays, however long, as it would
-over a direct connection: its kernel answers when it is asked for room (RFC 9293, 3.8.6.1).
+Waiting for bytes from such a peer would take for ever, so keepalive probes it. With something to send, the
+kernel's own retries find out. A peer that is alive and only takes nothing stays for as long as it likes, as
+on a direct connection: its kernel answers window probes (RFC 9293, 3.8.6.1).
 
-So there is no TCP_USER_TIMEOUT: Linux counts with it from the first question for room, answered or not
-(net/ipv4/tcp_timer.c, tcp_probe_timer), and would end the one that lives. Without it, what is not answered
-is what counts, in each of the three states that a connection can be in:
+So there is no TCP_USER_TIMEOUT: Linux counts that from the first window probe, answered or not
+(net/ipv4/tcp_timer.c, tcp_probe_timer), and would end a live connection. Without it, only unanswered packets
+count, in each of the three states of a connection:
 
-nothing is to be sent: after IDLE_S a question, then one in each INTERVAL_S, and COUNT of them at most;
-something was sent and not acknowledged: net.ipv4.tcp_retries2, which is 15 min at least, and up to 30;
-there is no room at the peer: as many questions as tcp_retries2 says, at most 2 min apart, so up to 30 min.
+nothing to send: a probe after IDLE_S, then one every INTERVAL_S, at most COUNT of them;
+something sent and not acknowledged: net.ipv4.tcp_retries2, which takes 15 to 30 min;
+no room at the peer: as many window probes as tcp_retries2 says, at most 2 min apart, so up to 30 min.
 """
 
 import socket
 
-# After five minutes without a byte the peer is asked, and then once a minute: often enough that a slot is not
-# held for the kernel's own two hours (net.ipv4.tcp_keepalive_time), and 10,000 idle ones cost 35 packets a
+# Probe after five minutes without a byte, and then once a minute. So a dead peer does not hold a slot for the
+# kernel's default of two hours (net.ipv4.tcp_keepalive_time), and 10,000 idle connections cost 35 packets a
 # second.
 IDLE_S = 300
 INTERVAL_S = 60
@@ -25,7 +25,7 @@ COUNT = 10
 
 
 def notice_dead_peers(sock: socket.socket) -> None:
-    """For a TCP socket; what a listening one accepts inherits it. Raises OSError."""
+    """Set the options of a TCP socket; accepted sockets inherit them from a listening one. Raises OSError."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL_S)

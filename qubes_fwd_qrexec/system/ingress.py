@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""By which interface an accepted connection came, and of which group that interface is.
+"""The interface that an accepted connection came in through, and the group of that interface.
 
-The firewall is what holds the side of a forward; the listener looks again, as that costs little and a
-firewall can be flushed. Both go by the interface's group, which Qubes sets: 1 for the uplink to the netvm, 2
-for vifs to other qubes, and 0 for everything else (NICs, VPN interfaces).
+The firewall enforces the side of a forward. The listener checks again, as that costs little and a firewall
+can be flushed. Both go by the interface's group, which Qubes sets: 1 for the uplink to the netvm, 2 for vifs
+to other qubes, and 0 for everything else (NICs, VPN interfaces).
 
-The kernel notes the interface that completed the handshake and tells any user: tcp_v4_syn_recv_sock and
-tcp_v6_syn_recv_sock store it, IP_PKTOPTIONS and IPV6_2292PKTOPTIONS return it. The route back to the client
-would be a guess where routes differ, and SO_BINDTODEVICE would need a socket for each interface.
+The kernel remembers the interface that completed the handshake, and any user can ask for it:
+tcp_v4_syn_recv_sock and tcp_v6_syn_recv_sock store it, IP_PKTOPTIONS and IPV6_2292PKTOPTIONS return it. The
+route back to the client could differ, and SO_BINDTODEVICE would need a socket for each interface.
 
-Loopback is admitted everywhere: only the qube's own programs use it, and those may make the calls themselves.
+Loopback is admitted everywhere: only the qube's own programs use it, and those could make the calls
+themselves.
 """
 
 import socket
@@ -40,7 +41,7 @@ _READ_MAX = 1 << 16
 
 
 def note_ingress(listening: socket.socket) -> None:
-    """Have the kernel tell of each connection that is accepted here by which interface it came."""
+    """Have the kernel remember the interface of each connection that is accepted here."""
     if listening.family == socket.AF_INET6:
         listening.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
     else:
@@ -48,7 +49,7 @@ def note_ingress(listening: socket.socket) -> None:
 
 
 def ingress(connection: socket.socket) -> int | None:
-    """The index of the interface; None where the kernel does not tell."""
+    """The index of the interface; None if the kernel does not say."""
     try:
         if connection.family == socket.AF_INET6:
             options = connection.getsockopt(socket.IPPROTO_IPV6, _IPV6_2292PKTOPTIONS, _OPTIONS_MAX)
@@ -70,11 +71,11 @@ def ingress(connection: socket.socket) -> int | None:
 
 
 def interface_group(index: int) -> int | None:
-    """The group of an interface; None where it is gone, or the kernel does not tell."""
+    """The group of an interface; None if it is gone, or the kernel does not say."""
     request = _HEADER.pack(_HEADER.size + _LINK.size, _RTM_GETLINK, _NLM_F_REQUEST, 1, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-            # The kernel answers while it is asked, so nothing ever waits here.
+            # The kernel answers within `send`, so nothing ever blocks here.
             sock.setblocking(False)
             sock.send(request + _LINK.pack(0, 0, index, 0, 0))
             answer = sock.recv(_READ_MAX)
@@ -96,6 +97,6 @@ def interface_group(index: int) -> int | None:
 
 
 def came_by(connection: socket.socket, group: int) -> bool:
-    """Whether a connection came by an interface of this group, or from this qube itself; in doubt no."""
+    """Whether a connection came through an interface of this group, or from this qube; in doubt, no."""
     index = ingress(connection)
     return index is not None and (index == _LOOPBACK or interface_group(index) == group)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""inotify(7) of Linux by ctypes: what happened in some directories, as values.
+"""inotify(7) of Linux through ctypes: what happened in some directories, as values.
 
-The standard library has no such thing, and dom0 gets nothing installed for it. It watches directories
-alone and decides nothing.
+The standard library does not have it, and nothing should be installed in dom0 for it. It only watches
+directories, and decides nothing.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ IN_Q_OVERFLOW = 0x4000
 IN_IGNORED = 0x8000
 IN_ISDIR = 0x40000000
 _IN_ONLYDIR = 0x01000000
-# A file is news when it is whole: closed after writing, renamed, or gone.
+# A file counts once it is complete: closed after writing, renamed, or gone.
 _MASK = (
     IN_CLOSE_WRITE
     | IN_MOVED_FROM
@@ -36,12 +36,12 @@ _MASK = (
     | _IN_ONLYDIR
 )
 _HEADER = struct.Struct("iIII")
-# Room for more than 200 of the longest: one needs at most 272 bytes, see NAME_MAX.
+# Room for more than 200 of the longest events: one takes at most 272 bytes, see NAME_MAX.
 _READ_MAX = 1 << 16
 
 
 class Notice(NamedTuple):
-    """One thing that happened; ``watch`` is the number that `Inotify.add` gave, -1 after an overflow."""
+    """One event; ``watch`` is the number that `Inotify.add` returned, or -1 for an overflow."""
 
     watch: int
     mask: int
@@ -52,7 +52,7 @@ class Notice(NamedTuple):
 
 
 class Inotify:
-    """One queue of notices. Reading it never blocks. Raises `OSError`."""
+    """A queue of notices; reading it never blocks. Close it in the end. Its methods raise `OSError`."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -65,16 +65,16 @@ class Inotify:
         return self._fd
 
     def add(self, directory: Path) -> int:
-        """Watch a directory; the same one gets the same number."""
+        """Watch a directory. Returns a number, which is the same for the same directory."""
         path = ctypes.c_char_p(os.fsencode(directory))
         return self._checked(self._libc.inotify_add_watch(self._fd, path, _MASK), directory)
 
     def remove(self, watch: int) -> None:
-        """Watch it no longer; it may be gone already."""
+        """Stop watching a directory, which may be gone already."""
         self._libc.inotify_rm_watch(self._fd, watch)
 
     def read(self) -> list[Notice]:
-        """Everything that is there."""
+        """Return all notices that are there."""
         found: list[Notice] = []
         while True:
             try:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the programs in the qubes say to the journal: one event a line, short, and never a flood.
+"""The log of the programs in the qubes: one short line for each event, and never a flood.
 
-Names, errors and addresses may come from another qube or from the network. A line shows them escaped,
-so that nobody can forge a second line or move the reader's terminal about. And nobody waits for it to be
-read (`outlet`).
+Names, errors and addresses may come from another qube or from the network. They are escaped, so that nobody
+can forge a second line or send control sequences to the reader's terminal. Logging never blocks (`outlet`).
 """
 
 import logging
@@ -15,9 +14,9 @@ from contextlib import suppress
 
 from .outlet import Outlet
 
-# docs/behaviours.md, 45: whatever arrives, one line of at most so many characters.
+# docs/behaviours.md, 45: one line of at most so many characters, whatever it quotes.
 LINE_MAX = 200
-# docs/behaviours.md, 34: at most one line in so many seconds for one kind of trouble.
+# docs/behaviours.md, 34: at most one line in so many seconds for one kind of event.
 REPEAT_S = 10.0
 # syslog(3): where the journal listens, and a message of the facility user with the severity err.
 _JOURNAL = "/dev/log"
@@ -26,8 +25,8 @@ _NAME = "qubes-forward-service"
 
 
 def one_line(text: str) -> str:
-    """``text`` in printable ASCII on one line of at most 200 characters; the rest shows as ``...``."""
-    # A prefix is enough, and it bounds the work for a text of any size: escapes only make it longer.
+    """``text`` in printable ASCII on one line of at most 200 characters; ``...`` replaces the rest."""
+    # A prefix is enough, as escaping only makes it longer, and it bounds the work for long texts.
     escaped = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text[: LINE_MAX + 1])
     return escaped if len(escaped) <= LINE_MAX else escaped[: LINE_MAX - 3] + "..."
 
@@ -41,7 +40,7 @@ class _OneLine(logging.Formatter):
 
 
 class _NeverWaits(logging.Handler):
-    """To stderr, as far as that takes it at once; a record's lines are bounded by `_OneLine`."""
+    """Writes to stderr as much as that takes without blocking; `_OneLine` bounds the length of lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,10 +52,10 @@ class _NeverWaits(logging.Handler):
 
 
 class _Journal(logging.Handler):
-    """The journal of this qube, for a program whose stderr goes to its caller in another one."""
+    """Writes to this qube's journal, for a program whose stderr goes to a caller in another qube."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Not waiting either; where there is no journal, nothing."""
+        """Does not block, either; does nothing without a journal."""
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
             journal.setblocking(False)
             journal.connect(_JOURNAL)
@@ -65,9 +64,10 @@ class _Journal(logging.Handler):
 
 
 def start_logging(*, is_verbose: bool = False, is_called: bool = False) -> None:
-    """Send the log of this process to stderr, where systemd takes it up.
+    """Send the log of this process to stderr, which systemd passes to the journal.
 
-    ``is_called``: a qrexec call has started it, and has its stderr; the log goes to the journal.
+    ``is_called``: a qrexec call started the process and reads its stderr, so the log goes to the journal
+    directly.
     """
     handler = _Journal() if is_called else _NeverWaits()
     handler.setFormatter(_OneLine())
@@ -75,14 +75,14 @@ def start_logging(*, is_verbose: bool = False, is_called: bool = False) -> None:
 
 
 class RateLimit:
-    """Says for each kind of event whether it may be logged now, and how many were held back since."""
+    """Decides for each kind of event whether to log it now, and counts those that are left out."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last: dict[str, tuple[float, int]] = {}
 
     def admit(self, kind: str) -> int | None:
-        """The number of events of this kind held back since the last one, or None to hold this back too."""
+        """How many events of this kind were left out since the last line; None to leave out this one, too."""
         now = self._clock()
         last, held_back = self._last.get(kind, (-REPEAT_S, 0))
         if now - last < REPEAT_S:
@@ -93,12 +93,12 @@ class RateLimit:
 
 
 def warn(logger: logging.Logger, limit: RateLimit, kind: str, message: str) -> None:
-    """Log a warning unless the same kind was logged a moment ago; then the next one says how many."""
+    """Log a warning, unless one of the same kind was logged just before; the next line then says how many."""
     _log(logger, logging.WARNING, limit, kind, message)
 
 
 def inform(logger: logging.Logger, limit: RateLimit, kind: str, message: str) -> None:
-    """The same of what is no trouble."""
+    """The same for what is not a problem."""
     _log(logger, logging.INFO, limit, kind, message)
 
 

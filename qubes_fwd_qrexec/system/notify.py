@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Telling the service manager how we are, by sd_notify(3): a datagram to the socket it names, if any."""
+"""Notifying the service manager (sd_notify(3)): a datagram to the socket that it names, if any."""
 
 import contextlib
 import os
 import socket
 import time
 
-# A manager that takes nothing for so long is not told: what we do is more than what is said of it.
+# A manager that takes nothing for so long is not notified: our work is more important.
 _PATIENCE_S = 1.0
 
 
 def notify(*assignments: str) -> None:
-    """Send ``READY=1``, ``STOPPING=1``, ``STATUS=...``; does nothing where nobody asked to be told."""
+    """Send ``READY=1``, ``STOPPING=1``, ``STATUS=...``; does nothing without a service manager.
+
+    It blocks for at most a second, and ignores errors.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address.startswith("@"):
         address = "\0" + address[1:]
@@ -23,5 +26,5 @@ def notify(*assignments: str) -> None:
 
 
 def reloading() -> tuple[str, str]:
-    """What says that a reload has begun; ``READY=1`` then says that it is over (sd_notify(3))."""
+    """The assignments that announce a reload, which ``READY=1`` ends (sd_notify(3))."""
     return "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"

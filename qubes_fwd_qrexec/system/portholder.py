@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who listens on a port that is in use, as far as /proc tells: proc(5), /proc/net/tcp and /proc/PID/fd.
+"""Which program listens on a port in use, as far as /proc shows it: /proc/net/tcp and /proc/PID/fd, proc(5).
 
-A program without privileges sees only its own processes' descriptors; then the user is all there is to say.
+A program without privileges sees only the descriptors of its own user's processes; otherwise only the user of
+the socket is known.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ class _Listening(NamedTuple):
 
 
 def port_holder(address: IPAddress, port: int, proc: Path = PROC) -> str | None:
-    """``nginx (process 123)``, or ``a program of user www-data``; None where nothing is known."""
+    """``nginx (process 123)``, or ``a program of user www-data``; None if nothing is known."""
     for found in _listening(proc):
         if found.port == port and _share(found.address, address):
             return _program(found.inode, proc) or f"a program of user {_user(found.uid)}"
@@ -36,7 +37,7 @@ def port_holder(address: IPAddress, port: int, proc: Path = PROC) -> str | None:
 
 
 def _share(theirs: IPAddress, ours: IPAddress) -> bool:
-    """Whether these cannot both be bound. ``::`` may be for IPv4 too, which /proc does not say."""
+    """Whether the two cannot both be bound. ``::`` may include IPv4, which /proc does not show."""
     if int(theirs) == 0 and theirs.version == 6:
         return True
     plain = unmapped(theirs)
@@ -56,14 +57,14 @@ def _listening(proc: Path) -> Iterator[_Listening]:
 
 
 def _address(text: str) -> IPAddress:
-    """Words of 32 bits, each in the machine's own order."""
+    """Parse words of 32 bits, each in the machine's byte order."""
     words = (int(text[at : at + 8], 16) for at in range(0, len(text), 8))
     packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
     return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
 
 
 def _program(inode: str, proc: Path) -> str | None:
-    """The first process, by number, that has the socket. It may end, or hide, while it is looked at."""
+    """The process with the lowest PID that has the socket open. Processes may end during the look."""
     for process in sorted((entry for entry in proc.iterdir() if entry.name.isdecimal()), key=_number):
         with contextlib.suppress(OSError):
             if any(_is_socket(fd, inode) for fd in (process / "fd").iterdir()):

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the programs of one user listen for TCP, in the words of the kernel: NETLINK_SOCK_DIAG, sock_diag(7).
+"""Where the programs of one user listen for TCP, according to the kernel (NETLINK_SOCK_DIAG, sock_diag(7)).
 
-By this `nft` knows that a port is the listener's own and not another program's. The listener, which talks to
-strangers, is not asked. It can make itself known by nothing but a socket that listens.
+This shows the firewall's program that a port is the listener's and not another program's. It does not ask the
+listener, which talks to strangers and can only show itself by a listening socket.
 
-The listener is known by its user, which is the owner of its runtime directory: only root makes directories
-in /run, and no two units with DynamicUser= have a user in common. Root is never taken for it unasked, so a
-directory that is not as it should be admits nobody. The control group of its sockets, which the kernel tells
-too, would say the same, but only where it is of version 2, Linux has at least 5.9, and the unit is in the
-slice where we look for it.
+The listener is identified by its user, the owner of its runtime directory: only root can make directories in
+/run, and no two units with DynamicUser= share a user. Root is never taken for the listener by default, so a
+directory with a wrong owner admits nobody. The control group of the sockets would show the same, but only
+with cgroup version 2, Linux 5.9 or later, and the unit in the expected slice.
 
-Only listening sockets are asked for, and those the kernel has in a list of their own: 10,000 connections
-cost nothing. Any user may ask. There is no way round this in /proc, which lists all connections; where the
-kernel does not answer, nothing is known, and who asked closes.
+It asks only for listening sockets, which the kernel keeps in a list of their own, so that 10,000 connections
+cost nothing. Any user may ask. There is no fallback to /proc, which lists all connections: if the kernel does
+not answer, nothing is known, and the caller must let nobody in.
 """
 
 import os
@@ -30,7 +29,7 @@ from qubes_fwd_qrexec.common.values import Binding, IPAddress
 # RuntimeDirectory= of the listener's unit.
 DIRECTORY = Path("/run/qubes-forward-listener")
 
-# The kernel answers while it is asked; this only keeps us from hanging for ever.
+# The kernel answers at once; this only keeps us from hanging for ever.
 _TIMEOUT_S = 5.0
 # netlink(7): an answer to a dump comes in parts of at most 32 KiB (net/netlink/af_netlink.c, netlink_dump).
 _READ_MAX = 1 << 16
@@ -53,11 +52,11 @@ _NO_INTERFACE = bytes(4)
 
 
 class SocketsError(ForwardError):
-    """The kernel does not say where the listener listens; the text says why."""
+    """It is unknown where the listener listens; the text says why."""
 
 
 def owner(directory: Path = DIRECTORY) -> int:
-    """The listener's user, by its runtime directory. Raises `SocketsError` where that does not say."""
+    """The UID of the listener, by its runtime directory. Raises `SocketsError` if that does not show it."""
     try:
         found = directory.lstat()
     except OSError as error:
@@ -70,8 +69,8 @@ def owner(directory: Path = DIRECTORY) -> int:
 def listening(uid: int) -> frozenset[Binding]:
     """Every address and port that sockets of this user listen on, in this process's network namespace.
 
-    A socket for one interface alone does not count: others may then listen on the same port. Nor is ``::``
-    taken for IPv4. Raises `SocketsError`.
+    A socket bound to one interface does not count, as others may listen on the same port; and ``::`` does not
+    include IPv4. Raises `SocketsError`.
     """
     return frozenset(
         binding for family in (socket.AF_INET, socket.AF_INET6) for binding in _listening(family, uid)
@@ -94,7 +93,7 @@ def _listening(family: int, uid: int) -> Iterator[Binding]:
 
 
 def _dump(family: int) -> Iterator[bytes]:
-    """The sockets that listen, of all users; asked for on a new socket, which has no earlier answer in it."""
+    """The listening sockets of all users. It uses a new netlink socket, so that no earlier answer is left."""
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as sock:
             sock.settimeout(_TIMEOUT_S)
@@ -129,7 +128,7 @@ def _messages(received: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _check(message: bytes) -> None:
-    """Of the last message: 0, or less than that for an error. Raises OSError."""
+    """Check the last message, which has 0 or a negative error number. Raises OSError."""
     status = int.from_bytes(message[:4], sys.byteorder, signed=True)
     if status != 0:
         raise OSError(-status, os.strerror(-status))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""UNIX sockets by their path, however long that is."""
+"""UNIX sockets with paths of any length."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ SOCKET_PATH_MAX = 107
 
 @contextmanager
 def socket_address(path: Path) -> Iterator[str]:
-    """A UNIX socket's address that fits into 107 bytes, however long the path is."""
+    """For the block, an address of at most 107 bytes for a path of any length. Raises OSError."""
     if len(os.fsencode(path)) <= SOCKET_PATH_MAX:
         yield str(path)
         return
@@ -25,9 +25,9 @@ def socket_address(path: Path) -> Iterator[str]:
 
 
 def open_unix_listening(path: Path, mode: int, backlog: int) -> socket.socket:
-    """A non-blocking socket that listens at ``path``, in the place of what a dead process left there.
+    """Return a non-blocking socket that listens at ``path``, replacing what a dead process left there.
 
-    Raises OSError. The directory must be the caller's own.
+    Raises OSError. Only the caller may be able to write to the directory.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -77,8 +77,7 @@ def own_budget() -> Budget:
 
 
 def budget_of(parts: int) -> Budget:
-    """The budget of a process that has ``parts`` of the memory. Raises ValueError if that is out of
-    bounds."""
+    """The budget of a process that has ``parts`` of the memory. Raises ValueError."""
     if not _LEAST <= parts <= PARTS:
         raise ValueError(f"{parts} parts")
     lent = min(LENT_TIMES * parts, PARTS)

@@ -65,8 +65,7 @@ class _List(NamedTuple):
 
 
 def judge(note: Note, at: int, allowance: Allowance) -> Note | None:
-    """Apply a list of the time ``at`` to a call. Returns the call's note then, or None if the call is
-    over."""
+    """Apply a list of the time ``at`` to a call. Returns its new note, or None if it is over."""
     if note.began > at:
         return note  # it was allowed after the list was made
     if note.calls in allowance.keeps:
@@ -277,8 +276,7 @@ def _mark(calls: Calls, place: Path) -> Path:
 
 
 def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:
-    """Make an empty file whose modification time is the mark, even on a full disk. Raises
-    `RevocationError`."""
+    """Make an empty file with the mark as its modification time. Raises `RevocationError`."""
     path = _mark(calls, place)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | _OPEN, 0o600)

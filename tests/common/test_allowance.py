@@ -121,7 +121,7 @@ def test_a_drain_takes_its_time_and_no_more_than_a_day(seconds: int) -> None:
 
 
 def test_what_is_kept_does_not_drain() -> None:
-    with pytest.raises(TextError, match="kept or it drains"):
+    with pytest.raises(TextError, match="either kept or drained"):
         Allowance(keeps=frozenset({WEB}), drains={WEB: 5})
 
 

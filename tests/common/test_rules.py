@@ -185,7 +185,7 @@ BAD = [
     ),
     (
         f"{MINIMAL} transport=call proxy=v1",
-        "options 'transport' and 'proxy': PROXY headers are made by the mux; use transport=mux",
+        "options 'transport' and 'proxy': PROXY headers need mux calls; use transport=mux",
     ),
     (
         "action=forward srcports=80 srchosts=10.0.0.0/8,fd00::/8 listen=10.0.0.1",

@@ -74,8 +74,7 @@ class Forwards:
         self._over: set[tuple[_Name, int | None]] = set()
 
     def read(self) -> None:
-        """Read everything anew; a bad entry leaves the forward of its name as it was. Raises
-        `ConfigError`."""
+        """Read everything anew; a bad entry leaves its forward as it was. Raises `ConfigError`."""
         self._stamp = self._source.stamp()
         found = self._source.read()
         configs = dict(found.forwards)
@@ -242,8 +241,7 @@ class Keeper:
             self._firewall.clear()
 
     def wait(self, changes: Changes, signals: Signals) -> set[int]:
-        """Wait for a change, a signal or the next look, at least `GAP_S` after the last. Returns the
-        signals."""
+        """Wait for a change, a signal or the next look, at least `GAP_S`. Returns the signals."""
         gap_s = max(0.0, self._kept_s + GAP_S - self._clock())
         if not select.select([signals], [], [], gap_s)[0]:
             select.select([signals.fileno(), changes.fileno()], [], [], LOOK_S - gap_s)
@@ -298,8 +296,7 @@ class Keeper:
         return one_line(", ".join(account(wanted, places)))
 
     def _write_state(self, word: FirewallReport) -> None:
-        """Write the state file for `statusservice`, which reports to dom0. A failure only leaves it
-        unknown."""
+        """Write the state file, for `statusservice`. A failure leaves the state unknown."""
         if self._state is None:
             return
         hidden = self._state.with_name(f".{self._state.name}")
