@@ -263,7 +263,7 @@ class Broker:
         verdict = self.view.judge(request)
         asked = f"{request.service}{request.argument} to {request.target or '@default'}"
         if isinstance(verdict, Ask):
-            raise CallRefusedError(f"{asked}: the policy asks the user, and a lab has none")
+            raise CallRefusedError(f"{asked}: the policy asks the user, which a lab cannot do")
         if not isinstance(verdict, Allow):
             raise CallRefusedError(f"{asked}: {verdict.reason}")
         target = self.view.find(verdict.target)

@@ -101,8 +101,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     knob = commands.add_parser(
         "knob",
         help="show or set how calls fare",
-        description="Without a value, show all knobs or one. 'drop' is no knob but an act: it loses that"
-        " share of the calls that live now (1 for all), as if their vchans had died.",
+        description="Without a value, show all knobs or one. 'drop' is an act and not a knob: it loses that"
+        " share of the calls that are open now (1 for all), as if their vchans had died.",
     )
     knob.add_argument("name", nargs="?", help=f"{', '.join(KNOBS)} or drop")
     knob.add_argument("value", nargs="?", help="a number, or a comma-separated list of TARGET[/SERVICE]")

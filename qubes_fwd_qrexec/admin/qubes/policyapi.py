@@ -10,9 +10,8 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import ANY, NEW, ChangedError, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.common.errors import StoreError
 
-from .errors import NotDoneError, asking_policy_api
+from .errors import POLICY_FILE, NotDoneError, asking_policy_api
 
-_PLACE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
 # In dom0 the caller opens it (qrexec/tools/qubes_policy_admin.py), and one who may not gets a traceback.
 _LOG = "/var/log/qubes/policy-admin.log"
 
@@ -37,7 +36,7 @@ def replace(text: str, token: str, here: str | None) -> None:
             client.policy_replace(policy.NAME, text, token)
     except NotDoneError as error:
         if token != ANY and read(here).token != token:
-            raise ChangedError(_PLACE) from error
+            raise ChangedError(POLICY_FILE) from error
         raise StoreError(
             f"{error}: not written, as dom0's policy could not be read with it. If another file is named, "
             "mend that one: until then dom0 may refuse every call"
@@ -57,7 +56,7 @@ def _client(method: str, here: str | None) -> Iterator[Any]:
     # If root is the first to write the log, the group has to be able to write it too.
     umask = os.umask(0o002)
     try:
-        with asking_policy_api(method, policy.NAME, _PLACE, here):
+        with asking_policy_api(method, here):
             yield PolicyClient()
     finally:
         os.umask(umask)
