@@ -65,17 +65,6 @@ class Changed:
         """What the change was about, as it is now."""
         return [forward for key in self.keys if (forward := self.plan.find(*key)) is not None]
 
-    @property
-    def moved(self) -> list[tuple[Forward, State]]:
-        """The other forwards whose state it has changed, and what that was before."""
-        return [
-            (forward, old.state)
-            for forward in self.plan
-            if (old := self.plan_before.find(*forward.source[:2])) is not None
-            and old.state is not forward.state
-            and forward.source[:2] not in self.keys
-        ]
-
 
 def change(
     system: System, decide: Callable[[Snapshot], Changes], done: str, *, ports_alone: bool = False

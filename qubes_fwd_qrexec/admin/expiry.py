@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Times as users write and read them: ``+8h`` in, "in 8 h" out. Stored are UNIX seconds alone."""
+"""When a rule ends, as users write it: ``+8h`` in, UNIX seconds out, which alone are stored."""
 
 import re
-import time
 
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.values import TIME_MAX, parse_number
@@ -36,25 +35,3 @@ def _parse_iso(text: str) -> int:
         return int(datetime.fromisoformat(text).timestamp())
     except (ValueError, OverflowError, OSError):
         raise TextError(text, EXPECTED) from None
-
-
-def print_expire(expire: int | None, now: float) -> str:
-    """``never``, or the local time and how far off that is."""
-    if expire is None:
-        return "never"
-    if not 0 <= expire <= TIME_MAX:
-        return f"{expire} (UNIX seconds)"
-    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(expire))
-    return f"{written} ({distance(expire - now)})"
-
-
-def distance(seconds: float) -> str:
-    """``in 8 h`` or ``3 min ago``: in the largest unit of which there are two."""
-    size = abs(int(seconds))
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if size >= 2 * length or (unit == "min" and size >= length):
-            amount = f"{round(size / length)} {unit}"
-            break
-    else:
-        amount = f"{size} s"
-    return f"in {amount}" if seconds > 0 else f"{amount} ago"

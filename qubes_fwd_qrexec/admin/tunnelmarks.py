@@ -1,27 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which qubes are tunnels, by our own mark or by those of others, and how our mark comes and goes.
+"""How our own mark of a tunnel qube comes and goes.
 
 Our mark is the feature ``forward.tunnel`` of the qube, or of its template. The marks of others (Whonix, VPN
 handlers) are read and never changed.
 """
 
-from typing import NamedTuple
-
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.values import QubeName
 
 from .changing import Changed, System, change
-from .inventory import ADMIN, TUNNEL_FEATURE, Inventory, TunnelMark
+from .inventory import ADMIN, TUNNEL_FEATURE, Inventory
 from .snapshot import Snapshot
 from .store import TUNNEL_NAME, Changes
-
-
-class Tunnel(NamedTuple):
-    """A tunnel qube: what marks it, and which qubes are behind it."""
-
-    qube: QubeName
-    marks: tuple[TunnelMark, ...]
-    behind: tuple[QubeName, ...]
 
 
 class NotMarkedError(RefusedError):
@@ -31,27 +21,6 @@ class NotMarkedError(RefusedError):
         super().__init__(f"{qube} has no mark of qvm-forward")
         self.qube = qube
         self.inventory = inventory
-
-
-def tunnels(inventory: Inventory) -> list[Tunnel]:
-    """All tunnel qubes, by name."""
-    return [
-        Tunnel(name, marks, inventory.behind(name))
-        for name in sorted(inventory.qubes)
-        if (marks := tuple(inventory.tunnel_marks(name)))
-    ]
-
-
-def way_out(mark: TunnelMark, inventory: Inventory) -> tuple[str, ...]:
-    """The command that takes a mark away."""
-    kind, _, key = mark.mark.partition(" ")
-    if kind == "tag":
-        return ("qvm-tags", mark.qube, "del", key)
-    holder = inventory.holder(mark.qube, key)
-    owner = mark.qube if holder is None else holder.name
-    if key == TUNNEL_FEATURE:
-        return ("qvm-forward", "tunnel", "unmark", owner)
-    return ("qvm-features", "--unset", owner, key)
 
 
 def mark(system: System, qube: str) -> Changed:

@@ -396,9 +396,9 @@ def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDi
     lab.remove_feature("work", "forward.web")
     lab.set_feature("sys-net", "vm-config.fwd.odd", "x")
     out = forward("add", "work", "82", "--from", "any").out
-    assert "\nAlso closed at sys-net: fwd.odd.\nAlso closed at sys-net: work web.\n" in out
-    assert "\nAlso opened at sys-net: personal tcp-81. Connections to port 81 of sys-net" in out
-    assert "Also" not in forward("remove", "work", "tcp-82").out
+    assert "\nClosed at sys-net: fwd.odd.\nClosed at sys-net: work web.\n" in out
+    assert "\nOpened at sys-net: personal tcp-81. Connections to port 81 of sys-net" in out
+    assert forward("remove", "work", "tcp-82").out == "Forward work tcp-82 is removed and closed.\n"
 
 
 def test_who_makes_a_forward_hears_that_nothing_watches_over_it(

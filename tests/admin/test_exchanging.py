@@ -128,8 +128,8 @@ def test_an_imported_mark_closes_what_goes_round_it_and_says_so(forward: Forward
     result = forward("import", stdin="version 2\nsys-firewall tunnel yes\n")
     assert result.status == 0
     assert result.out.startswith(
-        "Imported 0 forwards.\nsys-firewall is marked as a tunnel.\nForward work web is refused now and "
-        "closed. work is behind a "
+        "Imported 0 forwards.\nsys-firewall is marked as a tunnel.\nClosed at sys-net: work web. "
+        "work is behind a "
     )
     assert lab.vm_config("sys-net") == {}
     assert forward("import", "--json", stdin="sys-firewall tunnel yes").json["tunnels"] == {}

@@ -123,7 +123,7 @@ def test_what_drains_after_a_mark_is_not_called_closed(
     forward(*ADD, "--on-expire", "drain")
     result = over(Flowing(lab, draining=1, listener=report()), "tunnel", "mark", "sys-firewall")
     assert result.status == 0
-    assert "work web is refused now and takes no new connection, but what is open may go on. " in result.out
+    assert "\nClosed to new connections at sys-net: work web. work is behind a tunnel" in result.out
 
 
 def test_what_a_mark_could_not_end_is_not_called_closed(
@@ -132,7 +132,7 @@ def test_what_a_mark_could_not_end_is_not_called_closed(
     forward("add", "personal", "22", "--from", "any", "--name", "ssh")
     result = over(Flowing(lab, listener=report(connections=3)), "tunnel", "mark", "sys-firewall")
     assert result.status == 1
-    assert "personal ssh is refused now and takes no new connection, but what is open may go on" in result.out
+    assert "\nClosed to new connections at sys-net: personal ssh. " in result.out
     assert "still open: personal ssh: 3 connections over qubes.ConnectTCP" in result.err
 
 

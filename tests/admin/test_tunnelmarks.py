@@ -30,7 +30,7 @@ def test_a_mark_closes_at_once_what_goes_round_it_and_says_which(forward: Comman
     assert result.status == 0
     assert result.out.startswith(
         "sys-firewall is marked as a tunnel. Neither it nor what is behind it may be exposed outside of it; "
-        "behind it is personal, sys-vpn, untrusted, work.\nForward work web is refused now and closed. work "
+        "behind it is personal, sys-vpn, untrusted, work.\nClosed at sys-net: work web. work "
         "is behind a tunnel, marked at sys-firewall (feature forward.tunnel), and listening at sys-net would "
         "bypass it"
     )
@@ -47,7 +47,7 @@ def test_a_mark_of_the_target_itself_closes_what_goes_round_it(forward: Command,
     result = forward("tunnel", "mark", "work")
     assert (result.status, result.err) == (0, "")
     assert result.out.endswith(
-        "\nForward work web is refused now and closed. work is a tunnel itself (feature forward.tunnel), and "
+        "\nClosed at sys-net: work web. work is a tunnel itself (feature forward.tunnel), and "
         "listening at sys-net would bypass it; do not expose it, or accept that with bypass-tunnel=yes "
         "(--bypass-tunnel).\n"
     )
@@ -92,7 +92,7 @@ def test_unmark_opens_again_and_says_so(forward: Command, lab: LabDirectory) -> 
     result = forward("tunnel", "unmark", "sys-firewall")
     assert (result.status, result.err) == (0, "")
     assert result.out.startswith(
-        "sys-firewall is no longer marked as a tunnel.\nForward work web is open again. Connections to "
+        "sys-firewall is no longer marked as a tunnel.\nOpened at sys-net: work web. Connections to "
     )
     assert content(lab) == before
 
@@ -202,7 +202,7 @@ def test_what_a_mark_closes_keeps_its_port_and_gets_it_back(forward: Command, la
     forward("apply")
     assert lab.vm_config("sys-net") == {}
     result = forward("tunnel", "unmark", "sys-firewall")
-    assert "Forward personal tcp-80 is open again." in result.out
+    assert "Opened at sys-net: personal tcp-80. " in result.out
     assert lab.vm_config("sys-net").keys() == {"fwd.personal.tcp-80"}
 
 
@@ -237,10 +237,9 @@ def test_json_of_a_mark(forward: Command) -> None:
     forward(*ADD)
     data = forward("tunnel", "mark", "sys-firewall", "--json").json
     assert (data["qube"], data["marks"]) == ("sys-firewall", ["feature forward.tunnel"])
-    (changed,) = data["changed"]
-    assert (changed["qube"], changed["was"], changed["state"]) == ("work", "active", "refused")
+    assert data["steps"][-1]["feature"] == "vm-config.fwd.work.web"
     data = forward("tunnel", "unmark", "sys-firewall", "--json").json
-    assert (data["marks"], data["changed"][0]["state"]) == ([], "active")
+    assert (data["marks"], data["steps"][-1]["feature"]) == ([], "vm-config.fwd.work.web")
 
 
 @pytest.mark.parametrize(
@@ -276,6 +275,6 @@ def test_what_else_comes_into_force_is_named(forward: Command, lab: LabDirectory
     forward(*ADD)
     forward("add", "vault", "81", "--from", "any", "--via", "sys-net", "--no-apply")
     out = forward("tunnel", "mark", "sys-firewall").out
-    assert "Forward work web is refused now and closed. " in out
-    assert "\nAlso opened at sys-net: vault tcp-81. Connections to port 81 of sys-net" in out
-    assert "Also" not in forward("tunnel", "unmark", "sys-firewall").out
+    assert "\nClosed at sys-net: work web. work is behind a tunnel" in out
+    assert "\nOpened at sys-net: vault tcp-81. Connections to port 81 of sys-net" in out
+    assert "vault" not in forward("tunnel", "unmark", "sys-firewall").out

@@ -3,12 +3,13 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from qubes_fwd_qrexec.admin import changing
-from qubes_fwd_qrexec.admin.apply import Kind
+from qubes_fwd_qrexec.admin.apply import Kind, Outcome
 from qubes_fwd_qrexec.admin.changing import Changed, Key, System
-from qubes_fwd_qrexec.admin.expiry import parse_expire, print_expire
+from qubes_fwd_qrexec.admin.expiry import parse_expire
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.states import Forward, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
@@ -20,6 +21,7 @@ from . import heard, reasons, steps
 from .plans import forward_as_json
 from .session import Session
 from .tables import escaped
+from .times import print_expire
 
 _V = TypeVar("_V")
 _NO_FROM = (
@@ -154,10 +156,14 @@ def _closed(changed: Changed, key: Key) -> str:
     """Never "closed" where anything still flows."""
     if changed.outcome is None:
         return "; 'qvm-forward apply' closes it"
-    flows = any((left.target, left.name) == key for left in changed.heard.goes_on)
-    if flows or any(ended.target == key[0] and ended.draining for ended in changed.outcome.ended):
-        return " and takes no new connection, but what is open may go on"
-    return " and closed"
+    flows = _flows(changed, changed.outcome, key)
+    return " and takes no new connection, but what is open may go on" if flows else " and closed"
+
+
+def _flows(changed: Changed, outcome: Outcome, key: Key) -> bool:
+    return any((left.target, left.name) == key for left in changed.heard.goes_on) or any(
+        ended.target == key[0] and ended.draining for ended in outcome.ended
+    )
 
 
 def notes(changed: Changed, forward: Forward) -> list[str]:
@@ -210,14 +216,10 @@ def warnings(forward: Forward) -> list[str]:
 
 def say_rest(changed: Changed, session: Session) -> None:
     """What else was opened and closed, what goes on, and whether anything looks after it."""
-    for forward, was in changed.moved:
-        session.say(
-            f"Forward {forward.source} {_moved(changed, forward, was)}. {reasons.sentence(forward)}\n"
-        )
-    session.say("".join(f"{line}\n" for line in _others(changed)))
-    for ended in () if changed.outcome is None else changed.outcome.ended:
-        if ended.draining:
-            session.say(f"{steps.ended_words(ended)}.\n")
+    if changed.outcome is not None:
+        lines = [*_others(changed, changed.outcome)]
+        lines += [f"{steps.ended_words(ended)}." for ended in changed.outcome.ended if ended.draining]
+        session.say("".join(f"{line}\n" for line in lines))
     for left in changed.heard.goes_on:
         session.warn(f"still open: {heard.still_open(left)}")
     is_live = changed.outcome is not None and any(forward.is_live for forward in changed.forwards)
@@ -229,35 +231,27 @@ def say_rest(changed: Changed, session: Session) -> None:
         )
 
 
-def _moved(changed: Changed, forward: Forward, was: State) -> str:
-    if forward.state is State.ACTIVE:
-        return "is open again"
-    is_closed = was in (State.ACTIVE, State.WAITING) and not forward.is_live
-    closed = _closed(changed, forward.source[:2]) if is_closed else ""
-    return f"is {forward.state} now{closed}"
-
-
-def _others(changed: Changed) -> Iterator[str]:
+def _others(changed: Changed, outcome: Outcome) -> Iterator[str]:
     """A sentence for each forward that was opened or closed besides.
 
-    Rules that were restored, or changed by Qubes' own tools, come into force with whatever command is next.
+    A mark closes some; and rules that were restored, or changed by Qubes' own tools, come into force with
+    whatever command is next.
     """
-    named = {*changed.keys, *(forward.source[:2] for forward, _ in changed.moved)}
-    for step in () if changed.outcome is None else changed.outcome.done:
+    for step in outcome.done:
         if step.kind not in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG):
             continue
-        text = step.key.removeprefix(CONFIG_PREFIX)
-        try:
+        text, key, forward = step.key.removeprefix(CONFIG_PREFIX), None, None
+        with suppress(ConfigError):
             key = parse_key(text)
-        except ConfigError:
-            yield f"Also closed at {step.qube}: {text}."
+            text, forward = " ".join(key), changed.plan.find(*key)
+        if key in changed.keys:
             continue
-        if key in named:
-            continue
-        forward = changed.plan.find(*key)
-        what = "closed" if step.kind is Kind.REMOVE_CONFIG else "opened" if step.was is None else "changed"
-        why = f". {reasons.sentence(forward)}" if forward is not None else "."
-        yield f"Also {what} at {step.qube}: {' '.join(key)}{why}"
+        what = "Opened" if step.was is None else "Changed"
+        if step.kind is Kind.REMOVE_CONFIG:
+            is_flowing = key is not None and _flows(changed, outcome, key)
+            what = "Closed to new connections" if is_flowing else "Closed"
+        why = "." if forward is None else f". {reasons.sentence(forward)}"
+        yield f"{what} at {step.qube}: {text}{why}"
 
 
 def as_json(changed: Changed) -> dict[str, Any]:
@@ -265,7 +259,6 @@ def as_json(changed: Changed) -> dict[str, Any]:
     outcome = changed.outcome
     return {
         "forwards": [forward_as_json(f) | {"warnings": notes(changed, f)} for f in changed.forwards],
-        "changed": [forward_as_json(forward) | {"was": was} for forward, was in changed.moved],
         "applied": outcome is not None,
         "is_watched": changed.watch_start is None,
         "steps": [] if outcome is None else [steps.as_json(step) for step in outcome.done],

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import PolicyVerdict
-from qubes_fwd_qrexec.admin.expiry import print_expire
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
 from qubes_fwd_qrexec.common.config import Service, Side
 
 from . import reasons
 from .tables import Check, Colour, Style, checks
+from .times import print_expire
 
 _COLOURS = {Verdict.OK: Colour.GREEN, Verdict.NOTE: Colour.YELLOW, Verdict.STOPS: Colour.RED}
 

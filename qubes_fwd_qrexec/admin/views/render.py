@@ -7,12 +7,12 @@ Text that was stored by others is escaped here, so that no terminal acts on it. 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
-from qubes_fwd_qrexec.admin.expiry import distance
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import reasons
 from .tables import Style, Table, escaped
+from .times import distance
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from qubes_fwd_qrexec.admin import tunnelmarks
 from qubes_fwd_qrexec.admin.changing import Changed, System
-from qubes_fwd_qrexec.admin.inventory import TEMPLATE, Inventory, TunnelMark
+from qubes_fwd_qrexec.admin.inventory import TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
 from qubes_fwd_qrexec.admin.states import Cause
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
 from qubes_fwd_qrexec.common.values import QubeName
@@ -77,14 +77,14 @@ def _not_ours(qube: QubeName, inventory: Inventory) -> str:
     if marks := [*inventory.tunnel_marks(qube)]:
         ways_out = _ways_out(marks, inventory)
         return f"{qube} is marked as a tunnel by other means, which are not changed here: {ways_out}"
-    marked = [entry.qube for entry in tunnelmarks.tunnels(inventory)]
+    marked = _tunnels(inventory)
     there = f"marked are {', '.join(marked)}" if marked else "no qube is"
     return f"{qube} is not marked as a tunnel; {there}"
 
 
 def _ways_out(marks: Iterable[TunnelMark], inventory: Inventory) -> str:
     return "; ".join(
-        f"{mark.mark}, which '{' '.join(tunnelmarks.way_out(mark, inventory))}' takes away" for mark in marks
+        f"{mark.mark}, which '{' '.join(_way_out(mark, inventory))}' takes away" for mark in marks
     )
 
 
@@ -97,35 +97,48 @@ def _say_json(qube: QubeName, changed: Changed, session: Session) -> int:
 def _list(session: Session) -> int:
     snapshot = session.look()
     inventory, targets = snapshot.inventory, snapshot.stored.targets()
-    found = tunnelmarks.tunnels(inventory)
+    found = _tunnels(inventory)
     # Qubes that must not be exposed outside of a tunnel, whether they are behind one or not.
-    marks = (inventory.behind_tunnel_mark(name) for name in sorted(inventory.qubes))
-    anonymous = [mark for mark in marks if mark is not None]
+    anonymous = [mark for name in sorted(inventory.qubes) if (mark := inventory.behind_tunnel_mark(name))]
     if session.is_json:
         tunnels = [
             {
-                "qube": entry.qube,
-                "marks": [mark.mark for mark in entry.marks],
-                "behind": list(entry.behind),
-                "targets": [qube for qube in (entry.qube, *entry.behind) if qube in targets],
+                "qube": name,
+                "marks": [mark.mark for mark in marks],
+                "behind": list(inventory.behind(name)),
+                "targets": [qube for qube in (name, *inventory.behind(name)) if qube in targets],
             }
-            for entry in found
+            for name, marks in found.items()
         ]
-        session.say_json(
-            {
-                "tunnels": tunnels,
-                "anonymous": [{"qube": mark.qube, "mark": mark.mark} for mark in anonymous],
-            }
-        )
+        marked = [{"qube": mark.qube, "mark": mark.mark} for mark in anonymous]
+        session.say_json({"tunnels": tunnels, "anonymous": marked})
         return 0
-    for entry in found:
+    for name, marks in found.items():
         itself, *behind = (
-            f"{qube} (has forwards)" if qube in targets else qube for qube in (entry.qube, *entry.behind)
+            f"{qube} (has forwards)" if qube in targets else qube for qube in (name, *inventory.behind(name))
         )
-        session.say(f"{itself}: {', '.join(mark.mark for mark in entry.marks)}\n")
+        session.say(f"{itself}: {', '.join(mark.mark for mark in marks)}\n")
         session.say(f"  behind it: {', '.join(behind) or 'nothing'}\n")
     for mark in anonymous:
         session.say(f"{mark.qube}: {mark.mark}, to be reached through its tunnel only\n")
     if not found and not anonymous:
         session.say("No tunnel qubes. 'qvm-forward tunnel mark QUBE' marks one, such as a VPN qube.\n")
     return 0
+
+
+def _tunnels(inventory: Inventory) -> dict[QubeName, list[TunnelMark]]:
+    """All tunnel qubes by name, with what marks them."""
+    marks = {name: [*inventory.tunnel_marks(name)] for name in sorted(inventory.qubes)}
+    return {name: found for name, found in marks.items() if found}
+
+
+def _way_out(mark: TunnelMark, inventory: Inventory) -> tuple[str, ...]:
+    """The command that takes a mark away."""
+    kind, _, key = mark.mark.partition(" ")
+    if kind == "tag":
+        return ("qvm-tags", mark.qube, "del", key)
+    holder = inventory.holder(mark.qube, key)
+    owner = mark.qube if holder is None else holder.name
+    if key == TUNNEL_FEATURE:
+        return ("qvm-forward", "tunnel", "unmark", owner)
+    return ("qvm-features", "--unset", owner, key)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.clock import Clock
 from qubes_fwd_qrexec.admin.ending import Ending
-from qubes_fwd_qrexec.admin.expiry import print_expire
 from qubes_fwd_qrexec.admin.states import Cause, Plan, State
 from qubes_fwd_qrexec.admin.watch import Look, Watcher
 from qubes_fwd_qrexec.common.errors import ForwardError
@@ -17,6 +16,7 @@ from qubes_fwd_qrexec.system.notify import notify
 from . import reasons, steps
 from .session import Session
 from .tables import escaped
+from .times import print_expire
 
 # Less is the work of clock synchronisation, and changes nothing that anybody would see.
 _SET_BACK_S = 60.0
