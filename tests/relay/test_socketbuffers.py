@@ -64,8 +64,9 @@ def test_who_moves_much_gets_more_up_to_the_largest(pair: tuple[socket.socket, s
         seen.append(buffers.size)
     assert seen == [2 * START_BYTES, MAX_BYTES, MAX_BYTES, MAX_BYTES]
     assert size_of(pair[0]) == 2 * MAX_BYTES
+    assert account.buffers == 1
     buffers.leave()
-    assert account.left == SHARED_BYTES
+    assert (account.left, account.buffers, account.held) == (SHARED_BYTES, 0, 0)
 
 
 def test_where_little_is_left_it_stays_small_and_grows_when_there_is_more(
