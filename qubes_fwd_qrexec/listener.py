@@ -22,6 +22,7 @@ from .common.report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, P
 from .common.values import QubeName, RuleName
 from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
+from .exposed.callwaits import CallWaits
 from .exposed.configsource import ConfigSource, Configuration, FileSource
 from .exposed.draining import Draining
 from .exposed.forward import Means, OpenForward
@@ -66,6 +67,7 @@ class Listener:
         is_whole: bool = True,
         status_dir: Path | None = None,
         supervisor: Supervisor | None = None,
+        waits: CallWaits | None = None,
     ) -> None:
         """``is_whole``: start with every port of the first configuration, or not at all.
 
@@ -82,6 +84,7 @@ class Listener:
         self._is_whole = is_whole
         self._status_dir = status_dir
         self._supervisor = supervisor
+        self._waits = waits
         self.bugs = Bugs()
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
@@ -121,7 +124,13 @@ class Listener:
         ):
             async with trio.open_nursery() as tasks:
                 transports = Transports(
-                    self._qrexec_client, relays, tasks, self._calls_max, self._timeouts, self._linger_s
+                    self._qrexec_client,
+                    relays,
+                    tasks,
+                    self._calls_max,
+                    self._timeouts,
+                    self._linger_s,
+                    self._waits,
                 )
                 self._means = Means(transports, tasks, self.process)
                 try:

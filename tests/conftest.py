@@ -16,7 +16,7 @@ from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
 from hypothesis import HealthCheck, settings
 from mux_bench import Joined, MuxBench
 
-from qubes_fwd_qrexec.exposed import callbudget, statussockets, trial
+from qubes_fwd_qrexec.exposed import statussockets, trial
 from qubes_fwd_qrexec.system import logs
 from qubes_fwd_qrexec.system.bugs import Bugs
 
@@ -132,19 +132,6 @@ def mux_call_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 def said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a test takes, a kind of trouble that was told is not told again."""
     monkeypatch.setattr(logs, "REPEAT_S", 1e6)
-
-
-@pytest.fixture
-def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a test takes, dom0 is not asked again for what it refused; whoever waits gives up soon."""
-    monkeypatch.setattr(callbudget, "AGAIN_S", 1e6)
-    monkeypatch.setattr(callbudget, "WAIT_S", 0.05)
-
-
-@pytest.fixture
-def again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """dom0 is asked again without a pause."""
-    monkeypatch.setattr(callbudget, "AGAIN_S", 0.0)
 
 
 @pytest.fixture

@@ -17,11 +17,14 @@ from typing import TypeVar
 import trio
 
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.loop import Loop
 
 BOUND_S = 60.0
+# However long a test takes, dom0 is not asked again for what it refused; whoever waits gives up soon.
+NEVER_AGAIN = CallWaits(wait_s=0.05, again_s=1e6)
 # What is to be over "at once" or "within a second" is held to this: less than any of the timers that could
 # have ended it instead, which are of 10 s and more, and so long that a busy machine keeps it.
 SOON_S = 8.0
@@ -314,6 +317,7 @@ async def running_listener(
     drain_s: float = 5.0,
     linger_s: float = 60.0,
     status_dir: Path | None = None,
+    waits: CallWaits | None = None,
 ) -> AsyncIterator[Listener]:
     """A listener that serves ``directory``; stopped, at once, with the block."""
     listener = Listener(
@@ -324,6 +328,7 @@ async def running_listener(
         drain_s=drain_s,
         linger_s=linger_s,
         status_dir=status_dir,
+        waits=waits,
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)

@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.exposed import muxcall
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
 from qubes_fwd_qrexec.exposed.call import Ending
 from qubes_fwd_qrexec.exposed.callbudget import CallBudget
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.muxpool import MuxPool
 from qubes_fwd_qrexec.mux import Origin, ProxyVersion
 from qubes_fwd_qrexec.relay.budget import Budget
@@ -80,11 +81,12 @@ async def pool_to(
     calls_max: int = 20,
     linger_s: float = 60.0,
     half_close_s: float = math.inf,
+    waits: CallWaits | None = None,
 ) -> AsyncIterator[Bench]:
     with no_fds_left():
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
             service = f"qubes.ForwardTCP+{ports.brief()}+mux"
-            calls = CallBudget(tasks, calls_max)
+            calls = CallBudget(tasks, calls_max, waits=waits)
             budget = budget or Budget()
             pool = MuxPool(
                 client, calls, "work", service, ports, relays, budget, tasks, half_close_s, linger_s

@@ -7,6 +7,7 @@ import pytest
 import trio
 from helpers import (
     BOUND_S,
+    NEVER_AGAIN,
     FakeClient,
     accept,
     calls_of,
@@ -74,11 +75,10 @@ async def test_a_client_program_that_is_not_there_is_a_reset_and_the_listener_li
     assert len([m for m in caplog.messages if "cannot start /nonexistent/client" in m]) == 1
 
 
-@pytest.mark.usefixtures("never_again")
 async def test_refused_connections_do_not_flood_dom0(tmp_path: Path) -> None:
     port, client = free_port(), FakeClient(tmp_path, "exit126")
     write_config(tmp_path / "config", port, 1)
-    async with running_listener(tmp_path / "config", client.command):
+    async with running_listener(tmp_path / "config", client.command, waits=NEVER_AGAIN):
         for _ in range(20):
             async with await connect(port) as near:
                 assert await is_reset(near)

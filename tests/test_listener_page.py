@@ -10,9 +10,9 @@ import pytest
 from qubes_fwd_qrexec import listener
 from qubes_fwd_qrexec.common import config
 from qubes_fwd_qrexec.exposed import (
-    brake,
     callbudget,
     callqueue,
+    callwaits,
     connectionlog,
     limits,
     listeneroptions,
@@ -45,7 +45,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
         (unopened.RETRY_FIRST_S, unopened.RETRY_MAX_S),
     ),
     ("connects again, at first after {} and then after up to {}.", qubesdbsource.BACKOFF_S),
-    ("dom0 is asked again at most every {} while", (brake.AGAIN_S,)),
+    ("dom0 is asked again at most every {} while", (callwaits.AGAIN_S,)),
     ("closes all ports at once, and gives connections {} to finish;", (listener.DRAIN_S,)),
     ("closes all ports at once and gives connections {}.", (listener.DRAIN_S,)),
     ("connections of all forwards {} as many as the bound", (limits.PROCESS_MAX,)),
@@ -60,7 +60,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("dom0 and the target have not taken a call {} as", (TIMEOUTS.call_s,)),
     ("dom0 and the target have not taken a call {} as", (muxpool.OPEN_S,)),
     ("a mux call's service says nothing {} the", (muxpool.HELLO_S,)),
-    ("no place among the calls of this qube {} longer", (callbudget.WAIT_S,)),
+    ("no place among the calls of this qube {} longer", (callwaits.WAIT_S,)),
     (
         # Two lines of the table, whose columns alternate.
         "a silent peer is asked whether it is there after {}, then given up after {}, and not after the two "
@@ -74,12 +74,12 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
     ("after a burst of {};", (connectionlog.BURST,)),
     ("Of each other kind of trouble there is at most one line in {},", (logs.REPEAT_S,)),
-    ("Further ones wait for up to {}.", (callbudget.WAIT_S,)),
+    ("Further ones wait for up to {}.", (callwaits.WAIT_S,)),
     ("The default, {}, leaves", (config.CALLS_MAX,)),
     ("is made with --buffer-size={}, which", (qrexec.SINGLE_BUFFER_BYTES,)),
-    ("when another one ends, or after {}, for", (brake.AGAIN_S,)),
-    ("or after 2 s, for up to {};", (callbudget.WAIT_S,)),
-    ("it is taken for a refusal after {}.", (callbudget.DOUBT_S,)),
+    ("when another one ends, or after {}, for", (callwaits.AGAIN_S,)),
+    ("or after 2 s, for up to {};", (callwaits.WAIT_S,)),
+    ("it is taken for a refusal after {}.", (callwaits.DOUBT_S,)),
     ("At most {} connections wait for a call", (callqueue.WAITING_MAX,)),
     ("and at most {} calls begin together", (callbudget.BEGIN_MAX,)),
     ("and {} more may be renewals", (callbudget.RENEWALS_MAX,)),

@@ -9,9 +9,6 @@ import math
 
 from qubes_fwd_qrexec.common.refusals import Refusal
 
-# How long to wait between tries, in seconds, while somebody waits.
-AGAIN_S = 2.0
-
 
 class Brake:
     """For one service of a target, for a target, or for this qube. Times are in seconds of any one clock."""

@@ -30,8 +30,9 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus, meaning, refusal
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.system.bugs import Bugs
 
-from .brake import AGAIN_S, Brake
+from .brake import Brake
 from .callqueue import CallQueue, Key, Kind, Wanted, count_key, has_more_than_its_share
+from .callwaits import CallWaits
 
 # Renewals on top of the budget: otherwise mux calls that take up all of it could not be renewed.
 RENEWALS_MAX = 2
@@ -41,10 +42,6 @@ BEGIN_MAX = 4
 BEGIN_S = 5.0
 # At most a quarter of the budget is reserved for mux calls.
 _RESERVED_SHARE = 4
-# How long a call may wait for a place.
-WAIT_S = 30.0
-# How long a refusal beside live calls may mean a full target, if no such call has been allowed yet.
-DOUBT_S = 5.0
 # A connection in which something moves is not ended to make room for another.
 QUIET_S = 1.0
 # How often to look at the queue, in addition to whenever a call ends.
@@ -105,7 +102,7 @@ class Place:
         return self._budget.failed(self, why, status)
 
     def lost(self, why: str) -> None:
-        """The call was through, and was lost or given up: the same is tried at most every `AGAIN_S`."""
+        """The call was through, and was lost or given up: the same is tried again only after a while."""
         self._budget.lost(self, why)
 
 
@@ -137,8 +134,10 @@ class CallBudget:
         calls_max: int = CALLS_MAX,
         queue: CallQueue[Waiting] | None = None,
         bugs: Bugs | None = None,
+        waits: CallWaits | None = None,
     ) -> None:
         self.calls_max = calls_max
+        self._waits = waits or CallWaits()
         self._bugs = bugs or Bugs()
         self._tasks = tasks
         self._reserved = 0
@@ -182,10 +181,9 @@ class CallBudget:
         self._full_until.clear()
         self._look()
 
-    @staticmethod
-    def deadline() -> float:
+    def deadline(self) -> float:
         """Until when a call that is wanted now may wait (trio's clock), however often it is made."""
-        return trio.current_time() + WAIT_S
+        return trio.current_time() + self._waits.wait_s
 
     @asynccontextmanager
     async def place(
@@ -243,7 +241,7 @@ class CallBudget:
     def failed(self, place: Place, why: str, status: int | None) -> bool:
         wanted = place.wanted
         others = [other for other in self._places if other is not place and other.is_through]
-        again_at = place.began_at + AGAIN_S
+        again_at = place.began_at + self._waits.again_s
         if place.is_through:
             others = []  # then it had room
         if status == ExitStatus.NO_ROOM and others:
@@ -265,12 +263,12 @@ class CallBudget:
 
     def _may_be_full(self, wanted: Wanted) -> bool:
         now = trio.current_time()
-        return now < self._full_until.setdefault((wanted.target, wanted.service), now + DOUBT_S)
+        return now < self._full_until.setdefault((wanted.target, wanted.service), now + self._waits.doubt_s)
 
     def lost(self, place: Place, why: str) -> None:
         if not place.is_through:  # it was, and a later report must not release the brake
             self._note_through(place)
-        self._service(place.wanted).put_on(0, place.began_at + AGAIN_S, why, Refusal.NO_CALL)
+        self._service(place.wanted).put_on(0, place.began_at + self._waits.again_s, why, Refusal.NO_CALL)
 
     # Who is next
 

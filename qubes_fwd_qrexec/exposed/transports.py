@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.relay.thread import RelayThread
 
 from .call import Caller, CallTimeouts, Ending, relay_over_call
 from .callbudget import CallBudget
+from .callwaits import CallWaits
 from .counters import Carried
 from .crowd import client_key
 from .muxpool import LINGER_S, MuxPool
@@ -38,11 +39,12 @@ class Transports:
         calls_max: int,
         timeouts: CallTimeouts,
         linger_s: float = LINGER_S,
+        waits: CallWaits | None = None,
     ) -> None:
         self.relays = relays
         self._qrexec_client = qrexec_client
         self._tasks = tasks
-        self.calls = CallBudget(tasks, calls_max, bugs=relays.loop.bugs)
+        self.calls = CallBudget(tasks, calls_max, bugs=relays.loop.bugs, waits=waits)
         self._timeouts = timeouts
         self._linger_s = linger_s
         self._budget = Budget()

@@ -13,7 +13,7 @@ from loop_time import SLOWNESS
 from processes import Connection, Way, World, assert_reset, kill, open_world, until, with_constants
 
 from bench.memory import open_files
-from qubes_fwd_qrexec.exposed.brake import AGAIN_S
+from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S
 
 KILLS = 40
 CLIENTS = 20
@@ -49,8 +49,8 @@ class Failing:
         self.ways = {trouble: world.forward(transport) for trouble in TROUBLES}
         # However long all clients of a test take, dom0 is not asked again before, and nobody waits for that.
         world.start_listener(
-            exposed__callbudget__AGAIN_S=1000.0,
-            exposed__callbudget__WAIT_S=0.1,
+            exposed__callwaits__AGAIN_S=1000.0,
+            exposed__callwaits__WAIT_S=0.1,
             system__logs__REPEAT_S=1000.0,  # nor is anything said again
         )
 

@@ -12,10 +12,11 @@ from handclock import HandClock
 from helpers import BOUND_S, FakeClient, accept_socket, free_port, no_fds_left, nobody, port_of, tcp_pair
 
 from qubes_fwd_qrexec.common.errors import RefusedError
-from qubes_fwd_qrexec.exposed import call, callbudget
+from qubes_fwd_qrexec.exposed import call
 from qubes_fwd_qrexec.exposed.call import Caller, CallTimeouts, Ending, relay_over_call
 from qubes_fwd_qrexec.exposed.callbudget import CallBudget
 from qubes_fwd_qrexec.exposed.callqueue import Kind
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.relay import copy
 from qubes_fwd_qrexec.relay.copy import Relay, abort, half_close
 from qubes_fwd_qrexec.relay.thread import RelayThread, open_relay_thread
@@ -64,6 +65,7 @@ async def relayed(
     idle_s: float = 3600,
     ends_with_server: bool = False,
     is_beside_another: bool = False,
+    waits: CallWaits | None = None,
 ) -> AsyncIterator[Relayed]:
     client, accepted = tcp_pair()
     timeouts = CallTimeouts(call_s, half_close_s, idle_s)
@@ -71,7 +73,7 @@ async def relayed(
         run = Relayed(client)
         async with open_relay_thread() as relays, trio.open_nursery() as nursery, AsyncExitStack() as stack:
             run.relays = relays
-            budget = CallBudget(nursery)
+            budget = CallBudget(nursery, waits=waits)
             caller = Caller(command, "work", f"s+{port}", budget, ends_with_server=ends_with_server)
             if is_beside_another:
                 place = await stack.enter_async_context(budget.place(Kind.SINGLE, "work", "another"))
@@ -146,12 +148,9 @@ async def test_a_client_program_that_dies_in_mid_stream_is_an_abort(tmp_path: Pa
         assert ending.error == "the call ended with exit status -9"
 
 
-async def test_a_target_that_stays_full_is_not_waited_for_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"WAIT_S": 1.0, "AGAIN_S": 0.0, "DOUBT_S": math.inf}.items():
-        monkeypatch.setattr(callbudget, name, value)
-    async with relayed(FakeClient(tmp_path, "exit126").command, 1, is_beside_another=True) as run:
+async def test_a_target_that_stays_full_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    waits, client = CallWaits(wait_s=1.0, again_s=0.0, doubt_s=math.inf), FakeClient(tmp_path, "exit126")
+    async with relayed(client.command, 1, is_beside_another=True, waits=waits) as run:
         with pytest.raises(RefusedError, match="work takes no more than 1 calls of this qube"):
             await run.end()
 

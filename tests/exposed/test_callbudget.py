@@ -12,17 +12,15 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.exposed.brake import AGAIN_S
 from qubes_fwd_qrexec.exposed.callbudget import (
     BEGIN_MAX,
     BEGIN_S,
-    DOUBT_S,
     RENEWALS_MAX,
-    WAIT_S,
     CallBudget,
     Place,
 )
 from qubes_fwd_qrexec.exposed.callqueue import Key, Kind
+from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S, DOUBT_S, WAIT_S
 
 
 class Client:

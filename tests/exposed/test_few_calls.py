@@ -62,7 +62,7 @@ def test_all_are_served_where_few_calls_fit(tmp_path: Path, knobs: dict[str, int
     with open_world(tmp_path) as world:
         way = world.forward("call")
         world.turn(**knobs)
-        world.start_listener(exposed__callbudget__WAIT_S=BOUND_S)
+        world.start_listener(exposed__callwaits__WAIT_S=BOUND_S)
         with answering(way):
             assert all_are_served([way.client() for _ in range(CLIENTS)])
         assert world.said("refuse") == 0

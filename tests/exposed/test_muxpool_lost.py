@@ -14,6 +14,7 @@ import pytest
 import trio
 from helpers import (
     BOUND_S,
+    NEVER_AGAIN,
     FakeClient,
     accept,
     children,
@@ -31,6 +32,7 @@ from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Way
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
 from qubes_fwd_qrexec.exposed.callqueue import Kind
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.crowd import client_key
 from qubes_fwd_qrexec.mux import ProxyVersion
 
@@ -46,13 +48,12 @@ pytestmark = pytest.mark.usefixtures("mux_call_home")
         ("exit0", "without a final GOAWAY"),
     ],
 )
-@pytest.mark.usefixtures("never_again")
 async def test_a_call_that_fails_is_a_reason_of_its_own_and_dom0_is_left_alone(
     tmp_path: Path, mode: str, words: str
 ) -> None:
     """docs/behaviours.md, 23 and 24."""
     client, port = FakeClient(tmp_path, mode), free_port()
-    async with pool_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port), waits=NEVER_AGAIN) as bench:
         first = await bench.refusal(port)
         assert first.startswith("no mux call to work: ")
         assert words in first
@@ -140,15 +141,11 @@ async def test_a_call_that_hangs_is_ended_before_the_target_took_it_or_behind(
         assert bench.calls.calls == 0
 
 
-async def test_a_target_that_stays_full_is_not_asked_for_longer_than_anybody_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qubes_fwd_qrexec.exposed.callbudget.WAIT_S", 1.0)
-    monkeypatch.setattr("qubes_fwd_qrexec.exposed.callbudget.AGAIN_S", 0.0)
-    monkeypatch.setattr("qubes_fwd_qrexec.exposed.callbudget.DOUBT_S", math.inf)
+async def test_a_target_that_stays_full_is_not_asked_for_longer_than_anybody_waits(tmp_path: Path) -> None:
     client, port = FakeClient(tmp_path, "exit126"), free_port()
+    waits = CallWaits(wait_s=1.0, again_s=0.0, doubt_s=math.inf)
     async with (
-        pool_to(client.command, one(port)) as bench,
+        pool_to(client.command, one(port), waits=waits) as bench,
         bench.calls.place(Kind.SINGLE, "work", "another") as living,
     ):
         living.through()
@@ -156,11 +153,10 @@ async def test_a_target_that_stays_full_is_not_asked_for_longer_than_anybody_wai
 
 
 async def test_without_room_for_another_call_it_says_so_and_blames_nobody(
-    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: socket.socket
 ) -> None:
-    monkeypatch.setattr("qubes_fwd_qrexec.exposed.callbudget.WAIT_S", 0.05)
     client, port = FakeClient(tmp_path, "serve"), port_of(server)
-    async with pool_to(client.command, one(port), calls_max=1) as bench:
+    async with pool_to(client.command, one(port), calls_max=1, waits=CallWaits(wait_s=0.05)) as bench:
         async with bench.calls.place(Kind.SINGLE, "work", "another"):
             assert "this qube makes 1 calls, and none ended in time" in await bench.refusal(port)
         async with bench.connect(port) as near, await accept(server) as far:
@@ -207,10 +203,9 @@ def kill_children() -> None:
 
 
 @pytest.mark.parametrize("mode", ["rude close", "rude drain", "rude die", "rude refuse"])
-@pytest.mark.usefixtures("never_again")
 async def test_a_target_that_gives_mux_calls_up_is_no_flood_of_calls(tmp_path: Path, mode: str) -> None:
     client, port = FakeClient(tmp_path, mode), free_port()
-    async with pool_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port), waits=NEVER_AGAIN) as bench:
         for _ in range(20):
             near, accepted = tcp_pair()
             with near, accepted, trio.fail_after(BOUND_S), suppress(RefusedError):
@@ -218,10 +213,9 @@ async def test_a_target_that_gives_mux_calls_up_is_no_flood_of_calls(tmp_path: P
     assert len(client.calls) <= 3
 
 
-@pytest.mark.usefixtures("again_at_once")
 async def test_a_stream_is_not_asked_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muxpool_module, "_TRIES", 2)
     client, port = FakeClient(tmp_path, "rude refuse"), free_port()
-    async with pool_to(client.command, one(port)) as bench:
+    async with pool_to(client.command, one(port), waits=CallWaits(again_s=0.0)) as bench:
         assert await bench.refusal(port) == "work took none of 2 requests for a stream"
     assert len(client.calls) == 2

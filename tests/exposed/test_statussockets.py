@@ -13,6 +13,7 @@ import trio
 import trio.lowlevel
 from helpers import (
     BOUND_S,
+    NEVER_AGAIN,
     FakeClient,
     accept,
     connect,
@@ -105,13 +106,14 @@ async def test_a_connection_is_counted_while_it_lives_and_after(
         ("exit125", "no-call", Way.FAILED),
     ],
 )
-@pytest.mark.usefixtures("never_again", "long_trial")
+@pytest.mark.usefixtures("long_trial")
 async def test_what_keeps_a_call_from_being_made_is_told_apart(
     tmp_path: Path, place: Path, mode: str, reason: str, way: Way, transport: str
 ) -> None:
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, 1, transport=transport)
-    async with running_listener(config, FakeClient(tmp_path, mode).command, status_dir=place):
+    client = FakeClient(tmp_path, mode)
+    async with running_listener(config, client.command, status_dir=place, waits=NEVER_AGAIN):
         async with await connect(port) as near:
             await near.send_all(b"x")
             assert await is_reset(near)

@@ -10,6 +10,7 @@ import pytest
 import trio
 from helpers import (
     BOUND_S,
+    NEVER_AGAIN,
     FakeClient,
     accept,
     can_connect,
@@ -30,6 +31,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Answer
 from qubes_fwd_qrexec.exposed.call import CallTimeouts, Ending
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.listener import Listener
@@ -54,10 +56,12 @@ def config(port: int, **options: str) -> ListenerConfig:
 
 
 @asynccontextmanager
-async def transports_over(client: tuple[str, ...]) -> AsyncIterator[tuple[Transports, trio.Nursery]]:
+async def transports_over(
+    client: tuple[str, ...], waits: CallWaits | None = None
+) -> AsyncIterator[tuple[Transports, trio.Nursery]]:
     with no_fds_left():
         async with open_relay_thread() as relays, trio.open_nursery() as tasks:
-            yield Transports(client, relays, tasks, 32, CallTimeouts()), tasks
+            yield Transports(client, relays, tasks, 32, CallTimeouts(), waits=waits), tasks
             tasks.cancel_scope.cancel()
 
 
@@ -143,12 +147,11 @@ async def test_a_client_program_that_is_not_there_is_a_refusal(transport: str) -
 
 @pytest.mark.parametrize("mode", ["exit126", "exit127"])
 @pytest.mark.parametrize("transport", ["call", "mux"])
-@pytest.mark.usefixtures("never_again")
 async def test_after_a_refusal_a_new_configuration_asks_again(
     tmp_path: Path, transport: str, mode: str
 ) -> None:
     fake, chosen = FakeClient(tmp_path, mode), config(80, transport=transport)
-    async with transports_over(fake.command) as (transports, _):
+    async with transports_over(fake.command, NEVER_AGAIN) as (transports, _):
 
         async def ask() -> None:
             client, accepted = tcp_pair()

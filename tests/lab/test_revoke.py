@@ -13,7 +13,7 @@ import pytest
 import trio
 from helpers import SOON_S, free_port, is_listening, until
 
-from qubes_fwd_qrexec.exposed.callbudget import WAIT_S
+from qubes_fwd_qrexec.exposed.callwaits import WAIT_S
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
