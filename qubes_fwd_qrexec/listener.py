@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
                 timeouts=CallTimeouts(call_s=args.call_timeout, idle_s=args.idle_timeout),
                 linger_s=args.linger,
                 connections_max=min(connections_max, args.connections or connections_max),
-                # dom0 delivers each rule by itself, so that one which cannot be served stops no other.
+                # dom0 delivers each rule by itself, and a bad one must not stop the others.
                 is_whole=args.config is not None,
                 supervisor=None if args.supervisor_fd is None else Supervisor(args.supervisor_fd),
                 status_dir=args.status_dir or runtime_directory(os.environ.get(RUNTIME_VARIABLE)),

@@ -110,7 +110,7 @@ async def test_a_reload_touches_no_live_connection(tmp_path: Path, server: socke
                 await echo_once(near, far)
 
 
-async def test_changes_are_noticed_without_being_told(tmp_path: Path) -> None:
+async def test_changes_are_noticed_without_a_signal(tmp_path: Path) -> None:
     port, config = free_port(), tmp_path / "config"
     config.mkdir()
     async with running_listener(config, FakeClient(tmp_path, "hang").command):

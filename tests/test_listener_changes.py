@@ -57,7 +57,7 @@ async def test_a_forward_takes_an_address_that_another_gives_up(tmp_path: Path) 
         assert listener.problems == {}
 
 
-async def test_where_a_new_port_is_in_use_all_else_holds_and_the_old_port_is_closed(
+async def test_if_a_new_port_is_in_use_everything_else_applies_and_the_old_port_is_closed(
     tmp_path: Path, server: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What dom0 narrows or ends must not wait for a port that somebody has."""
@@ -79,7 +79,7 @@ async def test_where_a_new_port_is_in_use_all_else_holds_and_the_old_port_is_clo
                 assert await is_reset(stranger)
 
 
-async def test_a_forward_with_a_new_address_where_the_port_is_in_use_ends_when_it_was_told_last(
+async def test_a_forward_whose_new_port_is_in_use_still_takes_its_new_expiry(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wall = [time.time()]

@@ -91,7 +91,7 @@ async def test_one_too_many_is_reset_at_once_and_the_others_are_unharmed(
     assert len([m for m in caplog.messages if words in m]) == 1
 
 
-async def test_one_source_that_holds_all_it_may_keeps_nobody_else_out(
+async def test_one_client_that_holds_all_it_may_keeps_nobody_else_out(
     tmp_path: Path, server: socket.socket
 ) -> None:
     """docs/behaviours.md, 37: slowloris."""
@@ -199,7 +199,7 @@ async def test_slots_come_back_however_a_connection_ends(tmp_path: Path, server:
         assert (counting.clients, listener.process.connections) == (0, 0)
 
 
-async def test_new_limits_hold_for_who_comes_next(tmp_path: Path, server: socket.socket) -> None:
+async def test_new_limits_apply_to_the_next_connections(tmp_path: Path, server: socket.socket) -> None:
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server))
     async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:  # noqa: SIM117
@@ -326,7 +326,7 @@ async def test_a_port_that_comes_free_is_opened_without_a_new_configuration(
 
 
 @pytest.mark.parametrize("how", ["removed", "expired", "stopping"])
-async def test_what_nobody_wants_any_more_is_not_tried_again(
+async def test_a_forward_that_is_no_longer_configured_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(unopened, "RETRY_FIRST_S", 0.0)

@@ -43,7 +43,7 @@ async def test_all_ports_are_closed_before_anything_is_waited_for(
 
 
 @pytest.mark.parametrize(("transport", "reloads"), [("call", 10), ("mux", 100)])
-async def test_who_waits_in_the_kernels_queue_during_a_reload_is_served(
+async def test_a_client_in_the_kernels_queue_during_a_reload_is_served(
     tmp_path: Path, server: socket.socket, transport: str, reloads: int
 ) -> None:
     """docs/behaviours.md, 29. A port that is closed and opened anew would lose them."""

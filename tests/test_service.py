@@ -92,7 +92,7 @@ def test_bytes_and_both_ends_pass_each_way_by_itself(served: Served) -> None:
     assert called.signs == [f"{GREETING}\n", f"{clean_end(300_006)}\n"]
 
 
-def test_a_clean_end_is_told_before_it_is_passed_on(served: Served) -> None:
+def test_a_clean_end_is_reported_before_it_is_passed_on(served: Served) -> None:
     called, sock = served
     sock.send(b"answer")
     half_close(sock)
@@ -253,7 +253,7 @@ def test_a_single_call_that_drains_goes_on_to_its_deadline(
     assert called.end() == (ExitStatus.REVOKED, "")
 
 
-def test_a_call_that_dom0_has_taken_back_before_it_began_reaches_no_server(
+def test_a_call_that_dom0_no_longer_allows_reaches_no_server(
     run_dir: Path, mux_call_home: None, server: socket.socket
 ) -> None:
     """Its agent's process is older than dom0's list, however late the exposed qube lets it begin."""
@@ -270,7 +270,7 @@ def test_a_call_that_dom0_has_taken_back_before_it_began_reaches_no_server(
 
 
 @pytest.mark.parametrize("agent", ["", "x", "1000000000"])
-def test_a_call_of_which_nobody_knows_when_it_was_allowed_is_refused(
+def test_a_call_without_a_known_time_of_permission_is_refused(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, server: socket.socket, agent: str
 ) -> None:
     monkeypatch.setenv("QREXEC_AGENT_PID", agent)

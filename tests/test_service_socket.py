@@ -150,7 +150,7 @@ async def test_a_caller_whose_name_is_none_gets_no_mux_call(
         assert "is not a qube's name" in caplog.text
 
 
-async def test_no_source_has_more_mux_calls_than_it_leaves_and_each_has_its_part_of_the_memory(
+async def test_no_caller_has_more_mux_calls_than_it_leaves_and_each_has_its_part_of_the_memory(
     tmp_path: Path,
     server: socket.socket,
     home: Path,

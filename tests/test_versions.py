@@ -224,7 +224,7 @@ def test_an_answer_is_said_and_understood_as_it_was() -> None:
     assert report.dump(told.as_json()) == REPORT_0_1
 
 
-def test_of_a_newer_qube_what_is_beside_the_known_is_passed_over_and_another_version_refused() -> None:
+def test_unknown_keys_of_a_newer_qube_are_ignored_and_another_version_is_refused() -> None:
     more = REPORT_0_1.replace(b'"firewall":{', b'"mood":"fine","firewall":{"arp":"open",')
     assert report.QubeReport.parse(more) == report.QubeReport.parse(REPORT_0_1)
     with pytest.raises(report.ReportError, match="is of version 2, and this program reads 1"):

@@ -83,7 +83,7 @@ class MuxCall:
         self._used_at = -math.inf
         self._finish: Callable[[str | None], None] | None = None
         self.waiting: dict[Leg, Callable[[Ending | RetryError], None]] = {}
-        """What is told how each stream ended, in the loop's thread."""
+        """For each stream, what to call with how it ended, in the loop's thread."""
 
     @property
     def is_opening(self) -> bool:

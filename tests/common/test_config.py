@@ -60,7 +60,7 @@ def test_keys_print_as_they_parse(key: str) -> None:
 @pytest.mark.parametrize(
     "key", ["", "fwd.", "fwd.web", "fwd.work.", "fwd..web", "fwx.work.web", "fwd.wo/rk.web"]
 )
-def test_keys_that_are_none(key: str) -> None:
+def test_invalid_keys(key: str) -> None:
     with pytest.raises(ConfigError, match="entry '"):
         ListenerConfig.parse(key, LINE)
 

@@ -213,7 +213,7 @@ def test_every_mistake_names_option_place_and_what_would_be_right(line: str, wor
 
 
 @pytest.mark.parametrize("text", ["", "rate", "rate:1,rate:2", "speed:1", "rate:1,", "rate:x", "rate=1"])
-def test_limits_that_are_none(text: str) -> None:
+def test_invalid_limits(text: str) -> None:
     with pytest.raises(RuleError, match="each once and at least 1"):
         ForwardRule.parse(f"{MINIMAL} limits={text}")
 

@@ -67,7 +67,7 @@ def test_the_forms_of_2021_are_read(more: dict[str, str]) -> None:
     assert str(rulexml.parse_rule(rule_xml(srchosts="", **more)).sources) == value
 
 
-def test_of_a_firewall_file_the_forwarding_rules_are_taken_and_the_others_counted() -> None:
+def test_a_firewall_file_gives_its_forwarding_rules_and_counts_the_others() -> None:
     accept = rule_xml(action="accept", srcports="", srchosts="", dsthost="10.0.0.0/8")
     text = f'<firewall version="2"><rules>{accept}{rule_xml()}{accept}</rules></firewall>'
     found = rulexml.parse_document(text)
@@ -75,7 +75,7 @@ def test_of_a_firewall_file_the_forwarding_rules_are_taken_and_the_others_counte
     assert (found.rules[0].target, found.rules[0].name) == (None, None)
 
 
-def test_rules_of_2021_that_differ_in_their_source_alone_are_one() -> None:
+def test_rules_of_2021_that_differ_only_in_their_network_are_joined() -> None:
     """It had one network a rule, so that one forward for two networks was two rules, of both families too."""
     rules = [
         rule_xml(srchosts="", srchost="192.168.0.0/16", comment="office"),

@@ -10,7 +10,7 @@ def test_it_holds_nothing_back_before_it_is_put_on() -> None:
     assert brake.admits(10_000, 0)
 
 
-def test_one_call_finds_out_when_its_time_has_come_and_no_other_beside_it() -> None:
+def test_one_call_at_a_time_tries_again() -> None:
     brake = Brake()
     brake.put_on(2, 10.0, "full")
     assert brake.is_on

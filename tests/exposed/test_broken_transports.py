@@ -284,7 +284,7 @@ def test_mux_calls_that_are_lost_again_and_again_are_no_flood_of_calls(lossy: Lo
         assert world.asked(way.mux_call) == asked + 2
 
 
-def test_nobody_is_left_to_say_so_and_still_it_is_no_clean_end(tmp_path: Path) -> None:
+def test_without_a_report_or_a_status_it_is_no_clean_end(tmp_path: Path) -> None:
     """docs/behaviours.md, 14: a program is killed, and the kernel closes its sockets."""
     with open_world(tmp_path) as world:
         mux_call, call = world.forward("mux"), world.forward("call")

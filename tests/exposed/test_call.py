@@ -276,7 +276,7 @@ async def test_an_idle_connection_ends_and_a_byte_either_way_puts_it_off(
 
 
 @pytest.mark.parametrize("is_half_closed", [False, True])
-async def test_a_listener_that_was_stopped_takes_the_time_for_nobodys_silence(
+async def test_time_in_which_the_listener_was_stopped_counts_as_nobodys_silence(
     tmp_path: Path, server: socket.socket, clock: HandClock, is_half_closed: bool
 ) -> None:
     command = FakeClient(tmp_path, "serve").command

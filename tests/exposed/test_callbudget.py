@@ -210,7 +210,7 @@ async def test_fifty_targets_are_served_with_fewer_calls(autojump_clock: MockClo
         assert not any(mux.has_call for mux in muxes[1:])
 
 
-async def test_where_all_are_in_use_nobody_is_cut_and_the_next_one_waits(autojump_clock: MockClock) -> None:
+async def test_if_all_are_in_use_nobody_is_cut_and_the_next_one_waits(autojump_clock: MockClock) -> None:
     async with bench_of(2) as bench:
         muxes = await bench.have(2, kind=Kind.MUX, service="a/m")
         (new,) = await bench.want(kind=Kind.MUX, service="b/m")
@@ -219,7 +219,7 @@ async def test_where_all_are_in_use_nobody_is_cut_and_the_next_one_waits(autojum
         assert new.error is not None
 
 
-async def test_an_idle_crowd_of_one_source_does_not_keep_another_out(autojump_clock: MockClock) -> None:
+async def test_idle_connections_of_one_client_do_not_keep_another_out(autojump_clock: MockClock) -> None:
     async with bench_of(4) as bench:
         crowd = await bench.want(*["web/a"] * 4)
         for number, client in enumerate(crowd):
@@ -235,7 +235,7 @@ async def test_an_idle_crowd_of_one_source_does_not_keep_another_out(autojump_cl
         assert served(crowd) == 3
 
 
-async def test_idle_connections_of_one_source_in_all_mux_calls_do_not_keep_another_out(
+async def test_idle_connections_of_one_client_in_all_mux_calls_do_not_keep_another_out(
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(4) as bench:
@@ -378,7 +378,9 @@ async def test_what_dom0_has_never_allowed_is_soon_refused_beside_living_calls(
         assert served(await bench.want("r/s")) == 1
 
 
-async def test_all_who_wait_for_what_was_never_allowed_are_told_together(autojump_clock: MockClock) -> None:
+async def test_everybody_who_waits_for_a_call_that_was_never_allowed_is_refused_together(
+    autojump_clock: MockClock,
+) -> None:
     async with bench_of(20) as bench:
         await bench.have(2)
         await refusals_of(bench, "work/s+2")
@@ -453,7 +455,7 @@ async def test_a_renewal_that_is_refused_beside_its_own_call_is_refused(autojump
 # Refusals
 
 
-async def test_who_waits_is_refused_with_the_first_and_dom0_is_not_flooded(
+async def test_waiting_connections_are_refused_with_the_first_and_dom0_is_not_flooded(
     autojump_clock: MockClock,
 ) -> None:
     async with bench_of(20) as bench:
@@ -517,7 +519,7 @@ async def test_a_renewal_is_asked_for_although_new_calls_were_refused(autojump_c
         assert mux.has_call
 
 
-async def test_the_reason_of_a_refusal_is_said_to_who_waited_in_vain(autojump_clock: MockClock) -> None:
+async def test_the_reason_of_a_refusal_reaches_those_who_waited(autojump_clock: MockClock) -> None:
     async with bench_of(20) as bench:
         (first,) = await bench.want()
         first.failed(ExitStatus.NO_SERVICE, "it has no such service")
@@ -532,7 +534,7 @@ async def test_the_reason_of_a_refusal_is_said_to_who_waited_in_vain(autojump_cl
         assert other.error.kind == "no-service"
 
 
-async def test_what_is_lost_again_and_again_is_no_flood(autojump_clock: MockClock) -> None:
+async def test_repeated_losses_cause_no_flood_of_calls(autojump_clock: MockClock) -> None:
     async with bench_of(20) as bench:
         calls = 0
         began = trio.current_time()

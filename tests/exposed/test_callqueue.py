@@ -38,14 +38,14 @@ def test_renewals_come_first_and_then_mux_calls() -> None:
     assert [queue.take(anybody) for _ in range(4)] == [*reversed(waiting), None]
 
 
-def test_the_next_one_is_of_the_rule_that_holds_fewest_and_then_of_the_source() -> None:
+def test_the_next_one_is_for_the_rule_and_then_the_client_that_holds_fewest() -> None:
     crowd = [single("web", "a") for _ in range(5)]
     queue = queue_of(*crowd, single("web", "b"), single("ssh", "c"))
     assert taken(queue, 4) == [("web", "a"), ("ssh", "c"), ("web", "b"), ("web", "a")]
     assert queue.held(("web", "a")) == (3, 2)
 
 
-def test_who_waits_longest_is_first_among_equals_and_a_released_call_counts_no_more() -> None:
+def test_the_longest_waiting_is_first_among_equals_and_a_released_call_no_longer_counts() -> None:
     first, second = single("web"), single("web")
     queue = queue_of(first, second)
     assert queue.take(anybody) is first
@@ -62,7 +62,7 @@ def test_what_may_not_begin_holds_up_nobody_else() -> None:
     assert len(queue) == 1
 
 
-def test_where_too_many_wait_the_last_of_the_largest_makes_room() -> None:
+def test_if_too_many_wait_the_newest_of_the_largest_is_removed() -> None:
     crowd = [single("web", "a") for _ in range(3)]
     queue = queue_of(*crowd, waiting_max=3)
     other = single("web", "b")
@@ -81,7 +81,7 @@ def test_one_that_left_is_not_served_and_may_leave_twice() -> None:
     assert queue.take(anybody) is None
 
 
-def test_one_ipv6_host_with_many_addresses_is_one_source() -> None:
+def test_one_ipv6_host_with_many_addresses_is_bounded() -> None:
     def key(address: str) -> Key:
         return ("web", *client_key(ip_address(address)))
 
@@ -107,7 +107,7 @@ def test_only_more_than_a_share_makes_room() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("rs"), st.sampled_from("abc")), max_size=30), st.integers(1, 12))
-def test_no_rule_and_no_source_gets_two_more_than_another_that_waits(keys: list[Key], places: int) -> None:
+def test_no_rule_and_no_client_gets_two_more_than_another_that_waits(keys: list[Key], places: int) -> None:
     queue = queue_of(*[Wanted(Kind.SINGLE, "work", "s", key) for key in keys])
     served = Counter(taken(queue, places))
     left = Counter(wanted.key for wanted in queue)

@@ -155,7 +155,7 @@ def test_the_stamp_differs_when_something_changed(directory: Path, line: str) ->
     assert source.stamp() is None
 
 
-def test_the_source_is_named_by_its_path(directory: Path) -> None:
+def test_the_configuration_is_named_by_its_path(directory: Path) -> None:
     assert str(FileSource(directory)) == str(directory)
     (directory / "all").touch()
     assert FileSource(directory / "all").stamp() is not None

@@ -51,7 +51,7 @@ class FarClient:
         return str(IPv6Address(2**128 - 2)), 65535
 
 
-def test_the_longest_line_tells_all_but_the_end_of_a_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_longest_line_has_everything_but_the_end_of_a_name(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     log, carried = ConnectionLog(), Carried(-1e6)
     carried.by = type("Much", (), {"sent": 10**13, "received": 10**13, "is_joined": True})()

@@ -18,7 +18,7 @@ def opened(counters: Counters) -> Carried:
     return carried
 
 
-def test_bytes_are_those_of_the_living_and_of_the_dead() -> None:
+def test_bytes_include_those_of_live_and_ended_connections() -> None:
     counters = Counters()
     first, second = opened(counters), opened(counters)
     assert (counters.sent, counters.received) == (0, 0)

@@ -88,7 +88,7 @@ class Crowd:
 
 
 @pytest.mark.usefixtures("many_files", "mux_call_home")
-def test_of_five_thousand_clients_each_ends_in_data_or_reset_and_a_stream_goes_on(tmp_path: Path) -> None:
+def test_five_thousand_clients_each_end_with_data_or_reset_and_a_stream_goes_on(tmp_path: Path) -> None:
     """docs/behaviours.md, 35."""
     config, client = tmp_path / "config", FakeClient(tmp_path, "serve").command
     over = threading.Event()

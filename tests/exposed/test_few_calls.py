@@ -93,7 +93,7 @@ def test_more_targets_than_calls_are_served_one_after_the_other(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("transport", ["mux", "call"])
-def test_idle_connections_of_one_source_in_all_mux_calls_keep_no_other_out(
+def test_idle_connections_of_one_client_in_all_mux_calls_keep_no_other_client_out(
     tmp_path: Path, transport: str
 ) -> None:
     with open_world(tmp_path) as world, ExitStack() as stack:

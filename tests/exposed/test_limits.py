@@ -143,7 +143,7 @@ def test_clients_of_the_past_are_forgotten() -> None:
         assert counting.clients_remembered <= 21
 
 
-def test_who_is_refused_for_another_reason_uses_no_rate() -> None:
+def test_a_client_refused_for_another_reason_uses_no_rate() -> None:
     counting = account("rate:2,per-source:1")
     let_in(counting, ONE)
     assert enter(counting, *[ONE] * 10) == [NotAdmitted.PER_SOURCE] * 10
@@ -172,7 +172,7 @@ def test_a_rule_that_says_nothing_leaves_a_quarter_of_the_process_to_others() ->
 # Where all is full, the idlest connection of the largest holder makes room
 
 
-def test_a_full_rule_makes_room_for_who_holds_less() -> None:
+def test_a_full_rule_makes_room_for_a_client_that_holds_less() -> None:
     counting = account("connections:3")
     oldest, busy, third = let_in(counting, ONE, ONE, ONE)
     oldest.moved_at, busy.moved_at, third.moved_at = 20.0, 30.0, 10.0
@@ -265,7 +265,7 @@ def test_ten_thousand_cycles_leave_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(-6, 6).filter(bool)), max_size=60))
-def test_whatever_comes_and_goes_no_limit_is_passed_and_only_who_holds_more_makes_room(
+def test_no_limit_is_passed_and_only_clients_that_hold_more_make_room(
     moves: list[tuple[int, int]],
 ) -> None:
     process = Process(5)

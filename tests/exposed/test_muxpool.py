@@ -77,7 +77,7 @@ async def test_a_range_is_one_call_and_every_port_its_own_server(
     assert client.calls == [f"work qubes.ForwardTCP+{ports.brief()}+mux"]
 
 
-async def test_a_refused_connection_is_left_to_whoever_asked(tmp_path: Path) -> None:
+async def test_a_refused_connection_is_left_to_the_caller(tmp_path: Path) -> None:
     port = free_port()
     async with pool_to(FakeClient(tmp_path, "serve").command, one(port)) as bench:
         client, accepted = tcp_pair()

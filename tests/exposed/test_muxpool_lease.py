@@ -66,7 +66,7 @@ async def test_one_that_is_not_in_use_is_not_worth_a_question(
             await renewed(bench, client, 2)
 
 
-async def test_where_dom0_refuses_it_is_asked_again_until_the_lease_is_over(
+async def test_a_refused_renewal_is_tried_again_until_the_lease_is_over(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """That new connections were refused just before does not keep it from being asked."""

@@ -70,7 +70,7 @@ async def test_a_client_program_that_is_not_there_is_named() -> None:
         assert "cannot start /nonexistent/client: No such file" in await bench.refusal(port)
 
 
-async def test_all_who_wait_are_told_when_the_call_dies_before_its_hello(tmp_path: Path) -> None:
+async def test_everybody_who_waits_is_refused_when_the_call_dies_before_hello(tmp_path: Path) -> None:
     client, port = FakeClient(tmp_path, "die"), free_port()
     async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
         for _ in range(20):
@@ -99,7 +99,7 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
     assert len(client.calls) == 1
 
 
-async def test_where_one_source_has_all_waiting_places_another_one_waits_all_the_same(
+async def test_one_client_cannot_take_all_places_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(muxpool_module, "WAITING_MAX", 5)

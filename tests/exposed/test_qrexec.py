@@ -36,7 +36,7 @@ def test_a_client_may_carry_options(text: str, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "  ", "'unbalanced", "#\\"])
-def test_a_client_that_is_no_command_line_is_refused(text: str) -> None:
+def test_an_invalid_qrexec_client_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--qrexec-client"):
         parse_client(text)
 
@@ -63,7 +63,7 @@ async def test_a_call_has_the_buffer_it_is_given_unless_the_client_says_one(
 
 
 @pytest.mark.parametrize("status", [125, 126, 127])
-async def test_the_exit_status_is_told(tmp_path: Path, status: int) -> None:
+async def test_the_exit_status_is_available(tmp_path: Path, status: int) -> None:
     with trio.fail_after(BOUND_S):
         async with open_call(FakeClient(tmp_path, f"exit{status}").command, "work", "s+1") as call:
             assert await call.status() == status

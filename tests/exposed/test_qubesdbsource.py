@@ -251,7 +251,7 @@ def test_without_a_daemon_it_does_not_start(qubesdb: FakeQubesDB) -> None:
         pass
 
 
-def test_a_daemon_that_does_not_answer_is_waited_for_no_longer_than_it_says(qubesdb: FakeQubesDB) -> None:
+def test_a_daemon_that_does_not_answer_is_given_up_on_in_time(qubesdb: FakeQubesDB) -> None:
     go_on = threading.Event()
     qubesdb.before_list = lambda: assert_set(go_on)
     with (
@@ -280,7 +280,7 @@ async def test_a_daemon_that_hangs_keeps_nobody_waiting(
     assert qubesdb.handles == []
 
 
-async def test_a_list_that_cannot_be_had_is_not_an_empty_one(qubesdb: FakeQubesDB) -> None:
+async def test_an_unreadable_list_is_not_an_empty_one(qubesdb: FakeQubesDB) -> None:
     with opened(qubesdb) as source:
         before = source.stamp()
         qubesdb.can_list = False

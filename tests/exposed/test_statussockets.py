@@ -223,7 +223,7 @@ async def test_a_trial_of_a_missing_server_says_so(tmp_path: Path, place: Path) 
 
 
 @pytest.mark.parametrize("key", ["nonsense", "fwd.work.other", "fwd.\x1b.x"])
-async def test_what_is_no_forward_here_is_not_tried(tmp_path: Path, place: Path, key: str) -> None:
+async def test_an_unknown_forward_is_not_tried(tmp_path: Path, place: Path, key: str) -> None:
     config = tmp_path / "config"
     write_config(config, free_port(), 1)
     client = FakeClient(tmp_path, "hang")
@@ -259,7 +259,7 @@ async def test_a_bug_in_an_answer_ends_that_answer_and_the_next_one_tells_of_it(
         assert (await report_of(place)).bugs == 1
 
 
-async def test_those_who_ask_and_do_not_listen_are_bounded_and_left(
+async def test_peers_that_do_not_read_the_answer_are_bounded_and_closed(
     tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statussockets, "_PATIENCE_S", 3600.0)

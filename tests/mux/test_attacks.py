@@ -195,7 +195,7 @@ def test_a_peer_that_never_answers_keeps_its_credit_and_is_asked_once():
 
 
 @pytest.mark.parametrize("amount", [0, 1, CREDIT])
-def test_an_answer_that_nobody_asked_for_ends_the_mux(amount):
+def test_a_return_without_a_recall_ends_the_mux(amount):
     target = ready("target")
     feed(target, open_frame(1))
     target.accept_stream(1, CREDIT)
@@ -203,7 +203,7 @@ def test_an_answer_that_nobody_asked_for_ends_the_mux(amount):
 
 
 @pytest.mark.parametrize("amount", [CREDIT - 2047, CREDIT, CREDIT + 1, 0xFFFF_FFFF])
-def test_an_answer_with_more_than_was_asked_for_ends_the_mux(amount):
+def test_a_return_of_more_than_was_recalled_ends_the_mux(amount):
     target = ready("target")
     feed(target, open_frame(1))
     target.accept_stream(1, CREDIT)

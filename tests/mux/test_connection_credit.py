@@ -56,7 +56,7 @@ def test_credit_comes_back_also_after_our_own_eof():
     assert pair.listener.send_limit(1) == 4096 - FRAME_COST_BYTES
 
 
-def test_a_small_grant_counts_but_is_not_told_yet():
+def test_a_small_grant_counts_but_is_not_sent_yet():
     pair = Pair()
     pair.open(credit=4096)
     pair.target.grant(1, 500)
@@ -171,7 +171,7 @@ def test_credit_may_be_asked_for_after_our_own_eof():
 
 
 @pytest.mark.parametrize("is_ended_here", [False, True])
-def test_a_question_that_crosses_an_eof_is_dropped(is_ended_here):
+def test_a_recall_that_crosses_an_eof_is_dropped(is_ended_here):
     """With both EOFs the stream is over for the end that is asked."""
     pair = Pair()
     pair.open()
@@ -188,7 +188,7 @@ def test_a_question_that_crosses_an_eof_is_dropped(is_ended_here):
         pair.settle()
 
 
-def test_a_question_that_crosses_a_reset_is_dropped():
+def test_a_recall_that_crosses_a_reset_is_dropped():
     pair = Pair()
     pair.open()
     pair.listener.reset_stream(1)

@@ -26,7 +26,7 @@ def test_the_limit_on_streams_counts_those_whose_reset_is_not_answered():
     assert pair.open() == 3
 
 
-def test_a_refused_stream_tells_why():
+def test_a_refused_stream_says_why():
     pair = Pair()
     pair.listener.open_stream(8080, ORIGIN, CREDIT)
     pair.settle()

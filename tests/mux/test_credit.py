@@ -55,7 +55,7 @@ def test_data_past_the_credit_is_the_peers_fault():
         credit.receive(1)
 
 
-def test_small_grants_are_told_together_once_the_peer_gains_half_of_its_window():
+def test_small_grants_are_sent_together_once_the_peer_gains_half_of_its_window():
     credit = ReceiveCredit(4096)
     credit.receive(2048)
     assert [credit.grant(512) for _ in range(4)] == [0, 0, 0, 2048]

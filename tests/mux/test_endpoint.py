@@ -85,7 +85,7 @@ def test_granted_bytes_are_given_back_by_each_way_a_stream_can_end():
     assert pair.target.granted_bytes == CREDIT
 
 
-def test_granted_is_what_the_peer_may_still_send_told_or_not():
+def test_granted_is_what_the_peer_may_still_send_including_what_is_held_back():
     pair = Pair()
     listener, target = pair.listener, pair.target
     assert listener.granted(1) == 0
@@ -159,7 +159,7 @@ def test_the_questions_follow_the_life_of_a_mux():
     assert len(take(listener)) == 16
 
 
-def test_a_stream_that_never_was_is_a_bug_of_the_caller():
+def test_a_stream_that_never_existed_is_a_bug_of_the_caller():
     pair = Pair()
     for stream_id in (-1, 0, 1):
         with pytest.raises(LocalProtocolError, match="never existed"):

@@ -6,7 +6,7 @@ from qubes_fwd_qrexec.mux import DataReceived
 from qubes_fwd_qrexec.mux.limits import FRAME_COST_BYTES
 
 
-def test_an_event_tells_the_credit_it_used():
+def test_an_event_has_the_credit_it_used():
     assert DataReceived(1, b"abc").cost == 3 + FRAME_COST_BYTES
 
 

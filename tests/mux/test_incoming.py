@@ -170,14 +170,14 @@ def test_a_stream_that_said_reset_alone_waits_for_the_answer_also_after_eof():
     assert listener.open_streams == 0
 
 
-def test_credit_after_our_eof_is_taken_and_not_told():
+def test_credit_after_our_eof_is_taken_without_an_event():
     listener = listener_with_stream()
     assert feed(listener, wire.encode_credit(1, 2048)) == [CreditReceived(1)]
     listener.send_eof(1)
     assert feed(listener, wire.encode_credit(1, 2048)) == []
 
 
-def test_a_reset_after_eof_is_told():
+def test_a_reset_after_eof_is_an_event():
     target = target_with_stream()
     events = feed(target, EOF + reset_frame(1, ResetCode.SHUTDOWN))
     assert events == [EofReceived(1), ResetReceived(1, ResetCode.SHUTDOWN)]
@@ -213,7 +213,7 @@ def test_resets_that_cross_end_the_stream_without_an_event():
     assert target.open_streams == 0
 
 
-def test_a_refusal_is_told_with_its_reason():
+def test_a_refusal_has_its_reason():
     listener = listener_with_stream(is_accepted=False)
     assert feed(listener, reset_frame(1, ResetCode.TIMEOUT)) == [ResetReceived(1, ResetCode.TIMEOUT)]
     assert listener.open_streams == 1
@@ -228,7 +228,7 @@ def test_what_the_caller_does_for_one_event_counts_for_the_next():
     assert seen == [DataReceived(1, b"first")]
 
 
-def test_events_before_a_violation_are_told():
+def test_events_before_a_violation_are_returned():
     target = target_with_stream()
     events = target.receive_data(data_frame(1) + b"\xff" * 8)
     assert next(events) == DataReceived(1, b"x")

@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.mux.messages import Goaway, GoawayCode
 from .helpers import data_frame, feed, fresh, goaway_frame, listener_with_stream, ready, target_with_stream
 
 
-def test_a_goaway_is_told_and_a_final_one_ends_all():
+def test_a_goaway_is_an_event_and_a_final_one_ends_every_stream():
     listener = listener_with_stream()
     drain = Goaway(1, GoawayCode.LEASE_OVER, is_final=False)
     final = Goaway(1, GoawayCode.DONE, is_final=True)

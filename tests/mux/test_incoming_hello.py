@@ -54,7 +54,7 @@ def test_no_version_in_common_is_a_clear_error(lowest, highest):
     refuses(fresh("listener"), peer, problem, GoawayCode.NO_COMMON_VERSION)
 
 
-def test_no_version_in_common_is_told_before_values_of_a_later_version_are_judged():
+def test_no_version_in_common_is_reported_before_later_values_are_checked():
     later = bytes.fromhex("71667764 2d6d7578 0003 0004") + b"\xff" * 28
     refuses(fresh("listener"), raw_frame(1, payload=later), "3 to 4", GoawayCode.NO_COMMON_VERSION)
 

@@ -56,7 +56,7 @@ def test_imports_point_one_way_and_to_nothing_that_acts(name):
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_a_file_is_one_noun_and_says_its_licence(name):
+def test_a_file_is_short_and_has_its_licence(name):
     lines = (FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) < 400
     assert lines[0] == "# SPDX-License-Identifier: GPL-2.0-or-later"

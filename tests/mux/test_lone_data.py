@@ -71,7 +71,7 @@ def test_a_lone_frame_counts_as_received():
         "past the credit",
     ],
 )
-def test_any_other_chunk_is_for_the_long_way_and_changes_nothing(chunk):
+def test_the_fast_path_leaves_any_other_chunk_untouched(chunk):
     connection = flowing()
     assert receive(connection, chunk) == 0
     assert connection.granted_bytes == 2 * CREDIT
@@ -86,20 +86,20 @@ def test_the_last_byte_of_credit_may_be_used():
     assert connection.granted(1) == 0
 
 
-def test_a_frame_that_has_begun_is_not_passed_by():
+def test_a_frame_that_has_begun_keeps_the_fast_path_closed():
     connection = flowing()
     feed(connection, data_frame(1, b"abc")[:-1])
     assert receive(connection, data_frame(2, b"x")) == 0
 
 
-def test_events_that_were_not_taken_are_not_passed_by():
+def test_events_that_were_not_taken_keep_the_fast_path_closed():
     connection = flowing()
     events = connection.receive_data(data_frame(1, b"x") * 2)
     next(events)
     assert receive(connection, data_frame(2, b"x")) == 0
 
 
-def test_data_after_eof_or_our_reset_is_for_the_long_way():
+def test_data_after_eof_or_our_reset_is_not_for_the_fast_path():
     connection = flowing()
     feed(connection, wire.encode_eof(1))
     assert receive(connection, data_frame(1, b"x")) == 0
@@ -124,7 +124,7 @@ def test_nothing_comes_any_more_when_the_mux_is_over():
 
 
 @given(st.lists(st.sampled_from([b"a", b"bc" * 500]), max_size=8), st.data())
-def test_taking_the_short_way_where_it_is_open_gives_the_same_events(payloads, data):
+def test_taking_the_fast_path_gives_the_same_events(payloads, data):
     frames = [data_frame(data.draw(st.integers(1, 2)), payload) for payload in payloads]
     stream = b"".join([*frames, reset_frame(2)])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))

@@ -37,7 +37,7 @@ def test_every_version_that_fits_may_be_offered():
         {"nonce": b"short"},
     ],
 )
-def test_a_hello_that_cannot_be_does_not_exist(changes):
+def test_an_invalid_hello_cannot_be_made(changes):
     with pytest.raises(LocalProtocolError):
         hello("target", **changes)
 

@@ -62,7 +62,7 @@ def test_it_knows_that_a_frame_has_begun():
 
 
 @pytest.mark.parametrize("first", [0, 1, 7])
-def test_a_wrong_header_is_told_before_its_payload_comes(first):
+def test_a_wrong_header_is_an_error_before_its_payload_arrives(first):
     reader = FrameReader()
     header = b"\x04\x00\xff\xff\x00\x00\x00\x01"
     list(reader.frames(header[:first]))

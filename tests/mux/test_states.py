@@ -7,7 +7,7 @@ from qubes_fwd_qrexec.mux.wire import FrameType
 FREEING = (FrameType.EOF, FrameType.RESET)
 
 
-def test_data_is_legal_only_while_flowing_as_the_fast_way_takes_for_granted():
+def test_data_is_legal_only_while_flowing_as_the_fast_path_assumes():
     rows = [(half, new) for (half, frame), new in MOVES.items() if frame is FrameType.DATA]
     assert rows == [(Half.FLOWING, Half.FLOWING)]
 

@@ -115,7 +115,7 @@ def test_frames_without_values_have_their_type():
         (0x0C00, 4, 0, "RETURN on stream 0"),
     ],
 )
-def test_a_header_that_cannot_be_is_the_peers_fault(kind, length, stream_id, problem):
+def test_an_invalid_header_is_the_peers_fault(kind, length, stream_id, problem):
     with pytest.raises(RemoteProtocolError, match=problem):
         wire.check_header(kind, length, stream_id)
 
@@ -132,7 +132,7 @@ def test_a_longer_hello_is_right_only_from_a_later_version():
         wire.decode_hello(wire.encode_hello(hello("target"))[8:] + b"more")
 
 
-def test_a_hello_with_values_that_cannot_be_is_the_peers_fault():
+def test_a_hello_with_invalid_values_is_the_peers_fault():
     payload = wire.encode_hello(hello("target"))[8:]
     with pytest.raises(RemoteProtocolError, match="the window must be"):
         wire.decode_hello(payload[:12] + bytes(4) + payload[16:])
@@ -146,7 +146,7 @@ def test_a_hello_with_values_that_cannot_be_is_the_peers_fault():
         ("00000000 000c 0000", "PROTOCOL_ERROR cannot begin a drain"),
     ],
 )
-def test_a_goaway_that_cannot_be_is_the_peers_fault(payload, problem):
+def test_an_invalid_goaway_is_the_peers_fault(payload, problem):
     with pytest.raises(RemoteProtocolError, match=problem):
         wire.decode_goaway(bytes.fromhex(payload))
 

@@ -84,7 +84,7 @@ def alone() -> Iterator[Alone]:
     alone.close()
 
 
-def test_all_that_is_said_goes_out_in_its_order_whatever_one_write_takes(alone: Alone) -> None:
+def test_everything_goes_out_in_order_however_much_one_write_takes(alone: Alone) -> None:
     size = alone.fill()
     got = bytearray()
     while len(got) < size:
@@ -112,7 +112,7 @@ def test_a_sink_that_takes_nothing_is_counted_in_ticks(alone: Alone) -> None:
     assert alone.backlog.stuck_ticks == 0
 
 
-def test_a_broken_sink_is_told_of_once_and_drops_what_there_is(alone: Alone) -> None:
+def test_a_broken_sink_is_reported_once_and_drops_what_is_queued(alone: Alone) -> None:
     alone.fill()
     alone.far.close()
     alone.backlog.send()
@@ -125,7 +125,7 @@ def test_a_broken_sink_is_told_of_once_and_drops_what_there_is(alone: Alone) -> 
     assert alone.told == ["broken"]
 
 
-def test_a_sink_that_breaks_while_nothing_is_said_is_noticed(alone: Alone) -> None:
+def test_a_sink_that_breaks_while_nothing_is_sent_is_noticed(alone: Alone) -> None:
     alone.backlog.send()
     alone.far.close()
     alone.loop.run_once(0)

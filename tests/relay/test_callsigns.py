@@ -146,9 +146,7 @@ async def test_an_end_of_more_bytes_than_have_come_is_not_clean(puppet: Puppet, 
         assert (await run.end()).error is not None
 
 
-async def test_a_service_that_would_tell_and_does_not_is_an_abort_in_the_end(
-    puppet: Puppet, clock: HandClock
-) -> None:
+async def test_a_service_that_never_reports_its_end_is_an_abort(puppet: Puppet, clock: HandClock) -> None:
     async with relayed(puppet.command, 1) as run:
         await puppet.begin()
         await puppet.do(f"err {GREETING}", "end", "read")
@@ -186,9 +184,7 @@ async def test_a_flood_behind_the_end_of_file_is_not_read_to_its_end(
 
 
 @pytest.mark.parametrize("who", ["the client aborts", "the idle timer"])
-async def test_a_flood_stops_its_own_call_which_ends_as_any_other(
-    puppet: Puppet, clock: HandClock, who: str
-) -> None:
+async def test_a_flood_on_stderr_stalls_only_its_own_call(puppet: Puppet, clock: HandClock, who: str) -> None:
     before = children()
     async with relayed(puppet.command, 1) as run:
         await puppet.begin()

@@ -38,7 +38,7 @@ EACH_KIND = pytest.mark.parametrize("bench", [tcp_pair, unix_pair], indirect=Tru
 
 
 @EACH_KIND
-def test_bytes_arrive_and_the_end_is_told_but_not_passed_on(bench: Bench) -> None:
+def test_bytes_arrive_and_the_end_is_reported_but_not_passed_on(bench: Bench) -> None:
     bench.far_source.send(b"hello")
     half_close(bench.far_source)
     assert bench.turn_until_end() is CopyEnd.EOF
@@ -87,7 +87,7 @@ def test_a_sink_that_takes_little_at_a_time_gets_every_byte_once(bench: Bench) -
     assert partly  # what was held back went in more than one piece
 
 
-def test_an_abort_is_told_after_the_bytes_before_it(bench: Bench) -> None:
+def test_an_abort_is_reported_after_the_bytes_before_it(bench: Bench) -> None:
     bench.far_source.send(b"last words")
     abort(bench.far_source)
     assert bench.turn_until_end() is CopyEnd.SOURCE_RESET
@@ -189,7 +189,7 @@ def test_one_direction_goes_on_after_the_end_of_the_other(both: Both) -> None:
 
 
 @pytest.mark.usefixtures("bugs_are_wanted")
-def test_a_bug_ends_the_copy_in_which_it_is_and_the_loop_goes_on() -> None:
+def test_a_bug_ends_its_own_copy_and_the_loop_goes_on() -> None:
     class Faulty(socket.socket):
         def send(self, *_: object) -> int:
             raise ZeroDivisionError("a bug")
@@ -220,7 +220,7 @@ def test_a_stalled_copy_whose_source_hung_up_is_silent(bench: Bench) -> None:
     assert not bench.ends
 
 
-def test_a_connection_that_is_over_in_one_direction_is_silent(both: Both) -> None:
+def test_a_half_closed_connection_causes_no_wake_ups(both: Both) -> None:
     half_close(both.far)
     both.turn_until(1)
     both.loop.run_once(0)
@@ -233,7 +233,7 @@ def test_a_stalled_copy_holds_no_more_than_its_buffer(bench: Bench) -> None:
     assert len(bench.copy.pending) <= BUFFER_BYTES
 
 
-def test_a_stopped_copy_frees_its_sockets_and_tells_nobody(bench: Bench) -> None:
+def test_a_stopped_copy_frees_its_sockets_silently(bench: Bench) -> None:
     bench.relay.stop(bench.copy)
     bench.relay.stop(bench.copy)
     assert not bench.loop.watched
@@ -274,7 +274,7 @@ def test_a_socket_that_cannot_be_watched_is_refused_and_leaves_nothing(bench: Be
         fake.close()
 
 
-def test_old_news_of_a_number_do_not_reach_its_next_socket() -> None:
+def test_old_events_of_a_number_do_not_reach_its_next_socket() -> None:
     """In one turn: a copy ends, its sink is closed, and a new copy gets the sink's number."""
     bench = Bench(unix_pair, unix_pair)
     sink_fd = bench.sink.fileno()
@@ -383,7 +383,7 @@ def test_whatever_the_chunks_buffers_and_stalls_the_same_bytes_and_the_right_end
 
 
 @pytest.mark.parametrize("is_stalled", [False, True])
-def test_a_sink_that_nobody_reads_any_more_is_noticed_though_no_event_tells(is_stalled: bool) -> None:
+def test_a_sink_that_is_no_longer_read_is_noticed_without_an_event(is_stalled: bool) -> None:
     clock = LoopClock()
     bench = Bench(tcp_pair, unix_pair)
     try:

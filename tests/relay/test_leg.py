@@ -30,7 +30,7 @@ def test_bytes_go_both_ways(bench: MuxBench, stream: Joined) -> None:
 # While the stream is only asked for
 
 
-def test_a_client_that_leaves_before_the_stream_is_accepted_takes_it_back(bench: MuxBench) -> None:
+def test_a_client_that_leaves_before_accept_resets_the_stream(bench: MuxBench) -> None:
     client, leg = bench.open()
     bench.until(lambda: bench.far_owner.requested)
     abort(client)
@@ -68,7 +68,7 @@ def test_a_refused_stream_leaves_its_socket_as_it_was(bench: MuxBench) -> None:
         assert leg.sock.fileno() >= 0
 
 
-def test_an_abort_twice_is_one(bench: MuxBench, stream: Joined) -> None:
+def test_aborting_twice_is_the_same_as_once(bench: MuxBench, stream: Joined) -> None:
     stream.near.abort_from_here()
     stream.near.abort_from_here()
     stream.near.abort_from_there()
@@ -196,7 +196,7 @@ def test_an_idle_and_a_half_closed_stream_wake_nobody(bench: MuxBench, stream: J
     assert bench.wake_ups() == 0
 
 
-def test_a_socket_that_the_kernel_cannot_watch_is_one_streams_trouble(
+def test_a_socket_that_the_kernel_cannot_watch_ends_only_its_stream(
     bench: MuxBench, stream: Joined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -143,7 +143,7 @@ def test_a_client_that_leaves_ends_the_wait_for_its_last_bytes(bench: MuxBench, 
     bench.until(lambda: stream.ends.get("near") is LegEnd.REMOTE_RESET)
 
 
-def test_so_it_does_where_the_kernel_has_all_of_them(bench: MuxBench, stream: Joined) -> None:
+def test_last_bytes_reach_a_server_when_the_kernel_has_all_of_them(bench: MuxBench, stream: Joined) -> None:
     bench.is_time_still = True
     stream.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     stream.server.send(pattern(100_000))
@@ -257,7 +257,7 @@ def test_what_comes_for_a_broken_connection_is_dropped(bench: MuxBench, stream: 
     bench.until(lambda: len(stream.ends) == 2)
 
 
-def test_a_lost_stream_that_is_broken_here_has_no_last_words(bench: MuxBench, stream: Joined) -> None:
+def test_a_lost_stream_whose_socket_is_broken_ends_at_once(bench: MuxBench, stream: Joined) -> None:
     bench.stall(stream.server)
     abort(stream.server)
     wait_for_news_of_its_end(stream.far.sock)

@@ -28,7 +28,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 Pair = tuple[socket.socket, socket.socket]
 
 
-def test_a_handler_hears_of_what_it_watches_for_and_of_nothing_else(loop: Loop, pair: Pair) -> None:
+def test_a_handler_gets_only_the_events_that_it_watches_for(loop: Loop, pair: Pair) -> None:
     one, other = pair
     heard: list[int] = []
     loop.watch(one.fileno(), READ, heard.append, nobody)
@@ -64,7 +64,9 @@ def test_a_handler_that_is_taken_back_in_the_same_turn_is_not_called(loop: Loop,
     assert len(heard) == 1
 
 
-def test_news_of_a_closed_descriptor_is_not_told_to_the_next_of_its_number(loop: Loop, pair: Pair) -> None:
+def test_an_event_of_a_closed_descriptor_does_not_reach_the_next_with_its_number(
+    loop: Loop, pair: Pair
+) -> None:
     """The number is free from the close on, and the kernel's news of this turn were fetched before."""
     third, fourth = unix_pair()
     told: list[str] = []
@@ -161,7 +163,7 @@ def fail(_events: int = 0) -> None:
 
 @pytest.mark.usefixtures("bugs_are_wanted")
 @pytest.mark.parametrize("what", ["handler", "timer", "soon"])
-def test_a_bug_ends_what_it_is_of_and_nothing_else(
+def test_a_bug_ends_what_it_belongs_to_and_nothing_else(
     loop: Loop, pair: Pair, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended: list[str] = []

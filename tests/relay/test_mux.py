@@ -25,7 +25,7 @@ def test_both_say_hello_and_streams_may_be_opened(bench: MuxBench) -> None:
     assert bench.far.open_room == 0
 
 
-def test_no_hello_ends_the_mux_call() -> None:
+def test_a_mux_call_without_hello_ends() -> None:
     """docs/behaviours.md, 26."""
     with MuxBench(is_far_there=False) as bench:
         bench.tick(29)
@@ -74,7 +74,7 @@ def test_a_peer_that_pauses_for_a_minute_under_traffic_harms_no_stream(bench: Mu
     assert bench.read(idle.server, 1) == b"x"
 
 
-def test_an_end_that_was_stopped_itself_takes_the_time_for_nobodys_silence() -> None:
+def test_time_in_which_this_process_was_stopped_counts_as_nobodys_silence() -> None:
     """Neither for half a frame nor for what is not read: it has looked once in all that time."""
     with MuxBench(half_close_s=600, idle_s=3600) as bench:
         idle, half_closed = bench.join(), bench.join()
@@ -93,7 +93,7 @@ def test_an_end_that_was_stopped_itself_takes_the_time_for_nobodys_silence() -> 
         assert {leg.ended for stream in (idle, half_closed) for leg in (stream.near, stream.far)} == {None}
 
 
-def test_a_mux_call_with_nothing_to_say_is_no_peer_that_does_not_read(bench: MuxBench) -> None:
+def test_an_idle_mux_call_does_not_count_as_a_peer_that_does_not_read(bench: MuxBench) -> None:
     bench.tick(40)
     stream = bench.join()
     bench.tick(1)
@@ -140,7 +140,7 @@ def test_an_open_that_crosses_the_goaway_is_refused_and_may_be_tried_elsewhere(b
     assert not bench.far_owner.requested
 
 
-def test_an_open_that_crosses_a_goaway_that_is_not_the_final_goaway_is_refused(bench: MuxBench) -> None:
+def test_an_open_that_crosses_a_draining_goaway_is_refused(bench: MuxBench) -> None:
     bench.join()
     client, leg = bench.open()
     bench.far.drain(GoawayCode.LEASE_OVER)
@@ -194,7 +194,7 @@ def test_a_lost_call_is_an_abort_of_every_stream(bench: MuxBench) -> None:
     asked.close()
 
 
-def test_ten_thousand_last_words_are_not_looked_after_all_the_time(
+def test_ten_thousand_streams_with_undelivered_bytes_are_polled_rarely(
     bench: MuxBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stalled client's leg is looked at eight times within its 0.8 s, and not 160 times."""
@@ -269,7 +269,7 @@ def test_an_error_of_the_call_is_named(bench: MuxBench, troubled: Troubled) -> N
     assert bench.near_owner.problem == "the call was lost: Connection reset by peer"
 
 
-def test_no_news_from_the_call_are_no_news(bench: MuxBench, troubled: Troubled) -> None:
+def test_a_spurious_wake_up_of_the_call_is_harmless(bench: MuxBench, troubled: Troubled) -> None:
     troubled.trouble = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
     bench.until(lambda: bench.near_owner.is_ready)
     assert not bench.near_owner.is_over
@@ -323,7 +323,7 @@ def test_a_call_that_cannot_be_watched_leaves_nothing(
         assert bench.loop.watched == watched
 
 
-def test_abandoned_it_tells_nobody_and_leaves_the_call_alone(bench: MuxBench) -> None:
+def test_abandoned_it_is_silent_and_leaves_the_call_alone(bench: MuxBench) -> None:
     stream = bench.join()
     bench.near.abandon()
     bench.near.abandon()

@@ -29,7 +29,7 @@ def test_without_room_a_stream_is_a_local_error_and_costs_nothing() -> None:
         assert (bench.near_budget.streams, bench.near_budget.shared_left) == before
 
 
-def test_a_budget_without_room_is_said_to_whoever_asks() -> None:
+def test_a_budget_without_room_refuses_the_stream_at_once() -> None:
     small = Budget(2 * FLOOR_BYTES, 2)
     with MuxBench(near_budget=small) as bench:
         for _ in range(2):
@@ -105,7 +105,7 @@ def test_an_idle_stream_ends_within_a_tenth_of_its_time() -> None:
 
 
 @pytest.mark.parametrize("sender", ["client", "server"])
-def test_a_byte_either_way_begins_the_time_anew(sender: str) -> None:
+def test_a_byte_either_way_restarts_the_time(sender: str) -> None:
     with MuxBench(idle_s=600) as bench:
         stream = bench.join()
         receiver = stream.server if sender == "client" else stream.client
@@ -147,7 +147,7 @@ def test_the_budget_at_its_bound_stops_nobody() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_of_a_thousand_random_streams_nothing_is_left(seed: int) -> None:
+def test_a_thousand_random_streams_leave_nothing(seed: int) -> None:
     """docs/behaviours.md, 3. Windows, slots, sockets and timers all come back."""
     chance = random.Random(seed)
     small = 200 * FLOOR_BYTES

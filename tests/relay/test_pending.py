@@ -10,7 +10,7 @@ from helpers import unix_pair
 from qubes_fwd_qrexec.relay.pending import _JOIN_BYTES, Pending
 
 
-def test_pieces_of_any_size_go_out_in_order_and_their_cost_is_told_once() -> None:
+def test_pieces_of_any_size_go_out_in_order_and_return_their_cost_once() -> None:
     chance = random.Random(5)
     pieces = [chance.randbytes(chance.choice([1, 64, 3000, 32768])) for _ in range(60)]
     pending = Pending(pieces[0], len(pieces[0]) + 64)
@@ -44,7 +44,7 @@ def test_small_pieces_are_kept_as_one_and_large_ones_as_they_are() -> None:
     assert len(pending) == 3
 
 
-def test_a_broken_socket_is_the_callers_business() -> None:
+def test_a_broken_socket_is_left_to_the_caller() -> None:
     near, far = unix_pair()
     pending = Pending(b"x", 65)
     far.close()

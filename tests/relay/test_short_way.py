@@ -30,7 +30,7 @@ def short(bench: MuxBench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
     return sent
 
 
-def test_a_byte_there_and_back_goes_the_short_way(bench: MuxBench, short: list[tuple[str, int]]) -> None:
+def test_a_byte_there_and_back_takes_the_fast_path(bench: MuxBench, short: list[tuple[str, int]]) -> None:
     stream = bench.join()
     stream.client.send(b"?")
     bench.loop.run_once(1)  # out of the client's socket: nothing is left for the end of the turn
@@ -52,7 +52,7 @@ def test_two_streams_that_speak_at_once_share_a_write(bench: MuxBench, short: li
     assert not short
 
 
-def test_more_than_a_frame_goes_on_the_long_way(bench: MuxBench, short: list[tuple[str, int]]) -> None:
+def test_more_than_a_frame_does_not_take_the_fast_path(bench: MuxBench, short: list[tuple[str, int]]) -> None:
     stream = bench.join()
     sent = bytes(range(256)) * 400
     limit = bench.near.connection.send_limit(stream.near.stream_id)
@@ -69,7 +69,7 @@ def test_more_than_a_frame_goes_on_the_long_way(bench: MuxBench, short: list[tup
     assert short[0] == ("near", limit)
 
 
-def test_an_end_and_an_abort_are_seen_on_the_short_way_too(bench: MuxBench) -> None:
+def test_an_end_and_an_abort_are_seen_on_the_fast_path_too(bench: MuxBench) -> None:
     ended, aborted = bench.join(), bench.join()
     half_close(ended.client)
     bench.until(lambda: ended.far.has_eof)
@@ -135,7 +135,7 @@ def test_what_the_call_does_not_take_at_once_is_kept_in_its_order(alone: Alone) 
     assert alone.backlog.is_empty
 
 
-def test_a_call_that_broke_is_told_of_once(alone: Alone) -> None:
+def test_a_broken_call_is_reported_once(alone: Alone) -> None:
     alone.far.close()
     alone.backlog.send_now(memoryview(bytes(HEADER_BYTES + 1)))
     assert alone.told == ["broken"]

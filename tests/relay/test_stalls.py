@@ -179,7 +179,7 @@ def test_a_server_that_never_reads_costs_a_mebibyte_and_gets_all_in_the_end(stal
         finish([flow], 64 * MIB)
 
 
-def test_a_client_that_never_reads_is_no_other_case(stalls: Stalls) -> None:
+def test_a_client_that_never_reads_is_bounded_like_a_server_that_never_reads(stalls: Stalls) -> None:
     with stalls.connections(1) as (connection,):
         flow = Flow(connection.far, connection.client, 1)
         before = stalls.memory_kib()

@@ -82,7 +82,7 @@ async def test_a_copy_that_is_cancelled_before_it_begins_never_begins() -> None:
             assert copy.on_end is None
 
 
-async def test_a_copy_that_cannot_start_troubles_no_other() -> None:
+async def test_a_copy_that_cannot_start_does_not_affect_others() -> None:
     far_in, near_in = unix_pair()
     near_out, far_out = unix_pair()
     with far_in, near_in, near_out, far_out:
@@ -130,7 +130,7 @@ async def test_a_failing_thread_fails_every_copy_and_every_later_one() -> None:
 
 
 @pytest.mark.usefixtures("bugs_are_wanted")
-async def test_a_bug_in_what_a_task_has_ordered_is_that_tasks_alone() -> None:
+async def test_a_bug_in_an_order_reaches_only_the_task_that_gave_it() -> None:
     far_in, near_in = unix_pair()
     near_out, far_out = unix_pair()
     let_go: list[bool] = []

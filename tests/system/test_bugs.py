@@ -85,7 +85,7 @@ def test_a_bug_in_one_stream_resets_that_stream(
 
 
 @ROLES
-def test_a_bug_in_ending_one_stream_keeps_no_other_from_ending_with_the_call(
+def test_a_bug_in_ending_one_stream_does_not_stop_the_others_from_ending(
     bench: PeerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams = [bench.open() for _ in range(3)]
@@ -145,7 +145,7 @@ def test_a_bug_in_the_call_as_a_whole_ends_that_call_and_the_loop_goes_on(
 
 
 @pytest.mark.parametrize("which", ["source", "sink"])
-def test_a_bug_in_one_copy_ends_what_shares_its_socket_and_no_other(
+def test_a_bug_in_one_copy_ends_only_what_shares_its_socket(
     which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Loop()

@@ -69,7 +69,7 @@ def test_what_is_no_interface_has_no_group() -> None:
 @needs_namespaces
 @pytest.mark.parametrize("address", [netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_IPV6])
 @pytest.mark.parametrize("group", [0, 1, 2, 77])
-def test_a_connection_came_by_the_side_of_its_interface_alone(
+def test_a_connection_belongs_only_to_the_side_of_its_interface(
     tmp_path: Path, address: str, group: int
 ) -> None:
     places = netns.Namespaces(create_lab(tmp_path / "lab"))
@@ -89,9 +89,7 @@ def test_a_connection_came_by_the_side_of_its_interface_alone(
 
 @needs_namespaces
 @pytest.mark.parametrize("address", [netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_IPV6])
-async def test_a_client_that_comes_by_another_side_is_refused_and_counted(
-    tmp_path: Path, address: str
-) -> None:
+async def test_a_client_from_another_side_is_refused_and_counted(tmp_path: Path, address: str) -> None:
     """By the listener alone: there is no firewall here."""
     places = netns.Namespaces(create_lab(tmp_path / "lab"))
     places.create()

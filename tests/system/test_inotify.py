@@ -54,7 +54,7 @@ def test_more_notices_than_one_read_takes(inotify: Inotify, tmp_path: Path) -> N
     assert [notice.name for notice in inotify.read()] == names
 
 
-def test_it_can_be_waited_for(inotify: Inotify, tmp_path: Path) -> None:
+def test_its_descriptor_can_be_polled(inotify: Inotify, tmp_path: Path) -> None:
     inotify.add(tmp_path)
     assert select.select([inotify], [], [], 0)[0] == []
     (tmp_path / "a").touch()

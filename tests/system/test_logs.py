@@ -72,7 +72,7 @@ def test_a_verbose_log_has_more(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "debug: seen\n"
 
 
-def test_a_called_service_has_its_log_in_the_journal_and_none_at_its_caller(
+def test_a_called_service_logs_to_the_journal_and_not_to_its_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     place = str(tmp_path / "log")

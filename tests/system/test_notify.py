@@ -58,7 +58,7 @@ def test_what_is_said_is_one_message(manager: Manager) -> None:
     assert second.removeprefix("MONOTONIC_USEC=").isdigit()
 
 
-def test_a_manager_that_takes_nothing_holds_nobody_up(
+def test_a_service_manager_that_reads_nothing_holds_up_nobody(
     manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifying, "_PATIENCE_S", 0.001)
@@ -67,16 +67,14 @@ def test_a_manager_that_takes_nothing_holds_nobody_up(
         notify("STATUS=x")
 
 
-def test_nobody_to_tell_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_service_manager_notifying_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     notify("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/socket")
     notify("READY=1")
 
 
-async def test_a_listener_tells_of_its_start_of_reloads_and_troubles_and_of_its_end(
-    manager: Manager, tmp_path: Path
-) -> None:
+async def test_a_listener_notifies_of_start_reload_problems_and_end(manager: Manager, tmp_path: Path) -> None:
     config = tmp_path / "config"
     write_config(config, free_port(), 80)
     async with running_listener(config, FakeClient(tmp_path, "hang").command) as listener:
@@ -91,7 +89,7 @@ async def test_a_listener_tells_of_its_start_of_reloads_and_troubles_and_of_its_
         await manager.hears("STOPPING=1", "STATUS=closed, connections may finish")
 
 
-async def test_a_service_tells_of_its_start_and_of_its_end(manager: Manager, tmp_path: Path) -> None:
+async def test_a_service_notifies_of_start_and_end(manager: Manager, tmp_path: Path) -> None:
     server = ServiceServer(listen_on(tmp_path / "service"))
     async with trio.open_nursery() as nursery:
         await nursery.start(server.run)

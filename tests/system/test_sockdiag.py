@@ -44,7 +44,7 @@ def test_what_listens_everywhere_is_told_as_that() -> None:
     assert [address for address, at in found if at == port_ipv6] == [ip_address("::")]
 
 
-def test_another_users_sockets_are_not_told() -> None:
+def test_sockets_of_another_user_are_not_listed() -> None:
     with server() as sock:
         assert (LOOPBACK, port_of(sock)) not in listening(UID + 1)
         if UID == 0:
@@ -63,7 +63,7 @@ def test_what_does_not_listen_is_not_even_asked_for() -> None:
             assert {message[1] for message in module._dump(socket.AF_INET)} == {module._TCP_LISTEN}
 
 
-def test_a_socket_for_one_interface_is_not_told() -> None:
+def test_a_socket_bound_to_an_interface_is_not_listed() -> None:
     """Another program may listen on the same port for the other interfaces."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
@@ -72,7 +72,7 @@ def test_a_socket_for_one_interface_is_not_told() -> None:
         assert (LOOPBACK, port_of(sock)) not in listening(UID)
 
 
-def test_many_are_told_in_several_parts_and_none_is_lost() -> None:
+def test_many_are_listed_in_several_parts_and_none_is_lost() -> None:
     count = 2 * module._READ_MAX // module._SOCKET.size
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.socket, "socket", FakeKernel.of(*parts(range(1, count + 1)), done()))

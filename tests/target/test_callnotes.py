@@ -108,7 +108,7 @@ def test_what_is_no_file_is_nobodys_note_and_holds_nobody_up(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
-def test_a_file_of_another_user_is_nobodys_note(place: Path) -> None:
+def test_a_file_of_another_user_is_no_note(place: Path) -> None:
     def make(path: Path) -> None:
         path.touch()
         os.chown(path, 1000, -1)
@@ -188,7 +188,7 @@ def test_the_directory_is_made_for_its_user_alone(place: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["rename", "open", "flock"])
-def test_of_a_call_that_cannot_be_noted_nothing_is_left(
+def test_a_call_that_cannot_have_a_note_leaves_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     place.mkdir(mode=0o700)

@@ -39,7 +39,7 @@ def test_the_agent_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert agent_pid() == 4711
 
 
-def test_an_agent_that_is_gone_or_hidden_is_doubt() -> None:
+def test_an_agent_that_is_gone_or_hidden_is_an_error() -> None:
     with subprocess.Popen(["true"]) as gone:
         pid = gone.pid
     ours, theirs = socket.socketpair()
@@ -47,14 +47,14 @@ def test_an_agent_that_is_gone_or_hidden_is_doubt() -> None:
         call_start(pid, ours)
 
 
-def test_once_the_call_is_over_the_number_may_be_another_ones() -> None:
+def test_once_the_call_is_over_the_pid_is_not_trusted() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
     with agent_process() as pid, ours, pytest.raises(CallStartError, match="the call is over"):
         call_start(pid, ours)
 
 
-def test_a_caller_that_has_sent_all_is_still_there() -> None:
+def test_a_caller_that_has_sent_everything_is_still_there() -> None:
     ours, theirs = socket.socketpair()
     theirs.shutdown(socket.SHUT_WR)
     with agent_process() as pid, ours, theirs:

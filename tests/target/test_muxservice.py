@@ -124,7 +124,7 @@ def test_an_abandoned_request_leaves_no_connection_behind() -> None:
     ("number", "code"),
     [(errno.EMFILE, ResetCode.OVER_LIMIT), (errno.EAFNOSUPPORT, ResetCode.UNREACHABLE)],
 )
-def test_no_socket_to_be_had_is_a_refusal(
+def test_without_a_free_socket_the_stream_is_refused(
     bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch, number: int, code: ResetCode
 ) -> None:
     def refuse(_family: int) -> socket.socket:
@@ -188,7 +188,7 @@ def test_the_server_is_told_first_who_connected(
         assert bench.read(far, len(expected) + len(own)) == expected + own
 
 
-def test_a_server_that_cannot_be_told_all_of_it_is_told_nothing_more(
+def test_a_server_that_does_not_take_the_whole_header_is_aborted(
     bench: ServiceBench, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A header that is cut could pass for data; no new socket's buffer takes one of 16 MiB."""
@@ -354,7 +354,7 @@ def test_what_is_no_longer_allowed_ends_when_it_looks(bench: ServiceBench, serve
         assert bench.near_owner.problem == "dom0 has ended it"
 
 
-def test_a_lease_of_a_mux_call_that_is_over_is_no_trouble(bench: ServiceBench) -> None:
+def test_the_lease_of_a_finished_mux_call_can_end_without_harm(bench: ServiceBench) -> None:
     bench.near.drain(GoawayCode.SHUTDOWN)
     bench.until(lambda: bench.service.is_over)
     bench.clock.advance(LEASE_S + 1)

@@ -154,7 +154,7 @@ def test_a_caller_without_a_name_is_refused(tmp_path: Path) -> None:
 CALLS = Calls(TargetPorts(80, 90), QubeName("sys-net"))
 
 
-def test_a_mux_call_that_could_not_be_ended_must_not_be(
+def test_a_mux_call_that_dom0_could_not_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path / "no" / "such"))

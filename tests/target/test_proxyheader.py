@@ -74,7 +74,7 @@ def test_the_header_of_an_origin_is_of_the_version_that_was_asked_for(version, e
 
 @pytest.mark.parametrize("port", [-1, 65536])
 @pytest.mark.parametrize("header", [header_v1, header_v2])
-def test_a_port_that_cannot_be_is_refused(header, port):
+def test_an_invalid_port_is_refused(header, port):
     with pytest.raises(TextError, match="a port from 0 to 65535"):
         header(CLIENT4, (EXPOSED4[0], port))
 

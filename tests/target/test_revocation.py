@@ -76,7 +76,7 @@ def test_what_drains_is_not_forgotten_and_can_be_cut() -> None:
     assert judge(draining, AT, ALL_CUT) is None
 
 
-def test_all_that_dom0_does_not_name_is_ended_and_no_other(place: Path) -> None:
+def test_only_calls_that_dom0_does_not_list_are_ended(place: Path) -> None:
     with (
         Call(place) as mux_call,
         Call(place, kind=Kind.SINGLE) as single,
@@ -106,7 +106,7 @@ def test_more_than_there_may_be_at_once_are_ended(place: Path) -> None:
         assert {one.status, two.status, three.status} <= {ENDED, -signal.SIGKILL}
 
 
-def test_a_drain_is_told_and_remembered_until_it_is_cut(place: Path) -> None:
+def test_a_drain_is_remembered_until_it_is_cut(place: Path) -> None:
     with Call(place) as call:
         before = boot_ticks()
         assert revoke(Allowance(drains={MINE: 600}), place) == Revoked(0, 1)
@@ -197,7 +197,7 @@ def replace_start(start: CallStart, by_s: float) -> CallStart:
     return start._replace(monotonic_s=start.monotonic_s + by_s)
 
 
-def test_a_single_call_begins_nobodys_lease(place: Path) -> None:
+def test_a_single_call_renews_no_lease(place: Path) -> None:
     with permitted(Kind.SINGLE, MINE, just_now(), place):
         assert allowed_s(MINE, place) == 0
 
@@ -245,7 +245,7 @@ def test_calls_are_ended_also_where_the_list_cannot_be_written(place: Path) -> N
         assert call.status in (ENDED, -signal.SIGKILL)
 
 
-def test_of_a_list_that_cannot_be_written_nothing_is_left(place: Path) -> None:
+def test_a_list_that_cannot_be_written_leaves_nothing(place: Path) -> None:
     place.mkdir(mode=0o700)
     (place / "allowance").mkdir()
     with pytest.raises(RevocationError):

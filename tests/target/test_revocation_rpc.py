@@ -63,7 +63,7 @@ def test_it_says_what_stands_in_its_way_with_status_125(place: Path) -> None:
     assert done.stderr.startswith(f"qubes.ForwardRevoke: {place}: must belong to the user")
 
 
-def test_a_list_without_an_end_is_not_waited_for(place: Path) -> None:
+def test_a_list_that_does_not_end_is_given_up_on(place: Path) -> None:
     code = (
         "import sys; from qubes_fwd_qrexec.target import revocation\n"
         "revocation.READ_S = 0.1; sys.argv = ['x']; sys.exit(revocation.main())"

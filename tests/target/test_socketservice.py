@@ -154,9 +154,7 @@ async def test_a_bad_descriptor_is_answered_by_closing(tmp_path: Path, untrusted
         await until(lambda: qrexec.server.calls == 0)
 
 
-async def test_a_descriptor_that_does_not_come_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_missing_descriptor_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socketservice, "DESCRIPTOR_TIMEOUT_S", 0.05)
     async with agent(tmp_path) as qrexec, qrexec.call(b"qubes.Forw") as call:
         assert await read_all(call) == b""
@@ -294,7 +292,7 @@ def test_a_path_that_cannot_be_bound_is_status_1() -> None:
 
 
 @pytest.mark.usefixtures("bugs_are_wanted")
-async def test_a_bug_in_one_call_ends_that_call_and_dom0_is_told(
+async def test_a_bug_in_one_call_ends_that_call_and_is_reported_to_dom0(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUBES_FORWARD_RUN_DIR", str(tmp_path))

@@ -82,13 +82,13 @@ def test_a_listener_that_says_nonsense_is_a_problem(tmp_path: Path, said: bytes)
     assert found.listener_problem.startswith("the listener's answer cannot be read: ")
 
 
-def test_a_dead_listeners_socket_is_no_listener(tmp_path: Path) -> None:
+def test_a_socket_left_by_a_dead_listener_is_no_listener(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / STATUS))
     assert told("", tmp_path, tmp_path).listener_problem == "no listener is running"
 
 
-def test_a_listener_that_does_not_answer_is_not_waited_for(
+def test_a_listener_that_does_not_answer_is_given_up_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statusservice, "_LISTENER_TIMEOUT_S", 0.1)

@@ -126,7 +126,7 @@ def test_an_address_that_is_not_listened_on_has_no_rule_beside_one_that_is(texts
         ([79, 91], []),
     ],
 )
-def test_of_a_range_what_is_listened_on_has_rules(
+def test_ports_of_a_range_that_are_listened_on_have_rules(
     texts: Any, open_ports: list[int], ranges: list[str]
 ) -> None:
     found = texts("80-90", at("0.0.0.0", *open_ports), listen="0.0.0.0", srchosts="10.0.0.0/8,192.168.0.0/16")
@@ -165,7 +165,7 @@ def test_what_is_right_is_not_touched() -> None:
     assert transaction(Family.IP, (), Seen()) == ""
 
 
-def test_everything_is_made_where_nothing_is() -> None:
+def test_everything_is_made_from_nothing() -> None:
     assert transaction(Family.IP6, RULES, Seen()).splitlines() == [
         f"add chain ip6 qubes {OURS}",
         f"flush chain ip6 qubes {OURS}",

@@ -216,7 +216,7 @@ def test_another_program_that_has_the_port_at_another_address_is_not_let_in_to(
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="the program 'unshare' is missing")
 @pytest.mark.parametrize(("uid", "is_let_in"), [(LISTENER_UID, True), (LISTENER_UID + 1, False), (0, False)])
-def test_unless_it_is_told_the_listener_is_who_owns_its_runtime_directory(
+def test_by_default_the_listener_is_the_owner_of_its_runtime_directory(
     edge: Edge, start: Start, uid: int, is_let_in: bool
 ) -> None:
     made = f"mkdir {DIRECTORY} && chown {uid} {DIRECTORY}"
@@ -225,7 +225,7 @@ def test_unless_it_is_told_the_listener_is_who_owns_its_runtime_directory(
     assert edge.reaches() is is_let_in
 
 
-def test_dom0_is_told_of_a_family_that_is_not_opened(
+def test_dom0_learns_of_a_family_that_is_not_opened(
     edge: Edge, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By an IPv6 rule in a qube that has no place for one: though IPv4 has, nobody is let in."""

@@ -156,7 +156,7 @@ def test_a_forward_whose_listener_does_not_listen_is_named_and_not_counted(forwa
     ]
 
 
-def test_dom0_is_told_of_each_family_and_of_those_that_wait(forwards: Forwards) -> None:
+def test_dom0_learns_of_each_family_and_of_forwards_that_wait(forwards: Forwards) -> None:
     wanted = Wanted(forwards.active(), LISTENING)
     assert firewall_report(wanted, {Family.IP}) == FirewallReport(OPEN, CLOSED)
     assert firewall_report(wanted, {Family.IP6}) == FirewallReport(CLOSED, OPEN)
@@ -165,7 +165,7 @@ def test_dom0_is_told_of_each_family_and_of_those_that_wait(forwards: Forwards) 
     )
 
 
-def test_where_more_wait_than_can_be_told_nothing_is_said_of_any(forwards: Forwards) -> None:
+def test_if_more_wait_than_fit_the_report_leaves_them_out(forwards: Forwards) -> None:
     some = Wanted(forwards.active() * FORWARDS_MAX)
     assert len(firewall_report(some, Family).waiting) == FORWARDS_MAX
     more = replace(some, configs=(*some.configs, *forwards.active()))
@@ -182,7 +182,7 @@ class FakeEvents:
         return self._fd
 
 
-def test_who_changes_the_firewall_without_end_is_followed_a_few_times_a_second_only(
+def test_endless_changes_of_the_firewall_are_followed_a_few_times_a_second(
     forwards: Forwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[tuple[int, float]] = []
@@ -329,7 +329,7 @@ def test_the_listeners_ports_are_followed_without_a_change_of_anything_else(
 
 
 @pytest.mark.usefixtures("said_once")
-def test_where_the_kernel_does_not_say_who_listens_nobody_is_let_in(
+def test_if_the_kernel_does_not_say_who_listens_nobody_is_let_in(
     forwards: Forwards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake, sockets = FakeNft(), FakeSockets()
@@ -375,7 +375,7 @@ def test_what_is_left_for_dom0_says_of_each_family_whether_clients_are_let_in(
     assert state.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_word_that_cannot_be_left_stops_nothing(forwards: Forwards, tmp_path: Path) -> None:
+def test_a_state_file_that_cannot_be_written_stops_nothing(forwards: Forwards, tmp_path: Path) -> None:
     fake = FakeNft()
     a_keeper(forwards, fake, state=tmp_path / "missing" / "state").look(NoChanges(), is_asked=True)
     assert fake.given
@@ -402,7 +402,7 @@ class NoChanges(keeper.Changes):
         return False
 
 
-def test_the_word_lies_where_it_is_looked_for() -> None:
+def test_the_state_file_is_where_it_is_looked_for() -> None:
     unit = (Path(__file__).parents[3] / "systemd" / "qubes-forward-nft.service").read_text()
     name = Path(FIREWALL_STATE).parent.name
     assert f"/run/{name}/{keeper.STATE}" == FIREWALL_STATE

@@ -42,7 +42,7 @@ def test_what_is_not_the_json_that_it_should_be_is_an_error(tmp_path: Path, outp
         nft.look()
 
 
-def test_a_failure_is_told_on_one_line(tmp_path: Path) -> None:
+def test_a_failure_is_reported_on_one_line(tmp_path: Path) -> None:
     nft = script(tmp_path, "echo 'Error: no\n  ^^^' >&2; exit 1")
     with pytest.raises(NftError, match=r"nft -f -: exit status 1: Error: no \^\^\^$"):
         nft.carry_out("x")
