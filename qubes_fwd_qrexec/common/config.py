@@ -18,15 +18,15 @@ from .services import FORWARD_SERVICE
 from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
 VERSION = 1
-# Names of vm-config features have at most 52 characters (qubes-core-admin qubes/ext/vm_config.py, 4.2.9).
+# Names of vm-config features have at most 52 characters: docs/facts.md, A2.
 KEY_MAX = 52
-# A value in QubesDB has at most 3071 bytes; a larger one can keep a qube from starting.
+# A value in QubesDB has at most 3071 bytes; a larger one can keep a qube from starting: docs/facts.md, A3.
 VALUE_MAX = 3071
 _KEY_PREFIX = "fwd."
 
 
-# How many qrexec calls a listener makes at once. A qube has room for 30 vchans over all targets (each takes
-# 33 of the 1,024 grant pages of xen-gntalloc), so this leaves some for the qube's other calls.
+# How many qrexec calls a listener makes at once. A qube has room for 30 vchans over all targets (docs/facts.md, Q2),
+# so this leaves some for the qube's other calls.
 CALLS_MAX = 20
 
 

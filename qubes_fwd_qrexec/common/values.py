@@ -26,7 +26,7 @@ PORT_MAX = 65535
 # kernel timer may not take it.
 TIME_MAX = 253402300799
 
-# At most 31 characters, a letter first (qubes-core-admin qubes/vm/__init__.py).
+# At most 31 characters, a letter first: docs/facts.md, Q18.
 _QUBE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z", re.ASCII)
 # 16 characters, together with 31 of the qube's name, "fwd." and a dot, are the 52 that a vm-config name may
 # have.
@@ -34,7 +34,7 @@ _RULE_NAME = re.compile(r"[a-z][a-z0-9-]{0,15}\Z", re.ASCII)
 # int() would also accept "+80", " 80", "8_0", "080" and digits of other scripts.
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z", re.ASCII)
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,18})\Z", re.ASCII)
-# The values of features: qubes-core-admin qubes/api/admin.py, since 4.3.
+# The value of a feature: docs/facts.md, A1.
 _PRINTABLE = re.compile(r"[\x20-\x7e]*\Z")
 
 
@@ -139,7 +139,7 @@ def parse_network(text: str) -> IPNetwork:
     return network
 
 
-# RFC 6890: no client has such an address.
+# No client has such an address: docs/facts.md, R5.
 _NOBODY: tuple[IPNetwork, ...] = tuple(
     map(ipaddress.ip_network, ("0.0.0.0/8", "224.0.0.0/4", "255.255.255.255", "::/128", "ff00::/8"))
 )

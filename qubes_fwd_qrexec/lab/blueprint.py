@@ -21,11 +21,11 @@ from .qube import Qube, QubeClass, QubeState
 FORWARD_SERVICE = "qubes.ForwardTCP"
 _OUR_SERVICES = (FORWARD_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
 CONNECT_SERVICE = "qubes.ConnectTCP"
-# qubes-core-agent-linux qubes-rpc/qubes.ConnectTCP.config.
+# docs/facts.md, S6.
 _CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
 _OUR_TEMPLATE = QubeName("fedora-42")
 _STOCK_TEMPLATE = QubeName("debian-12")
-# The kernel reads 255 bytes of a script's first line and splits it at blanks: fs/binfmt_script.c.
+# Of a script's first line the kernel reads 255 bytes and splits them at blanks: docs/facts.md, L18.
 _SHEBANG_MAX = 250
 # Lies beside the short client, which runs it where it is not enough itself.
 _LONG_CLIENT = ".qrexec-client-vm.py"

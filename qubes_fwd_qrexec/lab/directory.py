@@ -29,11 +29,11 @@ from .qube import Qube, QubeState
 VERSION = 1
 LAB_FILE = "lab.json"
 QUBE_FILE = "qube.json"
-# qubes-core-admin qubes/ext/vm_config.py: what the name of a delivered feature begins with.
+# How the name of a delivered feature begins: docs/facts.md, A2.
 DELIVERED_PREFIX = "vm-config."
-# qubes-core-qrexec libqrexec/exec.c: the order in which an agent looks for a service and its configuration.
+# The order in which an agent looks for a service and its configuration: docs/facts.md, S1.
 SEARCH_ROOTS = ("run", "usr-local-etc", "etc")
-# qubes-core-admin qubes/api/admin.py: [a-zA-Z0-9_.-]+. A leading dot is kept for files half written.
+# docs/facts.md, A1; but a leading dot is for files that are being written.
 _FEATURE_NAME = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*\Z", re.ASCII)
 # qubes-core-admin qubes/api/__init__.py, buffer_size: a request of the Admin API as a whole.
 _REQUEST_MAX = 65536

@@ -11,11 +11,9 @@ from typing import Any, Self
 from qubes_fwd_qrexec.common.errors import StoreError, TextError
 from qubes_fwd_qrexec.common.values import parse_number
 
-# Measured on qrexec 4.4: 127 calls held, the next one refused with status 126 (ports are handed out in steps
-# of two from 256, daemon/qrexec-daemon.c). Stock 4.3 manages 10 to 25.
+# docs/facts.md, Q1. Stock 4.3 manages 10 to 25: Q5.
 CALLS_PER_TARGET = 127
-# Measured on Xen 4.17 with qrexec 4.4.2: the caller's client is the vchan server and takes 33 grant pages of
-# the 1,024 that xen-gntalloc gives a qube (its parameter "limit"); 30 were held.
+# docs/facts.md, Q2.
 VCHANS_PER_CALLER = 30
 _LATENCY_MAX_MS = 600_000
 _CALLS_MAX = 65_535

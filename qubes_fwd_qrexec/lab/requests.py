@@ -21,7 +21,7 @@ from . import wire
 from .evaluator import Request
 from .join import CallerEnds
 
-# qubes-core-qrexec daemon/qrexec-daemon.c, sanitize_name(): everything else becomes an underscore.
+# Everything else becomes an underscore: docs/facts.md, Q18.
 _NOT_IN_SERVICE = re.compile(r"[^A-Za-z0-9@_.+-]", re.ASCII)
 _NOT_IN_TARGET = re.compile(r"[^A-Za-z0-9@:_.-]", re.ASCII)
 _BACKLOG = 128
