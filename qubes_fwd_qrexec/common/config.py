@@ -25,8 +25,8 @@ VALUE_MAX = 3071
 _KEY_PREFIX = "fwd."
 
 
-# How many qrexec calls a listener makes at once. A qube has room for 30 vchans over all targets (docs/facts.md, Q2),
-# so this leaves some for the qube's other calls.
+# How many qrexec calls a listener makes at once. A qube has room for 30 vchans over all targets
+# (docs/facts.md, Q2), and its other calls need some of them.
 CALLS_MAX = 20
 
 
