@@ -9,8 +9,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from qubes_fwd_qrexec.admin import locate
@@ -125,22 +124,15 @@ class _Output:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with _told():
-            return self._stream.write(text)
-
-    def flush(self) -> None:
-        with _told():
+        """Write and flush."""
+        try:
+            count = self._stream.write(text)
             self._stream.flush()
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise _OutputError(error.strerror) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _OutputError(error.strerror) from error
+        return count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,15 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             err=stderr,
             style=_style(stdout, os.environ),
         )
-        out.flush()
         if not has_out:
             raise _OutputError("it is closed")
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing may be flushed to it at exit.
-        _drop(stdout)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return 1
     except _OutputError as error:
-        _drop(stdout)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         stderr.write(f"qvm-forward: the output could not be written: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -193,10 +184,6 @@ def _fault(error: Exception, stderr: TextIO) -> int:
         f"stands. {_TRACE}=1 shows where it is\n"
     )
     return _FAULT
-
-
-def _drop(stdout: TextIO) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ class _Printer:
         else:
             words = [word for step in outcome.done for word in steps.words(step)]
             session.say("".join(f"{escaped(line)}\n" for line in (*news, *words)))
-        session.out.flush()
         for text in untold:
             self._warn(text)
         count = len(planned.forwards) + len(planned.broken)
