@@ -55,7 +55,7 @@ def test_a_forward_that_works_is_well_at_every_step(lab: Lab) -> None:
     status, said = lab.run("diagnose", "work", "web")
     assert status == 0
     assert said.splitlines()[0] == "ok       rule          work web is active"
-    assert said.splitlines()[-1].startswith("Nothing on the way to the server is wrong.")
+    assert said.splitlines()[-1].startswith("Everything on the way to the server works.")
 
 
 def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> None:
@@ -108,10 +108,10 @@ def test_a_rule_that_is_not_applied(lab: Lab) -> None:
     said = lab.wrong("applied")
     line = f"qubes.ForwardTCP  +{lab.server.getsockname()[1]}+mux  sys-net  work  allow"
     assert f"dom0's policy lacks '{line}" in said
-    assert "; sys-net is told nothing of it | 'qvm-forward apply'" in said
+    assert "; sys-net has no configuration for it | 'qvm-forward apply'" in said
     assert lab.run("apply")[0] == 0
     lab.lab.set_feature("sys-net", "vm-config.fwd.work.web", "nonsense")
-    assert lab.wrong("applied") == "sys-net is told something else of it | 'qvm-forward apply'"
+    assert lab.wrong("applied") == "sys-net has another configuration for it | 'qvm-forward apply'"
 
 
 def test_no_listener_installed_none_running_and_none_that_can_be_asked(lab: Lab) -> None:
@@ -282,7 +282,7 @@ def test_a_qube_that_takes_no_calls_and_a_lab_that_is_down(lab: Lab) -> None:
     lab.add()
     lab.lab.write_knobs(Knobs(calls_per_target=0))
     said = lab.wrong("listener")
-    assert "ended with exit status 126 | sys-net may have as many calls as it can" in said
+    assert "ended with exit status 126 | sys-net may not take any more calls" in said
     daemon.stop(lab.lab)
     assert "the lab is down; 'qvm-forward-lab up' starts it | 'qvm-forward-lab up'" in lab.wrong("listener")
 

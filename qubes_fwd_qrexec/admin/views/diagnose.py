@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command diagnose: the whole way of a forward, from its rule to the server, up to the first thing wrong.
+"""The command diagnose: the whole way of a forward, from its rule to the server, up to the first fault.
 
-Each step looks at one thing. What a qube says of itself is not the last word, for the last step sends a
-connection all the way.
+Each step looks at one thing. A qube's own answers are not the last word: the last step sends a connection
+all the way.
 """
 
 from argparse import Namespace
@@ -35,8 +35,8 @@ from .tables import Check, Colour, Style, checks, escaped
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
 _PACKAGE = "qubes-fwd-qrexec"
-# A trial says nothing to the server, so it does not find a protocol that server and clients do not share.
-_WELL = "Nothing on the way to the server is wrong. What the server says to clients was not tried."
+# A trial sends the server no data, so it cannot tell whether server and clients speak the same protocol.
+_WELL = "Everything on the way to the server works. What the server says to its clients was not tried."
 
 
 class Verdict(StrEnum):
@@ -91,7 +91,7 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
     ),
     Refusal.POLICY: (
         "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; {target} may also "
-        "have as many calls as it can",
+        "have reached its number of calls",
     ),
     Refusal.SERVER: ("the server in {target} took no connection; see what it logs",),
     # With the stock service this is also how a server that does not listen looks.
@@ -201,10 +201,10 @@ class _Walk:
             f"dom0's policy lacks '{line}'" for line in policy.lines(self._forward) if line not in allowed
         ]
         if told != str(config):
-            lacking.append(f"{exposed} is told {'nothing' if told is None else 'something else'} of it")
+            lacking.append(f"{exposed} has {'no' if told is None else 'another'} configuration for it")
         if lacking:
             yield self._stops("applied", Fault.NOT_APPLIED, "; ".join(lacking))
-        yield _ok("applied", "policy and listener are told what the rule asks for")
+        yield _ok("applied", "dom0's policy and the listener's configuration match the rule")
 
         answer = self._ask("listener", exposed)
         if isinstance(answer, Finding):
@@ -253,12 +253,12 @@ class _Walk:
             yield self._planned("target", halted)
         if not self._target.is_running:
             yield _unknown("target", f"{name} is halted, and a connection starts it")
-            yield _unknown("service", f"{name} is not asked whether it has {service}")
+            yield _unknown("service", f"{name} was not asked whether it has {service}")
             return
         yield _ok("target", f"{name} is running")
         if service is not Service.FORWARD_TCP:
-            yield _unknown("service", f"{name} is not asked whether it has {service}")
-            yield _unknown("server", f"{name} is not asked whether a server listens")
+            yield _unknown("service", f"{name} was not asked whether it has {service}")
+            yield _unknown("server", f"{name} was not asked whether a server listens")
             return
         answer = self._ask("service", name, str(port))
         if isinstance(answer, Finding):
@@ -280,7 +280,7 @@ class _Walk:
             return answer
         trial = answer.trial
         if trial is None or trial.answer is Answer.SILENT:
-            text = f"a connection from {exposed} was not refused, and nothing was heard of it"
+            text = f"a connection from {exposed} got no answer"
             return _unknown("round trip", text if trial is None else f"{text}: {trial.text}")
         if trial.answer is not Answer.THROUGH:
             text = f"a connection from {exposed} did not reach the server: {trial.text}"
@@ -303,9 +303,9 @@ class _Walk:
         if not self._snapshot.inventory.offers(qube):
             text = f"{qube} has not told dom0 that it has {_PACKAGE}"
             return self._stops(step, Has.NOT_OFFERED, text, qube)
-        helps = caught.way_out or f"look into {qube}, or restart it"
+        helps = caught.way_out or f"check {qube}, or restart it"
         if caught.status == REFUSED and not caught.way_out:
-            helps = f"{qube} may have as many calls as it can: wait until some have ended, or restart it"
+            helps = f"{qube} may not take any more calls: wait until some have ended, or restart it"
         return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
 
     def _stops(self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str) -> Finding:
@@ -316,7 +316,7 @@ class _Walk:
         return _stops(step, cause, text, **facts, template=template, **more)
 
     def _planned(self, step: str, found: Planned) -> Finding:
-        """A step stops by what the plan has found."""
+        """The plan has found what stops this step."""
         ways_out = reasons.ways_out(self._forward, found)
         quoted = [f"'{' '.join(words)}'" for words in ways_out]
         # Where somebody has to agree after something else, that is the last.

@@ -213,14 +213,14 @@ def _leftovers(due: Collection[Step]) -> Iterator[str]:
         found = [f"dom0's policy allows '{' '.join(line.split())}'" for line in lines]
         if step.kind is Kind.REMOVE_CONFIG:
             found = [f"{step.qube} is told to listen for {step.key.removeprefix(CONFIG_PREFIX)}"]
-        yield from (f"No rule asks for it: {what}; 'qvm-forward apply' ends that." for what in found)
+        yield from (f"No rule asks for this: {what}; 'qvm-forward apply' ends it." for what in found)
 
 
 def _goes_on(left: GoesOn) -> str:
     if left.left_s is not None:
         return f"Draining: {heard.still_open(left)}"
     count = "1 connection" if left.connections == 1 else f"{left.connections} connections"
-    return f"{left.target} {left.name} is to be closed, and {left.exposed} still has {count} of it"
+    return f"{left.target} {left.name} should be closed, but {left.exposed} still has {count} of it"
 
 
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
@@ -252,10 +252,10 @@ def _remarks(found: Status) -> Iterator[str]:
     for (qube, program), count in sorted(bugs.items()):
         if count:
             times = "a bug" if count == 1 else f"{count} bugs"
-            yield f"{qube}: its {program} has met {times} of its own; see the journal there."
+            yield f"{qube}: its {program} has hit {times}; see its journal."
     doubts = dict.fromkeys(row.verdict.reason for row in found.rows if row.verdict.is_allowed is None)
     if doubts:
-        yield f"Another policy file may deny it, which cannot be told: {'; '.join(map(escaped, doubts))}."
+        yield f"Whether another policy file denies it is unknown: {'; '.join(map(escaped, doubts))}."
     unknown = dict.fromkeys(row.uptake.said for row in found.rows if row.uptake.has is Has.NO_ANSWER)
     if unknown:
         yield f"Figures are unknown: {'; '.join(unknown)}."

@@ -99,9 +99,9 @@ def test_what_is_in_force_and_not_asked_for_is_said_first_with_what_ends_it(
     result = forward("status")
     assert result.status == 1
     first, second, *_ = result.out.splitlines()
-    assert first.startswith("No rule asks for it: dom0's policy allows 'qubes.ForwardTCP +8080+mux sys-net")
+    assert first.startswith("No rule asks for this: dom0's policy allows 'qubes.ForwardTCP +8080+mux sys-net")
     assert second == (
-        "No rule asks for it: sys-net is told to listen for fwd.work.web; 'qvm-forward apply' ends that."
+        "No rule asks for this: sys-net is told to listen for fwd.work.web; 'qvm-forward apply' ends it."
     )
     assert "Nothing is open" not in result.out
     due = [step["step"] for step in forward("status", "--json").json["due"]]
@@ -149,7 +149,7 @@ def test_connections_of_a_closed_forward_that_its_listener_has_not_ended_are_sai
     found = look(store, sys_net=listening(REPORT))
     assert not found.is_well
     assert shown(found).startswith(
-        "work web is to be closed, and sys-net still has 3 connections of it.\nNo forward is open.\n"
+        "work web should be closed, but sys-net still has 3 connections of it.\nNo forward is open.\n"
     )
 
 
@@ -286,8 +286,8 @@ def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, store: Bac
     found = look(store, sys_net=listening(REPORT, bugs=1), work=QubeReport(program="1", bugs=20))
     assert found.is_well  # each has ended no more than what it happened to
     assert shown(found).endswith(
-        "sys-net: its listener has met a bug of its own; see the journal there.\n"
-        "work: its service has met 20 bugs of its own; see the journal there.\n"
+        "sys-net: its listener has hit a bug; see its journal.\n"
+        "work: its service has hit 20 bugs; see its journal.\n"
     )
 
 
