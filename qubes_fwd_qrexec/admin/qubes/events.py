@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The events of qubesd that matter, as news that something changed.
 
-`qubesadmin.events.EventsDispatcher` receives them; this gives it handlers, turns its asyncio loop while
-somebody waits, and stands still otherwise: events that come meanwhile stay in the socket. qubesd tells
-nothing of policy, so in dom0 the policy file is watched too; a management qube cannot see it.
+`qubesadmin.events.EventsDispatcher` receives them, in an asyncio loop that runs only while
+`QubesChanges.wait` does: events that come meanwhile stay in the socket. qubesd has no events for policy, so
+in dom0 the policy file is watched too; a management qube cannot see it.
 """
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qubes_fwd_qrexec.admin.inventory import feature_matters
 from qubes_fwd_qrexec.common.errors import StoreError
@@ -40,21 +40,8 @@ def matters(event: str) -> bool:
     return feature_matters(key) if kind in _OF_FEATURES else _MATTER.fullmatch(event) is not None
 
 
-class Dispatcher(Protocol):
-    """What is used of `qubesadmin.events.EventsDispatcher`."""
-
-    def add_handler(self, event: str, handler: Callable[..., None]) -> None:
-        """``event`` may have wildcards; the handler gets subject, event and its parameters by name."""
-
-    def listen_for_events(self, *, reconnect: bool) -> Coroutine[Any, Any, None]:
-        """Call handlers until the connection ends, or could not be made."""
-
-
 def qubes_changes(policy_name: str, wakers: Sequence[int] = ()) -> "QubesChanges":
-    """`QubesChanges` of the system that this runs in; ``policy_name`` is without suffix.
-
-    It has an app of its own, whose cache nobody reads.
-    """
+    """`QubesChanges` of the system that this runs in; ``policy_name`` is without suffix."""
     import qubesadmin
     from qubesadmin.events import EventsDispatcher
 
@@ -68,11 +55,11 @@ def qubes_changes(policy_name: str, wakers: Sequence[int] = ()) -> "QubesChanges
 class QubesChanges:
     """`admin.backend.Changes` of a Qubes system, and its context manager.
 
-    The dispatcher's own reconnecting is not used: it would go on for ever in silence, each second.
+    The dispatcher's own reconnecting is not used: it tries each second, for ever and in silence.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, policy_file: Path, wakers: Sequence[int] = (), linger_s: float = 0.0
+        self, dispatcher: Any, policy_file: Path, wakers: Sequence[int] = (), linger_s: float = 0.0
     ) -> None:
         self._linger_s = linger_s
         self._dispatcher = dispatcher
