@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Processes in the place of the agent's for one call: all that matters of them is when they began."""
+"""Processes that stand in for the agent's process of a call: only when they began matters."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ def agent_process() -> Iterator[int]:
 
 
 class Connector:
-    """A process in the place of the agent's: a socket service takes it for who calls, since it connects."""
+    """A process that stands in for the agent's, as it is the one that connects to a socket service."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -130,7 +130,7 @@ def mux_call_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 @pytest.fixture
 def said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a test takes, a kind of trouble that was told is not told again."""
+    """However long a test takes, a kind of event that was logged is not logged again."""
     monkeypatch.setattr(logs, "REPEAT_S", 1e6)
 
 

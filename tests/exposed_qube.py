@@ -172,7 +172,7 @@ class Program:
         self.first = ""
 
     def status(self, containing: str) -> str:
-        """The next status that contains this; the program may have told others before."""
+        """The next status that contains this, perhaps after others."""
         while containing not in (told := self._told.recv(4096).decode()):
             assert self.process.poll() is None, told
         return told

@@ -277,7 +277,7 @@ class Collected(list[Item]):
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait, within the bound, for what no event tells of: it is looked for again and again.
+    """Wait, within the bound, for something without an event, by polling.
 
     That is what the kernel, another process or the relay's thread changes without a word to us, and what
     a program under test keeps to itself; it has no events for the sake of tests.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Both ends of a mux call in one loop, turned by hand: two muxes wired together, no threads and no waiting.
+"""Both ends of a mux call in one loop, run turn by turn: two `Mux` objects wired together, without threads.
 
 ``near`` is the listener's end and ``far`` the target's. Each stream has a TCP connection at either end, of
 which the test holds the outer sockets: the client's and the server's.
@@ -36,7 +36,7 @@ BUFFER_BYTES = 131072
 
 
 class Owner:
-    """Notes all that it is told; a far one answers what is asked for, by `answer`, if there is one."""
+    """Notes all calls; a far one answers requests with `answer`, if it is set."""
 
     def __init__(self) -> None:
         self.is_ready = False
@@ -228,7 +228,7 @@ class MuxBench:
             self._wait()
 
     def _wait(self) -> None:
-        """One turn, for which time passes as for who is never kept from going on."""
+        """One turn, in which time passes as in a process that is never stopped."""
         began = time.monotonic()
         self.loop.run_once(_LOOK_S)
         if not self.is_time_still:

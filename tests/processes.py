@@ -49,7 +49,7 @@ def with_constants(program: str, *, slowness: float = 1.0, **constants: float) -
 
 
 def until(condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
-    """Wait, within the bound, for what no event tells of."""
+    """Wait, within the bound, for something without an event."""
     deadline = time.monotonic() + bound_s
     while not condition():
         assert time.monotonic() < deadline, "it does not come true"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A mux in the place of the exposed qube, and the target's end of the mux call, in one thread."""
+"""A mux instead of the exposed qube, and the target's end of the mux call, in one thread."""
 
 import contextlib
 import socket

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What changes of a forward that is open holds at once, also where a port that it asks for cannot be had."""
+"""Changes of an open forward apply at once, even if one of its new ports cannot be opened."""
 
 import socket
 import time

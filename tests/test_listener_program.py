@@ -114,7 +114,7 @@ async def test_a_shortage_of_descriptors_passes(tmp_path: Path) -> None:
 
 
 async def is_served(port: int, server: socket.socket) -> bool:
-    """Whether what a new client says comes to the server, which may be told of those before it first."""
+    """Whether a new client's bytes reach the server, perhaps after those of earlier clients."""
     async with await connect(port) as near:
         try:
             await near.send_all(b"new")

@@ -173,7 +173,7 @@ def lose(called: Called) -> None:
 
 
 def fill(sock: socket.socket) -> None:
-    """Send until the way is full, whoever reads on it."""
+    """Send until the way is full."""
     sock.settimeout(0.2)
     with contextlib.suppress(TimeoutError):
         while True:

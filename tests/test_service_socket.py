@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One process as the target's qubes.ForwardTCP, in the place where qrexec looks first, mux calls included."""
+"""One process as the target's qubes.ForwardTCP, where qrexec looks first, including mux calls."""
 
 import os
 import signal
@@ -262,7 +262,7 @@ def test_dom0_ends_the_single_calls_of_the_socket_that_it_does_not_allow(
 def test_a_call_that_was_allowed_before_dom0s_list_reaches_no_server(
     tmp_path: Path, server: socket.socket, home: Path, kind: str
 ) -> None:
-    """The kernel says who has connected: this process, older than the list, and then one that is not."""
+    """The kernel says which process connected: this one, older than the list, and then a newer one."""
     with program(tmp_path) as path:
         revoke(Allowance(), home)
         with call_to(path, server, kind) as call:
@@ -298,7 +298,7 @@ def test_dom0_ends_a_server_that_does_not_obey(tmp_path: Path, server: socket.so
 
 
 def fill(sock: socket.socket) -> None:
-    """Send until the way is full, whoever reads on it."""
+    """Send until the way is full."""
     sock.settimeout(0.2)
     with suppress(TimeoutError):
         while True:

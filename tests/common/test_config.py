@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What an exposed qube is told: both ways, within QubesDB's bounds, and nothing more than it needs."""
+"""The configuration of an exposed qube: both ways, within QubesDB's bounds, and no more than it needs."""
 
 from contextlib import suppress
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One question now and then, for all who wait."""
+"""One try now and then, for everybody who waits."""
 
 from qubes_fwd_qrexec.exposed.brake import Brake
 

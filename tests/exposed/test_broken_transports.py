@@ -66,7 +66,7 @@ def refuse(world: World, service: str) -> None:
 
 
 def lack(world: World, service: str) -> None:
-    """An agent says so too where the service's interpreter is missing."""
+    """An agent reports this, too, if the service's interpreter is missing."""
     world.serve_with(service, "/bin/true")
     place = world.lab.qube_dir("work").service_dirs[0] / service
     place.write_text("#!/nonexistent\n")
@@ -129,7 +129,7 @@ _SILENT = "import os, sys\nwhile os.read(0, 65536): pass"
 
 
 def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> None:
-    """docs/behaviours.md, 26, with 1 s in the place of 30: the call hangs before the target, or in it."""
+    """docs/behaviours.md, 26, with 1 s instead of 30: the call hangs before the target, or in it."""
     with open_world(tmp_path) as world:
         hanging, silent = world.forward(), world.forward()
         world.turn(hang=(f"work/{hanging.mux_call}",))
@@ -145,7 +145,7 @@ def test_a_target_that_never_says_hello_is_a_failure_in_time(tmp_path: Path) -> 
 
 
 def test_a_server_whose_queue_is_full_is_an_abort_at_the_connect_timeout(tmp_path: Path) -> None:
-    """docs/behaviours.md, 22, with half a second in the place of 10 s."""
+    """docs/behaviours.md, 22, with half a second instead of 10 s."""
     with open_world(tmp_path) as world, ExitStack() as stack:
         way = world.forward()
         way.server.listen(0)

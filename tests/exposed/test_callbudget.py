@@ -24,7 +24,7 @@ from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S, DOUBT_S, WAIT_S
 
 
 class Client:
-    """Somebody who wants a call; as the holder of its place it can be told to make room."""
+    """Somebody who wants a call, and makes room as the holder of its place."""
 
     def __init__(self, budget: CallBudget, tasks: trio.Nursery, kind: Kind, service: str, key: Key) -> None:
         self.place: Place | None = None
@@ -348,7 +348,7 @@ async def test_where_it_stays_full_that_is_the_reason(autojump_clock: MockClock)
 
 
 async def refusals_of(bench: Bench, service: str) -> int:
-    """How often a call that dom0 refuses for good is asked for, until somebody is told."""
+    """How often a call that dom0 always refuses is tried before somebody learns of it."""
     for asked in range(1, 20):
         (client,) = await bench.want("r/s", service=service)
         await bench.until(partial(_has_call, client))

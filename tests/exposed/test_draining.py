@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is closed and still flows is told, and has an end."""
+"""Closed forwards whose connections go on are reported, and have an end."""
 
 import socket
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A mux call that cannot be had, or is lost: what waits is told, and dom0 is left alone."""
+"""A mux call that fails or is lost: waiting connections are refused, and dom0 is left alone."""
 
 import math
 import os

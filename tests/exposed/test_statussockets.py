@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A running listener, asked how it is: its counters as connections make them, and who may not stop it."""
+"""The status of a running listener: its counters, and peers that must not stop it."""
 
 import os
 import socket

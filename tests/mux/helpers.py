@@ -34,12 +34,12 @@ def hello(side: str, **changes: object) -> Hello:
 
 
 def take(connection: Connection) -> bytes:
-    """Everything that it has to send."""
+    """Return everything that it has to send."""
     return b"".join(connection.data_to_send())
 
 
 def feed(connection: Connection, data: bytes) -> list[Event]:
-    """All events of one chunk."""
+    """Return all events of one chunk."""
     return list(connection.receive_data(data))
 
 
@@ -138,7 +138,7 @@ def listener_with_stream(is_accepted: bool = True) -> Connection:
 def refuses(
     connection: Connection, data: bytes, problem: str, code: GoawayCode = GoawayCode.PROTOCOL_ERROR
 ) -> None:
-    """The bytes end the mux, all streams are gone, and the peer is told."""
+    """The bytes end the mux and all streams, and the peer gets a GOAWAY."""
     with pytest.raises(RemoteProtocolError, match=problem):
         feed(connection, data)
     assert connection.is_over

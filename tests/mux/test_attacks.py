@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def flood(connection, frames, answer=lambda event: None, is_read=True):
-    """Feed frames until the mux ends; the number of them that it took. The peer reads if ``is_read``."""
+    """Feed frames until the mux ends; returns how many it took. The peer reads if ``is_read``."""
     for count, frame in enumerate(frames):
         try:
             for event in connection.receive_data(frame):
@@ -33,7 +33,7 @@ def rapid_resets():
 
 
 def connects_for_rapid_resets(target, connect):
-    """How often a target that answers every reset is made to connect; ``connect`` is told each time."""
+    """How often a target that answers every reset is made to connect; ``connect`` is called each time."""
     connects = 0
 
     def answer(event):
@@ -94,7 +94,7 @@ def test_a_million_pings_in_a_row_end_the_mux_at_the_second():
     target = ready("target")
     with pytest.raises(RemoteProtocolError, match="a PING before the PONG"):
         feed(target, wire.encode_ping(b"12345678") * 1_000_000)
-    assert target.bytes_queued == 16 + 16  # one PONG, and the last word
+    assert target.bytes_queued == 16 + 16  # one PONG, and the final GOAWAY
 
 
 @pytest.mark.parametrize("size", [1, 2, 100])

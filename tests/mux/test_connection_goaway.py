@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The end of a connection: the lease, the last word, and ids that are used up."""
+"""The end of a connection: the lease, the final GOAWAY, and ids that are used up."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every frame a peer may not send, and that each ends the mux with a word to the peer."""
+"""Every frame that a peer may not send ends the mux, with a GOAWAY that says so."""
 
 import pytest
 

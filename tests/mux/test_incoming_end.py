@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The end of what a peer sends: GOAWAY, the end of the bytes, and what comes after the last word."""
+"""The end of what a peer sends: GOAWAY, the end of the bytes, and what comes after the final GOAWAY."""
 
 import pytest
 

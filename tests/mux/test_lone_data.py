@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The short way for a single DATA frame, in and out, does what the long way does, or nothing."""
+"""The fast path for a single DATA frame, in and out, does what the usual path does, or nothing."""
 
 import pytest
 from hypothesis import given

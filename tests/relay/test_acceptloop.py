@@ -237,7 +237,7 @@ async def test_no_trouble_of_a_connection_or_shortage_ends_the_loop(
 async def test_any_other_trouble_is_a_bug_and_others_are_still_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither an error that nobody knows, nor one in what is done for a connection, ends the loop."""
+    """Neither an unknown error of accept() nor a bug in handling a connection ends the loop."""
     monkeypatch.setattr(acceptloop, "SHORTAGE_PAUSE_S", 0.001)
     acceptor = Acceptor()
     failing = acceptor.listening = Failing(fileno=acceptor.listening.detach())

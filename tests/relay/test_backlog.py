@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What waits for the call is bounded, and everybody has a turn."""
+"""What waits for the call is bounded, and every stream gets a turn."""
 
 import contextlib
 import errno
@@ -250,7 +250,7 @@ def test_a_frame_of_which_the_call_takes_a_part_at_once_is_finished_and_nothing_
 
 
 class Short(socket.socket):
-    """The kernel has no memory for what it is sent, so many times."""
+    """The kernel has no memory for what it is sent, ``times`` times."""
 
     left = 0
 

@@ -40,7 +40,7 @@ def puppet(tmp_path: Path) -> Iterator[Puppet]:
 
 
 def sees_no_end(run: Relayed) -> bool:
-    """No FIN has come; whoever has the socket aborts it where the connection has failed."""
+    """No FIN has come; the owner of the socket aborts it after a failed connection."""
     try:
         return run.client.recv(1) != b""
     except BlockingIOError:

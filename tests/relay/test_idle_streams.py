@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What streams were lent and do not use comes back, and is there for who can use it; both ways."""
+"""What streams were lent and do not use comes back to those who can use it, in both directions."""
 
 import contextlib
 import select
@@ -57,7 +57,7 @@ class Way:
                 got += len(self.sink.recv(65536))
 
     def fill(self) -> None:
-        """Send until nobody takes any more, while nothing is read."""
+        """Send until nothing is taken any more, while nothing is read."""
         while True:
             try:
                 self.source.send(bytes(65536))
@@ -108,7 +108,7 @@ def test_what_streams_begin_with_comes_back_though_they_moved_nothing(is_up: boo
 
 @BOTH_WAYS
 def test_streams_that_are_not_read_leave_something_for_the_next(bench: MuxBench, is_up: bool) -> None:
-    """What they hold they hold; but each took less than the one before."""
+    """They keep what they hold, but each took less than the one before."""
     for _ in range(_IDLE):
         way = Way(bench, bench.join(), is_up=is_up)
         way.carry(MIB // 2)

@@ -158,7 +158,7 @@ def test_last_bytes_reach_a_server_when_the_kernel_has_all_of_them(bench: MuxBen
 
 
 def wait_for_news_of_its_end(sock: socket.socket) -> None:
-    """Until the kernel has told the socket that its peer is gone."""
+    """Wait until the kernel knows that the socket's peer is gone."""
     poll = select.poll()
     poll.register(sock, 0)
     assert poll.poll(BOUND_S * 1000)
@@ -206,7 +206,7 @@ def test_what_waits_behind_a_failed_write_waits_no_longer_than_behind_an_abort(
 def test_a_server_that_had_ended_before_it_took_nothing_more_ends_cleanly_for_the_client(
     bench: MuxBench, stream: Joined
 ) -> None:
-    """FIN and then RST: the first thing that was said is the truth about what it sent."""
+    """FIN and then RST: the FIN is the truth about what it sent."""
     bench.stall(stream.client)  # so that the far end has what fails to be written
     sent = pattern(100_000)
     near_socket = stream.near.sock

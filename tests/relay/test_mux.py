@@ -239,7 +239,7 @@ def test_a_call_that_only_stops_taking_is_read_to_its_end_and_then_lost(bench: M
 
 
 class Troubled(socket.socket):
-    """Raises what it is given, once, when it is to be read."""
+    """Raises a given error once, when it is read."""
 
     trouble: OSError | None = None
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attacks of docs/behaviours.md, 50 to 52 on the driver: the bounds of the protocol hold in it too.
 
-tests/mux call/test_attacks.py plays them against the protocol alone.
+tests/mux/test_attacks.py plays them against the protocol alone.
 """
 
 import contextlib
@@ -100,7 +100,7 @@ def test_frames_of_one_byte_occupy_no_more_than_the_credit_they_cost() -> None:
 
 
 def fill(stream: Joined) -> None:
-    """So that the far leg has to keep what comes."""
+    """Make the far leg keep what arrives."""
     with contextlib.suppress(BlockingIOError):
         while True:
             stream.far.sock.send(bytes(65536))

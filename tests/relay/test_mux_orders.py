@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whatever comes from the call and from the sockets, and in whatever order, ends at most its own stream."""
+"""Anything that comes from the call and from the sockets, in any order, ends at most its own stream."""
 
 import contextlib
 import random
@@ -99,7 +99,7 @@ class Play:
             bench.hear()
 
     def _from_the_call(self, stream_id: int) -> None:
-        """One frame, if it may be; whether it goes out with the next in one chunk is left to chance."""
+        """One frame, if it is legal; chance decides whether it goes out in one chunk with the next."""
         bench, chance = self.bench, self.chance
         with contextlib.suppress(LocalProtocolError):
             match chance.choice(["data", "data", "data", "eof", "reset", "credit", "recall", "return"]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The streams of one mux call: room and budget, half-closed ones, and that nothing is left of any."""
+"""The streams of one mux call: room and budget, half-closed streams, and that none leaves anything behind."""
 
 import os
 import random

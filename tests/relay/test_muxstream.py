@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A mux call's stream keeps trio's own contract for streams, and says an abort as trio's streams do."""
+"""A mux call's stream keeps trio's contract for streams, and reports an abort as trio's streams do."""
 
 import secrets
 from collections.abc import AsyncIterator

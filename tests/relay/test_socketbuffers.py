@@ -176,7 +176,7 @@ def test_few_are_not_asked_what_they_hold(pair: tuple[socket.socket, socket.sock
 
 
 def stall(near: socket.socket, far: socket.socket) -> None:
-    """Both send until nobody takes any more."""
+    """Both send until nothing is taken any more."""
     for sock in (near, far):
         sock.setblocking(False)
     while select.select([], [near, far], [], 0.02)[1]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Consumers that do not read, with every program a process: memory is bounded, and nobody waits for them."""
+"""Consumers that do not read, with each program as a process: memory is bounded, and nobody waits."""
 
 import mmap
 import select
@@ -66,7 +66,7 @@ def both_ways(connections: Iterable[Connection]) -> list[Flow]:
 
 
 def stall(flows: list[Flow], total: int = 1 << 40) -> None:
-    """Send until nobody takes any more, and nothing is read."""
+    """Send until nothing is taken any more, and nothing is read."""
     poll = select.poll()
     by_fd = {flow.source.fileno(): flow for flow in flows}
     for fd in by_fd:
@@ -138,7 +138,7 @@ class Stalls:
         assert max(growth.values()) <= bound_kib, growth
 
     def assert_quiet(self) -> None:
-        """Nobody turns around and around while nothing can be moved.
+        """No process is busy while nothing can be moved.
 
         Whoever does wants a processor all the time, and with other load waits for it then; so one window in
         which neither wants one is enough, and the first may still have had something to move.

@@ -43,7 +43,7 @@ async def test_a_cancelled_copy_has_let_go_of_its_sockets() -> None:
 
 
 async def test_an_end_and_a_cancellation_at_once_leave_nothing_behind() -> None:
-    """Whichever wins, the task's next copy hears nothing of it."""
+    """Whichever wins, the task's next copy is not affected."""
     async with open_relay_thread() as relays:
         for turn in range(200):
             far, near = unix_pair()

@@ -103,7 +103,7 @@ in_a_namespace = pytest.mark.skipif(
 
 
 def found_in_a_namespace(what: str) -> str:
-    """With seconds and a few retries in the place of minutes."""
+    """With seconds and a few retries instead of minutes."""
     found = subprocess.run(
         [sys.executable, "-c", _CODE, what], capture_output=True, text=True, timeout=60, check=False
     )

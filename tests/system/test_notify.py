@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What systemd is told, and when."""
+"""What systemd is notified of, and when."""
 
 import socket
 from collections.abc import Iterator

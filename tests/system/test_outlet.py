@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Nobody who does not read stops whoever writes."""
+"""A reader that does not read never blocks the writer."""
 
 import contextlib
 import os

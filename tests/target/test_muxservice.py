@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The target's end: a mux in the place of the exposed qube, and real servers on loopback."""
+"""The target's end, with a mux instead of the exposed qube and real servers on loopback."""
 
 import contextlib
 import errno

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The firewall's text. What nft makes of it is for `test_nft_namespaces`."""
+"""The firewall's rules as text. `test_firewall_namespaces` tests what nft makes of them."""
 
 import re
 from collections.abc import Container

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The exposed qube's firewall, opened by the program itself, as a client on the LAN finds it.
 
-How fast something is noticed is for `test_nft`, which has a clock of its own.
+`test_keeper`, which has its own clock, tests how fast something is noticed.
 """
 
 import re
@@ -105,7 +105,7 @@ def test_a_packet_from_the_allowed_network_alone_passes_while_the_forward_is_the
 def test_a_packet_passes_by_the_interfaces_of_the_forwards_side_alone(
     edge: Edge, start: Start, side: Side, group: int
 ) -> None:
-    """No internal forward from the LAN, no external one from vifs, none of a mux call qube by its uplink."""
+    """No internal forward from the LAN, no external one from vifs, none of a VPN qube through its uplink."""
     write_config(edge.config, PORT, 80, **ALLOWED, side=side)
     edge.run("ip", "link", "set", "eth0", "group", str(group))
     program = start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the firewall's program decides. What it does is for `test_nft_namespaces`."""
+"""What the firewall's program decides. `test_firewall_namespaces` tests what it does."""
 
 import shutil
 import signal
@@ -248,7 +248,7 @@ def test_whatever_happens_is_looked_at_within_half_a_second(
 
 
 class FakeChanges:
-    """Says that the firewall has changed, once each time that it is firewall_report."""
+    """Says that the firewall has changed, once for each change."""
 
     def __init__(self) -> None:
         self.are_there = False
@@ -313,7 +313,7 @@ def test_the_listeners_ports_are_followed_without_a_change_of_anything_else(
     kept = a_keeper(forwards, fake, sockets=sockets, state=state)
 
     def look() -> tuple[int, tuple[str, ...]]:
-        """How many rules that accept are in the transactions that it makes, and who is said to wait."""
+        """How many accepting rules its transactions have, and which forwards it reports as waiting."""
         before = len(fake.given)
         kept.look(NoChanges(), is_asked=False)
         made = "".join(fake.given[before:]).count("accept")

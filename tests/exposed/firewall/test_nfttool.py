@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The seam to the program nft, played by a script. The real one is for `test_nft_namespaces`."""
+"""Running the program nft, played by a script. `test_firewall_namespaces` uses the real one."""
 
 from pathlib import Path
 

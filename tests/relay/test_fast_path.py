@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The little that there mostly is goes from socket to call and from call to socket by a short way."""
+"""A lone small payload takes a fast path from socket to call, and from call to socket."""
 
 import struct
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from qubes_fwd_qrexec.relay.loop import Loop
 
 @pytest.fixture
 def short(bench: MuxBench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Notes how many bytes each end sent by the short way."""
+    """Notes how many bytes each end sent on the fast path."""
     sent: list[tuple[str, int]] = []
     for name, mux in (("near", bench.near), ("far", bench.far)):
         real = mux.send_now
