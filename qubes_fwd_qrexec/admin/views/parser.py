@@ -113,11 +113,10 @@ def parse_ports(text: str) -> "tuple[ListenPorts, TargetPorts]":
 
 def _set(parser: argparse.ArgumentParser) -> None:
     _rule(parser)
-    parser.add_argument(
-        "options", nargs="+", metavar="OPTION=VALUE", help="an empty value restores the default"
-    )
+    default = "an empty value restores the default"
+    parser.add_argument("options", nargs="+", metavar="OPTION=VALUE", help=default)
     parser.add_argument("--was", metavar="LINE", help="refuse if the rule's line is no longer this")
-    _add_no_apply(parser)
+    _no_apply(parser)
 
 
 def _rule(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -128,7 +127,7 @@ def _rule(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
 
 def _rules(parser: argparse.ArgumentParser) -> None:
     _rule(parser, "+")
-    _add_no_apply(parser)
+    _no_apply(parser)
 
 
 def _qubes(parser: argparse.ArgumentParser) -> None:
@@ -139,17 +138,13 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     """A command without arguments."""
 
 
-def _apply(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
+def _dry_run(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "--dry-run", "show what would change, and change nothing")
 
 
 def _tunnel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=TUNNEL_ACTIONS, metavar="mark|unmark|list")
     parser.add_argument("qube", nargs="?", metavar="QUBE", type=_qube, help="not with list")
-
-
-def _resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="show what would open, and open nothing")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -161,8 +156,8 @@ def _import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="standard input if - or missing")
     parser.add_argument("--format", choices=FORMATS, help="recognised by default")
     parser.add_argument("--qube", type=_qube, metavar="QUBE", help="the target, if the file names none")
-    parser.add_argument("--replace", action="store_true", help="replace rules of the same name")
-    _add_no_apply(parser)
+    _flag(parser, "--replace", "replace rules of the same name")
+    _no_apply(parser)
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -171,63 +166,44 @@ def _add(parser: argparse.ArgumentParser) -> None:
     from qubes_fwd_qrexec.common.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
     from qubes_fwd_qrexec.common.values import parse_address, parse_printable
 
-    def add_choice(option: str, kind: type[StrEnum], default: StrEnum, text: str) -> None:
-        metavar = "|".join(kind)
-        parser.add_argument(option, type=_typed(one_of(kind)), default=default, metavar=metavar, help=text)
+    def value(
+        option: str, parse: Callable[[str], object], metavar: str, text: str, default: str | None = None
+    ) -> None:
+        parser.add_argument(option, type=_typed(parse), metavar=metavar, help=text, default=default)
+
+    def choice(option: str, kind: type[StrEnum], default: StrEnum, text: str) -> None:
+        value(option, one_of(kind), "|".join(kind), text, default)
 
     parser.add_argument("qube", metavar="QUBE", type=_qube, help="the qube that runs the server")
-    parser.add_argument(
-        "ports",
-        metavar="PORT[:PORT]",
-        type=_typed(parse_ports),
-        help="the exposed port or range, then the server's",
-    )
-    parser.add_argument(
-        "--from",
-        dest="sources",
-        action="append",
-        metavar="NET[,NET]",
-        help="the networks that may connect, or any; required",
-    )
-    parser.add_argument(
-        "--name", type=_typed(parse_new_name), help="the rule's name (default: such as tcp-80)"
-    )
-    parser.add_argument("--internal", action="store_true", help="let in other qubes, at the target's netvm")
+    value("ports", parse_ports, "PORT[:PORT]", "the exposed port or range, then the server's")
+    networks = "the networks that may connect, or any; required"
+    parser.add_argument("--from", dest="sources", action="append", metavar="NET[,NET]", help=networks)
+    value("--name", parse_new_name, "NAME", "the rule's name (default: such as tcp-80)")
+    _flag(parser, "--internal", "let in other qubes, at the target's netvm")
     parser.add_argument("--via", metavar="QUBE", type=_qube, help="listen at this qube")
-    address = _typed(parse_address)
-    parser.add_argument("--listen", metavar="ADDR", type=address, help="listen at this address only")
-    add_choice("--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")
-    add_choice("--proto", Proto, Proto.TCP, "udp is not in this version")
-    add_choice(
-        "--transport",
-        Transport,
-        Transport.AUTO,
-        "many connections in one qrexec call, or one call each",
-    )
-    add_choice("--proxy", Proxy, Proxy.OFF, "tell the server the client's address; it must expect that")
-    parser.add_argument("--autostart", action="store_true", help="let connections start a halted target")
+    value("--listen", parse_address, "ADDR", "listen at this address only")
+    choice("--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")
+    choice("--proto", Proto, Proto.TCP, "udp is not in this version")
+    choice("--transport", Transport, Transport.AUTO, "many connections in one qrexec call, or one call each")
+    choice("--proxy", Proxy, Proxy.OFF, "tell the server the client's address; it must expect that")
+    _flag(parser, "--autostart", "let connections start a halted target")
     parser.add_argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never")
-    add_choice("--on-expire", OnExpire, OnExpire.CUT, "what happens to open connections then")
-    parser.add_argument(
-        "--limits",
-        metavar="LIMITS",
-        type=_typed(Limits.parse),
-        help="such as connections:1000,per-source:100,rate:50, any of them",
-    )
-    parser.add_argument("--follow-netvm", action="store_true", help="stay open when the netvm changes")
-    parser.add_argument(
-        "--bypass-tunnel", action="store_true", help="accept that the target's tunnel is bypassed"
-    )
-    comment = _typed(parse_printable)
-    parser.add_argument("--comment", default="", metavar="TEXT", type=comment, help="a remark for yourself")
-    parser.add_argument("--disabled", action="store_true", help="store the rule and leave it closed")
-    _add_no_apply(parser)
+    choice("--on-expire", OnExpire, OnExpire.CUT, "what happens to open connections then")
+    limits = "such as connections:1000,per-source:100,rate:50, any of them"
+    value("--limits", Limits.parse, "LIMITS", limits)
+    _flag(parser, "--follow-netvm", "stay open when the netvm changes")
+    _flag(parser, "--bypass-tunnel", "accept that the target's tunnel is bypassed")
+    value("--comment", parse_printable, "TEXT", "a remark for yourself", "")
+    _flag(parser, "--disabled", "store the rule and leave it closed")
+    _no_apply(parser)
 
 
-def _add_no_apply(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-apply", action="store_true", help="store it, and change nothing else until 'apply'"
-    )
+def _flag(parser: argparse.ArgumentParser, option: str, text: str) -> None:
+    parser.add_argument(option, action="store_true", help=text)
+
+
+def _no_apply(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "--no-apply", "store it, and change nothing else until 'apply'")
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -241,12 +217,12 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "show": ("Show everything about one forward, and why.", _rule),
     "status": ("Show what is open now, with figures from its listeners.", _qubes),
     "diagnose": ("Find out why a forward does not work, and what helps.", _rule),
-    "apply": ("Bring policy and listeners in line with the rules.", _apply),
+    "apply": ("Bring policy and listeners in line with the rules.", _dry_run),
     "watch": ("Keep policy and listeners in line: apply after each change and when a rule ends.", _nothing),
     "policy": ("Print the qrexec policy that the rules ask for.", _nothing),
     "tunnel": ("Say which qubes are tunnels, such as VPNs, that no forward may bypass.", _tunnel),
     "panic": ("Close everything at once, and hold it closed until resume.", _nothing),
-    "resume": ("Open again what panic closed.", _resume),
+    "resume": ("Open again what panic closed.", _dry_run),
     "export": ("Print rules for import elsewhere.", _export),
     "import": ("Store the rules of an export, or of a firewall.xml.", _import),
 }
