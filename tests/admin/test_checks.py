@@ -214,3 +214,18 @@ def test_the_ways_out_of_a_state_are_commands(text: str, cause: Cause, ways_out:
         f"qvm-forward {way}" for way in ways_out
     ]
     assert forward_as_json(forward)["ways_out"] == [list(command) for command in reasons.ways_out(forward)]
+
+
+def test_behind_a_tunnel_nothing_else_is_suspected_of_being_one() -> None:
+    inner = world(qube("inner", "sys-vpn"), qube("work", "inner", features=OURS))
+    forward = only(rule("via=inner"), inner)
+    assert forward.is_live
+    assert reasons.hints(forward) == ()
+
+
+def test_an_unfit_target_is_asked_for_no_service() -> None:
+    forward = only(rule(target="fedora-42"))
+    assert (forward.service, [stop.cause for stop in forward.stops]) == (
+        None,
+        [Cause.UNFIT_QUBE, Cause.NO_NETVM],
+    )

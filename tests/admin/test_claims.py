@@ -72,3 +72,13 @@ def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() 
     same = rule("srchosts=fd00::/8", name="six")
     for forward in plan([one, same], world(), NOW):
         assert not [note for note in reasons.notes(forward) if "elsewhere" in note]
+
+
+def test_a_rule_that_follows_its_netvm_claims_where_it_is_now() -> None:
+    first, second = plan([rule("path=sys-vpn follow-netvm=yes", name="a"), rule(name="b")], world(), NOW)
+    assert (first.cause, second.cause) == (Cause.OPEN, Cause.CONFLICT)
+
+
+def test_a_rule_whose_netvm_changed_claims_where_it_was_agreed_to() -> None:
+    first, second = plan([rule("path=sys-vpn", name="a"), rule("via=sys-vpn", name="b")], world(), NOW)
+    assert (first.cause, second.cause) == (Cause.NETVM_CHANGED, Cause.CONFLICT)
