@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, settings
 from mux_bench import Joined, MuxBench
 
 from qubes_fwd_qrexec.exposed import statussockets, trial
-from qubes_fwd_qrexec.system import logs
-from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.system import bugs, logs
 
 # How long an example takes says something of the machine's other load alone. Where a change is judged, the
 # examples are the same each time; elsewhere chance looks for others.
@@ -57,20 +56,27 @@ def bugs_are_wanted() -> None:
 _YOUNG_S = 30.0
 
 
+class _Noted(logging.Handler):
+    """Keeps the exceptions that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bugs: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            self.bugs.append(record.exc_info[1])
+
+
 @pytest.fixture(autouse=True)
-def _no_bugs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_bugs(request: pytest.FixtureRequest) -> Iterator[None]:
     """A program goes on after a bug. A test does not: what was raised in this process fails it."""
-    noted: list[BaseException] = []
-    real = Bugs.note
-
-    def note(self: Bugs, bug: BaseException) -> None:
-        noted.append(bug)
-        real(self, bug)
-
-    monkeypatch.setattr(Bugs, "note", note)
+    noted, logger = _Noted(), logging.getLogger(bugs.__name__)
+    logger.addHandler(noted)
     yield
-    if noted and "bugs_are_wanted" not in request.fixturenames:
-        raise noted[0]
+    logger.removeHandler(noted)
+    if noted.bugs and "bugs_are_wanted" not in request.fixturenames:
+        raise noted.bugs[0]
 
 
 @pytest.fixture(autouse=True)

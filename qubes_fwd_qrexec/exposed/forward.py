@@ -40,7 +40,7 @@ from .transports import Transports
 _logger = logging.getLogger(__name__)
 
 # docs/behaviours.md, 12: what arrived before an abort is delivered before the RST, within this time.
-_DELIVERY_S = 1.0
+DELIVERY_S = 1.0
 _DELIVERY_LOOK_S = 0.02
 
 
@@ -238,7 +238,7 @@ class OpenForward:
                 if is_well:
                     close_well(accepted)
                 else:
-                    await _delivered(accepted)
+                    await delivered(accepted)
         except Exception as bug:
             if self._means.transports.relays.has_failed:
                 raise
@@ -315,12 +315,12 @@ class OpenForward:
         warn(_logger, self._limit, kind, f"{self}: {message}")
 
 
-async def _delivered(accepted: socket.socket) -> None:
+async def delivered(accepted: socket.socket, bound_s: float | None = None) -> None:
     """Wait a moment until the client has what it was sent, as an abort drops the rest.
 
     The kernel has no event for it, so this polls; one look is nearly always enough.
     """
-    with trio.move_on_after(_DELIVERY_S):
+    with trio.move_on_after(DELIVERY_S if bound_s is None else bound_s):
         while undelivered_bytes(accepted):
             read_out(accepted)
             await trio.sleep(_DELIVERY_LOOK_S)

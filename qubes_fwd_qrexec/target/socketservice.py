@@ -114,11 +114,17 @@ class ServiceServer:
     """Serves all calls to a listening socket, until `stop`."""
 
     def __init__(
-        self, listening: socket.socket, *, connections_max: int = CONNECTIONS_MAX, drain_s: float = DRAIN_S
+        self,
+        listening: socket.socket,
+        *,
+        connections_max: int = CONNECTIONS_MAX,
+        drain_s: float = DRAIN_S,
+        descriptor_s: float = DESCRIPTOR_TIMEOUT_S,
     ) -> None:
         self._listening = listening
         self._connections_max = connections_max
         self._drain_s = drain_s
+        self._descriptor_s = descriptor_s
         self._limit = RateLimit()
         self._bugs = Bugs(partial(leave_bug, directory()))
         self.calls = 0
@@ -180,10 +186,10 @@ class ServiceServer:
 
     async def _serve(self, call: socket.socket) -> None:
         try:
-            with trio.move_on_after(DESCRIPTOR_TIMEOUT_S) as reading:
+            with trio.move_on_after(self._descriptor_s) as reading:
                 untrusted_descriptor = await read_descriptor(call)
             if reading.cancelled_caught:
-                raise DescriptorError(f"no descriptor within {DESCRIPTOR_TIMEOUT_S:g} s")
+                raise DescriptorError(f"no descriptor within {self._descriptor_s:g} s")
             argument, request, caller = parse_descriptor(untrusted_descriptor)
             if request.is_mux:
                 await self._hand_over(call, argument, caller)

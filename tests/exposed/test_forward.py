@@ -128,7 +128,7 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than the client's own buffer holds is still in ours when the server's abort is known."""
-    monkeypatch.setattr(forward, "_DELIVERY_S", BOUND_S)
+    monkeypatch.setattr(forward, "DELIVERY_S", BOUND_S)
     port = free_port()
     write_config(tmp_path / "config", port, port_of(server))
     sent = pattern(150_000)  # fits the send buffer that `accepting` sets
@@ -152,17 +152,14 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
             assert got == sent
 
 
-async def test_what_a_client_still_sends_is_read_while_its_last_bytes_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(forward, "_DELIVERY_S", BOUND_S)
+async def test_what_a_client_still_sends_is_read_while_its_last_bytes_wait() -> None:
     client, accepted = tcp_pair()
     with client, accepted:
         with contextlib.suppress(BlockingIOError):
             while True:
                 accepted.send(bytes(65536))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(forward._delivered, accepted)
+            nursery.start_soon(forward.delivered, accepted, BOUND_S)
             left = 16 << 20  # more than all buffers of the kernel hold
 
             def all_taken() -> bool:
@@ -178,7 +175,7 @@ async def test_what_a_client_still_sends_is_read_while_its_last_bytes_wait(
 async def test_a_client_that_never_reads_holds_an_abort_up_for_a_moment_only(
     tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "_DELIVERY_S", 0.1)
+    monkeypatch.setattr(forward, "DELIVERY_S", 0.1)
     port = free_port()
     write_config(tmp_path / "config", port, port_of(server))
     async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command) as listener:

@@ -154,9 +154,8 @@ async def test_a_bad_descriptor_is_answered_by_closing(tmp_path: Path, untrusted
         await until(lambda: qrexec.server.calls == 0)
 
 
-async def test_a_missing_descriptor_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketservice, "DESCRIPTOR_TIMEOUT_S", 0.05)
-    async with agent(tmp_path) as qrexec, qrexec.call(b"qubes.Forw") as call:
+async def test_a_missing_descriptor_is_given_up_on(tmp_path: Path) -> None:
+    async with agent(tmp_path, descriptor_s=0.05) as qrexec, qrexec.call(b"qubes.Forw") as call:
         assert await read_all(call) == b""
 
 

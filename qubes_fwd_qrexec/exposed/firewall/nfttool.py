@@ -14,7 +14,7 @@ from . import chain
 from .chain import TABLE, Family, NftError, Seen
 
 # Our transactions take milliseconds; this only keeps us from hanging for ever.
-_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0
 _MESSAGE_MAX = 400
 # linux/netlink.h and linux/netfilter/nfnetlink.h: the messages that `nft monitor` prints.
 _NETLINK_NETFILTER = 12
@@ -25,8 +25,9 @@ _READ_MAX = 1 << 16
 class Nft:
     """The program ``nft``, found along PATH and in the sbin directories."""
 
-    def __init__(self, program: str = "nft") -> None:
+    def __init__(self, program: str = "nft", timeout_s: float = TIMEOUT_S) -> None:
         self._program = program
+        self._timeout_s = timeout_s
         path = os.environ.get("PATH", os.defpath)
         self._environment = {"LC_ALL": "C", "PATH": f"{path}:/usr/sbin:/sbin"}
 
@@ -56,7 +57,7 @@ class Nft:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=_TIMEOUT_S,
+                timeout=self._timeout_s,
                 env=self._environment,
                 check=False,
             )
@@ -65,7 +66,7 @@ class Nft:
         except OSError as error:
             raise NftError(f"{self._program}: {error.strerror}") from error
         except subprocess.TimeoutExpired as error:
-            raise NftError(f"nft {' '.join(arguments)}: no end after {_TIMEOUT_S:g} s") from error
+            raise NftError(f"nft {' '.join(arguments)}: no end after {self._timeout_s:g} s") from error
         if done.returncode != 0:
             why = " ".join(done.stderr.split())[:_MESSAGE_MAX]
             raise NftError(f"nft {' '.join(arguments)}: exit status {done.returncode}: {why}")

@@ -5,20 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.exposed.firewall import nfttool
 from qubes_fwd_qrexec.exposed.firewall.chain import Family, NftError, Seen
-from qubes_fwd_qrexec.exposed.firewall.nfttool import Nft
+from qubes_fwd_qrexec.exposed.firewall.nfttool import TIMEOUT_S, Nft
 
 CHAINS = (
     '{"nftables": [{"metainfo": {}}, {"chain": {"family": "ip", "table": "qubes", "name": "custom-input"}}]}'
 )
 
 
-def script(directory: Path, text: str) -> Nft:
+def script(directory: Path, text: str, timeout_s: float = TIMEOUT_S) -> Nft:
     file = directory / "nft"
     file.write_text(f"#!/bin/sh\n{text}\n")
     file.chmod(0o755)
-    return Nft(str(file))
+    return Nft(str(file), timeout_s)
 
 
 def test_only_families_that_are_there_are_asked_for_their_table(tmp_path: Path) -> None:
@@ -56,7 +55,6 @@ def test_a_program_that_is_missing_or_none_is_named(tmp_path: Path) -> None:
         Nft(str(tmp_path / "nft")).look()
 
 
-def test_a_program_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nfttool, "_TIMEOUT_S", 0.05)
+def test_a_program_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(NftError, match=r"no end after 0\.05 s"):
-        script(tmp_path, "exec sleep 60").look()
+        script(tmp_path, "exec sleep 60", timeout_s=0.05).look()
