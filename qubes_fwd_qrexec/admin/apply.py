@@ -25,7 +25,7 @@ from . import policy
 from .backend import Backend, ChangedError, PolicyFile
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, targets_of
-from .states import Cause, Plan
+from .states import Cause, Forward, Plan
 
 
 class Kind(StrEnum):
@@ -41,8 +41,7 @@ class Step(NamedTuple):
     """One change: of policy (``value`` is the whole new text), of a feature (``qube`` and ``key``), or what
     targets are told of the calls to them (``told``).
 
-    ``lines_gone`` and ``lines_new`` are what a change of policy means; ``lines`` those of policy without
-    which a feature would be useless.
+    ``lines_gone`` and ``lines_new`` are what a change of policy means.
     """
 
     kind: Kind
@@ -52,7 +51,6 @@ class Step(NamedTuple):
     was: str | None = None
     lines_gone: tuple[str, ...] = ()
     lines_new: tuple[str, ...] = ()
-    lines: tuple[str, ...] = ()
     told: Mapping[QubeName, Allowance] = MappingProxyType({})
 
     @property
@@ -69,16 +67,22 @@ class Step(NamedTuple):
         return self.kind in (Kind.REMOVE_CONFIG, Kind.SET_CONFIG) and not self.opens
 
 
-class Outcome(NamedTuple):
-    """What became of the steps; ``problems`` is empty if all that we write was written.
+Place = tuple[QubeName, str]
+"""Exposed qube and feature, by which its listener is told of a forward."""
 
-    ``ended`` is what the targets made of what they were told. ``is_overtaken``: somebody else has changed
-    policy meanwhile, and the steps are out of date.
+
+class Outcome(NamedTuple):
+    """What became of the steps; ``problems`` are errors, and ``undone`` the steps that they kept back.
+
+    ``untold`` are the steps that were to tell a listener of a forward and failed, with the error. ``ended``
+    is what targets made of what they were told. ``is_overtaken``: somebody else has changed policy
+    meanwhile, and the steps are out of date.
     """
 
     done: tuple[Step, ...] = ()
     undone: tuple[Step, ...] = ()
     problems: tuple[str, ...] = ()
+    untold: tuple[tuple[Step, str], ...] = ()
     ended: tuple[Ended, ...] = ()
     is_overtaken: bool = False
 
@@ -89,11 +93,27 @@ class Outcome(NamedTuple):
 
     def after(self, earlier: "Outcome") -> "Outcome":
         """Of two that follow each other; what the earlier one left undone, this one has seen too."""
-        return self._replace(done=(*earlier.done, *self.done), ended=(*earlier.ended, *self.ended))
+        return self._replace(
+            done=(*earlier.done, *self.done),
+            untold=(*earlier.untold, *self.untold),
+            ended=(*earlier.ended, *self.ended),
+        )
 
 
-def differences(plan: Plan, inventory: Inventory, installed: PolicyFile) -> tuple[Step, ...]:
-    """The steps from what is to what the plan asks for, in the order in which they are to be taken."""
+def _place(forward: Forward) -> Place | None:
+    if forward.exposed is None or forward.config is None:
+        return None
+    return forward.exposed, f"{CONFIG_PREFIX}{forward.config.key}"
+
+
+def differences(
+    plan: Plan, inventory: Inventory, installed: PolicyFile, untold: Collection[Place] = ()
+) -> tuple[Step, ...]:
+    """The steps from what is to what the plan asks for, in the order in which they are to be taken.
+
+    ``untold`` are forwards whose listener could not be told: policy has nothing of them.
+    """
+    plan = replace(plan, forwards=tuple(f for f in plan.forwards if _place(f) not in untold))
     final = policy.text(plan)
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(final)
     gone, new = old_lines - new_lines, new_lines - old_lines
@@ -105,20 +125,15 @@ def differences(plan: Plan, inventory: Inventory, installed: PolicyFile) -> tupl
     if told := _revocations(gone, new_lines, inventory, cuts_drains=plan.is_held):
         steps.append(Step(Kind.REVOKE, told=told))
     present = {(qube, key): value for qube, key, value in inventory.told()}
-    wanted = {
-        (forward.exposed, f"{CONFIG_PREFIX}{forward.config.key}"): forward
-        for forward in plan
-        if forward.exposed is not None and forward.config is not None
-    }
-    for qube, key in sorted(present.keys() - wanted.keys()):
+    wanted = {place: str(forward.config) for forward in plan if (place := _place(forward)) is not None}
+    for qube, key in sorted(present.keys() - wanted.keys() - set(untold)):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     changed = [
-        Step(Kind.SET_CONFIG, value, qube, key, present.get((qube, key)), lines=policy.lines(forward))
-        for (qube, key), forward in sorted(wanted.items(), key=lambda item: item[0])
-        if (value := parse_printable(str(forward.config))) != present.get((qube, key))
+        Step(Kind.SET_CONFIG, parse_printable(value), qube, key, present.get((qube, key)))
+        for (qube, key), value in sorted(wanted.items())
+        if value != present.get((qube, key))
     ]
-    # Whoever listens already may be narrowed by it, and its line of policy may be missing, as it could not be
-    # told the last time: so it is told before that line comes back.
+    # A listener that has it may be narrowed by it, so that comes before anything opens.
     steps += [step for step in changed if not step.opens]
     steps += _endings_of_rules(plan)
     if new:
@@ -179,23 +194,22 @@ class _OurPolicy:
 def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:
     """Take the steps; the caller holds the backend's lock. Never raises `StoreError`: see the outcome.
 
-    ``installed`` is the policy from which the steps were computed. Where policy could not be written, nothing
-    is opened, and all the same the targets are told, and the listeners. A listener that could not be told,
-    of a new forward or of a narrower one, loses its lines of policy; everything else goes on.
+    ``installed`` is the policy from which the steps were computed. Where policy could not be written, or a
+    listener that has a forward not be told of a change, nothing is opened. All the same everything is closed.
     """
     done: list[Step] = []
     undone: list[Step] = []
     problems: list[str] = []
-    lost: set[str] = set()
-    our_policy, is_policy_written = _OurPolicy(backend, installed), True
+    untold: list[tuple[Step, str]] = []
+    our_policy, may_open = _OurPolicy(backend, installed), True
     ended: tuple[Ended, ...] = ()
     for step in steps:
-        if step.opens and not is_policy_written:
+        if step.opens and not may_open:
             undone.append(step)
             continue
         try:
             if step.is_policy:
-                our_policy.replace(policy.without(step.value, lost))
+                our_policy.replace(step.value)
             elif step.kind is Kind.REVOKE:
                 ended = revoke(step.told, backend)
             elif step.kind is Kind.REMOVE_CONFIG:
@@ -203,39 +217,25 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
             else:
                 backend.set_feature(step.qube, step.key, step.value)
         except (StoreError, OSError) as error:
-            problems.append(str(error))
-            undone.append(step)
-            is_policy_written = is_policy_written and not step.is_policy
             if step.kind is Kind.SET_CONFIG:
-                lost.update(step.lines)
+                untold.append((step, str(error)))
+                may_open = may_open and step.opens
                 _put_back(step, backend)
+            else:
+                problems.append(str(error))
+                undone.append(step)
+                may_open = may_open and not step.is_policy
         else:
             done.append(step)
-    if lost:
-        ended += _withdraw(lost, our_policy, backend, problems)
     if any(step.opens for step in done):
         with suppress(StoreError):
             our_policy.check()
-    return Outcome(tuple(done), tuple(undone), tuple(problems), ended, is_overtaken=our_policy.is_overtaken)
-
-
-def _withdraw(
-    lost: Collection[str], our_policy: _OurPolicy, backend: Backend, problems: list[str]
-) -> tuple[Ended, ...]:
-    """Take lines out of policy, and end the calls that they may have allowed."""
-    try:
-        if not policy.allowing(our_policy.text).isdisjoint(lost):
-            our_policy.replace(policy.without(our_policy.text, lost))
-    except (StoreError, OSError) as error:
-        problems.append(f"dom0's policy could not be closed for it either: {error}")
-    else:
-        problems.append("what its listener was not told is closed in dom0's policy")
-    targets = {call[0] for line in lost if (call := policy.calls_of(line)) is not None}
-    return revoke(allowances(targets, policy.allowing(our_policy.text).difference(lost)), backend)
+    is_overtaken = our_policy.is_overtaken
+    return Outcome(tuple(done), tuple(undone), tuple(problems), tuple(untold), ended, is_overtaken)
 
 
 def _put_back(step: Step, backend: Backend) -> None:
-    """A feature may have been set and not delivered: as it was, the next time sets it again."""
+    """It may have been set and not delivered: as it was, the next time finds what is to be told."""
     with suppress(StoreError, OSError):
         if step.was is None:
             backend.remove_feature(step.qube, step.key)

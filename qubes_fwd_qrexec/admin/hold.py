@@ -111,5 +111,6 @@ def resume(backend: Backend, now: float, *, is_preview: bool = False) -> Resumed
         steps = differences(planned, snapshot.inventory, snapshot.installed)
         return Resumed(snapshot.is_held, planned, steps, snapshot)
     with backend.locked():
+        was_held = policy.is_held(backend.read_policy().text)
         planned, outcome, snapshot = apply(backend, now, is_held=False)
-    return Resumed(snapshot.is_held, planned, outcome.done, snapshot)
+    return Resumed(was_held, planned, outcome.done, snapshot)

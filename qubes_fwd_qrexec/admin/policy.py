@@ -102,12 +102,6 @@ def stock_targets(policy: str | None) -> frozenset[QubeName]:
     return frozenset(by_service[Service.CONNECT_TCP] - by_service[Service.FORWARD_TCP])
 
 
-def without(policy: str, unwanted: Container[str]) -> str:
-    """A policy file without some of the lines that `allowing` finds."""
-    lines = policy.splitlines(keepends=True)
-    return "".join(line for line in lines if "  ".join(line.split()) not in unwanted)
-
-
 def is_held(policy: str | None) -> bool:
     """Whether nothing may be opened. What else the line says is not read: doubt closes."""
     return any(line.strip().startswith(_HOLD) for line in _LINE_ENDS.split(policy or ""))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import StoreError
 
-from .apply import Outcome, carry_out, differences
+from .apply import Outcome, Place, carry_out, differences
 from .backend import Backend
 from .snapshot import Snapshot, look
 from .states import Plan
@@ -38,11 +38,11 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
     looked at again. ``is_held`` puts everything on hold, or lifts the hold. Raises `StoreError` if the qubes
     cannot be read.
     """
-    outcome = Outcome()
-    for _ in range(_LOOKS):
+    outcome, untold, overtaken = Outcome(), set[Place](), 0
+    while True:
         snapshot = look(backend, with_config=True)
         planned = snapshot.plan(now, is_held=is_held)
-        steps = differences(planned, snapshot.inventory, snapshot.installed)
+        steps = differences(planned, snapshot.inventory, snapshot.installed, untold)
         problem = None if is_held else snapshot.policy_problem
         if problem is not None:
             # Everything may be on hold: only close, and only what needs no policy.
@@ -51,10 +51,17 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
         if problem is not None:
             problem = f"dom0's policy cannot be read, and stays as it is: {problem}"
             outcome = outcome._replace(problems=(problem, *outcome.problems))
-        if not outcome.is_overtaken:
+        overtaken += outcome.is_overtaken
+        failed = {(step.qube, step.key) for step, _ in outcome.untold}
+        if overtaken == _LOOKS or (failed == untold and not outcome.is_overtaken):
             break
+        # What a listener could not be told is closed: policy would allow more than it knows of, or less.
+        untold = failed
         # The hold to be lifted is the one that was seen; a newer one stays.
         is_held = is_held or None
+    if outcome.untold:
+        steps, errors = zip(*outcome.untold, strict=True)
+        outcome = outcome._replace(undone=(*steps, *outcome.undone), problems=(*errors, *outcome.problems))
     return Applied(planned, outcome, snapshot)
 
 

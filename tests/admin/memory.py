@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.apply import Outcome, Step, carry_out, differences
+from qubes_fwd_qrexec.admin.apply import Outcome, Step, differences
 from qubes_fwd_qrexec.admin.backend import ANY, NEW, Backend, ChangedError, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.reconcile import reconcile
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
@@ -74,6 +75,10 @@ def steps(backend: Backend, *rules: NamedRule) -> tuple[Step, ...]:
 
 
 def applied(backend: Memory, *rules: NamedRule) -> Outcome:
+    """What becomes of a system with exactly these rules when it is reconciled."""
+    for qube, features in backend.qubes.items():
+        mine = {f"forward.{named.name}": str(named.rule) for named in rules if named.target == qube}
+        kept = {key: value for key, value in features.items() if not key.startswith("forward.")}
+        backend.qubes[qube] = kept | mine
     backend.log.clear()
-    installed = backend.read_policy()
-    return carry_out(steps(backend, *rules), backend, installed)
+    return reconcile(backend, NOW).outcome

@@ -362,7 +362,7 @@ def test_what_cannot_be_delivered_is_said_and_closed_again_and_apply_finishes(
     assert "the change is stored, but not everything could be done" in result.err
     assert "Done: policy: from now on qubes.ForwardTCP +8080+mux sys-net" in result.err
     assert "Not done: sys-net: listen for fwd.work.web" in result.err
-    assert "is closed in dom0's policy" in result.err
+    assert "; policy: no longer qubes.ForwardTCP +8080+mux sys-net" in result.err
     assert "+8080" not in (lab.policy_dir / "30-forward.policy").read_text()
     place.unlink()
     place.mkdir()
