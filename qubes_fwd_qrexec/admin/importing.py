@@ -44,7 +44,7 @@ def import_document(
             old = snapshot.stored.find(*named[:2])
             if old is not None and old != named and not is_replacing:
                 raise RefusedError(
-                    f"{named} exists already and is another rule; nothing was imported. With --replace the "
+                    f"{named} exists already and differs; nothing was imported. With --replace the "
                     "imported one takes its place"
                 )
         marks.update(_marks(document, snapshot, is_replacing=is_replacing))
@@ -69,7 +69,7 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
     for read in document.rules:
         target = read.target or qube
         if target is None:
-            raise RefusedError(f"{read.place}: the file does not say for which qube; say --qube QUBE")
+            raise RefusedError(f"{read.place}: the file does not name the qube; give --qube QUBE")
         if snapshot.inventory.get(target) is None:
             raise RefusedError(f"{read.place}: there is no qube {target}; nothing was imported")
         rule = _recorded(read, target, document, snapshot)
@@ -79,7 +79,7 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
         except TextError as error:
             raise RuleError(read.place, str(error)) from None
         if (target, name) in placed:
-            raise RefusedError(f"{read.place}: {target} {name} stands twice; nothing was imported")
+            raise RefusedError(f"{read.place}: {target} {name} appears twice; nothing was imported")
         placed[target, name] = NamedRule(target, name, rule)
     return list(placed.values())
 
@@ -110,8 +110,8 @@ def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dic
             raise RefusedError(f"there is no qube {qube} to mark as a tunnel or not; nothing was imported")
         if not is_marked and snapshot.inventory.feature(qube, TUNNEL_FEATURE) and not is_replacing:
             raise RefusedError(
-                f"{qube} is marked as a tunnel, and the import says that it is none; nothing was imported. "
-                "--replace takes the mark away"
+                f"{qube} is marked as a tunnel, and the import says that it is not one; nothing was "
+                "imported. --replace removes the mark"
             )
         if known.features.get(TUNNEL_FEATURE) != _mark(is_marked):
             found[qube] = is_marked

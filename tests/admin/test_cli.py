@@ -99,7 +99,7 @@ REFUSED = [
     (("set", "work", "web", "expire"), 2, "an option is written name=value"),
     (("set", "work", "web", "expire=x"), 2, "option 'expire': 'x' is not a time"),
     (("set", "work", "web", "srchosts="), 2, "option 'srchosts': missing"),
-    (("set", "work", "web", "via=a", "via=b"), 2, "option 'via': stands twice"),
+    (("set", "work", "web", "via=a", "via=b"), 2, "option 'via': given twice"),
     (("set", "work", "web", "via=work"), 1, "work web was not changed. work cannot listen for itself"),
     (("set", "work", "nope", "via=a"), 1, "work has no forward 'nope', only web"),
     (("set", "gone", "web", "via=a"), 1, "there is no qube 'gone'"),
@@ -267,10 +267,10 @@ def test_single_calls_come_with_a_note_of_what_a_socket_service_cannot_tell(forw
 
 
 def test_a_warning_is_told_again_only_when_it_is_news(forward: Forward) -> None:
-    assert "sees all of these connections come from 127.0.0.1" in forward(*ADD).out
+    assert "sees all these connections come from 127.0.0.1" in forward(*ADD).out
     assert "127.0.0.1" not in forward("set", "work", "web", "comment=x").out
     forward("disable", "work", "web")
-    assert "sees all of these connections come from 127.0.0.1" in forward("enable", "work", "web").out
+    assert "sees all these connections come from 127.0.0.1" in forward("enable", "work", "web").out
 
 
 def test_apply_says_why_a_forward_is_closed_that_waits_for_a_word(
@@ -380,7 +380,7 @@ def test_the_mark_of_a_tunnel_is_not_taken_for_a_rule(forward: Forward, lab: Lab
     ("ending", "words"),
     [
         ("cut", "Note: connections that it no longer allows are cut.\n"),
-        ("drain", "Note: connections that it no longer allows go on for an hour at most, as it says "),
+        ("drain", "Note: connections that it no longer allows may go on for up to an hour, because of "),
     ],
 )
 def test_set_says_what_becomes_of_those_it_shuts_out(forward: Forward, ending: str, words: str) -> None:

@@ -48,9 +48,9 @@ FIREWALL = """<firewall version="2"><rules>
 def test_a_firewall_file_of_2021_is_imported(forward: Forward, lab: LabDirectory) -> None:
     refused = forward("import", stdin=FIREWALL)
     assert refused.status == 1
-    assert "say --qube QUBE" in refused.err
+    assert "give --qube QUBE" in refused.err
     result = forward("import", "--qube", "work", stdin=FIREWALL)
-    assert result.out.startswith("Imported 1 forward.\nLeft out 1 rule of other actions than forward.\n")
+    assert result.out.startswith("Imported 1 forward.\nLeft out 1 rule whose action is not forward.\n")
     assert "srchosts=192.168.0.0/16 owner=work path=sys-firewall,sys-net" in (
         lab.feature("work", "forward.tcp-80") or ""
     )
@@ -65,9 +65,9 @@ RULE = "action=forward srcports=80 srchosts=any"
         (f"work a {RULE}\nwork b action=forward", "line 2, option 'srcports': missing"),
         (f"work a {RULE}\nwork b {RULE} bogus=1", "line 2, option 'bogus' at column 48: unknown option"),
         (f"work a {RULE}\ngone b {RULE}", "there is no qube gone; nothing was imported"),
-        (f"work a {RULE}\nwork a {RULE}", "work a stands twice; nothing was imported"),
+        (f"work a {RULE}\nwork a {RULE}", "work a appears twice; nothing was imported"),
         (f"work tunnel {RULE}", "the name tunnel stands for the mark of a tunnel qube"),
-        (f"work web {RULE}", "work web exists already and is another rule"),
+        (f"work web {RULE}", "work web exists already and differs"),
         ("work a", "line 1: a line is the qube's name, the rule's name and the rule"),
         ("", "line 1: there is nothing to import"),
         (" \n\n", "line 1: there is nothing to import"),
@@ -147,7 +147,7 @@ def test_an_import_takes_no_mark_away_unless_asked_to(
     text = "version 2\nsys-firewall tunnel no\n"
     result = forward("import", stdin=text)
     assert result.status == 1
-    assert "sys-firewall is marked as a tunnel, and the import says that it is none" in result.err
+    assert "sys-firewall is marked as a tunnel, and the import says that it is not one" in result.err
     assert content(lab) == before
     result = forward("import", "--replace", stdin=text)
     assert "sys-firewall is not marked as a tunnel.\n" in result.out
@@ -196,7 +196,7 @@ def test_what_is_open_and_not_in_the_import_is_named(forward: Forward) -> None:
     forward("add", "work", "81", "--from", "any", "--name", "old")
     forward("add", "vault", "82", "--from", "any", "--via", "sys-net", "--name", "far")
     forward("add", "work", "83", "--from", "any", "--name", "off", "--disabled")
-    words = "Not in the import, and left open: {}. 'qvm-forward remove QUBE NAME' closes one.\n"
+    words = "Still open, and not in the import: {}. 'qvm-forward remove QUBE NAME' closes one.\n"
     assert forward("import", stdin=f"work web {RULE}\n").out.endswith(words.format("work old"))
     text = f"version 2\nwork web {RULE}\n"
     assert forward("import", "--replace", stdin=text).out.endswith(words.format("vault far, work old"))
@@ -214,7 +214,7 @@ def test_api_lines_of_2021_are_imported(forward: Forward, lab: LabDirectory) -> 
         "action=forward forwardtype=external proto=tcp src6=fd00::/8 srcports=443-443 dstports=10443-10443\n"
     )
     result = forward("import", "--qube", "work", stdin=text)
-    assert result.out.startswith("Imported 1 forward.\nLeft out 1 rule of other actions than forward.\n")
+    assert result.out.startswith("Imported 1 forward.\nLeft out 1 rule whose action is not forward.\n")
     assert "srchosts=192.168.0.0/16,fd00::/8 owner=work" in (lab.feature("work", "forward.tcp-443") or "")
 
 

@@ -76,7 +76,7 @@ def test_calls_that_drain_are_said_and_no_failure(
     forward(*ADD, "--on-expire", "drain")
     result = over(Flowing(lab, draining=1, listener=report()), command, "work", "web")
     assert result.status == 0
-    assert f"work web is {done} and takes no new connection, but what is open may go on." in result.out
+    assert f"work web is {done} and accepts no new connections; open ones may go on." in result.out
     assert "\nwork: 1 call may go on for a while.\n" in result.out
 
 
@@ -101,7 +101,7 @@ def test_what_was_closed_before_and_still_drains_is_not_called_closed(
     forward("disable", "personal", "ssh")
     result = over(Flowing(lab, listener=report(draining=2)), command, "personal", "ssh")
     assert result.status == 0
-    assert f"personal ssh is {done} and takes no new connection, but what is open may go on." in result.out
+    assert f"personal ssh is {done} and accepts no new connections; open ones may go on." in result.out
     assert "still open: personal ssh: 2 connections at sys-net may go on for at most 3000 s" in result.err
 
 
@@ -113,7 +113,7 @@ def test_what_drains_over_a_call_that_another_forward_needs_is_not_called_closed
         forward("add", "work", port, "--from", "any", "--name", name, "--on-expire", "drain")
     said = report(draining=1).replace(b'"personal"', b'"work"')
     result = over(Flowing(lab, listener=said), "disable", "work", "ssh")
-    assert "work ssh is disabled and takes no new connection, but what is open may go on." in result.out
+    assert "work ssh is disabled and accepts no new connections; open ones may go on." in result.out
     assert "still open: work ssh: 1 connection at sys-net may go on for at most 3000 s" in result.err
 
 

@@ -115,7 +115,7 @@ def test_a_second_mark_changes_nothing_and_one_with_nothing_behind_says_so(
         "it is no qube yet.\n"
     )
     before = content(lab)
-    assert forward("tunnel", "mark", "vault").out.startswith("vault was marked as a tunnel already.")
+    assert forward("tunnel", "mark", "vault").out.startswith("vault is already marked as a tunnel.")
     assert content(lab) == before
 
 
@@ -125,8 +125,8 @@ def test_another_mark_keeps_its_qube_a_tunnel(forward: Command, lab: LabDirector
     lab.set_feature("sys-vpn", "forward.tunnel", "1")
     result = forward("tunnel", "unmark", "sys-vpn")
     assert result.out.startswith(
-        "The mark is taken off sys-vpn, which is a tunnel still: feature service.vpn-handler-openvpn, which "
-        "'qvm-features --unset sys-vpn service.vpn-handler-openvpn' takes away.\n"
+        "sys-vpn has lost our mark and is still a tunnel: feature service.vpn-handler-openvpn, which "
+        "'qvm-features --unset sys-vpn service.vpn-handler-openvpn' removes.\n"
     )
 
 
@@ -148,29 +148,29 @@ WHOSE: list[tuple[Callable[[LabDirectory], object], str, str]] = [
     (
         lambda lab: None,
         "sys-vpn",
-        "sys-vpn is marked as a tunnel by other means, which are not changed here: feature "
-        "service.vpn-handler-openvpn, which 'qvm-features --unset sys-vpn service.vpn-handler-openvpn' takes "
-        "away",
+        "sys-vpn is marked as a tunnel by other means, which qvm-forward does not change: feature "
+        "service.vpn-handler-openvpn, which 'qvm-features --unset sys-vpn service.vpn-handler-openvpn' "
+        "removes",
     ),
     (
         lambda lab: change(lab, "sys-firewall", tags=["anon-gateway"]),
         "sys-firewall",
-        "tag anon-gateway, which 'qvm-tags sys-firewall del anon-gateway' takes away",
+        "tag anon-gateway, which 'qvm-tags sys-firewall del anon-gateway' removes",
     ),
     (
         lambda lab: lab.set_feature("fedora-42", "whonix-gw", "1"),
         "sys-firewall",
-        "feature whonix-gw, which 'qvm-features --unset fedora-42 whonix-gw' takes away",
+        "feature whonix-gw, which 'qvm-features --unset fedora-42 whonix-gw' removes",
     ),
     (
         lambda lab: lab.set_feature("sys-firewall", "whonix-gw", "1"),
         "sys-firewall",
-        "feature whonix-gw, which 'qvm-features --unset sys-firewall whonix-gw' takes away",
+        "feature whonix-gw, which 'qvm-features --unset sys-firewall whonix-gw' removes",
     ),
     (
         lambda lab: lab.set_feature("fedora-42", "forward.tunnel", "1"),
         "sys-firewall",
-        "feature forward.tunnel, which 'qvm-forward tunnel unmark fedora-42' takes away",
+        "feature forward.tunnel, which 'qvm-forward tunnel unmark fedora-42' removes",
     ),
 ]
 
@@ -213,7 +213,7 @@ def test_the_list_has_every_mark_and_what_is_behind(forward: Command, lab: LabDi
     assert forward("tunnel", "list").out == (
         "sys-vpn: feature forward.tunnel, feature service.vpn-handler-openvpn\n"
         "  behind it: untrusted (has forwards)\n"
-        "vault: tag anon-vm, to be reached through its tunnel only\n"
+        "vault: tag anon-vm, may be reached through its tunnel only\n"
     )
     assert forward("tunnel", "list", "--json").json == {
         "tunnels": [
@@ -245,7 +245,7 @@ def test_json_of_a_mark(forward: Command) -> None:
 @pytest.mark.parametrize(
     ("argv", "status", "words"),
     [
-        (("mark",), 2, "mark is about one qube; name it"),
+        (("mark",), 2, "mark needs a qube"),
         (("list", "work"), 2, "list shows all tunnel qubes; leave work out"),
         (("mark", "gone"), 1, "there is no qube 'gone'"),
         (("mark", "dom0"), 1, "is the administrative qube"),

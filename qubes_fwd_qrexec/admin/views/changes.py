@@ -85,7 +85,7 @@ def set_options(args: Namespace, session: Session) -> int:
         if not equals:
             raise UsageError(f"{text!a}: an option is written name=value")
         if name in options:
-            raise UsageError(f"option {name!a}: stands twice", name)
+            raise UsageError(f"option {name!a}: given twice", name)
         options[name] = value
     system = _system(args, session)
     changed = changing.set_options(system, args.qube, args.name, options, seen=args.was)
@@ -157,7 +157,7 @@ def _closed(changed: Changed, key: Key) -> str:
     if changed.outcome is None:
         return "; 'qvm-forward apply' closes it"
     flows = _flows(changed, changed.outcome, key)
-    return " and takes no new connection, but what is open may go on" if flows else " and closed"
+    return " and accepts no new connections; open ones may go on" if flows else " and closed"
 
 
 def _flows(changed: Changed, outcome: Outcome, key: Key) -> bool:
@@ -186,7 +186,9 @@ def _narrowing(old: Forward | None, new: Forward) -> list[str]:
     if old is None or old.config is None or new.config is None or not new.config.narrows(old.config):
         return []
     if new.config.on_expire is OnExpire.DRAIN:
-        return ["connections that it no longer allows go on for an hour at most, as it says on-expire=drain"]
+        return [
+            "connections that it no longer allows may go on for up to an hour, because of on-expire=drain"
+        ]
     return ["connections that it no longer allows are cut"]
 
 
@@ -204,11 +206,11 @@ def warnings(forward: Forward) -> list[str]:
             "look complete to the client"
         )
     if forward.source.rule.proxy == "off":
-        way_out = "see that it asks everybody for a password"
+        way_out = "make sure that it asks everybody for a password"
         if forward.transport is Transport.MUX:
             way_out += ", or tell it the client's address with proxy=v2"
         found.append(
-            f"the server in {target} sees all of these connections come from 127.0.0.1, which some servers "
+            f"the server in {target} sees all these connections come from 127.0.0.1, which some servers "
             f"trust: {way_out}"
         )
     return found

@@ -27,7 +27,7 @@ def export_rules(args: Namespace, session: Session) -> int:
     }
     form = args.format or ("json" if session.is_json else "line")
     if session.is_json and form != "json":
-        raise UsageError(f"--json and --format {form} ask for two things; leave one out")
+        raise UsageError(f"--json and --format {form} contradict each other; leave one out")
     if form == "json":
         session.say_json(exchange.as_json(rules, marks))
     elif form == "xml":
@@ -54,7 +54,7 @@ def import_rules(args: Namespace, session: Session) -> int:
         return changes.finish(changed, session)
     session.say(f"Imported {_count(len(changed.keys), 'forward')}.\n")
     if document.skipped:
-        session.say(f"Left out {_count(document.skipped, 'rule')} of other actions than forward.\n")
+        session.say(f"Left out {_count(document.skipped, 'rule')} whose action is not forward.\n")
     for qube, is_marked in marks.items():
         session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
     for forward in changed.forwards:
@@ -65,7 +65,7 @@ def import_rules(args: Namespace, session: Session) -> int:
     if left_open:
         names = ", ".join(map(str, left_open))
         session.say(
-            f"Not in the import, and left open: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
+            f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
         )
     return changes.finish(changed, session)
 

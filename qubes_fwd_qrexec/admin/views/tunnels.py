@@ -22,7 +22,7 @@ def tunnel(args: Namespace, session: Session) -> int:
             raise UsageError(f"list shows all tunnel qubes; leave {args.qube} out")
         return _list(session)
     if args.qube is None:
-        raise UsageError(f"{args.action} is about one qube; name it")
+        raise UsageError(f"{args.action} needs a qube")
     return (_mark if args.action == "mark" else _unmark)(args.qube, session)
 
 
@@ -31,7 +31,7 @@ def _mark(qube: QubeName, session: Session) -> int:
     if session.is_json:
         return _say_json(qube, changed, session)
     is_new = changed.before.inventory != changed.after.inventory
-    session.say(f"{qube} {'is marked as a tunnel' if is_new else 'was marked as a tunnel already'}. ")
+    session.say(f"{qube} {'is marked as a tunnel' if is_new else 'is already marked as a tunnel'}. ")
     session.say(f"{_what_it_means(qube, changed.after.inventory)}\n")
     changes.say_rest(changed, session)
     for forward in changed.plan.live:
@@ -59,7 +59,7 @@ def _unmark(qube: QubeName, session: Session) -> int:
         return _say_json(qube, changed, session)
     inventory = changed.after.inventory
     if left := [*inventory.tunnel_marks(qube)]:
-        session.say(f"The mark is taken off {qube}, which is a tunnel still: {_ways_out(left, inventory)}.\n")
+        session.say(f"{qube} has lost our mark and is still a tunnel: {_ways_out(left, inventory)}.\n")
     else:
         session.say(f"{qube} is no longer marked as a tunnel.\n")
     changes.say_rest(changed, session)
@@ -76,16 +76,14 @@ def _not_ours(qube: QubeName, inventory: Inventory) -> str:
     """Why there is nothing of ours to take away, and whose mark it is."""
     if marks := [*inventory.tunnel_marks(qube)]:
         ways_out = _ways_out(marks, inventory)
-        return f"{qube} is marked as a tunnel by other means, which are not changed here: {ways_out}"
+        return f"{qube} is marked as a tunnel by other means, which qvm-forward does not change: {ways_out}"
     marked = _tunnels(inventory)
     there = f"marked are {', '.join(marked)}" if marked else "no qube is"
     return f"{qube} is not marked as a tunnel; {there}"
 
 
 def _ways_out(marks: Iterable[TunnelMark], inventory: Inventory) -> str:
-    return "; ".join(
-        f"{mark.mark}, which '{' '.join(_way_out(mark, inventory))}' takes away" for mark in marks
-    )
+    return "; ".join(f"{mark.mark}, which '{' '.join(_way_out(mark, inventory))}' removes" for mark in marks)
 
 
 def _say_json(qube: QubeName, changed: Changed, session: Session) -> int:
@@ -120,7 +118,7 @@ def _list(session: Session) -> int:
         session.say(f"{itself}: {', '.join(mark.mark for mark in marks)}\n")
         session.say(f"  behind it: {', '.join(behind) or 'nothing'}\n")
     for mark in anonymous:
-        session.say(f"{mark.qube}: {mark.mark}, to be reached through its tunnel only\n")
+        session.say(f"{mark.qube}: {mark.mark}, may be reached through its tunnel only\n")
     if not found and not anonymous:
         session.say("No tunnel qubes. 'qvm-forward tunnel mark QUBE' marks one, such as a VPN qube.\n")
     return 0
