@@ -115,9 +115,8 @@ def _answer(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer
 
 def is_without_listener(answer: Answer) -> bool:
     """Whether nothing of ours runs there that could have connections."""
-    return isinstance(answer, NotRunningError) or (
-        isinstance(answer, AnswerError) and answer.status == NO_SERVICE
-    )
+    is_down = isinstance(answer, NotRunningError)
+    return is_down or (isinstance(answer, AnswerError) and answer.status == NO_SERVICE)
 
 
 def uptake(forward: Forward, answer: Answer) -> Uptake:
@@ -201,14 +200,9 @@ def ask_after(
     What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
     goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
-    uptakes: dict[Key, Uptake] = {}
-    fresh: list[Forward] = []
-    for forward in after:
-        if forward.source[:2] in keys and forward.state is State.ACTIVE and forward.exposed is not None:
-            if inventory.offers(forward.exposed, Service.FORWARD_TCP):
-                fresh.append(forward)
-            else:
-                uptakes[forward.source[:2]] = Uptake(Has.NOT_OFFERED)
+    opened = [f for f in after if f.source[:2] in keys and f.state is State.ACTIVE and f.exposed is not None]
+    fresh = [f for f in opened if inventory.offers(f.exposed or f.source.target)]
+    uptakes: dict[Key, Uptake] = {f.source[:2]: Uptake(Has.NOT_OFFERED) for f in opened if f not in fresh}
     was = {forward.source[:2]: forward.config for forward in before.live}
     renewed = {f.exposed for f in fresh if was.get(f.source[:2], f.config) != f.config}
     over = beyond_dom0(before, after)

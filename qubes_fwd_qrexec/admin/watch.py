@@ -43,19 +43,17 @@ class Look(NamedTuple):
 
 
 class Watching(Protocol):
-    """Who shows what the loop does."""
+    """Who shows what the loop does. ``troubled``: something failed, and all is tried once more after 5 s.
+    ``is_well``: nothing does any more. ``ticked``: a wait is over, and so far was the clock set back.
+    """
 
-    def looked(self, look: Look) -> None:
-        """After each reconciliation."""
+    def looked(self, look: Look) -> None: ...
 
-    def troubled(self, error: ForwardError) -> None:
-        """Something failed, perhaps again. All is tried once more after 5 s."""
+    def troubled(self, error: ForwardError) -> None: ...
 
-    def is_well(self) -> None:
-        """The last reconciliation did everything, and changes are noticed."""
+    def is_well(self) -> None: ...
 
-    def ticked(self, ahead_s: float) -> None:
-        """Each time that a wait ends: by how much the clock was set back."""
+    def ticked(self, ahead_s: float) -> None: ...
 
 
 class Watcher:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Words for what listeners say after a change: why one is not open, and what goes on of a closed one."""
 
-from typing import Any
-
 from qubes_fwd_qrexec.admin.listeners import GoesOn, Has, Uptake
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Service
@@ -51,7 +49,3 @@ def _count(left: GoesOn) -> str:
     if left.connections is None:
         return "connections"
     return "1 connection" if left.connections == 1 else f"{left.connections} connections"
-
-
-def as_json(left: GoesOn) -> dict[str, Any]:
-    return left._asdict()

@@ -4,7 +4,6 @@
 import json
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.clock import Clock
 from qubes_fwd_qrexec.admin.ending import Ending
@@ -95,21 +94,13 @@ class _Printer:
         self._session.err.flush()
 
 
-class _Seen(NamedTuple):
-    """What became of one rule."""
-
-    state: State
-    cause: Cause
-    reason: str
-
-
-def _seen(planned: Plan) -> dict[tuple[str, str], _Seen]:
-    """Of each rule, and of what cannot be read as one."""
-    seen: dict[tuple[str, str], _Seen] = {
-        f.source[:2]: _Seen(f.state, f.cause, reasons.sentence(f)) for f in planned
+def _seen(planned: Plan) -> dict[tuple[str, str], tuple[State, Cause, str]]:
+    """What became of each rule, and of what cannot be read as one."""
+    seen: dict[tuple[str, str], tuple[State, Cause, str]] = {
+        f.source[:2]: (f.state, f.cause, reasons.sentence(f)) for f in planned
     }
     for rule in planned.broken:
-        seen[rule.target, rule.name] = _Seen(State.BROKEN, Cause.UNREADABLE, f"{rule.problem}.")
+        seen[rule.target, rule.name] = State.BROKEN, Cause.UNREADABLE, f"{rule.problem}."
     return seen
 
 
@@ -122,6 +113,6 @@ def differing(before: Plan, after: Plan) -> Iterator[str]:
         if new is None:
             yield f"{name} is no longer there"
         elif old is None:
-            yield f"{name} is new, and {new.state}. {new.reason}"
-        elif (old.state, old.cause) != (new.state, new.cause):
-            yield f"{name} was {old.state} and is {new.state}. {new.reason}"
+            yield f"{name} is new, and {new[0]}. {new[2]}"
+        elif old[:2] != new[:2]:
+            yield f"{name} was {old[0]} and is {new[0]}. {new[2]}"
