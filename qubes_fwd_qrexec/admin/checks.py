@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The checks of one rule by itself. Each yields what it finds, and what stops a rule hides nothing after it.
+"""The checks of one rule by itself. All of them are made, whatever an earlier one has found.
 
-Their order is that in which a finding decides: a rule that is disabled is disabled, whatever else is wrong.
+The first finding that stops the rule decides its state: a disabled rule is disabled, whatever else is wrong.
 """
 
 from collections.abc import Collection, Iterator

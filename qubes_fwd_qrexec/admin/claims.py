@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Who has which port: an enabled rule claims its ports until its time is over, whether it is open or not.
 
-Two rules conflict that would listen at one address and port of a qube, or that reach one port of a target
-from one qube and say otherwise about autostart, which dom0's policy cannot tell apart. Who changes rules
-refuses a second claim. Qubes' own tools may bring two together all the same, as they change netvms: then the
-first by name has it.
+Two rules conflict if they would listen at one address and port of a qube. They also conflict if they reach
+one port of a target from one qube with different autostart, which dom0's policy cannot tell apart. Every
+command refuses a second claim. Qubes' own tools can still bring two together, as they change netvms: then the
+first by name has the port.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from .states import Cause, Finding
 
 
 class _Claim(NamedTuple):
-    """Numbers first, as with a thousand rules almost all comparisons end there."""
+    """Numbers come first: with a thousand rules, almost all comparisons end there."""
 
     first: int
     last: int
@@ -27,8 +27,8 @@ class _Claim(NamedTuple):
 class Claims:
     """What the rules that were taken claim, by the qube that listens for them.
 
-    ``twins`` are pairs that share a port by IPv4 and IPv6 and lead to different servers. Nothing is wrong
-    with that, but a client that knows the exposed qube by a name reaches one or the other.
+    ``twins`` are pairs that share a port by IPv4 and IPv6 and lead to different servers. That is
+    allowed, but a client that knows the exposed qube by a name reaches one or the other.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Claims:
         self._calls: dict[tuple[QubeName, QubeName, bool], list[NamedRule]] = {}
 
     def take(self, source: NamedRule, listener: QubeName) -> Finding | None:
-        """Let a rule have what it claims, or say which one has it."""
+        """Give a rule what it claims, or return the conflict with the rule that has it."""
         rule = source.rule
         first, last = rule.listen_ports.first, rule.listen_ports.last
         claim = _Claim(first, last, rule.listen_addresses, source)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """dom0's picture of all qubes, as values: what the plan is made from.
 
-It asks nobody and changes nothing. A qube names others (netvm, template), and a name may dangle or
-lead in a circle: the walks here are bounded and say what is wrong.
+It asks nobody and changes nothing. A qube names others (netvm, template). A name may lead nowhere or in a
+circle, so the walks here are bounded.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.common.config import Service, Side, is_forward_key
 from qubes_fwd_qrexec.common.rules import ForwardType
 from qubes_fwd_qrexec.common.values import QubeName
 
-# Four are common, and qubesd itself forbids loops: the bound is for an inventory that lies.
+# Four are common, and qubesd itself forbids loops: the bound is for a wrong inventory.
 CHAIN_MAX = 32
 RULE_PREFIX = "forward."
 TUNNEL_FEATURE = f"{RULE_PREFIX}tunnel"

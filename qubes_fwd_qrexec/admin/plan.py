@@ -16,7 +16,7 @@ from .claims import Claims
 from .inventory import Chain, Inventory
 from .states import Cause, Finding, Forward, Plan
 
-# These come back when somebody says so, and are judged then: the copies that clones inherit claim nothing.
+# These open only after a command, which checks their ports then. So copies that clones inherit claim nothing.
 _ASLEEP = frozenset((Cause.CLONED, Cause.EXPIRED, Cause.DISABLED))
 
 
@@ -32,8 +32,8 @@ def plan(
     """What becomes of each rule at the time ``now`` (UNIX seconds).
 
     ``newcomers`` names rules that are not stored yet: what conflicts with them was there first. ``stock``
-    are the targets that dom0 now allows to be called over the stock service: as long as such a target runs,
-    what its template has learned meanwhile is not in it.
+    are the targets that dom0 now allows to be called over the stock service: while such a target runs, it
+    lacks what has been installed in its template since it started.
     """
     ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
     forwards = {rule[:2]: judged(rule, inventory, now, stock) for rule in ordered}
@@ -59,7 +59,7 @@ def plan(
 
 
 def _home(forward: Forward) -> QubeName | None:
-    """Where a rule claims its ports: where it was agreed to, to which it comes back by itself."""
+    """Where a rule claims its ports: where it was agreed to, as it comes back there by itself."""
     rule = forward.source.rule
     if forward.cause in _ASLEEP:
         return None
