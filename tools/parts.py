@@ -35,7 +35,7 @@ DEBIAN_NAMES = {
     "lab": "qubes-fwd-qrexec-lab",
 }
 # The modules of system/ that dom0's programs use too; dom0 gets no others.
-SYSTEM_IN_DOM0 = ("__init__", "inotify", "notify")
+SYSTEM_IN_DOM0 = ("__init__", "clock", "ending", "inotify", "lockfile", "notify")
 # Presets and sockets do not say where they belong, so their names do.
 DOM0_UNITS = ("qubes-forward-watch", "70-qubes-forward-dom0")
 UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")

@@ -17,6 +17,8 @@ from .inventory import Inventory
 NEW = "new"
 # The token that stands for whatever the file says now: for closing everything, and for nothing else.
 ANY = "any"
+# For whoever starts a second one.
+WATCH_BUSY = "another 'qvm-forward watch' runs already"
 
 
 class ChangedError(StoreError):

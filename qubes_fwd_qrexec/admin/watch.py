@@ -10,11 +10,11 @@ from typing import NamedTuple, Protocol
 
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.system.clock import Clock
+from qubes_fwd_qrexec.system.ending import Ending
 
 from . import policy
 from .backend import Backend, Changes
-from .clock import Clock
-from .ending import Ending
 from .reconcile import Applied, UnfinishedError, reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .states import Plan

@@ -10,6 +10,7 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import (
     ANY,
     NEW,
+    WATCH_BUSY,
     Backend,
     ChangedError,
     Changes,
@@ -18,9 +19,9 @@ from qubes_fwd_qrexec.admin.backend import (
     PolicyVerdict,
 )
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube, feature_matters, is_told
-from qubes_fwd_qrexec.admin.lockfile import WATCH_BUSY, hold, is_held
 from qubes_fwd_qrexec.common.errors import StoreError, why
 from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
 from .directory import LabDirectory, write_text
 

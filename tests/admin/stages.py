@@ -12,7 +12,6 @@ from worlds import Hands
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Changes
-from qubes_fwd_qrexec.admin.ending import Ending
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.views.session import Session
 from qubes_fwd_qrexec.admin.views.tables import Style
@@ -22,6 +21,7 @@ from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
+from qubes_fwd_qrexec.system.ending import Ending
 
 Act = Callable[[], object]
 END: Act = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731

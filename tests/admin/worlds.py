@@ -5,13 +5,13 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.admin.clock import Clock
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.system.clock import Clock
 
 NOW = 1_800_000_000
 ADD = ("add", "work", "80:8080", "--from", "192.168.0.0/16", "--name", "web")

@@ -15,11 +15,11 @@ from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.answers import REFUSED, AnswerError, read_answer
-from qubes_fwd_qrexec.admin.backend import Changes, PolicyCall, PolicyFile, PolicyVerdict
+from qubes_fwd_qrexec.admin.backend import WATCH_BUSY, Changes, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.lockfile import WATCH_BUSY, hold, is_held
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
 from . import policyapi
 from .errors import WHO_MAY, asking_qubesd, how_to_allow

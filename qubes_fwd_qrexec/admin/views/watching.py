@@ -5,11 +5,11 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator
 
-from qubes_fwd_qrexec.admin.clock import Clock
-from qubes_fwd_qrexec.admin.ending import Ending
 from qubes_fwd_qrexec.admin.states import Cause, Plan, State
 from qubes_fwd_qrexec.admin.watch import Look, Watcher
 from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.system.clock import Clock
+from qubes_fwd_qrexec.system.ending import Ending
 from qubes_fwd_qrexec.system.notify import notify
 
 from . import reasons, steps

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.admin.lockfile import hold, is_held
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
 
 @pytest.fixture

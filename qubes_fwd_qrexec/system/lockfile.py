@@ -11,7 +11,6 @@ from pathlib import Path
 from qubes_fwd_qrexec.common.errors import StoreError, why
 
 _RETRY_S = 0.02
-WATCH_BUSY = "another 'qvm-forward watch' runs already"
 
 
 @contextmanager

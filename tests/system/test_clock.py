@@ -5,7 +5,7 @@ import time
 
 from worlds import Hands
 
-from qubes_fwd_qrexec.admin.clock import Clock
+from qubes_fwd_qrexec.system.clock import Clock
 
 
 def test_it_goes_with_the_wall_clock() -> None:

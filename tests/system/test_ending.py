@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from qubes_fwd_qrexec.admin.ending import Ending
+from qubes_fwd_qrexec.system.ending import Ending
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
