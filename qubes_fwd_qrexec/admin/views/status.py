@@ -49,7 +49,7 @@ Answers = Mapping[QubeName, Answer]
 class Row(NamedTuple):
     """One live forward, with dom0's verdict on its calls and what its listener and its target say of it.
 
-    ``mux_calls`` are those that the target has of it; None if it is not known or there are none.
+    ``mux_calls`` are those that the target has of it; None if that is unknown, or it has another transport.
     """
 
     forward: Forward
@@ -131,7 +131,8 @@ class Status(NamedTuple):
 def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
     """The running qubes whose answers `status_of` wants for a part of the plan."""
     found: set[QubeName | None] = {*_listening(planned, inventory, qubes)}
-    found |= {qube for forward in planned.live for qube in (forward.exposed, forward.source.target)}
+    found |= {forward.exposed for forward in planned.live}
+    found |= {forward.source.target for forward in planned.live if forward.transport is Transport.MUX}
     return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
 
 

@@ -11,8 +11,7 @@ from worlds import ADD, NOW, Command
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.store import read_rules
+from qubes_fwd_qrexec.admin.snapshot import look as read_system
 from qubes_fwd_qrexec.admin.views.status import Row, Status, size, status_of, text, to_ask
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import (
@@ -203,11 +202,10 @@ NOTHING = QubeReport(program="1", listener=ListenerReport(since=1, forwards=()))
 
 def look(store: Backend, **answers: QubeReport | AnswerError) -> Status:
     """The status of a system whose other qubes answer that they have no listener."""
-    inventory = store.inventory(with_config=True)
-    snapshot = Snapshot(inventory, read_rules(inventory), store.read_policy())
+    snapshot = read_system(store, with_config=True)
     planned = snapshot.plan(NOW)
     asked: dict[QubeName, QubeReport | AnswerError] = dict.fromkeys(
-        to_ask(planned, inventory, ()), QubeReport(program="1")
+        to_ask(planned, snapshot.inventory, ()), QubeReport(program="1")
     )
     asked |= {QubeName(name.replace("_", "-")): answer for name, answer in answers.items()}
     return status_of(snapshot, planned, NOW, judged(planned.live, store, snapshot.installed.text), asked)
@@ -265,6 +263,15 @@ def test_the_mux_calls_that_the_target_has_are_those_of_the_forward(forward: Com
     target = QubeReport(program="1", calls=(mine, *others))
     assert row(store, sys_net=listening(REPORT), work=target).mux_calls == 2
     assert row(store, sys_net=listening(REPORT), work=AnswerError("x")).mux_calls is None
+
+
+def test_a_target_without_our_service_is_not_asked(forward: Command, store: Backend) -> None:
+    forward(*ADD)
+    forward("add", "personal", "81", "--from", "any")
+    snapshot = read_system(store)
+    asked = to_ask(snapshot.plan(NOW), snapshot.inventory, ())
+    assert "work" in asked
+    assert "personal" not in asked
 
 
 def test_refusals_and_the_last_error_are_said(forward: Command, store: Backend) -> None:
