@@ -29,6 +29,12 @@ _NO_FROM = (
     "it again), or --from any to let in everybody who can reach the port"
 )
 
+# What the command line calls as a rule does.
+_AS_GIVEN = (
+    *("mode", "via", "proto", "listen", "transport", "proxy", "autostart", "on_expire"),
+    *("follow_netvm", "bypass_tunnel", "comment"),
+)
+
 
 def add(args: Namespace, session: Session) -> int:
     """Make a forward and open it."""
@@ -50,21 +56,11 @@ def _rule(args: Namespace, now: float) -> ForwardRule:
             listen_ports=listen_ports,
             target_ports=target_ports,
             sources=sources,
-            mode=args.mode,
             forward_type=ForwardType.INTERNAL if args.internal else ForwardType.EXTERNAL,
-            via=args.via,
-            proto=args.proto,
-            listen=args.listen,
-            transport=args.transport,
-            proxy=args.proxy,
-            autostart=args.autostart,
-            on_expire=args.on_expire,
             enabled=not args.disabled,
-            follow_netvm=args.follow_netvm,
-            bypass_tunnel=args.bypass_tunnel,
             limits=args.limits or NO_LIMITS,
             expire=expire,
-            comment=args.comment,
+            **{field: getattr(args, field) for field in _AS_GIVEN},
         )
     except RuleError as error:
         raise UsageError(str(error), *error.options) from None

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.admin.views import cli
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BOUND_S = 60.0
 
 

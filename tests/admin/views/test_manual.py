@@ -14,7 +14,7 @@ from worlds import Command
 from qubes_fwd_qrexec.admin.views import cli, complete, parser
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("qvm-forward*.rst")}
 GENERAL = PAGES["qvm-forward"]
 COMMANDS = parser.commands_of(parser.build())

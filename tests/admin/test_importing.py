@@ -14,7 +14,6 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeClass
 
 Forward = Callable[..., Any]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("form", ["line", "xml", "json"])
