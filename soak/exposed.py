@@ -43,7 +43,7 @@ class Held:
 
 def held(listener: Listener) -> Held:
     """Reads private state, since no interface shows a leak."""
-    transports = listener._means.transports
+    transports = listener.transports
     pools = list(transports.pools.values())
     mux_calls = [mux_call for pool in pools for mux_call in pool.mux_calls]
     return Held(

@@ -23,7 +23,7 @@ from bench.processes import Child
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
-from qubes_fwd_qrexec.exposed.callbudget import WAIT_S
+from qubes_fwd_qrexec.exposed.callwaits import WAIT_S
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
