@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plan made true: what should be, what differs from what is, and the steps between.
+"""From plan to system: what differs between the two, and the steps that change it.
 
 `differences` decides and changes nothing; `carry_out` acts. Closing comes before opening, and policy
 before the listener in both: a listener without policy can do no harm, and a qube that keeps on listening
@@ -92,7 +92,7 @@ class Outcome(NamedTuple):
         return not self.problems and all(ended.problem is None for ended in self.ended)
 
     def after(self, earlier: "Outcome") -> "Outcome":
-        """Of two that follow each other; what the earlier one left undone, this one has seen too."""
+        """This one and the one before it, whose undone steps and problems this one has met again."""
         return self._replace(
             done=(*earlier.done, *self.done),
             untold=(*earlier.untold, *self.untold),

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Calls of our service outlive the policy that allowed them: what each target is told, and what became of it.
+"""Calls of our service outlive the policy that allowed them: what each target is told, and what came of it.
 
-A target is told all that dom0 allows towards it from now on, and ends the rest. That is one bounded call to
-each target, all at once, and the best that can be done rather than what safety rests on: a mux call ends
-with its lease whatever becomes of this.
+A target is told all that dom0 allows there from now on, and ends the rest. That is one bounded call to each
+target, all at once, and nothing remembers those that failed: safety rests on the lease in the target.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,9 +30,9 @@ _TIMEOUT_S = 5.0
 
 
 class Ended(NamedTuple):
-    """What one target made of it: calls that ended, and calls that take nothing new and go on for a while.
+    """What came of telling one target: calls that ended, and calls that may drain.
 
-    ``problem`` is None unless the target was not reached: then its calls may go on.
+    ``problem`` is why it could not be told: then its calls may go on.
     """
 
     target: QubeName
@@ -64,7 +63,7 @@ def allowances(
 
 
 def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
-    """The running qubes that calls may have reached which these lines allowed.
+    """The running qubes that may have calls which these lines allowed.
 
     A line that we would not write could have allowed a call of our service to any that serves.
     """

@@ -119,7 +119,7 @@ def test_the_json_of_a_removal_says_what_was_removed_and_ended(forward: Command)
     forward(*ADD)
     data = forward("remove", "work", "web", "--json").json
     assert data["removed"] == [{"qube": "work", "name": "web"}]
-    assert (data["forwards"], data["applied"], data["stock"]) == ([], True, [])
+    assert (data["forwards"], data["applied"], data["goes_on"]) == ([], True, [])
     assert "close-policy" in [step["step"] for step in data["steps"]]
 
 

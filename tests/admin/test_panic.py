@@ -271,7 +271,7 @@ def test_every_running_qube_that_serves_is_told_to_cut_whatever_it_has(
 
 def test_programs_are_told_the_same(opened: LabDirectory, panic: Panic) -> None:
     data: Any = panic(Faulty(opened, "call work"), "--json").json
-    assert (data["is_closed"], data["is_held"], data["open_still"], data["stock"]) == (False, True, [], [])
+    assert (data["is_closed"], data["is_held"], data["open_still"], data["goes_on"]) == (False, True, [], [])
     (ended,) = [entry for entry in data["ended"] if entry["problem"]]
     assert (ended["qube"], ended["problem"]) == ("work", "qubes.ForwardRevoke in work: cannot call work")
     data = panic(Faulty(opened), "--json").json

@@ -261,7 +261,7 @@ def as_json(changed: Changed) -> dict[str, Any]:
         "is_watched": changed.watch_start is None,
         "steps": [] if outcome is None else [steps.as_json(step) for step in outcome.done],
         "ended": [] if outcome is None else [steps.ended_as_json(ended) for ended in outcome.ended],
-        "stock": [left._asdict() for left in changed.heard.goes_on],
+        "goes_on": [left._asdict() for left in changed.heard.goes_on],
     }
 
 

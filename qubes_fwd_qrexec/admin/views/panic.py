@@ -36,7 +36,7 @@ def _as_json(held: Held) -> dict[str, Any]:
         "not_done": list(_not_done(held)),
         "notes": list(held.notes),
         "open_still": list(_open_still(held)),
-        "stock": [left._asdict() for left in held.goes_on],
+        "goes_on": [left._asdict() for left in held.goes_on],
     }
 
 
