@@ -168,7 +168,7 @@ class Listener:
         """One line for the service manager: what is open, and which entries are not."""
         problems = ", ".join(sorted(self.problems))
         return one_line(
-            f"{len(self.forwards)} forwards open" + (f"; in trouble: {problems}" if problems else "")
+            f"{len(self.forwards)} forwards open" + (f"; not as configured: {problems}" if problems else "")
         )
 
     async def follow_supervisor(self) -> None:
@@ -269,7 +269,7 @@ class Listener:
             self._open(name, config)
         except BindError as error:
             if self._unopened.failed(name, config, str(error)):
-                _logger.error("%s %s is not opened: %s; it is tried again", *name, error)
+                _logger.error("%s %s cannot be opened: %s; this is tried again", *name, error)
         else:
             self._unopened.forget(name)
 

@@ -122,7 +122,8 @@ def _standard_socket(fd: int) -> socket.socket:
         is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
     if not is_socket:
         raise ServiceError(
-            ExitStatus.BAD_ARGUMENT, f"file descriptor {fd} is no socket; this program is started by qrexec"
+            ExitStatus.BAD_ARGUMENT,
+            f"file descriptor {fd} is not a socket; this program is started by qrexec",
         )
     sock = socket.socket(fileno=os.dup(fd))
     with open(os.devnull, "r+b", buffering=0) as nothing:

@@ -322,7 +322,7 @@ async def test_a_port_that_comes_free_is_opened_without_a_new_configuration(
     failed = [m for m in caplog.messages if "is not opened" in m]
     assert len(failed) == 1
     assert "the port is in use by this program itself" in failed[0]
-    assert "it is tried again" in failed[0]
+    assert "this is tried again" in failed[0]
 
 
 @pytest.mark.parametrize("how", ["removed", "expired", "stopping"])

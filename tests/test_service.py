@@ -350,7 +350,7 @@ def test_standard_streams_that_are_no_sockets_are_refused(redirect: str) -> None
     command = f"exec {sys.executable} -m qubes_fwd_qrexec.service 80 {redirect}"
     ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False, timeout=BOUND_S)
     assert ended.returncode == 2
-    assert b"is no socket" in ended.stderr
+    assert b"is not a socket" in ended.stderr
 
 
 def test_a_call_never_waits_for_trio_to_be_imported() -> None:

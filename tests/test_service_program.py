@@ -107,9 +107,9 @@ def test_an_end_that_was_not_agreed_is_status_125_with_the_reason(
 
 _NOT_YET = HELLO.replace(wire.MAGIC + b"\0\1\0\1", wire.MAGIC + b"\0\7\0\7")
 GARBAGE = {
-    "http": (b"GET / HTTP/1.1\r\nHost: \x1b[31m\r\n\r\n", "there is no frame type 71"),
-    "zeros": (bytes(4096), "there is no frame type 0"),
-    "ones": (b"\xff" * 4096, "there is no frame type 255"),
+    "http": (b"GET / HTTP/1.1\r\nHost: \x1b[31m\r\n\r\n", "unknown frame type 71"),
+    "zeros": (bytes(4096), "unknown frame type 0"),
+    "ones": (b"\xff" * 4096, "unknown frame type 255"),
     "a PING before HELLO": (frame(8, bytes(8)), "PING before HELLO"),
     "a second HELLO": (HELLO + HELLO, "a second HELLO"),
     "another magic": (HELLO.replace(wire.MAGIC, b"qfwd\n\x1b\xff\0"), "the HELLO begins with"),

@@ -310,7 +310,8 @@ MUX_MIB = 11
 CONNECTION_KIB = 10
 # What comes at a gigabit a second, half of it read, until it is looked at again what the kernel holds.
 SECOND_MIB = 64
-# Beside what is asked for a socket holds the last segment that came in; see tests/test_socketbuffers.py.
+# Beside what is asked for a socket holds the last segment that came in; see
+# tests/relay/test_socketbuffers.py.
 SEGMENT_KIB = 34
 
 

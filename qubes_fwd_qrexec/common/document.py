@@ -40,7 +40,7 @@ def load(untrusted_text: bytes) -> object:
         # Everything that a report may contain is ASCII.
         value: object = json.loads(untrusted_text.decode("ascii"), object_pairs_hook=_once)
     except (ValueError, RecursionError):
-        raise ReportError("the answer is no JSON in ASCII") from None
+        raise ReportError("the answer is not JSON in ASCII") from None
     return value
 
 

@@ -133,7 +133,7 @@ def parse_network(text: str) -> IPNetwork:
     if _covers(_NOBODY, [network]):
         raise TextError(
             text,
-            "a network of clients: these are no client's addresses (unspecified, multicast or broadcast), "
+            "a network of clients: no client has such an address (unspecified, multicast or broadcast), "
             "and everybody is the word any",
         )
     return network

@@ -85,7 +85,7 @@ def check_header(kind: int, length: int, stream_id: int) -> FrameType:
     if shape is None:
         if kind & 0xFF and kind & 0xFF00 in _SHAPES:
             raise RemoteProtocolError(f"the flags of a frame are {kind & 0xFF:#04x} instead of 0")
-        raise RemoteProtocolError(f"there is no frame type {kind >> 8}")
+        raise RemoteProtocolError(f"unknown frame type {kind >> 8}")
     frame_type = FrameType(kind >> 8)
     least, most, has_stream = shape
     if not least <= length <= most:
@@ -147,7 +147,7 @@ def decode_open(untrusted_payload: Buffer) -> OpenRequest:
     try:
         proxy = ProxyVersion(number)
     except ValueError as error:
-        raise RemoteProtocolError(f"there is no PROXY header {number}") from error
+        raise RemoteProtocolError(f"unknown PROXY version {number}") from error
     origin = Origin(IPv6Address(client), client_port, IPv6Address(exposed), exposed_port)
     return OpenRequest(credit, port, origin, proxy)
 
@@ -183,7 +183,7 @@ def decode_reset(untrusted_payload: Buffer) -> ResetCode:
     try:
         return ResetCode(number)
     except ValueError as error:
-        raise RemoteProtocolError(f"there is no RESET code {number}") from error
+        raise RemoteProtocolError(f"unknown RESET code {number}") from error
 
 
 def encode_eof(stream_id: int) -> bytes:
@@ -209,7 +209,7 @@ def decode_goaway(untrusted_payload: Buffer) -> Goaway:
     try:
         code = GoawayCode(number)
     except ValueError as error:
-        raise RemoteProtocolError(f"there is no GOAWAY code {number}") from error
+        raise RemoteProtocolError(f"unknown GOAWAY code {number}") from error
     return _from_peer(lambda: Goaway(last_id, code, bool(final)))
 
 

@@ -62,7 +62,7 @@ def owner(directory: Path = DIRECTORY) -> int:
     except OSError as error:
         raise SocketsError(f"no listener is running: {directory}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid == 0:
-        raise SocketsError(f"{directory} is no directory of a user other than root, as the listener's is")
+        raise SocketsError(f"{directory} is not a directory owned by a user other than root")
     return found.st_uid
 
 

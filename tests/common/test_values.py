@@ -194,7 +194,7 @@ def test_what_is_no_address(text: str) -> None:
         ("", "a network such as"),
         ("::ffff:10.0.0.0/104", "IPv4 as IPv4"),
         ("fe80::1%eth0", "without zone"),
-        *((text, "no client's addresses") for text in NOBODY),
+        *((text, "no client has such an address") for text in NOBODY),
     ],
 )
 def test_what_is_no_network(text: str, words: str) -> None:

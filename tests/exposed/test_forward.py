@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Over `relay_over_call` as it is: endings as the direct connection has them, and what `Forward` adds."""
+"""Over `relay_over_call` as it is: endings as the direct connection has them, and what `OpenForward` adds."""
 
 import contextlib
 import socket
@@ -131,7 +131,7 @@ async def test_what_came_before_an_abort_is_delivered_to_a_slow_client(
     monkeypatch.setattr(forward, "DELIVERY_S", BOUND_S)
     port = free_port()
     write_config(tmp_path / "config", port, port_of(server))
-    sent = pattern(150_000)  # fits the send buffer that `accepting` sets
+    sent = pattern(150_000)  # fits the send buffer that `acceptloop` sets
     async with running_listener(tmp_path / "config", FakeClient(tmp_path, "serve").command) as listener:
         with trio.socket.socket() as client, trio.fail_after(BOUND_S):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)

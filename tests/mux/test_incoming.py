@@ -30,8 +30,8 @@ ACCEPT = wire.encode_accept(1, CREDIT)
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (raw_frame(0), "no frame type 0"),
-        (raw_frame(13, payload=b"x"), "no frame type 13"),
+        (raw_frame(0), "unknown frame type 0"),
+        (raw_frame(13, payload=b"x"), "unknown frame type 13"),
         (raw_frame(4, 1, b"x", flags=1), "flags"),
         (raw_frame(4, 1, b""), "DATA of 0 bytes"),
         (raw_frame(4, 1, bytes(32769)), "DATA of 32769 bytes"),
@@ -43,7 +43,7 @@ ACCEPT = wire.encode_accept(1, CREDIT)
         (open_frame(2, credit=1), "initial credit of 1 "),
         (open_frame(2, credit=2047), "initial credit of 2047 "),
         (open_frame(2, credit=WINDOW + 1), "initial credit of 65537 "),
-        (open_frame(2)[:-1] + b"\x03", "no PROXY header 3"),
+        (open_frame(2)[:-1] + b"\x03", "unknown PROXY version 3"),
         (ACCEPT, "ACCEPT from the listener side"),
         (data_frame(2), "DATA on stream 2, which was never opened"),
         (wire.encode_credit(2, 1024), "CREDIT on stream 2, which was never opened"),
@@ -56,14 +56,14 @@ ACCEPT = wire.encode_accept(1, CREDIT)
         (EOF + EOF, "EOF came on a stream"),
         (reset_frame(1) + data_frame(1), "DATA came on a stream"),
         (reset_frame(1) + reset_frame(1), "RESET came on a stream"),
-        (raw_frame(7, 1, bytes(4)), "no RESET code 0"),
+        (raw_frame(7, 1, bytes(4)), "unknown RESET code 0"),
         (wire.encode_pong(b"12345678"), "a PONG that answers no PING"),
         (wire.encode_ping(b"12345678") * 2, "a PING before the PONG"),
         (goaway_frame(0, GoawayCode.SHUTDOWN), "GOAWAY with the last stream 0"),
         (goaway_frame(2, GoawayCode.DONE, True), "GOAWAY with the last stream 2"),
         (goaway_frame(1, GoawayCode.SHUTDOWN) + open_frame(2), "OPEN after the listener side said GOAWAY"),
         (goaway_frame(1, GoawayCode.SHUTDOWN) * 2, "a second GOAWAY"),
-        (raw_frame(10, 0, bytes.fromhex("00000001 0001 0001")), "no GOAWAY code 1"),
+        (raw_frame(10, 0, bytes.fromhex("00000001 0001 0001")), "unknown GOAWAY code 1"),
         (goaway_frame(1, GoawayCode.DONE, True) + wire.encode_ping(b"12345678"), "PING after the final"),
         (goaway_frame(1, GoawayCode.DONE, True) + data_frame(1), "DATA after the final"),
     ],
@@ -232,7 +232,7 @@ def test_events_before_a_violation_are_returned():
     target = target_with_stream()
     events = target.receive_data(data_frame(1) + b"\xff" * 8)
     assert next(events) == DataReceived(1, b"x")
-    with pytest.raises(RemoteProtocolError, match="no frame type 255"):
+    with pytest.raises(RemoteProtocolError, match="unknown frame type 255"):
         next(events)
 
 

@@ -25,7 +25,7 @@ from .helpers import (
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"Welcome to Debian\n", "no frame type 87"),
+        (b"Welcome to Debian\n", "unknown frame type 87"),
         (raw_frame(1, payload=bytes(40)), "the HELLO begins with"),
         (wire.encode_ping(b"12345678"), "PING before HELLO"),
         (goaway_frame(0, GoawayCode.DONE, True), "GOAWAY before HELLO"),

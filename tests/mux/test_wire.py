@@ -81,10 +81,10 @@ def test_frames_without_values_have_their_type():
 @pytest.mark.parametrize(
     ("kind", "length", "stream_id", "problem"),
     [
-        (0x0000, 0, 0, "no frame type 0"),
-        (0x0D00, 8, 0, "no frame type 13"),
-        (0xFF00, 8, 0, "no frame type 255"),
-        (0xFF01, 8, 0, "no frame type 255"),
+        (0x0000, 0, 0, "unknown frame type 0"),
+        (0x0D00, 8, 0, "unknown frame type 13"),
+        (0xFF00, 8, 0, "unknown frame type 255"),
+        (0xFF01, 8, 0, "unknown frame type 255"),
         (0x0401, 8, 1, "flags of a frame are 0x01"),
         (0x0880, 8, 0, "flags of a frame are 0x80"),
         (0x0400, 0, 1, "DATA of 0 bytes"),
@@ -142,7 +142,7 @@ def test_a_hello_with_invalid_values_is_the_peers_fault():
     ("payload", "problem"),
     [
         ("00000000 0006 0002", "final field of a GOAWAY is 2"),
-        ("00000000 0001 0001", "no GOAWAY code 1"),
+        ("00000000 0001 0001", "unknown GOAWAY code 1"),
         ("00000000 000c 0000", "PROTOCOL_ERROR cannot begin a drain"),
     ],
 )
@@ -153,14 +153,14 @@ def test_an_invalid_goaway_is_the_peers_fault(payload, problem):
 
 @pytest.mark.parametrize("number", [0, 10, 0xFFFF_FFFF])
 def test_an_unknown_reset_code_is_the_peers_fault(number):
-    with pytest.raises(RemoteProtocolError, match=f"no RESET code {number}"):
+    with pytest.raises(RemoteProtocolError, match=f"unknown RESET code {number}"):
         wire.decode_reset(number.to_bytes(4, "big"))
 
 
 @pytest.mark.parametrize("number", [3, 255])
 def test_an_unknown_proxy_header_is_the_peers_fault(number):
     payload = wire.encode_open(1, wire.OpenRequest(0, 80, ORIGIN, ProxyVersion.V2))[8:]
-    with pytest.raises(RemoteProtocolError, match=f"no PROXY header {number}"):
+    with pytest.raises(RemoteProtocolError, match=f"unknown PROXY version {number}"):
         wire.decode_open(payload[:-1] + bytes([number]))
 
 

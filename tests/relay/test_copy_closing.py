@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The ways to close a socket, beside `test_relay`."""
+"""The ways to close a socket, beside `test_copy`."""
 
 import select
 import socket

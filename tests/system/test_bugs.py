@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A bug of ours ends what it happened to, and nothing else; tests/test_loop.py has the guard itself."""
+"""A bug of ours ends what it happened to, and nothing else; tests/relay/test_loop.py has the guard itself."""
 
 import os
 import socket

@@ -81,10 +81,10 @@ async def test_a_listener_notifies_of_start_reload_problems_and_end(manager: Man
         await manager.hears("READY=1", "STATUS=1 forwards open")
         (config / "fwd.work.bad\n").write_text("bad")
         await manager.hears_reload()
-        await manager.hears("STATUS=1 forwards open; in trouble: fwd.work.bad\\n")
+        await manager.hears("STATUS=1 forwards open; not as configured: fwd.work.bad\\n")
         (config / "fwd.work.web").unlink()
         await manager.hears_reload()
-        await manager.hears("STATUS=0 forwards open; in trouble: fwd.work.bad\\n")
+        await manager.hears("STATUS=0 forwards open; not as configured: fwd.work.bad\\n")
         listener.stop()
         await manager.hears("STOPPING=1", "STATUS=closed, connections may finish")
 

@@ -210,7 +210,7 @@ def test_the_listener_is_known_by_its_directory_and_root_is_never_taken_for_it(t
         owner(directory)
     directory.mkdir()
     if UID == 0:
-        with pytest.raises(SocketsError, match="of a user other than root"):
+        with pytest.raises(SocketsError, match="owned by a user other than root"):
             owner(directory)
         os.chown(directory, 54321, 54321)
     assert owner(directory) == (54321 if UID == 0 else UID)
@@ -218,7 +218,7 @@ def test_the_listener_is_known_by_its_directory_and_root_is_never_taken_for_it(t
     link.symlink_to(directory)
     if UID == 0:
         os.chown(link, 54321, 54321, follow_symlinks=False)
-    with pytest.raises(SocketsError, match="is no directory"):
+    with pytest.raises(SocketsError, match="is not a directory"):
         owner(link)
 
 
