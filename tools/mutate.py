@@ -40,8 +40,8 @@ PLACES = ["mux", "relay", "common", "admin"]
 LEFT_OUT = "admin/views/"
 EQUIVALENT = ROOT / "tests" / "equivalent-mutants"
 WANTED_SHARE = 0.95
-# Folders whose tests take seconds: all of them are asked.
-FAST = {"mux", "common"}
+# Folders whose tests are all asked: what is not noticed where it is tested shows where it is used.
+WHOLE = {"mux", "common", "relay"}
 # Those that a slip of the hand makes. Cosmic Ray has more, whose changes fail wherever the line runs at all.
 OPERATORS = [
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
@@ -138,8 +138,8 @@ def drawn(files: list[str], count: int, chance: random.Random) -> list[Mutant]:
 
 
 def tests_of(file: str) -> list[str]:
-    """Those that mirror the file, then those of the same folder that import it, and where there are none, or
-    they are fast, the rest of the folder."""
+    """Those that mirror the file, then those of the same folder that import it, and then, for some folders
+    and where there are no others, the rest of the folder."""
     path = Path(file)
     folder = str(Path("tests", *path.parts[1:-1]))
     tests = [test for test in tracked(folder) if re.search(r"/test_\w+\.py$", test)]
@@ -160,8 +160,8 @@ def tests_of(file: str) -> list[str]:
         if test not in mirror and (imports.search(text) or is_by_package):
             others.append(test)
     found = mirror + others
-    is_fast = path.parts[1] in FAST
-    return found + [test for test in tests if test not in found] if is_fast or not found else found
+    is_whole = path.parts[1] in WHOLE or not found
+    return found + [test for test in tests if test not in found] if is_whole else found
 
 
 class Copy:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import unix_pair
+from helpers import tcp_pair, unix_pair
 from mux_bench import PORTS, MuxBench
 
 from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, ResetCode, wire
@@ -216,6 +216,33 @@ def test_ten_thousand_streams_with_undelivered_bytes_are_polled_rarely(
         bench.turn(1)
     bench.until(lambda: "near" in stream.ends)
     assert looks <= 2 * 9
+
+
+class Counting(socket.socket):
+    """Counts its writes."""
+
+    writes = 0
+
+    def send(self, *arguments: Any) -> int:
+        self.writes += 1
+        return super().send(*arguments)
+
+
+def test_frames_of_one_stream_that_come_in_a_row_are_one_write(bench: MuxBench) -> None:
+    client, near = bench.open()
+    other = bench.join()
+    server, connected = tcp_pair()
+    counting = Counting(fileno=connected.detach())
+    counting.setblocking(False)
+    assert bench.far.accept(near.stream_id, counting) is not None
+    bench.until(lambda: near.is_joined)
+    with client, server:
+        # Written to the call beside the mux of this end, which would join what is one stream's.
+        frame = wire.data_header(near.stream_id, 3) + b"abc"
+        bench.near_call.send(frame + frame + wire.data_header(other.near.stream_id, 1) + b"x" + frame)
+        assert bench.read(server, 9) == b"abc" * 3
+        assert bench.read(other.server, 1) == b"x"
+        assert counting.writes == 2
 
 
 def mux_over(bench: MuxBench, source: socket.socket, sink: socket.socket) -> mux_module.Mux:
