@@ -168,7 +168,7 @@ def strings_of(file: Path) -> set[str]:
 
 
 def test_dom0_names_the_lab_in_one_place() -> None:
-    """The lab is a plug-in of `admin.locate`, which loads it by this name where a lab is asked for."""
+    """The lab is a plug-in of `admin.views.locate`, which loads it by this name where a lab is asked for."""
     found = {
         (module_name(file), value)
         for file in FILES
@@ -176,7 +176,7 @@ def test_dom0_names_the_lab_in_one_place() -> None:
         for value in strings_of(file)
         if f"{PACKAGE}.lab" in value
     }
-    assert found == {("admin.locate", f"{PACKAGE}.lab.store")}
+    assert found == {("admin.views.locate", f"{PACKAGE}.lab.store")}
     assert "lab.store" in MODULES
 
 

@@ -14,9 +14,6 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 # A trial of a forward takes up to 3 s in its qube, and a call some tenths of a second.
 ANSWER_TIMEOUT_S = 8.0
-# qubes-core-qrexec libqrexec/qrexec.h: QREXEC_EXIT_REQUEST_REFUSED and QREXEC_EXIT_SERVICE_NOT_FOUND.
-REFUSED = 126
-NO_SERVICE = 127
 # More qubes than run on one machine; the others would wait for these.
 _AT_ONCE = 32
 

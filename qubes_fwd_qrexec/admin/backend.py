@@ -52,24 +52,21 @@ class PolicyVerdict(NamedTuple):
 
 
 class Changes(Protocol):
-    """News that something has changed from which plan, configuration or policy are made; never what."""
+    """News that something changed from which plan, configuration or policy are made; never what."""
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Block until something has changed (True), ``timeout_s`` are over or a waker is readable (False).
+        """Block until something changed (True), ``timeout_s`` are over or a waker is readable (False).
 
-        The first call connects, and returns True when that stands. Raises `StoreError` when it does not, or
-        the connection is lost; begin anew then.
+        The first call connects, and returns True then. Raises `StoreError` if that fails or the connection is
+        lost: begin anew.
         """
 
 
 class Backend(Protocol):
-    """A system of qubes. Whoever changes something holds `locked`; nothing else here locks."""
+    """A system of qubes. Whoever changes something holds `locked`."""
 
     def inventory(self, *, with_config: bool = True) -> Inventory:
-        """All qubes as they are now, with the features that matter (`inventory.feature_matters`).
-
-        Without ``with_config`` those that tell listeners of forwards have no values: each is a call.
-        """
+        """All qubes, with the features that matter; without ``with_config`` not what listeners are told."""
 
     def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         """``vm-config.`` ones reach a running qube at once, others at its start."""
@@ -81,27 +78,22 @@ class Backend(Protocol):
         """The policy file that qvm-forward writes."""
 
     def replace_policy(self, text: str, token: str) -> None:
-        """Raises `ChangedError` if the file is not what ``token`` stands for, and `StoreError` if dom0 cannot
-        read its policy with this text.
-        """
+        """Raises `ChangedError` if the file is another, `StoreError` if it would make policy unreadable."""
 
     def ask(
         self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
     ) -> bytes:
-        """Make a qrexec call (``NAME+ARGUMENT``) with ``given`` as input; the answer is untrusted.
+        """Call ``NAME+ARGUMENT`` in a running qube with ``given`` as input; what it answers is untrusted.
 
-        A halted qube is not started. Several threads may ask at once. Raises `answers.AnswerError` unless the
-        call ends with status 0, in time (`answers.ANSWER_TIMEOUT_S`) and after at most ``max_bytes``.
+        Several threads may ask at once. Raises `AnswerError` unless the call ends with status 0, in time
+        (`answers.ANSWER_TIMEOUT_S`) and after at most ``max_bytes``.
         """
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         """What dom0's whole policy says of calls, as if their targets ran."""
 
     def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
-        """Exclude whoever else changes rules, configuration or policy from this machine.
-
-        Raises `StoreError` if they are not done within ``timeout_s``, or else 10 s.
-        """
+        """Exclude other changes. Raises `StoreError` if they are not done within ``timeout_s``, else 10 s."""
 
     def watching(self) -> AbstractContextManager[None]:
         """Let `unwatched` know that `watch` runs. Raises `StoreError` if another one does."""

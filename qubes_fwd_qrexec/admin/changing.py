@@ -110,8 +110,10 @@ def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Fin
         before = None if old is None else _stop(old)
         if before is None or (before.cause, old and old.exposed) != (stop.cause, new.exposed):
             return stop
-    rival = None if old is None or old.conflict is None else old.conflict.rival
-    return None if new.conflict is None or new.conflict.rival == rival else new.conflict
+    had = None if old is None else old.finding(Cause.CONFLICT)
+    conflict = new.finding(Cause.CONFLICT)
+    is_known = had is not None and conflict is not None and had.rival == conflict.rival
+    return None if is_known else conflict
 
 
 def _stop(forward: Forward) -> Finding | None:

@@ -25,14 +25,9 @@ class _Claim(NamedTuple):
 
 
 class Claims:
-    """What the rules that were taken claim, by the qube that listens for them.
-
-    ``twins`` are pairs that share a port by IPv4 and IPv6 and lead to different servers. That is
-    allowed, but a client that knows the exposed qube by a name reaches one or the other.
-    """
+    """What the rules that were taken claim, by the qube that listens for them."""
 
     def __init__(self) -> None:
-        self.twins: list[tuple[NamedRule, NamedRule]] = []
         self._ports: dict[QubeName, list[_Claim]] = {}
         self._calls: dict[tuple[QubeName, QubeName, bool], list[NamedRule]] = {}
 
@@ -43,16 +38,14 @@ class Claims:
         claim = _Claim(first, last, rule.listen_addresses, source)
         ports = self._ports.setdefault(listener, [])
         sharing = [other for other in ports if other[0] <= last and first <= other[1]]
-        sharing = [other for other in sharing if other.source.rule.proto is rule.proto]
         for other in sharing:
-            if _overlap(claim.addresses, other.addresses):
+            if other.source.rule.proto is rule.proto and _overlap(claim.addresses, other.addresses):
                 return Finding(Cause.CONFLICT, qube=listener, rival=other.source, detail="port")
         for reaching in self._calls.get((listener, source.target, not rule.autostart), ()):
             if rule.target_ports.overlaps(reaching.rule.target_ports):
                 return Finding(Cause.CONFLICT, qube=listener, rival=reaching, detail="autostart")
         ports.append(claim)
         self._calls.setdefault((listener, source.target, rule.autostart), []).append(source)
-        self.twins += [(source, other.source) for other in sharing if _are_twins(claim, other)]
         return None
 
 
@@ -63,11 +56,3 @@ def _overlap(some: tuple[IPAddress, ...], others: tuple[IPAddress, ...]) -> bool
         for a in some
         for b in others
     )
-
-
-def _are_twins(one: _Claim, other: _Claim) -> bool:
-    """Of two that share a port: whether they listen by different IP versions and lead to other servers."""
-    if {a.version for a in one.addresses} & {a.version for a in other.addresses}:
-        return False
-    offsets = {claim.source.rule.target_ports.first - claim.first for claim in (one, other)}
-    return len(offsets) > 1 or one.source.target != other.source.target

@@ -11,12 +11,13 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, QubeReport, ReportError
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import policy
-from .answers import NO_SERVICE, AnswerError, NotRunningError, at_once
+from .answers import AnswerError, NotRunningError, at_once
 from .backend import Backend
 from .inventory import LISTENER_FEATURE, Inventory
 from .revoking import serving
@@ -116,13 +117,15 @@ def _answer(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer
 def is_without_listener(answer: Answer) -> bool:
     """Whether nothing of ours runs there that could have connections."""
     is_down = isinstance(answer, NotRunningError)
-    return is_down or (isinstance(answer, AnswerError) and answer.status == NO_SERVICE)
+    return is_down or (isinstance(answer, AnswerError) and answer.status == ExitStatus.NO_SERVICE)
 
 
 def uptake(forward: Forward, answer: Answer) -> Uptake:
     """What became of a forward, by the answer of its exposed qube."""
     if isinstance(answer, AnswerError):
-        return Uptake(Has.NO_SERVICE if answer.status == NO_SERVICE else Has.NO_ANSWER, str(answer))
+        return Uptake(
+            Has.NO_SERVICE if answer.status == ExitStatus.NO_SERVICE else Has.NO_ANSWER, str(answer)
+        )
     if answer.listener is None:
         return Uptake(Has.NO_LISTENER, answer.listener_problem or "")
     key = "" if forward.config is None else forward.config.key

@@ -7,14 +7,13 @@ ports, and of two that claim the same the first by name has it.
 
 from collections.abc import Collection, Iterable
 
-from qubes_fwd_qrexec.common.config import CALLS_MAX
-from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule, Transport
+from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .checks import judged, listener_of
 from .claims import Claims
 from .inventory import Chain, Inventory
-from .states import Cause, Finding, Forward, Plan
+from .states import Cause, Forward, Plan
 
 # These open only after a command, which checks their ports then. So copies that clones inherit claim nothing.
 _ASLEEP = frozenset((Cause.CLONED, Cause.EXPIRED, Cause.DISABLED))
@@ -44,17 +43,6 @@ def plan(
         conflict = None if home is None else claims.take(forward.source, home)
         if conflict is not None:
             forwards[key] = forward.with_finding(conflict)
-    for pair in claims.twins:
-        if all(forwards[named[:2]].is_live for named in pair):
-            for named, rival in (pair, pair[::-1]):
-                twin = Finding(Cause.ELSEWHERE, rival=rival)
-                forwards[named[:2]] = forwards[named[:2]].with_finding(twin)
-    calls = _calls(forwards.values())
-    for key, forward in forwards.items():
-        count = len(calls.get(forward.exposed, ())) if forward.is_live else 0
-        if count > CALLS_MAX:
-            many = Finding(Cause.MANY_CALLS, forward.exposed, number=count)
-            forwards[key] = forward.with_finding(many)
     return Plan(tuple(forwards.values()), tuple(sorted(broken)))
 
 
@@ -65,17 +53,3 @@ def _home(forward: Forward) -> QubeName | None:
         return None
     agreed = rule.path is not None and not (rule.follow_netvm and forward.chain)
     return listener_of(rule, Chain(rule.path if agreed and rule.path else forward.chain))
-
-
-def _calls(forwards: Iterable[Forward]) -> dict[QubeName | None, set[object]]:
-    """The qrexec calls that each exposed qube needs if all of its forwards are in use.
-
-    Those of mux calls to the same ports of a target share one; a rule over single calls needs one at least.
-    """
-    calls: dict[QubeName | None, set[object]] = {}
-    for forward in forwards:
-        if forward.is_live:
-            named = forward.source
-            alone = named.name if forward.transport is Transport.CALL else None
-            calls.setdefault(forward.exposed, set()).add((named.target, named.rule.target_ports, alone))
-    return calls

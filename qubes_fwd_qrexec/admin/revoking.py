@@ -12,12 +12,13 @@ from typing import NamedTuple
 from qubes_fwd_qrexec.common.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.errors import ConfigError, StoreError, TextError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.rules import OnExpire, Transport
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 
 from . import policy
-from .answers import NO_SERVICE, AnswerError, NotRunningError, at_once
+from .answers import AnswerError, NotRunningError, at_once
 from .backend import Backend
 from .inventory import ADMIN, CONFIG_PREFIX, TEMPLATE, Inventory
 
@@ -121,7 +122,7 @@ def _revoke(target: QubeName, allowance: Allowance, backend: Backend) -> Ended:
         return Ended(target)
     except AnswerError as error:
         # A target without the service has no calls of ours.
-        return Ended(target, problem=None if error.status == NO_SERVICE else str(error))
+        return Ended(target, problem=None if error.status == ExitStatus.NO_SERVICE else str(error))
     except (StoreError, TextError, OSError) as error:
         return Ended(target, problem=f"{REVOKE_SERVICE} in {target}: {error}")
     return Ended(target, revoked.ended, revoked.draining)

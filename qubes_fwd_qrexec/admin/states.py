@@ -86,8 +86,6 @@ class Cause(StrEnum):
     BYPASSES_TUNNEL = "bypasses-tunnel", Verdict.NOTE
     PERHAPS_TUNNEL = "perhaps-tunnel", Verdict.NOTE
     STOCK_SERVICE = "stock-service", Verdict.NOTE
-    ELSEWHERE = "elsewhere", Verdict.NOTE
-    MANY_CALLS = "many-calls", Verdict.NOTE
 
 
 class Finding(NamedTuple):
@@ -152,11 +150,6 @@ class Forward(NamedTuple):
     @property
     def cause(self) -> Cause:
         return self.decisive.cause
-
-    @property
-    def conflict(self) -> Finding | None:
-        """That another rule has its ports, whatever else is the matter."""
-        return self.finding(Cause.CONFLICT)
 
     def finding(self, cause: Cause) -> Finding | None:
         """The first finding of a cause."""

@@ -30,7 +30,7 @@ _WATCH_TIMEOUT_S = 1.0
 
 
 def open_backend(path: str) -> Backend:
-    """What `admin.locate` calls for ``--lab``. Raises `StoreError` if there is no lab at ``path``."""
+    """What `admin.views.locate` calls for ``--lab``. Raises `StoreError` if there is no lab at ``path``."""
     return LabStore(LabDirectory.open(path))
 
 

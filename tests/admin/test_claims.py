@@ -58,22 +58,6 @@ def test_two_ways_to_one_port_must_agree_about_autostart() -> None:
     assert "give both the same autostart" in reasons.sentence(second)
 
 
-def test_that_a_port_leads_elsewhere_by_the_other_ip_version_is_noted_at_both() -> None:
-    one = rule("srchosts=192.168.0.0/16", name="four")
-    other = rule("srchosts=fd00::/8", target="personal", name="six")
-    planned = plan([one, other], world(), NOW)
-    notes = {forward.source.name: reasons.notes(forward) for forward in planned}
-    assert [note for note in notes["four"] if "elsewhere" in note] == [
-        "the same port of sys-net leads elsewhere by IPv6: personal six"
-    ]
-    assert [note for note in notes["six"] if "elsewhere" in note] == [
-        "the same port of sys-net leads elsewhere by IPv4: work four"
-    ]
-    same = rule("srchosts=fd00::/8", name="six")
-    for forward in plan([one, same], world(), NOW):
-        assert not [note for note in reasons.notes(forward) if "elsewhere" in note]
-
-
 def test_a_rule_that_follows_its_netvm_claims_where_it_is_now() -> None:
     first, second = plan([rule("path=sys-vpn follow-netvm=yes", name="a"), rule(name="b")], world(), NOW)
     assert (first.cause, second.cause) == (Cause.OPEN, Cause.CONFLICT)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from worlds import NOW, OURS, Hands, only, qube, rule, world
 
-from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
 from qubes_fwd_qrexec.admin.listeners import (
     BOUND_S,
@@ -28,6 +28,7 @@ from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.views import heard as words
 from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.report import (
     REPORT_MAX_BYTES,
     DrainingReport,
@@ -126,7 +127,7 @@ class Qube:
 OPENING: list[tuple[tuple[QubeReport | AnswerError, ...], Has]] = [
     ((OPEN,), Has.OPEN),
     ((SILENT,), Has.NO_ANSWER),
-    ((AnswerError("none", NO_SERVICE),), Has.NO_SERVICE),
+    ((AnswerError("none", ExitStatus.NO_SERVICE),), Has.NO_SERVICE),
     ((DOWN,), Has.NO_LISTENER),
     ((NOTHING, OPEN), Has.OPEN),
     ((BUSY, OPEN), Has.OPEN),
@@ -222,7 +223,7 @@ LEAVING: list[tuple[tuple[QubeReport | AnswerError, ...], list[GoesOn]]] = [
     ((FLOWING, DRAINING), [GoesOn(PERSONAL, SSH, SYS_NET, 2, 3000)]),
     ((FLOWING, FLOWING, FLOWING), [GoesOn(PERSONAL, SSH, SYS_NET, 3)]),
     ((NotRunningError("down"),), []),
-    ((AnswerError("none", NO_SERVICE),), []),
+    ((AnswerError("none", ExitStatus.NO_SERVICE),), []),
     ((SILENT, SILENT, SILENT), [GoesOn(PERSONAL, SSH, SYS_NET, None)]),
 ]
 

@@ -7,7 +7,7 @@ import pytest
 from memory import Memory, applied, steps
 from worlds import NOW, rule, world
 
-from qubes_fwd_qrexec.admin.answers import NO_SERVICE, AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind, differences
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
@@ -15,6 +15,7 @@ from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.revoking import Ended, allowances, revoke, serving, targets_of
 from qubes_fwd_qrexec.admin.views import steps as views
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 
@@ -158,7 +159,7 @@ def test_what_a_target_has_ended_is_known() -> None:
     assert views.ended_words(Ended(WORK, 3)) == ""
 
 
-@pytest.mark.parametrize("error", [NotRunningError("down"), AnswerError("none", NO_SERVICE)])
+@pytest.mark.parametrize("error", [NotRunningError("down"), AnswerError("none", ExitStatus.NO_SERVICE)])
 def test_where_nothing_can_live_nothing_is_wrong(error: StoreError) -> None:
     backend = Memory(world())
 

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One qube that cannot be read: nothing opens in doubt for it, the rest is closed and shown, it is named."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_admin import FakeQubes, empty_answer
-from fake_policy import FakePolicyClient
 from faulty import allowed
 from worlds import ADD, Command
 
-from qubes_fwd_qrexec.admin.qubes import policyapi
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
-from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
@@ -107,17 +103,6 @@ def test_a_qubesd_that_is_gone_closes_nothing(run: Command, qubes: FakeQubes, la
     qubes.fails = refuse
     assert run("apply").status == 1
     assert len(allowed(lab)) == 1
-
-
-def test_a_log_that_is_not_for_this_user_has_its_sentence(
-    policy_client: FakePolicyClient, qubes: FakeQubes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = tmp_path / "policy-admin.log"
-    log.touch()
-    monkeypatch.setattr(policyapi, "_LOG", str(log))
-    monkeypatch.setattr(policyapi.os, "access", lambda *_: False)
-    with pytest.raises(StoreError, match=r"chgrp qubes .*; chmod g\+w .* mends that"):
-        QubesStore().read_policy()
 
 
 def test_a_qube_whose_mark_cannot_be_read_is_unknown(

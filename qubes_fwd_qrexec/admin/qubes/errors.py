@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from subprocess import CalledProcessError
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.answers import REFUSED, NotRunningError
+from qubes_fwd_qrexec.admin.answers import NotRunningError
 from qubes_fwd_qrexec.common.errors import StoreError, TextError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 
 POLICY_FILE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
 WHO_MAY = "qvm-forward works as root or as a member of the group qubes"
@@ -72,7 +73,7 @@ def asking_policy_api(method: str, here: str | None) -> Iterator[None]:
         if error.returncode == _BAD_REQUEST:
             raise NotDoneError(what) from error
         way_out = f"'/var/log/qubes/policy-admin.log' in dom0 may say why; {WHO_MAY}"
-        if here and error.returncode == REFUSED:
+        if here and error.returncode == ExitStatus.REFUSED:
             argument = "*" if method == "policy.List" else f"+{policy.NAME}"
             way_out = how_to_allow(f"{method}  {argument}  {here}  @adminvm  allow  target=dom0")
         raise StoreError(f"{what}. {way_out}") from error

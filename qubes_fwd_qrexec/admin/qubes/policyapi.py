@@ -12,9 +12,6 @@ from qubes_fwd_qrexec.common.errors import StoreError
 
 from .errors import POLICY_FILE, NotDoneError, asking_policy_api
 
-# In dom0 the caller opens it (qrexec/tools/qubes_policy_admin.py), and one who may not gets a traceback.
-_LOG = "/var/log/qubes/policy-admin.log"
-
 
 def read(here: str | None) -> PolicyFile:
     """Our policy file; ``here`` is as in `errors`. Raises `StoreError`."""
@@ -48,12 +45,7 @@ def _client(method: str, here: str | None) -> Iterator[Any]:
     """A `PolicyClient` for one call."""
     from qrexec.policy.admin_client import PolicyClient
 
-    if here is None and os.path.exists(_LOG) and not os.access(_LOG, os.W_OK):
-        raise StoreError(
-            f"{_LOG}: the policy API needs to write it, and you may not; as root, "
-            f"'chgrp qubes {_LOG}; chmod g+w {_LOG}' mends that"
-        )
-    # If root is the first to write the log, the group has to be able to write it too.
+    # In dom0 the API's log is written by who calls it: if root is the first, the group has to be able to.
     umask = os.umask(0o002)
     try:
         with asking_policy_api(method, here):

@@ -14,10 +14,11 @@ from threading import Semaphore
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.answers import REFUSED, AnswerError, read_answer
+from qubes_fwd_qrexec.admin.answers import AnswerError, read_answer
 from qubes_fwd_qrexec.admin.backend import WATCH_BUSY, Changes, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
@@ -92,7 +93,7 @@ class QubesStore:
                     )
                 return read_answer(process, given, max_bytes, f"{service} in {qube}", timeout_s)
         except AnswerError as error:
-            if error.status != REFUSED or self._here is None:
+            if error.status != ExitStatus.REFUSED or self._here is None:
                 raise
             if qube == self._here:
                 text = f"{error}; no qube can call itself"

@@ -12,10 +12,9 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from qubes_fwd_qrexec.admin import locate
 from qubes_fwd_qrexec.common.errors import ForwardError, UsageError
 
-from . import parser
+from . import locate, parser
 from .tables import Style, escaped
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from qubes_fwd_qrexec.admin.inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
-from qubes_fwd_qrexec.admin.locate import open_backend
 from qubes_fwd_qrexec.admin.store import read_rules
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType
 
+from .locate import open_backend
 from .parser import commands_of
 
 # What a command's arguments are, in their order; a last one with a * may be given again and again.

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.answers import NO_SERVICE, REFUSED, AnswerError
+from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.judged import judged
@@ -20,6 +20,7 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
 from qubes_fwd_qrexec.admin.states import Finding as Planned
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport
 from qubes_fwd_qrexec.common.rules import BrokenRule, Proxy
@@ -297,14 +298,14 @@ class _Walk:
             return ask(self._backend, qube, argument)
         except AnswerError as error:
             caught = error
-        if caught.status == NO_SERVICE:
+        if caught.status == ExitStatus.NO_SERVICE:
             return self._stops(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", qube)
         # What a template has told dom0 may be old; a qube that answers has the package.
         if not self._snapshot.inventory.offers(qube):
             text = f"{qube} has not told dom0 that it has {_PACKAGE}"
             return self._stops(step, Has.NOT_OFFERED, text, qube)
         helps = caught.way_out or f"check {qube}, or restart it"
-        if caught.status == REFUSED and not caught.way_out:
+        if caught.status == ExitStatus.REFUSED and not caught.way_out:
             helps = f"{qube} may not take any more calls: wait until some have ended, or restart it"
         return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
 

@@ -10,8 +10,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from qubes_fwd_qrexec import __version__
-from qubes_fwd_qrexec.admin.locate import LAB_VARIABLE
 from qubes_fwd_qrexec.common.errors import TextError
+
+from .locate import LAB_VARIABLE
 
 if TYPE_CHECKING:
     from qubes_fwd_qrexec.common.values import ListenPorts, TargetPorts

@@ -11,7 +11,7 @@ from itertools import takewhile
 from qubes_fwd_qrexec.admin.checks import CALL_PORTS_MAX
 from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, QREXEC_FEATURE, REMOTE, TEMPLATE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
-from qubes_fwd_qrexec.common.config import CALLS_MAX, Service, Side
+from qubes_fwd_qrexec.common.config import Service, Side
 from qubes_fwd_qrexec.common.rules import Mode, Proxy, Transport
 from qubes_fwd_qrexec.common.values import QubeName, yes_no
 
@@ -129,15 +129,10 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "its own",
     ),
     Cause.BYPASSES_TUNNEL: ("bypasses the tunnel {mark}",),
-    Cause.ELSEWHERE: ("the same port of {exposed} leads elsewhere by {rival_family}: {rival}",),
     Cause.PERHAPS_TUNNEL: (
         "nothing says whether {qube}, which is on the path, is a tunnel: if it runs a VPN or Tor, mark it "
         "with '{0}', so that no forward bypasses it",
         "qvm-forward tunnel mark {qube}",
-    ),
-    Cause.MANY_CALLS: (
-        f"the forwards of {{qube}} need {{number}} qrexec calls, and it makes {CALLS_MAX} at once: idle "
-        "forwards give theirs up, and while all are in use, further connections wait",
     ),
     Cause.STOCK_SERVICE: (
         f"{{lacks}}, so each connection goes over the stock {_CONNECT}: a server that ends its sending "
@@ -150,8 +145,8 @@ _UNFIT = {
     REMOTE: "is a qube of another machine and cannot",
     QREXEC_FEATURE: f"has no qrexec (feature {QREXEC_FEATURE}) and cannot",
 }
-_NOTES = {Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL, Cause.ELSEWHERE}
-_HINTS = {Cause.PERHAPS_TUNNEL, Cause.MANY_CALLS}
+_NOTES = {Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL}
+_HINTS = {Cause.PERHAPS_TUNNEL}
 
 
 def sentence(forward: Forward, finding: Finding | None = None) -> str:
@@ -276,10 +271,8 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         itself, behind = f"is a tunnel itself ({mark.mark})", f"is behind a tunnel, marked at {mark}"
         facts |= {"mark": mark, "tunnel": mark.qube, "is_tunneled": itself if is_itself else behind}
     if (rival := finding.rival) is not None:
-        versions = sorted({address.version for address in rival.rule.listen_addresses})
         facts |= {"rival": rival, "rival_ports": rival.rule.listen_ports.worded()}
         facts["rival_autostart"] = yes_no(rival.rule.autostart)
-        facts["rival_family"] = " and ".join(f"IPv{version}" for version in versions)
     return facts
 
 

@@ -13,8 +13,7 @@ import pytest
 from fake_admin import FakeQubes
 from worlds import ADD
 
-from qubes_fwd_qrexec.admin import locate
-from qubes_fwd_qrexec.admin.views import cli
+from qubes_fwd_qrexec.admin.views import cli, locate
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
@@ -142,7 +141,7 @@ def test_help_imports_nothing_that_a_command_needs() -> None:
     assert (done.returncode, done.stdout.startswith("usage: qvm-forward [-h]")) == (0, True)
     imported = set(done.stderr.split())
     ours = {name.removeprefix("qubes_fwd_qrexec.") for name in imported if name.startswith("qubes_fwd")}
-    modules = {"views", "views.cli", "views.parser", "views.tables", "locate"}
+    modules = {"views", "views.cli", "views.parser", "views.tables", "views.locate"}
     assert ours == {"qubes_fwd_qrexec", "common", "common.errors", "admin", *(f"admin.{m}" for m in modules)}
     assert not imported & {"dataclasses", "ipaddress", "json", "logging", "socket", "subprocess"}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qubes_fwd_qrexec.common.errors import RefusedError
 
 if TYPE_CHECKING:
-    from .backend import Backend
+    from qubes_fwd_qrexec.admin.backend import Backend
 
 # The one place where dom0 knows of the lab, by name: it is another package, loaded only when a lab is named.
 LAB_MODULE = "qubes_fwd_qrexec.lab.store"
@@ -48,7 +48,7 @@ def open_backend(lab: str | None, environ: Mapping[str, str], root: str = "/") -
             "qvm-forward is a command of dom0, and this is a qube; run it there. In a qube that may manage "
             f"this system, {install}; to try it without one, {_MAKE_A_LAB}"
         )
-    from .qubes.store import QubesStore
+    from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 
     return QubesStore(root)
 
