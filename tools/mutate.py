@@ -4,9 +4,9 @@
     .venv/bin/python tools/mutate.py [--count N] [--seconds S] [--seed N] [--jobs N] [FOLDER or FILE...]
 
 Places are drawn at random, the same ones for the same seed and code; Cosmic Ray makes the changes. Each is
-judged in a copy of the sources by the tests that mirror its file, and then by those of the same folder that
-import it. What no test notices is printed as a difference, unless tests/equivalent-mutants says why nobody
-can. Exit status 1: fewer than 95 % were noticed.
+judged in a copy of the sources by the tests of the same folder: first those that mirror its file, and then
+those that import it. What no test notices is printed as a difference, unless tests/equivalent-mutants says
+why nobody can. Exit status 1: fewer than 95 % were noticed.
 """
 
 import argparse
@@ -40,8 +40,6 @@ PLACES = ["mux", "relay", "common", "admin"]
 LEFT_OUT = "admin/views/"
 EQUIVALENT = ROOT / "tests" / "equivalent-mutants"
 WANTED_SHARE = 0.95
-# Folders whose tests are all asked: what is not noticed where it is tested shows where it is used.
-WHOLE = {"mux", "common", "relay"}
 # Those that a slip of the hand makes. Cosmic Ray has more, whose changes fail wherever the line runs at all.
 OPERATORS = [
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
@@ -138,8 +136,7 @@ def drawn(files: list[str], count: int, chance: random.Random) -> list[Mutant]:
 
 
 def tests_of(file: str) -> list[str]:
-    """Those that mirror the file, then those of the same folder that import it, and then, for some folders
-    and where there are no others, the rest of the folder."""
+    """All of the same folder: first those that mirror the file, and then those that import it."""
     path = Path(file)
     folder = str(Path("tests", *path.parts[1:-1]))
     tests = [test for test in tracked(folder) if re.search(r"/test_\w+\.py$", test)]
@@ -160,8 +157,7 @@ def tests_of(file: str) -> list[str]:
         if test not in mirror and (imports.search(text) or is_by_package):
             others.append(test)
     found = mirror + others
-    is_whole = path.parts[1] in WHOLE or not found
-    return found + [test for test in tests if test not in found] if is_whole else found
+    return found + [test for test in tests if test not in found]
 
 
 class Copy:
