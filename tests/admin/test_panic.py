@@ -100,14 +100,15 @@ def test_resume_where_nothing_is_held_says_so(forward: Command, opened: LabDirec
     assert forward("resume", "--json").json["was_held"] is False
 
 
-def test_a_list_says_that_everything_is_held(forward: Command, opened: LabDirectory) -> None:
+@pytest.mark.parametrize("listing", ["list", "plan"])
+def test_listings_say_that_everything_is_held(forward: Command, opened: LabDirectory, listing: str) -> None:
     forward("panic")
-    assert {entry["state"] for entry in forward("list", "--json").json["forwards"]} == {"held"}
-    assert HELD in forward("list").out
+    assert {entry["state"] for entry in forward(listing, "--json").json["forwards"]} == {"held"}
+    assert HELD in forward(listing).out
     for qube in ("work", "personal"):
         for name in list(opened.features(qube)):
             opened.remove_feature(qube, name)
-    assert HELD in forward("list").out
+    assert HELD in forward(listing).out
 
 
 def test_status_and_show_say_it_too(forward: Command, opened: LabDirectory) -> None:

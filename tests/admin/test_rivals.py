@@ -122,7 +122,7 @@ def test_of_two_that_qubes_tools_brought_together_the_first_by_name_has_the_port
     forward("apply")
     assert lab.vm_config("sys-net").keys() == {"fwd.personal.a"}
     opened = content(lab)
-    for command in (("list",), ("apply", "--dry-run"), ("apply",)):
+    for command in (("list",), ("plan",), ("apply", "--dry-run"), ("apply",)):
         assert "Rule personal a has port 80 of sys-net already" in "".join(forward(*command)[1:])
     assert content(lab) == opened
     forward("disable", "personal", "a")

@@ -35,6 +35,7 @@ _COMMANDS = {
     "show": (".showing", "show"),
     "status": (".status", "status"),
     "diagnose": (".diagnose", "diagnose"),
+    "plan": (".showing", "explain"),
     "apply": (".applying", "apply"),
     "watch": (".watching", "watch"),
     "policy": (".showing", "print_policy"),

@@ -18,7 +18,7 @@ from .parser import commands_of
 # What a command's arguments are, in their order; a last one with a * may be given again and again.
 _ARGUMENTS = {
     "add": ("qube",),
-    **dict.fromkeys(("list", "status", "export"), ("qube*",)),
+    **dict.fromkeys(("list", "status", "plan", "export"), ("qube*",)),
     **dict.fromkeys(("show", "diagnose"), ("target", "name")),
     **dict.fromkeys(("remove", "enable", "disable", "confirm"), ("target", "name*")),
     "set": ("target", "name", "change*"),

@@ -135,6 +135,11 @@ def _qubes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("qube", nargs="*", metavar="QUBE", type=_qube)
 
 
+def _status(parser: argparse.ArgumentParser) -> None:
+    _qubes(parser)
+    _flag(parser, "--watch", "show it again every 2 s, until Ctrl-C")
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """A command without arguments."""
 
@@ -216,8 +221,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "confirm": ("Approve forwards that are suspended.", _rules),
     "list": ("Show all forwards, or those that involve a qube.", _qubes),
     "show": ("Show everything about one forward, and why.", _rule),
-    "status": ("Show what is open now, with figures from its listeners.", _qubes),
+    "status": ("Show what is open now, with figures from its listeners.", _status),
     "diagnose": ("Find out why a forward does not work, and what helps.", _rule),
+    "plan": ("Explain what becomes of each forward, and why.", _qubes),
     "apply": ("Bring policy and listeners in line with the rules.", _dry_run),
     "watch": ("Keep policy and listeners in line: apply after each change and when a rule ends.", _nothing),
     "policy": ("Print the qrexec policy that the rules ask for.", _nothing),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The commands that only show: list, show and policy."""
+"""The commands that only show: list, plan, show and policy."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -38,6 +38,19 @@ def list_rules(args: Namespace, session: Session) -> int:
     for (target, name), verdict in verdicts.items():
         if verdict.is_allowed is False:
             session.say(f"{target} {name}: dom0 denies its calls: {escaped(verdict.reason)}.\n")
+    return 0
+
+
+def explain(args: Namespace, session: Session) -> int:
+    """What becomes of each forward, and why."""
+    planned = selected(args.qube, session.look(), session.now)
+    if session.is_json:
+        session.say_json(plan_as_json(planned))
+        return 0
+    parts = [f"{reasons.HELD}.\n"] if planned.is_held else []
+    parts += [render.explained(forward, session.style) for forward in planned]
+    parts += [render.broken_line(rule, session.style) for rule in planned.broken]
+    session.say("\n".join(parts) or "No forwards.\n")
     return 0
 
 

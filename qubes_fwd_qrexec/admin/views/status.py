@@ -4,6 +4,8 @@
 What a qube says is untrusted: `common.report` checks it, and nothing is decided by it.
 """
 
+import io
+import json
 import time
 from argparse import Namespace
 from collections import Counter
@@ -27,9 +29,11 @@ from qubes_fwd_qrexec.admin.listeners import (
 )
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.system.ending import Ending
 
 from . import heard, reasons, steps
 from .render import exposed_at
@@ -41,6 +45,10 @@ _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
+# Each look calls every qube that listens, and nobody reads faster.
+WATCH_S = 2.0
+# ECMA-48: the cursor goes to the first column of the first line, and everything after it is erased.
+_CLEAR = "\x1b[H\x1b[J"
 
 Answers = Mapping[QubeName, Answer]
 """What each qube that was asked says of itself, or why there is no answer."""
@@ -121,6 +129,7 @@ class Status(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "leftovers": [{"qube": qube, "what": what} for qube, what in _leftovers(self.due)],
             "draining": [left._asdict() for left in self.goes_on],
             "silent": list(self.silent),
             "forwards": [row.as_json() for row in self.rows],
@@ -182,11 +191,10 @@ def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
 
 def status(args: Namespace, session: Session) -> int:
     """Show what is open; exit status 1 if something is not as the rules ask for."""
-    snapshot = session.look(with_config=True)
-    planned = selected(args.qube, snapshot, session.now)
-    verdicts = judged(planned.live, session.backend, snapshot.installed.text)
-    answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
-    found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
+    if args.watch:
+        with Ending() as ending:
+            return watch(args, session, ending)
+    found = _look(args, session)
     if session.is_json:
         session.say_json(found.as_json())
     else:
@@ -194,10 +202,45 @@ def status(args: Namespace, session: Session) -> int:
     return 0 if found.is_well else 1
 
 
+def watch(args: Namespace, session: Session, ending: Ending) -> int:
+    """Show it again and again until the end is asked for; the last look gives the exit status.
+
+    An error ends one look only: it is said, and the next look may go better.
+    """
+    while True:
+        # Warnings stand below what is shown, which would clear them away.
+        warnings = io.StringIO()
+        look = session._replace(now=time.time(), err=warnings, warned=set())
+        is_well = False
+        try:
+            found = _look(args, look)
+        except ForwardError as error:
+            look.warn(steps.error_text(error))
+        else:
+            is_well = found.is_well
+            if session.is_json:
+                session.say(f"{json.dumps(found.as_json() | {'time': look.now})}\n")
+            else:
+                clear = "" if session.style.width is None else _CLEAR
+                session.say(f"{clear}{text(found, session.style)}")
+        session.err.write(warnings.getvalue())
+        session.err.flush()
+        if ending.is_asked(WATCH_S):
+            return 0 if is_well else 1
+
+
+def _look(args: Namespace, session: Session) -> Status:
+    snapshot = session.look(with_config=True)
+    planned = selected(args.qube, snapshot, session.now)
+    verdicts = judged(planned.live, session.backend, snapshot.installed.text)
+    answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
+    return status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
+
+
 def text(found: Status, style: Style) -> str:
     """The status for people."""
-    leftovers = [style.colour(Colour.RED, escaped(line)) for line in _leftovers(found.due)]
-    parts = leftovers + [style.colour(Colour.YELLOW, f"{_goes_on(left)}.") for left in found.goes_on]
+    parts = [style.colour(Colour.RED, escaped(_leftover(*left))) for left in _leftovers(found.due)]
+    parts += [style.colour(Colour.YELLOW, f"{_goes_on(left)}.") for left in found.goes_on]
     if found.rows:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
         parts.append(table.text(style).rstrip("\n"))
@@ -207,14 +250,18 @@ def text(found: Status, style: Style) -> str:
     return "".join(f"{part}\n" for part in (*parts, *_remarks(found)))
 
 
-def _leftovers(due: Collection[Step]) -> Iterator[str]:
-    """What is in force although no rule asks for it."""
+def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
+    """What no rule asks for: lines of dom0's policy (no qube), and what a qube is told to listen for."""
     for step in due:
-        lines = step.lines_gone if step.kind is Kind.CLOSE_POLICY else ()
-        found = [f"dom0's policy allows '{' '.join(line.split())}'" for line in lines]
-        if step.kind is Kind.REMOVE_CONFIG:
-            found = [f"{step.qube} is told to listen for {step.key.removeprefix(CONFIG_PREFIX)}"]
-        yield from (f"No rule asks for this: {what}; 'qvm-forward apply' ends it." for what in found)
+        if step.kind is Kind.CLOSE_POLICY:
+            yield from ((None, " ".join(line.split())) for line in step.lines_gone)
+        elif step.kind is Kind.REMOVE_CONFIG:
+            yield step.qube, step.key.removeprefix(CONFIG_PREFIX)
+
+
+def _leftover(qube: QubeName | None, what: str) -> str:
+    found = f"dom0's policy allows '{what}'" if qube is None else f"{qube} is told to listen for {what}"
+    return f"No rule asks for this: {found}; 'qvm-forward apply' ends it."
 
 
 def _goes_on(left: GoesOn) -> str:

@@ -87,6 +87,7 @@ def test_the_program_itself_runs(lab: LabDirectory) -> None:
 _EVERY_COMMAND = (
     ADD,
     ("list",),
+    ("plan",),
     ("show", "work", "web"),
     ("status",),
     ("policy",),

@@ -101,7 +101,7 @@ def test_colours_only_if_asked_for(forward: Forward) -> None:
 
 
 def test_nothing_to_list(forward: Forward) -> None:
-    assert forward("list").out == "No forwards.\n"
+    assert forward("list").out == forward("plan").out == "No forwards.\n"
 
 
 def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
@@ -144,6 +144,7 @@ JSON = {
     "show": ("work", "web"),
     "status": (),
     "diagnose": ("work", "web"),
+    "plan": (),
     "apply": (),
     "policy": (),
     "tunnel": ("list",),
@@ -178,6 +179,25 @@ def test_show_gives_reasons(forward: Forward) -> None:
     assert "listening at sys-vpn: the rule names it with via." in told
     assert "transport call over qubes.ConnectTCP: personal does not offer qubes.ForwardTCP" in told
     assert "listening at sys-firewall: the target's netvm" in forward("show", "personal", "internal").out
+
+
+def test_plan_explains_each_forward_as_show_does(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    forward("add", "personal", "81", "--from", "any", "--name", "all")
+    lab.set_feature("personal", "forward.bad", "action=drop")
+    work, personal = forward("plan", "work").out, forward("plan", "personal").out
+    assert forward("show", "work", "web").out.startswith(work)
+    assert work.startswith("work web: active\n  Connections to port 80 of sys-net")
+    assert "\npersonal bad: broken. " in personal
+    heads = [line.partition(":")[0] for line in forward("plan").out.splitlines() if line[:1].strip()]
+    assert heads == ["personal all", "work web", "personal bad"]
+    data = forward("plan", "--json").json
+    assert [(entry["qube"], entry["state"]) for entry in data["forwards"]] == [
+        ("personal", "active"),
+        ("work", "active"),
+    ]
+    assert ([entry["name"] for entry in data["broken"]], data["is_held"]) == (["bad"], False)
+    assert len(forward("plan", "work", "--json").json["forwards"]) == 1
 
 
 def test_policy_prints_what_the_rules_ask_for(forward: Forward) -> None:
