@@ -27,8 +27,8 @@ if __name__ == "__main__":
 from stages import Stage
 from worlds import NOW
 
-from qubes_fwd_qrexec.admin.expiry import parse_expire
 from qubes_fwd_qrexec.admin.views.cli import run
+from qubes_fwd_qrexec.admin.views.expiry import parse_expire
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab

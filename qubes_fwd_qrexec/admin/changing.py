@@ -2,26 +2,22 @@
 """Changes of rules: add, set, remove, enable, disable, confirm; and `change`, which import and marks use.
 
 A change is decided on one reading of the system. It is refused if it would leave a rule closed for a cause
-that the rule did not have before; else all of it is stored, or nothing, and then applied. The lock is held
-until then; what the listeners make of it is asked without it.
+that the rule did not have before; else all of it is stored, or nothing, and then applied.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, TextError, UsageError
+from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, UsageError
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .apply import Outcome
 from .backend import Backend
-from .expiry import parse_expire
 from .inventory import Inventory
-from .judged import denials
-from .listeners import Heard, ask_after
-from .reconcile import apply
+from .reconcile import reconcile
 from .snapshot import Snapshot, look
 from .states import Cause, Finding, Forward, NotOpenError, Plan, State
 from .store import TUNNEL_NAME, Changes, made_up_name, store
@@ -33,7 +29,7 @@ Key = tuple[QubeName, str]
 class System(NamedTuple):
     """What is changed: a system of qubes at the time ``now``, in UNIX seconds.
 
-    Without ``is_applied`` a change is only stored, and `reconcile.apply` does the rest later.
+    Without ``is_applied`` a change is only stored, and `reconcile` does the rest later.
     """
 
     backend: Backend
@@ -46,8 +42,7 @@ class Changed:
     """What a change did; ``keys`` are the rules that it was about.
 
     ``before`` and ``after`` are the system as it was read, and with the change. ``outcome`` is None if
-    nothing was applied. ``denials`` are the reasons for which dom0's policy denies calls of these rules all
-    the same. ``watch_start`` starts `watch`, where that is not running.
+    nothing was applied.
     """
 
     keys: tuple[Key, ...]
@@ -56,9 +51,6 @@ class Changed:
     plan_before: Plan
     plan: Plan
     outcome: Outcome | None
-    denials: Mapping[tuple[QubeName, RuleName], str]
-    heard: Heard
-    watch_start: str | None
 
     @property
     def forwards(self) -> list[Forward]:
@@ -90,13 +82,12 @@ def change(
         store(backend, before.inventory, changes)
         plan_before, planned, outcome = before.plan(now), after.plan(now), None
         if is_applied:
-            planned, outcome, read = apply(backend, now, changed="the change is stored")
+            try:
+                planned, outcome, read = reconcile(backend, now)
+            except StoreError as error:
+                raise StoreError(f"the change is stored, but {error}") from error
             after = after._replace(inventory=read.inventory, policy_problem=read.policy_problem)
-    heard, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
-    if is_applied:
-        heard = ask_after(plan_before, planned, keys, after.inventory, backend)
-        denied = denials((forward for forward in planned if forward.source[:2] in keys), backend)
-    return Changed(keys, before, after, plan_before, planned, outcome, denied, heard, backend.unwatched())
+    return Changed(keys, before, after, plan_before, planned, outcome)
 
 
 def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:
@@ -212,7 +203,7 @@ def set_options(
         try:
             if seen is not None and ForwardRule.parse(seen) != old.rule:
                 raise RefusedError(f"{old} was not changed: it is no longer what you saw, but '{old.rule}'")
-            rule = with_options(old.rule, options, system.now)
+            rule = with_options(old.rule, options)
             _check_recorded(old, rule, inventory)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
@@ -244,8 +235,8 @@ def _readable(entry: NamedRule | BrokenRule) -> NamedRule:
     raise RefusedError(f"{name} cannot be read ({entry.problem}); remove it and add it anew")
 
 
-def with_options(rule: ForwardRule, options: Mapping[str, str], now: float) -> ForwardRule:
-    """A rule with options changed, ``expire`` as users write it. Raises `RuleError`."""
+def with_options(rule: ForwardRule, options: Mapping[str, str]) -> ForwardRule:
+    """A rule with options changed as its line has them. Raises `RuleError`."""
     texts = rule.options()
     known = ForwardRule.option_names()
     for name, value in options.items():
@@ -254,18 +245,9 @@ def with_options(rule: ForwardRule, options: Mapping[str, str], now: float) -> F
         texts.pop(name, None)
         if name == "expire":
             texts.pop("ended", None)
-            value = _expire(value or "never", now)
         if value:
             texts[name] = value
     return ForwardRule.from_options(Option(n, v, f"option {n!a}") for n, v in texts.items())
-
-
-def _expire(text: str, now: float) -> str:
-    try:
-        expire = parse_expire(text, now)
-    except TextError as error:
-        raise RuleError("option 'expire'", str(error), "expire") from None
-    return "" if expire is None else str(expire)
 
 
 def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:

@@ -12,52 +12,29 @@ from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.rules import NamedRule
 
 from . import policy
-from .apply import Step, differences
 from .backend import ANY, Backend
-from .judged import judged
-from .listeners import GoesOn, ask_after
-from .reconcile import Applied, apply, reconcile
+from .reconcile import Applied, reconcile
 from .revoking import Ended, allowances, revoke, serving
-from .snapshot import Snapshot, look
 from .states import Plan
 
 _T = TypeVar("_T")
 
 
 class Held(NamedTuple):
-    """What a hold has done, and what a look at the system found afterwards.
+    """What a hold has done.
 
     ``applied`` is None if the qubes could not be read. ``problems`` are errors with what they kept from being
-    done, ``notes`` those that kept nothing. ``allowed`` are lines that our own file allows all the same,
-    ``allowed_elsewhere`` forwards whose calls another policy file allows.
+    done, ``notes`` those that kept nothing. ``allowed`` are lines that our own file allows all the same.
     """
 
     is_held: bool
-    applied: Applied | None = None
-    ended: tuple[Ended, ...] = ()
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    allowed: tuple[str, ...] = ()
-    allowed_elsewhere: tuple[NamedRule, ...] = ()
-    goes_on: tuple[GoesOn, ...] = ()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing is open any more, and nothing opens."""
-        is_done = self.is_held and not self.problems and all(ended.problem is None for ended in self.ended)
-        return is_done and not (self.allowed or self.allowed_elsewhere or self.goes_on)
-
-
-class Resumed(NamedTuple):
-    """What was done to lift a hold, or would be; ``plan`` is that without a hold."""
-
-    was_held: bool
-    plan: Plan
-    steps: tuple[Step, ...]
-    snapshot: Snapshot
+    applied: Applied | None
+    ended: tuple[Ended, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    allowed: tuple[str, ...]
 
 
 def hold(backend: Backend, now: float) -> Held:
@@ -75,23 +52,12 @@ def hold(backend: Backend, now: float) -> Held:
         applied = _tried(problems, what, lambda: reconcile(backend, now, is_held=True))
     installed = _tried(problems, "policy: it cannot be read", backend.read_policy)
     in_force = None if installed is None else installed.text
-    held = Held(
-        policy.is_held(in_force), notes=tuple(notes), allowed=tuple(sorted(policy.allowing(in_force)))
-    )
-    if applied is None:
-        return held._replace(ended=tuple(ended.values()), problems=tuple(problems))
-    outcome, snapshot = applied.outcome, applied.snapshot
-    live = snapshot.plan(now, is_held=False)
-    # Our file is the one that is held, and the first file decides. If none can be read, that is said already.
-    verdicts = (_tried([], "", lambda: judged(live.live, backend, None)) if held.is_held else None) or {}
-    allowed = {key for key, verdict in verdicts.items() if verdict.is_allowed}
-    return held._replace(
-        applied=applied,
-        ended=tuple((ended | {each.target: each for each in outcome.ended}).values()),
-        problems=(*problems, *outcome.problems),
-        allowed_elsewhere=tuple(f.source for f in live.live if f.source[:2] in allowed),
-        goes_on=ask_after(live, Plan(()), (), snapshot.inventory, backend, is_everything=True).goes_on,
-    )
+    if applied is not None:
+        ended |= {each.target: each for each in applied.outcome.ended}
+        problems += applied.outcome.problems
+    allowed = tuple(sorted(policy.allowing(in_force)))
+    is_held = policy.is_held(in_force)
+    return Held(is_held, applied, tuple(ended.values()), tuple(problems), tuple(notes), allowed)
 
 
 def _tried(problems: list[str], what: str, do: Callable[[], _T]) -> _T | None:
@@ -103,14 +69,8 @@ def _tried(problems: list[str], what: str, do: Callable[[], _T]) -> _T | None:
         return None
 
 
-def resume(backend: Backend, now: float, *, is_preview: bool = False) -> Resumed:
-    """Lift the hold and open what the rules ask for, or say what that would be. Raises `StoreError`."""
-    if is_preview:
-        snapshot = look(backend, with_config=True)
-        planned = snapshot.plan(now, is_held=False)
-        steps = differences(planned, snapshot.inventory, snapshot.installed)
-        return Resumed(snapshot.is_held, planned, steps, snapshot)
+def resume(backend: Backend, now: float) -> tuple[bool, Applied]:
+    """Lift the hold and open what the rules ask for; and whether there was a hold. Raises `StoreError`."""
     with backend.locked():
         was_held = policy.is_held(backend.read_policy().text)
-        planned, outcome, snapshot = apply(backend, now, is_held=False)
-    return Resumed(was_held, planned, outcome.done, snapshot)
+        return was_held, reconcile(backend, now, is_held=False)

@@ -3,8 +3,6 @@
 
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.errors import StoreError
-
 from .apply import Outcome, Place, carry_out, differences
 from .backend import Backend
 from .snapshot import Snapshot, look
@@ -20,15 +18,6 @@ class Applied(NamedTuple):
     plan: Plan
     outcome: Outcome
     snapshot: Snapshot
-
-
-class UnfinishedError(StoreError):
-    """Not all steps could be taken: ``outcome`` says which. ``kept`` says what was stored before, if any."""
-
-    def __init__(self, outcome: Outcome, kept: str = "") -> None:
-        super().__init__(f"{kept}not everything could be done: {'; '.join(outcome.problems)}")
-        self.outcome = outcome
-        self.kept = kept
 
 
 def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> Applied:
@@ -63,20 +52,3 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
         steps, errors = zip(*outcome.untold, strict=True)
         outcome = outcome._replace(undone=(*steps, *outcome.undone), problems=(*errors, *outcome.problems))
     return Applied(planned, outcome, snapshot)
-
-
-def apply(
-    backend: Backend, now: float, *, is_held: bool | None = None, changed: str | None = None
-) -> Applied:
-    """`reconcile`, which raises `UnfinishedError` for whatever could not be done, and other `StoreError`.
-
-    ``changed`` says what was stored before, for the error to say that it is kept.
-    """
-    kept = "" if changed is None else f"{changed}, but "
-    try:
-        applied = reconcile(backend, now, is_held=is_held)
-    except StoreError as error:
-        raise StoreError(f"{kept}{error}") from error
-    if not applied.outcome.is_whole:
-        raise UnfinishedError(applied.outcome, kept)
-    return applied

@@ -8,14 +8,14 @@ nothing happens it looks at the clock, every 30 s.
 
 from typing import NamedTuple, Protocol
 
-from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.system.clock import Clock
 from qubes_fwd_qrexec.system.ending import Ending
 
 from . import policy
 from .backend import Backend, Changes
-from .reconcile import Applied, UnfinishedError, reconcile
+from .reconcile import Applied, reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .states import Plan
 
@@ -111,7 +111,7 @@ class Watcher:
         self._next_end = next_end(applied.plan, now)
         self._view.looked(Look(now, before, applied, ended, self._next_end))
         if applied.outcome.problems:
-            raise UnfinishedError(applied.outcome)
+            raise StoreError(f"not everything could be done: {'; '.join(applied.outcome.problems)}")
 
     def _tell_started(self, applied: Applied) -> tuple[Ended, ...]:
         """Tell what is allowed to targets that have started: dom0 may have allowed a call while one was still

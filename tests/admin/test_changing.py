@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 from worlds import ADD, NOW, Command, content
 
-from qubes_fwd_qrexec.admin import changing, listeners
+from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Cause, NotOpenError, State
+from qubes_fwd_qrexec.admin.views import listeners
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
 from qubes_fwd_qrexec.common.report import ListenerReport, Problem, QubeReport, dump
 from qubes_fwd_qrexec.common.rules import ForwardRule

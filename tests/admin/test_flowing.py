@@ -7,8 +7,8 @@ import pytest
 from faulty import Faulty
 from worlds import ADD, Command
 
-from qubes_fwd_qrexec.admin import listeners
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE
+from qubes_fwd_qrexec.admin.views import listeners
 from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE

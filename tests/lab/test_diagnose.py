@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from helpers import free_port
 
-from qubes_fwd_qrexec.admin import listeners
+from qubes_fwd_qrexec.admin.views import listeners
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.report import (
     Firewall,

@@ -3,28 +3,27 @@
 
 from argparse import Namespace
 
-from qubes_fwd_qrexec.admin.apply import differences
-from qubes_fwd_qrexec.admin.reconcile import apply as applied
+from qubes_fwd_qrexec.admin.apply import Outcome, differences
+from qubes_fwd_qrexec.admin.reconcile import Applied, reconcile
 from qubes_fwd_qrexec.admin.states import Cause, State
 
 from . import reasons, render
 from .plans import plan_as_json
 from .session import Session
-from .steps import as_json, words
+from .steps import as_json, check, words
 from .tables import Style
 
 
 def apply(args: Namespace, session: Session) -> int:
     """Make it so, or with --dry-run say what that would change."""
     if args.dry_run:
-        snapshot = session.look(with_config=True)
-        planned = snapshot.plan(session.now)
-        steps = differences(planned, snapshot.inventory, snapshot.installed)
+        planned, outcome, snapshot = due(session)
     else:
         with session.backend.locked():
-            planned, outcome, snapshot = applied(session.backend, session.now)
-            session.warn_unread(snapshot)
-            steps = outcome.done
+            planned, outcome, snapshot = reconcile(session.backend, session.now)
+        check(outcome)
+        session.warn_unread(snapshot)
+    steps = outcome.done
     # Each was named when it was looked at.
     is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())
     refused = [f for f in planned if f.state is State.REFUSED]
@@ -46,3 +45,10 @@ def apply(args: Namespace, session: Session) -> int:
     for rule in planned.broken:
         session.warn(render.broken_line(rule, Style()).rstrip("\n"))
     return 1 if refused or planned.broken or is_unread else 0
+
+
+def due(session: Session, *, is_held: bool | None = None) -> Applied:
+    """What `reconcile` would do now. Nothing is done."""
+    snapshot = session.look(with_config=True)
+    planned = snapshot.plan(session.now, is_held=is_held)
+    return Applied(planned, Outcome(differences(planned, snapshot.inventory, snapshot.installed)), snapshot)

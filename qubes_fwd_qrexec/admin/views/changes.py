@@ -2,22 +2,24 @@
 """The commands that change rules, as users write them; and the words for what any change did."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome
 from qubes_fwd_qrexec.admin.changing import Changed, Key, System
-from qubes_fwd_qrexec.admin.expiry import parse_expire
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.states import Forward, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
 from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, ForwardType, OnExpire, Transport
-from qubes_fwd_qrexec.common.values import Sources
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, Sources
 
 from . import heard, reasons, steps
+from .expiry import parse_expire
+from .judged import denials
+from .listeners import Heard, ask_after
 from .plans import forward_as_json
 from .session import Session
 from .tables import escaped
@@ -34,6 +36,30 @@ _AS_GIVEN = (
     *("mode", "via", "proto", "listen", "transport", "proxy", "autostart", "on_expire"),
     *("follow_netvm", "bypass_tunnel", "comment"),
 )
+
+
+class After(NamedTuple):
+    """A change, and what is known of it afterwards.
+
+    ``heard`` is what the listeners make of it, ``denials`` why dom0's policy denies calls of these rules all
+    the same. ``watch_start`` starts `watch`, where that is not running.
+    """
+
+    changed: Changed
+    heard: Heard
+    denials: Mapping[tuple[QubeName, RuleName], str]
+    watch_start: str | None
+
+
+def followed(changed: Changed, session: Session) -> After:
+    """Ask what became of a change. Raises `StoreError` if it is stored and not all of it could be applied."""
+    said, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
+    if changed.outcome is not None:
+        steps.check(changed.outcome, "the change is stored, but ")
+        was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
+        said = ask_after(was, planned, changed.keys, inventory, session.backend)
+        denied = denials(changed.forwards, session.backend)
+    return After(changed, said, denied, session.backend.unwatched())
 
 
 def add(args: Namespace, session: Session) -> int:
@@ -83,6 +109,14 @@ def set_options(args: Namespace, session: Session) -> int:
         if name in options:
             raise UsageError(f"option {name!a}: given twice", name)
         options[name] = value
+    try:
+        if options.get("expire"):
+            expire = parse_expire(options["expire"], session.now)
+            options["expire"] = "" if expire is None else str(expire)
+    except TextError as error:
+        raise UsageError(
+            f"{args.qube} {args.name} was not changed: option 'expire': {error}", "expire"
+        ) from None
     system = _system(args, session)
     changed = changing.set_options(system, args.qube, args.name, options, seen=args.was)
     return report(changed, session, "changed")
@@ -106,14 +140,15 @@ def confirm(args: Namespace, session: Session) -> int:
 def remove(args: Namespace, session: Session) -> int:
     """Close and forget, broken rules too."""
     changed = changing.remove(_system(args, session), args.qube, args.name)
+    after = followed(changed, session)
     if session.is_json:
         removed = [{"qube": qube, "name": name} for qube, name in changed.keys]
-        session.say_json({"removed": removed} | as_json(changed))
-        return finish(changed, session)
+        session.say_json({"removed": removed} | as_json(after))
+        return finish(after, session)
     for qube, name in changed.keys:
-        session.say(f"Forward {qube} {name!s} is removed{_closed(changed, (qube, name))}.\n")
-    say_rest(changed, session)
-    return finish(changed, session)
+        session.say(f"Forward {qube} {name!s} is removed{_closed(after, (qube, name))}.\n")
+    say_rest(after, session)
+    return finish(after, session)
 
 
 def _system(args: Namespace, session: Session) -> System:
@@ -122,59 +157,60 @@ def _system(args: Namespace, session: Session) -> System:
 
 def report(changed: Changed, session: Session, done: str) -> int:
     """Say what is open now, for whom, until when, and what to mind; the exit status."""
+    after = followed(changed, session)
     if session.is_json:
-        session.say_json(as_json(changed))
-        return finish(changed, session)
+        session.say_json(as_json(after))
+        return finish(after, session)
     for forward in changed.forwards:
-        session.say(f"Forward {forward.source} is {done}{_state(changed, forward)}\n")
+        session.say(f"Forward {forward.source} is {done}{_state(after, forward)}\n")
         if forward.is_live and forward.source.rule.expire is not None:
             session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
         old = changed.plan_before.find(*forward.source[:2])
         known = [] if old is None else warnings(old)
-        for note in notes(changed, forward):
+        for note in notes(after, forward):
             if note not in known:
                 session.say(f"Note: {escaped(note)}.\n")
-    say_rest(changed, session)
-    return finish(changed, session)
+    say_rest(after, session)
+    return finish(after, session)
 
 
-def _state(changed: Changed, forward: Forward) -> str:
+def _state(after: After, forward: Forward) -> str:
     """What became of a forward that the change was about."""
     sentence = reasons.sentence(forward)
     if forward.state is State.DISABLED:
-        return f"{_closed(changed, forward.source[:2])}. {sentence}"
-    if forward.is_live and changed.outcome is None:
+        return f"{_closed(after, forward.source[:2])}. {sentence}"
+    if forward.is_live and after.changed.outcome is None:
         return f"; 'qvm-forward apply' puts it in force. Then: {sentence}"
     return f" and {forward.state}. {sentence}"
 
 
-def _closed(changed: Changed, key: Key) -> str:
+def _closed(after: After, key: Key) -> str:
     """Never "closed" where anything still flows."""
-    if changed.outcome is None:
+    if after.changed.outcome is None:
         return "; 'qvm-forward apply' closes it"
-    flows = _flows(changed, changed.outcome, key)
+    flows = _flows(after, after.changed.outcome, key)
     return " and accepts no new connections; open ones may go on" if flows else " and closed"
 
 
-def _flows(changed: Changed, outcome: Outcome, key: Key) -> bool:
-    return any((left.target, left.name) == key for left in changed.heard.goes_on) or any(
+def _flows(after: After, outcome: Outcome, key: Key) -> bool:
+    return any((left.target, left.name) == key for left in after.heard.goes_on) or any(
         ended.target == key[0] and ended.draining for ended in outcome.ended
     )
 
 
-def notes(changed: Changed, forward: Forward) -> list[str]:
+def notes(after: After, forward: Forward) -> list[str]:
     """What to mind of a forward, what is new first."""
-    return [*news(changed, forward), *warnings(forward)]
+    return [*news(after, forward), *warnings(forward)]
 
 
-def news(changed: Changed, forward: Forward) -> list[str]:
+def news(after: After, forward: Forward) -> list[str]:
     """What to mind of a forward because of the change."""
     key = forward.source[:2]
-    denial, uptake = changed.denials.get(key), changed.heard.uptakes.get(key)
+    denial, uptake = after.denials.get(key), after.heard.uptakes.get(key)
     found = [] if denial is None else [f"dom0 denies its calls: {denial}"]
     trouble = None if uptake is None else heard.note(forward, uptake)
     found += [] if trouble is None else [trouble]
-    return [*found, *_narrowing(changed.plan_before.find(*key), forward)]
+    return [*found, *_narrowing(after.changed.plan_before.find(*key), forward)]
 
 
 def _narrowing(old: Forward | None, new: Forward) -> list[str]:
@@ -212,24 +248,24 @@ def warnings(forward: Forward) -> list[str]:
     return found
 
 
-def say_rest(changed: Changed, session: Session) -> None:
+def say_rest(after: After, session: Session) -> None:
     """What else was opened and closed, what goes on, and whether anything looks after it."""
-    if changed.outcome is not None:
-        lines = [*_others(changed, changed.outcome)]
-        lines += [f"{steps.ended_words(ended)}." for ended in changed.outcome.ended if ended.draining]
+    if after.changed.outcome is not None:
+        lines = [*_others(after, after.changed.outcome)]
+        lines += [f"{steps.ended_words(ended)}." for ended in after.changed.outcome.ended if ended.draining]
         session.say("".join(f"{line}\n" for line in lines))
-    for left in changed.heard.goes_on:
+    for left in after.heard.goes_on:
         session.warn(f"still open: {heard.still_open(left)}")
-    is_live = changed.outcome is not None and any(forward.is_live for forward in changed.forwards)
-    if is_live and changed.watch_start is not None:
+    is_live = after.changed.outcome is not None and any(forward.is_live for forward in after.changed.forwards)
+    if is_live and after.watch_start is not None:
         session.say(
             "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a netvm "
             "changes or a qube is removed, until you run qvm-forward again. This starts it: "
-            f"{changed.watch_start}.\n"
+            f"{after.watch_start}.\n"
         )
 
 
-def _others(changed: Changed, outcome: Outcome) -> Iterator[str]:
+def _others(after: After, outcome: Outcome) -> Iterator[str]:
     """A sentence for each forward that was opened or closed besides.
 
     A mark closes some; and rules that were restored, or changed by Qubes' own tools, come into force with
@@ -241,34 +277,34 @@ def _others(changed: Changed, outcome: Outcome) -> Iterator[str]:
         text, key, forward = step.key.removeprefix(CONFIG_PREFIX), None, None
         with suppress(ConfigError):
             key = parse_key(text)
-            text, forward = " ".join(key), changed.plan.find(*key)
-        if key in changed.keys:
+            text, forward = " ".join(key), after.changed.plan.find(*key)
+        if key in after.changed.keys:
             continue
         what = "Opened" if step.was is None else "Changed"
         if step.kind is Kind.REMOVE_CONFIG:
-            is_flowing = key is not None and _flows(changed, outcome, key)
+            is_flowing = key is not None and _flows(after, outcome, key)
             what = "Closed to new connections" if is_flowing else "Closed"
         why = "." if forward is None else f". {reasons.sentence(forward)}"
         yield f"{what} at {step.qube}: {text}{why}"
 
 
-def as_json(changed: Changed) -> dict[str, Any]:
+def as_json(after: After) -> dict[str, Any]:
     """What a change did, for programs."""
-    outcome = changed.outcome
+    outcome = after.changed.outcome
     return {
-        "forwards": [forward_as_json(f) | {"warnings": notes(changed, f)} for f in changed.forwards],
+        "forwards": [forward_as_json(f) | {"warnings": notes(after, f)} for f in after.changed.forwards],
         "applied": outcome is not None,
-        "is_watched": changed.watch_start is None,
+        "is_watched": after.watch_start is None,
         "steps": [] if outcome is None else [steps.as_json(step) for step in outcome.done],
         "ended": [] if outcome is None else [steps.ended_as_json(ended) for ended in outcome.ended],
-        "goes_on": [left._asdict() for left in changed.heard.goes_on],
+        "goes_on": [left._asdict() for left in after.heard.goes_on],
     }
 
 
-def finish(changed: Changed, session: Session) -> int:
+def finish(after: After, session: Session) -> int:
     """Warn of what could not be read; the exit status.
 
     What was to be cut and goes on is no success; what may drain was asked for.
     """
-    session.warn_unread(changed.after)
-    return 1 if any(left.left_s is None for left in changed.heard.goes_on) else 0
+    session.warn_unread(after.changed.after)
+    return 1 if any(left.left_s is None for left in after.heard.goes_on) else 0

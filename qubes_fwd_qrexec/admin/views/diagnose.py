@@ -14,8 +14,6 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
-from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.listeners import Has, ask, uptake
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
 from qubes_fwd_qrexec.admin.states import Finding as Planned
@@ -28,6 +26,8 @@ from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import heard, reasons
+from .judged import judged
+from .listeners import Has, ask, uptake
 from .reasons import Command
 from .render import broken_line
 from .session import Session

@@ -47,11 +47,12 @@ def import_rules(args: Namespace, session: Session) -> int:
     document = _read(args.format, _text(args.file, session))
     system = System(session.backend, session.now, is_applied=not args.no_apply)
     changed, marks, left_open = import_document(system, document, args.qube, is_replacing=args.replace)
+    after = changes.followed(changed, session)
     if session.is_json:
         data = {"imported": len(changed.keys), "tunnels": marks, "skipped": document.skipped}
         data["left"] = [{"qube": named.target, "name": named.name} for named in left_open]
-        session.say_json(data | changes.as_json(changed))
-        return changes.finish(changed, session)
+        session.say_json(data | changes.as_json(after))
+        return changes.finish(after, session)
     session.say(f"Imported {_count(len(changed.keys), 'forward')}.\n")
     if document.skipped:
         session.say(f"Left out {_count(document.skipped, 'rule')} whose action is not forward.\n")
@@ -59,15 +60,15 @@ def import_rules(args: Namespace, session: Session) -> int:
         session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
     for forward in changed.forwards:
         session.say(f"{forward.source}: {forward.state}. {reasons.sentence(forward)}\n")
-        for note in (*reasons.notes(forward), *changes.news(changed, forward)):
+        for note in (*reasons.notes(forward), *changes.news(after, forward)):
             session.say(f"{forward.source}: note: {escaped(note)}\n")
-    changes.say_rest(changed, session)
+    changes.say_rest(after, session)
     if left_open:
         names = ", ".join(map(str, left_open))
         session.say(
             f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
         )
-    return changes.finish(changed, session)
+    return changes.finish(after, session)
 
 
 def _count(number: int, what: str) -> str:

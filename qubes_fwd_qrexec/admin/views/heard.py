@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Words for what listeners say after a change: why one is not open, and what goes on of a closed one."""
 
-from qubes_fwd_qrexec.admin.listeners import GoesOn, Has, Uptake
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Service
+
+from .listeners import GoesOn, Has, Uptake
 
 IN_PART = "not all of its ports are open"
 FIREWALL = "its firewall lets nobody in to a port that the listener does not listen on"

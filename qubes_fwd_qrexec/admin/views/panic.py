@@ -2,46 +2,88 @@
 """The commands panic and resume."""
 
 from argparse import Namespace
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
 
-from qubes_fwd_qrexec.admin.hold import Held, Resumed, hold
-from qubes_fwd_qrexec.admin.hold import resume as lift
-from qubes_fwd_qrexec.admin.judged import denials
+from qubes_fwd_qrexec.admin import hold
+from qubes_fwd_qrexec.admin.backend import PolicyVerdict
+from qubes_fwd_qrexec.admin.hold import Held
 from qubes_fwd_qrexec.admin.policy import NAME
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
+from qubes_fwd_qrexec.admin.states import Plan
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import heard, reasons, steps
+from .applying import due
+from .judged import denials, judged
+from .listeners import GoesOn, ask_after
 from .session import Session
 from .tables import escaped
 
 
+class _Seen(NamedTuple):
+    """A hold, and what goes on all the same: calls of ``allowed``, which another policy file allows, and
+    connections.
+    """
+
+    held: Held
+    allowed: tuple[NamedRule, ...] = ()
+    goes_on: tuple[GoesOn, ...] = ()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is open any more, and nothing opens."""
+        held = self.held
+        is_done = held.is_held and not held.problems and all(ended.problem is None for ended in held.ended)
+        return is_done and not (held.allowed or self.allowed or self.goes_on)
+
+
 def panic(args: Namespace, session: Session) -> int:
     """Close everything and hold it; status 0 only if all of it is closed."""
-    held = hold(session.backend, session.now)
+    held = hold.hold(session.backend, session.now)
+    seen = _Seen(held)
     if held.applied is not None:
         session.warn_unread(held.applied.snapshot)
+        seen = _looked(held, held.applied.snapshot, session)
     if session.is_json:
-        session.say_json(_as_json(held))
+        session.say_json(_as_json(seen))
     else:
-        _say(held, session)
-    return 0 if held.is_closed else 1
+        _say(seen, session)
+    return 0 if seen.is_closed else 1
 
 
-def _as_json(held: Held) -> dict[str, Any]:
+def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
+    """What goes on, as dom0's whole policy and the listeners say."""
+    live = snapshot.plan(session.now, is_held=False)
+    verdicts: Mapping[tuple[QubeName, RuleName], PolicyVerdict] = {}
+    # Our file is held, so what is allowed is allowed by another. If none can be read, that is said already.
+    with suppress(ForwardError, OSError):
+        verdicts = judged(live.live, session.backend, None) if held.is_held else {}
+    allowed = {key for key, verdict in verdicts.items() if verdict.is_allowed}
+    heard = ask_after(live, Plan(()), (), snapshot.inventory, session.backend, is_everything=True)
+    return _Seen(held, tuple(f.source for f in live.live if f.source[:2] in allowed), heard.goes_on)
+
+
+def _as_json(seen: _Seen) -> dict[str, Any]:
+    held = seen.held
     return {
-        "is_closed": held.is_closed,
+        "is_closed": seen.is_closed,
         "is_held": held.is_held,
         "steps": [steps.as_json(step) for step in held.applied.outcome.done] if held.applied else [],
         "ended": [steps.ended_as_json(ended) for ended in held.ended],
         "not_done": list(_not_done(held)),
         "notes": list(held.notes),
-        "open_still": list(_open_still(held)),
-        "goes_on": [left._asdict() for left in held.goes_on],
+        "open_still": list(_open_still(seen)),
+        "goes_on": [left._asdict() for left in seen.goes_on],
     }
 
 
-def _say(held: Held, session: Session) -> None:
-    if held.is_closed:
+def _say(seen: _Seen, session: Session) -> None:
+    held = seen.held
+    if seen.is_closed:
         session.say("Everything is closed and held: dom0 allows no forward, and no qube is told to listen.\n")
     else:
         session.say("NOT EVERYTHING IS CLOSED.\n")
@@ -58,11 +100,11 @@ def _say(held: Held, session: Session) -> None:
         session.warn(f"note: {note}")
     for problem in _not_done(held):
         session.warn(f"not done: {problem}")
-    for what in (*_open_still(held), *(heard.still_open(left) for left in held.goes_on)):
+    for what in (*_open_still(seen), *(heard.still_open(left) for left in seen.goes_on)):
         session.warn(f"still open: {what}")
-    if targets := sorted({left.target for left in held.goes_on if left.target is not None}):
+    if targets := sorted({left.target for left in seen.goes_on if left.target is not None}):
         session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
-    if not held.is_closed:
+    if not seen.is_closed:
         session.warn("mend that, and say 'qvm-forward panic' again")
 
 
@@ -71,37 +113,40 @@ def _not_done(held: Held) -> Iterator[str]:
     yield from (steps.ended_words(ended) for ended in held.ended if ended.problem is not None)
 
 
-def _open_still(held: Held) -> Iterator[str]:
-    yield from (f"policy: {' '.join(line.split())}" for line in held.allowed)
-    for named in held.allowed_elsewhere:
+def _open_still(seen: _Seen) -> Iterator[str]:
+    yield from (f"policy: {' '.join(line.split())}" for line in seen.held.allowed)
+    for named in seen.allowed:
         yield f"policy: another file than {NAME}.policy allows calls of {named}"
 
 
 def resume(args: Namespace, session: Session) -> int:
     """Lift the hold and open what the rules ask for, or with --dry-run say what that would be."""
-    resumed = lift(session.backend, session.now, is_preview=args.dry_run)
-    session.warn_unread(resumed.snapshot)
+    if args.dry_run:
+        planned, outcome, snapshot = due(session, is_held=False)
+        was_held = snapshot.is_held
+    else:
+        was_held, (planned, outcome, snapshot) = hold.resume(session.backend, session.now)
+        steps.check(outcome)
+        session.warn_unread(snapshot)
     if session.is_json:
-        data = {
-            "dry_run": args.dry_run,
-            "was_held": resumed.was_held,
-            "is_held": resumed.plan.is_held or (args.dry_run and resumed.was_held),
-        }
-        session.say_json(data | {"steps": [steps.as_json(step) for step in resumed.steps]})
+        is_held = planned.is_held or (args.dry_run and was_held)
+        data = {"dry_run": args.dry_run, "was_held": was_held, "is_held": is_held}
+        session.say_json(data | {"steps": [steps.as_json(step) for step in outcome.done]})
         return 0
-    session.say(_resumed(resumed, is_preview=args.dry_run))
-    if not args.dry_run and resumed.was_held:
-        for (target, name), denial in denials(resumed.plan.live, session.backend).items():
+    if was_held:
+        session.say(_resumed(planned, is_preview=args.dry_run))
+    else:
+        changes = "".join(f"  {word}\n" for step in outcome.done for word in steps.words(step))
+        title = "This would change:\n" if args.dry_run else "Changed:\n"
+        session.say(f"Nothing was held.\n{title if changes else ''}{changes}")
+    if not args.dry_run and was_held:
+        for (target, name), denial in denials(planned.live, session.backend).items():
             session.say(f"Note: {target} {name}: dom0 denies its calls: {escaped(denial)}.\n")
     return 0
 
 
-def _resumed(resumed: Resumed, *, is_preview: bool) -> str:
-    live = resumed.plan.live
-    if not resumed.was_held:
-        changes = "".join(f"  {word}\n" for step in resumed.steps for word in steps.words(step))
-        title = "This would change:\n" if is_preview else "Changed:\n"
-        return f"Nothing was held.\n{title if changes else ''}{changes}"
+def _resumed(planned: Plan, *, is_preview: bool) -> str:
+    live = planned.live
     if is_preview:
         title = "This would be open again:\n" if live else "Nothing would open.\n"
     else:

@@ -7,12 +7,12 @@ from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
-from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Plan, Verdict
 from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from . import findings, reasons, render
+from .judged import judged
 from .picture import picture
 from .plans import broken_as_json, forward_as_json, plan_as_json
 from .session import Session

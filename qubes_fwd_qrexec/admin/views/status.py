@@ -15,8 +15,17 @@ from typing import Any, NamedTuple
 from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
 from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
-from qubes_fwd_qrexec.admin.judged import judged
-from qubes_fwd_qrexec.admin.listeners import (
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.report import QubeReport
+from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.system.ending import Ending
+
+from . import heard, reasons, steps
+from .judged import judged
+from .listeners import (
     Answer,
     GoesOn,
     Has,
@@ -27,15 +36,6 @@ from qubes_fwd_qrexec.admin.listeners import (
     listening,
     uptake,
 )
-from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Forward, Plan, State
-from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.report import QubeReport
-from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
-from qubes_fwd_qrexec.system.ending import Ending
-
-from . import heard, reasons, steps
 from .render import exposed_at
 from .session import Session
 from .showing import selected

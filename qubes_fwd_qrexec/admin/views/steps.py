@@ -5,11 +5,10 @@ from typing import Any
 
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
-from qubes_fwd_qrexec.admin.reconcile import UnfinishedError
 from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
 from qubes_fwd_qrexec.admin.states import NotOpenError
 from qubes_fwd_qrexec.common.allowance import Allowance
-from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
 
 from . import reasons
 
@@ -72,10 +71,14 @@ def troubles(outcome: Outcome) -> list[str]:
 
 
 def error_text(error: ForwardError) -> str:
-    """What an error says; where not all steps could be taken, also which."""
-    if isinstance(error, NotOpenError):
-        return reasons.refusal(error)
-    return f"{error.kept}{failure(error.outcome)}" if isinstance(error, UnfinishedError) else str(error)
+    """What an error says."""
+    return reasons.refusal(error) if isinstance(error, NotOpenError) else str(error)
+
+
+def check(outcome: Outcome, kept: str = "") -> None:
+    """Raises `StoreError` if not all steps could be taken; ``kept`` says what was stored all the same."""
+    if not outcome.is_whole:
+        raise StoreError(f"{kept}{failure(outcome)}")
 
 
 def failure(outcome: Outcome) -> str:

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 from qubes_fwd_qrexec.admin import tunnelmarks
-from qubes_fwd_qrexec.admin.changing import Changed, System
+from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.inventory import TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
 from qubes_fwd_qrexec.admin.states import Cause
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
@@ -28,18 +28,19 @@ def tunnel(args: Namespace, session: Session) -> int:
 
 def _mark(qube: QubeName, session: Session) -> int:
     changed = tunnelmarks.mark(System(session.backend, session.now), qube)
+    after = changes.followed(changed, session)
     if session.is_json:
-        return _say_json(qube, changed, session)
+        return _say_json(qube, after, session)
     is_new = changed.before.inventory != changed.after.inventory
     session.say(f"{qube} {'is marked as a tunnel' if is_new else 'is already marked as a tunnel'}. ")
     session.say(f"{_what_it_means(qube, changed.after.inventory)}\n")
-    changes.say_rest(changed, session)
+    changes.say_rest(after, session)
     for forward in changed.plan.live:
         found = forward.finding(Cause.BYPASSES_TUNNEL)
         if found is not None and found.mark is not None and found.mark.qube == qube:
             note = reasons.sentence(forward, found)
             session.say(f"Forward {forward.source} stays open: it {note}, as its rule accepts.\n")
-    return changes.finish(changed, session)
+    return changes.finish(after, session)
 
 
 def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
@@ -55,21 +56,22 @@ def _unmark(qube: QubeName, session: Session) -> int:
         changed = tunnelmarks.unmark(System(session.backend, session.now), qube)
     except tunnelmarks.NotMarkedError as error:
         raise RefusedError(_not_ours(error.qube, error.inventory)) from None
+    after = changes.followed(changed, session)
     if session.is_json:
-        return _say_json(qube, changed, session)
+        return _say_json(qube, after, session)
     inventory = changed.after.inventory
     if left := [*inventory.tunnel_marks(qube)]:
         session.say(f"{qube} has lost our mark and is still a tunnel: {_ways_out(left, inventory)}.\n")
     else:
         session.say(f"{qube} is no longer marked as a tunnel.\n")
-    changes.say_rest(changed, session)
+    changes.say_rest(after, session)
     for forward in changed.plan:
         if forward.cause in (Cause.TUNNEL, Cause.CONFLICT) and qube in (
             forward.source.target,
             *forward.chain,
         ):
             session.say(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}\n")
-    return changes.finish(changed, session)
+    return changes.finish(after, session)
 
 
 def _not_ours(qube: QubeName, inventory: Inventory) -> str:
@@ -86,10 +88,10 @@ def _ways_out(marks: Iterable[TunnelMark], inventory: Inventory) -> str:
     return "; ".join(f"{mark.mark}, which '{' '.join(_way_out(mark, inventory))}' removes" for mark in marks)
 
 
-def _say_json(qube: QubeName, changed: Changed, session: Session) -> int:
-    marks = [mark.mark for mark in changed.after.inventory.tunnel_marks(qube)]
-    session.say_json({"qube": qube, "marks": marks} | changes.as_json(changed))
-    return changes.finish(changed, session)
+def _say_json(qube: QubeName, after: changes.After, session: Session) -> int:
+    marks = [mark.mark for mark in after.changed.after.inventory.tunnel_marks(qube)]
+    session.say_json({"qube": qube, "marks": marks} | changes.as_json(after))
+    return changes.finish(after, session)
 
 
 def _list(session: Session) -> int:

@@ -15,8 +15,8 @@ from worlds import ADD, NOW, Command
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
-from qubes_fwd_qrexec.admin.judged import judged
 from qubes_fwd_qrexec.admin.snapshot import look as read_system
+from qubes_fwd_qrexec.admin.views.judged import judged
 from qubes_fwd_qrexec.admin.views.session import Session
 from qubes_fwd_qrexec.admin.views.status import (
     WATCH_S,

@@ -10,7 +10,10 @@ from worlds import NOW, OURS, Hands, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
-from qubes_fwd_qrexec.admin.listeners import (
+from qubes_fwd_qrexec.admin.plan import plan
+from qubes_fwd_qrexec.admin.states import Plan
+from qubes_fwd_qrexec.admin.views import heard as words
+from qubes_fwd_qrexec.admin.views.listeners import (
     BOUND_S,
     GoesOn,
     Has,
@@ -24,9 +27,6 @@ from qubes_fwd_qrexec.admin.listeners import (
     listening,
     uptake,
 )
-from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.states import Plan
-from qubes_fwd_qrexec.admin.views import heard as words
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.report import (

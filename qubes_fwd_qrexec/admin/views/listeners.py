@@ -10,18 +10,17 @@ from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, at_once
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
+from qubes_fwd_qrexec.admin.revoking import serving
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, QubeReport, ReportError
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
-
-from . import policy
-from .answers import AnswerError, NotRunningError, at_once
-from .backend import Backend
-from .inventory import LISTENER_FEATURE, Inventory
-from .revoking import serving
-from .states import Forward, Plan, State
 
 # A listener that reads QubesDB takes up a change within half a second; an earlier answer may be of the old.
 ASKED_AT_S = (0.0, 0.7, 1.3)

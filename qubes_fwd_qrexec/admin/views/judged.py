@@ -7,12 +7,11 @@ in any file denies every call.
 
 from collections.abc import Iterable
 
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import Backend, PolicyCall, PolicyVerdict
+from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
-
-from . import policy
-from .backend import Backend, PolicyCall, PolicyVerdict
-from .states import Forward
 
 
 def judged(
