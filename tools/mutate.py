@@ -228,7 +228,7 @@ class Judge:
         self._copies: SimpleQueue[Copy] = SimpleQueue()
         for number in range(jobs):
             self._copies.put(Copy(directory / str(number)))
-        self._bounds: dict[str, float] = {}
+        self._bounds: dict[frozenset[str], float] = {}
         self._one_bound_at_a_time = threading.Lock()
 
     def judge(self, mutant: Mutant) -> Verdict | None:
@@ -240,7 +240,7 @@ class Judge:
         tests = tests_of(mutant.file)
         copy = self._copies.get()
         try:
-            bound_s = self._bound(copy, mutant.file, tests)
+            bound_s = self._bound(copy, tests)
             copy.write(mutant.file, changed)
             killed_by = copy.test(tests, bound_s) if tests else ""
         finally:
@@ -251,14 +251,15 @@ class Judge:
         )
         return Verdict(mutant, "\n".join(lines), killed_by)
 
-    def _bound(self, copy: Copy, file: str, tests: list[str]) -> float:
+    def _bound(self, copy: Copy, tests: list[str]) -> float:
         """How long the tests may take; they pass in a fraction of it as long as nothing is changed."""
-        if file not in self._bounds and tests:
-            began = time.monotonic()
-            if problem := copy.test(tests, 600):
-                raise SystemExit(f"{file}: its tests fail as it is: {problem}")
-            self._bounds[file] = 30 + 5 * (time.monotonic() - began)
-        return self._bounds.get(file, 0)
+        with self._one_bound_at_a_time:
+            if (together := frozenset(tests)) not in self._bounds:
+                began = time.monotonic()
+                if problem := copy.test(tests, 1200):
+                    raise SystemExit(f"the tests fail as it is: {problem}")
+                self._bounds[together] = 30 + 5 * (time.monotonic() - began)
+            return self._bounds[together]
 
 
 def known() -> dict[str, str]:
