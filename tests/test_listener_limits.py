@@ -319,7 +319,7 @@ async def test_a_port_that_comes_free_is_opened_without_a_new_configuration(
         await until(lambda: listener.forwards)
         async with await connect(port) as near:
             assert await is_reset(near)
-    failed = [m for m in caplog.messages if "is not opened" in m]
+    failed = [m for m in caplog.messages if "cannot be opened" in m]
     assert len(failed) == 1
     assert "the port is in use by this program itself" in failed[0]
     assert "this is tried again" in failed[0]
