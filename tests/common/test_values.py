@@ -142,7 +142,11 @@ EVERYBODY = [
 
 @pytest.mark.parametrize("text", EVERYBODY)
 def test_everybody_is_said_by_its_word(text: str) -> None:
-    with pytest.raises(TextError, match=r"lets in everybody by IPv[46], which is said by the word any"):
+    family, listen = ("IPv6", "::") if "::" in text else ("IPv4", r"0\.0\.0\.0")
+    words = (
+        rf"lets in everybody by {family}, which is said by the word any \(and listen={listen} for {family}"
+    )
+    with pytest.raises(TextError, match=words):
         Sources.parse(text)
 
 

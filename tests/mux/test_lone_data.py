@@ -47,6 +47,7 @@ def test_a_lone_frame_counts_as_received():
     [
         b"",
         data_frame(1, b"x")[:HEADER_BYTES],
+        data_frame(1, b""),
         data_frame(1, b"xy")[:-1],
         data_frame(1, b"x") + b"\0",
         data_frame(1, b"x") * 2,
@@ -60,6 +61,7 @@ def test_a_lone_frame_counts_as_received():
     ids=[
         "nothing",
         "a header",
+        "a frame without a payload",
         "half a frame",
         "a frame and a byte",
         "two frames",
