@@ -6,17 +6,15 @@ all the way.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Cause, Forward, State
-from qubes_fwd_qrexec.admin.states import Finding as Planned
+from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, State, Verdict
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.refusals import Refusal
@@ -28,22 +26,15 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import heard, reasons
 from .judged import judged
 from .listeners import Has, ask, uptake
-from .reasons import Command
 from .render import broken_line
 from .session import Session
-from .tables import Check, Colour, Style, checks, escaped
+from .tables import Check, Style, checks, escaped
 
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
 _PACKAGE = "qubes-fwd-qrexec"
 # A trial sends the server no data, so it cannot tell whether server and clients speak the same protocol.
 _WELL = "Everything on the way to the server works. What the server says to its clients was not tried."
-
-
-class Verdict(StrEnum):
-    OK = "ok"
-    UNKNOWN = "unknown"
-    STOPS = "stops"
 
 
 class Fault(StrEnum):
@@ -109,51 +100,32 @@ _FIREWALL = {
 }
 
 
-class Finding(NamedTuple):
-    """What one step found. Where it stops, ``cause`` says why and ``remedy`` what helps; ``ways_out`` are the
-    commands of dom0 in it, with a word in capitals where the user chooses.
-    """
-
-    step: str
-    verdict: Verdict
-    text: str
-    cause: str = ""
-    remedy: str = ""
-    ways_out: tuple[Command, ...] = ()
+_KEYS = ("step", "verdict", "text", "cause", "remedy", "ways_out")
 
 
-def _stops(step: str, cause: str, text: str, **facts: object) -> Finding:
+def _stops(step: str, cause: str, text: str, **facts: object) -> Check:
     remedy, *commands = _REMEDIES.get(cause, _OTHERWISE)
     ways_out = tuple(tuple(word.format(**facts) for word in command.split()) for command in commands)
     quoted = (f"'{' '.join(words)}'" for words in ways_out)
-    return Finding(step, Verdict.STOPS, text, cause, remedy.format(*quoted, **facts), ways_out)
+    return Check(step, Verdict.STOPS, text, cause, remedy.format(*quoted, **facts), ways_out)
 
 
 def diagnose(args: Namespace, session: Session) -> int:
     """Walk the way; exit status 0 if nothing on it is wrong."""
     snapshot = session.look(with_config=True)
-    findings = list(walk(snapshot, args.qube, args.name, session.now, session.backend))
-    is_well = findings[-1].verdict is not Verdict.STOPS
+    found = list(walk(snapshot, args.qube, args.name, session.now, session.backend))
+    is_well = found[-1].verdict != Verdict.STOPS
     if session.is_json:
-        steps = [finding._asdict() for finding in findings]
+        steps = [dict(zip(_KEYS, check, strict=True)) for check in found]
         session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
     else:
-        session.say(text(findings, session.style))
+        helps = f"What helps: {escaped(found[-1].remedy)}" if found[-1].remedy else _WELL
+        session.say(f"{checks(found, session.style)}{helps}\n")
     return 0 if is_well else 1
 
 
-_COLOURS = {Verdict.OK: Colour.GREEN, Verdict.UNKNOWN: Colour.YELLOW, Verdict.STOPS: Colour.RED}
-
-
-def text(findings: Sequence[Finding], style: Style) -> str:
-    """The findings for people, and what helps against the last."""
-    found = [Check(f.verdict, _COLOURS[f.verdict], f.step, escaped(f.text)) for f in findings]
-    remedy = escaped(findings[-1].remedy)
-    return checks(found, style) + (f"What helps: {remedy}\n" if remedy else f"{_WELL}\n")
-
-
-def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backend) -> Iterator[Finding]:
-    """The findings of each step, up to the first that stops.
+def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backend) -> Iterator[Check]:
+    """What each step found, up to the first that stops.
 
     Each step asks what it needs when it is taken. Raises `RefusedError` if there is no such rule.
     """
@@ -162,12 +134,11 @@ def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backen
         problem = broken_line(entry, Style()).rstrip("\n")
         yield _stops("rule", State.BROKEN, problem, target=target, name=name)
         return
-    for forward in snapshot.plan(now):
-        if forward.source == entry:
-            for finding in _Walk(snapshot, forward, backend).steps():
-                yield finding
-                if finding.verdict is Verdict.STOPS:
-                    return
+    forward = next(forward for forward in snapshot.plan(now) if forward.source == entry)
+    for check in _Walk(snapshot, forward, backend).steps():
+        yield check
+        if check.verdict == Verdict.STOPS:
+            return
 
 
 class _Walk:
@@ -179,7 +150,7 @@ class _Walk:
         self._backend = backend
         self._target = snapshot.inventory.qubes[forward.source.target]
 
-    def steps(self) -> Iterator[Finding]:
+    def steps(self) -> Iterator[Check]:
         forward = self._forward
         if forward.exposed is None or forward.config is None:
             yield self._planned("rule", forward.decisive)
@@ -190,7 +161,7 @@ class _Walk:
         if self._target.is_running:
             yield self._round_trip(forward.exposed, forward.config)
 
-    def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Finding]:
+    def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Check]:
         halted = self._forward.finding(Cause.EXPOSED_HALTED)
         if halted is not None:
             yield self._planned("exposed qube", halted)
@@ -208,7 +179,7 @@ class _Walk:
         yield _ok("applied", "dom0's policy and the listener's configuration match the rule")
 
         answer = self._ask("listener", exposed)
-        if isinstance(answer, Finding):
+        if isinstance(answer, Check):
             yield answer
             return
         found = uptake(self._forward, answer)
@@ -227,7 +198,7 @@ class _Walk:
         else:
             yield self._stops("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
 
-    def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Finding:
+    def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Check:
         """For those IP versions that it listens on and that its clients have."""
         if config.key in told.waiting:
             return self._stops("firewall", Has.FIREWALL, f"{exposed}: {heard.FIREWALL}")
@@ -245,7 +216,7 @@ class _Walk:
         # Which version a client uses is the client's choice: one that is open does not make up for the other.
         return (_ok if set(words.values()) == {Firewall.OPEN} else _unknown)("firewall", text)
 
-    def _at_target(self) -> Iterator[Finding]:
+    def _at_target(self) -> Iterator[Check]:
         """The plan has looked for what the template offers; whether the target has it, the target says."""
         service, name = self._forward.service, self._target.name
         port = self._forward.source.rule.target_ports.first  # of a range it stands for all
@@ -262,7 +233,7 @@ class _Walk:
             yield _unknown("server", f"{name} was not asked whether a server listens")
             return
         answer = self._ask("service", name, str(port))
-        if isinstance(answer, Finding):
+        if isinstance(answer, Check):
             yield answer
             return
         yield _ok("service", f"{name} has {_PACKAGE}, and answers")
@@ -275,9 +246,9 @@ class _Walk:
             text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
             yield self._stops("server", Fault.NO_SERVER, text)
 
-    def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Finding:
+    def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Check:
         answer = self._ask("round trip", exposed, config.key)
-        if isinstance(answer, Finding):
+        if isinstance(answer, Check):
             return answer
         trial = answer.trial
         if trial is None or trial.answer is Answer.SILENT:
@@ -293,7 +264,7 @@ class _Walk:
             header = "no PROXY header (proxy=v1 or proxy=v2 sends one, if it expects one)"
         return _ok("round trip", f"a connection from {exposed} reached the server, which gets {header}")
 
-    def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport | Finding:
+    def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport | Check:
         try:
             return ask(self._backend, qube, argument)
         except AnswerError as error:
@@ -309,14 +280,14 @@ class _Walk:
             helps = f"{qube} may not take any more calls: wait until some have ended, or restart it"
         return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
 
-    def _stops(self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str) -> Finding:
+    def _stops(self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str) -> Check:
         """``qube`` is the one that lacks something, if it is one."""
         template = None if qube is None else self._snapshot.inventory.qubes[qube].template or qube
         target, name, *_ = self._forward.source
         facts = {"target": target, "name": name, "exposed": self._forward.exposed, "qube": qube}
         return _stops(step, cause, text, **facts, template=template, **more)
 
-    def _planned(self, step: str, found: Planned) -> Finding:
+    def _planned(self, step: str, found: Finding) -> Check:
         """The plan has found what stops this step."""
         ways_out = reasons.ways_out(self._forward, found)
         quoted = [f"'{' '.join(words)}'" for words in ways_out]
@@ -324,12 +295,12 @@ class _Walk:
         last = quoted.pop() if len(ways_out) > 1 and ways_out[-1][1] == "confirm" else None
         remedy = " or ".join(quoted) if last is None else f"{' or '.join(quoted)}, then {last}"
         text = f"{self._forward.source} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
-        return Finding(step, Verdict.STOPS, text, found.cause, remedy, ways_out)
+        return Check(step, Verdict.STOPS, text, found.cause, remedy, ways_out)
 
 
-def _ok(step: str, text: str) -> Finding:
-    return Finding(step, Verdict.OK, text)
+def _ok(step: str, text: str) -> Check:
+    return Check(step, Verdict.OK, text)
 
 
-def _unknown(step: str, text: str) -> Finding:
-    return Finding(step, Verdict.UNKNOWN, text)
+def _unknown(step: str, text: str) -> Check:
+    return Check(step, "unknown", text)

@@ -4,32 +4,15 @@ that stops it.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
-from qubes_fwd_qrexec.common.config import Service, Side
+from qubes_fwd_qrexec.common.config import Side
 
 from . import reasons
-from .tables import Check, Colour, Style, checks
+from .tables import Check
 from .times import print_expire
-
-_COLOURS = {Verdict.OK: Colour.GREEN, Verdict.NOTE: Colour.YELLOW, Verdict.STOPS: Colour.RED}
-
-
-class Shown(NamedTuple):
-    """What one check found; where that stops the forward, ``text`` names a way out too."""
-
-    check: str
-    verdict: Verdict
-    text: str
-    ways_out: tuple[reasons.Command, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        ways_out = [list(command) for command in self.ways_out]
-        return {"check": self.check, "verdict": self.verdict, "text": self.text, "ways_out": ways_out}
-
 
 # In the order of the way. What has no text here has its sentence.
 _CHECKS = {
@@ -78,24 +61,19 @@ _SIDES = {
 
 def shown(
     forward: Forward, planned: Plan, installed: str | None, now: float, verdict: PolicyVerdict | None = None
-) -> tuple[Shown, ...]:
+) -> tuple[Check, ...]:
     """All findings, in the order of the way; ``installed`` is dom0's policy file as it is, and
     ``verdict`` what its whole policy says of a live one."""
     found = [_shown(forward, finding, now) for finding in forward.findings if finding.cause in _NAMES]
-    found.sort(key=lambda one: _ORDER.index(one.check))
+    found.sort(key=lambda one: _ORDER.index(one.name))
     return (*found, _policy(forward, planned, installed, verdict))
 
 
-def text(found: Sequence[Shown], style: Style) -> str:
-    """The findings for people, below each other."""
-    return checks([Check(one.verdict, _COLOURS[one.verdict], one.check, one.text) for one in found], style)
-
-
-def _shown(forward: Forward, finding: Finding, now: float) -> Shown:
-    ways_out = () if finding.cause.verdict is Verdict.OK else reasons.ways_out(forward, finding)
-    return Shown(
-        _NAMES[finding.cause], finding.cause.verdict, _text(forward, finding, ways_out, now), ways_out
-    )
+def _shown(forward: Forward, finding: Finding, now: float) -> Check:
+    cause = finding.cause
+    ways_out = () if cause.verdict is Verdict.OK else reasons.ways_out(forward, finding)
+    text = _text(forward, finding, ways_out, now)
+    return Check(_NAMES[cause], cause.verdict, text, cause, ways_out=ways_out)
 
 
 def _text(forward: Forward, finding: Finding, ways_out: Sequence[reasons.Command], now: float) -> str:
@@ -132,35 +110,24 @@ def _way(forward: Forward, path: tuple[str, ...]) -> str:
     return " - ".join((forward.source.target, *path)) if path else "no netvm"
 
 
-def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Shown:
+def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Check:
     """What dom0 says now, which may not be what the plan asks for."""
     allowed = policy.allowing(installed)
-    if forward.config is not None:
-        missing = [line for line in policy.lines(forward) if line not in allowed]
-        if not missing and verdict is not None and verdict.is_allowed is False:
-            return Shown("policy", Verdict.STOPS, f"dom0 denies the call: {verdict.reason}")
-        if not missing and verdict is not None and verdict.is_allowed is None:
-            text = f"{policy.NAME}.policy allows the call; whether another file denies it is not known"
-            return Shown("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
-        if not missing:
-            return Shown("policy", Verdict.OK, "dom0 allows the call")
-        text = "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
-        return Shown("policy", Verdict.STOPS, text, _APPLY)
-    others = {line for other in planned.live for line in policy.lines(other)}
-    if _calls(forward) & {_call(line) for line in allowed - others}:
+    if forward.is_live:
+        if not allowed.issuperset(policy.lines(forward)):
+            text = "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
+            return Check("policy", Verdict.STOPS, text, ways_out=_APPLY)
+        if verdict is None or verdict.is_allowed:
+            return Check("policy", Verdict.OK, "dom0 allows the call")
+        if verdict.is_allowed is False:
+            return Check("policy", Verdict.STOPS, f"dom0 denies the call: {verdict.reason}")
+        text = f"{policy.NAME}.policy allows the call; whether another file denies it is not known"
+        return Check("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
+    # The calls by which it might go on, over whatever service it went before.
+    ports, ends = forward.source.rule.target_ports, [forward.exposed, forward.source.target]
+    arguments = [f"+{ports.brief()}+mux", *(f"+{port}" for port in ports)]
+    needed = {line for other in planned.live for line in policy.lines(other)}
+    if any(words[2:4] == ends and words[1] in arguments for words in map(str.split, allowed - needed)):
         text = "dom0 still allows the call; 'qvm-forward apply' closes it"
-        return Shown("policy", Verdict.NOTE, text, _APPLY)
-    return Shown("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")
-
-
-def _call(line: str) -> tuple[str, ...]:
-    """Service, argument, source and target of a line of policy."""
-    return tuple(line.split()[:4])
-
-
-def _calls(forward: Forward) -> set[tuple[str, ...]]:
-    """The calls by which a forward that is closed might go on, over whatever service it went before."""
-    ports = forward.source.rule.target_ports
-    ends = (str(forward.exposed), forward.source.target)
-    calls = {(str(service), f"+{port}", *ends) for service in Service for port in ports}
-    return calls | {(str(Service.FORWARD_TCP), f"+{ports.brief()}+mux", *ends)}
+        return Check("policy", Verdict.NOTE, text, ways_out=_APPLY)
+    return Check("policy", Verdict.STOPS, f"{policy.NAME}.policy allows nothing of it")

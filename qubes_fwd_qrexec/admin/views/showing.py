@@ -16,7 +16,7 @@ from .judged import judged
 from .picture import picture
 from .plans import broken_as_json, forward_as_json, plan_as_json
 from .session import Session
-from .tables import escaped
+from .tables import checks, escaped
 
 
 def list_rules(args: Namespace, session: Session) -> int:
@@ -87,16 +87,19 @@ def show(args: Namespace, session: Session) -> int:
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
     if session.is_json:
         data: dict[str, Any] = forward_as_json(forward)
-        data |= {"findings": [one.as_json() for one in found]}
+        data["findings"] = [
+            {"check": one.name, "verdict": one.verdict, "text": one.text, "ways_out": one.ways_out}
+            for one in found
+        ]
         data |= {"line": str(entry.rule), "policy": list(lines), "config": None}
         if config is not None:
             data["config"] = {"qube": forward.exposed, "feature": config, "value": str(forward.config)}
         session.say_json(data)
         return 0
     session.say(render.explained(forward, session.style))
-    is_allowed = found[-1].verdict is not Verdict.STOPS
+    is_allowed = found[-1].verdict != Verdict.STOPS
     drawn = picture(forward, snapshot.inventory, is_allowed=is_allowed, width=session.style.width)
-    session.say(f"\n{drawn}\n{findings.text(found, session.style)}\n")
+    session.say(f"\n{drawn}\n{checks(found, session.style)}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
     session.say(f"listener at {forward.exposed}:\n" if config else "listener:\n")

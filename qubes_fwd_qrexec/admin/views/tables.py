@@ -21,7 +21,7 @@ class Colour(StrEnum):
     FAINT = "2"
 
 
-# By the values of `State`.
+# By the values of `State`, and by verdicts.
 _COLOURS = {
     "active": Colour.GREEN,
     "waiting": Colour.CYAN,
@@ -31,6 +31,10 @@ _COLOURS = {
     "refused": Colour.RED,
     "broken": Colour.RED,
     "held": Colour.YELLOW,
+    "ok": Colour.GREEN,
+    "note": Colour.YELLOW,
+    "unknown": Colour.YELLOW,
+    "stops": Colour.RED,
 }
 
 
@@ -100,26 +104,37 @@ def cut(text: str, width: int) -> str:
 
 
 class Check(NamedTuple):
-    """A line of a list of checks, whose verdict is coloured."""
+    """What one check found; ``verdict`` is ok, note, unknown or stops.
 
-    verdict: str
-    colour: Colour
+    Where it stops, ``cause`` is a word for why, ``remedy`` what helps, and ``ways_out`` the commands in that,
+    with a word in capitals where the user chooses.
+    """
+
     name: str
+    verdict: str
     text: str
+    cause: str = ""
+    remedy: str = ""
+    ways_out: tuple[tuple[str, ...], ...] = ()
 
 
 def checks(found: Sequence[Check], style: Style) -> str:
     """Checks below each other, their texts wrapped where a terminal is."""
     import textwrap
 
-    verdict_width, name_width = (max(map(len, column)) for column in list(zip(*found, strict=True))[::2][:2])
+    verdict_width = max(len(check.verdict) for check in found)
+    name_width = max(len(check.name) for check in found)
     lines = []
     for check in found:
         verdict = check.verdict.ljust(verdict_width)
         head = f"{verdict}{_GAP}{check.name.ljust(name_width)}{_GAP}"
         width = max(style.width or sys.maxsize, 2 * len(head))
         line = textwrap.fill(
-            check.text, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+            escaped(check.text),
+            width,
+            initial_indent=head,
+            subsequent_indent=" " * len(head),
+            break_on_hyphens=False,
         )
-        lines.append(f"{style.colour(check.colour, verdict)}{line[verdict_width:]}\n")
+        lines.append(f"{style.state(check.verdict, verdict)}{line[verdict_width:]}\n")
     return "".join(lines)

@@ -73,4 +73,4 @@ def test_every_finding_has_words_and_what_stops_has_a_way_out(
         assert reasons.sentence(forward)
         assert is_live or reasons.ways_out(forward)
         shown = findings.shown(forward, planned, policy.text(planned), NOW)
-        assert {one.check for one in shown if one.verdict is Verdict.STOPS} or is_live
+        assert {one.name for one in shown if one.verdict is Verdict.STOPS} or is_live

@@ -7,7 +7,8 @@ from worlds import NOW, qube, rule, world
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.views.findings import Shown, shown
+from qubes_fwd_qrexec.admin.views.findings import shown
+from qubes_fwd_qrexec.admin.views.tables import Check
 from qubes_fwd_qrexec.common.rules import NamedRule
 
 AGREED = "path=sys-firewall,sys-net"
@@ -15,14 +16,14 @@ AGREED = "path=sys-firewall,sys-net"
 
 def found(
     named: NamedRule, inventory: Inventory | None = None, *others: NamedRule, installed: str | None = None
-) -> dict[str, Shown]:
+) -> dict[str, Check]:
     inventory = inventory or world()
     planned = plan([named, *others], inventory, NOW)
     forward = planned.find(named.target, named.name)
     assert forward is not None
     if installed is None:
         installed = policy.text(planned)
-    return {one.check: one for one in shown(forward, planned, installed, NOW)}
+    return {one.name: one for one in shown(forward, planned, installed, NOW)}
 
 
 CASES = [
@@ -125,21 +126,21 @@ def test_each_check_has_its_verdict_and_says_why(
 
 def test_no_finding_hides_another() -> None:
     named = rule(f"owner=office path=sys-vpn enabled=no expire={NOW}", target="hidden")
-    stopping = [one.check for one in found(named).values() if one.verdict == "stops"]
+    stopping = [one.name for one in found(named).values() if one.verdict == "stops"]
     assert stopping == ["switch", "path", "owner", "tunnel", "expiry", "policy"]
 
 
 def test_what_is_the_matter_with_other_qubes_and_services_is_said_too() -> None:
-    stopping = [one.check for one in found(rule("path=sys-vpn via=gone mode=nft")).values()]
+    stopping = [one.name for one in found(rule("path=sys-vpn via=gone mode=nft")).values()]
     assert stopping == ["qubes", "sources", "path", "owner", "service", "expiry", "policy"]
 
 
 def test_a_finding_has_its_ways_out_as_commands() -> None:
     one = found(rule("owner=office"))["owner"]
-    assert one.as_json()["ways_out"] == [
-        ["qvm-forward", "confirm", "work", "web"],
-        ["qvm-forward", "remove", "work", "web"],
-    ]
+    assert one.ways_out == (
+        ("qvm-forward", "confirm", "work", "web"),
+        ("qvm-forward", "remove", "work", "web"),
+    )
     assert found(rule())["policy"].ways_out == ()
     assert found(rule(), installed="")["policy"].ways_out == (("qvm-forward", "apply"),)
 

@@ -45,8 +45,8 @@ work web: active
 a b: refused
 """
 CHECKS = (
-    Check("ok", Colour.GREEN, "sources", "10.0.0.0/8 may connect, nobody else"),
-    Check("stops", Colour.RED, "path", "work - sys-firewall - sys-net now, but agreed to was work - sys-vpn"),
+    Check("sources", "ok", "10.0.0.0/8 may connect, nobody else"),
+    Check("path", "stops", "work - sys-firewall - sys-net now, but agreed to was work - sys-vpn"),
 )
 
 
