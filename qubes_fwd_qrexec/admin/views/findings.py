@@ -3,8 +3,6 @@
 that stops it.
 """
 
-from collections.abc import Sequence
-
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
@@ -14,7 +12,7 @@ from . import reasons
 from .tables import Check
 from .times import print_expire
 
-# In the order of the way. What has no text here has its sentence.
+# In the order of the way.
 _CHECKS = {
     "switch": (Cause.DISABLED,),
     "qubes": (Cause.NO_SUCH_QUBE, Cause.UNREADABLE_QUBE, Cause.UNFIT_QUBE, Cause.NO_NETVM),
@@ -35,21 +33,18 @@ _NAMES = {cause: name for name, causes in _CHECKS.items() for cause in causes}
 _ORDER = [*_CHECKS]
 _APPLY = (("qvm-forward", "apply"),)
 
+# Those that are well have no sentence elsewhere; where a sentence does not say all, it has its place.
 _TEXTS = {
-    Cause.DISABLED: "disabled; '{0}' opens it",
     Cause.SOURCES: "{sources} may connect, nobody else",
     Cause.FOLLOWS: "{way}; the rule follows every change",
-    Cause.NO_PATH: "{way}; none was recorded, so a change goes unnoticed: '{0}'",
+    Cause.NO_PATH: "{way}; {sentence}",
     Cause.AGREED: "{way}, as it was agreed to",
-    Cause.NETVM_CHANGED: "{way} now, but agreed to was {agreed}; '{0}' agrees to this one",
     Cause.OWN: "made for {target}",
-    Cause.NO_OWNER: "not recorded, so a clone cannot be told from {target}: '{0}'",
-    Cause.CLONED: "made for {owner} and inherited; '{0}' makes it a rule of {target}",
-    Cause.BYPASSES_TUNNEL: "bypasses the tunnel {mark}, as the rule accepts",
-    Cause.TUNNEL: "{exposed} lies outside of the tunnel {mark}; {ways_out}",
+    Cause.WITHIN_TUNNEL: "{exposed} {within}, {mark}",
     Cause.NO_TUNNEL: "neither {target} nor any of its netvms is marked as a tunnel",
+    Cause.SIDE: "{side}: {reached}",
     Cause.IN_TIME: "{ends}",
-    Cause.EXPIRED: "over: {ends}; '{0}' gives it more",
+    Cause.EXPIRED: "{ends}. {sentence}",
 }
 # The tunnel of a marked qube is on its outer side, too.
 _SIDES = {
@@ -70,44 +65,27 @@ def shown(
 
 
 def _shown(forward: Forward, finding: Finding, now: float) -> Check:
-    cause = finding.cause
-    ways_out = () if cause.verdict is Verdict.OK else reasons.ways_out(forward, finding)
-    text = _text(forward, finding, ways_out, now)
-    return Check(_NAMES[cause], cause.verdict, text, cause, ways_out=ways_out)
-
-
-def _text(forward: Forward, finding: Finding, ways_out: Sequence[reasons.Command], now: float) -> str:
-    rule, target = forward.source.rule, forward.source.target
-    if finding.cause is Cause.SIDE:
-        return f"{forward.side}: {_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed)}"
-    if finding.cause is Cause.WITHIN_TUNNEL and finding.mark is not None:
-        if finding.mark.qube == target:
-            where = "is behind the target, which is a tunnel"
-        else:
-            is_there = finding.mark.qube == forward.exposed
-            where = "is the tunnel itself" if is_there else "is behind the same tunnel"
-        return f"{forward.exposed} {where}, {finding.mark}"
-    template = _TEXTS.get(finding.cause)
-    if template is None:
-        return reasons.sentence(forward, finding).rstrip(".")
-    if finding.cause is Cause.NETVM_CHANGED and reasons.next_stop(forward) is not None:
-        template = template.partition("; ")[0]
-    return template.format(
-        *map(" ".join, ways_out),
-        ways_out=" or ".join(f"'{' '.join(command)}'" for command in ways_out),
+    cause, mark, target = finding.cause, finding.mark, forward.source.target
+    is_well = cause.verdict is Verdict.OK
+    within = "is behind the same tunnel"
+    if mark is not None and mark.qube == target:
+        within = "is behind the target, which is a tunnel"
+    elif mark is not None and mark.qube == forward.exposed:
+        within = "is the tunnel itself"
+    text = _TEXTS.get(cause, "{sentence}").format(
+        sentence="" if is_well else reasons.sentence(forward, finding).rstrip("."),
         target=target,
         exposed=forward.exposed,
-        sources=str(rule.sources).replace(",", ", "),
-        way=_way(forward, forward.chain),
-        agreed=_way(forward, rule.path or ()),
-        owner=rule.owner or "a qube that it does not name",
-        mark=finding.mark,
-        ends=print_expire(rule.expire, now),
+        sources=str(forward.source.rule.sources).replace(",", ", "),
+        way=" - ".join((target, *forward.chain)) if forward.chain else "no netvm",
+        within=within,
+        mark=mark,
+        side=forward.side,
+        reached=_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed),
+        ends=print_expire(forward.source.rule.expire, now),
     )
-
-
-def _way(forward: Forward, path: tuple[str, ...]) -> str:
-    return " - ".join((forward.source.target, *path)) if path else "no netvm"
+    ways_out = () if is_well else reasons.ways_out(forward, finding)
+    return Check(_NAMES[cause], cause.verdict, text, cause, ways_out=ways_out)
 
 
 def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Check:

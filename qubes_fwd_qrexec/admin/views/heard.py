@@ -5,6 +5,7 @@ from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Service
 
 from .listeners import GoesOn, Has, Uptake
+from .tables import counted
 
 IN_PART = "not all of its ports are open"
 FIREWALL = "its firewall lets nobody in to a port that the listener does not listen on"
@@ -37,7 +38,7 @@ def still_open(left: GoesOn) -> str:
             f"{left.exposed} does not say whether it has connections over {Service.CONNECT_TCP}, which "
             "dom0 cannot end"
         )
-    what = f"{left.target} {left.name}: {_count(left)}"
+    what = f"{left.target} {left.name}: {connections(left)}"
     if left.left_s is not None:
         return f"{what} at {left.exposed} may go on for at most {left.left_s} s"
     where = f"; {left.exposed} does not say" if left.connections is None else f" at {left.exposed}"
@@ -46,7 +47,6 @@ def still_open(left: GoesOn) -> str:
     return f"{what} over a call that another forward needs, so that dom0 cannot end it{where}"
 
 
-def _count(left: GoesOn) -> str:
-    if left.connections is None:
-        return "connections"
-    return "1 connection" if left.connections == 1 else f"{left.connections} connections"
+def connections(left: GoesOn) -> str:
+    """How many go on, if that is known."""
+    return "connections" if left.connections is None else counted(left.connections, "connection")

@@ -196,7 +196,7 @@ def transport_reason(forward: Forward) -> str:
     return f"{forward.source.target} offers our service" if asked is Transport.AUTO else "the rule says so"
 
 
-def next_stop(forward: Forward) -> Finding | None:
+def _next_stop(forward: Forward) -> Finding | None:
     """What would stop a forward if its changed netvms were agreed to; ports are claimed by the old ones."""
     stops = (stop for stop in forward.stops if stop.cause.state is State.REFUSED)
     return next((stop for stop in stops if stop.cause is not Cause.CONFLICT), None)
@@ -205,7 +205,7 @@ def next_stop(forward: Forward) -> Finding | None:
 def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]:
     """Sentence and ways out."""
     facts = _facts(forward, finding)
-    more = next_stop(forward) if finding.cause is Cause.NETVM_CHANGED else None
+    more = _next_stop(forward) if finding.cause is Cause.NETVM_CHANGED else None
     if more is not None:
         first, ways = _said(forward, more)
         confirm = _filled(_CONFIRM, facts)

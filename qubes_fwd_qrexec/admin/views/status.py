@@ -36,10 +36,11 @@ from .listeners import (
     listening,
     uptake,
 )
+from .plans import forward_as_json
 from .render import exposed_at
 from .session import Session
 from .showing import selected
-from .tables import Colour, Style, Table, escaped
+from .tables import Colour, Style, Table, counted, escaped
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
@@ -81,7 +82,6 @@ class Row(NamedTuple):
         return State.WAITING if self.is_waiting else self.forward.state
 
     def as_json(self) -> dict[str, Any]:
-        forward = self.forward
         figures: dict[str, Any] = {"is_known": False, "reason": self.problem}
         if self.uptake.report is not None:
             figures = {
@@ -92,13 +92,11 @@ class Row(NamedTuple):
                 "bugs": self.bugs,
                 "bugs_in_target": self.bugs_in_target,
             }
+        at_listener = {"state": self.state, "cause": self.uptake.has, "reason": self.problem}
         return {
-            "qube": forward.source.target,
-            "name": forward.source.name,
-            "state": self.state,
-            "reason": self.problem if self.is_waiting else reasons.sentence(forward),
-            "exposed": forward.exposed,
-            "ports": forward.source.rule.listen_ports.brief(),
+            **forward_as_json(self.forward),
+            **(at_listener if self.is_waiting else {}),
+            "ports": self.forward.source.rule.listen_ports.brief(),
             "is_allowed": self.verdict.is_allowed,
             "policy": self.verdict.reason,
             "figures": figures,
@@ -267,7 +265,7 @@ def _leftover(qube: QubeName | None, what: str) -> str:
 def _goes_on(left: GoesOn) -> str:
     if left.left_s is not None:
         return f"Draining: {heard.still_open(left)}"
-    count = "1 connection" if left.connections == 1 else f"{left.connections} connections"
+    count = heard.connections(left)
     return f"{left.target} {left.name} should be closed, but {left.exposed} still has {count} of it"
 
 
@@ -299,8 +297,7 @@ def _remarks(found: Status) -> Iterator[str]:
     bugs |= {(row.forward.source.target, "service"): row.bugs_in_target for row in found.rows}
     for (qube, program), count in sorted(bugs.items()):
         if count:
-            times = "a bug" if count == 1 else f"{count} bugs"
-            yield f"{qube}: its {program} has hit {times}; see its journal."
+            yield f"{qube}: its {program} has hit {counted(count, 'bug')}; see its journal."
     doubts = dict.fromkeys(row.verdict.reason for row in found.rows if row.verdict.is_allowed is None)
     if doubts:
         yield f"Whether another policy file denies it is unknown: {'; '.join(map(escaped, doubts))}."
@@ -315,8 +312,7 @@ def _remarks(found: Status) -> Iterator[str]:
     if found.silent:
         yield f"What drains at {', '.join(found.silent)} is unknown: no answer."
     if found.due:
-        changes = "1 change" if len(found.due) == 1 else f"{len(found.due)} changes"
-        yield f"Not in force yet: {changes}; 'qvm-forward apply' makes them."
+        yield f"Not in force yet: {counted(len(found.due), 'change')}; 'qvm-forward apply' makes them."
 
 
 def _about(row: Row) -> Iterator[str]:

@@ -98,6 +98,11 @@ def _cells(row: tuple[str, ...], widths: Sequence[int]) -> list[str]:
     return [cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
 
 
+def counted(number: int, what: str) -> str:
+    """``1 call``, ``2 calls``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def cut(text: str, width: int) -> str:
     """Text that is at most so wide."""
     return text if len(text) <= width else f"{text[: max(width - 3, 0)]}..."

@@ -35,42 +35,43 @@ CASES = [
         rule(),
         "path",
         "note",
-        "work - sys-firewall - sys-net; none was recorded, so a change goes unnoticed: "
+        "work - sys-firewall - sys-net; no path recorded, so it stays open when the netvm changes: "
         "'qvm-forward confirm work web'",
     ),
     (
         rule("path=sys-vpn"),
         "path",
         "stops",
-        "work - sys-firewall - sys-net now, but agreed to was work - sys-vpn; 'qvm-forward confirm work web' "
-        "agrees to this one",
+        "and with follow-netvm=yes the rule follows every change",
     ),
     (
         rule("path=sys-vpn via=sys-net", target="vault"),
         "path",
         "stops",
-        "no netvm now, but agreed to was vault - sys-vpn; 'qvm-forward confirm vault web' agrees to this one",
+        "were sys-vpn when the rule was agreed to and are none now; 'qvm-forward confirm vault web' agrees "
+        "to the new path, and with follow-netvm=yes the rule follows every change",
     ),
     (rule(), "owner", "ok", "made for work"),
     (
         rule("owner="),
         "owner",
         "note",
-        "not recorded, so a clone cannot be told from work: 'qvm-forward confirm work web'",
+        "no owner recorded, so clones would be open too: 'qvm-forward confirm work web'",
     ),
     (
         rule("owner=office"),
         "owner",
         "stops",
-        "made for office and inherited; 'qvm-forward confirm work web' makes it a rule of work",
+        "The rule was made for office and came to work by cloning or renaming; 'qvm-forward confirm work "
+        "web' makes it a rule of work, 'qvm-forward remove work web' removes it",
     ),
     (rule(), "tunnel", "ok", "neither work nor any of its netvms is marked as a tunnel"),
     (
         rule(target="sys-vpn"),
         "tunnel",
         "stops",
-        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn); 'qvm-forward set "
-        "sys-vpn web via=QUBE' or 'qvm-forward set sys-vpn web bypass-tunnel=yes'",
+        "and listening at sys-net would bypass it; expose it at a qube behind it with via=QUBE (--via QUBE), "
+        "or accept that with bypass-tunnel=yes (--bypass-tunnel)",
     ),
     (
         rule("via=hidden", target="sys-vpn"),
@@ -82,14 +83,14 @@ CASES = [
         rule(target="hidden"),
         "tunnel",
         "stops",
-        "sys-net lies outside of the tunnel sys-vpn (feature service.vpn-handler-openvpn); 'qvm-forward set "
-        "hidden web via=sys-vpn' or 'qvm-forward set hidden web bypass-tunnel=yes'",
+        "and listening at sys-net would bypass it; expose it at sys-vpn with via=sys-vpn (--via sys-vpn), or "
+        "accept that with bypass-tunnel=yes (--bypass-tunnel)",
     ),
     (
         rule("bypass-tunnel=yes", target="hidden"),
         "tunnel",
         "note",
-        "bypasses the tunnel sys-vpn (feature service.vpn-handler-openvpn), as the rule accepts",
+        "bypasses the tunnel sys-vpn (feature service.vpn-handler-openvpn)",
     ),
     (
         rule("forwardtype=internal", target="hidden"),
@@ -108,9 +109,9 @@ CASES = [
     (rule("mode=nft"), "service", "stops", "mode=qrexec would work for TCP"),
     (rule("srcports=1-257 transport=call"), "ports", "stops", "range shorter, or use transport=mux"),
     (rule(), "expiry", "ok", "never"),
-    (rule(f"expire={NOW}"), "expiry", "stops", "'qvm-forward set work web expire=+8h' gives it more"),
+    (rule(f"expire={NOW}"), "expiry", "stops", "gives it more, 'qvm-forward remove work web' removes it"),
     (rule(f"expire={NOW + 7200}"), "expiry", "ok", "(in 2 h)"),
-    (rule("enabled=no"), "switch", "stops", "disabled; 'qvm-forward enable work web' opens it"),
+    (rule("enabled=no"), "switch", "stops", "It was disabled; 'qvm-forward enable work web' opens it again"),
     (rule(), "policy", "ok", "dom0 allows the call"),
     (rule("enabled=no"), "policy", "stops", "30-forward.policy allows nothing of it"),
 ]

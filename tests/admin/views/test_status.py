@@ -201,13 +201,11 @@ def test_a_halted_listener_is_not_asked(forward: Command, lab: LabDirectory) -> 
     forward(*ADD)
     lab.set_state("sys-net", QubeState.HALTED)
     assert "Figures are unknown: sys-net is halted.\n" in forward("status").out
+    (planned,) = forward("plan", "--json").json["forwards"]
+    assert (planned["state"], planned["cause"]) == ("waiting", "exposed-halted")
     assert forward("status", "--json").json["forwards"] == [
-        {
-            "qube": "work",
-            "name": "web",
-            "state": "waiting",
-            "reason": "sys-net is halted and will listen when it starts: 'qvm-start sys-net'.",
-            "exposed": "sys-net",
+        planned
+        | {
             "ports": "80",
             "is_allowed": True,
             "policy": "dom0 allows the call",
@@ -312,7 +310,7 @@ def test_bugs_of_the_programs_in_the_qubes_are_said(forward: Command, store: Bac
     found = look(store, sys_net=listening(REPORT, bugs=1), work=QubeReport(program="1", bugs=20))
     assert found.is_well  # each has ended no more than what it happened to
     assert shown(found).endswith(
-        "sys-net: its listener has hit a bug; see its journal.\n"
+        "sys-net: its listener has hit 1 bug; see its journal.\n"
         "work: its service has hit 20 bugs; see its journal.\n"
     )
 
