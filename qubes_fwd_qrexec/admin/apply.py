@@ -118,7 +118,7 @@ def differences(
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(final)
     gone, new = old_lines - new_lines, new_lines - old_lines
     steps: list[Step] = []
-    if gone or not (new or installed.text == final):
+    if gone or not (new or policy.is_written(installed.text, final)):
         # Two writes if there is something to open too, so that closing never waits for opening.
         closed = policy.text(plan, withheld=new)
         steps.append(Step(Kind.CLOSE_POLICY, closed, lines_gone=tuple(sorted(gone))))
@@ -173,7 +173,8 @@ class _OurPolicy:
 
     def replace(self, text: str) -> None:
         """Raises `StoreError`, and `ChangedError` if the file is not what we read or wrote last."""
-        self.check()
+        if self._token is None:
+            self.check()
         try:
             self._backend.replace_policy(text, str(self._token))
         except ChangedError:
@@ -182,13 +183,12 @@ class _OurPolicy:
         self.text, self._token = text, None
 
     def check(self) -> None:
-        """Raises `ChangedError` if somebody has changed it since we wrote it, and `StoreError`."""
-        if self._token is None:
-            found = self._backend.read_policy()
-            if found.text != self.text:
-                self.is_overtaken = True
-                raise ChangedError("dom0's policy file")
-            self._token = found.token
+        """Raises `ChangedError` if somebody has changed it since we read or wrote it, and `StoreError`."""
+        found = self._backend.read_policy()
+        if found.text != self.text if self._token is None else found.token != self._token:
+            self.is_overtaken = True
+            raise ChangedError("dom0's policy file")
+        self._token = found.token
 
 
 def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:

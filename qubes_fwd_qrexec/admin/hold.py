@@ -3,21 +3,22 @@
 
 The hold is one word in dom0's policy file, which allows nothing while it is there. Whoever plans reads that
 file first and finds nothing live. Whoever read it before the hold cannot open anything after it, as what they
-write names the text that they read. So the file is written at once, without the lock, and the rest is what
-`apply` does. Wherever this is killed after its first write, nothing opens, and the next `apply` closes.
+write names the text that they read, and no two holds have the same. So the file is written at once, without
+the lock, and the rest is what `apply` does. Wherever this is killed after its first write, nothing opens, and
+the next `apply` closes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import policy
 from .backend import ANY, Backend
 from .reconcile import Applied, reconcile
 from .revoking import Ended, allowances, revoke, serving
-from .states import Plan
 
 _T = TypeVar("_T")
 
@@ -41,11 +42,11 @@ def hold(backend: Backend, now: float) -> Held:
     """Close everything and hold it. Never raises a `ForwardError`; waits for the lock for 10 s at most."""
     problems: list[str] = []
     notes: list[str] = []
-    text = policy.text(Plan((), is_held=True))
+    text = policy.hold_text(now)
     _tried(problems, "policy: deny every call", lambda: backend.replace_policy(text, ANY))
     # Whoever has the lock may be waiting for a qube, so calls end before the lock is waited for.
-    targets = _tried([], "", lambda: serving(backend.inventory(with_config=False))) or ()
-    ended = {each.target: each for each in revoke(allowances(targets, (), cuts_drains=True), backend)}
+    targets = _tried([], "", lambda: serving(backend.inventory(with_config=False)))
+    ended = _end_calls(targets or (), backend)
     with ExitStack() as locked:
         _tried(notes, "this went on without the lock", lambda: locked.enter_context(backend.locked()))
         what = "read all qubes, to find listeners and calls"
@@ -55,9 +56,15 @@ def hold(backend: Backend, now: float) -> Held:
     if applied is not None:
         ended |= {each.target: each for each in applied.outcome.ended}
         problems += applied.outcome.problems
+        # Those that could not be found before, or have started since.
+        ended |= _end_calls(serving(applied.snapshot.inventory) - ended.keys(), backend)
     allowed = tuple(sorted(policy.allowing(in_force)))
     is_held = policy.is_held(in_force)
     return Held(is_held, applied, tuple(ended.values()), tuple(problems), tuple(notes), allowed)
+
+
+def _end_calls(targets: Iterable[QubeName], backend: Backend) -> dict[QubeName, Ended]:
+    return {each.target: each for each in revoke(allowances(targets, (), cuts_drains=True), backend)}
 
 
 def _tried(problems: list[str], what: str, do: Callable[[], _T]) -> _T | None:

@@ -30,6 +30,7 @@ _HEADER = """\
 # With a colon, which no qube's name has: a forward's own comment begins with that of its target.
 _HOLD = "# Held:"
 HOLD = f"{_HOLD} nothing is allowed before 'qvm-forward resume'."
+_SINCE = re.compile(r"(?<=resume'\.) Since [0-9]+\.[0-9]+\.$", re.ASCII | re.MULTILINE)
 # Qubes' parser reads with universal newlines, so a carriage return ends a comment, and nothing else does.
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
@@ -84,6 +85,19 @@ def text(planned: Plan, *, withheld: Container[str] = ()) -> str:
     parts.append("\n# Whatever no line above allows is denied.\n")
     parts += [f"{line}\n" for line in CLOSING]
     return "".join(parts)
+
+
+def hold_text(now: float) -> str:
+    """The whole file of a hold that begins at ``now``.
+
+    No earlier hold has the same text, so whoever is about to lift one that they read does not lift this one.
+    """
+    return text(Plan((), is_held=True)).replace(HOLD, f"{HOLD} Since {now:.6f}.")
+
+
+def is_written(installed: str | None, wanted: str) -> bool:
+    """Whether the file says what it should, whenever its hold began."""
+    return _SINCE.sub("", installed or "") == wanted
 
 
 def allowing(policy: str | None) -> frozenset[str]:

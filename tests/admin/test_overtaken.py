@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from faulty import Faulty, allowed
 from memory import Memory, applied, steps
-from worlds import Command, rule, world
+from worlds import NOW, Command, rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, carry_out
@@ -137,6 +137,20 @@ def test_what_was_held_while_listeners_are_told_is_looked_at_again_and_closed(
 
     result = over(Faulty(opened, before=hold), "add", "work", "82", "--from", "any")
     assert (result.status, "Forward work tcp-82 is stored and held." in result.out) == (0, True)
+    assert (allowed(opened), opened.vm_config("sys-net")) == (frozenset(), {})
+
+
+def test_what_was_held_while_listeners_alone_are_told_is_closed_too(
+    over: Command, opened: LabDirectory
+) -> None:
+    """Policy allows the forward already, so only its listener lacks it."""
+    opened.remove_feature("sys-net", "vm-config.fwd.work.web")
+
+    def hold(entry: str) -> None:
+        if entry.startswith("set sys-net"):
+            (opened.policy_dir / "30-forward.policy").write_text(policy.hold_text(NOW))
+
+    assert over(Faulty(opened, before=hold), "apply").status == 0
     assert (allowed(opened), opened.vm_config("sys-net")) == (frozenset(), {})
 
 

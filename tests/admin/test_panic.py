@@ -11,7 +11,9 @@ from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin import reconcile as reconciling
+from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.states import Plan
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
@@ -189,17 +191,39 @@ def test_a_command_that_began_before_a_panic_opens_nothing_after_it(
 def test_a_resume_that_a_second_panic_overtakes_lifts_nothing(
     over: Command, forward: Command, opened: LabDirectory, panic: Panic
 ) -> None:
+    """The second one begins a second later, finds the same hold, and is killed after its first write."""
     forward("panic")
-    done: list[str] = []
+    entries: list[str] = []
+
+    def kill(entry: str) -> None:
+        entries.append(entry)
+        if len(entries) == 2:
+            raise Killed
 
     def interfere(entry: str) -> None:
-        if entry == "inventory" and not done:
-            done.append(entry)
-            path = opened.policy_dir / "30-forward.policy"
-            path.write_text(f"{policy.text(Plan((), is_held=True))}\n")
+        if entry == "inventory" and not entries:
+            with suppress(Killed):
+                hold(Faulty(opened, before=kill), NOW + 1)
 
-    over(Faulty(opened, before=interfere), "resume")
+    result = over(Faulty(opened, before=interfere), "resume")
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
+    assert (result.status, result.out) == (1, "")
+    assert result.err == "qvm-forward: everything was held again meanwhile, and stays closed\n"
+    assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
+
+
+def test_calls_end_though_the_qubes_cannot_be_read_at_first(opened: LabDirectory, panic: Panic) -> None:
+    entries: list[str] = []
+
+    def fail(entry: str) -> None:
+        entries.append(entry)
+        if entries.count("inventory") == 1:
+            raise StoreError("qubesd is starting")
+
+    backend = Faulty(opened, before=lambda entry: fail(entry) if entry == "inventory" else None)
+    result = panic(backend)
+    assert (result.status, ENDED in result.out) == (0, True)
+    assert backend.given == dict.fromkeys(SERVING, "version=1 drains=cut\n")
 
 
 def test_policy_is_held_though_no_qube_can_be_read(opened: LabDirectory, panic: Panic) -> None:
@@ -219,7 +243,7 @@ def test_whatever_the_policy_file_says_it_is_replaced(
     path = opened.policy_dir / "30-forward.policy"
     path.write_bytes(text)
     assert forward("panic").status == 0
-    assert path.read_text() == policy.text(Plan((), is_held=True))
+    assert path.read_text() == policy.hold_text(NOW)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,10 @@ def resume(args: Namespace, session: Session) -> int:
         is_held = planned.is_held or (args.dry_run and was_held)
         data = {"dry_run": args.dry_run, "was_held": was_held, "is_held": is_held}
         session.say_json(data | {"steps": [steps.as_json(step) for step in outcome.done]})
-        return 0
+        return 1 if planned.is_held else 0
+    if planned.is_held:
+        session.warn("everything was held again meanwhile, and stays closed")
+        return 1
     if was_held:
         session.say(_resumed(planned, is_preview=args.dry_run))
     else:
