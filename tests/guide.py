@@ -28,8 +28,8 @@ from stages import Stage
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin.views.cli import run
-from qubes_fwd_qrexec.admin.views.expiry import parse_expire
 from qubes_fwd_qrexec.admin.views.tables import Style
+from qubes_fwd_qrexec.admin.views.times import parse_expire
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory

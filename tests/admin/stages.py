@@ -91,7 +91,7 @@ class Stage(LabStore):
     def run(self, *acts: Act, is_json: bool = False) -> None:
         """Watch until all acts have been played and nothing is left to be done."""
         self._acts = list(acts)
-        session = Session(self, 0.0, {}, io.StringIO(), self.out, self.err, Style(), is_json)
+        session = Session(self, 0.0, {}, io.StringIO(), self.out, self.err, Style(), is_json, set())
         with Resting(self) as ending:
             follow(session, self.hands.clock(), ending)
 

@@ -25,7 +25,7 @@ HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-
 SERVING = ["sys-firewall", "sys-net", "sys-vpn", "untrusted", "vault", "work"]
 """The running qubes of the lab that offer our service."""
 # On a lab that is down nothing lives.
-ENDED = f"6 calls were ended in {', '.join(SERVING)}.\n"
+ENDED = f"Ended 6 calls in {', '.join(SERVING)}.\n"
 
 
 class Killed(BaseException):

@@ -56,7 +56,7 @@ def test_the_command_ends_with_status_0(lab: LabDirectory) -> None:
             return super().changes(wakers)
 
     streams = io.StringIO(), io.StringIO(), io.StringIO()
-    assert watch(Namespace(), Session(Ended(lab), 0.0, {}, *streams, Style(), False)) == 0
+    assert watch(Namespace(), Session(Ended(lab), 0.0, {}, *streams, Style(), False, set())) == 0
 
 
 def test_whether_it_runs_is_known_and_it_runs_once(lab: LabDirectory) -> None:
@@ -72,7 +72,7 @@ def test_whether_it_runs_is_known_and_it_runs_once(lab: LabDirectory) -> None:
 
     store = Looking(lab)
     streams = io.StringIO(), io.StringIO(), io.StringIO()
-    session = Session(store, 0.0, {}, *streams, Style(), False)
+    session = Session(store, 0.0, {}, *streams, Style(), False, set())
     assert store.unwatched() == "'qvm-forward watch' in another terminal"
     assert watch(Namespace(), session) == 0
     assert seen == [None]

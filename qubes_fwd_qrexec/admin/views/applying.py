@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.admin.states import Cause, State
 from . import reasons, render
 from .plans import plan_as_json
 from .session import Session
-from .steps import as_json, check, words
+from .steps import as_json, check, text
 from .tables import Style
 
 
@@ -34,8 +34,7 @@ def apply(args: Namespace, session: Session) -> int:
         what = "what could be read" if is_unread else "all"
         session.say(f"Nothing to change: {what} is as the rules ask for.\n")
     else:
-        session.say("This would change:\n" if args.dry_run else "Changed:\n")
-        session.say("".join(f"  {word}\n" for step in steps for word in words(step)))
+        session.say(text(steps, is_preview=args.dry_run))
     if not session.is_json:
         # Not of clones and disposables: there may be many, and their forwards never were open.
         closed = (f for f in planned if f.cause is Cause.NETVM_CHANGED)

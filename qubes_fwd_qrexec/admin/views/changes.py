@@ -17,13 +17,12 @@ from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, ForwardType, O
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, Sources
 
 from . import heard, reasons, steps
-from .expiry import parse_expire
 from .judged import denials
 from .listeners import Heard, ask_after
 from .plans import forward_as_json
 from .session import Session
 from .tables import escaped
-from .times import print_expire
+from .times import parse_expire, print_expire
 
 _V = TypeVar("_V")
 _NO_FROM = (
@@ -36,6 +35,11 @@ _AS_GIVEN = (
     *("mode", "via", "proto", "listen", "transport", "proxy", "autostart", "on_expire"),
     *("follow_netvm", "bypass_tunnel", "comment"),
 )
+_SWITCHES = {
+    "enable": (changing.enable, "enabled"),
+    "disable": (changing.disable, "disabled"),
+    "confirm": (changing.confirm, "confirmed"),
+}
 
 
 class After(NamedTuple):
@@ -122,19 +126,10 @@ def set_options(args: Namespace, session: Session) -> int:
     return report(changed, session, "changed")
 
 
-def enable(args: Namespace, session: Session) -> int:
-    """Open what was disabled."""
-    return report(changing.enable(_system(args, session), args.qube, args.name), session, "enabled")
-
-
-def disable(args: Namespace, session: Session) -> int:
-    """Close and keep."""
-    return report(changing.disable(_system(args, session), args.qube, args.name), session, "disabled")
-
-
-def confirm(args: Namespace, session: Session) -> int:
-    """Record owner and path as they are now."""
-    return report(changing.confirm(_system(args, session), args.qube, args.name), session, "confirmed")
+def switch(args: Namespace, session: Session) -> int:
+    """Open what was disabled, close it and keep its rule, or record owner and path as they are now."""
+    change, done = _SWITCHES[args.command]
+    return report(change(_system(args, session), args.qube, args.name), session, done)
 
 
 def remove(args: Namespace, session: Session) -> int:

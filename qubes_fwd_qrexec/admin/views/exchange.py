@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.common.exchange import Document
 
 from . import changes, reasons
 from .session import Session
-from .tables import escaped
+from .tables import counted, escaped
 
 
 def export_rules(args: Namespace, session: Session) -> int:
@@ -53,9 +53,9 @@ def import_rules(args: Namespace, session: Session) -> int:
         data["left"] = [{"qube": named.target, "name": named.name} for named in left_open]
         session.say_json(data | changes.as_json(after))
         return changes.finish(after, session)
-    session.say(f"Imported {_count(len(changed.keys), 'forward')}.\n")
+    session.say(f"Imported {counted(len(changed.keys), 'forward')}.\n")
     if document.skipped:
-        session.say(f"Left out {_count(document.skipped, 'rule')} whose action is not forward.\n")
+        session.say(f"Left out {counted(document.skipped, 'rule')} whose action is not forward.\n")
     for qube, is_marked in marks.items():
         session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
     for forward in changed.forwards:
@@ -69,10 +69,6 @@ def import_rules(args: Namespace, session: Session) -> int:
             f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
         )
     return changes.finish(after, session)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _text(path: str, session: Session) -> str:

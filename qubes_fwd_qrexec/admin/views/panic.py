@@ -21,7 +21,7 @@ from .applying import due
 from .judged import denials, judged
 from .listeners import GoesOn, ask_after
 from .session import Session
-from .tables import escaped
+from .tables import counted, escaped
 
 
 class _Seen(NamedTuple):
@@ -74,7 +74,7 @@ def _as_json(seen: _Seen) -> dict[str, Any]:
         "is_held": held.is_held,
         "steps": [steps.as_json(step) for step in held.applied.outcome.done] if held.applied else [],
         "ended": [steps.ended_as_json(ended) for ended in held.ended],
-        "not_done": list(_not_done(held)),
+        "not_done": [*held.problems, *steps.untold(held.ended)],
         "notes": list(held.notes),
         "open_still": list(_open_still(seen)),
         "goes_on": [left._asdict() for left in seen.goes_on],
@@ -87,10 +87,9 @@ def _say(seen: _Seen, session: Session) -> None:
         session.say("Everything is closed and held: dom0 allows no forward, and no qube is told to listen.\n")
     else:
         session.say("NOT EVERYTHING IS CLOSED.\n")
-    count = sum(ended.ended for ended in held.ended)
-    if count:
+    if count := sum(ended.ended for ended in held.ended):
         qubes = ", ".join(sorted(ended.target for ended in held.ended if ended.ended))
-        session.say(f"{count} {'call was' if count == 1 else 'calls were'} ended in {qubes}.\n")
+        session.say(f"Ended {counted(count, 'call')} in {qubes}.\n")
     if held.is_held:
         session.say(
             "The rules are kept as they are. 'qvm-forward resume' shows with --dry-run what would open "
@@ -98,7 +97,7 @@ def _say(seen: _Seen, session: Session) -> None:
         )
     for note in held.notes:
         session.warn(f"note: {note}")
-    for problem in _not_done(held):
+    for problem in (*held.problems, *steps.untold(held.ended)):
         session.warn(f"not done: {problem}")
     for what in (*_open_still(seen), *(heard.still_open(left) for left in seen.goes_on)):
         session.warn(f"still open: {what}")
@@ -106,11 +105,6 @@ def _say(seen: _Seen, session: Session) -> None:
         session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
     if not seen.is_closed:
         session.warn("mend that, and say 'qvm-forward panic' again")
-
-
-def _not_done(held: Held) -> Iterator[str]:
-    yield from held.problems
-    yield from (steps.ended_words(ended) for ended in held.ended if ended.problem is not None)
 
 
 def _open_still(seen: _Seen) -> Iterator[str]:
@@ -139,9 +133,7 @@ def resume(args: Namespace, session: Session) -> int:
     if was_held:
         session.say(_resumed(planned, is_preview=args.dry_run))
     else:
-        changes = "".join(f"  {word}\n" for step in outcome.done for word in steps.words(step))
-        title = "This would change:\n" if args.dry_run else "Changed:\n"
-        session.say(f"Nothing was held.\n{title if changes else ''}{changes}")
+        session.say(f"Nothing was held.\n{steps.text(outcome.done, is_preview=args.dry_run)}")
     if not args.dry_run and was_held:
         for (target, name), denial in denials(planned.live, session.backend).items():
             session.say(f"Note: {target} {name}: dom0 denies its calls: {escaped(denial)}.\n")

@@ -21,7 +21,7 @@ class Session(NamedTuple):
     err: TextIO
     style: Style
     is_json: bool
-    warned: set[str] | None = None
+    warned: set[str]
 
     def say(self, text: str) -> None:
         self.out.write(text)
@@ -34,13 +34,6 @@ class Session(NamedTuple):
     def warn(self, text: str) -> None:
         self.err.write(f"qvm-forward: {text}\n")
 
-    def warn_once(self, text: str) -> None:
-        """The same only once in a run."""
-        if self.warned is None or text not in self.warned:
-            self.warn(text)
-        if self.warned is not None:
-            self.warned.add(text)
-
     def look(self, *, with_config: bool = False) -> Snapshot:
         """`snapshot.look`; what could not be read is warned of."""
         snapshot = look(self.backend, with_config=with_config)
@@ -49,5 +42,7 @@ class Session(NamedTuple):
 
     def warn_unread(self, snapshot: Snapshot) -> None:
         """Warn of what could not be read, once in a run."""
-        for text in snapshot.problems:
-            self.warn_once(escaped(text))
+        for problem in snapshot.problems:
+            if problem not in self.warned:
+                self.warn(escaped(problem))
+                self.warned.add(problem)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Words and JSON for steps, for what became of them, and for what targets made of being told."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
@@ -11,6 +12,7 @@ from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
 
 from . import reasons
+from .tables import counted
 
 
 def words(step: Step) -> list[str]:
@@ -27,6 +29,12 @@ def words(step: Step) -> list[str]:
     if step.kind is Kind.REMOVE_CONFIG:
         return [f"{step.qube}: stop listening for {key}"]
     return [f"{step.qube}: {'listen' if step.opens else 'change how it listens'} for {key}: {step.value}"]
+
+
+def text(steps: Iterable[Step], *, is_preview: bool) -> str:
+    """All of them below a title; empty if there are none."""
+    lines = "".join(f"  {word}\n" for step in steps for word in words(step))
+    return f"{'This would change' if is_preview else 'Changed'}:\n{lines}" if lines else ""
 
 
 def _ends(allowance: Allowance) -> str:
@@ -54,9 +62,13 @@ def ended_words(ended: Ended) -> str:
             f"{ended.problem}. What is open to {ended.target} may go on: over a mux call for at most "
             f"{LEASE_S} s, over a call of its own until it ends by itself or {ended.target} is shut down"
         )
-    if not ended.draining:
-        return ""
-    return f"{ended.target}: {ended.draining} call{'' if ended.draining == 1 else 's'} may go on for a while"
+    calls = counted(ended.draining, "call")
+    return f"{ended.target}: {calls} may go on for a while" if ended.draining else ""
+
+
+def untold(told: Iterable[Ended]) -> list[str]:
+    """Why targets could not be told, and what goes on there."""
+    return [ended_words(ended) for ended in told if ended.problem is not None]
 
 
 def ended_as_json(ended: Ended) -> dict[str, Any]:
@@ -66,8 +78,7 @@ def ended_as_json(ended: Ended) -> dict[str, Any]:
 
 def troubles(outcome: Outcome) -> list[str]:
     """All that is not as it should be."""
-    untold = [ended_words(ended) for ended in outcome.ended if ended.problem is not None]
-    return [*outcome.problems, *untold]
+    return [*outcome.problems, *untold(outcome.ended)]
 
 
 def error_text(error: ForwardError) -> str:

@@ -44,16 +44,11 @@ class _Printer:
         session, (planned, outcome, snapshot) = self._session, look.applied
         session.warn_unread(snapshot)
         news = [] if look.before is None else list(differing(look.before, planned))
-        untold = [steps.ended_words(ended) for ended in look.ended if ended.problem is not None]
+        untold = steps.untold(look.ended)
         if session.is_json:
             if outcome.done or outcome.problems or untold or news:
-                done = [steps.as_json(step) for step in outcome.done]
-                data = {
-                    "time": look.at,
-                    "news": news,
-                    "steps": done,
-                    "problems": [*outcome.problems, *untold],
-                }
+                done, problems = [steps.as_json(step) for step in outcome.done], [*outcome.problems, *untold]
+                data = {"time": look.at, "news": news, "steps": done, "problems": problems}
                 # One object a line, and not session.say_json, which writes for people too.
                 session.say(f"{json.dumps(data)}\n")
         else:

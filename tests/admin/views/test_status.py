@@ -443,7 +443,7 @@ PLAIN = Style()
 
 
 def session_of(backend: Backend, style: Style = PLAIN, *, is_json: bool = False) -> Session:
-    return Session(backend, NOW, {}, io.StringIO(), io.StringIO(), io.StringIO(), style, is_json)
+    return Session(backend, NOW, {}, io.StringIO(), io.StringIO(), io.StringIO(), style, is_json, set())
 
 
 def printed(session: Session) -> tuple[str, str]:

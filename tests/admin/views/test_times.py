@@ -4,8 +4,7 @@
 import pytest
 from worlds import NOW
 
-from qubes_fwd_qrexec.admin.views.expiry import parse_expire
-from qubes_fwd_qrexec.admin.views.times import distance, print_expire
+from qubes_fwd_qrexec.admin.views.times import distance, parse_expire, print_expire
 from qubes_fwd_qrexec.common.errors import TextError
 
 
