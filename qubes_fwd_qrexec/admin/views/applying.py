@@ -24,7 +24,7 @@ def apply(args: Namespace, session: Session) -> int:
         check(outcome)
         session.warn_unread(snapshot)
     steps = outcome.done
-    # Each was named when it was looked at.
+    # Each was warned of when it was read.
     is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())
     refused = [f for f in planned if f.state is State.REFUSED]
     if session.is_json:

@@ -151,7 +151,7 @@ def _system(args: Namespace, session: Session) -> System:
 
 
 def report(changed: Changed, session: Session, done: str) -> int:
-    """Say what is open now, for whom, until when, and what to mind; the exit status."""
+    """Print what is open now, for whom, until when, and the warnings. Returns the exit status."""
     after = followed(changed, session)
     if session.is_json:
         session.say_json(as_json(after))
@@ -194,33 +194,27 @@ def _flows(after: After, outcome: Outcome, key: Key) -> bool:
 
 
 def notes(after: After, forward: Forward) -> list[str]:
-    """What to mind of a forward, what is new first."""
+    """Warnings about a forward, new ones first."""
     return [*news(after, forward), *warnings(forward)]
 
 
 def news(after: After, forward: Forward) -> list[str]:
-    """What to mind of a forward because of the change."""
+    """Warnings about a forward that come from the change."""
     key = forward.source[:2]
     denial, uptake = after.denials.get(key), after.heard.uptakes.get(key)
     found = [] if denial is None else [f"dom0 denies its calls: {denial}"]
     trouble = None if uptake is None else heard.note(forward, uptake)
     found += [] if trouble is None else [trouble]
-    return [*found, *_narrowing(after.changed.plan_before.find(*key), forward)]
-
-
-def _narrowing(old: Forward | None, new: Forward) -> list[str]:
-    """What becomes of connections that were allowed before the change, and are no more."""
-    if old is None or old.config is None or new.config is None or not new.config.narrows(old.config):
-        return []
-    if new.config.on_expire is OnExpire.DRAIN:
-        return [
-            "connections that it no longer allows may go on for up to an hour, because of on-expire=drain"
-        ]
-    return ["connections that it no longer allows are cut"]
+    old, config = after.changed.plan_before.find(*key), forward.config
+    if old is not None and old.config is not None and config is not None and config.narrows(old.config):
+        is_cut = config.on_expire is OnExpire.CUT
+        then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
+        found.append(f"connections that it no longer allows {then}")
+    return found
 
 
 def warnings(forward: Forward) -> list[str]:
-    """What to mind of a forward that is open, whatever was changed."""
+    """Warnings about a forward that is open, whatever was changed."""
     if not forward.is_live:
         return []
     target = forward.source.target
@@ -244,7 +238,7 @@ def warnings(forward: Forward) -> list[str]:
 
 
 def say_rest(after: After, session: Session) -> None:
-    """What else was opened and closed, what goes on, and whether anything looks after it."""
+    """Print what else opened and closed, which connections go on, and whether `watch` does not run."""
     if after.changed.outcome is not None:
         lines = [*_others(after, after.changed.outcome)]
         lines += [f"{steps.ended_words(ended)}." for ended in after.changed.outcome.ended if ended.draining]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _FAULT = 3
 _TRACE = "QVM_FORWARD_TRACE"
 
-# Each command is imported when it is asked for: half of the time until it starts would go into the others.
+# A command is imported when it is asked for: importing all of them would double the start-up time.
 _COMMANDS = {
     "add": (".changes", "add"),
     "set": (".changes", "set_options"),
@@ -114,11 +114,11 @@ def _style(out: TextIO, environ: Mapping[str, str]) -> Style:
 
 
 class _OutputError(Exception):
-    """What was to be printed could not be."""
+    """The output could not be written."""
 
 
 class _Output:
-    """The standard output, whose own troubles are told from those of anything else that is written."""
+    """The standard output. Its errors are `_OutputError`, which tells them from those of other files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not has_out:
             raise _OutputError("it is closed")
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing may be flushed to it at exit.
+        # The reader of our output has seen enough. Nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return 1
     except _OutputError as error:
@@ -166,13 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001  # the last one who could give it a sentence
+    except Exception as error:  # noqa: BLE001  # the last place that can print a sentence instead
         return _fault(error, stderr)
     return status
 
 
 def _fault(error: Exception, stderr: TextIO) -> int:
-    """One sentence for a mistake of ours, and the trace for whoever asks for it."""
+    """Print one sentence about a bug of ours, and the traceback if it is asked for."""
     if os.environ.get(_TRACE):
         import traceback
 

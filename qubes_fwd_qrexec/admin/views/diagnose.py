@@ -56,9 +56,8 @@ _PORT = (
     "mend that in {exposed}, or choose another port or address: {0}, or {1}",
     *(f"{_SET}srcports=PORT", f"{_SET}listen=ADDRESS"),
 )
-# What helps against each, and the commands of dom0 in that, which it names by their numbers.
+# What helps against each, and then the commands that it names by number.
 _REMEDIES: dict[str, tuple[str, ...]] = {
-    State.BROKEN: ("{0}", "qvm-forward remove {target} {name}"),
     Fault.NOT_APPLIED: ("{0}", "qvm-forward apply"),
     Has.NO_SERVICE: (_INSTALL,),  # `Refusal.NO_SERVICE` is the same word
     Has.NOT_OFFERED: (_INSTALL,),
@@ -103,13 +102,6 @@ _FIREWALL = {
 _KEYS = ("step", "verdict", "text", "cause", "remedy", "ways_out")
 
 
-def _stops(step: str, cause: str, text: str, **facts: object) -> Check:
-    remedy, *commands = _REMEDIES.get(cause, _OTHERWISE)
-    ways_out = tuple(tuple(word.format(**facts) for word in command.split()) for command in commands)
-    quoted = (f"'{' '.join(words)}'" for words in ways_out)
-    return Check(step, Verdict.STOPS, text, cause, remedy.format(*quoted, **facts), ways_out)
-
-
 def diagnose(args: Namespace, session: Session) -> int:
     """Walk the way; exit status 0 if nothing on it is wrong."""
     snapshot = session.look(with_config=True)
@@ -131,8 +123,8 @@ def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backen
     """
     entry = snapshot.find(target, name)
     if isinstance(entry, BrokenRule):
-        problem = broken_line(entry, Style()).rstrip("\n")
-        yield _stops("rule", State.BROKEN, problem, target=target, name=name)
+        remove, problem = ("qvm-forward", "remove", target, name), broken_line(entry, Style()).rstrip("\n")
+        yield Check("rule", Verdict.STOPS, problem, State.BROKEN, f"'{' '.join(remove)}'", (remove,))
         return
     forward = next(forward for forward in snapshot.plan(now) if forward.source == entry)
     for check in _Walk(snapshot, forward, backend).steps():
@@ -284,8 +276,12 @@ class _Walk:
         """``qube`` is the one that lacks something, if it is one."""
         template = None if qube is None else self._snapshot.inventory.qubes[qube].template or qube
         target, name, *_ = self._forward.source
-        facts = {"target": target, "name": name, "exposed": self._forward.exposed, "qube": qube}
-        return _stops(step, cause, text, **facts, template=template, **more)
+        facts: dict[str, object] = {"target": target, "name": name, "exposed": self._forward.exposed}
+        facts |= {"qube": qube, "template": template, **more}
+        remedy, *commands = _REMEDIES.get(cause, _OTHERWISE)
+        ways_out = tuple(tuple(word.format(**facts) for word in command.split()) for command in commands)
+        remedy = remedy.format(*(f"'{' '.join(words)}'" for words in ways_out), **facts)
+        return Check(step, Verdict.STOPS, text, cause, remedy, ways_out)
 
     def _planned(self, step: str, found: Finding) -> Check:
         """The plan has found what stops this step."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All findings about a forward in words, and what dom0's policy says now: its sentence names only the first
-that stops it.
+"""All findings about a forward in words, and what dom0's policy says now.
+
+The sentence that stands for a forward elsewhere names only the first finding that stops it.
 """
 
 from qubes_fwd_qrexec.admin import policy
@@ -33,7 +34,7 @@ _NAMES = {cause: name for name, causes in _CHECKS.items() for cause in causes}
 _ORDER = [*_CHECKS]
 _APPLY = (("qvm-forward", "apply"),)
 
-# Those that are well have no sentence elsewhere; where a sentence does not say all, it has its place.
+# Findings that are ok have no sentence in `reasons`; of the others, these say more than their sentence.
 _TEXTS = {
     Cause.SOURCES: "{sources} may connect, nobody else",
     Cause.FOLLOWS: "{way}; the rule follows every change",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Words for what listeners say after a change: why one is not open, and what goes on of a closed one."""
+"""Words for what listeners say: why a forward is not open, and which connections of closed ones go on."""
 
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Service
@@ -12,13 +12,13 @@ FIREWALL = "its firewall lets nobody in to a port that the listener does not lis
 
 
 def note(forward: Forward, uptake: Uptake) -> str | None:
-    """What keeps a forward from being open, and who knows more; None if it is open, and if no answer came."""
+    """Why a forward is not open, and the command that says more; None if it is open or nobody answered."""
     text = trouble(forward, uptake)
     return None if text is None else f"{text}; 'qvm-forward diagnose {forward.source}' says what helps"
 
 
 def trouble(forward: Forward, uptake: Uptake) -> str | None:
-    """What keeps a forward from being open; None if it is open, and if no answer came."""
+    """Why a forward is not open; None if it is open or nobody answered."""
     texts = {
         Has.NOT_OFFERED: "has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen",
         Has.NO_SERVICE: "does not have qubes-fwd-qrexec, without which it does not listen",
@@ -32,7 +32,7 @@ def trouble(forward: Forward, uptake: Uptake) -> str | None:
 
 
 def still_open(left: GoesOn) -> str:
-    """What goes on of a forward that was to be closed."""
+    """Which connections of a closed forward go on, and why."""
     if left.target is None:
         return (
             f"{left.exposed} does not say whether it has connections over {Service.CONNECT_TCP}, which "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the listeners answer when dom0 asks them: which forwards they have open, and what goes on of others.
+"""What listeners answer when dom0 asks them: which forwards they have open, and which connections of others.
 
-Of a port that another program holds, and of connections that dom0 cannot end, dom0 hears by this alone. What
-a qube says is untrusted: `common.report` checks it, users are told it, and nothing is opened or closed by it.
+Only a listener knows that another program holds a port, and which connections go on that dom0 cannot end.
+What a qube says is untrusted: `common.report` checks it, users are told it, and it opens or closes nothing.
 """
 
 import time
@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, Qube
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-# A listener that reads QubesDB takes up a change within half a second; an earlier answer may be of the old.
+# A listener takes up a change of its QubesDB within half a second; an earlier answer may be out of date.
 ASKED_AT_S = (0.0, 0.7, 1.3)
 # For all questions to one qube. An answer takes some tenths of a second.
 BOUND_S = 2.0
@@ -140,7 +140,7 @@ def uptake(forward: Forward, answer: Answer) -> Uptake:
 
 
 def flows(exposed: QubeName, answer: QubeReport, live: Collection[tuple[str, str]]) -> list[GoesOn]:
-    """The connections that a qube has of forwards that are closed; ``live`` are those that it should have."""
+    """The connections that a qube has of closed forwards; ``live`` are the forwards that are not closed."""
     found: dict[Key, tuple[int, int | None]] = {}
     draining, forwards = (
         ((), ()) if answer.listener is None else (answer.listener.draining, answer.listener.forwards)

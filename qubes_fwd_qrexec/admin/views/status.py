@@ -212,7 +212,7 @@ def watch(args: Namespace, session: Session, ending: Ending) -> int:
         is_well = False
         try:
             found = _look(args, look)
-        except ForwardError as error:
+        except (ForwardError, OSError) as error:
             look.warn(steps.error_text(error))
         else:
             is_well = found.is_well

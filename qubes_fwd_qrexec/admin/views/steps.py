@@ -9,7 +9,7 @@ from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
 from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
 from qubes_fwd_qrexec.admin.states import NotOpenError
 from qubes_fwd_qrexec.common.allowance import Allowance
-from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
+from qubes_fwd_qrexec.common.errors import StoreError
 
 from . import reasons
 from .tables import counted
@@ -81,7 +81,7 @@ def troubles(outcome: Outcome) -> list[str]:
     return [*outcome.problems, *untold(outcome.ended)]
 
 
-def error_text(error: ForwardError) -> str:
+def error_text(error: Exception) -> str:
     """What an error says."""
     return reasons.refusal(error) if isinstance(error, NotOpenError) else str(error)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-# A cell that is cut further says nothing any more.
+# A cell that is cut shorter says nothing.
 _CELL_MIN = 12
 _GAP = "  "
 
