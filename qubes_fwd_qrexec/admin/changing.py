@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Changes of rules: add, set, remove, enable, disable, confirm; and `change`, which import and marks use.
+"""Changes of rules: add, set, remove, enable, disable, confirm; of marks; and `change`, which import uses.
 
 A change is decided on one reading of the system. It is refused if it would leave a rule closed for a cause
 that the rule did not have before; else all of it is stored, or nothing, and then applied.
@@ -16,14 +16,18 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from .apply import Outcome
 from .backend import Backend
-from .inventory import Inventory
+from .inventory import ADMIN, TUNNEL_FEATURE, Inventory
 from .reconcile import reconcile
 from .snapshot import Snapshot, look
 from .states import Cause, Finding, Forward, NotOpenError, Plan, State
-from .store import TUNNEL_NAME, Changes, made_up_name, store
+from .store import TUNNEL_NAME, Changes, made_up_name, names_at, store
 
 Key = tuple[QubeName, str]
 """Target and name of a rule."""
+
+
+class NotMarkedError(RefusedError):
+    """There is no mark of ours to take away from a qube."""
 
 
 class System(NamedTuple):
@@ -73,7 +77,7 @@ def change(
         after = before.changed(changes)
         keys = tuple(key for key in changes if key[1] != TUNNEL_NAME)
         # Judged as the last of those that claim ports, before and after.
-        newcomers = [named[:2] for named in after.stored.rules if named[:2] in keys]
+        newcomers = [(qube, RuleName(name)) for qube, name in keys]
         was, planned = (each.plan(now, newcomers, is_held=False) for each in (before, after))
         for forward in (forward for forward in planned if forward.source[:2] in keys):
             problem = _new_problem(was.find(*forward.source[:2]), forward, ports_alone=ports_alone)
@@ -124,8 +128,8 @@ def new_rule(
     if rule.expire is not None and rule.expire <= now:
         raise UsageError("expire: that time is over already; name a time to come, such as +8h", "expire")
     rule = replace(rule, owner=target, path=snapshot.inventory.chain(target).qubes)
-    named = NamedRule(target, name or made_up_name(rule, snapshot.stored.names(target)), rule)
-    taken = snapshot.stored.find(*named[:2])
+    named = NamedRule(target, name or made_up_name(rule, names_at(snapshot.stored, target)), rule)
+    taken = snapshot.stored.get(named[:2])
     if taken is not None:
         what, command = "exists already", "change it with 'qvm-forward set"
         if isinstance(taken, BrokenRule):
@@ -210,6 +214,27 @@ def set_options(
         return rule
 
     return _change_each(system, target, [name], changed, "changed")
+
+
+def mark(system: System, qube: str, *, is_marked: bool) -> Changed:
+    """Mark a tunnel qube, or a template for all that are made from it; or take our mark away.
+
+    The marks of others (Whonix, VPN handlers) are never changed. Raises `RefusedError` if there is no such
+    qube, `NotMarkedError`, and what `change` does.
+    """
+
+    def decide(snapshot: Snapshot) -> Changes:
+        name = snapshot.check_qube(qube)
+        known = snapshot.inventory.qubes[name]
+        if known.klass == ADMIN:
+            raise RefusedError(f"{name} is the administrative qube, and no traffic goes through it")
+        if bool(known.features.get(TUNNEL_FEATURE)) is not is_marked:
+            return {(name, TUNNEL_NAME): "1" if is_marked else None}
+        if is_marked:
+            return {}
+        raise NotMarkedError(f"{name} has no mark of qvm-forward")
+
+    return change(system, decide, "marked")
 
 
 def _change_each(

@@ -3,7 +3,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, TextError
 from qubes_fwd_qrexec.common.exchange import Document, Read
@@ -13,25 +12,13 @@ from qubes_fwd_qrexec.common.values import QubeName
 from .changing import Changed, System, change
 from .inventory import DISPOSABLE, TUNNEL_FEATURE
 from .snapshot import Snapshot
-from .store import TUNNEL_NAME, Changes, made_up_name, parse_new_name
-
-
-class Imported(NamedTuple):
-    """What an import did.
-
-    ``marks`` are the qubes whose mark it has set, or with False taken away. ``left_open`` are forwards that
-    are not in the document: of all qubes if it is an export, else of those that it is about.
-    """
-
-    changed: Changed
-    marks: Mapping[QubeName, bool]
-    left_open: tuple[NamedRule, ...]
+from .store import TUNNEL_NAME, Changes, made_up_name, names_at, parse_new_name
 
 
 def import_document(
     system: System, document: Document, qube: QubeName | None = None, *, is_replacing: bool = False
-) -> Imported:
-    """Store a document and apply it.
+) -> tuple[Changed, Mapping[QubeName, bool]]:
+    """Store a document and apply it. Returns also the marks that it has set, or with False taken away.
 
     ``qube`` has the rules of which the document does not say whose they are. ``is_replacing``: the document
     may change rules and take marks away. Raises `RefusedError`, `RuleError`, and what `changing.change` does.
@@ -41,7 +28,7 @@ def import_document(
     def decide(snapshot: Snapshot) -> Changes:
         rules = _placed(document, qube, snapshot)
         for named in rules:
-            old = snapshot.stored.find(*named[:2])
+            old = snapshot.stored.get(named[:2])
             if old is not None and old != named and not is_replacing:
                 raise RefusedError(
                     f"{named} exists already and differs; nothing was imported. With --replace the "
@@ -53,14 +40,7 @@ def import_document(
         }
         return changes | {named[:2]: str(named.rule) for named in rules}
 
-    changed = change(system, decide, "imported, nor was anything else", ports_alone=True)
-    targets = {target for target, _ in changed.keys}
-    left_open = tuple(
-        forward.source
-        for forward in changed.plan.live
-        if forward.source[:2] not in changed.keys and (document.is_export or forward.source.target in targets)
-    )
-    return Imported(changed, marks, left_open)
+    return change(system, decide, "imported, nor was anything else", ports_alone=True), marks
 
 
 def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> list[NamedRule]:
@@ -74,7 +54,7 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
             raise RefusedError(f"{read.place}: there is no qube {target}; nothing was imported")
         rule = _recorded(read, target, document, snapshot)
         try:
-            taken = [*snapshot.stored.names(target), *(n for t, n in placed if t == target)]
+            taken = [*names_at(snapshot.stored, target), *(n for t, n in placed if t == target)]
             name = parse_new_name(read.name or made_up_name(rule, taken))
         except TextError as error:
             raise RuleError(read.place, str(error)) from None
@@ -86,7 +66,7 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
 
 def _recorded(read: Read, target: QubeName, document: Document, snapshot: Snapshot) -> ForwardRule:
     """A rule with owner and path; one that is stored exactly so already stays as it is."""
-    rule, here = read.rule, None if read.name is None else snapshot.stored.find(target, read.name)
+    rule, here = read.rule, None if read.name is None else snapshot.stored.get((target, read.name))
     if isinstance(here, NamedRule) and here.rule == rule:
         return rule
     # An export has what a disposable inherited from its template, which nobody means to open.

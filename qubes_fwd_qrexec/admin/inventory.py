@@ -129,20 +129,17 @@ class Inventory(NamedTuple):
     def chain(self, name: QubeName) -> Chain:
         """Walk from a qube along its netvms to the outermost one."""
         walked: list[QubeName] = []
-        current = self.get(name)
-        while current is not None and current.netvm is not None:
-            following, problem = self.get(current.netvm), None
-            if current.netvm == name or current.netvm in walked:
-                problem = f"The netvms of {name} lead in a circle at {current.netvm}; mend its netvm"
+        qube, problem = self.get(name), None
+        while problem is None and qube is not None and qube.netvm is not None:
+            following = self.get(qube.netvm)
+            if qube.netvm in (name, *walked):
+                problem = f"The netvms of {name} lead in a circle at {qube.netvm}; mend its netvm"
             elif following is None:
-                problem = f"The netvm of {current.name}, {current.netvm}, does not exist; set another"
-            elif len(walked) == CHAIN_MAX:
-                problem = f"{name} has more than {CHAIN_MAX} netvms in a row"
-            if problem is not None:
-                return Chain(tuple(walked), problem)
-            walked.append(current.netvm)
-            current = following
-        return Chain(tuple(walked))
+                problem = f"The netvm of {qube.name}, {qube.netvm}, does not exist; set another"
+            else:
+                walked.append(qube.netvm)
+                qube = following
+        return Chain(tuple(walked), problem)
 
     def holder(self, name: QubeName, key: str) -> Qube | None:
         """The qube that has the feature: this one, or else the nearest of its templates that has it.
@@ -185,10 +182,6 @@ class Inventory(NamedTuple):
     def tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The first of these marks; one is enough."""
         return next(self.tunnel_marks(name), None)
-
-    def behind(self, name: QubeName) -> tuple[QubeName, ...]:
-        """The qubes whose way out leads through this one."""
-        return tuple(other for other in sorted(self.qubes) if name in self.chain(other).qubes)
 
     def nearest_tunnel(self, target: QubeName) -> TunnelMark | None:
         """The tunnel by which traffic of ``target`` leaves: its own, if it is marked itself, or else that of

@@ -13,7 +13,7 @@ from .backend import ANY, NEW, Backend, PolicyFile
 from .inventory import Inventory
 from .plan import plan
 from .states import Plan
-from .store import Changes, Stored, feature_key, read_rules
+from .store import Changes, Stored, feature_key, names_at, read_rules
 
 # A policy file that cannot be read is replaced only by one that allows nothing.
 _UNREAD = PolicyFile(None, ANY)
@@ -50,10 +50,10 @@ class Snapshot(NamedTuple):
     ) -> Plan:
         """What the rules ask for. ``is_held`` overrides what dom0's policy says of the hold."""
         planned = plan(
-            self.stored.rules,
+            (entry for entry in self.stored.values() if isinstance(entry, NamedRule)),
             self.inventory,
             now,
-            broken=self.stored.broken,
+            broken=(entry for entry in self.stored.values() if isinstance(entry, BrokenRule)),
             newcomers=newcomers,
             stock=policy.stock_targets(self.installed.text),
         )
@@ -81,10 +81,9 @@ class Snapshot(NamedTuple):
 
     def find(self, target: str, name: str) -> NamedRule | BrokenRule:
         """A stored rule. Raises `RefusedError`, which lists the forwards that the qube does have."""
-        self.check_qube(target)
-        entry = self.stored.find(target, name)
+        entry = self.stored.get((self.check_qube(target), name))
         if entry is None:
-            names = ", ".join(ascii(known)[1:-1] for known in self.stored.names(target))
+            names = ", ".join(ascii(known)[1:-1] for known in names_at(self.stored, target))
             if not names:
                 raise RefusedError(f"{target} has no forwards; 'qvm-forward list' shows those of all qubes")
             raise RefusedError(f"{target} has no forward {name!a}, only {names}")

@@ -2,7 +2,6 @@
 """Rules where they are stored: feature ``forward.NAME`` of the target, whose value is the rule's line."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RuleError, StoreError, TextError
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
@@ -19,27 +18,8 @@ Changes = Mapping[tuple[QubeName, str], str | None]
 """New lines of rules by qube and name, or None to remove one. `TUNNEL_NAME` stands for a qube's mark."""
 
 
-class Stored(NamedTuple):
-    """All that is stored as rules, in the order of target and name."""
-
-    rules: tuple[NamedRule, ...]
-    broken: tuple[BrokenRule, ...]
-
-    @property
-    def entries(self) -> tuple[NamedRule | BrokenRule, ...]:
-        return (*self.rules, *self.broken)
-
-    def find(self, target: str, name: str) -> NamedRule | BrokenRule | None:
-        """A rule, readable or not."""
-        return next((entry for entry in self.entries if (entry.target, entry.name) == (target, name)), None)
-
-    def names(self, target: str) -> list[str]:
-        """The names of all that is stored at a qube, readable or not."""
-        return [entry.name for entry in self.entries if entry.target == target]
-
-    def targets(self) -> list[QubeName]:
-        """The qubes at which anything is stored."""
-        return sorted({entry.target for entry in self.entries})
+Stored = Mapping[tuple[QubeName, str], NamedRule | BrokenRule]
+"""All that is stored as rules, readable or not, in the order of target and name."""
 
 
 def feature_key(name: str) -> str:
@@ -48,16 +28,17 @@ def feature_key(name: str) -> str:
 
 def read_rules(inventory: Inventory) -> Stored:
     """The rules of all qubes; what cannot be read as one is kept as broken, never dropped."""
-    found = [
-        read_rule(target, key.removeprefix(PREFIX), untrusted_line)
+    return {
+        (target, name): read_rule(target, name, untrusted_line)
         for target in sorted(inventory.qubes)
         for key, untrusted_line in sorted(inventory.qubes[target].features.items())
-        if key.startswith(PREFIX) and key != TUNNEL_FEATURE
-    ]
-    return Stored(
-        tuple(entry for entry in found if isinstance(entry, NamedRule)),
-        tuple(entry for entry in found if isinstance(entry, BrokenRule)),
-    )
+        if key.startswith(PREFIX) and (name := key.removeprefix(PREFIX)) != TUNNEL_NAME
+    }
+
+
+def names_at(stored: Stored, target: str) -> list[str]:
+    """The names of all that is stored at a qube."""
+    return [name for qube, name in stored if qube == target]
 
 
 def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> NamedRule | BrokenRule:

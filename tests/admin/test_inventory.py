@@ -4,7 +4,7 @@
 import pytest
 from worlds import qube, world
 
-from qubes_fwd_qrexec.admin.inventory import CHAIN_MAX, Inventory, TunnelMark, feature_matters
+from qubes_fwd_qrexec.admin.inventory import Inventory, TunnelMark, feature_matters
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.rules import ForwardType
 from qubes_fwd_qrexec.common.values import QubeName
@@ -21,25 +21,6 @@ def test_a_chain_that_bites_its_tail_ends_with_a_problem() -> None:
     chain = world(qube("a", "b"), qube("b", "a")).chain(QubeName("a"))
     assert chain.qubes == ("b",)
     assert chain.problem == "The netvms of a lead in a circle at a; mend its netvm"
-
-
-def test_a_chain_of_as_many_netvms_as_are_allowed_is_walked_and_one_more_is_not() -> None:
-    """The number is what the documentation says, and not only what the code does."""
-    assert CHAIN_MAX == 32
-    row = [qube(f"n{i}", f"n{i + 1}") for i in range(33)]
-    inventory = world(*row, qube("n33"))
-    assert len(inventory.chain(QubeName("n1")).qubes) == 32
-    assert inventory.chain(QubeName("n1")).problem is None
-    assert inventory.chain(QubeName("n0")).problem == "n0 has more than 32 netvms in a row"
-
-
-def test_a_chain_is_bounded() -> None:
-    row = [qube(f"n{i}", f"n{i + 1}") for i in range(CHAIN_MAX + 1)]
-    inventory = world(*row, qube(f"n{CHAIN_MAX + 1}"))
-    chain = inventory.chain(QubeName("n0"))
-    assert len(chain.qubes) == CHAIN_MAX
-    assert chain.problem == f"n0 has more than {CHAIN_MAX} netvms in a row"
-    assert inventory.chain(QubeName("n1")).problem is None
 
 
 def test_a_feature_is_looked_up_in_the_template_unless_the_qube_has_its_own() -> None:

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from qubes_fwd_qrexec.admin.inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
-from qubes_fwd_qrexec.admin.store import read_rules
+from qubes_fwd_qrexec.admin.store import names_at, read_rules
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType
 
@@ -100,9 +100,9 @@ def _there_are(kind: str, given: Sequence[str], lab: str | None, environ: Mappin
     if kind == "qube":
         return [qube.name for qube in qubes if qube.klass not in (ADMIN, TEMPLATE)]
     if kind == "target":
-        return [str(qube) for qube in read_rules(inventory).targets()]
+        return sorted({str(qube) for qube, _ in read_rules(inventory)})
     if kind == "name":
-        return read_rules(inventory).names(given[0])
+        return names_at(read_rules(inventory), given[0])
     if given[0] == "mark":
         return [q.name for q in qubes if q.provides_network and not q.features.get(TUNNEL_FEATURE)]
     return [q.name for q in qubes if q.features.get(TUNNEL_FEATURE) and given[0] == "unmark"]

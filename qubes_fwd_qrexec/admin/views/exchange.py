@@ -3,12 +3,13 @@
 
 from argparse import Namespace
 
-from qubes_fwd_qrexec.admin.changing import System
+from qubes_fwd_qrexec.admin.changing import Changed, System
 from qubes_fwd_qrexec.admin.importing import import_document
 from qubes_fwd_qrexec.admin.inventory import TUNNEL_FEATURE
 from qubes_fwd_qrexec.common import exchange
 from qubes_fwd_qrexec.common.errors import RuleError, StoreError, UsageError
 from qubes_fwd_qrexec.common.exchange import Document
+from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
 
 from . import changes, reasons
 from .session import Session
@@ -19,7 +20,8 @@ def export_rules(args: Namespace, session: Session) -> int:
     """Print rules; what cannot be read is left out, and said."""
     snapshot = session.look()
     qubes = {snapshot.check_qube(qube) for qube in args.qube} or snapshot.inventory.qubes.keys()
-    rules = [rule for rule in snapshot.stored.rules if rule.target in qubes]
+    stored = [rule for rule in snapshot.stored.values() if rule.target in qubes]
+    rules = [rule for rule in stored if isinstance(rule, NamedRule)]
     marks = {
         name: bool(value)
         for name in sorted(qubes)
@@ -36,7 +38,7 @@ def export_rules(args: Namespace, session: Session) -> int:
         session.say(print_document(rules, marks))
     else:
         session.say(exchange.print_lines(rules, marks))
-    broken = [rule for rule in snapshot.stored.broken if rule.target in qubes]
+    broken = [rule for rule in stored if isinstance(rule, BrokenRule)]
     for rule in broken:
         session.warn(f"{rule.target} {rule.name!a} is left out, as it cannot be read")
     return 1 if broken else 0
@@ -46,7 +48,8 @@ def import_rules(args: Namespace, session: Session) -> int:
     """Store all rules and marks of a document, or none."""
     document = _read(args.format, _text(args.file, session))
     system = System(session.backend, session.now, is_applied=not args.no_apply)
-    changed, marks, left_open = import_document(system, document, args.qube, is_replacing=args.replace)
+    changed, marks = import_document(system, document, args.qube, is_replacing=args.replace)
+    left_open = _left_open(changed, document)
     after = changes.followed(changed, session)
     if session.is_json:
         data = {"imported": len(changed.keys), "tunnels": marks, "skipped": document.skipped}
@@ -69,6 +72,13 @@ def import_rules(args: Namespace, session: Session) -> int:
             f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
         )
     return changes.finish(after, session)
+
+
+def _left_open(changed: Changed, document: Document) -> list[NamedRule]:
+    """Forwards that are not in the document: of all qubes if it is an export, else of those in it."""
+    targets = {target for target, _ in changed.keys}
+    others = (f.source for f in changed.plan.live if f.source[:2] not in changed.keys)
+    return [named for named in others if document.is_export or named.target in targets]
 
 
 def _text(path: str, session: Session) -> str:

@@ -4,7 +4,7 @@
 from argparse import Namespace
 from collections.abc import Iterable
 
-from qubes_fwd_qrexec.admin import tunnelmarks
+from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.inventory import TEMPLATE, TUNNEL_FEATURE, Inventory, TunnelMark
 from qubes_fwd_qrexec.admin.states import Cause
@@ -27,7 +27,7 @@ def tunnel(args: Namespace, session: Session) -> int:
 
 
 def _mark(qube: QubeName, session: Session) -> int:
-    changed = tunnelmarks.mark(System(session.backend, session.now), qube)
+    changed = changing.mark(System(session.backend, session.now), qube, is_marked=True)
     after = changes.followed(changed, session)
     if session.is_json:
         return _say_json(qube, after, session)
@@ -47,15 +47,15 @@ def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
     if inventory.qubes[qube].klass == TEMPLATE:
         made = [q.name for q in inventory.qubes.values() if q.template == qube]
         return f"That marks every qube made from it: {', '.join(made) or 'none yet'}."
-    behind = ", ".join(inventory.behind(qube)) or "no qube yet"
+    behind = ", ".join(_behind(qube, inventory)) or "no qube yet"
     return f"Neither it nor what is behind it may be exposed outside of it; behind it is {behind}."
 
 
 def _unmark(qube: QubeName, session: Session) -> int:
     try:
-        changed = tunnelmarks.unmark(System(session.backend, session.now), qube)
-    except tunnelmarks.NotMarkedError as error:
-        raise RefusedError(_not_ours(error.qube, error.inventory)) from None
+        changed = changing.mark(System(session.backend, session.now), qube, is_marked=False)
+    except changing.NotMarkedError:
+        raise RefusedError(_not_ours(qube, session.look().inventory)) from None
     after = changes.followed(changed, session)
     if session.is_json:
         return _say_json(qube, after, session)
@@ -96,7 +96,7 @@ def _say_json(qube: QubeName, after: changes.After, session: Session) -> int:
 
 def _list(session: Session) -> int:
     snapshot = session.look()
-    inventory, targets = snapshot.inventory, snapshot.stored.targets()
+    inventory, targets = snapshot.inventory, {target for target, _ in snapshot.stored}
     found = _tunnels(inventory)
     # Qubes that must not be exposed outside of a tunnel, whether they are behind one or not.
     anonymous = [mark for name in sorted(inventory.qubes) if (mark := inventory.behind_tunnel_mark(name))]
@@ -105,8 +105,8 @@ def _list(session: Session) -> int:
             {
                 "qube": name,
                 "marks": [mark.mark for mark in marks],
-                "behind": list(inventory.behind(name)),
-                "targets": [qube for qube in (name, *inventory.behind(name)) if qube in targets],
+                "behind": _behind(name, inventory),
+                "targets": [qube for qube in (name, *_behind(name, inventory)) if qube in targets],
             }
             for name, marks in found.items()
         ]
@@ -114,9 +114,8 @@ def _list(session: Session) -> int:
         session.say_json({"tunnels": tunnels, "anonymous": marked})
         return 0
     for name, marks in found.items():
-        itself, *behind = (
-            f"{qube} (has forwards)" if qube in targets else qube for qube in (name, *inventory.behind(name))
-        )
+        both = (name, *_behind(name, inventory))
+        itself, *behind = (f"{qube} (has forwards)" if qube in targets else qube for qube in both)
         session.say(f"{itself}: {', '.join(mark.mark for mark in marks)}\n")
         session.say(f"  behind it: {', '.join(behind) or 'nothing'}\n")
     for mark in anonymous:
@@ -124,6 +123,11 @@ def _list(session: Session) -> int:
     if not found and not anonymous:
         session.say("No tunnel qubes. 'qvm-forward tunnel mark QUBE' marks one, such as a VPN qube.\n")
     return 0
+
+
+def _behind(tunnel: QubeName, inventory: Inventory) -> list[QubeName]:
+    """The qubes whose way out leads through this one."""
+    return [name for name in sorted(inventory.qubes) if tunnel in inventory.chain(name).qubes]
 
 
 def _tunnels(inventory: Inventory) -> dict[QubeName, list[TunnelMark]]:
