@@ -68,6 +68,7 @@ def test_everything_is_closed_and_the_rules_are_kept(
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
     assert {qube: opened.features(qube) for qube in ("work", "personal")} == rules
     assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
+    assert forward("policy", "--json").json["is_installed"] is True
 
 
 def test_what_another_policy_file_allows_is_still_open(forward: Command, opened: LabDirectory) -> None:

@@ -112,7 +112,7 @@ def print_policy(args: Namespace, session: Session) -> int:
     snapshot = session.look()
     installed = snapshot.installed.text
     text = policy.text(snapshot.plan(session.now))
-    is_installed = installed == text
+    is_installed = policy.is_written(installed, text)
     if session.is_json:
         session.say_json({"policy": text, "installed": installed, "is_installed": is_installed})
         return 0
