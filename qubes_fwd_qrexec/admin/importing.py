@@ -51,7 +51,7 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
         if target is None:
             raise RefusedError(f"{read.place}: the file does not name the qube; give --qube QUBE")
         if snapshot.inventory.get(target) is None:
-            raise RefusedError(f"{read.place}: there is no qube {target}; nothing was imported")
+            raise RefusedError(f"{read.place}: there is no qube {target!a}; nothing was imported")
         rule = _recorded(read, target, document, snapshot)
         try:
             taken = [*names_at(snapshot.stored, target), *(n for t, n in placed if t == target)]
@@ -87,7 +87,7 @@ def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dic
     for qube, is_marked in document.tunnels.items():
         known = snapshot.inventory.get(qube)
         if known is None:
-            raise RefusedError(f"there is no qube {qube} to mark as a tunnel or not; nothing was imported")
+            raise RefusedError(f"there is no qube {qube!a} to mark as a tunnel or not; nothing was imported")
         if not is_marked and snapshot.inventory.feature(qube, TUNNEL_FEATURE) and not is_replacing:
             raise RefusedError(
                 f"{qube} is marked as a tunnel, and the import says that it is not one; nothing was "

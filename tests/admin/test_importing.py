@@ -63,7 +63,7 @@ RULE = "action=forward srcports=80 srchosts=any"
     [
         (f"work a {RULE}\nwork b action=forward", "line 2, option 'srcports': missing"),
         (f"work a {RULE}\nwork b {RULE} bogus=1", "line 2, option 'bogus' at column 48: unknown option"),
-        (f"work a {RULE}\ngone b {RULE}", "there is no qube gone; nothing was imported"),
+        (f"work a {RULE}\ngone b {RULE}", "there is no qube 'gone'; nothing was imported"),
         (f"work a {RULE}\nwork a {RULE}", "work a appears twice; nothing was imported"),
         (f"work tunnel {RULE}", "the name tunnel stands for the mark of a tunnel qube"),
         (f"work web {RULE}", "work web exists already and differs"),
@@ -156,7 +156,7 @@ def test_an_import_takes_no_mark_away_unless_asked_to(
 def test_a_mark_of_a_qube_that_is_not_here_is_refused(forward: Forward, lab: LabDirectory) -> None:
     before = content(lab)
     result = forward("import", stdin="gone tunnel yes")
-    assert "there is no qube gone to mark as a tunnel or not" in result.err
+    assert "there is no qube 'gone' to mark as a tunnel or not" in result.err
     assert content(lab) == before
 
 

@@ -2,19 +2,21 @@
 """The commands that change rules, as users write them; and the words for what any change did."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome
 from qubes_fwd_qrexec.admin.changing import Changed, Key, System
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.states import Forward, State
+from qubes_fwd_qrexec.admin.store import parse_new_name
 from qubes_fwd_qrexec.common.config import Service, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
-from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, ForwardType, OnExpire, Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName, Sources
+from qubes_fwd_qrexec.common.options import Option
+from qubes_fwd_qrexec.common.rules import ForwardRule, OnExpire, Transport
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import heard, reasons, steps
 from .judged import denials
@@ -24,17 +26,13 @@ from .session import Session
 from .tables import escaped
 from .times import parse_expire, print_expire
 
-_V = TypeVar("_V")
 _NO_FROM = (
     "--from is missing: say who may connect, such as --from 192.168.0.0/16 (more with commas or by saying "
     "it again), or --from any to let in everybody who can reach the port"
 )
 
-# What the command line calls as a rule does.
-_AS_GIVEN = (
-    *("mode", "via", "proto", "listen", "transport", "proxy", "autostart", "on_expire"),
-    *("follow_netvm", "bypass_tunnel", "comment"),
-)
+# What the command line calls otherwise than a rule.
+_SAID = {"srcports": "PORT", "dstports": "PORT", "srchosts": "--from"}
 _SWITCHES = {
     "enable": (changing.enable, "enabled"),
     "disable": (changing.disable, "disabled"),
@@ -68,39 +66,44 @@ def followed(changed: Changed, session: Session) -> After:
 
 def add(args: Namespace, session: Session) -> int:
     """Make a forward and open it."""
-    rule = _rule(args, session.now)
-    return report(changing.add(_system(args, session), args.qube, rule, args.name), session, "stored")
+    rule, name = _rule(args, session.now), None
+    try:
+        name = None if args.name is None else parse_new_name(args.name)
+    except TextError as error:
+        raise UsageError(f"--name: {error}") from None
+    return report(changing.add(_system(args, session), args.qube, rule, name), session, "stored")
 
 
 def _rule(args: Namespace, now: float) -> ForwardRule:
     """What the options of the command line ask for. Raises `UsageError`."""
-    if not args.sources:
+    if not args.srchosts:
         raise UsageError(_NO_FROM, "srchosts")
-    listen_ports, target_ports = args.ports
-    sources = _parsed("--from", "srchosts", Sources.parse, ",".join(args.sources))
-    expire = None
-    if args.expire is not None:
-        expire = _parsed("--expire", "expire", lambda text: parse_expire(text, now), args.expire)
+    srcports, colon, dstports = args.ports.partition(":")
+    given = vars(args) | {
+        "action": "forward",
+        "srcports": srcports,
+        "dstports": dstports if colon else None,
+        "srchosts": ",".join(args.srchosts),
+    }
     try:
-        return ForwardRule(
-            listen_ports=listen_ports,
-            target_ports=target_ports,
-            sources=sources,
-            forward_type=ForwardType.INTERNAL if args.internal else ForwardType.EXTERNAL,
-            enabled=not args.disabled,
-            limits=args.limits or NO_LIMITS,
-            expire=expire,
-            **{field: getattr(args, field) for field in _AS_GIVEN},
+        if args.expire is not None:
+            given["expire"] = _expire(args.expire, now, "--expire") or None
+        return ForwardRule.from_options(
+            Option(name, text, _SAID.get(name, f"--{name}"))
+            for name in ForwardRule.option_names()
+            if (text := given.get(name.replace("-", "_"))) is not None
         )
     except RuleError as error:
         raise UsageError(str(error), *error.options) from None
 
 
-def _parsed(place: str, option: str, parse: Callable[[str], _V], text: str) -> _V:
+def _expire(text: str, now: float, place: str) -> str:
+    """What a rule stores for a time as users write it: UNIX seconds, or nothing for ``never``."""
     try:
-        return parse(text)
+        expire = parse_expire(text, now)
     except TextError as error:
-        raise UsageError(f"{place}: {error}", option) from None
+        raise UsageError(f"{place}: {error}", "expire") from None
+    return "" if expire is None else str(expire)
 
 
 def set_options(args: Namespace, session: Session) -> int:
@@ -113,14 +116,8 @@ def set_options(args: Namespace, session: Session) -> int:
         if name in options:
             raise UsageError(f"option {name!a}: given twice", name)
         options[name] = value
-    try:
-        if options.get("expire"):
-            expire = parse_expire(options["expire"], session.now)
-            options["expire"] = "" if expire is None else str(expire)
-    except TextError as error:
-        raise UsageError(
-            f"{args.qube} {args.name} was not changed: option 'expire': {error}", "expire"
-        ) from None
+    if options.get("expire"):
+        options["expire"] = _expire(options["expire"], session.now, "option 'expire'")
     system = _system(args, session)
     changed = changing.set_options(system, args.qube, args.name, options, seen=args.was)
     return report(changed, session, "changed")

@@ -27,7 +27,7 @@ _ARGUMENTS = {
 _YES_NO = "yes|no"
 # Anything else is the words themselves.
 _KINDS = ("", "qube", "target", "name", "change", "marked")
-_VALUES = {"sources": "any", "expire": "+8h|+1d|never"}
+_VALUES = {"srchosts": "any", "expire": "+8h|+1d|never"}
 # Options of a rule that are none of `add`, or are called otherwise there.
 _RULE_VALUES = {"enabled": _YES_NO, "forwardtype": "|".join(ForwardType), "srchosts": "any"}
 

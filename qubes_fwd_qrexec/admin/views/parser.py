@@ -1,25 +1,142 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line of qvm-forward: its subcommands and options, and their help. It runs none of them.
+"""The command line of qvm-forward: one table of its commands, their arguments and their help.
 
-What values are made of is imported when there is a value to parse, or an option to explain.
+Values stay text here. Whoever uses them parses them, so that --help needs to import none of it.
 """
 
 import argparse
-from collections.abc import Callable, Collection, Mapping, Sequence
-from enum import StrEnum
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
-from qubes_fwd_qrexec.common.errors import TextError
 
 from .locate import LAB_VARIABLE
 
-if TYPE_CHECKING:
-    from qubes_fwd_qrexec.common.values import ListenPorts, TargetPorts
-
 _HELP_WIDTH = 78
-FORMATS = ("line", "xml", "json")
-TUNNEL_ACTIONS = ("mark", "unmark", "list")
+_FORMATS = ("line", "xml", "json")
+
+
+class Argument(NamedTuple):
+    """What `argparse.ArgumentParser.add_argument` is given."""
+
+    names: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+class Command(NamedTuple):
+    """``runs`` is the module in this folder and the function there that runs it."""
+
+    runs: str
+    help: str
+    arguments: tuple[Argument, ...] = ()
+
+
+def _argument(*names: str, **settings: Any) -> Argument:
+    return Argument(names, settings)
+
+
+def _flag(name: str, text: str) -> Argument:
+    return _argument(name, action="store_true", help=text)
+
+
+def _says(name: str, option: str, value: str, text: str) -> Argument:
+    """A flag that gives an option of a rule a value."""
+    return _argument(name, action="store_const", dest=option, const=value, help=text)
+
+
+_QUBE = _argument("qube", metavar="QUBE")
+_QUBES = _argument("qube", nargs="*", metavar="QUBE")
+_NO_APPLY = _flag("--no-apply", "store it, and change nothing else until 'apply'")
+_DRY_RUN = _flag("--dry-run", "show what would change, and change nothing")
+_RULE = (_QUBE, _argument("name", metavar="NAME"))
+_RULES = (_QUBE, _argument("name", nargs="+", metavar="NAME"), _NO_APPLY)
+
+# What becomes an option of the rule has that option's name, or its ``dest``.
+_ADD = (
+    _argument("qube", metavar="QUBE", help="the qube that runs the server"),
+    _argument("ports", metavar="PORT[:PORT]", help="the exposed port or range, then the server's"),
+    _argument(
+        "--from",
+        dest="srchosts",
+        action="append",
+        metavar="NET[,NET]",
+        help="the networks that may connect, or any; required",
+    ),
+    _argument("--name", metavar="NAME", help="the rule's name (default: such as tcp-80)"),
+    _says("--internal", "forwardtype", "internal", "let in other qubes, at the target's netvm"),
+    _argument("--via", metavar="QUBE", help="listen at this qube"),
+    _argument("--listen", metavar="ADDR", help="listen at this address only"),
+    _argument(
+        "--mode", metavar="auto|nft|qrexec", help="how the traffic travels; nft is not in this version"
+    ),
+    _argument("--proto", metavar="tcp|udp", help="udp is not in this version"),
+    _argument(
+        "--transport", metavar="auto|mux|call", help="many connections in one qrexec call, or one call each"
+    ),
+    _argument(
+        "--proxy", metavar="off|v1|v2", help="tell the server the client's address; it must expect that"
+    ),
+    _says("--autostart", "autostart", "yes", "let connections start a halted target"),
+    _argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never"),
+    _argument("--on-expire", metavar="cut|drain", help="what happens to open connections then"),
+    _argument(
+        "--limits",
+        metavar="LIMITS",
+        help="such as connections:1000,per-source:100,rate:50, any of them",
+    ),
+    _says("--follow-netvm", "follow_netvm", "yes", "stay open when the netvm changes"),
+    _says("--bypass-tunnel", "bypass_tunnel", "yes", "accept that the target's tunnel is bypassed"),
+    _argument("--comment", metavar="TEXT", help="a remark for yourself"),
+    _says("--disabled", "enabled", "no", "store the rule and leave it closed"),
+    _NO_APPLY,
+)
+_SET = (
+    *_RULE,
+    _argument("options", nargs="+", metavar="OPTION=VALUE", help="an empty value restores the default"),
+    _argument("--was", metavar="LINE", help="refuse if the rule's line is no longer this"),
+    _NO_APPLY,
+)
+_TUNNEL = (
+    _argument("action", choices=("mark", "unmark", "list"), metavar="mark|unmark|list"),
+    _argument("qube", nargs="?", metavar="QUBE", help="not with list"),
+)
+_EXPORT = (_QUBES, _argument("--format", choices=_FORMATS, help="line is the default, json with --json"))
+_IMPORT = (
+    _argument("file", nargs="?", default="-", metavar="FILE", help="standard input if - or missing"),
+    _argument("--format", choices=_FORMATS, help="recognised by default"),
+    _argument("--qube", metavar="QUBE", help="the target, if the file names none"),
+    _flag("--replace", "replace rules of the same name"),
+    _NO_APPLY,
+)
+_STATUS = (_QUBES, _flag("--watch", "show it again every 2 s, until Ctrl-C"))
+
+COMMANDS = {
+    "add": Command("changes.add", "Make a forward: check it, store it, and open it.", _ADD),
+    "set": Command("changes.set_options", "Change options of a forward.", _SET),
+    "remove": Command("changes.remove", "Close forwards and delete their rules.", _RULES),
+    "enable": Command("changes.switch", "Open forwards that were disabled.", _RULES),
+    "disable": Command("changes.switch", "Close forwards and keep their rules.", _RULES),
+    "confirm": Command("changes.switch", "Approve forwards that are suspended.", _RULES),
+    "list": Command("showing.list_rules", "Show all forwards, or those that involve a qube.", (_QUBES,)),
+    "show": Command("showing.show", "Show everything about one forward, and why.", _RULE),
+    "status": Command("status.status", "Show what is open now, with figures from its listeners.", _STATUS),
+    "diagnose": Command("diagnose.diagnose", "Find out why a forward does not work, and what helps.", _RULE),
+    "plan": Command("showing.explain", "Explain what becomes of each forward, and why.", (_QUBES,)),
+    "apply": Command("applying.apply", "Bring policy and listeners in line with the rules.", (_DRY_RUN,)),
+    "watch": Command(
+        "watching.watch", "Keep policy and listeners in line: apply after each change and when a rule ends."
+    ),
+    "policy": Command("showing.print_policy", "Print the qrexec policy that the rules ask for."),
+    "tunnel": Command(
+        "tunnels.tunnel", "Say which qubes are tunnels, such as VPNs, that no forward may bypass.", _TUNNEL
+    ),
+    "panic": Command("panic.panic", "Close everything at once, and hold it closed until resume."),
+    "resume": Command("panic.resume", "Open again what panic closed.", (_DRY_RUN,)),
+    "export": Command("exchange.export_rules", "Print rules for import elsewhere.", _EXPORT),
+    "import": Command(
+        "exchange.import_rules", "Store the rules of an export, or of a firewall.xml.", _IMPORT
+    ),
+}
 
 
 def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
@@ -41,7 +158,7 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs"
     )
-    for name, (text, add_arguments) in _COMMANDS.items():
+    for name, (_, text, arguments) in COMMANDS.items():
         if words is not None and name not in words:
             commands.add_parser(name, help=text, add_help=False, formatter_class=_formatter)
             continue
@@ -53,7 +170,8 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
             formatter_class=_formatter,
             allow_abbrev=False,
         )
-        add_arguments(command)
+        for names, settings in arguments:
+            command.add_argument(*names, **settings)
     return parser
 
 
@@ -80,156 +198,3 @@ def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argume
 def _formatter(prog: str) -> argparse.HelpFormatter:
     """argparse makes one for each option that is added, and would look for the terminal's size each time."""
     return argparse.HelpFormatter(prog, width=_HELP_WIDTH)
-
-
-def _typed(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """One of our parsers in the form that argparse wants; its error becomes a usage error."""
-
-    def typed(text: str) -> object:
-        try:
-            return parse(text)
-        except TextError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return typed
-
-
-@_typed
-def _qube(text: str) -> object:
-    from qubes_fwd_qrexec.common.values import parse_qube_name
-
-    return parse_qube_name(text)
-
-
-def parse_ports(text: str) -> "tuple[ListenPorts, TargetPorts]":
-    """``80``, ``80:8080`` or ``80-90:8080-8090``. Raises `TextError`."""
-    from qubes_fwd_qrexec.common.values import ListenPorts, TargetPorts
-
-    exposed, colon, target = text.partition(":")
-    listen_ports = ListenPorts.parse(exposed)
-    if not colon:
-        return listen_ports, TargetPorts(listen_ports.first, listen_ports.last)
-    return listen_ports, TargetPorts.parse(target)
-
-
-def _set(parser: argparse.ArgumentParser) -> None:
-    _rule(parser)
-    default = "an empty value restores the default"
-    parser.add_argument("options", nargs="+", metavar="OPTION=VALUE", help=default)
-    parser.add_argument("--was", metavar="LINE", help="refuse if the rule's line is no longer this")
-    _no_apply(parser)
-
-
-def _rule(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    # A broken rule may stand under any name, and must be shown and removed too: these are not parsed.
-    parser.add_argument("qube", metavar="QUBE", type=_qube)
-    parser.add_argument("name", metavar="NAME", nargs=nargs)
-
-
-def _rules(parser: argparse.ArgumentParser) -> None:
-    _rule(parser, "+")
-    _no_apply(parser)
-
-
-def _qubes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("qube", nargs="*", metavar="QUBE", type=_qube)
-
-
-def _status(parser: argparse.ArgumentParser) -> None:
-    _qubes(parser)
-    _flag(parser, "--watch", "show it again every 2 s, until Ctrl-C")
-
-
-def _nothing(parser: argparse.ArgumentParser) -> None:
-    """A command without arguments."""
-
-
-def _dry_run(parser: argparse.ArgumentParser) -> None:
-    _flag(parser, "--dry-run", "show what would change, and change nothing")
-
-
-def _tunnel(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=TUNNEL_ACTIONS, metavar="mark|unmark|list")
-    parser.add_argument("qube", nargs="?", metavar="QUBE", type=_qube, help="not with list")
-
-
-def _export(parser: argparse.ArgumentParser) -> None:
-    _qubes(parser)
-    parser.add_argument("--format", choices=FORMATS, help="line is the default, json with --json")
-
-
-def _import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="standard input if - or missing")
-    parser.add_argument("--format", choices=FORMATS, help="recognised by default")
-    parser.add_argument("--qube", type=_qube, metavar="QUBE", help="the target, if the file names none")
-    _flag(parser, "--replace", "replace rules of the same name")
-    _no_apply(parser)
-
-
-def _add(parser: argparse.ArgumentParser) -> None:
-    from qubes_fwd_qrexec.admin.store import parse_new_name
-    from qubes_fwd_qrexec.common.options import one_of
-    from qubes_fwd_qrexec.common.rules import Limits, Mode, OnExpire, Proto, Proxy, Transport
-    from qubes_fwd_qrexec.common.values import parse_address, parse_printable
-
-    def value(
-        option: str, parse: Callable[[str], object], metavar: str, text: str, default: str | None = None
-    ) -> None:
-        parser.add_argument(option, type=_typed(parse), metavar=metavar, help=text, default=default)
-
-    def choice(option: str, kind: type[StrEnum], default: StrEnum, text: str) -> None:
-        value(option, one_of(kind), "|".join(kind), text, default)
-
-    parser.add_argument("qube", metavar="QUBE", type=_qube, help="the qube that runs the server")
-    value("ports", parse_ports, "PORT[:PORT]", "the exposed port or range, then the server's")
-    networks = "the networks that may connect, or any; required"
-    parser.add_argument("--from", dest="sources", action="append", metavar="NET[,NET]", help=networks)
-    value("--name", parse_new_name, "NAME", "the rule's name (default: such as tcp-80)")
-    _flag(parser, "--internal", "let in other qubes, at the target's netvm")
-    parser.add_argument("--via", metavar="QUBE", type=_qube, help="listen at this qube")
-    value("--listen", parse_address, "ADDR", "listen at this address only")
-    choice("--mode", Mode, Mode.AUTO, "how the traffic travels; nft is not in this version")
-    choice("--proto", Proto, Proto.TCP, "udp is not in this version")
-    choice("--transport", Transport, Transport.AUTO, "many connections in one qrexec call, or one call each")
-    choice("--proxy", Proxy, Proxy.OFF, "tell the server the client's address; it must expect that")
-    _flag(parser, "--autostart", "let connections start a halted target")
-    parser.add_argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never")
-    choice("--on-expire", OnExpire, OnExpire.CUT, "what happens to open connections then")
-    limits = "such as connections:1000,per-source:100,rate:50, any of them"
-    value("--limits", Limits.parse, "LIMITS", limits)
-    _flag(parser, "--follow-netvm", "stay open when the netvm changes")
-    _flag(parser, "--bypass-tunnel", "accept that the target's tunnel is bypassed")
-    value("--comment", parse_printable, "TEXT", "a remark for yourself", "")
-    _flag(parser, "--disabled", "store the rule and leave it closed")
-    _no_apply(parser)
-
-
-def _flag(parser: argparse.ArgumentParser, option: str, text: str) -> None:
-    parser.add_argument(option, action="store_true", help=text)
-
-
-def _no_apply(parser: argparse.ArgumentParser) -> None:
-    _flag(parser, "--no-apply", "store it, and change nothing else until 'apply'")
-
-
-_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "add": ("Make a forward: check it, store it, and open it.", _add),
-    "set": ("Change options of a forward.", _set),
-    "remove": ("Close forwards and delete their rules.", _rules),
-    "enable": ("Open forwards that were disabled.", _rules),
-    "disable": ("Close forwards and keep their rules.", _rules),
-    "confirm": ("Approve forwards that are suspended.", _rules),
-    "list": ("Show all forwards, or those that involve a qube.", _qubes),
-    "show": ("Show everything about one forward, and why.", _rule),
-    "status": ("Show what is open now, with figures from its listeners.", _status),
-    "diagnose": ("Find out why a forward does not work, and what helps.", _rule),
-    "plan": ("Explain what becomes of each forward, and why.", _qubes),
-    "apply": ("Bring policy and listeners in line with the rules.", _dry_run),
-    "watch": ("Keep policy and listeners in line: apply after each change and when a rule ends.", _nothing),
-    "policy": ("Print the qrexec policy that the rules ask for.", _nothing),
-    "tunnel": ("Say which qubes are tunnels, such as VPNs, that no forward may bypass.", _tunnel),
-    "panic": ("Close everything at once, and hold it closed until resume.", _nothing),
-    "resume": ("Open again what panic closed.", _dry_run),
-    "export": ("Print rules for import elsewhere.", _export),
-    "import": ("Store the rules of an export, or of a firewall.xml.", _import),
-}

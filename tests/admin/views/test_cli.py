@@ -87,6 +87,12 @@ REFUSED = [
     ),
     (("add", "personal", "81", "--from", "any", "--proxy", "v2"), 1, "leave proxy out"),
     (("add", "personal", "81", "--from", "any", "--transport", "mux"), 1, "leave transport=mux out"),
+    (("add", "work", "0", "--from", "any"), 2, "add: PORT: '0' is not a port or range"),
+    (("add", "work", "80:", "--from", "any"), 2, "add: PORT: '' is not"),
+    (("add", "work", "80", "--from", "any", "--name", "tunnel"), 2, "--name: 'tunnel' is not free"),
+    (("add", "work", "80", "--from", "any", "--comment", "a\nb"), 2, "printable ASCII on one line"),
+    (("add", "work", "80", "--from", "any", "--mode", "fast"), 2, "add: --mode: 'fast' is not one of auto,"),
+    (("add", "wo rk", "80", "--from", "any"), 1, "there is no qube 'wo rk'"),
     (("add", "gone", "80", "--from", "any"), 1, "there is no qube 'gone'; 'qvm-ls' lists all qubes"),
     (("add", "dom0", "80", "--from", "any"), 1, "is the administrative qube"),
     (("add", "vault", "80", "--from", "any"), 1, "--via QUBE"),
@@ -127,11 +133,6 @@ def test_what_is_refused_is_explained_and_changes_nothing(
 
 
 USAGE = [
-    (("add", "work", "0", "--from", "any"), "'0' is not a port or range"),
-    (("add", "wo rk", "80", "--from", "any"), "'wo rk' is not a qube's name"),
-    (("add", "work", "80", "--from", "any", "--name", "tunnel"), "marks a tunnel qube"),
-    (("add", "work", "80", "--from", "any", "--comment", "a\nb"), "printable ASCII on one line"),
-    (("add", "work", "80", "--from", "any", "--mode", "fast"), "one of auto, nft, qrexec"),
     ((), "COMMAND"),
     (("nonsense",), "invalid choice"),
     (("panic", "work"), "qvm-forward panic: error: unrecognized arguments: work"),

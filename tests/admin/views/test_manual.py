@@ -12,6 +12,8 @@ import pytest
 from worlds import Command
 
 from qubes_fwd_qrexec.admin.views import cli, complete, parser
+from qubes_fwd_qrexec.common.errors import RuleError
+from qubes_fwd_qrexec.common.rules import ForwardRule
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[3]
@@ -21,8 +23,17 @@ COMMANDS = parser.commands_of(parser.build())
 
 
 def test_every_command_is_one_that_runs() -> None:
-    assert COMMANDS.keys() == cli._COMMANDS.keys()
-    assert all(callable(cli._command(name)) for name in COMMANDS)
+    assert all(callable(cli.command(name)) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("option", ["mode", "proto", "transport", "proxy", "on-expire"])
+def test_the_words_that_help_offers_are_those_that_a_rule_takes(option: str) -> None:
+    (argument,) = (
+        argument for argument in parser.COMMANDS["add"].arguments if f"--{option}" in argument.names
+    )
+    with pytest.raises(RuleError) as wrong:
+        ForwardRule.parse(f"{option}=neither")
+    assert str(wrong.value).partition(" one of ")[2].split(", ") == argument.settings["metavar"].split("|")
 
 
 def page_of(name: str) -> str:
