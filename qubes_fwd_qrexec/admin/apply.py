@@ -161,36 +161,6 @@ def _endings_of_rules(plan: Plan) -> Iterator[Step]:
             yield Step(Kind.END_RULE, line, named.target, f"{RULE_PREFIX}{named.name}", str(named.rule))
 
 
-class _OurPolicy:
-    """The policy file as long as nobody else writes it; what others wrote is never written over."""
-
-    def __init__(self, backend: Backend, installed: PolicyFile) -> None:
-        self._backend = backend
-        self.text = installed.text or ""
-        # None once we have written it: nobody tells the token of what was written.
-        self._token: str | None = installed.token
-        self.is_overtaken = False
-
-    def replace(self, text: str) -> None:
-        """Raises `StoreError`, and `ChangedError` if the file is not what we read or wrote last."""
-        if self._token is None:
-            self.check()
-        try:
-            self._backend.replace_policy(text, str(self._token))
-        except ChangedError:
-            self.is_overtaken = True
-            raise
-        self.text, self._token = text, None
-
-    def check(self) -> None:
-        """Raises `ChangedError` if somebody has changed it since we read or wrote it, and `StoreError`."""
-        found = self._backend.read_policy()
-        if found.text != self.text if self._token is None else found.token != self._token:
-            self.is_overtaken = True
-            raise ChangedError("dom0's policy file")
-        self._token = found.token
-
-
 def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:
     """Take the steps; the caller holds the backend's lock. Never raises `StoreError`: see the outcome.
 
@@ -201,15 +171,16 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
     undone: list[Step] = []
     problems: list[str] = []
     untold: list[tuple[Step, str]] = []
-    our_policy, may_open = _OurPolicy(backend, installed), True
     ended: tuple[Ended, ...] = ()
+    may_open, is_overtaken = True, False
     for step in steps:
         if step.opens and not may_open:
             undone.append(step)
             continue
         try:
             if step.is_policy:
-                our_policy.replace(step.value)
+                backend.replace_policy(step.value, installed.token)
+                installed = _written(backend, step.value)
             elif step.kind is Kind.REVOKE:
                 ended = revoke(step.told, backend)
             elif step.kind is Kind.REMOVE_CONFIG:
@@ -217,6 +188,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
             else:
                 backend.set_feature(step.qube, step.key, step.value)
         except (StoreError, OSError) as error:
+            is_overtaken = is_overtaken or isinstance(error, ChangedError)
             if step.kind is Kind.SET_CONFIG:
                 untold.append((step, str(error)))
                 may_open = may_open and step.opens
@@ -229,9 +201,16 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
             done.append(step)
     if any(step.opens for step in done):
         with suppress(StoreError):
-            our_policy.check()
-    is_overtaken = our_policy.is_overtaken
+            is_overtaken = is_overtaken or backend.read_policy().text != installed.text
     return Outcome(tuple(done), tuple(undone), tuple(problems), tuple(untold), ended, is_overtaken)
+
+
+def _written(backend: Backend, text: str) -> PolicyFile:
+    """The policy file with the token of what we have just written. Raises `StoreError`."""
+    found = backend.read_policy()
+    if found.text != text:
+        raise ChangedError("dom0's policy file")
+    return found
 
 
 def _put_back(step: Step, backend: Backend) -> None:

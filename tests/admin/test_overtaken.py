@@ -54,7 +54,7 @@ def test_what_was_closed_between_two_of_our_writes_is_not_opened_again() -> None
     outcome = carry_out(steps(backend, SSH), backend, backend.read_policy())
     assert backend.policy == CLOSED
     assert outcome.is_overtaken
-    assert outcome.problems == ("dom0's policy file: somebody else changed it just now; try again",)
+    assert outcome.problems == ("policy: somebody else changed it just now; try again",)
     assert [step.kind for step in outcome.undone] == [Kind.OPEN_POLICY, Kind.SET_CONFIG]
 
 
