@@ -6,7 +6,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from qubes_fwd_qrexec.admin.states import Cause, Plan, State
-from qubes_fwd_qrexec.admin.watch import Look, Watcher
+from qubes_fwd_qrexec.admin.watch import Look
+from qubes_fwd_qrexec.admin.watch import watch as loop
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.system.clock import Clock
 from qubes_fwd_qrexec.system.ending import Ending
@@ -30,7 +31,13 @@ def watch(args: Namespace, session: Session) -> int:
 
 def follow(session: Session, clock: Clock, ending: Ending) -> None:
     """Print what the loop does until its end, and tell the service manager."""
-    Watcher(session.backend, clock, ending, _Printer(session)).run()
+    printer = _Printer(session)
+    for event in loop(session.backend, clock, ending):
+        printer.check_clock(clock.ahead_s())
+        if isinstance(event, Look):
+            printer.looked(event)
+        elif event is not None:
+            printer.troubled(event)
     notify("STOPPING=1")
 
 
@@ -56,6 +63,9 @@ class _Printer:
             session.say("".join(f"{escaped(line)}\n" for line in (*news, *words)))
         for text in untold:
             self._warn(text)
+        if self._trouble is not None and look.is_followed and not outcome.problems:
+            self._trouble = None
+            self._warn("all is well again")
         count = len(planned.forwards) + len(planned.broken)
         status = f"{len(planned.live)} of {count} forwards open"
         if look.next_end is not None:
@@ -70,12 +80,7 @@ class _Printer:
         # Nothing without which it could start is a reason not to start.
         notify("READY=1", f"STATUS={escaped(self._trouble)}")
 
-    def is_well(self) -> None:
-        if self._trouble is not None:
-            self._trouble = None
-            self._warn("all is well again")
-
-    def ticked(self, ahead_s: float) -> None:
+    def check_clock(self, ahead_s: float) -> None:
         was, self._is_set_back = self._is_set_back, ahead_s >= _SET_BACK_S
         if self._is_set_back and not was:
             self._warn(
