@@ -23,23 +23,35 @@ def tunnel(args: Namespace, session: Session) -> int:
         return _list(session)
     if args.qube is None:
         raise UsageError(f"{args.action} needs a qube")
-    return (_mark if args.action == "mark" else _unmark)(args.qube, session)
+    return _mark(args.qube, session, is_marked=args.action == "mark")
 
 
-def _mark(qube: QubeName, session: Session) -> int:
-    changed = changing.mark(System(session.backend, session.now), qube, is_marked=True)
-    after = changes.followed(changed, session)
+def _mark(qube: QubeName, session: Session, *, is_marked: bool) -> int:
+    try:
+        changed = changing.mark(System(session.backend, session.now), qube, is_marked=is_marked)
+    except changing.NotMarkedError:
+        raise RefusedError(_not_ours(qube, session.look().inventory)) from None
+    after, inventory = changes.followed(changed, session), changed.after.inventory
+    left = [*inventory.tunnel_marks(qube)]
     if session.is_json:
-        return _say_json(qube, after, session)
-    is_new = changed.before.inventory != changed.after.inventory
-    session.say(f"{qube} {'is marked as a tunnel' if is_new else 'is already marked as a tunnel'}. ")
-    session.say(f"{_what_it_means(qube, changed.after.inventory)}\n")
+        session.say_json({"qube": qube, "marks": [mark.mark for mark in left]} | changes.as_json(after))
+        return changes.finish(after, session)
+    if is_marked:
+        already = "already " if changed.before.inventory == inventory else ""
+        session.say(f"{qube} is {already}marked as a tunnel. {_what_it_means(qube, inventory)}\n")
+    elif left:
+        session.say(f"{qube} has lost our mark and is still a tunnel: {_ways_out(left, inventory)}.\n")
+    else:
+        session.say(f"{qube} is no longer marked as a tunnel.\n")
     changes.say_rest(after, session)
-    for forward in changed.plan.live:
-        found = forward.finding(Cause.BYPASSES_TUNNEL)
-        if found is not None and found.mark is not None and found.mark.qube == qube:
-            note = reasons.sentence(forward, found)
+    for forward in changed.plan:
+        bypass = forward.finding(Cause.BYPASSES_TUNNEL)
+        if is_marked and forward.is_live and bypass and bypass.mark and bypass.mark.qube == qube:
+            note = reasons.sentence(forward, bypass)
             session.say(f"Forward {forward.source} stays open: it {note}, as its rule accepts.\n")
+        is_refused = forward.cause in (Cause.TUNNEL, Cause.CONFLICT)
+        if not is_marked and is_refused and qube in (forward.source.target, *forward.chain):
+            session.say(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}\n")
     return changes.finish(after, session)
 
 
@@ -49,29 +61,6 @@ def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
         return f"That marks every qube made from it: {', '.join(made) or 'none yet'}."
     behind = ", ".join(_behind(qube, inventory)) or "no qube yet"
     return f"Neither it nor what is behind it may be exposed outside of it; behind it is {behind}."
-
-
-def _unmark(qube: QubeName, session: Session) -> int:
-    try:
-        changed = changing.mark(System(session.backend, session.now), qube, is_marked=False)
-    except changing.NotMarkedError:
-        raise RefusedError(_not_ours(qube, session.look().inventory)) from None
-    after = changes.followed(changed, session)
-    if session.is_json:
-        return _say_json(qube, after, session)
-    inventory = changed.after.inventory
-    if left := [*inventory.tunnel_marks(qube)]:
-        session.say(f"{qube} has lost our mark and is still a tunnel: {_ways_out(left, inventory)}.\n")
-    else:
-        session.say(f"{qube} is no longer marked as a tunnel.\n")
-    changes.say_rest(after, session)
-    for forward in changed.plan:
-        if forward.cause in (Cause.TUNNEL, Cause.CONFLICT) and qube in (
-            forward.source.target,
-            *forward.chain,
-        ):
-            session.say(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}\n")
-    return changes.finish(after, session)
 
 
 def _not_ours(qube: QubeName, inventory: Inventory) -> str:
@@ -86,12 +75,6 @@ def _not_ours(qube: QubeName, inventory: Inventory) -> str:
 
 def _ways_out(marks: Iterable[TunnelMark], inventory: Inventory) -> str:
     return "; ".join(f"{mark.mark}, which '{' '.join(_way_out(mark, inventory))}' removes" for mark in marks)
-
-
-def _say_json(qube: QubeName, after: changes.After, session: Session) -> int:
-    marks = [mark.mark for mark in after.changed.after.inventory.tunnel_marks(qube)]
-    session.say_json({"qube": qube, "marks": marks} | changes.as_json(after))
-    return changes.finish(after, session)
 
 
 def _list(session: Session) -> int:
