@@ -69,8 +69,6 @@ def run(
 
         err.write(f"qvm-forward {args.command}: {steps.error_text(error)}\n")
         return 1
-    except BrokenPipeError:
-        raise
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         err.write(f"qvm-forward {args.command}: {place}{error.strerror or error}\n")
@@ -106,8 +104,6 @@ class _Output:
         try:
             count = self._stream.write(text)
             self._stream.flush()
-        except BrokenPipeError:
-            raise
         except OSError as error:
             raise _OutputError(error.strerror) from error
         return count
@@ -134,13 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if not has_out:
             raise _OutputError("it is closed")
-    except BrokenPipeError:
-        # The reader of our output has seen enough. Nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        return 1
     except _OutputError as error:
+        # Nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        stderr.write(f"qvm-forward: the output could not be written: {error}\n")
+        # The reader of a pipe who closed it has seen enough.
+        if not isinstance(error.__cause__, BrokenPipeError):
+            stderr.write(f"qvm-forward: the output could not be written: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
