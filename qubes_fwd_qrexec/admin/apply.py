@@ -38,10 +38,8 @@ class Kind(StrEnum):
 
 
 class Step(NamedTuple):
-    """One change: of policy (``value`` is the whole new text), of a feature (``qube`` and ``key``), or what
-    targets are told of the calls to them (``told``).
-
-    ``lines_gone`` and ``lines_new`` are what a change of policy means.
+    """One change: of policy (``value`` is the whole new text, ``lines`` are those that go or come), of a
+    feature (``qube`` and ``key``), or what targets are told of the calls to them (``told``).
     """
 
     kind: Kind
@@ -49,8 +47,7 @@ class Step(NamedTuple):
     qube: QubeName = QubeName("")
     key: str = ""
     was: str | None = None
-    lines_gone: tuple[str, ...] = ()
-    lines_new: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
     told: Mapping[QubeName, Allowance] = MappingProxyType({})
 
     @property
@@ -121,7 +118,7 @@ def differences(
     if gone or not (new or policy.is_written(installed.text, final)):
         # Two writes if there is something to open too, so that closing never waits for opening.
         closed = policy.text(plan, withheld=new)
-        steps.append(Step(Kind.CLOSE_POLICY, closed, lines_gone=tuple(sorted(gone))))
+        steps.append(Step(Kind.CLOSE_POLICY, closed, lines=tuple(sorted(gone))))
     if told := _revocations(gone, new_lines, inventory, cuts_drains=plan.is_held):
         steps.append(Step(Kind.REVOKE, told=told))
     present = {(qube, key): value for qube, key, value in inventory.told()}
@@ -137,7 +134,7 @@ def differences(
     steps += [step for step in changed if not step.opens]
     steps += _endings_of_rules(plan)
     if new:
-        steps.append(Step(Kind.OPEN_POLICY, final, lines_new=tuple(sorted(new))))
+        steps.append(Step(Kind.OPEN_POLICY, final, lines=tuple(sorted(new))))
     return (*steps, *(step for step in changed if step.opens))
 
 

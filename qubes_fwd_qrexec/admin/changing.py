@@ -105,10 +105,8 @@ def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Fin
         before = None if old is None else _stop(old)
         if before is None or (before.cause, old and old.exposed) != (stop.cause, new.exposed):
             return stop
-    had = None if old is None else old.finding(Cause.CONFLICT)
     conflict = new.finding(Cause.CONFLICT)
-    is_known = had is not None and conflict is not None and had.rival == conflict.rival
-    return None if is_known else conflict
+    return None if old is not None and conflict == old.finding(Cause.CONFLICT) else conflict
 
 
 def _stop(forward: Forward) -> Finding | None:
@@ -207,11 +205,9 @@ def set_options(
         try:
             if seen is not None and ForwardRule.parse(seen) != old.rule:
                 raise RefusedError(f"{old} was not changed: it is no longer what you saw, but '{old.rule}'")
-            rule = with_options(old.rule, options)
-            _check_recorded(old, rule, inventory)
+            return with_options(old.rule, options)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
-        return rule
 
     return _change_each(system, target, [name], changed, "changed")
 
@@ -273,13 +269,3 @@ def with_options(rule: ForwardRule, options: Mapping[str, str]) -> ForwardRule:
         if value:
             texts[name] = value
     return ForwardRule.from_options(Option(n, v, f"option {n!a}") for n, v in texts.items())
-
-
-def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:
-    """Owner and path are what somebody agreed to, and `confirm` records them. Raises `RuleError`."""
-    if rule.owner not in (old.rule.owner, old.target, None):
-        raise RuleError("option 'owner'", f"it can only be {old.target}, which has the rule", "owner")
-    gone = [name for name in rule.path or () if inventory.get(name) is None]
-    if gone and rule.path != old.rule.path:
-        problem = f"there is no qube {gone[0]}; 'qvm-forward confirm {old}' records the path"
-        raise RuleError("option 'path'", problem, "path")

@@ -71,8 +71,6 @@ def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: Lab
         ({"bogus": ""}, ("bogus",)),
         ({"srcports": "80-81"}, ("srcports", "dstports")),
         ({"srchosts": ""}, ("srchosts",)),
-        ({"owner": "vault"}, ("owner",)),
-        ({"path": "gone"}, ("path",)),
         ({"listen": "::1", "srchosts": "10.0.0.0/8"}, ("listen", "srchosts")),
     ],
 )

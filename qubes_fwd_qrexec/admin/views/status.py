@@ -252,7 +252,7 @@ def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
     """What no rule asks for: lines of dom0's policy (no qube), and what a qube is told to listen for."""
     for step in due:
         if step.kind is Kind.CLOSE_POLICY:
-            yield from ((None, " ".join(line.split())) for line in step.lines_gone)
+            yield from ((None, " ".join(line.split())) for line in step.lines)
         elif step.kind is Kind.REMOVE_CONFIG:
             yield step.qube, step.key.removeprefix(CONFIG_PREFIX)
 

@@ -18,9 +18,9 @@ from .tables import counted
 def words(step: Step) -> list[str]:
     """For people, one change a line."""
     if step.is_policy:
-        gone = [f"policy: no longer {' '.join(line.split())}" for line in step.lines_gone]
-        new = [f"policy: from now on {' '.join(line.split())}" for line in step.lines_new]
-        return gone + new or ["policy: write the file, which allows the same as before"]
+        since = "no longer" if step.kind is Kind.CLOSE_POLICY else "from now on"
+        lines = [f"policy: {since} {' '.join(line.split())}" for line in step.lines]
+        return lines or ["policy: write the file, which allows the same as before"]
     if step.kind is Kind.REVOKE:
         return [f"{target}: {_ends(allowance)}" for target, allowance in step.told.items()]
     if step.kind is Kind.END_RULE:
@@ -45,7 +45,8 @@ def _ends(allowance: Allowance) -> str:
 
 def as_json(step: Step) -> dict[str, Any]:
     if step.is_policy:
-        return {"step": step.kind, "remove": list(step.lines_gone), "add": list(step.lines_new)}
+        lines, is_closing = list(step.lines), step.kind is Kind.CLOSE_POLICY
+        return {"step": step.kind, "remove": lines if is_closing else [], "add": [] if is_closing else lines}
     if step.kind is Kind.REVOKE:
         return {
             "step": step.kind,
