@@ -41,7 +41,7 @@ def test_every_link_leads_to_a_file(path: Path) -> None:
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_command_in_a_sentence_is_one_that_there_is(path: Path) -> None:
     for command in re.findall(r"`qvm-forward ([a-z]+)", path.read_text()):
-        assert command in cli._COMMANDS
+        assert command in cli.parser.COMMANDS
 
 
 CHAPTER = """\
