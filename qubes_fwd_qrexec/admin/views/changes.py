@@ -2,8 +2,9 @@
 """The commands that change rules, as users write them; and the words for what any change did."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import changing
@@ -131,16 +132,12 @@ def switch(args: Namespace, session: Session) -> int:
 
 def remove(args: Namespace, session: Session) -> int:
     """Close and forget, broken rules too."""
-    changed = changing.remove(_system(args, session), args.qube, args.name)
-    after = followed(changed, session)
-    if session.is_json:
-        removed = [{"qube": qube, "name": name} for qube, name in changed.keys]
-        session.say_json({"removed": removed} | as_json(after))
-        return finish(after, session)
-    for qube, name in changed.keys:
-        session.say(f"Forward {qube} {name!s} is removed{_closed(after, (qube, name))}.\n")
-    say_rest(after, session)
-    return finish(after, session)
+    after = followed(changing.remove(_system(args, session), args.qube, args.name), session)
+    keys = after.changed.keys
+    lines = (f"Forward {qube} {name!s} is removed{_closed(after, (qube, name))}." for qube, name in keys)
+    return tell(
+        after, session, lines, data={"removed": [{"qube": qube, "name": name} for qube, name in keys]}
+    )
 
 
 def _system(args: Namespace, session: Session) -> System:
@@ -150,20 +147,17 @@ def _system(args: Namespace, session: Session) -> System:
 def report(changed: Changed, session: Session, done: str) -> int:
     """Print what is open now, for whom, until when, and the warnings. Returns the exit status."""
     after = followed(changed, session)
-    if session.is_json:
-        session.say_json(as_json(after))
-        return finish(after, session)
-    for forward in changed.forwards:
-        session.say(f"Forward {forward.source} is {done}{_state(after, forward)}\n")
+    return tell(after, session, _about(after, session.now, done))
+
+
+def _about(after: After, now: float, done: str) -> Iterator[str]:
+    for forward in after.changed.forwards:
+        yield f"Forward {forward.source} is {done}{_state(after, forward)}"
         if forward.is_live and forward.source.rule.expire is not None:
-            session.say(f"It ends {print_expire(forward.source.rule.expire, session.now)}.\n")
-        old = changed.plan_before.find(*forward.source[:2])
+            yield f"It ends {print_expire(forward.source.rule.expire, now)}."
+        old = after.changed.plan_before.find(*forward.source[:2])
         known = [] if old is None else warnings(old)
-        for note in notes(after, forward):
-            if note not in known:
-                session.say(f"Note: {escaped(note)}.\n")
-    say_rest(after, session)
-    return finish(after, session)
+        yield from (f"Note: {escaped(note)}." for note in notes(after, forward) if note not in known)
 
 
 def _state(after: After, forward: Forward) -> str:
@@ -234,25 +228,40 @@ def warnings(forward: Forward) -> list[str]:
     return found
 
 
-def say_rest(after: After, session: Session) -> None:
-    """Print what else opened and closed, which connections go on, and whether `watch` does not run."""
-    if after.changed.outcome is not None:
-        lines = [*_others(after, after.changed.outcome)]
-        lines += [f"{steps.ended_words(ended)}." for ended in after.changed.outcome.ended if ended.draining]
+def tell(
+    after: After,
+    session: Session,
+    lines: Iterable[str],
+    *,
+    last: Iterable[str] = (),
+    data: Mapping[str, object] = MappingProxyType({}),
+) -> int:
+    """Print a change: ``lines``, what else opened and closed, what goes on, ``last``; or JSON with ``data``.
+
+    Returns the exit status: what was to be cut and goes on is no success; what may drain was asked for.
+    """
+    changed, goes_on = after.changed, after.heard.goes_on
+    if session.is_json:
+        session.say_json({**data, **as_json(after)})
+    else:
+        lines = [*lines, *([] if changed.outcome is None else _others(after, changed.outcome))]
         session.say("".join(f"{line}\n" for line in lines))
-    for left in after.heard.goes_on:
-        session.warn(f"still open: {heard.still_open(left)}")
-    is_live = after.changed.outcome is not None and any(forward.is_live for forward in after.changed.forwards)
-    if is_live and after.watch_start is not None:
-        session.say(
-            "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a netvm "
-            "changes or a qube is removed, until you run qvm-forward again. This starts it: "
-            f"{after.watch_start}.\n"
-        )
+        for left in goes_on:
+            session.warn(f"still open: {heard.still_open(left)}")
+        is_live = changed.outcome is not None and any(forward.is_live for forward in changed.forwards)
+        if is_live and after.watch_start is not None:
+            session.say(
+                "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a "
+                "netvm changes or a qube is removed, until you run qvm-forward again. This starts it: "
+                f"{after.watch_start}.\n"
+            )
+        session.say("".join(f"{line}\n" for line in last))
+    session.warn_unread(changed.after)
+    return 1 if any(left.left_s is None for left in goes_on) else 0
 
 
 def _others(after: After, outcome: Outcome) -> Iterator[str]:
-    """A sentence for each forward that was opened or closed besides.
+    """A sentence for each forward that was opened or closed besides, and for each target where calls go on.
 
     A mark closes some; and rules that were restored, or changed by Qubes' own tools, come into force with
     whatever command is next.
@@ -272,6 +281,7 @@ def _others(after: After, outcome: Outcome) -> Iterator[str]:
             what = "Closed to new connections" if is_flowing else "Closed"
         why = "." if forward is None else f". {reasons.sentence(forward)}"
         yield f"{what} at {step.qube}: {text}{why}"
+    yield from (f"{steps.ended_words(ended)}." for ended in outcome.ended if ended.draining)
 
 
 def as_json(after: After) -> dict[str, Any]:
@@ -285,12 +295,3 @@ def as_json(after: After) -> dict[str, Any]:
         "ended": [] if outcome is None else [steps.ended_as_json(ended) for ended in outcome.ended],
         "goes_on": [left._asdict() for left in after.heard.goes_on],
     }
-
-
-def finish(after: After, session: Session) -> int:
-    """Warn of what could not be read; the exit status.
-
-    What was to be cut and goes on is no success; what may drain was asked for.
-    """
-    session.warn_unread(after.changed.after)
-    return 1 if any(left.left_s is None for left in after.heard.goes_on) else 0

@@ -51,27 +51,24 @@ def import_rules(args: Namespace, session: Session) -> int:
     changed, marks = import_document(system, document, args.qube, is_replacing=args.replace)
     left_open = _left_open(changed, document)
     after = changes.followed(changed, session)
-    if session.is_json:
-        data = {"imported": len(changed.keys), "tunnels": marks, "skipped": document.skipped}
-        data["left"] = [{"qube": named.target, "name": named.name} for named in left_open]
-        session.say_json(data | changes.as_json(after))
-        return changes.finish(after, session)
-    session.say(f"Imported {counted(len(changed.keys), 'forward')}.\n")
+    data = {
+        "imported": len(changed.keys),
+        "tunnels": marks,
+        "skipped": document.skipped,
+        "left": [{"qube": named.target, "name": named.name} for named in left_open],
+    }
+    lines = [f"Imported {counted(len(changed.keys), 'forward')}."]
     if document.skipped:
-        session.say(f"Left out {counted(document.skipped, 'rule')} whose action is not forward.\n")
+        lines.append(f"Left out {counted(document.skipped, 'rule')} whose action is not forward.")
     for qube, is_marked in marks.items():
-        session.say(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.\n")
+        lines.append(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.")
     for forward in changed.forwards:
-        session.say(f"{forward.source}: {forward.state}. {reasons.sentence(forward)}\n")
+        lines.append(f"{forward.source}: {forward.state}. {reasons.sentence(forward)}")
         for note in (*reasons.notes(forward), *changes.news(after, forward)):
-            session.say(f"{forward.source}: note: {escaped(note)}\n")
-    changes.say_rest(after, session)
-    if left_open:
-        names = ", ".join(map(str, left_open))
-        session.say(
-            f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one.\n"
-        )
-    return changes.finish(after, session)
+            lines.append(f"{forward.source}: note: {escaped(note)}")
+    names = ", ".join(map(str, left_open))
+    last = f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one."
+    return changes.tell(after, session, lines, last=[last] if left_open else [], data=data)
 
 
 def _left_open(changed: Changed, document: Document) -> list[NamedRule]:

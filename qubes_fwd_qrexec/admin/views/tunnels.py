@@ -33,26 +33,24 @@ def _mark(qube: QubeName, session: Session, *, is_marked: bool) -> int:
         raise RefusedError(_not_ours(qube, session.look().inventory)) from None
     after, inventory = changes.followed(changed, session), changed.after.inventory
     left = [*inventory.tunnel_marks(qube)]
-    if session.is_json:
-        session.say_json({"qube": qube, "marks": [mark.mark for mark in left]} | changes.as_json(after))
-        return changes.finish(after, session)
     if is_marked:
         already = "already " if changed.before.inventory == inventory else ""
-        session.say(f"{qube} is {already}marked as a tunnel. {_what_it_means(qube, inventory)}\n")
+        line = f"{qube} is {already}marked as a tunnel. {_what_it_means(qube, inventory)}"
     elif left:
-        session.say(f"{qube} has lost our mark and is still a tunnel: {_ways_out(left, inventory)}.\n")
+        line = f"{qube} has lost our mark and is still a tunnel: {_ways_out(left, inventory)}."
     else:
-        session.say(f"{qube} is no longer marked as a tunnel.\n")
-    changes.say_rest(after, session)
+        line = f"{qube} is no longer marked as a tunnel."
+    last = []
     for forward in changed.plan:
         bypass = forward.finding(Cause.BYPASSES_TUNNEL)
         if is_marked and forward.is_live and bypass and bypass.mark and bypass.mark.qube == qube:
             note = reasons.sentence(forward, bypass)
-            session.say(f"Forward {forward.source} stays open: it {note}, as its rule accepts.\n")
+            last.append(f"Forward {forward.source} stays open: it {note}, as its rule accepts.")
         is_refused = forward.cause in (Cause.TUNNEL, Cause.CONFLICT)
         if not is_marked and is_refused and qube in (forward.source.target, *forward.chain):
-            session.say(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}\n")
-    return changes.finish(after, session)
+            last.append(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}")
+    data = {"qube": qube, "marks": [mark.mark for mark in left]}
+    return changes.tell(after, session, [line], last=last, data=data)
 
 
 def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
