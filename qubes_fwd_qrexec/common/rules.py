@@ -141,7 +141,7 @@ class ForwardRule:
                 "srcports",
                 "dstports",
                 f"{self.listen_ports} is {_count(self.listen_ports)} and {self.target_ports} is "
-                f"{_count(self.target_ports)}; both must be as many",
+                f"{_count(self.target_ports)}; both must have the same number",
             )
         if self.proto is Proto.UDP:
             if self.mode is Mode.QREXEC:
@@ -244,7 +244,7 @@ class BrokenRule(NamedTuple):
 
 def _parse_action(text: str) -> str:
     if text != "forward":
-        raise TextError(text, "forward, the only action that makes a forwarding rule")
+        raise TextError(text, "'forward', the only action of a forwarding rule")
     return text
 
 

@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.store import LabStore
 
-HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-forward resume'."
+HELD = "Everything is held by 'qvm-forward panic': nothing opens before 'qvm-forward resume'."
 
 
 SERVING = ["sys-firewall", "sys-net", "sys-vpn", "untrusted", "vault", "work"]
@@ -62,8 +62,8 @@ def test_everything_is_closed_and_the_rules_are_kept(
     assert result.out == (
         "Everything is closed and held: dom0 allows no forward, and no qube is told to listen.\n"
         f"{ENDED if kind == 'qubes' else ''}"
-        "The rules are kept as they are. 'qvm-forward resume' shows with --dry-run what would open again, "
-        "and opens it.\n"
+        "The rules are kept as they are. 'qvm-forward resume' opens again what they ask for; with "
+        "--dry-run it shows what that would be.\n"
     )
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
     assert {qube: opened.features(qube) for qube in ("work", "personal")} == rules

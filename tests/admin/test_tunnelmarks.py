@@ -29,8 +29,8 @@ def test_a_mark_closes_at_once_what_goes_round_it_and_says_which(forward: Comman
     result = forward("tunnel", "mark", "sys-firewall")
     assert result.status == 0
     assert result.out.startswith(
-        "sys-firewall is marked as a tunnel. Neither it nor what is behind it may be exposed outside of it; "
-        "behind it is personal, sys-vpn, untrusted, work.\nClosed at sys-net: work web. work "
+        "sys-firewall is marked as a tunnel. Neither it nor the qubes behind it (personal, "
+        "sys-vpn, untrusted, work) may be exposed outside of it.\nClosed at sys-net: work web. work "
         "is behind a tunnel, marked at sys-firewall (feature forward.tunnel), and listening at sys-net would "
         "bypass it"
     )
@@ -110,8 +110,8 @@ def test_a_second_mark_changes_nothing_and_one_with_nothing_behind_says_so(
     forward: Command, lab: LabDirectory
 ) -> None:
     assert forward("tunnel", "mark", "vault").out == (
-        "vault is marked as a tunnel. Neither it nor what is behind it may be exposed outside of it; behind "
-        "it is no qube yet.\n"
+        "vault is marked as a tunnel. Neither it nor the qubes behind it (none yet) may be exposed "
+        "outside of it.\n"
     )
     before = content(lab)
     assert forward("tunnel", "mark", "vault").out.startswith("vault is already marked as a tunnel.")

@@ -133,7 +133,7 @@ def test_each_rule_that_comes_goes_or_changes_is_told(stage: Stage) -> None:
     gone, new, changed = differing(before, after)
     assert gone == "work gone is no longer there"
     assert new.startswith("work new is new, and active. Connections to port 83 ")
-    assert changed.startswith("work web was active and is disabled. It was disabled;")
+    assert changed.startswith("work web was active and is disabled. 'qvm-forward enable")
     (unreadable,) = differing(before, replace(before, broken=(broken,)))
     assert unreadable == "work gone was active and is broken. cannot be read."
 

@@ -100,7 +100,7 @@ BAD = [
     ),
     (
         "action=accept",
-        "option 'action' at column 1: 'accept' is not forward, the only action that makes a forwarding rule",
+        "option 'action' at column 1: 'accept' is not 'forward', the only action of a forwarding rule",
     ),
     (
         f"{MINIMAL} srcports=81",
@@ -168,7 +168,8 @@ BAD = [
     ),
     (
         f"{MINIMAL} dstports=80-81",
-        "options 'srcports' and 'dstports': 80-80 is 1 port and 80-81 is 2 ports; both must be as many",
+        "options 'srcports' and 'dstports': 80-80 is 1 port and 80-81 is 2 ports; both must have the same "
+        "number",
     ),
     (
         f"{MINIMAL} proto=udp mode=qrexec",

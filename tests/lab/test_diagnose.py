@@ -211,7 +211,7 @@ BOTH = (*IPV4, *IPV6)
         (IPV4, OPEN, CLOSED, "ok", "lets clients in by IPv4"),
         (IPV6, OPEN, CLOSED, "stops", "drops what comes by IPv6"),
         (IPV6, CLOSED, OPEN, "ok", "lets clients in by IPv6"),
-        (IPV6, OPEN, UNKNOWN, "unknown", "is not known to let clients in by IPv6"),
+        (IPV6, OPEN, UNKNOWN, "unknown", "does not say whether it lets clients in by IPv6"),
         (BOTH, OPEN, OPEN, "ok", "lets clients in by IPv4 and IPv6"),
         (BOTH, CLOSED, CLOSED, "stops", "drops what comes by IPv4 and IPv6"),
         (BOTH, OPEN, CLOSED, "unknown", "lets clients in by IPv4, drops what comes by IPv6"),
@@ -221,7 +221,7 @@ BOTH = (*IPV4, *IPV6)
             CLOSED,
             UNKNOWN,
             "unknown",
-            "drops what comes by IPv4, is not known to let clients in by IPv6",
+            "drops what comes by IPv4, does not say whether it lets clients in by IPv6",
         ),
     ],
 )

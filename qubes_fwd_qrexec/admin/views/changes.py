@@ -222,7 +222,7 @@ def warnings(forward: Forward) -> list[str]:
         if forward.transport is Transport.MUX:
             way_out += ", or tell it the client's address with proxy=v2"
         found.append(
-            f"the server in {target} sees all these connections come from 127.0.0.1, which some servers "
+            f"to the server in {target} all these connections come from 127.0.0.1, which some servers "
             f"trust: {way_out}"
         )
     return found
@@ -252,7 +252,7 @@ def tell(
         if is_live and after.watch_start is not None:
             session.say(
                 "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a "
-                "netvm changes or a qube is removed, until you run qvm-forward again. This starts it: "
+                "netvm changes or a qube is removed, until you run qvm-forward again. To start it: "
                 f"{after.watch_start}.\n"
             )
         session.say("".join(f"{line}\n" for line in last))

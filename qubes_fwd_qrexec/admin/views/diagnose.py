@@ -95,7 +95,7 @@ _OTHERWISE = (f"{_LOG}, and the journal of {{target}}, say more",)
 _FIREWALL = {
     Firewall.OPEN: "lets clients in by",
     Firewall.CLOSED: "drops what comes by",
-    Firewall.UNKNOWN: "is not known to let clients in by",
+    Firewall.UNKNOWN: "does not say whether it lets clients in by",
 }
 
 
@@ -251,10 +251,10 @@ class _Walk:
             return self._stops("round trip", trial.reason, text, self._target.name)
         # A server that expects something else refuses it, and nobody here sees that.
         proxy = self._forward.source.rule.proxy
-        header = f"a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
+        header = f"with a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
         if proxy is Proxy.OFF:
-            header = "no PROXY header (proxy=v1 or proxy=v2 sends one, if it expects one)"
-        return _ok("round trip", f"a connection from {exposed} reached the server, which gets {header}")
+            header = "without a PROXY header (if the server expects one, set proxy=v1 or proxy=v2)"
+        return _ok("round trip", f"a connection from {exposed} reached the server, {header}")
 
     def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport | Check:
         try:

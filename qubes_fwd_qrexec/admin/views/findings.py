@@ -36,17 +36,19 @@ _APPLY = (("qvm-forward", "apply"),)
 
 # Findings that are ok have no sentence in `reasons`; of the others, these say more than their sentence.
 _TEXTS = {
+    Cause.DISABLED: "disabled; {sentence}",
     Cause.SOURCES: "{sources} may connect, nobody else",
     Cause.FOLLOWS: "{way}; the rule follows every change",
     Cause.NO_PATH: "{way}; {sentence}",
-    Cause.AGREED: "{way}, as it was agreed to",
+    Cause.AGREED: "{way}, as agreed",
     Cause.OWN: "made for {target}",
     Cause.WITHIN_TUNNEL: "{exposed} {within}, {mark}",
     Cause.NO_TUNNEL: "neither {target} nor any of its netvms is marked as a tunnel",
-    Cause.SIDE: "{side}: {reached}",
+    Cause.SIDE: "{reached}",
     Cause.IN_TIME: "{ends}",
     Cause.EXPIRED: "{ends}. {sentence}",
 }
+_LOOPBACK = "from {exposed} itself, as it listens at a loopback address; from nowhere else"
 # The tunnel of a marked qube is on its outer side, too.
 _SIDES = {
     Side.OUTER: "by {exposed}'s own network devices, or its VPN's; from no other qube",
@@ -81,12 +83,18 @@ def _shown(forward: Forward, finding: Finding, now: float) -> Check:
         way=" - ".join((target, *forward.chain)) if forward.chain else "no netvm",
         within=within,
         mark=mark,
-        side=forward.side,
-        reached=_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed),
+        reached=_reached(forward),
         ends=print_expire(forward.source.rule.expire, now),
     )
     ways_out = () if is_well else reasons.ways_out(forward, finding)
     return Check(_NAMES[cause], cause.verdict, text, cause, ways_out=ways_out)
+
+
+def _reached(forward: Forward) -> str:
+    """From where connections come in."""
+    if reasons.is_local(forward):
+        return _LOOPBACK.format(exposed=forward.exposed)
+    return f"{forward.side}: {_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed)}"
 
 
 def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Check:

@@ -92,8 +92,8 @@ def _say(seen: _Seen, session: Session) -> None:
         session.say(f"Ended {counted(count, 'call')} in {qubes}.\n")
     if held.is_held:
         session.say(
-            "The rules are kept as they are. 'qvm-forward resume' shows with --dry-run what would open "
-            "again, and opens it.\n"
+            "The rules are kept as they are. 'qvm-forward resume' opens again what they ask for; with "
+            "--dry-run it shows what that would be.\n"
         )
     for note in held.notes:
         session.warn(f"note: {note}")

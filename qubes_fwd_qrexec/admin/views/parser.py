@@ -149,12 +149,16 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--lab", metavar="DIR", help=f"work on a lab; {LAB_VARIABLE} says the same")
+    parser.add_argument(
+        "--lab", metavar="DIR", help=f"work on the lab in this directory (default: ${LAB_VARIABLE})"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     common = argparse.ArgumentParser(add_help=False, formatter_class=_formatter)
     # SUPPRESS keeps what stood before the command from being forgotten.
-    common.add_argument("--lab", metavar="DIR", default=argparse.SUPPRESS, help="work on a lab")
+    common.add_argument(
+        "--lab", metavar="DIR", default=argparse.SUPPRESS, help="work on the lab in this directory"
+    )
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs"
     )

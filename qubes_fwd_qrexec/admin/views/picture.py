@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Side
 
+from .reasons import is_local
 from .tables import cut
 
 # The width if no terminal says another, and the least that anything is drawn for.
@@ -58,7 +59,7 @@ def picture(forward: Forward, inventory: Inventory, *, is_allowed: bool, width: 
     answers = target is not None and (target.is_running or rule.autostart)
     call = "no policy" if forward.is_live and not is_allowed else str(forward.transport)
     links = (
-        _Link(str(forward.side or ""), "-", listens),
+        _Link("loopback" if is_local(forward) else str(forward.side or ""), "-", listens),
         _Link(call if forward.is_live else forward.state, "=", is_allowed and listens and answers),
     )
     room = max(width or _WIDTH, _WIDTH_MIN) - len(_MARGIN)
@@ -97,6 +98,8 @@ def _down(boxes: Sequence[Sequence[str]], links: Sequence[_Link]) -> list[str]:
 
 def _clients(forward: Forward, inventory: Inventory) -> str:
     exposed = inventory.get(forward.exposed or "")
+    if exposed is not None and is_local(forward):
+        return exposed.name
     if forward.side is Side.VIFS:
         return "qubes"
     return "LAN" if exposed is not None and exposed.netvm is None and exposed.provides_network else "clients"

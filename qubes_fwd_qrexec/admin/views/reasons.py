@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common.rules import Mode, Proxy, Transport
 from qubes_fwd_qrexec.common.values import QubeName, yes_no
 
 Command = tuple[str, ...]
-HELD = "Everything is held since 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
+HELD = "Everything is held by 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
 
 _SET, _REMOVE = "qvm-forward set {target} {name} ", "qvm-forward remove {target} {name}"
 _CONFIRM = "qvm-forward confirm {target} {name}"
@@ -36,7 +36,7 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "qvm-start {qube}",
         _SET + "autostart=yes",
     ),
-    Cause.DISABLED: ("It was disabled; '{0}' opens it again.", "qvm-forward enable {target} {name}"),
+    Cause.DISABLED: ("'{0}' opens it again.", "qvm-forward enable {target} {name}"),
     Cause.EXPIRED: ("Its time is over; '{0}' gives it more, '{1}' removes it.", _SET + "expire=+8h", _REMOVE),
     Cause.HELD: (f"{HELD}.", "qvm-forward resume"),
     Cause.UNREADABLE_QUBE: (
@@ -276,11 +276,16 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     return facts
 
 
+def is_local(forward: Forward) -> bool:
+    """Whether it listens at a loopback address, which nobody but the exposed qube itself reaches."""
+    listen = forward.source.rule.listen
+    return listen is not None and listen.is_loopback
+
+
 def _where(forward: Forward) -> str:
     listen = forward.source.rule.listen
     where = "" if listen is None else f" at {listen}"
-    # At a loopback address the qube itself alone connects, by none of its sides.
-    return where if listen is not None and listen.is_loopback else f"{where} ({forward.side} side)"
+    return where if is_local(forward) else f"{where} ({forward.side} side)"
 
 
 def _whose(forward: Forward, finding: Finding) -> str:

@@ -312,7 +312,7 @@ def _remarks(found: Status) -> Iterator[str]:
     if found.silent:
         yield f"What drains at {', '.join(found.silent)} is unknown: no answer."
     if found.due:
-        yield f"Not in force yet: {counted(len(found.due), 'change')}; 'qvm-forward apply' makes them."
+        yield f"Not in force yet: {counted(len(found.due), 'change')}; run 'qvm-forward apply'."
 
 
 def _about(row: Row) -> Iterator[str]:

@@ -57,8 +57,8 @@ def _what_it_means(qube: QubeName, inventory: Inventory) -> str:
     if inventory.qubes[qube].klass == TEMPLATE:
         made = [q.name for q in inventory.qubes.values() if q.template == qube]
         return f"That marks every qube made from it: {', '.join(made) or 'none yet'}."
-    behind = ", ".join(_behind(qube, inventory)) or "no qube yet"
-    return f"Neither it nor what is behind it may be exposed outside of it; behind it is {behind}."
+    behind = ", ".join(_behind(qube, inventory)) or "none yet"
+    return f"Neither it nor the qubes behind it ({behind}) may be exposed outside of it."
 
 
 def _not_ours(qube: QubeName, inventory: Inventory) -> str:

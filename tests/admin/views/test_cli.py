@@ -76,7 +76,7 @@ REFUSED = [
     (("add", "work", "80", "--from", "office"), 2, "add: --from: 'office' is not a network such as"),
     (("add", "work", "80", "--from", "any", "--expire", "soon"), 2, "add: --expire: 'soon' is not a time"),
     (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "expire: that time is over already"),
-    (("add", "work", "80-81:90", "--from", "any"), 2, "both must be as many"),
+    (("add", "work", "80-81:90", "--from", "any"), 2, "both must have the same number"),
     (("add", "work", "80", "--from", "any", "--proto", "udp", "--mode", "qrexec"), 2, "udp needs mode=nft"),
     (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "only TCP works"),
     (("add", "work", "80", "--from", "any", "--mode", "nft"), 1, "cannot do that yet"),
@@ -221,7 +221,7 @@ def test_a_disabled_rule_may_wait_for_a_port_that_is_taken(forward: Forward) -> 
     forward(*ADD)
     result = forward("add", "personal", "80", "--from", "any", "--disabled")
     assert result.status == 0
-    assert "stored and closed. It was disabled" in result.out
+    assert "stored and closed. 'qvm-forward enable" in result.out
 
 
 def test_remove_leaves_nothing_behind(forward: Forward, lab: LabDirectory) -> None:
@@ -268,10 +268,13 @@ def test_single_calls_come_with_a_note_of_what_a_socket_service_cannot_tell(forw
 
 
 def test_a_warning_is_told_again_only_when_it_is_news(forward: Forward) -> None:
-    assert "sees all these connections come from 127.0.0.1" in forward(*ADD).out
+    assert "to the server in work all these connections come from 127.0.0.1" in forward(*ADD).out
     assert "127.0.0.1" not in forward("set", "work", "web", "comment=x").out
     forward("disable", "work", "web")
-    assert "sees all these connections come from 127.0.0.1" in forward("enable", "work", "web").out
+    assert (
+        "to the server in work all these connections come from 127.0.0.1"
+        in forward("enable", "work", "web").out
+    )
 
 
 def test_apply_says_why_a_forward_is_closed_that_waits_for_a_word(

@@ -29,7 +29,7 @@ def found(
 CASES = [
     (rule("srchosts=10.0.0.0/8,fd00::/8"), "sources", "ok", "10.0.0.0/8, fd00::/8 may connect, nobody else"),
     (rule(), "sources", "note", "anybody who can reach the port may connect"),
-    (rule(AGREED), "path", "ok", "work - sys-firewall - sys-net, as it was agreed to"),
+    (rule(AGREED), "path", "ok", "work - sys-firewall - sys-net, as agreed"),
     (rule("follow-netvm=yes"), "path", "ok", "work - sys-firewall - sys-net; the rule follows every change"),
     (
         rule(),
@@ -50,6 +50,12 @@ CASES = [
         "stops",
         "were sys-vpn when the rule was agreed to and are none now; 'qvm-forward confirm vault web' agrees "
         "to the new path, and with follow-netvm=yes the rule follows every change",
+    ),
+    (
+        rule("listen=127.0.0.1 srchosts=127.0.0.1"),
+        "side",
+        "ok",
+        "from sys-net itself, as it listens at a loopback address; from nowhere else",
     ),
     (rule(), "owner", "ok", "made for work"),
     (
@@ -111,7 +117,7 @@ CASES = [
     (rule(), "expiry", "ok", "never"),
     (rule(f"expire={NOW}"), "expiry", "stops", "gives it more, 'qvm-forward remove work web' removes it"),
     (rule(f"expire={NOW + 7200}"), "expiry", "ok", "(in 2 h)"),
-    (rule("enabled=no"), "switch", "stops", "It was disabled; 'qvm-forward enable work web' opens it again"),
+    (rule("enabled=no"), "switch", "stops", "disabled; 'qvm-forward enable work web' opens it again"),
     (rule(), "policy", "ok", "dom0 allows the call"),
     (rule("enabled=no"), "policy", "stops", "30-forward.policy allows nothing of it"),
 ]

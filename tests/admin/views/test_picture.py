@@ -66,6 +66,17 @@ def test_a_closed_forward_is_cut_and_says_why() -> None:
     assert "    # disabled\n    X\n" in drawn(closed, 30)
 
 
+def test_at_a_loopback_address_the_clients_are_in_the_exposed_qube() -> None:
+    local = rule("dstports=8080 srchosts=127.0.0.1 listen=127.0.0.1")
+    assert drawn(local) == (
+        "  +--------------+             +-----------+        +----------------+\n"
+        "  | sys-net      |  loopback   | sys-net   |  mux   | work           |\n"
+        "  | 127.0.0.1/32 | ----------> | 127.0.0.1 | =====> | 127.0.0.1:8080 |\n"
+        "  |              |             | port 80   |        |                |\n"
+        "  +--------------+             +-----------+        +----------------+\n"
+    )
+
+
 def test_without_policy_the_call_is_cut_and_the_port_open() -> None:
     lines = drawn(WEB, installed="").splitlines()
     assert "sys-net |  no policy" in lines[1]

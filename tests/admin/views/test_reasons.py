@@ -86,7 +86,7 @@ CASES = [
         rule("enabled=no"),
         world(),
         State.DISABLED,
-        "It was disabled; 'qvm-forward enable work web' opens it again.",
+        "'qvm-forward enable work web' opens it again.",
     ),
     (
         "no-such-qube",

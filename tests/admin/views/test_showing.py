@@ -21,7 +21,7 @@ def test_broken_rules_are_shown_escaped_and_can_be_removed(forward: Forward, lab
     (lab.qube_dir("work").features / "forward.esc").write_text("action=\x1b[31m\u202e\n")
     listed = forward("list")
     assert "work  bad   broken" in listed.out
-    assert "option 'action' at column 1: 'drop' is not forward" in listed.out
+    assert "option 'action' at column 1: 'drop' is not 'forward'" in listed.out
     assert all(c == "\n" or " " <= c <= "~" for c in listed.out + forward("show", "work", "esc").out)
     assert forward("apply").status == 1
     assert "It opens nothing" in forward("apply").err

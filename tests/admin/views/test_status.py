@@ -103,7 +103,7 @@ def test_what_is_not_in_force_yet_is_counted_and_fails(forward: Command) -> None
     assert result.status == 1
     assert "  sys-net:80  denies  " in result.out
     assert "work web: dom0 denies its calls: " in result.out
-    assert "Not in force yet: 2 changes; 'qvm-forward apply' makes them.\n" in result.out
+    assert "Not in force yet: 2 changes; run 'qvm-forward apply'.\n" in result.out
     data = forward("status", "vault", "--json")
     assert (data.status, data.json["forwards"]) == (1, [])
     assert [step["step"] for step in data.json["due"]] == ["open-policy", "set-config"]

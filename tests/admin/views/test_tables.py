@@ -46,15 +46,15 @@ a b: refused
 """
 CHECKS = (
     Check("sources", "ok", "10.0.0.0/8 may connect, nobody else"),
-    Check("path", "stops", "work - sys-firewall - sys-net now, but agreed to was work - sys-vpn"),
+    Check("path", "stops", "work - sys-firewall - sys-net now, but you agreed to work - sys-vpn"),
 )
 
 
 def test_checks_stand_below_each_other() -> None:
     assert checks(CHECKS, Style(58)) == (
         "ok     sources  10.0.0.0/8 may connect, nobody else\n"
-        "stops  path     work - sys-firewall - sys-net now, but\n"
-        "                agreed to was work - sys-vpn\n"
+        "stops  path     work - sys-firewall - sys-net now, but you\n"
+        "                agreed to work - sys-vpn\n"
     )
     assert checks(CHECKS, Style()).count("\n") == 2
 
