@@ -33,7 +33,8 @@ def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> st
     if not (plan.forwards or plan.broken):
         return "No forwards.\n"
     titles: tuple[str, ...] = _TITLES
-    rows = [_row(forward, now) for forward in plan] + [_broken_row(rule) for rule in plan.broken]
+    rows = [_row(forward, now) for forward in plan]
+    rows += [(rule.target, escaped(rule.name), State.BROKEN, *"?????", "") for rule in plan.broken]
     if qubes:
         titles = (*titles[:2], "ROLE", *titles[2:])
         roles = [roles_of(forward, qubes) for forward in plan]
@@ -79,10 +80,6 @@ def _row(forward: Forward, now: float) -> tuple[str, ...]:
         "never" if rule.expire is None else distance(rule.expire - now),
         escaped(rule.comment),
     )
-
-
-def _broken_row(rule: BrokenRule) -> tuple[str, ...]:
-    return (rule.target, escaped(rule.name), State.BROKEN, "?", "?", "?", "?", "?", "")
 
 
 def _remarks(plan: Plan, style: Style) -> Iterable[str]:

@@ -26,10 +26,11 @@ class Session(NamedTuple):
     def say(self, text: str) -> None:
         self.out.write(text)
 
-    def say_json(self, data: Any) -> None:
+    def say_json(self, data: Any, *, is_line: bool = False) -> None:
+        """Print an object, on one line where more of them follow."""
         import json
 
-        self.out.write(f"{json.dumps(data, indent=2)}\n")
+        self.out.write(f"{json.dumps(data, indent=None if is_line else 2)}\n")
 
     def warn(self, text: str) -> None:
         self.err.write(f"qvm-forward: {text}\n")

@@ -5,7 +5,6 @@ What a qube says is untrusted: `common.report` checks it, and nothing is decided
 """
 
 import io
-import json
 import time
 from argparse import Namespace
 from collections import Counter
@@ -217,7 +216,7 @@ def watch(args: Namespace, session: Session, ending: Ending) -> int:
         else:
             is_well = found.is_well
             if session.is_json:
-                session.say(f"{json.dumps(found.as_json() | {'time': look.now})}\n")
+                session.say_json(found.as_json() | {"time": look.now}, is_line=True)
             else:
                 clear = "" if session.style.width is None else _CLEAR
                 session.say(f"{clear}{text(found, session.style)}")

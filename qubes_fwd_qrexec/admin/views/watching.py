@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command watch, and what it prints: each step, each rule whose state changes, and what fails, once."""
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator
 
@@ -56,8 +55,7 @@ class _Printer:
             if outcome.done or outcome.problems or untold or news:
                 done, problems = [steps.as_json(step) for step in outcome.done], [*outcome.problems, *untold]
                 data = {"time": look.at, "news": news, "steps": done, "problems": problems}
-                # One object a line, and not session.say_json, which writes for people too.
-                session.say(f"{json.dumps(data)}\n")
+                session.say_json(data, is_line=True)
         else:
             words = [word for step in outcome.done for word in steps.words(step)]
             session.say("".join(f"{escaped(line)}\n" for line in (*news, *words)))
