@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules where they are stored: feature ``forward.NAME`` of the target, whose value is the rule's line."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from qubes_fwd_qrexec.common.errors import RuleError, StoreError, TextError
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
@@ -71,32 +72,47 @@ def made_up_name(rule: ForwardRule, taken: Iterable[str]) -> RuleName:
 def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
     """Make all of the changes, or on an error none.
 
-    On an error each is put back to what it was in ``inventory``. The caller holds the lock. Raises
-    `StoreError`, which lists what could not be put back.
+    On an error, and on Ctrl-C, each is put back to what it was in ``inventory``. The caller holds the lock.
+    Raises `StoreError`, which lists what could not be put back.
     """
     tried: list[tuple[QubeName, str]] = []
     try:
         for (qube, name), value in changes.items():
             tried.append((qube, name))
             _put(backend, qube, name, value)
-    except StoreError as error:
-        left = "".join(line for key in tried for line in _put_back(backend, inventory, *key))
+    except (StoreError, KeyboardInterrupt) as error:
+        left = _changed(backend, inventory, [key for key in tried if not _put_back(backend, inventory, *key)])
         if not left:
             raise
+        why = str(error) or "interrupted"
         raise StoreError(
-            f"{error}.\nNot put back, and in force with the next 'qvm-forward apply':{left}\n"
+            f"{why}.\nNot put back, and in force with the next 'qvm-forward apply':\n{''.join(left)}"
             "'qvm-forward remove' takes away what is new, 'qvm-forward import --replace' reads the rest"
         ) from error
 
 
-def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> Iterator[str]:
-    """What it was, as a line of a document, if this fails."""
-    old = inventory.qubes[qube].features.get(feature_key(name))
+def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> bool:
     try:
-        _put(backend, qube, name, old)
+        _put(backend, qube, name, inventory.qubes[qube].features.get(feature_key(name)))
     except StoreError:
-        was = yes_no(bool(old)) if name == TUNNEL_NAME else "(new)" if old is None else old
-        yield f"\n  {qube} {ascii(name)[1:-1]} {ascii(was)[1:-1]}"
+        return False
+    return True
+
+
+def _changed(backend: Backend, inventory: Inventory, keys: list[tuple[QubeName, str]]) -> list[str]:
+    """What these were, as lines of a document, as far as they are not so still: who may not write has changed
+    nothing.
+    """
+    found = inventory._replace(qubes={})
+    with suppress(StoreError):
+        found = backend.inventory(with_config=False) if keys else found
+    lines = []
+    for qube, name in keys:
+        old, now = inventory.qubes[qube].features.get(feature_key(name)), found.get(qube)
+        if now is None or now.problem is not None or now.features.get(feature_key(name)) != old:
+            was = yes_no(bool(old)) if name == TUNNEL_NAME else "(new)" if old is None else old
+            lines.append(f"  {qube} {ascii(name)[1:-1]} {ascii(was)[1:-1]}\n")
+    return lines
 
 
 def _put(backend: Backend, qube: QubeName, name: str, value: str | None) -> None:

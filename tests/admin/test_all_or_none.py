@@ -69,9 +69,34 @@ def test_what_cannot_be_put_back_is_named_with_the_way_out(forward: Command, fai
     assert result.err == (
         "qvm-forward import: qubesd is gone.\n"
         "Not put back, and in force with the next 'qvm-forward apply':\n"
-        "  work r0 (new)\n  work r1 (new)\n  work r2 (new)\n"
+        "  work r0 (new)\n  work r1 (new)\n"
         "'qvm-forward remove' takes away what is new, 'qvm-forward import --replace' reads the rest\n"
     )
+
+
+def test_where_nothing_may_be_written_nothing_is_left_to_be_put_back(
+    forward: Command, lab: LabDirectory, failing: Failing
+) -> None:
+    before = content(lab)
+    failing("work forward.web", is_for_good=True)
+    result = forward(*ADD)
+    assert (result.status, result.err) == (1, "qvm-forward add: qubesd is gone\n")
+    assert content(lab) == before
+
+
+def test_an_interrupt_leaves_no_half(forward: Command, over: Command, lab: LabDirectory) -> None:
+    assert forward("import", "-", stdin=RULES).status == 0
+    before = content(lab)
+    interrupted: list[str] = []
+
+    def interrupt(entry: str) -> None:
+        if entry == "set work forward.r2" and not interrupted:
+            interrupted.append(entry)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        over(Faulty(lab, before=interrupt), "disable", "work", "r0", "r1", "r2", "r3")
+    assert content(lab) == before
 
 
 def test_a_rule_and_a_mark_that_cannot_be_put_back_are_told_with_what_they_were(
@@ -79,8 +104,11 @@ def test_a_rule_and_a_mark_that_cannot_be_put_back_are_told_with_what_they_were(
 ) -> None:
     forward(*ADD)
     old = lab.feature("work", "forward.web")
-    failing("work forward.web", is_for_good=True, takes_effect=True)
-    text = "sys-vpn tunnel yes\nwork web action=forward srcports=90 srchosts=any\n"
+    failing("work forward.zz", is_for_good=True)
+    text = "sys-vpn tunnel yes\n" + "".join(
+        f"work {name} action=forward srcports={port} srchosts=any\n"
+        for name, port in (("web", 90), ("zz", 91))
+    )
     result = forward("import", "--replace", stdin=text)
     assert result.err.splitlines()[2:-1] == ["  sys-vpn tunnel no", f"  work web {old}"]
     read = parse_lines("".join(f"{line.strip()}\n" for line in result.err.splitlines()[2:-1]))
