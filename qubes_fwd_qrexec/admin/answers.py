@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a called qube says, read with bounds on size and time: it may say anything, for ever or not at all."""
+"""The answer of a called qube, read within bounds of size and time: it may send anything, or never end."""
 
 import time
 from collections.abc import Callable, Collection
@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 class AnswerError(StoreError):
     """A qube that was asked gave no answer; ``status`` is the call's exit status, if it came to that.
 
-    ``way_out`` is what helps, where that is known and not to be sought in the qube.
+    ``way_out`` says what helps, if the fault is known and lies outside of the qube.
     """
 
     def __init__(self, text: str, status: int | None = None, *, way_out: str = "") -> None:
@@ -33,7 +33,7 @@ class AnswerError(StoreError):
 
 
 class NotRunningError(AnswerError):
-    """Nothing runs that could answer: what a call there would end does not live either."""
+    """The qube is not running, so nothing lives there that a call could end."""
 
 
 def read_answer(

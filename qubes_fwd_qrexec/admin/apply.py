@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """From plan to system: what differs between the two, and the steps that change it.
 
-`differences` decides and changes nothing; `carry_out` acts. Closing comes before opening, and policy
-before the listener in both: a listener without policy can do no harm, and a qube that keeps on listening
-after its rule is gone gets nothing any more. Calls outlive the policy that allowed them, so their targets
-are told what is allowed from now on. A step that fails keeps no later one from being tried that closes.
+`differences` decides and changes nothing; `carry_out` acts. Closing comes before opening, and policy before
+the listener in both: a listener without policy can do no harm, and one that goes on listening after its rule
+is gone gets no call through. Calls outlive the policy that allowed them, so their targets are told what is
+allowed from now on. If a step fails, later steps that close are still taken.
 
-What is written stands on what policy said when the differences were computed. If somebody else has changed
-it since, nothing is written over that: they may have closed what we would open.
+Policy is only written over the text from which the differences were computed. If somebody else has changed it
+since, their text stays: they may have closed what we would open.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -150,7 +150,7 @@ def _revocations(
 
 
 def _endings_of_rules(plan: Plan) -> Iterator[Step]:
-    """A rule whose time is over is stored so: no clock that is set back opens it again."""
+    """Store that a rule's time is over, so that no clock that is set back opens it again."""
     for forward in plan:
         named = forward.source
         if forward.cause is Cause.EXPIRED and not named.rule.has_ended:
@@ -161,8 +161,9 @@ def _endings_of_rules(plan: Plan) -> Iterator[Step]:
 def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:
     """Take the steps; the caller holds the backend's lock. Never raises `StoreError`: see the outcome.
 
-    ``installed`` is the policy from which the steps were computed. Where policy could not be written, or a
-    listener that has a forward not be told of a change, nothing is opened. All the same everything is closed.
+    ``installed`` is the policy from which the steps were computed. If policy cannot be written, or a listener
+    cannot be told of a change to a forward that it has open, nothing opens any more; the steps that close are
+    still taken.
     """
     done: list[Step] = []
     undone: list[Step] = []
@@ -211,7 +212,9 @@ def _written(backend: Backend, text: str) -> PolicyFile:
 
 
 def _put_back(step: Step, backend: Backend) -> None:
-    """It may have been set and not delivered: as it was, the next time finds what is to be told."""
+    """Restore a feature that may have been set but not delivered, so that the next `differences` finds it
+    again.
+    """
     with suppress(StoreError, OSError):
         if step.was is None:
             backend.remove_feature(step.qube, step.key)

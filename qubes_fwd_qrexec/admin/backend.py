@@ -52,7 +52,7 @@ class PolicyVerdict(NamedTuple):
 
 
 class Changes(Protocol):
-    """News that something changed from which plan, configuration or policy are made; never what."""
+    """Tells that something has changed that plan, configuration or policy depend on, and never what."""
 
     def wait(self, timeout_s: float | None) -> bool:
         """Block until something changed (True), ``timeout_s`` are over or a waker is readable (False).

@@ -67,7 +67,7 @@ def change(
 ) -> Changed:
     """Store what ``decide`` makes of the system, all or none, and apply it.
 
-    ``done`` is the word that follows "was not" where it is refused; with ``ports_alone`` it is refused only
+    ``done`` is the word after "was not" in the message of a refusal; with ``ports_alone`` it is refused only
     for ports that another rule has. Raises `NotOpenError`, `StoreError`, and what ``decide`` does.
     """
     backend, now, is_applied = system
@@ -95,7 +95,7 @@ def change(
 
 
 def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:
-    """What keeps a rule closed that did not before; of one that is disabled as it was, what would."""
+    """What would newly keep a rule closed; or, if it was and stays disabled, once it is enabled."""
     if old is not None and old.source.rule.enabled is not new.source.rule.enabled:
         if old.source.rule.enabled:
             return None  # what closes is never refused

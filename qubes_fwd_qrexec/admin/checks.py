@@ -68,7 +68,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
 
 
 def listener_of(rule: ForwardRule, chain: Chain) -> QubeName | None:
-    """Where a rule asks to be exposed, whether that can be or not."""
+    """Where a rule asks to be exposed, whether or not that is possible."""
     if rule.via is not None or chain.problem is not None or not chain.qubes:
         return rule.via
     return chain.qubes[-1 if rule.forward_type is ForwardType.EXTERNAL else 0]
@@ -186,7 +186,7 @@ def _tunnel(
 
 
 def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding]:
-    """The netvms up to the exposed qube that may be tunnels for all that dom0 can see.
+    """The netvms up to the exposed qube that might be tunnels, as far as dom0 can see.
 
     They have a netvm themselves, are not the stock firewall, and nobody has said what they are.
     """
@@ -199,7 +199,7 @@ def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding
 
 
 def _config(forward: Forward, side: Side) -> tuple[ListenerConfig | None, list[Finding]]:
-    """What the listener is told, if it can be told so much."""
+    """The listener's configuration, and a finding if it is too large."""
     named, service, transport = forward.source, forward.service, forward.transport
     ports = len(named.rule.listen_ports)
     if service is None:

@@ -16,7 +16,7 @@ from .states import Cause, Finding
 
 
 class _Claim(NamedTuple):
-    """Numbers come first: with a thousand rules, almost all comparisons end there."""
+    """The numbers are compared first: with a thousand rules, almost all comparisons end there."""
 
     first: int
     last: int

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Everything closed at once and held, whatever is wrong; and the hold lifted again.
 
-The hold is one word in dom0's policy file, which allows nothing while it is there. Whoever plans reads that
-file first and finds nothing live. Whoever read it before the hold cannot open anything after it, as what they
-write names the text that they read, and no two holds have the same. So the file is written at once, without
-the lock, and the rest is what `apply` does. Wherever this is killed after its first write, nothing opens, and
-the next `apply` closes.
+The hold is one word in dom0's policy file, which allows nothing while it is there. Every command reads that
+file first, and with the hold in it its plan has nothing live. A command that read the file before the hold
+cannot open anything after it: it may only replace the text that it read, and no two holds have the same text.
+So the file is written at once, without the lock, and the rest is done as `apply` does it. If this is killed
+after its first write, nothing opens, and the next `apply` closes the rest.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,8 +26,8 @@ _T = TypeVar("_T")
 class Held(NamedTuple):
     """What a hold has done.
 
-    ``applied`` is None if the qubes could not be read. ``problems`` are errors with what they kept from being
-    done, ``notes`` those that kept nothing. ``allowed`` are lines that our own file allows all the same.
+    ``applied`` is None if the qubes could not be read. ``problems`` are errors that left something undone,
+    ``notes`` those that did not. ``allowed`` are lines that our own file allows all the same.
     """
 
     is_held: bool
@@ -44,7 +44,7 @@ def hold(backend: Backend, now: float) -> Held:
     notes: list[str] = []
     text = policy.hold_text(now)
     _tried(problems, "policy: deny every call", lambda: backend.replace_policy(text, ANY))
-    # Whoever has the lock may be waiting for a qube, so calls end before the lock is waited for.
+    # The holder of the lock may be waiting for a qube, so calls are ended before waiting for the lock.
     targets = _tried([], "", lambda: serving(backend.inventory(with_config=False)))
     ended = _end_calls(targets or (), backend)
     with ExitStack() as locked:

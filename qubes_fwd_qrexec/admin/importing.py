@@ -20,8 +20,8 @@ def import_document(
 ) -> tuple[Changed, Mapping[QubeName, bool]]:
     """Store a document and apply it. Returns also the marks that it has set, or with False taken away.
 
-    ``qube`` has the rules of which the document does not say whose they are. ``is_replacing``: the document
-    may change rules and take marks away. Raises `RefusedError`, `RuleError`, and what `changing.change` does.
+    ``qube`` is the target of rules for which the document names none. ``is_replacing``: the document may
+    change rules and take marks away. Raises `RefusedError`, `RuleError`, and what `changing.change` does.
     """
     marks: dict[QubeName, bool] = {}
 

@@ -49,7 +49,7 @@ LINUX = "Linux"
 
 
 def feature_matters(key: str, with_config: bool = True) -> bool:
-    """Whether anything here depends on a feature: rules, what listeners are told, marks, offered services.
+    """Whether anything here depends on a feature: a rule, a configuration, a mark or an offered service.
 
     A template has a hundred others, and a real system is asked for each value by itself.
     """
@@ -194,7 +194,7 @@ class Inventory(NamedTuple):
         return self.behind_tunnel_mark(target)
 
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
-        """The mark that says that this qube must not be reached but through its tunnel."""
+        """The mark that says that this qube may be reached only through its tunnel."""
         if "anon-vm" in self.qubes[name].tags:
             return TunnelMark(name, "tag anon-vm", is_behind=True)
         if self.feature(name, "whonix-ws"):
@@ -202,7 +202,8 @@ class Inventory(NamedTuple):
         return None
 
     def side(self, exposed: QubeName | None, forward_type: ForwardType) -> Side | None:
-        """By which side of a qube, if there is one, a forward is entered: an internal one from other qubes.
+        """The side of a qube by which a forward is entered; None if there is no such qube. An internal one is
+        entered from other qubes.
 
         An external one at a tunnel qube is entered from its tunnel, and never by the uplink that the tunnel
         hides the qubes from.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules and inventory to plan: for every rule where it is exposed, how it travels, and whether it may.
 
-Nothing is read or changed here. Each rule is first judged by itself; all that are not asleep then claim their
-ports, and of two that claim the same the first by name has it.
+Nothing is read or changed here. Each rule is first judged by itself. Then all that are not asleep claim their
+ports; if two claim the same port, the first by name has it.
 """
 
 from collections.abc import Collection, Iterable
@@ -47,7 +47,9 @@ def plan(
 
 
 def _home(forward: Forward) -> QubeName | None:
-    """Where a rule claims its ports: where it was agreed to, as it comes back there by itself."""
+    """Where a rule claims its ports: at the netvms that were agreed to, since it opens again by itself when
+    they are back.
+    """
     rule = forward.source.rule
     if forward.cause in _ASLEEP:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plan to dom0's qrexec policy: exact lines for what is live, and nothing else.
 
-No line has a wildcard but the closing ones, which deny. Of `Service.CONNECT_TCP`, which is the
-user's, nothing is said but the lines of forwards that go over it.
+No line has a wildcard but the closing ones, which deny. `Service.CONNECT_TCP` is the user's: it has lines
+only for the forwards that go over it, and none that denies.
 """
 
 import re
@@ -36,8 +36,9 @@ _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
 
 def calls_of(line: str) -> tuple[QubeName, Calls] | None:
-    """The target that a line of ours lets be called by our service, and by which calls; None for a line of
-    another service, and for one that we would not write.
+    """The target and the calls of our service that a line allows.
+
+    None for a line of another service, and for one that we would not write.
     """
     words = line.split()
     if len(words) < 5 or words[0] != Service.FORWARD_TCP or words[4] != "allow":
@@ -101,7 +102,7 @@ def is_written(installed: str | None, wanted: str) -> bool:
 
 
 def allowing(policy: str | None) -> frozenset[str]:
-    """The lines of a policy file that are in force, all but the closing ones, in one spelling."""
+    """The lines of a policy file that are in force, with blanks normalized, but without the closing ones."""
     lines = ("  ".join(line.split()) for line in _LINE_ENDS.split(policy or ""))
     return frozenset(line for line in lines if line and not line.startswith("#") and line not in CLOSING)
 
@@ -117,5 +118,5 @@ def stock_targets(policy: str | None) -> frozenset[QubeName]:
 
 
 def is_held(policy: str | None) -> bool:
-    """Whether nothing may be opened. What else the line says is not read: doubt closes."""
+    """Whether everything is held. The rest of that line is not read: in doubt, nothing opens."""
     return any(line.strip().startswith(_HOLD) for line in _LINE_ENDS.split(policy or ""))

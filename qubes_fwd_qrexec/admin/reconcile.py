@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reconcile: read the system, plan, and make policy and listeners follow. Nothing opens in another way."""
+"""Reconcile: read the system, plan, and make policy and listeners follow. Nothing else opens anything."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ _LOOKS = 3
 
 
 class Applied(NamedTuple):
-    """What the rules ask for, what became of the steps there, and the system as it was before them."""
+    """What the rules ask for, the outcome of the steps, and the system as it was before them."""
 
     plan: Plan
     outcome: Outcome

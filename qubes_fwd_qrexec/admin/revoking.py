@@ -58,7 +58,7 @@ def allowances(
         try:
             found[target] = Allowance(keeps=keeps, drains=left, cuts_drains=cuts_drains)
         except TextError:
-            # More than a target reads, and far more than it can carry: all ends, and may be called anew.
+            # Longer than a target reads, and more calls than it can carry: all end, and may be made anew.
             found[target] = Allowance(cuts_drains=True)
     return found
 
@@ -66,7 +66,8 @@ def allowances(
 def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
     """The running qubes that may have calls which these lines allowed.
 
-    A line that we would not write could have allowed a call of our service to any that serves.
+    A line that we would not write might have allowed calls to any qube that offers our service, so all of
+    them count then.
     """
     found: set[QubeName] = set()
     for line in lines:

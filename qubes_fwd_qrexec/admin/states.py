@@ -89,11 +89,11 @@ class Cause(StrEnum):
 
 
 class Finding(NamedTuple):
-    """What one check found. Of the facts there are those that its cause needs.
+    """What one check found. It has the facts that its cause needs.
 
     ``qube`` is the qube that it is about, with its ``side``; ``rival`` is another rule, ``mark`` that of a
-    tunnel, ``number`` one of ports or calls. ``detail`` tells cases of one cause apart, or is what the error
-    says that was met.
+    tunnel, ``number`` one of ports or calls. ``detail`` tells cases of one cause apart, or is the text of an
+    error.
     """
 
     cause: Cause

@@ -92,6 +92,7 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
 
 
 def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> bool:
+    """Restore a feature. Returns whether that succeeded."""
     try:
         _put(backend, qube, name, inventory.qubes[qube].features.get(feature_key(name)))
     except StoreError:
@@ -100,9 +101,7 @@ def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str)
 
 
 def _changed(backend: Backend, inventory: Inventory, keys: list[tuple[QubeName, str]]) -> list[str]:
-    """What these were, as lines of a document, as far as they are not so still: who may not write has changed
-    nothing.
-    """
+    """The old values of those that differ now, as lines of a document: a refused write changes nothing."""
     found = inventory._replace(qubes={})
     with suppress(StoreError):
         found = backend.inventory(with_config=False) if keys else found

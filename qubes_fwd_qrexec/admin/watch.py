@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The loop of `qvm-forward watch`: reconcile after each change that matters, and when a rule's time is over.
 
-It looks at the whole system each time. So whatever it missed, was killed in or could not do is mended by the
-next time. Its own writes are changes too; one more look finds nothing to do, and there it settles. While
-nothing happens it looks at the clock, every 30 s.
+It looks at the whole system each time. So the next look mends whatever an earlier one missed, failed to do,
+or was killed in. Its own writes are changes too; one more look finds nothing to do, and there it settles.
+While nothing happens it looks at the clock, every 30 s.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from .states import Plan
 # A tool that sets up a qube sends its events within milliseconds of each other; a person waits for a second.
 QUIET_S = 0.2
 BURST_S = 1.0
-# How late it is noticed at most that the clock was set or the machine suspended. Listeners end to the second.
+# How late it may notice that the clock was set or the machine suspended. Listeners end rules to the second.
 TICK_S = 30.0
 # qubesd is back some seconds after it was restarted.
 RETRY_S = 5.0
@@ -32,8 +32,8 @@ RETRY_S = 5.0
 class Look(NamedTuple):
     """One reconciliation, at a time in UNIX seconds; ``before`` is the plan of the one before.
 
-    ``ended`` is what targets made of what they were told, by it and as they have started. A target that
-    could not be told is named there once, and nothing tries again: its lease ends what goes on. ``running``
+    ``ended`` has what targets answered to the lists that they were sent, by it or after their start. A target
+    that could not be told is named there once and not asked again: its lease ends what goes on. ``running``
     are the targets that ran then. ``is_followed``: news of changes arrive, and this look was due to some.
     """
 

@@ -27,7 +27,7 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(4)
 class AgentProcess:
     """One call's process in the target; `Agents.fork` makes it, and `run` must run as long as it lives.
 
-    Whoever waits for the answer of one that was lost waits for ever: ``is_lost`` tells, once it is ``gone``.
+    One that was lost never answers: ``is_lost`` tells, once it is ``gone``.
     """
 
     def __init__(self, pid: int, sock: trio.socket.SocketType) -> None:

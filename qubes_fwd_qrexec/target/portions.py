@@ -23,7 +23,7 @@ from .localserver import ServiceError
 PARTS = 256
 # The least that a process gets: 128 connections.
 _LEAST = 2
-# In addition it gets one part in so many of what its caller may still have: at first 1,664 connections.
+# In addition it gets 1/_SHARE of what its caller may still have: at first 1,664 connections.
 _SHARE = 8
 # Each is a process that takes 11 MiB before it carries anything.
 CALLS_MAX = 32

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What Qubes' packages raise, turned into our errors: what was asked of whom, why not, and what helps.
+"""Turns what Qubes' packages raise into our errors, which say who was asked for what, why it failed, and what
+helps.
 
 ``here`` is the management qube that this runs in, None in dom0, which no policy binds.
 """

@@ -45,7 +45,7 @@ def _client(method: str, here: str | None) -> Iterator[Any]:
     """A `PolicyClient` for one call."""
     from qrexec.policy.admin_client import PolicyClient
 
-    # In dom0 the API's log is written by who calls it: if root is the first, the group has to be able to.
+    # In dom0 the caller writes the API's log: if root is the first, the group must be able to write it too.
     umask = os.umask(0o002)
     try:
         with asking_policy_api(method, here):
@@ -57,7 +57,8 @@ def _client(method: str, here: str | None) -> Iterator[Any]:
 def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
     """What dom0 would say of calls if their targets ran; the policy is read once.
 
-    By qrexec/policy/parser.py, which judges real calls over the same files. Where it fails, dom0 refuses.
+    They come from qrexec/policy/parser.py, which judges real calls by the same files. Where it fails, dom0
+    refuses the call.
     """
     from qrexec.exc import AccessDenied
     from qrexec.policy.parser import AllowResolution, FilePolicy, Request

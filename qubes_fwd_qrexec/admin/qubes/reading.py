@@ -74,10 +74,10 @@ class Reader:
             with asking_qubesd("admin.vm.property.GetAll", name, self._here):
                 return qube._replace(**properties(vm))
         except UnansweredError as error:
-            # A management qube is refused a call to a qube that is gone like any that policy forbids.
+            # To a management qube, a call to a qube that is gone looks like one that policy forbids.
             if not self._exists(name):
                 return None
-            # There policy may forbid all calls of this kind, and what cannot be read be most of the system.
+            # In a management qube, policy may forbid all such calls: then most of the system is unreadable.
             if self._here is not None:
                 raise
             return qube._replace(problem=str(error))
