@@ -83,11 +83,6 @@ class Outcome(NamedTuple):
     ended: tuple[Ended, ...] = ()
     is_overtaken: bool = False
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether everything was written, and every target was told."""
-        return not self.problems and all(ended.problem is None for ended in self.ended)
-
     def after(self, earlier: "Outcome") -> "Outcome":
         """This one and the one before it, whose undone steps and problems this one has met again."""
         return self._replace(

@@ -12,8 +12,8 @@ from qubes_fwd_qrexec.common.config import Service, Side, is_forward_key
 from qubes_fwd_qrexec.common.rules import ForwardType
 from qubes_fwd_qrexec.common.values import QubeName
 
-# Four are common, and qubesd itself forbids loops: the bound is for a wrong inventory.
-CHAIN_MAX = 32
+# A disposable has two in a row: the bound is for a wrong inventory.
+_TEMPLATES_MAX = 32
 RULE_PREFIX = "forward."
 TUNNEL_FEATURE = f"{RULE_PREFIX}tunnel"
 CONFIG_PREFIX = "vm-config."
@@ -115,7 +115,7 @@ class Inventory(NamedTuple):
     def with_templates(self, name: str) -> Iterator[Qube]:
         """A qube, its template, and the template of that: a disposable is made from a qube that has one."""
         qube = self.get(name)
-        for _ in range(CHAIN_MAX):
+        for _ in range(_TEMPLATES_MAX):
             if qube is None:
                 return
             yield qube

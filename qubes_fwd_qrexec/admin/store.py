@@ -9,11 +9,10 @@ from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, parse_rule_name, yes_no
 
 from .backend import Backend
-from .inventory import TUNNEL_FEATURE, Inventory
+from .inventory import RULE_PREFIX, TUNNEL_FEATURE, Inventory
 
-PREFIX = "forward."
 # TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
-TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(PREFIX)
+TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(RULE_PREFIX)
 
 Changes = Mapping[tuple[QubeName, str], str | None]
 """New lines of rules by qube and name, or None to remove one. `TUNNEL_NAME` stands for a qube's mark."""
@@ -24,7 +23,7 @@ Stored = Mapping[tuple[QubeName, str], NamedRule | BrokenRule]
 
 
 def feature_key(name: str) -> str:
-    return f"{PREFIX}{name}"
+    return f"{RULE_PREFIX}{name}"
 
 
 def read_rules(inventory: Inventory) -> Stored:
@@ -33,7 +32,7 @@ def read_rules(inventory: Inventory) -> Stored:
         (target, name): read_rule(target, name, untrusted_line)
         for target in sorted(inventory.qubes)
         for key, untrusted_line in sorted(inventory.qubes[target].features.items())
-        if key.startswith(PREFIX) and (name := key.removeprefix(PREFIX)) != TUNNEL_NAME
+        if key.startswith(RULE_PREFIX) and (name := key.removeprefix(RULE_PREFIX)) != TUNNEL_NAME
     }
 
 

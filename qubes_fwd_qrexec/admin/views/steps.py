@@ -89,7 +89,7 @@ def error_text(error: Exception) -> str:
 
 def check(outcome: Outcome, kept: str = "") -> None:
     """Raises `StoreError` if not all steps could be taken; ``kept`` says what was stored all the same."""
-    if not outcome.is_whole:
+    if troubles(outcome):
         raise StoreError(f"{kept}{failure(outcome)}")
 
 
