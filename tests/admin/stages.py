@@ -55,7 +55,7 @@ class Played:
 
 
 class Stage(LabStore):
-    """A lab as the backend of a `Watcher`, with the time in the test's hands.
+    """A lab as the backend of `watch`, with the time in the test's hands.
 
     ``looks`` has one entry for each look at the inventory, the number of acts that had been played by then.
     """

@@ -299,7 +299,7 @@ def test_programs_are_told_the_same(opened: LabDirectory, panic: Panic) -> None:
     data: Any = panic(Faulty(opened, "call work"), "--json").json
     assert (data["is_closed"], data["is_held"], data["open_still"], data["goes_on"]) == (False, True, [], [])
     (ended,) = [entry for entry in data["ended"] if entry["problem"]]
-    assert (ended["qube"], ended["problem"]) == ("work", "qubes.ForwardRevoke in work: cannot call work")
+    assert (ended["target"], ended["problem"]) == ("work", "qubes.ForwardRevoke in work: cannot call work")
     data = panic(Faulty(opened), "--json").json
     assert (data["is_closed"], data["not_done"], data["ended"][0]["ended"]) == (True, [], 1)
 

@@ -292,6 +292,6 @@ def as_json(after: After) -> dict[str, Any]:
         "applied": outcome is not None,
         "is_watched": after.watch_start is None,
         "steps": [] if outcome is None else [steps.as_json(step) for step in outcome.done],
-        "ended": [] if outcome is None else [steps.ended_as_json(ended) for ended in outcome.ended],
+        "ended": [] if outcome is None else [ended._asdict() for ended in outcome.ended],
         "goes_on": [left._asdict() for left in after.heard.goes_on],
     }

@@ -79,14 +79,9 @@ def _style(out: TextIO, environ: Mapping[str, str]) -> Style:
     """Width and colours of where the output goes; see no-color.org for NO_COLOR."""
     if not out.isatty():
         return Style()
-    try:
-        width = int(environ.get("COLUMNS", "")) or None
-    except ValueError:
-        try:
-            width = os.get_terminal_size(out.fileno()).columns or None
-        except OSError:
-            width = None
-    return Style(width, not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
+    columns = environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() else os.get_terminal_size(out.fileno()).columns
+    return Style(width or None, not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
 
 
 class _OutputError(Exception):

@@ -73,7 +73,7 @@ def _as_json(seen: _Seen) -> dict[str, Any]:
         "is_closed": seen.is_closed,
         "is_held": held.is_held,
         "steps": [steps.as_json(step) for step in held.applied.outcome.done] if held.applied else [],
-        "ended": [steps.ended_as_json(ended) for ended in held.ended],
+        "ended": [ended._asdict() for ended in held.ended],
         "not_done": [*held.problems, *steps.untold(held.ended)],
         "notes": list(held.notes),
         "open_still": list(_open_still(seen)),

@@ -5,7 +5,7 @@ Values stay text here. Whoever uses them parses them, so that --help needs to im
 """
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
@@ -44,6 +44,10 @@ def _says(name: str, option: str, value: str, text: str) -> Argument:
     return _argument(name, action="store_const", dest=option, const=value, help=text)
 
 
+_GENERAL = (
+    _argument("--lab", metavar="DIR", help=f"work on the lab in this directory (default: ${LAB_VARIABLE})"),
+    _flag("--json", "print JSON, for programs"),
+)
 _QUBE = _argument("qube", metavar="QUBE")
 _QUBES = _argument("qube", nargs="*", metavar="QUBE")
 _NO_APPLY = _flag("--no-apply", "store it, and change nothing else until 'apply'")
@@ -149,19 +153,8 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--lab", metavar="DIR", help=f"work on the lab in this directory (default: ${LAB_VARIABLE})"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    _add(parser, _GENERAL)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    common = argparse.ArgumentParser(add_help=False, formatter_class=_formatter)
-    # SUPPRESS keeps what stood before the command from being forgotten.
-    common.add_argument(
-        "--lab", metavar="DIR", default=argparse.SUPPRESS, help="work on the lab in this directory"
-    )
-    common.add_argument(
-        "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs"
-    )
     for name, (_, text, arguments) in COMMANDS.items():
         if words is not None and name not in words:
             commands.add_parser(name, help=text, add_help=False, formatter_class=_formatter)
@@ -170,13 +163,18 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            parents=[common],
             formatter_class=_formatter,
             allow_abbrev=False,
         )
-        for names, settings in arguments:
-            command.add_argument(*names, **settings)
+        # SUPPRESS keeps what stood before the command from being forgotten.
+        _add(command, _GENERAL, default=argparse.SUPPRESS)
+        _add(command, arguments)
     return parser
+
+
+def _add(parser: argparse.ArgumentParser, arguments: Iterable[Argument], **more: Any) -> None:
+    for names, settings in arguments:
+        parser.add_argument(*names, **settings, **more)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -72,11 +72,6 @@ def untold(told: Iterable[Ended]) -> list[str]:
     return [ended_words(ended) for ended in told if ended.problem is not None]
 
 
-def ended_as_json(ended: Ended) -> dict[str, Any]:
-    target, *rest = ended
-    return {"qube": target, **dict(zip(("ended", "draining", "problem"), rest, strict=True))}
-
-
 def troubles(outcome: Outcome) -> list[str]:
     """All that is not as it should be."""
     return [*outcome.problems, *untold(outcome.ended)]

@@ -42,8 +42,6 @@ def print_expire(expire: int | None, now: float) -> str:
     """``never``, or the local time and how far off that is."""
     if expire is None:
         return "never"
-    if not 0 <= expire <= TIME_MAX:
-        return f"{expire} (UNIX seconds)"
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(expire))
     return f"{written} ({distance(expire - now)})"
 

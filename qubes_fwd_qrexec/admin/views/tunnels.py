@@ -3,6 +3,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterable
+from typing import Any
 
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.changing import System
@@ -78,30 +79,28 @@ def _ways_out(marks: Iterable[TunnelMark], inventory: Inventory) -> str:
 def _list(session: Session) -> int:
     snapshot = session.look()
     inventory, targets = snapshot.inventory, {target for target, _ in snapshot.stored}
-    found = _tunnels(inventory)
+    tunnels: list[dict[str, Any]] = [
+        {
+            "qube": name,
+            "marks": [mark.mark for mark in marks],
+            "behind": (behind := _behind(name, inventory)),
+            "targets": [qube for qube in (name, *behind) if qube in targets],
+        }
+        for name, marks in _tunnels(inventory).items()
+    ]
     # Qubes that must not be exposed outside of a tunnel, whether they are behind one or not.
     anonymous = [mark for name in sorted(inventory.qubes) if (mark := inventory.behind_tunnel_mark(name))]
     if session.is_json:
-        tunnels = [
-            {
-                "qube": name,
-                "marks": [mark.mark for mark in marks],
-                "behind": _behind(name, inventory),
-                "targets": [qube for qube in (name, *_behind(name, inventory)) if qube in targets],
-            }
-            for name, marks in found.items()
-        ]
         marked = [{"qube": mark.qube, "mark": mark.mark} for mark in anonymous]
         session.say_json({"tunnels": tunnels, "anonymous": marked})
         return 0
-    for name, marks in found.items():
-        both = (name, *_behind(name, inventory))
-        itself, *behind = (f"{qube} (has forwards)" if qube in targets else qube for qube in both)
-        session.say(f"{itself}: {', '.join(mark.mark for mark in marks)}\n")
-        session.say(f"  behind it: {', '.join(behind) or 'nothing'}\n")
+    for each in tunnels:
+        both = (each["qube"], *each["behind"])
+        itself, *names = (f"{qube} (has forwards)" if qube in targets else qube for qube in both)
+        session.say(f"{itself}: {', '.join(each['marks'])}\n  behind it: {', '.join(names) or 'nothing'}\n")
     for mark in anonymous:
         session.say(f"{mark.qube}: {mark.mark}, may be reached through its tunnel only\n")
-    if not found and not anonymous:
+    if not (tunnels or anonymous):
         session.say("No tunnel qubes. 'qvm-forward tunnel mark QUBE' marks one, such as a VPN qube.\n")
     return 0
 

@@ -219,7 +219,7 @@ def test_json_of_changes(forward: Forward) -> None:
     removed = forward("remove", "work", "web", "--json").json
     assert (removed["removed"], removed["applied"]) == ([{"qube": "work", "name": "web"}], True)
     assert [step["step"] for step in removed["steps"]] == ["close-policy", "revoke", "remove-config"]
-    assert (removed["ended"][0]["qube"], removed["goes_on"]) == ("work", [])
+    assert (removed["ended"][0]["target"], removed["goes_on"]) == ("work", [])
 
 
 @pytest.mark.parametrize(
