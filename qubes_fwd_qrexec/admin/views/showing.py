@@ -88,7 +88,8 @@ def show(args: Namespace, session: Session) -> int:
     if session.is_json:
         data: dict[str, Any] = forward_as_json(forward)
         data["findings"] = [
-            {"check": one.name, "verdict": one.verdict, "text": one.text, "ways_out": one.ways_out}
+            {"check": one.name, "verdict": one.verdict, "cause": one.cause, "text": one.text}
+            | {"ways_out": one.ways_out}
             for one in found
         ]
         data |= {"line": str(entry.rule), "policy": list(lines), "config": None}

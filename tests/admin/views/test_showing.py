@@ -128,6 +128,8 @@ def test_show_draws_the_way_and_gives_the_verdict_of_each_check(forward: Forward
         for entry in forward("show", "work", "web", "--json").json["findings"]
     }
     assert found == dict.fromkeys(["sources", "side", "path", "owner", "tunnel", "expiry", "policy"], "ok")
+    causes = [entry["cause"] for entry in forward("show", "work", "web", "--json").json["findings"]]
+    assert causes == ["sources", "side", "agreed", "own", "no-tunnel", "in-time", ""]
     assert "\n  # mux\n" not in forward("show", "work", "web", style=Style(80)).out
     assert "\n    # mux\n" in forward("show", "work", "web", style=Style(40)).out
     assert "\x1b[32mok" in forward("show", "work", "web", style=Style(80, True)).out
