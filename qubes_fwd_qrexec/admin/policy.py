@@ -109,12 +109,12 @@ def allowing(policy: str | None) -> frozenset[str]:
 
 def stock_targets(policy: str | None) -> frozenset[QubeName]:
     """The targets that are called over the stock service alone."""
-    by_service: dict[str, set[QubeName]] = {service: set() for service in Service}
-    for line in allowing(policy):
-        service, _, _, target, *_ = (*line.split(), "", "", "", "")
-        if service in by_service:
-            by_service[service].add(QubeName(target))
-    return frozenset(by_service[Service.CONNECT_TCP] - by_service[Service.FORWARD_TCP])
+    calls = [words for line in allowing(policy) if len(words := line.split()) > 3]
+    stock, ours = (
+        {words[3] for words in calls if words[0] == service}
+        for service in (Service.CONNECT_TCP, Service.FORWARD_TCP)
+    )
+    return frozenset(map(QubeName, stock - ours))
 
 
 def is_held(policy: str | None) -> bool:

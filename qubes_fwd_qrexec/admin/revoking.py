@@ -5,8 +5,7 @@ A target is told all that dom0 allows there from now on, and ends the rest. That
 target, all at once, and nothing remembers those that failed: safety rests on the lease in the target.
 """
 
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
@@ -46,7 +45,7 @@ def allowances(
     targets: Iterable[QubeName],
     lines: Iterable[str],
     *,
-    drains: Mapping[tuple[QubeName, Calls], int] = MappingProxyType({}),
+    drains: Collection[tuple[QubeName, Calls]] = (),
     cuts_drains: bool = False,
 ) -> dict[QubeName, Allowance]:
     """What each of the targets is to be told when exactly these lines of policy are in force."""
@@ -54,7 +53,7 @@ def allowances(
     found: dict[QubeName, Allowance] = {}
     for target in sorted(set(targets)):
         keeps = frozenset(calls for at, calls in kept if at == target)
-        left = {calls: s for (at, calls), s in drains.items() if at == target and calls not in keeps}
+        left = {calls: DRAIN_S for at, calls in drains if at == target and calls not in keeps}
         try:
             found[target] = Allowance(keeps=keeps, drains=left, cuts_drains=cuts_drains)
         except TextError:
@@ -91,8 +90,8 @@ def serving(inventory: Inventory) -> set[QubeName]:
     }
 
 
-def drains(inventory: Inventory) -> dict[tuple[QubeName, Calls], int]:
-    """The calls that may drain when they are no longer allowed, and for how many seconds.
+def drains(inventory: Inventory) -> set[tuple[QubeName, Calls]]:
+    """The calls that may drain when they are no longer allowed.
 
     Their listeners know: all forwards that share a call must say on-expire=drain. What cannot be read cuts.
     """
@@ -107,7 +106,7 @@ def drains(inventory: Inventory) -> dict[tuple[QubeName, Calls], int]:
         each = [config.target_ports] if is_mux else [TargetPorts(p, p) for p in config.target_ports]
         told = drained if config.on_expire is OnExpire.DRAIN else cut
         told.update((config.target, Calls(ports, exposed)) for ports in each)
-    return dict.fromkeys(drained - cut, DRAIN_S)
+    return drained - cut
 
 
 def revoke(told: Mapping[QubeName, Allowance], backend: Backend) -> tuple[Ended, ...]:

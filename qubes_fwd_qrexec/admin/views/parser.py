@@ -5,7 +5,7 @@ Values stay text here. Whoever uses them parses them, so that --help needs to im
 """
 
 import argparse
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
@@ -143,8 +143,8 @@ COMMANDS = {
 }
 
 
-def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of the whole command line; with ``words``, complete only for commands among them."""
+def build() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="qvm-forward",
         description="Make a server in one qube reachable from the LAN or from other qubes.",
@@ -156,9 +156,6 @@ def build(words: Collection[str] | None = None) -> argparse.ArgumentParser:
     _add(parser, _GENERAL)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text, arguments) in COMMANDS.items():
-        if words is not None and name not in words:
-            commands.add_parser(name, help=text, add_help=False, formatter_class=_formatter)
-            continue
         command = commands.add_parser(
             name,
             help=text,
@@ -182,7 +179,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises `SystemExit`.
     """
-    parser = build(argv)
+    parser = build()
     args, rest = parser.parse_known_args(argv)
     if rest:
         commands_of(parser)[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
