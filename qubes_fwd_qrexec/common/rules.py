@@ -77,7 +77,9 @@ class Limits:
     @classmethod
     def parse(cls, text: str) -> Self:
         """``connections:1000,per-source:100,rate:50``, any of them. Raises `TextError`."""
-        expected = "limits such as connections:1000,per-source:100,rate:50, each once and at least 1"
+        expected = (
+            "a list of limits such as connections:1000,per-source:100,rate:50, each once and at least 1"
+        )
         known = {field.name.replace("_", "-"): field.name for field in fields(cls)}
         found: dict[str, int] = {}
         for part in text.split(","):

@@ -145,7 +145,7 @@ BAD = [
     (f"{MINIMAL} expire=+8h", f"option 'expire' at column {AT}: '+8h' is not a whole number"),
     (
         f"{MINIMAL} limits=rate:0",
-        f"option 'limits' at column {AT}: 'rate:0' is not limits such as "
+        f"option 'limits' at column {AT}: 'rate:0' is not a list of limits such as "
         "connections:1000,per-source:100,rate:50, each once and at least 1",
     ),
     (

@@ -140,7 +140,7 @@ def test_a_port_that_another_program_has(lab: Lab) -> None:
         assert "or choose another port or address: 'qvm-forward set work web srcports=PORT'" in said
         status, said = lab.run("status")
         assert (status, "work  web   waiting  " in said) == (1, True)
-        assert "work web: waiting: sys-net does not have it open: " in said
+        assert "work web is waiting: sys-net does not have it open: " in said
         assert "the port is in use by" in said
 
 

@@ -244,7 +244,10 @@ def text(found: Status, style: Style) -> str:
     else:
         nothing = "No forward is open." if parts or found.silent else "Nothing is open."
         parts.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
-    return "".join(f"{part}\n" for part in (*parts, *_remarks(found)))
+    remarks = [*_remarks(found)]
+    if found.rows and remarks:
+        parts.append("")
+    return "".join(f"{part}\n" for part in (*parts, *remarks))
 
 
 def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
@@ -319,7 +322,7 @@ def _about(row: Row) -> Iterator[str]:
     if row.verdict.is_allowed is False:
         yield f"{name}: dom0 denies its calls: {escaped(row.verdict.reason)}."
     if row.is_waiting:
-        yield f"{name}: {State.WAITING}: {row.problem}."
+        yield f"{name} is {State.WAITING}: {row.problem}."
     if report is not None and report.refused:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))
         yield f"{name}: refused: {counts}."

@@ -65,11 +65,14 @@ def test_figures_are_unknown_and_the_reason_is_said_once(forward: Command, kind:
     lacking = "sys-net does not have qubes-fwd-qrexec, without which it does not listen"
     down = "qubes.ForwardStatus+ in sys-net: the lab is down; 'qvm-forward-lab up' starts it"
     assert result.out.splitlines()[3:] == (
-        [f"Figures are unknown: {down}."]
+        ["", f"Figures are unknown: {down}."]
         if kind == "lab"
         else [
-            f"{name}: waiting: {lacking}; 'qvm-forward diagnose {name}' says what helps."
-            for name in ("personal tcp-81", "work web")
+            "",
+            *(
+                f"{name} is waiting: {lacking}; 'qvm-forward diagnose {name}' says what helps."
+                for name in ("personal tcp-81", "work web")
+            ),
         ]
     )
     assert result.status == (0 if kind == "lab" else 1)
@@ -341,7 +344,7 @@ def test_what_keeps_a_forward_from_being_open_wholly_is_said_and_fails(
         return
     assert not found.is_well
     problem = f"sys-net does not have it open: {problem}{HELPS}"
-    assert f"work web: waiting: {problem}.\n" in shown(found)
+    assert f"work web is waiting: {problem}.\n" in shown(found)
     assert "work web waiting sys-net:80 allows open" in " ".join(shown(found).split())
     (entry,) = found.as_json()["forwards"]
     assert (entry["state"], entry["reason"]) == ("waiting", problem)
@@ -374,7 +377,7 @@ def test_a_forward_that_its_listener_does_not_have_open_is_waiting(
     found = look(store, sys_net=answer)
     assert not found.is_well
     assert "work web waiting sys-net:80 allows unknown" in " ".join(shown(found).split())
-    assert shown(found).endswith(f"\nwork web: waiting: {problem}.\n")
+    assert shown(found).endswith(f"\nwork web is waiting: {problem}.\n")
     (entry,) = found.as_json()["forwards"]
     assert (entry["state"], entry["reason"]) == ("waiting", problem)
     assert entry["figures"] == {"is_known": False, "reason": problem}
