@@ -205,11 +205,23 @@ def set_options(
         try:
             if seen is not None and ForwardRule.parse(seen) != old.rule:
                 raise RefusedError(f"{old} was not changed: it is no longer what you saw, but '{old.rule}'")
-            return with_options(old.rule, options)
+            rule = with_options(old.rule, options)
+            _check_recorded(old, rule, inventory)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
+        return rule
 
     return _change_each(system, target, [name], changed, "changed")
+
+
+def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:
+    """Owner and path are what somebody agreed to, and `confirm` records them. Raises `RuleError`."""
+    if rule.owner not in (old.rule.owner, old.target, None):
+        raise RuleError("option 'owner'", f"it can only be {old.target}, which has the rule", "owner")
+    gone = [name for name in rule.path or () if inventory.get(name) is None]
+    if gone and rule.path != old.rule.path:
+        problem = f"there is no qube {gone[0]}; 'qvm-forward confirm {old}' records the path"
+        raise RuleError("option 'path'", problem, "path")
 
 
 def mark(system: System, qube: str, *, is_marked: bool) -> Changed:

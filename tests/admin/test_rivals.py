@@ -134,6 +134,8 @@ DISABLED = [
     ("via=dom0", "dom0 is the administrative qube"),
     ("via=fedora-42", "fedora-42 is a template"),
     ("via=work", "work cannot listen for itself"),
+    ("owner=personal", "owner"),
+    ("path=gone,sys-net", "path"),
 ]
 
 

@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import heard, reasons, steps
+from . import callroom, heard, reasons, steps
 from .judged import denials
 from .listeners import Heard, ask_after
 from .plans import forward_as_json
@@ -201,7 +201,8 @@ def news(after: After, forward: Forward) -> list[str]:
         is_cut = config.on_expire is OnExpire.CUT
         then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
         found.append(f"connections that it no longer allows {then}")
-    return found
+    room = callroom.note(after.changed.plan, forward, after.changed.plan_before)
+    return found if room is None else [*found, room]
 
 
 def warnings(forward: Forward) -> list[str]:
