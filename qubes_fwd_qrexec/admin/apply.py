@@ -24,7 +24,7 @@ from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
-from .revoking import Ended, allowances, drains, revoke, targets_of
+from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .states import Cause, Forward, Plan
 
 
@@ -99,11 +99,17 @@ def _place(forward: Forward) -> Place | None:
 
 
 def differences(
-    plan: Plan, inventory: Inventory, installed: PolicyFile, untold: Collection[Place] = ()
+    plan: Plan,
+    inventory: Inventory,
+    installed: PolicyFile,
+    untold: Collection[Place] = (),
+    *,
+    ends_all: bool = False,
 ) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken.
 
-    ``untold`` are forwards whose listener could not be told: policy has nothing of them.
+    ``untold`` are forwards whose listener could not be told: policy has nothing of them. ``ends_all``: as
+    long as any listener has a forward, all that serve are told what is allowed.
     """
     plan = replace(plan, forwards=tuple(f for f in plan.forwards if _place(f) not in untold))
     final = policy.text(plan)
@@ -114,9 +120,10 @@ def differences(
         # Two writes if there is something to open too, so that closing never waits for opening.
         closed = policy.text(plan, withheld=new)
         steps.append(Step(Kind.CLOSE_POLICY, closed, lines=tuple(sorted(gone))))
-    if told := _revocations(gone, new_lines, inventory, cuts_drains=plan.is_held):
-        steps.append(Step(Kind.REVOKE, told=told))
     present = {(qube, key): value for qube, key, value in inventory.told()}
+    everybody = serving(inventory) if ends_all and present else set()
+    if told := _revocations(gone, new_lines, inventory, everybody, cuts_drains=plan.is_held):
+        steps.append(Step(Kind.REVOKE, told=told))
     wanted = {place: str(forward.config) for forward in plan if (place := _place(forward)) is not None}
     for qube, key in sorted(present.keys() - wanted.keys() - set(untold)):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
@@ -134,14 +141,23 @@ def differences(
 
 
 def _revocations(
-    gone: frozenset[str], wanted: frozenset[str], inventory: Inventory, *, cuts_drains: bool
+    gone: frozenset[str],
+    wanted: frozenset[str],
+    inventory: Inventory,
+    others: Collection[QubeName],
+    *,
+    cuts_drains: bool,
 ) -> dict[QubeName, Allowance]:
-    """What is told to each target whose calls are not all allowed any more. ``cuts_drains``: at once."""
+    """What is told to each target whose calls are not all allowed any more, and to others.
+
+    ``cuts_drains``: they end at once.
+    """
     kept = {call for line in wanted if (call := policy.calls_of(line)) is not None}
     # A line that only changes, in its autostart, ends nothing.
     over = [line for line in gone if policy.calls_of(line) not in kept]
     drained = () if cuts_drains else drains(inventory)
-    return allowances(targets_of(over, inventory), wanted, drains=drained, cuts_drains=cuts_drains)
+    targets = {*targets_of(over, inventory), *others}
+    return allowances(targets, wanted, drains=drained, cuts_drains=cuts_drains)
 
 
 def _endings_of_rules(plan: Plan) -> Iterator[Step]:

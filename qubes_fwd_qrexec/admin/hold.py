@@ -5,7 +5,7 @@ The hold is one word in dom0's policy file, which allows nothing while it is the
 file first, and with the hold in it its plan has nothing live. A command that read the file before the hold
 cannot open anything after it: it may only replace the text that it read, and no two holds have the same text.
 So the file is written at once, without the lock, and the rest is done as `apply` does it. If this is killed
-after its first write, nothing opens, and the next `apply` closes the rest.
+after its first write, nothing opens, and the next `apply` closes the rest and ends calls.
 """
 
 from collections.abc import Callable, Iterable

@@ -31,7 +31,9 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
     while True:
         snapshot = look(backend, with_config=True)
         planned = snapshot.plan(now, is_held=is_held)
-        steps = differences(planned, snapshot.inventory, snapshot.installed, untold)
+        # Whoever began a hold may have been killed before any call was ended.
+        ends_all = planned.is_held and not is_held
+        steps = differences(planned, snapshot.inventory, snapshot.installed, untold, ends_all=ends_all)
         problem = None if is_held else snapshot.policy_problem
         if problem is not None:
             # Everything may be on hold: only close, and only what needs no policy.

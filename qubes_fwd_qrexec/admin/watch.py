@@ -94,8 +94,9 @@ def _look(backend: Backend, now: float, last: Look | None, *, is_followed: bool)
     planned, ended = applied.plan, applied.outcome.ended
     before = None if last is None else last.applied.plan
     fresh = running = serving(applied.snapshot.inventory)
-    if not planned.is_held or (before is not None and before.is_held):
-        fresh = running - {each.target for each in ended} - (frozenset() if last is None else last.running)
+    just_told = {each.target for each in ended}
+    if not planned.is_held or (before is not None and before.is_held) or running <= just_told:
+        fresh = running - just_told - (frozenset() if last is None else last.running)
     lines = {line for forward in planned.live for line in policy.lines(forward)}
     told = revoke(allowances(fresh, lines, cuts_drains=planned.is_held), backend)
     end = next_end(planned, now)

@@ -140,8 +140,9 @@ def test_rules_may_be_made_and_changed_meanwhile_and_nothing_opens(
 
 @pytest.mark.parametrize("step", range(1, 16))
 def test_after_its_first_write_nothing_opens_wherever_panic_is_killed(
-    forward: Command, opened: LabDirectory, panic: Panic, step: int
+    over: Command, opened: LabDirectory, panic: Panic, step: int
 ) -> None:
+    """The next command closes what is left, and ends the calls."""
     entries: list[str] = []
 
     def kill(entry: str) -> None:
@@ -149,12 +150,14 @@ def test_after_its_first_write_nothing_opens_wherever_panic_is_killed(
         if len(entries) == step + 1:
             raise Killed
 
+    killed, later = Faulty(opened, before=kill), Faulty(opened)
     with suppress(Killed):
-        panic(Faulty(opened, before=kill))
-    # If panic had fewer steps than that, the next command is not to be killed.
-    entries += [""] * step
-    assert forward("apply").status == 0
+        panic(killed)
+    assert over(later, "apply").status == 0
     assert (allowed(opened), is_held(opened), opened.vm_config("sys-net")) == (frozenset(), True, {})
+    assert sorted(killed.given | later.given) == SERVING
+    assert set((killed.given | later.given).values()) == {"version=1 drains=cut\n"}
+    assert over(Faulty(opened), "apply").out == "Nothing to change: all is as the rules ask for.\n"
 
 
 def test_what_has_another_lock_opens_nothing_at_any_moment(opened: LabDirectory, panic: Panic) -> None:
