@@ -92,8 +92,8 @@ class Backend(Protocol):
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         """What dom0's whole policy says of calls, as if their targets ran."""
 
-    def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
-        """Exclude other changes. Raises `StoreError` if they are not done within ``timeout_s``, else 10 s."""
+    def locked(self) -> AbstractContextManager[None]:
+        """Exclude other changes. Raises `StoreError` if they are not done within 10 s."""
 
     def watching(self) -> AbstractContextManager[None]:
         """Let `unwatched` know that `watch` runs. Raises `StoreError` if another one does."""

@@ -37,7 +37,8 @@ SEARCH_ROOTS = ("run", "usr-local-etc", "etc")
 _FEATURE_NAME = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*\Z", re.ASCII)
 # qubes-core-admin qubes/api/__init__.py, buffer_size: a request of the Admin API as a whole.
 _REQUEST_MAX = 65536
-_LOCK_TIMEOUT_S = 10.0
+LOCK_TIMEOUT_S = 10.0
+"""How long a writer waits for another one."""
 _LOCK_RETRY_S = 0.02
 
 
@@ -115,10 +116,6 @@ class LabDirectory:
     @property
     def run_dir(self) -> Path:
         return self.root / "run"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.root / "lock"
 
     @property
     def pid_file(self) -> Path:
@@ -276,22 +273,30 @@ class LabDirectory:
         write_text(self.file, json.dumps(data, indent=2) + "\n")
 
     @contextmanager
-    def locked(self, timeout_s: float | None = None) -> Iterator[None]:
-        """Exclude other writers; raises `StoreError` if one of them does not let go within 10 s, or within
-        ``timeout_s``.
+    def locked(self, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+        """Exclude other writers; raises `StoreError` if one of them does not let go within ``timeout_s``.
+
+        The directory itself is locked: a file that the broker made for that, while somebody deletes the lab,
+        would be in their way.
         """
-        deadline = time.monotonic() + (_LOCK_TIMEOUT_S if timeout_s is None else timeout_s)
-        with open(self.lock_file, "a", encoding="ascii") as file:
+        deadline = time.monotonic() + timeout_s
+        try:
+            fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"{self.root}: {why(error)}") from error
+        try:
             while True:
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
-                        raise StoreError(f"{self.lock_file}: another program changes this lab") from None
+                        raise StoreError(f"{self.root}: another program changes this lab") from None
                     time.sleep(_LOCK_RETRY_S)
             self._mend()
             yield
+        finally:
+            os.close(fd)
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:

@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.common.errors import StoreError, why
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
-from .directory import LabDirectory, write_text
+from .directory import LOCK_TIMEOUT_S, LabDirectory, write_text
 
 _WATCH_NAME = "watch.lock"
 _WATCH_TIMEOUT_S = 1.0
@@ -37,8 +37,9 @@ def open_backend(path: str) -> Backend:
 class LabStore:
     """A lab as `Backend`. Each write is atomic; `locked` is the lab's own lock."""
 
-    def __init__(self, lab: LabDirectory) -> None:
+    def __init__(self, lab: LabDirectory, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
         self._lab = lab
+        self._lock_timeout_s = lock_timeout_s
         self._policy_path = lab.policy_dir / f"{policy.NAME}.policy"
 
     def inventory(self, *, with_config: bool = True) -> Inventory:
@@ -182,8 +183,8 @@ class LabStore:
         return [str(self._lab.client_program), f"--agent-socket={socket_path}", "--", qube, service]
 
     @contextmanager
-    def locked(self, timeout_s: float | None = None) -> Iterator[None]:
-        with _told(), self._lab.locked(timeout_s):
+    def locked(self) -> Iterator[None]:
+        with _told(), self._lab.locked(self._lock_timeout_s):
             yield
 
     def watching(self) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from worlds import ADD, NO_FORWARDS, NOW, Command, Result
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.admin.views import cli
+from qubes_fwd_qrexec.admin.views.session import Patience
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -37,6 +38,10 @@ def qubesd(lab: LabDirectory) -> FakeQubes:
 @pytest.fixture
 def policy_client(lab: LabDirectory) -> FakePolicyClient:
     return FakePolicyClient(lab)
+
+
+# Whoever answers in these tests has nothing to take up first.
+ASKED_TWICE = Patience((0.0, 0.0))
 
 
 @pytest.fixture
@@ -78,6 +83,14 @@ def store(other_store: Callable[[], Backend]) -> Backend:
 
 
 @pytest.fixture
+def impatient(lab: LabDirectory, kind: str, qubesd: FakeQubes) -> Backend:
+    """A backend that does not wait for the lock."""
+    if kind == LAB:
+        return LabStore(lab, lock_timeout_s=0.0)
+    return QubesStore(qubesd.root, lock_timeout_s=0.0)
+
+
+@pytest.fixture
 def _watched(store: Backend) -> Iterator[None]:
     """As where dom0's package is installed, `watch` runs; it does nothing here."""
     with store.watching():
@@ -107,6 +120,7 @@ def forward(lab: LabDirectory, kind: str, qubesd: FakeQubes, _watched: None) -> 
             err=err,
             style=style or Style(),
             backend=None if is_lab else QubesStore(qubesd.root),
+            patience=ASKED_TWICE,
         )
         return Result(status, out.getvalue(), err.getvalue())
 
@@ -132,11 +146,18 @@ def expiring(stage: Stage) -> Stage:
 def over() -> Command:
     """Run qvm-forward over a backend, at a fixed time."""
 
-    def command(backend: Backend, *argv: str) -> Result:
-        out, err = io.StringIO(), io.StringIO()
-        stdin = io.StringIO(NO_FORWARDS)
+    def command(backend: Backend, *argv: str, stdin: str = NO_FORWARDS) -> Result:
+        out, err, given = io.StringIO(), io.StringIO(), io.StringIO(stdin)
         status = cli.run(
-            argv, environ={}, now=NOW, stdin=stdin, out=out, err=err, style=Style(), backend=backend
+            argv,
+            environ={},
+            now=NOW,
+            stdin=given,
+            out=out,
+            err=err,
+            style=Style(),
+            backend=backend,
+            patience=ASKED_TWICE,
         )
         return Result(status, out.getvalue(), err.getvalue())
 

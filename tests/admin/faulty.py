@@ -12,15 +12,21 @@ from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.directory import LOCK_TIMEOUT_S, LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
 
 
 class Faulty:
     """A lab whose backend logs what is done, and refuses what it is told to refuse."""
 
-    def __init__(self, lab: LabDirectory, *refused: str, before: Callable[[str], None] | None = None) -> None:
-        self._store = LabStore(lab)
+    def __init__(
+        self,
+        lab: LabDirectory,
+        *refused: str,
+        before: Callable[[str], None] | None = None,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+    ) -> None:
+        self._store = LabStore(lab, lock_timeout_s=lock_timeout_s)
         self._refused = refused
         self._before = before
         self.log: list[str] = []
@@ -70,9 +76,9 @@ class Faulty:
     def unwatched(self) -> str | None:
         return self._store.unwatched()
 
-    def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
-        self._do("lock" if timeout_s is None else f"lock within {timeout_s:g} s")
-        return self._store.locked(timeout_s)
+    def locked(self) -> AbstractContextManager[None]:
+        self._do("lock")
+        return self._store.locked()
 
 
 Panic = Callable[..., Result]

@@ -65,7 +65,7 @@ class Memory:
         self.policy = text
 
     @contextmanager
-    def locked(self, timeout_s: float | None = None) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         yield
 
 

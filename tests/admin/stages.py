@@ -61,7 +61,7 @@ class Stage(LabStore):
     """
 
     def __init__(self, lab: LabDirectory) -> None:
-        super().__init__(lab)
+        super().__init__(lab, lock_timeout_s=0.0)
         self.lab = lab
         self.hands = Hands()
         self.looks: list[int] = []

@@ -10,13 +10,10 @@ from stages import Stage
 from worlds import ADD, Command, content, rule, world
 
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.qubes import store as qubesstore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exchange import parse_lines
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.lab.store import LabStore
 
 RULES = "".join(f"work r{i} action=forward srcports={80 + i} srchosts=any\n" for i in range(4))
 
@@ -196,22 +193,20 @@ CHANGING = [
 ]
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for a lock."""
-    for module in (directory, qubesstore):
-        monkeypatch.setattr(module, "_LOCK_TIMEOUT_S", 0.0)
-
-
 @pytest.mark.parametrize("argv", CHANGING, ids=lambda argv: " ".join(argv[:2]))
 def test_a_command_that_changes_something_waits_for_the_lock_and_names_who_has_it(
-    forward: Command, store: Backend, lab: LabDirectory, impatient: None, argv: tuple[str, ...]
+    forward: Command,
+    over: Command,
+    store: Backend,
+    impatient: Backend,
+    lab: LabDirectory,
+    argv: tuple[str, ...],
 ) -> None:
     forward(*ADD, "--no-apply")
     lab.set_feature("sys-firewall", "forward.tunnel", "1" if "unmark" in argv else "")
     before = content(lab)
     with store.locked():
-        result = forward(*argv, stdin="version 2\nwork z action=forward srcports=9 srchosts=any\n")
+        result = over(impatient, *argv, stdin="version 2\nwork z action=forward srcports=9 srchosts=any\n")
         assert result.status == 1
         assert "another program changes this lab" in result.err or "another qvm-forward is" in result.err
         assert content(lab) == before
@@ -228,7 +223,7 @@ def test_what_a_command_changes_it_changes_under_the_lock(
     def look(entry: str) -> None:
         # What became of it, such as that another policy file denies it, may be read without the lock.
         if entry.split()[0] in ("policy", "set", "remove", "call"):
-            with pytest.raises(StoreError, match="another program"), LabStore(lab).locked(0):
+            with pytest.raises(StoreError, match="another program"), lab.locked(0):
                 pass
 
     backend = Faulty(lab, before=look)
@@ -237,7 +232,7 @@ def test_what_a_command_changes_it_changes_under_the_lock(
     assert len(backend.log) > 2
 
 
-def test_watch_changes_nothing_while_somebody_else_has_the_lock(stage: Stage, impatient: None) -> None:
+def test_watch_changes_nothing_while_somebody_else_has_the_lock(stage: Stage) -> None:
     held = stage.lab.locked()
     held.__enter__()
     opened_at: list[bool] = []

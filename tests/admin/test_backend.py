@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What every backend does alike: the tests run over a lab and over a Qubes system that is asked."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -120,9 +119,8 @@ def test_a_verdict_is_that_of_the_whole_policy(store: Backend, lab: LabDirectory
     assert "20-before.policy" in verdict.reason
 
 
-def test_two_at_once_exclude_each_other(store: Backend, other_store: Callable[[], Backend]) -> None:
-    other = other_store()
-    with store.locked(0), pytest.raises(StoreError, match=r"another .* (changes|is changing) this"):
-        other.locked(0).__enter__()
-    with other.locked():
+def test_two_at_once_exclude_each_other(store: Backend, impatient: Backend) -> None:
+    with store.locked(), pytest.raises(StoreError, match=r"another .* (changes|is changing) this"):
+        impatient.locked().__enter__()
+    with impatient.locked():
         pass

@@ -11,10 +11,10 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Cause, NotOpenError, State
-from qubes_fwd_qrexec.admin.views import listeners
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
 from qubes_fwd_qrexec.common.report import ListenerReport, Problem, QubeReport, dump
 from qubes_fwd_qrexec.common.rules import ForwardRule
+from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
@@ -138,13 +138,14 @@ def test_a_change_tells_it_and_does_not_fail(
 ) -> None:
     locked: list[bool] = []
 
-    def answer(store: Backend, *_: object, **__: object) -> bytes:
+    def answer(store: Backend, qube: QubeName, service: str, *_: object) -> bytes:
+        if service == REVOKE_SERVICE:
+            return b"version=1 ended=0 draining=0\n"
         with store.locked():  # or else this would be waited for in vain
             locked.append(True)
         return HELD
 
     monkeypatch.setattr(type(store), "ask", answer)
-    monkeypatch.setattr(listeners, "ASKED_AT_S", (0.0, 0.0))
     note = f"Note: sys-net does not have it open: the port is in use by nginx{HELPS}.\n"
     added = forward(*ADD)
     assert (added.status, note in added.out) == (0, True)

@@ -8,7 +8,6 @@ from faulty import Faulty
 from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE
-from qubes_fwd_qrexec.admin.views import listeners
 from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, ListenerReport, QubeReport, Way
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
@@ -62,11 +61,6 @@ class Flowing(Faulty):
             return self._listener if qube == "sys-net" else NOTHING
         drains = self._draining if qube == "work" else 0
         return f"version=1 ended=0 draining={drains}\n".encode()
-
-
-@pytest.fixture(autouse=True)
-def _asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listeners, "ASKED_AT_S", (0.0, 0.0))
 
 
 @pytest.mark.parametrize(("command", "done"), [("remove", "removed"), ("disable", "disabled")])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The commands panic and resume: everything is closed and held, whatever is wrong, until it is lifted."""
 
-import fcntl
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +13,6 @@ from qubes_fwd_qrexec.admin import reconcile as reconciling
 from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.errors import StoreError
-from qubes_fwd_qrexec.lab import directory
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.store import LabStore
@@ -275,13 +273,9 @@ def test_without_the_lock_everything_is_closed_all_the_same(opened: LabDirectory
     assert "note: this went on without the lock: cannot lock" in result.err
 
 
-def test_a_lock_that_is_held_is_not_waited_for_long(
-    opened: LabDirectory, panic: Panic, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(directory, "_LOCK_TIMEOUT_S", 0.0)
-    with open(opened.lock_file, "a", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert panic(Faulty(opened)).status == 0
+def test_a_lock_that_is_held_is_not_waited_for_long(opened: LabDirectory, panic: Panic) -> None:
+    with opened.locked():
+        assert panic(Faulty(opened, lock_timeout_s=0.0)).status == 0
     assert (allowed(opened), opened.vm_config("sys-net")) == (frozenset(), {})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from helpers import free_port
 
 from qubes_fwd_qrexec.admin.views.cli import run
+from qubes_fwd_qrexec.admin.views.session import Patience
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import Firewall, FirewallReport, dump
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
@@ -34,6 +35,7 @@ class Lab:
         self.server = undo.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.server.settimeout(BOUND_S)
         self.port = free_port()
+        self.patience = Patience()
 
     def run(self, *words: str) -> tuple[int, str]:
         out, err = io.StringIO(), io.StringIO()
@@ -45,6 +47,7 @@ class Lab:
             out=out,
             err=err,
             style=Style(),
+            patience=self.patience,
         )
         return status, out.getvalue() + err.getvalue()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError, TextError
-from qubes_fwd_qrexec.lab import directory as directory_module
 from qubes_fwd_qrexec.lab.blueprint import create_lab, write_client
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.lab.knobs import Knobs
@@ -146,9 +145,8 @@ def test_qube_prints_what_it_parses(lab: LabDirectory) -> None:
     assert Qube.parse("work", str(qube), "here") == qube
 
 
-def test_two_writers_exclude_each_other(lab: LabDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory_module, "_LOCK_TIMEOUT_S", 0.05)
-    with lab.locked(), pytest.raises(StoreError, match="another program"), lab.locked():
+def test_two_writers_exclude_each_other(lab: LabDirectory) -> None:
+    with lab.locked(), pytest.raises(StoreError, match="another program"), lab.locked(0.05):
         pass
     with lab.locked():
         pass

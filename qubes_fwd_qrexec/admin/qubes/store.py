@@ -30,14 +30,16 @@ from .reading import CALLS_AT_ONCE, Reader
 # and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
 _LOCK_FILE = "run/qubes/qvm-forward.lock"
 _WATCH_FILE = "run/qubes/qvm-forward-watch.lock"
-_LOCK_TIMEOUT_S = 10.0
+LOCK_TIMEOUT_S = 10.0
+"""How long a change waits for another one."""
 _WATCH_TIMEOUT_S = 1.0
 
 
 class QubesStore:
     """Each call has an app of its own: what one remembers is not renewed, nor meant for several threads."""
 
-    def __init__(self, root: str | Path = "/") -> None:
+    def __init__(self, root: str | Path = "/", *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        self._lock_timeout_s = lock_timeout_s
         self._lock_file = Path(root, _LOCK_FILE)
         self._watch_file = Path(root, _WATCH_FILE)
         self._room = Semaphore(CALLS_AT_ONCE)
@@ -125,12 +127,12 @@ class QubesStore:
 
         return qubes_changes(policy.NAME, wakers)
 
-    def locked(self, timeout_s: float | None = None) -> AbstractContextManager[None]:
-        timeout_s = _LOCK_TIMEOUT_S if timeout_s is None else timeout_s
+    def locked(self) -> AbstractContextManager[None]:
         return hold(
             self._lock_file,
-            timeout_s,
-            f"another qvm-forward is changing this system, and was not done within {timeout_s:g} s; "
+            self._lock_timeout_s,
+            "another qvm-forward is changing this system, and was not done within "
+            f"{self._lock_timeout_s:g} s; "
             "see what it waits for",
             f"; {WHO_MAY}",
         )

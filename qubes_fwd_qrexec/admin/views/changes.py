@@ -60,7 +60,7 @@ def followed(changed: Changed, session: Session) -> After:
     if changed.outcome is not None:
         steps.check(changed.outcome, "the change is stored, but ")
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
-        said = ask_after(was, planned, changed.keys, inventory, session.backend)
+        said = ask_after(was, planned, changed.keys, inventory, session.backend, patience=session.patience)
         denied = denials(changed.forwards, session.backend)
     return After(changed, said, denied, session.backend.unwatched())
 

@@ -20,6 +20,8 @@ from .tables import Style, escaped
 if TYPE_CHECKING:
     from qubes_fwd_qrexec.admin.backend import Backend
 
+    from .session import Patience
+
 _FAULT = 3
 _TRACE = "QVM_FORWARD_TRACE"
 
@@ -41,6 +43,7 @@ def run(
     err: TextIO,
     style: Style,
     backend: "Backend | None" = None,
+    patience: "Patience | None" = None,
 ) -> int:
     """One command, with everything that it may look at given; returns the exit status.
 
@@ -55,11 +58,12 @@ def run(
         return 0
     args = parser.parse(argv)
     # Only now, as a wrong command line and --help need none of it.
-    from .session import Session
+    from . import session as sessions
 
     try:
         system = backend or locate.open_backend(args.lab, environ)
-        session = Session(system, now, environ, stdin, out, err, style, args.json, set())
+        given = patience or sessions.Patience()
+        session = sessions.Session(system, now, environ, stdin, out, err, style, args.json, set(), given)
         return command(args.command)(args, session)
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")

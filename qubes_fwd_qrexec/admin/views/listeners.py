@@ -22,11 +22,7 @@ from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, Qube
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-# A listener takes up a change of its QubesDB within half a second; an earlier answer may be out of date.
-ASKED_AT_S = (0.0, 0.7, 1.3)
-# For all questions to one qube. An answer takes some tenths of a second.
-BOUND_S = 2.0
-_TIMEOUT_S = 1.0
+from .session import Patience
 
 Key = tuple[QubeName, RuleName]
 """Target and name of a rule."""
@@ -52,8 +48,9 @@ class Has(StrEnum):
     NO_ANSWER = "no-answer"
 
 
-# What a later answer may say otherwise.
-_UNSETTLED = frozenset((Has.NOT_YET, Has.FAILED, Has.IN_PART, Has.FIREWALL))
+# What a later answer may say otherwise. A first one that it failed may be of the forward as it was before.
+_UNSETTLED = frozenset((Has.NOT_YET, Has.IN_PART, Has.FIREWALL))
+_UNSETTLED_AT_FIRST = _UNSETTLED | {Has.FAILED}
 
 
 class Uptake(NamedTuple):
@@ -192,11 +189,12 @@ def ask_after(
     inventory: Inventory,
     backend: Backend,
     *,
+    patience: Patience,
     is_everything: bool = False,
     elapsed: Callable[[], float] = time.monotonic,
     rest: Callable[[float], None] = time.sleep,
 ) -> Heard:
-    """Ask the listeners that a change concerns, all at once, what they have made of it: 2 s at most.
+    """Ask the listeners that a change concerns, all at once, what they have made of it.
 
     ``keys`` are the rules that it was about: they are to be open now, or were closed before and may drain.
     What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
@@ -228,15 +226,16 @@ def ask_after(
         return Heard({f.source[:2]: uptake(f, answer) for f in fresh if f.exposed == qube}, tuple(left))
 
     def ask_until_settled(qube: QubeName) -> Heard:
-        begun, said = elapsed(), Heard({})
-        for at in ASKED_AT_S[qube in renewed :]:
+        begun, said, unsettled = elapsed(), Heard({}), _UNSETTLED_AT_FIRST
+        for at in patience.asked_at_s[qube in renewed :]:
             rest(max(0.0, begun + at - elapsed()))
-            left_s = begun + BOUND_S - elapsed()
+            left_s = begun + patience.bound_s - elapsed()
             if left_s > 0:
-                said = heard(qube, _answer(backend, qube, min(_TIMEOUT_S, left_s)))
+                said = heard(qube, _answer(backend, qube, min(patience.answer_s, left_s)))
             is_over = all(left.left_s is not None for left in said.goes_on) and not is_everything
-            if (is_over or not said.goes_on) and _UNSETTLED.isdisjoint(e.has for e in said.uptakes.values()):
+            if (is_over or not said.goes_on) and unsettled.isdisjoint(e.has for e in said.uptakes.values()):
                 break
+            unsettled = _UNSETTLED
         return said
 
     all_heard = at_once(ask_until_settled, sorted(qubes)).values()
