@@ -53,5 +53,5 @@ def _home(forward: Forward) -> QubeName | None:
     rule = forward.source.rule
     if forward.cause in _ASLEEP:
         return None
-    agreed = rule.path is not None and not (rule.follow_netvm and forward.chain)
-    return listener_of(rule, Chain(rule.path if agreed and rule.path else forward.chain))
+    followed = forward.chain if rule.follow_netvm else ()
+    return listener_of(rule, Chain(followed or rule.path or forward.chain))

@@ -63,6 +63,33 @@ def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: Lab
     assert content(lab) == before
 
 
+def test_what_would_be_closed_for_good_is_not_added(store: Backend, lab: LabDirectory) -> None:
+    before = content(lab)
+    with pytest.raises(NotOpenError) as refused:
+        changing.add(System(store, NOW), VAULT, RULE)
+    assert refused.value.finding.cause is Cause.NO_NETVM
+    assert content(lab) == before
+
+
+def test_what_is_closed_already_may_be_changed_but_not_into_what_is_closed_elsewhere_or_otherwise(
+    store: Backend, lab: LabDirectory
+) -> None:
+    changing.add(System(store, NOW), WORK, RULE, WEB)
+    store.set_feature(WORK, "forward.web", f"{replace(RULE, owner=WORK, via=QubeName('fedora-42'))}")
+    changed = changing.set_options(System(store, NOW), "work", "web", {"comment": "x"})
+    assert [forward.cause for forward in changed.forwards] == [Cause.UNFIT_QUBE]
+    for via, cause in (("debian-12", Cause.UNFIT_QUBE), ("nowhere", Cause.NO_SUCH_QUBE)):
+        with pytest.raises(NotOpenError) as refused:
+            changing.set_options(System(store, NOW), "work", "web", {"via": via})
+        assert refused.value.finding.cause is cause
+
+
+def test_what_is_closed_until_somebody_confirms_it_is_not_refused(store: Backend) -> None:
+    changing.add(System(store, NOW), WORK, RULE, WEB)
+    changed = changing.set_options(System(store, NOW), "work", "web", {"path": "personal"})
+    assert [forward.cause for forward in changed.forwards] == [Cause.NETVM_CHANGED]
+
+
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [

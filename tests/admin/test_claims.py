@@ -66,3 +66,16 @@ def test_a_rule_that_follows_its_netvm_claims_where_it_is_now() -> None:
 def test_a_rule_whose_netvm_changed_claims_where_it_was_agreed_to() -> None:
     first, second = plan([rule("path=sys-vpn", name="a"), rule("via=sys-vpn", name="b")], world(), NOW)
     assert (first.cause, second.cause) == (Cause.NETVM_CHANGED, Cause.CONFLICT)
+
+
+@pytest.mark.parametrize("follows", ["yes", "no"])
+def test_a_rule_whose_target_has_no_netvm_now_claims_where_it_was_agreed_to(follows: str) -> None:
+    alone = rule(f"path=sys-vpn follow-netvm={follows}", target="vault")
+    first, second = plan([alone, rule("via=sys-vpn")], world(), NOW)
+    assert (first.exposed, second.cause) == (None, Cause.CONFLICT)
+
+
+@pytest.mark.parametrize("path", ["path=", "path= follow-netvm=yes"])
+def test_a_rule_without_a_path_claims_where_it_is_now(path: str) -> None:
+    first, second = plan([rule(path, name="a"), rule(name="b")], world(), NOW)
+    assert (first.exposed, second.cause) == ("sys-net", Cause.CONFLICT)
