@@ -82,6 +82,11 @@ def test_what_is_closed_already_may_be_changed_but_not_into_what_is_closed_elsew
         with pytest.raises(NotOpenError) as refused:
             changing.set_options(System(store, NOW), "work", "web", {"via": via})
         assert refused.value.finding.cause is cause
+    large = "action=forward srcports=1000-1300 srchosts=any transport=call owner=work"
+    store.set_feature(WORK, "forward.web", large)
+    with pytest.raises(NotOpenError) as refused:
+        changing.set_options(System(store, NOW), "work", "web", {"mode": "nft", "transport": ""})
+    assert refused.value.finding.cause is Cause.NOT_YET
 
 
 def test_what_is_closed_until_somebody_confirms_it_is_not_refused(store: Backend) -> None:
