@@ -174,7 +174,7 @@ class _Chapter:
                 lab.set_state(qube, QubeState.HALTED)
             case ["qvm-clone", old, new]:
                 self._add(replace(lab.qube(old), name=QubeName(new), state=QubeState.HALTED), old)
-            case ["qvm-service", "--enable", qube, service]:
+            case ["qvm-service", qube, service, "on"]:
                 lab.set_feature(qube, f"service.{service}", "1")
             case ["sudo", "systemctl", "enable", "--now", "qubes-forward-watch"]:
                 pass
