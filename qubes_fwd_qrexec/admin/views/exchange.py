@@ -84,8 +84,6 @@ def _text(path: str, session: Session) -> str:
             return session.stdin.read()
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise StoreError(f"{path}: not text: {error}") from error
 
