@@ -39,7 +39,7 @@ class Verdict(StrEnum):
 
 
 class Cause(StrEnum):
-    """What was found, in a word for programs; what it means for the rule, and the state that it gives it."""
+    """What was found, as a word for programs; what that means for the rule, and the rule's state by it."""
 
     def __new__(cls, word: str, verdict: Verdict = Verdict.STOPS, state: State = State.REFUSED) -> "Cause":
         cause = str.__new__(cls, word)
@@ -192,7 +192,7 @@ class Plan:
 
 
 class NotOpenError(RefusedError):
-    """A change was not made, as ``finding`` would keep its rule, planned as ``forward``, from being open."""
+    """A change was refused: ``finding`` would keep its rule closed, which is planned as ``forward``."""
 
     def __init__(self, done: str, forward: Forward, finding: Finding) -> None:
         super().__init__(done)

@@ -99,7 +99,7 @@ Verdict = Allow | Ask | Deny
 
 
 def evaluate(rules: Sequence[PolicyRule], system: System, request: Request) -> Verdict:
-    """The first rule that fits decides; where none does, or the request is not well formed, deny."""
+    """The first rule that fits decides. If none does, or the request is malformed, the call is denied."""
     try:
         intended = _verified(Token.parse(request.target or "@default", Role.INTENDED), system)
     except PolicyTextError as error:

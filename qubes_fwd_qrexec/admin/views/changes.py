@@ -171,7 +171,7 @@ def _state(after: After, forward: Forward) -> str:
 
 
 def _closed(after: After, key: Key) -> str:
-    """Never "closed" where anything still flows."""
+    """The sentence for what was closed. It never says "closed" where connections go on."""
     if after.changed.outcome is None:
         return "; 'qvm-forward apply' closes it"
     flows = _flows(after, after.changed.outcome, key)

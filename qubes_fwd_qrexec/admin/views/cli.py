@@ -45,7 +45,7 @@ def run(
     backend: "Backend | None" = None,
     patience: "Patience | None" = None,
 ) -> int:
-    """One command, with everything that it may look at given; returns the exit status.
+    """Run one command. Returns the exit status.
 
     Without ``backend`` the system is the one that the command line or ``environ`` names. Raises `SystemExit`
     for what argparse settles itself: usage errors, --help and --version.
@@ -110,8 +110,8 @@ class _Output:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program."""
-    # Python leaves out those that are closed. In this order each takes the descriptor that is missing, and no
-    # file of ours does.
+    # Python sets closed standard streams to None. Opened in this order, each takes the descriptor that is
+    # missing, so that no file of ours does.
     has_out = sys.stdout is not None
     stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115

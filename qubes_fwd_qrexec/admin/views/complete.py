@@ -28,7 +28,7 @@ _YES_NO = "yes|no"
 # Anything else is the words themselves.
 _KINDS = ("", "qube", "target", "name", "change", "marked")
 _VALUES = {"srchosts": "any", "expire": "+8h|+1d|never"}
-# Options of a rule that are none of `add`, or are called otherwise there.
+# Options of a rule that `add` lacks, or has under another name.
 _RULE_VALUES = {"enabled": _YES_NO, "forwardtype": "|".join(ForwardType), "srchosts": "any"}
 
 

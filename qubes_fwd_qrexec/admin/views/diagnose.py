@@ -191,7 +191,7 @@ class _Walk:
             yield self._stops("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
 
     def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Check:
-        """For those IP versions that it listens on and that its clients have."""
+        """The firewall, for the IP versions that the forward listens on and its clients have."""
         if config.key in told.waiting:
             return self._stops("firewall", Has.FIREWALL, f"{exposed}: {heard.FIREWALL}")
         listened = {address.version for address in config.listen}
@@ -205,11 +205,11 @@ class _Walk:
         text = f"the firewall of {exposed} {detail}"
         if set(words.values()) == {Firewall.CLOSED}:
             return self._stops("firewall", Fault.CLOSED, text)
-        # Which version a client uses is the client's choice: one that is open does not make up for the other.
+        # The client chooses the IP version: one that is open does not make up for one that is closed.
         return (_ok if set(words.values()) == {Firewall.OPEN} else _unknown)("firewall", text)
 
     def _at_target(self) -> Iterator[Check]:
-        """The plan has looked for what the template offers; whether the target has it, the target says."""
+        """The target itself, as the plan only knows what its template offers."""
         service, name = self._forward.service, self._target.name
         port = self._forward.source.rule.target_ports.first  # of a range it stands for all
         halted = self._forward.finding(Cause.TARGET_HALTED)
@@ -273,7 +273,7 @@ class _Walk:
         return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
 
     def _stops(self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str) -> Check:
-        """``qube`` is the one that lacks something, if it is one."""
+        """``qube`` is the qube that lacks something, if any does."""
         template = None if qube is None else self._snapshot.inventory.qubes[qube].template or qube
         target, name, *_ = self._forward.source
         facts: dict[str, object] = {"target": target, "name": name, "exposed": self._forward.exposed}

@@ -111,7 +111,7 @@ def _answer(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer
 
 
 def is_without_listener(answer: Answer) -> bool:
-    """Whether nothing of ours runs there that could have connections."""
+    """Whether no listener of ours can run there, so that it has no connections."""
     is_down = isinstance(answer, NotRunningError)
     return is_down or (isinstance(answer, AnswerError) and answer.status == ExitStatus.NO_SERVICE)
 

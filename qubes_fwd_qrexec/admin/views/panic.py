@@ -25,7 +25,7 @@ from .tables import counted, escaped
 
 
 class _Seen(NamedTuple):
-    """A hold, and what goes on all the same: calls of ``allowed``, which another policy file allows, and
+    """A hold, and what goes on in spite of it: calls that another policy file allows (``allowed``), and
     connections.
     """
 
@@ -59,7 +59,7 @@ def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
     """What goes on, as dom0's whole policy and the listeners say."""
     live = snapshot.plan(session.now, is_held=False)
     verdicts: Mapping[tuple[QubeName, RuleName], PolicyVerdict] = {}
-    # Our file is held, so what is allowed is allowed by another. If none can be read, that is said already.
+    # Our file holds everything, so another file allows these. That no file can be read has been said.
     with suppress(ForwardError, OSError):
         verdicts = judged(live.live, session.backend, None) if held.is_held else {}
     allowed = {key for key, verdict in verdicts.items() if verdict.is_allowed}

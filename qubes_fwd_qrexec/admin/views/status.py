@@ -45,7 +45,7 @@ _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
-# Each look calls every qube that listens, and nobody reads faster.
+# Seconds between looks: each one calls every qube that listens, and nobody reads faster.
 WATCH_S = 2.0
 # ECMA-48: the cursor goes to the first column of the first line, and everything after it is erased.
 _CLEAR = "\x1b[H\x1b[J"
@@ -200,9 +200,8 @@ def status(args: Namespace, session: Session) -> int:
 
 
 def watch(args: Namespace, session: Session, ending: Ending) -> int:
-    """Show it again and again until the end is asked for; the last look gives the exit status.
-
-    An error ends one look only: it is said, and the next look may go better.
+    """Show the status again and again until SIGINT or SIGTERM; the last look gives the exit status. An error
+    is printed and ends only one look: the next may go better.
     """
     while True:
         # Warnings stand below what is shown, which would clear them away.

@@ -94,5 +94,5 @@ def failure(outcome: Outcome) -> str:
     text = f"not everything could be done: {'; '.join(troubles(outcome))}.\nDone: {done or 'nothing'}."
     if undone:
         text += f"\nNot done: {undone}."
-    # A target that was not told is not told by another apply, which finds no line of policy to take away.
+    # Another apply does not tell a target that this one could not: it finds no line of policy to take away.
     return f"{text}\n'qvm-forward apply' does the rest once that is mended" if outcome.problems else text

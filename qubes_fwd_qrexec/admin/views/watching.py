@@ -17,7 +17,7 @@ from .session import Session
 from .tables import escaped
 from .times import print_expire
 
-# Less is the work of clock synchronisation, and changes nothing that anybody would see.
+# Smaller steps are those of clock synchronisation, and change nothing that anybody would see.
 _SET_BACK_S = 60.0
 
 
@@ -75,7 +75,7 @@ class _Printer:
         if str(error) != self._trouble:
             self._trouble = str(error)
             self._warn(self._trouble)
-        # Nothing without which it could start is a reason not to start.
+        # What it can start without does not keep it from starting.
         notify("READY=1", f"STATUS={escaped(self._trouble)}")
 
     def check_clock(self, ahead_s: float) -> None:
