@@ -34,6 +34,11 @@ class PolicyFile(NamedTuple):
     text: str | None
     token: str
 
+    @property
+    def is_read(self) -> bool:
+        """Whether it could be read at all."""
+        return self.token != ANY
+
 
 class PolicyCall(NamedTuple):
     """A qrexec call as policy judges it; ``argument`` begins with ``+``."""

@@ -161,9 +161,8 @@ class _Walk:
 
         allowed = policy.allowing(self._snapshot.installed.text)
         told = self._snapshot.inventory.qubes[exposed].features.get(f"{CONFIG_PREFIX}{config.key}")
-        lacking = [
-            f"dom0's policy lacks '{line}'" for line in policy.lines(self._forward) if line not in allowed
-        ]
+        needed = policy.lines(self._forward) if self._snapshot.installed.is_read else ()
+        lacking = [f"dom0's policy lacks '{line}'" for line in needed if line not in allowed]
         if told != str(config):
             lacking.append(f"{exposed} has {'no' if told is None else 'another'} configuration for it")
         if lacking:
@@ -180,7 +179,7 @@ class _Walk:
         yield _ok("listener", f"{exposed} listens on {self._forward.source.rule.listen_ports.worded()}")
         yield self._firewall(exposed, config, answer.firewall)
 
-        verdicts = judged([self._forward], self._backend, self._snapshot.installed.text)
+        verdicts = judged([self._forward], self._backend, self._snapshot.installed)
         verdict = verdicts[self._forward.source[:2]]
         call = f"{self._forward.service} from {exposed} to {self._target.name}"
         if verdict.is_allowed:

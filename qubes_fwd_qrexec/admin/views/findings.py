@@ -5,7 +5,7 @@ The sentence that stands for a forward elsewhere names only the first finding th
 """
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.backend import PolicyVerdict
+from qubes_fwd_qrexec.admin.backend import PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
 from qubes_fwd_qrexec.common.config import Side
 
@@ -58,7 +58,7 @@ _SIDES = {
 
 
 def shown(
-    forward: Forward, planned: Plan, installed: str | None, now: float, verdict: PolicyVerdict | None = None
+    forward: Forward, planned: Plan, installed: PolicyFile, now: float, verdict: PolicyVerdict | None = None
 ) -> tuple[Check, ...]:
     """All findings, in the order of the way; ``installed`` is dom0's policy file as it is, and
     ``verdict`` what its whole policy says of a live one."""
@@ -97,19 +97,23 @@ def _reached(forward: Forward) -> str:
     return f"{forward.side}: {_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed)}"
 
 
-def _policy(forward: Forward, planned: Plan, installed: str | None, verdict: PolicyVerdict | None) -> Check:
+def _policy(forward: Forward, planned: Plan, installed: PolicyFile, verdict: PolicyVerdict | None) -> Check:
     """What dom0 says now, which may not be what the plan asks for."""
-    allowed = policy.allowing(installed)
+    allowed = policy.allowing(installed.text)
+    unread = f"whether {policy.NAME}.policy allows the call is not known, as it cannot be read"
     if forward.is_live:
-        if not allowed.issuperset(policy.lines(forward)):
+        if installed.is_read and not allowed.issuperset(policy.lines(forward)):
             text = "dom0 does not allow the call yet; 'qvm-forward apply' sees to it"
             return Check("policy", Verdict.STOPS, text, ways_out=_APPLY)
         if verdict is None or verdict.is_allowed:
             return Check("policy", Verdict.OK, "dom0 allows the call")
         if verdict.is_allowed is False:
             return Check("policy", Verdict.STOPS, f"dom0 denies the call: {verdict.reason}")
-        text = f"{policy.NAME}.policy allows the call; whether another file denies it is not known"
+        ours = f"{policy.NAME}.policy allows the call; whether another file denies it is not known"
+        text = ours if installed.is_read else unread
         return Check("policy", Verdict.NOTE, f"{text}: {verdict.reason}")
+    if not installed.is_read:
+        return Check("policy", Verdict.NOTE, unread)
     # The calls by which it might go on, over whatever service it went before.
     ports, ends = forward.source.rule.target_ports, [forward.exposed, forward.source.target]
     arguments = [f"+{ports.brief()}+mux", *(f"+{port}" for port in ports)]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import hold
-from qubes_fwd_qrexec.admin.backend import PolicyVerdict
+from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.hold import Held
 from qubes_fwd_qrexec.admin.policy import NAME
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
@@ -61,7 +61,7 @@ def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
     verdicts: Mapping[tuple[QubeName, RuleName], PolicyVerdict] = {}
     # Our file holds everything, so another file allows these. That no file can be read has been said.
     with suppress(ForwardError, OSError):
-        verdicts = judged(live.live, session.backend, None) if held.is_held else {}
+        verdicts = judged(live.live, session.backend, PolicyFile(None, NEW)) if held.is_held else {}
     allowed = {key for key, verdict in verdicts.items() if verdict.is_allowed}
     heard = ask_after(
         live,

@@ -23,7 +23,7 @@ def list_rules(args: Namespace, session: Session) -> int:
     """All forwards as a table."""
     snapshot = session.look()
     planned = selected(args.qube, snapshot, session.now)
-    verdicts = judged(planned.live, session.backend, snapshot.installed.text)
+    verdicts = judged(planned.live, session.backend, snapshot.installed)
     if session.is_json:
         data = plan_as_json(planned)
         for entry, forward in zip(data["forwards"], planned, strict=True):
@@ -80,7 +80,7 @@ def show(args: Namespace, session: Session) -> int:
         return 0
     planned = snapshot.plan(session.now)
     forward = next(forward for forward in planned if forward.source == entry)
-    installed = snapshot.installed.text
+    installed = snapshot.installed
     verdict = judged([forward], session.backend, installed).get(forward.source[:2])
     found = findings.shown(forward, planned, installed, session.now, verdict)
     lines = policy.lines(forward)

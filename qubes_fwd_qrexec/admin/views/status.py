@@ -228,7 +228,7 @@ def watch(args: Namespace, session: Session, ending: Ending) -> int:
 def _look(args: Namespace, session: Session) -> Status:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
-    verdicts = judged(planned.live, session.backend, snapshot.installed.text)
+    verdicts = judged(planned.live, session.backend, snapshot.installed)
     answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
     return status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
 

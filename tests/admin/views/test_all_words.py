@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from worlds import NOW, OURS, qube, rule, world
 
 from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Qube
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import State, Verdict
@@ -72,5 +73,5 @@ def test_every_finding_has_words_and_what_stops_has_a_way_out(
                     PARSER.parse_args(arguments)
         assert reasons.sentence(forward)
         assert is_live or reasons.ways_out(forward)
-        shown = findings.shown(forward, planned, policy.text(planned), NOW)
+        shown = findings.shown(forward, planned, PolicyFile(policy.text(planned), NEW), NOW)
         assert {one.name for one in shown if one.verdict is Verdict.STOPS} or is_live

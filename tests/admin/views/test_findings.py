@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Each check's verdict by itself, whatever another one says."""
 
+from collections.abc import Sequence
+
 import pytest
 from worlds import NOW, qube, rule, world
 
 from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import ANY, NEW, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.views.findings import shown
+from qubes_fwd_qrexec.admin.views.judged import judged
 from qubes_fwd_qrexec.admin.views.tables import Check
 from qubes_fwd_qrexec.common.rules import NamedRule
 
@@ -23,7 +27,7 @@ def found(
     assert forward is not None
     if installed is None:
         installed = policy.text(planned)
-    return {one.name: one for one in shown(forward, planned, installed, NOW)}
+    return {one.name: one for one in shown(forward, planned, PolicyFile(installed, NEW), NOW)}
 
 
 CASES = [
@@ -177,3 +181,24 @@ def test_policy_that_still_allows_what_is_closed_is_noted(call: str) -> None:
 def test_a_line_that_another_forward_needs_is_not_this_ones() -> None:
     other = rule("srcports=81 dstports=80", name="other")
     assert found(rule("enabled=no"), None, other)["policy"].verdict == "stops"
+
+
+@pytest.mark.parametrize("options", ["", "enabled=no"])
+def test_policy_that_cannot_be_read_is_not_known(options: str) -> None:
+    planned = plan([rule(options)], world(), NOW)
+    (forward,) = planned
+    verdict = PolicyVerdict(None, "only dom0 can read it")
+    one = shown(forward, planned, PolicyFile(None, ANY), NOW, verdict)[-1]
+    assert (one.name, one.verdict) == ("policy", "note")
+    assert one.text.startswith("whether 30-forward.policy allows the call is not known")
+
+
+def test_a_call_is_not_said_to_be_denied_by_a_file_that_could_not_be_read() -> None:
+    class Management:
+        def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
+            return [PolicyVerdict(None, "only dom0 can read it")] * len(calls)
+
+    forwards = list(plan([rule()], world(), NOW))
+    (unread,) = judged(forwards, Management(), PolicyFile(None, ANY)).values()
+    (missing,) = judged(forwards, Management(), PolicyFile(None, NEW)).values()
+    assert (unread.is_allowed, missing.is_allowed) == (None, False)

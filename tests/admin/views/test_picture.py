@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from worlds import NOW, OURS, qube, rule, world
 
 from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Verdict
@@ -26,7 +27,7 @@ def drawn(
     planned = plan([named], inventory, NOW)
     text = policy.text(planned) if installed is None else installed
     (forward,) = planned
-    found = shown(forward, planned, text, NOW)
+    found = shown(forward, planned, PolicyFile(text, NEW), NOW)
     is_allowed = found[-1].verdict is not Verdict.STOPS
     return picture(forward, inventory, is_allowed=is_allowed, width=width)
 

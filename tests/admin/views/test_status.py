@@ -228,7 +228,7 @@ def look(store: Backend, **answers: QubeReport | AnswerError) -> Status:
         to_ask(planned, snapshot.inventory, ()), QubeReport(program="1")
     )
     asked |= {QubeName(name.replace("_", "-")): answer for name, answer in answers.items()}
-    return status_of(snapshot, planned, NOW, judged(planned.live, store, snapshot.installed.text), asked)
+    return status_of(snapshot, planned, NOW, judged(planned.live, store, snapshot.installed), asked)
 
 
 def row(store: Backend, **answers: QubeReport | AnswerError) -> Row:
