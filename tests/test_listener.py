@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import math
 import socket
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from helpers import (
     write_config,
 )
 
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.acceptloop import BindError
@@ -301,7 +303,9 @@ async def test_a_cancelled_listener_leaves_no_descriptor(tmp_path: Path, server:
 async def test_many_connections_leave_nothing(tmp_path: Path, server: socket.socket) -> None:
     port, config = free_port(), tmp_path / "config"
     write_config(config, port, port_of(server))
-    async with running_listener(config, FakeClient(tmp_path, "serve").command) as listener:
+    # Calls begin four at a time, and a busy machine takes seconds to start each: one may wait for that.
+    patient = CallWaits(wait_s=math.inf)
+    async with running_listener(config, FakeClient(tmp_path, "serve").command, waits=patient) as listener:
 
         async def converse() -> None:
             async with await connect(port) as near:
