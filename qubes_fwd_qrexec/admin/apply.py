@@ -39,7 +39,7 @@ class Kind(StrEnum):
 
 class Step(NamedTuple):
     """One change: of policy (``value`` is the whole new text, ``lines`` are those that go or come), of a
-    feature (``qube`` and ``key``), or what targets are told of the calls to them (``told``).
+    feature (``qube`` and ``key``), or what targets are told of the calls to them (``allowances``).
     """
 
     kind: Kind
@@ -48,7 +48,7 @@ class Step(NamedTuple):
     key: str = ""
     was: str | None = None
     lines: tuple[str, ...] = ()
-    told: Mapping[QubeName, Allowance] = MappingProxyType({})
+    allowances: Mapping[QubeName, Allowance] = MappingProxyType({})
 
     @property
     def is_policy(self) -> bool:
@@ -120,10 +120,10 @@ def differences(
         # Two writes if there is something to open too, so that closing never waits for opening.
         closed = policy.text(plan, withheld=new)
         steps.append(Step(Kind.CLOSE_POLICY, closed, lines=tuple(sorted(gone))))
-    present = {(qube, key): value for qube, key, value in inventory.told()}
+    present = {(qube, key): value for qube, key, value in inventory.configurations()}
     everybody = serving(inventory) if ends_all and present else set()
     if told := _revocations(gone, new_lines, inventory, everybody, cuts_drains=plan.is_held):
-        steps.append(Step(Kind.REVOKE, told=told))
+        steps.append(Step(Kind.REVOKE, allowances=told))
     wanted = {place: str(forward.config) for forward in plan if (place := _place(forward)) is not None}
     for qube, key in sorted(present.keys() - wanted.keys() - set(untold)):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
@@ -163,7 +163,7 @@ def _revocations(
 def _endings_of_rules(plan: Plan) -> Iterator[Step]:
     """Store that a rule's time is over, so that no clock that is set back opens it again."""
     for forward in plan:
-        named = forward.source
+        named = forward.named
         if forward.cause is Cause.EXPIRED and not named.rule.has_ended:
             line = str(replace(named.rule, has_ended=True))
             yield Step(Kind.END_RULE, line, named.target, f"{RULE_PREFIX}{named.name}", str(named.rule))
@@ -191,7 +191,7 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
                 backend.replace_policy(step.value, installed.token)
                 installed = _written(backend, step.value)
             elif step.kind is Kind.REVOKE:
-                ended = revoke(step.told, backend)
+                ended = revoke(step.allowances, backend)
             elif step.kind is Kind.REMOVE_CONFIG:
                 backend.remove_feature(step.qube, step.key)
             else:

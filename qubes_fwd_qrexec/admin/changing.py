@@ -79,10 +79,10 @@ def change(
         # Judged as the last of those that claim ports, before and after.
         newcomers = [(qube, RuleName(name)) for qube, name in keys]
         was, planned = (each.plan(now, newcomers, is_held=False) for each in (before, after))
-        for forward in (forward for forward in planned if forward.source[:2] in keys):
-            problem = _new_problem(was.find(*forward.source[:2]), forward, ports_alone=ports_alone)
+        for forward in (forward for forward in planned if forward.named[:2] in keys):
+            problem = _new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
             if problem is not None:
-                raise NotOpenError(f"{forward.source} was not {done}", forward, problem)
+                raise NotOpenError(f"{forward.named} was not {done}", forward, problem)
         store(backend, before.inventory, changes)
         plan_before, planned, outcome = before.plan(now), after.plan(now), None
         if is_applied:
@@ -96,8 +96,8 @@ def change(
 
 def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:
     """What would newly keep a rule closed; or, if it was and stays disabled, once it is enabled."""
-    if old is not None and old.source.rule.enabled is not new.source.rule.enabled:
-        if old.source.rule.enabled:
+    if old is not None and old.named.rule.enabled is not new.named.rule.enabled:
+        if old.named.rule.enabled:
             return None  # what closes is never refused
         old = None
     stop = _stop(new)
@@ -139,7 +139,7 @@ def new_rule(
 def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Forward:
     """What would become of a rule if it was stored; nothing is. Its target must exist."""
     after = snapshot.changed({named[:2]: str(named.rule)})
-    return next(forward for forward in after.plan(now, [named[:2]]) if forward.source == named)
+    return next(forward for forward in after.plan(now, [named[:2]]) if forward.named == named)
 
 
 def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | None = None) -> Changed:

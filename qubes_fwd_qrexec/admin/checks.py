@@ -173,7 +173,7 @@ def _tunnel(
         yield Finding(Cause.NO_TUNNEL)
     elif not inventory.is_bypassed(tunnel, exposed.name, side):
         yield Finding(Cause.WITHIN_TUNNEL, exposed.name, mark=tunnel)
-    elif forward.source.rule.bypass_tunnel:
+    elif forward.named.rule.bypass_tunnel:
         yield Finding(Cause.BYPASSES_TUNNEL, mark=tunnel)
     else:
         if tunnel.qube == exposed.name:
@@ -200,7 +200,7 @@ def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding
 
 def _config(forward: Forward, side: Side) -> tuple[ListenerConfig | None, list[Finding]]:
     """The listener's configuration, and a finding if it is too large."""
-    named, service, transport = forward.source, forward.service, forward.transport
+    named, service, transport = forward.named, forward.service, forward.transport
     ports = len(named.rule.listen_ports)
     if service is None:
         return None, []

@@ -21,7 +21,7 @@ class _Claim(NamedTuple):
     first: int
     last: int
     addresses: tuple[IPAddress, ...]
-    source: NamedRule
+    named: NamedRule
 
 
 class Claims:
@@ -31,21 +31,21 @@ class Claims:
         self._ports: dict[QubeName, list[_Claim]] = {}
         self._calls: dict[tuple[QubeName, QubeName, bool], list[NamedRule]] = {}
 
-    def take(self, source: NamedRule, listener: QubeName) -> Finding | None:
+    def take(self, named: NamedRule, listener: QubeName) -> Finding | None:
         """Give a rule what it claims, or return the conflict with the rule that has it."""
-        rule = source.rule
+        rule = named.rule
         first, last = rule.listen_ports.first, rule.listen_ports.last
-        claim = _Claim(first, last, rule.listen_addresses, source)
+        claim = _Claim(first, last, rule.listen_addresses, named)
         ports = self._ports.setdefault(listener, [])
         sharing = [other for other in ports if other[0] <= last and first <= other[1]]
         for other in sharing:
-            if other.source.rule.proto is rule.proto and _overlap(claim.addresses, other.addresses):
-                return Finding(Cause.CONFLICT, qube=listener, rival=other.source, detail="port")
-        for reaching in self._calls.get((listener, source.target, not rule.autostart), ()):
+            if other.named.rule.proto is rule.proto and _overlap(claim.addresses, other.addresses):
+                return Finding(Cause.CONFLICT, qube=listener, rival=other.named, detail="port")
+        for reaching in self._calls.get((listener, named.target, not rule.autostart), ()):
             if rule.target_ports.overlaps(reaching.rule.target_ports):
                 return Finding(Cause.CONFLICT, qube=listener, rival=reaching, detail="autostart")
         ports.append(claim)
-        self._calls.setdefault((listener, source.target, rule.autostart), []).append(source)
+        self._calls.setdefault((listener, named.target, rule.autostart), []).append(named)
         return None
 
 

@@ -54,20 +54,20 @@ def feature_matters(key: str, with_config: bool = True) -> bool:
     A template has a hundred others, and a real system is asked for each value by itself.
     """
     if key.startswith(CONFIG_PREFIX):
-        return with_config and is_told(key)
+        return with_config and is_configuration(key)
     return key in _MATTER or key.startswith((RULE_PREFIX, *VPN_PREFIXES))
 
 
-def is_told(key: str) -> bool:
-    """Whether a feature is one that tells a listener of a forward."""
+def is_configuration(key: str) -> bool:
+    """Whether a feature configures a listener for a forward."""
     return key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX))
 
 
 class Qube(NamedTuple):
     """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False.
 
-    ``told`` are the names of the features that tell its listener of forwards, also where their values were
-    not asked for. ``problem`` says why something that matters could not be read: nothing is known then.
+    ``configured`` are the names of the features that configure its listener, also where their values were not
+    asked for. ``problem`` says why something that matters could not be read: nothing is known then.
     """
 
     name: QubeName
@@ -81,7 +81,7 @@ class Qube(NamedTuple):
     template: QubeName | None = None
     template_for_dispvms: bool = False
     tags: frozenset[str] = frozenset()
-    told: frozenset[str] = frozenset()
+    configured: frozenset[str] = frozenset()
     problem: str | None = None
 
 
@@ -160,11 +160,11 @@ class Inventory(NamedTuple):
         """Whether a qube, or the template that it is made from, has told dom0 that it has a service."""
         return bool(self.feature(name, f"{OFFER_PREFIX}{service}"))
 
-    def told(self) -> Iterator[tuple[QubeName, str, str]]:
-        """What listeners are told: exposed qube, name and value of the feature."""
+    def configurations(self) -> Iterator[tuple[QubeName, str, str]]:
+        """What configures listeners: exposed qube, name and value of the feature."""
         for qube in self.qubes.values():
             for key, value in qube.features.items():
-                if is_told(key):
+                if is_configuration(key):
                     yield qube.name, key, value
 
     def tunnel_marks(self, name: QubeName) -> Iterator[TunnelMark]:

@@ -40,7 +40,7 @@ def plan(
     for key in sorted(forwards, key=lambda key: (key in newcomers, key)):
         forward = forwards[key]
         home = _home(forward)
-        conflict = None if home is None else claims.take(forward.source, home)
+        conflict = None if home is None else claims.take(forward.named, home)
         if conflict is not None:
             forwards[key] = forward.with_finding(conflict)
     return Plan(tuple(forwards.values()), tuple(sorted(broken)))
@@ -50,7 +50,7 @@ def _home(forward: Forward) -> QubeName | None:
     """Where a rule claims its ports: at the netvms that were agreed to, since it opens again by itself when
     they are back.
     """
-    rule = forward.source.rule
+    rule = forward.named.rule
     if forward.cause in _ASLEEP:
         return None
     followed = forward.chain if rule.follow_netvm else ()

@@ -62,7 +62,7 @@ def lines(forward: Forward) -> tuple[str, ...]:
         arguments = [f"{config.target_ports.brief()}+mux"]
     else:
         arguments = [str(port) for port in config.target_ports]
-    autostart = yes_no(forward.source.rule.autostart)
+    autostart = yes_no(forward.named.rule.autostart)
     return tuple(
         f"{config.service}  +{argument}  {forward.exposed}  {config.target}  allow  "
         f"autostart={autostart}  notify=no"
@@ -76,9 +76,9 @@ def text(planned: Plan, *, withheld: Container[str] = ()) -> str:
     # Two forwards to the same port of a target from the same qube share a line.
     done: set[str] = set()
     for forward in planned.live:
-        rule = forward.source.rule
+        rule = forward.named.rule
         parts.append(
-            f"\n# {forward.source}: {rule.listen_ports.worded()} of {forward.exposed} to "
+            f"\n# {forward.named}: {rule.listen_ports.worded()} of {forward.exposed} to "
             f"{rule.target_ports.worded()}\n"
         )
         parts += [f"{line}\n" for line in lines(forward) if line not in done and line not in withheld]

@@ -97,7 +97,7 @@ def drains(inventory: Inventory) -> set[tuple[QubeName, Calls]]:
     """
     cut: set[tuple[QubeName, Calls]] = set()
     drained: set[tuple[QubeName, Calls]] = set()
-    for exposed, key, value in inventory.told():
+    for exposed, key, value in inventory.configurations():
         try:
             config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
         except ConfigError:

@@ -117,7 +117,7 @@ class Forward(NamedTuple):
     ``config`` is there exactly when the forward is live.
     """
 
-    source: NamedRule
+    named: NamedRule
     findings: tuple[Finding, ...] = ()
     chain: tuple[QubeName, ...] = ()
     exposed: QubeName | None = None
@@ -181,7 +181,7 @@ class Plan:
 
     def find(self, target: str, name: str) -> Forward | None:
         for forward in self.forwards:
-            if forward.source.target == target and forward.source.name == name:
+            if forward.named.target == target and forward.named.name == name:
                 return forward
         return None
 

@@ -105,6 +105,6 @@ def _look(backend: Backend, now: float, last: Look | None, *, is_followed: bool)
 
 def next_end(planned: Plan, now: float) -> float | None:
     """When the next enabled rule ends."""
-    rules = [forward.source.rule for forward in planned]
+    rules = [forward.named.rule for forward in planned]
     ends = [rule.expire for rule in rules if rule.enabled and not rule.has_ended and rule.expire is not None]
     return min((end for end in ends if end > now), default=None)

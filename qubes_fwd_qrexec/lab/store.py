@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.admin.backend import (
     PolicyFile,
     PolicyVerdict,
 )
-from qubes_fwd_qrexec.admin.inventory import Inventory, Qube, feature_matters, is_told
+from qubes_fwd_qrexec.admin.inventory import Inventory, Qube, feature_matters, is_configuration
 from qubes_fwd_qrexec.common.errors import StoreError, why
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.system.lockfile import hold, is_held
@@ -49,8 +49,8 @@ class LabStore:
             try:
                 qube = self._lab.qube(name)
             except StoreError as error:
-                told = frozenset(filter(is_told, features))
-                found[name] = Qube(name, "AppVM", features, told=told, problem=str(error))
+                configured = frozenset(filter(is_configuration, features))
+                found[name] = Qube(name, "AppVM", features, configured=configured, problem=str(error))
                 continue
             found[name] = Qube(
                 name=name,
@@ -64,7 +64,7 @@ class LabStore:
                 template=qube.template,
                 template_for_dispvms=qube.template_for_dispvms,
                 tags=frozenset(qube.tags),
-                told=frozenset(filter(is_told, features)),
+                configured=frozenset(filter(is_configuration, features)),
                 problem=problem,
             )
         return Inventory(found)

@@ -239,7 +239,7 @@ def test_steps_in_words_and_json() -> None:
         "work: end connections that are not allowed any more",
         "sys-net: stop listening for fwd.work.web",
     ]
-    assert as_json(gone[1]) == {"step": "revoke", "told": {"work": "version=1 drains=keep\n"}}
+    assert as_json(gone[1]) == {"step": "revoke", "allowances": {"work": "version=1 drains=keep\n"}}
     assert as_json(gone[2]) == {"step": "remove-config", "qube": "sys-net", "feature": CONFIG, "was": value}
 
 

@@ -36,7 +36,7 @@ def test_a_preview_shows_what_add_would_open_and_stores_nothing(store: Backend, 
     snapshot = look(store)
     named = changing.new_rule(snapshot, NOW, WORK, RULE)
     seen = changing.preview(snapshot, NOW, named)
-    assert (seen.state, seen.exposed, seen.source.name) == (State.ACTIVE, "sys-net", "tcp-80")
+    assert (seen.state, seen.exposed, seen.named.name) == (State.ACTIVE, "sys-net", "tcp-80")
     assert content(lab) == before
     added = changing.add(System(store, NOW), WORK, RULE)
     assert added.forwards == [seen]
@@ -59,7 +59,7 @@ def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: Lab
     before = content(lab)
     with pytest.raises(NotOpenError) as refused:
         changing.add(System(store, NOW), VAULT, replace(RULE, via=QubeName("sys-net")))
-    assert (refused.value.finding.cause, refused.value.forward.source.target) == (Cause.CONFLICT, "vault")
+    assert (refused.value.finding.cause, refused.value.forward.named.target) == (Cause.CONFLICT, "vault")
     assert content(lab) == before
 
 

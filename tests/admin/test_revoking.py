@@ -28,7 +28,9 @@ WORK = QubeName("work")
 def told(backend: Backend, *rules: NamedRule) -> dict[str, str]:
     """What each target would be told if exactly these rules were there."""
     return {
-        target: str(allowance) for step in steps(backend, *rules) for target, allowance in step.told.items()
+        target: str(allowance)
+        for step in steps(backend, *rules)
+        for target, allowance in step.allowances.items()
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qubes_fwd_qrexec.admin.inventory import ADMIN, Inventory, Qube, feature_matters, is_told
+from qubes_fwd_qrexec.admin.inventory import ADMIN, Inventory, Qube, feature_matters, is_configuration
 from qubes_fwd_qrexec.common.values import QubeName, parse_address, parse_qube_name
 
 from .errors import UnansweredError, asking_qubesd
@@ -61,7 +61,7 @@ class Reader:
         try:
             with asking_qubesd("admin.vm.feature.List", name, self._here):
                 keys = list(vm.features)
-            qube = qube._replace(told=frozenset(filter(is_told, keys)))
+            qube = qube._replace(configured=frozenset(filter(is_configuration, keys)))
             for key in keys:
                 if feature_matters(key, self._with_config):
                     with asking_qubesd(f"admin.vm.feature.Get+{key}", name, self._here):

@@ -38,9 +38,9 @@ def apply(args: Namespace, session: Session) -> int:
     if not session.is_json:
         # Not of clones and disposables: there may be many, and their forwards never were open.
         closed = (f for f in planned if f.cause is Cause.NETVM_CHANGED)
-        session.say("".join(f"{f.source} is suspended. {reasons.sentence(f)}\n" for f in closed))
+        session.say("".join(f"{f.named} is suspended. {reasons.sentence(f)}\n" for f in closed))
     for forward in refused:
-        session.warn(f"{forward.source} is refused. {reasons.sentence(forward)}")
+        session.warn(f"{forward.named} is refused. {reasons.sentence(forward)}")
     for rule in planned.broken:
         session.warn(render.broken_line(rule, Style()).rstrip("\n"))
     return 1 if refused or planned.broken or is_unread else 0

@@ -25,7 +25,7 @@ def calls_needed(plan: Plan, exposed: str | None) -> int:
     calls = set()
     for forward in plan.live:
         if forward.exposed == exposed:
-            named = forward.source
+            named = forward.named
             alone = named.name if forward.transport is Transport.CALL else None
             calls.add((named.target, named.rule.target_ports, alone))
     return len(calls)

@@ -152,10 +152,10 @@ def report(changed: Changed, session: Session, done: str) -> int:
 
 def _about(after: After, now: float, done: str) -> Iterator[str]:
     for forward in after.changed.forwards:
-        yield f"Forward {forward.source} is {done}{_state(after, forward)}"
-        if forward.is_live and forward.source.rule.expire is not None:
-            yield f"It ends {print_expire(forward.source.rule.expire, now)}."
-        old = after.changed.plan_before.find(*forward.source[:2])
+        yield f"Forward {forward.named} is {done}{_state(after, forward)}"
+        if forward.is_live and forward.named.rule.expire is not None:
+            yield f"It ends {print_expire(forward.named.rule.expire, now)}."
+        old = after.changed.plan_before.find(*forward.named[:2])
         known = [] if old is None else warnings(old)
         yield from (f"Note: {escaped(note)}." for note in notes(after, forward) if note not in known)
 
@@ -164,7 +164,7 @@ def _state(after: After, forward: Forward) -> str:
     """What became of a forward that the change was about."""
     sentence = reasons.sentence(forward)
     if forward.state is State.DISABLED:
-        return f"{_closed(after, forward.source[:2])}. {sentence}"
+        return f"{_closed(after, forward.named[:2])}. {sentence}"
     if forward.is_live and after.changed.outcome is None:
         return f"; 'qvm-forward apply' puts it in force. Then: {sentence}"
     return f" and {forward.state}. {sentence}"
@@ -191,7 +191,7 @@ def notes(after: After, forward: Forward) -> list[str]:
 
 def news(after: After, forward: Forward) -> list[str]:
     """Warnings about a forward that come from the change."""
-    key = forward.source[:2]
+    key = forward.named[:2]
     denial, uptake = after.denials.get(key), after.heard.uptakes.get(key)
     found = [] if denial is None else [f"dom0 denies its calls: {denial}"]
     trouble = None if uptake is None else heard.note(forward, uptake)
@@ -209,7 +209,7 @@ def warnings(forward: Forward) -> list[str]:
     """Warnings about a forward that is open, whatever was changed."""
     if not forward.is_live:
         return []
-    target = forward.source.target
+    target = forward.named.target
     found = [*reasons.notes(forward), *reasons.hints(forward)]
     if forward.service is Service.CONNECT_TCP:
         found.append(reasons.transport_reason(forward))
@@ -218,7 +218,7 @@ def warnings(forward: Forward) -> list[str]:
             f"where {target} serves calls by qubes-forward-service.socket, an answer that breaks off may "
             "look complete to the client"
         )
-    if forward.source.rule.proxy == "off":
+    if forward.named.rule.proxy == "off":
         way_out = "make sure that it asks everybody for a password"
         if forward.transport is Transport.MUX:
             way_out += ", or tell it the client's address with proxy=v2"

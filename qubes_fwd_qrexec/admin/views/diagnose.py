@@ -126,7 +126,7 @@ def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backen
         remove, problem = ("qvm-forward", "remove", target, name), broken_line(entry, Style()).rstrip("\n")
         yield Check("rule", Verdict.STOPS, problem, State.BROKEN, f"'{' '.join(remove)}'", (remove,))
         return
-    forward = next(forward for forward in snapshot.plan(now) if forward.source == entry)
+    forward = next(forward for forward in snapshot.plan(now) if forward.named == entry)
     for check in _Walk(snapshot, forward, backend).steps():
         yield check
         if check.verdict == Verdict.STOPS:
@@ -140,14 +140,14 @@ class _Walk:
         self._snapshot = snapshot
         self._forward = forward
         self._backend = backend
-        self._target = snapshot.inventory.qubes[forward.source.target]
+        self._target = snapshot.inventory.qubes[forward.named.target]
 
     def steps(self) -> Iterator[Check]:
         forward = self._forward
         if forward.exposed is None or forward.config is None:
             yield self._planned("rule", forward.decisive)
             return
-        yield _ok("rule", f"{forward.source} is {forward.state}")
+        yield _ok("rule", f"{forward.named} is {forward.state}")
         yield from self._at_exposed(forward.exposed, forward.config)
         yield from self._at_target()
         if self._target.is_running:
@@ -176,11 +176,11 @@ class _Walk:
         found = uptake(self._forward, answer)
         if found.has not in (Has.OPEN, Has.FIREWALL):
             yield self._stops("listener", found.has, heard.trouble(self._forward, found) or "")
-        yield _ok("listener", f"{exposed} listens on {self._forward.source.rule.listen_ports.worded()}")
+        yield _ok("listener", f"{exposed} listens on {self._forward.named.rule.listen_ports.worded()}")
         yield self._firewall(exposed, config, answer.firewall)
 
         verdicts = judged([self._forward], self._backend, self._snapshot.installed)
-        verdict = verdicts[self._forward.source[:2]]
+        verdict = verdicts[self._forward.named[:2]]
         call = f"{self._forward.service} from {exposed} to {self._target.name}"
         if verdict.is_allowed:
             yield _ok("policy", f"dom0 allows {call}")
@@ -210,7 +210,7 @@ class _Walk:
     def _at_target(self) -> Iterator[Check]:
         """The target itself, as the plan only knows what its template offers."""
         service, name = self._forward.service, self._target.name
-        port = self._forward.source.rule.target_ports.first  # of a range it stands for all
+        port = self._forward.named.rule.target_ports.first  # of a range it stands for all
         halted = self._forward.finding(Cause.TARGET_HALTED)
         if halted is not None:
             yield self._planned("target", halted)
@@ -249,7 +249,7 @@ class _Walk:
             text = f"a connection from {exposed} did not reach the server: {trial.text}"
             return self._stops("round trip", trial.reason, text, self._target.name)
         # A server that expects something else refuses it, and nobody here sees that.
-        proxy = self._forward.source.rule.proxy
+        proxy = self._forward.named.rule.proxy
         header = f"with a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
         if proxy is Proxy.OFF:
             header = "without a PROXY header (if the server expects one, set proxy=v1 or proxy=v2)"
@@ -274,7 +274,7 @@ class _Walk:
     def _stops(self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str) -> Check:
         """``qube`` is the qube that lacks something, if any does."""
         template = None if qube is None else self._snapshot.inventory.qubes[qube].template or qube
-        target, name, *_ = self._forward.source
+        target, name, *_ = self._forward.named
         facts: dict[str, object] = {"target": target, "name": name, "exposed": self._forward.exposed}
         facts |= {"qube": qube, "template": template, **more}
         remedy, *commands = _REMEDIES.get(cause, _OTHERWISE)
@@ -289,7 +289,7 @@ class _Walk:
         # Where somebody has to agree after something else, that is the last.
         last = quoted.pop() if len(ways_out) > 1 and ways_out[-1][1] == "confirm" else None
         remedy = " or ".join(quoted) if last is None else f"{' or '.join(quoted)}, then {last}"
-        text = f"{self._forward.source} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
+        text = f"{self._forward.named} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
         return Check(step, Verdict.STOPS, text, found.cause, remedy, ways_out)
 
 

@@ -63,9 +63,9 @@ def import_rules(args: Namespace, session: Session) -> int:
     for qube, is_marked in marks.items():
         lines.append(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.")
     for forward in changed.forwards:
-        lines.append(f"{forward.source}: {forward.state}. {reasons.sentence(forward)}")
+        lines.append(f"{forward.named}: {forward.state}. {reasons.sentence(forward)}")
         for note in (*reasons.notes(forward), *changes.news(after, forward)):
-            lines.append(f"{forward.source}: note: {escaped(note)}")
+            lines.append(f"{forward.named}: note: {escaped(note)}")
     names = ", ".join(map(str, left_open))
     last = f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one."
     return changes.tell(after, session, lines, last=[last] if left_open else [], data=data)
@@ -74,7 +74,7 @@ def import_rules(args: Namespace, session: Session) -> int:
 def _left_open(changed: Changed, document: Document) -> list[NamedRule]:
     """Forwards that are not in the document: of all qubes if it is an export, else of those in it."""
     targets = {target for target, _ in changed.keys}
-    others = (f.source for f in changed.plan.live if f.source[:2] not in changed.keys)
+    others = (f.named for f in changed.plan.live if f.named[:2] not in changed.keys)
     return [named for named in others if document.is_export or named.target in targets]
 
 

@@ -68,7 +68,7 @@ def shown(
 
 
 def _shown(forward: Forward, finding: Finding, now: float) -> Check:
-    cause, mark, target = finding.cause, finding.mark, forward.source.target
+    cause, mark, target = finding.cause, finding.mark, forward.named.target
     is_well = cause.verdict is Verdict.OK
     within = "is behind the same tunnel"
     if mark is not None and mark.qube == target:
@@ -79,12 +79,12 @@ def _shown(forward: Forward, finding: Finding, now: float) -> Check:
         sentence="" if is_well else reasons.sentence(forward, finding).rstrip("."),
         target=target,
         exposed=forward.exposed,
-        sources=str(forward.source.rule.sources).replace(",", ", "),
+        sources=str(forward.named.rule.sources).replace(",", ", "),
         way=" - ".join((target, *forward.chain)) if forward.chain else "no netvm",
         within=within,
         mark=mark,
         reached=_reached(forward),
-        ends=print_expire(forward.source.rule.expire, now),
+        ends=print_expire(forward.named.rule.expire, now),
     )
     ways_out = () if is_well else reasons.ways_out(forward, finding)
     return Check(_NAMES[cause], cause.verdict, text, cause, ways_out=ways_out)
@@ -115,7 +115,7 @@ def _policy(forward: Forward, planned: Plan, installed: PolicyFile, verdict: Pol
     if not installed.is_read:
         return Check("policy", Verdict.NOTE, unread)
     # The calls by which it might go on, over whatever service it went before.
-    ports, ends = forward.source.rule.target_ports, [forward.exposed, forward.source.target]
+    ports, ends = forward.named.rule.target_ports, [forward.exposed, forward.named.target]
     arguments = [f"+{ports.brief()}+mux", *(f"+{port}" for port in ports)]
     needed = {line for other in planned.live for line in policy.lines(other)}
     if any(words[2:4] == ends and words[1] in arguments for words in map(str.split, allowed - needed)):

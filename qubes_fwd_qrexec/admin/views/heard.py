@@ -14,7 +14,7 @@ FIREWALL = "its firewall lets nobody in to a port that the listener does not lis
 def note(forward: Forward, uptake: Uptake) -> str | None:
     """Why a forward is not open, and the command that says more; None if it is open or nobody answered."""
     text = trouble(forward, uptake)
-    return None if text is None else f"{text}; 'qvm-forward diagnose {forward.source}' says what helps"
+    return None if text is None else f"{text}; 'qvm-forward diagnose {forward.named}' says what helps"
 
 
 def trouble(forward: Forward, uptake: Uptake) -> str | None:

@@ -22,7 +22,7 @@ def judged(
     ``installed`` is our own file, for where the whole policy cannot be read: then a call that it does not
     allow is denied, and one that it allows, or that it may allow as it cannot be read, has the verdict None.
     """
-    lines = {forward.source[:2]: policy.lines(forward) for forward in forwards if forward.is_live}
+    lines = {forward.named[:2]: policy.lines(forward) for forward in forwards if forward.is_live}
     calls = {line: _call(line) for needed in lines.values() for line in needed}
     verdicts = dict(zip(calls, backend.verdicts(list(calls.values())), strict=True)) if calls else {}
     ours = policy.allowing(installed.text)

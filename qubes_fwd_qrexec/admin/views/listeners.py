@@ -125,7 +125,7 @@ def uptake(forward: Forward, answer: Answer) -> Uptake:
     if answer.listener is None:
         return Uptake(Has.NO_LISTENER, answer.listener_problem or "")
     key = "" if forward.config is None else forward.config.key
-    report = answer.listener.find(*forward.source[:2])
+    report = answer.listener.find(*forward.named[:2])
     for problem in answer.listener.problems:
         if problem.key == key:
             return Uptake(Has.FAILED, problem.text, report)
@@ -159,7 +159,7 @@ def listening(inventory: Inventory) -> set[QubeName]:
     flagged = {
         qube.name
         for qube in inventory.qubes.values()
-        if qube.is_running and (qube.told or qube.features.get(LISTENER_FEATURE))
+        if qube.is_running and (qube.configured or qube.features.get(LISTENER_FEATURE))
     }
     return flagged | serving(inventory)
 
@@ -168,13 +168,13 @@ def beyond_dom0(before: Plan, after: Plan) -> list[Forward]:
     """The forwards that were in force and are no more, and whose calls dom0 cannot end: those over the stock
     service, and those over calls that others need. What is only changed may keep its connections.
     """
-    still = {(*forward.source[:2], forward.exposed) for forward in after.live}
+    still = {(*forward.named[:2], forward.exposed) for forward in after.live}
     needed = {policy.calls_of(line) for forward in after.live for line in policy.lines(forward)}
     return [
         forward
         for forward in before.live
         if forward.state is State.ACTIVE
-        and (*forward.source[:2], forward.exposed) not in still
+        and (*forward.named[:2], forward.exposed) not in still
         and (
             forward.service is Service.CONNECT_TCP
             or not needed.isdisjoint(map(policy.calls_of, policy.lines(forward)))
@@ -200,30 +200,30 @@ def ask_after(
     What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
     goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
-    opened = [f for f in after if f.source[:2] in keys and f.state is State.ACTIVE and f.exposed is not None]
-    fresh = [f for f in opened if inventory.offers(f.exposed or f.source.target)]
-    uptakes: dict[Key, Uptake] = {f.source[:2]: Uptake(Has.NOT_OFFERED) for f in opened if f not in fresh}
-    was = {forward.source[:2]: forward.config for forward in before.live}
-    renewed = {f.exposed for f in fresh if was.get(f.source[:2], f.config) != f.config}
+    opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.exposed is not None]
+    fresh = [f for f in opened if inventory.offers(f.exposed or f.named.target)]
+    uptakes: dict[Key, Uptake] = {f.named[:2]: Uptake(Has.NOT_OFFERED) for f in opened if f not in fresh}
+    was = {forward.named[:2]: forward.config for forward in before.live}
+    renewed = {f.exposed for f in fresh if was.get(f.named[:2], f.config) != f.config}
     over = beyond_dom0(before, after)
-    closed = set(keys) - {forward.source[:2] for forward in (*before.live, *after.live)}
+    closed = set(keys) - {forward.named[:2] for forward in (*before.live, *after.live)}
     qubes = {forward.exposed for forward in (*fresh, *over) if forward.exposed is not None}
     qubes |= listening(inventory) if closed or is_everything else set()
 
     def heard(qube: QubeName, answer: Answer) -> Heard:
         services: dict[tuple[str | None, ...], Service] = {
-            f.source[:2]: f.service for f in over if f.exposed == qube and f.service is not None
+            f.named[:2]: f.service for f in over if f.exposed == qube and f.service is not None
         }
         left: list[GoesOn] = []
         if isinstance(answer, QubeReport):
-            live = [forward.source[:2] for forward in after.live if forward.exposed == qube]
+            live = [forward.named[:2] for forward in after.live if forward.exposed == qube]
             found = flows(qube, answer, live)
             left = [each for each in found if is_everything or each[:2] in closed or each[:2] in services]
         elif not is_without_listener(answer):
-            left = [GoesOn(*f.source[:2], qube, None) for f in over if f.exposed == qube]
+            left = [GoesOn(*f.named[:2], qube, None) for f in over if f.exposed == qube]
             left = left or [GoesOn(None, None, qube, None)] * is_everything
         left = [each._replace(service=services.get(each[:2], each.service)) for each in left]
-        return Heard({f.source[:2]: uptake(f, answer) for f in fresh if f.exposed == qube}, tuple(left))
+        return Heard({f.named[:2]: uptake(f, answer) for f in fresh if f.exposed == qube}, tuple(left))
 
     def ask_until_settled(qube: QubeName) -> Heard:
         begun, said, unsettled = elapsed(), Heard({}), _UNSETTLED_AT_FIRST

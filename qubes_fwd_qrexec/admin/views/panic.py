@@ -72,7 +72,7 @@ def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
         patience=session.patience,
         is_everything=True,
     )
-    return _Seen(held, tuple(f.source for f in live.live if f.source[:2] in allowed), heard.goes_on)
+    return _Seen(held, tuple(f.named for f in live.live if f.named[:2] in allowed), heard.goes_on)
 
 
 def _as_json(seen: _Seen) -> dict[str, Any]:
@@ -154,4 +154,4 @@ def _resumed(planned: Plan, *, is_preview: bool) -> str:
         title = "This would be open again:\n" if live else "Nothing would open.\n"
     else:
         title = "Nothing is held any more.\n" if not live else "Nothing is held any more. Open again:\n"
-    return title + "".join(f"  {forward.source}: {reasons.sentence(forward)}\n" for forward in live)
+    return title + "".join(f"  {forward.named}: {reasons.sentence(forward)}\n" for forward in live)

@@ -39,8 +39,8 @@ class _Link(NamedTuple):
 
 def picture(forward: Forward, inventory: Inventory, *, is_allowed: bool, width: int | None = None) -> str:
     """The way of a forward as it is now; ``is_allowed``: whether dom0's policy allows its calls."""
-    rule = forward.source.rule
-    exposed, target = inventory.get(forward.exposed or ""), inventory.get(forward.source.target)
+    rule = forward.named.rule
+    exposed, target = inventory.get(forward.exposed or ""), inventory.get(forward.named.target)
     boxes = (
         (_clients(forward, inventory), *_networks(forward)),
         (
@@ -50,7 +50,7 @@ def picture(forward: Forward, inventory: Inventory, *, is_allowed: bool, width: 
             *([] if exposed is None or exposed.is_running else ["halted"]),
         ),
         (
-            forward.source.target,
+            forward.named.target,
             f"127.0.0.1:{rule.target_ports.brief()}",
             *([] if target is None or target.is_running else ["halted"]),
         ),
@@ -106,7 +106,7 @@ def _clients(forward: Forward, inventory: Inventory) -> str:
 
 
 def _networks(forward: Forward) -> list[str]:
-    sources = forward.source.rule.sources
+    sources = forward.named.rule.sources
     if sources.anyone:
         return ["anybody"]
     shown = [str(network) for network in sources.networks[:_SOURCES_MAX]]

@@ -13,8 +13,8 @@ def forward_as_json(forward: Forward) -> dict[str, Any]:
     """One forward. ``ways_out`` are commands with arguments; a word in capitals is to be filled in."""
     mode, mode_reason = reasons.mode(forward)
     return {
-        "qube": forward.source.target,
-        "name": forward.source.name,
+        "qube": forward.named.target,
+        "name": forward.named.name,
         "state": forward.state,
         "cause": forward.cause,
         "reason": reasons.sentence(forward),
@@ -29,7 +29,7 @@ def forward_as_json(forward: Forward) -> dict[str, Any]:
         "transport_reason": "" if forward.service is None else reasons.transport_reason(forward),
         "notes": list(reasons.notes(forward)),
         "hints": list(reasons.hints(forward)),
-        "rule": forward.source.rule.options(),
+        "rule": forward.named.rule.options(),
     }
 
 

@@ -181,7 +181,7 @@ def refusal(error: NotOpenError) -> str:
 
 def mode(forward: Forward) -> tuple[Mode, str]:
     """The mode of a forward, and why it is that."""
-    asked = forward.source.rule.mode
+    asked = forward.named.rule.mode
     if asked is not Mode.AUTO:
         return asked, "the rule says so"
     return Mode.QREXEC, "mode=auto, and this version has no nft mode"
@@ -192,8 +192,8 @@ def transport_reason(forward: Forward) -> str:
     stock = forward.finding(Cause.STOCK_SERVICE)
     if stock is not None:
         return sentence(forward, stock)
-    asked = forward.source.rule.transport
-    return f"{forward.source.target} offers our service" if asked is Transport.AUTO else "the rule says so"
+    asked = forward.named.rule.transport
+    return f"{forward.named.target} offers our service" if asked is Transport.AUTO else "the rule says so"
 
 
 def _next_stop(forward: Forward) -> Finding | None:
@@ -226,19 +226,19 @@ def _case(forward: Forward, finding: Finding) -> str:
     if finding.cause is Cause.TOO_LARGE:
         return "ports" if finding.number else "bytes"
     if finding.cause is Cause.NO_SERVICE:
-        asked = "transport=mux" if forward.source.rule.proxy is Proxy.OFF else "proxy"
+        asked = "transport=mux" if forward.named.rule.proxy is Proxy.OFF else "proxy"
         return "system" if finding.qube is None else asked
     if finding.cause in (Cause.NO_SUCH_QUBE, Cause.UNFIT_QUBE) and finding.detail != "itself":
-        return "target" if finding.qube == forward.source.target else "exposed"
+        return "target" if finding.qube == forward.named.target else "exposed"
     return finding.detail
 
 
 def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     """What the rows name: about the rule first, then about the finding."""
-    rule, target = forward.source.rule, forward.source.target
+    rule, target = forward.named.rule, forward.named.target
     facts: dict[str, object] = {
         "target": target,
-        "name": forward.source.name,
+        "name": forward.named.name,
         "exposed": forward.exposed,
         "ports": rule.listen_ports.worded(),
         "target_ports": rule.target_ports.worded(),
@@ -278,18 +278,18 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
 
 def is_local(forward: Forward) -> bool:
     """Whether it listens at a loopback address, which nobody but the exposed qube itself reaches."""
-    listen = forward.source.rule.listen
+    listen = forward.named.rule.listen
     return listen is not None and listen.is_loopback
 
 
 def _where(forward: Forward) -> str:
-    listen = forward.source.rule.listen
+    listen = forward.named.rule.listen
     where = "" if listen is None else f" at {listen}"
     return where if is_local(forward) else f"{where} ({forward.side} side)"
 
 
 def _whose(forward: Forward, finding: Finding) -> str:
-    owner, target = forward.source.rule.owner, forward.source.target
+    owner, target = forward.named.rule.owner, forward.named.target
     if owner is None:
         return f"The rule does not say for which qube it was made, and {target} is a disposable"
     if finding.detail == DISPOSABLE:

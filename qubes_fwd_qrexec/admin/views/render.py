@@ -56,22 +56,22 @@ def roles_of(forward: Forward, qubes: Iterable[str]) -> dict[str, Role]:
     parts: dict[str, Role] = dict.fromkeys(forward.chain, Role.PATH)
     if forward.exposed is not None:
         parts[forward.exposed] = Role.EXPOSED
-    parts[forward.source.target] = Role.TARGET
+    parts[forward.named.target] = Role.TARGET
     return {qube: parts[qube] for qube in qubes if qube in parts}
 
 
 def exposed_at(forward: Forward) -> str:
     """Qube and port, and the address if it is one alone."""
-    rule = forward.source.rule
+    rule = forward.named.rule
     exposed = f"{forward.exposed or '?'}:{rule.listen_ports.brief()}"
     return exposed if rule.listen is None else f"{exposed} ({rule.listen})"
 
 
 def _row(forward: Forward, now: float) -> tuple[str, ...]:
-    rule = forward.source.rule
+    rule = forward.named.rule
     return (
-        forward.source.target,
-        forward.source.name,
+        forward.named.target,
+        forward.named.name,
         forward.state,
         reasons.mode(forward)[0],
         exposed_at(forward),
@@ -87,9 +87,9 @@ def _remarks(plan: Plan, style: Style) -> Iterable[str]:
         # That everything is held is said once, above.
         if forward.state not in (State.ACTIVE, State.DISABLED, State.HELD):
             state = style.state(forward.state, forward.state)
-            yield f"{forward.source}: {state}. {reasons.sentence(forward)}\n"
+            yield f"{forward.named}: {state}. {reasons.sentence(forward)}\n"
         for note in reasons.notes(forward):
-            yield f"{forward.source}: note: {note}\n"
+            yield f"{forward.named}: note: {note}\n"
     for rule in plan.broken:
         yield broken_line(rule, style)
 
@@ -105,7 +105,7 @@ def broken_line(rule: BrokenRule, style: Style) -> str:
 def explained(forward: Forward, style: Style) -> str:
     """A rule's state with all the reasons, over several lines."""
     lines = [
-        f"{forward.source}: {style.state(forward.state, forward.state)}",
+        f"{forward.named}: {style.state(forward.state, forward.state)}",
         f"  {reasons.sentence(forward)}",
     ]
     mode, why = reasons.mode(forward)
@@ -120,9 +120,9 @@ def explained(forward: Forward, style: Style) -> str:
 
 
 def _exposed_reason(forward: Forward) -> str:
-    rule = forward.source.rule
+    rule = forward.named.rule
     if rule.via is not None:
         return "the rule names it with via"
-    way = " - ".join((forward.source.target, *forward.chain))
+    way = " - ".join((forward.named.target, *forward.chain))
     last = "the last of its way out" if rule.forward_type == "external" else "the target's netvm"
     return f"{last}, {way}"

@@ -27,7 +27,7 @@ def list_rules(args: Namespace, session: Session) -> int:
     if session.is_json:
         data = plan_as_json(planned)
         for entry, forward in zip(data["forwards"], planned, strict=True):
-            verdict = verdicts.get(forward.source[:2])
+            verdict = verdicts.get(forward.named[:2])
             entry["is_allowed"] = verdict.is_allowed if verdict is not None else False
             if args.qube:
                 entry["roles"] = render.roles_of(forward, args.qube)
@@ -79,9 +79,9 @@ def show(args: Namespace, session: Session) -> int:
             session.say(f"{render.broken_line(entry, session.style)}rule:\n  {escaped(entry.text)}\n")
         return 0
     planned = snapshot.plan(session.now)
-    forward = next(forward for forward in planned if forward.source == entry)
+    forward = next(forward for forward in planned if forward.named == entry)
     installed = snapshot.installed
-    verdict = judged([forward], session.backend, installed).get(forward.source[:2])
+    verdict = judged([forward], session.backend, installed).get(forward.named[:2])
     found = findings.shown(forward, planned, installed, session.now, verdict)
     lines = policy.lines(forward)
     config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"

@@ -95,7 +95,7 @@ class Row(NamedTuple):
         return {
             **forward_as_json(self.forward),
             **(at_listener if self.is_waiting else {}),
-            "ports": self.forward.source.rule.listen_ports.brief(),
+            "ports": self.forward.named.rule.listen_ports.brief(),
             "is_allowed": self.verdict.is_allowed,
             "policy": self.verdict.reason,
             "figures": figures,
@@ -138,7 +138,7 @@ def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[
     """The running qubes whose answers `status_of` wants for a part of the plan."""
     found: set[QubeName | None] = {*_listening(planned, inventory, qubes)}
     found |= {forward.exposed for forward in planned.live}
-    found |= {forward.source.target for forward in planned.live if forward.transport is Transport.MUX}
+    found |= {forward.named.target for forward in planned.live if forward.transport is Transport.MUX}
     return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
 
 
@@ -156,7 +156,7 @@ def status_of(
     qubes: Collection[str] = (),
 ) -> Status:
     """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
-    rows = tuple(_row(forward, verdicts[forward.source[:2]], answers) for forward in planned.live)
+    rows = tuple(_row(forward, verdicts[forward.named[:2]], answers) for forward in planned.live)
     everything = snapshot.plan(now)
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
@@ -164,7 +164,7 @@ def status_of(
     for qube in _listening(planned, snapshot.inventory, qubes):
         answer = answers[qube]
         if isinstance(answer, QubeReport):
-            live = {forward.source[:2] for forward in everything.live if forward.exposed == qube}
+            live = {forward.named[:2] for forward in everything.live if forward.exposed == qube}
             goes_on += flows(qube, answer, live)
         elif not is_without_listener(answer) and all(row.forward.exposed != qube for row in rows):
             silent.append(qube)  # of others the figures are unknown, and that is said already
@@ -175,12 +175,12 @@ def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
     answer = None if forward.exposed is None else answers.get(forward.exposed)
     if answer is None:
         return Row(forward, verdict, Uptake(Has.NO_ANSWER, f"{forward.exposed} is halted"))
-    row, target = Row(forward, verdict, uptake(forward, answer)), answers.get(forward.source.target)
+    row, target = Row(forward, verdict, uptake(forward, answer)), answers.get(forward.named.target)
     if isinstance(answer, QubeReport) and answer.listener is not None:
         row = row._replace(bugs=answer.listener.bugs)
     if not isinstance(target, QubeReport):
         return row
-    mine = (forward.exposed, forward.source.rule.target_ports)
+    mine = (forward.exposed, forward.named.rule.target_ports)
     mux_calls = sum(calls.mux_calls for calls in target.calls if (calls.source, calls.ports) == mine)
     is_mux = forward.transport is Transport.MUX
     return row._replace(bugs_in_target=target.bugs, mux_calls=mux_calls if is_mux else None)
@@ -274,7 +274,7 @@ _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    named, report = row.forward.source, row.uptake.report
+    named, report = row.forward.named, row.uptake.report
     cells = (named.target, named.name, row.state, exposed_at(row.forward), _VERDICTS[row.verdict.is_allowed])
     if report is None:
         return (*cells, *("unknown",) * 6)
@@ -295,7 +295,7 @@ def _remarks(found: Status) -> Iterator[str]:
     for row in found.rows:
         yield from _about(row)
     bugs = {(str(row.forward.exposed), "listener"): row.bugs for row in found.rows}
-    bugs |= {(row.forward.source.target, "service"): row.bugs_in_target for row in found.rows}
+    bugs |= {(row.forward.named.target, "service"): row.bugs_in_target for row in found.rows}
     for (qube, program), count in sorted(bugs.items()):
         if count:
             yield f"{qube}: its {program} has hit {counted(count, 'bug')}; see its journal."
@@ -317,7 +317,7 @@ def _remarks(found: Status) -> Iterator[str]:
 
 
 def _about(row: Row) -> Iterator[str]:
-    name, report = row.forward.source, row.uptake.report
+    name, report = row.forward.named, row.uptake.report
     if row.verdict.is_allowed is False:
         yield f"{name}: dom0 denies its calls: {escaped(row.verdict.reason)}."
     if row.is_waiting:

@@ -22,7 +22,7 @@ def words(step: Step) -> list[str]:
         lines = [f"policy: {since} {' '.join(line.split())}" for line in step.lines]
         return lines or ["policy: write the file, which allows the same as before"]
     if step.kind is Kind.REVOKE:
-        return [f"{target}: {_ends(allowance)}" for target, allowance in step.told.items()]
+        return [f"{target}: {_ends(allowance)}" for target, allowance in step.allowances.items()]
     if step.kind is Kind.END_RULE:
         return [f"{step.qube} {step.key.removeprefix(RULE_PREFIX)}: its time is over, and it stays ended"]
     key = step.key.removeprefix(CONFIG_PREFIX)
@@ -50,7 +50,7 @@ def as_json(step: Step) -> dict[str, Any]:
     if step.kind is Kind.REVOKE:
         return {
             "step": step.kind,
-            "told": {target: str(allowance) for target, allowance in step.told.items()},
+            "allowances": {target: str(allowance) for target, allowance in step.allowances.items()},
         }
     found: dict[str, Any] = {"step": step.kind, "qube": step.qube, "feature": step.key, "was": step.was}
     return found if step.kind is Kind.REMOVE_CONFIG else found | {"value": step.value}

@@ -46,10 +46,10 @@ def _mark(qube: QubeName, session: Session, *, is_marked: bool) -> int:
         bypass = forward.finding(Cause.BYPASSES_TUNNEL)
         if is_marked and forward.is_live and bypass and bypass.mark and bypass.mark.qube == qube:
             note = reasons.sentence(forward, bypass)
-            last.append(f"Forward {forward.source} stays open: it {note}, as its rule accepts.")
+            last.append(f"Forward {forward.named} stays open: it {note}, as its rule accepts.")
         is_refused = forward.cause in (Cause.TUNNEL, Cause.CONFLICT)
-        if not is_marked and is_refused and qube in (forward.source.target, *forward.chain):
-            last.append(f"Forward {forward.source} stays refused. {reasons.sentence(forward)}")
+        if not is_marked and is_refused and qube in (forward.named.target, *forward.chain):
+            last.append(f"Forward {forward.named} stays refused. {reasons.sentence(forward)}")
     data = {"qube": qube, "marks": [mark.mark for mark in left]}
     return changes.tell(after, session, [line], last=last, data=data)
 

@@ -238,7 +238,7 @@ def test_a_dry_run_shows_which_mux_calls_would_end(forward: Forward) -> None:
     assert "\n  work: end connections that are not allowed any more\n" in forward("apply", "--dry-run").out
     steps = forward("apply", "--dry-run", "--json").json["steps"]
     assert [step["step"] for step in steps] == ["close-policy", "revoke", "remove-config"]
-    assert steps[1] == {"step": "revoke", "told": {"work": "version=1 drains=keep\n"}}
+    assert steps[1] == {"step": "revoke", "allowances": {"work": "version=1 drains=keep\n"}}
     assert forward("apply", "--json").json["steps"] == steps
 
 

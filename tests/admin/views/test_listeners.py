@@ -215,10 +215,10 @@ def test_what_keeps_a_forward_from_being_open_has_words(
 
 def test_what_has_ended_beyond_dom0_is_found_and_no_other() -> None:
     other = rule("srcports=23", target="personal", name="other")
-    assert [f.source.name for f in beyond_dom0(planned(STOCK, rule(), other), planned(other))] == ["ssh"]
+    assert [f.named.name for f in beyond_dom0(planned(STOCK, rule(), other), planned(other))] == ["ssh"]
     assert beyond_dom0(planned(), planned(STOCK)) == []
     both = (rule(), rule("srcports=81 dstports=80", name="shares"))
-    assert [f.source.name for f in beyond_dom0(planned(*both), planned(both[1]))] == ["web"]
+    assert [f.named.name for f in beyond_dom0(planned(*both), planned(both[1]))] == ["web"]
     assert beyond_dom0(planned(rule()), planned(rule("srchosts=10.0.0.0/8"))) == []
 
 
