@@ -13,8 +13,9 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest-trio
-# One process for each CPU; ARGS=-n0 runs the tests one after another, as --pdb needs it.
-PARALLEL := -n auto --dist worksteal
+# Two processes for each CPU, as a test waits for half of its time; ARGS=-n0 runs the tests one after another, as
+# --pdb needs it.
+PARALLEL := -n $(shell expr 2 \* $$(nproc)) --dist worksteal
 # What imports trio, and the doors over all of it.
 TRIO_TESTS := tests/exposed tests/lab tests/relay tests/target tests/test_endings.py \
 	$(wildcard tests/test_listener*.py tests/test_service*.py)
