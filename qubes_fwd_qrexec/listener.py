@@ -23,13 +23,10 @@ from .common.values import QubeName, RuleName
 from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
-from .exposed.configsource import ConfigSource, Configuration, FileSource
 from .exposed.draining import Draining
 from .exposed.forward import Means, OpenForward
-from .exposed.lifetime import Expiry
 from .exposed.limits import PROCESS_MAX, Process, process_max
 from .exposed.muxpool import LINGER_S
-from .exposed.qubesdbsource import open_qubesdb
 from .exposed.statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
 from .exposed.supervisor import Supervisor, supervise
 from .exposed.transports import Transports
@@ -39,9 +36,12 @@ from .relay.acceptloop import BindError
 from .relay.thread import open_relay_thread
 from .system.bugs import Bugs
 from .system.cleanstart import start_clean
+from .system.configsource import ConfigSource, Configuration, FileSource
 from .system.descriptors import raise_descriptor_limit
+from .system.lifetime import Expiry
 from .system.logs import one_line, start_logging
 from .system.notify import notify, reloading
+from .system.qubesdbsource import open_qubesdb
 
 _logger = logging.getLogger(__name__)
 

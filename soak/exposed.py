@@ -15,8 +15,8 @@ from pathlib import Path
 import trio
 
 from bench.memory import open_files, pss_kib
-from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.system.configsource import FileSource
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 from qubes_fwd_qrexec.system.logs import start_logging
 

@@ -161,7 +161,7 @@ class Program:
             *before,
             sys.executable,
             "-m",
-            "qubes_fwd_qrexec.exposed.firewall.keeper",
+            "qubes_fwd_qrexec.firewall.keeper",
             "--config",
             str(edge.config),
         ]

@@ -18,9 +18,9 @@ import trio
 
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
-from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.loop import Loop
+from qubes_fwd_qrexec.system.configsource import FileSource
 
 BOUND_S = 60.0
 # However long a test takes, dom0 is not asked again for what it refused; whoever waits gives up soon.

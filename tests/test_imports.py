@@ -16,6 +16,7 @@ ROOMS = {
     "system": {"common"},
     "mux": {"common"},
     "relay": {"common", "system", "mux"},
+    "firewall": {"common", "system"},
     "exposed": {"common", "system", "mux", "relay"},
     "target": {"common", "system", "mux", "relay"},
     "admin": {"common", "system"},
@@ -205,10 +206,9 @@ def test_the_protocol_is_pure(name: str) -> None:
 
 
 WITHOUT_TRIO = (
-    *(name for name in MODULES if room(name) in ("common", "system", "mux")),
+    *(name for name in MODULES if room(name) in ("common", "system", "mux", "firewall")),
     *("target.localserver", "target.statusservice"),
-    *("exposed.configsource", "exposed.qubesdbsource", "exposed.counters", "exposed.metrics"),
-    "exposed.firewall.keeper",
+    *("exposed.counters", "exposed.metrics"),
 )
 
 

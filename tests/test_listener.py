@@ -26,9 +26,9 @@ from helpers import (
 )
 
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
-from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.acceptloop import BindError
+from qubes_fwd_qrexec.system.configsource import FileSource
 
 
 async def test_a_connection_reaches_the_port_that_the_configuration_says(

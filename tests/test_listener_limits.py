@@ -32,12 +32,12 @@ from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.exposed import call, unopened
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
-from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.limits import Account
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay import copy
 from qubes_fwd_qrexec.relay.acceptloop import peer_address
 from qubes_fwd_qrexec.relay.copy import abort
+from qubes_fwd_qrexec.system.configsource import FileSource
 
 
 async def connect_from(source: str, port: int) -> trio.SocketStream:

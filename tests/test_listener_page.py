@@ -18,12 +18,11 @@ from qubes_fwd_qrexec.exposed import (
     listeneroptions,
     muxpool,
     qrexec,
-    qubesdbsource,
     unopened,
 )
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.relay import acceptloop, idleness, patience
-from qubes_fwd_qrexec.system import deadpeers, logs
+from qubes_fwd_qrexec.system import deadpeers, logs, qubesdbsource
 from qubes_fwd_qrexec.target import localserver, muxservice
 
 PAGE = (Path(__file__).parents[1] / "docs" / "qubes-forward-listener.rst").read_text()

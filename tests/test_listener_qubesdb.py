@@ -28,8 +28,8 @@ from helpers import (
 
 from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.exposed import unopened
-from qubes_fwd_qrexec.exposed.qubesdbsource import open_qubesdb
 from qubes_fwd_qrexec.listener import Listener, main
+from qubes_fwd_qrexec.system.qubesdbsource import open_qubesdb
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 WEB = "fwd.work.web"

@@ -29,11 +29,11 @@ from qubes_fwd_qrexec.relay.copy import abort, close_well, read_out, undelivered
 from qubes_fwd_qrexec.relay.socketbuffers import WAITING_BYTES, set_size
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.ingress import came_by
+from qubes_fwd_qrexec.system.lifetime import Expiry
 from qubes_fwd_qrexec.system.logs import RateLimit, one_line, warn
 
 from .connectionlog import ConnectionLog
 from .counters import WAYS, Carried, Counters
-from .lifetime import Expiry
 from .limits import Account, NotAdmitted, Process
 from .transports import Transports
 

@@ -32,11 +32,11 @@ from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Answer
 from qubes_fwd_qrexec.exposed.call import CallTimeouts, Ending
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
-from qubes_fwd_qrexec.exposed.configsource import FileSource
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay.copy import half_close
 from qubes_fwd_qrexec.relay.thread import open_relay_thread
+from qubes_fwd_qrexec.system.configsource import FileSource
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qubes_fwd_qrexec.common.config import KEY_MAX, ListenerConfig
 from qubes_fwd_qrexec.common.values import Binding
-from qubes_fwd_qrexec.exposed.firewall.chain import (
+from qubes_fwd_qrexec.firewall.chain import (
     JUMP,
     OURS,
     Family,
@@ -26,7 +26,7 @@ from qubes_fwd_qrexec.exposed.firewall.chain import (
     seen,
     transaction,
 )
-from qubes_fwd_qrexec.exposed.firewall.chain import usable_families as usable
+from qubes_fwd_qrexec.firewall.chain import usable_families as usable
 
 RULES = (Rule("fwd.work.web", "tcp dport 80 accept"), Rule("fwd.work.ssh", "tcp dport 22 accept"))
 COMMENTS = tuple(rule.comment for rule in RULES)

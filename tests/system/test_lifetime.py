@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from qubes_fwd_qrexec.exposed.lifetime import Expiry
+from qubes_fwd_qrexec.system.lifetime import Expiry
 
 
 def test_an_expiry_is_over_by_either_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.exposed.firewall.chain import Family, NftError, Seen
-from qubes_fwd_qrexec.exposed.firewall.nfttool import TIMEOUT_S, Nft
+from qubes_fwd_qrexec.firewall.chain import Family, NftError, Seen
+from qubes_fwd_qrexec.firewall.nfttool import TIMEOUT_S, Nft
 
 CHAINS = (
     '{"nftables": [{"metainfo": {}}, {"chain": {"family": "ip", "table": "qubes", "name": "custom-input"}}]}'

@@ -7,8 +7,8 @@ from helpers import write_config
 
 from qubes_fwd_qrexec.common.config import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
-from qubes_fwd_qrexec.exposed import configsource
-from qubes_fwd_qrexec.exposed.configsource import FileSource
+from qubes_fwd_qrexec.system import configsource
+from qubes_fwd_qrexec.system.configsource import FileSource
 
 WEB = ("work", "web")
 

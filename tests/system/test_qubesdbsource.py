@@ -12,8 +12,8 @@ from fake_qubesdb import DisconnectedError, Error, FakeQubesDB
 from helpers import BOUND_S, no_fds_left, until
 
 from qubes_fwd_qrexec.common.errors import ConfigError
-from qubes_fwd_qrexec.exposed import qubesdbsource
-from qubes_fwd_qrexec.exposed.qubesdbsource import QubesDBSource, open_qubesdb
+from qubes_fwd_qrexec.system import qubesdbsource
+from qubes_fwd_qrexec.system.qubesdbsource import QubesDBSource, open_qubesdb
 
 LINE = (
     b"version=1 service=qubes.ForwardTCP transport=call side=outer "

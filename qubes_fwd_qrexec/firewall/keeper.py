@@ -33,12 +33,12 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, ForwardError, TextError
 from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
 from qubes_fwd_qrexec.common.values import Binding, QubeName, RuleName, parse_number
-from qubes_fwd_qrexec.exposed.configsource import ConfigSource, FileSource
-from qubes_fwd_qrexec.exposed.lifetime import Expiry
-from qubes_fwd_qrexec.exposed.qubesdbsource import open_qubesdb
 from qubes_fwd_qrexec.system.cleanstart import start_clean
+from qubes_fwd_qrexec.system.configsource import ConfigSource, FileSource
+from qubes_fwd_qrexec.system.lifetime import Expiry
 from qubes_fwd_qrexec.system.logs import RateLimit, one_line, start_logging, warn
 from qubes_fwd_qrexec.system.notify import notify, reloading
+from qubes_fwd_qrexec.system.qubesdbsource import open_qubesdb
 from qubes_fwd_qrexec.system.sockdiag import DIRECTORY, SocketsError, listening, owner
 
 from . import chain

@@ -17,10 +17,9 @@ from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
 from qubes_fwd_qrexec.common.values import Binding
-from qubes_fwd_qrexec.exposed.configsource import FileSource
-from qubes_fwd_qrexec.exposed.firewall import keeper
-from qubes_fwd_qrexec.exposed.firewall.chain import Family, NftError, Seen, rules, transaction
-from qubes_fwd_qrexec.exposed.firewall.keeper import (
+from qubes_fwd_qrexec.firewall import keeper
+from qubes_fwd_qrexec.firewall.chain import Family, NftError, Seen, rules, transaction
+from qubes_fwd_qrexec.firewall.keeper import (
     Firewall,
     Forwards,
     Wanted,
@@ -28,7 +27,8 @@ from qubes_fwd_qrexec.exposed.firewall.keeper import (
     firewall_report,
     main,
 )
-from qubes_fwd_qrexec.exposed.firewall.nfttool import Nft
+from qubes_fwd_qrexec.firewall.nfttool import Nft
+from qubes_fwd_qrexec.system.configsource import FileSource
 from qubes_fwd_qrexec.system.sockdiag import SocketsError
 from qubes_fwd_qrexec.target.statusservice import FIREWALL_STATE
 
@@ -403,7 +403,7 @@ class NoChanges(keeper.Changes):
 
 
 def test_the_state_file_is_where_it_is_looked_for() -> None:
-    unit = (Path(__file__).parents[3] / "systemd" / "qubes-forward-nft.service").read_text()
+    unit = (Path(__file__).parents[2] / "systemd" / "qubes-forward-nft.service").read_text()
     name = Path(FIREWALL_STATE).parent.name
     assert f"/run/{name}/{keeper.STATE}" == FIREWALL_STATE
     assert f"RuntimeDirectory={name}\n" in unit

@@ -19,8 +19,8 @@ from helpers import write_config
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.report import Firewall, FirewallReport
-from qubes_fwd_qrexec.exposed.firewall.chain import OURS
-from qubes_fwd_qrexec.exposed.firewall.keeper import STATE
+from qubes_fwd_qrexec.firewall.chain import OURS
+from qubes_fwd_qrexec.firewall.keeper import STATE
 from qubes_fwd_qrexec.lab import netns
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.system.sockdiag import DIRECTORY
@@ -281,7 +281,7 @@ def test_what_a_killed_one_left_is_taken_over_or_removed(edge: Edge, start: Star
     assert edge.ruleset() == before
     write_config(edge.config, PORT, 80, **ALLOWED)
     start().end(signal.SIGKILL)
-    edge.run(sys.executable, "-m", "qubes_fwd_qrexec.exposed.firewall.keeper", "--remove")
+    edge.run(sys.executable, "-m", "qubes_fwd_qrexec.firewall.keeper", "--remove")
     assert edge.ruleset() == before
 
 
@@ -302,7 +302,7 @@ def test_it_needs_no_root_but_the_power_over_the_network(edge: Edge, start: Star
         *nobody,
         "--inh-caps=-all",
         "--bounding-set=-all",
-        *(sys.executable, "-m", "qubes_fwd_qrexec.exposed.firewall.keeper", "--config", str(edge.config)),
+        *(sys.executable, "-m", "qubes_fwd_qrexec.firewall.keeper", "--config", str(edge.config)),
         is_checked=False,
     )
     assert refused.returncode == 1
