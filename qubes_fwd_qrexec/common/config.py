@@ -6,25 +6,18 @@ it to the qube's QubesDB as ``/vm-config/fwd.TARGET.NAME``, where the listener r
 neither the target's addresses nor the names of other qubes nor comments.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from . import values
-from .errors import ConfigError, RuleError, TextError
-from .options import Form, one_of, read, split
+from . import entries, values
+from .errors import ConfigError
+from .options import Form, one_of
 from .rules import NO_LIMITS, ForwardRule, Limits, OnExpire, Proxy, Transport
 from .services import FORWARD_SERVICE
 from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts
 
-VERSION = 1
-# Names of vm-config features have at most 52 characters: docs/facts.md, A2.
-KEY_MAX = 52
-# A value in QubesDB has at most 3071 bytes; a larger one can keep a qube from starting: docs/facts.md, A3.
-VALUE_MAX = 3071
-_KEY_PREFIX = "fwd."
-
-
+_KIND = "fwd"
 # How many qrexec calls a listener makes at once. A qube has room for 30 vchans over all targets
 # (docs/facts.md, Q2), and its other calls need some of them.
 CALLS_MAX = 20
@@ -84,11 +77,7 @@ class ListenerConfig:
             raise ConfigError(
                 f"{self.key}: {self.service} carries one connection; transport=call would be right"
             )
-        if len(str(self)) > VALUE_MAX:
-            raise ConfigError(
-                f"{self.key}: the configuration has {len(str(self))} bytes and QubesDB takes {VALUE_MAX}; "
-                "name fewer or larger networks in srchosts"
-            )
+        entries.check_size(self.key, str(self))
 
     @classmethod
     def of_rule(
@@ -120,7 +109,7 @@ class ListenerConfig:
     @property
     def key(self) -> str:
         """Its name below ``/vm-config/``: ``fwd.TARGET.NAME``, which always has at most 52 characters."""
-        return f"{_KEY_PREFIX}{self.target}.{self.name}"
+        return f"{_KIND}.{self.target}.{self.name}"
 
     def narrows(self, old: "ListenerConfig") -> bool:
         """Whether the old one may have allowed a connection that this one does not allow."""
@@ -142,59 +131,20 @@ class ListenerConfig:
     def parse(cls, key: str, untrusted_value: str) -> Self:
         """Parse the value of ``key``. Raises `ConfigError` that names the key and the option."""
         target, name = parse_key(key)
-        _check_version(key, untrusted_value)
-        try:
-            options = list(split(untrusted_value))
-            newer = [option for option in options if option.name not in _FORMS]
-            if newer:
-                raise ConfigError(
-                    f"{key}: {newer[0].place}: unknown option; if dom0's package is newer than this qube's, "
-                    f"update this qube's template. Known are {', '.join(_FORMS)}"
-                )
-            given = read(options, _FORMS)
-        except RuleError as error:
-            raise ConfigError(f"{key}: {error}") from None
-        if given.pop("version", None) != VERSION:
-            raise ConfigError(f"{key}: option 'version' is missing; this listener reads version={VERSION}")
-        for field, option in _REQUIRED.items():
-            if field not in given:
-                raise ConfigError(f"{key}: option {option!r} is missing")
-        return cls(target=target, name=name, **given)
+        return cls(target=target, name=name, **entries.parse_value(key, untrusted_value, _FORMS, _REQUIRED))
 
     def __str__(self) -> str:
-        options = [f"version={VERSION}"]
-        for option, form in _FORMS.items():
-            if form.field != "version":
-                value = getattr(self, form.field)
-                if form.field in _REQUIRED or value != _DEFAULTS[form.field]:
-                    options.append(f"{option}={form.print(value)}")
-        return " ".join(options)
+        return entries.print_value(self, _FORMS, _REQUIRED)
 
 
 def is_forward_key(key: str) -> bool:
-    """Whether an entry of ``/vm-config/`` is one of ours."""
-    return key.startswith(_KEY_PREFIX)
+    """Whether an entry of ``/vm-config/`` configures a listener."""
+    return key.startswith(f"{_KIND}.")
 
 
 def parse_key(key: str) -> tuple[QubeName, RuleName]:
-    """The target and the rule in ``fwd.TARGET.NAME``; rule names have no dot. Raises `ConfigError`."""
-    target, _, name = key.removeprefix(_KEY_PREFIX).rpartition(".")
-    try:
-        if not is_forward_key(key):
-            raise TextError(key, f"{_KEY_PREFIX}TARGET.NAME")
-        return values.parse_qube_name(target), values.parse_rule_name(name)
-    except TextError as error:
-        raise ConfigError(f"entry {key!a}: {error}") from None
-
-
-def _check_version(key: str, untrusted_value: str) -> None:
-    """Check the version before anything else: in another version every word may have another meaning."""
-    versions = [word for word in untrusted_value.split(" ") if word.startswith("version=")]
-    if versions and versions[0] != f"version={VERSION}":
-        raise ConfigError(
-            f"{key}: {versions[0][:32]!a}, written for another version; this listener reads "
-            f"version={VERSION}. dom0's package and this qube's may be one release apart, and no more"
-        )
+    """The target and the rule in ``fwd.TARGET.NAME``. Raises `ConfigError`."""
+    return entries.parse_key(_KIND, key)
 
 
 def _parse_addresses(text: str) -> tuple[IPAddress, ...]:
@@ -202,7 +152,6 @@ def _parse_addresses(text: str) -> tuple[IPAddress, ...]:
 
 
 _FORMS = {
-    "version": Form("version", values.parse_number),
     "service": Form("service", one_of(Service)),
     "transport": Form("transport", one_of(Transport)),
     "side": Form("side", one_of(Side)),
@@ -215,13 +164,4 @@ _FORMS = {
     "expire": Form("expire", values.parse_time),
     "limits": Form("limits", Limits.parse),
 }
-_REQUIRED = {
-    "service": "service",
-    "transport": "transport",
-    "side": "side",
-    "listen": "listen",
-    "listen_ports": "srcports",
-    "target_ports": "dstports",
-    "sources": "srchosts",
-}
-_DEFAULTS = {field.name: field.default for field in fields(ListenerConfig)}
+_REQUIRED = ("service", "transport", "side", "listen", "srcports", "dstports", "srchosts")

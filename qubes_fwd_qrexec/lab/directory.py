@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qubes_fwd_qrexec.common.config import KEY_MAX, VALUE_MAX
+from qubes_fwd_qrexec.common.entries import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.common.errors import StoreError, TextError, why
 from qubes_fwd_qrexec.common.values import QubeName, parse_printable, parse_qube_name
 

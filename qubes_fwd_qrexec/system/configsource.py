@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from qubes_fwd_qrexec.common.config import VALUE_MAX, ListenerConfig, is_forward_key
+from qubes_fwd_qrexec.common.config import ListenerConfig, is_forward_key
+from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 

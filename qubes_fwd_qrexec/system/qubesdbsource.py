@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Protocol, cast
 
-from qubes_fwd_qrexec.common.config import VALUE_MAX
+from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 
 from .configsource import ENTRIES_MAX, Configuration, parse_entries

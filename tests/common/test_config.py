@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rule_strategies import named_rules
 
 from qubes_fwd_qrexec.common import config
-from qubes_fwd_qrexec.common.config import KEY_MAX, VALUE_MAX, ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.entries import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Transport
 from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
@@ -70,14 +71,14 @@ def test_invalid_keys(key: str) -> None:
     [
         (
             LINE.replace("version=1", "version=2"),
-            "written for another version; this listener reads version=1",
+            "written for another version; this qube reads version=1",
         ),
         (
             LINE.replace("version=1", "version=2 mark=7 \x00"),
-            "'version=2', written for another version; this listener reads version=1",
+            "'version=2', written for another version; this qube reads version=1",
         ),
         (LINE.replace("version=1", "version="), "'version=', written for another version"),
-        (LINE.removeprefix("version=1 "), "option 'version' is missing; this listener reads version=1"),
+        (LINE.removeprefix("version=1 "), "option 'version' is missing; this qube reads version=1"),
         (f"{LINE} mark=7", "option 'mark' at column 131: unknown option; if dom0's package is newer"),
         (f"{LINE} mark=7", "update this qube's template"),
         (LINE.replace(" listen=0.0.0.0", ""), "option 'listen' is missing"),

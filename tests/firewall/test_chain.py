@@ -12,7 +12,8 @@ from helpers import Everywhere, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_fwd_qrexec.common.config import KEY_MAX, ListenerConfig
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.entries import KEY_MAX
 from qubes_fwd_qrexec.common.values import Binding
 from qubes_fwd_qrexec.firewall.chain import (
     JUMP,

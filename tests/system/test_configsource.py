@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import write_config
 
-from qubes_fwd_qrexec.common.config import VALUE_MAX
+from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.system import configsource
 from qubes_fwd_qrexec.system.configsource import FileSource
