@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import differences
-from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.store import read_rules
+from qubes_fwd_qrexec.admin.snapshot import Snapshot, read_rules
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory

@@ -6,21 +6,20 @@ that the rule did not have before; else all of it is stored, or nothing, and the
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, UsageError
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
 
-from .apply import Outcome
+from .apply import Outcome, reconcile
 from .backend import Backend
 from .inventory import ADMIN, TUNNEL_FEATURE, Inventory
-from .reconcile import reconcile
-from .snapshot import Snapshot, look
+from .snapshot import TUNNEL_NAME, Changes, Snapshot, feature_key, look, made_up_name, names_at
 from .states import Cause, Finding, Forward, NotOpenError, Plan, State
-from .store import TUNNEL_NAME, Changes, made_up_name, names_at, store
 
 Key = tuple[QubeName, str]
 """Target and name of a rule."""
@@ -281,3 +280,48 @@ def with_options(rule: ForwardRule, options: Mapping[str, str]) -> ForwardRule:
         if value:
             texts[name] = value
     return ForwardRule.from_options(Option(n, v, f"option {n!a}") for n, v in texts.items())
+
+
+def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
+    """Make all of the changes, or on an error none.
+
+    On an error, and on Ctrl-C, each is put back to what it was in ``inventory``. The caller holds the lock.
+    Raises `StoreError`, which lists what could not be put back.
+    """
+    tried: list[tuple[QubeName, str]] = []
+    try:
+        for (qube, name), value in changes.items():
+            tried.append((qube, name))
+            _put(backend, qube, name, value)
+    except (StoreError, KeyboardInterrupt) as error:
+        left = [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
+        if not left:
+            raise
+        why = str(error) or "interrupted"
+        raise StoreError(
+            f"{why}.\nNot put back, and in force with the next 'qvm-forward apply':\n{''.join(left)}"
+            "'qvm-forward remove' takes away what is new, 'qvm-forward import --replace' reads the rest"
+        ) from error
+
+
+def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> str | None:
+    """Restore a feature; if that fails, and it does differ, its old value as a line of a document."""
+    old = inventory.qubes[qube].features.get(feature_key(name))
+    try:
+        _put(backend, qube, name, old)
+    except StoreError:
+        with suppress(StoreError, KeyError):
+            # A write that was refused has changed nothing.
+            now = backend.inventory(with_config=False).qubes[qube]
+            if now.problem is None and now.features.get(feature_key(name)) == old:
+                return None
+        was = yes_no(bool(old)) if name == TUNNEL_NAME else "(new)" if old is None else old
+        return f"  {qube} {ascii(name)[1:-1]} {ascii(was)[1:-1]}\n"
+    return None
+
+
+def _put(backend: Backend, qube: QubeName, name: str, value: str | None) -> None:
+    if value is None:
+        backend.remove_feature(qube, feature_key(name))
+    else:
+        backend.set_feature(qube, feature_key(name), value)

@@ -16,8 +16,8 @@ from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import policy
+from .apply import Applied, reconcile
 from .backend import ANY, Backend
-from .reconcile import Applied, reconcile
 from .revoking import Ended, allowances, revoke, serving
 
 _T = TypeVar("_T")

@@ -11,8 +11,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from .changing import Changed, System, change
 from .inventory import DISPOSABLE, TUNNEL_FEATURE
-from .snapshot import Snapshot
-from .store import TUNNEL_NAME, Changes, made_up_name, names_at, parse_new_name
+from .snapshot import TUNNEL_NAME, Changes, Snapshot, made_up_name, names_at, parse_new_name
 
 
 def import_document(

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules and inventory to plan: for every rule where it is exposed, how it travels, and whether it may.
 
-Nothing is read or changed here. Each rule is first judged by itself. Then all that are not asleep claim their
-ports; if two claim the same port, the first by name has it.
+Nothing is read or changed here. Each rule is first judged by itself. Then an enabled rule claims its ports
+until its time is over, whether it is open or not. Two conflict if they would listen at one address and port
+of a qube, or if they reach one port of a target from one qube with different autostart, which dom0's policy
+cannot tell apart. Every command refuses a second claim. Qubes' own tools can still bring two together when
+they change netvms: then the first by name has the port.
 """
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import IPAddress, QubeName, RuleName
 
 from .checks import judged, listener_of
-from .claims import Claims
 from .inventory import Chain, Inventory
-from .states import Cause, Forward, Plan
+from .states import Cause, Finding, Forward, Plan
 
 # These open only after a command, which checks their ports then. So copies that clones inherit claim nothing.
 _ASLEEP = frozenset((Cause.CLONED, Cause.EXPIRED, Cause.DISABLED))
@@ -36,7 +39,7 @@ def plan(
     """
     ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
     forwards = {rule[:2]: judged(rule, inventory, now, stock) for rule in ordered}
-    claims = Claims()
+    claims = _Claims()
     for key in sorted(forwards, key=lambda key: (key in newcomers, key)):
         forward = forwards[key]
         home = _home(forward)
@@ -55,3 +58,46 @@ def _home(forward: Forward) -> QubeName | None:
         return None
     followed = forward.chain if rule.follow_netvm else ()
     return listener_of(rule, Chain(followed or rule.path or forward.chain))
+
+
+class _Claim(NamedTuple):
+    """The numbers are compared first: with a thousand rules, almost all comparisons end there."""
+
+    first: int
+    last: int
+    addresses: tuple[IPAddress, ...]
+    named: NamedRule
+
+
+class _Claims:
+    """What the rules that were taken claim, by the qube that listens for them."""
+
+    def __init__(self) -> None:
+        self._ports: dict[QubeName, list[_Claim]] = {}
+        self._calls: dict[tuple[QubeName, QubeName, bool], list[NamedRule]] = {}
+
+    def take(self, named: NamedRule, listener: QubeName) -> Finding | None:
+        """Give a rule what it claims, or return the conflict with the rule that has it."""
+        rule = named.rule
+        first, last = rule.listen_ports.first, rule.listen_ports.last
+        claim = _Claim(first, last, rule.listen_addresses, named)
+        ports = self._ports.setdefault(listener, [])
+        sharing = [other for other in ports if other[0] <= last and first <= other[1]]
+        for other in sharing:
+            if other.named.rule.proto is rule.proto and _overlap(claim.addresses, other.addresses):
+                return Finding(Cause.CONFLICT, qube=listener, rival=other.named, detail="port")
+        for reaching in self._calls.get((listener, named.target, not rule.autostart), ()):
+            if rule.target_ports.overlaps(reaching.rule.target_ports):
+                return Finding(Cause.CONFLICT, qube=listener, rival=reaching, detail="autostart")
+        ports.append(claim)
+        self._calls.setdefault((listener, named.target, rule.autostart), []).append(named)
+        return None
+
+
+def _overlap(some: tuple[IPAddress, ...], others: tuple[IPAddress, ...]) -> bool:
+    """Whether two listeners would claim one address; a wildcard claims all of its family, and no other."""
+    return any(
+        a.version == b.version and (a == b or a.is_unspecified or b.is_unspecified)
+        for a in some
+        for b in others
+    )

@@ -1,22 +1,80 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The system as it was read, once: its qubes, the rules stored there, and dom0's policy file."""
+"""The system as it was read, once: its qubes, the rules stored there, and dom0's policy file.
 
-from collections.abc import Collection
+A rule is stored as feature ``forward.NAME`` of its target, whose value is the rule's line.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.errors import RefusedError, StoreError
-from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, parse_rule_name
 
 from . import policy
 from .backend import ANY, NEW, Backend, PolicyFile
-from .inventory import Inventory
+from .inventory import RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .plan import plan
 from .states import Plan
-from .store import Changes, Stored, feature_key, names_at, read_rules
 
 # A policy file that cannot be read is replaced only by one that allows nothing.
 _UNREAD = PolicyFile(None, ANY)
+
+# TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
+TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(RULE_PREFIX)
+
+Changes = Mapping[tuple[QubeName, str], str | None]
+"""New lines of rules by qube and name, or None to remove one. `TUNNEL_NAME` stands for a qube's mark."""
+
+
+Stored = Mapping[tuple[QubeName, str], NamedRule | BrokenRule]
+"""All that is stored as rules, readable or not, in the order of target and name."""
+
+
+def feature_key(name: str) -> str:
+    return f"{RULE_PREFIX}{name}"
+
+
+def read_rules(inventory: Inventory) -> Stored:
+    """The rules of all qubes; what cannot be read as one is kept as broken, never dropped."""
+    return {
+        (target, name): read_rule(target, name, untrusted_line)
+        for target in sorted(inventory.qubes)
+        for key, untrusted_line in sorted(inventory.qubes[target].features.items())
+        if key.startswith(RULE_PREFIX) and (name := key.removeprefix(RULE_PREFIX)) != TUNNEL_NAME
+    }
+
+
+def names_at(stored: Stored, target: str) -> list[str]:
+    """The names of all that is stored at a qube."""
+    return [name for qube, name in stored if qube == target]
+
+
+def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> NamedRule | BrokenRule:
+    """One stored rule."""
+    try:
+        return NamedRule(target, parse_new_name(untrusted_name), ForwardRule.parse(untrusted_line))
+    except (TextError, RuleError) as error:
+        return BrokenRule(target, untrusted_name, untrusted_line, str(error))
+
+
+def parse_new_name(text: str) -> RuleName:
+    """A name that a rule can be stored under. Raises `TextError`."""
+    if text == TUNNEL_NAME:
+        raise TextError(text, f"free as a rule's name: the feature {feature_key(text)} marks a tunnel qube")
+    return parse_rule_name(text)
+
+
+def made_up_name(rule: ForwardRule, taken: Iterable[str]) -> RuleName:
+    """``tcp-80`` or ``tcp-80-90``, with a number behind if that is taken."""
+    base = f"{rule.proto}-{rule.listen_ports.brief()}"
+    names = set(taken)
+    name, number = base, 1
+    while name in names:
+        number += 1
+        # tcp-60000-60010 leaves one digit of the 16; a tenth such rule may well be named by the user.
+        name = f"{base[: 16 - len(str(number)) - 1]}-{number}"
+    return parse_rule_name(name)
 
 
 class Snapshot(NamedTuple):

@@ -15,8 +15,8 @@ from qubes_fwd_qrexec.system.clock import Clock
 from qubes_fwd_qrexec.system.ending import Ending
 
 from . import policy
+from .apply import Applied, reconcile
 from .backend import Backend, Changes
-from .reconcile import Applied, reconcile
 from .revoking import Ended, allowances, revoke, serving
 from .states import Plan
 

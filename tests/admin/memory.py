@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.apply import Outcome, Step, differences
+from qubes_fwd_qrexec.admin.apply import Outcome, Step, differences, reconcile
 from qubes_fwd_qrexec.admin.backend import ANY, NEW, Backend, ChangedError, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
-from qubes_fwd_qrexec.admin.reconcile import reconcile
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName

@@ -8,8 +8,8 @@ import pytest
 from faulty import Faulty, Panic, allowed, is_held
 from worlds import ADD, NOW, Command, content
 
+from qubes_fwd_qrexec.admin import apply as reconciling
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin import reconcile as reconciling
 from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.errors import StoreError

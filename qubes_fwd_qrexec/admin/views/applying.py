@@ -3,8 +3,7 @@
 
 from argparse import Namespace
 
-from qubes_fwd_qrexec.admin.apply import Outcome, differences
-from qubes_fwd_qrexec.admin.reconcile import Applied, reconcile
+from qubes_fwd_qrexec.admin.apply import Applied, Outcome, differences, reconcile
 from qubes_fwd_qrexec.admin.states import Cause, State
 
 from . import reasons, render

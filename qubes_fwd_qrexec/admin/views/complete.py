@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from qubes_fwd_qrexec.admin.inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
-from qubes_fwd_qrexec.admin.store import names_at, read_rules
+from qubes_fwd_qrexec.admin.snapshot import names_at, read_rules
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType
 
