@@ -96,18 +96,23 @@ class Way:
 
     def client(self, source: str = "127.0.0.1") -> socket.socket:
         """Connected, and it may have been aborted since: a connect that waits would fail then."""
-        client = socket.socket()
-        client.bind((source, 0))
-        client.setblocking(False)
-        with suppress(BlockingIOError):
-            client.connect(("127.0.0.1", self.listen_port))
-        assert select.select([], [client], [], BOUND_S)[1]
-        client.settimeout(BOUND_S)
+        with ExitStack() as undo:
+            client = undo.enter_context(socket.socket())
+            client.bind((source, 0))
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                client.connect(("127.0.0.1", self.listen_port))
+            assert select.select([], [client], [], BOUND_S)[1]
+            client.settimeout(BOUND_S)
+            undo.pop_all()
         return client
 
     def connect(self, source: str = "127.0.0.1") -> Connection:
-        client = self.client(source)
-        return Connection(client, self.server.accept()[0])
+        with ExitStack() as undo:
+            client = undo.enter_context(self.client(source))
+            connection = Connection(client, self.server.accept()[0])
+            undo.pop_all()
+        return connection
 
     def connect_again(self) -> Connection:
         """Try until there is a connection through to the server."""

@@ -30,7 +30,8 @@ from qubes_fwd_qrexec.relay.socketbuffers import MAX_BYTES, set_size
 from qubes_fwd_qrexec.relay.thread import RelayThread
 from qubes_fwd_qrexec.system.bugs import A_BUG
 
-from .callbudget import CallBudget, Place
+from .callbudget import CallBudget
+from .callplace import Place
 from .callqueue import Key, Kind
 from .counters import Carried
 from .qrexec import SINGLE_BUFFER_BYTES, Call, CallInput, open_call

@@ -10,17 +10,16 @@ budget wait in a bounded queue (`callqueue`). If no call ends by itself, somethi
 recently used of the idle mux calls, the idlest connection of a client that has more than its share, or the
 idlest mux call that such a client has to itself.
 
-A call that is refused beside live calls to its target, or for lack of a vchan, has found no room: it is made
-again when another ends. A call that is refused on its own is refused to everybody who waits for the same one
-(`brake`). A refusal by dom0 has the same exit status as a full target. So a service that was never allowed
-since the last change of the configuration counts as refused after a few seconds.
+A call that is refused beside live calls to its target, or for lack of a vchan beside any other, has found no
+room: it is made again when another ends. A call that is refused on its own is refused to everybody who waits
+for the same one (`brake`). A refusal by dom0 has the same exit status as a full target. So a service that was
+never allowed since the last change of the configuration counts as refused after a few seconds.
 """
 
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 import trio
 
@@ -31,6 +30,7 @@ from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.system.bugs import Bugs
 
 from .brake import Brake
+from .callplace import Place
 from .callqueue import CallQueue, Key, Kind, Wanted, count_key, has_more_than_its_share
 from .callwaits import CallWaits
 
@@ -46,64 +46,6 @@ _RESERVED_SHARE = 4
 QUIET_S = 1.0
 # How often to look at the queue, in addition to whenever a call ends.
 _LOOK_S = 0.25
-
-
-class Holder(Protocol):
-    """The user of a call, which may have to make room for another."""
-
-    @property
-    def quiet_s(self) -> float | None:
-        """For how many seconds nothing has used it; None if it must not be ended."""
-
-    @property
-    def sole_user(self) -> tuple[Key, float] | None:
-        """The only client that uses a mux call, and for how many seconds nothing has moved in it."""
-
-    def make_room(self) -> None:
-        """End it; its place comes back soon."""
-
-
-class Place:
-    """A call that may be made. Its user reports what becomes of the call."""
-
-    def __init__(self, budget: "CallBudget", wanted: Wanted, now: float) -> None:
-        self.wanted = wanted
-        self.began_at = now
-        self.is_through = False
-        """Whether dom0 and the target are known to have taken the call."""
-        self.holder: Holder | None = None
-        self.makes_room = False
-        self._budget = budget
-
-    @property
-    def quiet_s(self) -> float:
-        """For how many seconds nothing has used it; below 0 if it must not be ended."""
-        quiet_s = None if self.holder is None else self.holder.quiet_s
-        return -1.0 if quiet_s is None else quiet_s
-
-    @property
-    def sole_user(self) -> tuple[Key, float] | None:
-        """See `Holder`."""
-        return None if self.holder is None else self.holder.sole_user
-
-    def through(self) -> None:
-        """dom0 and the target have taken the call; a second report changes nothing."""
-        self._budget.is_through(self)
-
-    def make_room(self) -> None:
-        """Have the holder end the call."""
-        self.makes_room = True
-        if self.holder is not None:
-            self.holder.make_room()
-
-    def failed(self, why: str, status: int | None = None) -> bool:
-        """The call failed before it was through. Returns True if there was no room: the user may ask for
-        another place at once, and waits until there is room."""
-        return self._budget.failed(self, why, status)
-
-    def lost(self, why: str) -> None:
-        """The call was through, and was lost or given up: the same is tried again only after a while."""
-        self._budget.lost(self, why)
 
 
 class Waiting(Wanted):
@@ -240,10 +182,9 @@ class CallBudget:
 
     def failed(self, place: Place, why: str, status: int | None) -> bool:
         wanted = place.wanted
-        others = [other for other in self._places if other is not place and other.is_through]
+        place.has_failed = True
+        others = [] if place.is_through else self._beside(place, status)
         again_at = place.began_at + self._waits.again_s
-        if place.is_through:
-            others = []  # then it had room
         if status == ExitStatus.NO_ROOM and others:
             self._here.put_on(len(others), again_at, meaning(status))
             return True
@@ -260,6 +201,23 @@ class CallBudget:
                 self._queue.remove(waiting)
                 waiting.refuse(RefusedError(why, refusal(status)))
         return False
+
+    def _beside(self, place: Place, status: int | None) -> list[Place]:
+        """The calls that may have taken the room that one which failed has not found.
+
+        A call takes its vchan, and a transaction of xenstored, while it begins. It takes a slot of its target
+        after dom0's answer: then it has been through for longer than anybody needs to notice, unless many
+        wait for a target to start, which answers all of them at once.
+        """
+        now = trio.current_time()
+        is_here = status == ExitStatus.NO_ROOM
+        return [
+            other
+            for other in self._places
+            if other is not place
+            and not other.has_failed
+            and (is_here or other.is_through or now - other.began_at >= BEGIN_S)
+        ]
 
     def _may_be_full(self, wanted: Wanted) -> bool:
         now = trio.current_time()

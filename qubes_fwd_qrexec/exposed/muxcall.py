@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.relay.mux import Mux
 from qubes_fwd_qrexec.relay.thread import RelayThread
 
 from .call import Ending
-from .callbudget import Place
+from .callplace import Place
 from .callqueue import Key
 from .counters import Carried
 from .crowd import client_key

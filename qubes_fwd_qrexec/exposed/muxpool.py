@@ -29,7 +29,8 @@ from qubes_fwd_qrexec.system.bugs import A_BUG
 from qubes_fwd_qrexec.system.logs import RateLimit, inform, warn
 
 from .call import Ending
-from .callbudget import CallBudget, Place
+from .callbudget import CallBudget
+from .callplace import Place
 from .callqueue import CallQueue, Key, Kind, Wanted
 from .counters import WAYS, Carried
 from .crowd import client_key

@@ -17,8 +17,8 @@ from qubes_fwd_qrexec.exposed.callbudget import (
     BEGIN_S,
     RENEWALS_MAX,
     CallBudget,
-    Place,
 )
+from qubes_fwd_qrexec.exposed.callplace import Place
 from qubes_fwd_qrexec.exposed.callqueue import Key, Kind
 from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S, DOUBT_S, WAIT_S
 
@@ -435,6 +435,46 @@ async def test_without_room_for_a_vchan_calls_to_all_targets_wait(autojump_clock
         living[0].end()
         await wait_all_tasks_blocked()
         assert waiting.has_call
+
+
+async def test_calls_that_begin_together_and_find_no_room_wait_for_those_that_begin(
+    autojump_clock: MockClock,
+) -> None:
+    """Nobody knows yet which of them are through: xenstored has a transaction for some of them only."""
+    async with bench_of(20) as bench:
+        clients = await bench.want(*["r/s"] * 10)
+        began = clients[:BEGIN_MAX]
+        for client in began[2:]:
+            assert client.failed(ExitStatus.NO_ROOM)
+        await wait_all_tasks_blocked()
+        assert bench.budget.waiting == 10 - BEGIN_MAX
+        for client in began[:2]:
+            client.through()
+            client.end()
+        await wait_all_tasks_blocked()
+        assert served(clients) == 2
+
+
+async def test_the_last_of_those_that_found_no_room_is_refused_and_with_it_all_who_wait(
+    autojump_clock: MockClock,
+) -> None:
+    async with bench_of(20) as bench:
+        clients = await bench.want(*["r/s"] * 10)
+        verdicts = [client.failed(ExitStatus.NO_ROOM) for client in clients[:BEGIN_MAX]]
+        assert verdicts == [True] * (BEGIN_MAX - 1) + [False]
+        await wait_all_tasks_blocked()
+        assert [client.error is not None for client in clients[BEGIN_MAX:]] == [True] * (10 - BEGIN_MAX)
+
+
+async def test_a_target_that_has_just_started_and_is_full_at_once_refuses_nobody(
+    autojump_clock: MockClock,
+) -> None:
+    async with bench_of(20) as bench:
+        clients = await bench.want(*["r/s"] * (2 * BEGIN_MAX))
+        await trio.sleep(BEGIN_S + 1)
+        assert served(clients) == 2 * BEGIN_MAX
+        assert clients[-1].failed(ExitStatus.REFUSED)
+        clients[0].through()
 
 
 async def test_the_first_call_that_finds_no_room_is_a_refusal(autojump_clock: MockClock) -> None:
