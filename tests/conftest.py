@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from agents import agent_process, close_connector, renew_connector
 from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from mux_bench import Joined, MuxBench
 
 from qubes_fwd_qrexec.exposed import statussockets, trial
@@ -29,6 +29,8 @@ settings.register_profile(
     database=None if "CI" in os.environ else settings.default.database,
 )
 settings.load_profile("ours")
+# For tools/mutate.py, which asks whether an example fails and not which is the smallest.
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Change the code in one place at a time, and see whether the tests of that file notice.
+"""Change the code in one place at a time, and see whether the tests of that folder notice.
 
-    .venv/bin/python tools/mutate.py [--count N] [--seconds S] [--seed N] [--jobs N] [FOLDER or FILE...]
+    .venv/bin/python tools/mutate.py [--count N] [--skip N] [--seconds S] [--seed N] [--jobs N] [--only TEXT]
+        [FOLDER or FILE...]
 
-Places are drawn at random, the same ones for the same seed and code; Cosmic Ray makes the changes. Each is
-judged in a copy of the sources by the tests of the same folder: first those that mirror its file, and then
-those that import it. What no test notices is printed as a difference, unless tests/equivalent-mutants says
-why nobody can. Exit status 1: fewer than 95 % were noticed.
+Places are drawn by a hash of the seed and their line, so that an edit elsewhere leaves the others drawn;
+Cosmic Ray makes the changes. Each is judged in a copy of the sources: first by the tests that mirror its
+file, then by the others of the folder, and last by those that try many examples. The first that fails ends
+it, and so does one that takes longer than TEST_BOUND_S. What no test notices is printed as a difference,
+unless tests/equivalent-mutants says why nobody can. Each verdict is printed as it falls: after an
+interruption, --skip goes on. Exit status 1: fewer than 95 % were noticed.
 """
 
 import argparse
 import ast
 import difflib
+import hashlib
+import linecache
 import os
-import random
 import re
 import shutil
 import signal
@@ -22,13 +26,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
+import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
@@ -40,6 +46,9 @@ PLACES = ["mux", "relay", "common", "admin"]
 LEFT_OUT = "admin/views/"
 EQUIVALENT = ROOT / "tests" / "equivalent-mutants"
 WANTED_SHARE = 0.95
+# Longer than any test waits, BOUND_S in tests/helpers.py.
+TEST_BOUND_S = 90
+FEW_EXAMPLES, MANY_EXAMPLES = "not hypothesis", "hypothesis"
 # Those that a slip of the hand makes. Cosmic Ray has more, whose changes fail wherever the line runs at all.
 OPERATORS = [
     *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
@@ -66,9 +75,24 @@ class Mutant(NamedTuple):
 
 class Verdict(NamedTuple):
     mutant: Mutant
-    difference: str
+    before: str
+    after: str
     killed_by: str
     """Empty if nobody noticed."""
+
+    @property
+    def difference(self) -> str:
+        files = self.mutant.file, self.mutant.operator
+        return "\n".join(
+            difflib.unified_diff(self.before.splitlines(), self.after.splitlines(), *files, lineterm="", n=1)
+        )
+
+    @property
+    def name(self) -> str:
+        """As tests/equivalent-mutants names it: by its lines, which stay as the code around them moves."""
+        lines = self.difference.splitlines()[2:]
+        old, new = (" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
+        return f"{self.mutant.file}: {old}  ->  {new}"
 
 
 def tracked(*places: str) -> list[str]:
@@ -125,39 +149,37 @@ def mutants_of(file: str) -> list[Mutant]:
     return found
 
 
-def drawn(files: list[str], count: int, chance: random.Random) -> list[Mutant]:
-    """One mutant at each of so many places."""
-    by_place: dict[tuple[str, Span], list[Mutant]] = defaultdict(list)
+def line_of(mutant: Mutant) -> str:
+    return linecache.getline(str(ROOT / mutant.file), mutant.span[0][0])
+
+
+def drawn(files: list[str], seed: int) -> Iterator[Mutant]:
+    """One mutant at each place, in the order of the seed."""
+    places: dict[bytes, list[Mutant]] = {}
     for file in files:
+        by_span: dict[Span, list[Mutant]] = defaultdict(list)
         for mutant in mutants_of(file):
-            by_place[file, mutant.span].append(mutant)
-    places = chance.sample(sorted(by_place), min(count, len(by_place)))
-    return [chance.choice(by_place[place]) for place in places]
+            by_span[mutant.span].append(mutant)
+        seen: Counter[str] = Counter()
+        for span in sorted(by_span):
+            (_, begin), (_, end) = span
+            place = f"{seed} {file} {begin} {end} {line_of(by_span[span][0])}"
+            seen[place] += 1
+            places[hashlib.sha256(f"{place} {seen[place]}".encode()).digest()] = by_span[span]
+    for digest, mutants in sorted(places.items()):
+        yield mutants[digest[-1] % len(mutants)]
 
 
-def tests_of(file: str) -> list[str]:
-    """All of the same folder: first those that mirror the file, and then those that import it."""
+def stages(file: str) -> list[tuple[list[str], str]]:
+    """The tests of a file's folder, those first that are likely to notice a change of the file."""
     path = Path(file)
-    folder = str(Path("tests", *path.parts[1:-1]))
-    tests = [test for test in tracked(folder) if re.search(r"/test_\w+\.py$", test)]
+    tests = [
+        test for test in tracked(str(Path("tests", *path.parts[1:-1]))) if re.search(r"/test_\w+\.py$", test)
+    ]
     mirror = [test for test in tests if re.search(rf"/test_{path.stem}(_\w+)?\.py$", test)]
-    module = ".".join(path.with_suffix("").parts)
-    parent, _, name = module.rpartition(".")
-    imports = re.compile(
-        rf"(^from {re.escape(module)} import |^import {re.escape(module)}\b"
-        rf"|^from {re.escape(parent)} import (\([^)]*\b{name}\b|.*\b{name}\b))",
-        re.MULTILINE,
-    )
-    names = set(re.findall(r"^(?:class|def) (\w+)", (ROOT / file).read_text(), re.MULTILINE))
-    others = []
-    for test in tests:
-        text = (ROOT / test).read_text(encoding="utf-8")
-        by_package = re.search(rf"^from {re.escape(parent)} import ([^(\n]+|\([^)]*)", text, re.MULTILINE)
-        is_by_package = by_package is not None and names & set(re.findall(r"\w+", by_package[1]))
-        if test not in mirror and (imports.search(text) or is_by_package):
-            others.append(test)
-    found = mirror + others
-    return found + [test for test in tests if test not in found]
+    others = [test for test in tests if test not in mirror]
+    found = [(mirror, FEW_EXAMPLES), (others, FEW_EXAMPLES), (mirror + others, MANY_EXAMPLES)]
+    return [(files, which) for files, which in found if files]
 
 
 class Copy:
@@ -177,7 +199,7 @@ class Copy:
         for old in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
             old.unlink()
 
-    def test(self, tests: list[str], bound_s: float) -> str:
+    def test(self, tests: list[str], which: str, bound_s: float) -> str:
         """What failed, or an empty text."""
         command = [
             sys.executable,
@@ -186,10 +208,12 @@ class Copy:
             "-x",
             "-q",
             "--no-header",
+            "--tb=no",
             "-p",
             "no:cacheprovider",
-            *tests,
         ]
+        command += ["-o", f"faulthandler_timeout={TEST_BOUND_S}", "-o", "faulthandler_exit_on_timeout=true"]
+        command += ["--hypothesis-profile=mutants", "-m", which, *tests]
         environ = os.environ | {"PYTHONPATH": str(self.directory), "CI": "true"}
         with subprocess.Popen(
             command,
@@ -207,8 +231,10 @@ class Copy:
                 return f"no end within {bound_s:.0f} s"
             finally:
                 _end(process.pid)
-        if process.returncode == 0:
+        if process.returncode in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
             return ""
+        if f"Timeout (0:{TEST_BOUND_S // 60:02}:" in said:
+            return f"a test that took more than {TEST_BOUND_S} s"
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
         return failed[1] if failed else said.strip().rpartition("\n")[2]
 
@@ -228,7 +254,7 @@ class Judge:
         self._copies: SimpleQueue[Copy] = SimpleQueue()
         for number in range(jobs):
             self._copies.put(Copy(directory / str(number)))
-        self._bounds: dict[frozenset[str], float] = {}
+        self._bounds: dict[str, float] = {}
         self._one_bound_at_a_time = threading.Lock()
 
     def judge(self, mutant: Mutant) -> Verdict | None:
@@ -237,86 +263,88 @@ class Judge:
             return None
         text = (ROOT / mutant.file).read_text(encoding="utf-8")
         changed = mutate_code(text, get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
-        tests = tests_of(mutant.file)
         copy = self._copies.get()
         try:
-            bound_s = self._bound(copy, tests)
+            bound_s = self._bound(copy, mutant.file)
             copy.write(mutant.file, changed)
-            killed_by = copy.test(tests, bound_s) if tests else ""
+            by_stage = (copy.test(tests, which, bound_s) for tests, which in stages(mutant.file))
+            killed_by = next(filter(None, by_stage), "")
         finally:
             copy.write(mutant.file, text)
             self._copies.put(copy)
-        lines = difflib.unified_diff(
-            text.splitlines(), changed.splitlines(), mutant.file, mutant.operator, lineterm="", n=1
-        )
-        return Verdict(mutant, "\n".join(lines), killed_by)
+        return Verdict(mutant, text, changed, killed_by)
 
-    def _bound(self, copy: Copy, tests: list[str]) -> float:
-        """How long the tests may take; they pass in a fraction of it as long as nothing is changed."""
+    def _bound(self, copy: Copy, file: str) -> float:
+        """How long a stage may take; all pass in a fraction of it as long as nothing is changed."""
+        folder = str(Path(file).parent)
         with self._one_bound_at_a_time:
-            if (together := frozenset(tests)) not in self._bounds:
+            if folder not in self._bounds:
                 began = time.monotonic()
-                if problem := copy.test(tests, 1200):
-                    raise SystemExit(f"the tests fail as it is: {problem}")
-                self._bounds[together] = 30 + 5 * (time.monotonic() - began)
-            return self._bounds[together]
+                for tests, which in stages(f"{folder}/__init__.py"):
+                    if problem := copy.test(tests, which, 3600):
+                        raise SystemExit(f"the tests fail as it is: {problem}")
+                self._bounds[folder] = 2 * TEST_BOUND_S + 2 * (time.monotonic() - began)
+            return self._bounds[folder]
 
 
 def known() -> dict[str, str]:
-    """The changed line of each mutant that nobody can notice, after its file, and why."""
+    """Each mutant that nobody can notice, and why."""
     found = {}
-    for line in EQUIVALENT.read_text(encoding="utf-8").splitlines() if EQUIVALENT.exists() else ():
+    for line in EQUIVALENT.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            what, _, why = line.partition("  # ")
-            found[what.strip()] = why
+            name, _, why = line.partition("  # ")
+            found[name] = why
     return found
-
-
-def name_of(verdict: Verdict) -> str:
-    """As tests/equivalent-mutants names it."""
-    added = [line[1:].strip() for line in verdict.difference.splitlines()[2:] if line.startswith("+")]
-    return f"{verdict.mutant.file}: {' '.join(added)}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("places", nargs="*", default=PLACES, help="folders or files below the package")
     parser.add_argument("--count", type=int, default=200, help="how many mutants")
+    parser.add_argument("--skip", type=int, default=0, help="how many of them are judged already")
     parser.add_argument("--seconds", type=float, default=3600, help="how long to go on at most")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", metavar="TEXT", help="those whose line has this text")
     options = parser.parse_args()
-    chance = random.Random(options.seed)  # noqa: S311
-    mutants = drawn(sources(options.places or PLACES), options.count, chance)
+    all_of_them = drawn(sources(options.places or PLACES), options.seed)
+    wanted = (mutant for mutant in all_of_them if options.only in line_of(mutant))
+    mutants = list(islice(wanted, options.skip, options.count))
     equivalent = known()
-    killed, excused, survived = 0, 0, []
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    survived = []
     with (
         tempfile.TemporaryDirectory(prefix="mutants-") as directory,
         ThreadPoolExecutor(options.jobs) as threads,
     ):
         judge = Judge(options.jobs, Path(directory), time.monotonic() + options.seconds)
-        for verdict in threads.map(judge.judge, mutants):
-            if verdict is None:
+        for done in as_completed([threads.submit(judge.judge, mutant) for mutant in mutants]):
+            if (verdict := done.result()) is None:
                 continue
-            name = name_of(verdict)
             if verdict.killed_by:
-                killed += 1
-                print(f"killed    {name}  by {verdict.killed_by}", flush=True)
-            elif name in equivalent:
-                excused += 1
-                print(f"the same  {name}  # {equivalent[name]}", flush=True)
+                said, why = "killed", f"by {verdict.killed_by}"
+            elif verdict.name in equivalent:
+                said, why = "the same", f"# {equivalent[verdict.name]}"
             else:
+                said, why = "SURVIVED", ""
                 survived.append(verdict)
-                print(f"SURVIVED  {name}", flush=True)
-    judged = killed + len(survived)
+            counts[verdict.mutant.file.split("/")[1]][said] += 1
+            print(f"{said}  {verdict.name}  {why}", flush=True)
     for verdict in survived:
         print(f"\n{verdict.difference}")
-    share = killed / judged if judged else 0.0
-    print(
-        f"\n{killed} of {judged} mutants killed, {share:.0%}; {excused} more change nothing to be seen, "
-        f"and for {len(mutants) - judged - excused} the time was over (seed {options.seed})"
-    )
-    return 0 if share >= WANTED_SHARE else 1
+    print()
+    for folder, count in sorted(counts.items()):
+        print(f"{folder}: {summary(count)}")
+    total = sum(counts.values(), Counter())
+    late = len(mutants) - total.total()
+    print(f"all: {summary(total)}; for {late} more the time was over (seed {options.seed})")
+    return 0 if total["killed"] >= WANTED_SHARE * (total["killed"] + total["SURVIVED"]) else 1
+
+
+def summary(count: Counter[str]) -> str:
+    judged = count["killed"] + count["SURVIVED"]
+    share = f", {count['killed'] / judged:.1%}" if judged else ""
+    return f"{count['killed']} of {judged} killed{share}; {count['the same']} more change nothing to be seen"
 
 
 if __name__ == "__main__":
