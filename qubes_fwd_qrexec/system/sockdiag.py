@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the programs of one user listen for TCP, according to the kernel (NETLINK_SOCK_DIAG, sock_diag(7)).
+"""The sockets of this qube, according to the kernel (NETLINK_SOCK_DIAG, sock_diag(7)).
 
-This shows the firewall's program that a port is the listener's and not another program's. It does not ask the
-listener, which talks to strangers and can only show itself by a listening socket.
+Where the programs of one user listen for TCP shows the firewall's program that a port is the listener's and
+not another program's. It does not ask the listener, which talks to strangers and can only show itself by a
+listening socket.
 
 The listener is identified by its user, the owner of its runtime directory: only root can make directories in
 /run, and no two units with DynamicUser= share a user. Root is never taken for the listener by default, so a
@@ -12,47 +13,54 @@ with cgroup version 2, Linux 5.9 or later, and the unit in the expected slice.
 It asks only for listening sockets, which the kernel keeps in a list of their own, so that 10,000 connections
 cost nothing. Any user may ask. There is no fallback to /proc, which lists all connections: if the kernel does
 not answer, nothing is known, and the caller must let nobody in.
+
+Connections can be ended too, with CAP_NET_ADMIN and the kernel's INET_DIAG_DESTROY. Sockets of UDP are left
+alone: one that loses its peer stays bound, and would hand its server datagrams of anybody.
 """
 
+import errno
 import os
 import socket
 import stat
 import struct
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import Binding, IPAddress
+from qubes_fwd_qrexec.common.values import Binding, IPAddress, PortRange, unmapped
+
+from .netlink import Netlink, NetlinkError, connect
 
 # RuntimeDirectory= of the listener's unit.
 DIRECTORY = Path("/run/qubes-forward-listener")
 
-# The kernel answers at once; this only keeps us from hanging for ever.
-_TIMEOUT_S = 5.0
-# netlink(7): an answer to a dump comes in parts of at most 32 KiB (net/netlink/af_netlink.c, netlink_dump).
-_READ_MAX = 1 << 16
-# linux/netlink.h: NETLINK_SOCK_DIAG; nlmsghdr, its types and flags. Messages begin at multiples of 4 bytes.
+# linux/netlink.h: NETLINK_SOCK_DIAG.
 _NETLINK_SOCK_DIAG = 4
-_HEADER = struct.Struct("=IHHII")
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x100 | 0x200
 # linux/sock_diag.h.
 _SOCK_DIAG_BY_FAMILY = 20
-# include/net/tcp_states.h: TCPF_LISTEN, the bit of TCP_LISTEN.
+_SOCK_DESTROY = 21
+# include/net/tcp_states.h; a state's bit is 1 << its number. A socket in TIME_WAIT or CLOSE has no peer.
 _TCP_LISTEN = 10
-_TCPF_LISTEN = 1 << _TCP_LISTEN
-# linux/inet_diag.h, inet_diag_req_v2: family, protocol, extensions, a gap, states; any inet_diag_sockid.
-_REQUEST = struct.Struct("=BBBxI48x")
-# inet_diag_msg: family, state, timer, retrans; in inet_diag_sockid the ports, the addresses (16 bytes each),
-# the interface and the cookie; then expires, rqueue, wqueue, uid and inode. What follows is attributes.
-_SOCKET = struct.Struct("!BBxxHxx16s16x4s8x12x4s4x")
+_CONNECTED = (1, 2, 3, 4, 5, 8, 9, 11, 12)
+# linux/inet_diag.h, inet_diag_req_v2: family, protocol, extensions, a gap, states; an inet_diag_sockid: the
+# ports, the addresses (16 bytes each), the interface and the cookie, which are all 0 for any.
+_REQUEST = struct.Struct("=BBBxI")
+_ANY = bytes(48)
+# inet_diag_msg: family, state, timer, retrans; inet_diag_sockid; then expires, rqueue, wqueue, uid and inode.
+# What follows is attributes.
+_SOCKET = struct.Struct("!BBxx48s12x4s4x")
+_ID = struct.Struct("!HH16s16s4s8x")
 _NO_INTERFACE = bytes(4)
+# How often the sockets are listed and ended, until none is left: a connection may be made meanwhile.
+_PASSES = 3
+# Of a socket in FIN_WAIT2 the program has let go. Kernels before 6.10 may have no more of it than of one in
+# TIME_WAIT, and end neither (EOPNOTSUPP).
+_FIN_WAIT2 = 5
 
 
 class SocketsError(ForwardError):
-    """It is unknown where the listener listens; the text says why."""
+    """The kernel does not list or end its sockets, or not the listener's; the text says why."""
 
 
 def owner(directory: Path = DIRECTORY) -> int:
@@ -77,58 +85,78 @@ def listening(uid: int) -> frozenset[Binding]:
     )
 
 
+def destroy(ports: PortRange, is_ended: Callable[[IPAddress, int], bool]) -> int:
+    """End TCP connections to these ports of this qube, in this process's network namespace.
+
+    ``is_ended`` decides by the peer's address and the local port; it is not asked about the qube's
+    connections to itself. The peer gets a RST, and the program here ECONNABORTED. Connections that the qube
+    has made from one of the ports look the same, and end as well. Returns how many were ended. Raises
+    `SocketsError`.
+    """
+    ended = 0
+    try:
+        with connect(_NETLINK_SOCK_DIAG) as kernel:
+            for _ in range(_PASSES):
+                done = _destroy(kernel, ports, is_ended)
+                ended += done
+                if not done:
+                    return ended
+    except NetlinkError as error:
+        raise SocketsError(f"the kernel does not end connections: {error}") from error
+    return ended
+
+
+def _destroy(kernel: Netlink, ports: PortRange, is_ended: Callable[[IPAddress, int], bool]) -> int:
+    states = sum(1 << state for state in _CONNECTED)
+    done = 0
+    for family in (socket.AF_INET, socket.AF_INET6):
+        requests: list[tuple[int, bytes]] = []
+        for message in kernel.dump(_SOCK_DIAG_BY_FAMILY, _request(family, states)):
+            of_family, state, sockid, _ = _socket_of(message)
+            port, _, here, peer, _ = _ID.unpack(sockid)
+            if of_family != family or state not in _CONNECTED or port not in ports or here == peer:
+                continue
+            address = unmapped(_address(family, peer))
+            if not address.is_loopback and is_ended(address, port):
+                requests.append((state, _request(family, 0, sockid)))
+        answers = kernel.ask(_SOCK_DESTROY, [request for _, request in requests])
+        for (state, _), status in zip(requests, answers, strict=True):
+            if status == 0:
+                done += 1
+            elif status != errno.ENOENT and (state, status) != (_FIN_WAIT2, errno.EOPNOTSUPP):
+                raise NetlinkError(os.strerror(status))
+    return done
+
+
 def _listening(family: int, uid: int) -> Iterator[Binding]:
     addresses: dict[bytes, IPAddress] = {}
     wanted_uid = struct.pack("=I", uid)
-    for message in _dump(family):
-        try:
-            of_family, state, port, packed, interface, of_uid = _SOCKET.unpack_from(message)
-        except struct.error:
-            raise SocketsError("the kernel's list of sockets is not what it should be") from None
-        if (of_family, state, of_uid, interface) == (family, _TCP_LISTEN, wanted_uid, _NO_INTERFACE):
-            if packed not in addresses:
-                is_ipv4 = family == socket.AF_INET
-                addresses[packed] = IPv4Address(packed[:4]) if is_ipv4 else IPv6Address(packed)
-            yield addresses[packed], port
-
-
-def _dump(family: int) -> Iterator[bytes]:
-    """The listening sockets of all users. It uses a new netlink socket, so that no earlier answer is left."""
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as sock:
-            sock.settimeout(_TIMEOUT_S)
-            wanted = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _TCPF_LISTEN)
-            flags = _NLM_F_REQUEST | _NLM_F_DUMP
-            header = _HEADER.pack(_HEADER.size + len(wanted), _SOCK_DIAG_BY_FAMILY, flags, 1, 0)
-            sock.sendto(header + wanted, (0, 0))
-            while True:
-                received, (sender, _) = sock.recvfrom(_READ_MAX)
-                if sender != 0:
-                    continue  # not of the kernel
-                for kind, message in _messages(received):
-                    if kind in (_NLMSG_DONE, _NLMSG_ERROR):
-                        _check(message)
-                        return
-                    yield message
-    except OSError as error:
-        raise SocketsError(f"the kernel does not list its sockets: {error.strerror or error}") from error
+        with connect(_NETLINK_SOCK_DIAG) as kernel:  # a new one, so that no earlier answer is left
+            for message in kernel.dump(_SOCK_DIAG_BY_FAMILY, _request(family, 1 << _TCP_LISTEN)):
+                of_family, state, sockid, of_uid = _socket_of(message)
+                port, _, packed, _, interface = _ID.unpack(sockid)
+                wanted = (family, _TCP_LISTEN, wanted_uid, _NO_INTERFACE)
+                if (of_family, state, of_uid, interface) == wanted:
+                    if packed not in addresses:
+                        addresses[packed] = _address(family, packed)
+                    yield addresses[packed], port
+    except NetlinkError as error:
+        raise SocketsError(f"the kernel does not list its sockets: {error}") from error
 
 
-def _messages(received: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at < len(received):
-        try:
-            length, kind, *_ = _HEADER.unpack_from(received, at)
-        except struct.error:
-            length, kind = 0, 0
-        if not _HEADER.size <= length <= len(received) - at:
-            raise SocketsError("the kernel's list of sockets is cut short")
-        yield kind, received[at + _HEADER.size : at + length]
-        at += (length + 3) & ~3
+def _request(family: int, states: int, sockid: bytes = _ANY) -> bytes:
+    return _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states) + sockid
 
 
-def _check(message: bytes) -> None:
-    """Check the last message, which has 0 or a negative error number. Raises OSError."""
-    status = int.from_bytes(message[:4], sys.byteorder, signed=True)
-    if status != 0:
-        raise OSError(-status, os.strerror(-status))
+def _socket_of(message: bytes) -> tuple[int, int, bytes, bytes]:
+    """Family, state, inet_diag_sockid and UID. Raises `SocketsError`."""
+    try:
+        family, state, sockid, uid = _SOCKET.unpack_from(message)
+    except struct.error:
+        raise SocketsError("the kernel's list of sockets is not what it should be") from None
+    return family, state, sockid, uid
+
+
+def _address(family: int, packed: bytes) -> IPAddress:
+    return IPv4Address(packed[:4]) if family == socket.AF_INET else IPv6Address(packed)

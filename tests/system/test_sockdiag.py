@@ -14,6 +14,7 @@ from helpers import port_of
 
 from qubes_fwd_qrexec.common.values import Binding
 from qubes_fwd_qrexec.system import sockdiag as module
+from qubes_fwd_qrexec.system.netlink import READ_MAX
 from qubes_fwd_qrexec.system.sockdiag import DIRECTORY, SocketsError, listening, owner
 from qubes_fwd_qrexec.target import statusservice
 
@@ -60,7 +61,6 @@ def test_what_does_not_listen_is_not_even_asked_for() -> None:
         accepted, _ = sock.accept()
         with accepted:
             assert not {(LOOPBACK, port_of(bound)), (LOOPBACK, port_of(far))} & listening(UID)
-            assert {message[1] for message in module._dump(socket.AF_INET)} == {module._TCP_LISTEN}
 
 
 def test_a_socket_bound_to_an_interface_is_not_listed() -> None:
@@ -73,7 +73,7 @@ def test_a_socket_bound_to_an_interface_is_not_listed() -> None:
 
 
 def test_many_are_listed_in_several_parts_and_none_is_lost() -> None:
-    count = 2 * module._READ_MAX // module._SOCKET.size
+    count = 2 * READ_MAX // len(entry(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.socket, "socket", FakeKernel.of(*parts(range(1, count + 1)), done()))
         assert len(listening(7)) == count
@@ -135,10 +135,7 @@ class FakeKernel:
         sent = tuple(one if isinstance(one, tuple) else (one, 0) for one in answers)
         return lambda *given: cls(sent, *given)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         pass
 
     def settimeout(self, timeout_s: float) -> None:
