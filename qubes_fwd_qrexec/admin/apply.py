@@ -246,6 +246,12 @@ class Applied(NamedTuple):
     snapshot: Snapshot
 
 
+def due(snapshot: Snapshot, now: float, *, is_held: bool | None = None) -> Applied:
+    """What `reconcile` would do now. Nothing is done."""
+    planned = snapshot.plan(now, is_held=is_held)
+    return Applied(planned, Outcome(differences(planned, snapshot.inventory, snapshot.installed)), snapshot)
+
+
 def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> Applied:
     """Make policy and configuration what the stored rules ask for; the caller holds the lock.
 

@@ -44,8 +44,8 @@ class System(NamedTuple):
 class Changed:
     """What a change did; ``keys`` are the rules that it was about.
 
-    ``before`` and ``after`` are the system as it was read, and with the change. ``outcome`` is None if
-    nothing was applied.
+    ``before`` and ``after`` are the system as it was read, and with the change. ``outcome`` is empty unless
+    the change was applied.
     """
 
     keys: tuple[Key, ...]
@@ -53,7 +53,8 @@ class Changed:
     after: Snapshot
     plan_before: Plan
     plan: Plan
-    outcome: Outcome | None
+    is_applied: bool
+    outcome: Outcome
 
     @property
     def forwards(self) -> list[Forward]:
@@ -83,14 +84,14 @@ def change(
             if problem is not None:
                 raise NotOpenError(f"{forward.named} was not {done}", forward, problem)
         store(backend, before.inventory, changes)
-        plan_before, planned, outcome = before.plan(now), after.plan(now), None
+        plan_before, planned, outcome = before.plan(now), after.plan(now), Outcome()
         if is_applied:
             try:
                 planned, outcome, read = reconcile(backend, now)
             except StoreError as error:
                 raise StoreError(f"the change is stored, but {error}") from error
             after = after._replace(inventory=read.inventory, policy_problem=read.policy_problem)
-    return Changed(keys, before, after, plan_before, planned, outcome)
+    return Changed(keys, before, after, plan_before, planned, is_applied, outcome)
 
 
 def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:

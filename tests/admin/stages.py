@@ -13,9 +13,9 @@ from worlds import Hands
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Changes
 from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.views.applying import follow
 from qubes_fwd_qrexec.admin.views.session import Session
 from qubes_fwd_qrexec.admin.views.tables import Style
-from qubes_fwd_qrexec.admin.views.watching import follow
 from qubes_fwd_qrexec.admin.watch import QUIET_S, TICK_S
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName

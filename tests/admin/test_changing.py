@@ -7,6 +7,7 @@ import pytest
 from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import changing
+from qubes_fwd_qrexec.admin.apply import Outcome
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.snapshot import look
@@ -46,12 +47,12 @@ def test_a_preview_shows_what_add_would_open_and_stores_nothing(store: Backend, 
 
 def test_a_change_returns_what_was_and_what_is(store: Backend) -> None:
     added = changing.add(System(store, NOW), WORK, RULE, WEB)
-    assert (added.keys, added.plan_before.forwards, added.outcome is None) == (((WORK, WEB),), (), False)
+    assert (added.keys, added.plan_before.forwards, added.is_applied) == (((WORK, WEB),), (), True)
     disabled = changing.disable(System(store, NOW), "work", ["web"])
     assert disabled.plan_before.forwards == tuple(added.forwards)
     assert [forward.state for forward in disabled.forwards] == [State.DISABLED]
     removed = changing.remove(System(store, NOW, is_applied=False), "work", ["web"])
-    assert (removed.forwards, removed.plan.forwards, removed.outcome) == ([], (), None)
+    assert (removed.forwards, removed.plan.forwards, removed.outcome) == ([], (), Outcome())
 
 
 def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: LabDirectory) -> None:

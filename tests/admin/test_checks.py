@@ -9,7 +9,7 @@ from worlds import NOW, OURS, only, qube, rule, world
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
 from qubes_fwd_qrexec.admin.views import reasons
-from qubes_fwd_qrexec.admin.views.plans import forward_as_json
+from qubes_fwd_qrexec.admin.views.render import forward_as_json
 from qubes_fwd_qrexec.common.config import Service, Side
 from qubes_fwd_qrexec.common.rules import Mode, Transport
 from qubes_fwd_qrexec.common.values import QubeName

@@ -15,7 +15,7 @@ from qubes_fwd_qrexec.admin.backend import Changes
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.snapshot import look
-from qubes_fwd_qrexec.admin.views.watching import differing
+from qubes_fwd_qrexec.admin.views.applying import differing
 from qubes_fwd_qrexec.admin.watch import BURST_S, QUIET_S
 from qubes_fwd_qrexec.common.rules import BrokenRule
 from qubes_fwd_qrexec.common.values import QubeName

@@ -12,9 +12,9 @@ import pytest
 from stages import END, Stage, set_netvm
 
 from qubes_fwd_qrexec.admin.backend import Changes
+from qubes_fwd_qrexec.admin.views.applying import watch
 from qubes_fwd_qrexec.admin.views.session import Session
 from qubes_fwd_qrexec.admin.views.tables import Style
-from qubes_fwd_qrexec.admin.views.watching import watch
 from qubes_fwd_qrexec.admin.watch import RETRY_S
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory

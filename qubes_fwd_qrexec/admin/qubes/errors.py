@@ -7,27 +7,17 @@ helps.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from subprocess import CalledProcessError
 
-from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.answers import NotRunningError
 from qubes_fwd_qrexec.common.errors import StoreError, TextError
-from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 
-POLICY_FILE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
 WHO_MAY = "qvm-forward works as root or as a member of the group qubes"
-# qrexec/tools/qubes_policy_admin.py: the request was understood and not carried out; 2 is an error within.
-_BAD_REQUEST = 1
 # What qubesadmin raises for an answer that it cannot parse; its ProtocolError is an AssertionError.
 _UNPARSABLE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class UnansweredError(StoreError):
     """qubesd refused one call, failed within, knows no such qube, or gave an answer that cannot be read."""
-
-
-class NotDoneError(StoreError):
-    """The policy API has understood a call and did not carry it out."""
 
 
 @contextmanager
@@ -52,34 +42,6 @@ def asking_qubesd(method: str, dest: str, here: str | None) -> Iterator[None]:
         raise StoreError(f"{what}: {plain(error)}") from error
     except (exc.QubesException, exc.PermissionDenied, TextError, *_UNPARSABLE) as error:
         raise UnansweredError(f"{what}: {plain(error)}") from error
-
-
-@contextmanager
-def asking_policy_api(method: str, here: str | None) -> Iterator[None]:
-    """Raises `NotDoneError` and `StoreError`.
-
-    Since April 2026 the client tells what was wrong; before, it has the call's exit status alone.
-    """
-    from qrexec.policy.admin_client import PolicyAdminException
-
-    try:
-        yield
-    except PolicyAdminException as error:
-        raise NotDoneError(f"{POLICY_FILE}: {method}: {plain(error)}") from error
-    except CalledProcessError as error:
-        # Of a traceback the last line says what was wrong. What is not captured was on the terminal.
-        said = (error.stderr or b"").decode("utf-8", "backslashreplace").strip().rpartition("\n")[2]
-        why = f": {plain(said)}" if said else ""
-        what = f"{POLICY_FILE}: {method} ended with exit status {error.returncode}{why}"
-        if error.returncode == _BAD_REQUEST:
-            raise NotDoneError(what) from error
-        way_out = f"'/var/log/qubes/policy-admin.log' in dom0 may say why; {WHO_MAY}"
-        if here and error.returncode == ExitStatus.REFUSED:
-            argument = "*" if method == "policy.List" else f"+{policy.NAME}"
-            way_out = how_to_allow(f"{method}  {argument}  {here}  @adminvm  allow  target=dom0")
-        raise StoreError(f"{what}. {way_out}") from error
-    except (NotImplementedError, OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{POLICY_FILE}: {method}: {plain(error)}") from error
 
 
 def how_to_allow(line: str) -> str:

@@ -4,13 +4,23 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from subprocess import CalledProcessError
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import ANY, NEW, ChangedError, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 
-from .errors import POLICY_FILE, NotDoneError, asking_policy_api
+from .errors import WHO_MAY, how_to_allow, plain
+
+_FILE = f"dom0's /etc/qubes/policy.d/{policy.NAME}.policy"
+# qrexec/tools/qubes_policy_admin.py: the request was understood and not carried out; 2 is an error within.
+_BAD_REQUEST = 1
+
+
+class _NotDoneError(StoreError):
+    """The policy API has understood a call and did not carry it out."""
 
 
 def read(here: str | None) -> PolicyFile:
@@ -18,7 +28,7 @@ def read(here: str | None) -> PolicyFile:
     try:
         with _client("policy.Get", here) as client:
             return PolicyFile(*client.policy_get(policy.NAME))
-    except NotDoneError:
+    except _NotDoneError:
         # An old client does not say whether that is because there is none.
         with _client("policy.List", here) as client:
             if policy.NAME in client.policy_list():
@@ -31,9 +41,9 @@ def replace(text: str, token: str, here: str | None) -> None:
     try:
         with _client("policy.Replace", here) as client:
             client.policy_replace(policy.NAME, text, token)
-    except NotDoneError as error:
+    except _NotDoneError as error:
         if token != ANY and read(here).token != token:
-            raise ChangedError(POLICY_FILE) from error
+            raise ChangedError(_FILE) from error
         raise StoreError(
             f"{error}: not written, as dom0's policy could not be read with it. If another file is named, "
             "mend that one: until then dom0 may refuse every call"
@@ -42,14 +52,32 @@ def replace(text: str, token: str, here: str | None) -> None:
 
 @contextmanager
 def _client(method: str, here: str | None) -> Iterator[Any]:
-    """A `PolicyClient` for one call."""
-    from qrexec.policy.admin_client import PolicyClient
+    """A `PolicyClient` for one call. Raises `_NotDoneError` and `StoreError`.
+
+    Since April 2026 the client tells what was wrong; before, it has the call's exit status alone.
+    """
+    from qrexec.policy.admin_client import PolicyAdminException, PolicyClient
 
     # In dom0 the caller writes the API's log: if root is the first, the group must be able to write it too.
     umask = os.umask(0o002)
     try:
-        with asking_policy_api(method, here):
-            yield PolicyClient()
+        yield PolicyClient()
+    except PolicyAdminException as error:
+        raise _NotDoneError(f"{_FILE}: {method}: {plain(error)}") from error
+    except CalledProcessError as error:
+        # Of a traceback the last line says what was wrong. What is not captured was on the terminal.
+        said = (error.stderr or b"").decode("utf-8", "backslashreplace").strip().rpartition("\n")[2]
+        why = f": {plain(said)}" if said else ""
+        what = f"{_FILE}: {method} ended with exit status {error.returncode}{why}"
+        if error.returncode == _BAD_REQUEST:
+            raise _NotDoneError(what) from error
+        way_out = f"'/var/log/qubes/policy-admin.log' in dom0 may say why; {WHO_MAY}"
+        if here and error.returncode == ExitStatus.REFUSED:
+            argument = "*" if method == "policy.List" else f"+{policy.NAME}"
+            way_out = how_to_allow(f"{method}  {argument}  {here}  @adminvm  allow  target=dom0")
+        raise StoreError(f"{what}. {way_out}") from error
+    except (NotImplementedError, OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{_FILE}: {method}: {plain(error)}") from error
     finally:
         os.umask(umask)
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import changing
-from qubes_fwd_qrexec.admin.apply import Kind, Outcome
+from qubes_fwd_qrexec.admin.apply import Kind
 from qubes_fwd_qrexec.admin.changing import Changed, Key, System
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import parse_new_name
@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from . import callroom, heard, reasons, steps
 from .judged import denials
 from .listeners import Heard, ask_after
-from .plans import forward_as_json
+from .render import forward_as_json
 from .session import Session
 from .tables import escaped
 from .times import parse_expire, print_expire
@@ -57,7 +57,7 @@ class After(NamedTuple):
 def followed(changed: Changed, session: Session) -> After:
     """Ask what became of a change. Raises `StoreError` if it is stored and not all of it could be applied."""
     said, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
-    if changed.outcome is not None:
+    if changed.is_applied:
         steps.check(changed.outcome, "the change is stored, but ")
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
         said = ask_after(was, planned, changed.keys, inventory, session.backend, patience=session.patience)
@@ -165,22 +165,21 @@ def _state(after: After, forward: Forward) -> str:
     sentence = reasons.sentence(forward)
     if forward.state is State.DISABLED:
         return f"{_closed(after, forward.named[:2])}. {sentence}"
-    if forward.is_live and after.changed.outcome is None:
+    if forward.is_live and not after.changed.is_applied:
         return f"; 'qvm-forward apply' puts it in force. Then: {sentence}"
     return f" and {forward.state}. {sentence}"
 
 
 def _closed(after: After, key: Key) -> str:
     """The sentence for what was closed. It never says "closed" where connections go on."""
-    if after.changed.outcome is None:
+    if not after.changed.is_applied:
         return "; 'qvm-forward apply' closes it"
-    flows = _flows(after, after.changed.outcome, key)
-    return " and accepts no new connections; open ones may go on" if flows else " and closed"
+    return " and accepts no new connections; open ones may go on" if _flows(after, key) else " and closed"
 
 
-def _flows(after: After, outcome: Outcome, key: Key) -> bool:
+def _flows(after: After, key: Key | None) -> bool:
     return any((left.target, left.name) == key for left in after.heard.goes_on) or any(
-        ended.target == key[0] and ended.draining for ended in outcome.ended
+        key is not None and ended.target == key[0] and ended.draining for ended in after.changed.outcome.ended
     )
 
 
@@ -245,11 +244,10 @@ def tell(
     if session.is_json:
         session.say_json({**data, **as_json(after)})
     else:
-        lines = [*lines, *([] if changed.outcome is None else _others(after, changed.outcome))]
-        session.say("".join(f"{line}\n" for line in lines))
+        session.say("".join(f"{line}\n" for line in (*lines, *_others(after))))
         for left in goes_on:
             session.warn(f"still open: {heard.still_open(left)}")
-        is_live = changed.outcome is not None and any(forward.is_live for forward in changed.forwards)
+        is_live = changed.is_applied and any(forward.is_live for forward in changed.forwards)
         if is_live and after.watch_start is not None:
             session.say(
                 "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a "
@@ -261,13 +259,13 @@ def tell(
     return 1 if any(left.left_s is None for left in goes_on) else 0
 
 
-def _others(after: After, outcome: Outcome) -> Iterator[str]:
+def _others(after: After) -> Iterator[str]:
     """A sentence for each forward that was opened or closed besides, and for each target where calls go on.
 
     A mark closes some; and rules that were restored, or changed by Qubes' own tools, come into force with
     whatever command is next.
     """
-    for step in outcome.done:
+    for step in after.changed.outcome.done:
         if step.kind not in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG):
             continue
         text, key, forward = step.key.removeprefix(CONFIG_PREFIX), None, None
@@ -278,11 +276,10 @@ def _others(after: After, outcome: Outcome) -> Iterator[str]:
             continue
         what = "Opened" if step.was is None else "Changed"
         if step.kind is Kind.REMOVE_CONFIG:
-            is_flowing = key is not None and _flows(after, outcome, key)
-            what = "Closed to new connections" if is_flowing else "Closed"
+            what = "Closed to new connections" if _flows(after, key) else "Closed"
         why = "." if forward is None else f". {reasons.sentence(forward)}"
         yield f"{what} at {step.qube}: {text}{why}"
-    yield from (f"{steps.ended_words(ended)}." for ended in outcome.ended if ended.draining)
+    yield from (f"{steps.ended_words(ended)}." for ended in after.changed.outcome.ended if ended.draining)
 
 
 def as_json(after: After) -> dict[str, Any]:
@@ -290,9 +287,9 @@ def as_json(after: After) -> dict[str, Any]:
     outcome = after.changed.outcome
     return {
         "forwards": [forward_as_json(f) | {"warnings": notes(after, f)} for f in after.changed.forwards],
-        "applied": outcome is not None,
+        "applied": after.changed.is_applied,
         "is_watched": after.watch_start is None,
-        "steps": [] if outcome is None else [steps.as_json(step) for step in outcome.done],
-        "ended": [] if outcome is None else [ended._asdict() for ended in outcome.ended],
+        "steps": [steps.as_json(step) for step in outcome.done],
+        "ended": [ended._asdict() for ended in outcome.ended],
         "goes_on": [left._asdict() for left in after.heard.goes_on],
     }

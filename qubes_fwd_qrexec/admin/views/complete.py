@@ -15,19 +15,9 @@ from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType
 from .locate import open_backend
 from .parser import commands_of
 
-# What a command's arguments are, in their order; a last one with a * may be given again and again.
-_ARGUMENTS = {
-    "add": ("qube",),
-    **dict.fromkeys(("list", "status", "plan", "export"), ("qube*",)),
-    **dict.fromkeys(("show", "diagnose"), ("target", "name")),
-    **dict.fromkeys(("remove", "enable", "disable", "confirm"), ("target", "name*")),
-    "set": ("target", "name", "change*"),
-    "tunnel": ("mark|unmark|list", "marked"),
-}
 _YES_NO = "yes|no"
-# Anything else is the words themselves.
-_KINDS = ("", "qube", "target", "name", "change", "marked")
-_VALUES = {"srchosts": "any", "expire": "+8h|+1d|never"}
+# By the names of options in a rule. Those of `add` say in their help what their values are, but for these.
+_VALUES = {"srchosts": "any", "expire": "+8h|+1d|never", "name": ""}
 # Options of a rule that `add` lacks, or has under another name.
 _RULE_VALUES = {"enabled": _YES_NO, "forwardtype": "|".join(ForwardType), "srchosts": "any"}
 
@@ -53,7 +43,7 @@ def candidates(
             command = word
     options = commands.get(command, parser)._option_string_actions
     prefix, equals, _ = current.rpartition("=")
-    kind = _kind(command, len(given))
+    kind = _argument(commands.get(command, parser), len(given))
     if asked is not None:
         kind = _values(asked)
     elif current.startswith("-"):
@@ -61,17 +51,23 @@ def candidates(
         kind = _values(options.get(prefix)) if equals else names
     elif not command:
         kind = "|".join(commands)
-    elif kind == "change" and equals:
+    elif kind == "OPTION=VALUE" and equals:
         kind = _RULE_VALUES.get(prefix) or _values(commands["add"]._option_string_actions.get(f"--{prefix}"))
-    found = _there_are(kind, given, lab, environ) if kind in _KINDS else kind.split("|")
+    # What stands in capitals in the help is to be filled in.
+    is_word = kind != kind.upper()
+    found = kind.split("|") if is_word else _there_are(kind, command, given, lab, environ)
     return sorted(word for value in found if (word := f"{prefix}{equals}{value}").startswith(current))
 
 
-def _kind(command: str, number: int) -> str:
-    """What the argument with that number is, counted from 0; empty if there is none."""
-    kinds = _ARGUMENTS.get(command, ("",))
-    kind = kinds[min(number, len(kinds) - 1)]
-    return kind.removesuffix("*") if number < len(kinds) or kind.endswith("*") else ""
+def _argument(parser: argparse.ArgumentParser, number: int) -> str:
+    """What the help calls the argument with that number, counted from 0; empty if there is none."""
+    arguments = [action for action in parser._actions if not action.option_strings]
+    kinds = [str(action.metavar) for action in arguments]
+    if "NAME" in kinds:
+        kinds[0] = "TARGET"
+    if arguments and arguments[-1].nargs in ("*", "+"):
+        number = min(number, len(kinds) - 1)
+    return kinds[number] if number < len(kinds) else ""
 
 
 def _values(option: argparse.Action | None) -> str:
@@ -82,27 +78,28 @@ def _values(option: argparse.Action | None) -> str:
         return "|".join(option.choices)
     if option.nargs == 0:
         return _YES_NO
-    words = str(option.metavar)
-    return words if "|" in words else "qube" if words == "QUBE" else _VALUES.get(option.dest, "")
+    return _VALUES.get(option.dest, str(option.metavar))
 
 
-def _there_are(kind: str, given: Sequence[str], lab: str | None, environ: Mapping[str, str]) -> Sequence[str]:
+def _there_are(
+    kind: str, command: str, given: Sequence[str], lab: str | None, environ: Mapping[str, str]
+) -> Sequence[str]:
     """The qubes and rules that there are; none where they cannot be read."""
-    if kind == "change":
+    if kind == "OPTION=VALUE":
         return [f"{option}=" for option in ForwardRule.option_names()]
-    if not kind:
+    if kind not in ("QUBE", "TARGET", "NAME"):
         return ()
     try:
         inventory = open_backend(lab, environ).inventory()
     except ForwardError:
         return ()
     qubes = inventory.qubes.values()
-    if kind == "qube":
-        return [qube.name for qube in qubes if qube.klass not in (ADMIN, TEMPLATE)]
-    if kind == "target":
+    if kind == "TARGET":
         return sorted({str(qube) for qube, _ in read_rules(inventory)})
-    if kind == "name":
+    if kind == "NAME":
         return names_at(read_rules(inventory), given[0])
+    if command != "tunnel":
+        return [qube.name for qube in qubes if qube.klass not in (ADMIN, TEMPLATE)]
     if given[0] == "mark":
         return [q.name for q in qubes if q.provides_network and not q.features.get(TUNNEL_FEATURE)]
     return [q.name for q in qubes if q.features.get(TUNNEL_FEATURE) and given[0] == "unmark"]

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import hold
+from qubes_fwd_qrexec.admin.apply import due
 from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.hold import Held
 from qubes_fwd_qrexec.admin.policy import NAME
@@ -17,7 +18,6 @@ from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import heard, reasons, steps
-from .applying import due
 from .judged import denials, judged
 from .listeners import GoesOn, ask_after
 from .session import Session
@@ -124,7 +124,7 @@ def _open_still(seen: _Seen) -> Iterator[str]:
 def resume(args: Namespace, session: Session) -> int:
     """Lift the hold and open what the rules ask for, or with --dry-run say what that would be."""
     if args.dry_run:
-        planned, outcome, snapshot = due(session, is_held=False)
+        planned, outcome, snapshot = due(session.look(with_config=True), session.now, is_held=False)
         was_held = snapshot.is_held
     else:
         was_held, (planned, outcome, snapshot) = hold.resume(session.backend, session.now)

@@ -128,7 +128,7 @@ COMMANDS = {
     "plan": Command("showing.explain", "Explain what becomes of each forward, and why.", (_QUBES,)),
     "apply": Command("applying.apply", "Bring policy and listeners in line with the rules.", (_DRY_RUN,)),
     "watch": Command(
-        "watching.watch", "Keep policy and listeners in line: apply after each change and when a rule ends."
+        "applying.watch", "Keep policy and listeners in line: apply after each change and when a rule ends."
     ),
     "policy": Command("showing.print_policy", "Print the qrexec policy that the rules ask for."),
     "tunnel": Command(

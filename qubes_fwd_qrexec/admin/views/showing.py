@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.common.rules import BrokenRule
 from . import findings, reasons, render
 from .judged import judged
 from .picture import picture
-from .plans import broken_as_json, forward_as_json, plan_as_json
+from .render import broken_as_json, forward_as_json, plan_as_json
 from .session import Session
 from .tables import checks, escaped
 

@@ -35,8 +35,7 @@ from .listeners import (
     listening,
     uptake,
 )
-from .plans import forward_as_json
-from .render import exposed_at
+from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
 from .tables import Colour, Style, Table, counted, escaped
