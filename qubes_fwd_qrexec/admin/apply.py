@@ -11,7 +11,7 @@ Policy is only written over the text from which the differences were computed. I
 since, their text stays: they may have closed what we would open.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -139,7 +139,12 @@ def differences(
     ]
     # A listener that has it may be narrowed by it, so that comes before anything opens.
     steps += [step for step in changed if not step.opens]
-    steps += _endings_of_rules(plan)
+    for forward in plan:
+        target, name, rule = forward.named
+        if forward.cause is Cause.EXPIRED and not rule.has_ended:
+            # Stored, so that no clock that is set back opens it again.
+            line = str(replace(rule, has_ended=True))
+            steps.append(Step(Kind.END_RULE, line, target, f"{RULE_PREFIX}{name}", str(rule)))
     if new:
         steps.append(Step(Kind.OPEN_POLICY, final, lines=tuple(sorted(new))))
     return (*steps, *(step for step in changed if step.opens))
@@ -163,15 +168,6 @@ def _revocations(
     drained = () if cuts_drains else drains(inventory)
     targets = {*targets_of(over, inventory), *others}
     return allowances(targets, wanted, drains=drained, cuts_drains=cuts_drains)
-
-
-def _endings_of_rules(plan: Plan) -> Iterator[Step]:
-    """Store that a rule's time is over, so that no clock that is set back opens it again."""
-    for forward in plan:
-        named = forward.named
-        if forward.cause is Cause.EXPIRED and not named.rule.has_ended:
-            line = str(replace(named.rule, has_ended=True))
-            yield Step(Kind.END_RULE, line, named.target, f"{RULE_PREFIX}{named.name}", str(named.rule))
 
 
 def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) -> Outcome:

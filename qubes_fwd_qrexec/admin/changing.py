@@ -17,8 +17,8 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
 
 from .apply import Outcome, reconcile
 from .backend import Backend
-from .inventory import ADMIN, TUNNEL_FEATURE, Inventory
-from .snapshot import TUNNEL_NAME, Changes, Snapshot, feature_key, look, made_up_name, names_at
+from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
+from .snapshot import TUNNEL_NAME, Changes, Snapshot, look, made_up_name, names_at
 from .states import Cause, Finding, Forward, NotOpenError, Plan, State
 
 Key = tuple[QubeName, str]
@@ -255,17 +255,16 @@ def _change_each(
     """Change rules of a qube that are stored and can be read."""
 
     def decide(snapshot: Snapshot) -> Changes:
-        olds = (snapshot.find(target, name) for name in names)
-        return {old[:2]: str(changed(_readable(old), snapshot.inventory)) for old in olds}
+        changes: dict[tuple[QubeName, str], str | None] = {}
+        for name in names:
+            old = snapshot.find(target, name)
+            if isinstance(old, BrokenRule):
+                known = f"{target} {old.name!a} cannot be read ({old.problem})"
+                raise RefusedError(f"{known}; remove it and add it anew")
+            changes[old.target, old.name] = str(changed(old, snapshot.inventory))
+        return changes
 
     return change(system, decide, done)
-
-
-def _readable(entry: NamedRule | BrokenRule) -> NamedRule:
-    if isinstance(entry, NamedRule):
-        return entry
-    name = f"{entry.target} {entry.name!a}"
-    raise RefusedError(f"{name} cannot be read ({entry.problem}); remove it and add it anew")
 
 
 def with_options(rule: ForwardRule, options: Mapping[str, str]) -> ForwardRule:
@@ -307,14 +306,14 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
 
 def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> str | None:
     """Restore a feature; if that fails, and it does differ, its old value as a line of a document."""
-    old = inventory.qubes[qube].features.get(feature_key(name))
+    old = inventory.qubes[qube].features.get(RULE_PREFIX + name)
     try:
         _put(backend, qube, name, old)
     except StoreError:
         with suppress(StoreError, KeyError):
             # A write that was refused has changed nothing.
             now = backend.inventory(with_config=False).qubes[qube]
-            if now.problem is None and now.features.get(feature_key(name)) == old:
+            if now.problem is None and now.features.get(RULE_PREFIX + name) == old:
                 return None
         was = yes_no(bool(old)) if name == TUNNEL_NAME else "(new)" if old is None else old
         return f"  {qube} {ascii(name)[1:-1]} {ascii(was)[1:-1]}\n"
@@ -323,6 +322,6 @@ def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str)
 
 def _put(backend: Backend, qube: QubeName, name: str, value: str | None) -> None:
     if value is None:
-        backend.remove_feature(qube, feature_key(name))
+        backend.remove_feature(qube, RULE_PREFIX + name)
     else:
-        backend.set_feature(qube, feature_key(name), value)
+        backend.set_feature(qube, RULE_PREFIX + name, value)

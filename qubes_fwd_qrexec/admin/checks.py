@@ -44,8 +44,8 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     if problem is not None:
         return forward.with_finding(Finding(Cause.UNREADABLE_QUBE, detail=problem))
     if target is None:
-        return forward.with_finding(Finding(Cause.NO_SUCH_QUBE, qube=named.target))
-    unfit = [*_unfit(target, inventory)]
+        return forward.with_finding(Finding(Cause.NO_SUCH_QUBE, qube=named.target, case="target"))
+    unfit = [*_unfit(target, "target", inventory)]
     misplaced = [*_misplaced(named, listener, chain, inventory)]
     findings = [*forward.findings, *unfit, *_owner(rule, target), *_path(rule, target, chain, inventory)]
     findings += [*misplaced, *_not_yet(rule)]
@@ -84,11 +84,11 @@ def _of_rule(rule: ForwardRule, now: float) -> Iterator[Finding]:
     yield Finding(Cause.ANYBODY if rule.sources.anyone else Cause.SOURCES)
 
 
-def _unfit(qube: Qube, inventory: Inventory) -> Iterator[Finding]:
+def _unfit(qube: Qube, case: str, inventory: Inventory) -> Iterator[Finding]:
     if qube.klass in (ADMIN, TEMPLATE, REMOTE):
-        yield Finding(Cause.UNFIT_QUBE, qube=qube.name, detail=qube.klass)
+        yield Finding(Cause.UNFIT_QUBE, qube=qube.name, detail=qube.klass, case=case)
     elif not inventory.feature(qube.name, QREXEC_FEATURE):
-        yield Finding(Cause.UNFIT_QUBE, qube=qube.name, detail=QREXEC_FEATURE)
+        yield Finding(Cause.UNFIT_QUBE, qube=qube.name, detail=QREXEC_FEATURE, case=case)
 
 
 def _owner(rule: ForwardRule, target: Qube) -> Iterator[Finding]:
@@ -129,18 +129,18 @@ def _misplaced(
     if listener is None and chain.problem is None:
         yield Finding(Cause.NO_NETVM)
     elif listener is not None and exposed is None:
-        yield Finding(Cause.NO_SUCH_QUBE, qube=listener)
+        yield Finding(Cause.NO_SUCH_QUBE, qube=listener, case="exposed")
     elif listener == named.target:
-        yield Finding(Cause.UNFIT_QUBE, qube=listener, detail="itself")
+        yield Finding(Cause.UNFIT_QUBE, qube=listener, case="itself")
     elif exposed is not None:
-        yield from _unfit(exposed, inventory)
+        yield from _unfit(exposed, "exposed", inventory)
 
 
 def _not_yet(rule: ForwardRule) -> Iterator[Finding]:
     if rule.mode is Mode.NFT:
-        yield Finding(Cause.NOT_YET, detail="mode=nft")
+        yield Finding(Cause.NOT_YET, case="mode=nft")
     elif rule.proto is Proto.UDP:
-        yield Finding(Cause.NOT_YET, detail="proto=udp")
+        yield Finding(Cause.NOT_YET, case="proto=udp")
 
 
 def _carrier(
@@ -155,11 +155,12 @@ def _carrier(
         return Service.FORWARD_TCP, mux_or_call, []
     system = inventory.feature(name, OS_FEATURE) or LINUX
     if system != LINUX and not inventory.offers(name, Service.CONNECT_TCP):
-        return None, rule.transport, [Finding(Cause.NO_SERVICE, detail=system)]
+        return None, rule.transport, [Finding(Cause.NO_SERVICE, detail=system, case="system")]
     *_, installed_in = inventory.with_templates(name)
     stock_only = Finding(Cause.STOCK_SERVICE, installed_in.name, detail="older" if offers else "")
     if rule.transport is Transport.MUX or rule.proxy is not Proxy.OFF:
-        return None, rule.transport, [stock_only._replace(cause=Cause.NO_SERVICE)]
+        asked = "transport=mux" if rule.proxy is Proxy.OFF else "proxy"
+        return None, rule.transport, [stock_only._replace(cause=Cause.NO_SERVICE, case=asked)]
     return Service.CONNECT_TCP, Transport.CALL, [stock_only]
 
 
@@ -182,7 +183,7 @@ def _tunnel(
             way_out = "nowhere" if inventory.qubes[tunnel.qube].netvm is None else "at"
         else:
             way_out = "behind" if target.provides_network and not tunnel.is_behind else "nowhere"
-        yield Finding(Cause.TUNNEL, qube=exposed.name, mark=tunnel, detail=way_out)
+        yield Finding(Cause.TUNNEL, qube=exposed.name, mark=tunnel, case=way_out)
 
 
 def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding]:
@@ -205,8 +206,8 @@ def _config(forward: Forward, side: Side) -> tuple[ListenerConfig | None, list[F
     if service is None:
         return None, []
     if transport is Transport.CALL and ports > CALL_PORTS_MAX:
-        return None, [Finding(Cause.TOO_LARGE, number=ports)]
+        return None, [Finding(Cause.TOO_LARGE, number=ports, case="ports")]
     try:
         return ListenerConfig.of_rule(*named, service, transport, side), []
     except ConfigError as error:
-        return None, [Finding(Cause.TOO_LARGE, detail=str(error))]
+        return None, [Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]

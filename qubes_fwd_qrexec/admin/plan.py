@@ -85,10 +85,10 @@ class _Claims:
         sharing = [other for other in ports if other[0] <= last and first <= other[1]]
         for other in sharing:
             if other.named.rule.proto is rule.proto and _overlap(claim.addresses, other.addresses):
-                return Finding(Cause.CONFLICT, qube=listener, rival=other.named, detail="port")
+                return Finding(Cause.CONFLICT, qube=listener, rival=other.named, case="port")
         for reaching in self._calls.get((listener, named.target, not rule.autostart), ()):
             if rule.target_ports.overlaps(reaching.rule.target_ports):
-                return Finding(Cause.CONFLICT, qube=listener, rival=reaching, detail="autostart")
+                return Finding(Cause.CONFLICT, qube=listener, rival=reaching, case="autostart")
         ports.append(claim)
         self._calls.setdefault((listener, named.target, rule.autostart), []).append(named)
         return None

@@ -31,10 +31,6 @@ Stored = Mapping[tuple[QubeName, str], NamedRule | BrokenRule]
 """All that is stored as rules, readable or not, in the order of target and name."""
 
 
-def feature_key(name: str) -> str:
-    return f"{RULE_PREFIX}{name}"
-
-
 def read_rules(inventory: Inventory) -> Stored:
     """The rules of all qubes; what cannot be read as one is kept as broken, never dropped."""
     return {
@@ -61,7 +57,7 @@ def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> Nam
 def parse_new_name(text: str) -> RuleName:
     """A name that a rule can be stored under. Raises `TextError`."""
     if text == TUNNEL_NAME:
-        raise TextError(text, f"free as a rule's name: the feature {feature_key(text)} marks a tunnel qube")
+        raise TextError(text, f"free as a rule's name: the feature {TUNNEL_FEATURE} marks a tunnel qube")
     return parse_rule_name(text)
 
 
@@ -123,9 +119,9 @@ class Snapshot(NamedTuple):
         """The system as it would be with some rules and marks changed; their qubes must exist."""
         qubes = dict(self.inventory.qubes)
         for (qube, name), value in changes.items():
-            features = {key: text for key, text in qubes[qube].features.items() if key != feature_key(name)}
+            features = {key: text for key, text in qubes[qube].features.items() if key != RULE_PREFIX + name}
             if value is not None:
-                features[feature_key(name)] = value
+                features[RULE_PREFIX + name] = value
             qubes[qube] = qubes[qube]._replace(features=features)
         inventory = Inventory(qubes)
         return self._replace(inventory=inventory, stored=read_rules(inventory))

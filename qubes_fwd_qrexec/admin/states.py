@@ -92,8 +92,8 @@ class Finding(NamedTuple):
     """What one check found. It has the facts that its cause needs.
 
     ``qube`` is the qube that it is about, with its ``side``; ``rival`` is another rule, ``mark`` that of a
-    tunnel, ``number`` one of ports or calls. ``detail`` tells cases of one cause apart, or is the text of an
-    error.
+    tunnel, ``number`` one of ports or calls. ``case`` tells cases of one cause apart. ``detail`` is the text
+    of an error, or a word for what was found.
     """
 
     cause: Cause
@@ -103,6 +103,7 @@ class Finding(NamedTuple):
     rival: NamedRule | None = None
     number: int = 0
     detail: str = ""
+    case: str = ""
 
 
 OPEN = Finding(Cause.OPEN)

@@ -233,6 +233,7 @@ def test_targets_that_cannot_be_told_hold_up_nothing_and_are_a_trouble() -> None
     )
     backend.refuses = lambda entry: False
     assert steps(backend, SSH) == ()
-    words = views.failure(outcome)
-    assert "end connections" not in words
-    assert "qvm-forward apply" not in words
+    with pytest.raises(StoreError) as failure:
+        views.check(outcome)
+    assert "end connections" not in str(failure.value)
+    assert "qvm-forward apply" not in str(failure.value)

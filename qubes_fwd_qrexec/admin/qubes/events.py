@@ -105,7 +105,10 @@ class QubesChanges:
     async def _wait(self, timeout_s: float | None) -> None:
         """Until anything happens that `wait` is to judge."""
         if self._listening is None:
-            self._watch_policy()
+            self._inotify = Inotify()
+            with suppress(FileNotFoundError, NotADirectoryError):
+                self._inotify.add(self._policy_file.parent)
+            self._loop.add_reader(self._inotify.fileno(), self._on_policy, self._inotify)
             for fd in self._wakers:
                 self._loop.add_reader(fd, self._woken.set)
             self._listening = self._loop.create_task(self._dispatcher.listen_for_events(reconnect=False))
@@ -121,12 +124,6 @@ class QubesChanges:
             self._listening.cancel()
             await asyncio.wait([self._listening])
         await asyncio.sleep(self._linger_s)
-
-    def _watch_policy(self) -> None:
-        self._inotify = Inotify()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            self._inotify.add(self._policy_file.parent)
-        self._loop.add_reader(self._inotify.fileno(), self._on_policy, self._inotify)
 
     def _on_policy(self, inotify: Inotify) -> None:
         if any(notice.name == self._policy_file.name for notice in inotify.read()):

@@ -75,16 +75,13 @@ class Reader:
                 return qube._replace(**properties(vm))
         except UnansweredError as error:
             # To a management qube, a call to a qube that is gone looks like one that policy forbids.
-            if not self._exists(name):
-                return None
+            with asking_qubesd("admin.vm.List", "dom0", self._here):
+                if name not in self._open_app().domains:
+                    return None
             # In a management qube, policy may forbid all such calls: then most of the system is unreadable.
             if self._here is not None:
                 raise
             return qube._replace(problem=str(error))
-
-    def _exists(self, name: QubeName) -> bool:
-        with asking_qubesd("admin.vm.List", "dom0", self._here):
-            return name in self._open_app().domains
 
 
 def properties(vm: Any) -> Mapping[str, Any]:

@@ -69,9 +69,9 @@ def run(
         err.write(f"qvm-forward {args.command}: {error}\n")
         return 2
     except ForwardError as error:
-        from . import steps
+        from . import reasons
 
-        err.write(f"qvm-forward {args.command}: {steps.error_text(error)}\n")
+        err.write(f"qvm-forward {args.command}: {reasons.error_text(error)}\n")
         return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

@@ -3,7 +3,7 @@
 
 from argparse import Namespace
 
-from qubes_fwd_qrexec.admin.changing import Changed, System
+from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.importing import import_document
 from qubes_fwd_qrexec.admin.inventory import TUNNEL_FEATURE
 from qubes_fwd_qrexec.common import exchange
@@ -49,7 +49,10 @@ def import_rules(args: Namespace, session: Session) -> int:
     document = _read(args.format, _text(args.file, session))
     system = System(session.backend, session.now, is_applied=not args.no_apply)
     changed, marks = import_document(system, document, args.qube, is_replacing=args.replace)
-    left_open = _left_open(changed, document)
+    # Of all qubes if the document is an export, else of those in it.
+    targets = {target for target, _ in changed.keys}
+    others = (f.named for f in changed.plan.live if f.named[:2] not in changed.keys)
+    left_open = [named for named in others if document.is_export or named.target in targets]
     after = changes.followed(changed, session)
     data = {
         "imported": len(changed.keys),
@@ -69,13 +72,6 @@ def import_rules(args: Namespace, session: Session) -> int:
     names = ", ".join(map(str, left_open))
     last = f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one."
     return changes.tell(after, session, lines, last=[last] if left_open else [], data=data)
-
-
-def _left_open(changed: Changed, document: Document) -> list[NamedRule]:
-    """Forwards that are not in the document: of all qubes if it is an export, else of those in it."""
-    targets = {target for target, _ in changed.keys}
-    others = (f.named for f in changed.plan.live if f.named[:2] not in changed.keys)
-    return [named for named in others if document.is_export or named.target in targets]
 
 
 def _text(path: str, session: Session) -> str:

@@ -33,7 +33,12 @@ def open_backend(lab: str | None, environ: Mapping[str, str], root: str = "/") -
         # --lab "$LAB" with LAB unset: what was meant for a lab must not reach a real system.
         raise RefusedError("--lab is empty: name the directory of the lab")
     if path := lab or environ.get(LAB_VARIABLE):
-        return _open_lab(path)
+        try:
+            module = import_module(LAB_MODULE)
+        except ModuleNotFoundError as error:
+            raise RefusedError(f"{path}: to open a lab, install the package qubes-fwd-qrexec-lab") from error
+        backend: Backend = module.open_backend(path)
+        return backend
     from importlib.util import find_spec
 
     is_dom0 = os.path.exists(os.path.join(root, _DOM0_SIGN))
@@ -51,12 +56,3 @@ def open_backend(lab: str | None, environ: Mapping[str, str], root: str = "/") -
     from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 
     return QubesStore(root)
-
-
-def _open_lab(path: str) -> "Backend":
-    try:
-        module = import_module(LAB_MODULE)
-    except ModuleNotFoundError as error:
-        raise RefusedError(f"{path}: to open a lab, install the package qubes-fwd-qrexec-lab") from error
-    backend: Backend = module.open_backend(path)
-    return backend

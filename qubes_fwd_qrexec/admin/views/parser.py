@@ -6,21 +6,20 @@ Values stay text here. Whoever uses them parses them, so that --help needs to im
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
 
 from .locate import LAB_VARIABLE
 
-_HELP_WIDTH = 78
+# argparse makes one for each option that is added, and would look for the terminal's size each time.
+_FORMATTER = partial(argparse.HelpFormatter, width=78)
 _FORMATS = ("line", "xml", "json")
 
 
-class Argument(NamedTuple):
-    """What `argparse.ArgumentParser.add_argument` is given."""
-
-    names: tuple[str, ...]
-    settings: Mapping[str, Any]
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+"""What `argparse.ArgumentParser.add_argument` is given: names and settings."""
 
 
 class Command(NamedTuple):
@@ -32,7 +31,7 @@ class Command(NamedTuple):
 
 
 def _argument(*names: str, **settings: Any) -> Argument:
-    return Argument(names, settings)
+    return names, settings
 
 
 def _flag(name: str, text: str) -> Argument:
@@ -149,7 +148,7 @@ def build() -> argparse.ArgumentParser:
         prog="qvm-forward",
         description="Make a server in one qube reachable from the LAN or from other qubes.",
         epilog="qvm-forward(1) explains each command.",
-        formatter_class=_formatter,
+        formatter_class=_FORMATTER,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -160,7 +159,7 @@ def build() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            formatter_class=_formatter,
+            formatter_class=_FORMATTER,
             allow_abbrev=False,
         )
         # SUPPRESS keeps what stood before the command from being forgotten.
@@ -192,8 +191,3 @@ def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argume
         if isinstance(action, argparse._SubParsersAction):
             return action.choices
     return {}
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """argparse makes one for each option that is added, and would look for the terminal's size each time."""
-    return argparse.HelpFormatter(prog, width=_HELP_WIDTH)

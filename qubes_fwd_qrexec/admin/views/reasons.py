@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.admin.checks import CALL_PORTS_MAX
 from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, QREXEC_FEATURE, REMOTE, TEMPLATE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
 from qubes_fwd_qrexec.common.config import Service, Side
-from qubes_fwd_qrexec.common.rules import Mode, Proxy, Transport
+from qubes_fwd_qrexec.common.rules import Mode, Transport
 from qubes_fwd_qrexec.common.values import QubeName, yes_no
 
 Command = tuple[str, ...]
@@ -174,9 +174,11 @@ def _before_it_stops(forward: Forward, causes: set[Cause]) -> tuple[str, ...]:
     return tuple(sentence(forward, finding) for finding in found if finding.cause in causes)
 
 
-def refusal(error: NotOpenError) -> str:
-    """Why a change was not made."""
-    return f"{error}. {sentence(error.forward, error.finding)}"
+def error_text(error: Exception) -> str:
+    """What an error says; of a refused change, why it was not made and what to do."""
+    if isinstance(error, NotOpenError):
+        return f"{error}. {sentence(error.forward, error.finding)}"
+    return str(error)
 
 
 def mode(forward: Forward) -> tuple[Mode, str]:
@@ -211,7 +213,7 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
         confirm = _filled(_CONFIRM, facts)
         text = f"{facts['moved']}, where it would be {more.cause.state}. {first} After that "
         return f"{text}'{' '.join(confirm)}' agrees to the new path.", (*ways, confirm)
-    text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, str(facts["case"])]
+    text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, finding.case]
     commands = tuple(_filled(template, facts) for template in templates)
     return text.format(*map(" ".join, commands), **facts), commands
 
@@ -219,18 +221,6 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
 def _filled(template: str, facts: Mapping[str, object]) -> Command:
     # No fact in a command has spaces but the name of a rule, which is two words.
     return tuple(template.format(**facts).split())
-
-
-def _case(forward: Forward, finding: Finding) -> str:
-    """Which row it is of a cause that has several."""
-    if finding.cause is Cause.TOO_LARGE:
-        return "ports" if finding.number else "bytes"
-    if finding.cause is Cause.NO_SERVICE:
-        asked = "transport=mux" if forward.named.rule.proxy is Proxy.OFF else "proxy"
-        return "system" if finding.qube is None else asked
-    if finding.cause in (Cause.NO_SUCH_QUBE, Cause.UNFIT_QUBE) and finding.detail != "itself":
-        return "target" if finding.qube == forward.named.target else "exposed"
-    return finding.detail
 
 
 def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
@@ -244,7 +234,7 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         "target_ports": rule.target_ports.worded(),
         "qube": finding.qube,
         "number": finding.number,
-        "case": _case(forward, finding),
+        "case": finding.case,
         "detail": finding.detail,
     }
     if finding.cause is Cause.OPEN:

@@ -4,7 +4,7 @@
 Text that was stored by others is escaped here, so that no terminal acts on it. It prints nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -38,18 +38,16 @@ def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> st
     rows += [(rule.target, escaped(rule.name), State.BROKEN, *"?????", "") for rule in plan.broken]
     if qubes:
         titles = (*titles[:2], "ROLE", *titles[2:])
-        roles = [roles_of(forward, qubes) for forward in plan]
-        roles += [{rule.target: Role.TARGET} for rule in plan.broken]
-        rows = [(*row[:2], _role(some, qubes), *row[2:]) for row, some in zip(rows, roles, strict=True)]
+        each = [roles_of(forward, qubes) for forward in plan]
+        each += [{rule.target: Role.TARGET} for rule in plan.broken]
+        is_one = len(qubes) == 1
+        roles = [", ".join(r if is_one else f"{q} {r}" for q, r in some.items()) for some in each]
+        rows = [(*row[:2], role, *row[2:]) for row, role in zip(rows, roles, strict=True)]
     states = [forward.state for forward in plan] + [State.BROKEN for _ in plan.broken]
     remarks = "".join(_remarks(plan, style))
     # The comment gives way first, then the sources; the whole is in `show`.
     body = Table(titles, rows, states, ("COMMENT", "FROM")).text(style)
     return f"{body}\n{remarks}" if remarks else body
-
-
-def _role(roles: Mapping[str, Role], qubes: Sequence[str]) -> str:
-    return ", ".join(role if len(qubes) == 1 else f"{qube} {role}" for qube, role in roles.items())
 
 
 def roles_of(forward: Forward, qubes: Iterable[str]) -> dict[str, Role]:

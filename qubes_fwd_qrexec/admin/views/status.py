@@ -15,7 +15,7 @@ from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
 from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Transport
@@ -38,7 +38,7 @@ from .listeners import (
 from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
-from .tables import Colour, Style, Table, counted, escaped
+from .tables import Style, Table, counted, escaped
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
@@ -210,7 +210,7 @@ def watch(args: Namespace, session: Session, ending: Ending) -> int:
         try:
             found = _look(args, look)
         except (ForwardError, OSError) as error:
-            look.warn(steps.error_text(error))
+            look.warn(reasons.error_text(error))
         else:
             is_well = found.is_well
             if session.is_json:
@@ -234,8 +234,8 @@ def _look(args: Namespace, session: Session) -> Status:
 
 def text(found: Status, style: Style) -> str:
     """The status for people."""
-    parts = [style.colour(Colour.RED, escaped(_leftover(*left))) for left in _leftovers(found.due)]
-    parts += [style.colour(Colour.YELLOW, f"{_goes_on(left)}.") for left in found.goes_on]
+    parts = [style.state(Verdict.STOPS, escaped(_leftover(*left))) for left in _leftovers(found.due)]
+    parts += [style.state(Verdict.NOTE, f"{_goes_on(left)}.") for left in found.goes_on]
     if found.rows:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
         parts.append(table.text(style).rstrip("\n"))

@@ -7,11 +7,9 @@ from typing import Any
 from qubes_fwd_qrexec.admin.apply import Kind, Outcome, Step
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
 from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
-from qubes_fwd_qrexec.admin.states import NotOpenError
 from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import StoreError
 
-from . import reasons
 from .tables import counted
 
 
@@ -77,22 +75,16 @@ def troubles(outcome: Outcome) -> list[str]:
     return [*outcome.problems, *untold(outcome.ended)]
 
 
-def error_text(error: Exception) -> str:
-    """What an error says."""
-    return reasons.refusal(error) if isinstance(error, NotOpenError) else str(error)
-
-
 def check(outcome: Outcome, kept: str = "") -> None:
     """Raises `StoreError` if not all steps could be taken; ``kept`` says what was stored all the same."""
-    if troubles(outcome):
-        raise StoreError(f"{kept}{failure(outcome)}")
-
-
-def failure(outcome: Outcome) -> str:
+    if not troubles(outcome):
+        return
     done = "; ".join(word for step in outcome.done if step.kind is not Kind.REVOKE for word in words(step))
     undone = "; ".join(word for step in outcome.undone for word in words(step))
     text = f"not everything could be done: {'; '.join(troubles(outcome))}.\nDone: {done or 'nothing'}."
     if undone:
         text += f"\nNot done: {undone}."
     # Another apply does not tell a target that this one could not: it finds no line of policy to take away.
-    return f"{text}\n'qvm-forward apply' does the rest once that is mended" if outcome.problems else text
+    if outcome.problems:
+        text += "\n'qvm-forward apply' does the rest once that is mended"
+    raise StoreError(f"{kept}{text}")

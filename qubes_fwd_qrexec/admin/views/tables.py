@@ -3,7 +3,6 @@
 
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import NamedTuple
 
 # A cell that is cut shorter says nothing.
@@ -11,30 +10,22 @@ _CELL_MIN = 12
 _GAP = "  "
 
 
-class Colour(StrEnum):
-    """What a terminal is told: ECMA-48, select graphic rendition."""
-
-    GREEN = "32"
-    CYAN = "36"
-    YELLOW = "33"
-    RED = "31"
-    FAINT = "2"
-
-
+# ECMA-48, select graphic rendition.
+_GREEN, _CYAN, _YELLOW, _RED, _FAINT = "32", "36", "33", "31", "2"
 # By the values of `State`, and by verdicts.
 _COLOURS = {
-    "active": Colour.GREEN,
-    "waiting": Colour.CYAN,
-    "suspended": Colour.YELLOW,
-    "expired": Colour.FAINT,
-    "disabled": Colour.FAINT,
-    "refused": Colour.RED,
-    "broken": Colour.RED,
-    "held": Colour.YELLOW,
-    "ok": Colour.GREEN,
-    "note": Colour.YELLOW,
-    "unknown": Colour.YELLOW,
-    "stops": Colour.RED,
+    "active": _GREEN,
+    "waiting": _CYAN,
+    "suspended": _YELLOW,
+    "expired": _FAINT,
+    "disabled": _FAINT,
+    "refused": _RED,
+    "broken": _RED,
+    "held": _YELLOW,
+    "ok": _GREEN,
+    "note": _YELLOW,
+    "unknown": _YELLOW,
+    "stops": _RED,
 }
 
 
@@ -52,11 +43,9 @@ class Style(NamedTuple):
     width: int | None = None
     has_colour: bool = False
 
-    def colour(self, colour: Colour, text: str) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if self.has_colour else text
-
     def state(self, state: str, text: str) -> str:
-        return self.colour(_COLOURS[state], text)
+        """The text in the colour of a state or verdict."""
+        return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if self.has_colour else text
 
 
 class Table(NamedTuple):

@@ -22,20 +22,16 @@ def parse_expire(text: str, now: float) -> int | None:
     elif text.isdigit():
         seconds = parse_number(text)
     else:
-        seconds = _parse_iso(text)
+        from datetime import datetime
+
+        try:
+            # fromisoformat() would take a week's date and a bare date too; the latter means midnight.
+            seconds = int(datetime.fromisoformat(text).timestamp())
+        except (ValueError, OverflowError, OSError):
+            raise TextError(text, EXPECTED) from None
     if not 0 < seconds <= TIME_MAX:
         raise TextError(text, EXPECTED)
     return seconds
-
-
-def _parse_iso(text: str) -> int:
-    from datetime import datetime
-
-    try:
-        # fromisoformat() would take a week's date and a bare date too; the latter means midnight.
-        return int(datetime.fromisoformat(text).timestamp())
-    except (ValueError, OverflowError, OSError):
-        raise TextError(text, EXPECTED) from None
 
 
 def print_expire(expire: int | None, now: float) -> str:
