@@ -19,10 +19,7 @@ from .apply import Outcome, reconcile
 from .backend import Backend
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .snapshot import TUNNEL_NAME, Changes, Snapshot, look, made_up_name, names_at
-from .states import Cause, Finding, Forward, NotOpenError, Plan, State
-
-Key = tuple[QubeName, str]
-"""Target and name of a rule."""
+from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
 
 
 class NotMarkedError(RefusedError):
@@ -77,8 +74,7 @@ def change(
         after = before.changed(changes)
         keys = tuple(key for key in changes if key[1] != TUNNEL_NAME)
         # Judged as the last of those that claim ports, before and after.
-        newcomers = [(qube, RuleName(name)) for qube, name in keys]
-        was, planned = (each.plan(now, newcomers, is_held=False) for each in (before, after))
+        was, planned = (each.plan(now, keys, is_held=False) for each in (before, after))
         for forward in (forward for forward in planned if forward.named[:2] in keys):
             problem = _new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
             if problem is not None:
@@ -255,7 +251,7 @@ def _change_each(
     """Change rules of a qube that are stored and can be read."""
 
     def decide(snapshot: Snapshot) -> Changes:
-        changes: dict[tuple[QubeName, str], str | None] = {}
+        changes: dict[Key, str | None] = {}
         for name in names:
             old = snapshot.find(target, name)
             if isinstance(old, BrokenRule):
@@ -288,7 +284,7 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
     On an error, and on Ctrl-C, each is put back to what it was in ``inventory``. The caller holds the lock.
     Raises `StoreError`, which lists what could not be put back.
     """
-    tried: list[tuple[QubeName, str]] = []
+    tried: list[Key] = []
     try:
         for (qube, name), value in changes.items():
             tried.append((qube, name))

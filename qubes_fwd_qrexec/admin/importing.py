@@ -12,6 +12,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from .changing import Changed, System, change
 from .inventory import DISPOSABLE, TUNNEL_FEATURE
 from .snapshot import TUNNEL_NAME, Changes, Snapshot, made_up_name, names_at, parse_new_name
+from .states import Key
 
 
 def import_document(
@@ -34,7 +35,7 @@ def import_document(
                     "imported one takes its place"
                 )
         marks.update(_marks(document, snapshot, is_replacing=is_replacing))
-        changes: dict[tuple[QubeName, str], str | None] = {
+        changes: dict[Key, str | None] = {
             (name, TUNNEL_NAME): _mark(is_marked) for name, is_marked in marks.items()
         }
         return changes | {named[:2]: str(named.rule) for named in rules}

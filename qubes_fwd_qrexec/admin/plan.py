@@ -12,33 +12,33 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
-from qubes_fwd_qrexec.common.values import IPAddress, QubeName, RuleName
+from qubes_fwd_qrexec.common.values import IPAddress, QubeName
 
 from .checks import judged, listener_of
 from .inventory import Chain, Inventory
-from .states import Cause, Finding, Forward, Plan
+from .states import Cause, Finding, Forward, Key, Plan
 
 # These open only after a command, which checks their ports then. So copies that clones inherit claim nothing.
 _ASLEEP = frozenset((Cause.CLONED, Cause.EXPIRED, Cause.DISABLED))
 
 
 def plan(
-    rules: Iterable[NamedRule],
+    stored: Iterable[NamedRule | BrokenRule],
     inventory: Inventory,
     now: float,
     *,
-    broken: Iterable[BrokenRule] = (),
-    newcomers: Collection[tuple[QubeName, RuleName]] = (),
+    newcomers: Collection[Key] = (),
     stock: Collection[QubeName] = (),
 ) -> Plan:
-    """What becomes of each rule at the time ``now`` (UNIX seconds).
+    """What becomes of each stored rule at the time ``now`` (UNIX seconds).
 
     ``newcomers`` names rules that are not stored yet: what conflicts with them was there first. ``stock``
     are the targets that dom0 now allows to be called over the stock service: while such a target runs, it
     lacks what has been installed in its template since it started.
     """
-    ordered = sorted(rules, key=lambda rule: (rule.target, rule.name))
-    forwards = {rule[:2]: judged(rule, inventory, now, stock) for rule in ordered}
+    ordered = sorted(stored, key=lambda entry: (entry.target, entry.name))
+    rules = (entry for entry in ordered if isinstance(entry, NamedRule))
+    forwards: dict[Key, Forward] = {rule[:2]: judged(rule, inventory, now, stock) for rule in rules}
     claims = _Claims()
     for key in sorted(forwards, key=lambda key: (key in newcomers, key)):
         forward = forwards[key]
@@ -46,7 +46,7 @@ def plan(
         conflict = None if home is None else claims.take(forward.named, home)
         if conflict is not None:
             forwards[key] = forward.with_finding(conflict)
-    return Plan(tuple(forwards.values()), tuple(sorted(broken)))
+    return Plan(tuple(forwards.values()), tuple(entry for entry in ordered if isinstance(entry, BrokenRule)))
 
 
 def _home(forward: Forward) -> QubeName | None:

@@ -15,7 +15,7 @@ from . import policy
 from .backend import ANY, NEW, Backend, PolicyFile
 from .inventory import RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .plan import plan
-from .states import Plan
+from .states import Key, Plan
 
 # A policy file that cannot be read is replaced only by one that allows nothing.
 _UNREAD = PolicyFile(None, ANY)
@@ -23,11 +23,11 @@ _UNREAD = PolicyFile(None, ANY)
 # TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
 TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(RULE_PREFIX)
 
-Changes = Mapping[tuple[QubeName, str], str | None]
+Changes = Mapping[Key, str | None]
 """New lines of rules by qube and name, or None to remove one. `TUNNEL_NAME` stands for a qube's mark."""
 
 
-Stored = Mapping[tuple[QubeName, str], NamedRule | BrokenRule]
+Stored = Mapping[Key, NamedRule | BrokenRule]
 """All that is stored as rules, readable or not, in the order of target and name."""
 
 
@@ -95,25 +95,11 @@ class Snapshot(NamedTuple):
         """Whether dom0's policy says that everything is held."""
         return policy.is_held(self.installed.text)
 
-    def plan(
-        self,
-        now: float,
-        newcomers: Collection[tuple[QubeName, RuleName]] = (),
-        *,
-        is_held: bool | None = None,
-    ) -> Plan:
+    def plan(self, now: float, newcomers: Collection[Key] = (), *, is_held: bool | None = None) -> Plan:
         """What the rules ask for. ``is_held`` overrides what dom0's policy says of the hold."""
-        planned = plan(
-            (entry for entry in self.stored.values() if isinstance(entry, NamedRule)),
-            self.inventory,
-            now,
-            broken=(entry for entry in self.stored.values() if isinstance(entry, BrokenRule)),
-            newcomers=newcomers,
-            stock=policy.stock_targets(self.installed.text),
-        )
-        if not (self.is_held if is_held is None else is_held):
-            return planned
-        return planned.held()
+        stock = policy.stock_targets(self.installed.text)
+        planned = plan(self.stored.values(), self.inventory, now, newcomers=newcomers, stock=stock)
+        return planned.held() if (self.is_held if is_held is None else is_held) else planned
 
     def changed(self, changes: Changes) -> "Snapshot":
         """The system as it would be with some rules and marks changed; their qubes must exist."""

@@ -16,6 +16,9 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from .inventory import TunnelMark
 
+Key = tuple[QubeName, str]
+"""Target and name of a rule."""
+
 
 class State(StrEnum):
     """The state of a rule, as every listing shows it."""

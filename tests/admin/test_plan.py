@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 def test_the_plan_keeps_broken_rules_and_finds_by_name() -> None:
     broken = BrokenRule(QubeName("work"), "x", "y", "z")
-    found = plan([rule()], world(), NOW, broken=[broken])
+    found = plan([rule(), broken], world(), NOW)
     assert found.broken == (broken,)
     assert found.find("work", "web") == found.forwards[0]
     assert found.find("work", RuleName("nope")) is None

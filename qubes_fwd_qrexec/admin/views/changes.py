@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Kind
-from qubes_fwd_qrexec.admin.changing import Changed, Key, System
+from qubes_fwd_qrexec.admin.changing import Changed, System
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import parse_new_name
-from qubes_fwd_qrexec.admin.states import Forward, State
+from qubes_fwd_qrexec.admin.states import Forward, Key, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
 from qubes_fwd_qrexec.common.options import Option
