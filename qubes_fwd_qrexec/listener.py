@@ -25,6 +25,7 @@ from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
 from .exposed.draining import Draining
 from .exposed.forward import Means, OpenForward
+from .exposed.freshlook import FreshLook
 from .exposed.limits import PROCESS_MAX, Process, process_max
 from .exposed.muxpool import LINGER_S
 from .exposed.statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
@@ -95,6 +96,7 @@ class Listener:
         self._over: dict[str, str] = {}
         self._draining = Draining()
         self._unopened = Unopened()
+        self._fresh = FreshLook(source, self.look, lambda: self._draining.is_cutting)
         self._stamp: object = None
         self._stopping = trio.Event()
         self._is_running = False
@@ -227,6 +229,10 @@ class Listener:
             draining=self._draining.report()[:FORWARDS_MAX],
             bugs=self.bugs.count,
         )
+
+    async def look_anew(self) -> None:
+        """Look at what is configured now, and return once what that ends has ended; bounded in time."""
+        await self._fresh()
 
     async def try_out(self, untrusted_key: str) -> Trial:
         """Send a connection through a forward. Raises `ConfigError` or `TextError` for a bad key."""

@@ -253,7 +253,7 @@ def test_an_answer_without_a_key_or_with_a_new_word_is_refused_as_a_whole(
 @pytest.mark.parametrize("argument", ["8080-8090", "all", "fwd.work.web+twice"])
 def test_a_qube_tries_nothing_for_a_question_that_is_newer_than_it(argument: str, tmp_path: Path) -> None:
     with pytest.raises(TextError):
-        statusservice.answer(argument, tmp_path, tmp_path, tmp_path / "state")
+        statusservice.answer(argument, statusservice.Places(*[tmp_path / "none"] * 4))
 
 
 # A person's files

@@ -4,6 +4,7 @@
 import time
 
 from qubes_fwd_qrexec.common.report import DrainingReport
+from qubes_fwd_qrexec.common.rules import OnExpire
 
 from .forward import DRAIN_MAX_S, OpenForward
 
@@ -17,7 +18,14 @@ class Draining:
     def add(self, forward: OpenForward) -> None:
         """Take a forward that was just closed."""
         if forward.connections:
-            self._deadlines[forward] = time.monotonic() + DRAIN_MAX_S
+            left_s = DRAIN_MAX_S if forward.config.on_expire is OnExpire.DRAIN else 0.0
+            self._deadlines[forward] = time.monotonic() + left_s
+
+    @property
+    def is_cutting(self) -> bool:
+        """Whether connections that were cut have not ended yet."""
+        now = time.monotonic()
+        return any(forward.connections and now >= at for forward, at in self._deadlines.items())
 
     def look(self) -> None:
         """Forget forwards that have finished, and cut those whose time is over."""

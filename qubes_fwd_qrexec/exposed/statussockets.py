@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The status of a running listener: UNIX sockets in its runtime directory.
 
-``status.sock`` answers each connection with one JSON document (`ListenerReport`) and closes it.
+``status.sock`` answers each connection with one JSON document (`ListenerReport`) and closes it. The listener
+looks at its configuration again for that, so dom0 need not ask twice after a change.
 ``metrics.sock`` answers an HTTP request with the same figures for Prometheus. ``try.sock`` takes the key of a
 forward on a line, sends a connection through that forward and returns the result (`Trial`).
 
@@ -51,6 +52,8 @@ class Reporting(Protocol):
     """What this module needs of the listener."""
 
     bugs: Bugs
+
+    async def look_anew(self) -> None: ...
 
     def report(self) -> ListenerReport: ...
 
@@ -150,6 +153,7 @@ class _Serving:
         return handle
 
     async def _status(self, stream: trio.SocketStream) -> None:
+        await self._listener.look_anew()
         await stream.send_all(report.dump(self._listener.report().as_json()))
 
     async def _metrics(self, stream: trio.SocketStream) -> None:

@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -225,6 +225,7 @@ class Keeper:
         self.kept: Wanted | None = None
         """What is let in now; None before the first time, and after nft has failed."""
         self._kept_s = 0.0
+        self._looked_at = time.time()
         self._last_status = ""
         self._trouble = ""
 
@@ -249,6 +250,7 @@ class Keeper:
 
     def look(self, changes: Changes, *, is_asked: bool) -> None:
         """Let in what is wanted now, if that or the firewall has changed, or somebody ``is_asked`` for it."""
+        self._looked_at = time.time()
         if is_asked:
             notify(*reloading())
         if is_asked or self._forwards.has_changed():
@@ -265,6 +267,9 @@ class Keeper:
                 self._write_state(_CLOSED)
                 warn(_logger, self._limit, "nft", str(error))
                 self._notify(one_line(str(error)), is_asked=is_asked)
+        if self._state is not None:
+            with suppress(OSError):
+                self._date(self._state)
 
     def wanted(self) -> Wanted:
         """What to let in: nobody, if the kernel does not say where the listener listens."""
@@ -303,9 +308,14 @@ class Keeper:
         try:
             hidden.write_bytes(report.dump(word.as_json()))
             hidden.chmod(0o644)  # whatever the umask is: it is no secret
+            self._date(hidden)
             hidden.rename(self._state)
         except OSError as error:
             warn(_logger, self._limit, "state", f"{self._state}: {error.strerror}")
+
+    def _date(self, state: Path) -> None:
+        """The file's time says when the look began that it tells of; `statusservice` waits for a new one."""
+        os.utime(state, (self._looked_at, self._looked_at))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE
-from qubes_fwd_qrexec.target.statusservice import FIREWALL_STATE_VARIABLE, LISTENER_DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.target.statusservice import (
+    FIREWALL_STATE_VARIABLE,
+    LISTENER_DIRECTORY_VARIABLE,
+    STARTS_VARIABLE,
+)
 
 from .agents import AgentProcess
 from .directory import QubeDirectory
@@ -115,6 +119,8 @@ def service_environment(full_name: str, source: str, directory: Path) -> dict[st
         DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
         LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),
         FIREWALL_STATE_VARIABLE: str(QubeDirectory(directory).firewall_state),
+        # It never is: nothing in a lab starts a listener by itself.
+        STARTS_VARIABLE: str(directory / "run" / "qubes-service" / "qubes-forward-listener"),
     }
 
 

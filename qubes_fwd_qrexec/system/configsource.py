@@ -9,7 +9,7 @@ line, like ``/vm-config/`` in QubesDB. A file holds the same, one forward on eac
 Blank lines and lines that start with ``#`` are ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -44,6 +44,11 @@ class ConfigSource(Protocol):
     def stamp(self) -> object:
         """A value that changes when `read` may return something new."""
 
+    def refresh(self, done: Callable[[], None]) -> None:
+        """Make `stamp` and `read` know of all that was configured before; then ``done`` is called, perhaps by
+        another thread.
+        """
+
 
 class FileSource:
     """A directory or a file; see the module's docstring."""
@@ -74,6 +79,10 @@ class FileSource:
             return sorted((file.name, _stamp(file)) for file in files)
         except OSError:
             return None
+
+    def refresh(self, done: Callable[[], None]) -> None:
+        """They look at the files themselves."""
+        done()
 
     def _entries(self) -> dict[str, str | ConfigError]:
         try:

@@ -11,13 +11,12 @@ Until then the last configuration stays.
 
 import importlib
 import logging
-import os
 import select
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Protocol, cast
 
 from qubes_fwd_qrexec.common.entries import VALUE_MAX
@@ -77,10 +76,12 @@ class QubesDBSource:
         self._lock = threading.Lock()
         self._ending = ending or threading.Event()
         self._tried = threading.Event()
-        # Guarded by the lock: what was last read, how often that changed, and what the thread waits on.
+        # Guarded by the lock: what was last read, how often that changed, who asks for another read, and what
+        # ends the thread's wait for changes.
         self._entries: dict[str, str | ConfigError] | ConfigError | None = None
         self._generation = 0
-        self._waits_on: socket.socket | None = None
+        self._asking: list[Callable[[], None]] = []
+        self._waker: socket.socket | None = None
 
     def __str__(self) -> str:
         return "QubesDB"
@@ -100,6 +101,12 @@ class QubesDBSource:
         with self._lock:
             return self._generation
 
+    def refresh(self, done: Callable[[], None]) -> None:
+        """Have the thread read everything again and call ``done``. Those who ask meanwhile share a read."""
+        with self._lock:
+            self._asking.append(done)
+        self._wake()
+
     def start(self, start_s: float = START_S) -> None:
         """Return when everything was read once. Raises `ConfigError` if that fails or takes too long."""
         self._thread.start()
@@ -110,42 +117,56 @@ class QubesDBSource:
     def close(self) -> None:
         """End the thread; if it waits for an answer, it ends when that comes."""
         self._ending.set()
-        with self._lock:
-            if self._waits_on is not None:
-                self._waits_on.shutdown(socket.SHUT_RDWR)
+        self._wake()
         self._thread.join(_JOIN_S)
+
+    def _wake(self) -> None:
+        with self._lock, suppress(BlockingIOError):  # then it is about to wake up
+            if self._waker is not None:
+                self._waker.send(b"\0")
 
     def _run(self) -> None:
         # A signal must not end a command halfway; the main thread gets them all.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        woken, waker = socket.socketpair()
+        with woken, waker:
+            for end in (woken, waker):
+                end.setblocking(False)
+            with self._lock:
+                self._waker = waker
+            try:
+                self._follow(woken)
+            finally:
+                with self._lock:
+                    self._waker = None
+
+    def _follow(self, woken: socket.socket) -> None:
         shortest_s, longest_s = self._backoff_s
         delay_s = shortest_s
         while not self._ending.is_set():
             try:
-                with closing(self._module.QubesDB()) as watching, self._interruptible(watching):
+                with closing(self._module.QubesDB()) as watching:
                     # Watched before it is read, so that no change in between is missed.
                     watching.watch(_DIRECTORY)
                     while not self._ending.is_set():
-                        self._take(self._read_all())
+                        self._read_for_all()
                         delay_s = shortest_s
-                        _wait_for_events(watching)
+                        _wait_for_events(watching, woken)
             except (self._module.Error, OSError) as error:
                 self._lost(error)
             self._tried.set()
             self._ending.wait(delay_s)
             delay_s = min(2 * delay_s, longest_s)
 
-    @contextmanager
-    def _interruptible(self, handle: Handle) -> Iterator[None]:
-        """Let `close` end a wait on the handle, by shutting down the connection below it."""
-        with socket.socket(fileno=os.dup(handle.watch_fd())) as below:
-            with self._lock:
-                self._waits_on = below
-            try:
-                yield
-            finally:
-                with self._lock:
-                    self._waits_on = None
+    def _read_for_all(self) -> None:
+        """Read everything for those who ask by now. They hear of it even if that fails."""
+        with self._lock:
+            asking, self._asking = self._asking, []
+        try:
+            self._take(self._read_all())
+        finally:
+            for done in asking:
+                done()
 
     def _read_all(self) -> dict[str, str | ConfigError] | ConfigError:
         # Not with multiread, which never frees the values that it returns (python/qubesdb.c of 4.3).
@@ -207,15 +228,22 @@ def _installed() -> Module:
         ) from error
 
 
-def _wait_for_events(watching: Handle) -> None:
-    """Return when something below the watched directory has changed and no further event waits."""
-    watching.read_watch()
+def _wait_for_events(watching: Handle, woken: socket.socket) -> None:
+    """Return when something below the watched directory has changed, or somebody wakes the thread.
+
+    No further event waits then.
+    """
     waiting = select.poll()
     waiting.register(watching.watch_fd(), select.POLLIN)
+    waiting.register(woken, select.POLLIN)
+    waiting.poll()
+    waiting.unregister(woken)
     for _ in range(_BURST_MAX):
         if not waiting.poll(0):
-            return
+            break
         watching.read_watch()
+    with suppress(BlockingIOError):
+        woken.recv(_BURST_MAX)
 
 
 def _text(path: str, untrusted_value: bytes) -> str | ConfigError:

@@ -2,6 +2,7 @@
 """The service ``qubes.ForwardStatus``: the status of this qube's forwards, for dom0, which alone may call it.
 
 Without an argument it reports what this qube's listener says, and the live calls to this qube as a target.
+That is the state now: dom0 asks once after a change, and what has to catch up is waited for here, a moment.
 ``+PORT`` also tries whether a server of this qube takes a connection on that port, and ``+fwd.TARGET.NAME``
 sends a connection through that forward of the listener, all the way to the target's server.
 """
@@ -12,7 +13,9 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.common import report
@@ -48,33 +51,59 @@ STATUS, TRY = "status.sock", "try.sock"
 # Where the program that opens this qube's firewall writes its `FirewallReport`.
 FIREWALL_STATE = "/run/qubes-forward-nft/state"
 FIREWALL_STATE_VARIABLE = "QUBES_FORWARD_NFT_STATE"
-# dom0 waits for 5 s. A trial takes at most 3 s, and a server on this machine answers at once.
+# With this flag the service manager starts the listener: at the qube's start, and again when it has failed.
+STARTS = "/run/qubes-service/qubes-forward-listener"
+STARTS_VARIABLE = "QUBES_FORWARD_LISTENER_STARTS"
+# A trial takes at most 3 s, and a server on this machine answers at once.
 _LISTENER_TIMEOUT_S = 4.0
 _CONNECT_TIMEOUT_S = 2.0
+# How long a listener may take to start: what it waits for is QubesDB, and a second after a failure.
+START_S = 2.0
+# The firewall's program looks twice in a second. One that has not for longer does not run.
+FIREWALL_S = 1.0
+_LOOK_S = 0.02
 
 
-def listener_directory() -> Path:
-    return Path(os.environ.get(LISTENER_DIRECTORY_VARIABLE, LISTENER_DIRECTORY))
+class Places(NamedTuple):
+    """Where this qube's programs leave what is reported.
+
+    The listener's sockets, the notes of calls, the state of the firewall; and what is there where a listener
+    is started by itself.
+    """
+
+    listener: Path
+    notes: Path
+    firewall: Path
+    starts: Path
 
 
-def firewall_state() -> Path:
-    return Path(os.environ.get(FIREWALL_STATE_VARIABLE, FIREWALL_STATE))
+def places() -> Places:
+    listener = os.environ.get(LISTENER_DIRECTORY_VARIABLE, LISTENER_DIRECTORY)
+    firewall = os.environ.get(FIREWALL_STATE_VARIABLE, FIREWALL_STATE)
+    starts = os.environ.get(STARTS_VARIABLE, STARTS)
+    return Places(Path(listener), directory(), Path(firewall), Path(starts))
 
 
-def answer(
-    untrusted_argument: str, listener_place: Path, notes_place: Path, firewall_place: Path
-) -> QubeReport:
-    """The report that an argument asks for. Raises `TextError` for an invalid one."""
-    trial = _try(untrusted_argument, listener_place)
-    listener, problem = _listener(listener_place)
+def answer(untrusted_argument: str, place: Places, rest: Callable[[float], None] = time.sleep) -> QubeReport:
+    """The report that an argument asks for. Raises `TextError` for an invalid one.
+
+    ``rest`` is how it waits: up to `START_S` for a listener that starts, and `FIREWALL_S` for the firewall.
+    """
+    trial = _try(untrusted_argument, place.listener)
+    starting = place.listener / STATUS, place.starts
+    _wait_while(lambda: not starting[0].exists() and starting[1].exists(), START_S, rest)
+    listener, problem = _listener(place.listener)
+    if listener is not None:
+        since = time.time()
+        _wait_while(lambda: 0 < since - _looked_at(place.firewall) < FIREWALL_S, FIREWALL_S, rest)
     return QubeReport(
         program=__version__,
         listener=listener,
         listener_problem=problem,
-        calls=_calls(notes_place),
-        bugs=bugs.left(notes_place),
+        calls=_calls(place.notes),
+        bugs=bugs.left(place.notes),
         trial=trial,
-        firewall=_firewall(firewall_place),
+        firewall=_firewall(place.firewall),
     )
 
 
@@ -104,6 +133,13 @@ def _try_port(port: int) -> Trial:
     return Trial(Answer.THROUGH, "", f"a server takes connections on port {port}")
 
 
+def _wait_while(is_behind: Callable[[], bool], bound_s: float, rest: Callable[[float], None]) -> None:
+    for _ in range(round(bound_s / _LOOK_S)):
+        if not is_behind():
+            return
+        rest(_LOOK_S)
+
+
 def _listener(place: Path) -> tuple[ListenerReport | None, str | None]:
     """The listener's report, or why there is none."""
     try:
@@ -116,6 +152,14 @@ def _listener(place: Path) -> tuple[ListenerReport | None, str | None]:
         return ListenerReport.parse(untrusted), None
     except ReportError as error:
         return None, one_line(f"the listener's answer cannot be read: {error}")
+
+
+def _looked_at(state: Path) -> float:
+    """When the firewall's program last looked at what the listener has open; 0 if that is unknown."""
+    try:
+        return state.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _firewall(path: Path) -> FirewallReport:
@@ -175,7 +219,7 @@ def main() -> int:
     start_clean()
     try:
         argument = sys.argv[1] if len(sys.argv) == 2 else ""
-        asked = answer(argument, listener_directory(), directory(), firewall_state())
+        asked = answer(argument, places())
     except TextError as error:
         print(f"{STATUS_SERVICE}: {error}"[:200], file=sys.stderr)
         return ExitStatus.BAD_ARGUMENT

@@ -15,7 +15,6 @@ from worlds import ADD, NO_FORWARDS, NOW, Command, Result
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.admin.views import cli
-from qubes_fwd_qrexec.admin.views.session import Patience
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -38,10 +37,6 @@ def qubesd(lab: LabDirectory) -> FakeQubes:
 @pytest.fixture
 def policy_client(lab: LabDirectory) -> FakePolicyClient:
     return FakePolicyClient(lab)
-
-
-# Whoever answers in these tests has nothing to take up first.
-ASKED_TWICE = Patience((0.0, 0.0))
 
 
 @pytest.fixture
@@ -120,7 +115,6 @@ def forward(lab: LabDirectory, kind: str, qubesd: FakeQubes, _watched: None) -> 
             err=err,
             style=style or Style(),
             backend=None if is_lab else QubesStore(qubesd.root),
-            patience=ASKED_TWICE,
         )
         return Result(status, out.getvalue(), err.getvalue())
 
@@ -157,7 +151,6 @@ def over() -> Command:
             err=err,
             style=Style(),
             backend=backend,
-            patience=ASKED_TWICE,
         )
         return Result(status, out.getvalue(), err.getvalue())
 

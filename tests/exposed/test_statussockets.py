@@ -165,6 +165,23 @@ async def test_entries_that_are_not_open_are_named(tmp_path: Path, place: Path) 
     }
 
 
+async def test_an_answer_is_about_what_is_configured_when_it_is_asked_for(
+    tmp_path: Path, place: Path, server: socket.socket
+) -> None:
+    config, port = tmp_path / "config", free_port()
+    old = write_config(config, port, port_of(server))
+    async with running_listener(config, FakeClient(tmp_path, "serve").command, status_dir=place):
+        write_config(config, free_port(), 1, key="fwd.work.new")
+        assert [forward.name for forward in (await report_of(place)).forwards] == ["new", "web"]
+        async with await connect(port) as near, await accept(server) as far:
+            await echo_once(near, far)
+            old.unlink()
+            found = await report_of(place)
+            assert [forward.name for forward in found.forwards] == ["new"]
+            assert found.draining == ()  # the connection was cut before the answer
+            assert await is_reset(near)
+
+
 @pytest.mark.usefixtures("long_trial")
 async def test_a_trial_goes_all_the_way_and_is_not_counted(
     tmp_path: Path, place: Path, server: socket.socket

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the firewall's program decides. `test_firewall_namespaces` tests what it does."""
 
+import os
 import shutil
 import signal
 import time
@@ -373,6 +374,16 @@ def test_what_is_left_for_dom0_says_of_each_family_whether_clients_are_let_in(
         kept.look(NoChanges(), is_asked=True)
     assert FirewallReport.parse(state.read_bytes()) == FirewallReport(ip, ip6)
     assert state.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_time_of_the_state_file_is_that_of_the_last_look(forwards: Forwards, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    kept = a_keeper(forwards, FakeNft(), state=state)
+    for _ in range(2):  # the second has nothing new to write
+        before = time.time()
+        kept.look(NoChanges(), is_asked=False)
+        assert before - 0.001 <= state.stat().st_mtime <= time.time() + 0.001
+        os.utime(state, (0, 0))
 
 
 def test_a_state_file_that_cannot_be_written_stops_nothing(forwards: Forwards, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from helpers import free_port
 
 from qubes_fwd_qrexec.admin.views.cli import run
-from qubes_fwd_qrexec.admin.views.session import Patience
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import Firewall, FirewallReport, dump
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
@@ -35,7 +34,6 @@ class Lab:
         self.server = undo.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.server.settimeout(BOUND_S)
         self.port = free_port()
-        self.patience = Patience()
 
     def run(self, *words: str) -> tuple[int, str]:
         out, err = io.StringIO(), io.StringIO()
@@ -47,7 +45,6 @@ class Lab:
             out=out,
             err=err,
             style=Style(),
-            patience=self.patience,
         )
         return status, out.getvalue() + err.getvalue()
 

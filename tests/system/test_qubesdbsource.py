@@ -101,6 +101,42 @@ async def test_a_change_during_a_read_is_seen(qubesdb: FakeQubesDB) -> None:
         await until(lambda: "10.9.0.0/16" in str(source.read().forwards["work", "web"]))  # type: ignore[index]
 
 
+async def test_what_was_written_before_somebody_asks_is_known_when_the_answer_comes(
+    qubesdb: FakeQubesDB,
+) -> None:
+    with nothing_left(qubesdb), opened(qubesdb) as source:
+        qubesdb.entries[f"/vm-config/{SSH}"] = LINE  # whoever watches has not heard of it yet
+        done = threading.Event()
+        source.refresh(done.set)
+        assert done.wait(BOUND_S)
+        assert names(source) == {"web", "ssh"}
+
+
+async def test_those_who_ask_during_a_read_share_the_next(qubesdb: FakeQubesDB) -> None:
+    go_on, done = threading.Event(), [threading.Event() for _ in range(20)]
+    with opened(qubesdb) as source:
+        before = qubesdb.opened
+        qubesdb.before_list = lambda: assert_set(go_on)
+        source.refresh(done[0].set)
+        await until(lambda: qubesdb.opened > before)
+        for each in done[1:]:
+            source.refresh(each.set)
+        assert not any(each.is_set() for each in done)
+        go_on.set()
+        assert all(each.wait(BOUND_S) for each in done)
+        assert qubesdb.opened == before + 2
+
+
+async def test_who_asks_hears_of_a_read_that_fails(qubesdb: FakeQubesDB) -> None:
+    with opened(qubesdb) as source:
+        before, done = source.stamp(), threading.Event()
+        qubesdb.end()
+        source.refresh(done.set)
+        qubesdb.begin()
+        assert done.wait(BOUND_S)
+        assert source.stamp() == before
+
+
 async def test_an_entry_that_goes_while_it_is_read_is_no_error(qubesdb: FakeQubesDB) -> None:
     qubesdb.set(SSH, LINE)
 

@@ -6,8 +6,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,23 @@ from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 from qubes_fwd_qrexec.target import statusservice
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE, Kind, left_note
 from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, boot_ticks
-from qubes_fwd_qrexec.target.statusservice import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY, answer
+from qubes_fwd_qrexec.target.statusservice import (
+    FIREWALL_S,
+    LISTENER_DIRECTORY_VARIABLE,
+    START_S,
+    STATUS,
+    TRY,
+    Places,
+    answer,
+)
 
 BOUND_S = 60.0
+NOWHERE = Path("/nonexistent")
 REPORT = ListenerReport(since=1, forwards=())
 
 
 def told(argument: str, listener_place: Path, notes_place: Path) -> QubeReport:
-    return answer(argument, listener_place, notes_place, Path("/nonexistent"))
+    return answer(argument, Places(listener_place, notes_place, NOWHERE, NOWHERE))
 
 
 @contextmanager
@@ -86,6 +96,32 @@ def test_a_socket_left_by_a_dead_listener_is_no_listener(tmp_path: Path) -> None
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / STATUS))
     assert told("", tmp_path, tmp_path).listener_problem == "no listener is running"
+
+
+def test_a_listener_that_is_being_started_is_waited_for(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    flag.touch()
+    with ExitStack() as stack:
+        place, rests = Places(tmp_path, tmp_path, NOWHERE, flag), 0
+
+        def rest(seconds: float) -> None:
+            nonlocal rests
+            rests += 1
+            if rests == 3:
+                stack.enter_context(listener(tmp_path, STATUS, report.dump(REPORT.as_json())))
+
+        assert answer("", place, rest).listener == REPORT
+        assert rests == 3
+
+
+def test_a_listener_that_does_not_start_is_waited_for_so_long(tmp_path: Path) -> None:
+    flag, rested = tmp_path / "flag", list[float]()
+    place = Places(tmp_path, tmp_path, NOWHERE, flag)
+    assert answer("", place, rested.append).listener_problem == "no listener is running"
+    assert rested == []
+    flag.touch()
+    assert answer("", place, rested.append).listener_problem == "no listener is running"
+    assert round(sum(rested), 3) == START_S
 
 
 def test_a_listener_that_does_not_answer_is_given_up_on(
@@ -149,7 +185,32 @@ def test_the_firewall_is_what_its_program_says(
     state = tmp_path / "state"
     if content is not None:
         state.write_bytes(content)
-    assert answer("", tmp_path, tmp_path, state).firewall == found
+    assert answer("", Places(tmp_path, tmp_path, state, NOWHERE)).firewall == found
+
+
+def test_the_firewall_is_waited_for_as_it_follows_the_listener(tmp_path: Path) -> None:
+    state, rests = tmp_path / "state", 0
+    old, new = FirewallReport(Firewall.OPEN, Firewall.OPEN, ("fwd.work.web",)), FirewallReport(Firewall.OPEN)
+    state.write_bytes(report.dump(old.as_json()))
+
+    def rest(seconds: float) -> None:
+        nonlocal rests
+        rests += 1
+        if rests == 3:
+            state.write_bytes(report.dump(new.as_json()))
+            os.utime(state, (time.time(), time.time() + 1))
+
+    def asked() -> FirewallReport:
+        with listener(tmp_path, STATUS, report.dump(REPORT.as_json())):
+            found = answer("", Places(tmp_path, tmp_path, state, NOWHERE), rest).firewall
+        (tmp_path / STATUS).unlink()
+        return found
+
+    os.utime(state, (0, 0))
+    assert (asked(), rests) == (old, 0)  # nobody keeps it
+    recently = time.time() - FIREWALL_S / 2
+    os.utime(state, (recently, recently))
+    assert (asked(), rests) == (new, 3)
 
 
 def test_a_port_is_tried(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def followed(changed: Changed, session: Session) -> After:
     if changed.is_applied:
         steps.check(changed.outcome, "the change is stored, but ")
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
-        said = ask_after(was, planned, changed.keys, inventory, session.backend, patience=session.patience)
+        said = ask_after(was, planned, changed.keys, inventory, session.backend)
         denied = denials(changed.forwards, session.backend)
     return After(changed, said, denied, session.backend.unwatched())
 

@@ -20,8 +20,6 @@ from .tables import Style, escaped
 if TYPE_CHECKING:
     from qubes_fwd_qrexec.admin.backend import Backend
 
-    from .session import Patience
-
 _FAULT = 3
 _TRACE = "QVM_FORWARD_TRACE"
 
@@ -43,7 +41,6 @@ def run(
     err: TextIO,
     style: Style,
     backend: "Backend | None" = None,
-    patience: "Patience | None" = None,
 ) -> int:
     """Run one command. Returns the exit status.
 
@@ -62,8 +59,7 @@ def run(
 
     try:
         system = backend or locate.open_backend(args.lab, environ)
-        given = patience or sessions.Patience()
-        session = sessions.Session(system, now, environ, stdin, out, err, style, args.json, set(), given)
+        session = sessions.Session(system, now, environ, stdin, out, err, style, args.json, set())
         return command(args.command)(args, session)
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")

@@ -5,8 +5,7 @@ Only a listener knows that another program holds a port, and which connections g
 What a qube says is untrusted: `common.report` checks it, users are told it, and it opens or closes nothing.
 """
 
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -22,12 +21,13 @@ from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, Qube
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from .session import Patience
-
 Key = tuple[QubeName, RuleName]
 """Target and name of a rule."""
 Answer = QubeReport | AnswerError
 """What a qube says of itself, or why there is no answer."""
+
+# How long a change waits for what a qube makes of it; the qube itself waits a moment for its listener.
+AFTER_S = 5.0
 
 
 class Has(StrEnum):
@@ -46,11 +46,6 @@ class Has(StrEnum):
     NO_SERVICE = "no-service"
     NOT_OFFERED = "not-offered"
     NO_ANSWER = "no-answer"
-
-
-# What a later answer may say otherwise. A first one that it failed may be of the forward as it was before.
-_UNSETTLED = frozenset((Has.NOT_YET, Has.IN_PART, Has.FIREWALL))
-_UNSETTLED_AT_FIRST = _UNSETTLED | {Has.FAILED}
 
 
 class Uptake(NamedTuple):
@@ -98,16 +93,18 @@ def ask(backend: Backend, qube: QubeName, argument: str = "", timeout_s: float |
         raise AnswerError(f"what {qube} says cannot be read: {error}") from error
 
 
-def ask_all(backend: Backend, qubes: Collection[QubeName]) -> dict[QubeName, Answer]:
+def ask_all(
+    backend: Backend, qubes: Collection[QubeName], timeout_s: float | None = None
+) -> dict[QubeName, Answer]:
     """The answer of each qube. All are asked at once, by threads that end before this returns."""
-    return at_once(lambda qube: _answer(backend, qube, None), qubes)
 
+    def answer(qube: QubeName) -> Answer:
+        try:
+            return ask(backend, qube, timeout_s=timeout_s)
+        except AnswerError as error:
+            return error
 
-def _answer(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer:
-    try:
-        return ask(backend, qube, timeout_s=timeout_s)
-    except AnswerError as error:
-        return error
+    return at_once(answer, qubes)
 
 
 def is_without_listener(answer: Answer) -> bool:
@@ -189,12 +186,9 @@ def ask_after(
     inventory: Inventory,
     backend: Backend,
     *,
-    patience: Patience,
     is_everything: bool = False,
-    elapsed: Callable[[], float] = time.monotonic,
-    rest: Callable[[float], None] = time.sleep,
 ) -> Heard:
-    """Ask the listeners that a change concerns, all at once, what they have made of it.
+    """Ask the listeners that a change concerns, once and all at once, what they have made of it.
 
     ``keys`` are the rules that it was about: they are to be open now, or were closed before and may drain.
     What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
@@ -202,43 +196,26 @@ def ask_after(
     """
     opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.exposed is not None]
     fresh = [f for f in opened if inventory.offers(f.exposed or f.named.target)]
-    uptakes: dict[Key, Uptake] = {f.named[:2]: Uptake(Has.NOT_OFFERED) for f in opened if f not in fresh}
-    was = {forward.named[:2]: forward.config for forward in before.live}
-    renewed = {f.exposed for f in fresh if was.get(f.named[:2], f.config) != f.config}
     over = beyond_dom0(before, after)
     closed = set(keys) - {forward.named[:2] for forward in (*before.live, *after.live)}
     qubes = {forward.exposed for forward in (*fresh, *over) if forward.exposed is not None}
     qubes |= listening(inventory) if closed or is_everything else set()
+    answers = ask_all(backend, sorted(qubes), AFTER_S)
 
-    def heard(qube: QubeName, answer: Answer) -> Heard:
+    uptakes: dict[Key, Uptake] = {f.named[:2]: Uptake(Has.NOT_OFFERED) for f in opened}
+    uptakes |= {f.named[:2]: uptake(f, answers[f.exposed]) for f in fresh if f.exposed is not None}
+    goes_on: list[GoesOn] = []
+    for qube, answer in answers.items():
         services: dict[tuple[str | None, ...], Service] = {
             f.named[:2]: f.service for f in over if f.exposed == qube and f.service is not None
         }
-        left: list[GoesOn] = []
         if isinstance(answer, QubeReport):
-            live = [forward.named[:2] for forward in after.live if forward.exposed == qube]
-            found = flows(qube, answer, live)
+            found = flows(qube, answer, [f.named[:2] for f in after.live if f.exposed == qube])
             left = [each for each in found if is_everything or each[:2] in closed or each[:2] in services]
-        elif not is_without_listener(answer):
+        elif is_without_listener(answer):
+            left = []
+        else:
             left = [GoesOn(*f.named[:2], qube, None) for f in over if f.exposed == qube]
             left = left or [GoesOn(None, None, qube, None)] * is_everything
-        left = [each._replace(service=services.get(each[:2], each.service)) for each in left]
-        return Heard({f.named[:2]: uptake(f, answer) for f in fresh if f.exposed == qube}, tuple(left))
-
-    def ask_until_settled(qube: QubeName) -> Heard:
-        begun, said, unsettled = elapsed(), Heard({}), _UNSETTLED_AT_FIRST
-        for at in patience.asked_at_s[qube in renewed :]:
-            rest(max(0.0, begun + at - elapsed()))
-            left_s = begun + patience.bound_s - elapsed()
-            if left_s > 0:
-                said = heard(qube, _answer(backend, qube, min(patience.answer_s, left_s)))
-            is_over = all(left.left_s is not None for left in said.goes_on) and not is_everything
-            if (is_over or not said.goes_on) and unsettled.isdisjoint(e.has for e in said.uptakes.values()):
-                break
-            unsettled = _UNSETTLED
-        return said
-
-    all_heard = at_once(ask_until_settled, sorted(qubes)).values()
-    for each in all_heard:
-        uptakes |= each.uptakes
-    return Heard(uptakes, tuple(left for each in all_heard for left in each.goes_on))
+        goes_on += [each._replace(service=services.get(each[:2], each.service)) for each in left]
+    return Heard(uptakes, tuple(goes_on))

@@ -63,15 +63,7 @@ def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
     with suppress(ForwardError, OSError):
         verdicts = judged(live.live, session.backend, PolicyFile(None, NEW)) if held.is_held else {}
     allowed = {key for key, verdict in verdicts.items() if verdict.is_allowed}
-    heard = ask_after(
-        live,
-        Plan(()),
-        (),
-        snapshot.inventory,
-        session.backend,
-        patience=session.patience,
-        is_everything=True,
-    )
+    heard = ask_after(live, Plan(()), (), snapshot.inventory, session.backend, is_everything=True)
     return _Seen(held, tuple(f.named for f in live.live if f.named[:2] in allowed), heard.goes_on)
 
 

@@ -10,18 +10,6 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot, look
 from .tables import Style, escaped
 
 
-class Patience(NamedTuple):
-    """How long a command asks a qube what it made of a change, in seconds after the first question.
-
-    A listener takes up a change of its QubesDB within half a second; an earlier answer may be out of date.
-    Within ``bound_s`` all is over, and each answer takes ``answer_s`` at most: some tenths do, as a rule.
-    """
-
-    asked_at_s: tuple[float, ...] = (0.0, 0.7, 1.3)
-    answer_s: float = 1.0
-    bound_s: float = 2.0
-
-
 class Session(NamedTuple):
     """One run of qvm-forward; ``now`` is in UNIX seconds."""
 
@@ -34,7 +22,6 @@ class Session(NamedTuple):
     style: Style
     is_json: bool
     warned: set[str]
-    patience: Patience = Patience()
 
     def say(self, text: str) -> None:
         self.out.write(text)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What listeners answer: when they are asked, for how long, and what goes on of what is closed."""
+"""What listeners answer: which of them are asked, and what goes on of what is closed."""
 
 from dataclasses import replace
 from threading import Barrier
 from typing import Any
 
 import pytest
-from worlds import NOW, OURS, Hands, only, qube, rule, world
+from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
@@ -14,6 +14,7 @@ from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.views import heard as words
 from qubes_fwd_qrexec.admin.views.listeners import (
+    AFTER_S,
     GoesOn,
     Has,
     Heard,
@@ -26,7 +27,6 @@ from qubes_fwd_qrexec.admin.views.listeners import (
     listening,
     uptake,
 )
-from qubes_fwd_qrexec.admin.views.session import Patience
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.report import (
@@ -90,95 +90,56 @@ FLOWING, DRAINING = answer(report("personal", "ssh", 3)), answer(draining=(drain
 
 
 class Qube:
-    """sys-net, which answers each question as it is told to, and time that passes by waiting."""
+    """sys-net, which is asked once, if it has an answer."""
 
-    def __init__(self, *answers: QubeReport | AnswerError, takes_s: float = 0.0) -> None:
-        self._answers = list(answers)
-        self._takes_s = takes_s
-        self.hands = Hands(elapsed=100.0)
-        self.asked_at: list[float] = []
+    def __init__(self, answer: QubeReport | AnswerError | None = None) -> None:
+        self._answer = answer
+        self._asked = 0
 
     def ask(self, qube: QubeName, service: str, max_bytes: int, timeout_s: float) -> bytes:
         assert (qube, service, max_bytes) == ("sys-net", "qubes.ForwardStatus+", REPORT_MAX_BYTES)
-        self.asked_at.append(round(self.hands.elapsed - 100.0, 3))
-        assert 0 < timeout_s <= Patience().bound_s - self.asked_at[-1] + 0.001
-        self.hands.pass_by(min(self._takes_s, timeout_s))
-        said = self._answers.pop(0)
-        if isinstance(said, AnswerError):
-            raise said
-        return dump(said.as_json())
+        assert timeout_s == AFTER_S
+        self._asked += 1
+        assert self._answer is not None
+        if isinstance(self._answer, AnswerError):
+            raise self._answer
+        return dump(self._answer.as_json())
 
     def heard(self, before: Plan, after: Plan, *keys: tuple[str, str], **more: Any) -> Heard:
-        found = ask_after(
-            before,
-            after,
-            keys,
-            more.pop("inventory", WORLD),
-            self,  # type: ignore[arg-type]
-            patience=Patience(),
-            elapsed=lambda: self.hands.elapsed,
-            rest=self.hands.pass_by,
-            **more,
-        )
-        assert self._answers == []
-        assert self.hands.elapsed - 100.0 <= Patience().bound_s
+        inventory = more.pop("inventory", WORLD)
+        found = ask_after(before, after, keys, inventory, self, **more)  # type: ignore[arg-type]
+        assert self._asked == (self._answer is not None)
         return found
 
 
-OPENING: list[tuple[tuple[QubeReport | AnswerError, ...], Has]] = [
-    ((OPEN,), Has.OPEN),
-    ((SILENT,), Has.NO_ANSWER),
-    ((AnswerError("none", ExitStatus.NO_SERVICE),), Has.NO_SERVICE),
-    ((DOWN,), Has.NO_LISTENER),
-    ((NOTHING, OPEN), Has.OPEN),
-    ((BUSY, OPEN), Has.OPEN),
-    ((NOTHING, SILENT), Has.NO_ANSWER),
-    ((NOTHING, NOTHING, OPEN), Has.OPEN),
-    ((NOTHING, NOTHING, NOTHING), Has.NOT_YET),
-    ((NOTHING, BUSY), Has.FAILED),
-    ((BUSY, BUSY), Has.FAILED),
-    ((BUSY, NOTHING, BUSY), Has.FAILED),
-    ((PART, PART, PART), Has.IN_PART),
-    ((SHUT, SHUT, OPEN), Has.OPEN),
-    ((SHUT, SHUT, SHUT), Has.FIREWALL),
-]
-
-
-@pytest.mark.parametrize(("answers", "has"), OPENING)
-def test_a_listener_is_asked_again_until_it_has_a_new_forward_open(
-    answers: tuple[QubeReport | AnswerError, ...], has: Has
+@pytest.mark.parametrize(
+    ("answer", "has"),
+    [
+        (OPEN, Has.OPEN),
+        (SILENT, Has.NO_ANSWER),
+        (AnswerError("none", ExitStatus.NO_SERVICE), Has.NO_SERVICE),
+        (DOWN, Has.NO_LISTENER),
+        (NOTHING, Has.NOT_YET),
+        (BUSY, Has.FAILED),
+        (PART, Has.IN_PART),
+        (SHUT, Has.FIREWALL),
+    ],
+)
+def test_a_listener_is_asked_once_whether_it_has_a_forward_open(
+    answer: QubeReport | AnswerError, has: Has
 ) -> None:
-    asked = Qube(*answers)
-    assert asked.heard(planned(), planned(rule()), WEB).uptakes["work", "web"].has is has  # type: ignore[index]
-    assert asked.asked_at == [0.0, 0.7, 1.3][: len(answers)]
-
-
-def test_an_answer_that_may_be_of_the_forward_as_it_was_is_not_asked_for() -> None:
-    asked = Qube(OPEN)
-    asked.heard(planned(rule()), planned(rule("srcports=81")), WEB)
-    assert asked.asked_at == [0.7]
-    asked = Qube(BUSY, OPEN)
-    found = asked.heard(planned(rule()), planned(rule("srcports=81")), WEB)
-    assert (asked.asked_at, found.uptakes[WEB].has) == ([0.7, 1.3], Has.OPEN)  # type: ignore[index]
-    asked = Qube(OPEN)
-    asked.heard(planned(rule()), planned(rule("comment=x")), WEB)
-    assert asked.asked_at == [0.0]
+    for before in (planned(), planned(rule("srcports=81"))):
+        assert Qube(answer).heard(before, planned(rule()), WEB).uptakes["work", "web"].has is has  # type: ignore[index]
 
 
 def test_a_qube_is_asked_once_for_all_of_its_forwards() -> None:
     other = rule("srcports=81", name="other")
-    asked = Qube(OPEN, OPEN, answer(report(), report(name="other")))
+    asked = Qube(answer(report(), report(name="other")))
     found = asked.heard(planned(), planned(rule(), other), WEB, ("work", "other"))
     assert {key: each.has for key, each in found.uptakes.items()} == {
         WEB: Has.OPEN,
         ("work", "other"): Has.OPEN,
     }
-
-
-@pytest.mark.parametrize(("takes_s", "answers"), [(0.9, 3), (5.0, 2)])
-def test_a_qube_that_is_slow_is_not_waited_for(takes_s: float, answers: int) -> None:
-    found = Qube(*[NOTHING] * answers, takes_s=takes_s).heard(planned(), planned(rule()), WEB)
-    assert found.uptakes[WEB].has is Has.NOT_YET  # type: ignore[index]
 
 
 def test_only_what_is_open_now_and_was_asked_for_is_a_question() -> None:
@@ -222,23 +183,22 @@ def test_what_has_ended_beyond_dom0_is_found_and_no_other() -> None:
     assert beyond_dom0(planned(rule()), planned(rule("srchosts=10.0.0.0/8"))) == []
 
 
-LEAVING: list[tuple[tuple[QubeReport | AnswerError, ...], list[GoesOn]]] = [
-    ((answer(),), []),
-    ((answer(report("personal", "ssh", 0)),), []),
-    ((FLOWING, answer()), []),
-    ((FLOWING, DRAINING), [GoesOn(PERSONAL, SSH, SYS_NET, 2, 3000)]),
-    ((FLOWING, FLOWING, FLOWING), [GoesOn(PERSONAL, SSH, SYS_NET, 3)]),
-    ((NotRunningError("down"),), []),
-    ((AnswerError("none", ExitStatus.NO_SERVICE),), []),
-    ((SILENT, SILENT, SILENT), [GoesOn(PERSONAL, SSH, SYS_NET, None)]),
+LEAVING: list[tuple[QubeReport | AnswerError, list[GoesOn]]] = [
+    (answer(), []),
+    (answer(report("personal", "ssh", 0)), []),
+    (DRAINING, [GoesOn(PERSONAL, SSH, SYS_NET, 2, 3000)]),
+    (FLOWING, [GoesOn(PERSONAL, SSH, SYS_NET, 3)]),
+    (NotRunningError("down"), []),
+    (AnswerError("none", ExitStatus.NO_SERVICE), []),
+    (SILENT, [GoesOn(PERSONAL, SSH, SYS_NET, None)]),
 ]
 
 
-@pytest.mark.parametrize(("answers", "left"), LEAVING)
-def test_a_listener_is_asked_again_until_it_has_ended_what_dom0_cannot(
-    answers: tuple[QubeReport | AnswerError, ...], left: list[GoesOn]
+@pytest.mark.parametrize(("answer", "left"), LEAVING)
+def test_a_listener_is_asked_once_whether_it_has_ended_what_dom0_cannot(
+    answer: QubeReport | AnswerError, left: list[GoesOn]
 ) -> None:
-    assert list(Qube(*answers).heard(planned(STOCK), planned(), ("personal", "ssh")).goes_on) == left
+    assert list(Qube(answer).heard(planned(STOCK), planned(), ("personal", "ssh")).goes_on) == left
 
 
 def test_what_was_closed_before_and_still_drains_is_found_wherever_it_is() -> None:
@@ -253,13 +213,14 @@ def only_sys_net() -> Inventory:
     return Inventory({SYS_NET: WORLD.qubes[SYS_NET]})
 
 
-def test_all_that_goes_on_anywhere_is_asked_for_until_nothing_is_left() -> None:
-    def left(*answers: QubeReport | AnswerError) -> tuple[GoesOn, ...]:
-        asked = Qube(*answers)
+def test_all_that_goes_on_anywhere_is_asked_for() -> None:
+    def left(answer: QubeReport | AnswerError) -> tuple[GoesOn, ...]:
+        asked = Qube(answer)
         return asked.heard(planned(), planned(), inventory=only_sys_net(), is_everything=True).goes_on
 
-    assert left(DRAINING, DRAINING, answer()) == ()
-    (found,) = left(SILENT, SILENT, SILENT)
+    assert left(answer()) == ()
+    assert left(DRAINING) == (GoesOn(PERSONAL, SSH, SYS_NET, 2, 3000),)
+    (found,) = left(SILENT)
     assert found == GoesOn(None, None, SYS_NET, None)
     assert words.still_open(found).startswith(
         "sys-net does not say whether it has connections over qubes.Conn"
