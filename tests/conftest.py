@@ -6,7 +6,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+import traceback
+import warnings
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,6 +33,31 @@ settings.register_profile(
 settings.load_profile("ours")
 # For tools/mutate.py, which asks whether an example fails and not which is the smallest.
 settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let go of what a failed test had in its hands: its open sockets would fail the test after it."""
+    report = yield
+    if call.excinfo is not None and not item.config.getoption("usepdb"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            _clear_frames(call.excinfo.value)
+    return report
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Of the error, of those in its group, and of those that it came from."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            frame.f_locals  # noqa: B018  Python before 3.13 brings its copy of them up to date then
+        if isinstance(error, BaseExceptionGroup):
+            for part in error.exceptions:
+                _clear_frames(part)
+        error = error.__context__
 
 
 @pytest.fixture
