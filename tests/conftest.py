@@ -17,8 +17,10 @@ from agents import agent_process, close_connector, renew_connector
 from helpers import BOUND_S, listening_socket, no_fds_left, reserved_ports
 from hypothesis import HealthCheck, Phase, settings
 from mux_bench import Joined, MuxBench
+from wired import Wired, open_wired
 
 from qubes_fwd_qrexec.exposed import statussockets, trial
+from qubes_fwd_qrexec.lab.stockrules import Shape
 from qubes_fwd_qrexec.system import bugs, logs
 
 # How long an example takes says something of the machine's other load alone. Where a change is judged, the
@@ -180,6 +182,25 @@ def long_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 def place(tmp_path: Path) -> Path:
     """Where mux calls leave their notes; it is not there yet."""
     return tmp_path / "notes"
+
+
+@pytest.fixture
+def shape() -> Shape:
+    """Whose rules the qubes of `fresh` have; a test that is parametrized by ``shape`` says which."""
+    return Shape.R4_3
+
+
+@pytest.fixture
+def has_ipv6() -> bool:
+    """Whether the qubes of `fresh` have IPv6; a test that is parametrized by ``has_ipv6`` says."""
+    return True
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, shape: Shape, has_ipv6: bool) -> Iterator[Wired]:
+    """A path of qubes joined by IP for this test alone."""
+    with open_wired(tmp_path / "lab", shape, has_ipv6=has_ipv6) as wired:
+        yield wired
 
 
 @pytest.fixture

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The qubes of a lab as network namespaces, with a LAN beside sys-net and no IP path between qubes.
+"""The qubes of a lab as network namespaces, with a LAN beside sys-net. `wires` has what joins them.
 
 Needs root and the ``ip`` program. All names begin with a prefix made from the lab's path, so that
 several labs live side by side and what a dead one left behind is found and removed.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import signal
+import socket
+import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -25,19 +28,25 @@ EDGE = "sys-net"
 LAN_HOST = "192.168.77.2"
 LAN_HOST_REFUSED = "192.168.88.2"
 LAN_HOST_IPV6 = "fd77::2"
+LAN_HOST_REFUSED_IPV6 = "fd88::2"
 EDGE_ADDRESS = "192.168.77.1"
 EDGE_ADDRESS_REFUSED = "192.168.88.1"
 EDGE_ADDRESS_IPV6 = "fd77::1"
+EDGE_ADDRESS_REFUSED_IPV6 = "fd88::1"
 
-_ADDRESSES = {
-    LAN: (f"{LAN_HOST}/24", f"{LAN_HOST_REFUSED}/24", f"{LAN_HOST_IPV6}/64"),
-    EDGE: (f"{EDGE_ADDRESS}/24", f"{EDGE_ADDRESS_REFUSED}/24", f"{EDGE_ADDRESS_IPV6}/64"),
-}
+LAN_ADDRESSES = (LAN_HOST, LAN_HOST_REFUSED, LAN_HOST_IPV6, LAN_HOST_REFUSED_IPV6)
+EDGE_ADDRESSES = (EDGE_ADDRESS, EDGE_ADDRESS_REFUSED, EDGE_ADDRESS_IPV6, EDGE_ADDRESS_REFUSED_IPV6)
+MACS = {LAN: "02:00:00:00:00:02", EDGE: "02:00:00:00:00:01"}
 # Where ip-netns(8) keeps them.
 _NAMED = Path("/run/netns")
 # include/uapi/linux/sched.h.
 _CLONE_NEWNET = 0x40000000
-_IP_TIMEOUT_S = 20.0
+# linux/sockios.h and linux/if.h.
+_SIOCSIFFLAGS = 0x8914
+_IFF_UP = 1
+_TIMEOUT_S = 20.0
+_MESSAGE_MAX = 400
+_PACKAGES = {"ip": "iproute2", "nft": "nftables"}
 
 
 def namespace_name(lab: LabDirectory, qube: str) -> str:
@@ -45,12 +54,21 @@ def namespace_name(lab: LabDirectory, qube: str) -> str:
     return _prefix(lab) + qube
 
 
+def why_no_firewall() -> str | None:
+    """Why there can be no firewall in them, or None."""
+    try:
+        _run("nft", "-v")
+    except StoreError as error:
+        return str(error)
+    return None
+
+
 def why_unavailable() -> str | None:
     """Why there can be no namespaces here, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     try:
-        _ip("-V")
+        _run("ip", "-V")
     except StoreError as error:
         return str(error)
     return None
@@ -75,8 +93,7 @@ class Namespaces:
             if qube.klass not in (QubeClass.ADMIN, QubeClass.TEMPLATE)
         ]
         try:
-            for name in (LAN, *names):
-                self._add(name)
+            self._add(LAN, *names)
             if EDGE in names:
                 self._connect_lan()
         except BaseException:
@@ -96,6 +113,11 @@ class Namespaces:
             self._add(qube)
         return self._fds[qube]
 
+    def full_name(self, qube: str) -> str:
+        """The name of a qube's namespace, which is made now if the qube is new."""
+        self.namespace_fd(qube)
+        return namespace_name(self._lab, qube)
+
     def entering(self, qube: str) -> Callable[[], AbstractContextManager[None]]:
         """What puts this thread into a qube's network, for a block without await."""
         fd = self.namespace_fd(qube)
@@ -110,23 +132,48 @@ class Namespaces:
 
         return enter
 
-    def _add(self, name: str) -> None:
-        full_name = namespace_name(self._lab, name)
-        _ip("netns", "add", full_name)
-        _ip("-n", full_name, "link", "set", "lo", "up")
-        self._fds[name] = os.open(_NAMED / full_name, os.O_RDONLY | os.O_CLOEXEC)
+    def batch(self, lines: Iterable[str], qube: str | None = None) -> None:
+        """Lines for ``ip -batch``, in the network of a qube or of this machine. Raises `StoreError`."""
+        text = "".join(f"{line}\n" for line in lines)
+        if text:
+            where = () if qube is None else ("-n", namespace_name(self._lab, qube))
+            _run("ip", *where, "-batch", "-", text=text)
+
+    def nft(self, qube: str, text: str, *options: str) -> str:
+        """Load rules in a qube, all of them or none, and return what nft prints. Raises `StoreError`."""
+        with self.entering(qube)():
+            return _run("nft", *options, "-f", "-", text=text)
+
+    def set_sysctls(self, qube: str, values: Mapping[str, object]) -> None:
+        """Set kernel parameters below ``net`` in a qube, by their paths there. Raises OSError."""
+        with self.entering(qube)():
+            for path, value in values.items():
+                Path("/proc/sys/net", path).write_text(f"{value}\n", encoding="ascii")
+
+    def _add(self, *names: str) -> None:
+        full_names = {name: namespace_name(self._lab, name) for name in names}
+        self.batch(f"netns add {full_name}" for full_name in full_names.values())
+        for name, full_name in full_names.items():
+            self._fds[name] = os.open(_NAMED / full_name, os.O_RDONLY | os.O_CLOEXEC)
+            with self.entering(name)():
+                _bring_up("lo")
 
     def _connect_lan(self) -> None:
         lan, edge = (namespace_name(self._lab, name) for name in (LAN, EDGE))
-        _ip("-n", lan, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", edge)
-        for name, addresses in _ADDRESSES.items():
-            full_name = namespace_name(self._lab, name)
-            _ip("-n", full_name, "link", "set", "eth0", "up")
-            for address in addresses:
+        self.batch(
+            [
+                f"link add eth0 netns {lan} address {MACS[LAN]} type veth"
+                f" peer name eth0 netns {edge} address {MACS[EDGE]}"
+            ]
+        )
+        for name, addresses in ((LAN, LAN_ADDRESSES), (EDGE, EDGE_ADDRESSES)):
+            lines = [f"address add {address}/24 dev eth0" for address in addresses if ":" not in address]
+            if has_ipv6():
                 # Without duplicate address detection the address can be bound at once.
-                extra = ["nodad"] if ":" in address else []
-                if not extra or _has_ipv6():
-                    _ip("-n", full_name, "address", "add", address, "dev", "eth0", *extra)
+                lines += [
+                    f"address add {address}/64 dev eth0 nodad" for address in addresses if ":" in address
+                ]
+            self.batch(["link set eth0 up", *lines], name)
 
 
 def enter_for_good(lab: LabDirectory, qube: str) -> None:
@@ -143,16 +190,17 @@ def enter_for_good(lab: LabDirectory, qube: str) -> None:
 def destroy(lab: LabDirectory) -> None:
     """Remove all namespaces of a lab, and ask what still runs in them to end."""
     try:
-        names = [entry.name for entry in _NAMED.iterdir() if entry.name.startswith(_prefix(lab))]
+        paths = [entry for entry in _NAMED.iterdir() if entry.name.startswith(_prefix(lab))]
     except FileNotFoundError:
         return
-    for name in names:
-        # A half-made one has no pids to list, and may not even be a namespace yet.
-        with suppress(StoreError):
-            for pid in _ip("netns", "pids", name).split():
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGTERM)
-        _ip("netns", "delete", name)
+    inodes = {path.stat().st_ino for path in paths}
+    for process in Path("/proc").iterdir() if paths else ():
+        if process.name.isdigit():
+            with suppress(OSError):  # it has ended
+                if (process / "ns" / "net").stat().st_ino in inodes:
+                    os.kill(int(process.name), signal.SIGTERM)
+    if paths:
+        _run("ip", "-batch", "-", text="".join(f"netns delete {path.name}\n" for path in paths))
 
 
 def _prefix(lab: LabDirectory) -> str:
@@ -160,7 +208,8 @@ def _prefix(lab: LabDirectory) -> str:
     return f"fwd{digest[:8]}-"
 
 
-def _has_ipv6() -> bool:
+def has_ipv6() -> bool:
+    """Whether this machine has IPv6 at all."""
     return Path("/proc/net/if_inet6").exists()
 
 
@@ -170,15 +219,30 @@ def _set_namespace(fd: int) -> None:
         raise StoreError(f"setns: {os.strerror(ctypes.get_errno())}")
 
 
-def _ip(*arguments: str) -> str:
+def _bring_up(interface: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh", interface.encode(), _IFF_UP))
+
+
+def _run(program: str, *arguments: str, text: str = "") -> str:
+    words = " ".join((program, *arguments))
     try:
         done = subprocess.run(
-            ["ip", *arguments], capture_output=True, text=True, timeout=_IP_TIMEOUT_S, check=False
+            [program, *arguments],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            env=os.environ | {"PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"},
+            check=False,
         )
     except FileNotFoundError:
-        raise StoreError("the program 'ip' is missing; Debian has it in the package iproute2") from None
+        package = _PACKAGES[program]
+        raise StoreError(
+            f"the program {program!r} is missing; Debian has it in the package {package}"
+        ) from None
     except subprocess.TimeoutExpired as error:
-        raise StoreError(f"ip {' '.join(arguments)}: no end after {_IP_TIMEOUT_S:g} s") from error
+        raise StoreError(f"{words}: no end after {_TIMEOUT_S:g} s") from error
     if done.returncode != 0:
-        raise StoreError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+        raise StoreError(f"{words}: {' '.join(done.stderr.split())[:_MESSAGE_MAX]}")
     return done.stdout

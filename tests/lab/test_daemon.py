@@ -267,7 +267,7 @@ def test_namespaces_of_a_killed_broker_are_removed_by_the_next(lab: LabDirectory
 
 @needs_netns
 def test_namespaces_that_fail_half_way_leave_none(lab: LabDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(netns._ADDRESSES, netns.EDGE, ("nonsense",))
+    monkeypatch.setattr(netns, "EDGE_ADDRESSES", ("nonsense",))
     with pytest.raises(netns.StoreError, match="nonsense"):
         netns.Namespaces(lab).create()
     assert not list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))

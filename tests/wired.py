@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A path of qubes joined by IP as in Qubes, and probes that tell what becomes of a packet on it.
+
+A probe is one packet. Each qube has a tap, which sees packets come and go beside all rules; so a packet that
+is dropped is seen to come and not to go, and nobody waits to learn that it is not answered. That is exact
+because a packet runs to its end before the program that sent it goes on, if both are on the same CPU.
+"""
+
+import errno
+import os
+import secrets
+import select
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from helpers import BOUND_S
+
+from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.lab import netns
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.netns import LAN, Namespaces
+from qubes_fwd_qrexec.lab.qube import Qube, QubeState
+from qubes_fwd_qrexec.lab.stockrules import Shape
+from qubes_fwd_qrexec.lab.wires import Wires
+
+PROBLEM = netns.why_unavailable() or netns.why_no_firewall()
+"""Why there can be no such path on this machine, or None."""
+
+NET, FIREWALL, WORK = "sys-net", "sys-firewall", "work"
+BESIDE_FIREWALL = "beside-firewall"
+"""Behind sys-net, as sys-firewall is."""
+BESIDE_WORK = "beside-work"
+"""Behind sys-firewall, as work is."""
+
+_NUMBERS = {NET: 5, FIREWALL: 6, WORK: 10, BESIDE_WORK: 11, BESIDE_FIREWALL: 12}
+_NETVMS = {FIREWALL: NET, WORK: FIREWALL, BESIDE_WORK: FIREWALL, BESIDE_FIREWALL: NET}
+_ETH_P_ALL = 0x0003
+_PACKET_OUTGOING = 4
+_IP_TRANSPARENT = 19
+_IPV6_TRANSPARENT = 75
+_IP_RECVERR = 11
+_IPV6_RECVERR = 25
+_TOKEN_BYTES = 16
+_IP_PROTOCOLS = (0x0800, 0x86DD)
+_ICMP = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
+_READ_MAX = 1 << 16
+_IPV6_HEADER_BYTES = 40
+
+
+class Addresses(NamedTuple):
+    """Who is where, in one family."""
+
+    version: int
+    lan: str
+    """The client on the LAN that rules allow; ``lan_network`` is its network."""
+    lan_refused: str
+    lan_network: str
+    net: str
+    """sys-net on the LAN."""
+    net_refused: str
+    net_gateway: str
+    """sys-net for the qubes behind it."""
+    firewall: str
+    work: str
+    beside_firewall: str
+    beside_work: str
+
+    @property
+    def nft(self) -> str:
+        """The family's name in nftables."""
+        return "ip" if self.version == 4 else "ip6"
+
+
+def _ip(name: str) -> str:
+    return f"10.137.0.{_NUMBERS[name]}"
+
+
+def _ip6(name: str) -> str:
+    return f"fd09:24ef:4179::a89:{_NUMBERS[name]:x}"
+
+
+_QUBES = (NET, FIREWALL, WORK, BESIDE_FIREWALL, BESIDE_WORK)
+V4 = Addresses(
+    4,
+    *(netns.LAN_HOST, netns.LAN_HOST_REFUSED, "192.168.77.0/24"),
+    *(netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_REFUSED, *map(_ip, _QUBES)),
+)
+V6 = Addresses(
+    6,
+    *(netns.LAN_HOST_IPV6, netns.LAN_HOST_REFUSED_IPV6, "fd77::/64"),
+    *(netns.EDGE_ADDRESS_IPV6, netns.EDGE_ADDRESS_REFUSED_IPV6, *map(_ip6, _QUBES)),
+)
+FAMILIES = (V4, V6)
+
+
+class _Sight(NamedTuple):
+    """A packet as a tap saw it."""
+
+    is_leaving: bool
+    packet: bytes
+
+
+class _Probe(NamedTuple):
+    """What a packet and its answers are known by, whatever becomes of addresses and ports."""
+
+    packet: Callable[[bytes], bool]
+    answer: Callable[[bytes], bool]
+
+
+class Server:
+    """Listens in one qube. A datagram is sent back in reverse."""
+
+    def __init__(self, qube: str, sock: socket.socket, opened: ExitStack) -> None:
+        self.qube = qube
+        self.sock = sock
+        self._opened = opened
+        self.peers: list[str] = []
+        """The addresses of those whose datagrams it has answered."""
+
+    def answer(self) -> bool:
+        """Send back the datagrams that are there; whether there was one."""
+        took = False
+        while True:
+            try:
+                data, peer = self.sock.recvfrom(_READ_MAX)
+            except BlockingIOError:
+                return took
+            took = True
+            self.peers.append(peer[0])
+            self.sock.sendto(data[::-1], peer)
+
+    def accept(self) -> tuple[socket.socket, str]:
+        """The next connection, open until the test is over, and its client's address."""
+        assert select.select([self.sock], [], [], BOUND_S)[0]
+        sock, peer = self.sock.accept()
+        self._opened.enter_context(sock)
+        sock.settimeout(BOUND_S)
+        return sock, peer[0]
+
+
+class Wired:
+    """sys-net, sys-firewall and work, a qube beside each of the latter, and the LAN."""
+
+    def __init__(self, places: Namespaces, wires: Wires, opened: ExitStack, qubes: dict[str, Qube]) -> None:
+        self.places = places
+        self.wires = wires
+        self._opened = opened
+        self._qubes = qubes
+        self._servers: list[Server] = []
+        self._taps: dict[str, socket.socket] = {}
+        for name in (LAN, *qubes):
+            self._open_tap(name)
+
+    def run(
+        self, qube: str, *command: str, text: str = "", is_checked: bool = True
+    ) -> "subprocess.CompletedProcess[str]":
+        """A program in a qube, to its end."""
+        with self.places.entering(qube)():
+            return subprocess.run(
+                command, input=text, capture_output=True, text=True, timeout=BOUND_S, check=is_checked
+            )
+
+    def nft(self, qube: str, text: str) -> None:
+        """Load rules."""
+        self.places.nft(qube, text)
+
+    def ruleset(self, qube: str) -> str:
+        """All rules of a qube, without the numbers of counters."""
+        return self.run(qube, "nft", "-s", "list", "ruleset").stdout
+
+    def change(self, name: str, **properties: Any) -> None:
+        """Change a qube as dom0 does: its ``netvm``, ``state``, ``ip``, and rewire."""
+        self._qubes[name] = replace(self._qubes[name], **properties)
+        self.wires.follow(self._qubes.values())
+
+    def halt(self, name: str) -> None:
+        self.change(name, state=QubeState.HALTED)
+
+    def start(self, name: str) -> None:
+        self.change(name, state=QubeState.RUNNING)
+
+    def serve(self, proto: str, qube: str, port: int, address: str = "") -> Server:
+        """Listen in a qube until the test is over; without an address on all, of both families."""
+        family = socket.AF_INET if "." in address else socket.AF_INET6
+        sock = self._socket(qube, family, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family is socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(address)))
+        sock.bind((address, port))
+        if proto == "tcp":
+            sock.listen()
+        server = Server(qube, sock, self._opened)
+        self._servers.append(server)
+        return server
+
+    def connect(self, qube: str, address: str, port: int, source: str = "") -> socket.socket:
+        """A TCP connection, which must come about."""
+        sock = self._client("tcp", qube, address, source, 0)
+        assert sock.connect_ex((address, port)) == errno.EINPROGRESS
+        assert select.select([], [sock], [], BOUND_S)[1]
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        sock.settimeout(BOUND_S)
+        return sock
+
+    def send(
+        self, proto: str, qube: str, address: str, port: int, source: str = "", source_port: int = 0
+    ) -> str:
+        """Send one packet from a qube, a TCP SYN or a datagram, and tell what becomes of it.
+
+        That is ``answered by QUBE``; ``refused by QUBE``, by a RST or an ICMP message; ``dropped in QUBE``;
+        or ``answer dropped in QUBE``. ``source`` may be any address, also another qube's.
+        """
+        with self._client(proto, qube, address, source, source_port) as sock, _on_one_cpu():
+            for tap in self._taps.values():
+                _read(tap)
+            return self._outcome(proto, qube, sock, (address, port))
+
+    def _outcome(self, proto: str, qube: str, sock: socket.socket, to: tuple[str, int]) -> str:
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        try:
+            code = sock.connect_ex(to)
+            assert code in (0, errno.EINPROGRESS), os.strerror(code)
+            if proto == "udp":
+                sock.send(token)
+        except PermissionError:
+            return f"dropped in {qube}"  # as a rule of the qube itself tells the program at once
+        trace = _Trace(self._taps)
+        trace.read()
+        probe = _of_datagram(token) if proto == "udp" else _of_syn(trace.sights[qube], sock.getsockname()[1])
+        if probe is None:
+            return f"dropped in {qube}"
+        until_s = time.monotonic() + BOUND_S
+        while True:
+            # Whatever was at its end here has told the client of it, if it ever will.
+            ended, lost = trace.end(probe.packet), trace.end(probe.answer)
+            took = [server.answer() for server in self._servers if server.sock.type is socket.SOCK_DGRAM]
+            if any(took):
+                lost = None
+            said = _said(proto, sock)
+            if said and ended:
+                return f"{said} by {ended}"
+            if ended and lost is not None:
+                return f"answer dropped in {lost}" if lost else f"dropped in {ended}"
+            assert time.monotonic() < until_s
+            select.select([sock, *self._taps.values()], [], [], BOUND_S)
+            trace.read()
+
+    def _client(self, proto: str, qube: str, address: str, source: str, port: int) -> socket.socket:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        sock = self._socket(qube, family, proto)
+        if family is socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+            sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+        if source or port:
+            sock.bind((source, port))
+        return sock
+
+    def _socket(self, qube: str, family: int, proto: str) -> socket.socket:
+        kind = socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM
+        with self.places.entering(qube)():
+            sock = self._opened.enter_context(socket.socket(family, kind))
+        sock.setblocking(False)
+        return sock
+
+    def _open_tap(self, name: str) -> None:
+        with self.places.entering(name)():
+            tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
+        self._taps[name] = self._opened.enter_context(tap)
+        tap.setblocking(False)
+
+
+def _said(proto: str, sock: socket.socket) -> str:
+    """What the client has learned: that it was answered, or refused, or nothing yet."""
+    if proto == "udp":
+        try:
+            sock.recv(_READ_MAX)
+        except BlockingIOError:
+            return ""
+        except OSError:
+            return "refused"
+        return "answered"
+    if not select.select([], [sock], [], 0)[1]:
+        return ""
+    return "refused" if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) else "answered"
+
+
+class _Trace:
+    """What all taps have seen since they were read last."""
+
+    def __init__(self, taps: dict[str, socket.socket]) -> None:
+        self._taps = taps
+        self.sights: dict[str, list[_Sight]] = {name: [] for name in taps}
+
+    def read(self) -> None:
+        for name, tap in self._taps.items():
+            self.sights[name] += _read(tap)
+
+    def end(self, is_it: Callable[[bytes], bool]) -> str | None:
+        """The qube that such a packet came to and did not leave; none as "", on its way as None."""
+        found = {name: [one for one in seen if is_it(one.packet)] for name, seen in self.sights.items()}
+        leaving = sum(sight.is_leaving for seen in found.values() for sight in seen)
+        if 2 * leaving != sum(map(len, found.values())):
+            return None
+        return next((name for name, seen in found.items() if seen and not seen[-1].is_leaving), "")
+
+
+def _read(tap: socket.socket) -> list[_Sight]:
+    found = []
+    with suppress(BlockingIOError):
+        while True:
+            packet, (_, protocol, kind, *_) = tap.recvfrom(_READ_MAX)
+            if protocol in _IP_PROTOCOLS:
+                found.append(_Sight(kind == _PACKET_OUTGOING, packet))
+    return found
+
+
+def _l4(packet: bytes) -> tuple[int, bytes]:
+    """The protocol, and what it is about; IPv6 without extension headers."""
+    if packet[0] >> 4 == 4:
+        return packet[9], packet[4 * (packet[0] & 15) :]
+    return packet[6], packet[_IPV6_HEADER_BYTES:]
+
+
+def _of_datagram(token: bytes) -> _Probe:
+    def is_answer(packet: bytes) -> bool:
+        protocol, text = _l4(packet)
+        return token[::-1] in text or (protocol in _ICMP and token in text)
+
+    return _Probe(lambda packet: _l4(packet)[0] == socket.IPPROTO_UDP and token in packet, is_answer)
+
+
+def _of_syn(sights: list[_Sight], port: int) -> _Probe | None:
+    """By the number of the SYN that has left from this port, which no NAT changes; None if none has."""
+    syns = (
+        segment
+        for protocol, segment in (_l4(sight.packet) for sight in sights if sight.is_leaving)
+        if protocol == socket.IPPROTO_TCP and struct.unpack_from("!H", segment)[0] == port
+    )
+    if (syn := next(syns, None)) is None:
+        return None
+    number = syn[4:8]
+    acknowledged = struct.pack("!I", (struct.unpack("!I", number)[0] + 1) & 0xFFFFFFFF)
+
+    def is_packet(packet: bytes) -> bool:
+        protocol, segment = _l4(packet)
+        return protocol == socket.IPPROTO_TCP and segment[4:8] == number
+
+    def is_answer(packet: bytes) -> bool:
+        protocol, segment = _l4(packet)
+        if protocol in _ICMP:
+            return number in segment
+        return protocol == socket.IPPROTO_TCP and segment[8:12] == acknowledged
+
+    return _Probe(is_packet, is_answer)
+
+
+@contextmanager
+def _on_one_cpu() -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def open_wired(directory: Path, shape: Shape = Shape.R4_3, *, has_ipv6: bool = True) -> Iterator[Wired]:
+    """The path in a directory that is new; without IPv6 no qube has an address of that family."""
+    lab = LabDirectory(directory)
+    lab.qubes_dir.mkdir(parents=True)
+    qubes = {
+        name: Qube(
+            name=QubeName(name),
+            netvm=None if name == NET else QubeName(_NETVMS[name]),
+            ip=_ip(name),
+            ip6=_ip6(name) if has_ipv6 else None,
+            provides_network=name in (NET, FIREWALL),
+        )
+        for name in _QUBES
+    }
+    for qube in qubes.values():
+        lab.write_qube(qube)
+    places = Namespaces(lab)
+    with ExitStack() as opened:
+        places.create()
+        opened.callback(places.destroy)
+        wires = Wires(places, shape)
+        wires.follow(qubes.values())
+        yield Wired(places, wires, opened, qubes)
