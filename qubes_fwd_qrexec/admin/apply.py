@@ -70,13 +70,13 @@ class Step(NamedTuple):
 
 
 Place = tuple[QubeName, str]
-"""Exposed qube and feature, by which its listener is told of a forward."""
+"""Qube and feature by which it is told of a forward."""
 
 
 class Outcome(NamedTuple):
     """What became of the steps; ``problems`` are errors, and ``undone`` the steps that they kept back.
 
-    ``untold`` are the steps that were to tell a listener of a forward and failed, with the error. ``ended``
+    ``untold`` are the steps that were to tell a qube of a forward and failed, with the error. ``ended``
     is what targets made of what they were told. ``is_overtaken``: somebody else has changed policy
     meanwhile, and the steps are out of date.
     """
@@ -97,10 +97,9 @@ class Outcome(NamedTuple):
         )
 
 
-def _place(forward: Forward) -> Place | None:
-    if forward.exposed is None or forward.config is None:
-        return None
-    return forward.exposed, f"{CONFIG_PREFIX}{forward.config.key}"
+def _told(forward: Forward) -> dict[Place, str]:
+    """What qubes are to be told of a forward."""
+    return {(qube, f"{CONFIG_PREFIX}{config.key}"): str(config) for qube, config in forward.configs}
 
 
 def differences(
@@ -113,10 +112,10 @@ def differences(
 ) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken.
 
-    ``untold`` are forwards whose listener could not be told: policy has nothing of them. ``ends_all``: as
-    long as any listener has a forward, all that serve are told what is allowed.
+    ``untold`` are places that could not be told: their forwards are closed everywhere. ``ends_all``: as long
+    as any qube is told of a forward, all that serve are told what is allowed.
     """
-    plan = replace(plan, forwards=tuple(f for f in plan.forwards if _place(f) not in untold))
+    plan = replace(plan, forwards=tuple(f for f in plan if _told(f).keys().isdisjoint(untold)))
     final = policy.text(plan)
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(final)
     gone, new = old_lines - new_lines, new_lines - old_lines
@@ -129,15 +128,19 @@ def differences(
     everybody = serving(inventory) if ends_all and present else set()
     if told := _revocations(gone, new_lines, inventory, everybody, cuts_drains=plan.is_held):
         steps.append(Step(Kind.REVOKE, allowances=told))
-    wanted = {place: str(forward.config) for forward in plan if (place := _place(forward)) is not None}
-    for qube, key in sorted(present.keys() - wanted.keys() - set(untold)):
+    wanted = {place: value for forward in plan for place, value in _told(forward).items()}
+
+    def outermost_first(place: Place) -> tuple[int, Place]:
+        return len(inventory.chain(place[0]).qubes), place
+
+    for qube, key in sorted(present.keys() - wanted.keys() - set(untold), key=outermost_first):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     changed = [
-        Step(Kind.SET_CONFIG, parse_printable(value), qube, key, present.get((qube, key)))
-        for (qube, key), value in sorted(wanted.items())
-        if value != present.get((qube, key))
+        Step(Kind.SET_CONFIG, parse_printable(wanted[place]), *place, present.get(place))
+        for place in sorted(wanted, key=outermost_first)
+        if wanted[place] != present.get(place)
     ]
-    # A listener that has it may be narrowed by it, so that comes before anything opens.
+    # A qube that has it may be narrowed by it, so that comes before anything opens.
     steps += [step for step in changed if not step.opens]
     for forward in plan:
         target, name, rule = forward.named
@@ -147,7 +150,8 @@ def differences(
             steps.append(Step(Kind.END_RULE, line, target, f"{RULE_PREFIX}{name}", str(rule)))
     if new:
         steps.append(Step(Kind.OPEN_POLICY, final, lines=tuple(sorted(new))))
-    return (*steps, *(step for step in changed if step.opens))
+    # From the target outwards: what a qube sends on is let in already.
+    return (*steps, *(step for step in reversed(changed) if step.opens))
 
 
 def _revocations(

@@ -64,7 +64,9 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
         config, found = _config(forward, side)
         findings += found
     forward = forward._replace(findings=tuple(findings))
-    return forward if forward.stops else forward._replace(config=config)
+    if forward.stops or exposed is None or config is None:
+        return forward
+    return forward._replace(configs=((exposed.name, config),))
 
 
 def listener_of(rule: ForwardRule, chain: Chain) -> QubeName | None:

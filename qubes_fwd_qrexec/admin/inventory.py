@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.config import Service, Side, is_forward_key
+from qubes_fwd_qrexec.common.nftconfig import is_nft_key
 from qubes_fwd_qrexec.common.rules import ForwardType
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
 # A disposable has two in a row: the bound is for a wrong inventory.
@@ -29,6 +31,8 @@ VPN_PREFIXES = (
 )
 # The Qubes service that starts the listener.
 LISTENER_FEATURE = "service.qubes-forward-listener"
+# The one that starts the keeper of the firewall for forwards by nft.
+NFT_FEATURE = "service.qubes-forward-nft"
 QREXEC_FEATURE = "qrexec"
 OS_FEATURE = "os"
 _MATTER = frozenset(
@@ -38,7 +42,8 @@ _MATTER = frozenset(
         QREXEC_FEATURE,
         OS_FEATURE,
         LISTENER_FEATURE,
-        *(f"{OFFER_PREFIX}{service}" for service in Service),
+        NFT_FEATURE,
+        *(f"{OFFER_PREFIX}{service}" for service in (*Service, NFT_SERVICE)),
     }
 )
 ADMIN = "AdminVM"
@@ -59,14 +64,15 @@ def feature_matters(key: str, with_config: bool = True) -> bool:
 
 
 def is_configuration(key: str) -> bool:
-    """Whether a feature configures a listener for a forward."""
-    return key.startswith(CONFIG_PREFIX) and is_forward_key(key.removeprefix(CONFIG_PREFIX))
+    """Whether a feature tells a qube of a forward."""
+    name = key.removeprefix(CONFIG_PREFIX)
+    return name != key and (is_forward_key(name) or is_nft_key(name))
 
 
 class Qube(NamedTuple):
     """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False.
 
-    ``configured`` are the names of the features that configure its listener, also where their values were not
+    ``configured`` are the names of the features that tell it of forwards, also where their values were not
     asked for. ``problem`` says why something that matters could not be read: nothing is known then.
     """
 
@@ -156,12 +162,12 @@ class Inventory(NamedTuple):
         holder = self.holder(name, key)
         return None if holder is None else holder.features[key]
 
-    def offers(self, name: QubeName, service: Service = Service.FORWARD_TCP) -> bool:
+    def offers(self, name: QubeName, service: str = Service.FORWARD_TCP) -> bool:
         """Whether a qube, or the template that it is made from, has told dom0 that it has a service."""
         return bool(self.feature(name, f"{OFFER_PREFIX}{service}"))
 
     def configurations(self) -> Iterator[tuple[QubeName, str, str]]:
-        """What configures listeners: exposed qube, name and value of the feature."""
+        """What qubes are told of forwards: the qube, name and value of the feature."""
         for qube in self.qubes.values():
             for key, value in qube.features.items():
                 if is_configuration(key):

@@ -55,7 +55,7 @@ def calls_of(line: str) -> tuple[QubeName, Calls] | None:
 
 def lines(forward: Forward) -> tuple[str, ...]:
     """The lines that one forward needs; none if it is not live."""
-    config = forward.config
+    config = forward.listener_config
     if config is None:
         return ()
     if config.transport is Transport.MUX:

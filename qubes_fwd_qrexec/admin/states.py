@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.errors import RefusedError
-from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule, Transport
+from qubes_fwd_qrexec.common.nftconfig import NftConfig
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, Transport
 from qubes_fwd_qrexec.common.values import QubeName
 
 from .inventory import TunnelMark
@@ -110,6 +111,8 @@ class Finding(NamedTuple):
 
 
 OPEN = Finding(Cause.OPEN)
+Config = ListenerConfig | NftConfig
+"""What a qube is told about a forward: a listener, or a firewall on the path."""
 
 
 class Forward(NamedTuple):
@@ -117,8 +120,9 @@ class Forward(NamedTuple):
 
     ``findings`` are in the order in which they were made, and all are there: that the rule is disabled hides
     no tunnel. ``chain`` are the netvms of its target. ``exposed`` is where it listens, or would listen, and
-    ``side`` that by which connections may come. ``service`` is None if the target cannot be reached.
-    ``config`` is there exactly when the forward is live.
+    ``side`` that by which connections may come. ``mode`` is how they travel, and never ``auto``. ``service``
+    is that of qrexec, None if the target cannot be reached by it. ``configs`` are what qubes are told, the
+    target first and the exposed qube last; there are some exactly when the forward is live.
     """
 
     named: NamedRule
@@ -126,14 +130,20 @@ class Forward(NamedTuple):
     chain: tuple[QubeName, ...] = ()
     exposed: QubeName | None = None
     side: Side | None = None
+    mode: Mode = Mode.QREXEC
     service: Service | None = None
     transport: Transport = Transport.AUTO
-    config: ListenerConfig | None = None
+    configs: tuple[tuple[QubeName, Config], ...] = ()
 
     @property
     def is_live(self) -> bool:
         """Whether policy and configuration are given out: now (active) or for the next start (waiting)."""
-        return self.config is not None
+        return bool(self.configs)
+
+    @property
+    def listener_config(self) -> ListenerConfig | None:
+        """What the listener is told, if it is live and goes over qrexec."""
+        return next((config for _, config in self.configs if isinstance(config, ListenerConfig)), None)
 
     @property
     def stops(self) -> tuple[Finding, ...]:
@@ -161,8 +171,8 @@ class Forward(NamedTuple):
 
     def with_finding(self, finding: Finding) -> "Forward":
         """The same with one more finding, which may stop it."""
-        config = None if finding.cause.verdict is Verdict.STOPS else self.config
-        return self._replace(findings=(*self.findings, finding), config=config)
+        configs = () if finding.cause.verdict is Verdict.STOPS else self.configs
+        return self._replace(findings=(*self.findings, finding), configs=configs)
 
 
 @dataclass(frozen=True, slots=True)

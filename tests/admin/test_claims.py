@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.admin.views import reasons
 def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str, other: str) -> None:
     first, second = plan([rule(other, "work"), rule(one, "personal")], world(), NOW)
     assert (first.named.target, first.state) == ("personal", State.ACTIVE)
-    assert (second.state, second.cause, second.config) == (State.REFUSED, Cause.CONFLICT, None)
+    assert (second.state, second.cause, second.configs) == (State.REFUSED, Cause.CONFLICT, ())
     assert reasons.sentence(second).startswith("Rule personal web has port")
 
 

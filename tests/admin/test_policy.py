@@ -50,7 +50,7 @@ def flows(planned: Plan) -> set[tuple[str, str, str, str]]:
     """Service, argument, source and target of all that a plan allows, told by its configurations alone."""
     found = set()
     for forward in planned.live:
-        told = forward.config
+        told = forward.listener_config
         assert told is not None
         assert forward.exposed is not None
         if told.transport is Transport.MUX:

@@ -195,8 +195,9 @@ def news(after: After, forward: Forward) -> list[str]:
     found = [] if denial is None else [f"dom0 denies its calls: {denial}"]
     trouble = None if uptake is None else heard.note(forward, uptake)
     found += [] if trouble is None else [trouble]
-    old, config = after.changed.plan_before.find(*key), forward.config
-    if old is not None and old.config is not None and config is not None and config.narrows(old.config):
+    old, config = after.changed.plan_before.find(*key), forward.listener_config
+    told = None if old is None else old.listener_config
+    if told is not None and config is not None and config.narrows(told):
         is_cut = config.on_expire is OnExpire.CUT
         then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
         found.append(f"connections that it no longer allows {then}")

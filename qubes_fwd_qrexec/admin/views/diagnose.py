@@ -144,14 +144,14 @@ class _Walk:
 
     def steps(self) -> Iterator[Check]:
         forward = self._forward
-        if forward.exposed is None or forward.config is None:
+        if forward.exposed is None or forward.listener_config is None:
             yield self._planned("rule", forward.decisive)
             return
         yield _ok("rule", f"{forward.named} is {forward.state}")
-        yield from self._at_exposed(forward.exposed, forward.config)
+        yield from self._at_exposed(forward.exposed, forward.listener_config)
         yield from self._at_target()
         if self._target.is_running:
-            yield self._round_trip(forward.exposed, forward.config)
+            yield self._round_trip(forward.exposed, forward.listener_config)
 
     def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Check]:
         halted = self._forward.finding(Cause.EXPOSED_HALTED)

@@ -121,7 +121,7 @@ def uptake(forward: Forward, answer: Answer) -> Uptake:
         )
     if answer.listener is None:
         return Uptake(Has.NO_LISTENER, answer.listener_problem or "")
-    key = "" if forward.config is None else forward.config.key
+    key = "" if forward.listener_config is None else forward.listener_config.key
     report = answer.listener.find(*forward.named[:2])
     for problem in answer.listener.problems:
         if problem.key == key:

@@ -55,7 +55,7 @@ def picture(forward: Forward, inventory: Inventory, *, is_allowed: bool, width: 
             *([] if target is None or target.is_running else ["halted"]),
         ),
     )
-    listens = forward.config is not None and exposed is not None and exposed.is_running
+    listens = forward.is_live and exposed is not None and exposed.is_running
     answers = target is not None and (target.is_running or rule.autostart)
     call = "no policy" if forward.is_live and not is_allowed else str(forward.transport)
     links = (

@@ -9,7 +9,7 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Plan, Verdict
-from qubes_fwd_qrexec.common.rules import BrokenRule
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
 
 from . import findings, reasons, render
 from .judged import judged
@@ -84,7 +84,7 @@ def show(args: Namespace, session: Session) -> int:
     verdict = judged([forward], session.backend, installed).get(forward.named[:2])
     found = findings.shown(forward, planned, installed, session.now, verdict)
     lines = policy.lines(forward)
-    config = None if forward.config is None else f"{CONFIG_PREFIX}{forward.config.key}"
+    configs = [(qube, f"{CONFIG_PREFIX}{config.key}", str(config)) for qube, config in forward.configs]
     if session.is_json:
         data: dict[str, Any] = forward_as_json(forward)
         data["findings"] = [
@@ -92,9 +92,8 @@ def show(args: Namespace, session: Session) -> int:
             | {"ways_out": one.ways_out}
             for one in found
         ]
-        data |= {"line": str(entry.rule), "policy": list(lines), "config": None}
-        if config is not None:
-            data["config"] = {"qube": forward.exposed, "feature": config, "value": str(forward.config)}
+        data |= {"line": str(entry.rule), "policy": list(lines)}
+        data["configs"] = [dict(zip(("qube", "feature", "value"), told, strict=True)) for told in configs]
         session.say_json(data)
         return 0
     session.say(render.explained(forward, session.style))
@@ -103,8 +102,10 @@ def show(args: Namespace, session: Session) -> int:
     session.say(f"\n{drawn}\n{checks(found, session.style)}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
-    session.say(f"listener at {forward.exposed}:\n" if config else "listener:\n")
-    session.say(f"  {config} = {forward.config}\n" if config else "  none\n")
+    for qube, feature, value in configs:
+        session.say(f"{'listener' if forward.mode is Mode.QREXEC else 'firewall'} at {qube}:\n")
+        session.say(f"  {feature} = {value}\n")
+    session.say("" if configs else "listener:\n  none\n")
     return 0
 
 

@@ -302,7 +302,7 @@ def test_every_state_has_its_sentence(
 ) -> None:
     forward = only(named, inventory)
     assert (forward.state, forward.cause, reasons.sentence(forward)) == (state, cause, sentence)
-    assert forward.is_live == (state in (State.ACTIVE, State.WAITING)) == (forward.config is not None)
+    assert forward.is_live == (state in (State.ACTIVE, State.WAITING)) == bool(forward.configs)
 
 
 def test_every_cause_of_a_rule_is_in_the_table_or_not_of_one_rule() -> None:

@@ -110,11 +110,11 @@ def test_show_has_rule_plan_policy_and_configuration(forward: Forward) -> None:
     for words in ("work web: active", "rule:\n  action=forward", "policy:\n  qubes.ForwardTCP", KEY):
         assert words in shown
     data = forward("show", "work", "web", "--json").json
-    assert data["config"]["feature"] == KEY
+    assert data["configs"][0]["feature"] == KEY
     assert data["policy"] == ["qubes.ForwardTCP  +8080+mux  sys-net  work  allow  autostart=no  notify=no"]
     forward("disable", "work", "web")
     assert "policy:\n  none\nlistener:\n  none\n" in forward("show", "work", "web").out
-    assert forward("show", "work", "web", "--json").json["config"] is None
+    assert forward("show", "work", "web", "--json").json["configs"] == []
 
 
 def test_show_draws_the_way_and_gives_the_verdict_of_each_check(forward: Forward) -> None:
