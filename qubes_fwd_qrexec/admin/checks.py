@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, NamedRule, Proto, Proxy, Transport
 from qubes_fwd_qrexec.common.values import QubeName
 
+from . import nftpath
 from .inventory import (
     ADMIN,
     DISPOSABLE,
@@ -25,10 +26,13 @@ from .inventory import (
     Inventory,
     Qube,
 )
-from .states import Cause, Finding, Forward
+from .states import Cause, Config, Finding, Forward, Verdict
 
+# Whether mode=nft opens anything.
+HAS_NFT: bool = False
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
 CALL_PORTS_MAX = 256
+Configs = tuple[tuple[QubeName, Config], ...]
 # What Qubes' installer calls its netvm that is no tunnel: qubes-mgmt-salt-dom0-virtual-machines.
 _STOCK_FIREWALL = "sys-firewall"
 
@@ -38,7 +42,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     rule, chain = named.rule, inventory.chain(named.target)
     listener = listener_of(rule, chain)
     side = inventory.side(listener, rule.forward_type)
-    forward = Forward(named, (*_of_rule(rule, now),), chain.qubes, listener, side)
+    forward = Forward(named, (*_of_rule(rule, now),), chain.qubes, listener, side, _mode(rule))
     target, exposed = inventory.get(named.target), inventory.get(listener or "")
     problem = inventory.unread(named.target, listener, *chain.qubes)
     if problem is not None:
@@ -49,24 +53,28 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     misplaced = [*_misplaced(named, listener, chain, inventory)]
     findings = [*forward.findings, *unfit, *_owner(rule, target), *_path(rule, target, chain, inventory)]
     findings += [*misplaced, *_not_yet(rule)]
-    if not unfit:
+    if not unfit and forward.mode is Mode.QREXEC:
         service, transport, found = _carrier(rule, target, inventory, stock)
         forward = forward._replace(service=service, transport=transport)
         findings += found
-    config = None
+    configs: Configs = ()
     if exposed is not None and side is not None and not misplaced:
         findings.append(Finding(Cause.SIDE, exposed.name, side))
         findings += _tunnel(forward, target, exposed, side, inventory)
         if not exposed.is_running:
-            findings.append(Finding(Cause.EXPOSED_HALTED, exposed.name))
+            findings.append(Finding(Cause.EXPOSED_HALTED, exposed.name, case=forward.mode))
         if not (target.is_running or rule.autostart):
-            findings.append(Finding(Cause.TARGET_HALTED, target.name))
-        config, found = _config(forward, side)
+            findings.append(Finding(Cause.TARGET_HALTED, target.name, case=forward.mode))
+        told = _by_nft if forward.mode is Mode.NFT else _over_qrexec
+        configs, found = told(forward, exposed.name, side, inventory)
         findings += found
     forward = forward._replace(findings=tuple(findings))
-    if forward.stops or exposed is None or config is None:
-        return forward
-    return forward._replace(configs=((exposed.name, config),))
+    return forward if forward.stops else forward._replace(configs=configs)
+
+
+def _mode(rule: ForwardRule) -> Mode:
+    """How a rule's traffic travels. Stored undecided it goes over qrexec: no update opens an IP path."""
+    return Mode.NFT if rule.mode is Mode.NFT else Mode.QREXEC
 
 
 def listener_of(rule: ForwardRule, chain: Chain) -> QubeName | None:
@@ -129,7 +137,7 @@ def _misplaced(
     """What keeps the exposed qube from listening."""
     exposed = inventory.get(listener or "")
     if listener is None and chain.problem is None:
-        yield Finding(Cause.NO_NETVM)
+        yield Finding(Cause.NO_NETVM, case=_mode(named.rule))
     elif listener is not None and exposed is None:
         yield Finding(Cause.NO_SUCH_QUBE, qube=listener, case="exposed")
     elif listener == named.target:
@@ -139,9 +147,9 @@ def _misplaced(
 
 
 def _not_yet(rule: ForwardRule) -> Iterator[Finding]:
-    if rule.mode is Mode.NFT:
+    if rule.mode is Mode.NFT and not HAS_NFT:
         yield Finding(Cause.NOT_YET, case="mode=nft")
-    elif rule.proto is Proto.UDP:
+    elif rule.proto is Proto.UDP and rule.mode is not Mode.NFT:
         yield Finding(Cause.NOT_YET, case="proto=udp")
 
 
@@ -201,15 +209,38 @@ def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding
             return
 
 
-def _config(forward: Forward, side: Side) -> tuple[ListenerConfig | None, list[Finding]]:
+def _over_qrexec(
+    forward: Forward, exposed: QubeName, side: Side, _: Inventory
+) -> tuple[Configs, list[Finding]]:
     """The listener's configuration, and a finding if it is too large."""
     named, service, transport = forward.named, forward.service, forward.transport
     ports = len(named.rule.listen_ports)
     if service is None:
-        return None, []
+        return (), []
     if transport is Transport.CALL and ports > CALL_PORTS_MAX:
-        return None, [Finding(Cause.TOO_LARGE, number=ports, case="ports")]
+        return (), [Finding(Cause.TOO_LARGE, number=ports, case="ports")]
     try:
-        return ListenerConfig.of_rule(*named, service, transport, side), []
+        return ((exposed, ListenerConfig.of_rule(*named, service, transport, side)),), []
     except ConfigError as error:
-        return None, [Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]
+        return (), [Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]
+
+
+def _by_nft(
+    forward: Forward, exposed: QubeName, side: Side, inventory: Inventory
+) -> tuple[Configs, list[Finding]]:
+    """What each qube of the path is told, and what keeps packets from going it."""
+    named, path = forward.named, nftpath.path_to(forward.named.target, exposed, forward.chain)
+    if path is None:
+        return (), [Finding(Cause.NO_IP_PATH, exposed)]
+    tunnel = inventory.nearest_tunnel(named.target)
+    found = []
+    if tunnel is not None and named.rule.bypass_tunnel and inventory.is_bypassed(tunnel, exposed, side):
+        found.append(Finding(Cause.NFT_BEHIND_TUNNEL, exposed, mark=tunnel))
+    found += nftpath.obstacles(named.rule, path, inventory)
+    found += (Finding(Cause.HOP_HALTED, q) for q in path[1:-1] if not inventory.qubes[q].is_running)
+    if any(finding.cause.verdict is Verdict.STOPS for finding in found):
+        return (), found
+    try:
+        return nftpath.configs(named, path, side, inventory), found
+    except ConfigError as error:
+        return (), [*found, Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]

@@ -2,16 +2,19 @@
 """Rules and inventory to plan: for every rule where it is exposed, how it travels, and whether it may.
 
 Nothing is read or changed here. Each rule is first judged by itself. Then an enabled rule claims its ports
-until its time is over, whether it is open or not. Two conflict if they would listen at one address and port
-of a qube, or if they reach one port of a target from one qube with different autostart, which dom0's policy
-cannot tell apart. Every command refuses a second claim. Qubes' own tools can still bring two together when
-they change netvms: then the first by name has the port.
+until its time is over, whether it is open or not: at its exposed qube, and by nft at each hop. Two conflict
+if they claim one address and port of a qube, unless both go by nft and enter by different sides: a listener
+is hidden by a rule of the firewall, by whatever side. They also conflict if they reach one port of a target
+from one qube with different autostart, which dom0's policy cannot tell apart. Every command refuses a second
+claim. Qubes' own tools can still bring two together when they change netvms: then the first by name has the
+port.
 """
 
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
+from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.rules import WILDCARDS, BrokenRule, Mode, NamedRule
 from qubes_fwd_qrexec.common.values import IPAddress, QubeName
 
 from .checks import judged, listener_of
@@ -42,60 +45,85 @@ def plan(
     claims = _Claims()
     for key in sorted(forwards, key=lambda key: (key in newcomers, key)):
         forward = forwards[key]
-        home = _home(forward)
-        conflict = None if home is None else claims.take(forward.named, home)
+        conflict = claims.take(forward, inventory)
         if conflict is not None:
             forwards[key] = forward.with_finding(conflict)
     return Plan(tuple(forwards.values()), tuple(entry for entry in ordered if isinstance(entry, BrokenRule)))
 
 
-def _home(forward: Forward) -> QubeName | None:
-    """Where a rule claims its ports: at the netvms that were agreed to, since it opens again by itself when
-    they are back.
+def _homes(forward: Forward) -> tuple[QubeName, ...]:
+    """Where a rule claims its ports, the exposed qube first: at the netvms that were agreed to, since it
+    opens again by itself when they are back.
     """
     rule = forward.named.rule
     if forward.cause in _ASLEEP:
-        return None
+        return ()
     followed = forward.chain if rule.follow_netvm else ()
-    return listener_of(rule, Chain(followed or rule.path or forward.chain))
+    agreed = followed or rule.path or forward.chain
+    return forward._replace(chain=agreed, exposed=listener_of(rule, Chain(agreed))).hops
 
 
 class _Claim(NamedTuple):
-    """The numbers are compared first: with a thousand rules, almost all comparisons end there."""
+    """The numbers are compared first: with a thousand rules, almost all comparisons end there.
+
+    ``side`` is None for a listener, which has the port whatever the side.
+    """
 
     first: int
     last: int
+    side: Side | None
     addresses: tuple[IPAddress, ...]
     named: NamedRule
 
+    def rivals(self, other: "_Claim") -> bool:
+        return (
+            self.named.rule.proto is other.named.rule.proto
+            and (self.side is None or other.side is None or self.side is other.side)
+            and _overlap(self.addresses, other.addresses)
+        )
+
 
 class _Claims:
-    """What the rules that were taken claim, by the qube that listens for them."""
+    """What the rules that were taken claim, by the qube where they do."""
 
     def __init__(self) -> None:
         self._ports: dict[QubeName, list[_Claim]] = {}
         self._calls: dict[tuple[QubeName, QubeName, bool], list[NamedRule]] = {}
 
-    def take(self, named: NamedRule, listener: QubeName) -> Finding | None:
+    def take(self, forward: Forward, inventory: Inventory) -> Finding | None:
         """Give a rule what it claims, or return the conflict with the rule that has it."""
-        rule = named.rule
-        first, last = rule.listen_ports.first, rule.listen_ports.last
-        claim = _Claim(first, last, rule.listen_addresses, named)
-        ports = self._ports.setdefault(listener, [])
-        sharing = [other for other in ports if other[0] <= last and first <= other[1]]
-        for other in sharing:
-            if other.named.rule.proto is rule.proto and _overlap(claim.addresses, other.addresses):
-                return Finding(Cause.CONFLICT, qube=listener, rival=other.named, case="port")
-        for reaching in self._calls.get((listener, named.target, not rule.autostart), ()):
-            if rule.target_ports.overlaps(reaching.rule.target_ports):
+        named, homes = forward.named, _homes(forward)
+        first, last = named.rule.listen_ports.first, named.rule.listen_ports.last
+        claims: list[tuple[QubeName, _Claim]] = []
+        for number, qube in enumerate(homes):
+            side = Side.UPLINK if number else inventory.side(qube, named.rule.forward_type)
+            claim = _Claim(
+                *(first, last, side if forward.mode is Mode.NFT else None),
+                # Further hops do not know by which address a packet came in.
+                tuple(WILDCARDS[each.version] if number else each for each in named.rule.listen_addresses),
+                named,
+            )
+            sharing = (o for o in self._ports.get(qube, ()) if o[0] <= last and first <= o[1])
+            for other in filter(claim.rivals, sharing):
+                return Finding(Cause.CONFLICT, qube=qube, rival=other.named, case="port")
+            claims.append((qube, claim))
+        conflict = self._take_calls(named, homes[0]) if homes and forward.mode is Mode.QREXEC else None
+        if conflict is not None:
+            return conflict
+        for qube, claim in claims:
+            self._ports.setdefault(qube, []).append(claim)
+        return None
+
+    def _take_calls(self, named: NamedRule, listener: QubeName) -> Finding | None:
+        for reaching in self._calls.get((listener, named.target, not named.rule.autostart), ()):
+            if named.rule.target_ports.overlaps(reaching.rule.target_ports):
                 return Finding(Cause.CONFLICT, qube=listener, rival=reaching, case="autostart")
-        ports.append(claim)
-        self._calls.setdefault((listener, named.target, rule.autostart), []).append(named)
+        self._calls.setdefault((listener, named.target, named.rule.autostart), []).append(named)
         return None
 
 
 def _overlap(some: tuple[IPAddress, ...], others: tuple[IPAddress, ...]) -> bool:
-    """Whether two listeners would claim one address; a wildcard claims all of its family, and no other."""
+    """Whether two claim one address; a wildcard claims all of its family, and no other."""
     return any(
         a.version == b.version and (a == b or a.is_unspecified or b.is_unspecified)
         for a in some

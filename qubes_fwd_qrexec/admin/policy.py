@@ -54,7 +54,7 @@ def calls_of(line: str) -> tuple[QubeName, Calls] | None:
 
 
 def lines(forward: Forward) -> tuple[str, ...]:
-    """The lines that one forward needs; none if it is not live."""
+    """The lines that one forward needs; none if it is not live, or goes by nft."""
     config = forward.listener_config
     if config is None:
         return ()
@@ -76,6 +76,8 @@ def text(planned: Plan, *, withheld: Container[str] = ()) -> str:
     # Two forwards to the same port of a target from the same qube share a line.
     done: set[str] = set()
     for forward in planned.live:
+        if not lines(forward):
+            continue
         rule = forward.named.rule
         parts.append(
             f"\n# {forward.named}: {rule.listen_ports.worded()} of {forward.exposed} to "

@@ -57,6 +57,7 @@ class Cause(StrEnum):
 
     OPEN = "open", Verdict.OK, State.ACTIVE
     EXPOSED_HALTED = "exposed-halted", Verdict.NOTE, State.WAITING
+    HOP_HALTED = "hop-halted", Verdict.NOTE, State.WAITING
     TARGET_HALTED = "target-halted", Verdict.NOTE, State.WAITING
     CLONED = "cloned", Verdict.STOPS, State.SUSPENDED
     NETVM_CHANGED = "netvm-changed", Verdict.STOPS, State.SUSPENDED
@@ -70,6 +71,13 @@ class Cause(StrEnum):
     NOT_YET = "not-in-this-version"
     NO_SERVICE = "no-service"
     TUNNEL = "tunnel-in-the-path"
+    NO_IP_PATH = "no-ip-path"
+    NFT_BEHIND_TUNNEL = "nft-behind-tunnel"
+    NO_NFT_SERVICE = "no-nft-service"
+    NFT_SWITCHED_OFF = "nft-switched-off"
+    NO_ADDRESS = "no-address"
+    LINK_LOCAL = "link-local"
+    NFT_LOOPBACK = "nft-at-loopback"
     CONFLICT = "conflict"
     TOO_LARGE = "too-large"
     HELD = "held", Verdict.STOPS, State.HELD
@@ -90,14 +98,15 @@ class Cause(StrEnum):
     BYPASSES_TUNNEL = "bypasses-tunnel", Verdict.NOTE
     PERHAPS_TUNNEL = "perhaps-tunnel", Verdict.NOTE
     STOCK_SERVICE = "stock-service", Verdict.NOTE
+    IPV4_ALONE = "ipv4-alone", Verdict.NOTE
 
 
 class Finding(NamedTuple):
     """What one check found. It has the facts that its cause needs.
 
     ``qube`` is the qube that it is about, with its ``side``; ``rival`` is another rule, ``mark`` that of a
-    tunnel, ``number`` one of ports or calls. ``case`` tells cases of one cause apart. ``detail`` is the text
-    of an error, or a word for what was found.
+    tunnel, ``number`` one of ports or calls, or an IP version. ``case`` tells cases of one cause apart.
+    ``detail`` is the text of an error, or a word for what was found.
     """
 
     cause: Cause
@@ -155,7 +164,8 @@ class Forward(NamedTuple):
         """The finding that decides about its state."""
         for finding in self.stops:
             return finding
-        return self.finding(Cause.EXPOSED_HALTED) or self.finding(Cause.TARGET_HALTED) or OPEN
+        halted = (Cause.EXPOSED_HALTED, Cause.HOP_HALTED, Cause.TARGET_HALTED)
+        return next((found for cause in halted if (found := self.finding(cause)) is not None), OPEN)
 
     @property
     def state(self) -> State:
@@ -164,6 +174,17 @@ class Forward(NamedTuple):
     @property
     def cause(self) -> Cause:
         return self.decisive.cause
+
+    @property
+    def hops(self) -> tuple[QubeName, ...]:
+        """The qubes before the target on its way, the exposed qube first: by nft, all the
+        netvms from there to the target.
+        """
+        if self.exposed is None:
+            return ()
+        if self.mode is not Mode.NFT or self.exposed not in self.chain:
+            return (self.exposed,)
+        return self.chain[self.chain.index(self.exposed) :: -1]
 
     def finding(self, cause: Cause) -> Finding | None:
         """The first finding of a cause."""

@@ -99,6 +99,8 @@ class Limits:
 
 
 NO_LIMITS = Limits()
+WILDCARDS = {4: values.parse_address("0.0.0.0"), 6: values.parse_address("::")}
+"""What stands for all addresses of each IP version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,8 @@ class ForwardRule:
             yield ("mode", "transport", "transport is about qrexec; leave it out with mode=nft")
         if self.mode is Mode.NFT and self.proxy is not Proxy.OFF:
             yield ("mode", "proxy", "nftables cannot add a PROXY header; use mode=qrexec")
+        if self.mode is Mode.NFT and self.autostart:
+            yield ("mode", "autostart", "packets cannot start a halted qube; use mode=qrexec")
         if self.transport is Transport.CALL and self.proxy is not Proxy.OFF:
             yield (
                 "transport",
@@ -175,8 +179,7 @@ class ForwardRule:
         """Where the exposed qube listens: ``listen``, or the wildcard of each IP version of the sources."""
         if self.listen is not None:
             return (self.listen,)
-        wildcards = {4: "0.0.0.0", 6: "::"}
-        return tuple(values.parse_address(wildcards[v]) for v in sorted(self.sources.versions))
+        return tuple(WILDCARDS[version] for version in sorted(self.sources.versions))
 
     def target_port(self, listen_port: int) -> int:
         """The target's port for an exposed port of this rule."""

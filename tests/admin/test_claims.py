@@ -2,7 +2,7 @@
 """Which of two rules has a port, and what shares one without being in conflict."""
 
 import pytest
-from worlds import NOW, rule, world
+from worlds import NOW, nft_world, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, State
@@ -79,3 +79,41 @@ def test_a_rule_whose_target_has_no_netvm_now_claims_where_it_was_agreed_to(foll
 def test_a_rule_without_a_path_claims_where_it_is_now(path: str) -> None:
     first, second = plan([rule(path, name="a"), rule(name="b")], world(), NOW)
     assert (first.exposed, second.cause) == ("sys-net", Cause.CONFLICT)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "at"),
+    [
+        ("mode=nft", "mode=nft", "sys-net"),
+        ("mode=nft", "mode=qrexec", "sys-net"),
+        ("mode=qrexec", "mode=nft", "sys-net"),
+        ("mode=nft", "mode=qrexec forwardtype=internal", "sys-firewall"),
+        ("mode=nft", "mode=nft via=sys-firewall", "sys-firewall"),
+        ("mode=nft listen=10.0.0.1", "mode=nft listen=10.0.0.2", "sys-firewall"),
+        ("mode=nft proto=udp srcports=80-90", "mode=nft proto=udp srcports=90-95", "sys-net"),
+    ],
+)
+def test_a_forward_by_nft_claims_its_port_at_every_hop(one: str, other: str, at: str) -> None:
+    _, second = plan([rule(one, name="a"), rule(other, name="b")], nft_world(), NOW)
+    conflict = second.finding(Cause.CONFLICT)
+    assert conflict is not None
+    assert (conflict.qube, conflict.case) == (at, "port")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        # By other sides of sys-firewall.
+        ("mode=nft", "mode=nft forwardtype=internal"),
+        ("mode=nft", "mode=nft proto=udp"),
+        ("mode=nft srchosts=10.0.0.0/8", "mode=nft srchosts=fd00::/8"),
+        ("mode=nft listen=10.0.0.1", "mode=nft srchosts=fd00::/8"),
+        # To the same port of the target.
+        ("mode=nft srcports=81 dstports=22", "mode=nft srcports=82 dstports=22"),
+        ("mode=nft srcports=81 dstports=22", "autostart=yes srcports=82 dstports=22"),
+        ("mode=nft via=sys-firewall", "mode=qrexec"),
+    ],
+)
+def test_other_sides_families_and_protocols_do_not_conflict_by_nft(one: str, other: str) -> None:
+    found = plan([rule(one, name="a"), rule(other, name="b")], nft_world(), NOW)
+    assert all(forward.finding(Cause.CONFLICT) is None for forward in found)

@@ -18,6 +18,7 @@ ADD = ("add", "work", "80:8080", "--from", "192.168.0.0/16", "--name", "web")
 # An export of a system without any.
 NO_FORWARDS = "version 2\n"
 OURS = {"supported-rpc.qubes.ForwardTCP": "1"}
+BY_NFT = {"supported-rpc.qubes.ForwardNft": "1", "service.qubes-forward-nft": "1"}
 
 
 def qube(name: str, netvm: str | None = None, **more: Any) -> Qube:
@@ -42,6 +43,26 @@ def world(*extra: Qube, without: tuple[str, ...] = ()) -> Inventory:
         *extra,
     ]
     return Inventory({q.name: q for q in qubes if q.name not in without})
+
+
+def nft_world(*extra: Qube, ip6: bool = True) -> Inventory:
+    """A system whose qubes have addresses, and forward by nft."""
+
+    def ready(name: str, number: int, netvm: str | None = None, **more: Any) -> Qube:
+        more["features"] = {**OURS, **BY_NFT, **more.get("features", {})}
+        six = f"fd09:24ef:4179::a89:{number:x}" if ip6 else None
+        return qube(name, netvm, ip=f"10.137.0.{number}", ip6=six, **more)
+
+    qubes = [
+        ready("sys-net", 5, provides_network=True),
+        ready("sys-firewall", 6, "sys-net", provides_network=True),
+        ready("sys-vpn", 7, "sys-firewall", provides_network=True, features={"service.vpn-handler-x": "1"}),
+        ready("work", 10, "sys-firewall"),
+        ready("personal", 11, "sys-firewall"),
+        ready("hidden", 12, "sys-vpn"),
+        *extra,
+    ]
+    return Inventory({q.name: q for q in qubes})
 
 
 def rule(text: str = "", target: str = "work", name: str = "web") -> NamedRule:

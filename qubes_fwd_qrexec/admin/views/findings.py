@@ -8,6 +8,7 @@ from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
 from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.rules import Mode
 
 from . import reasons
 from .tables import Check
@@ -20,13 +21,14 @@ _CHECKS = {
     "sources": (Cause.ANYBODY, Cause.SOURCES),
     "side": (Cause.SIDE,),
     "ports": (Cause.CONFLICT, Cause.TOO_LARGE),
+    "packets": (Cause.NO_IP_PATH, Cause.NO_ADDRESS, Cause.IPV4_ALONE, Cause.LINK_LOCAL, Cause.NFT_LOOPBACK),
     "path": (Cause.NETVM_BROKEN, Cause.NETVM_CHANGED, Cause.AGREED, Cause.FOLLOWS, Cause.NO_PATH),
     "owner": (Cause.OWN, Cause.NO_OWNER, Cause.CLONED),
     "tunnel": (
         *(Cause.TUNNEL, Cause.BYPASSES_TUNNEL, Cause.WITHIN_TUNNEL, Cause.NO_TUNNEL),
-        Cause.PERHAPS_TUNNEL,
+        *(Cause.PERHAPS_TUNNEL, Cause.NFT_BEHIND_TUNNEL),
     ),
-    "service": (Cause.NOT_YET, Cause.NO_SERVICE),
+    "service": (Cause.NOT_YET, Cause.NO_SERVICE, Cause.NO_NFT_SERVICE, Cause.NFT_SWITCHED_OFF),
     "expiry": (Cause.IN_TIME, Cause.EXPIRED),
     "hold": (Cause.HELD,),
 }
@@ -99,6 +101,10 @@ def _reached(forward: Forward) -> str:
 
 def _policy(forward: Forward, planned: Plan, installed: PolicyFile, verdict: PolicyVerdict | None) -> Check:
     """What dom0 says now, which may not be what the plan asks for."""
+    if forward.is_live and forward.mode is Mode.NFT:
+        return Check(
+            "policy", Verdict.OK, "packets need no policy: dom0 judges the rule, not each connection"
+        )
     allowed = policy.allowing(installed.text)
     unread = f"whether {policy.NAME}.policy allows the call is not known, as it cannot be read"
     if forward.is_live:

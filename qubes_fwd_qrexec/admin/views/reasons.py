@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from itertools import takewhile
 
 from qubes_fwd_qrexec.admin.checks import CALL_PORTS_MAX
-from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, QREXEC_FEATURE, REMOTE, TEMPLATE
+from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, NFT_FEATURE, QREXEC_FEATURE, REMOTE, TEMPLATE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
 from qubes_fwd_qrexec.common.config import Service, Side
-from qubes_fwd_qrexec.common.rules import Mode, Transport
+from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX
+from qubes_fwd_qrexec.common.rules import Mode, Proto, Transport
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, yes_no
 
 Command = tuple[str, ...]
@@ -26,11 +28,26 @@ _BYPASSES = "{target} {is_tunneled}, and listening at {qube} would bypass it; "
 _ASKS = "The rule asks for {case} and {lacks}; {install}, or leave {case} out."
 _NOT_YET = "this version of qvm-forward cannot do that yet"
 _FORWARD, _CONNECT = Service.FORWARD_TCP, Service.CONNECT_TCP
+# A way out for TCP alone; the sentence says so in {or_qrexec}.
+_QREXEC = _SET + "mode=qrexec"
+_NEEDED = "which mode=nft needs at every qube of the path"
 
 _ROWS: dict[Cause | tuple[Cause, str], Command] = {
-    Cause.OPEN: ("Connections to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",),
-    Cause.EXPOSED_HALTED: ("{qube} is halted and will listen when it starts: '{0}'.", "qvm-start {qube}"),
-    Cause.TARGET_HALTED: (
+    Cause.OPEN: ("{traffic} to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",),
+    (Cause.EXPOSED_HALTED, Mode.QREXEC): (
+        "{qube} is halted and will listen when it starts: '{0}'.",
+        "qvm-start {qube}",
+    ),
+    (Cause.EXPOSED_HALTED, Mode.NFT): (
+        "{qube} is halted and will forward when it starts: '{0}'.",
+        "qvm-start {qube}",
+    ),
+    Cause.HOP_HALTED: ("{qube}, which is on the path, is halted: '{0}'.", "qvm-start {qube}"),
+    (Cause.TARGET_HALTED, Mode.NFT): (
+        "{qube} is halted, and nobody answers until it runs: '{0}'.",
+        "qvm-start {qube}",
+    ),
+    (Cause.TARGET_HALTED, Mode.QREXEC): (
         "{qube} is halted, and connections are refused until it runs: '{0}', or let connections start it "
         "with autostart=yes.",
         "qvm-start {qube}",
@@ -66,7 +83,12 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _CONFIRM,
         _SET + "follow-netvm=yes",
     ),
-    Cause.NO_NETVM: (
+    (Cause.NO_NETVM, Mode.NFT): (
+        "{target} has no netvm, so no packets get there; give it one with '{0}'{or_qrexec}.",
+        "qvm-prefs {target} netvm NETVM",
+        _QREXEC,
+    ),
+    (Cause.NO_NETVM, Mode.QREXEC): (
         "{target} has no netvm that could listen for it; name the qube that is to listen with via=QUBE "
         "(--via QUBE).",
         _VIA,
@@ -78,6 +100,44 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
     (Cause.NOT_YET, "proto=udp"): (
         f"The rule asks for proto=udp, which needs mode=nft, and {_NOT_YET}; only TCP works.",
         _SET + "proto=tcp",
+    ),
+    Cause.NO_IP_PATH: (
+        "{qube} is none of the netvms of {target}, and mode=nft goes along these; leave out via{or_qrexec}.",
+        _SET + "via=",
+        _QREXEC,
+    ),
+    Cause.NFT_BEHIND_TUNNEL: (
+        "{target} {is_tunneled}, and mode=nft leads no packets past a tunnel{or_qrexec}.",
+        _QREXEC,
+        _SET + "bypass-tunnel=no",
+    ),
+    Cause.NO_NFT_SERVICE: (
+        f"{{lacks}}, {_NEEDED}; {{install}}{{or_qrexec}}.",
+        _QREXEC,
+        _REMOVE,
+    ),
+    Cause.NFT_SWITCHED_OFF: (
+        f"{{qube}} has the service qubes-forward-nft switched off, {_NEEDED}; '{{0}}' switches it on when "
+        "{qube} starts again{or_qrexec}.",
+        f"qvm-service {{qube}} {NFT_FEATURE.removeprefix('service.')} on",
+        _QREXEC,
+    ),
+    Cause.NO_ADDRESS: (
+        "{qube} has no IPv{number} address, so no IPv{number} gets to {target}; let in no IPv{number} "
+        "networks{or_qrexec}.",
+        _SET + "srchosts=NETWORKS",
+        _QREXEC,
+    ),
+    Cause.LINK_LOCAL: (
+        "Addresses of {detail} are known on one link alone, so that packets from there cannot be forwarded; "
+        "let in other networks{or_qrexec}.",
+        _SET + "srchosts=NETWORKS",
+        _QREXEC,
+    ),
+    Cause.NFT_LOOPBACK: (
+        "Packets to a loopback address are not forwarded; take another listen address{or_qrexec}.",
+        _SET + "listen=ADDRESS",
+        _QREXEC,
     ),
     (Cause.NO_SERVICE, "system"): (
         f"{{target}} runs {{detail}}, which has neither {_FORWARD} nor {_CONNECT}; name a target that runs "
@@ -120,6 +180,12 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         f"more than {CALL_PORTS_MAX}; make the range shorter, or {{shorten}}.",
         _SET + "srcports=PORTS",
     ),
+    (Cause.TOO_LARGE, "shifted"): (
+        f"mode=nft leads a range of at most {SHIFTED_MAX} ports to other ports, and it has {{number}}; "
+        "expose the target's own ports{or_qrexec}.",
+        _SET + "srcports=PORTS",
+        _QREXEC,
+    ),
     (Cause.TOO_LARGE, "bytes"): ("{detail}.", _SET + "srchosts=NETWORKS"),
     Cause.ANYBODY: ("anybody who can reach the port may connect",),
     Cause.NO_OWNER: ("no owner recorded, so clones would be open too: '{0}'", _CONFIRM),
@@ -128,6 +194,7 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "it opens {target} itself and not the disposables made from {target}, each of which needs a rule of "
         "its own",
     ),
+    Cause.IPV4_ALONE: ("IPv4 alone, as {qube} has no IPv6 address",),
     Cause.BYPASSES_TUNNEL: ("bypasses the tunnel {mark}",),
     Cause.PERHAPS_TUNNEL: (
         "nothing says whether {qube}, which is on the path, is a tunnel: if it runs a VPN or Tor, mark it "
@@ -146,7 +213,7 @@ _UNFIT = {
     QREXEC_FEATURE: f"has no qrexec (feature {QREXEC_FEATURE}) and cannot",
 }
 _NOTES = {Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL}
-_HINTS = {Cause.PERHAPS_TUNNEL}
+_HINTS = {Cause.PERHAPS_TUNNEL, Cause.IPV4_ALONE}
 
 
 def sentence(forward: Forward, finding: Finding | None = None) -> str:
@@ -215,7 +282,8 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
         return f"{text}'{' '.join(confirm)}' agrees to the new path.", (*ways, confirm)
     text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, finding.case]
     commands = tuple(_filled(template, facts) for template in templates)
-    return text.format(*map(" ".join, commands), **facts), commands
+    can_do = [c for c, each in zip(commands, templates, strict=True) if each != _QREXEC or facts["or_qrexec"]]
+    return text.format(*map(" ".join, commands), **facts), tuple(can_do)
 
 
 def _filled(template: str, facts: Mapping[str, object]) -> Command:
@@ -232,6 +300,8 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         "exposed": forward.exposed,
         "ports": rule.listen_ports.worded(),
         "target_ports": rule.target_ports.worded(),
+        "traffic": "Connections" if rule.proto is Proto.TCP else "UDP packets",
+        "or_qrexec": ", or send it over qrexec with mode=qrexec" if rule.proto is Proto.TCP else "",
         "qube": finding.qube,
         "number": finding.number,
         "case": finding.case,
@@ -253,6 +323,9 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         facts["moves"] = f", which opens it at {now} and no longer at {was}" if was != now else ""
     elif finding.cause in (Cause.NO_SERVICE, Cause.STOCK_SERVICE):
         facts["lacks"], facts["install"] = _lacks(target, finding)
+    elif finding.cause is Cause.NO_NFT_SERVICE and finding.qube is not None:
+        installed_in = finding._replace(qube=QubeName(finding.detail))
+        facts["lacks"], facts["install"] = _lacks(finding.qube, installed_in, NFT_SERVICE)
     elif finding.cause is Cause.TOO_LARGE:
         stock = forward.finding(Cause.STOCK_SERVICE)
         facts["shorten"] = "use transport=mux" if stock is None else _lacks(target, stock)[1]
@@ -292,11 +365,11 @@ def _entrance(exposed: QubeName | None, side: Side | None) -> str:
     return "no qube" if exposed is None else exposed if side is None else f"{exposed} ({side} side)"
 
 
-def _lacks(target: QubeName, finding: Finding) -> tuple[str, str]:
-    """What a target lacks, and how it comes by it."""
+def _lacks(target: QubeName, finding: Finding, service: str = _FORWARD) -> tuple[str, str]:
+    """What a qube lacks, and how it comes by it."""
     if finding.detail == "older":
         return f"{target} was started before its template offered {_FORWARD}", f"restart {target}"
     install = f"install qubes-fwd-qrexec in {target}"
     if finding.qube != target:
         install = f"install qubes-fwd-qrexec in its template {finding.qube} and restart {target}"
-    return f"{target} does not offer {_FORWARD}", install
+    return f"{target} does not offer {service}", install

@@ -116,7 +116,7 @@ CASES = [
     ),
     (rule(target="vault"), "qubes", "stops", "the qube that is to listen with via=QUBE (--via QUBE)"),
     (rule("via=gone"), "qubes", "stops", "no qube gone to listen; name another one with via=QUBE"),
-    (rule("mode=nft"), "service", "stops", "mode=qrexec would work for TCP"),
+    (rule("mode=nft"), "service", "stops", "or send it over qrexec with mode=qrexec"),
     (rule("srcports=1-257 transport=call"), "ports", "stops", "range shorter, or use transport=mux"),
     (rule(), "expiry", "ok", "never"),
     (rule(f"expire={NOW}"), "expiry", "stops", "gives it more, 'qvm-forward remove work web' removes it"),

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The path of a forward by nft: what keeps packets from going it, and what each of its qubes is told.
+
+A path has the target first, then its netvms up to the exposed qube. Each hop knows the address of the qube
+before it alone; the exposed port is kept up to the last hop, which sends to the target's port.
+"""
+
+from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
+from typing import Any
+
+from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX, NftConfig, Role
+from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, NamedRule
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
+from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, TargetPorts
+
+from .inventory import NFT_FEATURE, Inventory
+from .states import Cause, Finding
+
+Path = Sequence[QubeName]
+# Such a client is known on its own link alone, and no hop can send anything back to it.
+_LINK_LOCAL = IPv6Network("fe80::/10")
+
+
+def path_to(target: QubeName, exposed: QubeName, chain: Path) -> tuple[QubeName, ...] | None:
+    """The path along the target's netvms; None if the exposed qube is none of them."""
+    return (target, *chain[: chain.index(exposed) + 1]) if exposed in chain else None
+
+
+def obstacles(rule: ForwardRule, path: Path, inventory: Inventory) -> Iterator[Finding]:
+    """What keeps a path from carrying a rule's packets, and in what it differs from what the rule asks for.
+
+    The first decides where ``mode=auto`` is decided.
+    """
+    for qube in path:
+        if not inventory.offers(qube, NFT_SERVICE):
+            *_, installed_in = inventory.with_templates(qube)
+            yield Finding(Cause.NO_NFT_SERVICE, qube, detail=installed_in.name)
+    for qube in path:
+        if not inventory.qubes[qube].features.get(NFT_FEATURE):
+            yield Finding(Cause.NFT_SWITCHED_OFF, qube)
+    wanted, lacking = _wanted(rule), _lacking(path, inventory)
+    for version in sorted(wanted & lacking.keys()):
+        is_enough = rule.sources.anyone and rule.listen is None and version == 6 and 4 not in lacking
+        yield Finding(Cause.IPV4_ALONE if is_enough else Cause.NO_ADDRESS, lacking[version], number=version)
+    ports = len(rule.listen_ports)
+    if rule.listen_ports.first != rule.target_ports.first and ports > SHIFTED_MAX:
+        yield Finding(Cause.TOO_LARGE, number=ports, case="shifted")
+    for network in rule.sources.networks:
+        if isinstance(network, IPv6Network) and network.subnet_of(_LINK_LOCAL):
+            yield Finding(Cause.LINK_LOCAL, detail=str(network))
+    if rule.listen is not None and rule.listen.is_loopback:
+        yield Finding(Cause.NFT_LOOPBACK)
+
+
+def _wanted(rule: ForwardRule) -> frozenset[int]:
+    """The IP versions that a rule is about."""
+    return frozenset(address.version for address in rule.listen_addresses)
+
+
+def _lacking(path: Path, inventory: Inventory) -> dict[int, QubeName]:
+    """The IP versions in which a qube of the path has no address, and the first such qube."""
+    found: dict[int, QubeName] = {}
+    for qube in map(inventory.qubes.__getitem__, path):
+        for version, address in ((4, qube.ip), (6, qube.ip6)):
+            if address is None:
+                found.setdefault(version, qube.name)
+    return found
+
+
+def configs(
+    named: NamedRule, path: Path, side: Side, inventory: Inventory
+) -> tuple[tuple[QubeName, NftConfig], ...]:
+    """What each qube of a path without obstacles is told; ``side`` is that of the exposed qube, the last.
+
+    Raises `ConfigError` if it is too much.
+    """
+    rule, (target, *hops) = named.rule, path
+    versions = _wanted(rule) - _lacking(path, inventory).keys()
+    first, last = rule.target_ports.first, rule.target_ports.last
+    only = None if versions == rule.sources.versions else min(versions)
+    common: dict[str, Any] = {
+        "target": named.target,
+        "name": named.name,
+        "proto": rule.proto,
+        "sources": rule.sources,
+        "on_expire": rule.on_expire,
+        "expire": rule.expire,
+    }
+    found = [
+        (
+            target,
+            NftConfig(
+                role=Role.TARGET,
+                side=Side.UPLINK,
+                listen_ports=ListenPorts(first, last),
+                target_ports=rule.target_ports,
+                family=only,
+                **common,
+            ),
+        )
+    ]
+    kept = TargetPorts(rule.listen_ports.first, rule.listen_ports.last)
+    listen = None if rule.listen is None or rule.listen.is_unspecified else rule.listen
+    for number, (qube, following) in enumerate(zip(hops, path, strict=False)):
+        # What its netvm routes to it. Inside, the qube may have another address (net.fake-ip).
+        ip, ip6 = inventory.qubes[following].ip, inventory.qubes[following].ip6
+        is_exposed = qube == path[-1]
+        config = NftConfig(
+            role=Role.HOP,
+            side=side if is_exposed else Side.UPLINK,
+            listen_ports=rule.listen_ports,
+            target_ports=kept if number else rule.target_ports,
+            listen=listen if is_exposed else None,
+            to4=IPv4Address(ip) if ip is not None and 4 in versions else None,
+            to6=IPv6Address(ip6) if ip6 is not None and 6 in versions else None,
+            limits=rule.limits if is_exposed else NO_LIMITS,
+            **common,
+        )
+        found.append((qube, config))
+    return tuple(found)
