@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The program that opens the exposed qube's firewall for its forwards, and for nothing else.
+"""The program that opens a qube's firewall for its forwards, and for nothing else.
 
 It reads the same configuration as the listener and takes no orders from it: an attacker who takes over the
-listener, which talks to the network, opens no port that way. It listens to nobody and needs CAP_NET_ADMIN.
+listener, which talks to the network, opens no port that way. It needs CAP_NET_ADMIN, and answers root alone,
+who may ask what is in force (`asked`).
 
-It opens only those configured ports on which the listener itself listens, according to the kernel
+For the listener it opens only those configured ports on which that listens, according to the kernel
 (`sockdiag`): if another program of the qube has the port, a rule would expose that program. In doubt it lets
-nobody in.
+nobody in. What passes by nft, `pathrules` says.
 
 It looks again whenever anybody changes nftables, so a firewall that is loaded anew is open again before
 anybody notices. When it ends, it removes everything it added.
@@ -17,33 +18,36 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.common import report
-from qubes_fwd_qrexec.common.config import ListenerConfig, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, ForwardError, TextError
-from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
-from qubes_fwd_qrexec.common.values import Binding, QubeName, RuleName, parse_number
+from qubes_fwd_qrexec.common.nftreport import NftReport
+from qubes_fwd_qrexec.common.report import FirewallReport
+from qubes_fwd_qrexec.common.values import Binding, parse_number
 from qubes_fwd_qrexec.system.cleanstart import start_clean
-from qubes_fwd_qrexec.system.configsource import ConfigSource, FileSource
-from qubes_fwd_qrexec.system.lifetime import Expiry
+from qubes_fwd_qrexec.system.configsource import FileSource
 from qubes_fwd_qrexec.system.logs import RateLimit, one_line, start_logging, warn
 from qubes_fwd_qrexec.system.notify import notify, reloading
 from qubes_fwd_qrexec.system.qubesdbsource import open_qubesdb
 from qubes_fwd_qrexec.system.sockdiag import DIRECTORY, SocketsError, listening, owner
 
-from . import chain
-from .chain import Family, NftError
+from .accounts import Places, account, firewall_report, nft_report
+from .asked import ASK, Asked, answer
+from .forwards import Forwards
+from .inforce import IN_FORCE, InForce
 from .nfttool import Changes, Nft
+from .pathrules import Kept
+from .rule import NftError
+from .signals import STOP, Signals
+from .wanted import Firewall, Wanted
 
 # In the directory that the service manager made: a `FirewallReport`.
 STATE = "state"
@@ -51,155 +55,11 @@ _logger = logging.getLogger(__name__)
 
 # How soon it notices an expiry, or a change of the configuration or of the listener's ports; as the listener.
 LOOK_S = 0.5
-# The least time between two looks at the firewall: endless changes by others cost three short programs each.
+# The least time between two looks at the firewall: endless changes by others cost a few short programs each.
 GAP_S = 0.2
-# Others may change the firewall between our look and our change; then we look again.
-_TRIES = 3
-_STOP = {signal.SIGTERM, signal.SIGINT}
 
 # linux/uidgid.h: the last one is none.
 _UID_MAX = 2**32 - 2
-
-_Name = tuple[QubeName, RuleName]
-
-
-class Forwards:
-    """The forwards to let in now, by the configuration as it was last read."""
-
-    def __init__(self, source: ConfigSource) -> None:
-        self._source = source
-        self._stamp: object = None
-        self._configs: dict[_Name, ListenerConfig] = {}
-        self._expiries: dict[tuple[_Name, int | None], Expiry] = {}
-        self._over: set[tuple[_Name, int | None]] = set()
-
-    def read(self) -> None:
-        """Read everything anew; a bad entry leaves its forward as it was. Raises `ConfigError`."""
-        self._stamp = self._source.stamp()
-        found = self._source.read()
-        configs = dict(found.forwards)
-        for key, error in sorted(found.errors.items()):
-            _logger.error("refused: %s", error)
-            try:
-                name = parse_key(key)
-            except ConfigError:
-                continue
-            if name in self._configs:
-                configs[name] = self._configs[name]
-        self._configs = configs
-
-    def has_changed(self) -> bool:
-        """Whether the configuration may have changed since `read`."""
-        return self._source.stamp() != self._stamp
-
-    def active(self) -> tuple[ListenerConfig, ...]:
-        """The forwards that have not expired; an expired one stays so even if the clock is set back."""
-        return tuple(config for name, config in sorted(self._configs.items()) if not self._is_over(name))
-
-    def _is_over(self, name: _Name) -> bool:
-        term = (name, self._configs[name].expire)
-        if self._expiries.setdefault(term, Expiry(term[1])).is_over():
-            self._over.add(term)
-        return term in self._over
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to let in: the active forwards, on the ports where the listener listens."""
-
-    configs: tuple[ListenerConfig, ...] = ()
-    listening: frozenset[Binding] = frozenset()
-
-    def rules(self, family: Family) -> tuple[chain.Rule, ...]:
-        return chain.rules(self.configs, family, self.listening)
-
-    @property
-    def waiting(self) -> tuple[str, ...]:
-        """The keys of the forwards for which the listener does not listen on all ports."""
-        waiting = (config.key for config in self.configs if chain.is_waiting(config, self.listening))
-        return tuple(waiting)
-
-
-class Firewall:
-    """Our chain and the jump to it, in each family that has a place for them."""
-
-    def __init__(self, nft: Nft) -> None:
-        self._nft = nft
-
-    def keep(self, wanted: Wanted) -> frozenset[Family]:
-        """Let in exactly this. Returns the families that have a place for rules. Raises `NftError`."""
-        for _ in range(_TRIES - 1):
-            try:
-                return self._keep(wanted)
-            except NftError as error:
-                _logger.debug("again: %s", error)
-        return self._keep(wanted)
-
-    def clear(self) -> None:
-        """Remove everything that is ours. Raises `NftError`."""
-        self.keep(Wanted())
-
-    def _keep(self, wanted: Wanted) -> frozenset[Family]:
-        places = self._nft.look()
-        for family, seen in places.items():
-            rules = wanted.rules(family)
-            if todo := chain.transaction(family, rules, seen):
-                self._nft.carry_out(todo)
-                _logger.info("%s %s: %d rules let forwards in", family, chain.TABLE, len(rules))
-        return frozenset(places)
-
-
-def account(wanted: Wanted, places: Collection[Family]) -> Iterator[str]:
-    """What is let in and what is not, in words for the status line."""
-    waiting = wanted.waiting
-    yield f"{len(wanted.configs) - len(waiting)} forwards let in"
-    for family in Family:
-        if wanted.rules(family) and family not in places:
-            yield f"none by {family}: no table {chain.TABLE} with a chain {chain.USERS_CHAIN}"
-    if waiting:
-        yield f"{len(waiting)} wait for the listener to listen: {' '.join(waiting)}"
-
-
-def firewall_report(wanted: Wanted, places: Collection[Family]) -> FirewallReport:
-    """The same as a value for dom0."""
-    if len(wanted.waiting) > FORWARDS_MAX:
-        return FirewallReport()  # an incomplete list would be wrong
-    words = {
-        family: report.Firewall.OPEN if family in places else report.Firewall.CLOSED for family in Family
-    }
-    return FirewallReport(words[Family.IP], words[Family.IP6], wanted.waiting)
-
-
-class Signals:
-    """Readable when a signal has come: SIGTERM and SIGINT end the program, SIGHUP makes it read again."""
-
-    def __init__(self) -> None:
-        self._ours, self._theirs = socket.socketpair()
-        for end in (self._ours, self._theirs):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._theirs.fileno())
-        self._before = {n: signal.signal(n, lambda *_: None) for n in (*_STOP, signal.SIGHUP)}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        self._ours.close()
-        self._theirs.close()
-
-    def fileno(self) -> int:
-        return self._ours.fileno()
-
-    def take(self) -> set[int]:
-        """The signals that have come since the last call."""
-        try:
-            return set(self._ours.recv(4096))  # set_wakeup_fd: a byte for each, its number
-        except BlockingIOError:
-            return set()
-
 
 _CLOSED = FirewallReport(report.Firewall.CLOSED, report.Firewall.CLOSED)
 
@@ -210,69 +70,76 @@ class Keeper:
     def __init__(
         self,
         forwards: Forwards,
-        firewall: Firewall,
+        in_force: InForce,
         sockets: Callable[[], frozenset[Binding]],
         state: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``sockets`` says where the listener listens, or raises `SocketsError`."""
         self._forwards = forwards
-        self._firewall = firewall
+        self._in_force = in_force
         self._sockets = sockets
         self._state = state
         self._clock = clock
         self._limit = RateLimit()
         self.kept: Wanted | None = None
-        """What is let in now; None before the first time, and after nft has failed."""
+        """What is let through now; None before the first time, and after nft has failed."""
+        self._places: Places = {}
+        self._problem: str | None = None
         self._kept_s = 0.0
         self._looked_at = time.time()
         self._last_status = ""
         self._trouble = ""
 
-    def run(self, changes: Changes, signals: Signals) -> None:
+    def run(self, changes: Changes, signals: Signals, nft: Nft, asked: Asked | None = None) -> None:
         """Run until a signal ends it. Raises `ForwardError` if the start or the clean-up fails."""
         self._forwards.read()
         try:
-            self._notify(self.keep(self.wanted()), is_asked=True)
-            while not (asked := self.wait(changes, signals)) & _STOP:
-                self.look(changes, is_asked=signal.SIGHUP in asked)
+            self._notify(self.keep(self.wanted()), is_told=True)
+            while not (told := self.wait(changes, signals, asked)) & STOP:
+                waiting = asked.take() if asked else []
+                self.look(changes, is_told=signal.SIGHUP in told, is_asked=bool(waiting))
+                if waiting:
+                    answer(waiting, self.report(nft))
         finally:
             notify("STOPPING=1")
             self._write_state(_CLOSED)
-            self._firewall.clear()
+            self._in_force.put(Wanted())
 
-    def wait(self, changes: Changes, signals: Signals) -> set[int]:
-        """Wait for a change, a signal or the next look, at least `GAP_S`. Returns the signals."""
+    def wait(self, changes: Changes, signals: Signals, asked: Asked | None = None) -> set[int]:
+        """Wait for a change, a signal, a question or the next look, at least `GAP_S`. Returns the signals."""
         gap_s = max(0.0, self._kept_s + GAP_S - self._clock())
         if not select.select([signals], [], [], gap_s)[0]:
-            select.select([signals.fileno(), changes.fileno()], [], [], LOOK_S - gap_s)
+            sources = [signals.fileno(), changes.fileno(), *([asked.fileno()] if asked else ())]
+            select.select(sources, [], [], LOOK_S - gap_s)
         return signals.take()
 
-    def look(self, changes: Changes, *, is_asked: bool) -> None:
-        """Let in what is wanted now, if that or the firewall has changed, or somebody ``is_asked`` for it."""
+    def look(self, changes: Changes, *, is_told: bool = False, is_asked: bool = False) -> None:
+        """Let through what is wanted now, if that or the firewall has changed, or somebody asks."""
         self._looked_at = time.time()
-        if is_asked:
+        if is_told:
             notify(*reloading())
-        if is_asked or self._forwards.has_changed():
+        if is_asked:
+            self._forwards.refresh()
+        if is_told or is_asked or self._forwards.has_changed():
             try:
                 self._forwards.read()
             except ConfigError as error:
                 _logger.error("configuration not reloaded: %s", error)
         wanted = self.wanted()
-        if changes.has_any() or is_asked or wanted != self.kept:
+        if changes.has_any() or is_told or is_asked or wanted != self.kept:
             try:
-                self._notify(self.keep(wanted), is_asked=is_asked)
+                self._notify(self.keep(wanted), is_told=is_told)
             except NftError as error:
-                self.kept = None  # try again at the next look
                 self._write_state(_CLOSED)
                 warn(_logger, self._limit, "nft", str(error))
-                self._notify(one_line(str(error)), is_asked=is_asked)
+                self._notify(one_line(str(error)), is_told=is_told)
         if self._state is not None:
             with suppress(OSError):
                 self._date(self._state)
 
     def wanted(self) -> Wanted:
-        """What to let in: nobody, if the kernel does not say where the listener listens."""
+        """What to let through: nobody to the listener, if the kernel does not say where it listens."""
         active = self._forwards.active()
         found: frozenset[Binding] = frozenset()
         trouble = ""
@@ -284,21 +151,57 @@ class Keeper:
         if trouble and trouble != self._trouble:
             _logger.warning("nobody is let in: %s", trouble)
         self._trouble = trouble
-        return Wanted(active, found)
+        return Wanted(active, found, self._forwards.paths())
 
-    def _notify(self, status: str, *, is_asked: bool) -> None:
+    def _notify(self, status: str, *, is_told: bool) -> None:
         """Notify the service manager, if it waits for an answer or the status is new."""
-        if is_asked or status != self._last_status:
+        if is_told or status != self._last_status:
             notify("READY=1", f"STATUS={status}")
             self._last_status = status
 
     def keep(self, wanted: Wanted) -> str:
-        """Let in what is wanted and nothing else. Returns the status in one line. Raises `NftError`."""
+        """Let through what is wanted and nothing else. Returns the status in one line.
+
+        Raises `NftError`; then what is no longer wanted is closed all the same, if that can be done, and the
+        rest is tried again at the next look.
+        """
         self._kept_s = self._clock()
-        places = self._firewall.keep(wanted)
+        self.kept = None
+        sure = self._in_force.sure
+        try:
+            self._places = self._in_force.put(wanted)
+        except NftError as error:
+            self._problem = str(error)
+            old = tuple(kept for kept in wanted.paths if kept.config in sure)
+            if old != wanted.paths:
+                self._in_force.put(replace(wanted, paths=old))
+            raise
+        self._problem = None
         self.kept = wanted
-        self._write_state(firewall_report(wanted, places))
-        return one_line(", ".join(account(wanted, places)))
+        self._write_state(firewall_report(wanted, self._places))
+        return one_line(", ".join(account(wanted, self._places)))
+
+    def report(self, nft: Nft) -> NftReport:
+        """What is in force by nft, for dom0."""
+        problem = self._problem
+        counters: dict[str, tuple[int, int]] = {}
+        try:
+            counters = nft.counters()
+        except NftError as error:
+            problem = problem or str(error)
+        wanted = self._forwards.paths()
+        configs = {kept.config for kept in wanted}
+        sure, possible = self._in_force.sure, self._in_force.configs
+        return nft_report(
+            # What should be gone and may not be is told, too.
+            kept=[*map(Kept, possible - configs), *(kept for kept in wanted if kept.config in sure)],
+            over=self._forwards.over(),
+            failed=configs - sure,
+            places=self._places,
+            counters=counters,
+            refused=self._forwards.refused,
+            problem=problem,
+        )
 
     def _write_state(self, word: FirewallReport) -> None:
         """Write the state file, for `statusservice`. A failure leaves the state unknown."""
@@ -355,20 +258,24 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     start_clean()
     start_logging()
-    firewall = Firewall(Nft())
+    nft = Nft()
+    place = os.environ.get("RUNTIME_DIRECTORY")
+    directory = None if place is None else Path(place)
     try:
+        in_force = InForce(Firewall(nft), None if directory is None else directory / IN_FORCE)
         if args.remove:
-            firewall.clear()
+            in_force.put(Wanted())
             return 0
         with ExitStack() as stack:
             signals, changes = stack.enter_context(Signals()), stack.enter_context(Changes())
             source = FileSource(args.config) if args.config else stack.enter_context(open_qubesdb())
-            place = os.environ.get("RUNTIME_DIRECTORY")
-            state = None if place is None else Path(place, STATE)
             given: int | None = args.listener_uid
             # The listener's user may be another one after its next start.
             sockets = partial(listening, given) if given is not None else lambda: listening(owner())
-            Keeper(Forwards(source), firewall, sockets, state).run(changes, signals)
+            state = None if directory is None else directory / STATE
+            keeper = Keeper(Forwards(source, in_force.configs), in_force, sockets, state)
+            asked = None if directory is None else stack.enter_context(Asked(directory / ASK))
+            keeper.run(changes, signals, nft, asked)
     except ForwardError as error:
         _logger.error("%s", error)
         return 1

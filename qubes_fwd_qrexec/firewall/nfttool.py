@@ -10,8 +10,8 @@ import socket
 import subprocess
 from typing import Any, Self
 
-from . import chain
-from .chain import TABLE, Family, NftError, Seen
+from .rule import Family, NftError
+from .tables import OWN, TABLE, Seen, SeenTable, seen
 
 # Our transactions take milliseconds; this only keeps us from hanging for ever.
 TIMEOUT_S = 10.0
@@ -32,17 +32,36 @@ class Nft:
         self._environment = {"LC_ALL": "C", "PATH": f"{path}:/usr/sbin:/sbin"}
 
     def look(self) -> dict[Family, Seen]:
-        """What there is of ours in each family that has a place for it. Raises `NftError`."""
-        families = chain.usable_families(self._list("chains"))
-        return {family: chain.seen(self._list("table", family, TABLE)) for family in families}
+        """What there is in each family. Raises `NftError`."""
+        chains = self._list("chains")
+        there = {(entry["chain"]["family"], entry["chain"]["table"]) for entry in chains if "chain" in entry}
+        found = {}
+        for family in Family:
+            tables = {
+                name: seen(self._list("table", family, name))
+                for name in (TABLE, OWN)
+                if (family, name) in there
+            }
+            found[family] = Seen(tables.get(TABLE, SeenTable()), tables.get(OWN))
+        return found
+
+    def counters(self) -> dict[str, tuple[int, int]]:
+        """The packets and bytes of our counters by name, both families together. Raises `NftError`."""
+        found: dict[str, tuple[int, int]] = {}
+        for entry in self._list("counters", stateless=False):
+            counter = entry.get("counter", {})
+            if counter.get("table") == OWN and counter.get("family") in set(Family):
+                packets, size = found.get(counter["name"], (0, 0))
+                found[counter["name"]] = packets + counter["packets"], size + counter["bytes"]
+        return found
 
     def carry_out(self, transaction: str) -> None:
         """Apply all of it or nothing. Raises `NftError`."""
         self._run("-f", "-", text=transaction)
 
-    def _list(self, *what: str) -> list[dict[str, Any]]:
+    def _list(self, *what: str, stateless: bool = True) -> list[dict[str, Any]]:
         # Without counters and the elements of sets, which may be many.
-        output = self._run("-j", "-s", "-t", "list", *what)
+        output = self._run("-j", *(("-s",) if stateless else ()), "-t", "list", *what)
         try:
             listing = json.loads(output)["nftables"]
         except (ValueError, KeyError, TypeError):

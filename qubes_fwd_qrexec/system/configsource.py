@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where a listener's configuration comes from, and when it has changed.
+"""Where a qube's configuration comes from, and when it has changed.
 
-The listener knows only `ConfigSource`: `FileSource` reads a directory or a file, `qubesdbsource` reads
-QubesDB. What an entry means is decided here, for both.
+Listener and firewall know only `ConfigSource`: `FileSource` reads a directory or a file, `qubesdbsource`
+reads QubesDB. What an entry means is decided here, for both.
 
-A directory holds one file for each forward, named by its key (``fwd.work.web``), with the options on one
-line, like ``/vm-config/`` in QubesDB. A file holds the same, one forward on each line: key, space, options.
-Blank lines and lines that start with ``#`` are ignored.
+A directory holds one file for each forward, named by its key (``fwd.work.web`` for the listener,
+``nft.work.web`` for the firewall), with the options on one line, like ``/vm-config/`` in QubesDB. A file
+holds the same, one forward on each line: key, space, options. Blank lines and lines that start with ``#`` are
+ignored.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from qubes_fwd_qrexec.common.config import ListenerConfig, is_forward_key
 from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 # A qube's QubesDB has few entries; this bounds how much of a directory full of files is read.
@@ -24,11 +27,17 @@ FILE_MAX = 1 << 20
 _BLANKS = " \t\r"
 
 
-class Configuration(NamedTuple):
-    """The forwards that were read, and an error for each entry that cannot be, by its key."""
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What was read: ``forwards`` for the listener, and ``paths`` for the firewall, by their keys.
 
-    forwards: dict[tuple[QubeName, RuleName], ListenerConfig]
-    errors: dict[str, ConfigError]
+    ``errors`` and ``path_errors`` say of each entry that cannot be read why, by its key.
+    """
+
+    forwards: dict[tuple[QubeName, RuleName], ListenerConfig] = field(default_factory=dict)
+    errors: dict[str, ConfigError] = field(default_factory=dict)
+    paths: dict[str, NftConfig] = field(default_factory=dict)
+    path_errors: dict[str, ConfigError] = field(default_factory=dict)
 
 
 class ConfigSource(Protocol):
@@ -75,7 +84,7 @@ class FileSource:
         try:
             if not self._path.is_dir():
                 return _stamp(self._path)
-            files = [file for file in self._path.iterdir() if is_forward_key(file.name)]
+            files = [file for file in self._path.iterdir() if is_ours(file.name)]
             return sorted((file.name, _stamp(file)) for file in files)
         except OSError:
             return None
@@ -91,7 +100,7 @@ class FileSource:
                 if len(text) > FILE_MAX:
                     raise ConfigError(f"{self._path}: more than {FILE_MAX} bytes; so many are read")
                 return _line_entries(text)
-            files = sorted(file for file in self._path.iterdir() if is_forward_key(file.name))
+            files = sorted(file for file in self._path.iterdir() if is_ours(file.name))
             if len(files) > ENTRIES_MAX:
                 raise ConfigError(f"{self._path}: {len(files)} entries; at most {ENTRIES_MAX} are read")
             entries = {file.name: _value(file) for file in files}
@@ -100,20 +109,27 @@ class FileSource:
         return {key: value for key, value in entries.items() if value is not None}
 
 
+def is_ours(key: str) -> bool:
+    """Whether an entry of ``/vm-config/`` is for a listener or a firewall."""
+    return is_forward_key(key) or is_nft_key(key)
+
+
 def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
     """Parse entries, by their keys. A bad one is an error of its own, as is one that could not be read."""
-    forwards: dict[tuple[QubeName, RuleName], ListenerConfig] = {}
-    errors: dict[str, ConfigError] = {}
+    found = Configuration()
     for key, untrusted_value in entries.items():
+        is_path = is_nft_key(key)
         try:
             if isinstance(untrusted_value, ConfigError):
                 raise untrusted_value
-            config = ListenerConfig.parse(key, untrusted_value)
+            if is_path:
+                found.paths[key] = NftConfig.parse(key, untrusted_value)
+            else:
+                config = ListenerConfig.parse(key, untrusted_value)
+                found.forwards[config.target, config.name] = config
         except ConfigError as error:
-            errors[key] = error
-        else:
-            forwards[config.target, config.name] = config
-    return Configuration(forwards, errors)
+            (found.path_errors if is_path else found.errors)[key] = error
+    return found
 
 
 def _text(path: Path, size_max: int) -> str:

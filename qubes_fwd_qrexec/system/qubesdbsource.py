@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The listener's configuration as Qubes delivers it: ``/vm-config/fwd.TARGET.NAME`` in this qube's QubesDB.
+"""A qube's configuration as Qubes delivers it: below ``/vm-config/`` in its QubesDB.
 
 A thread of its own talks to QubesDB, so that a daemon which does not answer (it accepts clients before it has
 the database from dom0) keeps nobody else waiting. The thread waits for changes on one handle and reads from
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 # Where the features vm-config.NAME are delivered (qubes-core-admin qubes/ext/vm_config.py).
 _DIRECTORY = "/vm-config/"
-_PREFIX = f"{_DIRECTORY}fwd."
+_PREFIXES = (f"{_DIRECTORY}fwd.", f"{_DIRECTORY}nft.")
 # A daemon that restarts is back in well under a second; one that stays away costs a try every 10 s.
 BACKOFF_S = (0.1, 10.0)
 # How long the first answer may take. The daemon answers once it has the whole database from dom0.
@@ -171,9 +171,12 @@ class QubesDBSource:
     def _read_all(self) -> dict[str, str | ConfigError] | ConfigError:
         # Not with multiread, which never frees the values that it returns (python/qubesdb.c of 4.3).
         with closing(self._module.QubesDB()) as reading:
-            paths = reading.list(_PREFIX)
-            if paths is None:
-                return ConfigError("QubesDB: its list of entries cannot be read")
+            paths: list[str] = []
+            for prefix in _PREFIXES:
+                listed = reading.list(prefix)
+                if listed is None:
+                    return ConfigError("QubesDB: its list of entries cannot be read")
+                paths += listed
             if len(paths) > ENTRIES_MAX:
                 return ConfigError(f"QubesDB: {len(paths)} entries; at most {ENTRIES_MAX} are read")
             values = {path: reading.read(path) for path in sorted(paths)}

@@ -19,8 +19,8 @@ from helpers import write_config
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.report import Firewall, FirewallReport
-from qubes_fwd_qrexec.firewall.chain import OURS
 from qubes_fwd_qrexec.firewall.keeper import STATE
+from qubes_fwd_qrexec.firewall.tables import LISTENER
 from qubes_fwd_qrexec.lab import netns
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.system.sockdiag import DIRECTORY
@@ -28,6 +28,7 @@ from qubes_fwd_qrexec.system.sockdiag import DIRECTORY
 OTHER_PORT = PORT + 1
 ALLOWED = {"listen": "0.0.0.0,::", "srchosts": "192.168.77.0/24,fd77::/64"}
 
+OURS = LISTENER.chain
 PROBLEM = netns.why_unavailable() or (None if shutil.which("nft") else "the program 'nft' is missing")
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 

@@ -19,22 +19,28 @@ from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
 from qubes_fwd_qrexec.common.values import Binding
 from qubes_fwd_qrexec.firewall import keeper
-from qubes_fwd_qrexec.firewall.chain import Family, NftError, Seen, rules, transaction
-from qubes_fwd_qrexec.firewall.keeper import (
-    Firewall,
-    Forwards,
-    Wanted,
-    account,
-    firewall_report,
-    main,
-)
+from qubes_fwd_qrexec.firewall.accounts import account, firewall_report
+from qubes_fwd_qrexec.firewall.forwards import Forwards
+from qubes_fwd_qrexec.firewall.inforce import InForce
+from qubes_fwd_qrexec.firewall.keeper import main
 from qubes_fwd_qrexec.firewall.nfttool import Nft
+from qubes_fwd_qrexec.firewall.rule import Family, NftError
+from qubes_fwd_qrexec.firewall.signals import Signals
+from qubes_fwd_qrexec.firewall.tables import CUSTOM_FORWARD, CUSTOM_INPUT, Seen, SeenTable, transaction
+from qubes_fwd_qrexec.firewall.wanted import Firewall, Wanted
 from qubes_fwd_qrexec.system.configsource import FileSource
 from qubes_fwd_qrexec.system.sockdiag import SocketsError
 from qubes_fwd_qrexec.target.statusservice import FIREWALL_STATE
 
 OPEN, CLOSED = report.Firewall.OPEN, report.Firewall.CLOSED
 LISTENING = frozenset((ip_address("127.0.0.1"), port) for port in (80, 81))
+
+
+WITH_TABLE = Seen(SeenTable({CUSTOM_INPUT: (), CUSTOM_FORWARD: ()}))
+
+
+def places(*families: Family) -> dict[Family, Seen]:
+    return dict.fromkeys(families, WITH_TABLE)
 
 
 class FakeNft(Nft):
@@ -47,7 +53,7 @@ class FakeNft(Nft):
         self.given: list[str] = []
 
     def look(self) -> dict[Family, Seen]:
-        return {family: Seen() for family in self.there}
+        return {family: WITH_TABLE if family in self.there else Seen() for family in Family}
 
     def carry_out(self, transaction: str) -> None:
         if self.refusals:
@@ -78,7 +84,7 @@ def a_keeper(
     state: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> keeper.Keeper:
-    return keeper.Keeper(forwards, Firewall(fake), sockets or FakeSockets(), state, clock)
+    return keeper.Keeper(forwards, InForce(Firewall(fake)), sockets or FakeSockets(), state, clock)
 
 
 @pytest.fixture
@@ -138,20 +144,20 @@ def test_what_is_over_stays_over_when_the_clock_is_set_back(
 def test_the_firewall_is_asked_again_when_it_changed_meanwhile(forwards: Forwards) -> None:
     fake = FakeNft(refusals=2)
     wanted = Wanted(forwards.active(), LISTENING)
-    assert Firewall(fake).keep(wanted) == {Family.IP}
-    assert fake.given == [transaction(Family.IP, rules(forwards.active(), Family.IP, LISTENING), Seen())]
+    assert Firewall(fake).keep(wanted)[Family.IP] == WITH_TABLE
+    assert fake.given == [transaction(Family.IP, wanted.content(Family.IP, WITH_TABLE), WITH_TABLE, 0)]
     with pytest.raises(NftError, match="gone meanwhile"):
         Firewall(FakeNft(refusals=3)).keep(wanted)
 
 
 def test_a_family_that_cannot_be_opened_is_named(forwards: Forwards) -> None:
     missing = "none by ip: no table qubes with a chain custom-input"
-    assert list(account(Wanted(forwards.active(), LISTENING), ())) == ["1 forwards let in", missing]
-    assert list(account(Wanted(), ())) == ["0 forwards let in"]
+    assert list(account(Wanted(forwards.active(), LISTENING), {})) == ["1 forwards let in", missing]
+    assert list(account(Wanted(), {})) == ["0 forwards let in"]
 
 
 def test_a_forward_whose_listener_does_not_listen_is_named_and_not_counted(forwards: Forwards) -> None:
-    assert list(account(Wanted(forwards.active()), Family)) == [
+    assert list(account(Wanted(forwards.active()), places(*Family))) == [
         "0 forwards let in",
         "1 wait for the listener to listen: fwd.work.web",
     ]
@@ -159,18 +165,20 @@ def test_a_forward_whose_listener_does_not_listen_is_named_and_not_counted(forwa
 
 def test_dom0_learns_of_each_family_and_of_forwards_that_wait(forwards: Forwards) -> None:
     wanted = Wanted(forwards.active(), LISTENING)
-    assert firewall_report(wanted, {Family.IP}) == FirewallReport(OPEN, CLOSED)
-    assert firewall_report(wanted, {Family.IP6}) == FirewallReport(CLOSED, OPEN)
-    assert firewall_report(replace(wanted, listening=frozenset()), Family) == FirewallReport(
+    assert firewall_report(wanted, places(Family.IP)) == FirewallReport(OPEN, CLOSED)
+    assert firewall_report(wanted, places(Family.IP6)) == FirewallReport(CLOSED, OPEN)
+    assert firewall_report(replace(wanted, listening=frozenset()), places(*Family)) == FirewallReport(
         OPEN, OPEN, ("fwd.work.web",)
     )
 
 
 def test_if_more_wait_than_fit_the_report_leaves_them_out(forwards: Forwards) -> None:
     some = Wanted(forwards.active() * FORWARDS_MAX)
-    assert len(firewall_report(some, Family).waiting) == FORWARDS_MAX
+    assert len(firewall_report(some, places(*Family)).waiting) == FORWARDS_MAX
     more = replace(some, configs=(*some.configs, *forwards.active()))
-    assert firewall_report(more, Family) == FirewallReport(report.Firewall.UNKNOWN, report.Firewall.UNKNOWN)
+    assert firewall_report(more, places(*Family)) == FirewallReport(
+        report.Firewall.UNKNOWN, report.Firewall.UNKNOWN
+    )
 
 
 class FakeEvents:
@@ -198,7 +206,7 @@ def test_endless_changes_of_the_firewall_are_followed_a_few_times_a_second(
     now = [100.0]
     kept = a_keeper(forwards, FakeNft(), clock=lambda: now[0])
     kept.keep(Wanted())
-    with keeper.Signals() as signals:
+    with Signals() as signals:
         kept.wait(FakeEvents(0), signals)  # type: ignore[arg-type]
         # First for signals alone, then for changes too; together until the next look is due.
         assert waits == [
@@ -226,7 +234,7 @@ def test_whatever_happens_is_looked_at_within_half_a_second(
     A change of nftables can be waited for; one of the configuration, or of a socket, cannot.
     """
     now = [100.0]
-    with keeper.Signals() as signals:
+    with Signals() as signals:
         changes = FakeEvents(0)
 
         def select(waited_for: list[object], _: object, __: object, timeout_s: float) -> tuple[list[object]]:
@@ -269,7 +277,7 @@ def test_what_fails_while_it_runs_is_tried_at_the_next_look(
     def look() -> int:
         """How many transactions it makes."""
         before = len(fake.given)
-        kept.look(changes, is_asked=False)  # type: ignore[arg-type]
+        kept.look(changes)  # type: ignore[arg-type]
         return len(fake.given) - before
 
     assert look() == 0
@@ -300,7 +308,7 @@ def test_without_nft_it_fails_and_says_what_is_missing(
 def test_signals_are_given_back() -> None:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
-    with keeper.Signals() as signals:
+    with Signals() as signals:
         assert signals.take() == set()
         signal.raise_signal(signal.SIGHUP)
         assert signals.take() == {signal.SIGHUP}
@@ -316,7 +324,7 @@ def test_the_listeners_ports_are_followed_without_a_change_of_anything_else(
     def look() -> tuple[int, tuple[str, ...]]:
         """How many accepting rules its transactions have, and which forwards it reports as waiting."""
         before = len(fake.given)
-        kept.look(NoChanges(), is_asked=False)
+        kept.look(NoChanges())
         made = "".join(fake.given[before:]).count("accept")
         return made, FirewallReport.parse(state.read_bytes()).waiting
 
@@ -335,18 +343,18 @@ def test_if_the_kernel_does_not_say_who_listens_nobody_is_let_in(
 ) -> None:
     fake, sockets = FakeNft(), FakeSockets()
     kept = a_keeper(forwards, fake, sockets=sockets)
-    kept.look(NoChanges(), is_asked=False)
+    kept.look(NoChanges())
     assert kept.kept == Wanted(forwards.active(), LISTENING)
     sockets.said = SocketsError("no listener is running")
     for _ in range(3):
-        kept.look(NoChanges(), is_asked=False)
+        kept.look(NoChanges())
         assert kept.kept == Wanted(forwards.active(), frozenset())
     assert caplog.text.count("nobody is let in: no listener is running") == 1
     # With no forward there is nothing to ask for.
     before = sockets.times
     (tmp_path / "c" / "fwd.work.web").unlink()
-    kept.look(NoChanges(), is_asked=False)
-    kept.look(NoChanges(), is_asked=False)
+    kept.look(NoChanges())
+    kept.look(NoChanges())
     assert sockets.times == before
 
 
@@ -371,7 +379,7 @@ def test_what_is_left_for_dom0_says_of_each_family_whether_clients_are_let_in(
     state = tmp_path / "state"
     kept = a_keeper(forwards, FakeNft(refusals=refusals, there=there), state=state)
     with suppress(NftError):
-        kept.look(NoChanges(), is_asked=True)
+        kept.look(NoChanges(), is_told=True)
     assert FirewallReport.parse(state.read_bytes()) == FirewallReport(ip, ip6)
     assert state.stat().st_mode & 0o777 == 0o644
 
@@ -381,14 +389,14 @@ def test_the_time_of_the_state_file_is_that_of_the_last_look(forwards: Forwards,
     kept = a_keeper(forwards, FakeNft(), state=state)
     for _ in range(2):  # the second has nothing new to write
         before = time.time()
-        kept.look(NoChanges(), is_asked=False)
+        kept.look(NoChanges())
         assert before - 0.001 <= state.stat().st_mtime <= time.time() + 0.001
         os.utime(state, (0, 0))
 
 
 def test_a_state_file_that_cannot_be_written_stops_nothing(forwards: Forwards, tmp_path: Path) -> None:
     fake = FakeNft()
-    a_keeper(forwards, fake, state=tmp_path / "missing" / "state").look(NoChanges(), is_asked=True)
+    a_keeper(forwards, fake, state=tmp_path / "missing" / "state").look(NoChanges(), is_told=True)
     assert fake.given
 
 

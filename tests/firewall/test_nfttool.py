@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Running the program nft, played by a script. `test_firewall_namespaces` uses the real one."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from qubes_fwd_qrexec.firewall.chain import Family, NftError, Seen
 from qubes_fwd_qrexec.firewall.nfttool import TIMEOUT_S, Nft
+from qubes_fwd_qrexec.firewall.rule import Family, NftError
+from qubes_fwd_qrexec.firewall.tables import OWN, Seen, SeenTable
 
 CHAINS = (
     '{"nftables": [{"metainfo": {}}, {"chain": {"family": "ip", "table": "qubes", "name": "custom-input"}}]}'
@@ -20,13 +22,27 @@ def script(directory: Path, text: str, timeout_s: float = TIMEOUT_S) -> Nft:
     return Nft(str(file), timeout_s)
 
 
-def test_only_families_that_are_there_are_asked_for_their_table(tmp_path: Path) -> None:
+def test_only_tables_that_are_there_are_asked_for(tmp_path: Path) -> None:
     nft = script(
         tmp_path,
         f'case "$*" in "-j -s -t list chains") echo \'{CHAINS}\';; '
-        '"-j -s -t list table ip qubes") echo \'{"nftables": []}\';; *) exit 9;; esac',
+        '"-j -s -t list table ip qubes") echo \'{"nftables": [{"chain": {"name": "x"}}]}\';; '
+        "*) exit 9;; esac",
     )
-    assert nft.look() == {Family.IP: Seen()}
+    assert nft.look() == {Family.IP: Seen(SeenTable({"x": ()}, {"x": None})), Family.IP6: Seen()}
+
+
+def test_counters_are_those_of_our_table_and_of_both_families_together(tmp_path: Path) -> None:
+    def counter(family: str, table: str, packets: int) -> str:
+        value = {"family": family, "table": table, "name": "nft.a.b/in", "packets": packets, "bytes": 7}
+        return json.dumps({"counter": value})
+
+    found = [counter(*at) for at in (("ip", OWN, 1), ("ip6", OWN, 2), ("inet", OWN, 4), ("ip", "other", 8))]
+    nft = script(
+        tmp_path,
+        f'[ "$*" = "-j -t list counters" ] && echo \'{{"nftables": [{", ".join(found)}]}}\'',
+    )
+    assert nft.counters() == {"nft.a.b/in": (3, 14)}
 
 
 def test_a_transaction_is_given_on_stdin(tmp_path: Path) -> None:

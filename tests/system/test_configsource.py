@@ -8,7 +8,7 @@ from helpers import write_config
 from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.system import configsource
-from qubes_fwd_qrexec.system.configsource import FileSource
+from qubes_fwd_qrexec.system.configsource import Configuration, FileSource
 
 WEB = ("work", "web")
 
@@ -97,7 +97,7 @@ def test_an_unreadable_entry_is_an_error_of_its_own(directory: Path, line: str) 
 def test_an_entry_that_is_gone_already_is_no_error(directory: Path, line: str) -> None:
     (directory / "fwd.work.web").symlink_to("nowhere")
     found = FileSource(directory).read()
-    assert found == ({}, {})
+    assert found == Configuration()
 
 
 def test_an_entry_that_is_there_twice_is_refused(directory: Path, line: str) -> None:
@@ -112,7 +112,7 @@ def test_an_entry_that_is_there_twice_is_refused(directory: Path, line: str) -> 
 def test_only_a_newline_ends_a_line(directory: Path, line: str, separator: str) -> None:
     file = directory / "all"
     file.write_bytes(f"# comment{separator}fwd.work.web {line}\n".encode("latin-1"))
-    assert FileSource(file).read() == ({}, {})
+    assert FileSource(file).read() == Configuration()
 
 
 def test_a_source_that_is_gone_or_too_large_is_an_error(

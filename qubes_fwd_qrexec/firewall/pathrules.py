@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rules for forwards by nft: what a qube of the path does with the packets of each.
+
+A hop gives packets that come by the forward's side, from its sources, the address of the next hop
+(``prerouting``), and lets them through to it, and only those that came to the exposed port (``admitted``,
+and Qubes' own chain for what is forwarded). Who addresses the next hop directly is not let through. The
+target lets in what comes from its netvm and from the sources; it does not look at its own address, which
+``net.fake-ip`` changes.
+
+Every rule ends with the forward by itself, so the kernel closes it even if this program is gone. Where a live
+connection would pass by Qubes' rule for established connections all the same, another rule drops it.
+
+Limits count in each family by itself. Who is one too many has no answer, as nothing of ours is there to give
+one.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
+from qubes_fwd_qrexec.common.rules import OnExpire
+from qubes_fwd_qrexec.common.values import IPAddress
+
+from .rule import Family, Rule, by, networks
+from .tables import ADMITTED, ARRIVED, FORWARD, INPUT, PREROUTING, REPLIES, Content, Place
+
+# How long connections may go on after the end of a forward with on-expire=drain; as the listener lets them.
+DRAIN_MAX_S = 3600
+# The kernel counts nanoseconds since 1970 in 64 bits, which end in the year 2554.
+_TIME_MAX = (2**64 - 1) // 10**9
+# The most clients that per-source counts at once, as many as there are ports.
+_CLIENTS_MAX = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A forward in force. ``is_draining`` when it is over, and its connections may finish."""
+
+    config: NftConfig
+    is_draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of a forward's counters: new connections, packets from clients, and packets to them."""
+
+    key: str
+
+    @property
+    def new(self) -> str:
+        return f"{self.key}/new"
+
+    @property
+    def sent(self) -> str:
+        return f"{self.key}/in"
+
+    @property
+    def received(self) -> str:
+        return f"{self.key}/out"
+
+
+def content(forwards: Iterable[Kept], family: Family) -> Content:
+    """The rules of all forwards in one family."""
+    made = [
+        _Forward(kept.config, family, kept.is_draining)
+        for kept in sorted(forwards, key=lambda kept: kept.config.key)
+        if family.version in kept.config.versions
+    ]
+    return Content(
+        placed={FORWARD: _all(made, FORWARD), INPUT: _all(made, INPUT)},
+        chains={chain: _all(made, chain) for chain in (PREROUTING, ADMITTED, REPLIES, ARRIVED)},
+        objects={name: text for forward in made for name, text in forward.objects()},
+    )
+
+
+def _all(forwards: list["_Forward"], chain: str | Place) -> tuple[Rule, ...]:
+    """What lets packets of any forward through, and behind all of that what drops the rest."""
+    passing = [Rule(f.config.key, text) for f in forwards for text in f.passing(chain)]
+    dropping = [Rule(f.config.key, text) for f in forwards for text in f.dropping(chain)]
+    return (*passing, *dropping)
+
+
+class _Forward:
+    """The rules of one forward in one family, as text."""
+
+    def __init__(self, config: NftConfig, family: Family, is_draining: bool) -> None:
+        self.config = config
+        self._family = family
+        self._is_draining = is_draining
+        self._next_hop = config.to4 if family is Family.IP else config.to6
+        self._is_hop = config.role is Role.HOP
+        self._names = Names(config.key)
+        self._by = by(config.side)
+        self._from = self._clients()
+        self._to_exposed = f"{config.proto} dport {config.listen_ports.brief()}"
+        self._in_time = "" if config.expire is None else f" meta time < {min(config.expire, _TIME_MAX)}"
+
+    def passing(self, chain: str | Place) -> Iterator[str]:
+        """The rules of a chain but those that drop."""
+        if chain == PREROUTING and not self._is_draining:
+            yield from self._arriving()
+        elif chain == ADMITTED and self._is_hop:
+            yield from self._accepting(self._through, f"counter name {self._names.sent} accept")
+        elif chain == REPLIES and self._is_hop:
+            out = f"iifgroup 2 oifgroup {self.config.side.group} {self._family} saddr {self._next_hop}"
+            sent = f"{self.config.proto} sport {self.config.target_ports.brief()} {self._original}"
+            yield f"{out} {sent} counter name {self._names.received}"
+        elif chain == FORWARD and self._is_hop and not self._is_draining:
+            yield f"{self._through}{self._in_time} accept"
+        elif chain == ARRIVED and not self._is_hop:
+            yield f"{self._inward} ct direction original counter name {self._names.sent}"
+        elif chain == INPUT and not self._is_hop:
+            yield from self._accepting(self._inward, "accept")
+
+    def dropping(self, chain: str | Place) -> Iterator[str]:
+        if chain == ADMITTED and self._is_hop:
+            yield f"{self._family} daddr {self._next_hop} {self._to_next} {self._original} drop"
+        elif chain == INPUT and not self._is_hop and self.config.expire is not None:
+            yield f"{self._inward} drop"
+
+    def objects(self) -> Iterator[tuple[tuple[str, str], str]]:
+        """The counters and sets that the rules use, and how they are declared."""
+        yield ("counter", self._names.new), ""
+        yield ("counter", self._names.sent), ""
+        if self._is_hop:
+            yield ("counter", self._names.received), ""
+        limits = self.config.limits
+        if limits.per_source is not None:
+            of = f" {{ type {'ipv4_addr' if self._family is Family.IP else 'ipv6_addr'}; flags dynamic;"
+            yield ("set", self._each), f"{of} size {_CLIENTS_MAX}; }}"
+        if limits.connections is not None:
+            yield ("set", self._total), " { type inet_proto; flags dynamic; size 1; }"
+
+    def _clients(self) -> str:
+        if self.config.sources.anyone:
+            return ""
+        found = ", ".join(map(str, networks(self.config.sources, self._family)))
+        return f" {self._family} saddr {f'{{ {found} }}' if ',' in found else found}"
+
+    @property
+    def _to_next(self) -> str:
+        return f"{self.config.proto} dport {self.config.target_ports.brief()}"
+
+    @property
+    def _original(self) -> str:
+        return f"ct original proto-dst {self.config.listen_ports.brief()}"
+
+    @property
+    def _inward(self) -> str:
+        return f"{self._by}{self._from} {self._to_exposed}"
+
+    @property
+    def _through(self) -> str:
+        """A packet of this forward on its way to the next hop."""
+        to = f"{self._family} daddr {self._next_hop} {self._to_next} {self._original}"
+        return f"{self._by} oifgroup 2{self._from} {to}"
+
+    def _accepting(self, what: str, accept: str) -> Iterator[str]:
+        """What accepts while the forward lasts, and of what drains longer what is established."""
+        if self.config.expire is not None and self.config.on_expire is OnExpire.DRAIN:
+            until = min(self.config.expire + DRAIN_MAX_S, _TIME_MAX)
+            yield f"{what} ct state established meta time < {until} {accept}"
+        if not self._is_draining:
+            yield f"{what}{self._in_time} {accept}"
+
+    def _arriving(self) -> Iterator[str]:
+        """The first packet of each connection: too many are dropped, the others counted and sent on."""
+        to_listen = ""
+        if self.config.listen is not None:
+            to_listen = f" {self._family} daddr {self.config.listen}"
+        # Not with the interface: in IPv4, eth0 and all vifs of a netvm have one address.
+        first = f"{self._by}{to_listen} fib daddr type local{self._from} {self._to_exposed}{self._in_time}"
+        limits = self.config.limits
+        if limits.rate is not None:
+            yield f"{first} limit rate over {limits.rate}/second burst {limits.rate} packets drop"
+        if limits.per_source is not None:
+            count = f"{self._family} saddr ct count over {limits.per_source}"
+            yield f"{first} add @{self._each} {{ {count} }} drop"
+        if limits.connections is not None:
+            yield f"{first} add @{self._total} {{ meta l4proto ct count over {limits.connections} }} drop"
+        sent_on = "" if self._next_hop is None else f" dnat to {self._destination(self._next_hop)}"
+        yield f"{first} counter name {self._names.new}{sent_on}"
+
+    # Their names have the limit, since what such a set counts by cannot be changed.
+    @property
+    def _each(self) -> str:
+        return f"{self.config.key}/each.{self.config.limits.per_source}"
+
+    @property
+    def _total(self) -> str:
+        return f"{self.config.key}/all.{self.config.limits.connections}"
+
+    def _destination(self, to: IPAddress) -> str:
+        if not self.config.is_shifted:
+            return str(to)
+        bracketed = str(to) if to.version == 4 else f"[{to}]"
+        if len(self.config.listen_ports) == 1:
+            return f"{bracketed}:{self.config.target_ports.first}"
+        # A range of ports as destination would not be shifted: each packet gets one that is free.
+        pairs = zip(self.config.listen_ports, self.config.target_ports, strict=True)
+        mapped = ", ".join(f"{exposed} : {sent}" for exposed, sent in pairs)
+        return f"{bracketed} : {self.config.proto} dport map {{ {mapped} }}"

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the firewall of a qube should have of ours in one family, what it has, and how to get there.
+
+In Qubes' table, ``ip qubes`` or ``ip6 qubes``, the chains ``custom-input`` and ``custom-forward`` are the
+user's. There we have rules, tagged by their comments, that jump to chains of ours (`Place`); both exist only
+while a forward needs them. The jumps come last, so what the user drops stays dropped. A table of our own has
+what needs a hook of its own: it changes addresses, counts, and refuses what a forward no longer allows.
+
+A change is one transaction, and never names any other rule, chain or table. All of this is text and values;
+`nfttool` applies it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .rule import Family, Rule
+
+# qubes-core-agent-linux network/qubes-ipv4.nft and qubes-ipv6.nft.
+TABLE = "qubes"
+CUSTOM_INPUT, CUSTOM_FORWARD = "custom-input", "custom-forward"
+# The tables and the chains of ours for forwards by nft, and the tag of the rules that lead there.
+OWN = "qubes-fwd-nft"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A chain of ours in Qubes' table, and when the user's chain leads there."""
+
+    users_chain: str
+    chain: str
+    tag: str
+    when: str
+
+    @property
+    def jump(self) -> Rule:
+        return Rule(self.tag, f"{self.when} jump {self.chain}")
+
+
+# Only packets that begin a connection: the rest passes by Qubes' own rule for established connections until
+# the listener ends it, and what belongs to no connection is dropped as always.
+LISTENER = Place(CUSTOM_INPUT, "qubes-fwd-qrexec", "qubes-fwd-qrexec", "meta l4proto tcp ct state new")
+FORWARD = Place(CUSTOM_FORWARD, f"{OWN}-forward", OWN, "ct state new ct status dnat")
+# All packets from clients, so that the kernel itself ends what is over.
+INPUT = Place(CUSTOM_INPUT, f"{OWN}-input", OWN, "ct direction original")
+PLACES = (LISTENER, FORWARD, INPUT)
+
+PREROUTING, FORWARDED, ADMITTED, REPLIES, ARRIVED = "prerouting", "forward", "admitted", "replies", "input"
+GUARD_FORWARD, GUARD_INPUT = "guard-forward", "guard-input"
+# The chains of our own table with type, hook and priority: NAT after Qubes' own, the others before Qubes'.
+HOOKS: Mapping[str, tuple[str, str, int] | None] = {
+    PREROUTING: ("nat", "prerouting", -90),
+    FORWARDED: ("filter", "forward", -10),
+    ARRIVED: ("filter", "input", -10),
+    ADMITTED: None,
+    REPLIES: None,
+    GUARD_FORWARD: None,
+    GUARD_INPUT: None,
+}
+_LEADING = {
+    FORWARDED: (
+        Rule(OWN, f"jump {GUARD_FORWARD}"),
+        Rule(OWN, f"ct status dnat ct direction original jump {ADMITTED}"),
+        Rule(OWN, f"ct status dnat ct direction reply jump {REPLIES}"),
+    ),
+    ARRIVED: (Rule(OWN, f"jump {GUARD_INPUT}"),),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A rule that keeps what was cut from coming back, in one of the guards' chains, until UNIX seconds."""
+
+    chain: str
+    text: str
+    until: int
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(f"until {self.until}", f"meta time < {self.until} {self.text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What there should be of ours.
+
+    ``chains`` are those of our own table, with their rules; ``objects`` are its counters and sets, as nft
+    adds them, by kind and name. Guards that are already there stay until they are over, whoever made them.
+    """
+
+    placed: Mapping[Place, tuple[Rule, ...]] = field(default_factory=dict)
+    chains: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    objects: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
+
+    def of(self, chain: str) -> tuple[Rule, ...]:
+        """The rules of a chain of our own table, without guards."""
+        return (*_LEADING.get(chain, ()), *self.chains.get(chain, ()))
+
+    def at(self, place: Place) -> tuple[Rule, ...]:
+        return self.placed.get(place, ())
+
+    @property
+    def is_own_needed(self) -> bool:
+        return any(self.chains.values())
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRule:
+    """A rule that is there; ``jumps_to`` are the chains that it leads to."""
+
+    handle: int
+    comment: str
+    jumps_to: tuple[str, ...] = ()
+
+    def is_of(self, place: Place) -> bool:
+        """Whether it is our rule that leads to a place, in whatever version."""
+        return self.comment.partition(" ")[0] == place.tag and place.chain in self.jumps_to
+
+
+@dataclass(frozen=True, slots=True)
+class SeenTable:
+    """A table: its chains with their rules; hooks of base chains; counters and sets by kind and name."""
+
+    chains: Mapping[str, tuple[SeenRule, ...]] = field(default_factory=dict)
+    hooks: Mapping[str, tuple[str, str, int] | None] = field(default_factory=dict)
+    objects: frozenset[tuple[str, str]] = frozenset()
+
+    def comments(self, chain: str) -> tuple[str, ...]:
+        return tuple(rule.comment for rule in self.chains[chain])
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One family: Qubes' table, and ours, None if it is not there."""
+
+    qubes: SeenTable = SeenTable()
+    own: SeenTable | None = None
+
+    def has(self, place: Place) -> bool:
+        """Whether the firewall has the user's chain for a place."""
+        return place.users_chain in self.qubes.chains
+
+
+def seen(listing: Iterable[dict[str, Any]]) -> SeenTable:
+    """A table by the output of ``nft -j list table``."""
+    chains: dict[str, list[SeenRule]] = {}
+    hooks: dict[str, tuple[str, str, int] | None] = {}
+    objects = set()
+    for entry in listing:
+        for kind, value in entry.items():
+            if kind == "chain":
+                chains.setdefault(value["name"], [])
+                hook = (value.get("type"), value.get("hook"), value.get("prio"))
+                hooks[value["name"]] = hook if "hook" in value else None
+            elif kind == "rule":
+                found = SeenRule(int(value["handle"]), str(value.get("comment", "")), tuple(_jumps(value)))
+                chains.setdefault(value["chain"], []).append(found)
+            elif kind in ("counter", "set"):
+                objects.add((kind, value["name"]))
+    return SeenTable({name: tuple(rules) for name, rules in chains.items()}, hooks, frozenset(objects))
+
+
+def _jumps(rule: dict[str, Any]) -> Iterator[str]:
+    for part in rule.get("expr", []):
+        for verb in ("jump", "goto"):
+            if isinstance(part, dict) and isinstance(to := part.get(verb), dict):
+                yield str(to.get("target"))
+
+
+def transaction(family: Family, wanted: Content, seen: Seen, now_s: float) -> str:
+    """The input of ``nft -f -`` that makes everything right, all or nothing; empty if it is right."""
+    table, own = f"{family} {TABLE}", f"{family} {OWN}"
+    wrong = [chain for chain in (CUSTOM_INPUT, CUSTOM_FORWARD) if not _leads_right(chain, wanted, seen)]
+    lines = [
+        *(line for chain in wrong for line in _take_jumps(f"{table} {chain}", chain, seen)),
+        *_make_own(own, wanted, seen.own, now_s),
+        *(line for place in PLACES for line in _fill(table, place, wanted.at(place), seen)),
+        *(line for chain in wrong for line in _give_jumps(f"{table} {chain}", chain, wanted)),
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _led(users_chain: str, wanted: Content) -> list[Place]:
+    """The places that a chain of the user's should lead to, in their order."""
+    return [place for place in PLACES if place.users_chain == users_chain and wanted.at(place)]
+
+
+def _ours(users_chain: str, seen: Seen) -> list[SeenRule]:
+    """Our rules in a chain of the user's."""
+    rules = seen.qubes.chains.get(users_chain, ())
+    return [rule for rule in rules if any(rule.is_of(place) for place in PLACES)]
+
+
+def _leads_right(users_chain: str, wanted: Content, seen: Seen) -> bool:
+    """Whether the chain has our rules as they should be, all of them behind the user's own."""
+    ours = _ours(users_chain, seen)
+    last = seen.qubes.chains.get(users_chain, ())[-len(ours) :] if ours else ()
+    jumps = [place.jump.comment for place in _led(users_chain, wanted)]
+    return [rule.comment for rule in ours] == jumps and list(last) == ours
+
+
+def _take_jumps(where: str, users_chain: str, seen: Seen) -> Iterator[str]:
+    return (f"delete rule {where} handle {rule.handle}" for rule in _ours(users_chain, seen))
+
+
+def _give_jumps(where: str, users_chain: str, wanted: Content) -> Iterator[str]:
+    return (f"add rule {where} {place.jump}" for place in _led(users_chain, wanted))
+
+
+def _fill(table: str, place: Place, rules: tuple[Rule, ...], seen: Seen) -> Iterator[str]:
+    """Make the chain of a place right, or remove it if it should have no rules."""
+    is_there = place.chain in seen.qubes.chains
+    comments = tuple(rule.comment for rule in rules)
+    if rules:
+        if not is_there or seen.qubes.comments(place.chain) != comments:
+            yield f"add chain {table} {place.chain}"
+            yield f"flush chain {table} {place.chain}"
+            yield from (f"add rule {table} {place.chain} {rule}" for rule in rules)
+    elif is_there:
+        is_foreign = any(
+            place.chain in rule.jumps_to and not (chain == place.users_chain and rule.is_of(place))
+            for chain, found in seen.qubes.chains.items()
+            for rule in found
+        )
+        if not is_foreign:
+            yield f"flush chain {table} {place.chain}"
+            yield f"delete chain {table} {place.chain}"
+        elif seen.qubes.chains[place.chain]:
+            # A rule of somebody else leads there, so it cannot be deleted.
+            yield f"flush chain {table} {place.chain}"
+
+
+def _make_own(table: str, wanted: Content, seen: SeenTable | None, now_s: float) -> Iterator[str]:
+    """Make our own table right, or remove it if neither rules nor guards need it."""
+    kept = [] if seen is None else [rule for _, rule in _guards(seen) if not _is_over(rule, now_s)]
+    if not (wanted.is_own_needed or wanted.guards or kept):
+        if seen is not None:
+            yield f"delete table {table}"
+        return
+    if seen is not None and seen.hooks != HOOKS:
+        yield f"delete table {table}"
+        seen = None
+    if seen is None:
+        yield f"add table {table}"
+        for chain, hook in HOOKS.items():
+            yield f"add chain {table} {chain}{'' if hook is None else _hooked(*hook)}"
+        seen = SeenTable(chains=dict.fromkeys(HOOKS, ()))
+    for (kind, name), declared in wanted.objects.items():
+        if (kind, name) not in seen.objects:
+            yield f"add {kind} {table} {name}{declared}"
+    for chain in HOOKS:
+        rules = wanted.of(chain)
+        if chain not in (GUARD_FORWARD, GUARD_INPUT) and seen.comments(chain) != tuple(
+            rule.comment for rule in rules
+        ):
+            yield f"flush chain {table} {chain}"
+            yield from (f"add rule {table} {chain} {rule}" for rule in rules)
+    yield from _make_guards(table, wanted.guards, seen, now_s)
+    for kind, name in sorted(seen.objects - wanted.objects.keys()):
+        yield f"delete {kind} {table} {name}"
+
+
+def _hooked(kind: str, hook: str, priority: int) -> str:
+    return f" {{ type {kind} hook {hook} priority {priority}; policy accept; }}"
+
+
+def _make_guards(table: str, wanted: tuple[Guard, ...], seen: SeenTable, now_s: float) -> Iterator[str]:
+    """Add what is missing and remove what is over. An earlier run may have made some, so none is flushed."""
+    there = {(chain, rule.comment) for chain, rule in _guards(seen)}
+    for guard in wanted:
+        if (guard.chain, guard.rule.comment) not in there:
+            yield f"add rule {table} {guard.chain} {guard.rule}"
+    for chain, rule in _guards(seen):
+        if _is_over(rule, now_s):
+            yield f"delete rule {table} {chain} handle {rule.handle}"
+
+
+def _guards(seen: SeenTable) -> list[tuple[str, SeenRule]]:
+    """The rules in the guards' chains, whatever they are."""
+    return [(chain, rule) for chain in (GUARD_FORWARD, GUARD_INPUT) for rule in seen.chains.get(chain, ())]
+
+
+def _is_over(guard: SeenRule, now_s: float) -> bool:
+    """By its comment; what has none of a guard is over."""
+    word, _, rest = guard.comment.partition(" ")
+    until = rest.partition(" ")[0]
+    return word != "until" or not until.isdecimal() or int(until) <= now_s

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the firewall is to let through at one moment, and keeping it so."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
+from qubes_fwd_qrexec.common.values import Binding
+
+from . import listenrules, pathrules
+from .pathrules import Kept
+from .rule import Family, NftError, Rule
+from .tables import FORWARD, INPUT, LISTENER, TABLE, Content, Guard, Place, Seen, transaction
+
+_logger = logging.getLogger(__name__)
+
+# Others may change the firewall between our look and our change; then we look again.
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to let through: the active forwards of the listener, on the ports where it listens, and those by
+    nft; and what keeps cut connections from coming back."""
+
+    configs: tuple[ListenerConfig, ...] = ()
+    listening: frozenset[Binding] = frozenset()
+    paths: tuple[Kept, ...] = ()
+    guards: Mapping[Family, tuple[Guard, ...]] = field(default_factory=dict)
+
+    def rules(self, family: Family) -> tuple[Rule, ...]:
+        """The rules for the listener."""
+        return listenrules.rules(self.configs, family, self.listening)
+
+    def content(self, family: Family, seen: Seen) -> Content:
+        """What to have in one family. A forward that finds no place in Qubes' table gets no rule at all."""
+        found = [kept for kept in self.paths if seen.has(place_of(kept.config))]
+        made = pathrules.content(found, family)
+        listening = self.rules(family) if seen.has(LISTENER) else ()
+        return replace(made, placed={**made.placed, LISTENER: listening}, guards=self.guards.get(family, ()))
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """The keys of the forwards for which the listener does not listen on all ports."""
+        waiting = (config.key for config in self.configs if listenrules.is_waiting(config, self.listening))
+        return tuple(waiting)
+
+
+def place_of(config: NftConfig) -> Place:
+    """Where Qubes' firewall lets through what a forward needs."""
+    return FORWARD if config.role is Role.HOP else INPUT
+
+
+class Tool(Protocol):
+    """What is needed of `nfttool.Nft`. Each raises `NftError`."""
+
+    def look(self) -> dict[Family, Seen]: ...
+    def carry_out(self, transaction: str) -> None: ...
+
+
+class Firewall:
+    """What is ours in both families."""
+
+    def __init__(self, nft: Tool) -> None:
+        self._nft = nft
+
+    def keep(self, wanted: Wanted) -> dict[Family, Seen]:
+        """Let through exactly this. Returns what was there before. Raises `NftError`."""
+        for _ in range(_TRIES - 1):
+            try:
+                return self._keep(wanted)
+            except NftError as error:
+                _logger.debug("again: %s", error)
+        return self._keep(wanted)
+
+    def clear(self) -> None:
+        """Remove everything that is ours but guards that are not over. Raises `NftError`."""
+        self.keep(Wanted())
+
+    def _keep(self, wanted: Wanted) -> dict[Family, Seen]:
+        found = self._nft.look()
+        for family, seen in found.items():
+            if todo := transaction(family, wanted.content(family, seen), seen, time.time()):
+                self._nft.carry_out(todo)
+                _logger.info(
+                    "%s %s: %d rules let forwards in, %d forwards by nft",
+                    family,
+                    TABLE,
+                    len(wanted.rules(family)),
+                    sum(family.version in kept.config.versions for kept in wanted.paths),
+                )
+        return found
