@@ -28,6 +28,8 @@ NEVER_AGAIN = CallWaits(wait_s=0.05, again_s=1e6)
 # What is to be over "at once" or "within a second" is held to this: less than any of the timers that could
 # have ended it instead, which are of 10 s and more, and so long that a busy machine keeps it.
 SOON_S = 8.0
+# What `revoke` waits for a process that does not obey, and again for one that it has killed.
+KILLED_S = 3.0
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 Item = TypeVar("Item")
 

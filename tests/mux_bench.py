@@ -30,6 +30,8 @@ from qubes_fwd_qrexec.relay.patience import TICK_S
 PORTS = range(8080, 8090)
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("198.51.100.2"), 80)
 BOUND_S = 60.0
+# Several times as long as the kernel waits before it first sends something again.
+_STANDS_S = 5.0
 # The longest wait for news before it is looked again whether they are what was waited for.
 _LOOK_S = 0.01
 BUFFER_BYTES = 131072
@@ -275,8 +277,13 @@ class MuxBench:
         return self.read_to_end(sock)[1] == "RST"
 
     def stall(self, sock: socket.socket) -> int:
-        """Send from ``sock`` until nothing moves any more, in the kernel either; how much that was."""
+        """Send from ``sock`` until nothing moves any more, in the kernel either; how much that was.
+
+        What a full socket had no room for is on its way until somebody reads, and is sent again ever later.
+        """
         sent = 0
+        flying: list[int] = []
+        since = 0.0
         deadline = time.monotonic() + BOUND_S
         is_moving = True
         while is_moving:
@@ -284,7 +291,10 @@ class MuxBench:
             socks = {sock, *self._sockets()}
             for one in socks:
                 acknowledge(one)  # that makes room
-            is_moving = any(map(in_flight_bytes, socks))
+            before, flying = flying, sorted(map(in_flight_bytes, socks))
+            if flying != before:
+                since = time.monotonic()
+            is_moving = any(flying) and time.monotonic() < since + _STANDS_S
             if is_moving:
                 select.select([], [], [], 0.001)
             is_moving = self.turn() or is_moving

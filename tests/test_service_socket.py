@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from agents import connect_as_agent
-from helpers import BOUND_S, SOON_S, accept, listening_socket, no_fds_left, port_of
+from helpers import BOUND_S, KILLED_S, SOON_S, accept, listening_socket, no_fds_left, port_of
 from helpers import until as until_true
 from noted import after_a_tick
 from processes import TARGET, Way, World, assert_reset, open_world, until, with_constants
@@ -290,7 +290,7 @@ def test_dom0_ends_a_server_that_does_not_obey(tmp_path: Path, server: socket.so
         with far:
             (note,) = living(home)
             os.kill(note.pid, signal.SIGSTOP)
-            assert revoke(Allowance(), home, obey_s=0.1) == Revoked(1, 0)
+            assert revoke(Allowance(), home, obey_s=KILLED_S) == Revoked(1, 0)
             far.settimeout(BOUND_S)
             with pytest.raises(ConnectionResetError):
                 far.recv(1)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import KILLED_S
 from noted import (
     BOUND_S,
     ENDED,
@@ -94,7 +95,7 @@ def test_only_calls_that_dom0_does_not_list_are_ended(place: Path) -> None:
 def test_who_does_not_obey_is_killed(place: Path) -> None:
     with Call(place, obeys=False) as deaf, Call(place) as stopped, Call(place, OTHER_SOURCE) as other:
         stopped.process.send_signal(signal.SIGSTOP)
-        assert revoke(keep(OTHER_SOURCE), place, obey_s=0.1) == Revoked(2, 0)
+        assert revoke(keep(OTHER_SOURCE), place, obey_s=KILLED_S) == Revoked(2, 0)
         assert deaf.status == -signal.SIGKILL
         assert stopped.status == -signal.SIGKILL
         assert other.lives
@@ -102,7 +103,7 @@ def test_who_does_not_obey_is_killed(place: Path) -> None:
 
 def test_more_than_there_may_be_at_once_are_ended(place: Path) -> None:
     with Call(place) as one, Call(place) as two, Call(place, kind=Kind.SINGLE, obeys=False) as three:
-        assert revoke(NOTHING, place, obey_s=0.1) == Revoked(3, 0)
+        assert revoke(NOTHING, place, obey_s=KILLED_S) == Revoked(3, 0)
         assert {one.status, two.status, three.status} <= {ENDED, -signal.SIGKILL}
 
 
@@ -241,7 +242,7 @@ def test_calls_are_ended_also_where_the_list_cannot_be_written(place: Path) -> N
     with Call(place) as call:
         (place / "allowance").mkdir()
         with pytest.raises(RevocationError, match="allowance"):
-            revoke(NOTHING, place, obey_s=0.1)
+            revoke(NOTHING, place)
         assert call.status in (ENDED, -signal.SIGKILL)
 
 
