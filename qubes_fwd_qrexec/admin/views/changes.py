@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import callroom, heard, reasons, steps
+from . import callroom, reasons, steps
 from .judged import denials
 from .listeners import Heard, ask_after
 from .render import forward_as_json
@@ -193,7 +193,7 @@ def news(after: After, forward: Forward) -> list[str]:
     key = forward.named[:2]
     denial, uptake = after.denials.get(key), after.heard.uptakes.get(key)
     found = [] if denial is None else [f"dom0 denies its calls: {denial}"]
-    trouble = None if uptake is None else heard.note(forward, uptake)
+    trouble = None if uptake is None else uptake.note(forward)
     found += [] if trouble is None else [trouble]
     old, config = after.changed.plan_before.find(*key), forward.listener_config
     told = None if old is None else old.listener_config
@@ -247,7 +247,7 @@ def tell(
     else:
         session.say("".join(f"{line}\n" for line in (*lines, *_others(after))))
         for left in goes_on:
-            session.warn(f"still open: {heard.still_open(left)}")
+            session.warn(f"still open: {left}")
         is_live = changed.is_applied and any(forward.is_live for forward in changed.forwards)
         if is_live and after.watch_start is not None:
             session.say(

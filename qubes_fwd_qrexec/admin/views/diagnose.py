@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.common.rules import BrokenRule, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import heard, reasons
+from . import reasons
 from .judged import judged
 from .listeners import Has, ask, uptake
 from .render import broken_line
@@ -127,14 +127,22 @@ def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backen
         yield Check("rule", Verdict.STOPS, problem, State.BROKEN, f"'{' '.join(remove)}'", (remove,))
         return
     forward = next(forward for forward in snapshot.plan(now) if forward.named == entry)
-    for check in _Walk(snapshot, forward, backend).steps():
-        yield check
-        if check.verdict == Verdict.STOPS:
-            return
+    try:
+        yield from _Walk(snapshot, forward, backend).steps()
+    except _StoppedError as stopped:
+        yield stopped.check
+
+
+class _StoppedError(Exception):
+    """The way ends here; ``check`` says why."""
+
+    def __init__(self, check: Check) -> None:
+        super().__init__(check.text)
+        self.check = check
 
 
 class _Walk:
-    """The steps for one forward, in their order. One is taken only if those before it did not stop."""
+    """The steps for one forward, in their order, up to the first `_StoppedError`."""
 
     def __init__(self, snapshot: Snapshot, forward: Forward, backend: Backend) -> None:
         self._snapshot = snapshot
@@ -145,8 +153,7 @@ class _Walk:
     def steps(self) -> Iterator[Check]:
         forward = self._forward
         if forward.exposed is None or forward.listener_config is None:
-            yield self._planned("rule", forward.decisive)
-            return
+            raise self._planned("rule", forward.decisive)
         yield _ok("rule", f"{forward.named} is {forward.state}")
         yield from self._at_exposed(forward.exposed, forward.listener_config)
         yield from self._at_target()
@@ -156,7 +163,7 @@ class _Walk:
     def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Check]:
         halted = self._forward.finding(Cause.EXPOSED_HALTED)
         if halted is not None:
-            yield self._planned("exposed qube", halted)
+            raise self._planned("exposed qube", halted)
         yield _ok("exposed qube", f"{exposed} is running")
 
         allowed = policy.allowing(self._snapshot.installed.text)
@@ -166,17 +173,16 @@ class _Walk:
         if told != str(config):
             lacking.append(f"{exposed} has {'no' if told is None else 'another'} configuration for it")
         if lacking:
-            yield self._stops("applied", Fault.NOT_APPLIED, "; ".join(lacking))
+            raise self._stopped("applied", Fault.NOT_APPLIED, "; ".join(lacking))
         yield _ok("applied", "dom0's policy and the listener's configuration match the rule")
 
         answer = self._ask("listener", exposed)
-        if isinstance(answer, Check):
-            yield answer
-            return
         found = uptake(self._forward, answer)
-        if found.has not in (Has.OPEN, Has.FIREWALL):
-            yield self._stops("listener", found.has, heard.trouble(self._forward, found) or "")
+        if found.is_shut and found.has is not Has.FIREWALL:
+            raise self._stopped("listener", found.has, found.said)
         yield _ok("listener", f"{exposed} listens on {self._forward.named.rule.listen_ports.worded()}")
+        if found.is_shut:
+            raise self._stopped("firewall", found.has, found.said)
         yield self._firewall(exposed, config, answer.firewall)
 
         verdicts = judged([self._forward], self._backend, self._snapshot.installed)
@@ -187,12 +193,10 @@ class _Walk:
         elif verdict.is_allowed is None:
             yield _unknown("policy", verdict.reason)
         else:
-            yield self._stops("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
+            raise self._stopped("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
 
     def _firewall(self, exposed: QubeName, config: ListenerConfig, told: FirewallReport) -> Check:
         """The firewall, for the IP versions that the forward listens on and its clients have."""
-        if config.key in told.waiting:
-            return self._stops("firewall", Has.FIREWALL, f"{exposed}: {heard.FIREWALL}")
         listened = {address.version for address in config.listen}
         versions = sorted(listened & config.sources.versions or listened)
         words = {f"IPv{version}": told.ip if version == 4 else told.ip6 for version in versions}
@@ -203,7 +207,7 @@ class _Walk:
         )
         text = f"the firewall of {exposed} {detail}"
         if set(words.values()) == {Firewall.CLOSED}:
-            return self._stops("firewall", Fault.CLOSED, text)
+            raise self._stopped("firewall", Fault.CLOSED, text)
         # The client chooses the IP version: one that is open does not make up for one that is closed.
         return (_ok if set(words.values()) == {Firewall.OPEN} else _unknown)("firewall", text)
 
@@ -213,7 +217,7 @@ class _Walk:
         port = self._forward.named.rule.target_ports.first  # of a range it stands for all
         halted = self._forward.finding(Cause.TARGET_HALTED)
         if halted is not None:
-            yield self._planned("target", halted)
+            raise self._planned("target", halted)
         if not self._target.is_running:
             yield _unknown("target", f"{name} is halted, and a connection starts it")
             yield _unknown("service", f"{name} was not asked whether it has {service}")
@@ -223,31 +227,24 @@ class _Walk:
             yield _unknown("service", f"{name} was not asked whether it has {service}")
             yield _unknown("server", f"{name} was not asked whether a server listens")
             return
-        answer = self._ask("service", name, str(port))
-        if isinstance(answer, Check):
-            yield answer
-            return
+        trial = self._ask("service", name, str(port)).trial
         yield _ok("service", f"{name} has {_PACKAGE}, and answers")
-        trial = answer.trial
         if trial is None:
             yield _unknown("server", f"{name} does not say whether a server listens")
         elif trial.answer is Answer.THROUGH:
             yield _ok("server", f"a server in {name} takes connections on port {port}")
         else:
             text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
-            yield self._stops("server", Fault.NO_SERVER, text)
+            raise self._stopped("server", Fault.NO_SERVER, text)
 
     def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Check:
-        answer = self._ask("round trip", exposed, config.key)
-        if isinstance(answer, Check):
-            return answer
-        trial = answer.trial
+        trial = self._ask("round trip", exposed, config.key).trial
         if trial is None or trial.answer is Answer.SILENT:
             text = f"a connection from {exposed} got no answer"
             return _unknown("round trip", text if trial is None else f"{text}: {trial.text}")
         if trial.answer is not Answer.THROUGH:
             text = f"a connection from {exposed} did not reach the server: {trial.text}"
-            return self._stops("round trip", trial.reason, text, self._target.name)
+            raise self._stopped("round trip", trial.reason, text, self._target.name)
         # A server that expects something else refuses it, and nobody here sees that.
         proxy = self._forward.named.rule.proxy
         header = f"with a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
@@ -255,23 +252,25 @@ class _Walk:
             header = "without a PROXY header (if the server expects one, set proxy=v1 or proxy=v2)"
         return _ok("round trip", f"a connection from {exposed} reached the server, {header}")
 
-    def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport | Check:
+    def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport:
         try:
             return ask(self._backend, qube, argument)
         except AnswerError as error:
             caught = error
         if caught.status == ExitStatus.NO_SERVICE:
-            return self._stops(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", qube)
+            raise self._stopped(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", qube)
         # What a template has told dom0 may be old; a qube that answers has the package.
         if not self._snapshot.inventory.offers(qube):
             text = f"{qube} has not told dom0 that it has {_PACKAGE}"
-            return self._stops(step, Has.NOT_OFFERED, text, qube)
+            raise self._stopped(step, Has.NOT_OFFERED, text, qube)
         helps = caught.way_out or f"check {qube}, or restart it"
         if caught.status == ExitStatus.REFUSED and not caught.way_out:
             helps = f"{qube} may not take any more calls: wait until some have ended, or restart it"
-        return self._stops(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
+        raise self._stopped(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
 
-    def _stops(self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str) -> Check:
+    def _stopped(
+        self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str
+    ) -> _StoppedError:
         """``qube`` is the qube that lacks something, if any does."""
         template = None if qube is None else self._snapshot.inventory.qubes[qube].template or qube
         target, name, *_ = self._forward.named
@@ -280,9 +279,9 @@ class _Walk:
         remedy, *commands = _REMEDIES.get(cause, _OTHERWISE)
         ways_out = tuple(tuple(word.format(**facts) for word in command.split()) for command in commands)
         remedy = remedy.format(*(f"'{' '.join(words)}'" for words in ways_out), **facts)
-        return Check(step, Verdict.STOPS, text, cause, remedy, ways_out)
+        return _StoppedError(Check(step, Verdict.STOPS, text, cause, remedy, ways_out))
 
-    def _planned(self, step: str, found: Finding) -> Check:
+    def _planned(self, step: str, found: Finding) -> _StoppedError:
         """The plan has found what stops this step."""
         ways_out = reasons.ways_out(self._forward, found)
         quoted = [f"'{' '.join(words)}'" for words in ways_out]
@@ -290,7 +289,7 @@ class _Walk:
         last = quoted.pop() if len(ways_out) > 1 and ways_out[-1][1] == "confirm" else None
         remedy = " or ".join(quoted) if last is None else f"{' or '.join(quoted)}, then {last}"
         text = f"{self._forward.named} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
-        return Check(step, Verdict.STOPS, text, found.cause, remedy, ways_out)
+        return _StoppedError(Check(step, Verdict.STOPS, text, found.cause, remedy, ways_out))
 
 
 def _ok(step: str, text: str) -> Check:

@@ -21,11 +21,15 @@ from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, Qube
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
+from .tables import counted
+
 Key = tuple[QubeName, RuleName]
 """Target and name of a rule."""
 Answer = QubeReport | AnswerError
 """What a qube says of itself, or why there is no answer."""
 
+_PACKAGE = "qubes-fwd-qrexec, without which it does not listen"
+_WAITING = "its firewall lets nobody in to a port that the listener does not listen on"
 # How long a change waits for what a qube makes of it; the qube itself waits a moment for its listener.
 AFTER_S = 5.0
 
@@ -51,12 +55,22 @@ class Has(StrEnum):
 class Uptake(NamedTuple):
     """What became of one forward at its listener.
 
-    ``said`` is why, as far as the qube or the call says so. ``report`` is there if the listener has it.
+    ``said`` is why it is not open, or why that is unknown. ``report`` is there if the listener has it.
     """
 
     has: Has
     said: str = ""
     report: ForwardReport | None = None
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether the listener does not have it open, or not wholly."""
+        return self.has not in (Has.OPEN, Has.NO_ANSWER)
+
+    def note(self, forward: Forward) -> str | None:
+        """Why the forward is not open, and the command that says more; None if it is open or unknown."""
+        helps = f"'qvm-forward diagnose {forward.named}' says what helps"
+        return f"{self.said}; {helps}" if self.is_shut else None
 
 
 class GoesOn(NamedTuple):
@@ -73,6 +87,24 @@ class GoesOn(NamedTuple):
     connections: int | None
     left_s: int | None = None
     service: Service = Service.CONNECT_TCP
+
+    @property
+    def counted(self) -> str:
+        """How many go on, if that is known."""
+        return "connections" if self.connections is None else counted(self.connections, "connection")
+
+    def __str__(self) -> str:
+        """Which connections go on, and why."""
+        over = f"over {Service.CONNECT_TCP}, which dom0 cannot end"
+        if self.target is None:
+            return f"{self.exposed} does not say whether it has connections {over}"
+        what = f"{self.target} {self.name}: {self.counted}"
+        if self.left_s is not None:
+            return f"{what} at {self.exposed} may go on for at most {self.left_s} s"
+        if self.service is not Service.CONNECT_TCP:
+            over = "over a call that another forward needs, so that dom0 cannot end it"
+        where = f"; {self.exposed} does not say" if self.connections is None else f" at {self.exposed}"
+        return f"{what} {over}{where}"
 
 
 class Heard(NamedTuple):
@@ -113,36 +145,41 @@ def is_without_listener(answer: Answer) -> bool:
     return is_down or (isinstance(answer, AnswerError) and answer.status == ExitStatus.NO_SERVICE)
 
 
-def uptake(forward: Forward, answer: Answer) -> Uptake:
-    """What became of a forward, by the answer of its exposed qube."""
-    if isinstance(answer, AnswerError):
-        return Uptake(
-            Has.NO_SERVICE if answer.status == ExitStatus.NO_SERVICE else Has.NO_ANSWER, str(answer)
-        )
-    if answer.listener is None:
-        return Uptake(Has.NO_LISTENER, answer.listener_problem or "")
+def uptake(forward: Forward, answer: Answer | None) -> Uptake:
+    """What became of a forward, by the answer of its exposed qube; None where that does not run."""
+    exposed = forward.exposed
     key = "" if forward.listener_config is None else forward.listener_config.key
-    report = answer.listener.find(*forward.named[:2])
+    if answer is None:
+        return Uptake(Has.NO_ANSWER, f"{exposed} is halted")
+    if isinstance(answer, AnswerError):
+        if answer.status == ExitStatus.NO_SERVICE:
+            return Uptake(Has.NO_SERVICE, f"{exposed} does not have {_PACKAGE}")
+        return Uptake(Has.NO_ANSWER, str(answer))
+    if answer.listener is None:
+        why = answer.listener_problem or "no listener is running"
+        return Uptake(Has.NO_LISTENER, f"{exposed} does not listen: {why}")
+    report, shut = answer.listener.find(*forward.named[:2]), f"{exposed} does not have it open"
     for problem in answer.listener.problems:
         if problem.key == key:
-            return Uptake(Has.FAILED, problem.text, report)
+            return Uptake(Has.FAILED, f"{shut}: {problem.text}", report)
     if report is None:
-        return Uptake(Has.NOT_YET)
+        return Uptake(Has.NOT_YET, f"{shut} yet")
     if not report.is_listening:
-        return Uptake(Has.IN_PART, report=report)
-    return Uptake(Has.FIREWALL if key in answer.firewall.waiting else Has.OPEN, report=report)
+        return Uptake(Has.IN_PART, f"{shut}: not all of its ports are open", report)
+    if key in answer.firewall.waiting:
+        return Uptake(Has.FIREWALL, f"{shut}: {_WAITING}", report)
+    return Uptake(Has.OPEN, report=report)
 
 
 def flows(exposed: QubeName, answer: QubeReport, live: Collection[tuple[str, str]]) -> list[GoesOn]:
     """The connections that a qube has of closed forwards; ``live`` are the forwards that are not closed."""
     found: dict[Key, tuple[int, int | None]] = {}
-    draining, forwards = (
-        ((), ()) if answer.listener is None else (answer.listener.draining, answer.listener.forwards)
-    )
-    for old in draining:
+    if answer.listener is None:
+        return []
+    for old in answer.listener.draining:
         count, left_s = found.get((old.target, old.name), (0, 0))
         found[old.target, old.name] = count + old.connections, max(left_s or 0, old.left_s)
-    for forward in forwards:
+    for forward in answer.listener.forwards:
         key = (forward.target, forward.name)
         if forward.connections and key not in live:
             found[key] = found.get(key, (0, 0))[0] + forward.connections, None
@@ -166,16 +203,14 @@ def beyond_dom0(before: Plan, after: Plan) -> list[Forward]:
     service, and those over calls that others need. What is only changed may keep its connections.
     """
     still = {(*forward.named[:2], forward.exposed) for forward in after.live}
-    needed = {policy.calls_of(line) for forward in after.live for line in policy.lines(forward)}
+    # None stands for all calls of the stock service.
+    lasting = {None, *(policy.calls_of(line) for forward in after.live for line in policy.lines(forward))}
     return [
         forward
         for forward in before.live
         if forward.state is State.ACTIVE
         and (*forward.named[:2], forward.exposed) not in still
-        and (
-            forward.service is Service.CONNECT_TCP
-            or not needed.isdisjoint(map(policy.calls_of, policy.lines(forward)))
-        )
+        and not lasting.isdisjoint(map(policy.calls_of, policy.lines(forward)))
     ]
 
 
@@ -202,7 +237,8 @@ def ask_after(
     qubes |= listening(inventory) if closed or is_everything else set()
     answers = ask_all(backend, sorted(qubes), AFTER_S)
 
-    uptakes: dict[Key, Uptake] = {f.named[:2]: Uptake(Has.NOT_OFFERED) for f in opened}
+    lacks = f"has not told dom0 that it has {_PACKAGE}"
+    uptakes = {f.named[:2]: Uptake(Has.NOT_OFFERED, f"{f.exposed} {lacks}") for f in opened}
     uptakes |= {f.named[:2]: uptake(f, answers[f.exposed]) for f in fresh if f.exposed is not None}
     goes_on: list[GoesOn] = []
     for qube, answer in answers.items():

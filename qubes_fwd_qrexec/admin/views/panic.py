@@ -2,7 +2,7 @@
 """The commands panic and resume."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -14,10 +14,9 @@ from qubes_fwd_qrexec.admin.policy import NAME
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import heard, reasons, steps
+from . import reasons, steps
 from .judged import denials, judged
 from .listeners import GoesOn, ask_after
 from .session import Session
@@ -25,12 +24,10 @@ from .tables import counted, escaped
 
 
 class _Seen(NamedTuple):
-    """A hold, and what goes on in spite of it: calls that another policy file allows (``allowed``), and
-    connections.
-    """
+    """A hold, and what goes on in spite of it: calls that dom0's policy allows, and connections."""
 
     held: Held
-    allowed: tuple[NamedRule, ...] = ()
+    allowed: tuple[str, ...]
     goes_on: tuple[GoesOn, ...] = ()
 
     @property
@@ -38,13 +35,13 @@ class _Seen(NamedTuple):
         """Whether nothing is open any more, and nothing opens."""
         held = self.held
         is_done = held.is_held and not held.problems and all(ended.problem is None for ended in held.ended)
-        return is_done and not (held.allowed or self.allowed or self.goes_on)
+        return is_done and not (self.allowed or self.goes_on)
 
 
 def panic(args: Namespace, session: Session) -> int:
     """Close everything and hold it; status 0 only if all of it is closed."""
     held = hold.hold(session.backend, session.now)
-    seen = _Seen(held)
+    seen = _Seen(held, _allowed(held))
     if held.applied is not None:
         session.warn_unread(held.applied.snapshot)
         seen = _looked(held, held.applied.snapshot, session)
@@ -62,9 +59,17 @@ def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
     # Our file holds everything, so another file allows these. That no file can be read has been said.
     with suppress(ForwardError, OSError):
         verdicts = judged(live.live, session.backend, PolicyFile(None, NEW)) if held.is_held else {}
-    allowed = {key for key, verdict in verdicts.items() if verdict.is_allowed}
+    others = (
+        f"policy: another file than {NAME}.policy allows calls of {target} {name}"
+        for (target, name), verdict in verdicts.items()
+        if verdict.is_allowed
+    )
     heard = ask_after(live, Plan(()), (), snapshot.inventory, session.backend, is_everything=True)
-    return _Seen(held, tuple(f.named for f in live.live if f.named[:2] in allowed), heard.goes_on)
+    return _Seen(held, (*_allowed(held), *others), heard.goes_on)
+
+
+def _allowed(held: Held) -> tuple[str, ...]:
+    return tuple(f"policy: {' '.join(line.split())}" for line in held.allowed)
 
 
 def _as_json(seen: _Seen) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def _as_json(seen: _Seen) -> dict[str, Any]:
         "ended": [ended._asdict() for ended in held.ended],
         "not_done": [*held.problems, *steps.untold(held.ended)],
         "notes": list(held.notes),
-        "open_still": list(_open_still(seen)),
+        "open_still": list(seen.allowed),
         "goes_on": [left._asdict() for left in seen.goes_on],
     }
 
@@ -99,18 +104,12 @@ def _say(seen: _Seen, session: Session) -> None:
         session.warn(f"note: {note}")
     for problem in (*held.problems, *steps.untold(held.ended)):
         session.warn(f"not done: {problem}")
-    for what in (*_open_still(seen), *(heard.still_open(left) for left in seen.goes_on)):
+    for what in (*seen.allowed, *seen.goes_on):
         session.warn(f"still open: {what}")
     if targets := sorted({left.target for left in seen.goes_on if left.target is not None}):
         session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
     if not seen.is_closed:
         session.warn("mend that, and say 'qvm-forward panic' again")
-
-
-def _open_still(seen: _Seen) -> Iterator[str]:
-    yield from (f"policy: {' '.join(line.split())}" for line in seen.held.allowed)
-    for named in seen.allowed:
-        yield f"policy: another file than {NAME}.policy allows calls of {named}"
 
 
 def resume(args: Namespace, session: Session) -> int:

@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.system.ending import Ending
 
-from . import heard, reasons, steps
+from . import reasons, steps
 from .judged import judged
 from .listeners import (
     Answer,
@@ -67,17 +67,12 @@ class Row(NamedTuple):
     bugs_in_target: int = 0
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether its listener does not have it open, or not wholly."""
-        return self.uptake.has not in (Has.OPEN, Has.NO_ANSWER)
-
-    @property
     def problem(self) -> str | None:
-        return heard.note(self.forward, self.uptake) or self.uptake.said or None
+        return self.uptake.note(self.forward) or self.uptake.said or None
 
     @property
     def state(self) -> State:
-        return State.WAITING if self.is_waiting else self.forward.state
+        return State.WAITING if self.uptake.is_shut else self.forward.state
 
     def as_json(self) -> dict[str, Any]:
         figures: dict[str, Any] = {"is_known": False, "reason": self.problem}
@@ -93,7 +88,7 @@ class Row(NamedTuple):
         at_listener = {"state": self.state, "cause": self.uptake.has, "reason": self.problem}
         return {
             **forward_as_json(self.forward),
-            **(at_listener if self.is_waiting else {}),
+            **(at_listener if self.uptake.is_shut else {}),
             "ports": self.forward.named.rule.listen_ports.brief(),
             "is_allowed": self.verdict.is_allowed,
             "policy": self.verdict.reason,
@@ -120,7 +115,7 @@ class Status(NamedTuple):
         return (
             not self.due
             and all(left.left_s is not None for left in self.goes_on)
-            and not any(row.is_waiting or row.verdict.is_allowed is False for row in self.rows)
+            and not any(row.uptake.is_shut or row.verdict.is_allowed is False for row in self.rows)
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -172,12 +167,10 @@ def status_of(
 
 def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
     answer = None if forward.exposed is None else answers.get(forward.exposed)
-    if answer is None:
-        return Row(forward, verdict, Uptake(Has.NO_ANSWER, f"{forward.exposed} is halted"))
     row, target = Row(forward, verdict, uptake(forward, answer)), answers.get(forward.named.target)
     if isinstance(answer, QubeReport) and answer.listener is not None:
         row = row._replace(bugs=answer.listener.bugs)
-    if not isinstance(target, QubeReport):
+    if answer is None or not isinstance(target, QubeReport):
         return row
     mine = (forward.exposed, forward.named.rule.target_ports)
     mux_calls = sum(calls.mux_calls for calls in target.calls if (calls.source, calls.ports) == mine)
@@ -264,9 +257,8 @@ def _leftover(qube: QubeName | None, what: str) -> str:
 
 def _goes_on(left: GoesOn) -> str:
     if left.left_s is not None:
-        return f"Draining: {heard.still_open(left)}"
-    count = heard.connections(left)
-    return f"{left.target} {left.name} should be closed, but {left.exposed} still has {count} of it"
+        return f"Draining: {left}"
+    return f"{left.target} {left.name} should be closed, but {left.exposed} still has {left.counted} of it"
 
 
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
@@ -319,7 +311,7 @@ def _about(row: Row) -> Iterator[str]:
     name, report = row.forward.named, row.uptake.report
     if row.verdict.is_allowed is False:
         yield f"{name}: dom0 denies its calls: {escaped(row.verdict.reason)}."
-    if row.is_waiting:
+    if row.uptake.is_shut:
         yield f"{name} is {State.WAITING}: {row.problem}."
     if report is not None and report.refused:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))

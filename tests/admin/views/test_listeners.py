@@ -12,7 +12,6 @@ from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
-from qubes_fwd_qrexec.admin.views import heard as words
 from qubes_fwd_qrexec.admin.views.listeners import (
     AFTER_S,
     GoesOn,
@@ -151,15 +150,26 @@ def test_only_what_is_open_now_and_was_asked_for_is_a_question() -> None:
 
 def test_a_qube_that_lacks_our_package_is_not_asked() -> None:
     found = Qube().heard(planned(), planned(rule()), WEB, inventory=world())
-    assert found.uptakes == {WEB: Uptake(Has.NOT_OFFERED)}
+    said = "sys-net has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen"
+    assert found.uptakes == {WEB: Uptake(Has.NOT_OFFERED, said)}
 
 
-NOTES: list[tuple[QubeReport | AnswerError, str | None]] = [
+NOTES: list[tuple[QubeReport | AnswerError | None, str | None]] = [
     (OPEN, None),
     (SILENT, None),
+    (None, None),
     (NOTHING, "sys-net does not have it open yet"),
     (BUSY, "sys-net does not have it open: the port is in use by nginx"),
     (PART, "sys-net does not have it open: not all of its ports are open"),
+    (
+        SHUT,
+        "sys-net does not have it open: its firewall lets nobody in to a port that the listener does not "
+        "listen on",
+    ),
+    (
+        AnswerError("none", ExitStatus.NO_SERVICE),
+        "sys-net does not have qubes-fwd-qrexec, without which it does not listen",
+    ),
     (DOWN, "sys-net does not listen: it is not enabled"),
     (QubeReport(program="x"), "sys-net does not listen: no listener is running"),
 ]
@@ -167,11 +177,11 @@ NOTES: list[tuple[QubeReport | AnswerError, str | None]] = [
 
 @pytest.mark.parametrize(("said", "text"), NOTES)
 def test_what_keeps_a_forward_from_being_open_has_words(
-    said: QubeReport | AnswerError, text: str | None
+    said: QubeReport | AnswerError | None, text: str | None
 ) -> None:
     forward = only(rule())
     helps = "; 'qvm-forward diagnose work web' says what helps"
-    assert words.note(forward, uptake(forward, said)) == (None if text is None else f"{text}{helps}")
+    assert uptake(forward, said).note(forward) == (None if text is None else f"{text}{helps}")
 
 
 def test_what_has_ended_beyond_dom0_is_found_and_no_other() -> None:
@@ -222,9 +232,7 @@ def test_all_that_goes_on_anywhere_is_asked_for() -> None:
     assert left(DRAINING) == (GoesOn(PERSONAL, SSH, SYS_NET, 2, 3000),)
     (found,) = left(SILENT)
     assert found == GoesOn(None, None, SYS_NET, None)
-    assert words.still_open(found).startswith(
-        "sys-net does not say whether it has connections over qubes.Conn"
-    )
+    assert str(found).startswith("sys-net does not say whether it has connections over qubes.Conn")
 
 
 def test_several_drains_of_a_forward_are_one_and_what_is_live_is_none() -> None:
@@ -256,7 +264,7 @@ def test_several_drains_of_a_forward_are_one_and_what_is_live_is_none() -> None:
     ],
 )
 def test_what_goes_on_has_words(left: GoesOn, text: str) -> None:
-    assert words.still_open(left) == f"personal ssh: {text}"
+    assert str(left) == f"personal ssh: {text}"
 
 
 @pytest.mark.parametrize("said", [b"\x1b[2J", b"{}"])
