@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
-from .backend import Backend, ChangedError, PolicyFile
+from .backend import Backend, ChangedError, PolicyFile, put
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .snapshot import Snapshot, look
@@ -44,7 +44,8 @@ class Kind(StrEnum):
 
 class Step(NamedTuple):
     """One change: of policy (``value`` is the whole new text, ``lines`` are those that go or come), of a
-    feature (``qube`` and ``key``), or what targets are told of the calls to them (``allowances``).
+    feature (``qube`` and ``key``; without a value it goes), or what targets are told of the calls to them
+    (``allowances``).
     """
 
     kind: Kind
@@ -197,16 +198,16 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
                 installed = _written(backend, step.value)
             elif step.kind is Kind.REVOKE:
                 ended = revoke(step.allowances, backend)
-            elif step.kind is Kind.REMOVE_CONFIG:
-                backend.remove_feature(step.qube, step.key)
             else:
-                backend.set_feature(step.qube, step.key, step.value)
+                put(backend, step.qube, step.key, step.value or None)
         except (StoreError, OSError) as error:
             is_overtaken = is_overtaken or isinstance(error, ChangedError)
             if step.kind is Kind.SET_CONFIG:
                 untold.append((step, str(error)))
                 may_open = may_open and step.opens
-                _put_back(step, backend)
+                # It may have been set and not delivered; the next `differences` is to find it again.
+                with suppress(StoreError, OSError):
+                    put(backend, step.qube, step.key, step.was)
             else:
                 problems.append(str(error))
                 undone.append(step)
@@ -225,17 +226,6 @@ def _written(backend: Backend, text: str) -> PolicyFile:
     if found.text != text:
         raise ChangedError("dom0's policy file")
     return found
-
-
-def _put_back(step: Step, backend: Backend) -> None:
-    """Restore a feature that may have been set but not delivered, so that the next `differences` finds it
-    again.
-    """
-    with suppress(StoreError, OSError):
-        if step.was is None:
-            backend.remove_feature(step.qube, step.key)
-        else:
-            backend.set_feature(step.qube, step.key, step.was)
 
 
 class Applied(NamedTuple):

@@ -108,3 +108,11 @@ class Backend(Protocol):
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         """The news. ``wakers`` are descriptors that end a wait while they are readable."""
+
+
+def put(backend: Backend, qube: QubeName, key: str, value: str | None) -> None:
+    """Set a feature, or without a value remove it. Raises `StoreError`."""
+    if value is None:
+        backend.remove_feature(qube, key)
+    else:
+        backend.set_feature(qube, key, value)

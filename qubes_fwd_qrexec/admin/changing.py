@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
 
 from .apply import Outcome, reconcile
-from .backend import Backend
+from .backend import Backend, put
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .snapshot import TUNNEL_NAME, Changes, Snapshot, look, made_up_name, names_at
 from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
@@ -288,7 +288,7 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
     try:
         for (qube, name), value in changes.items():
             tried.append((qube, name))
-            _put(backend, qube, name, value)
+            put(backend, qube, RULE_PREFIX + name, value)
     except (StoreError, KeyboardInterrupt) as error:
         left = [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
         if not left:
@@ -304,7 +304,7 @@ def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str)
     """Restore a feature; if that fails, and it does differ, its old value as a line of a document."""
     old = inventory.qubes[qube].features.get(RULE_PREFIX + name)
     try:
-        _put(backend, qube, name, old)
+        put(backend, qube, RULE_PREFIX + name, old)
     except StoreError:
         with suppress(StoreError, KeyError):
             # A write that was refused has changed nothing.
@@ -314,10 +314,3 @@ def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str)
         was = yes_no(bool(old)) if name == TUNNEL_NAME else "(new)" if old is None else old
         return f"  {qube} {ascii(name)[1:-1]} {ascii(was)[1:-1]}\n"
     return None
-
-
-def _put(backend: Backend, qube: QubeName, name: str, value: str | None) -> None:
-    if value is None:
-        backend.remove_feature(qube, RULE_PREFIX + name)
-    else:
-        backend.set_feature(qube, RULE_PREFIX + name, value)
