@@ -28,12 +28,11 @@ def test_every_command_is_one_that_runs() -> None:
 
 @pytest.mark.parametrize("option", ["mode", "proto", "transport", "proxy", "on-expire"])
 def test_the_words_that_help_offers_are_those_that_a_rule_takes(option: str) -> None:
-    (argument,) = (
-        argument for argument in parser.COMMANDS["add"].arguments if f"--{option}" in argument.names
-    )
+    arguments = parser.COMMANDS["add"].arguments
+    (settings,) = (settings for flags, settings in arguments if f"--{option}" in flags)
     with pytest.raises(RuleError) as wrong:
         ForwardRule.parse(f"{option}=neither")
-    assert str(wrong.value).partition(" one of ")[2].split(", ") == argument.settings["metavar"].split("|")
+    assert str(wrong.value).partition(" one of ")[2].split(", ") == settings["metavar"].split("|")
 
 
 def page_of(name: str) -> str:
