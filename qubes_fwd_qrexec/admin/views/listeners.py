@@ -139,12 +139,6 @@ def ask_all(
     return at_once(answer, qubes)
 
 
-def is_without_listener(answer: Answer) -> bool:
-    """Whether no listener of ours can run there, so that it has no connections."""
-    is_down = isinstance(answer, NotRunningError)
-    return is_down or (isinstance(answer, AnswerError) and answer.status == ExitStatus.NO_SERVICE)
-
-
 def uptake(forward: Forward, answer: Answer | None) -> Uptake:
     """What became of a forward, by the answer of its exposed qube; None where that does not run."""
     exposed = forward.exposed
@@ -171,11 +165,16 @@ def uptake(forward: Forward, answer: Answer | None) -> Uptake:
     return Uptake(Has.OPEN, report=report)
 
 
-def flows(exposed: QubeName, answer: QubeReport, live: Collection[tuple[str, str]]) -> list[GoesOn]:
-    """The connections that a qube has of closed forwards; ``live`` are the forwards that are not closed."""
-    found: dict[Key, tuple[int, int | None]] = {}
+def flows(exposed: QubeName, answer: Answer, planned: Plan) -> list[GoesOn] | None:
+    """The connections that a qube has of forwards that the plan closes; None if it does not say."""
+    if isinstance(answer, AnswerError):
+        # Where no listener of ours can run there are none.
+        is_down = isinstance(answer, NotRunningError) or answer.status == ExitStatus.NO_SERVICE
+        return [] if is_down else None
     if answer.listener is None:
         return []
+    live = {forward.named[:2] for forward in planned.live if forward.exposed == exposed}
+    found: dict[Key, tuple[int, int | None]] = {}
     for old in answer.listener.draining:
         count, left_s = found.get((old.target, old.name), (0, 0))
         found[old.target, old.name] = count + old.connections, max(left_s or 0, old.left_s)
@@ -245,13 +244,11 @@ def ask_after(
         services: dict[tuple[str | None, ...], Service] = {
             f.named[:2]: f.service for f in over if f.exposed == qube and f.service is not None
         }
-        if isinstance(answer, QubeReport):
-            found = flows(qube, answer, [f.named[:2] for f in after.live if f.exposed == qube])
-            left = [each for each in found if is_everything or each[:2] in closed or each[:2] in services]
-        elif is_without_listener(answer):
-            left = []
-        else:
+        left = flows(qube, answer, after)
+        if left is None:
             left = [GoesOn(*f.named[:2], qube, None) for f in over if f.exposed == qube]
             left = left or [GoesOn(None, None, qube, None)] * is_everything
+        elif not is_everything:
+            left = [each for each in left if each[:2] in closed or each[:2] in services]
         goes_on += [each._replace(service=services.get(each[:2], each.service)) for each in left]
     return Heard(uptakes, tuple(goes_on))

@@ -31,7 +31,6 @@ from .listeners import (
     Uptake,
     ask_all,
     flows,
-    is_without_listener,
     listening,
     uptake,
 )
@@ -156,11 +155,9 @@ def status_of(
     goes_on: list[GoesOn] = []
     silent = []
     for qube in _listening(planned, snapshot.inventory, qubes):
-        answer = answers[qube]
-        if isinstance(answer, QubeReport):
-            live = {forward.named[:2] for forward in everything.live if forward.exposed == qube}
-            goes_on += flows(qube, answer, live)
-        elif not is_without_listener(answer) and all(row.forward.exposed != qube for row in rows):
+        found = flows(qube, answers[qube], everything)
+        goes_on += found or ()
+        if found is None and all(row.forward.exposed != qube for row in rows):
             silent.append(qube)  # of others the figures are unknown, and that is said already
     return Status(planned, rows, tuple(goes_on), tuple(silent), tuple(due))
 

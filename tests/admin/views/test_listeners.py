@@ -237,12 +237,13 @@ def test_all_that_goes_on_anywhere_is_asked_for() -> None:
 
 def test_several_drains_of_a_forward_are_one_and_what_is_live_is_none() -> None:
     said = answer(report(connections=1), report("personal", "ssh", 4), draining=(drain(2), drain(1, 59)))
-    assert flows(SYS_NET, said, [("personal", "ssh")]) == [
+    assert flows(SYS_NET, said, planned(STOCK)) == [
         GoesOn(PERSONAL, SSH, SYS_NET, 3, 3000),
         GoesOn(QubeName("work"), RuleName("web"), SYS_NET, 1),
     ]
-    assert flows(SYS_NET, said, [WEB]) == [GoesOn(PERSONAL, SSH, SYS_NET, 7)]
-    assert flows(SYS_NET, DOWN, []) == []
+    assert flows(SYS_NET, said, planned(rule())) == [GoesOn(PERSONAL, SSH, SYS_NET, 7)]
+    assert flows(SYS_NET, DOWN, planned()) == []
+    assert flows(SYS_NET, SILENT, planned()) is None
 
 
 @pytest.mark.parametrize(
