@@ -20,14 +20,16 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.nftconfig import parse_nft_key
 from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile, put
+from .confirming import Place, switched, unconfirmed
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .snapshot import Snapshot, look
-from .states import Cause, Forward, Plan
+from .states import Cause, Forward, Key, Plan
 
 # Somebody who keeps rewriting policy must not keep us here for ever, as we hold the lock.
 _LOOKS = 3
@@ -70,10 +72,6 @@ class Step(NamedTuple):
         return self.kind in (Kind.REMOVE_CONFIG, Kind.SET_CONFIG) and not self.opens
 
 
-Place = tuple[QubeName, str]
-"""Qube and feature by which it is told of a forward."""
-
-
 class Outcome(NamedTuple):
     """What became of the steps; ``problems`` are errors, and ``undone`` the steps that they kept back.
 
@@ -89,6 +87,12 @@ class Outcome(NamedTuple):
     ended: tuple[Ended, ...] = ()
     is_overtaken: bool = False
 
+    @property
+    def told(self) -> dict[Place, str | None]:
+        """What qubes were told of forwards, as the last of these steps left it; None where it was removed."""
+        kinds = (Kind.SET_CONFIG, Kind.REMOVE_CONFIG)
+        return {(step.qube, step.key): step.value or None for step in self.done if step.kind in kinds}
+
     def after(self, earlier: "Outcome") -> "Outcome":
         """This one and the one before it, whose undone steps and problems this one has met again."""
         return self._replace(
@@ -103,20 +107,30 @@ def _told(forward: Forward) -> dict[Place, str]:
     return {(qube, f"{CONFIG_PREFIX}{config.key}"): str(config) for qube, config in forward.configs}
 
 
+def _keys(places: Iterable[Place]) -> set[Key]:
+    """The rules by nft that qubes are told of there."""
+    return {parse_nft_key(key.removeprefix(CONFIG_PREFIX)) for _, key in places}
+
+
 def differences(
     plan: Plan,
     inventory: Inventory,
     installed: PolicyFile,
     untold: Collection[Place] = (),
+    stopped: Collection[Key] = (),
     *,
     ends_all: bool = False,
 ) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken.
 
-    ``untold`` are places that could not be told: their forwards are closed everywhere. ``ends_all``: as long
-    as any qube is told of a forward, all that serve are told what is allowed.
+    ``untold`` are places that could not be told: their forwards are closed everywhere. ``stopped`` are rules
+    that changed from nft to qrexec, and whose qubes have confirmed that packets are stopped: others wait for
+    that. ``ends_all``: as long as any qube is told of a forward, all that serve are told what is allowed.
     """
-    plan = replace(plan, forwards=tuple(f for f in plan if _told(f).keys().isdisjoint(untold)))
+    ending = switched(plan, inventory, stopped)
+    waiting = _keys(ending)
+    opening = (f for f in plan if f.named[:2] not in waiting and _told(f).keys().isdisjoint(untold))
+    plan = replace(plan, forwards=tuple(opening))
     final = policy.text(plan)
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(final)
     gone, new = old_lines - new_lines, new_lines - old_lines
@@ -129,7 +143,7 @@ def differences(
     everybody = serving(inventory) if ends_all and present else set()
     if told := _revocations(gone, new_lines, inventory, everybody, cuts_drains=plan.is_held):
         steps.append(Step(Kind.REVOKE, allowances=told))
-    wanted = {place: value for forward in plan for place, value in _told(forward).items()}
+    wanted = ending | {place: value for forward in plan for place, value in _told(forward).items()}
 
     def outermost_first(place: Place) -> tuple[int, Place]:
         return len(inventory.chain(place[0]).qubes), place
@@ -249,13 +263,14 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
     looked at again. ``is_held`` puts everything on hold, or lifts the hold. Raises `StoreError` if the qubes
     cannot be read.
     """
-    outcome, untold, overtaken = Outcome(), set[Place](), 0
+    outcome, untold, stopped, overtaken = Outcome(), set[Place](), set[Key](), 0
     while True:
         snapshot = look(backend, with_config=True)
         planned = snapshot.plan(now, is_held=is_held)
         # Whoever began a hold may have been killed before any call was ended.
         ends_all = planned.is_held and not is_held
-        steps = differences(planned, snapshot.inventory, snapshot.installed, untold, ends_all=ends_all)
+        inventory = snapshot.inventory
+        steps = differences(planned, inventory, snapshot.installed, untold, stopped, ends_all=ends_all)
         problem = None if is_held else snapshot.policy_problem
         if problem is not None:
             # Everything may be on hold: only close, and only what needs no policy.
@@ -266,12 +281,23 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
             outcome = outcome._replace(problems=(problem, *outcome.problems))
         overtaken += outcome.is_overtaken
         failed = {(step.qube, step.key) for step, _ in outcome.untold}
-        if overtaken == _LOOKS or (failed == untold and not outcome.is_overtaken):
+        ending = switched(planned, inventory, stopped)
+        doubts = unconfirmed(ending, backend)
+        confirmed = _keys(ending) - {parse_nft_key(doubt.key) for doubt in doubts}
+        is_settled = failed == untold and not outcome.is_overtaken and not confirmed
+        if overtaken == _LOOKS or is_settled:
             break
+        stopped |= confirmed
         # What a listener could not be told is closed: policy would allow more than it knows of, or less.
         untold = failed
         # The hold to be lifted is the one that was seen; a newer one stays.
         is_held = is_held or None
+    problems = (
+        f"{doubt.qube} does not confirm that {doubt.key} is closed{doubt.said and ': '}{doubt.said}. The "
+        f"forward opens over qrexec when it does, or when {doubt.qube} is shut down"
+        for doubt in doubts
+    )
+    outcome = outcome._replace(problems=(*outcome.problems, *problems))
     if outcome.untold:
         steps, errors = zip(*outcome.untold, strict=True)
         outcome = outcome._replace(undone=(*steps, *outcome.undone), problems=(*errors, *outcome.problems))

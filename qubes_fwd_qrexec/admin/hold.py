@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import policy
 from .apply import Applied, reconcile
 from .backend import ANY, Backend
+from .confirming import Unconfirmed, forwarding, not_closed
 from .revoking import Ended, allowances, revoke, serving
 
 _T = TypeVar("_T")
@@ -26,13 +27,15 @@ _T = TypeVar("_T")
 class Held(NamedTuple):
     """What a hold has done.
 
-    ``applied`` is None if the qubes could not be read. ``problems`` are errors that left something undone,
+    ``applied`` is None if the qubes could not be read. ``doubts`` are qubes that do not confirm that no
+    packets are let through. ``problems`` are errors that left something undone,
     ``notes`` those that did not. ``allowed`` are lines that our own file allows all the same.
     """
 
     is_held: bool
     applied: Applied | None
     ended: tuple[Ended, ...]
+    doubts: tuple[Unconfirmed, ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     allowed: tuple[str, ...]
@@ -53,14 +56,16 @@ def hold(backend: Backend, now: float) -> Held:
         applied = _tried(problems, what, lambda: reconcile(backend, now, is_held=True))
     installed = _tried(problems, "policy: it cannot be read", backend.read_policy)
     in_force = None if installed is None else installed.text
+    doubts: tuple[Unconfirmed, ...] = ()
     if applied is not None:
+        doubts = not_closed(forwarding(applied.snapshot.inventory), backend)
         ended |= {each.target: each for each in applied.outcome.ended}
         problems += applied.outcome.problems
         # Those that could not be found before, or have started since.
         ended |= _end_calls(serving(applied.snapshot.inventory) - ended.keys(), backend)
     allowed = tuple(sorted(policy.allowing(in_force)))
     is_held = policy.is_held(in_force)
-    return Held(is_held, applied, tuple(ended.values()), tuple(problems), tuple(notes), allowed)
+    return Held(is_held, applied, tuple(ended.values()), doubts, tuple(problems), tuple(notes), allowed)
 
 
 def _end_calls(targets: Iterable[QubeName], backend: Backend) -> dict[QubeName, Ended]:

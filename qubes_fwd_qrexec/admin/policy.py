@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, TargetPorts, parse_qube_name, yes_no
 
 from .states import Forward, Plan
@@ -21,7 +21,7 @@ NAME = "30-forward"
 # Only dom0 may end calls and ask how forwards are, and policy does not apply to dom0's own calls.
 CLOSING = tuple(
     f"{service}  *  @anyvm  @anyvm  deny  notify=no"
-    for service in (REVOKE_SERVICE, STATUS_SERVICE, Service.FORWARD_TCP)
+    for service in (NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE, Service.FORWARD_TCP)
 )
 _HEADER = """\
 # This file is written by qvm-forward, and edits in it are lost.

@@ -17,6 +17,7 @@ from qubes_fwd_qrexec.system.ending import Ending
 from . import policy
 from .apply import Applied, reconcile
 from .backend import Backend, Changes
+from .confirming import Unconfirmed, unconfirmed
 from .revoking import Ended, allowances, revoke, serving
 from .states import Plan
 
@@ -33,14 +34,16 @@ class Look(NamedTuple):
     """One reconciliation, at a time in UNIX seconds; ``before`` is the plan of the one before.
 
     ``ended`` has what targets answered to the lists that they were sent, by it or after their start. A target
-    that could not be told is named there once and not asked again: its lease ends what goes on. ``running``
-    are the targets that ran then. ``is_followed``: news of changes arrive, and this look was due to some.
+    that could not be told is named there once and not asked again: its lease ends what goes on. ``doubts``
+    are qubes that do not confirm what they were told of forwards by nft. ``running`` are the targets that ran
+    then. ``is_followed``: news of changes arrive, and this look was due to some.
     """
 
     at: float
     before: Plan | None
     applied: Applied
     ended: tuple[Ended, ...]
+    doubts: tuple[Unconfirmed, ...]
     running: frozenset[QubeName]
     next_end: float | None
     is_followed: bool
@@ -99,8 +102,9 @@ def _look(backend: Backend, now: float, last: Look | None, *, is_followed: bool)
         fresh = running - just_told - (frozenset() if last is None else last.running)
     lines = {line for forward in planned.live for line in policy.lines(forward)}
     told = revoke(allowances(fresh, lines, cuts_drains=planned.is_held), backend)
+    doubts = unconfirmed(applied.outcome.told, backend)
     end = next_end(planned, now)
-    return Look(now, before, applied, (*ended, *told), frozenset(running), end, is_followed)
+    return Look(now, before, applied, (*ended, *told), doubts, frozenset(running), end, is_followed)
 
 
 def next_end(planned: Plan, now: float) -> float | None:

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A backend in memory, whose every change is logged and can be refused."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.apply import Outcome, Step, differences, reconcile
 from qubes_fwd_qrexec.admin.backend import ANY, NEW, Backend, ChangedError, PolicyFile
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.nftreport import NftReport
 from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
+
+NO_FORWARDS = NftReport(program="0.1", versions=frozenset((4, 6)))
 
 
 class Memory:
@@ -27,6 +33,8 @@ class Memory:
         self.given: dict[str, str] = {}
         """What each target was told last."""
         self.answer = b"version=1 ended=1 draining=0\n"
+        self.reports: dict[str, NftReport | AnswerError] = {}
+        """What each qube says of its firewall; that it has nothing, unless it is named here."""
         self.refuses: Callable[[str], bool] = lambda entry: False
 
     def _do(self, entry: str) -> None:
@@ -46,6 +54,11 @@ class Memory:
         self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
     ) -> bytes:
         self._do(f"call {qube} {service}")
+        if service == NFT_SERVICE:
+            report = self.reports.get(qube, NO_FORWARDS)
+            if isinstance(report, AnswerError):
+                raise report
+            return json.dumps(report.as_json()).encode()
         self.given[qube] = given
         return self.answer
 

@@ -19,6 +19,7 @@ from qubes_fwd_qrexec.admin.backend import WATCH_BUSY, Changes, PolicyCall, Poli
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
@@ -33,6 +34,11 @@ _WATCH_FILE = "run/qubes/qvm-forward-watch.lock"
 LOCK_TIMEOUT_S = 10.0
 """How long a change waits for another one."""
 _WATCH_TIMEOUT_S = 1.0
+
+
+def _user(service: str) -> str:
+    """Who runs a service of ours in a qube: only its firewall needs root."""
+    return "root" if service == NFT_SERVICE else "user"
 
 
 class QubesStore:
@@ -85,7 +91,7 @@ class QubesStore:
                         qube,
                         service,
                         # A management qube cannot choose; there the policy's user= does.
-                        user="user" if self._here is None else None,
+                        user=_user(service) if self._here is None else None,
                         autostart=False,
                         stdin=PIPE,
                         stdout=PIPE,
@@ -100,8 +106,8 @@ class QubesStore:
             if qube == self._here:
                 text = f"{error}; no qube can call itself"
                 raise AnswerError(text, error.status, way_out="say it in dom0") from error
-            name = service.partition("+")[0]
-            line = f"{name}  *  {self._here}  @anyvm  allow  user=user  autostart=no  notify=no"
+            name, user = service.partition("+")[0], _user(service)
+            line = f"{name}  *  {self._here}  @anyvm  allow  user={user}  autostart=no  notify=no"
             way_out = "have that line in dom0's policy"
             raise AnswerError(f"{error}. {how_to_allow(line)}", error.status, way_out=way_out) from error
         except StoreError as error:

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.system.clock import Clock
 from qubes_fwd_qrexec.system.ending import Ending
 from qubes_fwd_qrexec.system.notify import notify
 
-from . import reasons, render, steps
+from . import confirmed, reasons, render, steps
 from .session import Session
 from .tables import Style, escaped
 from .times import print_expire
@@ -27,6 +27,7 @@ _SET_BACK_S = 60.0
 
 def apply(args: Namespace, session: Session) -> int:
     """Make it so, or with --dry-run say what that would change."""
+    is_closed = True
     if args.dry_run:
         planned, outcome, snapshot = due(session.look(with_config=True), session.now)
     else:
@@ -34,6 +35,7 @@ def apply(args: Namespace, session: Session) -> int:
             planned, outcome, snapshot = reconcile(session.backend, session.now)
         steps.check(outcome)
         session.warn_unread(snapshot)
+        is_closed = confirmed.check(outcome, session)
     # Each was warned of when it was read.
     is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())
     refused = [f for f in planned if f.state is State.REFUSED]
@@ -51,7 +53,7 @@ def apply(args: Namespace, session: Session) -> int:
         session.warn(f"{forward.named} is refused. {reasons.sentence(forward)}")
     for rule in planned.broken:
         session.warn(render.broken_line(rule, Style()).rstrip("\n"))
-    return 1 if refused or planned.broken or is_unread else 0
+    return 1 if refused or planned.broken or is_unread or not is_closed else 0
 
 
 def watch(args: Namespace, session: Session) -> int:
@@ -94,6 +96,8 @@ class _Printer:
             session.say("".join(f"{escaped(line)}\n" for line in (*news, *words)))
         for text in untold:
             self._warn(text)
+        for doubt in look.doubts:
+            self._warn(f"{confirmed.words(doubt)}.")
         if self._trouble is not None and look.is_followed and not outcome.problems:
             self._trouble = None
             self._warn("all is well again")

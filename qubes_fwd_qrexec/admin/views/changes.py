@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Kind
 from qubes_fwd_qrexec.admin.changing import Changed, System
+from qubes_fwd_qrexec.admin.confirming import Unconfirmed, unconfirmed
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import parse_new_name
 from qubes_fwd_qrexec.admin.states import Forward, Key, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
+from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import callroom, reasons, steps
+from . import callroom, confirmed, reasons, steps
 from .judged import denials
 from .listeners import Heard, ask_after
 from .render import forward_as_json
@@ -44,25 +46,34 @@ _SWITCHES = {
 class After(NamedTuple):
     """A change, and what is known of it afterwards.
 
-    ``heard`` is what the listeners make of it, ``denials`` why dom0's policy denies calls of these rules all
-    the same. ``watch_start`` starts `watch`, where that is not running.
+    ``heard`` is what the listeners make of it, ``doubts`` are qubes that do not confirm it, ``denials`` why
+    dom0's policy denies calls of these rules all the same. ``watch_start`` starts `watch`, where that is not
+    running.
     """
 
     changed: Changed
     heard: Heard
+    doubts: tuple[Unconfirmed, ...]
     denials: Mapping[tuple[QubeName, RuleName], str]
     watch_start: str | None
+
+    @property
+    def still_open(self) -> tuple[Unconfirmed, ...]:
+        """The doubts about forwards that were to be closed and that nobody has closed."""
+        return confirmed.still_open(self.doubts, self.changed.outcome.told)
 
 
 def followed(changed: Changed, session: Session) -> After:
     """Ask what became of a change. Raises `StoreError` if it is stored and not all of it could be applied."""
     said, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
+    doubts: tuple[Unconfirmed, ...] = ()
     if changed.is_applied:
         steps.check(changed.outcome, "the change is stored, but ")
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
         said = ask_after(was, planned, changed.keys, inventory, session.backend)
+        doubts = unconfirmed(changed.outcome.told, session.backend)
         denied = denials(changed.forwards, session.backend)
-    return After(changed, said, denied, session.backend.unwatched())
+    return After(changed, said, doubts, denied, session.backend.unwatched())
 
 
 def add(args: Namespace, session: Session) -> int:
@@ -174,6 +185,8 @@ def _closed(after: After, key: Key) -> str:
     """The sentence for what was closed. It never says "closed" where connections go on."""
     if not after.changed.is_applied:
         return "; 'qvm-forward apply' closes it"
+    if any(parse_nft_key(doubt.key) == key for doubt in after.still_open):
+        return ", but no qube says that it is closed"
     return " and accepts no new connections; open ones may go on" if _flows(after, key) else " and closed"
 
 
@@ -257,7 +270,9 @@ def tell(
             )
         session.say("".join(f"{line}\n" for line in last))
     session.warn_unread(changed.after)
-    return 1 if any(left.left_s is None for left in goes_on) else 0
+    if not session.is_json:
+        confirmed.warn(after.doubts, changed.outcome, session)
+    return 1 if after.still_open or any(left.left_s is None for left in goes_on) else 0
 
 
 def _others(after: After) -> Iterator[str]:
@@ -266,15 +281,20 @@ def _others(after: After) -> Iterator[str]:
     A mark closes some; and rules that were restored, or changed by Qubes' own tools, come into force with
     whatever command is next.
     """
+    told: set[Key] = set(after.changed.keys)
     for step in after.changed.outcome.done:
         if step.kind not in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG):
             continue
         text, key, forward = step.key.removeprefix(CONFIG_PREFIX), None, None
         with suppress(ConfigError):
-            key = parse_key(text)
-            text, forward = " ".join(key), after.changed.plan.find(*key)
-        if key in after.changed.keys:
+            key = parse_nft_key(text) if is_nft_key(text) else parse_key(text)
+            forward = after.changed.plan.find(*key)
+        # By nft a qube is told for each other one of its path, and one sentence is enough.
+        if key in told:
             continue
+        if key is not None:
+            text = " ".join(key)
+            told.add(key)
         what = "Opened" if step.was is None else "Changed"
         if step.kind is Kind.REMOVE_CONFIG:
             what = "Closed to new connections" if _flows(after, key) else "Closed"
@@ -293,4 +313,5 @@ def as_json(after: After) -> dict[str, Any]:
         "steps": [steps.as_json(step) for step in outcome.done],
         "ended": [ended._asdict() for ended in outcome.ended],
         "goes_on": [left._asdict() for left in after.heard.goes_on],
+        "unconfirmed": [doubt._asdict() for doubt in after.doubts],
     }

@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import reasons, steps
+from . import confirmed, reasons, steps
 from .judged import denials, judged
 from .listeners import GoesOn, ask_after
 from .session import Session
@@ -35,7 +35,7 @@ class _Seen(NamedTuple):
         """Whether nothing is open any more, and nothing opens."""
         held = self.held
         is_done = held.is_held and not held.problems and all(ended.problem is None for ended in held.ended)
-        return is_done and not (self.allowed or self.goes_on)
+        return is_done and not (held.doubts or self.allowed or self.goes_on)
 
 
 def panic(args: Namespace, session: Session) -> int:
@@ -82,6 +82,7 @@ def _as_json(seen: _Seen) -> dict[str, Any]:
         "not_done": [*held.problems, *steps.untold(held.ended)],
         "notes": list(held.notes),
         "open_still": list(seen.allowed),
+        "unconfirmed": [doubt._asdict() for doubt in held.doubts],
         "goes_on": [left._asdict() for left in seen.goes_on],
     }
 
@@ -106,6 +107,10 @@ def _say(seen: _Seen, session: Session) -> None:
         session.warn(f"not done: {problem}")
     for what in (*seen.allowed, *seen.goes_on):
         session.warn(f"still open: {what}")
+    for doubt in held.doubts:
+        session.warn(f"still open: {confirmed.words(doubt)}")
+    for command in confirmed.ways_out(held.doubts):
+        session.warn(f"'{command}' closes it whatever the qubes of its path do")
     if targets := sorted({left.target for left in seen.goes_on if left.target is not None}):
         session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
     if not seen.is_closed:
@@ -121,6 +126,7 @@ def resume(args: Namespace, session: Session) -> int:
         was_held, (planned, outcome, snapshot) = hold.resume(session.backend, session.now)
         steps.check(outcome)
         session.warn_unread(snapshot)
+        confirmed.check(outcome, session)
     if session.is_json:
         is_held = planned.is_held or (args.dry_run and was_held)
         data = {"dry_run": args.dry_run, "was_held": was_held, "is_held": is_held}

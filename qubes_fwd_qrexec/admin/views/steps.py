@@ -9,6 +9,7 @@ from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, RULE_PREFIX
 from qubes_fwd_qrexec.admin.revoking import LEASE_S, Ended
 from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.nftconfig import is_nft_key
 
 from .tables import counted
 
@@ -24,6 +25,11 @@ def words(step: Step) -> list[str]:
     if step.kind is Kind.END_RULE:
         return [f"{step.qube} {step.key.removeprefix(RULE_PREFIX)}: its time is over, and it stays ended"]
     key = step.key.removeprefix(CONFIG_PREFIX)
+    if is_nft_key(key):
+        if step.kind is Kind.REMOVE_CONFIG:
+            return [f"{step.qube}: let no packets through for {key}"]
+        does = "let packets through" if step.opens else "change which packets are let through"
+        return [f"{step.qube}: {does} for {key}: {step.value}"]
     if step.kind is Kind.REMOVE_CONFIG:
         return [f"{step.qube}: stop listening for {key}"]
     return [f"{step.qube}: {'listen' if step.opens else 'change how it listens'} for {key}: {step.value}"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_admin import METHODS
 
-from qubes_fwd_qrexec.common.services import REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Domain, Request, System, Verdict, evaluate
 from qubes_fwd_qrexec.lab.policytext import PolicyRule, parse_policy
 
@@ -38,6 +38,7 @@ CALLS = [
     ("policy.List", "+", "dom0"),
     ("policy.Get", "+30-forward", "dom0"),
     ("policy.Replace", "+30-forward", "dom0"),
+    (NFT_SERVICE, "+", "work"),
     (REVOKE_SERVICE, "+80-80+sys-net", "work"),
     (STATUS_SERVICE, "+", "work"),
     (STATUS_SERVICE, "+fwd.work.web", "work"),
@@ -48,7 +49,7 @@ CALLS = [
 def test_what_a_management_qube_asks_is_allowed_to_it_alone(service: str, argument: str, target: str) -> None:
     found = verdict(RULES, service, argument, "mgmt", target)
     assert isinstance(found, Allow)
-    assert found.target == ("work" if service in (REVOKE_SERVICE, STATUS_SERVICE) else "dom0")
+    assert found.target == ("work" if service.startswith("qubes.") else "dom0")
     assert isinstance(verdict(RULES, service, argument, "other", target), Deny)
 
 
@@ -65,5 +66,6 @@ def test_the_manual_gives_the_same_lines() -> None:
 
 def test_the_last_lines_must_come_before_the_installed_policy() -> None:
     late = parse_policy(INSTALLED, "30") + parse_policy(GIVEN, "31")
+    assert isinstance(verdict(late, NFT_SERVICE, "+", "mgmt", "work"), Deny)
     assert isinstance(verdict(late, REVOKE_SERVICE, "+80-80+sys-net", "mgmt", "work"), Deny)
     assert isinstance(verdict(late, STATUS_SERVICE, "+", "mgmt", "work"), Deny)

@@ -3,7 +3,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import NOW, OURS, qube, rule, world
+from worlds import BY_NFT, NOW, OURS, qube, rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile
@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.admin.inventory import Qube
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import State, Verdict
 from qubes_fwd_qrexec.admin.views import findings, parser, reasons
-from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.rules import Mode, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 
 NAMES = ("work", "personal", "sys-vpn", "sys-firewall", "gone")
@@ -33,8 +33,8 @@ rules = st.builds(
     either("owner=", "owner=office"),
     either("path=sys-vpn", "path=sys-firewall,sys-net"),
     either("via=work", "via=sys-net", "via=dom0", "via=gone", "via=personal"),
-    either("mode=nft", "transport=mux", "transport=call", "proxy=v2"),
-    either("bypass-tunnel=yes", "follow-netvm=yes", "autostart=yes", "forwardtype=internal"),
+    either("mode=nft", "transport=mux", "transport=call", "proxy=v2", "autostart=yes"),
+    either("bypass-tunnel=yes", "follow-netvm=yes", "forwardtype=internal"),
     either("srchosts=fd00::/8", "srchosts=10.0.0.0/8", "listen=127.0.0.1"),
 )
 qubes = st.builds(
@@ -44,7 +44,9 @@ qubes = st.builds(
     st.sampled_from(NAMES[:4]),
     st.sampled_from((None, "sys-net", "sys-firewall", "sys-vpn", "gone")),
     st.sampled_from(("AppVM", "AppVM", "AppVM", "DispVM", "TemplateVM", "RemoteVM")),
-    st.sampled_from(({}, OURS, {"forward.tunnel": "1"}, {"os": "Windows", "qrexec": "1"}, {"qrexec": ""})),
+    st.sampled_from(
+        ({}, OURS, BY_NFT, {"forward.tunnel": "1"}, {"os": "Windows", "qrexec": "1"}, {"qrexec": ""})
+    ),
     st.sampled_from((frozenset(), frozenset({"anon-vm"}), frozenset({"anon-gateway"}))),
     st.sampled_from(({}, {"is_running": False}, {"template_for_dispvms": True}, {"problem": "no answer"})),
 )
@@ -61,14 +63,15 @@ def test_every_finding_has_words_and_what_stops_has_a_way_out(
     planned = planned.held() if is_held else planned
     for forward in planned:
         is_live = forward.state in (State.ACTIVE, State.WAITING)
-        assert is_live == forward.is_live == (not forward.stops) == bool(policy.lines(forward))
+        assert is_live == forward.is_live == (not forward.stops)
+        assert bool(policy.lines(forward)) == (is_live and forward.mode is Mode.QREXEC)
         assert not (is_held and is_live)
         for finding in forward.findings:
             if finding.cause.verdict is Verdict.OK:
                 continue
             assert reasons.sentence(forward, finding)
             for program, *arguments in reasons.ways_out(forward, finding):
-                assert program in ("qvm-forward", "qvm-start", "qvm-prefs")
+                assert program in ("qvm-forward", "qvm-start", "qvm-prefs", "qvm-service")
                 if program == "qvm-forward":
                     PARSER.parse_args(arguments)
         assert reasons.sentence(forward)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whether qubes say that forwards by nft are in force as they were told, or closed.
+
+dom0 closes a call by its own policy, but packets are stopped by the qubes of the path alone. So each is asked
+after a change, and a rule that changes from nft to qrexec opens anew only after all have said that it is
+closed. Until then they keep its configuration with a time that is over, by which the next look knows of it.
+What a qube says is untrusted: if it lies, the other qubes of the path still close.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from enum import StrEnum
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key
+from qubes_fwd_qrexec.common.nftreport import NftReport
+from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ReportError
+from qubes_fwd_qrexec.common.rules import Mode, OnExpire
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
+
+from .answers import AnswerError, NotRunningError, at_once
+from .backend import Backend
+from .inventory import CONFIG_PREFIX, NFT_FEATURE, Inventory
+from .states import Key, Plan
+
+# The qube makes sure of its rules before it answers, which takes some tenths of a second.
+_TIMEOUT_S = 5.0
+Place = tuple[QubeName, str]
+"""Qube and feature by which it is told of a forward."""
+
+
+class Lack(StrEnum):
+    """What is not as it should be, where the answer itself does not say why (`common.nftreport.Why`)."""
+
+    STILL_IN_FORCE = "still-in-force"
+    NOT_IN_FORCE = "not-in-force"
+    DRAINS = "drains"
+    NO_FAMILY = "no-family"
+    NO_SERVICE = "no-service"
+    NO_ANSWER = "no-answer"
+
+
+class Unconfirmed(NamedTuple):
+    """A qube that does not confirm a forward: that it is in force, or, if not ``is_opening``, that it is
+    closed. ``said`` is what the qube or the call says of it.
+    """
+
+    qube: QubeName
+    key: str
+    lack: str
+    is_opening: bool
+    said: str = ""
+
+
+Answer = NftReport | AnswerError
+"""What a qube says of its firewall, or why there is no answer."""
+
+
+def ask(qube: QubeName, backend: Backend, timeout_s: float | None = None) -> Answer:
+    """What a qube says of the forwards by nft that it has."""
+    try:
+        untrusted_answer = backend.ask(qube, NFT_SERVICE, REPORT_MAX_BYTES, timeout_s)
+        return NftReport.parse(untrusted_answer)
+    except ReportError as error:
+        return AnswerError(f"what {qube} says cannot be read: {error}")
+    except AnswerError as error:
+        return error
+
+
+def unconfirmed(told: Mapping[Place, str | None], backend: Backend) -> tuple[Unconfirmed, ...]:
+    """Ask all qubes of these places at once. ``told`` are the values there, or None where it was removed."""
+    places = {place: value for place, value in told.items() if _is_nft(place[1])}
+    qubes = sorted({qube for qube, _ in places})
+    answers = at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), qubes)
+    found = (_judged(place, value, answers[place[0]]) for place, value in places.items())
+    return tuple(each for each in found if each is not None)
+
+
+def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed, ...]:
+    """Ask qubes for all that is in force there though nothing should be; also those that do not say."""
+    found: list[Unconfirmed] = []
+    for qube, answer in at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), sorted(qubes)).items():
+        keys = [forward.key for forward in answer.forwards] if isinstance(answer, NftReport) else [""]
+        found += (doubt for key in keys if (doubt := judged(qube, key, None, answer)) is not None)
+    return tuple(found)
+
+
+def forwarding(inventory: Inventory) -> set[QubeName]:
+    """The running qubes whose firewall may have something of forwards by nft."""
+    return {
+        qube.name
+        for qube in inventory.qubes.values()
+        if qube.is_running and (qube.features.get(NFT_FEATURE) or any(map(_is_nft, qube.configured)))
+    }
+
+
+def _is_nft(feature: str) -> bool:
+    return is_nft_key(feature.removeprefix(CONFIG_PREFIX))
+
+
+def _key(place: Place) -> str:
+    return place[1].removeprefix(CONFIG_PREFIX)
+
+
+def _judged(place: Place, value: str | None, answer: Answer) -> Unconfirmed | None:
+    config = None if value is None else NftConfig.parse(_key(place), value)
+    return judged(place[0], _key(place), None if config is None or _is_over(config) else config, answer)
+
+
+def judged(qube: QubeName, key: str, config: NftConfig | None, answer: Answer) -> Unconfirmed | None:
+    """What an answer leaves open about a forward that is to be as ``config`` says, or closed."""
+    is_opening = config is not None
+    if isinstance(answer, NotRunningError):
+        return None
+    if isinstance(answer, AnswerError):
+        if answer.status == ExitStatus.NO_SERVICE:
+            # Without our program, nothing of ours is in its firewall.
+            return Unconfirmed(qube, key, Lack.NO_SERVICE, is_opening, str(answer)) if is_opening else None
+        return Unconfirmed(qube, key, Lack.NO_ANSWER, is_opening, str(answer))
+    report, said = answer.find(key), answer.problem or ""
+    if config is None:
+        if report is not None and (report.digest is not None or report.draining):
+            lack = Lack.DRAINS if report.draining else Lack.STILL_IN_FORCE
+            return Unconfirmed(qube, key, lack, is_opening, said)
+        return Unconfirmed(qube, key, Lack.STILL_IN_FORCE, is_opening, said) if said else None
+    if report is None or report.digest != config.digest:
+        refused = next((problem.text for problem in answer.refused if problem.key == key), said)
+        why = Lack.NOT_IN_FORCE if report is None or report.why is None else report.why
+        return Unconfirmed(qube, key, why, is_opening, refused)
+    if lacking := config.versions - answer.versions:
+        families = " and ".join(f"IPv{version}" for version in sorted(lacking))
+        return Unconfirmed(qube, key, Lack.NO_FAMILY, is_opening, families)
+    return None
+
+
+def switched(planned: Plan, inventory: Inventory, closed: Iterable[Key] = ()) -> dict[Place, str]:
+    """What the qubes of forwards are told that went by nft and are to go over qrexec now, but those that are
+    known to be ``closed``: that their time is over. What cannot be read is removed, and never asked for.
+    """
+    waiting = {forward.named[:2] for forward in planned.live if forward.mode is Mode.QREXEC} - {*closed}
+    found: dict[Place, str] = {}
+    for qube, key, value in inventory.configurations():
+        try:
+            config = NftConfig.parse(_key((qube, key)), value)
+        except ConfigError:
+            continue
+        if (config.target, config.name) in waiting:
+            found[qube, key] = str(replace(config, expire=1, on_expire=OnExpire.CUT))
+    return found
+
+
+def _is_over(config: NftConfig) -> bool:
+    """Whether it is what `switched` writes."""
+    return config.expire == 1

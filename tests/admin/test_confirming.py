@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What qubes say of forwards by nft, and that a rule goes over qrexec only when its packets are stopped."""
+
+from dataclasses import replace
+
+import pytest
+from memory import NO_FORWARDS, Memory, applied
+from worlds import nft_world, rule
+
+from qubes_fwd_qrexec.admin import nftpath
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
+from qubes_fwd_qrexec.admin.apply import Kind
+from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, judged, unconfirmed
+from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.nftconfig import NftConfig
+from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport, Why
+from qubes_fwd_qrexec.common.report import Problem
+from qubes_fwd_qrexec.common.values import QubeName
+
+WORK, FIREWALL, NET = PATH = (QubeName("work"), QubeName("sys-firewall"), QubeName("sys-net"))
+BY_NFT, OVER_QREXEC = rule("mode=nft"), rule("mode=qrexec")
+KEY, FEATURE = "nft.work.web", "vm-config.nft.work.web"
+CONFIGS = dict(nftpath.configs(BY_NFT, PATH, Side.OUTER, nft_world()))
+CONFIG = CONFIGS[NET]
+
+
+def reports(config: NftConfig = CONFIG, **more: object) -> NftReport:
+    """A qube that has the forward in force."""
+    forward = PathReport(key=KEY, digest=config.digest)
+    return replace(NO_FORWARDS, forwards=(replace(forward, **more),))
+
+
+def forwarding() -> Memory:
+    """A system in which the forward goes by nft, though its rule says otherwise now."""
+    backend = Memory(nft_world())
+    for qube, config in CONFIGS.items():
+        backend.qubes[qube][FEATURE] = str(config)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("answer", "lack"),
+    [
+        (reports(), None),
+        (NotRunningError("halted"), None),
+        (NO_FORWARDS, Lack.NOT_IN_FORCE),
+        (reports(digest="0" * 16), Lack.NOT_IN_FORCE),
+        (reports(digest=None, why=Why.NO_TABLE), Why.NO_TABLE),
+        (reports(digest=None, why=Why.FAILED), Why.FAILED),
+        (replace(reports(), versions=frozenset((4,))), Lack.NO_FAMILY),
+        (AnswerError("no", ExitStatus.NO_SERVICE), Lack.NO_SERVICE),
+        (AnswerError("it hangs"), Lack.NO_ANSWER),
+    ],
+)
+def test_a_forward_is_in_force_where_the_qube_says_exactly_that(
+    answer: NftReport | AnswerError, lack: str | None
+) -> None:
+    found = judged(NET, KEY, CONFIG, answer)
+    assert (None if found is None else found.lack) == lack
+    assert found is None or found.is_opening
+
+
+@pytest.mark.parametrize(
+    ("answer", "lack"),
+    [
+        (NO_FORWARDS, None),
+        (NotRunningError("halted"), None),
+        (reports(digest=None, why=Why.OVER), None),
+        (AnswerError("no", ExitStatus.NO_SERVICE), None),
+        (reports(), Lack.STILL_IN_FORCE),
+        (reports(digest="0" * 16), Lack.STILL_IN_FORCE),
+        (reports(digest=None, why=Why.OVER, draining=True), Lack.DRAINS),
+        # Where nft fails, what was there may be there still.
+        (replace(NO_FORWARDS, problem="nft: it hangs"), Lack.STILL_IN_FORCE),
+        (AnswerError("it hangs"), Lack.NO_ANSWER),
+    ],
+)
+def test_a_forward_is_closed_where_the_qube_says_so_or_cannot_have_it(
+    answer: NftReport | AnswerError, lack: str | None
+) -> None:
+    found = judged(NET, KEY, None, answer)
+    assert (None if found is None else found.lack) == lack
+    assert found is None or not found.is_opening
+
+
+def test_why_a_configuration_is_refused_is_what_the_qube_says() -> None:
+    answer = replace(NO_FORWARDS, refused=(Problem(key=KEY, text="option 'x': unknown"),))
+    assert judged(NET, KEY, CONFIG, answer) == Unconfirmed(
+        NET, KEY, Lack.NOT_IN_FORCE, True, "option 'x': unknown"
+    )
+
+
+def test_each_qube_is_asked_once_and_only_where_it_is_about_packets() -> None:
+    backend = forwarding()
+    backend.reports = {NET: reports(), WORK: reports(CONFIGS[WORK])}
+    told: dict[tuple[QubeName, str], str | None] = {(qube, FEATURE): str(CONFIGS[qube]) for qube in PATH}
+    told |= {(NET, "vm-config.nft.work.other"): None, (WORK, "vm-config.fwd.work.web"): "x"}
+    assert [(each.qube, each.lack) for each in unconfirmed(told, backend)] == [(FIREWALL, Lack.NOT_IN_FORCE)]
+    assert sorted(backend.log) == [f"call {qube} qubes.ForwardNft" for qube in sorted(PATH)]
+    backend.log.clear()
+    assert unconfirmed({(WORK, "vm-config.fwd.work.web"): None}, backend) == ()
+    assert backend.log == []
+
+
+def test_an_answer_that_cannot_be_read_confirms_nothing() -> None:
+    backend = Memory(nft_world())
+    backend.reports[NET] = replace(NO_FORWARDS, program="\x00")
+    assert isinstance(ask(NET, backend), AnswerError)
+
+
+def test_a_rule_that_changes_to_qrexec_opens_when_all_have_confirmed_that_packets_are_stopped() -> None:
+    backend = forwarding()
+    outcome = applied(backend, OVER_QREXEC)
+    assert outcome.problems == ()
+    sets = [f"set {qube} {FEATURE}" for qube in (NET, FIREWALL, WORK)]
+    removes = [f"remove {qube} {FEATURE}" for qube in (NET, FIREWALL, WORK)]
+    calls = [f"call {qube} qubes.ForwardNft" for qube in PATH]
+    assert backend.log[1:4] == sets
+    assert sorted(backend.log[4:7]) == sorted(calls)
+    assert backend.log[7:] == [*removes, "policy 1", "set sys-net vm-config.fwd.work.web"]
+
+
+def test_until_then_it_stays_closed_and_every_apply_asks_again() -> None:
+    backend = forwarding()
+    backend.reports[FIREWALL] = reports(CONFIGS[FIREWALL])
+    for _ in range(2):
+        outcome = applied(backend, OVER_QREXEC)
+        (problem,) = outcome.problems
+        assert problem.startswith(
+            "sys-firewall does not confirm that nft.work.web is closed. The forward opens"
+        )
+        assert not any(step.opens for step in outcome.done)
+        over = NftConfig.parse(KEY, backend.qubes[NET][FEATURE])
+        assert (over.expire, over.on_expire) == (1, "cut")
+    backend.reports[FIREWALL] = reports(digest=None, why=Why.OVER)
+    outcome = applied(backend, OVER_QREXEC)
+    assert outcome.problems == ()
+    assert Kind.OPEN_POLICY in {step.kind for step in outcome.done}
+    assert not any(FEATURE in features for features in backend.qubes.values())
+
+
+def test_what_is_closed_anyway_waits_for_nobody() -> None:
+    backend = forwarding()
+    backend.reports[FIREWALL] = AnswerError("it hangs")
+    outcome = applied(backend, rule("mode=qrexec enabled=no"))
+    assert outcome.problems == ()
+    assert [step.qube for step in outcome.done if step.kind is Kind.REMOVE_CONFIG] == [NET, FIREWALL, WORK]
