@@ -102,7 +102,13 @@ class QubesDBSource:
             return self._generation
 
     def refresh(self, done: Callable[[], None]) -> None:
-        """Have the thread read everything again and call ``done``. Those who ask meanwhile share a read."""
+        """Have the thread read everything again and call ``done``. Those who ask meanwhile share a read.
+
+        While QubesDB cannot be reached nobody waits for that.
+        """
+        if self.problem is not None:
+            done()
+            return
         with self._lock:
             self._asking.append(done)
         self._wake()

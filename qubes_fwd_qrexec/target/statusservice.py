@@ -59,7 +59,7 @@ _LISTENER_TIMEOUT_S = 4.0
 _CONNECT_TIMEOUT_S = 2.0
 # How long a listener may take to start: what it waits for is QubesDB, and a second after a failure.
 START_S = 2.0
-# The firewall's program looks twice in a second. One that has not for longer does not run.
+# The firewall's program looks twice in a second. One that has not for three seconds does not run.
 FIREWALL_S = 1.0
 _LOOK_S = 0.02
 
@@ -95,7 +95,7 @@ def answer(untrusted_argument: str, place: Places, rest: Callable[[float], None]
     listener, problem = _listener(place.listener)
     if listener is not None:
         since = time.time()
-        _wait_while(lambda: 0 < since - _looked_at(place.firewall) < FIREWALL_S, FIREWALL_S, rest)
+        _wait_while(lambda: 0 < since - _looked_at(place.firewall) < 3 * FIREWALL_S, FIREWALL_S, rest)
     return QubeReport(
         program=__version__,
         listener=listener,

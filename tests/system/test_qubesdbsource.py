@@ -137,6 +137,15 @@ async def test_who_asks_hears_of_a_read_that_fails(qubesdb: FakeQubesDB) -> None
         assert source.stamp() == before
 
 
+async def test_while_qubesdb_is_gone_nobody_waits_for_it(qubesdb: FakeQubesDB) -> None:
+    with opened(qubesdb) as source:
+        qubesdb.end()
+        await until(lambda: source.problem is not None)
+        done = threading.Event()
+        source.refresh(done.set)
+        assert done.is_set()
+
+
 async def test_an_entry_that_goes_while_it_is_read_is_no_error(qubesdb: FakeQubesDB) -> None:
     qubesdb.set(SSH, LINE)
 
