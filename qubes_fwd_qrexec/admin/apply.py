@@ -271,7 +271,7 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
         ends_all = planned.is_held and not is_held
         inventory = snapshot.inventory
         steps = differences(planned, inventory, snapshot.installed, untold, stopped, ends_all=ends_all)
-        problem = None if is_held else snapshot.policy_problem
+        problem = None if is_held else snapshot.installed.problem
         if problem is not None:
             # Everything may be on hold: only close, and only what needs no policy.
             steps = tuple(step for step in steps if step.narrows)

@@ -29,10 +29,15 @@ class ChangedError(StoreError):
 
 
 class PolicyFile(NamedTuple):
-    """The policy file as it was read; ``token`` stands for exactly this text, which is None if missing."""
+    """The policy file as it was read; ``token`` stands for exactly this text, which is None if missing.
+
+    One that could not be read has the token `ANY`, and ``problem`` says why. Only a file that allows nothing
+    takes its place.
+    """
 
     text: str | None
     token: str
+    problem: str | None = None
 
     @property
     def is_read(self) -> bool:

@@ -86,7 +86,7 @@ def change(
                 planned, outcome, read = reconcile(backend, now)
             except StoreError as error:
                 raise StoreError(f"the change is stored, but {error}") from error
-            after = after._replace(inventory=read.inventory, policy_problem=read.policy_problem)
+            after = after._replace(inventory=read.inventory, installed=read.installed)
     return Changed(keys, before, after, plan_before, planned, is_applied, outcome)
 
 

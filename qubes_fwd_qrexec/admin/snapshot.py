@@ -17,9 +17,6 @@ from .inventory import RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .plan import plan
 from .states import Key, Plan
 
-# A policy file that cannot be read is replaced only by one that allows nothing.
-_UNREAD = PolicyFile(None, ANY)
-
 # TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
 TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(RULE_PREFIX)
 
@@ -74,20 +71,16 @@ def made_up_name(rule: ForwardRule, taken: Iterable[str]) -> RuleName:
 
 
 class Snapshot(NamedTuple):
-    """What the system was when it was read.
-
-    ``installed`` is dom0's policy file; ``policy_problem`` says why that could not be read, if it could not.
-    """
+    """What the system was when it was read; ``installed`` is dom0's policy file."""
 
     inventory: Inventory
     stored: Stored
     installed: PolicyFile = PolicyFile(None, NEW)
-    policy_problem: str | None = None
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What could not be read."""
-        found = (self.policy_problem, *(qube.problem for qube in self.inventory.qubes.values()))
+        found = (self.installed.problem, *(qube.problem for qube in self.inventory.qubes.values()))
         return tuple(text for text in found if text is not None)
 
     @property
@@ -136,10 +129,9 @@ def look(backend: Backend, *, with_config: bool = False) -> Snapshot:
     ``with_config``: also what the listeners have been told, which only a comparison needs.
     """
     # Policy first: its token then shows that somebody closed it while the qubes were being read.
-    installed, problem = _UNREAD, None
     try:
         installed = backend.read_policy()
     except StoreError as error:
-        problem = str(error)
+        installed = PolicyFile(None, ANY, str(error))
     inventory = backend.inventory(with_config=with_config)
-    return Snapshot(inventory, read_rules(inventory), installed, problem)
+    return Snapshot(inventory, read_rules(inventory), installed)
