@@ -14,6 +14,9 @@ from .inventory import DISPOSABLE, TUNNEL_FEATURE
 from .snapshot import TUNNEL_NAME, Changes, Snapshot, made_up_name, names_at, parse_new_name
 from .states import Key
 
+# The feature's value. The empty one also overrides a mark of the template.
+_MARKS = {True: "1", False: ""}
+
 
 def import_document(
     system: System, document: Document, qube: QubeName | None = None, *, is_replacing: bool = False
@@ -36,7 +39,7 @@ def import_document(
                 )
         marks.update(_marks(document, snapshot, is_replacing=is_replacing))
         changes: dict[Key, str | None] = {
-            (name, TUNNEL_NAME): _mark(is_marked) for name, is_marked in marks.items()
+            (name, TUNNEL_NAME): _MARKS[is_marked] for name, is_marked in marks.items()
         }
         return changes | {named[:2]: str(named.rule) for named in rules}
 
@@ -93,11 +96,6 @@ def _marks(document: Document, snapshot: Snapshot, *, is_replacing: bool) -> dic
                 f"{qube} is marked as a tunnel, and the import says that it is not one; nothing was "
                 "imported. --replace removes the mark"
             )
-        if known.features.get(TUNNEL_FEATURE) != _mark(is_marked):
+        if known.features.get(TUNNEL_FEATURE) != _MARKS[is_marked]:
             found[qube] = is_marked
     return found
-
-
-def _mark(is_marked: bool) -> str:
-    """The feature's value. The empty one also overrides a mark of the template."""
-    return "1" if is_marked else ""

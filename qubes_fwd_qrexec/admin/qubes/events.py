@@ -31,7 +31,7 @@ _PATTERNS = ("connection-established", "domain-*", "property-*")
 _OF_FEATURES = ("domain-feature-set", "domain-feature-delete")
 # In a management qube the connection is a process, which the dispatcher kills and does not wait for. asyncio
 # complains at length if it has not seen its end before the loop is closed.
-_PROCESS_ENDS_S = 0.1
+PROCESS_ENDS_S = 0.1
 
 
 def matters(event: str) -> bool:
@@ -40,22 +40,11 @@ def matters(event: str) -> bool:
     return feature_matters(key) if kind in _OF_FEATURES else _MATTER.fullmatch(event) is not None
 
 
-def qubes_changes(policy_name: str, wakers: Sequence[int] = ()) -> "QubesChanges":
-    """`QubesChanges` of the system that this runs in; ``policy_name`` is without suffix."""
-    import qubesadmin
-    from qubesadmin.events import EventsDispatcher
-
-    app = qubesadmin.Qubes()
-    dispatcher = EventsDispatcher(app, enable_cache=False)
-    # In a management qube the connection is a process, see _PROCESS_ENDS_S.
-    linger_s = 0.0 if app.qubesd_connection_type == "socket" else _PROCESS_ENDS_S
-    return QubesChanges(dispatcher, POLICY_DIR / f"{policy_name}.policy", wakers, linger_s)
-
-
 class QubesChanges:
     """`admin.backend.Changes` of a Qubes system, and its context manager.
 
-    The dispatcher's own reconnecting is not used: it tries each second, for ever and in silence.
+    The dispatcher's own reconnecting is not used: it tries each second, for ever and in silence. ``linger_s``
+    is how long a connection that is a process may take to end, see `PROCESS_ENDS_S`.
     """
 
     def __init__(

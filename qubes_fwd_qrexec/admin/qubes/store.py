@@ -129,9 +129,13 @@ class QubesStore:
         return start if self._here is None else f"{start} in {self._here}, unless it runs in dom0"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
-        from .events import qubes_changes
+        from qubesadmin.events import EventsDispatcher
 
-        return qubes_changes(policy.NAME, wakers)
+        from .events import POLICY_DIR, PROCESS_ENDS_S, QubesChanges
+
+        dispatcher = EventsDispatcher(self._open_app(), enable_cache=False)
+        policy_file = POLICY_DIR / f"{policy.NAME}.policy"
+        return QubesChanges(dispatcher, policy_file, wakers, 0.0 if self._here is None else PROCESS_ENDS_S)
 
     def locked(self) -> AbstractContextManager[None]:
         return hold(

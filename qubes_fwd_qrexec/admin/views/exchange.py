@@ -2,6 +2,7 @@
 """The commands export and import: documents out of this system and into it."""
 
 from argparse import Namespace
+from pathlib import Path
 
 from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.importing import import_document
@@ -46,7 +47,7 @@ def export_rules(args: Namespace, session: Session) -> int:
 
 def import_rules(args: Namespace, session: Session) -> int:
     """Store all rules and marks of a document, or none."""
-    document = _read(args.format, _text(args.file, session))
+    document = _read(args.file, args.format, session)
     system = System(session.backend, session.now, is_applied=not args.no_apply)
     changed, marks = import_document(system, document, args.qube, is_replacing=args.replace)
     # Of all qubes if the document is an export, else of those in it.
@@ -74,18 +75,12 @@ def import_rules(args: Namespace, session: Session) -> int:
     return changes.tell(after, session, lines, last=[last] if left_open else [], data=data)
 
 
-def _text(path: str, session: Session) -> str:
+def _read(path: str, form: str | None, session: Session) -> Document:
+    """Raises `RuleError`, `StoreError` and `OSError`."""
     try:
-        if path == "-":
-            return session.stdin.read()
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        text = session.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise StoreError(f"{path}: not text: {error}") from error
-
-
-def _read(form: str | None, text: str) -> Document:
-    """Raises `RuleError`."""
     first = text.lstrip()[:1]
     if not first:
         raise RuleError(

@@ -17,7 +17,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from qubes_fwd_qrexec.admin.qubes import events as events_module
-from qubes_fwd_qrexec.admin.qubes.events import QubesChanges, qubes_changes
+from qubes_fwd_qrexec.admin.qubes.events import QubesChanges
+from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.system.inotify import Inotify
 
@@ -320,7 +321,7 @@ def test_the_real_dispatcher_is_asked_for_without_a_cache(
     monkeypatch: pytest.MonkeyPatch, connection: str, linger_s: float
 ) -> None:
     made = []
-    app = SimpleNamespace(qubesd_connection_type=connection)
+    app = SimpleNamespace(qubesd_connection_type=connection, local_name="mgmt")
 
     class EventsDispatcher(FakeDispatcher):
         def __init__(self, app: object, api_method: str = "admin.Events", enable_cache: bool = True) -> None:
@@ -332,7 +333,8 @@ def test_the_real_dispatcher_is_asked_for_without_a_cache(
     events.EventsDispatcher = EventsDispatcher  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qubesadmin", qubesadmin)
     monkeypatch.setitem(sys.modules, "qubesadmin.events", events)
-    with qubes_changes("30-forward") as changes:
+    with QubesStore().changes() as changes:
+        assert isinstance(changes, QubesChanges)
         assert changes._linger_s == linger_s
         assert changes._policy_file == events_module.POLICY_DIR / "30-forward.policy"
     assert made == [(app, "admin.Events", False)]
