@@ -23,6 +23,7 @@ from qubes_fwd_qrexec.target.portions import CALLS_MAX as MUXS_MAX
 from qubes_fwd_qrexec.target.portions import LENT_TIMES
 from qubes_fwd_qrexec.target.socketservice import CONNECTIONS_MAX
 from qubes_fwd_qrexec.target.socketservice import DRAIN_S as SERVICE_DRAIN_S
+from qubes_fwd_qrexec.target.statusservice import STARTS
 
 MIB = 1 << 20
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,11 @@ def test_the_firewalls_program_sees_whose_sockets_the_kernel_lists() -> None:
 def test_the_socket_is_where_qrexec_looks_for_the_service() -> None:
     given = settings(ROOT / "systemd" / "qubes-forward-service.socket")
     assert given["ListenStream"] == [f"/run/qubes-rpc/{FORWARD_SERVICE}"]
+
+
+def test_a_listener_that_starts_is_waited_for_where_its_unit_starts_one() -> None:
+    given = settings(ROOT / "systemd" / "qubes-forward-listener.service")
+    assert given["ConditionPathExists"] == [f"/var{STARTS}"]  # /var/run is a link to /run
 
 
 def test_the_notes_of_mux_calls_are_where_the_service_writes_them_and_its_users() -> None:

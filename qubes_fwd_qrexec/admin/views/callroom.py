@@ -22,10 +22,9 @@ def calls_needed(plan: Plan, exposed: str | None) -> int:
 
     Mux calls to the same ports of a target are one call; a rule with single calls needs at least one.
     """
-    calls = set()
-    for forward in plan.live:
-        if forward.exposed == exposed:
-            named = forward.named
-            alone = named.name if forward.transport is Transport.CALL else None
-            calls.add((named.target, named.rule.target_ports, alone))
+    calls = {
+        (f.named.target, f.named.rule.target_ports, f.named.name if f.transport is Transport.CALL else None)
+        for f in plan.live
+        if f.exposed == exposed
+    }
     return len(calls)

@@ -48,9 +48,6 @@ WATCH_S = 2.0
 # ECMA-48: the cursor goes to the first column of the first line, and everything after it is erased.
 _CLEAR = "\x1b[H\x1b[J"
 
-Answers = Mapping[QubeName, Answer]
-"""What each qube that was asked says of itself, or why there is no answer."""
-
 
 class Row(NamedTuple):
     """One live forward, with dom0's verdict on its calls and what its listener and its target say of it.
@@ -145,7 +142,7 @@ def status_of(
     planned: Plan,
     now: float,
     verdicts: Mapping[tuple[QubeName, RuleName], PolicyVerdict],
-    answers: Answers,
+    answers: Mapping[QubeName, Answer],
     qubes: Collection[str] = (),
 ) -> Status:
     """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
@@ -162,7 +159,7 @@ def status_of(
     return Status(planned, rows, tuple(goes_on), tuple(silent), tuple(due))
 
 
-def _row(forward: Forward, verdict: PolicyVerdict, answers: Answers) -> Row:
+def _row(forward: Forward, verdict: PolicyVerdict, answers: Mapping[QubeName, Answer]) -> Row:
     answer = None if forward.exposed is None else answers.get(forward.exposed)
     row, target = Row(forward, verdict, uptake(forward, answer)), answers.get(forward.named.target)
     if isinstance(answer, QubeReport) and answer.listener is not None:
