@@ -28,7 +28,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import Binding, IPAddress, PortRange, unmapped
+from qubes_fwd_qrexec.common.values import Binding, IPAddress, unmapped
 
 from .netlink import Netlink, NetlinkError, connect
 
@@ -85,19 +85,19 @@ def listening(uid: int) -> frozenset[Binding]:
     )
 
 
-def destroy(ports: PortRange, is_ended: Callable[[IPAddress, int], bool]) -> int:
-    """End TCP connections to these ports of this qube, in this process's network namespace.
+def destroy(is_ended: Callable[[IPAddress, int], bool]) -> int:
+    """End TCP connections of this qube, in this process's network namespace.
 
     ``is_ended`` decides by the peer's address and the local port; it is not asked about the qube's
-    connections to itself. The peer gets a RST, and the program here ECONNABORTED. Connections that the qube
-    has made from one of the ports look the same, and end as well. Returns how many were ended. Raises
+    connections to itself. The peer gets a RST, and the program here ECONNABORTED. What the qube itself has
+    connected from such a port looks the same, and ends as well. Returns how many were ended. Raises
     `SocketsError`.
     """
     ended = 0
     try:
         with connect(_NETLINK_SOCK_DIAG) as kernel:
             for _ in range(_PASSES):
-                done = _destroy(kernel, ports, is_ended)
+                done = _destroy(kernel, is_ended)
                 ended += done
                 if not done:
                     return ended
@@ -106,7 +106,7 @@ def destroy(ports: PortRange, is_ended: Callable[[IPAddress, int], bool]) -> int
     return ended
 
 
-def _destroy(kernel: Netlink, ports: PortRange, is_ended: Callable[[IPAddress, int], bool]) -> int:
+def _destroy(kernel: Netlink, is_ended: Callable[[IPAddress, int], bool]) -> int:
     states = sum(1 << state for state in _CONNECTED)
     done = 0
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -114,7 +114,7 @@ def _destroy(kernel: Netlink, ports: PortRange, is_ended: Callable[[IPAddress, i
         for message in kernel.dump(_SOCK_DIAG_BY_FAMILY, _request(family, states)):
             of_family, state, sockid, _ = _socket_of(message)
             port, _, here, peer, _ = _ID.unpack(sockid)
-            if of_family != family or state not in _CONNECTED or port not in ports or here == peer:
+            if of_family != family or state not in _CONNECTED or here == peer:
                 continue
             address = unmapped(_address(family, peer))
             if not address.is_loopback and is_ended(address, port):
