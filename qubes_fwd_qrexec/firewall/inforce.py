@@ -6,11 +6,14 @@ A file in the runtime directory remembers them, for a run that comes after one t
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
+from qubes_fwd_qrexec.system.logs import RateLimit, warn
 
+from .cutting import CutError, Cutter
 from .rule import Family
 from .tables import Seen
 from .wanted import Firewall, Wanted
@@ -23,25 +26,49 @@ _logger = logging.getLogger(__name__)
 class InForce:
     """What the firewall lets through by nft, through all changes by `put`."""
 
-    def __init__(self, firewall: Firewall, path: Path | None = None) -> None:
+    def __init__(self, firewall: Firewall, cutter: Cutter, path: Path | None = None) -> None:
         self._firewall = firewall
+        self._cutter = cutter
         self._path = path
+        self._limit = RateLimit()
         self.configs = frozenset(_read(path)) if path is not None else frozenset()
         """What may be in force: after a failure that is the old and the new."""
         self.sure: frozenset[NftConfig] = frozenset()
         """What is known to be in force."""
+        self.problem: str | None = None
+        """Why connections that should have ended may go on."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `put` has something to do though nothing has changed."""
+        return self.problem is not None or self._cutter.is_over
 
     def put(self, wanted: Wanted) -> dict[Family, Seen]:
-        """Let through exactly what is wanted. Returns the firewall as it was found. Raises `NftError`."""
+        """Let through exactly what is wanted, and end what was let through and is not wanted any more.
+
+        Returns the firewall as it was found. Raises `NftError`. Connections that could not be ended are a
+        `problem`, and the next call tries again.
+        """
         after = frozenset(kept.config for kept in wanted.paths)
         ended = [old for old in self.configs if not _goes_on(old, after)]
         self._remember(self.configs | after)
-        found = self._firewall.keep(wanted)
-        for config in sorted(ended, key=lambda config: config.key):
-            _logger.info("ended: %s", config.key)
+        found = self._firewall.keep(replace(wanted, guards=self._cutter.guards(ended)))
         self.sure = after
-        self._remember(after)
+        try:
+            self._cutter.finish(ended, after)
+        except CutError as error:
+            self.problem = str(error)
+            warn(_logger, self._limit, "cut", self.problem)
+        else:
+            self.problem = None
+            self._remember(after)
         return found
+
+    def clear(self) -> None:
+        """Let nothing through any more. Raises `NftError` or `CutError`."""
+        self.put(Wanted())
+        if self.problem is not None:
+            raise CutError(self.problem)
 
     def _remember(self, configs: frozenset[NftConfig]) -> None:
         if configs == self.configs:

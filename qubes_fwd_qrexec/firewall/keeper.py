@@ -41,6 +41,7 @@ from qubes_fwd_qrexec.system.sockdiag import DIRECTORY, SocketsError, listening,
 
 from .accounts import Places, account, firewall_report, nft_report
 from .asked import ASK, Asked, answer
+from .cutting import Cutter
 from .forwards import Forwards
 from .inforce import IN_FORCE, InForce
 from .nfttool import Changes, Nft
@@ -104,7 +105,7 @@ class Keeper:
         finally:
             notify("STOPPING=1")
             self._write_state(_CLOSED)
-            self._in_force.put(Wanted())
+            self._in_force.clear()
 
     def wait(self, changes: Changes, signals: Signals, asked: Asked | None = None) -> set[int]:
         """Wait for a change, a signal, a question or the next look, at least `GAP_S`. Returns the signals."""
@@ -127,7 +128,8 @@ class Keeper:
             except ConfigError as error:
                 _logger.error("configuration not reloaded: %s", error)
         wanted = self.wanted()
-        if changes.has_any() or is_told or is_asked or wanted != self.kept:
+        is_due = wanted != self.kept or self._in_force.is_due
+        if changes.has_any() or is_told or is_asked or is_due:
             try:
                 self._notify(self.keep(wanted), is_told=is_told)
             except NftError as error:
@@ -179,11 +181,12 @@ class Keeper:
         self._problem = None
         self.kept = wanted
         self._write_state(firewall_report(wanted, self._places))
-        return one_line(", ".join(account(wanted, self._places)))
+        uncut = () if self._in_force.problem is None else (self._in_force.problem,)
+        return one_line(", ".join((*uncut, *account(wanted, self._places))))
 
     def report(self, nft: Nft) -> NftReport:
         """What is in force by nft, for dom0."""
-        problem = self._problem
+        problem = self._problem or self._in_force.problem
         counters: dict[str, tuple[int, int]] = {}
         try:
             counters = nft.counters()
@@ -262,9 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
     place = os.environ.get("RUNTIME_DIRECTORY")
     directory = None if place is None else Path(place)
     try:
-        in_force = InForce(Firewall(nft), None if directory is None else directory / IN_FORCE)
+        in_force = InForce(Firewall(nft), Cutter(), None if directory is None else directory / IN_FORCE)
         if args.remove:
-            in_force.put(Wanted())
+            in_force.clear()
             return 0
         with ExitStack() as stack:
             signals, changes = stack.enter_context(Signals()), stack.enter_context(Changes())

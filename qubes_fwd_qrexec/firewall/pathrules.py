@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import IPAddress
 
 from .rule import Family, Rule, by, networks
-from .tables import ADMITTED, ARRIVED, FORWARD, INPUT, PREROUTING, REPLIES, Content, Place
+from .tables import ADMITTED, ARRIVED, FORWARD, INPUT, PREROUTING, REPLIES, SENT, Content, Place
 
 # How long connections may go on after the end of a forward with on-expire=drain; as the listener lets them.
 DRAIN_MAX_S = 3600
@@ -68,7 +68,7 @@ def content(forwards: Iterable[Kept], family: Family) -> Content:
     ]
     return Content(
         placed={FORWARD: _all(made, FORWARD), INPUT: _all(made, INPUT)},
-        chains={chain: _all(made, chain) for chain in (PREROUTING, ADMITTED, REPLIES, ARRIVED)},
+        chains={chain: _all(made, chain) for chain in (PREROUTING, ADMITTED, REPLIES, ARRIVED, SENT)},
         objects={name: text for forward in made for name, text in forward.objects()},
     )
 
@@ -102,9 +102,7 @@ class _Forward:
         elif chain == ADMITTED and self._is_hop:
             yield from self._accepting(self._through, f"counter name {self._names.sent} accept")
         elif chain == REPLIES and self._is_hop:
-            out = f"iifgroup 2 oifgroup {self.config.side.group} {self._family} saddr {self._next_hop}"
-            sent = f"{self.config.proto} sport {self.config.target_ports.brief()} {self._original}"
-            yield f"{out} {sent} counter name {self._names.received}"
+            yield f"{self._back} counter name {self._names.received}"
         elif chain == FORWARD and self._is_hop and not self._is_draining:
             yield f"{self._through}{self._in_time} accept"
         elif chain == ARRIVED and not self._is_hop:
@@ -117,6 +115,10 @@ class _Forward:
             yield f"{self._family} daddr {self._next_hop} {self._to_next} {self._original} drop"
         elif chain == INPUT and not self._is_hop and self.config.expire is not None:
             yield f"{self._inward} drop"
+        elif chain == REPLIES and self._is_hop and self.config.expire is not None:
+            yield f"{self._back}{self._until_all_end('>=')} drop"
+        elif chain == SENT and not self._is_hop and self.config.expire is not None:
+            yield f"{self._outward}{self._until_all_end('>=')} drop"
 
     def objects(self) -> Iterator[tuple[tuple[str, str], str]]:
         """The counters and sets that the rules use, and how they are declared."""
@@ -131,11 +133,11 @@ class _Forward:
         if limits.connections is not None:
             yield ("set", self._total), " { type inet_proto; flags dynamic; size 1; }"
 
-    def _clients(self) -> str:
+    def _clients(self, which: str = "saddr") -> str:
         if self.config.sources.anyone:
             return ""
         found = ", ".join(map(str, networks(self.config.sources, self._family)))
-        return f" {self._family} saddr {f'{{ {found} }}' if ',' in found else found}"
+        return f" {self._family} {which} {f'{{ {found} }}' if ',' in found else found}"
 
     @property
     def _to_next(self) -> str:
@@ -154,6 +156,25 @@ class _Forward:
         """A packet of this forward on its way to the next hop."""
         to = f"{self._family} daddr {self._next_hop} {self._to_next} {self._original}"
         return f"{self._by} oifgroup 2{self._from} {to}"
+
+    @property
+    def _back(self) -> str:
+        """A packet of this forward on its way from the next hop."""
+        by_vif = f"iifgroup 2 oifgroup {self.config.side.group} {self._family} saddr {self._next_hop}"
+        return f"{by_vif} {self.config.proto} sport {self.config.target_ports.brief()} {self._original}"
+
+    @property
+    def _outward(self) -> str:
+        """A packet of the target's server to a client."""
+        to_clients = f"oifgroup {self.config.side.group}{self._clients('daddr')}"
+        return f"{to_clients} {self.config.proto} sport {self.config.target_ports.brief()} ct direction reply"
+
+    def _until_all_end(self, compared: str) -> str:
+        """Before or after the time when no connection may live any more; empty if there is none."""
+        if self.config.expire is None:
+            return ""
+        longer = DRAIN_MAX_S if self.config.on_expire is OnExpire.DRAIN else 0
+        return f" meta time {compared} {min(self.config.expire + longer, _TIME_MAX)}"
 
     def _accepting(self, what: str, accept: str) -> Iterator[str]:
         """What accepts while the forward lasts, and of what drains longer what is established."""

@@ -45,17 +45,26 @@ FORWARD = Place(CUSTOM_FORWARD, f"{OWN}-forward", OWN, "ct state new ct status d
 INPUT = Place(CUSTOM_INPUT, f"{OWN}-input", OWN, "ct direction original")
 PLACES = (LISTENER, FORWARD, INPUT)
 
-PREROUTING, FORWARDED, ADMITTED, REPLIES, ARRIVED = "prerouting", "forward", "admitted", "replies", "input"
-GUARD_FORWARD, GUARD_INPUT = "guard-forward", "guard-input"
+PREROUTING, FORWARDED, ADMITTED, REPLIES = "prerouting", "forward", "admitted", "replies"
+ARRIVED, SENT = "input", "output"
+GUARD_FORWARD, GUARD_INPUT, GUARD_OUTPUT = "guard-forward", "guard-input", "guard-output"
+_GUARDS = (GUARD_FORWARD, GUARD_INPUT, GUARD_OUTPUT)
+# The flows of UDP that are held back: addresses and ports as the server's datagrams have them. One stays in
+# the set until it has been silent for as long as it takes the kernel to forget a flow.
+HELD = "held"
+_HELD_S = 180
+_HELD_MAX = 65535
 # The chains of our own table with type, hook and priority: NAT after Qubes' own, the others before Qubes'.
 HOOKS: Mapping[str, tuple[str, str, int] | None] = {
     PREROUTING: ("nat", "prerouting", -90),
     FORWARDED: ("filter", "forward", -10),
     ARRIVED: ("filter", "input", -10),
+    SENT: ("filter", "output", -10),
     ADMITTED: None,
     REPLIES: None,
     GUARD_FORWARD: None,
     GUARD_INPUT: None,
+    GUARD_OUTPUT: None,
 }
 _LEADING = {
     FORWARDED: (
@@ -64,6 +73,7 @@ _LEADING = {
         Rule(OWN, f"ct status dnat ct direction reply jump {REPLIES}"),
     ),
     ARRIVED: (Rule(OWN, f"jump {GUARD_INPUT}"),),
+    SENT: (Rule(OWN, f"jump {GUARD_OUTPUT}"),),
 }
 
 
@@ -171,10 +181,13 @@ def _jumps(rule: dict[str, Any]) -> Iterator[str]:
 def transaction(family: Family, wanted: Content, seen: Seen, now_s: float) -> str:
     """The input of ``nft -f -`` that makes everything right, all or nothing; empty if it is right."""
     table, own = f"{family} {TABLE}", f"{family} {OWN}"
+    address = "ipv4_addr" if family is Family.IP else "ipv6_addr"
+    held = f" {{ type {address} . inet_service . {address} . inet_service; flags dynamic, timeout;"
+    held += f" timeout {_HELD_S}s; size {_HELD_MAX}; }}"
     wrong = [chain for chain in (CUSTOM_INPUT, CUSTOM_FORWARD) if not _leads_right(chain, wanted, seen)]
     lines = [
         *(line for chain in wrong for line in _take_jumps(f"{table} {chain}", chain, seen)),
-        *_make_own(own, wanted, seen.own, now_s),
+        *_make_own(own, wanted, seen.own, now_s, held),
         *(line for place in PLACES for line in _fill(table, place, wanted.at(place), seen)),
         *(line for chain in wrong for line in _give_jumps(f"{table} {chain}", chain, wanted)),
     ]
@@ -231,7 +244,7 @@ def _fill(table: str, place: Place, rules: tuple[Rule, ...], seen: Seen) -> Iter
             yield f"flush chain {table} {place.chain}"
 
 
-def _make_own(table: str, wanted: Content, seen: SeenTable | None, now_s: float) -> Iterator[str]:
+def _make_own(table: str, wanted: Content, seen: SeenTable | None, now_s: float, held: str) -> Iterator[str]:
     """Make our own table right, or remove it if neither rules nor guards need it."""
     kept = [] if seen is None else [rule for _, rule in _guards(seen) if not _is_over(rule, now_s)]
     if not (wanted.is_own_needed or wanted.guards or kept):
@@ -246,18 +259,17 @@ def _make_own(table: str, wanted: Content, seen: SeenTable | None, now_s: float)
         for chain, hook in HOOKS.items():
             yield f"add chain {table} {chain}{'' if hook is None else _hooked(*hook)}"
         seen = SeenTable(chains=dict.fromkeys(HOOKS, ()))
-    for (kind, name), declared in wanted.objects.items():
+    objects = {**wanted.objects, ("set", HELD): held}
+    for (kind, name), declared in objects.items():
         if (kind, name) not in seen.objects:
             yield f"add {kind} {table} {name}{declared}"
     for chain in HOOKS:
         rules = wanted.of(chain)
-        if chain not in (GUARD_FORWARD, GUARD_INPUT) and seen.comments(chain) != tuple(
-            rule.comment for rule in rules
-        ):
+        if chain not in _GUARDS and seen.comments(chain) != tuple(rule.comment for rule in rules):
             yield f"flush chain {table} {chain}"
             yield from (f"add rule {table} {chain} {rule}" for rule in rules)
     yield from _make_guards(table, wanted.guards, seen, now_s)
-    for kind, name in sorted(seen.objects - wanted.objects.keys()):
+    for kind, name in sorted(seen.objects - objects.keys()):
         yield f"delete {kind} {table} {name}"
 
 
@@ -278,7 +290,7 @@ def _make_guards(table: str, wanted: tuple[Guard, ...], seen: SeenTable, now_s: 
 
 def _guards(seen: SeenTable) -> list[tuple[str, SeenRule]]:
     """The rules in the guards' chains, whatever they are."""
-    return [(chain, rule) for chain in (GUARD_FORWARD, GUARD_INPUT) for rule in seen.chains.get(chain, ())]
+    return [(chain, rule) for chain in _GUARDS for rule in seen.chains.get(chain, ())]
 
 
 def _is_over(guard: SeenRule, now_s: float) -> bool:

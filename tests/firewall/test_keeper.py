@@ -20,6 +20,7 @@ from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
 from qubes_fwd_qrexec.common.values import Binding
 from qubes_fwd_qrexec.firewall import keeper
 from qubes_fwd_qrexec.firewall.accounts import account, firewall_report
+from qubes_fwd_qrexec.firewall.cutting import Cutter
 from qubes_fwd_qrexec.firewall.forwards import Forwards
 from qubes_fwd_qrexec.firewall.inforce import InForce
 from qubes_fwd_qrexec.firewall.keeper import main
@@ -84,7 +85,9 @@ def a_keeper(
     state: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> keeper.Keeper:
-    return keeper.Keeper(forwards, InForce(Firewall(fake)), sockets or FakeSockets(), state, clock)
+    return keeper.Keeper(
+        forwards, InForce(Firewall(fake), Cutter(lambda *_: 0)), sockets or FakeSockets(), state, clock
+    )
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The rules for forwards by nft as text. `test_path` has the packets."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from qubes_fwd_qrexec.firewall.tables import (
     INPUT,
     PREROUTING,
     REPLIES,
+    SENT,
     Content,
     Place,
     Rule,
@@ -78,7 +80,9 @@ def test_the_exposed_qube_sends_on_what_came_to_its_port_from_its_sources_and_no
         ],
         REPLIES: [
             "iifgroup 2 oifgroup 0 ip saddr 10.137.0.5 tcp sport 80 ct original proto-dst 80 "
-            "counter name nft.work.web/out"
+            "counter name nft.work.web/out",
+            "iifgroup 2 oifgroup 0 ip saddr 10.137.0.5 tcp sport 80 ct original proto-dst 80 "
+            f"meta time >= {END} drop",
         ],
         FORWARD: [f"{through} ct original proto-dst 80 meta time < {END} accept"],
     }
@@ -114,9 +118,13 @@ def test_the_target_lets_in_by_its_uplink_whatever_its_address_is() -> None:
         ],
         ARRIVED: [f"{inward} ct direction original counter name nft.work.web/in"],
         INPUT: [f"{inward} meta time < {END} accept", f"{inward} drop"],
+        SENT: [
+            f"oifgroup 1 ip daddr 192.168.77.0/24 udp sport 53 ct direction reply meta time >= {END} drop"
+        ],
     }
     without_end = of(config("target", "53-53", side="uplink", proto="udp"))
     assert without_end[INPUT] == [f"{inward} accept"]
+    assert SENT not in without_end
 
 
 @pytest.mark.parametrize(("family", "has"), [("4", [Family.IP]), ("6", [Family.IP6])])
@@ -187,18 +195,21 @@ def test_what_drains_lets_the_established_go_on_for_a_while_and_nobody_new_in() 
     assert over[ADMITTED] == [established, of(hop)[ADMITTED][-1]]
     assert PREROUTING not in over
     assert FORWARD not in over
+    assert f"meta time >= {END + DRAIN_MAX_S} drop" in over[REPLIES][-1]
     target = config("target", side="uplink", expire=f"{END}", on_expire="drain")
     inward = "iifgroup 1 ip saddr 192.168.77.0/24 tcp dport 80"
     assert of(draining(target))[INPUT] == [
         f"{inward} ct state established meta time < {END + DRAIN_MAX_S} accept",
         f"{inward} drop",
     ]
+    assert f"meta time >= {END + DRAIN_MAX_S} drop" in of(draining(target))[SENT][-1]
 
 
 @pytest.mark.parametrize("on_expire", ["cut", "drain"])
 def test_an_end_that_the_kernel_cannot_count_to_is_its_last_second(on_expire: str) -> None:
     for rules in of(config(expire=f"{TIME_MAX}", on_expire=on_expire)).values():
-        assert not [text for text in rules if "time" in text and "meta time < 18446744073 " not in text]
+        timed = [text for text in rules if "time" in text]
+        assert not [text for text in timed if not re.search("meta time (<|>=) 18446744073 ", text)]
 
 
 def test_the_order_of_the_configuration_does_not_matter() -> None:

@@ -15,6 +15,7 @@ from qubes_fwd_qrexec.firewall.tables import (
     FORWARDED,
     GUARD_FORWARD,
     GUARD_INPUT,
+    HELD,
     HOOKS,
     INPUT,
     LISTENER,
@@ -161,7 +162,7 @@ def own(content: Content, guards: tuple[Guard, ...] = (), objects: Iterable[tupl
     chains = {chain: there(*content.of(chain)) for chain in HOOKS}
     for guard in guards:
         chains[guard.chain] = (*chains[guard.chain], SeenRule(50 + guard.until, guard.rule.comment))
-    seen_objects = frozenset({*content.objects, *objects})
+    seen_objects = frozenset({*content.objects, ("set", HELD), *objects})
     return Seen(SeenTable(USERS), SeenTable(chains, HOOKS, seen_objects))
 
 
@@ -175,6 +176,7 @@ def test_a_table_of_our_own_is_made_whole_and_removed_whole() -> None:
         f"add chain ip {OWN} {FORWARDED} {{ type filter hook forward priority -10; policy accept; }}" in made
     )
     assert f"add counter ip {OWN} nft.work.web/new" in made
+    assert f"add set ip {OWN} {HELD}" in {line.partition(" {")[0] for line in made}
     assert made[-1] == f"add rule ip {OWN} {ADMITTED} {ACCEPT}"
     assert lines(NFT, own(NFT)) == []
     assert lines(Content(), own(NFT)) == [f"delete table ip {OWN}"]
