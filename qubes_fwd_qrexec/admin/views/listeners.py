@@ -228,7 +228,7 @@ def ask_after(
     What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
     goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
-    opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.exposed is not None]
+    opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.listener_config]
     fresh = [f for f in opened if inventory.offers(f.exposed or f.named.target)]
     over = beyond_dom0(before, after)
     closed = set(keys) - {forward.named[:2] for forward in (*before.live, *after.live)}
