@@ -24,7 +24,7 @@ export PYTHON
 .PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak packages clean
 
 demo: $(VENV)/.installed
-	@tools/debian-packages --optional iproute2
+	@tools/debian-packages --optional nftables iproute2
 	@$(VENV)/bin/qvm-forward-lab demo
 
 test: $(VENV)/.dev

@@ -197,9 +197,15 @@ def has_ipv6() -> bool:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, shape: Shape, has_ipv6: bool) -> Iterator[Wired]:
+def has_vpn() -> bool:
+    """Whether there is a VPN qube in `fresh`; a test that is parametrized by ``has_vpn`` says."""
+    return False
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, shape: Shape, has_ipv6: bool, has_vpn: bool) -> Iterator[Wired]:
     """A path of qubes joined by IP for this test alone."""
-    with open_wired(tmp_path / "lab", shape, has_ipv6=has_ipv6) as wired:
+    with open_wired(tmp_path / "lab", shape, has_ipv6=has_ipv6, has_vpn=has_vpn) as wired:
         yield wired
 
 

@@ -25,7 +25,7 @@ from helpers import BOUND_S
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import netns
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.lab.netns import LAN, Namespaces
+from qubes_fwd_qrexec.lab.netns import LAN, PROVIDER, Namespaces
 from qubes_fwd_qrexec.lab.qube import Qube, QubeState
 from qubes_fwd_qrexec.lab.stockrules import Shape
 from qubes_fwd_qrexec.lab.wires import Wires
@@ -39,8 +39,19 @@ BESIDE_FIREWALL = "beside-firewall"
 BESIDE_WORK = "beside-work"
 """Behind sys-firewall, as work is."""
 
-_NUMBERS = {NET: 5, FIREWALL: 6, WORK: 10, BESIDE_WORK: 11, BESIDE_FIREWALL: 12}
-_NETVMS = {FIREWALL: NET, WORK: FIREWALL, BESIDE_WORK: FIREWALL, BESIDE_FIREWALL: NET}
+VPN = "sys-vpn"
+"""Behind sys-firewall; its tunnel, tun0, ends at `PROVIDER`."""
+BEHIND_VPN = "behind-vpn"
+
+_NUMBERS = {NET: 5, FIREWALL: 6, VPN: 7, WORK: 10, BESIDE_WORK: 11, BESIDE_FIREWALL: 12, BEHIND_VPN: 13}
+_NETVMS = {
+    FIREWALL: NET,
+    WORK: FIREWALL,
+    BESIDE_WORK: FIREWALL,
+    BESIDE_FIREWALL: NET,
+    VPN: FIREWALL,
+    BEHIND_VPN: VPN,
+}
 _ETH_P_ALL = 0x0003
 _PACKET_OUTGOING = 4
 _IP_TRANSPARENT = 19
@@ -71,6 +82,12 @@ class Addresses(NamedTuple):
     work: str
     beside_firewall: str
     beside_work: str
+    vpn: str
+    behind_vpn: str
+    provider: str
+    """A host that the VPN leads to."""
+    vpn_outside: str
+    """sys-vpn in its tunnel, where it has one."""
 
     @property
     def nft(self) -> str:
@@ -86,16 +103,18 @@ def _ip6(name: str) -> str:
     return f"fd09:24ef:4179::a89:{_NUMBERS[name]:x}"
 
 
-_QUBES = (NET, FIREWALL, WORK, BESIDE_FIREWALL, BESIDE_WORK)
+_QUBES = (NET, FIREWALL, WORK, BESIDE_FIREWALL, BESIDE_WORK, VPN, BEHIND_VPN)
 V4 = Addresses(
     4,
     *(netns.LAN_HOST, netns.LAN_HOST_REFUSED, "192.168.77.0/24"),
     *(netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_REFUSED, *map(_ip, _QUBES)),
+    *(netns.PROVIDER_HOST, "10.8.0.2"),
 )
 V6 = Addresses(
     6,
     *(netns.LAN_HOST_IPV6, netns.LAN_HOST_REFUSED_IPV6, "fd77::/64"),
     *(netns.EDGE_ADDRESS_IPV6, netns.EDGE_ADDRESS_REFUSED_IPV6, *map(_ip6, _QUBES)),
+    *(netns.PROVIDER_HOST_IPV6, "fd08:0::2"),
 )
 FAMILIES = (V4, V6)
 
@@ -155,7 +174,7 @@ class Wired:
         self._qubes = qubes
         self._servers: list[Server] = []
         self._taps: dict[str, socket.socket] = {}
-        for name in (LAN, *qubes):
+        for name in (LAN, *([PROVIDER] if VPN in qubes else []), *qubes):
             self._open_tap(name)
 
     def run(
@@ -375,8 +394,13 @@ def _on_one_cpu() -> Iterator[None]:
 
 
 @contextmanager
-def open_wired(directory: Path, shape: Shape = Shape.R4_3, *, has_ipv6: bool = True) -> Iterator[Wired]:
-    """The path in a directory that is new; without IPv6 no qube has an address of that family."""
+def open_wired(
+    directory: Path, shape: Shape = Shape.R4_3, *, has_ipv6: bool = True, has_vpn: bool = False
+) -> Iterator[Wired]:
+    """The path in a directory that is new; without IPv6 no qube has an address of that family.
+
+    With a VPN there are `VPN`, `BEHIND_VPN` and `PROVIDER` besides.
+    """
     lab = LabDirectory(directory)
     lab.qubes_dir.mkdir(parents=True)
     qubes = {
@@ -385,9 +409,10 @@ def open_wired(directory: Path, shape: Shape = Shape.R4_3, *, has_ipv6: bool = T
             netvm=None if name == NET else QubeName(_NETVMS[name]),
             ip=_ip(name),
             ip6=_ip6(name) if has_ipv6 else None,
-            provides_network=name in (NET, FIREWALL),
+            provides_network=name in (NET, FIREWALL, VPN),
         )
         for name in _QUBES
+        if has_vpn or name not in (VPN, BEHIND_VPN)
     }
     for qube in qubes.values():
         lab.write_qube(qube)
@@ -395,6 +420,6 @@ def open_wired(directory: Path, shape: Shape = Shape.R4_3, *, has_ipv6: bool = T
     with ExitStack() as opened:
         places.create()
         opened.callback(places.destroy)
-        wires = Wires(places, shape)
+        wires = Wires(places, shape, lambda name: name == VPN)
         wires.follow(qubes.values())
         yield Wired(places, wires, opened, qubes)

@@ -10,13 +10,14 @@ import errno
 import logging
 import math
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import trio
 
 from qubes_fwd_qrexec.common.errors import ForwardError, StoreError, leaves
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.relay.thread import RelayThread, open_relay_thread
 
 from . import wire
@@ -84,6 +85,8 @@ class Broker:
         self._joined: list[JoinedCall] = []
         self._room = Room()
         self._living: dict[AgentProcess, str] = {}
+        self._placed: Mapping[QubeName, Qube] = {}
+        self._placing = trio.Lock()
 
     @property
     def joined(self) -> tuple[JoinedCall, ...]:
@@ -97,6 +100,7 @@ class Broker:
     async def reload(self) -> None:
         """Take up qubes that have come, and give up those that have gone; raises `StoreError`."""
         self.view.refresh()
+        await self._place()
         wanted = {qube.name for qube in self.view.qubes.values()}
         for name in set(self._listening) - wanted:
             self._listening.pop(name).cancel()
@@ -113,6 +117,17 @@ class Broker:
             before, running = running, self._running()
             for name in before - running:
                 await self._halt(name)
+            try:
+                await self._place()
+            except StoreError as error:
+                _log.error("networks not changed: %s", error)
+
+    async def _place(self) -> None:
+        """Have the qubes where the lab says that they are. Raises `StoreError`."""
+        async with self._placing:
+            if self._placed is not self.view.qubes:
+                self._placed = self.view.qubes
+                await trio.to_thread.run_sync(self.places.follow, tuple(self._placed.values()))
 
     def _running(self) -> set[str]:
         return {name for name, qube in self.view.qubes.items() if qube.is_running}
@@ -278,6 +293,8 @@ class Broker:
 
         _log.info("%s: starts", name)
         await trio.to_thread.run_sync(start)
+        self.view.refresh()
+        await self._place()
 
     async def _fork(self, target: str) -> AgentProcess:
         """The agent's process of a call that dom0 has allowed; it has a place until it is gone."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, TextError, why
@@ -108,10 +109,18 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     knob.add_argument("value", nargs="?", help="a number, or a comma-separated list of TARGET[/SERVICE]")
     knob.set_defaults(action=_knob)
 
-    run = commands.add_parser("run", help="run a program in a qube, or on the LAN (lan)")
+    run = commands.add_parser(
+        "run", help="run a program in a qube, on the LAN (lan) or behind the VPN (provider)"
+    )
     run.add_argument("qube", metavar="QUBE")
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS")
     run.set_defaults(action=_run)
+
+    listen = commands.add_parser(
+        "listen", help="start in a qube what its units start, in the background until 'down'"
+    )
+    listen.add_argument("qube", metavar="QUBE")
+    listen.set_defaults(action=_listen)
 
     for name, (module_name, help_text) in _ELSEWHERE.items():
         other = commands.add_parser(name, help=help_text)
@@ -149,14 +158,16 @@ def _up(arguments: argparse.Namespace) -> int:
     if arguments.netns or arguments.no_netns:
         network = daemon.Network.NAMESPACES if arguments.netns else daemon.Network.LOOPBACK
     pid = daemon.start(lab, network)
-    print(f"{lab.root}: up (pid {pid}), {_describe(control.ask(lab, {'do': 'status'})['network'])}")
+    print(f"{lab.root}: up (pid {pid}), {_describe(control.ask(lab, {'do': 'status'}))}")
     return 0
 
 
-def _describe(network: str) -> str:
-    if network == "namespaces":
-        return "each qube in a network namespace of its own"
-    return "all qubes share this machine's loopback"
+def _describe(status: dict[str, Any]) -> str:
+    if status["network"] != "namespaces":
+        return "all qubes share this machine's loopback"
+    where = "each qube in a network namespace of its own"
+    why_not = status["why_no_ip"]
+    return f"{where}, with IP as on Qubes" if why_not is None else f"{where}, without IP: {why_not}"
 
 
 def _down(arguments: argparse.Namespace) -> int:
@@ -182,7 +193,7 @@ def _status(arguments: argparse.Namespace) -> int:
     if not is_up:
         print(f"{lab.root}: down; 'qvm-forward-lab up' starts it")
     else:
-        print(f"{lab.root}: up (pid {broker['pid']}), {_describe(broker['network'])}")
+        print(f"{lab.root}: up (pid {broker['pid']}), {_describe(broker)}")
         whose = "Qubes' own parser" if broker["judge"] == "qrexec" else "the lab's evaluator"
         print(f"policy judged by {whose}")
         print(f"calls: {', '.join(f'{name} {count}' for name, count in broker['calls'].items()) or 'none'}")
@@ -253,6 +264,23 @@ def _drop(lab: LabDirectory, text: str | None) -> int:
     return 0
 
 
+def _listen(arguments: argparse.Namespace) -> int:
+    from . import control, units
+
+    lab = _lab(arguments)
+    qube = lab.qube(arguments.qube)
+    if qube.is_admin or not qube.is_running:
+        raise RefusedError(f"{qube.name}: {'has no listener' if qube.is_admin else 'is not running'}")
+    why_no_ip = control.ask(lab, {"do": "status"})["why_no_ip"]
+    wanted = [units.Unit.LISTENER, *([units.Unit.FIREWALL] if why_no_ip is None else [])]
+    started = units.start(lab, qube.name, wanted)
+    for unit in wanted:
+        print(f"{qube.name}: {unit.what} {'is ready' if unit in started else 'runs already'}")
+    if why_no_ip is not None:
+        print(f"{qube.name}: no firewall, and no forward by nft: {why_no_ip}")
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from . import control, inhabitants, netns
 
@@ -260,13 +288,14 @@ def _run(arguments: argparse.Namespace) -> int:
     program = arguments.program[1:] if arguments.program[:1] == ["--"] else arguments.program
     if not program:
         raise UsageError("run: a program must follow, as in 'run work -- sh'")
-    if arguments.qube != netns.LAN and lab.qube(arguments.qube).is_admin:
+    is_outside = arguments.qube in netns.OUTSIDE
+    if not is_outside and lab.qube(arguments.qube).is_admin:
         raise RefusedError("dom0 is this machine itself: run the program without the lab")
     if control.ask(lab, {"do": "status"})["network"] == "namespaces":
         netns.enter_for_good(lab, arguments.qube)
     os.environ[_LAB_VARIABLE] = str(lab.root)
-    os.environ[inhabitants.VARIABLE] = str(lab.root / netns.LAN)
-    if arguments.qube != netns.LAN:
+    os.environ[inhabitants.VARIABLE] = str(lab.root / arguments.qube)
+    if not is_outside:
         place = lab.qube_dir(arguments.qube)
         os.environ[inhabitants.VARIABLE] = str(place.root)
         # The client may be a Perl script, and has nothing to say about the locale.

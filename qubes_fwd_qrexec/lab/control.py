@@ -47,6 +47,7 @@ async def _answer(broker: Broker, order: dict[str, Any]) -> dict[str, object]:
             return {
                 "pid": os.getpid(),
                 "network": broker.places.kind,
+                "why_no_ip": broker.places.why_no_ip,
                 "judge": broker.view.judge_name,
                 "calls": broker.used_slots(),
             }

@@ -22,15 +22,20 @@ from pathlib import Path
 import trio
 
 from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, StoreError, leaves
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import netns
 from .broker import open_broker
 from .control import serve_control
 from .directory import LabDirectory
 from .inhabitants import end_inhabitants
-from .places import Loopback
+from .places import Loopback, Places
+from .store import LabStore
+from .switches import follow_switches
+from .units import search_path
 from .verdicts import best_judge
 from .view import LabView
+from .wires import Wires
 
 _log = logging.getLogger("qubes_fwd_qrexec.lab")
 _READY = b"ready"
@@ -144,13 +149,6 @@ def _end(pid: int) -> None:
     raise StoreError(f"the broker (pid {pid}) does not end")
 
 
-def search_path() -> str:
-    """This package's place first, so that the broker is of the same version as the program that starts it."""
-    inherited = os.environ.get("PYTHONPATH")
-    parts = [str(Path(__file__).parent.parent.parent), *([inherited] if inherited else [])]
-    return os.pathsep.join(parts)
-
-
 def _try_lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +179,7 @@ def _make_namespaces(lab: LabDirectory, network: Network) -> netns.Namespaces | 
         return None
     problem = netns.why_unavailable()
     if problem is None:
-        namespaces = netns.Namespaces(lab)
+        namespaces = netns.Namespaces(lab, netns.why_no_firewall())
         try:
             namespaces.create()
         except StoreError as error:
@@ -194,13 +192,28 @@ def _make_namespaces(lab: LabDirectory, network: Network) -> netns.Namespaces | 
     return None
 
 
-async def _run(lab: LabDirectory, namespaces: netns.Namespaces | None, ready_fd: int) -> None:
+def _places(lab: LabDirectory, namespaces: netns.Namespaces | None) -> Places:
+    if namespaces is None:
+        return Loopback()
+    if namespaces.why_no_ip is not None:
+        _log.warning("no IP between the qubes: %s", namespaces.why_no_ip)
+        return namespaces
+    return Wires(namespaces, is_tunnel=lambda name: _is_tunnel(lab, name))
+
+
+def _is_tunnel(lab: LabDirectory, qube: QubeName) -> bool:
+    """By the same marks as ``qvm-forward`` knows a VPN qube."""
+    return LabStore(lab).inventory().tunnel_mark(qube) is not None
+
+
+async def _run(lab: LabDirectory, places: Places, ready_fd: int) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         view = LabView(lab, best_judge())
-        places = Loopback() if namespaces is None else namespaces
         async with open_broker(view, places) as broker, trio.open_nursery() as nursery:
             await nursery.start(serve_control, broker)
             nursery.start_soon(_end_with_directory, lab, nursery.cancel_scope)
+            if places.why_no_ip is None:
+                nursery.start_soon(follow_switches, broker)
             os.write(ready_fd, _READY)
             os.close(ready_fd)
             async for _ in signals:
@@ -241,7 +254,7 @@ def main(argv: list[str]) -> int:
             clean(lab)
             namespaces = _make_namespaces(lab, network)
             try:
-                trio.run(_run, lab, namespaces, ready_fd, strict_exception_groups=True)
+                trio.run(_run, lab, _places(lab, namespaces), ready_fd, strict_exception_groups=True)
             finally:
                 end_inhabitants(lab.root)
                 if namespaces is not None:

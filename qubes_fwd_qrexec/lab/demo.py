@@ -3,7 +3,7 @@
 closed.
 
 Every step runs the real program and is checked; the first that fails ends the demo with exit status 1. Run
-by root, the qubes are network namespaces with no IP path between them; otherwise they share this machine's
+by root, the qubes are network namespaces, joined and guarded as on Qubes; otherwise they share this machine's
 loopback.
 """
 
@@ -23,12 +23,17 @@ from .session import LabSession, SessionError, ended_by_signals, open_session, o
 _PAGE = "Hello from the qube 'work'. No IP packet can reach me.\n"
 _SERVER_TIMEOUT_S = 20.0
 _CLOSED_TIMEOUT_S = 10.0
+_PAGE_TIMEOUT_S = 20.0
+# How long one waits who is not to get an answer.
+_REFUSAL_TIMEOUT_S = 2.0
 # A client that says where it connects from, and prints the page or why there is none.
 _CLIENT = """\
 import http.client, sys
-host, port, source = sys.argv[1:]
+host, port, source, timeout = sys.argv[1:]
 try:
-    connection = http.client.HTTPConnection(host, int(port), timeout=10, source_address=(source, 0))
+    connection = http.client.HTTPConnection(
+        host, int(port), timeout=float(timeout), source_address=(source, 0)
+    )
     connection.request("GET", "/")
     print(connection.getresponse().read().decode(), end="")
 except OSError as error:
@@ -62,8 +67,11 @@ def run_demo(session: LabSession) -> None:
     """All steps, in their order. Raises `SessionError` at the first that fails."""
     stage = _stage(session)
     if session.has_namespaces:
-        _say("Each qube of this lab is a network namespace. There is no IP path between sys-net and work:")
-        _show(session.in_qube("sys-net", "ip", "-brief", "address"))
+        _say(
+            "Each qube of this lab is a network namespace, joined to its netvm as on Qubes. Firewalls let "
+            "in nothing, so that no qube reaches another:"
+        )
+        _show(session.in_qube("work", "ip", "-brief", "address"))
     else:
         _say(
             "The qubes of this lab share this machine's loopback. As root, with Debian's package iproute2, "
@@ -85,15 +93,15 @@ def run_demo(session: LabSession) -> None:
     policy = _forward(session, "policy")
     _check(f"+{stage.target_port}" in policy and " work " in policy, "the policy has no line for the forward")
 
-    _say("In sys-net the listener finds its configuration, and listens:")
-    session.start_listener("sys-net")
+    _say("In sys-net, the units start what listens there and what opens the firewall for it:")
+    _lab(session, "listen", "sys-net")
 
     _say(f"A client at {stage.allowed}, which is allowed, fetches the page:")
-    page = output_of(_client(session, stage, stage.allowed))
+    page = output_of(_client(session, stage, stage.allowed, _PAGE_TIMEOUT_S))
     _show_text(page)
     _check(page == _PAGE, "this is not the page that the server has")
 
-    _say(f"A client at {stage.stranger}, which is not allowed, is refused before dom0 is even asked:")
+    _say(f"A client at {stage.stranger}, which is not allowed, gets nowhere, and dom0 is not even asked:")
     _show_text(_refusal(session, stage, stage.stranger))
 
     _say("In dom0, the rule is removed:")
@@ -161,15 +169,15 @@ def _start_server(session: LabSession, stage: Stage) -> None:
                 ) from None
 
 
-def _client(session: LabSession, stage: Stage, source: str) -> list[str]:
-    client = (sys.executable, "-I", "-c", _CLIENT, stage.address, stage.port, source)
+def _client(session: LabSession, stage: Stage, source: str, timeout_s: float) -> list[str]:
+    client = (sys.executable, "-I", "-c", _CLIENT, stage.address, stage.port, source, str(timeout_s))
     return session.in_qube(netns.LAN, *client) if session.has_namespaces else list(client)
 
 
 def _refusal(session: LabSession, stage: Stage, source: str) -> str:
     """The error that a client gets instead of the page. Raises `SessionError` if it gets the page."""
     try:
-        page = output_of(_client(session, stage, source))
+        page = output_of(_client(session, stage, source, _REFUSAL_TIMEOUT_S))
     except SessionError as error:
         return str(error).rpartition("no page: ")[2]
     raise SessionError(f"the client at {source} got a page: {page!a}")
@@ -179,10 +187,15 @@ def _wait_until_closed(session: LabSession, stage: Stage) -> str:
     deadline = time.monotonic() + _CLOSED_TIMEOUT_S
     while True:
         refusal = _refusal(session, stage, stage.allowed)
-        if "refused" in refusal:
+        if "refused" in refusal or (session.has_ip and "timed out" in refusal):
             return refusal
         if time.monotonic() > deadline:
             raise SessionError(f"the port is not closed: {refusal}")
+
+
+def _lab(session: LabSession, *words: str) -> None:
+    print(f"    $ qvm-forward-lab {shlex.join(words)}")
+    _show_text(session.lab_command(*words))
 
 
 def _forward(session: LabSession, *words: str) -> str:

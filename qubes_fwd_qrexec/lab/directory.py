@@ -77,9 +77,14 @@ class QubeDirectory:
         return self.root / "run" / "listener"
 
     @property
-    def firewall_state(self) -> Path:
-        """What the program that opens the qube's firewall says of it."""
+    def firewall_run(self) -> Path:
+        """The runtime directory of the program that keeps the qube's firewall."""
         return self.root / "run" / "firewall"
+
+    @property
+    def firewall_state(self) -> Path:
+        """What that program says of what it lets in to the listener."""
+        return self.firewall_run / "state"
 
     @property
     def agent_socket(self) -> Path:

@@ -20,16 +20,24 @@ _POLL_S = 0.02
 
 def inhabitants(place: Path) -> list[int]:
     """The processes of the qube, or of every qube of the lab, whose directory is ``place``."""
-    whole = f"{VARIABLE}={place}".encode("utf-8", "surrogateescape")
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
-        with suppress(OSError):  # it has ended, or is another user's
-            settings = (process / "environ").read_bytes().split(b"\0")
-            if any(setting == whole or setting.startswith(whole + b"/") for setting in settings):
-                found.append(int(process.name))
+        lives_in = setting(int(process.name), VARIABLE)
+        if lives_in is not None and (lives_in == str(place) or lives_in.startswith(f"{place}/")):
+            found.append(int(process.name))
     return found
+
+
+def setting(pid: int, variable: str) -> str | None:
+    """What a process found in its environment; None where it has ended, or is another user's."""
+    begin = f"{variable}=".encode()
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if line.startswith(begin):
+                return os.fsdecode(line.removeprefix(begin))
+    return None
 
 
 def end_inhabitants(place: Path) -> None:

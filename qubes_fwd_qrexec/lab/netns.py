@@ -16,19 +16,26 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 
 from qubes_fwd_qrexec.common.errors import StoreError
 
 from .directory import LabDirectory
-from .qube import QubeClass
+from .qube import Qube, QubeClass
 
 LAN = "lan"
 EDGE = "sys-net"
+# Where the tunnels of VPN qubes end, and a host on the Internet behind it. It is there if there are tunnels.
+PROVIDER = "provider"
+# What has a network and is no qube.
+OUTSIDE = (LAN, PROVIDER)
 # The LAN host's addresses, and sys-net's. The second network is that of a client who is not allowed.
 LAN_HOST = "192.168.77.2"
 LAN_HOST_REFUSED = "192.168.88.2"
 LAN_HOST_IPV6 = "fd77::2"
 LAN_HOST_REFUSED_IPV6 = "fd88::2"
+PROVIDER_HOST = "203.0.113.7"
+PROVIDER_HOST_IPV6 = "fd03::7"
 EDGE_ADDRESS = "192.168.77.1"
 EDGE_ADDRESS_REFUSED = "192.168.88.1"
 EDGE_ADDRESS_IPV6 = "fd77::1"
@@ -75,12 +82,14 @@ def why_unavailable() -> str | None:
 
 
 class Namespaces:
-    """`create`, then `entering`, then `destroy`; all of them in one thread."""
+    """`create`, then the others in any thread, then `destroy`. Nothing joins them yet."""
 
     kind = "namespaces"
 
-    def __init__(self, lab: LabDirectory) -> None:
+    def __init__(self, lab: LabDirectory, why_no_ip: str | None = None) -> None:
+        self.why_no_ip = why_no_ip
         self._lab = lab
+        self._adding = Lock()
         self._fds: dict[str, int] = {}
         self._home_fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -109,9 +118,13 @@ class Namespaces:
 
     def namespace_fd(self, qube: str) -> int:
         """As `Places.namespace_fd`; a qube that was added since `create` gets its namespace now."""
-        if qube not in self._fds:
-            self._add(qube)
+        with self._adding:
+            if qube not in self._fds:
+                self._add(qube)
         return self._fds[qube]
+
+    def follow(self, qubes: Iterable[Qube]) -> None:
+        """A new qube gets its namespace when it is needed."""
 
     def full_name(self, qube: str) -> str:
         """The name of a qube's namespace, which is made now if the qube is new."""
@@ -121,16 +134,15 @@ class Namespaces:
     def entering(self, qube: str) -> Callable[[], AbstractContextManager[None]]:
         """What puts this thread into a qube's network, for a block without await."""
         fd = self.namespace_fd(qube)
+        return lambda: self._within(fd)
 
-        @contextmanager
-        def enter() -> Iterator[None]:
-            _set_namespace(fd)
-            try:
-                yield
-            finally:
-                _set_namespace(self._home_fd)
-
-        return enter
+    @contextmanager
+    def _within(self, fd: int) -> Iterator[None]:
+        _set_namespace(fd)
+        try:
+            yield
+        finally:
+            _set_namespace(self._home_fd)
 
     def batch(self, lines: Iterable[str], qube: str | None = None) -> None:
         """Lines for ``ip -batch``, in the network of a qube or of this machine. Raises `StoreError`."""
@@ -155,7 +167,7 @@ class Namespaces:
         self.batch(f"netns add {full_name}" for full_name in full_names.values())
         for name, full_name in full_names.items():
             self._fds[name] = os.open(_NAMED / full_name, os.O_RDONLY | os.O_CLOEXEC)
-            with self.entering(name)():
+            with self._within(self._fds[name]):
                 _bring_up("lo")
 
     def _connect_lan(self) -> None:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where the qubes of a lab are: all on the loopback of this machine, or each in a network namespace."""
 
+from collections.abc import Iterable
 from typing import Protocol
+
+from .qube import Qube
 
 
 class Places(Protocol):
@@ -9,14 +12,28 @@ class Places(Protocol):
 
     kind: str
 
+    @property
+    def why_no_ip(self) -> str | None:
+        """Why the qubes have no firewall and no IP to each other, in one line, or None if they do."""
+
     def namespace_fd(self, qube: str) -> int | None:
         """A qube's network namespace, where it has one of its own. Raises `StoreError`."""
+
+    def follow(self, qubes: Iterable[Qube]) -> None:
+        """The lab's qubes are these now. Blocks; for any thread, one at a time. Raises `StoreError`."""
 
 
 class Loopback:
     """All qubes share this machine's network, so that a port can be taken once."""
 
     kind = "loopback"
+    why_no_ip = (
+        "its qubes share this machine's loopback; run by root, with the packages iproute2 and nftables, "
+        "'qvm-forward-lab up' gives them networks of their own"
+    )
 
     def namespace_fd(self, qube: str) -> int | None:
         return None
+
+    def follow(self, qubes: Iterable[Qube]) -> None:
+        """They are all in the same place."""

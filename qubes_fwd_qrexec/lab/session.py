@@ -8,9 +8,7 @@ happens, all of them and the lab are gone in the end.
 import os
 import shlex
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,11 +17,10 @@ from pathlib import Path
 from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.system.unixsockets import SOCKET_PATH_MAX
 
-from . import control, daemon
+from . import control, daemon, units
 from .blueprint import create_lab
 from .directory import LabDirectory
 
-_READY_TIMEOUT_S = 20.0
 _COMMAND_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 5.0
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -45,13 +42,22 @@ class LabSession:
         """Whether each qube has a network of its own."""
         return bool(control.ask(self.lab, {"do": "status"})["network"] == "namespaces")
 
+    @property
+    def has_ip(self) -> bool:
+        """Whether the qubes are joined by IP, and each has a firewall."""
+        return control.ask(self.lab, {"do": "status"})["why_no_ip"] is None
+
     def command(self, program: str, *words: str) -> list[str]:
         """One of this project's programs, by its module, as a command line."""
-        return [sys.executable, "-P", "-m", f"qubes_fwd_qrexec.{program}", *words]
+        return [*units.module_words(program), *words]
 
     def in_qube(self, qube: str, *words: str) -> list[str]:
         """A program run in a qube, or on the LAN."""
-        return self.command("lab.cli", "--lab", str(self.lab.root), "run", qube, "--", *words)
+        return units.in_qube(self.lab, qube, *words)
+
+    def lab_command(self, *words: str) -> str:
+        """Run ``qvm-forward-lab`` on this lab and return what it says. Raises `SessionError` if it fails."""
+        return output_of(self.command("lab.cli", "--lab", str(self.lab.root), *words))
 
     def forward(self, *words: str) -> str:
         """Run ``qvm-forward`` on this lab and return what it says. Raises `SessionError` if it fails."""
@@ -66,26 +72,12 @@ class LabSession:
 
     def start_listener(self, qube: str, *options: str) -> "subprocess.Popen[bytes]":
         """Start a qube's listener; it listens when this returns, or `SessionError` is raised."""
-        place = self.lab.qube_dir(qube)
-        client = [str(self.lab.client_program), f"--agent-socket={place.agent_socket}"]
-        words = self.in_qube(
-            qube,
-            *self.command(
-                "listener",
-                f"--config={place.vm_config}",
-                f"--qrexec-client={shlex.join(client)}",
-                f"--status-dir={place.listener_run}",
-            ),
-            *options,
-        )
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-            address = self.lab.run_dir / "notify"
-            notified.bind(str(address))
-            try:
-                process = self.start(words, env=os.environ | {"NOTIFY_SOCKET": str(address)})
-                _wait_until_ready(notified, process)
-            finally:
-                address.unlink()
+        words = [*units.listener_words(self.lab, qube), *options]
+        with units.notified(self.lab) as (sock, address):
+            process = self.start(words, env=os.environ | {"NOTIFY_SOCKET": address})
+            problem = units.why_not_ready(sock, process)
+        if problem is not None:
+            raise SessionError(f"the listener {problem}; what it said stands above")
         return process
 
 
@@ -93,7 +85,7 @@ class LabSession:
 def open_session(network: daemon.Network) -> Iterator[LabSession]:
     """A lab in a temporary directory, up until the block is left."""
     # The programs are started so that no module of the working directory is taken for one of Python's.
-    os.environ["PYTHONPATH"] = daemon.search_path()
+    os.environ["PYTHONPATH"] = units.search_path()
     with tempfile.TemporaryDirectory(prefix="qvm-forward-lab-") as directory, ExitStack() as started:
         lab = _create(Path(directory) / "lab")
         started.callback(daemon.stop, lab)
@@ -179,20 +171,6 @@ def output_of(words: Sequence[str]) -> str:
 def _kill(process: "subprocess.Popen[str]") -> None:
     process.kill()
     process.communicate()
-
-
-def _wait_until_ready(notified: socket.socket, process: "subprocess.Popen[bytes]") -> None:
-    notified.settimeout(0.1)
-    waited_s = 0.0
-    while process.poll() is None and waited_s < _READY_TIMEOUT_S:
-        try:
-            if b"READY=1" in notified.recv(4096).splitlines():
-                return
-        except TimeoutError:
-            waited_s += 0.1
-    status = process.poll()
-    state = "is not ready" if status is None else f"ended with exit status {status}"
-    raise SessionError(f"the listener {state}; what it said stands above")
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

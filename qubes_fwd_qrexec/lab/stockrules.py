@@ -199,6 +199,16 @@ def dnat_dns(nameservers: Sequence[str]) -> str:
     return text
 
 
+def tunnel(*, has_ipv6: bool) -> str:
+    """What the user's guide has for a VPN qube: nothing of the qubes behind it passes beside the tunnel."""
+    families = ("ip", "ip6") if has_ipv6 else ("ip",)
+    return "".join(
+        f"add rule {family} qubes custom-forward {which} {UPLINK_GROUP} counter drop\n"
+        for family in families
+        for which in ("oifgroup", "iifgroup")
+    )
+
+
 def acceleration(interfaces: Iterable[str]) -> str:
     """What vif-route-qubes makes of these interfaces: known flows of the qubes behind skip all rules.
 

@@ -3,22 +3,25 @@
 
 A join is what qubes-core-agent-linux makes of a Xen network device: network/setup-ip in the qube,
 network/vif-route-qubes in its netvm. A qube's firewall is that of `stockrules`. Beside sys-net is the LAN,
-whose host sends what is for a qube's address to sys-net, as an attacker there would.
+whose host sends what is for a qube's address to sys-net, as an attacker there would. A VPN qube has a tunnel,
+``tun0``, which ends at the provider as if there were nothing between.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import netns, stockrules
-from .netns import EDGE, LAN, Namespaces
+from .netns import EDGE, LAN, PROVIDER, Namespaces
 from .qube import Qube, QubeClass
 from .stockrules import Behind, Shape
 
 _VIF_MAC = "fe:ff:ff:ff:ff:ff"
+_TUNNEL_MAC, _PROVIDER_MAC = "02:00:00:00:08:02", "02:00:00:00:08:01"
 _QUBE_MAC = "00:16:3e:5e:6c:00"
 # vif-route-qubes: a later domain's route is preferred, and this is the last one's number.
 _DOMID_MAX = 32752
@@ -58,9 +61,20 @@ class _Work:
 
 
 class Wires:
-    """The wires of a lab's namespaces, which go when those go. For one thread at a time."""
+    """The wires of a lab's namespaces, which go when those go. They are the lab's `Places`."""
 
-    def __init__(self, namespaces: Namespaces, shape: Shape = Shape.R4_3) -> None:
+    why_no_ip = None
+
+    def __init__(
+        self,
+        namespaces: Namespaces,
+        shape: Shape = Shape.R4_3,
+        is_tunnel: Callable[[QubeName], bool] = lambda name: False,
+    ) -> None:
+        """``is_tunnel`` says of a qube that starts whether it is a VPN qube."""
+        self.kind = namespaces.kind
+        self._is_tunnel = is_tunnel
+        self._tunnels: dict[QubeName, int] = {}
         self._namespaces = namespaces
         self._shape = shape
         self._has_ipv6 = netns.has_ipv6()
@@ -69,12 +83,13 @@ class Wires:
         self._domids: dict[QubeName, int] = {}
         self._last_domid = 0
         self._joins: dict[QubeName, _Join] = {}
+        self._knows_lan = False
+
+    def namespace_fd(self, qube: str) -> int:
+        return self._namespaces.namespace_fd(qube)
 
     def follow(self, qubes: Iterable[Qube]) -> None:
-        """Make everything as these qubes say: who runs, and behind whom. Raises `StoreError`.
-
-        A qube that was not running has an empty firewall but for the stock rules.
-        """
+        """As `Places.follow`. A qube that was not running has the stock rules alone."""
         running = {
             qube.name: qube
             for qube in qubes
@@ -84,12 +99,15 @@ class Wires:
         for qube in started:
             self._last_domid += 1
             self._domids[qube.name] = self._last_domid
+            if self._is_tunnel(qube.name):
+                self._dig(qube)
         wanted = self._wanted(running)
         gone = [join for name, join in self._joins.items() if wanted.get(name) != join]
         new = [join for name, join in wanted.items() if self._joins.get(name) != join]
         work: defaultdict[QubeName, _Work] = defaultdict(_Work)
-        if not self._running and EDGE in running:
+        if EDGE in running and not self._knows_lan:
             self._route_lan(work)
+            self._knows_lan = True
         kept = running.keys() & self._running.keys()
         self._running, self._joins = running, wanted
         for qube in started:
@@ -120,6 +138,7 @@ class Wires:
     def _wanted(self, running: Mapping[QubeName, Qube]) -> dict[QubeName, _Join]:
         joins = {}
         for name, qube in running.items():
+            _check(qube)
             netvm = None if qube.netvm is None else running.get(qube.netvm)
             if netvm is None or not netvm.provides_network or qube.ip is None or netvm.ip is None:
                 continue
@@ -144,6 +163,8 @@ class Wires:
         if qube.provides_network:
             text += "".join(stockrules.vif("add", one) for one in self._behind(qube.name))
             text += self._service_rules(qube.name)
+        if qube.name in self._tunnels:
+            text += stockrules.tunnel(has_ipv6=self._has_ipv6_in(qube))
         return text + self._dns_rules(qube.name)
 
     def _service_rules(self, netvm: QubeName) -> str:
@@ -220,6 +241,34 @@ class Wires:
             ]
         self._namespaces.batch(lines[LAN], LAN)
 
+    def _dig(self, qube: Qube) -> None:
+        """Make a qube's tunnel, if it has none yet. As VPN programs do, it leaves the default route alone."""
+        if qube.name in self._tunnels:
+            return
+        number = self._tunnels[qube.name] = len(self._tunnels)
+        here, there = self._namespaces.full_name(qube.name), self._namespaces.full_name(PROVIDER)
+        inner = [(f"10.8.{number}", ".", 24, netns.PROVIDER_HOST, ("0.0.0.0/1", "128.0.0.0/1"))]
+        if self._has_ipv6_in(qube):
+            inner.append((f"fd08:{number:x}", "::", 64, netns.PROVIDER_HOST_IPV6, ("::/1", "8000::/1")))
+        ours, its = ["link set tun0 up"], [f"link set tun{number} up"]
+        for prefix, dot, size, host, halves in inner:
+            nodad = " nodad" if dot == "::" else ""
+            ours.append(f"address add {prefix}{dot}2/{size} dev tun0{nodad}")
+            # The host's address is the only one there, so that every answer has it.
+            its.append(f"address replace {host} dev lo{nodad}")
+            its.append(f"route add {prefix}{dot}2 dev tun{number}")
+            ours += [f"route add {half} via {prefix}{dot}1" for half in halves]
+            ours.append(f"neighbour add {prefix}{dot}1 dev tun0 lladdr {_PROVIDER_MAC} nud permanent")
+            its.append(f"neighbour add {prefix}{dot}2 dev tun{number} lladdr {_TUNNEL_MAC} nud permanent")
+        self._namespaces.batch(
+            [
+                f"link add tun0 netns {here} address {_TUNNEL_MAC} type veth"
+                f" peer name tun{number} netns {there} address {_PROVIDER_MAC}"
+            ]
+        )
+        self._namespaces.batch(its, PROVIDER)
+        self._namespaces.batch(ours, qube.name)
+
     def _carry_out(self, gone: list[_Join], new: list[_Join], work: Mapping[QubeName, _Work]) -> None:
         by_qube: defaultdict[QubeName, list[str]] = defaultdict(list)
         for join in gone:
@@ -240,3 +289,10 @@ class Wires:
                 self._namespaces.nft(name, "".join(todo.rules))
             self._namespaces.set_sysctls(name, todo.sysctls)
             self._namespaces.batch(todo.lines, name)
+
+
+def _check(qube: Qube) -> None:
+    """Raises `StoreError`. `Qube.parse` takes an address of either family for either."""
+    for address, version in ((qube.ip, 4), (qube.ip6, 6)):
+        if address is not None and ip_address(address).version != version:
+            raise StoreError(f"{qube.name}: {address} is no IPv{version} address; edit its qube.json")

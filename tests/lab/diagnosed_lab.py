@@ -96,6 +96,7 @@ class Lab:
     def firewall(self, ip: Firewall, ip6: Firewall, *waiting: str) -> None:
         """What the program that opens the firewall of sys-net says."""
         state = self.lab.qube_dir("sys-net").firewall_state
+        state.parent.mkdir(exist_ok=True)
         state.write_bytes(dump(FirewallReport(ip, ip6, waiting).as_json()))
 
     def answers(self, qube: str, said: bytes) -> None:

@@ -8,25 +8,35 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 from helpers import free_port, until
 
-from qubes_fwd_qrexec.lab import control, daemon, netns
+from qubes_fwd_qrexec.lab import control, daemon, netns, units
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
+from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.running import client_command
 
 NETNS_PROBLEM = netns.why_unavailable()
 needs_netns = pytest.mark.skipif(NETNS_PROBLEM is not None, reason=str(NETNS_PROBLEM))
+WIRES_PROBLEM = NETNS_PROBLEM or netns.why_no_firewall()
+needs_wires = pytest.mark.skipif(WIRES_PROBLEM is not None, reason=str(WIRES_PROBLEM))
 VECTORS = Path(__file__).parents[1] / "vectors" / "policy-verdicts.json"
 BOUND_S = 60.0
+FORWARD_PORT = 8000
+FORWARD_KEY = "vm-config.fwd.work.web"
+FORWARD = (
+    "version=1 service=qubes.ForwardTCP transport=call side=outer listen=0.0.0.0"
+    f" srcports={FORWARD_PORT}-{FORWARD_PORT} dstports=80-80 srchosts={netns.LAN_HOST}/32"
+)
 
 
 @pytest.fixture
@@ -59,9 +69,9 @@ def calling(lab: LabDirectory) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def call(
-    lab: LabDirectory, service: str = "test.Service", **options: object
+    lab: LabDirectory, service: str = "test.Service", target: str = "work", **options: object
 ) -> subprocess.CompletedProcess[bytes]:
-    command = [*client_command(lab, "sys-net"), "work", service]
+    command = [*client_command(lab, "sys-net"), target, service]
     return subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, timeout=BOUND_S, check=False
     )
@@ -230,9 +240,8 @@ def test_verdicts_are_counted_and_differences_shown(
 
 
 @needs_netns
-def test_qubes_are_namespaces_with_a_lan_and_no_path_between_them(lab: LabDirectory) -> None:
+def test_what_listens_on_a_qubes_loopback_is_found_by_a_call_and_by_nothing_else(lab: LabDirectory) -> None:
     daemon.start(lab, daemon.Network.NAMESPACES)
-    # A server on the loopback of work is found by a call, and by nothing else.
     port = free_port()
     script = (
         f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True);"
@@ -246,15 +255,84 @@ def test_qubes_are_namespaces_with_a_lan_and_no_path_between_them(lab: LabDirect
             socket.create_connection(("127.0.0.1", port), timeout=BOUND_S)
         assert call(lab, f"qubes.ConnectTCP+{port}").stdout == b"page"
         assert server.wait(BOUND_S) == 0
-    # LAN and sys-net reach each other, on all three networks; LAN and work do not.
-    for address in (netns.EDGE_ADDRESS, netns.EDGE_ADDRESS_REFUSED, netns.EDGE_ADDRESS_IPV6):
-        assert connect_error(lab, netns.LAN, address) == "ConnectionRefusedError"
-    work_ip = lab.qube("work").ip
-    assert work_ip is not None
-    for qube in (netns.LAN, "sys-net"):
-        assert connect_error(lab, qube, work_ip) == "OSError"
     assert daemon.stop(lab)
     assert not list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
+
+
+@needs_wires
+def test_qubes_are_joined_by_ip_as_their_netvms_say_and_as_those_change(lab: LabDirectory) -> None:
+    """What passes these joins, and what does not, is tested in `test_wires`."""
+    daemon.start(lab, daemon.Network.NAMESPACES)
+    for address in (netns.LAN_HOST, netns.LAN_HOST_IPV6):
+        assert connect_error(lab, "work", address) == "ConnectionRefusedError"
+        assert connect_error(lab, "vault", address) == "OSError"
+    # Behind the VPN qube there is the tunnel.
+    assert connect_error(lab, "untrusted", netns.PROVIDER_HOST) == "ConnectionRefusedError"
+    work = lab.qube("work")
+    for netvm, error in ((None, "OSError"), (work.netvm, "ConnectionRefusedError")):
+        with lab.locked():
+            lab.write_qube(replace(work, netvm=netvm))
+        becomes(lambda error=error: connect_error(lab, "work", netns.LAN_HOST) == error)
+    with lab.locked():
+        lab.set_state("sys-firewall", QubeState.HALTED)
+    becomes(lambda: connect_error(lab, "work", netns.LAN_HOST) == "OSError")
+    # A call starts it.
+    assert call(lab, "qubes.Missing", "sys-firewall").returncode == 127
+    assert connect_error(lab, "work", netns.LAN_HOST) == "ConnectionRefusedError"
+
+
+@needs_wires
+def test_listen_starts_what_the_units_of_a_qube_start_until_the_lab_is_down(
+    lab: LabDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    daemon.start(lab, daemon.Network.NAMESPACES)
+    assert main(["listen", "sys-net"]) == 0
+    assert capfd.readouterr().out == "sys-net: the listener is ready\nsys-net: the firewall helper is ready\n"
+    assert main(["listen", "sys-net"]) == 0
+    assert "the listener runs already\nsys-net: the firewall helper runs already" in capfd.readouterr().out
+    with lab.locked():
+        lab.set_feature("sys-net", FORWARD_KEY, FORWARD)
+    becomes(lambda: connect_error(lab, netns.LAN, netns.EDGE_ADDRESS, FORWARD_PORT) == "")
+    # The port is the forward's, and the firewall is open for that alone.
+    assert connect_error(lab, netns.LAN, netns.EDGE_ADDRESS, FORWARD_PORT + 1, 0.5) == "TimeoutError"
+    assert daemon.stop(lab)
+    assert units.running(lab, "sys-net") == set()
+
+
+def test_without_networks_of_their_own_listen_says_what_is_missing(
+    lab: LabDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    daemon.start(lab, daemon.Network.LOOPBACK)
+    assert main(["listen", "sys-net"]) == 0
+    out = capfd.readouterr().out
+    assert "sys-net: the listener is ready\nsys-net: no firewall, and no forward by nft: " in out
+    assert "run by root, with the packages iproute2 and nftables" in out
+    assert units.running(lab, "sys-net") == {units.Unit.LISTENER}
+
+
+def test_listen_names_what_cannot_listen(lab: LabDirectory, capfd: pytest.CaptureFixture[str]) -> None:
+    with lab.locked():
+        lab.set_state("work", QubeState.HALTED)
+    for qube, problem in (("work", "work: is not running"), ("dom0", "dom0: has no listener")):
+        assert main(["listen", qube]) == 1
+        assert problem in capfd.readouterr().err
+    assert main(["listen", "sys-net"]) == 1
+    assert "down; 'qvm-forward-lab up' starts it" in capfd.readouterr().err
+
+
+@needs_wires
+def test_a_qube_whose_switch_is_on_has_its_firewall_helper_when_it_starts(lab: LabDirectory) -> None:
+    with lab.locked():
+        lab.set_feature("sys-firewall", "service.qubes-forward-nft", "1")
+    daemon.start(lab, daemon.Network.NAMESPACES)
+    becomes(lambda: units.running(lab, "sys-firewall") == {units.Unit.FIREWALL})
+    assert units.running(lab, "sys-net") == set()
+    with lab.locked():
+        lab.set_state("sys-firewall", QubeState.HALTED)
+    becomes(lambda: units.running(lab, "sys-firewall") == set())
+    with lab.locked():
+        lab.set_state("sys-firewall", QubeState.RUNNING)
+    becomes(lambda: units.running(lab, "sys-firewall") == {units.Unit.FIREWALL})
 
 
 @needs_netns
@@ -273,6 +351,13 @@ def test_namespaces_that_fail_half_way_leave_none(lab: LabDirectory, monkeypatch
     assert not list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
 
 
+def becomes(condition: Callable[[], bool]) -> None:
+    """Wait until it comes true, within the bound; each look starts a program."""
+    until_s = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < until_s
+
+
 def qube_python(lab: LabDirectory, qube: str, script: str) -> subprocess.Popen[bytes]:
     import sys
 
@@ -280,54 +365,14 @@ def qube_python(lab: LabDirectory, qube: str, script: str) -> subprocess.Popen[b
     return subprocess.Popen([*command, sys.executable, "-c", script], stdout=subprocess.PIPE)
 
 
-def connect_error(lab: LabDirectory, qube: str, address: str) -> str:
+def connect_error(
+    lab: LabDirectory, qube: str, address: str, port: int = 8080, timeout_s: float = BOUND_S
+) -> str:
+    """The kind of error with which a connection fails, or nothing."""
     script = (
         "import socket\n"
-        f"try: socket.create_connection(({address!r}, 8080), timeout=5)\n"
+        f"try: socket.create_connection(({address!r}, {port}), timeout={timeout_s})\n"
         "except OSError as error: print(type(error).__name__)"
     )
     with qube_python(lab, qube, script) as program:
-        return program.communicate(timeout=BOUND_S)[0].decode().strip()
-
-
-# All is imported before: another user may be allowed to read none of it.
-AS_ANOTHER_USER = """
-import encodings.ascii, importlib, os, pkgutil, sys
-import qubes_fwd_qrexec
-for found in pkgutil.walk_packages(qubes_fwd_qrexec.__path__, "qubes_fwd_qrexec."):
-    try:
-        importlib.import_module(found.name)
-    except ImportError:
-        pass
-os.setgroups([])
-os.setuid(65534)
-sys.exit(sys.modules["qubes_fwd_qrexec." + sys.argv[1]].main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-@pytest.mark.parametrize(
-    "words", ["lab.cli status", "lab.cli down", "lab.cli run work -- true", "admin.views.cli status"]
-)
-def test_lab_of_another_user_is_not_taken_for_one_that_is_down(words: str) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        root.chmod(0o755)
-        lab = create_lab(root / "lab")
-        daemon.start(lab, daemon.Network.LOOPBACK)
-        try:
-            program, *rest = words.split()
-            done = subprocess.run(
-                [sys.executable, "-c", AS_ANOTHER_USER, program, "--lab", str(lab.root), *rest],
-                capture_output=True,
-                text=True,
-                timeout=BOUND_S,
-                check=False,
-            )
-            assert "Traceback" not in done.stderr
-            assert "down;" not in done.stdout + done.stderr
-            if program == "lab.cli":
-                assert "another user's" in done.stderr
-            assert daemon.broker_pid(lab) is not None
-        finally:
-            daemon.stop(lab)
+        return program.communicate(timeout=2 * BOUND_S)[0].decode().strip()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from wired import (
+    BEHIND_VPN,
     BESIDE_FIREWALL,
     BESIDE_WORK,
     FAMILIES,
@@ -12,8 +13,10 @@ from wired import (
     LAN,
     NET,
     PROBLEM,
+    PROVIDER,
     V4,
     V6,
+    VPN,
     WORK,
     Addresses,
     Wired,
@@ -181,3 +184,19 @@ def test_without_ipv6_there_is_none(fresh: Wired, proto: str, at: Addresses) -> 
     assert fresh.run(FIREWALL, "ip", "-6", "route", "show", "default").stdout == ""
     assert "qbs-filter" in fresh.ruleset(FIREWALL)
     assert fresh.send(proto, LAN, V6.net, PORT) == "dropped in sys-net"
+
+
+@pytest.mark.parametrize("has_vpn", [True])
+def test_a_qube_behind_a_vpn_reaches_others_by_the_tunnel_alone(
+    fresh: Wired, proto: str, at: Addresses
+) -> None:
+    for qube in (LAN, PROVIDER, BEHIND_VPN):
+        fresh.serve(proto, qube, PORT)
+    assert fresh.send(proto, BEHIND_VPN, at.provider, PORT) == "answered by provider"
+    assert fresh.send(proto, PROVIDER, at.vpn_outside, PORT, at.provider) == "dropped in sys-vpn"
+    # A route beside the tunnel leads nowhere, in neither direction.
+    route = ("ip", f"-{at.version}", "route", "add", at.lan, "via", at.firewall, "dev", "eth0")
+    fresh.run(VPN, *route, "onlink")
+    assert fresh.send(proto, VPN, at.lan, PORT) == "answered by lan"
+    assert fresh.send(proto, BEHIND_VPN, at.lan, PORT) == "dropped in sys-vpn"
+    assert fresh.send(proto, FIREWALL, at.behind_vpn, PORT) == "dropped in lan"
