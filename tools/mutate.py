@@ -113,7 +113,10 @@ def sources(places: list[str]) -> list[str]:
 
 
 def left_alone(text: str) -> Iterator[Span]:
-    """What a change says nothing of: annotations, constants that are measured, and what never runs."""
+    """What a change says nothing of: annotations, constants that are measured, and what never runs.
+
+    So does the star before keyword-only parameters, which Cosmic Ray takes for an operator.
+    """
     for node in ast.walk(ast.parse(text)):
         found: list[ast.expr | ast.stmt | None] = []
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -133,6 +136,10 @@ def left_alone(text: str) -> Iterator[Span]:
                 yield (one.lineno, one.col_offset), (one.end_lineno or one.lineno, one.end_col_offset or 0)
 
 
+def line_of(mutant: Mutant) -> str:
+    return linecache.getline(str(ROOT / mutant.file), mutant.span[0][0])
+
+
 def mutants_of(file: str) -> list[Mutant]:
     text = (ROOT / file).read_text(encoding="utf-8")
     alone = list(left_alone(text))
@@ -141,16 +148,12 @@ def mutants_of(file: str) -> list[Mutant]:
     for name in OPERATORS:
         operator = get_operator(f"core/{name}")()
         spans = [tuple(span[:2]) for node in nodes for span in operator.mutation_positions(node)]
-        found += [
-            Mutant(file, name, occurrence, span)
-            for occurrence, span in enumerate(spans)
-            if not any(begin <= span[0] and span[1] <= end for begin, end in alone)
-        ]
+        for occurrence, span in enumerate(spans):
+            mutant = Mutant(file, name, occurrence, span)
+            is_alone = any(begin <= span[0] and span[1] <= end for begin, end in alone)
+            if not is_alone and not line_of(mutant)[span[0][1] :].startswith("*,"):
+                found.append(mutant)
     return found
-
-
-def line_of(mutant: Mutant) -> str:
-    return linecache.getline(str(ROOT / mutant.file), mutant.span[0][0])
 
 
 def drawn(files: list[str], seed: int) -> Iterator[Mutant]:

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -231,6 +232,13 @@ def test_what_a_newer_qube_adds_is_passed_over() -> None:
     data = WHOLE.as_json() | {"new": [1]}
     data["listener"]["new"] = {}
     assert QubeReport.parse(json.dumps(data).encode()) == WHOLE
+
+
+def test_a_forward_is_found_by_its_target_and_name() -> None:
+    other = replace(FORWARD, name=RuleName("ssh"))
+    listener = ListenerReport(since=1, forwards=(FORWARD, other))
+    assert listener.find("work", "ssh") is other
+    assert listener.find("home", "ssh") is None
 
 
 def test_the_largest_report_fits() -> None:
