@@ -181,6 +181,9 @@ def stages(file: str) -> list[tuple[list[str], str]]:
     ]
     mirror = [test for test in tests if re.search(rf"/test_{path.stem}(_\w+)?\.py$", test)]
     others = [test for test in tests if test not in mirror]
+    others.sort(
+        key=lambda test: not re.search(rf"\b{path.stem}\b", (ROOT / test).read_text(encoding="utf-8"))
+    )
     found = [(mirror, FEW_EXAMPLES), (others, FEW_EXAMPLES), (mirror + others, MANY_EXAMPLES)]
     return [(files, which) for files, which in found if files]
 

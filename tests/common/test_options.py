@@ -41,11 +41,17 @@ def test_a_line_that_is_no_row_of_options(line: str, words: str) -> None:
     assert str(error.value) == words
 
 
+def joined(one: int, other: int) -> int:
+    if one == other:
+        raise TextError(str(other), "another number")
+    return one + other
+
+
 FORMS = {
     "n": Form("number", parse_number),
     "m": Form("number", parse_number),
-    "p": Form("sum", parse_number, merge=int.__add__),
-    "q": Form("sum", parse_number, merge=int.__add__),
+    "p": Form("sum", parse_number, merge=joined),
+    "q": Form("sum", parse_number, merge=joined),
 }
 
 
@@ -61,6 +67,7 @@ def test_options_that_share_a_field_are_merged_if_they_may() -> None:
         ("n=1 n=2", "option 'n' at column 5: says again what option 'n' at column 1 has said"),
         ("n=1 m=2", "option 'm' at column 5: says again what option 'n' at column 1 has said"),
         ("p=1 p=2", "option 'p' at column 5: says again what option 'p' at column 1 has said"),
+        ("p=1 q=1", "option 'q' at column 5: '1' is not another number"),
     ],
 )
 def test_unknown_wrong_and_double_options_are_named_with_their_place(line: str, words: str) -> None:

@@ -241,6 +241,12 @@ def test_a_forward_is_found_by_its_target_and_name() -> None:
     assert listener.find("home", "ssh") is None
 
 
+def test_calls_that_nobody_counts_are_none() -> None:
+    said = CallsReport(source=QubeName("a"), ports=TargetPorts(1, 2)).as_json()
+    nothing = {"mux_calls": 0, "singles": 0, "draining": 0, "drain_left_s": None}
+    assert said == {"source": "a", "ports": "1-2"} | nothing
+
+
 def test_the_largest_report_fits() -> None:
     longest = {
         "target": QubeName("a" * 31),

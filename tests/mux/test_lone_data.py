@@ -88,6 +88,11 @@ def test_the_last_byte_of_credit_may_be_used():
     assert connection.granted(1) == 0
 
 
+def test_the_largest_frame_takes_the_fast_path():
+    connection = flowing(MAX_DATA_BYTES + FRAME_COST_BYTES)
+    assert receive(connection, data_frame(1, bytes(MAX_DATA_BYTES))) == 1
+
+
 def test_a_frame_that_has_begun_keeps_the_fast_path_closed():
     connection = flowing()
     feed(connection, data_frame(1, b"abc")[:-1])

@@ -53,6 +53,10 @@ def test_an_origin_is_ipv4_where_it_was_mapped_and_has_no_scope():
     assert str(origin.exposed) == "fe80::1"
 
 
+def test_the_first_and_the_last_port_are_inside():
+    assert Origin(V4, 0, V4, 65535) != Origin(V4, 65535, V4, 0)
+
+
 @pytest.mark.parametrize("ports", [(-1, 0), (65536, 0), (0, -1), (0, 65536)])
 def test_an_origin_has_ports_that_can_be(ports):
     with pytest.raises(LocalProtocolError, match="0 to 65535"):

@@ -85,6 +85,13 @@ def test_the_end_leaves_the_floor_and_leaving_nothing(window: Window, share: Sha
     assert share.admit() == INITIAL_BYTES
 
 
+def test_a_single_byte_above_the_floor_is_given_back_too(window: Window, share: Share) -> None:
+    window.give_back(INITIAL_BYTES - FLOOR_BYTES - 1)
+    assert share.lent == 1
+    window.end()
+    assert share.lent == 0
+
+
 @given(
     lent=st.integers(0, 32 << 20),
     steps=st.lists(
