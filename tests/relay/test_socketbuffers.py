@@ -102,6 +102,9 @@ def test_what_is_empty_and_unused_is_given_back_and_what_is_full_or_used_is_not(
     buffers.look(START_BYTES)
     assert (buffers.size, account.left) == (FLOOR_BYTES, lent)
     assert size_of(near) == 2 * FLOOR_BYTES
+    assert buffers.grow_at == START_BYTES + 2 * FLOOR_BYTES, (
+        "twice its size is to move first, as at the beginning"
+    )
     account.left = SHARED_BYTES
     buffers.grow(buffers.grow_at)
     assert buffers.size == 2 * FLOOR_BYTES
