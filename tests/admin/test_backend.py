@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
+from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall, PolicyFile
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -56,7 +56,7 @@ def test_what_cannot_be_written_is_a_store_error(store: Backend, lab: LabDirecto
 
 
 def test_policy_is_replaced_only_as_it_was_read(store: Backend, lab: LabDirectory) -> None:
-    assert store.read_policy() == (None, NEW)
+    assert store.read_policy() == PolicyFile(None, NEW)
     store.replace_policy("# one\n", NEW)
     one = store.read_policy()
     assert one.text == (lab.policy_dir / "30-forward.policy").read_text() == "# one\n"

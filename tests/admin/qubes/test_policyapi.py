@@ -9,7 +9,7 @@ import pytest
 from fake_admin import FakeQubes
 from fake_policy import FakePolicyClient, PolicyAdminException
 
-from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall
+from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall, PolicyFile
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
@@ -40,11 +40,11 @@ def asking(api: Backend, method: str) -> None:
 
 
 def test_a_missing_file_is_new_and_one_that_is_there_has_its_token(api: Backend) -> None:
-    assert api.read_policy() == (None, NEW)
+    assert api.read_policy() == PolicyFile(None, NEW)
     api.replace_policy("# one\n", NEW)
-    text, token = api.read_policy()
-    assert text == "# one\n"
-    assert token.startswith("sha256:")
+    found = api.read_policy()
+    assert found.text == "# one\n"
+    assert found.token.startswith("sha256:")
 
 
 def test_a_change_by_somebody_else_is_not_overwritten(api: Backend, lab: LabDirectory) -> None:
