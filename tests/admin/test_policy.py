@@ -161,6 +161,7 @@ def test_a_mux_call_to_a_range_is_one_line() -> None:
         ("qubes.ForwardTCP +80+later sys-net work allow", None),
         ("qubes.ConnectTCP +80+mux sys-net work allow", None),
         ("qubes.ForwardTCP +80+mux sys-net work deny", None),
+        ("qubes.ForwardTCP +80+mux sys-net work", None),
         ("qubes.ForwardTCP +80+mux sys-net @anyvm allow", None),
         ("qubes.ForwardTCP +80+mux @anyvm work allow", None),
         ("qubes.ForwardTCP +x+mux sys-net work allow", None),

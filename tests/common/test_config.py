@@ -53,6 +53,11 @@ def test_ports_of_a_range_keep_their_distance() -> None:
     assert told.target_port(81) == 8081
 
 
+def test_the_groups_are_those_of_the_agents_scripts() -> None:
+    """network/setup-ip and vif-route-qubes of qubes-core-agent-linux set 1 and 2."""
+    assert {side.value: side.group for side in Side} == {"outer": 0, "uplink": 1, "vifs": 2}
+
+
 @pytest.mark.parametrize("key", ["fwd.work.web", "fwd.a.b.c.web", "fwd.x-y_z.w"])
 def test_keys_print_as_they_parse(key: str) -> None:
     assert ListenerConfig.parse(key, LINE).key == key
