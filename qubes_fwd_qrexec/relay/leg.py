@@ -123,7 +123,7 @@ class Leg(WatchedSocket):
         stop_at = self.sent + TURN_BYTES
         while self.sent < stop_at:
             limit = self._owner.backlog.room(self)
-            if limit <= 0:
+            if not limit:
                 self._watch(self._mask & ~READ)
                 return
             try:

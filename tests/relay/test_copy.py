@@ -188,6 +188,21 @@ def test_one_direction_goes_on_after_the_end_of_the_other(both: Both) -> None:
     assert both.far.recv(100) == b"still here"
 
 
+def test_a_socket_may_be_copied_to_itself() -> None:
+    bench = Bench(unix_pair, unix_pair)
+    near, far = unix_pair()
+    ends: list[CopyEnd] = []
+    bench.relay.start(Copy(near, near), ends.append)
+    far.send(b"echo")
+    half_close(far)
+    turn_until(bench.loop, lambda: ends)
+    assert ends == [CopyEnd.EOF]
+    assert far.recv(100) == b"echo"
+    near.close()
+    far.close()
+    bench.close()
+
+
 @pytest.mark.usefixtures("bugs_are_wanted")
 def test_a_bug_ends_its_own_copy_and_the_loop_goes_on() -> None:
     class Faulty(socket.socket):
