@@ -14,6 +14,8 @@ class Refusal(StrEnum):
     """The target lacks the service (exit status 127)."""
     SERVER = "server"
     """The server in the target took no connection."""
+    LOOPBACK = "loopback"
+    """The server in the target listens at loopback addresses alone, to which no packet of others gets."""
     BUSY = "busy"
     """There are so many calls or connections already that no more may wait."""
     NO_CALL = "no-call"

@@ -43,6 +43,8 @@ _SOCK_DESTROY = 21
 # include/net/tcp_states.h; a state's bit is 1 << its number. A socket in TIME_WAIT or CLOSE has no peer.
 _TCP_LISTEN = 10
 _CONNECTED = (1, 2, 3, 4, 5, 8, 9, 11, 12)
+# The state of a socket of UDP that takes datagrams of anybody; one with a peer is ESTABLISHED.
+_UDP_UNCONNECTED = 7
 # linux/inet_diag.h, inet_diag_req_v2: family, protocol, extensions, a gap, states; an inet_diag_sockid: the
 # ports, the addresses (16 bytes each), the interface and the cookie, which are all 0 for any.
 _REQUEST = struct.Struct("=BBBxI")
@@ -82,6 +84,21 @@ def listening(uid: int) -> frozenset[Binding]:
     """
     return frozenset(
         binding for family in (socket.AF_INET, socket.AF_INET6) for binding in _listening(family, uid)
+    )
+
+
+def served_at(protocol: int, port: int) -> frozenset[IPAddress]:
+    """The addresses at which programs of any user listen on a port, in this process's network namespace.
+
+    ``protocol`` is IPPROTO_TCP or IPPROTO_UDP. Sockets bound to one interface count as well. Raises
+    `SocketsError`.
+    """
+    state = _TCP_LISTEN if protocol == socket.IPPROTO_TCP else _UDP_UNCONNECTED
+    return frozenset(
+        _address(family, packed)
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for at, packed, _, _ in _in_state(family, state, protocol)
+        if at == port
     )
 
 
@@ -130,23 +147,30 @@ def _destroy(kernel: Netlink, is_ended: Callable[[IPAddress, int], bool]) -> int
 
 def _listening(family: int, uid: int) -> Iterator[Binding]:
     addresses: dict[bytes, IPAddress] = {}
-    wanted_uid = struct.pack("=I", uid)
+    wanted = (struct.pack("=I", uid), _NO_INTERFACE)
+    for port, packed, *of in _in_state(family, _TCP_LISTEN, socket.IPPROTO_TCP):
+        if tuple(of) == wanted:
+            if packed not in addresses:
+                addresses[packed] = _address(family, packed)
+            yield addresses[packed], port
+
+
+def _in_state(family: int, state: int, protocol: int) -> Iterator[tuple[int, bytes, bytes, bytes]]:
+    """Port, address, UID and interface of each socket in a state. Raises `SocketsError`."""
     try:
         with connect(_NETLINK_SOCK_DIAG) as kernel:  # a new one, so that no earlier answer is left
-            for message in kernel.dump(_SOCK_DIAG_BY_FAMILY, _request(family, 1 << _TCP_LISTEN)):
-                of_family, state, sockid, of_uid = _socket_of(message)
+            request = _request(family, 1 << state, protocol=protocol)
+            for message in kernel.dump(_SOCK_DIAG_BY_FAMILY, request):
+                of_family, of_state, sockid, uid = _socket_of(message)
                 port, _, packed, _, interface = _ID.unpack(sockid)
-                wanted = (family, _TCP_LISTEN, wanted_uid, _NO_INTERFACE)
-                if (of_family, state, of_uid, interface) == wanted:
-                    if packed not in addresses:
-                        addresses[packed] = _address(family, packed)
-                    yield addresses[packed], port
+                if (of_family, of_state) == (family, state):
+                    yield port, packed, uid, interface
     except NetlinkError as error:
         raise SocketsError(f"the kernel does not list its sockets: {error}") from error
 
 
-def _request(family: int, states: int, sockid: bytes = _ANY) -> bytes:
-    return _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states) + sockid
+def _request(family: int, states: int, sockid: bytes = _ANY, protocol: int = socket.IPPROTO_TCP) -> bytes:
+    return _REQUEST.pack(family, protocol, 0, states) + sockid
 
 
 def _socket_of(message: bytes) -> tuple[int, int, bytes, bytes]:

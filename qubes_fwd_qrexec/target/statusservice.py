@@ -3,8 +3,10 @@
 
 Without an argument it reports what this qube's listener says, and the live calls to this qube as a target.
 That is the state now: dom0 asks once after a change, and what has to catch up is waited for here, a moment.
-``+PORT`` also tries whether a server of this qube takes a connection on that port, and ``+fwd.TARGET.NAME``
-sends a connection through that forward of the listener, all the way to the target's server.
+``+PORT`` also tries whether a server of this qube takes a connection on that port, and ``+tcp.PORT`` or
+``+udp.PORT`` looks whether one listens at more than a loopback address, as a forward by nft needs it.
+``+fwd.TARGET.NAME`` sends a connection through that forward of the listener, all the way to the target's
+server.
 """
 
 import contextlib
@@ -23,6 +25,7 @@ from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.config import is_forward_key, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import (
     Answer,
     CallsReport,
@@ -32,10 +35,11 @@ from qubes_fwd_qrexec.common.report import (
     ReportError,
     Trial,
 )
+from qubes_fwd_qrexec.common.rules import Proto
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import parse_port
+from qubes_fwd_qrexec.common.values import parse_port, unmapped
 from qubes_fwd_qrexec.relay.copy import close_cleanly
-from qubes_fwd_qrexec.system import bugs
+from qubes_fwd_qrexec.system import bugs, sockdiag
 from qubes_fwd_qrexec.system.cleanstart import start_clean
 from qubes_fwd_qrexec.system.logs import one_line
 from qubes_fwd_qrexec.system.unixsockets import socket_address
@@ -120,6 +124,9 @@ def _try(untrusted_argument: str, place: Path) -> Trial | None:
             return Trial.parse(untrusted)
         except (OSError, ReportError) as error:
             return Trial(Answer.FAILED, "", one_line(f"the listener does not answer: {error}"))
+    proto, dot, port = untrusted_argument.partition(".")
+    if dot and proto in (*Proto,):
+        return _look_at(Proto(proto), parse_port(port))
     return _try_port(parse_port(untrusted_argument))
 
 
@@ -131,6 +138,24 @@ def _try_port(port: int) -> Trial:
         return Trial(Answer.SILENT if is_silent else Answer.REFUSED, "server", one_line(str(error)))
     close_cleanly(server)
     return Trial(Answer.THROUGH, "", f"a server takes connections on port {port}")
+
+
+def _look_at(proto: Proto, port: int) -> Trial:
+    """Whether a server listens where packets of others get. It is not called: it may serve one client alone,
+    or say something to each.
+    """
+    what = f"{proto} port {port}"
+    try:
+        protocol = socket.IPPROTO_TCP if proto is Proto.TCP else socket.IPPROTO_UDP
+        addresses = sorted(sockdiag.served_at(protocol, port), key=str)
+    except sockdiag.SocketsError as error:
+        return Trial(Answer.FAILED, "", one_line(f"{what}: {error}"))
+    if not addresses:
+        return Trial(Answer.REFUSED, Refusal.SERVER, f"{what}: nothing listens there")
+    text = one_line(f"{what}: a server listens at {', '.join(map(str, addresses))}")
+    if all(unmapped(address).is_loopback for address in addresses):
+        return Trial(Answer.REFUSED, Refusal.LOOPBACK, text)
+    return Trial(Answer.THROUGH, "", text)
 
 
 def _wait_while(is_behind: Callable[[], bool], bound_s: float, rest: Callable[[float], None]) -> None:

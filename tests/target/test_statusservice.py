@@ -230,6 +230,49 @@ def test_a_port_is_tried(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+@pytest.mark.parametrize(
+    ("host", "answered", "reason"),
+    [
+        ("127.0.0.1", Answer.REFUSED, "loopback"),
+        ("::1", Answer.REFUSED, "loopback"),
+        ("0.0.0.0", Answer.THROUGH, ""),
+        ("::", Answer.THROUGH, ""),
+    ],
+)
+def test_a_server_is_looked_for_where_packets_of_others_get(
+    tmp_path: Path, kind: socket.SocketKind, host: str, answered: Answer, reason: str
+) -> None:
+    proto = "tcp" if kind is socket.SOCK_STREAM else "udp"
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as server:
+        if ":" in host:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        server.bind((host, 0))
+        port = server.getsockname()[1]
+        if kind is socket.SOCK_STREAM:
+            server.listen()
+        trial = told(f"{proto}.{port}", tmp_path, tmp_path).trial
+        assert trial == Trial(answered, reason, f"{proto} port {port}: a server listens at {host}")
+        # Nothing is sent to it.
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept() if kind is socket.SOCK_STREAM else server.recv(1)
+
+
+def test_a_port_without_a_server_and_a_kernel_that_does_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    nothing = Trial(Answer.REFUSED, "server", f"tcp port {port}: nothing listens there")
+    assert told(f"tcp.{port}", tmp_path, tmp_path).trial == nothing
+    # To this number the kernel has no list.
+    monkeypatch.setattr(socket, "IPPROTO_UDP", socket.IPPROTO_ICMP)
+    trial = told(f"udp.{port}", tmp_path, tmp_path).trial
+    assert trial is not None
+    assert trial.answer is Answer.FAILED
+    assert trial.text.startswith(f"udp port {port}: the kernel does not list its sockets")
+
+
 def test_a_forward_is_tried_by_the_listener(tmp_path: Path) -> None:
     trial = Trial(Answer.REFUSED, "policy", "no")
     with listener(tmp_path, TRY, report.dump(trial.as_json())) as requests:
@@ -243,7 +286,23 @@ def test_a_forward_is_not_tried_where_nobody_listens(tmp_path: Path) -> None:
     assert (trial.answer, trial.text.startswith("the listener does not answer")) == (Answer.FAILED, True)
 
 
-@pytest.mark.parametrize("argument", ["0", "080", "x", "fwd.x", "fwd.work.web\n", "80-90", "65536", "fwd."])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "0",
+        "080",
+        "x",
+        "fwd.x",
+        "fwd.work.web\n",
+        "80-90",
+        "65536",
+        "fwd.",
+        "tcp.",
+        "tcp.0",
+        "icmp.1",
+        "tcp.80.1",
+    ],
+)
 def test_any_other_argument_is_refused(tmp_path: Path, argument: str) -> None:
     with pytest.raises(TextError):
         told(argument, tmp_path, tmp_path)
