@@ -27,7 +27,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import netns
 from .broker import open_broker
 from .control import serve_control
-from .directory import LabDirectory
+from .directory import LabDirectory, write_text
 from .inhabitants import end_inhabitants
 from .places import Loopback, Places
 from .store import LabStore
@@ -124,6 +124,7 @@ def clean(lab: LabDirectory) -> None:
     for name in lab.qube_names():
         lab.qube_dir(name).agent_socket.unlink(missing_ok=True)
     lab.control_socket.unlink(missing_ok=True)
+    lab.no_ip_file.unlink(missing_ok=True)
     if netns.why_unavailable() is None:
         netns.destroy(lab)
 
@@ -254,7 +255,10 @@ def main(argv: list[str]) -> int:
             clean(lab)
             namespaces = _make_namespaces(lab, network)
             try:
-                trio.run(_run, lab, _places(lab, namespaces), ready_fd, strict_exception_groups=True)
+                places = _places(lab, namespaces)
+                if places.why_no_ip is not None:
+                    write_text(lab.no_ip_file, places.why_no_ip)
+                trio.run(_run, lab, places, ready_fd, strict_exception_groups=True)
             finally:
                 end_inhabitants(lab.root)
                 if namespaces is not None:

@@ -136,6 +136,11 @@ class LabDirectory:
         return self.run_dir / "control.sock"
 
     @property
+    def no_ip_file(self) -> Path:
+        """Why the qubes of the running lab have no IP and no firewall; it is there while they have none."""
+        return self.run_dir / "no-ip"
+
+    @property
     def client_program(self) -> Path:
         """The stand-in for ``qrexec-client-vm``."""
         return self.root / "bin" / "qrexec-client-vm"

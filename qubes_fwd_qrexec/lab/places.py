@@ -28,8 +28,8 @@ class Loopback:
 
     kind = "loopback"
     why_no_ip = (
-        "its qubes share this machine's loopback; run by root, with the packages iproute2 and nftables, "
-        "'qvm-forward-lab up' gives them networks of their own"
+        "its qubes share this machine's loopback; 'qvm-forward-lab up' by root gives each a network of its "
+        "own, with the packages iproute2 and nftables"
     )
 
     def namespace_fd(self, qube: str) -> int | None:

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from qubes_fwd_qrexec.firewall.ask import DIRECTORY_VARIABLE as FIREWALL_DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.statusservice import (
     FIREWALL_STATE_VARIABLE,
@@ -119,6 +120,7 @@ def service_environment(full_name: str, source: str, directory: Path) -> dict[st
         DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
         LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),
         FIREWALL_STATE_VARIABLE: str(QubeDirectory(directory).firewall_state),
+        FIREWALL_DIRECTORY_VARIABLE: str(QubeDirectory(directory).firewall_run),
         # It never is: nothing in a lab starts a listener by itself.
         STARTS_VARIABLE: str(directory / "run" / "qubes-service" / "qubes-forward-listener"),
     }

@@ -20,6 +20,7 @@ from qubes_fwd_qrexec.admin.backend import (
 )
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube, feature_matters, is_configuration
 from qubes_fwd_qrexec.common.errors import StoreError, why
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
@@ -144,7 +145,20 @@ class LabStore:
             )
         except OSError as error:
             raise AnswerError(f"{what}: {error.strerror}") from error
-        return read_answer(process, given, max_bytes, what, timeout_s)
+        try:
+            return read_answer(process, given, max_bytes, what, timeout_s)
+        except AnswerError as error:
+            if service == NFT_SERVICE and (why_no_ip := self._why_no_ip()):
+                raise AnswerError(
+                    f"{what}: there is no forward by nft in this lab: {why_no_ip}", error.status
+                ) from error
+            raise
+
+    def _why_no_ip(self) -> str:
+        try:
+            return self._lab.no_ip_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         from dataclasses import replace

@@ -18,12 +18,18 @@ import pytest
 import trio
 from helpers import free_port, until
 
+from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.common.nftreport import NftReport
+from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import control, daemon, netns, units
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.running import client_command
+from qubes_fwd_qrexec.lab.store import LabStore
 
 NETNS_PROBLEM = netns.why_unavailable()
 needs_netns = pytest.mark.skipif(NETNS_PROBLEM is not None, reason=str(NETNS_PROBLEM))
@@ -31,6 +37,7 @@ WIRES_PROBLEM = NETNS_PROBLEM or netns.why_no_firewall()
 needs_wires = pytest.mark.skipif(WIRES_PROBLEM is not None, reason=str(WIRES_PROBLEM))
 VECTORS = Path(__file__).parents[1] / "vectors" / "policy-verdicts.json"
 BOUND_S = 60.0
+SYS_NET = QubeName("sys-net")
 FORWARD_PORT = 8000
 FORWARD_KEY = "vm-config.fwd.work.web"
 FORWARD = (
@@ -293,6 +300,8 @@ def test_listen_starts_what_the_units_of_a_qube_start_until_the_lab_is_down(
     with lab.locked():
         lab.set_feature("sys-net", FORWARD_KEY, FORWARD)
     becomes(lambda: connect_error(lab, netns.LAN, netns.EDGE_ADDRESS, FORWARD_PORT) == "")
+    report = NftReport.parse(LabStore(lab).ask(SYS_NET, NFT_SERVICE, REPORT_MAX_BYTES, BOUND_S))
+    assert report.versions == {4, 6}
     # The port is the forward's, and the firewall is open for that alone.
     assert connect_error(lab, netns.LAN, netns.EDGE_ADDRESS, FORWARD_PORT + 1, 0.5) == "TimeoutError"
     assert daemon.stop(lab)
@@ -306,8 +315,10 @@ def test_without_networks_of_their_own_listen_says_what_is_missing(
     assert main(["listen", "sys-net"]) == 0
     out = capfd.readouterr().out
     assert "sys-net: the listener is ready\nsys-net: no firewall, and no forward by nft: " in out
-    assert "run by root, with the packages iproute2 and nftables" in out
+    assert "'qvm-forward-lab up' by root gives each a network of its own" in out
     assert units.running(lab, "sys-net") == {units.Unit.LISTENER}
+    with pytest.raises(AnswerError, match="there is no forward by nft in this lab: its qubes share this"):
+        LabStore(lab).ask(SYS_NET, NFT_SERVICE, REPORT_MAX_BYTES, BOUND_S)
 
 
 def test_listen_names_what_cannot_listen(lab: LabDirectory, capfd: pytest.CaptureFixture[str]) -> None:
