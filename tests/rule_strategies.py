@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from qubes_fwd_qrexec.common.clients import Clients
 from qubes_fwd_qrexec.common.errors import RuleError
 from qubes_fwd_qrexec.common.rules import (
     ForwardRule,
@@ -30,9 +31,15 @@ from qubes_fwd_qrexec.common.values import (
 qube_names = st.from_regex(r"\A[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z").map(QubeName)
 rule_names = st.from_regex(r"\A[a-z][a-z0-9-]{0,15}\Z").map(RuleName)
 comments = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=40)
-sources = st.sampled_from(
-    ["any", "10.0.0.0/8", "192.0.2.1", "fd00::/8", "10.0.0.0/8,fd00::/8,0.0.0.0/1", "2000::/4"]
-).map(Sources.parse)
+_NETWORKS = ["10.0.0.0/8", "192.0.2.1", "fd00::/8", "10.0.0.0/8,fd00::/8,0.0.0.0/1", "2000::/4"]
+_tags = st.from_regex(r"\A[a-zA-Z0-9_-]{1,12}\Z").map("@tag:{}".format)
+_names = qube_names.filter(lambda name: name != "any") | _tags
+sources = st.sampled_from(["any", *_NETWORKS]).map(Sources.parse)
+clients = (
+    st.just("any")
+    | st.lists(st.sampled_from(_NETWORKS) | _names, min_size=1, max_size=5, unique=True).map(",".join)
+    | st.sampled_from(_NETWORKS)
+).map(Clients.parse)
 addresses = st.sampled_from(["10.0.0.1", "0.0.0.0", "::", "fd00::1"]).map(parse_address)
 counts = st.none() | st.integers(1, 10**6)
 
@@ -46,7 +53,7 @@ def rules(draw: st.DrawFn) -> ForwardRule:
     )
     given: dict[str, Any] = draw(
         st.fixed_dictionaries(
-            {"sources": sources},
+            {"sources": clients},
             optional={
                 "mode": st.sampled_from(Mode),
                 "forward_type": st.sampled_from(ForwardType),

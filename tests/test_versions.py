@@ -21,7 +21,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName, TargetPorts
+from qubes_fwd_qrexec.common.values import QubeName, RuleName, Sources, TargetPorts
 from qubes_fwd_qrexec.mux import Hello, wire
 from qubes_fwd_qrexec.target import localserver, statusservice
 from qubes_fwd_qrexec.target.localserver import ServiceError
@@ -50,8 +50,9 @@ def test_a_listener_reads_what_an_older_dom0_wrote(value: str) -> None:
 
 def test_an_older_listener_reads_what_dom0_writes_for_a_rule_without_new_options() -> None:
     rule = ForwardRule.parse("action=forward srcports=80 dstports=8080 srchosts=192.168.0.0/16")
+    lan = Sources.parse("192.168.0.0/16")
     told = ListenerConfig.of_rule(
-        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.MUX, Side.OUTER
+        QubeName("work"), RuleName("web"), rule, lan, Service.FORWARD_TCP, Transport.MUX, Side.OUTER
     )
     assert str(told) == CONFIG_0_1[0]
 

@@ -116,11 +116,14 @@ def new_rule(
 ) -> NamedRule:
     """A rule as `add` stores it: with owner and path as they are now, and a name.
 
-    Raises `RefusedError` if there is no such qube or the name is taken, and `UsageError` if its time is over.
+    Raises `RefusedError` if there is no such qube, be it a source, or the name is taken, and `UsageError` if
+    its time is over.
     """
     snapshot.check_qube(target)
     if rule.expire is not None and rule.expire <= now:
         raise UsageError("expire: that time is over already; name a time to come, such as +8h", "expire")
+    for source in rule.sources.qubes:
+        snapshot.check_qube(source)
     rule = replace(rule, owner=target, path=snapshot.inventory.chain(target).qubes)
     named = NamedRule(target, name or made_up_name(rule, names_at(snapshot.stored, target)), rule)
     taken = snapshot.stored.get(named[:2])
@@ -211,13 +214,18 @@ def set_options(
 
 
 def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:
-    """Owner and path are what somebody agreed to, and `confirm` records them. Raises `RuleError`."""
+    """Owner and path are what somebody agreed to, and `confirm` records them. A name that is new in srchosts
+    has to be a qube's. Raises `RuleError`.
+    """
     if rule.owner not in (old.rule.owner, old.target, None):
         raise RuleError("option 'owner'", f"it can only be {old.target}, which has the rule", "owner")
     gone = [name for name in rule.path or () if inventory.get(name) is None]
     if gone and rule.path != old.rule.path:
         problem = f"there is no qube {gone[0]}; 'qvm-forward confirm {old}' records the path"
         raise RuleError("option 'path'", problem, "path")
+    for name in rule.sources.qubes:
+        if name not in old.rule.sources.qubes and inventory.get(name) is None:
+            raise RuleError("option 'srchosts'", f"there is no qube {name}", "srchosts")
 
 
 def mark(system: System, qube: str, *, is_marked: bool) -> Changed:

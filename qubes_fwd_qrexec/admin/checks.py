@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, NamedRule, Proto, Proxy, Transport
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import nftpath
+from . import nftpath, resolving
 from .inventory import (
     ADMIN,
     DISPOSABLE,
@@ -44,7 +44,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     side = inventory.side(listener, rule.forward_type)
     forward = Forward(named, (*_of_rule(rule, now),), chain.qubes, listener, side, _mode(rule))
     target, exposed = inventory.get(named.target), inventory.get(listener or "")
-    problem = inventory.unread(named.target, listener, *chain.qubes)
+    problem = inventory.unread(named.target, listener, *chain.qubes, *rule.sources.qubes)
     if problem is not None:
         return forward.with_finding(Finding(Cause.UNREADABLE_QUBE, detail=problem))
     if target is None:
@@ -65,6 +65,9 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
             findings.append(Finding(Cause.EXPOSED_HALTED, exposed.name, case=forward.mode))
         if not (target.is_running or rule.autostart):
             findings.append(Finding(Cause.TARGET_HALTED, target.name, case=forward.mode))
+        sources, let_in, named_findings = resolving.resolved(named, exposed.name, inventory)
+        forward = forward._replace(sources=sources, let_in=let_in)
+        findings += named_findings
         told = _by_nft if forward.mode is Mode.NFT else _over_qrexec
         configs, found = told(forward, exposed.name, side, inventory)
         findings += found
@@ -213,14 +216,15 @@ def _over_qrexec(
     forward: Forward, exposed: QubeName, side: Side, _: Inventory
 ) -> tuple[Configs, list[Finding]]:
     """The listener's configuration, and a finding if it is too large."""
-    named, service, transport = forward.named, forward.service, forward.transport
+    named, service, sources = forward.named, forward.service, forward.sources
+    transport = forward.transport
     ports = len(named.rule.listen_ports)
-    if service is None:
+    if service is None or sources is None:
         return (), []
     if transport is Transport.CALL and ports > CALL_PORTS_MAX:
         return (), [Finding(Cause.TOO_LARGE, number=ports, case="ports")]
     try:
-        return ((exposed, ListenerConfig.of_rule(*named, service, transport, side)),), []
+        return ((exposed, ListenerConfig.of_rule(*named, sources, service, transport, side)),), []
     except ConfigError as error:
         return (), [Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]
 
@@ -238,9 +242,9 @@ def _by_nft(
         found.append(Finding(Cause.NFT_BEHIND_TUNNEL, exposed, mark=tunnel))
     found += nftpath.obstacles(named.rule, path, inventory)
     found += (Finding(Cause.HOP_HALTED, q) for q in path[1:-1] if not inventory.qubes[q].is_running)
-    if any(finding.cause.verdict is Verdict.STOPS for finding in found):
+    if forward.sources is None or any(finding.cause.verdict is Verdict.STOPS for finding in found):
         return (), found
     try:
-        return nftpath.configs(named, path, side, inventory), found
+        return nftpath.configs(named, forward.sources, path, side, inventory), found
     except ConfigError as error:
         return (), [*found, Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]

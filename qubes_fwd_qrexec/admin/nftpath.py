@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX, NftConfig, Role
 from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
-from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, TargetPorts
+from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, Sources, TargetPorts
 
 from .inventory import NFT_FEATURE, Inventory
 from .states import Cause, Finding
@@ -42,7 +42,9 @@ def obstacles(rule: ForwardRule, path: Path, inventory: Inventory) -> Iterator[F
             yield Finding(Cause.NFT_SWITCHED_OFF, qube)
     wanted, lacking = _wanted(rule), _lacking(path, inventory)
     for version in sorted(wanted & lacking.keys()):
-        is_enough = rule.sources.anyone and rule.listen is None and version == 6 and 4 not in lacking
+        # Nobody has asked for IPv6 by itself.
+        is_free = rule.listen is None and all(network.version == 4 for network in rule.sources.networks)
+        is_enough = is_free and version == 6 and 4 not in lacking
         yield Finding(Cause.IPV4_ALONE if is_enough else Cause.NO_ADDRESS, lacking[version], number=version)
     ports = len(rule.listen_ports)
     if rule.listen_ports.first != rule.target_ports.first and ports > SHIFTED_MAX:
@@ -70,21 +72,22 @@ def _lacking(path: Path, inventory: Inventory) -> dict[int, QubeName]:
 
 
 def configs(
-    named: NamedRule, path: Path, side: Side, inventory: Inventory
+    named: NamedRule, sources: Sources, path: Path, side: Side, inventory: Inventory
 ) -> tuple[tuple[QubeName, NftConfig], ...]:
-    """What each qube of a path without obstacles is told; ``side`` is that of the exposed qube, the last.
+    """What each qube of a path without obstacles is told; ``side`` is that of the exposed qube, the last, and
+    ``sources`` are the rule's clients.
 
     Raises `ConfigError` if it is too much.
     """
     rule, (target, *hops) = named.rule, path
-    versions = _wanted(rule) - _lacking(path, inventory).keys()
+    versions = (_wanted(rule) & sources.versions) - _lacking(path, inventory).keys()
     first, last = rule.target_ports.first, rule.target_ports.last
-    only = None if versions == rule.sources.versions else min(versions)
+    only = None if versions == sources.versions else min(versions)
     common: dict[str, Any] = {
         "target": named.target,
         "name": named.name,
         "proto": rule.proto,
-        "sources": rule.sources,
+        "sources": sources,
         "on_expire": rule.on_expire,
         "expire": rule.expire,
     }

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, Transport
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.values import IPNetwork, QubeName, Sources
 
 from .inventory import TunnelMark
 
@@ -80,12 +80,17 @@ class Cause(StrEnum):
     NFT_LOOPBACK = "nft-at-loopback"
     CONFLICT = "conflict"
     TOO_LARGE = "too-large"
+    SOURCE_ELSEWHERE = "source-elsewhere"
+    NO_SOURCE = "no-source"
     HELD = "held", Verdict.STOPS, State.HELD
     UNREADABLE = "unreadable", Verdict.STOPS, State.BROKEN
 
     IN_TIME = "in-time", Verdict.OK
     ANYBODY = "anybody", Verdict.NOTE
     SOURCES = "sources", Verdict.OK
+    SOURCE_GONE = "source-gone", Verdict.NOTE
+    TAG_ELSEWHERE = "tag-elsewhere", Verdict.NOTE
+    SOURCE_NETVM = "source-netvm", Verdict.NOTE
     SIDE = "side", Verdict.OK
     OWN = "own", Verdict.OK
     NO_OWNER = "no-owner", Verdict.NOTE
@@ -124,6 +129,14 @@ Config = ListenerConfig | NftConfig
 """What a qube is told about a forward: a listener, or a firewall on the path."""
 
 
+class LetIn(NamedTuple):
+    """A qube that a rule lets in, the name for it there (its own, or ``@tag:NAME``), and its addresses."""
+
+    name: str
+    qube: QubeName
+    addresses: tuple[IPNetwork, ...]
+
+
 class Forward(NamedTuple):
     """One rule with everything that follows from it.
 
@@ -131,7 +144,8 @@ class Forward(NamedTuple):
     no tunnel. ``chain`` are the netvms of its target. ``exposed`` is where it listens, or would listen, and
     ``side`` that by which connections may come. ``mode`` is how they travel, and never ``auto``. ``service``
     is that of qrexec, None if the target cannot be reached by it. ``configs`` are what qubes are told, the
-    target first and the exposed qube last; there are some exactly when the forward is live.
+    target first and the exposed qube last; there are some exactly when the forward is live. ``sources`` are
+    all whom it lets in, as networks, None if that is nobody; ``let_in`` those of them that the rule names.
     """
 
     named: NamedRule
@@ -143,6 +157,8 @@ class Forward(NamedTuple):
     service: Service | None = None
     transport: Transport = Transport.AUTO
     configs: tuple[tuple[QubeName, Config], ...] = ()
+    sources: Sources | None = None
+    let_in: tuple[LetIn, ...] = ()
 
     @property
     def is_live(self) -> bool:

@@ -85,19 +85,21 @@ class ListenerConfig:
         target: QubeName,
         name: RuleName,
         rule: ForwardRule,
+        sources: Sources,
         service: Service,
         transport: Transport,
         side: Side,
     ) -> Self:
-        """The configuration for a rule, once the plan has decided service, transport and side."""
+        """The configuration for a rule, once the plan has decided all else: ``sources`` are its clients,
+        as networks."""
         return cls(
             target=target,
             name=name,
             side=side,
-            listen=rule.listen_addresses,
+            listen=tuple(a for a in rule.listen_addresses if a.version in sources.versions),
             listen_ports=rule.listen_ports,
             target_ports=rule.target_ports,
-            sources=rule.sources,
+            sources=sources,
             service=service,
             transport=transport,
             proxy=rule.proxy,

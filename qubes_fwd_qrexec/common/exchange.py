@@ -19,16 +19,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from .clients import Clients
 from .errors import RuleError, TextError
 from .options import Option, split
 from .rules import ForwardRule, NamedRule
-from .values import QubeName, RuleName, Sources, parse_qube_name, parse_rule_name, parse_yes_no, yes_no
+from .values import QubeName, RuleName, parse_qube_name, parse_rule_name, parse_yes_no, yes_no
 
 VERSION = 2
 # It has no marks of tunnels, and is less strict.
 OLDER = 1
 _TUNNEL = "tunnel"
-_ANYBODY = Sources((), anyone=True)
+_ANYBODY = Clients.parse("any")
 _WORD = re.compile(r"\S+")
 
 
@@ -82,11 +83,9 @@ def joined(rules: Iterable[Read]) -> list[Read]:
 
 def _joined(alike: list[Read]) -> Read:
     first = alike[0]
-    anyone = any(read.rule.sources.anyone for read in alike)
-    networks = [network for read in alike for network in read.rule.sources.networks]
     comments = dict.fromkeys(read.rule.comment for read in alike if read.rule.comment)
     try:
-        sources = _ANYBODY if anyone else Sources.of(networks)
+        sources = Clients.union(read.rule.sources for read in alike)
     except TextError as error:
         raise RuleError(first.place, str(error)) from None
     return first._replace(rule=replace(first.rule, sources=sources, comment="; ".join(comments)))

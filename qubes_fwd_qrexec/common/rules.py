@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import NamedTuple, Self
 
 from . import values
+from .clients import Clients
 from .errors import RuleError, TextError
 from .options import Form, Option, one_of, read, split
 from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts, yes_no
@@ -114,7 +115,7 @@ class ForwardRule:
 
     listen_ports: ListenPorts
     target_ports: TargetPorts
-    sources: Sources
+    sources: Clients
     mode: Mode = Mode.AUTO
     forward_type: ForwardType = ForwardType.EXTERNAL
     via: QubeName | None = None
@@ -164,6 +165,13 @@ class ForwardRule:
                 "proxy",
                 "PROXY headers need mux calls; use transport=mux",
             )
+        if self.sources.has_names and self.forward_type is ForwardType.EXTERNAL:
+            yield (
+                "srchosts",
+                "forwardtype",
+                f"an external forward lets in no qubes, such as {str(self.sources).rpartition(',')[2]}; name "
+                "networks, or use forwardtype=internal (--internal)",
+            )
         if self.listen is not None:
             strangers = [n for n in self.sources.networks if n.version != self.listen.version]
             if strangers:
@@ -176,7 +184,8 @@ class ForwardRule:
 
     @property
     def listen_addresses(self) -> tuple[IPAddress, ...]:
-        """Where the exposed qube listens: ``listen``, or the wildcard of each IP version of the sources."""
+        """Where the exposed qube listens: ``listen``, or the wildcard of each IP version by which
+        clients may come."""
         if self.listen is not None:
             return (self.listen,)
         return tuple(WILDCARDS[version] for version in sorted(self.sources.versions))
@@ -257,16 +266,16 @@ def _parse_path(text: str) -> tuple[QubeName, ...]:
     return tuple(map(values.parse_qube_name, text.split(","))) if text else ()
 
 
-def _merged(some: Sources, more: Sources) -> Sources:
-    return Sources.of((*some.networks, *more.networks))
+def _merged(some: Clients, more: Clients) -> Clients:
+    return Clients.union((some, more))
 
 
-def _sources_of(version: int) -> Callable[[str], Sources]:
-    def parse(text: str) -> Sources:
+def _sources_of(version: int) -> Callable[[str], Clients]:
+    def parse(text: str) -> Clients:
         sources = Sources.parse(text)
         if sources.anyone or sources.versions != {version}:
             raise TextError(text, f"IPv{version} networks, comma-separated")
-        return sources
+        return Clients(sources)
 
     return parse
 
@@ -279,7 +288,7 @@ _FORMS = {
     "proto": Form("proto", one_of(Proto)),
     "srcports": Form("listen_ports", ListenPorts.parse),
     "dstports": Form("target_ports", TargetPorts.parse),
-    "srchosts": Form("sources", Sources.parse),
+    "srchosts": Form("sources", Clients.parse),
     "listen": Form("listen", values.parse_address),
     "transport": Form("transport", one_of(Transport)),
     "proxy": Form("proxy", one_of(Proxy)),
@@ -301,11 +310,11 @@ _DEFAULTS = {field.name: field.default for field in fields(ForwardRule)}
 _MISSING = {
     "action": "missing; a forwarding rule has action=forward",
     "srcports": "missing; it names the exposed port or range, such as srcports=80-80",
-    "srchosts": "missing; it names the networks that may connect, or says any",
+    "srchosts": "missing; it names the networks or qubes that may connect, or says any",
 }
 # The spellings of the 2021 proposal, srchost in XML, src4 and src6 in the API line: read, but never written.
 _READ_FORMS = _FORMS | {
-    "srchost": Form("sources", Sources.parse),
+    "srchost": Form("sources", Clients.parse),
     "src4": Form("sources", _sources_of(4), merge=_merged),
     "src6": Form("sources", _sources_of(6), merge=_merged),
 }

@@ -16,12 +16,12 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport, Why
 from qubes_fwd_qrexec.common.report import Problem
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.values import QubeName, Sources
 
 WORK, FIREWALL, NET = PATH = (QubeName("work"), QubeName("sys-firewall"), QubeName("sys-net"))
 BY_NFT, OVER_QREXEC = rule("mode=nft"), rule("mode=qrexec")
 KEY, FEATURE = "nft.work.web", "vm-config.nft.work.web"
-CONFIGS = dict(nftpath.configs(BY_NFT, PATH, Side.OUTER, nft_world()))
+CONFIGS = dict(nftpath.configs(BY_NFT, Sources.parse("any"), PATH, Side.OUTER, nft_world()))
 CONFIG = CONFIGS[NET]
 
 

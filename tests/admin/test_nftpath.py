@@ -16,7 +16,9 @@ PATH = (QubeName("work"), QubeName("sys-firewall"), QubeName("sys-net"))
 
 
 def told(named: NamedRule, inventory: Inventory | None = None, side: Side = Side.OUTER) -> list[str]:
-    found = nftpath.configs(named, PATH, side, inventory or nft_world())
+    sources = named.rule.sources.fixed
+    assert sources is not None
+    found = nftpath.configs(named, sources, PATH, side, inventory or nft_world())
     assert {config.key for _, config in found} == {"nft.work.web"}
     return [f"{qube}: {config}" for qube, config in found]
 

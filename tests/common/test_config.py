@@ -13,7 +13,14 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.entries import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Transport
-from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
+from qubes_fwd_qrexec.common.values import (
+    ListenPorts,
+    QubeName,
+    RuleName,
+    Sources,
+    TargetPorts,
+    parse_network,
+)
 
 LINE = (
     "version=1 service=qubes.ForwardTCP transport=call side=outer "
@@ -27,7 +34,12 @@ LINE = (
 def test_it_prints_what_it_parses_and_fits_into_qubesdb(
     named: NamedRule, transport: Transport, side: Side
 ) -> None:
-    told = ListenerConfig.of_rule(named.target, named.name, named.rule, Service.FORWARD_TCP, transport, side)
+    rule = named.rule
+    hosts = {4: "10.137.0.9", 6: "fd09:24ef:4179::a89:9"}
+    by_name = [parse_network(hosts[address.version]) for address in rule.listen_addresses]
+    sources = Sources.of([*rule.sources.networks, *by_name]) if rule.sources.has_names else rule.sources.fixed
+    assert sources is not None
+    told = ListenerConfig.of_rule(*named, sources, Service.FORWARD_TCP, transport, side)
     assert ListenerConfig.parse(told.key, str(told)) == told
     assert config.is_forward_key(told.key)
     assert len(told.key) <= KEY_MAX
@@ -41,7 +53,13 @@ def test_no_comment_owner_or_path_reaches_the_qube() -> None:
         "action=forward srcports=80 srchosts=any owner=secret path=hidden via=other comment=private"
     )
     told = ListenerConfig.of_rule(
-        QubeName("work"), RuleName("web"), rule, Service.FORWARD_TCP, Transport.CALL, Side.VIFS
+        QubeName("work"),
+        RuleName("web"),
+        rule,
+        Sources.parse("any"),
+        Service.FORWARD_TCP,
+        Transport.CALL,
+        Side.VIFS,
     )
     assert not any(word in f"{told.key} {told}" for word in ("secret", "hidden", "other", "private"))
 

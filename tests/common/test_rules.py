@@ -96,7 +96,7 @@ BAD = [
     ),
     (
         "action=forward srcports=80",
-        "option 'srchosts': missing; it names the networks that may connect, or says any",
+        "option 'srchosts': missing; it names the networks or qubes that may connect, or says any",
     ),
     (
         "action=accept",
@@ -194,6 +194,11 @@ BAD = [
         "'srchosts': fd00::/8 can never reach 10.0.0.1: IPv4 and IPv6 do not mix; make "
         "a second rule for IPv6",
     ),
+    (
+        "action=forward srcports=80 srchosts=10.0.0.0/8,personal",
+        "options 'srchosts' and 'forwardtype': an external forward lets in no qubes, such as "
+        "personal; name networks, or use forwardtype=internal (--internal)",
+    ),
     *(
         (
             f"action=forward srchosts=any {name}={port}",
@@ -231,6 +236,8 @@ def test_limits_print_what_is_set() -> None:
         ("srchosts=10.0.0.0/8", ["0.0.0.0"]),
         ("srchosts=fd00::/8", ["::"]),
         ("srchosts=any listen=fd00::1", ["fd00::1"]),
+        ("srchosts=personal forwardtype=internal", ["0.0.0.0", "::"]),
+        ("srchosts=10.0.0.0/8,@tag:x forwardtype=internal", ["0.0.0.0", "::"]),
     ],
 )
 def test_a_rule_listens_on_the_families_of_its_sources(options: str, addresses: list[str]) -> None:

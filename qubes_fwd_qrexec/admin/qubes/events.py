@@ -22,8 +22,9 @@ POLICY_DIR = Path("/etc/qubes/policy.d")
 # of netvm for each qube that has the default; that it was reset does not. The -del ones are an older name.
 _MATTER = re.compile(
     r"connection-established|domain-(add|delete|start|start-failed|shutdown)"
-    r"|property-(set|reset|del):(netvm|default_netvm|template|template_for_dispvms|provides_network)"
-    r"|domain-tag-(add|delete):(anon-vm|anon-gateway)"
+    r"|property-(set|reset|del):(netvm|default_netvm|template|template_for_dispvms|provides_network|ip|ip6)"
+    # Rules name tags, too; and whether a qube has an IPv6 address depends on the feature of its netvms.
+    r"|domain-tag-(add|delete):.+|domain-feature-(set|delete):ipv6"
 )
 # Not "*": for an event that has a handler the dispatcher looks up the devices among its parameters. Those are
 # calls that a management qube may not make, and their error ends the listening.
@@ -37,7 +38,7 @@ PROCESS_ENDS_S = 0.1
 def matters(event: str) -> bool:
     """Whether the event of that name may change what is to be open."""
     kind, _, key = event.partition(":")
-    return feature_matters(key) if kind in _OF_FEATURES else _MATTER.fullmatch(event) is not None
+    return (kind in _OF_FEATURES and feature_matters(key)) or _MATTER.fullmatch(event) is not None
 
 
 class QubesChanges:

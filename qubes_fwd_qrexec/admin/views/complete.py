@@ -17,9 +17,9 @@ from .parser import commands_of
 
 _YES_NO = "yes|no"
 # By the names of options in a rule. Those of `add` say in their help what their values are, but for these.
-_VALUES = {"srchosts": "any", "expire": "+8h|+1d|never", "name": ""}
+_VALUES = {"srchosts": "SOURCE", "expire": "+8h|+1d|never", "name": ""}
 # Options of a rule that `add` lacks, or has under another name.
-_RULE_VALUES = {"enabled": _YES_NO, "forwardtype": "|".join(ForwardType), "srchosts": "any"}
+_RULE_VALUES = {"enabled": _YES_NO, "forwardtype": "|".join(ForwardType), "srchosts": "SOURCE"}
 
 
 def candidates(
@@ -87,7 +87,7 @@ def _there_are(
     """The qubes and rules that there are; none where they cannot be read."""
     if kind == "OPTION=VALUE":
         return [f"{option}=" for option in ForwardRule.option_names()]
-    if kind not in ("QUBE", "TARGET", "NAME"):
+    if kind not in ("QUBE", "TARGET", "NAME", "SOURCE"):
         return ()
     try:
         inventory = open_backend(lab, environ).inventory()
@@ -96,6 +96,8 @@ def _there_are(
     qubes = inventory.qubes.values()
     if kind == "TARGET":
         return sorted({str(qube) for qube, _ in read_rules(inventory)})
+    if kind == "SOURCE":
+        return ["any", *(qube.name for qube in qubes if qube.netvm is not None)]
     if kind == "NAME":
         return names_at(read_rules(inventory), given[0])
     if command != "tunnel":

@@ -18,7 +18,10 @@ from .times import print_expire
 _CHECKS = {
     "switch": (Cause.DISABLED,),
     "qubes": (Cause.NO_SUCH_QUBE, Cause.UNREADABLE_QUBE, Cause.UNFIT_QUBE, Cause.NO_NETVM),
-    "sources": (Cause.ANYBODY, Cause.SOURCES),
+    "sources": (
+        *(Cause.ANYBODY, Cause.SOURCES, Cause.SOURCE_ELSEWHERE, Cause.NO_SOURCE),
+        *(Cause.SOURCE_GONE, Cause.TAG_ELSEWHERE, Cause.SOURCE_NETVM),
+    ),
     "side": (Cause.SIDE,),
     "ports": (Cause.CONFLICT, Cause.TOO_LARGE),
     "packets": (Cause.NO_IP_PATH, Cause.NO_ADDRESS, Cause.IPV4_ALONE, Cause.LINK_LOCAL, Cause.NFT_LOOPBACK),
@@ -81,7 +84,7 @@ def _shown(forward: Forward, finding: Finding, now: float) -> Check:
         sentence="" if is_well else reasons.sentence(forward, finding).rstrip("."),
         target=target,
         exposed=forward.exposed,
-        sources=str(forward.named.rule.sources).replace(",", ", "),
+        sources=reasons.let_in(forward),
         way=" - ".join((target, *forward.chain)) if forward.chain else "no netvm",
         within=within,
         mark=mark,

@@ -63,7 +63,7 @@ _ADD = (
         dest="srchosts",
         action="append",
         metavar="NET[,NET]",
-        help="the networks that may connect, or any; required",
+        help="the networks that may connect, with --internal also qubes; or any; required",
     ),
     _argument("--name", metavar="NAME", help="the rule's name (default: such as tcp-80)"),
     _says("--internal", "forwardtype", "internal", "let in other qubes, at the target's netvm"),

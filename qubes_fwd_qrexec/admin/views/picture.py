@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Side
 
-from .reasons import is_local
+from .reasons import asked, is_local
 from .tables import cut
 
 # The width if no terminal says another, and the least that anything is drawn for.
@@ -106,9 +106,8 @@ def _clients(forward: Forward, inventory: Inventory) -> str:
 
 
 def _networks(forward: Forward) -> list[str]:
-    sources = forward.named.rule.sources
-    if sources.anyone:
+    if forward.named.rule.sources.anyone:
         return ["anybody"]
-    shown = [str(network) for network in sources.networks[:_SOURCES_MAX]]
-    more = len(sources.networks) - len(shown)
-    return [*shown, *([f"and {more} more"] if more else [])]
+    names = asked(forward.named.rule)
+    more = len(names) - _SOURCES_MAX
+    return [*names[:_SOURCES_MAX], *([f"and {more} more"] if more > 0 else [])]

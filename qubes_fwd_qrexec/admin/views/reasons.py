@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, NFT_FEATURE, QRE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
 from qubes_fwd_qrexec.common.config import Service, Side
 from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX
-from qubes_fwd_qrexec.common.rules import Mode, Proto, Transport
+from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, Proto, Transport
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, yes_no
 
@@ -187,6 +187,30 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _QREXEC,
     ),
     (Cause.TOO_LARGE, "bytes"): ("{detail}.", _SET + "srchosts=NETWORKS"),
+    (Cause.SOURCE_ELSEWHERE, "netvm"): (
+        "{qube} does not get to {exposed}, as its netvm is {detail}: expose the forward there with "
+        "via={detail} (--via {detail}), or change the netvm of {qube} with '{1}'.",
+        _SET + "via={detail}",
+        "qvm-prefs {qube} netvm {exposed}",
+    ),
+    (Cause.SOURCE_ELSEWHERE, "none"): (
+        "{qube} does not get to {exposed}, which is not its netvm: change that with '{0}', or name other "
+        "qubes.",
+        "qvm-prefs {qube} netvm {exposed}",
+        _SET + "srchosts=QUBE",
+    ),
+    Cause.NO_SOURCE: (
+        "Nobody may connect, as none of the qubes that the rule names is left; name another one that has "
+        "{exposed} as its netvm.",
+        _SET + "srchosts=QUBE",
+        _REMOVE,
+    ),
+    (Cause.SOURCE_GONE, "qube"): ("nobody is let in for {qube}, as there is no such qube",),
+    (Cause.SOURCE_GONE, "address"): (
+        "nobody is let in for {qube}, as it has no address of the IP version of this forward",
+    ),
+    Cause.TAG_ELSEWHERE: ("@tag:{case} does not let in {detail}, whose netvm is not {qube}",),
+    Cause.SOURCE_NETVM: ("who is behind {qube} comes from its address, and is let in too",),
     Cause.ANYBODY: ("anybody who can reach the port may connect",),
     Cause.NO_OWNER: ("no owner recorded, so clones would be open too: '{0}'", _CONFIRM),
     Cause.NO_PATH: ("no path recorded, so it stays open when the netvm changes: '{0}'", _CONFIRM),
@@ -213,6 +237,7 @@ _UNFIT = {
     QREXEC_FEATURE: f"has no qrexec (feature {QREXEC_FEATURE}) and cannot",
 }
 _NOTES = {Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL}
+_NOTES |= {Cause.SOURCE_GONE, Cause.TAG_ELSEWHERE, Cause.SOURCE_NETVM}
 _HINTS = {Cause.PERHAPS_TUNNEL, Cause.IPV4_ALONE}
 
 
@@ -309,9 +334,7 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     }
     if finding.cause is Cause.OPEN:
         facts["where"] = _where(forward)
-        facts["who"] = (
-            "anybody who can reach it" if rule.sources.anyone else ", ".join(map(str, rule.sources.networks))
-        )
+        facts["who"] = "anybody who can reach it" if rule.sources.anyone else ", ".join(asked(rule))
     elif finding.cause is Cause.UNFIT_QUBE:
         facts["is_unfit"] = _UNFIT.get(finding.detail)
     elif finding.cause is Cause.CLONED:
@@ -337,6 +360,24 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         facts |= {"rival": rival, "rival_ports": rival.rule.listen_ports.worded()}
         facts["rival_autostart"] = yes_no(rival.rule.autostart)
     return facts
+
+
+def asked(rule: ForwardRule) -> list[str]:
+    """Whom a rule lets in, as it says that."""
+    return str(rule.sources).split(",")
+
+
+def let_in(forward: Forward) -> str:
+    """Whom a forward lets in, and behind each name what it stands for now."""
+    now: dict[str, list[str]] = {}
+    for name, qube, addresses in forward.let_in:
+        where = (str(network.network_address) for network in addresses)
+        now.setdefault(name, []).append(" ".join(where if name == qube else (qube, *where)))
+    names = {str(name) for name in forward.named.rule.sources.qubes}
+    return ", ".join(
+        f"{name} ({', '.join(now.get(name, ())) or 'nobody'})" if name in names or name[0] == "@" else name
+        for name in asked(forward.named.rule)
+    )
 
 
 def is_local(forward: Forward) -> bool:

@@ -107,6 +107,8 @@ def explained(forward: Forward, style: Style) -> str:
         f"{forward.named}: {style.state(forward.state, forward.state)}",
         f"  {reasons.sentence(forward)}",
     ]
+    if forward.named.rule.sources.has_names:
+        lines.append(f"  sources: {reasons.let_in(forward)}.")
     mode, why = reasons.mode(forward)
     lines.append(f"  mode {mode}: {why}.")
     if forward.exposed is not None and forward.is_live:
@@ -147,6 +149,10 @@ def forward_as_json(forward: Forward) -> dict[str, Any]:
         "transport_reason": "" if forward.service is None else reasons.transport_reason(forward),
         "notes": list(reasons.notes(forward)),
         "hints": list(reasons.hints(forward)),
+        "sources": [
+            {"name": name, "qube": qube, "addresses": [str(network.network_address) for network in addresses]}
+            for name, qube, addresses in forward.let_in
+        ],
         "rule": forward.named.rule.options(),
     }
 

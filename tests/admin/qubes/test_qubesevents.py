@@ -157,6 +157,12 @@ NEWS = [
     ("anon", "domain-tag-delete:anon-vm"),
     ("sys-whonix", "domain-tag-add:anon-gateway"),
     ("sys-whonix", "domain-tag-delete:anon-gateway"),
+    ("personal", "domain-tag-add:games"),
+    ("personal", "domain-tag-delete:games"),
+    ("personal", "property-set:ip"),
+    ("personal", "property-reset:ip6"),
+    ("sys-net", "domain-feature-set:ipv6"),
+    ("sys-net", "domain-feature-delete:ipv6"),
 ]
 NO_NEWS = [
     ("work", "property-pre-set:netvm"),
@@ -170,8 +176,8 @@ NO_NEWS = [
     ("work", "domain-feature-set:gui"),
     ("work", "domain-feature-delete:service.cups"),
     ("work", "domain-feature-set:vm-config.other"),
-    ("work", "domain-tag-add:anon-vm2"),
-    ("work", "domain-tag-add:created-by-dom0"),
+    ("work", "property-set:ip7"),
+    ("work", "domain-feature-set:ipv6-address"),
     ("work", "device-attach:block"),
     ("", "property-set:clockvm"),
 ]

@@ -35,7 +35,10 @@ rules = st.builds(
     either("via=work", "via=sys-net", "via=dom0", "via=gone", "via=personal"),
     either("mode=nft", "transport=mux", "transport=call", "proxy=v2", "autostart=yes"),
     either("bypass-tunnel=yes", "follow-netvm=yes", "forwardtype=internal"),
-    either("srchosts=fd00::/8", "srchosts=10.0.0.0/8", "listen=127.0.0.1"),
+    either(
+        *("srchosts=fd00::/8", "srchosts=10.0.0.0/8", "listen=127.0.0.1"),
+        *(f"srchosts={names} forwardtype=internal" for names in ("personal", "gone", "sys-vpn,@tag:anon-vm")),
+    ),
 )
 qubes = st.builds(
     lambda name, netvm, klass, features, tags, more: qube(

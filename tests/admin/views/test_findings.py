@@ -33,6 +33,12 @@ def found(
 CASES = [
     (rule("srchosts=10.0.0.0/8,fd00::/8"), "sources", "ok", "10.0.0.0/8, fd00::/8 may connect, nobody else"),
     (rule(), "sources", "note", "anybody who can reach the port may connect"),
+    (
+        rule("srchosts=10.138.0.0/16,gone forwardtype=internal"),
+        "sources",
+        "note",
+        "nobody is let in for gone, as there is no such qube",
+    ),
     (rule(AGREED), "path", "ok", "work - sys-firewall - sys-net, as agreed"),
     (rule("follow-netvm=yes"), "path", "ok", "work - sys-firewall - sys-net; the rule follows every change"),
     (

@@ -56,6 +56,11 @@ def test_the_way_of_an_open_forward() -> None:
     assert drawn(WEB, 66) == NARROW
 
 
+def test_qubes_are_shown_by_name() -> None:
+    named = rule("srchosts=10.138.0.0/16,personal,@tag:games forwardtype=internal")
+    assert drawn(named, 60).startswith("  qubes, 10.138.0.0/16, personal, @tag:games\n")
+
+
 def test_a_closed_forward_is_cut_and_says_why() -> None:
     closed = rule("dstports=8080 enabled=no")
     assert drawn(closed) == (

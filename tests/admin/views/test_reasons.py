@@ -287,6 +287,33 @@ CASES = [
         "networks in srchosts.",
     ),
 ]
+CASES += [
+    (
+        "open",
+        rule("srchosts=10.138.0.0/16,personal,@tag:games forwardtype=internal"),
+        nft_world(),
+        State.ACTIVE,
+        "Connections to port 80 of sys-firewall (vifs side) from 10.138.0.0/16, personal, @tag:games reach "
+        "port 80 of work.",
+    ),
+    (
+        "source-elsewhere",
+        rule("srchosts=hidden forwardtype=internal"),
+        nft_world(),
+        State.REFUSED,
+        "hidden does not get to sys-firewall, as its netvm is sys-vpn: expose the forward there with "
+        "via=sys-vpn (--via sys-vpn), or change the netvm of hidden with "
+        "'qvm-prefs hidden netvm sys-firewall'.",
+    ),
+    (
+        "no-source",
+        rule("srchosts=gone,@tag:games forwardtype=internal"),
+        nft_world(),
+        State.REFUSED,
+        "Nobody may connect, as none of the qubes that the rule names is left; name another one that has "
+        "sys-firewall as its netvm.",
+    ),
+]
 CASES.append(
     (
         "unreadable-qube",
@@ -427,7 +454,7 @@ def test_every_cause_of_a_rule_is_in_the_table_or_not_of_one_rule() -> None:
 @pytest.mark.parametrize(
     ("cause", "named", "inventory"),
     [case[:3] for case in CASES if case[0] != "open"],
-    ids=range(len(CASES) - 3),
+    ids=range(len(CASES) - 4),
 )
 def test_every_state_has_a_way_out_that_is_a_command(
     cause: str, named: NamedRule, inventory: Inventory
