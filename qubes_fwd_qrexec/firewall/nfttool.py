@@ -22,6 +22,10 @@ _NFNLGRP_NFTABLES = 7
 _READ_MAX = 1 << 16
 
 
+class _NoJSONError(NftError):
+    """What nft has written cannot be read."""
+
+
 class Nft:
     """The program ``nft``, found along PATH and in the sbin directories."""
 
@@ -37,13 +41,23 @@ class Nft:
         there = {(entry["chain"]["family"], entry["chain"]["table"]) for entry in chains if "chain" in entry}
         found = {}
         for family in Family:
-            tables = {
-                name: seen(self._list("table", family, name))
-                for name in (TABLE, OWN)
-                if (family, name) in there
-            }
-            found[family] = Seen(tables.get(TABLE, SeenTable()), tables.get(OWN))
+            qubes, own = SeenTable(), None
+            if (family, TABLE) in there:
+                qubes = seen(self._list("table", family, TABLE))
+            if (family, OWN) in there:
+                own = self._own(family)
+            found[family] = Seen(qubes, own)
         return found
+
+    def _own(self, family: Family) -> SeenTable:
+        """Our own table; one that nobody can read counts as empty, and is made anew.
+
+        nft 1.0.6 writes arbitrary bytes as the flags of a table that somebody has put to sleep.
+        """
+        try:
+            return seen(self._list("table", family, OWN))
+        except _NoJSONError:
+            return SeenTable()
 
     def counters(self) -> dict[str, tuple[int, int]]:
         """The packets and bytes of our counters by name, both families together. Raises `NftError`."""
@@ -65,7 +79,8 @@ class Nft:
         try:
             listing = json.loads(output)["nftables"]
         except (ValueError, KeyError, TypeError):
-            raise NftError(f"nft list {' '.join(what)}: the output is not the JSON it should be") from None
+            words = " ".join(what)
+            raise _NoJSONError(f"nft list {words}: the output is not the JSON it should be") from None
         return [entry for entry in listing if isinstance(entry, dict)]
 
     def _run(self, *arguments: str, text: str = "") -> str:

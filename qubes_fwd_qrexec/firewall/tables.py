@@ -130,11 +130,15 @@ class SeenRule:
 
 @dataclass(frozen=True, slots=True)
 class SeenTable:
-    """A table: its chains with their rules; hooks of base chains; counters and sets by kind and name."""
+    """A table: its chains with their rules; hooks of base chains; counters and sets by kind and name.
+
+    ``has_flags``: it may be asleep, so that none of its chains is asked.
+    """
 
     chains: Mapping[str, tuple[SeenRule, ...]] = field(default_factory=dict)
     hooks: Mapping[str, tuple[str, str, int] | None] = field(default_factory=dict)
     objects: frozenset[tuple[str, str]] = frozenset()
+    has_flags: bool = False
 
     def comments(self, chain: str) -> tuple[str, ...]:
         return tuple(rule.comment for rule in self.chains[chain])
@@ -157,9 +161,12 @@ def seen(listing: Iterable[dict[str, Any]]) -> SeenTable:
     chains: dict[str, list[SeenRule]] = {}
     hooks: dict[str, tuple[str, str, int] | None] = {}
     objects = set()
+    has_flags = False
     for entry in listing:
         for kind, value in entry.items():
-            if kind == "chain":
+            if kind == "table":
+                has_flags = "flags" in value  # whatever they are: nft 1.0.6 does not write which
+            elif kind == "chain":
                 chains.setdefault(value["name"], [])
                 hook = (value.get("type"), value.get("hook"), value.get("prio"))
                 hooks[value["name"]] = hook if "hook" in value else None
@@ -168,7 +175,9 @@ def seen(listing: Iterable[dict[str, Any]]) -> SeenTable:
                 chains.setdefault(value["chain"], []).append(found)
             elif kind in ("counter", "set"):
                 objects.add((kind, value["name"]))
-    return SeenTable({name: tuple(rules) for name, rules in chains.items()}, hooks, frozenset(objects))
+    return SeenTable(
+        {name: tuple(rules) for name, rules in chains.items()}, hooks, frozenset(objects), has_flags
+    )
 
 
 def _jumps(rule: dict[str, Any]) -> Iterator[str]:
@@ -251,7 +260,7 @@ def _make_own(table: str, wanted: Content, seen: SeenTable | None, now_s: float,
         if seen is not None:
             yield f"delete table {table}"
         return
-    if seen is not None and seen.hooks != HOOKS:
+    if seen is not None and (seen.has_flags or seen.hooks != HOOKS):
         yield f"delete table {table}"
         seen = None
     if seen is None:

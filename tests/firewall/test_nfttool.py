@@ -32,6 +32,21 @@ def test_only_tables_that_are_there_are_asked_for(tmp_path: Path) -> None:
     assert nft.look() == {Family.IP: Seen(SeenTable({"x": ()}, {"x": None})), Family.IP6: Seen()}
 
 
+def test_a_table_of_ours_that_cannot_be_read_counts_as_empty_and_one_of_qubes_does_not(
+    tmp_path: Path,
+) -> None:
+    def look(table: str) -> dict[Family, Seen]:
+        chains = CHAINS.replace('"qubes"', f'"{table}"')
+        return script(
+            tmp_path,
+            f'case "$*" in "-j -s -t list chains") echo \'{chains}\';; *) echo \'{{"nftables": [{{\';; esac',
+        ).look()
+
+    assert look(OWN)[Family.IP].own == SeenTable()
+    with pytest.raises(NftError, match="nft list table ip qubes: the output is not the JSON"):
+        look("qubes")
+
+
 def test_counters_are_those_of_our_table_and_of_both_families_together(tmp_path: Path) -> None:
     def counter(family: str, table: str, packets: int) -> str:
         value = {"family": family, "table": table, "name": "nft.a.b/in", "packets": packets, "bytes": 7}

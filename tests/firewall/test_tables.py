@@ -2,6 +2,7 @@
 """What there should be of ours in the firewall, what there is, and the way there, as text and values."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,6 +206,18 @@ def test_a_table_with_other_chains_than_ours_is_made_anew(hooks: Any) -> None:
     found = own(NFT).own
     assert found is not None
     wrong = Seen(SeenTable(USERS), SeenTable(found.chains, hooks, found.objects))
+    assert lines(NFT, wrong) == [f"delete table ip {OWN}", *lines(NFT, qubes())]
+
+
+def test_a_table_that_may_be_asleep_is_made_anew() -> None:
+    awake, asleep = (
+        seen([{"table": {"name": OWN, **flags}}, *({"chain": {"name": chain}} for chain in HOOKS)])
+        for flags in ({}, {"flags": "x"})
+    )
+    assert not awake.has_flags
+    found = own(NFT).own
+    assert found is not None
+    wrong = Seen(SeenTable(USERS), replace(found, has_flags=asleep.has_flags))
     assert lines(NFT, wrong) == [f"delete table ip {OWN}", *lines(NFT, qubes())]
 
 
