@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -261,17 +260,16 @@ class Judge:
         for number in range(jobs):
             self._copies.put(Copy(directory / str(number)))
         self._bounds: dict[str, float] = {}
-        self._one_bound_at_a_time = threading.Lock()
 
     def judge(self, mutant: Mutant) -> Verdict | None:
         """None when the time is over."""
         if time.monotonic() > self.ends_at:
             return None
-        text = (ROOT / mutant.file).read_text(encoding="utf-8")
-        changed = mutate_code(text, get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
         copy = self._copies.get()
+        text = (copy.directory / mutant.file).read_text(encoding="utf-8")
+        changed = mutate_code(text, get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
+        bound_s = self._bounds[str(Path(mutant.file).parent)]
         try:
-            bound_s = self._bound(copy, mutant.file)
             copy.write(mutant.file, changed)
             by_stage = (copy.test(tests, which, bound_s) for tests, which in stages(mutant.file))
             killed_by = next(filter(None, by_stage), "")
@@ -280,17 +278,15 @@ class Judge:
             self._copies.put(copy)
         return Verdict(mutant, text, changed, killed_by)
 
-    def _bound(self, copy: Copy, file: str) -> float:
-        """How long a stage may take; all pass in a fraction of it as long as nothing is changed."""
-        folder = str(Path(file).parent)
-        with self._one_bound_at_a_time:
-            if folder not in self._bounds:
-                began = time.monotonic()
-                for tests, which in stages(f"{folder}/__init__.py"):
-                    if problem := copy.test(tests, which, 3600):
-                        raise SystemExit(f"the tests fail as it is: {problem}")
-                self._bounds[folder] = 2 * TEST_BOUND_S + 2 * (time.monotonic() - began)
-            return self._bounds[folder]
+    def check(self, folder: str) -> None:
+        """Its tests pass as long as nothing is changed, and a stage may take twice as long as all of them."""
+        copy = self._copies.get()
+        began = time.monotonic()
+        for tests, which in stages(f"{folder}/__init__.py"):
+            if problem := copy.test(tests, which, 3600):
+                raise SystemExit(f"the tests fail as it is: {problem}")
+        self._bounds[folder] = 2 * TEST_BOUND_S + 2 * (time.monotonic() - began)
+        self._copies.put(copy)
 
 
 def known() -> dict[str, str]:
@@ -310,7 +306,7 @@ def main() -> int:
     parser.add_argument("--skip", type=int, default=0, help="how many of them are judged already")
     parser.add_argument("--seconds", type=float, default=3600, help="how long to go on at most")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=2 * (os.cpu_count() or 1))
     parser.add_argument("--only", default="", metavar="TEXT", help="those whose line has this text")
     options = parser.parse_args()
     all_of_them = drawn(sources(options.places or PLACES), options.seed)
@@ -324,6 +320,8 @@ def main() -> int:
         ThreadPoolExecutor(options.jobs) as threads,
     ):
         judge = Judge(options.jobs, Path(directory), time.monotonic() + options.seconds)
+        for _ in threads.map(judge.check, {str(Path(mutant.file).parent) for mutant in mutants}):
+            pass
         for done in as_completed([threads.submit(judge.judge, mutant) for mutant in mutants]):
             if (verdict := done.result()) is None:
                 continue
