@@ -109,6 +109,8 @@ class _Forward:
             yield f"{self._inward} ct direction original counter name {self._names.sent}"
         elif chain == INPUT and not self._is_hop:
             yield from self._accepting(self._inward, "accept")
+        elif chain == SENT and not self._is_hop:
+            yield f"{self._outward}{self._until_all_end} accept"
 
     def dropping(self, chain: str | Place) -> Iterator[str]:
         if chain == ADMITTED and self._is_hop:
@@ -116,9 +118,9 @@ class _Forward:
         elif chain == INPUT and not self._is_hop and self.config.expire is not None:
             yield f"{self._inward} drop"
         elif chain == REPLIES and self._is_hop and self.config.expire is not None:
-            yield f"{self._back}{self._until_all_end('>=')} drop"
+            yield f"{self._back}{self._until_all_end.replace('<', '>=')} drop"
         elif chain == SENT and not self._is_hop and self.config.expire is not None:
-            yield f"{self._outward}{self._until_all_end('>=')} drop"
+            yield f"{self._outward} drop"
 
     def objects(self) -> Iterator[tuple[tuple[str, str], str]]:
         """The counters and sets that the rules use, and how they are declared."""
@@ -169,12 +171,13 @@ class _Forward:
         to_clients = f"oifgroup {self.config.side.group}{self._clients('daddr')}"
         return f"{to_clients} {self.config.proto} sport {self.config.target_ports.brief()} ct direction reply"
 
-    def _until_all_end(self, compared: str) -> str:
-        """Before or after the time when no connection may live any more; empty if there is none."""
+    @property
+    def _until_all_end(self) -> str:
+        """Before the time when no connection may live any more; empty if there is none."""
         if self.config.expire is None:
             return ""
         longer = DRAIN_MAX_S if self.config.on_expire is OnExpire.DRAIN else 0
-        return f" meta time {compared} {min(self.config.expire + longer, _TIME_MAX)}"
+        return f" meta time < {min(self.config.expire + longer, _TIME_MAX)}"
 
     def _accepting(self, what: str, accept: str) -> Iterator[str]:
         """What accepts while the forward lasts, and of what drains longer what is established."""

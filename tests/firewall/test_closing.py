@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from helpers import BOUND_S
 from spaces import Spaces
-from wired import FAMILIES, FIREWALL, LAN, NET, PROBLEM, V4, WORK, Addresses, Wired, open_wired
+from wired import FAMILIES, FIREWALL, LAN, NET, PROBLEM, V4, WORK, Addresses, Wired
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
@@ -232,9 +232,8 @@ class Road:
 
 
 @pytest.fixture
-def wired(tmp_path: Path) -> Iterator[Wired]:
-    with open_wired(tmp_path / "lab") as wired:
-        yield wired
+def wired(fresh: Wired) -> Wired:
+    return fresh
 
 
 @pytest.fixture
@@ -323,6 +322,7 @@ def test_udp_that_is_open_again_works_beside_what_holds_the_old_flows(udp: Road,
         flow.assert_server_unheard(beside)
     udp.put(qube, udp.closed[qube])
     assert all(flow.is_alive() for flow in udp.both())
+    assert all(flow.is_alive() for flow in old)  # as they would be new to the kernel
 
 
 @pytest.mark.parametrize("qube", PATH)

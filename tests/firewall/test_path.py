@@ -26,6 +26,7 @@ from wired import (
 )
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
+from qubes_fwd_qrexec.firewall.cutting import Cutter
 from qubes_fwd_qrexec.firewall.inforce import InForce
 from qubes_fwd_qrexec.firewall.nfttool import Nft
 from qubes_fwd_qrexec.firewall.pathrules import Kept
@@ -80,7 +81,7 @@ def put(wired: Wired, configs: dict[str, list[NftConfig]]) -> None:
     """Put exactly this in force, in each of these qubes."""
     for qube, told in configs.items():
         with wired.places.entering(qube)():
-            InForce(Firewall(Nft())).put(Wanted(paths=tuple(map(Kept, told))))
+            InForce(Firewall(Nft()), Cutter()).put(Wanted(paths=tuple(map(Kept, told))))
 
 
 def serve(wired: Wired) -> None:
