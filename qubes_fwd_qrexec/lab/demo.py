@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qvm-forward-lab demo``: one forward, from the command in dom0 to the page on the LAN, until it is
-closed.
+"""``qvm-forward-lab demo``: a forward, from the command in dom0 to the page on the LAN, until it is closed.
 
 Every step runs the real program and is checked; the first that fails ends the demo with exit status 1. Run
 by root, the qubes are network namespaces, joined and guarded as on Qubes; otherwise they share this machine's
@@ -8,16 +7,18 @@ loopback.
 """
 
 import argparse
-import shlex
 import socket
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from qubes_fwd_qrexec.admin.checks import HAS_NFT
+
 from . import netns
 from .daemon import Network
+from .demo_nft import run_nft_demo
+from .narration import Narrator, check
 from .session import LabSession, SessionError, ended_by_signals, open_session, output_of
 
 _PAGE = "Hello from the qube 'work'. No IP packet can reach me.\n"
@@ -25,7 +26,7 @@ _SERVER_TIMEOUT_S = 20.0
 _CLOSED_TIMEOUT_S = 10.0
 _PAGE_TIMEOUT_S = 20.0
 # How long one waits who is not to get an answer.
-_REFUSAL_TIMEOUT_S = 2.0
+_REFUSAL_TIMEOUT_S = 1.0
 # A client that says where it connects from, and prints the page or why there is none.
 _CLIENT = """\
 import http.client, sys
@@ -66,51 +67,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_demo(session: LabSession) -> None:
     """All steps, in their order. Raises `SessionError` at the first that fails."""
     stage = _stage(session)
-    if session.has_namespaces:
-        _say(
+    narrator = Narrator(session)
+    say, forward = narrator.say, narrator.forward
+    if session.has_ip:
+        say(
             "Each qube of this lab is a network namespace, joined to its netvm as on Qubes. Firewalls let "
             "in nothing, so that no qube reaches another:"
         )
-        _show(session.in_qube("work", "ip", "-brief", "address"))
+        narrator.show_in_qube("work", "ip", "-brief", "address")
+    elif session.has_namespaces:
+        say("Each qube of this lab is a network namespace. Without nftables, no IP path joins them:")
+        narrator.show_in_qube("work", "ip", "-brief", "address")
     else:
-        _say(
-            "The qubes of this lab share this machine's loopback. As root, with Debian's package iproute2, "
-            "each would have a network of its own."
+        say(
+            "The qubes of this lab share this machine's loopback. As root, with Debian's packages iproute2 "
+            "and nftables, each would have a network of its own."
         )
 
-    _say(f"In the qube 'work', a web server listens on 127.0.0.1:{stage.target_port}.")
+    say(f"In the qube 'work', a web server listens on 127.0.0.1:{stage.target_port}.")
     _start_server(session, stage)
 
-    _say("In dom0, one command makes it reachable, for eight hours and for one network:")
-    _forward(
-        session,
+    say("In dom0, one command makes it reachable, for eight hours and for one network:")
+    forward(
         *("add", "work", f"{stage.port}:{stage.target_port}", "--name", "web", "--from", stage.network),
         *("--mode=qrexec", "--expire", "+8h", "--comment", "demo for the office", *stage.listen),
     )
-    _say("This is the rule, stored once at its target, and what was derived from it:")
-    _forward(session, "show", "work", "web")
-    _say("dom0's policy allows exactly this forward, and nothing else:")
-    policy = _forward(session, "policy")
-    _check(f"+{stage.target_port}" in policy and " work " in policy, "the policy has no line for the forward")
+    say("This is the rule, stored once at its target, and what was derived from it:")
+    forward("show", "work", "web")
+    say("dom0's policy allows exactly this forward, and nothing else:")
+    policy = forward("policy")
+    check(f"+{stage.target_port}" in policy and " work " in policy, "the policy has no line for the forward")
 
-    _say("In sys-net, the units start what listens there and what opens the firewall for it:")
-    _lab(session, "listen", "sys-net")
+    say("In sys-net, the units start what listens there and what opens the firewall for it:")
+    narrator.lab("listen", "sys-net")
 
-    _say(f"A client at {stage.allowed}, which is allowed, fetches the page:")
+    say(f"A client at {stage.allowed}, which is allowed, fetches the page:")
     page = output_of(_client(session, stage, stage.allowed, _PAGE_TIMEOUT_S))
-    _show_text(page)
-    _check(page == _PAGE, "this is not the page that the server has")
+    narrator.show(page)
+    check(page == _PAGE, "this is not the page that the server has")
 
-    _say(f"A client at {stage.stranger}, which is not allowed, gets nowhere, and dom0 is not even asked:")
-    _show_text(_refusal(session, stage, stage.stranger))
+    say(f"A client at {stage.stranger}, which is not allowed, gets nowhere, and dom0 is not even asked:")
+    narrator.show(_refusal(session, stage, stage.stranger))
 
-    _say("In dom0, the rule is removed:")
-    _forward(session, "remove", "work", "web")
-    policy = _forward(session, "policy")
-    _check(f"+{stage.target_port}" not in policy, "the policy still has a line for the forward")
-    _say("The line is gone from the policy, and the port is closed:")
-    _show_text(_wait_until_closed(session, stage))
-    _say("That was all. The lab is taken down.")
+    say("In dom0, the rule is removed:")
+    forward("remove", "work", "web")
+    policy = forward("policy")
+    check(f"+{stage.target_port}" not in policy, "the policy still has a line for the forward")
+    say("The line is gone from the policy, and the port is closed:")
+    narrator.show(_wait_until_closed(session, stage))
+    if session.has_ip and HAS_NFT:
+        run_nft_demo(session, narrator)
+    say("That was all. The lab is taken down.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -191,32 +198,3 @@ def _wait_until_closed(session: LabSession, stage: Stage) -> str:
             return refusal
         if time.monotonic() > deadline:
             raise SessionError(f"the port is not closed: {refusal}")
-
-
-def _lab(session: LabSession, *words: str) -> None:
-    print(f"    $ qvm-forward-lab {shlex.join(words)}")
-    _show_text(session.lab_command(*words))
-
-
-def _forward(session: LabSession, *words: str) -> str:
-    print(f"    $ qvm-forward {shlex.join(words)}")
-    output = session.forward(*words)
-    _show_text(output)
-    return output
-
-
-def _show(words: list[str]) -> None:
-    _show_text(output_of(words))
-
-
-def _show_text(text: str) -> None:
-    print(textwrap.indent(text.rstrip("\n"), "    "), flush=True)
-
-
-def _say(text: str) -> None:
-    print(f"\n{textwrap.fill(text, 100)}", flush=True)
-
-
-def _check(is_so: bool, otherwise: str) -> None:
-    if not is_so:
-        raise SessionError(otherwise)

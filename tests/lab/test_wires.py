@@ -200,3 +200,17 @@ def test_a_qube_behind_a_vpn_reaches_others_by_the_tunnel_alone(
     assert fresh.send(proto, VPN, at.lan, PORT) == "answered by lan"
     assert fresh.send(proto, BEHIND_VPN, at.lan, PORT) == "dropped in sys-vpn"
     assert fresh.send(proto, FIREWALL, at.behind_vpn, PORT) == "dropped in lan"
+
+
+def test_netvms_use_the_flow_tables_of_the_kernel(fresh: Wired, proto: str, at: Addresses) -> None:
+    if "qubes-nat-accel" not in fresh.ruleset(FIREWALL):
+        pytest.skip("this kernel has no NF_FLOW_TABLE")
+    server = fresh.serve(proto, LAN, PORT)
+    if proto == "udp":
+        for _ in range(5):
+            assert fresh.send(proto, WORK, at.lan, PORT) == "answered by lan"
+    else:
+        client, (taken, _) = fresh.connect(WORK, at.lan, PORT), server.accept()
+        for _ in range(5):
+            client.sendall(b"question")
+            assert taken.recv(99) == b"question"
