@@ -76,6 +76,8 @@ def rules(draw: st.DrawFn) -> ForwardRule:
             },
         )
     )
+    if given["sources"].has_names:
+        given["forward_type"] = ForwardType.INTERNAL
     ports = ListenPorts(first, first + length), TargetPorts(other, other + length)
     try:
         return ForwardRule(listen_ports=ports[0], target_ports=ports[1], **given)

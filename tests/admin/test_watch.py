@@ -2,6 +2,7 @@
 """The loop of `watch` makes true what the rules ask for, after each change."""
 
 import json
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
@@ -168,3 +169,36 @@ def test_a_target_that_starts_when_its_rule_is_gone_is_told_that_nothing_is_allo
     first, *_, last = told
     assert first == ("work", "version=1 drains=keep\nkeep 8080-8080 sys-net\n")
     assert last == ("work", "version=1 drains=keep\n")
+
+
+def test_qubes_that_are_let_in_by_name_are_followed(stage: Stage) -> None:
+    """Their addresses, netvms, tags and names, as they change."""
+    lab, told = stage.lab, list[str | None]()
+    line = "action=forward forwardtype=internal srcports=81 srchosts=personal,@tag:games owner=work"
+    lab.set_feature("work", "forward.wiki", line)
+
+    def then(name: str, **more: object) -> None:
+        value = lab.features("sys-firewall").get("vm-config.fwd.work.wiki")
+        told.append(value and value.partition("srchosts=")[2])
+        lab.write_qube(replace(lab.qube(name), **more))  # type: ignore[arg-type]
+
+    stage.run(
+        lambda: then("personal", ip="10.137.0.77", ip6=None),
+        lambda: then("untrusted", tags=("games",), netvm=QubeName("sys-firewall"), ip6=None),
+        lambda: then("untrusted", tags=()),
+        lambda: then("personal", netvm=QubeName("sys-net")),
+        lambda: then("personal", netvm=QubeName("sys-firewall")),
+        lambda: (then("personal"), shutil.rmtree(lab.qube_dir("personal").root)),
+        lambda: then("work"),
+    )
+    assert told == [
+        "10.137.0.11/32,fd09:24ef:4179::a89:b/128",
+        "10.137.0.77/32",
+        "10.137.0.13/32,10.137.0.77/32",
+        "10.137.0.77/32",
+        None,
+        "10.137.0.77/32",
+        None,
+    ]
+    assert "work wiki was active and is refused. Nobody may connect" in stage.out.getvalue()
+    assert stage.is_open

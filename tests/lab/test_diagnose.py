@@ -74,6 +74,16 @@ def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> No
     assert "What helps: see that the server in personal runs and listens on 127.0.0.1" in said
 
 
+def test_whom_a_name_lets_in_now_is_told(lab: Lab) -> None:
+    words = ("add", "work", "80", "--internal", "--from=personal", "--name=web")
+    assert lab.run(*words)[0] == 0
+    told = lab.run("diagnose", "work", "web")[1].splitlines()[1]
+    assert told.split(maxsplit=2)[:2] == ["ok", "sources"]
+    assert told.endswith("personal (10.137.0.11 fd09:24ef:4179::a89:b) may connect")
+    lab.lab.write_qube(replace(lab.lab.qube("personal"), netvm=QubeName("sys-vpn")))
+    assert "What helps: 'qvm-forward set work web via=sys-vpn' or" in lab.run("diagnose", "work", "web")[1]
+
+
 def test_a_rule_that_is_not_live(lab: Lab) -> None:
     lab.add("--disabled")
     assert "'qvm-forward enable work web'" in lab.wrong("rule")

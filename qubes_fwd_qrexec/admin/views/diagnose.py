@@ -155,7 +155,7 @@ class _Walk:
         if forward.exposed is None or forward.listener_config is None:
             raise self._planned("rule", forward.decisive)
         yield _ok("rule", f"{forward.named} is {forward.state}")
-        if forward.let_in:
+        if forward.named.rule.sources.has_names:
             yield _ok("sources", f"{reasons.let_in(forward)} may connect")
         yield from self._at_exposed(forward.exposed, forward.listener_config)
         yield from self._at_target()
