@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What dom0 is told of the forwards by nft in a qube, also while nft refuses something or fails."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.nftreport import PathReport, Why
-from qubes_fwd_qrexec.firewall.cutting import Cutter
+from qubes_fwd_qrexec.firewall.cutting import CutError, Cutter
 from qubes_fwd_qrexec.firewall.forwards import Forwards
 from qubes_fwd_qrexec.firewall.inforce import InForce
 from qubes_fwd_qrexec.firewall.keeper import Keeper
@@ -69,7 +70,8 @@ class Bench:
     def __init__(self, directory: Path, nft: FakeNft) -> None:
         self.config, self.nft = directory / "config", nft
         self.config.mkdir()
-        self.in_force = InForce(Firewall(nft), Cutter(lambda gone, living: 0), directory / "in-force")
+        self.cut_problem = ""
+        self.in_force = InForce(Firewall(nft), Cutter(self._end), directory / "in-force")
         self.keeper = Keeper(Forwards(FileSource(self.config)), self.in_force, frozenset)
 
     def tell(self, *configs: NftConfig, **untrusted: str) -> None:
@@ -81,6 +83,11 @@ class Bench:
         for name, value in untrusted.items():
             (self.config / f"nft.work.{name}").write_text(value)
         self.keeper.look(NoChanges(), is_asked=True)
+
+    def _end(self, gone: Collection[NftConfig], living: Collection[NftConfig]) -> int:
+        if self.cut_problem:
+            raise CutError(self.cut_problem)
+        return 0
 
     def told(self) -> dict[str, PathReport]:
         return {forward.key: forward for forward in self.keeper.report(self.nft).forwards}
@@ -140,6 +147,19 @@ def test_a_forward_that_nft_refuses_keeps_no_other_from_being_closed(bench: Benc
     }
     assert bench.keeper.report(bench.nft).problem == "Operation not supported"
     bench.tell(DNS)
+    assert bench.keeper.report(bench.nft).problem is None
+
+
+def test_a_forward_whose_connections_do_not_end_is_told_until_they_do(bench: Bench) -> None:
+    """dom0 must not take it for closed."""
+    bench.tell(WEB, DNS)
+    bench.cut_problem = "Device or resource busy"
+    bench.tell(DNS)
+    assert set(bench.told()) == {WEB.key, DNS.key}
+    assert bench.keeper.report(bench.nft).problem == "Device or resource busy"
+    bench.cut_problem = ""
+    bench.keeper.look(NoChanges())  # nothing has changed, and still it tries again
+    assert bench.told() == {DNS.key: PathReport(key=DNS.key, digest=DNS.digest)}
     assert bench.keeper.report(bench.nft).problem is None
 
 
