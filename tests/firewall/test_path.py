@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 from wired import (
+    BEHIND_VPN,
     BESIDE_FIREWALL,
     BESIDE_WORK,
     FAMILIES,
@@ -17,8 +18,10 @@ from wired import (
     LAN,
     NET,
     PROBLEM,
+    PROVIDER,
     V4,
     V6,
+    VPN,
     WORK,
     Addresses,
     Wired,
@@ -383,3 +386,35 @@ def test_connections_and_bytes_are_counted_through_changes(wired: Wired, at: Add
         assert counted[f"{KEY}/in"][0] == 3
         if qube != WORK:
             assert counted[f"{KEY}/out"] == counted[f"{KEY}/in"]
+
+
+@pytest.mark.parametrize("has_vpn", [True])
+@protos
+@families
+def test_a_vpn_qube_is_entered_by_its_tunnel_and_not_by_the_network_around_it(
+    wired: Wired, proto: str, at: Addresses
+) -> None:
+    """A provider that forwards a port sends it into the tunnel; neither LAN nor netvm reaches inside."""
+    for qube in (LAN, VPN, BEHIND_VPN):
+        wired.serve(proto, qube, EXPOSED)
+        wired.serve(proto, qube, INTERNAL)
+    told = {"proto": proto, "srchosts": "any"}
+    to = {"to4": V4.behind_vpn, "to6": V6.behind_vpn}
+    put(
+        wired,
+        {
+            VPN: [entry(role="hop", side="outer", srcports=EXPOSED, dstports=INTERNAL, **told, **to)],
+            BEHIND_VPN: [entry(role="target", side="uplink", srcports=INTERNAL, **told)],
+        },
+    )
+    inside = f"answered by {BEHIND_VPN}"
+    assert wired.send(proto, PROVIDER, at.vpn_outside, EXPOSED, at.provider) == inside
+    assert wired.send(proto, PROVIDER, at.vpn_outside, INTERNAL, at.provider) == f"dropped in {VPN}"
+    straight = (f"-{at.version}", "route", "add", at.behind_vpn, "via", at.vpn_outside, "dev", "tun0")
+    wired.run(PROVIDER, "ip", *straight, "onlink")
+    for port in (EXPOSED, INTERNAL):
+        assert wired.send(proto, PROVIDER, at.behind_vpn, port, at.provider) == f"dropped in {VPN}"
+    for qube in (FIREWALL, BESIDE_WORK, NET, LAN):
+        for where in (at.vpn, at.behind_vpn, *([] if qube == LAN else [at.vpn_outside])):
+            for port in (EXPOSED, INTERNAL):
+                assert wired.send(proto, qube, where, port) != inside
