@@ -17,6 +17,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
 
 from .apply import Outcome, reconcile
 from .backend import Backend, put
+from .deciding import Decision, decided
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .snapshot import TUNNEL_NAME, Changes, Snapshot, look, made_up_name, names_at
 from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
@@ -42,7 +43,7 @@ class Changed:
     """What a change did; ``keys`` are the rules that it was about.
 
     ``before`` and ``after`` are the system as it was read, and with the change. ``outcome`` is empty unless
-    the change was applied.
+    the change was applied. ``decisions`` are those about the mode.
     """
 
     keys: tuple[Key, ...]
@@ -52,6 +53,7 @@ class Changed:
     plan: Plan
     is_applied: bool
     outcome: Outcome
+    decisions: Mapping[Key, Decision]
 
     @property
     def forwards(self) -> list[Forward]:
@@ -60,12 +62,18 @@ class Changed:
 
 
 def change(
-    system: System, decide: Callable[[Snapshot], Changes], done: str, *, ports_alone: bool = False
+    system: System,
+    decide: Callable[[Snapshot], Changes],
+    done: str,
+    *,
+    ports_alone: bool = False,
+    decides_mode: bool = False,
 ) -> Changed:
     """Store what ``decide`` makes of the system, all or none, and apply it.
 
     ``done`` is the word after "was not" in the message of a refusal; with ``ports_alone`` it is refused only
-    for ports that another rule has. Raises `NotOpenError`, `StoreError`, and what ``decide`` does.
+    for ports that another rule has. ``decides_mode``: of rules with mode=auto, the mode is decided. Raises
+    `NotOpenError`, `StoreError`, and what ``decide`` does.
     """
     backend, now, is_applied = system
     with backend.locked():
@@ -73,6 +81,10 @@ def change(
         changes = decide(before)
         after = before.changed(changes)
         keys = tuple(key for key in changes if key[1] != TUNNEL_NAME)
+        decisions = decided(after, keys, now) if decides_mode else {}
+        if decisions:
+            changes = {**changes, **{key: str(decision.rule) for key, decision in decisions.items()}}
+            after = before.changed(changes)
         # Judged as the last of those that claim ports, before and after.
         was, planned = (each.plan(now, keys, is_held=False) for each in (before, after))
         for forward in (forward for forward in planned if forward.named[:2] in keys):
@@ -87,7 +99,7 @@ def change(
             except StoreError as error:
                 raise StoreError(f"the change is stored, but {error}") from error
             after = after._replace(inventory=read.inventory, installed=read.installed)
-    return Changed(keys, before, after, plan_before, planned, is_applied, outcome)
+    return Changed(keys, before, after, plan_before, planned, is_applied, outcome, decisions)
 
 
 def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:
@@ -137,8 +149,11 @@ def new_rule(
 
 def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Forward:
     """What would become of a rule if it was stored; nothing is. Its target must exist."""
-    after = snapshot.changed({named[:2]: str(named.rule)})
-    return next(forward for forward in after.plan(now, [named[:2]]) if forward.named == named)
+    key = named[:2]
+    after = snapshot.changed({key: str(named.rule)})
+    if decision := decided(after, [key], now).get(key):
+        after = snapshot.changed({key: str(decision.rule)})
+    return next(forward for forward in after.plan(now, [key]) if forward.named[:2] == key)
 
 
 def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | None = None) -> Changed:
@@ -148,7 +163,7 @@ def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | No
         named = new_rule(snapshot, system.now, target, rule, name)
         return {named[:2]: str(named.rule)}
 
-    return change(system, decide, "added")
+    return change(system, decide, "added", decides_mode=True)
 
 
 def remove(system: System, target: str, names: Iterable[str]) -> Changed:
@@ -188,7 +203,7 @@ def confirm(system: System, target: str, names: Iterable[str]) -> Changed:
             raise RefusedError(f"{old} was not confirmed. {chain.problem}")
         return replace(old.rule, owner=old.target, path=chain.qubes)
 
-    return _change_each(system, target, names, confirmed, "confirmed")
+    return _change_each(system, target, names, confirmed, "confirmed", decides_mode=True)
 
 
 def set_options(
@@ -210,7 +225,7 @@ def set_options(
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
         return rule
 
-    return _change_each(system, target, [name], changed, "changed")
+    return _change_each(system, target, [name], changed, "changed", decides_mode=True)
 
 
 def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:
@@ -255,6 +270,8 @@ def _change_each(
     names: Iterable[str],
     changed: Callable[[NamedRule, Inventory], ForwardRule],
     done: str,
+    *,
+    decides_mode: bool = False,
 ) -> Changed:
     """Change rules of a qube that are stored and can be read."""
 
@@ -268,7 +285,7 @@ def _change_each(
             changes[old.target, old.name] = str(changed(old, snapshot.inventory))
         return changes
 
-    return change(system, decide, done)
+    return change(system, decide, done, decides_mode=decides_mode)
 
 
 def with_options(rule: ForwardRule, options: Mapping[str, str]) -> ForwardRule:

@@ -153,6 +153,10 @@ class ForwardRule:
                 yield ("proto", "mode", "qrexec carries TCP alone; udp needs mode=nft")
             if self.proxy is not Proxy.OFF:
                 yield ("proto", "proxy", "the PROXY protocol needs proto=tcp")
+            if self.transport is not Transport.AUTO:
+                yield ("proto", "transport", "transport is about qrexec, which carries TCP alone")
+            if self.autostart:
+                yield ("proto", "autostart", "packets cannot start a halted qube; it needs proto=tcp")
         if self.mode is Mode.NFT and self.transport is not Transport.AUTO:
             yield ("mode", "transport", "transport is about qrexec; leave it out with mode=nft")
         if self.mode is Mode.NFT and self.proxy is not Proxy.OFF:

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.config import Service, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.options import Option
-from qubes_fwd_qrexec.common.rules import ForwardRule, OnExpire, Transport
+from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import callroom, confirmed, reasons, steps
@@ -204,8 +204,10 @@ def notes(after: After, forward: Forward) -> list[str]:
 def news(after: After, forward: Forward) -> list[str]:
     """Warnings about a forward that come from the change."""
     key = forward.named[:2]
+    decision = after.changed.decisions.get(key)
+    found = [] if decision is None else [reasons.decision(forward, decision)]
     denial, uptake = after.denials.get(key), after.heard.uptakes.get(key)
-    found = [] if denial is None else [f"dom0 denies its calls: {denial}"]
+    found += [] if denial is None else [f"dom0 denies its calls: {denial}"]
     trouble = None if uptake is None else uptake.note(forward)
     found += [] if trouble is None else [trouble]
     old, config = after.changed.plan_before.find(*key), forward.listener_config
@@ -231,7 +233,13 @@ def warnings(forward: Forward) -> list[str]:
             f"where {target} serves calls by qubes-forward-service.socket, an answer that breaks off may "
             "look complete to the client"
         )
-    if forward.named.rule.proxy == "off":
+    if forward.mode is Mode.NFT:
+        found.append(
+            f"the network stack of {target} itself faces the clients now, every qube on the way sees the "
+            "traffic, and dom0 judges the rule and not each connection"
+        )
+        found.append(f"the server in {target} must listen on more than 127.0.0.1")
+    elif forward.named.rule.proxy == "off":
         way_out = "make sure that it asks everybody for a password"
         if forward.transport is Transport.MUX:
             way_out += ", or tell it the client's address with proxy=v2"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 
 from qubes_fwd_qrexec.admin.checks import CALL_PORTS_MAX
+from qubes_fwd_qrexec.admin.deciding import Decision
 from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, NFT_FEATURE, QREXEC_FEATURE, REMOTE, TEMPLATE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
 from qubes_fwd_qrexec.common.config import Service, Side
@@ -30,6 +31,7 @@ _NOT_YET = "this version of qvm-forward cannot do that yet"
 _FORWARD, _CONNECT = Service.FORWARD_TCP, Service.CONNECT_TCP
 # A way out for TCP alone; the sentence says so in {or_qrexec}.
 _QREXEC = _SET + "mode=qrexec"
+_OR_QREXEC = ", or send it over qrexec with mode=qrexec"
 _NEEDED = "which mode=nft needs at every qube of the path"
 
 _ROWS: dict[Cause | tuple[Cause, str], Command] = {
@@ -281,6 +283,21 @@ def mode(forward: Forward) -> tuple[Mode, str]:
     return Mode.QREXEC, "mode=auto, and this version has no nft mode"
 
 
+def decision(forward: Forward, decided: Decision) -> str:
+    """Why mode=auto became what it did, and the command for the other mode."""
+    target, name, rule = forward.named
+    other = "qrexec" if rule.mode is Mode.NFT else "nft"
+    command = f"qvm-forward set {target} {name} mode={other}"
+    if rule.mode is Mode.NFT:
+        way = " - ".join((*forward.hops, target))
+        only = rule.proto is Proto.UDP
+        return f"mode=auto became nft: packets go {way}" + ("" if only else f". For qrexec say '{command}'")
+    why = f"{decided.option} is asked for, which is about qrexec"
+    if decided.against is not None:
+        why = sentence(forward, decided.against).rstrip(".")
+    return f"mode=auto became qrexec: {why}. Without that, '{command}' is faster"
+
+
 def transport_reason(forward: Forward) -> str:
     """Why a forward that has a service goes over its transport."""
     stock = forward.finding(Cause.STOCK_SERVICE)
@@ -319,6 +336,7 @@ def _filled(template: str, facts: Mapping[str, object]) -> Command:
 def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     """What the rows name: about the rule first, then about the finding."""
     rule, target = forward.named.rule, forward.named.target
+    is_by_nft = forward.mode is Mode.NFT
     facts: dict[str, object] = {
         "target": target,
         "name": forward.named.name,
@@ -326,7 +344,7 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         "ports": rule.listen_ports.worded(),
         "target_ports": rule.target_ports.worded(),
         "traffic": "Connections" if rule.proto is Proto.TCP else "UDP packets",
-        "or_qrexec": ", or send it over qrexec with mode=qrexec" if rule.proto is Proto.TCP else "",
+        "or_qrexec": _OR_QREXEC if is_by_nft and rule.proto is Proto.TCP else "",
         "qube": finding.qube,
         "number": finding.number,
         "case": finding.case,
