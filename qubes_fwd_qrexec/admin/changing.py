@@ -81,7 +81,7 @@ def change(
         changes = decide(before)
         after = before.changed(changes)
         keys = tuple(key for key in changes if key[1] != TUNNEL_NAME)
-        decisions = decided(after, keys, now) if decides_mode else {}
+        decisions = decided(after, keys, now, backend) if decides_mode else {}
         if decisions:
             changes = {**changes, **{key: str(decision.rule) for key, decision in decisions.items()}}
             after = before.changed(changes)

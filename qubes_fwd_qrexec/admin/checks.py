@@ -28,8 +28,6 @@ from .inventory import (
 )
 from .states import Cause, Config, Finding, Forward, Verdict
 
-# Whether mode=nft opens anything.
-HAS_NFT: bool = False
 # transport=call needs a policy line for each port, and dom0 reads the whole policy anew after a change.
 CALL_PORTS_MAX = 256
 Configs = tuple[tuple[QubeName, Config], ...]
@@ -52,7 +50,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     unfit = [*_unfit(target, "target", inventory)]
     misplaced = [*_misplaced(named, listener, chain, inventory)]
     findings = [*forward.findings, *unfit, *_owner(rule, target), *_path(rule, target, chain, inventory)]
-    findings += [*misplaced, *_not_yet(rule)]
+    findings += [*misplaced, *_undecided(rule)]
     if not unfit and forward.mode is Mode.QREXEC:
         service, transport, found = _carrier(rule, target, inventory, stock)
         forward = forward._replace(service=service, transport=transport)
@@ -149,11 +147,9 @@ def _misplaced(
         yield from _unfit(exposed, "exposed", inventory)
 
 
-def _not_yet(rule: ForwardRule) -> Iterator[Finding]:
-    if rule.mode is Mode.NFT and not HAS_NFT:
-        yield Finding(Cause.NOT_YET, case="mode=nft")
-    elif rule.proto is Proto.UDP and rule.mode is not Mode.NFT:
-        yield Finding(Cause.NOT_YET, case="proto=udp")
+def _undecided(rule: ForwardRule) -> Iterator[Finding]:
+    if rule.proto is Proto.UDP and rule.mode is not Mode.NFT:
+        yield Finding(Cause.UDP_UNDECIDED)
 
 
 def _carrier(

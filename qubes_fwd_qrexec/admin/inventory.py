@@ -39,6 +39,8 @@ _MATTER = frozenset(
     {
         "whonix-gw",
         "whonix-ws",
+        # Qubes gives a qube an IPv6 address if it or one of its netvms has this.
+        "ipv6",
         QREXEC_FEATURE,
         OS_FEATURE,
         LISTENER_FEATURE,

@@ -68,7 +68,7 @@ class Cause(StrEnum):
     UNFIT_QUBE = "unfit-qube"
     NO_NETVM = "no-netvm"
     NETVM_BROKEN = "netvm-broken"
-    NOT_YET = "not-in-this-version"
+    UDP_UNDECIDED = "udp-undecided"
     NO_SERVICE = "no-service"
     TUNNEL = "tunnel-in-the-path"
     NO_IP_PATH = "no-ip-path"
@@ -169,6 +169,11 @@ class Forward(NamedTuple):
     def listener_config(self) -> ListenerConfig | None:
         """What the listener is told, if it is live and goes over qrexec."""
         return next((config for _, config in self.configs if isinstance(config, ListenerConfig)), None)
+
+    @property
+    def nft_configs(self) -> tuple[tuple[QubeName, NftConfig], ...]:
+        """What the qubes of its path are told, if it is live and goes by nft: the exposed qube last."""
+        return tuple((qube, config) for qube, config in self.configs if isinstance(config, NftConfig))
 
     @property
     def stops(self) -> tuple[Finding, ...]:

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.admin.checks import HAS_NFT
-
 from . import netns
 from .daemon import Network
 from .demo_nft import run_nft_demo
@@ -115,7 +113,7 @@ def run_demo(session: LabSession) -> None:
     check(f"+{stage.target_port}" not in policy, "the policy still has a line for the forward")
     say("The line is gone from the policy, and the port is closed:")
     narrator.show(_wait_until_closed(session, stage))
-    if session.has_ip and HAS_NFT:
+    if session.has_ip:
         run_nft_demo(session, narrator)
     say("That was all. The lab is taken down.")
 

@@ -87,7 +87,7 @@ def test_what_is_closed_already_may_be_changed_but_not_into_what_is_closed_elsew
     store.set_feature(WORK, "forward.web", large)
     with pytest.raises(NotOpenError) as refused:
         changing.set_options(System(store, NOW), "work", "web", {"mode": "nft", "transport": ""})
-    assert refused.value.finding.cause is Cause.NOT_YET
+    assert refused.value.finding.cause is Cause.NFT_SWITCHED_OFF
 
 
 def test_what_is_closed_until_somebody_confirms_it_is_not_refused(store: Backend) -> None:

@@ -47,7 +47,7 @@ def test_auto_becomes_mux_where_the_target_has_our_service() -> None:
         Transport.MUX,
         Service.FORWARD_TCP,
     )
-    assert reasons.mode(forward)[1] == "mode=auto, and this version has no nft mode"
+    assert reasons.mode(forward)[1] == "mode=auto is decided when the rule is changed or confirmed"
     assert reasons.transport_reason(forward) == "work offers our service"
     assert only(rule("srcports=1-65535")).state is State.ACTIVE
 

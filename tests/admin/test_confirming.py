@@ -146,3 +146,31 @@ def test_what_is_closed_anyway_waits_for_nobody() -> None:
     outcome = applied(backend, rule("mode=qrexec enabled=no"))
     assert outcome.problems == ()
     assert [step.qube for step in outcome.done if step.kind is Kind.REMOVE_CONFIG] == [NET, FIREWALL, WORK]
+
+
+def test_a_qube_that_cannot_be_told_closes_the_forward_everywhere() -> None:
+    for refused in (f"set sys-net {FEATURE}", f"set sys-firewall {FEATURE}", f"set work {FEATURE}"):
+        backend = Memory(nft_world())
+        backend.refuses = refused.__eq__
+        outcome = applied(backend, BY_NFT)
+        assert outcome.problems == (f"cannot {refused}",)
+        assert not any(FEATURE in features for features in backend.qubes.values())
+
+
+def test_what_is_narrowed_is_narrowed_from_the_exposed_qube_before_anything_opens() -> None:
+    backend = Memory(nft_world())
+    applied(backend, rule("mode=nft srchosts=10.0.0.0/8"))
+    outcome = applied(
+        backend, rule("mode=nft srchosts=10.0.0.0/9"), rule("mode=nft srcports=81", name="more")
+    )
+    assert outcome.problems == ()
+    more = "vm-config.nft.work.more"
+    assert backend.log == [
+        *(f"set {qube} {FEATURE}" for qube in (NET, FIREWALL, WORK)),
+        *(f"set {qube} {more}" for qube in PATH),
+    ]
+    backend.refuses = f"set sys-firewall {FEATURE}".__eq__
+    outcome = applied(backend, rule("mode=nft srchosts=10.0.0.0/10"))
+    assert outcome.problems == (f"cannot set sys-firewall {FEATURE}",)
+    # What could not be told keeps what it had; the others have closed it.
+    assert [qube for qube in PATH if FEATURE in backend.qubes[qube]] == [FIREWALL]

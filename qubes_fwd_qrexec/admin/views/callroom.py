@@ -25,6 +25,6 @@ def calls_needed(plan: Plan, exposed: str | None) -> int:
     calls = {
         (f.named.target, f.named.rule.target_ports, f.named.name if f.transport is Transport.CALL else None)
         for f in plan.live
-        if f.exposed == exposed
+        if f.exposed == exposed and f.listener_config is not None
     }
     return len(calls)

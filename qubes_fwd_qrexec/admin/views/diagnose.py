@@ -19,11 +19,11 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport
-from qubes_fwd_qrexec.common.rules import BrokenRule, Proxy
+from qubes_fwd_qrexec.common.rules import BrokenRule, Proto, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import reasons
+from . import nftwalk, reasons
 from .judged import judged
 from .listeners import Has, ask, uptake
 from .render import broken_line
@@ -46,6 +46,8 @@ class Fault(StrEnum):
     CLOSED = "firewall-closed"
     DENIED = "denied"
     NO_SERVER = "no-server"
+    NO_SERVER_BEYOND = "no-server-beyond-loopback"
+    AT_LOOPBACK = "server-at-loopback"
 
 
 _SET = "qvm-forward set {target} {name} "
@@ -79,6 +81,14 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
     ),
     Fault.NO_SERVER: (
         "start the server in {target}, and have it listen on 127.0.0.1; 'ss -ltn' there shows who listens",
+    ),
+    Fault.NO_SERVER_BEYOND: (
+        "start the server in {target}, and have it listen at more than loopback addresses; 'ss -lntu' there "
+        "shows who listens",
+    ),
+    Fault.AT_LOOPBACK: (
+        "have the server in {target} listen at its other addresses too, or send it over qrexec: {0}",
+        f"{_SET}mode=qrexec",
     ),
     Refusal.POLICY: (
         "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; {target} may also "
@@ -152,15 +162,40 @@ class _Walk:
 
     def steps(self) -> Iterator[Check]:
         forward = self._forward
-        if forward.exposed is None or forward.listener_config is None:
+        if forward.exposed is None or not forward.is_live:
             raise self._planned("rule", forward.decisive)
         yield _ok("rule", f"{forward.named} is {forward.state}")
         if forward.named.rule.sources.has_names:
             yield _ok("sources", f"{reasons.let_in(forward)} may connect")
+        if forward.listener_config is None:
+            yield from self._by_nft()
+            return
         yield from self._at_exposed(forward.exposed, forward.listener_config)
         yield from self._at_target()
         if self._target.is_running:
             yield self._round_trip(forward.exposed, forward.listener_config)
+
+    def _by_nft(self) -> Iterator[Check]:
+        halted = (Cause.EXPOSED_HALTED, Cause.HOP_HALTED, Cause.TARGET_HALTED)
+        for found in filter(None, map(self._forward.finding, halted)):
+            raise self._planned("path", found)
+        for check in nftwalk.hops(self._forward, self._snapshot.inventory, self._backend):
+            if check.verdict is Verdict.STOPS:
+                raise _StoppedError(check)
+            yield check
+        name, rule = self._target.name, self._forward.named.rule
+        if not self._snapshot.inventory.offers(name):
+            yield _unknown("server", f"{name} was not asked whether a server listens")
+            return
+        trial = self._ask("server", name, f"{rule.proto}.{rule.target_ports.first}").trial
+        if trial is None or trial.answer is Answer.FAILED:
+            yield _unknown("server", f"{name} does not say whether a server listens")
+        elif trial.answer is not Answer.THROUGH:
+            may_change = trial.reason == Refusal.LOOPBACK and rule.proto is Proto.TCP
+            cause = Fault.AT_LOOPBACK if may_change else Fault.NO_SERVER_BEYOND
+            raise self._stopped("server", cause, trial.text)
+        else:
+            yield _ok("server", trial.text)
 
     def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Check]:
         halted = self._forward.finding(Cause.EXPOSED_HALTED)

@@ -70,9 +70,9 @@ _ADD = (
     _argument("--via", metavar="QUBE", help="listen at this qube"),
     _argument("--listen", metavar="ADDR", help="listen at this address only"),
     _argument(
-        "--mode", metavar="auto|nft|qrexec", help="how the traffic travels; nft is not in this version"
+        "--mode", metavar="auto|nft|qrexec", help="packets along the netvms (faster), or bytes over qrexec"
     ),
-    _argument("--proto", metavar="tcp|udp", help="udp is not in this version"),
+    _argument("--proto", metavar="tcp|udp", help="udp goes by nft alone"),
     _argument(
         "--transport", metavar="auto|mux|call", help="many connections in one qrexec call, or one call each"
     ),

@@ -6,17 +6,21 @@
     | 192.168.0.0/16 | -------> | port 80 | =====> | 127.0.0.1:8080 |
     +----------------+          +---------+        +----------------+
 
-Where the terminal is too narrow for it, the same goes from top to bottom. It is ASCII everywhere: Python sets
-UTF-8 itself where the locale is C (PEP 538), so nothing here can know whether box characters would be shown.
-Everything that is drawn was checked or escaped before.
+By nft there is a box for each qube that packets go through. Where the terminal is too narrow for it, the same
+goes from top to bottom. It is ASCII everywhere: Python sets UTF-8 itself where the locale is C (PEP 538), so
+nothing here can know whether box characters would be shown. Everything that is drawn was checked or escaped
+before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.states import Forward
 from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.rules import Mode
+from qubes_fwd_qrexec.common.values import QubeName
 
 from .reasons import asked, is_local
 from .tables import cut
@@ -37,31 +41,42 @@ class _Link(NamedTuple):
     is_open: bool
 
 
-def picture(forward: Forward, inventory: Inventory, *, is_allowed: bool, width: int | None = None) -> str:
-    """The way of a forward as it is now; ``is_allowed``: whether dom0's policy allows its calls."""
+def picture(
+    forward: Forward,
+    inventory: Inventory,
+    *,
+    is_allowed: bool,
+    in_force: Mapping[QubeName, bool] = MappingProxyType({}),
+    width: int | None = None,
+) -> str:
+    """The way of a forward as it is now; ``is_allowed``: whether dom0's policy allows its calls, and
+    ``in_force`` whether each running qube of a path by nft lets its packets through.
+    """
     rule = forward.named.rule
+    by_nft = forward.mode is Mode.NFT
+    server = rule.target_ports.worded() if by_nft else f"127.0.0.1:{rule.target_ports.brief()}"
+    entered = [] if rule.listen is None else [str(rule.listen)]
+    entered.append(rule.listen_ports.worded())
+    way = [(forward.exposed, entered), *((hop, entered[-1:]) for hop in forward.hops[1:])]
+    boxes = [(_clients(forward, inventory), *_networks(forward))]
+    for name, texts in (*way, (forward.named.target, [server])):
+        qube = inventory.get(name or "")
+        is_halted = qube is not None and not qube.is_running
+        is_out = qube is not None and not in_force.get(qube.name, True)
+        state = "halted" if is_halted else "not in force" if is_out else ""
+        boxes.append((str(name or "no qube"), *texts, *([state] if state else [])))
     exposed, target = inventory.get(forward.exposed or ""), inventory.get(forward.named.target)
-    boxes = (
-        (_clients(forward, inventory), *_networks(forward)),
-        (
-            str(forward.exposed or "no qube"),
-            *([] if rule.listen is None else [str(rule.listen)]),
-            rule.listen_ports.worded(),
-            *([] if exposed is None or exposed.is_running else ["halted"]),
-        ),
-        (
-            forward.named.target,
-            f"127.0.0.1:{rule.target_ports.brief()}",
-            *([] if target is None or target.is_running else ["halted"]),
-        ),
-    )
     listens = forward.is_live and exposed is not None and exposed.is_running
-    answers = target is not None and (target.is_running or rule.autostart)
-    call = "no policy" if forward.is_live and not is_allowed else str(forward.transport)
-    links = (
-        _Link("loopback" if is_local(forward) else str(forward.side or ""), "-", listens),
-        _Link(call if forward.is_live else forward.state, "=", is_allowed and listens and answers),
-    )
+    first = _Link("loopback" if is_local(forward) else str(forward.side or ""), "-", listens)
+    if by_nft:
+        label = "nft" if forward.is_live else str(forward.state)
+        links = [_Link(label, "-", forward.is_live and not texts[2:]) for texts in boxes[2:]]
+    else:
+        answers = target is not None and (target.is_running or rule.autostart)
+        call = "no policy" if forward.is_live and not is_allowed else str(forward.transport)
+        label = call if forward.is_live else str(forward.state)
+        links = [_Link(label, "=", is_allowed and listens and answers)]
+    links.insert(0, first)
     room = max(width or _WIDTH, _WIDTH_MIN) - len(_MARGIN)
     lines = _across(boxes, links)
     if len(lines[0]) > room:

@@ -27,7 +27,6 @@ _VIA, _BYPASS = _SET + "via=QUBE", _SET + "bypass-tunnel=yes"
 _OR_BYPASS = ", or accept that with bypass-tunnel=yes (--bypass-tunnel)."
 _BYPASSES = "{target} {is_tunneled}, and listening at {qube} would bypass it; "
 _ASKS = "The rule asks for {case} and {lacks}; {install}, or leave {case} out."
-_NOT_YET = "this version of qvm-forward cannot do that yet"
 _FORWARD, _CONNECT = Service.FORWARD_TCP, Service.CONNECT_TCP
 # A way out for TCP alone; the sentence says so in {or_qrexec}.
 _QREXEC = _SET + "mode=qrexec"
@@ -95,14 +94,7 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "(--via QUBE).",
         _VIA,
     ),
-    (Cause.NOT_YET, "mode=nft"): (
-        f"The rule asks for mode=nft and {_NOT_YET}; mode=qrexec would work for TCP.",
-        _SET + "mode=qrexec",
-    ),
-    (Cause.NOT_YET, "proto=udp"): (
-        f"The rule asks for proto=udp, which needs mode=nft, and {_NOT_YET}; only TCP works.",
-        _SET + "proto=tcp",
-    ),
+    Cause.UDP_UNDECIDED: ("UDP goes by nft alone, and the rule does not say so: '{0}'.", _SET + "mode=nft"),
     Cause.NO_IP_PATH: (
         "{qube} is none of the netvms of {target}, and mode=nft goes along these; leave out via{or_qrexec}.",
         _SET + "via=",
@@ -232,6 +224,19 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "first loses the rest of what the client sends. To fix that, {install}",
     ),
 }
+# Why nothing goes by nft, in short.
+_AGAINST = {
+    Cause.NO_NETVM: "{target} has no netvm",
+    Cause.NO_IP_PATH: "{qube} is none of the netvms of {target}",
+    Cause.TUNNEL: "{target} {is_tunneled}",
+    Cause.NFT_BEHIND_TUNNEL: "{target} {is_tunneled}",
+    Cause.NO_NFT_SERVICE: "{lacks}",
+    Cause.NFT_SWITCHED_OFF: "{qube} has the service qubes-forward-nft switched off",
+    Cause.NO_ADDRESS: "{qube} has no IPv{number} address",
+    Cause.TOO_LARGE: "it is too large for nft",
+    Cause.LINK_LOCAL: "clients from {detail} are on one link alone",
+    Cause.NFT_LOOPBACK: "it listens at a loopback address",
+}
 _UNFIT = {
     ADMIN: "is the administrative qube and must not",
     TEMPLATE: "is a template and must not",
@@ -280,22 +285,24 @@ def mode(forward: Forward) -> tuple[Mode, str]:
     asked = forward.named.rule.mode
     if asked is not Mode.AUTO:
         return asked, "the rule says so"
-    return Mode.QREXEC, "mode=auto, and this version has no nft mode"
+    return Mode.QREXEC, "mode=auto is decided when the rule is changed or confirmed"
 
 
 def decision(forward: Forward, decided: Decision) -> str:
     """Why mode=auto became what it did, and the command for the other mode."""
     target, name, rule = forward.named
-    other = "qrexec" if rule.mode is Mode.NFT else "nft"
-    command = f"qvm-forward set {target} {name} mode={other}"
+    command, finding = f"qvm-forward set {target} {name} mode=", decided.against
     if rule.mode is Mode.NFT:
-        way = " - ".join((*forward.hops, target))
-        only = rule.proto is Proto.UDP
-        return f"mode=auto became nft: packets go {way}" + ("" if only else f". For qrexec say '{command}'")
-    why = f"{decided.option} is asked for, which is about qrexec"
-    if decided.against is not None:
-        why = sentence(forward, decided.against).rstrip(".")
-    return f"mode=auto became qrexec: {why}. Without that, '{command}' is faster"
+        way = f"by nft, as packets can go {' - '.join((*forward.hops, target))}"
+        return way if rule.proto is Proto.UDP else f"{way}; '{command}qrexec' sends it over qrexec"
+    why = f"{decided.option} is asked for"
+    if decided.is_at_loopback:
+        why = f"the server in {target} listens at loopback alone"
+        return f"over qrexec, as {why}; '{command}nft' is faster if it listens elsewhere too"
+    if finding is not None:
+        template = _AGAINST.get(finding.cause, "its packets could not get there")
+        why = template.format(**_facts(forward, finding))
+    return f"over qrexec, as {why}; '{command}nft' says what nft would take"
 
 
 def transport_reason(forward: Forward) -> str:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
-from qubes_fwd_qrexec.common.rules import BrokenRule
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
 
 from . import reasons
 from .tables import Style, Table, escaped
@@ -19,10 +19,13 @@ _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXP
 
 
 class Role(StrEnum):
-    """What a qube has to do with a forward: it is its target, its exposed qube, or another of its netvms."""
+    """What a qube has to do with a forward: it is its target, its exposed qube, by nft a hop between the two,
+    or another of its netvms.
+    """
 
     TARGET = "target"
     EXPOSED = "exposed"
+    HOP = "hop"
     PATH = "path"
 
 
@@ -53,6 +56,7 @@ def table(plan: Plan, now: float, style: Style, qubes: Sequence[str] = ()) -> st
 def roles_of(forward: Forward, qubes: Iterable[str]) -> dict[str, Role]:
     """What each of some qubes has to do with a forward, without those that have nothing."""
     parts: dict[str, Role] = dict.fromkeys(forward.chain, Role.PATH)
+    parts |= dict.fromkeys(forward.hops, Role.HOP)
     if forward.exposed is not None:
         parts[forward.exposed] = Role.EXPOSED
     parts[forward.named.target] = Role.TARGET
@@ -112,7 +116,10 @@ def explained(forward: Forward, style: Style) -> str:
     mode, why = reasons.mode(forward)
     lines.append(f"  mode {mode}: {why}.")
     if forward.exposed is not None and forward.is_live:
-        lines.append(f"  listening at {forward.exposed}: {_exposed_reason(forward)}.")
+        what = "listening" if forward.mode is Mode.QREXEC else "exposed"
+        lines.append(f"  {what} at {forward.exposed}: {_exposed_reason(forward)}.")
+    if forward.mode is Mode.NFT and forward.is_live:
+        lines.append(f"  packets go {' - '.join((*forward.hops, forward.named.target))}.")
     if forward.service is not None:
         why = reasons.transport_reason(forward)
         lines.append(f"  transport {forward.transport} over {forward.service}: {why}.")
@@ -142,6 +149,7 @@ def forward_as_json(forward: Forward) -> dict[str, Any]:
         "mode": mode,
         "mode_reason": mode_reason,
         "exposed": forward.exposed,
+        "hops": list(forward.hops),
         "side": forward.side,
         "path": list(forward.chain),
         "service": forward.service,

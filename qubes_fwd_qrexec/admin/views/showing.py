@@ -6,13 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.answers import NotRunningError, at_once
+from qubes_fwd_qrexec.admin.confirming import ask
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Plan, Verdict
+from qubes_fwd_qrexec.admin.states import Forward, Plan, Verdict
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import findings, reasons, render
 from .judged import judged
+from .nftstatus import nft_row
 from .picture import picture
 from .render import broken_as_json, forward_as_json, plan_as_json
 from .session import Session
@@ -28,7 +32,8 @@ def list_rules(args: Namespace, session: Session) -> int:
         data = plan_as_json(planned)
         for entry, forward in zip(data["forwards"], planned, strict=True):
             verdict = verdicts.get(forward.named[:2])
-            entry["is_allowed"] = verdict.is_allowed if verdict is not None else False
+            by_nft = forward.is_live and forward.mode is Mode.NFT
+            entry["is_allowed"] = verdict.is_allowed if verdict is not None else by_nft
             if args.qube:
                 entry["roles"] = render.roles_of(forward, args.qube)
         session.say_json(data)
@@ -93,12 +98,16 @@ def show(args: Namespace, session: Session) -> int:
             for one in found
         ]
         data |= {"line": str(entry.rule), "policy": list(lines)}
+        data["in_force"] = _in_force(forward, session)
         data["configs"] = [dict(zip(("qube", "feature", "value"), told, strict=True)) for told in configs]
         session.say_json(data)
         return 0
     session.say(render.explained(forward, session.style))
     is_allowed = found[-1].verdict != Verdict.STOPS
-    drawn = picture(forward, snapshot.inventory, is_allowed=is_allowed, width=session.style.width)
+    in_force = _in_force(forward, session)
+    drawn = picture(
+        forward, snapshot.inventory, is_allowed=is_allowed, in_force=in_force, width=session.style.width
+    )
     session.say(f"\n{drawn}\n{checks(found, session.style)}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
@@ -107,6 +116,15 @@ def show(args: Namespace, session: Session) -> int:
         session.say(f"  {feature} = {value}\n")
     session.say("" if configs else "listener:\n  none\n")
     return 0
+
+
+def _in_force(forward: Forward, session: Session) -> dict[QubeName, bool]:
+    """Whether the qubes of a path by nft say that they have a forward in force, each that runs."""
+    if forward.mode is not Mode.NFT:
+        return {}
+    answers = at_once(lambda qube: ask(qube, session.backend), [qube for qube, _ in forward.nft_configs])
+    running = {qube: answer for qube, answer in answers.items() if not isinstance(answer, NotRunningError)}
+    return {qube: nft_row(forward, running).hops[qube] is None for qube in running}
 
 
 def print_policy(args: Namespace, session: Session) -> int:

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.report import QubeReport
-from qubes_fwd_qrexec.common.rules import Transport
+from qubes_fwd_qrexec.common.rules import Mode, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.system.ending import Ending
 
@@ -34,10 +34,11 @@ from .listeners import (
     listening,
     uptake,
 )
+from .nftstatus import NftStatus, nft_status
 from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
-from .tables import Style, Table, counted, escaped
+from .tables import Style, Table, counted, escaped, size
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
@@ -105,11 +106,13 @@ class Status(NamedTuple):
     goes_on: tuple[GoesOn, ...]
     silent: tuple[QubeName, ...]
     due: tuple[Step, ...]
+    by_nft: NftStatus = NftStatus()
 
     @property
     def is_well(self) -> bool:
         return (
             not self.due
+            and self.by_nft.is_well
             and all(left.left_s is not None for left in self.goes_on)
             and not any(row.uptake.is_shut or row.verdict.is_allowed is False for row in self.rows)
         )
@@ -119,7 +122,8 @@ class Status(NamedTuple):
             "leftovers": [{"qube": qube, "what": what} for qube, what in _leftovers(self.due)],
             "draining": [left._asdict() for left in self.goes_on],
             "silent": list(self.silent),
-            "forwards": [row.as_json() for row in self.rows],
+            "forwards": [*(row.as_json() for row in self.rows), *(row.as_json() for row in self.by_nft.rows)],
+            "in_force": [doubt._asdict() for doubt in self.by_nft.leftovers],
             "due": [steps.as_json(step) for step in self.due],
         }
 
@@ -127,7 +131,7 @@ class Status(NamedTuple):
 def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
     """The running qubes whose answers `status_of` wants for a part of the plan."""
     found: set[QubeName | None] = {*_listening(planned, inventory, qubes)}
-    found |= {forward.exposed for forward in planned.live}
+    found |= {forward.exposed for forward in planned.live if forward.mode is Mode.QREXEC}
     found |= {forward.named.target for forward in planned.live if forward.transport is Transport.MUX}
     return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
 
@@ -146,7 +150,8 @@ def status_of(
     qubes: Collection[str] = (),
 ) -> Status:
     """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
-    rows = tuple(_row(forward, verdicts[forward.named[:2]], answers) for forward in planned.live)
+    over_qrexec = (forward for forward in planned.live if forward.mode is Mode.QREXEC)
+    rows = tuple(_row(forward, verdicts[forward.named[:2]], answers) for forward in over_qrexec)
     everything = snapshot.plan(now)
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
@@ -216,7 +221,10 @@ def _look(args: Namespace, session: Session) -> Status:
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed)
     answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
-    return status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
+    found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
+    everything = snapshot.plan(session.now)
+    by_nft = nft_status(planned, everything, snapshot.inventory, session.backend, args.qube)
+    return found._replace(by_nft=by_nft)
 
 
 def text(found: Status, style: Style) -> str:
@@ -226,11 +234,13 @@ def text(found: Status, style: Style) -> str:
     if found.rows:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
         parts.append(table.text(style).rstrip("\n"))
-    else:
+    if found.by_nft.rows:
+        parts.append(found.by_nft.table(style).rstrip("\n"))
+    if not found.rows and not found.by_nft.rows:
         nothing = "No forward is open." if parts or found.silent else "Nothing is open."
         parts.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
-    remarks = [*_remarks(found)]
-    if found.rows and remarks:
+    remarks = [*_remarks(found), *found.by_nft.lines()]
+    if (found.rows or found.by_nft.rows) and remarks:
         parts.append("")
     return "".join(f"{part}\n" for part in (*parts, *remarks))
 
@@ -265,15 +275,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (*cells, *("unknown",) * 6)
     counts = (report.connections, report.total, sum(report.refused.values()))
     return (*cells, report.way, *map(str, counts), size(report.sent), size(report.received))
-
-
-def size(count: int) -> str:
-    """A number of bytes for people: ``0``, ``999``, ``1.5 KiB``, ``12 MiB``."""
-    value, units = float(count), ["", " KiB", " MiB", " GiB", " TiB", " PiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        del units[0]
-    return f"{value:.1f}{units[0]}" if units[0] and value < 10 else f"{value:.0f}{units[0]}"
 
 
 def _remarks(found: Status) -> Iterator[str]:

@@ -92,6 +92,15 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def size(count: int) -> str:
+    """A number of bytes for people: ``0``, ``999``, ``1.5 KiB``, ``12 MiB``."""
+    value, units = float(count), ["", " KiB", " MiB", " GiB", " TiB", " PiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        del units[0]
+    return f"{value:.1f}{units[0]}" if units[0] and value < 10 else f"{value:.0f}{units[0]}"
+
+
 def cut(text: str, width: int) -> str:
     """Text that is at most so wide."""
     return text if len(text) <= width else f"{text[: max(width - 3, 0)]}..."

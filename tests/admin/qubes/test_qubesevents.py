@@ -134,6 +134,10 @@ def qubesd(idle: Qubesd) -> Qubesd:
 
 NEWS = [
     ("work", "property-set:netvm"),
+    ("work", "property-set:ip"),
+    ("work", "property-reset:ip6"),
+    ("sys-net", "domain-feature-set:ipv6"),
+    ("sys-net", "domain-feature-set:service.qubes-forward-nft"),
     ("work", "property-reset:netvm"),
     ("work", "property-del:netvm"),
     ("", "property-reset:default_netvm"),

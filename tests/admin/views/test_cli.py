@@ -50,7 +50,7 @@ def test_add_takes_all_options(forward: Forward, lab: LabDirectory) -> None:
     result = forward("add", "work", "80-81:90-91", "--from", "10.0.0.0/8", *options.split(), *more.split())
     assert result.status == 0
     assert lab.feature("work", "forward.tcp-80-81") == (
-        "action=forward mode=auto forwardtype=external via=sys-firewall proto=tcp srcports=80-81 "
+        "action=forward mode=qrexec forwardtype=external via=sys-firewall proto=tcp srcports=80-81 "
         "dstports=90-91 srchosts=10.0.0.0/8 listen=10.137.0.6 transport=call autostart=yes on-expire=drain "
         "owner=work path=sys-firewall,sys-net follow-netvm=yes bypass-tunnel=yes"
     )
@@ -94,8 +94,8 @@ REFUSED = [
     (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "expire: that time is over already"),
     (("add", "work", "80-81:90", "--from", "any"), 2, "both must have the same number"),
     (("add", "work", "80", "--from", "any", "--proto", "udp", "--mode", "qrexec"), 2, "udp needs mode=nft"),
-    (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "only TCP works"),
-    (("add", "work", "80", "--from", "any", "--mode", "nft"), 1, "cannot do that yet"),
+    (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "which mode=nft needs at every qube"),
+    (("add", "work", "80", "--from", "any", "--mode", "nft"), 1, "or send it over qrexec with mode=qrexec"),
     (
         ("add", "work", "81", "--from", "any", "--proxy", "v2", "--transport", "call"),
         2,
@@ -358,7 +358,7 @@ def test_a_stored_rule_that_is_refused_fails_apply_and_the_rest_is_done(
     forward(*ADD, "--no-apply")
     result = forward("apply")
     assert result.status == 1
-    assert "work udp is refused. The rule asks for proto=udp" in result.err
+    assert "work udp is refused. UDP goes by nft alone" in result.err
     assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
 
 

@@ -149,7 +149,7 @@ def test_no_finding_hides_another() -> None:
 
 def test_what_is_the_matter_with_other_qubes_and_services_is_said_too() -> None:
     stopping = [one.name for one in found(rule("path=sys-vpn via=gone mode=nft")).values()]
-    assert stopping == ["qubes", "sources", "path", "owner", "service", "expiry", "policy"]
+    assert stopping == ["qubes", "sources", "path", "owner", "expiry", "policy"]
 
 
 def test_a_finding_has_its_ways_out_as_commands() -> None:

@@ -158,20 +158,11 @@ CASES = [
         "The netvm of sys-firewall, sys-net, does not exist; set another.",
     ),
     (
-        "not-in-this-version",
-        rule("mode=nft"),
-        world(),
-        State.REFUSED,
-        "The rule asks for mode=nft and this version of qvm-forward cannot do that yet; mode=qrexec would "
-        "work for TCP.",
-    ),
-    (
-        "not-in-this-version",
+        "udp-undecided",
         rule("proto=udp"),
         world(),
         State.REFUSED,
-        "The rule asks for proto=udp, which needs mode=nft, and this version of qvm-forward cannot do that "
-        "yet; only TCP works.",
+        "UDP goes by nft alone, and the rule does not say so: 'qvm-forward set work web mode=nft'.",
     ),
     (
         "no-service",

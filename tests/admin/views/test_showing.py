@@ -175,7 +175,7 @@ def test_show_gives_reasons(forward: Forward) -> None:
     forward("add", "personal", "81", "--from", "any", "--via", "sys-vpn", "--name", "via")
     forward("add", "personal", "82", "--from", "any", "--internal", "--name", "internal")
     told = forward("show", "work", "web").out
-    assert "mode qrexec: mode=auto, and this version has no nft mode." in told
+    assert "mode qrexec: the rule says so." in told
     assert "listening at sys-net: the last of its way out, work - sys-firewall - sys-net." in told
     told = forward("show", "personal", "via").out
     assert "listening at sys-vpn: the rule names it with via." in told

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Forwards by nft from rule to qubes, and back: what is told, asked, shown, and closed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from memory import NO_FORWARDS
+from worlds import BY_NFT, NOW, Command
+
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key
+from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport, Why
+from qubes_fwd_qrexec.common.report import Answer, QubeReport, Trial
+from qubes_fwd_qrexec.common.services import NFT_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
+
+PATH = ("sys-net", "sys-firewall", "work")
+FEATURE = "vm-config.nft.work.web"
+ADD = ("add", "work", "80:8080", "--from", "192.168.0.0/16", "--name", "web")
+
+
+def counted(config: NftConfig) -> PathReport:
+    if config.expire is not None and config.expire <= NOW:
+        return PathReport(key=config.key, why=Why.OVER)
+    return PathReport(key=config.key, digest=config.digest, connections=3, packets=40, sent=2048, received=5)
+
+
+class NftLab(LabStore):
+    """A lab whose qubes have in force what they are told, but those that lie; each change is logged."""
+
+    def __init__(self, lab: LabDirectory) -> None:
+        super().__init__(lab)
+        self.lab = lab
+        self.log: list[str] = []
+        # Protocol and port of the target's server, and what keeps others from it.
+        self.listens = "tcp.8080"
+        self.says: dict[str, Callable[[NftReport], NftReport | AnswerError]] = {}
+
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        self.log.append(f"set {qube} {key}")
+        super().set_feature(qube, key, value)
+
+    def remove_feature(self, qube: QubeName, key: str) -> None:
+        self.log.append(f"remove {qube} {key}")
+        super().remove_feature(qube, key)
+
+    def replace_policy(self, text: str, token: str) -> None:
+        self.log.append(f"policy {len(policy.allowing(text))}")
+        super().replace_policy(text, token)
+
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        if service == f"{STATUS_SERVICE}+{self.listens.partition(' ')[0]}":
+            trial = Trial(Answer.REFUSED, self.listens.partition(" ")[2], "the server")
+            if not trial.reason:
+                trial = Trial(Answer.THROUGH, "", "the server listens at 0.0.0.0")
+            report = QubeReport(program="0.1", trial=trial)
+            return json.dumps(report.as_json()).encode()
+        if service != NFT_SERVICE:
+            return super().ask(qube, service, max_bytes, timeout_s, given)
+        features = ((key.removeprefix("vm-config."), v) for key, v in self.lab.features(qube).items())
+        configs = [NftConfig.parse(key, value) for key, value in features if is_nft_key(key)]
+        report: NftReport | AnswerError = replace(NO_FORWARDS, forwards=tuple(map(counted, configs)))
+        if qube in self.says and isinstance(report, NftReport):
+            report = self.says[qube](report)
+        if isinstance(report, AnswerError):
+            raise report
+        return json.dumps(report.as_json()).encode()
+
+
+@pytest.fixture
+def nft_lab(lab: LabDirectory) -> NftLab:
+    for qube in PATH:
+        for key, value in BY_NFT.items():
+            lab.set_feature(qube, key, value)
+    return NftLab(lab)
+
+
+@pytest.fixture
+def run(nft_lab: NftLab, over: Command) -> Command:
+    def command(*argv: str) -> object:
+        nft_lab.log.clear()
+        return over(nft_lab, *argv)
+
+    return command  # type: ignore[return-value]
+
+
+def told(nft_lab: NftLab) -> set[str]:
+    return {qube for qube in nft_lab.lab.qube_names() if FEATURE in nft_lab.lab.features(qube)}
+
+
+def hangs(_: NftReport) -> AnswerError:
+    return AnswerError("it hangs")
+
+
+def forgets(report: NftReport) -> NftReport:
+    return replace(report, forwards=())
+
+
+def test_a_forward_goes_by_nft_where_nothing_is_against_it_and_opens_from_the_target(
+    run: Command, nft_lab: NftLab
+) -> None:
+    added = run(*ADD)
+    assert (added.status, added.err) == (0, "")
+    assert (
+        "Forward work web is stored and active. Connections to port 80 of sys-net (outer side)" in added.out
+    )
+    assert (
+        "Note: by nft, as packets can go sys-net - sys-firewall - work; 'qvm-forward set work web "
+        "mode=qrexec' sends it over qrexec.\n"
+    ) in added.out
+    assert "the network stack of work itself faces the clients" in added.out
+    assert " mode=nft " in nft_lab.lab.features("work")["forward.web"]
+    sets = [entry for entry in nft_lab.log if FEATURE in entry]
+    assert sets == [f"set {qube} {FEATURE}" for qube in reversed(PATH)]
+    assert policy.allowing(nft_lab.read_policy().text) == frozenset()
+
+
+def test_it_closes_from_the_exposed_qube_and_is_closed_when_one_has_closed_it(
+    run: Command, nft_lab: NftLab
+) -> None:
+    run(*ADD)
+    nft_lab.says["sys-net"] = hangs
+    removed = run("remove", "work", "web")
+    assert nft_lab.log[1:] == [f"remove {qube} {FEATURE}" for qube in PATH]
+    assert (removed.status, removed.out) == (0, "Forward work web is removed and closed.\n")
+    assert removed.err == "qvm-forward: note: work web: sys-net does not answer: it hangs\n"
+
+
+def test_what_no_qube_says_is_closed_counts_as_open(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    nft_lab.says = dict.fromkeys(PATH, hangs)
+    removed = run("disable", "work", "web")
+    assert removed.status == 1
+    assert removed.out.startswith("Forward work web is disabled, but no qube says that it is closed.")
+    assert "still open: work web: sys-net does not answer: it hangs\n" in removed.err
+    assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in removed.err
+
+
+def test_a_qube_that_does_not_have_it_in_force_is_named(run: Command, nft_lab: NftLab) -> None:
+    nft_lab.says["sys-firewall"] = forgets
+    added = run(*ADD, "--json")
+    (doubt,) = json.loads(added.out)["unconfirmed"]
+    assert (doubt["qube"], doubt["lack"], doubt["is_opening"]) == ("sys-firewall", "not-in-force", True)
+    status = run("status")
+    assert status.status == 1
+    assert "work web: sys-firewall does not have it in force.\n" in status.out
+    shown = run("show", "work", "web").out
+    assert "not in force" in shown
+    diagnosed = run("diagnose", "work", "web")
+    assert diagnosed.status == 1
+    assert "ok     hop   sys-net sends it on to the next qube: 3 connections until now\n" in diagnosed.out
+    assert "stops  hop   work web: sys-firewall does not have it in force\n" in diagnosed.out
+
+
+def test_it_is_shown_at_every_qube_on_its_way(run: Command) -> None:
+    run(*ADD)
+    roles = {qube: run("list", qube).out.splitlines()[1].split()[2] for qube in PATH}
+    assert roles == {"sys-net": "exposed", "sys-firewall": "hop", "work": "target"}
+    shown = run("show", "work", "web")
+    # Too wide for what is no terminal.
+    assert "  sys-net, port 80\n    | nft\n    v\n  sys-firewall, port 80\n    | nft\n    v\n" in shown.out
+    assert "firewall at sys-firewall:\n  vm-config.nft.work.web = version=1 role=hop" in shown.out
+    assert "policy:\n  none\n" in shown.out
+    data = run("show", "work", "web", "--json").json
+    assert (data["mode"], data["hops"]) == ("nft", ["sys-net", "sys-firewall"])
+    assert [config["qube"] for config in data["configs"]] == ["work", "sys-firewall", "sys-net"]
+    assert data["in_force"] == dict.fromkeys(PATH, True)
+    (listed,) = run("list", "--json").json["forwards"]
+    assert listed["is_allowed"] is True
+
+
+def test_status_has_what_the_exposed_qube_counts(run: Command) -> None:
+    run(*ADD)
+    status = run("status")
+    assert status.status == 0
+    row = status.out.splitlines()[1].split()
+    assert row == [
+        *("work", "web", "active", "sys-net:80", "sys-firewall", "-", "work"),
+        *("3", "40", "2.0", "KiB", "5"),
+    ]
+    (forward,) = run("status", "--json").json["forwards"]
+    assert [hop["is_in_force"] for hop in forward["path"]] == [True, True, True]
+    assert forward["figures"]["connections"] == 3
+
+
+def test_diagnose_goes_from_qube_to_qube(run: Command, nft_lab: NftLab) -> None:
+    nft_lab.listens = "udp.8080"
+    run(*ADD, "--proto", "udp")
+    diagnosed = run("diagnose", "work", "web")
+    assert diagnosed.status == 0
+    assert [line.split()[:3] for line in diagnosed.out.splitlines()] == [
+        ["ok", "rule", "work"],
+        ["ok", "hop", "sys-net"],
+        ["ok", "hop", "sys-firewall"],
+        ["ok", "target", "work"],
+        ["ok", "server", "the"],
+        ["Everything", "on", "the"],
+    ]
+    nft_lab.listens = "udp.8080 loopback"
+    assert "have it listen at more than loopback addresses" in run("diagnose", "work", "web").out
+    nft_lab.lab.remove_feature("sys-firewall", FEATURE)
+    stopped = run("diagnose", "work", "web")
+    assert "sys-firewall has no configuration for it" in stopped.out
+    assert stopped.out.endswith("What helps: 'qvm-forward apply'\n")
+
+
+def test_a_changed_netvm_closes_it_everywhere(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    work = nft_lab.lab.qube("work")
+    nft_lab.lab.write_qube(replace(work, netvm=QubeName("sys-net")))
+    assert "is suspended" in run("apply").out
+    assert told(nft_lab) == set()
+    run("confirm", "work", "web")
+    assert told(nft_lab) == {"sys-net", "work"}
+
+
+def test_panic_closes_it_and_says_what_no_qube_confirms(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    nft_lab.says["work"] = hangs
+    held = run("panic")
+    assert told(nft_lab) == set()
+    assert held.status == 1
+    assert "still open: work does not answer: it hangs\n" in held.err
+    nft_lab.says.clear()
+    assert "unconfirmed" in run("panic", "--json").json
+    run("resume")
+    assert told(nft_lab) == set(PATH)
+
+
+def test_a_rule_changes_its_mode_and_never_has_both_open(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    run("set", "work", "web", "mode=qrexec")
+    assert told(nft_lab) == set()
+    removes = [entry for entry in nft_lab.log if entry.startswith("remove")]
+    assert nft_lab.log.index(removes[-1]) < nft_lab.log.index("policy 1")
+    run("set", "work", "web", "mode=nft")
+    assert nft_lab.log.index("policy 0") < nft_lab.log.index(f"set work {FEATURE}")
+    assert nft_lab.log.index("remove sys-net vm-config.fwd.work.web") < nft_lab.log.index(
+        f"set work {FEATURE}"
+    )
+
+
+def test_what_was_stored_undecided_stays_with_qrexec(run: Command, nft_lab: NftLab) -> None:
+    line = "action=forward mode=auto srcports=80-80 srchosts=10.0.0.0/8 owner=work path=sys-firewall,sys-net"
+    nft_lab.lab.set_feature("work", "forward.web", line)
+    run("apply")
+    assert told(nft_lab) == set()
+    assert len(policy.allowing(nft_lab.read_policy().text)) == 1
+    assert "mode qrexec: mode=auto is decided when the rule is changed or confirmed." in run("plan").out
+    assert "by nft, as packets" in run("set", "work", "web", "comment=x").out
+    assert told(nft_lab) == set(PATH)
+
+
+@pytest.mark.parametrize(
+    ("options", "features", "why"),
+    [
+        (("--proxy", "v2"), {}, "proxy is asked for; "),
+        (("--transport", "mux"), {}, "transport is asked for"),
+        (("--autostart",), {}, "autostart is asked for"),
+        (("--via", "sys-vpn"), {}, "sys-vpn is none of the netvms of work"),
+        (
+            (),
+            {("sys-firewall", "supported-rpc.qubes.ForwardNft"): ""},
+            "sys-firewall does not offer",
+        ),
+        (
+            (),
+            {("work", "service.qubes-forward-nft"): ""},
+            "work has the service qubes-forward-nft switched off",
+        ),
+        (("--listen", "127.0.0.1"), {}, "it listens at a loopback address"),
+    ],
+)
+def test_auto_becomes_qrexec_where_something_is_against_nft_and_says_what(
+    run: Command, nft_lab: NftLab, options: tuple[str, ...], features: dict[tuple[str, str], str], why: str
+) -> None:
+    for (qube, key), value in features.items():
+        nft_lab.lab.set_feature(qube, key, value)
+    added = run(*ADD, *options)
+    assert added.status == 0
+    assert f"Note: over qrexec, as {why}" in added.out
+    assert "'qvm-forward set work web mode=nft' says what nft would take.\n" in added.out
+    assert " mode=qrexec " in nft_lab.lab.features("work")["forward.web"]
+
+
+def test_udp_goes_by_nft_or_not_at_all(run: Command, nft_lab: NftLab) -> None:
+    nft_lab.lab.set_feature("work", "service.qubes-forward-nft", "")
+    refused = run(*ADD, "--proto", "udp")
+    assert refused.status == 1
+    assert "work web was not added. work has the service qubes-forward-nft switched off" in refused.err
+    nft_lab.lab.set_feature("work", "service.qubes-forward-nft", "1")
+    added = run(*ADD, "--proto", "udp")
+    assert (
+        "UDP packets to port 80 of sys-net (outer side) from 192.168.0.0/16 reach port 8080 of work"
+        in added.out
+    )
+    assert "Note: by nft, as packets can go sys-net - sys-firewall - work.\n" in added.out
+    nft_lab.lab.set_feature(
+        "work", "forward.web", "action=forward proto=udp srcports=80 srchosts=any owner=work"
+    )
+    assert "UDP goes by nft alone, and the rule does not say so" in run("plan").out
+
+
+def test_time_that_is_over_closes_it(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD, "--expire", "+300")
+    assert f"expire={NOW + 300}" in nft_lab.lab.features("sys-firewall")[FEATURE]
+    line = nft_lab.lab.features("work")["forward.web"]
+    nft_lab.lab.set_feature("work", "forward.web", line.replace(f"expire={NOW + 300}", f"expire={NOW}"))
+    run("apply")
+    assert told(nft_lab) == set()
+
+
+def test_a_server_that_listens_at_loopback_alone_is_reached_over_qrexec(
+    run: Command, nft_lab: NftLab
+) -> None:
+    nft_lab.listens = "tcp.8080 loopback"
+    added = run(*ADD)
+    assert (
+        "Note: over qrexec, as the server in work listens at loopback alone; 'qvm-forward set work web "
+        "mode=nft' is faster if it listens elsewhere too.\n"
+    ) in added.out
+    run("set", "work", "web", "mode=nft")
+    diagnosed = run("diagnose", "work", "web")
+    assert diagnosed.status == 1
+    assert diagnosed.out.endswith("or send it over qrexec: 'qvm-forward set work web mode=qrexec'\n")
