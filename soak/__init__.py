@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Random connections through the mux call for a long time, beside the same connections made directly.
+"""Random connections for a long time: through the mux call, and by nft.
 
 ``python -m soak`` runs a lab, a listener and its mux calls, and takes turns: in calm every connection must
 be exactly what it is without us; in a storm, while the transport is killed, it may be cut, but then by
-RST, and never with a wrong byte or a clean end before its time. In the end nothing may be left over.
+RST, and never with a wrong byte or a clean end before its time.
+
+``python -m soak nft`` opens and closes forwards by nft beside live traffic, and makes firewalls and
+interfaces anew: nothing may pass that no rule allows. In the end nothing may be left over, in both.
 """

@@ -4,12 +4,9 @@
 import os
 import signal
 import socket
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from random import Random
@@ -27,6 +24,7 @@ from qubes_fwd_qrexec.exposed.callwaits import WAIT_S
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
+from .findings import PROBLEMS_MAX, Findings
 from .play import Outcome, play
 from .scripts import How, Part, Script, make
 
@@ -42,23 +40,8 @@ _SETTLE_S = 20.0
 _MEMORY_KIB = 6144
 # A service lives from storm to storm, so this is what half a calm adds on average. Measured: under 300.
 _SERVICE_MEMORY_KIB = 512
-_PROBLEMS_MAX = 20
 # An undisturbed connection: the first, and the one that finds out whether mux calls open again.
 _PLAIN = Part(size=1000, chunk=1000, pause_s=0, stall_s=0, waits=False, how=How.FIN)
-
-
-@dataclass(slots=True)
-class Findings:
-    """What a run found. ``problems`` is empty if all is well."""
-
-    played: Counter[str] = field(default_factory=Counter)
-    kills: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-
-    def note(self, problem: str) -> None:
-        if len(self.problems) < _PROBLEMS_MAX:
-            print(problem, file=sys.stderr, flush=True)
-        self.problems.append(problem)
 
 
 class Soak:
@@ -122,7 +105,7 @@ class Soak:
                 nursery.start_soon(self._work, worker, ends_at, check)
 
     async def _work(self, worker: int, ends_at: float, check: Callable[..., Any]) -> None:
-        while trio.current_time() < ends_at and len(self.findings.problems) < _PROBLEMS_MAX:
+        while trio.current_time() < ends_at and len(self.findings.problems) < PROBLEMS_MAX:
             self._number += 1
             await check(make(self._seed, self._number), worker)
 
@@ -153,7 +136,7 @@ class Soak:
             await trio.sleep(self._random.uniform(*_KILL_S))
             how = self._random.choice((self._lose_call, self._kill_clients, self._kill_services))
             if how():
-                self.findings.kills[how.__name__.strip("_").replace("_", " ")] += 1
+                self.findings.disturbed[how.__name__.strip("_").replace("_", " ")] += 1
 
     def _lose_call(self) -> int:
         return self._lab.drop_calls()

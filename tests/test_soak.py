@@ -4,11 +4,18 @@
 import subprocess
 import sys
 
+import pytest
+
+from bench import road
+from soak.permits import Permit
 from soak.scripts import How, make
 
 SEED = 20_260_101
 SECONDS = 8
 LIMIT_S = 600
+NFT_SECONDS = 12
+# A busy machine is late; what is judged here is what passes when all qubes say that it does not.
+NFT_GRACE_S = 20
 
 
 def test_a_short_soak_finds_nothing() -> None:
@@ -22,6 +29,59 @@ def test_a_short_soak_finds_nothing() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"seed {SEED}" in found.stdout
     assert "as the direct connection" in found.stdout
+
+
+@pytest.mark.skipif(road.why_unavailable() is not None, reason=str(road.why_unavailable()))
+def test_a_short_soak_of_forwards_by_nft_finds_nothing() -> None:
+    how = ["--seed", str(SEED), "--seconds", str(NFT_SECONDS), "--grace", str(NFT_GRACE_S)]
+    found = subprocess.run(
+        [sys.executable, "-m", "soak", "nft", *how],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    for what in ("packets that must not pass", "a message by", "in which all that is allowed passes"):
+        assert what in found.stdout
+
+
+def test_a_packet_may_pass_while_a_rule_allows_it_and_a_little_longer() -> None:
+    permit = Permit(grace_s=1.0)
+    assert permit.late_s(sent=5.0, received=5.1) == float("inf")
+    permit.open(10.0)
+    permit.close(20.0)
+    assert permit.late_s(sent=9.0, received=9.5) == float("inf")
+    assert permit.late_s(sent=9.0, received=10.5) == 0  # it may have waited on its way
+    assert permit.late_s(sent=20.9, received=25.0) == 0
+    assert permit.late_s(sent=21.5, received=25.0) == 0.5
+    permit.open(24.0)
+    assert permit.late_s(sent=21.5, received=25.0) == 0
+    assert permit.late_s(sent=21.5, received=23.0) == 0.5
+
+
+def test_what_is_said_to_be_closed_lets_nothing_pass_from_then_on() -> None:
+    permit = Permit(grace_s=1.0)
+    permit.open(10.0)
+    permit.close(20.0)
+    permit.confirm(asked=19.0, now=20.1)  # about an earlier moment
+    assert permit.late_s(sent=20.5, received=20.6) == 0
+    permit.confirm(asked=20.0, now=20.25)
+    assert permit.late_s(sent=20.25, received=20.6) == 0
+    assert permit.late_s(sent=20.5, received=20.6) == 0.25
+
+
+def test_an_end_that_was_told_beforehand_comes_by_itself() -> None:
+    permit = Permit(grace_s=1.0)
+    permit.open(10.0, until=15.0)
+    assert permit.allows(14.0)
+    assert not permit.allows(15.0)
+    assert not permit.is_open
+    assert permit.late_s(sent=16.5, received=17.0) == 0.5
+    permit.open(30.0)
+    assert permit.is_open
+    permit.forget(before=20.0)
+    assert permit.late_s(sent=15.5, received=17.0) == float("inf")
 
 
 def test_a_script_is_made_of_its_seed_and_number_alone() -> None:
