@@ -253,6 +253,8 @@ def _run(program: str, *arguments: str, text: str = "") -> str:
         raise StoreError(
             f"the program {program!r} is missing; Debian has it in the package {package}"
         ) from None
+    except OSError as error:
+        raise StoreError(f"the program {program!r} cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise StoreError(f"{words}: no end after {_TIMEOUT_S:g} s") from error
     if done.returncode != 0:

@@ -23,6 +23,7 @@ from wired import (
     open_wired,
 )
 
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.stockrules import Shape
 
 pytestmark = [
@@ -174,6 +175,31 @@ def test_the_firewalls_rules_come_back_and_nothing_else(fresh: Wired, proto: str
     assert fresh.ruleset(FIREWALL) != before
     fresh.wires.reload_firewall(FIREWALL)
     assert fresh.ruleset(FIREWALL) == before
+    assert fresh.send(proto, WORK, at.lan, PORT) == "answered by lan"
+
+
+def test_what_becomes_of_a_packet_is_told_by_where_it_ends(fresh: Wired, proto: str, at: Addresses) -> None:
+    def drop(qube: str, hook: str, of: str) -> None:
+        rules = f"type filter hook {hook} priority -350; {at.nft} {of} {at.lan} drop"
+        fresh.nft(qube, f"table inet mine {{\nchain {hook} {{\n{rules}\n}}\n}}")
+
+    assert fresh.send(proto, WORK, at.lan, PORT) == "refused by lan"
+    fresh.serve(proto, LAN, PORT)
+    assert fresh.send(proto, WORK, at.lan, PORT) == "answered by lan"
+    drop(NET, "prerouting", "saddr")
+    assert fresh.send(proto, WORK, at.lan, PORT) == "answer dropped in sys-net"
+    drop(FIREWALL, "postrouting", "daddr")
+    assert fresh.send(proto, WORK, at.lan, PORT) == "dropped in sys-firewall"
+    drop(WORK, "output", "daddr")
+    assert fresh.send(proto, WORK, at.lan, PORT) == "dropped in work"
+
+
+def test_an_address_of_the_wrong_family_is_named_and_changes_nothing(
+    fresh: Wired, proto: str, at: Addresses
+) -> None:
+    fresh.serve(proto, LAN, PORT)
+    with pytest.raises(StoreError, match=f"{V6.work} is no IPv4 address; edit its qube.json"):
+        fresh.change(WORK, ip=V6.work)
     assert fresh.send(proto, WORK, at.lan, PORT) == "answered by lan"
 
 
