@@ -41,10 +41,13 @@ from qubes_fwd_qrexec.firewall.nfttool import Nft
 from qubes_fwd_qrexec.firewall.pathrules import DRAIN_MAX_S, Kept
 from qubes_fwd_qrexec.firewall.tables import OWN
 from qubes_fwd_qrexec.firewall.wanted import Firewall, Wanted
+from qubes_fwd_qrexec.lab.stockrules import Shape
 
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 
 PATH = (NET, FIREWALL, WORK)
+# The rules of Qubes 4.2 and 4.3.
+shapes = pytest.mark.parametrize("shape", list(Shape))
 # What is closed, and what goes on beside it: exposed ports, and those of the target.
 CLOSED, KEPT = (80, 8080), (81, 8081)
 EVERYBODY = Sources.parse("192.168.77.0/24,192.168.88.0/24,fd77::/64,fd88::/64")
@@ -252,8 +255,11 @@ def udp(wired: Wired, opened: ExitStack) -> Road:
     return Road(wired, opened, Proto.UDP)
 
 
+@shapes
 @pytest.mark.parametrize("qube", PATH)
-def test_a_client_that_goes_on_gets_a_reset_and_so_does_the_server(tcp: Road, qube: str) -> None:
+def test_a_client_that_goes_on_gets_a_reset_and_so_does_the_server(
+    tcp: Road, qube: str, shape: Shape
+) -> None:
     flows, beside = tcp.both(), tcp.both(KEPT)
     tcp.put(qube)
     for flow in flows:
@@ -287,8 +293,9 @@ def test_an_idle_connection_is_ended_by_the_target_though_nobody_moves(tcp: Road
         flow.assert_server_ended()
 
 
+@shapes
 @pytest.mark.parametrize("qube", PATH)
-def test_udp_is_over_at_once_in_both_directions(udp: Road, qube: str) -> None:
+def test_udp_is_over_at_once_in_both_directions(udp: Road, qube: str, shape: Shape) -> None:
     flows, beside = udp.both(), udp.both(KEPT)
     udp.put(qube)
     for flow, other in zip(flows, beside, strict=True):
