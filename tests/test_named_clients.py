@@ -54,7 +54,7 @@ def wired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         inventory = LabStore(LabDirectory(place)).inventory()
 
         def sources(named: NamedRule) -> Sources:
-            found = resolving.resolved(named, PATH[1], inventory).sources
+            found, *_ = resolving.resolved(named, PATH[1], inventory)
             assert found is not None
             return found
 

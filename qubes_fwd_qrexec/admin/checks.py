@@ -63,9 +63,9 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
             findings.append(Finding(Cause.EXPOSED_HALTED, exposed.name, case=forward.mode))
         if not (target.is_running or rule.autostart):
             findings.append(Finding(Cause.TARGET_HALTED, target.name, case=forward.mode))
-        sources, let_in, named_findings = resolving.resolved(named, exposed.name, inventory)
+        sources, let_in, found = resolving.resolved(named, exposed.name, inventory)
         forward = forward._replace(sources=sources, let_in=let_in)
-        findings += named_findings
+        findings += found
         told = _by_nft if forward.mode is Mode.NFT else _over_qrexec
         configs, found = told(forward, exposed.name, side, inventory)
         findings += found

@@ -3,12 +3,11 @@
 
 A qube is let in by the addresses that Qubes gave it, and only where these prove who it is: in its own netvm,
 whose antispoofing drops what the qube sends from any other address, and what others send from this one
-(docs/facts.md, F7). So a name lets in nobody unless the exposed qube is its netvm.
+(docs/facts.md, F7). So a name lets in nobody unless the exposed qube is its netvm, and no other qube behind
+that has the address, as a clone may (F8).
 """
 
 import ipaddress
-from collections.abc import Collection, Iterator
-from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.rules import NamedRule
@@ -18,26 +17,20 @@ from .inventory import ADMIN, TEMPLATE, Inventory, Qube
 from .states import Cause, Finding, LetIn
 
 
-class Named(NamedTuple):
-    """A rule's clients as networks, None if that is nobody; who of them is known by name; what was found."""
-
-    sources: Sources | None
-    let_in: tuple[LetIn, ...]
-    findings: tuple[Finding, ...]
-
-
-def resolved(named: NamedRule, exposed: QubeName, inventory: Inventory) -> Named:
-    """Whom a rule lets in at its exposed qube."""
+def resolved(
+    named: NamedRule, exposed: QubeName, inventory: Inventory
+) -> tuple[Sources | None, tuple[LetIn, ...], list[Finding]]:
+    """Whom a rule lets in at its exposed qube, None if that is nobody; and who of them it names."""
     target, _, rule = named
     clients = rule.sources
-    if not clients.has_names:
-        return Named(clients.fixed, (), ())
     found: list[Finding] = []
+    if not clients.has_names:
+        return clients.fixed, (), found
     behind: list[tuple[str, Qube]] = []
     for name in clients.qubes:
         qube = inventory.get(name)
         if qube is None:
-            found.append(Finding(Cause.SOURCE_GONE, name, case="qube"))
+            found.append(Finding(Cause.SOURCE_NOBODY, name, case="qube"))
         elif qube.netvm != exposed:
             case = "netvm" if qube.netvm not in (None, target) else "none"
             found.append(Finding(Cause.SOURCE_ELSEWHERE, name, detail=qube.netvm or "", case=case))
@@ -48,23 +41,32 @@ def resolved(named: NamedRule, exposed: QubeName, inventory: Inventory) -> Named
         behind += ((f"@tag:{tag}", qube) for qube in tagged if qube.netvm == exposed)
         if others := [qube.name for qube in tagged if qube.netvm != exposed]:
             found.append(Finding(Cause.TAG_ELSEWHERE, exposed, detail=", ".join(others), case=tag))
+    owners: dict[IPNetwork, set[QubeName]] = {}
+    for qube in inventory.qubes.values():
+        for address in _addresses(qube) if qube.netvm == exposed else ():
+            owners.setdefault(address, set()).add(qube.name)
     versions = {address.version for address in rule.listen_addresses}
-    let_in = tuple(LetIn(asked, qube.name, (*_addresses(qube, versions),)) for asked, qube in behind)
-    for qube in {qube.name: qube for _, qube in behind}.values():
+    let_in: list[LetIn] = []
+    for asked, qube in behind:
+        has = [address for address in _addresses(qube) if address.version in versions]
+        rivals = {owner for address in has for owner in owners[address]} - {qube.name}
+        let_in.append(LetIn(asked, qube.name, tuple(a for a in has if len(owners[a]) == 1)))
+        if rivals or not has:
+            case = "shared" if rivals else "address"
+            found.append(Finding(Cause.SOURCE_NOBODY, qube.name, detail=", ".join(sorted(rivals)), case=case))
         if qube.provides_network:
             found.append(Finding(Cause.SOURCE_NETVM, qube.name))
-        if not [*_addresses(qube, versions)]:
-            found.append(Finding(Cause.SOURCE_GONE, qube.name, case="address"))
-    networks = [*clients.networks, *(address for each in let_in for address in each.addresses)]
-    if not networks:
-        return Named(None, let_in, (*found, Finding(Cause.NO_SOURCE, exposed)))
+    networks = {*clients.networks, *(address for each in let_in for address in each.addresses)}
+    sources = None
     try:
-        return Named(Sources.of(networks), let_in, (*found,))
+        if networks:
+            sources = Sources.of(networks)
+        else:
+            found.append(Finding(Cause.NO_SOURCE, exposed))
     except TextError as error:
-        return Named(None, let_in, (*found, Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")))
+        found.append(Finding(Cause.TOO_LARGE, detail=str(error), case="bytes"))
+    return sources, tuple(let_in), list(dict.fromkeys(found))
 
 
-def _addresses(qube: Qube, versions: Collection[int]) -> Iterator[IPNetwork]:
-    for address in (qube.ip, qube.ip6):
-        if address is not None and (network := ipaddress.ip_network(address)).version in versions:
-            yield network
+def _addresses(qube: Qube) -> list[IPNetwork]:
+    return [ipaddress.ip_network(address) for address in (qube.ip, qube.ip6) if address is not None]

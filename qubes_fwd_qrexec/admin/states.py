@@ -88,7 +88,7 @@ class Cause(StrEnum):
     IN_TIME = "in-time", Verdict.OK
     ANYBODY = "anybody", Verdict.NOTE
     SOURCES = "sources", Verdict.OK
-    SOURCE_GONE = "source-gone", Verdict.NOTE
+    SOURCE_NOBODY = "source-nobody", Verdict.NOTE
     TAG_ELSEWHERE = "tag-elsewhere", Verdict.NOTE
     SOURCE_NETVM = "source-netvm", Verdict.NOTE
     SIDE = "side", Verdict.OK

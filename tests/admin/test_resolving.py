@@ -124,6 +124,19 @@ def test_a_qube_without_an_address_of_the_family_is_left_out_and_named() -> None
     )
 
 
+def test_an_address_that_two_neighbours_have_is_nobodys() -> None:
+    twin = qube("twin", "sys-firewall", ip="10.137.0.11")
+    forward = internal("personal", twin)
+    assert told(forward) == ":: <- fd09:24ef:4179::a89:b/128"
+    note = "nobody is let in for personal by an address that twin has too: change that with "
+    assert f"{note}'qvm-prefs personal ip ADDRESS'" in reasons.notes(forward)
+    assert internal("personal", twin, ip6=False).cause is Cause.NO_SOURCE
+    # Elsewhere it would not get through.
+    assert told(internal("personal", twin._replace(netvm=QubeName("sys-vpn")), ip6=False)).endswith(
+        "<- 10.137.0.11/32"
+    )
+
+
 def test_a_netvm_that_is_let_in_brings_those_behind_it() -> None:
     forward = internal("sys-vpn,personal")
     assert causes(forward) == [Cause.SOURCE_NETVM]
@@ -146,7 +159,7 @@ def test_clients_by_name_hold_their_port_whatever_addresses_they_have() -> None:
 
 def by_nft(sources: str, inventory: Inventory) -> tuple[tuple[QubeName, NftConfig], ...]:
     named = rule(f"forwardtype=internal mode=nft srchosts={sources}")
-    resolved = resolving.resolved(named, QubeName("sys-firewall"), inventory).sources
+    resolved, *_ = resolving.resolved(named, QubeName("sys-firewall"), inventory)
     assert resolved is not None
     path = (QubeName("work"), QubeName("sys-firewall"))
     assert all(

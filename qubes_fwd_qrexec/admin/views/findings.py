@@ -20,7 +20,7 @@ _CHECKS = {
     "qubes": (Cause.NO_SUCH_QUBE, Cause.UNREADABLE_QUBE, Cause.UNFIT_QUBE, Cause.NO_NETVM),
     "sources": (
         *(Cause.ANYBODY, Cause.SOURCES, Cause.SOURCE_ELSEWHERE, Cause.NO_SOURCE),
-        *(Cause.SOURCE_GONE, Cause.TAG_ELSEWHERE, Cause.SOURCE_NETVM),
+        *(Cause.SOURCE_NOBODY, Cause.TAG_ELSEWHERE, Cause.SOURCE_NETVM),
     ),
     "side": (Cause.SIDE,),
     "ports": (Cause.CONFLICT, Cause.TOO_LARGE),

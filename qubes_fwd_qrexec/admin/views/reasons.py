@@ -199,9 +199,13 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _SET + "srchosts=QUBE",
         _REMOVE,
     ),
-    (Cause.SOURCE_GONE, "qube"): ("nobody is let in for {qube}, as there is no such qube",),
-    (Cause.SOURCE_GONE, "address"): (
+    (Cause.SOURCE_NOBODY, "qube"): ("nobody is let in for {qube}, as there is no such qube",),
+    (Cause.SOURCE_NOBODY, "address"): (
         "nobody is let in for {qube}, as it has no address of the IP version of this forward",
+    ),
+    (Cause.SOURCE_NOBODY, "shared"): (
+        "nobody is let in for {qube} by an address that {detail} has too: change that with '{0}'",
+        "qvm-prefs {qube} ip ADDRESS",
     ),
     Cause.TAG_ELSEWHERE: ("@tag:{case} does not let in {detail}, whose netvm is not {qube}",),
     Cause.SOURCE_NETVM: ("who is behind {qube} comes from its address, and is let in too",),
@@ -244,7 +248,7 @@ _UNFIT = {
     QREXEC_FEATURE: f"has no qrexec (feature {QREXEC_FEATURE}) and cannot",
 }
 _NOTES = {Cause.NO_OWNER, Cause.NO_PATH, Cause.NO_DISPOSABLES, Cause.BYPASSES_TUNNEL}
-_NOTES |= {Cause.SOURCE_GONE, Cause.TAG_ELSEWHERE, Cause.SOURCE_NETVM}
+_NOTES |= {Cause.SOURCE_NOBODY, Cause.TAG_ELSEWHERE, Cause.SOURCE_NETVM}
 _HINTS = {Cause.PERHAPS_TUNNEL, Cause.IPV4_ALONE}
 
 
