@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from memory import NO_FORWARDS
+from stages import Stage
 from worlds import BY_NFT, NOW, Command
 
 from qubes_fwd_qrexec.admin import policy
@@ -72,6 +73,13 @@ class NftLab(LabStore):
         if isinstance(report, AnswerError):
             raise report
         return json.dumps(report.as_json()).encode()
+
+
+class Hanging(Stage):
+    """What `watch` works on, with qubes that do not answer."""
+
+    def ask(self, qube: QubeName, service: str, *_: object, **__: object) -> bytes:
+        raise AnswerError("it hangs")
 
 
 @pytest.fixture
@@ -330,3 +338,16 @@ def test_a_server_that_listens_at_loopback_alone_is_reached_over_qrexec(
     diagnosed = run("diagnose", "work", "web")
     assert diagnosed.status == 1
     assert diagnosed.out.endswith("or send it over qrexec: 'qvm-forward set work web mode=qrexec'\n")
+
+
+def test_watch_applies_it_and_says_what_no_qube_confirms(
+    nft_lab: NftLab, forward: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD, "--mode", "nft", "--no-apply")
+    assert told(nft_lab) == set()
+    stage = Hanging(lab)
+    stage.run(lambda: forward("disable", "work", "web", "--no-apply"))
+    assert "work: let packets through for nft.work.web: version=1 role=target" in stage.out.getvalue()
+    assert "sys-net: let no packets through for nft.work.web" in stage.out.getvalue()
+    assert "work web: sys-firewall does not answer: " in stage.err.getvalue()
+    assert told(nft_lab) == set()
