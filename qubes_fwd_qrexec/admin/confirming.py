@@ -8,13 +8,14 @@ What a qube says is untrusted: if it lies, the other qubes of the path still clo
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.nftreport import NftReport
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ReportError
 from qubes_fwd_qrexec.common.rules import Mode, OnExpire
@@ -142,13 +143,12 @@ def switched(planned: Plan, inventory: Inventory, closed: Iterable[Key] = ()) ->
     """
     waiting = {forward.named[:2] for forward in planned.live if forward.mode is Mode.QREXEC} - {*closed}
     found: dict[Place, str] = {}
-    for qube, key, value in inventory.configurations():
-        try:
-            config = NftConfig.parse(_key((qube, key)), value)
-        except ConfigError:
-            continue
-        if (config.target, config.name) in waiting:
-            found[qube, key] = str(replace(config, expire=1, on_expire=OnExpire.CUT))
+    for qube, feature, value in inventory.configurations():
+        key = _key((qube, feature))
+        with suppress(ConfigError):
+            if is_nft_key(key) and parse_nft_key(key) in waiting:
+                over = replace(NftConfig.parse(key, value), expire=1, on_expire=OnExpire.CUT)
+                found[qube, feature] = str(over)
     return found
 
 
