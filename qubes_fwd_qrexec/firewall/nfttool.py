@@ -52,7 +52,7 @@ class Nft:
     def _own(self, family: Family) -> SeenTable:
         """Our own table; one that nobody can read counts as empty, and is made anew.
 
-        nft 1.0.6 writes arbitrary bytes as the flags of a table that somebody has put to sleep.
+        Somebody may have put it to sleep, and what nft writes of that is no JSON then: docs/facts.md, F16.
         """
         try:
             return seen(self._list("table", family, OWN))

@@ -26,7 +26,7 @@ from .tables import ADMITTED, ARRIVED, FORWARD, INPUT, PREROUTING, REPLIES, SENT
 
 # How long connections may go on after the end of a forward with on-expire=drain; as the listener lets them.
 DRAIN_MAX_S = 3600
-# The kernel counts nanoseconds since 1970 in 64 bits, which end in the year 2554.
+# The kernel counts nanoseconds in 64 bits: docs/facts.md, F15.
 _TIME_MAX = (2**64 - 1) // 10**9
 # The most clients that per-source counts at once, as many as there are ports.
 _CLIENTS_MAX = 65535
@@ -192,7 +192,7 @@ class _Forward:
         to_listen = ""
         if self.config.listen is not None:
             to_listen = f" {self._family} daddr {self.config.listen}"
-        # Not with the interface: in IPv4, eth0 and all vifs of a netvm have one address.
+        # Not with the interface: docs/facts.md, F13.
         first = f"{self._by}{to_listen} fib daddr type local{self._from} {self._to_exposed}{self._in_time}"
         limits = self.config.limits
         if limits.rate is not None:
@@ -220,7 +220,7 @@ class _Forward:
         bracketed = str(to) if to.version == 4 else f"[{to}]"
         if len(self.config.listen_ports) == 1:
             return f"{bracketed}:{self.config.target_ports.first}"
-        # A range of ports as destination would not be shifted: each packet gets one that is free.
+        # A range of ports as destination would not be shifted: docs/facts.md, F14.
         pairs = zip(self.config.listen_ports, self.config.target_ports, strict=True)
         mapped = ", ".join(f"{exposed} : {sent}" for exposed, sent in pairs)
         return f"{bracketed} : {self.config.proto} dport map {{ {mapped} }}"

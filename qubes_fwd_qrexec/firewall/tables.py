@@ -165,7 +165,7 @@ def seen(listing: Iterable[dict[str, Any]]) -> SeenTable:
     for entry in listing:
         for kind, value in entry.items():
             if kind == "table":
-                has_flags = "flags" in value  # whatever they are: nft 1.0.6 does not write which
+                has_flags = "flags" in value  # whatever they are: docs/facts.md, F16
             elif kind == "chain":
                 chains.setdefault(value["name"], [])
                 hook = (value.get("type"), value.get("hook"), value.get("prio"))

@@ -77,10 +77,6 @@ class Firewall:
                 _logger.debug("again: %s", error)
         return self._keep(wanted)
 
-    def clear(self) -> None:
-        """Remove everything that is ours but guards that are not over. Raises `NftError`."""
-        self.keep(Wanted())
-
     def _keep(self, wanted: Wanted) -> dict[Family, Seen]:
         found = self._nft.look()
         for family, seen in found.items():
