@@ -10,6 +10,8 @@ from enum import StrEnum
 from typing import Any, Self
 
 from .document import VERSION, Reader, load
+from .errors import ConfigError, TextError
+from .nftconfig import parse_nft_key
 from .report import FORWARDS_MAX, PROBLEMS_MAX, Problem
 
 _FAMILIES_MAX = 2
@@ -61,7 +63,7 @@ class PathReport:
     @classmethod
     def read(cls, untrusted: Reader) -> Self:
         return cls(
-            key=untrusted.text("key"),
+            key=untrusted.parsed("key", _key),
             digest=untrusted.optional("digest", untrusted.text),
             why=untrusted.optional("why", lambda key: untrusted.word(key, Why)),
             draining=untrusted.flag("draining"),
@@ -70,6 +72,14 @@ class PathReport:
             sent=untrusted.number("sent"),
             received=untrusted.number("received"),
         )
+
+
+def _key(untrusted_key: str) -> str:
+    try:
+        parse_nft_key(untrusted_key)
+    except ConfigError:
+        raise TextError(untrusted_key, "nft.TARGET.NAME") from None
+    return untrusted_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ import pytest
 from fake_admin import FakeQubes, install
 from fake_policy import FakePolicyClient
 from faulty import Panic, allowed
+from nftlab import PATH, NftLab
 from stages import Stage
-from worlds import ADD, NO_FORWARDS, NOW, Command, Result
+from worlds import ADD, BY_NFT, NO_FORWARDS, NOW, Command, Result
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
@@ -170,3 +171,20 @@ def opened(forward: Command, lab: LabDirectory) -> LabDirectory:
     forward("add", "personal", "81", "--from", "any")
     assert len(allowed(lab)) == 2
     return lab
+
+
+@pytest.fixture
+def nft_lab(lab: LabDirectory) -> NftLab:
+    for qube in PATH:
+        for key, value in BY_NFT.items():
+            lab.set_feature(qube, key, value)
+    return NftLab(lab)
+
+
+@pytest.fixture
+def run(nft_lab: NftLab, over: Command) -> Command:
+    def command(*argv: str) -> object:
+        nft_lab.log.clear()
+        return over(nft_lab, *argv)
+
+    return command  # type: ignore[return-value]

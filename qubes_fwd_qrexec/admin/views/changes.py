@@ -234,10 +234,7 @@ def warnings(forward: Forward) -> list[str]:
             "look complete to the client"
         )
     if forward.mode is Mode.NFT:
-        found.append(
-            f"the network stack of {target} itself faces the clients now, every qube on the way sees the "
-            "traffic, and dom0 judges the rule and not each connection"
-        )
+        found.append(reasons.safety(forward))
         found.append(f"the server in {target} must listen on more than 127.0.0.1")
     elif forward.named.rule.proxy == "off":
         way_out = "make sure that it asks everybody for a password"

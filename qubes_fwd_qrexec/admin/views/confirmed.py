@@ -31,10 +31,15 @@ _LACKS: dict[str, str] = {
 
 def words(doubt: Unconfirmed) -> str:
     """What a qube does not confirm, and why."""
-    lack = _LACKS[doubt.lack].format(said=doubt.said)
-    because = f": {escaped(doubt.said)}" if doubt.said and doubt.said not in lack else ""
     about = f"{name(doubt.key)}: " if doubt.key else ""
-    return f"{about}{doubt.qube} {lack}{because}"
+    return f"{about}{lack(doubt)}"
+
+
+def lack(doubt: Unconfirmed) -> str:
+    """The same where it is clear which forward it is about."""
+    said = _LACKS[doubt.lack].format(said=doubt.said)
+    because = f": {escaped(doubt.said)}" if doubt.said and doubt.said not in said else ""
+    return f"{doubt.qube} {said}{because}"
 
 
 def name(key: str) -> str:

@@ -14,12 +14,12 @@ from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, State, Verdict
+from qubes_fwd_qrexec.admin.states import Cause, Forward, State, Verdict
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport
-from qubes_fwd_qrexec.common.rules import BrokenRule, Proto, Proxy
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
@@ -29,6 +29,7 @@ from .listeners import Has, ask, uptake
 from .render import broken_line
 from .session import Session
 from .tables import Check, Style, checks, escaped
+from .walking import StoppedError, Stops, ok, unknown
 
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
@@ -46,8 +47,6 @@ class Fault(StrEnum):
     CLOSED = "firewall-closed"
     DENIED = "denied"
     NO_SERVER = "no-server"
-    NO_SERVER_BEYOND = "no-server-beyond-loopback"
-    AT_LOOPBACK = "server-at-loopback"
 
 
 _SET = "qvm-forward set {target} {name} "
@@ -82,14 +81,6 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
     Fault.NO_SERVER: (
         "start the server in {target}, and have it listen on 127.0.0.1; 'ss -ltn' there shows who listens",
     ),
-    Fault.NO_SERVER_BEYOND: (
-        "start the server in {target}, and have it listen at more than loopback addresses; 'ss -lntu' there "
-        "shows who listens",
-    ),
-    Fault.AT_LOOPBACK: (
-        "have the server in {target} listen at its other addresses too, or send it over qrexec: {0}",
-        f"{_SET}mode=qrexec",
-    ),
     Refusal.POLICY: (
         "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; {target} may also "
         "have reached its number of calls",
@@ -116,12 +107,14 @@ def diagnose(args: Namespace, session: Session) -> int:
     """Walk the way; exit status 0 if nothing on it is wrong."""
     snapshot = session.look(with_config=True)
     found = list(walk(snapshot, args.qube, args.name, session.now, session.backend))
+    forward = snapshot.plan(session.now).find(args.qube, args.name)
+    left = _WELL if forward is None or forward.mode is not Mode.NFT else nftwalk.CONCLUSION
     is_well = found[-1].verdict != Verdict.STOPS
     if session.is_json:
         steps = [dict(zip(_KEYS, check, strict=True)) for check in found]
         session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
     else:
-        helps = f"What helps: {escaped(found[-1].remedy)}" if found[-1].remedy else _WELL
+        helps = f"What helps: {escaped(found[-1].remedy)}" if found[-1].remedy else left
         session.say(f"{checks(found, session.style)}{helps}\n")
     return 0 if is_well else 1
 
@@ -139,69 +132,40 @@ def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backen
     forward = next(forward for forward in snapshot.plan(now) if forward.named == entry)
     try:
         yield from _Walk(snapshot, forward, backend).steps()
-    except _StoppedError as stopped:
+    except StoppedError as stopped:
         yield stopped.check
 
 
-class _StoppedError(Exception):
-    """The way ends here; ``check`` says why."""
-
-    def __init__(self, check: Check) -> None:
-        super().__init__(check.text)
-        self.check = check
-
-
 class _Walk:
-    """The steps for one forward, in their order, up to the first `_StoppedError`."""
+    """The steps for one forward, in their order, up to the first `StoppedError`."""
 
     def __init__(self, snapshot: Snapshot, forward: Forward, backend: Backend) -> None:
         self._snapshot = snapshot
         self._forward = forward
         self._backend = backend
+        self._stops = Stops(forward, snapshot.inventory)
         self._target = snapshot.inventory.qubes[forward.named.target]
 
     def steps(self) -> Iterator[Check]:
         forward = self._forward
         if forward.exposed is None or not forward.is_live:
-            raise self._planned("rule", forward.decisive)
-        yield _ok("rule", f"{forward.named} is {forward.state}")
+            raise self._stops.planned("rule", forward.decisive)
+        yield ok("rule", f"{forward.named} is {forward.state}")
         if forward.named.rule.sources.has_names:
-            yield _ok("sources", f"{reasons.let_in(forward)} may connect")
+            yield ok("sources", f"{reasons.let_in(forward)} may connect")
         if forward.listener_config is None:
-            yield from self._by_nft()
+            yield from nftwalk.steps(self._snapshot, forward, self._backend)
             return
         yield from self._at_exposed(forward.exposed, forward.listener_config)
         yield from self._at_target()
         if self._target.is_running:
             yield self._round_trip(forward.exposed, forward.listener_config)
 
-    def _by_nft(self) -> Iterator[Check]:
-        halted = (Cause.EXPOSED_HALTED, Cause.HOP_HALTED, Cause.TARGET_HALTED)
-        for found in filter(None, map(self._forward.finding, halted)):
-            raise self._planned("path", found)
-        for check in nftwalk.hops(self._forward, self._snapshot.inventory, self._backend):
-            if check.verdict is Verdict.STOPS:
-                raise _StoppedError(check)
-            yield check
-        name, rule = self._target.name, self._forward.named.rule
-        if not self._snapshot.inventory.offers(name):
-            yield _unknown("server", f"{name} was not asked whether a server listens")
-            return
-        trial = self._ask("server", name, f"{rule.proto}.{rule.target_ports.first}").trial
-        if trial is None or trial.answer is Answer.FAILED:
-            yield _unknown("server", f"{name} does not say whether a server listens")
-        elif trial.answer is not Answer.THROUGH:
-            may_change = trial.reason == Refusal.LOOPBACK and rule.proto is Proto.TCP
-            cause = Fault.AT_LOOPBACK if may_change else Fault.NO_SERVER_BEYOND
-            raise self._stopped("server", cause, trial.text)
-        else:
-            yield _ok("server", trial.text)
-
     def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Check]:
         halted = self._forward.finding(Cause.EXPOSED_HALTED)
         if halted is not None:
-            raise self._planned("exposed qube", halted)
-        yield _ok("exposed qube", f"{exposed} is running")
+            raise self._stops.planned("exposed qube", halted)
+        yield ok("exposed qube", f"{exposed} is running")
 
         allowed = policy.allowing(self._snapshot.installed.text)
         told = self._snapshot.inventory.qubes[exposed].features.get(f"{CONFIG_PREFIX}{config.key}")
@@ -211,13 +175,13 @@ class _Walk:
             lacking.append(f"{exposed} has {'no' if told is None else 'another'} configuration for it")
         if lacking:
             raise self._stopped("applied", Fault.NOT_APPLIED, "; ".join(lacking))
-        yield _ok("applied", "dom0's policy and the listener's configuration match the rule")
+        yield ok("applied", "dom0's policy and the listener's configuration match the rule")
 
         answer = self._ask("listener", exposed)
         found = uptake(self._forward, answer)
         if found.is_shut and found.has is not Has.FIREWALL:
             raise self._stopped("listener", found.has, found.said)
-        yield _ok("listener", f"{exposed} listens on {self._forward.named.rule.listen_ports.worded()}")
+        yield ok("listener", f"{exposed} listens on {self._forward.named.rule.listen_ports.worded()}")
         if found.is_shut:
             raise self._stopped("firewall", found.has, found.said)
         yield self._firewall(exposed, config, answer.firewall)
@@ -226,9 +190,9 @@ class _Walk:
         verdict = verdicts[self._forward.named[:2]]
         call = f"{self._forward.service} from {exposed} to {self._target.name}"
         if verdict.is_allowed:
-            yield _ok("policy", f"dom0 allows {call}")
+            yield ok("policy", f"dom0 allows {call}")
         elif verdict.is_allowed is None:
-            yield _unknown("policy", verdict.reason)
+            yield unknown("policy", verdict.reason)
         else:
             raise self._stopped("policy", Fault.DENIED, f"dom0 denies {call}: {verdict.reason}")
 
@@ -246,7 +210,7 @@ class _Walk:
         if set(words.values()) == {Firewall.CLOSED}:
             raise self._stopped("firewall", Fault.CLOSED, text)
         # The client chooses the IP version: one that is open does not make up for one that is closed.
-        return (_ok if set(words.values()) == {Firewall.OPEN} else _unknown)("firewall", text)
+        return (ok if set(words.values()) == {Firewall.OPEN} else unknown)("firewall", text)
 
     def _at_target(self) -> Iterator[Check]:
         """The target itself, as the plan only knows what its template offers."""
@@ -254,22 +218,22 @@ class _Walk:
         port = self._forward.named.rule.target_ports.first  # of a range it stands for all
         halted = self._forward.finding(Cause.TARGET_HALTED)
         if halted is not None:
-            raise self._planned("target", halted)
+            raise self._stops.planned("target", halted)
         if not self._target.is_running:
-            yield _unknown("target", f"{name} is halted, and a connection starts it")
-            yield _unknown("service", f"{name} was not asked whether it has {service}")
+            yield unknown("target", f"{name} is halted, and a connection starts it")
+            yield unknown("service", f"{name} was not asked whether it has {service}")
             return
-        yield _ok("target", f"{name} is running")
+        yield ok("target", f"{name} is running")
         if service is not Service.FORWARD_TCP:
-            yield _unknown("service", f"{name} was not asked whether it has {service}")
-            yield _unknown("server", f"{name} was not asked whether a server listens")
+            yield unknown("service", f"{name} was not asked whether it has {service}")
+            yield unknown("server", f"{name} was not asked whether a server listens")
             return
         trial = self._ask("service", name, str(port)).trial
-        yield _ok("service", f"{name} has {_PACKAGE}, and answers")
+        yield ok("service", f"{name} has {_PACKAGE}, and answers")
         if trial is None:
-            yield _unknown("server", f"{name} does not say whether a server listens")
+            yield unknown("server", f"{name} does not say whether a server listens")
         elif trial.answer is Answer.THROUGH:
-            yield _ok("server", f"a server in {name} takes connections on port {port}")
+            yield ok("server", f"a server in {name} takes connections on port {port}")
         else:
             text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
             raise self._stopped("server", Fault.NO_SERVER, text)
@@ -278,7 +242,7 @@ class _Walk:
         trial = self._ask("round trip", exposed, config.key).trial
         if trial is None or trial.answer is Answer.SILENT:
             text = f"a connection from {exposed} got no answer"
-            return _unknown("round trip", text if trial is None else f"{text}: {trial.text}")
+            return unknown("round trip", text if trial is None else f"{text}: {trial.text}")
         if trial.answer is not Answer.THROUGH:
             text = f"a connection from {exposed} did not reach the server: {trial.text}"
             raise self._stopped("round trip", trial.reason, text, self._target.name)
@@ -287,7 +251,7 @@ class _Walk:
         header = f"with a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
         if proxy is Proxy.OFF:
             header = "without a PROXY header (if the server expects one, set proxy=v1 or proxy=v2)"
-        return _ok("round trip", f"a connection from {exposed} reached the server, {header}")
+        return ok("round trip", f"a connection from {exposed} reached the server, {header}")
 
     def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport:
         try:
@@ -307,31 +271,5 @@ class _Walk:
 
     def _stopped(
         self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str
-    ) -> _StoppedError:
-        """``qube`` is the qube that lacks something, if any does."""
-        template = None if qube is None else self._snapshot.inventory.qubes[qube].template or qube
-        target, name, *_ = self._forward.named
-        facts: dict[str, object] = {"target": target, "name": name, "exposed": self._forward.exposed}
-        facts |= {"qube": qube, "template": template, **more}
-        remedy, *commands = _REMEDIES.get(cause, _OTHERWISE)
-        ways_out = tuple(tuple(word.format(**facts) for word in command.split()) for command in commands)
-        remedy = remedy.format(*(f"'{' '.join(words)}'" for words in ways_out), **facts)
-        return _StoppedError(Check(step, Verdict.STOPS, text, cause, remedy, ways_out))
-
-    def _planned(self, step: str, found: Finding) -> _StoppedError:
-        """The plan has found what stops this step."""
-        ways_out = reasons.ways_out(self._forward, found)
-        quoted = [f"'{' '.join(words)}'" for words in ways_out]
-        # Where somebody has to agree after something else, that is the last.
-        last = quoted.pop() if len(ways_out) > 1 and ways_out[-1][1] == "confirm" else None
-        remedy = " or ".join(quoted) if last is None else f"{' or '.join(quoted)}, then {last}"
-        text = f"{self._forward.named} is {self._forward.state}. {reasons.sentence(self._forward, found)}"
-        return _StoppedError(Check(step, Verdict.STOPS, text, found.cause, remedy, ways_out))
-
-
-def _ok(step: str, text: str) -> Check:
-    return Check(step, Verdict.OK, text)
-
-
-def _unknown(step: str, text: str) -> Check:
-    return Check(step, "unknown", text)
+    ) -> StoppedError:
+        return self._stops.stopped(step, cause, text, _REMEDIES.get(cause, _OTHERWISE), qube, **more)

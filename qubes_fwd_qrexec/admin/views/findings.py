@@ -69,6 +69,8 @@ def shown(
     ``verdict`` what its whole policy says of a live one."""
     found = [_shown(forward, finding, now) for finding in forward.findings if finding.cause in _NAMES]
     found.sort(key=lambda one: _ORDER.index(one.name))
+    if forward.is_live and forward.mode is Mode.NFT:
+        found.append(Check("safety", Verdict.NOTE, reasons.safety(forward)))
     return (*found, _policy(forward, planned, installed, verdict))
 
 
@@ -105,9 +107,7 @@ def _reached(forward: Forward) -> str:
 def _policy(forward: Forward, planned: Plan, installed: PolicyFile, verdict: PolicyVerdict | None) -> Check:
     """What dom0 says now, which may not be what the plan asks for."""
     if forward.is_live and forward.mode is Mode.NFT:
-        return Check(
-            "policy", Verdict.OK, "packets need no policy: dom0 judges the rule, not each connection"
-        )
+        return Check("policy", Verdict.OK, "packets need no policy")
     allowed = policy.allowing(installed.text)
     unread = f"whether {policy.NAME}.policy allows the call is not known, as it cannot be read"
     if forward.is_live:

@@ -5,72 +5,146 @@ All of it is what the qubes say; nothing is decided by it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import confirming
 from qubes_fwd_qrexec.admin.answers import NotRunningError, at_once
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.confirming import Answer, Unconfirmed
-from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.confirming import Answer, Lack, Unconfirmed
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
+from qubes_fwd_qrexec.admin.revoking import DRAIN_S
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, parse_nft_key
 from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport
 from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import confirmed
-from .render import exposed_at, forward_as_json
-from .tables import Style, Table, size
+from .listeners import GoesOn
+from .render import Role, exposed_at, forward_as_json, roles_of
+from .tables import Style, Table, escaped, size
 
 _TITLES = (
-    *("QUBE", "NAME", "STATE", "EXPOSED AT", "THEN", "CONNECTIONS", "PACKETS"),
+    *("QUBE", "NAME", "STATE", "EXPOSED AT", "THEN", "IN FORCE", "CONNECTIONS", "PACKETS"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
 
 
-class NftRow(NamedTuple):
-    """One live forward by nft. ``hops`` say of each qube, the exposed qube first, whether it has it in force:
-    None if so, and else what it does not confirm. ``counted`` is what the exposed qube has counted.
+class Standing(StrEnum):
+    """How a forward stands at one qube of its path."""
+
+    IN_FORCE = "in-force"
+    """The qube says that it has in force what dom0 wants."""
+    NOT_IN_FORCE = "not-in-force"
+    NO_ANSWER = "no-answer"
+    HALTED = "halted"
+
+
+class Hop(NamedTuple):
+    """One qube of a forward's path, the target among them. ``doubt`` is what it does not confirm, and
+    ``counted`` what it has counted, if it has the forward at all.
     """
 
-    forward: Forward
-    hops: Mapping[QubeName, Unconfirmed | None]
-    counted: PathReport | None
+    qube: QubeName
+    role: Role
+    standing: Standing
+    doubt: Unconfirmed | None = None
+    counted: PathReport | None = None
 
     @property
-    def doubts(self) -> list[Unconfirmed]:
-        return [doubt for doubt in self.hops.values() if doubt is not None]
+    def reason(self) -> str | None:
+        """Why the forward is not known to be in force there; None if it is."""
+        if self.doubt is not None:
+            return confirmed.lack(self.doubt)
+        return f"{self.qube} is halted" if self.standing is Standing.HALTED else None
+
+    @property
+    def is_in_force(self) -> bool:
+        return self.standing is Standing.IN_FORCE
+
+    def as_json(self) -> dict[str, Any]:
+        cause = None if self.doubt is None else self.doubt.lack
+        told = {"qube": self.qube, "role": self.role, "state": self.standing}
+        return {**told, "cause": cause, "reason": self.reason, "figures": figures(self)}
+
+
+def figures(hop: Hop) -> dict[str, Any]:
+    """What a qube has counted since the forward is in force there; a target counts no bytes to clients."""
+    counted = hop.counted
+    if counted is None:
+        return {"is_known": False, "reason": hop.reason}
+    return {
+        "is_known": True,
+        "total": counted.connections,
+        "packets": counted.packets,
+        "sent": counted.sent,
+        "received": None if hop.role is Role.TARGET else counted.received,
+    }
+
+
+class NftRow(NamedTuple):
+    """One live forward by nft, and the qubes of its path, the exposed qube first."""
+
+    forward: Forward
+    hops: tuple[Hop, ...]
 
     @property
     def state(self) -> State:
-        return State.WAITING if self.doubts else self.forward.state
+        is_out = any(hop.standing is Standing.NOT_IN_FORCE for hop in self.hops)
+        return State.WAITING if is_out else self.forward.state
+
+    @property
+    def reason(self) -> str | None:
+        """What keeps packets from going the whole path, as far as its qubes say."""
+        out = [hop for hop in self.hops if hop.standing in (Standing.NOT_IN_FORCE, Standing.HALTED)]
+        return "; ".join(hop.reason for hop in out if hop.reason is not None) or None
+
+    @property
+    def is_least(self) -> bool:
+        """Whether the exposed qube may forward packets of open connections without counting them.
+
+        Stock netvms offload what goes from a qube to their own netvm, so not at a network card or a VPN.
+        """
+        return self.forward.side is Side.UPLINK
 
     def as_json(self) -> dict[str, Any]:
+        waiting: dict[str, Any] = {}
+        if self.state is not self.forward.state:
+            out = next(hop.doubt for hop in self.hops if hop.standing is Standing.NOT_IN_FORCE)
+            waiting = {"state": self.state, "cause": out and out.lack, "reason": self.reason}
         return {
             **forward_as_json(self.forward),
-            "state": self.state,
-            "path": [
-                {"qube": qube, "is_in_force": doubt is None, "reason": doubt and confirmed.words(doubt)}
-                for qube, doubt in self.hops.items()
-            ],
-            "figures": None if self.counted is None else self.counted.as_json(),
+            **waiting,
+            "ports": self.forward.named.rule.listen_ports.brief(),
+            "is_allowed": True,
+            "policy": "",
+            "figures": figures(self.hops[0]) | {"is_least": self.is_least},
+            "answers": [hop.as_json() for hop in self.hops],
         }
 
 
 class NftStatus(NamedTuple):
-    """All live forwards by nft, and what is in force that should not be."""
+    """All live forwards by nft, and what qubes have in force besides.
+
+    ``leftovers`` are in force though no rule asks for them and nothing tells the qube to, ``draining`` are
+    connections that may go on for some time. ``problems`` are what firewalls say is wrong with them.
+    ``silent`` are the qubes that gave no answer.
+    """
 
     rows: tuple[NftRow, ...] = ()
     leftovers: tuple[Unconfirmed, ...] = ()
+    draining: tuple[GoesOn, ...] = ()
+    problems: Mapping[QubeName, str] = {}
+    silent: Mapping[QubeName, str] = {}
 
     @property
     def is_well(self) -> bool:
-        return not self.leftovers and not any(row.doubts for row in self.rows)
-
-    def lines(self) -> Iterator[str]:
-        """What is not as it should be, in a sentence each."""
-        yield from (f"Still open: {confirmed.words(doubt)}." for doubt in self.leftovers)
-        for row in self.rows:
-            yield from (f"{confirmed.words(doubt)}." for doubt in row.doubts)
+        return not (
+            self.leftovers or self.problems or any(row.state is not row.forward.state for row in self.rows)
+        )
 
     def table(self, style: Style) -> str:
         """The forwards as a table; empty if there are none."""
@@ -78,46 +152,125 @@ class NftStatus(NamedTuple):
             return ""
         return Table(_TITLES, [*map(_cells, self.rows)], [row.state for row in self.rows]).text(style)
 
+    def left(self) -> Iterator[str]:
+        """A sentence for each that is in force and should not be."""
+        for doubt in self.leftovers:
+            target, name = parse_nft_key(doubt.key)
+            yield (
+                f"No rule asks for this: {doubt.qube} still forwards {target} {name} by nft, which nothing "
+                f"tells it to; restart {doubt.qube}, or cut off {target} with 'qvm-prefs {target} netvm '''."
+            )
+
+    def remarks(self) -> Iterator[str]:
+        """What is not as it should be, or not known, in a sentence each."""
+        for row in self.rows:
+            name = row.forward.named
+            if row.reason is not None:
+                helps = f"'qvm-forward diagnose {name}' says what helps"
+                yield f"{name} is {State.WAITING}: {row.reason}; {helps}."
+        for qube, text in self.problems.items():
+            yield f"{qube}: its firewall for forwards by nft is not as it should be: {escaped(text)}."
+        if self.silent:
+            why = "; ".join(dict.fromkeys(map(escaped, self.silent.values())))
+            yield f"What is forwarded by nft at {', '.join(self.silent)} is unknown: {why}."
+        least = {str(row.forward.exposed): None for row in self.rows if row.is_least and row.hops[0].counted}
+        if least:
+            yield (
+                f"{', '.join(least)} may have passed on more packets and bytes: while a flowtable speeds up "
+                "a connection, they are not counted."
+            )
+
+
+def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str] = ()) -> list[QubeName]:
+    """The running qubes whose answers `nft_status` wants for a part of the plan: those of the paths, and
+    those of ``qubes``, or any, that may have something in force.
+    """
+    paths = {qube for forward in planned.live for qube, _ in forward.nft_configs}
+    may_have = {qube for qube in confirming.forwarding(inventory) if not qubes or qube in qubes}
+    return sorted(may_have | {qube for qube in paths if inventory.qubes[qube].is_running})
+
+
+def ask_all(backend: Backend, qubes: Collection[QubeName]) -> dict[QubeName, Answer]:
+    """What each of these qubes says of its firewall; all are asked at once."""
+    return at_once(lambda qube: confirming.ask(qube, backend), qubes)
+
 
 def nft_status(
-    planned: Plan, everything: Plan, inventory: Inventory, backend: Backend, qubes: Collection[str] = ()
+    planned: Plan, everything: Plan, inventory: Inventory, answers: Mapping[QubeName, Answer], now: float
 ) -> NftStatus:
-    """Ask the qubes of all paths, all at once. ``planned`` is the part of the plan that is shown; where it is
-    about some ``qubes``, only they are asked for what should not be.
-    """
-    shown = [forward for forward in planned.live if forward.mode is Mode.NFT]
-    asked = {qube for qube in confirming.forwarding(inventory) if not qubes or qube in qubes}
+    """How forwards by nft are, by these answers; ``planned`` is the part of the plan that is shown."""
     wanted = {(qube, config.key) for forward in everything.live for qube, config in forward.nft_configs}
-    path = {qube for forward in shown for qube, _ in forward.nft_configs if inventory.qubes[qube].is_running}
-    answers = at_once(lambda qube: confirming.ask(qube, backend), sorted(asked | path))
-    leftovers = (
-        confirming.judged(qube, forward.key, None, answer)
-        for qube, answer in answers.items()
-        if qube in asked and isinstance(answer, NftReport)
-        for forward in answer.forwards
-        if (qube, forward.key) not in wanted
+    leftovers: list[Unconfirmed] = []
+    draining: dict[str, GoesOn] = {}
+    problems: dict[QubeName, str] = {}
+    silent: dict[QubeName, str] = {}
+    for qube, answer in answers.items():
+        if not isinstance(answer, NftReport):
+            if answer.status != ExitStatus.NO_SERVICE:
+                silent[qube] = str(answer)
+            continue
+        if answer.problem is not None:
+            problems[qube] = answer.problem
+        for report in answer.forwards:
+            if (qube, report.key) in wanted:
+                continue
+            if report.draining:
+                draining.setdefault(report.key, _draining(qube, report.key, everything, now))
+            elif report.digest is not None and not _is_told(inventory, qube, report.key):
+                leftovers.append(Unconfirmed(qube, report.key, Lack.STILL_IN_FORCE, is_opening=False))
+    rows = tuple(NftRow(f, hops(f, answers)) for f in planned.live if f.mode is Mode.NFT)
+    return NftStatus(rows, tuple(leftovers), tuple(draining.values()), problems, silent)
+
+
+def _is_told(inventory: Inventory, qube: QubeName, key: str) -> bool:
+    """Whether dom0 tells a qube of it, so that applying takes it away."""
+    return f"{CONFIG_PREFIX}{key}" in inventory.qubes[qube].features
+
+
+def _draining(qube: QubeName, key: str, everything: Plan, now: float) -> GoesOn:
+    """Connections that a qube lets go on, for as long as the rule says, or at most."""
+    target, name = parse_nft_key(key)
+    forward = everything.find(target, name)
+    expire = None if forward is None else forward.named.rule.expire
+    left_s = DRAIN_S if expire is None else min(DRAIN_S, max(0, int(expire + DRAIN_S - now)))
+    return GoesOn(target, name, qube, None, left_s)
+
+
+def hops(forward: Forward, answers: Mapping[QubeName, Answer]) -> tuple[Hop, ...]:
+    """What the qubes of a forward's path say, the exposed qube first; one that was not asked is halted."""
+    roles = roles_of(forward, [qube for qube, _ in forward.nft_configs])
+    return tuple(
+        _hop(qube, roles[qube], config, answers.get(qube)) for qube, config in reversed(forward.nft_configs)
     )
-    rows = tuple(nft_row(forward, answers) for forward in shown)
-    return NftStatus(rows, tuple(doubt for doubt in leftovers if doubt is not None))
 
 
-def nft_row(forward: Forward, answers: Mapping[QubeName, Answer]) -> NftRow:
-    """What the qubes of a forward's path say; one that was not asked is halted."""
-    halted = NotRunningError("halted")
-    hops = {
-        qube: confirming.judged(qube, config.key, config, answers.get(qube, halted))
-        for qube, config in reversed(forward.nft_configs)
-    }
-    exposed, config = forward.nft_configs[-1]
-    answer = answers.get(exposed)
-    return NftRow(forward, hops, answer.find(config.key) if isinstance(answer, NftReport) else None)
+def _hop(qube: QubeName, role: Role, config: NftConfig, answer: Answer | None) -> Hop:
+    if answer is None:
+        return Hop(qube, role, Standing.HALTED)
+    if isinstance(answer, NotRunningError):  # it was running just now
+        silent = Unconfirmed(qube, config.key, Lack.NO_ANSWER, is_opening=True, said=str(answer))
+        return Hop(qube, role, Standing.NO_ANSWER, silent)
+    counted = answer.find(config.key) if isinstance(answer, NftReport) else None
+    doubt = confirming.judged(qube, config.key, config, answer)
+    standing = Standing.IN_FORCE if doubt is None else Standing.NOT_IN_FORCE
+    if doubt is not None and doubt.lack == Lack.NO_ANSWER:
+        standing = Standing.NO_ANSWER
+    return Hop(qube, role, standing, doubt, counted)
 
 
 def _cells(row: NftRow) -> tuple[str, ...]:
-    named, counted = row.forward.named, row.counted
-    then = " - ".join((*row.forward.hops[1:], named.target))
-    cells = (named.target, named.name, row.state, exposed_at(row.forward), then)
+    named, counted = row.forward.named, row.hops[0].counted
+    then = " - ".join(hop.qube for hop in row.hops[1:])
+    in_force = sum(hop.is_in_force for hop in row.hops)
+    words = (
+        named.target,
+        named.name,
+        row.state,
+        exposed_at(row.forward),
+        then,
+        f"{in_force} of {len(row.hops)}",
+    )
     if counted is None:
-        return (*cells, *("unknown",) * 4)
+        return (*words, *("unknown",) * 4)
     numbers = (str(counted.connections), str(counted.packets))
-    return (*cells, *numbers, size(counted.sent), size(counted.received))
+    return (*words, *numbers, size(counted.sent), size(counted.received))

@@ -1,69 +1,200 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The steps of diagnose for a forward by nft: qube by qube from the clients to the server."""
+"""The steps of diagnose for a forward by nft: qube by qube from the clients to the server.
+
+dom0 sends no packets, so the last word is the counts of the qubes: where they stand still while a client
+tries, its packets do not arrive.
+"""
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 
-from qubes_fwd_qrexec.admin import confirming
+from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.confirming import Lack
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
-from qubes_fwd_qrexec.admin.states import Forward, Verdict
+from qubes_fwd_qrexec.admin.confirming import Answer, Lack
+from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
+from qubes_fwd_qrexec.admin.states import Cause, Forward, Verdict
+from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
-from qubes_fwd_qrexec.common.nftreport import NftReport
+from qubes_fwd_qrexec.common.nftreport import Why
+from qubes_fwd_qrexec.common.refusals import Refusal
+from qubes_fwd_qrexec.common.rules import Proto
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import confirmed
+from . import listeners, nftstatus
+from .nftstatus import Hop
 from .tables import Check, counted
+from .walking import Remedy, StoppedError, Stops, ok, unknown
 
+NOT_APPLIED, NO_SERVER = "not-applied", "no-server"
 _UNIT = "qubes-forward-nft"
-_NOT_APPLIED = "not-applied"
-_APPLY = (("qvm-forward", "apply"),)
-_HELPS: dict[str, str] = {
-    Lack.NO_SERVICE: "install or update qubes-fwd-qrexec in the template of {qube}, and restart both",
-    Lack.NO_FAMILY: "restart {qube} if IPv6 was switched on for it since it started",
+_INSTALL = "install or update qubes-fwd-qrexec in {template}, shut {template} down, and start {qube} again"
+_READ_ANEW = f"'systemctl restart {_UNIT}' in {{qube}} reads everything again; its journal there says more"
+_SRCHOSTS = "qvm-forward set {target} {name} srchosts=NETWORKS"
+_QREXEC = "qvm-forward set {target} {name} mode=qrexec"
+_BEYOND = "have it listen at more than loopback addresses, such as at 0.0.0.0 and ::"
+_REMEDIES: dict[str, Remedy] = {
+    NOT_APPLIED: ("{0}", "qvm-forward apply"),
+    Lack.NO_SERVICE: (_INSTALL,),
+    Lack.NO_ANSWER: ("{helps}",),
+    Lack.NOT_IN_FORCE: (_READ_ANEW,),
+    Lack.NO_FAMILY: (
+        "restart {qube}, if it got an IPv6 address since it started; or let in networks of the other IP "
+        "version alone: {0}",
+        _SRCHOSTS,
+    ),
+    Why.NO_TABLE: (
+        "'systemctl restart qubes-iptables' in {qube} loads Qubes' firewall again; if it has no chains "
+        "custom-forward and custom-input, update qubes-core-agent in {template}",
+    ),
+    Why.OVER: ("'sudo qvm-sync-clock' in {qube}, and the same in dom0, set their clocks",),
+    Why.FAILED: (f"'systemctl status {_UNIT}' in {{qube}} says why nft refused it",),
+    NO_SERVER: (f"start the server in {{target}}, and {_BEYOND}",),
 }
-_OTHERWISE = (
-    f"'systemctl status {_UNIT}' in {{qube}} says more; restart {{qube}} if the service {_UNIT} was switched "
-    "on since it started"
+_LOOPBACK: dict[Proto, Remedy] = {
+    Proto.TCP: (
+        f"{_BEYOND}; or send it over qrexec, which gets to 127.0.0.1, too: {{0}}",
+        _QREXEC,
+    ),
+    Proto.UDP: (_BEYOND,),
+}
+# What is left to be tried, where every step is well.
+CONCLUSION = (
+    "Everything that dom0 can see is as it should be, and dom0 sends no packets. Let a client try, and run "
+    "this again: the first qube whose counts stand still is not reached."
 )
+# More clients are not named.
+_CLIENTS_MAX = 5
 
 
-def hops(forward: Forward, inventory: Inventory, backend: Backend) -> Iterator[Check]:
-    """Whether each running qube of the path has the forward in force, and lets packets through. The last of
-    them stops if one does not.
-    """
+def steps(snapshot: Snapshot, forward: Forward, backend: Backend) -> Iterator[Check]:
+    """What each step found, after the rule itself. Raises `StoppedError` at the first that stops."""
+    stops = Stops(forward, snapshot.inventory)
+    for cause in (Cause.EXPOSED_HALTED, Cause.HOP_HALTED, Cause.TARGET_HALTED):
+        if (found := forward.finding(cause)) is not None:
+            raise stops.planned("path", found)
+    yield ok("path", f"packets go {_path(forward)}")
+    lacking = []
     for qube, config in reversed(forward.nft_configs):
-        check = _hop(qube, config, inventory, backend)
-        yield check
-        if check.verdict is Verdict.STOPS:
-            return
+        told = snapshot.inventory.qubes[qube].features.get(f"{CONFIG_PREFIX}{config.key}")
+        if told != str(config):
+            lacking.append(f"{qube} has {'no' if told is None else 'another'} configuration for it")
+    if lacking:
+        raise stops.stopped("applied", NOT_APPLIED, "; ".join(lacking), _REMEDIES[NOT_APPLIED])
+    yield ok("applied", "each qube of the path is told what the rule asks for")
+    yield from _hops(forward, stops, backend)
     if forward.side is Side.VIFS:
-        text = (
-            f"the client's own rules ('qvm-firewall CLIENT') must allow {forward.named.target} and "
-            f"{forward.named.rule.target_ports.worded()}; they are not looked at"
+        yield unknown("client", _client(snapshot, forward))
+    yield _server(forward, stops, backend)
+
+
+def _path(forward: Forward) -> str:
+    """The qubes, and the address by which each of them is sent to."""
+    parts = [f"{forward.exposed} ({forward.side} side)"]
+    (target, _), *before = forward.nft_configs
+    following = [*(qube for qube, _ in reversed(before[:-1])), target]
+    for qube, (_, config) in zip(following, reversed(before), strict=True):
+        parts.append(f"{qube} ({_addresses(config)})")
+    return " - ".join(parts)
+
+
+def _addresses(config: NftConfig) -> str:
+    return ", ".join(str(address) for address in (config.to4, config.to6) if address is not None)
+
+
+def _hops(forward: Forward, stops: Stops, backend: Backend) -> Iterator[Check]:
+    """What each qube of the path says, the exposed qube first."""
+    configs = dict(forward.nft_configs)
+    answers = nftstatus.ask_all(backend, [*configs])
+    before: Hop | None = None
+    for hop in nftstatus.hops(forward, answers):
+        config = configs[hop.qube]
+        step = "target" if config.role is Role.TARGET else "hop"
+        if hop.doubt is not None:
+            raise _stopped(hop, step, stops, answers[hop.qube])
+        yield _counted(step, hop, config, before)
+        before = hop
+
+
+def _stopped(hop: Hop, step: str, stops: Stops, answer: Answer) -> StoppedError:
+    cause = Lack.NOT_IN_FORCE if hop.doubt is None else hop.doubt.lack
+    helps = f"check {hop.qube}, or restart it"
+    if isinstance(answer, AnswerError) and answer.way_out:
+        helps = answer.way_out
+    elif isinstance(answer, AnswerError) and answer.status == ExitStatus.REFUSED:
+        helps = f"{hop.qube} may not take any more calls: wait until some have ended, or restart it"
+    return stops.stopped(step, cause, str(hop.reason), _REMEDIES[cause], hop.qube, helps=helps)
+
+
+def _counted(step: str, hop: Hop, config: NftConfig, before: Hop | None) -> Check:
+    """That a qube has it in force, and how much it has seen of it, which tells where packets get lost."""
+    versions = " and ".join(f"IPv{version}" for version in sorted(config.versions))
+    text = f"{hop.qube} {'lets in' if config.role is Role.TARGET else 'sends on'} {versions}"
+    seen = _seen(hop, is_least=config.side is Side.UPLINK and config.role is Role.HOP)
+    if seen:
+        return ok(step, f"{text}: {seen} until now")
+    sent = "" if before is None else _seen(before)
+    if before is None or not sent:
+        return ok(step, f"{text}, and has seen nothing of it yet")
+    lost = f"they got lost before {hop.qube}, unless it was started since"
+    return Check(step, Verdict.NOTE, f"{text}, and has seen nothing of the {sent} at {before.qube}: {lost}")
+
+
+def _seen(hop: Hop, *, is_least: bool = False) -> str:
+    """What a qube has counted; empty if that is nothing, or unknown. What a flowtable speeds up is no part of
+    its packets (``is_least``).
+    """
+    if hop.counted is None or not (hop.counted.connections or hop.counted.packets):
+        return ""
+    packets = f"{'at least ' if is_least else ''}{counted(hop.counted.packets, 'packet')}"
+    return f"{counted(hop.counted.connections, 'connection')} and {packets}"
+
+
+def _client(snapshot: Snapshot, forward: Forward) -> str:
+    """What the clients' own rules must allow; dom0 does not read these."""
+    exposed, config = forward.nft_configs[-1]
+    clients = [
+        qube.name
+        for qube in snapshot.inventory.qubes.values()
+        if qube.netvm == exposed
+        and qube.name != forward.named.target
+        and _may_come(qube.ip, qube.ip6, config)
+    ]
+    first = clients[0] if len(clients) == 1 else QubeName("CLIENT")
+    named = ", ".join(sorted(clients)[:_CLIENTS_MAX]) + (", ..." if len(clients) > _CLIENTS_MAX else "")
+    address = config.to4 or config.to6
+    allow = f"accept dsthost={address} proto={config.proto} dstports={config.target_ports.brief()}"
+    return (
+        f"the firewall rules of a client itself ({named or 'no qube may come'}) are not looked at: "
+        f"'qvm-firewall {first} list' shows them, and 'qvm-firewall {first} add --before=0 {allow}' lets it "
+        "out"
+    )
+
+
+def _may_come(ip: str | None, ip6: str | None, config: NftConfig) -> bool:
+    addresses = (ip_address(text) for text in (ip, ip6) if text is not None)
+    return any(address.version in config.versions and address in config.sources for address in addresses)
+
+
+def _server(forward: Forward, stops: Stops, backend: Backend) -> Check:
+    """Whether a server listens where packets get, as the target says."""
+    target, rule = forward.named.target, forward.named.rule
+    argument = f"{rule.proto}.{rule.target_ports.first}"  # of a range it stands for all
+    looks = f"'ss -ln{rule.proto[0]}' in {target} shows where servers listen"
+    try:
+        trial = listeners.ask(backend, target, argument).trial
+    except AnswerError as error:
+        text = f"whether a server listens on more than 127.0.0.1 is not known: {error}; {looks}"
+        return unknown("server", text)
+    if trial is None or trial.answer is report.Answer.FAILED:
+        return unknown(
+            "server", f"{target} does not say whether a server listens: {trial and trial.text}; {looks}"
         )
-        yield Check("client", "unknown", text)
-
-
-def _hop(qube: QubeName, config: NftConfig, inventory: Inventory, backend: Backend) -> Check:
-    step = "target" if config.role is Role.TARGET else "hop"
-    told = inventory.qubes[qube].features.get(f"{CONFIG_PREFIX}{config.key}")
-    if told != str(config):
-        text = f"{qube} has {'no' if told is None else 'another'} configuration for it"
-        return Check(step, Verdict.STOPS, text, _NOT_APPLIED, "'qvm-forward apply'", _APPLY)
-    answer = confirming.ask(qube, backend)
-    doubt = confirming.judged(qube, config.key, config, answer)
-    if doubt is not None:
-        helps = _HELPS.get(doubt.lack, _OTHERWISE).format(qube=qube)
-        return Check(step, Verdict.STOPS, confirmed.words(doubt), doubt.lack, helps)
-    report = answer.find(config.key) if isinstance(answer, NftReport) else None
-    if report is None:
-        return Check(step, "unknown", f"{qube} is halted")
-    what = "lets it in" if config.role is Role.TARGET else "sends it on to the next qube"
-    through = counted(report.connections, "connection") if config.role is Role.HOP else ""
-    number = through or counted(report.packets, "packet")
-    text = f"{qube} {what}: {number} until now"
-    if not report.packets and not report.connections:
-        text = f"{qube} {what}, but has seen nothing of it yet"
-    return Check(step, Verdict.OK, text)
+    text = f"in {target}, {trial.text}"
+    if trial.answer is report.Answer.THROUGH:
+        return ok("server", text)
+    if trial.reason == Refusal.LOOPBACK:
+        raise stops.stopped("server", Refusal.LOOPBACK, text, _LOOPBACK[rule.proto])
+    raise stops.stopped("server", NO_SERVER, text, _REMEDIES[NO_SERVER])

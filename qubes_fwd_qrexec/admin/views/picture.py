@@ -31,6 +31,8 @@ _WIDTH_MIN = 24
 # Further networks are counted: `show` prints the whole rule below.
 _SOURCES_MAX = 4
 _MARGIN = "  "
+# What a qube's box says last where nothing gets through.
+_HALTED, _OUT = "halted", "not in force"
 
 
 class _Link(NamedTuple):
@@ -46,11 +48,11 @@ def picture(
     inventory: Inventory,
     *,
     is_allowed: bool,
-    in_force: Mapping[QubeName, bool] = MappingProxyType({}),
+    said: Mapping[QubeName, str] = MappingProxyType({}),
     width: int | None = None,
 ) -> str:
     """The way of a forward as it is now; ``is_allowed``: whether dom0's policy allows its calls, and
-    ``in_force`` whether each running qube of a path by nft lets its packets through.
+    ``said`` how the forward stands at each qube of a path by nft that does not say that it is in force.
     """
     rule = forward.named.rule
     by_nft = forward.mode is Mode.NFT
@@ -62,15 +64,16 @@ def picture(
     for name, texts in (*way, (forward.named.target, [server])):
         qube = inventory.get(name or "")
         is_halted = qube is not None and not qube.is_running
-        is_out = qube is not None and not in_force.get(qube.name, True)
-        state = "halted" if is_halted else "not in force" if is_out else ""
+        state = _HALTED if is_halted else said.get(name or QubeName(""), "")
         boxes.append((str(name or "no qube"), *texts, *([state] if state else [])))
     exposed, target = inventory.get(forward.exposed or ""), inventory.get(forward.named.target)
-    listens = forward.is_live and exposed is not None and exposed.is_running
+    listens = forward.is_live and exposed is not None and exposed.is_running and boxes[1][-1] != _OUT
     first = _Link("loopback" if is_local(forward) else str(forward.side or ""), "-", listens)
     if by_nft:
         label = "nft" if forward.is_live else str(forward.state)
-        links = [_Link(label, "-", forward.is_live and not texts[2:]) for texts in boxes[2:]]
+        links = [
+            _Link(label, "-", forward.is_live and texts[-1] not in (_OUT, _HALTED)) for texts in boxes[2:]
+        ]
     else:
         answers = target is not None and (target.is_running or rule.autostart)
         call = "no policy" if forward.is_live and not is_allowed else str(forward.transport)

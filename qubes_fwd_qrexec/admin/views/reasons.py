@@ -309,6 +309,14 @@ def decision(forward: Forward, decided: Decision) -> str:
     return f"over qrexec, as {why}; '{command}nft' says what nft would take"
 
 
+def safety(forward: Forward) -> str:
+    """In what a forward by nft is less safe than one over qrexec."""
+    return (
+        f"the network stack of {forward.named.target} itself faces the clients, every qube on the way sees "
+        "the traffic, and dom0 judges the rule and not each connection"
+    )
+
+
 def transport_reason(forward: Forward) -> str:
     """Why a forward that has a service goes over its transport."""
     stock = forward.finding(Cause.STOCK_SERVICE)

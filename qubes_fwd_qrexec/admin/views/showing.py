@@ -2,25 +2,23 @@
 """The commands that only show: list, plan, show and policy."""
 
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.answers import NotRunningError, at_once
-from qubes_fwd_qrexec.admin.confirming import ask
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Forward, Plan, Verdict
+from qubes_fwd_qrexec.admin.states import Plan, Verdict
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
-from qubes_fwd_qrexec.common.values import QubeName
 
-from . import findings, reasons, render
+from . import findings, nftstatus, reasons, render
 from .judged import judged
-from .nftstatus import nft_row
+from .nftstatus import Standing
 from .picture import picture
 from .render import broken_as_json, forward_as_json, plan_as_json
 from .session import Session
-from .tables import checks, escaped
+from .tables import Check, checks, escaped
 
 
 def list_rules(args: Namespace, session: Session) -> int:
@@ -88,6 +86,8 @@ def show(args: Namespace, session: Session) -> int:
     installed = snapshot.installed
     verdict = judged([forward], session.backend, installed).get(forward.named[:2])
     found = findings.shown(forward, planned, installed, session.now, verdict)
+    running = [qube for qube, _ in forward.nft_configs if snapshot.inventory.qubes[qube].is_running]
+    hops = nftstatus.hops(forward, nftstatus.ask_all(session.backend, running))
     lines = policy.lines(forward)
     configs = [(qube, f"{CONFIG_PREFIX}{config.key}", str(config)) for qube, config in forward.configs]
     if session.is_json:
@@ -98,17 +98,16 @@ def show(args: Namespace, session: Session) -> int:
             for one in found
         ]
         data |= {"line": str(entry.rule), "policy": list(lines)}
-        data["in_force"] = _in_force(forward, session)
+        data["answers"] = [hop.as_json() for hop in hops]
         data["configs"] = [dict(zip(("qube", "feature", "value"), told, strict=True)) for told in configs]
         session.say_json(data)
         return 0
     session.say(render.explained(forward, session.style))
     is_allowed = found[-1].verdict != Verdict.STOPS
-    in_force = _in_force(forward, session)
-    drawn = picture(
-        forward, snapshot.inventory, is_allowed=is_allowed, in_force=in_force, width=session.style.width
-    )
-    session.say(f"\n{drawn}\n{checks(found, session.style)}\n")
+    said = {hop.qube: hop.standing.replace("-", " ") for hop in hops if not hop.is_in_force}
+    drawn = picture(forward, snapshot.inventory, is_allowed=is_allowed, said=said, width=session.style.width)
+    shown = checks((*found, *_standings(hops)), session.style)
+    session.say(f"\n{drawn}\n{shown}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
     for qube, feature, value in configs:
@@ -118,13 +117,20 @@ def show(args: Namespace, session: Session) -> int:
     return 0
 
 
-def _in_force(forward: Forward, session: Session) -> dict[QubeName, bool]:
-    """Whether the qubes of a path by nft say that they have a forward in force, each that runs."""
-    if forward.mode is not Mode.NFT:
-        return {}
-    answers = at_once(lambda qube: ask(qube, session.backend), [qube for qube, _ in forward.nft_configs])
-    running = {qube: answer for qube, answer in answers.items() if not isinstance(answer, NotRunningError)}
-    return {qube: nft_row(forward, running).hops[qube] is None for qube in running}
+def _standings(hops: Sequence[nftstatus.Hop]) -> Iterator[Check]:
+    """What the qubes of a path by nft say."""
+    at: dict[Standing, list[nftstatus.Hop]] = {}
+    for hop in hops:
+        at.setdefault(hop.standing, []).append(hop)
+    for standing, some in at.items():
+        qubes = ", ".join(hop.qube for hop in some)
+        if standing is Standing.IN_FORCE:
+            yield Check("in force", Verdict.OK, f"at {qubes}")
+        elif standing is Standing.NO_ANSWER:
+            yield Check("in force", "unknown", f"at {qubes}: {some[0].reason}")
+        else:
+            why = "; ".join(str(hop.reason) for hop in some)
+            yield Check("in force", Verdict.STOPS if standing is Standing.NOT_IN_FORCE else Verdict.NOTE, why)
 
 
 def print_policy(args: Namespace, session: Session) -> int:

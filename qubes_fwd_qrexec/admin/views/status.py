@@ -17,12 +17,13 @@ from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
 from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.nftconfig import is_nft_key
 from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Mode, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.system.ending import Ending
 
-from . import reasons, steps
+from . import nftstatus, reasons, steps
 from .judged import judged
 from .listeners import (
     Answer,
@@ -34,7 +35,7 @@ from .listeners import (
     listening,
     uptake,
 )
-from .nftstatus import NftStatus, nft_status
+from .nftstatus import NftStatus
 from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
@@ -119,11 +120,14 @@ class Status(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "leftovers": [{"qube": qube, "what": what} for qube, what in _leftovers(self.due)],
-            "draining": [left._asdict() for left in self.goes_on],
-            "silent": list(self.silent),
+            "leftovers": [
+                *({"qube": qube, "what": what} for qube, what in _leftovers(self.due)),
+                *({"qube": doubt.qube, "what": doubt.key} for doubt in self.by_nft.leftovers),
+            ],
+            "draining": [left._asdict() for left in (*self.goes_on, *self.by_nft.draining)],
+            "silent": sorted({*self.silent, *self.by_nft.silent}),
+            "problems": dict(self.by_nft.problems),
             "forwards": [*(row.as_json() for row in self.rows), *(row.as_json() for row in self.by_nft.rows)],
-            "in_force": [doubt._asdict() for doubt in self.by_nft.leftovers],
             "due": [steps.as_json(step) for step in self.due],
         }
 
@@ -222,15 +226,17 @@ def _look(args: Namespace, session: Session) -> Status:
     verdicts = judged(planned.live, session.backend, snapshot.installed)
     answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
     found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
-    everything = snapshot.plan(session.now)
-    by_nft = nft_status(planned, everything, snapshot.inventory, session.backend, args.qube)
-    return found._replace(by_nft=by_nft)
+    everything, inventory = snapshot.plan(session.now), snapshot.inventory
+    told = nftstatus.ask_all(session.backend, nftstatus.to_ask(planned, inventory, args.qube))
+    return found._replace(by_nft=nftstatus.nft_status(planned, everything, inventory, told, session.now))
 
 
 def text(found: Status, style: Style) -> str:
     """The status for people."""
     parts = [style.state(Verdict.STOPS, escaped(_leftover(*left))) for left in _leftovers(found.due)]
-    parts += [style.state(Verdict.NOTE, f"{_goes_on(left)}.") for left in found.goes_on]
+    parts += [style.state(Verdict.STOPS, left) for left in found.by_nft.left()]
+    goes_on = (*found.goes_on, *found.by_nft.draining)
+    parts += [style.state(Verdict.NOTE, f"{_goes_on(left)}.") for left in goes_on]
     if found.rows:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
         parts.append(table.text(style).rstrip("\n"))
@@ -239,7 +245,7 @@ def text(found: Status, style: Style) -> str:
     if not found.rows and not found.by_nft.rows:
         nothing = "No forward is open." if parts or found.silent else "Nothing is open."
         parts.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
-    remarks = [*_remarks(found), *found.by_nft.lines()]
+    remarks = [*_remarks(found), *found.by_nft.remarks()]
     if (found.rows or found.by_nft.rows) and remarks:
         parts.append("")
     return "".join(f"{part}\n" for part in (*parts, *remarks))
@@ -255,7 +261,8 @@ def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
 
 
 def _leftover(qube: QubeName | None, what: str) -> str:
-    found = f"dom0's policy allows '{what}'" if qube is None else f"{qube} is told to listen for {what}"
+    does = "forward" if is_nft_key(what) else "listen for"
+    found = f"dom0's policy allows '{what}'" if qube is None else f"{qube} is told to {does} {what}"
     return f"No rule asks for this: {found}; 'qvm-forward apply' ends it."
 
 
