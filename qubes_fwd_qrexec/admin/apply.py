@@ -201,15 +201,19 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
     problems: list[str] = []
     untold: list[tuple[Step, str]] = []
     ended: tuple[Ended, ...] = ()
-    may_open, is_overtaken = True, False
+    may_open, is_checked, is_overtaken = True, False, False
     for step in steps:
+        if step.opens and not (step.is_policy or is_checked):
+            # Packets need no policy, so that a hold which began meanwhile is only found by looking.
+            is_overtaken = is_overtaken or not _is_still(installed, backend, if_unread=False)
+            may_open, is_checked = may_open and not is_overtaken, True
         if step.opens and not may_open:
             undone.append(step)
             continue
         try:
             if step.is_policy:
                 backend.replace_policy(step.value, installed.token)
-                installed = _written(backend, step.value)
+                installed, is_checked = _written(backend, step.value), True
             elif step.kind is Kind.REVOKE:
                 ended = revoke(step.allowances, backend)
             else:
@@ -229,9 +233,15 @@ def carry_out(steps: Iterable[Step], backend: Backend, installed: PolicyFile) ->
         else:
             done.append(step)
     if any(step.opens for step in done):
-        with suppress(StoreError):
-            is_overtaken = is_overtaken or backend.read_policy().text != installed.text
+        is_overtaken = is_overtaken or not _is_still(installed, backend, if_unread=True)
     return Outcome(tuple(done), tuple(undone), tuple(problems), tuple(untold), ended, is_overtaken)
+
+
+def _is_still(installed: PolicyFile, backend: Backend, *, if_unread: bool) -> bool:
+    """Whether the policy file says the same; ``if_unread`` if it cannot be read."""
+    with suppress(StoreError):
+        return backend.read_policy().text == installed.text
+    return if_unread
 
 
 def _written(backend: Backend, text: str) -> PolicyFile:

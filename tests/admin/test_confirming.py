@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 from memory import NO_FORWARDS, Memory, applied
-from worlds import nft_world, rule
+from worlds import NOW, nft_world, rule
 
-from qubes_fwd_qrexec.admin import nftpath
+from qubes_fwd_qrexec.admin import nftpath, policy
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind
 from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, judged, unconfirmed
+from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
@@ -174,3 +175,19 @@ def test_what_is_narrowed_is_narrowed_from_the_exposed_qube_before_anything_open
     assert outcome.problems == (f"cannot set sys-firewall {FEATURE}",)
     # What could not be told keeps what it had; the others have closed it.
     assert [qube for qube in PATH if FEATURE in backend.qubes[qube]] == [FIREWALL]
+
+
+class HeldMeanwhile(Memory):
+    """Somebody puts everything on hold while the qubes are being read."""
+
+    def inventory(self, *, with_config: bool = True) -> Inventory:
+        if self.policy is None:
+            self.policy = policy.hold_text(NOW)
+        return super().inventory(with_config=with_config)
+
+
+def test_no_packet_passes_once_everything_is_held() -> None:
+    backend = HeldMeanwhile(nft_world())
+    outcome = applied(backend, BY_NFT)
+    assert not any(step.opens for step in outcome.done)
+    assert not any(entry.startswith("set ") for entry in backend.log)
