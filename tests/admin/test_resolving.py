@@ -168,6 +168,13 @@ def by_nft(sources: str, inventory: Inventory) -> tuple[tuple[QubeName, NftConfi
     return nftpath.configs(named, resolved, path, Side.VIFS, inventory)
 
 
+def test_by_nft_the_forward_is_live() -> None:
+    forward = internal("personal,@tag:games", player("a", 1), more="mode=nft proto=udp")
+    assert forward.state is State.ACTIVE
+    assert [qube for qube, _ in forward.configs] == ["work", "sys-firewall"]
+    assert not any(name in str(config) for name in ("personal", "games") for _, config in forward.configs)
+
+
 def test_by_nft_every_hop_and_the_target_learn_addresses_alone() -> None:
     told = by_nft("personal", nft_world())
     assert [qube for qube, _ in told] == ["work", "sys-firewall"]
