@@ -35,7 +35,10 @@ def test_qubesd_answers_as_recorded(qubesd: FakeQubes, lab: LabDirectory) -> Non
         lab.set_feature(name, "servicevm", "1")  # qubesd gives it to what provides network
     for name in ("fedora-42", "debian-12"):
         # The recorded qubes had no agent to announce it, and were told by hand what their templates offer.
-        for key in ("qrexec", "supported-rpc.qubes.ForwardRevoke", "supported-rpc.qubes.ForwardStatus"):
+        for key in (
+            "qrexec",
+            *(f"supported-rpc.qubes.Forward{word}" for word in ("Nft", "Revoke", "Status")),
+        ):
             lab.remove_feature(name, key)
         lab.set_feature(name, "supported-rpc.qubes.ConnectTCP", "1")
     for exchange in recorded("admin-api.json"):
