@@ -19,7 +19,7 @@ from typing import Any
 from helpers import free_port, is_listening
 
 from bench.memory import descendants, is_agent
-from qubes_fwd_qrexec.lab import control, daemon
+from qubes_fwd_qrexec.lab import asking, daemon
 from qubes_fwd_qrexec.lab.session import LabSession, open_session
 
 BOUND_S = 60.0
@@ -223,11 +223,11 @@ class World:
         self._listener.send_signal(signal.SIGHUP)
 
     def lose_calls(self) -> None:
-        assert control.ask(self.lab, {"do": "drop", "share": 1.0})["dropped"]
+        assert asking.ask(self.lab, {"do": "drop", "share": 1.0})["dropped"]
 
     def calls(self) -> int:
         """How many calls the broker has under way to the target."""
-        return int(control.ask(self.lab, {"do": "status"})["calls"].get(TARGET, 0))
+        return int(asking.ask(self.lab, {"do": "status"})["calls"].get(TARGET, 0))
 
     def said(self, words: str) -> int:
         """How many lines of the listener's log say so."""

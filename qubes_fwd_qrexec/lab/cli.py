@@ -117,9 +117,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     run.set_defaults(action=_run)
 
     listen = commands.add_parser(
-        "listen", help="start in a qube what its units start, in the background until 'down'"
+        "listen", help="start in qubes what their units start, in the background until 'down'"
     )
-    listen.add_argument("qube", metavar="QUBE")
+    listen.add_argument("qubes", metavar="QUBE", nargs="+")
     listen.set_defaults(action=_listen)
 
     for name, (module_name, help_text) in _ELSEWHERE.items():
@@ -151,14 +151,14 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from . import control, daemon
+    from . import asking, daemon
 
     lab = _lab(arguments)
     network = daemon.Network.AUTO
     if arguments.netns or arguments.no_netns:
         network = daemon.Network.NAMESPACES if arguments.netns else daemon.Network.LOOPBACK
     pid = daemon.start(lab, network)
-    print(f"{lab.root}: up (pid {pid}), {_describe(control.ask(lab, {'do': 'status'}))}")
+    print(f"{lab.root}: up (pid {pid}), {_describe(asking.ask(lab, {'do': 'status'}))}")
     return 0
 
 
@@ -180,11 +180,11 @@ def _down(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from . import control, daemon
+    from . import asking, daemon
 
     lab = _lab(arguments)
     is_up = daemon.broker_pid(lab) is not None
-    broker = control.ask(lab, {"do": "status"}) if is_up else {}
+    broker = asking.ask(lab, {"do": "status"}) if is_up else {}
     qubes = {name: str(qube.state) for name, qube in lab.qubes().items()}
     if arguments.json:
         data = {"lab": str(lab.root), "up": is_up, **broker, "qubes": qubes, "knobs": lab.knobs().as_json()}
@@ -250,7 +250,7 @@ def _knob(arguments: argparse.Namespace) -> int:
 
 
 def _drop(lab: LabDirectory, text: str | None) -> int:
-    from . import control
+    from . import asking
 
     if text is None:
         raise UsageError("knob drop: a share of the calls must follow, such as 0.5, or 1 for all")
@@ -260,29 +260,31 @@ def _drop(lab: LabDirectory, text: str | None) -> int:
         share = -1.0
     if not 0 <= share <= 1:
         raise TextError(text, "a share of the calls: a number from 0 to 1")
-    print(f"dropped {control.ask(lab, {'do': 'drop', 'share': share})['dropped']} calls")
+    print(f"dropped {asking.ask(lab, {'do': 'drop', 'share': share})['dropped']} calls")
     return 0
 
 
 def _listen(arguments: argparse.Namespace) -> int:
-    from . import control, units
+    from . import asking, units
 
     lab = _lab(arguments)
-    qube = lab.qube(arguments.qube)
-    if qube.is_admin or not qube.is_running:
-        raise RefusedError(f"{qube.name}: {'has no listener' if qube.is_admin else 'is not running'}")
-    why_no_ip = control.ask(lab, {"do": "status"})["why_no_ip"]
-    wanted = [units.Unit.LISTENER, *([units.Unit.FIREWALL] if why_no_ip is None else [])]
-    started = units.start(lab, qube.name, wanted)
-    for unit in wanted:
-        print(f"{qube.name}: {unit.what} {'is ready' if unit in started else 'runs already'}")
+    for name in arguments.qubes:
+        qube = lab.qube(name)
+        if qube.is_admin or not qube.is_running:
+            raise RefusedError(f"{name}: {'has no listener' if qube.is_admin else 'is not running'}")
+    why_no_ip = asking.ask(lab, {"do": "status"})["why_no_ip"]
+    kinds = [units.Unit.LISTENER, *([units.Unit.FIREWALL] if why_no_ip is None else [])]
+    wanted = [(name, unit) for name in arguments.qubes for unit in kinds]
+    started = units.start(lab, wanted)
+    for name, unit in wanted:
+        print(f"{name}: {unit.what} {'is ready' if (name, unit) in started else 'runs already'}")
     if why_no_ip is not None:
-        print(f"{qube.name}: no firewall, and no forward by nft: {why_no_ip}")
+        print(f"no firewall, and no forward by nft: {why_no_ip}")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from . import control, inhabitants, netns
+    from . import asking, inhabitants, netns
 
     lab = _lab(arguments)
     program = arguments.program[1:] if arguments.program[:1] == ["--"] else arguments.program
@@ -291,7 +293,7 @@ def _run(arguments: argparse.Namespace) -> int:
     is_outside = arguments.qube in netns.OUTSIDE
     if not is_outside and lab.qube(arguments.qube).is_admin:
         raise RefusedError("dom0 is this machine itself: run the program without the lab")
-    if control.ask(lab, {"do": "status"})["network"] == "namespaces":
+    if asking.ask(lab, {"do": "status"})["network"] == "namespaces":
         netns.enter_for_good(lab, arguments.qube)
     os.environ[_LAB_VARIABLE] = str(lab.root)
     os.environ[inhabitants.VARIABLE] = str(lab.root / arguments.qube)

@@ -63,8 +63,7 @@ def run_nft_demo(session: LabSession, narrator: Narrator) -> None:
     with session.lab.locked():
         for qube in _PATH:
             session.lab.set_feature(qube, NFT_FEATURE, "1")
-    for qube in _PATH:
-        narrator.lab("listen", qube)
+    narrator.lab("listen", *_PATH)
 
     say(f"In 'work', a server listens on TCP port {_TCP_PORT}, and an echo server on UDP port {_UDP_PORT}.")
     session.start(session.in_qube(_TARGET, sys.executable, "-I", "-c", _SERVER, _TCP_PORT, _UDP_PORT))

@@ -17,7 +17,7 @@ from pathlib import Path
 from qubes_fwd_qrexec.common.errors import ForwardError, StoreError
 from qubes_fwd_qrexec.system.unixsockets import SOCKET_PATH_MAX
 
-from . import control, daemon, units
+from . import asking, daemon, units
 from .blueprint import create_lab
 from .directory import LabDirectory
 
@@ -40,12 +40,12 @@ class LabSession:
     @property
     def has_namespaces(self) -> bool:
         """Whether each qube has a network of its own."""
-        return bool(control.ask(self.lab, {"do": "status"})["network"] == "namespaces")
+        return bool(asking.ask(self.lab, {"do": "status"})["network"] == "namespaces")
 
     @property
     def has_ip(self) -> bool:
         """Whether the qubes are joined by IP, and each has a firewall."""
-        return control.ask(self.lab, {"do": "status"})["why_no_ip"] is None
+        return asking.ask(self.lab, {"do": "status"})["why_no_ip"] is None
 
     def command(self, program: str, *words: str) -> list[str]:
         """One of this project's programs, by its module, as a command line."""
@@ -73,7 +73,7 @@ class LabSession:
     def start_listener(self, qube: str, *options: str) -> "subprocess.Popen[bytes]":
         """Start a qube's listener; it listens when this returns, or `SessionError` is raised."""
         words = [*units.listener_words(self.lab, qube), *options]
-        with units.notified(self.lab) as (sock, address):
+        with units.notified() as (sock, address):
             process = self.start(words, env=os.environ | {"NOTIFY_SOCKET": address})
             problem = units.why_not_ready(sock, process)
         if problem is not None:

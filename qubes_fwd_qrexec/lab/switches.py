@@ -24,12 +24,15 @@ async def follow_switches(broker: Broker) -> None:
     before: set[QubeName] = set()
     while True:
         running = {name for name, qube in broker.view.qubes.items() if qube.is_running}
-        for name in sorted(running - before):
-            try:
+        wanted = []
+        try:
+            for name in sorted(running - before):
                 if lab.feature(name, NFT_FEATURE, with_template=True):
                     _log.info("%s: starts %s", name, Unit.FIREWALL.what)
-                    await trio.to_thread.run_sync(units.start, lab, name, [Unit.FIREWALL])
-            except StoreError as error:
-                _log.error("%s", error)
+                    wanted.append((name, Unit.FIREWALL))
+            if wanted:
+                await trio.to_thread.run_sync(units.start, lab, wanted)
+        except StoreError as error:
+            _log.error("%s", error)
         before = running
         await trio.sleep(_WATCH_S)

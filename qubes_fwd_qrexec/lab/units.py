@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,6 +27,7 @@ _LOCK_TIMEOUT_S = 2 * READY_TIMEOUT_S
 # Says of a process which unit it belongs to.
 _VARIABLE = "QUBES_LAB_UNIT"
 _LINES_TOLD = 3
+_END_TIMEOUT_S = 5.0
 
 
 class Unit(StrEnum):
@@ -75,24 +76,35 @@ def running(lab: LabDirectory, qube: str) -> set[Unit]:
     return {unit for unit in Unit if unit in found}
 
 
-def start(lab: LabDirectory, qube: str, units: Iterable[Unit]) -> list[Unit]:
-    """Start those units of a qube that do not run, and return them once they are ready.
+def start(lab: LabDirectory, wanted: Iterable[tuple[str, Unit]]) -> set[tuple[str, Unit]]:
+    """Start those of these units of qubes that do not run, at once, and return them when all are ready.
 
-    Blocks for at most `READY_TIMEOUT_S` for each. Raises `StoreError`.
+    Blocks for `READY_TIMEOUT_S`. Raises `StoreError`; then none of them runs.
     """
-    started = []
-    for unit in units:
-        with notified(lab) as (sock, address):
-            if unit not in running(lab, qube):
-                _start(lab, qube, unit, sock, address)
-                started.append(unit)
-    return started
+    with ExitStack() as stack:
+        stack.enter_context(_starting(lab))
+        begun = [
+            (qube, unit, *_begin(lab, qube, unit, stack))
+            for qube, unit in wanted
+            if unit not in running(lab, qube)
+        ]
+        for qube, unit, sock, process in begun:
+            problem = why_not_ready(sock, process)
+            if problem is not None:
+                log_file = _log_file(lab, qube, unit)
+                said = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES_TOLD:]
+                raise StoreError(f"{qube}: {unit.what} {problem}: {' '.join(said) or 'it said nothing'}")
+        for *_, process in begun:
+            # It lives on without us; Popen would warn about that.
+            process.returncode = 0
+    return {(qube, unit) for qube, unit, *_ in begun}
 
 
-def _start(lab: LabDirectory, qube: str, unit: Unit, sock: socket.socket, address: str) -> None:
+def _begin(
+    lab: LabDirectory, qube: str, unit: Unit, stack: ExitStack
+) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
+    """Start one, which says at this socket that it is ready. It ends with the stack, unless it is let go."""
     place = lab.qube_dir(qube)
-    log_file = place.root / "run" / f"{unit}.log"
-    log_file.parent.mkdir(exist_ok=True)
     if unit is Unit.LISTENER:
         words = listener_words(lab, qube)
     else:
@@ -104,6 +116,9 @@ def _start(lab: LabDirectory, qube: str, unit: Unit, sock: socket.socket, addres
             qube,
             *("env", f"RUNTIME_DIRECTORY={place.firewall_run}", *program, f"--listener-uid={os.getuid()}"),
         )
+    sock, address = stack.enter_context(notified())
+    log_file = _log_file(lab, qube, unit)
+    log_file.parent.mkdir(exist_ok=True)
     with open(log_file, "wb") as log:
         process = subprocess.Popen(
             words,
@@ -114,21 +129,36 @@ def _start(lab: LabDirectory, qube: str, unit: Unit, sock: socket.socket, addres
             cwd="/",
             env=os.environ | {"NOTIFY_SOCKET": address, "PYTHONPATH": search_path(), _VARIABLE: unit},
         )
-    problem = why_not_ready(sock, process)
-    if problem is not None:
+    stack.callback(_end_unless_let_go, process)
+    return sock, process
+
+
+def _end_unless_let_go(process: "subprocess.Popen[bytes]") -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        said = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES_TOLD:]
-        raise StoreError(f"{qube}: {unit.what} {problem}: {' '.join(said) or 'it said nothing'}")
-    # It lives on without us; Popen would warn about that.
-    process.returncode = 0
+
+
+def _log_file(lab: LabDirectory, qube: str, unit: Unit) -> Path:
+    return lab.qube_dir(qube).root / "run" / f"{unit}.log"
 
 
 @contextmanager
-def notified(lab: LabDirectory) -> Iterator[tuple[socket.socket, str]]:
-    """A socket for one program's READY=1, and its address for NOTIFY_SOCKET. Raises `StoreError`."""
+def _starting(lab: LabDirectory) -> Iterator[None]:
+    """While this is held, nobody else starts a unit."""
+    with hold(lab.run_dir / _LOCK, _LOCK_TIMEOUT_S, "another program starts something in this lab"):
+        yield
+
+
+@contextmanager
+def notified() -> Iterator[tuple[socket.socket, str]]:
+    """A socket for one program's READY=1, and its address for NOTIFY_SOCKET."""
     with (
-        hold(lab.run_dir / _LOCK, _LOCK_TIMEOUT_S, "another program starts something in this lab"),
         # A lab's own path may be too long for an address.
         tempfile.TemporaryDirectory(prefix="qvm-forward-lab-") as directory,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,

@@ -13,7 +13,7 @@ import pytest
 import trio
 from helpers import until
 
-from qubes_fwd_qrexec.lab import control, daemon
+from qubes_fwd_qrexec.lab import asking, daemon
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
@@ -60,7 +60,7 @@ def test_up_takes_calls_and_down_ends_all(lab: LabDirectory, capsys: pytest.Capt
     assert main(["up"]) == 1
     assert "is up already" in capsys.readouterr().err
     # A call has its place until its agent has ended, a moment after its client has.
-    trio.run(until, lambda: control.ask(lab, {"do": "status"})["calls"] == {})
+    trio.run(until, lambda: asking.ask(lab, {"do": "status"})["calls"] == {})
     assert main(["status", "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["up"], status["network"], status["calls"]) == (True, "loopback", {})

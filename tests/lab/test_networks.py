@@ -120,7 +120,7 @@ def test_without_networks_of_their_own_listen_says_what_is_missing(
     daemon.start(lab, daemon.Network.LOOPBACK)
     assert main(["listen", "sys-net"]) == 0
     out = capfd.readouterr().out
-    assert "sys-net: the listener is ready\nsys-net: no firewall, and no forward by nft: " in out
+    assert "sys-net: the listener is ready\nno firewall, and no forward by nft: " in out
     assert "'qvm-forward-lab up' by root gives each a network of its own" in out
     assert units.running(lab, "sys-net") == {units.Unit.LISTENER}
     with pytest.raises(AnswerError, match="there is no forward by nft in this lab: its qubes share this"):
@@ -135,6 +135,18 @@ def test_listen_names_what_cannot_listen(lab: LabDirectory, capfd: pytest.Captur
         assert problem in capfd.readouterr().err
     assert main(["listen", "sys-net"]) == 1
     assert "down; 'qvm-forward-lab up' starts it" in capfd.readouterr().err
+
+
+@needs_wires
+def test_if_one_of_them_does_not_start_none_does_and_its_last_words_are_told(
+    lab: LabDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    daemon.start(lab, daemon.Network.NAMESPACES)
+    # Where its socket belongs lies a directory.
+    lab.qube_dir("sys-net").firewall_run.joinpath("ask").mkdir(parents=True)
+    assert main(["listen", "sys-net", "sys-firewall"]) == 1
+    assert "sys-net: the firewall helper ended with exit status 1: " in capfd.readouterr().err
+    assert units.running(lab, "sys-net") == units.running(lab, "sys-firewall") == set()
 
 
 @needs_wires
