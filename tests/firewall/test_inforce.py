@@ -10,7 +10,7 @@ import pytest
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.values import ListenPorts, Sources, TargetPorts
-from qubes_fwd_qrexec.firewall.cutting import CutError, Cutter
+from qubes_fwd_qrexec.firewall.cutting import TCP_HOLD_S, CutError, Cutter
 from qubes_fwd_qrexec.firewall.inforce import IN_FORCE, InForce
 from qubes_fwd_qrexec.firewall.pathrules import Kept
 from qubes_fwd_qrexec.firewall.rule import Family, NftError
@@ -115,6 +115,18 @@ def test_what_could_not_be_ended_is_told_and_tried_again(
     in_force.put(wanted(OTHER))
     assert tool.ended[-1] == ({WEB}, {OTHER})
     assert (in_force.problem, in_force.configs) == (None, {OTHER})
+    assert not in_force.is_due
+
+
+def test_a_guard_that_is_over_is_taken_away_though_nothing_has_changed(tool: Tool) -> None:
+    now_s = [1_800_000_000.0]
+    in_force = InForce(Firewall(tool), Cutter(tool.end, lambda: now_s[0]))
+    in_force.put(wanted(WEB))
+    in_force.put(wanted())
+    assert not in_force.is_due
+    now_s[0] += TCP_HOLD_S + 60
+    assert in_force.is_due
+    in_force.put(wanted())
     assert not in_force.is_due
 
 

@@ -6,7 +6,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 
 import pytest
@@ -343,3 +343,25 @@ def test_without_the_right_the_kernel_refuses_and_it_is_an_error() -> None:
     with Spaces("one") as spaces:
         said = spaces.run("one", sys.executable, "-c", code)
     assert said.splitlines() == ["0", "the kernel does not delete connections: Operation not permitted"]
+
+
+@needs_namespaces
+def test_the_kernel_deletes_many_in_several_batches() -> None:
+    count = 3 * BATCH + 1
+    with Spaces("client", "router") as spaces, ExitStack() as opened:
+        spaces.join("router", "client", ("192.0.2.1/24", "192.0.2.9/24"))
+        rule = "udp dport 80 dnat to 192.0.2.1:8080"
+        chain = f"chain pre {{\ntype nat hook prerouting priority dstnat;\n{rule}\n}}\n"
+        spaces.run("router", "nft", "-f", "-", text=f"table ip t {{\n{chain}}}\n")
+        with spaces.within("router"):
+            server = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            server.bind(("192.0.2.1", 8080))
+            server.settimeout(BOUND_S)
+        with spaces.within("client"):
+            for _ in range(count):
+                client = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                client.sendto(b"x", ("192.0.2.1", 80))
+                server.recv(1)  # so that the kernel has made its entry
+        with spaces.within("router"):
+            assert delete(4, everything, sent_on=True) == count
+            assert delete(4, everything, sent_on=True) == 0

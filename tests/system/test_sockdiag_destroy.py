@@ -3,6 +3,7 @@
 
 import errno
 import socket
+import struct
 import sys
 from collections.abc import Container, Iterator
 from contextlib import ExitStack
@@ -114,9 +115,15 @@ def test_what_the_qube_connects_to_itself_is_left_alone(net: Net) -> None:
     """By its loopback addresses and by its own."""
     server = net.serve(8080)
     pairs = []
-    for address in ("127.0.0.1", "::1", SERVER[4], SERVER[6]):
+    for address, source in (
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.2"),
+        ("::1", "::1"),
+        (SERVER[4], SERVER[4]),
+        (SERVER[6], SERVER[6]),
+    ):
         with net.spaces.within("server"):
-            client = socket.create_connection((address, 8080), BOUND_S)
+            client = socket.create_connection((address, 8080), BOUND_S, source_address=(source, 0))
         far, _ = server.accept()
         pairs.append((client, far))
     assert net.destroy() == 0
@@ -144,6 +151,20 @@ def test_one_that_its_program_has_closed_already_is_no_failure(net: Net) -> None
     net.destroy()
     client.close()
     net.destroy()
+
+
+def test_one_that_ends_by_itself_before_it_is_its_turn_is_no_failure(net: Net) -> None:
+    client, far = net.connect(net.serve(8080))
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def is_ended(_: IPAddress, port: int) -> bool:
+        far.close()
+        return port == 8080
+
+    with net.spaces.within("server"):
+        assert destroy(is_ended) == 0
+    with pytest.raises(ConnectionResetError):
+        client.recv(9)
 
 
 def test_many_are_ended(net: Net) -> None:
