@@ -31,6 +31,8 @@ _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "THEN", "IN FORCE", "CONNECTIONS", "PACKETS"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
+# Of what one qube has besides, which may be as much as it likes to say.
+_NAMED_MAX = 5
 
 
 class Standing(StrEnum):
@@ -153,12 +155,14 @@ class NftStatus(NamedTuple):
         return Table(_TITLES, [*map(_cells, self.rows)], [row.state for row in self.rows]).text(style)
 
     def left(self) -> Iterator[str]:
-        """A sentence for each that is in force and should not be."""
-        for doubt in self.leftovers:
-            target, name = parse_nft_key(doubt.key)
+        """A sentence for each qube that has in force what it should not."""
+        for qube in dict.fromkeys(doubt.qube for doubt in self.leftovers):
+            keys = [parse_nft_key(doubt.key) for doubt in self.leftovers if doubt.qube == qube]
+            names = ", ".join(f"{target} {name}" for target, name in keys[:_NAMED_MAX])
+            more = f" and {len(keys) - _NAMED_MAX} more" if len(keys) > _NAMED_MAX else ""
             yield (
-                f"No rule asks for this: {doubt.qube} still forwards {target} {name} by nft, which nothing "
-                f"tells it to; restart {doubt.qube}, or cut off {target} with 'qvm-prefs {target} netvm '''."
+                f"No rule asks for this: {qube} still forwards {names}{more} by nft, which nothing tells it "
+                f"to; restart {qube}, or cut off the target with 'qvm-prefs {keys[0][0]} netvm '''."
             )
 
     def remarks(self) -> Iterator[str]:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What status and show say of forwards by nft: how each qube of the path stands, and what it has counted."""
 
+import io
+import os
+import signal
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,9 +13,13 @@ from nftlab import FEATURE, PATH, NftLab, forgets, hangs
 from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin.views.session import Session
+from qubes_fwd_qrexec.admin.views.status import watch
+from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport, Why
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.qube import QubeState
+from qubes_fwd_qrexec.system.ending import Ending
 
 OTHER = PathReport(key="nft.work.old", digest="0" * 16, connections=1)
 
@@ -110,12 +118,17 @@ def test_what_a_qube_forwards_though_nothing_tells_it_to_is_said_first(
     assert status.status == 1
     assert status.out.splitlines()[0] == (
         "No rule asks for this: sys-net still forwards work old by nft, which nothing tells it to; restart "
-        "sys-net, or cut off work with 'qvm-prefs work netvm '''."
+        "sys-net, or cut off the target with 'qvm-prefs work netvm '''."
     )
     data = forward("status", "--json").json
     assert data["leftovers"] == [{"qube": "sys-net", "what": "nft.work.old"}]
+    # However much it says, that is one line.
+    many = [replace(OTHER, key=f"nft.work.n{number}") for number in range(7)]
+    nft_lab.says["sys-net"] = also(*many)
+    named = "work n0, work n1, work n2, work n3, work n4 and 2 more"
+    assert f"sys-net still forwards {named} by nft" in forward("status").out
     # About other qubes it is not asked.
-    assert "work old" not in forward("status", "vault").out
+    assert "still forwards" not in forward("status", "vault").out
 
 
 def test_what_dom0_itself_tells_a_qube_is_said_with_what_ends_it_and_once(
@@ -175,6 +188,15 @@ def test_where_a_flowtable_hides_packets_that_is_said(run: Command) -> None:
     assert run("status", "--json").json["forwards"][0]["figures"]["is_least"] is True
     run("set", "work", "web", "forwardtype=internal")
     assert "flowtable" not in run("status").out
+
+
+def test_a_watch_shows_forwards_by_nft_too(forward: Command, nft_lab: NftLab) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    session = Session(nft_lab, NOW, {}, io.StringIO(), out, err, Style(), is_json=False, warned=set())
+    with Ending() as ending:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch(Namespace(qube=[], watch=True), session, ending) == 0
+    assert (out.getvalue().count("3 of 3"), err.getvalue()) == (1, "")
 
 
 def test_show_says_how_it_stands_at_each_qube_and_what_is_less_safe(
