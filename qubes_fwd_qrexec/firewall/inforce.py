@@ -5,7 +5,6 @@ A file in the runtime directory remembers them, for a run that comes after one t
 """
 
 import logging
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +49,8 @@ class InForce:
         `problem`, and the next call tries again.
         """
         after = frozenset(kept.config for kept in wanted.paths)
-        ended = [old for old in self.configs if not _goes_on(old, after)]
+        by_key = {config.key: config for config in after}
+        ended = [old for old in self.configs if not _goes_on(old, by_key.get(old.key))]
         self._remember(self.configs | after)
         found = self._firewall.keep(replace(wanted, guards=self._cutter.guards(ended)))
         self.sure = after
@@ -85,9 +85,9 @@ class InForce:
             _logger.warning("%s: %s", self._path, error.strerror)
 
 
-def _goes_on(old: NftConfig, after: Collection[NftConfig]) -> bool:
+def _goes_on(old: NftConfig, new: NftConfig | None) -> bool:
     """Whether all that an old configuration let through still is, and to the same place."""
-    return any(old.key == new.key and not new.narrows(old) for new in after)
+    return new is not None and not new.narrows(old)
 
 
 def _read(path: Path) -> list[NftConfig]:

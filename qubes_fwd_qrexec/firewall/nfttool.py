@@ -13,8 +13,9 @@ from typing import Any, Self
 from .rule import Family, NftError
 from .tables import OWN, TABLE, Seen, SeenTable, seen
 
-# Our transactions take milliseconds; this only keeps us from hanging for ever.
-TIMEOUT_S = 10.0
+# Ours take milliseconds, and seconds with a thousand forwards; this only keeps us from hanging for ever.
+# The unit gives the last one 45 s.
+TIMEOUT_S = 30.0
 _MESSAGE_MAX = 400
 # linux/netlink.h and linux/netfilter/nfnetlink.h: the messages that `nft monitor` prints.
 _NETLINK_NETFILTER = 12
