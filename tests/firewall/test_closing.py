@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from helpers import BOUND_S
 from spaces import Spaces
-from wired import FAMILIES, FIREWALL, LAN, NET, PROBLEM, V4, WORK, Addresses, Wired
+from wired import BESIDE_WORK, FAMILIES, FIREWALL, LAN, NET, PROBLEM, V4, WORK, Addresses, Wired
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
@@ -475,6 +475,30 @@ def test_what_drains_goes_on_for_a_while_without_anybody_new(
         flow.assert_silent(one)
     road.put(qube)
     assert all(flow.is_alive() for flow in beside)
+
+
+@pytest.mark.parametrize("qube", [FIREWALL, WORK])
+def test_an_internal_forward_ends_as_well(wired: Wired, qube: str) -> None:
+    """Both ends come by vifs, and the netvm's own address is the one that the client has called."""
+    told = configs(Proto.TCP, CLOSED, sources=Sources.parse("10.137.0.0/16,fd09:24ef:4179::/64"))
+    told[FIREWALL] = replace(told[FIREWALL], side=Side.VIFS)
+    helpers = {one: Helper(wired, one) for one in (WORK, FIREWALL)}
+    for one, helper in helpers.items():
+        helper.put(Kept(told[one]))
+    server = wired.serve("tcp", WORK, CLOSED[1])
+    flows = []
+    for family in FAMILIES:
+        client = wired.connect(BESIDE_WORK, family.firewall, CLOSED[0])
+        flows.append(Flow(client, server.accept()[0]))
+    assert all(flow.is_alive() for flow in flows)
+    helpers[qube].put()
+    for flow in flows:
+        if qube != WORK:
+            flow.to_client(b"lost")
+        flow.assert_server_ended()
+        if qube != WORK:
+            flow.to_server(b"lost")
+        flow.assert_client_reset()
 
 
 def has_flowtables() -> bool:
