@@ -112,9 +112,11 @@ def sources(places: list[str]) -> list[str]:
 
 
 def left_alone(text: str) -> Iterator[Span]:
-    """What a change says nothing of: annotations, constants that are measured, and what never runs.
+    """What no test can or should hold.
 
-    So does the star before keyword-only parameters, which Cosmic Ray takes for an operator.
+    Annotations, types and the options of dataclasses change nothing that runs; constants in capitals are
+    measured and not promised; and what stands under TYPE_CHECKING or __name__ does not run in tests. No
+    operator changes a string, so docstrings, __all__ and messages are left alone anyway.
     """
     for node in ast.walk(ast.parse(text)):
         found: list[ast.expr | ast.stmt | None] = []
@@ -150,6 +152,7 @@ def mutants_of(file: str) -> list[Mutant]:
         for occurrence, span in enumerate(spans):
             mutant = Mutant(file, name, occurrence, span)
             is_alone = any(begin <= span[0] and span[1] <= end for begin, end in alone)
+            # Cosmic Ray takes the star before keyword-only parameters for an operator.
             if not is_alone and not line_of(mutant)[span[0][1] :].startswith("*,"):
                 found.append(mutant)
     return found
