@@ -223,6 +223,17 @@ def test_behind_a_tunnel_nothing_else_is_suspected_of_being_one() -> None:
     assert reasons.hints(forward) == ()
 
 
+@pytest.mark.parametrize(("via", "suspected"), [("sys-net", ["near", "far"]), ("near", ["near"])])
+def test_each_netvm_up_to_the_exposed_qube_might_be_a_tunnel(via: str, suspected: list[str]) -> None:
+    netvms = (
+        qube("near", "far", provides_network=True),
+        qube("far", "sys-firewall", provides_network=True),
+        qube("work", "near", features=OURS),
+    )
+    found = only(rule(f"via={via}"), world(*netvms)).findings
+    assert [one.qube for one in found if one.cause is Cause.PERHAPS_TUNNEL] == suspected
+
+
 @pytest.mark.parametrize("via", ["fedora-42", "dom0", "work"])
 def test_of_a_qube_that_cannot_listen_nothing_else_is_said(via: str) -> None:
     forward = only(rule(f"via={via}"))
