@@ -79,6 +79,8 @@ def warn(doubts: Collection[Unconfirmed], outcome: Outcome, session: Session) ->
     left = still_open(doubts, outcome.told)
     for doubt in doubts:
         session.warn(f"{'still open: ' if doubt in left else 'note: '}{words(doubt)}")
+    for key in dict.fromkeys(doubt.key for doubt in doubts if doubt.is_opening):
+        session.warn(f"'qvm-forward diagnose {name(key)}' says what helps")
     for command in ways_out(left):
         session.warn(f"'{command}' closes it whatever the qubes of its path do")
     return not left

@@ -232,6 +232,19 @@ def test_who_adds_one_is_told_what_is_less_safe_and_not_what_is_about_qrexec(run
     assert "come from 127.0.0.1" in over_qrexec.out
 
 
+def test_who_opens_one_that_qubes_do_not_confirm_is_told_once_what_says_more(
+    run: Command, nft_lab: NftLab
+) -> None:
+    nft_lab.says["sys-firewall"], nft_lab.says["work"] = forgets, hangs
+    assert run(*ADD).err.splitlines() == [
+        "qvm-forward: note: work web: work does not answer: it hangs",
+        "qvm-forward: note: work web: sys-firewall does not have it in force",
+        "qvm-forward: 'qvm-forward diagnose work web' says what helps",
+    ]
+    # Of one that closes there is nothing to diagnose.
+    assert "diagnose" not in run("remove", "work", "web").err
+
+
 def test_a_listener_is_never_asked_for_a_forward_by_nft(forward: Command, nft_lab: NftLab) -> None:
     nft_lab.log.clear()
     for words in (("status",), ("set", "work", "web", "comment=x"), ("enable", "work", "web")):
