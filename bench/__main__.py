@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m bench``: measure, print the table, and end. For ``growth`` and ``admin`` see their files."""
+"""``python -m bench``: measure, print the table, and end. For ``growth``, ``admin`` and ``nft`` see
+their files."""
 
 import argparse
 import json
@@ -12,23 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import admin, growth, machine
+from . import admin, growth, machine, nft
+from .names import names
 from .peers import COMPARED, PEERS, Peer
 from .processes import BenchError
 from .rows import FULL, QUICK, ROWS, Line, Result
 from .stage import open_stage
 from .table import ratio, render
-
-
-def _names(known: Sequence[str], what: str) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!a} is no {what}; there are {', '.join(known)}")
-        return [name for name in known if name in names]
-
-    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,10 +32,10 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a short look, under 20 s; too few samples to quote"
     )
     parser.add_argument(
-        "--rows", type=_names(list(ROWS), "row"), default=list(ROWS), metavar="NAME,...", help=", ".join(ROWS)
+        "--rows", type=names(list(ROWS), "row"), default=list(ROWS), metavar="NAME,...", help=", ".join(ROWS)
     )
     parser.add_argument(
-        "--peers", type=_names(peers, "peer"), default=peers, metavar="NAME,...", help=", ".join(peers)
+        "--peers", type=names(peers, "peer"), default=peers, metavar="NAME,...", help=", ".join(peers)
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return parser
@@ -101,6 +92,8 @@ def main() -> int:
         return growth.main(sys.argv[2:])
     if sys.argv[1:2] == ["admin"]:
         return admin.main(sys.argv[2:])
+    if sys.argv[1:2] == ["nft"]:
+        return nft.main(sys.argv[2:])
     args = _parser().parse_args()
     begun = time.monotonic()
     about = machine.describe()

@@ -22,6 +22,7 @@ Address = tuple[str, int]
 ANSWER_S = 5.0
 _CHUNK = bytes(1 << 18)
 _BUFFER = bytearray(1 << 20)
+_DATAGRAM_BYTES, _WINDOW = 64, 32
 
 
 class LoadError(Exception):
@@ -164,6 +165,25 @@ def _download(sock: socket.socket, size: int) -> None:
         size -= count
 
 
+def datagrams(address: Address, count: int) -> dict[str, Any]:
+    """So many datagrams of 64 bytes, of which every 32nd is answered, and the answer waited for.
+
+    ``used`` is this process's processor time, in which the kernel also carries what is sent to the server.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(ANSWER_S)
+        sock.connect(address)
+        taken, answered = bytes(_DATAGRAM_BYTES), ECHO + bytes(_DATAGRAM_BYTES - 1)
+        begun, used = time.perf_counter(), time.process_time()
+        for _ in range(count // _WINDOW):
+            for _ in range(_WINDOW - 1):
+                sock.send(taken)
+            sock.send(answered)
+            if sock.recv(_DATAGRAM_BYTES) != answered:
+                raise LoadError("an answer is not what was sent")
+        return {"seconds": time.perf_counter() - begun, "used": time.process_time() - used}
+
+
 _held: list[socket.socket] = []
 
 
@@ -213,7 +233,7 @@ def release() -> dict[str, Any]:
 
 ORDERS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (connections, many, round_trips, upload, download, hold, release)
+    for function in (connections, many, round_trips, upload, download, datagrams, hold, release)
 }
 
 

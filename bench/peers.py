@@ -33,11 +33,16 @@ _RETRY_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What every peer is given: the server, the qrexec client's command and a directory for its files."""
+    """What every peer is given: the server, the qrexec client's command and a directory for its files.
+
+    Our listener listens at ``listen``, for ``sources``.
+    """
 
     server_port: int
     client: Sequence[str]
     directory: Path
+    listen: str = _HOST
+    sources: str = f"{_HOST}/32"
 
 
 class Peer:
@@ -133,10 +138,10 @@ class ListenerPeer(Peer):
             target=QubeName(TARGET),
             name=RuleName("bench"),
             side=Side.OUTER,
-            listen=(ip_address(_HOST),),
+            listen=(ip_address(self.setting.listen),),
             listen_ports=ListenPorts(port, port),
             target_ports=TargetPorts(self.setting.server_port, self.setting.server_port),
-            sources=Sources.parse(f"{_HOST}/32"),
+            sources=Sources.parse(self.setting.sources),
             service=self.service,
             transport=self.transport,
             limits=_LIMITS,

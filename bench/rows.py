@@ -9,6 +9,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from .memory import footprint
 from .peers import Peer
@@ -18,6 +19,25 @@ from .stage import Stage, open_stage
 CLIENTS = 16
 STOCK_CLIENTS = 200
 _MIB = 1 << 20
+
+
+class Named(Protocol):
+    """What has a column in a table."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+
+class Staged(Protocol):
+    """What has peers, and can have the load measure one of them."""
+
+    @property
+    def peers(self) -> Sequence[Any]: ...
+
+    def ask(self, peer: Any, order: str, within_s: float = ..., **details: Any) -> dict[str, Any]: ...
+
+
+AnyPeer = TypeVar("AnyPeer", bound=Named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +124,18 @@ Measure = Callable[[Stage, Effort], Result]
 Samples = dict[str, list[float]]
 
 
-def _turns(peers: Sequence[Peer], rounds: int) -> Iterator[Peer]:
+def turns(peers: Sequence[AnyPeer], rounds: int) -> Iterator[AnyPeer]:
+    """All peers in each round, which begins with another of them each time."""
     for number in range(rounds):
         first = number % len(peers)
         yield from (*peers[first:], *peers[:first])
 
 
-def _collect(stage: Stage, rounds: int, sample: Callable[[Peer], list[float]]) -> tuple[Samples, list[str]]:
+def _collect(stage: Staged, rounds: int, sample: Callable[[Peer], list[float]]) -> tuple[Samples, list[str]]:
     """All samples by peer. A peer that fails is left out from then on, and its samples with it."""
     found: Samples = defaultdict(list)
     failed: dict[str, str] = {}
-    for peer in _turns(stage.peers, rounds):
+    for peer in turns(stage.peers, rounds):
         if peer.name not in failed:
             try:
                 found[peer.name] += sample(peer)
@@ -131,16 +152,17 @@ def p99(values: Sequence[float]) -> float:
 def _median_and_p99(key: str, title: str, seconds: Samples) -> list[Line]:
     samples = {name: [1000 * value for value in values] for name, values in seconds.items()}
     return [
-        Line(f"{key}-median", f"{title}, median", "ms", values=_each(samples, statistics.median)),
-        Line(f"{key}-p99", f"{title}, 99th percentile", "ms", values=_each(samples, p99)),
+        Line(f"{key}-median", f"{title}, median", "ms", values=each(samples, statistics.median)),
+        Line(f"{key}-p99", f"{title}, 99th percentile", "ms", values=each(samples, p99)),
     ]
 
 
-def _each(samples: Samples, take: Callable[[list[float]], float]) -> dict[str, float]:
+def each(samples: Samples, take: Callable[[list[float]], float]) -> dict[str, float]:
+    """One value for each peer that has samples."""
     return {name: take(values) for name, values in samples.items() if values}
 
 
-def connect(stage: Stage, effort: Effort) -> Result:
+def connect(stage: Staged, effort: Effort) -> Result:
     """A new connection, one at a time: from connect() to the first echoed byte.
 
     The end of each is waited for and not counted.
@@ -176,12 +198,12 @@ def many(stage: Stage, effort: Effort) -> Result:
 
     samples, notes = _collect(stage, effort.long_rounds, sample)
     rate = Line("many-rate", f"{CLIENTS} clients at once, connections", "/s", is_less_better=False)
-    rate.values = _each(samples, statistics.median)
+    rate.values = each(samples, statistics.median)
     notes += [f"{title}: the time limit cut off {count}" for title, count in cut.items() if count]
     return Result(f"{effort.long_rounds} x {effort.many} connections", [rate, lost], notes)
 
 
-def round_trip(stage: Stage, effort: Effort) -> Result:
+def round_trip(stage: Staged, effort: Effort) -> Result:
     """One byte there and back on a connection that is open; a new connection each round."""
 
     def sample(peer: Peer) -> list[float]:
@@ -196,7 +218,7 @@ def round_trip(stage: Stage, effort: Effort) -> Result:
     )
 
 
-def bulk(stage: Stage, effort: Effort) -> Result:
+def bulk(stage: Staged, effort: Effort) -> Result:
     """One stream, each direction alone: until the last byte is where it belongs. The median of the rounds."""
     lines, notes = [], []
     for order, whither in (("upload", "client to server"), ("download", "server to client")):
@@ -206,7 +228,7 @@ def bulk(stage: Stage, effort: Effort) -> Result:
             return [effort.bulk_bytes / _MIB / float(answer["seconds"])]
 
         samples, failed = _collect(stage, effort.long_rounds, sample)
-        values = _each(samples, statistics.median)
+        values = each(samples, statistics.median)
         lines.append(Line(f"bulk-{order}", f"one stream, {whither}", "MiB/s", False, values=values))
         notes += failed
     return Result(f"{effort.long_rounds} x {effort.bulk_bytes // _MIB} MiB each way", lines, notes)
@@ -302,7 +324,7 @@ def memory(stage: Stage, effort: Effort) -> Result:
         for part, values in samples.items():
             values[kind.name].append(getattr(growth, part))
     for part, line in parts.items():
-        line.values = _each(samples[part], statistics.median)
+        line.values = each(samples[part], statistics.median)
     size = f"{effort.memory_rounds} x {effort.memory_connections} connections"
     return Result(size, list(parts.values()), notes)
 

@@ -4,6 +4,9 @@
 The first byte of a connection says what it is for: ``e`` is echoed, and so is all that follows;
 ``u`` and eight bytes of length: that many bytes are read and then acknowledged by one; ``d`` and a
 length: that many bytes are sent. No ending is part of it, since peers differ in what they do to endings.
+A datagram that begins with ``e`` is sent back, and others are taken.
+
+``python -m bench.server [HOST PORT]``: without, a port of 127.0.0.1 that is free.
 """
 
 import json
@@ -12,6 +15,7 @@ import select
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
@@ -33,8 +37,9 @@ class _Connection:
 class Server:
     """Serves until ``stdin`` ends, which is when whoever started it has gone."""
 
-    def __init__(self, listening: socket.socket) -> None:
+    def __init__(self, listening: socket.socket, datagrams: socket.socket) -> None:
         self._listening = listening
+        self._datagrams = datagrams
         self._epoll = select.epoll()
         self._connections: dict[int, _Connection] = {}
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
@@ -43,6 +48,7 @@ class Server:
     def run(self, stdin_fd: int) -> None:
         special: dict[int, Callable[[], None]] = {
             self._listening.fileno(): self._accept,
+            self._datagrams.fileno(): self._take_datagrams,
             stdin_fd: self._stop,
         }
         for fd in special:
@@ -56,6 +62,13 @@ class Server:
 
     def _stop(self) -> None:
         self._is_over = True
+
+    def _take_datagrams(self) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                count, peer = self._datagrams.recvfrom_into(self._buffer)
+                if count and self._buffer[0] == ECHO[0]:
+                    self._datagrams.sendto(self._buffer[:count], peer)
 
     def _accept(self) -> None:
         try:
@@ -132,10 +145,17 @@ class Server:
 
 def main() -> None:
     raise_descriptor_limit()
-    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
-        listening.setblocking(False)
-        print(json.dumps({"port": listening.getsockname()[1]}), flush=True)
-        Server(listening).run(sys.stdin.fileno())
+    host, port = (sys.argv[1], int(sys.argv[2])) if sys.argv[1:] else ("127.0.0.1", 0)
+    with (
+        socket.create_server((host, port), backlog=4096) as listening,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+    ):
+        port = listening.getsockname()[1]
+        datagrams.bind((host, port))
+        for sock in (listening, datagrams):
+            sock.setblocking(False)
+        print(json.dumps({"port": port}), flush=True)
+        Server(listening, datagrams).run(sys.stdin.fileno())
     os._exit(0)  # with thousands of connections, saying farewell to each takes longer than measuring them
 
 

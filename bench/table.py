@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The table: lines of values, one column for each peer, then how ours compare with socat and each other."""
+"""The table: lines of values, one column for each peer, then how ours compare with others and each other."""
 
 from collections.abc import Sequence
 
-from .peers import BASE, COMPARED, Peer
-from .rows import Line
+from .peers import BASE, COMPARED
+from .rows import Line, Named
 
 _NOTHING = "-"
 
@@ -21,19 +21,23 @@ def ratio(line: Line, peer: str, base: str = BASE) -> float | None:
     return better / worse if worse > 0 else None
 
 
-def render(lines: Sequence[Line], peers: Sequence[type[Peer]]) -> str:
+def render(
+    lines: Sequence[Line],
+    peers: Sequence[type[Named]],
+    compared: Sequence[tuple[type[Named], type[Named]]] = COMPARED,
+) -> str:
     """A Markdown table that is also readable as it is."""
-    compared = [(peer, base) for peer, base in COMPARED if peer in peers and base in peers]
+    shown = [(peer, base) for peer, base in compared if peer in peers and base in peers]
     header = [
         "",
         *(peer.title for peer in peers),
-        *(f"{peer.title} to {base.title}" for peer, base in compared),
+        *(f"{peer.title} to {base.title}" for peer, base in shown),
     ]
     rows = [header]
     for line in lines:
         values = [_value(line, peer.name) for peer in peers]
         rows.append(
-            [line.title, *values, *(_times(ratio(line, peer.name, base.name)) for peer, base in compared)]
+            [line.title, *values, *(_times(ratio(line, peer.name, base.name)) for peer, base in shown)]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])

@@ -299,8 +299,11 @@ def _never() -> list[Kind]:
                     for source in ("", edge.lan)
                     for to in (edge.net, *beyond)
                 ]
-                found.append(kind(NET, "", beyond[1], port))
-                found += [kind(qube, "", beyond[2], port) for qube in (NET, FIREWALL)]
+                # By its address on the LAN, which rules may allow, sys-net itself is let in at sys-firewall.
+                found.append(kind(NET, beyond[0], beyond[1], port))
+                found += [
+                    kind(qube, own, beyond[2], port) for qube, own in zip(PATH[:2], beyond, strict=False)
+                ]
     return found
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from bench import road
 from bench.memory import descendants, pss_kib
 from bench.peers import PEERS
 from bench.rows import Line, p99
 from bench.table import number, ratio, render
+from bench.ways import WAYS
 
 LIMIT_S = 300
 
@@ -99,3 +101,18 @@ def test_a_crowd_is_measured_beside_and_compared_with_alone(tmp_path: Path) -> N
     assert row["notes"] == []
     assert [found_line["unit"] for found_line in row["lines"]] == ["MiB/s", "%"] * 2
     assert all(found_line["values"]["direct"] > 0 for found_line in row["lines"])
+
+
+@pytest.mark.skipif(road.why_unavailable() is not None, reason=str(road.why_unavailable()))
+def test_forwards_by_nft_are_measured_beside_the_other_ways(tmp_path: Path) -> None:
+    before = set(descendants([os.getpid()]))
+    found = run_bench(
+        "nft", "--quick", "--rows", "round-trip,datagrams", "--json", str(tmp_path / "nft.json")
+    )
+    assert found.returncode == 0, found.stderr
+    lines = json.loads((tmp_path / "nft.json").read_text(encoding="utf-8"))["lines"]
+    values = {line["title"]: set(line) - {"title"} for line in lines}
+    every = {way.name for way in WAYS}
+    assert values["round trip of one byte, median"] == every
+    assert values["UDP, datagrams of 64 bytes"] == every - {"mux"}
+    assert set(descendants([os.getpid()])) <= before
