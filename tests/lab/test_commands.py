@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.lab import cli, demo, netns
 from qubes_fwd_qrexec.lab.relay_command import parse_forward
 
-_TIMEOUT_S = 90.0
+_TIMEOUT_S = 180.0
 _LAB = (sys.executable, "-m", "qubes_fwd_qrexec.lab.cli")
 _NEEDS_NAMESPACES = pytest.mark.skipif(
     netns.why_unavailable() is not None, reason=f"no namespaces here: {netns.why_unavailable()}"
