@@ -25,7 +25,7 @@ from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile, put
-from .confirming import Place, switched, unconfirmed
+from .confirming import Place, is_nft, switched, unconfirmed
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .snapshot import Snapshot, look
@@ -273,7 +273,7 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
     looked at again. ``is_held`` puts everything on hold, or lifts the hold. Raises `StoreError` if the qubes
     cannot be read.
     """
-    outcome, untold, stopped, overtaken = Outcome(), set[Place](), set[Key](), 0
+    outcome, untold, stopped, overtaken, unsure = Outcome(), set[Place](), set[Key](), 0, 0
     while True:
         snapshot = look(backend, with_config=True)
         planned = snapshot.plan(now, is_held=is_held)
@@ -285,17 +285,22 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
         if problem is not None:
             # Everything may be on hold: only close, and only what needs no policy.
             steps = tuple(step for step in steps if step.narrows)
-        outcome = carry_out(steps, backend, snapshot.installed).after(outcome)
+        taken = carry_out(steps, backend, snapshot.installed)
+        outcome = taken.after(outcome)
         if problem is not None:
             problem = f"dom0's policy cannot be read, and stays as it is: {problem}"
             outcome = outcome._replace(problems=(problem, *outcome.problems))
-        overtaken += outcome.is_overtaken
+        overtaken += taken.is_overtaken
         failed = {(step.qube, step.key) for step, _ in outcome.untold}
         ending = switched(planned, inventory, stopped)
         doubts = unconfirmed(ending, backend)
         confirmed = _keys(ending) - {parse_nft_key(doubt.key) for doubt in doubts}
         is_settled = failed == untold and not outcome.is_overtaken and not confirmed
-        if overtaken == _LOOKS or is_settled:
+        # By nft it opens without a policy that would differ if its rule went or a hold began meanwhile.
+        # Whoever did that closed what was there, so whatever came later is closed by another look.
+        lets_in = {place for place, value in taken.told.items() if value and is_nft(place)} - ending.keys()
+        unsure += bool(lets_in)
+        if _LOOKS in (overtaken, unsure) or (is_settled and not lets_in):
             break
         stopped |= confirmed
         # What a listener could not be told is closed: policy would allow more than it knows of, or less.

@@ -73,7 +73,7 @@ def ask(qube: QubeName, backend: Backend, timeout_s: float | None = None) -> Ans
 
 def unconfirmed(told: Mapping[Place, str | None], backend: Backend) -> tuple[Unconfirmed, ...]:
     """Ask all qubes of these places at once. ``told`` are the values there, or None where it was removed."""
-    places = {place: value for place, value in told.items() if _is_nft(place[1])}
+    places = {place: value for place, value in told.items() if is_nft(place)}
     qubes = sorted({qube for qube, _ in places})
     answers = at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), qubes)
     found = (_judged(place, value, answers[place[0]]) for place, value in places.items())
@@ -90,16 +90,24 @@ def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed
 
 
 def forwarding(inventory: Inventory) -> set[QubeName]:
-    """The running qubes whose firewall may have something of forwards by nft."""
+    """The running qubes whose firewall may have something of forwards by nft: also any of which something
+    could not be read.
+    """
     return {
         qube.name
         for qube in inventory.qubes.values()
-        if qube.is_running and (qube.features.get(NFT_FEATURE) or any(map(_is_nft, qube.configured)))
+        if qube.is_running
+        and (
+            qube.features.get(NFT_FEATURE)
+            or any(is_nft((qube.name, key)) for key in qube.configured)
+            or qube.problem is not None
+        )
     }
 
 
-def _is_nft(feature: str) -> bool:
-    return is_nft_key(feature.removeprefix(CONFIG_PREFIX))
+def is_nft(place: Place) -> bool:
+    """Whether a qube is told of a forward by nft there."""
+    return is_nft_key(_key(place))
 
 
 def _key(place: Place) -> str:

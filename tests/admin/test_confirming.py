@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 from memory import NO_FORWARDS, Memory, applied
-from worlds import NOW, nft_world, rule
+from worlds import NOW, nft_world, qube, rule
 
 from qubes_fwd_qrexec.admin import nftpath, policy
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind
-from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, judged, unconfirmed
+from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, forwarding, judged, unconfirmed
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -32,11 +32,11 @@ def reports(config: NftConfig = CONFIG, **more: object) -> NftReport:
     return replace(NO_FORWARDS, forwards=(replace(forward, **more),))
 
 
-def forwarding() -> Memory:
+def by_nft() -> Memory:
     """A system in which the forward goes by nft, though its rule says otherwise now."""
     backend = Memory(nft_world())
-    for qube, config in CONFIGS.items():
-        backend.qubes[qube][FEATURE] = str(config)
+    for name, config in CONFIGS.items():
+        backend.qubes[name][FEATURE] = str(config)
     return backend
 
 
@@ -93,7 +93,7 @@ def test_why_a_configuration_is_refused_is_what_the_qube_says() -> None:
 
 
 def test_each_qube_is_asked_once_and_only_where_it_is_about_packets() -> None:
-    backend = forwarding()
+    backend = by_nft()
     backend.reports = {NET: reports(), WORK: reports(CONFIGS[WORK])}
     told: dict[tuple[QubeName, str], str | None] = {(qube, FEATURE): str(CONFIGS[qube]) for qube in PATH}
     told |= {(NET, "vm-config.nft.work.other"): None, (WORK, "vm-config.fwd.work.web"): "x"}
@@ -111,7 +111,7 @@ def test_an_answer_that_cannot_be_read_confirms_nothing() -> None:
 
 
 def test_a_rule_that_changes_to_qrexec_opens_when_all_have_confirmed_that_packets_are_stopped() -> None:
-    backend = forwarding()
+    backend = by_nft()
     outcome = applied(backend, OVER_QREXEC)
     assert outcome.problems == ()
     sets = [f"set {qube} {FEATURE}" for qube in (NET, FIREWALL, WORK)]
@@ -123,7 +123,7 @@ def test_a_rule_that_changes_to_qrexec_opens_when_all_have_confirmed_that_packet
 
 
 def test_until_then_it_stays_closed_and_every_apply_asks_again() -> None:
-    backend = forwarding()
+    backend = by_nft()
     backend.reports[FIREWALL] = reports(CONFIGS[FIREWALL])
     for _ in range(2):
         outcome = applied(backend, OVER_QREXEC)
@@ -142,7 +142,7 @@ def test_until_then_it_stays_closed_and_every_apply_asks_again() -> None:
 
 
 def test_what_is_closed_anyway_waits_for_nobody() -> None:
-    backend = forwarding()
+    backend = by_nft()
     backend.reports[FIREWALL] = AnswerError("it hangs")
     outcome = applied(backend, rule("mode=qrexec enabled=no"))
     assert outcome.problems == ()
@@ -191,3 +191,39 @@ def test_no_packet_passes_once_everything_is_held() -> None:
     outcome = applied(backend, BY_NFT)
     assert not any(step.opens for step in outcome.done)
     assert not any(entry.startswith("set ") for entry in backend.log)
+
+
+class Meanwhile(Memory):
+    """Somebody without the lock closes everything just before the next configuration is set: they hold it, or
+    they remove the rule.
+    """
+
+    closing = ""
+
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
+        closing, self.closing = self.closing, ""
+        if closing == "hold":
+            self.policy = policy.hold_text(NOW)
+        elif closing == "remove":
+            self.remove_feature(WORK, "forward.web")
+        for told in PATH if closing else ():
+            self.remove_feature(told, FEATURE)
+        super().set_feature(qube, key, value)
+
+
+@pytest.mark.parametrize("closing", ["hold", "remove"])
+@pytest.mark.parametrize("before", ["10.0.0.0/9", ""])
+def test_what_others_closed_meanwhile_does_not_stay_open(closing: str, before: str) -> None:
+    backend = Meanwhile(nft_world())
+    if before:
+        applied(backend, rule(f"mode=nft srchosts={before}"))
+    backend.closing = closing
+    outcome = applied(backend, rule("mode=nft srchosts=10.0.0.0/8"))
+    assert (outcome.problems, backend.closing) == ((), "")
+    assert not any(FEATURE in features for features in backend.qubes.values())
+    assert set(outcome.told.values()) == {None}
+
+
+def test_a_hold_asks_also_qubes_that_cannot_be_read() -> None:
+    unread = (qube("strange", problem="no"), qube("halted", problem="no", is_running=False))
+    assert {"strange", "halted"} & forwarding(nft_world(*unread)) == {"strange"}
