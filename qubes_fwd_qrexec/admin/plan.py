@@ -4,10 +4,11 @@
 Nothing is read or changed here. Each rule is first judged by itself. Then an enabled rule claims its ports
 until its time is over, whether it is open or not: at its exposed qube, and by nft at each hop. Two conflict
 if they claim one address and port of a qube, unless both go by nft and enter by different sides: a listener
-is hidden by a rule of the firewall, by whatever side. They also conflict if they reach one port of a target
-from one qube with different autostart, which dom0's policy cannot tell apart. Every command refuses a second
-claim. Qubes' own tools can still bring two together when they change netvms: then the first by name has the
-port.
+is hidden by a rule of the firewall, by whatever side. A target claims the ports that packets come to, which
+would otherwise be sent on or answered by a listener, but never against another rule to itself. Two rules also
+conflict if they reach one port of a target from one qube with different autostart, which dom0's policy cannot
+tell apart. Every command refuses a second claim. Qubes' own tools can still bring two together when they
+change netvms: then the first by name has the port.
 """
 
 from collections.abc import Collection, Iterable
@@ -66,7 +67,8 @@ def _homes(forward: Forward) -> tuple[QubeName, ...]:
 class _Claim(NamedTuple):
     """The numbers are compared first: with a thousand rules, almost all comparisons end there.
 
-    ``side`` is None for a listener, which has the port whatever the side.
+    ``side`` is None for a listener, which has the port whatever the side. ``is_own``: the rule's target has
+    it.
     """
 
     first: int
@@ -74,10 +76,12 @@ class _Claim(NamedTuple):
     side: Side | None
     addresses: tuple[IPAddress, ...]
     named: NamedRule
+    is_own: bool = False
 
     def rivals(self, other: "_Claim") -> bool:
         return (
-            self.named.rule.proto is other.named.rule.proto
+            not (self.is_own and other.is_own)
+            and self.named.rule.proto is other.named.rule.proto
             and (self.side is None or other.side is None or self.side is other.side)
             and _overlap(self.addresses, other.addresses)
         )
@@ -92,22 +96,25 @@ class _Claims:
 
     def take(self, forward: Forward, inventory: Inventory) -> Finding | None:
         """Give a rule what it claims, or return the conflict with the rule that has it."""
-        named, homes = forward.named, _homes(forward)
-        first, last = named.rule.listen_ports.first, named.rule.listen_ports.last
+        named, homes, is_nft = forward.named, _homes(forward), forward.mode is Mode.NFT
         claims: list[tuple[QubeName, _Claim]] = []
-        for number, qube in enumerate(homes):
+        for number, qube in enumerate((*homes, named.target) if homes and is_nft else homes):
+            is_own = number == len(homes)
+            ports = named.rule.target_ports if is_own else named.rule.listen_ports
+            first, last = ports.first, ports.last
             side = Side.UPLINK if number else inventory.side(qube, named.rule.forward_type)
             claim = _Claim(
-                *(first, last, side if forward.mode is Mode.NFT else None),
-                # Further hops do not know by which address a packet came in.
+                *(first, last, side if is_nft else None),
+                # Further qubes do not know by which address a packet came in.
                 tuple(WILDCARDS[each.version] if number else each for each in named.rule.listen_addresses),
-                named,
+                *(named, is_own),
             )
             sharing = (o for o in self._ports.get(qube, ()) if o[0] <= last and first <= o[1])
             for other in filter(claim.rivals, sharing):
-                return Finding(Cause.CONFLICT, qube=qube, rival=other.named, case="port")
+                case = "own-port" if is_own else "port"
+                return Finding(Cause.CONFLICT, qube=qube, rival=other.named, case=case)
             claims.append((qube, claim))
-        conflict = self._take_calls(named, homes[0]) if homes and forward.mode is Mode.QREXEC else None
+        conflict = self._take_calls(named, homes[0]) if homes and not is_nft else None
         if conflict is not None:
             return conflict
         for qube, claim in claims:

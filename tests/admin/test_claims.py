@@ -117,3 +117,22 @@ def test_a_forward_by_nft_claims_its_port_at_every_hop(one: str, other: str, at:
 def test_other_sides_families_and_protocols_do_not_conflict_by_nft(one: str, other: str) -> None:
     found = plan([rule(one, name="a"), rule(other, name="b")], nft_world(), NOW)
     assert all(forward.finding(Cause.CONFLICT) is None for forward in found)
+
+
+@pytest.mark.parametrize("mode", ["nft", "qrexec"])
+def test_what_comes_to_a_target_by_nft_is_not_taken_on_its_way_by_another(mode: str) -> None:
+    """sys-firewall would send on, or give to its listener, what is for its own server."""
+    to_firewall = rule("mode=nft srcports=8081 dstports=80", "sys-firewall", "its-own")
+    through = rule(f"mode={mode} srcports=80{' forwardtype=internal' * (mode == 'qrexec')}")
+    first, second = plan([to_firewall, through], nft_world(), NOW)
+    assert (first.state, second.cause) == (State.ACTIVE, Cause.CONFLICT)
+    assert reasons.sentence(second).startswith("Rule sys-firewall its-own has port 80 of sys-firewall")
+    planned = plan([to_firewall, through], nft_world(), NOW, newcomers=[to_firewall[:2]])
+    assert "port 80 of sys-firewall and would get what is for sys-firewall" in reasons.sentence(
+        next(iter(planned))
+    )
+
+
+def test_two_rules_may_lead_to_one_port_of_a_target() -> None:
+    rules = [rule("mode=nft srcports=80", name="a"), rule("mode=nft srcports=81 dstports=80", name="b")]
+    assert {forward.state for forward in plan(rules, nft_world(), NOW)} == {State.ACTIVE}

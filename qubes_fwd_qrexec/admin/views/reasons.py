@@ -164,6 +164,12 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _SET + "srcports=PORTS",
         "qvm-forward disable {rival}",
     ),
+    (Cause.CONFLICT, "own-port"): (
+        "Rule {rival} has {rival_ports} of {qube} and would get what is for {target} itself; let the server "
+        "there listen at another port, or remove or disable that rule.",
+        _SET + "dstports=PORTS",
+        "qvm-forward disable {rival}",
+    ),
     (Cause.CONFLICT, "autostart"): (
         "Rule {rival} reaches the same port of {target} from {qube} with another autostart, and dom0's "
         "policy cannot tell the two apart; give both the same autostart.",
@@ -394,7 +400,9 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         itself, behind = f"is a tunnel itself ({mark.mark})", f"is behind a tunnel, marked at {mark}"
         facts |= {"mark": mark, "tunnel": mark.qube, "is_tunneled": itself if is_itself else behind}
     if (rival := finding.rival) is not None:
-        facts |= {"rival": rival, "rival_ports": rival.rule.listen_ports.worded()}
+        at_target = finding.qube == rival.target
+        ports = rival.rule.target_ports if at_target else rival.rule.listen_ports
+        facts |= {"rival": rival, "rival_ports": ports.worded()}
         facts["rival_autostart"] = yes_no(rival.rule.autostart)
     return facts
 
