@@ -29,6 +29,8 @@ from .states import Key, Plan
 
 # The qube makes sure of its rules before it answers, which takes some tenths of a second.
 _TIMEOUT_S = 5.0
+# A qube may name as many as it likes.
+_DRAINS_MAX = 100
 Place = tuple[QubeName, str]
 """Qube and feature by which it is told of a forward."""
 
@@ -87,6 +89,30 @@ def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed
         keys = [forward.key for forward in answer.forwards] if isinstance(answer, NftReport) else [""]
         found += (doubt for key in keys if (doubt := judged(qube, key, None, answer)) is not None)
     return tuple(found)
+
+
+def end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:
+    """Cut the connections that were let finish after their time, and return the doubts that are left. The
+    caller holds the lock. Raises `StoreError`.
+
+    dom0 has taken away what their qubes knew of them, so these are told of a forward of that name again, one
+    that is over and cuts, and asked once more.
+    """
+    doubts = tuple(doubts)
+    draining = [doubt for doubt in doubts if doubt.lack == Lack.DRAINS][:_DRAINS_MAX]
+    told = {(doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"): _nothing(doubt.key) for doubt in draining}
+    for (qube, feature), value in told.items():
+        backend.set_feature(qube, feature, value)
+    left = unconfirmed(told, backend)
+    for qube, feature in told:
+        backend.remove_feature(qube, feature)
+    return (*(doubt for doubt in doubts if doubt not in draining), *left)
+
+
+def _nothing(key: str) -> str:
+    """What a qube is told of a forward of which dom0 knows the name alone, to have nothing of it in force."""
+    value = "version=1 role=target side=uplink proto=tcp srcports=1-1 dstports=1-1 srchosts=any expire=1"
+    return str(NftConfig.parse(key, value))
 
 
 def forwarding(inventory: Inventory) -> set[QubeName]:

@@ -11,12 +11,14 @@ from qubes_fwd_qrexec.admin import nftpath, policy
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind
 from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, forwarding, judged, unconfirmed
+from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport, Why
 from qubes_fwd_qrexec.common.report import Problem
+from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, Sources
 
 WORK, FIREWALL, NET = PATH = (QubeName("work"), QubeName("sys-firewall"), QubeName("sys-net"))
@@ -227,3 +229,33 @@ def test_what_others_closed_meanwhile_does_not_stay_open(closing: str, before: s
 def test_a_hold_asks_also_qubes_that_cannot_be_read() -> None:
     unread = (qube("strange", problem="no"), qube("halted", problem="no", is_running=False))
     assert {"strange", "halted"} & forwarding(nft_world(*unread)) == {"strange"}
+
+
+class Draining(Memory):
+    """Qubes that let connections finish, until they are told that their forward is over and cuts."""
+
+    def ask(self, qube: QubeName, service: str, *_: object, **__: object) -> bytes:
+        if service == NFT_SERVICE and FEATURE in self.qubes[qube]:
+            told = NftConfig.parse(KEY, self.qubes[qube][FEATURE])
+            assert (told.expire, told.on_expire) == (1, "cut")
+            self.reports[qube] = reports(digest=None, why=Why.OVER)
+        return super().ask(qube, service, 1 << 16)
+
+
+def test_a_hold_ends_what_may_finish_after_its_time() -> None:
+    backend = Draining(nft_world())
+    drains = reports(digest=None, why=Why.OVER, draining=True)
+    backend.reports = {WORK: drains, NET: drains, FIREWALL: AnswerError("it hangs")}
+    held = hold(backend, NOW)
+    assert [(doubt.qube, doubt.lack) for doubt in held.doubts] == [(FIREWALL, Lack.NO_ANSWER)]
+    assert (held.is_held, held.problems) == (True, ())
+    assert not any(FEATURE in features for features in backend.qubes.values())
+
+
+def test_what_cannot_be_told_may_finish_still() -> None:
+    backend = Draining(nft_world())
+    backend.reports[WORK] = reports(digest=None, why=Why.OVER, draining=True)
+    backend.refuses = lambda entry: entry.startswith("set ")
+    held = hold(backend, NOW)
+    assert [(doubt.qube, doubt.lack) for doubt in held.doubts] == [(WORK, Lack.DRAINS)]
+    assert held.problems == (f"packets: end what may finish: cannot set work {FEATURE}",)
