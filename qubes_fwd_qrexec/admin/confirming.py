@@ -86,7 +86,10 @@ def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed
     """Ask qubes for all that is in force there though nothing should be; also those that do not say."""
     found: list[Unconfirmed] = []
     for qube, answer in at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), sorted(qubes)).items():
-        keys = [forward.key for forward in answer.forwards] if isinstance(answer, NftReport) else [""]
+        keys = [forward.key for forward in answer.forwards] if isinstance(answer, NftReport) else []
+        # Of what it does not name, too: nft may have failed, or its list may not be the whole.
+        if not keys or (isinstance(answer, NftReport) and answer.left_out):
+            keys.append("")
         found += (doubt for key in keys if (doubt := judged(qube, key, None, answer)) is not None)
     return tuple(found)
 
@@ -156,6 +159,8 @@ def judged(qube: QubeName, key: str, config: NftConfig | None, answer: Answer) -
             return Unconfirmed(qube, key, Lack.NO_SERVICE, is_opening, str(answer)) if is_opening else None
         return Unconfirmed(qube, key, Lack.NO_ANSWER, is_opening, str(answer))
     report, said = answer.find(key), answer.problem or ""
+    if report is None and answer.left_out and not said:
+        said = f"its answer leaves out {answer.left_out} forwards"
     if config is None:
         if report is not None and (report.digest is not None or report.draining):
             lack = Lack.DRAINS if report.draining else Lack.STILL_IN_FORCE
