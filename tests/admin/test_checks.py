@@ -8,7 +8,7 @@ from worlds import NOW, OURS, only, qube, rule, world
 
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State
-from qubes_fwd_qrexec.admin.views import reasons
+from qubes_fwd_qrexec.admin.views import reasons, travel
 from qubes_fwd_qrexec.admin.views.render import forward_as_json
 from qubes_fwd_qrexec.common.config import Service, Side
 from qubes_fwd_qrexec.common.rules import Mode, Transport
@@ -42,13 +42,13 @@ def test_missing_owner_and_path_are_noted() -> None:
 
 def test_auto_becomes_mux_where_the_target_has_our_service() -> None:
     forward = only(rule())
-    assert (reasons.mode(forward)[0], forward.transport, forward.service) == (
+    assert (forward.mode, forward.transport, forward.service) == (
         Mode.QREXEC,
         Transport.MUX,
         Service.FORWARD_TCP,
     )
-    assert reasons.mode(forward)[1] == "mode=auto is decided when the rule is changed or confirmed"
-    assert reasons.transport_reason(forward) == "work offers our service"
+    assert travel.mode_reason(forward) == "mode=auto is decided when the rule is changed or confirmed"
+    assert travel.transport_reason(forward) == "work offers our service"
     assert only(rule("srcports=1-65535")).state is State.ACTIVE
 
 
@@ -56,7 +56,7 @@ def test_auto_becomes_mux_where_the_target_has_our_service() -> None:
 def test_our_service_is_used_as_the_rule_says(asked: str) -> None:
     forward = only(rule(f"transport={asked}"))
     assert (forward.transport, forward.service) == (Transport(asked), Service.FORWARD_TCP)
-    assert reasons.transport_reason(forward) == "the rule says so"
+    assert travel.transport_reason(forward) == "the rule says so"
 
 
 @pytest.mark.parametrize("asked", ["", "transport=mux"])
@@ -70,7 +70,7 @@ def test_mux_carries_who_the_client_is(asked: str) -> None:
 def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason_warns() -> None:
     forward = only(rule(target="personal"))
     assert (forward.transport, forward.service) == (Transport.CALL, Service.CONNECT_TCP)
-    assert "loses the rest of what the client sends" in reasons.transport_reason(forward)
+    assert "loses the rest of what the client sends" in travel.transport_reason(forward)
 
 
 def test_limits_are_what_the_listener_is_told() -> None:
@@ -171,10 +171,10 @@ def test_what_a_template_learns_is_in_a_target_that_starts_after_it() -> None:
 
     before = planned()
     assert (before.service, before.transport) == (Service.CONNECT_TCP, Transport.CALL)
-    assert reasons.transport_reason(before).startswith(
+    assert travel.transport_reason(before).startswith(
         "work was started before its template offered qubes.ForwardTCP"
     )
-    assert reasons.transport_reason(before).endswith("restart work")
+    assert travel.transport_reason(before).endswith("restart work")
     assert planned("transport=mux").cause is Cause.NO_SERVICE
     assert planned(is_running=False).service is Service.FORWARD_TCP
     assert planned(features=OURS).service is Service.FORWARD_TCP

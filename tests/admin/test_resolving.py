@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.admin import nftpath, resolving
 from qubes_fwd_qrexec.admin.inventory import Inventory, Qube
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State, Verdict
-from qubes_fwd_qrexec.admin.views import reasons, render
+from qubes_fwd_qrexec.admin.views import entrance, reasons, render
 from qubes_fwd_qrexec.common.config import ListenerConfig, Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.values import QubeName, Sources, parse_network
@@ -45,7 +45,7 @@ def test_a_qube_is_let_in_by_its_addresses_and_the_listener_learns_no_name() -> 
     assert told(forward) == "0.0.0.0,:: <- 10.137.0.11/32,fd09:24ef:4179::a89:b/128"
     ((_, config),) = forward.configs
     assert "personal" not in str(config)
-    assert reasons.let_in(forward) == "personal (10.137.0.11 fd09:24ef:4179::a89:b)"
+    assert entrance.let_in(forward) == "personal (10.137.0.11 fd09:24ef:4179::a89:b)"
 
 
 def test_a_forward_listens_in_the_families_that_its_clients_have() -> None:
@@ -57,7 +57,7 @@ def test_a_forward_listens_in_the_families_that_its_clients_have() -> None:
 def test_names_and_networks_go_together() -> None:
     forward = internal("10.138.0.0/16,personal", ip6=False)
     assert told(forward) == "0.0.0.0 <- 10.137.0.11/32,10.138.0.0/16"
-    assert reasons.let_in(forward) == "10.138.0.0/16, personal (10.137.0.11)"
+    assert entrance.let_in(forward) == "10.138.0.0/16, personal (10.137.0.11)"
 
 
 def test_an_address_that_changes_is_followed() -> None:
@@ -69,7 +69,7 @@ def test_a_qube_that_is_gone_lets_in_nobody_and_the_others_stay() -> None:
     forward = internal("gone,personal", ip6=False)
     assert told(forward) == "0.0.0.0 <- 10.137.0.11/32"
     assert reasons.notes(forward)[-1:] == ("nobody is let in for gone, as there is no such qube",)
-    assert reasons.let_in(forward) == "gone (nobody), personal (10.137.0.11)"
+    assert entrance.let_in(forward) == "gone (nobody), personal (10.137.0.11)"
 
 
 @pytest.mark.parametrize("sources", ["gone", "gone,lost", "@tag:games", "gone,@tag:games"])
@@ -111,7 +111,7 @@ def test_a_tag_lets_in_those_of_its_qubes_that_are_there_and_names_the_others() 
     players = (player("a", 1), player("b", 2), player("c", 3, "sys-vpn"), player("d", 4, None))
     forward = internal("@tag:games", *players, qube("t", klass="TemplateVM", tags=GAMES))
     assert told(forward) == "0.0.0.0 <- 10.137.1.1/32,10.137.1.2/32"
-    assert reasons.let_in(forward) == "@tag:games (a 10.137.1.1, b 10.137.1.2)"
+    assert entrance.let_in(forward) == "@tag:games (a 10.137.1.1, b 10.137.1.2)"
     assert "@tag:games does not let in c, d, whose netvm is not sys-firewall" in reasons.notes(forward)
     assert forward.state is State.ACTIVE
 

@@ -21,7 +21,7 @@ from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import callroom, confirmed, reasons, steps
+from . import callroom, confirmed, reasons, steps, travel
 from .judged import denials
 from .listeners import Heard, ask_after
 from .render import forward_as_json
@@ -205,7 +205,7 @@ def news(after: After, forward: Forward) -> list[str]:
     """Warnings about a forward that come from the change."""
     key = forward.named[:2]
     decision = after.changed.decisions.get(key)
-    found = [] if decision is None else [reasons.decision(forward, decision)]
+    found = [] if decision is None else [travel.decision(forward, decision)]
     denial, uptake = after.denials.get(key), after.heard.uptakes.get(key)
     found += [] if denial is None else [f"dom0 denies its calls: {denial}"]
     trouble = None if uptake is None else uptake.note(forward)
@@ -227,14 +227,14 @@ def warnings(forward: Forward) -> list[str]:
     target = forward.named.target
     found = [*reasons.notes(forward), *reasons.hints(forward)]
     if forward.service is Service.CONNECT_TCP:
-        found.append(reasons.transport_reason(forward))
+        found.append(travel.transport_reason(forward))
     elif forward.transport is Transport.CALL:
         found.append(
             f"where {target} serves calls by qubes-forward-service.socket, an answer that breaks off may "
             "look complete to the client"
         )
     if forward.mode is Mode.NFT:
-        found.append(reasons.safety(forward))
+        found.append(travel.safety(forward))
         found.append(f"the server in {target} must listen on more than 127.0.0.1")
     elif forward.named.rule.proxy == "off":
         way_out = "make sure that it asks everybody for a password"

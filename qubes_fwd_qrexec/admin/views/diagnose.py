@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import nftwalk, reasons
+from . import entrance, nftwalk
 from .judged import judged
 from .listeners import Has, ask, uptake
 from .render import broken_line
@@ -152,7 +152,7 @@ class _Walk:
             raise self._stops.planned("rule", forward.decisive)
         yield ok("rule", f"{forward.named} is {forward.state}")
         if forward.named.rule.sources.has_names:
-            yield ok("sources", f"{reasons.let_in(forward)} may connect")
+            yield ok("sources", f"{entrance.let_in(forward)} may connect")
         if forward.listener_config is None:
             yield from nftwalk.steps(self._snapshot, forward, self._backend)
             return

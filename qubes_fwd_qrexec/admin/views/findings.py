@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Plan, Verdict
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.rules import Mode
 
-from . import reasons
+from . import entrance, reasons, travel
 from .tables import Check
 from .times import print_expire
 
@@ -70,7 +70,7 @@ def shown(
     found = [_shown(forward, finding, now) for finding in forward.findings if finding.cause in _NAMES]
     found.sort(key=lambda one: _ORDER.index(one.name))
     if forward.is_live and forward.mode is Mode.NFT:
-        found.append(Check("safety", Verdict.NOTE, reasons.safety(forward)))
+        found.append(Check("safety", Verdict.NOTE, travel.safety(forward)))
     return (*found, _policy(forward, planned, installed, verdict))
 
 
@@ -86,7 +86,7 @@ def _shown(forward: Forward, finding: Finding, now: float) -> Check:
         sentence="" if is_well else reasons.sentence(forward, finding).rstrip("."),
         target=target,
         exposed=forward.exposed,
-        sources=reasons.let_in(forward),
+        sources=entrance.let_in(forward),
         way=" - ".join((target, *forward.chain)) if forward.chain else "no netvm",
         within=within,
         mark=mark,
@@ -99,7 +99,7 @@ def _shown(forward: Forward, finding: Finding, now: float) -> Check:
 
 def _reached(forward: Forward) -> str:
     """From where connections come in."""
-    if reasons.is_local(forward):
+    if entrance.is_local(forward):
         return _LOOPBACK.format(exposed=forward.exposed)
     return f"{forward.side}: {_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed)}"
 

@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .reasons import asked, is_local
+from .entrance import asked, is_local
 from .tables import cut
 
 # The width if no terminal says another, and the least that anything is drawn for.

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from itertools import takewhile
 
 from qubes_fwd_qrexec.admin.checks import CALL_PORTS_MAX
-from qubes_fwd_qrexec.admin.deciding import Decision
 from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, NFT_FEATURE, QREXEC_FEATURE, REMOTE, TEMPLATE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
-from qubes_fwd_qrexec.common.config import Service, Side
+from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX
-from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, Proto, Transport
+from qubes_fwd_qrexec.common.rules import Mode, Proto
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, yes_no
+
+from . import entrance
 
 Command = tuple[str, ...]
 HELD = "Everything is held by 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
@@ -234,19 +235,6 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "first loses the rest of what the client sends. To fix that, {install}",
     ),
 }
-# Why nothing goes by nft, in short.
-_AGAINST = {
-    Cause.NO_NETVM: "{target} has no netvm",
-    Cause.NO_IP_PATH: "{qube} is none of the netvms of {target}",
-    Cause.TUNNEL: "{target} {is_tunneled}",
-    Cause.NFT_BEHIND_TUNNEL: "{target} {is_tunneled}",
-    Cause.NO_NFT_SERVICE: "{lacks}",
-    Cause.NFT_SWITCHED_OFF: "{qube} has the service qubes-forward-nft switched off",
-    Cause.NO_ADDRESS: "{qube} has no IPv{number} address",
-    Cause.TOO_LARGE: "it is too large for nft",
-    Cause.LINK_LOCAL: "clients from {detail} are on one link alone",
-    Cause.NFT_LOOPBACK: "it listens at a loopback address",
-}
 _UNFIT = {
     ADMIN: "is the administrative qube and must not",
     TEMPLATE: "is a template and must not",
@@ -290,46 +278,9 @@ def error_text(error: Exception) -> str:
     return str(error)
 
 
-def mode(forward: Forward) -> tuple[Mode, str]:
-    """The mode of a forward, and why it is that."""
-    asked = forward.named.rule.mode
-    if asked is not Mode.AUTO:
-        return asked, "the rule says so"
-    return Mode.QREXEC, "mode=auto is decided when the rule is changed or confirmed"
-
-
-def decision(forward: Forward, decided: Decision) -> str:
-    """Why mode=auto became what it did, and the command for the other mode."""
-    target, name, rule = forward.named
-    command, finding = f"qvm-forward set {target} {name} mode=", decided.against
-    if rule.mode is Mode.NFT:
-        way = f"by nft, as packets can go {' - '.join((*forward.hops, target))}"
-        return way if rule.proto is Proto.UDP else f"{way}; '{command}qrexec' sends it over qrexec"
-    why = f"{decided.option} is asked for"
-    if decided.is_at_loopback:
-        why = f"the server in {target} listens at loopback alone"
-        return f"over qrexec, as {why}; '{command}nft' is faster if it listens elsewhere too"
-    if finding is not None:
-        template = _AGAINST.get(finding.cause, "its packets could not get there")
-        why = template.format(**_facts(forward, finding))
-    return f"over qrexec, as {why}; '{command}nft' says what nft would take"
-
-
-def safety(forward: Forward) -> str:
-    """In what a forward by nft is less safe than one over qrexec."""
-    return (
-        f"the network stack of {forward.named.target} itself faces the clients, every qube on the way sees "
-        "the traffic, and dom0 judges the rule and not each connection"
-    )
-
-
-def transport_reason(forward: Forward) -> str:
-    """Why a forward that has a service goes over its transport."""
-    stock = forward.finding(Cause.STOCK_SERVICE)
-    if stock is not None:
-        return sentence(forward, stock)
-    asked = forward.named.rule.transport
-    return f"{forward.named.target} offers our service" if asked is Transport.AUTO else "the rule says so"
+def filled(template: str, forward: Forward, finding: Finding) -> str:
+    """A text with the facts of a finding in the place of their names in braces."""
+    return template.format(**_facts(forward, finding))
 
 
 def _next_stop(forward: Forward) -> Finding | None:
@@ -344,16 +295,16 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
     more = _next_stop(forward) if finding.cause is Cause.NETVM_CHANGED else None
     if more is not None:
         first, ways = _said(forward, more)
-        confirm = _filled(_CONFIRM, facts)
+        confirm = _command(_CONFIRM, facts)
         text = f"{facts['moved']}, where it would be {more.cause.state}. {first} After that "
         return f"{text}'{' '.join(confirm)}' agrees to the new path.", (*ways, confirm)
     text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, finding.case]
-    commands = tuple(_filled(template, facts) for template in templates)
+    commands = tuple(_command(template, facts) for template in templates)
     can_do = [c for c, each in zip(commands, templates, strict=True) if each != _QREXEC or facts["or_qrexec"]]
     return text.format(*map(" ".join, commands), **facts), tuple(can_do)
 
 
-def _filled(template: str, facts: Mapping[str, object]) -> Command:
+def _command(template: str, facts: Mapping[str, object]) -> Command:
     # No fact in a command has spaces but the name of a rule, which is two words.
     return tuple(template.format(**facts).split())
 
@@ -376,8 +327,8 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         "detail": finding.detail,
     }
     if finding.cause is Cause.OPEN:
-        facts["where"] = _where(forward)
-        facts["who"] = "anybody who can reach it" if rule.sources.anyone else ", ".join(asked(rule))
+        facts["where"] = entrance.where(forward)
+        facts["who"] = "anybody who can reach it" if rule.sources.anyone else ", ".join(entrance.asked(rule))
     elif finding.cause is Cause.UNFIT_QUBE:
         facts["is_unfit"] = _UNFIT.get(finding.detail)
     elif finding.cause is Cause.CLONED:
@@ -385,7 +336,10 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     elif finding.cause is Cause.NETVM_CHANGED:
         were, are = (" - ".join(path) or "none" for path in (rule.path or (), forward.chain))
         facts["moved"] = f"The netvms of {target} were {were} when the rule was agreed to and are {are} now"
-        was, now = _entrance(finding.qube, finding.side), _entrance(forward.exposed, forward.side)
+        was, now = (
+            entrance.entrance(finding.qube, finding.side),
+            entrance.entrance(forward.exposed, forward.side),
+        )
         facts["moves"] = f", which opens it at {now} and no longer at {was}" if was != now else ""
     elif finding.cause in (Cause.NO_SERVICE, Cause.STOCK_SERVICE):
         facts["lacks"], facts["install"] = _lacks(target, finding)
@@ -407,36 +361,6 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     return facts
 
 
-def asked(rule: ForwardRule) -> list[str]:
-    """Whom a rule lets in, as it says that."""
-    return str(rule.sources).split(",")
-
-
-def let_in(forward: Forward) -> str:
-    """Whom a forward lets in, and behind each name what it stands for now."""
-    now: dict[str, list[str]] = {}
-    for name, qube, addresses in forward.let_in:
-        where = (str(network.network_address) for network in addresses)
-        now.setdefault(name, []).append(" ".join(where if name == qube else (qube, *where)))
-    names = {str(name) for name in forward.named.rule.sources.qubes}
-    return ", ".join(
-        f"{name} ({', '.join(now.get(name, ())) or 'nobody'})" if name in names or name[0] == "@" else name
-        for name in asked(forward.named.rule)
-    )
-
-
-def is_local(forward: Forward) -> bool:
-    """Whether it listens at a loopback address, which nobody but the exposed qube itself reaches."""
-    listen = forward.named.rule.listen
-    return listen is not None and listen.is_loopback
-
-
-def _where(forward: Forward) -> str:
-    listen = forward.named.rule.listen
-    where = "" if listen is None else f" at {listen}"
-    return where if is_local(forward) else f"{where} ({forward.side} side)"
-
-
 def _whose(forward: Forward, finding: Finding) -> str:
     owner, target = forward.named.rule.owner, forward.named.target
     if owner is None:
@@ -444,11 +368,6 @@ def _whose(forward: Forward, finding: Finding) -> str:
     if finding.detail == DISPOSABLE:
         return f"The rule was made for {owner}, and {target} is a disposable that inherited it"
     return f"The rule was made for {owner} and came to {target} by cloning or renaming"
-
-
-def _entrance(exposed: QubeName | None, side: Side | None) -> str:
-    """The side of a qube that is gone is not known."""
-    return "no qube" if exposed is None else exposed if side is None else f"{exposed} ({side} side)"
 
 
 def _lacks(target: QubeName, finding: Finding, service: str = _FORWARD) -> tuple[str, str]:

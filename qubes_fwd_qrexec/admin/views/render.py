@@ -11,7 +11,7 @@ from typing import Any
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
 
-from . import reasons
+from . import entrance, reasons, travel
 from .tables import Style, Table, escaped
 from .times import distance
 
@@ -76,7 +76,7 @@ def _row(forward: Forward, now: float) -> tuple[str, ...]:
         forward.named.target,
         forward.named.name,
         forward.state,
-        reasons.mode(forward)[0],
+        forward.mode,
         exposed_at(forward),
         f"{rule.proto} {rule.target_ports.brief()}",
         str(rule.sources),
@@ -112,16 +112,15 @@ def explained(forward: Forward, style: Style) -> str:
         f"  {reasons.sentence(forward)}",
     ]
     if forward.named.rule.sources.has_names:
-        lines.append(f"  sources: {reasons.let_in(forward)}.")
-    mode, why = reasons.mode(forward)
-    lines.append(f"  mode {mode}: {why}.")
+        lines.append(f"  sources: {entrance.let_in(forward)}.")
+    lines.append(f"  mode {forward.mode}: {travel.mode_reason(forward)}.")
     if forward.exposed is not None and forward.is_live:
         what = "listening" if forward.mode is Mode.QREXEC else "exposed"
         lines.append(f"  {what} at {forward.exposed}: {_exposed_reason(forward)}.")
     if forward.mode is Mode.NFT and forward.is_live:
         lines.append(f"  packets go {' - '.join((*forward.hops, forward.named.target))}.")
     if forward.service is not None:
-        why = reasons.transport_reason(forward)
+        why = travel.transport_reason(forward)
         lines.append(f"  transport {forward.transport} over {forward.service}: {why}.")
     lines += [f"  note: {note}" for note in reasons.notes(forward)]
     return "".join(f"{line}\n" for line in lines)
@@ -138,7 +137,6 @@ def _exposed_reason(forward: Forward) -> str:
 
 def forward_as_json(forward: Forward) -> dict[str, Any]:
     """One forward. ``ways_out`` are commands with arguments; a word in capitals is to be filled in."""
-    mode, mode_reason = reasons.mode(forward)
     return {
         "qube": forward.named.target,
         "name": forward.named.name,
@@ -146,15 +144,15 @@ def forward_as_json(forward: Forward) -> dict[str, Any]:
         "cause": forward.cause,
         "reason": reasons.sentence(forward),
         "ways_out": [list(command) for command in reasons.ways_out(forward)],
-        "mode": mode,
-        "mode_reason": mode_reason,
+        "mode": forward.mode,
+        "mode_reason": travel.mode_reason(forward),
         "exposed": forward.exposed,
         "hops": list(forward.hops),
         "side": forward.side,
         "path": list(forward.chain),
         "service": forward.service,
         "transport": forward.transport,
-        "transport_reason": "" if forward.service is None else reasons.transport_reason(forward),
+        "transport_reason": "" if forward.service is None else travel.transport_reason(forward),
         "notes": list(reasons.notes(forward)),
         "hints": list(reasons.hints(forward)),
         "sources": [

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Words for how a forward's traffic travels, why it does, and what that means."""
+
+from qubes_fwd_qrexec.admin.deciding import Decision
+from qubes_fwd_qrexec.admin.states import Cause, Forward
+from qubes_fwd_qrexec.common.rules import Mode, Proto, Transport
+
+from .reasons import filled, sentence
+
+# Why nothing goes by nft, in short.
+_AGAINST = {
+    Cause.NO_NETVM: "{target} has no netvm",
+    Cause.NO_IP_PATH: "{qube} is none of the netvms of {target}",
+    Cause.TUNNEL: "{target} {is_tunneled}",
+    Cause.NFT_BEHIND_TUNNEL: "{target} {is_tunneled}",
+    Cause.NO_NFT_SERVICE: "{lacks}",
+    Cause.NFT_SWITCHED_OFF: "{qube} has the service qubes-forward-nft switched off",
+    Cause.NO_ADDRESS: "{qube} has no IPv{number} address",
+    Cause.TOO_LARGE: "it is too large for nft",
+    Cause.LINK_LOCAL: "clients from {detail} are on one link alone",
+    Cause.NFT_LOOPBACK: "it listens at a loopback address",
+}
+
+
+def mode_reason(forward: Forward) -> str:
+    """Why the mode of a forward is what it is."""
+    if forward.named.rule.mode is Mode.AUTO:
+        return "mode=auto is decided when the rule is changed or confirmed"
+    return "the rule says so"
+
+
+def decision(forward: Forward, decided: Decision) -> str:
+    """Why mode=auto became what it did, and the command for the other mode."""
+    target, name, rule = forward.named
+    command, finding = f"qvm-forward set {target} {name} mode=", decided.against
+    if rule.mode is Mode.NFT:
+        way = f"by nft, as packets can go {' - '.join((*forward.hops, target))}"
+        return way if rule.proto is Proto.UDP else f"{way}; '{command}qrexec' sends it over qrexec"
+    why = f"{decided.option} is asked for"
+    if decided.is_at_loopback:
+        why = f"the server in {target} listens at loopback alone"
+        return f"over qrexec, as {why}; '{command}nft' is faster if it listens elsewhere too"
+    if finding is not None:
+        template = _AGAINST.get(finding.cause, "its packets could not get there")
+        why = filled(template, forward, finding)
+    return f"over qrexec, as {why}; '{command}nft' says what nft would take"
+
+
+def safety(forward: Forward) -> str:
+    """In what a forward by nft is less safe than one over qrexec."""
+    return (
+        f"the network stack of {forward.named.target} itself faces the clients, every qube on the way sees "
+        "the traffic, and dom0 judges the rule and not each connection"
+    )
+
+
+def transport_reason(forward: Forward) -> str:
+    """Why a forward that has a service goes over its transport."""
+    stock = forward.finding(Cause.STOCK_SERVICE)
+    if stock is not None:
+        return sentence(forward, stock)
+    asked = forward.named.rule.transport
+    return f"{forward.named.target} offers our service" if asked is Transport.AUTO else "the rule says so"
