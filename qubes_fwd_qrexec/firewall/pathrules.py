@@ -10,6 +10,8 @@ target lets in what comes from its netvm and from the sources; it does not look 
 Every rule ends with the forward by itself, so the kernel closes it even if this program is gone. Where a live
 connection would pass by Qubes' rule for established connections all the same, another rule drops it.
 
+A rule that every packet meets begins with the port, so that it costs packets of other forwards little.
+
 Limits count in each family by itself. Who is one too many has no answer, as nothing of ours is there to give
 one.
 """
@@ -114,7 +116,7 @@ class _Forward:
 
     def dropping(self, chain: str | Place) -> Iterator[str]:
         if chain == ADMITTED and self._is_hop:
-            yield f"{self._family} daddr {self._next_hop} {self._to_next} {self._original} drop"
+            yield f"{self._to_next} {self._family} daddr {self._next_hop} {self._original} drop"
         elif chain == INPUT and not self._is_hop and self.config.expire is not None:
             yield f"{self._inward} drop"
         elif chain == REPLIES and self._is_hop and self.config.expire is not None:
@@ -151,25 +153,25 @@ class _Forward:
 
     @property
     def _inward(self) -> str:
-        return f"{self._by}{self._from} {self._to_exposed}"
+        return f"{self._to_exposed} {self._by}{self._from}"
 
     @property
     def _through(self) -> str:
         """A packet of this forward on its way to the next hop."""
-        to = f"{self._family} daddr {self._next_hop} {self._to_next} {self._original}"
-        return f"{self._by} oifgroup 2{self._from} {to}"
+        to = f"{self._family} daddr {self._next_hop} {self._original}"
+        return f"{self._to_next} {self._by} oifgroup 2{self._from} {to}"
 
     @property
     def _back(self) -> str:
         """A packet of this forward on its way from the next hop."""
         by_vif = f"iifgroup 2 oifgroup {self.config.side.group} {self._family} saddr {self._next_hop}"
-        return f"{by_vif} {self.config.proto} sport {self.config.target_ports.brief()} {self._original}"
+        return f"{self.config.proto} sport {self.config.target_ports.brief()} {by_vif} {self._original}"
 
     @property
     def _outward(self) -> str:
         """A packet of the target's server to a client."""
         to_clients = f"oifgroup {self.config.side.group}{self._clients('daddr')}"
-        return f"{to_clients} {self.config.proto} sport {self.config.target_ports.brief()} ct direction reply"
+        return f"{self.config.proto} sport {self.config.target_ports.brief()} {to_clients} ct direction reply"
 
     @property
     def _until_all_end(self) -> str:
