@@ -148,6 +148,9 @@ def main(arguments: list[str]) -> int:
     except (BenchError, StoreError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; everything that was started has been ended", file=sys.stderr)
+        return 130
     lines = [line for result in results.values() for line in result.lines]
     facts["took"] = f"{time.monotonic() - begun:.0f} s"
     facts["again with"] = shlex.join(["python", "-m", "bench", "nft", *arguments])
