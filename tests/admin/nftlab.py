@@ -80,3 +80,7 @@ def hangs(_: NftReport) -> AnswerError:
 
 def forgets(report: NftReport) -> NftReport:
     return replace(report, forwards=())
+
+
+def drains(report: NftReport) -> NftReport:
+    return replace(report, forwards=(PathReport(key="nft.work.web", why=Why.OVER, draining=True),))

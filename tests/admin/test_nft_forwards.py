@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from nftlab import FEATURE, PATH, NftLab, forgets, hangs
+from nftlab import FEATURE, PATH, NftLab, drains, forgets, hangs
 from stages import Stage
 from worlds import ADD, NOW, Command
 
@@ -219,3 +219,18 @@ def test_watch_applies_it_and_says_what_no_qube_confirms(
     assert "sys-net: let no packets through for nft.work.web" in stage.out.getvalue()
     assert "work web: sys-firewall does not answer: " in stage.err.getvalue()
     assert told(nft_lab) == set()
+
+
+def test_what_may_finish_after_its_time_is_not_called_closed(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD, "--expire", "+300", "--on-expire", "drain")
+    line = nft_lab.lab.features("work")["forward.web"]
+    nft_lab.lab.set_feature("work", "forward.web", line.replace(f"expire={NOW + 300}", f"expire={NOW}"))
+    nft_lab.says = dict.fromkeys(PATH, drains)
+    closed = run("apply")
+    assert (closed.status, closed.err.count("note: work web: ")) == (0, 3)
+    removed = run("remove", "work", "web")
+    assert removed.status == 0
+    assert removed.out == (
+        "Forward work web is removed and accepts no new connections; open ones may go on.\n"
+    )
+    assert "note: work web: sys-net lets its connections go on for up to an hour" in removed.err

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Kind
 from qubes_fwd_qrexec.admin.changing import Changed, System
-from qubes_fwd_qrexec.admin.confirming import Unconfirmed, unconfirmed
+from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, unconfirmed
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
+from qubes_fwd_qrexec.admin.revoking import DRAIN_S
 from qubes_fwd_qrexec.admin.snapshot import parse_new_name
-from qubes_fwd_qrexec.admin.states import Forward, Key, State
+from qubes_fwd_qrexec.admin.states import Cause, Forward, Key, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
@@ -46,13 +47,15 @@ _SWITCHES = {
 class After(NamedTuple):
     """A change, and what is known of it afterwards.
 
-    ``heard`` is what the listeners make of it, ``doubts`` are qubes that do not confirm it, ``denials`` why
+    ``heard`` is what the listeners make of it, ``told`` what qubes are to have of forwards by nft, ``doubts``
+    are qubes that do not confirm that, ``denials`` why
     dom0's policy denies calls of these rules all the same. ``watch_start`` starts `watch`, where that is not
     running.
     """
 
     changed: Changed
     heard: Heard
+    told: Mapping[Place, str | None]
     doubts: tuple[Unconfirmed, ...]
     denials: Mapping[tuple[QubeName, RuleName], str]
     watch_start: str | None
@@ -60,20 +63,37 @@ class After(NamedTuple):
     @property
     def still_open(self) -> tuple[Unconfirmed, ...]:
         """The doubts about forwards that were to be closed and that nobody has closed."""
-        return confirmed.still_open(self.doubts, self.changed.outcome.told)
+        return confirmed.still_open(self.doubts, self.told)
 
 
 def followed(changed: Changed, session: Session) -> After:
     """Ask what became of a change. Raises `StoreError` if it is stored and not all of it could be applied."""
     said, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
+    told: dict[Place, str | None] = {}
     doubts: tuple[Unconfirmed, ...] = ()
     if changed.is_applied:
         steps.check(changed.outcome, "the change is stored, but ")
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
         said = ask_after(was, planned, changed.keys, inventory, session.backend)
-        doubts = unconfirmed(changed.outcome.told, session.backend)
+        told = _perhaps_draining(changed, session.now) | changed.outcome.told
+        doubts = unconfirmed(told, session.backend)
         denied = denials(changed.forwards, session.backend)
-    return After(changed, said, doubts, denied, session.backend.unwatched())
+    return After(changed, said, told, doubts, denied, session.backend.unwatched())
+
+
+def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
+    """Where connections by nft may finish of rules whose time was over already: their qubes are told nothing
+    of them any more.
+    """
+    found: dict[Place, str | None] = {}
+    for old in (changed.plan_before.find(*key) for key in changed.keys):
+        if old is None or old.mode is not Mode.NFT or old.finding(Cause.EXPIRED) is None:
+            continue
+        (target, name, rule), new = old.named, changed.plan.find(*old.named[:2])
+        is_live_again = new is not None and bool(new.nft_configs)
+        if rule.on_expire is OnExpire.DRAIN and (rule.expire or now) + DRAIN_S > now and not is_live_again:
+            found |= {(qube, f"{CONFIG_PREFIX}nft.{target}.{name}"): None for qube in (*old.hops, target)}
+    return found
 
 
 def add(args: Namespace, session: Session) -> int:
@@ -191,6 +211,8 @@ def _closed(after: After, key: Key) -> str:
 
 
 def _flows(after: After, key: Key | None) -> bool:
+    if any(doubt.lack == Lack.DRAINS and parse_nft_key(doubt.key) == key for doubt in after.doubts):
+        return True
     return any((left.target, left.name) == key for left in after.heard.goes_on) or any(
         key is not None and ended.target == key[0] and ended.draining for ended in after.changed.outcome.ended
     )
@@ -276,7 +298,7 @@ def tell(
         session.say("".join(f"{line}\n" for line in last))
     session.warn_unread(changed.after)
     if not session.is_json:
-        confirmed.warn(after.doubts, changed.outcome, session)
+        confirmed.warn(after.doubts, after.told, session)
     return 1 if after.still_open or any(left.left_s is None for left in goes_on) else 0
 
 

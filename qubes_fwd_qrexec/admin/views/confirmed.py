@@ -51,14 +51,17 @@ def name(key: str) -> str:
 
 
 def still_open(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None]) -> tuple[Unconfirmed, ...]:
-    """Those of forwards that were to be closed, and that no qube of their path says are closed."""
+    """Those of forwards that were to be closed, and that no qube of their path says are closed. What goes on
+    for a while because its rule says so is none of them.
+    """
     doubted = {(doubt.qube, doubt.key) for doubt in doubts}
     closed = {
         key
         for (qube, feature), value in told.items()
         if value is None and (qube, key := feature.removeprefix(CONFIG_PREFIX)) not in doubted
     }
-    return tuple(doubt for doubt in doubts if not doubt.is_opening and doubt.key not in closed)
+    left = (doubt for doubt in doubts if not doubt.is_opening and doubt.lack != Lack.DRAINS)
+    return tuple(doubt for doubt in left if doubt.key not in closed)
 
 
 def ways_out(doubts: Iterable[Unconfirmed]) -> list[str]:
@@ -71,12 +74,12 @@ def check(outcome: Outcome, session: Session) -> bool:
     """Ask the qubes that were told something, and warn of what they do not confirm. Returns whether all that
     was to be closed is closed.
     """
-    return warn(unconfirmed(outcome.told, session.backend), outcome, session)
+    return warn(unconfirmed(outcome.told, session.backend), outcome.told, session)
 
 
-def warn(doubts: Collection[Unconfirmed], outcome: Outcome, session: Session) -> bool:
-    """Warn of doubts about an outcome. Returns whether all that was to be closed is closed."""
-    left = still_open(doubts, outcome.told)
+def warn(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None], session: Session) -> bool:
+    """Warn of doubts about what qubes were told. Returns whether all that was to be closed is closed."""
+    left = still_open(doubts, told)
     for doubt in doubts:
         session.warn(f"{'still open: ' if doubt in left else 'note: '}{words(doubt)}")
     for key in dict.fromkeys(doubt.key for doubt in doubts if doubt.is_opening):
