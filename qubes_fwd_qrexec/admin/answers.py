@@ -10,13 +10,13 @@ from typing import TypeVar
 
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.values import QubeName
 
 # A trial of a forward takes up to 3 s in its qube, and a call some tenths of a second.
 ANSWER_TIMEOUT_S = 8.0
 # More qubes than run on one machine; the others would wait for these.
 _AT_ONCE = 32
 
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 
 
@@ -72,11 +72,11 @@ def read_answer(
     return untrusted_answer
 
 
-def at_once(ask: Callable[[QubeName], _T], qubes: Collection[QubeName]) -> dict[QubeName, _T]:
-    """What ``ask`` returns for each qube. All are asked at once, by threads that end before this returns."""
-    if len(qubes) < 2:
-        return {qube: ask(qube) for qube in qubes}
+def at_once(ask: Callable[[_K], _T], questions: Collection[_K]) -> dict[_K, _T]:
+    """What ``ask`` returns for each. All are asked at once, by threads that end before this returns."""
+    if len(questions) < 2:
+        return {question: ask(question) for question in questions}
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(min(_AT_ONCE, len(qubes))) as pool:
-        return dict(zip(qubes, pool.map(ask, qubes), strict=True))
+    with ThreadPoolExecutor(min(_AT_ONCE, len(questions))) as pool:
+        return dict(zip(questions, pool.map(ask, questions), strict=True))

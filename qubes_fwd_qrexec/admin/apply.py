@@ -123,9 +123,10 @@ def differences(
 ) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken.
 
-    ``untold`` are places that could not be told: their forwards are closed everywhere. ``stopped`` are rules
-    that changed from nft to qrexec, and whose qubes have confirmed that packets are stopped: others wait for
-    that. ``ends_all``: as long as any qube is told of a forward, all that serve are told what is allowed.
+    ``untold`` are places that could not be told: their forwards are closed everywhere. A listener keeps what
+    it was told, as it gets no call through; what lets packets through goes. ``stopped`` are rules that
+    changed from nft to qrexec, and whose qubes have confirmed that packets are stopped: others wait for that.
+    ``ends_all``: as long as any qube is told of a forward, all that serve are told what is allowed.
     """
     ending = switched(plan, inventory, stopped)
     waiting = _keys(ending)
@@ -148,7 +149,8 @@ def differences(
     def outermost_first(place: Place) -> tuple[int, Place]:
         return len(inventory.chain(place[0]).qubes), place
 
-    for qube, key in sorted(present.keys() - wanted.keys() - set(untold), key=outermost_first):
+    kept = {place for place in untold if not is_nft(place)}
+    for qube, key in sorted(present.keys() - wanted.keys() - kept, key=outermost_first):
         steps.append(Step(Kind.REMOVE_CONFIG, qube=qube, key=key, was=present[qube, key]))
     changed = [
         Step(Kind.SET_CONFIG, parse_printable(wanted[place]), *place, present.get(place))

@@ -240,6 +240,9 @@ def _by_nft(
     found += (Finding(Cause.HOP_HALTED, q) for q in path[1:-1] if not inventory.qubes[q].is_running)
     if forward.sources is None or any(finding.cause.verdict is Verdict.STOPS for finding in found):
         return (), found
+    none_left = nftpath.without_family(named.rule, forward.sources, path, inventory)
+    if none_left is not None:
+        return (), [*found, none_left]
     try:
         return nftpath.configs(named, forward.sources, path, side, inventory), found
     except ConfigError as error:

@@ -29,6 +29,8 @@ from .states import Key, Plan
 
 # The qube makes sure of its rules before it answers, which takes some tenths of a second.
 _TIMEOUT_S = 5.0
+# A qube may name as many as it likes.
+_DRAINS_MAX = 100
 Place = tuple[QubeName, str]
 """Qube and feature by which it is told of a forward."""
 
@@ -84,9 +86,36 @@ def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed
     """Ask qubes for all that is in force there though nothing should be; also those that do not say."""
     found: list[Unconfirmed] = []
     for qube, answer in at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), sorted(qubes)).items():
-        keys = [forward.key for forward in answer.forwards] if isinstance(answer, NftReport) else [""]
+        keys = [forward.key for forward in answer.forwards] if isinstance(answer, NftReport) else []
+        # Of what it does not name, too: nft may have failed, or its list may not be the whole.
+        if not keys or (isinstance(answer, NftReport) and answer.left_out):
+            keys.append("")
         found += (doubt for key in keys if (doubt := judged(qube, key, None, answer)) is not None)
     return tuple(found)
+
+
+def end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:
+    """Cut the connections that were let finish after their time, and return the doubts that are left. The
+    caller holds the lock. Raises `StoreError`.
+
+    dom0 has taken away what their qubes knew of them, so these are told of a forward of that name again, one
+    that is over and cuts, and asked once more.
+    """
+    doubts = tuple(doubts)
+    draining = [doubt for doubt in doubts if doubt.lack == Lack.DRAINS][:_DRAINS_MAX]
+    told = {(doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"): _nothing(doubt.key) for doubt in draining}
+    for (qube, feature), value in told.items():
+        backend.set_feature(qube, feature, value)
+    left = unconfirmed(told, backend)
+    for qube, feature in told:
+        backend.remove_feature(qube, feature)
+    return (*(doubt for doubt in doubts if doubt not in draining), *left)
+
+
+def _nothing(key: str) -> str:
+    """What a qube is told of a forward of which dom0 knows the name alone, to have nothing of it in force."""
+    value = "version=1 role=target side=uplink proto=tcp srcports=1-1 dstports=1-1 srchosts=any expire=1"
+    return str(NftConfig.parse(key, value))
 
 
 def forwarding(inventory: Inventory) -> set[QubeName]:
@@ -130,6 +159,8 @@ def judged(qube: QubeName, key: str, config: NftConfig | None, answer: Answer) -
             return Unconfirmed(qube, key, Lack.NO_SERVICE, is_opening, str(answer)) if is_opening else None
         return Unconfirmed(qube, key, Lack.NO_ANSWER, is_opening, str(answer))
     report, said = answer.find(key), answer.problem or ""
+    if report is None and answer.left_out and not said:
+        said = f"its answer leaves out {answer.left_out} forwards"
     if config is None:
         if report is not None and (report.digest is not None or report.draining):
             lack = Lack.DRAINS if report.draining else Lack.STILL_IN_FORCE

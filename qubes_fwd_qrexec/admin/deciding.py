@@ -13,9 +13,10 @@ from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, QubeReport, ReportError
 from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, NamedRule, Proto, Proxy, Transport
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import checks
-from .answers import AnswerError
+from .answers import AnswerError, at_once
 from .backend import Backend
 from .inventory import Inventory
 from .snapshot import Snapshot
@@ -40,46 +41,56 @@ def decided(
     snapshot: Snapshot, keys: Iterable[Key], now: float, backend: Backend | None = None
 ) -> dict[Key, Decision]:
     """What is decided about those of some rules that have mode=auto. With ``backend``, targets that run are
-    asked where their servers listen.
+    asked where their servers listen, all at once.
     """
-    rules = ((key, snapshot.stored.get(key)) for key in keys)
-    return {
-        key: _decided(named, snapshot.inventory, now, backend)
-        for key, named in rules
-        if isinstance(named, NamedRule) and named.rule.mode is Mode.AUTO
-    }
+    inventory, found = snapshot.inventory, dict[Key, Decision]()
+    for key in keys:
+        named = snapshot.stored.get(key)
+        if isinstance(named, NamedRule) and named.rule.mode is Mode.AUTO:
+            found[key] = _decided(named, inventory, now)
+    if backend is not None:
+        asked = {
+            key: decision.rule for key, decision in found.items() if _is_asked(*key, decision, inventory)
+        }
+        answers = at_once(lambda key: _is_at_loopback(key[0], asked[key], backend), asked)
+        for key in (key for key, is_at_loopback in answers.items() if is_at_loopback):
+            found[key] = Decision(replace(asked[key], mode=Mode.QREXEC), is_at_loopback=True)
+    return found
 
 
-def _decided(named: NamedRule, inventory: Inventory, now: float, backend: Backend | None) -> Decision:
+def _decided(named: NamedRule, inventory: Inventory, now: float) -> Decision:
+    """By what dom0 knows itself."""
     rule = named.rule
-    asked = {
+    if rule.proto is Proto.UDP:
+        return Decision(replace(rule, mode=Mode.NFT))
+    over_qrexec = replace(rule, mode=Mode.QREXEC)
+    options = {
         "proxy": rule.proxy is not Proxy.OFF,
         "transport": rule.transport is not Transport.AUTO,
         "autostart": rule.autostart,
     }
-    for option in (option for option, is_asked in asked.items() if is_asked and rule.proto is Proto.TCP):
-        return Decision(replace(rule, mode=Mode.QREXEC), option=option)
+    if option := next((option for option, is_given in options.items() if is_given), ""):
+        return Decision(over_qrexec, option=option)
     by_nft = replace(rule, mode=Mode.NFT)
     forward = checks.judged(named._replace(rule=by_nft), inventory, now, ())
     against = next((stop for stop in forward.stops if stop.cause.state is State.REFUSED), None)
-    if rule.proto is Proto.UDP:
-        return Decision(by_nft)
-    is_at_loopback = against is None and backend is not None and _is_at_loopback(named, inventory, backend)
-    if against is not None or is_at_loopback:
-        return Decision(replace(rule, mode=Mode.QREXEC), against, is_at_loopback=is_at_loopback)
-    return Decision(by_nft)
+    return Decision(by_nft) if against is None else Decision(over_qrexec, against)
 
 
-def _is_at_loopback(named: NamedRule, inventory: Inventory, backend: Backend) -> bool:
+def _is_asked(target: QubeName, _: str, decision: Decision, inventory: Inventory) -> bool:
+    """Whether it is for the target to say if packets get to its server. For UDP there is no other way."""
+    by_nft = decision.rule.mode is Mode.NFT and decision.rule.proto is Proto.TCP
+    return by_nft and inventory.qubes[target].is_running and inventory.offers(target)
+
+
+def _is_at_loopback(target: QubeName, rule: ForwardRule, backend: Backend) -> bool:
     """Whether the target says that its server listens at loopback addresses alone, where no packets get to.
     If it lies, only its own forward goes the other way.
     """
-    if not inventory.qubes[named.target].is_running or not inventory.offers(named.target):
-        return False
     # Of a range, the first port stands for all.
-    service = f"{STATUS_SERVICE}+{named.rule.proto}.{named.rule.target_ports.first}"
+    service = f"{STATUS_SERVICE}+{rule.proto}.{rule.target_ports.first}"
     try:
-        untrusted_answer = backend.ask(named.target, service, REPORT_MAX_BYTES, _TIMEOUT_S)
+        untrusted_answer = backend.ask(target, service, REPORT_MAX_BYTES, _TIMEOUT_S)
         trial = QubeReport.parse(untrusted_answer).trial
     except (AnswerError, ReportError):
         return False

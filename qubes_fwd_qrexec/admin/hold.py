@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import policy
 from .apply import Applied, reconcile
 from .backend import ANY, Backend
-from .confirming import Unconfirmed, forwarding, not_closed
+from .confirming import Lack, Unconfirmed, end_drains, forwarding, not_closed
 from .revoking import Ended, allowances, revoke, serving
 
 _T = TypeVar("_T")
@@ -59,6 +59,9 @@ def hold(backend: Backend, now: float) -> Held:
     doubts: tuple[Unconfirmed, ...] = ()
     if applied is not None:
         doubts = not_closed(forwarding(applied.snapshot.inventory), backend)
+        if any(doubt.lack == Lack.DRAINS for doubt in doubts):
+            left = _tried(problems, "packets: end what may finish", lambda: _end_drains(doubts, backend))
+            doubts = doubts if left is None else left
         ended |= {each.target: each for each in applied.outcome.ended}
         problems += applied.outcome.problems
         # Those that could not be found before, or have started since.
@@ -66,6 +69,11 @@ def hold(backend: Backend, now: float) -> Held:
     allowed = tuple(sorted(policy.allowing(in_force)))
     is_held = policy.is_held(in_force)
     return Held(is_held, applied, tuple(ended.values()), doubts, tuple(problems), tuple(notes), allowed)
+
+
+def _end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:
+    with backend.locked():
+        return end_drains(doubts, backend)
 
 
 def _end_calls(targets: Iterable[QubeName], backend: Backend) -> dict[QubeName, Ended]:

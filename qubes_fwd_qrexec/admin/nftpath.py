@@ -71,6 +71,19 @@ def _lacking(path: Path, inventory: Inventory) -> dict[int, QubeName]:
     return found
 
 
+def without_family(rule: ForwardRule, sources: Sources, path: Path, inventory: Inventory) -> Finding | None:
+    """That no IP version that a rule's clients have goes all the way; None if one does.
+
+    Where there are no obstacles, the qubes that it names may still have fewer versions than it is about.
+    """
+    lacking = _lacking(path, inventory)
+    asked = _wanted(rule) & sources.versions
+    if asked - lacking.keys():
+        return None
+    version = min(asked)
+    return Finding(Cause.NO_ADDRESS, lacking[version], number=version)
+
+
 def configs(
     named: NamedRule, sources: Sources, path: Path, side: Side, inventory: Inventory
 ) -> tuple[tuple[QubeName, NftConfig], ...]:

@@ -102,7 +102,7 @@ class Snapshot(NamedTuple):
             if value is not None:
                 features[RULE_PREFIX + name] = value
             qubes[qube] = qubes[qube]._replace(features=features)
-        inventory = Inventory(qubes)
+        inventory = self.inventory._replace(qubes=qubes)
         return self._replace(inventory=inventory, stored=read_rules(inventory))
 
     def check_qube(self, name: str) -> QubeName:

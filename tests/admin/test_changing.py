@@ -55,6 +55,12 @@ def test_a_change_returns_what_was_and_what_is(store: Backend) -> None:
     assert (removed.forwards, removed.plan.forwards, removed.outcome) == ([], (), Outcome())
 
 
+def test_a_system_with_a_change_still_knows_where_this_program_runs(store: Backend) -> None:
+    snapshot = look(store)
+    inside = snapshot._replace(inventory=snapshot.inventory._replace(here=VAULT))
+    assert inside.changed({(WORK, WEB): str(RULE)}).inventory.here == VAULT
+
+
 def test_what_is_refused_names_the_rule_and_its_finding(store: Backend, lab: LabDirectory) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
     before = content(lab)

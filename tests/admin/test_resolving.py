@@ -190,6 +190,18 @@ def test_by_nft_a_name_takes_the_families_that_the_path_has() -> None:
     assert found.cause is Cause.NO_ADDRESS
 
 
+def test_by_nft_clients_that_have_a_family_which_the_path_lacks_alone_keep_it_closed() -> None:
+    """A clone has the IPv4 address that was set for its origin, and another IPv6 address."""
+    twin = qube("twin", "sys-firewall", ip=PERSONAL[0], ip6="fd09:24ef:4179::99")
+    systems = nft_world(twin).qubes
+    work = systems[QubeName("work")]._replace(ip6=None)
+    forward = only(
+        rule("mode=nft forwardtype=internal srchosts=personal"), Inventory({**systems, work.name: work})
+    )
+    assert (forward.state, forward.cause) == (State.REFUSED, Cause.NO_ADDRESS)
+    assert reasons.sentence(forward).startswith("work has no IPv6 address")
+
+
 def test_programs_learn_names_and_what_they_stand_for() -> None:
     data = render.forward_as_json(internal("10.138.0.0/16,personal", ip6=False))
     assert data["rule"]["srchosts"] == "10.138.0.0/16,personal"

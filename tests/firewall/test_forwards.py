@@ -118,3 +118,13 @@ def test_an_entry_that_cannot_be_read_any_more_does_not_drain(tmp_path: Path, cl
     (tmp_path / KEY).write_text("version=2")
     forwards.read()
     assert forwards.paths() == ()
+
+
+def test_what_drains_ends_when_dom0_names_it_again_as_over(tmp_path: Path, clocks: Clocks) -> None:
+    write(tmp_path, *DRAIN)
+    forwards = read(tmp_path)
+    clocks.pass_(105)
+    for change in ((tmp_path / KEY).unlink, lambda: write(tmp_path, "expire=1"), (tmp_path / KEY).unlink):
+        change()
+        forwards.read()
+    assert forwards.paths() == ()
