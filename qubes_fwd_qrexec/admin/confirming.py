@@ -78,7 +78,10 @@ def unconfirmed(told: Mapping[Place, str | None], backend: Backend) -> tuple[Unc
     places = {place: value for place, value in told.items() if is_nft(place)}
     qubes = sorted({qube for qube, _ in places})
     answers = at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), qubes)
-    found = (_judged(place, value, answers[place[0]]) for place, value in places.items())
+    found = (
+        judged(place[0], _key(place), wanted(place, value), answers[place[0]])
+        for place, value in places.items()
+    )
     return tuple(each for each in found if each is not None)
 
 
@@ -143,9 +146,10 @@ def _key(place: Place) -> str:
     return place[1].removeprefix(CONFIG_PREFIX)
 
 
-def _judged(place: Place, value: str | None, answer: Answer) -> Unconfirmed | None:
+def wanted(place: Place, value: str | None) -> NftConfig | None:
+    """What a qube is to have in force that was told this; None if that is nothing."""
     config = None if value is None else NftConfig.parse(_key(place), value)
-    return judged(place[0], _key(place), None if config is None or _is_over(config) else config, answer)
+    return None if config is None or _is_over(config) else config
 
 
 def judged(qube: QubeName, key: str, config: NftConfig | None, answer: Answer) -> Unconfirmed | None:

@@ -66,6 +66,18 @@ def test_what_no_qube_says_is_closed_counts_as_open(run: Command, nft_lab: NftLa
     assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in removed.err
 
 
+def test_what_is_closed_is_asked_for_though_another_rule_is_in_trouble(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    run("add", "work", "81", "--from", "any", "--name", "other", "--mode", "nft")
+    nft_lab.says = dict.fromkeys(PATH, hangs)
+    waits = run("set", "work", "other", "mode=qrexec")
+    assert "does not confirm that nft.work.other is closed" in waits.err
+    disabled = run("disable", "work", "web")
+    assert disabled.status == 1
+    assert "still open: work web: work does not answer: it hangs\n" in disabled.err
+    assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in disabled.err
+
+
 def test_a_qube_that_does_not_have_it_in_force_is_named(run: Command, nft_lab: NftLab) -> None:
     nft_lab.says["sys-firewall"] = forgets
     added = run(*ADD, "--json")

@@ -33,9 +33,9 @@ def apply(args: Namespace, session: Session) -> int:
     else:
         with session.backend.locked():
             planned, outcome, snapshot = reconcile(session.backend, session.now)
+        is_closed = confirmed.check(outcome, session)
         steps.check(outcome)
         session.warn_unread(snapshot)
-        is_closed = confirmed.check(outcome, session)
     # Each was warned of when it was read.
     is_unread = any(qube.problem is not None for qube in snapshot.inventory.qubes.values())
     refused = [f for f in planned if f.state is State.REFUSED]

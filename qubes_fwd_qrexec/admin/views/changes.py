@@ -72,11 +72,14 @@ def followed(changed: Changed, session: Session) -> After:
     told: dict[Place, str | None] = {}
     doubts: tuple[Unconfirmed, ...] = ()
     if changed.is_applied:
+        told = _perhaps_draining(changed, session.now) | changed.outcome.told
+        doubts = unconfirmed(told, session.backend)
+        if steps.troubles(changed.outcome):
+            # Another rule may be what is in trouble, and this one closed as far as dom0 can tell.
+            confirmed.warn(doubts, told, session)
         steps.check(changed.outcome, "the change is stored, but ")
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
         said = ask_after(was, planned, changed.keys, inventory, session.backend)
-        told = _perhaps_draining(changed, session.now) | changed.outcome.told
-        doubts = unconfirmed(told, session.backend)
         denied = denials(changed.forwards, session.backend)
     return After(changed, said, told, doubts, denied, session.backend.unwatched())
 

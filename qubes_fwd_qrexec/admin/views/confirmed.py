@@ -7,7 +7,7 @@ A forward is closed when one qube of its path has closed it. So it counts as ope
 from collections.abc import Collection, Iterable, Mapping
 
 from qubes_fwd_qrexec.admin.apply import Outcome
-from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, unconfirmed
+from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, is_nft, unconfirmed, wanted
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.nftconfig import parse_nft_key
@@ -57,8 +57,9 @@ def still_open(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None]
     doubted = {(doubt.qube, doubt.key) for doubt in doubts}
     closed = {
         key
-        for (qube, feature), value in told.items()
-        if value is None and (qube, key := feature.removeprefix(CONFIG_PREFIX)) not in doubted
+        for place, value in told.items()
+        if is_nft(place) and wanted(place, value) is None
+        if (place[0], key := place[1].removeprefix(CONFIG_PREFIX)) not in doubted
     }
     left = (doubt for doubt in doubts if not doubt.is_opening and doubt.lack != Lack.DRAINS)
     return tuple(doubt for doubt in left if doubt.key not in closed)

@@ -124,9 +124,9 @@ def resume(args: Namespace, session: Session) -> int:
         was_held = snapshot.is_held
     else:
         was_held, (planned, outcome, snapshot) = hold.resume(session.backend, session.now)
+        confirmed.check(outcome, session)
         steps.check(outcome)
         session.warn_unread(snapshot)
-        confirmed.check(outcome, session)
     if session.is_json:
         is_held = planned.is_held or (args.dry_run and was_held)
         data = {"dry_run": args.dry_run, "was_held": was_held, "is_held": is_held}
