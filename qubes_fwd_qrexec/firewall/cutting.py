@@ -32,15 +32,16 @@ from qubes_fwd_qrexec.system.sockdiag import SocketsError
 from .rule import Family, by, networks
 from .tables import GUARD_FORWARD, GUARD_INPUT, GUARD_OUTPUT, HELD, Guard
 
-# How long guards hold: as long as TCP's usual patience with a peer that does not answer (tcp_retries2).
-TCP_HOLD_S = 900
+# How long guards hold. Both ends of an idle connection learn nothing when a hop forgets it, and one of them
+# asks after two hours by default (tcp_keepalive_time): the guard must still be there to answer.
+TCP_HOLD_S = 24 * 3600
 # The kernel forgets a flow of UDP that has been silent for 120 s (nf_conntrack_udp_timeout_stream).
 UDP_HOLD_S = 180
 # How long the kernel looks for flows that are held back: see `tables.HELD`.
 HELD_FLOWS_S = 24 * 3600
 # Ends of guards are rounded up to whole minutes and hours, so that one rule serves for many cuts.
 _ROUND_S = 60
-_ROUND_HELD_S = 3600
+_ROUND_LONG_S = 3600
 # Of no connection that is known, and not the first segment of one, whatever it says of congestion (ECN).
 _ASTRAY = "ct state new tcp flags & (fin | syn | rst | ack) != syn"
 _RESET = "reject with tcp reset"
@@ -58,12 +59,12 @@ def guards(config: NftConfig, family: Family, now_s: float) -> Iterator[Guard]:
     hold = _hop_guards if config.role is Role.HOP else _target_guards
     for chain, text in hold(config, family):
         if config.proto is Proto.TCP:
-            yield Guard(chain, text, _until(now_s, TCP_HOLD_S, _ROUND_S))
+            yield Guard(chain, text, _until(now_s, TCP_HOLD_S, _ROUND_LONG_S))
         else:
             yield Guard(chain, f"{text} {_flow(family, 'update')}", _until(now_s, UDP_HOLD_S, _ROUND_S))
             yield Guard(chain, f"{text} drop", _until(now_s, UDP_HOLD_S, _ROUND_S))
             held = f"meta l4proto udp ct state new {_flow(family)} {_flow(family, 'update')} drop"
-            yield Guard(chain, held, _until(now_s, HELD_FLOWS_S, _ROUND_HELD_S))
+            yield Guard(chain, held, _until(now_s, HELD_FLOWS_S, _ROUND_LONG_S))
 
 
 def _until(now_s: float, hold_s: int, round_s: int) -> int:

@@ -341,7 +341,7 @@ def test_what_a_server_keeps_sending_by_udp_does_not_come_through_when_the_guard
     udp.put(qube)
     for flow, other in zip(flows, beside, strict=True):
         flow.assert_server_unheard(other)
-    remove_guards(udp, qube, UDP_HOLD_S)
+    assert remove_guards(udp, qube, UDP_HOLD_S)
     for flow, other in zip(flows, beside, strict=True):
         flow.assert_silent(other)
         assert other.is_alive()
@@ -356,24 +356,38 @@ def test_a_connection_that_was_reset_is_gone_when_the_guards_are_over(tcp: Road,
         flow.assert_client_reset()
         flow.to_client(b"lost")
         flow.assert_server_ended()
-    remove_guards(tcp, qube, TCP_HOLD_S)
+    assert remove_guards(tcp, qube, TCP_HOLD_S + 3600)
     assert not any(tcp.is_open(family) for family in FAMILIES)
     assert all(flow.is_alive() for flow in beside)
 
 
-def remove_guards(road: Road, qube: str, hold_s: int) -> None:
-    """As after so many seconds."""
+@pytest.mark.parametrize("qube", [NET, FIREWALL])
+def test_a_connection_that_was_idle_for_hours_does_not_come_back(tcp: Road, qube: str) -> None:
+    """Its ends have noticed nothing, and ask each other after two hours (tcp_keepalive_time)."""
+    flows, beside = tcp.both(), tcp.both(KEPT)
+    tcp.put(qube)
+    assert not remove_guards(tcp, qube, 2 * 3600)
+    for flow, one in zip(flows, beside, strict=True):
+        flow.to_client(b"lost")
+        flow.assert_server_ended()
+        flow.to_server(b"lost")
+        flow.assert_client_reset()
+        assert one.is_alive()
+
+
+def remove_guards(road: Road, qube: str, later_s: int) -> int:
+    """As after so many seconds. Returns how many were over by then."""
+    removed = 0
     for family in ("ip", "ip6"):
-        removed = 0
         listed = json.loads(road.nft(qube, "-j", "list", "table", family, OWN))["nftables"]
         for entry in listed:
             rule = entry.get("rule", {})
             word, _, rest = rule.get("comment", "").partition(" ")
-            if word == "until" and int(rest.partition(" ")[0]) < time.time() + hold_s + 61:
+            if word == "until" and int(rest.partition(" ")[0]) <= time.time() + later_s + 60:
                 handle = str(rule["handle"])
                 road.nft(qube, "delete", "rule", family, OWN, rule["chain"], "handle", handle)
                 removed += 1
-        assert removed
+    return removed
 
 
 @pytest.mark.parametrize("qube", PATH)
