@@ -70,7 +70,11 @@ def ask(qube: QubeName, backend: Backend, timeout_s: float | None = None) -> Ans
     except ReportError as error:
         return AnswerError(f"what {qube} says cannot be read: {error}")
     except AnswerError as error:
-        return error
+        if error.status != ExitStatus.TROUBLE:
+            return error
+        # So our service ends if the firewall's program is not there to be asked.
+        what = f"qubes-forward-nft does not run there, or the call failed (exit status {error.status})"
+        return AnswerError(what, error.status, way_out=error.way_out)
 
 
 def unconfirmed(told: Mapping[Place, str | None], backend: Backend) -> tuple[Unconfirmed, ...]:

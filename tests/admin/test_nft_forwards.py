@@ -154,7 +154,7 @@ def test_what_was_stored_undecided_stays_with_qrexec(run: Command, nft_lab: NftL
         (("--proxy", "v2"), {}, "proxy is asked for; "),
         (("--transport", "mux"), {}, "transport is asked for"),
         (("--autostart",), {}, "autostart is asked for"),
-        (("--via", "sys-vpn"), {}, "sys-vpn is none of the netvms of work"),
+        (("--via", "sys-vpn"), {}, "sys-vpn is not a netvm of work"),
         (
             (),
             {("sys-firewall", "supported-rpc.qubes.ForwardNft"): ""},
@@ -195,7 +195,7 @@ def test_udp_goes_by_nft_or_not_at_all(run: Command, nft_lab: NftLab) -> None:
     nft_lab.lab.set_feature(
         "work", "forward.web", "action=forward proto=udp srcports=80 srchosts=any owner=work"
     )
-    assert "UDP goes by nft alone, and the rule does not say so" in run("plan").out
+    assert "UDP goes only by nft, and the rule does not say so" in run("plan").out
 
 
 def test_time_that_is_over_closes_it(run: Command, nft_lab: NftLab) -> None:

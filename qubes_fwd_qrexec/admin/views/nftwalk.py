@@ -125,6 +125,11 @@ def _stopped(hop: Hop, step: str, stops: Stops, answer: Answer) -> StoppedError:
         helps = answer.way_out
     elif isinstance(answer, AnswerError) and answer.status == ExitStatus.REFUSED:
         helps = f"{hop.qube} may not take any more calls: wait until some have ended, or restart it"
+    elif isinstance(answer, AnswerError) and answer.status == ExitStatus.TROUBLE:
+        helps = (
+            f"restart {hop.qube}, if its service {_UNIT} was switched on after it started; 'systemctl status "
+            f"{_UNIT}' there says more"
+        )
     return stops.stopped(step, cause, str(hop.reason), _REMEDIES[cause], hop.qube, helps=helps)
 
 

@@ -67,12 +67,12 @@ _ADD = (
     ),
     _argument("--name", metavar="NAME", help="the rule's name (default: such as tcp-80)"),
     _says("--internal", "forwardtype", "internal", "let in other qubes, at the target's netvm"),
-    _argument("--via", metavar="QUBE", help="listen at this qube"),
+    _argument("--via", metavar="QUBE", help="expose it at this qube"),
     _argument("--listen", metavar="ADDR", help="listen at this address only"),
     _argument(
         "--mode", metavar="auto|nft|qrexec", help="packets along the netvms (faster), or bytes over qrexec"
     ),
-    _argument("--proto", metavar="tcp|udp", help="udp goes by nft alone"),
+    _argument("--proto", metavar="tcp|udp", help="udp goes only by nft"),
     _argument(
         "--transport", metavar="auto|mux|call", help="many connections in one qrexec call, or one call each"
     ),
@@ -122,12 +122,12 @@ COMMANDS = {
     "confirm": Command("changes.switch", "Approve forwards that are suspended.", _RULES),
     "list": Command("showing.list_rules", "Show all forwards, or those that involve a qube.", (_QUBES,)),
     "show": Command("showing.show", "Show everything about one forward, and why.", _RULE),
-    "status": Command("status.status", "Show what is open now, with figures from its listeners.", _STATUS),
+    "status": Command("status.status", "Show what is open now, with figures from the qubes.", _STATUS),
     "diagnose": Command("diagnose.diagnose", "Find out why a forward does not work, and what helps.", _RULE),
     "plan": Command("showing.explain", "Explain what becomes of each forward, and why.", (_QUBES,)),
-    "apply": Command("applying.apply", "Bring policy and listeners in line with the rules.", (_DRY_RUN,)),
+    "apply": Command("applying.apply", "Bring policy and qubes in line with the rules.", (_DRY_RUN,)),
     "watch": Command(
-        "applying.watch", "Keep policy and listeners in line: apply after each change and when a rule ends."
+        "applying.watch", "Keep policy and qubes in line: apply after each change and when a rule ends."
     ),
     "policy": Command("showing.print_policy", "Print the qrexec policy that the rules ask for."),
     "tunnel": Command(

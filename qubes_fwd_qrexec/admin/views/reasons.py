@@ -86,7 +86,7 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _SET + "follow-netvm=yes",
     ),
     (Cause.NO_NETVM, Mode.NFT): (
-        "{target} has no netvm, so no packets get there; give it one with '{0}'{or_qrexec}.",
+        "{target} has no netvm, so no packets reach it; give it one with '{0}'{or_qrexec}.",
         "qvm-prefs {target} netvm NETVM",
         _QREXEC,
     ),
@@ -95,14 +95,14 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "(--via QUBE).",
         _VIA,
     ),
-    Cause.UDP_UNDECIDED: ("UDP goes by nft alone, and the rule does not say so: '{0}'.", _SET + "mode=nft"),
+    Cause.UDP_UNDECIDED: ("UDP goes only by nft, and the rule does not say so: '{0}'.", _SET + "mode=nft"),
     Cause.NO_IP_PATH: (
-        "{qube} is none of the netvms of {target}, and mode=nft goes along these; leave out via{or_qrexec}.",
+        "{qube} is not a netvm of {target}, and mode=nft goes along its netvms; leave out via{or_qrexec}.",
         _SET + "via=",
         _QREXEC,
     ),
     Cause.NFT_BEHIND_TUNNEL: (
-        "{target} {is_tunneled}, and mode=nft leads no packets past a tunnel{or_qrexec}.",
+        "{target} {is_tunneled}, and mode=nft sends no packets past a tunnel{or_qrexec}.",
         _QREXEC,
         _SET + "bypass-tunnel=no",
     ),
@@ -118,14 +118,14 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _QREXEC,
     ),
     Cause.NO_ADDRESS: (
-        "{qube} has no IPv{number} address, so no IPv{number} gets to {target}; let in no IPv{number} "
+        "{qube} has no IPv{number} address, so IPv{number} does not reach {target}; leave out IPv{number} "
         "networks{or_qrexec}.",
         _SET + "srchosts=NETWORKS",
         _QREXEC,
     ),
     Cause.LINK_LOCAL: (
-        "Addresses of {detail} are known on one link alone, so that packets from there cannot be forwarded; "
-        "let in other networks{or_qrexec}.",
+        "Addresses in {detail} are link-local, and packets from them cannot be forwarded; let in other "
+        "networks{or_qrexec}.",
         _SET + "srchosts=NETWORKS",
         _QREXEC,
     ),
@@ -182,8 +182,8 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _SET + "srcports=PORTS",
     ),
     (Cause.TOO_LARGE, "shifted"): (
-        f"mode=nft leads a range of at most {SHIFTED_MAX} ports to other ports, and it has {{number}}; "
-        "expose the target's own ports{or_qrexec}.",
+        f"mode=nft can move a range of up to {SHIFTED_MAX:,} ports to other ports, and this one has "
+        "{number:,}; expose the same ports that the target uses{or_qrexec}.",
         _SET + "srcports=PORTS",
         _QREXEC,
     ),

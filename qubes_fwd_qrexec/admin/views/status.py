@@ -241,6 +241,8 @@ def text(found: Status, style: Style) -> str:
         table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
         parts.append(table.text(style).rstrip("\n"))
     if found.by_nft.rows:
+        if found.rows:
+            parts.append("")
         parts.append(found.by_nft.table(style).rstrip("\n"))
     if not found.rows and not found.by_nft.rows:
         nothing = "No forward is open." if parts or found.silent else "Nothing is open."

@@ -10,14 +10,14 @@ from .reasons import filled, sentence
 # Why nothing goes by nft, in short.
 _AGAINST = {
     Cause.NO_NETVM: "{target} has no netvm",
-    Cause.NO_IP_PATH: "{qube} is none of the netvms of {target}",
+    Cause.NO_IP_PATH: "{qube} is not a netvm of {target}",
     Cause.TUNNEL: "{target} {is_tunneled}",
     Cause.NFT_BEHIND_TUNNEL: "{target} {is_tunneled}",
     Cause.NO_NFT_SERVICE: "{lacks}",
     Cause.NFT_SWITCHED_OFF: "{qube} has the service qubes-forward-nft switched off",
     Cause.NO_ADDRESS: "{qube} has no IPv{number} address",
     Cause.TOO_LARGE: "it is too large for nft",
-    Cause.LINK_LOCAL: "clients from {detail} are on one link alone",
+    Cause.LINK_LOCAL: "addresses in {detail} are link-local",
     Cause.NFT_LOOPBACK: "it listens at a loopback address",
 }
 

@@ -358,7 +358,7 @@ def test_a_stored_rule_that_is_refused_fails_apply_and_the_rest_is_done(
     forward(*ADD, "--no-apply")
     result = forward("apply")
     assert result.status == 1
-    assert "work udp is refused. UDP goes by nft alone" in result.err
+    assert "work udp is refused. UDP goes only by nft" in result.err
     assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
 
 

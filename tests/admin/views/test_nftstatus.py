@@ -66,6 +66,12 @@ def test_status_has_what_the_exposed_qube_counts_and_how_many_have_it_in_force(f
     assert [hop["figures"]["received"] for hop in found["answers"]] == [5, 5, None]
 
 
+def test_an_empty_line_parts_the_forwards_over_qrexec_from_those_by_nft(forward: Command) -> None:
+    assert forward("add", "work", "81", "--from=any", "--mode=qrexec").status == 0
+    over_qrexec, by_nft = forward("status").out.split("\n\n")[:2]
+    assert (over_qrexec.split()[:2], by_nft.split()[:2]) == (["QUBE", "NAME"], ["QUBE", "NAME"])
+
+
 def test_a_qube_that_does_not_have_it_in_force_makes_the_forward_wait(
     forward: Command, nft_lab: NftLab
 ) -> None:

@@ -155,6 +155,13 @@ def only(*versions: int) -> Callable[[NftReport], NftReport]:
             "sys-firewall may not take any more calls",
         ),
         (
+            lambda _: AnswerError("qubes.ForwardNft ended with exit status 125", 125),
+            "no-answer",
+            "sys-firewall does not answer: qubes-forward-nft does not run there, or the call failed (exit "
+            "status 125)",
+            "restart sys-firewall, if its service qubes-forward-nft was switched on after it started",
+        ),
+        (
             lambda _: AnswerError("down", way_out="'qvm-forward-lab up'"),
             "no-answer",
             "sys-firewall does not answer: down",

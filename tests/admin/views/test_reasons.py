@@ -162,7 +162,7 @@ CASES = [
         rule("proto=udp"),
         world(),
         State.REFUSED,
-        "UDP goes by nft alone, and the rule does not say so: 'qvm-forward set work web mode=nft'.",
+        "UDP goes only by nft, and the rule does not say so: 'qvm-forward set work web mode=nft'.",
     ),
     (
         "no-service",
@@ -326,19 +326,19 @@ BY_NFT = [
         "no-netvm",
         rule("mode=nft"),
         nft_world(qube("work")),
-        "work has no netvm, so no packets get there; give it one with 'qvm-prefs work netvm NETVM'",
+        "work has no netvm, so no packets reach it; give it one with 'qvm-prefs work netvm NETVM'",
     ),
     (
         "no-ip-path",
         rule("mode=nft via=personal"),
         nft_world(),
-        "personal is none of the netvms of work, and mode=nft goes along these; leave out via",
+        "personal is not a netvm of work, and mode=nft goes along its netvms; leave out via",
     ),
     (
         "nft-behind-tunnel",
         rule("mode=nft bypass-tunnel=yes", "hidden"),
         nft_world(),
-        "hidden is behind a tunnel, marked at sys-vpn (feature service.vpn-handler-x), and mode=nft leads no "
+        "hidden is behind a tunnel, marked at sys-vpn (feature service.vpn-handler-x), and mode=nft sends no "
         "packets past a tunnel",
     ),
     (
@@ -360,21 +360,21 @@ BY_NFT = [
         "no-address",
         rule("mode=nft srchosts=fd00::/8"),
         nft_world(_BARE, _DEBIAN),
-        "sys-firewall has no IPv6 address, so no IPv6 gets to work; let in no IPv6 networks",
+        "sys-firewall has no IPv6 address, so IPv6 does not reach work; leave out IPv6 networks",
     ),
     (
         "too-large",
         rule("mode=nft srcports=1-1025 dstports=2-1026"),
         nft_world(),
-        "mode=nft leads a range of at most 1024 ports to other ports, and it has 1025; expose the target's "
-        "own ports",
+        "mode=nft can move a range of up to 1,024 ports to other ports, and this one has 1,025; expose the "
+        "same ports that the target uses",
     ),
     (
         "link-local",
         rule("mode=nft srchosts=fe80::/10"),
         nft_world(),
-        "Addresses of fe80::/10 are known on one link alone, so that packets from there cannot be forwarded; "
-        "let in other networks",
+        "Addresses in fe80::/10 are link-local, and packets from them cannot be forwarded; let in other "
+        "networks",
     ),
     (
         "nft-at-loopback",
