@@ -53,7 +53,11 @@ def hold(backend: Backend, now: float) -> Held:
     with ExitStack() as locked:
         _tried(notes, "this went on without the lock", lambda: locked.enter_context(backend.locked()))
         what = "read all qubes, to find listeners and calls"
-        applied = _tried(problems, what, lambda: reconcile(backend, now, is_held=True))
+        try:
+            applied = _tried(problems, what, lambda: reconcile(backend, now, is_held=True))
+        except Exception as error:  # noqa: BLE001  # a rule that is more than we can plan keeps nothing open
+            problems.append(f"a bug in qvm-forward: {type(error).__name__}: {error}")
+            applied = _tried(problems, "tell qubes of no forward", lambda: _take_all(backend))
     installed = _tried(problems, "policy: it cannot be read", backend.read_policy)
     in_force = None if installed is None else installed.text
     doubts: tuple[Unconfirmed, ...] = ()
@@ -69,6 +73,12 @@ def hold(backend: Backend, now: float) -> Held:
     allowed = tuple(sorted(policy.allowing(in_force)))
     is_held = policy.is_held(in_force)
     return Held(is_held, applied, tuple(ended.values()), doubts, tuple(problems), tuple(notes), allowed)
+
+
+def _take_all(backend: Backend) -> None:
+    """Take away all that qubes are told, whatever the rules ask for."""
+    for qube, key, _ in backend.inventory().configurations():
+        backend.remove_feature(qube, key)
 
 
 def _end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:

@@ -283,3 +283,15 @@ def test_what_cannot_be_told_may_finish_still() -> None:
     held = hold(backend, NOW)
     assert [(doubt.qube, doubt.lack) for doubt in held.doubts] == [(WORK, Lack.DRAINS)]
     assert held.problems == (f"packets: end what may finish: cannot set work {FEATURE}",)
+
+
+def test_a_system_that_cannot_be_planned_is_closed_all_the_same() -> None:
+    backend = Memory(nft_world())
+    applied(backend, BY_NFT)
+    strange = nft_world(nft_world().qubes[FIREWALL]._replace(ip="nowhere"))
+    broken = Memory(strange)
+    broken.qubes = backend.qubes
+    held = hold(broken, NOW)
+    assert held.is_held
+    assert held.problems[0].startswith("a bug in qvm-forward: ")
+    assert not any(FEATURE in features for features in broken.qubes.values())

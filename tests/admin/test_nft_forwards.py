@@ -246,3 +246,12 @@ def test_what_may_finish_after_its_time_is_not_called_closed(run: Command, nft_l
         "Forward work web is removed and accepts no new connections; open ones may go on.\n"
     )
     assert "note: work web: sys-net lets its connections go on for up to an hour" in removed.err
+
+
+def test_panic_says_what_closes_a_forward_of_which_no_qube_answers(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    nft_lab.says = dict.fromkeys(PATH[1:], hangs)
+    assert "'qvm-prefs work netvm '''" not in run("panic").err
+    run("resume")
+    nft_lab.says = dict.fromkeys(PATH, hangs)
+    assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in run("panic").err

@@ -65,6 +65,19 @@ def still_open(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None]
     return tuple(doubt for doubt in left if doubt.key not in closed)
 
 
+def silent(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None]) -> list[Unconfirmed]:
+    """The doubts about all of a qube as doubts about its forwards, where no other qube has closed those."""
+    paths: dict[str, list[Unconfirmed | None]] = {}
+    for qube, feature in filter(is_nft, told):
+        doubt = next((doubt for doubt in doubts if doubt.qube == qube), None)
+        paths.setdefault(feature.removeprefix(CONFIG_PREFIX), []).append(doubt)
+    found = [doubt for doubt in doubts if doubt.key]
+    for key, path in paths.items():
+        if all(path):
+            found += [doubt._replace(key=key) for doubt in path if doubt is not None and not doubt.key]
+    return found
+
+
 def ways_out(doubts: Iterable[Unconfirmed]) -> list[str]:
     """The commands that cut off the targets of forwards that nobody has closed."""
     targets = sorted({parse_nft_key(doubt.key)[0] for doubt in doubts if doubt.key})

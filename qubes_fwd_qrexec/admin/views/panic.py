@@ -109,7 +109,8 @@ def _say(seen: _Seen, session: Session) -> None:
         session.warn(f"still open: {what}")
     for doubt in held.doubts:
         session.warn(f"still open: {confirmed.words(doubt)}")
-    for command in confirmed.ways_out(held.doubts):
+    told = held.applied.outcome.told if held.applied else {}
+    for command in confirmed.ways_out(confirmed.silent(held.doubts, told)):
         session.warn(f"'{command}' closes it whatever the qubes of its path do")
     if targets := sorted({left.target for left in seen.goes_on if left.target is not None}):
         session.warn(f"'qvm-shutdown {' '.join(targets)}' ends these connections at once")
