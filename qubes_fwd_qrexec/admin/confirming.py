@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
+from itertools import groupby, islice
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.errors import ConfigError, StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.nftreport import NftReport
@@ -23,13 +24,13 @@ from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
 from .answers import AnswerError, NotRunningError, at_once
-from .backend import Backend
+from .backend import Backend, put
 from .inventory import CONFIG_PREFIX, NFT_FEATURE, Inventory
 from .states import Key, Plan
 
 # The qube makes sure of its rules before it answers, which takes some tenths of a second.
 _TIMEOUT_S = 5.0
-# A qube may name as many as it likes.
+# Of one qube, which may name as many as it likes.
 _DRAINS_MAX = 100
 Place = tuple[QubeName, str]
 """Qube and feature by which it is told of a forward."""
@@ -103,19 +104,29 @@ def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed
 
 def end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:
     """Cut the connections that were let finish after their time, and return the doubts that are left. The
-    caller holds the lock. Raises `StoreError`.
+    caller holds the lock. Raises `StoreError` if a qube could not be told, when all others have been.
 
     dom0 has taken away what their qubes knew of them, so these are told of a forward of that name again, one
-    that is over and cuts, and asked once more.
+    that is over and cuts, and asked once more. ``doubts`` are in the order of their qubes.
     """
-    doubts = tuple(doubts)
-    draining = [doubt for doubt in doubts if doubt.lack == Lack.DRAINS][:_DRAINS_MAX]
+    doubts, problems = tuple(doubts), list[StoreError]()
+    drains = (doubt for doubt in doubts if doubt.lack == Lack.DRAINS)
+    of_each = groupby(drains, lambda doubt: doubt.qube)
+    draining = [doubt for _, some in of_each for doubt in islice(some, _DRAINS_MAX)]
     told = {(doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"): _nothing(doubt.key) for doubt in draining}
-    for (qube, feature), value in told.items():
-        backend.set_feature(qube, feature, value)
+
+    def put_all(values: Mapping[Place, str | None]) -> None:
+        for (qube, feature), value in values.items():
+            try:
+                put(backend, qube, feature, value)
+            except StoreError as error:
+                problems.append(error)
+
+    put_all(told)
     left = unconfirmed(told, backend)
-    for qube, feature in told:
-        backend.remove_feature(qube, feature)
+    put_all(dict.fromkeys(told))
+    if problems:
+        raise problems[0]
     return (*(doubt for doubt in doubts if doubt not in draining), *left)
 
 

@@ -278,11 +278,28 @@ def test_a_hold_ends_what_may_finish_after_its_time() -> None:
 
 def test_what_cannot_be_told_may_finish_still() -> None:
     backend = Draining(nft_world())
-    backend.reports[WORK] = reports(digest=None, why=Why.OVER, draining=True)
-    backend.refuses = lambda entry: entry.startswith("set ")
+    drains = reports(digest=None, why=Why.OVER, draining=True)
+    backend.reports = {WORK: drains, FIREWALL: drains}
+    backend.refuses = lambda entry: entry.startswith("set work ")
     held = hold(backend, NOW)
-    assert [(doubt.qube, doubt.lack) for doubt in held.doubts] == [(WORK, Lack.DRAINS)]
+    assert {(doubt.qube, doubt.lack) for doubt in held.doubts} >= {(WORK, Lack.DRAINS)}
     assert held.problems == (f"packets: end what may finish: cannot set work {FEATURE}",)
+    # The others are told all the same.
+    assert f"set sys-firewall {FEATURE}" in backend.log
+    assert not any(FEATURE in features for features in backend.qubes.values())
+
+
+def test_a_qube_that_names_more_than_it_has_keeps_no_other_from_being_told() -> None:
+    backend = Draining(nft_world(qube("a-liar", features={"service.qubes-forward-nft": "1"})))
+    drains = PathReport(key=KEY, why=Why.OVER, draining=True)
+    lies = tuple(replace(drains, key=f"nft.work.web-{number}") for number in range(200))
+    backend.reports = {
+        "a-liar": replace(NO_FORWARDS, forwards=lies),
+        WORK: reports(digest=None, draining=True),
+    }
+    held = hold(backend, NOW)
+    assert WORK not in {doubt.qube for doubt in held.doubts}
+    assert len({doubt.key for doubt in held.doubts}) == 200
 
 
 def test_a_system_that_cannot_be_planned_is_closed_all_the_same() -> None:
