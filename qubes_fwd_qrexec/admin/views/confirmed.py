@@ -21,7 +21,7 @@ _LACKS: dict[str, str] = {
     Lack.DRAINS: "lets its connections go on for up to an hour, because of on-expire=drain",
     Lack.NOT_IN_FORCE: "does not have it in force",
     Lack.NO_FAMILY: "forwards no {said}; if {said} was switched on since it started, restart it",
-    Lack.NO_SERVICE: "does not have qubes-fwd-qrexec",
+    Lack.NO_SERVICE: "does not have qubes-fwd-qrexec, or was started before its template had it",
     Lack.NO_ANSWER: "does not answer",
     Why.NO_TABLE: "has no firewall of Qubes to let it through",
     Why.OVER: "says that its time is over; is its clock right?",
