@@ -11,7 +11,7 @@ Policy is only written over the text from which the differences were computed. I
 since, their text stays: they may have closed what we would open.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -25,7 +25,7 @@ from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile, put
-from .confirming import Place, is_nft, switched, unconfirmed
+from .confirming import Place, Unconfirmed, is_nft, switched, unconfirmed
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .snapshot import Snapshot, look
@@ -159,16 +159,20 @@ def differences(
     ]
     # A qube that has it may be narrowed by it, so that comes before anything opens.
     steps += [step for step in changed if not step.opens]
-    for forward in plan:
-        target, name, rule = forward.named
-        if forward.cause is Cause.EXPIRED and not rule.has_ended:
-            # Stored, so that no clock that is set back opens it again.
-            line = str(replace(rule, has_ended=True))
-            steps.append(Step(Kind.END_RULE, line, target, f"{RULE_PREFIX}{name}", str(rule)))
+    steps += _ends(plan)
     if new:
         steps.append(Step(Kind.OPEN_POLICY, final, lines=tuple(sorted(new))))
     # From the target outwards: what a qube sends on is let in already.
     return (*steps, *(step for step in reversed(changed) if step.opens))
+
+
+def _ends(plan: Plan) -> Iterator[Step]:
+    """That the time of rules is over is stored, so that no clock that is set back opens them again."""
+    for forward in plan:
+        target, name, rule = forward.named
+        if forward.cause is Cause.EXPIRED and not rule.has_ended:
+            line = str(replace(rule, has_ended=True))
+            yield Step(Kind.END_RULE, line, target, f"{RULE_PREFIX}{name}", str(rule))
 
 
 def _revocations(
@@ -309,13 +313,20 @@ def reconcile(backend: Backend, now: float, *, is_held: bool | None = None) -> A
         untold = failed
         # The hold to be lifted is the one that was seen; a newer one stays.
         is_held = is_held or None
+    return Applied(planned, _with_problems(outcome, doubts), snapshot)
+
+
+def _with_problems(outcome: Outcome, doubts: Iterable[Unconfirmed]) -> Outcome:
+    """The same with a problem for each doubt that keeps a rule from changing its mode, and what could not be
+    told undone.
+    """
     problems = (
         f"{doubt.qube} does not confirm that {doubt.key} is closed{doubt.said and ': '}{doubt.said}. The "
         f"forward opens over qrexec when it does, or when {doubt.qube} is shut down"
         for doubt in doubts
     )
-    outcome = outcome._replace(problems=(*outcome.problems, *problems))
-    if outcome.untold:
-        steps, errors = zip(*outcome.untold, strict=True)
-        outcome = outcome._replace(undone=(*steps, *outcome.undone), problems=(*errors, *outcome.problems))
-    return Applied(planned, outcome, snapshot)
+    untold = [step for step, _ in outcome.untold]
+    errors = [error for _, error in outcome.untold]
+    return outcome._replace(
+        undone=(*untold, *outcome.undone), problems=(*errors, *outcome.problems, *problems)
+    )

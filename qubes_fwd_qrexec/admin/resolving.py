@@ -21,31 +21,15 @@ def resolved(
     named: NamedRule, exposed: QubeName, inventory: Inventory
 ) -> tuple[Sources | None, tuple[LetIn, ...], list[Finding]]:
     """Whom a rule lets in at its exposed qube, None if that is nobody; and who of them it names."""
-    target, _, rule = named
-    clients = rule.sources
-    found: list[Finding] = []
+    clients = named.rule.sources
     if not clients.has_names:
-        return clients.fixed, (), found
-    behind: list[tuple[str, Qube]] = []
-    for name in clients.qubes:
-        qube = inventory.get(name)
-        if qube is None:
-            found.append(Finding(Cause.SOURCE_NOBODY, name, case="qube"))
-        elif qube.netvm != exposed:
-            case = "netvm" if qube.netvm not in (None, target) else "none"
-            found.append(Finding(Cause.SOURCE_ELSEWHERE, name, detail=qube.netvm or "", case=case))
-        else:
-            behind.append((name, qube))
-    for tag in clients.tags:
-        tagged = [q for q in inventory.qubes.values() if tag in q.tags and q.klass not in (ADMIN, TEMPLATE)]
-        behind += ((f"@tag:{tag}", qube) for qube in tagged if qube.netvm == exposed)
-        if others := [qube.name for qube in tagged if qube.netvm != exposed]:
-            found.append(Finding(Cause.TAG_ELSEWHERE, exposed, detail=", ".join(others), case=tag))
+        return clients.fixed, (), []
+    behind, found = _behind(named, exposed, inventory)
     owners: dict[IPNetwork, set[QubeName]] = {}
     for qube in inventory.qubes.values():
         for address in _addresses(qube) if qube.netvm == exposed else ():
             owners.setdefault(address, set()).add(qube.name)
-    versions = {address.version for address in rule.listen_addresses}
+    versions = {address.version for address in named.rule.listen_addresses}
     let_in: list[LetIn] = []
     for asked, qube in behind:
         has = [address for address in _addresses(qube) if address.version in versions]
@@ -66,6 +50,30 @@ def resolved(
     except TextError as error:
         found.append(Finding(Cause.TOO_LARGE, detail=str(error), case="bytes"))
     return sources, tuple(let_in), list(dict.fromkeys(found))
+
+
+def _behind(
+    named: NamedRule, exposed: QubeName, inventory: Inventory
+) -> tuple[list[tuple[str, Qube]], list[Finding]]:
+    """The qubes behind the exposed one that a rule names, each with the name for it there; and the others."""
+    target, _, rule = named
+    behind: list[tuple[str, Qube]] = []
+    found: list[Finding] = []
+    for name in rule.sources.qubes:
+        qube = inventory.get(name)
+        if qube is None:
+            found.append(Finding(Cause.SOURCE_NOBODY, name, case="qube"))
+        elif qube.netvm != exposed:
+            case = "netvm" if qube.netvm not in (None, target) else "none"
+            found.append(Finding(Cause.SOURCE_ELSEWHERE, name, detail=qube.netvm or "", case=case))
+        else:
+            behind.append((name, qube))
+    for tag in rule.sources.tags:
+        tagged = [q for q in inventory.qubes.values() if tag in q.tags and q.klass not in (ADMIN, TEMPLATE)]
+        behind += ((f"@tag:{tag}", qube) for qube in tagged if qube.netvm == exposed)
+        if others := [qube.name for qube in tagged if qube.netvm != exposed]:
+            found.append(Finding(Cause.TAG_ELSEWHERE, exposed, detail=", ".join(others), case=tag))
+    return behind, found
 
 
 def _addresses(qube: Qube) -> list[IPNetwork]:
