@@ -25,7 +25,7 @@ from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
 from .backend import Backend, ChangedError, PolicyFile, put
-from .confirming import Place, Unconfirmed, is_nft, switched, unconfirmed
+from .confirming import Place, Unconfirmed, is_nft, switched, unconfirmed, widens
 from .inventory import CONFIG_PREFIX, RULE_PREFIX, Inventory
 from .revoking import Ended, allowances, drains, revoke, serving, targets_of
 from .snapshot import Snapshot, look
@@ -68,7 +68,11 @@ class Step(NamedTuple):
 
     @property
     def narrows(self) -> bool:
-        """Whether it closes something by itself, or changes what is open, whatever policy says."""
+        """Whether it closes something by itself, or changes what is open, whatever policy says. Packets need
+        no policy, so what lets more of them through is none of these.
+        """
+        if self.kind is Kind.SET_CONFIG and is_nft((self.qube, self.key)):
+            return self.was is not None and not widens(self.key, self.was, self.value)
         return self.kind in (Kind.REMOVE_CONFIG, Kind.SET_CONFIG) and not self.opens
 
 

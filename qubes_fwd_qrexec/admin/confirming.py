@@ -195,6 +195,17 @@ def judged(qube: QubeName, key: str, config: NftConfig | None, answer: Answer) -
     return None
 
 
+def widens(feature: str, was: str, value: str) -> bool:
+    """Whether a qube may let a packet through by what it is told that it did not before, or for longer."""
+    new = NftConfig.parse(feature.removeprefix(CONFIG_PREFIX), value)
+    try:
+        old = NftConfig.parse(new.key, was)
+    except ConfigError:
+        return True
+    is_longer = old.expire is not None and (new.expire is None or new.expire > old.expire)
+    return is_longer or old.narrows(new)
+
+
 def switched(planned: Plan, inventory: Inventory, closed: Iterable[Key] = ()) -> dict[Place, str]:
     """What the qubes of forwards are told that went by nft and are to go over qrexec now, but those that are
     known to be ``closed``: that their time is over. What cannot be read is removed, and never asked for.

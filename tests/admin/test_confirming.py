@@ -10,10 +10,12 @@ from worlds import NOW, nft_world, qube, rule
 from qubes_fwd_qrexec.admin import nftpath, policy
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind
-from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, forwarding, judged, unconfirmed
+from qubes_fwd_qrexec.admin.backend import PolicyFile
+from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, forwarding, judged, unconfirmed, widens
 from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.config import Side
+from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport, Why
@@ -190,6 +192,41 @@ def test_packets_are_stopped_though_no_qube_can_be_told_what_is_allowed_now() ->
     # The others of its path have closed it.
     assert [qube for qube in PATH if FEATURE in backend.qubes[qube]] == [FIREWALL]
     assert outcome.told == {(NET, FEATURE): None, (WORK, FEATURE): None}
+
+
+class Unreadable(Memory):
+    """dom0's policy cannot be read any more, so everything may be on hold."""
+
+    is_readable = True
+
+    def read_policy(self) -> PolicyFile:
+        if not self.is_readable:
+            raise StoreError("cannot read policy")
+        return super().read_policy()
+
+
+@pytest.mark.parametrize(
+    ("now", "is_told"),
+    [
+        ("srchosts=10.0.0.0/9 expire=1893456000", True),
+        ("srchosts=10.0.0.0/8 expire=1893455000", True),
+        ("srchosts=10.0.0.0/7 expire=1893456000", False),
+        ("srchosts=11.0.0.0/9 expire=1893456000", False),
+        ("srchosts=10.0.0.0/8 expire=1893457000", False),
+        ("srchosts=10.0.0.0/8", False),
+    ],
+)
+def test_where_everything_may_be_on_hold_no_more_packets_are_let_through(now: str, is_told: bool) -> None:
+    backend = Unreadable(nft_world())
+    applied(backend, rule("mode=nft srchosts=10.0.0.0/8 expire=1893456000"))
+    backend.is_readable = False
+    outcome = applied(backend, rule(f"mode=nft {now}"))
+    assert list(outcome.told) == [(qube, FEATURE) for qube in (NET, FIREWALL, WORK)] * is_told
+    assert "dom0's policy cannot be read, and stays as it is: cannot read policy" in outcome.problems
+
+
+def test_what_a_qube_cannot_have_read_lets_nothing_through_yet() -> None:
+    assert widens(FEATURE, "version=0", str(CONFIG))
 
 
 class HeldMeanwhile(Memory):
