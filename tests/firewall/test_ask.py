@@ -103,8 +103,13 @@ def test_a_program_that_does_not_run_is_started(tmp_path: Path) -> None:
     assert asking.answer(path, given, BOUND_S) == b"ready"
 
 
+def test_a_program_that_runs_has_all_the_time_to_answer(tmp_path: Path) -> None:
+    with Asked(tmp_path / ASK), pytest.raises(SilentError, match="does not answer: timed out"):
+        asking.answer(tmp_path / ASK, NOTHING, 0.01)
+
+
 @pytest.mark.parametrize(
-    ("start", "start_s", "why"),
+    ("start", "patience_s", "why"),
     [
         (NOTHING, BOUND_S, "it does not run; qvm-service QUBE qubes-forward-nft on"),
         (("false",), BOUND_S, "cannot be started"),
@@ -114,10 +119,10 @@ def test_a_program_that_does_not_run_is_started(tmp_path: Path) -> None:
     ],
 )
 def test_why_there_is_no_answer_is_said(
-    tmp_path: Path, start: tuple[str, ...], start_s: float, why: str
+    tmp_path: Path, start: tuple[str, ...], patience_s: float, why: str
 ) -> None:
     with pytest.raises(SilentError, match=why):
-        asking.answer(tmp_path / ASK, start, start_s)
+        asking.answer(tmp_path / ASK, start, patience_s)
 
 
 def test_the_service_prints_the_report_or_says_why_not(
