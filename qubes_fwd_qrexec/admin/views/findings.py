@@ -54,6 +54,7 @@ _TEXTS = {
     Cause.EXPIRED: "{ends}. {sentence}",
 }
 _LOOPBACK = "from {exposed} itself, as it listens at a loopback address; from nowhere else"
+_TUNNEL = "outer: by {exposed}'s tunnel alone; not by its uplink, and from no other qube"
 # The tunnel of a marked qube is on its outer side, too.
 _SIDES = {
     Side.OUTER: "by {exposed}'s own network devices, or its VPN's; from no other qube",
@@ -101,6 +102,10 @@ def _reached(forward: Forward) -> str:
     """From where connections come in."""
     if entrance.is_local(forward):
         return _LOOPBACK.format(exposed=forward.exposed)
+    within = forward.finding(Cause.WITHIN_TUNNEL)
+    mark = None if within is None else within.mark
+    if forward.side is Side.OUTER and mark is not None and mark.qube == forward.exposed:
+        return _TUNNEL.format(exposed=forward.exposed)
     return f"{forward.side}: {_SIDES[forward.side or Side.OUTER].format(exposed=forward.exposed)}"
 
 

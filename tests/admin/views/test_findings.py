@@ -115,6 +115,12 @@ CASES = [
         "sys-vpn is the tunnel itself, sys-vpn (feature service.vpn-handler-openvpn)",
     ),
     (
+        rule("via=sys-vpn", target="hidden"),
+        "side",
+        "ok",
+        "outer: by sys-vpn's tunnel alone; not by its uplink, and from no other qube",
+    ),
+    (
         rule("via=below", target="hidden"),
         "tunnel",
         "ok",
