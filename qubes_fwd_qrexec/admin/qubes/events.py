@@ -51,9 +51,9 @@ class QubesChanges:
     def __init__(
         self, dispatcher: Any, policy_file: Path, wakers: Sequence[int] = (), linger_s: float = 0.0
     ) -> None:
-        self._linger_s = linger_s
+        self.linger_s = linger_s
         self._dispatcher = dispatcher
-        self._policy_file = policy_file
+        self.policy_file = policy_file
         self._wakers = wakers
         self._has_changed = False
         self._woken = asyncio.Event()
@@ -79,7 +79,7 @@ class QubesChanges:
             try:
                 self._loop.run_until_complete(self._wait(timeout_s))
             except OSError as error:
-                raise StoreError(f"{error.filename or self._policy_file}: {error.strerror}") from error
+                raise StoreError(f"{error.filename or self.policy_file}: {error.strerror}") from error
         if self._has_changed:
             self._has_changed = False
             return True
@@ -97,7 +97,7 @@ class QubesChanges:
         if self._listening is None:
             self._inotify = Inotify()
             with suppress(FileNotFoundError, NotADirectoryError):
-                self._inotify.add(self._policy_file.parent)
+                self._inotify.add(self.policy_file.parent)
             self._loop.add_reader(self._inotify.fileno(), self._on_policy, self._inotify)
             for fd in self._wakers:
                 self._loop.add_reader(fd, self._woken.set)
@@ -113,10 +113,10 @@ class QubesChanges:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait([self._listening])
-        await asyncio.sleep(self._linger_s)
+        await asyncio.sleep(self.linger_s)
 
     def _on_policy(self, inotify: Inotify) -> None:
-        if any(notice.name == self._policy_file.name for notice in inotify.read()):
+        if any(notice.name == self.policy_file.name for notice in inotify.read()):
             self._changed()
 
     def _on_event(self, subject: object, event: str, **_: object) -> None:

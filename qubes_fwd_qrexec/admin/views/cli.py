@@ -75,7 +75,7 @@ def run(
         return 1
 
 
-def _style(out: TextIO, environ: Mapping[str, str]) -> Style:
+def style_of(out: TextIO, environ: Mapping[str, str]) -> Style:
     """Width and colours of where the output goes; see no-color.org for NO_COLOR."""
     if not out.isatty():
         return Style()
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stdin=stdin,
             out=out,
             err=stderr,
-            style=_style(stdout, os.environ),
+            style=style_of(stdout, os.environ),
         )
         if not has_out:
             raise _OutputError("it is closed")

@@ -345,6 +345,6 @@ def test_the_real_dispatcher_is_asked_for_without_a_cache(
     monkeypatch.setitem(sys.modules, "qubesadmin.events", events)
     with QubesStore().changes() as changes:
         assert isinstance(changes, QubesChanges)
-        assert changes._linger_s == linger_s
-        assert changes._policy_file == events_module.POLICY_DIR / "30-forward.policy"
+        assert changes.linger_s == linger_s
+        assert changes.policy_file == events_module.POLICY_DIR / "30-forward.policy"
     assert made == [(app, "admin.Events", False)]

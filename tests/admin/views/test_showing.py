@@ -235,8 +235,8 @@ def test_json_of_changes(forward: Forward) -> None:
 def test_style_follows_terminal_and_environment(environ: dict[str, str], style: Style) -> None:
     master, slave = os.openpty()
     with open(slave, "w", encoding="ascii") as terminal:
-        assert cli._style(terminal, environ) == style
-        assert cli._style(terminal, {"NO_COLOR": "1"}).has_colour is False
+        assert cli.style_of(terminal, environ) == style
+        assert cli.style_of(terminal, {"NO_COLOR": "1"}).has_colour is False
     os.close(master)
     with open(os.devnull, "w", encoding="ascii") as nowhere:
-        assert cli._style(nowhere, environ) == Style(None, False)
+        assert cli.style_of(nowhere, environ) == Style(None, False)
