@@ -132,13 +132,15 @@ class SeenRule:
 class SeenTable:
     """A table: its chains with their rules; hooks of base chains; counters and sets by kind and name.
 
-    ``has_flags``: it may be asleep, so that none of its chains is asked.
+    ``has_flags``: it may be asleep, so that none of its chains is asked. ``has_verdict_maps``: it has maps
+    with names that may lead to any chain; what is in them is not listed.
     """
 
     chains: Mapping[str, tuple[SeenRule, ...]] = field(default_factory=dict)
     hooks: Mapping[str, tuple[str, str, int] | None] = field(default_factory=dict)
     objects: frozenset[tuple[str, str]] = frozenset()
     has_flags: bool = False
+    has_verdict_maps: bool = False
 
     def comments(self, chain: str) -> tuple[str, ...]:
         return tuple(rule.comment for rule in self.chains[chain])
@@ -161,7 +163,7 @@ def seen(listing: Iterable[dict[str, Any]]) -> SeenTable:
     chains: dict[str, list[SeenRule]] = {}
     hooks: dict[str, tuple[str, str, int] | None] = {}
     objects = set()
-    has_flags = False
+    has_flags = has_verdict_maps = False
     for entry in listing:
         for kind, value in entry.items():
             if kind == "table":
@@ -171,20 +173,29 @@ def seen(listing: Iterable[dict[str, Any]]) -> SeenTable:
                 hook = (value.get("type"), value.get("hook"), value.get("prio"))
                 hooks[value["name"]] = hook if "hook" in value else None
             elif kind == "rule":
-                found = SeenRule(int(value["handle"]), str(value.get("comment", "")), tuple(_jumps(value)))
+                found = SeenRule(
+                    int(value["handle"]), str(value.get("comment", "")), tuple(_jumps(value.get("expr")))
+                )
                 chains.setdefault(value["chain"], []).append(found)
             elif kind in ("counter", "set"):
                 objects.add((kind, value["name"]))
-    return SeenTable(
-        {name: tuple(rules) for name, rules in chains.items()}, hooks, frozenset(objects), has_flags
-    )
+            elif kind == "map":
+                has_verdict_maps = has_verdict_maps or value.get("map") == "verdict"
+    found_chains = {name: tuple(rules) for name, rules in chains.items()}
+    return SeenTable(found_chains, hooks, frozenset(objects), has_flags, has_verdict_maps)
 
 
-def _jumps(rule: dict[str, Any]) -> Iterator[str]:
-    for part in rule.get("expr", []):
-        for verb in ("jump", "goto"):
-            if isinstance(part, dict) and isinstance(to := part.get(verb), dict):
-                yield str(to.get("target"))
+def _jumps(part: Any) -> Iterator[str]:
+    """The chains that a rule leads to, also by a verdict map that is written in it."""
+    if isinstance(part, list):
+        for one in part:
+            yield from _jumps(one)
+    elif isinstance(part, dict):
+        for verb, value in part.items():
+            if verb in ("jump", "goto") and isinstance(value, dict):
+                yield str(value.get("target"))
+            else:
+                yield from _jumps(value)
 
 
 def transaction(family: Family, wanted: Content, seen: Seen, now_s: float) -> str:
@@ -240,7 +251,7 @@ def _fill(table: str, place: Place, rules: tuple[Rule, ...], seen: Seen) -> Iter
             yield f"flush chain {table} {place.chain}"
             yield from (f"add rule {table} {place.chain} {rule}" for rule in rules)
     elif is_there:
-        is_foreign = any(
+        is_foreign = seen.qubes.has_verdict_maps or any(
             place.chain in rule.jumps_to and not (chain == place.users_chain and rule.is_of(place))
             for chain, found in seen.qubes.chains.items()
             for rule in found
@@ -249,7 +260,7 @@ def _fill(table: str, place: Place, rules: tuple[Rule, ...], seen: Seen) -> Iter
             yield f"flush chain {table} {place.chain}"
             yield f"delete chain {table} {place.chain}"
         elif seen.qubes.chains[place.chain]:
-            # A rule of somebody else leads there, so it cannot be deleted.
+            # A rule or a map of somebody else leads there, or may, so it cannot be deleted.
             yield f"flush chain {table} {place.chain}"
 
 

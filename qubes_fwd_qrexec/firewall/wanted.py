@@ -78,10 +78,16 @@ class Firewall:
         return self._keep(wanted)
 
     def _keep(self, wanted: Wanted) -> dict[Family, Seen]:
+        """Both families, each by itself: what fails in one keeps nothing open in the other."""
         found = self._nft.look()
+        problem: NftError | None = None
         for family, seen in found.items():
             if todo := transaction(family, wanted.content(family, seen), seen, time.time()):
-                self._nft.carry_out(todo)
+                try:
+                    self._nft.carry_out(todo)
+                except NftError as error:
+                    problem = problem or error
+                    continue
                 _logger.info(
                     "%s %s: %d rules let forwards in, %d forwards by nft",
                     family,
@@ -89,4 +95,6 @@ class Firewall:
                     len(wanted.rules(family)),
                     sum(family.version in kept.config.versions for kept in wanted.paths),
                 )
+        if problem is not None:
+            raise problem
         return found

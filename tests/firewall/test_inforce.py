@@ -124,7 +124,7 @@ def test_a_guard_that_is_over_is_taken_away_though_nothing_has_changed(tool: Too
     in_force.put(wanted(WEB))
     in_force.put(wanted())
     assert not in_force.is_due
-    now_s[0] += TCP_HOLD_S + 60
+    now_s[0] += TCP_HOLD_S + 3600
     assert in_force.is_due
     in_force.put(wanted())
     assert not in_force.is_due
@@ -172,3 +172,22 @@ def test_a_record_that_cannot_be_written_keeps_nothing_from_being_closed(
     in_force.put(wanted())
     assert tool.ended == [({WEB}, set())]
     assert "No such file or directory" in caplog.text
+
+
+def test_what_fails_in_one_family_keeps_nothing_open_in_the_other() -> None:
+    class Refusing(Tool):
+        def look(self) -> dict[Family, Seen]:
+            return dict.fromkeys(Family, super().look()[Family.IP])
+
+        def carry_out(self, transaction: str) -> None:
+            self.nft_fails = " ip qubes" in transaction
+            super().carry_out(transaction)
+
+    tool = Refusing()
+    both = NftConfig.parse(
+        "nft.work.web",
+        "version=1 role=target side=uplink proto=tcp srcports=80 dstports=80 srchosts=any",
+    )
+    with pytest.raises(NftError, match="nft is missing"):
+        Firewall(tool).keep(Wanted(paths=(Kept(both),)))
+    assert " ip6 qubes" in tool.last

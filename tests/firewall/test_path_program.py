@@ -150,6 +150,26 @@ def test_a_change_is_in_force_when_the_qube_says_so(fresh: Wired, opened: Progra
     assert reach(fresh) == ANSWERED
 
 
+@pytest.mark.parametrize(
+    "reference",
+    [
+        f"add rule ip qubes custom-forward ip saddr vmap {{ 192.0.2.1 : jump {OWN}-forward }}",
+        "add map ip qubes m { type ipv4_addr : verdict; }\n"
+        f"add element ip qubes m {{ 192.0.2.1 : jump {OWN}-forward }}",
+    ],
+    ids=["in a rule", "with a name"],
+)
+def test_a_map_that_leads_to_our_chain_keeps_nothing_open(
+    fresh: Wired, opened: Programs, reference: str
+) -> None:
+    """The chain cannot be deleted, and a transaction that tries to is refused as a whole."""
+    fresh.nft(NET, reference)
+    opened.tell(NET, None)
+    assert opened.digest(NET) is None
+    assert opened.ask(NET).problem is None
+    assert [reach(fresh, at) for at in FAMILIES] == [f"dropped in {NET}"] * 2
+
+
 def test_an_entry_that_cannot_be_read_closes_its_forward_and_is_named(fresh: Wired, opened: Programs) -> None:
     opened.tell(FIREWALL, f"{line(FIREWALL)} newer=1")
     opened.tell(FIREWALL, line(FIREWALL, "udp"), "nft.work.dns")
