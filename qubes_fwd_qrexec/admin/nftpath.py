@@ -5,17 +5,17 @@ A path has the target first, then its netvms up to the exposed qube. Each hop kn
 before it alone; the exposed port is kept up to the last hop, which sends to the target's port.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from typing import Any
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX, NftConfig, Role
-from qubes_fwd_qrexec.common.rules import NO_LIMITS, ForwardRule, NamedRule
+from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, Sources, TargetPorts
 
-from .inventory import NFT_FEATURE, Inventory
+from .inventory import NFT_FEATURE, Inventory, Qube
 from .states import Cause, Finding
 
 Path = Sequence[QubeName]
@@ -94,8 +94,6 @@ def configs(
     """
     rule, (target, *hops) = named.rule, path
     versions = (_wanted(rule) & sources.versions) - _lacking(path, inventory).keys()
-    first, last = rule.target_ports.first, rule.target_ports.last
-    only = None if versions == sources.versions else min(versions)
     common: dict[str, Any] = {
         "target": named.target,
         "name": named.name,
@@ -104,35 +102,37 @@ def configs(
         "on_expire": rule.on_expire,
         "expire": rule.expire,
     }
-    found = [
-        (
-            target,
-            NftConfig(
-                role=Role.TARGET,
-                side=Side.UPLINK,
-                listen_ports=ListenPorts(first, last),
-                target_ports=rule.target_ports,
-                family=only,
-                **common,
-            ),
-        )
-    ]
+    at_target = NftConfig(
+        role=Role.TARGET,
+        side=Side.UPLINK,
+        listen_ports=ListenPorts(rule.target_ports.first, rule.target_ports.last),
+        target_ports=rule.target_ports,
+        family=None if versions == sources.versions else min(versions),
+        **common,
+    )
+    exposed: dict[str, Any] = {"side": side, "limits": rule.limits}
+    if rule.listen is not None and not rule.listen.is_unspecified:
+        exposed["listen"] = rule.listen
     kept = TargetPorts(rule.listen_ports.first, rule.listen_ports.last)
-    listen = None if rule.listen is None or rule.listen.is_unspecified else rule.listen
-    for number, (qube, following) in enumerate(zip(hops, path, strict=False)):
-        # What its netvm routes to it. Inside, the qube may have another address (net.fake-ip).
-        ip, ip6 = inventory.qubes[following].ip, inventory.qubes[following].ip6
-        is_exposed = qube == path[-1]
-        config = NftConfig(
+    at_hops = [
+        NftConfig(
             role=Role.HOP,
-            side=side if is_exposed else Side.UPLINK,
             listen_ports=rule.listen_ports,
-            target_ports=kept if number else rule.target_ports,
-            listen=listen if is_exposed else None,
-            to4=IPv4Address(ip) if ip is not None and 4 in versions else None,
-            to6=IPv6Address(ip6) if ip6 is not None and 6 in versions else None,
-            limits=rule.limits if is_exposed else NO_LIMITS,
+            target_ports=rule.target_ports if following == target else kept,
+            **_next_hop(inventory.qubes[following], versions),
+            **(exposed if qube == path[-1] else {"side": Side.UPLINK}),
             **common,
         )
-        found.append((qube, config))
-    return tuple(found)
+        for qube, following in zip(hops, path, strict=False)
+    ]
+    return tuple(zip(path, (at_target, *at_hops), strict=True))
+
+
+def _next_hop(qube: Qube, versions: Collection[int]) -> dict[str, Any]:
+    """Where packets are sent to: what the netvm of a qube routes to it. Inside, the qube may have another
+    address (net.fake-ip).
+    """
+    return {
+        "to4": IPv4Address(qube.ip) if qube.ip is not None and 4 in versions else None,
+        "to6": IPv6Address(qube.ip6) if qube.ip6 is not None and 6 in versions else None,
+    }
