@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.memory import open_files, pss_kib
+from bench.memory import descendants, open_files, pss_kib
 from bench.processes import BenchError, Child
 from bench.road import Road
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
@@ -87,8 +87,21 @@ class Firewall:
         return NftReport.parse(ask(self._place / ASK, _ANSWER_S))
 
     def size(self) -> tuple[int, float]:
-        """The program's open files, and its memory in KiB."""
-        return (0, 0.0) if self._child is None else (open_files(self._child.pid), pss_kib(self._child.pid))
+        """The program's open files, and its memory in KiB, when no ``nft`` works for it: pipes do not count.
+
+        Raises `BenchError` if that does not end.
+        """
+        if self._child is None:
+            return 0, 0.0
+        pid, deadline = self._child.pid, time.monotonic() + _PROGRAM_S
+        while time.monotonic() < deadline:
+            if not descendants((pid,)):
+                found = open_files(pid), pss_kib(pid)
+                # Pipes are made before the program that uses them.
+                if not descendants((pid,)):
+                    return found
+            time.sleep(_LOOK_S)
+        raise self._child.failure("does not end its nft")
 
     def failures(self) -> list[str]:
         """What a program that works would not have written."""
