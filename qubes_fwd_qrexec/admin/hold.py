@@ -10,6 +10,7 @@ after its first write, nothing opens, and the next `apply` closes the rest and e
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from qubes_fwd_qrexec.common.errors import ForwardError
@@ -57,7 +58,8 @@ def hold(backend: Backend, now: float) -> Held:
             applied = _tried(problems, what, lambda: reconcile(backend, now, is_held=True))
         except Exception as error:  # noqa: BLE001  # a rule that is more than we can plan keeps nothing open
             problems.append(f"a bug in qvm-forward: {type(error).__name__}: {error}")
-            applied = _tried(problems, "tell qubes of no forward", lambda: _take_all(backend))
+            applied = None
+            _take_all(problems, backend)
     installed = _tried(problems, "policy: it cannot be read", backend.read_policy)
     in_force = None if installed is None else installed.text
     doubts: tuple[Unconfirmed, ...] = ()
@@ -75,10 +77,11 @@ def hold(backend: Backend, now: float) -> Held:
     return Held(is_held, applied, tuple(ended.values()), doubts, tuple(problems), tuple(notes), allowed)
 
 
-def _take_all(backend: Backend) -> None:
-    """Take away all that qubes are told, whatever the rules ask for."""
-    for qube, key, _ in backend.inventory().configurations():
-        backend.remove_feature(qube, key)
+def _take_all(problems: list[str], backend: Backend) -> None:
+    """Take away all that qubes are told, whatever the rules ask for; a failure at one keeps no other."""
+    inventory = _tried(problems, "read all qubes, to tell them of no forward", backend.inventory)
+    for qube, key, _ in () if inventory is None else inventory.configurations():
+        _tried(problems, f"{qube}: take away {key}", partial(backend.remove_feature, qube, key))
 
 
 def _end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:

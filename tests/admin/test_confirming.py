@@ -349,3 +349,22 @@ def test_a_system_that_cannot_be_planned_is_closed_all_the_same() -> None:
     assert held.is_held
     assert held.problems[0].startswith("a bug in qvm-forward: ")
     assert not any(FEATURE in features for features in broken.qubes.values())
+
+
+class Unremovable(Memory):
+    """A qube, the exposed one, of which nothing can be taken away."""
+
+    def remove_feature(self, qube: QubeName, key: str) -> None:
+        if qube == NET:
+            raise StoreError(f"{qube}: no answer")
+        super().remove_feature(qube, key)
+
+
+def test_where_nothing_can_be_planned_a_qube_that_cannot_be_told_keeps_no_other() -> None:
+    backend = Memory(nft_world())
+    applied(backend, BY_NFT)
+    broken = Unremovable(nft_world(nft_world().qubes[FIREWALL]._replace(ip="nowhere")))
+    broken.qubes = backend.qubes
+    held = hold(broken, NOW)
+    assert [qube for qube, features in broken.qubes.items() if FEATURE in features] == [NET]
+    assert held.problems[1] == f"{NET}: take away {FEATURE}: {NET}: no answer"
