@@ -10,7 +10,13 @@ import sys
 from pathlib import Path
 
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError
-from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import (
+    FORWARD_SERVICE,
+    NFT_SERVICE,
+    REVOKE_SERVICE,
+    STATUS_SERVICE,
+    UDP_SERVICE,
+)
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import shortclient
@@ -18,8 +24,7 @@ from .directory import LabDirectory, QubeDirectory, write_text
 from .knobs import Knobs
 from .qube import Qube, QubeClass, QubeState
 
-FORWARD_SERVICE = "qubes.ForwardTCP"
-_OUR_SERVICES = (FORWARD_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
+_OUR_SERVICES = (FORWARD_SERVICE, UDP_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
 CONNECT_SERVICE = "qubes.ConnectTCP"
 # docs/facts.md, S6.
 _CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"

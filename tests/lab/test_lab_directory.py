@@ -43,9 +43,10 @@ def test_init_makes_a_system_of_qubes_that_opens_again(lab: LabDirectory) -> Non
         "sys-vpn",
     ]
     assert opened.feature("sys-vpn", "service.vpn-handler-openvpn") == "1"
-    assert opened.feature("work", "supported-rpc.qubes.ForwardTCP", with_template=True) == "1"
-    assert opened.feature("work", "supported-rpc.qubes.ForwardTCP") is None
-    assert opened.feature("personal", "supported-rpc.qubes.ForwardTCP", with_template=True) is None
+    for service in ("qubes.ForwardTCP", "qubes.ForwardUDP"):
+        assert opened.feature("work", f"supported-rpc.{service}", with_template=True) == "1"
+        assert opened.feature("work", f"supported-rpc.{service}") is None
+        assert opened.feature("personal", f"supported-rpc.{service}", with_template=True) is None
     assert json.loads(opened.file.read_text(encoding="utf-8"))["version"] == 1
 
 
@@ -257,5 +258,5 @@ def test_templates_announce_what_real_ones_do(lab: LabDirectory) -> None:
     """An executable file is announced; the stock qubes.ConnectTCP is a link to no file."""
     assert set(lab.features("debian-12")) == {"qrexec"}
     assert set(lab.features("fedora-42")) - {"qrexec"} == {
-        f"supported-rpc.qubes.Forward{name}" for name in ("TCP", "Nft", "Revoke", "Status")
+        f"supported-rpc.qubes.Forward{name}" for name in ("TCP", "UDP", "Nft", "Revoke", "Status")
     }
