@@ -48,7 +48,7 @@ def held(listener: Listener) -> Held:
     mux_calls = [mux_call for pool in pools for mux_call in pool.mux_calls]
     return Held(
         mux_calls=len(mux_calls),
-        streams=sum(mux_call.streams for mux_call in mux_calls),
+        streams=sum(mux_call.carries for mux_call in mux_calls),
         waiting=sum(len(pool.waiting) for pool in pools),
         slots=listener.process.connections,
         budget_streams=transports._budget.streams,

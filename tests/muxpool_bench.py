@@ -14,12 +14,11 @@ from helpers import BOUND_S, Collected, no_fds_left, tcp_pair
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.exposed import muxcall
-from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
+from qubes_fwd_qrexec.exposed import muxcall, muxpool, streamcall, streampool
 from qubes_fwd_qrexec.exposed.call import Ending
 from qubes_fwd_qrexec.exposed.callbudget import CallBudget
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
-from qubes_fwd_qrexec.exposed.muxpool import MuxPool
+from qubes_fwd_qrexec.exposed.streampool import StreamPool
 from qubes_fwd_qrexec.mux import Origin, ProxyVersion
 from qubes_fwd_qrexec.relay.budget import Budget
 from qubes_fwd_qrexec.relay.mux import Mux
@@ -31,7 +30,7 @@ ORIGIN = Origin(ip_address("192.0.2.1"), 40_000, ip_address("198.51.100.2"), 80)
 class Bench:
     """Mux calls to one port, and connections over them."""
 
-    def __init__(self, pool: MuxPool, calls: CallBudget, relays: RelayThread, tasks: trio.Nursery) -> None:
+    def __init__(self, pool: StreamPool, calls: CallBudget, relays: RelayThread, tasks: trio.Nursery) -> None:
         self.pool = pool
         self.calls = calls
         self.relays = relays
@@ -69,7 +68,7 @@ class Clock(HandClock):
     """The time by which mux calls are looked after."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(monkeypatch, muxpool_module, muxcall)
+        super().__init__(monkeypatch, muxpool, muxcall, streampool, streamcall)
 
 
 @asynccontextmanager
@@ -88,7 +87,7 @@ async def pool_to(
             service = f"qubes.ForwardTCP+{ports.brief()}+mux"
             calls = CallBudget(tasks, calls_max, waits=waits)
             budget = budget or Budget()
-            pool = MuxPool(
+            pool = StreamPool(
                 client, calls, "work", service, ports, relays, budget, tasks, half_close_s, linger_s
             )
             yield Bench(pool, calls, relays, tasks)

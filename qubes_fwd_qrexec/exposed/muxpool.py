@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The exposed qube's mux calls to one target: opened for a connection, kept for a while, renewed in time.
+"""The exposed qube's mux calls to one target: opened when needed, kept for a while, renewed in time.
 
-A mux call is one qrexec call, which dom0 judges. It takes streams until its lease is over or it is full.
-Then the next connection opens another one, which dom0 judges anew, and the old one ends with its last
-stream. While a mux call is in use its lease is renewed long before it ends, by one more call that dom0
-judges and that ends at once; the target cuts mux calls that are not renewed. All these calls count in
-`callbudget`, which also keeps connections from flooding dom0 with calls.
+A mux call is one qrexec call, which dom0 judges. It takes streams, or flows, until its lease is over or it
+is full. Then the next one opens another call, which dom0 judges anew, and the old call ends with the last
+that it carries. While a mux call is in use its lease is renewed long before it ends, by one more call that
+dom0 judges and that ends at once; the target cuts mux calls that are not renewed. All these calls count in
+`callbudget`, which also keeps clients from flooding dom0 with calls. `streampool` and `flowpool` have what
+is carried.
 """
 
 import logging
 import math
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, Generic, TypeVar
 
 import trio
 
@@ -22,19 +23,15 @@ from qubes_fwd_qrexec.common.exitstatus import meaning, refusal
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Way
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.mux import Origin, ProxyVersion
-from qubes_fwd_qrexec.relay.budget import Budget
 from qubes_fwd_qrexec.relay.thread import RelayThread
 from qubes_fwd_qrexec.system.bugs import A_BUG
 from qubes_fwd_qrexec.system.logs import RateLimit, inform, warn
 
-from .call import Ending
 from .callbudget import CallBudget
 from .callplace import Place
-from .callqueue import CallQueue, Key, Kind, Wanted
-from .counters import WAYS, Carried
-from .crowd import client_key
-from .muxcall import MuxCall, RetryError
+from .callqueue import Key, Kind
+from .counters import WAYS
+from .muxcall import MuxCall
 from .qrexec import Call, open_call
 
 _logger = logging.getLogger(__name__)
@@ -42,40 +39,26 @@ _logger = logging.getLogger(__name__)
 OPEN_S = 120.0
 # docs/behaviours.md, 26: a target that has taken the call and never says HELLO.
 HELLO_S = 30.0
-# A mux call without streams is kept for so long: for a browser's next request, or a user's next click.
+# A mux call that carries nothing is kept for so long: for a browser's next request, or a user's next click.
 LINGER_S = 60.0
-# docs/behaviours.md, 25: how many connections may wait for a mux call; OPEN_S bounds how long.
-WAITING_MAX = 1024
 # When to renew a lease: once so much of it is over, and again after each tenth of it, or every 20 s.
 RENEW_AT_SHARE = 0.5
 _RENEW_AGAIN_SHARE = 0.1
 _RENEW_AGAIN_MAX_S = 20.0
 # A renewal that hangs holds up others, and the next try may succeed.
 _RENEW_S = 30.0
-# How often to ask for a stream that the target did not begin.
-_TRIES = 3
 # The exit status comes this soon after the end of the call, or never.
 _STATUS_WAIT_S = 0.2
-_LOOK_S = 1.0
+LOOK_S = 1.0
+
+C = TypeVar("C", bound=MuxCall[Any])
 
 
-class _Waiter(Wanted):
-    """A connection that waits for a mux call; its key is its client."""
-
-    __slots__ = ("is_refused", "scope")
-
-    def __init__(self, kind: Kind, target: str, service: str, key: Key) -> None:
-        super().__init__(kind, target, service, key)
-        self.scope = trio.CancelScope()
-        self.is_refused = False
-
-
-class MuxPool:
+class MuxPool(ABC, Generic[C]):
     """All mux calls to one target and one range of its ports; a call's argument names both.
 
     ``qrexec_client``: the command that makes the next call. ``mux_calls``: those that are not over.
-    ``waiting``: the connections for which there is none yet. ``is_renewing``: dom0 is being asked to renew
-    the lease.
+    ``is_renewing``: dom0 is being asked to renew the lease.
     """
 
     def __init__(
@@ -86,27 +69,20 @@ class MuxPool:
         service: str,
         ports: TargetPorts,
         relays: RelayThread,
-        budget: Budget,
         tasks: trio.Nursery,
-        half_close_s: float,
         linger_s: float = LINGER_S,
-        idle_s: float = math.inf,
     ) -> None:
         self.qrexec_client = qrexec_client
         self._calls = calls
-        self._target = target
-        self._service = service
-        self._ports = ports
-        self._relays = relays
-        self._budget = budget
+        self.target = target
+        self.service = service
+        self.ports = ports
+        self.relays = relays
         self._tasks = tasks
-        self._half_close_s = half_close_s
         self._linger_s = linger_s
-        self._idle_s = idle_s
-        self.mux_calls: list[MuxCall] = []
+        self.mux_calls: list[C] = []
         self._limit = RateLimit()
-        self.waiting: CallQueue[_Waiter] = CallQueue(WAITING_MAX)
-        self._is_retired = False
+        self.is_retired = False
         self._failed = ""
         self.is_renewing = False
         self._renew_at = math.inf
@@ -115,9 +91,17 @@ class MuxPool:
         self.last_problem: tuple[str, float] | None = None
         """Why a mux call was last lost, and when (UNIX seconds)."""
 
+    @abstractmethod
+    def make_call(self) -> C:
+        """A mux call that was not made yet."""
+
+    @abstractmethod
+    def users(self) -> Collection[Key]:
+        """The clients for which there is no mux call yet."""
+
     def retire(self) -> None:
-        """No forward needs the pool any more: each mux call ends with its last stream."""
-        self._is_retired = True
+        """No forward needs the pool any more: each mux call ends with the last that it carries."""
+        self.is_retired = True
         for mux_call in self.mux_calls:
             mux_call.drain()
 
@@ -133,74 +117,16 @@ class MuxPool:
             return Way.OPEN
         return Way.OPENING if self.mux_calls else WAYS.get(self._failed, Way.IDLE)
 
-    async def relay(
-        self,
-        accepted: socket.socket,
-        port: int,
-        origin: Origin,
-        proxy: ProxyVersion,
-        carried: Carried | None = None,
-    ) -> Ending:
-        """Carry one connection, and close it in the end, unless the `Ending` has an error.
+    def opening(self) -> C:
+        """The mux call that is being opened: from now on, if none is."""
+        found = next((mux_call for mux_call in self.mux_calls if mux_call.is_opening), None)
+        if found is None:
+            found = self.make_call()
+            self.mux_calls.append(found)
+            self._tasks.start_soon(self._run, found)
+        return found
 
-        Raises `RefusedError` if there is no mux call for it; the connection is untouched then.
-        """
-        deadline = trio.current_time() + OPEN_S
-        turned_away = 0
-        while True:
-            mux_call = await self._usable(deadline, client_key(origin.client))
-            try:
-                return await mux_call.relay(accepted, port, origin, proxy, carried)
-            except RetryError as error:
-                turned_away += error.is_targets
-            if turned_away >= _TRIES:
-                raise RefusedError(f"{self._target} took none of {_TRIES} requests for a stream")
-
-    async def _usable(self, deadline: float, user: Key) -> MuxCall:
-        """A mux call with room, opened if there is none. Raises `RefusedError` if that fails."""
-        while trio.current_time() < deadline:
-            if self._is_retired:
-                raise RefusedError(f"the forward to {self._target} is over")
-            for mux_call in self.mux_calls:
-                if mux_call.has_room:
-                    return mux_call
-            with self._waiting_one(user, deadline):
-                if any(mux_call.is_held_up for mux_call in self.mux_calls):
-                    await trio.sleep(_LOOK_S)
-                    continue
-                opening = next((t for t in self.mux_calls if t.is_opening), None) or self._open()
-                await opening.settled.wait()
-                if opening.problem is not None:
-                    kind = opening.refusal or Refusal.NO_CALL
-                    raise RefusedError(f"no mux call to {self._target}: {opening.problem}", kind)
-        raise RefusedError(f"no mux call to {self._target} within {OPEN_S:g} s")
-
-    @contextmanager
-    def _waiting_one(self, user: Key, deadline: float) -> Iterator[None]:
-        """If too many wait, the newest one of the client with most is refused, which may be this one."""
-        waiter = _Waiter(Kind.SINGLE, self._target, self._service, user)
-        displaced = self.waiting.add(waiter)
-        try:
-            if displaced is not None:
-                displaced.is_refused = True
-                displaced.scope.cancel()
-            if not waiter.is_refused:
-                with waiter.scope, trio.move_on_at(deadline):
-                    yield
-        finally:
-            self.waiting.remove(waiter)
-        if waiter.is_refused:
-            raise RefusedError(
-                f"{WAITING_MAX} connections wait for a mux call to {self._target}", Refusal.BUSY
-            )
-
-    def _open(self) -> MuxCall:
-        mux_call = MuxCall(self._relays, self._ports)
-        self.mux_calls.append(mux_call)
-        self._tasks.start_soon(self._run, mux_call)
-        return mux_call
-
-    async def _run(self, mux_call: MuxCall) -> None:
+    async def _run(self, mux_call: C) -> None:
         """The whole life of a mux call, including calls that find no room and are made again."""
         problem: str | None = "the listener stops"
         deadline = self._calls.deadline()
@@ -208,10 +134,10 @@ class MuxPool:
             while True:
                 async with self._calls.place(
                     Kind.MUX,
-                    self._target,
-                    self._service,
+                    self.target,
+                    self.service,
                     deadline=deadline,
-                    users=lambda: {waiter.key for waiter in self.waiting},
+                    users=self.users,
                 ) as place:
                     problem = await self._call(mux_call, place, self._keep)
                     if not mux_call.is_opening:
@@ -226,9 +152,9 @@ class MuxPool:
             problem = str(error)
             mux_call.refusal = Refusal(error.kind)
         except Exception as bug:
-            if self._relays.has_failed:
+            if self.relays.has_failed:
                 raise
-            self._relays.loop.bugs.note(bug)
+            self.relays.loop.bugs.note(bug)
             problem = A_BUG
         finally:
             self.mux_calls.remove(mux_call)
@@ -236,7 +162,7 @@ class MuxPool:
                 mux_call.problem = problem
                 mux_call.settled.set()
 
-    def _ended(self, mux_call: MuxCall, place: Place, problem: str | None) -> None:
+    def _ended(self, mux_call: C, place: Place, problem: str | None) -> None:
         """A mux call that was ready has ended. However it ended, that must not cause a flood of calls."""
         if problem is None:
             if not mux_call.was_let_go:
@@ -244,20 +170,20 @@ class MuxPool:
             return
         place.lost(problem)
         if mux_call.is_revoked:
-            inform(_logger, self._limit, "ended", f"dom0 has ended a mux call to {self._target}")
+            inform(_logger, self._limit, "ended", f"dom0 has ended a mux call to {self.target}")
             return
-        message = f"a mux call to {self._target} was lost: {problem}"
+        message = f"a mux call to {self.target} was lost: {problem}"
         warn(_logger, self._limit, "lost", message)
         self.last_problem = message, time.time()
         self._failed = Refusal.NO_CALL
 
     async def _renew(self) -> None:
         """Make a call that dom0 judges. In the target it renews the lease of all mux calls to these ports."""
-        mux_call = MuxCall(self._relays, self._ports)
+        mux_call = self.make_call()
         problem: str | None = f"no answer within {_RENEW_S:g} s"
         try:
             with trio.move_on_after(_RENEW_S):
-                async with self._calls.place(Kind.RENEWAL, self._target, self._service) as place:
+                async with self._calls.place(Kind.RENEWAL, self.target, self.service) as place:
                     problem = await self._call(mux_call, place, _end_at_once)
                     if mux_call.is_opening:
                         problem = problem or "the target closed it at once"
@@ -265,9 +191,9 @@ class MuxPool:
         except RefusedError as error:
             problem = str(error)
         except Exception as bug:
-            if self._relays.has_failed:
+            if self.relays.has_failed:
                 raise
-            self._relays.loop.bugs.note(bug)
+            self.relays.loop.bugs.note(bug)
             problem = A_BUG
         finally:
             self.is_renewing = False
@@ -279,23 +205,21 @@ class MuxPool:
         self._renew_at = now + again_s
         left_s = max(0, self._lease_over_at - now)
         message = (
-            f"the lease of mux calls to {self._target} was not renewed: {problem}; unless it is, their "
+            f"the lease of mux calls to {self.target} was not renewed: {problem}; unless it is, their "
             f"connections end in {left_s:.0f} s"
         )
         warn(_logger, self._limit, "lease", message)
 
-    def _leased(self, mux_call: MuxCall) -> None:
+    def _leased(self, mux_call: C) -> None:
         """dom0 has just allowed a call, which begins the lease anew."""
         self._lease_s = mux_call.lease_s
         self._renew_at = mux_call.ready_at + mux_call.lease_s * RENEW_AT_SHARE
         self._lease_over_at = mux_call.ready_at + mux_call.lease_s
 
-    async def _call(
-        self, mux_call: MuxCall, place: Place, keep: Callable[[MuxCall], Awaitable[None]]
-    ) -> str | None:
+    async def _call(self, mux_call: C, place: Place, keep: Callable[[C], Awaitable[None]]) -> str | None:
         """Make the call, with ``keep`` as a task beside it. Returns why it ended; None if as agreed."""
         try:
-            async with open_call(self.qrexec_client, self._target, self._service) as call:
+            async with open_call(self.qrexec_client, self.target, self.service) as call:
                 problem = await self._drive(mux_call, place, call, keep)
                 status = None if problem is None else await call.status(_STATUS_WAIT_S)
         except OSError as error:
@@ -311,7 +235,7 @@ class MuxPool:
         return problem if is_told else meaning(status, is_through=place.is_through)
 
     async def _drive(
-        self, mux_call: MuxCall, place: Place, call: Call, keep: Callable[[MuxCall], Awaitable[None]]
+        self, mux_call: C, place: Place, call: Call, keep: Callable[[C], Awaitable[None]]
     ) -> str | None:
         place.holder = mux_call
         mux_call.place = place
@@ -332,39 +256,39 @@ class MuxPool:
                         return
                     late = f"no HELLO within {HELLO_S:g} s"
                 else:
-                    late = f"{self._target} has not taken the call within {OPEN_S:g} s"
+                    late = f"{self.target} has not taken the call within {OPEN_S:g} s"
                 nursery.cancel_scope.cancel()
 
             problem: str | None = None
             try:
-                problem = await mux_call.run(call, self._budget, self._half_close_s, self._idle_s)
+                problem = await mux_call.run(call)
             except OSError as error:
                 problem = f"cannot watch the call: {error.strerror}"
             nursery.cancel_scope.cancel()
         return late or problem
 
-    async def _keep(self, mux_call: MuxCall) -> None:
-        """Renew the lease of a mux call while it has streams, and end it after a while without any."""
+    async def _keep(self, mux_call: C) -> None:
+        """Renew the lease of a mux call while it carries something, and end it after a while without."""
         await mux_call.settled.wait()
         self._failed = ""
         self._leased(mux_call)
-        while not self._is_retired:
+        while not self.is_retired:
             now = trio.current_time()
             if (mux_call.quiet_s or 0.0) >= (self._linger_s if mux_call.opened else LINGER_S):
                 break
             if (
                 now >= self._renew_at
-                and mux_call.streams
+                and mux_call.carries
                 and not mux_call.is_draining
                 and not self.is_renewing
             ):
                 self.is_renewing = True
                 self._tasks.start_soon(self._renew)
-            await trio.sleep(_LOOK_S)
+            await trio.sleep(LOOK_S)
         mux_call.drain()
 
 
-async def _end_at_once(mux_call: MuxCall) -> None:
+async def _end_at_once(mux_call: MuxCall[Any]) -> None:
     """A renewal only needs dom0 to allow the call and the target to answer it."""
     await mux_call.settled.wait()
     mux_call.drain()

@@ -21,7 +21,8 @@ from .callbudget import CallBudget
 from .callwaits import CallWaits
 from .counters import Carried
 from .crowd import client_key
-from .muxpool import LINGER_S, MuxPool
+from .muxpool import LINGER_S
+from .streampool import StreamPool
 
 _PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
 
@@ -48,7 +49,7 @@ class Transports:
         self._timeouts = timeouts
         self._linger_s = linger_s
         self._budget = Budget()
-        self.pools: dict[_PoolKey, MuxPool] = {}
+        self.pools: dict[_PoolKey, StreamPool] = {}
         self._is_draining = False
 
     async def carry(
@@ -80,7 +81,7 @@ class Transports:
         )
         return await relay_over_call(accepted, caller, self.relays, self._timeouts, carried)
 
-    def pool(self, config: ListenerConfig) -> MuxPool | None:
+    def pool(self, config: ListenerConfig) -> StreamPool | None:
         """The pool of mux calls that a forward uses; None before its first connection."""
         return self.pools.get(_pool_key(config))
 
@@ -98,11 +99,11 @@ class Transports:
         for pool in self.pools.values():
             pool.retire()
 
-    def _pool_for(self, config: ListenerConfig) -> MuxPool:
+    def _pool_for(self, config: ListenerConfig) -> StreamPool:
         key = _pool_key(config)
         if key not in self.pools:
             ports = config.target_ports
-            self.pools[key] = MuxPool(
+            self.pools[key] = StreamPool(
                 self._qrexec_client,
                 self.calls,
                 config.target,

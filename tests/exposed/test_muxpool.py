@@ -114,7 +114,7 @@ async def test_a_full_mux_call_is_joined_by_another(tmp_path: Path, server: sock
             pairs.append((near, await stack.enter_async_context(await accept(server))))
         for near, far in pairs:
             await echo_once(near, far)
-        assert [mux_call.streams for mux_call in bench.pool.mux_calls] == [3, 3, 3, 1]
+        assert [mux_call.carries for mux_call in bench.pool.mux_calls] == [3, 3, 3, 1]
     assert len(client.calls) == 4
 
 
@@ -196,7 +196,7 @@ async def test_a_cancellation_at_any_moment_leaves_nothing(
             client, accepted = tcp_pair()
             with client, trio.move_on_after(chance.random() * 0.004):
                 await bench.carry(accepted, port)
-        await until(lambda: not any(mux_call.streams for mux_call in bench.pool.mux_calls))
+        await until(lambda: not any(mux_call.carries for mux_call in bench.pool.mux_calls))
         assert not bench.pool.waiting
         assert (budget.streams, budget.shared_left) == (0, Budget().shared_left)
         assert not bench.relays.has_failed

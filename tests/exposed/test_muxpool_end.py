@@ -52,7 +52,7 @@ async def test_without_streams_it_is_kept_a_while_and_then_ends(
             await clock.advance(100)
             assert mux_call.has_room
             await end_well(near, far)
-        await until(lambda: not mux_call.streams)
+        await until(lambda: not mux_call.carries)
         await clock.advance(29)
         assert mux_call.has_room
         await clock.advance(1)

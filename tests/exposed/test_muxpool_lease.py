@@ -56,7 +56,7 @@ async def test_one_that_is_not_in_use_is_not_worth_a_question(
             await echo_once(near, far)
             await end_well(near, far)
         (mux_call,) = bench.pool.mux_calls
-        await until(lambda: not mux_call.streams)
+        await until(lambda: not mux_call.carries)
         await clock.advance(_DUE_S + 10)
         assert not bench.pool.is_renewing  # a call that has begun is in no list of calls yet
         assert len(client.calls) == 1
@@ -127,7 +127,7 @@ async def test_a_lease_that_is_renewed_lasts_in_the_target_too(
     (tmp_path / "before").mkdir()
     lease_s = max(3, math.ceil(10 * await a_call_takes_s(tmp_path / "before", server)))
     monkeypatch.setattr(muxpool_module, "RENEW_AT_SHARE", 0.05 / lease_s)
-    monkeypatch.setattr(muxpool_module, "_LOOK_S", 0.05)
+    monkeypatch.setattr(muxpool_module, "LOOK_S", 0.05)
     client = FakeClient(tmp_path, f"mux LEASE_S={lease_s}")
     async with pool_to(client.command, one(port)) as bench:  # noqa: SIM117
         async with bench.connect(port) as near, await accept(server) as far:

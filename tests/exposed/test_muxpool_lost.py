@@ -31,6 +31,7 @@ from muxpool_bench import ORIGIN, Clock, one, pool_to
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import Way
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
+from qubes_fwd_qrexec.exposed import streampool as streampool_module
 from qubes_fwd_qrexec.exposed.callqueue import Kind
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.crowd import client_key
@@ -82,7 +83,7 @@ async def test_everybody_who_waits_is_refused_when_the_call_dies_before_hello(tm
 
 async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/behaviours.md, 25."""
-    monkeypatch.setattr(muxpool_module, "WAITING_MAX", 5)
+    monkeypatch.setattr(streampool_module, "WAITING_MAX", 5)
     client, port = FakeClient(tmp_path, "hang"), free_port()
     clock = Clock(monkeypatch)
     async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
@@ -102,7 +103,7 @@ async def test_waiting_is_bounded_in_number_and_time(tmp_path: Path, monkeypatch
 async def test_one_client_cannot_take_all_places_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(muxpool_module, "WAITING_MAX", 5)
+    monkeypatch.setattr(streampool_module, "WAITING_MAX", 5)
     client, port = FakeClient(tmp_path, "hang"), free_port()
     other = replace(ORIGIN, client=ip_address("192.0.2.77"))
     async with pool_to(client.command, one(port)) as bench, AsyncExitStack() as stack:
@@ -214,7 +215,7 @@ async def test_a_target_that_gives_mux_calls_up_is_no_flood_of_calls(tmp_path: P
 
 
 async def test_a_stream_is_not_asked_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muxpool_module, "_TRIES", 2)
+    monkeypatch.setattr(streampool_module, "_TRIES", 2)
     client, port = FakeClient(tmp_path, "rude refuse"), free_port()
     async with pool_to(client.command, one(port), waits=CallWaits(again_s=0.0)) as bench:
         assert await bench.refusal(port) == "work took none of 2 requests for a stream"
