@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from qubes_fwd_qrexec.common.rules import Proto
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.firewall.nfttool import Nft
 from qubes_fwd_qrexec.firewall.pathrules import Kept
 from qubes_fwd_qrexec.firewall.wanted import Firewall, Wanted
@@ -65,7 +65,7 @@ def _by_hand(way: Way) -> dict[str, float]:
 
 def _by_program() -> dict[str, float]:
     kept = in_force()
-    always = tuple(Kept(told(proto, PORT)[NET]) for proto in Proto)
+    always = tuple(Kept(told(proto, PORT)[NET]) for proto in Proto.BOTH.each)
     many = (*always, *(Kept(told(Proto.TCP, port)[NET]) for port in _PORTS))
     more = (*many, Kept(told(Proto.TCP, _PORTS[-1] + 1)[NET]))
     found = {

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
-from qubes_fwd_qrexec.common.rules import Proto
-from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
+from qubes_fwd_qrexec.common.values import ListenPorts, Proto, QubeName, RuleName, Sources, TargetPorts
 from qubes_fwd_qrexec.lab import netns
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.netns import LAN, Namespaces

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
-from qubes_fwd_qrexec.common.rules import Proto
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.firewall.cutting import Cutter
 from qubes_fwd_qrexec.firewall.inforce import InForce
 from qubes_fwd_qrexec.firewall.nfttool import Nft
@@ -92,7 +92,7 @@ class ByNft(Way):
     def open(self) -> None:
         for qube in reversed(PATH):
             with self.road.within(qube):
-                forwards = [told(proto, PORT)[qube] for proto in Proto]
+                forwards = [told(proto, PORT)[qube] for proto in Proto.BOTH.each]
                 in_force().put(Wanted(paths=tuple(map(Kept, forwards))))
 
 

@@ -236,7 +236,7 @@ class Listener:
 
     async def try_out(self, untrusted_key: str) -> Trial:
         """Send a connection through a forward. Raises `ConfigError` or `TextError` for a bad key."""
-        forward = self.forwards.get(parse_key(untrusted_key))
+        forward = self.forwards.get(parse_key(untrusted_key)[:2])
         if forward is None:
             return Trial(Answer.FAILED, "", one_line(f"{untrusted_key} is not open here"))
         return await try_out(forward.config, self._means.transports)
@@ -281,7 +281,7 @@ class Listener:
 
     def _forward_of(self, untrusted_key: str) -> OpenForward | None:
         try:
-            return self.forwards.get(parse_key(untrusted_key))
+            return self.forwards.get(parse_key(untrusted_key)[:2])
         except ConfigError:
             return None
 

@@ -34,8 +34,7 @@ from bench.road import (
     told,
 )
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
-from qubes_fwd_qrexec.common.rules import Proto
-from qubes_fwd_qrexec.common.values import Sources
+from qubes_fwd_qrexec.common.values import Proto, Sources
 from qubes_fwd_qrexec.lab.stockrules import Shape
 
 from .findings import PROBLEMS_MAX, Findings
@@ -279,7 +278,7 @@ def _never() -> list[Kind]:
     no = Permit(0.0)
     last = len(_PROTOS)
     found = []
-    for proto in Proto:
+    for proto in Proto.BOTH.each:
         slot = _PROTOS.index(proto)
         for edge in EDGES:
             beyond = [address(qube, edge.version) for qube in PATH]

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from bench.road import FIREWALL, NET, WORK, Road
-from qubes_fwd_qrexec.common.rules import Proto
+from qubes_fwd_qrexec.common.values import Proto
 
 from .findings import Findings
 from .permits import Permit

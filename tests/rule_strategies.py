@@ -15,12 +15,12 @@ from qubes_fwd_qrexec.common.rules import (
     Mode,
     NamedRule,
     OnExpire,
-    Proto,
     Proxy,
     Transport,
 )
 from qubes_fwd_qrexec.common.values import (
     ListenPorts,
+    Proto,
     QubeName,
     RuleName,
     Sources,

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.errors import ConfigError
-from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, NamedRule, Proto, Proxy, Transport
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType, Mode, NamedRule, Proxy, Transport
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 from . import nftpath, resolving
 from .inventory import (
@@ -148,7 +148,7 @@ def _misplaced(
 
 
 def _undecided(rule: ForwardRule) -> Iterator[Finding]:
-    if rule.proto is Proto.UDP and rule.mode is not Mode.NFT:
+    if rule.proto is not Proto.TCP and rule.mode is not Mode.NFT:
         yield Finding(Cause.UDP_UNDECIDED)
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, QubeReport, ReportError
-from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, NamedRule, Proto, Proxy, Transport
+from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, NamedRule, Proxy, Transport
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 from . import checks
 from .answers import AnswerError, at_once
@@ -61,7 +61,7 @@ def decided(
 def _decided(named: NamedRule, inventory: Inventory, now: float) -> Decision:
     """By what dom0 knows itself."""
     rule = named.rule
-    if rule.proto is Proto.UDP:
+    if rule.proto is not Proto.TCP:
         return Decision(replace(rule, mode=Mode.NFT))
     over_qrexec = replace(rule, mode=Mode.QREXEC)
     options = {

@@ -81,7 +81,7 @@ class _Claim(NamedTuple):
     def rivals(self, other: "_Claim") -> bool:
         return (
             not (self.is_own and other.is_own)
-            and self.named.rule.proto is other.named.rule.proto
+            and not set(self.named.rule.proto.each).isdisjoint(other.named.rule.proto.each)
             and (self.side is None or other.side is None or self.side is other.side)
             and _overlap(self.addresses, other.addresses)
         )

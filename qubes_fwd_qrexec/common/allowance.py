@@ -6,11 +6,15 @@ and the target need not know what dom0 may still owe it. It is ASCII, one entry 
 
     version=1 drains=keep
     keep 8080-8080 sys-net
+    keep udp 53-53 sys-net
     drain 9000-9000 sys-net 3600
 
-Calls under ``keep`` go on. Calls under ``drain`` take no new stream, and are cut after so many seconds.
-Every other call of our service in that target ends at once, mux call or single call. Calls that drain since
-an earlier list go on to their own deadline, unless this list says ``drains=cut``.
+A line is about calls that carry TCP, unless it says ``udp``. A target that knows no UDP refuses such a list
+as a whole, so dom0 names UDP only where the target offers its service.
+
+Calls under ``keep`` go on. Calls under ``drain`` take no new stream or flow, and are cut after so many
+seconds. Every other call of our services in that target ends at once, mux call or single call. Calls that
+drain since an earlier list go on to their own deadline, unless this list says ``drains=cut``.
 """
 
 import re
@@ -20,7 +24,7 @@ from types import MappingProxyType
 from typing import NamedTuple, Self
 
 from .errors import TextError
-from .values import QubeName, TargetPorts, parse_number, parse_qube_name
+from .values import Proto, QubeName, TargetPorts, parse_number, parse_qube_name
 
 VERSION = 1
 # The most that the target reads: over a thousand entries, while qrexec allows 128 calls to a qube at once.
@@ -28,31 +32,39 @@ ALLOWANCE_MAX_BYTES = 65536
 # A drain must end within a day; otherwise the rule would not really have ended.
 DRAIN_MAX_S = 86_400
 ANSWER_MAX_BYTES = 128
+_UDP = "udp "
 _KEEP_DRAINS, _CUT_DRAINS = "drains=keep", "drains=cut"
 _ANSWER = re.compile(r"version=(\S+) ended=(\S+) draining=(\S+)\n?\Z", re.ASCII)
 
 
 class Calls(NamedTuple):
-    """All calls of one qube to exactly these ports of the target; a single call has the same port twice."""
+    """All calls of one qube to exactly these ports of the target; a single call has the same port twice.
+
+    ``proto`` is TCP or UDP: no call carries both.
+    """
 
     ports: TargetPorts
     caller: QubeName
+    proto: Proto = Proto.TCP
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse ``PORT-PORT CALLER``, spelled exactly as it is printed. Raises `TextError`."""
-        ports, _, caller = text.partition(" ")
-        calls = cls(TargetPorts.parse(ports), parse_qube_name(caller))
+        """Parse ``PORT-PORT CALLER`` or ``udp PORT-PORT CALLER``, spelled exactly as it is printed. Raises
+        `TextError`."""
+        about = text.removeprefix(_UDP)
+        ports, _, caller = about.partition(" ")
+        proto = Proto.TCP if about == text else Proto.UDP
+        calls = cls(TargetPorts.parse(ports), parse_qube_name(caller), proto)
         if str(calls) != text:
             raise TextError(text, "PORT-PORT CALLER, always with two ports")
         return calls
 
     def __str__(self) -> str:
-        return f"{self.ports} {self.caller}"
+        return f"{_UDP if self.proto is Proto.UDP else ''}{self.ports} {self.caller}"
 
 
-def _order(calls: Calls) -> tuple[str, int, int]:
-    return calls.caller, calls.ports.first, calls.ports.last
+def _order(calls: Calls) -> tuple[str, str, int, int]:
+    return calls.caller, calls.proto, calls.ports.first, calls.ports.last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +142,7 @@ def _line(line: str) -> tuple[Calls, int | None]:
             return Calls.parse(calls), parse_number(seconds)
     except TextError as error:
         raise TextError(line[:80], f"right: {error}") from None
-    raise TextError(line[:80], "keep PORT-PORT CALLER or drain PORT-PORT CALLER SECONDS")
+    raise TextError(line[:80], "keep [udp] PORT-PORT CALLER or drain [udp] PORT-PORT CALLER SECONDS")
 
 
 @dataclass(frozen=True, slots=True)

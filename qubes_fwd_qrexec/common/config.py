@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What an exposed qube gets to know about a forward, and no more.
 
-dom0 writes each `ListenerConfig` as feature ``vm-config.fwd.TARGET.NAME`` of the exposed qube. Qubes carries
-it to the qube's QubesDB as ``/vm-config/fwd.TARGET.NAME``, where the listener reads it. The qube learns
-neither the target's addresses nor the names of other qubes nor comments.
+dom0 writes each `ListenerConfig` as feature ``vm-config.fwd.TARGET.NAME`` of the exposed qube, or
+``vm-config.udp.TARGET.NAME`` if it is about UDP. Qubes carries it to the qube's QubesDB as
+``/vm-config/fwd.TARGET.NAME``, where the listener reads it. The qube learns neither the target's addresses
+nor the names of other qubes nor comments.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import NamedTuple, Self
 
 from . import entries, values
 from .errors import ConfigError
 from .options import Form, one_of
 from .rules import NO_LIMITS, ForwardRule, Limits, OnExpire, Proxy, Transport
-from .services import FORWARD_SERVICE
-from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts
+from .services import FORWARD_SERVICE, UDP_SERVICE
+from .values import IPAddress, ListenPorts, Proto, QubeName, RuleName, Sources, TargetPorts
 
-_KIND = "fwd"
+# By another kind of key an older listener sees nothing of UDP, and opens nothing for it.
+_KINDS = {Proto.TCP: "fwd", Proto.UDP: "udp"}
 # How many qrexec calls a listener makes at once. A qube has room for 30 vchans over all targets
 # (docs/facts.md, Q2), and its other calls need some of them.
 CALLS_MAX = 20
@@ -27,7 +29,13 @@ class Service(StrEnum):
     """The qrexec service that is called in the target."""
 
     FORWARD_TCP = FORWARD_SERVICE
+    FORWARD_UDP = UDP_SERVICE
     CONNECT_TCP = "qubes.ConnectTCP"
+
+    @property
+    def proto(self) -> Proto:
+        """What it carries: TCP or UDP, and no service both."""
+        return Proto.UDP if self is Service.FORWARD_UDP else Proto.TCP
 
 
 class Side(StrEnum):
@@ -77,6 +85,10 @@ class ListenerConfig:
             raise ConfigError(
                 f"{self.key}: {self.service} carries one connection; transport=call would be right"
             )
+        if self.proto is Proto.UDP and self.transport is not Transport.MUX:
+            raise ConfigError(f"{self.key}: {self.service} carries many flows; transport=mux would be right")
+        if self.proto is Proto.UDP and self.proxy is Proxy.V1:
+            raise ConfigError(f"{self.key}: proxy=v1 is for TCP alone; proxy=v2 would be right")
         entries.check_size(self.key, str(self))
 
     @classmethod
@@ -109,9 +121,14 @@ class ListenerConfig:
         )
 
     @property
+    def proto(self) -> Proto:
+        """TCP or UDP: a rule that forwards both has a configuration for each."""
+        return self.service.proto
+
+    @property
     def key(self) -> str:
-        """Its name below ``/vm-config/``: ``fwd.TARGET.NAME``, which always has at most 52 characters."""
-        return f"{_KIND}.{self.target}.{self.name}"
+        """Its name below ``/vm-config/``, such as ``fwd.TARGET.NAME``: always at most 52 characters."""
+        return str(ForwardKey(self.target, self.name, self.proto))
 
     def narrows(self, old: "ListenerConfig") -> bool:
         """Whether the old one may have allowed a connection that this one does not allow."""
@@ -132,21 +149,36 @@ class ListenerConfig:
     @classmethod
     def parse(cls, key: str, untrusted_value: str) -> Self:
         """Parse the value of ``key``. Raises `ConfigError` that names the key and the option."""
-        target, name = parse_key(key)
-        return cls(target=target, name=name, **entries.parse_value(key, untrusted_value, _FORMS, _REQUIRED))
+        target, name, proto = parse_key(key)
+        given = entries.parse_value(key, untrusted_value, _FORMS, _REQUIRED)
+        if given["service"].proto is not proto:
+            raise ConfigError(f"{key}: {given['service']} does not carry {proto}")
+        return cls(target=target, name=name, **given)
 
     def __str__(self) -> str:
         return entries.print_value(self, _FORMS, _REQUIRED)
 
 
+class ForwardKey(NamedTuple):
+    """What an entry for a listener is about; it prints as the entry's key."""
+
+    target: QubeName
+    name: RuleName
+    proto: Proto
+
+    def __str__(self) -> str:
+        return f"{_KINDS[self.proto]}.{self.target}.{self.name}"
+
+
 def is_forward_key(key: str) -> bool:
     """Whether an entry of ``/vm-config/`` configures a listener."""
-    return key.startswith(f"{_KIND}.")
+    return key.startswith(tuple(f"{kind}." for kind in _KINDS.values()))
 
 
-def parse_key(key: str) -> tuple[QubeName, RuleName]:
-    """The target and the rule in ``fwd.TARGET.NAME``. Raises `ConfigError`."""
-    return entries.parse_key(_KIND, key)
+def parse_key(key: str) -> ForwardKey:
+    """Parse ``fwd.TARGET.NAME`` or ``udp.TARGET.NAME``. Raises `ConfigError`."""
+    proto = Proto.UDP if key.startswith(f"{_KINDS[Proto.UDP]}.") else Proto.TCP
+    return ForwardKey(*entries.parse_key(_KINDS[proto], key), proto)
 
 
 def _parse_addresses(text: str) -> tuple[IPAddress, ...]:

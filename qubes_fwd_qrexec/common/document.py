@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from .errors import ForwardError, TextError
+from .values import Proto, parse_one_proto
 
 VERSION = 1
 # A thousand forwards with everything that a report has about each, and room to spare.
@@ -116,6 +117,14 @@ class Reader:
 
     def optional(self, key: str, read: Callable[[str], _V]) -> _V | None:
         return None if self._member(key) is None else read(key)
+
+    def given(self, key: str, read: Callable[[str], _V], default: _V) -> _V:
+        """A member that an older qube, or one with nothing to say about it, leaves out."""
+        return read(key) if key in self._untrusted else default
+
+    def one_proto(self, key: str) -> Proto:
+        """TCP or UDP; TCP if it is not there."""
+        return self.given(key, lambda key: self.parsed(key, parse_one_proto), Proto.TCP)
 
     def several(self, key: str, most: int, read: Callable[["Reader"], _V]) -> tuple[_V, ...]:
         untrusted = self._list(key, most)

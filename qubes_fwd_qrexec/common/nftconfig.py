@@ -16,8 +16,8 @@ from . import entries, values
 from .config import Side
 from .errors import ConfigError, TextError
 from .options import Form, one_of
-from .rules import NO_LIMITS, Limits, OnExpire, Proto
-from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts
+from .rules import NO_LIMITS, Limits, OnExpire
+from .values import IPAddress, ListenPorts, Proto, QubeName, RuleName, Sources, TargetPorts
 
 # nftables shifts a range by a map with an element for each port; 10,000 take 146 KiB and 0.26 s.
 SHIFTED_MAX = 1024
@@ -114,7 +114,8 @@ class NftConfig:
         """Whether the old one may have let a packet through that this one does not, or to another place."""
         ports, before = self.listen_ports, old.listen_ports
         return (
-            (self.role, self.side, self.proto) != (old.role, old.side, old.proto)
+            (self.role, self.side) != (old.role, old.side)
+            or not set(old.proto.each) <= set(self.proto.each)
             or not self.sources.cover(old.sources)
             or not (ports.first <= before.first and before.last <= ports.last)
             or self.target_ports.first - ports.first != old.target_ports.first - before.first

@@ -6,13 +6,14 @@ dom0 parses that as the document of an untrusted qube (`document`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, Self
 
 from .document import REPORT_MAX_BYTES, TEXT_MAX, VERSION, Reader, ReportError, dump, load
 from .rules import Transport
-from .values import QubeName, RuleName, TargetPorts, parse_qube_name, parse_rule_name
+from .values import Proto, QubeName, RuleName, TargetPorts, parse_qube_name, parse_rule_name
 
 __all__ = ["REPORT_MAX_BYTES", "TEXT_MAX", "VERSION", "ReportError", "dump", "load"]
 
@@ -54,9 +55,17 @@ class Answer(StrEnum):
     FAILED = "failed"
 
 
+def _said(proto: Proto) -> dict[str, str]:
+    """Nothing for TCP: a report without UDP is what it was before there was UDP."""
+    return {"proto": proto} if proto is Proto.UDP else {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardReport:
-    """One forward. ``sent`` and ``received`` are bytes from and to clients; times are in UNIX seconds."""
+    """One forward. ``sent`` and ``received`` are bytes from and to clients; times are in UNIX seconds.
+
+    Of UDP, ``connections`` are its flows, and ``dropped`` says for each reason how many datagrams it dropped.
+    """
 
     target: QubeName
     name: RuleName
@@ -72,9 +81,13 @@ class ForwardReport:
     is_listening: bool
     last_error: str | None = None
     last_error_at: int | None = None
+    proto: Proto = Proto.TCP
+    datagrams_sent: int = 0
+    datagrams_received: int = 0
+    dropped: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        told: dict[str, Any] = {
             "target": self.target,
             "name": self.name,
             "since": self.since,
@@ -90,6 +103,13 @@ class ForwardReport:
             "last_error": self.last_error,
             "last_error_at": self.last_error_at,
         }
+        if self.proto is Proto.UDP:
+            told |= _said(self.proto) | {
+                "datagrams_sent": self.datagrams_sent,
+                "datagrams_received": self.datagrams_received,
+                "dropped": dict(self.dropped),
+            }
+        return told
 
     @classmethod
     def read(cls, untrusted: Reader) -> Self:
@@ -108,6 +128,10 @@ class ForwardReport:
             is_listening=untrusted.flag("is_listening"),
             last_error=untrusted.optional("last_error", untrusted.text),
             last_error_at=untrusted.optional("last_error_at", untrusted.number),
+            proto=untrusted.one_proto("proto"),
+            datagrams_sent=untrusted.given("datagrams_sent", untrusted.number, 0),
+            datagrams_received=untrusted.given("datagrams_received", untrusted.number, 0),
+            dropped=untrusted.given("dropped", untrusted.counts, {}),
         )
 
 
@@ -134,6 +158,7 @@ class DrainingReport:
     name: RuleName
     connections: int
     left_s: int
+    proto: Proto = Proto.TCP
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -141,6 +166,7 @@ class DrainingReport:
             "name": self.name,
             "connections": self.connections,
             "left_s": self.left_s,
+            **_said(self.proto),
         }
 
     @classmethod
@@ -150,6 +176,7 @@ class DrainingReport:
             name=untrusted.parsed("name", parse_rule_name),
             connections=untrusted.number("connections"),
             left_s=untrusted.number("left_s"),
+            proto=untrusted.one_proto("proto"),
         )
 
 
@@ -196,9 +223,9 @@ class ListenerReport:
             bugs=untrusted.number("bugs"),
         )
 
-    def find(self, target: str, name: str) -> ForwardReport | None:
+    def find(self, target: str, name: str, proto: Proto = Proto.TCP) -> ForwardReport | None:
         for forward in self.forwards:
-            if (forward.target, forward.name) == (target, name):
+            if (forward.target, forward.name, forward.proto) == (target, name, proto):
                 return forward
         return None
 
@@ -216,6 +243,7 @@ class CallsReport:
     singles: int = 0
     draining: int = 0
     drain_left_s: int | None = None
+    proto: Proto = Proto.TCP
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -225,6 +253,7 @@ class CallsReport:
             "singles": self.singles,
             "draining": self.draining,
             "drain_left_s": self.drain_left_s,
+            **_said(self.proto),
         }
 
     @classmethod
@@ -236,6 +265,7 @@ class CallsReport:
             singles=untrusted.number("singles"),
             draining=untrusted.number("draining"),
             drain_left_s=untrusted.optional("drain_left_s", untrusted.number),
+            proto=untrusted.one_proto("proto"),
         )
 
 

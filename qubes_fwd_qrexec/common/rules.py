@@ -18,7 +18,7 @@ from . import values
 from .clients import Clients
 from .errors import RuleError, TextError
 from .options import Form, Option, one_of, read, split
-from .values import IPAddress, ListenPorts, QubeName, RuleName, Sources, TargetPorts, yes_no
+from .values import IPAddress, ListenPorts, Proto, QubeName, RuleName, Sources, TargetPorts, yes_no
 
 
 class Mode(StrEnum):
@@ -34,11 +34,6 @@ class ForwardType(StrEnum):
 
     EXTERNAL = "external"
     INTERNAL = "internal"
-
-
-class Proto(StrEnum):
-    TCP = "tcp"
-    UDP = "udp"
 
 
 class Transport(StrEnum):
@@ -148,9 +143,9 @@ class ForwardRule:
                 f"{self.listen_ports} is {_count(self.listen_ports)} and {self.target_ports} is "
                 f"{_count(self.target_ports)}; both must have the same number",
             )
-        if self.proto is Proto.UDP:
+        if self.proto is not Proto.TCP:
             if self.mode is Mode.QREXEC:
-                yield ("proto", "mode", "qrexec carries TCP alone; udp needs mode=nft")
+                yield ("proto", "mode", f"qrexec carries TCP alone; {self.proto} needs mode=nft")
             if self.proxy is not Proxy.OFF:
                 yield ("proto", "proxy", "the PROXY protocol needs proto=tcp")
             if self.transport is not Transport.AUTO:

@@ -9,6 +9,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NewType, Self
 
@@ -36,6 +37,26 @@ _PORT = re.compile(r"[1-9][0-9]{0,4}\Z", re.ASCII)
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 # The value of a feature: docs/facts.md, A1.
 _PRINTABLE = re.compile(r"[\x20-\x7e]*\Z")
+
+
+class Proto(StrEnum):
+    """What a rule forwards. Whatever is about one protocol alone, such as a call, has TCP or UDP."""
+
+    TCP = "tcp"
+    UDP = "udp"
+    BOTH = "both"
+
+    @property
+    def each(self) -> tuple["Proto", ...]:
+        """The protocols that it stands for."""
+        return (Proto.TCP, Proto.UDP) if self is Proto.BOTH else (self,)
+
+
+def parse_one_proto(text: str) -> Proto:
+    """Parse ``tcp`` or ``udp``. Raises `TextError`."""
+    if text not in Proto.BOTH.each:
+        raise TextError(text, "tcp or udp")
+    return Proto(text)
 
 
 def parse_qube_name(text: str) -> QubeName:

@@ -23,8 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
-from qubes_fwd_qrexec.common.rules import Proto
-from qubes_fwd_qrexec.common.values import IPAddress
+from qubes_fwd_qrexec.common.values import IPAddress, Proto
 from qubes_fwd_qrexec.system import conntrack, sockdiag
 from qubes_fwd_qrexec.system.conntrack import Connection, ConntrackError
 from qubes_fwd_qrexec.system.sockdiag import SocketsError

@@ -113,7 +113,7 @@ def _names(untrusted_keys: dict[str, ConfigError]) -> set[_Name]:
     found = set()
     for untrusted_key in untrusted_keys:
         try:
-            found.add(parse_key(untrusted_key))
+            found.add(parse_key(untrusted_key)[:2])
         except ConfigError:
             continue
     return found

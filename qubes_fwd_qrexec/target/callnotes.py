@@ -75,8 +75,8 @@ class Note:
         return note if str(note) == name else None
 
     def __str__(self) -> str:
-        ports, caller = self.calls
-        return f"{self.kind}+{ports}+{caller}+{self.pid}.{self.number}+{self.began}+{self.until}"
+        calls = self.calls
+        return f"{self.kind}+{calls.ports}+{calls.caller}+{self.pid}.{self.number}+{self.began}+{self.until}"
 
 
 class HeldNote:

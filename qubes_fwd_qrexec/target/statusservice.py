@@ -35,9 +35,8 @@ from qubes_fwd_qrexec.common.report import (
     ReportError,
     Trial,
 )
-from qubes_fwd_qrexec.common.rules import Proto
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import parse_port, unmapped
+from qubes_fwd_qrexec.common.values import Proto, parse_port, unmapped
 from qubes_fwd_qrexec.relay.copy import close_cleanly
 from qubes_fwd_qrexec.system import bugs, sockdiag
 from qubes_fwd_qrexec.system.cleanstart import start_clean
@@ -125,7 +124,7 @@ def _try(untrusted_argument: str, place: Path) -> Trial | None:
         except (OSError, ReportError) as error:
             return Trial(Answer.FAILED, "", one_line(f"the listener does not answer: {error}"))
     proto, dot, port = untrusted_argument.partition(".")
-    if dot and proto in (*Proto,):
+    if dot and proto in Proto.BOTH.each:
         return _look_at(Proto(proto), parse_port(port))
     return _try_port(parse_port(untrusted_argument))
 
@@ -236,6 +235,7 @@ def _counted(calls: Calls, notes: list[Note]) -> CallsReport:
         singles=sum(note.kind is Kind.SINGLE for note in notes),
         draining=len(drains),
         drain_left_s=max(0, math.ceil(max(drains) / TICKS_PER_S - now_s)) if drains else None,
+        proto=calls.proto,
     )
 
 

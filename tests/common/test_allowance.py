@@ -15,12 +15,13 @@ from qubes_fwd_qrexec.common.allowance import (
     Revoked,
 )
 from qubes_fwd_qrexec.common.errors import TextError
-from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 
 ports = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda p: TargetPorts(min(p), max(p)))
-calls = st.builds(Calls, ports, qube_names)
+calls = st.builds(Calls, ports, qube_names, st.sampled_from(Proto.BOTH.each))
 WEB = Calls(TargetPorts(8080, 8080), QubeName("sys-net"))
 RANGE = Calls(TargetPorts(9000, 9010), QubeName("sys-net"))
+DNS = Calls(TargetPorts(53, 53), QubeName("sys-net"), Proto.UDP)
 
 
 @st.composite
@@ -57,6 +58,16 @@ def test_it_is_spelled_so() -> None:
     assert Allowance.parse(text.encode()) == allowance
 
 
+def test_calls_that_carry_udp_say_so_and_are_others_than_those_that_carry_tcp() -> None:
+    tcp = DNS._replace(proto=Proto.TCP)
+    allowance = Allowance(keeps=frozenset({DNS}), drains={tcp: 60})
+    text = "version=1 drains=keep\nkeep udp 53-53 sys-net\ndrain 53-53 sys-net 60\n"
+    assert str(allowance) == text
+    assert Allowance.parse(text.encode()) == allowance
+    text = "version=1 drains=keep\nkeep 53-53 sys-net\ndrain udp 53-53 sys-net 60\n"
+    assert Allowance.parse(text.encode()) == Allowance(keeps=frozenset({tcp}), drains={DNS: 60})
+
+
 HEAD = "version=1 drains=keep\n"
 BAD = [
     "",
@@ -82,6 +93,14 @@ BAD = [
     f"{HEAD}keep 8080-8080 s\u00fcs-net\n",
     f"{HEAD} keep 8080-8080 sys-net\n",
     f"{HEAD}kept 8080-8080 sys-net\n",
+    f"{HEAD}keep tcp 8080-8080 sys-net\n",
+    f"{HEAD}keep both 8080-8080 sys-net\n",
+    f"{HEAD}keep udp 8080 sys-net\n",
+    f"{HEAD}keep udp  8080-8080 sys-net\n",
+    f"{HEAD}keep udp udp 8080-8080 sys-net\n",
+    f"{HEAD}keep 8080-8080 sys-net udp\n",
+    f"{HEAD}udp keep 8080-8080 sys-net\n",
+    f"{HEAD}keep udp 53-53 sys-net\ndrain udp 53-53 sys-net 5\n",
     f"{HEAD}drain 8080-8080 sys-net\n",
     f"{HEAD}drain 8080-8080 sys-net 0\n",
     f"{HEAD}drain 8080-8080 sys-net -1\n",

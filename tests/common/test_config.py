@@ -4,17 +4,18 @@
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rule_strategies import named_rules
 
 from qubes_fwd_qrexec.common import config
-from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
+from qubes_fwd_qrexec.common.config import ForwardKey, ListenerConfig, Service, Side, parse_key
 from qubes_fwd_qrexec.common.entries import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
-from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Transport
+from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Proxy, Transport
 from qubes_fwd_qrexec.common.values import (
     ListenPorts,
+    Proto,
     QubeName,
     RuleName,
     Sources,
@@ -27,19 +28,31 @@ LINE = (
     "listen=0.0.0.0 srcports=80-80 dstports=8080-8080 "
     "srchosts=10.0.0.0/8"
 )
+UDP_LINE = LINE.replace("ForwardTCP", "ForwardUDP").replace("call", "mux")
 
 
 @settings(deadline=None)
-@given(named_rules, st.sampled_from([Transport.CALL, Transport.MUX]), st.sampled_from(Side))
+@given(
+    named_rules,
+    st.sampled_from(
+        [
+            (Service.FORWARD_TCP, Transport.CALL),
+            (Service.FORWARD_TCP, Transport.MUX),
+            (Service.FORWARD_UDP, Transport.MUX),
+        ]
+    ),
+    st.sampled_from(Side),
+)
 def test_it_prints_what_it_parses_and_fits_into_qubesdb(
-    named: NamedRule, transport: Transport, side: Side
+    named: NamedRule, carrier: tuple[Service, Transport], side: Side
 ) -> None:
     rule = named.rule
+    assume(carrier[0].proto is Proto.TCP or rule.proxy is not Proxy.V1)
     hosts = {4: "10.137.0.9", 6: "fd09:24ef:4179::a89:9"}
     by_name = [parse_network(hosts[address.version]) for address in rule.listen_addresses]
     sources = Sources.of([*rule.sources.networks, *by_name]) if rule.sources.has_names else rule.sources.fixed
     assert sources is not None
-    told = ListenerConfig.of_rule(*named, sources, Service.FORWARD_TCP, transport, side)
+    told = ListenerConfig.of_rule(*named, sources, *carrier, side)
     assert ListenerConfig.parse(told.key, str(told)) == told
     assert config.is_forward_key(told.key)
     assert len(told.key) <= KEY_MAX
@@ -81,8 +94,37 @@ def test_keys_print_as_they_parse(key: str) -> None:
     assert ListenerConfig.parse(key, LINE).key == key
 
 
+def test_udp_has_a_key_and_a_service_of_its_own() -> None:
+    told = ListenerConfig.parse("udp.work.dns", UDP_LINE)
+    assert (told.key, told.proto, told.service) == ("udp.work.dns", Proto.UDP, Service.FORWARD_UDP)
+    assert str(told) == UDP_LINE
+    assert ListenerConfig.parse("fwd.work.dns", LINE).proto is Proto.TCP
+    assert parse_key("udp.a.b.dns") == ForwardKey(QubeName("a.b"), RuleName("dns"), Proto.UDP)
+    assert parse_key("fwd.udp.dns") == ForwardKey(QubeName("udp"), RuleName("dns"), Proto.TCP)
+    assert str(parse_key("udp.fwd.dns")) == "udp.fwd.dns"
+
+
 @pytest.mark.parametrize(
-    "key", ["", "fwd.", "fwd.web", "fwd.work.", "fwd..web", "fwx.work.web", "fwd.wo/rk.web"]
+    ("key", "value", "words"),
+    [
+        ("fwd.work.dns", UDP_LINE, "qubes.ForwardUDP does not carry tcp"),
+        ("udp.work.dns", LINE, "qubes.ForwardTCP does not carry udp"),
+        ("udp.work.dns", LINE.replace("Forward", "Connect"), "qubes.ConnectTCP does not carry udp"),
+        ("udp.work.dns", UDP_LINE.replace("mux", "call"), "carries many flows; transport=mux would be right"),
+        ("udp.work.dns", f"{UDP_LINE} proxy=v1", "proxy=v1 is for TCP alone; proxy=v2 would be right"),
+        ("udp.work.dns", f"{UDP_LINE} proto=udp", "unknown option"),
+    ],
+)
+def test_a_protocol_that_does_not_fit_names_the_key(key: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ListenerConfig.parse(key, value)
+    assert str(error.value).startswith(f"{key}: ")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "fwd.", "fwd.web", "fwd.work.", "fwd..web", "fwx.work.web", "fwd.wo/rk.web", "udp.", "udp.dns"],
 )
 def test_invalid_keys(key: str) -> None:
     with pytest.raises(ConfigError, match="entry '"):

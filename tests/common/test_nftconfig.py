@@ -15,8 +15,8 @@ from qubes_fwd_qrexec.common.config import Side, is_forward_key
 from qubes_fwd_qrexec.common.entries import KEY_MAX, VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role, is_nft_key, parse_nft_key
-from qubes_fwd_qrexec.common.rules import Limits, OnExpire, Proto
-from qubes_fwd_qrexec.common.values import ListenPorts, Sources, TargetPorts
+from qubes_fwd_qrexec.common.rules import Limits, OnExpire
+from qubes_fwd_qrexec.common.values import ListenPorts, Proto, Sources, TargetPorts
 
 HOP = (
     "version=1 role=hop side=outer proto=tcp srcports=80-80 dstports=80-80 srchosts=192.168.0.0/16 "
@@ -189,6 +189,7 @@ def test_any_text_is_a_configuration_or_a_config_error(text: str) -> None:
         ("dstports=81-81", True),
         ("side=vifs", True),
         ("proto=udp", True),
+        ("proto=both", False),
         ("to4=10.137.0.6", True),
         ("to6=fd00::1", True),
         ("srchosts=any", False),
@@ -202,6 +203,13 @@ def test_it_says_whether_it_allows_less_than_another(change: str, narrows: bool)
 def _changed(line: str, change: str) -> NftConfig:
     options = dict(word.split("=", 1) for word in f"{line} {change}".split())
     return NftConfig.parse("nft.work.web", " ".join(f"{name}={text}" for name, text in options.items()))
+
+
+def test_one_protocol_is_less_than_both() -> None:
+    both = _changed(TARGET, "proto=both")
+    assert NftConfig.parse("nft.work.web", TARGET).narrows(both)
+    assert not both.narrows(both)
+    assert str(both) == TARGET.replace("proto=udp", "proto=both")
 
 
 def test_one_family_or_one_address_is_less_than_all() -> None:

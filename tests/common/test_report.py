@@ -26,7 +26,7 @@ from qubes_fwd_qrexec.common.report import (
     Way,
 )
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName, TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName, TargetPorts
 
 numbers = st.integers(0, 2**63 - 1)
 texts = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=report.TEXT_MAX)
@@ -48,6 +48,16 @@ forwards = st.builds(
     last_error=st.none() | texts,
     last_error_at=st.none() | numbers,
 )
+counts = st.dictionaries(st.from_regex(r"[a-z][a-z-]{0,31}", fullmatch=True), numbers, max_size=5)
+forwards |= st.builds(
+    replace,
+    forwards,
+    proto=st.just(Proto.UDP),
+    datagrams_sent=numbers,
+    datagrams_received=numbers,
+    dropped=counts,
+)
+protos = st.sampled_from(Proto.BOTH.each)
 listeners = st.builds(
     ListenerReport,
     since=numbers,
@@ -61,6 +71,7 @@ listeners = st.builds(
             name=st.just(RuleName("web")),
             connections=numbers,
             left_s=numbers,
+            proto=protos,
         ),
         max_size=3,
     ).map(tuple),
@@ -87,6 +98,7 @@ answers = st.builds(
             singles=numbers,
             draining=numbers,
             drain_left_s=st.none() | numbers,
+            proto=protos,
         ),
         max_size=3,
     ).map(tuple),
@@ -134,9 +146,12 @@ FORWARD = ForwardReport(
     mux_calls=1,
     is_listening=True,
 )
+UDP = replace(
+    FORWARD, proto=Proto.UDP, datagrams_sent=7, datagrams_received=8, dropped={"full": 9, "too-long": 1}
+)
 WHOLE = QubeReport(
     program="1",
-    listener=ListenerReport(since=1, forwards=(FORWARD,), problems=(Problem("a", "b"),)),
+    listener=ListenerReport(since=1, forwards=(FORWARD, UDP), problems=(Problem("a", "b"),)),
     calls=(CallsReport(source=QubeName("a"), ports=TargetPorts(1, 2), mux_calls=3),),
     trial=Trial(Answer.THROUGH, "", ""),
 )
@@ -154,7 +169,16 @@ def put(value: object, *path: str | int) -> Change:
 
 
 F = ("listener", "forwards", 0)
+U = ("listener", "forwards", 1)
 LIES = [
+    (put("both", *U, "proto"), "proto must be tcp or udp"),
+    (put("sctp", *U, "proto"), "proto must be tcp or udp"),
+    (put(None, *U, "proto"), "proto must be printable ASCII"),
+    (put(-1, *U, "datagrams_sent"), "datagrams_sent must be a whole number"),
+    (put("8", *U, "datagrams_received"), "datagrams_received must be a whole number"),
+    (put([], *U, "dropped"), "dropped must be an object"),
+    (put({"Full": 1}, *U, "dropped"), "dropped must be at most 32 words"),
+    (put("quic", "calls", 0, "proto"), "proto must be tcp or udp"),
     (put(2, "version"), "is of version 2, and this program reads 1"),
     (put(True, "version"), "version must be a whole number"),
     (put(1.0, "version"), "version must be a whole number"),
@@ -192,6 +216,18 @@ LIES = [
     (put([["a"]], "firewall", "waiting"), "waiting must be printable ASCII"),
     (put("x", "listener"), "listener must be an object"),
 ]
+
+
+def test_what_is_said_of_tcp_is_what_it_was_and_udp_says_more() -> None:
+    tcp, udp = FORWARD.as_json(), UDP.as_json()
+    more = {"proto": "udp", "datagrams_sent": 7, "datagrams_received": 8, "dropped": UDP.dropped}
+    assert udp == tcp | more
+    assert not tcp.keys() & more.keys()
+    listener = WHOLE.listener
+    assert listener is not None
+    assert listener.find("work", "web") == FORWARD
+    assert listener.find("work", "web", Proto.UDP) == UDP
+    assert listener.find("work", "dns", Proto.UDP) is None
 
 
 @pytest.mark.parametrize(("lie", "words"), LIES, ids=lambda value: value if isinstance(value, str) else "")

@@ -115,7 +115,7 @@ BAD = [
         f"{MINIMAL} forwardtype=x",
         f"option 'forwardtype' at column {AT}: 'x' is not one of external, internal",
     ),
-    (f"{MINIMAL} proto=icmp", f"option 'proto' at column {AT}: 'icmp' is not one of tcp, udp"),
+    (f"{MINIMAL} proto=icmp", f"option 'proto' at column {AT}: 'icmp' is not one of tcp, udp, both"),
     (f"{MINIMAL} transport=x", f"option 'transport' at column {AT}: 'x' is not one of auto, mux, call"),
     (f"{MINIMAL} proxy=on", f"option 'proxy' at column {AT}: 'on' is not one of off, v1, v2"),
     (f"{MINIMAL} on-expire=x", f"option 'on-expire' at column {AT}: 'x' is not one of cut, drain"),

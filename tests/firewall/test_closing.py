@@ -25,9 +25,10 @@ from wired import BESIDE_WORK, FAMILIES, FIREWALL, LAN, NET, PROBLEM, V4, WORK, 
 
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
-from qubes_fwd_qrexec.common.rules import OnExpire, Proto
+from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import (
     ListenPorts,
+    Proto,
     QubeName,
     RuleName,
     Sources,

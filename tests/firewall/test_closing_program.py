@@ -19,7 +19,7 @@ from test_closing import CLOSED, FIREWALL, NET, PATH, PROBLEM, V4, WORK, Flow, R
 from wired import Wired
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
-from qubes_fwd_qrexec.common.rules import Proto
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.firewall.inforce import IN_FORCE
 from qubes_fwd_qrexec.firewall.tables import OWN
 

@@ -317,7 +317,7 @@ def _others(after: After) -> Iterator[str]:
             continue
         text, key, forward = step.key.removeprefix(CONFIG_PREFIX), None, None
         with suppress(ConfigError):
-            key = parse_nft_key(text) if is_nft_key(text) else parse_key(text)
+            key = parse_nft_key(text) if is_nft_key(text) else parse_key(text)[:2]
             forward = after.changed.plan.find(*key)
         # By nft a qube is told for each other one of its path, and one sentence is enough.
         if key in told:

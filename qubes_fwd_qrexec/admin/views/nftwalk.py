@@ -20,8 +20,7 @@ from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
 from qubes_fwd_qrexec.common.nftreport import Why
 from qubes_fwd_qrexec.common.refusals import Refusal
-from qubes_fwd_qrexec.common.rules import Proto
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 from . import listeners, nftstatus
 from .nftstatus import Hop

@@ -13,9 +13,9 @@ from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, NFT_FEATURE, QRE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX
-from qubes_fwd_qrexec.common.rules import Mode, Proto
+from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName, yes_no
+from qubes_fwd_qrexec.common.values import Proto, QubeName, yes_no
 
 from . import entrance
 

@@ -3,7 +3,8 @@
 
 from qubes_fwd_qrexec.admin.deciding import Decision
 from qubes_fwd_qrexec.admin.states import Cause, Forward
-from qubes_fwd_qrexec.common.rules import Mode, Proto, Transport
+from qubes_fwd_qrexec.common.rules import Mode, Transport
+from qubes_fwd_qrexec.common.values import Proto
 
 from .reasons import filled, sentence
 
@@ -35,7 +36,7 @@ def decision(forward: Forward, decided: Decision) -> str:
     command, finding = f"qvm-forward set {target} {name} mode=", decided.against
     if rule.mode is Mode.NFT:
         way = f"by nft, as packets can go {' - '.join((*forward.hops, target))}"
-        return way if rule.proto is Proto.UDP else f"{way}; '{command}qrexec' sends it over qrexec"
+        return way if rule.proto is not Proto.TCP else f"{way}; '{command}qrexec' sends it over qrexec"
     why = f"{decided.option} is asked for"
     if decided.is_at_loopback:
         why = f"the server in {target} listens at loopback alone"

@@ -10,8 +10,8 @@ from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Cause, State
 from qubes_fwd_qrexec.admin.views import parser, reasons
-from qubes_fwd_qrexec.common.rules import NamedRule, Proto
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.rules import NamedRule
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 
 def halted(name: str, netvm: str | None = None) -> Inventory:
