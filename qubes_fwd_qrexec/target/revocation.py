@@ -17,6 +17,7 @@ lease of the caller's other mux calls to the same ports.
 
 import errno
 import fcntl
+import math
 import os
 import select
 import signal
@@ -122,14 +123,14 @@ def permitted(
 
 
 def allowed_s(calls: Calls, place: Path) -> float:
-    """When dom0 last allowed such a mux call (`time.monotonic`); 0 if that is unknown."""
+    """When dom0 last allowed such a mux call (`time.monotonic`); -inf if that is unknown."""
     with suppress(OSError, ValueError):
         fd = os.open(_mark(calls, place), os.O_RDONLY | _OPEN)
         try:
-            return _marked_ns(fd) / 1e9
+            return _marked_s(fd)
         finally:
             os.close(fd)
-    return 0.0
+    return -math.inf
 
 
 def revoke(allowance: Allowance, place: Path, obey_s: float = OBEY_S) -> Revoked:
@@ -281,8 +282,8 @@ def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | _OPEN, 0o600)
         try:
-            started_ns = int(start.monotonic_s * 1e9)
-            if _marked_ns(fd) < started_ns:
+            if _marked_s(fd) < start.monotonic_s:
+                started_ns = int(start.monotonic_s * 1e9)
                 os.utime(fd, ns=(started_ns, started_ns))
         finally:
             os.close(fd)
@@ -290,10 +291,10 @@ def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:
         raise RevocationError(f"{path}: {why(error)}; the lease of this mux call cannot be kept") from error
 
 
-def _marked_ns(fd: int) -> int:
-    """The time of a mark; 0 for a new file, which has the wall clock's time. Raises OSError, ValueError."""
-    marked_ns = _checked(fd).st_mtime_ns
-    return marked_ns if marked_ns <= time.monotonic_ns() else 0
+def _marked_s(fd: int) -> float:
+    """The time of a mark; -inf for a new file, which has the time of the wall. Raises OSError, ValueError."""
+    marked_s = _checked(fd).st_mtime_ns / 1e9
+    return marked_s if marked_s <= time.monotonic() else -math.inf
 
 
 def main() -> int:

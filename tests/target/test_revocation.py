@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What dom0 allows, and what becomes of calls that it does not name."""
 
+import math
 import os
 import signal
 import subprocess
@@ -140,7 +141,7 @@ def test_a_call_that_dom0_allowed_before_the_list_is_refused_whenever_it_begins(
                 permitted(kind, MINE, start, place),
             ):
                 pytest.fail("it was let in")
-        assert allowed_s(MINE, place) == 0
+        assert allowed_s(MINE, place) == -math.inf
     assert names(place) == []
     with permitted(Kind.SINGLE, OTHER_SOURCE, parked, place):
         pass
@@ -180,12 +181,12 @@ def test_permission_ends_when_the_list_cannot_be_read(place: Path) -> None:
 
 
 def test_a_mux_call_that_is_let_in_says_when_dom0_allowed_it(place: Path) -> None:
-    assert allowed_s(MINE, place) == 0
+    assert allowed_s(MINE, place) == -math.inf
     start = replace_start(just_now(), -1.0)
     with permitted(Kind.MUX, MINE, start, place):
         assert allowed_s(MINE, place) == pytest.approx(start.monotonic_s, abs=1e-6)
-        assert allowed_s(OTHER_PORTS, place) == 0
-        assert allowed_s(OTHER_SOURCE, place) == 0
+        assert allowed_s(OTHER_PORTS, place) == -math.inf
+        assert allowed_s(OTHER_SOURCE, place) == -math.inf
     older = replace_start(start, -5.0)
     with permitted(Kind.MUX, MINE, older, place):
         assert allowed_s(MINE, place) == pytest.approx(start.monotonic_s, abs=1e-6)
@@ -200,7 +201,7 @@ def replace_start(start: CallStart, by_s: float) -> CallStart:
 
 def test_a_single_call_renews_no_lease(place: Path) -> None:
     with permitted(Kind.SINGLE, MINE, just_now(), place):
-        assert allowed_s(MINE, place) == 0
+        assert allowed_s(MINE, place) == -math.inf
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("x"), Path.touch])
@@ -208,7 +209,7 @@ def test_an_odd_mark_allows_nothing_and_holds_nobody_up(place: Path, make: Calla
     """A new file has the time of the wall, which is no time of a mark."""
     place.mkdir(mode=0o700)
     make(place / "allowed+8080-8090+sys-net")
-    assert allowed_s(MINE, place) == 0
+    assert allowed_s(MINE, place) == -math.inf
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
