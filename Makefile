@@ -22,6 +22,8 @@ PARALLEL := -n $(shell expr 2 \* $$(nproc)) --dist worksteal
 TRIO_TESTS := tests/exposed tests/lab tests/relay tests/target tests/test_endings.py \
 	$(wildcard tests/test_listener*.py tests/test_service*.py)
 export PYTHON
+# The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak packages clean
 
