@@ -63,6 +63,11 @@ class Step(NamedTuple):
         return self.kind in (Kind.CLOSE_POLICY, Kind.OPEN_POLICY)
 
     @property
+    def tells(self) -> bool:
+        """Whether it is what a qube is told of a forward."""
+        return self.kind in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG)
+
+    @property
     def opens(self) -> bool:
         return self.kind is Kind.OPEN_POLICY or (self.kind is Kind.SET_CONFIG and self.was is None)
 
@@ -73,7 +78,7 @@ class Step(NamedTuple):
         """
         if self.kind is Kind.SET_CONFIG and is_nft((self.qube, self.key)):
             return self.was is not None and not widens(self.key, self.was, self.value)
-        return self.kind in (Kind.REMOVE_CONFIG, Kind.SET_CONFIG) and not self.opens
+        return self.tells and not self.opens
 
 
 class Outcome(NamedTuple):
@@ -94,8 +99,12 @@ class Outcome(NamedTuple):
     @property
     def told(self) -> dict[Place, str | None]:
         """What qubes were told of forwards, as the last of these steps left it; None where it was removed."""
-        kinds = (Kind.SET_CONFIG, Kind.REMOVE_CONFIG)
-        return {(step.qube, step.key): step.value or None for step in self.done if step.kind in kinds}
+        return {(step.qube, step.key): step.value or None for step in self.done if step.tells}
+
+    @property
+    def before(self) -> dict[Place, str | None]:
+        """What these qubes had been told before all of these steps."""
+        return {(step.qube, step.key): step.was for step in reversed(self.done) if step.tells}
 
     def after(self, earlier: "Outcome") -> "Outcome":
         """This one and the one before it, whose undone steps and problems this one has met again."""

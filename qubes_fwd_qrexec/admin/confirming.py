@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import ConfigError, StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key, parse_nft_key
-from qubes_fwd_qrexec.common.nftreport import NftReport
+from qubes_fwd_qrexec.common.nftconfig import Loss, NftConfig, is_nft_key, parse_nft_key
+from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ReportError
 from qubes_fwd_qrexec.common.rules import Mode, OnExpire
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
@@ -41,6 +41,8 @@ class Lack(StrEnum):
 
     STILL_IN_FORCE = "still-in-force"
     NOT_IN_FORCE = "not-in-force"
+    OTHER_IN_FORCE = "other-in-force"
+    NO_WORD = "no-word"
     DRAINS = "drains"
     NO_FAMILY = "no-family"
     NO_SERVICE = "no-service"
@@ -49,7 +51,8 @@ class Lack(StrEnum):
 
 class Unconfirmed(NamedTuple):
     """A qube that does not confirm a forward: that it is in force, or, if not ``is_opening``, that it is
-    closed. ``said`` is what the qube or the call says of it.
+    closed. ``said`` is what the qube or the call says of it, and ``digest`` that of the entry which it has in
+    force instead.
     """
 
     qube: QubeName
@@ -57,6 +60,12 @@ class Unconfirmed(NamedTuple):
     lack: str
     is_opening: bool
     said: str = ""
+    digest: str | None = None
+
+    @property
+    def may_have_other(self) -> bool:
+        """Whether the qube may have an earlier entry in force."""
+        return self.lack in (Lack.OTHER_IN_FORCE, Lack.NO_WORD, Lack.NO_ANSWER, Lack.STILL_IN_FORCE)
 
 
 Answer = NftReport | AnswerError
@@ -186,13 +195,35 @@ def judged(qube: QubeName, key: str, config: NftConfig | None, answer: Answer) -
             return Unconfirmed(qube, key, lack, is_opening, said)
         return Unconfirmed(qube, key, Lack.STILL_IN_FORCE, is_opening, said) if said else None
     if report is None or report.digest != config.digest:
-        refused = next((problem.text for problem in answer.refused if problem.key == key), said)
-        why = Lack.NOT_IN_FORCE if report is None or report.why is None else report.why
-        return Unconfirmed(qube, key, why, is_opening, refused)
+        return _not_in_force(Unconfirmed(qube, key, Lack.NOT_IN_FORCE, is_opening, said), report, answer)
     if lacking := config.versions - answer.versions:
         families = " and ".join(f"IPv{version}" for version in sorted(lacking))
         return Unconfirmed(qube, key, Lack.NO_FAMILY, is_opening, families)
     return None
+
+
+def _not_in_force(doubt: Unconfirmed, report: PathReport | None, answer: NftReport) -> Unconfirmed:
+    """Why a forward is not in force as it is to be, and what is there instead."""
+    if report is not None and report.digest is not None:
+        doubt = doubt._replace(lack=Lack.OTHER_IN_FORCE, digest=report.digest)
+    elif report is not None:
+        doubt = doubt._replace(lack=report.why or Lack.NOT_IN_FORCE)
+    elif doubt.said:
+        # nft has failed, or the forward may be among those that are left out.
+        doubt = doubt._replace(lack=Lack.NO_WORD)
+    refused = next((problem.text for problem in answer.refused if problem.key == doubt.key), doubt.said)
+    return doubt._replace(said=refused)
+
+
+def lost(place: Place, was: str | None, value: str | None) -> frozenset[Loss]:
+    """In what a qube that was told the one and then the other may let through less than before."""
+    new, key = wanted(place, value), _key(place)
+    if was is None or new is None:
+        return frozenset(Loss) if new is None else frozenset()
+    try:
+        return new.lost(NftConfig.parse(key, was))
+    except ConfigError:
+        return frozenset(Loss)
 
 
 def widens(feature: str, was: str, value: str) -> bool:
@@ -202,8 +233,7 @@ def widens(feature: str, was: str, value: str) -> bool:
         old = NftConfig.parse(new.key, was)
     except ConfigError:
         return True
-    is_longer = old.expire is not None and (new.expire is None or new.expire > old.expire)
-    return is_longer or old.narrows(new)
+    return bool(old.lost(new))
 
 
 def switched(planned: Plan, inventory: Inventory, closed: Iterable[Key] = ()) -> dict[Place, str]:

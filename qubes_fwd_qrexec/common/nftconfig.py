@@ -33,6 +33,17 @@ class Role(StrEnum):
     """It lets them in."""
 
 
+class Loss(StrEnum):
+    """In what a configuration may let through less than an earlier one."""
+
+    CLIENTS = "clients"
+    PORTS = "ports"
+    TIME = "time"
+    WAY = "way"
+    """By which interfaces and to which address packets come, and where they are sent on to. Of these, no
+    other qube of the path knows."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NftConfig:
     """One forward, as one qube of its path needs it.
@@ -111,19 +122,29 @@ class NftConfig:
         return sha256(f"{self.key} {self}".encode("ascii")).hexdigest()[:16]
 
     def narrows(self, old: "NftConfig") -> bool:
-        """Whether the old one may have let a packet through that this one does not, or to another place."""
+        """Whether the old one may have let a packet through that this one does not, or to another place; not
+        whether it lasted longer.
+        """
+        return not self.lost(old) <= {Loss.TIME}
+
+    def lost(self, old: "NftConfig") -> frozenset[Loss]:
+        """In what the old one may have let through packets that this one does not."""
         ports, before = self.listen_ports, old.listen_ports
-        return (
+        is_way_lost = (
             (self.role, self.side) != (old.role, old.side)
-            or not set(old.proto.each) <= set(self.proto.each)
-            or not self.sources.cover(old.sources)
-            or not (ports.first <= before.first and before.last <= ports.last)
             or self.target_ports.first - ports.first != old.target_ports.first - before.first
-            or not old.versions <= self.versions
             or (old.to4 is not None and self.to4 != old.to4)
             or (old.to6 is not None and self.to6 != old.to6)
             or self.listen not in (None, old.listen)
         )
+        are_lost = {
+            Loss.CLIENTS: not self.sources.cover(old.sources) or not old.versions <= self.versions,
+            Loss.PORTS: not set(old.proto.each) <= set(self.proto.each)
+            or not (ports.first <= before.first and before.last <= ports.last),
+            Loss.TIME: self.expire is not None and (old.expire is None or old.expire > self.expire),
+            Loss.WAY: is_way_lost,
+        }
+        return frozenset(loss for loss, is_lost in are_lost.items() if is_lost)
 
     @classmethod
     def parse(cls, key: str, untrusted_value: str) -> Self:

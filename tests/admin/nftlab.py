@@ -84,3 +84,8 @@ def forgets(report: NftReport) -> NftReport:
 
 def drains(report: NftReport) -> NftReport:
     return replace(report, forwards=(PathReport(key="nft.work.web", why=Why.OVER, draining=True),))
+
+
+def strange(report: NftReport) -> NftReport:
+    """It has another entry in force."""
+    return replace(report, forwards=(PathReport(key="nft.work.web", digest="0" * 16),))

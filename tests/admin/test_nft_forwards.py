@@ -3,9 +3,10 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from nftlab import FEATURE, PATH, NftLab, drains, forgets, hangs
+from nftlab import FEATURE, PATH, NftLab, drains, forgets, hangs, strange
 from stages import Stage
 from worlds import ADD, NOW, Command
 
@@ -62,8 +63,72 @@ def test_what_no_qube_says_is_closed_counts_as_open(run: Command, nft_lab: NftLa
     removed = run("disable", "work", "web")
     assert removed.status == 1
     assert removed.out.startswith("Forward work web is disabled, but no qube says that it is closed.")
-    assert "still open: work web: sys-net does not answer: it hangs\n" in removed.err
+    assert "still open: work web: sys-net does not answer: it hangs; it may still let in" in removed.err
     assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in removed.err
+
+
+@pytest.mark.parametrize("command", ["set", "apply", "import", "expire"])
+def test_what_a_silent_qube_may_let_in_as_before_counts_as_open(
+    run: Command, nft_lab: NftLab, tmp_path: Path, command: str
+) -> None:
+    run(*ADD)
+    nft_lab.says = dict.fromkeys(PATH, hangs)
+    narrower = nft_lab.lab.features("work")["forward.web"].replace("192.168.0.0/16", "192.168.1.0/24")
+    if command == "set":
+        narrowed = run("set", "work", "web", "srchosts=192.168.1.0/24")
+        assert ", but sys-firewall and sys-net and work may still let in more, as before. " in narrowed.out
+    elif command == "expire":
+        narrowed = run("set", "work", "web", "expire=+1h")
+    elif command == "apply":
+        nft_lab.lab.set_feature("work", "forward.web", narrower)
+        narrowed = run("apply")
+    else:
+        document = tmp_path / "narrower"
+        document.write_text(run("export", "work").out.replace("192.168.0.0/16", "192.168.1.0/24"))
+        narrowed = run("import", "--replace", str(document))
+    assert narrowed.status == 1
+    assert (
+        "qvm-forward: still open: work web: sys-net does not answer: it hangs; it may still let in "
+        "192.168.0.0/16 to tcp port 80\n"
+    ) in narrowed.err
+    assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in narrowed.err
+
+
+def test_one_qube_that_lets_in_fewer_is_enough(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    nft_lab.says = {"sys-net": hangs, "sys-firewall": hangs}
+    narrowed = run("set", "work", "web", "srchosts=192.168.1.0/24", "--json")
+    assert (narrowed.status, narrowed.json["still_open"]) == (0, [])
+    assert [doubt["qube"] for doubt in narrowed.json["unconfirmed"]] == ["sys-net", "sys-firewall"]
+    # Where the target lets in fewer, that says nothing of the port at which they come.
+    moved = run("set", "work", "web", "srcports=81", "srchosts=192.168.1.0/25", "--json")
+    assert moved.status == 1
+    assert [doubt["qube"] for doubt in moved.json["still_open"]] == ["sys-net", "sys-firewall"]
+
+
+def test_an_entry_that_nobody_has_told_counts_as_open(run: Command, nft_lab: NftLab) -> None:
+    nft_lab.says["sys-net"] = strange
+    added = run(*ADD)
+    assert added.status == 1
+    assert (
+        "still open: work web: sys-net has another entry of it in force, which may let in more\n" in added.err
+    )
+    status = run("status")
+    assert status.status == 1
+    assert "which may let in more; 'qvm-forward diagnose work web'" in status.out
+    # It is to let in more than before, but what it has in force is not what it was told before.
+    widened = run("set", "work", "web", "srchosts=192.0.0.0/8")
+    assert widened.status == 1
+    assert "still open: work web: sys-net has another" in widened.err
+
+
+def test_a_hold_that_is_lifted_says_what_is_not_closed(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD)
+    run("panic")
+    nft_lab.says["sys-net"] = strange
+    resumed = run("resume")
+    assert resumed.status == 1
+    assert "still open: work web: sys-net has another" in resumed.err
 
 
 def test_what_is_closed_is_asked_for_though_another_rule_is_in_trouble(run: Command, nft_lab: NftLab) -> None:
@@ -74,7 +139,7 @@ def test_what_is_closed_is_asked_for_though_another_rule_is_in_trouble(run: Comm
     assert "does not confirm that nft.work.other is closed" in waits.err
     disabled = run("disable", "work", "web")
     assert disabled.status == 1
-    assert "still open: work web: work does not answer: it hangs\n" in disabled.err
+    assert "still open: work web: work does not answer: it hangs; it may still let in 192.168" in disabled.err
     assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in disabled.err
 
 
@@ -229,7 +294,9 @@ def test_watch_applies_it_and_says_what_no_qube_confirms(
     stage.run(lambda: forward("disable", "work", "web", "--no-apply"))
     assert "work: let packets through for nft.work.web: version=1 role=target" in stage.out.getvalue()
     assert "sys-net: let no packets through for nft.work.web" in stage.out.getvalue()
-    assert "work web: sys-firewall does not answer: " in stage.err.getvalue()
+    assert (
+        "still open: work web: sys-firewall does not answer: it hangs; it may still " in stage.err.getvalue()
+    )
     assert told(nft_lab) == set()
 
 

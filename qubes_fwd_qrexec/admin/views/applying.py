@@ -96,8 +96,8 @@ class _Printer:
             session.say("".join(f"{escaped(line)}\n" for line in (*news, *words)))
         for text in untold:
             self._warn(text)
-        for doubt in look.doubts:
-            self._warn(f"{confirmed.words(doubt)}.")
+        for line in confirmed.lines(look.doubts, outcome.told, outcome.before):
+            self._warn(f"{line}.")
         if self._trouble is not None and look.is_followed and not outcome.problems:
             self._trouble = None
             self._warn("all is well again")

@@ -48,9 +48,8 @@ class After(NamedTuple):
     """A change, and what is known of it afterwards.
 
     ``heard`` is what the listeners make of it, ``told`` what qubes are to have of forwards by nft, ``doubts``
-    are qubes that do not confirm that, ``denials`` why
-    dom0's policy denies calls of these rules all the same. ``watch_start`` starts `watch`, where that is not
-    running.
+    are qubes that do not confirm that, ``denials`` why dom0's policy denies calls all the same.
+    ``watch_start`` starts `watch`, where that is not running.
     """
 
     changed: Changed
@@ -62,8 +61,8 @@ class After(NamedTuple):
 
     @property
     def still_open(self) -> tuple[Unconfirmed, ...]:
-        """The doubts about forwards that were to be closed and that nobody has closed."""
-        return confirmed.still_open(self.doubts, self.told)
+        """The doubts about what was to be closed and what nobody has closed."""
+        return confirmed.still_open(self.doubts, self.told, self.changed.outcome.before)
 
 
 def followed(changed: Changed, session: Session) -> After:
@@ -76,7 +75,7 @@ def followed(changed: Changed, session: Session) -> After:
         doubts = unconfirmed(told, session.backend)
         if steps.troubles(changed.outcome):
             # Another rule may be what is in trouble, and this one closed as far as dom0 can tell.
-            confirmed.warn(doubts, told, session)
+            confirmed.warn(doubts, told, changed.outcome.before, session)
         steps.check(changed.outcome, "the change is stored, but ")
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
         said = ask_after(was, planned, changed.keys, inventory, session.backend)
@@ -201,6 +200,10 @@ def _state(after: After, forward: Forward) -> str:
         return f"{_closed(after, forward.named[:2])}. {sentence}"
     if forward.is_live and not after.changed.is_applied:
         return f"; 'qvm-forward apply' puts it in force. Then: {sentence}"
+    if qubes := sorted(
+        {doubt.qube for doubt in after.still_open if parse_nft_key(doubt.key) == forward.named[:2]}
+    ):
+        return f", but {' and '.join(qubes)} may still let in more, as before. {sentence}"
     return f" and {forward.state}. {sentence}"
 
 
@@ -301,7 +304,7 @@ def tell(
         session.say("".join(f"{line}\n" for line in last))
     session.warn_unread(changed.after)
     if not session.is_json:
-        confirmed.warn(after.doubts, after.told, session)
+        confirmed.warn(after.doubts, after.told, changed.outcome.before, session)
     return 1 if after.still_open or any(left.left_s is None for left in goes_on) else 0
 
 
@@ -344,4 +347,5 @@ def as_json(after: After) -> dict[str, Any]:
         "ended": [ended._asdict() for ended in outcome.ended],
         "goes_on": [left._asdict() for left in after.heard.goes_on],
         "unconfirmed": [doubt._asdict() for doubt in after.doubts],
+        "still_open": [doubt._asdict() for doubt in after.still_open],
     }

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Words for what qubes do not confirm of forwards by nft.
 
-A forward is closed when one qube of its path has closed it. So it counts as open only if none has said so.
+A forward is closed when one qube of its path has closed it, so it counts as open only if none has said so.
+What a change took away of it counts as open if no qube that was told of that has the new entry in force.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from qubes_fwd_qrexec.admin.apply import Outcome
-from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, is_nft, unconfirmed, wanted
+from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, is_nft, lost, unconfirmed, wanted
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.common.errors import ConfigError
-from qubes_fwd_qrexec.common.nftconfig import parse_nft_key
+from qubes_fwd_qrexec.common.nftconfig import Loss, NftConfig, parse_nft_key
 from qubes_fwd_qrexec.common.nftreport import Why
 
 from .session import Session
@@ -20,6 +22,8 @@ _LACKS: dict[str, str] = {
     Lack.STILL_IN_FORCE: "does not say that it is closed",
     Lack.DRAINS: "lets its connections go on for up to an hour, because of on-expire=drain",
     Lack.NOT_IN_FORCE: "does not have it in force",
+    Lack.OTHER_IN_FORCE: "has another entry of it in force, which may let in more",
+    Lack.NO_WORD: "does not say what it has of it in force",
     Lack.NO_FAMILY: "forwards no {said}; if {said} was switched on since it started, restart it",
     Lack.NO_SERVICE: "does not have qubes-fwd-qrexec, or was started before its template had it",
     Lack.NO_ANSWER: "does not answer",
@@ -50,22 +54,66 @@ def name(key: str) -> str:
         return ascii(key)
 
 
-def still_open(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None]) -> tuple[Unconfirmed, ...]:
-    """Those of forwards that were to be closed, and that no qube of their path says are closed. What goes on
-    for a while because its rule says so is none of them.
+Told = Mapping[Place, str | None]
+
+
+def still_open(doubts: Collection[Unconfirmed], told: Told, before: Told) -> tuple[Unconfirmed, ...]:
+    """Those of forwards that were to be closed, or to let in less, and that no qube of their path says do.
+    ``before`` is what qubes had been told.
+
+    What goes on for a while because its rule says so is none of them.
     """
-    doubted = {(doubt.qube, doubt.key) for doubt in doubts}
-    closed = {
-        key
-        for place, value in told.items()
-        if is_nft(place) and wanted(place, value) is None
-        if (place[0], key := place[1].removeprefix(CONFIG_PREFIX)) not in doubted
-    }
-    left = (doubt for doubt in doubts if not doubt.is_opening and doubt.lack != Lack.DRAINS)
-    return tuple(doubt for doubt in left if doubt.key not in closed)
+    by_place = {(doubt.qube, doubt.key): doubt for doubt in doubts}
+    closed, taken = set[str](), dict[str, frozenset[Loss]]()
+    for place, value in told.items():
+        doubt = by_place.get((place[0], key := place[1].removeprefix(CONFIG_PREFIX)))
+        if not is_nft(place) or (doubt is not None and (doubt.may_have_other or not doubt.is_opening)):
+            continue
+        if wanted(place, value) is None:
+            closed.add(key)
+        else:
+            taken[key] = taken.get(key, frozenset()) | lost(place, before.get(place), value)
+    found = []
+    for doubt in doubts:
+        if doubt.is_opening:
+            place = doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"
+            left = _lost(doubt, told.get(place), before.get(place))
+            is_open = not left <= taken.get(doubt.key, frozenset()) - {Loss.WAY}
+        else:
+            is_open = doubt.lack != Lack.DRAINS and doubt.key not in closed
+        if is_open:
+            found.append(doubt)
+    return tuple(found)
 
 
-def silent(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None]) -> list[Unconfirmed]:
+def _lost(doubt: Unconfirmed, value: str | None, was: str | None) -> frozenset[Loss]:
+    """In what a qube that does not have its entry in force may let in more."""
+    if not doubt.may_have_other:
+        return frozenset()
+    if doubt.digest is not None and doubt.digest != _digest(doubt.key, was):
+        return frozenset(Loss)  # by an entry that nobody knows
+    return lost((doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"), was, value)
+
+
+def _digest(key: str, was: str | None) -> str | None:
+    with suppress(ConfigError):
+        return None if was is None else NftConfig.parse(key, was).digest
+    return None
+
+
+def let_in(doubt: Unconfirmed, before: Told) -> str:
+    """What a qube may still let in by what it was told before; empty if that is not known."""
+    was = before.get((doubt.qube, f"{CONFIG_PREFIX}{doubt.key}"))
+    if was is None or doubt.digest not in (None, _digest(doubt.key, was)):
+        return ""
+    try:
+        old = NftConfig.parse(doubt.key, was)
+    except ConfigError:
+        return ""
+    return f"it may still let in {old.sources} to {old.proto} port {old.listen_ports.brief()}"
+
+
+def silent(doubts: Collection[Unconfirmed], told: Told) -> list[Unconfirmed]:
     """The doubts about all of a qube as doubts about its forwards, where no other qube has closed those."""
     paths: dict[str, list[Unconfirmed | None]] = {}
     for qube, feature in filter(is_nft, told):
@@ -88,16 +136,23 @@ def check(outcome: Outcome, session: Session) -> bool:
     """Ask the qubes that were told something, and warn of what they do not confirm. Returns whether all that
     was to be closed is closed.
     """
-    return warn(unconfirmed(outcome.told, session.backend), outcome.told, session)
+    return warn(unconfirmed(outcome.told, session.backend), outcome.told, outcome.before, session)
 
 
-def warn(doubts: Collection[Unconfirmed], told: Mapping[Place, str | None], session: Session) -> bool:
+def warn(doubts: Collection[Unconfirmed], told: Told, before: Told, session: Session) -> bool:
     """Warn of doubts about what qubes were told. Returns whether all that was to be closed is closed."""
-    left = still_open(doubts, told)
+    for line in lines(doubts, told, before):
+        session.warn(line)
+    return not still_open(doubts, told, before)
+
+
+def lines(doubts: Collection[Unconfirmed], told: Told, before: Told) -> Iterator[str]:
+    """What qubes do not confirm, and what helps, for people."""
+    left = still_open(doubts, told, before)
     for doubt in doubts:
-        session.warn(f"{'still open: ' if doubt in left else 'note: '}{words(doubt)}")
+        more = let_in(doubt, before) if doubt in left else ""
+        yield f"{'still open: ' if doubt in left else 'note: '}{words(doubt)}{more and '; '}{more}"
     for key in dict.fromkeys(doubt.key for doubt in doubts if doubt.is_opening):
-        session.warn(f"'qvm-forward diagnose {name(key)}' says what helps")
+        yield f"'qvm-forward diagnose {name(key)}' says what helps"
     for command in ways_out(left):
-        session.warn(f"'{command}' closes it whatever the qubes of its path do")
-    return not left
+        yield f"'{command}' closes it whatever the qubes of its path do"

@@ -39,6 +39,8 @@ _REMEDIES: dict[str, Remedy] = {
     Lack.NO_SERVICE: (_INSTALL,),
     Lack.NO_ANSWER: ("{helps}",),
     Lack.NOT_IN_FORCE: (_READ_ANEW,),
+    Lack.OTHER_IN_FORCE: (_READ_ANEW,),
+    Lack.NO_WORD: (_READ_ANEW,),
     Lack.NO_FAMILY: (
         "restart {qube}, if it got an IPv6 address since it started; or let in networks of the other IP "
         "version alone: {0}",

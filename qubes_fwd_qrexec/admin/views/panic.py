@@ -120,19 +120,20 @@ def _say(seen: _Seen, session: Session) -> None:
 
 def resume(args: Namespace, session: Session) -> int:
     """Lift the hold and open what the rules ask for, or with --dry-run say what that would be."""
+    is_closed = True
     if args.dry_run:
         planned, outcome, snapshot = due(session.look(with_config=True), session.now, is_held=False)
         was_held = snapshot.is_held
     else:
         was_held, (planned, outcome, snapshot) = hold.resume(session.backend, session.now)
-        confirmed.check(outcome, session)
+        is_closed = confirmed.check(outcome, session)
         steps.check(outcome)
         session.warn_unread(snapshot)
     if session.is_json:
         is_held = planned.is_held or (args.dry_run and was_held)
         data = {"dry_run": args.dry_run, "was_held": was_held, "is_held": is_held}
         session.say_json(data | {"steps": [steps.as_json(step) for step in outcome.done]})
-        return 1 if planned.is_held else 0
+        return 1 if planned.is_held or not is_closed else 0
     if planned.is_held:
         session.warn("everything was held again meanwhile, and stays closed")
         return 1
@@ -143,7 +144,7 @@ def resume(args: Namespace, session: Session) -> int:
     if not args.dry_run and was_held:
         for (target, name), denial in denials(planned.live, session.backend).items():
             session.say(f"Note: {target} {name}: dom0 denies its calls: {escaped(denial)}.\n")
-    return 0
+    return 0 if is_closed else 1
 
 
 def _resumed(planned: Plan, *, is_preview: bool) -> str:

@@ -113,8 +113,8 @@ def only(*versions: int) -> Callable[[NftReport], NftReport]:
         ),
         (
             but(digest="f" * 16),
-            "not-in-force",
-            "sys-firewall does not have it in force",
+            "other-in-force",
+            "sys-firewall has another entry of it in force, which may let in more",
             "'systemctl restart qubes-forward-nft' in sys-firewall reads everything again",
         ),
         (
