@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common.errors import LocalProtocolError
 from . import wire
 from .incoming import Incoming
 from .limits import FRAME_COST_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MIN_WINDOW_BYTES
-from .messages import PING_BYTES, Goaway, GoawayCode, Origin, ProxyVersion, ResetCode, Role
+from .messages import Origin, ProxyVersion, ResetCode, Role
 from .states import Half
 from .stream import Stream
 from .wire import DATA_KIND, HEADER, Buffer, FrameType
@@ -31,14 +31,6 @@ class Connection(Incoming):
     ``target_ports``: the ports of the call's argument; no stream may name another one. HELLO is queued at
     once, so `data_to_send` has something from the start.
     """
-
-    def data_to_send(self) -> list[Buffer]:
-        """Return everything that waits to be written, in order; it counts as written from now on.
-
-        Payloads above COPY_BYTES are not copied: they are the objects that `send_data` was given.
-        """
-        self._is_pong_queued = False
-        return self._outbox.take()
 
     def open_stream(
         self, port: int, origin: Origin, credit: int, proxy: ProxyVersion = ProxyVersion.OFF
@@ -186,36 +178,10 @@ class Connection(Incoming):
         self._outbox.add_control(wire.encode_recall(stream_id, keep))
         return True
 
-    def ping(self, payload: bytes) -> None:
-        """Ask for a PONG with the same 8 bytes. Raises LocalProtocolError until the last one is answered.
-
-        None of our programs does: either end may (SPEC.md, 6), so that its answer must be checked.
-        """
-        if not self.is_ready or self._ping is not None or len(payload) != PING_BYTES:
-            raise LocalProtocolError("one PING of 8 bytes at a time, once the mux is ready")
-        self._ping = payload
-        self._outbox.add_control(wire.encode_ping(payload))
-
     def tick(self) -> None:
-        """A second has passed: start counting rates anew, and queue answers that were held back."""
+        """A second has passed: start counting rates anew, and queue RESETs that were held back."""
         for stream_id in self._rapid.next_tick():
             self._reset(stream_id, self._streams[stream_id], ResetCode.ABORTED)
-
-    def drain(self, code: GoawayCode) -> None:
-        """Take (or open) no more streams, and let the live ones go on. Only the first call counts.
-
-        Raises LocalProtocolError for a code that may not begin a drain; see `REFUSAL_WHILE_DRAINING`.
-        """
-        if self._drain_sent is None and not self.is_over:
-            self._drain_sent = Goaway(self._last_id, code, is_final=False)
-            self._outbox.add_control(wire.encode_goaway(self._drain_sent))
-
-    def close(self, code: GoawayCode = GoawayCode.DONE) -> None:
-        """Queue the final GOAWAY, which ends every stream that is left. Only the first call counts.
-
-        Then write what `data_to_send` returns, and close the byte stream. What still arrives is dropped.
-        """
-        self._say_goodbye(code)
 
     def _check_own_credit(self, credit: int) -> None:
         if credit and not MIN_WINDOW_BYTES <= credit <= self.hello.window_bytes:

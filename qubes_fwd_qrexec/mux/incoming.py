@@ -6,10 +6,9 @@ Any violation raises RemoteProtocolError, which ends the mux; nothing is repaire
 
 from collections.abc import Iterator
 
-from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
+from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 
 from . import wire
-from .endpoint import Endpoint
 from .events import (
     AcceptReceived,
     CreditReceived,
@@ -17,16 +16,14 @@ from .events import (
     DataReceived,
     EofReceived,
     Event,
-    GoawayReceived,
-    HelloReceived,
     OpenReceived,
-    PongReceived,
     ResetReceived,
 )
 from .limits import FRAME_COST_BYTES, HEADER_BYTES, MAX_DATA_BYTES, MIN_WINDOW_BYTES
-from .messages import REFUSAL_WHILE_DRAINING, GoawayCode, Role
+from .messages import REFUSAL_WHILE_DRAINING, Role
 from .states import Half
 from .stream import Stream
+from .streams import Streams
 from .wire import DATA_KIND, HEADER, Buffer, FrameType
 
 # Looked up once: members of an enumeration are slower to look up than other names.
@@ -34,24 +31,8 @@ _FLOWING = Half.FLOWING
 _RESET = Half.RESET
 
 
-class Incoming(Endpoint):
+class Incoming(Streams):
     """The receiving side of `Connection`."""
-
-    def receive_data(self, untrusted_chunk: Buffer) -> Iterator[Event]:
-        """Return the events of a chunk, each made as it is taken, so that what the caller does for one counts
-        for the next. Take them all before the next call, and do not change the chunk until then.
-
-        Raises RemoteProtocolError, also between events, if the peer broke the protocol, and
-        LocalProtocolError if the last chunk's events were not all taken.
-        """
-        if self._failure is not None:
-            raise RemoteProtocolError(self._failure)
-        if self._is_receiving:
-            raise LocalProtocolError("the events of the last chunk were not all taken")
-        if self._is_closed:
-            return iter(())
-        self._is_receiving = True
-        return self._events(untrusted_chunk)
 
     def receive_lone_data(self, untrusted_chunk: memoryview) -> int:
         """The fast path for the most frequent chunk: exactly one legal DATA frame.
@@ -77,24 +58,6 @@ class Incoming(Endpoint):
         self.granted_bytes -= cost
         return stream_id  # type: ignore[no-any-return]
 
-    def receive_eof(self) -> None:
-        """The byte stream has ended. Raises RemoteProtocolError unless either end had sent its final GOAWAY:
-        then it is an abort."""
-        if not self._is_closed and (not self._is_closed_by_peer or self.has_partial_frame):
-            problem = "the byte stream ended without a final GOAWAY"
-            self._fail(problem, GoawayCode.PROTOCOL_ERROR)
-            raise RemoteProtocolError(problem)
-
-    def _events(self, untrusted_chunk: Buffer) -> Iterator[Event]:
-        try:
-            yield from self._read(untrusted_chunk)
-        except RemoteProtocolError as error:
-            # After our own final GOAWAY it no longer matters what was on its way.
-            if not self._is_closed or self._failure is not None:
-                self._fail(str(error), GoawayCode.PROTOCOL_ERROR)
-                raise
-        self._is_receiving = False
-
     def _read(self, untrusted_chunk: Buffer) -> Iterator[Event]:
         streams = self._streams
         outbox = self._outbox
@@ -109,7 +72,7 @@ class Incoming(Endpoint):
                 stream.incoming.receive(cost)
                 if stream.local < Half.RESET:
                     self.granted_bytes -= cost
-                    yield DataReceived(stream_id, untrusted_payload)
+                    yield DataReceived(stream_id, untrusted_payload)  # type: ignore[arg-type]
             elif self._is_closed:
                 return
             else:
@@ -119,10 +82,7 @@ class Incoming(Endpoint):
 
     def _on_control(self, frame_type: FrameType, stream_id: int, untrusted_payload: Buffer) -> Event | None:
         """Any frame but DATA on a live stream."""
-        if self._is_closed_by_peer:
-            raise RemoteProtocolError(f"{frame_type.name} after the final GOAWAY")
-        if self.peer is None and frame_type is not FrameType.HELLO:
-            raise RemoteProtocolError(f"{frame_type.name} before HELLO")
+        self._check_order(frame_type)
         match frame_type:
             case FrameType.HELLO:
                 return self._on_hello(untrusted_payload)
@@ -154,78 +114,12 @@ class Incoming(Endpoint):
             case _:
                 return self._on_eof(stream_id, stream)
 
-    # The mux as a whole
-
-    def _on_hello(self, untrusted_payload: Buffer) -> Event:
-        if self.peer is not None:
-            raise RemoteProtocolError("a second HELLO")
-        lowest, highest = wire.decode_versions(untrusted_payload)
-        own = self.hello
-        version = min(own.max_version, highest)
-        if version < max(own.min_version, lowest):
-            problem = (
-                f"the peer speaks versions {lowest} to {highest} of the mux protocol, "
-                f"this end {own.min_version} to {own.max_version}"
-            )
-            self._fail(problem, GoawayCode.NO_COMMON_VERSION)
-            raise RemoteProtocolError(problem)
-        peer = wire.decode_hello(untrusted_payload)
-        if peer.role is self.role:
-            raise RemoteProtocolError(f"both ends say that they are the {peer.role.value} side")
-        self.peer = peer
-        self._peer_window_bytes = peer.window_bytes
-        self._max_streams = max(self._max_streams, peer.max_streams)
-        self.control_bound_bytes = self._control_bound()
-        return HelloReceived(peer, version)
-
-    def _on_ping(self, payload: bytes) -> None:
-        # The peer may not ping again before it has our answer, which is still queued here.
-        if self._is_pong_queued:
-            raise RemoteProtocolError("a PING before the PONG to the last one was sent")
-        self._is_pong_queued = True
-        self._outbox.add_control(wire.encode_pong(payload))
-
-    def _on_pong(self, payload: bytes) -> Event:
-        if payload != self._ping:
-            raise RemoteProtocolError("a PONG that answers no PING")
-        self._ping = None
-        return PongReceived(payload)
-
-    def _on_goaway(self, untrusted_payload: Buffer) -> Event:
-        goaway = wire.decode_goaway(untrusted_payload)
-        earlier = self._drain_received
-        if earlier is not None and not goaway.is_final:
-            raise RemoteProtocolError("a second GOAWAY that is not final")
-        if earlier is not None:
-            is_possible = goaway.last_id == earlier.last_id
-        elif self.role is Role.TARGET:
-            is_possible = goaway.last_id == self._last_id
-        else:
-            # It had processed what it accepted, which may not be asked for again elsewhere.
-            is_possible = self._last_accepted <= goaway.last_id <= self._last_id
-        if not is_possible:
-            raise RemoteProtocolError(f"GOAWAY with the last stream {goaway.last_id}, which is impossible")
-        self._drain_received = goaway
-        if goaway.is_final:
-            self._is_closed_by_peer = True
-            self._forget_streams()
-        return GoawayReceived(goaway)
-
     # One stream
 
     def _on_open(self, stream_id: int, untrusted_payload: Buffer) -> Event | None:
         request = wire.decode_open(untrusted_payload)
-        if self.role is not Role.TARGET:
-            raise RemoteProtocolError("OPEN from the target side")
-        if self._drain_received is not None:
-            raise RemoteProtocolError("OPEN after the listener side said GOAWAY")
-        if stream_id != self._last_id + 1:
-            raise RemoteProtocolError(f"OPEN of stream {stream_id} after stream {self._last_id}")
-        if request.port not in self._target_ports:
-            raise RemoteProtocolError(f"OPEN to port {request.port}, which is none of this call's ports")
+        self._check_request("OPEN", stream_id, request.port)
         self._check_peer_credit(request.credit)
-        if len(self._streams) >= self._max_streams:
-            raise RemoteProtocolError(f"OPEN past the limit of {self._max_streams} streams")
         self._last_id = stream_id
         stream = self._streams[stream_id] = Stream(request.credit, 0, self._rapid.tick)
         if self._drain_sent is None:
@@ -233,7 +127,7 @@ class Incoming(Endpoint):
         # It crossed our GOAWAY. Until the listener side has seen that, each such stream holds a slot of its
         # own, as only frames that we sent later could free it. So there cannot be more of them than slots.
         self._late_opens += 1
-        if self._late_opens > self._max_streams:
+        if self._late_opens > self._max_slots:
             raise RemoteProtocolError("OPEN after GOAWAY was seen")
         self._reset(stream_id, stream, REFUSAL_WHILE_DRAINING[self._drain_sent.code])
         return None
@@ -328,9 +222,3 @@ class Incoming(Endpoint):
         if not MIN_WINDOW_BYTES <= keep <= self._peer_window_bytes:
             raise RemoteProtocolError(f"a RECALL that lets us keep {keep} bytes")
         return keep
-
-    def _fail(self, problem: str, code: GoawayCode) -> None:
-        """End the mux; the first reason counts."""
-        if self._failure is None:
-            self._failure = problem
-            self._say_goodbye(code)

@@ -17,6 +17,17 @@ MAX_DATA_BYTES: Final = 32_768
 """The largest payload of a DATA frame. At 90 MiB/s, which socat reaches over qrexec, one frame holds up the
 others for 0.35 ms, and its 72 bytes of header and cost are a fifth of a percent."""
 
+MAX_DATAGRAM_BYTES: Final = 65_507
+"""The longest datagram of UDP over IPv4: 65535 less the headers of IP and UDP. It is also the most that all
+datagrams of one frame have together, since the kernel takes no more from one system call (UDP_SEGMENT)."""
+
+MAX_SEGMENTS: Final = 64
+"""The most datagrams in one frame: UDP_MAX_SEGMENTS of kernels before 6.9, which is also the most that
+UDP_GRO puts together."""
+
+SEGMENT_BYTES: Final = 2
+"""The field in front of the datagrams of a frame; see SPEC.md, "Datagram calls"."""
+
 MAX_HELLO_BYTES: Final = 256
 """A HELLO of a later version may be longer than ours, but never longer than this."""
 
@@ -51,13 +62,22 @@ RAPID_RESETS_PER_TICK: Final = 1_000
 tick; the others hold their slots until a later one. It is more than honest clients of a LAN need, and a sixth
 of a core at the measured 0.15 ms for a connection on loopback."""
 
+FLOWS_PER_TICK: Final = 4_000
+"""So many new flows the target side takes per tick (a second); those beyond are ended at once. Each takes a
+socket there, a quarter of a core in all at 60 us for one. It is more than 1,000 DNS queries at once, each
+from a port of its own."""
+
 CONTROL_BYTES: Final = 65_536
-"""How many bytes of frames other than DATA may be queued, for any number of streams: the size of a pipe."""
+"""How many bytes of frames other than DATA and DATAGRAMS may be queued, for any number of streams or flows:
+the size of a pipe."""
 
 CONTROL_BYTES_PER_STREAM: Final = 104
 """How many bytes may be queued in addition for each stream: an OPEN (51) or an ACCEPT (12), a RESET, a RECALL
 and a RETURN (12 each), and one CREDIT (12) to spare. A peer that reads never makes us queue more; see
 SPEC.md, "Limits and abuse"."""
+
+CONTROL_BYTES_PER_FLOW: Final = 64
+"""How many bytes may be queued in addition for each flow: a FLOW (47) and an END (12), and 5 to spare."""
 
 COPY_BYTES: Final = 4_096
 """Payloads up to this size are copied behind their header, larger ones are queued by reference. Measured with

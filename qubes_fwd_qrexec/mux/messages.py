@@ -39,6 +39,19 @@ class ResetCode(IntEnum):
     INTERNAL = 9
 
 
+class FlowCode(IntEnum):
+    """Why a flow was ended. The numbers are shared with `ResetCode` and `GoawayCode`."""
+
+    REFUSED = 2
+    UNREACHABLE = 4
+    OVER_LIMIT = 5
+    LEASE_OVER = 6
+    REVOKED = 7
+    SHUTDOWN = 8
+    INTERNAL = 9
+    DONE = 10
+
+
 class GoawayCode(IntEnum):
     """Why an end takes no more streams, or why the mux is over. The numbers are shared with `ResetCode`."""
 
@@ -66,17 +79,18 @@ REFUSAL_WHILE_DRAINING = {
     GoawayCode.SHUTDOWN: ResetCode.SHUTDOWN,
     GoawayCode.IDS_USED_UP: ResetCode.SHUTDOWN,
 }
-"""The codes that may begin a drain, and the code that then refuses a stream which comes too late."""
+"""The codes that may begin a drain, and the code that then refuses a stream which comes too late. A flow that
+comes too late is ended with the code of the same number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
     """What each end says about itself before anything else.
 
-    ``window_bytes``: the most credit that this end will have outstanding for one stream.
-    ``max_streams`` and ``lease_s``: how many streams the target side holds at once, and for how many
-    seconds it takes new ones; both are 0 on the listener side. ``nonce``: 16 random bytes, to match the logs
-    of both ends. Raises LocalProtocolError for values out of bounds.
+    ``window_bytes``: the most credit that this end will have outstanding for one stream; 0 in a datagram
+    call, which has no credit. ``max_streams`` and ``lease_s``: how many streams (or flows) the target side
+    holds at once, and for how many seconds it takes new ones; both are 0 on the listener side. ``nonce``: 16
+    random bytes, to match the logs of both ends. Raises LocalProtocolError for values out of bounds.
     """
 
     window_bytes: int
@@ -89,8 +103,8 @@ class Hello:
     def __post_init__(self) -> None:
         _check(1 <= self.min_version <= self.max_version <= 0xFFFF, "versions must be 1 to 65535, in order")
         _check(
-            MIN_WINDOW_BYTES <= self.window_bytes <= MAX_WINDOW_BYTES,
-            f"the window must be {MIN_WINDOW_BYTES} to {MAX_WINDOW_BYTES} bytes",
+            self.is_of_datagrams or MIN_WINDOW_BYTES <= self.window_bytes <= MAX_WINDOW_BYTES,
+            f"the window must be {MIN_WINDOW_BYTES} to {MAX_WINDOW_BYTES} bytes, or 0 in a datagram call",
         )
         _check(0 <= self.max_streams <= MAX_STREAMS, f"streams must be 0 to {MAX_STREAMS}")
         _check(0 <= self.lease_s <= MAX_LEASE_S, f"a lease must be 0 to {MAX_LEASE_S} seconds")
@@ -99,6 +113,11 @@ class Hello:
             "the target side says streams and lease, the listener side neither",
         )
         _check(len(self.nonce) == NONCE_BYTES, f"a nonce has {NONCE_BYTES} bytes")
+
+    @property
+    def is_of_datagrams(self) -> bool:
+        """Whether this is the HELLO of a datagram call."""
+        return self.window_bytes == 0
 
     @property
     def role(self) -> Role:

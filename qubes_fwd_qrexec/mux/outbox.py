@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Frames that wait to be written: small ones joined, large payloads by reference.
 
-It counts all bytes that wait, and separately those that are not DATA: a peer that sends and never reads can
-cause those, and `Connection` enforces a bound on them (`limits.CONTROL_BYTES`).
+It counts all bytes that wait, and separately those of frames other than DATA and DATAGRAMS: a peer that sends
+and never reads can cause those, and there is a bound on them (`limits.CONTROL_BYTES`).
 """
 
 from .limits import COPY_BYTES
-from .wire import Buffer, data_header
+from .wire import Buffer, data_header, datagrams_header
 
 
 class Outbox:
@@ -21,15 +21,21 @@ class Outbox:
         self.control_bytes = 0
 
     def add_control(self, frame: bytes) -> None:
-        """Queue a complete frame other than DATA."""
+        """Queue a complete frame other than DATA or DATAGRAMS."""
         self._tail += frame
         self.bytes_queued += len(frame)
         self.control_bytes += len(frame)
 
     def add_data(self, stream_id: int, payload: Buffer, length: int) -> None:
         """Queue a DATA frame whose ``payload`` has ``length`` bytes."""
+        self._add(data_header(stream_id, length), payload, length)
+
+    def add_datagrams(self, flow_id: int, segment: int, payload: Buffer, length: int) -> None:
+        """Queue a DATAGRAMS frame whose ``payload``, without the segment, has ``length`` bytes."""
+        self._add(datagrams_header(flow_id, segment, length), payload, length)
+
+    def _add(self, header: bytes, payload: Buffer, length: int) -> None:
         tail = self._tail
-        header = data_header(stream_id, length)
         tail += header
         self.bytes_queued += len(header) + length
         if length <= COPY_BYTES:

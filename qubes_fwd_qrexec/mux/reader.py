@@ -1,27 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Chunks of bytes in, frames out. It knows the layout of the header and the legal lengths, and no more.
 
-Payloads are copied exactly once, so that keeping a payload never keeps the chunk it came in. At most one
-frame, HEADER_BYTES + MAX_DATA_BYTES, is ever buffered.
+Payloads of streams are copied exactly once, so that keeping a payload never keeps the chunk it came in. Those
+of datagram calls are views of the chunk, as nobody keeps them. At most one frame, of the greatest length that
+is legal in the kind of call, is ever buffered.
 """
 
 from collections.abc import Iterator
 
-from .limits import HEADER_BYTES, MAX_DATA_BYTES
-from .wire import DATA_KIND, HEADER, Buffer, FrameType, check_header
+from .limits import HEADER_BYTES
+from .wire import DATA_KIND, HEADER, STREAM_SHAPES, Buffer, Shapes, check_header
 
-Frame = tuple[int, int, bytes | bytearray]
+Frame = tuple[int, int, Buffer]
 """Type, stream, payload."""
 
 
 class FrameReader:
-    """Cuts a byte stream into frames, however it is chunked."""
+    """Cuts a byte stream into frames, however it is chunked.
 
-    __slots__ = ("partial",)
+    ``shapes``: the frames of this kind of call; ``bulk_kind``: the most frequent one of them. ``is_copying``:
+    whether payloads are `bytes` or a `bytearray` of their own, or else views of the chunk.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_bulk_kind", "_bulk_least", "_bulk_most", "_is_copying", "_shapes", "partial")
+
+    def __init__(
+        self, shapes: Shapes = STREAM_SHAPES, bulk_kind: int = DATA_KIND, is_copying: bool = True
+    ) -> None:
         self.partial = bytearray()
         """The part of an incomplete frame that has arrived; do not change it."""
+        self._shapes = shapes
+        self._bulk_kind = bulk_kind
+        self._bulk_least, self._bulk_most, _ = shapes[bulk_kind]
+        self._is_copying = is_copying
 
     @property
     def has_partial_frame(self) -> bool:
@@ -43,23 +54,25 @@ class FrameReader:
                 return
             yield frame
         # Slicing bytes makes the one copy; slicing a view makes none, so that one is copied below.
-        is_bytes = isinstance(untrusted_chunk, bytes)
+        source = untrusted_chunk if self._is_copying and isinstance(untrusted_chunk, bytes) else view
+        is_copied_here = self._is_copying and source is view
+        bulk_kind, bulk_least, bulk_most = self._bulk_kind, self._bulk_least, self._bulk_most
         unpack_from = HEADER.unpack_from
         while size - position >= HEADER_BYTES:
             kind, length, stream_id = unpack_from(view, position)
-            if kind == DATA_KIND and 0 < length <= MAX_DATA_BYTES and stream_id:
-                frame_type = FrameType.DATA
+            if kind == bulk_kind and bulk_least <= length <= bulk_most and stream_id:
+                frame_type = kind >> 8
             else:
-                frame_type = check_header(kind, length, stream_id)
+                frame_type = check_header(kind, length, stream_id, self._shapes)
             start = position + HEADER_BYTES
             end = start + length
             if end > size:
                 break
             position = end
-            if is_bytes:
-                yield frame_type, stream_id, untrusted_chunk[start:end]  # type: ignore[misc]
+            if is_copied_here:
+                yield frame_type, stream_id, bytes(source[start:end])
             else:
-                yield frame_type, stream_id, bytes(view[start:end])
+                yield frame_type, stream_id, source[start:end]
         if position < size:
             self.partial += view[position:]
 
@@ -73,7 +86,7 @@ class FrameReader:
         if len(partial) < HEADER_BYTES:
             return taken
         kind, length, stream_id = _header(partial)
-        check_header(kind, length, stream_id)
+        check_header(kind, length, stream_id, self._shapes)
         missing = HEADER_BYTES + length - len(partial)
         partial += view[taken : taken + missing]
         return taken + missing

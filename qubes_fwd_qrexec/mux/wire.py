@@ -14,8 +14,15 @@ from typing import Final, NamedTuple, TypeVar
 from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
 from qubes_fwd_qrexec.common.values import IPAddress
 
-from .limits import MAX_DATA_BYTES, MAX_HELLO_BYTES, VERSION
-from .messages import Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode
+from .limits import (
+    MAX_DATA_BYTES,
+    MAX_DATAGRAM_BYTES,
+    MAX_HELLO_BYTES,
+    MAX_SEGMENTS,
+    SEGMENT_BYTES,
+    VERSION,
+)
+from .messages import FlowCode, Goaway, GoawayCode, Hello, Origin, ProxyVersion, ResetCode
 
 Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")
@@ -36,6 +43,10 @@ class FrameType(IntEnum):
     GOAWAY = 10
     RECALL = 11
     RETURN = 12
+    FLOW = 13
+    DATAGRAMS = 14
+    END = 15
+    LOST = 16
 
 
 class OpenRequest(NamedTuple):
@@ -48,7 +59,16 @@ class OpenRequest(NamedTuple):
     proxy: ProxyVersion
 
 
+class FlowRequest(NamedTuple):
+    """The payload of FLOW: the port, who sent to what, and the PROXY header in front of each datagram."""
+
+    port: int
+    origin: Origin
+    proxy: ProxyVersion
+
+
 MAGIC: Final = b"qfwd-mux"
+MAGIC_OF_DATAGRAMS: Final = b"qfwd-udp"
 
 # The header, with type and flags as one number: as flags are 0, a legal one is the type times 256, and one
 # comparison for each frame checks both.
@@ -59,31 +79,55 @@ _HELLO_BYTES: Final = _VERSIONS.size + _HELLO_REST.size
 _OPEN: Final = Struct(">IH16sH16sHB")
 _U32: Final = Struct(">I")
 _GOAWAY: Final = Struct(">IHH")
+_FLOW: Final = Struct(">H16sH16sHB")
+_DATAGRAMS: Final = Struct(">HHIH")
+_SEGMENT: Final = Struct(">H")
+_LOST: Final = Struct(">QQ")
 
 DATA_KIND: Final = FrameType.DATA << 8
+END_BYTES: Final = HEADER.size + _U32.size
+LOST_BYTES: Final = HEADER.size + _LOST.size
 
-# For each type: the least and the greatest length, and whether the frame belongs to a stream.
-_SHAPES: Final[dict[int, tuple[int, int, bool]]] = {
+DATAGRAMS_KIND: Final = FrameType.DATAGRAMS << 8
+
+Shapes = dict[int, tuple[int, int, bool]]
+"""For each type, as the header has it: the least and the greatest length, and whether the frame belongs to a
+stream or flow."""
+
+_SHARED_SHAPES: Final[Shapes] = {
     FrameType.HELLO << 8: (_HELLO_BYTES, MAX_HELLO_BYTES, False),
+    FrameType.PING << 8: (8, 8, False),
+    FrameType.PONG << 8: (8, 8, False),
+    FrameType.GOAWAY << 8: (_GOAWAY.size, _GOAWAY.size, False),
+}
+STREAM_SHAPES: Final[Shapes] = _SHARED_SHAPES | {
     FrameType.OPEN << 8: (_OPEN.size, _OPEN.size, True),
     FrameType.ACCEPT << 8: (_U32.size, _U32.size, True),
     FrameType.DATA << 8: (1, MAX_DATA_BYTES, True),
     FrameType.CREDIT << 8: (_U32.size, _U32.size, True),
     FrameType.EOF << 8: (0, 0, True),
     FrameType.RESET << 8: (_U32.size, _U32.size, True),
-    FrameType.PING << 8: (8, 8, False),
-    FrameType.PONG << 8: (8, 8, False),
-    FrameType.GOAWAY << 8: (_GOAWAY.size, _GOAWAY.size, False),
     FrameType.RECALL << 8: (_U32.size, _U32.size, True),
     FrameType.RETURN << 8: (_U32.size, _U32.size, True),
 }
+"""The frames of a call with streams."""
+
+FLOW_SHAPES: Final[Shapes] = _SHARED_SHAPES | {
+    FrameType.FLOW << 8: (_FLOW.size, _FLOW.size, True),
+    FrameType.DATAGRAMS << 8: (SEGMENT_BYTES, SEGMENT_BYTES + MAX_DATAGRAM_BYTES, True),
+    FrameType.END << 8: (_U32.size, _U32.size, True),
+    FrameType.LOST << 8: (_LOST.size, _LOST.size, False),
+}
+"""The frames of a datagram call."""
 
 
-def check_header(kind: int, length: int, stream_id: int) -> FrameType:
-    """The type of a frame, from the three numbers of its header. Raises RemoteProtocolError."""
-    shape = _SHAPES.get(kind)
+def check_header(kind: int, length: int, stream_id: int, shapes: Shapes = STREAM_SHAPES) -> FrameType:
+    """The type of a frame, from the three numbers of its header. ``shapes``: the frames of this kind of call.
+
+    Raises RemoteProtocolError."""
+    shape = shapes.get(kind)
     if shape is None:
-        if kind & 0xFF and kind & 0xFF00 in _SHAPES:
+        if kind & 0xFF and kind & 0xFF00 in shapes:
             raise RemoteProtocolError(f"the flags of a frame are {kind & 0xFF:#04x} instead of 0")
         raise RemoteProtocolError(f"unknown frame type {kind >> 8}")
     frame_type = FrameType(kind >> 8)
@@ -96,23 +140,26 @@ def check_header(kind: int, length: int, stream_id: int) -> FrameType:
 
 
 def encode_hello(hello: Hello) -> bytes:
-    versions = _VERSIONS.pack(MAGIC, hello.min_version, hello.max_version)
+    magic = MAGIC_OF_DATAGRAMS if hello.is_of_datagrams else MAGIC
+    versions = _VERSIONS.pack(magic, hello.min_version, hello.max_version)
     rest = _HELLO_REST.pack(hello.window_bytes, hello.max_streams, hello.lease_s, hello.nonce)
     return frame(FrameType.HELLO, 0, versions + rest)
 
 
-def decode_versions(untrusted_payload: Buffer) -> tuple[int, int]:
+def decode_versions(untrusted_payload: Buffer, wanted_magic: bytes = MAGIC) -> tuple[int, int]:
     """The lowest and highest version of a HELLO, whose layout up to there never changes."""
     magic, min_version, max_version = _VERSIONS.unpack_from(untrusted_payload)
-    if magic != MAGIC:
-        raise RemoteProtocolError(f"the HELLO begins with {magic!a} instead of {MAGIC!a}")
+    if magic != wanted_magic:
+        raise RemoteProtocolError(f"the HELLO begins with {magic!a} instead of {wanted_magic!a}")
     return min_version, max_version
 
 
-def decode_hello(untrusted_payload: Buffer) -> Hello:
+def decode_hello(untrusted_payload: Buffer, wanted_magic: bytes = MAGIC) -> Hello:
     """A HELLO longer than ours is an error, too, unless the peer speaks a later version."""
-    min_version, max_version = decode_versions(untrusted_payload)
+    min_version, max_version = decode_versions(untrusted_payload, wanted_magic)
     window, streams, lease_s, nonce = _HELLO_REST.unpack_from(untrusted_payload, _VERSIONS.size)
+    if (window == 0) != (wanted_magic == MAGIC_OF_DATAGRAMS):
+        raise RemoteProtocolError(f"the window must be 0 in a datagram call, and only there; it is {window}")
     if len(untrusted_payload) > _HELLO_BYTES and max_version <= VERSION:
         raise RemoteProtocolError(f"HELLO of {len(untrusted_payload)} bytes instead of {_HELLO_BYTES}")
     return _from_peer(
@@ -128,28 +175,14 @@ def decode_hello(untrusted_payload: Buffer) -> Hello:
 
 
 def encode_open(stream_id: int, request: OpenRequest) -> bytes:
-    origin = request.origin
-    client, exposed = _pack_address(origin.client), _pack_address(origin.exposed)
-    payload = _OPEN.pack(
-        request.credit,
-        request.port,
-        client,
-        origin.client_port,
-        exposed,
-        origin.exposed_port,
-        request.proxy,
-    )
+    payload = _OPEN.pack(request.credit, request.port, *_pack_origin(request.origin), request.proxy)
     return frame(FrameType.OPEN, stream_id, payload)
 
 
 def decode_open(untrusted_payload: Buffer) -> OpenRequest:
     credit, port, client, client_port, exposed, exposed_port, number = _OPEN.unpack(untrusted_payload)
-    try:
-        proxy = ProxyVersion(number)
-    except ValueError as error:
-        raise RemoteProtocolError(f"unknown PROXY version {number}") from error
     origin = Origin(IPv6Address(client), client_port, IPv6Address(exposed), exposed_port)
-    return OpenRequest(credit, port, origin, proxy)
+    return OpenRequest(credit, port, origin, _proxy_version(number))
 
 
 def encode_accept(stream_id: int, credit: int) -> bytes:
@@ -213,6 +246,68 @@ def decode_goaway(untrusted_payload: Buffer) -> Goaway:
     return _from_peer(lambda: Goaway(last_id, code, bool(final)))
 
 
+def encode_flow(flow_id: int, request: FlowRequest) -> bytes:
+    payload = _FLOW.pack(request.port, *_pack_origin(request.origin), request.proxy)
+    return frame(FrameType.FLOW, flow_id, payload)
+
+
+def decode_flow(untrusted_payload: Buffer) -> FlowRequest:
+    port, client, client_port, exposed, exposed_port, number = _FLOW.unpack(untrusted_payload)
+    proxy = _proxy_version(number)
+    if proxy is ProxyVersion.V1:
+        raise RemoteProtocolError("a FLOW with a PROXY header of version 1, which is for TCP alone")
+    return FlowRequest(
+        port, Origin(IPv6Address(client), client_port, IPv6Address(exposed), exposed_port), proxy
+    )
+
+
+def encode_end(flow_id: int, code: FlowCode) -> bytes:
+    return frame(FrameType.END, flow_id, _U32.pack(code))
+
+
+def decode_end(untrusted_payload: Buffer) -> FlowCode:
+    number = decode_number(untrusted_payload)
+    try:
+        return FlowCode(number)
+    except ValueError as error:
+        raise RemoteProtocolError(f"unknown END code {number}") from error
+
+
+def encode_lost(to_server: int, to_listener: int) -> bytes:
+    return frame(FrameType.LOST, 0, _LOST.pack(to_server, to_listener))
+
+
+def decode_lost(untrusted_payload: Buffer) -> tuple[int, int]:
+    """How many datagrams the target side has dropped: towards the server, and towards the listener side."""
+    to_server, to_listener = _LOST.unpack(untrusted_payload)
+    return to_server, to_listener
+
+
+def datagrams_header(flow_id: int, segment: int, length: int) -> bytes:
+    """The header of DATAGRAMS with the segment behind it; ``length``: that of the datagrams alone."""
+    return _DATAGRAMS.pack(DATAGRAMS_KIND, SEGMENT_BYTES + length, flow_id, segment)
+
+
+def decode_segment(untrusted_payload: Buffer) -> int:
+    """The segment in front of the datagrams of a frame, once it fits their length."""
+    segment: int = _SEGMENT.unpack_from(untrusted_payload)[0]
+    length = len(untrusted_payload) - SEGMENT_BYTES
+    if not is_segment_of(segment, length):
+        raise RemoteProtocolError(f"{length} bytes in segments of {segment}")
+    return segment
+
+
+def is_segment_of(segment: int, length: int) -> bool:
+    """Whether ``length`` bytes are one datagram (segment 0), or 2 to MAX_SEGMENTS of that many bytes each, of
+    which the last may be shorter."""
+    return not segment or segment < length <= segment * MAX_SEGMENTS
+
+
+def datagrams_in(segment: int, length: int) -> int:
+    """How many datagrams ``length`` bytes are; the segment fits them, see `is_segment_of`."""
+    return -(-length // segment) if segment else 1
+
+
 def data_header(stream_id: int, length: int) -> bytes:
     """The header alone: a large payload of DATA is not copied behind it."""
     return HEADER.pack(DATA_KIND, length, stream_id)
@@ -220,6 +315,22 @@ def data_header(stream_id: int, length: int) -> bytes:
 
 def frame(frame_type: FrameType, stream_id: int, payload: bytes) -> bytes:
     return HEADER.pack(frame_type << 8, len(payload), stream_id) + payload
+
+
+def _pack_origin(origin: Origin) -> tuple[bytes, int, bytes, int]:
+    return (
+        _pack_address(origin.client),
+        origin.client_port,
+        _pack_address(origin.exposed),
+        origin.exposed_port,
+    )
+
+
+def _proxy_version(number: int) -> ProxyVersion:
+    try:
+        return ProxyVersion(number)
+    except ValueError as error:
+        raise RemoteProtocolError(f"unknown PROXY version {number}") from error
 
 
 def _pack_address(address: IPAddress) -> bytes:

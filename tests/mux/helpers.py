@@ -2,6 +2,7 @@
 """Two connections wired together, and the bytes of frames for tests that play a peer."""
 
 from ipaddress import ip_address
+from typing import Any, TypeVar
 
 import pytest
 
@@ -16,6 +17,7 @@ from qubes_fwd_qrexec.mux import (
     ProxyVersion,
     wire,
 )
+from qubes_fwd_qrexec.mux.endpoint import Endpoint
 from qubes_fwd_qrexec.mux.messages import Goaway, GoawayCode, ResetCode
 from qubes_fwd_qrexec.mux.reader import FrameReader
 from qubes_fwd_qrexec.mux.wire import FrameType
@@ -23,6 +25,7 @@ from qubes_fwd_qrexec.mux.wire import FrameType
 PORTS = range(8080, 8083)
 WINDOW = 65_536
 CREDIT = 16_384
+AnyEvent = TypeVar("AnyEvent")
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("10.137.0.5"), 80)
 
 
@@ -33,12 +36,12 @@ def hello(side: str, **changes: object) -> Hello:
     return Hello(**(values | changes))  # type: ignore[arg-type]
 
 
-def take(connection: Connection) -> bytes:
+def take(connection: Endpoint[Any]) -> bytes:
     """Return everything that it has to send."""
     return b"".join(connection.data_to_send())
 
 
-def feed(connection: Connection, data: bytes) -> list[Event]:
+def feed(connection: Endpoint[AnyEvent], data: bytes) -> list[AnyEvent]:
     """Return all events of one chunk."""
     return list(connection.receive_data(data))
 

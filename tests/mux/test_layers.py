@@ -22,12 +22,14 @@ ORDER = [
     "reader",
     "outbox",
     "endpoint",
+    "streams",
     "incoming",
     "connection",
+    "flows",
     "__init__",
 ]
 # No I/O, no clock, no threads, no randomness: only what works on values.
-ALLOWED = {"collections.abc", "dataclasses", "enum", "ipaddress", "itertools", "struct", "typing"}
+ALLOWED = {"abc", "collections.abc", "dataclasses", "enum", "ipaddress", "itertools", "struct", "typing"}
 
 
 def imports(name):
