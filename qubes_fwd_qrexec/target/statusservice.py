@@ -113,6 +113,10 @@ def answer(untrusted_argument: str, place: Places, rest: Callable[[float], None]
 def _try(untrusted_argument: str, place: Path) -> Trial | None:
     if not untrusted_argument:
         return None
+    proto, dot, port = untrusted_argument.partition(".")
+    # A key of UDP begins with that word, too, and has two dots.
+    if dot and proto in Proto.BOTH.each and "." not in port:
+        return _look_at(Proto(proto), parse_port(port))
     if is_forward_key(untrusted_argument):
         try:
             parse_key(untrusted_argument)
@@ -123,9 +127,6 @@ def _try(untrusted_argument: str, place: Path) -> Trial | None:
             return Trial.parse(untrusted)
         except (OSError, ReportError) as error:
             return Trial(Answer.FAILED, "", one_line(f"the listener does not answer: {error}"))
-    proto, dot, port = untrusted_argument.partition(".")
-    if dot and proto in Proto.BOTH.each:
-        return _look_at(Proto(proto), parse_port(port))
     return _try_port(parse_port(untrusted_argument))
 
 

@@ -273,11 +273,12 @@ def test_a_port_without_a_server_and_a_kernel_that_does_not_say(
     assert trial.text.startswith(f"udp port {port}: the kernel does not list its sockets")
 
 
-def test_a_forward_is_tried_by_the_listener(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["fwd.work.web", "udp.work.dns"])
+def test_a_forward_is_tried_by_the_listener(tmp_path: Path, key: str) -> None:
     trial = Trial(Answer.REFUSED, "policy", "no")
     with listener(tmp_path, TRY, report.dump(trial.as_json())) as requests:
-        assert told("fwd.work.web", tmp_path, tmp_path).trial == trial
-    assert requests == [b"fwd.work.web\n"]
+        assert told(key, tmp_path, tmp_path).trial == trial
+    assert requests == [f"{key}\n".encode()]
 
 
 def test_a_forward_is_not_tried_where_nobody_listens(tmp_path: Path) -> None:
@@ -297,6 +298,10 @@ def test_a_forward_is_not_tried_where_nobody_listens(tmp_path: Path) -> None:
         "80-90",
         "65536",
         "fwd.",
+        "udp.x",
+        "udp..x",
+        "udp.work.dns\n",
+        "both.53",
         "tcp.",
         "tcp.0",
         "icmp.1",
