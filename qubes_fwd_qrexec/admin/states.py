@@ -171,6 +171,11 @@ class Forward(NamedTuple):
         return next((config for _, config in self.configs if isinstance(config, ListenerConfig)), None)
 
     @property
+    def listener_configs(self) -> tuple[ListenerConfig, ...]:
+        """What the listener is told, if it is live and goes over qrexec: of both protocols, TCP first."""
+        return tuple(config for _, config in self.configs if isinstance(config, ListenerConfig))
+
+    @property
     def nft_configs(self) -> tuple[tuple[QubeName, NftConfig], ...]:
         """What the qubes of its path are told, if it is live and goes by nft: the exposed qube last."""
         return tuple((qube, config) for qube, config in self.configs if isinstance(config, NftConfig))

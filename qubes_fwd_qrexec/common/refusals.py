@@ -16,6 +16,8 @@ class Refusal(StrEnum):
     """The server in the target took no connection."""
     LOOPBACK = "loopback"
     """The server in the target listens at loopback addresses alone, to which no packet of others gets."""
+    NOT_AT_LOOPBACK = "not-at-loopback"
+    """The server in the target listens at no loopback address, and a call gets nowhere else."""
     BUSY = "busy"
     """There are so many calls or connections already that no more may wait."""
     NO_CALL = "no-call"

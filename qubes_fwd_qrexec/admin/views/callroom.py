@@ -20,11 +20,13 @@ def note(plan: Plan, forward: Forward, before: Plan) -> str | None:
 def calls_needed(plan: Plan, exposed: str | None) -> int:
     """How many calls an exposed qube needs if all of its forwards are in use.
 
-    Mux calls to the same ports of a target are one call; a rule with single calls needs at least one.
+    Mux calls of one protocol to the same ports of a target are one call; a rule with single calls needs at
+    least one.
     """
     calls = {
-        (f.named.target, f.named.rule.target_ports, f.named.name if f.transport is Transport.CALL else None)
+        (c.target, c.service, c.target_ports, c.name if c.transport is Transport.CALL else None)
         for f in plan.live
-        if f.exposed == exposed and f.listener_config is not None
+        for c in f.listener_configs
+        if f.exposed == exposed
     }
     return len(calls)

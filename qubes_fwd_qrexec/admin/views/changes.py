@@ -22,7 +22,7 @@ from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import callroom, confirmed, reasons, steps, travel
+from . import callroom, carried, confirmed, reasons, steps, travel
 from .judged import denials
 from .listeners import Heard, ask_after
 from .render import forward_as_json
@@ -234,18 +234,26 @@ def news(after: After, forward: Forward) -> list[str]:
     key = forward.named[:2]
     decision = after.changed.decisions.get(key)
     found = [] if decision is None else [travel.decision(forward, decision)]
-    denial, uptake = after.denials.get(key), after.heard.uptakes.get(key)
+    denial, uptakes = after.denials.get(key), after.heard.uptakes.get(key, ())
     found += [] if denial is None else [f"dom0 denies its calls: {denial}"]
-    trouble = None if uptake is None else uptake.note(forward)
-    found += [] if trouble is None else [trouble]
-    old, config = after.changed.plan_before.find(*key), forward.listener_config
-    told = None if old is None else old.listener_config
-    if told is not None and config is not None and config.narrows(told):
-        is_cut = config.on_expire is OnExpire.CUT
+    found += dict.fromkeys(note for uptake in uptakes if (note := uptake.note(forward)) is not None)
+    if narrowed := _narrowed(after.changed.plan_before.find(*key), forward):
+        is_cut = forward.named.rule.on_expire is OnExpire.CUT
         then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
-        found.append(f"connections that it no longer allows {then}")
+        found.append(f"{' and '.join(narrowed)} that it no longer allows {then}")
     room = callroom.note(after.changed.plan, forward, after.changed.plan_before)
     return found if room is None else [*found, room]
+
+
+def _narrowed(old: Forward | None, forward: Forward) -> list[str]:
+    """What a forward may have had that it does not allow now; nothing where it has another mode."""
+    configs = {config.proto: config for config in forward.listener_configs}
+    told = () if old is None or not configs else old.listener_configs
+    return [
+        carried.live(was.proto, None)
+        for was in told
+        if (config := configs.get(was.proto)) is None or config.narrows(was)
+    ]
 
 
 def warnings(forward: Forward) -> list[str]:
@@ -268,9 +276,10 @@ def warnings(forward: Forward) -> list[str]:
         way_out = "make sure that it asks everybody for a password"
         if forward.transport is Transport.MUX:
             way_out += ", or tell it the client's address with proxy=v2"
+        what = carried.traffic(forward.named.rule.proto)
         found.append(
-            f"to the server in {target} all these connections come from 127.0.0.1, which some servers "
-            f"trust: {way_out}"
+            f"to the server in {target} all these {what} come from 127.0.0.1, which some servers trust: "
+            f"{way_out}"
         )
     return found
 

@@ -18,15 +18,16 @@ from qubes_fwd_qrexec.admin.states import Cause, Forward, State, Verdict
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.refusals import Refusal
-from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport
+from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport, Trial
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
-from . import entrance, nftwalk
+from . import carried, entrance, nftwalk
 from .judged import judged
-from .listeners import Has, ask, uptake
+from .listeners import Has, ask, uptakes
 from .render import broken_line
+from .served import NO_SERVER, served
 from .session import Session
 from .tables import Check, Style, checks, escaped
 from .walking import StoppedError, Stops, ok, unknown
@@ -46,7 +47,6 @@ class Fault(StrEnum):
     NOT_APPLIED = "not-applied"
     CLOSED = "firewall-closed"
     DENIED = "denied"
-    NO_SERVER = "no-server"
 
 
 _SET = "qvm-forward set {target} {name} "
@@ -57,6 +57,7 @@ _PORT = (
     "mend that in {exposed}, or choose another port or address: {0}, or {1}",
     *(f"{_SET}srcports=PORT", f"{_SET}listen=ADDRESS"),
 )
+_START = "start the server in {{target}}, and have it listen on 127.0.0.1; 'ss -{}' there shows who listens"
 # What helps against each, and then the commands that it names by number.
 _REMEDIES: dict[str, tuple[str, ...]] = {
     Fault.NOT_APPLIED: ("{0}", "qvm-forward apply"),
@@ -78,9 +79,7 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
         "read: {0}",
         "qubes-policy-lint",
     ),
-    Fault.NO_SERVER: (
-        "start the server in {target}, and have it listen on 127.0.0.1; 'ss -ltn' there shows who listens",
-    ),
+    NO_SERVER: (_START.format("ltn"),),
     Refusal.POLICY: (
         "'journalctl -u qubes-qrexec-policy-daemon' in dom0 says why the call was refused; {target} may also "
         "have reached its number of calls",
@@ -92,6 +91,7 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
     ),
     Refusal.BUSY: ("wait until some connections to {target} have ended",),
 }
+_UDP_SERVER = dict.fromkeys((NO_SERVER, Refusal.NOT_AT_LOOPBACK), (_START.format("lun"),))
 _OTHERWISE = (f"{_LOG}, and the journal of {{target}}, say more",)
 _FIREWALL = {
     Firewall.OPEN: "lets clients in by",
@@ -153,42 +153,47 @@ class _Walk:
         yield ok("rule", f"{forward.named} is {forward.state}")
         if forward.named.rule.sources.has_names:
             yield ok("sources", f"{entrance.let_in(forward)} may connect")
-        if forward.listener_config is None:
+        if not forward.listener_configs:
             yield from nftwalk.steps(self._snapshot, forward, self._backend)
             return
-        yield from self._at_exposed(forward.exposed, forward.listener_config)
+        yield from self._at_exposed(forward.exposed)
         yield from self._at_target()
         if self._target.is_running:
-            yield self._round_trip(forward.exposed, forward.listener_config)
+            for config in forward.listener_configs:
+                yield self._round_trip(forward.exposed, config)
 
-    def _at_exposed(self, exposed: QubeName, config: ListenerConfig) -> Iterator[Check]:
+    def _at_exposed(self, exposed: QubeName) -> Iterator[Check]:
         halted = self._forward.finding(Cause.EXPOSED_HALTED)
         if halted is not None:
             raise self._stops.planned("exposed qube", halted)
         yield ok("exposed qube", f"{exposed} is running")
 
         allowed = policy.allowing(self._snapshot.installed.text)
-        told = self._snapshot.inventory.qubes[exposed].features.get(f"{CONFIG_PREFIX}{config.key}")
         needed = policy.lines(self._forward) if self._snapshot.installed.is_read else ()
         lacking = [f"dom0's policy lacks '{line}'" for line in needed if line not in allowed]
-        if told != str(config):
-            lacking.append(f"{exposed} has {'no' if told is None else 'another'} configuration for it")
+        for config in self._forward.listener_configs:
+            told = self._snapshot.inventory.qubes[exposed].features.get(f"{CONFIG_PREFIX}{config.key}")
+            if told != str(config):
+                lacking.append(f"{exposed} has {'no' if told is None else 'another'} configuration for it")
         if lacking:
             raise self._stopped("applied", Fault.NOT_APPLIED, "; ".join(lacking))
         yield ok("applied", "dom0's policy and the listener's configuration match the rule")
 
         answer = self._ask("listener", exposed)
-        found = uptake(self._forward, answer)
-        if found.is_shut and found.has is not Has.FIREWALL:
-            raise self._stopped("listener", found.has, found.said)
-        yield ok("listener", f"{exposed} listens on {self._forward.named.rule.listen_ports.worded()}")
-        if found.is_shut:
-            raise self._stopped("firewall", found.has, found.said)
-        yield self._firewall(exposed, config, answer.firewall)
+        ports = self._forward.named.rule.listen_ports.worded()
+        for found in (took := uptakes(self._forward, answer)):
+            if found.is_shut and found.has is not Has.FIREWALL:
+                raise self._stopped("listener", found.has, found.said)
+            yield ok("listener", f"{exposed} listens on {carried.named(found.proto)}{ports}")
+        for found in took:
+            if found.is_shut:
+                raise self._stopped("firewall", found.has, found.said)
+        yield self._firewall(exposed, self._forward.listener_configs[0], answer.firewall)
 
         verdicts = judged([self._forward], self._backend, self._snapshot.installed)
         verdict = verdicts[self._forward.named[:2]]
-        call = f"{self._forward.service} from {exposed} to {self._target.name}"
+        services = " and ".join(config.service for config in self._forward.listener_configs)
+        call = f"{services} from {exposed} to {self._target.name}"
         if verdict.is_allowed:
             yield ok("policy", f"dom0 allows {call}")
         elif verdict.is_allowed is None:
@@ -214,38 +219,53 @@ class _Walk:
 
     def _at_target(self) -> Iterator[Check]:
         """The target itself, as the plan only knows what its template offers."""
-        service, name = self._forward.service, self._target.name
-        port = self._forward.named.rule.target_ports.first  # of a range it stands for all
+        name, configs = self._target.name, self._forward.listener_configs
         halted = self._forward.finding(Cause.TARGET_HALTED)
         if halted is not None:
             raise self._stops.planned("target", halted)
+        unasked = unknown("service", f"{name} was not asked whether it has {configs[0].service}")
         if not self._target.is_running:
-            yield unknown("target", f"{name} is halted, and a connection starts it")
-            yield unknown("service", f"{name} was not asked whether it has {service}")
+            yield unknown("target", f"{name} is halted, and a client starts it")
+            yield unasked
             return
         yield ok("target", f"{name} is running")
-        if service is not Service.FORWARD_TCP:
-            yield unknown("service", f"{name} was not asked whether it has {service}")
+        if configs[0].service is Service.CONNECT_TCP:
+            yield unasked
             yield unknown("server", f"{name} was not asked whether a server listens")
             return
-        trial = self._ask("service", name, str(port)).trial
-        yield ok("service", f"{name} has {_PACKAGE}, and answers")
+        port = configs[0].target_ports.first  # of a range it stands for all
+        for config in configs:
+            is_udp = config.proto is Proto.UDP
+            trial = self._ask("service", name, f"{config.proto}.{port}" if is_udp else str(port)).trial
+            if config is configs[0]:
+                yield ok("service", f"{name} has {_PACKAGE}, and answers")
+            if is_udp:
+                yield served(name, config.proto, trial, self._stops, _UDP_SERVER)
+            else:
+                yield self._server(name, port, trial)
+
+    def _server(self, name: QubeName, port: int, trial: Trial | None) -> Check:
+        """Whether a server takes connections, as a target says that has tried."""
         if trial is None:
-            yield unknown("server", f"{name} does not say whether a server listens")
-        elif trial.answer is Answer.THROUGH:
-            yield ok("server", f"a server in {name} takes connections on port {port}")
-        else:
+            return unknown("server", f"{name} does not say whether a server listens")
+        if trial.answer is not Answer.THROUGH:
             text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
-            raise self._stopped("server", Fault.NO_SERVER, text)
+            raise self._stopped("server", NO_SERVER, text)
+        return ok("server", f"a server in {name} takes connections on port {port}")
 
     def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Check:
         trial = self._ask("round trip", exposed, config.key).trial
+        is_udp = config.proto is Proto.UDP
+        what, end = ("a call for UDP", self._target.name) if is_udp else ("a connection", "the server")
         if trial is None or trial.answer is Answer.SILENT:
-            text = f"a connection from {exposed} got no answer"
+            text = f"{what} from {exposed} got no answer"
             return unknown("round trip", text if trial is None else f"{text}: {trial.text}")
         if trial.answer is not Answer.THROUGH:
-            text = f"a connection from {exposed} did not reach the server: {trial.text}"
+            text = f"{what} from {exposed} did not reach {end}: {trial.text}"
             raise self._stopped("round trip", trial.reason, text, self._target.name)
+        if is_udp:
+            nobody = "no packet was sent, so whether the server answers is for a client to find out"
+            return ok("round trip", f"{what} from {exposed} reached {end}; {nobody}")
         # A server that expects something else refuses it, and nobody here sees that.
         proxy = self._forward.named.rule.proxy
         header = f"with a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"

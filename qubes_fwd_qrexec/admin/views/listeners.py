@@ -15,13 +15,13 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
 from qubes_fwd_qrexec.admin.revoking import serving
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
-from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.config import ForwardKey, ListenerConfig, Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, QubeReport, ReportError
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 
-from .tables import counted
+from . import carried
 
 Key = tuple[QubeName, RuleName]
 """Target and name of a rule."""
@@ -53,7 +53,7 @@ class Has(StrEnum):
 
 
 class Uptake(NamedTuple):
-    """What became of one forward at its listener.
+    """What became of one forward at its listener, which has each protocol of it by itself.
 
     ``said`` is why it is not open, or why that is unknown. ``report`` is there if the listener has it.
     """
@@ -61,6 +61,7 @@ class Uptake(NamedTuple):
     has: Has
     said: str = ""
     report: ForwardReport | None = None
+    proto: Proto = Proto.TCP
 
     @property
     def is_shut(self) -> bool:
@@ -74,7 +75,8 @@ class Uptake(NamedTuple):
 
 
 class GoesOn(NamedTuple):
-    """Connections of a forward that is closed. ``connections`` is None where nobody tells how many.
+    """Connections of a forward that is closed, or flows, of ``proto``. ``connections`` is None where nobody
+    tells how many.
 
     ``target`` and ``name`` are None where the qube does not say of which forwards it has any. Within
     ``left_s`` seconds they may end by themselves, and are cut then; None: they should have been cut.
@@ -87,11 +89,12 @@ class GoesOn(NamedTuple):
     connections: int | None
     left_s: int | None = None
     service: Service = Service.CONNECT_TCP
+    proto: Proto = Proto.TCP
 
     @property
     def counted(self) -> str:
         """How many go on, if that is known."""
-        return "connections" if self.connections is None else counted(self.connections, "connection")
+        return carried.live(self.proto, self.connections)
 
     def __str__(self) -> str:
         """Which connections go on, and why."""
@@ -103,6 +106,8 @@ class GoesOn(NamedTuple):
             return f"{what} at {self.exposed} may go on for at most {self.left_s} s"
         if self.service is not Service.CONNECT_TCP:
             over = "over a call that another forward needs, so that dom0 cannot end it"
+        elif self.proto is Proto.UDP:
+            over = "that should have ended"
         where = f"; {self.exposed} does not say" if self.connections is None else f" at {self.exposed}"
         return f"{what} {over}{where}"
 
@@ -111,7 +116,7 @@ class Heard(NamedTuple):
     """What listeners said after a change: of the forwards that they should have open, by target and name,
     and what goes on of those that they should not."""
 
-    uptakes: Mapping[Key, Uptake]
+    uptakes: Mapping[Key, tuple[Uptake, ...]]
     goes_on: tuple[GoesOn, ...] = ()
 
 
@@ -139,10 +144,17 @@ def ask_all(
     return at_once(answer, qubes)
 
 
-def uptake(forward: Forward, answer: Answer | None) -> Uptake:
-    """What became of a forward, by the answer of its exposed qube; None where that does not run."""
-    exposed = forward.exposed
-    key = "" if forward.listener_config is None else forward.listener_config.key
+def uptakes(forward: Forward, answer: Answer | None) -> tuple[Uptake, ...]:
+    """What became of each protocol of a forward, by the answer of its exposed qube; None where that does not
+    run."""
+    configs = forward.listener_configs
+    found = (_uptake(forward.exposed, config, answer, is_alone=len(configs) == 1) for config in configs)
+    return tuple(each._replace(proto=config.proto) for each, config in zip(found, configs, strict=True))
+
+
+def _uptake(
+    exposed: QubeName | None, config: ListenerConfig, answer: Answer | None, *, is_alone: bool
+) -> Uptake:
     if answer is None:
         return Uptake(Has.NO_ANSWER, f"{exposed} is halted")
     if isinstance(answer, AnswerError):
@@ -152,15 +164,16 @@ def uptake(forward: Forward, answer: Answer | None) -> Uptake:
     if answer.listener is None:
         why = answer.listener_problem or "no listener is running"
         return Uptake(Has.NO_LISTENER, f"{exposed} does not listen: {why}")
-    report, shut = answer.listener.find(*forward.named[:2]), f"{exposed} does not have it open"
+    report = answer.listener.find(config.target, config.name, config.proto)
+    shut = f"{exposed} does not have {'it' if is_alone else f'its {config.proto.upper()}'} open"
     for problem in answer.listener.problems:
-        if problem.key == key:
+        if problem.key == config.key:
             return Uptake(Has.FAILED, f"{shut}: {problem.text}", report)
     if report is None:
         return Uptake(Has.NOT_YET, f"{shut} yet")
     if not report.is_listening:
         return Uptake(Has.IN_PART, f"{shut}: not all of its ports are open", report)
-    if key in answer.firewall.waiting:
+    if config.key in answer.firewall.waiting:
         return Uptake(Has.FIREWALL, f"{shut}: {_WAITING}", report)
     return Uptake(Has.OPEN, report=report)
 
@@ -173,16 +186,21 @@ def flows(exposed: QubeName, answer: Answer, planned: Plan) -> list[GoesOn] | No
         return [] if is_down else None
     if answer.listener is None:
         return []
-    live = {forward.named[:2] for forward in planned.live if forward.exposed == exposed}
-    found: dict[Key, tuple[int, int | None]] = {}
+    live = {(qube, config.key) for forward in planned.live for qube, config in forward.configs}
+    found: dict[ForwardKey, tuple[int, int | None]] = {}
     for old in answer.listener.draining:
-        count, left_s = found.get((old.target, old.name), (0, 0))
-        found[old.target, old.name] = count + old.connections, max(left_s or 0, old.left_s)
+        key = ForwardKey(old.target, old.name, old.proto)
+        count, left_s = found.get(key, (0, 0))
+        found[key] = count + old.connections, max(left_s or 0, old.left_s)
     for forward in answer.listener.forwards:
-        key = (forward.target, forward.name)
-        if forward.connections and key not in live:
+        key = ForwardKey(forward.target, forward.name, forward.proto)
+        if forward.connections and (exposed, str(key)) not in live:
             found[key] = found.get(key, (0, 0))[0] + forward.connections, None
-    return [GoesOn(*key, exposed, *counts) for key, counts in found.items() if counts[0]]
+    return [
+        GoesOn(key.target, key.name, exposed, *counts, proto=key.proto)
+        for key, counts in found.items()
+        if counts[0]
+    ]
 
 
 def listening(inventory: Inventory) -> set[QubeName]:
@@ -228,7 +246,7 @@ def ask_after(
     What the change closed and dom0 cannot end is asked for in any case, and where ``is_everything`` all that
     goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
-    opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.listener_config]
+    opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.listener_configs]
     fresh = [f for f in opened if inventory.offers(f.exposed or f.named.target)]
     over = beyond_dom0(before, after)
     closed = set(keys) - {forward.named[:2] for forward in (*before.live, *after.live)}
@@ -237,8 +255,10 @@ def ask_after(
     answers = ask_all(backend, sorted(qubes), AFTER_S)
 
     lacks = f"has not told dom0 that it has {_PACKAGE}"
-    uptakes = {f.named[:2]: Uptake(Has.NOT_OFFERED, f"{f.exposed} {lacks}") for f in opened}
-    uptakes |= {f.named[:2]: uptake(f, answers[f.exposed]) for f in fresh if f.exposed is not None}
+    took: dict[Key, tuple[Uptake, ...]] = {
+        f.named[:2]: (Uptake(Has.NOT_OFFERED, f"{f.exposed} {lacks}"),) for f in opened
+    }
+    took |= {f.named[:2]: uptakes(f, answers[f.exposed]) for f in fresh if f.exposed is not None}
     goes_on: list[GoesOn] = []
     for qube, answer in answers.items():
         services: dict[tuple[str | None, ...], Service] = {
@@ -246,9 +266,11 @@ def ask_after(
         }
         left = flows(qube, answer, after)
         if left is None:
-            left = [GoesOn(*f.named[:2], qube, None) for f in over if f.exposed == qube]
+            left = [
+                GoesOn(*f.named[:2], qube, None, proto=f.named.rule.proto) for f in over if f.exposed == qube
+            ]
             left = left or [GoesOn(None, None, qube, None)] * is_everything
         elif not is_everything:
             left = [each for each in left if each[:2] in closed or each[:2] in services]
         goes_on += [each._replace(service=services.get(each[:2], each.service)) for each in left]
-    return Heard(uptakes, tuple(goes_on))
+    return Heard(took, tuple(goes_on))

@@ -120,6 +120,7 @@ class NftRow(NamedTuple):
         return {
             **forward_as_json(self.forward),
             **waiting,
+            "proto": self.forward.named.rule.proto,
             "ports": self.forward.named.rule.listen_ports.brief(),
             "is_allowed": True,
             "policy": "",
@@ -235,9 +236,11 @@ def _draining(qube: QubeName, key: str, everything: Plan, now: float) -> GoesOn:
     """Connections that a qube lets go on, for as long as the rule says, or at most."""
     target, name = parse_nft_key(key)
     forward = everything.find(target, name)
-    expire = None if forward is None else forward.named.rule.expire
-    left_s = DRAIN_S if expire is None else min(DRAIN_S, max(0, int(expire + DRAIN_S - now)))
-    return GoesOn(target, name, qube, None, left_s)
+    if forward is None:
+        return GoesOn(target, name, qube, None, DRAIN_S)
+    rule = forward.named.rule
+    left_s = DRAIN_S if rule.expire is None else min(DRAIN_S, max(0, int(rule.expire + DRAIN_S - now)))
+    return GoesOn(target, name, qube, None, left_s, proto=rule.proto)
 
 
 def hops(forward: Forward, answers: Mapping[QubeName, Answer]) -> tuple[Hop, ...]:

@@ -14,7 +14,6 @@ from qubes_fwd_qrexec.admin.confirming import Answer, Lack
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Verdict
-from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
@@ -22,12 +21,13 @@ from qubes_fwd_qrexec.common.nftreport import Why
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.values import Proto, QubeName
 
-from . import listeners, nftstatus
+from . import carried, listeners, nftstatus
 from .nftstatus import Hop
+from .served import NO_SERVER, looks, served
 from .tables import Check, counted
 from .walking import Remedy, StoppedError, Stops, ok, unknown
 
-NOT_APPLIED, NO_SERVER = "not-applied", "no-server"
+NOT_APPLIED = "not-applied"
 _UNIT = "qubes-forward-nft"
 _INSTALL = "install or update qubes-fwd-qrexec in {template}, shut {template} down, and start {qube} again"
 _READ_ANEW = f"'systemctl restart {_UNIT}' in {{qube}} reads everything again; its journal there says more"
@@ -52,14 +52,13 @@ _REMEDIES: dict[str, Remedy] = {
     ),
     Why.OVER: ("'sudo qvm-sync-clock' in {qube}, and the same in dom0, set their clocks",),
     Why.FAILED: (f"'systemctl status {_UNIT}' in {{qube}} says why nft refused it",),
-    NO_SERVER: (f"start the server in {{target}}, and {_BEYOND}",),
 }
-_LOOPBACK: dict[Proto, Remedy] = {
-    Proto.TCP: (
+_SERVER: dict[str, Remedy] = {
+    NO_SERVER: (f"start the server in {{target}}, and {_BEYOND}",),
+    Refusal.LOOPBACK: (
         f"{_BEYOND}; or send it over qrexec, which gets to 127.0.0.1, too: {{0}}",
         _QREXEC,
     ),
-    Proto.UDP: (_BEYOND,),
 }
 # What is left to be tried, where every step is well.
 CONCLUSION = (
@@ -88,7 +87,8 @@ def steps(snapshot: Snapshot, forward: Forward, backend: Backend) -> Iterator[Ch
     yield from _hops(forward, stops, backend)
     if forward.side is Side.VIFS:
         yield unknown("client", _client(snapshot, forward))
-    yield _server(forward, stops, backend)
+    for proto in forward.named.rule.proto.each:
+        yield _server(forward, proto, stops, backend)
 
 
 def _path(forward: Forward) -> str:
@@ -138,24 +138,24 @@ def _counted(step: str, hop: Hop, config: NftConfig, before: Hop | None) -> Chec
     """That a qube has it in force, and how much it has seen of it, which tells where packets get lost."""
     versions = " and ".join(f"IPv{version}" for version in sorted(config.versions))
     text = f"{hop.qube} {'lets in' if config.role is Role.TARGET else 'sends on'} {versions}"
-    seen = _seen(hop, is_least=config.side is Side.UPLINK and config.role is Role.HOP)
+    seen = _seen(hop, config.proto, is_least=config.side is Side.UPLINK and config.role is Role.HOP)
     if seen:
         return ok(step, f"{text}: {seen} until now")
-    sent = "" if before is None else _seen(before)
+    sent = "" if before is None else _seen(before, config.proto)
     if before is None or not sent:
         return ok(step, f"{text}, and has seen nothing of it yet")
     lost = f"they got lost before {hop.qube}, unless it was started since"
     return Check(step, Verdict.NOTE, f"{text}, and has seen nothing of the {sent} at {before.qube}: {lost}")
 
 
-def _seen(hop: Hop, *, is_least: bool = False) -> str:
+def _seen(hop: Hop, proto: Proto, *, is_least: bool = False) -> str:
     """What a qube has counted; empty if that is nothing, or unknown. What a flowtable speeds up is no part of
     its packets (``is_least``).
     """
     if hop.counted is None or not (hop.counted.connections or hop.counted.packets):
         return ""
     packets = f"{'at least ' if is_least else ''}{counted(hop.counted.packets, 'packet')}"
-    return f"{counted(hop.counted.connections, 'connection')} and {packets}"
+    return f"{carried.live(proto, hop.counted.connections)} and {packets}"
 
 
 def _client(snapshot: Snapshot, forward: Forward) -> str:
@@ -171,11 +171,11 @@ def _client(snapshot: Snapshot, forward: Forward) -> str:
     first = clients[0] if len(clients) == 1 else QubeName("CLIENT")
     named = ", ".join(sorted(clients)[:_CLIENTS_MAX]) + (", ..." if len(clients) > _CLIENTS_MAX else "")
     address = config.to4 or config.to6
-    allow = f"accept dsthost={address} proto={config.proto} dstports={config.target_ports.brief()}"
+    add, ports = f"qvm-firewall {first} add --before=0 accept dsthost={address}", config.target_ports.brief()
+    allow = " and ".join(f"'{add} proto={proto} dstports={ports}'" for proto in config.proto.each)
     return (
         f"the firewall rules of a client itself ({named or 'no qube may come'}) are not looked at: "
-        f"'qvm-firewall {first} list' shows them, and 'qvm-firewall {first} add --before=0 {allow}' lets it "
-        "out"
+        f"'qvm-firewall {first} list' shows them, and it is let out by {allow}"
     )
 
 
@@ -184,23 +184,13 @@ def _may_come(ip: str | None, ip6: str | None, config: NftConfig) -> bool:
     return any(address.version in config.versions and address in config.sources for address in addresses)
 
 
-def _server(forward: Forward, stops: Stops, backend: Backend) -> Check:
+def _server(forward: Forward, proto: Proto, stops: Stops, backend: Backend) -> Check:
     """Whether a server listens where packets get, as the target says."""
-    target, rule = forward.named.target, forward.named.rule
-    argument = f"{rule.proto}.{rule.target_ports.first}"  # of a range it stands for all
-    looks = f"'ss -ln{rule.proto[0]}' in {target} shows where servers listen"
+    target = forward.named.target
+    argument = f"{proto}.{forward.named.rule.target_ports.first}"  # of a range it stands for all
     try:
         trial = listeners.ask(backend, target, argument).trial
     except AnswerError as error:
-        text = f"whether a server listens on more than 127.0.0.1 is not known: {error}; {looks}"
-        return unknown("server", text)
-    if trial is None or trial.answer is report.Answer.FAILED:
-        return unknown(
-            "server", f"{target} does not say whether a server listens: {trial and trial.text}; {looks}"
-        )
-    text = f"in {target}, {trial.text}"
-    if trial.answer is report.Answer.THROUGH:
-        return ok("server", text)
-    if trial.reason == Refusal.LOOPBACK:
-        raise stops.stopped("server", Refusal.LOOPBACK, text, _LOOPBACK[rule.proto])
-    raise stops.stopped("server", NO_SERVER, text, _REMEDIES[NO_SERVER])
+        text = f"whether a server listens on more than 127.0.0.1 is not known: {error}"
+        return unknown("server", f"{text}; {looks(proto, target)}")
+    return served(target, proto, trial, stops, _SERVER)

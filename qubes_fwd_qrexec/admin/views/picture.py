@@ -22,6 +22,7 @@ from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.values import QubeName
 
+from . import carried
 from .entrance import asked, is_local
 from .tables import cut
 
@@ -58,7 +59,7 @@ def picture(
     by_nft = forward.mode is Mode.NFT
     server = rule.target_ports.worded() if by_nft else f"127.0.0.1:{rule.target_ports.brief()}"
     entered = [] if rule.listen is None else [str(rule.listen)]
-    entered.append(rule.listen_ports.worded())
+    entered.append(f"{carried.named(rule.proto)}{rule.listen_ports.worded()}")
     way = [(forward.exposed, entered), *((hop, entered[-1:]) for hop in forward.hops[1:])]
     boxes = [(_clients(forward, inventory), *_networks(forward))]
     for name, texts in (*way, (forward.named.target, [server])):

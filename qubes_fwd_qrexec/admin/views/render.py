@@ -78,7 +78,7 @@ def _row(forward: Forward, now: float) -> tuple[str, ...]:
         forward.state,
         forward.mode,
         exposed_at(forward),
-        f"{rule.proto} {rule.target_ports.brief()}",
+        f"{'+'.join(rule.proto.each)} {rule.target_ports.brief()}",
         str(rule.sources),
         "never" if rule.expire is None else distance(rule.expire - now),
         escaped(rule.comment),
@@ -121,7 +121,8 @@ def explained(forward: Forward, style: Style) -> str:
         lines.append(f"  packets go {' - '.join((*forward.hops, forward.named.target))}.")
     if forward.service is not None:
         why = travel.transport_reason(forward)
-        lines.append(f"  transport {forward.transport} over {forward.service}: {why}.")
+        services = " and ".join(config.service for config in forward.listener_configs)
+        lines.append(f"  transport {forward.transport} over {services or forward.service}: {why}.")
     lines += [f"  note: {note}" for note in reasons.notes(forward)]
     return "".join(f"{line}\n" for line in lines)
 

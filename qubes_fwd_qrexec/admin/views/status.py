@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key
 from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Mode, Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 from qubes_fwd_qrexec.system.ending import Ending
 
 from . import nftstatus, reasons, steps
@@ -33,7 +33,7 @@ from .listeners import (
     ask_all,
     flows,
     listening,
-    uptake,
+    uptakes,
 )
 from .nftstatus import NftStatus
 from .render import exposed_at, forward_as_json
@@ -52,7 +52,8 @@ _CLEAR = "\x1b[H\x1b[J"
 
 
 class Row(NamedTuple):
-    """One live forward, with dom0's verdict on its calls and what its listener and its target say of it.
+    """One protocol of a live forward, with dom0's verdict on the forward's calls and what its listener and
+    its target say of it.
 
     ``mux_calls`` are those that the target has of it; None if that is unknown, or it has another transport.
     """
@@ -87,6 +88,7 @@ class Row(NamedTuple):
         return {
             **forward_as_json(self.forward),
             **(at_listener if self.uptake.is_shut else {}),
+            "proto": self.uptake.proto,
             "ports": self.forward.named.rule.listen_ports.brief(),
             "is_allowed": self.verdict.is_allowed,
             "policy": self.verdict.reason,
@@ -155,7 +157,9 @@ def status_of(
 ) -> Status:
     """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
     over_qrexec = (forward for forward in planned.live if forward.mode is Mode.QREXEC)
-    rows = tuple(_row(forward, verdicts[forward.named[:2]], answers) for forward in over_qrexec)
+    rows = tuple(
+        row for forward in over_qrexec for row in _rows(forward, verdicts[forward.named[:2]], answers)
+    )
     everything = snapshot.plan(now)
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
@@ -168,17 +172,19 @@ def status_of(
     return Status(planned, rows, tuple(goes_on), tuple(silent), tuple(due))
 
 
-def _row(forward: Forward, verdict: PolicyVerdict, answers: Mapping[QubeName, Answer]) -> Row:
+def _rows(forward: Forward, verdict: PolicyVerdict, answers: Mapping[QubeName, Answer]) -> Iterator[Row]:
     answer = None if forward.exposed is None else answers.get(forward.exposed)
-    row, target = Row(forward, verdict, uptake(forward, answer)), answers.get(forward.named.target)
-    if isinstance(answer, QubeReport) and answer.listener is not None:
-        row = row._replace(bugs=answer.listener.bugs)
-    if answer is None or not isinstance(target, QubeReport):
-        return row
-    mine = (forward.exposed, forward.named.rule.target_ports)
-    mux_calls = sum(calls.mux_calls for calls in target.calls if (calls.source, calls.ports) == mine)
-    is_mux = forward.transport is Transport.MUX
-    return row._replace(bugs_in_target=target.bugs, mux_calls=mux_calls if is_mux else None)
+    target = answers.get(forward.named.target)
+    for took in uptakes(forward, answer):
+        row = Row(forward, verdict, took)
+        if isinstance(answer, QubeReport) and answer.listener is not None:
+            row = row._replace(bugs=answer.listener.bugs)
+        if answer is not None and isinstance(target, QubeReport):
+            mine = (forward.exposed, forward.named.rule.target_ports, took.proto)
+            of_mine = (c.mux_calls for c in target.calls if (c.source, c.ports, c.proto) == mine)
+            mux_calls = sum(of_mine) if forward.transport is Transport.MUX else None
+            row = row._replace(bugs_in_target=target.bugs, mux_calls=mux_calls)
+        yield row
 
 
 def status(args: Namespace, session: Session) -> int:
@@ -279,7 +285,8 @@ _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
 
 def _cells(row: Row) -> tuple[str, ...]:
     named, report = row.forward.named, row.uptake.report
-    cells = (named.target, named.name, row.state, exposed_at(row.forward), _VERDICTS[row.verdict.is_allowed])
+    at = f"{exposed_at(row.forward)}{' udp' if row.uptake.proto is Proto.UDP else ''}"
+    cells = (named.target, named.name, row.state, at, _VERDICTS[row.verdict.is_allowed])
     if report is None:
         return (*cells, *("unknown",) * 6)
     counts = (report.connections, report.total, sum(report.refused.values()))
@@ -287,8 +294,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _remarks(found: Status) -> Iterator[str]:
-    for row in found.rows:
-        yield from _about(row)
+    # A rule that forwards both has two rows.
+    yield from dict.fromkeys(remark for row in found.rows for remark in _about(row))
     bugs = {(str(row.forward.exposed), "listener"): row.bugs for row in found.rows}
     bugs |= {(row.forward.named.target, "service"): row.bugs_in_target for row in found.rows}
     for (qube, program), count in sorted(bugs.items()):
@@ -317,12 +324,23 @@ def _about(row: Row) -> Iterator[str]:
         yield f"{name}: dom0 denies its calls: {escaped(row.verdict.reason)}."
     if row.uptake.is_shut:
         yield f"{name} is {State.WAITING}: {row.problem}."
-    if report is not None and report.refused:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(report.refused.items()))
-        yield f"{name}: refused: {counts}."
-    if report is not None and report.last_error is not None:
+    if report is None:
+        return
+    whose = f"{name}{' (udp)' if report.proto is Proto.UDP else ''}"
+    if refused := _reasons(report.refused):
+        yield f"{whose}: refused: {refused}."
+    if report.datagrams_sent or report.datagrams_received:
+        sent, received = report.datagrams_sent, report.datagrams_received
+        yield f"{whose}: {sent} datagrams from clients, {received} to clients."
+    if dropped := _reasons(report.dropped):
+        yield f"{whose}: datagrams dropped: {dropped}."
+    if report.last_error is not None:
         at = "" if report.last_error_at is None else f" at {_local(report.last_error_at)}"
-        yield f"{name}: last error{at}: {report.last_error}."
+        yield f"{whose}: last error{at}: {report.last_error}."
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count)
 
 
 def _local(untrusted_seconds: int) -> str:

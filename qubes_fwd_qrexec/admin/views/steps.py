@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key
 
+from . import carried
 from .tables import counted
 
 
@@ -42,7 +43,8 @@ def text(steps: Iterable[Step], *, is_preview: bool) -> str:
 
 
 def _ends(allowance: Allowance) -> str:
-    drained = ", ".join(calls.ports.worded() for calls in sorted(allowance.drains, key=str))
+    drains = sorted(allowance.drains, key=str)
+    drained = ", ".join(f"{carried.named(calls.proto)}{calls.ports.worded()}" for calls in drains)
     text = "end connections that are not allowed any more"
     return f"{text}, but let those to {drained} end by themselves" if drained else text
 

@@ -24,7 +24,7 @@ from qubes_fwd_qrexec.admin.views.listeners import (
     beyond_dom0,
     flows,
     listening,
-    uptake,
+    uptakes,
 )
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -40,12 +40,13 @@ from qubes_fwd_qrexec.common.report import (
     dump,
 )
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 
 SYS_NET, PERSONAL, SSH = QubeName("sys-net"), QubeName("personal"), RuleName("ssh")
 WORLD = world(qube("sys-net", features=OURS, provides_network=True))
 STOCK = rule("srcports=22", target="personal", name="ssh")
 WEB = ("work", "web")
+KEY = (QubeName("work"), RuleName("web"))
 SILENT = AnswerError("it does not answer")
 
 
@@ -80,6 +81,11 @@ def answer(*forwards: ForwardReport, **more: Any) -> QubeReport:
     return QubeReport(program="x", listener=listener, firewall=firewall)
 
 
+UDP = replace(report(), proto=Proto.UDP)
+UDP_WORLD = world(
+    qube("sys-net", features=OURS, provides_network=True), qube("work", "sys-firewall", features=OURS)
+)
+FIRE = "its firewall lets nobody in to a port that the listener does not listen on"
 OPEN, NOTHING = answer(report()), answer()
 BUSY = answer(problems=(Problem("fwd.work.web", "the port is in use by nginx"),))
 PART = answer(replace(report(), is_listening=False))
@@ -128,16 +134,17 @@ def test_a_listener_is_asked_once_whether_it_has_a_forward_open(
     answer: QubeReport | AnswerError, has: Has
 ) -> None:
     for before in (planned(), planned(rule("srcports=81"))):
-        assert Qube(answer).heard(before, planned(rule()), WEB).uptakes["work", "web"].has is has  # type: ignore[index]
+        (took,) = Qube(answer).heard(before, planned(rule()), WEB).uptakes[KEY]
+        assert took.has is has
 
 
 def test_a_qube_is_asked_once_for_all_of_its_forwards() -> None:
     other = rule("srcports=81", name="other")
     asked = Qube(answer(report(), report(name="other")))
     found = asked.heard(planned(), planned(rule(), other), WEB, ("work", "other"))
-    assert {key: each.has for key, each in found.uptakes.items()} == {
-        WEB: Has.OPEN,
-        ("work", "other"): Has.OPEN,
+    assert {key: [each.has for each in took] for key, took in found.uptakes.items()} == {
+        WEB: [Has.OPEN],
+        ("work", "other"): [Has.OPEN],
     }
 
 
@@ -151,7 +158,7 @@ def test_only_what_is_open_now_and_was_asked_for_is_a_question() -> None:
 def test_a_qube_that_lacks_our_package_is_not_asked() -> None:
     found = Qube().heard(planned(), planned(rule()), WEB, inventory=world())
     said = "sys-net has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen"
-    assert found.uptakes == {WEB: Uptake(Has.NOT_OFFERED, said)}
+    assert found.uptakes == {WEB: (Uptake(Has.NOT_OFFERED, said),)}
 
 
 NOTES: list[tuple[QubeReport | AnswerError | None, str | None]] = [
@@ -181,7 +188,19 @@ def test_what_keeps_a_forward_from_being_open_has_words(
 ) -> None:
     forward = only(rule())
     helps = "; 'qvm-forward diagnose work web' says what helps"
-    assert uptake(forward, said).note(forward) == (None if text is None else f"{text}{helps}")
+    (took,) = uptakes(forward, said)
+    assert took.note(forward) == (None if text is None else f"{text}{helps}")
+
+
+def test_flows_of_udp_are_told_from_connections() -> None:
+    drains = (replace(drain(2), proto=Proto.UDP), drain(1))
+    said = answer(replace(UDP, connections=5), report(connections=4), draining=drains)
+    found = flows(SYS_NET, said, plan([rule()], UDP_WORLD, NOW))
+    assert [str(each) for each in found or ()] == [
+        "personal ssh: 2 UDP flows at sys-net may go on for at most 3000 s",
+        "personal ssh: 1 connection at sys-net may go on for at most 3000 s",
+        "work web: 5 UDP flows that should have ended at sys-net",
+    ]
 
 
 def test_what_has_ended_beyond_dom0_is_found_and_no_other() -> None:

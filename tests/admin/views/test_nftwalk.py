@@ -228,8 +228,8 @@ def test_the_rules_of_a_client_itself_are_named_where_clients_are_qubes(
     assert (steps[5]["verdict"], steps[5]["text"]) == (
         "unknown",
         "the firewall rules of a client itself (personal, sys-vpn) are not looked at: 'qvm-firewall CLIENT "
-        "list' shows them, and 'qvm-firewall CLIENT add --before=0 accept dsthost=10.137.0.10 proto=tcp "
-        "dstports=8080' lets it out",
+        "list' shows them, and it is let out by 'qvm-firewall CLIENT add --before=0 accept "
+        "dsthost=10.137.0.10 proto=tcp dstports=8080'",
     )
     forward("set", "work", "web", "srchosts=personal")
     assert (
@@ -265,14 +265,30 @@ def test_a_server_to_which_packets_do_not_get(
     assert wrong(diagnosed(), "server", cause) == f"{text} | {remedy}"
 
 
-def test_a_server_of_udp_is_looked_for_too_and_no_way_over_qrexec_is_named(
+def test_of_udp_flows_are_counted_and_its_server_is_looked_for_too(
     forward: Command, diagnosed: Diagnosed, nft_lab: NftLab
 ) -> None:
     forward("set", "work", "web", "proto=udp")
     nft_lab.listens = "udp.8080"
-    assert diagnosed()[-1]["verdict"] == "ok"
+    steps = diagnosed()
+    assert steps[-1]["verdict"] == "ok"
+    assert steps[3]["text"] == "sys-net sends on IPv4: 3 UDP flows and 40 packets until now"
     nft_lab.listens = "udp.8080 loopback"
-    assert wrong(diagnosed(), "server", "loopback").endswith("such as at 0.0.0.0 and ::")
+    assert wrong(diagnosed(), "server", "loopback").endswith("'qvm-forward set work web mode=qrexec'")
+
+
+def test_of_a_forward_of_both_the_servers_of_both_are_looked_for(
+    forward: Command, diagnosed: Diagnosed, nft_lab: NftLab
+) -> None:
+    forward("set", "work", "web", "proto=both")
+    steps = diagnosed()
+    assert [step["step"] for step in steps] == [*ALL, "server"]
+    assert steps[3]["text"] == "sys-net sends on IPv4: 3 connections and UDP flows and 40 packets until now"
+    assert steps[-1]["text"].endswith("; 'ss -lnu' in work shows where servers listen")
+    forward("set", "work", "web", "forwardtype=internal", "srchosts=personal")
+    (client,) = (step["text"] for step in diagnosed() if step["step"] == "client")
+    assert client.endswith("proto=udp dstports=8080'")
+    assert client.count("--before=0 accept dsthost=10.137.0.10 proto=") == 2
 
 
 def test_where_a_target_does_not_say_where_servers_listen_the_command_that_does_is_named(

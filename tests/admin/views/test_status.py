@@ -209,6 +209,7 @@ def test_a_halted_listener_is_not_asked(forward: Command, lab: LabDirectory) -> 
     assert forward("status", "--json").json["forwards"] == [
         planned
         | {
+            "proto": "tcp",
             "ports": "80",
             "is_allowed": True,
             "policy": "dom0 allows the call",
