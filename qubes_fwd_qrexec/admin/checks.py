@@ -155,22 +155,28 @@ def _undecided(rule: ForwardRule) -> Iterator[Finding]:
 def _carrier(
     rule: ForwardRule, target: Qube, inventory: Inventory, stock: Collection[QubeName]
 ) -> tuple[Service | None, Transport, list[Finding]]:
-    """Service and transport by what the target has; no service if it cannot answer."""
+    """Service and transport by what the target has, those of TCP for both; no service if it cannot answer."""
     name, offers = target.name, inventory.offers(target.name, Service.FORWARD_TCP)
+    *_, installed_in = inventory.with_templates(name)
+    found: list[Finding] = []
+    if rule.proto is not Proto.TCP and not inventory.offers(name, Service.FORWARD_UDP):
+        older = "older" if offers else ""
+        found.append(Finding(Cause.NO_SERVICE, installed_in.name, detail=older, case="udp"))
+    if rule.proto is Proto.UDP:
+        return None if found else Service.FORWARD_UDP, Transport.MUX, found
     has_own = f"{OFFER_PREFIX}{Service.FORWARD_TCP}" in target.features
     is_older = name in stock and target.is_running and not has_own
     if offers and not is_older:
         mux_or_call = Transport.CALL if rule.transport is Transport.CALL else Transport.MUX
-        return Service.FORWARD_TCP, mux_or_call, []
+        return Service.FORWARD_TCP, mux_or_call, found
     system = inventory.feature(name, OS_FEATURE) or LINUX
     if system != LINUX and not inventory.offers(name, Service.CONNECT_TCP):
-        return None, rule.transport, [Finding(Cause.NO_SERVICE, detail=system, case="system")]
-    *_, installed_in = inventory.with_templates(name)
+        return None, rule.transport, [*found, Finding(Cause.NO_SERVICE, detail=system, case="system")]
     stock_only = Finding(Cause.STOCK_SERVICE, installed_in.name, detail="older" if offers else "")
     if rule.transport is Transport.MUX or rule.proxy is not Proxy.OFF:
         asked = "transport=mux" if rule.proxy is Proxy.OFF else "proxy"
-        return None, rule.transport, [stock_only._replace(cause=Cause.NO_SERVICE, case=asked)]
-    return Service.CONNECT_TCP, Transport.CALL, [stock_only]
+        return None, rule.transport, [*found, stock_only._replace(cause=Cause.NO_SERVICE, case=asked)]
+    return Service.CONNECT_TCP, Transport.CALL, [*found, stock_only]
 
 
 def _tunnel(
@@ -211,16 +217,17 @@ def _perhaps_tunnels(forward: Forward, inventory: Inventory) -> Iterator[Finding
 def _over_qrexec(
     forward: Forward, exposed: QubeName, side: Side, _: Inventory
 ) -> tuple[Configs, list[Finding]]:
-    """The listener's configuration, and a finding if it is too large."""
+    """The listener's configuration for each protocol, and a finding if one is too large."""
     named, service, sources = forward.named, forward.service, forward.sources
-    transport = forward.transport
-    ports = len(named.rule.listen_ports)
+    transport, ports = forward.transport, len(named.rule.listen_ports)
     if service is None or sources is None:
         return (), []
     if transport is Transport.CALL and ports > CALL_PORTS_MAX:
         return (), [Finding(Cause.TOO_LARGE, number=ports, case="ports")]
+    carriers = {Proto.TCP: (service, transport), Proto.UDP: (Service.FORWARD_UDP, Transport.MUX)}
+    each = (carriers[proto] for proto in named.rule.proto.each)
     try:
-        return ((exposed, ListenerConfig.of_rule(*named, sources, service, transport, side)),), []
+        return tuple((exposed, ListenerConfig.of_rule(*named, sources, *by, side)) for by in each), []
     except ConfigError as error:
         return (), [Finding(Cause.TOO_LARGE, detail=str(error), case="bytes")]
 

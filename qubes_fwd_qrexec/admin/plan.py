@@ -3,12 +3,12 @@
 
 Nothing is read or changed here. Each rule is first judged by itself. Then an enabled rule claims its ports
 until its time is over, whether it is open or not: at its exposed qube, and by nft at each hop. Two conflict
-if they claim one address and port of a qube, unless both go by nft and enter by different sides: a listener
-is hidden by a rule of the firewall, by whatever side. A target claims the ports that packets come to, which
-would otherwise be sent on or answered by a listener, but never against another rule to itself. Two rules also
-conflict if they reach one port of a target from one qube with different autostart, which dom0's policy cannot
-tell apart. Every command refuses a second claim. Qubes' own tools can still bring two together when they
-change netvms: then the first by name has the port.
+if they claim one address and port of a qube for the same protocol, unless both go by nft and enter by
+different sides: a listener is hidden by a rule of the firewall, by whatever side. A target claims the ports
+that packets come to, which would otherwise be sent on or answered by a listener, but never against another
+rule to itself. Two rules also conflict if they reach one port of a target from one qube with different
+autostart, which dom0's policy cannot tell apart. Every command refuses a second claim. Qubes' own tools can
+still bring two together when they change netvms: then the first by name has the port.
 """
 
 from collections.abc import Collection, Iterable
@@ -81,7 +81,7 @@ class _Claim(NamedTuple):
     def rivals(self, other: "_Claim") -> bool:
         return (
             not (self.is_own and other.is_own)
-            and not set(self.named.rule.proto.each).isdisjoint(other.named.rule.proto.each)
+            and self.named.rule.proto.overlaps(other.named.rule.proto)
             and (self.side is None or other.side is None or self.side is other.side)
             and _overlap(self.addresses, other.addresses)
         )
@@ -123,7 +123,8 @@ class _Claims:
 
     def _take_calls(self, named: NamedRule, listener: QubeName) -> Finding | None:
         for reaching in self._calls.get((listener, named.target, not named.rule.autostart), ()):
-            if named.rule.target_ports.overlaps(reaching.rule.target_ports):
+            is_same = named.rule.proto.overlaps(reaching.rule.proto)
+            if is_same and named.rule.target_ports.overlaps(reaching.rule.target_ports):
                 return Finding(Cause.CONFLICT, qube=listener, rival=reaching, case="autostart")
         self._calls.setdefault((listener, named.target, named.rule.autostart), []).append(named)
         return None

@@ -6,22 +6,23 @@ only for the forwards that go over it, and none that denies.
 """
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from qubes_fwd_qrexec.common.allowance import Calls
-from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.rules import Transport
 from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName, TargetPorts, parse_qube_name, yes_no
+from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts, parse_qube_name, yes_no
 
 from .states import Forward, Plan
 
 NAME = "30-forward"
+OURS = (Service.FORWARD_TCP, Service.FORWARD_UDP)
 # Only dom0 may end calls and ask how forwards are, and policy does not apply to dom0's own calls.
 CLOSING = tuple(
     f"{service}  *  @anyvm  @anyvm  deny  notify=no"
-    for service in (NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE, Service.FORWARD_TCP)
+    for service in (NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE, *OURS)
 )
 _HEADER = """\
 # This file is written by qvm-forward, and edits in it are lost.
@@ -36,38 +37,39 @@ _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
 
 def calls_of(line: str) -> tuple[QubeName, Calls] | None:
-    """The target and the calls of our service that a line allows.
+    """The target and the calls of our services that a line allows.
 
     None for a line of another service, and for one that we would not write.
     """
     words = line.split()
-    if len(words) < 5 or words[0] != Service.FORWARD_TCP or words[4] != "allow":
+    if len(words) < 5 or words[0] not in OURS or words[4] != "allow":
         return None
-    _, argument, source, target, *_ = words
+    service, argument, source, target, *_ = words
+    proto = Service(service).proto
     ports, _, kind = argument.removeprefix("+").partition("+")
-    if kind not in ("", Transport.MUX):
+    if kind != Transport.MUX and (kind or proto is Proto.UDP):
         return None
     try:
-        return parse_qube_name(target), Calls(TargetPorts.parse(ports), parse_qube_name(source))
+        return parse_qube_name(target), Calls(TargetPorts.parse(ports), parse_qube_name(source), proto)
     except TextError:
         return None
 
 
 def lines(forward: Forward) -> tuple[str, ...]:
-    """The lines that one forward needs; none if it is not live, or goes by nft."""
-    config = forward.listener_config
-    if config is None:
-        return ()
-    if config.transport is Transport.MUX:
-        arguments = [f"{config.target_ports.brief()}+mux"]
-    else:
-        arguments = [str(port) for port in config.target_ports]
+    """The lines that one forward needs, of each protocol its own; none if it is not live, or goes by nft."""
     autostart = yes_no(forward.named.rule.autostart)
     return tuple(
         f"{config.service}  +{argument}  {forward.exposed}  {config.target}  allow  "
         f"autostart={autostart}  notify=no"
-        for argument in arguments
+        for config in forward.listener_configs
+        for argument in _arguments(config)
     )
+
+
+def _arguments(config: ListenerConfig) -> Iterable[str]:
+    if config.transport is Transport.MUX:
+        return (f"{config.target_ports.brief()}+mux",)
+    return map(str, config.target_ports)
 
 
 def text(planned: Plan, *, withheld: Container[str] = ()) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Calls of our service outlive the policy that allowed them: what each target is told, and what came of it.
+"""Calls of our services outlive the policy that allowed them: what each target is told, and what came of it.
 
 A target is told all that dom0 allows there from now on, and ends the rest. That is one bounded call to each
 target, all at once, and nothing remembers those that failed: safety rests on the lease in the target.
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.allowance import ANSWER_MAX_BYTES, Allowance, Calls, Revoked
-from qubes_fwd_qrexec.common.config import ListenerConfig, Service
+from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.errors import ConfigError, StoreError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.rules import OnExpire, Transport
@@ -65,7 +65,7 @@ def allowances(
 def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
     """The running qubes that may have calls which these lines allowed.
 
-    A line that we would not write might have allowed calls to any qube that offers our service, so all of
+    A line that we would not write might have allowed calls to any qube that offers our services, so all of
     them count then.
     """
     found: set[QubeName] = set()
@@ -73,20 +73,20 @@ def targets_of(lines: Iterable[str], inventory: Inventory) -> set[QubeName]:
         call = policy.calls_of(line)
         if call is not None:
             found |= {call[0]} & {qube.name for qube in inventory.qubes.values() if qube.is_running}
-        elif line.split()[0] in (Service.FORWARD_TCP, "*"):
+        elif line.split()[0] in (*policy.OURS, "*"):
             found |= serving(inventory)
     return found
 
 
 def serving(inventory: Inventory) -> set[QubeName]:
-    """The running qubes that offer our service, but the one that this runs in: no qube can call itself."""
+    """The running qubes that offer our services, but the one that this runs in: no qube can call itself."""
     return {
         qube.name
         for qube in inventory.qubes.values()
         if qube.is_running
         and qube.klass not in (ADMIN, TEMPLATE)
         and qube.name != inventory.here
-        and inventory.offers(qube.name)
+        and any(inventory.offers(qube.name, service) for service in policy.OURS)
     }
 
 
@@ -105,7 +105,7 @@ def drains(inventory: Inventory) -> set[tuple[QubeName, Calls]]:
         is_mux = config.transport is Transport.MUX
         each = [config.target_ports] if is_mux else [TargetPorts(p, p) for p in config.target_ports]
         told = drained if config.on_expire is OnExpire.DRAIN else cut
-        told.update((config.target, Calls(ports, exposed)) for ports in each)
+        told.update((config.target, Calls(ports, exposed, config.proto)) for ports in each)
     return drained - cut
 
 

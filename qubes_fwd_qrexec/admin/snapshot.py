@@ -59,13 +59,13 @@ def parse_new_name(text: str) -> RuleName:
 
 
 def made_up_name(rule: ForwardRule, taken: Iterable[str]) -> RuleName:
-    """``tcp-80`` or ``tcp-80-90``, with a number behind if that is taken."""
+    """``tcp-80`` or ``both-80-90``, with a number behind if that is taken."""
     base = f"{rule.proto}-{rule.listen_ports.brief()}"
     names = set(taken)
     name, number = base, 1
     while name in names:
         number += 1
-        # tcp-60000-60010 leaves one digit of the 16; a tenth such rule may well be named by the user.
+        # A range of five digits leaves one or none of the 16 characters, so its end may go.
         name = f"{base[: 16 - len(str(number)) - 1]}-{number}"
     return parse_rule_name(name)
 

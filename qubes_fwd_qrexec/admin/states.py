@@ -143,7 +143,8 @@ class Forward(NamedTuple):
     ``findings`` are in the order in which they were made, and all are there: that the rule is disabled hides
     no tunnel. ``chain`` are the netvms of its target. ``exposed`` is where it listens, or would listen, and
     ``side`` that by which connections may come. ``mode`` is how they travel, and never ``auto``. ``service``
-    is that of qrexec, None if the target cannot be reached by it. ``configs`` are what qubes are told, the
+    and ``transport`` are those of qrexec, of TCP if the rule is about both protocols; the service is None if
+    the target cannot be reached by it. ``configs`` are what qubes are told, the
     target first and the exposed qube last; there are some exactly when the forward is live. ``sources`` are
     all whom it lets in, as networks, None if that is nobody; ``let_in`` those of them that the rule names.
     """
@@ -164,11 +165,6 @@ class Forward(NamedTuple):
     def is_live(self) -> bool:
         """Whether policy and configuration are given out: now (active) or for the next start (waiting)."""
         return bool(self.configs)
-
-    @property
-    def listener_config(self) -> ListenerConfig | None:
-        """What the listener is told, if it is live and goes over qrexec."""
-        return next((config for _, config in self.configs if isinstance(config, ListenerConfig)), None)
 
     @property
     def listener_configs(self) -> tuple[ListenerConfig, ...]:

@@ -51,6 +51,10 @@ class Proto(StrEnum):
         """The protocols that it stands for."""
         return (Proto.TCP, Proto.UDP) if self is Proto.BOTH else (self,)
 
+    def overlaps(self, other: "Proto") -> bool:
+        """Whether there is a protocol that both stand for."""
+        return self is other or Proto.BOTH in (self, other)
+
 
 def parse_one_proto(text: str) -> Proto:
     """Parse ``tcp`` or ``udp``. Raises `TextError`."""

@@ -63,8 +63,8 @@ def test_our_service_is_used_as_the_rule_says(asked: str) -> None:
 def test_mux_carries_who_the_client_is(asked: str) -> None:
     forward = only(rule(f"proxy=v2 {asked}"))
     assert forward.transport is Transport.MUX
-    assert forward.listener_config is not None
-    assert forward.listener_config.proxy == "v2"
+    (config,) = forward.listener_configs
+    assert config.proxy == "v2"
 
 
 def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason_warns() -> None:
@@ -76,8 +76,8 @@ def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason
 def test_limits_are_what_the_listener_is_told() -> None:
     forward = only(rule("limits=connections:9,per-source:3,rate:5"))
     assert forward.state is State.ACTIVE
-    assert forward.listener_config is not None
-    assert str(forward.listener_config).endswith(" limits=connections:9,per-source:3,rate:5")
+    (config,) = forward.listener_configs
+    assert str(config).endswith(" limits=connections:9,per-source:3,rate:5")
 
 
 def test_a_bypassed_tunnel_is_labelled() -> None:
@@ -106,8 +106,8 @@ def test_each_forward_has_its_side_and_its_listener_is_told(
     text: str, target: str, exposed: str, side: Side
 ) -> None:
     forward = only(rule(text, target=target))
-    assert forward.listener_config is not None
-    assert (forward.exposed, forward.side, forward.listener_config.side) == (exposed, side, side)
+    (config,) = forward.listener_configs
+    assert (forward.exposed, forward.side, config.side) == (exposed, side, side)
     assert forward_as_json(forward)["side"] == side
 
 

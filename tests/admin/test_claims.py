@@ -91,6 +91,9 @@ def test_a_rule_without_a_path_claims_where_it_is_now(path: str) -> None:
         ("mode=nft", "mode=nft via=sys-firewall", "sys-firewall"),
         ("mode=nft listen=10.0.0.1", "mode=nft listen=10.0.0.2", "sys-firewall"),
         ("mode=nft proto=udp srcports=80-90", "mode=nft proto=udp srcports=90-95", "sys-net"),
+        ("mode=nft proto=both", "mode=nft proto=udp", "sys-net"),
+        ("mode=nft proto=tcp", "mode=nft proto=both", "sys-net"),
+        ("mode=nft proto=both", "mode=qrexec", "sys-net"),
     ],
 )
 def test_a_forward_by_nft_claims_its_port_at_every_hop(one: str, other: str, at: str) -> None:

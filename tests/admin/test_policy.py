@@ -50,14 +50,13 @@ def flows(planned: Plan) -> set[tuple[str, str, str, str]]:
     """Service, argument, source and target of all that a plan allows, told by its configurations alone."""
     found = set()
     for forward in planned.live:
-        told = forward.listener_config
-        assert told is not None
         assert forward.exposed is not None
-        if told.transport is Transport.MUX:
-            arguments = [f"+{told.target_ports.brief()}+mux"]
-        else:
-            arguments = [f"+{port}" for port in told.target_ports]
-        found |= {(str(told.service), a, forward.exposed, told.target) for a in arguments}
+        for told in forward.listener_configs:
+            if told.transport is Transport.MUX:
+                arguments = [f"+{told.target_ports.brief()}+mux"]
+            else:
+                arguments = [f"+{port}" for port in told.target_ports]
+            found |= {(str(told.service), a, forward.exposed, told.target) for a in arguments}
     return found
 
 
@@ -139,6 +138,7 @@ def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
         "qubes.ForwardRevoke  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardStatus  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardTCP  *  @anyvm  @anyvm  deny  notify=no\n"
+        "qubes.ForwardUDP  *  @anyvm  @anyvm  deny  notify=no\n"
     )
 
 
@@ -158,6 +158,11 @@ def test_a_mux_call_to_a_range_is_one_line() -> None:
         ),
         ("qubes.ForwardTCP +80-90+mux sys-net work allow", "work: 80-90 sys-net"),
         ("qubes.ForwardTCP +80 sys-net work allow autostart=no", "work: 80-80 sys-net"),
+        ("qubes.ForwardUDP +53+mux sys-net work allow", "work: udp 53-53 sys-net"),
+        ("qubes.ForwardUDP +53-55+mux sys-net work allow autostart=no", "work: udp 53-55 sys-net"),
+        ("qubes.ForwardUDP +53 sys-net work allow", None),
+        ("qubes.ForwardUDP * sys-net work allow", None),
+        ("qubes.ForwardUDP +53+mux sys-net work deny", None),
         ("qubes.ForwardTCP +80+later sys-net work allow", None),
         ("qubes.ConnectTCP +80+mux sys-net work allow", None),
         ("qubes.ForwardTCP +80+mux sys-net work deny", None),

@@ -28,8 +28,7 @@ def internal(sources: str, *extra: Qube, more: str = "", ip6: bool = True) -> Fo
 
 
 def told(forward: Forward) -> str:
-    config = forward.listener_config
-    assert config is not None
+    (config,) = forward.listener_configs
     return f"{','.join(map(str, config.listen))} <- {config.sources}"
 
 

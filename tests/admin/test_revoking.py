@@ -5,7 +5,7 @@ from threading import Barrier
 
 import pytest
 from memory import Memory, applied, steps
-from worlds import NOW, rule, world
+from worlds import NOW, qube, rule, world
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind, differences
@@ -139,6 +139,30 @@ def test_a_line_of_others_that_names_no_qube_is_told_to_all_that_serve() -> None
     assert sorted(told(backend)) == ["hidden", "vault", "work"]
     backend.policy = "qubes.ForwardTCP +22 personal work allow\n"
     assert told(backend, WEB) == {"work": f"{NOTHING}keep 8080-8080 sys-net\n"}
+
+
+@pytest.mark.parametrize("service", ["qubes.ForwardUDP", "*"])
+def test_a_line_of_others_about_udp_is_told_to_all_that_serve(service: str) -> None:
+    backend = Memory(world())
+    backend.policy = f"{service} +53 @anyvm @anyvm allow\n"
+    assert sorted(told(backend)) == ["hidden", "vault", "work"]
+
+
+def test_one_that_serves_udp_alone_is_told_too() -> None:
+    features = {"supported-rpc.qubes.ForwardUDP": "1"}
+    assert serving(world(qube("dns", features=features))) == {"hidden", "vault", "work", "dns"}
+
+
+def test_calls_that_carry_udp_end_apart_from_those_that_carry_tcp() -> None:
+    backend = Memory(world())
+    applied(backend, WEB)
+    backend.policy = f"qubes.ForwardUDP +8080+mux sys-net work allow\n{backend.policy}"
+    assert told(backend, WEB) == {"work": f"{NOTHING}keep 8080-8080 sys-net\n"}
+    config = backend.qubes[QubeName("sys-net")][CONFIG].replace("ForwardTCP", "ForwardUDP")
+    backend.qubes[QubeName("sys-net")]["vm-config.udp.work.web"] = f"{config} on-expire=drain"
+    drained = "keep 8080-8080 sys-net\ndrain udp 8080-8080 sys-net 3600\n"
+    assert told(backend, WEB) == {"work": f"{NOTHING}{drained}"}
+    assert told(backend) == {"work": f"{NOTHING}drain udp 8080-8080 sys-net 3600\n"}
 
 
 def test_more_than_a_target_reads_ends_everything() -> None:

@@ -17,7 +17,7 @@ NOW = 1_800_000_000
 ADD = ("add", "work", "80:8080", "--from", "192.168.0.0/16", "--name", "web")
 # An export of a system without any.
 NO_FORWARDS = "version 2\n"
-OURS = {"supported-rpc.qubes.ForwardTCP": "1"}
+OURS = {"supported-rpc.qubes.ForwardTCP": "1", "supported-rpc.qubes.ForwardUDP": "1"}
 BY_NFT = {"supported-rpc.qubes.ForwardNft": "1", "service.qubes-forward-nft": "1"}
 
 

@@ -204,7 +204,7 @@ def test_plan_explains_each_forward_as_show_does(forward: Forward, lab: LabDirec
 
 def test_policy_prints_what_the_rules_ask_for(forward: Forward) -> None:
     result = forward("policy")
-    assert result.out.endswith("qubes.ForwardTCP  *  @anyvm  @anyvm  deny  notify=no\n")
+    assert result.out.endswith("qubes.ForwardUDP  *  @anyvm  @anyvm  deny  notify=no\n")
     assert "'qvm-forward apply' writes this one" in result.err
     forward("apply")
     assert forward("policy").err == ""
