@@ -23,6 +23,9 @@ from qubes_fwd_qrexec.exposed import statussockets, trial
 from qubes_fwd_qrexec.lab.stockrules import Shape
 from qubes_fwd_qrexec.system import bugs, logs
 
+# argparse asks gettext for each of its words, and there is no translation to look for in four places.
+os.environ["LANGUAGE"] = "C"
+
 # How long an example takes says something of the machine's other load alone. Where a change is judged, the
 # examples are the same each time; elsewhere chance looks for others.
 settings.register_profile(

@@ -11,9 +11,9 @@ from soak.permits import Permit
 from soak.scripts import How, make
 
 SEED = 20_260_101
-SECONDS = 8
+SECONDS = 4
 LIMIT_S = 600
-NFT_SECONDS = 12
+NFT_SECONDS = 6
 # A busy machine is late; what is judged here is what passes when all qubes say that it does not.
 NFT_GRACE_S = 20
 

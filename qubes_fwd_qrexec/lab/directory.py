@@ -155,12 +155,11 @@ class LabDirectory:
     def qube_names(self) -> list[QubeName]:
         """The names of all qubes, sorted."""
         try:
-            entries = sorted(
-                entry.name for entry in self.qubes_dir.iterdir() if not entry.name.startswith(".")
-            )
+            return [parse_qube_name(name) for name in _visible(self.qubes_dir)]
         except OSError as error:
             raise StoreError(f"{self.qubes_dir}: {error.strerror}") from error
-        return [QubeName(self.qube_dir(name).root.name) for name in entries]
+        except TextError as error:
+            raise StoreError(f"{self.qubes_dir}: {error}") from error
 
     def qubes(self) -> dict[QubeName, Qube]:
         """All qubes by name; raises `StoreError` if one of them cannot be read."""
@@ -331,10 +330,11 @@ def _checked_feature(place: QubeDirectory, key: str) -> str:
 
 def _read_values(directory: Path) -> dict[str, str]:
     try:
-        return {
-            path.name: path.read_text(encoding="utf-8")
-            for path in sorted(directory.iterdir())
-            if not path.name.startswith(".")
-        }
+        return {name: (directory / name).read_text(encoding="utf-8") for name in _visible(directory)}
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{directory}: {why(error)}") from error
+
+
+def _visible(directory: Path) -> list[str]:
+    """What lies there, sorted; a leading dot is for files that are being written. Raises OSError."""
+    return sorted(name for name in os.listdir(directory) if not name.startswith("."))

@@ -130,12 +130,13 @@ def test_a_target_ends_no_idle_stream_by_itself() -> None:
 
 def test_the_budget_at_its_bound_stops_nobody() -> None:
     """docs/behaviours.md, 18: every window is at its floor; all consumers stall but one, which goes on."""
-    with MuxBench(far_budget=Budget(30 * FLOOR_BYTES, 30), near_budget=Budget(30 * FLOOR_BYTES, 30)) as bench:
-        streams = [bench.join() for _ in range(30)]
+    total = 8 * FLOOR_BYTES
+    with MuxBench(far_budget=Budget(total, 8), near_budget=Budget(total, 8)) as bench:
+        streams = [bench.join() for _ in range(8)]
         assert bench.far_budget.shared_left == bench.near_budget.shared_left == 0
         sent = [bench.stall(stream.client) for stream in streams[:-1]]
         held = sum(map(pending_bytes, bench.far.legs.values()))
-        assert held <= 30 * FLOOR_BYTES
+        assert held <= total
         last = streams[-1]
         last.client.send(b"x" * 20_000)
         assert bench.read(last.server, 20_000) == b"x" * 20_000
