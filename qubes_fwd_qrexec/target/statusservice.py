@@ -153,9 +153,11 @@ def _look_at(proto: Proto, port: int) -> Trial:
     if not addresses:
         return Trial(Answer.REFUSED, Refusal.SERVER, f"{what}: nothing listens there")
     text = one_line(f"{what}: a server listens at {', '.join(map(str, addresses))}")
-    if all(unmapped(address).is_loopback for address in addresses):
+    at = [unmapped(address) for address in addresses]
+    if all(address.is_loopback for address in at):
         return Trial(Answer.REFUSED, Refusal.LOOPBACK, text)
-    return Trial(Answer.THROUGH, "", text)
+    is_for_calls = any(address.is_loopback or address.is_unspecified for address in at)
+    return Trial(Answer.THROUGH, "" if is_for_calls else Refusal.NOT_AT_LOOPBACK, text)
 
 
 def _wait_while(is_behind: Callable[[], bool], bound_s: float, rest: Callable[[float], None]) -> None:

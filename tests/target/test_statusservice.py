@@ -41,6 +41,8 @@ from qubes_fwd_qrexec.target.statusservice import (
     answer,
 )
 
+# linux/in.h: an address that this machine does not have may be bound, too.
+IP_FREEBIND = 15
 BOUND_S = 60.0
 NOWHERE = Path("/nonexistent")
 REPORT = ListenerReport(since=1, forwards=())
@@ -238,6 +240,8 @@ def test_a_port_is_tried(tmp_path: Path) -> None:
         ("::1", Answer.REFUSED, "loopback"),
         ("0.0.0.0", Answer.THROUGH, ""),
         ("::", Answer.THROUGH, ""),
+        # Of nobody here (RFC 5737): packets would get there, and calls do not.
+        ("192.0.2.1", Answer.THROUGH, "not-at-loopback"),
     ],
 )
 def test_a_server_is_looked_for_where_packets_of_others_get(
@@ -247,6 +251,8 @@ def test_a_server_is_looked_for_where_packets_of_others_get(
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as server:
         if ":" in host:
             server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        else:
+            server.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
         server.bind((host, 0))
         port = server.getsockname()[1]
         if kind is socket.SOCK_STREAM:
