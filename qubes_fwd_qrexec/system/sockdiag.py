@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The sockets of this qube, according to the kernel (NETLINK_SOCK_DIAG, sock_diag(7)).
 
-Where the programs of one user listen for TCP shows the firewall's program that a port is the listener's and
-not another program's. It does not ask the listener, which talks to strangers and can only show itself by a
-listening socket.
+Where the programs of one user listen shows the firewall's program that a port is the listener's and not
+another program's. It does not ask the listener, which talks to strangers and can only show itself by a
+socket: for TCP one that listens, for UDP one without a peer, which takes datagrams of anybody.
 
 The listener is identified by its user, the owner of its runtime directory: only root can make directories in
 /run, and no two units with DynamicUser= share a user. Root is never taken for the listener by default, so a
 directory with a wrong owner admits nobody. The control group of the sockets would show the same, but only
 with cgroup version 2, Linux 5.9 or later, and the unit in the expected slice.
 
-It asks only for listening sockets, which the kernel keeps in a list of their own, so that 10,000 connections
-cost nothing. Any user may ask. There is no fallback to /proc, which lists all connections: if the kernel does
+It asks only for sockets in that state, and those that listen for TCP the kernel keeps in a list of their own,
+so that 10,000 connections cost nothing. Any user may ask. There is no fallback to /proc, which lists all connections: if the kernel does
 not answer, nothing is known, and the caller must let nobody in.
 
 Connections can be ended too, with CAP_NET_ADMIN and the kernel's INET_DIAG_DESTROY. Sockets of UDP are left
@@ -76,14 +76,16 @@ def owner(directory: Path = DIRECTORY) -> int:
     return found.st_uid
 
 
-def listening(uid: int) -> frozenset[Binding]:
+def listening(uid: int, protocol: int = socket.IPPROTO_TCP) -> frozenset[Binding]:
     """Every address and port that sockets of this user listen on, in this process's network namespace.
 
-    A socket bound to one interface does not count, as others may listen on the same port; and ``::`` does not
-    include IPv4. Raises `SocketsError`.
+    ``protocol`` is IPPROTO_TCP or IPPROTO_UDP. A socket bound to one interface does not count, as others may
+    listen on the same port; and ``::`` does not include IPv4. Nor does a port that another user's socket
+    shares: for UDP two may, if both agree (SO_REUSEADDR), and the kernel prefers the other's if it has one
+    address, and chooses if it has the same. Raises `SocketsError`.
     """
     return frozenset(
-        binding for family in (socket.AF_INET, socket.AF_INET6) for binding in _listening(family, uid)
+        binding for family in (socket.AF_INET, socket.AF_INET6) for binding in _listening(family, uid, protocol)
     )
 
 
@@ -93,11 +95,10 @@ def served_at(protocol: int, port: int) -> frozenset[IPAddress]:
     ``protocol`` is IPPROTO_TCP or IPPROTO_UDP. Sockets bound to one interface count as well. Raises
     `SocketsError`.
     """
-    state = _TCP_LISTEN if protocol == socket.IPPROTO_TCP else _UDP_UNCONNECTED
     return frozenset(
         _address(family, packed)
         for family in (socket.AF_INET, socket.AF_INET6)
-        for at, packed, _, _ in _in_state(family, state, protocol)
+        for at, packed, _, _ in _listening_sockets(family, protocol)
         if at == port
     )
 
@@ -145,18 +146,27 @@ def _destroy(kernel: Netlink, is_ended: Callable[[IPAddress, int], bool]) -> int
     return done
 
 
-def _listening(family: int, uid: int) -> Iterator[Binding]:
+def _listening(family: int, uid: int, protocol: int) -> Iterator[Binding]:
     addresses: dict[bytes, IPAddress] = {}
-    wanted = (struct.pack("=I", uid), _NO_INTERFACE)
-    for port, packed, *of in _in_state(family, _TCP_LISTEN, socket.IPPROTO_TCP):
-        if tuple(of) == wanted:
-            if packed not in addresses:
-                addresses[packed] = _address(family, packed)
-            yield addresses[packed], port
+    found: set[Binding] = set()
+    others: set[Binding] = set()
+    wanted = struct.pack("=I", uid)
+    for port, packed, of_uid, interface in _listening_sockets(family, protocol):
+        if packed not in addresses:
+            addresses[packed] = _address(family, packed)
+        if of_uid != wanted:
+            others.add((addresses[packed], port))
+        elif interface == _NO_INTERFACE:
+            found.add((addresses[packed], port))
+    taken = {port for _, port in others}
+    for address, port in found:
+        if (address, port) not in others and not (address.is_unspecified and port in taken):
+            yield address, port
 
 
-def _in_state(family: int, state: int, protocol: int) -> Iterator[tuple[int, bytes, bytes, bytes]]:
-    """Port, address, UID and interface of each socket in a state. Raises `SocketsError`."""
+def _listening_sockets(family: int, protocol: int) -> Iterator[tuple[int, bytes, bytes, bytes]]:
+    """Port, address, UID and interface of each socket that listens. Raises `SocketsError`."""
+    state = _TCP_LISTEN if protocol == socket.IPPROTO_TCP else _UDP_UNCONNECTED
     try:
         with connect(_NETLINK_SOCK_DIAG) as kernel:  # a new one, so that no earlier answer is left
             request = _request(family, 1 << state, protocol=protocol)

@@ -72,6 +72,53 @@ def test_a_socket_bound_to_an_interface_is_not_listed() -> None:
         assert (LOOPBACK, port_of(sock)) not in listening(UID)
 
 
+def receiver(host: str = "127.0.0.1", port: int = 0, *, is_shared: bool = False) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind((host, port))
+    return sock
+
+
+def test_what_takes_datagrams_of_anybody_listens_for_udp() -> None:
+    with receiver() as one, receiver("::1") as other, receiver() as joined:
+        joined.connect(one.getsockname())
+        wanted = {(LOOPBACK, port_of(one)), (LOOPBACK_IPV6, port_of(other))}
+        found = listening(UID, socket.IPPROTO_UDP)
+        assert wanted <= found
+        assert (LOOPBACK, port_of(joined)) not in found
+        assert not wanted & listening(UID)
+        assert not wanted & listening(UID + 1, socket.IPPROTO_UDP)
+    assert not wanted & listening(UID, socket.IPPROTO_UDP)
+
+
+@pytest.mark.skipif(UID != 0, reason="only root can make a socket another user's")
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_listed"),
+    [
+        ("127.0.0.1", "127.0.0.1", False),
+        ("0.0.0.0", "0.0.0.0", False),
+        ("0.0.0.0", "127.0.0.1", False),  # what is sent to that address is the other's
+        ("127.0.0.1", "0.0.0.0", True),
+        ("127.0.0.1", "127.0.0.2", True),
+        ("0.0.0.0", "::", True),
+    ],
+)
+def test_a_port_of_udp_that_another_users_program_shares_is_not_listed(
+    ours: str, theirs: str, is_listed: bool
+) -> None:
+    with (
+        receiver(ours, is_shared=True) as sock,
+        receiver(theirs, port_of(sock), is_shared=True) as other,
+    ):
+        uid = 1_000_000 + os.getpid()
+        os.fchown(sock.fileno(), uid, -1)
+        assert bool(listening(uid, socket.IPPROTO_UDP)) == is_listed
+        os.fchown(other.fileno(), uid, -1)
+        assert listening(uid, socket.IPPROTO_UDP)
+
+
 def test_many_are_listed_in_several_parts_and_none_is_lost() -> None:
     count = 2 * READ_MAX // len(entry(1))
     with pytest.MonkeyPatch.context() as patch:
@@ -91,9 +138,8 @@ def test_a_kernel_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SocketsError, match="the kernel does not list its sockets: Invalid argument"):
         listening(UID)
     monkeypatch.undo()
-    monkeypatch.setattr(module.socket, "IPPROTO_TCP", socket.IPPROTO_ICMP)
     with pytest.raises(SocketsError, match="the kernel does not list its sockets: No such file"):
-        listening(UID)
+        listening(UID, socket.IPPROTO_ICMP)
 
 
 def test_where_there_is_no_netlink_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
