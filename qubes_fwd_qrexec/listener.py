@@ -19,7 +19,7 @@ import trio
 from .common.config import CALLS_MAX, ListenerConfig, parse_key
 from .common.errors import ConfigError, ForwardError, leaves
 from .common.report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
-from .common.values import QubeName, RuleName
+from .common.values import Proto
 from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
@@ -90,8 +90,8 @@ class Listener:
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
         self.process = Process(connections_max)
-        self.forwards: dict[tuple[QubeName, RuleName], OpenForward] = {}
-        self._expired: set[tuple[QubeName, RuleName, int | None]] = set()
+        self.forwards: dict[str, OpenForward] = {}
+        self._expired: set[tuple[str, int | None]] = set()
         # Configured but over by our clock: dom0 removes what is over, so it still considers these open.
         self._over: dict[str, str] = {}
         self._draining = Draining()
@@ -194,8 +194,8 @@ class Listener:
         if (now := self.source.stamp()) != self._stamp:
             self._stamp = now
             self.reload()
-        for name, config in self._unopened.due():
-            self._try_to_open(name, config)
+        for key, config in self._unopened.due():
+            self._try_to_open(key, config)
 
     def stop(self) -> None:
         """Stop listening and let connections finish for a while; called again, abort them now."""
@@ -236,86 +236,84 @@ class Listener:
 
     async def try_out(self, untrusted_key: str) -> Trial:
         """Send a connection through a forward. Raises `ConfigError` or `TextError` for a bad key."""
-        forward = self.forwards.get(parse_key(untrusted_key)[:2])
+        forward = self.forwards.get(str(parse_key(untrusted_key)))
         if forward is None:
             return Trial(Answer.FAILED, "", one_line(f"{untrusted_key} is not open here"))
         return await try_out(forward.config, self._means.transports)
 
     def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
         """Close what is gone, then open what is new, unless the listener stops. A bad entry is logged."""
-        wanted = dict(found.forwards)
+        wanted = {key: config for key, config in found.forwards.items() if config.proto is Proto.TCP}
         self._unopened.forget_all()
         self._refused = {key: str(error) for key, error in sorted(found.errors.items())}
+        self._refused |= {
+            key: f"{key}: this listener carries TCP alone"
+            for key in sorted(found.forwards.keys() - wanted.keys())
+        }
         for key, problem in self._refused.items():
             _logger.error("refused: %s", problem)
-            if (kept := self._forward_of(key)) is not None:
-                wanted[kept.config.target, kept.config.name] = kept.config
+            if (kept := self.forwards.get(key)) is not None:
+                wanted[key] = kept.config
         over = {key: config for key, config in wanted.items() if self._is_expired(config)}
-        self._over = {config.key: _over_by_our_clock() for config in over.values()}
-        for name in over:
-            del wanted[name]
-        for name in self.forwards.keys() - wanted.keys():
-            self._end(name, "removed")
+        self._over = dict.fromkeys(over, _over_by_our_clock())
+        for key in over:
+            del wanted[key]
+        for key in self.forwards.keys() - wanted.keys():
+            self._end(key, "removed")
         if self._stopping.is_set():
             return
         self._means.transports.reconfigured(list(wanted.values()))
         self._hand_over(wanted)
-        for name, config in sorted(wanted.items()):
+        for key, config in sorted(wanted.items()):
             if is_whole:
-                self._open(name, config)
+                self._open(key, config)
             else:
-                self._try_to_open(name, config)
+                self._try_to_open(key, config)
 
-    def _try_to_open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
+    def _try_to_open(self, key: str, config: ListenerConfig) -> None:
         """Open a forward now, or try again later if its ports cannot be bound."""
         if self._stopping.is_set() or self._is_expired(config):
-            self._unopened.forget(name)
+            self._unopened.forget(key)
             return
         try:
-            self._open(name, config)
+            self._open(key, config)
         except BindError as error:
-            if self._unopened.failed(name, config, str(error)):
-                _logger.error("%s %s cannot be opened: %s; this is tried again", *name, error)
+            if self._unopened.failed(key, config, str(error)):
+                _logger.error("%s cannot be opened: %s; this is tried again", key, error)
         else:
-            self._unopened.forget(name)
+            self._unopened.forget(key)
 
-    def _forward_of(self, untrusted_key: str) -> OpenForward | None:
-        try:
-            return self.forwards.get(parse_key(untrusted_key)[:2])
-        except ConfigError:
-            return None
-
-    def _hand_over(self, wanted: dict[tuple[QubeName, RuleName], ListenerConfig]) -> None:
+    def _hand_over(self, wanted: dict[str, ListenerConfig]) -> None:
         """Close all ports that are given up before any is opened: another forward may take one, or the same
         forward at another address."""
-        for name, forward in self.forwards.items():
-            forward.give_up(wanted[name])
+        for key, forward in self.forwards.items():
+            forward.give_up(wanted[key])
 
-    def _open(self, name: tuple[QubeName, RuleName], config: ListenerConfig) -> None:
-        forward = self.forwards.get(name)
+    def _open(self, key: str, config: ListenerConfig) -> None:
+        forward = self.forwards.get(key)
         if forward is None:
-            forward = self.forwards[name] = OpenForward(config, self._means)
+            forward = self.forwards[key] = OpenForward(config, self._means)
             _logger.info("open: %s to %s", forward, config.target_ports.worded())
         elif forward.config != config or not forward.is_listening:
             forward.reconfigure(config)
             _logger.info("changed: %s to %s", forward, config.target_ports.worded())
 
-    def _end(self, name: tuple[QubeName, RuleName], why: str) -> None:
-        forward = self.forwards.pop(name)
+    def _end(self, key: str, why: str) -> None:
+        forward = self.forwards.pop(key)
         forward.close()
         self._draining.add(forward)
         _logger.info("closed: %s: %s", forward, why)
 
     def _is_expired(self, config: ListenerConfig) -> bool:
         """Whether it has expired, even if the wall clock has been set back since."""
-        return (config.target, config.name, config.expire) in self._expired or Expiry(config.expire).is_over()
+        return (config.key, config.expire) in self._expired or Expiry(config.expire).is_over()
 
     def _end_expired(self) -> None:
-        for name, forward in list(self.forwards.items()):
+        for key, forward in list(self.forwards.items()):
             if forward.expiry.is_over():
-                self._expired.add((*name, forward.config.expire))
-                self._over[forward.config.key] = _over_by_our_clock()
-                self._end(name, "expired")
+                self._expired.add((key, forward.config.expire))
+                self._over[key] = _over_by_our_clock()
+                self._end(key, "expired")
 
 
 def _over_by_our_clock() -> str:

@@ -203,7 +203,7 @@ async def test_a_port_that_cannot_be_opened_stops_no_other_and_is_tried_again(
             taken.close()
             await until(lambda: not listener.problems)
             qubesdb.remove("fwd.a.first")
-            await until(lambda: listener.forwards.keys() == {("work", "web")})
+            await until(lambda: listener.forwards.keys() == {WEB})
     assert len([m for m in caplog.messages if "cannot be opened" in m]) == 1
 
 

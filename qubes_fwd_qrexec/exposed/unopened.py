@@ -8,13 +8,10 @@ import time
 from collections.abc import Callable
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 # Soon at first, as the program that has the port may just be ending; then ever more rarely.
 RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 60.0
-
-Name = tuple[QubeName, RuleName]
 
 
 class _Waiting:
@@ -26,25 +23,25 @@ class _Waiting:
 
 
 class Unopened:
-    """The forwards that wait; each wait doubles with each failure."""
+    """The forwards that wait, by their keys; each wait doubles with each failure."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._waiting: dict[Name, _Waiting] = {}
+        self._waiting: dict[str, _Waiting] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def failed(self, name: Name, config: ListenerConfig, problem: str) -> bool:
+    def failed(self, key: str, config: ListenerConfig, problem: str) -> bool:
         """A forward could not be opened. Returns whether that, or the reason, is new."""
-        before = self._waiting.get(name)
+        before = self._waiting.get(key)
         wait_s = RETRY_FIRST_S if before is None else min(2 * before.wait_s, RETRY_MAX_S)
-        self._waiting[name] = _Waiting(config, problem, wait_s, self._clock())
+        self._waiting[key] = _Waiting(config, problem, wait_s, self._clock())
         return before is None or before.problem != problem
 
-    def forget(self, name: Name) -> None:
+    def forget(self, key: str) -> None:
         """A forward is open, or no longer configured."""
-        self._waiting.pop(name, None)
+        self._waiting.pop(key, None)
 
     def forget_all(self) -> None:
         """The configuration has changed, and everything in it is tried at once."""
@@ -53,9 +50,9 @@ class Unopened:
     @property
     def problems(self) -> dict[str, str]:
         """Why each one is not open, by the key of its configuration."""
-        return {waiting.config.key: waiting.problem for waiting in self._waiting.values()}
+        return {key: waiting.problem for key, waiting in self._waiting.items()}
 
-    def due(self) -> list[tuple[Name, ListenerConfig]]:
+    def due(self) -> list[tuple[str, ListenerConfig]]:
         """The forwards to try now; report the result with `failed` or `forget`."""
         now = self._clock()
-        return [(name, waiting.config) for name, waiting in self._waiting.items() if waiting.due_at <= now]
+        return [(key, waiting.config) for key, waiting in self._waiting.items() if waiting.due_at <= now]

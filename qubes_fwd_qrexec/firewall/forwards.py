@@ -5,11 +5,9 @@ import logging
 import threading
 from collections.abc import Iterable
 
-from qubes_fwd_qrexec.common.config import ListenerConfig, parse_key
-from qubes_fwd_qrexec.common.errors import ConfigError
+from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.rules import OnExpire
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.system.configsource import ConfigSource
 from qubes_fwd_qrexec.system.lifetime import Expiry
 
@@ -21,7 +19,6 @@ REFRESH_S = 1.0
 _CLOCKS_APART_S = 10
 
 _logger = logging.getLogger(__name__)
-_Name = tuple[QubeName, RuleName]
 
 
 class Forwards:
@@ -31,7 +28,7 @@ class Forwards:
         """``before``: what an earlier run has left in force."""
         self._source = source
         self._stamp: object = None
-        self._configs: dict[_Name, ListenerConfig] = {}
+        self._configs: dict[str, ListenerConfig] = {}
         self._paths = {config.key: config for config in before}
         self._left: dict[str, NftConfig] = {}
         self._clocks: dict[tuple[str, int | None], Expiry] = {}
@@ -51,7 +48,7 @@ class Forwards:
             _logger.error("refused: %s", error)
         self.refused = {key: str(error) for key, error in sorted(found.path_errors.items())}
         self._configs = found.forwards | {
-            name: config for name, config in self._configs.items() if name in _names(found.errors)
+            key: config for key, config in self._configs.items() if key in found.errors
         }
         for key, config in self._paths.items():
             if key not in self.refused and self._is_leaving(config):
@@ -107,13 +104,3 @@ class Forwards:
         if self._clocks.setdefault((key, until), Expiry(until)).is_over():
             self._over.add((key, until))
         return (key, until) in self._over
-
-
-def _names(untrusted_keys: dict[str, ConfigError]) -> set[_Name]:
-    found = set()
-    for untrusted_key in untrusted_keys:
-        try:
-            found.add(parse_key(untrusted_key)[:2])
-        except ConfigError:
-            continue
-    return found

@@ -4,10 +4,10 @@
 Listener and firewall know only `ConfigSource`: `FileSource` reads a directory or a file, `qubesdbsource`
 reads QubesDB. What an entry means is decided here, for both.
 
-A directory holds one file for each forward, named by its key (``fwd.work.web`` for the listener,
-``nft.work.web`` for the firewall), with the options on one line, like ``/vm-config/`` in QubesDB. A file
-holds the same, one forward on each line: key, space, options. Blank lines and lines that start with ``#`` are
-ignored.
+A directory holds one file for each forward, named by its key (``fwd.work.web`` or ``udp.work.dns`` for the
+listener, ``nft.work.web`` for the firewall), with the options on one line, like ``/vm-config/`` in QubesDB. A
+file holds the same, one forward on each line: key, space, options. Blank lines and lines that start with
+``#`` are ignored.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,6 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, is_forward_key
 from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 # A qube's QubesDB has few entries; this bounds how much of a directory full of files is read.
 ENTRIES_MAX = 4096
@@ -34,7 +33,7 @@ class Configuration:
     ``errors`` and ``path_errors`` say of each entry that cannot be read why, by its key.
     """
 
-    forwards: dict[tuple[QubeName, RuleName], ListenerConfig] = field(default_factory=dict)
+    forwards: dict[str, ListenerConfig] = field(default_factory=dict)
     errors: dict[str, ConfigError] = field(default_factory=dict)
     paths: dict[str, NftConfig] = field(default_factory=dict)
     path_errors: dict[str, ConfigError] = field(default_factory=dict)
@@ -125,8 +124,7 @@ def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
             if is_path:
                 found.paths[key] = NftConfig.parse(key, untrusted_value)
             else:
-                config = ListenerConfig.parse(key, untrusted_value)
-                found.forwards[config.target, config.name] = config
+                found.forwards[key] = ListenerConfig.parse(key, untrusted_value)
         except ConfigError as error:
             (found.path_errors if is_path else found.errors)[key] = error
     return found

@@ -66,6 +66,7 @@ class Connection:
 
     protocol: int
     source: IPAddress
+    source_port: int
     destination: IPAddress
     destination_port: int
     answerer: IPAddress
@@ -177,6 +178,7 @@ def parse(version: int, message: bytes) -> Connection | None:
         return Connection(
             protocol=number,
             source=_address(version, addresses[_CTA_IP_SRC[version]]),
+            source_port=_number(protocol[_CTA_PROTO_SRC_PORT], 2),
             destination=_address(version, addresses[_CTA_IP_DST[version]]),
             destination_port=_number(protocol[_CTA_PROTO_DST_PORT], 2),
             answerer=_address(version, attributes(reply[_CTA_TUPLE_IP])[_CTA_IP_SRC[version]]),

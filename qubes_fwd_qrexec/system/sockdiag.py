@@ -10,9 +10,9 @@ The listener is identified by its user, the owner of its runtime directory: only
 directory with a wrong owner admits nobody. The control group of the sockets would show the same, but only
 with cgroup version 2, Linux 5.9 or later, and the unit in the expected slice.
 
-It asks only for sockets in that state, and those that listen for TCP the kernel keeps in a list of their own,
-so that 10,000 connections cost nothing. Any user may ask. There is no fallback to /proc, which lists all connections: if the kernel does
-not answer, nothing is known, and the caller must let nobody in.
+It asks only for sockets in that state. Those that listen for TCP the kernel keeps in a list of their own, so
+that 10,000 connections cost nothing. Any user may ask. There is no fallback to /proc, which lists all
+connections: if the kernel does not answer, nothing is known, and the caller must let nobody in.
 
 Connections can be ended too, with CAP_NET_ADMIN and the kernel's INET_DIAG_DESTROY. Sockets of UDP are left
 alone: one that loses its peer stays bound, and would hand its server datagrams of anybody.
@@ -84,9 +84,8 @@ def listening(uid: int, protocol: int = socket.IPPROTO_TCP) -> frozenset[Binding
     shares: for UDP two may, if both agree (SO_REUSEADDR), and the kernel prefers the other's if it has one
     address, and chooses if it has the same. Raises `SocketsError`.
     """
-    return frozenset(
-        binding for family in (socket.AF_INET, socket.AF_INET6) for binding in _listening(family, uid, protocol)
-    )
+    families = (socket.AF_INET, socket.AF_INET6)
+    return frozenset(binding for family in families for binding in _listening(family, uid, protocol))
 
 
 def served_at(protocol: int, port: int) -> frozenset[IPAddress]:

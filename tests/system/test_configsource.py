@@ -10,7 +10,7 @@ from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.system import configsource
 from qubes_fwd_qrexec.system.configsource import Configuration, FileSource
 
-WEB = ("work", "web")
+WEB = "fwd.work.web"
 
 
 @pytest.fixture
@@ -30,16 +30,16 @@ def test_each_file_of_a_directory_is_a_forward(directory: Path, line: str) -> No
     (directory / "other").write_text("not ours")
     (directory / ".fwd.work.tmp").write_text("half")
     found = FileSource(directory).read()
-    assert set(found.forwards) == {WEB, ("my.qube", "ssh")}
+    assert set(found.forwards) == {WEB, "fwd.my.qube.ssh"}
     assert not found.errors
-    assert str(found.forwards["work", "web"]) == line  # type: ignore[index]
+    assert str(found.forwards[WEB]) == line
 
 
 def test_each_line_of_a_file_is_a_forward(directory: Path, line: str) -> None:
     file = directory / "all"
     file.write_text(f"# comment\n\n  fwd.work.web   {line}  \r\nfwd.work.ssh {line}")
     found = FileSource(file).read()
-    assert set(found.forwards) == {WEB, ("work", "ssh")}
+    assert set(found.forwards) == {WEB, "fwd.work.ssh"}
     assert not found.errors
 
 
@@ -104,7 +104,7 @@ def test_an_entry_that_is_there_twice_is_refused(directory: Path, line: str) -> 
     file = directory / "all"
     file.write_text(f"fwd.work.web {line}\nfwd.work.web {line}\nfwd.work.ssh {line}\n")
     found = FileSource(file).read()
-    assert set(found.forwards) == {("work", "ssh")}
+    assert set(found.forwards) == {"fwd.work.ssh"}
     assert "twice" in str(found.errors["fwd.work.web"])
 
 
@@ -159,3 +159,15 @@ def test_the_configuration_is_named_by_its_path(directory: Path) -> None:
     assert str(FileSource(directory)) == str(directory)
     (directory / "all").touch()
     assert FileSource(directory / "all").stamp() is not None
+
+
+def test_tcp_and_udp_of_one_rule_are_two_forwards(directory: Path, line: str) -> None:
+    (directory / WEB).write_text(line)
+    (directory / "udp.work.web").write_text(
+        line.replace("qubes.ForwardTCP transport=call", "qubes.ForwardUDP transport=mux")
+    )
+    found = FileSource(directory).read()
+    assert {key: config.proto for key, config in found.forwards.items()} == {
+        WEB: "tcp",
+        "udp.work.web": "udp",
+    }

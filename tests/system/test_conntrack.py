@@ -63,7 +63,8 @@ def test_an_entry_tells_both_ends_and_who_answers(version: int) -> None:
         ("192.0.2.9", "192.0.2.1", "10.137.0.5") if version == 4 else ("fd77::9", "fd77::1", "fd09::5")
     )
     assert (found.source, found.destination, found.answerer) == tuple(map(ip_address, (client, edge, server)))
-    assert (found.protocol, found.destination_port, found.answerer_port) == (TCP, 80, 8080)
+    assert (found.protocol, found.source_port, found.destination_port) == (TCP, 40000, 80)
+    assert found.answerer_port == 8080
     assert found.is_sent_on
 
 

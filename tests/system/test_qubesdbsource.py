@@ -34,7 +34,7 @@ def opened(qubesdb: FakeQubesDB) -> AbstractContextManager[QubesDBSource]:
 
 
 def names(source: QubesDBSource) -> set[str]:
-    return {name for _, name in source.read().forwards}
+    return {config.name for config in source.read().forwards.values()}
 
 
 def readers() -> int:
@@ -98,7 +98,7 @@ async def test_a_change_during_a_read_is_seen(qubesdb: FakeQubesDB) -> None:
 
         qubesdb.before_read = change
         qubesdb.set(SSH, LINE)
-        await until(lambda: "10.9.0.0/16" in str(source.read().forwards["work", "web"]))  # type: ignore[index]
+        await until(lambda: "10.9.0.0/16" in str(source.read().forwards[WEB]))
 
 
 async def test_what_was_written_before_somebody_asks_is_known_when_the_answer_comes(
