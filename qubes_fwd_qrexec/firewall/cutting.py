@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What ends the live connections of a forward by nft that is over, or that lets in fewer than before.
+"""What ends live connections by nft, and flows of UDP to the listener, when their forward is over or lets in
+fewer than before.
 
 Rules do not end connections: the kernel goes on with those it knows. And to make it forget one is not enough,
 since it takes the next segment of a connection it does not know for the first of a new one: what the server
@@ -11,23 +12,28 @@ this order:
 2. the *end*: a hop's kernel forgets the connections, so that the next segment of either end meets a guard.
    The target's kernel ends the sockets of the server, and the client gets a RST at once.
 
-UDP has no RST, and ends in silence. What the server still sends is held back for as long as it goes on
+UDP has no RST, and ends in silence. What a target's server still sends is held back for as long as it goes on
 sending, or else it would come through after a while as something new that the target begins.
 
 Each qube of the path ends everything by itself.
 """
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
-from qubes_fwd_qrexec.common.values import IPAddress, Proto
+from qubes_fwd_qrexec.common.values import IPAddress, Proto, Sources
 from qubes_fwd_qrexec.system import conntrack, sockdiag
+from qubes_fwd_qrexec.system.addresses import AddressesError, local_addresses
 from qubes_fwd_qrexec.system.conntrack import Connection, ConntrackError
 from qubes_fwd_qrexec.system.sockdiag import SocketsError
 
+from .openings import Opening
 from .rule import Family, by, networks
 from .tables import GUARD_FORWARD, GUARD_INPUT, GUARD_OUTPUT, HELD, Guard
 
@@ -46,15 +52,28 @@ _ASTRAY = "ct state new tcp flags & (fin | syn | rst | ack) != syn"
 _RESET = "reject with tcp reset"
 _logger = logging.getLogger(__name__)
 
+NUMBERS = {Proto.TCP: socket.IPPROTO_TCP, Proto.UDP: socket.IPPROTO_UDP}
+Cut = NftConfig | Opening
+"""What may be cut: a forward by nft, or an opening for UDP."""
+
 
 class CutError(ForwardError):
     """Connections of a forward that is over may still live; the text says why."""
 
 
-def guards(config: NftConfig, family: Family, now_s: float) -> Iterator[Guard]:
+def guards(cut: Cut, family: Family, now_s: float) -> Iterator[Guard]:
     """What keeps the connections of a forward from coming back, in one family, once its rules are gone."""
-    if family.version not in config.versions:
-        return
+    if isinstance(cut, Opening):
+        if cut.address.version == family.version:
+            # The listener sends no more than what it has at hand, so nothing need be held back for longer.
+            yield Guard(GUARD_OUTPUT, f"{_answers(cut, family)} drop", _until(now_s, UDP_HOLD_S, _ROUND_S))
+    elif family.version in cut.versions:
+        for proto in cut.proto.each:
+            yield from _path_guards(replace(cut, proto=proto), family, now_s)
+
+
+def _path_guards(config: NftConfig, family: Family, now_s: float) -> Iterator[Guard]:
+    """Of a forward by nft, for one protocol."""
     hold = _hop_guards if config.role is Role.HOP else _target_guards
     for chain, text in hold(config, family):
         if config.proto is Proto.TCP:
@@ -64,6 +83,13 @@ def guards(config: NftConfig, family: Family, now_s: float) -> Iterator[Guard]:
             yield Guard(chain, f"{text} drop", _until(now_s, UDP_HOLD_S, _ROUND_S))
             held = f"meta l4proto udp ct state new {_flow(family)} {_flow(family, 'update')} drop"
             yield Guard(chain, held, _until(now_s, HELD_FLOWS_S, _ROUND_LONG_S))
+
+
+def _answers(opening: Opening, family: Family) -> str:
+    """What the listener sends to clients that the kernel no longer knows."""
+    at = "" if opening.address.is_unspecified else f" {family} saddr {opening.address}"
+    to = _clients(opening.sources, family, "daddr")
+    return f"oifgroup {opening.side.group}{at}{to} udp sport {opening.ports.brief()} ct state new"
 
 
 def _until(now_s: float, hold_s: int, round_s: int) -> int:
@@ -81,10 +107,10 @@ def _hop_guards(config: NftConfig, family: Family) -> Iterator[tuple[str, str]]:
     from_server = f"iifgroup 2 {family} saddr {next_hop} {config.proto} sport {config.target_ports.brief()}"
     if config.proto is Proto.UDP:
         # What clients send is for this qube itself now, whose firewall drops it.
-        yield GUARD_FORWARD, f"{from_server}{_clients(config, family, 'daddr')} ct state new"
+        yield GUARD_FORWARD, f"{from_server}{_clients(config.sources, family, 'daddr')} ct state new"
         return
     yield GUARD_FORWARD, f"{from_server} {_ASTRAY} {_RESET}"
-    from_client = f"{by(config.side)}{_clients(config, family, 'saddr')}"
+    from_client = f"{by(config.side)}{_clients(config.sources, family, 'saddr')}"
     ports = config.listen_ports.brief()
     # Rules that the forward still has, or has again, send on what the kernel takes for a first segment.
     yield GUARD_FORWARD, f"{from_client} {_ASTRAY} ct status dnat ct original proto-dst {ports} {_RESET}"
@@ -94,50 +120,86 @@ def _hop_guards(config: NftConfig, family: Family) -> Iterator[tuple[str, str]]:
 def _target_guards(config: NftConfig, family: Family) -> Iterator[tuple[str, str]]:
     """None for TCP, whose sockets are gone for good; the kernel itself answers with a RST."""
     if config.proto is Proto.UDP:
-        out = f"oifgroup {config.side.group}{_clients(config, family, 'daddr')}"
+        out = f"oifgroup {config.side.group}{_clients(config.sources, family, 'daddr')}"
         yield GUARD_OUTPUT, f"{out} udp sport {config.target_ports.brief()} ct state new"
 
 
-def _clients(config: NftConfig, family: Family, which: str) -> str:
+def _clients(sources: Sources, family: Family, which: str) -> str:
     """The clients in one family, as ``saddr`` or ``daddr``; empty for all."""
-    if config.sources.anyone:
+    if sources.anyone:
         return ""
-    found = ", ".join(map(str, networks(config.sources, family)))
+    found = ", ".join(map(str, networks(sources, family)))
     return f" {family} {which} {{ {found} }}"
 
 
-def end(gone: Collection[NftConfig], living: Collection[NftConfig]) -> int:
-    """End the connections of forwards that are gone, but for those that a living one has as well.
+def end(gone: Collection[Cut], living: Collection[Cut]) -> int:
+    """End the connections of what is gone, but for those that something living has as well.
 
     It needs CAP_NET_ADMIN, and acts in this thread's network namespace. Returns how many were ended. Raises
     `CutError` after having done all that can be done.
     """
-    hops = [config for config in gone if config.role is Role.HOP]
-    targets = [config for config in gone if config.role is Role.TARGET]
-    works: list[Callable[[], int]] = []
-    for version in (4, 6):
-        # In the target a connection of TCP would come back; its sockets are what has to end.
-        udp = [config for config in targets if config.proto is Proto.UDP]
-        for configs, sent_on in ((hops, True), (udp, False)):
-            if meant := [config for config in configs if version in config.versions]:
-                works.append(_Forgetting(version, meant, living, sent_on).run)
-    if tcp := [config for config in targets if config.proto is Proto.TCP]:
-        works.append(_Destroying(tcp, living).run)
+    paths = [cut for cut in living if isinstance(cut, NftConfig)]
     ended, problems = 0, []
-    for work in works:
+    for work in (*_path_works(gone, paths), *_flow_works(gone, living)):
         try:
             ended += work()
-        except (ConntrackError, SocketsError) as error:
+        except (ConntrackError, SocketsError, AddressesError) as error:
             problems.append(str(error))
     if problems:
         raise CutError("; ".join(dict.fromkeys(problems)))
     return ended
 
 
+def _path_works(gone: Collection[Cut], living: Collection[NftConfig]) -> Iterator[Callable[[], int]]:
+    """What ends the connections of forwards by nft."""
+    each = [
+        replace(cut, proto=proto) for cut in gone if isinstance(cut, NftConfig) for proto in cut.proto.each
+    ]
+    hops = [config for config in each if config.role is Role.HOP]
+    targets = [config for config in each if config.role is Role.TARGET]
+    for version in (4, 6):
+        # In the target a connection of TCP would come back; its sockets are what has to end.
+        udp = [config for config in targets if config.proto is Proto.UDP]
+        for configs, sent_on in ((hops, True), (udp, False)):
+            if meant := [config for config in configs if version in config.versions]:
+                yield _Forgetting(version, meant, living, sent_on).run
+    if tcp := [config for config in targets if config.proto is Proto.TCP]:
+        yield _Destroying(tcp, living).run
+
+
+def _flow_works(gone: Collection[Cut], living: Collection[Cut]) -> Iterator[Callable[[], int]]:
+    """What ends the flows to the listener."""
+    for version in (4, 6):
+        closed, opened = (
+            [cut for cut in cuts if isinstance(cut, Opening) and cut.address.version == version]
+            for cuts in (gone, living)
+        )
+        if closed:
+            yield partial(_forget_flows, version, closed, opened)
+
+
+def _forget_flows(version: int, gone: Collection[Opening], living: Collection[Opening]) -> int:
+    here = local_addresses(version)
+
+    def is_over(connection: Connection) -> bool:
+        # What this qube passes on between others is not the listener's.
+        is_ours = connection.protocol == NUMBERS[Proto.UDP] and not here.isdisjoint(
+            (connection.source, connection.destination)
+        )
+        return (
+            is_ours
+            and not connection.source.is_loopback
+            and any(opening.has(connection) for opening in gone)
+            and not any(opening.has(connection) for opening in living)
+        )
+
+    return conntrack.delete(version, is_over, sent_on=False)
+
+
 def has(config: NftConfig, connection: Connection) -> bool:
     """Whether a connection in the kernel's table may be one of this forward's."""
     version = connection.source.version
-    if version not in config.versions or connection.protocol != _NUMBERS[config.proto]:
+    if version not in config.versions or connection.protocol not in map(NUMBERS.get, config.proto.each):
         return False
     if connection.destination_port not in config.listen_ports or connection.source not in config.sources:
         return False
@@ -149,9 +211,6 @@ def has(config: NftConfig, connection: Connection) -> bool:
     next_hop = config.to4 if version == 4 else config.to6
     is_there = config.listen is None or connection.destination == config.listen
     return connection.is_sent_on and is_there and connection.answerer == next_hop
-
-
-_NUMBERS = {Proto.TCP: 6, Proto.UDP: 17}
 
 
 def _same_way(config: NftConfig, living: Collection[NftConfig]) -> list[NftConfig]:
@@ -196,7 +255,7 @@ class _Destroying:
 
 
 def _lets_in(config: NftConfig, peer: IPAddress, port: int) -> bool:
-    is_meant = config.proto is Proto.TCP and port in config.target_ports
+    is_meant = Proto.TCP in config.proto.each and port in config.target_ports
     return is_meant and peer.version in config.versions and peer in config.sources
 
 
@@ -205,7 +264,7 @@ class Cutter:
 
     def __init__(
         self,
-        end: Callable[[Collection[NftConfig], Collection[NftConfig]], int] = end,
+        end: Callable[[Collection[Cut], Collection[Cut]], int] = end,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """``clock`` tells UNIX seconds, as the kernel has them for ``meta time``."""
@@ -213,12 +272,12 @@ class Cutter:
         self._clock = clock
         self._guards: dict[Family, tuple[Guard, ...]] = dict.fromkeys(Family, ())
 
-    def guards(self, gone: Collection[NftConfig]) -> Mapping[Family, tuple[Guard, ...]]:
+    def guards(self, gone: Collection[Cut]) -> Mapping[Family, tuple[Guard, ...]]:
         """The guards that the transaction should make: those for what goes now, and earlier ones not over."""
         now_s = self._clock()
         for family, before in self._guards.items():
             kept = [guard for guard in before if guard.until > now_s]
-            new = [guard for config in gone for guard in guards(config, family, now_s)]
+            new = [guard for cut in gone for guard in guards(cut, family, now_s)]
             self._guards[family] = tuple(dict.fromkeys((*kept, *new)))
         return dict(self._guards)
 
@@ -228,8 +287,8 @@ class Cutter:
         now_s = self._clock()
         return any(guard.until <= now_s for held in self._guards.values() for guard in held)
 
-    def finish(self, gone: Collection[NftConfig], living: Collection[NftConfig]) -> None:
+    def finish(self, gone: Collection[Cut], living: Collection[Cut]) -> None:
         """End the connections of what has gone, once its rules have. Raises `CutError`."""
         if gone:
             ended = self._end(gone, living)
-            _logger.info("%d connections ended: %s", ended, " ".join(sorted(c.key for c in gone)))
+            _logger.info("%d connections ended: %s", ended, " ".join(sorted({cut.key for cut in gone})))

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which forwards by nft are in force, or may be, and what ends with a change of them.
+"""Which forwards by nft are in force, or may be, what is open to flows, and what ends with a change of them.
 
 A file in the runtime directory remembers them, for a run that comes after one that was killed.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from qubes_fwd_qrexec.common.config import ListenerConfig, is_forward_key
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.system.logs import RateLimit, warn
 
-from .cutting import CutError, Cutter
+from .cutting import Cut, CutError, Cutter
+from .openings import openings
 from .rule import Family
 from .tables import Seen
 from .wanted import Firewall, Wanted
@@ -23,15 +26,19 @@ _logger = logging.getLogger(__name__)
 
 
 class InForce:
-    """What the firewall lets through by nft, through all changes by `put`."""
+    """What the firewall lets through by nft, and to flows of the listener, through all changes by `put`."""
 
     def __init__(self, firewall: Firewall, cutter: Cutter, path: Path | None = None) -> None:
         self._firewall = firewall
         self._cutter = cutter
         self._path = path
         self._limit = RateLimit()
-        self.configs = frozenset(_read(path)) if path is not None else frozenset()
+        read = [] if path is None else list(_read(path))
+        self.configs = frozenset(config for config in read if isinstance(config, NftConfig))
         """What may be in force: after a failure that is the old and the new."""
+        self.flows = frozenset(config for config in read if isinstance(config, ListenerConfig))
+        """The forwards of UDP that may have flows."""
+        self._openings = frozenset(opening for config in self.flows for opening in openings(config))
         self.sure: frozenset[NftConfig] = frozenset()
         """What is known to be in force."""
         self.problem: str | None = None
@@ -48,20 +55,23 @@ class InForce:
         Returns the firewall as it was found. Raises `NftError`. Connections that could not be ended are a
         `problem`, and the next call tries again.
         """
-        after = frozenset(kept.config for kept in wanted.paths)
+        after, opened = frozenset(kept.config for kept in wanted.paths), wanted.open_to_flows
         by_key = {config.key: config for config in after}
-        ended = [old for old in self.configs if not _goes_on(old, by_key.get(old.key))]
-        self._remember(self.configs | after)
+        ended: list[Cut] = [old for old in self.configs if not _goes_on(old, by_key.get(old.key))]
+        ended += [old for old in self._openings if not any(new.covers(old) for new in opened)]
+        self._openings |= opened
+        self._remember(self.configs | after, self.flows | wanted.flows)
         found = self._firewall.keep(replace(wanted, guards=self._cutter.guards(ended)))
         self.sure = after
         try:
-            self._cutter.finish(ended, after)
+            self._cutter.finish(ended, after | opened)
         except CutError as error:
             self.problem = str(error)
             warn(_logger, self._limit, "cut", self.problem)
         else:
             self.problem = None
-            self._remember(after)
+            self._openings = opened
+            self._remember(after, wanted.flows)
         return found
 
     def clear(self) -> None:
@@ -70,15 +80,15 @@ class InForce:
         if self.problem is not None:
             raise CutError(self.problem)
 
-    def _remember(self, configs: frozenset[NftConfig]) -> None:
-        if configs == self.configs:
+    def _remember(self, configs: frozenset[NftConfig], flows: frozenset[ListenerConfig]) -> None:
+        if (configs, flows) == (self.configs, self.flows):
             return
-        self.configs = configs
+        self.configs, self.flows = configs, flows
         if self._path is None:
             return
         hidden = self._path.with_name(f".{self._path.name}")
         try:
-            lines = sorted(f"{config.key} {config}\n" for config in configs)
+            lines = sorted(f"{config.key} {config}\n" for config in configs | flows)
             hidden.write_text("".join(lines), encoding="ascii")
             hidden.rename(self._path)
         except OSError as error:
@@ -90,16 +100,14 @@ def _goes_on(old: NftConfig, new: NftConfig | None) -> bool:
     return new is not None and not new.narrows(old)
 
 
-def _read(path: Path) -> list[NftConfig]:
+def _read(path: Path) -> Iterator[NftConfig | ListenerConfig]:
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return []
-    found = []
+        return
     for line in lines:
         key, _, value = line.partition(" ")
         try:
-            found.append(NftConfig.parse(key, value))
+            yield (ListenerConfig if is_forward_key(key) else NftConfig).parse(key, value)
         except ConfigError as error:
             _logger.warning("%s: %s", path, error)
-    return found

@@ -20,10 +20,9 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from qubes_fwd_qrexec import __version__
@@ -31,7 +30,7 @@ from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.errors import ConfigError, ForwardError, TextError
 from qubes_fwd_qrexec.common.nftreport import NftReport
 from qubes_fwd_qrexec.common.report import FirewallReport
-from qubes_fwd_qrexec.common.values import Binding, parse_number
+from qubes_fwd_qrexec.common.values import Binding, Proto, parse_number
 from qubes_fwd_qrexec.system.cleanstart import start_clean
 from qubes_fwd_qrexec.system.configsource import FileSource
 from qubes_fwd_qrexec.system.logs import RateLimit, one_line, start_logging, warn
@@ -41,10 +40,11 @@ from qubes_fwd_qrexec.system.sockdiag import DIRECTORY, SocketsError, listening,
 
 from .accounts import Places, account, firewall_report, nft_report
 from .asked import ASK, Asked, answer
-from .cutting import Cutter
+from .cutting import NUMBERS, Cutter
 from .forwards import Forwards
 from .inforce import IN_FORCE, InForce
 from .nfttool import Changes, Nft
+from .openings import Flows, Socket
 from .pathrules import Kept
 from .rule import NftError
 from .signals import STOP, Signals
@@ -72,14 +72,15 @@ class Keeper:
         self,
         forwards: Forwards,
         in_force: InForce,
-        sockets: Callable[[], frozenset[Binding]],
+        sockets: Callable[[Proto], frozenset[Binding]],
         state: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``sockets`` says where the listener listens, or raises `SocketsError`."""
+        """``sockets`` says where the listener listens for a protocol, or raises `SocketsError`."""
         self._forwards = forwards
         self._in_force = in_force
         self._sockets = sockets
+        self._flows = Flows(in_force.flows)
         self._state = state
         self._clock = clock
         self._limit = RateLimit()
@@ -143,17 +144,20 @@ class Keeper:
     def wanted(self) -> Wanted:
         """What to let through: nobody to the listener, if the kernel does not say where it listens."""
         active = self._forwards.active()
-        found: frozenset[Binding] = frozenset()
+        flows = self._flows.look(active)
+        found: frozenset[Socket] = frozenset()
         trouble = ""
-        if active:
-            try:
-                found = self._sockets()
-            except SocketsError as error:
-                trouble = str(error)
+        try:
+            found = self._listening({config.proto for config in (*active, *flows)})
+        except SocketsError as error:
+            trouble = str(error)
         if trouble and trouble != self._trouble:
             _logger.warning("nobody is let in: %s", trouble)
         self._trouble = trouble
-        return Wanted(active, found, self._forwards.paths())
+        return Wanted(active, found, flows, self._forwards.paths())
+
+    def _listening(self, protos: Iterable[Proto]) -> frozenset[Socket]:
+        return frozenset((proto, *binding) for proto in protos for binding in self._sockets(proto))
 
     def _notify(self, status: str, *, is_told: bool) -> None:
         """Notify the service manager, if it waits for an answer or the status is new."""
@@ -273,8 +277,11 @@ def main(arguments: list[str] | None = None) -> int:
             signals, changes = stack.enter_context(Signals()), stack.enter_context(Changes())
             source = FileSource(args.config) if args.config else stack.enter_context(open_qubesdb())
             given: int | None = args.listener_uid
-            # The listener's user may be another one after its next start.
-            sockets = partial(listening, given) if given is not None else lambda: listening(owner())
+
+            def sockets(proto: Proto) -> frozenset[Binding]:
+                # The listener's user may be another one after its next start.
+                return listening(owner() if given is None else given, NUMBERS[proto])
+
             state = None if directory is None else directory / STATE
             keeper = Keeper(Forwards(source, in_force.configs), in_force, sockets, state)
             asked = None if directory is None else stack.enter_context(Asked(directory / ASK))

@@ -1,68 +1,54 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Rules that let connections in to the listener of an exposed qube.
+"""Rules that let packets in to the listener of an exposed qube.
 
-A rule names the side that connections may come from, the port, and the address, unless the forward listens on
-all of them. So a program that has the same port at another address is not exposed; and on all addresses the
-kernel lets nobody else listen beside the listener.
+A rule names the side that packets may come from, the port, and the address, unless the forward listens on all
+of them. So a program that has the same port at another address is not exposed; and on all addresses the
+kernel lets nobody else listen beside the listener. It ends with the forward by itself.
+
+By UDP, what is sent to everybody on a network is let in to nobody.
 """
 
 from collections.abc import Container, Iterable, Iterator
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.common.values import Binding, IPAddress, PortRange
+from qubes_fwd_qrexec.common.values import Proto, Sources
 
-from .rule import Family, Rule, by, networks
+from .openings import Opening, Socket, openings
+from .rule import Family, Rule, by, in_time, networks
 
 
 def rules(
-    configs: Iterable[ListenerConfig], family: Family, listening: Container[Binding]
+    configs: Iterable[ListenerConfig], family: Family, listening: Container[Socket]
 ) -> tuple[Rule, ...]:
-    """The rules of one family: one for each network, address and range of ports.
+    """The rules of one family: one for each address, range of ports and network.
 
     ``listening`` is where the listener listens; a port of a forward that is not among these gets no rule.
     Adjacent ports share a rule.
     """
     return tuple(
-        Rule(config.key, " ".join((*match, "accept")))
+        Rule(config.key, f"{match}{in_time(config.expire)} accept")
         for config in sorted(configs, key=lambda config: config.key)
-        for match in _matches(config, family, listening)
+        for opening in _of_family(openings(config, listening), family)
+        for match in _matches(opening, family)
     )
 
 
-def is_waiting(config: ListenerConfig, listening: Container[Binding]) -> bool:
-    """Whether the listener does not yet listen on every address and port of a forward."""
-    return any((address, port) not in listening for address in config.listen for port in config.listen_ports)
+def _of_family(found: Iterable[Opening], family: Family) -> list[Opening]:
+    """In the order of their addresses."""
+    ours = [opening for opening in found if opening.address.version == family.version]
+    return sorted(ours, key=lambda opening: (int(opening.address), opening.ports.first))
 
 
-def _matches(
-    config: ListenerConfig, family: Family, listening: Container[Binding]
-) -> Iterator[tuple[str, ...]]:
-    listen = sorted({address for address in config.listen if address.version == family.version}, key=int)
-    for address in listen:
-        to = () if address.is_unspecified else (f"{family} daddr {address}",)
-        all_ports = [f"tcp dport {ports.brief()}" for ports in _open_ports(config, address, listening)]
-        for of in _clients(config, family):
-            yield from ((by(config.side), *of, *to, ports) for ports in all_ports)
+def _matches(opening: Opening, family: Family) -> Iterator[str]:
+    to = f"{family} daddr {opening.address} "
+    if opening.address.is_unspecified:
+        to = "" if opening.proto is Proto.TCP else "fib daddr type local "
+    for clients in _clients(opening.sources, family):
+        yield f"{by(opening.side)} {clients}{to}{opening.proto} dport {opening.ports.brief()}"
 
 
-def _clients(config: ListenerConfig, family: Family) -> Iterator[tuple[str, ...]]:
-    if config.sources.anyone:
-        yield ()
-    for network in networks(config.sources, family):
-        yield (f"{family} saddr {network}",)
-
-
-def _open_ports(
-    config: ListenerConfig, address: IPAddress, listening: Container[Binding]
-) -> Iterator[PortRange]:
-    """The ports that the listener listens on, in ranges as long as possible."""
-    first = None
-    for port in config.listen_ports:
-        if (address, port) not in listening:
-            if first is not None:
-                yield PortRange(first, port - 1)
-            first = None
-        elif first is None:
-            first = port
-    if first is not None:
-        yield PortRange(first, config.listen_ports.last)
+def _clients(sources: Sources, family: Family) -> Iterator[str]:
+    if sources.anyone:
+        yield ""
+    for network in networks(sources, family):
+        yield f"{family} saddr {network} "

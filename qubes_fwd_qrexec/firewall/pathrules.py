@@ -12,24 +12,22 @@ connection would pass by Qubes' rule for established connections all the same, a
 
 A rule that every packet meets begins with the port, so that it costs packets of other forwards little.
 
-Limits count in each family by itself. Who is one too many has no answer, as nothing of ours is there to give
-one.
+Limits count in each family, and for each protocol, by itself. Who is one too many has no answer, as nothing
+of ours is there to give one.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
 from qubes_fwd_qrexec.common.rules import OnExpire
-from qubes_fwd_qrexec.common.values import IPAddress
+from qubes_fwd_qrexec.common.values import IPAddress, Proto
 
-from .rule import Family, Rule, by, networks
+from .rule import Family, Rule, by, in_time, networks
 from .tables import ADMITTED, ARRIVED, FORWARD, INPUT, PREROUTING, REPLIES, SENT, Content, Place
 
 # How long connections may go on after the end of a forward with on-expire=drain; as the listener lets them.
 DRAIN_MAX_S = 3600
-# The kernel counts nanoseconds in 64 bits: docs/facts.md, F15.
-_TIME_MAX = (2**64 - 1) // 10**9
 # The most clients that per-source counts at once, as many as there are ports.
 _CLIENTS_MAX = 65535
 
@@ -64,9 +62,10 @@ class Names:
 def content(forwards: Iterable[Kept], family: Family) -> Content:
     """The rules of all forwards in one family."""
     made = [
-        _Forward(kept.config, family, kept.is_draining)
+        _Forward(kept, proto, family)
         for kept in sorted(forwards, key=lambda kept: kept.config.key)
         if family.version in kept.config.versions
+        for proto in kept.config.proto.each
     ]
     return Content(
         placed={FORWARD: _all(made, FORWARD), INPUT: _all(made, INPUT)},
@@ -83,19 +82,21 @@ def _all(forwards: list["_Forward"], chain: str | Place) -> tuple[Rule, ...]:
 
 
 class _Forward:
-    """The rules of one forward in one family, as text."""
+    """The rules of one forward for one protocol in one family, as text."""
 
-    def __init__(self, config: NftConfig, family: Family, is_draining: bool) -> None:
-        self.config = config
+    def __init__(self, kept: Kept, proto: Proto, family: Family) -> None:
+        self.config = config = replace(kept.config, proto=proto)
         self._family = family
-        self._is_draining = is_draining
+        self._is_draining = kept.is_draining
+        # Both protocols of a forward have the same counters, and each its own limits.
+        self._suffix = f".{proto}" if kept.config.proto is Proto.BOTH else ""
         self._next_hop = config.to4 if family is Family.IP else config.to6
         self._is_hop = config.role is Role.HOP
         self._names = Names(config.key)
         self._by = by(config.side)
         self._from = self._clients()
         self._to_exposed = f"{config.proto} dport {config.listen_ports.brief()}"
-        self._in_time = "" if config.expire is None else f" meta time < {min(config.expire, _TIME_MAX)}"
+        self._in_time = in_time(config.expire)
 
     def passing(self, chain: str | Place) -> Iterator[str]:
         """The rules of a chain but those that drop."""
@@ -179,13 +180,12 @@ class _Forward:
         if self.config.expire is None:
             return ""
         longer = DRAIN_MAX_S if self.config.on_expire is OnExpire.DRAIN else 0
-        return f" meta time < {min(self.config.expire + longer, _TIME_MAX)}"
+        return in_time(self.config.expire + longer)
 
     def _accepting(self, what: str, accept: str) -> Iterator[str]:
         """What accepts while the forward lasts, and of what drains longer what is established."""
         if self.config.expire is not None and self.config.on_expire is OnExpire.DRAIN:
-            until = min(self.config.expire + DRAIN_MAX_S, _TIME_MAX)
-            yield f"{what} ct state established meta time < {until} {accept}"
+            yield f"{what} ct state established{self._until_all_end} {accept}"
         if not self._is_draining:
             yield f"{what}{self._in_time} {accept}"
 
@@ -210,11 +210,11 @@ class _Forward:
     # Their names have the limit, since what such a set counts by cannot be changed.
     @property
     def _each(self) -> str:
-        return f"{self.config.key}/each.{self.config.limits.per_source}"
+        return f"{self.config.key}/each.{self.config.limits.per_source}{self._suffix}"
 
     @property
     def _total(self) -> str:
-        return f"{self.config.key}/all.{self.config.limits.connections}"
+        return f"{self.config.key}/all.{self.config.limits.connections}{self._suffix}"
 
     def _destination(self, to: IPAddress) -> str:
         if not self.config.is_shifted:

@@ -15,6 +15,8 @@ from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import IPNetwork, Sources
 
+# The kernel counts nanoseconds in 64 bits: docs/facts.md, F15.
+_TIME_MAX = (2**64 - 1) // 10**9
 # 48 bits; a comment has at most 128 characters (libnftnl, NFTNL_UDATA_COMMENT_MAXLEN), a key at most 52.
 _DIGEST_CHARACTERS = 12
 
@@ -54,6 +56,11 @@ def by(side: Side) -> str:
     """The interfaces of a side, by group and never by index: eth0 and vifs are replaced with the netvm."""
     this = f"iifgroup {side.group}"
     return f'{this} iifname != "lo"' if side is Side.OUTER else this
+
+
+def in_time(expire: int | None) -> str:
+    """What ends a rule by itself at a time in UNIX seconds; nothing without one."""
+    return "" if expire is None else f" meta time < {min(expire, _TIME_MAX)}"
 
 
 def networks(sources: Sources, family: Family) -> Sequence[IPNetwork]:

@@ -37,9 +37,11 @@ class Place:
         return Rule(self.tag, f"{self.when} jump {self.chain}")
 
 
-# Only packets that begin a connection: the rest passes by Qubes' own rule for established connections until
-# the listener ends it, and what belongs to no connection is dropped as always.
-LISTENER = Place(CUSTOM_INPUT, "qubes-fwd-qrexec", "qubes-fwd-qrexec", "meta l4proto tcp ct state new")
+# Only packets that begin a connection or a flow: the rest passes by Qubes' own rule for established ones
+# until the listener or `cutting` ends it; and what belongs to none is dropped as always.
+LISTENER = Place(
+    CUSTOM_INPUT, "qubes-fwd-qrexec", "qubes-fwd-qrexec", "meta l4proto { tcp, udp } ct state new"
+)
 FORWARD = Place(CUSTOM_FORWARD, f"{OWN}-forward", OWN, "ct state new ct status dnat")
 # All packets from clients, so that the kernel itself ends what is over.
 INPUT = Place(CUSTOM_INPUT, f"{OWN}-input", OWN, "ct direction original")

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
-from qubes_fwd_qrexec.common.values import Binding
 
 from . import listenrules, pathrules
+from .openings import Opening, Socket, is_waiting, openings
 from .pathrules import Kept
 from .rule import Family, NftError, Rule
 from .tables import FORWARD, INPUT, LISTENER, TABLE, Content, Guard, Place, Seen, transaction
@@ -25,16 +25,23 @@ _TRIES = 3
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What to let through: the active forwards of the listener, on the ports where it listens, and those by
-    nft; and what keeps cut connections from coming back."""
+    nft; and what keeps cut connections from coming back. ``flows`` are the forwards of UDP whose flows may go
+    on."""
 
     configs: tuple[ListenerConfig, ...] = ()
-    listening: frozenset[Binding] = frozenset()
+    listening: frozenset[Socket] = frozenset()
+    flows: frozenset[ListenerConfig] = frozenset()
     paths: tuple[Kept, ...] = ()
     guards: Mapping[Family, tuple[Guard, ...]] = field(default_factory=dict)
 
     def rules(self, family: Family) -> tuple[Rule, ...]:
         """The rules for the listener."""
         return listenrules.rules(self.configs, family, self.listening)
+
+    @property
+    def open_to_flows(self) -> frozenset[Opening]:
+        """By which openings the kernel may let flows in."""
+        return frozenset(opening for config in self.flows for opening in openings(config, self.listening))
 
     def content(self, family: Family, seen: Seen) -> Content:
         """What to have in one family. A forward that finds no place in Qubes' table gets no rule at all."""
@@ -46,7 +53,7 @@ class Wanted:
     @property
     def waiting(self) -> tuple[str, ...]:
         """The keys of the forwards for which the listener does not listen on all ports."""
-        waiting = (config.key for config in self.configs if listenrules.is_waiting(config, self.listening))
+        waiting = (config.key for config in self.configs if is_waiting(config, self.listening))
         return tuple(waiting)
 
 

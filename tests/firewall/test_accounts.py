@@ -72,7 +72,7 @@ class Bench:
         self.config.mkdir()
         self.cut_problem = ""
         self.in_force = InForce(Firewall(nft), Cutter(self._end), directory / "in-force")
-        self.keeper = Keeper(Forwards(FileSource(self.config)), self.in_force, frozenset)
+        self.keeper = Keeper(Forwards(FileSource(self.config)), self.in_force, lambda _: frozenset())
 
     def tell(self, *configs: NftConfig, **untrusted: str) -> None:
         """Configure exactly this, and look."""

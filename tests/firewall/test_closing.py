@@ -188,18 +188,27 @@ class Road:
         self.helpers = {qube: Helper(wired, qube) for qube in PATH}
         for qube in reversed(PATH):
             self.put(qube, self.closed[qube])
-        self._servers = {port: wired.serve(proto, WORK, port) for _, port in (CLOSED, KEPT)}
+        self._servers = {
+            (one, port): wired.serve(one, WORK, port) for one in proto.each for _, port in (CLOSED, KEPT)
+        }
 
     def put(self, qube: str, *now: NftConfig) -> None:
         """What is in force in one qube, beside the forward that is kept."""
         self.helpers[qube].put(*map(Kept, now), Kept(self.kept[qube]))
 
-    def open(self, family: Addresses, ports: tuple[int, int] = CLOSED, source: str = "") -> Flow:
+    def open(
+        self,
+        family: Addresses,
+        ports: tuple[int, int] = CLOSED,
+        source: str = "",
+        proto: Proto | None = None,
+    ) -> Flow:
         """A live connection of a client on the LAN, whose address the server sees."""
         exposed, own = ports
-        server = self._servers[own]
+        proto = proto or self.proto
+        server = self._servers[proto, own]
         source = source or family.lan
-        if self.proto is Proto.TCP:
+        if proto is Proto.TCP:
             client = self.wired.connect(LAN, family.net, exposed, source)
             far, seen = server.accept()
             flow = Flow(client, far)
@@ -215,9 +224,9 @@ class Road:
         assert flow.is_alive()
         return flow
 
-    def both(self, ports: tuple[int, int] = CLOSED) -> list[Flow]:
+    def both(self, ports: tuple[int, int] = CLOSED, proto: Proto | None = None) -> list[Flow]:
         """One in each family."""
-        return [self.open(family, ports) for family in FAMILIES]
+        return [self.open(family, ports, proto=proto) for family in FAMILIES]
 
     def is_open(self, family: Addresses) -> bool:
         """Whether somebody new comes through to the server."""
@@ -392,7 +401,7 @@ def remove_guards(road: Road, qube: str, later_s: int) -> int:
 
 
 @pytest.mark.parametrize("qube", PATH)
-@pytest.mark.parametrize("proto", list(Proto))
+@pytest.mark.parametrize("proto", Proto.BOTH.each)
 def test_only_those_lose_their_connections_who_are_let_in_no_more(
     wired: Wired, opened: ExitStack, proto: Proto, qube: str
 ) -> None:
@@ -426,6 +435,28 @@ def test_a_port_that_a_range_has_no_more_is_cut_alone(wired: Wired, opened: Exit
     assert all(flow.is_alive() for flow in kept)
 
 
+@pytest.mark.parametrize("qube", PATH)
+def test_of_a_forward_of_both_protocols_each_ends_as_it_does_alone(
+    wired: Wired, opened: ExitStack, qube: str
+) -> None:
+    """First UDP is taken out of it, and then TCP is closed too."""
+    road = Road(wired, opened, Proto.BOTH)
+    connections, flows = road.both(proto=Proto.TCP), road.both(proto=Proto.UDP)
+    beside = road.both(KEPT, Proto.UDP)
+    road.put(qube, replace(road.closed[qube], proto=Proto.TCP))
+    for flow, one in zip(flows, beside, strict=True):
+        flow.assert_silent(one)
+    assert all(connection.is_alive() for connection in connections)
+    road.put(qube)
+    for connection in connections:
+        if qube != WORK:
+            connection.to_client(b"lost")
+            connection.assert_server_ended()
+            connection.to_server(b"lost")
+        connection.assert_client_reset()
+    assert all(flow.is_alive() for flow in beside)
+
+
 def both_ports(config: NftConfig) -> NftConfig:
     """The range that begins with the only port."""
     exposed, own = config.listen_ports.first, config.target_ports.first
@@ -435,7 +466,7 @@ def both_ports(config: NftConfig) -> NftConfig:
 
 
 @pytest.mark.parametrize(("qube", "other"), [(NET, "beside_firewall"), (FIREWALL, "beside_work")])
-@pytest.mark.parametrize("proto", list(Proto))
+@pytest.mark.parametrize("proto", Proto.BOTH.each)
 def test_connections_do_not_go_on_to_the_old_place_when_the_next_hop_is_another_one(
     wired: Wired, opened: ExitStack, proto: Proto, qube: str, other: str
 ) -> None:
@@ -456,7 +487,7 @@ def test_connections_do_not_go_on_to_the_old_place_when_the_next_hop_is_another_
 
 
 @pytest.mark.parametrize("qube", PATH)
-@pytest.mark.parametrize("proto", list(Proto))
+@pytest.mark.parametrize("proto", Proto.BOTH.each)
 def test_when_time_is_over_the_kernel_alone_lets_nothing_through(
     wired: Wired, opened: ExitStack, proto: Proto, qube: str
 ) -> None:
@@ -472,7 +503,7 @@ def test_when_time_is_over_the_kernel_alone_lets_nothing_through(
 
 
 @pytest.mark.parametrize("qube", PATH)
-@pytest.mark.parametrize("proto", list(Proto))
+@pytest.mark.parametrize("proto", Proto.BOTH.each)
 def test_what_drains_goes_on_for_a_while_without_anybody_new(
     wired: Wired, opened: ExitStack, proto: Proto, qube: str
 ) -> None:
@@ -528,7 +559,7 @@ def has_flowtables() -> bool:
 
 
 @pytest.mark.skipif(not has_flowtables(), reason="this kernel has no flowtables (CONFIG_NF_FLOW_TABLE)")
-@pytest.mark.parametrize("proto", list(Proto))
+@pytest.mark.parametrize("proto", Proto.BOTH.each)
 def test_a_flow_that_passes_by_all_rules_ends_the_same(wired: Wired, opened: ExitStack, proto: Proto) -> None:
     """In sys-firewall the kernel takes it over, once both ends have answered."""
     road = Road(wired, opened, proto)

@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 from spaces import Spaces, needs_namespaces
 
+from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
-from qubes_fwd_qrexec.common.values import ListenPorts, Sources, TargetPorts
+from qubes_fwd_qrexec.common.values import ListenPorts, PortRange, Proto, Sources, TargetPorts
 from qubes_fwd_qrexec.firewall import tables
 from qubes_fwd_qrexec.firewall.cutting import (
     HELD_FLOWS_S,
     TCP_HOLD_S,
     UDP_HOLD_S,
+    Cut,
     Cutter,
     guards,
     has,
 )
+from qubes_fwd_qrexec.firewall.openings import Opening
 from qubes_fwd_qrexec.firewall.rule import Family
 from qubes_fwd_qrexec.system.conntrack import Connection
 
@@ -44,6 +47,14 @@ BOTH = replace(
 )
 ANYONE = replace(hop(), sources=Sources.parse("any"), listen=IPv4Address("192.0.2.1"))
 RANGE = replace(hop(), listen_ports=ListenPorts(7000, 7009), target_ports=TargetPorts(9000, 9009))
+OPENING = Opening(
+    "udp.work.dns",
+    Proto.UDP,
+    Side.UPLINK,
+    ip_address("0.0.0.0"),
+    PortRange(53, 54),
+    Sources.parse("192.0.2.0/24"),
+)
 ALL = tuple(
     replace(config, proto=proto)
     for config in (BOTH, ANYONE, RANGE, target(), target(sources="any,".rstrip(",")))
@@ -51,7 +62,7 @@ ALL = tuple(
 )
 
 
-def texts(config: NftConfig, family: Family) -> list[tuple[str, str]]:
+def texts(config: Cut, family: Family) -> list[tuple[str, str]]:
     return [(guard.chain, guard.text) for guard in guards(config, family, NOW_S)]
 
 
@@ -85,6 +96,23 @@ def test_a_target_holds_back_what_its_server_sends_by_udp_and_nothing_of_tcp() -
     assert found[1] == "oifgroup 1 ip daddr { 192.0.2.0/24 } udp sport 8080-8081 ct state new drop"
 
 
+def test_both_protocols_are_guarded_as_each_of_them() -> None:
+    protos = Proto.BOTH.each
+    for config in (BOTH, target()):
+        each = [pair for proto in protos for pair in texts(replace(config, proto=proto), Family.IP)]
+        assert texts(replace(config, proto=Proto.BOTH), Family.IP) == each
+
+
+def test_what_the_listener_still_has_for_clients_begins_no_flow() -> None:
+    what = "oifgroup 1 ip daddr { 192.0.2.0/24 } udp sport 53-54 ct state new drop"
+    (guard,) = guards(OPENING, Family.IP, NOW_S)
+    assert (guard.chain, guard.text) == ("guard-output", what)
+    assert UDP_HOLD_S < guard.until - NOW_S <= UDP_HOLD_S + 60
+    assert not list(guards(OPENING, Family.IP6, NOW_S))
+    (at_one,) = guards(replace(OPENING, address=ip_address("192.0.2.1")), Family.IP, NOW_S)
+    assert at_one.text == what.replace("ip daddr", "ip saddr 192.0.2.1 ip daddr")
+
+
 def test_guards_hold_for_a_while_whose_end_is_the_same_for_cuts_of_one_hour() -> None:
     tcp, udp = list(guards(BOTH, Family.IP, NOW_S)), list(guards(target("udp"), Family.IP, NOW_S))
     assert all(TCP_HOLD_S < guard.until - NOW_S <= TCP_HOLD_S + 3600 for guard in tcp)
@@ -97,7 +125,9 @@ def test_guards_hold_for_a_while_whose_end_is_the_same_for_cuts_of_one_hour() ->
 @needs_namespaces
 @pytest.mark.parametrize("family", list(Family))
 def test_nft_takes_every_guard(family: Family) -> None:
-    found = tuple(guard for config in ALL for guard in guards(config, family, 4e9))
+    at_one = ip_address("192.0.2.1" if family is Family.IP else "fd77::1")
+    opened = [replace(OPENING, address=at_one, sources=BOTH.sources)]
+    found = tuple(guard for cut in (*ALL, *opened) for guard in guards(cut, family, 4e9))
     assert found
     content = tables.Content(guards=tuple(dict.fromkeys(found)))
     with Spaces("one") as spaces:
@@ -110,6 +140,7 @@ def connection(**changes: Any) -> Connection:
     values = {
         "protocol": TCP,
         "source": ip_address("192.0.2.9"),
+        "source_port": 40000,
         "destination": ip_address("192.0.2.1"),
         "destination_port": 80,
         "answerer": NEXT_HOP,
@@ -143,6 +174,11 @@ def test_a_connection_is_a_forwards_only_if_all_of_it_agrees(changes: dict[str, 
     assert not has(BOTH, connection(**changes))
 
 
+def test_of_both_protocols_a_forward_has_the_connections_of_each() -> None:
+    of_both = replace(BOTH, proto=Proto.BOTH)
+    assert [has(of_both, connection(protocol=number)) for number in (TCP, UDP, 132)] == [True, True, False]
+
+
 def test_the_ports_of_a_range_belong_together_one_by_one() -> None:
     assert has(RANGE, connection(destination_port=7004, answerer_port=9004))
     assert not has(RANGE, connection(destination_port=7004, answerer_port=9005))
@@ -167,9 +203,9 @@ class End:
     """Notes what is to be ended."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[tuple[NftConfig, ...], tuple[NftConfig, ...]]] = []
+        self.asked: list[tuple[tuple[Cut, ...], tuple[Cut, ...]]] = []
 
-    def __call__(self, gone: Collection[NftConfig], living: Collection[NftConfig]) -> int:
+    def __call__(self, gone: Collection[Cut], living: Collection[Cut]) -> int:
         self.asked.append((tuple(gone), tuple(living)))
         return len(gone)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
-from qubes_fwd_qrexec.common.values import ListenPorts, Sources, TargetPorts
-from qubes_fwd_qrexec.firewall.cutting import TCP_HOLD_S, CutError, Cutter
+from qubes_fwd_qrexec.common.values import ListenPorts, Proto, Sources, TargetPorts
+from qubes_fwd_qrexec.firewall.cutting import TCP_HOLD_S, Cut, CutError, Cutter
 from qubes_fwd_qrexec.firewall.inforce import IN_FORCE, InForce
+from qubes_fwd_qrexec.firewall.openings import openings
 from qubes_fwd_qrexec.firewall.pathrules import Kept
 from qubes_fwd_qrexec.firewall.rule import Family, NftError
 from qubes_fwd_qrexec.firewall.tables import CUSTOM_FORWARD, CUSTOM_INPUT, Seen, SeenTable
@@ -34,7 +36,7 @@ class Tool:
         self.done: list[str] = []
         self.nft_fails = False
         self.end_fails = False
-        self.ended: list[tuple[set[NftConfig], set[NftConfig]]] = []
+        self.ended: list[tuple[set[Cut], set[Cut]]] = []
         self.last = ""
 
     def look(self) -> dict[Family, Seen]:
@@ -46,7 +48,7 @@ class Tool:
         self.last = transaction
         self.done.append("rules")
 
-    def end(self, gone: Collection[NftConfig], living: Collection[NftConfig]) -> int:
+    def end(self, gone: Collection[Cut], living: Collection[Cut]) -> int:
         self.ended.append((set(gone), set(living)))
         self.done.append("end")
         if self.end_fails:
@@ -191,3 +193,67 @@ def test_what_fails_in_one_family_keeps_nothing_open_in_the_other() -> None:
     with pytest.raises(NftError, match="nft is missing"):
         Firewall(tool).keep(Wanted(paths=(Kept(both),)))
     assert " ip6 qubes" in tool.last
+
+
+DNS = ListenerConfig.parse(
+    "udp.work.dns",
+    "version=1 service=qubes.ForwardUDP transport=mux side=outer listen=0.0.0.0 "
+    "srcports=53-54 dstports=53-54 srchosts=192.0.2.0/24",
+)
+(OPENED,) = openings(DNS)
+
+
+def flowing(config: ListenerConfig = DNS, *, at: tuple[int, ...] = (53, 54)) -> Wanted:
+    """A forward of UDP, and the ports on which the listener listens."""
+    listening = frozenset((Proto.UDP, config.listen[0], port) for port in at)
+    return Wanted((config,), listening, frozenset({config}))
+
+
+def test_flows_end_with_the_forward_and_with_the_listeners_socket(tool: Tool) -> None:
+    in_force = opened(tool)
+    in_force.put(flowing())
+    assert "udp dport 53-54 accept" in tool.last
+    in_force.put(flowing(at=(53,)))
+    (rest,) = openings(DNS, flowing(at=(53,)).listening)
+    assert tool.ended == [({OPENED}, {rest})]
+    assert "guard-output meta time" in tool.last
+    in_force.put(wanted())
+    assert tool.ended[1:] == [({rest}, set())]
+    in_force.put(wanted(WEB))
+    assert len(tool.ended) == 2
+
+
+def test_flows_go_on_while_nobody_loses_anything(tool: Tool) -> None:
+    in_force = opened(tool)
+    wider = replace(DNS, sources=Sources.parse("192.0.2.0/23"), expire=1_900_000_000)
+    for one in (flowing(), flowing(wider), replace(flowing(wider), configs=())):  # the last one drains
+        in_force.put(one)
+    assert tool.ended == []
+
+
+def test_a_run_after_one_that_was_killed_ends_the_flows_that_it_had_let_in(
+    tool: Tool, tmp_path: Path
+) -> None:
+    path = tmp_path / IN_FORCE
+    first = opened(tool, path)
+    first.put(flowing())
+    second = opened(tool, path)
+    assert (second.configs, second.flows) == (set(), {DNS})
+    second.put(flowing())
+    assert tool.ended == []
+    third = opened(tool, path)
+    third.put(wanted())
+    assert tool.ended == [({OPENED}, set())]
+    assert opened(tool, path).flows == set()
+
+
+def test_flows_that_could_not_be_ended_are_tried_again(tool: Tool) -> None:
+    in_force = opened(tool)
+    in_force.put(flowing())
+    tool.end_fails = True
+    in_force.put(wanted())
+    assert in_force.is_due
+    tool.end_fails = False
+    in_force.put(wanted())
+    assert tool.ended == [({OPENED}, set())] * 2
+    assert not in_force.is_due

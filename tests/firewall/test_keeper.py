@@ -17,7 +17,7 @@ from helpers import write_config
 from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.report import FORWARDS_MAX, FirewallReport
-from qubes_fwd_qrexec.common.values import Binding
+from qubes_fwd_qrexec.common.values import Binding, Proto
 from qubes_fwd_qrexec.firewall import keeper
 from qubes_fwd_qrexec.firewall.accounts import account, firewall_report
 from qubes_fwd_qrexec.firewall.cutting import Cutter
@@ -34,7 +34,8 @@ from qubes_fwd_qrexec.system.sockdiag import SocketsError
 from qubes_fwd_qrexec.target.statusservice import FIREWALL_STATE
 
 OPEN, CLOSED = report.Firewall.OPEN, report.Firewall.CLOSED
-LISTENING = frozenset((ip_address("127.0.0.1"), port) for port in (80, 81))
+BINDINGS = frozenset((ip_address("127.0.0.1"), port) for port in (80, 81))
+LISTENING = frozenset((Proto.TCP, *binding) for binding in BINDINGS)
 
 
 WITH_TABLE = Seen(SeenTable({CUSTOM_INPUT: (), CUSTOM_FORWARD: ()}))
@@ -66,11 +67,11 @@ class FakeNft(Nft):
 class FakeSockets:
     """Where the listener listens, or why that is not known."""
 
-    def __init__(self, said: frozenset[Binding] | SocketsError = LISTENING) -> None:
+    def __init__(self, said: frozenset[Binding] | SocketsError = BINDINGS) -> None:
         self.said = said
         self.times = 0
 
-    def __call__(self) -> frozenset[Binding]:
+    def __call__(self, proto: Proto) -> frozenset[Binding]:
         self.times += 1
         if isinstance(self.said, SocketsError):
             raise self.said
@@ -333,7 +334,7 @@ def test_the_listeners_ports_are_followed_without_a_change_of_anything_else(
 
     waits = (0, ("fwd.work.web",))
     assert look() == waits
-    sockets.said = LISTENING
+    sockets.said = BINDINGS
     assert look() == (1, ())
     assert look() == (0, ())
     sockets.said = frozenset((ip_address("127.0.0.1"), port) for port in (79, 81))

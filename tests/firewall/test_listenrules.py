@@ -10,8 +10,9 @@ import pytest
 from helpers import Everywhere, write_config
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.common.values import Binding
-from qubes_fwd_qrexec.firewall.listenrules import is_waiting, rules
+from qubes_fwd_qrexec.common.values import Proto
+from qubes_fwd_qrexec.firewall.listenrules import rules
+from qubes_fwd_qrexec.firewall.openings import Socket, is_waiting
 from qubes_fwd_qrexec.firewall.rule import Family
 
 EVERYWHERE = Everywhere()
@@ -23,7 +24,7 @@ def texts(tmp_path: Path) -> Any:
     """The rules' texts for one forward with these options, by family."""
 
     def make(
-        port: str = "80", listening: Container[Binding] = EVERYWHERE, **options: str
+        port: str = "80", listening: Container[Socket] = EVERYWHERE, **options: str
     ) -> dict[str, list[str]]:
         config = forward(tmp_path / "c", port, **options)
         return {family.value: [rule.text for rule in rules([config], family, listening)] for family in Family}
@@ -36,8 +37,8 @@ def forward(directory: Path, port: str = "80", **options: str) -> ListenerConfig
     return ListenerConfig.parse(file.name, file.read_text())
 
 
-def at(address: str, *ports: int) -> frozenset[Binding]:
-    return frozenset((ip_address(address), port) for port in ports)
+def at(address: str, *ports: int, proto: Proto = Proto.TCP) -> frozenset[Socket]:
+    return frozenset((proto, ip_address(address), port) for port in ports)
 
 
 def test_a_rule_names_network_and_port(texts: Any) -> None:
@@ -84,7 +85,7 @@ def test_a_network_of_one_family_opens_nothing_in_the_other(texts: Any) -> None:
     ],
 )
 def test_a_port_that_is_not_listened_on_as_the_rule_says_has_no_rule(
-    texts: Any, listening: frozenset[Binding]
+    texts: Any, listening: frozenset[Socket]
 ) -> None:
     options = {"listen": "0.0.0.0", "srchosts": "any"}
     assert texts(**options, listening=listening) == {"ip": [], "ip6": []}
@@ -115,9 +116,33 @@ def test_ports_of_a_range_that_are_listened_on_have_rules(
     found = texts("80-90", at("0.0.0.0", *open_ports), listen="0.0.0.0", srchosts="10.0.0.0/8,192.168.0.0/16")
     assert found["ip"] == [
         f"{OUTER} ip saddr {network} tcp dport {ports} accept"
-        for network in ("10.0.0.0/8", "192.168.0.0/16")
         for ports in ranges
+        for network in ("10.0.0.0/8", "192.168.0.0/16")
     ]
+
+
+UDP = {"service": "qubes.ForwardUDP", "transport": "mux", "key": "udp.work.web"}
+
+
+def test_each_protocol_has_rules_only_where_the_listener_listens_for_it(texts: Any) -> None:
+    """What is sent to everybody is not let in; an address of one's own is nobody else's."""
+    options = {"listen": "0.0.0.0,10.0.0.1", "srchosts": "10.0.0.0/8"}
+    tcp, udp = (at("0.0.0.0", 80, proto=proto) | at("10.0.0.1", 80, proto=proto) for proto in Proto.BOTH.each)
+    of = f"{OUTER} ip saddr 10.0.0.0/8"
+    assert texts(**options, listening=tcp)["ip"] == [
+        f"{of} tcp dport 80 accept",
+        f"{of} ip daddr 10.0.0.1 tcp dport 80 accept",
+    ]
+    assert texts(**options, **UDP, listening=udp)["ip"] == [
+        f"{of} fib daddr type local udp dport 80 accept",
+        f"{of} ip daddr 10.0.0.1 udp dport 80 accept",
+    ]
+    assert texts(**options, listening=udp)["ip"] == texts(**options, **UDP, listening=tcp)["ip"] == []
+
+
+def test_the_kernel_ends_a_rule_with_its_forward(texts: Any) -> None:
+    found = texts(listen="::", srchosts="any", expire="1800000000")
+    assert found["ip6"] == [f"{OUTER} tcp dport 80 meta time < 1800000000 accept"]
 
 
 def test_a_forward_waits_while_anything_of_it_is_not_listened_on(tmp_path: Path) -> None:

@@ -94,17 +94,19 @@ def serve(wired: Wired) -> None:
                 wired.serve(proto, qube, port)
 
 
-@pytest.fixture(scope="module", params=Shape)
+@pytest.fixture(scope="module", params=[(Shape.R4_2, PROTOS), (Shape.R4_3, ("both",))])
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wired]:
     """Port 80 of sys-net is forwarded to 8080 of work, by TCP and UDP; every qube has servers on both.
 
-    The qubes beside have no firewall of their own: they are out for mischief.
+    On Qubes 4.2 each protocol has a forward of its own, on 4.3 one forward has both. The qubes beside have no
+    firewall of their own: they are out for mischief.
     """
-    with open_wired(tmp_path_factory.mktemp("w") / "lab", request.param) as made:
+    shape, told = request.param
+    with open_wired(tmp_path_factory.mktemp("w") / "lab", shape) as made:
         serve(made)
         for qube in (BESIDE_FIREWALL, BESIDE_WORK):
             made.nft(qube, "flush ruleset")
-        put(made, both(path("tcp", "nft.work.tcp"), path("udp", "nft.work.udp")))
+        put(made, both(*(path(proto, f"nft.work.{proto}") for proto in told)))
         yield made
 
 
@@ -361,6 +363,17 @@ def test_limits_hold(wired: Wired, at: Addresses) -> None:
         wired.connect(LAN, at.net, EXPOSED, at.lan)
         server.accept()
     assert wired.send("tcp", LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
+
+
+@families
+def test_each_of_both_protocols_has_the_whole_limit(wired: Wired, at: Addresses) -> None:
+    servers = {proto: wired.serve(proto, WORK, INTERNAL) for proto in PROTOS}
+    put(wired, path("both", limits="connections:1,per-source:1"))
+    assert wired.send("udp", LAN, at.net, EXPOSED, at.lan) == ANSWERED
+    wired.connect(LAN, at.net, EXPOSED, at.lan)
+    servers["tcp"].accept()
+    for proto in PROTOS:
+        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
 
 
 @families

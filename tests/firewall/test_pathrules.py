@@ -183,6 +183,20 @@ def test_limits_are_asked_before_a_connection_is_counted_and_sent_on() -> None:
     assert ("set", "nft.work.web/each.11") in other.objects
 
 
+def test_both_protocols_have_the_rules_of_each_and_limits_of_their_own() -> None:
+    given = {"limits": "connections:7,per-source:2", "role": "hop"}
+    told = {proto: content([config(proto=proto, **given)], Family.IP) for proto in ("tcp", "udp", "both")}
+    for chain, rules in chains(told["both"]).items():
+        each = [*chains(told["tcp"])[chain], *chains(told["udp"])[chain]]
+        plain = [re.sub(r"@(\S+)\.(tcp|udp) ", r"@\1 ", text) for text in rules]
+        assert sorted(plain) == sorted(each), chain
+    sets = {name for kind, name in told["both"].objects if kind == "set"}
+    each_set = ("each.2.tcp", "each.2.udp", "all.7.tcp", "all.7.udp")
+    assert sets == {f"nft.work.web/{name}" for name in each_set}
+    counters = [name for name in told["both"].objects if name[0] == "counter"]
+    assert counters == [name for name in told["tcp"].objects if name[0] == "counter"]
+
+
 def test_what_drains_lets_the_established_go_on_for_a_while_and_nobody_new_in() -> None:
     hop = config(expire=f"{END}", on_expire="drain")
     through = f"tcp dport 80 {OUT} oifgroup 2 ip saddr 192.168.77.0/24 ip daddr 10.137.0.5"

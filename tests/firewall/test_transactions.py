@@ -84,7 +84,7 @@ def test_everything_is_made_from_nothing(place: Place) -> None:
 
 def test_the_jumps_are_those_that_let_through_no_more_than_they_should() -> None:
     assert {place.jump.text for place in PLACES} == {
-        "meta l4proto tcp ct state new jump qubes-fwd-qrexec",
+        "meta l4proto { tcp, udp } ct state new jump qubes-fwd-qrexec",
         "ct state new ct status dnat jump qubes-fwd-nft-forward",
         "ct direction original jump qubes-fwd-nft-input",
     }
