@@ -50,7 +50,8 @@ def obstacles(rule: ForwardRule, path: Path, inventory: Inventory) -> Iterator[F
     if rule.listen_ports.first != rule.target_ports.first and ports > SHIFTED_MAX:
         yield Finding(Cause.TOO_LARGE, number=ports, case="shifted")
     for network in rule.sources.networks:
-        if isinstance(network, IPv6Network) and network.subnet_of(_LINK_LOCAL):
+        # What else fe00::/8 has is in no use.
+        if isinstance(network, IPv6Network) and network.prefixlen >= 8 and network.overlaps(_LINK_LOCAL):
             yield Finding(Cause.LINK_LOCAL, detail=str(network))
     if rule.listen is not None and rule.listen.is_loopback:
         yield Finding(Cause.NFT_LOOPBACK)
