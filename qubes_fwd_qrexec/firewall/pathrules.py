@@ -78,7 +78,8 @@ def _all(forwards: list["_Forward"], chain: str | Place) -> tuple[Rule, ...]:
     """What lets packets of any forward through, and behind all of that what drops the rest."""
     passing = [Rule(f.config.key, text) for f in forwards for text in f.passing(chain)]
     dropping = [Rule(f.config.key, text) for f in forwards for text in f.dropping(chain)]
-    return (*passing, *dropping)
+    # What the target sends is let through anyway, so these only keep it from what drops.
+    return (*passing, *dropping) if dropping or chain != SENT else ()
 
 
 class _Forward:
@@ -145,6 +146,11 @@ class _Forward:
         return f" {self._family} {which} {f'{{ {found} }}' if ',' in found else found}"
 
     @property
+    def _not_loopback(self) -> str:
+        """Not to a loopback address, which is a local one: docs/facts.md, F17."""
+        return " ip daddr != 127.0.0.0/8" if self._family is Family.IP else ""
+
+    @property
     def _to_next(self) -> str:
         return f"{self.config.proto} dport {self.config.target_ports.brief()}"
 
@@ -154,13 +160,13 @@ class _Forward:
 
     @property
     def _inward(self) -> str:
-        return f"{self._to_exposed} {self._by}{self._from}"
+        return f"{self._to_exposed} {self._by}{self._from}{self._not_loopback}"
 
     @property
     def _through(self) -> str:
-        """A packet of this forward on its way to the next hop."""
+        """A packet of this forward on its way to the next hop; what is forwarded never came by lo."""
         to = f"{self._family} daddr {self._next_hop} {self._original}"
-        return f"{self._to_next} {self._by} oifgroup 2{self._from} {to}"
+        return f"{self._to_next} iifgroup {self.config.side.group} oifgroup 2{self._from} {to}"
 
     @property
     def _back(self) -> str:
@@ -191,7 +197,7 @@ class _Forward:
 
     def _arriving(self) -> Iterator[str]:
         """The first packet of each connection: too many are dropped, the others counted and sent on."""
-        to_listen = ""
+        to_listen = self._not_loopback
         if self.config.listen is not None:
             to_listen = f" {self._family} daddr {self.config.listen}"
         # Not with the interface: docs/facts.md, F13.

@@ -10,7 +10,7 @@ A change is one transaction, and never names any other rule, chain or table. All
 `nfttool` applies it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ _GUARDS = (GUARD_FORWARD, GUARD_INPUT, GUARD_OUTPUT)
 HELD = "held"
 _HELD_S = 180
 _HELD_MAX = 65535
-# The chains of our own table with type, hook and priority: NAT after Qubes' own, the others before Qubes'.
+# The chains that our own table may have, with type, hook and priority: NAT after Qubes' own, others before it.
 HOOKS: Mapping[str, tuple[str, str, int] | None] = {
     PREROUTING: ("nat", "prerouting", -90),
     FORWARDED: ("filter", "forward", -10),
@@ -68,14 +68,15 @@ HOOKS: Mapping[str, tuple[str, str, int] | None] = {
     GUARD_INPUT: None,
     GUARD_OUTPUT: None,
 }
+# The rules that lead from a hook to other chains, as far as there are those: each packet meets them.
 _LEADING = {
-    FORWARDED: (
-        Rule(OWN, f"jump {GUARD_FORWARD}"),
-        Rule(OWN, f"ct status dnat ct direction original jump {ADMITTED}"),
-        Rule(OWN, f"ct status dnat ct direction reply jump {REPLIES}"),
-    ),
-    ARRIVED: (Rule(OWN, f"jump {GUARD_INPUT}"),),
-    SENT: (Rule(OWN, f"jump {GUARD_OUTPUT}"),),
+    FORWARDED: {
+        GUARD_FORWARD: Rule(OWN, f"jump {GUARD_FORWARD}"),
+        ADMITTED: Rule(OWN, f"ct status dnat ct direction original jump {ADMITTED}"),
+        REPLIES: Rule(OWN, f"ct status dnat ct direction reply jump {REPLIES}"),
+    },
+    ARRIVED: {GUARD_INPUT: Rule(OWN, f"jump {GUARD_INPUT}")},
+    SENT: {GUARD_OUTPUT: Rule(OWN, f"jump {GUARD_OUTPUT}")},
 }
 
 
@@ -105,9 +106,17 @@ class Content:
     objects: Mapping[tuple[str, str], str] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
 
-    def of(self, chain: str) -> tuple[Rule, ...]:
-        """The rules of a chain of our own table, without guards."""
-        return (*_LEADING.get(chain, ()), *self.chains.get(chain, ()))
+    def own(self, guarded: Collection[str]) -> dict[str, tuple[Rule, ...]]:
+        """The chains that our own table should have, with their rules but for guards; ``guarded`` are the
+        guards' chains that have some. A chain without rules would cost every packet that meets its hook.
+        """
+        needed = {*guarded, *(chain for chain, rules in self.chains.items() if rules)}
+        found = {chain: () if chain in _GUARDS else self._of(chain, needed) for chain in HOOKS}
+        return {chain: rules for chain, rules in found.items() if rules or chain in guarded}
+
+    def _of(self, chain: str, needed: Collection[str]) -> tuple[Rule, ...]:
+        leading = _LEADING.get(chain, {})
+        return (*(rule for to, rule in leading.items() if to in needed), *self.chains.get(chain, ()))
 
     def at(self, place: Place) -> tuple[Rule, ...]:
         return self.placed.get(place, ())
@@ -145,7 +154,7 @@ class SeenTable:
     has_verdict_maps: bool = False
 
     def comments(self, chain: str) -> tuple[str, ...]:
-        return tuple(rule.comment for rule in self.chains[chain])
+        return tuple(rule.comment for rule in self.chains.get(chain, ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,35 +277,42 @@ def _fill(table: str, place: Place, rules: tuple[Rule, ...], seen: Seen) -> Iter
 
 def _make_own(table: str, wanted: Content, seen: SeenTable | None, now_s: float, held: str) -> Iterator[str]:
     """Make our own table right, or remove it if neither rules nor guards need it."""
-    kept = [] if seen is None else [rule for _, rule in _guards(seen) if not _is_over(rule, now_s)]
+    kept = [] if seen is None else [guard for guard in _guards(seen) if not _is_over(guard[1], now_s)]
     if not (wanted.is_own_needed or wanted.guards or kept):
         if seen is not None:
             yield f"delete table {table}"
         return
-    if seen is not None and (seen.has_flags or seen.hooks != HOOKS):
+    if seen is not None and (
+        seen.has_flags or seen.has_verdict_maps or not seen.hooks.items() <= HOOKS.items()
+    ):
         yield f"delete table {table}"
-        seen = None
+        seen, kept = None, []
     if seen is None:
         yield f"add table {table}"
-        for chain, hook in HOOKS.items():
-            yield f"add chain {table} {chain}{'' if hook is None else _hooked(*hook)}"
-        seen = SeenTable(chains=dict.fromkeys(HOOKS, ()))
+        seen = SeenTable()
+    chains = wanted.own({*(guard.chain for guard in wanted.guards), *(chain for chain, _ in kept)})
+    for chain in [chain for chain in chains if chain not in seen.chains]:
+        yield f"add chain {table} {chain}{_hooked(chain)}"
     objects = {**wanted.objects, ("set", HELD): held}
     for (kind, name), declared in objects.items():
         if (kind, name) not in seen.objects:
             yield f"add {kind} {table} {name}{declared}"
-    for chain in HOOKS:
-        rules = wanted.of(chain)
+    for chain, rules in chains.items():
         if chain not in _GUARDS and seen.comments(chain) != tuple(rule.comment for rule in rules):
             yield f"flush chain {table} {chain}"
             yield from (f"add rule {table} {chain} {rule}" for rule in rules)
     yield from _make_guards(table, wanted.guards, seen, now_s)
+    gone = sorted(seen.chains.keys() - chains.keys())
+    yield from (f"flush chain {table} {chain}" for chain in gone)
+    yield from (f"delete chain {table} {chain}" for chain in gone)
     for kind, name in sorted(seen.objects - objects.keys()):
         yield f"delete {kind} {table} {name}"
 
 
-def _hooked(kind: str, hook: str, priority: int) -> str:
-    return f" {{ type {kind} hook {hook} priority {priority}; policy accept; }}"
+def _hooked(chain: str) -> str:
+    if (hook := HOOKS[chain]) is None:
+        return ""
+    return " {{ type {} hook {} priority {}; policy accept; }}".format(*hook)
 
 
 def _make_guards(table: str, wanted: tuple[Guard, ...], seen: SeenTable, now_s: float) -> Iterator[str]:

@@ -4,6 +4,7 @@
 Each test says of a packet what becomes of it. What is let through is one line; the rest is what must not be.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -177,6 +178,35 @@ def test_a_service_of_a_hop_itself_is_untouched(opened: Wired, proto: str, at: A
     loopback = "127.0.0.1" if at is V4 else "::1"
     for qube in (NET, FIREWALL, WORK):
         assert opened.send(proto, qube, loopback, EXPOSED) == f"answered by {qube}"
+
+
+@protos
+@families
+@pytest.mark.parametrize("qube", [NET, WORK])
+def test_what_comes_by_a_wire_for_a_loopback_address_does_not_pass(
+    wired: Wired, proto: str, at: Addresses, qube: str
+) -> None:
+    """Even where a qube takes such packets at all (route_localnet): the server may be for itself alone."""
+    sender, via = {NET: (LAN, at.net), WORK: (FIREWALL, at.work)}[qube]
+    loopback, port = "127.0.0.1" if at is V4 else "::1", EXPOSED if qube == NET else INTERNAL
+    put(wired, path(proto))
+    for name in (LAN, FIREWALL, WORK):
+        wired.serve(proto, name, INTERNAL, loopback)
+    wired.serve(proto, WORK, INTERNAL, at.work)
+    wired.run(qube, "sysctl", "-w", "net.ipv4.conf.all.route_localnet=1")
+    # The sender has no loopback addresses of its own.
+    local = json.loads(wired.run(sender, "ip", "-j", "route", "show", "table", "local").stdout)
+    for route in local if at is V4 else [{"dst": "::1"}]:
+        if route["dst"].startswith(("127.", "::1")):
+            wired.run(sender, "ip", "route", "del", "table", "local", "to", route["dst"], "dev", "lo")
+    wired.run(sender, "ip", "route", "add", loopback, "via", via, "dev", device(wired, sender, via), "onlink")
+    assert wired.send(proto, sender, loopback, port, at.lan) == f"dropped in {qube}"
+
+
+def device(wired: Wired, qube: str, to: str) -> str:
+    """By which a qube sends to an address."""
+    (route,) = json.loads(wired.run(qube, "ip", "-j", "route", "get", to).stdout)
+    return str(route["dev"])
 
 
 @protos

@@ -33,6 +33,7 @@ from qubes_fwd_qrexec.lab import netns
 
 END = 1893456000
 OUT = 'iifgroup 0 iifname != "lo"'
+NOT_LO = "ip daddr != 127.0.0.0/8"
 FROM = {"srchosts": "192.168.77.0/24,fd77::/64"}
 NEXT = {"to4": "10.137.0.5", "to6": "fd09::5"}
 WITH_TABLE = Seen(SeenTable({CUSTOM_INPUT: (), CUSTOM_FORWARD: ()}))
@@ -68,10 +69,10 @@ def of(*forwards: Kept, family: Family = Family.IP) -> dict[str | Place, list[st
 
 
 def test_the_exposed_qube_sends_on_what_came_to_its_port_from_its_sources_and_nothing_else() -> None:
-    through = f"tcp dport 80 {OUT} oifgroup 2 ip saddr 192.168.77.0/24 ip daddr 10.137.0.5"
+    through = "tcp dport 80 iifgroup 0 oifgroup 2 ip saddr 192.168.77.0/24 ip daddr 10.137.0.5"
     assert of(config(expire=f"{END}")) == {
         PREROUTING: [
-            f"{OUT} fib daddr type local ip saddr 192.168.77.0/24 tcp dport 80 meta time < {END} "
+            f"{OUT} {NOT_LO} fib daddr type local ip saddr 192.168.77.0/24 tcp dport 80 meta time < {END} "
             "counter name nft.work.web/new dnat to 10.137.0.5"
         ],
         ADMITTED: [
@@ -109,12 +110,12 @@ def test_the_last_hop_maps_to_the_targets_port_and_a_family_is_never_mixed_with_
 
 
 def test_the_target_lets_in_by_its_uplink_whatever_its_address_is() -> None:
-    inward = "udp dport 53 iifgroup 1 ip saddr 192.168.77.0/24"
+    inward = f"udp dport 53 iifgroup 1 ip saddr 192.168.77.0/24 {NOT_LO}"
     outward = "udp sport 53 oifgroup 1 ip daddr 192.168.77.0/24 ct direction reply"
     found = of(config("target", "53-53", side="uplink", proto="udp", expire=f"{END}"))
     assert found == {
         PREROUTING: [
-            "iifgroup 1 fib daddr type local ip saddr 192.168.77.0/24 udp dport 53 "
+            f"iifgroup 1 {NOT_LO} fib daddr type local ip saddr 192.168.77.0/24 udp dport 53 "
             f"meta time < {END} counter name nft.work.web/new"
         ],
         ARRIVED: [f"{inward} ct direction original counter name nft.work.web/in"],
@@ -123,7 +124,13 @@ def test_the_target_lets_in_by_its_uplink_whatever_its_address_is() -> None:
     }
     without_end = of(config("target", "53-53", side="uplink", proto="udp"))
     assert without_end[INPUT] == [f"{inward} accept"]
-    assert without_end[SENT] == [f"{outward} accept"]
+    # What it sends is let through anyway, but for what another forward drops that is over.
+    assert SENT not in without_end
+    both = of(
+        config("target", "53-53", side="uplink", proto="udp"),
+        config("target", "53-53", side="uplink", proto="udp", expire=f"{END}", key="nft.work.ends"),
+    )
+    assert both[SENT] == [f"{outward} meta time < {END} accept", f"{outward} accept", f"{outward} drop"]
 
 
 @pytest.mark.parametrize(("family", "has"), [("4", [Family.IP]), ("6", [Family.IP6])])
@@ -171,7 +178,7 @@ def test_what_one_forward_accepts_comes_before_what_any_other_drops() -> None:
 
 def test_limits_are_asked_before_a_connection_is_counted_and_sent_on() -> None:
     found = content([config(limits="connections:100,per-source:10,rate:5")], Family.IP)
-    first = f"{OUT} fib daddr type local ip saddr 192.168.77.0/24 tcp dport 80"
+    first = f"{OUT} {NOT_LO} fib daddr type local ip saddr 192.168.77.0/24 tcp dport 80"
     assert texts(found.chains[PREROUTING]) == [
         f"{first} limit rate over 5/second burst 5 packets drop",
         f"{first} add @nft.work.web/each.10 {{ ip saddr ct count over 10 }} drop",
@@ -199,7 +206,7 @@ def test_both_protocols_have_the_rules_of_each_and_limits_of_their_own() -> None
 
 def test_what_drains_lets_the_established_go_on_for_a_while_and_nobody_new_in() -> None:
     hop = config(expire=f"{END}", on_expire="drain")
-    through = f"tcp dport 80 {OUT} oifgroup 2 ip saddr 192.168.77.0/24 ip daddr 10.137.0.5"
+    through = "tcp dport 80 iifgroup 0 oifgroup 2 ip saddr 192.168.77.0/24 ip daddr 10.137.0.5"
     established = (
         f"{through} ct original proto-dst 80 ct state established meta time < {END + DRAIN_MAX_S} "
         "counter name nft.work.web/in accept"
@@ -211,7 +218,7 @@ def test_what_drains_lets_the_established_go_on_for_a_while_and_nobody_new_in() 
     assert FORWARD not in over
     assert f"meta time >= {END + DRAIN_MAX_S} drop" in over[REPLIES][-1]
     target = config("target", side="uplink", expire=f"{END}", on_expire="drain")
-    inward = "tcp dport 80 iifgroup 1 ip saddr 192.168.77.0/24"
+    inward = f"tcp dport 80 iifgroup 1 ip saddr 192.168.77.0/24 {NOT_LO}"
     assert of(draining(target))[INPUT] == [
         f"{inward} ct state established meta time < {END + DRAIN_MAX_S} accept",
         f"{inward} drop",
