@@ -48,6 +48,7 @@ _MATTER = frozenset(
         *(f"{OFFER_PREFIX}{service}" for service in (*Service, NFT_SERVICE)),
     }
 )
+_WHONIX_MARKS = ("tag anon-gateway", "feature whonix-gw")
 ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
 REMOTE = "RemoteVM"
@@ -208,6 +209,11 @@ class Inventory(NamedTuple):
         if self.feature(name, "whonix-ws"):
             return TunnelMark(name, "feature whonix-ws", is_behind=True)
         return None
+
+    def whonix_mark(self, name: QubeName) -> TunnelMark | None:
+        """The mark that says that Whonix runs in a qube; its own firewall takes nothing that is forwarded."""
+        whonix = (mark for mark in self.tunnel_marks(name) if mark.mark in _WHONIX_MARKS)
+        return next(whonix, None) or self.behind_tunnel_mark(name)
 
     def side(self, exposed: QubeName | None, forward_type: ForwardType) -> Side | None:
         """The side of a qube by which a forward is entered; None if there is no such qube. An internal one is

@@ -34,6 +34,9 @@ def obstacles(rule: ForwardRule, path: Path, inventory: Inventory) -> Iterator[F
     The first decides where ``mode=auto`` is decided.
     """
     for qube in path:
+        if (mark := inventory.whonix_mark(qube)) is not None:
+            yield Finding(Cause.NFT_AT_WHONIX, qube, mark=mark)
+    for qube in path:
         if not inventory.offers(qube, NFT_SERVICE):
             *_, installed_in = inventory.with_templates(qube)
             yield Finding(Cause.NO_NFT_SERVICE, qube, detail=installed_in.name)

@@ -75,6 +75,7 @@ class Cause(StrEnum):
     NFT_BEHIND_TUNNEL = "nft-behind-tunnel"
     NO_NFT_SERVICE = "no-nft-service"
     NFT_SWITCHED_OFF = "nft-switched-off"
+    NFT_AT_WHONIX = "nft-at-whonix"
     NO_ADDRESS = "no-address"
     LINK_LOCAL = "link-local"
     NFT_LOOPBACK = "nft-at-loopback"

@@ -56,7 +56,7 @@ _GUARDS = (GUARD_FORWARD, GUARD_INPUT, GUARD_OUTPUT)
 HELD = "held"
 _HELD_S = 180
 _HELD_MAX = 65535
-# The chains that our own table may have, with type, hook and priority: NAT after Qubes' own, others before it.
+# The chains that our own table may have, with type, hook and priority: NAT after Qubes' own, others before.
 HOOKS: Mapping[str, tuple[str, str, int] | None] = {
     PREROUTING: ("nat", "prerouting", -90),
     FORWARDED: ("filter", "forward", -10),

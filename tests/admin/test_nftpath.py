@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The path of a forward by nft: what each of its qubes is told, and what keeps packets from going it."""
 
+from typing import Any
+
 import pytest
 from worlds import nft_world, qube, rule
 
@@ -126,6 +128,23 @@ def test_a_family_without_addresses_is_said(text: str, found: list[tuple[Cause, 
     lacking = qube("sys-firewall", "sys-net", ip="10.137.0.6", features=features)
     assert [(f.cause, f.number) for f in obstacles(f"mode=nft {text}", lacking)] == found
     assert all(finding.qube == "sys-firewall" for finding in obstacles(f"mode=nft {text}", lacking))
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("work", {"tags": frozenset({"anon-vm"})}),
+        ("work", {"features": {"whonix-ws": "1"}}),
+        ("sys-firewall", {"tags": frozenset({"anon-gateway"})}),
+        ("sys-firewall", {"features": {"whonix-gw": "1"}}),
+    ],
+)
+def test_whonix_has_a_firewall_of_its_own_that_refuses_packets(name: str, mark: dict[str, Any]) -> None:
+    whonix = nft_world().qubes[QubeName(name)]
+    features = {**whonix.features, **mark.get("features", {})}
+    (found,) = obstacles("mode=nft", whonix._replace(tags=mark.get("tags", whonix.tags), features=features))
+    assert (found.cause, found.qube) == (Cause.NFT_AT_WHONIX, name)
+    assert obstacles("mode=nft", nft_world().qubes[QubeName("sys-vpn")]) == []
 
 
 def test_without_ipv4_nothing_makes_up_for_it() -> None:

@@ -117,6 +117,12 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         f"qvm-service {{qube}} {NFT_FEATURE.removeprefix('service.')} on",
         _QREXEC,
     ),
+    Cause.NFT_AT_WHONIX: (
+        "Whonix runs in {qube} ({mark.mark}), and its own firewall, which replaces that of Qubes, refuses "
+        "what is forwarded; send nothing to it by nft{or_qrexec}.",
+        _QREXEC,
+        _REMOVE,
+    ),
     Cause.NO_ADDRESS: (
         "{qube} has no IPv{number} address, so IPv{number} does not reach {target}; leave out IPv{number} "
         "networks{or_qrexec}.",

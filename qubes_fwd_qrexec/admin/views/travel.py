@@ -16,6 +16,7 @@ _AGAINST = {
     Cause.NFT_BEHIND_TUNNEL: "{target} {is_tunneled}",
     Cause.NO_NFT_SERVICE: "{lacks}",
     Cause.NFT_SWITCHED_OFF: "{qube} has the service qubes-forward-nft switched off",
+    Cause.NFT_AT_WHONIX: "Whonix runs in {qube}, whose own firewall refuses what is forwarded",
     Cause.NO_ADDRESS: "{qube} has no IPv{number} address",
     Cause.TOO_LARGE: "it is too large for nft",
     Cause.LINK_LOCAL: "addresses in {detail} are link-local",

@@ -370,6 +370,13 @@ BY_NFT = [
         "same ports that the target uses",
     ),
     (
+        "nft-at-whonix",
+        rule("mode=nft"),
+        nft_world(nft_world().qubes[QubeName("work")]._replace(tags=frozenset({"anon-vm"}))),
+        "Whonix runs in work (tag anon-vm), and its own firewall, which replaces that of Qubes, refuses what "
+        "is forwarded; send nothing to it by nft",
+    ),
+    (
         "link-local",
         rule("mode=nft srchosts=fe80::/10"),
         nft_world(),
