@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Hypothesis strategies for whole rules: every option, and only what is consistent."""
 
+from operator import add
+from string import ascii_letters, ascii_lowercase, digits
 from typing import Any
 
 from hypothesis import assume
@@ -28,11 +30,17 @@ from qubes_fwd_qrexec.common.values import (
     parse_address,
 )
 
-qube_names = st.from_regex(r"\A[a-zA-Z][a-zA-Z0-9_.-]{0,30}\Z").map(QubeName)
-rule_names = st.from_regex(r"\A[a-z][a-z0-9-]{0,15}\Z").map(RuleName)
+
+def words(first: str, others: str, max_size: int) -> st.SearchStrategy[str]:
+    """One character of ``first``, then some of ``others``: `st.from_regex` takes four times as long."""
+    return st.builds(add, st.sampled_from(first), st.text(others, max_size=max_size - 1))
+
+
+qube_names = words(ascii_letters, f"{ascii_letters}{digits}_.-", 31).map(QubeName)
+rule_names = words(ascii_lowercase, f"{ascii_lowercase}{digits}-", 16).map(RuleName)
 comments = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=40)
 _NETWORKS = ["10.0.0.0/8", "192.0.2.1", "fd00::/8", "10.0.0.0/8,fd00::/8,0.0.0.0/1", "2000::/4"]
-_tags = st.from_regex(r"\A[a-zA-Z0-9_-]{1,12}\Z").map("@tag:{}".format)
+_tags = st.text(f"{ascii_letters}{digits}_-", min_size=1, max_size=12).map("@tag:{}".format)
 _names = qube_names.filter(lambda name: name != "any") | _tags
 sources = st.sampled_from(["any", *_NETWORKS]).map(Sources.parse)
 clients = (

@@ -47,7 +47,7 @@ def apart(number: int, rule: ForwardRule) -> ForwardRule:
 
 
 marks = st.dictionaries(st.sampled_from([*QUBES, "debian-12"]), st.sampled_from(["1", "yes", ""]), max_size=3)
-systems = st.tuples(st.lists(stored(), max_size=12, unique_by=lambda entry: entry[:2]), marks)
+systems = st.tuples(st.lists(stored(), max_size=8, unique_by=lambda entry: entry[:2]), marks)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def policy(lab: LabDirectory) -> str:
     return (lab.policy_dir / "30-forward.policy").read_text()
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(systems, st.sampled_from(["line", "xml", "json"]))
 def test_an_export_of_a_whole_system_makes_it_anew(
     empty: Path, system: tuple[list[tuple[str, str, ForwardRule]], dict[str, str]], form: str

@@ -6,7 +6,7 @@ from contextlib import suppress
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rule_strategies import named_rules, rules
 
@@ -23,16 +23,13 @@ FULL = (
     "on-expire=drain enabled=no owner=work path=sys-firewall,sys-net follow-netvm=yes bypass-tunnel=yes "
     "limits=connections:10,per-source:2,rate:5 expire=1893456000 ended=yes comment=demo for the office"
 )
-relaxed = settings(deadline=None, max_examples=100)
 
 
-@relaxed
 @given(rules())
 def test_the_line_form_prints_what_it_parses(rule: ForwardRule) -> None:
     assert ForwardRule.parse(str(rule)) == rule
 
 
-@relaxed
 @given(rules(), st.randoms(use_true_random=False))
 def test_options_come_in_any_order_and_print_in_one(rule: ForwardRule, random: Random) -> None:
     options = [f"{name}={value}" for name, value in rule.options().items() if name != "comment"]
@@ -41,13 +38,11 @@ def test_options_come_in_any_order_and_print_in_one(rule: ForwardRule, random: R
     assert str(ForwardRule.parse(" ".join(options) + comment)) == str(rule)
 
 
-@relaxed
 @given(rules())
 def test_the_json_form_prints_what_it_parses(rule: ForwardRule) -> None:
     assert exchange.rule_from_json(json.loads(json.dumps(rule.options())), "rule") == rule
 
 
-@relaxed
 @given(st.lists(named_rules, max_size=4, unique_by=lambda named: (named.target, named.name)))
 def test_documents_print_what_they_parse(named: list[NamedRule]) -> None:
     marks = {QubeName("sys-vpn"): True, QubeName("sys-firewall"): False}

@@ -4,7 +4,7 @@
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rule_strategies import named_rules, rules
 
@@ -13,16 +13,12 @@ from qubes_fwd_qrexec.common.errors import RuleError
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName
 
-relaxed = settings(deadline=None, max_examples=100)
 
-
-@relaxed
 @given(rules())
 def test_the_xml_form_prints_what_it_parses(rule: ForwardRule) -> None:
     assert rulexml.parse_rule(rulexml.print_rule(rule)) == rule
 
 
-@relaxed
 @given(st.lists(named_rules, max_size=4, unique_by=lambda named: (named.target, named.name)))
 def test_a_document_prints_what_it_parses(named: list[NamedRule]) -> None:
     marks = {QubeName("sys-vpn"): True, QubeName("sys-firewall"): False}

@@ -104,7 +104,7 @@ streams = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(streams, st.lists(st.integers(0, 600), max_size=6))
 def test_any_bytes_give_the_same_events_and_error_however_they_are_cut(stream, cuts):
     side, data = stream
@@ -119,7 +119,7 @@ def test_any_bytes_give_the_same_events_and_error_however_they_are_cut(stream, c
         assert connection.open_streams == connection.granted_bytes == 0
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.binary(max_size=200), st.booleans())
 def test_random_bytes_give_events_or_the_peers_fault(data, has_hello):
     before = FROM_LISTENER[0] if has_hello else b""

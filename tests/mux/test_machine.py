@@ -268,4 +268,4 @@ class MuxCall(RuleBasedStateMachine):
 
 
 TestMux = MuxCall.TestCase
-TestMux.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True)
+TestMux.settings = settings(max_examples=50, stateful_step_count=50, deadline=None, derandomize=True)

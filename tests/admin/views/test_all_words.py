@@ -55,7 +55,7 @@ qubes = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=300, database=None)
+@settings(deadline=None, max_examples=150, database=None)
 @given(
     st.lists(rules, max_size=4, unique_by=lambda named: named[:2]), st.lists(qubes, max_size=3), st.booleans()
 )
