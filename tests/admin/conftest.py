@@ -2,6 +2,7 @@
 """A system of qubes, and the command qvm-forward on it: as a lab, and as a Qubes system that is asked."""
 
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,16 +19,26 @@ from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.admin.views import cli
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.blueprint import create_lab
-from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.directory import SEARCH_ROOTS, LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
 
 LAB, QUBES = "lab", "qubes"
 
 
+@pytest.fixture(scope="session")
+def blueprint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new lab, without the directories of services, which are two thirds of it: none is called here."""
+    lab = create_lab(tmp_path_factory.mktemp("blueprint") / "lab")
+    for name in lab.qube_names():
+        for root in SEARCH_ROOTS:
+            shutil.rmtree(lab.qube_dir(name).root / root, ignore_errors=True)
+    return lab.root
+
+
 @pytest.fixture
-def lab(tmp_path: Path) -> LabDirectory:
+def lab(blueprint: Path, tmp_path: Path) -> LabDirectory:
     """The state of the system, whichever backend is asked for it."""
-    return create_lab(tmp_path / "lab")
+    return LabDirectory.open(shutil.copytree(blueprint, tmp_path / "lab"))
 
 
 @pytest.fixture

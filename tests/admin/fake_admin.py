@@ -291,7 +291,7 @@ class FakeQubes:
         instead = self.fails(called)
         if instead is not None:
             return instead
-        if dest not in self.lab.qube_names():
+        if not self.lab.qube_dir(dest).root.is_dir():
             raise QubesVMNotFoundError(f"No such domain: {dest!r}")
         try:
             return known.answer(self, called).encode()
@@ -321,13 +321,15 @@ class FakeQubes:
             unexpected("so many calls at once, of which some would fail")
         if is_asked:
             says = self.says.get((dest, service))
-            self.process = FakeProcess(127 if says is None else self.status, says or b"")
+            process = FakeProcess(127 if says is None else self.status, says or b"")
         else:
             answer = b"version=1 ended=1 draining=0\n" if self.status == 0 else b""
-            self.process = FakeProcess(self.status, answer)
-        self.processes.append(self.process)
-        self.started.put(self.process)
-        return self.process
+            process = FakeProcess(self.status, answer)
+        # Calls come from many threads: the last one is for who makes one at a time.
+        self.process = process
+        self.processes.append(process)
+        self.started.put(process)
+        return process
 
 
 def empty_answer() -> QubesDaemonAccessError:
