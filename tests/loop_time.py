@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qubes_fwd_qrexec.relay import leg, loop, mux
+from qubes_fwd_qrexec.relay import flowmux, leg, loop, mux
 from qubes_fwd_qrexec.relay.loop import End, Loop, Timer
 from qubes_fwd_qrexec.target import muxservice
 
@@ -40,7 +40,7 @@ class LoopClock:
 
     def __init__(self) -> None:
         self.now = exact_s(time.monotonic())
-        self._before = [(module, module.time) for module in (loop, leg, mux, muxservice)]
+        self._before = [(module, module.time) for module in (loop, leg, mux, flowmux, muxservice)]
         for module, _ in self._before:
             vars(module)["time"] = SimpleNamespace(monotonic=lambda: self.now)
 

@@ -5,16 +5,15 @@ All streams share the call. What is queued is bounded, so that a keystroke never
 streams take turns, so that each one gets its share.
 """
 
-import errno
 import itertools
 import socket
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from qubes_fwd_qrexec.mux import MAX_DATA_BYTES, Buffer, Connection
+from qubes_fwd_qrexec.mux import MAX_DATA_BYTES, Connection
 
-from .loop import GONE, WRITE, End, Loop
+from .callwriter import SHORTAGE, CallWriter
+from .loop import End, Loop
 
 # Bulk streams are not read while more than this is queued, so that a keystroke waits for so much and no more
 # (docs/behaviours.md, 20: 20 ms, which is 2 MiB at 100 MiB/s).
@@ -26,10 +25,6 @@ MAX_BYTES = 2 * HIGH_BYTES
 TURN_BYTES = 4 * MAX_DATA_BYTES
 # How many streams get a turn once little is left in the queue.
 _TURNS = HIGH_BYTES // TURN_BYTES
-# The kernel is short of memory, which is temporary: it ends neither the call nor its streams.
-_SHORTAGE = frozenset((errno.ENOBUFS, errno.ENOMEM))
-# How many buffers one write passes on (IOV_MAX is 1024).
-_WRITE_BUFFERS = 64
 
 
 class Sender(Protocol):
@@ -45,13 +40,8 @@ class Sender(Protocol):
         """There was a bug in `resume`: the stream ends."""
 
 
-class Backlog:
-    """Writes what ``connection`` has queued to ``sink``, the call's non-blocking socket.
-
-    It does not own the sink: call `let_go` before closing that. ``ready`` is called when the sink takes more,
-    ``broken`` once when it never will again, and ``fail`` after a bug. Raises OSError when the kernel can
-    watch no more sockets.
-    """
+class Backlog(CallWriter):
+    """Writes what ``connection`` has queued, and gives its streams their turns; see `CallWriter`."""
 
     def __init__(
         self,
@@ -62,29 +52,10 @@ class Backlog:
         broken: Callable[[], None],
         fail: End,
     ) -> None:
-        self.stuck_ticks = 0
-        """For how many ticks something has been queued and the sink has taken nothing."""
-        self._loop = loop
+        super().__init__(loop, connection, sink, ready, broken, fail)
         self._connection = connection
-        self._sink = sink
-        self._ready = ready
-        self._broken = broken
-        self._fail = fail
-        self._mask = 0
-        self._is_broken = False
-        self._unsent: deque[Buffer] = deque()
-        self._unsent_bytes = 0
         # A dict, because it is ordered and any sender can leave.
         self.waiting: dict[Sender, None] = {}
-        loop.watch(sink.fileno(), 0, self._on_sink, fail)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._unsent
-
-    @property
-    def bytes_queued(self) -> int:
-        return self._unsent_bytes + self._connection.bytes_queued
 
     def room(self, sender: Sender) -> int:
         """How many bytes a stream may send now. At 0 it is resumed when it gets credit, or is its turn."""
@@ -115,16 +86,6 @@ class Backlog:
         """A stream has ended: it waits for no turn."""
         self.waiting.pop(sender, None)
 
-    def send(self) -> None:
-        """Write everything that is queued, or as much as the call takes now."""
-        if self._unsent:
-            self._write()
-        # The rest stays with the connection, which bounds it, until the call has taken what came before.
-        if not self._unsent and self._connection.bytes_queued:
-            self._unsent_bytes = self._connection.bytes_queued
-            self._unsent.extend(self._connection.data_to_send())
-            self._write()
-
     def room_now(self, sender: Sender) -> int:
         """How many bytes a stream may send with `send_now`; 0 while anything is queued."""
         if self._unsent_bytes or self._is_broken:
@@ -138,7 +99,7 @@ class Backlog:
         except (BlockingIOError, InterruptedError):
             count = 0
         except OSError as error:
-            if error.errno not in _SHORTAGE:
+            if error.errno not in SHORTAGE:
                 self._break()
                 return
             count = 0
@@ -146,58 +107,3 @@ class Backlog:
             self._unsent.append(bytes(frame[count:]))
             self._unsent_bytes = len(frame) - count
             self._write()
-
-    def tick(self) -> None:
-        """A second has passed: try again. No event says that the peer of a UNIX socket will not read on."""
-        if self._unsent:
-            self._write()
-        self.stuck_ticks = self.stuck_ticks + 1 if self._unsent_bytes else 0
-
-    def let_go(self) -> None:
-        """Stop using the sink, before it is closed; what is still queued is lost."""
-        if not self._is_broken:
-            self._is_broken = True
-            self._loop.unwatch(self._sink.fileno())
-
-    def _write(self) -> None:
-        mask = 0
-        try:
-            while self._unsent and not self._is_broken:
-                is_short = len(self._unsent) <= _WRITE_BUFFERS
-                some = self._unsent if is_short else itertools.islice(self._unsent, _WRITE_BUFFERS)
-                self._written(self._sink.sendmsg(some))
-        except (BlockingIOError, InterruptedError):
-            mask = WRITE
-        except OSError as error:
-            if error.errno not in _SHORTAGE:  # no event says when that is over: `tick` tries again
-                self._break()
-        if self._is_broken:
-            self._unsent.clear()
-            self._unsent_bytes = 0
-        elif mask != self._mask:
-            self._mask = mask
-            self._loop.change(self._sink.fileno(), mask)
-
-    def _written(self, count: int) -> None:
-        self.stuck_ticks = 0
-        self._unsent_bytes -= count
-        if not self._unsent_bytes:
-            self._unsent.clear()
-            return
-        while count:
-            first = self._unsent.popleft()
-            if count < len(first):
-                self._unsent.appendleft(memoryview(first)[count:])
-                return
-            count -= len(first)
-
-    def _on_sink(self, events: int) -> None:
-        if events & GONE:
-            self._break()
-        else:
-            self._ready()
-
-    def _break(self) -> None:
-        if not self._is_broken:
-            self.let_go()
-            self._broken()

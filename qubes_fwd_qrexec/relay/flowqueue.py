@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from qubes_fwd_qrexec.mux import MAX_DATAGRAM_BYTES, MAX_SEGMENTS
 from qubes_fwd_qrexec.system.datagrams import count
 
-# docs/behaviours.md, 81: how long a datagram may wait for its call.
+# docs/behaviours.md, 55: how long a datagram may wait for its call.
 WAIT_S = 0.05
 # A flow has room for four of the largest batches, and four flows fill what all of them have: the burst of a
 # moment. At the 100 MiB/s of a call it is gone after 10 ms.
@@ -117,6 +117,12 @@ class FlowQueue:
         flow = self._flows.get(flow_id)
         while flow is not None and (batch := self._next_batch(flow, now)):
             yield batch
+
+    def drop_late(self, data: bytes, segment: int) -> int:
+        """Drop a batch of a flow that is over. Returns how many datagrams it has."""
+        late = count(len(data), segment)
+        self.dropped_old += late
+        return late
 
     def end(self, flow_id: int) -> None:
         """Forget a flow; what it has waiting is dropped."""

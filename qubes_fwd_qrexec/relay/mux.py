@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
+from qubes_fwd_qrexec.common.errors import LocalProtocolError
 from qubes_fwd_qrexec.mux import (
     HEADER_BYTES,
     MAX_DATA_BYTES,
@@ -24,7 +24,6 @@ from qubes_fwd_qrexec.mux import (
     DataReceived,
     EofReceived,
     Event,
-    Goaway,
     GoawayCode,
     GoawayReceived,
     HelloReceived,
@@ -39,20 +38,14 @@ from .backlog import Backlog
 from .budget import Budget, Share
 from .idleness import HALF_CLOSE_S, Idleness
 from .leg import Leg
-from .loop import READ, Loop
+from .loop import Loop
+from .muxbase import MuxBase
 from .muxowner import MuxOwner
-from .patience import HELLO_S, TICK_S, Patience
-
-# How much one turn reads from the call: the default size of its socket buffer.
-_READ_BYTES = 256 << 10
-# A call that takes nothing more has ended: its last bytes for us arrive within this time or never. It is also
-# how long the final GOAWAY waits for a peer that does not read.
-_LAST_READ_S = 1.0
+from .patience import HELLO_S
 
 
-class Mux:
-    """One end of a mux call. It uses ``source`` and ``sink``, the call's non-blocking sockets, and does not
-    close them; it is done with them when the owner hears that it is `over`, or after `abandon`.
+class Mux(MuxBase):
+    """One end of a mux call that carries streams, between ``source`` and ``sink``; see `MuxBase`.
 
     ``half_close_s``: abort a stream of which one direction has ended when nothing has moved for so many
     seconds. ``idle_s``: abort any stream in which nothing has moved for so many seconds; a target leaves that
@@ -74,31 +67,15 @@ class Mux:
         idle_s: float = math.inf,
         hello_s: float = HELLO_S,
     ) -> None:
-        self.loop = loop
         self.share = Share(budget)
         self.connection = connection
         self.legs: dict[int, Leg] = {}
-        self.is_over = False
         self._owner = owner
-        self._source = source
-        self._read_buffer = memoryview(bytearray(_READ_BYTES))
         self._frame_buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_BYTES))
         self.payload_buffer = self._frame_buffer[HEADER_BYTES:]
-        self._is_flush_due = False
         self.idleness = Idleness(half_close_s, idle_s, time.monotonic())
-        self.is_peer_wrong = False
-        """Whether it is over because the peer broke the protocol."""
-        self.is_revoked = False
-        """Whether it is over because dom0 ended it, which is no fault."""
         self.backlog = Backlog(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
-        try:
-            loop.watch(source.fileno(), READ, self._on_source, self.fail)
-        except OSError:
-            self.backlog.let_go()
-            raise
-        self._patience = Patience(connection, self.backlog, hello_s)
-        self._after(TICK_S, self._tick)
-        self._flush_soon()
+        super().__init__(loop, connection, source, self.backlog, owner, hello_s)
 
     # For the owner
 
@@ -145,25 +122,6 @@ class Mux:
         self.connection.reset_stream(stream_id, code)
         self._flush_soon()
 
-    def drain(self, code: GoawayCode) -> None:
-        """Take or open no more streams; the mux call ends with the last one."""
-        self.connection.drain(code)
-        self._flush_soon()
-
-    def close(self, code: GoawayCode = GoawayCode.DONE) -> None:
-        """End the mux call now, and abort every stream that is left."""
-        self.connection.close(code)
-        self._abort_legs()
-        self._flush_soon()
-        self._after(_LAST_READ_S, partial(self._end, None))
-
-    def abandon(self) -> None:
-        """Stop using the call's sockets at once and abort every stream, without telling the owner."""
-        if not self.is_over:
-            self.is_over = True
-            self._unwatch()
-            self._abort_legs()
-
     # For the legs; see `LegOwner`
 
     def send_data(self, stream_id: int, data: bytes) -> None:
@@ -193,35 +151,16 @@ class Mux:
 
     # From the call
 
-    def _on_source(self, events: int) -> None:
-        try:
-            count = self._source.recv_into(self._read_buffer)
-        except (BlockingIOError, InterruptedError):
+    def _take(self, chunk: memoryview) -> None:
+        stream_id = self.connection.receive_lone_data(chunk)
+        if stream_id:
+            self._deliver(stream_id, (chunk[HEADER_BYTES:],))
             return
-        except OSError as error:
-            self._end(f"the call was lost: {error.strerror}")
-            return
-        self._patience.heard()
-        try:
-            if not count:
-                self.connection.receive_eof()
-                self._end(None)
-                return
-            chunk = self._read_buffer[:count]
-            stream_id = self.connection.receive_lone_data(chunk)
-            if stream_id:
-                self._deliver(stream_id, (chunk[HEADER_BYTES:],))
-                return
-            self._take(self.connection.receive_data(chunk))
-        except RemoteProtocolError as error:
-            self.is_peer_wrong = count > 0
-            self.backlog.send()
-            self._end(str(error))
-            return
+        self._take_events(self.connection.receive_data(chunk))
         if self.connection.bytes_queued or self.connection.is_draining:
             self._flush_soon()
 
-    def _take(self, events: Iterator[Event]) -> None:
+    def _take_events(self, events: Iterator[Event]) -> None:
         """Frames of one stream that come in a row are written as one: each write wakes a reader."""
         stream_id = 0
         run: list[bytes | bytearray] = []
@@ -270,22 +209,14 @@ class Mux:
             case HelloReceived():
                 self._owner.ready()
             case GoawayReceived():
-                if not event.goaway.is_final:
-                    self._owner.draining(event.goaway.code)
-                else:
-                    self._on_final_goaway(event.goaway)
+                if event.goaway.is_final:
+                    self._refuse_unseen(event.goaway.last_id)
+                self._on_goaway(event.goaway)
 
-    def _on_final_goaway(self, goaway: Goaway) -> None:
+    def _refuse_unseen(self, last_id: int) -> None:
         """Streams that the peer had not seen yet may be asked for again elsewhere."""
-        for stream_id in [stream_id for stream_id in self.legs if stream_id > goaway.last_id]:
+        for stream_id in [stream_id for stream_id in self.legs if stream_id > last_id]:
             self._refused(self.legs[stream_id], ResetCode.SHUTDOWN)
-        if goaway.code is GoawayCode.DONE:
-            self._end(None)
-        elif goaway.code is GoawayCode.REVOKED:
-            self.is_revoked = True
-            self._end("dom0 has ended it")
-        else:
-            self._end(f"the other end closed the mux call: {goaway.code.name}")
 
     def _refused(self, leg: Leg, code: ResetCode) -> None:
         leg.leave()
@@ -312,70 +243,24 @@ class Mux:
 
     # To the call
 
-    def _flush_soon(self) -> None:
-        """Write at the end of this turn, so that everything its events cause goes out together."""
-        if not self._is_flush_due:
-            self._is_flush_due = True
-            self.loop.soon(self._flush, self.fail)
-
-    def _flush(self) -> None:
-        self._is_flush_due = False
-        if self.is_over:
-            return
+    def _write(self) -> None:
         self.backlog.send()
         self.backlog.give_turns()
-        if not self.backlog.is_empty:
-            return
-        if self.connection.is_over:
-            self._end(None)
-        elif self.connection.is_drained and not self.legs:
-            self.close()
-
-    def _call_broken(self) -> None:
-        """The call takes nothing more. What it still has for us comes first: above all, why."""
-        self._after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
 
     # Time and endings
 
-    def _tick(self) -> None:
-        if self.is_over:
-            return
-        self.backlog.tick()
-        self.connection.tick()
-        self._flush_soon()  # for answers that were held back
-        if problem := self._patience.tick():
-            self._end(problem)
-        else:
-            idle = self.idleness.tick(self.legs.values(), time.monotonic())
-            if self.share.is_watched:
-                for leg in list(self.legs.values()):
-                    self.loop.guarded(leg.fail, leg.look)
-            for leg in idle:
-                self.loop.guarded(leg.fail, leg.abort_from_here)
-            self._after(TICK_S, self._tick)
+    def _second(self) -> None:
+        idle = self.idleness.tick(self.legs.values(), time.monotonic())
+        if self.share.is_watched:
+            for leg in list(self.legs.values()):
+                self.loop.guarded(leg.fail, leg.look)
+        for leg in idle:
+            self.loop.guarded(leg.fail, leg.abort_from_here)
 
-    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
-        self.loop.after(delay_s, callback, self.fail)
+    @property
+    def _is_empty(self) -> bool:
+        return not self.legs
 
-    def fail(self) -> None:
-        """A bug in the call as a whole ends it, and nothing else of the process."""
-        self._end("a bug of this end; its log says more")
-
-    def _end(self, problem: str | None) -> None:
-        """Abort every stream that is left, and tell the owner; ``problem`` is None if it ended as agreed."""
-        if self.is_over:
-            return
-        self.is_over = True
-        try:
-            self._unwatch()
-            self._abort_legs()
-        finally:
-            self._owner.over(problem)
-
-    def _unwatch(self) -> None:
-        self.loop.unwatch(self._source.fileno())
-        self.backlog.let_go()
-
-    def _abort_legs(self) -> None:
+    def _abort_all(self, code: GoawayCode) -> None:
         for leg in list(self.legs.values()):
             self.loop.guarded(leg.fail, leg.abort_from_there)

@@ -8,11 +8,21 @@ from qubes_fwd_qrexec.mux import GoawayCode, OpenReceived, ResetCode
 from .leg import Leg
 
 
-class MuxOwner(Protocol):
-    """The maker of one `Mux`, which is called from the loop's thread alone."""
+class CallOwner(Protocol):
+    """The maker of one mux, whatever it carries, which is called from the loop's thread alone."""
 
     def ready(self) -> None:
-        """The peer has said HELLO: streams may be opened."""
+        """The peer has said HELLO: streams or flows may be opened."""
+
+    def draining(self, code: GoawayCode) -> None:
+        """The peer takes no more streams or flows."""
+
+    def over(self, problem: str | None) -> None:
+        """The mux call has ended, and all that it carried; ``problem`` is None if it ended as agreed."""
+
+
+class MuxOwner(CallOwner, Protocol):
+    """The maker of one `Mux`."""
 
     def open_requested(self, event: OpenReceived) -> None:
         """The peer asks for a stream; answer with `Mux.accept` or `Mux.refuse`, now or later."""
@@ -22,9 +32,3 @@ class MuxOwner(Protocol):
 
     def refused(self, leg: Leg, code: ResetCode) -> None:
         """The peer refused the stream. Its leg is over and has left its socket open."""
-
-    def draining(self, code: GoawayCode) -> None:
-        """The peer takes no more streams."""
-
-    def over(self, problem: str | None) -> None:
-        """The mux call has ended and every leg was aborted; ``problem`` is None if it ended as agreed."""

@@ -9,15 +9,27 @@ It counts ticks of this process and not the clock: a process that was stopped it
 in that time.
 """
 
-from qubes_fwd_qrexec.mux import Connection
+from typing import Protocol
 
-from .backlog import Backlog
+from qubes_fwd_qrexec.mux import Hello
+
+from .callwriter import CallWriter
 
 TICK_S = 1.0
 # docs/behaviours.md, 26: no HELLO.
 HELLO_S = 30.0
 # docs/behaviours.md, 48: half a frame and then silence. As long for a peer that reads nothing.
 PAUSE_S = 300
+
+
+class _Peer(Protocol):
+    """The protocol's state of a mux: what has come from the peer."""
+
+    @property
+    def peer(self) -> Hello | None: ...
+
+    @property
+    def has_partial_frame(self) -> bool: ...
 
 
 class Patience:
@@ -27,12 +39,12 @@ class Patience:
     starting, decides that itself.
     """
 
-    __slots__ = ("_backlog", "_connection", "_hello_s", "_silent_ticks", "_ticks")
+    __slots__ = ("_connection", "_hello_s", "_silent_ticks", "_ticks", "_writer")
 
-    def __init__(self, connection: Connection, backlog: Backlog, hello_s: float = HELLO_S) -> None:
+    def __init__(self, connection: _Peer, writer: CallWriter, hello_s: float = HELLO_S) -> None:
         self._hello_s = hello_s
         self._connection = connection
-        self._backlog = backlog
+        self._writer = writer
         self._ticks = 0
         self._silent_ticks = 0
 
@@ -48,6 +60,6 @@ class Patience:
             return f"no HELLO within {self._hello_s:g} s"
         if self._connection.has_partial_frame and self._silent_ticks * TICK_S >= PAUSE_S:
             return f"half a frame, and nothing more for {PAUSE_S} s"
-        if self._backlog.stuck_ticks * TICK_S >= PAUSE_S:
+        if self._writer.stuck_ticks * TICK_S >= PAUSE_S:
             return f"the other end has read nothing for {PAUSE_S} s"
         return None

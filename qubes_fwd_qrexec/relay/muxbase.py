@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a mux is, whatever it carries: it reads its call, writes at the end of a turn, and ends exactly.
+
+`mux` carries streams, `flowmux` datagrams.
+"""
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from qubes_fwd_qrexec.common.errors import RemoteProtocolError
+from qubes_fwd_qrexec.mux import Goaway, GoawayCode, Hello
+
+from .callwriter import CallWriter, Queued
+from .loop import READ, Loop
+from .muxowner import CallOwner
+from .patience import TICK_S, Patience
+
+# How much one turn reads from the call: the default size of its socket buffer.
+_READ_BYTES = 256 << 10
+# A call that takes nothing more has ended: its last bytes for us arrive within this time or never. It is also
+# how long the final GOAWAY waits for a peer that does not read.
+_LAST_READ_S = 1.0
+
+
+class _Endpoint(Queued, Protocol):
+    """The protocol's state of either kind of call."""
+
+    @property
+    def peer(self) -> Hello | None: ...
+
+    @property
+    def is_over(self) -> bool: ...
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    @property
+    def is_drained(self) -> bool: ...
+
+    @property
+    def has_partial_frame(self) -> bool: ...
+
+    def tick(self) -> None: ...
+
+    def drain(self, code: GoawayCode) -> None: ...
+
+    def close(self, code: GoawayCode = ...) -> None: ...
+
+    def receive_eof(self) -> None: ...
+
+
+class MuxBase(ABC):
+    """One end of a mux call. It uses ``source`` and the sink of ``writer``, the call's non-blocking sockets,
+    and does not close them; it is done with them when the owner hears that it is `over`, or after `abandon`.
+
+    ``hello_s``: how many seconds the peer may take to say HELLO.
+
+    Raises OSError when the kernel can watch no more sockets.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: _Endpoint,
+        source: socket.socket,
+        writer: CallWriter,
+        owner: CallOwner,
+        hello_s: float,
+    ) -> None:
+        self.loop = loop
+        self.is_over = False
+        self.is_peer_wrong = False
+        """Whether it is over because the peer broke the protocol."""
+        self.is_revoked = False
+        """Whether it is over because dom0 ended it, which is no fault."""
+        self._endpoint = connection
+        self._call_owner = owner
+        self._source = source
+        self._writer = writer
+        self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        self._is_flush_due = False
+        try:
+            loop.watch(source.fileno(), READ, self._on_source, self.fail)
+        except OSError:
+            writer.let_go()
+            raise
+        self._patience = Patience(connection, writer, hello_s)
+        self._after(TICK_S, self._tick)
+        self._flush_soon()
+
+    # What each kind of mux does
+
+    @property
+    @abstractmethod
+    def _is_empty(self) -> bool:
+        """Whether it carries nothing."""
+
+    @abstractmethod
+    def _take(self, chunk: memoryview) -> None:
+        """Take what the peer sent, of which nothing may be kept. Raises RemoteProtocolError."""
+
+    @abstractmethod
+    def _write(self) -> None:
+        """Write what there is, as far as the call takes it."""
+
+    @abstractmethod
+    def _second(self) -> None:
+        """A second has passed."""
+
+    @abstractmethod
+    def _abort_all(self, code: GoawayCode) -> None:
+        """End all that it carries, as the call is over; ``code`` is why."""
+
+    # For the owner
+
+    def drain(self, code: GoawayCode) -> None:
+        """Take or open nothing more; the mux call ends with the last stream or flow."""
+        self._endpoint.drain(code)
+        self._flush_soon()
+
+    def close(self, code: GoawayCode = GoawayCode.DONE) -> None:
+        """End the mux call now, and abort every stream, or end every flow, that is left."""
+        self._endpoint.close(code)
+        self._abort_all(code)
+        self._flush_soon()
+        self._after(_LAST_READ_S, partial(self._end, None))
+
+    def abandon(self) -> None:
+        """Stop using the call's sockets at once and end all that it carries, without telling the owner."""
+        if not self.is_over:
+            self.is_over = True
+            self._unwatch()
+            self._abort_all(GoawayCode.SHUTDOWN)
+
+    def fail(self) -> None:
+        """A bug in the call as a whole ends it, and nothing else of the process."""
+        self._end("a bug of this end; its log says more", GoawayCode.INTERNAL)
+
+    # From the call
+
+    def _on_source(self, events: int) -> None:
+        try:
+            count = self._source.recv_into(self._read_buffer)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end(f"the call was lost: {error.strerror}")
+            return
+        self._patience.heard()
+        try:
+            if not count:
+                self._endpoint.receive_eof()
+                self._end(None)
+                return
+            self._take(self._read_buffer[:count])
+        except RemoteProtocolError as error:
+            self.is_peer_wrong = count > 0
+            self._writer.send()
+            self._end(str(error), GoawayCode.PROTOCOL_ERROR)
+
+    def _on_goaway(self, goaway: Goaway) -> None:
+        if not goaway.is_final:
+            self._call_owner.draining(goaway.code)
+        elif goaway.code is GoawayCode.DONE:
+            self._end(None, goaway.code)
+        elif goaway.code is GoawayCode.REVOKED:
+            self.is_revoked = True
+            self._end("dom0 has ended it", goaway.code)
+        else:
+            self._end(f"the other end closed the mux call: {goaway.code.name}", goaway.code)
+
+    # To the call
+
+    def _flush_soon(self) -> None:
+        """Write at the end of this turn, so that everything its events cause goes out together."""
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self.loop.soon(self._flush, self.fail)
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        if self.is_over:
+            return
+        self._write()
+        if not self._writer.is_empty:
+            return
+        if self._endpoint.is_over:
+            self._end(None)
+        elif self._endpoint.is_drained and self._is_empty:
+            self.close()
+
+    def _call_broken(self) -> None:
+        """The call takes nothing more. What it still has for us comes first: above all, why."""
+        self._after(_LAST_READ_S, partial(self._end, "the call takes nothing more"))
+
+    # Time and endings
+
+    def _tick(self) -> None:
+        if self.is_over:
+            return
+        self._writer.tick()
+        self._endpoint.tick()
+        self._flush_soon()  # for what was held back
+        if problem := self._patience.tick():
+            self._end(problem)
+        else:
+            self._second()
+            self._after(TICK_S, self._tick)
+
+    def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self.loop.after(delay_s, callback, self.fail)
+
+    def _end(self, problem: str | None, code: GoawayCode = GoawayCode.SHUTDOWN) -> None:
+        """End all that is left, and tell the owner; ``problem`` is None if it ended as agreed."""
+        if self.is_over:
+            return
+        self.is_over = True
+        try:
+            self._unwatch()
+            self._abort_all(code)
+        finally:
+            self._call_owner.over(problem)
+
+    def _unwatch(self) -> None:
+        self.loop.unwatch(self._source.fileno())
+        self._writer.let_go()
