@@ -23,8 +23,8 @@ from .common.values import Proto
 from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
-from .exposed.draining import Draining
-from .exposed.forward import Means, OpenForward
+from .exposed.draining import AnyForward, Draining
+from .exposed.forward import Means, OpenForward, bindings
 from .exposed.freshlook import FreshLook
 from .exposed.limits import PROCESS_MAX, Process, process_max
 from .exposed.muxpool import LINGER_S
@@ -32,6 +32,7 @@ from .exposed.statussockets import RUNTIME_VARIABLE, open_status, runtime_direct
 from .exposed.supervisor import Supervisor, supervise
 from .exposed.transports import Transports
 from .exposed.trial import try_out
+from .exposed.udpforward import OpenUdpForward
 from .exposed.unopened import Unopened
 from .relay.acceptloop import BindError
 from .relay.thread import open_relay_thread
@@ -90,7 +91,7 @@ class Listener:
         self._since = int(time.time())
         self._refused: dict[str, str] = {}
         self.process = Process(connections_max)
-        self.forwards: dict[str, OpenForward] = {}
+        self.forwards: dict[str, AnyForward] = {}
         self._expired: set[tuple[str, int | None]] = set()
         # Configured but over by our clock: dom0 removes what is over, so it still considers these open.
         self._over: dict[str, str] = {}
@@ -138,7 +139,7 @@ class Listener:
                 try:
                     await self._listen(task_status)
                 finally:
-                    for forward in self.forwards.values():
+                    for forward in self._all_forwards():
                         forward.stop_listening()
                     transports.drain()
                 if self._supervisor is not None:
@@ -243,13 +244,9 @@ class Listener:
 
     def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
         """Close what is gone, then open what is new, unless the listener stops. A bad entry is logged."""
-        wanted = {key: config for key, config in found.forwards.items() if config.proto is Proto.TCP}
+        wanted = dict(found.forwards)
         self._unopened.forget_all()
         self._refused = {key: str(error) for key, error in sorted(found.errors.items())}
-        self._refused |= {
-            key: f"{key}: this listener carries TCP alone"
-            for key in sorted(found.forwards.keys() - wanted.keys())
-        }
         for key, problem in self._refused.items():
             _logger.error("refused: %s", problem)
             if (kept := self.forwards.get(key)) is not None:
@@ -288,11 +285,22 @@ class Listener:
         forward at another address."""
         for key, forward in self.forwards.items():
             forward.give_up(wanted[key])
+        udp = [config for config in wanted.values() if config.proto is Proto.UDP]
+        needed = {binding for config in udp for binding in bindings(config)}
+        for forward in self._all_forwards():
+            if isinstance(forward, OpenUdpForward):
+                own = wanted.get(forward.config.key) if forward in self.forwards.values() else None
+                forward.make_way(needed, () if own is None else bindings(own))
+
+    def _all_forwards(self) -> tuple[AnyForward, ...]:
+        """The open ones, and those that have ended and whose connections may finish."""
+        return *self.forwards.values(), *self._draining.forwards
 
     def _open(self, key: str, config: ListenerConfig) -> None:
         forward = self.forwards.get(key)
         if forward is None:
-            forward = self.forwards[key] = OpenForward(config, self._means)
+            kind = OpenUdpForward if config.proto is Proto.UDP else OpenForward
+            forward = self.forwards[key] = kind(config, self._means)
             _logger.info("open: %s to %s", forward, config.target_ports.worded())
         elif forward.config != config or not forward.is_listening:
             forward.reconfigure(config)

@@ -44,8 +44,9 @@ with open(calls + ".options", "a") as log:
     log.write(" ".join(options) + "\\n")
 argument = service.partition("+")[2]
 os.environ["QREXEC_AGENT_PID"] = str(os.getpid())
+udp = ["--udp"] if service.startswith("qubes.ForwardUDP+") else []
 if mode == "serve":
-    os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", argument])
+    os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", *udp, argument])
 elif mode.startswith("mux"):  # our service, with constants of its own
     from qubes_fwd_qrexec import service
     from qubes_fwd_qrexec.target import muxservice, portions
@@ -53,7 +54,7 @@ elif mode.startswith("mux"):  # our service, with constants of its own
         name, equals, value = setting.partition("=")
         (module,) = [module for module in (muxservice, portions) if hasattr(module, name)]
         setattr(module, name, int(value))
-    sys.exit(service.main([argument]))
+    sys.exit(service.main([*udp, argument]))
 elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up what it is asked for
     from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, OpenReceived, ResetCode
     first, dash, last = argument.removesuffix("+mux").partition("-")
@@ -74,6 +75,26 @@ elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up
                     if mode == "rude die":
                         os.kill(os.getpid(), signal.SIGKILL)
                     connection.reset_stream(event.stream_id, ResetCode.LEASE_OVER)
+elif mode.startswith("flows"):  # a target of datagrams that is its own server: it says back what it hears
+    from qubes_fwd_qrexec.mux import DatagramsReceived, FlowCode, FlowConnection, FlowRequested, Hello
+    first, dash, last = argument.removesuffix("+mux").partition("-")
+    ports = range(int(first), int(last or first) + 1)
+    connection = FlowConnection(Hello(0, bytes(16), max_streams=100, lease_s=300), ports)
+    os.set_blocking(0, True)
+    with contextlib.suppress(OSError):
+        while True:
+            for chunk in connection.data_to_send():
+                os.write(1, chunk)
+            if connection.is_over or not (received := os.read(0, 65536)):
+                break
+            for event in connection.receive_data(received):
+                if isinstance(event, DatagramsReceived):
+                    connection.send_datagrams(event.flow_id, bytes(event.data), event.segment)
+                elif isinstance(event, FlowRequested) and mode != "flows":
+                    code = mode.split()[1]
+                    if code == "die":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    connection.end_flow(event.flow_id, FlowCode[code])
 elif mode.startswith("exit"):
     sys.exit(int(mode[4:]))
 elif mode == "hang":

@@ -4,7 +4,7 @@
 import math
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -36,11 +36,13 @@ def exact_s(seconds: float) -> float:
 
 
 class LoopClock:
-    """The clock of loops and of what they turn: it stands still but for `advance`, until it is let go."""
+    """The clock of loops, of what they turn and of ``more``: it stands still but for `advance`, until it is
+    let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, *more: ModuleType) -> None:
         self.now = exact_s(time.monotonic())
-        self._before = [(module, module.time) for module in (loop, leg, mux, flowmux, muxservice)]
+        modules = loop, leg, mux, flowmux, muxservice, *more
+        self._before = [(module, vars(module)["time"]) for module in modules]
         for module, _ in self._before:
             vars(module)["time"] = SimpleNamespace(monotonic=lambda: self.now)
 

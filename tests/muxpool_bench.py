@@ -88,7 +88,7 @@ async def pool_to(
             calls = CallBudget(tasks, calls_max, waits=waits)
             budget = budget or Budget()
             pool = StreamPool(
-                client, calls, "work", service, ports, relays, budget, tasks, half_close_s, linger_s
+                client, calls, "work", service, ports, relays, tasks, budget, half_close_s, linger_s
             )
             yield Bench(pool, calls, relays, tasks)
             tasks.cancel_scope.cancel()

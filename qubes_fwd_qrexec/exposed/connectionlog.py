@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The connection log: one line when a connection is let in and one when it ends, in ``key=value`` form.
+"""The connection log: one line when a connection or flow is let in, one when it ends, in ``key=value`` form.
 
 Clients could flood the log with connections. So the lines per second are limited, and the next line says how
 many were left out; the counters count all connections.
 """
 
 import logging
-import socket
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-
-from .counters import Carried
+from qubes_fwd_qrexec.common.values import Proto
 
 _logger = logging.getLogger(__name__)
 
@@ -22,8 +21,22 @@ LINES_PER_S = 20.0
 BURST = 100
 
 
+class Figures(Protocol):
+    """What is known of a connection or flow at its end: when it began (`time.monotonic`), and its bytes from
+    and to the client."""
+
+    @property
+    def since(self) -> float: ...
+
+    @property
+    def sent(self) -> int: ...
+
+    @property
+    def received(self) -> int: ...
+
+
 class ConnectionLog:
-    """One for all forwards of a listener."""
+    """One for all forwards of TCP of a listener, and one for those of UDP, which another thread writes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -31,20 +44,26 @@ class ConnectionLog:
         self._filled_at = clock()
         self._held_back = 0
 
-    def opened(self, config: ListenerConfig, accepted: socket.socket, port: int) -> str | None:
-        """Write the first line. Returns what `ended` needs, or None if the line was left out."""
+    def opened(
+        self, config: ListenerConfig, client_name: Callable[[], tuple[Any, ...]], port: int
+    ) -> str | None:
+        """Write the first line. Returns what `ended` needs, or None if the line was left out.
+
+        ``client_name``: as `socket.getpeername`; it may raise OSError.
+        """
         if not self._may_write():
             return None
         try:
-            host, client_port = accepted.getpeername()[:2]
+            host, client_port = client_name()[:2]
             client = f"[{host}]:{client_port}" if ":" in host else f"{host}:{client_port}"
         except OSError:
             client = "gone"
-        line = f"client={client} port={port} transport={config.transport}"
+        by = "proto=udp" if config.proto is Proto.UDP else f"transport={config.transport}"
+        line = f"client={client} port={port} {by}"
         self._write(f"connection=open {line} forward={config.target}.{config.name}")
         return line
 
-    def ended(self, line: str | None, config: ListenerConfig, carried: Carried, how: str) -> None:
+    def ended(self, line: str | None, config: ListenerConfig, carried: Figures, how: str) -> None:
         """Write the last line of a connection, if it has a first one.
 
         A long line is cut at its end, so what the first line has, too, comes last.

@@ -6,6 +6,7 @@ Clients are counted twice: by address, and by network, since an IPv6 host can ch
 that one the connection that has been idle for longest. Nobody makes room for a newcomer that holds as many.
 """
 
+import itertools
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from typing import Generic, Protocol, TypeVar
@@ -16,6 +17,9 @@ Network = IPv4Address | int
 """An IPv4 address, or the upper 64 bits of an IPv6 one."""
 
 _K = TypeVar("_K")
+
+# At how many connections `quiet_of` looks.
+_LOOKS = 16
 
 
 class Member(Protocol):
@@ -135,6 +139,23 @@ class Crowd:
         if own is None or own.numbers[own.largest()] <= self.held_by(client):
             return None
         return self._idlest_in(network(client))
+
+    def quiet_of(self, client: IPAddress, since: float) -> Member | None:
+        """A connection of ``client`` that has not moved after ``since``; if it has none, of that address of
+        its network which has most.
+
+        It looks at a few and puts these behind the others, so that it finds each one in the end.
+        """
+        addresses = self._addresses.get(network(client))
+        if addresses is None:
+            return None
+        members = self._members.get(client) or self._members[addresses.largest()]
+        for member in list(itertools.islice(members, _LOOKS)):
+            if member.moved_at <= since:
+                return member
+            del members[member]
+            members[member] = None
+        return None
 
     def _idlest_in(self, key: Network) -> Member:
         return min(self._members[self._addresses[key].largest()], key=lambda member: member.moved_at)

@@ -7,19 +7,27 @@ from qubes_fwd_qrexec.common.report import DrainingReport
 from qubes_fwd_qrexec.common.rules import OnExpire
 
 from .forward import DRAIN_MAX_S, OpenForward
+from .udpforward import OpenUdpForward
+
+AnyForward = OpenForward | OpenUdpForward
 
 
 class Draining:
     """Closed forwards that still have connections, and when those are cut."""
 
     def __init__(self) -> None:
-        self._deadlines: dict[OpenForward, float] = {}
+        self._deadlines: dict[AnyForward, float] = {}
 
-    def add(self, forward: OpenForward) -> None:
+    def add(self, forward: AnyForward) -> None:
         """Take a forward that was just closed."""
         if forward.connections:
             left_s = DRAIN_MAX_S if forward.config.on_expire is OnExpire.DRAIN else 0.0
             self._deadlines[forward] = time.monotonic() + left_s
+
+    @property
+    def forwards(self) -> tuple[AnyForward, ...]:
+        """Those that still have connections, or had some at the last look."""
+        return tuple(self._deadlines)
 
     @property
     def is_cutting(self) -> bool:
@@ -45,6 +53,7 @@ class Draining:
                 name=forward.config.name,
                 connections=forward.connections,
                 left_s=max(0, int(deadline - now)),
+                proto=forward.config.proto,
             )
             for forward, deadline in self._deadlines.items()
             if forward.connections

@@ -34,6 +34,7 @@ from qubes_fwd_qrexec.system.logs import RateLimit, one_line, warn
 
 from .connectionlog import ConnectionLog
 from .counters import WAYS, Carried, Counters
+from .flowtable import FlowMeans
 from .limits import Account, NotAdmitted, Process
 from .transports import Transports
 
@@ -63,6 +64,7 @@ class Means:
     process: Process = field(default_factory=Process)
     log: ConnectionLog = field(default_factory=ConnectionLog)
     shortage: RateLimit = field(default_factory=RateLimit)
+    flows: FlowMeans = field(default_factory=FlowMeans)
 
     @property
     def bugs(self) -> Bugs:
@@ -230,7 +232,7 @@ class OpenForward:
         """Carry one connection. It ends with an abort unless both directions ended well."""
         accepted, carried = connection.sock, connection.carried
         self.counters.opened(carried)
-        line = self._means.log.opened(self.config, accepted, port)
+        line = self._means.log.opened(self.config, accepted.getpeername, port)
         how = "cut"
         try:
             with connection.scope:

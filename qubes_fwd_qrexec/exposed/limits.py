@@ -8,6 +8,7 @@ if a rule or the process is full, the idlest connection of the client with most 
 client gets at most half of a rule's rate at once.
 """
 
+import math
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,6 +18,7 @@ from qubes_fwd_qrexec.common.rules import Limits
 from qubes_fwd_qrexec.common.values import IPAddress
 from qubes_fwd_qrexec.relay.budget import STREAMS_MAX
 
+from .bucket import Bucket
 from .crowd import Crowd, Member
 
 # As many as `budget` has floors for. docs/numbers.md has ten thousand held, at 9 KiB each.
@@ -54,24 +56,6 @@ def process_max(descriptors: int) -> int:
     return PROCESS_MAX if descriptors < 0 else max(1, min(PROCESS_MAX, descriptors * 3 // 4))
 
 
-class _Bucket:
-    """A token bucket: ``rate`` tokens a second, and at most ``burst`` at once."""
-
-    __slots__ = ("_at", "_burst", "_rate", "left")
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._at = now
-        self.left = burst
-
-    def fill(self, now: float) -> float:
-        """How much is left at this time."""
-        self.left = min(self._burst, self.left + (now - self._at) * self._rate)
-        self._at = now
-        return self.left
-
-
 class _Rate:
     """A rule's new connections per second, of which each client has half.
 
@@ -81,8 +65,8 @@ class _Rate:
     def __init__(self, rate: int, now: float) -> None:
         self.rate = rate
         self._half = max(1.0, rate / 2)
-        self._all = _Bucket(rate, rate, now)
-        self._by_client: dict[IPAddress, _Bucket] = {}
+        self._all = Bucket(rate, rate, now)
+        self._by_client: dict[IPAddress, Bucket] = {}
 
     @property
     def clients(self) -> int:
@@ -94,7 +78,7 @@ class _Rate:
             self._by_client = {c: b for c, b in self._by_client.items() if b.fill(now) < self._half}
         own = self._by_client.get(client)
         if own is None:
-            own = self._by_client[client] = _Bucket(self._half, self._half, now)
+            own = self._by_client[client] = Bucket(self._half, self._half, now)
         if self._all.fill(now) < 1 or (own.fill(now) < 1 and self._all.left <= self.rate / 2):
             return False
         self._all.left -= 1
@@ -106,12 +90,16 @@ class Process:
     """All connections of a process, for all forwards together."""
 
     def __init__(
-        self, connections_max: int = PROCESS_MAX, clock: Callable[[], float] = time.monotonic
+        self,
+        connections_max: int = PROCESS_MAX,
+        clock: Callable[[], float] = time.monotonic,
+        yields: float = YIELDS,
     ) -> None:
+        """``yields``: how many connections a second are ended to make room for those of others."""
         self.connections_max = connections_max
         self.connections = 0
         self._clock = clock
-        self._yields = _Bucket(YIELDS, YIELDS, clock())
+        self._yields = Bucket(yields, yields, clock())
         self._accounts: set[Account] = set()
 
     @property
@@ -147,8 +135,16 @@ class Process:
 class Account:
     """The connections of one forward."""
 
-    def __init__(self, limits: Limits, process: Process, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        process: Process,
+        clock: Callable[[], float] = time.monotonic,
+        quiet_s: float = math.inf,
+    ) -> None:
+        """``quiet_s``: a client that has all that it may gives up what has been quiet for so long."""
         self.connections = 0
+        self._quiet_s = quiet_s
         self.crowd = Crowd()
         self.yielded = 0
         """How many connections were ended to make room for others."""
@@ -188,9 +184,12 @@ class Account:
         This may call `make_room` of another connection, which it ends for this one.
         """
         client = member.client
+        own: Member | None = None
         if self.crowd.held_by(client) >= self._per_source or self._is_network_full(client):
-            return NotAdmitted.PER_SOURCE
-        refusal, yielding = self._room(client)
+            own = self.crowd.quiet_of(client, self._clock() - self._quiet_s)
+            if own is None:
+                return NotAdmitted.PER_SOURCE
+        refusal, yielding = (None, None) if own is not None else self._room(client)
         if refusal is not None:
             return refusal
         if not self._rate.take(client, self._clock()):
@@ -198,15 +197,20 @@ class Account:
         if yielding is not None:
             if not self._process.may_yield():
                 return NotAdmitted.PROCESS if yielding[0] is not self else NotAdmitted.CONNECTIONS
-            account, idlest = yielding
-            account.yielded += 1
-            account.leave(idlest)
-            idlest.make_room()
+            yielding[0].end(yielding[1])
+        elif own is not None:
+            self.end(own)
         self.crowd.add(member)
         self.connections += 1
         self._process.connections += 1
         self._process.join(self)
         return None
+
+    def end(self, member: Member) -> None:
+        """End a connection, which makes room for another."""
+        self.yielded += 1
+        self.leave(member)
+        member.make_room()
 
     def _is_network_full(self, client: IPAddress) -> bool:
         most = self._per_source * CLIENTS_PER_NETWORK

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 
 from qubes_fwd_qrexec.common.report import ForwardReport, ListenerReport, Way
+from qubes_fwd_qrexec.common.values import Proto
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_MAX_BYTES = 8192
@@ -44,7 +45,7 @@ def _family(name: str, kind: str, help_text: str, samples: _Samples) -> Iterator
 
 
 def _labels(forward: ForwardReport, **more: str) -> str:
-    named = {"target": forward.target, "name": forward.name} | more
+    named = {"target": forward.target, "name": forward.name, "proto": forward.proto} | more
     return "{" + ",".join(f'{key}="{value}"' for key, value in named.items()) + "}"
 
 
@@ -67,6 +68,19 @@ def _bytes(forward: ForwardReport) -> _Samples:
     ]
 
 
+def _datagrams(forward: ForwardReport) -> _Samples:
+    if forward.proto is not Proto.UDP:
+        return []
+    return [
+        (_labels(forward, direction="from_client"), forward.datagrams_sent),
+        (_labels(forward, direction="to_client"), forward.datagrams_received),
+    ]
+
+
+def _dropped(forward: ForwardReport) -> _Samples:
+    return [(_labels(forward, reason=reason), count) for reason, count in sorted(forward.dropped.items())]
+
+
 def _ways(forward: ForwardReport) -> _Samples:
     return [(_labels(forward, state=way), int(way is forward.way)) for way in Way]
 
@@ -76,10 +90,17 @@ def _mux_calls(forward: ForwardReport) -> _Samples:
 
 
 _FAMILIES = (
-    ("connections", _GAUGE, "Connections open now.", _connections),
-    ("connections_total", _COUNTER, "Connections let in.", _totals),
-    ("refused_total", _COUNTER, "Connections not carried, by reason.", _refused),
+    ("connections", _GAUGE, "Connections, or flows of UDP, open now.", _connections),
+    ("connections_total", _COUNTER, "Connections, or flows of UDP, let in.", _totals),
+    (
+        "refused_total",
+        _COUNTER,
+        "Connections, or datagrams of UDP, not let in or carried, by reason.",
+        _refused,
+    ),
     ("bytes_total", _COUNTER, "Bytes carried, by direction.", _bytes),
+    ("datagrams_total", _COUNTER, "Datagrams carried, by direction.", _datagrams),
+    ("dropped_total", _COUNTER, "Datagrams dropped, by reason.", _dropped),
     ("way", _GAUGE, "1 for the state that the way to the target is in.", _ways),
     ("mux_calls", _GAUGE, "Mux calls to the target.", _mux_calls),
 )

@@ -8,44 +8,21 @@ what it does for datagrams.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.mux import GoawayCode, Hello
+from qubes_fwd_qrexec.mux import GoawayCode
+from qubes_fwd_qrexec.relay.muxbase import MuxBase
 from qubes_fwd_qrexec.relay.thread import RelayThread
 
 from .callplace import Place
 from .callqueue import Key
 from .qrexec import Call
 
-
-class _Connection(Protocol):
-    """The protocol's state of a mux."""
-
-    @property
-    def peer(self) -> Hello | None: ...
-
-
-class AnyMux(Protocol):
-    """What a mux has in common with one of another kind; the methods are those of `relay.mux.Mux`."""
-
-    is_revoked: bool
-    is_peer_wrong: bool
-
-    @property
-    def connection(self) -> _Connection: ...
-
-    def drain(self, code: GoawayCode) -> None: ...
-
-    def abandon(self) -> None: ...
-
-    def fail(self) -> None: ...
-
-
-M = TypeVar("M", bound=AnyMux)
+M = TypeVar("M", bound=MuxBase)
 
 
 class MuxCall(ABC, Generic[M]):
@@ -124,7 +101,7 @@ class MuxCall(ABC, Generic[M]):
 
     @property
     def lease_s(self) -> float:
-        peer = None if self.mux is None else self.mux.connection.peer
+        peer = None if self.mux is None else self.mux.peer
         return 0.0 if peer is None else peer.lease_s
 
     @property

@@ -6,6 +6,7 @@
 
 import socket
 from ipaddress import ip_address
+from typing import Any
 
 import trio
 
@@ -21,12 +22,14 @@ from .callbudget import CallBudget
 from .callwaits import CallWaits
 from .counters import Carried
 from .crowd import client_key
-from .muxpool import LINGER_S
+from .flowpool import FlowPool
+from .muxpool import LINGER_S, MuxPool
 from .streampool import StreamPool
 
 _PROXY_VERSIONS = {Proxy.OFF: ProxyVersion.OFF, Proxy.V1: ProxyVersion.V1, Proxy.V2: ProxyVersion.V2}
 
 _PoolKey = tuple[str, str, TargetPorts]
+_Shared = tuple[tuple[str, ...], CallBudget, str, str, TargetPorts, RelayThread, trio.Nursery]
 
 
 class Transports:
@@ -50,6 +53,7 @@ class Transports:
         self._linger_s = linger_s
         self._budget = Budget()
         self.pools: dict[_PoolKey, StreamPool] = {}
+        self.flow_pools: dict[_PoolKey, FlowPool] = {}
         self._is_draining = False
 
     async def carry(
@@ -85,40 +89,46 @@ class Transports:
         """The pool of mux calls that a forward uses; None before its first connection."""
         return self.pools.get(_pool_key(config))
 
+    def flow_pool(self, config: ListenerConfig) -> FlowPool:
+        """The pool of mux calls that a forward of UDP uses."""
+        key = _pool_key(config)
+        if key not in self.flow_pools:
+            self.flow_pools[key] = FlowPool(*self._shared(config), self._linger_s)
+            if self._is_draining:
+                self.flow_pools[key].retire()
+        return self.flow_pools[key]
+
     def reconfigured(self, configs: list[ListenerConfig]) -> None:
         """The configuration has changed, and perhaps the policy: forget refusals, and pools without use."""
         needed = {_pool_key(config) for config in configs if config.transport is Transport.MUX}
         for key in self.pools.keys() - needed:
             self.pools.pop(key).retire()
+        for key in self.flow_pools.keys() - needed:
+            self.flow_pools.pop(key).retire()
         self.calls.expect(len(needed))
         self.calls.forget_refusals()
 
     def drain(self) -> None:
-        """The listener stops: open no more mux calls, and let each end with its last stream."""
+        """The listener stops: open no more mux calls, and let each end with the last that it carries."""
         self._is_draining = True
-        for pool in self.pools.values():
+        pools: list[MuxPool[Any]] = [*self.pools.values(), *self.flow_pools.values()]
+        for pool in pools:
             pool.retire()
 
     def _pool_for(self, config: ListenerConfig) -> StreamPool:
         key = _pool_key(config)
         if key not in self.pools:
-            ports = config.target_ports
-            self.pools[key] = StreamPool(
-                self._qrexec_client,
-                self.calls,
-                config.target,
-                f"{config.service}+{ports.brief()}+mux",
-                ports,
-                self.relays,
-                self._budget,
-                self._tasks,
-                self._timeouts.half_close_s,
-                self._linger_s,
-                self._timeouts.idle_s,
-            )
+            times = self._timeouts.half_close_s, self._linger_s, self._timeouts.idle_s
+            self.pools[key] = StreamPool(*self._shared(config), self._budget, *times)
             if self._is_draining:
                 self.pools[key].retire()
         return self.pools[key]
+
+    def _shared(self, config: ListenerConfig) -> _Shared:
+        """What a pool of either kind needs first."""
+        ports = config.target_ports
+        service = f"{config.service}+{ports.brief()}+mux"
+        return self._qrexec_client, self.calls, config.target, service, ports, self.relays, self._tasks
 
 
 def _pool_key(config: ListenerConfig) -> _PoolKey:

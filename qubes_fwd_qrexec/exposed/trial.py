@@ -12,12 +12,15 @@ import trio
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Answer, Trial
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.mux import Origin
 from qubes_fwd_qrexec.system.logs import one_line
 
 from .call import Ending
 from .counters import Carried
+from .flowpool import FlowPool
 from .transports import Transports
 
 # Less than dom0 waits for the whole answer (5 s).
@@ -27,7 +30,12 @@ _LOCALHOST = IPv4Address("127.0.0.1")
 
 
 async def try_out(config: ListenerConfig, transports: Transports, timeout_s: float = TRIAL_S) -> Trial:
-    """Try the first port of a forward for up to ``timeout_s`` seconds. The counters do not count it."""
+    """Try the first port of a forward for up to ``timeout_s`` seconds. The counters do not count it.
+
+    For UDP it is only tried whether there is a call: nothing but a client's datagram is sent to a server.
+    """
+    if config.proto is Proto.UDP:
+        return await _try_call(transports.flow_pool(config), timeout_s)
     carried = Carried(trio.current_time())
     found: Ending | Trial | None = None
     ours, theirs = socket.socketpair()
@@ -51,6 +59,15 @@ async def try_out(config: ListenerConfig, transports: Transports, timeout_s: flo
     if found is None:
         return Trial(Answer.SILENT, "", f"no answer within {timeout_s:g} s")
     return Trial(Answer.FAILED, "", one_line(found.error or f"the connection ended: {found.how}"))
+
+
+async def _try_call(pool: FlowPool, timeout_s: float) -> Trial:
+    with trio.move_on_after(timeout_s):
+        call = await pool.opened()
+        if call.problem is None:
+            return Trial(Answer.THROUGH, "", "the target takes datagrams; only a client can ask its server")
+        return Trial(Answer.REFUSED, call.refusal or Refusal.NO_CALL, one_line(call.problem))
+    return Trial(Answer.SILENT, "", f"no answer within {timeout_s:g} s")
 
 
 async def _carry(

@@ -29,6 +29,7 @@ from .events import (
 )
 from .flows import FlowConnection
 from .limits import (
+    FLOWS_PER_TICK,
     FRAME_COST_BYTES,
     HEADER_BYTES,
     MAX_DATA_BYTES,
@@ -42,6 +43,7 @@ from .messages import FlowCode, Goaway, GoawayCode, Hello, Origin, ProxyVersion,
 from .wire import Buffer
 
 __all__ = [
+    "FLOWS_PER_TICK",
     "FRAME_COST_BYTES",
     "HEADER_BYTES",
     "MAX_DATAGRAM_BYTES",

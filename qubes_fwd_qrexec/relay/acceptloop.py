@@ -13,7 +13,7 @@ from ipaddress import IPv6Address, ip_address
 import trio
 
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import IPAddress, unmapped
+from qubes_fwd_qrexec.common.values import IPAddress, Proto, unmapped
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
 from qubes_fwd_qrexec.system.ingress import note_ingress
@@ -91,9 +91,9 @@ def open_listening(address: IPAddress, port: int) -> socket.socket:
     return sock
 
 
-def bind_trouble(error: OSError, address: IPAddress, port: int) -> str:
+def bind_trouble(error: OSError, address: IPAddress, port: int, proto: Proto = Proto.TCP) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"the port is in use by {port_holder(address, port) or 'another program'}"
+        return f"the port is in use by {port_holder(address, port, proto=proto) or 'another program'}"
     if error.errno == errno.EACCES and port < _UNPRIVILEGED_PORT:
         return f"ports under {_UNPRIVILEGED_PORT} need the capability CAP_NET_BIND_SERVICE"
     if error.errno == errno.EADDRNOTAVAIL:

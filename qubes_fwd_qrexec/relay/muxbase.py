@@ -116,6 +116,11 @@ class MuxBase(ABC):
 
     # For the owner
 
+    @property
+    def peer(self) -> Hello | None:
+        """What the other end has said of itself; None before that."""
+        return self._endpoint.peer
+
     def drain(self, code: GoawayCode) -> None:
         """Take or open nothing more; the mux call ends with the last stream or flow."""
         self._endpoint.drain(code)

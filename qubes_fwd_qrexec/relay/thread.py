@@ -24,6 +24,9 @@ from .loop import READ, End, Loop
 
 _T = TypeVar("_T")
 
+# How often `do_now` looks whether the thread is still there.
+_ALIVE_LOOK_S = 0.1
+
 
 class RelayThread:
     """Made by `open_relay_thread`. Call its methods from the trio thread that opened it.
@@ -105,6 +108,25 @@ class RelayThread:
         """Have the thread call ``what`` soon, in the order of these calls; and ``end`` if it raises."""
         self._orders.append((what, end))
         os.eventfd_write(self._wake_fd, 1)
+
+    def do_now(self, what: Callable[[], _T]) -> _T:
+        """Have the thread call ``what``, and return or raise what it does. No task of trio runs meanwhile.
+
+        This is for what must be so when the caller goes on, such as that a port is closed. It takes as long
+        as the turn of the loop that is under way. If the thread has failed, this one calls ``what``.
+        """
+        results: list[outcome.Outcome[_T]] = []
+        done = threading.Event()
+
+        def do() -> None:
+            results.append(outcome.capture(what))
+            done.set()
+
+        self.order(do, _go_on)
+        while not done.wait(_ALIVE_LOOK_S):
+            if not self._thread.is_alive() and not done.is_set():
+                do()
+        return results[0].unwrap()
 
     def tell(self, what: Callable[[], None]) -> None:
         """Have trio call ``what`` soon; to be called from the relay thread."""

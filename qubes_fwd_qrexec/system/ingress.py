@@ -15,7 +15,11 @@ themselves.
 
 import socket
 import struct
+import time
+from collections.abc import Callable
 
+# For how long an answer of the kernel about an interface is good for other datagrams.
+KNOWN_S = 0.1
 # The same in every network namespace (include/net/net_namespace.h, LOOPBACK_IFINDEX).
 _LOOPBACK = 1
 # linux/in.h and linux/in6.h; the socket module lacks some of them.
@@ -96,7 +100,30 @@ def interface_group(index: int) -> int | None:
     return None
 
 
+def is_by(index: int | None, group: int) -> bool:
+    """Whether an interface is one of this group, or loopback; in doubt, no."""
+    return index is not None and (index == _LOOPBACK or interface_group(index) == group)
+
+
 def came_by(connection: socket.socket, group: int) -> bool:
     """Whether a connection came through an interface of this group, or from this qube; in doubt, no."""
-    index = ingress(connection)
-    return index is not None and (index == _LOOPBACK or interface_group(index) == group)
+    return is_by(ingress(connection), group)
+
+
+class Sides:
+    """Answers for many datagrams what `is_by` says of each interface, and asks the kernel rarely."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: dict[tuple[int, int], bool] = {}
+        self._known_until = 0.0
+
+    def is_by(self, index: int, group: int) -> bool:
+        """What `is_by` says, or said at most `KNOWN_S` ago."""
+        if self._clock() >= self._known_until:
+            self._known.clear()
+            self._known_until = self._clock() + KNOWN_S
+        found = self._known.get((index, group))
+        if found is None:
+            found = self._known[index, group] = is_by(index, group)
+        return found

@@ -92,17 +92,22 @@ class RateLimit:
         return held_back
 
 
-def warn(logger: logging.Logger, limit: RateLimit, kind: str, message: str) -> None:
+Message = str | Callable[[], str]
+"""What to log; a function is called only if it is logged."""
+
+
+def warn(logger: logging.Logger, limit: RateLimit, kind: str, message: Message) -> None:
     """Log a warning, unless one of the same kind was logged just before; the next line then says how many."""
     _log(logger, logging.WARNING, limit, kind, message)
 
 
-def inform(logger: logging.Logger, limit: RateLimit, kind: str, message: str) -> None:
+def inform(logger: logging.Logger, limit: RateLimit, kind: str, message: Message) -> None:
     """The same for what is not a problem."""
     _log(logger, logging.INFO, limit, kind, message)
 
 
-def _log(logger: logging.Logger, level: int, limit: RateLimit, kind: str, message: str) -> None:
+def _log(logger: logging.Logger, level: int, limit: RateLimit, kind: str, message: Message) -> None:
     held_back = limit.admit(kind)
     if held_back is not None:
-        logger.log(level, "%s%s", message, f" (and {held_back} more like it)" if held_back else "")
+        text = message if isinstance(message, str) else message()
+        logger.log(level, "%s%s", text, f" (and {held_back} more like it)" if held_back else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which program listens on a port in use, as far as /proc shows it: /proc/net/tcp and /proc/PID/fd, proc(5).
+"""Which program has a port in use, as far as /proc shows it: /proc/net/tcp, udp and /proc/PID/fd, proc(5).
 
 A program without privileges sees only the descriptors of its own user's processes; otherwise only the user of
 the socket is known.
@@ -14,11 +14,11 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.values import IPAddress, unmapped
+from qubes_fwd_qrexec.common.values import IPAddress, Proto, unmapped
 
 PROC = Path("/proc")
-# include/net/tcp_states.h: TCP_LISTEN.
-_LISTEN = "0A"
+# include/net/tcp_states.h: TCP_LISTEN; and TCP_CLOSE, which a UDP socket has that is not connected.
+_STATES = {Proto.TCP: "0A", Proto.UDP: "07"}
 
 
 class _Listening(NamedTuple):
@@ -28,9 +28,9 @@ class _Listening(NamedTuple):
     inode: str
 
 
-def port_holder(address: IPAddress, port: int, proc: Path = PROC) -> str | None:
+def port_holder(address: IPAddress, port: int, proc: Path = PROC, proto: Proto = Proto.TCP) -> str | None:
     """``nginx (process 123)``, or ``a program of user www-data``; None if nothing is known."""
-    for found in _listening(proc):
+    for found in _listening(proc, proto):
         if found.port == port and _share(found.address, address):
             return _program(found.inode, proc) or f"a program of user {_user(found.uid)}"
     return None
@@ -44,14 +44,14 @@ def _share(theirs: IPAddress, ours: IPAddress) -> bool:
     return plain.version == ours.version and (plain == ours or int(plain) == 0 or int(ours) == 0)
 
 
-def _listening(proc: Path) -> Iterator[_Listening]:
-    for name in ("tcp", "tcp6"):
+def _listening(proc: Path, proto: Proto) -> Iterator[_Listening]:
+    for name in (str(proto), f"{proto}6"):
         lines: list[str] = []
         with contextlib.suppress(OSError):  # a kernel without IPv6
             lines = (proc / "net" / name).read_text("ascii").splitlines()[1:]
         for line in lines:
             fields = line.split()
-            if fields[3] == _LISTEN:
+            if fields[3] == _STATES[proto]:
                 address, _, port = fields[1].partition(":")
                 yield _Listening(_address(address), int(port, 16), int(fields[7]), fields[9])
 

@@ -8,6 +8,7 @@ import pytest
 from helpers import tcp_pair
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.exposed.connectionlog import BURST, LINES_PER_S, ConnectionLog
 from qubes_fwd_qrexec.exposed.counters import Carried
 from qubes_fwd_qrexec.system.logs import LINE_MAX, one_line
@@ -31,7 +32,7 @@ def test_one_line_at_the_beginning_and_one_at_the_end(caplog: pytest.LogCaptureF
     client, accepted = tcp_pair()
     with client, accepted:
         host, port = client.getsockname()
-        line = log.opened(CONFIG, accepted, 80)
+        line = log.opened(CONFIG, accepted.getpeername, 80)
     log.ended(line, CONFIG, carried, "closed")
     first, last = (dict(word.split("=") for word in message.split()) for message in caplog.messages)
     both = {"client": f"{host}:{port}", "port": "80", "transport": "mux", "forward": "work.web"}
@@ -43,7 +44,7 @@ def test_one_line_at_the_beginning_and_one_at_the_end(caplog: pytest.LogCaptureF
 class Longest:
     """The longest names that there can be."""
 
-    target, name, transport = "a" * 31, "b" * 16, "mux"
+    target, name, transport, proto = "a" * 31, "b" * 16, "call", Proto.TCP
 
 
 class FarClient:
@@ -55,7 +56,7 @@ def test_the_longest_line_has_everything_but_the_end_of_a_name(caplog: pytest.Lo
     caplog.set_level(logging.INFO)
     log, carried = ConnectionLog(), Carried(-1e6)
     carried.by = type("Much", (), {"sent": 10**13, "received": 10**13, "is_joined": True})()
-    line = log.opened(Longest, FarClient(), 65535)  # type: ignore[arg-type]
+    line = log.opened(Longest, FarClient().getpeername, 65535)  # type: ignore[arg-type]
     log.ended(line, Longest, carried, "target-reset")  # type: ignore[arg-type]
     for message in caplog.messages:
         assert "forward=" in one_line(f"info: {message}")[:LINE_MAX]
@@ -66,7 +67,7 @@ def test_a_client_that_is_gone_is_no_trouble(caplog: pytest.LogCaptureFixture) -
     client, accepted = tcp_pair()
     client.close()
     accepted.close()
-    ConnectionLog().opened(CONFIG, accepted, 80)
+    ConnectionLog().opened(CONFIG, accepted.getpeername, 80)
     assert "client=gone" in caplog.messages[0]
 
 
@@ -76,16 +77,16 @@ def test_a_flood_is_held_back_and_counted(caplog: pytest.LogCaptureFixture) -> N
     log = ConnectionLog(lambda: now[0])
     client, accepted = tcp_pair()
     with client, accepted:
-        lines = [log.opened(CONFIG, accepted, 80) for _ in range(BURST + 50)]
+        lines = [log.opened(CONFIG, accepted.getpeername, 80) for _ in range(BURST + 50)]
         assert [line is None for line in lines] == [False] * BURST + [True] * 50
         log.ended(lines[0], CONFIG, Carried(0.0), "closed")
         log.ended(None, CONFIG, Carried(0.0), "closed")
         assert len(caplog.messages) == BURST
         now[0] = 1 / LINES_PER_S
-        log.opened(CONFIG, accepted, 80)
+        log.opened(CONFIG, accepted.getpeername, 80)
         assert caplog.messages[-1].endswith(" held_back=51")
-        assert log.opened(CONFIG, accepted, 80) is None
+        assert log.opened(CONFIG, accepted.getpeername, 80) is None
         now[0] = 1e6  # a long silence saves up no more than a burst
-        assert [log.opened(CONFIG, accepted, 80) is None for _ in range(BURST + 1)] == [False] * BURST + [
-            True
-        ]
+        assert [log.opened(CONFIG, accepted.getpeername, 80) is None for _ in range(BURST + 1)] == [
+            False
+        ] * BURST + [True]

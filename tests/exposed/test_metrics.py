@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import dataclasses
+
 from test_report import FORWARD
 
 from qubes_fwd_qrexec.common.report import ListenerReport, Problem, Way
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.exposed import metrics
 
 REPORT = ListenerReport(since=1000, forwards=(FORWARD,), problems=(Problem("fwd.a.b", "x"),), bugs=3)
@@ -9,7 +12,7 @@ REPORT = ListenerReport(since=1000, forwards=(FORWARD,), problems=(Problem("fwd.
 
 def test_every_figure_has_its_sample() -> None:
     lines = metrics.text(REPORT).splitlines()
-    of = '{target="work",name="web"'
+    of = '{target="work",name="web",proto="tcp"'
     assert [line for line in lines if not line.startswith("#") and "_way{" not in line] == [
         "qubes_forward_start_time_seconds 1000",
         f"qubes_forward_connections{of}}} 2",
@@ -23,6 +26,21 @@ def test_every_figure_has_its_sample() -> None:
     ]
     ways = {line.split('state="')[1].split('"')[0]: line[-1] for line in lines if "_way{" in line}
     assert ways == {way: str(int(way is Way.OPEN)) for way in Way}
+
+
+def test_a_forward_of_udp_has_its_datagrams_too() -> None:
+    udp = dataclasses.replace(
+        FORWARD, proto=Proto.UDP, datagrams_sent=7, datagrams_received=8, dropped={"full": 9, "old": 10}
+    )
+    lines = metrics.text(dataclasses.replace(REPORT, forwards=(FORWARD, udp))).splitlines()
+    of = '{target="work",name="web",proto="udp"'
+    assert [line for line in lines if "datagrams_total{" in line or "dropped_total{" in line] == [
+        f'qubes_forward_datagrams_total{of},direction="from_client"}} 7',
+        f'qubes_forward_datagrams_total{of},direction="to_client"}} 8',
+        f'qubes_forward_dropped_total{of},reason="full"}} 9',
+        f'qubes_forward_dropped_total{of},reason="old"}} 10',
+    ]
+    assert f"qubes_forward_connections{of}}} 2" in lines
 
 
 def test_each_family_is_introduced_once_before_its_samples() -> None:

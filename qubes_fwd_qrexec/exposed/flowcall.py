@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One mux call of the listener side that carries datagrams, in flows.
+
+`flowpool` asks it to carry them; `muxcall` has what such a call is without them.
+"""
+
+import math
+import secrets
+import time
+from collections import Counter
+from typing import Protocol
+
+import trio
+
+from qubes_fwd_qrexec.common.errors import LocalProtocolError
+from qubes_fwd_qrexec.common.values import IPAddress, TargetPorts
+from qubes_fwd_qrexec.mux import (
+    FLOWS_PER_TICK,
+    FlowCode,
+    FlowConnection,
+    FlowRequested,
+    Hello,
+    Origin,
+    ProxyVersion,
+)
+from qubes_fwd_qrexec.relay.flowmux import FlowEnd, FlowMux
+from qubes_fwd_qrexec.relay.thread import RelayThread
+
+from .bucket import Bucket
+from .callqueue import Key
+from .crowd import client_key
+from .flowcounters import Dropped
+from .muxcall import MuxCall
+from .qrexec import Call
+
+# The target ends what is above FLOWS_PER_TICK in one of its seconds. With half of that at once and half in a
+# second, no second has more.
+_FLOWS_AT_ONCE = FLOWS_PER_TICK // 2
+
+
+class Carried(FlowEnd, Protocol):
+    """A flow in the call."""
+
+    @property
+    def client(self) -> IPAddress: ...
+
+    def make_room(self) -> None:
+        """End it, as others need the call."""
+
+
+class FlowCallOwner(Protocol):
+    """Who is told about a call, in the loop's thread."""
+
+    def call_ready(self) -> None:
+        """A call takes flows from now on."""
+
+    def call_over(self, call: "FlowCall") -> None:
+        """The call has ended."""
+
+
+class FlowCall(MuxCall[FlowMux]):
+    """A mux call that carries datagrams.
+
+    All but what the holder of a place is asked belongs to the loop's thread. ``moved_at``: when datagrams
+    were last sent or received (`time.monotonic`).
+    """
+
+    def __init__(self, relays: RelayThread, ports: TargetPorts, owner: FlowCallOwner) -> None:
+        super().__init__(relays, ports)
+        self.moved_at = time.monotonic()
+        self._owner = owner
+        self._begins = Bucket(_FLOWS_AT_ONCE, _FLOWS_AT_ONCE, self.moved_at)
+        self._flows: dict[int, Carried] = {}
+        self._by_client: Counter[Key] = Counter()
+        self._sole: Key | None = None
+        self._is_counted = False
+        """Whether its owner has counted what it dropped."""
+
+    # As a mux call
+
+    @property
+    def carries(self) -> int:
+        return len(self._flows)
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self._flows)
+
+    @property
+    def sole_user(self) -> tuple[Key, float] | None:
+        sole = self._sole
+        return None if sole is None or self.is_opening else (sole, time.monotonic() - self.moved_at)
+
+    def make_mux(self, call: Call) -> FlowMux:
+        hello = Hello(0, secrets.token_bytes(16))
+        connection = FlowConnection(hello, range(self.ports.first, self.ports.last + 1))
+        return FlowMux(self.relays.loop, connection, call.stdout, call.stdin, self, hello_s=math.inf)
+
+    def cut(self) -> None:
+        for flow in list(self._flows.values()):
+            flow.make_room()
+
+    # For the pool
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has ended."""
+        return self.mux is None or self.mux.is_over
+
+    def has_room(self, now: float) -> bool:
+        """Whether it takes another flow now."""
+        return self._has_slot and self._begins.fill(now) >= 1
+
+    def is_held_up(self, now: float) -> bool:
+        """Whether it takes another flow in a moment, as many have begun in the last second."""
+        return self._has_slot and self._begins.fill(now) < 1
+
+    @property
+    def _has_slot(self) -> bool:
+        return self.is_usable and self.mux is not None and self.mux.room > 0
+
+    def begin(self, port: int, origin: Origin, proxy: ProxyVersion, flow: Carried) -> int:
+        """Begin a flow to ``port``, and return its number. Raises LocalProtocolError unless it `has_room`."""
+        if self.mux is None:
+            raise LocalProtocolError("there is no call")
+        flow_id = self.mux.open(port, origin, proxy, flow)
+        self._begins.left -= 1
+        self.opened += 1
+        self._flows[flow_id] = flow
+        self._count(client_key(flow.client), 1)
+        return flow_id
+
+    def send(self, flow_id: int, data: bytes, segment: int, now: float) -> int:
+        """Send datagrams of a flow. Returns how many of any flow had to be dropped for them."""
+        self.moved_at = now
+        return 0 if self.mux is None else self.mux.send(flow_id, data, segment)
+
+    def end(self, flow_id: int, code: FlowCode) -> None:
+        """End a flow, which hears nothing of that."""
+        self.left(flow_id)
+        if self.mux is not None:
+            self.mux.end(flow_id, code)
+
+    def left(self, flow_id: int) -> None:
+        """A flow has ended; a second call changes nothing."""
+        flow = self._flows.pop(flow_id, None)
+        if flow is not None:
+            self._count(client_key(flow.client), -1)
+            if not self._flows:
+                self.relays.tell(self._note_unused)
+
+    def dropped(self) -> Counter[Dropped]:
+        """How many datagrams were dropped, at both ends, by reason."""
+        mux = self.mux
+        if mux is None or self._is_counted:
+            return Counter()
+        return Counter(
+            {
+                Dropped.FULL: mux.dropped_full,
+                Dropped.OLD: mux.dropped_old,
+                Dropped.LATE: mux.dropped_late,
+                Dropped.TARGET: sum(mux.lost_there),
+            }
+        )
+
+    def _count(self, key: Key, change: int) -> None:
+        self._by_client[key] += change
+        if not self._by_client[key]:
+            del self._by_client[key]
+        self._sole = next(iter(self._by_client)) if len(self._by_client) == 1 else None
+
+    def _note_unused(self) -> None:
+        self.used_at = trio.current_time()
+
+    # As the owner of the mux
+
+    def ready(self) -> None:
+        super().ready()
+        self._owner.call_ready()
+
+    def flow_requested(self, event: FlowRequested) -> None:
+        """Never called: the target cannot begin flows."""
+
+    def over(self, problem: str | None) -> None:
+        self._owner.call_over(self)
+        self._is_counted = True
+        super().over(problem)

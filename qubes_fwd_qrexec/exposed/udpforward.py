@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One forward of UDP in the exposed qube, as the listener sees it: the analog of `forward.OpenForward`.
+
+Its ports and flows belong to the loop's thread (`flowtable`). What the listener asks for is done there when
+the method returns: what has ended passes no datagram in either direction any more.
+"""
+
+from collections.abc import Collection, Iterable
+from functools import partial
+
+from qubes_fwd_qrexec.common.config import ListenerConfig
+from qubes_fwd_qrexec.common.report import ForwardReport
+from qubes_fwd_qrexec.common.rules import OnExpire
+from qubes_fwd_qrexec.common.values import Binding, Proto
+from qubes_fwd_qrexec.relay.acceptloop import BindError, address_text
+from qubes_fwd_qrexec.system.lifetime import Expiry
+from qubes_fwd_qrexec.system.logs import one_line
+
+from .flowtable import FlowTable
+from .forward import DRAIN_MAX_S, Means, bindings
+from .udpport import open_udp
+
+
+class OpenUdpForward:
+    """A forward that is open: it takes datagrams from the start, and ends with `close`."""
+
+    def __init__(self, config: ListenerConfig, means: Means) -> None:
+        """Bind all ports. Raises `BindError` if one cannot be bound, and then none is."""
+        self.config = config
+        self.expiry = Expiry(config.expire)
+        self._means = means
+        self._relays = means.transports.relays
+        self._pool = means.transports.flow_pool(config)
+        self.table = FlowTable(config, str(self), self._pool, self._relays.loop, means.flows)
+        self._open(bindings(config))
+
+    def __str__(self) -> str:
+        ports = self.config.listen_ports.brief()
+        where = ", ".join(address_text(address, ports) for address in self.config.listen)
+        return f"{self.config.target} {self.config.name} (udp {where})"
+
+    def reconfigure(self, config: ListenerConfig) -> None:
+        """Take a new configuration. It affects neither unchanged ports nor flows that it still allows.
+
+        Flows that it no longer allows are cut, or have `DRAIN_MAX_S` left with on-expire=drain. Raises
+        `BindError` if new ports cannot be opened. Everything else is in force even then: dom0 may have
+        narrowed or ended something, and does not learn at once that a port is taken.
+        """
+        self.give_up(config)
+        if config.expire != self.config.expire:
+            self.expiry = Expiry(config.expire)  # unchanged, it keeps the wall clock of when it was set
+        self.config = config
+        self._pool = self._means.transports.flow_pool(config)
+        self._relays.do_now(partial(self.table.take, config, str(self), self._pool, DRAIN_MAX_S))
+        self._open(bindings(config) - self.table.listening)
+
+    def give_up(self, config: ListenerConfig) -> None:
+        """Take no more flows at what is not in ``config``."""
+        self._close(self.table.listening - bindings(config), is_cut=config.on_expire is OnExpire.CUT)
+
+    def make_way(self, wanted: Collection[Binding], own: Collection[Binding] = ()) -> None:
+        """Cut the flows that go on at ports which were closed, where a forward needs these ports.
+
+        ``own``: the ports that this forward itself is about to open again.
+        """
+        in_the_way = {
+            binding
+            for binding in self.table.draining
+            if binding not in own and any(_share(binding, other) for other in wanted)
+        }
+        self._close(in_the_way, is_cut=True)
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether every configured port is open."""
+        return self.table.listening == bindings(self.config)
+
+    def close(self) -> None:
+        """End the forward: take no more flows, and cut live ones or let them go on, as the rule says."""
+        self._close(self.table.listening, is_cut=self.config.on_expire is OnExpire.CUT)
+
+    def cut(self) -> None:
+        """End all flows."""
+        self._relays.do_now(self.table.cut)
+
+    @property
+    def connections(self) -> int:
+        """How many flows are live."""
+        return self.table.account.connections
+
+    def stop_listening(self) -> None:
+        """Close the sockets, which ends the flows: the listener that comes next needs the ports."""
+        self._close(self.table.listening | self.table.draining, is_cut=True)
+
+    def _open(self, wanted: Iterable[Binding]) -> None:
+        missing = set(wanted) - self.table.draining
+        self._relays.do_now(partial(self.table.reopen, wanted))
+        opened = {}
+        try:
+            for address, port in sorted(missing, key=str):
+                opened[address, port] = open_udp(address, port)
+        except BindError:
+            for sock in opened.values():
+                sock.close()
+            raise
+        try:
+            self._relays.do_now(partial(self.table.open, opened))
+        except OSError as error:
+            raise BindError(f"{self}: cannot watch its sockets: {error.strerror}") from error
+
+    def _close(self, unwanted: Collection[Binding], *, is_cut: bool) -> None:
+        if unwanted:
+            self._relays.do_now(partial(self.table.give_up, unwanted, is_cut=is_cut))
+
+    def report(self) -> ForwardReport:
+        """The figures and the state of this forward now."""
+        counters, pool = self.table.counters, self._pool
+        said = [error for error in (counters.last_error, pool.last_problem) if error is not None]
+        text, at = max(said, key=lambda error: error[1], default=(None, None))
+        dropped = pool.dropped()
+        dropped.update(counters.drops)
+        return ForwardReport(
+            target=self.config.target,
+            name=self.config.name,
+            since=int(counters.since),
+            connections=self.connections,
+            total=counters.total,
+            refused=dict(counters.refusals),
+            sent=counters.sent,
+            received=counters.received,
+            transport=self.config.transport,
+            way=pool.way,
+            mux_calls=pool.count,
+            is_listening=self.is_listening,
+            last_error=None if text is None else one_line(text),
+            last_error_at=None if at is None else int(at),
+            proto=Proto.UDP,
+            datagrams_sent=counters.datagrams_sent,
+            datagrams_received=counters.datagrams_received,
+            dropped={str(reason): number for reason, number in sorted(dropped.items())},
+        )
+
+
+def _share(one: Binding, other: Binding) -> bool:
+    """Whether the two cannot both be bound."""
+    (ours, port), (theirs, their_port) = one, other
+    is_same = ours == theirs or ours.is_unspecified or theirs.is_unspecified
+    return port == their_port and ours.version == theirs.version and is_same

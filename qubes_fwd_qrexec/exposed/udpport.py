@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The UDP socket of one exposed address and port, and the flows of those who write to it.
+
+It reads in the loop's thread, a bounded number of times in a turn, so that other sockets of the loop have
+theirs. What a flow exists for goes on at once; for everything else its table decides whether it begins one.
+Replies leave from the address that the client wrote to. Nothing is ever sent to a client but what the server
+has sent.
+"""
+
+import socket
+import time
+from ipaddress import IPv6Address
+from typing import Protocol
+
+from qubes_fwd_qrexec.common.refusals import Refusal
+from qubes_fwd_qrexec.common.values import Binding, IPAddress, Proto
+from qubes_fwd_qrexec.mux import Buffer, FlowCode
+from qubes_fwd_qrexec.relay.acceptloop import BindError, address_text, bind_trouble
+from qubes_fwd_qrexec.relay.loop import READ, Loop
+from qubes_fwd_qrexec.system import datagrams
+from qubes_fwd_qrexec.system.datagrams import MAX_DATAGRAM_BYTES, Address, Arrived, Control
+
+from .flow import Flow
+from .flowcounters import Dropped, FlowCounters
+from .limits import NotAdmitted
+
+# What is read from one socket in one turn of the loop: so often, or until so many bytes have come.
+READS_MAX = 64
+READ_MAX_BYTES = 128 << 10
+# The kernel's count of lost datagrams has 32 bits.
+_LOST_MASK = (1 << 32) - 1
+# docs/behaviours.md, 34: how long to wait until memory is free.
+_PAUSE_S = 0.2
+# The target takes no more over this call.
+_TRY_AGAIN = frozenset((FlowCode.LEASE_OVER, FlowCode.SHUTDOWN))
+_REFUSALS = {
+    FlowCode.REFUSED: "the server in the target has closed its port",
+    FlowCode.UNREACHABLE: "the server in the target cannot be reached",
+    FlowCode.OVER_LIMIT: "the target takes no more flows",
+}
+_HOW = {FlowCode.DONE: "closed", FlowCode.INTERNAL: "bug"}
+
+
+def open_udp(address: IPAddress, port: int) -> socket.socket:
+    """Return a non-blocking socket bound to exactly this; ``::`` means IPv6 alone. Raises `BindError`.
+
+    No other program can have the port meanwhile: without SO_REUSEADDR and SO_REUSEPORT the kernel refuses it.
+    """
+    is_ipv6 = isinstance(address, IPv6Address)
+    sock = None
+    try:
+        sock = socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setblocking(False)
+        if is_ipv6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        datagrams.tell_arrivals(sock)
+        sock.bind((str(address), port))
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        trouble = bind_trouble(error, address, port, Proto.UDP)
+        raise BindError(f"{address_text(address, port)} (udp): {trouble}") from error
+    return sock
+
+
+class PortOwner(Protocol):
+    """Who decides for a port, in the loop's thread."""
+
+    counters: FlowCounters
+
+    def newcomer(self, port: "UdpPort", arrived: Arrived, now: float) -> Flow | None:
+        """Begin a flow for somebody who has none; None if the datagram is not let in."""
+
+    def lets_in_by(self, interface: int) -> bool:
+        """Whether datagrams may come by the interface with this index."""
+
+    def flow_over(self, flow: Flow, how: str) -> None:
+        """A flow has ended; ``how`` is a word for the log."""
+
+    def not_carried(self, flow: Flow, kind: str, error: str) -> None:
+        """There is no call for a flow, which ends."""
+
+
+class UdpPort:
+    """Owns ``sock``, from `open_udp`, and closes it with `close`. It belongs to the loop's thread.
+
+    ``is_open``: it takes new flows; otherwise it is there for those that it has, which `flows` has by sender
+    and exposed address. Raises OSError when the kernel can watch no more sockets; ``sock`` is the caller's
+    then.
+    """
+
+    def __init__(self, loop: Loop, binding: Binding, sock: socket.socket, owner: PortOwner) -> None:
+        self.binding = binding
+        self.port = binding[1]
+        self.is_open = True
+        self.flows: dict[tuple[Address, bytes], Flow] = {}
+        self._loop = loop
+        self._sock = sock
+        self._owner = owner
+        self._counters = owner.counters
+        self._lost = 0
+        self._is_closed = False
+        self._from: dict[tuple[bytes, int], tuple[Control]] = {}
+        loop.watch(sock.fileno(), READ, self._on_readable, self.close)
+
+    def close(self) -> None:
+        """Close the socket, which ends all flows; a second call changes nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+        for flow in list(self.flows.values()):
+            self.end(flow, "cut")
+
+    # From clients
+
+    def _on_readable(self, _events: int) -> None:
+        now = time.monotonic()
+        left_bytes = READ_MAX_BYTES
+        for _ in range(READS_MAX):
+            try:
+                arrived = datagrams.receive(self._sock)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._pause()
+                return
+            if arrived.lost != self._lost:
+                self._counters.dropped(Dropped.KERNEL, (arrived.lost - self._lost) & _LOST_MASK)
+                self._lost = arrived.lost
+            if "%" in arrived.sender[0]:
+                arrived = arrived._replace(sender=_without_zone(arrived.sender))
+            flow = self.flows.get((arrived.sender, arrived.local))
+            end = _go_on if flow is None else flow.fail
+            self._loop.guarded(end, self._take, flow, arrived, now)
+            left_bytes -= len(arrived.data)
+            if left_bytes <= 0 or self._is_closed:
+                return
+
+    def _pause(self) -> None:
+        """The kernel has no memory, or something like that: do not ask it again at once."""
+        self._loop.change(self._sock.fileno(), 0)
+        self._loop.after(_PAUSE_S, self._resume, self.close)
+
+    def _resume(self) -> None:
+        if not self._is_closed:
+            self._loop.change(self._sock.fileno(), READ)
+
+    def _take(self, flow: Flow | None, arrived: Arrived, now: float) -> None:
+        """Let in what may come in, and send it on."""
+        data, segment = arrived.data, arrived.segment
+        if not arrived.is_for_one:
+            self._counters.dropped(Dropped.TO_MANY, datagrams.count(len(data), segment))
+            return
+        if flow is None:
+            flow = self._owner.newcomer(self, arrived, now)
+            if flow is None:
+                return
+            self.flows[arrived.sender, arrived.local] = flow
+        elif flow.interface != arrived.interface:
+            if not self._owner.lets_in_by(arrived.interface):
+                self._counters.refused(NotAdmitted.SIDE)
+                return
+            flow.interface = arrived.interface
+        number = datagrams.count(len(data), segment)
+        flow.moved_at = now
+        flow.sent += len(data)
+        flow.datagrams_sent += number
+        self._counters.sent += len(data)
+        self._counters.datagrams_sent += number
+        if segment or len(data) <= MAX_DATAGRAM_BYTES:
+            flow.carrier.carry(flow, data, segment, now)
+        else:
+            self._counters.dropped(Dropped.TOO_LONG, 1)
+
+    # As the owner of flows
+
+    def reply(self, flow: Flow, data: Buffer, segment: int) -> None:
+        if flow.is_over:
+            return
+        flow.is_answered = True
+        flow.moved_at = time.monotonic()
+        if flow.call is not None:
+            flow.call.moved_at = flow.moved_at
+        sent = datagrams.send(self._sock, data, segment, flow.sender, self._control(flow))
+        number = datagrams.count(len(data), segment)
+        sent_bytes = len(data) if sent.datagrams == number else sent.datagrams * segment
+        flow.received += sent_bytes
+        flow.datagrams_received += sent.datagrams
+        self._counters.received += sent_bytes
+        self._counters.datagrams_received += sent.datagrams
+        if sent.datagrams < number:
+            self._counters.dropped(Dropped.UNSENT, number - sent.datagrams)
+            if sent.problem is not None:
+                self._counters.failed(f"cannot send to {flow.client}: {sent.problem.strerror}")
+
+    def ended_there(self, flow: Flow, code: FlowCode) -> None:
+        """It keeps its place if only its call is over: its next datagram gets another one."""
+        call, flow.call = flow.call, None
+        if call is None:
+            return
+        call.left(flow.flow_id)
+        if call.is_revoked or code is FlowCode.REVOKED:
+            self._over(flow, "revoked")
+        elif code in _TRY_AGAIN and not call.is_lost:
+            call.turn_away()
+        elif not call.is_lost:
+            if code in _REFUSALS:
+                self._counters.refused(Refusal.SERVER)
+                self._counters.failed(_REFUSALS[code])
+            self._over(flow, "refused" if code in _REFUSALS else _HOW.get(code, "target-ended"))
+
+    def end(self, flow: Flow, how: str) -> None:
+        call, flow.call = flow.call, None
+        if call is not None:
+            call.end(flow.flow_id, FlowCode.DONE)
+        self._over(flow, how)
+
+    def not_carried(self, flow: Flow, kind: str, error: str) -> None:
+        self._owner.not_carried(flow, kind, error)
+        self.end(flow, "refused")
+
+    def dropped(self, reason: Dropped, number: int) -> None:
+        self._counters.dropped(reason, number)
+
+    def _over(self, flow: Flow, how: str) -> None:
+        if not flow.is_over:
+            flow.is_over = True
+            self.flows.pop((flow.sender, flow.local), None)
+            self._owner.flow_over(flow, how)
+
+    def _control(self, flow: Flow) -> tuple[Control]:
+        """What has a reply leave from the address that the client wrote to."""
+        key = flow.local, flow.interface if _is_link_local(flow.local) else 0
+        found = self._from.get(key)
+        if found is None:
+            found = self._from[key] = (datagrams.from_address(self._sock, *key),)
+        return found
+
+
+def _without_zone(sender: Address) -> Address:
+    """The zone of a link-local address is a number behind it, too. Its name would be looked up again for each
+    reply, and where the interface is gone, in DNS."""
+    return (sender[0].partition("%")[0], *sender[1:])
+
+
+def _is_link_local(packed: bytes) -> bool:
+    """Whether it is an address of one interface: fe80::/10."""
+    return len(packed) == 16 and packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+
+
+def _go_on() -> None:
+    """A bug in what was done for a stranger costs its datagram and no more."""

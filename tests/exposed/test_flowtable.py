@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who has a flow and for how long; with real sockets, and calls that only keep what they are given."""
+
+import dataclasses
+
+import pytest
+from udp_bench import FlowBench, echo, udp_config
+
+from qubes_fwd_qrexec.common.rules import OnExpire
+from qubes_fwd_qrexec.common.values import Sources
+from qubes_fwd_qrexec.exposed.flow import Flow
+from qubes_fwd_qrexec.exposed.flowtable import ANSWERED_S, UNANSWERED_S, FlowMeans
+from qubes_fwd_qrexec.exposed.limits import Process
+from qubes_fwd_qrexec.mux import ProxyVersion
+
+# Who has one
+
+
+def test_each_client_and_port_of_it_has_a_flow_of_its_own() -> None:
+    with FlowBench() as bench:
+        one, other = bench.client(), bench.client()
+        for client, data in ((one, b"1"), (other, b"2"), (one, b"3")):
+            bench.send(client, data)
+        assert bench.carried.data == [b"1", b"2", b"3"]
+        flows = [flow for flow, _, _ in bench.carried.sent]
+        assert flows[0] is flows[2] is not flows[1]
+        assert set(bench.flows) == set(flows)
+        assert (bench.table.counters.total, bench.table.account.connections) == (2, 2)
+        assert {flow.sender for flow in flows} == {one.sock.getsockname(), other.sock.getsockname()}
+
+
+def test_the_target_is_told_who_writes_to_what_and_which_port_is_meant() -> None:
+    with FlowBench(udp_config(dstports="5353-5353", proxy="v2")) as bench:
+        client = bench.client()
+        bench.send(client)
+        (flow,) = bench.flows
+        origin = flow.origin()
+        assert (str(origin.client), origin.client_port) == client.sock.getsockname()
+        assert (str(origin.exposed), origin.exposed_port) == ("127.0.0.1", bench.port)
+        assert (flow.target_port, flow.proxy) == (5353, ProxyVersion.V2)
+
+
+def test_a_strangers_datagram_begins_nothing_and_is_answered_by_nothing() -> None:
+    with FlowBench(udp_config(srchosts="127.0.0.2/32,192.0.2.0/24")) as bench:
+        stranger, friend = bench.client(), bench.client(own="127.0.0.2")
+        for _ in range(3):
+            bench.send(stranger)
+        assert (bench.carried.sent, bench.flows) == ([], [])
+        assert bench.table.counters.refusals == {"srchosts": 3}
+        assert bench.table.account.clients_remembered == 0
+        assert (bench.table.counters.sent, bench.table.counters.total) == (0, 0)
+        with pytest.raises(BlockingIOError):
+            stranger.sock.recv(1)
+        bench.send(friend)
+        assert bench.carried.data == [b"x"]
+
+
+def test_no_more_flows_than_a_client_or_the_rule_may_have() -> None:
+    with FlowBench(udp_config(limits="per-source:2,connections:3")) as bench:
+        own = [bench.client() for _ in range(3)]
+        others = [bench.client(own=f"127.0.0.{number}") for number in range(2, 4)]
+        for client in own:
+            bench.send(client)
+        assert bench.table.counters.refusals == {"per-source": 1}
+        bench.send(others[0])
+        bench.send(others[1])  # it holds none, and the first client two
+        assert bench.table.account.connections == 3
+        assert bench.table.counters.refusals == {"per-source": 1, "made-room": 1}
+        assert len(bench.flows) == 3
+        assert sum(flow.is_over for flow, _, _ in bench.carried.sent) == 1
+
+
+def test_a_client_that_has_all_it_may_gives_up_what_is_quiet() -> None:
+    with FlowBench(udp_config(limits="per-source:2")) as bench:
+        clients = [bench.client() for _ in range(3)]
+        bench.send(clients[0])
+        bench.send(clients[1])
+        for flow in bench.flows[:1]:
+            flow.moved_at -= 1
+        bench.send(clients[2])
+        assert [flow.sender for flow in bench.flows] == [c.sock.getsockname() for c in clients[1:]]
+
+
+def test_new_flows_have_a_rate_and_old_ones_none() -> None:
+    with FlowBench(udp_config(limits="rate:1")) as bench:
+        one, other = bench.client(), bench.client()
+        for _ in range(10):
+            bench.send(one)
+        bench.send(other)
+        assert len(bench.carried.sent) == 10
+        assert bench.table.counters.refusals == {"rate": 1}
+
+
+def test_all_forwards_together_have_a_bound() -> None:
+    means = FlowMeans(process=Process(2))
+    with FlowBench(means=means) as one, FlowBench(means=means) as other:
+        for bench in (one, one, other):
+            bench.send(bench.client(own="127.0.0.9"))
+        assert means.process.connections == 2
+    assert means.process.connections == 0
+
+
+# For how long
+
+
+@pytest.mark.parametrize(("is_answered", "seconds"), [(False, UNANSWERED_S), (True, ANSWERED_S)])
+def test_a_flow_in_which_nothing_moves_ends(is_answered: bool, seconds: float) -> None:
+    with FlowBench() as bench:
+        client = bench.client()
+        if is_answered:
+            bench.carried.then = echo
+        bench.send(client)
+        bench.pass_s(int(seconds) - 1)
+        (flow,) = bench.flows
+        bench.pass_s(1)
+        assert (bench.flows, flow.is_over) == ([], True)
+        assert bench.table.account.connections == 0
+        assert bench.loop.timers_left == 0
+
+
+def test_a_datagram_either_way_puts_that_off() -> None:
+    with FlowBench() as bench:
+        client = bench.client()
+        bench.send(client)
+        bench.pass_s(20)
+        bench.send(client)
+        bench.pass_s(20)
+        (flow,) = bench.flows
+        flow.deliver(b"answer", 0)
+        bench.pass_s(119)
+        flow.deliver(b"answer", 0)
+        bench.pass_s(119)
+        assert bench.flows == [flow]
+
+
+def test_a_process_that_was_stopped_does_not_count_that_time() -> None:
+    with FlowBench() as bench:
+        bench.send(bench.client())
+        bench.pass_s(10)
+        bench.clock.advance(3600)
+        bench.turn()
+        assert len(bench.flows) == 1
+        bench.pass_s(19)
+        assert bench.flows == []
+
+
+def test_after_its_end_the_same_client_begins_a_new_one() -> None:
+    with FlowBench() as bench:
+        client = bench.client()
+        bench.send(client)
+        bench.pass_s(30)
+        bench.send(client)
+        old, new = (flow for flow, _, _ in bench.carried.sent)
+        assert old is not new
+        assert bench.flows == [new]
+
+
+# A new configuration
+
+
+def test_what_is_no_longer_allowed_is_cut_and_the_rest_goes_on() -> None:
+    with FlowBench() as bench:
+        one, other = bench.client(), bench.client(own="127.0.0.2")
+        bench.send(one)
+        bench.send(other)
+        narrow = dataclasses.replace(bench.config, sources=Sources.parse("127.0.0.2/32"))
+        bench.table.take(narrow, "work dns", bench.carried, 3600.0)
+        assert [flow.sender for flow in bench.flows] == [other.sock.getsockname()]
+        gone = bench.carried.sent[0][0]
+        gone.deliver(b"late", 0)
+        bench.send(one)
+        bench.send(other, b"y")
+        with pytest.raises(BlockingIOError):
+            one.sock.recv(1)
+        assert bench.carried.data == [b"x", b"x", b"y"]
+
+
+def test_with_drain_what_is_no_longer_allowed_has_a_while() -> None:
+    with FlowBench() as bench:
+        client = bench.client()
+        bench.carried.then = echo
+        bench.send(client)
+        narrow = dataclasses.replace(
+            bench.config, sources=Sources.parse("127.0.0.2/32"), on_expire=OnExpire.DRAIN
+        )
+        bench.table.take(narrow, "work dns", bench.carried, 60.0)
+        bench.send(client, b"still")
+        assert bench.carried.data == [b"x", b"still"]
+        bench.send(bench.client())
+        assert bench.table.counters.refusals == {"srchosts": 1}
+        bench.pass_s(59)
+        assert len(bench.flows) == 1
+        bench.pass_s(1)
+        assert bench.flows == []
+
+
+@pytest.mark.parametrize("change", ["dstports=54-54", "listen=127.0.0.3", "side=vifs"])
+def test_another_server_or_address_or_side_is_another_flow(change: str) -> None:
+    with FlowBench() as bench:
+        bench.send(bench.client())
+        name = change.partition("=")[0]
+        options = {name: change.partition("=")[2]}
+        config = bench.with_port(udp_config(**{"listen": "127.0.0.1", **options}))
+        bench.table.take(config, "work dns", bench.carried, 3600.0)
+        # Loopback is on every side.
+        assert len(bench.flows) == (1 if name == "side" else 0)
+
+
+def test_a_port_that_is_given_up_stays_for_the_flows_that_drain_and_no_longer() -> None:
+    with FlowBench() as bench:
+        client, new = bench.client(), bench.client()
+        bench.carried.then = echo
+        bench.send(client)
+        bindings = list(bench.table.ports)
+        bench.table.give_up(bindings, is_cut=False)
+        assert (bench.table.listening, bench.table.draining) == (frozenset(), frozenset(bindings))
+        bench.send(client, b"still")
+        bench.send(new)
+        assert bench.carried.data == [b"x", b"still"]
+        bench.table.reopen(bindings)
+        bench.send(new)
+        assert len(bench.flows) == 2
+        bench.table.give_up(bindings, is_cut=False)
+        bench.pass_s(120)
+        assert bench.table.ports == {}
+
+
+# Bugs
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+def test_a_bug_in_what_is_done_for_a_flow_ends_that_flow_alone() -> None:
+    with FlowBench() as bench:
+        one, other = bench.client(), bench.client()
+
+        def fail(flow: Flow, data: bytes, segment: int) -> None:
+            if data == b"bug":
+                raise ZeroDivisionError
+
+        bench.carried.then = fail
+        bench.send(one)
+        bench.send(other)
+        bench.send(one, b"bug")
+        bench.send(other)
+        assert [flow.sender for flow in bench.flows] == [other.sock.getsockname()]
+        assert bench.loop.bugs.count == 1
+        assert bench.table.account.connections == 1
