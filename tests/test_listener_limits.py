@@ -4,7 +4,6 @@
 import random
 import socket
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -17,7 +16,6 @@ from helpers import (
     FakeClient,
     abort_stream,
     accept,
-    can_connect,
     connect,
     echo_once,
     free_port,
@@ -28,7 +26,6 @@ from helpers import (
     write_config,
 )
 
-from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.exposed import call, unopened
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
@@ -350,74 +347,3 @@ async def test_a_forward_that_is_no_longer_configured_is_not_tried_again(
             listener.look()
             assert listener.problems == {}
             assert not listener.forwards
-
-
-# The drain
-
-
-async def test_while_it_drains_what_expires_or_is_removed_is_cut(
-    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """docs/behaviours.md, 31 and 32 together: SIGTERM lengthens no permission."""
-    monkeypatch.setattr(listener_module, "LOOK_S", 0.01)
-    real, offset, config = time.time, [0.0], tmp_path / "config"
-    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
-    ports = {key: free_port() for key in ("expires", "removed", "drains", "stays")}
-    options: dict[str, dict[str, str]] = {key: {} for key in ports}
-    options["expires"] = {"expire": str(int(real()) + 1000)}
-    options["drains"] = {"on_expire": "drain"}
-    for key, port in ports.items():
-        write_config(config, port, port_of(server), key=f"fwd.work.{key}", **options[key])
-    command = FakeClient(tmp_path, "serve").command
-    async with running_listener(config, command, drain_s=4 * BOUND_S) as listener:  # noqa: SIM117
-        async with AsyncExitStack() as undo:
-            near, far = {}, {}
-            for key, port in ports.items():
-                near[key] = await undo.enter_async_context(await connect(port))
-                far[key] = await undo.enter_async_context(await accept(server))
-            listener.stop()
-            await until(lambda: not can_connect(ports["stays"]))
-            offset[0] = 1001
-            assert await is_reset(near["expires"])
-            (config / "fwd.work.removed").unlink()
-            (config / "fwd.work.drains").unlink()
-            assert await is_reset(near["removed"])
-            for key in ("drains", "stays"):
-                await echo_once(near[key], far[key])
-            assert not any(can_connect(port) for port in ports.values())
-
-
-def _expired_by_wall(wall: list[float], boot: list[float]) -> None:
-    wall[0] += 100
-
-
-def _expired_by_suspend(wall: list[float], boot: list[float]) -> None:
-    wall[0] -= 1000
-    boot[0] += 100
-
-
-@pytest.mark.parametrize("passes", [_expired_by_wall, _expired_by_suspend])
-@pytest.mark.parametrize("how", ["cut", "drain"])
-async def test_a_live_connection_ends_or_goes_on_as_the_rule_says_by_either_clock(
-    tmp_path: Path,
-    server: socket.socket,
-    monkeypatch: pytest.MonkeyPatch,
-    how: str,
-    passes: Callable[[list[float], list[float]], None],
-) -> None:
-    """docs/behaviours.md, 32: although the wall clock was set back, or the machine suspended, meanwhile."""
-    wall, boot = [time.time()], [1000.0]
-    monkeypatch.setattr(time, "time", lambda: wall[0])
-    monkeypatch.setattr(time, "clock_gettime", lambda which: boot[0])
-    assert 2 * listener_module.LOOK_S <= 1.0
-    port, config = free_port(), tmp_path / "config"
-    write_config(config, port, port_of(server), expire=str(int(wall[0]) + 50), on_expire=how)
-    async with running_listener(config, FakeClient(tmp_path, "serve").command):  # noqa: SIM117
-        async with await connect(port) as near, await accept(server) as far:
-            await echo_once(near, far)
-            passes(wall, boot)
-            if how == "cut":
-                assert await is_reset(near)
-            await until(lambda: not can_connect(port))
-            if how == "drain":
-                await echo_once(near, far)

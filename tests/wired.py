@@ -11,16 +11,16 @@ import os
 import secrets
 import select
 import socket
-import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers import BOUND_S
+from taps import READ_MAX, Trace, of_datagram, of_syn, read
 
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab import netns
@@ -53,16 +53,11 @@ _NETVMS = {
     BEHIND_VPN: VPN,
 }
 _ETH_P_ALL = 0x0003
-_PACKET_OUTGOING = 4
 _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IP_RECVERR = 11
 _IPV6_RECVERR = 25
 _TOKEN_BYTES = 16
-_IP_PROTOCOLS = (0x0800, 0x86DD)
-_ICMP = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
-_READ_MAX = 1 << 16
-_IPV6_HEADER_BYTES = 40
 
 
 class Addresses(NamedTuple):
@@ -119,20 +114,6 @@ V6 = Addresses(
 FAMILIES = (V4, V6)
 
 
-class _Sight(NamedTuple):
-    """A packet as a tap saw it."""
-
-    is_leaving: bool
-    packet: bytes
-
-
-class _Probe(NamedTuple):
-    """What a packet and its answers are known by, whatever becomes of addresses and ports."""
-
-    packet: Callable[[bytes], bool]
-    answer: Callable[[bytes], bool]
-
-
 class Server:
     """Listens in one qube. A datagram is sent back in reverse."""
 
@@ -148,7 +129,7 @@ class Server:
         took = False
         while True:
             try:
-                data, peer = self.sock.recvfrom(_READ_MAX)
+                data, peer = self.sock.recvfrom(READ_MAX)
             except BlockingIOError:
                 return took
             took = True
@@ -238,7 +219,7 @@ class Wired:
         """
         with self._client(proto, qube, address, source, source_port) as sock, _on_one_cpu():
             for tap in self._taps.values():
-                _read(tap)
+                read(tap)
             return self._outcome(proto, qube, sock, (address, port))
 
     def _outcome(self, proto: str, qube: str, sock: socket.socket, to: tuple[str, int]) -> str:
@@ -250,9 +231,9 @@ class Wired:
                 sock.send(token)
         except PermissionError:
             return f"dropped in {qube}"  # as a rule of the qube itself tells the program at once
-        trace = _Trace(self._taps)
+        trace = Trace(self._taps)
         trace.read()
-        probe = _of_datagram(token) if proto == "udp" else _of_syn(trace.sights[qube], sock.getsockname()[1])
+        probe = of_datagram(token) if proto == "udp" else of_syn(trace.sights[qube], sock.getsockname()[1])
         if probe is None:
             return f"dropped in {qube}"
         until_s = time.monotonic() + BOUND_S
@@ -302,7 +283,7 @@ def _said(proto: str, sock: socket.socket) -> str:
     """What the client has learned: that it was answered, or refused, or nothing yet."""
     if proto == "udp":
         try:
-            sock.recv(_READ_MAX)
+            sock.recv(READ_MAX)
         except BlockingIOError:
             return ""
         except OSError:
@@ -311,76 +292,6 @@ def _said(proto: str, sock: socket.socket) -> str:
     if not select.select([], [sock], [], 0)[1]:
         return ""
     return "refused" if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) else "answered"
-
-
-class _Trace:
-    """What all taps have seen since they were read last."""
-
-    def __init__(self, taps: dict[str, socket.socket]) -> None:
-        self._taps = taps
-        self.sights: dict[str, list[_Sight]] = {name: [] for name in taps}
-
-    def read(self) -> None:
-        for name, tap in self._taps.items():
-            self.sights[name] += _read(tap)
-
-    def end(self, is_it: Callable[[bytes], bool]) -> str | None:
-        """The qube that such a packet came to and did not leave; none as "", on its way as None."""
-        found = {name: [one for one in seen if is_it(one.packet)] for name, seen in self.sights.items()}
-        leaving = sum(sight.is_leaving for seen in found.values() for sight in seen)
-        if 2 * leaving != sum(map(len, found.values())):
-            return None
-        return next((name for name, seen in found.items() if seen and not seen[-1].is_leaving), "")
-
-
-def _read(tap: socket.socket) -> list[_Sight]:
-    found = []
-    with suppress(BlockingIOError):
-        while True:
-            packet, (_, protocol, kind, *_) = tap.recvfrom(_READ_MAX)
-            if protocol in _IP_PROTOCOLS:
-                found.append(_Sight(kind == _PACKET_OUTGOING, packet))
-    return found
-
-
-def _l4(packet: bytes) -> tuple[int, bytes]:
-    """The protocol, and what it is about; IPv6 without extension headers."""
-    if packet[0] >> 4 == 4:
-        return packet[9], packet[4 * (packet[0] & 15) :]
-    return packet[6], packet[_IPV6_HEADER_BYTES:]
-
-
-def _of_datagram(token: bytes) -> _Probe:
-    def is_answer(packet: bytes) -> bool:
-        protocol, text = _l4(packet)
-        return token[::-1] in text or (protocol in _ICMP and token in text)
-
-    return _Probe(lambda packet: _l4(packet)[0] == socket.IPPROTO_UDP and token in packet, is_answer)
-
-
-def _of_syn(sights: list[_Sight], port: int) -> _Probe | None:
-    """By the number of the SYN that has left from this port, which no NAT changes; None if none has."""
-    syns = (
-        segment
-        for protocol, segment in (_l4(sight.packet) for sight in sights if sight.is_leaving)
-        if protocol == socket.IPPROTO_TCP and struct.unpack_from("!H", segment)[0] == port
-    )
-    if (syn := next(syns, None)) is None:
-        return None
-    number = syn[4:8]
-    acknowledged = struct.pack("!I", (struct.unpack("!I", number)[0] + 1) & 0xFFFFFFFF)
-
-    def is_packet(packet: bytes) -> bool:
-        protocol, segment = _l4(packet)
-        return protocol == socket.IPPROTO_TCP and segment[4:8] == number
-
-    def is_answer(packet: bytes) -> bool:
-        protocol, segment = _l4(packet)
-        if protocol in _ICMP:
-            return number in segment
-        return protocol == socket.IPPROTO_TCP and segment[8:12] == acknowledged
-
-    return _Probe(is_packet, is_answer)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Whatever a real qubesd would not be asked fails the test. The answers are held a
 test_fake_admin.py. The package qrexec is `fake_policy`.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,60 +12,26 @@ from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryFile
-from threading import Event
 from types import ModuleType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import fake_exc
 import fake_policy
 import pytest
+from fake_exc import (
+    QubesDaemonAccessError,
+    QubesDaemonCommunicationError,
+    QubesFeatureNotFoundError,
+    QubesNoSuchPropertyError,
+    QubesPropertyAccessError,
+    QubesVMNotFoundError,
+    QubesVMNotRunningError,
+)
 from fake_policy import FakeParser, FakePolicyClient, unexpected
+from fake_process import FakeProcess
 
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-
-
-# qubesadmin/exc.py: the names and which is which; the last two are no QubesException there.
-class QubesException(Exception):  # noqa: N818
-    pass
-
-
-class QubesVMNotFoundError(QubesException, KeyError):
-    __str__ = Exception.__str__
-
-
-class QubesFeatureNotFoundError(QubesException, KeyError):
-    __str__ = Exception.__str__
-
-
-class QubesVMNotRunningError(QubesException):
-    pass
-
-
-class QubesDaemonCommunicationError(QubesException):
-    pass
-
-
-class QubesDaemonAccessError(QubesDaemonCommunicationError):
-    pass
-
-
-class QubesPropertyAccessError(QubesDaemonAccessError, AttributeError):
-    def __init__(self, name: str) -> None:
-        super().__init__(f"Failed to access '{name}' property")
-
-
-class QubesNoSuchPropertyError(QubesException, AttributeError):
-    pass
-
-
-class ProtocolError(AssertionError):
-    pass
-
-
-class PermissionDenied(Exception):  # noqa: N818
-    pass
-
 
 # docs/facts.md, Q5.
 _CALLS_MAX = 9
@@ -84,54 +49,6 @@ class Method(NamedTuple):
     has_payload: bool
     is_for_dom0_alone: bool
     answer: Callable[["FakeQubes", Called], str]
-
-
-class FakeProcess:
-    """A call's process, as `subprocess.Popen`: ``status`` is how it will end, None for never, and it says
-    ``says`` before that. Its input is a pipe that nobody reads before the end.
-    """
-
-    def __init__(self, status: int | None, says: bytes) -> None:
-        self._status = status
-        self.is_closed = False
-        self._is_over = Event()
-        self._ends: list[int] = []
-        self.is_killed = False
-        self.given = b""
-        given_fd, stdin_fd = os.pipe()
-        self._given, self.stdin = os.fdopen(given_fd, "rb"), os.fdopen(stdin_fd, "wb")
-        if status is None:
-            stdout_fd, end = os.pipe()
-            self._ends.append(end)
-            os.write(end, says)
-            self.stdout: IO[bytes] = os.fdopen(stdout_fd, "rb")
-        else:
-            self.stdout = TemporaryFile()  # noqa: SIM115  # closed at the end
-            self.stdout.write(says)
-            self.stdout.seek(0)
-            self._is_over.set()
-
-    def __enter__(self) -> "FakeProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.is_closed = True
-        self.stdout.close()
-        self.stdin.close()
-        self.wait()
-        self._given.close()
-
-    def wait(self, timeout: float | None = None) -> int:
-        assert self._is_over.wait(60.0), "nobody ends it"
-        if not self.given and self.stdin.closed and not self._given.closed:
-            self.given = self._given.read()
-        return -9 if self._status is None else self._status
-
-    def kill(self) -> None:
-        if not self._is_over.is_set():
-            self.is_killed = True
-            self._is_over.set()
-            os.close(self._ends.pop())
 
 
 class FakeVM:
@@ -426,11 +343,7 @@ METHODS = {
 
 def install(monkeypatch: pytest.MonkeyPatch, app: FakeQubes, client: FakePolicyClient) -> None:
     """Make both packages importable; what they are not to be used for is not in them."""
-    of_qubes = {
-        name: one
-        for name, one in globals().items()
-        if isinstance(one, type) and issubclass(one, Exception) and one.__module__ == __name__
-    }
+    of_qubes = {name: one for name, one in vars(fake_exc).items() if isinstance(one, type)}
     of_policy = {name: one for name, one in vars(fake_policy).items() if name.startswith("PolicyAdmin")}
     modules = {
         "qubesadmin": {"Qubes": lambda: FakeApp(app)},

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from closingroad import CLOSED, PATH, Flow, Road
 from helpers import BOUND_S
-from test_closing import CLOSED, FIREWALL, NET, PATH, PROBLEM, V4, WORK, Flow, Road
-from wired import Wired
+from wired import FIREWALL, NET, PROBLEM, V4, WORK, Wired
 
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.values import Proto

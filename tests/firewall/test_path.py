@@ -5,9 +5,7 @@ Each test says of a packet what becomes of it. What is let through is one line; 
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 import pytest
 from wired import (
@@ -109,11 +107,6 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             made.nft(qube, "flush ruleset")
         put(made, both(*(path(proto, f"nft.work.{proto}") for proto in told)))
         yield made
-
-
-@pytest.fixture
-def wired(fresh: Wired) -> Wired:
-    return fresh
 
 
 @protos
@@ -335,44 +328,6 @@ def test_two_forwards_to_one_port_do_not_disturb_each_other(wired: Wired, proto:
 
 @protos
 @families
-@pytest.mark.parametrize("over", [NET, FIREWALL, WORK])
-def test_what_is_over_is_closed_by_the_kernel_of_each_qube_alone(
-    wired: Wired, proto: str, at: Addresses, over: str
-) -> None:
-    """No program of ours runs here: there are only the rules."""
-    serve(wired)
-    put(wired, path(proto))
-    put(wired, {over: path(proto, expire=1)[over]})
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == f"dropped in {over}"
-
-
-@families
-@pytest.mark.parametrize("over", [NET, FIREWALL, WORK])
-def test_when_the_end_comes_the_kernel_stops_live_connections_too(
-    wired: Wired, at: Addresses, over: str
-) -> None:
-    server = wired.serve("tcp", WORK, INTERNAL)
-    put(wired, path())
-    client = wired.connect(LAN, at.net, EXPOSED, at.lan)
-    taken, _ = server.accept()
-    end = int(time.time()) + 2
-    put(wired, {over: path(expire=end)[over]})
-    taken.setblocking(False)
-    while time.time() <= end:
-        client.sendall(b".")
-        with suppress(BlockingIOError):
-            taken.recv(1 << 16)
-    with suppress(BlockingIOError):
-        while taken.recv(1 << 16):
-            pass
-    client.sendall(b"late")
-    assert wired.send("tcp", LAN, at.net, EXPOSED, at.lan) == f"dropped in {over}"
-    with pytest.raises(BlockingIOError):
-        taken.recv(1 << 16)
-
-
-@protos
-@families
 def test_a_target_that_is_gone_leaks_nothing_and_one_that_is_back_is_reached(
     wired: Wired, proto: str, at: Addresses
 ) -> None:
@@ -383,52 +338,6 @@ def test_a_target_that_is_gone_leaks_nothing_and_one_that_is_back_is_reached(
     wired.start(WORK)
     put(wired, {WORK: path(proto)[WORK]})
     assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == ANSWERED
-
-
-@families
-def test_limits_hold(wired: Wired, at: Addresses) -> None:
-    server = wired.serve("tcp", WORK, INTERNAL)
-    put(wired, path(limits="connections:3,per-source:2"))
-    for _ in range(2):
-        wired.connect(LAN, at.net, EXPOSED, at.lan)
-        server.accept()
-    assert wired.send("tcp", LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
-
-
-@families
-def test_each_of_both_protocols_has_the_whole_limit(wired: Wired, at: Addresses) -> None:
-    servers = {proto: wired.serve(proto, WORK, INTERNAL) for proto in PROTOS}
-    put(wired, path("both", limits="connections:1,per-source:1"))
-    assert wired.send("udp", LAN, at.net, EXPOSED, at.lan) == ANSWERED
-    wired.connect(LAN, at.net, EXPOSED, at.lan)
-    servers["tcp"].accept()
-    for proto in PROTOS:
-        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
-
-
-@families
-def test_new_connections_are_limited_by_the_second(wired: Wired, at: Addresses) -> None:
-    wired.serve("udp", WORK, INTERNAL)
-    put(wired, path("udp", limits="rate:1"))
-    found = {wired.send("udp", LAN, at.net, EXPOSED, at.lan) for _ in range(20)}
-    assert found == {ANSWERED, "dropped in sys-net"}
-
-
-@families
-def test_connections_and_bytes_are_counted_through_changes(wired: Wired, at: Addresses) -> None:
-    wired.serve("udp", WORK, INTERNAL)
-    made = path("udp")
-    put(wired, made)
-    for _ in range(3):
-        assert wired.send("udp", LAN, at.net, EXPOSED, at.lan) == ANSWERED
-    put(wired, both(made, path("tcp", "nft.work.more", first=OTHER)))
-    for qube in (NET, FIREWALL, WORK):
-        with wired.places.entering(qube)():
-            counted = Nft().counters()
-        assert counted[f"{KEY}/new"][0] == 3
-        assert counted[f"{KEY}/in"][0] == 3
-        if qube != WORK:
-            assert counted[f"{KEY}/out"] == counted[f"{KEY}/in"]
 
 
 @pytest.mark.parametrize("has_vpn", [True])

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
-from fake_admin import FakeApp, FakeProcess, FakeQubes, install
+from fake_admin import FakeApp, FakeQubes, install
 from fake_policy import FakePolicyClient
+from fake_process import FakeProcess
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import PolicyCall

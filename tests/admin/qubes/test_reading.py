@@ -6,18 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from fake_admin import (
-    Called,
-    FakeQubes,
+from fake_admin import Called, FakeQubes, empty_answer, install, refused
+from fake_exc import (
     PermissionDenied,
     ProtocolError,
     QubesDaemonCommunicationError,
     QubesException,
     QubesFeatureNotFoundError,
     QubesVMNotFoundError,
-    empty_answer,
-    install,
-    refused,
 )
 from fake_policy import FakePolicyClient
 

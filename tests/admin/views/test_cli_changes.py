@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""qvm-forward on a lab: what its commands on rules that are there say and leave behind."""
+
+from dataclasses import replace
+
+import pytest
+from test_cli import Forward, change
+from worlds import ADD, NOW, Command, content
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeState
+
+
+def test_set_changes_options_and_empties_them(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD, "--comment", "old")
+    result = forward("set", "work", "web", "expire=+1h", "srchosts=10.0.0.0/8", "comment=a new one")
+    assert result.status == 0
+    line = lab.feature("work", "forward.web") or ""
+    assert f"srchosts=10.0.0.0/8 owner=work path=sys-firewall,sys-net expire={NOW + 3600}" in line
+    assert line.endswith("comment=a new one")
+    assert "srchosts=10.0.0.0/8" in lab.vm_config("sys-net")["fwd.work.web"]
+    forward("set", "work", "web", "expire=never", "comment=", "dstports=")
+    assert "expire" not in (lab.feature("work", "forward.web") or "")
+    assert "dstports=80-80" in (lab.feature("work", "forward.web") or "")
+
+
+def test_disable_closes_and_enable_opens(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    opened = content(lab)
+    assert "is disabled and closed" in forward("disable", "work", "web").out
+    assert lab.vm_config("sys-net") == {}
+    assert "+8080" not in (lab.policy_dir / "30-forward.policy").read_text()
+    assert "is enabled and active" in forward("enable", "work", "web").out
+    assert content(lab) == opened
+
+
+def test_enable_does_not_take_a_port_that_is_taken(forward: Forward) -> None:
+    forward(*ADD, "--disabled")
+    assert forward("add", "personal", "80", "--from", "any").status == 0
+    result = forward("enable", "work", "web")
+    assert result.status == 1
+    assert "work web was not enabled. Rule personal tcp-80 has port 80 of sys-net already" in result.err
+
+
+def test_a_disabled_rule_may_wait_for_a_port_that_is_taken(forward: Forward) -> None:
+    forward(*ADD)
+    result = forward("add", "personal", "80", "--from", "any", "--disabled")
+    assert result.status == 0
+    assert "stored and closed. 'qvm-forward enable" in result.out
+
+
+def test_remove_leaves_nothing_behind(forward: Forward, lab: LabDirectory) -> None:
+    forward("apply")
+    before = content(lab)
+    forward(*ADD)
+    assert forward("remove", "work", "web").out == "Forward work web is removed and closed.\n"
+    assert content(lab) == before
+
+
+def test_a_dry_run_shows_which_mux_calls_would_end(forward: Forward) -> None:
+    forward(*ADD)
+    forward("remove", "work", "web", "--no-apply")
+    assert "\n  work: end connections that are not allowed any more\n" in forward("apply", "--dry-run").out
+    steps = forward("apply", "--dry-run", "--json").json["steps"]
+    assert [step["step"] for step in steps] == ["close-policy", "revoke", "remove-config"]
+    assert steps[1] == {"step": "revoke", "allowances": {"work": "version=1 drains=keep\n"}}
+    assert forward("apply", "--json").json["steps"] == steps
+
+
+def test_no_apply_leaves_the_rest_to_apply(forward: Forward, lab: LabDirectory) -> None:
+    forward("apply")
+    result = forward(*ADD, "--no-apply")
+    assert "is stored; 'qvm-forward apply' puts it in force. Then: Connections to port 80" in result.out
+    assert lab.vm_config("sys-net") == {}
+    dry = forward("apply", "--dry-run")
+    assert dry.out.startswith("This would change:\n  policy: from now on qubes.ForwardTCP +8080+mux sys-net")
+    assert lab.vm_config("sys-net") == {}
+    assert forward("apply").out.startswith("Changed:\n")
+    assert forward("apply").out == "Nothing to change: all is as the rules ask for.\n"
+    assert "'qvm-forward apply' closes it" in forward("remove", "work", "web", "--no-apply").out
+    assert lab.vm_config("sys-net") != {}
+
+
+def test_single_calls_come_with_a_note_of_what_a_socket_service_cannot_tell(forward: Forward) -> None:
+    note = (
+        "Note: where work serves calls by qubes-forward-service.socket, an answer that breaks off may look "
+        "complete to the client.\n"
+    )
+    assert note in forward(*ADD, "--transport", "call").out
+    assert note not in forward("set", "work", "web", "comment=x").out
+    forward("set", "work", "web", "transport=mux")
+    assert note in forward("set", "work", "web", "transport=call").out
+
+
+def test_a_warning_is_told_again_only_when_it_is_news(forward: Forward) -> None:
+    assert "to the server in work all these connections come from 127.0.0.1" in forward(*ADD).out
+    assert "127.0.0.1" not in forward("set", "work", "web", "comment=x").out
+    forward("disable", "work", "web")
+    assert (
+        "to the server in work all these connections come from 127.0.0.1"
+        in forward("enable", "work", "web").out
+    )
+
+
+def test_apply_says_why_a_forward_is_closed_that_waits_for_a_word(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    forward(*ADD)
+    lab.write_qube(replace(lab.qube("work"), netvm=None))
+    said = "work web is suspended. The netvms of work were sys-firewall - sys-net when"
+    assert said in forward("apply", "--dry-run").out
+    done = forward("apply")
+    assert (done.status, done.out.count(said)) == (0, 1)
+    assert forward("apply", "--json").json["forwards"][0]["state"] == "suspended"
+
+
+def test_a_rule_expires_at_the_next_apply(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD, "--expire", "+60")
+    assert forward("apply", now=NOW + 60).status == 0
+    assert lab.vm_config("sys-net") == {}
+    assert forward("list", "--json", now=NOW + 60).json["forwards"][0]["state"] == "expired"
+
+
+def test_a_changed_netvm_suspends_until_confirmed(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    change(lab, "work", netvm=QubeName("sys-net"))
+    assert "netvms of work were sys-firewall - sys-net" in forward("list").out
+    forward("apply")
+    assert lab.vm_config("sys-net") == {}
+    assert "is confirmed and active" in forward("confirm", "work", "web").out
+    assert "path=sys-net" in (lab.feature("work", "forward.web") or "")
+
+
+def test_a_clone_exposes_nothing_until_confirmed(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    lab.set_feature("personal", "forward.web", lab.feature("work", "forward.web") or "")
+    listed = forward("list", "personal", "--json").json["forwards"]
+    assert [entry["cause"] for entry in listed] == ["cloned"]
+    result = forward("confirm", "personal", "web")
+    assert result.status == 1
+    assert "personal web was not confirmed. Rule work web has port 80" in result.err
+    forward("remove", "work", "web")
+    assert forward("confirm", "personal", "web").status == 0
+
+
+def test_a_halted_qube_waits_and_is_delivered_at_its_start(forward: Forward, lab: LabDirectory) -> None:
+    lab.set_state("sys-net", QubeState.HALTED)
+    assert "is stored and waiting. sys-net is halted" in forward(*ADD).out
+    lab.set_state("sys-net", QubeState.RUNNING)
+    assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
+
+
+def test_a_stored_rule_that_is_refused_fails_apply_and_the_rest_is_done(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    lab.set_feature("work", "forward.udp", "action=forward proto=udp srcports=53 srchosts=any owner=work")
+    forward(*ADD, "--no-apply")
+    result = forward("apply")
+    assert result.status == 1
+    assert "work udp is refused. UDP goes only by nft" in result.err
+    assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        ("cut", "Note: connections that it no longer allows are cut.\n"),
+        ("drain", "Note: connections that it no longer allows may go on for up to an hour, because of "),
+    ],
+)
+def test_set_says_what_becomes_of_those_it_shuts_out(forward: Forward, ending: str, words: str) -> None:
+    forward(*ADD)
+    assert words in forward("set", "work", "web", "srchosts=192.168.1.0/24", f"on-expire={ending}").out
+    assert words not in forward("set", "work", "web", "srchosts=192.168.0.0/16").out
+
+
+def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDirectory) -> None:
+    """As by a backup that was restored, or by Qubes' own tools, since the last command."""
+    forward(*ADD)
+    forward("add", "personal", "81", "--from", "any", "--no-apply")
+    lab.remove_feature("work", "forward.web")
+    lab.set_feature("sys-net", "vm-config.fwd.odd", "x")
+    out = forward("add", "work", "82", "--from", "any").out
+    assert "\nClosed at sys-net: fwd.odd.\nClosed at sys-net: work web.\n" in out
+    assert "\nOpened at sys-net: personal tcp-81. Connections to port 81 of sys-net" in out
+    assert forward("remove", "work", "tcp-82").out == "Forward work tcp-82 is removed and closed.\n"
+
+
+def test_who_makes_a_forward_hears_that_nothing_watches_over_it(
+    lab: LabDirectory, over: Command, kind: str, store: Backend
+) -> None:
+    note = "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over"
+    assert note in over(store, *ADD).out
+    assert over(store, *ADD[:-1], "again", "--json").status == 1
+    for command in ("set work web comment=x", "enable work web", "confirm work web"):
+        assert note in over(store, *command.split()).out
+    assert note not in over(store, "disable", "work", "web").out
+    with store.watching():
+        assert note not in over(store, "enable", "work", "web").out
+        assert over(store, "enable", "work", "web", "--json").json["is_watched"] is True
+
+
+def test_a_running_target_keeps_its_transport_until_it_starts_again(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    forward("add", "personal", "80", "--from", "any", "--name", "web")
+    lab.set_feature("debian-12", "supported-rpc.qubes.ForwardTCP", "1")
+    assert "Nothing to change" in forward("apply").out
+    assert "restart personal" in forward("show", "personal", "web").out
+    change(lab, "personal", state=QubeState.HALTED)
+    forward("apply")
+    assert "transport=mux" in lab.vm_config("sys-net")["fwd.personal.web"]
+    change(lab, "personal", state=QubeState.RUNNING)
+    assert "Nothing to change" in forward("apply").out
+    assert "transport=mux" in lab.vm_config("sys-net")["fwd.personal.web"]

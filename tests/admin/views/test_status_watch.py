@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command status --watch: it looks again until it is told to end."""
+
+import io
+import json
+import time
+from argparse import Namespace
+
+import pytest
+from stages import END
+from worlds import ADD, NOW, Command
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.views.session import Session
+from qubes_fwd_qrexec.admin.views.status import (
+    WATCH_S,
+    status,
+    watch,
+)
+from qubes_fwd_qrexec.admin.views.tables import Style
+from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
+from qubes_fwd_qrexec.system.ending import Ending
+
+
+class Looks(Ending):
+    """An end that is asked for after some looks; none of them is waited for."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def is_asked(self, within_s: float = 0.0) -> bool:
+        assert within_s == WATCH_S
+        self._count -= 1
+        return self._count == 0
+
+
+ALL = Namespace(qube=[], watch=True)
+PLAIN = Style()
+
+
+def session_of(backend: Backend, style: Style = PLAIN, *, is_json: bool = False) -> Session:
+    return Session(backend, NOW, {}, io.StringIO(), io.StringIO(), io.StringIO(), style, is_json, set())
+
+
+def printed(session: Session) -> tuple[str, str]:
+    assert isinstance(session.out, io.StringIO)
+    assert isinstance(session.err, io.StringIO)
+    return session.out.getvalue(), session.err.getvalue()
+
+
+@pytest.mark.parametrize(("style", "clears"), [(Style(), 0), (Style(200), 2)])
+def test_a_watch_shows_it_again_and_ends_with_the_status_of_the_last_look(
+    forward: Command, store: Backend, kind: str, style: Style, clears: int
+) -> None:
+    forward(*ADD)
+    session = session_of(store, style)
+    assert watch(ALL, session, Looks(2)) == (kind == "qubes")  # there sys-net is without the package
+    out, err = printed(session)
+    assert (out.count("QUBE "), out.count("\x1b[H\x1b[J"), err) == (2, clears, "")
+
+
+def test_a_watch_in_json_has_one_object_a_line_with_its_time(forward: Command, store: Backend) -> None:
+    forward(*ADD)
+    session = session_of(store, is_json=True)
+    begun = time.time()
+    watch(ALL, session, Looks(2))
+    first, second = map(json.loads, printed(session)[0].splitlines())
+    assert first.keys() == second.keys() == {*forward("status", "--json").json, "time"}
+    assert begun <= first["time"] <= second["time"] <= time.time()
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_a_watch_goes_on_after_an_error_and_says_it(
+    forward: Command, lab: LabDirectory, is_json: bool
+) -> None:
+    class Away(LabStore):
+        looks = 0
+
+        def inventory(self, *, with_config: bool = True) -> Inventory:
+            self.looks += 1
+            if self.looks == 1:
+                raise StoreError("away")
+            return super().inventory(with_config=with_config)
+
+    forward(*ADD, "--disabled")
+    forward("apply")
+    session = session_of(Away(lab), is_json=is_json)
+    assert watch(ALL, session, Looks(2)) == 0
+    out, err = printed(session)
+    assert (out.count('"due": []') if is_json else out.count("Nothing is open.")) == 1
+    assert err == "qvm-forward: away\n"
+    session = session_of(Away(lab), is_json=is_json)
+    assert (watch(ALL, session, Looks(1)), printed(session)[0]) == (1, "")
+
+
+def test_a_watch_ends_by_a_signal_once_the_look_is_done(forward: Command, lab: LabDirectory) -> None:
+    class Interrupted(LabStore):
+        def inventory(self, *, with_config: bool = True) -> Inventory:
+            END()
+            return super().inventory(with_config=with_config)
+
+    forward(*ADD, "--disabled")
+    forward("apply")
+    session = session_of(Interrupted(lab))
+    assert status(ALL, session) == 0
+    assert printed(session)[0].startswith("Nothing is open.\n")
