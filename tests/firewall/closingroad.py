@@ -131,6 +131,17 @@ class Flow:
         self.assert_client_unheard(beside)
         self.assert_server_unheard(beside)
 
+    def assert_over(self, proto: Proto, beside: "Flow") -> None:
+        """Whoever goes on is reset, or is not heard by UDP; ``beside`` lives."""
+        if proto is Proto.UDP:
+            self.assert_silent(beside)
+        else:
+            self.to_client(b"lost")
+            self.assert_server_ended()
+            self.to_server(b"lost")
+            self.assert_client_reset()
+        assert beside.is_alive()
+
     def assert_client_unheard(self, beside: "Flow") -> None:
         self.to_server(b"lost")
         beside.to_server(b"x")

@@ -6,15 +6,7 @@ from contextlib import suppress
 
 import pytest
 from test_path import EXPOSED, INTERNAL, families, path, protos, put, serve
-from wired import (
-    FIREWALL,
-    LAN,
-    NET,
-    PROBLEM,
-    WORK,
-    Addresses,
-    Wired,
-)
+from wired import FIREWALL, LAN, NET, PROBLEM, WORK, Addresses, Wired
 
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 

@@ -3,15 +3,7 @@
 
 import pytest
 from test_path import ANSWERED, EXPOSED, INTERNAL, KEY, OTHER, PROTOS, both, families, path, put
-from wired import (
-    FIREWALL,
-    LAN,
-    NET,
-    PROBLEM,
-    WORK,
-    Addresses,
-    Wired,
-)
+from wired import FIREWALL, LAN, NET, PROBLEM, WORK, Addresses, Wired
 
 from qubes_fwd_qrexec.firewall.nfttool import Nft
 

@@ -207,21 +207,28 @@ def test_a_mux_call_that_drains_takes_no_new_connection_whatever_the_exposed_qub
             idle.echo()
 
 
+def removed_where_revoking_ends(session: LabSession, status: int) -> subprocess.CompletedProcess[str]:
+    """The rule's removal, which fails as the target's service ends with this status."""
+    place = session.lab.qube_dir("work").service_dirs[0] / "qubes.ForwardRevoke"
+    place.unlink(missing_ok=True)
+    place.write_text(f"#!/bin/sh\nexit {status}\n", encoding="ascii")
+    place.chmod(0o755)
+    done = subprocess.run(
+        session.command("admin.views.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+        timeout=BOUND_S,
+    )
+    assert done.returncode == 1
+    return done
+
+
 def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSession) -> None:
     with Server() as server:
         add(session, server)
-        place = session.lab.qube_dir("work").service_dirs[0] / "qubes.ForwardRevoke"
-        place.write_text("#!/bin/sh\nexit 3\n", encoding="ascii")
-        place.chmod(0o755)
-        done = subprocess.run(
-            session.command("admin.views.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
-            capture_output=True,
-            text=True,
-            env=os.environ,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 1
+        done = removed_where_revoking_ends(session, 3)
         assert "the change is stored, but not everything could be done" in done.stderr
         assert "qubes.ForwardRevoke in work ended with exit status 3" in done.stderr
         assert "What is open to work may go on: over a mux call for at most 300 s" in done.stderr
@@ -233,19 +240,7 @@ def test_a_target_that_is_older_than_the_message_is_said_and_all_else_is_closed(
     with Server() as server:
         port = add(session, server)
         session.start_listener("sys-net")
-        place = session.lab.qube_dir("work").service_dirs[0] / "qubes.ForwardRevoke"
-        place.unlink(missing_ok=True)
-        place.write_text("#!/bin/sh\nexit 2\n", encoding="ascii")
-        place.chmod(0o755)
-        done = subprocess.run(
-            session.command("admin.views.cli", "--lab", str(session.lab.root), "remove", "work", "web"),
-            capture_output=True,
-            text=True,
-            env=os.environ,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 1
+        done = removed_where_revoking_ends(session, 2)
         assert "its package is older than dom0's" in done.stderr
         assert session.lab.vm_config("sys-net") == {}
         trio.run(until, lambda: not is_listening(port))
