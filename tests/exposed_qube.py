@@ -37,6 +37,7 @@ table {family} qubes {{
         iif lo accept
         {neighbours}
         tcp flags syn counter drop comment "dropped"
+        meta l4proto udp counter drop comment "dropped"
         counter
     }}
     chain custom-input {{ }}
@@ -83,6 +84,42 @@ class Edge:
             sock = self._opened.enter_context(socket.create_server((address, port), family=family))
         os.fchown(sock.fileno(), uid, -1)  # as if that user had made it
         return sock
+
+    def receive(self, port: int = PORT, address: str = "0.0.0.0", uid: int = LISTENER_UID) -> socket.socket:
+        """A program of this user takes datagrams there."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with self._places.entering(netns.EDGE)():
+            sock = self._opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        sock.setblocking(False)
+        os.fchown(sock.fileno(), uid, -1)
+        return sock
+
+    def sender(self, source: str = netns.LAN_HOST) -> socket.socket:
+        """A client's socket on the LAN."""
+        family = socket.AF_INET6 if ":" in source else socket.AF_INET
+        with self._places.entering(netns.LAN)():
+            sock = self._opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        sock.bind((source, 0))
+        sock.setblocking(False)
+        return sock
+
+    def takes(
+        self, client: socket.socket, server: socket.socket, address: str = "", port: int = PORT
+    ) -> bool:
+        """Whether a datagram of the client comes to the server, or else is dropped, which is counted."""
+        is_ipv6 = client.family == socket.AF_INET6
+        before = self._dropped()
+        client.sendto(b"?", (address or (netns.EDGE_ADDRESS_IPV6 if is_ipv6 else netns.EDGE_ADDRESS), port))
+        until_s = time.monotonic() + BOUND_S
+        while not select.select([server], [], [], _LOOK_S)[0]:
+            if self._dropped() > before:
+                return False
+            assert time.monotonic() < until_s
+        server.recv(64)
+        return True
 
     def run(
         self, *command: str, text: str = "", is_checked: bool = True

@@ -3,12 +3,14 @@
 
 import socket
 import struct
+from collections.abc import Callable
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import IPAddress
 
-from .netlink import InterruptedDumpError, NetlinkError, attributes, connect
+from .netlink import InterruptedDumpError, Netlink, NetlinkError, attributes, connect
 
 # linux/netlink.h: NETLINK_ROUTE. linux/rtnetlink.h: RTM_GETADDR.
 _NETLINK_ROUTE = 0
@@ -26,17 +28,18 @@ class AddressesError(ForwardError):
     """The kernel does not list its addresses; the text says why."""
 
 
-def local_addresses(version: int) -> frozenset[IPAddress]:
+def local_addresses(version: int, kernel: Callable[[], Netlink] | None = None) -> frozenset[IPAddress]:
     """The addresses of one IP version, of all interfaces in this thread's network namespace.
 
     Raises `AddressesError`.
     """
+    kernel = kernel or partial(connect, _NETLINK_ROUTE)
+    request = _ADDRESS.pack(_FAMILIES[version], 0, 0, 0, 0)
     problem: NetlinkError | None = None
     for _ in range(_PASSES):
         try:
-            with connect(_NETLINK_ROUTE) as kernel:
-                request = _ADDRESS.pack(_FAMILIES[version], 0, 0, 0, 0)
-                return frozenset(_address(message) for message in kernel.dump(_RTM_GETADDR, request))
+            with kernel() as listing:
+                return frozenset(_address(message) for message in listing.dump(_RTM_GETADDR, request))
         except InterruptedDumpError as error:
             problem = error
         except NetlinkError as error:
