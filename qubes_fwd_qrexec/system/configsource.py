@@ -18,7 +18,7 @@ from typing import Protocol
 from qubes_fwd_qrexec.common.config import ListenerConfig, is_forward_key
 from qubes_fwd_qrexec.common.entries import VALUE_MAX
 from qubes_fwd_qrexec.common.errors import ConfigError
-from qubes_fwd_qrexec.common.nftconfig import NftConfig, is_nft_key
+from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role, is_nft_key
 
 # A qube's QubesDB has few entries; this bounds how much of a directory full of files is read.
 ENTRIES_MAX = 4096
@@ -113,8 +113,12 @@ def is_ours(key: str) -> bool:
     return is_forward_key(key) or is_nft_key(key)
 
 
-def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
-    """Parse entries, by their keys. A bad one is an error of its own, as is one that could not be read."""
+def parse_entries(entries: Mapping[str, str | ConfigError], own_name: str | None = None) -> Configuration:
+    """Parse entries, by their keys. A bad one is an error of its own, as is one that could not be read.
+
+    ``own_name`` is the qube's, if that is known: until dom0 takes them away, a clone or a disposable has the
+    entries of the target that it was made from, and is not that target.
+    """
     found = Configuration()
     for key, untrusted_value in entries.items():
         is_path = is_nft_key(key)
@@ -122,12 +126,18 @@ def parse_entries(entries: Mapping[str, str | ConfigError]) -> Configuration:
             if isinstance(untrusted_value, ConfigError):
                 raise untrusted_value
             if is_path:
-                found.paths[key] = NftConfig.parse(key, untrusted_value)
+                found.paths[key] = _for_qube(NftConfig.parse(key, untrusted_value), own_name)
             else:
                 found.forwards[key] = ListenerConfig.parse(key, untrusted_value)
         except ConfigError as error:
             (found.path_errors if is_path else found.errors)[key] = error
     return found
+
+
+def _for_qube(config: NftConfig, own_name: str | None) -> NftConfig:
+    if config.role is Role.TARGET and own_name not in (None, config.target):
+        raise ConfigError(f"{config.key}: it is for {config.target}, and this qube is {own_name!a}")
+    return config
 
 
 def _text(path: Path, size_max: int) -> str:

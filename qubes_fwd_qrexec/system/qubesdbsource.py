@@ -28,6 +28,8 @@ _logger = logging.getLogger(__name__)
 
 # Where the features vm-config.NAME are delivered (qubes-core-admin qubes/ext/vm_config.py).
 _DIRECTORY = "/vm-config/"
+# The qube's own name (qubes-core-admin qubes/vm/qubesvm.py, create_qdb_entries).
+_NAME = "/name"
 _PREFIXES = (f"{_DIRECTORY}fwd.", f"{_DIRECTORY}nft.")
 # A daemon that restarts is back in well under a second; one that stays away costs a try every 10 s.
 BACKOFF_S = (0.1, 10.0)
@@ -79,6 +81,7 @@ class QubesDBSource:
         # Guarded by the lock: what was last read, how often that changed, who asks for another read, and what
         # ends the thread's wait for changes.
         self._entries: dict[str, str | ConfigError] | ConfigError | None = None
+        self._own_name = ""
         self._generation = 0
         self._asking: list[Callable[[], None]] = []
         self._waker: socket.socket | None = None
@@ -89,12 +92,12 @@ class QubesDBSource:
     def read(self) -> Configuration:
         """Return what the thread read last. Raises `ConfigError` if it could not read the entries."""
         with self._lock:
-            entries = self._entries
+            entries, own_name = self._entries, self._own_name
         if entries is None:
             raise ConfigError(self.problem or "QubesDB has not been read")
         if isinstance(entries, ConfigError):
             raise entries
-        return parse_entries(entries)
+        return parse_entries(entries, own_name)
 
     def stamp(self) -> object:
         """How often the entries have changed."""
@@ -186,6 +189,9 @@ class QubesDBSource:
             if len(paths) > ENTRIES_MAX:
                 return ConfigError(f"QubesDB: {len(paths)} entries; at most {ENTRIES_MAX} are read")
             values = {path: reading.read(path) for path in sorted(paths)}
+            untrusted_name = reading.read(_NAME)
+        with self._lock:
+            self._own_name = (untrusted_name or b"").decode("latin-1")
         return {
             path.removeprefix(_DIRECTORY): _text(path, untrusted_value)
             for path, untrusted_value in values.items()

@@ -51,6 +51,22 @@ def nothing_left(qubesdb: FakeQubesDB) -> Iterator[None]:
     assert readers() == 0
 
 
+@pytest.mark.parametrize("name", [b"work", b"disp1234", b"work-clone", None])
+def test_a_target_s_entry_is_for_the_qube_of_that_name_alone(name: bytes | None) -> None:
+    """A clone and a disposable have it as well, until dom0 takes it away."""
+    entry = b"version=1 role=target side=uplink proto=tcp srcports=80-80 dstports=80-80 srchosts=10.0.0.0/8"
+    hop = entry.replace(b"role=target", b"role=hop") + b" to4=10.137.0.9"
+    qubesdb = FakeQubesDB({"nft.work.web": entry, "nft.vault.web": hop})
+    if name is not None:
+        qubesdb.entries["/name"] = name
+    with opened(qubesdb) as source:
+        found = source.read()
+    assert set(found.paths) == {"nft.vault.web"} | ({"nft.work.web"} if name == b"work" else set())
+    for key, error in found.path_errors.items():
+        assert str(error) == f"{key}: it is for work, and this qube is {(name or b'').decode()!a}"
+    assert len(found.paths) + len(found.path_errors) == 2
+
+
 async def test_what_is_there_is_read_and_changes_are_noticed(qubesdb: FakeQubesDB) -> None:
     qubesdb.entries["/qubes-ip"] = b"10.137.0.5"
     qubesdb.entries["/vm-config/forward"] = b"not ours"
