@@ -229,7 +229,8 @@ class _Forgetting:
         self._sent_on = sent_on
 
     def run(self) -> int:
-        return conntrack.delete(self._version, self.is_over, sent_on=self._sent_on)
+        ports = {port for config, _ in self._gone for port in config.listen_ports}
+        return conntrack.delete(self._version, self.is_over, sent_on=self._sent_on, ports=ports)
 
     def is_over(self, connection: Connection) -> bool:
         return not connection.source.is_loopback and any(

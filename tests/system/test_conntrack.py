@@ -35,6 +35,7 @@ def tuple_of(version: int, source: str, destination: str, protocol: int, *ports:
 
 def entry(
     source_port: int = 40000,
+    port: int = 80,
     *,
     status: int = SENT_ON,
     protocol: int = TCP,
@@ -42,12 +43,12 @@ def entry(
     number: int = 77,
     version: int = 4,
 ) -> bytes:
-    """From 192.0.2.9 to port 80 of 192.0.2.1, sent on to port 8080 of 10.137.0.5; or the same by IPv6."""
+    """From 192.0.2.9 to ``port`` of 192.0.2.1, sent on to port 8080 of 10.137.0.5; or the same by IPv6."""
     here = ("192.0.2.9", "192.0.2.1", "10.137.0.5") if version == 4 else ("fd77::9", "fd77::1", "fd09::5")
     client, edge, server = here
     return (
         struct.pack("=BBH", socket.AF_INET if version == 4 else socket.AF_INET6, 0, 0)
-        + attribute(1, tuple_of(version, client, edge, protocol, source_port, 80), is_nested=True)
+        + attribute(1, tuple_of(version, client, edge, protocol, source_port, port), is_nested=True)
         + attribute(2, tuple_of(version, server, client, protocol, 8080, source_port), is_nested=True)
         + attribute(3, struct.pack("!I", status))
         + zone
@@ -247,6 +248,24 @@ def test_only_what_is_wanted_and_of_the_wanted_kind_is_deleted() -> None:
     assert table.entries == entries[1:]
     assert delete(4, everything, sent_on=False, kernel=table.netlink) == 1
     assert table.entries == [entries[1], entries[3]]
+
+
+@pytest.mark.parametrize("more", [0, 100])
+def test_only_what_came_to_one_of_some_ports_is_looked_at(more: int) -> None:
+    """Few are sought in an entry before it is parsed, wherever they are there; the others are not."""
+    # The client of the second one comes from a port that is sought.
+    table = Table(entry(port=1, number=1), entry(3, port=2, number=2), entry(port=3, number=3))
+    asked: list[int] = []
+
+    def note(connection: Connection) -> bool:
+        asked.append(connection.destination_port)
+        return True
+
+    ports = {1, 3, 8080, *range(1000, 1000 + more)}
+    assert delete(4, note, sent_on=True, ports=ports, kernel=table.netlink) == 2
+    assert asked == [1, 3]
+    assert delete(4, note, sent_on=True, ports=(), kernel=table.netlink) == 0
+    assert len(table.entries) == 1
 
 
 def test_the_kernel_is_asked_for_the_wanted_kind_alone() -> None:
