@@ -72,6 +72,15 @@ def read_answer(
     return untrusted_answer
 
 
+def both(one: Callable[[], _K], other: Callable[[], _T]) -> tuple[_K, _T]:
+    """What two functions return that ask qubes, while both do."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(other)
+        return one(), second.result()
+
+
 def at_once(ask: Callable[[_K], _T], questions: Collection[_K]) -> dict[_K, _T]:
     """What ``ask`` returns for each. All are asked at once, by threads that end before this returns."""
     if len(questions) < 2:

@@ -2,10 +2,11 @@
 """An answer is read with bounds, whatever a real process does with its two ends."""
 
 from subprocess import PIPE, Popen
+from threading import Barrier
 
 import pytest
 
-from qubes_fwd_qrexec.admin.answers import AnswerError, read_answer
+from qubes_fwd_qrexec.admin.answers import AnswerError, both, read_answer
 
 BOUND_S = 60.0
 SHORT_S = 0.1
@@ -54,3 +55,17 @@ def test_a_call_that_ends_badly_says_how_even_if_it_reads_nothing(given: str) ->
 def test_a_process_without_pipes_is_a_mistake_of_ours() -> None:
     with Popen(["/bin/true"]) as process, pytest.raises(ValueError, match="both pipes"):
         read_answer(process, "", 100, "it", BOUND_S)
+
+
+def test_two_kinds_of_questions_are_asked_at_the_same_time() -> None:
+    together = Barrier(2, timeout=BOUND_S)
+
+    def one() -> str:
+        together.wait()
+        return "listeners"
+
+    def other() -> int:
+        together.wait()
+        return 7
+
+    assert both(one, other) == ("listeners", 7)

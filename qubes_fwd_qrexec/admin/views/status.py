@@ -9,8 +9,10 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.admin.answers import both
 from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
 from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
@@ -230,10 +232,12 @@ def _look(args: Namespace, session: Session) -> Status:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed)
-    answers = ask_all(session.backend, to_ask(planned, snapshot.inventory, args.qube))
-    found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
     everything, inventory = snapshot.plan(session.now), snapshot.inventory
-    told = nftstatus.ask_all(session.backend, nftstatus.to_ask(planned, inventory, args.qube))
+    answers, told = both(
+        partial(ask_all, session.backend, to_ask(planned, inventory, args.qube)),
+        partial(nftstatus.ask_all, session.backend, nftstatus.to_ask(planned, inventory, args.qube)),
+    )
+    found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
     return found._replace(by_nft=nftstatus.nft_status(planned, everything, inventory, told, session.now))
 
 
