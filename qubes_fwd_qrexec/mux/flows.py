@@ -50,7 +50,8 @@ class FlowConnection(Endpoint[FlowEvent]):
         # slots bound this, too.
         self._ending: dict[int, FlowCode] = {}
         self._flows_this_tick = 0
-        self._lost = self._lost_said = (0, 0)
+        # What the target side has lost: all of it, what it said last, and what the listener side heard last.
+        self._lost = self._lost_said = self._lost_heard = (0, 0)
         self._is_lost_due = False
 
     # Questions of the caller
@@ -216,11 +217,12 @@ class FlowConnection(Endpoint[FlowEvent]):
         if self.role is not Role.LISTENER:
             raise RemoteProtocolError("LOST from the listener side")
         lost = wire.decode_lost(untrusted_payload)
-        if lost[0] < self._lost[0] or lost[1] < self._lost[1]:
-            raise RemoteProtocolError(f"LOST of {lost[0]} and {lost[1]} datagrams after {self._lost}")
-        if lost == self._lost:
+        heard = self._lost_heard
+        if lost[0] < heard[0] or lost[1] < heard[1]:
+            raise RemoteProtocolError(f"LOST of {lost[0]} and {lost[1]} datagrams after {heard}")
+        if lost == heard:
             return None
-        self._lost = lost
+        self._lost_heard = lost
         return LostReported(*lost)
 
     # Shared by both directions

@@ -221,6 +221,7 @@ def test_what_was_lost_is_reported_with_the_next_second_and_only_when_it_grew():
     pair.target.tick()
     pair.target.report_lost(3, 1)
     pair.target.tick()
+    pair.listener.tick()
     assert pair.settle() == ([], [])
     pair.target.report_lost((1 << 64) - 1, (1 << 64) - 1)
     pair.target.tick()
