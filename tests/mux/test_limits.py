@@ -11,6 +11,15 @@ def test_a_frame_of_the_greatest_length_fits_its_field_and_the_greatest_window()
     assert limits.MAX_DATA_BYTES + limits.FRAME_COST_BYTES <= limits.MAX_WINDOW_BYTES
 
 
+def test_a_frame_of_datagrams_fits_its_field_and_the_longest_datagram_of_ipv4():
+    assert limits.MAX_DATAGRAM_BYTES == 0xFFFF - 20 - 8
+    assert limits.SEGMENT_BYTES + limits.MAX_DATAGRAM_BYTES <= 0xFFFF
+
+
+def test_a_thousand_clients_at_once_are_within_the_rate_of_flows():
+    assert limits.FLOWS_PER_TICK >= 2 * 1000
+
+
 def test_ten_thousand_streams_at_the_least_window_fit_the_bound_of_a_process():
     assert 10_000 * limits.MIN_WINDOW_BYTES <= 32 << 20
 

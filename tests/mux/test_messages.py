@@ -27,6 +27,8 @@ def test_every_version_that_fits_may_be_offered():
         {"min_version": 0},
         {"min_version": 2},
         {"max_version": 65536},
+        {"window_bytes": -1},
+        {"window_bytes": 1},
         {"window_bytes": MIN_WINDOW_BYTES - 1},
         {"window_bytes": MAX_WINDOW_BYTES + 1},
         {"max_streams": 0},
@@ -40,6 +42,13 @@ def test_every_version_that_fits_may_be_offered():
 def test_an_invalid_hello_cannot_be_made(changes):
     with pytest.raises(LocalProtocolError):
         hello("target", **changes)
+
+
+def test_a_window_of_0_is_that_of_a_datagram_call():
+    assert Hello(0, b"n" * 16).is_of_datagrams
+    assert not hello("listener").is_of_datagrams
+    assert Hello(0, b"n" * 16, max_streams=1, lease_s=1).role is Role.TARGET
+    assert Hello(0, b"n" * 16).role is Role.LISTENER
 
 
 @pytest.mark.parametrize("window", [MIN_WINDOW_BYTES, MAX_WINDOW_BYTES])

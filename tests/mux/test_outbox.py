@@ -34,6 +34,19 @@ def test_large_payloads_are_not_copied():
     assert sum(map(len, ready)) == queued == 3 * 8 + 2 * len(large) + len(small)
 
 
+def test_datagrams_are_queued_behind_their_segment():
+    outbox = Outbox()
+    large = bytes(COPY_BYTES + 1)
+    outbox.add_datagrams(2, 0, b"", 0)
+    outbox.add_datagrams(3, 2, b"aab", 3)
+    outbox.add_datagrams(4, 0, large, len(large))
+    assert (outbox.bytes_queued, outbox.control_bytes) == (3 * 10 + 3 + len(large), 0)
+    joined, by_reference = outbox.take()
+    headers = [wire.datagrams_header(*header) for header in ((2, 0, 0), (3, 2, 3), (4, 0, len(large)))]
+    assert joined == headers[0] + headers[1] + b"aab" + headers[2]
+    assert by_reference is large
+
+
 def test_what_was_taken_does_not_change_by_what_is_added():
     outbox = Outbox()
     outbox.add_control(b"one")

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 from qubes_fwd_qrexec.mux import wire
-from qubes_fwd_qrexec.mux.limits import HEADER_BYTES, MAX_DATA_BYTES
+from qubes_fwd_qrexec.mux.limits import HEADER_BYTES, MAX_DATA_BYTES, MAX_DATAGRAM_BYTES, SEGMENT_BYTES
 from qubes_fwd_qrexec.mux.reader import FrameReader
 from qubes_fwd_qrexec.mux.wire import FrameType
 
+from .flow_helpers import datagrams_frame, end_frame
 from .helpers import data_frame
 
 FRAMES = [
@@ -51,6 +52,47 @@ def test_byte_by_byte_changes_nothing():
 def test_any_cuts_change_nothing(cuts):
     edges = [0, *sorted(cuts), len(STREAM)]
     assert read([STREAM[a:b] for a, b in pairwise(edges)]) == FRAMES
+
+
+OF_FLOWS = datagrams_frame(1) + end_frame(1) + wire.encode_lost(1, 2) + datagrams_frame(2, b"y" * 300, 5)
+
+
+def reader_of_flows():
+    return FrameReader(wire.FLOW_SHAPES, wire.DATAGRAMS_KIND, is_copying=False)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_payloads_of_a_datagram_call_are_views_of_their_chunk(kind):
+    chunk = kind(OF_FLOWS)
+    frames = list(reader_of_flows().frames(chunk))
+    assert [(FrameType(number), flow_id, bytes(payload)) for number, flow_id, payload in frames] == [
+        (FrameType.DATAGRAMS, 1, b"\0\0x"),
+        (FrameType.END, 1, b"\0\0\0\x0a"),
+        (FrameType.LOST, 0, wire.encode_lost(1, 2)[8:]),
+        (FrameType.DATAGRAMS, 2, b"\0\x05" + b"y" * 300),
+    ]
+    for _, _, payload in frames:
+        assert isinstance(payload, memoryview)
+        assert payload.obj is (OF_FLOWS if kind is memoryview else chunk)
+
+
+def test_a_payload_that_came_in_pieces_is_no_view_of_them():
+    for cut in range(1, len(OF_FLOWS)):
+        reader, first = reader_of_flows(), bytearray(OF_FLOWS[:cut])
+        frames = [(number, flow_id, bytes(payload)) for number, flow_id, payload in reader.frames(first)]
+        first[:] = b"\xff" * cut
+        frames += [(number, flow_id, bytes(p)) for number, flow_id, p in reader.frames(OF_FLOWS[cut:])]
+        whole = reader_of_flows().frames(OF_FLOWS)
+        assert frames == [(number, flow_id, bytes(payload)) for number, flow_id, payload in whole]
+
+
+def test_at_most_one_frame_of_datagrams_is_buffered():
+    reader = reader_of_flows()
+    frame = datagrams_frame(1, bytes(MAX_DATAGRAM_BYTES))
+    assert list(reader.frames(frame[:-1])) == []
+    assert len(reader.partial) == HEADER_BYTES + SEGMENT_BYTES + MAX_DATAGRAM_BYTES - 1
+    assert len(list(reader.frames(frame[-1:] + frame))) == 2
+    assert len(reader.partial) == 0
 
 
 def test_it_knows_that_a_frame_has_begun():
