@@ -9,9 +9,17 @@ are never more flows than slots; what waits to be written is bounded; and at las
 import contextlib
 from typing import NamedTuple
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from qubes_fwd_qrexec.common.errors import LocalProtocolError
 from qubes_fwd_qrexec.mux import (
@@ -280,7 +288,9 @@ class DatagramCall(RuleBasedStateMachine):
             connection.receive_eof()
 
 
-TestDatagramCall = DatagramCall.TestCase
-TestDatagramCall.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, derandomize=True
-)
+@pytest.mark.hypothesis
+def test_datagrams_arrive_whole_and_in_order_or_are_counted_whatever_two_ends_do():
+    run_state_machine_as_test(
+        DatagramCall,
+        settings=settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True),
+    )
