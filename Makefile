@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# make demo   show the whole thing on this machine, in under a minute
+# make demo   show the whole thing on this machine, in about a minute with the Python environment that it first makes
 # make test   run every test (as root also those in network namespaces)
 # make check  format, lint and types
 # make guide  write what the commands of docs/guide print into its chapters
