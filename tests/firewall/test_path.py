@@ -6,6 +6,8 @@ Each test says of a packet what becomes of it. What is let through is one line; 
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
 
 import pytest
 from wired import (
@@ -45,6 +47,8 @@ ANSWERED = "answered by work"
 
 families = pytest.mark.parametrize("at", FAMILIES, ids=lambda at: at.nft)
 protos = pytest.mark.parametrize("proto", PROTOS)
+KINDS = tuple(product(PROTOS, FAMILIES))
+"""For tests that look at packets of each kind in one world, as it takes long to make one."""
 
 
 def entry(key: str = KEY, **options: object) -> NftConfig:
@@ -73,6 +77,11 @@ def path(
         FIREWALL: [hop(WORK, key, side="uplink", srcports=first, dstports=INTERNAL, **more)],
         WORK: [entry(key, role="target", side="uplink", srcports=INTERNAL, **more)],
     }
+
+
+def each(key: str = "nft.work", **options: Any) -> dict[str, list[NftConfig]]:
+    """The same with a forward for each protocol."""
+    return both(*(path(proto, f"{key}.{proto}", **options) for proto in PROTOS))
 
 
 def both(*paths: dict[str, list[NftConfig]]) -> dict[str, list[NftConfig]]:
@@ -202,44 +211,37 @@ def device(wired: Wired, qube: str, to: str) -> str:
     return str(route["dev"])
 
 
-@protos
-@families
-def test_the_server_sees_the_clients_address(wired: Wired, proto: str, at: Addresses) -> None:
-    server = wired.serve(proto, WORK, INTERNAL, at.work)
-    put(wired, path(proto))
-    if proto == "tcp":
+def test_the_server_sees_the_clients_address(wired: Wired) -> None:
+    put(wired, each())
+    for at in FAMILIES:
+        tcp, udp = (wired.serve(proto, WORK, INTERNAL, at.work) for proto in PROTOS)
         client = wired.connect(LAN, at.net, EXPOSED, at.lan)
-        taken, peer = server.accept()
+        taken, peer = tcp.accept()
         assert peer == at.lan
         taken.sendall(b"hello")
         assert client.recv(5) == b"hello"
-    else:
-        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == ANSWERED
-        assert server.peers == [at.lan]
+        assert wired.send("udp", LAN, at.net, EXPOSED, at.lan) == ANSWERED
+        assert udp.peers == [at.lan]
 
 
-@protos
-@families
-def test_what_is_taken_away_is_closed_and_leaves_nothing(wired: Wired, proto: str, at: Addresses) -> None:
+def test_what_is_taken_away_is_closed_and_leaves_nothing(wired: Wired) -> None:
     before = [wired.ruleset(qube) for qube in (NET, FIREWALL, WORK)]
     serve(wired)
-    put(wired, path(proto))
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == ANSWERED
+    put(wired, each())
+    for proto, at in KINDS:
+        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == ANSWERED
     put(wired, {NET: [], FIREWALL: [], WORK: []})
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
+    for proto, at in KINDS:
+        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
     assert [wired.ruleset(qube) for qube in (NET, FIREWALL, WORK)] == before
 
 
-@protos
-@families
-@pytest.mark.parametrize("closed", [NET, FIREWALL, WORK])
-def test_each_qube_alone_refuses_new_connections(
-    wired: Wired, proto: str, at: Addresses, closed: str
-) -> None:
+def test_each_qube_alone_refuses_new_connections(wired: Wired) -> None:
     serve(wired)
-    put(wired, path(proto))
-    put(wired, {closed: []})
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == f"dropped in {closed}"
+    for closed in (NET, FIREWALL, WORK):
+        put(wired, each() | {closed: []})
+        for proto, at in KINDS:
+            assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == f"dropped in {closed}"
 
 
 @families
@@ -262,8 +264,7 @@ def test_a_protocol_or_family_that_is_not_forwarded_does_not_pass(wired: Wired, 
 
 
 @protos
-@families
-def test_an_internal_forward_is_for_neighbours_alone(wired: Wired, proto: str, at: Addresses) -> None:
+def test_an_internal_forward_is_for_neighbours_alone(wired: Wired, proto: str) -> None:
     serve(wired)
     neighbours = {"srchosts": f"{V4.beside_work},{V6.beside_work}", "proto": proto}
     put(
@@ -273,21 +274,18 @@ def test_an_internal_forward_is_for_neighbours_alone(wired: Wired, proto: str, a
             WORK: [entry(role="target", side="uplink", srcports=INTERNAL, **neighbours)],
         },
     )
-    assert wired.send(proto, BESIDE_WORK, at.firewall, EXPOSED) == ANSWERED
-    assert wired.send(proto, BESIDE_WORK, at.work, INTERNAL) == "dropped in sys-firewall"
-    for qube in (LAN, NET, BESIDE_FIREWALL):
-        assert wired.send(proto, qube, at.firewall, EXPOSED) != ANSWERED
-        assert wired.send(proto, qube, at.firewall, EXPOSED, at.beside_work) != ANSWERED
+    for at in FAMILIES:
+        assert wired.send(proto, BESIDE_WORK, at.firewall, EXPOSED) == ANSWERED
+        assert wired.send(proto, BESIDE_WORK, at.work, INTERNAL) == "dropped in sys-firewall"
+        for qube in (LAN, NET, BESIDE_FIREWALL):
+            assert wired.send(proto, qube, at.firewall, EXPOSED) != ANSWERED
+            assert wired.send(proto, qube, at.firewall, EXPOSED, at.beside_work) != ANSWERED
 
 
 @protos
-@families
-def test_a_range_is_shifted_port_by_port_and_ends_where_it_ends(
-    wired: Wired, proto: str, at: Addresses
-) -> None:
+def test_a_range_is_shifted_port_by_port_and_ends_where_it_ends(wired: Wired, proto: str) -> None:
     serve(wired)
-    for port in (9000, 9001, 9002, 9003):
-        wired.serve(proto, WORK, port)
+    servers = [wired.serve(proto, WORK, port) for port in (9000, 9001, 9002, 9003)]
     put(
         wired,
         {
@@ -296,13 +294,13 @@ def test_a_range_is_shifted_port_by_port_and_ends_where_it_ends(
             WORK: [entry(role="target", side="uplink", proto=proto, srcports="9000-9002")],
         },
     )
-    servers = {server.sock.getsockname()[1]: server for server in wired._servers if server.qube == WORK}
-    for port in (7000, 7001, 7002):
-        assert wired.send(proto, LAN, at.net, port, at.lan) == ANSWERED
+    for at in FAMILIES:
+        for port in (7000, 7001, 7002):
+            assert wired.send(proto, LAN, at.net, port, at.lan) == ANSWERED
+        for port in (6999, 7003):
+            assert wired.send(proto, LAN, at.net, port, at.lan) == "dropped in sys-net"
     if proto == "udp":
-        assert [len(servers[port].peers) for port in (9000, 9001, 9002, 9003)] == [1, 1, 1, 0]
-    for port in (6999, 7003):
-        assert wired.send(proto, LAN, at.net, port, at.lan) == "dropped in sys-net"
+        assert [len(server.peers) for server in servers] == [2, 2, 2, 0]
 
 
 @families
@@ -317,34 +315,30 @@ def test_a_forward_at_one_address_is_not_at_another(wired: Wired, at: Addresses)
     assert wired.send("tcp", LAN, at.net_refused, EXPOSED, at.lan) == "dropped in sys-net"
 
 
-@protos
-@families
-def test_two_forwards_to_one_port_do_not_disturb_each_other(wired: Wired, proto: str, at: Addresses) -> None:
+def test_two_forwards_to_one_port_do_not_disturb_each_other(wired: Wired) -> None:
     serve(wired)
-    put(wired, both(path(proto, "nft.work.a", expire=1), path(proto, "nft.work.b", first=OTHER)))
-    assert wired.send(proto, LAN, at.net, OTHER, at.lan) == ANSWERED
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
+    put(wired, both(each("nft.work-a", expire=1), each("nft.work-b", first=OTHER)))
+    for proto, at in KINDS:
+        assert wired.send(proto, LAN, at.net, OTHER, at.lan) == ANSWERED
+        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-net"
 
 
-@protos
-@families
-def test_a_target_that_is_gone_leaks_nothing_and_one_that_is_back_is_reached(
-    wired: Wired, proto: str, at: Addresses
-) -> None:
+def test_a_target_that_is_gone_leaks_nothing_and_one_that_is_back_is_reached(wired: Wired) -> None:
     serve(wired)
-    put(wired, path(proto))
+    put(wired, each())
     wired.halt(WORK)
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-firewall"
+    for proto, at in KINDS:
+        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == "dropped in sys-firewall"
     wired.start(WORK)
-    put(wired, {WORK: path(proto)[WORK]})
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == ANSWERED
+    put(wired, {WORK: each()[WORK]})
+    for proto, at in KINDS:
+        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == ANSWERED
 
 
 @pytest.mark.parametrize("has_vpn", [True])
 @protos
-@families
 def test_a_vpn_qube_is_entered_by_its_tunnel_and_not_by_the_network_around_it(
-    wired: Wired, proto: str, at: Addresses
+    wired: Wired, proto: str
 ) -> None:
     """A provider that forwards a port sends it into the tunnel; neither LAN nor netvm reaches inside."""
     for qube in (LAN, VPN, BEHIND_VPN):
@@ -360,13 +354,14 @@ def test_a_vpn_qube_is_entered_by_its_tunnel_and_not_by_the_network_around_it(
         },
     )
     inside = f"answered by {BEHIND_VPN}"
-    assert wired.send(proto, PROVIDER, at.vpn_outside, EXPOSED, at.provider) == inside
-    assert wired.send(proto, PROVIDER, at.vpn_outside, INTERNAL, at.provider) == f"dropped in {VPN}"
-    straight = (f"-{at.version}", "route", "add", at.behind_vpn, "via", at.vpn_outside, "dev", "tun0")
-    wired.run(PROVIDER, "ip", *straight, "onlink")
-    for port in (EXPOSED, INTERNAL):
-        assert wired.send(proto, PROVIDER, at.behind_vpn, port, at.provider) == f"dropped in {VPN}"
-    for qube in (FIREWALL, BESIDE_WORK, NET, LAN):
-        for where in (at.vpn, at.behind_vpn, *([] if qube == LAN else [at.vpn_outside])):
-            for port in (EXPOSED, INTERNAL):
-                assert wired.send(proto, qube, where, port) != inside
+    for at in FAMILIES:
+        assert wired.send(proto, PROVIDER, at.vpn_outside, EXPOSED, at.provider) == inside
+        assert wired.send(proto, PROVIDER, at.vpn_outside, INTERNAL, at.provider) == f"dropped in {VPN}"
+        straight = (f"-{at.version}", "route", "add", at.behind_vpn, "via", at.vpn_outside, "dev", "tun0")
+        wired.run(PROVIDER, "ip", *straight, "onlink")
+        for port in (EXPOSED, INTERNAL):
+            assert wired.send(proto, PROVIDER, at.behind_vpn, port, at.provider) == f"dropped in {VPN}"
+        for qube in (FIREWALL, BESIDE_WORK, NET, LAN):
+            for where in (at.vpn, at.behind_vpn, *([] if qube == LAN else [at.vpn_outside])):
+                for port in (EXPOSED, INTERNAL):
+                    assert wired.send(proto, qube, where, port) != inside

@@ -5,45 +5,41 @@ import time
 from contextlib import suppress
 
 import pytest
-from test_path import EXPOSED, INTERNAL, families, path, protos, put, serve
-from wired import FIREWALL, LAN, NET, PROBLEM, WORK, Addresses, Wired
+from test_path import EXPOSED, INTERNAL, KINDS, each, path, put, serve
+from wired import FAMILIES, FIREWALL, LAN, NET, PROBLEM, WORK, Wired
 
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 
 
-@protos
-@families
 @pytest.mark.parametrize("over", [NET, FIREWALL, WORK])
-def test_what_is_over_is_closed_by_the_kernel_of_each_qube_alone(
-    wired: Wired, proto: str, at: Addresses, over: str
-) -> None:
+def test_what_is_over_is_closed_by_the_kernel_of_each_qube_alone(wired: Wired, over: str) -> None:
     """No program of ours runs here: there are only the rules."""
     serve(wired)
-    put(wired, path(proto))
-    put(wired, {over: path(proto, expire=1)[over]})
-    assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == f"dropped in {over}"
+    put(wired, each() | {over: each(expire=1)[over]})
+    for proto, at in KINDS:
+        assert wired.send(proto, LAN, at.net, EXPOSED, at.lan) == f"dropped in {over}"
 
 
-@families
 @pytest.mark.parametrize("over", [NET, FIREWALL, WORK])
-def test_when_the_end_comes_the_kernel_stops_live_connections_too(
-    wired: Wired, at: Addresses, over: str
-) -> None:
+def test_when_the_end_comes_the_kernel_stops_live_connections_too(wired: Wired, over: str) -> None:
     server = wired.serve("tcp", WORK, INTERNAL)
     put(wired, path())
-    client = wired.connect(LAN, at.net, EXPOSED, at.lan)
-    taken, _ = server.accept()
+    clients = [wired.connect(LAN, at.net, EXPOSED, at.lan) for at in FAMILIES]
+    taken = [server.accept()[0] for _ in clients]
     end = int(time.time()) + 2
     put(wired, {over: path(expire=end)[over]})
-    taken.setblocking(False)
+    for sock in taken:
+        sock.setblocking(False)
     while time.time() <= end:
-        client.sendall(b".")
+        for client, sock in zip(clients, taken, strict=True):
+            client.sendall(b".")
+            with suppress(BlockingIOError):
+                sock.recv(1 << 16)
+    for client, sock, at in zip(clients, taken, FAMILIES, strict=True):
         with suppress(BlockingIOError):
-            taken.recv(1 << 16)
-    with suppress(BlockingIOError):
-        while taken.recv(1 << 16):
-            pass
-    client.sendall(b"late")
-    assert wired.send("tcp", LAN, at.net, EXPOSED, at.lan) == f"dropped in {over}"
-    with pytest.raises(BlockingIOError):
-        taken.recv(1 << 16)
+            while sock.recv(1 << 16):
+                pass
+        client.sendall(b"late")
+        assert wired.send("tcp", LAN, at.net, EXPOSED, at.lan) == f"dropped in {over}"
+        with pytest.raises(BlockingIOError):
+            sock.recv(1 << 16)

@@ -27,17 +27,27 @@ _NEEDS_NAMESPACES = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("network", [pytest.param("namespaces", marks=_NEEDS_NAMESPACES), "loopback"])
-def test_demo_shows_the_page_and_both_refusals(network: str, tmp_path: Path) -> None:
+def test_demo_shows_the_page_and_both_refusals_whatever_lies_where_it_runs(
+    network: str, tmp_path: Path
+) -> None:
+    """Modules of the working directory are not taken for Python's, by any program of the lab."""
     options = [] if network == "namespaces" else ["--no-netns"]
+    place, temporary = tmp_path / "here", tmp_path / "tmp"
+    for directory in (place, temporary):
+        directory.mkdir()
+    for name in ("socket", "json", "http", "trio", "signal", "select", "qubesdb"):
+        (place / f"{name}.py").write_text("raise SystemExit('the wrong module')\n", encoding="ascii")
     done = subprocess.run(
-        [*_LAB, "demo", *options],
+        [sys.executable, "-P", *_LAB[1:], "demo", *options],
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_S,
         check=False,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        cwd=place,
+        env=os.environ | {"TMPDIR": str(temporary)},
     )
     assert done.returncode == 0, done.stderr
+    assert "wrong module" not in done.stdout + done.stderr
     refusals = ["gets nowhere", "port is closed"]
     if network == "loopback":
         refusals = ["Connection reset by peer", "Connection refused"]
@@ -46,24 +56,7 @@ def test_demo_shows_the_page_and_both_refusals(network: str, tmp_path: Path) -> 
     has_nft = network == "namespaces" and netns.why_no_firewall() is None
     for said in (f"Hello from the qube 'work' to {netns.LAN_HOST}.", "echo of a datagram"):
         assert (said in done.stdout) is has_nft
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("network", [pytest.param("namespaces", marks=_NEEDS_NAMESPACES), "loopback"])
-def test_modules_of_the_working_directory_are_not_taken_for_pythons(network: str, tmp_path: Path) -> None:
-    for name in ("socket", "json", "http", "trio", "signal", "select", "qubesdb"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n", encoding="ascii")
-    options = [] if network == "namespaces" else ["--no-netns"]
-    done = subprocess.run(
-        [sys.executable, "-P", *_LAB[1:], "demo", *options],
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "wrong module" not in done.stdout + done.stderr
+    assert list(temporary.iterdir()) == []
 
 
 def test_place_whose_path_is_too_long_for_sockets_is_named(tmp_path: Path) -> None:
