@@ -324,8 +324,8 @@ async def test_many_connections_leave_nothing(tmp_path: Path, server: socket.soc
 
         with trio.fail_after(4 * BOUND_S), no_fds_left():
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(serve, 20)
-                for _ in range(20):
+                nursery.start_soon(serve, 10)
+                for _ in range(10):
                     nursery.start_soon(converse)
             await until(
                 lambda: not any(forward.counters.connections for forward in listener.forwards.values())

@@ -42,7 +42,7 @@ async def test_all_ports_are_closed_before_anything_is_waited_for(
             await echo_once(near, far)
 
 
-@pytest.mark.parametrize(("transport", "reloads"), [("call", 10), ("mux", 100)])
+@pytest.mark.parametrize(("transport", "reloads"), [("call", 3), ("mux", 100)])
 async def test_a_client_in_the_kernels_queue_during_a_reload_is_served(
     tmp_path: Path, server: socket.socket, transport: str, reloads: int
 ) -> None:

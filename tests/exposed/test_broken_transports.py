@@ -15,7 +15,7 @@ from processes import Connection, Way, World, assert_reset, kill, open_world, un
 from bench.memory import open_files
 from qubes_fwd_qrexec.exposed.callwaits import AGAIN_S
 
-KILLS = 40
+KILLS = 12
 CLIENTS = 20
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from processes import BOUND_S, TARGET, Connection, Way, assert_reset, open_world
 
-CLIENTS = 40
+CLIENTS = 16
 TRIES = 20
 
 

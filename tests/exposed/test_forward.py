@@ -119,7 +119,7 @@ async def test_streams_at_once_keep_their_bytes_apart(tmp_path: Path, server: so
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve)
                 async with trio.open_nursery() as clients:
-                    for number in range(40):
+                    for number in range(12):
                         clients.start_soon(converse, number)
                 nursery.cancel_scope.cancel()
 
