@@ -137,10 +137,11 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "offered"), LINES)
-def test_candidates(system: LabDirectory, words: list[str], offered: list[str]) -> None:
-    found = complete.candidates(parser.build(), words, {"QVM_FORWARD_LAB": str(system.root)})
-    assert [word for word in found if word != "-h"] == offered
+def test_candidates(system: LabDirectory) -> None:
+    whole, environ = parser.build(), {"QVM_FORWARD_LAB": str(system.root)}
+    for words, offered in LINES:
+        found = complete.candidates(whole, words, environ)
+        assert [word for word in found if word != "-h"] == offered, words
 
 
 def test_candidates_are_those_of_the_lab_on_the_line(system: LabDirectory) -> None:
