@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The program of the target: it connects a qrexec call to the port of the target that its argument names.
+"""The program of the target: it connects a qrexec call to the port of the target that its argument names, by
+TCP or by UDP.
 
 An invalid argument is refused with exit status 2 before any byte is read.
 
@@ -18,8 +19,8 @@ import time
 from .common.allowance import Calls
 from .common.errors import TextError
 from .common.exitstatus import ExitStatus
-from .common.services import FORWARD_SERVICE
-from .common.values import parse_qube_name
+from .common.services import FORWARD_SERVICE, UDP_SERVICE
+from .common.values import Proto, parse_qube_name
 from .relay.callsigns import GREETING, clean_end
 from .relay.copy import Copy, CopyEnd, Relay, abort, close_cleanly, half_close
 from .relay.loop import Loop
@@ -35,6 +36,9 @@ from .target.revocation import LOOK, Permission, RevokedError, permitted
 
 # Messages quote arguments of another qube, and go to a log.
 _MESSAGE_MAX = 200
+# What the file of the service qubes.ForwardUDP says in front of the call's argument; nothing then depends on
+# how an agent names the service.
+_UDP = "--udp"
 
 
 class _Joined:
@@ -137,44 +141,53 @@ def _count_bug() -> None:
     leave_bug(directory())
 
 
-def _serve_call(arguments: list[str]) -> int:
+def _serve_call(arguments: list[str], proto: Proto = Proto.TCP) -> int:
     """Serve one call, whose argument is the only one, and whose sockets are stdin and stdout."""
     outlet = Outlet()
     try:
-        request = parse_argument(arguments[0] if len(arguments) == 1 else "")
+        request = parse_argument(arguments[0] if len(arguments) == 1 else "", proto)
         if not request.is_mux:
             outlet.say(GREETING)
         caller = parse_qube_name(os.environ.get("QREXEC_REMOTE_DOMAIN", ""))
         stdin, stdout = _standard_socket(0), _standard_socket(1)
-        calls = Calls(request.ports, caller)
+        calls = Calls(request.ports, caller, proto)
         start = call_start(agent_pid(), stdin)
         signal.signal(LOOK, signal.SIG_IGN)  # until there is a loop, which looks first
+        if proto is Proto.UDP:
+            from .target import udpservice  # a call for one connection starts faster without these
+
+            return udpservice.serve(calls, start, stdin, stdout)
         if request.is_mux:
-            from .target import muxservice  # a call for one connection starts faster without it
+            from .target import muxservice
 
             return muxservice.serve(calls, start, stdin, stdout)
         with permitted(Kind.SINGLE, calls, start, directory()) as permission:
             return _Joined(stdin, stdout, connect(request.ports.first), permission, outlet).run()
     except ServiceError as error:
-        return _refuse(outlet, error, error.status)
+        return _refuse(outlet, proto, error, error.status)
     except RevokedError as error:
-        return _refuse(outlet, error, ExitStatus.REVOKED)
+        return _refuse(outlet, proto, error, ExitStatus.REVOKED)
     except (RevocationError, CallStartError, TextError) as error:
-        return _refuse(outlet, error, ExitStatus.TROUBLE)
+        return _refuse(outlet, proto, error, ExitStatus.TROUBLE)
     except Exception as bug:  # noqa: BLE001 - the caller only learns that it failed
         Bugs(_count_bug).note(bug)
         return ExitStatus.TROUBLE
 
 
-def _refuse(outlet: Outlet, error: Exception, status: ExitStatus) -> int:
-    outlet.say(f"{FORWARD_SERVICE}: {error}"[:_MESSAGE_MAX])  # for the caller, if it reads stderr
+def _refuse(outlet: Outlet, proto: Proto, error: Exception, status: ExitStatus) -> int:
+    service = UDP_SERVICE if proto is Proto.UDP else FORWARD_SERVICE
+    outlet.say(f"{service}: {error}"[:_MESSAGE_MAX])  # for the caller, if it reads stderr
     return status
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve one call, or with ``--socket`` or ``--activated`` all calls. Returns the exit status."""
+    """Serve one call; with ``--udp`` in front of its argument it is one of ``qubes.ForwardUDP``. With
+    ``--socket`` or ``--activated`` serve all calls of ``qubes.ForwardTCP``. Returns the exit status.
+    """
     start_clean()
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [_UDP]:
+        return _serve_call(arguments[1:], Proto.UDP)
     if arguments[:1] and arguments[0].startswith("--"):
         from .target import socketservice  # it needs trio
 

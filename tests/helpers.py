@@ -49,10 +49,10 @@ if mode == "serve":
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", *udp, argument])
 elif mode.startswith("mux"):  # our service, with constants of its own
     from qubes_fwd_qrexec import service
-    from qubes_fwd_qrexec.target import muxservice, portions
+    from qubes_fwd_qrexec.target import callservice, portions
     for setting in mode.split()[1:]:
         name, equals, value = setting.partition("=")
-        (module,) = [module for module in (muxservice, portions) if hasattr(module, name)]
+        (module,) = [module for module in (callservice, portions) if hasattr(module, name)]
         setattr(module, name, int(value))
     sys.exit(service.main([*udp, argument]))
 elif mode.startswith("rude"):  # a target that speaks the protocol, and gives up what it is asked for

@@ -10,7 +10,7 @@ import pytest
 
 from qubes_fwd_qrexec.relay import flowmux, leg, loop, mux
 from qubes_fwd_qrexec.relay.loop import End, Loop, Timer
-from qubes_fwd_qrexec.target import muxservice
+from qubes_fwd_qrexec.target import callservice
 
 # What is to come within a second then comes within BOUND_S of the tests if no timer is waited for, and what
 # waits for one of a fifth of a second does not. A look after 5 ms at what the kernel has sent is still borne.
@@ -41,7 +41,7 @@ class LoopClock:
 
     def __init__(self, *more: ModuleType) -> None:
         self.now = exact_s(time.monotonic())
-        modules = loop, leg, mux, flowmux, muxservice, *more
+        modules = loop, leg, mux, flowmux, callservice, *more
         self._before = [(module, vars(module)["time"]) for module in modules]
         for module, _ in self._before:
             vars(module)["time"] = SimpleNamespace(monotonic=lambda: self.now)

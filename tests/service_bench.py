@@ -12,7 +12,8 @@ from qubes_fwd_qrexec.mux import Connection, Hello, Origin, ProxyVersion, ResetC
 from qubes_fwd_qrexec.relay.leg import Leg
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.relay.mux import Mux
-from qubes_fwd_qrexec.target.muxservice import LEASE_S, Lease, MuxService
+from qubes_fwd_qrexec.target.callservice import LEASE_S, Lease
+from qubes_fwd_qrexec.target.muxservice import MuxService
 
 
 class Word:

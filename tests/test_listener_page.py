@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.exposed import (
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.relay import acceptloop, idleness, patience
 from qubes_fwd_qrexec.system import deadpeers, logs, qubesdbsource
-from qubes_fwd_qrexec.target import localserver, muxservice
+from qubes_fwd_qrexec.target import callservice, localserver
 
 PAGE = (Path(__file__).parents[1] / "docs" / "qubes-forward-listener.rst").read_text()
 # As it is read, without line breaks and marks; a row of the table is one sentence then.
@@ -37,7 +37,7 @@ VCHANS_OF_A_QUBE = 30
 # A sentence, and what the code has for each {} in it: a number, or a time in seconds.
 SAID: list[tuple[str, tuple[float, ...]]] = [
     ("when the first connection comes and kept for {} after the last", (muxpool.LINGER_S,)),
-    ("takes new connections over it for {}; then", (muxservice.LEASE_S,)),
+    ("takes new connections over it for {}; then", (callservice.LEASE_S,)),
     ("learns of a change within {}.", (listener.LOOK_S,)),
     (
         "is tried again after {}, and ever more slowly up to once {};",
@@ -84,7 +84,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("and {} more may be renewals", (callbudget.RENEWALS_MAX,)),
     ("The listener makes at most {} calls at once", (config.CALLS_MAX,)),
     ("have not taken within so long. The default is {}, as long", (TIMEOUTS.call_s,)),
-    ("anew every {} whether", (muxservice.LEASE_S * muxpool.RENEW_AT_SHARE,)),
+    ("anew every {} whether", (callservice.LEASE_S * muxpool.RENEW_AT_SHARE,)),
     ("for so long after its last connection. The default is {}.", (muxpool.LINGER_S,)),
     ("direction for so long. The default is {}. --connections", (TIMEOUTS.idle_s,)),
     ("together may have. The default is {}; more", (limits.PROCESS_MAX,)),

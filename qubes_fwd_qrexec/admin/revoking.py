@@ -21,7 +21,7 @@ from .answers import AnswerError, NotRunningError, at_once
 from .backend import Backend
 from .inventory import ADMIN, CONFIG_PREFIX, TEMPLATE, Inventory
 
-# How long a mux call goes on without dom0 being asked: `muxservice.LEASE_S` of the target.
+# How long a mux call goes on without dom0 being asked: `callservice.LEASE_S` of the target.
 LEASE_S = 300
 # How long connections may go on whose rule ended with on-expire=drain.
 DRAIN_S = 3600

@@ -89,9 +89,12 @@ def count(length: int, segment: int) -> int:
 
 
 def receive_batches(sock: socket.socket) -> None:
-    """Have the kernel leave datagrams together that came together, where it can (Linux 5.0)."""
+    """Have the kernel leave datagrams together that came together, where it can (Linux 5.0), and count what
+    it has no room for. Raises OSError.
+    """
     with suppress(OSError):
         sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+    sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
 
 
 def tell_arrivals(sock: socket.socket) -> None:
@@ -100,7 +103,6 @@ def tell_arrivals(sock: socket.socket) -> None:
     Raises OSError.
     """
     receive_batches(sock)
-    sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
     sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
@@ -131,18 +133,20 @@ def receive(sock: socket.socket) -> Arrived:
     return Arrived(data, segment, sender, local, interface, is_for_one, lost)
 
 
-def receive_connected(sock: socket.socket) -> tuple[bytes, int]:
-    """The next batch of a connected socket, after `receive_batches`, and its segment.
+def receive_connected(sock: socket.socket) -> tuple[bytes, int, int]:
+    """The next batch of a connected socket, after `receive_batches`, its segment, and what `Arrived.lost` is.
 
     Raises BlockingIOError if there is none, and another OSError that the kernel has for this socket:
     ConnectionRefusedError if the port at the other end is closed.
     """
-    data, told, _, _ = sock.recvmsg(_RECEIVE_BYTES, _ONE_NUMBER)
+    data, told, _, _ = sock.recvmsg(_RECEIVE_BYTES, 2 * _ONE_NUMBER)
+    segment = lost = 0
     for level, kind, value in told:
         if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
-            segment: int = _NUMBER.unpack(value)[0]
-            return data, segment if segment < len(data) else 0
-    return data, 0
+            segment = _NUMBER.unpack(value)[0]
+        elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
+            lost = _NUMBER.unpack(value)[0]
+    return data, segment if segment < len(data) else 0, lost
 
 
 def from_address(sock: socket.socket, local: bytes, interface: int = 0) -> Control:

@@ -20,7 +20,7 @@ from typing import Self
 
 from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.errors import ForwardError, TextError
-from qubes_fwd_qrexec.common.values import TargetPorts, parse_number, parse_qube_name
+from qubes_fwd_qrexec.common.values import Proto, TargetPorts, parse_number, parse_qube_name
 
 from .callstart import CallStart
 
@@ -40,10 +40,15 @@ class RevocationError(ForwardError):
 
 
 class Kind(StrEnum):
-    """What a call carries."""
+    """What a call carries: connections of TCP, flows of UDP, or one connection."""
 
     MUX = "mux"
+    UDP = "udp"
     SINGLE = "call"
+
+    @property
+    def proto(self) -> Proto:
+        return Proto.UDP if self is Kind.UDP else Proto.TCP
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Note:
         try:
             kind, ports, caller, process, began, until = name.split("+")
             pid, number = process.split(".")
-            calls = Calls(TargetPorts.parse(ports), parse_qube_name(caller))
+            calls = Calls(TargetPorts.parse(ports), parse_qube_name(caller), Kind(kind).proto)
             numbers = map(parse_number, (pid, number, began, until))
             note = cls(Kind(kind), calls, *numbers)
         except (ValueError, TextError):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import ForwardError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.values import TargetPorts, parse_port
+from qubes_fwd_qrexec.common.values import Proto, TargetPorts, parse_port
 from qubes_fwd_qrexec.relay.copy import abort, abort_by_default, keep_urgent_bytes
 from qubes_fwd_qrexec.relay.socketbuffers import limit_segments, set_size
 from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
@@ -47,15 +47,19 @@ class Request(NamedTuple):
     is_mux: bool
 
 
-def parse_argument(untrusted_argument: str) -> Request:
-    """Parse ``PORT``, ``PORT+mux`` or ``PORT-PORT+mux``. Raises `ServiceError` with exit status 2."""
+def parse_argument(untrusted_argument: str, proto: Proto = Proto.TCP) -> Request:
+    """Parse ``PORT``, ``PORT+mux`` or ``PORT-PORT+mux``; UDP has no single calls, and so no bare ``PORT``.
+
+    Raises `ServiceError` with exit status 2.
+    """
     untrusted_ports, plus, untrusted_kind = untrusted_argument.partition("+")
     try:
-        if not plus:
+        if not plus and proto is Proto.TCP:
             port = parse_port(untrusted_ports)
             return Request(TargetPorts(port, port), is_mux=False)
         if untrusted_kind != "mux":
-            raise TextError(untrusted_argument, "PORT, PORT+mux or PORT-PORT+mux")
+            right = "PORT, PORT+mux" if proto is Proto.TCP else "PORT+mux"
+            raise TextError(untrusted_argument, f"{right} or PORT-PORT+mux")
         return Request(TargetPorts.parse(untrusted_ports), is_mux=True)
     except TextError as error:
         raise ServiceError(ExitStatus.BAD_ARGUMENT, f"argument {error}") from None

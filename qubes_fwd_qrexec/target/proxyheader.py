@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The header of the PROXY protocol, versions 1 and 2, by which a server learns who connected.
 
-Between the target's service and the user's server: the first bytes of a connection, in one write. It
-is built from binary fields alone, so nothing that a peer wrote as text gets into it. The addresses are
-what the exposed qube says; a server that trusts the header trusts that qube.
+Between the target's service and the user's server: the first bytes of a connection, in one write, or of
+each datagram. It is built from binary fields alone, so nothing that a peer wrote as text gets into it. The
+addresses are what the exposed qube says; a server that trusts the header trusts that qube.
 
 An IPv4-mapped IPv6 address counts as IPv4, and a scope is dropped. If one end is IPv4 and the other
 IPv6, which no socket has but a lying peer can say, both are written as IPv6, the IPv4 one mapped.
@@ -22,8 +22,8 @@ SocketAddress = tuple[IPAddress, int]
 # Section 2.2 of the PROXY protocol's text: 12 bytes that no other protocol begins with.
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _VERSION_2_PROXY = 0x21
-_TCP4 = 0x11
-_TCP6 = 0x21
+_IPV4, _IPV6 = 0x10, 0x20
+_STREAM, _DATAGRAM = 1, 2
 
 
 def header(version: ProxyVersion, origin: Origin) -> bytes:
@@ -34,6 +34,14 @@ def header(version: ProxyVersion, origin: Origin) -> bytes:
     return write((origin.client, origin.client_port), (origin.exposed, origin.exposed_port))
 
 
+def datagram_header(version: ProxyVersion, origin: Origin) -> bytes:
+    """What a server is to get in front of each datagram; nothing for OFF. Version 1 has none for UDP."""
+    if version is ProxyVersion.OFF:
+        return b""
+    client, exposed = (origin.client, origin.client_port), (origin.exposed, origin.exposed_port)
+    return header_v2(client, exposed, _DATAGRAM)
+
+
 def header_v1(client: SocketAddress, exposed: SocketAddress) -> bytes:
     """One line of ASCII, at most 107 bytes. Raises `TextError` for a port out of range."""
     client_ip, exposed_ip = _same_family(client[0], exposed[0])
@@ -41,10 +49,12 @@ def header_v1(client: SocketAddress, exposed: SocketAddress) -> bytes:
     return f"PROXY {family} {client_ip} {exposed_ip} {_port(client)} {_port(exposed)}\r\n".encode("ascii")
 
 
-def header_v2(client: SocketAddress, exposed: SocketAddress) -> bytes:
-    """28 bytes for IPv4, 52 for IPv6. Raises `TextError` for a port out of range."""
+def header_v2(client: SocketAddress, exposed: SocketAddress, kind: int = _STREAM) -> bytes:
+    """28 bytes for IPv4, 52 for IPv6; ``kind`` is 1 for TCP, 2 for UDP. Raises `TextError` for a port out of
+    range.
+    """
     client_ip, exposed_ip = _same_family(client[0], exposed[0])
-    family = _TCP4 if isinstance(client_ip, IPv4Address) else _TCP6
+    family = (_IPV4 if isinstance(client_ip, IPv4Address) else _IPV6) | kind
     addresses = client_ip.packed + exposed_ip.packed + pack(">HH", _port(client), _port(exposed))
     return _SIGNATURE + pack(">BBH", _VERSION_2_PROXY, family, len(addresses)) + addresses
 

@@ -34,6 +34,7 @@ from qubes_fwd_qrexec.common.allowance import ALLOWANCE_MAX_BYTES, Allowance, Ca
 from qubes_fwd_qrexec.common.errors import TextError, why
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.system.cleanstart import start_clean
 
 from .callnotes import HeldNote, Kind, Note, RevocationError, check_place, directory, left_note, living
@@ -115,7 +116,7 @@ def permitted(
             note = judge(held.note, *last)
             if note is None or note.until:
                 raise RevokedError(f"{calls}: dom0 no longer allows this call")
-        if kind is Kind.MUX:
+        if kind is not Kind.SINGLE:
             _leave_mark(calls, start, place)
         elif time.monotonic() - start.monotonic_s > WAIT_S:
             raise RevokedError(f"{calls}: dom0 allowed this call more than {WAIT_S} s ago")
@@ -273,7 +274,8 @@ def _checked(fd: int) -> os.stat_result:
 
 
 def _mark(calls: Calls, place: Path) -> Path:
-    return place / f"{_ALLOWED}+{calls.ports}+{calls.caller}"
+    proto = f"{calls.proto}+" if calls.proto is not Proto.TCP else ""
+    return place / f"{_ALLOWED}+{proto}{calls.ports}+{calls.caller}"
 
 
 def _leave_mark(calls: Calls, start: CallStart, place: Path) -> None:

@@ -76,7 +76,7 @@ DRAIN_S = 60.0
 _MUX_END_S = 2.0
 # trio's clock stops while the machine is suspended, but the deadline of a drain does not.
 _LOOK_AT_DRAINS_S = 30.0
-# Tells `muxservice` to take no more streams.
+# Tells `callservice` to take no more streams.
 _TAKE_NO_MORE = signal.SIGUSR2
 
 

@@ -234,7 +234,7 @@ def _counted(calls: Calls, notes: list[Note]) -> CallsReport:
     return CallsReport(
         source=calls.caller,
         ports=calls.ports,
-        mux_calls=sum(note.kind is Kind.MUX for note in notes),
+        mux_calls=sum(note.kind is not Kind.SINGLE for note in notes),
         singles=sum(note.kind is Kind.SINGLE for note in notes),
         draining=len(drains),
         drain_left_s=max(0, math.ceil(max(drains) / TICKS_PER_S - now_s)) if drains else None,

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.rules import NamedRule, Transport
 from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.lab.evaluator import Allow, Domain, Request, System
 from qubes_fwd_qrexec.lab.verdicts import Judge, OwnJudge, QubesJudge
-from qubes_fwd_qrexec.target import muxservice
+from qubes_fwd_qrexec.target import callservice
 
 OURS_ALONE = (NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
 INSTALLED = Path(__file__).parents[2] / "policy" / f"{policy.NAME}.policy"
@@ -181,7 +181,7 @@ def test_the_calls_of_a_line_are_what_the_target_is_told(line: str, calls: str |
 
 
 def test_dom0_and_the_qubes_agree_on_the_lease() -> None:
-    assert revoking.LEASE_S == muxservice.LEASE_S
+    assert revoking.LEASE_S == callservice.LEASE_S
 
 
 @pytest.mark.parametrize("source", ["sys-net", "work", "personal"])

@@ -12,7 +12,7 @@ from muxpool_bench import Bench, Clock, end_well, one, pool_to
 
 from qubes_fwd_qrexec.exposed import muxpool as muxpool_module
 from qubes_fwd_qrexec.exposed.muxpool import RENEW_AT_SHARE
-from qubes_fwd_qrexec.target.muxservice import LEASE_S
+from qubes_fwd_qrexec.target.callservice import LEASE_S
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")
 

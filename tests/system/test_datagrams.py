@@ -115,7 +115,7 @@ def test_a_batch_is_sent_and_received_as_one(sockets: _Sockets, host: str) -> No
     arrived = datagrams.receive(server)
     assert (arrived.data, arrived.segment) == (question, 32)
     assert datagrams.send(server, question, 1999, arrived.sender) == Sent(2)
-    assert datagrams.receive_connected(client) == (question, 1999)
+    assert datagrams.receive_connected(client) == (question, 1999, 0)
 
 
 def test_a_datagram_that_looks_like_a_batch_is_one(sockets: _Sockets) -> None:
@@ -125,7 +125,7 @@ def test_a_datagram_that_looks_like_a_batch_is_one(sockets: _Sockets) -> None:
     assert datagrams.send(client, b"alone", 5) == Sent(1)
     assert datagrams.receive(server)[:2] == (b"alone", 0)
     assert datagrams.send(server, b"alone", 6, client.getsockname()) == Sent(1)
-    assert datagrams.receive_connected(client) == (b"alone", 0)
+    assert datagrams.receive_connected(client) == (b"alone", 0, 0)
 
 
 def test_what_cannot_be_sent_as_one_is_sent_one_by_one(sockets: _Sockets) -> None:
@@ -150,7 +150,7 @@ def test_datagrams_of_any_length_travel_whole(sockets: _Sockets, host: str, leng
     arrived = datagrams.receive(server)
     assert (len(arrived.data), arrived.segment) == (length, 0)
     assert datagrams.send(server, bytes(length), 0, arrived.sender) == Sent(1)
-    assert datagrams.receive_connected(client) == (bytes(length), 0)
+    assert datagrams.receive_connected(client) == (bytes(length), 0, 0)
 
 
 def test_what_is_too_long_is_not_sent(sockets: _Sockets) -> None:

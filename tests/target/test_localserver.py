@@ -9,7 +9,7 @@ import pytest
 from helpers import BOUND_S, listening_socket, no_fds_left, port_of
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, TargetPorts
 from qubes_fwd_qrexec.relay.copy import close_cleanly, half_close
 from qubes_fwd_qrexec.target import localserver
 from qubes_fwd_qrexec.target.localserver import LOCALHOSTS, ServiceError, connect, parse_argument
@@ -32,6 +32,13 @@ def test_a_port_is_taken(text: str, port: int) -> None:
 )
 def test_a_mux_call_is_asked_for_by_port_or_range(text: str, first: int, last: int) -> None:
     assert parse_argument(text) == (TargetPorts(first, last), True)
+
+
+def test_a_call_for_udp_is_a_mux_call() -> None:
+    assert parse_argument("53-54+mux", Proto.UDP) == (TargetPorts(53, 54), True)
+    with pytest.raises(ServiceError, match=r"is not PORT\+mux or PORT-PORT\+mux") as caught:
+        parse_argument("53", Proto.UDP)
+    assert caught.value.status == 2
 
 
 @pytest.mark.parametrize("text", BAD_ARGUMENTS)

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.relay.copy import abort, half_close
 from qubes_fwd_qrexec.relay.leg_end import LegEnd
 from qubes_fwd_qrexec.relay.socketbuffers import START_BYTES
 from qubes_fwd_qrexec.target import muxservice
-from qubes_fwd_qrexec.target.muxservice import LEASE_S
+from qubes_fwd_qrexec.target.callservice import LEASE_S
 from qubes_fwd_qrexec.target.proxyheader import header
 
 

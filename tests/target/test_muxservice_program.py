@@ -24,9 +24,10 @@ from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
 from qubes_fwd_qrexec.mux import GoawayCode
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.target.callnotes import Kind, RevocationError
+from qubes_fwd_qrexec.target.callservice import LEASE_S
 from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, CallStart
 from qubes_fwd_qrexec.target.localserver import ServiceError
-from qubes_fwd_qrexec.target.muxservice import LEASE_S, MuxService, serve
+from qubes_fwd_qrexec.target.muxservice import MuxService, serve
 from qubes_fwd_qrexec.target.revocation import RevokedError, permitted, revoke
 
 pytestmark = pytest.mark.usefixtures("mux_call_home")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.mux import Origin, ProxyVersion
 from qubes_fwd_qrexec.target import proxyheader
-from qubes_fwd_qrexec.target.proxyheader import header_v1, header_v2
+from qubes_fwd_qrexec.target.proxyheader import datagram_header, header_v1, header_v2
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 CLIENT4 = (ip_address("192.0.2.1"), 40000)
@@ -35,6 +35,15 @@ def test_v2_of_two_ipv4_addresses_has_28_bytes():
 def test_v2_of_two_ipv6_addresses_has_52_bytes():
     addresses = CLIENT6[0].packed + EXPOSED6[0].packed
     assert header_v2(CLIENT6, EXPOSED6) == SIGNATURE + b"\x21\x21\x00\x24" + addresses + b"\x9c\x40\x1f\x90"
+
+
+@pytest.mark.parametrize(("client", "exposed"), [(CLIENT4, EXPOSED4), (CLIENT6, EXPOSED6)])
+def test_in_front_of_a_datagram_is_the_same_header_for_udp(client, exposed):
+    origin = Origin(*client, *exposed)
+    expected = bytearray(header_v2(client, exposed))
+    expected[13] += 1
+    assert datagram_header(ProxyVersion.V2, origin) == bytes(expected)
+    assert datagram_header(ProxyVersion.OFF, origin) == b""
 
 
 @pytest.mark.parametrize("header", [header_v1, header_v2])

@@ -28,10 +28,10 @@ from noted import (
 )
 
 from qubes_fwd_qrexec.common.allowance import Allowance, Calls, Revoked
-from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 from qubes_fwd_qrexec.target.callnotes import Kind, Note, RevocationError, living
+from qubes_fwd_qrexec.target.callservice import LEASE_S
 from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, CallStart, boot_ticks
-from qubes_fwd_qrexec.target.muxservice import LEASE_S
 from qubes_fwd_qrexec.target.revocation import RevokedError, allowed_s, judge, permitted, revoke
 
 NOTHING = Allowance()
@@ -91,6 +91,21 @@ def test_only_calls_that_dom0_does_not_list_are_ended(place: Path) -> None:
         assert other_source.lives
         assert revoke(keep(OTHER_PORTS, OTHER_SOURCE), place) == Revoked(0, 0)
         assert len(names(place)) == 2
+
+
+def test_calls_of_udp_and_of_tcp_are_ended_and_renewed_apart(place: Path) -> None:
+    udp = MINE._replace(proto=Proto.UDP)
+    with Call(place) as of_tcp, Call(place, udp, Kind.UDP) as of_udp:
+        assert of_udp.note.calls == udp
+        tcp_s, udp_s = allowed_s(MINE, place), allowed_s(udp, place)
+        with permitted(Kind.UDP, udp, just_now(), place):
+            assert allowed_s(udp, place) > udp_s
+        assert allowed_s(MINE, place) == tcp_s
+        assert revoke(keep(udp), place) == Revoked(1, 0)
+        assert of_tcp.status == ENDED
+        assert of_udp.lives
+        assert revoke(keep(MINE), place) == Revoked(1, 0)
+        assert of_udp.status == ENDED
 
 
 def test_who_does_not_obey_is_killed(place: Path) -> None:
