@@ -71,6 +71,17 @@ def test_what_a_newer_dom0_means_by_a_new_word_is_never_guessed(value: str, word
     assert words in str(caught.value)
 
 
+# Of the release that added UDP.
+UDP_KEY, UDP_CONFIG = "udp.work.dns", CONFIG_0_1[2].replace("ForwardTCP", "ForwardUDP")
+
+
+def test_udp_is_told_under_a_key_of_its_own_which_an_older_listener_does_not_read() -> None:
+    assert str(ListenerConfig.parse(UDP_KEY, UDP_CONFIG)) == UDP_CONFIG
+    assert not UDP_KEY.startswith("fwd.")
+    with pytest.raises(ConfigError, match=r"qubes\.ForwardUDP does not carry tcp"):
+        ListenerConfig.parse(KEY, UDP_CONFIG)
+
+
 # dom0 to the target
 
 ALLOWANCE_0_1 = b"version=1 drains=cut\nkeep 8080-8080 sys-net\nkeep 1-9 work\ndrain 9000-9000 sys-net 3600\n"
@@ -85,6 +96,11 @@ def test_what_dom0_allows_is_said_and_understood_as_it_was() -> None:
     assert str(told).encode() == ALLOWANCE_0_1
     assert allowance.Revoked.parse(REVOKED_0_1) == allowance.Revoked(3, 1)
     assert f"{allowance.Revoked(3, 1)}\n".encode() == REVOKED_0_1
+
+
+def test_what_dom0_allows_of_udp_is_said_and_understood_as_it_was() -> None:
+    told = b"version=1 drains=keep\nkeep 53-53 sys-net\nkeep udp 53-53 sys-net\ndrain udp 9000-9009 work 60\n"
+    assert str(allowance.Allowance.parse(told)).encode() == told
 
 
 @pytest.mark.parametrize(
@@ -223,6 +239,22 @@ def test_an_answer_is_said_and_understood_as_it_was() -> None:
         report.Firewall.OPEN, report.Firewall.CLOSED, ("fwd.work.ssh",)
     )
     assert report.dump(told.as_json()) == REPORT_0_1
+
+
+# Of the release that added UDP.
+REPORT_UDP = (
+    REPORT_0_1.replace(
+        b'"last_error_at":null}],',
+        b'"last_error_at":null,"proto":"udp","datagrams_sent":7,"datagrams_received":8,"dropped":{"full":9}}],',
+    )
+    .replace(b'"left_s":60}],', b'"left_s":60,"proto":"udp"}],')
+    .replace(b'"drain_left_s":60}],', b'"drain_left_s":60,"proto":"udp"}],')
+)
+
+
+def test_an_answer_about_udp_is_said_and_understood_as_it_was() -> None:
+    assert report.dump(report.QubeReport.parse(REPORT_UDP).as_json()) == REPORT_UDP
+    assert REPORT_UDP.count(b'"proto":"udp"') == 3
 
 
 def test_unknown_keys_of_a_newer_qube_are_ignored_and_another_version_is_refused() -> None:

@@ -50,7 +50,7 @@ def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection
     unfit = [*_unfit(target, "target", inventory)]
     misplaced = [*_misplaced(named, listener, chain, inventory)]
     findings = [*forward.findings, *unfit, *_owner(rule, target), *_path(rule, target, chain, inventory)]
-    findings += [*misplaced, *_undecided(rule)]
+    findings += misplaced
     if not unfit and forward.mode is Mode.QREXEC:
         service, transport, found = _carrier(rule, target, inventory, stock)
         forward = forward._replace(service=service, transport=transport)
@@ -147,11 +147,6 @@ def _misplaced(
         yield from _unfit(exposed, "exposed", inventory)
 
 
-def _undecided(rule: ForwardRule) -> Iterator[Finding]:
-    if rule.proto is not Proto.TCP and rule.mode is not Mode.NFT:
-        yield Finding(Cause.UDP_UNDECIDED)
-
-
 def _carrier(
     rule: ForwardRule, target: Qube, inventory: Inventory, stock: Collection[QubeName]
 ) -> tuple[Service | None, Transport, list[Finding]]:
@@ -160,8 +155,8 @@ def _carrier(
     *_, installed_in = inventory.with_templates(name)
     found: list[Finding] = []
     if rule.proto is not Proto.TCP and not inventory.offers(name, Service.FORWARD_UDP):
-        older = "older" if offers else ""
-        found.append(Finding(Cause.NO_SERVICE, installed_in.name, detail=older, case="udp"))
+        has_older = "update" if offers else ""
+        found.append(Finding(Cause.NO_SERVICE, installed_in.name, detail=has_older, case="udp"))
     if rule.proto is Proto.UDP:
         return None if found else Service.FORWARD_UDP, Transport.MUX, found
     has_own = f"{OFFER_PREFIX}{Service.FORWARD_TCP}" in target.features

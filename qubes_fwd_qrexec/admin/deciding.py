@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What mode=auto becomes: decided once, when somebody adds, changes or confirms a rule, and stored.
 
-Packets go by nft where nothing is against it: it is faster, and it is the only mode for UDP. Whatever is
-stored undecided goes over qrexec, so that no update opens an IP path by itself.
+Packets go by nft where nothing is against it, as it is faster. Whatever is stored undecided goes over qrexec,
+so that no update opens an IP path by itself.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, QubeReport, ReportError
 from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, NamedRule, Proxy, Transport
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import Proto, QubeName
+from qubes_fwd_qrexec.common.values import QubeName
 
 from . import checks
 from .answers import AnswerError, at_once
@@ -49,20 +49,22 @@ def decided(
         if isinstance(named, NamedRule) and named.rule.mode is Mode.AUTO:
             found[key] = _decided(named, inventory, now)
     if backend is not None:
-        asked = {
-            key: decision.rule for key, decision in found.items() if _is_asked(*key, decision, inventory)
-        }
-        answers = at_once(lambda key: _is_at_loopback(key[0], asked[key], backend), asked)
-        for key in (key for key, is_at_loopback in answers.items() if is_at_loopback):
-            found[key] = Decision(replace(asked[key], mode=Mode.QREXEC), is_at_loopback=True)
+        # Of a range, the first port stands for all.
+        asked = [
+            (key, f"{STATUS_SERVICE}+{proto}.{decision.rule.target_ports.first}")
+            for key, decision in found.items()
+            if _is_asked(*key, decision, inventory)
+            for proto in decision.rule.proto.each
+        ]
+        answers = at_once(lambda each: _is_at_loopback(each[0][0], each[1], backend), asked)
+        for key in {key for (key, _), is_at_loopback in answers.items() if is_at_loopback}:
+            found[key] = Decision(replace(found[key].rule, mode=Mode.QREXEC), is_at_loopback=True)
     return found
 
 
 def _decided(named: NamedRule, inventory: Inventory, now: float) -> Decision:
     """By what dom0 knows itself."""
     rule = named.rule
-    if rule.proto is not Proto.TCP:
-        return Decision(replace(rule, mode=Mode.NFT))
     over_qrexec = replace(rule, mode=Mode.QREXEC)
     options = {
         "proxy": rule.proxy is not Proxy.OFF,
@@ -78,17 +80,15 @@ def _decided(named: NamedRule, inventory: Inventory, now: float) -> Decision:
 
 
 def _is_asked(target: QubeName, _: str, decision: Decision, inventory: Inventory) -> bool:
-    """Whether it is for the target to say if packets get to its server. For UDP there is no other way."""
-    by_nft = decision.rule.mode is Mode.NFT and decision.rule.proto is Proto.TCP
-    return by_nft and inventory.qubes[target].is_running and inventory.offers(target)
+    """Whether it is for the target to say if packets get to its server."""
+    is_nft = decision.rule.mode is Mode.NFT
+    return is_nft and inventory.qubes[target].is_running and inventory.offers(target)
 
 
-def _is_at_loopback(target: QubeName, rule: ForwardRule, backend: Backend) -> bool:
+def _is_at_loopback(target: QubeName, service: str, backend: Backend) -> bool:
     """Whether the target says that its server listens at loopback addresses alone, where no packets get to.
     If it lies, only its own forward goes the other way.
     """
-    # Of a range, the first port stands for all.
-    service = f"{STATUS_SERVICE}+{rule.proto}.{rule.target_ports.first}"
     try:
         untrusted_answer = backend.ask(target, service, REPORT_MAX_BYTES, _TIMEOUT_S)
         trial = QubeReport.parse(untrusted_answer).trial

@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.common.errors import ConfigError, StoreError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.rules import OnExpire, Transport
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
-from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 
 from . import policy
 from .answers import AnswerError, NotRunningError, at_once
@@ -102,6 +102,8 @@ def drains(inventory: Inventory) -> set[tuple[QubeName, Calls]]:
             config = ListenerConfig.parse(key.removeprefix(CONFIG_PREFIX), value)
         except ConfigError:
             continue
+        if config.proto is Proto.UDP and not inventory.offers(config.target, config.service):
+            continue  # it has no such calls, and a target that knows no UDP would refuse the whole list
         is_mux = config.transport is Transport.MUX
         each = [config.target_ports] if is_mux else [TargetPorts(p, p) for p in config.target_ports]
         told = drained if config.on_expire is OnExpire.DRAIN else cut

@@ -68,7 +68,6 @@ class Cause(StrEnum):
     UNFIT_QUBE = "unfit-qube"
     NO_NETVM = "no-netvm"
     NETVM_BROKEN = "netvm-broken"
-    UDP_UNDECIDED = "udp-undecided"
     NO_SERVICE = "no-service"
     TUNNEL = "tunnel-in-the-path"
     NO_IP_PATH = "no-ip-path"
@@ -145,9 +144,9 @@ class Forward(NamedTuple):
     no tunnel. ``chain`` are the netvms of its target. ``exposed`` is where it listens, or would listen, and
     ``side`` that by which connections may come. ``mode`` is how they travel, and never ``auto``. ``service``
     and ``transport`` are those of qrexec, of TCP if the rule is about both protocols; the service is None if
-    the target cannot be reached by it. ``configs`` are what qubes are told, the
-    target first and the exposed qube last; there are some exactly when the forward is live. ``sources`` are
-    all whom it lets in, as networks, None if that is nobody; ``let_in`` those of them that the rule names.
+    the target cannot be reached by it. ``configs`` are what qubes are told, the target first and the exposed
+    qube last; there are some exactly when the forward is live. ``sources`` are all whom it lets in, as
+    networks, None if that is nobody; ``let_in`` those of them that the rule names.
     """
 
     named: NamedRule

@@ -37,7 +37,7 @@ class ForwardType(StrEnum):
 
 
 class Transport(StrEnum):
-    """How qrexec mode carries connections: many in one call, or one call for each."""
+    """How qrexec mode carries connections of TCP: many in one call, or one call for each."""
 
     AUTO = "auto"
     MUX = "mux"
@@ -143,15 +143,10 @@ class ForwardRule:
                 f"{self.listen_ports} is {_count(self.listen_ports)} and {self.target_ports} is "
                 f"{_count(self.target_ports)}; both must have the same number",
             )
-        if self.proto is not Proto.TCP:
-            if self.mode is Mode.QREXEC:
-                yield ("proto", "mode", f"qrexec carries TCP alone; {self.proto} needs mode=nft")
-            if self.proxy is not Proxy.OFF:
-                yield ("proto", "proxy", "the PROXY protocol needs proto=tcp")
-            if self.transport is not Transport.AUTO:
-                yield ("proto", "transport", "transport is about qrexec, which carries TCP alone")
-            if self.autostart:
-                yield ("proto", "autostart", "packets cannot start a halted qube; it needs proto=tcp")
+        if self.proto is not Proto.TCP and self.proxy is Proxy.V1:
+            yield ("proto", "proxy", "version 1 of the PROXY protocol is for TCP alone; use proxy=v2")
+        if self.proto is Proto.UDP and self.transport is Transport.CALL:
+            yield ("proto", "transport", "single calls carry connections of TCP; leave transport out")
         if self.mode is Mode.NFT and self.transport is not Transport.AUTO:
             yield ("mode", "transport", "transport is about qrexec; leave it out with mode=nft")
         if self.mode is Mode.NFT and self.proxy is not Proxy.OFF:

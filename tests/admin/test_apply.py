@@ -14,6 +14,7 @@ from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 
 CONFIG = "vm-config.fwd.work.web"
+UDP_CONFIG = "vm-config.udp.work.web"
 WEB, SSH = rule("dstports=8080"), rule("srcports=22", target="personal", name="ssh")
 SSH_CONFIG = "vm-config.fwd.personal.ssh"
 REVOKE = "call work qubes.ForwardRevoke"
@@ -45,6 +46,27 @@ def test_closing_comes_before_opening() -> None:
         "policy 1",
         f"set sys-net {SSH_CONFIG}",
     ]
+
+
+def test_tcp_and_udp_of_one_rule_are_opened_and_closed_apart() -> None:
+    backend = Memory(world())
+    applied(backend, rule("dstports=8080 proto=udp"))
+    assert backend.log == ["policy 1", f"set sys-net {UDP_CONFIG}"]
+    backend.log.clear()
+    applied(backend, rule("dstports=8080 proto=both"))
+    assert backend.log == ["policy 2", f"set sys-net {CONFIG}"]
+    backend.log.clear()
+    applied(backend, WEB)
+    assert backend.log == ["policy 1", REVOKE, f"remove sys-net {UDP_CONFIG}"]
+
+
+def test_where_one_of_two_protocols_cannot_be_told_neither_is_open() -> None:
+    backend = Memory(world())
+    backend.refuses = lambda entry: entry == f"set sys-net {UDP_CONFIG}"
+    outcome = applied(backend, rule("dstports=8080 proto=both"))
+    assert policy.allowing(backend.policy) == frozenset()
+    assert CONFIG not in backend.qubes[QubeName("sys-net")]
+    assert outcome.problems == (f"cannot set sys-net {UDP_CONFIG}",)
 
 
 def test_a_second_time_changes_nothing() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the checks of one rule find: where it is exposed, how it is carried, and what stops it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,64 @@ def test_a_target_without_our_service_is_reached_by_the_stock_one_and_the_reason
     forward = only(rule(target="personal"))
     assert (forward.transport, forward.service) == (Transport.CALL, Service.CONNECT_TCP)
     assert "loses the rest of what the client sends" in travel.transport_reason(forward)
+
+
+def test_udp_goes_over_a_service_of_its_own_in_mux_calls() -> None:
+    forward = only(rule("proto=udp srcports=53-54 proxy=v2 autostart=yes limits=rate:5"))
+    assert (forward.state, forward.service, forward.transport) == (
+        State.ACTIVE,
+        Service.FORWARD_UDP,
+        Transport.MUX,
+    )
+    ((exposed, config),) = forward.configs
+    assert (exposed, config.key) == ("sys-net", "udp.work.web")
+    assert str(config) == (
+        "version=1 service=qubes.ForwardUDP transport=mux side=outer listen=0.0.0.0,:: srcports=53-54 "
+        "dstports=53-54 srchosts=any proxy=v2 limits=rate:5"
+    )
+
+
+@pytest.mark.parametrize("transport", ["mux", "call"])
+def test_a_listener_is_told_of_tcp_and_udp_of_one_rule_apart(transport: str) -> None:
+    forward = only(rule(f"proto=both transport={transport} on-expire=drain expire=1893456000"))
+    assert (forward.service, forward.transport) == (Service.FORWARD_TCP, Transport(transport))
+    tcp, udp = forward.listener_configs
+    assert (tcp.key, tcp.service, tcp.transport) == ("fwd.work.web", Service.FORWARD_TCP, transport)
+    assert (udp.key, udp.service, udp.transport) == ("udp.work.web", Service.FORWARD_UDP, Transport.MUX)
+    assert replace(udp, service=tcp.service, transport=tcp.transport) == tcp
+
+
+@pytest.mark.parametrize("proto", ["udp", "both"])
+def test_nothing_carries_udp_but_our_service(proto: str) -> None:
+    forward = only(rule(f"proto={proto}", target="personal"))
+    assert (forward.cause, forward.configs) == (Cause.NO_SERVICE, ())
+    assert forward.decisive.case == "udp"
+    assert reasons.sentence(forward).startswith("personal does not offer qubes.ForwardUDP")
+    assert "install qubes-fwd-qrexec in its template debian-12 and restart personal" in reasons.sentence(
+        forward
+    )
+    older = qube("work", "sys-firewall", features={"supported-rpc.qubes.ForwardTCP": "1"})
+    forward = only(rule(f"proto={proto}"), world(older))
+    assert (forward.cause, forward.configs) == (Cause.NO_SERVICE, ())
+    assert "update qubes-fwd-qrexec in work" in reasons.sentence(forward)
+    assert only(rule("proto=tcp"), world(older)).is_live
+
+
+def test_each_service_that_is_missing_for_both_is_named() -> None:
+    forward = only(rule("proto=both transport=mux", target="personal"))
+    assert [stop.case for stop in forward.stops] == ["udp", "transport=mux"]
+    windows = qube("work", "sys-firewall", features={"os": "Windows"})
+    forward = only(rule("proto=both"), world(windows))
+    assert [stop.case for stop in forward.stops] == ["udp", "system"]
+
+
+def test_tcp_of_a_rule_for_both_goes_over_the_stock_service_where_the_target_does_not_have_ours_yet() -> None:
+    work = qube("work", "sys-firewall", template=QubeName("fedora-42"))
+    (forward,) = plan([rule("proto=both")], world(work), NOW, stock={QubeName("work")})
+    assert [config.service for config in forward.listener_configs] == [
+        Service.CONNECT_TCP,
+        Service.FORWARD_UDP,
+    ]
 
 
 def test_limits_are_what_the_listener_is_told() -> None:

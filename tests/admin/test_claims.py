@@ -26,6 +26,14 @@ def test_of_two_claims_to_one_port_the_first_by_name_wins_and_is_named(one: str,
     assert reasons.sentence(second).startswith("Rule personal web has port")
 
 
+@pytest.mark.parametrize("protos", [("udp", "udp"), ("udp", "both"), ("both", "tcp"), ("both", "both")])
+def test_a_port_is_claimed_for_each_protocol_of_a_rule(protos: tuple[str, str]) -> None:
+    first, second = plan(
+        [rule(f"proto={proto}", name=f"a-{n}") for n, proto in enumerate(protos)], world(), NOW
+    )
+    assert (first.state, second.cause) == (State.ACTIVE, Cause.CONFLICT)
+
+
 def test_a_newcomer_never_takes_the_port_of_what_is_there() -> None:
     newcomer, there = rule(target="personal"), rule(target="work")
     first, second = plan([newcomer, there], world(), NOW, newcomers=[newcomer[:2]])
@@ -39,6 +47,8 @@ def test_a_newcomer_never_takes_the_port_of_what_is_there() -> None:
         ("srcports=80 listen=10.0.0.1", "srcports=80 listen=10.0.0.2"),
         ("srcports=80 srchosts=10.0.0.0/8", "srcports=80 srchosts=fd00::/8"),
         ("srcports=80", "srcports=80 forwardtype=internal"),
+        ("srcports=80", "srcports=80 proto=udp"),
+        ("srcports=80 dstports=22", "srcports=81 dstports=22 proto=udp autostart=yes"),
         ("srcports=80", "srcports=80 enabled=no"),
         ("srcports=80 owner=other", "srcports=80"),
     ],
@@ -48,10 +58,11 @@ def test_other_ports_addresses_families_qubes_and_idle_rules_do_not_conflict(one
     assert Cause.CONFLICT not in {forward.cause for forward in found}
 
 
-def test_two_ways_to_one_port_must_agree_about_autostart() -> None:
+@pytest.mark.parametrize("protos", [("tcp", "tcp"), ("udp", "udp"), ("both", "udp"), ("tcp", "both")])
+def test_two_ways_to_one_port_must_agree_about_autostart(protos: tuple[str, str]) -> None:
     rules = [
-        rule("srcports=80 dstports=22", name="a"),
-        rule("srcports=81 dstports=22 autostart=yes", name="b"),
+        rule(f"srcports=80 dstports=22 proto={protos[0]}", name="a"),
+        rule(f"srcports=81 dstports=22 autostart=yes proto={protos[1]}", name="b"),
     ]
     _, second = plan(rules, world(), NOW)
     assert second.cause is Cause.CONFLICT

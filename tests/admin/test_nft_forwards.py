@@ -245,22 +245,32 @@ def test_auto_becomes_qrexec_where_something_is_against_nft_and_says_what(
     assert " mode=qrexec " in nft_lab.lab.features("work")["forward.web"]
 
 
-def test_udp_goes_by_nft_or_not_at_all(run: Command, nft_lab: NftLab) -> None:
+@pytest.mark.parametrize(("proto", "what"), [("udp", "UDP packets"), ("both", "Connections and UDP packets")])
+def test_udp_goes_by_nft_where_packets_can_go_and_else_over_qrexec(
+    run: Command, nft_lab: NftLab, proto: str, what: str
+) -> None:
     nft_lab.lab.set_feature("work", "service.qubes-forward-nft", "")
-    refused = run(*ADD, "--proto", "udp")
-    assert refused.status == 1
-    assert "work web was not added. work has the service qubes-forward-nft switched off" in refused.err
+    added = run(*ADD, "--proto", proto)
+    reach = "to port 80 of sys-net (outer side) from 192.168.0.0/16 reach port 8080 of work"
+    assert f"{what} {reach}" in added.out
+    assert "Note: over qrexec, as work has the service qubes-forward-nft switched off" in added.out
+    assert "vm-config.udp.work.web" in nft_lab.lab.features("sys-net")
     nft_lab.lab.set_feature("work", "service.qubes-forward-nft", "1")
-    added = run(*ADD, "--proto", "udp")
-    assert (
-        "UDP packets to port 80 of sys-net (outer side) from 192.168.0.0/16 reach port 8080 of work"
-        in added.out
-    )
-    assert "Note: by nft, as packets can go sys-net - sys-firewall - work.\n" in added.out
+    run("set", "work", "web", "mode=auto")
+    assert told(nft_lab) == set(PATH)
+    assert f" proto={proto} " in nft_lab.lab.features("sys-net")[FEATURE]
+    assert "vm-config.udp.work.web" not in nft_lab.lab.features("sys-net")
+
+
+def test_what_is_stored_undecided_goes_over_qrexec_whatever_it_forwards(
+    run: Command, nft_lab: NftLab
+) -> None:
     nft_lab.lab.set_feature(
-        "work", "forward.web", "action=forward proto=udp srcports=80 srchosts=any owner=work"
+        "work", "forward.web", "action=forward proto=both srcports=80 srchosts=any owner=work"
     )
-    assert "UDP goes only by nft, and the rule does not say so" in run("plan").out
+    run("apply")
+    assert told(nft_lab) == set()
+    assert {"vm-config.fwd.work.web", "vm-config.udp.work.web"} <= nft_lab.lab.features("sys-net").keys()
 
 
 def test_time_that_is_over_closes_it(run: Command, nft_lab: NftLab) -> None:

@@ -75,15 +75,15 @@ def neighbours(flow: tuple[str, str, str, str], inventory: Inventory) -> set[tup
 
 
 texts = st.builds(
-    lambda first, length, dst, kind, transport, src: (
+    lambda first, length, dst, kind, carried, src: (
         f"srcports={first}-{first + length} dstports={dst}-{dst + length} forwardtype={kind} "
-        f"transport={transport} srchosts={src}"
+        f"{carried} srchosts={src}"
     ),
     st.integers(1, 40),
     st.integers(0, 3),
     st.integers(8080, 8090),
     st.sampled_from(["external", "internal"]),
-    st.sampled_from(["auto", "call"]),
+    st.sampled_from(["", "transport=call", "proto=udp", "proto=both", "proto=both transport=call"]),
     st.sampled_from(["any", "10.0.0.0/8", "fd00::/8"]),
 )
 targets = st.sampled_from(["work", "personal", "hidden", "vault", "sys-firewall"])
@@ -140,6 +140,40 @@ def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
         "qubes.ForwardTCP  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardUDP  *  @anyvm  @anyvm  deny  notify=no\n"
     )
+
+
+def test_udp_has_lines_of_its_own() -> None:
+    (both,) = plan([rule("proto=both srcports=53-54 autostart=yes transport=call")], world(), NOW)
+    assert policy.lines(both) == (
+        "qubes.ForwardTCP  +53  sys-net  work  allow  autostart=yes  notify=no",
+        "qubes.ForwardTCP  +54  sys-net  work  allow  autostart=yes  notify=no",
+        "qubes.ForwardUDP  +53-54+mux  sys-net  work  allow  autostart=yes  notify=no",
+    )
+    (udp,) = plan([rule("proto=udp srcports=53")], world(), NOW)
+    assert policy.lines(udp) == ("qubes.ForwardUDP  +53+mux  sys-net  work  allow  autostart=no  notify=no",)
+
+
+@pytest.mark.parametrize(("proto", "allowed"), [("tcp", {"TCP"}), ("udp", {"UDP"}), ("both", {"TCP", "UDP"})])
+def test_what_allows_one_protocol_does_not_allow_the_other(
+    judge: Judge, tmp_path: Path, proto: str, allowed: set[str]
+) -> None:
+    inventory = world()
+    planned = plan([rule(f"proto={proto}")], inventory, NOW)
+    (tmp_path / f"{policy.NAME}.policy").write_text(policy.text(planned))
+    loaded = judge.load(tmp_path)
+    found = {
+        name
+        for name in ("TCP", "UDP")
+        for argument in ("+80+mux",)
+        if isinstance(
+            loaded.judge(
+                system(inventory),
+                Request(service=f"qubes.Forward{name}", argument=argument, source="sys-net", target="work"),
+            ),
+            Allow,
+        )
+    }
+    assert found == allowed
 
 
 def test_a_mux_call_to_a_range_is_one_line() -> None:

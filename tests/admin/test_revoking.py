@@ -46,6 +46,8 @@ def told(backend: Backend, *rules: NamedRule) -> dict[str, str]:
         ([rule("srcports=80-81 dstports=8080-8081")], "keep 8080-8081 sys-net\n"),
         ([rule("dstports=8080 forwardtype=internal")], "keep 8080-8080 sys-firewall\n"),
         ([rule("dstports=8080", target="hidden")], ""),
+        ([rule("dstports=8080 proto=udp")], "keep udp 8080-8080 sys-net\n"),
+        ([rule("dstports=8080 proto=both")], None),
         ([WEB], None),
         ([rule("dstports=8080 autostart=yes")], None),
         ([rule("dstports=8080 srchosts=10.0.0.0/8")], None),
@@ -163,6 +165,33 @@ def test_calls_that_carry_udp_end_apart_from_those_that_carry_tcp() -> None:
     drained = "keep 8080-8080 sys-net\ndrain udp 8080-8080 sys-net 3600\n"
     assert told(backend, WEB) == {"work": f"{NOTHING}{drained}"}
     assert told(backend) == {"work": f"{NOTHING}drain udp 8080-8080 sys-net 3600\n"}
+
+
+@pytest.mark.parametrize(
+    ("proto", "told_of"),
+    [
+        ("tcp", "keep 8080-8080 sys-net\ndrain udp 8080-8080 sys-net 3600\n"),
+        ("udp", "keep udp 8080-8080 sys-net\ndrain 8080-8080 sys-net 3600\n"),
+        ("both", None),
+    ],
+)
+def test_a_rule_that_forwards_less_than_both_ends_the_rest(proto: str, told_of: str | None) -> None:
+    backend = Memory(world())
+    applied(backend, rule("dstports=8080 proto=both on-expire=drain"))
+    after = rule(f"dstports=8080 proto={proto} on-expire=drain")
+    assert told(backend, after) == ({} if told_of is None else {"work": NOTHING + told_of})
+    assert told(backend) == {
+        "work": f"{NOTHING}drain 8080-8080 sys-net 3600\ndrain udp 8080-8080 sys-net 3600\n"
+    }
+
+
+def test_udp_is_named_only_where_the_target_offers_it() -> None:
+    """One that knows no UDP would refuse the whole list, and end nothing."""
+    backend = Memory(world())
+    both = rule("dstports=8080 proto=both on-expire=drain")
+    applied(backend, both)
+    del backend.qubes[QubeName("fedora-42")]["supported-rpc.qubes.ForwardUDP"]
+    assert told(backend, both) == {"work": f"{NOTHING}drain 8080-8080 sys-net 3600\n"}
 
 
 def test_more_than_a_target_reads_ends_everything() -> None:

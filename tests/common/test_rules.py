@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.common import exchange
 from qubes_fwd_qrexec.common.errors import RuleError
 from qubes_fwd_qrexec.common.options import split
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, Limits, NamedRule
-from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 MINIMAL = "action=forward srcports=80 srchosts=any"
 FULL = (
@@ -67,6 +67,26 @@ def test_a_full_line_is_canonical_already_and_a_short_one_gets_its_defaults() ->
         "action=forward mode=auto forwardtype=external proto=tcp srcports=80-80 dstports=80-80 srchosts=any"
     )
     assert list(ForwardRule.parse(FULL).options()) == list(ForwardRule.option_names())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "mode=qrexec",
+        "mode=nft",
+        "mode=qrexec transport=mux proxy=v2 autostart=yes limits=connections:9,per-source:3,rate:5",
+        "on-expire=drain expire=1893456000",
+    ],
+)
+@pytest.mark.parametrize("proto", ["tcp", "udp", "both"])
+def test_each_protocol_goes_with_every_mode(proto: str, options: str) -> None:
+    rule = ForwardRule.parse(f"{MINIMAL} proto={proto} {options}")
+    assert f" proto={proto} " in str(rule)
+    assert ForwardRule.parse(str(rule)) == rule
+
+
+def test_single_calls_of_a_rule_for_both_are_those_of_tcp() -> None:
+    assert ForwardRule.parse(f"{MINIMAL} proto=both transport=call").proto is Proto.BOTH
 
 
 @pytest.mark.parametrize(
@@ -167,10 +187,25 @@ BAD = [
         "number",
     ),
     (
-        f"{MINIMAL} proto=udp mode=qrexec",
-        "options 'proto' and 'mode': qrexec carries TCP alone; udp needs mode=nft",
+        f"{MINIMAL} proto=udp proxy=v1",
+        "options 'proto' and 'proxy': version 1 of the PROXY protocol is for TCP alone; use proxy=v2",
     ),
-    (f"{MINIMAL} proto=udp proxy=v1", "options 'proto' and 'proxy': the PROXY protocol needs proto=tcp"),
+    (
+        f"{MINIMAL} proto=both mode=qrexec proxy=v1",
+        "options 'proto' and 'proxy': version 1 of the PROXY protocol is for TCP alone; use proxy=v2",
+    ),
+    (
+        f"{MINIMAL} proto=udp transport=call",
+        "options 'proto' and 'transport': single calls carry connections of TCP; leave transport out",
+    ),
+    (
+        f"{MINIMAL} proto=both transport=call proxy=v2",
+        "options 'transport' and 'proxy': PROXY headers need mux calls; use transport=mux",
+    ),
+    (
+        f"{MINIMAL} proto=udp mode=nft autostart=yes",
+        "options 'mode' and 'autostart': packets cannot start a halted qube; use mode=qrexec",
+    ),
     (
         f"{MINIMAL} mode=nft transport=call",
         "options 'mode' and 'transport': transport is about qrexec; leave it out with mode=nft",

@@ -31,10 +31,7 @@ _CHECKS = {
         *(Cause.TUNNEL, Cause.BYPASSES_TUNNEL, Cause.WITHIN_TUNNEL, Cause.NO_TUNNEL),
         *(Cause.PERHAPS_TUNNEL, Cause.NFT_BEHIND_TUNNEL),
     ),
-    "service": (
-        *(Cause.UDP_UNDECIDED, Cause.NO_SERVICE, Cause.NO_NFT_SERVICE, Cause.NFT_SWITCHED_OFF),
-        Cause.NFT_AT_WHONIX,
-    ),
+    "service": (Cause.NO_SERVICE, Cause.NO_NFT_SERVICE, Cause.NFT_SWITCHED_OFF, Cause.NFT_AT_WHONIX),
     "expiry": (Cause.IN_TIME, Cause.EXPIRED),
     "hold": (Cause.HELD,),
 }

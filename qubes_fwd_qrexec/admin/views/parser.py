@@ -72,7 +72,7 @@ _ADD = (
     _argument(
         "--mode", metavar="auto|nft|qrexec", help="packets along the netvms (faster), or bytes over qrexec"
     ),
-    _argument("--proto", metavar="tcp|udp", help="udp goes only by nft"),
+    _argument("--proto", metavar="tcp|udp|both", help="what to forward (default: tcp)"),
     _argument(
         "--transport", metavar="auto|mux|call", help="many connections in one qrexec call, or one call each"
     ),

@@ -15,9 +15,9 @@ from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX
 from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
-from qubes_fwd_qrexec.common.values import Proto, QubeName, yes_no
+from qubes_fwd_qrexec.common.values import QubeName, yes_no
 
-from . import entrance
+from . import carried, entrance
 
 Command = tuple[str, ...]
 HELD = "Everything is held by 'qvm-forward panic': nothing opens before 'qvm-forward resume'"
@@ -29,13 +29,12 @@ _OR_BYPASS = ", or accept that with bypass-tunnel=yes (--bypass-tunnel)."
 _BYPASSES = "{target} {is_tunneled}, and listening at {qube} would bypass it; "
 _ASKS = "The rule asks for {case} and {lacks}; {install}, or leave {case} out."
 _FORWARD, _CONNECT = Service.FORWARD_TCP, Service.CONNECT_TCP
-# A way out for TCP alone; the sentence says so in {or_qrexec}.
-_QREXEC = _SET + "mode=qrexec"
-_OR_QREXEC = ", or send it over qrexec with mode=qrexec"
+_QREXEC, _NFT = _SET + "mode=qrexec", _SET + "mode=nft"
+_OR_QREXEC = ", or send it over qrexec with mode=qrexec."
 _NEEDED = "which mode=nft needs at every qube of the path"
 
 _ROWS: dict[Cause | tuple[Cause, str], Command] = {
-    Cause.OPEN: ("{traffic} to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",),
+    Cause.OPEN: ("{what} to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",),
     (Cause.EXPOSED_HALTED, Mode.QREXEC): (
         "{qube} is halted and will listen when it starts: '{0}'.",
         "qvm-start {qube}",
@@ -50,8 +49,8 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "qvm-start {qube}",
     ),
     (Cause.TARGET_HALTED, Mode.QREXEC): (
-        "{qube} is halted, and connections are refused until it runs: '{0}', or let connections start it "
-        "with autostart=yes.",
+        "{qube} is halted, and nobody is answered until it runs: '{0}', or let {traffic} start it with "
+        "autostart=yes.",
         "qvm-start {qube}",
         _SET + "autostart=yes",
     ),
@@ -86,7 +85,7 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _SET + "follow-netvm=yes",
     ),
     (Cause.NO_NETVM, Mode.NFT): (
-        "{target} has no netvm, so no packets reach it; give it one with '{0}'{or_qrexec}.",
+        "{target} has no netvm, so no packets reach it; give it one with '{0}'" + _OR_QREXEC,
         "qvm-prefs {target} netvm NETVM",
         _QREXEC,
     ),
@@ -95,54 +94,58 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "(--via QUBE).",
         _VIA,
     ),
-    Cause.UDP_UNDECIDED: ("UDP goes only by nft, and the rule does not say so: '{0}'.", _SET + "mode=nft"),
     Cause.NO_IP_PATH: (
-        "{qube} is not a netvm of {target}, and mode=nft goes along its netvms; leave out via{or_qrexec}.",
+        "{qube} is not a netvm of {target}, and mode=nft goes along its netvms; leave out via" + _OR_QREXEC,
         _SET + "via=",
         _QREXEC,
     ),
     Cause.NFT_BEHIND_TUNNEL: (
-        "{target} {is_tunneled}, and mode=nft sends no packets past a tunnel{or_qrexec}.",
+        "{target} {is_tunneled}, and mode=nft sends no packets past a tunnel" + _OR_QREXEC,
         _QREXEC,
         _SET + "bypass-tunnel=no",
     ),
     Cause.NO_NFT_SERVICE: (
-        f"{{lacks}}, {_NEEDED}; {{install}}{{or_qrexec}}.",
+        f"{{lacks}}, {_NEEDED}; {{install}}" + _OR_QREXEC,
         _QREXEC,
         _REMOVE,
     ),
     Cause.NFT_SWITCHED_OFF: (
         f"{{qube}} has the service qubes-forward-nft switched off, {_NEEDED}; '{{0}}' switches it on when "
-        "{qube} starts again{or_qrexec}.",
+        "{qube} starts again" + _OR_QREXEC,
         f"qvm-service {{qube}} {NFT_FEATURE.removeprefix('service.')} on",
         _QREXEC,
     ),
     Cause.NFT_AT_WHONIX: (
         "Whonix runs in {qube} ({mark.mark}), and its own firewall, which replaces that of Qubes, refuses "
-        "what is forwarded; send nothing to it by nft{or_qrexec}.",
+        "what is forwarded; send nothing to it by nft" + _OR_QREXEC,
         _QREXEC,
         _REMOVE,
     ),
     Cause.NO_ADDRESS: (
         "{qube} has no IPv{number} address, so IPv{number} does not reach {target}; leave out IPv{number} "
-        "networks{or_qrexec}.",
+        "networks" + _OR_QREXEC,
         _SET + "srchosts=NETWORKS",
         _QREXEC,
     ),
     Cause.LINK_LOCAL: (
         "Addresses in {detail} are link-local, and packets from them cannot be forwarded; let in other "
-        "networks{or_qrexec}.",
+        "networks" + _OR_QREXEC,
         _SET + "srchosts=NETWORKS",
         _QREXEC,
     ),
     Cause.NFT_LOOPBACK: (
-        "Packets to a loopback address are not forwarded; take another listen address{or_qrexec}.",
+        "Packets to a loopback address are not forwarded; take another listen address" + _OR_QREXEC,
         _SET + "listen=ADDRESS",
         _QREXEC,
     ),
     (Cause.NO_SERVICE, "system"): (
         f"{{target}} runs {{detail}}, which has neither {_FORWARD} nor {_CONNECT}; name a target that runs "
         "Linux.",
+        _REMOVE,
+    ),
+    (Cause.NO_SERVICE, "udp"): (
+        "{lacks}, without which no UDP gets there over qrexec; {install}, or send it by nft with mode=nft.",
+        _NFT,
         _REMOVE,
     ),
     (Cause.NO_SERVICE, "transport=mux"): (_ASKS, _SET + "transport=auto"),
@@ -189,7 +192,7 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
     ),
     (Cause.TOO_LARGE, "shifted"): (
         f"mode=nft can move a range of up to {SHIFTED_MAX:,} ports to other ports, and this one has "
-        "{number:,}; expose the same ports that the target uses{or_qrexec}.",
+        "{number:,}; expose the same ports that the target uses" + _OR_QREXEC,
         _SET + "srcports=PORTS",
         _QREXEC,
     ),
@@ -306,8 +309,7 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
         return f"{text}'{' '.join(confirm)}' agrees to the new path.", (*ways, confirm)
     text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, finding.case]
     commands = tuple(_command(template, facts) for template in templates)
-    can_do = [c for c, each in zip(commands, templates, strict=True) if each != _QREXEC or facts["or_qrexec"]]
-    return text.format(*map(" ".join, commands), **facts), tuple(can_do)
+    return text.format(*map(" ".join, commands), **facts), commands
 
 
 def _command(template: str, facts: Mapping[str, object]) -> Command:
@@ -318,21 +320,21 @@ def _command(template: str, facts: Mapping[str, object]) -> Command:
 def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     """What the rows name: about the rule first, then about the finding."""
     rule, target = forward.named.rule, forward.named.target
-    is_by_nft = forward.mode is Mode.NFT
+    traffic = carried.traffic(rule.proto)
     facts: dict[str, object] = {
         "target": target,
         "name": forward.named.name,
         "exposed": forward.exposed,
         "ports": rule.listen_ports.worded(),
         "target_ports": rule.target_ports.worded(),
-        "traffic": "Connections" if rule.proto is Proto.TCP else "UDP packets",
-        "or_qrexec": _OR_QREXEC if is_by_nft and rule.proto is Proto.TCP else "",
+        "traffic": traffic,
         "qube": finding.qube,
         "number": finding.number,
         "case": finding.case,
         "detail": finding.detail,
     }
     if finding.cause is Cause.OPEN:
+        facts["what"] = f"{traffic[0].upper()}{traffic[1:]}"
         facts["where"] = entrance.where(forward)
         facts["who"] = "anybody who can reach it" if rule.sources.anyone else ", ".join(entrance.asked(rule))
     elif finding.cause is Cause.UNFIT_QUBE:
@@ -348,7 +350,8 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         )
         facts["moves"] = f", which opens it at {now} and no longer at {was}" if was != now else ""
     elif finding.cause in (Cause.NO_SERVICE, Cause.STOCK_SERVICE):
-        facts["lacks"], facts["install"] = _lacks(target, finding)
+        service = Service.FORWARD_UDP if finding.case == "udp" else _FORWARD
+        facts["lacks"], facts["install"] = _lacks(target, finding, service)
     elif finding.cause is Cause.NO_NFT_SERVICE and finding.qube is not None:
         installed_in = finding._replace(qube=QubeName(finding.detail))
         facts["lacks"], facts["install"] = _lacks(finding.qube, installed_in, NFT_SERVICE)
@@ -380,7 +383,9 @@ def _lacks(target: QubeName, finding: Finding, service: str = _FORWARD) -> tuple
     """What a qube lacks, and how it comes by it."""
     if finding.detail == "older":
         return f"{target} was started before its template offered {_FORWARD}", f"restart {target}"
-    install = f"install qubes-fwd-qrexec in {target}"
-    if finding.qube != target:
-        install = f"install qubes-fwd-qrexec in its template {finding.qube} and restart {target}"
+    install = f"{'update' if finding.detail == 'update' else 'install'} qubes-fwd-qrexec in "
+    if finding.qube == target:
+        install += target
+    else:
+        install += f"its template {finding.qube} and restart {target}"
     return f"{target} does not offer {service}", install

@@ -4,7 +4,6 @@
 from qubes_fwd_qrexec.admin.deciding import Decision
 from qubes_fwd_qrexec.admin.states import Cause, Forward
 from qubes_fwd_qrexec.common.rules import Mode, Transport
-from qubes_fwd_qrexec.common.values import Proto
 
 from .reasons import filled, sentence
 
@@ -36,8 +35,8 @@ def decision(forward: Forward, decided: Decision) -> str:
     target, name, rule = forward.named
     command, finding = f"qvm-forward set {target} {name} mode=", decided.against
     if rule.mode is Mode.NFT:
-        way = f"by nft, as packets can go {' - '.join((*forward.hops, target))}"
-        return way if rule.proto is not Proto.TCP else f"{way}; '{command}qrexec' sends it over qrexec"
+        path = " - ".join((*forward.hops, target))
+        return f"by nft, as packets can go {path}; '{command}qrexec' sends it over qrexec"
     why = f"{decided.option} is asked for"
     if decided.is_at_loopback:
         why = f"the server in {target} listens at loopback alone"

@@ -90,8 +90,8 @@ REFUSED = [
     (("add", "work", "80", "--from", "any", "--expire", "soon"), 2, "add: --expire: 'soon' is not a time"),
     (("add", "work", "80", "--from", "any", "--expire", "1"), 2, "expire: that time is over already"),
     (("add", "work", "80-81:90", "--from", "any"), 2, "both must have the same number"),
-    (("add", "work", "80", "--from", "any", "--proto", "udp", "--mode", "qrexec"), 2, "udp needs mode=nft"),
-    (("add", "work", "80", "--from", "any", "--proto", "udp"), 1, "which mode=nft needs at every qube"),
+    (("add", "work", "80", "--from", "any", "--proto", "udp", "--proxy", "v1"), 2, "TCP alone; use proxy=v2"),
+    (("add", "personal", "80", "--from", "any", "--proto", "udp"), 1, "does not offer qubes.ForwardUDP"),
     (("add", "work", "80", "--from", "any", "--mode", "nft"), 1, "or send it over qrexec with mode=qrexec"),
     (
         ("add", "work", "81", "--from", "any", "--proxy", "v2", "--transport", "call"),

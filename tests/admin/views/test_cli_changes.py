@@ -155,11 +155,12 @@ def test_a_halted_qube_waits_and_is_delivered_at_its_start(forward: Forward, lab
 def test_a_stored_rule_that_is_refused_fails_apply_and_the_rest_is_done(
     forward: Forward, lab: LabDirectory
 ) -> None:
-    lab.set_feature("work", "forward.udp", "action=forward proto=udp srcports=53 srchosts=any owner=work")
+    line = "action=forward proto=udp srcports=53 srchosts=any owner=personal"
+    lab.set_feature("personal", "forward.udp", line)
     forward(*ADD, "--no-apply")
     result = forward("apply")
     assert result.status == 1
-    assert "work udp is refused. UDP goes only by nft" in result.err
+    assert "personal udp is refused. personal does not offer qubes.ForwardUDP" in result.err
     assert lab.vm_config("sys-net").keys() == {"fwd.work.web"}
 
 
