@@ -335,7 +335,7 @@ def _about(row: Row) -> Iterator[str]:
         yield f"{whose}: refused: {refused}."
     if report.datagrams_sent or report.datagrams_received:
         sent, received = report.datagrams_sent, report.datagrams_received
-        yield f"{whose}: {sent} datagrams from clients, {received} to clients."
+        yield f"{whose}: {counted(sent, 'datagram')} from clients, {received} to clients."
     if dropped := _reasons(report.dropped):
         yield f"{whose}: datagrams dropped: {dropped}."
     if report.last_error is not None:

@@ -52,6 +52,12 @@ def test_forwards_to_the_same_ports_of_a_target_share_a_call_and_others_do_not()
     assert calls_needed(mixed, "sys-firewall") == 0
 
 
+def test_udp_has_calls_of_its_own() -> None:
+    udp = rule("srcports=81 dstports=80 proto=udp", name="udp")
+    assert calls_needed(planned([rule(), udp]), "sys-net") == 2
+    assert calls_needed(planned([rule("proto=both"), udp]), "sys-net") == 2
+
+
 def test_what_is_not_open_needs_no_call() -> None:
     idle = [rule(f"srcports={9000 + n} enabled=no", name=f"i-{n:02}") for n in range(CALLS_MAX)]
     assert calls_needed(planned(idle), "sys-net") == 0

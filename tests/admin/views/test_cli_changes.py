@@ -177,6 +177,18 @@ def test_set_says_what_becomes_of_those_it_shuts_out(forward: Forward, ending: s
     assert words not in forward("set", "work", "web", "srchosts=192.168.0.0/16").out
 
 
+def test_a_protocol_that_a_rule_gives_up_shuts_out_its_own(forward: Forward) -> None:
+    forward(*ADD, "--proto", "both", "--mode", "qrexec")
+    out = forward("set", "work", "web", "srchosts=192.168.1.0/24").out
+    assert "Note: connections and UDP flows that it no longer allows are cut.\n" in out
+    assert (
+        "Note: UDP flows that it no longer allows are cut.\n"
+        in forward("set", "work", "web", "proto=tcp").out
+    )
+    assert "Note: connections that it" in forward("set", "work", "web", "proto=udp").out
+    assert "no longer allows" not in forward("set", "work", "web", "proto=both").out
+
+
 def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDirectory) -> None:
     """As by a backup that was restored, or by Qubes' own tools, since the last command."""
     forward(*ADD)

@@ -192,6 +192,35 @@ def test_what_keeps_a_forward_from_being_open_has_words(
     assert took.note(forward) == (None if text is None else f"{text}{helps}")
 
 
+@pytest.mark.parametrize(
+    ("said", "notes"),
+    [
+        (answer(report(), UDP), [None, None]),
+        (answer(report()), [None, "sys-net does not have its UDP open yet"]),
+        (answer(UDP), ["sys-net does not have its TCP open yet", None]),
+        (
+            answer(report(), problems=(Problem("udp.work.web", "the port is in use by resolved"),)),
+            [None, "sys-net does not have its UDP open: the port is in use by resolved"],
+        ),
+        (
+            answer(report(), UDP, waiting=("udp.work.web",)),
+            [None, f"sys-net does not have its UDP open: {FIRE}"],
+        ),
+        (DOWN, ["sys-net does not listen: it is not enabled"] * 2),
+    ],
+)
+def test_each_protocol_of_a_forward_is_open_or_not_by_itself(
+    said: QubeReport, notes: list[str | None]
+) -> None:
+    both = only(rule("proto=both"), UDP_WORLD)
+    helps = "; 'qvm-forward diagnose work web' says what helps"
+    assert [took.note(both) for took in uptakes(both, said)] == [note and f"{note}{helps}" for note in notes]
+    assert [took.proto for took in uptakes(both, said)] == ["tcp", "udp"]
+    alone = only(rule("proto=udp"), UDP_WORLD)
+    (took,) = uptakes(alone, answer(report()))
+    assert took.said == "sys-net does not have it open yet"
+
+
 def test_flows_of_udp_are_told_from_connections() -> None:
     drains = (replace(drain(2), proto=Proto.UDP), drain(1))
     said = answer(replace(UDP, connections=5), report(connections=4), draining=drains)
@@ -201,6 +230,9 @@ def test_flows_of_udp_are_told_from_connections() -> None:
         "personal ssh: 1 connection at sys-net may go on for at most 3000 s",
         "work web: 5 UDP flows that should have ended at sys-net",
     ]
+    assert (
+        flows(SYS_NET, answer(replace(UDP, connections=5)), plan([rule("proto=udp")], UDP_WORLD, NOW)) == []
+    )
 
 
 def test_what_has_ended_beyond_dom0_is_found_and_no_other() -> None:

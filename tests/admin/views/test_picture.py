@@ -56,6 +56,14 @@ def test_the_way_of_an_open_forward() -> None:
     assert drawn(WEB, 66) == NARROW
 
 
+@pytest.mark.parametrize(("proto", "port"), [("udp", "udp port 80"), ("both", "tcp+udp ports 80-81")])
+def test_what_is_more_than_tcp_is_named(proto: str, port: str) -> None:
+    ports = "80-81" if "ports" in port else "80"
+    drawing = drawn(rule(f"proto={proto} srcports={ports}"))
+    assert f"| {port} |" in drawing
+    assert " mux " in drawing
+
+
 def test_qubes_are_shown_by_name() -> None:
     named = rule("srchosts=10.138.0.0/16,personal,@tag:games forwardtype=internal")
     assert drawn(named, 60).startswith("  qubes, 10.138.0.0/16, personal, @tag:games\n")
