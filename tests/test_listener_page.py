@@ -14,6 +14,8 @@ from qubes_fwd_qrexec.exposed import (
     callqueue,
     callwaits,
     connectionlog,
+    flowpool,
+    flowtable,
     limits,
     listeneroptions,
     muxpool,
@@ -21,18 +23,19 @@ from qubes_fwd_qrexec.exposed import (
     unopened,
 )
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
-from qubes_fwd_qrexec.relay import acceptloop, idleness, patience
+from qubes_fwd_qrexec.relay import acceptloop, flowqueue, idleness, patience
 from qubes_fwd_qrexec.system import deadpeers, logs, qubesdbsource
 from qubes_fwd_qrexec.target import callservice, localserver
 
 PAGE = (Path(__file__).parents[1] / "docs" / "qubes-forward-listener.rst").read_text()
 # As it is read, without line breaks and marks; a row of the table is one sentence then.
 READ = re.sub(r"\s+", " ", PAGE.replace("`", "").replace("*", ""))
-UNITS = {"s": 1, "second": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
+UNITS = {"ms": 0.001, "s": 1, "second": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
 WORDS = {"a": 1, "each": 1, "half a": 0.5, "five": 5, "five times": 5, "three quarters": 0.75}
 TIMEOUTS = CallTimeouts()
 GONE_S = deadpeers.IDLE_S + deadpeers.COUNT * deadpeers.INTERVAL_S
 VCHANS_OF_A_QUBE = 30
+FLOW_IDLE_S = flowtable.ANSWERED_S, flowtable.UNANSWERED_S
 
 # A sentence, and what the code has for each {} in it: a number, or a time in seconds.
 SAID: list[tuple[str, tuple[float, ...]]] = [
@@ -68,6 +71,11 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ),
     ("the peer does not acknowledge bytes {} at least", (GONE_S,)),
     ("the target takes nothing over a mux call {} it may be paused", (patience.PAUSE_S,)),
+    ("A flow ends when nothing has moved in it for {}, or for {} if", FLOW_IDLE_S),
+    ("has waited for {} when its turn comes is dropped;", (flowqueue.WAIT_S,)),
+    ("before the call is through, {}. Each datagram", (flowpool.WAIT_S,)),
+    ("Flows have limits of their own: {} for all forwards", (flowtable.FLOWS_MAX,)),
+    ("gives up one in which nothing has moved for {}, since many", (flowtable.QUIET_S,)),
     ("looks for them every {};", (idleness.LOOK_TICKS * idleness.TICK_S,)),
     ("tries again {} in a second.", (1 / acceptloop.SHORTAGE_PAUSE_S,)),
     ("At most {} such lines are written in a second", (connectionlog.LINES_PER_S,)),
