@@ -6,6 +6,7 @@ It passes on what comes at once, and never waits for anybody: what the call does
 dropped and counted (`flowqueue`). The owner (`FlowMuxOwner`) hears what happens to the call as a whole.
 """
 
+import math
 import socket
 import time
 from functools import partial
@@ -35,6 +36,8 @@ from .patience import HELLO_S
 
 # How much is given to the call at once: what it has taken cannot be dropped any more.
 _WRITE_BYTES = 64 << 10
+# Before any time: nothing has waited for too long then.
+_NEVER = -math.inf
 # Why the flows of a call have ended, by why the call has.
 _ENDS = {
     GoawayCode.LEASE_OVER: FlowCode.LEASE_OVER,
@@ -152,7 +155,7 @@ class FlowMux(MuxBase):
         if self.is_over:
             return
         if self._writer.is_empty:
-            for data, segment in self._queue.rest(flow_id, time.monotonic()):
+            for data, segment in self._queue.rest(flow_id, _NEVER):
                 self.connection.send_datagrams(flow_id, data, segment)
         self._queue.end(flow_id)
         self.connection.end_flow(flow_id, code)
@@ -203,9 +206,11 @@ class FlowMux(MuxBase):
     # To the call
 
     def _write(self) -> None:
+        # What waits only for the end of this turn has not waited for the call, however long the turn takes.
+        now = _NEVER if self._writer.is_empty else time.monotonic()
         self._writer.send()
         while self._queue.bytes and self._writer.is_empty and not self.connection.is_over:
-            for flow_id, data, segment in self._queue.take(_WRITE_BYTES, time.monotonic()):
+            for flow_id, data, segment in self._queue.take(_WRITE_BYTES, now):
                 self.connection.send_datagrams(flow_id, data, segment)
             self._writer.send()
 

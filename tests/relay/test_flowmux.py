@@ -106,6 +106,20 @@ def test_what_a_call_takes_in_time_is_not_dropped(bench: FlowBench) -> None:
     assert (bench.listener.dropped_old, bench.listener.dropped_full) == (0, 0)
 
 
+def test_a_turn_that_takes_long_drops_nothing_that_the_call_takes(bench: FlowBench) -> None:
+    flow_id, _, there = bench.joined()
+    bench.settle()
+    bench.listener.send(flow_id, b"one", 0)
+    bench.clock.advance(1.0)
+    bench.run(lambda: there.datagrams == [b"one"])
+    bench.listener.send(flow_id, b"two", 0)
+    bench.clock.advance(1.0)
+    bench.listener.end(flow_id, FlowCode.DONE)
+    bench.run(lambda: there.code)
+    assert there.datagrams == [b"one", b"two"]
+    assert bench.listener.dropped_old == 0
+
+
 def test_a_peer_that_reads_nothing_costs_a_bounded_amount(bench: FlowBench) -> None:
     flows = [bench.joined()[0] for _ in range(8)]
     bench.stop_reading(flows[0])

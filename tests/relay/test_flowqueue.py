@@ -214,6 +214,24 @@ def test_a_flow_that_has_little_again_and_again_holds_up_nobody(queue: FlowQueue
     assert taken[2] <= 2 * 100 * (1400 + COST_BYTES) / (3 + COST_BYTES)
 
 
+def test_many_flows_that_have_little_again_and_again_leave_a_bulk_flow_its_turn(queue: FlowQueue) -> None:
+    for _ in range(150):
+        queue.add(1, bytes(1400), 0, 0.0)
+    turns = queue.take(_ALL, 0.0)
+    assert next(turns)[0] == 1
+    for flow_id in range(2, 12):
+        queue.add(flow_id, b"ask", 0, 0.0)
+    before = 0
+    for _ in range(1000):
+        flow_id = next(turns)[0]
+        if flow_id == 1:
+            break
+        if before:  # it has been found empty meanwhile
+            queue.add(before, b"again", 0, 0.0)
+        before = flow_id
+    assert flow_id == 1
+
+
 def test_no_more_is_taken_than_was_asked_for_and_a_batch(queue: FlowQueue) -> None:
     for flow_id in (1, 2, 3):
         for _ in range(40):
