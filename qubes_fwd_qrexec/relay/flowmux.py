@@ -224,6 +224,5 @@ class FlowMux(MuxBase):
         return not self.flows
 
     def _abort_all(self, code: GoawayCode) -> None:
-        self._queue.end_all()
         for flow_id in list(self.flows):
             self._ended(flow_id, _ENDS.get(code, FlowCode.INTERNAL))

@@ -134,11 +134,6 @@ class FlowQueue:
             self._old.pop(flow_id, None)
             self._forget(flow)
 
-    def end_all(self) -> None:
-        """Forget all flows: the call is over."""
-        for flow_id in list(self._flows):
-            self.end(flow_id)
-
     def _add(self, flow_id: int, data: bytes, segment: int, until: float) -> None:
         flow = self._flows.get(flow_id)
         if flow is None:

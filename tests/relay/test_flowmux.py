@@ -159,6 +159,15 @@ def test_what_a_flow_has_waiting_goes_with_it(bench: FlowBench) -> None:
     assert all(len(datagram) == 60_000 for datagram in there.datagrams)
 
 
+def test_what_waits_for_a_flow_that_the_other_end_ends_is_dropped(bench: FlowBench) -> None:
+    flow_id, here, _ = bench.joined()
+    waiting = bench.stop_reading(flow_id)
+    bench.target.end(flow_id, FlowCode.REFUSED)
+    bench.target.loop.run_once(0.0)
+    bench.run(lambda: here.code)
+    assert (bench.listener.dropped_old, bench.listener.bytes_waiting) == (waiting, 0)
+
+
 def test_a_burst_of_one_turn_is_written_while_it_comes(bench: FlowBench) -> None:
     flow_id, _, there = bench.joined()
     bench.settle()

@@ -262,10 +262,3 @@ def test_a_flow_that_ends_in_its_turn_takes_nobody_elses(queue: FlowQueue) -> No
     assert next(turns)[0] == 1
     queue.end(1)
     assert {flow_id for flow_id, _, _ in turns} == {2}
-
-
-def test_the_end_of_the_call_is_the_end_of_all(queue: FlowQueue) -> None:
-    for flow_id in range(1, 4):
-        queue.add(flow_id, b"aabb", 2, 0.0)
-    queue.end_all()
-    assert (queue.bytes, queue.flows, queue.dropped_old) == (0, 0, 6)

@@ -322,6 +322,11 @@ def test_a_listener_side_that_reads_nothing_costs_a_bounded_amount(
     assert mux.bytes_waiting <= 1 << 20
     assert mux.dropped_full > 0
     assert bench.service.carries_any
+    bench.clock.advance(1.0)
+    bench.settle()
+    bench.pass_s(2)
+    to_server, to_listener = bench.listener.lost_there
+    assert (to_server, to_listener >= mux.dropped_full + mux.dropped_old) == (0, True)
 
 
 def test_a_server_that_reads_nothing_costs_nothing_here(bench: UdpBench, server: socket.socket) -> None:
