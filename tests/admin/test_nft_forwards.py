@@ -94,6 +94,14 @@ def test_what_a_silent_qube_may_let_in_as_before_counts_as_open(
     assert "'qvm-prefs work netvm ''' closes it whatever the qubes of its path do\n" in narrowed.err
 
 
+def test_of_both_protocols_both_are_named(run: Command, nft_lab: NftLab) -> None:
+    run(*ADD, "--proto", "both", "--mode", "nft")
+    nft_lab.says = dict.fromkeys(PATH, hangs)
+    narrowed = run("set", "work", "web", "proto=tcp")
+    assert narrowed.status == 1
+    assert "it may still let in 192.168.0.0/16 to tcp and udp port 80\n" in narrowed.err
+
+
 def test_one_qube_that_lets_in_fewer_is_enough(run: Command, nft_lab: NftLab) -> None:
     run(*ADD)
     nft_lab.says = {"sys-net": hangs, "sys-firewall": hangs}

@@ -110,7 +110,8 @@ def let_in(doubt: Unconfirmed, before: Told) -> str:
         old = NftConfig.parse(doubt.key, was)
     except ConfigError:
         return ""
-    return f"it may still let in {old.sources} to {old.proto} port {old.listen_ports.brief()}"
+    protos = " and ".join(old.proto.each)
+    return f"it may still let in {old.sources} to {protos} port {old.listen_ports.brief()}"
 
 
 def silent(doubts: Collection[Unconfirmed], told: Told) -> list[Unconfirmed]:
