@@ -25,11 +25,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
+from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, Role
 from qubes_fwd_qrexec.common.values import IPAddress, Proto, Sources
 from qubes_fwd_qrexec.system import conntrack, sockdiag
-from qubes_fwd_qrexec.system.addresses import AddressesError, local_addresses
+from qubes_fwd_qrexec.system.addresses import AddressesError, local_addresses, routed_by
 from qubes_fwd_qrexec.system.conntrack import Connection, ConntrackError
 from qubes_fwd_qrexec.system.sockdiag import SocketsError
 
@@ -225,18 +226,32 @@ class _Forgetting:
         self, version: int, gone: Collection[NftConfig], living: Collection[NftConfig], sent_on: bool
     ) -> None:
         self._version = version
-        self._gone = [(config, _same_way(config, living)) for config in gone]
+        self._gone = [(config, [other for other in living if other.role is config.role]) for config in gone]
         self._sent_on = sent_on
+        self._behind: frozenset[IPAddress] = frozenset()
 
     def run(self) -> int:
+        sides = {each.side for config, others in self._gone for each in (config, *others)}
+        if Side.VIFS in sides and len(sides) > 1:
+            self._behind = routed_by(self._version, Side.VIFS.group)
         ports = {port for config, _ in self._gone for port in config.listen_ports}
         return conntrack.delete(self._version, self.is_over, sent_on=self._sent_on, ports=ports)
 
     def is_over(self, connection: Connection) -> bool:
         return not connection.source.is_loopback and any(
-            has(config, connection) and not any(has(other, connection) for other in kept)
-            for config, kept in self._gone
+            has(config, connection)
+            and not any(has(other, connection) and self._is_by(other, config, connection) for other in others)
+            for config, others in self._gone
         )
+
+    def _is_by(self, other: NftConfig, config: NftConfig, connection: Connection) -> bool:
+        """Whether a connection that may be of a forward that is gone is one of another: it has come by the
+        same side, or, as only a qube behind this one has such a source, by the vifs or by none of them.
+        """
+        if other.side is config.side:
+            return True
+        is_behind = connection.source in self._behind
+        return (other.side is Side.VIFS and is_behind) or (config.side is Side.VIFS and not is_behind)
 
 
 class _Destroying:

@@ -26,6 +26,7 @@ from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import (
     ListenPorts,
     Proto,
+    RuleName,
     Sources,
     TargetPorts,
 )
@@ -302,6 +303,29 @@ def test_what_drains_goes_on_for_a_while_without_anybody_new(
         flow.assert_silent(one)
     road.put(qube)
     assert all(flow.is_alive() for flow in beside)
+
+
+@pytest.mark.parametrize("gone", [Side.UPLINK, Side.VIFS])
+def test_of_two_forwards_from_one_port_to_one_place_each_ends_alone(wired: Wired, gone: Side) -> None:
+    """They let in anybody, one from outside and one from other qubes."""
+    told = configs(Proto.TCP, CLOSED, sources=Sources.parse("any"))
+    inside = replace(told[FIREWALL], name=RuleName("inside"), side=Side.VIFS)
+    helpers = {one: Helper(wired, one) for one in PATH}
+    for one, helper in helpers.items():
+        helper.put(Kept(told[one]), *([Kept(inside)] if one == FIREWALL else []))
+    server = wired.serve("tcp", WORK, CLOSED[1])
+    flows: dict[Side, list[Flow]] = {Side.UPLINK: [], Side.VIFS: []}
+    for family in FAMILIES:
+        from_lan = wired.connect(LAN, family.net, CLOSED[0], family.lan)
+        flows[Side.UPLINK].append(Flow(from_lan, server.accept()[0]))
+        beside = wired.connect(BESIDE_WORK, family.firewall, CLOSED[0])
+        flows[Side.VIFS].append(Flow(beside, server.accept()[0]))
+    helpers[FIREWALL].put(Kept(inside if gone is Side.UPLINK else told[FIREWALL]))
+    for flow in flows.pop(gone):
+        flow.to_server(b"lost")
+        flow.assert_client_reset()
+    (kept,) = flows.values()
+    assert all(flow.is_alive() for flow in kept)
 
 
 @pytest.mark.parametrize("qube", [FIREWALL, WORK])

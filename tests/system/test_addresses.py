@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 from spaces import Spaces, needs_namespaces
 
-from qubes_fwd_qrexec.system.addresses import AddressesError, local_addresses
+from qubes_fwd_qrexec.system.addresses import AddressesError, local_addresses, routed_by
 from qubes_fwd_qrexec.system.netlink import Netlink, attribute
 
 # linux/netlink.h: a header's flags, NLMSG_DONE; linux/rtnetlink.h: RTM_NEWADDR.
@@ -63,6 +63,23 @@ def test_all_addresses_of_a_family_are_there_whatever_interface_has_them() -> No
     assert v4 == {ip_address("127.0.0.1"), ip_address("192.0.2.1")}
     assert {ip_address("::1"), ip_address("fd77::1")} <= v6
     assert {address.version for address in v6} == {6}
+
+
+@needs_namespaces
+def test_the_single_addresses_that_have_a_route_by_a_group_are_those_of_the_qubes_behind() -> None:
+    with Spaces("one", "two") as spaces:
+        spaces.join("one", "two", ("192.0.2.1/24", "192.0.2.2/24"), ("fd77::1/64", "fd77::2/64"))
+        for to in ("10.137.0.9", "10.137.1.0/24", "fd09::9"):
+            spaces.ip_in("one", "route", "add", to, "dev", "two")
+        with spaces.within("one"):
+            assert routed_by(4, 2) == frozenset()
+            assert ip_address("10.137.0.9") in routed_by(4, 0)
+        spaces.ip_in("one", "link", "set", "two", "group", "2")
+        with spaces.within("one"):
+            assert ip_address("10.137.0.9") in routed_by(4, 2)
+            assert ip_address("fd09::9") in routed_by(6, 2)
+            assert not {ip_address("10.137.1.0"), ip_address("127.0.0.1")} & routed_by(4, 2)
+            assert ip_address("10.137.0.9") not in routed_by(4, 0)
 
 
 def test_of_a_link_between_two_the_end_here_counts() -> None:
