@@ -72,7 +72,7 @@ SAID: list[tuple[str, tuple[float, ...]]] = [
     ("the peer does not acknowledge bytes {} at least", (GONE_S,)),
     ("the target takes nothing over a mux call {} it may be paused", (patience.PAUSE_S,)),
     ("A flow ends when nothing has moved in it for {}, or for {} if", FLOW_IDLE_S),
-    ("has waited for {} when its turn comes is dropped;", (flowqueue.WAIT_S,)),
+    ("what the call has not taken within {} is dropped;", (flowqueue.WAIT_S,)),
     ("before the call is through, {}. Each datagram", (flowpool.WAIT_S,)),
     ("Flows have limits of their own: {} for all forwards", (flowtable.FLOWS_MAX,)),
     ("gives up one in which nothing has moved for {}, since many", (flowtable.QUIET_S,)),
