@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, Phase, settings
 from mux_bench import Joined, MuxBench
 from wired import Wired, open_wired
 
-from qubes_fwd_qrexec.exposed import statussockets, trial
+from qubes_fwd_qrexec.exposed import flowpool, statussockets, trial
 from qubes_fwd_qrexec.lab.stockrules import Shape
+from qubes_fwd_qrexec.relay import flowqueue
 from qubes_fwd_qrexec.system import bugs, logs
 
 # argparse asks gettext for each of its words, and there is no translation to look for in four places.
@@ -174,6 +175,14 @@ def mux_call_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 def said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a test takes, a kind of event that was logged is not logged again."""
     monkeypatch.setattr(logs, "REPEAT_S", 1e6)
+
+
+@pytest.fixture
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a busy machine takes to begin a call, or to give this process its turn, no datagram is
+    dropped for that."""
+    monkeypatch.setattr(flowpool, "WAIT_S", 1e6)
+    monkeypatch.setattr(flowqueue, "WAIT_S", 1e6)
 
 
 @pytest.fixture

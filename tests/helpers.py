@@ -45,7 +45,7 @@ with open(calls + ".options", "a") as log:
 argument = service.partition("+")[2]
 os.environ["QREXEC_AGENT_PID"] = str(os.getpid())
 udp = ["--udp"] if service.startswith("qubes.ForwardUDP+") else []
-if mode == "serve":
+if mode == "serve" or (mode.startswith("flows") and not udp):
     os.execv(sys.executable, [sys.executable, "-m", "qubes_fwd_qrexec.service", *udp, argument])
 elif mode.startswith("mux"):  # our service, with constants of its own
     from qubes_fwd_qrexec import service

@@ -28,7 +28,6 @@ class Spaces:
         self._prefix = f"t{os.getpid()}-{next(_numbers)}-"
         self._names = names
         self._fds: dict[str, int] = {}
-        self._home_fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self) -> Self:
         try:
@@ -42,20 +41,28 @@ class Spaces:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (*self._fds.values(), self._home_fd):
+        for fd in self._fds.values():
             os.close(fd)
         for name in self._names:
             with suppress(subprocess.CalledProcessError):
                 self.ip("netns", "delete", self._prefix + name)
 
+    def name(self, name: str) -> str:
+        """The real name of one, for ``ip netns``."""
+        return self._prefix + name
+
     @contextmanager
     def within(self, name: str) -> Iterator[None]:
         """What is done in this thread, and the programs that are started, are in that network."""
-        _enter(self._fds[name])
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield
+            _enter(self._fds[name])
+            try:
+                yield
+            finally:
+                _enter(before)
         finally:
-            _enter(self._home_fd)
+            os.close(before)
 
     def join(self, one: str, other: str, *nets: tuple[str, str]) -> None:
         """A pair of interfaces, each named after the other end; each net is an address for either end."""

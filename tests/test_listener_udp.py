@@ -23,44 +23,15 @@ from helpers import (
     write_config,
 )
 from udp_clients import UdpClient, free_udp_port
+from udp_forwards import KEY, forward_of, is_bound, write_udp_config
 
 from qubes_fwd_qrexec.common.report import Answer, Way
 from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.exposed import flowpool
-from qubes_fwd_qrexec.exposed.udpforward import OpenUdpForward
 from qubes_fwd_qrexec.listener import Listener
-from qubes_fwd_qrexec.relay import flowqueue
 from qubes_fwd_qrexec.system.configsource import FileSource
 
-KEY = "udp.work.dns"
-
-
-@pytest.fixture(autouse=True)
-def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a busy machine takes to start a call or to give a process its turn, nothing is dropped."""
-    monkeypatch.setattr(flowpool, "WAIT_S", 1e6)
-    monkeypatch.setattr(flowqueue, "WAIT_S", 1e6)
-
-
-def write_udp_config(directory: Path, listen_port: int, target_port: int = 53, **options: str) -> Path:
-    given = {"key": KEY, "service": "qubes.ForwardUDP", "transport": "mux"} | options
-    return write_config(directory, listen_port, target_port, **given)
-
-
-def is_bound(port: int, host: str = "127.0.0.1") -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.bind((host, port))
-        except OSError:
-            return True
-    return False
-
-
-def forward_of(listener: Listener, key: str = KEY) -> OpenUdpForward:
-    forward = listener.forwards[key]
-    assert isinstance(forward, OpenUdpForward)
-    return forward
-
+pytestmark = pytest.mark.usefixtures("no_hurry")
 
 # Carrying
 

@@ -22,6 +22,8 @@ class UdpClient:
     def __init__(self, port: int, host: str = "127.0.0.1", own: str = "") -> None:
         self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
         self.sock.setblocking(False)
+        self.heard = 0
+        """For a test that counts bytes."""
         if own:
             self.sock.bind((own, 0))
         self.sock.connect((host, port))

@@ -35,7 +35,7 @@ from .qrexec import Call
 
 # The target ends what is above FLOWS_PER_TICK in one of its seconds. With half of that at once and half in a
 # second, no second has more.
-_FLOWS_AT_ONCE = FLOWS_PER_TICK // 2
+FLOWS_AT_ONCE = FLOWS_PER_TICK // 2
 
 
 class Carried(FlowEnd, Protocol):
@@ -69,7 +69,7 @@ class FlowCall(MuxCall[FlowMux]):
         super().__init__(relays, ports)
         self.moved_at = time.monotonic()
         self._owner = owner
-        self._begins = Bucket(_FLOWS_AT_ONCE, _FLOWS_AT_ONCE, self.moved_at)
+        self._begins = Bucket(FLOWS_AT_ONCE, FLOWS_AT_ONCE, self.moved_at)
         self._flows: dict[int, Carried] = {}
         self._by_client: Counter[Key] = Counter()
         self._sole: Key | None = None

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Flows over the calls to one target: who waits, how fast new ones begin, and what a call says of itself."""
+
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import trio
+from helpers import (
+    BOUND_S,
+    FakeClient,
+    accept,
+    connect,
+    echo_once,
+    free_port,
+    port_of,
+    running_listener,
+    until,
+    write_config,
+)
+from udp_clients import UdpClient, free_udp_port
+from udp_forwards import KEY, forward_of, write_udp_config
+
+from qubes_fwd_qrexec.exposed import flowcall
+from qubes_fwd_qrexec.exposed.flowpool import FlowPool
+from qubes_fwd_qrexec.listener import Listener
+
+pytestmark = pytest.mark.usefixtures("no_hurry")
+
+
+def pool_of(listener: Listener) -> FlowPool:
+    return listener.transports.flow_pool(listener.forwards[KEY].config)
+
+
+async def test_new_flows_begin_as_fast_as_the_target_takes_them_and_none_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for their turn, and no second call is made for them."""
+    monkeypatch.setattr(flowcall, "FLOWS_AT_ONCE", 4)
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    write_udp_config(tmp_path / "config", port)
+    async with running_listener(tmp_path / "config", client.command) as listener:
+        clients = [UdpClient(port) for _ in range(10)]
+        for number, near in enumerate(clients):
+            near.send(b"%d" % number)
+        for number, near in enumerate(clients):
+            assert await near.hear() == b"%d" % number
+            near.sock.close()
+        assert not pool_of(listener).users()
+    assert len(client.calls) == 1
+
+
+async def test_a_call_knows_who_uses_it_and_since_when_nobody_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    write_udp_config(tmp_path / "config", port, limits="rate:1000")
+    async with running_listener(tmp_path / "config", client.command) as listener:
+        with UdpClient(port) as near, UdpClient(port) as again, UdpClient(port, own="127.0.0.2") as other:
+            assert await near.ask(b"x") == b"x"
+            assert await again.ask(b"x") == b"x"
+            (call,) = pool_of(listener).mux_calls
+            assert call.sole_user is not None
+            key, idle_s = call.sole_user
+            assert str(key[-1]) == "127.0.0.1"
+            assert 0 <= idle_s < BOUND_S
+            assert (call.carries, call.is_used, call.quiet_s) == (2, True, None)
+            assert await other.ask(b"x") == b"x"
+            assert call.sole_user is None
+        forward_of(listener).cut()
+        await until(lambda: call.quiet_s is not None)
+        assert (call.carries, call.sole_user) == (0, None)
+
+
+async def test_a_call_that_must_make_room_ends_its_flows_and_the_next_datagram_begins_anew(
+    tmp_path: Path,
+) -> None:
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    write_udp_config(tmp_path / "config", port)
+    async with running_listener(tmp_path / "config", client.command) as listener:
+        with UdpClient(port) as near:
+            assert await near.ask(b"x") == b"x"
+            (call,) = pool_of(listener).mux_calls
+            call.make_room()
+            await until(lambda: not pool_of(listener).mux_calls)
+            assert forward_of(listener).table.counters.refusals == {"made-room": 1}
+            assert await near.ask(b"y") == b"y"
+    assert len(client.calls) == 2
+
+
+async def test_without_flows_a_call_is_kept_a_while_and_then_ends(tmp_path: Path) -> None:
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    write_udp_config(tmp_path / "config", port)
+    async with running_listener(tmp_path / "config", client.command, linger_s=0.1) as listener:
+        with UdpClient(port) as near:
+            assert await near.ask(b"x") == b"x"
+        forward_of(listener).cut()
+        await until(lambda: not pool_of(listener).mux_calls)
+        assert pool_of(listener).last_problem is None
+
+
+async def test_bulk_starves_neither_another_flow_nor_a_connection_of_the_same_listener(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    port, client, config = free_udp_port(), FakeClient(tmp_path, "flows"), tmp_path / "config"
+    write_udp_config(config, port)
+    write_config(config, tcp_port := free_port(), port_of(server), key="fwd.work.web", transport="mux")
+    async with running_listener(config, client.command) as listener:
+        with UdpClient(port) as bulk, UdpClient(port, own="127.0.0.2") as near:
+            assert await near.ask(b"x") == b"x"
+            async with await connect(tcp_port) as tcp, await accept(server) as far:
+                await echo_once(tcp, far)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(flood, bulk)
+                    await until(lambda: bulk.heard)
+                    for number in range(20):
+                        await asked_until_answered(near, b"%d" % number)
+                        await echo_once(tcp, far)
+                    nursery.cancel_scope.cancel()
+        figures = listener.report().forwards
+        assert [report.refused for report in figures] == [{}, {}]
+        assert figures[1].sent > 100 * 1400
+
+
+async def flood(client: UdpClient) -> None:
+    """Send as fast as this process can, and read what comes back."""
+    data = bytes(1400)
+    while True:
+        for _ in range(20):
+            with suppress(BlockingIOError):
+                client.send(data)
+            with suppress(BlockingIOError):
+                client.heard += len(client.sock.recv(2000))
+        await trio.lowlevel.checkpoint()
+
+
+async def asked_until_answered(client: UdpClient, data: bytes) -> None:
+    """The kernel may drop a question of anybody where a buffer is full, so it is asked again."""
+    with trio.fail_after(BOUND_S):
+        while True:
+            client.send(data)
+            with trio.move_on_after(0.5):
+                while await client.hear() != data:
+                    pass
+                return
