@@ -27,8 +27,8 @@ from .limits import NotAdmitted
 # What is read from one socket in one turn of the loop: so often, or until so many bytes have come.
 READS_MAX = 64
 READ_MAX_BYTES = 128 << 10
-# Where what comes in a burst waits for this program's next turn. The kernel gives as much as it may, with
-# net.core.rmem_max as it is by default room for 554 small datagrams, twice that of a socket that asks for none.
+# Where what comes in a burst waits for this program's next turn. The kernel gives as much as it may: with its
+# default net.core.rmem_max room for 554 small datagrams, twice as many as a socket has that asks for none.
 _RECEIVE_BYTES = 1 << 20
 # The kernel's count of lost datagrams has 32 bits.
 _LOST_MASK = (1 << 32) - 1
@@ -41,7 +41,6 @@ _REFUSALS = {
     FlowCode.UNREACHABLE: "the server in the target cannot be reached",
     FlowCode.OVER_LIMIT: "the target takes no more flows",
 }
-_HOW = {FlowCode.DONE: "closed", FlowCode.INTERNAL: "bug"}
 
 
 def open_udp(address: IPAddress, port: int) -> socket.socket:
@@ -212,7 +211,9 @@ class UdpPort:
             if code in _REFUSALS:
                 self._counters.refused(Refusal.SERVER)
                 self._counters.failed(_REFUSALS[code])
-            self._over(flow, "refused" if code in _REFUSALS else _HOW.get(code, "target-ended"))
+                self._over(flow, "refused")
+            else:
+                self._over(flow, "idle" if code is FlowCode.DONE else "target-ended")
 
     def end(self, flow: Flow, how: str) -> None:
         call, flow.call = flow.call, None

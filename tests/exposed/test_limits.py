@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import math
 from ipaddress import IPv4Address, ip_address
 from itertools import count
 
@@ -216,6 +217,50 @@ def test_the_rule_that_holds_most_yields_to_the_others() -> None:
     let_in(other, ONE)
     assert enter(other, ONE) == [NotAdmitted.PROCESS]
     assert (greedy.connections, other.connections, process.connections) == (2, 2, 4)
+
+
+def test_a_client_that_has_all_it_may_gives_up_one_that_is_quiet_if_it_may_have_that() -> None:
+    """Flows do, and connections do not."""
+    clock = Clock()
+    for quiet_s, expected in ((math.inf, NotAdmitted.PER_SOURCE), (5.0, None)):
+        flows = Account(Limits.parse("per-source:3"), Process(), clock, quiet_s)
+        own = [Visitor(ONE) for _ in range(3)]
+        for visitor, quiet in zip(own, (1.0, 6.0, 0.0), strict=True):
+            visitor.moved_at = clock.now - quiet
+            assert flows.admit(visitor) is None
+        assert flows.admit(Visitor(ONE)) is expected
+        assert [visitor.has_made_room for visitor in own] == [False, expected is None, False]
+        assert (flows.connections, flows.yielded) == (3, int(expected is None))
+        newest = Visitor(ONE)
+        newest.moved_at = clock.now
+        assert flows.admit(newest) is (expected and NotAdmitted.PER_SOURCE)
+
+
+def test_the_quiet_one_is_found_among_many_that_are_busy() -> None:
+    clock = Clock()
+    flows = Account(Limits.parse("per-source:100"), Process(), clock, 5.0)
+    many = [Visitor(ONE) for _ in range(100)]
+    for visitor in many:
+        visitor.moved_at = clock.now
+        assert flows.admit(visitor) is None
+    many[70].moved_at -= 6
+    refused = 0
+    while flows.admit(Visitor(ONE)) is not None:
+        refused += 1
+    assert refused == 70 // 16
+    assert [number for number, visitor in enumerate(many) if visitor.has_made_room] == [70]
+
+
+def test_an_address_without_any_has_its_network_give_up_a_quiet_one() -> None:
+    clock = Clock()
+    flows = Account(Limits.parse("per-source:1"), Process(), clock, 5.0)
+    hosts = [Visitor(ip_address(f"2001:db8::{number}")) for number in range(1, CLIENTS_PER_NETWORK + 1)]
+    for visitor in hosts:
+        visitor.moved_at = clock.now - 6
+        assert flows.admit(visitor) is None
+    assert flows.admit(Visitor(ip_address("2001:db8::99"))) is None
+    assert sum(visitor.has_made_room for visitor in hosts) == 1
+    assert flows.connections == CLIENTS_PER_NETWORK
 
 
 def test_no_more_than_so_many_make_room_in_a_second() -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import socket
+import threading
 
 import pytest
 import trio
@@ -155,3 +156,38 @@ async def test_a_bug_in_an_order_reaches_only_the_task_that_gave_it() -> None:
         assert ends == [CopyEnd.EOF]
         assert ended == [True]
         assert relays.loop.bugs.count == 2
+
+
+async def test_what_is_done_now_is_done_when_the_call_returns() -> None:
+    async with open_relay_thread() as relays:
+        done: list[int] = []
+        for number in range(100):
+            relays.order(lambda number=number: done.append(number), nobody)  # type: ignore[misc]
+            assert relays.do_now(lambda number=number: done[-1] == number)  # type: ignore[misc]
+        assert done == list(range(100))
+
+        def refuse() -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left"):
+            relays.do_now(refuse)
+        assert not relays.has_failed
+        assert relays.do_now(threading.get_ident) != threading.get_ident()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_without_the_thread_it_is_done_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A forward can be closed after a crash, too."""
+    async with open_relay_thread() as relays:
+
+        def crash(timeout_s: float | None = None) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(relays.loop, "run_once", crash)
+        relays.order(lambda: None, nobody)
+        with trio.fail_after(BOUND_S):
+            while not relays.has_failed:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.005)
+        assert relays.do_now(threading.get_ident) == threading.get_ident()

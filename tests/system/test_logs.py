@@ -53,6 +53,19 @@ def test_the_next_line_says_how_many_were_held_back(caplog: pytest.LogCaptureFix
     assert caplog.messages == ["trouble", "trouble (and 2 more like it)"]
 
 
+def test_what_is_not_logged_is_not_even_written(caplog: pytest.LogCaptureFixture) -> None:
+    """A flood of strangers costs no text for each."""
+    limit, written = RateLimit(lambda: 0.0), []
+
+    def text() -> str:
+        written.append("x")
+        return "a stranger"
+
+    for _ in range(3):
+        warn(logging.getLogger("test"), limit, "stranger", text)
+    assert (caplog.messages, len(written)) == (["a stranger"], 1)
+
+
 def test_the_log_of_the_process_is_escaped_tracebacks_too(capfd: pytest.CaptureFixture[str]) -> None:
     start_logging()
     logging.getLogger("t").info("one\ntwo")

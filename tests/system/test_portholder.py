@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import port_of
 
+from qubes_fwd_qrexec.common.values import Proto
 from qubes_fwd_qrexec.system.portholder import port_holder
 
 _HOLD = (
@@ -43,6 +44,19 @@ def test_the_program_that_listens_is_named(theirs: str, ours: str) -> None:
 def test_our_own_is_not_named_as_another_program() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         assert "this program itself" in str(port_holder(ip_address("127.0.0.1"), port_of(sock)))
+
+
+def test_a_port_of_udp_is_another_one() -> None:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        socket.socket(type=socket.SOCK_DGRAM) as far,
+    ):
+        sock.bind(("127.0.0.1", 0))
+        far.connect(sock.getsockname())
+        here = ip_address("127.0.0.1")
+        assert "this program itself" in str(port_holder(here, port_of(sock), proto=Proto.UDP))
+        assert port_holder(here, port_of(sock)) is None
+        assert port_holder(here, port_of(far), proto=Proto.UDP) is None
 
 
 def test_a_connection_is_no_listener() -> None:
