@@ -202,6 +202,9 @@ class FlowTable:
     def lets_in_by(self, interface: int) -> bool:
         return self._sides.is_by(interface, self.config.side.group)
 
+    def port_failed(self, port: UdpPort) -> None:
+        self.ports.pop(port.binding, None)
+
     def flow_over(self, flow: Flow, how: str) -> None:
         self.account.leave(flow)
         if how == "made-room":
@@ -223,6 +226,7 @@ class FlowTable:
 
     def _tick(self) -> None:
         """A second has passed: end the flows whose time is over."""
+        self._timer = None
         now = time.monotonic()
         late_s = now - self._ticked_at - TICK_S
         self._ticked_at = now
@@ -236,6 +240,5 @@ class FlowTable:
                 elif now >= flow.ends_at:
                     port.end(flow, "cut")
         self._close_unused()
-        self._timer = None
         if self.account.connections:
             self._timer = self._loop.after(TICK_S, self._tick, self.cut)

@@ -77,6 +77,9 @@ class PortOwner(Protocol):
     def lets_in_by(self, interface: int) -> bool:
         """Whether datagrams may come by the interface with this index."""
 
+    def port_failed(self, port: "UdpPort") -> None:
+        """The port has closed itself after a bug."""
+
     def flow_over(self, flow: Flow, how: str) -> None:
         """A flow has ended; ``how`` is a word for the log."""
 
@@ -104,7 +107,7 @@ class UdpPort:
         self._lost = 0
         self._is_closed = False
         self._from: dict[tuple[bytes, int], tuple[Control]] = {}
-        loop.watch(sock.fileno(), READ, self._on_readable, self.close)
+        loop.watch(sock.fileno(), READ, self._on_readable, self._fail)
 
     def close(self) -> None:
         """Close the socket, which ends all flows; a second call changes nothing."""
@@ -114,6 +117,10 @@ class UdpPort:
             self._sock.close()
         for flow in list(self.flows.values()):
             self.end(flow, "cut")
+
+    def _fail(self) -> None:
+        self._owner.port_failed(self)
+        self.close()
 
     # From clients
 
@@ -143,7 +150,7 @@ class UdpPort:
     def _pause(self) -> None:
         """The kernel has no memory, or something like that: do not ask it again at once."""
         self._loop.change(self._sock.fileno(), 0)
-        self._loop.after(_PAUSE_S, self._resume, self.close)
+        self._loop.after(_PAUSE_S, self._resume, self._fail)
 
     def _resume(self) -> None:
         if not self._is_closed:

@@ -2,12 +2,14 @@
 """Who has a flow and for how long; with real sockets, and calls that only keep what they are given."""
 
 import dataclasses
+import socket
 
 import pytest
 from udp_bench import FlowBench, echo, udp_config
 
 from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import Sources
+from qubes_fwd_qrexec.exposed import flowtable, udpport
 from qubes_fwd_qrexec.exposed.flow import Flow
 from qubes_fwd_qrexec.exposed.flowtable import ANSWERED_S, UNANSWERED_S, FlowMeans
 from qubes_fwd_qrexec.exposed.limits import Process
@@ -226,6 +228,40 @@ def test_a_port_that_is_given_up_stays_for_the_flows_that_drain_and_no_longer() 
 
 
 # Bugs
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+def test_a_bug_in_a_port_closes_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FlowBench(udp_config("127.0.0.1,127.0.0.2")) as bench:
+        one, other = bench.client(), bench.client("127.0.0.2")
+        bench.send(one)
+        bench.send(other)
+
+        def fail(sock: socket.socket) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(udpport.datagrams, "receive", fail)
+            bench.send(one)
+        assert [str(address) for address, _ in bench.table.listening] == ["127.0.0.2"]
+        bench.send(other)
+        assert len(bench.carried.sent) == 3
+        assert len(bench.flows) == bench.table.account.connections == 1
+
+
+@pytest.mark.usefixtures("bugs_are_wanted")
+def test_a_bug_when_time_passes_ends_the_flows_and_not_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FlowBench() as bench:
+        client = bench.client()
+        bench.send(client)
+        with monkeypatch.context() as patch:
+            patch.setattr(flowtable, "ANSWERED_S", None)
+            bench.flows[0].is_answered = True
+            bench.pass_s(1)
+        assert bench.flows == []
+        bench.send(client)
+        bench.pass_s(30)
+        assert (bench.flows, bench.loop.bugs.count) == ([], 1)
 
 
 @pytest.mark.usefixtures("bugs_are_wanted")

@@ -228,12 +228,12 @@ def test_a_client_that_has_all_it_may_gives_up_one_that_is_quiet_if_it_may_have_
         for visitor, quiet in zip(own, (1.0, 6.0, 0.0), strict=True):
             visitor.moved_at = clock.now - quiet
             assert flows.admit(visitor) is None
-        assert flows.admit(Visitor(ONE)) is expected
+        fourth, fifth = Visitor(ONE), Visitor(ONE)
+        fourth.moved_at = fifth.moved_at = clock.now
+        assert flows.admit(fourth) is expected
         assert [visitor.has_made_room for visitor in own] == [False, expected is None, False]
         assert (flows.connections, flows.yielded) == (3, int(expected is None))
-        newest = Visitor(ONE)
-        newest.moved_at = clock.now
-        assert flows.admit(newest) is (expected and NotAdmitted.PER_SOURCE)
+        assert flows.admit(fifth) is NotAdmitted.PER_SOURCE
 
 
 def test_the_quiet_one_is_found_among_many_that_are_busy() -> None:
@@ -245,7 +245,9 @@ def test_the_quiet_one_is_found_among_many_that_are_busy() -> None:
         assert flows.admit(visitor) is None
     many[70].moved_at -= 6
     refused = 0
-    while flows.admit(Visitor(ONE)) is not None:
+    newest = Visitor(ONE)
+    newest.moved_at = clock.now
+    while flows.admit(newest) is not None:
         refused += 1
     assert refused == 70 // 16
     assert [number for number, visitor in enumerate(many) if visitor.has_made_room] == [70]
