@@ -194,7 +194,8 @@ def _forget_flows(version: int, gone: Collection[Opening], living: Collection[Op
             and not any(opening.has(connection) for opening in living)
         )
 
-    return conntrack.delete(version, is_over, sent_on=False)
+    ports = {port for opening in gone for port in opening.ports}
+    return conntrack.delete(version, is_over, sent_on=False, ports=ports)
 
 
 def has(config: NftConfig, connection: Connection) -> bool:

@@ -89,8 +89,9 @@ def delete(
     """Delete connections of one IP version, in this thread's network namespace, until none is left.
 
     ``sent_on``: of those alone whose destination was translated; else of the others alone. ``ports``: of
-    those alone that came to one of these, which is quicker beside many others. Memory does not grow with
-    their number. Returns how many were deleted. Raises `ConntrackError`, also if there are always more.
+    those alone that came to one of these, or that this qube began from one, which is quicker beside many
+    others. Memory does not grow with their number. Returns how many were deleted. Raises `ConntrackError`,
+    also if there are always more.
     """
     kernel = kernel or partial(connect, _NETLINK_NETFILTER)
     deleted = 0
@@ -123,10 +124,16 @@ def _wanted(
         if 0 < len(needles) <= _SOUGHT_MAX and not any(needle in message for needle in needles):
             continue
         connection = parse(version, message)
-        if connection is None or (ports is not None and connection.destination_port not in ports):
+        if connection is None or (ports is not None and not _has_any(connection, ports)):
             continue
         if connection.is_sent_on == sent_on and is_unwanted(connection):
             yield connection.request
+
+
+def _has_any(connection: Connection, ports: Collection[int]) -> bool:
+    """Whether it came to one of the ports, or was begun from one, to which the answers come then."""
+    is_begun = not connection.is_sent_on and connection.source_port in ports
+    return is_begun or connection.destination_port in ports
 
 
 class _Pass:

@@ -154,6 +154,17 @@ def test_a_flow_ends_with_its_forward_though_the_client_goes_on_and_the_listener
     assert not edge.takes(flows[0][0], other)
 
 
+def test_a_flow_that_a_late_answer_has_begun_ends_as_the_others_do(firewall: Firewall) -> None:
+    firewall.configure()
+    edge = firewall.edge
+    server, client = edge.receive(), edge.sender()
+    firewall.start()
+    server.sendto(b"late", client.getsockname())
+    assert edge.takes(client, server)
+    firewall.remove()
+    assert becomes(lambda: not edge.takes(client, server))
+
+
 def test_a_flow_ends_with_the_listeners_socket_though_the_forward_stays(firewall: Firewall) -> None:
     """Another program that takes the port next hears nothing of the client."""
     firewall.configure()

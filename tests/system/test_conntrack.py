@@ -7,6 +7,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from ipaddress import ip_address
 
 import pytest
@@ -266,6 +267,12 @@ def test_only_what_came_to_one_of_some_ports_is_looked_at(more: int) -> None:
     assert asked == [1, 3]
     assert delete(4, note, sent_on=True, ports=(), kernel=table.netlink) == 0
     assert len(table.entries) == 1
+
+
+def test_what_was_begun_from_one_of_the_ports_is_looked_at_if_it_is_not_sent_on() -> None:
+    table = Table(entry(53, port=1, number=1, status=PLAIN), entry(54, port=2, number=2, status=PLAIN))
+    assert delete(4, everything, sent_on=False, ports={53}, kernel=table.netlink) == 1
+    assert [found.source_port for found in map(partial(parse, 4), table.entries) if found] == [54]
 
 
 def test_the_kernel_is_asked_for_the_wanted_kind_alone() -> None:
