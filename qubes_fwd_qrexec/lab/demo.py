@@ -7,15 +7,15 @@ loopback.
 """
 
 import argparse
-import socket
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from . import netns
 from .daemon import Network
 from .demo_nft import run_nft_demo
+from .demo_stage import Stage
+from .demo_udp import run_udp_demo
 from .narration import Narrator, check
 from .session import LabSession, SessionError, ended_by_signals, open_session, output_of
 
@@ -45,18 +45,6 @@ socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=1).close()
 """
 
 
-class Stage(NamedTuple):
-    """Who is where: on namespaces, or on the loopback."""
-
-    address: str
-    port: str
-    target_port: str
-    allowed: str
-    stranger: str
-    network: str
-    listen: tuple[str, ...]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show a forward from end to end in a lab of its own; takes less than a minute."
     parser.add_argument("--no-netns", action="store_true", help="use the loopback even as root")
@@ -64,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(session: LabSession) -> None:
     """All steps, in their order. Raises `SessionError` at the first that fails."""
-    stage = _stage(session)
+    stage = Stage.of(session)
     narrator = Narrator(session)
     say, forward = narrator.say, narrator.forward
     if session.has_ip:
@@ -113,6 +101,7 @@ def run_demo(session: LabSession) -> None:
     check(f"+{stage.target_port}" not in policy, "the policy still has a line for the forward")
     say("The line is gone from the policy, and the port is closed:")
     narrator.show(_wait_until_closed(session, stage))
+    run_udp_demo(session, narrator, stage)
     if session.has_ip:
         run_nft_demo(session, narrator)
     say("That was all. The lab is taken down.")
@@ -127,21 +116,6 @@ def run(arguments: argparse.Namespace) -> int:
         print("\nInterrupted; the lab is taken down.", file=sys.stderr)
         return 130
     return 0
-
-
-def _stage(session: LabSession) -> Stage:
-    if session.has_namespaces:
-        return Stage(
-            netns.EDGE_ADDRESS, "80", "8080", netns.LAN_HOST, netns.LAN_HOST_REFUSED, "192.168.77.0/24", ()
-        )
-    return Stage(
-        "127.0.0.1", *_free_ports(), "127.0.0.1", "127.0.0.2", "127.0.0.1", ("--listen", "127.0.0.1")
-    )
-
-
-def _free_ports() -> tuple[str, str]:
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        return str(one.getsockname()[1]), str(other.getsockname()[1])
 
 
 def _start_server(session: LabSession, stage: Stage) -> None:

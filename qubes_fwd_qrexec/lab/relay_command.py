@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qvm-forward-lab relay``: one forward on loopback, for any TCP test tool to be pointed at.
+"""``qvm-forward-lab relay``: one forward on loopback, for any test tool of TCP or UDP to be pointed at.
 
 Broker, rule, policy, listener and service are the real ones; only the qubes are not.
 """
@@ -23,12 +23,14 @@ _SHAPE = re.compile(r"(?:\[(?P<ipv6>[^]]*)\]|(?P<ipv4>[^:]*)):(?P<port>[^=]*)=(?
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Bring up a lab with one forward on loopback, print 'ready ADDR:PORT' once connections are "
-        "accepted, and run until SIGINT or SIGTERM. The server at TARGET_PORT is yours to start."
+        "Bring up a lab with one forward on loopback, print 'ready ADDR:PORT' once connections or datagrams "
+        "are taken, and run until SIGINT or SIGTERM. The server at TARGET_PORT is yours to start."
     )
     parser.add_argument("forward", metavar="LISTEN_ADDR:PORT=TARGET_PORT")
+    kind = parser.add_mutually_exclusive_group()
     transports = [str(transport) for transport in Transport]
-    parser.add_argument("--transport", choices=transports, default=str(Transport.AUTO))
+    kind.add_argument("--transport", choices=transports, default=str(Transport.AUTO))
+    kind.add_argument("--udp", action="store_true", help="forward UDP instead of TCP")
     parser.add_argument("--calls", metavar="N", help="calls at once (default: the listener's own)")
     parser.add_argument(
         "--set",
@@ -66,7 +68,8 @@ def _expose(
 ) -> subprocess.Popen[bytes]:
     session.forward(
         *("add", _TARGET, f"{port}:{target_port}", "--name", "relay", "--from", "any", "--via", _EXPOSED),
-        *("--listen", str(address), "--mode", "qrexec", "--transport", arguments.transport),
+        *("--listen", str(address), "--mode", "qrexec"),
+        *(("--proto", "udp") if arguments.udp else ("--transport", arguments.transport)),
     )
     if arguments.set:
         session.forward("set", _TARGET, "relay", *arguments.set)

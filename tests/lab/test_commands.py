@@ -52,7 +52,8 @@ def test_demo_shows_the_page_and_both_refusals_whatever_lies_where_it_runs(
     if network == "loopback":
         refusals = ["Connection reset by peer", "Connection refused"]
     page, stranger, closed = (done.stdout.index(text) for text in ("Hello from the qube", *refusals))
-    assert page < stranger < closed
+    answer = done.stdout.index("the vault has heard: Where is the key?")
+    assert page < stranger < closed < answer
     has_nft = network == "namespaces" and netns.why_no_firewall() is None
     for said in (f"Hello from the qube 'work' to {netns.LAN_HOST}.", "echo of a datagram"):
         assert (said in done.stdout) is has_nft
@@ -138,6 +139,33 @@ def test_relay_that_cannot_listen_says_so_and_leaves_nothing(tmp_path: Path) -> 
         )
     assert done.returncode == 1
     assert f"127.0.0.1:{port}: the port is in use" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_relay_carries_datagrams(tmp_path: Path) -> None:
+    kind = (socket.AF_INET, socket.SOCK_DGRAM)
+    with socket.socket(*kind) as server, socket.socket(*kind) as client:
+        for sock in (server, client):
+            sock.bind(("127.0.0.1", 0))
+            sock.settimeout(1.0)
+        place = ("127.0.0.2", client.getsockname()[1])  # its port at another address: nobody else takes that
+        command = [*_LAB, "relay", "--udp", f"{place[0]}:{place[1]}={server.getsockname()[1]}"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
+        ) as relay:
+            assert relay.stdout is not None
+            with bounded(relay):
+                assert relay.stdout.readline() == f"ready {place[0]}:{place[1]}\n"
+                data = b""
+                while not data and relay.poll() is None:  # the first may be too old when the call is through
+                    client.sendto(b"ping", place)
+                    with suppress(TimeoutError):
+                        asked, peer = server.recvfrom(64)
+                        server.sendto(asked + b"pong", peer)
+                        data = client.recv(64)
+                assert data == b"pingpong"
+                relay.send_signal(signal.SIGTERM)
+                assert relay.wait(_TIMEOUT_S) == 0
     assert list(tmp_path.iterdir()) == []
 
 
