@@ -27,7 +27,7 @@ from qubes_fwd_qrexec.common.report import (
     QubeReport,
     Trial,
 )
-from qubes_fwd_qrexec.common.values import QubeName, TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 from qubes_fwd_qrexec.target import statusservice
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE, Kind, left_note
 from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, boot_ticks
@@ -160,6 +160,16 @@ def test_calls_are_counted_by_caller_and_ports_while_they_live(place: Path, tmp_
             drain_left_s=other.drain_left_s,
         )
     assert told("", tmp_path / "none", place).calls == ()
+
+
+def test_calls_that_carry_udp_are_counted_apart(place: Path, tmp_path: Path) -> None:
+    udp = MINE._replace(proto=Proto.UDP)
+    with left_note(Kind.MUX, MINE, just_now(), place, 1), left_note(Kind.UDP, udp, just_now(), place, 2):
+        found = told("", tmp_path / "none", place).calls
+    assert {(calls.proto, calls.mux_calls, calls.singles) for calls in found} == {
+        (Proto.TCP, 1, 0),
+        (Proto.UDP, 1, 0),
+    }
 
 
 def test_where_notes_cannot_be_read_there_are_no_figures(tmp_path: Path) -> None:
