@@ -14,6 +14,7 @@ from udpservice_bench import UdpBench, udp_port, udp_server
 
 from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.mux import MAX_DATAGRAM_BYTES, FlowCode, GoawayCode, Origin, ProxyVersion
+from qubes_fwd_qrexec.relay.flowqueue import CALL_BYTES
 from qubes_fwd_qrexec.target.callservice import LEASE_S
 from qubes_fwd_qrexec.target.proxyheader import datagram_header
 from qubes_fwd_qrexec.target.udpflow import ANSWERED_S, UNANSWERED_S, new_socket
@@ -327,6 +328,25 @@ def test_a_listener_side_that_reads_nothing_costs_a_bounded_amount(
     bench.pass_s(2)
     to_server, to_listener = bench.listener.lost_there
     assert (to_server, to_listener >= mux.dropped_full + mux.dropped_old) == (0, True)
+
+
+def test_a_listener_side_that_floods_and_reads_nothing_is_served_and_costs_a_bounded_amount(
+    bench: UdpBench, server: socket.socket
+) -> None:
+    flows = [bench.ask(udp_port(server))[0] for _ in range(10)]
+    for _ in flows:
+        server.recv(100)
+    peer, mux = bench.listener.connection, bench.service.mux
+    for number in range(1000):  # its loop is turned no more, so that it reads nothing
+        peer.send_datagrams(flows[number % 10], bytes(1400))
+        bench.call.send(b"".join(peer.data_to_send()))
+        bench.service.loop.run_once(0.0)
+        _, client = server.recvfrom(2000)
+        server.sendto(bytes(8000), client)
+        bench.service.loop.run_once(0.0)
+        assert mux.bytes_waiting <= CALL_BYTES
+    assert mux.dropped_full > 0
+    assert len(mux.flows) == 10
 
 
 def test_a_server_that_reads_nothing_costs_nothing_here(bench: UdpBench, server: socket.socket) -> None:
