@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolErr
 from . import wire
 from .endpoint import Endpoint
 from .events import DatagramsReceived, FlowEnded, FlowEvent, FlowRequested, LostReported
-from .limits import CONTROL_BYTES_PER_FLOW, FLOWS_PER_TICK, MAX_DATAGRAM_BYTES, SEGMENT_BYTES
+from .limits import CONTROL_BYTES_PER_FLOW, FLOWS_PER_TICK, MAX_DATAGRAM_BYTES
 from .messages import REFUSAL_WHILE_DRAINING, FlowCode, Hello, Origin, ProxyVersion, Role
 from .reader import FrameReader
 from .wire import Buffer, FrameType
@@ -150,12 +150,13 @@ class FlowConnection(Endpoint[FlowEvent]):
     def _read(self, untrusted_chunk: Buffer) -> Iterator[FlowEvent]:
         flows = self._flows
         outbox = self._outbox
+        decode_datagrams = wire.decode_datagrams
         for frame_type, flow_id, untrusted_payload in self._reader.frames(untrusted_chunk):
             if outbox.control_bytes > self.control_bound_bytes:
                 raise RemoteProtocolError("the peer sends and does not read")
             if frame_type == _DATAGRAMS and flow_id in flows:
-                segment = wire.decode_segment(untrusted_payload)
-                yield DatagramsReceived(flow_id, segment, memoryview(untrusted_payload)[SEGMENT_BYTES:])
+                segment, data = decode_datagrams(untrusted_payload)  # type: ignore[arg-type]
+                yield DatagramsReceived(flow_id, segment, data)
             elif self._is_closed:
                 return
             else:
@@ -184,9 +185,8 @@ class FlowConnection(Endpoint[FlowEvent]):
             raise RemoteProtocolError(f"{frame_type.name} on flow {flow_id}, which was never opened")
         if frame_type is FrameType.END:
             return self._on_end(flow_id, untrusted_payload)
-        segment = wire.decode_segment(untrusted_payload)
-        length = len(untrusted_payload) - SEGMENT_BYTES
-        self.late_datagrams += wire.datagrams_in(segment, length)
+        segment, data = wire.decode_datagrams(memoryview(untrusted_payload))
+        self.late_datagrams += wire.datagrams_in(segment, len(data))
         return None
 
     def _on_flow(self, flow_id: int, untrusted_payload: Buffer) -> FlowRequested | None:

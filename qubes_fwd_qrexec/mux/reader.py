@@ -19,7 +19,8 @@ class FrameReader:
     """Cuts a byte stream into frames, however it is chunked.
 
     ``shapes``: the frames of this kind of call; ``bulk_kind``: the most frequent one of them. ``is_copying``:
-    whether payloads are `bytes` or a `bytearray` of their own, or else views of the chunk.
+    whether payloads are `bytes` or a `bytearray` of their own, or else `memoryview`: of the chunk, if they
+    came in one piece.
     """
 
     __slots__ = ("_bulk_kind", "_bulk_least", "_bulk_most", "_is_copying", "_shapes", "partial")
@@ -102,7 +103,7 @@ class FrameReader:
         self.partial = bytearray()
         # It is handed over without a copy: cutting a bytearray at its front moves a pointer and no bytes.
         del partial[:HEADER_BYTES]
-        return kind >> 8, stream_id, partial
+        return kind >> 8, stream_id, partial if self._is_copying else memoryview(partial)
 
 
 def _header(partial: bytearray) -> tuple[int, int, int]:

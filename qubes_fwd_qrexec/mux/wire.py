@@ -288,13 +288,13 @@ def datagrams_header(flow_id: int, segment: int, length: int) -> bytes:
     return _DATAGRAMS.pack(DATAGRAMS_KIND, SEGMENT_BYTES + length, flow_id, segment)
 
 
-def decode_segment(untrusted_payload: Buffer) -> int:
-    """The segment in front of the datagrams of a frame, once it fits their length."""
-    segment: int = _SEGMENT.unpack_from(untrusted_payload)[0]
-    length = len(untrusted_payload) - SEGMENT_BYTES
-    if not is_segment_of(segment, length):
-        raise RemoteProtocolError(f"{length} bytes in segments of {segment}")
-    return segment
+def decode_datagrams(untrusted_payload: memoryview) -> tuple[int, memoryview]:
+    """The segment, and a view of the datagrams behind it."""
+    (segment,) = _SEGMENT.unpack_from(untrusted_payload)
+    data = untrusted_payload[SEGMENT_BYTES:]
+    if segment and not is_segment_of(segment, len(data)):
+        raise RemoteProtocolError(f"{len(data)} bytes in segments of {segment}")
+    return segment, data
 
 
 def is_segment_of(segment: int, length: int) -> bool:

@@ -148,7 +148,8 @@ def decode(frame):
             port, origin, proxy = wire.decode_flow(payload)
             values |= {"port": port, "proxy": proxy} | decode_origin(origin)
         case FrameType.DATAGRAMS:
-            values |= {"segment": wire.decode_segment(payload), "data": payload[2:].hex()}
+            values["segment"], data = wire.decode_datagrams(memoryview(payload))
+            values["data"] = data.hex()
         case FrameType.END:
             values["code"] = wire.decode_end(payload)
         case FrameType.LOST:

@@ -77,12 +77,13 @@ def test_datagrams_read_back_if_their_segment_fits(flow_id, segment, length):
     assert type_of(header) is FrameType.DATAGRAMS
     assert wire.HEADER.unpack_from(header) == (wire.DATAGRAMS_KIND, length + 2, flow_id)
     parts = len(range(0, length, segment)) if segment else 1
+    payload = memoryview(header[8:] + bytes(length))
     if not segment or 2 <= parts <= MAX_SEGMENTS:
-        assert wire.decode_segment(header[8:] + bytes(length)) == segment
+        assert wire.decode_datagrams(payload) == (segment, bytes(length))
         assert wire.datagrams_in(segment, length) == parts
     else:
         with pytest.raises(RemoteProtocolError, match=f"{length} bytes in segments of {segment}"):
-            wire.decode_segment(header[8:] + bytes(length))
+            wire.decode_datagrams(payload)
 
 
 @pytest.mark.parametrize(
