@@ -153,7 +153,9 @@ def test_the_end_of_the_bytes_in_a_frame_is_an_abort_even_after_the_final_goaway
         listener.receive_eof()
 
 
-@pytest.mark.parametrize("tail", [datagrams_frame(1), end_frame(1), b"\xff" * 8])
+@pytest.mark.parametrize(
+    "tail", [datagrams_frame(1), end_frame(1), wire.encode_ping(b"12345678"), b"\xff" * 8]
+)
 def test_after_our_final_goaway_all_that_comes_is_dropped(tail):
     listener = listener_with_flow()
     events = listener.receive_data(datagrams_frame(1) + tail + b"\xff" * 8)
@@ -161,6 +163,8 @@ def test_after_our_final_goaway_all_that_comes_is_dropped(tail):
     listener.close()
     assert list(events) == []
     assert feed(listener, b"\xff" * 8) == []
+    assert listener.late_datagrams == 0
+    assert [frame_type.name for frame_type, _, _ in frames(take(listener))] == ["GOAWAY"]
     listener.receive_eof()
 
 
