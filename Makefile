@@ -33,6 +33,8 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.dev
 	@tools/debian-packages --optional socat nftables iproute2
+	@# The first time, pytest compiles the tests once, and not in each of its processes.
+	@[ -d tests/__pycache__ ] || $(VENV)/bin/python -m pytest --quiet --collect-only >/dev/null || true
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # Of the rest no line runs otherwise with another trio.

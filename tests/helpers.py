@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the tests of the programs in the qubes share: sockets, and a stand-in for qrexec-client-vm."""
 
-import fcntl
 import os
 import select
 import socket
 import struct
 import sys
-import termios
 import time
 from collections.abc import AsyncIterator, Callable, Container, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import trio
 
@@ -30,8 +27,6 @@ NEVER_AGAIN = CallWaits(wait_s=0.05, again_s=1e6)
 SOON_S = 8.0
 # What `revoke` waits for a process that does not obey, and again for one that it has killed.
 KILLED_S = 3.0
-_SIOCOUTQNSD = 0x894B  # linux/sockios.h
-Item = TypeVar("Item")
 
 # MODE from the command line; then what the real program gets: ``[OPTION...] -- TARGET SERVICE+ARGUMENT``.
 _CLIENT = """
@@ -260,43 +255,9 @@ def _held() -> set[int]:
     return {sock.fileno() for sock in _reserved}
 
 
-def acknowledge(sock: socket.socket) -> None:
-    """Have the kernel acknowledge at once what a TCP socket has received; it likes to wait for a while."""
-    if sock.family != socket.AF_UNIX and sock.fileno() >= 0:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-
-
-def in_flight_bytes(sock: socket.socket) -> int:
-    """What a TCP socket has sent and its peer has not acknowledged."""
-    if sock.family == socket.AF_UNIX or sock.fileno() < 0:
-        return 0
-    all_of_it, unsent = (
-        struct.unpack("i", fcntl.ioctl(sock.fileno(), request, bytes(4)))[0]
-        for request in (termios.TIOCOUTQ, _SIOCOUTQNSD)
-    )
-    return int(all_of_it - unsent)
-
-
 def is_ready(loop: Loop) -> bool:
     """Whether the kernel has news for it now."""
     return bool(select.select([loop], [], [], 0)[0])
-
-
-class Collected(list[Item]):
-    """A list that trio's thread appends to, and whose length can be waited for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._waiting = trio.lowlevel.ParkingLot()
-
-    def append(self, item: Item) -> None:
-        super().append(item)
-        self._waiting.unpark_all()
-
-    async def reach(self, count: int) -> None:
-        with trio.fail_after(BOUND_S):
-            while len(self) < count:
-                await self._waiting.park()
 
 
 async def until(condition: Callable[[], object]) -> None:

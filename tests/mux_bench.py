@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from ipaddress import ip_address
 
-from helpers import acknowledge, in_flight_bytes, is_ready, tcp_pair, unix_pair
+from helpers import is_ready, tcp_pair, unix_pair
+from inflight import acknowledge, in_flight_bytes
 from loop_time import LoopClock
 
 from qubes_fwd_qrexec.mux import Connection, GoawayCode, Hello, OpenReceived, Origin, ResetCode

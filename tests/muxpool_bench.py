@@ -9,8 +9,9 @@ from ipaddress import ip_address
 
 import pytest
 import trio
+from collected import Collected
 from handclock import HandClock
-from helpers import BOUND_S, Collected, no_fds_left, tcp_pair
+from helpers import BOUND_S, no_fds_left, tcp_pair
 
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.values import TargetPorts

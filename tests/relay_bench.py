@@ -6,7 +6,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from helpers import BOUND_S, acknowledge, in_flight_bytes, is_ready
+from helpers import BOUND_S, is_ready
+from inflight import acknowledge, in_flight_bytes
 
 from qubes_fwd_qrexec.relay.copy import BUFFER_BYTES, Copy, CopyEnd, Relay
 from qubes_fwd_qrexec.relay.loop import Loop

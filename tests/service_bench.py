@@ -3,8 +3,9 @@
 
 import contextlib
 import socket
+from collections.abc import Iterator
 
-from helpers import tcp_pair
+from helpers import port_of, tcp_pair
 from mux_bench import ORIGIN, MuxBench
 
 from qubes_fwd_qrexec.common.values import TargetPorts
@@ -102,3 +103,17 @@ class ServiceBench(MuxBench):
         self.until(is_there)
         found[0].setblocking(False)
         return found[0]
+
+
+@contextlib.contextmanager
+def full_server() -> Iterator[int]:
+    """The port of a server whose accept queue is full: it answers nobody any more."""
+    with contextlib.ExitStack() as sockets:
+        server = sockets.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(3):
+            filler = sockets.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(server.getsockname())
+        yield port_of(server)

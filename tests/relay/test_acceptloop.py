@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers import BOUND_S, Collected, free_port, no_fds_left, port_of, tcp_pair
+from collected import Collected
+from helpers import BOUND_S, free_port, no_fds_left, port_of, tcp_pair
 from trio.testing import wait_all_tasks_blocked
 
 from qubes_fwd_qrexec.relay import acceptloop
