@@ -46,10 +46,10 @@ def places(tmp_path: Path) -> Iterator[netns.Namespaces]:
 
 
 @pytest.fixture
-def bare_edge(tmp_path: Path, places: netns.Namespaces) -> Iterator[Edge]:
+def bare_edge(public_path: Path, places: netns.Namespaces) -> Iterator[Edge]:
     """With a firewall, and one forward that is to be let in; nobody listens."""
     with ExitStack() as opened:
-        edge = Edge(places, tmp_path, opened)
+        edge = Edge(places, public_path, opened)
         edge.nft(IPV4 + IPV6 + USERS)
         write_config(edge.config, PORT, 80, **ALLOWED)
         yield edge
@@ -65,9 +65,9 @@ def edge(bare_edge: Edge) -> Edge:
 
 @pytest.fixture
 def start(
-    bare_edge: Edge, places: netns.Namespaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bare_edge: Edge, places: netns.Namespaces, public_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Start]:
-    path = tmp_path / "notify"
+    path = public_path / "notify"
     with ExitStack() as programs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(path))
         path.chmod(0o666)
@@ -287,12 +287,7 @@ def test_what_a_killed_one_left_is_taken_over_or_removed(edge: Edge, start: Star
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="the program 'setpriv' is missing")
-def test_it_needs_no_root_but_the_power_over_the_network(edge: Edge, start: Start, tmp_path: Path) -> None:
-    for directory in (edge.config, *edge.config.parents):
-        if directory == Path(tmp_path.anchor):
-            break
-        if not directory.stat().st_mode & 0o001:
-            directory.chmod(directory.stat().st_mode | 0o055)
+def test_it_needs_no_root_but_the_power_over_the_network(edge: Edge, start: Start) -> None:
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]
     only = "-all,+net_admin"
     program = start(*nobody, f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}")

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from helpers import BOUND_S
@@ -117,15 +116,6 @@ def ended() -> Iterator[ExitStack]:
 @pytest.fixture
 def programs(fresh: Wired, tmp_path: Path, ended: ExitStack) -> Programs:
     return Programs(fresh, tmp_path, ended)
-
-
-@pytest.fixture
-def public_path() -> Iterator[Path]:
-    """pytest's own directories are its user's alone, and whatever starts pytest makes them so again."""
-    with TemporaryDirectory() as name:
-        path = Path(name)
-        path.chmod(0o755)
-        yield path
 
 
 @pytest.fixture
