@@ -118,8 +118,7 @@ def revoke(told: Mapping[QubeName, Allowance], backend: Backend) -> tuple[Ended,
 
 def _revoke(target: QubeName, allowance: Allowance, backend: Backend) -> Ended:
     try:
-        untrusted_answer = backend.ask(target, REVOKE_SERVICE, ANSWER_MAX_BYTES, _TIMEOUT_S, str(allowance))
-        revoked = Revoked.parse(untrusted_answer)
+        revoked = Revoked.parse(_told(target, allowance, backend))
     except NotRunningError:
         return Ended(target)
     except AnswerError as error:
@@ -128,3 +127,18 @@ def _revoke(target: QubeName, allowance: Allowance, backend: Backend) -> Ended:
     except (StoreError, TextError, OSError) as error:
         return Ended(target, problem=f"{REVOKE_SERVICE} in {target}: {error}")
     return Ended(target, revoked.ended, revoked.draining)
+
+
+def _told(target: QubeName, allowance: Allowance, backend: Backend) -> bytes:
+    """Tell a target, and return its answer, which is untrusted. Raises `AnswerError`."""
+
+    def tell(allowance: Allowance) -> bytes:
+        return backend.ask(target, REVOKE_SERVICE, ANSWER_MAX_BYTES, _TIMEOUT_S, str(allowance))
+
+    try:
+        return tell(allowance)
+    except AnswerError as error:
+        # A target that was started before its template knew UDP refuses the list, and would end nothing.
+        if error.status != ExitStatus.BAD_ARGUMENT or allowance.of_tcp == allowance:
+            raise
+    return tell(allowance.of_tcp)

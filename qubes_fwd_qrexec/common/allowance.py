@@ -10,7 +10,8 @@ and the target need not know what dom0 may still owe it. It is ASCII, one entry 
     drain 9000-9000 sys-net 3600
 
 A line is about calls that carry TCP, unless it says ``udp``. A target that knows no UDP refuses such a list
-as a whole, so dom0 names UDP only where the target offers its service.
+as a whole, so dom0 names UDP only where the target offers its service. One that was started before its
+template did refuses it all the same, and then gets it without UDP, of which it has nothing.
 
 Calls under ``keep`` go on. Calls under ``drain`` take no new stream or flow, and are cut after so many
 seconds. Every other call of our services in that target ends at once, mux call or single call. Calls that
@@ -87,6 +88,13 @@ class Allowance:
                 raise TextError(str(seconds), f"the seconds of a drain, 1 to {DRAIN_MAX_S}")
         if (size := len(str(self))) > ALLOWANCE_MAX_BYTES:
             raise TextError(f"{size} bytes", f"an allowance: at most {ALLOWANCE_MAX_BYTES} bytes")
+
+    @property
+    def of_tcp(self) -> "Allowance":
+        """The same without UDP, as a target reads it that knows no UDP."""
+        keeps = frozenset(calls for calls in self.keeps if calls.proto is Proto.TCP)
+        drains = {calls: seconds for calls, seconds in self.drains.items() if calls.proto is Proto.TCP}
+        return Allowance(keeps=keeps, drains=drains, cuts_drains=self.cuts_drains)
 
     @classmethod
     def parse(cls, untrusted_text: bytes) -> Self:

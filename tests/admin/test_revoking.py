@@ -194,6 +194,45 @@ def test_udp_is_named_only_where_the_target_offers_it() -> None:
     assert told(backend, both) == {"work": f"{NOTHING}drain 8080-8080 sys-net 3600\n"}
 
 
+class OlderTarget(Memory):
+    """Its target was started before the template had UDP, and refuses a list that names it."""
+
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        if "udp" in given:
+            self.log.append(f"refused {qube}")
+            raise AnswerError("status 2", ExitStatus.BAD_ARGUMENT)
+        return super().ask(qube, service, max_bytes, timeout_s, given)
+
+
+@pytest.mark.parametrize("on_expire", ["cut", "drain"])
+def test_one_that_runs_since_before_it_had_udp_is_told_of_tcp(on_expire: str) -> None:
+    backend = OlderTarget(world())
+    ssh, dns = rule("srcports=22", name="ssh"), rule(f"proto=udp on-expire={on_expire}", name="dns")
+    applied(backend, WEB, ssh, dns)
+    outcome = applied(backend, ssh, dns)
+    assert backend.log[1:3] == ["refused work", "call work qubes.ForwardRevoke"]
+    assert backend.given == {"work": f"{NOTHING}keep 22-22 sys-net\n"}
+    assert outcome.ended == (Ended(WORK, 1),)
+    applied(backend, dns)
+    assert backend.given == {"work": NOTHING}
+    applied(backend)
+    assert backend.given == {"work": NOTHING}
+
+
+def test_a_refusal_of_what_names_no_udp_is_the_last_word() -> None:
+    backend = Memory(world())
+
+    def refuse(entry: str) -> bool:
+        backend.log.append(entry)
+        raise AnswerError("status 2", ExitStatus.BAD_ARGUMENT)
+
+    backend.refuses = refuse
+    assert ended(backend) == Ended(WORK, problem="status 2")
+    assert backend.log == ["call work qubes.ForwardRevoke"]
+
+
 def test_more_than_a_target_reads_ends_everything() -> None:
     lines = [
         f"qubes.ForwardTCP +{port} a-name-that-is-as-long-as-can-b work allow" for port in range(1, 2000)
