@@ -56,6 +56,22 @@ def test_a_reply_leaves_from_the_address_that_a_client_of_the_network_wrote_to(
             assert "%" not in str(flow.origin())
 
 
+def test_a_client_with_a_wider_address_may_write_to_a_link_local_one(spaces: Spaces) -> None:
+    """The reply has no scope but that of the interface."""
+    with spaces.within("edge"), FlowBench(udp_config("::")) as bench:
+        bench.carried.then = echo
+        with spaces.within("lan"):
+            client = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            client.bind(("fd00::2", 0))
+            client.setblocking(False)
+            scope = socket.if_nametoindex("edge")
+        with client:
+            client.sendto(b"x", ("fe80::1", bench.port, 0, scope))
+            bench.turn()
+            data, sender = client.recvfrom(10)
+            assert (data, sender[0].partition("%")[0]) == (b"x", "fe80::1")
+
+
 @pytest.mark.parametrize("listen", ADDRESSES[:-1])
 def test_a_forward_at_one_address_hears_nothing_at_another(spaces: Spaces, listen: str) -> None:
     with spaces.within("edge"), FlowBench(udp_config(listen)) as bench:
