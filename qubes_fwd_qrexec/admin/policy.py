@@ -57,11 +57,15 @@ def calls_of(line: str) -> tuple[QubeName, Calls] | None:
 
 def lines(forward: Forward) -> tuple[str, ...]:
     """The lines that one forward needs, of each protocol its own; none if it is not live, or goes by nft."""
+    return tuple(line for config in forward.listener_configs for line in lines_of(forward, config))
+
+
+def lines_of(forward: Forward, config: ListenerConfig) -> tuple[str, ...]:
+    """The lines that one protocol of a live forward needs."""
     autostart = yes_no(forward.named.rule.autostart)
     return tuple(
         f"{config.service}  +{argument}  {forward.exposed}  {config.target}  allow  "
         f"autostart={autostart}  notify=no"
-        for config in forward.listener_configs
         for argument in _arguments(config)
     )
 

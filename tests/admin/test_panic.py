@@ -81,6 +81,16 @@ def test_what_another_policy_file_allows_is_still_open(forward: Command, opened:
     assert "another file" not in result.err
 
 
+def test_what_another_policy_file_allows_of_one_protocol_is_still_open(
+    forward: Command, opened: LabDirectory
+) -> None:
+    forward("set", "work", "web", "proto=both", "mode=qrexec")
+    (opened.policy_dir / "20-mine.policy").write_text("qubes.ForwardUDP  +8080+mux  sys-net  work  allow\n")
+    result = forward("panic")
+    assert (result.status, result.out.splitlines()[0]) == (1, "NOT EVERYTHING IS CLOSED.")
+    assert "still open: policy: another file than 30-forward.policy allows calls of work web\n" in result.err
+
+
 def test_resume_shows_what_would_open_and_opens_it(forward: Command, opened: LabDirectory) -> None:
     before = content(opened)
     forward("panic")

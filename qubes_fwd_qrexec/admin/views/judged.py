@@ -8,21 +8,58 @@ in any file denies every call.
 from collections.abc import Iterable
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.backend import Backend, PolicyCall, PolicyFile, PolicyVerdict
+from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.states import Forward
+from qubes_fwd_qrexec.common.config import ForwardKey
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 
 
 def judged(
     forwards: Iterable[Forward], backend: Backend, installed: PolicyFile
 ) -> dict[tuple[QubeName, RuleName], PolicyVerdict]:
-    """One verdict for each live forward: that of the first of its calls that is not allowed, if any.
+    """One verdict for each live forward over qrexec: that of the first of its calls that is not allowed, if
+    any. If that is so of one protocol alone, the reason says of which.
+
+    ``installed`` is as for `judged_apart`.
+    """
+    found: dict[tuple[QubeName, RuleName], PolicyVerdict] = {}
+    for key, one in judged_apart(forwards, backend, installed).items():
+        other = found.setdefault(key[:2], one)
+        if other.is_allowed is not one.is_allowed:
+            worst, proto = (one, key.proto) if _order(one) < _order(other) else (other, Proto.TCP)
+            found[key[:2]] = worst._replace(reason=f"{worst.reason} ({proto} alone)")
+    return found
+
+
+def judged_apart(
+    forwards: Iterable[Forward], backend: Backend, installed: PolicyFile
+) -> dict[ForwardKey, PolicyVerdict]:
+    """One verdict for each protocol of each live forward over qrexec.
 
     ``installed`` is our own file, for where the whole policy cannot be read: then a call that it does not
     allow is denied, and one that it allows, or that it may allow as it cannot be read, has the verdict None.
     """
-    lines = {forward.named[:2]: policy.lines(forward) for forward in forwards if forward.is_live}
+    found = _verdicts(forwards, backend, installed)
+    return {key: min(verdicts, key=_order) for key, verdicts in found.items()}
+
+
+def allowed(forwards: Iterable[Forward], backend: Backend) -> list[tuple[QubeName, RuleName]]:
+    """The live forwards of which dom0's policy allows any call, though our own file should allow none."""
+    found = _verdicts(forwards, backend, PolicyFile(None, NEW))
+    some = (key[:2] for key, verdicts in found.items() if any(one.is_allowed for one in verdicts))
+    return list(dict.fromkeys(some))
+
+
+def _verdicts(
+    forwards: Iterable[Forward], backend: Backend, installed: PolicyFile
+) -> dict[ForwardKey, list[PolicyVerdict]]:
+    """What dom0's policy says of each call of each protocol, TCP first."""
+    lines = {
+        ForwardKey(*forward.named[:2], config.proto): policy.lines_of(forward, config)
+        for forward in forwards
+        for config in forward.listener_configs
+    }
     calls = {line: _call(line) for needed in lines.values() for line in needed}
     verdicts = dict(zip(calls, backend.verdicts(list(calls.values())), strict=True)) if calls else {}
     ours = policy.allowing(installed.text)
@@ -32,11 +69,7 @@ def judged(
             return PolicyVerdict(False, f"{policy.NAME}.policy does not allow it")
         return verdicts[line]
 
-    return {
-        key: min(map(verdict, needed), key=lambda found: _ORDER[found.is_allowed])
-        for key, needed in lines.items()
-        if needed
-    }
+    return {key: [*map(verdict, needed)] for key, needed in lines.items()}
 
 
 def denials(forwards: Iterable[Forward], backend: Backend) -> dict[tuple[QubeName, RuleName], str]:
@@ -48,7 +81,8 @@ def denials(forwards: Iterable[Forward], backend: Backend) -> dict[tuple[QubeNam
     return {key: verdict.reason for key, verdict in verdicts.items() if verdict.is_allowed is False}
 
 
-_ORDER = {False: 0, None: 1, True: 2}
+def _order(verdict: PolicyVerdict) -> int:
+    return {False: 0, None: 1, True: 2}[verdict.is_allowed]
 
 
 def _call(line: str) -> PolicyCall:

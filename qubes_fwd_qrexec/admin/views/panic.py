@@ -2,13 +2,11 @@
 """The commands panic and resume."""
 
 from argparse import Namespace
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import hold
 from qubes_fwd_qrexec.admin.apply import due
-from qubes_fwd_qrexec.admin.backend import NEW, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.hold import Held
 from qubes_fwd_qrexec.admin.policy import NAME
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
@@ -16,8 +14,7 @@ from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import confirmed, reasons, steps
-from .judged import denials, judged
+from . import confirmed, judged, reasons, steps
 from .listeners import GoesOn, ask_after
 from .session import Session
 from .tables import counted, escaped
@@ -55,14 +52,12 @@ def panic(args: Namespace, session: Session) -> int:
 def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
     """What goes on, as dom0's whole policy and the listeners say."""
     live = snapshot.plan(session.now, is_held=False)
-    verdicts: Mapping[tuple[QubeName, RuleName], PolicyVerdict] = {}
+    allowed: list[tuple[QubeName, RuleName]] = []
     # Our file holds everything, so another file allows these. That no file can be read has been said.
     with suppress(ForwardError, OSError):
-        verdicts = judged(live.live, session.backend, PolicyFile(None, NEW)) if held.is_held else {}
+        allowed = judged.allowed(live.live, session.backend) if held.is_held else []
     others = (
-        f"policy: another file than {NAME}.policy allows calls of {target} {name}"
-        for (target, name), verdict in verdicts.items()
-        if verdict.is_allowed
+        f"policy: another file than {NAME}.policy allows calls of {target} {name}" for target, name in allowed
     )
     heard = ask_after(live, Plan(()), (), snapshot.inventory, session.backend, is_everything=True)
     return _Seen(held, (*_allowed(held), *others), heard.goes_on)
@@ -142,7 +137,7 @@ def resume(args: Namespace, session: Session) -> int:
     else:
         session.say(f"Nothing was held.\n{steps.text(outcome.done, is_preview=args.dry_run)}")
     if not args.dry_run and was_held:
-        for (target, name), denial in denials(planned.live, session.backend).items():
+        for (target, name), denial in judged.denials(planned.live, session.backend).items():
             session.say(f"Note: {target} {name}: dom0 denies its calls: {escaped(denial)}.\n")
     return 0 if is_closed else 1
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
-from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Transport
 
 from . import entrance, reasons, travel
 from .tables import Style, Table, escaped
@@ -119,12 +119,23 @@ def explained(forward: Forward, style: Style) -> str:
         lines.append(f"  {what} at {forward.exposed}: {_exposed_reason(forward)}.")
     if forward.mode is Mode.NFT and forward.is_live:
         lines.append(f"  packets go {' - '.join((*forward.hops, forward.named.target))}.")
-    if forward.service is not None:
-        why = travel.transport_reason(forward)
-        services = " and ".join(config.service for config in forward.listener_configs)
-        lines.append(f"  transport {forward.transport} over {services or forward.service}: {why}.")
+    lines += _transports(forward)
     lines += [f"  note: {note}" for note in reasons.notes(forward)]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _transports(forward: Forward) -> Iterable[str]:
+    """Over what it goes, and why: with single calls each protocol has a line."""
+    if forward.service is None:
+        return
+    services: dict[tuple[Transport, str], list[str]] = {}
+    for config in forward.listener_configs:
+        why = travel.transport_reason(forward, config.proto)
+        services.setdefault((config.transport, why), []).append(config.service)
+    if not services:
+        services = {(forward.transport, travel.transport_reason(forward)): [forward.service]}
+    for (transport, why), each in services.items():
+        yield f"  transport {transport} over {' and '.join(each)}: {why}."
 
 
 def _exposed_reason(forward: Forward) -> str:

@@ -18,15 +18,16 @@ from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
+from qubes_fwd_qrexec.common.config import ForwardKey, ListenerConfig
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key
 from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.rules import Mode, Transport
-from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 from qubes_fwd_qrexec.system.ending import Ending
 
-from . import nftstatus, reasons, steps
-from .judged import judged
+from . import nftstatus, reasons, steps, travel
+from .judged import judged_apart
 from .listeners import (
     Answer,
     GoesOn,
@@ -54,13 +55,14 @@ _CLEAR = "\x1b[H\x1b[J"
 
 
 class Row(NamedTuple):
-    """One protocol of a live forward, with dom0's verdict on the forward's calls and what its listener and
-    its target say of it.
+    """One protocol of a live forward, with dom0's verdict on its calls and what its listener and its target
+    say of it.
 
     ``mux_calls`` are those that the target has of it; None if that is unknown, or it has another transport.
     """
 
     forward: Forward
+    config: ListenerConfig
     verdict: PolicyVerdict
     uptake: Uptake
     mux_calls: int | None = None
@@ -89,6 +91,9 @@ class Row(NamedTuple):
         at_listener = {"state": self.state, "cause": self.uptake.has, "reason": self.problem}
         return {
             **forward_as_json(self.forward),
+            "service": self.config.service,
+            "transport": self.config.transport,
+            "transport_reason": travel.transport_reason(self.forward, self.config.proto),
             **(at_listener if self.uptake.is_shut else {}),
             "proto": self.uptake.proto,
             "ports": self.forward.named.rule.listen_ports.brief(),
@@ -140,7 +145,8 @@ def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[
     """The running qubes whose answers `status_of` wants for a part of the plan."""
     found: set[QubeName | None] = {*_listening(planned, inventory, qubes)}
     found |= {forward.exposed for forward in planned.live if forward.mode is Mode.QREXEC}
-    found |= {forward.named.target for forward in planned.live if forward.transport is Transport.MUX}
+    configs = (config for forward in planned.live for config in forward.listener_configs)
+    found |= {config.target for config in configs if config.transport is Transport.MUX}
     return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
 
 
@@ -153,15 +159,13 @@ def status_of(
     snapshot: Snapshot,
     planned: Plan,
     now: float,
-    verdicts: Mapping[tuple[QubeName, RuleName], PolicyVerdict],
+    verdicts: Mapping[ForwardKey, PolicyVerdict],
     answers: Mapping[QubeName, Answer],
     qubes: Collection[str] = (),
 ) -> Status:
     """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
     over_qrexec = (forward for forward in planned.live if forward.mode is Mode.QREXEC)
-    rows = tuple(
-        row for forward in over_qrexec for row in _rows(forward, verdicts[forward.named[:2]], answers)
-    )
+    rows = tuple(row for forward in over_qrexec for row in _rows(forward, verdicts, answers))
     everything = snapshot.plan(now)
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
@@ -174,17 +178,19 @@ def status_of(
     return Status(planned, rows, tuple(goes_on), tuple(silent), tuple(due))
 
 
-def _rows(forward: Forward, verdict: PolicyVerdict, answers: Mapping[QubeName, Answer]) -> Iterator[Row]:
+def _rows(
+    forward: Forward, verdicts: Mapping[ForwardKey, PolicyVerdict], answers: Mapping[QubeName, Answer]
+) -> Iterator[Row]:
     answer = None if forward.exposed is None else answers.get(forward.exposed)
     target = answers.get(forward.named.target)
-    for took in uptakes(forward, answer):
-        row = Row(forward, verdict, took)
+    for config, took in zip(forward.listener_configs, uptakes(forward, answer), strict=True):
+        row = Row(forward, config, verdicts[ForwardKey(*forward.named[:2], took.proto)], took)
         if isinstance(answer, QubeReport) and answer.listener is not None:
             row = row._replace(bugs=answer.listener.bugs)
         if answer is not None and isinstance(target, QubeReport):
             mine = (forward.exposed, forward.named.rule.target_ports, took.proto)
             of_mine = (c.mux_calls for c in target.calls if (c.source, c.ports, c.proto) == mine)
-            mux_calls = sum(of_mine) if forward.transport is Transport.MUX else None
+            mux_calls = sum(of_mine) if config.transport is Transport.MUX else None
             row = row._replace(bugs_in_target=target.bugs, mux_calls=mux_calls)
         yield row
 
@@ -231,7 +237,7 @@ def watch(args: Namespace, session: Session, ending: Ending) -> int:
 def _look(args: Namespace, session: Session) -> Status:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
-    verdicts = judged(planned.live, session.backend, snapshot.installed)
+    verdicts = judged_apart(planned.live, session.backend, snapshot.installed)
     everything, inventory = snapshot.plan(session.now), snapshot.inventory
     answers, told = both(
         partial(ask_all, session.backend, to_ask(planned, inventory, args.qube)),
@@ -324,13 +330,13 @@ def _remarks(found: Status) -> Iterator[str]:
 
 def _about(row: Row) -> Iterator[str]:
     name, report = row.forward.named, row.uptake.report
+    whose = f"{name}{' (udp)' if row.uptake.proto is Proto.UDP else ''}"
     if row.verdict.is_allowed is False:
-        yield f"{name}: dom0 denies its calls: {escaped(row.verdict.reason)}."
+        yield f"{whose}: dom0 denies its calls: {escaped(row.verdict.reason)}."
     if row.uptake.is_shut:
         yield f"{name} is {State.WAITING}: {row.problem}."
     if report is None:
         return
-    whose = f"{name}{' (udp)' if report.proto is Proto.UDP else ''}"
     if refused := _reasons(report.refused):
         yield f"{whose}: refused: {refused}."
     if report.datagrams_sent or report.datagrams_received:

@@ -4,6 +4,7 @@
 from qubes_fwd_qrexec.admin.deciding import Decision
 from qubes_fwd_qrexec.admin.states import Cause, Forward
 from qubes_fwd_qrexec.common.rules import Mode, Transport
+from qubes_fwd_qrexec.common.values import Proto
 
 from .reasons import filled, sentence
 
@@ -55,10 +56,12 @@ def safety(forward: Forward) -> str:
     )
 
 
-def transport_reason(forward: Forward) -> str:
-    """Why a forward that has a service goes over its transport."""
-    stock = forward.finding(Cause.STOCK_SERVICE)
-    if stock is not None:
+def transport_reason(forward: Forward, proto: Proto = Proto.TCP) -> str:
+    """Why a forward that has a service goes over its transport, of both protocols this one."""
+    stock, asked = forward.finding(Cause.STOCK_SERVICE), forward.named.rule.transport
+    if proto is Proto.UDP:
+        # It has mux calls alone, whatever is asked for TCP.
+        asked = Transport.AUTO if asked is Transport.CALL else asked
+    elif stock is not None:
         return sentence(forward, stock)
-    asked = forward.named.rule.transport
     return f"{forward.named.target} offers our service" if asked is Transport.AUTO else "the rule says so"

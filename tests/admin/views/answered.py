@@ -6,7 +6,7 @@ from worlds import NOW
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import look as read_system
-from qubes_fwd_qrexec.admin.views.judged import judged
+from qubes_fwd_qrexec.admin.views.judged import judged_apart
 from qubes_fwd_qrexec.admin.views.status import (
     Row,
     Status,
@@ -37,7 +37,7 @@ def look(store: Backend, **answers: QubeReport | AnswerError) -> Status:
         to_ask(planned, snapshot.inventory, ()), QubeReport(program="1")
     )
     asked |= {QubeName(name.replace("_", "-")): answer for name, answer in answers.items()}
-    return status_of(snapshot, planned, NOW, judged(planned.live, store, snapshot.installed), asked)
+    return status_of(snapshot, planned, NOW, judged_apart(planned.live, store, snapshot.installed), asked)
 
 
 def row(store: Backend, **answers: QubeReport | AnswerError) -> Row:

@@ -2,13 +2,17 @@
 """The command status of forwards that carry UDP over qrexec: each protocol by itself, and drops."""
 
 from dataclasses import replace
+from typing import Any
 
 from answered import REPORT, listening, look, shown
-from worlds import ADD, Command
+from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.snapshot import look as read_system
+from qubes_fwd_qrexec.admin.views.status import Status, to_ask
 from qubes_fwd_qrexec.common.report import CallsReport, Problem, QubeReport
 from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
+from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 UDP = replace(
     REPORT,
@@ -61,3 +65,45 @@ def test_the_calls_of_udp_are_counted_apart(forward: Command, store: Backend) ->
     target = QubeReport(program="1", calls=(calls, replace(calls, mux_calls=1, proto=Proto.UDP)))
     found = look(store, sys_net=listening(REPORT, UDP), work=target)
     assert [row.mux_calls for row in found.rows] == [2, 1]
+
+
+def test_single_calls_are_those_of_tcp_alone(forward: Command, store: Backend) -> None:
+    forward(*ADD_BOTH, "--transport", "call")
+    calls = CallsReport(
+        source=QubeName("sys-net"), ports=TargetPorts(8080, 8080), proto=Proto.UDP, mux_calls=1
+    )
+    target = QubeReport(program="1", calls=(calls,))
+    found = look(store, sys_net=listening(REPORT, UDP), work=target)
+    assert [row.mux_calls for row in found.rows] == [None, 1]
+    told = [[row[key] for key in ("service", "transport", "transport_reason")] for row in rows_of(found)]
+    offers = "work offers our service"
+    assert told == [["qubes.ForwardTCP", "call", "the rule says so"], ["qubes.ForwardUDP", "mux", offers]]
+    explained = forward("plan").out
+    assert "  transport call over qubes.ForwardTCP: the rule says so.\n" in explained
+    assert f"  transport mux over qubes.ForwardUDP: {offers}.\n" in explained
+
+
+def test_the_target_is_asked_for_the_calls_of_udp(forward: Command, store: Backend) -> None:
+    forward(*ADD_BOTH, "--transport", "call")
+    snapshot = read_system(store, with_config=True)
+    assert to_ask(snapshot.plan(NOW), snapshot.inventory, ["sys-net"]) == ["sys-net", "work"]
+
+
+def test_a_verdict_is_about_one_protocol(forward: Command, store: Backend, lab: LabDirectory) -> None:
+    forward(*ADD_BOTH)
+    (lab.policy_dir / "20-mine.policy").write_text("qubes.ForwardUDP  *  @anyvm  @anyvm  deny\n")
+    found = look(store, sys_net=listening(REPORT, UDP))
+    assert not found.is_well
+    assert [row["is_allowed"] for row in rows_of(found)] == [True, False]
+    assert "work web (udp): dom0 denies its calls: " in shown(found)
+    assert "work web: dom0 denies" not in shown(found)
+    for command in ("list", "show work web", "set work web comment=x"):
+        assert "(udp alone)" in forward(*command.split()).out, command
+    (lab.policy_dir / "20-mine.policy").write_text("qubes.ForwardTCP  *  @anyvm  @anyvm  deny\n")
+    assert "(tcp alone)" in forward("list").out
+    (lab.policy_dir / "20-mine.policy").write_text("nonsense\n")
+    assert "alone)" not in forward("list").out
+
+
+def rows_of(found: Status) -> list[dict[str, Any]]:
+    return [row.as_json() for row in found.rows]
