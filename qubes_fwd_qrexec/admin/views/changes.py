@@ -237,23 +237,26 @@ def news(after: After, forward: Forward) -> list[str]:
     denial, uptakes = after.denials.get(key), after.heard.uptakes.get(key, ())
     found += [] if denial is None else [f"dom0 denies its calls: {denial}"]
     found += dict.fromkeys(note for uptake in uptakes if (note := uptake.note(forward)) is not None)
-    if narrowed := _narrowed(after.changed.plan_before.find(*key), forward):
-        is_cut = forward.named.rule.on_expire is OnExpire.CUT
+    for on_expire, narrowed in _narrowed(after.changed.plan_before.find(*key), forward).items():
+        is_cut = on_expire is OnExpire.CUT
         then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
         found.append(f"{' and '.join(narrowed)} that it no longer allows {then}")
     room = callroom.note(after.changed.plan, forward, after.changed.plan_before)
     return found if room is None else [*found, room]
 
 
-def _narrowed(old: Forward | None, forward: Forward) -> list[str]:
-    """What a forward may have had that it does not allow now; nothing where it has another mode."""
+def _narrowed(old: Forward | None, forward: Forward) -> dict[OnExpire, list[str]]:
+    """What a forward may have had that it does not allow now, by how it ends; nothing where it has another
+    mode. A protocol that it no longer has ends as it was told before.
+    """
     configs = {config.proto: config for config in forward.listener_configs}
     told = () if old is None or not configs else old.listener_configs
-    return [
-        carried.live(was.proto, None)
-        for was in told
-        if (config := configs.get(was.proto)) is None or config.narrows(was)
-    ]
+    found: dict[OnExpire, list[str]] = {}
+    for was in told:
+        config = configs.get(was.proto)
+        if config is None or config.narrows(was):
+            found.setdefault((config or was).on_expire, []).append(carried.live(was.proto, None))
+    return found
 
 
 def warnings(forward: Forward) -> list[str]:

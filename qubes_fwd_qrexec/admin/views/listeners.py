@@ -215,19 +215,22 @@ def listening(inventory: Inventory) -> set[QubeName]:
     return flagged | serving(inventory)
 
 
-def beyond_dom0(before: Plan, after: Plan) -> list[Forward]:
-    """The forwards that were in force and are no more, and whose calls dom0 cannot end: those over the stock
-    service, and those over calls that others need. What is only changed may keep its connections.
+def beyond_dom0(before: Plan, after: Plan) -> list[tuple[QubeName, ListenerConfig]]:
+    """The protocols of forwards that were in force and are no more, and whose calls dom0 cannot end: those
+    over the stock service, and those over calls that others need; with their exposed qubes. What is only
+    changed may keep its connections.
     """
     still = {(*forward.named[:2], forward.exposed) for forward in after.live}
     # None stands for all calls of the stock service.
     lasting = {None, *(policy.calls_of(line) for forward in after.live for line in policy.lines(forward))}
     return [
-        forward
+        (forward.exposed, config)
         for forward in before.live
         if forward.state is State.ACTIVE
+        and forward.exposed is not None
         and (*forward.named[:2], forward.exposed) not in still
-        and not lasting.isdisjoint(map(policy.calls_of, policy.lines(forward)))
+        for config in forward.listener_configs
+        if not lasting.isdisjoint(map(policy.calls_of, policy.lines_of(forward, config)))
     ]
 
 
@@ -250,7 +253,7 @@ def ask_after(
     fresh = [f for f in opened if inventory.offers(f.exposed or f.named.target)]
     over = beyond_dom0(before, after)
     closed = set(keys) - {forward.named[:2] for forward in (*before.live, *after.live)}
-    qubes = {forward.exposed for forward in (*fresh, *over) if forward.exposed is not None}
+    qubes = {forward.exposed for forward in fresh if forward.exposed is not None} | {qube for qube, _ in over}
     qubes |= listening(inventory) if closed or is_everything else set()
     answers = ask_all(backend, sorted(qubes), AFTER_S)
 
@@ -261,16 +264,19 @@ def ask_after(
     took |= {f.named[:2]: uptakes(f, answers[f.exposed]) for f in fresh if f.exposed is not None}
     goes_on: list[GoesOn] = []
     for qube, answer in answers.items():
+        configs = [config for exposed, config in over if exposed == qube]
         services: dict[tuple[str | None, ...], Service] = {
-            f.named[:2]: f.service for f in over if f.exposed == qube and f.service is not None
+            (config.target, config.name, config.proto): config.service for config in configs
         }
         left = flows(qube, answer, after)
         if left is None:
-            left = [
-                GoesOn(*f.named[:2], qube, None, proto=f.named.rule.proto) for f in over if f.exposed == qube
-            ]
+            left = [GoesOn(config.target, config.name, qube, None, proto=config.proto) for config in configs]
             left = left or [GoesOn(None, None, qube, None)] * is_everything
         elif not is_everything:
-            left = [each for each in left if each[:2] in closed or each[:2] in services]
-        goes_on += [each._replace(service=services.get(each[:2], each.service)) for each in left]
+            left = [each for each in left if each[:2] in closed or _about(each) in services]
+        goes_on += [each._replace(service=services.get(_about(each), each.service)) for each in left]
     return Heard(took, tuple(goes_on))
+
+
+def _about(left: GoesOn) -> tuple[QubeName | None, RuleName | None, Proto]:
+    return left.target, left.name, left.proto

@@ -189,6 +189,14 @@ def test_a_protocol_that_a_rule_gives_up_shuts_out_its_own(forward: Forward) -> 
     assert "no longer allows" not in forward("set", "work", "web", "proto=both").out
 
 
+def test_a_protocol_that_a_rule_gives_up_ends_as_it_was_told(forward: Forward) -> None:
+    forward(*ADD, "--proto", "both", "--mode", "qrexec", "--on-expire", "drain")
+    changes = ("proto=tcp", "on-expire=cut", "srchosts=192.168.1.0/24")
+    out = forward("set", "work", "web", *changes).out
+    assert "Note: connections that it no longer allows are cut.\n" in out
+    assert "Note: UDP flows that it no longer allows may go on for up to an hour, because of " in out
+
+
 def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDirectory) -> None:
     """As by a backup that was restored, or by Qubes' own tools, since the last command."""
     forward(*ADD)

@@ -237,11 +237,26 @@ def test_flows_of_udp_are_told_from_connections() -> None:
 
 def test_what_has_ended_beyond_dom0_is_found_and_no_other() -> None:
     other = rule("srcports=23", target="personal", name="other")
-    assert [f.named.name for f in beyond_dom0(planned(STOCK, rule(), other), planned(other))] == ["ssh"]
+    (found,) = beyond_dom0(planned(STOCK, rule(), other), planned(other))
+    assert (found[0], found[1].name) == ("sys-net", "ssh")
     assert beyond_dom0(planned(), planned(STOCK)) == []
     both = (rule(), rule("srcports=81 dstports=80", name="shares"))
-    assert [f.named.name for f in beyond_dom0(planned(*both), planned(both[1]))] == ["web"]
+    assert [config.name for _, config in beyond_dom0(planned(*both), planned(both[1]))] == ["web"]
     assert beyond_dom0(planned(rule()), planned(rule("srchosts=10.0.0.0/8"))) == []
+
+
+def test_dom0_may_be_able_to_end_one_protocol_alone() -> None:
+    """What carries UDP is never the stock service, and each protocol has calls of its own."""
+    offers = {"supported-rpc.qubes.ForwardUDP": "1"}
+    stock = world(qube("personal", "sys-firewall", features=offers))
+    before = plan([rule("srcports=22 proto=both", target="personal", name="ssh")], stock, NOW)
+    assert [config.proto for _, config in beyond_dom0(before, planned())] == ["tcp"]
+    assert list(Qube(SILENT).heard(before, planned()).goes_on) == [GoesOn(PERSONAL, SSH, SYS_NET, None)]
+    carries = answer(report("personal", "ssh", 3), replace(report("personal", "ssh", 5), proto=Proto.UDP))
+    assert list(Qube(carries).heard(before, planned()).goes_on) == [GoesOn(PERSONAL, SSH, SYS_NET, 3)]
+    shared = rule("srcports=81 dstports=80 proto=udp", name="shares")
+    both = plan([rule("proto=both"), shared], UDP_WORLD, NOW)
+    assert [config.proto for _, config in beyond_dom0(both, plan([shared], UDP_WORLD, NOW))] == ["udp"]
 
 
 LEAVING: list[tuple[QubeReport | AnswerError, list[GoesOn]]] = [
