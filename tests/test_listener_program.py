@@ -182,7 +182,7 @@ async def test_over_qubesdb_a_port_in_use_stops_no_other_forward(
         program.process.send_signal(signal.SIGTERM)
         status, stderr = program.end()
     assert status == 0
-    assert f"a bad cannot be opened: 127.0.0.1:{port_of(server)}: the port is in use by" in stderr
+    assert f"fwd.a.bad cannot be opened: 127.0.0.1:{port_of(server)}: the port is in use by" in stderr
 
 
 async def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path, server: socket.socket) -> None:

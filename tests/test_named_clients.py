@@ -25,7 +25,7 @@ from qubes_fwd_qrexec.admin import nftpath, resolving
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.nftconfig import NftConfig
 from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule, Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName, Sources
+from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName, Sources
 from qubes_fwd_qrexec.firewall.cutting import Cutter
 from qubes_fwd_qrexec.firewall.inforce import InForce
 from qubes_fwd_qrexec.firewall.nfttool import Nft
@@ -69,9 +69,9 @@ def wired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         listener = ListenerConfig.of_rule(
             *listens, sources(listens), Service.FORWARD_TCP, Transport.MUX, Side.VIFS
         )
-        bound = frozenset((address, BY_QREXEC) for address in listener.listen)
+        bound = frozenset((Proto.TCP, address, BY_QREXEC) for address in listener.listen)
         for qube, wanted in (
-            (FIREWALL, Wanted((listener,), bound, tuple(map(Kept, told[FIREWALL])))),
+            (FIREWALL, Wanted((listener,), bound, paths=tuple(map(Kept, told[FIREWALL])))),
             (WORK, Wanted(paths=tuple(map(Kept, told[WORK])))),
         ):
             with made.places.entering(qube)():

@@ -255,7 +255,7 @@ async def test_metrics_are_served_over_http(tmp_path: Path, place: Path) -> None
     write_config(config, free_port(), 1)
     async with running_listener(config, FakeClient(tmp_path, "hang").command, status_dir=place):
         answer = await asked(place / METRICS, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert b'qubes_forward_connections{target="work",name="web"} 0\n' in answer
+        assert b'qubes_forward_connections{target="work",name="web",proto="tcp"} 0\n' in answer
         assert await asked(place / METRICS, b"GET /" + b"x" * 9000) == b""
 
 
