@@ -37,7 +37,7 @@ _PAUSE_S = 0.2
 # The target takes no more over this call.
 _TRY_AGAIN = frozenset((FlowCode.LEASE_OVER, FlowCode.SHUTDOWN))
 _REFUSALS = {
-    FlowCode.REFUSED: "the server in the target has closed its port",
+    FlowCode.REFUSED: "nothing listens on the server's port in the target",
     FlowCode.UNREACHABLE: "the server in the target cannot be reached",
     FlowCode.OVER_LIMIT: "the target takes no more flows",
 }
