@@ -214,6 +214,31 @@ async def test_a_target_that_gives_its_calls_up_is_no_flood_of_calls(tmp_path: P
     assert len(client.calls) <= 3
 
 
+@pytest.mark.parametrize("code", ["LEASE_OVER", "SHUTDOWN"])
+async def test_a_call_that_refuses_flows_as_if_it_drained_ends_with_the_last(
+    tmp_path: Path, code: str
+) -> None:
+    """The target never says that it drains."""
+    port, client = free_udp_port(), FakeClient(tmp_path, f"flows {code}")
+    write_udp_config(tmp_path / "config", port)
+    async with running_listener(tmp_path / "config", client.command, waits=NEVER_AGAIN) as listener:
+        with UdpClient(port) as near:
+            near.send(b"x")
+            await until(lambda: client.calls)
+            await until(lambda: not listener.transports.calls.calls)
+
+
+async def test_what_waited_for_a_call_when_its_flow_ended_is_counted(tmp_path: Path) -> None:
+    port, client = free_udp_port(), FakeClient(tmp_path, "hang")
+    write_udp_config(tmp_path / "config", port)
+    async with running_listener(tmp_path / "config", client.command) as listener:
+        with UdpClient(port) as near:
+            near.send(b"x")
+            await until(lambda: forward_of(listener).connections == 1)
+            forward_of(listener).cut()
+            await until(lambda: listener.report().forwards[0].dropped == {"no-call": 1})
+
+
 # What ends it
 
 
@@ -352,6 +377,25 @@ async def test_a_reload_touches_no_flow(tmp_path: Path) -> None:
                 assert await near.ask(b"x") == b"x"
         assert forward_of(listener).table.counters.total == 1
     assert len(client.calls) == 1
+
+
+async def test_a_flow_that_goes_on_has_its_next_call_from_the_forward_as_it_is_now(tmp_path: Path) -> None:
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    config = tmp_path / "config"
+    write_udp_config(config, port)
+    async with running_listener(config, client.command) as listener:
+        with UdpClient(port) as near:
+            assert await near.ask(b"x") == b"x"
+            (pid,) = children()
+            write_udp_config(config, port, srcports=f"{port}-{port + 1}", dstports="53-54")
+            listener.reload()
+            assert await near.ask(b"y") == b"y"
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: not children())
+            assert await near.ask(b"z") == b"z"
+        counters = forward_of(listener).table.counters
+        assert (counters.total, counters.refusals) == (1, {})
+    assert [call.partition("+")[2] for call in client.calls] == ["53+mux", "53-54+mux"]
 
 
 # Trials

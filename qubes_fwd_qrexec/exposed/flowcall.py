@@ -19,6 +19,7 @@ from qubes_fwd_qrexec.mux import (
     FlowCode,
     FlowConnection,
     FlowRequested,
+    GoawayCode,
     Hello,
     Origin,
     ProxyVersion,
@@ -100,6 +101,10 @@ class FlowCall(MuxCall[FlowMux]):
         for flow in list(self._flows.values()):
             flow.make_room()
 
+    def forget_call(self) -> None:
+        super().forget_call()
+        self._is_counted = False
+
     # For the pool
 
     @property
@@ -148,6 +153,12 @@ class FlowCall(MuxCall[FlowMux]):
             self._count(client_key(flow.client), -1)
             if not self._flows:
                 self.relays.tell(self._note_unused)
+
+    def give_up(self) -> None:
+        """The target drains, or should: take nothing new, and end with the last flow there is."""
+        self.turn_away()
+        if self.mux is not None:
+            self.mux.drain(GoawayCode.SHUTDOWN)
 
     def dropped(self) -> Counter[Dropped]:
         """How many datagrams were dropped, at both ends, by reason."""

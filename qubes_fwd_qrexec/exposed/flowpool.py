@@ -164,6 +164,7 @@ class FlowPool(MuxPool[FlowCall]):
             waiting = self._take()
             flow = waiting.flow
             if flow.is_over:
+                _drop(waiting, Dropped.NO_CALL)
                 continue
             if flow.call is None:
                 self._join(flow, now)

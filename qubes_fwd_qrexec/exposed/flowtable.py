@@ -99,6 +99,7 @@ class FlowTable:
             for flow in list(port.flows.values()):
                 if self._allows(port, flow):
                     flow.ends_at = math.inf
+                    flow.carrier = carrier  # no more calls are made for the forward as it was
                 elif config.on_expire is OnExpire.CUT:
                     port.end(flow, "cut")
                 else:
@@ -126,18 +127,25 @@ class FlowTable:
                 self.ports.pop(binding).close()
             raise
 
-    def reopen(self, wanted: Iterable[Binding]) -> None:
-        """Take new flows again where sockets are still there for old ones."""
-        for binding in wanted:
-            if binding in self.ports:
-                self.ports[binding].is_open = True
+    def reopen(self, wanted: Iterable[Binding]) -> frozenset[Binding]:
+        """Take new flows again where sockets are still there for old ones, and return where that is."""
+        found = frozenset(binding for binding in wanted if binding in self.ports)
+        for binding in found:
+            self.ports[binding].is_open = True
+        return found
 
     def give_up(self, unwanted: Iterable[Binding], *, is_cut: bool) -> None:
-        """Take no more flows there. The sockets are closed, unless flows go on in them."""
+        """Take no more flows there. The sockets are closed, unless flows go on in them.
+
+        A port that was closed meanwhile, as its last flow has ended, is no fault.
+        """
         for binding in unwanted:
-            self.ports[binding].is_open = False
-            if is_cut:
-                self.ports.pop(binding).close()
+            port = self.ports.get(binding)
+            if port is not None:
+                port.is_open = False
+                if is_cut:
+                    del self.ports[binding]
+                    port.close()
         self._close_unused()
 
     def cut(self) -> None:

@@ -5,7 +5,7 @@ Its ports and flows belong to the loop's thread (`flowtable`). What the listener
 the method returns: what has ended passes no datagram in either direction any more.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
@@ -92,9 +92,9 @@ class OpenUdpForward:
         """Close the sockets, which ends the flows: the listener that comes next needs the ports."""
         self._close(self.table.listening | self.table.draining, is_cut=True)
 
-    def _open(self, wanted: Iterable[Binding]) -> None:
-        missing = set(wanted) - self.table.draining
-        self._relays.do_now(partial(self.table.reopen, wanted))
+    def _open(self, wanted: frozenset[Binding]) -> None:
+        # The loop's thread may close such a port at any time, as its last flow ends.
+        missing = wanted - self._relays.do_now(partial(self.table.reopen, wanted))
         opened = {}
         try:
             for address, port in sorted(missing, key=str):
@@ -118,7 +118,7 @@ class OpenUdpForward:
         said = [error for error in (counters.last_error, pool.last_problem) if error is not None]
         text, at = max(said, key=lambda error: error[1], default=(None, None))
         dropped = pool.dropped()
-        dropped.update(counters.drops)
+        dropped.update(dict(counters.drops))  # in one step, while the loop's thread may change it
         return ForwardReport(
             target=self.config.target,
             name=self.config.name,

@@ -213,7 +213,7 @@ class UdpPort:
         if call.is_revoked or code is FlowCode.REVOKED:
             self._over(flow, "revoked")
         elif code in _TRY_AGAIN and not call.is_lost:
-            call.turn_away()
+            call.give_up()
         elif not call.is_lost:
             if code in _REFUSALS:
                 self._counters.refused(Refusal.SERVER)

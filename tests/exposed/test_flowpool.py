@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from flow_bench import FlowBench
 from helpers import (
     BOUND_S,
     FakeClient,
@@ -22,9 +23,13 @@ from helpers import (
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, write_udp_config
 
+from qubes_fwd_qrexec.common.values import TargetPorts
 from qubes_fwd_qrexec.exposed import flowcall
+from qubes_fwd_qrexec.exposed.flowcall import FlowCall
+from qubes_fwd_qrexec.exposed.flowcounters import Dropped
 from qubes_fwd_qrexec.exposed.flowpool import FlowPool
 from qubes_fwd_qrexec.listener import Listener
+from qubes_fwd_qrexec.relay.thread import open_relay_thread
 
 pytestmark = pytest.mark.usefixtures("no_hurry")
 
@@ -98,6 +103,27 @@ async def test_without_flows_a_call_is_kept_a_while_and_then_ends(tmp_path: Path
         forward_of(listener).cut()
         await until(lambda: not pool_of(listener).mux_calls)
         assert pool_of(listener).last_problem is None
+
+
+async def test_what_a_call_dropped_is_counted_where_it_was_made_a_second_time() -> None:
+    """There was no room for the first one."""
+    async with open_relay_thread() as relays:
+        with FlowBench() as bench:
+            call = FlowCall(relays, TargetPorts.parse("53"), _Nobody())
+            call.mux = bench.listener
+            call.over("no room")
+            call.forget_call()
+            call.mux = bench.listener
+            bench.listener.send(1, b"of no flow", 0)
+            assert +call.dropped() == {Dropped.OLD: 1}
+
+
+class _Nobody:
+    """The owner of a call that does nothing."""
+
+    def call_ready(self) -> None: ...
+
+    def call_over(self, call: FlowCall) -> None: ...
 
 
 async def test_bulk_starves_neither_another_flow_nor_a_connection_of_the_same_listener(
