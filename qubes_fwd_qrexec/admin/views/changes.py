@@ -341,7 +341,11 @@ def _others(after: After) -> Iterator[str]:
             text = " ".join(key)
             told.add(key)
         what = "Opened" if step.was is None else "Changed"
-        if step.kind is Kind.REMOVE_CONFIG:
+        # Where one protocol is closed, the other may go on there.
+        is_left = (
+            forward is not None and bool(forward.listener_configs) and step.qube == forward.exposed
+        ) and not is_nft_key(text)
+        if step.kind is Kind.REMOVE_CONFIG and not is_left:
             what = "Closed to new connections" if _flows(after, key) else "Closed"
         why = "." if forward is None else f". {reasons.sentence(forward)}"
         yield f"{what} at {step.qube}: {text}{why}"

@@ -58,6 +58,7 @@ _PORT = (
     *(f"{_SET}srcports=PORT", f"{_SET}listen=ADDRESS"),
 )
 _START = "start the server in {{target}}, and have it listen on 127.0.0.1; 'ss -{}' there shows who listens"
+_UPDATE = f"; a {_PACKAGE} that is older than dom0's knows no UDP: update it"
 # What helps against each, and then the commands that it names by number.
 _REMEDIES: dict[str, tuple[str, ...]] = {
     Fault.NOT_APPLIED: ("{0}", "qvm-forward apply"),
@@ -71,7 +72,7 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
     ),
     Has.FAILED: _PORT,
     Has.IN_PART: _PORT,
-    Has.NOT_YET: (f"{_LOG} says why; 'systemctl restart {LISTENER}' there reads everything again",),
+    Has.NOT_YET: (f"{_LOG} says why; 'systemctl restart {LISTENER}' there reads everything again{{helps}}",),
     Has.FIREWALL: (_FIREWALL_LOG,),
     Fault.CLOSED: (_FIREWALL_LOG,),
     Fault.DENIED: (
@@ -183,7 +184,8 @@ class _Walk:
         ports = self._forward.named.rule.listen_ports.worded()
         for found in (took := uptakes(self._forward, answer)):
             if found.is_shut and found.has is not Has.FIREWALL:
-                raise self._stopped("listener", found.has, found.said)
+                helps = _UPDATE if found.proto is Proto.UDP and found.has is Has.NOT_YET else ""
+                raise self._stopped("listener", found.has, found.said, helps=helps)
             yield ok("listener", f"{exposed} listens on {carried.named(found.proto)}{ports}")
         for found in took:
             if found.is_shut:
@@ -229,16 +231,17 @@ class _Walk:
             yield unasked
             return
         yield ok("target", f"{name} is running")
-        if configs[0].service is Service.CONNECT_TCP:
-            yield unasked
-            yield unknown("server", f"{name} was not asked whether a server listens")
-            return
-        port = configs[0].target_ports.first  # of a range it stands for all
+        port, is_asked = configs[0].target_ports.first, False  # of a range it stands for all
         for config in configs:
+            if config.service is Service.CONNECT_TCP:
+                yield unasked
+                yield unknown("server", f"{name} was not asked whether a server listens")
+                continue
             is_udp = config.proto is Proto.UDP
             trial = self._ask("service", name, f"{config.proto}.{port}" if is_udp else str(port)).trial
-            if config is configs[0]:
+            if not is_asked:
                 yield ok("service", f"{name} has {_PACKAGE}, and answers")
+            is_asked = True
             if is_udp:
                 yield served(name, config.proto, trial, self._stops, _UDP_SERVER)
             else:

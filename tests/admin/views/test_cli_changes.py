@@ -189,6 +189,17 @@ def test_a_protocol_that_a_rule_gives_up_shuts_out_its_own(forward: Forward) -> 
     assert "no longer allows" not in forward("set", "work", "web", "proto=both").out
 
 
+def test_another_rule_that_gives_up_a_protocol_is_not_said_to_be_closed(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    forward(*ADD, "--mode", "qrexec")
+    line = lab.features("work")["forward.web"]
+    lab.set_feature("work", "forward.web", line.replace("proto=tcp", "proto=udp"))
+    out = forward("add", "work", "81", "--from", "any").out
+    assert "\nChanged at sys-net: work web. UDP packets to port 80 of sys-net" in out
+    assert "Closed at" not in out
+
+
 def test_a_protocol_that_a_rule_gives_up_ends_as_it_was_told(forward: Forward) -> None:
     forward(*ADD, "--proto", "both", "--mode", "qrexec", "--on-expire", "drain")
     changes = ("proto=tcp", "on-expire=cut", "srchosts=192.168.1.0/24")

@@ -175,3 +175,25 @@ def test_what_the_firewall_waits_for_ends_the_walk_for_either_protocol(qubes: As
     last = walked("--proto", "both")[-1]
     assert (last["step"], last["cause"]) == ("firewall", "firewall")
     assert last["text"].startswith("sys-net does not have its UDP open: its firewall lets nobody in")
+
+
+@pytest.mark.parametrize(("has", "is_older"), [((TCP,), True), ((UDP,), False)])
+def test_a_listener_that_may_know_no_udp_is_to_be_updated(
+    qubes: Asked, walked: Walk, has: tuple[ForwardReport, ...], is_older: bool
+) -> None:
+    qubes.listener = replace(LISTENER, forwards=has)
+    last = walked("--proto", "both")[-1]
+    assert (last["step"], last["cause"]) == ("listener", "not-yet")
+    assert ("reads everything again; a qubes-fwd-qrexec that is older" in last["remedy"]) is is_older
+
+
+def test_udp_is_walked_where_tcp_goes_over_the_stock_service(
+    qubes: Asked, walked: Walk, lab: LabDirectory
+) -> None:
+    lab.set_feature("vault", "supported-rpc.qubes.ForwardTCP", "")
+    steps = walked("--proto", "both")
+    assert [(step["step"], step["verdict"]) for step in steps[-7:]] == [
+        *(("target", "ok"), ("service", "unknown"), ("server", "unknown"), ("service", "ok")),
+        *(("server", "ok"), ("round trip", "ok"), ("round trip", "ok")),
+    ]
+    assert qubes.asked == ["sys-net", "vault udp.53", "sys-net fwd.vault.dns", "sys-net udp.vault.dns"]
