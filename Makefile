@@ -9,6 +9,7 @@
 # make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
 # make mutate change the code in 200 places, one at a time, and see whether the tests notice (ARGS="--count 60 mux")
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection;
+#             with ARGS=udp do it with datagrams, and account for each that is missing;
 #             with ARGS=nft, as root, open and close forwards by nft at random beside live traffic
 # make packages  build the Debian packages and the RPMs, and as root run what they install in a clean Debian
 

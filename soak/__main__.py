@@ -9,7 +9,7 @@ import trio
 
 from bench import road
 
-from . import nft
+from . import nft, udp
 from .findings import Findings
 from .run import soak
 
@@ -19,9 +19,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("mux", "nft"),
+        choices=("mux", "nft", "udp"),
         default="mux",
-        help="connections through mux calls (default), or forwards by nft that come and go, as root",
+        help="connections through mux calls (default), datagrams, or, as root, forwards by nft that change",
     )
     parser.add_argument("--seconds", type=float, default=600.0, metavar="N", help="how long (default: 600)")
     parser.add_argument("--seed", type=int, metavar="N", help="play what a run with this seed has played")
@@ -45,6 +45,8 @@ def main() -> int:
     findings: Findings
     if args.what == "nft":
         findings = trio.run(nft.soak, seed, args.seconds, args.grace, strict_exception_groups=True)
+    elif args.what == "udp":
+        findings = trio.run(udp.soak, seed, args.seconds, strict_exception_groups=True)
     else:
         findings = trio.run(soak, seed, args.seconds, strict_exception_groups=True)
     for what, count in (*findings.played.items(), *findings.disturbed.items()):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The listener in a process of its own, which can be asked what it holds.
 
-``python -m soak.exposed CONFIG_DIRECTORY CLIENT...``: a line on stdin is answered by one of JSON, and the
-end of stdin ends it.
+``python -m soak.exposed CONFIG_DIRECTORY CLIENT...``: a line of JSON on stdin is answered by another, and the
+end of stdin ends it. With ``"look"`` it looks at its configuration first, as it does when dom0 asks.
 """
 
 import json
@@ -11,10 +11,13 @@ import sys
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from bench.memory import open_files, pss_kib
+from qubes_fwd_qrexec.exposed.muxpool import MuxPool
+from qubes_fwd_qrexec.exposed.udpforward import OpenUdpForward
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.system.configsource import FileSource
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
@@ -31,6 +34,7 @@ class Held:
 
     mux_calls: int
     streams: int
+    flows: int
     waiting: int
     slots: int
     budget_streams: int
@@ -45,11 +49,15 @@ def held(listener: Listener) -> Held:
     """Reads private state, since no interface shows a leak."""
     transports = listener.transports
     pools = list(transports.pools.values())
-    mux_calls = [mux_call for pool in pools for mux_call in pool.mux_calls]
+    flow_pools = list(transports.flow_pools.values())
+    every: list[MuxPool[Any]] = [*pools, *flow_pools]
+    mux_calls = [mux_call for pool in every for mux_call in pool.mux_calls]
+    forwards = [forward for forward in listener.forwards.values() if isinstance(forward, OpenUdpForward)]
     return Held(
         mux_calls=len(mux_calls),
         streams=sum(mux_call.carries for mux_call in mux_calls),
-        waiting=sum(len(pool.waiting) for pool in pools),
+        flows=sum(forward.connections for forward in forwards),
+        waiting=sum(len(pool.waiting) for pool in pools) + sum(len(pool._waiting) for pool in flow_pools),
         slots=listener.process.connections,
         budget_streams=transports._budget.streams,
         budget_used=transports._budget.total - transports._budget.shared_left,
@@ -67,9 +75,13 @@ async def _run(directory: str, client: list[str]) -> None:
         print("{}", flush=True)
         while True:
             await trio.lowlevel.wait_readable(sys.stdin)
-            if not os.read(sys.stdin.fileno(), 4096):
+            line = os.read(sys.stdin.fileno(), 4096)
+            if not line:
                 break
-            print(json.dumps(asdict(held(listener))), flush=True)
+            if "look" in json.loads(line):
+                listener.look()
+            reports = [forward.as_json() for forward in listener.report().forwards]
+            print(json.dumps(asdict(held(listener)) | {"reports": reports}), flush=True)
         listener.stop()
         listener.stop()
 

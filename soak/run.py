@@ -142,15 +142,14 @@ class Soak:
         return self._lab.drop_calls()
 
     def _kill_clients(self) -> int:
-        return _kill(descendants([self._exposed.pid]))
+        return kill(descendants([self._exposed.pid]))
 
     def _kill_services(self) -> int:
-        return _kill(self._services())
+        return kill(self._services())
 
     def _services(self) -> list[int]:
         """The services, without the lab's processes that start them and wait for them."""
-        listener = {self._exposed.pid, *descendants([self._exposed.pid])}
-        return [pid for pid in descendants([os.getpid()]) if pid not in listener and not is_agent(pid)]
+        return services_beside(self._exposed)
 
     async def _wait_for_mux_call(self) -> None:
         """Wait until a connection is carried: after the start, and after a storm's refusals."""
@@ -168,6 +167,7 @@ class Soak:
     async def _held(self) -> dict[str, Any]:
         """What listener, lab and services hold."""
         held = await trio.to_thread.run_sync(self._exposed.ask, {}, 10.0)
+        del held["reports"]
         services = self._services()
         return held | {
             "clients": len(descendants([self._exposed.pid])),
@@ -185,7 +185,7 @@ class Soak:
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline:
             now = await self._held()
-            if not any(_left_over(now, at_rest)) and (at_rest or now == before):
+            if not any(left_over(now, at_rest)) and (at_rest or now == before):
                 return now
             before = now
             await trio.sleep(0.3)  # nobody tells of files and memory of other processes
@@ -194,7 +194,7 @@ class Soak:
     async def _check_left_over(self, at_rest: dict[str, Any], memory: list[float]) -> None:
         await self._wait_for_mux_call()
         now = await self._settled(at_rest)
-        for name in _left_over(now, at_rest):
+        for name in left_over(now, at_rest):
             self.findings.note(f"left over: {name} {now[name]}, at the start {at_rest[name]}")
         story = (at_rest["memory_kib"], *memory, now["memory_kib"])
         if story[-1] - story[1] > _MEMORY_KIB:
@@ -214,7 +214,13 @@ def _mib(kib: Sequence[float]) -> str:
     return ", ".join(f"{value / 1024:.1f}" for value in kib)
 
 
-def _left_over(now: dict[str, Any], at_rest: dict[str, Any]) -> Iterator[str]:
+def services_beside(exposed: Child) -> list[int]:
+    """The services of this program's lab; ``exposed`` is its listener."""
+    listener = {exposed.pid, *descendants([exposed.pid])}
+    return [pid for pid in descendants([os.getpid()]) if pid not in listener and not is_agent(pid)]
+
+
+def left_over(now: dict[str, Any], at_rest: dict[str, Any]) -> Iterator[str]:
     """What there is more of than at rest. Memory is judged separately."""
     return (name for name, rest in at_rest.items() if not name.endswith("memory_kib") and now[name] > rest)
 
@@ -223,7 +229,7 @@ def _aborts(script: Script) -> bool:
     return How.RST in (script.client.how, script.server.how)
 
 
-def _kill(pids: list[int]) -> int:
+def kill(pids: list[int]) -> int:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -7,12 +7,14 @@ import sys
 import pytest
 
 from bench import road
+from soak.datagrams import Heard
 from soak.permits import Permit
 from soak.scripts import How, make
 
 SEED = 20_260_101
 SECONDS = 4
 LIMIT_S = 600
+UDP_SECONDS = 6
 NFT_SECONDS = 6
 # A busy machine is late; what is judged here is what passes when all qubes say that it does not.
 NFT_GRACE_S = 20
@@ -29,6 +31,19 @@ def test_a_short_soak_finds_nothing() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"seed {SEED}" in found.stdout
     assert "as the direct connection" in found.stdout
+
+
+def test_a_short_soak_of_datagrams_finds_nothing() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "soak", "udp", "--seed", str(SEED), "--seconds", str(UDP_SECONDS)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    for what in (" questions", " answers", "datagrams sent: calm", "\n0 not counted by anybody: calm"):
+        assert what in found.stdout
 
 
 @pytest.mark.skipif(road.why_unavailable() is not None, reason=str(road.why_unavailable()))
@@ -82,6 +97,16 @@ def test_an_end_that_was_told_beforehand_comes_by_itself() -> None:
     assert permit.is_open
     permit.forget(before=20.0)
     assert permit.late_s(sent=15.5, received=17.0) == float("inf")
+
+
+def test_a_datagram_comes_once_and_in_calm_behind_those_that_were_sent_before() -> None:
+    heard = Heard()
+    assert heard.problem(0, is_calm=True) is None
+    assert heard.problem(5, is_calm=True) is None  # those between are lost
+    assert heard.problem(3, is_calm=True) == "number 3 has come behind a later one"
+    assert heard.problem(4, is_calm=False) is None
+    assert heard.problem(3, is_calm=False) == "number 3 has come twice"
+    assert heard.problem(6, is_calm=True) is None
 
 
 def test_a_script_is_made_of_its_seed_and_number_alone() -> None:
