@@ -86,6 +86,7 @@ def measure(lab: LabDirectory) -> list[Row]:
     if len(planned.live) != RULES:
         raise RuntimeError(f"{len(planned.live)} of {RULES} rules are live")
     rows = [
+        *starts(lab.root.parent / "empty"),
         Row("read all qubes and rules", _timed(lambda: read_rules(store.inventory()))),
         Row("plan", _timed(lambda: snapshot.plan(now))),
         Row("policy", _timed(lambda: policy.text(planned))),
@@ -104,6 +105,16 @@ def measure(lab: LabDirectory) -> list[Row]:
     return rows
 
 
+def starts(path: Path) -> list[Row]:
+    """What a command takes where it has nothing to do, beside the interpreter alone."""
+    empty = create_lab(path)
+    return [
+        Row("start: python3 alone", _timed(lambda: run("-c", "pass"))),
+        Row("start: --help", _timed(lambda: command(empty, "--help")), 0.1),
+        Row("start: list, no rules", _timed(lambda: command(empty, "list")), 0.1),
+    ]
+
+
 def _one(snapshot: Snapshot) -> tuple[str, str]:
     return next(iter(snapshot.stored))
 
@@ -118,17 +129,18 @@ def _timed(action: Callable[[], object]) -> list[float]:
 
 
 def command(lab: LabDirectory, *argv: str) -> float:
-    """Run the program; returns the seconds from its start to its end."""
+    """Run qvm-forward; returns the seconds from its start to its end."""
+    return run("-m", "qubes_fwd_qrexec.admin.views.cli", "--lab", str(lab.root), *argv)
+
+
+def run(*argv: str) -> float:
+    """Run python3; returns the seconds from its start to its end. Raises `RuntimeError` if it fails."""
     begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", "--lab", str(lab.root), *argv],
-        env=dict(os.environ),
-        capture_output=True,
-        timeout=120,
-    )
+    done = subprocess.run([sys.executable, *argv], env=dict(os.environ), capture_output=True, timeout=120)
+    took_s = time.perf_counter() - begun
     if done.returncode != 0:
-        raise RuntimeError(f"qvm-forward {' '.join(argv)}: {done.stderr.decode(errors='replace')}")
-    return time.perf_counter() - begun
+        raise RuntimeError(f"python3 {' '.join(argv)}: {done.stderr.decode(errors='replace')}")
+    return took_s
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -35,6 +35,7 @@ BOUND_S = 60.0
 _STANDS_S = 5.0
 # The longest wait for news before it is looked again whether they are what was waited for.
 _LOOK_S = 0.01
+_BLOCK = bytes(65536)
 BUFFER_BYTES = 131072
 
 
@@ -277,8 +278,8 @@ class MuxBench:
     def is_aborted(self, sock: socket.socket) -> bool:
         return self.read_to_end(sock)[1] == "RST"
 
-    def stall(self, sock: socket.socket) -> int:
-        """Send from ``sock`` until nothing moves any more, in the kernel either; how much that was.
+    def stall(self, *senders: socket.socket) -> int:
+        """Send from all ``senders`` until nothing moves any more, in the kernel either; how much that was.
 
         What a full socket had no room for is on its way until somebody reads, and is sent again ever later.
         """
@@ -289,7 +290,7 @@ class MuxBench:
         is_moving = True
         while is_moving:
             assert time.monotonic() < deadline, "it never stalls"
-            socks = {sock, *self._sockets()}
+            socks = {*senders, *self._sockets()}
             for one in socks:
                 acknowledge(one)  # that makes room
             before, flying = flying, sorted(map(in_flight_bytes, socks))
@@ -299,9 +300,10 @@ class MuxBench:
             if is_moving:
                 select.select([], [], [], 0.001)
             is_moving = self.turn() or is_moving
-            with contextlib.suppress(BlockingIOError):
-                sent += sock.send(bytes(65536))
-                is_moving = True
+            for sock in senders:
+                with contextlib.suppress(BlockingIOError):
+                    sent += sock.send(_BLOCK)
+                    is_moving = True
         return sent
 
     def _sockets(self) -> set[socket.socket]:

@@ -6,7 +6,7 @@ import errno
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -147,31 +147,43 @@ def test_what_waits_for_the_call_is_bounded_whatever_the_number_of_streams(bench
     assert streams[0].near not in bench.near.backlog.waiting
 
 
+def turns_of(bench: MuxBench, stream: Joined, beside: Sequence[Joined] = ()) -> int:
+    """In how many turns a byte of the client is given to the server; in each, ``beside`` have bulk to move.
+
+    From when the kernel has brought it here until it is given to the kernel there.
+    """
+    stream.client.send(b"x")
+    before = stream.far.received
+    assert select.select([stream.near.sock], [], [], BOUND_S)[0]
+    turns = 0
+    while stream.far.received == before:
+        assert turns < 200
+        for bulk in beside:
+            move(bulk)
+        bench.loop.run_once(0)
+        turns += 1
+    assert bench.read(stream.server, 1) == b"x"
+    return turns
+
+
 def test_a_small_stream_beside_many_bulk_ones_has_its_turn(bench: MuxBench) -> None:
-    """docs/behaviours.md, 19 and 20, counted in turns: no clock, and no other load, comes into it."""
+    """docs/behaviours.md, 20, counted in turns: no clock, and no other load, comes into it."""
     bulk = [bench.join() for _ in range(16)]
     small = bench.join()
-    for stream in bulk:
-        bench.stall(stream.client)
-    took: list[int] = []
-    for _ in range(50):
-        small.client.send(b"x")
-        before = small.far.received
-        # From when the kernel has brought it here until it is given to the kernel there.
-        assert select.select([small.near.sock], [], [], BOUND_S)[0]
-        turns = 0
-        while small.far.received == before:
-            assert turns < 200
-            for stream in bulk:
-                move(stream)
-            bench.loop.run_once(0)
-            turns += 1
-        assert bench.read(small.server, 1) == b"x"
-        took.append(turns)
-    took.sort()
+    bench.stall(*(stream.client for stream in bulk))
+    took = sorted(turns_of(bench, small, bulk) for _ in range(50))
     assert took[25] <= 6
     # It may come when what is queued is at its bound: then each of the others has one turn before it.
     assert took[-1] <= 40
+
+
+def test_a_stream_beside_63_that_stall_takes_as_many_turns_as_alone(bench: MuxBench) -> None:
+    """docs/behaviours.md, 19. A turn is no longer either: of those that stall there is no news."""
+    small = bench.join()
+    alone = [turns_of(bench, small) for _ in range(20)]
+    bench.stall(*(bench.join().client for _ in range(63)))
+    assert [turns_of(bench, small) for _ in range(20)] == alone
+    assert bench.wake_ups() == 0
 
 
 def move(stream: Joined) -> None:

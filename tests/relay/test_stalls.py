@@ -204,42 +204,6 @@ def test_64_streams_stalled_both_ways_cost_32_mebibytes_and_go_on_to_the_last_by
         finish(flows, max(flow.sent for flow in flows) + MIB // 8)
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Connection]:
-    """A connection through programs that have no other."""
-    with open_world(tmp_path) as world:
-        way = world.forward()
-        world.start_listener()
-        with way.connect() as connection:
-            yield connection
-
-
-def round_trips_s(connection: Connection, other: Connection, count: int) -> tuple[list[float], list[float]]:
-    """In turns, so that both have the same load beside them; sorted."""
-    took_s: tuple[list[float], list[float]] = ([], [])
-    for _ in range(count):
-        for one, its in zip((connection, other), took_s, strict=True):
-            began = time.monotonic()
-            one.echo()
-            its.append(time.monotonic() - began)
-    return sorted(took_s[0]), sorted(took_s[1])
-
-
-def test_one_that_echoes_beside_63_that_stall_is_not_much_slower_than_alone(
-    stalls: Stalls, alone: Connection
-) -> None:
-    """docs/behaviours.md, 19; the number of milliseconds is for `make bench`."""
-    with stalls.connections(64) as (echoing, *others):
-        flows = both_ways(others)
-        stall(flows)
-        stalls.assert_quiet()
-        beside_s, alone_s = round_trips_s(echoing, alone, 300)
-        assert beside_s[150] <= 3 * alone_s[150]
-        # Whoever waits for others that stall waits longer than for any other load.
-        assert sum(took_s > 3 * alone_s[-1] for took_s in beside_s) <= 15
-        finish(flows, max(flow.sent for flow in flows))
-
-
 # Sends on one descriptor and reads on the other until SIGTERM; how much it has read is in a shared file.
 _BULK = """
 import mmap, os, select, signal, struct, sys
