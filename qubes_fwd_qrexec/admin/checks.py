@@ -15,9 +15,7 @@ from . import nftpath, resolving
 from .inventory import (
     ADMIN,
     DISPOSABLE,
-    LINUX,
     OFFER_PREFIX,
-    OS_FEATURE,
     QREXEC_FEATURE,
     REMOTE,
     TEMPLATE,
@@ -153,21 +151,25 @@ def _carrier(
     """Service and transport by what the target has, those of TCP for both; no service if it cannot answer."""
     name, offers = target.name, inventory.offers(target.name, Service.FORWARD_TCP)
     *_, installed_in = inventory.with_templates(name)
+    system = inventory.other_system(name)
+    has_own = f"{OFFER_PREFIX}{Service.FORWARD_TCP}" in target.features
+    # What its template offers now is not what it was started with.
+    is_older = name in stock and target.is_running and not has_own
     found: list[Finding] = []
-    if rule.proto is not Proto.TCP and not inventory.offers(name, Service.FORWARD_UDP):
-        has_older = "update" if offers else ""
-        found.append(Finding(Cause.NO_SERVICE, installed_in.name, detail=has_older, case="udp"))
+    if rule.proto is not Proto.TCP:
+        if not inventory.offers(name, Service.FORWARD_UDP):
+            case, lack = ("udp-system", system) if system else ("udp", "update" if offers else "")
+            found.append(Finding(Cause.NO_SERVICE, installed_in.name, detail=lack, case=case))
+        elif is_older:
+            found.append(Finding(Cause.NO_SERVICE, installed_in.name, detail="older", case="udp"))
     if rule.proto is Proto.UDP:
         return None if found else Service.FORWARD_UDP, Transport.MUX, found
-    has_own = f"{OFFER_PREFIX}{Service.FORWARD_TCP}" in target.features
-    is_older = name in stock and target.is_running and not has_own
     if offers and not is_older:
         mux_or_call = Transport.CALL if rule.transport is Transport.CALL else Transport.MUX
         return Service.FORWARD_TCP, mux_or_call, found
-    system = inventory.feature(name, OS_FEATURE) or LINUX
-    if system != LINUX and not inventory.offers(name, Service.CONNECT_TCP):
+    if system and not inventory.offers(name, Service.CONNECT_TCP):
         return None, rule.transport, [*found, Finding(Cause.NO_SERVICE, detail=system, case="system")]
-    stock_only = Finding(Cause.STOCK_SERVICE, installed_in.name, detail="older" if offers else "")
+    stock_only = Finding(Cause.STOCK_SERVICE, installed_in.name, detail="older" if offers else system)
     if rule.transport is Transport.MUX or rule.proxy is not Proxy.OFF:
         asked = "transport=mux" if rule.proxy is Proxy.OFF else "proxy"
         return None, rule.transport, [*found, stock_only._replace(cause=Cause.NO_SERVICE, case=asked)]

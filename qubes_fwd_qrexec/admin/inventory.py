@@ -53,7 +53,7 @@ ADMIN = "AdminVM"
 TEMPLATE = "TemplateVM"
 REMOTE = "RemoteVM"
 DISPOSABLE = "DispVM"
-LINUX = "Linux"
+_LINUX = "Linux"
 
 
 def feature_matters(key: str, with_config: bool = True) -> bool:
@@ -168,6 +168,11 @@ class Inventory(NamedTuple):
     def offers(self, name: QubeName, service: str = Service.FORWARD_TCP) -> bool:
         """Whether a qube, or the template that it is made from, has told dom0 that it has a service."""
         return bool(self.feature(name, f"{OFFER_PREFIX}{service}"))
+
+    def other_system(self, name: QubeName) -> str:
+        """What a qube runs instead of Linux, for which alone there is our package; empty if it runs Linux."""
+        system = self.feature(name, OS_FEATURE) or _LINUX
+        return "" if system == _LINUX else system
 
     def configurations(self) -> Iterator[tuple[QubeName, str, str]]:
         """What qubes are told of forwards: the qube, name and value of the feature."""

@@ -39,7 +39,8 @@ def obstacles(rule: ForwardRule, path: Path, inventory: Inventory) -> Iterator[F
     for qube in path:
         if not inventory.offers(qube, NFT_SERVICE):
             *_, installed_in = inventory.with_templates(qube)
-            yield Finding(Cause.NO_NFT_SERVICE, qube, detail=installed_in.name)
+            system = inventory.other_system(qube)
+            yield Finding(Cause.NO_NFT_SERVICE, qube, detail=installed_in.name, case=system)
     for qube in path:
         if not inventory.qubes[qube].features.get(NFT_FEATURE):
             yield Finding(Cause.NFT_SWITCHED_OFF, qube)

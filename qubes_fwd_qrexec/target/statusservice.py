@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from qubes_fwd_qrexec.system.unixsockets import socket_address
 
 from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
-from .localserver import ServiceError, connect
+from .localserver import LOCALHOSTS, ServiceError, connect
 
 # RuntimeDirectory= of the listener's unit; a lab sets another one.
 LISTENER_DIRECTORY = "/run/qubes-forward-listener"
@@ -65,6 +66,8 @@ START_S = 2.0
 # The firewall's program looks twice in a second. One that has not for three seconds does not run.
 FIREWALL_S = 1.0
 _LOOK_S = 0.02
+# The addresses that calls get to; a server at any other of 127.0.0.0/8 is reached by none.
+_LOCALHOSTS = frozenset(ip_address(host) for _, host in LOCALHOSTS)
 
 
 class Places(NamedTuple):
@@ -154,9 +157,9 @@ def _look_at(proto: Proto, port: int) -> Trial:
         return Trial(Answer.REFUSED, Refusal.SERVER, f"{what}: nothing listens there")
     text = one_line(f"{what}: a server listens at {', '.join(map(str, addresses))}")
     at = [unmapped(address) for address in addresses]
+    is_for_calls = any(address in _LOCALHOSTS or address.is_unspecified for address in at)
     if all(address.is_loopback for address in at):
-        return Trial(Answer.REFUSED, Refusal.LOOPBACK, text)
-    is_for_calls = any(address.is_loopback or address.is_unspecified for address in at)
+        return Trial(Answer.REFUSED, Refusal.LOOPBACK if is_for_calls else Refusal.NOT_AT_LOOPBACK, text)
     return Trial(Answer.THROUGH, "" if is_for_calls else Refusal.NOT_AT_LOOPBACK, text)
 
 

@@ -120,16 +120,35 @@ def test_each_service_that_is_missing_for_both_is_named() -> None:
     assert [stop.case for stop in forward.stops] == ["udp", "transport=mux"]
     windows = qube("work", "sys-firewall", features={"os": "Windows"})
     forward = only(rule("proto=both"), world(windows))
-    assert [stop.case for stop in forward.stops] == ["udp", "system"]
+    assert [stop.case for stop in forward.stops] == ["udp-system", "system"]
 
 
-def test_tcp_of_a_rule_for_both_goes_over_the_stock_service_where_the_target_does_not_have_ours_yet() -> None:
+@pytest.mark.parametrize("proto", ["udp", "both"])
+def test_no_udp_is_sent_to_a_target_that_was_started_before_its_template_had_our_service(proto: str) -> None:
     work = qube("work", "sys-firewall", template=QubeName("fedora-42"))
-    (forward,) = plan([rule("proto=both")], world(work), NOW, stock={QubeName("work")})
-    assert [config.service for config in forward.listener_configs] == [
-        Service.CONNECT_TCP,
-        Service.FORWARD_UDP,
-    ]
+    (forward,) = plan([rule(f"proto={proto}")], world(work), NOW, stock={QubeName("work")})
+    assert (forward.cause, forward.configs) == (Cause.NO_SERVICE, ())
+    assert reasons.sentence(forward) == (
+        "work was started before its template offered qubes.ForwardUDP, without which no UDP gets there over "
+        "qrexec; restart work, or send it by nft with mode=nft."
+    )
+    (tcp,) = plan([rule()], world(work), NOW, stock={QubeName("work")})
+    assert tcp.service is Service.CONNECT_TCP
+    halted = world(work._replace(is_running=False))
+    (forward,) = plan([rule(f"proto={proto}")], halted, NOW, stock={QubeName("work")})
+    assert forward.is_live
+
+
+def test_what_only_linux_has_is_not_to_be_installed_elsewhere() -> None:
+    features = {"os": "Windows", "supported-rpc.qubes.ConnectTCP": "1"}
+    windows = world(qube("work", "sys-firewall", klass="StandaloneVM", features=features))
+    for options in ("", "proto=udp", "proto=both", "transport=mux", "proxy=v2", "mode=nft proto=udp"):
+        forward = only(rule(options), windows)
+        assert forward.is_live == (options == "")
+        found = forward.decisive if options else forward.finding(Cause.STOCK_SERVICE)
+        said = reasons.sentence(forward, found)
+        assert "runs Windows" in said
+        assert "install" not in said
 
 
 def test_limits_are_what_the_listener_is_told() -> None:

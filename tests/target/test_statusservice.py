@@ -248,6 +248,8 @@ def test_a_port_is_tried(tmp_path: Path) -> None:
     [
         ("127.0.0.1", Answer.REFUSED, "loopback"),
         ("::1", Answer.REFUSED, "loopback"),
+        # As systemd-resolved does: neither packets of others nor calls get there.
+        ("127.0.0.53", Answer.REFUSED, "not-at-loopback"),
         ("0.0.0.0", Answer.THROUGH, ""),
         ("::", Answer.THROUGH, ""),
         # Of nobody here (RFC 5737): packets would get there, and calls do not.

@@ -92,7 +92,12 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
     ),
     Refusal.BUSY: ("wait until some connections to {target} have ended",),
 }
-_UDP_SERVER = dict.fromkeys((NO_SERVER, Refusal.NOT_AT_LOOPBACK), (_START.format("lun"),))
+_UDP_SERVER = {
+    NO_SERVER: (_START.format("lun"),),
+    Refusal.NOT_AT_LOOPBACK: (
+        "have the server in {target} listen on 127.0.0.1 or ::1, as calls get to no other address",
+    ),
+}
 _OTHERWISE = (f"{_LOG}, and the journal of {{target}}, say more",)
 _FIREWALL = {
     Firewall.OPEN: "lets clients in by",

@@ -143,6 +143,10 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         "Linux.",
         _REMOVE,
     ),
+    (Cause.NO_SERVICE, "udp-system"): (
+        f"{{target}} runs {{detail}}, which has no {Service.FORWARD_UDP}; name a target that runs Linux.",
+        _REMOVE,
+    ),
     (Cause.NO_SERVICE, "udp"): (
         "{lacks}, without which no UDP gets there over qrexec; {install}, or send it by nft with mode=nft.",
         _NFT,
@@ -353,7 +357,7 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
         service = Service.FORWARD_UDP if finding.case == "udp" else _FORWARD
         facts["lacks"], facts["install"] = _lacks(target, finding, service)
     elif finding.cause is Cause.NO_NFT_SERVICE and finding.qube is not None:
-        installed_in = finding._replace(qube=QubeName(finding.detail))
+        installed_in = finding._replace(qube=QubeName(finding.detail), detail=finding.case)
         facts["lacks"], facts["install"] = _lacks(finding.qube, installed_in, NFT_SERVICE)
     elif finding.cause is Cause.TOO_LARGE:
         stock = forward.finding(Cause.STOCK_SERVICE)
@@ -381,11 +385,12 @@ def _whose(forward: Forward, finding: Finding) -> str:
 
 def _lacks(target: QubeName, finding: Finding, service: str = _FORWARD) -> tuple[str, str]:
     """What a qube lacks, and how it comes by it."""
+    lacks = f"{target} does not offer {service}"
     if finding.detail == "older":
-        return f"{target} was started before its template offered {_FORWARD}", f"restart {target}"
-    install = f"{'update' if finding.detail == 'update' else 'install'} qubes-fwd-qrexec in "
+        return f"{target} was started before its template offered {service}", f"restart {target}"
+    if finding.detail not in ("", "update"):
+        return lacks, f"use a qube that runs Linux, as {target} runs {finding.detail}"
+    install = f"{finding.detail or 'install'} qubes-fwd-qrexec in "
     if finding.qube == target:
-        install += target
-    else:
-        install += f"its template {finding.qube} and restart {target}"
-    return f"{target} does not offer {service}", install
+        return lacks, install + target
+    return lacks, f"{install}its template {finding.qube} and restart {target}"

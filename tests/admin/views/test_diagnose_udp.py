@@ -124,15 +124,10 @@ def test_of_both_each_is_walked(qubes: Asked, walked: Walk) -> None:
             "no-server",
             "nothing listens",
         ),
-        (
-            Trial(Answer.THROUGH, "not-at-loopback", "it is at 10.0.0.1"),
-            "not-at-loopback",
-            "it is at 10.0.0.1",
-        ),
         (Trial(Answer.REFUSED, "whatever a qube says", "x"), "no-server", "x"),
     ],
 )
-def test_a_server_that_a_call_does_not_get_to_ends_the_walk(
+def test_a_port_where_nothing_listens_ends_the_walk(
     qubes: Asked, walked: Walk, trial: Trial, cause: str, text: str
 ) -> None:
     qubes.trials["udp.53"] = trial
@@ -141,6 +136,21 @@ def test_a_server_that_a_call_does_not_get_to_ends_the_walk(
     assert text in last["text"]
     assert last["remedy"] == (
         "start the server in vault, and have it listen on 127.0.0.1; 'ss -lun' there shows who listens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "at"), [(Answer.THROUGH, "it is at 10.0.0.1"), (Answer.REFUSED, "it is at 127.0.0.53")]
+)
+def test_a_server_where_no_call_gets_ends_the_walk(
+    qubes: Asked, walked: Walk, answer: Answer, at: str
+) -> None:
+    qubes.trials["udp.53"] = Trial(answer, "not-at-loopback", at)
+    last = walked("--proto", "udp")[-1]
+    assert (last["step"], last["verdict"], last["cause"]) == ("server", "stops", "not-at-loopback")
+    assert last["text"] == f"in vault, {at}"
+    assert last["remedy"] == (
+        "have the server in vault listen on 127.0.0.1 or ::1, as calls get to no other address"
     )
 
 
