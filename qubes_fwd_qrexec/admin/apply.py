@@ -21,6 +21,7 @@ from typing import NamedTuple
 from qubes_fwd_qrexec.common.allowance import Allowance
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.nftconfig import parse_nft_key
+from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.values import QubeName, parse_printable
 
 from . import policy
@@ -120,6 +121,19 @@ def _told(forward: Forward) -> dict[Place, str]:
     return {(qube, f"{CONFIG_PREFIX}{config.key}"): str(config) for qube, config in forward.configs}
 
 
+def _without(forward: Forward, untold: Collection[Place]) -> Forward:
+    """What is left of a forward where qubes could not be told of it. Over qrexec each protocol is by itself;
+    by nft nothing is left, as each qube of the path decides on both.
+    """
+    left = tuple(
+        (qube, config)
+        for qube, config in forward.configs
+        if (qube, f"{CONFIG_PREFIX}{config.key}") not in untold
+    )
+    is_closed = forward.mode is Mode.NFT and left != forward.configs
+    return forward._replace(configs=() if is_closed else left)
+
+
 def _keys(places: Iterable[Place]) -> set[Key]:
     """The rules by nft that qubes are told of there."""
     return {parse_nft_key(key.removeprefix(CONFIG_PREFIX)) for _, key in places}
@@ -136,14 +150,15 @@ def differences(
 ) -> tuple[Step, ...]:
     """The steps from what is to what the plan asks for, in the order in which they are to be taken.
 
-    ``untold`` are places that could not be told: their forwards are closed everywhere. A listener keeps what
-    it was told, as it gets no call through; what lets packets through goes. ``stopped`` are rules that
-    changed from nft to qrexec, and whose qubes have confirmed that packets are stopped: others wait for that.
+    ``untold`` are places that could not be told: what is told there is closed, and a forward by nft at all
+    its qubes. A listener keeps what it was told, as it gets no call through; what lets packets through goes.
+    ``stopped`` are rules that changed from nft to qrexec, and whose qubes have confirmed that packets are
+    stopped: others wait for that.
     ``ends_all``: as long as any qube is told of a forward, all that serve are told what is allowed.
     """
     ending = switched(plan, inventory, stopped)
     waiting = _keys(ending)
-    opening = (f for f in plan if f.named[:2] not in waiting and _told(f).keys().isdisjoint(untold))
+    opening = (_without(f, untold) for f in plan if f.named[:2] not in waiting)
     plan = replace(plan, forwards=tuple(opening))
     final = policy.text(plan)
     old_lines, new_lines = policy.allowing(installed.text), policy.allowing(final)

@@ -3,10 +3,11 @@
 
 import pytest
 from memory import Memory, applied, steps
-from worlds import rule, world
+from worlds import NOW, rule, world
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.apply import Kind, carry_out
+from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.views.steps import as_json
 from qubes_fwd_qrexec.admin.views.steps import words as in_words
@@ -58,15 +59,6 @@ def test_tcp_and_udp_of_one_rule_are_opened_and_closed_apart() -> None:
     backend.log.clear()
     applied(backend, WEB)
     assert backend.log == ["policy 1", REVOKE, f"remove sys-net {UDP_CONFIG}"]
-
-
-def test_where_one_of_two_protocols_cannot_be_told_neither_is_open() -> None:
-    backend = Memory(world())
-    backend.refuses = lambda entry: entry == f"set sys-net {UDP_CONFIG}"
-    outcome = applied(backend, rule("dstports=8080 proto=both"))
-    assert policy.allowing(backend.policy) == frozenset()
-    assert CONFIG not in backend.qubes[QubeName("sys-net")]
-    assert outcome.problems == (f"cannot set sys-net {UDP_CONFIG}",)
 
 
 def test_a_second_time_changes_nothing() -> None:
@@ -202,6 +194,26 @@ def test_what_cannot_be_narrowed_loses_its_policy_and_its_calls_and_all_else_goe
     assert [line.split()[1] for line in policy.allowing(backend.policy)] == ["+22"]
     assert backend.given == {"work": "version=1 drains=keep\n"}
     assert outcome.problems == (f"cannot set sys-net {CONFIG}",)
+
+
+@pytest.mark.parametrize("was", ["proto=tcp", "proto=both srchosts=10.0.0.0/8"])
+def test_of_both_protocols_the_one_that_can_be_told_stays_open(was: str) -> None:
+    """TCP goes on where the listener cannot be told of UDP, whether that is new or changed."""
+    backend = Memory(world())
+    applied(backend, rule(f"dstports=8080 {was}"))
+    backend.refuses = lambda entry: entry == f"set sys-net {UDP_CONFIG}"
+    now = rule(
+        "dstports=8080 proto=both srchosts=10.0.0.0/9" if "both" in was else "dstports=8080 proto=both"
+    )
+    outcome = applied(backend, now)
+    assert [line.split()[0] for line in policy.allowing(backend.policy)] == ["qubes.ForwardTCP"]
+    tcp, _ = plan([now], world(), NOW).forwards[0].listener_configs
+    assert backend.qubes[QubeName("sys-net")][CONFIG] == str(tcp)
+    assert outcome.problems == (f"cannot set sys-net {UDP_CONFIG}",)
+    assert [step.key for step in outcome.undone] == [UDP_CONFIG]
+    backend.refuses = lambda entry: False
+    assert applied(backend, now).problems == ()
+    assert len(policy.allowing(backend.policy)) == 2
 
 
 def test_a_narrowing_that_fails_again_and_again_opens_nothing_meanwhile() -> None:
