@@ -9,11 +9,13 @@ import pytest
 
 from qubes_fwd_qrexec import listener
 from qubes_fwd_qrexec.common import config
+from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.exposed import (
     callbudget,
     callqueue,
     callwaits,
     connectionlog,
+    flowcounters,
     flowpool,
     flowtable,
     limits,
@@ -122,6 +124,30 @@ def test_no_limit_goes_unchecked() -> None:
     assert len(limited) == 13
     sentences = [sentence for sentence, _ in SAID]
     assert [what for what in limited if not any(s.startswith(what) for s in sentences)] == []
+
+
+def words_of(introduction: str) -> set[str]:
+    """The words that a list of the page explains, after its introduction."""
+    listed = PAGE.split(introduction)[1].split("\n\n")[1]
+    return {
+        word
+        for line in re.findall(r"^``.*``$", listed, re.MULTILINE)
+        for word in line.strip("`").split("``, ``")
+    }
+
+
+def test_every_word_for_how_a_connection_or_flow_ends_is_explained_and_no_other() -> None:
+    assert words_of("*seconds*. *how* is one of:") == set(connectionlog.How)
+    assert words_of("Its *how* is one of:") == set(connectionlog.FlowHow)
+
+
+def test_every_reason_why_something_is_refused_or_dropped_is_on_the_page_and_no_other() -> None:
+    _, refused, dropped = re.split(r"Reasons are |datagrams by\s+reason\.", PAGE.split("metrics.sock")[0])
+    reasons = {*limits.NotAdmitted, *Refusal, connectionlog.How.MADE_ROOM}
+    # Of these it is the target that speaks: see qubes.ForwardStatus.
+    reasons -= {Refusal.LOOPBACK, Refusal.NOT_AT_LOOPBACK}
+    assert set(re.findall("``([a-z-]+)``", refused.split(".\n")[0])) == reasons
+    assert set(re.findall("``([a-z-]+)``:", dropped)) == set(flowcounters.Dropped)
 
 
 def test_all_calls_together_are_fewer_than_a_qube_has_room_for() -> None:

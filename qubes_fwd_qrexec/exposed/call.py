@@ -33,6 +33,7 @@ from qubes_fwd_qrexec.system.bugs import A_BUG
 from .callbudget import CallBudget
 from .callplace import Place
 from .callqueue import Key, Kind
+from .connectionlog import How
 from .counters import Carried
 from .qrexec import SINGLE_BUFFER_BYTES, Call, CallInput, open_call
 
@@ -75,7 +76,7 @@ class Ending:
     sent_bytes: int
     received_bytes: int
     refusal: Refusal | None = None
-    how: str = "closed"
+    how: How = How.CLOSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ async def relay_over_call(
         connection.sent,
         connection.received,
         connection.refusal,
-        connection.how if connection.error is not None else "closed",
+        connection.how if connection.error is not None else How.CLOSED,
     )
 
 
@@ -139,7 +140,7 @@ class _Connection:
     ) -> None:
         self.error: str | None = None
         self.refusal: Refusal | None = None
-        self.how = "aborted"
+        self.how = How.ABORTED
         self.trouble: RefusedError | OSError | None = None
         """Why it did not even begin."""
         self._accepted = accepted
@@ -183,7 +184,7 @@ class _Connection:
         return None
 
     def make_room(self) -> None:
-        self.how = "made-room"
+        self.how = How.MADE_ROOM
         self._fail("ended as the idlest connection of its client, to make room for one that waited")
 
     async def run(self, nursery: trio.Nursery) -> None:

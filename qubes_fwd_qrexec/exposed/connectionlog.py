@@ -8,6 +8,7 @@ many were left out; the counters count all connections.
 import logging
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any, Protocol
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
@@ -19,6 +20,45 @@ _logger = logging.getLogger(__name__)
 # stays under a tenth of that, and leaves room for the listener's warnings.
 LINES_PER_S = 20.0
 BURST = 100
+
+
+class How(StrEnum):
+    """How a connection ended."""
+
+    CLOSED = "closed"
+    """A clean end of both directions."""
+    CLIENT_RESET = "client-reset"
+    TARGET_RESET = "target-reset"
+    """An abort, over a mux call."""
+    ABORTED = "aborted"
+    """An abort, over a call of its own, where nobody tells whose."""
+    REFUSED = "refused"
+    """There was no call, or no server."""
+    CUT = "cut"
+    """Its forward has ended."""
+    MADE_ROOM = "made-room"
+    """It was the idlest when there was no room for another one."""
+    BUG = "bug"
+    """There was a bug in this program."""
+
+
+class FlowHow(StrEnum):
+    """How a flow ended."""
+
+    IDLE = "idle"
+    """Nothing has moved in it for too long."""
+    REFUSED = "refused"
+    """There was no call, or nothing listens on the server's port in the target."""
+    TARGET_ENDED = "target-ended"
+    """The target has ended it, for any other reason."""
+    REVOKED = "revoked"
+    """dom0 has ended its call."""
+    CUT = "cut"
+    """Its forward has ended, or its port is closed."""
+    MADE_ROOM = "made-room"
+    """It was quiet when there was no room for another one, or its call's place was needed."""
+    BUG = "bug"
+    """There was a bug in this program."""
 
 
 class Figures(Protocol):
@@ -63,7 +103,7 @@ class ConnectionLog:
         self._write(f"connection=open {line} forward={config.target}.{config.name}")
         return line
 
-    def ended(self, line: str | None, config: ListenerConfig, carried: Figures, how: str) -> None:
+    def ended(self, line: str | None, config: ListenerConfig, carried: Figures, how: How | FlowHow) -> None:
         """Write the last line of a connection, if it has a first one.
 
         A long line is cut at its end, so what the first line has, too, comes last.

@@ -13,6 +13,7 @@ from qubes_fwd_qrexec.common.values import IPAddress
 from qubes_fwd_qrexec.mux import Buffer, FlowCode, Origin, ProxyVersion
 from qubes_fwd_qrexec.system.datagrams import Address
 
+from .connectionlog import FlowHow
 from .flowcall import FlowCall
 from .flowcounters import Dropped
 
@@ -28,8 +29,8 @@ class FlowOwner(Protocol):
     def ended_there(self, flow: "Flow", code: FlowCode) -> None:
         """The target has ended the flow, or its call is over."""
 
-    def end(self, flow: "Flow", how: str) -> None:
-        """End the flow here; ``how`` is a word for the log."""
+    def end(self, flow: "Flow", how: FlowHow) -> None:
+        """End the flow here."""
 
     def not_carried(self, flow: "Flow", kind: str, error: str) -> None:
         """There is no call for the flow; ``kind`` is a word for counters."""
@@ -123,11 +124,11 @@ class Flow:
 
     def make_room(self) -> None:
         """Others need its place."""
-        self.owner.end(self, "made-room")
+        self.owner.end(self, FlowHow.MADE_ROOM)
 
     def fail(self) -> None:
         """There was a bug in what was done for it."""
-        self.owner.end(self, "bug")
+        self.owner.end(self, FlowHow.BUG)
 
     # As the end of a flow in its call
 

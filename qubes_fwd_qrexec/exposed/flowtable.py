@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.system.datagrams import Arrived
 from qubes_fwd_qrexec.system.ingress import Sides
 from qubes_fwd_qrexec.system.logs import RateLimit, warn
 
-from .connectionlog import ConnectionLog
+from .connectionlog import ConnectionLog, FlowHow
 from .flow import Carrier, Flow
 from .flowcounters import FlowCounters
 from .limits import Account, NotAdmitted, Process
@@ -101,7 +101,7 @@ class FlowTable:
                     flow.ends_at = math.inf
                     flow.carrier = carrier  # no more calls are made for the forward as it was
                 elif config.on_expire is OnExpire.CUT:
-                    port.end(flow, "cut")
+                    port.end(flow, FlowHow.CUT)
                 else:
                     flow.ends_at = min(flow.ends_at, ends_at)
         self._close_unused()
@@ -152,7 +152,7 @@ class FlowTable:
         """End all flows."""
         for port in list(self.ports.values()):
             for flow in list(port.flows.values()):
-                port.end(flow, "cut")
+                port.end(flow, FlowHow.CUT)
         self._close_unused()
 
     def _allows(self, port: UdpPort, flow: Flow) -> bool:
@@ -213,9 +213,9 @@ class FlowTable:
     def port_failed(self, port: UdpPort) -> None:
         self.ports.pop(port.binding, None)
 
-    def flow_over(self, flow: Flow, how: str) -> None:
+    def flow_over(self, flow: Flow, how: FlowHow) -> None:
         self.account.leave(flow)
-        if how == "made-room":
+        if how is FlowHow.MADE_ROOM:
             self.counters.refused(how)
             self._warn(how, lambda: f"ended a quiet flow of {flow.client} to make room for another")
         self._means.log.ended(flow.line, self.config, flow, how)
@@ -244,9 +244,9 @@ class FlowTable:
         for port in list(self.ports.values()):
             for flow in list(port.flows.values()):
                 if now - flow.moved_at >= (ANSWERED_S if flow.is_answered else UNANSWERED_S):
-                    port.end(flow, "idle")
+                    port.end(flow, FlowHow.IDLE)
                 elif now >= flow.ends_at:
-                    port.end(flow, "cut")
+                    port.end(flow, FlowHow.CUT)
         self._close_unused()
         if self.account.connections:
             self._timer = self._loop.after(TICK_S, self._tick, self.cut)

@@ -32,7 +32,7 @@ from qubes_fwd_qrexec.system.ingress import came_by
 from qubes_fwd_qrexec.system.lifetime import Expiry
 from qubes_fwd_qrexec.system.logs import RateLimit, one_line, warn
 
-from .connectionlog import ConnectionLog
+from .connectionlog import ConnectionLog, How
 from .counters import WAYS, Carried, Counters
 from .flowtable import FlowMeans
 from .limits import Account, NotAdmitted, Process
@@ -233,7 +233,7 @@ class OpenForward:
         accepted, carried = connection.sock, connection.carried
         self.counters.opened(carried)
         line = self._means.log.opened(self.config, accepted.getpeername, port)
-        how = "cut"
+        how = How.CUT
         try:
             with connection.scope:
                 is_well, how = await self._relay(port, accepted, connection.client, carried)
@@ -244,11 +244,11 @@ class OpenForward:
         except Exception as bug:
             if self._means.transports.relays.has_failed:
                 raise
-            how = "bug"
+            how = How.BUG
             self._means.bugs.note(bug)
         finally:
             if connection.is_yielding:
-                how = "made-room"
+                how = How.MADE_ROOM
                 self.counters.refused(how)
                 self._warn(how, f"ended the idlest connection of {connection.client} to let others in")
             self.live.discard(connection)
@@ -259,7 +259,7 @@ class OpenForward:
 
     async def _relay(
         self, port: int, accepted: socket.socket, peer: IPAddress, carried: Carried
-    ) -> tuple[bool, str]:
+    ) -> tuple[bool, How]:
         """Carry it. Returns whether it ended well, and how; if not well, a warning is in the log."""
         try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -267,11 +267,11 @@ class OpenForward:
         except RefusedError as error:
             self._failed(error.kind, str(error))
             self._warn(str(error), f"{peer}: {error}")
-            return False, "refused"
+            return False, How.REFUSED
         except OSError as error:
             self._failed(None, str(error))
             self._warn("trouble", f"{peer}: {error}")
-            return False, "aborted"
+            return False, How.ABORTED
         if ending.error is not None:
             self._failed(ending.refusal, ending.error)
             self._warn(ending.error, f"{peer}: {ending.error}")

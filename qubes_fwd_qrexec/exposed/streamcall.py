@@ -24,16 +24,17 @@ from qubes_fwd_qrexec.relay.thread import RelayThread
 
 from .call import Ending
 from .callqueue import Key
+from .connectionlog import How
 from .counters import Carried
 from .crowd import client_key
 from .muxcall import MuxCall
 from .qrexec import Call
 
 _HOW = {
-    LegEnd.DONE: "closed",
-    LegEnd.LOCAL_RESET: "client-reset",
-    LegEnd.REMOTE_RESET: "target-reset",
-    LegEnd.BUG: "bug",
+    LegEnd.DONE: How.CLOSED,
+    LegEnd.LOCAL_RESET: How.CLIENT_RESET,
+    LegEnd.REMOTE_RESET: How.TARGET_RESET,
+    LegEnd.BUG: How.BUG,
 }
 _REFUSALS = {
     ResetCode.REFUSED: "the server in the target refused the connection",
@@ -117,7 +118,7 @@ class StreamCall(MuxCall[Mux]):
         for leg, finish in list(self.waiting.items()):
             del self.waiting[leg]
             leg.abort_from_here()
-            finish(Ending(None, leg.sent, leg.received, how="made-room"))
+            finish(Ending(None, leg.sent, leg.received, how=How.MADE_ROOM))
 
     async def relay(
         self,
@@ -157,7 +158,7 @@ class StreamCall(MuxCall[Mux]):
             leg = self.mux.open(port, origin, accepted, proxy)
             if leg is None:
                 text = "this qube holds as many connections as it may"
-                finish(Ending(text, 0, 0, Refusal.BUSY, "refused"))
+                finish(Ending(text, 0, 0, Refusal.BUSY, How.REFUSED))
                 return
             legs.append(leg)
             carried.by = leg
@@ -194,5 +195,5 @@ class StreamCall(MuxCall[Mux]):
         finish = self.waiting.pop(leg, None)
         if finish is not None:
             error = _REFUSALS.get(code, f"the target reset the stream: {code.name}")
-            refused = Ending(error, 0, 0, Refusal.SERVER, "refused")
+            refused = Ending(error, 0, 0, Refusal.SERVER, How.REFUSED)
             finish(RetryError(is_targets=True) if code in _TRY_AGAIN else refused)

@@ -19,6 +19,7 @@ from qubes_fwd_qrexec.mux import Origin
 from qubes_fwd_qrexec.system.logs import one_line
 
 from .call import Ending
+from .connectionlog import How
 from .counters import Carried
 from .flowpool import FlowPool
 from .transports import Transports
@@ -54,7 +55,7 @@ async def try_out(config: ListenerConfig, transports: Transports, timeout_s: flo
         return found
     if found is not None and found.refusal is not None:
         return Trial(Answer.REFUSED, found.refusal, one_line(found.error or "refused"))
-    if _is_joined(carried) or (found is not None and found.error is None and found.how == "closed"):
+    if _is_joined(carried) or (found is not None and found.error is None and found.how is How.CLOSED):
         return Trial(Answer.THROUGH, "", "the server in the target took a connection")
     if found is None:
         return Trial(Answer.SILENT, "", f"no answer within {timeout_s:g} s")

@@ -20,6 +20,7 @@ from qubes_fwd_qrexec.relay.loop import READ, Loop
 from qubes_fwd_qrexec.system import datagrams
 from qubes_fwd_qrexec.system.datagrams import MAX_DATAGRAM_BYTES, Address, Arrived, Control
 
+from .connectionlog import FlowHow
 from .flow import Flow
 from .flowcounters import Dropped, FlowCounters
 from .limits import NotAdmitted
@@ -80,8 +81,8 @@ class PortOwner(Protocol):
     def port_failed(self, port: "UdpPort") -> None:
         """The port has closed itself after a bug."""
 
-    def flow_over(self, flow: Flow, how: str) -> None:
-        """A flow has ended; ``how`` is a word for the log."""
+    def flow_over(self, flow: Flow, how: FlowHow) -> None:
+        """A flow has ended."""
 
     def not_carried(self, flow: Flow, kind: str, error: str) -> None:
         """There is no call for a flow, which ends."""
@@ -116,7 +117,7 @@ class UdpPort:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
         for flow in list(self.flows.values()):
-            self.end(flow, "cut")
+            self.end(flow, FlowHow.CUT)
 
     def _fail(self) -> None:
         self._owner.port_failed(self)
@@ -211,18 +212,18 @@ class UdpPort:
             return
         call.left(flow.flow_id)
         if call.is_revoked or code is FlowCode.REVOKED:
-            self._over(flow, "revoked")
+            self._over(flow, FlowHow.REVOKED)
         elif code in _TRY_AGAIN and not call.is_lost:
             call.give_up()
         elif not call.is_lost:
             if code in _REFUSALS:
                 self._counters.refused(Refusal.SERVER)
                 self._counters.failed(_REFUSALS[code])
-                self._over(flow, "refused")
+                self._over(flow, FlowHow.REFUSED)
             else:
-                self._over(flow, "idle" if code is FlowCode.DONE else "target-ended")
+                self._over(flow, FlowHow.IDLE if code is FlowCode.DONE else FlowHow.TARGET_ENDED)
 
-    def end(self, flow: Flow, how: str) -> None:
+    def end(self, flow: Flow, how: FlowHow) -> None:
         call, flow.call = flow.call, None
         if call is not None:
             call.end(flow.flow_id, FlowCode.DONE)
@@ -230,12 +231,12 @@ class UdpPort:
 
     def not_carried(self, flow: Flow, kind: str, error: str) -> None:
         self._owner.not_carried(flow, kind, error)
-        self.end(flow, "refused")
+        self.end(flow, FlowHow.REFUSED)
 
     def dropped(self, reason: Dropped, number: int) -> None:
         self._counters.dropped(reason, number)
 
-    def _over(self, flow: Flow, how: str) -> None:
+    def _over(self, flow: Flow, how: FlowHow) -> None:
         if not flow.is_over:
             flow.is_over = True
             self.flows.pop((flow.sender, flow.local), None)
