@@ -30,6 +30,7 @@ from qubes_fwd_qrexec.system import deadpeers, logs, qubesdbsource
 from qubes_fwd_qrexec.target import callservice, localserver
 
 PAGE = (Path(__file__).parents[1] / "docs" / "qubes-forward-listener.rst").read_text()
+STATUS_PAGE = (Path(__file__).parents[1] / "docs" / "qvm-forward-list.rst").read_text()
 # As it is read, without line breaks and marks; a row of the table is one sentence then.
 READ = re.sub(r"\s+", " ", PAGE.replace("`", "").replace("*", ""))
 UNITS = {"ms": 0.001, "s": 1, "second": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
@@ -141,13 +142,16 @@ def test_every_word_for_how_a_connection_or_flow_ends_is_explained_and_no_other(
     assert words_of("Its *how* is one of:") == set(connectionlog.FlowHow)
 
 
-def test_every_reason_why_something_is_refused_or_dropped_is_on_the_page_and_no_other() -> None:
-    _, refused, dropped = re.split(r"Reasons are |datagrams by\s+reason\.", PAGE.split("metrics.sock")[0])
-    reasons = {*limits.NotAdmitted, *Refusal, connectionlog.How.MADE_ROOM}
+def test_every_reason_why_something_is_refused_or_dropped_is_on_both_pages_and_no_other() -> None:
+    refusals = {*limits.NotAdmitted, *Refusal, connectionlog.How.MADE_ROOM}
     # Of these it is the target that speaks: see qubes.ForwardStatus.
-    reasons -= {Refusal.LOOPBACK, Refusal.NOT_AT_LOOPBACK}
-    assert set(re.findall("``([a-z-]+)``", refused.split(".\n")[0])) == reasons
+    refusals -= {Refusal.LOOPBACK, Refusal.NOT_AT_LOOPBACK}
+    _, refused, dropped = re.split(r"Reasons are |datagrams by\s+reason\.", PAGE.split("metrics.sock")[0])
+    assert set(re.findall("``([a-z-]+)``", refused.split(".\n")[0])) == refusals
     assert set(re.findall("``([a-z-]+)``:", dropped)) == set(flowcounters.Dropped)
+    _, refused, dropped = re.split(r"as \*refused\*;|were \*dropped\*:", STATUS_PAGE)
+    assert set(re.findall("``([a-z-]+)``(?:, |\n)", refused)) == refusals
+    assert set(re.findall("``([a-z-]+)``(?:, |\n)", dropped)) == set(flowcounters.Dropped)
 
 
 def test_all_calls_together_are_fewer_than_a_qube_has_room_for() -> None:

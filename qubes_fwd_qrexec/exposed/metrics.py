@@ -95,12 +95,17 @@ _FAMILIES = (
     (
         "refused_total",
         _COUNTER,
-        "Connections, or datagrams of UDP, not let in or carried, by reason.",
+        "Connections, or datagrams and flows of UDP, not let in, not carried or ended for others, by reason.",
         _refused,
     ),
-    ("bytes_total", _COUNTER, "Bytes carried, by direction.", _bytes),
-    ("datagrams_total", _COUNTER, "Datagrams carried, by direction.", _datagrams),
-    ("dropped_total", _COUNTER, "Datagrams dropped, by reason.", _dropped),
+    ("bytes_total", _COUNTER, "Bytes let in from clients, or sent to them, by direction.", _bytes),
+    (
+        "datagrams_total",
+        _COUNTER,
+        "Datagrams let in from clients, or sent to them, by direction.",
+        _datagrams,
+    ),
+    ("dropped_total", _COUNTER, "Datagrams dropped of these or of answers, by reason.", _dropped),
     ("way", _GAUGE, "1 for the state that the way to the target is in.", _ways),
     ("mux_calls", _GAUGE, "Mux calls to the target.", _mux_calls),
 )
