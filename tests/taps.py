@@ -35,9 +35,12 @@ class Trace:
         self._taps = taps
         self.sights: dict[str, list[Sight]] = {name: [] for name in taps}
 
-    def read(self) -> None:
+    def read(self) -> bool:
+        """Whether there was anything."""
+        before = sum(map(len, self.sights.values()))
         for name, tap in self._taps.items():
             self.sights[name] += read(tap)
+        return sum(map(len, self.sights.values())) > before
 
     def end(self, is_it: Callable[[bytes], bool]) -> str | None:
         """The qube that such a packet came to and did not leave; none as "", on its way as None."""
