@@ -4,7 +4,7 @@
 # make check  format, lint and types
 # make guide  write what the commands of docs/guide print into its chapters
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules; with ARGS=nft,
-#             as root, forwards by nft beside rules by hand
+#             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
 # make mutate change the code in 200 places, one at a time, and see whether the tests notice (ARGS="--count 60 mux")

@@ -35,11 +35,15 @@ def connect(address: Address) -> socket.socket:
     return sock
 
 
-def echo(sock: socket.socket) -> None:
-    """One byte there and back. Raises OSError or `LoadError`."""
-    sock.send(ECHO)
-    if sock.recv(1) != ECHO:
-        raise LoadError("the connection ended where an echo was due")
+def echo(sock: socket.socket, data: bytes = ECHO) -> None:
+    """Bytes there and back. Raises OSError or `LoadError`."""
+    sock.send(data)
+    left = len(data)
+    while left:
+        count = len(sock.recv(left))
+        if not count:
+            raise LoadError("the connection ended where an echo was due")
+        left -= count
 
 
 def _finish(sock: socket.socket) -> None:
@@ -115,14 +119,14 @@ def many(address: Address, clients: int, count: int, limit_s: float) -> dict[str
     return {"seconds": seconds, "done": done, "failed": failed, "hung": hung}
 
 
-def round_trips(address: Address, count: int) -> dict[str, Any]:
-    """One byte there and back on one open connection, again and again."""
-    sock = connect(address)
+def round_trips(address: Address, count: int, size: int = 1) -> dict[str, Any]:
+    """So many bytes there and back on one open connection, again and again."""
+    sock, data = connect(address), ECHO * size
     echo(sock)
     seconds = []
     for _ in range(count):
         begun = time.perf_counter()
-        echo(sock)
+        echo(sock, data)
         seconds.append(time.perf_counter() - begun)
     _finish(sock)
     return {"seconds": seconds}

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ class Stage:
     """All ways, each with its path, server and load."""
 
     peers: tuple[Way, ...]
+    servers: dict[str, Child]
     loads: dict[str, Child]
 
     def ask(self, peer: Way, order: str, within_s: float = _WITHIN_S, **details: Any) -> dict[str, Any]:
@@ -56,37 +57,40 @@ def open_stage(kinds: Sequence[type[Way]]) -> Iterator[Stage]:
     """Make the ways, and end it all with the block. Raises `BenchError`."""
     with ExitStack() as undo:
         place = Path(undo.enter_context(TemporaryDirectory(prefix="fwd-bench-")))
-        ways, loads = [], {}
+        ways: list[Way] = []
+        servers: dict[str, Child] = {}
+        loads: dict[str, Child] = {}
         for kind in kinds:
             directory = place / kind.name
             directory.mkdir()
             path = undo.enter_context(
                 road.open_road(directory / "road", without=(BESIDE_FIREWALL, BESIDE_WORK))
             )
-            for qube, module, arguments in ((WORK, "server", ["", str(PORT)]), (LAN, "load", [])):
+            server, load = (f"bench.{module}" for module in kind.ends)
+            for qube, module, arguments, found in (
+                (WORK, server, ["", str(PORT)], servers),
+                (LAN, load, [], loads),
+            ):
                 with path.within(qube):
-                    child = Child.of_module(f"bench.{module}", arguments, directory)
+                    child = found[kind.name] = Child.of_module(module, arguments, directory)
                 undo.callback(child.end)
-                if module == "server":
-                    child.answer(_READY_S)
-                else:
-                    loads[kind.name] = child
+            servers[kind.name].answer(_READY_S)
             way = kind(path, directory)
             undo.callback(way.close)
             way.open()
             ways.append(way)
-        stage = Stage(tuple(ways), loads)
+        stage = Stage(tuple(ways), servers, loads)
         for way in ways:
             _wait_until_ready(stage, way)
         yield stage
 
 
 def _wait_until_ready(stage: Stage, way: Way) -> None:
-    """Until a connection gets its echo. Raises `BenchError`."""
+    """Until something gets its echo. Raises `BenchError`."""
     deadline = time.monotonic() + _READY_S
     while True:
         try:
-            stage.ask(way, "connections", count=1)
+            stage.ask(way, "round_trips", count=1)
             return
         except BenchError:
             if time.monotonic() > deadline:
@@ -111,6 +115,25 @@ def datagrams(stage: Stage, effort: Effort) -> Result:
         "datagrams-used", "  processor time for each", "us", values=each(used, statistics.median)
     )
     return Result(f"{effort.rounds} x {_DATAGRAMS} datagrams", [rate, time_each])
+
+
+def tell(
+    results: Mapping[str, Result],
+    ways: Sequence[type[Way]],
+    compared: Sequence[tuple[type[Way], type[Way]]],
+    facts: Mapping[str, str],
+    file: Path | None,
+) -> None:
+    """Print the table and what is to be known of it; write the numbers to the file as well."""
+    lines = [line for result in results.values() for line in result.lines]
+    print(render(lines, ways, compared))
+    print("\n'x to y': how many times better x is than y; below 1 is worse.")
+    for row, result in results.items():
+        print("; ".join((f"{row}: {result.samples} for each way", *result.notes)))
+    print("; ".join(f"{name}: {fact}" for name, fact in facts.items()) + ".")
+    if file is not None:
+        document = {"machine": facts, "lines": [{"title": line.title, **line.values} for line in lines]}
+        file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 _ROWS: dict[str, Callable[[Stage, Effort], Result]] = {
@@ -151,17 +174,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; everything that was started has been ended", file=sys.stderr)
         return 130
-    lines = [line for result in results.values() for line in result.lines]
     facts["took"] = f"{time.monotonic() - begun:.0f} s"
     facts["again with"] = shlex.join(["python", "-m", "bench", "nft", *arguments])
-    print(render(lines, WAYS, COMPARED))
-    print("\n'x to y': how many times better x is than y; below 1 is worse.")
-    for row, result in results.items():
-        print("; ".join((f"{row}: {result.samples} for each way", *result.notes)))
-    print("; ".join(f"{name}: {fact}" for name, fact in facts.items()) + ".")
-    if args.json is not None:
-        document = {"machine": facts, "lines": [{"title": line.title, **line.values} for line in lines]}
-        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    tell(results, WAYS, COMPARED, facts, args.json)
+    lines = [line for result in results.values() for line in result.lines]
     if args.plot is not None:
         # matplotlib is needed for the picture alone.
         from . import nftplot

@@ -13,7 +13,8 @@ from qubes_fwd_qrexec.firewall.pathrules import Kept
 from qubes_fwd_qrexec.firewall.wanted import Firewall, Wanted
 
 from . import road
-from .peers import MuxCall, Setting
+from .memory import Footprint, footprint
+from .peers import MuxCall, Peer, Setting
 from .processes import Child
 from .road import ALLOWED, EDGES, FIREWALL, NET, PATH, WORK, Road
 
@@ -27,6 +28,8 @@ class Way:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    ends: ClassVar[tuple[str, str]] = ("server", "load")
+    """The programs of the bench at its ends."""
 
     def __init__(self, path: Road, directory: Path) -> None:
         self.road = path
@@ -101,18 +104,24 @@ class ByMux(Way):
 
     name = "mux"
     title = "qrexec, mux"
+    peer: ClassVar[type[Peer]] = MuxCall
 
     def open(self) -> None:
         with self.road.within(WORK):
             self._lab = Child.of_module(
                 "bench.labprocess", [str(self.directory / "lab"), str(PORT), "{}"], self.directory
             )
-        client = self._lab.answer(_READY_S)["client"]
-        self.road.places.nft(NET, f"add rule ip qubes custom-input tcp dport {PORT} accept\n")
-        setting = Setting(PORT, client, self.directory, _LAN.net, _LAN.network)
-        command = MuxCall(setting).command(PORT)
+        self._client = self._lab.answer(_READY_S)["client"]
+        rule = f"meta l4proto {{ tcp, udp }} th dport {PORT} accept"
+        self.road.places.nft(NET, f"add rule ip qubes custom-input {rule}\n")
+        setting = Setting(PORT, self._client, self.directory, _LAN.net, _LAN.network)
+        command = self.peer(setting).command(PORT)
         with self.road.within(NET):
             self._listener = Child("listener", command or [], self.directory / "listener.log")
+
+    def footprint(self) -> Footprint:
+        """What its processes and the lab's use now."""
+        return footprint([self._listener.pid], self._lab.pid, self._client[0])
 
     def close(self) -> None:
         for child in (getattr(self, "_listener", None), getattr(self, "_lab", None)):

@@ -15,6 +15,7 @@ from bench.memory import descendants, pss_kib
 from bench.peers import PEERS
 from bench.rows import Line, p99
 from bench.table import number, ratio, render
+from bench.udpways import usable
 from bench.ways import WAYS
 
 LIMIT_S = 300
@@ -115,4 +116,24 @@ def test_forwards_by_nft_are_measured_beside_the_other_ways(tmp_path: Path) -> N
     every = {way.name for way in WAYS}
     assert values["round trip of one byte, median"] == every
     assert values["UDP, datagrams of 64 bytes"] == every - {"mux"}
+    assert set(descendants([os.getpid()])) <= before
+
+
+@pytest.mark.skipif(road.why_unavailable() is not None, reason=str(road.why_unavailable()))
+def test_udp_over_qrexec_is_measured_beside_the_other_ways(tmp_path: Path) -> None:
+    before = set(descendants([os.getpid()]))
+    found = run_bench(
+        "udp",
+        *("--quick", "--rows", "round-trip,small-back,held", "--ways", "socat,udp"),
+        *("--json", str(tmp_path / "udp.json")),
+    )
+    assert found.returncode == 0, found.stderr
+    lines = json.loads((tmp_path / "udp.json").read_text(encoding="utf-8"))["lines"]
+    values = {line.pop("title").strip(): line for line in lines}
+    ways = {way.name for way in usable()} & {"socat", "udp"}
+    assert values["round trip of 64 bytes, median"].keys() == ways
+    assert values["2,000/s of 64 bytes, server to client: sent"].keys() == ways
+    assert all(values["bytes that arrived"].values())
+    assert values["flows held at once, all alive"]["udp"] == 20
+    assert values["memory a flow, without the lab's"].keys() == ways
     assert set(descendants([os.getpid()])) <= before
