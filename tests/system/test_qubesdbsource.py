@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What Qubes delivers is read, and read again: over a fake of the package, whose descriptors are real."""
 
-import select
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
@@ -367,36 +366,3 @@ def test_the_installed_package_is_used(qubesdb: FakeQubesDB, monkeypatch: pytest
 def test_before_the_start_nothing_can_be_read(qubesdb: FakeQubesDB) -> None:
     with pytest.raises(ConfigError, match="has not been read"):
         QubesDBSource(qubesdb).read()
-
-
-# The fake has the traps of the real one.
-
-
-def failing(call: Callable[[], object]) -> Error:
-    with pytest.raises(Error) as caught:
-        call()
-    return caught.value
-
-
-def test_the_fake_queues_an_event_that_comes_before_a_command(qubesdb: FakeQubesDB) -> None:
-    handle = qubesdb.QubesDB()
-    handle.watch("/vm-config/")
-    qubesdb.set(SSH, LINE)
-    assert select.select([handle.watch_fd()], [], [], BOUND_S)[0]
-    handle.read("/vm-config/other")
-    assert not select.select([handle.watch_fd()], [], [], 0)[0]
-    assert handle.read_watch() == f"/vm-config/{SSH}"
-    handle.close()
-    assert failing(handle.watch_fd).args[0] == 22
-
-
-def test_the_fakes_handle_connects_again_without_its_watch(qubesdb: FakeQubesDB) -> None:
-    handle = qubesdb.QubesDB()
-    handle.watch("/vm-config/")
-    qubesdb.end()
-    assert isinstance(failing(handle.read_watch), DisconnectedError)
-    assert isinstance(failing(lambda: handle.read("/a")), DisconnectedError)
-    qubesdb.begin()
-    assert handle.read(f"/vm-config/{WEB}") == LINE
-    assert qubesdb.watchers == []
-    handle.close()

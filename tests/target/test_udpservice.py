@@ -13,9 +13,8 @@ from helpers import no_fds_left
 from udpservice_bench import UdpBench, udp_port, udp_server
 
 from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.mux import MAX_DATAGRAM_BYTES, FlowCode, GoawayCode, Origin, ProxyVersion
+from qubes_fwd_qrexec.mux import MAX_DATAGRAM_BYTES, FlowCode, Origin, ProxyVersion
 from qubes_fwd_qrexec.relay.flowqueue import CALL_BYTES
-from qubes_fwd_qrexec.target.callservice import LEASE_S
 from qubes_fwd_qrexec.target.proxyheader import datagram_header
 from qubes_fwd_qrexec.target.udpflow import ANSWERED_S, UNANSWERED_S, new_socket
 
@@ -71,6 +70,13 @@ def test_each_flow_has_a_socket_of_its_own(bench: UdpBench, server: socket.socke
     for number, kept in flows.items():
         bench.run(lambda kept=kept: kept.datagrams)
         assert kept.datagrams == [bytes([number, number])]
+
+
+def test_the_other_end_may_end_a_flow(bench: UdpBench, server: socket.socket) -> None:
+    flow_id, _ = bench.ask(udp_port(server))
+    bench.listener.end(flow_id, FlowCode.DONE)
+    bench.settle()
+    assert not bench.service.carries_any
 
 
 def test_what_another_program_sends_gets_to_nobody(bench: UdpBench, server: socket.socket) -> None:
@@ -385,71 +391,3 @@ def test_first_datagrams_are_kept_for_the_next_address_within_a_bound() -> None:
             assert 0 < bench.service.kept_bytes <= 4 << 20
             bench.pass_s(UNANSWERED_S + 1)
             assert bench.service.kept_bytes == 0
-
-
-# The lease, and the end
-
-
-def test_past_its_lease_it_takes_no_flow_and_ends_those_it_has(
-    bench: UdpBench, server: socket.socket
-) -> None:
-    flow_id, kept = bench.ask(udp_port(server))
-    for _ in range(10):
-        bench.listener.send(flow_id, b"more", 0)
-        bench.settle()
-        bench.pass_s(LEASE_S / 10 - 0.1)
-    assert kept.code is None
-    bench.listener.send(flow_id, b"more", 0)
-    bench.settle()
-    bench.pass_s(3)
-    bench.run(lambda: bench.owner.problems)
-    assert bench.owner.drained is GoawayCode.LEASE_OVER
-    assert kept.code is FlowCode.LEASE_OVER
-    bench.pass_s(2)
-    assert (bench.service.is_over, bench.service.problem, bench.service.carries_any) == (True, None, False)
-
-
-def test_what_drains_takes_no_more_and_goes_on_past_its_lease_to_its_deadline(
-    bench: UdpBench, server: socket.socket
-) -> None:
-    flow_id, kept = bench.ask(udp_port(server))
-    bench.word.drain_left_s = 2 * LEASE_S
-    bench.service.look()
-    bench.run(lambda: bench.owner.drained)
-    assert bench.listener.room == 0
-    while bench.word.drain_left_s > 20:
-        bench.pass_s(20)
-        bench.word.drain_left_s -= 20
-        bench.listener.send(flow_id, b"more", 0)
-        bench.settle()
-    assert kept.code is None
-    bench.word.drain_left_s = 0.0
-    bench.clock.advance(31)
-    bench.run(lambda: bench.owner.problems == ["dom0 has ended it"])
-    assert kept.code is FlowCode.REVOKED
-
-
-def test_what_is_no_longer_allowed_ends_when_it_looks(bench: UdpBench, server: socket.socket) -> None:
-    _, kept = bench.ask(udp_port(server))
-    bench.word.is_allowed = False
-    bench.service.look()
-    bench.run(lambda: bench.owner.problems == ["dom0 has ended it"])
-    assert kept.code is FlowCode.REVOKED
-    assert bench.listener.is_revoked
-
-
-def test_a_lost_call_ends_it_and_every_flow(bench: UdpBench, server: socket.socket) -> None:
-    bench.ask(udp_port(server))
-    assert bench.service.carries_any
-    bench.listener.abandon()
-    bench.call.shutdown(socket.SHUT_RDWR)
-    bench.run(lambda: bench.service.is_over)
-    assert not bench.service.carries_any
-    assert bench.service.run() == "the byte stream ended without a final GOAWAY"
-
-
-def test_the_other_end_may_end_a_flow(bench: UdpBench, server: socket.socket) -> None:
-    flow_id, _ = bench.ask(udp_port(server))
-    bench.listener.end(flow_id, FlowCode.DONE)
-    bench.settle()
-    assert not bench.service.carries_any
