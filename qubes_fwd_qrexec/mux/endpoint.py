@@ -68,8 +68,8 @@ class Endpoint(ABC, Generic[_AnyEvent]):
         """How many slots are not free."""
 
     @abstractmethod
-    def _read(self, untrusted_chunk: Buffer) -> Iterator[_AnyEvent]:
-        """The events of a chunk. Raises RemoteProtocolError."""
+    def _read(self, untrusted_chunk: Buffer) -> Iterator[_AnyEvent | None]:
+        """The events of a chunk, one for each frame. Raises RemoteProtocolError."""
 
     @abstractmethod
     def _forget_all(self) -> None:
@@ -161,9 +161,12 @@ class Endpoint(ABC, Generic[_AnyEvent]):
 
     # What the peer sends
 
-    def receive_data(self, untrusted_chunk: Buffer) -> Iterator[_AnyEvent]:
+    def receive_data(self, untrusted_chunk: Buffer) -> Iterator[_AnyEvent | None]:
         """Return the events of a chunk, each made as it is taken, so that what the caller does for one counts
         for the next. Take them all before the next call, and do not change the chunk until then.
+
+        There is one for each frame, so that the caller can bound how many it takes at a time; None stands for
+        a frame of which there is nothing to tell.
 
         Raises RemoteProtocolError, also between events, if the peer broke the protocol, and
         LocalProtocolError if the last chunk's events were not all taken.
@@ -185,7 +188,7 @@ class Endpoint(ABC, Generic[_AnyEvent]):
             self._fail(problem, GoawayCode.PROTOCOL_ERROR)
             raise RemoteProtocolError(problem)
 
-    def _events(self, untrusted_chunk: Buffer) -> Iterator[_AnyEvent]:
+    def _events(self, untrusted_chunk: Buffer) -> Iterator[_AnyEvent | None]:
         try:
             yield from self._read(untrusted_chunk)
         except RemoteProtocolError as error:

@@ -147,7 +147,7 @@ class FlowConnection(Endpoint[FlowEvent]):
 
     # What the peer sends
 
-    def _read(self, untrusted_chunk: Buffer) -> Iterator[FlowEvent]:
+    def _read(self, untrusted_chunk: Buffer) -> Iterator[FlowEvent | None]:
         flows = self._flows
         outbox = self._outbox
         decode_datagrams = wire.decode_datagrams
@@ -160,9 +160,7 @@ class FlowConnection(Endpoint[FlowEvent]):
             elif self._is_closed:
                 return
             else:
-                event = self._on_control(FrameType(frame_type), flow_id, untrusted_payload)
-                if event is not None:
-                    yield event
+                yield self._on_control(FrameType(frame_type), flow_id, untrusted_payload)
 
     def _on_control(self, frame_type: FrameType, flow_id: int, untrusted_payload: Buffer) -> FlowEvent | None:
         """Any frame but DATAGRAMS on a live flow."""

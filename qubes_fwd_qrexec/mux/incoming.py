@@ -58,7 +58,7 @@ class Incoming(Streams):
         self.granted_bytes -= cost
         return stream_id  # type: ignore[no-any-return]
 
-    def _read(self, untrusted_chunk: Buffer) -> Iterator[Event]:
+    def _read(self, untrusted_chunk: Buffer) -> Iterator[Event | None]:
         streams = self._streams
         outbox = self._outbox
         for frame_type, stream_id, untrusted_payload in self._reader.frames(untrusted_chunk):
@@ -73,12 +73,12 @@ class Incoming(Streams):
                 if stream.local < Half.RESET:
                     self.granted_bytes -= cost
                     yield DataReceived(stream_id, untrusted_payload)  # type: ignore[arg-type]
+                else:
+                    yield None
             elif self._is_closed:
                 return
             else:
-                event = self._on_control(FrameType(frame_type), stream_id, untrusted_payload)
-                if event is not None:
-                    yield event
+                yield self._on_control(FrameType(frame_type), stream_id, untrusted_payload)
 
     def _on_control(self, frame_type: FrameType, stream_id: int, untrusted_payload: Buffer) -> Event | None:
         """Any frame but DATA on a live stream."""

@@ -9,6 +9,7 @@ dropped and counted (`flowqueue`). The owner (`FlowMuxOwner`) hears what happens
 import math
 import socket
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
@@ -26,11 +27,12 @@ from qubes_fwd_qrexec.mux import (
     Origin,
     ProxyVersion,
 )
+from qubes_fwd_qrexec.system.datagrams import count
 
 from .callwriter import CallWriter
 from .flowqueue import FlowQueue
 from .loop import Loop
-from .muxbase import MuxBase
+from .muxbase import TURN_FRAMES, MuxBase
 from .muxowner import CallOwner
 from .patience import HELLO_S
 
@@ -171,19 +173,23 @@ class FlowMux(MuxBase):
 
     # From the call
 
-    def _take(self, chunk: memoryview) -> None:
+    def _take(self, chunk: memoryview) -> Iterator[None]:
         flows, guarded = self.flows, self.loop.guarded
+        left = TURN_FRAMES
         for event in self.connection.receive_data(chunk):
             if type(event) is DatagramsReceived:
+                left -= count(len(event.data), event.segment)
                 end = flows.get(event.flow_id)
                 if end is not None:
                     guarded(end.fail, end.deliver, event.data, event.segment)
             else:
+                left -= 1
                 self._on_event(event)
-        if self.connection.bytes_queued or self.connection.is_draining:
-            self._flush_soon()
+            if left <= 0:
+                yield
+                left = TURN_FRAMES
 
-    def _on_event(self, event: FlowEvent) -> None:
+    def _on_event(self, event: FlowEvent | None) -> None:
         match event:
             case FlowRequested():
                 not_begun = partial(self.end, event.flow_id, FlowCode.INTERNAL)

@@ -117,6 +117,7 @@ class Loop:
                 timeout_s = due_s
         news = self._epoll.poll(timeout_s, _EVENTS_MAX)
         self._turn += 1
+        due = self._take_due() if self._timers else ()
         self.is_alone = len(news) == 1
         for fd, events in news:
             # A descriptor watched since this turn began may have the number of one that was closed in this
@@ -124,16 +125,18 @@ class Loop:
             found = self._handlers.get(fd)
             if found is not None and found[2] != self._turn:
                 self.guarded(found[1], found[0], events)
-        if self._timers and self._timers[0][0] <= time.monotonic():
-            self._run_timers()
+        for timer in due:
+            if timer.callback is not None:
+                self.guarded(timer.end, timer.callback)
         while self._soon:
             callbacks, self._soon = self._soon, []
             for callback, end in callbacks:
                 self.guarded(end, callback)
 
-    def _run_timers(self) -> None:
+    def _take_due(self) -> list[Timer]:
+        """Take the timers of this turn; one that is set in it, with no delay, is due in the next."""
         now = time.monotonic()
+        due = []
         while self._timers and self._timers[0][0] <= now:
-            timer = heapq.heappop(self._timers)[2]
-            if timer.callback is not None:
-                self.guarded(timer.end, timer.callback)
+            due.append(heapq.heappop(self._timers)[2])
+        return due

@@ -39,7 +39,7 @@ from .budget import Budget, Share
 from .idleness import HALF_CLOSE_S, Idleness
 from .leg import Leg
 from .loop import Loop
-from .muxbase import MuxBase
+from .muxbase import TURN_FRAMES, MuxBase
 from .muxowner import MuxOwner
 from .patience import HELLO_S
 
@@ -151,32 +151,36 @@ class Mux(MuxBase):
 
     # From the call
 
-    def _take(self, chunk: memoryview) -> None:
+    def _take(self, chunk: memoryview) -> Iterator[None]:
         stream_id = self.connection.receive_lone_data(chunk)
         if stream_id:
             self._deliver(stream_id, (chunk[HEADER_BYTES:],))
             return
-        self._take_events(self.connection.receive_data(chunk))
-        if self.connection.bytes_queued or self.connection.is_draining:
-            self._flush_soon()
+        yield from self._take_events(self.connection.receive_data(chunk))
 
-    def _take_events(self, events: Iterator[Event]) -> None:
+    def _take_events(self, events: Iterator[Event | None]) -> Iterator[None]:
         """Frames of one stream that come in a row are written as one: each write wakes a reader."""
         stream_id = 0
         run: list[bytes | bytearray] = []
+        left = TURN_FRAMES
         try:
             for event in events:
+                goes_on = type(event) is DataReceived and event.stream_id == stream_id
+                if run and not goes_on:
+                    self._deliver(stream_id, run)
+                    run = []
                 if type(event) is DataReceived:
-                    if run and event.stream_id != stream_id:
-                        self._deliver(stream_id, run)
-                        run = []
                     stream_id = event.stream_id
                     run.append(event.data)
                 else:
+                    self._on_event(event)
+                left -= 1
+                if not left:
                     if run:
                         self._deliver(stream_id, run)
                         run = []
-                    self._on_event(event)
+                    yield
+                    left = TURN_FRAMES
         finally:
             if run:
                 self._deliver(stream_id, run)
@@ -190,7 +194,7 @@ class Mux(MuxBase):
         if leg is not None:
             self.loop.guarded(leg.fail, method, leg, *arguments)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event | None) -> None:
         """Any event but DATA, which is by far the most frequent and is handled first."""
         match event:
             case CreditReceived():

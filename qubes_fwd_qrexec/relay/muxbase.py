@@ -6,7 +6,7 @@
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +20,9 @@ from .patience import TICK_S, Patience
 
 # How much one turn reads from the call: the default size of its socket buffer.
 _READ_BYTES = 256 << 10
+# How many frames a turn takes of that, where each datagram counts as one. A peer that sends tiny ones would
+# else hold up all other connections of the loop: 256 KiB are 26,000 empty datagrams, each a system call.
+TURN_FRAMES = 256
 # A call that takes nothing more has ended: its last bytes for us arrive within this time or never. It is also
 # how long the final GOAWAY waits for a peer that does not read.
 _LAST_READ_S = 1.0
@@ -81,6 +84,7 @@ class MuxBase(ABC):
         self._source = source
         self._writer = writer
         self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        self._taking: Iterator[None] | None = None
         self._is_flush_due = False
         try:
             loop.watch(source.fileno(), READ, self._on_source, self.fail)
@@ -99,8 +103,10 @@ class MuxBase(ABC):
         """Whether it carries nothing."""
 
     @abstractmethod
-    def _take(self, chunk: memoryview) -> None:
-        """Take what the peer sent, of which nothing may be kept. Raises RemoteProtocolError."""
+    def _take(self, chunk: memoryview) -> Iterator[None]:
+        """Take what the peer sent, and pause after each `TURN_FRAMES` frames. Nothing of the chunk may be
+        kept beyond that. Raises RemoteProtocolError.
+        """
 
     @abstractmethod
     def _write(self) -> None:
@@ -147,6 +153,8 @@ class MuxBase(ABC):
     # From the call
 
     def _on_source(self, events: int) -> None:
+        if self._taking is not None:
+            return  # `_go_on` is called in each turn
         try:
             count = self._source.recv_into(self._read_buffer)
         except (BlockingIOError, InterruptedError):
@@ -155,16 +163,35 @@ class MuxBase(ABC):
             self._end(f"the call was lost: {error.strerror}")
             return
         self._patience.heard()
+        if count:
+            self._taking = self._take(self._read_buffer[:count])
+            self._go_on()
+            return
         try:
-            if not count:
-                self._endpoint.receive_eof()
-                self._end(None)
-                return
-            self._take(self._read_buffer[:count])
+            self._endpoint.receive_eof()
+            self._end(None)
         except RemoteProtocolError as error:
-            self.is_peer_wrong = count > 0
-            self._writer.send()
-            self._end(str(error), GoawayCode.PROTOCOL_ERROR)
+            self._end_wrong(error)
+
+    def _go_on(self) -> None:
+        """Take a turn's worth of what was read; the rest follows in the next turns."""
+        if self._taking is None:
+            return
+        try:
+            for _ in self._taking:
+                self._after(0.0, self._go_on)
+                break
+            else:
+                self._taking = None
+        except RemoteProtocolError as error:
+            self.is_peer_wrong = True
+            self._end_wrong(error)
+        if self._endpoint.bytes_queued or self._endpoint.is_draining:
+            self._flush_soon()
+
+    def _end_wrong(self, error: RemoteProtocolError) -> None:
+        self._writer.send()
+        self._end(str(error), GoawayCode.PROTOCOL_ERROR)
 
     def _on_goaway(self, goaway: Goaway) -> None:
         if not goaway.is_final:
@@ -230,5 +257,6 @@ class MuxBase(ABC):
             self._call_owner.over(problem)
 
     def _unwatch(self) -> None:
+        self._taking = None
         self.loop.unwatch(self._source.fileno())
         self._writer.let_go()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two connections wired together, and the bytes of frames for tests that play a peer."""
 
+from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
@@ -41,9 +42,14 @@ def take(connection: Endpoint[Any]) -> bytes:
     return b"".join(connection.data_to_send())
 
 
+def told(events: Iterator[AnyEvent | None]) -> Iterator[AnyEvent]:
+    """Without the frames of which there is nothing to tell."""
+    return (event for event in events if event is not None)
+
+
 def feed(connection: Endpoint[AnyEvent], data: bytes) -> list[AnyEvent]:
     """Return all events of one chunk."""
-    return list(connection.receive_data(data))
+    return list(told(connection.receive_data(data)))
 
 
 def fresh(side: str, **changes: object) -> Connection:

@@ -10,7 +10,19 @@ from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 from qubes_fwd_qrexec.mux import DataReceived, OpenReceived, ResetReceived, wire
 from qubes_fwd_qrexec.mux.limits import RAPID_RESETS_PER_TICK
 
-from .helpers import CREDIT, PORTS, WINDOW, data_frame, feed, open_frame, raw_frame, ready, reset_frame, take
+from .helpers import (
+    CREDIT,
+    PORTS,
+    WINDOW,
+    data_frame,
+    feed,
+    open_frame,
+    raw_frame,
+    ready,
+    reset_frame,
+    take,
+    told,
+)
 
 MIB = 1 << 20
 
@@ -19,7 +31,7 @@ def flood(connection, frames, answer=lambda event: None, is_read=True):
     """Feed frames until the mux ends; returns how many it took. The peer reads if ``is_read``."""
     for count, frame in enumerate(frames):
         try:
-            for event in connection.receive_data(frame):
+            for event in told(connection.receive_data(frame)):
                 answer(event)
         except RemoteProtocolError:
             return count

@@ -10,7 +10,18 @@ from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 from qubes_fwd_qrexec.mux import DataReceived, HelloReceived, OpenReceived, wire
 from qubes_fwd_qrexec.mux.messages import GoawayCode
 
-from .helpers import CREDIT, ORIGIN, data_frame, fresh, goaway_frame, hello, open_frame, reset_frame, take
+from .helpers import (
+    CREDIT,
+    ORIGIN,
+    data_frame,
+    fresh,
+    goaway_frame,
+    hello,
+    open_frame,
+    reset_frame,
+    take,
+    told,
+)
 
 FROM_LISTENER = [
     wire.encode_hello(hello("listener")),
@@ -33,7 +44,7 @@ def play(chunks, side="target"):
     events = []
     try:
         for chunk in chunks:
-            for event in connection.receive_data(chunk):
+            for event in told(connection.receive_data(chunk)):
                 events.append(event)
                 if isinstance(event, OpenReceived):
                     connection.accept_stream(event.stream_id, CREDIT)

@@ -6,9 +6,22 @@ import pytest
 from qubes_fwd_qrexec.common.errors import LocalProtocolError, RemoteProtocolError
 from qubes_fwd_qrexec.mux import Connection, EofReceived, wire
 from qubes_fwd_qrexec.mux.limits import CONTROL_BYTES, CONTROL_BYTES_PER_STREAM, FRAME_COST_BYTES
-from qubes_fwd_qrexec.mux.messages import GoawayCode
+from qubes_fwd_qrexec.mux.messages import FlowCode, GoawayCode
 
-from .helpers import CREDIT, ORIGIN, WINDOW, Pair, feed, fresh, ready, reset_frame, take
+from .flow_helpers import datagrams_frame, end_frame, target_with_flow
+from .helpers import (
+    CREDIT,
+    ORIGIN,
+    WINDOW,
+    Pair,
+    data_frame,
+    feed,
+    fresh,
+    ready,
+    reset_frame,
+    take,
+    target_with_stream,
+)
 
 
 def test_the_bound_on_queued_frames_grows_with_the_streams_that_are_allowed():
@@ -164,3 +177,15 @@ def test_a_stream_that_never_existed_is_a_bug_of_the_caller():
     for stream_id in (-1, 0, 1):
         with pytest.raises(LocalProtocolError, match="never existed"):
             pair.listener.reset_stream(stream_id)
+
+
+def test_each_frame_counts_also_if_there_is_nothing_to_tell_of_it():
+    """Else a flood of them would hold up a caller that bounds what it takes at a time."""
+    target = target_with_stream()
+    target.reset_stream(1)
+    frames = wire.encode_ping(bytes(8)) + data_frame(1) * 3 + wire.encode_credit(1, 1024)
+    assert list(target.receive_data(frames)) == [None] * 5
+    flows = target_with_flow()
+    flows.end_flow(1, FlowCode.DONE)
+    frames = wire.encode_ping(bytes(8)) + datagrams_frame(1) * 3 + end_frame(1) * 2
+    assert list(flows.receive_data(frames)) == [None] * 6

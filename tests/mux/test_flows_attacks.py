@@ -25,7 +25,7 @@ from .flow_helpers import (
     ready,
     target_with_flow,
 )
-from .helpers import feed, raw_frame, take
+from .helpers import feed, raw_frame, take, told
 
 MIB = 1 << 20
 
@@ -35,7 +35,7 @@ def flood(connection, attack, answer=lambda event: None, is_read=True):
     taken = 0
     for chunk in attack:
         try:
-            for event in connection.receive_data(chunk):
+            for event in told(connection.receive_data(chunk)):
                 answer(event)
         except RemoteProtocolError:
             return taken

@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.mux import DatagramsReceived, FlowCode, FlowRequested, Hel
 from qubes_fwd_qrexec.mux.messages import GoawayCode
 
 from .flow_helpers import ORIGIN, datagrams_frame, end_frame, flow_frame, fresh, hello
-from .helpers import goaway_frame, take
+from .helpers import goaway_frame, take, told
 
 FROM_LISTENER = [
     wire.encode_hello(hello("listener")),
@@ -36,7 +36,7 @@ def play(chunks, side="target"):
     events = []
     try:
         for chunk in chunks:
-            for event in connection.receive_data(chunk):
+            for event in told(connection.receive_data(chunk)):
                 if isinstance(event, DatagramsReceived):
                     events.append((event.flow_id, event.segment, bytes(event.data)))
                     continue

@@ -37,7 +37,7 @@ from qubes_fwd_qrexec.mux import (
 from qubes_fwd_qrexec.mux.messages import GoawayCode
 
 from .flow_helpers import ORIGIN, PORTS, hello
-from .helpers import take
+from .helpers import take, told
 
 LISTENER, TARGET = 0, 1
 ENDS = st.sampled_from((LISTENER, TARGET))
@@ -109,7 +109,7 @@ class DatagramCall(RuleBasedStateMachine):
 
     def deliver(self, end, amount):
         chunk, self.wires[end] = self.wires[end][:amount], self.wires[end][amount:]
-        for event in self.ends[end].receive_data(chunk):
+        for event in told(self.ends[end].receive_data(chunk)):
             self.hear(end, event)
 
     def deliver_all(self):

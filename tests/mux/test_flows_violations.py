@@ -20,7 +20,7 @@ from .flow_helpers import (
     refuses,
     target_with_flow,
 )
-from .helpers import data_frame, feed, goaway_frame, open_frame, raw_frame, reset_frame
+from .helpers import data_frame, feed, goaway_frame, open_frame, raw_frame, reset_frame, told
 
 STREAM_FRAMES = [
     (open_frame(2), 2),
@@ -229,7 +229,7 @@ def test_what_was_lost_is_an_event_when_it_grew():
 def test_what_the_caller_does_for_one_event_counts_for_the_next():
     target = target_with_flow()
     seen = []
-    for event in target.receive_data(datagrams_frame(1, b"first") + datagrams_frame(1, b"second")):
+    for event in told(target.receive_data(datagrams_frame(1, b"first") + datagrams_frame(1, b"second"))):
         seen.append(event)
         target.end_flow(1, FlowCode.REFUSED)
     assert seen == [datagrams(1, b"first")]

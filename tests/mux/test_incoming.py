@@ -21,6 +21,7 @@ from .helpers import (
     reset_frame,
     take,
     target_with_stream,
+    told,
 )
 
 EOF = wire.encode_eof(1)
@@ -222,7 +223,7 @@ def test_a_refusal_has_its_reason():
 def test_what_the_caller_does_for_one_event_counts_for_the_next():
     target = target_with_stream()
     seen = []
-    for event in target.receive_data(data_frame(1, b"first") + data_frame(1, b"second")):
+    for event in told(target.receive_data(data_frame(1, b"first") + data_frame(1, b"second"))):
         seen.append(event)
         target.reset_stream(1)
     assert seen == [DataReceived(1, b"first")]

@@ -144,6 +144,24 @@ def test_a_timer_of_a_timer_waits_for_its_own_time(loop: Loop) -> None:
     assert called == [True]
 
 
+def test_what_is_wanted_at_once_comes_in_the_next_turn(loop: Loop, pair: Pair) -> None:
+    """However long that takes, so that whoever goes on and on leaves everybody a turn."""
+    called: list[str] = []
+
+    def again(name: str) -> None:
+        called.append(name)
+        loop.after(0.0, lambda: again("timer"), nobody)
+
+    loop.watch(pair[0].fileno(), READ, lambda _: again("handler"), nobody)
+    pair[1].send(b"x")
+    loop.run_once(0)
+    assert called == ["handler"]
+    loop.unwatch(pair[0].fileno())
+    for turns in range(2, 5):
+        loop.run_once(0)
+        assert called == ["handler"] + ["timer"] * (turns - 1)
+
+
 def test_a_timer_shortens_the_wait_and_the_callers_bound_does_too(loop: Loop) -> None:
     began = time.monotonic()
     loop.after(BOUND_S, lambda: None, nobody)
