@@ -141,7 +141,7 @@ class FlowCall(MuxCall[FlowMux]):
         return 0 if self.mux is None else self.mux.send(flow_id, data, segment)
 
     def end(self, flow_id: int, code: FlowCode) -> None:
-        """End a flow, which hears nothing of that."""
+        """End a flow, which hears nothing of that; what it has waiting is dropped."""
         self.left(flow_id)
         if self.mux is not None:
             self.mux.end(flow_id, code)

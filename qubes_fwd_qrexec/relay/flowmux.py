@@ -151,17 +151,21 @@ class FlowMux(MuxBase):
     def end(self, flow_id: int, code: FlowCode) -> None:
         """End a flow, whose end here hears nothing of that; does nothing if it is over.
 
-        What it has waiting goes first, unless the call takes nothing now.
+        What it has waiting is dropped: whoever closes a forward wants nothing more to pass.
         """
         self.flows.pop(flow_id, None)
         if self.is_over:
             return
-        if self._writer.is_empty:
-            for data, segment in self._queue.rest(flow_id, _NEVER):
-                self.connection.send_datagrams(flow_id, data, segment)
         self._queue.end(flow_id)
         self.connection.end_flow(flow_id, code)
         self._flush_soon()
+
+    def finish(self, flow_id: int, code: FlowCode) -> None:
+        """End a flow behind what it has waiting, unless the call takes nothing now."""
+        if self._writer.is_empty:
+            for data, segment in self._queue.rest(flow_id, _NEVER):
+                self.connection.send_datagrams(flow_id, data, segment)
+        self.end(flow_id, code)
 
     def report_lost(self, to_server: int, to_listener: int) -> None:
         """Tell the listener side, within a second, how many datagrams this target side has dropped in all.

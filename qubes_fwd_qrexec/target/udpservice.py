@@ -126,7 +126,7 @@ class UdpService(CallService):
 
     def end(self, flow_id: int, code: FlowCode) -> None:
         self.left(flow_id)
-        self.mux.end(flow_id, code)
+        self.mux.finish(flow_id, code)
 
     def left(self, flow_id: int) -> None:
         self._flows.pop(flow_id, None)

@@ -65,7 +65,7 @@ def test_a_flow_that_is_refused_hears_why(bench: FlowBench) -> None:
 def test_a_flow_ends_at_both_ends_and_the_end_that_ended_it_hears_nothing(bench: FlowBench) -> None:
     flow_id, here, there = bench.joined()
     bench.listener.send(flow_id, b"last", 0)
-    bench.listener.end(flow_id, FlowCode.DONE)
+    bench.listener.finish(flow_id, FlowCode.DONE)
     bench.run(lambda: there.code)
     assert (there.code, here.code) == (FlowCode.DONE, None)
     assert there.datagrams == [b"last"]
@@ -114,7 +114,7 @@ def test_a_turn_that_takes_long_drops_nothing_that_the_call_takes(bench: FlowBen
     bench.run(lambda: there.datagrams == [b"one"])
     bench.listener.send(flow_id, b"two", 0)
     bench.clock.advance(1.0)
-    bench.listener.end(flow_id, FlowCode.DONE)
+    bench.listener.finish(flow_id, FlowCode.DONE)
     bench.run(lambda: there.code)
     assert there.datagrams == [b"one", b"two"]
     assert bench.listener.dropped_old == 0
@@ -150,10 +150,21 @@ def test_a_few_datagrams_go_before_those_of_a_bulk_flow(bench: FlowBench) -> Non
     assert all(length >= 60_000 for length in arrived[: arrived.index(3)])
 
 
-def test_what_a_flow_has_waiting_goes_with_it(bench: FlowBench) -> None:
+def test_a_flow_that_is_ended_sends_nothing_more(bench: FlowBench) -> None:
+    """Not even what came in the turn in which its forward was closed."""
+    flow_id, _, there = bench.joined()
+    bench.settle()
+    bench.listener.send(flow_id, b"abc", 2)
+    bench.listener.end(flow_id, FlowCode.DONE)
+    assert (bench.listener.dropped_old, bench.listener.bytes_waiting) == (2, 0)
+    bench.run(lambda: there.code)
+    assert there.datagrams == []
+
+
+def test_what_a_flow_has_waiting_does_not_hold_up_its_end(bench: FlowBench) -> None:
     flow_id, _, there = bench.joined()
     waiting = bench.stop_reading(flow_id)
-    bench.listener.end(flow_id, FlowCode.DONE)
+    bench.listener.finish(flow_id, FlowCode.DONE)
     assert (bench.listener.dropped_old, bench.listener.bytes_waiting) == (waiting, 0)
     bench.run(lambda: there.code)
     assert all(len(datagram) == 60_000 for datagram in there.datagrams)
