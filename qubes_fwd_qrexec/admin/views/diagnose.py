@@ -9,10 +9,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from enum import StrEnum
 
-from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State, Verdict
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
@@ -30,11 +28,10 @@ from .render import broken_line
 from .served import NO_SERVER, served
 from .session import Session
 from .tables import Check, Style, checks, escaped
-from .walking import StoppedError, Stops, ok, unknown
+from .walking import INSTALL, PACKAGE, StoppedError, Stops, applied, helps, ok, unknown
 
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
-_PACKAGE = "qubes-fwd-qrexec"
 # A trial sends the server no data, so it cannot tell whether server and clients speak the same protocol.
 _WELL = "Everything on the way to the server works. What the server says to its clients was not tried."
 
@@ -44,7 +41,6 @@ class Fault(StrEnum):
     of `Has`, and of the round trip's `Refusal`.
     """
 
-    NOT_APPLIED = "not-applied"
     CLOSED = "firewall-closed"
     DENIED = "denied"
 
@@ -52,18 +48,16 @@ class Fault(StrEnum):
 _SET = "qvm-forward set {target} {name} "
 _LOG = f"'journalctl -u {LISTENER}' in {{exposed}}"
 _FIREWALL_LOG = "'systemctl status qubes-forward-nft' in {exposed} says why"
-_INSTALL = f"install or update {_PACKAGE} in {{template}}, shut {{template}} down, and start {{qube}} again"
 _PORT = (
     "mend that in {exposed}, or choose another port or address: {0}, or {1}",
     *(f"{_SET}srcports=PORT", f"{_SET}listen=ADDRESS"),
 )
 _START = "start the server in {{target}}, and have it listen on 127.0.0.1; 'ss -{}' there shows who listens"
-_UPDATE = f"; a {_PACKAGE} that is older than dom0's knows no UDP: update it"
+_UPDATE = f"; a {PACKAGE} that is older than dom0's knows no UDP: update it"
 # What helps against each, and then the commands that it names by number.
 _REMEDIES: dict[str, tuple[str, ...]] = {
-    Fault.NOT_APPLIED: ("{0}", "qvm-forward apply"),
-    Has.NO_SERVICE: (_INSTALL,),  # `Refusal.NO_SERVICE` is the same word
-    Has.NOT_OFFERED: (_INSTALL,),
+    Has.NO_SERVICE: INSTALL,  # `Refusal.NO_SERVICE` is the same word
+    Has.NOT_OFFERED: INSTALL,
     Has.NO_ANSWER: ("{helps}",),
     Has.NO_LISTENER: (
         f"{{0}} and start {{exposed}} again; if it is on, 'systemctl status {LISTENER}' in {{exposed}} says "
@@ -120,8 +114,8 @@ def diagnose(args: Namespace, session: Session) -> int:
         steps = [dict(zip(_KEYS, check, strict=True)) for check in found]
         session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
     else:
-        helps = f"What helps: {escaped(found[-1].remedy)}" if found[-1].remedy else left
-        session.say(f"{checks(found, session.style)}{helps}\n")
+        last = f"What helps: {escaped(found[-1].remedy)}" if found[-1].remedy else left
+        session.say(f"{checks(found, session.style)}{last}\n")
     return 0 if is_well else 1
 
 
@@ -174,23 +168,13 @@ class _Walk:
             raise self._stops.planned("exposed qube", halted)
         yield ok("exposed qube", f"{exposed} is running")
 
-        allowed = policy.allowing(self._snapshot.installed.text)
-        needed = policy.lines(self._forward) if self._snapshot.installed.is_read else ()
-        lacking = [f"dom0's policy lacks '{line}'" for line in needed if line not in allowed]
-        for config in self._forward.listener_configs:
-            told = self._snapshot.inventory.qubes[exposed].features.get(f"{CONFIG_PREFIX}{config.key}")
-            if told != str(config):
-                lacking.append(f"{exposed} has {'no' if told is None else 'another'} configuration for it")
-        if lacking:
-            raise self._stopped("applied", Fault.NOT_APPLIED, "; ".join(lacking))
-        yield ok("applied", "dom0's policy and the listener's configuration match the rule")
-
+        yield applied(self._snapshot, self._forward, self._stops)
         answer = self._ask("listener", exposed)
         ports = self._forward.named.rule.listen_ports.worded()
         for found in (took := uptakes(self._forward, answer)):
             if found.is_shut and found.has is not Has.FIREWALL:
-                helps = _UPDATE if found.proto is Proto.UDP and found.has is Has.NOT_YET else ""
-                raise self._stopped("listener", found.has, found.said, helps=helps)
+                more = _UPDATE if found.proto is Proto.UDP and found.has is Has.NOT_YET else ""
+                raise self._stopped("listener", found.has, found.said, helps=more)
             yield ok("listener", f"{exposed} listens on {carried.named(found.proto)}{ports}")
         for found in took:
             if found.is_shut:
@@ -245,7 +229,7 @@ class _Walk:
             is_udp = config.proto is Proto.UDP
             trial = self._ask("service", name, f"{config.proto}.{port}" if is_udp else str(port)).trial
             if not is_asked:
-                yield ok("service", f"{name} has {_PACKAGE}, and answers")
+                yield ok("service", f"{name} has {PACKAGE}, and answers")
             is_asked = True
             if is_udp:
                 yield served(name, config.proto, trial, self._stops, _UDP_SERVER)
@@ -278,7 +262,8 @@ class _Walk:
         proxy = self._forward.named.rule.proxy
         header = f"with a PROXY header of version {proxy.removeprefix('v')} (proxy=off sends none)"
         if proxy is Proxy.OFF:
-            header = "without a PROXY header (if the server expects one, set proxy=v1 or proxy=v2)"
+            which = "proxy=v1 or proxy=v2" if self._forward.named.rule.proto is Proto.TCP else "proxy=v2"
+            header = f"without a PROXY header (if the server expects one, set {which})"
         return ok("round trip", f"a connection from {exposed} reached the server, {header}")
 
     def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport:
@@ -290,12 +275,10 @@ class _Walk:
             raise self._stopped(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", qube)
         # What a template has told dom0 may be old; a qube that answers has the package.
         if not self._snapshot.inventory.offers(qube):
-            text = f"{qube} has not told dom0 that it has {_PACKAGE}"
+            text = f"{qube} has not told dom0 that it has {PACKAGE}"
             raise self._stopped(step, Has.NOT_OFFERED, text, qube)
-        helps = caught.way_out or f"check {qube}, or restart it"
-        if caught.status == ExitStatus.REFUSED and not caught.way_out:
-            helps = f"{qube} may not take any more calls: wait until some have ended, or restart it"
-        raise self._stopped(step, Has.NO_ANSWER, f"{qube} cannot be asked: {caught}", qube, helps=helps)
+        text = f"{qube} cannot be asked: {caught}"
+        raise self._stopped(step, Has.NO_ANSWER, text, qube, helps=helps(qube, caught))
 
     def _stopped(
         self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str

@@ -11,7 +11,6 @@ from ipaddress import ip_address
 from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.confirming import Answer, Lack
-from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Verdict
 from qubes_fwd_qrexec.common.config import Side
@@ -25,18 +24,15 @@ from . import carried, listeners, nftstatus
 from .nftstatus import Hop
 from .served import NO_SERVER, looks, served
 from .tables import Check, counted
-from .walking import Remedy, StoppedError, Stops, ok, unknown
+from .walking import INSTALL, Remedy, StoppedError, Stops, applied, helps, ok, unknown
 
-NOT_APPLIED = "not-applied"
 _UNIT = "qubes-forward-nft"
-_INSTALL = "install or update qubes-fwd-qrexec in {template}, shut {template} down, and start {qube} again"
 _READ_ANEW = f"'systemctl restart {_UNIT}' in {{qube}} reads everything again; its journal there says more"
 _SRCHOSTS = "qvm-forward set {target} {name} srchosts=NETWORKS"
 _QREXEC = "qvm-forward set {target} {name} mode=qrexec"
 _BEYOND = "have it listen at more than loopback addresses, such as at 0.0.0.0 and ::"
 _REMEDIES: dict[str, Remedy] = {
-    NOT_APPLIED: ("{0}", "qvm-forward apply"),
-    Lack.NO_SERVICE: (_INSTALL,),
+    Lack.NO_SERVICE: INSTALL,
     Lack.NO_ANSWER: ("{helps}",),
     Lack.NOT_IN_FORCE: (_READ_ANEW,),
     Lack.OTHER_IN_FORCE: (_READ_ANEW,),
@@ -76,14 +72,7 @@ def steps(snapshot: Snapshot, forward: Forward, backend: Backend) -> Iterator[Ch
         if (found := forward.finding(cause)) is not None:
             raise stops.planned("path", found)
     yield ok("path", f"packets go {_path(forward)}")
-    lacking = []
-    for qube, config in reversed(forward.nft_configs):
-        told = snapshot.inventory.qubes[qube].features.get(f"{CONFIG_PREFIX}{config.key}")
-        if told != str(config):
-            lacking.append(f"{qube} has {'no' if told is None else 'another'} configuration for it")
-    if lacking:
-        raise stops.stopped("applied", NOT_APPLIED, "; ".join(lacking), _REMEDIES[NOT_APPLIED])
-    yield ok("applied", "each qube of the path is told what the rule asks for")
+    yield applied(snapshot, forward, stops)
     yield from _hops(forward, stops, backend)
     if forward.side is Side.VIFS:
         yield unknown("client", _client(snapshot, forward))
@@ -121,17 +110,13 @@ def _hops(forward: Forward, stops: Stops, backend: Backend) -> Iterator[Check]:
 
 def _stopped(hop: Hop, step: str, stops: Stops, answer: Answer) -> StoppedError:
     cause = Lack.NOT_IN_FORCE if hop.doubt is None else hop.doubt.lack
-    helps = f"check {hop.qube}, or restart it"
-    if isinstance(answer, AnswerError) and answer.way_out:
-        helps = answer.way_out
-    elif isinstance(answer, AnswerError) and answer.status == ExitStatus.REFUSED:
-        helps = f"{hop.qube} may not take any more calls: wait until some have ended, or restart it"
-    elif isinstance(answer, AnswerError) and answer.status == ExitStatus.TROUBLE:
-        helps = (
+    more = helps(hop.qube, answer) if isinstance(answer, AnswerError) else ""
+    if isinstance(answer, AnswerError) and answer.status == ExitStatus.TROUBLE and not answer.way_out:
+        more = (
             f"restart {hop.qube}, if its service {_UNIT} was switched on after it started; 'systemctl status "
             f"{_UNIT}' there says more"
         )
-    return stops.stopped(step, cause, str(hop.reason), _REMEDIES[cause], hop.qube, helps=helps)
+    return stops.stopped(step, cause, str(hop.reason), _REMEDIES[cause], hop.qube, helps=more)
 
 
 def _counted(step: str, hop: Hop, config: NftConfig, before: Hop | None) -> Check:

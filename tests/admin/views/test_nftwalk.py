@@ -56,7 +56,7 @@ def test_each_qube_is_looked_at_in_the_order_in_which_packets_go(
     assert [step["step"] for step in steps] == ALL
     assert [step["text"] for step in steps[1:]] == [
         "packets go sys-net (outer side) - sys-firewall (10.137.0.6) - work (10.137.0.10)",
-        "each qube of the path is told what the rule asks for",
+        "dom0's policy and what the qubes are told match the rule",
         "sys-net sends on IPv4: 3 connections and 40 packets until now",
         "sys-firewall sends on IPv4: 3 connections and at least 40 packets until now",
         "work lets in IPv4: 3 connections and 40 packets until now",
