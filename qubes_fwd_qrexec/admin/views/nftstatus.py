@@ -52,20 +52,22 @@ class Hop(NamedTuple):
 
     qube: QubeName
     role: Role
-    standing: Standing
+    is_running: bool = True
     doubt: Unconfirmed | None = None
     counted: PathReport | None = None
+
+    @property
+    def standing(self) -> Standing:
+        if self.doubt is None:
+            return Standing.IN_FORCE if self.is_running else Standing.HALTED
+        return Standing.NO_ANSWER if self.doubt.lack == Lack.NO_ANSWER else Standing.NOT_IN_FORCE
 
     @property
     def reason(self) -> str | None:
         """Why the forward is not known to be in force there; None if it is."""
         if self.doubt is not None:
             return confirmed.lack(self.doubt)
-        return f"{self.qube} is halted" if self.standing is Standing.HALTED else None
-
-    @property
-    def is_in_force(self) -> bool:
-        return self.standing is Standing.IN_FORCE
+        return None if self.is_running else f"{self.qube} is halted"
 
     def as_json(self) -> dict[str, Any]:
         cause = None if self.doubt is None else self.doubt.lack
@@ -253,22 +255,17 @@ def hops(forward: Forward, answers: Mapping[QubeName, Answer]) -> tuple[Hop, ...
 
 def _hop(qube: QubeName, role: Role, config: NftConfig, answer: Answer | None) -> Hop:
     if answer is None:
-        return Hop(qube, role, Standing.HALTED)
+        return Hop(qube, role, is_running=False)
     if isinstance(answer, NotRunningError):  # it was running just now
-        silent = Unconfirmed(qube, config.key, Lack.NO_ANSWER, is_opening=True, said=str(answer))
-        return Hop(qube, role, Standing.NO_ANSWER, silent)
+        return Hop(qube, role, doubt=Unconfirmed(qube, config.key, Lack.NO_ANSWER, True, str(answer)))
     counted = answer.find(config.key) if isinstance(answer, NftReport) else None
-    doubt = confirming.judged(qube, config.key, config, answer)
-    standing = Standing.IN_FORCE if doubt is None else Standing.NOT_IN_FORCE
-    if doubt is not None and doubt.lack == Lack.NO_ANSWER:
-        standing = Standing.NO_ANSWER
-    return Hop(qube, role, standing, doubt, counted)
+    return Hop(qube, role, doubt=confirming.judged(qube, config.key, config, answer), counted=counted)
 
 
 def _cells(row: NftRow) -> tuple[str, ...]:
     named, counted = row.forward.named, row.hops[0].counted
     then = " - ".join(hop.qube for hop in row.hops[1:])
-    in_force = sum(hop.is_in_force for hop in row.hops)
+    in_force = sum(hop.standing is Standing.IN_FORCE for hop in row.hops)
     words = (
         named.target,
         named.name,

@@ -104,7 +104,7 @@ def show(args: Namespace, session: Session) -> int:
         return 0
     session.say(render.explained(forward, session.style))
     is_allowed = found[-1].verdict != Verdict.STOPS
-    said = {hop.qube: hop.standing.replace("-", " ") for hop in hops if not hop.is_in_force}
+    said = {hop.qube: hop.standing.replace("-", " ") for hop in hops if hop.standing is not Standing.IN_FORCE}
     drawn = picture(forward, snapshot.inventory, is_allowed=is_allowed, said=said, width=session.style.width)
     shown = checks((*found, *_standings(hops)), session.style)
     session.say(f"\n{drawn}\n{shown}\n")
