@@ -3,16 +3,12 @@
 
 from ipaddress import ip_address
 
-import pytest
-
-from qubes_fwd_qrexec.common.errors import RemoteProtocolError
 from qubes_fwd_qrexec.mux import (
     DatagramsReceived,
     FlowCode,
     FlowConnection,
     FlowEvent,
     FlowRequested,
-    GoawayCode,
     Hello,
     Origin,
     ProxyVersion,
@@ -21,17 +17,15 @@ from qubes_fwd_qrexec.mux import (
 from qubes_fwd_qrexec.mux.reader import FrameReader
 from qubes_fwd_qrexec.mux.wire import FrameType
 
-from .helpers import feed, take
+from . import helpers
+from .helpers import AnyPair, feed, take
 
 PORTS = range(5300, 5303)
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("10.137.0.5"), 53)
 
 
 def hello(side: str, **changes: object) -> Hello:
-    values: dict[str, object] = {"window_bytes": 0, "nonce": side[:1].encode() * 16}
-    if side == "target":
-        values |= {"max_streams": 8, "lease_s": 300}
-    return Hello(**(values | changes))  # type: ignore[arg-type]
+    return helpers.hello(side, **({"window_bytes": 0} | changes))
 
 
 def fresh(side: str, **changes: object) -> FlowConnection:
@@ -48,29 +42,10 @@ def ready(side: str, **changes: object) -> FlowConnection:
     return connection
 
 
-class FlowPair:
-    """A listener side and a target side, and the bytes between them."""
-
+class FlowPair(AnyPair[FlowConnection, FlowEvent]):
     def __init__(self, **target_changes: object) -> None:
-        self.listener = FlowConnection(hello("listener"), PORTS)
-        self.target = FlowConnection(hello("target", **target_changes), PORTS)
-        self.settle()
-
-    def settle(self) -> tuple[list[FlowEvent], list[FlowEvent]]:
-        """Move bytes until none are left; the events at the listener side and at the target side."""
-        events: tuple[list[FlowEvent], list[FlowEvent]] = ([], [])
-        moved = True
-        while moved:
-            moved = False
-            for here, there, seen in (
-                (self.listener, self.target, events[1]),
-                (self.target, self.listener, events[0]),
-            ):
-                data = take(here)
-                if data:
-                    moved = True
-                    seen += feed(there, data)
-        return events
+        listener = FlowConnection(hello("listener"), PORTS)
+        super().__init__(listener, FlowConnection(hello("target", **target_changes), PORTS))
 
     def open(self) -> int:
         """A flow that the target side has heard of."""
@@ -106,7 +81,7 @@ def frames(data: bytes) -> list[tuple[FrameType, int, bytes]]:
     return found
 
 
-# An end with a peer that the test plays, and what it makes of a frame that may not be.
+# An end with a peer that the test plays, and what it has been told.
 
 
 def target_with_flow() -> FlowConnection:
@@ -120,21 +95,3 @@ def listener_with_flow() -> FlowConnection:
     listener.open_flow(5300, ORIGIN)
     take(listener)
     return listener
-
-
-def refuses(
-    connection: FlowConnection, data: bytes, problem: str, code: GoawayCode = GoawayCode.PROTOCOL_ERROR
-) -> None:
-    """The bytes end the mux and all flows, and the peer gets a GOAWAY."""
-    with pytest.raises(RemoteProtocolError, match=problem):
-        feed(connection, data)
-    assert connection.is_over
-    assert connection.slots_taken == 0
-    *_, (frame_type, _, payload) = frames(take(connection))
-    assert frame_type == FrameType.GOAWAY
-    goaway = wire.decode_goaway(payload)
-    assert (goaway.code, goaway.is_final) == (code, True)
-    with pytest.raises(RemoteProtocolError, match=problem):
-        connection.receive_data(b"")
-    connection.receive_eof()
-    assert take(connection) == b""

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 from ipaddress import ip_address
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pytest
 
@@ -19,14 +19,15 @@ from qubes_fwd_qrexec.mux import (
     wire,
 )
 from qubes_fwd_qrexec.mux.endpoint import Endpoint
+from qubes_fwd_qrexec.mux.limits import HEADER_BYTES
 from qubes_fwd_qrexec.mux.messages import Goaway, GoawayCode, ResetCode
-from qubes_fwd_qrexec.mux.reader import FrameReader
-from qubes_fwd_qrexec.mux.wire import FrameType
 
 PORTS = range(8080, 8083)
 WINDOW = 65_536
 CREDIT = 16_384
+GOAWAY_BYTES = HEADER_BYTES + 8
 AnyEvent = TypeVar("AnyEvent")
+AnyEnd = TypeVar("AnyEnd", bound=Endpoint[Any])
 ORIGIN = Origin(ip_address("192.0.2.1"), 40000, ip_address("10.137.0.5"), 80)
 
 
@@ -67,17 +68,17 @@ def ready(side: str, **changes: object) -> Connection:
     return connection
 
 
-class Pair:
-    """A listener side and a target side, and the bytes between them."""
+class AnyPair(Generic[AnyEnd, AnyEvent]):
+    """A listener side and a target side of one kind, and the bytes between them."""
 
-    def __init__(self, **target_changes: object) -> None:
-        self.listener = Connection(hello("listener"), PORTS)
-        self.target = Connection(hello("target", **target_changes), PORTS)
+    def __init__(self, listener: AnyEnd, target: AnyEnd) -> None:
+        self.listener = listener
+        self.target = target
         self.settle()
 
-    def settle(self) -> tuple[list[Event], list[Event]]:
+    def settle(self) -> tuple[list[AnyEvent], list[AnyEvent]]:
         """Move bytes until none are left; the events at the listener side and at the target side."""
-        events: tuple[list[Event], list[Event]] = ([], [])
+        events: tuple[list[AnyEvent], list[AnyEvent]] = ([], [])
         moved = True
         while moved:
             moved = False
@@ -90,6 +91,13 @@ class Pair:
                     moved = True
                     seen += feed(there, data)
         return events
+
+
+class Pair(AnyPair[Connection, Event]):
+    def __init__(self, **target_changes: object) -> None:
+        super().__init__(
+            Connection(hello("listener"), PORTS), Connection(hello("target", **target_changes), PORTS)
+        )
 
     def open(self, credit: int = CREDIT) -> int:
         """A stream that the target side has accepted."""
@@ -145,17 +153,18 @@ def listener_with_stream(is_accepted: bool = True) -> Connection:
 
 
 def refuses(
-    connection: Connection, data: bytes, problem: str, code: GoawayCode = GoawayCode.PROTOCOL_ERROR
+    connection: Endpoint[Any], data: bytes, problem: str, code: GoawayCode = GoawayCode.PROTOCOL_ERROR
 ) -> None:
-    """The bytes end the mux and all streams, and the peer gets a GOAWAY."""
+    """The bytes end the mux and all that it carries, and the peer gets a GOAWAY as the last frame."""
     with pytest.raises(RemoteProtocolError, match=problem):
         feed(connection, data)
     assert connection.is_over
-    assert connection.open_streams == connection.granted_bytes == 0
-    *_, (frame_type, _, payload) = FrameReader().frames(take(connection))
-    assert frame_type == FrameType.GOAWAY
-    goaway = wire.decode_goaway(payload)
-    assert (goaway.code, goaway.is_final) == (code, True)
+    assert connection.slots_taken == 0
+    if isinstance(connection, Connection):
+        assert connection.granted_bytes == 0
+    last = take(connection)[-GOAWAY_BYTES:]
+    said = wire.decode_goaway(last[HEADER_BYTES:])
+    assert last == goaway_frame(said.last_id, code, is_final=True)
     with pytest.raises(RemoteProtocolError, match=problem):
         connection.receive_data(b"")
     connection.receive_eof()

@@ -6,14 +6,12 @@ order and in their own flow, or not at all, and only those are missing that an e
 are never more flows than slots; what waits to be written is bounded; and at last no slot is left.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
     precondition,
@@ -21,7 +19,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from qubes_fwd_qrexec.common.errors import LocalProtocolError
 from qubes_fwd_qrexec.mux import (
     DatagramsReceived,
     FlowCode,
@@ -37,11 +34,8 @@ from qubes_fwd_qrexec.mux import (
 from qubes_fwd_qrexec.mux.messages import GoawayCode
 
 from .flow_helpers import ORIGIN, PORTS, hello
-from .helpers import take, told
+from .two_ends import ENDS, LISTENER, PICK, TARGET, TwoEnds
 
-LISTENER, TARGET = 0, 1
-ENDS = st.sampled_from((LISTENER, TARGET))
-PICK = st.integers(0, 1000)
 CODES = st.sampled_from(FlowCode)
 # What waits of HELLO, one PING, one PONG, two GOAWAY and one LOST.
 FEW_FRAMES = 48 + 16 + 16 + 2 * 16 + 24
@@ -73,12 +67,10 @@ class Side:
         return self.is_known and self.ended is None and self.heard is None
 
 
-class DatagramCall(RuleBasedStateMachine):
+class DatagramCall(TwoEnds):
     def __init__(self):
         super().__init__()
-        self.ends = []
         self.flows = {}
-        self.wires = [b"", b""]  # towards the listener side, towards the target side
         self.queued = [0, 0]  # bytes of DATAGRAMS that wait
         self.lost = (0, 0)  # what the target side's caller could not pass on
         self.heard = (0, 0)  # what the listener side knows of that
@@ -104,19 +96,8 @@ class DatagramCall(RuleBasedStateMachine):
         return found[number % len(found)] if found else None
 
     def flush(self, end):
-        self.wires[1 - end] += take(self.ends[end])
+        super().flush(end)
         self.queued[end] = 0
-
-    def deliver(self, end, amount):
-        chunk, self.wires[end] = self.wires[end][:amount], self.wires[end][amount:]
-        for event in told(self.ends[end].receive_data(chunk)):
-            self.hear(end, event)
-
-    def deliver_all(self):
-        for _ in range(4):
-            for end in (LISTENER, TARGET):
-                self.flush(end)
-                self.deliver(1 - end, len(self.wires[1 - end]))
 
     def hear(self, end, event):
         match event:
@@ -201,27 +182,6 @@ class DatagramCall(RuleBasedStateMachine):
             assert self.ends[end].bytes_queued == before + 12 * is_ended
             if is_ended:
                 side.ended = code
-
-    @rule(end=ENDS)
-    def write(self, end):
-        self.flush(end)
-
-    @rule(end=ENDS, amount=st.integers(1, 200))
-    def read(self, end, amount):
-        self.deliver(end, amount)
-
-    @rule(end=ENDS)
-    def read_all(self, end):
-        self.deliver(end, len(self.wires[end]))
-
-    @rule(end=ENDS)
-    def ping(self, end):
-        with contextlib.suppress(LocalProtocolError):  # one is under way
-            self.ends[end].ping(b"12345678")
-
-    @rule(end=ENDS)
-    def tick(self, end):
-        self.ends[end].tick()
 
     @precondition(lambda self: len(self.flows) > 3)
     @rule(end=ENDS, code=st.sampled_from((GoawayCode.LEASE_OVER, GoawayCode.REVOKED, GoawayCode.SHUTDOWN)))

@@ -17,10 +17,9 @@ from .flow_helpers import (
     hello,
     listener_with_flow,
     ready,
-    refuses,
     target_with_flow,
 )
-from .helpers import data_frame, feed, goaway_frame, open_frame, raw_frame, reset_frame, told
+from .helpers import data_frame, feed, goaway_frame, open_frame, raw_frame, refuses, reset_frame, told
 
 STREAM_FRAMES = [
     (open_frame(2), 2),
@@ -127,8 +126,8 @@ def test_what_a_target_side_may_not_send_ends_the_mux(data, problem):
 
 @pytest.mark.parametrize(("data", "number"), FLOW_FRAMES)
 def test_frames_of_flows_end_a_call_with_streams(data, number):
-    helpers.refuses(helpers.ready("target"), data, f"unknown frame type {number}")
-    helpers.refuses(helpers.ready("listener"), data, f"unknown frame type {number}")
+    refuses(helpers.ready("target"), data, f"unknown frame type {number}")
+    refuses(helpers.ready("listener"), data, f"unknown frame type {number}")
 
 
 def test_flows_past_the_limit_end_the_mux():
@@ -173,7 +172,7 @@ def test_the_two_kinds_of_call_are_not_mistaken_for_each_other():
         fresh("listener"), wire.encode_hello(of_streams), "begins with b'qfwd-mux' instead of b'qfwd-udp'"
     )
     problem = "begins with b'qfwd-udp' instead of b'qfwd-mux'"
-    helpers.refuses(helpers.fresh("listener"), wire.encode_hello(of_flows), problem)
+    refuses(helpers.fresh("listener"), wire.encode_hello(of_flows), problem)
 
 
 @pytest.mark.parametrize("window", [1, 2048, 65536])

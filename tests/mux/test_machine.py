@@ -5,13 +5,10 @@ Whatever two ends do that they may do: neither calls the other's frames wrong, n
 or in another stream, no end holds more than it granted, and at last no slot and no credit is left.
 """
 
-import contextlib
-
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from qubes_fwd_qrexec.common.errors import LocalProtocolError
 from qubes_fwd_qrexec.mux import (
     AcceptReceived,
     Connection,
@@ -28,11 +25,9 @@ from qubes_fwd_qrexec.mux import (
 )
 from qubes_fwd_qrexec.mux.messages import GoawayCode
 
-from .helpers import ORIGIN, PORTS, hello, take, told
+from .helpers import ORIGIN, PORTS, hello
+from .two_ends import ENDS, LISTENER, PICK, TARGET, TwoEnds
 
-LISTENER, TARGET = 0, 1
-ENDS = st.sampled_from((LISTENER, TARGET))
-PICK = st.integers(0, 1000)
 WINDOW = 8192
 
 
@@ -55,12 +50,10 @@ class Side:
         return self.is_open and not (self.said_eof or self.said_reset or self.got_reset)
 
 
-class MuxCall(RuleBasedStateMachine):
+class MuxCall(TwoEnds):
     def __init__(self):
         super().__init__()
-        self.ends = []
         self.streams = {}
-        self.wires = [b"", b""]  # towards the listener side, towards the target side
 
     @initialize(max_streams=st.integers(1, 6), is_begun=st.booleans())
     def connect(self, max_streams, is_begun):
@@ -79,20 +72,6 @@ class MuxCall(RuleBasedStateMachine):
     def pick(self, number, end, condition):
         found = [i for i, sides in self.streams.items() if condition(sides[end])]
         return found[number % len(found)] if found else None
-
-    def flush(self, end):
-        self.wires[1 - end] += take(self.ends[end])
-
-    def deliver(self, end, amount):
-        chunk, self.wires[end] = self.wires[end][:amount], self.wires[end][amount:]
-        for event in told(self.ends[end].receive_data(chunk)):
-            self.hear(end, event)
-
-    def deliver_all(self):
-        for _ in range(4):
-            for end in (LISTENER, TARGET):
-                self.flush(end)
-                self.deliver(1 - end, len(self.wires[1 - end]))
 
     def hear(self, end, event):
         if isinstance(event, OpenReceived):
@@ -192,27 +171,6 @@ class MuxCall(RuleBasedStateMachine):
             before = self.ends[end].bytes_queued
             is_asked = self.ends[end].recall(stream_id, keep)
             assert self.ends[end].bytes_queued - before == 12 * is_asked
-
-    @rule(end=ENDS)
-    def write(self, end):
-        self.flush(end)
-
-    @rule(end=ENDS, amount=st.integers(1, 200))
-    def read(self, end, amount):
-        self.deliver(end, amount)
-
-    @rule(end=ENDS)
-    def read_all(self, end):
-        self.deliver(end, len(self.wires[end]))
-
-    @rule(end=ENDS)
-    def ping(self, end):
-        with contextlib.suppress(LocalProtocolError):  # one is under way
-            self.ends[end].ping(b"12345678")
-
-    @rule(end=ENDS)
-    def tick(self, end):
-        self.ends[end].tick()
 
     @precondition(lambda self: len(self.streams) > 3)
     @rule()
