@@ -223,7 +223,7 @@ class FlowTable:
     def not_carried(self, flow: Flow, kind: str, error: str) -> None:
         self.counters.refused(kind)
         self.counters.failed(error)
-        self._warn(error, lambda: f"{flow.client}: {error}")
+        self._warn(kind, lambda: f"{flow.client}: {error}")
 
     def _refuse(self, refusal: NotAdmitted, client: IPAddress) -> None:
         self.counters.refused(refusal)

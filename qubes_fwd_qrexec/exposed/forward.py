@@ -266,7 +266,7 @@ class OpenForward:
             ending = await self._means.transports.carry(self.config, port, accepted, carried)
         except RefusedError as error:
             self._failed(error.kind, str(error))
-            self._warn(str(error), f"{peer}: {error}")
+            self._warn(error.kind, f"{peer}: {error}")
             return False, How.REFUSED
         except OSError as error:
             self._failed(None, str(error))
@@ -274,7 +274,7 @@ class OpenForward:
             return False, How.ABORTED
         if ending.error is not None:
             self._failed(ending.refusal, ending.error)
-            self._warn(ending.error, f"{peer}: {ending.error}")
+            self._warn(ending.refusal or "trouble", f"{peer}: {ending.error}")
         elif self.config.transport is Transport.CALL:
             self._way = Way.IDLE
         return ending.error is None, ending.how

@@ -75,7 +75,10 @@ def start_logging(*, is_verbose: bool = False, is_called: bool = False) -> None:
 
 
 class RateLimit:
-    """Decides for each kind of event whether to log it now, and counts those that are left out."""
+    """Decides for each kind of event whether to log it now, and counts those that are left out.
+
+    It remembers each kind for good, so a kind is one of a few words, and never a text that others choose.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -102,6 +102,18 @@ def test_all_forwards_together_have_a_bound() -> None:
     assert means.process.connections == 0
 
 
+def test_flows_without_a_call_are_logged_once_whatever_the_target_says(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A target has many words, and the log remembers what it has said."""
+    with FlowBench() as bench:
+        bench.carried.then = lambda flow, data, segment: flow.owner.not_carried(flow, "no-call", str(data))
+        for number in range(3):
+            bench.send(bench.client(), b"%d" % number)
+        assert bench.table.counters.refusals == {"no-call": 3}
+        assert [record.message for record in caplog.records] == ["work dns: 127.0.0.1: b'0'"]
+
+
 # For how long
 
 

@@ -34,6 +34,7 @@ from helpers import (
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.exposed import call, forward
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.exposed.forward import Means, OpenForward, bindings
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.relay.copy import undelivered_bytes
@@ -239,6 +240,23 @@ def test_a_forward_listens_on_every_address_and_port() -> None:
     )
     addresses = IPv4Address("127.0.0.1"), IPv4Address("127.0.0.2")
     assert bindings(both) == {(address, port) for address in addresses for port in (80, 81)}
+
+
+async def test_connections_that_are_not_carried_are_logged_once_whatever_the_target_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A target has many words, and the log remembers what it has said."""
+    port, client = free_port(), FakeClient(tmp_path, "babble")
+    write_config(tmp_path / "config", port, 80, transport="mux")
+    waits = CallWaits(again_s=0.0)
+    async with running_listener(tmp_path / "config", client.command, waits=waits) as listener:
+        for number in range(1, 4):
+            async with await connect(port) as near:
+                assert await is_reset(near)
+            refused = {"no-call": number}
+            await until(lambda: listener.report().forwards[0].refused == refused)  # noqa: B023
+            assert len(client.calls) == number
+    assert len([message for message in caplog.messages if "unknown frame type" in message]) == 1
 
 
 @pytest.mark.usefixtures("bugs_are_wanted")
