@@ -3,6 +3,7 @@
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from ipaddress import ip_address
@@ -65,6 +66,9 @@ class Owner:
         self.is_ready = False
         self.drained: GoawayCode | None = None
         self.problems: list[str | None] = []
+        self.drops: Counter[tuple[int, bool]] = Counter()
+        """How many datagrams were dropped of each flow, and whether for their age."""
+        self.late = self.there = 0
 
     def ready(self) -> None:
         self.is_ready = True
@@ -76,6 +80,13 @@ class Owner:
         else:
             self.kept[event.flow_id] = Kept()
             self.mux.join(event.flow_id, self.kept[event.flow_id])
+
+    def dropped(self, flow_id: int, datagrams: int, *, is_old: bool) -> None:
+        self.drops[flow_id, is_old] += datagrams
+
+    def lost(self, late: int, there: int) -> None:
+        self.late += late
+        self.there += there
 
     def draining(self, code: GoawayCode) -> None:
         self.drained = code

@@ -27,7 +27,7 @@ from udp_forwards import KEY, forward_of, is_bound, write_udp_config
 
 from qubes_fwd_qrexec.common.report import Answer, Way
 from qubes_fwd_qrexec.common.values import Proto
-from qubes_fwd_qrexec.exposed import flowpool
+from qubes_fwd_qrexec.exposed import flowpool, flowwaiting
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.system.configsource import FileSource
 
@@ -118,8 +118,8 @@ async def test_it_waits_for_so_long_and_so_much_of_it_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flowpool, "WAIT_S", 0.2)
-    monkeypatch.setattr(flowpool, "WAITING_MAX_BYTES", 10_000)
-    monkeypatch.setattr(flowpool, "WAITING_OF_ONE_BYTES", 4_000)
+    monkeypatch.setattr(flowwaiting, "WAITING_MAX_BYTES", 10_000)
+    monkeypatch.setattr(flowwaiting, "WAITING_OF_ONE_BYTES", 4_000)
     port, client = free_udp_port(), FakeClient(tmp_path, "hang")
     write_udp_config(tmp_path / "config", port)
     async with running_listener(tmp_path / "config", client.command) as listener:

@@ -15,13 +15,15 @@ from qubes_fwd_qrexec.system.datagrams import Address
 
 from .connectionlog import FlowHow
 from .flowcall import FlowCall
-from .flowcounters import Dropped
+from .flowcounters import FlowCounters
 
 
 class FlowOwner(Protocol):
-    """Who is told what happens to a flow, in the loop's thread. ``port``: the exposed one."""
+    """Who is told what happens to a flow, in the loop's thread. ``port``: the exposed one; ``counters``:
+    those of its forward."""
 
     port: int
+    counters: FlowCounters
 
     def reply(self, flow: "Flow", data: Buffer, segment: int) -> None:
         """The server has answered."""
@@ -34,9 +36,6 @@ class FlowOwner(Protocol):
 
     def not_carried(self, flow: "Flow", kind: str, error: str) -> None:
         """There is no call for the flow; ``kind`` is a word for counters."""
-
-    def dropped(self, reason: Dropped, datagrams: int) -> None:
-        """So many datagrams from clients were dropped."""
 
 
 class Carrier(Protocol):
@@ -76,7 +75,6 @@ class Flow:
         "sent",
         "since",
         "target_port",
-        "waiting_bytes",
     )
 
     def __init__(
@@ -106,8 +104,10 @@ class Flow:
         self.is_answered = self.is_over = False
         self.line: str | None = None
         self.sent = self.received = self.datagrams_sent = self.datagrams_received = 0
-        self.waiting_bytes = 0
-        """How much of it waits for a call; see `flowpool`."""
+
+    @property
+    def counters(self) -> FlowCounters:
+        return self.owner.counters
 
     @property
     def local_address(self) -> IPAddress:

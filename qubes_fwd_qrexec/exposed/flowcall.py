@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import Counter
 from typing import Protocol
+from weakref import WeakSet
 
 import trio
 
@@ -30,7 +31,7 @@ from qubes_fwd_qrexec.relay.thread import RelayThread
 from .bucket import Bucket
 from .callqueue import Key
 from .crowd import client_key
-from .flowcounters import Dropped
+from .flowcounters import Dropped, FlowCounters
 from .muxcall import MuxCall
 from .qrexec import Call
 
@@ -40,10 +41,16 @@ FLOWS_AT_ONCE = FLOWS_PER_TICK // 2
 
 
 class Carried(FlowEnd, Protocol):
-    """A flow in the call."""
+    """A flow in the call; ``counters`` are those of its forward."""
+
+    client: IPAddress
+    target_port: int
+    proxy: ProxyVersion
 
     @property
-    def client(self) -> IPAddress: ...
+    def counters(self) -> FlowCounters: ...
+
+    def origin(self) -> Origin: ...
 
     def make_room(self) -> None:
         """End it, as others need the call."""
@@ -54,9 +61,6 @@ class FlowCallOwner(Protocol):
 
     def call_ready(self) -> None:
         """A call takes flows from now on."""
-
-    def call_over(self, call: "FlowCall") -> None:
-        """The call has ended."""
 
 
 class FlowCall(MuxCall[FlowMux]):
@@ -74,8 +78,7 @@ class FlowCall(MuxCall[FlowMux]):
         self._flows: dict[int, Carried] = {}
         self._by_client: Counter[Key] = Counter()
         self._sole: Key | None = None
-        self._is_counted = False
-        """Whether its owner has counted what it dropped."""
+        self._forwards: WeakSet[FlowCounters] = WeakSet()
 
     # As a mux call
 
@@ -101,10 +104,6 @@ class FlowCall(MuxCall[FlowMux]):
         for flow in list(self._flows.values()):
             flow.make_room()
 
-    def forget_call(self) -> None:
-        super().forget_call()
-        self._is_counted = False
-
     # For the pool
 
     @property
@@ -124,14 +123,15 @@ class FlowCall(MuxCall[FlowMux]):
     def _has_slot(self) -> bool:
         return self.is_usable and self.mux is not None and self.mux.room > 0
 
-    def begin(self, port: int, origin: Origin, proxy: ProxyVersion, flow: Carried) -> int:
-        """Begin a flow to ``port``, and return its number. Raises LocalProtocolError unless it `has_room`."""
+    def begin(self, flow: Carried) -> int:
+        """Begin a flow, and return its number. Raises LocalProtocolError unless it `has_room`."""
         if self.mux is None:
             raise LocalProtocolError("there is no call")
-        flow_id = self.mux.open(port, origin, proxy, flow)
+        flow_id = self.mux.open(flow.target_port, flow.origin(), flow.proxy, flow)
         self._begins.left -= 1
         self.opened += 1
         self._flows[flow_id] = flow
+        self._forwards.add(flow.counters)
         self._count(client_key(flow.client), 1)
         return flow_id
 
@@ -142,9 +142,9 @@ class FlowCall(MuxCall[FlowMux]):
 
     def end(self, flow_id: int, code: FlowCode) -> None:
         """End a flow, which hears nothing of that; what it has waiting is dropped."""
-        self.left(flow_id)
         if self.mux is not None:
             self.mux.end(flow_id, code)
+        self.left(flow_id)
 
     def left(self, flow_id: int) -> None:
         """A flow has ended; a second call changes nothing."""
@@ -159,20 +159,6 @@ class FlowCall(MuxCall[FlowMux]):
         self.turn_away()
         if self.mux is not None:
             self.mux.drain(GoawayCode.SHUTDOWN)
-
-    def dropped(self) -> Counter[Dropped]:
-        """How many datagrams were dropped, at both ends, by reason."""
-        mux = self.mux
-        if mux is None or self._is_counted:
-            return Counter()
-        return Counter(
-            {
-                Dropped.FULL: mux.dropped_full,
-                Dropped.OLD: mux.dropped_old,
-                Dropped.LATE: mux.dropped_late,
-                Dropped.TARGET: sum(mux.lost_there),
-            }
-        )
 
     def _count(self, key: Key, change: int) -> None:
         self._by_client[key] += change
@@ -192,7 +178,13 @@ class FlowCall(MuxCall[FlowMux]):
     def flow_requested(self, event: FlowRequested) -> None:
         """Never called: the target cannot begin flows."""
 
-    def over(self, problem: str | None) -> None:
-        self._owner.call_over(self)
-        self._is_counted = True
-        super().over(problem)
+    def dropped(self, flow_id: int, datagrams: int, *, is_old: bool) -> None:
+        flow = self._flows.get(flow_id)
+        if flow is not None:
+            flow.counters.dropped(Dropped.OLD if is_old else Dropped.FULL, datagrams)
+
+    def lost(self, late: int, there: int) -> None:
+        """Nobody knows whose these were: each forward that has had a flow here counts them."""
+        for counters in self._forwards:
+            counters.dropped(Dropped.LATE, late)
+            counters.dropped(Dropped.TARGET, there)

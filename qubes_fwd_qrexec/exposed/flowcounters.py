@@ -33,6 +33,7 @@ class FlowCounters:
     """The figures since ``since`` (UNIX seconds). The loop's thread writes them, and any thread may read."""
 
     __slots__ = (
+        "__weakref__",
         "_clock",
         "datagrams_received",
         "datagrams_sent",
@@ -63,7 +64,8 @@ class FlowCounters:
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
     def dropped(self, reason: Dropped, datagrams: int) -> None:
-        self.drops[reason] = self.drops.get(reason, 0) + datagrams
+        if datagrams:
+            self.drops[reason] = self.drops.get(reason, 0) + datagrams
 
     def failed(self, text: str) -> None:
         self.last_error = text, self._clock()

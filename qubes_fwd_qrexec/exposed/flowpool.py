@@ -6,10 +6,8 @@ wait for one, in number and time bounded: most clients send the first one only o
 """
 
 import time
-from collections import Counter, deque
 from collections.abc import Collection
 from functools import partial
-from typing import NamedTuple
 
 import trio
 
@@ -21,35 +19,17 @@ from qubes_fwd_qrexec.system.datagrams import count
 
 from .callbudget import CallBudget
 from .callqueue import Key
-from .crowd import client_key
 from .flow import Flow
 from .flowcall import FlowCall
 from .flowcounters import Dropped
+from .flowwaiting import Batch, WaitingFlows
 from .muxpool import LINGER_S, MuxPool
 
-# docs/behaviours.md, 56: for how long datagrams wait for a call, and how many bytes of them in all and of one
-# flow. A target that runs answers a call well within this time; one that must start first does not, and then
-# its clients write again.
+# docs/behaviours.md, 56: for how long datagrams wait for a call. A target that runs answers one well within
+# this time; one that must start first does not, and then its clients write again.
 WAIT_S = 2.0
-WAITING_MAX_BYTES = 1 << 20
-WAITING_OF_ONE_BYTES = 64 << 10
-# What a datagram takes here beside its bytes, so that empty ones have a bound, too.
-_COST_BYTES = 256
 # How often to look whether one has waited for too long, or a call has room again.
 _LOOK_S = 0.1
-
-
-class _Waiting(NamedTuple):
-    """Datagrams that wait since ``since`` (`time.monotonic`)."""
-
-    flow: Flow
-    data: bytes
-    segment: int
-    since: float
-
-    @property
-    def cost_bytes(self) -> int:
-        return len(self.data) + _COST_BYTES
 
 
 class FlowPool(MuxPool[FlowCall]):
@@ -67,12 +47,9 @@ class FlowPool(MuxPool[FlowCall]):
         linger_s: float = LINGER_S,
     ) -> None:
         super().__init__(qrexec_client, calls, target, service, ports, relays, tasks, linger_s)
-        self._waiting: deque[_Waiting] = deque()
-        self._waiting_bytes = 0
-        self._clients: set[Key] = set()
+        self._waiting = WaitingFlows()
         self._is_asking = False
         self._timer: Timer | None = None
-        self._past: Counter[Dropped] = Counter()
 
     # As a pool, in trio's thread
 
@@ -80,14 +57,7 @@ class FlowPool(MuxPool[FlowCall]):
         return FlowCall(self.relays, self.ports, self)
 
     def users(self) -> Collection[Key]:
-        return frozenset(self._clients)  # in one step, while the loop's thread may change it
-
-    def dropped(self) -> Counter[Dropped]:
-        """How many datagrams the calls have dropped, at both ends, by reason."""
-        found = Counter(self._past)
-        for mux_call in tuple(self.mux_calls):
-            found += mux_call.dropped()
-        return found
+        return frozenset(self._waiting.clients)  # in one step, while the loop's thread may change it
 
     async def opened(self) -> FlowCall:
         """A call that is ready or was not to be had, opened for it if there is none."""
@@ -114,43 +84,19 @@ class FlowPool(MuxPool[FlowCall]):
 
     def carry(self, flow: Flow, data: bytes, segment: int, now: float) -> None:
         """Send datagrams of a flow over its call, or have them wait for one."""
-        if flow.call is None and not self._waiting:
-            self._join(flow, now)
-        if flow.call is None:
-            self._wait(_Waiting(flow, data, segment, now))
-        else:
+        if flow.call is None and not self._waiting and (call := self._with_room(now)) is not None:
+            _begin(flow, call)
+        if flow.call is not None:
             flow.call.send(flow.flow_id, data, segment, now)
-
-    def _join(self, flow: Flow, now: float) -> None:
-        """Have the first call with room carry the flow, if there is one."""
-        for call in tuple(self.mux_calls):
-            if call.has_room(now):
-                origin = flow.origin()
-                flow.flow_id = call.begin(flow.target_port, origin, flow.proxy, flow)
-                flow.call = call
-                return
-
-    def _wait(self, waiting: _Waiting) -> None:
-        flow = waiting.flow
-        if flow.waiting_bytes + waiting.cost_bytes > WAITING_OF_ONE_BYTES and flow.waiting_bytes:
-            _drop(waiting, Dropped.FULL)
             return
-        self._waiting.append(waiting)
-        flow.waiting_bytes += waiting.cost_bytes
-        self._waiting_bytes += waiting.cost_bytes
-        while self._waiting_bytes > WAITING_MAX_BYTES:
-            _drop(self._take(), Dropped.FULL)
-        self._clients.add(client_key(flow.client))
+        self._waiting.add(flow, data, segment, now)
         if self._timer is None:
             self._timer = self.relays.loop.after(_LOOK_S, self._look, self._forget_all)
-        self._want_call(waiting.since)
+        self._want_call(now)
 
-    def _take(self) -> _Waiting:
-        """Take what has waited longest."""
-        waiting = self._waiting.popleft()
-        waiting.flow.waiting_bytes -= waiting.cost_bytes
-        self._waiting_bytes -= waiting.cost_bytes
-        return waiting
+    def _with_room(self, now: float) -> FlowCall | None:
+        """The first call that takes another flow now."""
+        return next((call for call in tuple(self.mux_calls) if call.has_room(now)), None)
 
     def _want_call(self, now: float) -> None:
         """Have one more call made, unless that is under way, or one has room in a moment."""
@@ -159,32 +105,23 @@ class FlowPool(MuxPool[FlowCall]):
             self.relays.tell(self._ask)
 
     def _serve(self, now: float) -> None:
-        """Send what waits as far as there is room, each flow's datagrams in their order."""
-        for _ in range(len(self._waiting)):
-            waiting = self._take()
-            flow = waiting.flow
+        """Begin flows that wait, in turn, as far as there is room."""
+        while self._waiting and (call := self._with_room(now)) is not None:
+            flow, batches = self._waiting.take()
             if flow.is_over:
-                _drop(waiting, Dropped.NO_CALL)
+                _drop(flow, batches)
                 continue
-            if flow.call is None:
-                self._join(flow, now)
-            if flow.call is None:
-                self._waiting.append(waiting)
-                flow.waiting_bytes += waiting.cost_bytes
-                self._waiting_bytes += waiting.cost_bytes
-            else:
-                flow.call.send(flow.flow_id, waiting.data, waiting.segment, now)
+            _begin(flow, call)
+            for data, segment in batches:
+                call.send(flow.flow_id, data, segment, now)
         if self._waiting:
             self._want_call(now)
-        else:
-            self._clients.clear()
 
     def _look(self) -> None:
         """Drop what has waited for too long; and serve what may begin now."""
         self._timer = None
         now = time.monotonic()
-        while self._waiting and now - self._waiting[0].since >= WAIT_S:
-            _drop(self._take(), Dropped.NO_CALL)
+        self._waiting.drop_old(now - WAIT_S)
         self._serve(now)
         if self._waiting:
             self._timer = self.relays.loop.after(_LOOK_S, self._look, self._forget_all)
@@ -196,12 +133,10 @@ class FlowPool(MuxPool[FlowCall]):
             self._serve(time.monotonic())
             return
         while self._waiting:
-            waiting = self._take()
-            _drop(waiting, Dropped.NO_CALL)
-            if not waiting.flow.is_over:
-                error = f"no mux call to {self.target}: {problem}"
-                waiting.flow.owner.not_carried(waiting.flow, kind, error)
-        self._clients.clear()
+            flow, batches = self._waiting.take()
+            _drop(flow, batches)
+            if not flow.is_over:
+                flow.owner.not_carried(flow, kind, f"no mux call to {self.target}: {problem}")
 
     def _stop_asking(self) -> None:
         """There was a bug when a call was settled."""
@@ -210,17 +145,20 @@ class FlowPool(MuxPool[FlowCall]):
 
     def _forget_all(self) -> None:
         while self._waiting:
-            _drop(self._take(), Dropped.NO_CALL)
-        self._clients.clear()
+            _drop(*self._waiting.take())
 
     # As the owner of the calls
 
     def call_ready(self) -> None:
         self._serve(time.monotonic())
 
-    def call_over(self, call: FlowCall) -> None:
-        self._past += call.dropped()
+
+def _begin(flow: Flow, call: FlowCall) -> None:
+    """Have a call with room carry the flow."""
+    flow.flow_id = call.begin(flow)
+    flow.call = call
 
 
-def _drop(waiting: _Waiting, reason: Dropped) -> None:
-    waiting.flow.owner.dropped(reason, count(len(waiting.data), waiting.segment))
+def _drop(flow: Flow, batches: list[Batch]) -> None:
+    for data, segment in batches:
+        flow.counters.dropped(Dropped.NO_CALL, count(len(data), segment))

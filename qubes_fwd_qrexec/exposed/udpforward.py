@@ -117,8 +117,7 @@ class OpenUdpForward:
         counters, pool = self.table.counters, self._pool
         said = [error for error in (counters.last_error, pool.last_problem) if error is not None]
         text, at = max(said, key=lambda error: error[1], default=(None, None))
-        dropped = pool.dropped()
-        dropped.update(dict(counters.drops))  # in one step, while the loop's thread may change it
+        dropped = dict(counters.drops)  # in one step, while the loop's thread may change it
         return ForwardReport(
             target=self.config.target,
             name=self.config.name,

@@ -104,7 +104,7 @@ class UdpPort:
         self._loop = loop
         self._sock = sock
         self._owner = owner
-        self._counters = owner.counters
+        self.counters = owner.counters
         self._lost = 0
         self._is_closed = False
         self._from: dict[tuple[bytes, int], tuple[Control]] = {}
@@ -137,7 +137,7 @@ class UdpPort:
                 self._pause()
                 return
             if arrived.lost != self._lost:
-                self._counters.dropped(Dropped.KERNEL, (arrived.lost - self._lost) & _LOST_MASK)
+                self.counters.dropped(Dropped.KERNEL, (arrived.lost - self._lost) & _LOST_MASK)
                 self._lost = arrived.lost
             if "%" in arrived.sender[0]:
                 arrived = arrived._replace(sender=_without_zone(arrived.sender))
@@ -161,7 +161,7 @@ class UdpPort:
         """Let in what may come in, and send it on."""
         data, segment = arrived.data, arrived.segment
         if not arrived.is_for_one:
-            self._counters.dropped(Dropped.TO_MANY, datagrams.count(len(data), segment))
+            self.counters.dropped(Dropped.TO_MANY, datagrams.count(len(data), segment))
             return
         if flow is None:
             flow = self._owner.newcomer(self, arrived, now)
@@ -170,19 +170,19 @@ class UdpPort:
             self.flows[arrived.sender, arrived.local] = flow
         elif flow.interface != arrived.interface:
             if not self._owner.lets_in_by(arrived.interface):
-                self._counters.refused(NotAdmitted.SIDE)
+                self.counters.refused(NotAdmitted.SIDE)
                 return
             flow.interface = arrived.interface
         number = datagrams.count(len(data), segment)
         flow.moved_at = now
         flow.sent += len(data)
         flow.datagrams_sent += number
-        self._counters.sent += len(data)
-        self._counters.datagrams_sent += number
+        self.counters.sent += len(data)
+        self.counters.datagrams_sent += number
         if segment or len(data) <= MAX_DATAGRAM_BYTES:
             flow.carrier.carry(flow, data, segment, now)
         else:
-            self._counters.dropped(Dropped.TOO_LONG, 1)
+            self.counters.dropped(Dropped.TOO_LONG, 1)
 
     # As the owner of flows
 
@@ -198,12 +198,12 @@ class UdpPort:
         sent_bytes = len(data) if sent.datagrams == number else sent.datagrams * segment
         flow.received += sent_bytes
         flow.datagrams_received += sent.datagrams
-        self._counters.received += sent_bytes
-        self._counters.datagrams_received += sent.datagrams
+        self.counters.received += sent_bytes
+        self.counters.datagrams_received += sent.datagrams
         if sent.datagrams < number:
-            self._counters.dropped(Dropped.UNSENT, number - sent.datagrams)
+            self.counters.dropped(Dropped.UNSENT, number - sent.datagrams)
             if sent.problem is not None:
-                self._counters.failed(f"cannot send to {flow.client}: {sent.problem.strerror}")
+                self.counters.failed(f"cannot send to {flow.client}: {sent.problem.strerror}")
 
     def ended_there(self, flow: Flow, code: FlowCode) -> None:
         """It keeps its place if only its call is over: its next datagram gets another one."""
@@ -217,8 +217,8 @@ class UdpPort:
             call.give_up()
         elif not call.is_lost:
             if code in _REFUSALS:
-                self._counters.refused(Refusal.SERVER)
-                self._counters.failed(_REFUSALS[code])
+                self.counters.refused(Refusal.SERVER)
+                self.counters.failed(_REFUSALS[code])
                 self._over(flow, FlowHow.REFUSED)
             else:
                 self._over(flow, FlowHow.IDLE if code is FlowCode.DONE else FlowHow.TARGET_ENDED)
@@ -232,9 +232,6 @@ class UdpPort:
     def not_carried(self, flow: Flow, kind: str, error: str) -> None:
         self._owner.not_carried(flow, kind, error)
         self.end(flow, FlowHow.REFUSED)
-
-    def dropped(self, reason: Dropped, number: int) -> None:
-        self._counters.dropped(reason, number)
 
     def _over(self, flow: Flow, how: FlowHow) -> None:
         if not flow.is_over:

@@ -71,6 +71,13 @@ class FlowMuxOwner(CallOwner, Protocol):
     def flow_requested(self, event: FlowRequested) -> None:
         """The peer begins a flow; answer with `FlowMux.join` or `FlowMux.end` at once."""
 
+    def dropped(self, flow_id: int, datagrams: int, *, is_old: bool) -> None:
+        """So many datagrams of a flow were dropped here: they had waited for too long, or had no room."""
+
+    def lost(self, late: int, there: int) -> None:
+        """So many datagrams came for flows that had ended here, and the target side has dropped so many,
+        since the last call of this."""
+
 
 class FlowMux(MuxBase):
     """One end of a mux call that carries datagrams, between ``source`` and ``sink``; see `MuxBase`."""
@@ -89,7 +96,8 @@ class FlowMux(MuxBase):
         self.lost_there = (0, 0)
         """How many datagrams the target side says that it has dropped: towards the server, towards here."""
         self._owner = owner
-        self._queue = FlowQueue()
+        self._queue = FlowQueue(owner.dropped)
+        self._told_lost = (0, 0)
         writer = CallWriter(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
         super().__init__(loop, connection, source, writer, owner, hello_s)
 
@@ -140,7 +148,7 @@ class FlowMux(MuxBase):
         Returns how many datagrams, of any flow, had to be dropped for them.
         """
         if flow_id not in self.flows:
-            return self._queue.drop_late(data, segment)
+            return self._queue.drop_late(flow_id, data, segment)
         dropped = self._queue.add(flow_id, data, segment, time.monotonic())
         if self._queue.bytes >= _WRITE_BYTES and self._writer.is_empty:
             self._write()
@@ -190,8 +198,16 @@ class FlowMux(MuxBase):
                 left -= 1
                 self._on_event(event)
             if left <= 0:
+                self._tell_lost()
                 yield
                 left = TURN_FRAMES
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        """Tell the owner what is lost now and was not a moment ago."""
+        before, self._told_lost = self._told_lost, (self.dropped_late, sum(self.lost_there))
+        if self._told_lost != before:
+            self._owner.lost(self._told_lost[0] - before[0], self._told_lost[1] - before[1])
 
     def _on_event(self, event: FlowEvent | None) -> None:
         match event:

@@ -11,6 +11,7 @@ datagrams never wait behind a bulk transfer. It goes first once: then it has its
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from typing import Protocol
 
 from qubes_fwd_qrexec.mux import MAX_DATAGRAM_BYTES, MAX_SEGMENTS
 from qubes_fwd_qrexec.system.datagrams import count
@@ -30,6 +31,12 @@ Batch = tuple[bytes, int]
 """The bytes of one datagram (0), or of several of equal size, of which only the last may be shorter."""
 _Waiting = tuple[bytes, int, float]
 """A batch, and until when it may wait."""
+
+
+class DroppedCall(Protocol):
+    """Hears that so many datagrams of a flow were dropped, and whether for their age or for want of room."""
+
+    def __call__(self, flow_id: int, datagrams: int, *, is_old: bool) -> None: ...
 
 
 class _Flow:
@@ -52,14 +59,15 @@ class FlowQueue:
     """What waits for one mux call; times are of `time.monotonic`, and given by the caller.
 
     ``dropped_full`` and ``dropped_old`` count datagrams: those that there was no room for, and those that
-    waited for too long or whose flow ended first.
+    waited for too long or whose flow ended first. ``tell`` hears of each with its flow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: DroppedCall) -> None:
         self.bytes = 0
         """How much waits, with what it costs to keep it."""
         self.dropped_full = 0
         self.dropped_old = 0
+        self._tell = tell
         self._flows: dict[int, _Flow] = {}
         # Those that go first, and those that go round.
         self._new: _Flows = OrderedDict()
@@ -78,7 +86,7 @@ class FlowQueue:
         until = now + WAIT_S
         if len(data) > MAX_DATAGRAM_BYTES or (segment and len(data) > segment * MAX_SEGMENTS):
             if not segment:
-                self.dropped_full += 1
+                self._count(flow_id, 1, is_old=False)
                 return 1
             most = min(MAX_SEGMENTS, MAX_DATAGRAM_BYTES // segment) * segment
             for start in range(0, len(data), most):
@@ -118,10 +126,10 @@ class FlowQueue:
         while flow is not None and (batch := self._next_batch(flow, now)):
             yield batch
 
-    def drop_late(self, data: bytes, segment: int) -> int:
+    def drop_late(self, flow_id: int, data: bytes, segment: int) -> int:
         """Drop a batch of a flow that is over. Returns how many datagrams it has."""
         late = count(len(data), segment)
-        self.dropped_old += late
+        self._count(flow_id, late, is_old=True)
         return late
 
     def end(self, flow_id: int) -> None:
@@ -129,7 +137,7 @@ class FlowQueue:
         flow = self._flows.get(flow_id)
         if flow is not None:
             while flow.batches:
-                self.dropped_old += self._drop(flow)
+                self._drop(flow, is_old=True)
             self._new.pop(flow_id, None)
             self._old.pop(flow_id, None)
             self._forget(flow)
@@ -141,9 +149,9 @@ class FlowQueue:
             self._by_size[0][flow_id] = flow
         cost = len(data) + COST_BYTES
         while flow.bytes + cost > FLOW_BYTES:
-            self.dropped_full += self._drop(flow)
+            self._drop(flow, is_old=False)
         while self.bytes + cost > CALL_BYTES:
-            self.dropped_full += self._drop(self._longest())
+            self._drop(self._longest(), is_old=False)
         flow.batches.append((data, segment, until))
         self._resize(flow, cost)
 
@@ -151,7 +159,7 @@ class FlowQueue:
         """Take the next datagrams of a flow that have not waited for too long, as many as go in one frame."""
         batches = flow.batches
         while batches and batches[0][2] < now:
-            self.dropped_old += self._drop(flow)
+            self._drop(flow, is_old=True)
         if not batches:
             return None
         data, segment, _ = batches.popleft()
@@ -163,11 +171,18 @@ class FlowQueue:
         self._resize(flow, -length - len(parts) * COST_BYTES)
         return (b"".join(parts), size) if len(parts) > 1 else (data, segment)
 
-    def _drop(self, flow: _Flow) -> int:
-        """Drop what a flow has had waiting for longest. Returns how many datagrams that were."""
+    def _drop(self, flow: _Flow, *, is_old: bool) -> None:
+        """Drop what a flow has had waiting for longest."""
         data, segment, _ = flow.batches.popleft()
         self._resize(flow, -len(data) - COST_BYTES)
-        return count(len(data), segment)
+        self._count(flow.flow_id, count(len(data), segment), is_old=is_old)
+
+    def _count(self, flow_id: int, datagrams: int, *, is_old: bool) -> None:
+        if is_old:
+            self.dropped_old += datagrams
+        else:
+            self.dropped_full += datagrams
+        self._tell(flow_id, datagrams, is_old=is_old)
 
     def _longest(self) -> _Flow:
         """One with the most waiting, within a factor of two."""

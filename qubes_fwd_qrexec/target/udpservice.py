@@ -119,6 +119,12 @@ class UdpService(CallService):
             self._flows[event.flow_id] = flow
             self.mux.join(event.flow_id, flow)
 
+    def dropped(self, flow_id: int, datagrams: int, *, is_old: bool) -> None:
+        """Once a second the other end is told how many these are in all (`_look`)."""
+
+    def lost(self, late: int, there: int) -> None:
+        """The same."""
+
     # As the owner of the flows
 
     def answer(self, flow_id: int, data: bytes, segment: int) -> None:

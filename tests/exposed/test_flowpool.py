@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Flows over the calls to one target: who waits, how fast new ones begin, and what a call says of itself."""
 
+import os
+import signal
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import trio
-from flow_bench import FlowBench
 from helpers import (
     BOUND_S,
     FakeClient,
     accept,
+    children,
     connect,
     echo_once,
     free_port,
@@ -23,13 +25,10 @@ from helpers import (
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, write_udp_config
 
-from qubes_fwd_qrexec.common.values import TargetPorts
-from qubes_fwd_qrexec.exposed import flowcall
-from qubes_fwd_qrexec.exposed.flowcall import FlowCall
+from qubes_fwd_qrexec.exposed import flowcall, flowpool
 from qubes_fwd_qrexec.exposed.flowcounters import Dropped
 from qubes_fwd_qrexec.exposed.flowpool import FlowPool
 from qubes_fwd_qrexec.listener import Listener
-from qubes_fwd_qrexec.relay.thread import open_relay_thread
 
 pytestmark = pytest.mark.usefixtures("no_hurry")
 
@@ -105,25 +104,58 @@ async def test_without_flows_a_call_is_kept_a_while_and_then_ends(tmp_path: Path
         assert pool_of(listener).last_problem is None
 
 
-async def test_what_a_call_dropped_is_counted_where_it_was_made_a_second_time() -> None:
-    """There was no room for the first one."""
-    async with open_relay_thread() as relays:
-        with FlowBench() as bench:
-            call = FlowCall(relays, TargetPorts.parse("53"), _Nobody())
-            call.mux = bench.listener
-            call.over("no room")
-            call.forget_call()
-            call.mux = bench.listener
-            bench.listener.send(1, b"of no flow", 0)
-            assert +call.dropped() == {Dropped.OLD: 1}
+async def test_one_client_does_not_have_all_the_starts_of_flows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client has many waiting, of which ten begin in a second; another one waits for its turn alone."""
+    monkeypatch.setattr(flowcall, "FLOWS_AT_ONCE", 10)
+    monkeypatch.setattr(flowpool, "WAIT_S", BOUND_S)
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    write_udp_config(tmp_path / "config", port)
+    async with running_listener(tmp_path / "config", client.command) as listener:
+        with ExitStack() as stack:
+            for _ in range(90):
+                stack.enter_context(UdpClient(port)).send(b"x")
+            await until(lambda: forward_of(listener).connections == 90)
+            other = stack.enter_context(UdpClient(port, own="127.0.0.2"))
+            assert await other.ask(b"y") == b"y"
+            assert [str(key[-1]) for key in pool_of(listener).users()] == ["127.0.0.1"]
+    assert len(client.calls) == 1
 
 
-class _Nobody:
-    """The owner of a call that does nothing."""
+async def test_what_a_call_drops_counts_once_for_the_forward_whose_datagram_it_was(tmp_path: Path) -> None:
+    """Two forwards share the call; and the number does not go down with the call, or its pool."""
+    port, other_port, client = free_udp_port(), free_udp_port(), FakeClient(tmp_path, "flows")
+    config = tmp_path / "config"
+    write_udp_config(config, port)
+    write_udp_config(config, other_port, key="udp.work.other")
+    async with running_listener(config, client.command) as listener:
+        with UdpClient(port) as near, UdpClient(other_port) as other:
+            assert await near.ask(b"x") == b"x"
+            assert await other.ask(b"x") == b"x"
+            (pid,) = children()
+            os.kill(pid, signal.SIGSTOP)
+            counters, others = (forward_of(listener, key).table.counters for key in (KEY, "udp.work.other"))
+            sent = 1
 
-    def call_ready(self) -> None: ...
+            def has_dropped() -> bool:
+                nonlocal sent
+                with suppress(BlockingIOError):
+                    near.send(bytes(60_000))
+                    sent += 1
+                return counters.drops.get(Dropped.FULL, 0) > 0
 
-    def call_over(self, call: FlowCall) -> None: ...
+            await until(has_dropped)
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: not children())
+            await until(lambda: counters.datagrams_sent + counters.drops.get(Dropped.KERNEL, 0) == sent)
+            dropped = dict(counters.drops)
+            assert (dropped.keys() <= {"old", "full", "kernel"}, others.drops) == (True, {})
+            assert listener.report().forwards[0].dropped == dropped
+            write_udp_config(config, port, srcports=f"{port}-{port + 1}", dstports="53-54")
+            listener.reload()
+            assert listener.report().forwards[0].dropped == dropped
+            assert sum(dropped.values()) < sent
 
 
 async def test_bulk_starves_neither_another_flow_nor_a_connection_of_the_same_listener(

@@ -60,6 +60,7 @@ def test_a_flow_that_is_refused_hears_why(bench: FlowBench) -> None:
     assert bench.listener.room == FLOWS_MAX
     bench.settle()
     assert bench.target.dropped_late == 1
+    assert bench.target_owner.late == 1
 
 
 def test_a_flow_ends_at_both_ends_and_the_end_that_ended_it_hears_nothing(bench: FlowBench) -> None:
@@ -93,6 +94,7 @@ def test_what_a_call_does_not_take_in_time_is_dropped_and_counted(bench: FlowBen
     bench.listener.send(flow_id, b"new", 0)
     bench.run(lambda: b"new" in there.datagrams)
     assert bench.listener.dropped_old == waiting
+    assert bench.listener_owner.drops == {(flow_id, True): waiting}
     assert (bench.listener.dropped_full, bench.listener.bytes_waiting) == (0, 0)
     assert not any(len(datagram) == 1000 for datagram in there.datagrams)
 
@@ -129,6 +131,8 @@ def test_a_peer_that_reads_nothing_costs_a_bounded_amount(bench: FlowBench) -> N
     bench.settle(bench.listener)
     assert bench.listener.bytes_waiting <= CALL_BYTES
     assert bench.listener.dropped_full > 0
+    assert bench.listener_owner.drops.total() == bench.listener.dropped_full + bench.listener.dropped_old
+    assert {flow_id for flow_id, _ in bench.listener_owner.drops} == set(flows)
     assert bench.listener.connection.bytes_queued == 0
 
 
@@ -166,6 +170,7 @@ def test_what_a_flow_has_waiting_does_not_hold_up_its_end(bench: FlowBench) -> N
     waiting = bench.stop_reading(flow_id)
     bench.listener.finish(flow_id, FlowCode.DONE)
     assert (bench.listener.dropped_old, bench.listener.bytes_waiting) == (waiting, 0)
+    assert bench.listener_owner.drops == {(flow_id, True): waiting}
     bench.run(lambda: there.code)
     assert all(len(datagram) == 60_000 for datagram in there.datagrams)
 
@@ -192,6 +197,10 @@ def test_the_listener_side_learns_what_the_target_side_dropped(bench: FlowBench)
     bench.target.report_lost(3, 4)
     bench.second()
     assert bench.listener.lost_there == (3, 4)
+    assert bench.listener_owner.there == 7
+    bench.target.report_lost(3, 5)
+    bench.second()
+    assert bench.listener_owner.there == 8
     with pytest.raises(LocalProtocolError):
         bench.target.report_lost(2, 4)
     with pytest.raises(LocalProtocolError):

@@ -22,7 +22,10 @@ _LATER_S = WAIT_S * 1.01
 
 @pytest.fixture
 def queue() -> FlowQueue:
-    return FlowQueue()
+    return FlowQueue(_nobody)
+
+
+def _nobody(flow_id: int, datagrams: int, *, is_old: bool) -> None: ...
 
 
 def _taken(queue: FlowQueue, most: int = _ALL, now: float = 0.0) -> list[tuple[int, bytes, int]]:
@@ -84,7 +87,13 @@ _batches = st.lists(
 def test_whatever_comes_every_frame_is_legal_and_every_datagram_is_taken_or_counted(
     batches: list[tuple[int, int, int, int]],
 ) -> None:
-    queue, sent = FlowQueue(), dict[int, list[bytes]]()
+    told = Counter[int]()
+
+    def tell(flow_id: int, datagrams: int, *, is_old: bool) -> None:
+        assert not is_old
+        told[flow_id] += datagrams
+
+    queue, sent = FlowQueue(tell), dict[int, list[bytes]]()
     dropped = 0
     for number, (flow_id, size, times, shorter) in enumerate(batches):
         times = max(1, min(times, 66_000 // size)) if size else 1
@@ -102,8 +111,8 @@ def test_whatever_comes_every_frame_is_legal_and_every_datagram_is_taken_or_coun
             while waiting[flow_id].popleft() != datagram:  # in order; what was dropped is passed over
                 pass
             taken[flow_id] += 1
-    assert dropped == queue.dropped_full
-    assert taken.total() + queue.dropped_full == sum(map(len, sent.values()))
+    assert dropped == queue.dropped_full == told.total()
+    assert taken + told == Counter({flow_id: len(datagrams) for flow_id, datagrams in sent.items()})
     assert (queue.bytes, queue.flows, queue.dropped_old) == (0, 0, 0)
 
 
