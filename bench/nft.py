@@ -132,7 +132,8 @@ def tell(
         print("; ".join((f"{row}: {result.samples} for each way", *result.notes)))
     print("; ".join(f"{name}: {fact}" for name, fact in facts.items()) + ".")
     if file is not None:
-        document = {"machine": facts, "lines": [{"title": line.title, **line.values} for line in lines]}
+        values = [{"key": line.key, "title": line.title, "unit": line.unit, **line.values} for line in lines]
+        document = {"machine": facts, "lines": values}
         file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

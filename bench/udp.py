@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,40 @@ _HOLD_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much is measured. ``small`` and ``large`` are what is offered: datagrams and MiB a second."""
+    """How much is measured. ``small`` is what is offered in datagrams a second, ``large`` in MiB."""
 
     rounds: int
     round_trips: int
     flood_s: float
     small: tuple[int, ...]
     large: tuple[int, ...]
+    alone: tuple[int, ...]
     flows: int
 
 
 _FULL = Effort(
-    rounds=7, round_trips=1000, flood_s=1.0, small=(20_000, 60_000), large=(30, 100, 300), flows=10_000
+    rounds=5,
+    round_trips=1000,
+    flood_s=0.7,
+    small=(20_000, 60_000, 120_000),
+    large=(100, 300, 600),
+    alone=(30, 60, 120),
+    flows=10_000,
 )
-_QUICK = Effort(rounds=1, round_trips=20, flood_s=0.05, small=(2000,), large=(10,), flows=20)
+_QUICK = Effort(rounds=1, round_trips=20, flood_s=0.05, small=(2000,), large=(10,), alone=(10,), flows=20)
+
+
+@dataclass(frozen=True, slots=True)
+class Flood:
+    """Datagrams of ``size`` bytes in one flow, ``batch`` of them in one call of the kernel."""
+
+    size: int
+    batch: int
+    is_back: bool
+
+    def __str__(self) -> str:
+        how = ", each alone" if self.size == _LARGE_BYTES and self.batch == 1 else ""
+        return f"{self.size} bytes{how}, {'server to client' if self.is_back else 'client to server'}"
 
 
 def round_trip(stage: Stage, effort: Effort) -> Result:
@@ -69,18 +89,18 @@ def round_trip(stage: Stage, effort: Effort) -> Result:
     return Result(f"median of {effort.rounds} medians of {effort.round_trips} round trips", [line], notes)
 
 
-def _flood(stage: Stage, way: Way, rate: float, size: int, for_s: float, *, is_back: bool) -> dict[str, Any]:
-    """Datagrams sent, those that arrived whole, and MiB that arrived: of each second. Raises `BenchError`."""
+def _flood(stage: Stage, way: Way, flood: Flood, rate: float, for_s: float) -> dict[str, float]:
+    """Datagrams sent, those that arrived as sent, and MiB that arrived, each second. Raises `BenchError`."""
     client, server = stage.loads[way.name], stage.servers[way.name]
-    order = {"order": "flood", "rate": rate, "size": size, "for_s": for_s}
-    order["batch"] = _LARGE_BATCH if size == _LARGE_BYTES else 1
-    if is_back:
+    order: dict[str, Any] = {"order": "flood", "rate": rate, "for_s": for_s}
+    order |= {"size": flood.size, "batch": flood.batch}
+    if flood.is_back:
         stage.ask(way, "round_trips", count=1)  # so that the server knows whom to send to
         sender, other = server, client
     else:
         sender, other = client, server
         order["address"] = way.address
-    other.ask({"order": "listen_for", "size": size}, ANSWER_S)
+    other.ask({"order": "listen_for", "size": flood.size}, ANSWER_S)
     sent = sender.ask(order, for_s + ANSWER_S)
     heard = other.ask({"order": "heard"}, ANSWER_S)
     still_since = begun = time.monotonic()
@@ -97,45 +117,32 @@ def _flood(stage: Stage, way: Way, rate: float, size: int, for_s: float, *, is_b
     }
 
 
-def _floods(stage: Stage, effort: Effort, size: int, offered: Sequence[int], *, is_back: bool) -> Result:
-    """Floods of one flow; ``offered`` counts datagrams of a small size, and MiB of a large one."""
-    is_large = size == _LARGE_BYTES
-    scale, unit = (size / _MIB, "MiB/s") if is_large else (1, "/s")
-    lines = []
-    ways = [way for way in stage.peers if not isinstance(way, MuxTcp)]
-    for rate in offered:
-        found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for way in turns(ways, effort.rounds):
-            figures = _flood(stage, way, rate / scale, size, effort.flood_s, is_back=is_back)
-            for what in ("sent", "whole"):
-                found[what][way.name].append(figures[what] * scale)
-            found["bytes"][way.name].append(figures["bytes"])
-        whither = "server to client" if is_back else "client to server"
-        key = f"{'large' if is_large else 'small'}{'-back' if is_back else ''}-{rate}"
-        for what, title, unit_of in (
-            ("sent", f"{rate:,}{' MiB' if is_large else ''}/s of {size} bytes, {whither}: sent", unit),
-            ("whole", "  arrived as sent", unit),
-            ("bytes", "  bytes that arrived", "MiB/s"),
-        ):
-            values = each(found[what], statistics.median)
-            lines.append(Line(f"{key}-{what}", title, unit_of, False, what != "sent", values))
-    return Result(f"median of {effort.rounds} x {effort.flood_s:g} s", lines)
+def _floods(flood: Flood) -> Callable[[Stage, Effort], Result]:
+    """A row that offers more and more of a flood."""
 
+    def row(stage: Stage, effort: Effort) -> Result:
+        is_small = flood.size == _SMALL_BYTES
+        scale, unit = (1.0, "/s") if is_small else (flood.size / _MIB, "MiB/s")
+        ways = [way for way in stage.peers if not isinstance(way, MuxTcp)]
+        lines = []
+        for rate in effort.small if is_small else effort.alone if flood.batch == 1 else effort.large:
+            found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+            for way in turns(ways, effort.rounds):
+                figures = _flood(stage, way, flood, rate / scale, effort.flood_s)
+                for what in ("sent", "whole"):
+                    found[what][way.name].append(figures[what] * scale)
+                found["bytes"][way.name].append(figures["bytes"])
+            for what, title, unit_of in (
+                ("sent", f"{rate:,}{'' if is_small else ' MiB'}/s of {flood}: sent", unit),
+                ("whole", "  arrived as sent", unit),
+                ("bytes", "  bytes that arrived", "MiB/s"),
+            ):
+                values = each(found[what], statistics.median)
+                key = f"{flood.size}-{flood.batch}-{'back' if flood.is_back else 'there'}-{rate}-{what}"
+                lines.append(Line(key, title, unit_of, False, what != "sent", values))
+        return Result(f"median of {effort.rounds} x {effort.flood_s:g} s", lines)
 
-def small(stage: Stage, effort: Effort) -> Result:
-    return _floods(stage, effort, _SMALL_BYTES, effort.small, is_back=False)
-
-
-def small_back(stage: Stage, effort: Effort) -> Result:
-    return _floods(stage, effort, _SMALL_BYTES, effort.small, is_back=True)
-
-
-def large(stage: Stage, effort: Effort) -> Result:
-    return _floods(stage, effort, _LARGE_BYTES, effort.large, is_back=False)
-
-
-def large_back(stage: Stage, effort: Effort) -> Result:
-    return _floods(stage, effort, _LARGE_BYTES, effort.large, is_back=True)
+    return row
 
 
 def held(stage: Stage, effort: Effort) -> Result:
@@ -160,10 +167,12 @@ def held(stage: Stage, effort: Effort) -> Result:
 
 _ROWS: dict[str, Callable[[Stage, Effort], Result]] = {
     "round-trip": round_trip,
-    "small": small,
-    "small-back": small_back,
-    "large": large,
-    "large-back": large_back,
+    "small": _floods(Flood(_SMALL_BYTES, 1, is_back=False)),
+    "small-back": _floods(Flood(_SMALL_BYTES, 1, is_back=True)),
+    "large": _floods(Flood(_LARGE_BYTES, _LARGE_BATCH, is_back=False)),
+    "large-back": _floods(Flood(_LARGE_BYTES, _LARGE_BATCH, is_back=True)),
+    "alone": _floods(Flood(_LARGE_BYTES, 1, is_back=False)),
+    "alone-back": _floods(Flood(_LARGE_BYTES, 1, is_back=True)),
     "held": held,
 }
 
