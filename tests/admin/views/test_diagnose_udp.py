@@ -114,6 +114,8 @@ def test_of_both_each_is_walked(qubes: Asked, walked: Walk) -> None:
         *("sys-net", "vault 53", "vault udp.53", "sys-net fwd.vault.dns", "sys-net udp.vault.dns"),
     ]
     assert steps[6]["text"] == "dom0 allows qubes.ForwardTCP and qubes.ForwardUDP from sys-net to vault"
+    # A rule with UDP cannot have proxy=v1.
+    assert steps[11]["text"].endswith("without a PROXY header (if the server expects one, set proxy=v2)")
 
 
 @pytest.mark.parametrize(
