@@ -148,17 +148,6 @@ def test_the_json_of_a_removal_says_what_was_removed_and_ended(forward: Command)
     assert "close-policy" in [step["step"] for step in data["steps"]]
 
 
-def test_a_qube_without_our_package_is_said_not_to_listen(forward: Command) -> None:
-    note = (
-        "Note: personal has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen; "
-        "'qvm-forward diagnose work web' says what helps.\n"
-    )
-    added = forward(*ADD, "--via", "personal")
-    assert (added.status, note in added.out) == (0, True)
-    assert "Note: personal" not in forward("set", "work", "web", "comment=x", "--no-apply").out
-    assert "Note: personal" not in forward("set", "work", "web", "via=sys-net").out
-
-
 def test_a_change_tells_it_and_does_not_fail(
     forward: Command, store: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from .render import broken_line
 from .served import NO_SERVER, served
 from .session import Session
 from .tables import Check, Style, checks, escaped
-from .walking import INSTALL, PACKAGE, StoppedError, Stops, applied, helps, ok, unknown
+from .walking import INSTALL, StoppedError, Stops, applied, helps, ok, unknown
 
 # The unit of the listener, and the Qubes service that starts it.
 LISTENER = "qubes-forward-listener"
@@ -53,11 +53,10 @@ _PORT = (
     *(f"{_SET}srcports=PORT", f"{_SET}listen=ADDRESS"),
 )
 _START = "start the server in {{target}}, and have it listen on 127.0.0.1; 'ss -{}' there shows who listens"
-_UPDATE = f"; a {PACKAGE} that is older than dom0's knows no UDP: update it"
+_UPDATE = "; a qubes-fwd-qrexec that is older than dom0's knows no UDP: update it"
 # What helps against each, and then the commands that it names by number.
 _REMEDIES: dict[str, tuple[str, ...]] = {
     Has.NO_SERVICE: INSTALL,  # `Refusal.NO_SERVICE` is the same word
-    Has.NOT_OFFERED: INSTALL,
     Has.NO_ANSWER: ("{helps}",),
     Has.NO_LISTENER: (
         f"{{0}} and start {{exposed}} again; if it is on, 'systemctl status {LISTENER}' in {{exposed}} says "
@@ -229,7 +228,7 @@ class _Walk:
             is_udp = config.proto is Proto.UDP
             trial = self._ask("service", name, f"{config.proto}.{port}" if is_udp else str(port)).trial
             if not is_asked:
-                yield ok("service", f"{name} has {PACKAGE}, and answers")
+                yield ok("service", f"{name} has qubes-fwd-qrexec, and answers")
             is_asked = True
             if is_udp:
                 yield served(name, config.proto, trial, self._stops, _UDP_SERVER)
@@ -273,10 +272,6 @@ class _Walk:
             caught = error
         if caught.status == ExitStatus.NO_SERVICE:
             raise self._stopped(step, Has.NO_SERVICE, f"{qube} does not have {STATUS_SERVICE}", qube)
-        # What a template has told dom0 may be old; a qube that answers has the package.
-        if not self._snapshot.inventory.offers(qube):
-            text = f"{qube} has not told dom0 that it has {PACKAGE}"
-            raise self._stopped(step, Has.NOT_OFFERED, text, qube)
         text = f"{qube} cannot be asked: {caught}"
         raise self._stopped(step, Has.NO_ANSWER, text, qube, helps=helps(qube, caught))
 

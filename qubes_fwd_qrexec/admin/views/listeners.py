@@ -28,7 +28,6 @@ Key = tuple[QubeName, RuleName]
 Answer = QubeReport | AnswerError
 """What a qube says of itself, or why there is no answer."""
 
-_PACKAGE = "qubes-fwd-qrexec, without which it does not listen"
 _WAITING = "its firewall lets nobody in to a port that the listener does not listen on"
 # How long a change waits for what a qube makes of it; the qube itself waits a moment for its listener.
 AFTER_S = 5.0
@@ -38,7 +37,7 @@ class Has(StrEnum):
     """Whether a listener has a forward open, or what keeps it from that.
 
     FIREWALL: its firewall lets nobody in to a port that it does not listen on. NO_SERVICE: the qube lacks
-    our package. NOT_OFFERED: it has not told dom0 that it has the package, so it is not asked.
+    our package.
     """
 
     OPEN = "open"
@@ -48,7 +47,6 @@ class Has(StrEnum):
     NOT_YET = "not-yet"
     NO_LISTENER = "no-listener"
     NO_SERVICE = "no-service"
-    NOT_OFFERED = "not-offered"
     NO_ANSWER = "no-answer"
 
 
@@ -159,7 +157,8 @@ def _uptake(
         return Uptake(Has.NO_ANSWER, f"{exposed} is halted")
     if isinstance(answer, AnswerError):
         if answer.status == ExitStatus.NO_SERVICE:
-            return Uptake(Has.NO_SERVICE, f"{exposed} does not have {_PACKAGE}")
+            lacks = "does not have qubes-fwd-qrexec, without which it does not listen"
+            return Uptake(Has.NO_SERVICE, f"{exposed} {lacks}")
         return Uptake(Has.NO_ANSWER, str(answer))
     if answer.listener is None:
         why = answer.listener_problem or "no listener is running"
@@ -250,18 +249,15 @@ def ask_after(
     goes on anywhere. The caller should not hold the lock. Raises nothing.
     """
     opened = [f for f in after if f.named[:2] in keys and f.state is State.ACTIVE and f.listener_configs]
-    fresh = [f for f in opened if inventory.offers(f.exposed or f.named.target)]
     over = beyond_dom0(before, after)
     closed = set(keys) - {forward.named[:2] for forward in (*before.live, *after.live)}
-    qubes = {forward.exposed for forward in fresh if forward.exposed is not None} | {qube for qube, _ in over}
+    qubes = {forward.exposed for forward in opened if forward.exposed is not None} | {
+        qube for qube, _ in over
+    }
     qubes |= listening(inventory) if closed or is_everything else set()
     answers = ask_all(backend, sorted(qubes), AFTER_S)
 
-    lacks = f"has not told dom0 that it has {_PACKAGE}"
-    took: dict[Key, tuple[Uptake, ...]] = {
-        f.named[:2]: (Uptake(Has.NOT_OFFERED, f"{f.exposed} {lacks}"),) for f in opened
-    }
-    took |= {f.named[:2]: uptakes(f, answers[f.exposed]) for f in fresh if f.exposed is not None}
+    took = {f.named[:2]: uptakes(f, answers[f.exposed]) for f in opened if f.exposed is not None}
     goes_on: list[GoesOn] = []
     for qube, answer in answers.items():
         configs = [config for exposed, config in over if exposed == qube]

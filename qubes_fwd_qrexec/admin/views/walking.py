@@ -16,9 +16,8 @@ Remedy = tuple[str, ...]
 """What helps, which names facts in braces and commands by number; and then these commands."""
 
 NOT_APPLIED = "not-applied"
-PACKAGE = "qubes-fwd-qrexec"
 INSTALL: Remedy = (
-    f"install or update {PACKAGE} in {{template}}, shut {{template}} down, and start {{qube}} again",
+    "install or update qubes-fwd-qrexec in {template}, shut {template} down, and start {qube} again",
 )
 
 

@@ -17,7 +17,6 @@ from qubes_fwd_qrexec.admin.views.listeners import (
     GoesOn,
     Has,
     Heard,
-    Uptake,
     ask,
     ask_after,
     ask_all,
@@ -153,12 +152,6 @@ def test_only_what_is_open_now_and_was_asked_for_is_a_question() -> None:
     halted = world(qube("sys-net", is_running=False, features=OURS, provides_network=True))
     after = plan([rule()], halted, NOW)
     assert Qube().heard(planned(), after, WEB, inventory=halted).uptakes == {}
-
-
-def test_a_qube_that_lacks_our_package_is_not_asked() -> None:
-    found = Qube().heard(planned(), planned(rule()), WEB, inventory=world())
-    said = "sys-net has not told dom0 that it has qubes-fwd-qrexec, without which it does not listen"
-    assert found.uptakes == {WEB: (Uptake(Has.NOT_OFFERED, said),)}
 
 
 NOTES: list[tuple[QubeReport | AnswerError | None, str | None]] = [
