@@ -14,7 +14,7 @@ from threading import Semaphore
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.answers import AnswerError, read_answer
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, read_answer
 from qubes_fwd_qrexec.admin.backend import WATCH_BUSY, Changes, PolicyCall, PolicyFile, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.errors import StoreError
@@ -86,19 +86,7 @@ class QubesStore:
     ) -> bytes:
         try:
             with self._room:
-                with asking_qubesd(service, qube, self._here):
-                    process = self._open_app().run_service(
-                        qube,
-                        service,
-                        # A management qube cannot choose; there the policy's user= does.
-                        user=_user(service) if self._here is None else None,
-                        autostart=False,
-                        stdin=PIPE,
-                        stdout=PIPE,
-                        stderr=DEVNULL,
-                        # Ctrl-C in a terminal is for us, and we end the call.
-                        start_new_session=True,
-                    )
+                process = self._open_call(qube, service)
                 return read_answer(process, given, max_bytes, f"{service} in {qube}", timeout_s)
         except AnswerError as error:
             if error.status != ExitStatus.REFUSED or self._here is None:
@@ -112,6 +100,41 @@ class QubesStore:
             raise AnswerError(f"{error}. {how_to_allow(line)}", error.status, way_out=way_out) from error
         except StoreError as error:
             raise AnswerError(str(error)) from error
+
+    def _open_call(self, qube: QubeName, service: str) -> Any:
+        """A process that is the call. Raises `NotRunningError`, which is certain, and `StoreError`."""
+        app = self._open_app()
+        try:
+            with asking_qubesd(service, qube, self._here):
+                return app.run_service(
+                    qube,
+                    service,
+                    # A management qube cannot choose; there the policy's user= does.
+                    user=_user(service) if self._here is None else None,
+                    autostart=False,
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=DEVNULL,
+                    # Ctrl-C in a terminal is for us, and we end the call.
+                    start_new_session=True,
+                )
+        except NotRunningError:
+            self._check_state(app, qube)
+            raise
+
+    def _check_state(self, app: Any, qube: QubeName) -> None:
+        """Raise `StoreError` unless the qube is halted or gone.
+
+        qubesadmin says "not running" also where qubesd did not tell it (docs/facts.md, A13).
+        """
+        from qubesadmin.exc import QubesVMNotFoundError
+
+        method = "admin.vm.CurrentState"
+        with asking_qubesd(method, qube, self._here), suppress(QubesVMNotFoundError):
+            if b"power_state=Halted" not in app.qubesd_call(qube, method):
+                raise StoreError(
+                    f"{method} at {qube}: it was halted just now, and is not any more; try again"
+                )
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
         if self._here is not None:

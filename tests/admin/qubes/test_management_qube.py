@@ -24,9 +24,8 @@ def verdict(rules: list[PolicyRule], service: str, argument: str, source: str, t
     return evaluate(rules, SYSTEM, Request(service=service, argument=argument, source=source, target=target))
 
 
-# qubesadmin asks CurrentState by itself, before it makes a call that is not to start the qube; and Get only
-# where GetAll was refused.
-METHODS_OF_QUBES = sorted((METHODS.keys() | {"admin.vm.CurrentState"}) - {"admin.vm.property.Get"})
+# qubesadmin asks Get only where GetAll was refused.
+METHODS_OF_QUBES = sorted(METHODS.keys() - {"admin.vm.property.Get"})
 CALLS = [
     *((method, "+", "dom0" if method == "admin.vm.List" else "work") for method in METHODS_OF_QUBES),
     ("admin.vm.List", "+", "work"),

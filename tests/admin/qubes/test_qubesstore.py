@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
-from fake_admin import FakeApp, FakeQubes, install
+from fake_admin import Called, FakeApp, FakeQubes, empty_answer, install
 from fake_policy import FakePolicyClient
 from fake_process import FakeProcess
 
@@ -110,6 +110,29 @@ def test_a_halted_qube_is_not_started_by_a_call(store: QubesStore, lab: LabDirec
     lab.set_state("work", QubeState.HALTED)
     with pytest.raises(NotRunningError, match=r"at work: work is not running$"):
         call(store)
+
+
+def test_a_qube_that_is_gone_does_not_run(store: QubesStore) -> None:
+    with pytest.raises(NotRunningError):
+        store.ask(QubeName("gone"), SERVICE, 100)
+
+
+@pytest.mark.parametrize(("silences", "said"), [(2, "Got empty response"), (1, "it was halted just now")])
+def test_a_qube_of_which_qubesd_says_nothing_may_run(
+    store: QubesStore, dom0: FakeQubes, silences: int, said: str
+) -> None:
+    """Else calls that dom0 could not end would pass for ended."""
+    left = iter(range(silences))
+
+    def silent(called: Called) -> None:
+        if called.method == "admin.vm.CurrentState" and next(left, None) is not None:
+            raise empty_answer()
+
+    dom0.fails = silent
+    with pytest.raises(AnswerError, match=rf"^admin\.vm\.CurrentState at work: {said}") as caught:
+        call(store)
+    assert not isinstance(caught.value, NotRunningError)
+    assert dom0.services == []
 
 
 def test_a_management_qube_is_told_the_line_that_lets_it_end_mux_calls(
