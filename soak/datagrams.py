@@ -11,6 +11,7 @@ import struct
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from random import Random
 
 import trio
@@ -23,6 +24,10 @@ _MOST = 65_507
 # Empty ones and others that are too short for a number, what fits into a frame of Ethernet, and the largest.
 _SIZES = (0, 1, _HEAD.size - 1, 40, 40, 40, 100, 100, 512, 1200, 1472, 9000, 32_768, _MOST)
 _FLOOD_BYTES = 1200
+# The PROXY protocol, section 2.2: how a header of version 2 begins for datagrams over IPv4 and over IPv6. Its
+# length follows, then addresses and ports.
+_HEADERS = tuple(b"\r\n\r\n\0\r\nQUIT\n\x21" + family for family in (b"\x12", b"\x22"))
+_LENGTH_AT, _ADDRESSES_AT = 14, 16
 # linux/sock_diag.h and asm-generic/socket.h: nine numbers about a socket, the last is what it has dropped.
 _SO_MEMINFO, _MEMINFO = 55, struct.Struct("=9I")
 _PEERS_MAX = 32
@@ -49,27 +54,49 @@ class Heard:
 
 @dataclass(slots=True)
 class Group:
-    """Clients of one network. What they send must not pass after ``closed_at``."""
+    """Clients of one network, who write to ``host``.
+
+    What they send must not pass after ``closed_at``, and no answer comes for them while it ``is_shut``.
+    """
 
     name: str
     network: str
+    host: str
     closed_at: float = math.inf
+    is_shut: bool = False
 
-    @property
-    def is_open(self) -> bool:
-        return self.closed_at == math.inf
+    def open(self) -> None:
+        self.closed_at, self.is_shut = math.inf, False
+
+    def close(self, *, is_shut: bool) -> None:
+        self.closed_at, self.is_shut = time.monotonic(), is_shut
 
 
 class Flow:
-    """A client with a socket of its own."""
+    """A client with a socket of its own.
 
-    def __init__(self, group: Group, flow_id: int, sock: socket.socket, to: tuple[str, int]) -> None:
+    ``drains``: it may go on though its group is closed. ``headers``: whether the server gets a PROXY header
+    in front of what it sends, where both may be.
+    """
+
+    def __init__(
+        self, group: Group, flow_id: int, sock: socket.socket, to: tuple[str, int], headers: set[bool]
+    ) -> None:
         self.group = group
         self.flow_id = flow_id
         self.sock = sock
         self.to = to
+        self.drains = False
+        self.headers = headers
         self.asked = self.answers = self.shorts = 0
         self.there, self.back = Heard(), Heard()
+
+    def addresses(self) -> bytes:
+        """What a PROXY header says of it."""
+        own, own_port = self.sock.getsockname()[:2]
+        to, to_port = self.to
+        packed = b"".join(socket.inet_pton(self.sock.family, host) for host in (own, to))
+        return packed + struct.pack("!HH", own_port, to_port)
 
     def __str__(self) -> str:
         return f"flow {self.flow_id} of {self.group.name}"
@@ -91,19 +118,32 @@ class Datagrams:
         self._random = Random(f"{seed} datagrams")
         self._body = self._random.randbytes(2 * (_MOST + 1))
         self._next_id = self._shorts = self._dropped = 0
+        self._headers = {False}
         self._server: socket.socket | None = None
         self._peers: deque[tuple[Flow, tuple[str, int]]] = deque(maxlen=_PEERS_MAX)
 
     # Clients
 
-    def begin(self, group: Group, to: tuple[str, int]) -> Flow:
-        """A new client with an address of its own in the group's network; it hears, with `listen_to`."""
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    def begin(self, group: Group, port: int) -> Flow:
+        """A new client, at some address of the group's network; it hears, with `listen_to`."""
+        network = ip_network(group.network)
+        sock = socket.socket(socket.AF_INET6 if network.version == 6 else socket.AF_INET, socket.SOCK_DGRAM)
         sock.setblocking(False)
-        sock.bind((f"{group.network}.{self._random.randrange(256)}.{self._random.randrange(1, 255)}", 0))
+        sock.bind((str(network[self._random.randrange(network.num_addresses)]), 0))
         self._next_id += 1
-        flow = self.flows[self._next_id] = Flow(group, self._next_id, sock, to)
+        flow = Flow(group, self._next_id, sock, (group.host, port), set(self._headers))
+        self.flows[self._next_id] = flow
         return flow
+
+    def may_have_header(self, has_header: bool) -> None:
+        """From now on the server may be told who sends what, or may no longer."""
+        self._headers.add(has_header)
+        for flow in self.flows.values():
+            flow.headers.add(has_header)
+
+    def must_have_header(self, has_header: bool) -> None:
+        """From now on it is like that for each client that begins."""
+        self._headers = {has_header}
 
     def ask(self, flow: Flow, size: int | None = None) -> None:
         """Send one datagram, by default of any size."""
@@ -117,7 +157,7 @@ class Datagrams:
         except BlockingIOError:
             return
         self.sent += 1
-        self.to_nobody += self.is_port_closed
+        self.to_nobody += self.is_port_closed and not flow.drains
         if size < _HEAD.size:
             flow.shorts += 1
             self._shorts += 1
@@ -158,9 +198,9 @@ class Datagrams:
 
     def _judge_answer(self, flow: Flow, data: bytes, sender: tuple[str, int]) -> None:
         problem = None
-        if sender != flow.to:
+        if sender[:2] != flow.to:
             problem = f"it is from {sender}, not from {flow.to}"
-        elif not flow.group.is_open:
+        elif flow.group.is_shut and not flow.drains:
             problem = "it has passed after the forward was closed"
         elif len(data) < _HEAD.size:
             flow.shorts -= 1
@@ -225,6 +265,7 @@ class Datagrams:
             return True
         self.heard += 1
         self.findings.played["questions"] += 1
+        addresses, data = _without_header(data)
         if len(data) < _HEAD.size:
             self._shorts -= 1
             if self._shorts < 0:
@@ -240,7 +281,11 @@ class Datagrams:
         problem = None
         if is_answer or number >= flow.asked or not self._is_whole(data, flow_id, number):
             problem = "it is not as it was sent"
-        elif sent_at > flow.group.closed_at:
+        elif (addresses is not None) not in flow.headers:
+            problem = f"it has {'no' if addresses is None else 'a'} PROXY header"
+        elif addresses not in (None, flow.addresses()):
+            problem = f"its PROXY header says {addresses!r}"
+        elif sent_at > flow.group.closed_at and not flow.drains:
             problem = f"it was sent {sent_at - flow.group.closed_at:.3f} s after the forward was closed"
         else:
             problem = flow.there.problem(number, self.is_calm)
@@ -277,6 +322,14 @@ class Datagrams:
         if self._server is not None:
             live.append(self._server)
         return self._dropped + sum(map(_dropped_by, live))
+
+
+def _without_header(data: bytes) -> tuple[bytes | None, bytes]:
+    """What a PROXY header in front of it says, and what follows."""
+    if not data.startswith(_HEADERS):
+        return None, data
+    end = _ADDRESSES_AT + int.from_bytes(data[_LENGTH_AT:_ADDRESSES_AT], "big")
+    return data[_ADDRESSES_AT:end], data[end:]
 
 
 def _sent(server: socket.socket, data: bytes, peer: tuple[str, int]) -> bool:

@@ -199,10 +199,10 @@ class Soak:
         story = (at_rest["memory_kib"], *memory, now["memory_kib"])
         if story[-1] - story[1] > _MEMORY_KIB:
             self.findings.note(f"the listener has grown since the first storm by more than {_MEMORY_KIB} KiB")
-        print(f"listener's memory at the start, after each storm and at the end: {_mib(story)} MiB")
+        print(f"listener's memory at the start, after each storm and at the end: {mib(story)} MiB")
         services = (at_rest["service memory_kib"], now["service memory_kib"])
         growths = self._service_growths_kib
-        print(f"service's memory, the first one's and the last one's: {_mib(services)} MiB;", end=" ")
+        print(f"service's memory, the first one's and the last one's: {mib(services)} MiB;", end=" ")
         print(f"growth in half a calm: {', '.join(f'{growth:.0f}' for growth in growths)} KiB")
         if not growths:
             self.findings.note("no service lived through a calm")
@@ -210,7 +210,8 @@ class Soak:
             self.findings.note(f"services grow by more than {_SERVICE_MEMORY_KIB} KiB in half a calm")
 
 
-def _mib(kib: Sequence[float]) -> str:
+def mib(kib: Sequence[float]) -> str:
+    """Sizes in KiB as text, in MiB."""
     return ", ".join(f"{value / 1024:.1f}" for value in kib)
 
 

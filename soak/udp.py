@@ -2,16 +2,13 @@
 """Datagrams through a forward of UDP over qrexec, and an account of each that is missing.
 
 Rounds take turns: in calm nothing may be lost but what somebody has counted, and a storm is one kind of
-disturbance. Some of those lose nothing uncounted either; of the others at most what was sent meanwhile is
-missing, and never less than nothing, as then something was counted that had arrived.
+disturbance (`udpforward`). Some of those lose nothing uncounted either; of the others at most what was sent
+meanwhile is missing, and never less than nothing, as then something was counted that had arrived.
 """
 
 import os
-import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from random import Random
@@ -24,18 +21,17 @@ from bench.memory import descendants, open_files
 from bench.processes import Child
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, Sources, TargetPorts
-from qubes_fwd_qrexec.exposed.callwaits import WAIT_S
-from qubes_fwd_qrexec.exposed.limits import NotAdmitted
+from qubes_fwd_qrexec.common.values import ListenPorts, QubeName, RuleName, TargetPorts
 from qubes_fwd_qrexec.lab.running import RunningLab, open_lab
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
 
 from .datagrams import Datagrams, Flow, Group
 from .findings import PROBLEMS_MAX, Findings
-from .run import kill, left_over, services_beside
+from .run import left_over, mib, services_beside
+from .udpforward import PlayedForward, Storm, sources_of
 
-_HOST = "127.0.0.1"
-_SOURCE, _TARGET = "sys-net", "work"
+_HOST, _HOST_IPV6 = "127.0.0.1", "::1"
+_SOURCE, _TARGET = QubeName("sys-net"), QubeName("work")
 _ROUND_S = 3.0
 _WORKERS = 12
 # Some clients go on from round to round, and are idle between; the others are over with their round.
@@ -44,80 +40,74 @@ _NEW_EACH = 0.3
 _BURST_MAX = 8
 _PAUSE_S = (0.0, 0.15)
 _IDLE_S = (0.5, 2.0)
-_SERVER_FLOOD, _CLIENT_FLOOD = 1500, 1500
-_OFF_S = (0.1, 1.0)
 _BETWEEN_S = 0.4
 # How long nothing has moved when a storm is over. The target reports what it dropped within two seconds.
 _STILL_S = 2.5
 _SETTLE_S = 30.0
+# Memory that an allocator keeps is no leak yet.
+_MEMORY_KIB = 6144
 _LOOK_S = 0.1
 # How often clients ask again: what a socket has lost, the kernel tells with the next datagram.
 _ASK_AGAIN_S = 1.0
-_REFUSED = frozenset(str(reason) for reason in NotAdmitted)
 
 
 class UdpSoak:
     """A run over one lab and one listener, which has no forward at first."""
 
     def __init__(
-        self, lab: RunningLab, exposed: Child, seed: int, config: ListenerConfig, place: Path
+        self,
+        lab: RunningLab,
+        exposed: Child,
+        seed: int,
+        config: ListenerConfig,
+        groups: tuple[Group, ...],
+        place: Path,
     ) -> None:
         self.findings = Findings()
         self._lab = lab
         self._exposed = exposed
-        self._config = config
-        self._entry = place / config.key
         self._random = Random(seed)
-        self._first, self._second = Group("the first network", "127.1"), Group("the second network", "127.2")
-        self._strangers = Group("strangers", "127.3", closed_at=-1.0)
+        self._groups = groups
+        self._strangers = Group("strangers", "127.3.0.0/16", _HOST)
+        self._strangers.close(is_shut=True)
         self._play = Datagrams(self.findings, seed, config.target_ports.first)
-        self._to = (_HOST, config.listen_ports.first)
+        self._forward = PlayedForward(
+            lab, exposed, self._play, config, place / config.key, groups, _SOURCE, self._random
+        )
         self._kept: list[Flow] = []
-        self._past = 0
-        """What forwards have counted that are closed."""
-        self._tasks: trio.Nursery
-        self._storms: dict[Callable[[], Awaitable[None]], bool] = {
-            self._flood_from_server: True,
-            self._flood_from_client: True,
-            self._pause_the_target: True,
-            self._stop_the_server: False,
-            self._lose_the_call: False,
-            self._kill_the_client: False,
-            self._kill_the_service: False,
-            self._narrow: False,
-            self._disable: False,
-        }
-        """Disturbances, and whether each loses nothing that nobody counts."""
 
     async def run(self, seconds: float) -> None:
         """Calm and storm in turns, for about that long; then check what is left over."""
         at_rest = await self._settled({})
-        async with trio.open_nursery() as self._tasks:
-            self._open_server()
-            await self._write(self._config)
-            await self._wait_for_both()
+        async with trio.open_nursery() as tasks:
+            self._forward.start(tasks)
+            await self._forward.write(self._forward.config)
+            await self._wait_for_all()
             ends_at = trio.current_time() + seconds
-            waiting: list[Callable[[], Awaitable[None]]] = []
+            waiting: list[Storm] = []
+            memory: list[float] = []
             while True:
                 await self._round(None)
                 if trio.current_time() >= ends_at or len(self.findings.problems) >= PROBLEMS_MAX:
                     break
-                waiting = waiting or self._random.sample(list(self._storms), len(self._storms))
+                if not waiting:
+                    storms = list(self._forward.storms)
+                    waiting = self._random.sample(storms, len(storms))
+                    memory.append((await self._held())["memory_kib"])
                 await self._round(waiting.pop())
-                await self._wait_for_both()
-            await self._check_left_over(at_rest)
-            self._play.close_server()
-            self._tasks.cancel_scope.cancel()
+                await self._wait_for_all()
+            await self._check_left_over(at_rest, memory)
+            tasks.cancel_scope.cancel()
 
     # Rounds
 
-    async def _round(self, storm: Callable[[], Awaitable[None]] | None) -> None:
+    async def _round(self, storm: Storm | None) -> None:
         """A time in which clients ask, without or with a disturbance; and the account."""
         name = "calm" if storm is None else storm.__name__.strip("_").replace("_", " ")
-        is_exact = storm is None or self._storms[storm]
+        is_exact = storm is None or self._forward.storms[storm]
         play = self._play
         play.is_calm = storm is None
-        sent, before, counted = play.sent, await self._missing(), await self._counted()
+        sent, before, counted = play.sent, await self._missing(), await self._forward.counted()
         async with trio.open_nursery() as clients:
             for _ in range(_WORKERS):
                 clients.start_soon(self._work)
@@ -136,7 +126,7 @@ class UdpSoak:
             self.findings.note(f"{name}: of {sent} datagrams {missing} are missing that nobody has counted")
         self.findings.played[f"datagrams sent: {name}"] += sent
         self.findings.played["sent to a closed port"] = play.to_nobody
-        self.findings.played[f"dropped and counted: {name}"] += await self._counted() - counted
+        self.findings.played[f"dropped and counted: {name}"] += await self._forward.counted() - counted
         self.findings.played[f"not counted by anybody: {name}"] += missing
         for flow in [flow for flow in play.flows.values() if flow not in self._kept]:
             play.end(flow)
@@ -155,31 +145,21 @@ class UdpSoak:
     def _client(self) -> Flow:
         if len(self._kept) == _KEPT and self._random.random() > _NEW_EACH:
             return self._random.choice(self._kept)
-        flow = self._begin(self._random.choice((self._first, self._second)))
+        flow = self._forward.begin(self._random.choice(self._groups))
         if len(self._kept) < _KEPT:
             self._kept.append(flow)
         return flow
 
     async def _strangers_work(self) -> None:
         while True:
-            self._play.ask(self._begin(self._strangers))
+            self._play.ask(self._forward.begin(self._strangers))
             self.findings.played["datagrams of strangers"] += 1
             await trio.sleep(self._random.uniform(*_PAUSE_S))
 
-    def _begin(self, group: Group) -> Flow:
-        flow = self._play.begin(group, self._to)
-        self._tasks.start_soon(self._play.listen_to, flow)
-        return flow
-
-    async def _wait_for_both(self) -> None:
+    async def _wait_for_all(self) -> None:
         """Wait until a client of each network is answered: after the start, and after a storm."""
-        for group in (self._first, self._second):
-            flow = self._begin(group)
-            with trio.move_on_after(WAIT_S) as bound:
-                while not flow.back.numbers:
-                    self._play.ask(flow, 100)
-                    await trio.sleep(_LOOK_S)
-            if bound.cancelled_caught:
+        for group in self._groups:
+            if not await self._forward.answered(self._forward.begin(group)):
                 self.findings.note(f"clients of {group.name} are not answered any more")
         await self._account(0, is_exact=False)
 
@@ -187,12 +167,8 @@ class UdpSoak:
 
     async def _missing(self) -> int:
         """How many datagrams were sent in all, and have neither arrived nor been counted as dropped."""
-        counted = await self._counted()
+        counted = await self._forward.counted()
         return self._play.sent - self._play.to_nobody - self._play.heard - counted
-
-    async def _counted(self) -> int:
-        """How many datagrams were dropped and counted in all, by listener, target and sockets."""
-        return self._past + self._play.dropped + sum(map(_counted_in, (await self._ask())["reports"]))
 
     async def _account(self, before: int, *, is_exact: bool) -> int:
         """How many are missing more than before: when it is none, or when nothing has changed for a while."""
@@ -212,84 +188,10 @@ class UdpSoak:
                     self._play.ask(flow, 100)
                     await trio.lowlevel.checkpoint()
 
-    # Storms
-
-    async def _flood_from_server(self) -> None:
-        for _ in range(3):
-            self._play.flood_clients(_SERVER_FLOOD)
-            await self._pause()
-
-    async def _flood_from_client(self) -> None:
-        for group in (self._first, self._second):
-            self._play.flood(self._begin(group), _CLIENT_FLOOD)
-            await self._pause()
-
-    async def _pause_the_target(self) -> None:
-        services = services_beside(self._exposed)
-        for pid in services:
-            os.kill(pid, signal.SIGSTOP)
-        await self._pause()
-        for pid in services:
-            os.kill(pid, signal.SIGCONT)
-
-    async def _stop_the_server(self) -> None:
-        self._play.close_server()
-        await self._pause()
-        self._open_server()
-
-    async def _lose_the_call(self) -> None:
-        self._lab.drop_calls()
-
-    async def _kill_the_client(self) -> None:
-        kill(descendants([self._exposed.pid]))
-
-    async def _kill_the_service(self) -> None:
-        kill(services_beside(self._exposed))
-
-    async def _narrow(self) -> None:
-        await self._write(replace(self._config, sources=_sources(self._first)), self._second)
-        await self._pause()
-        await self._write(self._config)
-
-    async def _disable(self) -> None:
-        await self._write(None, self._first, self._second)
-        self._play.is_port_closed = True
-        await self._pause()
-        self._play.is_port_closed = False
-        await self._write(self._config)
-
-    async def _pause(self) -> None:
-        await trio.sleep(self._random.uniform(*_OFF_S))
-
-    def _open_server(self) -> None:
-        self._play.open_server()
-        self._tasks.start_soon(self._play.serve)
-
-    async def _write(self, config: ListenerConfig | None, *closed: Group) -> None:
-        """Tell the listener, and return when it has done it: for ``closed`` nothing passes from then on."""
-        for group in (self._first, self._second):
-            if group not in closed:
-                group.closed_at = float("inf")
-        if config is None:
-            self._past = await self._counted() - self._play.dropped
-            self._entry.unlink()
-        else:
-            hidden = self._entry.with_name(".new")
-            hidden.write_text(f"{config}\n", encoding="ascii")
-            hidden.rename(self._entry)
-        await self._ask(look=True)
-        for flow in list(self._play.flows.values()):
-            self._play.hear(flow)  # what came before
-        for group in closed:
-            group.closed_at = time.monotonic()
-
     # What is left over
 
-    async def _ask(self, **order: Any) -> dict[str, Any]:
-        return await trio.to_thread.run_sync(self._exposed.ask, order, 20.0)
-
     async def _held(self) -> dict[str, Any]:
-        held = await self._ask()
+        held = await self._forward.ask()
         del held["reports"]
         services = services_beside(self._exposed)
         return held | {
@@ -311,58 +213,69 @@ class UdpSoak:
             await trio.sleep(_LOOK_S)
         return before
 
-    async def _check_left_over(self, at_rest: dict[str, Any]) -> None:
+    async def _check_left_over(self, at_rest: dict[str, Any], memory: list[float]) -> None:
         """Without the forward, nothing is there but what was before it."""
         for flow in list(self._play.flows.values()):
             self._play.end(flow)
         self._play.close_server()
-        await self._write(None, self._first, self._second)
+        await self._forward.close()
         now = await self._settled(at_rest)
         for name in left_over(now, at_rest):
             self.findings.note(f"left over: {name} {now[name]}, at the start {at_rest[name]}")
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.bind(self._to)
-            except OSError:
-                self.findings.note(f"left over: port {self._to[1]}")
+        port = self._forward.config.listen_ports.first
+        for group in self._groups:
+            if not _is_free(group.host, port):
+                self.findings.note(f"left over: {group.host} port {port}")
+        story = (at_rest["memory_kib"], *memory, now["memory_kib"])
         print(
-            f"listener's memory before the forward and after it: {at_rest['memory_kib'] / 1024:.1f},", end=" "
+            f"listener's memory at the start, before each turn of all storms and at the end: {mib(story)} MiB"
         )
-        print(f"{now['memory_kib'] / 1024:.1f} MiB")
+        # The first turn of all storms is when it grows.
+        if len(memory) > 2 and now["memory_kib"] - memory[1] > _MEMORY_KIB:
+            self.findings.note(
+                f"the listener has grown since the first storms by more than {_MEMORY_KIB} KiB"
+            )
 
 
-def _counted_in(report: dict[str, Any]) -> int:
-    """What a forward has counted: what it has dropped, and what it did not let in."""
-    refused = [int(number) for reason, number in report["refused"].items() if reason in _REFUSED]
-    return sum(map(int, report["dropped"].values())) + sum(refused)
+def _is_free(host: str, port: int) -> bool:
+    """Whether nobody has this port of UDP."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
-def _sources(*groups: Group) -> Sources:
-    return Sources.parse(",".join(f"{group.network}.0.0/16" for group in groups))
-
-
-def _free_port() -> int:
+def _free_port(*hosts: str) -> int:
     """A port of UDP that nobody has, below those that the kernel hands out."""
     random = Random()  # where it is makes no difference to what is played
     while True:
         port = random.randrange(10_000, 32_000)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.bind(("", port))
-            except OSError:
-                continue
+        if all(_is_free(host, port) for host in hosts):
             return port
 
 
-def _config(listen: int, target: int) -> ListenerConfig:
+def _make_groups() -> tuple[Group, ...]:
+    """Clients who are let in; those by IPv6 if this machine has it."""
+    groups = (
+        Group("the first network", "127.1.0.0/16", _HOST),
+        Group("the second network", "127.2.0.0/16", _HOST),
+    )
+    if not _is_free(_HOST_IPV6, 0):
+        return groups
+    return *groups, Group("IPv6", f"{_HOST_IPV6}/128", _HOST_IPV6)
+
+
+def _config(listen: int, target: int, groups: tuple[Group, ...]) -> ListenerConfig:
     return ListenerConfig(
-        target=QubeName(_TARGET),
+        target=_TARGET,
         name=RuleName("soak"),
         side=Side.OUTER,
-        listen=(ip_address(_HOST),),
+        listen=tuple(map(ip_address, sorted({group.host for group in groups}))),
         listen_ports=ListenPorts(listen, listen),
         target_ports=TargetPorts(target, target),
-        sources=Sources.parse("127.1.0.0/16,127.2.0.0/16"),
+        sources=sources_of(*groups),
         service=Service.FORWARD_UDP,
         transport=Transport.MUX,
     )
@@ -373,15 +286,15 @@ async def soak(seed: int, seconds: float) -> Findings:
     raise_descriptor_limit()
     with TemporaryDirectory(prefix="fwd-soak-") as place:
         directory = Path(place)
-        config = _config(_free_port(), _free_port())
+        groups = _make_groups()
+        config = _config(_free_port(*(group.host for group in groups)), _free_port(_HOST), groups)
         (directory / "config").mkdir()
-        policy = f"{config.service} +{config.target_ports.brief()}+mux {_SOURCE} {_TARGET} allow\n"
-        async with open_lab(directory / "lab", policy=policy) as lab:
+        async with open_lab(directory / "lab") as lab:
             client = lab.client_command(_SOURCE)
             exposed = Child.of_module("soak.exposed", [str(directory / "config"), *client], directory)
             try:
                 await trio.to_thread.run_sync(exposed.answer, 20.0)
-                run = UdpSoak(lab, exposed, seed, config, directory / "config")
+                run = UdpSoak(lab, exposed, seed, config, groups, directory / "config")
                 await run.run(seconds)
                 return run.findings
             finally:
