@@ -4,7 +4,8 @@
 A block of kind ``console`` shows commands after ``$`` and what they print. A command may fail only where the
 sentence before its block says that it is refused. After ``$ qvm-forward watch`` blocks with commands
 and blocks with what `watch` prints then take turns, to the end of the chapter. A comment
-``<!-- lab: ... -->`` does something to the lab that the reader has no command for.
+``<!-- lab: ... -->`` prepares what the reader's system has: by Qubes' own tools, one in each line, or by
+``later`` and ``fresh``, which let time pass and make another system.
 
     python tests/guide.py       write what is printed into the chapters; git diff shows what changed
 """
@@ -17,8 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, chdir, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,14 +30,15 @@ from worlds import NOW
 from qubes_fwd_qrexec.admin.views.cli import run
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.admin.views.times import parse_expire
-from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab
+from qubes_fwd_qrexec.lab.cli import main as lab_command
 from qubes_fwd_qrexec.lab.directory import LabDirectory
-from qubes_fwd_qrexec.lab.qube import Qube, QubeClass, QubeState
 from qubes_fwd_qrexec.lab.store import LabStore
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
-_STEP = re.compile(r"^```console\n(?P<block>.*?)^```$|^<!-- lab: (?P<lab>.*?) -->$", re.MULTILINE | re.DOTALL)
+_STEP = re.compile(
+    r"^```console\n(?P<block>.*?)^```$|^<!-- lab:\s(?P<lab>.*?)\s-->$", re.MULTILINE | re.DOTALL
+)
 _PROMPT = "$ "
 _MAY_FAIL = re.compile(r"\brefuse[sd]?\b")
 
@@ -98,7 +99,8 @@ class _Chapter:
     def _do(self, index: int) -> None:
         step = self._steps[index]
         if step["lab"] is not None:
-            self._change_lab(shlex.split(step["lab"]))
+            for line in step["lab"].strip().splitlines():
+                self._change_lab(shlex.split(line))
             return
         commands = _commands(step["block"])
         if not commands:
@@ -152,67 +154,45 @@ class _Chapter:
             environ = {"QVM_FORWARD_LAB": str(self._lab.root)}
             given = {"environ": environ, "now": self._now, "stdin": io.StringIO(), "style": Style(120)}
             status = run(words[1:], out=out, err=err, **given)  # type: ignore[arg-type]
-        else:
+        elif words == ["sudo", "systemctl", "enable", "--now", "qubes-forward-watch"]:
             status = 0
-            self._run_other(words)
+        elif words[0].startswith("qvm-"):
+            return self._tool(words[0].removeprefix("qvm-"), words[1:])
+        else:
+            raise GuideError(f"this command is not known: {shlex.join(words)}")
         if file is None:
             return status, out.getvalue() + err.getvalue()
         Path(file).write_text(out.getvalue())
         return status, err.getvalue()
 
-    def _run_other(self, words: Sequence[str]) -> None:
-        """A command of Qubes; those that print something are not known."""
-        lab = self._lab
-        match words:
-            case ["qvm-prefs", qube, "netvm", netvm]:
-                lab.write_qube(replace(lab.qube(qube), netvm=QubeName(netvm) if netvm else None))
-            case ["qvm-prefs", qube, "template_for_dispvms", "True"]:
-                lab.write_qube(replace(lab.qube(qube), template_for_dispvms=True))
-            case ["qvm-start", qube]:
-                lab.set_state(qube, QubeState.RUNNING)
-            case ["qvm-shutdown", "--wait", qube]:
-                lab.set_state(qube, QubeState.HALTED)
-            case ["qvm-clone", old, new]:
-                self._add(replace(lab.qube(old), name=QubeName(new), state=QubeState.HALTED), old)
-            case ["qvm-service", qube, service, "on"]:
-                lab.set_feature(qube, f"service.{service}", "1")
-            case ["sudo", "systemctl", "enable", "--now", "qubes-forward-watch"]:
-                pass
-            case _:
-                raise GuideError(f"this command is not known: {shlex.join(words)}")
-
     def _change_lab(self, words: Sequence[str]) -> None:
         match words:
             case ["later", distance]:
                 self._now = float(parse_expire(distance, self._now) or 0)
-            case ["qube", name, "netvm", netvm]:
-                self._add(Qube(name=QubeName(name), netvm=QubeName(netvm), provides_network=True))
-            case [name, "is", "a", "disposable", "of", template]:
-                old = self._lab.qube(name)
-                dvm = replace(old, name=QubeName(template), state=QubeState.HALTED, template_for_dispvms=True)
-                self._lab.write_qube(dvm)
-                self._lab.write_qube(replace(old, klass=QubeClass.DISPOSABLE, template=dvm.name))
-            case ["disposable", name, "of", template]:
-                old = self._lab.qube(template)
-                new = replace(old, name=QubeName(name), klass=QubeClass.DISPOSABLE, template=old.name)
-                self._add(replace(new, template_for_dispvms=False), template)
             case ["fresh", name]:
                 self._lab = self._fresh(Path(name).absolute())
+            case [tool, *rest] if tool.startswith("qvm-"):
+                status, printed = self._tool(tool.removeprefix("qvm-"), rest)
+                if status != 0:
+                    raise GuideError(f"the lab cannot do this: {shlex.join(words)}: {printed}")
             case _:
                 raise GuideError(f"the lab cannot do this: {shlex.join(words)}")
+
+    def _tool(self, name: str, words: Sequence[str]) -> tuple[int, str]:
+        """One of Qubes' own tools, which ``qvm-forward-lab`` has under its own name."""
+        said = io.StringIO()
+        with redirect_stdout(said), redirect_stderr(said):
+            try:
+                status = lab_command(["--lab", str(self._lab.root), name, *words])
+            except SystemExit as error:
+                raise GuideError(f"this command is not known: qvm-{name} {shlex.join(words)}") from error
+        return status, said.getvalue()
 
     def _fresh(self, place: Path) -> LabDirectory:
         lab = create_lab(place)
         # As in dom0, where the package has started it.
         self._watching.enter_context(LabStore(lab).watching())
         return lab
-
-    def _add(self, qube: Qube, features_of: str | None = None) -> None:
-        """Qubes copies all features to a clone and to a disposable."""
-        features = {} if features_of is None else self._lab.features(features_of)
-        self._lab.write_qube(qube)
-        for key, value in features.items():
-            self._lab.set_feature(qube.name, key, value)
 
 
 def _commands(block: str) -> list[str]:

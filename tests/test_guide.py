@@ -72,8 +72,8 @@ def test_a_command_that_fails_is_found_unless_it_is_said_to_be_refused(tmp_path:
 
 
 def test_a_command_that_nobody_knows_is_found(tmp_path: Path) -> None:
-    with pytest.raises(guide.GuideError, match="not known: qvm-remove work"):
-        played(tmp_path, "qvm-remove work")
+    with pytest.raises(guide.GuideError, match="not known: qvm-firewall work"):
+        played(tmp_path, "qvm-firewall work")
 
 
 def test_a_change_that_watch_says_nothing_of_is_found(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ _OUR_SERVICES = (FORWARD_SERVICE, UDP_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STAT
 CONNECT_SERVICE = "qubes.ConnectTCP"
 # docs/facts.md, S6.
 _CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
-_OUR_TEMPLATE = QubeName("fedora-42")
+DEFAULT_TEMPLATE = QubeName("fedora-42")
+DEFAULT_NETVM = QubeName("sys-firewall")
 _STOCK_TEMPLATE = QubeName("debian-12")
 # Of a script's first line the kernel reads 255 bytes and splits them at blanks: docs/facts.md, L18.
 _SHEBANG_MAX = 250
@@ -44,13 +45,13 @@ def _app(name: str, netvm: str | None, address: int, *, provides_network: bool =
         ip=f"10.137.0.{address}",
         ip6=f"fd09:24ef:4179::a89:{address:x}",
         provides_network=provides_network,
-        template=_STOCK_TEMPLATE if name == "personal" else _OUR_TEMPLATE,
+        template=_STOCK_TEMPLATE if name == "personal" else DEFAULT_TEMPLATE,
     )
 
 
 _QUBES = (
     Qube(name=QubeName("dom0"), klass=QubeClass.ADMIN),
-    Qube(name=_OUR_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED),
+    Qube(name=DEFAULT_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED),
     Qube(name=_STOCK_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED),
     _app("sys-net", None, 5, provides_network=True),
     _app("sys-firewall", "sys-net", 6, provides_network=True),
@@ -65,7 +66,7 @@ _FEATURES = {
     "sys-vpn": {"service.vpn-handler-openvpn": "1"},
     # qubes-core-agent-linux qubes-rpc/post-install.d/10-qubes-core-agent-rpc.sh: a template announces what
     # is an executable file. The stock qubes.ConnectTCP is a link that leads to no file.
-    _OUR_TEMPLATE: {"qrexec": "1", **{f"supported-rpc.{service}": "1" for service in _OUR_SERVICES}},
+    DEFAULT_TEMPLATE: {"qrexec": "1", **{f"supported-rpc.{service}": "1" for service in _OUR_SERVICES}},
     _STOCK_TEMPLATE: {"qrexec": "1"},
 }
 
@@ -95,7 +96,7 @@ def create_lab(path: str | os.PathLike[str]) -> LabDirectory:
         for key, value in _FEATURES.get(qube.name, {}).items():
             lab.set_feature(qube.name, key, value)
         if not qube.is_admin and qube.klass is not QubeClass.TEMPLATE:
-            offer_services(lab.qube_dir(qube.name), forward=qube.template == _OUR_TEMPLATE)
+            offer_services(lab.qube_dir(qube.name), forward=qube.template == DEFAULT_TEMPLATE)
     write_client(lab)
     if not os.access(lab.client_program, os.X_OK):
         raise StoreError(f"{lab.root}: no program can be run from there, as on a file system mounted noexec")
@@ -105,15 +106,17 @@ def create_lab(path: str | os.PathLike[str]) -> LabDirectory:
 
 
 def offer_services(place: QubeDirectory, *, forward: bool) -> None:
-    """Give a qube the stock service, and ours if ``forward``. Raises `StoreError`."""
+    """Have a qube offer the stock service, and ours if ``forward``. Raises `StoreError`."""
     try:
         for directory in (*place.service_dirs, *place.rpc_config_dirs):
             directory.mkdir(parents=True, exist_ok=True)
         services = place.service_dirs[-1]
         _link(services / CONNECT_SERVICE, "/dev/tcp/127.0.0.1")
-        if forward:
-            for service in _OUR_SERVICES:
+        for service in _OUR_SERVICES:
+            if forward:
                 _link(services / service, str(find_rpc_entry(service)))
+            else:
+                (services / service).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"{error.filename}: {error.strerror}") from error
     write_text(place.rpc_config_dirs[-1] / CONNECT_SERVICE, _CONNECT_CONFIG)

@@ -26,7 +26,8 @@ from .evaluator import Allow, Ask, Request
 from .inhabitants import end_inhabitants
 from .join import CallerEnds, Join
 from .places import Places
-from .qube import Qube, QubeState
+from .qube import Qube
+from .qubechanges import start_with_netvms
 from .requests import CallRefusedError, bind_packets, cancel_at_end, parse_request, receive_call, send_quietly
 from .room import NoVchanError, Room
 from .services import Executable, ServiceMissingError, ServiceUnusableError, find_service
@@ -36,7 +37,7 @@ from .view import LabView
 _log = logging.getLogger("qubes_fwd_qrexec.lab")
 _ACCEPT_PAUSE_S = 0.1
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-# How long a service that has lost its call may go on when the lab goes down, before it is killed.
+# How long a service that has lost its call may go on when its qube or the lab goes down, before it is killed.
 _GRACE_S = 2.0
 # How soon a call that a knob holds up notices that the knob was turned back.
 _KNOB_POLL_S = 0.05
@@ -86,7 +87,8 @@ class Broker:
         self._room = Room()
         self._living: dict[AgentProcess, str] = {}
         self._placed: Mapping[QubeName, Qube] = {}
-        self._placing = trio.Lock()
+        self._ran: set[str] = set()
+        self._reloading = trio.Lock()
 
     @property
     def joined(self) -> tuple[JoinedCall, ...]:
@@ -98,36 +100,35 @@ class Broker:
         return {target: count for target, count in self._room.targets.items() if count}
 
     async def reload(self) -> None:
-        """Take up qubes that have come, and give up those that have gone; raises `StoreError`."""
-        self.view.refresh()
-        await self._place()
-        wanted = {qube.name for qube in self.view.qubes.values()}
-        for name in set(self._listening) - wanted:
-            self._listening.pop(name).cancel()
-        for name in sorted(wanted - set(self._listening)):
-            await self._nursery.start(self._listen, name)
-
-    async def watch(self) -> None:
-        """Until cancelled, halt each qube that is gone, or whose description now says that it is halted."""
-        running = self._running()
-        while True:
-            await trio.sleep(_WATCH_S)
-            with suppress(StoreError):  # told by each call
-                self.view.refresh()
-            before, running = running, self._running()
-            for name in before - running:
+        """Do what the lab's directory says now: end what runs in qubes that are halted or gone, join the
+        others, and take the calls of those that are new. Raises `StoreError`.
+        """
+        async with self._reloading:
+            self.view.refresh()
+            before, self._ran = self._ran, self._running()
+            for name in before - self._ran:
                 await self._halt(name)
-            try:
-                await self._place()
-            except StoreError as error:
-                _log.error("networks not changed: %s", error)
-
-    async def _place(self) -> None:
-        """Have the qubes where the lab says that they are. Raises `StoreError`."""
-        async with self._placing:
             if self._placed is not self.view.qubes:
                 self._placed = self.view.qubes
                 await trio.to_thread.run_sync(self.places.follow, tuple(self._placed.values()))
+            wanted = {qube.name for qube in self.view.qubes.values()}
+            for name in set(self._listening) - wanted:
+                self._listening.pop(name).cancel()
+            for name in sorted(wanted - set(self._listening)):
+                await self._nursery.start(self._listen, name)
+
+    async def watch(self) -> None:
+        """Until cancelled, take up what was changed by hand."""
+        told = ""
+        while True:
+            await trio.sleep(_WATCH_S)
+            try:
+                await self.reload()
+                told = ""
+            except StoreError as error:
+                if str(error) != told:
+                    told = str(error)
+                    _log.error("the lab's directory: %s", told)
 
     def _running(self) -> set[str]:
         return {name for name, qube in self.view.qubes.items() if qube.is_running}
@@ -138,9 +139,12 @@ class Broker:
         for call in self._joined:
             if name in (call.source, call.target):
                 call.scope.cancel()
-        for agent, target in self._living.items():
-            if target == name:
-                agent.kill()
+        agents = [agent for agent, target in self._living.items() if target == name]
+        for agent in agents:
+            agent.kill()
+        with trio.move_on_after(_GRACE_S):
+            for agent in agents:
+                await agent.gone.wait()
 
         def end() -> None:
             end_inhabitants(self.view.lab.qube_dir(name).root)
@@ -289,12 +293,11 @@ class Broker:
     async def _start_qube(self, name: str) -> None:
         def start() -> None:
             with self.view.lab.locked():
-                self.view.lab.set_state(name, QubeState.RUNNING)
+                start_with_netvms(self.view.lab, name)
 
         _log.info("%s: starts", name)
         await trio.to_thread.run_sync(start)
-        self.view.refresh()
-        await self._place()
+        await self.reload()
 
     async def _fork(self, target: str) -> AgentProcess:
         """The agent's process of a call that dom0 has allowed; it has a place until it is gone."""

@@ -15,22 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from qubes_fwd_qrexec import __version__
-from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, TextError, why
+from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, TextError, UsageError, why
 
 from .directory import LabDirectory
 from .knobs import KNOBS
 
 _LAB_VARIABLE = "QVM_FORWARD_LAB"
 _DIFFERENCES_SHOWN = 5
+_START = "qvm-forward-lab start"
 # Subcommands that have a module of their own, with add_arguments(parser) and run(arguments) -> int.
 _ELSEWHERE = {
     "demo": ("qubes_fwd_qrexec.lab.demo", "show a forward from end to end in a lab of its own"),
     "relay": ("qubes_fwd_qrexec.lab.relay_command", "run one forward on loopback until interrupted"),
 }
-
-
-class UsageError(ForwardError):
-    """The command line is wrong; the text says what would be right."""
+# Those of `qvmtools`.
+_TOOLS = {
+    "prefs": "show or change a qube's properties",
+    "features": "show or change a qube's features",
+    "service": "show or switch a qube's services",
+    "tags": "show or change a qube's tags",
+    "create": "make a qube",
+    "clone": "make a qube that is like another one",
+    "start": "start qubes, and the netvms that they need",
+    "shutdown": "halt qubes; all that runs in them ends",
+    "remove": "remove halted qubes",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,6 +131,12 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     listen.add_argument("qubes", metavar="QUBE", nargs="+")
     listen.set_defaults(action=_listen)
 
+    for name, help_text in _TOOLS.items():
+        tool = commands.add_parser(name, help=help_text)
+        if name == command:
+            import_module("qubes_fwd_qrexec.lab.qvmtools").add_arguments(name, tool)
+            tool.set_defaults(action=lambda arguments: arguments.tool(_lab(arguments), arguments))
+
     for name, (module_name, help_text) in _ELSEWHERE.items():
         other = commands.add_parser(name, help=help_text)
         if name == command:
@@ -180,7 +195,7 @@ def _down(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from . import asking, daemon
+    from . import asking, daemon, units
 
     lab = _lab(arguments)
     is_up = daemon.broker_pid(lab) is not None
@@ -198,7 +213,8 @@ def _status(arguments: argparse.Namespace) -> int:
         print(f"policy judged by {whose}")
         print(f"calls: {', '.join(f'{name} {count}' for name, count in broker['calls'].items()) or 'none'}")
     for name, state in qubes.items():
-        print(f"  {name:20} {state}")
+        runs = ", ".join(sorted(unit.what for unit in units.running(lab, name)))
+        print(f"  {name:20} {state}{f': {runs}' if runs else ''}")
     return 0
 
 
@@ -271,7 +287,8 @@ def _listen(arguments: argparse.Namespace) -> int:
     for name in arguments.qubes:
         qube = lab.qube(name)
         if qube.is_admin or not qube.is_running:
-            raise RefusedError(f"{name}: {'has no listener' if qube.is_admin else 'is not running'}")
+            why_not = "has no listener" if qube.is_admin else f"is not running; '{_START} {name}' starts it"
+            raise RefusedError(f"{name}: {why_not}")
     why_no_ip = asking.ask(lab, {"do": "status"})["why_no_ip"]
     kinds = [units.Unit.LISTENER, *([units.Unit.FIREWALL] if why_no_ip is None else [])]
     wanted = [(name, unit) for name in arguments.qubes for unit in kinds]
@@ -291,8 +308,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if not program:
         raise UsageError("run: a program must follow, as in 'run work -- sh'")
     is_outside = arguments.qube in netns.OUTSIDE
-    if not is_outside and lab.qube(arguments.qube).is_admin:
-        raise RefusedError("dom0 is this machine itself: run the program without the lab")
+    if not is_outside:
+        qube = lab.qube(arguments.qube)
+        if qube.is_admin:
+            raise RefusedError("dom0 is this machine itself: run the program without the lab")
+        if not qube.is_running:
+            raise RefusedError(f"{qube.name}: is not running; '{_START} {qube.name}' starts it")
     if asking.ask(lab, {"do": "status"})["network"] == "namespaces":
         netns.enter_for_good(lab, arguments.qube)
     os.environ[_LAB_VARIABLE] = str(lab.root)

@@ -7,6 +7,7 @@ use it.
 
 import json
 import os
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -16,28 +17,35 @@ from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError
 from .asking import PACKET_MAX, TIMEOUT_S
 from .broker import Broker
 from .requests import bind_packets
+from .switches import Switches
 
 
 async def serve_control(
-    broker: Broker, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+    broker: Broker, switches: Switches, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Answer one client at a time, until cancelled."""
+    """Answer clients until cancelled."""
+
+    async def serve(asker: trio.socket.SocketType) -> None:
+        with asker, suppress(OSError):  # a client that does not wait
+            with trio.move_on_after(TIMEOUT_S) as asking:
+                untrusted_packet = await asker.recv(PACKET_MAX)
+            if asking.cancelled_caught:
+                return
+            try:
+                answer = await _answer(broker, switches, json.loads(untrusted_packet))
+            except (ForwardError, ValueError, KeyError, TypeError) as error:
+                answer = {"error": str(error)}
+            await asker.send(json.dumps(answer).encode())
+
     with bind_packets(broker.view.lab.control_socket) as listener:
         task_status.started()
-        while True:
-            asker, _ = await listener.accept()
-            with asker, trio.move_on_after(TIMEOUT_S):
-                try:
-                    answer = await _answer(broker, json.loads(await asker.recv(PACKET_MAX)))
-                except (ForwardError, ValueError, KeyError, TypeError) as error:
-                    answer = {"error": str(error)}
-                try:
-                    await asker.send(json.dumps(answer).encode())
-                except OSError:
-                    continue  # the client did not wait
+        async with trio.open_nursery() as nursery:
+            while True:
+                asker, _ = await listener.accept()
+                nursery.start_soon(serve, asker)
 
 
-async def _answer(broker: Broker, order: dict[str, Any]) -> dict[str, object]:
+async def _answer(broker: Broker, switches: Switches, order: dict[str, Any]) -> dict[str, object]:
     match order["do"]:
         case "status":
             return {
@@ -49,6 +57,7 @@ async def _answer(broker: Broker, order: dict[str, Any]) -> dict[str, object]:
             }
         case "reload":
             await broker.reload()
+            await switches.follow()
             return {}
         case "drop":
             return {"dropped": broker.drop(float(order["share"]), order.get("target"))}

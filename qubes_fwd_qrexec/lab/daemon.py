@@ -31,7 +31,7 @@ from .directory import LabDirectory, write_text
 from .inhabitants import end_inhabitants
 from .places import Loopback, Places
 from .store import LabStore
-from .switches import follow_switches
+from .switches import Switches
 from .units import search_path
 from .verdicts import best_judge
 from .view import LabView
@@ -211,10 +211,10 @@ async def _run(lab: LabDirectory, places: Places, ready_fd: int) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         view = LabView(lab, best_judge())
         async with open_broker(view, places) as broker, trio.open_nursery() as nursery:
-            await nursery.start(serve_control, broker)
+            switches = Switches(broker)
+            await nursery.start(serve_control, broker, switches)
             nursery.start_soon(_end_with_directory, lab, nursery.cancel_scope)
-            if places.why_no_ip is None:
-                nursery.start_soon(follow_switches, broker)
+            nursery.start_soon(switches.watch)
             os.write(ready_fd, _READY)
             os.close(ready_fd)
             async for _ in signals:

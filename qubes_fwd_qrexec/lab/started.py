@@ -121,7 +121,7 @@ def service_environment(full_name: str, source: str, directory: Path) -> dict[st
         LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),
         FIREWALL_STATE_VARIABLE: str(QubeDirectory(directory).firewall_state),
         FIREWALL_DIRECTORY_VARIABLE: str(QubeDirectory(directory).firewall_run),
-        # It never is: nothing in a lab starts a listener by itself.
+        # It never is: whoever starts a listener in a lab waits until it is ready.
         STARTS_VARIABLE: str(directory / "run" / "qubes-service" / "qubes-forward-listener"),
     }
 

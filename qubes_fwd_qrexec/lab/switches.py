@@ -5,7 +5,7 @@ import logging
 
 import trio
 
-from qubes_fwd_qrexec.admin.inventory import NFT_FEATURE
+from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, NFT_FEATURE
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 
@@ -18,21 +18,40 @@ _log = logging.getLogger("qubes_fwd_qrexec.lab")
 _WATCH_S = 0.25
 
 
-async def follow_switches(broker: Broker) -> None:
-    """Until cancelled, give each qube that starts the firewall helper if its switch is on then."""
-    lab = broker.view.lab
-    before: set[QubeName] = set()
-    while True:
-        running = {name for name, qube in broker.view.qubes.items() if qube.is_running}
-        wanted = []
-        try:
-            for name in sorted(running - before):
-                if lab.feature(name, NFT_FEATURE, with_template=True):
-                    _log.info("%s: starts %s", name, Unit.FIREWALL.what)
-                    wanted.append((name, Unit.FIREWALL))
+class Switches:
+    """Made for a broker; `follow` and `watch` start what the switches of qubes that have started ask for."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._before: set[QubeName] = set()
+        self._following = trio.Lock()
+
+    async def follow(self) -> None:
+        """Return when it is ready. Raises `StoreError`."""
+        broker = self._broker
+        async with self._following:
+            running = {name for name, qube in broker.view.qubes.items() if qube.is_running}
+            begun, self._before = sorted(running - self._before), running
+            wanted = [(name, unit) for name in begun for unit in self._asked_for(name)]
+            for name, unit in wanted:
+                _log.info("%s: starts %s", name, unit.what)
             if wanted:
-                await trio.to_thread.run_sync(units.start, lab, wanted)
-        except StoreError as error:
-            _log.error("%s", error)
-        before = running
-        await trio.sleep(_WATCH_S)
+                await trio.to_thread.run_sync(units.start, broker.view.lab, wanted)
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self.follow()
+            except StoreError as error:
+                _log.error("%s", error)
+            await trio.sleep(_WATCH_S)
+
+    def _asked_for(self, name: QubeName) -> list[Unit]:
+        """Raises `StoreError`."""
+        lab = self._broker.view.lab
+        is_on = {
+            key: bool(lab.feature(name, key, with_template=True)) for key in (LISTENER_FEATURE, NFT_FEATURE)
+        }
+        has_firewall = any(is_on.values()) and self._broker.places.why_no_ip is None
+        return [*is_on[LISTENER_FEATURE] * [Unit.LISTENER], *has_firewall * [Unit.FIREWALL]]

@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.system.lockfile import hold
 
 from .directory import LabDirectory
-from .inhabitants import inhabitants, setting
+from .inhabitants import VARIABLE, inhabitants, setting
 
 READY_TIMEOUT_S = 20.0
 _LOCK = "units.lock"
@@ -127,7 +127,14 @@ def _begin(
             stderr=log,
             start_new_session=True,
             cwd="/",
-            env=os.environ | {"NOTIFY_SOCKET": address, "PYTHONPATH": search_path(), _VARIABLE: unit},
+            env=os.environ
+            | {
+                "NOTIFY_SOCKET": address,
+                "PYTHONPATH": search_path(),
+                # It lives in the qube from its first moment.
+                VARIABLE: str(place.root),
+                _VARIABLE: unit,
+            },
         )
     stack.callback(_end_unless_let_go, process)
     return sock, process
