@@ -87,7 +87,8 @@ class Broker:
         self._room = Room()
         self._living: dict[AgentProcess, str] = {}
         self._placed: Mapping[QubeName, Qube] = {}
-        self._ran: set[str] = set()
+        self._ran: set[QubeName] = set()
+        self._begun: set[QubeName] = set()
         self._reloading = trio.Lock()
 
     @property
@@ -106,6 +107,7 @@ class Broker:
         async with self._reloading:
             self.view.refresh()
             before, self._ran = self._ran, self._running()
+            self._begun = self._begun & self._ran | self._ran - before
             for name in before - self._ran:
                 await self._halt(name)
             if self._placed is not self.view.qubes:
@@ -130,7 +132,12 @@ class Broker:
                     told = str(error)
                     _log.error("the lab's directory: %s", told)
 
-    def _running(self) -> set[str]:
+    def take_begun(self) -> set[QubeName]:
+        """The qubes that have started since this was asked last, and run."""
+        begun, self._begun = self._begun, set()
+        return begun
+
+    def _running(self) -> set[QubeName]:
         return {name for name, qube in self.view.qubes.items() if qube.is_running}
 
     async def _halt(self, name: str) -> None:

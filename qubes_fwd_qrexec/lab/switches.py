@@ -23,15 +23,13 @@ class Switches:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._before: set[QubeName] = set()
         self._following = trio.Lock()
 
     async def follow(self) -> None:
         """Return when it is ready. Raises `StoreError`."""
         broker = self._broker
         async with self._following:
-            running = {name for name, qube in broker.view.qubes.items() if qube.is_running}
-            begun, self._before = sorted(running - self._before), running
+            begun = sorted(broker.take_begun())
             wanted = [(name, unit) for name in begun for unit in self._asked_for(name)]
             for name, unit in wanted:
                 _log.info("%s: starts %s", name, unit.what)
