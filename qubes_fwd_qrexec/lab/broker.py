@@ -108,8 +108,8 @@ class Broker:
             self.view.refresh()
             before, self._ran = self._ran, self._running()
             self._begun = self._begun & self._ran | self._ran - before
-            for name in before - self._ran:
-                await self._halt(name)
+            for halted in before - self._ran:
+                await self._halt(halted)
             if self._placed is not self.view.qubes:
                 self._placed = self.view.qubes
                 await trio.to_thread.run_sync(self.places.follow, tuple(self._placed.values()))

@@ -215,6 +215,7 @@ async def _run(lab: LabDirectory, places: Places, ready_fd: int) -> None:
             await nursery.start(serve_control, broker, switches)
             nursery.start_soon(_end_with_directory, lab, nursery.cancel_scope)
             nursery.start_soon(switches.watch)
+            await switches.follow_or_log()
             os.write(ready_fd, _READY)
             os.close(ready_fd)
             async for _ in signals:

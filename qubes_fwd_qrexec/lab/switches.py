@@ -26,7 +26,7 @@ class Switches:
         self._following = trio.Lock()
 
     async def follow(self) -> None:
-        """Return when it is ready. Raises `StoreError`."""
+        """Return when all of it is ready. Raises `StoreError`."""
         broker = self._broker
         async with self._following:
             begun = sorted(broker.take_begun())
@@ -39,11 +39,15 @@ class Switches:
     async def watch(self) -> None:
         """Until cancelled."""
         while True:
-            try:
-                await self.follow()
-            except StoreError as error:
-                _log.error("%s", error)
+            await self.follow_or_log()
             await trio.sleep(_WATCH_S)
+
+    async def follow_or_log(self) -> None:
+        """As `follow`, where nobody can be told what does not start."""
+        try:
+            await self.follow()
+        except StoreError as error:
+            _log.error("%s", error)
 
     def _asked_for(self, name: QubeName) -> list[Unit]:
         """Raises `StoreError`."""

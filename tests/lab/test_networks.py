@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.common.nftreport import NftReport
 from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.lab import daemon, netns, units
+from qubes_fwd_qrexec.lab import daemon, netns, qubechanges, units
 from qubes_fwd_qrexec.lab.blueprint import create_lab
 from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
@@ -154,14 +154,12 @@ def test_a_qube_whose_switch_is_on_has_its_firewall_helper_when_it_starts(lab: L
     with lab.locked():
         lab.set_feature("sys-firewall", "service.qubes-forward-nft", "1")
     daemon.start(lab, daemon.Network.NAMESPACES)
-    becomes(lambda: units.running(lab, "sys-firewall") == {units.Unit.FIREWALL})
+    assert units.running(lab, "sys-firewall") == {units.Unit.FIREWALL}
     assert units.running(lab, "sys-net") == set()
-    with lab.locked():
-        lab.set_state("sys-firewall", QubeState.HALTED)
-    becomes(lambda: units.running(lab, "sys-firewall") == set())
-    with lab.locked():
-        lab.set_state("sys-firewall", QubeState.RUNNING)
-    becomes(lambda: units.running(lab, "sys-firewall") == {units.Unit.FIREWALL})
+    qubechanges.shutdown(lab, ["sys-firewall"], force=True)
+    assert units.running(lab, "sys-firewall") == set()
+    qubechanges.start(lab, "sys-firewall")
+    assert units.running(lab, "sys-firewall") == {units.Unit.FIREWALL}
 
 
 @needs_wires
