@@ -18,7 +18,7 @@ Network = IPv4Address | int
 
 _K = TypeVar("_K")
 
-# At how many connections `quiet_of` looks.
+# At how many connections `quiet_of` looks, and `idlest` where several networks hold as many.
 _LOOKS = 16
 
 
@@ -74,6 +74,16 @@ class _Ranking(Generic[_K]):
         """The key with the largest number, the one that reached it first. Raises KeyError if empty."""
         return next(iter(self._keys[self._largest]))
 
+    def some_largest(self, looks: int) -> list[_K]:
+        """Keys with the largest number: as many as have ``looks`` things together, or one. Those that are
+        returned come behind the others the next time."""
+        keys = self._keys[self._largest]
+        found = list(itertools.islice(keys, max(1, looks // self._largest)))
+        for key in found:
+            del keys[key]
+            keys[key] = None
+        return found
+
 
 class Crowd:
     """The connections of one forward, by network and address."""
@@ -126,7 +136,7 @@ class Crowd:
 
     def idlest(self) -> Member | None:
         """The connection that makes room for anybody; None if there are no connections."""
-        return self._idlest_in(self._networks.largest()) if self._members else None
+        return self._idlest_of_largest() if self._members else None
 
     def idlest_before(self, client: IPAddress) -> Member | None:
         """The connection that makes room for ``client``; None if nobody holds more than it does."""
@@ -134,7 +144,7 @@ class Crowd:
             return None
         largest = self._networks.largest()
         if self._networks.numbers[largest] > self.held_in(client):
-            return self._idlest_in(largest)
+            return self._idlest_of_largest()
         own = self._addresses.get(network(client))
         if own is None or own.numbers[own.largest()] <= self.held_by(client):
             return None
@@ -156,6 +166,12 @@ class Crowd:
             del members[member]
             members[member] = None
         return None
+
+    def _idlest_of_largest(self) -> Member:
+        """The idlest connection of the network with most; of several such networks, it looks at some, so that
+        who moves keeps its connection although many others come and hold as much."""
+        found = map(self._idlest_in, self._networks.some_largest(_LOOKS))
+        return min(found, key=lambda member: member.moved_at)
 
     def _idlest_in(self, key: Network) -> Member:
         return min(self._members[self._addresses[key].largest()], key=lambda member: member.moved_at)

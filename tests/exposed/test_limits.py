@@ -189,6 +189,16 @@ def test_a_full_rule_makes_room_for_a_client_that_holds_less() -> None:
     assert counting.connections == 3
 
 
+def test_who_moves_keeps_its_connection_though_many_others_come_that_hold_as_much() -> None:
+    counting = account("connections:10")
+    (busy,) = let_in(counting, ONE)
+    for number in range(40):
+        busy.moved_at = number
+        (other,) = let_in(counting, numbered(number))
+        other.moved_at = number
+    assert (busy.has_made_room, counting.connections, counting.yielded) == (False, 10, 31)
+
+
 def test_a_network_of_many_addresses_yields_before_a_host_with_one() -> None:
     counting = account("connections:5")
     many = let_in(counting, *[ip_address(f"2001:db8::{n}") for n in range(1, 5)])
