@@ -13,6 +13,7 @@ from udp_clients import UdpClient, free_udp_port
 from udp_forwards import forward_of, write_udp_config
 
 from qubes_fwd_qrexec.common.allowance import Allowance, Revoked
+from qubes_fwd_qrexec.exposed.callwaits import CallWaits
 from qubes_fwd_qrexec.target import callnotes, revocation
 
 pytestmark = pytest.mark.usefixtures("no_hurry", "mux_call_home")
@@ -153,3 +154,43 @@ async def test_the_server_is_told_who_writes_in_front_of_each_datagram(
                 assert int.from_bytes(heard[24:26], "big") == own_port
                 assert heard[28:] == data
                 assert await near.hear() == b"ok"
+
+
+async def test_a_flow_begins_anew_when_the_header_in_front_of_its_datagrams_changes(
+    tmp_path: Path, udp_server: UdpServer
+) -> None:
+    port, client, config = free_udp_port(), FakeClient(tmp_path, "serve"), tmp_path / "config"
+    write_udp_config(config, port, udp_server.port, on_expire="drain")
+    async with running_listener(config, client.command) as listener:
+        with UdpClient(port) as near:
+            near.send(b"x")
+            heard, flow = await udp_server.hear()
+            assert heard == b"x"
+            write_udp_config(config, port, udp_server.port, on_expire="drain", proxy="v2")
+            listener.reload()
+            near.send(b"y")
+            heard, new_flow = await udp_server.hear()
+            assert (heard[:12], heard[28:]) == (b"\r\n\r\n\0\r\nQUIT\n", b"y")
+            udp_server.sock.sendto(b"late", flow)
+            udp_server.sock.sendto(b"z", new_flow)
+            assert await near.hear() == b"z"
+        assert forward_of(listener).table.counters.total == 1
+    assert len(client.calls) == 1
+
+
+async def test_a_flow_outlives_the_lease_of_its_call(tmp_path: Path, udp_server: UdpServer) -> None:
+    """The target ends the call, which is not renewed; the next datagram asks dom0 for another one."""
+    port, client = free_udp_port(), FakeClient(tmp_path, "mux LEASE_S=1")
+    write_udp_config(tmp_path / "config", port, udp_server.port)
+    waits = CallWaits(again_s=0.0)
+    async with running_listener(tmp_path / "config", client.command, waits=waits) as listener:
+        with UdpClient(port) as near:
+            near.send(b"x")
+            assert await udp_server.answer() == await near.hear() == b"x"
+            await until(lambda: not listener.report().forwards[0].mux_calls)
+            assert forward_of(listener).connections == 1
+            near.send(b"y")
+            assert await udp_server.answer() == await near.hear() == b"y"
+        (report,) = listener.report().forwards
+        assert (report.total, report.refused, report.dropped) == (1, {}, {})
+    assert len(set(client.calls)) == 1

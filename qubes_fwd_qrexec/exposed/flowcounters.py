@@ -23,6 +23,8 @@ class Dropped(StrEnum):
     """Sent by broadcast or multicast."""
     NO_CALL = "no-call"
     """There was no call to the target in time."""
+    REFUSED = "refused"
+    """Their flow had been refused just before."""
     UNSENT = "unsent"
     """The kernel did not send them to the client."""
     TARGET = "target"

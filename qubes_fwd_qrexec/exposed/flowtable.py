@@ -100,6 +100,8 @@ class FlowTable:
                 if self._allows(port, flow):
                     flow.ends_at = math.inf
                     flow.carrier = carrier  # no more calls are made for the forward as it was
+                    if flow.proxy is not self._proxy:
+                        port.begin_anew(flow, self._proxy)
                 elif config.on_expire is OnExpire.CUT:
                     port.end(flow, FlowHow.CUT)
                 else:
@@ -155,6 +157,11 @@ class FlowTable:
                 port.end(flow, FlowHow.CUT)
         self._close_unused()
 
+    @property
+    def _proxy(self) -> ProxyVersion:
+        """The header in front of each datagram to the server."""
+        return ProxyVersion.V2 if self.config.proxy is Proxy.V2 else ProxyVersion.OFF
+
     def _allows(self, port: UdpPort, flow: Flow) -> bool:
         """Whether the same client could begin the same flow anew."""
         config, local = self.config, flow.local_address
@@ -184,7 +191,6 @@ class FlowTable:
         if not self.lets_in_by(arrived.interface):
             self._refuse(NotAdmitted.SIDE, client)
             return None
-        proxy = ProxyVersion.V2 if self.config.proxy is Proxy.V2 else ProxyVersion.OFF
         flow = Flow(
             port,
             self._carrier,
@@ -193,7 +199,7 @@ class FlowTable:
             arrived.local,
             arrived.interface,
             self.config.target_port(port.port),
-            proxy,
+            self._proxy,
             now,
         )
         refusal = self.account.admit(flow)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.values import Binding, IPAddress, Proto
-from qubes_fwd_qrexec.mux import Buffer, FlowCode
+from qubes_fwd_qrexec.mux import Buffer, FlowCode, ProxyVersion
 from qubes_fwd_qrexec.relay.acceptloop import BindError, address_text, bind_trouble
 from qubes_fwd_qrexec.relay.loop import READ, Loop
 from qubes_fwd_qrexec.system import datagrams
@@ -35,6 +35,12 @@ _RECEIVE_BYTES = 1 << 20
 _LOST_MASK = (1 << 32) - 1
 # docs/behaviours.md, 34: how long to wait until memory is free.
 _PAUSE_S = 0.2
+# docs/behaviours.md, 72: for how long what comes behind a refused flow begins no other one, and for how many
+# flows. Most clients ask again after a second or more.
+REFUSED_S = 1.0
+REFUSED_MAX = 1024
+# From how many addresses of this qube's, replies leave without asking how they do.
+_FROM_MAX = 1024
 # The target takes no more over this call.
 _TRY_AGAIN = frozenset((FlowCode.LEASE_OVER, FlowCode.SHUTDOWN))
 _REFUSALS = {
@@ -107,6 +113,8 @@ class UdpPort:
         self.counters = owner.counters
         self._lost = 0
         self._is_closed = False
+        # Whose flow was refused, and until when it begins no other one; the oldest first.
+        self._refused: dict[tuple[Address, bytes], float] = {}
         self._from: dict[tuple[bytes, int], tuple[Control]] = {}
         loop.watch(sock.fileno(), READ, self._on_readable, self._fail)
 
@@ -164,10 +172,14 @@ class UdpPort:
             self.counters.dropped(Dropped.TO_MANY, datagrams.count(len(data), segment))
             return
         if flow is None:
+            name = arrived.sender, arrived.local
+            if now < self._refused.get(name, now):
+                self.counters.dropped(Dropped.REFUSED, datagrams.count(len(data), segment))
+                return
             flow = self._owner.newcomer(self, arrived, now)
             if flow is None:
                 return
-            self.flows[arrived.sender, arrived.local] = flow
+            self.flows[name] = flow
         elif flow.interface != arrived.interface:
             if not self._owner.lets_in_by(arrived.interface):
                 self.counters.refused(NotAdmitted.SIDE)
@@ -219,19 +231,41 @@ class UdpPort:
             if code in _REFUSALS:
                 self.counters.refused(Refusal.SERVER)
                 self.counters.failed(_REFUSALS[code])
+                self._note_refusal(flow)
                 self._over(flow, FlowHow.REFUSED)
             else:
                 self._over(flow, FlowHow.IDLE if code is FlowCode.DONE else FlowHow.TARGET_ENDED)
 
     def end(self, flow: Flow, how: FlowHow) -> None:
-        call, flow.call = flow.call, None
-        if call is not None:
-            call.end(flow.flow_id, FlowCode.DONE)
+        self._leave_call(flow)
         self._over(flow, how)
 
     def not_carried(self, flow: Flow, kind: str, error: str) -> None:
         self._owner.not_carried(flow, kind, error)
+        self._note_refusal(flow)
         self.end(flow, FlowHow.REFUSED)
+
+    def begin_anew(self, flow: Flow, proxy: ProxyVersion) -> None:
+        """Have the flow begin again in the target with its next datagram, with this header."""
+        self._leave_call(flow)
+        flow.proxy = proxy
+
+    def _leave_call(self, flow: Flow) -> None:
+        call, flow.call = flow.call, None
+        if call is not None:
+            call.end(flow.flow_id, FlowCode.DONE)
+
+    def _note_refusal(self, flow: Flow) -> None:
+        """A client that goes on sending begins a flow that is refused once a second."""
+        now = time.monotonic()
+        name = flow.sender, flow.local
+        self._refused.pop(name, None)
+        while self._refused:
+            oldest, until = next(iter(self._refused.items()))
+            if now < until and len(self._refused) < REFUSED_MAX:
+                break
+            del self._refused[oldest]
+        self._refused[name] = now + REFUSED_S
 
     def _over(self, flow: Flow, how: FlowHow) -> None:
         if not flow.is_over:
@@ -244,6 +278,8 @@ class UdpPort:
         key = flow.local, flow.interface if _is_link_local(flow.local) else 0
         found = self._from.get(key)
         if found is None:
+            if len(self._from) >= _FROM_MAX:
+                self._from.clear()
             found = self._from[key] = (datagrams.from_address(self._sock, *key),)
         return found
 

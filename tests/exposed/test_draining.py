@@ -10,6 +10,7 @@ from helpers import (
     FakeClient,
     accept,
     can_connect,
+    children,
     connect,
     echo_once,
     free_port,
@@ -19,6 +20,8 @@ from helpers import (
     until,
     write_config,
 )
+from udp_clients import UdpClient, free_udp_port
+from udp_forwards import is_bound, write_udp_config
 
 from qubes_fwd_qrexec.common.report import DrainingReport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
@@ -68,3 +71,28 @@ async def test_what_is_cut_or_has_no_connection_does_not_drain(tmp_path: Path, s
             assert await is_reset(near)
             await until(lambda: not listener.report().forwards)
             await until(lambda: not listener.report().draining)
+
+
+@pytest.mark.usefixtures("no_hurry")
+async def test_a_flow_that_drains_is_cut_in_the_end_though_its_server_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its call ends with it."""
+    clock = HandClock(monkeypatch, draining)
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    file = write_udp_config(tmp_path / "config", port, on_expire="drain")
+    async with running_listener(tmp_path / "config", client.command) as listener:
+        with UdpClient(port) as near:
+            assert await near.ask(b"x") == b"x"
+            file.unlink()
+            await until(lambda: not listener.report().forwards)
+            await clock.advance(DRAIN_MAX_S - 1)
+            assert await near.ask(b"still") == b"still"
+            (report,) = listener.report().draining
+            assert (report.connections, report.left_s) == (1, 1)
+            assert children()
+            await clock.advance(1)
+            await until(lambda: not listener.report().draining)
+            assert not is_bound(port)
+            await until(lambda: not children())
+    assert len(client.calls) == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from handclock import HandClock
 from helpers import (
     BOUND_S,
     FakeClient,
@@ -25,7 +26,7 @@ from helpers import (
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, write_udp_config
 
-from qubes_fwd_qrexec.exposed import flowcall, flowpool
+from qubes_fwd_qrexec.exposed import flowcall, flowpool, muxcall, muxpool
 from qubes_fwd_qrexec.exposed.flowcounters import Dropped
 from qubes_fwd_qrexec.exposed.flowpool import FlowPool
 from qubes_fwd_qrexec.listener import Listener
@@ -121,6 +122,31 @@ async def test_one_client_does_not_have_all_the_starts_of_flows(
             assert await other.ask(b"y") == b"y"
             assert [str(key[-1]) for key in pool_of(listener).users()] == ["127.0.0.1"]
     assert len(client.calls) == 1
+
+
+async def test_a_call_in_use_is_renewed_before_its_lease_is_over_and_no_flow_notices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, client = free_udp_port(), FakeClient(tmp_path, "flows")
+    clock = HandClock(monkeypatch, muxpool, muxcall)
+    write_udp_config(tmp_path / "config", port)
+    async with running_listener(tmp_path / "config", client.command) as listener:
+        with UdpClient(port) as near:
+            assert await near.ask(b"x") == b"x"
+            pool = pool_of(listener)
+            (call,) = pool.mux_calls
+            for turn in range(2):
+                await clock.advance(call.lease_s * muxpool.RENEW_AT_SHARE - 1)
+                assert (pool.is_renewing, len(client.calls)) == (False, turn + 1)
+                await clock.advance(1)
+                await until(lambda: len(client.calls) == turn + 2 and not pool.is_renewing)  # noqa: B023
+                assert await near.ask(b"y") == b"y"
+            assert pool.mux_calls == [call]
+        forward_of(listener).cut()  # and one without a flow is not worth a question
+        await until(lambda: not call.carries)
+        await clock.advance(50)
+        assert not pool.is_renewing
+    assert client.calls == ["work qubes.ForwardUDP+53+mux"] * 3
 
 
 async def test_what_a_call_drops_counts_once_for_the_forward_whose_datagram_it_was(tmp_path: Path) -> None:

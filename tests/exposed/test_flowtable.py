@@ -208,6 +208,30 @@ def test_with_drain_what_is_no_longer_allowed_has_a_while() -> None:
         assert bench.flows == []
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_what_drains_ends_in_time_though_client_and_server_go_on(*, is_closed: bool) -> None:
+    """Also where its port is closed, and whatever changes meanwhile."""
+    with FlowBench() as bench:
+        client = bench.client()
+        bench.carried.then = echo
+        bench.send(client)
+        (flow,) = bench.flows
+        narrow = dataclasses.replace(
+            bench.config, sources=Sources.parse("127.0.0.2/32"), on_expire=OnExpire.DRAIN
+        )
+        if is_closed:
+            bench.table.give_up(list(bench.table.ports), is_cut=False)
+        bench.table.take(narrow, "work dns", bench.carried, 60.0)
+        for _ in range(59):
+            bench.pass_s(1)
+            bench.send(client, b"still")
+            flow.deliver(b"more", 0)
+            bench.table.take(narrow, "work dns", bench.carried, 60.0)
+        assert bench.flows == [flow]
+        bench.pass_s(1)
+        assert (bench.flows, bool(bench.table.ports)) == ([], not is_closed)
+
+
 @pytest.mark.parametrize("change", ["dstports=54-54", "listen=127.0.0.3", "side=vifs"])
 def test_another_server_or_address_or_side_is_another_flow(change: str) -> None:
     with FlowBench() as bench:

@@ -4,6 +4,7 @@
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from spaces import Spaces, needs_namespaces
 from udp_bench import FlowBench, echo, udp_config
 
 from qubes_fwd_qrexec.exposed.flowcounters import Dropped
+from qubes_fwd_qrexec.exposed.limits import CLIENTS_PER_NETWORK
 from qubes_fwd_qrexec.system.ingress import KNOWN_S, Sides
 
 pytestmark = needs_namespaces
+# linux/in6.h
+_IPV6_FREEBIND = 78
 ADDRESSES = ["192.0.2.1", "192.0.2.3", "198.51.100.1", "fd00::1", "fd00::3", "fe80::1"]
 
 
@@ -142,6 +146,26 @@ def test_what_is_sent_to_all_of_a_network_begins_nothing(spaces: Spaces) -> None
             bench.turn()
         assert bench.flows == []
         assert bench.table.counters.drops == {Dropped.TO_MANY: 2}
+
+
+def test_a_flood_from_one_ipv6_network_has_the_flows_of_eight_clients(spaces: Spaces) -> None:
+    """A host may claim each address of its network; another network is not kept out."""
+    config = udp_config("::", limits="per-source:2")
+    with spaces.within("edge"), FlowBench(config) as bench, ExitStack() as stack:
+        for number in range(1, 41):
+            with spaces.within("lan"):
+                source = stack.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+                source.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+                source.bind((f"fd00:0:0:9::{number:x}", 0))
+            source.sendto(b"x", ("fd00::1", bench.port))
+            bench.turn()
+        assert len(bench.flows) == 2 * CLIENTS_PER_NETWORK
+        assert bench.table.counters.refusals == {"per-source": 40 - 2 * CLIENTS_PER_NETWORK}
+        with client_in(spaces, "fd00::1", bench.port) as other:
+            bench.carried.then = echo
+            other.send(b"y")
+            bench.turn()
+            assert other.recv(10) == b"y"
 
 
 def test_what_the_kernel_says_of_a_side_is_good_for_a_moment_and_no_longer(spaces: Spaces) -> None:

@@ -8,8 +8,10 @@ from ipaddress import ip_address
 import pytest
 from udp_bench import FlowBench, echo, udp_config
 
+from qubes_fwd_qrexec.exposed import udpport
+from qubes_fwd_qrexec.exposed.flow import Flow
 from qubes_fwd_qrexec.exposed.flowcounters import Dropped
-from qubes_fwd_qrexec.exposed.udpport import READ_MAX_BYTES, READS_MAX, open_udp
+from qubes_fwd_qrexec.exposed.udpport import READ_MAX_BYTES, READS_MAX, REFUSED_S, open_udp
 from qubes_fwd_qrexec.relay.acceptloop import BindError
 
 # linux/udp.h
@@ -132,6 +134,47 @@ def test_what_cannot_be_sent_to_a_client_is_counted_and_said() -> None:
         assert bench.table.counters.last_error is not None
         assert "cannot send to 127.0.0.1" in bench.table.counters.last_error[0]
         assert bench.flows == [flow]
+
+
+def refuse(flow: Flow, data: bytes, segment: int) -> None:
+    flow.owner.not_carried(flow, "policy", "dom0 says no")
+
+
+def test_behind_a_refusal_a_client_begins_no_other_flow_for_a_second() -> None:
+    """It is as if nobody had been asked: a connected socket would have heard of an ICMP error."""
+    with FlowBench() as bench:
+        client, other = bench.client(), bench.client()
+        bench.carried.then = refuse
+        for _ in range(4):
+            bench.send(client)
+        bench.send(other)
+        counters = bench.table.counters
+        assert (counters.total, counters.refusals, counters.drops) == (2, {"policy": 2}, {"refused": 3})
+        bench.carried.then = echo
+        bench.clock.advance(REFUSED_S * 0.99)
+        bench.send(client)
+        assert counters.total == 2
+        bench.clock.advance(REFUSED_S * 0.02)
+        bench.send(client, b"again")
+        assert client.sock.recv(10) == b"again"
+        assert (counters.total, counters.drops) == (3, {"refused": 4})
+
+
+def test_refusals_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest is forgotten."""
+    monkeypatch.setattr(udpport, "REFUSED_MAX", 3)
+    with FlowBench() as bench:
+        clients = [bench.client() for _ in range(4)]
+        bench.carried.then = refuse
+        for client in clients:
+            bench.send(client)
+        for client in clients[1:]:
+            bench.send(client)
+        assert bench.table.counters.total == 4
+        bench.send(clients[0])
+        assert bench.table.counters.total == 5
+        bench.send(clients[1])  # in whose place that is
+        assert bench.table.counters.total == 6
 
 
 def test_exactly_what_is_said_is_bound_and_no_other_program_shares_it() -> None:
