@@ -24,10 +24,11 @@ from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
 from .exposed.draining import AnyForward, Draining
-from .exposed.forward import Means, OpenForward, bindings
+from .exposed.forward import Means, OpenForward
 from .exposed.freshlook import FreshLook
 from .exposed.limits import PROCESS_MAX, Process, process_max
 from .exposed.muxpool import LINGER_S
+from .exposed.openports import bindings
 from .exposed.statussockets import RUNTIME_VARIABLE, open_status, runtime_directory
 from .exposed.supervisor import Supervisor, supervise
 from .exposed.transports import Transports

@@ -27,6 +27,7 @@ from .connectionlog import ConnectionLog, FlowHow
 from .flow import Carrier, Flow
 from .flowcounters import FlowCounters
 from .limits import Account, NotAdmitted, Process
+from .openports import allows
 from .udpport import UdpPort
 
 _logger = logging.getLogger(__name__)
@@ -164,15 +165,8 @@ class FlowTable:
 
     def _allows(self, port: UdpPort, flow: Flow) -> bool:
         """Whether the same client could begin the same flow anew."""
-        config, local = self.config, flow.local_address
-        listened_at = {(ours.version, ours if not ours.is_unspecified else local) for ours in config.listen}
-        return (
-            flow.client in config.sources
-            and (local.version, local) in listened_at
-            and port.port in config.listen_ports
-            and config.target_port(port.port) == flow.target_port
-            and self.lets_in_by(flow.interface)
-        )
+        local = flow.local_address, port.port
+        return allows(self.config, flow.client, local, flow.target_port) and self.lets_in_by(flow.interface)
 
     def _close_unused(self) -> None:
         for binding, port in list(self.ports.items()):

@@ -18,9 +18,7 @@ from qubes_fwd_qrexec.common.report import ForwardReport, Way
 from qubes_fwd_qrexec.common.rules import OnExpire, Transport
 from qubes_fwd_qrexec.common.values import Binding, IPAddress, unmapped
 from qubes_fwd_qrexec.relay.acceptloop import (
-    BindError,
     accept_until_closed,
-    address_text,
     close_listening,
     open_listening,
     peer_address,
@@ -30,12 +28,13 @@ from qubes_fwd_qrexec.relay.socketbuffers import WAITING_BYTES, set_size
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.ingress import came_by
 from qubes_fwd_qrexec.system.lifetime import Expiry
-from qubes_fwd_qrexec.system.logs import RateLimit, one_line, warn
+from qubes_fwd_qrexec.system.logs import RateLimit, warn
 
 from .connectionlog import ConnectionLog, How
 from .counters import WAYS, Carried, Counters
 from .flowtable import FlowMeans
 from .limits import Account, NotAdmitted, Process
+from .openports import allows, bindings, last_said, open_all, places
 from .transports import Transports
 
 _logger = logging.getLogger(__name__)
@@ -48,11 +47,6 @@ _DELIVERY_LOOK_S = 0.02
 # How long connections may go on after their rule has ended. dom0 tells the target the same (`allowance`).
 # There must be an end, and an hour is a long download.
 DRAIN_MAX_S = 3600.0
-
-
-def bindings(config: ListenerConfig) -> frozenset[Binding]:
-    """Every address and port that a forward listens on."""
-    return frozenset((address, port) for address in config.listen for port in config.listen_ports)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +96,8 @@ class _Connection:
 
 def _allows(config: ListenerConfig, connection: _Connection) -> bool:
     """Whether the same client could connect anew to the same port of the target."""
-    address, port = connection.local
-    listened_at = {(ours.version, ours if not ours.is_unspecified else address) for ours in config.listen}
-    return (
-        connection.client in config.sources
-        and (address.version, address) in listened_at
-        and port in config.listen_ports
-        and config.target_port(port) == connection.target_port
-        and came_by(connection.sock, config.side.group)
+    return allows(config, connection.client, connection.local, connection.target_port) and came_by(
+        connection.sock, config.side.group
     )
 
 
@@ -130,8 +118,7 @@ class OpenForward:
         self._open(bindings(config))
 
     def __str__(self) -> str:
-        where = (address_text(address, self.config.listen_ports.brief()) for address in self.config.listen)
-        return f"{self.config.target} {self.config.name} ({', '.join(where)})"
+        return f"{self.config.target} {self.config.name} ({places(self.config)})"
 
     def reconfigure(self, config: ListenerConfig) -> None:
         """Take a new configuration. It affects neither unchanged ports nor connections that it still allows.
@@ -185,14 +172,7 @@ class OpenForward:
         self._close(set(self._listening))
 
     def _open(self, wanted: Iterable[Binding]) -> None:
-        opened: dict[Binding, socket.socket] = {}
-        try:
-            for address, port in sorted(wanted, key=str):
-                opened[address, port] = open_listening(address, port)
-        except BindError:
-            for sock in opened.values():
-                sock.close()
-            raise
+        opened = open_all(wanted, open_listening)
         self._listening |= opened
         for (_, port), sock in opened.items():
             accepted = partial(self._accepted, port)
@@ -293,9 +273,9 @@ class OpenForward:
         way = self._way
         if self.config.transport is Transport.MUX:
             way = Way.IDLE if pool is None else pool.way
-        lost = None if pool is None else pool.last_problem
-        said = [error for error in (counters.last_error, lost) if error is not None]
-        text, at = max(said, key=lambda error: error[1], default=(None, None))
+        last_error, last_error_at = last_said(
+            counters.last_error, None if pool is None else pool.last_problem
+        )
         return ForwardReport(
             target=self.config.target,
             name=self.config.name,
@@ -309,8 +289,8 @@ class OpenForward:
             way=way,
             mux_calls=0 if pool is None else pool.count,
             is_listening=self.is_listening,
-            last_error=None if text is None else one_line(text),
-            last_error_at=None if at is None else int(at),
+            last_error=last_error,
+            last_error_at=last_error_at,
         )
 
     def _warn(self, kind: str, message: str) -> None:

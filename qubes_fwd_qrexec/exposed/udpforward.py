@@ -12,12 +12,12 @@ from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.report import ForwardReport
 from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import Binding, Proto
-from qubes_fwd_qrexec.relay.acceptloop import BindError, address_text
+from qubes_fwd_qrexec.relay.acceptloop import BindError
 from qubes_fwd_qrexec.system.lifetime import Expiry
-from qubes_fwd_qrexec.system.logs import one_line
 
 from .flowtable import FlowTable
-from .forward import DRAIN_MAX_S, Means, bindings
+from .forward import DRAIN_MAX_S, Means
+from .openports import bindings, last_said, open_all, places
 from .udpport import open_udp
 
 
@@ -35,9 +35,7 @@ class OpenUdpForward:
         self._open(bindings(config))
 
     def __str__(self) -> str:
-        ports = self.config.listen_ports.brief()
-        where = ", ".join(address_text(address, ports) for address in self.config.listen)
-        return f"{self.config.target} {self.config.name} (udp {where})"
+        return f"{self.config.target} {self.config.name} (udp {places(self.config)})"
 
     def reconfigure(self, config: ListenerConfig) -> None:
         """Take a new configuration. It affects neither unchanged ports nor flows that it still allows.
@@ -95,14 +93,7 @@ class OpenUdpForward:
     def _open(self, wanted: frozenset[Binding]) -> None:
         # The loop's thread may close such a port at any time, as its last flow ends.
         missing = wanted - self._relays.do_now(partial(self.table.reopen, wanted))
-        opened = {}
-        try:
-            for address, port in sorted(missing, key=str):
-                opened[address, port] = open_udp(address, port)
-        except BindError:
-            for sock in opened.values():
-                sock.close()
-            raise
+        opened = open_all(missing, open_udp)
         try:
             self._relays.do_now(partial(self.table.open, opened))
         except OSError as error:
@@ -115,8 +106,7 @@ class OpenUdpForward:
     def report(self) -> ForwardReport:
         """The figures and the state of this forward now."""
         counters, pool = self.table.counters, self._pool
-        said = [error for error in (counters.last_error, pool.last_problem) if error is not None]
-        text, at = max(said, key=lambda error: error[1], default=(None, None))
+        last_error, last_error_at = last_said(counters.last_error, pool.last_problem)
         dropped = dict(counters.drops)  # in one step, while the loop's thread may change it
         return ForwardReport(
             target=self.config.target,
@@ -131,8 +121,8 @@ class OpenUdpForward:
             way=pool.way,
             mux_calls=pool.count,
             is_listening=self.is_listening,
-            last_error=None if text is None else one_line(text),
-            last_error_at=None if at is None else int(at),
+            last_error=last_error,
+            last_error_at=last_error_at,
             proto=Proto.UDP,
             datagrams_sent=counters.datagrams_sent,
             datagrams_received=counters.datagrams_received,

@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.exposed import call, forward
 from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.callwaits import CallWaits
-from qubes_fwd_qrexec.exposed.forward import Means, OpenForward, bindings
+from qubes_fwd_qrexec.exposed.forward import Means, OpenForward
 from qubes_fwd_qrexec.exposed.transports import Transports
 from qubes_fwd_qrexec.relay.copy import undelivered_bytes
 from qubes_fwd_qrexec.relay.thread import open_relay_thread
@@ -229,17 +228,6 @@ async def test_what_drains_after_a_narrowing_is_cut_when_its_time_is_over(
             mock_clock.jump(2)
             assert await is_reset(client)
         serving.close()
-
-
-def test_a_forward_listens_on_every_address_and_port() -> None:
-    both = ListenerConfig.parse(
-        "fwd.work.web",
-        "version=1 service=qubes.ForwardTCP transport=call side=outer "
-        "listen=127.0.0.1,127.0.0.2 srcports=80-81 "
-        "dstports=8080-8081 srchosts=any",
-    )
-    addresses = IPv4Address("127.0.0.1"), IPv4Address("127.0.0.2")
-    assert bindings(both) == {(address, port) for address in addresses for port in (80, 81)}
 
 
 async def test_connections_that_are_not_carried_are_logged_once_whatever_the_target_says(
