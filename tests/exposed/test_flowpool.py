@@ -142,9 +142,10 @@ async def test_a_call_in_use_is_renewed_before_its_lease_is_over_and_no_flow_not
                 await until(lambda: len(client.calls) == turn + 2 and not pool.is_renewing)  # noqa: B023
                 assert await near.ask(b"y") == b"y"
             assert pool.mux_calls == [call]
+            await clock.advance(call.lease_s * muxpool.RENEW_AT_SHARE - 10)
         forward_of(listener).cut()  # and one without a flow is not worth a question
         await until(lambda: not call.carries)
-        await clock.advance(50)
+        await clock.advance(20)
         assert not pool.is_renewing
     assert client.calls == ["work qubes.ForwardUDP+53+mux"] * 3
 
