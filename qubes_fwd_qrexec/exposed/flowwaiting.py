@@ -62,6 +62,10 @@ class WaitingFlows:
     def __bool__(self) -> bool:
         return bool(self._groups)
 
+    def __len__(self) -> int:
+        """How many flows wait."""
+        return sum(len(flows) for group in self._groups.values() for flows in group.clients.values())
+
     def add(self, flow: Flow, data: bytes, segment: int, now: float) -> None:
         """Have datagrams of a flow wait: one (``segment`` 0), or several of equal size."""
         cost = len(data) + _COST_BYTES

@@ -172,8 +172,10 @@ async def test_what_a_call_drops_counts_once_for_the_forward_whose_datagram_it_w
                     sent += 1
                 return counters.drops.get(Dropped.FULL, 0) > 0
 
-            await until(has_dropped)
-            os.kill(pid, signal.SIGKILL)
+            try:
+                await until(has_dropped)
+            finally:
+                os.kill(pid, signal.SIGKILL)
             await until(lambda: not children())
             await until(lambda: counters.datagrams_sent + counters.drops.get(Dropped.KERNEL, 0) == sent)
             dropped = dict(counters.drops)

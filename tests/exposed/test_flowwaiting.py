@@ -48,7 +48,7 @@ def test_a_flow_is_taken_with_all_that_it_has_in_order() -> None:
     waiting.add(one, b"1", 0, 0.0)
     waiting.add(other, b"x", 0, 0.0)
     waiting.add(one, b"aab", 2, 0.0)
-    assert len(waiting.clients) == 2
+    assert (len(waiting), len(waiting.clients)) == (2, 2)
     assert waiting.take() == (one, [(b"1", 0), (b"aab", 2)])
     assert [key[-1] for key in waiting.clients] == [other.client]
     assert waiting.take() == (other, [(b"x", 0)])
