@@ -17,6 +17,7 @@ CALLS_PER_TARGET = 127
 VCHANS_PER_CALLER = 30
 _LATENCY_MAX_MS = 600_000
 _CALLS_MAX = 65_535
+PATIENCE_MAX = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,8 @@ class Knobs:
     those of one caller that have been allowed and not yet connected (0: no bound, else as many as a qube of
     Qubes 4.3 manages). A call of ``refuse`` gets 126 and one of ``hang`` no answer from dom0. One of ``park``
     is allowed, and then its caller leaves the data connection's handshake unanswered until the knob is
-    turned back.
+    turned back. dom0 waits ``patience`` times as long for answers as on Qubes: all qubes of a lab have the
+    processors of one machine, which may be busy with other work.
     """
 
     calls_per_target: int = CALLS_PER_TARGET
@@ -37,6 +39,7 @@ class Knobs:
     refuse: tuple[str, ...] = ()
     hang: tuple[str, ...] = ()
     park: tuple[str, ...] = ()
+    patience: int = 1
 
     def __post_init__(self) -> None:
         for count in (self.calls_per_target, self.vchans_per_caller, self.begun_at_once):
@@ -44,6 +47,8 @@ class Knobs:
                 raise TextError(str(count), f"a number of calls: 0 to {_CALLS_MAX}")
         if not 0 <= self.latency_ms <= _LATENCY_MAX_MS:
             raise TextError(str(self.latency_ms), f"a latency in milliseconds: 0 to {_LATENCY_MAX_MS}")
+        if not 1 <= self.patience <= PATIENCE_MAX:
+            raise TextError(str(self.patience), f"how many times as long: 1 to {PATIENCE_MAX}")
         for pattern in (*self.refuse, *self.hang, *self.park):
             if not pattern or " " in pattern or pattern.count("/") > 1:
                 raise TextError(pattern, "TARGET or TARGET/SERVICE, where * stands for any")

@@ -20,6 +20,7 @@ from qubes_fwd_qrexec.system.unixsockets import SOCKET_PATH_MAX
 from . import asking, daemon, units
 from .blueprint import create_lab
 from .directory import LabDirectory
+from .knobs import PATIENCE_MAX, Knobs
 
 _COMMAND_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 5.0
@@ -88,6 +89,8 @@ def open_session(network: daemon.Network) -> Iterator[LabSession]:
     os.environ["PYTHONPATH"] = units.search_path()
     with tempfile.TemporaryDirectory(prefix="qvm-forward-lab-") as directory, ExitStack() as started:
         lab = _create(Path(directory) / "lab")
+        # What is shown does not depend on how busy the machine is.
+        lab.write_knobs(Knobs(patience=PATIENCE_MAX))
         started.callback(daemon.stop, lab)
         daemon.start(lab, network)
         yield LabSession(lab, started)

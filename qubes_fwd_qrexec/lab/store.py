@@ -128,12 +128,18 @@ class LabStore:
     ) -> bytes:
         import subprocess
 
-        from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, read_answer
+        from qubes_fwd_qrexec.admin.answers import (
+            ANSWER_TIMEOUT_S,
+            AnswerError,
+            NotRunningError,
+            read_answer,
+        )
 
         what = f"{service} in {qube}"
         if not _is_up(self._lab.qube_dir("dom0").agent_socket):
             up = "'qvm-forward-lab up'"
             raise NotRunningError(f"{what}: the lab is down; {up} starts it", way_out=up)
+        timeout_s = (timeout_s or ANSWER_TIMEOUT_S) * self._lab.knobs().patience
         try:
             process = subprocess.Popen(
                 self._call_words(qube, service),

@@ -177,6 +177,7 @@ def test_knobs_print_what_they_parse(lab: LabDirectory) -> None:
         {"latency_ms": "1"},
         {"latency_ms": True},
         {"latency_ms": -1},
+        {"patience": 0},
         {"calls_per_target": 10**6},
         {"hang": "x"},
         {"hang": [""]},
