@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Fixtures of the programs in the qubes."""
 
+import gc
 import logging
 import math
 import os
@@ -66,6 +67,16 @@ def _clear_frames(error: BaseException | None) -> None:
             for part in error.exceptions:
                 _clear_frames(part)
         error = error.__context__
+
+
+# Those at the end of a run would have one process busy while the others have nothing left to do.
+_LONGEST = ("test_soak.py", "test_commands.py", "test_bench.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first. Of them and all others the garbage collector has nothing to collect any more."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    gc.freeze()
 
 
 @pytest.fixture

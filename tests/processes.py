@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dom0 import forward
 from helpers import free_port, is_listening
 
 from bench.memory import descendants, is_agent
@@ -159,7 +160,8 @@ class World:
         server.listen(1024)
         server.settimeout(BOUND_S)
         way = Way(free_port(), server)
-        self.session.forward(
+        forward(
+            self.lab,
             *("add", TARGET, f"{way.listen_port}:{way.target_port}", f"--name=w{len(self._ways)}"),
             *("--from=any", "--listen=127.0.0.1", f"--via={EXPOSED}", "--mode=qrexec"),
             f"--transport={transport}",

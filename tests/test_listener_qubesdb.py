@@ -89,7 +89,7 @@ async def test_what_is_removed_is_cut_or_drained_as_it_says(tmp_path: Path, serv
                 await echo_once(drained, far)
 
 
-async def test_a_hundred_changes_are_noticed_by_no_connection_of_others(
+async def test_changes_one_after_the_other_are_noticed_by_no_connection_of_others(
     tmp_path: Path, server: socket.socket
 ) -> None:
     port, others, stop = free_port(), [free_port() for _ in range(3)], trio.Event()
@@ -112,7 +112,7 @@ async def test_a_hundred_changes_are_noticed_by_no_connection_of_others(
             await echo_once(near, far)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(converse)
-                for turn in range(100):
+                for turn in range(20):
                     before, served_before = listener.source.stamp(), served
                     if turn % 2:
                         for number in range(3):
@@ -128,7 +128,7 @@ async def test_a_hundred_changes_are_noticed_by_no_connection_of_others(
                     await echo_once(near, far)
                     await until(lambda served_before=served_before: served > served_before)
                 stop.set()
-            assert served >= 100
+            assert served >= 20
     assert client.calls == [f"work qubes.ForwardTCP+{port_of(server)}+mux"]
 
 

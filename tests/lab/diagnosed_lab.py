@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A lab with a forward to a server in work, whose way is walked by diagnose."""
 
-import io
 import json
 import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import dom0
 from helpers import free_port
 
-from qubes_fwd_qrexec.admin.views.cli import run
-from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.common.report import Firewall, FirewallReport, dump
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.lab.session import LabSession
@@ -36,17 +34,7 @@ class Lab:
         self.port = free_port()
 
     def run(self, *words: str) -> tuple[int, str]:
-        out, err = io.StringIO(), io.StringIO()
-        status = run(
-            words,
-            environ={"QVM_FORWARD_LAB": str(self.lab.root)},
-            now=NOW,
-            stdin=io.StringIO(),
-            out=out,
-            err=err,
-            style=Style(),
-        )
-        return status, out.getvalue() + err.getvalue()
+        return dom0.run(self.lab, *words, now=NOW)
 
     def add(self, *options: str) -> None:
         ports = f"{self.port}:{self.server.getsockname()[1]}"

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import trio
+from dom0 import forward
 from helpers import SOON_S, free_port, is_listening, until
 
 from qubes_fwd_qrexec.exposed.callwaits import WAIT_S
@@ -71,8 +72,15 @@ class Joined:
 def add(session: LabSession, server: Server, *options: str, name: str = "web") -> int:
     """Forward a free port to the server in work; the exposed port."""
     port = free_port()
-    session.forward(
-        "add", "work", f"{port}:{server.port}", "--from=any", "--listen=127.0.0.1", f"--name={name}", *options
+    forward(
+        session.lab,
+        "add",
+        "work",
+        f"{port}:{server.port}",
+        "--from=any",
+        "--listen=127.0.0.1",
+        f"--name={name}",
+        *options,
     )
     return port
 
@@ -108,7 +116,7 @@ def test_a_removed_rules_connections_end_at_once_and_those_of_others_go_on(sessi
             Joined(other_port, other_server) as of_another_port,
             Joined(inner, server) as of_another_source,
         ):
-            assert "is removed and closed" in session.forward("remove", "work", "web")
+            assert "is removed and closed" in forward(session.lab, "remove", "work", "web")
             with bounded():
                 for end in (idle.client, idle.far):
                     with pytest.raises(ConnectionResetError):
@@ -128,7 +136,7 @@ def test_dom0_ends_calls_though_the_exposed_qube_does_nothing(session: LabSessio
         with Joined(port, server) as idle:
             listener.send_signal(signal.SIGSTOP)
             try:
-                session.forward("disable", "work", "web")
+                forward(session.lab, "disable", "work", "web")
                 with bounded(), pytest.raises(ConnectionResetError):
                     idle.far.recv(1)
             finally:
@@ -142,7 +150,7 @@ def test_a_rule_that_moves_takes_its_mux_calls_along(session: LabSession, change
         session.start_listener("sys-net")
         with Joined(port, server) as idle:
             words = change.format(port=port, other=other_server.port).split()
-            session.forward("set", "work", "web", *words)
+            forward(session.lab, "set", "work", "web", *words)
             with bounded(), pytest.raises(ConnectionResetError):
                 idle.far.recv(1)
 
@@ -152,11 +160,11 @@ def test_an_expired_rules_mux_calls_end_when_it_is_applied(session: LabSession) 
         port = add(session, server)
         session.start_listener("sys-net")
         with Joined(port, server) as idle:
-            session.forward("set", "work", "web", f"expire={int(time.time()) + 1}", "--no-apply")
+            forward(session.lab, "set", "work", "web", f"expire={int(time.time()) + 1}", "--no-apply")
             end = "work: end connections that are not allowed any more"
-            trio.run(until, lambda: end in session.forward("apply", "--dry-run"))
+            trio.run(until, lambda: end in forward(session.lab, "apply", "--dry-run"))
             idle.echo()
-            assert end in session.forward("apply")
+            assert end in forward(session.lab, "apply")
             with bounded(), pytest.raises(ConnectionResetError):
                 idle.client.recv(1)
 
@@ -166,7 +174,7 @@ def test_a_change_that_keeps_the_flow_keeps_its_connections(session: LabSession)
         port = add(session, server)
         session.start_listener("sys-net")
         with Joined(port, server) as idle:
-            session.forward("set", "work", "web", "autostart=yes", "comment=still here")
+            forward(session.lab, "set", "work", "web", "autostart=yes", "comment=still here")
             idle.echo()
 
 
@@ -175,7 +183,7 @@ def test_connections_of_a_rule_that_drains_go_on(session: LabSession) -> None:
         port = add(session, server, "--on-expire=drain")
         session.start_listener("sys-net")
         with Joined(port, server) as idle:
-            session.forward("remove", "work", "web")
+            forward(session.lab, "remove", "work", "web")
             with bounded():
                 trio.run(until, lambda: not is_listening(port))
             idle.echo()
@@ -190,7 +198,7 @@ def test_a_mux_call_that_drains_takes_no_new_connection_whatever_the_exposed_qub
         with Joined(port, server) as idle:
             config = session.lab.qube_dir("sys-net").vm_config / "fwd.work.web"
             text = config.read_text()
-            session.forward("remove", "work", "web")
+            forward(session.lab, "remove", "work", "web")
             # The exposed qube goes on as if it had not been told.
             config.write_text(text)
             listener.send_signal(signal.SIGHUP)
@@ -233,7 +241,7 @@ def test_a_revocation_that_fails_is_said_and_all_else_is_closed(session: LabSess
         assert "qubes.ForwardRevoke in work ended with exit status 3" in done.stderr
         assert "What is open to work may go on: over a mux call for at most 300 s" in done.stderr
         assert session.lab.vm_config("sys-net") == {}
-        assert "Nothing to change" in session.forward("apply")
+        assert "Nothing to change" in forward(session.lab, "apply")
 
 
 def test_a_target_that_is_older_than_the_message_is_said_and_all_else_is_closed(session: LabSession) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 import trio
+from dom0 import forward
 from helpers import BOUND_S, free_port, until
 
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -35,7 +36,7 @@ class Both:
         self.port = free_port()
         route = f"{self.port}:{self._tcp.getsockname()[1]}"
         said = ("--proto=both", "--mode=qrexec", "--from=any", f"--listen={HOST}", "--name=dns", *options)
-        session.forward("add", "work", route, *said)
+        forward(session.lab, "add", "work", route, *said)
         self.listener = session.start_listener("sys-net")
         self.datagrams = self._kept(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.datagrams.connect((HOST, self.port))
@@ -95,7 +96,7 @@ def test_dom0_ends_the_calls_of_one_protocol_though_the_exposed_qube_does_nothin
         assert both.calls() == [Kind.MUX, Kind.UDP]
         both.listener.send_signal(signal.SIGSTOP)
         try:
-            session.forward("set", "work", "dns", f"proto={proto}")
+            forward(session.lab, "set", "work", "dns", f"proto={proto}")
             assert both.calls() == [left]
         finally:
             both.listener.send_signal(signal.SIGCONT)
@@ -105,10 +106,10 @@ def test_dom0_ends_the_calls_of_one_protocol_though_the_exposed_qube_does_nothin
 def test_flows_of_a_rule_that_drains_go_on_and_panic_ends_them(session: LabSession) -> None:
     with Both(session, "--on-expire=drain") as both:
         both.echo_datagram()
-        session.forward("set", "work", "dns", "proto=tcp")
+        forward(session.lab, "set", "work", "dns", "proto=tcp")
         both.echo_datagram()
         both.echo_connection()
-        session.forward("panic")
+        forward(session.lab, "panic")
         trio.run(until, lambda: both.calls() == [])
         with pytest.raises(ConnectionResetError):
             both.connection.recv(1)
@@ -118,7 +119,7 @@ def test_flows_of_a_rule_that_drains_go_on_and_panic_ends_them(session: LabSessi
 def test_what_allows_one_protocol_lets_no_call_of_the_other_through(
     session: LabSession, proto: str, other: str
 ) -> None:
-    session.forward("add", "work", "53", f"--proto={proto}", "--mode=qrexec", "--from=any")
+    forward(session.lab, "add", "work", "53", f"--proto={proto}", "--mode=qrexec", "--from=any")
 
     def status(service: str) -> int:
         call = session.in_qube("sys-net", "qrexec-client-vm", "work", f"{service}+53+mux")
