@@ -19,8 +19,8 @@ REPORT_MAX_BYTES = 2 << 20
 REASONS_MAX = 32
 # docs/behaviours.md, 45: the length of a log line.
 TEXT_MAX = 200
-# The largest signed number of 64 bits.
-_NUMBER_MAX = 2**63 - 1
+# The largest number in a report: signed, of 64 bits.
+NUMBER_MAX = 2**63 - 1
 _REASON = re.compile(r"[a-z][a-z-]{0,31}\Z", re.ASCII)
 _PRINTABLE = re.compile(r"[\x20-\x7e]*\Z", re.ASCII)
 _E = TypeVar("_E", bound=StrEnum)
@@ -81,7 +81,7 @@ class Reader:
 
     def number(self, key: str) -> int:
         untrusted = self._member(key)
-        if type(untrusted) is not int or not 0 <= untrusted <= _NUMBER_MAX:
+        if type(untrusted) is not int or not 0 <= untrusted <= NUMBER_MAX:
             raise self._error(key, "a whole number")
         return untrusted
 

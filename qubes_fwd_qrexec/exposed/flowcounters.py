@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 
+from qubes_fwd_qrexec.common.document import NUMBER_MAX
+
 
 class Dropped(StrEnum):
     """Why datagrams were dropped."""
@@ -67,7 +69,8 @@ class FlowCounters:
 
     def dropped(self, reason: Dropped, datagrams: int) -> None:
         if datagrams:
-            self.drops[reason] = self.drops.get(reason, 0) + datagrams
+            # A target may say any number, and dom0 refuses a report as a whole that has too large a one.
+            self.drops[reason] = min(self.drops.get(reason, 0) + datagrams, NUMBER_MAX)
 
     def failed(self, text: str) -> None:
         self.last_error = text, self._clock()

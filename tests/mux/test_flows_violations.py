@@ -166,13 +166,13 @@ def test_an_echo_is_not_taken_for_a_peer():
         refuses(fresh(side), wire.encode_hello(hello(side)), f"both ends say .* {side} side")
 
 
-def test_the_two_kinds_of_call_are_not_mistaken_for_each_other():
-    of_streams, of_flows = helpers.hello("target"), hello("target")
-    refuses(
-        fresh("listener"), wire.encode_hello(of_streams), "begins with b'qfwd-mux' instead of b'qfwd-udp'"
-    )
+@pytest.mark.parametrize(("side", "peer"), [("listener", "target"), ("target", "listener")])
+def test_the_two_kinds_of_call_are_not_mistaken_for_each_other(side, peer):
+    of_streams, of_flows = helpers.hello(peer), hello(peer)
+    problem = "begins with b'qfwd-mux' instead of b'qfwd-udp'"
+    refuses(fresh(side), wire.encode_hello(of_streams), problem)
     problem = "begins with b'qfwd-udp' instead of b'qfwd-mux'"
-    refuses(helpers.fresh("listener"), wire.encode_hello(of_flows), problem)
+    refuses(helpers.fresh(side), wire.encode_hello(of_flows), problem)
 
 
 @pytest.mark.parametrize("window", [1, 2048, 65536])
