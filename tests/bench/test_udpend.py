@@ -84,9 +84,9 @@ def test_what_is_not_answered_is_sent_again_and_said_to_be_lost(tmp_path: Path) 
         undo.callback(client.end)
         order = {"order": "round_trips", "address": server.getsockname(), "count": 1}
         asked = undo.enter_context(ThreadPoolExecutor()).submit(client.ask, order, BOUND_S)
-        first = server.recv(100)
-        again, who = server.recvfrom(100)
-        server.sendto(b"of somebody else", who)
+        first, who = server.recvfrom(100)
+        server.sendto(b"an answer to something else", who)
+        again = server.recv(100)
         server.sendto(again, who)
         assert first == again
         assert asked.result()["lost"] >= 1
