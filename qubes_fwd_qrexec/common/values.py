@@ -99,11 +99,24 @@ def parse_time(text: str) -> int:
     return seconds
 
 
+_YES_NO = {
+    "yes": True,
+    "on": True,
+    "true": True,
+    "1": True,
+    "no": False,
+    "off": False,
+    "false": False,
+    "0": False,
+}
+
+
 def parse_yes_no(text: str) -> bool:
-    """``yes`` or ``no``. Raises `TextError`."""
-    if text not in ("yes", "no"):
-        raise TextError(text, "yes or no")
-    return text == "yes"
+    """``yes`` or ``no``, or what Qubes' own tools take for them. Raises `TextError`."""
+    try:
+        return _YES_NO[text.lower()]
+    except KeyError:
+        raise TextError(text, "yes or no") from None
 
 
 def yes_no(value: bool) -> str:

@@ -21,7 +21,7 @@ def test_an_export_imports_into_an_empty_system_to_the_same(
     forward: Forward, lab: LabDirectory, tmp_path: Path, form: str
 ) -> None:
     forward(*ADD, "--comment", "<&> 'x' \"y\"  two")
-    forward("add", "personal", "80-82:90-92", "--from", "any", "--internal", "--expire", "+1d")
+    forward("add", "personal", "80-82:90-92", "--from", "any", "--internal", "--expire", "1d")
     forward("add", "vault", "22", "--from", "fd00::/8", "--via", "sys-net", "--disabled")
     before, exported = content(lab), forward("export", "--format", form).out
     for qube, name in (("work", "web"), ("personal", "tcp-80-82"), ("vault", "tcp-22")):

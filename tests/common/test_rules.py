@@ -134,8 +134,8 @@ BAD = [
     (f"{MINIMAL} transport=x", f"option 'transport' at column {AT}: 'x' is not one of auto, mux, call"),
     (f"{MINIMAL} proxy=on", f"option 'proxy' at column {AT}: 'on' is not one of off, v1, v2"),
     (f"{MINIMAL} on-expire=x", f"option 'on-expire' at column {AT}: 'x' is not one of cut, drain"),
-    (f"{MINIMAL} autostart=true", f"option 'autostart' at column {AT}: 'true' is not yes or no"),
-    (f"{MINIMAL} enabled=1", f"option 'enabled' at column {AT}: '1' is not yes or no"),
+    (f"{MINIMAL} autostart=maybe", f"option 'autostart' at column {AT}: 'maybe' is not yes or no"),
+    (f"{MINIMAL} enabled=2", f"option 'enabled' at column {AT}: '2' is not yes or no"),
     (f"{MINIMAL} follow-netvm=y", f"option 'follow-netvm' at column {AT}: 'y' is not yes or no"),
     (f"{MINIMAL} bypass-tunnel=", f"option 'bypass-tunnel' at column {AT}: '' is not yes or no"),
     (
@@ -357,7 +357,10 @@ def test_a_json_document_names_forward_and_option(text: str, words: str) -> None
         ("version 3", "line 1: this program reads version 2 and not '3'"),
         ("a tunnel yes\nversion 2", "line 2: a line is the qube's name, the rule's name and the rule"),
         ("a tunnel", "line 1: a line is the qube's name, the rule's name and the rule"),
-        ("a tunnel 1", "line 1: '1' is not yes or no; the name tunnel stands for the mark of a tunnel qube"),
+        (
+            "a tunnel maybe",
+            "line 1: 'maybe' is not yes or no; the name tunnel stands for the mark of a tunnel qube",
+        ),
         ("a tunnel yes\na tunnel no", "line 2: says again whether a is marked as a tunnel"),
         ("action=forward srcports=0", "line 1, option 'srcports' at column 16: '0' is not a port or range"),
     ],

@@ -127,8 +127,8 @@ DOC = "<forwards version='1'><qube name='work'>{}</qube></forwards>"
             "rule at line 2: <forwards> holds <qube> or <tunnel> elements and nothing else",
         ),
         (
-            "<forwards version='2'><tunnel qube='a'>1</tunnel></forwards>",
-            "tunnel at line 1: '1' is not yes or no; the name tunnel stands for the mark of a tunnel qube",
+            "<forwards version='2'><tunnel qube='a'>2</tunnel></forwards>",
+            "tunnel at line 1: '2' is not yes or no; the name tunnel stands for the mark of a tunnel qube",
         ),
         (
             "<forwards version='2'><tunnel qube='a'><b/></tunnel></forwards>",

@@ -121,9 +121,15 @@ def test_no_time_is_later_than_what_can_be_shown(text: str) -> None:
     assert values.parse_time("253402300799") == values.TIME_MAX
     with pytest.raises(TextError):
         values.parse_time(text)
+
+
+def test_yes_and_no_have_the_words_of_qubes_own_tools() -> None:
     assert [values.parse_yes_no(values.yes_no(value)) for value in (True, False)] == [True, False]
-    with pytest.raises(TextError, match="yes or no"):
-        values.parse_yes_no("Yes")
+    assert all(values.parse_yes_no(text) for text in ("yes", "on", "true", "1", "True"))
+    assert not any(values.parse_yes_no(text) for text in ("no", "off", "false", "0", "NO"))
+    for text in ("", "2", "y", "yes ", "none"):
+        with pytest.raises(TextError, match="yes or no"):
+            values.parse_yes_no(text)
 
 
 NOBODY = ["0.0.0.0", "0.0.0.0/8", "0.1.2.3", "224.0.0.251", "224.0.0.0/4", "255.255.255.255", "::", "ff02::1"]

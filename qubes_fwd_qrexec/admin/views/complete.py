@@ -17,7 +17,7 @@ from .parser import commands_of
 
 _YES_NO = "yes|no"
 # By the names of options in a rule. Those of `add` say in their help what their values are, but for these.
-_VALUES = {"srchosts": "SOURCE", "expire": "+8h|+1d|never", "name": ""}
+_VALUES = {"srchosts": "SOURCE", "expire": "8h|1d|never", "name": ""}
 # Options of a rule that `add` lacks, or has under another name.
 _RULE_VALUES = {"enabled": _YES_NO, "forwardtype": "|".join(ForwardType), "srchosts": "SOURCE"}
 

@@ -80,7 +80,7 @@ _ADD = (
         "--proxy", metavar="off|v1|v2", help="tell the server the client's address; it must expect that"
     ),
     _says("--autostart", "autostart", "yes", "let connections start a halted target"),
-    _argument("--expire", metavar="TIME", help="+8h, +300, +2d, a date and time, or never"),
+    _argument("--expire", metavar="TIME", help="8h, 1h30m, 18:00, tomorrow 8:00, a date and time, or never"),
     _argument("--on-expire", metavar="cut|drain", help="what happens to open connections then"),
     _argument(
         "--limits",

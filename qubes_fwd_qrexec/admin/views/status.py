@@ -356,6 +356,6 @@ def _reasons(counts: Mapping[str, int]) -> str:
 def _local(untrusted_seconds: int) -> str:
     """A time that a qube gave, in dom0's time zone; it may be out of range."""
     try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(untrusted_seconds))
+        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(untrusted_seconds))
     except (OverflowError, ValueError, OSError):
         return "an unknown time"

@@ -161,7 +161,7 @@ def test_candidates_are_those_of_the_lab_on_the_line(system: LabDirectory) -> No
         ("qvm-forward remove work ", ["web"]),
         ("qvm-forward add work 80 --mode ", ["auto", "nft", "qrexec"]),
         ("qvm-forward set work web on-", ["on-expire="]),
-        ("qvm-forward set work web expire=", ["+1d", "+8h", "never"]),
+        ("qvm-forward set work web expire=", ["1d", "8h", "never"]),
     ],
 )
 def test_bash_offers_the_same(system: LabDirectory, tmp_path: Path, line: str, offered: list[str]) -> None:

@@ -66,7 +66,7 @@ def test_refusals_and_the_last_error_are_said(forward: Command, store: Backend) 
     assert found.is_well
     assert "allows refused 3 40 5 999" in " ".join(shown(found).split())
     assert "work web: refused: 3 policy, 2 source.\n" in shown(found)
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(0))
+    at = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(0))
     assert f"work web: last error at {at}: no call.\n" in shown(found)
     report = replace(REPORT, last_error="x", last_error_at=2**63 - 1)
     assert "last error at an unknown time: x" in shown(look(store, sys_net=listening(report)))
