@@ -147,6 +147,15 @@ def new_rule(
     return named
 
 
+def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Forward:
+    """What would become of a rule if it was stored; nothing is. Its target must exist."""
+    key = named[:2]
+    after = snapshot.changed({key: str(named.rule)})
+    if decision := decided(after, [key], now).get(key):
+        after = snapshot.changed({key: str(decision.rule)})
+    return next(forward for forward in after.plan(now, [key]) if forward.named[:2] == key)
+
+
 def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | None = None) -> Changed:
     """Make a forward and open it. Raises what `new_rule` and `change` do."""
 
