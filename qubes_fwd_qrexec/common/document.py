@@ -11,11 +11,11 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from .errors import ForwardError, TextError
-from .values import Proto, parse_one_proto
+from .values import PORT_MAX, Proto, parse_one_proto
 
 VERSION = 1
-# A thousand forwards with everything that a report has about each, and room to spare.
-REPORT_MAX_BYTES = 2 << 20
+# A thousand forwards with everything that a report has about each, two thousand clients, and room to spare.
+REPORT_MAX_BYTES = 3 << 20
 REASONS_MAX = 32
 # docs/behaviours.md, 45: the length of a log line.
 TEXT_MAX = 200
@@ -84,6 +84,12 @@ class Reader:
         if type(untrusted) is not int or not 0 <= untrusted <= NUMBER_MAX:
             raise self._error(key, "a whole number")
         return untrusted
+
+    def port(self, key: str) -> int:
+        port = self.number(key)
+        if not 1 <= port <= PORT_MAX:
+            raise self._error(key, f"a port from 1 to {PORT_MAX}")
+        return port
 
     def flag(self, key: str) -> bool:
         untrusted = self._member(key)

@@ -11,6 +11,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Self
 
+from .clientreport import CLIENTS_MAX, ClientReport
 from .document import REPORT_MAX_BYTES, TEXT_MAX, VERSION, Reader, ReportError, dump, load
 from .rules import Transport
 from .values import Proto, QubeName, RuleName, TargetPorts, parse_qube_name, parse_rule_name
@@ -186,6 +187,9 @@ class ListenerReport:
 
     ``draining`` are closed forwards: one may be there twice, and under ``forwards`` again. ``bugs``: how
     many bugs of its own it has met, each of which ended only what it happened to.
+
+    ``clients`` are those that are connected, the last that moved first, and ``clients_left_out`` how many
+    more there are. None: nobody asked for them, or the listener is too old to tell.
     """
 
     since: int
@@ -194,9 +198,11 @@ class ListenerReport:
     left_out: int = 0
     draining: tuple[DrainingReport, ...] = ()
     bugs: int = 0
+    clients: tuple[ClientReport, ...] | None = None
+    clients_left_out: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        told: dict[str, Any] = {
             "version": VERSION,
             "since": self.since,
             "forwards": [forward.as_json() for forward in self.forwards],
@@ -205,6 +211,10 @@ class ListenerReport:
             "draining": [forward.as_json() for forward in self.draining],
             "bugs": self.bugs,
         }
+        if self.clients is not None:
+            told["clients"] = [client.as_json() for client in self.clients]
+            told["clients_left_out"] = self.clients_left_out
+        return told
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
@@ -214,6 +224,10 @@ class ListenerReport:
     @classmethod
     def read(cls, untrusted: Reader) -> Self:
         untrusted.check_version()
+
+        def clients(key: str) -> tuple[ClientReport, ...] | None:
+            return untrusted.several(key, CLIENTS_MAX, ClientReport.read)
+
         return cls(
             since=untrusted.number("since"),
             forwards=untrusted.several("forwards", FORWARDS_MAX, ForwardReport.read),
@@ -221,6 +235,8 @@ class ListenerReport:
             left_out=untrusted.number("left_out"),
             draining=untrusted.several("draining", FORWARDS_MAX, DrainingReport.read),
             bugs=untrusted.number("bugs"),
+            clients=untrusted.given("clients", clients, None),
+            clients_left_out=untrusted.given("clients_left_out", untrusted.number, 0),
         )
 
     def find(self, target: str, name: str, proto: Proto = Proto.TCP) -> ForwardReport | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The names of our qrexec services in a target."""
+"""The names of our qrexec services in a qube."""
 
 FORWARD_SERVICE = "qubes.ForwardTCP"
 """Carries connections of TCP; an exposed qube calls it where dom0's policy says so."""
@@ -11,3 +11,5 @@ STATUS_SERVICE = "qubes.ForwardStatus"
 """Reports the status of a qube's forwards; dom0 alone may call it."""
 NFT_SERVICE = "qubes.ForwardNft"
 """Reports which forwards are in force in a qube's firewall; dom0 alone may call it."""
+CUT_SERVICE = "qubes.ForwardCut"
+"""Cuts connections to a forward, at once; dom0 alone may call it, as root."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rule_strategies import words
 
 from qubes_fwd_qrexec.common import document, report
+from qubes_fwd_qrexec.common.clientreport import CLIENTS_MAX, ClientReport, parse_client_address
 from qubes_fwd_qrexec.common.report import (
     Answer,
     CallsReport,
@@ -294,4 +295,16 @@ def test_the_largest_report_fits() -> None:
     }
     whole = FORWARD.as_json() | longest | dict.fromkeys(("since", "sent", "received", "total"), 2**63 - 1)
     forwards = len(report.dump(whole)) * report.FORWARDS_MAX
-    assert forwards < report.REPORT_MAX_BYTES
+    client = ClientReport(
+        target=QubeName("a" * 31),
+        name=RuleName("a" * 16),
+        proto=Proto.UDP,
+        address=parse_client_address(f"fe80:{':'.join(['1111'] * 7)}%{'a' * 15}"),
+        port=65535,
+        since=2**63 - 1,
+        sent=2**63 - 1,
+        received=2**63 - 1,
+        idle_s=2**63 - 1,
+    )
+    clients = len(report.dump(client.as_json())) * CLIENTS_MAX
+    assert forwards + clients < report.REPORT_MAX_BYTES
