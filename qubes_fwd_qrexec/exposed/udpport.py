@@ -18,16 +18,20 @@ from qubes_fwd_qrexec.mux import Buffer, FlowCode, ProxyVersion
 from qubes_fwd_qrexec.relay.acceptloop import BindError, address_text, bind_trouble
 from qubes_fwd_qrexec.relay.loop import READ, Loop
 from qubes_fwd_qrexec.system import datagrams
-from qubes_fwd_qrexec.system.datagrams import MAX_DATAGRAM_BYTES, Address, Arrived, Control
+from qubes_fwd_qrexec.system.datagrams import (
+    MAX_DATAGRAM_BYTES,
+    READ_MAX_BYTES,
+    READS_MAX,
+    Address,
+    Arrived,
+    Control,
+)
 
 from .connectionlog import FlowHow
 from .flow import Flow
 from .flowcounters import Dropped, FlowCounters
 from .limits import NotAdmitted
 
-# What is read from one socket in one turn of the loop: so often, or until so many bytes have come.
-READS_MAX = 64
-READ_MAX_BYTES = 128 << 10
 # Where what comes in a burst waits for this program's next turn. The kernel gives as much as it may: with its
 # default net.core.rmem_max room for 554 small datagrams, twice as many as a socket has that asks for none.
 _RECEIVE_BYTES = 1 << 20
@@ -112,6 +116,7 @@ class UdpPort:
         self._owner = owner
         self.counters = owner.counters
         self._lost = 0
+        self._turn = -1
         self._is_closed = False
         # Whose flow was refused, and until when it begins no other one; the oldest first.
         self._refused: dict[tuple[Address, bytes], float] = {}
@@ -136,6 +141,10 @@ class UdpPort:
     def _on_readable(self, _events: int) -> None:
         now = time.monotonic()
         left_bytes = READ_MAX_BYTES
+        # What comes after a pause is mostly one datagram, and looking for another one costs a system call. If
+        # there are more, the next turn takes them together.
+        is_one = self._loop.turn != self._turn + 1
+        self._turn = self._loop.turn
         for _ in range(READS_MAX):
             try:
                 arrived = datagrams.receive(self._sock)
@@ -153,7 +162,7 @@ class UdpPort:
             end = _go_on if flow is None else flow.fail
             self._loop.guarded(end, self._take, flow, arrived, now)
             left_bytes -= len(arrived.data)
-            if left_bytes <= 0 or self._is_closed:
+            if is_one or left_bytes <= 0 or self._is_closed:
                 return
 
     def _pause(self) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from qubes_fwd_qrexec.mux import (
+    MAX_DATAGRAM_BYTES,
     DatagramsReceived,
     FlowCode,
     FlowConnection,
@@ -98,6 +99,7 @@ class FlowMux(MuxBase):
         self._owner = owner
         self._queue = FlowQueue(owner.dropped)
         self._told_lost = (0, 0)
+        self._sent_turn = -1
         writer = CallWriter(loop, connection, sink, self._flush_soon, self._call_broken, self.fail)
         super().__init__(loop, connection, source, writer, owner, hello_s)
 
@@ -149,12 +151,25 @@ class FlowMux(MuxBase):
         """
         if flow_id not in self.flows:
             return self._queue.drop_late(flow_id, data, segment)
+        if self._is_lone() and not segment and len(data) <= MAX_DATAGRAM_BYTES:
+            self.connection.send_datagrams(flow_id, data)
+            self._writer.send()
+            return 0
         dropped = self._queue.add(flow_id, data, segment, time.monotonic())
         if self._queue.bytes >= _WRITE_BYTES and self._writer.is_empty:
             self._write()
         else:
             self._flush_soon()
         return dropped
+
+    def _is_lone(self) -> bool:
+        """Whether a datagram comes after a pause, in a turn that serves nothing else: then it does not wait
+        for the turn's end. Those that follow it do, to go together.
+        """
+        turn, before = self.loop.turn, self._sent_turn
+        self._sent_turn = turn
+        is_first = self.loop.is_alone and turn > before + 1
+        return is_first and not self._queue.bytes and self._writer.is_empty
 
     def end(self, flow_id: int, code: FlowCode) -> None:
         """End a flow, whose end here hears nothing of that; does nothing if it is over.

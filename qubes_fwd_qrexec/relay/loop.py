@@ -53,7 +53,8 @@ class Loop:
         """Calls a function that may fail by itself, given what ends it then."""
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Handler, End, int]] = {}
-        self._turn = 0
+        self.turn = 0
+        """The number of this turn."""
         self.is_alone = False
         """Whether the descriptor being served is the only one in this turn, so that its output need not wait
         for the turn's end."""
@@ -85,7 +86,7 @@ class Loop:
         Raises OSError when the kernel can watch no more descriptors.
         """
         self._epoll.register(fd, mask)
-        self._handlers[fd] = (handler, end, self._turn)
+        self._handlers[fd] = (handler, end, self.turn)
 
     def change(self, fd: int, mask: int) -> None:
         self._epoll.modify(fd, mask)
@@ -116,14 +117,14 @@ class Loop:
             if timeout_s is None or due_s < timeout_s:
                 timeout_s = due_s
         news = self._epoll.poll(timeout_s, _EVENTS_MAX)
-        self._turn += 1
+        self.turn += 1
         due = self._take_due() if self._timers else ()
         self.is_alone = len(news) == 1
         for fd, events in news:
             # A descriptor watched since this turn began may have the number of one that was closed in this
             # turn: the event was about that one.
             found = self._handlers.get(fd)
-            if found is not None and found[2] != self._turn:
+            if found is not None and found[2] != self.turn:
                 self.guarded(found[1], found[0], events)
         for timer in due:
             if timer.callback is not None:

@@ -25,6 +25,9 @@ Control = tuple[int, int, bytes]
 
 # The most that UDP over IPv4 carries: 65535 without the headers of IP and UDP.
 MAX_DATAGRAM_BYTES = 65_507
+# What is read from one socket in one turn of a loop: so often, or until so many bytes have come.
+READS_MAX = 64
+READ_MAX_BYTES = 128 << 10
 # linux/udp.h, before Linux 6.9 (then 128).
 MAX_SEGMENTS = 64
 

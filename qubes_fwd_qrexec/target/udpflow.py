@@ -18,6 +18,8 @@ from qubes_fwd_qrexec.relay.loop import READ, Loop
 from qubes_fwd_qrexec.system.datagrams import (
     MAX_DATAGRAM_BYTES,
     MAX_SEGMENTS,
+    READ_MAX_BYTES,
+    READS_MAX,
     Buffer,
     count,
     receive_batches,
@@ -34,8 +36,6 @@ ANSWERED_S = 120.0
 # What is kept for the next address: so many first batches of a flow, and so many bytes of all flows.
 _KEPT_MAX = 4
 KEPT_BYTES = 4 << 20
-# How much of one flow is received in one turn of the loop, so that others get theirs.
-_TURN = 64
 # How often to try for a socket that does not have the server's own port.
 _TRIES = 3
 
@@ -117,6 +117,7 @@ class UdpFlow:
         "_owner",
         "_receive_bytes",
         "_sock",
+        "_turn",
     )
 
     def __init__(
@@ -133,6 +134,7 @@ class UdpFlow:
         self._is_answered = False
         self._moved_at = time.monotonic()
         self._lost = 0
+        self._turn = -1
         self._connect()
 
     def is_idle(self, now: float) -> bool:
@@ -195,7 +197,11 @@ class UdpFlow:
         if self._sock is None:
             return
         problem: FlowCode | None = None
-        for _ in range(_TURN):
+        left_bytes = READ_MAX_BYTES
+        turn = self._owner.loop.turn
+        is_one = turn != self._turn + 1  # as in `exposed.udpport`
+        self._turn = turn
+        for _ in range(READS_MAX):
             try:
                 data, segment, lost = receive_connected(self._sock)
             except BlockingIOError:
@@ -212,6 +218,9 @@ class UdpFlow:
             self._owner.lost_by_kernel += (lost - self._lost) % (1 << 32)
             self._lost = lost
             self._owner.answer(self._event.flow_id, data, segment)
+            left_bytes -= len(data)
+            if is_one or left_bytes <= 0:
+                break
         if problem is not None:
             self._closed_there(problem)
 

@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.mux import (
 )
 from qubes_fwd_qrexec.relay.flowmux import FlowMux
 from qubes_fwd_qrexec.relay.flowqueue import CALL_BYTES, WAIT_S
-from qubes_fwd_qrexec.relay.loop import Loop
+from qubes_fwd_qrexec.relay.loop import READ, Loop
 
 
 @pytest.fixture
@@ -191,6 +191,35 @@ def test_a_burst_of_one_turn_is_written_while_it_comes(bench: FlowBench) -> None
         assert bench.listener.send(flow_id, bytes(60_000), 0) == 0
     assert bench.listener.bytes_waiting < 100_000  # in the same turn
     bench.run(lambda: len(there.datagrams) == 3)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_lone_datagram_does_not_wait_for_the_end_of_its_turn(bench: FlowBench, is_alone: bool) -> None:
+    flow_id, _, there = bench.joined()
+    bench.settle()
+    (one, other), (busy, peer) = unix_pair(), unix_pair()
+    loop, waits = bench.listener.loop, list[bool]()
+
+    def serve(_: int) -> None:
+        one.recv(1)
+        for data in (b"one", b"two", b"six"):
+            bench.listener.send(flow_id, data, 0)
+            waits.append(bench.listener.bytes_waiting > 0)
+
+    with one, other, busy, peer:
+        loop.watch(one.fileno(), READ, serve, bench.listener.fail)
+        loop.watch(busy.fileno(), READ, lambda _: None, bench.listener.fail)
+        if not is_alone:
+            peer.send(b"x")
+        for _ in range(2):  # the second time it comes in the turn behind, and goes with the others
+            other.send(b"x")
+            loop.run_once(0.0)
+        loop.unwatch(one.fileno())
+        loop.unwatch(busy.fileno())
+    assert waits == [not is_alone, True, True] + [True] * 3
+    bench.run(lambda: len(there.datagrams) == 6)
+    assert there.batches[0] == ((b"one", 0) if is_alone else (b"onetwosix", 3))
+    assert there.batches[-1] == (b"onetwosix", 3)
 
 
 def test_the_listener_side_learns_what_the_target_side_dropped(bench: FlowBench) -> None:

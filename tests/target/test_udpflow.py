@@ -13,7 +13,7 @@ from udpservice_bench import udp_port, udp_server
 
 from qubes_fwd_qrexec.mux import MAX_DATAGRAM_BYTES, MAX_SEGMENTS, FlowCode, FlowRequested, ProxyVersion
 from qubes_fwd_qrexec.relay.loop import Loop
-from qubes_fwd_qrexec.system.datagrams import count
+from qubes_fwd_qrexec.system.datagrams import READ_MAX_BYTES, READS_MAX, count
 from qubes_fwd_qrexec.target.udpflow import UdpFlow, with_header
 
 _RECEIVE_BYTES = 212_992
@@ -79,12 +79,15 @@ def test_a_server_that_sends_much_leaves_others_their_turn(owner: _Owner) -> Non
     with udp_server() as server, closing(_flow_to(owner, udp_port(server))) as flow:
         flow.deliver(memoryview(b"ask"), 0)
         _, client = server.recvfrom(100)
-        for _ in range(100):
+        for _ in range(READS_MAX + 6):
             server.sendto(b"answer", client)
+        for answers in (1, READS_MAX + 1, READS_MAX + 6):  # after a pause one is looked for, and then all
+            owner.loop.run_once(0.0)
+            assert len(owner.answers) == answers
+        for _ in range(4):
+            server.sendto(bytes(45_000), client)
         owner.loop.run_once(0.0)
-        assert len(owner.answers) == 64
-        owner.loop.run_once(0.0)
-        assert len(owner.answers) == 100
+        assert len(owner.answers) == READS_MAX + 6 + -(-READ_MAX_BYTES // 45_000)
 
 
 def test_after_its_end_it_takes_nothing_and_says_so_in_numbers(owner: _Owner) -> None:
