@@ -21,10 +21,10 @@ from qubes_fwd_qrexec.system import datagrams
 from qubes_fwd_qrexec.system.datagrams import (
     MAX_DATAGRAM_BYTES,
     READ_MAX_BYTES,
-    READS_MAX,
     Address,
     Arrived,
     Control,
+    reads,
 )
 
 from .connectionlog import FlowHow
@@ -145,7 +145,7 @@ class UdpPort:
         # there are more, the next turn takes them together.
         is_one = self._loop.turn != self._turn + 1
         self._turn = self._loop.turn
-        for _ in range(READS_MAX):
+        for _ in range(reads(self._loop.served)):
             try:
                 arrived = datagrams.receive(self._sock)
             except BlockingIOError:

@@ -118,7 +118,7 @@ class Leg(WatchedSocket):
 
     def _pull(self) -> None:
         """Read while frames are full and there is credit, and send everything on in the same turn."""
-        if not self.is_bulk and self._loop.is_alone and not self._pull_one():
+        if not self.is_bulk and self._loop.served == 1 and not self._pull_one():
             return
         stop_at = self.sent + TURN_BYTES
         while self.sent < stop_at:

@@ -55,9 +55,9 @@ class Loop:
         self._handlers: dict[int, tuple[Handler, End, int]] = {}
         self.turn = 0
         """The number of this turn."""
-        self.is_alone = False
-        """Whether the descriptor being served is the only one in this turn, so that its output need not wait
-        for the turn's end."""
+        self.served = 0
+        """How many descriptors this turn serves. The output of a lone one need not wait for the turn's end,
+        and where there are many, each should do less."""
         self._soon: list[tuple[Callable[[], None], End]] = []
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -119,7 +119,7 @@ class Loop:
         news = self._epoll.poll(timeout_s, _EVENTS_MAX)
         self.turn += 1
         due = self._take_due() if self._timers else ()
-        self.is_alone = len(news) == 1
+        self.served = len(news)
         for fd, events in news:
             # A descriptor watched since this turn began may have the number of one that was closed in this
             # turn: the event was about that one.

@@ -25,7 +25,8 @@ Control = tuple[int, int, bytes]
 
 # The most that UDP over IPv4 carries: 65535 without the headers of IP and UDP.
 MAX_DATAGRAM_BYTES = 65_507
-# What is read from one socket in one turn of a loop: so often, or until so many bytes have come.
+# What is read in one turn of a loop: so often from all sockets that have something, but from each once; and
+# from one socket until so many bytes have come.
 READS_MAX = 64
 READ_MAX_BYTES = 128 << 10
 # linux/udp.h, before Linux 6.9 (then 128).
@@ -89,6 +90,11 @@ _SENT_ONE, _NO_ROOM_LEFT = Sent(1), Sent(0)
 def count(length: int, segment: int) -> int:
     """How many datagrams a batch of ``length`` bytes has."""
     return -(-length // segment) if segment else 1
+
+
+def reads(sockets: int) -> int:
+    """How often each of so many sockets may be read in one turn of a loop."""
+    return max(1, READS_MAX // max(1, sockets))
 
 
 def receive_batches(sock: socket.socket) -> None:

@@ -19,9 +19,9 @@ from qubes_fwd_qrexec.system.datagrams import (
     MAX_DATAGRAM_BYTES,
     MAX_SEGMENTS,
     READ_MAX_BYTES,
-    READS_MAX,
     Buffer,
     count,
+    reads,
     receive_batches,
     receive_connected,
     send,
@@ -198,10 +198,10 @@ class UdpFlow:
             return
         problem: FlowCode | None = None
         left_bytes = READ_MAX_BYTES
-        turn = self._owner.loop.turn
-        is_one = turn != self._turn + 1  # as in `exposed.udpport`
-        self._turn = turn
-        for _ in range(READS_MAX):
+        loop = self._owner.loop
+        is_one = loop.turn != self._turn + 1  # as in `exposed.udpport`
+        self._turn = loop.turn
+        for _ in range(reads(loop.served)):
             try:
                 data, segment, lost = receive_connected(self._sock)
             except BlockingIOError:

@@ -89,6 +89,19 @@ def test_only_so_much_is_read_in_one_turn() -> None:
         assert sum(map(len, bench.carried.data)) == 8 * 45_000
 
 
+def test_the_more_ports_have_something_the_less_is_read_of_each() -> None:
+    """So that a flood of many ports holds up nobody for longer than one of a single port."""
+    with FlowBench(udp_config("127.0.0.1,127.0.0.2,127.0.0.3,127.0.0.4")) as bench:
+        for last in range(1, 5):
+            client = bench.client(f"127.0.0.{last}")
+            for _ in range(READS_MAX):
+                client.send(b"x")
+        bench.turn()
+        assert len(bench.carried.sent) == 4
+        bench.turn()
+        assert len(bench.carried.sent) == 4 + READS_MAX
+
+
 def test_a_batch_of_one_client_comes_as_one() -> None:
     with FlowBench() as bench:
         client = bench.client()

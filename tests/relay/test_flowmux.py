@@ -223,6 +223,7 @@ def test_a_lone_datagram_does_not_wait_for_the_end_of_its_turn(bench: FlowBench,
 
 
 def test_the_listener_side_learns_what_the_target_side_dropped(bench: FlowBench) -> None:
+    assert bench.listener.lost_there == (0, 0)
     bench.target.report_lost(3, 4)
     bench.second()
     assert bench.listener.lost_there == (3, 4)

@@ -10,7 +10,7 @@ import pytest
 from helpers import BOUND_S
 
 from qubes_fwd_qrexec.system import datagrams
-from qubes_fwd_qrexec.system.datagrams import MAX_DATAGRAM_BYTES, Arrived, Sent
+from qubes_fwd_qrexec.system.datagrams import MAX_DATAGRAM_BYTES, READS_MAX, Arrived, Sent, reads
 
 # asm-generic/socket.h. The kernel sends no batch for a socket that leaves out checksums.
 _SO_NO_CHECK = 11
@@ -242,3 +242,14 @@ def test_what_the_kernel_lost_for_want_of_room_is_counted(sockets: _Sockets) -> 
 )
 def test_how_many_datagrams_a_batch_has(length: int, segment: int, datagrams_of: int) -> None:
     assert datagrams.count(length, segment) == datagrams_of
+
+
+def test_all_sockets_of_a_turn_share_what_is_read_in_it_and_each_is_read_once() -> None:
+    assert [reads(sockets) for sockets in (0, 1, 2, 5, READS_MAX, 10 * READS_MAX)] == [
+        READS_MAX,
+        READS_MAX,
+        READS_MAX // 2,
+        READS_MAX // 5,
+        1,
+        1,
+    ]
