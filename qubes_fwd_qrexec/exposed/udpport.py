@@ -143,9 +143,9 @@ class UdpPort:
         left_bytes = READ_MAX_BYTES
         # What comes after a pause is mostly one datagram, and looking for another one costs a system call. If
         # there are more, the next turn takes them together.
-        is_one = self._loop.turn != self._turn + 1
+        most = 1 if self._loop.turn != self._turn + 1 else reads(self._loop.served)
         self._turn = self._loop.turn
-        for _ in range(reads(self._loop.served)):
+        for _ in range(most):
             try:
                 arrived = datagrams.receive(self._sock)
             except BlockingIOError:
@@ -162,7 +162,7 @@ class UdpPort:
             end = _go_on if flow is None else flow.fail
             self._loop.guarded(end, self._take, flow, arrived, now)
             left_bytes -= len(arrived.data)
-            if is_one or left_bytes <= 0 or self._is_closed:
+            if left_bytes <= 0 or self._is_closed:
                 return
 
     def _pause(self) -> None:

@@ -168,8 +168,7 @@ class FlowMux(MuxBase):
         """
         turn, before = self.loop.turn, self._sent_turn
         self._sent_turn = turn
-        is_first = self.loop.served == 1 and turn > before + 1
-        return is_first and not self._queue.bytes and self._writer.is_empty
+        return self.loop.served == 1 and turn > before + 1 and self._writer.is_empty
 
     def end(self, flow_id: int, code: FlowCode) -> None:
         """End a flow, whose end here hears nothing of that; does nothing if it is over.

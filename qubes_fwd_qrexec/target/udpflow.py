@@ -19,6 +19,7 @@ from qubes_fwd_qrexec.system.datagrams import (
     MAX_DATAGRAM_BYTES,
     MAX_SEGMENTS,
     READ_MAX_BYTES,
+    READS_MAX,
     Buffer,
     count,
     reads,
@@ -199,9 +200,11 @@ class UdpFlow:
         problem: FlowCode | None = None
         left_bytes = READ_MAX_BYTES
         loop = self._owner.loop
-        is_one = loop.turn != self._turn + 1  # as in `exposed.udpport`
+        most = 1 if loop.turn != self._turn + 1 else reads(loop.served)  # as in `exposed.udpport`
         self._turn = loop.turn
-        for _ in range(reads(loop.served)):
+        for number in range(READS_MAX):
+            if problem is None and number >= most:
+                break
             try:
                 data, segment, lost = receive_connected(self._sock)
             except BlockingIOError:
@@ -219,7 +222,7 @@ class UdpFlow:
             self._lost = lost
             self._owner.answer(self._event.flow_id, data, segment)
             left_bytes -= len(data)
-            if is_one or left_bytes <= 0:
+            if left_bytes <= 0:
                 break
         if problem is not None:
             self._closed_there(problem)

@@ -4,11 +4,11 @@
 from itertools import pairwise
 
 import pytest
-from flow_bench import FlowBench, Kept
+from flow_bench import ORIGIN, FlowBench, Kept
 from helpers import unix_pair
 from mux_bench import MuxBench
 
-from qubes_fwd_qrexec.mux import FlowCode, wire
+from qubes_fwd_qrexec.mux import FlowCode, ProxyVersion, wire
 from qubes_fwd_qrexec.relay.loop import READ
 from qubes_fwd_qrexec.relay.muxbase import TURN_FRAMES
 
@@ -72,6 +72,16 @@ def test_others_of_the_loop_have_their_turn_while_a_flood_is_taken() -> None:
         assert all(later - earlier <= TURN_FRAMES for earlier, later in pairwise([0, *seen]))
 
 
+def test_what_comes_while_a_flood_is_taken_waits_for_its_turn() -> None:
+    with FlowBench() as bench:
+        _, _, there = bench.joined()
+        bench.calls[0].send(datagrams(1, b"x") * COUNT)
+        bench.target.loop.run_once(0.0)
+        bench.calls[0].send(datagrams(1, b"later"))
+        bench.run(lambda: len(there.datagrams) > COUNT)
+        assert there.datagrams == [b"x"] * COUNT + [b"later"]
+
+
 def test_a_violation_behind_a_flood_ends_the_call_when_its_turn_comes() -> None:
     with FlowBench() as bench:
         _, _, there = bench.joined()
@@ -87,11 +97,14 @@ def test_a_violation_behind_a_flood_ends_the_call_when_its_turn_comes() -> None:
 def test_what_a_flood_has_left_is_dropped_with_its_call(is_abandoned: bool) -> None:
     with FlowBench() as bench:
         _, _, there = bench.joined()
-        bench.calls[0].send(datagrams(1, b"x") * COUNT)
+        begin = wire.encode_flow(2, wire.FlowRequest(53, ORIGIN, ProxyVersion.OFF))
+        bench.calls[0].send(datagrams(1, b"x") * COUNT + begin)
         bench.target.loop.run_once(0.0)
         taken = len(there.datagrams)
         (bench.target.abandon if is_abandoned else bench.target.fail)()
-        bench.target.loop.run_once(0.0)
+        for _ in range(5):
+            bench.target.loop.run_once(0.0)
+        assert len(bench.target_owner.requests) == 1
         assert (len(there.datagrams), there.code is None) == (taken, False)
         assert taken == TURN_FRAMES
 

@@ -179,6 +179,18 @@ def test_where_nobody_is_the_flow_is_refused_and_a_later_one_finds_who_came() ->
             bench.run(lambda: kept.datagrams == [b"ask"])
 
 
+def test_what_a_server_sent_before_it_closed_its_port_arrives_before_the_end() -> None:
+    with udp_server() as server, _bench_of(udp_port(server)) as bench:
+        flow_id, kept = bench.ask(udp_port(server))
+        _, client = server.recvfrom(100)
+        for answer in (b"a", b"bb", b"ccc"):
+            server.sendto(answer, client)
+        server.close()
+        bench.listener.send(flow_id, b"x", 0)
+        bench.run(lambda: kept.code)
+        assert (kept.code, kept.datagrams) == (FlowCode.REFUSED, [b"a", b"bb", b"ccc"])
+
+
 def test_a_batch_to_a_closed_port_is_refused_too() -> None:
     port = _closed_port()
     with no_fds_left(), _bench_of(port) as bench:
