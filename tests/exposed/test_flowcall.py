@@ -46,3 +46,19 @@ async def test_what_a_target_drops_counts_for_each_forward_that_has_had_a_flow_i
             call.lost(3, 1)
             assert [counters.drops for counters in forwards] == [{"late": 3, "target": 3}] * 2 + [{}]
             call.mux = None
+
+
+async def test_a_flow_that_its_forward_ends_sends_nothing_more() -> None:
+    """docs/behaviours.md, 62."""
+    async with open_relay_thread() as relays:
+        with FlowBench() as bench:
+            call = FlowCall(relays, TargetPorts.parse("53"), Nobody())
+            call.mux = bench.listener
+            flow_id = call.begin(Flow(FlowCounters()))
+            bench.settle()
+            call.send(flow_id, b"late", 2, 0.0)
+            call.end(flow_id, FlowCode.DONE)
+            there = bench.target_owner.kept[flow_id]
+            bench.run(lambda: there.code)
+            assert there.datagrams == []
+            call.mux = None

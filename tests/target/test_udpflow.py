@@ -2,7 +2,7 @@
 """One flow of the target and a real server, without a call."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 from flow_bench import ORIGIN
@@ -88,6 +88,19 @@ def test_a_server_that_sends_much_leaves_others_their_turn(owner: _Owner) -> Non
             server.sendto(bytes(45_000), client)
         owner.loop.run_once(0.0)
         assert len(owner.answers) == READS_MAX + 6 + -(-READ_MAX_BYTES // 45_000)
+
+
+def test_the_more_flows_have_something_the_less_is_received_for_each(owner: _Owner) -> None:
+    with udp_server() as server, ExitStack() as flows:
+        for _ in range(4):
+            flow = flows.enter_context(closing(_flow_to(owner, udp_port(server))))
+            flow.deliver(memoryview(b"ask"), 0)
+            _, client = server.recvfrom(100)
+            for _ in range(READS_MAX):
+                server.sendto(b"answer", client)
+        for answers in (4, 4 + READS_MAX):
+            owner.loop.run_once(0.0)
+            assert len(owner.answers) == answers
 
 
 def test_after_its_end_it_takes_nothing_and_says_so_in_numbers(owner: _Owner) -> None:
