@@ -147,6 +147,12 @@ def test_a_flow_has_a_bound_and_loses_its_oldest(queue: FlowQueue) -> None:
     assert queue.dropped_full == 1
 
 
+def test_no_more_is_taken_at_once_than_was_asked_for_of_empty_datagrams_either(queue: FlowQueue) -> None:
+    for _ in range(100):
+        queue.add(1, b"", 0, 0.0)
+    assert len(_taken(queue, 10 * COST_BYTES)) == 10
+
+
 def test_empty_datagrams_have_a_bound_too(queue: FlowQueue) -> None:
     for _ in range(100_000):
         queue.add(1, b"", 0, 0.0)
