@@ -90,6 +90,8 @@ class CallBudget:
         self._services: dict[tuple[str, str], Brake] = {}
         self._full_until: dict[tuple[str, str], float] = {}
         """Until when a refusal of the service beside live calls may mean a full target."""
+        self._freed_at = -math.inf
+        """When a call that had room ended last."""
         self._is_looking = False
 
     @property
@@ -185,7 +187,8 @@ class CallBudget:
         place.has_failed = True
         others = [] if place.is_through else self._beside(place, status)
         again_at = place.began_at + self._waits.again_s
-        if status == ExitStatus.NO_ROOM and others:
+        # Who had the room may be over before this is heard of.
+        if status == ExitStatus.NO_ROOM and (others or place.began_at <= self._freed_at):
             self._here.put_on(len(others), again_at, meaning(status))
             return True
         living = sum(other.wanted.target == wanted.target for other in others)
@@ -325,6 +328,8 @@ class CallBudget:
 
     def _end(self, place: Place) -> None:
         self._places.discard(place)
+        if not place.has_failed:
+            self._freed_at = trio.current_time()
         self._queue.release(place.wanted.key)
         for brake in self._brakes(place.wanted):
             brake.ended(place)

@@ -281,6 +281,22 @@ async def test_calls_that_begin_together_and_find_no_room_wait_for_those_that_be
         assert served(clients) == 2
 
 
+async def test_a_call_that_found_no_room_beside_one_that_is_over_since_is_made_again(
+    autojump_clock: MockClock,
+) -> None:
+    """On a busy machine its end may be heard of first. Alone it is refused, as nothing will make room."""
+    async with bench_of(20) as bench:
+        (had_room,) = await bench.have(1)
+        (found_none,) = await bench.want("r/s")
+        had_room.end()
+        await had_room.ended.wait()
+        assert found_none.failed(ExitStatus.NO_ROOM)
+        (again,) = await bench.want("r/s")
+        assert not again.has_call
+        await bench.until(lambda: again.has_call)
+        assert not again.failed(ExitStatus.NO_ROOM)
+
+
 async def test_the_last_of_those_that_found_no_room_is_refused_and_with_it_all_who_wait(
     autojump_clock: MockClock,
 ) -> None:
