@@ -27,7 +27,7 @@ from .processes import BenchError, Child
 _HOST = "127.0.0.1"
 # All load comes from one client, which by default may have fewer connections than are held.
 _LIMITS = Limits(connections=12_000, per_source=12_000, rate=100_000)
-_READY_S = 15.0
+_READY_S = 60.0
 _RETRY_S = 0.02
 
 

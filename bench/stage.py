@@ -15,7 +15,7 @@ from .memory import descendants, open_files
 from .peers import Peer, Setting
 from .processes import Child
 
-_READY_S = 20.0
+_READY_S = 60.0
 _SETTLE_S = 10.0
 _LOOK_S = 0.005
 # When nothing has changed for so long, all is up and at rest.

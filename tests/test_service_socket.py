@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from agents import connect_as_agent
-from helpers import BOUND_S, KILLED_S, SOON_S, accept, listening_socket, no_fds_left, port_of
+from helpers import BOUND_S, KILLED_S, accept, listening_socket, no_fds_left, port_of
 from helpers import until as until_true
 from noted import after_a_tick
 from processes import TARGET, Way, World, assert_reset, open_world, until, with_constants
@@ -324,7 +324,7 @@ def test_a_single_call_that_is_lost_ends_though_the_agent_closes_nothing(
             if not is_half_closed:
                 call.shutdown(socket.SHUT_WR)
             call.shutdown(socket.SHUT_RD)
-            until(lambda: living(home) == [], SOON_S)
+            until(lambda: living(home) == [])
 
 
 def test_a_single_call_whose_server_has_ended_and_takes_nothing_has_a_bound(
@@ -338,4 +338,4 @@ def test_a_single_call_whose_server_has_ended_and_takes_nothing_has_a_bound(
             assert call.recv(1) == b""
             fill(call)
             call.shutdown(socket.SHUT_WR)
-            until(lambda: living(home) == [], SOON_S)
+            until(lambda: living(home) == [])
