@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,27 @@ from typing import Any
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, TextError, UsageError, why
 
+from . import directory
 from .directory import LabDirectory
+from .interrupts import ended_by_signals
 from .knobs import KNOBS
 
 _LAB_VARIABLE = "QVM_FORWARD_LAB"
+_EXAMPLES = f"""\
+examples:
+  qvm-forward-lab demo                                        see it all, in a lab of its own
+  qvm-forward-lab init /tmp/lab; export {_LAB_VARIABLE}=/tmp/lab
+  qvm-forward-lab up                                          as root: with networks and firewalls
+  qvm-forward-lab listen sys-net                              what its units start
+  qvm-forward add work 8000:8080 --from any                   in dom0
+  qvm-forward-lab run work -- python3 -m http.server 8080     in the qube work
+  qvm-forward-lab run lan -- curl http://192.168.77.1:8000/   on the LAN
+  qvm-forward-lab prefs work netvm sys-vpn                    qvm-prefs of Qubes; so are service, clone, ...
+  qvm-forward-lab shutdown work                               and all that runs in it
+  qvm-forward-lab down
+
+The manual page is qvm-forward-lab(1).
+"""
 _DIFFERENCES_SHOWN = 5
 _START = "qvm-forward-lab start"
 # Subcommands that have a module of their own, with add_arguments(parser) and run(arguments) -> int.
@@ -47,24 +65,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(_command(words)).parse_args(words)
     try:
-        status: int = arguments.action(arguments)
+        # What `run` becomes has the signals to itself.
+        with nullcontext() if arguments.command == "run" else ended_by_signals():
+            status: int = arguments.action(arguments)
         sys.stdout.flush()
     except (UsageError, TextError) as error:
-        print(f"qvm-forward-lab: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except ForwardError as error:
-        print(f"qvm-forward-lab: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except BrokenPipeError:
         # The reader of our output is gone: nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"qvm-forward-lab: {error.filename or arguments.command}: {why(error)}", file=sys.stderr)
+        _complain(f"{error.filename or arguments.command}: {why(error)}")
         return 1
     except KeyboardInterrupt:
+        _complain(f"{arguments.command}: interrupted")
         return 130
     return status
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):  # the terminal may be closed
+        print(f"qvm-forward-lab: {text}", file=sys.stderr, flush=True)
 
 
 def _command(words: Sequence[str]) -> str | None:
@@ -80,7 +106,10 @@ def _command(words: Sequence[str]) -> str | None:
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="qvm-forward-lab", description="A stand-in for a Qubes system, in a directory of this machine."
+        prog="qvm-forward-lab",
+        description="A stand-in for a Qubes system, in a directory of this machine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--lab", metavar="DIR", help=f"the lab's directory (default: ${_LAB_VARIABLE})")
@@ -166,29 +195,41 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from . import asking, daemon
+    from . import asking, daemon, units
 
     lab = _lab(arguments)
     network = daemon.Network.AUTO
     if arguments.netns or arguments.no_netns:
         network = daemon.Network.NAMESPACES if arguments.netns else daemon.Network.LOOPBACK
     pid = daemon.start(lab, network)
-    print(f"{lab.root}: up (pid {pid}), {_describe(asking.ask(lab, {'do': 'status'}))}")
+    print(f"{lab.root}: up (pid {pid}) until 'qvm-forward-lab down'")
+    print(_describe(asking.ask(lab, {"do": "status"})))
+    running = [qube for qube in lab.qubes().values() if qube.is_running and not qube.is_admin]
+    print(f"running: {', '.join(qube.name for qube in running)}")
+    for qube in running:
+        for unit in sorted(units.running(lab, qube.name)):
+            print(f"{qube.name}: {unit.what} is ready")
     return 0
 
 
 def _describe(status: dict[str, Any]) -> str:
-    if status["network"] != "namespaces":
-        return "all qubes share this machine's loopback"
-    where = "each qube in a network namespace of its own"
     why_not = status["why_no_ip"]
-    return f"{where}, with IP as on Qubes" if why_not is None else f"{where}, without IP: {why_not}"
+    if status["network"] != "namespaces":
+        return f"without networks: {why_not}"
+    if why_not is None:
+        return "each qube has a network of its own, with IP and a firewall as on Qubes"
+    return f"each qube has a network of its own, without IP and firewall: {why_not}"
 
 
 def _down(arguments: argparse.Namespace) -> int:
     from . import daemon
 
-    lab = _lab(arguments)
+    try:
+        lab = _lab(arguments)
+    except directory.NoLabError as error:
+        # What was left of one whose directory was deleted.
+        daemon.stop(error.lab)
+        raise
     was_up = daemon.stop(lab)
     print(f"{lab.root}: {'down' if was_up else 'was not up'}")
     return 0
@@ -208,7 +249,7 @@ def _status(arguments: argparse.Namespace) -> int:
     if not is_up:
         print(f"{lab.root}: down; 'qvm-forward-lab up' starts it")
     else:
-        print(f"{lab.root}: up (pid {broker['pid']}), {_describe(broker)}")
+        print(f"{lab.root}: up (pid {broker['pid']})\n{_describe(broker)}")
         whose = "Qubes' own parser" if broker["judge"] == "qrexec" else "the lab's evaluator"
         print(f"policy judged by {whose}")
         print(f"calls: {', '.join(f'{name} {count}' for name, count in broker['calls'].items()) or 'none'}")
@@ -296,7 +337,7 @@ def _listen(arguments: argparse.Namespace) -> int:
     for name, unit in wanted:
         print(f"{name}: {unit.what} {'is ready' if (name, unit) in started else 'runs already'}")
     if why_no_ip is not None:
-        print(f"no firewall, and no forward by nft: {why_no_ip}")
+        print("no firewall helper, as the qubes of this lab have no firewalls")
     return 0
 
 

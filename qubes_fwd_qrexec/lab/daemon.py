@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from .broker import open_broker
 from .control import serve_control
 from .directory import LabDirectory, write_text
 from .inhabitants import end_inhabitants
+from .interrupts import deferred_signals, ended_by_signals, ignore_signals
 from .places import Loopback, Places
 from .store import LabStore
 from .switches import Switches
@@ -77,36 +78,49 @@ def start(lab: LabDirectory, network: Network) -> int:
         raise RefusedError(f"{lab.root}: is up already (pid {pid}); 'qvm-forward-lab down' ends it")
     lab.run_dir.mkdir(exist_ok=True)
     ready_fd, its_ready_fd = os.pipe()
-    with open(ready_fd, "rb") as ready:
-        try:
-            with open(lab.log_file, "ab") as log:
-                if log.tell() > _LOG_BYTES_MAX:
-                    log.truncate(0)
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", __name__, str(lab.root), network, str(its_ready_fd)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[its_ready_fd],
-                    start_new_session=True,
-                    cwd="/",
-                    env=os.environ | {"PYTHONPATH": search_path()},
-                )
-        finally:
-            os.close(its_ready_fd)
+    with open(ready_fd, "rb") as ready, ExitStack() as undo:
+        with deferred_signals():
+            try:
+                with open(lab.log_file, "ab") as log:
+                    if log.tell() > _LOG_BYTES_MAX:
+                        log.truncate(0)
+                    process = subprocess.Popen(
+                        [sys.executable, "-P", "-m", __name__, str(lab.root), network, str(its_ready_fd)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        pass_fds=[its_ready_fd],
+                        start_new_session=True,
+                        cwd="/",
+                        env=os.environ | {"PYTHONPATH": search_path()},
+                    )
+            finally:
+                os.close(its_ready_fd)
+            undo.callback(_give_up, lab, process)
         if not select.select([ready], [], [], _UP_TIMEOUT_S)[0]:
-            process.kill()
-            process.wait()
             raise StoreError(
                 f"{lab.root}: the broker is not ready after {_UP_TIMEOUT_S:g} s; see {lab.log_file}"
             )
         word = ready.read()
-    if word != _READY:
-        process.wait()
-        raise StoreError(word.decode(errors="replace") or f"the broker failed at once; see {lab.log_file}")
+        if word != _READY:
+            problem = word.decode(errors="replace")
+            raise StoreError(problem or f"the broker failed at once; see {lab.log_file}")
+        undo.pop_all()
     # It lives on without us; Popen would warn about that.
     process.returncode = 0
     return process.pid
+
+
+def _give_up(lab: LabDirectory, process: "subprocess.Popen[bytes]") -> None:
+    """End a broker that has not come up, with what it has started, and remove what it has made."""
+    ignore_signals()
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_DOWN_TIMEOUT_S)
+            break
+    stop(lab)
 
 
 def stop(lab: LabDirectory) -> bool:
@@ -121,8 +135,9 @@ def stop(lab: LabDirectory) -> bool:
 
 def clean(lab: LabDirectory) -> None:
     """Remove what a broker leaves behind when it is killed."""
-    for name in lab.qube_names():
-        lab.qube_dir(name).agent_socket.unlink(missing_ok=True)
+    with suppress(StoreError):  # the directory may be gone
+        for name in lab.qube_names():
+            lab.qube_dir(name).agent_socket.unlink(missing_ok=True)
     lab.control_socket.unlink(missing_ok=True)
     lab.no_ip_file.unlink(missing_ok=True)
     if netns.why_unavailable() is None:
@@ -252,7 +267,7 @@ def main(argv: list[str]) -> int:
     os.set_inheritable(ready_fd, False)
     status = 0
     try:
-        with _holding_pid_file(lab):
+        with ended_by_signals(), _holding_pid_file(lab):
             clean(lab)
             namespaces = _make_namespaces(lab, network)
             try:
@@ -261,9 +276,12 @@ def main(argv: list[str]) -> int:
                     write_text(lab.no_ip_file, places.why_no_ip)
                 trio.run(_run, lab, places, ready_fd, strict_exception_groups=True)
             finally:
+                ignore_signals()
                 end_inhabitants(lab.root)
                 if namespaces is not None:
                     namespaces.destroy()
+    except* KeyboardInterrupt:
+        status = 130
     except* ForwardError as failed:
         problem = "; ".join(map(str, leaves(failed)))
         _log.error("%s", problem)

@@ -17,11 +17,13 @@ from .demo_nft import run_nft_demo
 from .demo_stage import Stage
 from .demo_udp import run_udp_demo
 from .narration import Narrator, check
-from .session import LabSession, SessionError, ended_by_signals, open_session, output_of
+from .session import LabSession, SessionError, open_session, output_of
+from .store import LabStore
 
 _PAGE = "Hello from the qube 'work'. No IP packet can reach me.\n"
 _SERVER_TIMEOUT_S = 20.0
 _CLOSED_TIMEOUT_S = 10.0
+_POLL_S = 0.05
 _PAGE_TIMEOUT_S = 20.0
 # How long one waits who is not to get an answer.
 _REFUSAL_TIMEOUT_S = 1.0
@@ -66,12 +68,18 @@ def run_demo(session: LabSession) -> None:
         narrator.show_in_qube("work", "ip", "-brief", "address")
     else:
         say(
-            "The qubes of this lab share this machine's loopback. As root, with Debian's packages iproute2 "
-            "and nftables, each would have a network of its own."
+            "This is the loopback form of the lab: its qubes share this machine's loopback interface, and "
+            "clients are told apart by addresses such as 127.0.0.2. As root, with Debian's packages iproute2 "
+            "and nftables, each qube has a network of its own, with a firewall."
         )
 
     say(f"In the qube 'work', a web server listens on 127.0.0.1:{stage.target_port}.")
     _start_server(session, stage)
+
+    say("In sys-net, the units start what listens there, and the firewall helper where there is a firewall:")
+    narrator.lab("listen", "sys-net")
+    say("In dom0, this runs in the background, as a unit:")
+    _start_watch(session, narrator)
 
     say("In dom0, one command makes it reachable, for eight hours and for one network:")
     forward(
@@ -83,9 +91,6 @@ def run_demo(session: LabSession) -> None:
     say("dom0's policy allows exactly this forward, and nothing else:")
     policy = forward("policy")
     check(f"+{stage.target_port}" in policy and " work " in policy, "the policy has no line for the forward")
-
-    say("In sys-net, the units start what listens there and what opens the firewall for it:")
-    narrator.lab("listen", "sys-net")
 
     say(f"A client at {stage.allowed}, which is allowed, fetches the page:")
     page = output_of(_client(session, stage, stage.allowed, _PAGE_TIMEOUT_S))
@@ -109,12 +114,8 @@ def run_demo(session: LabSession) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     network = Network.LOOPBACK if arguments.no_netns else Network.AUTO
-    try:
-        with ended_by_signals(), open_session(network) as session:
-            run_demo(session)
-    except KeyboardInterrupt:
-        print("\nInterrupted; the lab is taken down.", file=sys.stderr)
-        return 130
+    with open_session(network) as session:
+        run_demo(session)
     return 0
 
 
@@ -146,6 +147,19 @@ def _start_server(session: LabSession, stage: Stage) -> None:
                 raise SessionError(
                     f"the web server does not start; is port {stage.target_port} taken?"
                 ) from None
+
+
+def _start_watch(session: LabSession, narrator: Narrator) -> None:
+    narrator.show("$ qvm-forward watch")
+    words = session.command("admin.views.cli", "--lab", str(session.lab.root), "watch")
+    with open(session.lab.run_dir / "watch.log", "wb") as log:
+        watch = session.start(words, stdout=log, stderr=log)
+    store = LabStore(session.lab)
+    deadline = time.monotonic() + _SERVER_TIMEOUT_S
+    while store.unwatched() is not None:
+        if watch.poll() is not None or time.monotonic() > deadline:
+            raise SessionError("qvm-forward watch does not start")
+        time.sleep(_POLL_S)
 
 
 def _client(session: LabSession, stage: Stage, source: str, timeout_s: float) -> list[str]:

@@ -4,8 +4,6 @@
 import sys
 import time
 
-from qubes_fwd_qrexec.admin.inventory import NFT_FEATURE
-
 from . import netns
 from .narration import Narrator, check
 from .session import LabSession, SessionError, output_of
@@ -58,11 +56,10 @@ def run_nft_demo(session: LabSession, narrator: Narrator) -> None:
     say = narrator.say
     say(
         "There is another way, mode nft: the qubes on the path forward packets, at full speed, and UDP too. "
-        "The service qubes-forward-nft is on in each of them, and each keeps its own firewall:"
+        "The service qubes-forward-nft is switched on in each of them, and each keeps its own firewall:"
     )
-    with session.lab.locked():
-        for qube in _PATH:
-            session.lab.set_feature(qube, NFT_FEATURE, "1")
+    for qube in _PATH:
+        narrator.lab("service", qube, "qubes-forward-nft", "on")
     narrator.lab("listen", *_PATH)
 
     say(f"In 'work', a server listens on TCP port {_TCP_PORT}, and an echo server on UDP port {_UDP_PORT}.")

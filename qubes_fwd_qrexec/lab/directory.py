@@ -91,6 +91,16 @@ class QubeDirectory:
         return self.root / "qrexec.sock"
 
 
+class NoLabError(StoreError):
+    """There is no lab at ``lab.root``, or none any more."""
+
+    def __init__(self, lab: "LabDirectory") -> None:
+        super().__init__(
+            f"{lab.root}: not a lab: {LAB_FILE} is missing; 'qvm-forward-lab init DIR' makes one"
+        )
+        self.lab = lab
+
+
 @dataclass(frozen=True, slots=True)
 class LabDirectory:
     """A lab's directory; `open` checks that it is one. ``root`` is absolute."""
@@ -101,6 +111,12 @@ class LabDirectory:
     def open(cls, path: str | os.PathLike[str]) -> "LabDirectory":
         """The lab at ``path``; raises `StoreError` if there is none, or one of another version."""
         lab = cls(Path(path).absolute())
+        try:
+            owner = lab.root.stat().st_uid
+        except OSError:
+            owner = None
+        if owner not in (None, os.geteuid()) and os.geteuid() != 0 and _may_be_lab(lab):
+            raise StoreError(f"{lab.root}: a lab of the user {_user_name(owner)}, which only they can use")
         lab.knobs()
         if not lab.qubes_dir.is_dir():
             raise StoreError(f"{lab.qubes_dir}: missing; 'qvm-forward-lab init DIR' makes a whole lab")
@@ -268,9 +284,7 @@ class LabDirectory:
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise StoreError(
-                f"{self.root}: not a lab: {LAB_FILE} is missing; 'qvm-forward-lab init DIR' makes one"
-            ) from None
+            raise NoLabError(self) from None
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.file}: {why(error)}") from error
         if not isinstance(data, dict) or data.get("version") != VERSION:
@@ -318,6 +332,20 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StoreError(f"{path}: {error.strerror}") from error
+
+
+def _may_be_lab(lab: LabDirectory) -> bool:
+    """Nobody else can look into a directory that its user has closed."""
+    return not os.access(lab.root, os.X_OK, effective_ids=True) or lab.file.exists()
+
+
+def _user_name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _checked_feature(place: QubeDirectory, key: str) -> str:

@@ -33,7 +33,8 @@ class Narrator:
     def lab(self, *words: str) -> None:
         """The same with ``qvm-forward-lab``."""
         print(f"    $ qvm-forward-lab {shlex.join(words)}")
-        self.show(self._session.lab_command(*words))
+        if output := self._session.lab_command(*words):
+            self.show(output)
 
 
 def check(is_so: bool, otherwise: str) -> None:

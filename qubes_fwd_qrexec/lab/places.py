@@ -28,8 +28,8 @@ class Loopback:
 
     kind = "loopback"
     why_no_ip = (
-        "its qubes share this machine's loopback; 'qvm-forward-lab up' by root gives each a network of its "
-        "own, with the packages iproute2 and nftables"
+        "its qubes share this machine's loopback (the loopback form); 'qvm-forward-lab up' by root gives "
+        "each a network of its own, with the packages iproute2 and nftables"
     )
 
     def namespace_fd(self, qube: str) -> int | None:

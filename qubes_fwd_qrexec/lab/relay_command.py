@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.common.values import IPAddress, parse_address, parse_port
 from qubes_fwd_qrexec.relay.acceptloop import address_text
 
 from .daemon import Network
-from .session import LabSession, SessionError, ended_by_signals, open_session
+from .session import LabSession, SessionError, open_session
 
 _TARGET = "work"
 _EXPOSED = "sys-net"
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Raises `TextError` for a bad argument, `SessionError` where something ends that should not."""
     address, port, target_port = parse_forward(arguments.forward)
     try:
-        with ended_by_signals(), open_session(Network.LOOPBACK) as session:
+        with open_session(Network.LOOPBACK) as session:
             listener = _expose(session, address, port, target_port, arguments)
             print(f"ready {address_text(address, port)}", flush=True)
             status = listener.wait()

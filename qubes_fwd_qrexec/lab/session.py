@@ -7,7 +7,6 @@ happens, all of them and the lab are gone in the end.
 
 import os
 import shlex
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,11 @@ from qubes_fwd_qrexec.system.unixsockets import SOCKET_PATH_MAX
 from . import asking, daemon, units
 from .blueprint import create_lab
 from .directory import LabDirectory
+from .interrupts import deferred_signals, ignore_signals
 from .knobs import PATIENCE_MAX, Knobs
 
 _COMMAND_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 5.0
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class SessionError(ForwardError):
@@ -66,7 +65,7 @@ class LabSession:
 
     def start(self, words: Sequence[str], **options: object) -> "subprocess.Popen[bytes]":
         """Start a program that is ended with the session."""
-        with _interruption.deferred():
+        with deferred_signals():
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
             self._started.callback(_end, process)
         return process  # type: ignore[no-any-return]
@@ -93,7 +92,10 @@ def open_session(network: daemon.Network) -> Iterator[LabSession]:
         lab.write_knobs(Knobs(patience=PATIENCE_MAX))
         started.callback(daemon.stop, lab)
         daemon.start(lab, network)
-        yield LabSession(lab, started)
+        try:
+            yield LabSession(lab, started)
+        finally:
+            ignore_signals()
 
 
 def _create(root: Path) -> LabDirectory:
@@ -111,52 +113,10 @@ def _create(root: Path) -> LabDirectory:
     )
 
 
-class _Interruption:
-    """Signals as KeyboardInterrupt, but not while a program is being started: nobody would end it then."""
-
-    def __init__(self) -> None:
-        self._is_deferred = False
-        self._is_due = False
-
-    def signalled(self, _number: int, _frame: object) -> None:
-        if not self._is_deferred:
-            raise KeyboardInterrupt
-        self._is_due = True
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within the block no interrupt is raised; one that came is raised at its end."""
-        self._is_deferred = True
-        try:
-            yield
-        finally:
-            self._is_deferred = False
-        if self._is_due:
-            self._is_due = False
-            raise KeyboardInterrupt
-
-
-_interruption = _Interruption()
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Turn the signals that end a program into KeyboardInterrupt, so that this process can clean up.
-
-    SIGINT too: a shell that starts a program in the background has it ignore that one.
-    """
-    before = {number: signal.signal(number, _interruption.signalled) for number in _ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def output_of(words: Sequence[str]) -> str:
     """Run a command to its end and return its output. Raises `SessionError` if it fails or takes too long."""
     with ExitStack() as started:
-        with _interruption.deferred():
+        with deferred_signals():
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )

@@ -20,6 +20,7 @@ from qubes_fwd_qrexec.system.lockfile import hold
 
 from .directory import LabDirectory
 from .inhabitants import VARIABLE, inhabitants, setting
+from .interrupts import deferred_signals, ignore_signals
 
 READY_TIMEOUT_S = 20.0
 _LOCK = "units.lock"
@@ -119,7 +120,7 @@ def _begin(
     sock, address = stack.enter_context(notified())
     log_file = _log_file(lab, qube, unit)
     log_file.parent.mkdir(exist_ok=True)
-    with open(log_file, "wb") as log:
+    with open(log_file, "wb") as log, deferred_signals():
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -136,13 +137,14 @@ def _begin(
                 _VARIABLE: unit,
             },
         )
-    stack.callback(_end_unless_let_go, process)
+        stack.callback(_end_unless_let_go, process)
     return sock, process
 
 
 def _end_unless_let_go(process: "subprocess.Popen[bytes]") -> None:
     if process.returncode is not None:
         return
+    ignore_signals()
     process.terminate()
     try:
         process.wait(_END_TIMEOUT_S)

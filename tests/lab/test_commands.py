@@ -105,27 +105,6 @@ def test_demo_whose_client_gets_no_page_fails_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_demo_cleans_up_when_it_is_interrupted(number: signal.Signals, tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [*_LAB, "demo", "--no-netns"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    ) as process:
-        assert process.stdout is not None
-        with bounded(process):
-            for line in process.stdout:
-                if "In dom0, one command" in line:
-                    process.send_signal(number)
-                    break
-            process.stdout.read()
-            assert process.wait(_TIMEOUT_S) == 130
-    assert list(tmp_path.iterdir()) == []
-    assert not processes_that_name(tmp_path)
-
-
 def test_relay_that_cannot_listen_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -55,7 +55,9 @@ def calling(lab: LabDirectory) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_up_takes_calls_and_down_ends_all(lab: LabDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--no-netns"]) == 0
-    assert "share this machine's loopback" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "share this machine's loopback (the loopback form)" in out
+    assert "\nrunning: personal, sys-firewall, sys-net, sys-vpn, untrusted, vault, work\n" in out
     assert call(lab).returncode == 3
     assert main(["up"]) == 1
     assert "is up already" in capsys.readouterr().err

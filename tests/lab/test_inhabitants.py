@@ -14,18 +14,29 @@ import trio
 from helpers import until
 
 from qubes_fwd_qrexec.common.errors import StoreError
-from qubes_fwd_qrexec.lab import daemon
+from qubes_fwd_qrexec.lab import daemon, netns
 from qubes_fwd_qrexec.lab.blueprint import create_lab
+from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.inhabitants import VARIABLE, end_inhabitants, inhabitants
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.running import RunningLab, client_command
 
 from .lab_calls import bounded_lab, calling, give_service, read_exactly
+from .lab_up import kill_broker
 
 # Leaves the process group and session that it was started in, says its pid, and ends the call.
 DETACHED = "setsid sh -c '{first} echo $$; exec sleep 1000 <&- >/dev/null 2>&1' &"
 STUBBORN = 'trap "" TERM HUP;'
+
+
+needs_netns = pytest.mark.skipif(
+    netns.why_unavailable() is not None, reason=f"no namespaces here: {netns.why_unavailable()}"
+)
+
+
+def namespaces_of(lab: LabDirectory) -> list[Path]:
+    return list(Path("/run/netns").glob(netns.namespace_name(lab, "*")))
 
 
 def wait_until(condition: object) -> None:
@@ -117,6 +128,31 @@ def test_lab_ends_when_its_directory_is_deleted(lab: LabDirectory) -> None:
     wait_until(lambda: not is_alive(broker))
     assert not is_alive(service)
     end(client)
+
+
+@pytest.mark.parametrize("network", [pytest.param("namespaces", marks=needs_netns), "loopback"])
+def test_what_a_killed_broker_left_ends_by_down_also_when_the_directory_is_gone(
+    network: str, lab: LabDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = daemon.start(lab, daemon.Network(network))
+    client, service = detached_service(lab, STUBBORN)
+    kill_broker(lab, broker)
+    end(client)
+    shutil.rmtree(lab.root)
+    assert is_alive(service)
+    assert main(["--lab", str(lab.root), "down"]) == 1
+    assert "not a lab: lab.json is missing" in capsys.readouterr().err
+    assert not is_alive(service)
+    assert namespaces_of(lab) == []
+
+
+@needs_netns
+def test_lab_whose_directory_is_deleted_takes_its_networks_with_it(lab: LabDirectory) -> None:
+    broker = daemon.start(lab, daemon.Network.NAMESPACES)
+    assert namespaces_of(lab) != []
+    shutil.rmtree(lab.root)
+    wait_until(lambda: not is_alive(broker))
+    assert namespaces_of(lab) == []
 
 
 @pytest.mark.parametrize("halted", ["work", "sys-net"])

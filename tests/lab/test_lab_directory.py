@@ -2,8 +2,10 @@
 """The lab's directory: what init makes, what is kept, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError, TextError
 from qubes_fwd_qrexec.lab.blueprint import create_lab, write_client
+from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.lab.knobs import Knobs
 from qubes_fwd_qrexec.lab.qube import Qube, QubeState
@@ -261,3 +264,25 @@ def test_templates_announce_what_real_ones_do(lab: LabDirectory) -> None:
     assert set(lab.features("fedora-42")) - {"qrexec"} == {
         f"supported-rpc.qubes.Forward{name}" for name in ("TCP", "UDP", "Nft", "Revoke", "Status")
     }
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user")
+@pytest.mark.parametrize("is_closed", [True, False])
+@pytest.mark.parametrize(
+    "words", ["status", "up", "down", "run work -- true", "prefs work netvm sys-vpn", "knob"]
+)
+def test_another_users_lab_is_said_to_be_one(
+    words: str, is_closed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        lab = create_lab(Path(home, "lab"))
+        lab.root.chmod(0o700 if is_closed else 0o755)
+        os.seteuid(65534)
+        try:
+            assert main(["--lab", str(lab.root), *words.split()]) == 1
+        finally:
+            os.seteuid(0)
+        said = capsys.readouterr().err
+        assert said == f"qvm-forward-lab: {lab.root}: a lab of the user root, which only they can use\n"
+        assert lab.qube("work").netvm == "sys-firewall"
