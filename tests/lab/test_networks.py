@@ -201,6 +201,47 @@ def nft_values(lab: LabDirectory, path: tuple[str, ...]) -> Iterator[tuple[str, 
         to = f" to4={lab.qube(qube).ip}"
 
 
+@pytest.mark.parametrize("network", [pytest.param("namespaces", marks=needs_wires), "loopback"])
+def test_client_qube_reaches_an_internal_forward_and_another_one_does_not(
+    network: str, lab: LabDirectory
+) -> None:
+    """In the loopback form by a loopback address, which is the qube's own."""
+    port, target_port = free_port(), free_port()
+    at, allowed, other = str(lab.qube("sys-firewall").ip), None, None
+    if network == "loopback":
+        at, allowed, other = "127.0.0.1", "127.0.0.11", "127.0.0.12"
+        qubechanges.set_property(lab, "personal", "ip", allowed)
+    daemon.start(lab, daemon.Network(network))
+    assert main(["listen", "sys-firewall"]) == 0
+    script = (
+        f"import socket; s = socket.create_server(('127.0.0.1', {target_port})); print('up', flush=True)\n"
+        "while True: s.accept()[0].sendall(b'page')"
+    )
+    with qube_python(lab, "work", script) as server, ExitStack() as undo:
+        undo.callback(server.kill)
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"up\n"
+        rule = ("add", "work", f"{port}:{target_port}", "--internal", "--from", "personal")
+        forward = [sys.executable, "-m", "qubes_fwd_qrexec.admin.views.cli", "--lab", str(lab.root), *rule]
+        subprocess.run(forward, check=True, capture_output=True, timeout=BOUND_S)
+        becomes(lambda: page(lab, "personal", at, port, allowed) == "page")
+        assert page(lab, "untrusted", at, port, other) in ("TimeoutError", "ConnectionResetError")
+
+
+def page(lab: LabDirectory, qube: str, address: str, port: int, source: str | None) -> str:
+    """What a client in a qube gets, or the kind of error."""
+    script = (
+        "import socket\n"
+        f"try: s = socket.create_connection(({address!r}, {port}), 1, {source and (source, 0)!r})\n"
+        "except OSError as error: print(type(error).__name__)\n"
+        "else:\n"
+        "  try: s.settimeout(60); print(s.recv(9).decode())\n"
+        "  except OSError as error: print(type(error).__name__)\n"
+    )
+    with qube_python(lab, qube, script) as program:
+        return program.communicate(timeout=2 * BOUND_S)[0].decode().strip()
+
+
 @needs_netns
 def test_namespaces_of_a_killed_broker_are_removed_by_the_next(lab: LabDirectory) -> None:
     kill_broker(lab, daemon.start(lab, daemon.Network.NAMESPACES))
