@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, TextError
 
 from . import directory
 from .directory import LabDirectory
-from .interrupts import ended_by_signals
+from .interrupts import ended_by_signals, ignore_signals
 from .knobs import KNOBS
 
 _LAB_VARIABLE = "QVM_FORWARD_LAB"
@@ -202,6 +202,7 @@ def _up(arguments: argparse.Namespace) -> int:
     if arguments.netns or arguments.no_netns:
         network = daemon.Network.NAMESPACES if arguments.netns else daemon.Network.LOOPBACK
     pid = daemon.start(lab, network)
+    ignore_signals()  # it is up, and says so
     print(f"{lab.root}: up (pid {pid}) until 'qvm-forward-lab down'")
     print(_describe(asking.ask(lab, {"do": "status"})))
     running = [qube for qube in lab.qubes().values() if qube.is_running and not qube.is_admin]
