@@ -5,8 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ def test_up_recovers_after_the_broker_was_killed(lab: LabDirectory) -> None:
     assert lab.qube_dir("sys-net").agent_socket.exists()
     assert daemon.start(lab, daemon.Network.LOOPBACK) != pid
     assert call(lab).returncode == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user")
+def test_lab_that_root_has_brought_up_says_so_to_its_owner(capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as home, ExitStack() as undo:
+        Path(home).chmod(0o755)
+        lab = create_lab(Path(home, "lab"))
+        for path in (lab.root, *lab.root.rglob("*")):
+            os.chown(path, 65534, 65534, follow_symlinks=False)
+        undo.callback(daemon.stop, lab)
+        # What Python loads when it needs it first may be where the other user cannot read.
+        assert daemon.start(lab, daemon.Network.LOOPBACK) == daemon.broker_pid(lab)
+        undo.callback(os.seteuid, 0)
+        os.seteuid(65534)
+        for words in ("status", "run work -- true", "shutdown work"):
+            assert main(["--lab", str(lab.root), *words.split()]) == 1
+            said = capsys.readouterr().err
+            assert said.endswith(": another user has brought it up, and only they can use it now\n")
 
 
 def test_pid_of_another_program_is_not_taken_for_a_broker(lab: LabDirectory) -> None:

@@ -149,10 +149,13 @@ def test_if_one_of_them_does_not_start_none_does_and_its_last_words_are_told(
 
 
 @needs_wires
-def test_a_qube_whose_switch_is_on_has_its_firewall_helper_when_it_starts(lab: LabDirectory) -> None:
+def test_a_qube_whose_switch_is_on_has_its_firewall_helper_when_it_starts(
+    lab: LabDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     with lab.locked():
         lab.set_feature("sys-firewall", "service.qubes-forward-nft", "1")
-    daemon.start(lab, daemon.Network.NAMESPACES)
+    assert main(["up", "--netns"]) == 0
+    assert capsys.readouterr().out.endswith("\nsys-firewall: the firewall helper is ready\n")
     assert units.running(lab, "sys-firewall") == {units.Unit.FIREWALL}
     assert units.running(lab, "sys-net") == set()
     qubechanges.shutdown(lab, ["sys-firewall"], force=True)

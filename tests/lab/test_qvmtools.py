@@ -124,7 +124,7 @@ def test_qube_is_removed_only_by_one_who_says_so(
 
 
 def test_shutdown_returns_when_the_calls_and_everything_else_of_the_qube_have_ended(
-    lab: LabDirectory,
+    lab: LabDirectory, capsys: Said
 ) -> None:
     write_text(lab.policy_dir / "30-forward.policy", "* * @anyvm @anyvm allow\n")
     service = lab.qube_dir("work").service_dirs[0] / "test.Service"
@@ -135,6 +135,8 @@ def test_shutdown_returns_when_the_calls_and_everything_else_of_the_qube_have_en
     assert main(["shutdown", "work"]) == main(["start", "work"]) == 0
     # What its switches ask for runs when it has started.
     assert units.running(lab, "work") == {Unit.LISTENER}
+    assert main(["status"]) == 0
+    assert "work                 Running: the listener\n" in capsys.readouterr().out
     program = [sys.executable, "-c", "print('up', flush=True); input()"]
     caller, server = (
         subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
