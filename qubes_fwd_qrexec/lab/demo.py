@@ -14,15 +14,13 @@ from pathlib import Path
 from . import netns
 from .daemon import Network
 from .demo_nft import run_nft_demo
-from .demo_stage import Stage
+from .demo_stage import Stage, no_answer, retried
 from .demo_udp import run_udp_demo
 from .narration import Narrator, check
 from .session import LabSession, SessionError, open_session, output_of
 from .store import LabStore
 
 _PAGE = "Hello from the qube 'work'. No IP packet can reach me.\n"
-_SERVER_TIMEOUT_S = 20.0
-_CLOSED_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _PAGE_TIMEOUT_S = 20.0
 # How long one waits who is not to get an answer.
@@ -38,7 +36,7 @@ try:
     connection.request("GET", "/")
     print(connection.getresponse().read().decode(), end="")
 except OSError as error:
-    sys.exit(f"no page: {error.strerror or error}")
+    sys.exit(f"no answer: {error.strerror or error}")
 """
 # Succeeds once the server in the qube accepts, on the qube's own loopback.
 _SERVER_CHECK = """\
@@ -98,14 +96,14 @@ def run_demo(session: LabSession) -> None:
     check(page == _PAGE, "this is not the page that the server has")
 
     say(f"A client at {stage.stranger}, which is not allowed, gets nowhere, and dom0 is not even asked:")
-    narrator.show(_refusal(session, stage, stage.stranger))
+    narrator.show(no_answer(_client(session, stage, stage.stranger, _REFUSAL_TIMEOUT_S)))
 
     say("In dom0, the rule is removed:")
     forward("remove", "work", "web")
     policy = forward("policy")
     check(f"+{stage.target_port}" not in policy, "the policy still has a line for the forward")
     say("The line is gone from the policy, and the port is closed:")
-    narrator.show(_wait_until_closed(session, stage))
+    narrator.show(retried(lambda: _closed(session, stage)))
     run_udp_demo(session, narrator, stage)
     if session.has_ip:
         run_nft_demo(session, narrator)
@@ -135,18 +133,12 @@ def _start_server(session: LabSession, stage: Stage) -> None:
         str(place),
     )
     with open(session.lab.run_dir / "www.log", "wb") as log:
-        server = session.start(session.in_qube("work", *words), stdout=log, stderr=log)
+        session.start(session.in_qube("work", *words), stdout=log, stderr=log)
     check = session.in_qube("work", sys.executable, "-I", "-c", _SERVER_CHECK, stage.target_port)
-    deadline = time.monotonic() + _SERVER_TIMEOUT_S
-    while True:
-        try:
-            output_of(check)
-            return
-        except SessionError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SessionError(
-                    f"the web server does not start; is port {stage.target_port} taken?"
-                ) from None
+    try:
+        retried(lambda: output_of(check))
+    except SessionError:
+        raise SessionError(f"the web server does not start; is port {stage.target_port} taken?") from None
 
 
 def _start_watch(session: LabSession, narrator: Narrator) -> None:
@@ -155,11 +147,14 @@ def _start_watch(session: LabSession, narrator: Narrator) -> None:
     with open(session.lab.run_dir / "watch.log", "wb") as log:
         watch = session.start(words, stdout=log, stderr=log)
     store = LabStore(session.lab)
-    deadline = time.monotonic() + _SERVER_TIMEOUT_S
-    while store.unwatched() is not None:
-        if watch.poll() is not None or time.monotonic() > deadline:
-            raise SessionError("qvm-forward watch does not start")
+
+    def is_running() -> str:
+        if watch.poll() is None and store.unwatched() is None:
+            return ""
         time.sleep(_POLL_S)
+        raise SessionError("qvm-forward watch does not start")
+
+    retried(is_running)
 
 
 def _client(session: LabSession, stage: Stage, source: str, timeout_s: float) -> list[str]:
@@ -167,20 +162,9 @@ def _client(session: LabSession, stage: Stage, source: str, timeout_s: float) ->
     return session.in_qube(netns.LAN, *client) if session.has_namespaces else list(client)
 
 
-def _refusal(session: LabSession, stage: Stage, source: str) -> str:
-    """The error that a client gets instead of the page. Raises `SessionError` if it gets the page."""
-    try:
-        page = output_of(_client(session, stage, source, _REFUSAL_TIMEOUT_S))
-    except SessionError as error:
-        return str(error).rpartition("no page: ")[2]
-    raise SessionError(f"the client at {source} got a page: {page!a}")
-
-
-def _wait_until_closed(session: LabSession, stage: Stage) -> str:
-    deadline = time.monotonic() + _CLOSED_TIMEOUT_S
-    while True:
-        refusal = _refusal(session, stage, stage.allowed)
-        if "refused" in refusal or (session.has_ip and "timed out" in refusal):
-            return refusal
-        if time.monotonic() > deadline:
-            raise SessionError(f"the port is not closed: {refusal}")
+def _closed(session: LabSession, stage: Stage) -> str:
+    """Raises `SessionError` while it is not."""
+    refusal = no_answer(_client(session, stage, stage.allowed, _REFUSAL_TIMEOUT_S))
+    if "refused" in refusal or (session.has_ip and "timed out" in refusal):
+        return refusal
+    raise SessionError(f"the port is not closed: {refusal}")

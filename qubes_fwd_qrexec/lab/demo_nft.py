@@ -2,16 +2,15 @@
 """The second half of the demo, where each qube has a firewall: forwards by nft, of TCP and of UDP."""
 
 import sys
-import time
 
 from . import netns
+from .demo_stage import no_answer, retried
 from .narration import Narrator, check
-from .session import LabSession, SessionError, output_of
+from .session import LabSession, output_of
 
 _TARGET = "work"
 _PATH = (_TARGET, "sys-firewall", netns.EDGE)
 _TCP_PORT, _UDP_PORT = "8081", "5000"
-_SERVER_TIMEOUT_S = 20.0
 _ANSWER_TIMEOUT_S = 20.0
 # How long one waits who is not to get an answer.
 _REFUSAL_TIMEOUT_S = 1.0
@@ -64,7 +63,8 @@ def run_nft_demo(session: LabSession, narrator: Narrator) -> None:
 
     say(f"In 'work', a server listens on TCP port {_TCP_PORT}, and an echo server on UDP port {_UDP_PORT}.")
     session.start(session.in_qube(_TARGET, sys.executable, "-I", "-c", _SERVER, _TCP_PORT, _UDP_PORT))
-    _wait_for_server(session)
+    greeted = _client("tcp", "127.0.0.1", _TCP_PORT, "127.0.0.1", _ANSWER_TIMEOUT_S)
+    retried(lambda: output_of(session.in_qube(_TARGET, *greeted)))
 
     say("In dom0, one command for each; what each qube has to do follows from the rule:")
     source = ("--from", "192.168.77.0/24")
@@ -73,50 +73,28 @@ def run_nft_demo(session: LabSession, narrator: Narrator) -> None:
     narrator.forward("show", _TARGET, "greeting")
 
     say(f"The allowed client at {netns.LAN_HOST} is greeted by its own address, and its datagram comes back:")
-    greeting = _answer(session, "tcp", "81", netns.LAN_HOST)
-    echo = _answer(session, "udp", _UDP_PORT, netns.LAN_HOST)
+    greeting, echo = (
+        output_of(_from_lan(session, kind, port, netns.LAN_HOST, _ANSWER_TIMEOUT_S)).strip()
+        for kind, port in (("tcp", "81"), ("udp", _UDP_PORT))
+    )
     narrator.show(f"{greeting}\n{echo}")
     check(greeting == f"Hello from the qube 'work' to {netns.LAN_HOST}.", "this is not the greeting")
     check(echo == "echo of a datagram", "this is not the echo")
 
     say(f"The client at {netns.LAN_HOST_REFUSED} gets nothing:")
-    narrator.show(_no_answer(session, "tcp", "81", netns.LAN_HOST_REFUSED))
+    narrator.show(no_answer(_from_lan(session, "tcp", "81", netns.LAN_HOST_REFUSED, _REFUSAL_TIMEOUT_S)))
 
     say("In dom0, both are removed, and every qube on the path says that it has closed:")
     narrator.forward("remove", _TARGET, "greeting")
     narrator.forward("remove", _TARGET, "echo")
-    narrator.show(_no_answer(session, "tcp", "81", netns.LAN_HOST))
-    narrator.show(_no_answer(session, "udp", _UDP_PORT, netns.LAN_HOST))
-
-
-def _wait_for_server(session: LabSession) -> None:
-    deadline = time.monotonic() + _SERVER_TIMEOUT_S
-    words = _client("tcp", "127.0.0.1", _TCP_PORT, "127.0.0.1", _ANSWER_TIMEOUT_S)
-    while True:
-        try:
-            output_of(session.in_qube(_TARGET, *words))
-            return
-        except SessionError:
-            if time.monotonic() > deadline:
-                raise
+    narrator.show(no_answer(_from_lan(session, "tcp", "81", netns.LAN_HOST, _REFUSAL_TIMEOUT_S)))
+    narrator.show(no_answer(_from_lan(session, "udp", _UDP_PORT, netns.LAN_HOST, _REFUSAL_TIMEOUT_S)))
 
 
 def _client(kind: str, host: str, port: str, source: str, timeout_s: float) -> list[str]:
     return [sys.executable, "-I", "-c", _CLIENT, kind, host, port, source, str(timeout_s)]
 
 
-def _answer(
-    session: LabSession, kind: str, port: str, source: str, timeout_s: float = _ANSWER_TIMEOUT_S
-) -> str:
-    """What a client on the LAN gets from sys-net. Raises `SessionError` if that is nothing."""
-    words = _client(kind, netns.EDGE_ADDRESS, port, source, timeout_s)
-    return output_of(session.in_qube(netns.LAN, *words)).strip()
-
-
-def _no_answer(session: LabSession, kind: str, port: str, source: str) -> str:
-    """Why a client gets nothing. Raises `SessionError` if it gets something."""
-    try:
-        answer = _answer(session, kind, port, source, _REFUSAL_TIMEOUT_S)
-    except SessionError as error:
-        return str(error).rpartition("no answer: ")[2]
-    raise SessionError(f"the client at {source} got an answer: {answer!a}")
+def _from_lan(session: LabSession, kind: str, port: str, source: str, timeout_s: float) -> list[str]:
+    """A client on the LAN, which asks sys-net."""
+    return session.in_qube(netns.LAN, *_client(kind, netns.EDGE_ADDRESS, port, source, timeout_s))

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who is where in the demo: on namespaces, or on the loopback."""
+"""Who is where in the demo, on namespaces or on the loopback; and what its clients get, or why nothing."""
 
 import socket
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from . import netns
-from .session import LabSession
+from .session import LabSession, SessionError, output_of
 
 
 class Stage(NamedTuple):
@@ -43,3 +45,23 @@ def _free_ports(kind: socket.SocketKind) -> tuple[str, str]:
         for sock in (one, other):
             sock.bind(("127.0.0.1", 0))
         return str(one.getsockname()[1]), str(other.getsockname()[1])
+
+
+def no_answer(client: Sequence[str]) -> str:
+    """Why a client gets nothing. Raises `SessionError` if it gets something."""
+    try:
+        answer = output_of(client)
+    except SessionError as error:
+        return str(error).rpartition("no answer: ")[2]
+    raise SessionError(f"a client that is to get nothing got {answer!a}")
+
+
+def retried(act: Callable[[], str], timeout_s: float = 20.0) -> str:
+    """What ``act`` returns, which may raise `SessionError` until the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return act()
+        except SessionError:
+            if time.monotonic() > deadline:
+                raise

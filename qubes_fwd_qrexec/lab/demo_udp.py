@@ -2,16 +2,14 @@
 """The part of the demo about UDP over qrexec: datagrams to a qube that has no network at all."""
 
 import sys
-import time
 
 from . import netns
-from .demo_stage import Stage
+from .demo_stage import Stage, no_answer, retried
 from .narration import Narrator, check
-from .session import LabSession, SessionError, output_of
+from .session import LabSession, output_of
 
 _TARGET = "vault"
 _ANSWER_TIMEOUT_S = 20.0
-_CLOSED_TIMEOUT_S = 10.0
 # How long one waits who is not to get an answer.
 _REFUSAL_TIMEOUT_S = 1.0
 # Gives back what it gets, on the qube's own loopback.
@@ -64,29 +62,14 @@ def run_udp_demo(session: LabSession, narrator: Narrator, stage: Stage) -> None:
     answer = output_of(_client(session, stage, stage.allowed, _ANSWER_TIMEOUT_S))
     narrator.show(answer)
     check(answer == "the vault has heard: Where is the key?\n", "this is not what the server says")
-    narrator.show(_no_answer(session, stage, stage.stranger))
+    narrator.show(no_answer(_client(session, stage, stage.stranger, _REFUSAL_TIMEOUT_S)))
 
     say("In dom0, the rule is removed, and nobody is heard any more:")
     forward("remove", _TARGET, "key")
-    deadline = time.monotonic() + _CLOSED_TIMEOUT_S
-    while True:
-        try:
-            narrator.show(_no_answer(session, stage, stage.allowed))
-            return
-        except SessionError:
-            if time.monotonic() > deadline:
-                raise
+    unheard = _client(session, stage, stage.allowed, _REFUSAL_TIMEOUT_S)
+    narrator.show(retried(lambda: no_answer(unheard)))
 
 
 def _client(session: LabSession, stage: Stage, source: str, timeout_s: float) -> list[str]:
     words = (sys.executable, "-I", "-c", _CLIENT, stage.address, stage.udp_port, source, str(timeout_s))
     return session.in_qube(netns.LAN, *words) if session.has_namespaces else list(words)
-
-
-def _no_answer(session: LabSession, stage: Stage, source: str) -> str:
-    """Why a client gets nothing. Raises `SessionError` if it gets something."""
-    try:
-        answer = output_of(_client(session, stage, source, _REFUSAL_TIMEOUT_S))
-    except SessionError as error:
-        return str(error).rpartition("no answer: ")[2]
-    raise SessionError(f"the client at {source} got an answer: {answer!a}")

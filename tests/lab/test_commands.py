@@ -99,7 +99,7 @@ def test_demo_whose_client_gets_no_page_fails_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(demo, "_CLIENT", "raise SystemExit('no page: the client is broken')")
+    monkeypatch.setattr(demo, "_CLIENT", "raise SystemExit('no answer: the client is broken')")
     assert cli.main(["demo", "--no-netns"]) == 1
     assert "the client is broken" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
