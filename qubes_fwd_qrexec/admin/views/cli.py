@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from qubes_fwd_qrexec.common.errors import ForwardError, UsageError
 
 from . import locate, parser
-from .tables import Style, escaped
+from .tables import Style, escaped, terminal_size
 
 if TYPE_CHECKING:
     from qubes_fwd_qrexec.admin.backend import Backend
@@ -77,11 +77,11 @@ def run(
 
 def style_of(out: TextIO, environ: Mapping[str, str]) -> Style:
     """Width and colours of where the output goes; see no-color.org for NO_COLOR."""
-    if not out.isatty():
+    terminal = terminal_size(out, environ)
+    if terminal is None:
         return Style()
-    columns = environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdecimal() else os.get_terminal_size(out.fileno()).columns
-    return Style(width or None, not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
+    has_colour = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    return Style(terminal.columns or None, has_colour)
 
 
 class _OutputError(Exception):
@@ -102,6 +102,12 @@ class _Output:
         except OSError as error:
             raise _OutputError(error.strerror) from error
         return count
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,8 @@ _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "THEN", "IN FORCE", "CONNECTIONS", "PACKETS"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
+# In a narrow terminal.
+_LEAVING = ("THEN", "PACKETS", "FROM CLIENTS", "TO CLIENTS")
 # Of what one qube has besides, which may be as much as it likes to say.
 _NAMED_MAX = 5
 
@@ -155,7 +157,8 @@ class NftStatus(NamedTuple):
         """The forwards as a table; empty if there are none."""
         if not self.rows:
             return ""
-        return Table(_TITLES, [*map(_cells, self.rows)], [row.state for row in self.rows]).text(style)
+        rows, states = [*map(_cells, self.rows)], [row.state for row in self.rows]
+        return Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style)
 
     def left(self) -> Iterator[str]:
         """A sentence for each qube that has in force what it should not."""

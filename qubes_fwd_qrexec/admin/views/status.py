@@ -42,16 +42,18 @@ from .nftstatus import NftStatus
 from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
-from .tables import Style, Table, counted, escaped, size
+from .tables import Style, Table, counted, escaped, size, terminal_size
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
     *("FROM CLIENTS", "TO CLIENTS"),
 )
+# In a narrow terminal. What dom0 denies and listeners refuse is said below the table, too.
+_LEAVING = ("ACCEPTED", "WAY", "POLICY", "FROM CLIENTS", "TO CLIENTS", "REFUSED")
 # Seconds between looks: each one calls every qube that listens, and nobody reads faster.
 WATCH_S = 2.0
-# ECMA-48: the cursor goes to the first column of the first line, and everything after it is erased.
-_CLEAR = "\x1b[H\x1b[J"
+# ECMA-48: the cursor goes to the first column of the first line; the rest of a line, of all lines, is erased.
+_HOME, _END_LINE, _END_ALL = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 class Row(NamedTuple):
@@ -226,12 +228,29 @@ def watch(args: Namespace, session: Session, ending: Ending) -> int:
             if session.is_json:
                 session.say_json(found.as_json() | {"time": look.now}, is_line=True)
             else:
-                clear = "" if session.style.width is None else _CLEAR
-                session.say(f"{clear}{text(found, session.style)}")
+                session.say(_screen(found, session))
         session.err.write(warnings.getvalue())
         session.err.flush()
         if ending.is_asked(WATCH_S):
             return 0 if is_well else 1
+
+
+def _screen(found: Status, session: Session) -> str:
+    """The status in place of what the terminal shows, in the size that it has now: what is too much for its
+    lines is left out, and counted."""
+    terminal = terminal_size(session.out, session.environ)
+    if terminal is None:
+        return text(found, session.style)
+    lines = text(found, session.style._replace(width=terminal.columns)).splitlines()
+    # A line is left for a warning, and one for the cursor; what is wider than the terminal takes several.
+    room, shown = terminal.lines - 2, list[str]()
+    for number, line in enumerate(lines):
+        room -= max(1, -(-len(line) // terminal.columns))
+        if room < (1 if number + 1 < len(lines) else 0):
+            shown.append(f"... {counted(len(lines) - number, 'more line')}; 'qvm-forward status' shows all")
+            break
+        shown.append(line)
+    return _HOME + "".join(f"{line}{_END_LINE}\n" for line in shown) + _END_ALL
 
 
 def _look(args: Namespace, session: Session) -> Status:
@@ -254,8 +273,8 @@ def text(found: Status, style: Style) -> str:
     goes_on = (*found.goes_on, *found.by_nft.draining)
     parts += [style.state(Verdict.NOTE, f"{_goes_on(left)}.") for left in goes_on]
     if found.rows:
-        table = Table(_TITLES, [_cells(row) for row in found.rows], [row.state for row in found.rows])
-        parts.append(table.text(style).rstrip("\n"))
+        rows, states = [_cells(row) for row in found.rows], [row.state for row in found.rows]
+        parts.append(Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style).rstrip("\n"))
     if found.by_nft.rows:
         if found.rows:
             parts.append("")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rows as text for people, in the width that there is. The cells are printable ASCII already."""
 
+import os
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, TextIO
 
 # A cell that is cut shorter says nothing.
-_CELL_MIN = 12
+_CELL_MIN = 10
 _GAP = "  "
 
 
@@ -48,30 +50,72 @@ class Style(NamedTuple):
         return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if self.has_colour else text
 
 
+def terminal_size(out: TextIO, environ: Mapping[str, str]) -> os.terminal_size | None:
+    """Columns and lines of the terminal that is written to; None if it is no terminal."""
+    if not out.isatty():
+        return None
+    size = os.get_terminal_size(out.fileno())
+    columns = environ.get("COLUMNS", "")
+    return os.terminal_size((int(columns) if columns.isdecimal() else size.columns, size.lines))
+
+
 class Table(NamedTuple):
     """Rows below their titles; ``states`` colours the cells below STATE.
 
-    ``yielding`` are the titles of cells that may be cut, in the order in which they give way.
+    Where the terminal is too narrow, cells below the titles of ``yielding`` are cut, in this order, down to
+    the width given there. If that is not enough, columns go: those that say nothing, then those of
+    ``leaving``, one after the other; and at last cells below ``squeezed`` are cut to what still says
+    something.
     """
 
     titles: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     states: Sequence[str]
-    yielding: tuple[str, ...] = ()
+    yielding: Mapping[str, int] = MappingProxyType({})
+    leaving: tuple[str, ...] = ()
+    squeezed: tuple[str, ...] = ()
 
     def text(self, style: Style) -> str:
-        """A table if it fits, else a block of lines for each row."""
-        widths = [max(map(len, column)) for column in zip(self.titles, *self.rows, strict=True)]
-        excess = sum(widths) + len(_GAP) * (len(widths) - 1) - (style.width or sys.maxsize)
-        for column in map(self.titles.index, self.yielding):
-            less = max(0, min(excess, widths[column] - _CELL_MIN))
-            widths[column], excess = widths[column] - less, excess - less
-        if excess > 0:
-            return "\n".join(self._block(*each, style) for each in zip(self.rows, self.states, strict=True))
-        lines = [_cells(row, widths) for row in (self.titles, *self.rows)]
-        column = self.titles.index("STATE")
+        """A table if it fits in any way, else a block of lines for each row."""
+        width = style.width or sys.maxsize
+        empty = [title for at, title in enumerate(self.titles) if not any(row[at] for row in self.rows)]
+        shown = list(self.titles)
+        for title in ("", *empty, *self.leaving):
+            if title in shown:
+                shown.remove(title)
+            if (widths := self._widths(shown, width, self.yielding)) is not None:
+                return self._table(widths, style)
+        if (widths := self._widths(shown, width, dict.fromkeys(self.squeezed, _CELL_MIN))) is not None:
+            return self._table(widths, style)
+        return "\n".join(self._block(*each, style) for each in zip(self.rows, self.states, strict=True))
+
+    def _widths(self, shown: Sequence[str], width: int, least: Mapping[str, int]) -> dict[str, int] | None:
+        """How wide the columns are that are shown; None if they cannot be so narrow."""
+        widths = {
+            title: max(map(len, column))
+            for title, *column in zip(self.titles, self.titles, *self.rows, strict=True)
+            if title in shown
+        }
+        excess = sum(widths.values()) + len(_GAP) * (len(widths) - 1) - width
+        for title, least_width in least.items():
+            less = min(excess, widths.get(title, 0) - least_width)
+            if less > 0:
+                widths[title] -= less
+                excess -= less
+        return widths if excess <= 0 else None
+
+    def _table(self, widths: Mapping[str, int], style: Style) -> str:
+        columns = [self.titles.index(title) for title in widths]
+        lines = [
+            [
+                cut(row[column], width).ljust(width)
+                for column, width in zip(columns, widths.values(), strict=True)
+            ]
+            for row in (self.titles, *self.rows)
+        ]
+        at = [*widths].index("STATE")
         for line, state in zip(lines[1:], self.states, strict=True):
-            line[column] = style.state(state, line[column])
+            line[at] = style.state(state, line[at])
         return "".join(f"{_GAP.join(line).rstrip()}\n" for line in lines)
 
     def _block(self, row: tuple[str, ...], state: str, style: Style) -> str:
@@ -81,10 +125,6 @@ class Table(NamedTuple):
         return head + "".join(
             f"  {title.lower()} {cell}\n" for title, cell in labelled.items() if cell not in ("", "?")
         )
-
-
-def _cells(row: tuple[str, ...], widths: Sequence[int]) -> list[str]:
-    return [cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
 
 
 def counted(number: int, what: str) -> str:
@@ -102,8 +142,14 @@ def size(count: int) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Text that is at most so wide."""
-    return text if len(text) <= width else f"{text[: max(width - 3, 0)]}..."
+    """Text that is at most so wide, cut behind a word where one ends in its second half."""
+    if len(text) <= width:
+        return text
+    kept = text[: max(width - 3, 0)]
+    if text[len(kept)] not in " ,":
+        end = max(kept.rfind(" "), kept.rfind(","))
+        kept = kept[:end] if end >= width // 2 else kept
+    return f"{kept.rstrip(' ,')}..."
 
 
 class Check(NamedTuple):

@@ -78,19 +78,49 @@ def test_list_says_how_far_off_the_end_is_and_show_says_when(forward: Forward) -
     forward(*ADD, "--expire", "+8h")
     assert "  192.168.0.0/16  in 8 h\n" in forward("list").out
     assert " (in 8 h)\n" in forward("show", "work", "web").out
-    width = max(map(len, forward("list").out.splitlines()))
-    assert "  192.168.0...  in 8 h\n" in forward("list", style=Style(width - 2)).out
-    assert forward("list", style=Style(width - 3)).out.startswith("work web: active\n")
 
 
-def test_list_fits_wide_and_narrow_terminals(forward: Forward) -> None:
+FIVE = (
+    (
+        "work",
+        "80:8080",
+        "--from",
+        "192.168.0.0/16,10.0.0.0/8",
+        "--expire",
+        "8h",
+        "--comment",
+        "demo for the office",
+    ),
+    ("work", "443:8443", "--from", "any", "--name", "web-secure"),
+    ("work", "22", "--from", "192.168.1.7", "--comment", "backups, from the machine in the cellar alone"),
+    ("personal", "5000-5010", "--from", "10.0.0.0/8"),
+    ("personal", "8080", "--from", "fd00::/8", "--disabled", "--name", "old"),
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_list_of_five_rules_is_five_rows_and_a_heading(forward: Forward, width: int) -> None:
+    for rule in FIVE:
+        assert forward("add", *rule).status == 0
+    table = forward("list", style=Style(width)).out.split("\n\n")[0].splitlines()
+    assert (len(table), max(map(len, table)) <= width) == (6, True)
+    titles = {
+        60: "QUBE NAME STATE EXPOSED AT FROM",
+        80: "QUBE NAME STATE EXPOSED AT FROM EXPIRES",
+        120: "QUBE NAME STATE MODE EXPOSED AT TARGET FROM EXPIRES COMMENT",
+        200: "QUBE NAME STATE MODE EXPOSED AT TARGET FROM EXPIRES COMMENT",
+    }
+    assert " ".join(table[0].split()) == titles[width]
+    assert ("..." in "".join(table)) == (width < 200)
+
+
+def test_what_is_left_out_of_a_list_is_in_show(forward: Forward) -> None:
     forward(*ADD, "--comment", "a comment that is longer than any column has room for on a terminal of 80")
     assert "for on a terminal of 80" in forward("list").out
-    wide = forward("list", style=Style(130)).out
-    assert "..." in wide
-    assert max(map(len, wide.splitlines())) <= 130
-    narrow = forward("list", style=Style(50)).out
-    assert narrow.startswith("work web: active\n  mode qrexec\n  exposed at sys-net:80\n")
+    assert "  a comment that is longer than...\n" in forward("list", style=Style(110)).out
+    assert forward("list", style=Style(40)).out.startswith(
+        "work web: active\n  mode qrexec\n  exposed at sys-net:80\n"
+    )
 
 
 def test_colours_only_if_asked_for(forward: Forward) -> None:

@@ -45,7 +45,9 @@ def test_figures_are_unknown_and_the_reason_is_said_once(forward: Command, kind:
         ]
     )
     assert result.status == (0 if kind == "lab" else 1)
-    narrow = forward("status", "work", style=Style(40)).out
+    narrow = forward("status", "work", style=Style(48)).out
+    assert narrow.startswith(f"QUBE  NAME  STATE{' ' * (len(state) - 3)}EXPOSED AT  OPEN NOW\n")
+    narrow = forward("status", "work", style=Style(30)).out
     assert narrow.startswith(
         f"work web: {state}\n  exposed at sys-net:80\n  policy allows\n  way unknown\n  open now unknown\n"
     )

@@ -3,6 +3,9 @@
 
 import io
 import json
+import os
+import re
+import termios
 import time
 from argparse import Namespace
 
@@ -51,15 +54,58 @@ def printed(session: Session) -> tuple[str, str]:
     return session.out.getvalue(), session.err.getvalue()
 
 
-@pytest.mark.parametrize(("style", "clears"), [(Style(), 0), (Style(200), 2)])
+class Terminal(io.StringIO):
+    """An output that is a terminal of some size, and keeps what is written."""
+
+    def __init__(self, columns: int, lines: int) -> None:
+        super().__init__()
+        self._fds = os.openpty()
+        self.resize(columns, lines)
+
+    def resize(self, columns: int, lines: int) -> None:
+        termios.tcsetwinsize(self._fds[0], (lines, columns))
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fds[1]
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        super().close()
+
+
 def test_a_watch_shows_it_again_and_ends_with_the_status_of_the_last_look(
-    forward: Command, store: Backend, kind: str, style: Style, clears: int
+    forward: Command, store: Backend, kind: str
 ) -> None:
     forward(*ADD)
-    session = session_of(store, style)
+    session = session_of(store)
     assert watch(ALL, session, Looks(2)) == (kind == "qubes")  # there sys-net is without the package
     out, err = printed(session)
-    assert (out.count("QUBE "), out.count("\x1b[H\x1b[J"), err) == (2, clears, "")
+    assert (out.count("QUBE "), out.count("\x1b"), err) == (2, 0, "")
+
+
+def test_a_watch_has_the_size_that_the_terminal_has_at_each_look(forward: Command, store: Backend) -> None:
+    for port in range(80, 90):
+        forward("add", "work", str(port), "--from", "192.168.0.0/16")
+
+    class Resized(Looks):
+        def is_asked(self, within_s: float = 0.0) -> bool:
+            terminal.resize(60, 8)
+            return super().is_asked(within_s)
+
+    with Terminal(200, 50) as terminal:
+        watch(ALL, session_of(store, Style(200))._replace(out=terminal), Resized(2))
+        nothing, first, second = terminal.getvalue().split("\x1b[H")
+    assert nothing == ""
+    assert "TO CLIENTS" in first
+    assert "more line" not in first
+    lines = second.replace("\x1b[K", "").removesuffix("\x1b[J").splitlines()
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= 60
+    assert re.fullmatch(r"\.\.\. [0-9]+ more lines; 'qvm-forward status' shows all", lines[-1])
 
 
 def test_a_watch_in_json_has_one_object_a_line_with_its_time(forward: Command, store: Backend) -> None:
