@@ -200,9 +200,11 @@ def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str] = ()) -> 
     return sorted(may_have | {qube for qube in paths if inventory.qubes[qube].is_running})
 
 
-def ask_all(backend: Backend, qubes: Collection[QubeName]) -> dict[QubeName, Answer]:
+def ask_all(
+    backend: Backend, qubes: Collection[QubeName], timeout_s: float | None = None
+) -> dict[QubeName, Answer]:
     """What each of these qubes says of its firewall; all are asked at once."""
-    return at_once(lambda qube: confirming.ask(qube, backend), qubes)
+    return at_once(lambda qube: confirming.ask(qube, backend, timeout_s), qubes)
 
 
 def nft_status(

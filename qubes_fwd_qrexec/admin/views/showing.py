@@ -12,7 +12,7 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Plan, Verdict
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
 
-from . import findings, nftstatus, reasons, render
+from . import drains, findings, nftstatus, reasons, render
 from .judged import judged
 from .nftstatus import Standing
 from .picture import picture
@@ -26,8 +26,9 @@ def list_rules(args: Namespace, session: Session) -> int:
     snapshot = session.look()
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged(planned.live, session.backend, snapshot.installed)
+    drain = drains.ask(session, snapshot, planned, args.qube)
     if session.is_json:
-        data = plan_as_json(planned)
+        data = plan_as_json(planned) | drain.as_json()
         for entry, forward in zip(data["forwards"], planned, strict=True):
             verdict = verdicts.get(forward.named[:2])
             by_nft = forward.is_live and forward.mode is Mode.NFT
@@ -41,6 +42,10 @@ def list_rules(args: Namespace, session: Session) -> int:
     for (target, name), verdict in verdicts.items():
         if verdict.is_allowed is False:
             session.say(f"{target} {name}: dom0 denies its calls: {escaped(verdict.reason)}.\n")
+    if drain.left:
+        session.say(f"\n{drains.table(drain.left, session.style)}")
+    if drain.silent:
+        session.say(f"{drains.unknown(drain.silent)}\n")
     return 0
 
 

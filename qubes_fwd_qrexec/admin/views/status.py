@@ -26,7 +26,7 @@ from qubes_fwd_qrexec.common.rules import Mode, Transport
 from qubes_fwd_qrexec.common.values import Proto, QubeName
 from qubes_fwd_qrexec.system.ending import Ending
 
-from . import nftstatus, reasons, steps, travel
+from . import drains, nftstatus, reasons, steps, travel
 from .judged import judged_apart
 from .listeners import (
     Answer,
@@ -145,16 +145,11 @@ class Status(NamedTuple):
 
 def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
     """The running qubes whose answers `status_of` wants for a part of the plan."""
-    found: set[QubeName | None] = {*_listening(planned, inventory, qubes)}
+    found: set[QubeName | None] = {*drains.concerned(listening(inventory), planned, qubes)}
     found |= {forward.exposed for forward in planned.live if forward.mode is Mode.QREXEC}
     configs = (config for forward in planned.live for config in forward.listener_configs)
     found |= {config.target for config in configs if config.transport is Transport.MUX}
     return sorted(qube for qube in found if qube is not None and inventory.qubes[qube].is_running)
-
-
-def _listening(planned: Plan, inventory: Inventory, qubes: Collection[str]) -> list[QubeName]:
-    exposed = {forward.exposed for forward in planned}
-    return sorted(qube for qube in listening(inventory) if not qubes or qube in qubes or qube in exposed)
 
 
 def status_of(
@@ -172,7 +167,7 @@ def status_of(
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
     silent = []
-    for qube in _listening(planned, snapshot.inventory, qubes):
+    for qube in drains.concerned(listening(snapshot.inventory), planned, qubes):
         found = flows(qube, answers[qube], everything)
         goes_on += found or ()
         if found is None and all(row.forward.exposed != qube for row in rows):
@@ -268,24 +263,21 @@ def _look(args: Namespace, session: Session) -> Status:
 
 def text(found: Status, style: Style) -> str:
     """The status for people."""
-    parts = [style.state(Verdict.STOPS, escaped(_leftover(*left))) for left in _leftovers(found.due)]
-    parts += [style.state(Verdict.STOPS, left) for left in found.by_nft.left()]
-    goes_on = (*found.goes_on, *found.by_nft.draining)
-    parts += [style.state(Verdict.NOTE, f"{_goes_on(left)}.") for left in goes_on]
-    if found.rows:
-        rows, states = [_cells(row) for row in found.rows], [row.state for row in found.rows]
-        parts.append(Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style).rstrip("\n"))
-    if found.by_nft.rows:
-        if found.rows:
-            parts.append("")
-        parts.append(found.by_nft.table(style).rstrip("\n"))
+    heads = [escaped(_leftover(*left)) for left in _leftovers(found.due)]
+    heads += [*found.by_nft.left(), *(_goes_on(left) for left in found.goes_on if left.left_s is None)]
+    heads = [style.state(Verdict.STOPS, head) for head in heads]
+    rows, states = [*map(_cells, found.rows)], [row.state for row in found.rows]
+    tables = [
+        Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style) if rows else "",
+        found.by_nft.table(style),
+        drains.table((*found.goes_on, *found.by_nft.draining), style),
+    ]
     if not found.rows and not found.by_nft.rows:
-        nothing = "No forward is open." if parts or found.silent else "Nothing is open."
-        parts.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
-    remarks = [*_remarks(found), *found.by_nft.remarks()]
-    if (found.rows or found.by_nft.rows) and remarks:
-        parts.append("")
-    return "".join(f"{part}\n" for part in (*parts, *remarks))
+        nothing = "No forward is open." if any((heads, *tables, found.silent)) else "Nothing is open."
+        heads.append(f"{nothing} {reasons.HELD}." if found.plan.is_held else nothing)
+    body, remarks = "\n".join(filter(None, tables)), [*_remarks(found), *found.by_nft.remarks()]
+    parts = (*(f"{head}\n" for head in heads), body, "\n" if body and remarks else "")
+    return "".join((*parts, *(f"{remark}\n" for remark in remarks)))
 
 
 def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
@@ -304,9 +296,7 @@ def _leftover(qube: QubeName | None, what: str) -> str:
 
 
 def _goes_on(left: GoesOn) -> str:
-    if left.left_s is not None:
-        return f"Draining: {left}"
-    return f"{left.target} {left.name} should be closed, but {left.exposed} still has {left.counted} of it"
+    return f"{left.target} {left.name} should be closed, but {left.exposed} still has {left.counted} of it."
 
 
 _VERDICTS = {True: "allows", False: "denies", None: "allows?"}
@@ -342,7 +332,7 @@ def _remarks(found: Status) -> Iterator[str]:
     if counts:
         yield f"Not open: {counts}; 'qvm-forward list' says why."
     if found.silent:
-        yield f"What drains at {', '.join(found.silent)} is unknown: no answer."
+        yield drains.unknown(found.silent)
     if found.due:
         yield f"Not in force yet: {counted(len(found.due), 'change')}; run 'qvm-forward apply'."
 

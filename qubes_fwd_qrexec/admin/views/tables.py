@@ -24,6 +24,7 @@ _COLOURS = {
     "refused": _RED,
     "broken": _RED,
     "held": _YELLOW,
+    "draining": _YELLOW,
     "ok": _GREEN,
     "note": _YELLOW,
     "unknown": _YELLOW,

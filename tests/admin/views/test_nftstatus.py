@@ -163,10 +163,11 @@ def test_connections_that_may_finish_are_no_fault(
     status = run("status")
     assert status.status == 0
     # Every qube of the path has them, and they are said once.
-    assert status.out.count("Draining") == 1
-    assert (
-        f"Draining: work web: connections at sys-firewall may go on for at most {left_s} s.\n" in status.out
-    )
+    listed = run("list")
+    for printed in (status.out, listed.out):
+        assert printed.count("draining") == 1
+        rows = [" ".join(line.split()) for line in printed.splitlines()]
+        assert f"work web draining sys-firewall connections in {left_s // 60} min" in rows
     (draining,) = run("status", "--json").json["draining"]
     assert (draining["connections"], draining["left_s"]) == (None, left_s)
 

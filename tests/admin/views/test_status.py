@@ -118,10 +118,11 @@ def test_what_drains_is_shown_and_who_does_not_say_is_named(
     last = replace(drain, name=RuleName("old"), connections=1, left_s=59)
     listener = ListenerReport(since=1, forwards=(), draining=(drain, last))
     found = look(store, sys_net=QubeReport(program="1", listener=listener))
-    assert shown(found).splitlines()[:3] == [
-        "Draining: work web: 2 connections at sys-net may go on for at most 3000 s.",
-        "Draining: work old: 1 connection at sys-net may go on for at most 59 s.",
+    assert shown(found).splitlines()[:4] == [
         "No forward is open.",
+        "QUBE  NAME  STATE     AT       OPEN NOW       CUT",
+        "work  web   draining  sys-net  2 connections  in 50 min",
+        "work  old   draining  sys-net  1 connection   in 59 s",
     ]
     assert [entry["connections"] for entry in found.as_json()["draining"]] == [2, 1]
     words = shown(look(store, sys_net=AnswerError("x")))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What drains, in `list`: rows of its own, of closed and of removed rules, from the qubes that listen."""
+
+from dataclasses import replace
+
+import pytest
+from answered import REPORT, listening
+from faulty import Faulty
+from worlds import ADD, Command
+
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
+from qubes_fwd_qrexec.common.report import DrainingReport, ListenerReport, QubeReport, dump
+from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+
+SYS_NET, FLAG = QubeName("sys-net"), "service.qubes-forward-listener"
+WEB = DrainingReport(target=QubeName("work"), name=RuleName("web"), connections=2, left_s=3000)
+GONE = replace(WEB, name=RuleName("gone"), connections=1, left_s=59, proto=Proto.UDP)
+
+
+class Asked(Faulty):
+    """A lab whose qubes all answer the same, and which notes who was asked and for how long."""
+
+    def __init__(self, lab: LabDirectory, answer: QubeReport | AnswerError) -> None:
+        super().__init__(lab)
+        self.answer = answer
+        self.asked: list[tuple[str, str, float | None]] = []
+
+    def ask(
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        self.asked.append((qube, service, timeout_s))
+        if isinstance(self.answer, AnswerError):
+            raise self.answer
+        return dump(self.answer.as_json())
+
+
+@pytest.fixture
+def disabled(over: Command, lab: LabDirectory) -> LabDirectory:
+    """A lab with one rule, which is disabled; sys-net listens."""
+    over(Faulty(lab), *ADD, "--disabled")
+    lab.set_feature(SYS_NET, FLAG, "1")
+    return lab
+
+
+def draining(*some: DrainingReport) -> QubeReport:
+    return QubeReport(program="1", listener=ListenerReport(since=1, forwards=(), draining=some))
+
+
+def test_what_drains_has_rows_with_its_number_and_its_time(disabled: LabDirectory, over: Command) -> None:
+    backend = Asked(disabled, draining(WEB, GONE))
+    listed = over(backend, "list")
+    assert listed.status == 0
+    assert listed.out.splitlines()[2:] == [
+        "",
+        "QUBE  NAME  STATE     AT       OPEN NOW       CUT",
+        "work  web   draining  sys-net  2 connections  in 50 min",
+        "work  gone  draining  sys-net  1 UDP flow     in 59 s",
+    ]
+    assert backend.asked == [("sys-net", "qubes.ForwardStatus+", 2.0)]
+    told = over(backend, "list", "--json").json
+    assert [(each["name"], each["connections"], each["left_s"]) for each in told["draining"]] == [
+        ("web", 2, 3000),
+        ("gone", 1, 59),
+    ]
+    assert told["silent"] == []
+
+
+def test_a_forward_that_should_have_been_cut_does_not_drain(disabled: LabDirectory, over: Command) -> None:
+    assert "draining" not in over(Asked(disabled, listening(REPORT)), "list").out
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_silent"),
+    [(AnswerError("x"), True), (NotRunningError("x"), False), (AnswerError("x", 127), False)],
+)
+def test_a_qube_that_does_not_say_is_named_on_one_line(
+    disabled: LabDirectory, over: Command, answer: AnswerError, is_silent: bool
+) -> None:
+    backend = Asked(disabled, answer)
+    # By nft it may have some, too, and is named once.
+    backend.set_feature(SYS_NET, "service.qubes-forward-nft", "1")
+    listed = over(backend, "list").out.splitlines()
+    assert listed[2:] == ["What drains at sys-net is unknown: no answer."] * is_silent
+    assert {service for _, service, _ in backend.asked} == {"qubes.ForwardStatus+", "qubes.ForwardNft"}
+    assert over(backend, "list", "--json").json["silent"] == ["sys-net"] * is_silent
+
+
+def test_who_has_nothing_to_do_with_the_named_qubes_is_not_asked(
+    disabled: LabDirectory, over: Command
+) -> None:
+    backend = Asked(disabled, draining(WEB))
+    assert "draining" not in over(backend, "list", "vault").out
+    assert backend.asked == []
+    assert "draining" in over(backend, "list", "work").out
+    assert "draining" in over(backend, "list", "sys-net").out
+
+
+def test_where_no_qube_listens_nothing_is_asked(lab: LabDirectory, over: Command) -> None:
+    over(Faulty(lab), *ADD, "--disabled")
+    backend = Asked(lab, draining(WEB))
+    assert "draining" not in over(backend, "list").out
+    assert backend.asked == []
