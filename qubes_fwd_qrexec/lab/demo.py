@@ -24,7 +24,7 @@ _PAGE = "Hello from the qube 'work'. No IP packet can reach me.\n"
 _POLL_S = 0.05
 _PAGE_TIMEOUT_S = 20.0
 # How long one waits who is not to get an answer.
-_REFUSAL_TIMEOUT_S = 1.0
+_REFUSAL_TIMEOUT_S = 0.5
 # A client that says where it connects from, and prints the page or why there is none.
 _CLIENT = """\
 import http.client, sys

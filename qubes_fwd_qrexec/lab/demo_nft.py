@@ -13,7 +13,7 @@ _PATH = (_TARGET, "sys-firewall", netns.EDGE)
 _TCP_PORT, _UDP_PORT = "8081", "5000"
 _ANSWER_TIMEOUT_S = 20.0
 # How long one waits who is not to get an answer.
-_REFUSAL_TIMEOUT_S = 1.0
+_REFUSAL_TIMEOUT_S = 0.5
 # Greets by TCP, and by UDP gives back what it gets, on all addresses.
 _SERVER = """\
 import selectors, socket, sys

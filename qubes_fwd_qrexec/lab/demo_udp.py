@@ -11,7 +11,7 @@ from .session import LabSession, output_of
 _TARGET = "vault"
 _ANSWER_TIMEOUT_S = 20.0
 # How long one waits who is not to get an answer.
-_REFUSAL_TIMEOUT_S = 1.0
+_REFUSAL_TIMEOUT_S = 0.5
 # Gives back what it gets, on the qube's own loopback.
 _SERVER = """\
 import socket, sys
