@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, UsageError
+from qubes_fwd_qrexec.common.nearest import did_you_mean
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
@@ -294,7 +295,8 @@ def with_options(rule: ForwardRule, options: Mapping[str, str]) -> ForwardRule:
     known = ForwardRule.option_names()
     for name, value in options.items():
         if name not in known and not value:
-            raise RuleError(f"option {name!a}", f"unknown option; known are {', '.join(known)}", name)
+            problem = f"unknown option; known are {', '.join(known)}{did_you_mean(name, known)}"
+            raise RuleError(f"option {name!a}", problem, name)
         texts.pop(name, None)
         if name == "expire":
             texts.pop("ended", None)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError
+from qubes_fwd_qrexec.common.nearest import did_you_mean
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, parse_rule_name
 
@@ -109,7 +110,8 @@ class Snapshot(NamedTuple):
         """The qube of that name. Raises `RefusedError` if there is none."""
         qube = self.inventory.get(name)
         if qube is None:
-            raise RefusedError(f"there is no qube {name!a}; 'qvm-ls' lists all qubes")
+            near = did_you_mean(name, self.inventory.qubes) or "; 'qvm-ls' lists all qubes"
+            raise RefusedError(f"there is no qube {name!a}{near}")
         return qube.name
 
     def find(self, target: str, name: str) -> NamedRule | BrokenRule:
@@ -119,7 +121,8 @@ class Snapshot(NamedTuple):
             names = ", ".join(ascii(known)[1:-1] for known in names_at(self.stored, target))
             if not names:
                 raise RefusedError(f"{target} has no forwards; 'qvm-forward list' shows those of all qubes")
-            raise RefusedError(f"{target} has no forward {name!a}, only {names}")
+            near = did_you_mean(name, names_at(self.stored, target))
+            raise RefusedError(f"{target} has no forward {name!a}, only {names}{near}")
         return entry
 
 

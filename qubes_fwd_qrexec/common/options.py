@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from .errors import RuleError, TextError
+from .nearest import did_you_mean
 
 
 class Option(NamedTuple):
@@ -60,7 +61,8 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
     for option in options:
         form = forms.get(option.name)
         if form is None:
-            raise RuleError(option.place, f"unknown option; known are {', '.join(forms)}", option.name)
+            problem = f"unknown option; known are {', '.join(forms)}{did_you_mean(option.name, forms)}"
+            raise RuleError(option.place, problem, option.name)
         try:
             value = form.parse(option.value)
         except TextError as error:

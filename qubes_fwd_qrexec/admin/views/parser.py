@@ -6,15 +6,13 @@ Values stay text here. Whoever uses them parses them, so that --help needs to im
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
 
 from .locate import LAB_VARIABLE
+from .usage import ALIASES, Parser, epilog
 
-# argparse makes one for each option that is added, and would look for the terminal's size each time.
-_FORMATTER = partial(argparse.HelpFormatter, width=78)
 _FORMATS = ("line", "xml", "json")
 
 
@@ -142,27 +140,21 @@ COMMANDS = {
 }
 
 
-def build() -> argparse.ArgumentParser:
+def build() -> Parser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qvm-forward",
         description="Make a server in one qube reachable from the LAN or from other qubes.",
-        epilog="qvm-forward(1) explains each command.",
-        formatter_class=_FORMATTER,
-        allow_abbrev=False,
+        epilog="qvm-forward COMMAND --help has examples; qvm-forward(1) explains each command.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     _add(parser, _GENERAL)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text, arguments) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            formatter_class=_FORMATTER,
-            allow_abbrev=False,
-        )
-        # SUPPRESS keeps what stood before the command from being forgotten.
+        aliases = [ALIASES[name]] if name in ALIASES else []
+        command = commands.add_parser(name, aliases=aliases, help=text, description=text, epilog=epilog(name))
+        # What stood before the command is not forgotten, and of two names the full one is known.
+        command.set_defaults(command=name)
         _add(command, _GENERAL, default=argparse.SUPPRESS)
         _add(command, arguments)
     return parser
@@ -181,13 +173,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build()
     args, rest = parser.parse_known_args(argv)
     if rest:
-        commands_of(parser)[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
+        commands_of(parser)[args.command].unknown(rest)
     return args
 
 
-def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """The parsers of the subcommands, by name; none of one that is a subcommand's itself."""
+def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, Parser]:
+    """The parsers of the subcommands, by name, without aliases; none of one that is a subcommand's itself."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return action.choices
+            return {name: action.choices[name] for name in COMMANDS}
     return {}

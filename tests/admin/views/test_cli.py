@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """qvm-forward on a lab: what its changes say and leave behind, and how it refuses."""
 
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from worlds import ADD, NOW, content
 
+from qubes_fwd_qrexec.admin.views import parser
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
@@ -155,9 +158,16 @@ def test_what_is_refused_is_explained_and_changes_nothing(forward: Forward, lab:
 
 USAGE = [
     ((), "COMMAND"),
-    (("nonsense",), "invalid choice"),
-    (("panic", "work"), "qvm-forward panic: error: unrecognized arguments: work"),
-    (("list", "--jsn"), "usage: qvm-forward list"),
+    (("nonsense",), "'nonsense' is none of add, set, remove,"),
+    (("lits",), "; did you mean 'list'?\n"),
+    (("tunnel", "marc"), "'marc' is none of mark, unmark, list; did you mean 'mark'?\n"),
+    (
+        ("panic", "work"),
+        "qvm-forward panic: error: unrecognized arguments: work\nsee qvm-forward panic --help\n",
+    ),
+    (("list", "--jsn"), "unrecognized arguments: --jsn; did you mean '--json'?\n"),
+    (("add", "work", "80", "--form=any"), "--form=any; did you mean '--from'?\n"),
+    (("add", "work"), "usage: qvm-forward add QUBE PORT[:PORT]\nqvm-forward add: error: "),
 ]
 
 
@@ -169,6 +179,38 @@ def test_a_wrong_command_line_is_a_usage_error(
         forward(*argv)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_help_of_a_command_has_examples_that_it_takes_and_names_its_page(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in parser.COMMANDS:
+        with pytest.raises(SystemExit):
+            parser.parse([name, "--help"])
+        text = capsys.readouterr().out
+        assert re.search(r"^qvm-forward-[a-z]+\(1\) says more\.$", text, re.MULTILINE), name
+        for line in re.findall(r"^  qvm-forward (.*?)(?: >.*)?$", text, re.MULTILINE):
+            assert parser.parse(shlex.split(line)).command == name
+
+
+def test_what_has_two_names_is_one_command(forward: Forward) -> None:
+    forward(*ADD)
+    assert forward("ls").out == forward("list").out
+    assert forward("rm", "work", "web").out == "Forward work web is removed and closed.\n"
+
+
+def test_who_misspells_a_qube_a_forward_or_an_option_is_asked_for_the_nearest(forward: Forward) -> None:
+    forward(*ADD)
+    assert (
+        forward("show", "wrok", "web").err
+        == "qvm-forward show: there is no qube 'wrok'; did you mean 'work'?\n"
+    )
+    assert forward("show", "work", "wbe").err.endswith(
+        "has no forward 'wbe', only web; did you mean 'web'?\n"
+    )
+    assert forward("set", "work", "web", "srchost=any", "transprot=").err.endswith(
+        "; did you mean 'transport'?\n"
+    )
 
 
 def test_json_may_be_said_before_the_command_and_after_it(forward: Forward) -> None:

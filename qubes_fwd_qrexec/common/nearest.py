@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What somebody who misspelled a word may have meant."""
+
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to put behind a message that ``word`` is not known: a question, or nothing."""
+    from difflib import get_close_matches  # for errors alone, and half as long to import as all of --help
+
+    near = get_close_matches(word, [*known], 1)
+    return f"; did you mean {near[0]!a}?" if near else ""
