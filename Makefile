@@ -2,7 +2,7 @@
 # make demo   show the whole thing on this machine, in about a minute with the Python environment that it first makes
 # make test   run every test (as root also those in network namespaces)
 # make check  format, lint and types
-# make guide  write what the commands of docs/guide print into its chapters
+# make guide  write what the commands of docs/guide print into its chapters, and qvm-forward-json(7) from its schema
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules; with ARGS=nft,
 #             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
@@ -55,6 +55,7 @@ format: $(VENV)/.dev
 # A test holds the chapters against this; git diff shows what a change does to what users read.
 guide: $(VENV)/.dev
 	$(VENV)/bin/python tests/guide.py
+	$(VENV)/bin/python tools/jsonpage.py
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m bench $(ARGS)

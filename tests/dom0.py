@@ -4,6 +4,8 @@
 import io
 import time
 
+import schema
+
 from qubes_fwd_qrexec.admin.views import cli
 from qubes_fwd_qrexec.admin.views.tables import Style
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -21,6 +23,7 @@ def run(lab: LabDirectory, *words: str, now: float | None = None) -> tuple[int, 
         err=err,
         style=Style(),
     )
+    schema.check(words, out.getvalue())
     return status, out.getvalue() + err.getvalue()
 
 

@@ -76,7 +76,8 @@ def test_two_parts_share_no_file() -> None:
 
 def test_every_file_of_a_directory_that_ships_is_in_a_part() -> None:
     sources = {source for _, source, _ in ITEMS}
-    beside = {path for path in FILES if path.startswith("docs/") and not path.endswith(".rst")}
+    installed = (".rst", ".schema.json")
+    beside = {path for path in FILES if path.startswith("docs/") and not path.endswith(installed)}
     found = {path for path in FILES if path.split("/")[0] in SHIPPED}
     assert found - beside - sources == set()
 
@@ -153,6 +154,7 @@ OWNERS = {
     "usr/lib/tmpfiles.d": "",
     "usr/share/doc": "",
     "usr/share/man/man1": "",
+    "usr/share/man/man7": "",
     "usr/share/man/man8": "",
 }
 
@@ -241,6 +243,8 @@ def test_a_new_file_finds_its_place_by_its_directory(copy: Path) -> None:
         "systemd/qubes-forward-watch.timer": "dom0 usr/lib/systemd/system/qubes-forward-watch.timer",
         "systemd/70-qubes-forward.preset": "vm usr/lib/systemd/system-preset/70-qubes-forward.preset",
         "tmpfiles.d/new.conf": "vm usr/lib/tmpfiles.d/new.conf",
+        "docs/qvm-forward-lab.schema.json": "lab usr/share/qubes-fwd-qrexec/qvm-forward-lab.schema.json",
+        "docs/qvm-forward-lab-json.rst": "lab usr/share/man/man7/qvm-forward-lab-json.7",
         "docs/qvm-forward-new.rst": "dom0 usr/share/man/man1/qvm-forward-new.1",
         "docs/qubes.ForwardNew.rst": "vm usr/share/man/man8/qubes.ForwardNew.8",
     }

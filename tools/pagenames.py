@@ -8,7 +8,9 @@ _NAME_SECTION = re.compile(r"^NAME\n=+\n", re.MULTILINE)
 
 
 def section_of(name: str) -> int:
-    """Commands for users are in section 1; daemons, and what they call, in section 8."""
+    """Commands for users are in section 1, a form of data in 7; daemons, and what they call, in section 8."""
+    if name.endswith("-json"):
+        return 7
     return 1 if name.startswith("qvm-") else 8
 
 

@@ -43,7 +43,7 @@ UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")
 # Every RPM that has a file in any other directory owns that.
 DIRS_OF_OTHERS = (
     *("etc/qubes-rpc", "etc/qubes/rpc-config"),
-    *("usr/bin", "usr/share/doc", "usr/share/man/man1", "usr/share/man/man8"),
+    *("usr/bin", "usr/share/doc", "usr/share/man/man1", "usr/share/man/man7", "usr/share/man/man8"),
     *("usr/lib/systemd/system-preset", "usr/lib/tmpfiles.d"),
 )
 _SCRIPT = """\
@@ -84,6 +84,9 @@ def items(python_dir: str, unit_dir: str) -> Iterator[Item]:
     # Not at its final place, where qvm-forward writes: the packages put it there if nothing is.
     for file in _files("policy"):
         yield _copy("dom0", file, f"usr/share/qubes-fwd-qrexec/{file.name}")
+    for file in sorted((ROOT / "docs").glob("*.schema.json")):
+        part = _part_of_name(file.name.removesuffix(".schema.json"), programs)
+        yield _copy(part, file, f"usr/share/qubes-fwd-qrexec/{file.name}")
     for file in _files("completions"):
         part = _part_of_name(file.stem, programs)
         yield _copy(part, file, f"usr/share/bash-completion/completions/{file.stem}")

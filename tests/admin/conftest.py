@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import schema
 from fake_admin import FakeQubes, install
 from fake_policy import FakePolicyClient
 from faulty import Panic, allowed
@@ -128,6 +129,7 @@ def forward(lab: LabDirectory, kind: str, qubesd: FakeQubes, _watched: None) -> 
             style=style or Style(),
             backend=None if is_lab else QubesStore(qubesd.root),
         )
+        schema.check(argv, out.getvalue())
         return Result(status, out.getvalue(), err.getvalue())
 
     return command
@@ -164,6 +166,7 @@ def over() -> Command:
             style=Style(),
             backend=backend,
         )
+        schema.check(argv, out.getvalue())
         return Result(status, out.getvalue(), err.getvalue())
 
     return command

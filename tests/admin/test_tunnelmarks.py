@@ -215,6 +215,7 @@ def test_the_list_has_every_mark_and_what_is_behind(forward: Command, lab: LabDi
         "vault: tag anon-vm, may be reached through its tunnel only\n"
     )
     assert forward("tunnel", "list", "--json").json == {
+        "version": 1,
         "tunnels": [
             {
                 "qube": "sys-vpn",

@@ -9,6 +9,10 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot, look
 
 from .tables import Style, escaped
 
+VERSION = 1
+"""Of what is printed as JSON, which docs/qvm-forward.schema.json describes. It changes where a field goes or
+changes its meaning. Documents of export have a version of their own."""
+
 
 class Session(NamedTuple):
     """One run of qvm-forward; ``now`` is in UNIX seconds."""
@@ -26,10 +30,11 @@ class Session(NamedTuple):
     def say(self, text: str) -> None:
         self.out.write(text)
 
-    def say_json(self, data: Any, *, is_line: bool = False) -> None:
-        """Print an object, on one line where more of them follow."""
+    def say_json(self, data: Mapping[str, Any], *, is_line: bool = False) -> None:
+        """Print an object with its version, on one line where more of them follow."""
         import json
 
+        data = {"version": VERSION, **data}
         self.out.write(f"{json.dumps(data, indent=None if is_line else 2)}\n")
 
     def warn(self, text: str) -> None:
