@@ -5,13 +5,12 @@ A change is decided on one reading of the system. It is refused if it would leav
 that the rule did not have before; else all of it is stored, or nothing, and then applied.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, UsageError
-from qubes_fwd_qrexec.common.nearest import did_you_mean
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
@@ -19,6 +18,7 @@ from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
 from .apply import Outcome, reconcile
 from .backend import Backend, put
 from .deciding import Decision, decided
+from .editing import edited
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .snapshot import TUNNEL_NAME, Changes, Snapshot, look, made_up_name, names_at
 from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
@@ -167,17 +167,16 @@ def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | No
     return change(system, decide, "added", decides_mode=True)
 
 
-def remove(system: System, target: str, names: Iterable[str]) -> Changed:
-    """Close and forget, rules that cannot be read too."""
+def remove(system: System, target: str, names: Collection[str]) -> Changed:
+    """Close and forget, rules that cannot be read too; for ``names`` see `Snapshot.chosen`."""
 
     def decide(snapshot: Snapshot) -> Changes:
-        found = [snapshot.find(target, name) for name in names]
-        return {(entry.target, entry.name): None for entry in found}
+        return {(entry.target, entry.name): None for entry in snapshot.chosen(target, names)}
 
     return change(system, decide, "removed")
 
 
-def enable(system: System, target: str, names: Iterable[str]) -> Changed:
+def enable(system: System, target: str | None, names: Collection[str]) -> Changed:
     """Open what was disabled; a rule that has ended gets what is left of its time."""
 
     def enabled(old: NamedRule, inventory: Inventory) -> ForwardRule:
@@ -186,7 +185,7 @@ def enable(system: System, target: str, names: Iterable[str]) -> Changed:
     return _change_each(system, target, names, enabled, "enabled")
 
 
-def disable(system: System, target: str, names: Iterable[str]) -> Changed:
+def disable(system: System, target: str | None, names: Collection[str]) -> Changed:
     """Close and keep."""
 
     def disabled(old: NamedRule, inventory: Inventory) -> ForwardRule:
@@ -195,7 +194,7 @@ def disable(system: System, target: str, names: Iterable[str]) -> Changed:
     return _change_each(system, target, names, disabled, "disabled")
 
 
-def confirm(system: System, target: str, names: Iterable[str]) -> Changed:
+def confirm(system: System, target: str, names: Collection[str]) -> Changed:
     """Record owner and path as they are now. Raises `RefusedError` where the netvms lead nowhere."""
 
     def confirmed(old: NamedRule, inventory: Inventory) -> ForwardRule:
@@ -208,25 +207,30 @@ def confirm(system: System, target: str, names: Iterable[str]) -> Changed:
 
 
 def set_options(
-    system: System, target: str, name: str, options: Mapping[str, str], *, seen: str | None = None
+    system: System,
+    target: str,
+    names: Collection[str],
+    options: Collection[Option],
+    *,
+    seen: str | None = None,
 ) -> Changed:
-    """Change options of a rule by their names; an empty value is the default.
+    """Change options of rules, as `edited` does.
 
-    ``seen`` is the rule's line that this is based on. Raises `RefusedError` if it is not what is stored, and
-    `UsageError`, which names the options, for values that are wrong; else what `change` does.
+    ``seen`` is the line of the rule that this is based on. Raises `RefusedError` if it is not what is stored,
+    and `UsageError`, which names the options, for values that are wrong; else what `change` does.
     """
 
     def changed(old: NamedRule, inventory: Inventory) -> ForwardRule:
         try:
             if seen is not None and ForwardRule.parse(seen) != old.rule:
                 raise RefusedError(f"{old} was not changed: it is no longer what you saw, but '{old.rule}'")
-            rule = with_options(old.rule, options)
+            rule = edited(old.rule, options, system.now)
             _check_recorded(old, rule, inventory)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
         return rule
 
-    return _change_each(system, target, [name], changed, "changed", decides_mode=True)
+    return _change_each(system, target, names, changed, "changed", decides_mode=True)
 
 
 def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:
@@ -267,42 +271,26 @@ def mark(system: System, qube: str, *, is_marked: bool) -> Changed:
 
 def _change_each(
     system: System,
-    target: str,
-    names: Iterable[str],
+    target: str | None,
+    names: Collection[str],
     changed: Callable[[NamedRule, Inventory], ForwardRule],
     done: str,
     *,
     decides_mode: bool = False,
 ) -> Changed:
-    """Change rules of a qube that are stored and can be read."""
+    """Change rules that are chosen. One that cannot be read is an error only if it is named itself."""
 
     def decide(snapshot: Snapshot) -> Changes:
         changes: dict[Key, str | None] = {}
-        for name in names:
-            old = snapshot.find(target, name)
-            if isinstance(old, BrokenRule):
+        for old in snapshot.chosen(target, names):
+            if isinstance(old, NamedRule):
+                changes[old.target, old.name] = str(changed(old, snapshot.inventory))
+            elif not names or old.name in names:
                 known = f"{target} {old.name!a} cannot be read ({old.problem})"
                 raise RefusedError(f"{known}; remove it and add it anew")
-            changes[old.target, old.name] = str(changed(old, snapshot.inventory))
         return changes
 
     return change(system, decide, done, decides_mode=decides_mode)
-
-
-def with_options(rule: ForwardRule, options: Mapping[str, str]) -> ForwardRule:
-    """A rule with options changed as its line has them. Raises `RuleError`."""
-    texts = rule.options()
-    known = ForwardRule.option_names()
-    for name, value in options.items():
-        if name not in known and not value:
-            problem = f"unknown option; known are {', '.join(known)}{did_you_mean(name, known)}"
-            raise RuleError(f"option {name!a}", problem, name)
-        texts.pop(name, None)
-        if name == "expire":
-            texts.pop("ended", None)
-        if value:
-            texts[name] = value
-    return ForwardRule.from_options(Option(n, v, f"option {n!a}") for n, v in texts.items())
 
 
 def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
@@ -314,8 +302,9 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
     tried: list[Key] = []
     try:
         for (qube, name), value in changes.items():
-            tried.append((qube, name))
-            put(backend, qube, RULE_PREFIX + name, value)
+            if inventory.qubes[qube].features.get(RULE_PREFIX + name) != value:
+                tried.append((qube, name))
+                put(backend, qube, RULE_PREFIX + name, value)
     except (StoreError, KeyboardInterrupt) as error:
         left = [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
         if not left:

@@ -4,6 +4,7 @@
 A rule is stored as feature ``forward.NAME`` of its target, whose value is the rule's line.
 """
 
+import fnmatch
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
@@ -114,16 +115,35 @@ class Snapshot(NamedTuple):
             raise RefusedError(f"there is no qube {name!a}{near}")
         return qube.name
 
-    def find(self, target: str, name: str) -> NamedRule | BrokenRule:
-        """A stored rule. Raises `RefusedError`, which lists the forwards that the qube does have."""
-        entry = self.stored.get((self.check_qube(target), name))
-        if entry is None:
-            names = ", ".join(ascii(known)[1:-1] for known in names_at(self.stored, target))
-            if not names:
-                raise RefusedError(f"{target} has no forwards; 'qvm-forward list' shows those of all qubes")
-            near = did_you_mean(name, names_at(self.stored, target))
-            raise RefusedError(f"{target} has no forward {name!a}, only {names}{near}")
-        return entry
+    def find(self, target: str, name: str | None) -> NamedRule | BrokenRule:
+        """A stored rule; without a name the only one of its qube. Raises `RefusedError`, which lists the
+        forwards that the qube does have.
+        """
+        qube = self.check_qube(target)
+        names = names_at(self.stored, qube)
+        if name in names or (name is None and len(names) == 1):
+            return self.stored[qube, name or names[0]]
+        if not names:
+            raise RefusedError(f"{qube} has no forwards; 'qvm-forward list' shows those of all qubes")
+        listed = ", ".join(ascii(known)[1:-1] for known in names)
+        if name is None:
+            raise RefusedError(f"{qube} has {len(names)} forwards; name one of {listed}")
+        raise RefusedError(f"{qube} has no forward {name!a}, only {listed}{did_you_mean(name, names)}")
+
+    def chosen(self, target: str | None, names: Collection[str]) -> list[NamedRule | BrokenRule]:
+        """The rules of a qube, or of all qubes, that have these names or match them, such as ``web-*``;
+        without names the only one. ``*`` may match none. Raises `RefusedError` as `find` does.
+        """
+        qubes = self.inventory.qubes if target is None else (self.check_qube(target),)
+        found: dict[Key, NamedRule | BrokenRule] = {}
+        for qube in qubes:
+            known = names_at(self.stored, qube)
+            for name in names or (None,):
+                some = fnmatch.filter(known, name or "")
+                if not some and name != "*":
+                    some = [self.find(qube, name).name]
+                found |= {(qube, each): self.stored[qube, each] for each in some}
+        return list(found.values())
 
 
 def look(backend: Backend, *, with_config: bool = False) -> Snapshot:

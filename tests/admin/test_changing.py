@@ -4,7 +4,8 @@
 from dataclasses import replace
 
 import pytest
-from worlds import ADD, NOW, Command, content
+from memory import Memory
+from worlds import ADD, NOW, Command, content, world
 
 from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Outcome
@@ -13,6 +14,7 @@ from qubes_fwd_qrexec.admin.changing import System
 from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Cause, NotOpenError, State
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
+from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.report import ListenerReport, Problem, QubeReport, dump
 from qubes_fwd_qrexec.common.rules import ForwardRule
 from qubes_fwd_qrexec.common.services import REVOKE_SERVICE
@@ -30,6 +32,10 @@ HELD = dump(
         ),
     ).as_json()
 )
+
+
+def options(**texts: str) -> list[Option]:
+    return [Option(name, text, f"option {name!a}") for name, text in texts.items()]
 
 
 def test_a_preview_shows_what_add_would_open_and_stores_nothing(store: Backend, lab: LabDirectory) -> None:
@@ -83,27 +89,27 @@ def test_what_is_closed_already_may_be_changed_but_not_into_what_is_closed_elsew
 ) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
     store.set_feature(WORK, "forward.web", f"{replace(RULE, owner=WORK, via=QubeName('fedora-42'))}")
-    changed = changing.set_options(System(store, NOW), "work", "web", {"comment": "x"})
+    changed = changing.set_options(System(store, NOW), "work", ["web"], options(comment="x"))
     assert [forward.cause for forward in changed.forwards] == [Cause.UNFIT_QUBE]
     for via, cause in (("debian-12", Cause.UNFIT_QUBE), ("nowhere", Cause.NO_SUCH_QUBE)):
         with pytest.raises(NotOpenError) as refused:
-            changing.set_options(System(store, NOW), "work", "web", {"via": via})
+            changing.set_options(System(store, NOW), "work", ["web"], options(via=via))
         assert refused.value.finding.cause is cause
     large = "action=forward srcports=1000-1300 srchosts=any transport=call owner=work"
     store.set_feature(WORK, "forward.web", large)
     with pytest.raises(NotOpenError) as refused:
-        changing.set_options(System(store, NOW), "work", "web", {"mode": "nft", "transport": ""})
+        changing.set_options(System(store, NOW), "work", ["web"], options(mode="nft", transport=""))
     assert refused.value.finding.cause is Cause.NFT_SWITCHED_OFF
 
 
 def test_what_is_closed_until_somebody_confirms_it_is_not_refused(store: Backend) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
-    changed = changing.set_options(System(store, NOW), "work", "web", {"path": "personal"})
+    changed = changing.set_options(System(store, NOW), "work", ["web"], options(path="personal"))
     assert [forward.cause for forward in changed.forwards] == [Cause.NETVM_CHANGED]
 
 
 @pytest.mark.parametrize(
-    ("options", "wrong"),
+    ("texts", "wrong"),
     [
         ({"expire": "soon"}, ("expire",)),
         ({"bogus": "1"}, ("bogus",)),
@@ -114,11 +120,11 @@ def test_what_is_closed_until_somebody_confirms_it_is_not_refused(store: Backend
     ],
 )
 def test_an_error_has_the_names_of_the_options_that_are_wrong(
-    store: Backend, options: dict[str, str], wrong: tuple[str, ...]
+    store: Backend, texts: dict[str, str], wrong: tuple[str, ...]
 ) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
     with pytest.raises(UsageError) as error:
-        changing.set_options(System(store, NOW), "work", "web", options)
+        changing.set_options(System(store, NOW), "work", ["web"], options(**texts))
     assert error.value.options == wrong
 
 
@@ -151,6 +157,18 @@ def test_several_rules_change_all_or_none(store: Backend, lab: LabDirectory) -> 
     with pytest.raises(RefusedError, match="has no forward 'other', only web"):
         changing.disable(System(store, NOW), "work", ["web", "other"])
     assert content(lab) == before
+
+
+def test_only_what_differs_is_written() -> None:
+    memory = Memory(world())
+    for name, port in (("web", 80), ("ssh", 22)):
+        line = ForwardRule.parse(f"action=forward srcports={port} srchosts=any")
+        changing.add(System(memory, NOW), WORK, line, RuleName(name))
+    changing.disable(System(memory, NOW), "work", ["ssh"])
+    memory.log.clear()
+    changed = changing.disable(System(memory, NOW), None, ["*"])
+    assert [name for _, name in changed.keys] == ["ssh", "web"]
+    assert [entry for entry in memory.log if " forward." in entry] == ["set work forward.web"]
 
 
 def test_the_json_of_a_removal_says_what_was_removed_and_ended(forward: Command) -> None:

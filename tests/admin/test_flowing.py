@@ -87,7 +87,7 @@ def test_connections_that_dom0_cannot_end_are_a_failure(
     )
 
 
-@pytest.mark.parametrize(("command", "done"), [("remove", "removed"), ("disable", "disabled")])
+@pytest.mark.parametrize(("command", "done"), [("remove", "removed"), ("disable", "disabled already")])
 def test_what_was_closed_before_and_still_drains_is_not_called_closed(
     forward: Command, over: Command, lab: LabDirectory, command: str, done: str
 ) -> None:

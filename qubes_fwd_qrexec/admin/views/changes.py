@@ -16,31 +16,25 @@ from qubes_fwd_qrexec.admin.revoking import DRAIN_S
 from qubes_fwd_qrexec.admin.snapshot import parse_new_name
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
-from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError, UsageError
+from qubes_fwd_qrexec.common.errors import ConfigError, TextError, UsageError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
-from qubes_fwd_qrexec.common.options import Option
-from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, OnExpire, Transport
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
-from . import callroom, carried, confirmed, reasons, steps, travel
+from . import callroom, carried, confirmed, given, reasons, steps, travel
 from .judged import denials
 from .listeners import Heard, ask_after
 from .render import forward_as_json
 from .session import Session
 from .tables import escaped
-from .times import parse_expire, print_expire
+from .times import print_expire
 
-_NO_FROM = (
-    "--from is missing: say who may connect, such as --from 192.168.0.0/16 (more with commas or by saying "
-    "it again), or --from any to let in everybody who can reach the port"
-)
-
-# What the command line calls otherwise than a rule.
-_SAID = {"srcports": "PORT", "dstports": "PORT", "srchosts": "--from"}
+_NONE = "No forwards."
+# What each does, and the words for a rule that it has changed and for one that was so already.
 _SWITCHES = {
-    "enable": (changing.enable, "enabled"),
-    "disable": (changing.disable, "disabled"),
-    "confirm": (changing.confirm, "confirmed"),
+    "enable": (changing.enable, "enabled", "enabled already"),
+    "disable": (changing.disable, "disabled", "disabled already"),
+    "confirm": (changing.confirm, "confirmed", "confirmed already"),
 }
 
 
@@ -100,7 +94,7 @@ def _perhaps_draining(changed: Changed, now: float) -> dict[Place, str | None]:
 
 def add(args: Namespace, session: Session) -> int:
     """Make a forward and open it."""
-    rule, name = _rule(args, session.now), None
+    rule, name = given.new_rule(args, session.now), None
     try:
         name = None if args.name is None else parse_new_name(args.name)
     except TextError as error:
@@ -108,84 +102,74 @@ def add(args: Namespace, session: Session) -> int:
     return report(changing.add(_system(args, session), args.qube, rule, name), session, "stored")
 
 
-def _rule(args: Namespace, now: float) -> ForwardRule:
-    """What the options of the command line ask for. Raises `UsageError`."""
-    if not args.srchosts:
-        raise UsageError(_NO_FROM, "srchosts")
-    srcports, colon, dstports = args.ports.partition(":")
-    given = vars(args) | {
-        "action": "forward",
-        "srcports": srcports,
-        "dstports": dstports if colon else None,
-        "srchosts": ",".join(args.srchosts),
-    }
-    try:
-        if args.expire is not None:
-            given["expire"] = _expire(args.expire, now, "--expire") or None
-        return ForwardRule.from_options(
-            Option(name, text, _SAID.get(name, f"--{name}"))
-            for name in ForwardRule.option_names()
-            if (text := given.get(name.replace("-", "_"))) is not None
-        )
-    except RuleError as error:
-        raise UsageError(str(error), *error.options) from None
-
-
-def _expire(text: str, now: float, place: str) -> str:
-    """What a rule stores for a time as users write it: UNIX seconds, or nothing for ``never``."""
-    try:
-        expire = parse_expire(text, now)
-    except TextError as error:
-        raise UsageError(f"{place}: {error}", "expire") from None
-    return "" if expire is None else str(expire)
-
-
 def set_options(args: Namespace, session: Session) -> int:
     """Change options by their names."""
-    options: dict[str, str] = {}
-    for text in args.options:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"{text!a}: an option is written name=value")
-        if name in options:
-            raise UsageError(f"option {name!a}: given twice", name)
-        options[name] = value
-    if options.get("expire"):
-        options["expire"] = _expire(options["expire"], session.now, "option 'expire'")
-    system = _system(args, session)
-    changed = changing.set_options(system, args.qube, args.name, options, seen=args.was)
-    return report(changed, session, "changed")
+    name, options = given.changes(args, session.now)
+    if not options:
+        raise UsageError("nothing to change: say what, such as expire=8h, or --expire 8h")
+    names = [] if name is None else [name]
+    changed = changing.set_options(_system(args, session), args.qube, names, options, seen=args.was)
+    _warn_broken(changed.after.chosen(args.qube, names), session)
+    return report(changed, session, "changed", "as it was")
 
 
 def switch(args: Namespace, session: Session) -> int:
     """Open what was disabled, close it and keep its rule, or record owner and path as they are now."""
-    change, done = _SWITCHES[args.command]
-    return report(change(_system(args, session), args.qube, args.name), session, done)
+    change, done, was_so = _SWITCHES[args.command]
+    names = _names(args)
+    changed = change(_system(args, session), args.qube, names)
+    _warn_broken(changed.after.chosen(args.qube, names), session)
+    return report(changed, session, done, was_so)
+
+
+def _warn_broken(chosen: Iterable[NamedRule | BrokenRule], session: Session) -> None:
+    """Warn of rules that a pattern stands for and that were not changed."""
+    for entry in chosen:
+        if isinstance(entry, BrokenRule):
+            session.warn(f"{entry.target} {entry.name!a} stays as it is, since it cannot be read")
 
 
 def remove(args: Namespace, session: Session) -> int:
     """Close and forget, broken rules too."""
-    after = followed(changing.remove(_system(args, session), args.qube, args.name), session)
+    names = _names(args)
+    if not names:
+        raise UsageError("name the rules to remove, or say --all")
+    after = followed(changing.remove(_system(args, session), args.qube, names), session)
     keys = after.changed.keys
-    lines = (f"Forward {qube} {name!s} is removed{_closed(after, (qube, name))}." for qube, name in keys)
+    lines = [f"Forward {qube} {name!s} is removed{_closed(after, (qube, name))}." for qube, name in keys]
     return tell(
-        after, session, lines, data={"removed": [{"qube": qube, "name": name} for qube, name in keys]}
+        after, session, lines or [_NONE], data={"removed": [{"qube": q, "name": name} for q, name in keys]}
     )
+
+
+def _names(args: Namespace) -> list[str]:
+    """The names and patterns of rules. Raises `UsageError`."""
+    if args.all and args.names:
+        raise UsageError("--all stands for all names; leave out one or the other")
+    if args.qube is None and not args.all:
+        raise UsageError("name the qube, or say --all for all forwards of all qubes")
+    return ["*"] if args.all else args.names
 
 
 def _system(args: Namespace, session: Session) -> System:
     return System(session.backend, session.now, is_applied=not args.no_apply)
 
 
-def report(changed: Changed, session: Session, done: str) -> int:
-    """Print what is open now, for whom, until when, and the warnings. Returns the exit status."""
+def report(changed: Changed, session: Session, done: str, was_so: str = "") -> int:
+    """Print what is open now, for whom, until when, and the warnings. Returns the exit status.
+
+    ``done`` says what was done with a rule, and ``was_so`` that it needed no change.
+    """
     after = followed(changed, session)
-    return tell(after, session, _about(after, session.now, done))
+    return tell(after, session, _about(after, session.now, done, was_so))
 
 
-def _about(after: After, now: float, done: str) -> Iterator[str]:
+def _about(after: After, now: float, done: str, was_so: str) -> Iterator[str]:
+    if not after.changed.keys:
+        yield _NONE
     for forward in after.changed.forwards:
-        yield f"Forward {forward.named} is {done}{_state(after, forward)}"
+        is_same = after.changed.before.stored.get(forward.named[:2]) == forward.named
+        yield f"Forward {forward.named} is {was_so if is_same else done}{_state(after, forward)}"
         if forward.is_live and forward.named.rule.expire is not None:
             yield f"It ends {print_expire(forward.named.rule.expire, now)}."
         old = after.changed.plan_before.find(*forward.named[:2])

@@ -17,7 +17,7 @@ from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import Answer, Firewall, FirewallReport, QubeReport, Trial
-from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, Proxy
+from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, Proxy
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import Proto, QubeName
 
@@ -105,27 +105,27 @@ _KEYS = ("step", "verdict", "text", "cause", "remedy", "ways_out")
 def diagnose(args: Namespace, session: Session) -> int:
     """Walk the way; exit status 0 if nothing on it is wrong."""
     snapshot = session.look(with_config=True)
-    found = list(walk(snapshot, args.qube, args.name, session.now, session.backend))
-    forward = snapshot.plan(session.now).find(args.qube, args.name)
+    entry = snapshot.find(args.qube, args.name)
+    found = list(walk(snapshot, entry, session.now, session.backend))
+    forward = snapshot.plan(session.now).find(entry.target, entry.name)
     left = _WELL if forward is None or forward.mode is not Mode.NFT else nftwalk.CONCLUSION
     is_well = found[-1].verdict != Verdict.STOPS
     if session.is_json:
         steps = [dict(zip(_KEYS, check, strict=True)) for check in found]
-        session.say_json({"qube": args.qube, "name": args.name, "is_well": is_well, "steps": steps})
+        session.say_json({"qube": entry.target, "name": entry.name, "is_well": is_well, "steps": steps})
     else:
         last = f"What helps: {escaped(found[-1].remedy)}" if found[-1].remedy else left
         session.say(f"{checks(found, session.style)}{last}\n")
     return 0 if is_well else 1
 
 
-def walk(snapshot: Snapshot, target: str, name: str, now: float, backend: Backend) -> Iterator[Check]:
-    """What each step found, up to the first that stops.
-
-    Each step asks what it needs when it is taken. Raises `RefusedError` if there is no such rule.
-    """
-    entry = snapshot.find(target, name)
+def walk(snapshot: Snapshot, entry: NamedRule | BrokenRule, now: float, backend: Backend) -> Iterator[Check]:
+    """What each step found, up to the first that stops. Each asks what it needs when it is taken."""
     if isinstance(entry, BrokenRule):
-        remove, problem = ("qvm-forward", "remove", target, name), broken_line(entry, Style()).rstrip("\n")
+        remove, problem = (
+            ("qvm-forward", "remove", entry.target, entry.name),
+            broken_line(entry, Style()).rstrip("\n"),
+        )
         yield Check("rule", Verdict.STOPS, problem, State.BROKEN, f"'{' '.join(remove)}'", (remove,))
         return
     forward = next(forward for forward in snapshot.plan(now) if forward.named == entry)

@@ -36,9 +36,14 @@ def _flag(name: str, text: str) -> Argument:
     return _argument(name, action="store_true", help=text)
 
 
+def _option(name: str, metavar: str, text: str, **settings: Any) -> Argument:
+    """An option of a rule. What is typed again is kept, so that it can be refused."""
+    return _argument(name, action="append", metavar=metavar, help=text, **settings)
+
+
 def _says(name: str, option: str, value: str, text: str) -> Argument:
     """A flag that gives an option of a rule a value."""
-    return _argument(name, action="store_const", dest=option, const=value, help=text)
+    return _argument(name, action="append_const", dest=option, const=value, help=text)
 
 
 _GENERAL = (
@@ -49,51 +54,61 @@ _QUBE = _argument("qube", metavar="QUBE")
 _QUBES = _argument("qube", nargs="*", metavar="QUBE")
 _NO_APPLY = _flag("--no-apply", "store it, and change nothing else until 'apply'")
 _DRY_RUN = _flag("--dry-run", "show what would change, and change nothing")
-_RULE = (_QUBE, _argument("name", metavar="NAME"))
-_RULES = (_QUBE, _argument("name", nargs="+", metavar="NAME"), _NO_APPLY)
+_NAMES = _argument("names", nargs="*", metavar="NAME", help="or a pattern such as 'web-*'")
+_ALL = _flag("--all", "all forwards of the qube")
+_RULE = (
+    _QUBE,
+    _argument("name", nargs="?", metavar="NAME", help="not needed where the qube has one forward"),
+)
+_RULES = (_QUBE, _NAMES, _ALL, _NO_APPLY)
+_ALL_RULES = (
+    _argument("qube", nargs="?", metavar="QUBE", help="not needed with --all"),
+    _NAMES,
+    _flag("--all", "all forwards of the qube, or of all qubes"),
+    _NO_APPLY,
+)
 
 # What becomes an option of the rule has that option's name, or its ``dest``.
+_OPTIONS = (
+    _option(
+        "--from",
+        "NET[,NET]",
+        "the networks that may connect, with --internal also qubes; or any. Required by add",
+        dest="srchosts",
+    ),
+    _says("--internal", "forwardtype", "internal", "let in other qubes, at the target's netvm"),
+    _option("--via", "QUBE", "expose it at this qube"),
+    _option("--listen", "ADDR", "listen at this address only"),
+    _option("--mode", "auto|nft|qrexec", "packets along the netvms (faster), or bytes over qrexec"),
+    _option("--proto", "tcp|udp|both", "what to forward (default: tcp)"),
+    _option("--transport", "auto|mux|call", "many connections in one qrexec call, or one call each"),
+    _option("--proxy", "off|v1|v2", "tell the server the client's address; it must expect that"),
+    _says("--autostart", "autostart", "yes", "let connections start a halted target"),
+    _option("--expire", "TIME", "8h, 1h30m, 18:00, tomorrow 8:00, a date and time, or never"),
+    _option("--on-expire", "cut|drain", "what happens to open connections then"),
+    _option("--limits", "LIMITS", "such as connections:1000,per-source:100,rate:50, any of them"),
+    _says("--follow-netvm", "follow_netvm", "yes", "stay open when the netvm changes"),
+    _says("--bypass-tunnel", "bypass_tunnel", "yes", "accept that the target's tunnel is bypassed"),
+    _option("--comment", "TEXT", "a remark for yourself"),
+    _says("--disabled", "enabled", "no", "store the rule and leave it closed"),
+)
 _ADD = (
     _argument("qube", metavar="QUBE", help="the qube that runs the server"),
     _argument("ports", metavar="PORT[:PORT]", help="the exposed port or range, then the server's"),
-    _argument(
-        "--from",
-        dest="srchosts",
-        action="append",
-        metavar="NET[,NET]",
-        help="the networks that may connect, with --internal also qubes; or any; required",
-    ),
     _argument("--name", metavar="NAME", help="the rule's name (default: such as tcp-80)"),
-    _says("--internal", "forwardtype", "internal", "let in other qubes, at the target's netvm"),
-    _argument("--via", metavar="QUBE", help="expose it at this qube"),
-    _argument("--listen", metavar="ADDR", help="listen at this address only"),
-    _argument(
-        "--mode", metavar="auto|nft|qrexec", help="packets along the netvms (faster), or bytes over qrexec"
-    ),
-    _argument("--proto", metavar="tcp|udp|both", help="what to forward (default: tcp)"),
-    _argument(
-        "--transport", metavar="auto|mux|call", help="many connections in one qrexec call, or one call each"
-    ),
-    _argument(
-        "--proxy", metavar="off|v1|v2", help="tell the server the client's address; it must expect that"
-    ),
-    _says("--autostart", "autostart", "yes", "let connections start a halted target"),
-    _argument("--expire", metavar="TIME", help="8h, 1h30m, 18:00, tomorrow 8:00, a date and time, or never"),
-    _argument("--on-expire", metavar="cut|drain", help="what happens to open connections then"),
-    _argument(
-        "--limits",
-        metavar="LIMITS",
-        help="such as connections:1000,per-source:100,rate:50, any of them",
-    ),
-    _says("--follow-netvm", "follow_netvm", "yes", "stay open when the netvm changes"),
-    _says("--bypass-tunnel", "bypass_tunnel", "yes", "accept that the target's tunnel is bypassed"),
-    _argument("--comment", metavar="TEXT", help="a remark for yourself"),
-    _says("--disabled", "enabled", "no", "store the rule and leave it closed"),
+    *_OPTIONS,
     _NO_APPLY,
 )
 _SET = (
     *_RULE,
-    _argument("options", nargs="+", metavar="OPTION=VALUE", help="an empty value restores the default"),
+    _argument(
+        "options",
+        nargs="*",
+        metavar="OPTION=VALUE",
+        help="an empty value restores the default; srchosts+=NET and srchosts-=NET change the list",
+    ),
+    *_OPTIONS,
+    _option("--extend", "TIME", "let it end that much later, such as 1h30m", dest="expire+"),
     _argument("--was", metavar="LINE", help="refuse if the rule's line is no longer this"),
     _NO_APPLY,
 )
@@ -115,8 +130,8 @@ COMMANDS = {
     "add": Command("changes.add", "Make a forward: check it, store it, and open it.", _ADD),
     "set": Command("changes.set_options", "Change options of a forward.", _SET),
     "remove": Command("changes.remove", "Close forwards and delete their rules.", _RULES),
-    "enable": Command("changes.switch", "Open forwards that were disabled.", _RULES),
-    "disable": Command("changes.switch", "Close forwards and keep their rules.", _RULES),
+    "enable": Command("changes.switch", "Open forwards that were disabled.", _ALL_RULES),
+    "disable": Command("changes.switch", "Close forwards and keep their rules.", _ALL_RULES),
     "confirm": Command("changes.switch", "Approve forwards that are suspended.", _RULES),
     "list": Command("showing.list_rules", "Show all forwards, or those that involve a qube.", (_QUBES,)),
     "show": Command("showing.show", "Show everything about one forward, and why.", _RULE),
@@ -173,7 +188,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build()
     args, rest = parser.parse_known_args(argv)
     if rest:
-        commands_of(parser)[args.command].unknown(rest)
+        command = commands_of(parser)[args.command]
+        # argparse takes the words of a list up to the first option, and leaves those behind it.
+        last = [action for action in command._actions if not action.option_strings][-1:]
+        if any(word.startswith("-") for word in rest) or not last or last[0].nargs != "*":
+            command.unknown(rest)
+        getattr(args, last[0].dest).extend(rest)
     return args
 
 

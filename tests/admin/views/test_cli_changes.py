@@ -26,6 +26,95 @@ def test_set_changes_options_and_empties_them(forward: Forward, lab: LabDirector
     assert "dstports=80-80" in (lab.feature("work", "forward.web") or "")
 
 
+def test_set_takes_the_options_of_add(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD, "--expire", "1h")
+    options = "--from 10.0.0.0/8 --comment x --on-expire drain --follow-netvm --extend 1h"
+    assert forward("set", "work", "web", *options.split()).status == 0
+    assert (lab.feature("work", "forward.web") or "").endswith(
+        f"srchosts=10.0.0.0/8 on-expire=drain owner=work path=sys-firewall,sys-net follow-netvm=yes "
+        f"expire={NOW + 7200} comment=x"
+    )
+
+
+def test_one_client_more_and_one_less(forward: Forward, lab: LabDirectory) -> None:
+    forward(*ADD)
+    out = forward("set", "work", "srchosts+=10.0.0.0/8", "srchosts-=192.168.0.0/16").out
+    assert "from 10.0.0.0/8 reach" in out
+    assert "Note: connections that it no longer allows are cut.\n" in out
+    assert "srchosts=10.0.0.0/8" in lab.vm_config("sys-net")["fwd.work.web"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("enable work", "Forward work web is enabled already and active."),
+        ("confirm work web", "Forward work web is confirmed already and active."),
+        ("set work comment=", "Forward work web is as it was and active."),
+    ],
+)
+def test_what_is_so_already_is_said_and_no_error(forward: Forward, words: str, said: str) -> None:
+    forward(*ADD)
+    result = forward(*words.split())
+    assert (result.status, said in result.out) == (0, True)
+
+
+def test_all_of_a_qube_and_all_of_the_system_are_closed_and_opened(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    assert forward("disable", "--all").out == "No forwards.\n"
+    for port in ("80", "81"):
+        forward("add", "work", port, "--from", "any")
+    forward("add", "personal", "82", "--from", "any")
+    assert forward("disable", "work", "--all").out.count(" is disabled and closed") == 2
+    assert lab.vm_config("sys-net").keys() == {"fwd.personal.tcp-82"}
+    out = forward("disable", "--all").out
+    assert (out.count(" is disabled and closed"), out.count(" is disabled already and closed")) == (1, 2)
+    assert lab.vm_config("sys-net") == {}
+    assert forward("enable", "--all").out.count(" is enabled and active") == 3
+    assert forward("confirm", "work", "--all").status == 0
+    assert forward("remove", "work", "--all").out.count(" is removed and closed") == 2
+    assert forward("remove", "work", "--all").out == "No forwards.\n"
+    assert lab.vm_config("sys-net").keys() == {"fwd.personal.tcp-82"}
+
+
+def test_a_pattern_stands_for_names_and_leaves_out_what_cannot_be_read(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    for name in ("web-a", "web-b", "ssh"):
+        port = str(80 + len(lab.features("work")))
+        forward("add", "work", port, "--from", "any", "--name", name)
+    lab.set_feature("work", "forward.web-bad", "x")
+    result = forward("set", "work", "web-*", "comment=x")
+    assert result.out.count(" is changed and active") == 2
+    assert result.err.count("work 'web-bad' stays as it is, since it cannot be read\n") == 1
+    assert "comment=x" not in (lab.feature("work", "forward.ssh") or "")
+    result = forward("disable", "work", "web-?", "web-bad")
+    assert (result.status, "cannot be read" in result.err) == (1, True)
+    assert "stays as it is" in forward("disable", "work", "--all").err
+    forward("remove", "work", "web-*")
+    assert {key for key in lab.features("work") if key.startswith("forward.")} == {"forward.ssh"}
+
+
+def test_the_only_rule_of_a_qube_needs_no_name(forward: Forward) -> None:
+    forward(*ADD)
+    assert forward("show", "work").out == forward("show", "work", "web").out
+    assert forward("show", "work", "--json").json["name"] == "web"
+    assert forward("diagnose", "work").out == forward("diagnose", "work", "web").out
+    assert forward("diagnose", "work", "--json").json["name"] == "web"
+    assert "is disabled and closed" in forward("disable", "work").out
+    forward("add", "work", "81", "--from", "any")
+    for command in ("show", "diagnose", "confirm", "enable"):
+        result = forward(command, "work")
+        assert (result.status, result.out) == (1, "")
+        assert "work has 2 forwards; name one of tcp-81, web\n" in result.err
+
+
+def test_words_may_stand_before_and_behind_the_options(forward: Forward) -> None:
+    forward(*ADD)
+    assert "is changed and active" in forward("set", "work", "--comment", "x", "web", "via=").out
+    assert forward("list", "work", "--json", "vault").status == 0
+
+
 def test_disable_closes_and_enable_opens(forward: Forward, lab: LabDirectory) -> None:
     forward(*ADD)
     opened = content(lab)
