@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from .common.clientreport import WhichClients
 from .common.config import CALLS_MAX, ListenerConfig, parse_key
 from .common.errors import ConfigError, ForwardError, leaves
 from .common.report import FORWARDS_MAX, PROBLEMS_MAX, Answer, ListenerReport, Problem, Trial
@@ -23,6 +24,7 @@ from .common.values import Proto
 from .exposed import listeneroptions, qrexec
 from .exposed.call import CallTimeouts
 from .exposed.callwaits import CallWaits
+from .exposed.connected import clients
 from .exposed.draining import AnyForward, Draining
 from .exposed.forward import Means, OpenForward
 from .exposed.freshlook import FreshLook
@@ -219,10 +221,11 @@ class Listener:
             if not self._stopping.is_set():
                 notify("READY=1")
 
-    def report(self) -> ListenerReport:
-        """The status of everything now."""
+    def report(self, *, with_clients: bool = False) -> ListenerReport:
+        """The status of everything now; who is connected only if that is asked for."""
         forwards = [forward for _, forward in sorted(self.forwards.items())]
         problems = sorted(self.problems.items())
+        told = clients(forwards, self._draining.forwards) if with_clients else (None, 0)
         return ListenerReport(
             since=self._since,
             forwards=tuple(forward.report() for forward in forwards[:FORWARDS_MAX]),
@@ -230,6 +233,8 @@ class Listener:
             left_out=max(0, len(forwards) - FORWARDS_MAX),
             draining=self._draining.report()[:FORWARDS_MAX],
             bugs=self.bugs.count,
+            clients=told[0],
+            clients_left_out=told[1],
         )
 
     async def look_anew(self) -> None:
@@ -242,6 +247,15 @@ class Listener:
         if forward is None:
             return Trial(Answer.FAILED, "", one_line(f"{untrusted_key} is not open here"))
         return await try_out(forward.config, self._means.transports)
+
+    async def cut(self, untrusted_key: str, which: WhichClients) -> int:
+        """Cut clients of a forward, also of one that drains; returns how many. Raises as `try_out` does."""
+        key = str(parse_key(untrusted_key))
+        found = [forward for forward in self._all_forwards() if forward.config.key == key]
+        number = sum([await forward.cut_clients(which) for forward in found])
+        if number:
+            _logger.info("cut: %s: %d of %s", key, number, which if str(which) else "all clients")
+        return number
 
     def _reconcile(self, found: Configuration, *, is_whole: bool = False) -> None:
         """Close what is gone, then open what is new, unless the listener stops. A bad entry is logged."""

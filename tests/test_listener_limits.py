@@ -5,7 +5,7 @@ import random
 import socket
 import time
 from contextlib import AsyncExitStack
-from ipaddress import IPv6Address, ip_address
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ from qubes_fwd_qrexec.exposed.call import CallTimeouts
 from qubes_fwd_qrexec.exposed.limits import Account
 from qubes_fwd_qrexec.listener import Listener
 from qubes_fwd_qrexec.relay import copy
-from qubes_fwd_qrexec.relay.acceptloop import peer_address
+from qubes_fwd_qrexec.relay.acceptloop import peer_of
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.system.configsource import FileSource
 
@@ -266,11 +266,9 @@ def test_mapped_and_scoped_peers_are_known_by_what_they_are(
     config = ListenerConfig.parse("fwd.work.web", f"{value} srchosts={networks}")
     with _From(socket.AF_INET6) as sock:
         sock.address = address
-        peer = peer_address(sock)
-    assert peer is not None
-    assert (peer in config.sources) is is_allowed
-    assert not isinstance(peer, IPv6Address) or peer.scope_id is None
-    assert peer == ip_address(address.removeprefix("::ffff:").partition("%")[0])
+        peer = peer_of(sock)
+    assert peer == (ip_address(address.removeprefix("::ffff:")), 40000)
+    assert (peer[0] in config.sources) is is_allowed
 
 
 # Reloads

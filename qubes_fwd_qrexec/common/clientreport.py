@@ -18,6 +18,7 @@ from .values import (
     Proto,
     QubeName,
     RuleName,
+    address_text,
     parse_address,
     parse_port,
     parse_qube_name,
@@ -44,12 +45,6 @@ def parse_client_address(text: str) -> IPAddress:
     if not isinstance(address, IPv6Address) or not address.is_link_local or not _ZONE.match(zone):
         raise TextError(text, "an IPv4 or IPv6 address, with a zone only if it is link-local")
     return IPv6Address(text)
-
-
-def client_text(address: IPAddress | str, port: int) -> str:
-    """``192.0.2.1:5000`` or ``[2001:db8::1]:5000``."""
-    text = str(address)
-    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +124,7 @@ class WhichClients:
     def __str__(self) -> str:
         if self.address is None:
             return ""
-        return str(self.address) if self.port is None else client_text(self.address, self.port)
+        return str(self.address) if self.port is None else address_text(self.address, self.port)
 
     def has(self, address: IPAddress, port: int) -> bool:
         """Whether a client is one of them."""
@@ -140,16 +135,17 @@ class WhichClients:
 
 @dataclass(frozen=True, slots=True)
 class CutReport:
-    """The answer to ``qubes.ForwardCut``: how many connections or flows were cut."""
+    """The answer to ``qubes.ForwardCut``: how many connections or flows were cut, or why none could be."""
 
     cut: int
+    problem: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {"version": VERSION, "cut": self.cut}
+        return {"version": VERSION, "cut": self.cut, "problem": self.problem}
 
     @classmethod
     def parse(cls, untrusted_answer: bytes) -> Self:
         """Raises `ReportError`."""
         untrusted = Reader(load(untrusted_answer), "the answer to a cut")
         untrusted.check_version()
-        return cls(untrusted.number("cut"))
+        return cls(untrusted.number("cut"), untrusted.optional("problem", untrusted.text))

@@ -141,6 +141,11 @@ def parse_address(text: str) -> IPAddress:
     return address
 
 
+def address_text(address: IPAddress | str, port: int | str) -> str:
+    """``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
+    return f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
+
+
 def unmapped(address: IPAddress) -> IPAddress:
     """``::ffff:192.0.2.1`` as ``192.0.2.1``; any other address as it is, but without a zone.
 

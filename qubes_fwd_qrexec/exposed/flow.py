@@ -9,7 +9,7 @@ import math
 from ipaddress import ip_address
 from typing import Protocol
 
-from qubes_fwd_qrexec.common.values import IPAddress
+from qubes_fwd_qrexec.common.values import Binding, IPAddress
 from qubes_fwd_qrexec.mux import Buffer, FlowCode, Origin, ProxyVersion
 from qubes_fwd_qrexec.system.datagrams import Address
 
@@ -121,6 +121,11 @@ class Flow:
     def client_name(self) -> tuple[str, int]:
         """The client's address and port, as `socket.getpeername` has them for a connection."""
         return self.sender[0], self.sender[1]
+
+    @property
+    def peer(self) -> Binding:
+        """The client's address and port."""
+        return self.client, self.sender[1]
 
     def make_room(self) -> None:
         """Others need its place."""

@@ -9,10 +9,11 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+from qubes_fwd_qrexec.common.clientreport import WhichClients
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.rules import OnExpire, Proxy
 from qubes_fwd_qrexec.common.values import Binding, IPAddress, unmapped
@@ -75,9 +76,8 @@ class FlowTable:
         self._ticked_at = 0.0
 
     @property
-    def flows(self) -> Iterator[Flow]:
-        for port in self.ports.values():
-            yield from port.flows.values()
+    def flows(self) -> list[Flow]:
+        return [flow for port in self.ports.values() for flow in port.flows.values()]
 
     @property
     def draining(self) -> frozenset[Binding]:
@@ -153,10 +153,17 @@ class FlowTable:
 
     def cut(self) -> None:
         """End all flows."""
-        for port in list(self.ports.values()):
-            for flow in list(port.flows.values()):
-                port.end(flow, FlowHow.CUT)
+        for flow in self.flows:
+            flow.owner.end(flow, FlowHow.CUT)
         self._close_unused()
+
+    def cut_clients(self, which: WhichClients) -> int:
+        """End the flows of these clients, and return how many."""
+        cut = [flow for flow in self.flows if which.has(*flow.peer)]
+        for flow in cut:
+            flow.owner.end(flow, FlowHow.CUT_BY_ADMIN)
+        self._close_unused()
+        return len(cut)
 
     @property
     def _proxy(self) -> ProxyVersion:

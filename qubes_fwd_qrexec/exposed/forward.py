@@ -12,6 +12,7 @@ from ipaddress import ip_address
 
 import trio
 
+from qubes_fwd_qrexec.common.clientreport import WhichClients
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.report import ForwardReport, Way
@@ -21,7 +22,7 @@ from qubes_fwd_qrexec.relay.acceptloop import (
     accept_until_closed,
     close_listening,
     open_listening,
-    peer_address,
+    peer_of,
 )
 from qubes_fwd_qrexec.relay.copy import abort, close_well, read_out, undelivered_bytes
 from qubes_fwd_qrexec.relay.socketbuffers import WAITING_BYTES, set_size
@@ -42,7 +43,9 @@ _logger = logging.getLogger(__name__)
 # docs/behaviours.md, 12: what arrived before an abort is delivered before the RST, within this time.
 DELIVERY_S = 1.0
 _DELIVERY_LOOK_S = 0.02
-
+# Who cuts connections is answered when they have ended, which takes a turn or two.
+_CUTTING_S = 1.0
+_CUTTING_LOOK_S = 0.01
 
 # How long connections may go on after their rule has ended. dom0 tells the target the same (`allowance`).
 # There must be an end, and an hour is a long download.
@@ -69,29 +72,47 @@ class Means:
 class _Connection:
     """One accepted connection, from when it is let in until it has ended."""
 
-    __slots__ = ("carried", "client", "is_yielding", "local", "scope", "sock", "target_port")
+    __slots__ = ("carried", "client", "cut_as", "local", "peer", "scope", "sock", "target_port")
 
-    def __init__(self, sock: socket.socket, client: IPAddress, target_port: int) -> None:
+    def __init__(self, sock: socket.socket, peer: Binding, target_port: int) -> None:
         self.sock = sock
-        self.client = client
+        self.peer = peer
+        self.client: IPAddress = unmapped(peer[0])
         address, port = sock.getsockname()[:2]
         self.local: Binding = unmapped(ip_address(address)), port
         self.target_port = target_port
         self.carried = Carried(time.monotonic())
         self.scope = trio.CancelScope()
-        self.is_yielding = False
+        self.cut_as: How | None = None
 
     @property
     def moved_at(self) -> float:
         return self.carried.moved_at
 
-    def cut(self) -> None:
-        """End it now: both sides see RST."""
+    @property
+    def since(self) -> float:
+        return self.carried.since
+
+    @property
+    def sent(self) -> int:
+        return self.carried.sent
+
+    @property
+    def received(self) -> int:
+        return self.carried.received
+
+    @property
+    def ends_at(self) -> float:
+        """When it must be over at the latest (trio's clock); never, as long as its forward allows it."""
+        return self.scope.deadline
+
+    def cut(self, how: How | None = None) -> None:
+        """End it now: both sides see RST. ``how`` is what the log says, if not that its forward has ended."""
+        self.cut_as = how
         self.scope.cancel()
 
     def make_room(self) -> None:
-        self.is_yielding = True
-        self.cut()
+        self.cut(How.MADE_ROOM)
 
 
 def _allows(config: ListenerConfig, connection: _Connection) -> bool:
@@ -162,6 +183,16 @@ class OpenForward:
         for connection in self.live:
             connection.cut()
 
+    async def cut_clients(self, which: WhichClients) -> int:
+        """Cut connections of these clients; return how many, once they have ended or after `_CUTTING_S`."""
+        cut = {one for one in self.live if which.has(*one.peer) and not one.scope.cancel_called}
+        for connection in cut:
+            connection.cut(How.CUT_BY_ADMIN)
+        with trio.move_on_after(_CUTTING_S):
+            while cut & self.live:  # noqa: ASYNC110 - each ends by itself
+                await trio.sleep(_CUTTING_LOOK_S)
+        return len(cut)
+
     @property
     def connections(self) -> int:
         """How many connections are live."""
@@ -185,7 +216,7 @@ class OpenForward:
 
     def _accepted(self, port: int, accepted: socket.socket) -> None:
         """Refuse a stranger, or one too many, before doing anything else; serve everybody else."""
-        peer = peer_address(accepted)
+        peer = peer_of(accepted)
         if peer is None:
             accepted.close()
             return
@@ -194,7 +225,7 @@ class OpenForward:
         if refusal is not None:
             abort(accepted)
             self.counters.refused(refusal)
-            self._warn(refusal, f"refused {peer}: {self.account.words(refusal)}")
+            self._warn(refusal, f"refused {connection.client}: {self.account.words(refusal)}")
             return
         set_size(accepted, WAITING_BYTES)
         self.live.add(connection)
@@ -227,8 +258,8 @@ class OpenForward:
             how = How.BUG
             self._means.bugs.note(bug)
         finally:
-            if connection.is_yielding:
-                how = How.MADE_ROOM
+            how = connection.cut_as or how
+            if how is How.MADE_ROOM:
                 self.counters.refused(how)
                 self._warn(how, f"ended the idlest connection of {connection.client} to let others in")
             self.live.discard(connection)

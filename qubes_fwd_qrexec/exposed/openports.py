@@ -5,8 +5,8 @@ import socket
 from collections.abc import Callable, Iterable
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
-from qubes_fwd_qrexec.common.values import Binding, IPAddress
-from qubes_fwd_qrexec.relay.acceptloop import BindError, address_text
+from qubes_fwd_qrexec.common.values import Binding, IPAddress, address_text
+from qubes_fwd_qrexec.relay.acceptloop import BindError
 from qubes_fwd_qrexec.system.logs import one_line
 
 

@@ -2,12 +2,16 @@
 """The status of a running listener: UNIX sockets in its runtime directory.
 
 ``status.sock`` answers each connection with one JSON document (`ListenerReport`) and closes it. The listener
-looks at its configuration again for that, so dom0 need not ask twice after a change.
+looks at its configuration again for that, so dom0 need not ask twice after a change. ``clients.sock`` does
+the same, and its document also has who is connected.
 ``metrics.sock`` answers an HTTP request with the same figures for Prometheus. ``try.sock`` takes the key of a
 forward on a line, sends a connection through that forward and returns the result (`Trial`).
 
-They are open to every user of this qube, as the service that dom0 calls does not run as the listener's user.
-They show figures and carry no data of connections.
+These are open to every user of this qube, as the service that dom0 calls does not run as the listener's user.
+They show figures and addresses, which the kernel shows everybody too, and carry no data of connections.
+
+``cut.sock`` is for root: it takes the key of a forward and which of its clients on a line (`WhichClients`),
+cuts these and returns how many there were (`CutReport`).
 """
 
 import contextlib
@@ -23,6 +27,7 @@ from typing import Protocol
 import trio
 
 from qubes_fwd_qrexec.common import report
+from qubes_fwd_qrexec.common.clientreport import WHICH_MAX_BYTES, CutReport, WhichClients
 from qubes_fwd_qrexec.common.errors import ConfigError, TextError
 from qubes_fwd_qrexec.common.report import Answer, ListenerReport, Trial
 from qubes_fwd_qrexec.system.bugs import Bugs
@@ -34,9 +39,11 @@ _logger = logging.getLogger(__name__)
 
 # Set for a unit with RuntimeDirectory=; several are separated by colons (systemd.exec(5)).
 RUNTIME_VARIABLE = "RUNTIME_DIRECTORY"
-STATUS, METRICS, TRY = "status.sock", "metrics.sock", "try.sock"
-# Connecting needs write permission: the RPC service runs as the qube's user, the listener as its own.
-_MODE = 0o666
+CLIENTS, STATUS, METRICS, TRY, CUT = "clients.sock", "status.sock", "metrics.sock", "try.sock", "cut.sock"
+# Connecting needs write permission: a service runs as the qube's user or as root, the listener as its own.
+_FOR_ALL, _FOR_ROOT = 0o666, 0o600
+# In the order in which they appear: a listener with status.sock and without those before it is an older one.
+_MODES = {CLIENTS: _FOR_ALL, CUT: _FOR_ROOT, STATUS: _FOR_ALL, METRICS: _FOR_ALL, TRY: _FOR_ALL}
 # How long a peer may take to ask and to read the answer, which has at most a few megabytes.
 _PATIENCE_S = 5.0
 # dom0 asks one question at a time, and so does a collector of metrics. Each user has its own number of
@@ -46,6 +53,7 @@ _ALL_AT_ONCE_MAX = 64
 _PEER_CREDENTIALS = struct.Struct("iII")
 _BACKLOG = 16
 _KEY_MAX_BYTES = 64
+_CUT_MAX_BYTES = _KEY_MAX_BYTES + WHICH_MAX_BYTES
 
 
 class Reporting(Protocol):
@@ -55,10 +63,13 @@ class Reporting(Protocol):
 
     async def look_anew(self) -> None: ...
 
-    def report(self) -> ListenerReport: ...
+    def report(self, *, with_clients: bool = False) -> ListenerReport: ...
 
     async def try_out(self, untrusted_key: str) -> Trial:
         """Raises `ConfigError` or `TextError` if it is not the key of an open forward."""
+
+    async def cut(self, untrusted_key: str, which: WhichClients) -> int:
+        """Raises `ConfigError` or `TextError` if it is no key."""
 
 
 def runtime_directory(environ_value: str | None) -> Path | None:
@@ -104,8 +115,8 @@ def _open(place: Path, undo: contextlib.ExitStack) -> dict[str, socket.socket]:
     opened = {}
     try:
         place.mkdir(mode=0o755, exist_ok=True)
-        for name in (STATUS, METRICS, TRY):
-            opened[name] = open_unix_listening(place / name, _MODE, _BACKLOG)
+        for name, mode in _MODES.items():
+            opened[name] = open_unix_listening(place / name, mode, _BACKLOG)
             undo.callback((place / name).unlink, missing_ok=True)
     except OSError as error:
         for sock in opened.values():
@@ -125,7 +136,13 @@ class _Serving:
     def __init__(self, listener: Reporting) -> None:
         self._listener = listener
         self._taken = Counter[int]()
-        self.handlers: dict[str, _Handler] = {STATUS: self._status, METRICS: self._metrics, TRY: self._try}
+        self.handlers: dict[str, _Handler] = {
+            STATUS: self._status,
+            CLIENTS: self._clients,
+            METRICS: self._metrics,
+            TRY: self._try,
+            CUT: self._cut,
+        }
 
     def bounded(self, handler: _Handler) -> _Handler:
         """The handler with bounds on number and time, which always closes the connection in the end."""
@@ -156,6 +173,10 @@ class _Serving:
         await self._listener.look_anew()
         await stream.send_all(report.dump(self._listener.report().as_json()))
 
+    async def _clients(self, stream: trio.SocketStream) -> None:
+        await self._listener.look_anew()
+        await stream.send_all(report.dump(self._listener.report(with_clients=True).as_json()))
+
     async def _metrics(self, stream: trio.SocketStream) -> None:
         untrusted_request = await _until(stream, b"\r\n\r\n", metrics.REQUEST_MAX_BYTES)
         if untrusted_request is not None:
@@ -171,6 +192,17 @@ class _Serving:
         except (ConfigError, TextError) as error:
             trial = Trial(Answer.FAILED, "", str(error)[: report.TEXT_MAX])
         await stream.send_all(report.dump(trial.as_json()))
+
+    async def _cut(self, stream: trio.SocketStream) -> None:
+        untrusted_line = await _until(stream, b"\n", _CUT_MAX_BYTES)
+        if untrusted_line is None:
+            return
+        untrusted_key, _, which = untrusted_line.decode("ascii", "backslashreplace")[:-1].partition(" ")
+        try:
+            done = CutReport(await self._listener.cut(untrusted_key, WhichClients.parse(which)))
+        except (ConfigError, TextError) as error:
+            done = CutReport(0, str(error)[: report.TEXT_MAX])
+        await stream.send_all(report.dump(done.as_json()))
 
 
 def _user_of(stream: trio.SocketStream) -> int:

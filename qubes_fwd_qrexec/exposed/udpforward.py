@@ -8,6 +8,7 @@ the method returns: what has ended passes no datagram in either direction any mo
 from collections.abc import Collection
 from functools import partial
 
+from qubes_fwd_qrexec.common.clientreport import WhichClients
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.report import ForwardReport
 from qubes_fwd_qrexec.common.rules import OnExpire
@@ -15,6 +16,7 @@ from qubes_fwd_qrexec.common.values import Binding, Proto
 from qubes_fwd_qrexec.relay.acceptloop import BindError
 from qubes_fwd_qrexec.system.lifetime import Expiry
 
+from .flow import Flow
 from .flowtable import FlowTable
 from .forward import DRAIN_MAX_S, Means
 from .openports import bindings, last_said, open_all, places
@@ -80,6 +82,15 @@ class OpenUdpForward:
     def cut(self) -> None:
         """End all flows."""
         self._relays.do_now(self.table.cut)
+
+    async def cut_clients(self, which: WhichClients) -> int:
+        """End the flows of these clients, and return how many."""
+        return self._relays.do_now(partial(self.table.cut_clients, which))
+
+    @property
+    def live(self) -> list[Flow]:
+        """All flows. What they have counted may be read here; everything else is for the loop's thread."""
+        return self._relays.do_now(lambda: self.table.flows)
 
     @property
     def connections(self) -> int:

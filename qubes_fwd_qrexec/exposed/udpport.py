@@ -13,9 +13,9 @@ from ipaddress import IPv6Address
 from typing import Protocol
 
 from qubes_fwd_qrexec.common.refusals import Refusal
-from qubes_fwd_qrexec.common.values import Binding, IPAddress, Proto
+from qubes_fwd_qrexec.common.values import Binding, IPAddress, Proto, address_text
 from qubes_fwd_qrexec.mux import Buffer, FlowCode, ProxyVersion
-from qubes_fwd_qrexec.relay.acceptloop import BindError, address_text, bind_trouble
+from qubes_fwd_qrexec.relay.acceptloop import BindError, bind_trouble
 from qubes_fwd_qrexec.relay.loop import READ, Loop
 from qubes_fwd_qrexec.system import datagrams
 from qubes_fwd_qrexec.system.datagrams import (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError
 from qubes_fwd_qrexec.common.services import (
+    CUT_SERVICE,
     FORWARD_SERVICE,
     NFT_SERVICE,
     REVOKE_SERVICE,
@@ -24,7 +25,7 @@ from .directory import LabDirectory, QubeDirectory, write_text
 from .knobs import Knobs
 from .qube import Qube, QubeClass, QubeState
 
-_OUR_SERVICES = (FORWARD_SERVICE, UDP_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
+_OUR_SERVICES = (FORWARD_SERVICE, UDP_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE, CUT_SERVICE)
 CONNECT_SERVICE = "qubes.ConnectTCP"
 # docs/facts.md, S6.
 _CONNECT_CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"

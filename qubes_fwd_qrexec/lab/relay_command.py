@@ -10,8 +10,7 @@ import subprocess
 
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.values import IPAddress, parse_address, parse_port
-from qubes_fwd_qrexec.relay.acceptloop import address_text
+from qubes_fwd_qrexec.common.values import IPAddress, address_text, parse_address, parse_port
 
 from .daemon import Network
 from .session import LabSession, SessionError, open_session

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from qubes_fwd_qrexec.firewall.ask import DIRECTORY_VARIABLE as FIREWALL_DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.target.listenersockets import LISTENER_DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.statusservice import (
     FIREWALL_STATE_VARIABLE,
-    LISTENER_DIRECTORY_VARIABLE,
     STARTS_VARIABLE,
 )
 

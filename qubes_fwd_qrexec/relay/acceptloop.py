@@ -13,7 +13,7 @@ from ipaddress import IPv6Address, ip_address
 import trio
 
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import IPAddress, Proto, unmapped
+from qubes_fwd_qrexec.common.values import Binding, IPAddress, Proto, address_text, unmapped
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
 from qubes_fwd_qrexec.system.ingress import note_ingress
@@ -53,11 +53,6 @@ _UNPRIVILEGED_PORT = 1024
 
 class BindError(ForwardError):
     """Listening on a port failed; the text names the port and says why."""
-
-
-def address_text(address: IPAddress | str, port: int | str) -> str:
-    """``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
-    return f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
 
 
 def open_listening(address: IPAddress, port: int) -> socket.socket:
@@ -132,12 +127,17 @@ async def accept_until_closed(
                 await trio.sleep(SHORTAGE_PAUSE_S)
 
 
-def peer_address(connection: socket.socket) -> IPAddress | None:
-    """The address of the other end, IPv4 as IPv4; None if the peer is gone."""
+def peer_of(connection: socket.socket) -> Binding | None:
+    """The address, IPv4 as IPv4, and port of the other end; None if the peer is gone.
+
+    A link-local address has its zone.
+    """
     try:
-        return unmapped(ip_address(connection.getpeername()[0]))
+        host, port = connection.getpeername()[:2]
     except OSError:
         return None
+    address = ip_address(host)
+    return address if "%" in host else unmapped(address), port
 
 
 def close_listening(listening: socket.socket, *, is_shared: bool = False) -> None:

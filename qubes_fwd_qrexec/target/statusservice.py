@@ -6,16 +6,15 @@ That is the state now: dom0 asks once after a change, and what has to catch up i
 ``+PORT`` also tries whether a server of this qube takes a connection on that port, and ``+tcp.PORT`` or
 ``+udp.PORT`` looks whether one listens at more than a loopback address, as a forward by nft needs it.
 ``+fwd.TARGET.NAME`` sends a connection through that forward of the listener, all the way to the target's
-server.
+server. With ``+clients`` the listener also says who is connected.
 """
 
-import contextlib
 import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from typing import NamedTuple
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.common import report
 from qubes_fwd_qrexec.common.allowance import Calls
+from qubes_fwd_qrexec.common.clientreport import CLIENTS
 from qubes_fwd_qrexec.common.config import is_forward_key, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -42,24 +42,20 @@ from qubes_fwd_qrexec.relay.copy import close_cleanly
 from qubes_fwd_qrexec.system import bugs, sockdiag
 from qubes_fwd_qrexec.system.cleanstart import start_clean
 from qubes_fwd_qrexec.system.logs import one_line
-from qubes_fwd_qrexec.system.unixsockets import socket_address
 
 from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
+from .listenersockets import CLIENTS as CLIENTS_SOCKET
+from .listenersockets import LISTENER_TIMEOUT_S, NONE_RUNS, STATUS, TRY, ask, listener_directory
 from .localserver import LOCALHOSTS, ServiceError, connect
 
-# RuntimeDirectory= of the listener's unit; a lab sets another one.
-LISTENER_DIRECTORY = "/run/qubes-forward-listener"
-LISTENER_DIRECTORY_VARIABLE = "QUBES_FORWARD_LISTENER_DIR"
-STATUS, TRY = "status.sock", "try.sock"
 # Where the program that opens this qube's firewall writes its `FirewallReport`.
 FIREWALL_STATE = "/run/qubes-forward-nft/state"
 FIREWALL_STATE_VARIABLE = "QUBES_FORWARD_NFT_STATE"
 # With this flag the service manager starts the listener: at the qube's start, and again when it has failed.
 STARTS = "/run/qubes-service/qubes-forward-listener"
 STARTS_VARIABLE = "QUBES_FORWARD_LISTENER_STARTS"
-# A trial takes at most 3 s, and a server on this machine answers at once.
-_LISTENER_TIMEOUT_S = 4.0
+# A server on this machine answers at once.
 _CONNECT_TIMEOUT_S = 2.0
 # How long a listener may take to start: what it waits for is QubesDB, and a second after a failure.
 START_S = 2.0
@@ -84,10 +80,9 @@ class Places(NamedTuple):
 
 
 def places() -> Places:
-    listener = os.environ.get(LISTENER_DIRECTORY_VARIABLE, LISTENER_DIRECTORY)
     firewall = os.environ.get(FIREWALL_STATE_VARIABLE, FIREWALL_STATE)
     starts = os.environ.get(STARTS_VARIABLE, STARTS)
-    return Places(Path(listener), directory(), Path(firewall), Path(starts))
+    return Places(listener_directory(), directory(), Path(firewall), Path(starts))
 
 
 def answer(untrusted_argument: str, place: Places, rest: Callable[[float], None] = time.sleep) -> QubeReport:
@@ -98,7 +93,8 @@ def answer(untrusted_argument: str, place: Places, rest: Callable[[float], None]
     trial = _try(untrusted_argument, place.listener)
     starting = place.listener / STATUS, place.starts
     _wait_while(lambda: not starting[0].exists() and starting[1].exists(), START_S, rest)
-    listener, problem = _listener(place.listener)
+    names = (CLIENTS_SOCKET, STATUS) if untrusted_argument == CLIENTS else (STATUS,)
+    listener, problem = _listener([place.listener / name for name in names])
     if listener is not None:
         since = time.time()
         _wait_while(lambda: 0 < since - _looked_at(place.firewall) < 3 * FIREWALL_S, FIREWALL_S, rest)
@@ -114,7 +110,7 @@ def answer(untrusted_argument: str, place: Places, rest: Callable[[float], None]
 
 
 def _try(untrusted_argument: str, place: Path) -> Trial | None:
-    if not untrusted_argument:
+    if untrusted_argument in ("", CLIENTS):
         return None
     proto, dot, port = untrusted_argument.partition(".")
     # A key of UDP begins with that word, too, and has two dots.
@@ -126,7 +122,7 @@ def _try(untrusted_argument: str, place: Path) -> Trial | None:
         except ConfigError as error:
             raise TextError(untrusted_argument, "fwd.TARGET.NAME") from error
         try:
-            untrusted = _ask(place / TRY, f"{untrusted_argument}\n".encode("ascii"))
+            untrusted = ask(place / TRY, f"{untrusted_argument}\n".encode("ascii"), LISTENER_TIMEOUT_S)
             return Trial.parse(untrusted)
         except (OSError, ReportError) as error:
             return Trial(Answer.FAILED, "", one_line(f"the listener does not answer: {error}"))
@@ -170,18 +166,18 @@ def _wait_while(is_behind: Callable[[], bool], bound_s: float, rest: Callable[[f
         rest(_LOOK_S)
 
 
-def _listener(place: Path) -> tuple[ListenerReport | None, str | None]:
-    """The listener's report, or why there is none."""
-    try:
-        untrusted = _ask(place / STATUS, b"")
-    except (FileNotFoundError, ConnectionRefusedError):
-        return None, "no listener is running"
-    except OSError as error:
-        return None, one_line(f"the listener does not answer: {error.strerror or error}")
-    try:
-        return ListenerReport.parse(untrusted), None
-    except ReportError as error:
-        return None, one_line(f"the listener's answer cannot be read: {error}")
+def _listener(sockets: Iterable[Path]) -> tuple[ListenerReport | None, str | None]:
+    """The listener's report, from the first of these that it has, or why there is none."""
+    for path in sockets:
+        try:
+            return ListenerReport.parse(ask(path, b"", LISTENER_TIMEOUT_S)), None
+        except (FileNotFoundError, ConnectionRefusedError):
+            continue  # a listener that runs since before an update may lack one
+        except OSError as error:
+            return None, one_line(f"the listener does not answer: {error.strerror or error}")
+        except ReportError as error:
+            return None, one_line(f"the listener's answer cannot be read: {error}")
+    return None, NONE_RUNS
 
 
 def _looked_at(state: Path) -> float:
@@ -198,24 +194,6 @@ def _firewall(path: Path) -> FirewallReport:
             return FirewallReport.parse(file.read(report.REPORT_MAX_BYTES + 1))
     except (OSError, ReportError):
         return FirewallReport()
-
-
-def _ask(path: Path, request: bytes) -> bytes:
-    """Send a request and read everything until the other end closes. Raises OSError."""
-    deadline = time.monotonic() + _LISTENER_TIMEOUT_S
-    received = bytearray()
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as sock:
-        sock.settimeout(_LISTENER_TIMEOUT_S)
-        with socket_address(path) as address:
-            sock.connect(address)
-        if request:  # without one the answer comes at once, and the other end may be closed already
-            sock.sendall(request)
-        while len(received) <= report.REPORT_MAX_BYTES:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            if not (more := sock.recv(65536)):
-                break
-            received += more
-    return bytes(received)
 
 
 def _calls(place: Path) -> tuple[CallsReport, ...]:

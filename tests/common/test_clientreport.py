@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common import clientreport, report
 from qubes_fwd_qrexec.common.clientreport import ClientReport, CutReport, WhichClients
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.report import ListenerReport, ReportError
-from qubes_fwd_qrexec.common.values import IPAddress, Proto, QubeName, RuleName
+from qubes_fwd_qrexec.common.values import IPAddress, Proto, QubeName, RuleName, address_text
 
 ports = st.integers(1, 65535)
 zoned = st.builds(
@@ -135,7 +135,7 @@ def test_it_says_which_clients_are_meant(which: str, yes: list[str], no: list[st
         assert client.address is not None
         assert client.port is not None
         assert meant.has(client.address, client.port) is is_meant, text
-        assert clientreport.client_text(client.address, client.port) == text
+        assert address_text(client.address, client.port) == text
 
 
 def test_what_was_cut_prints_and_parses() -> None:

@@ -274,3 +274,11 @@ def test_any_is_a_word_of_its_own() -> None:
 )
 def test_peers_are_unmapped_and_lose_their_zone_before_they_are_compared(peer: str, is_allowed: bool) -> None:
     assert (ip_address(peer) in Sources.parse("192.168.1.0/24,fe80::/10")) == is_allowed
+
+
+@pytest.mark.parametrize(
+    ("address", "text"), [("192.0.2.1", "192.0.2.1:80"), ("2001:db8::1", "[2001:db8::1]:80")]
+)
+def test_an_address_is_written_as_in_a_url(address: str, text: str) -> None:
+    assert values.address_text(ip_address(address), 80) == text
+    assert values.address_text(address, "80") == text

@@ -13,26 +13,18 @@ from collected import Collected
 from helpers import BOUND_S, free_port, no_fds_left, port_of, tcp_pair
 from trio.testing import wait_all_tasks_blocked
 
+from qubes_fwd_qrexec.common.values import address_text
 from qubes_fwd_qrexec.relay import acceptloop
 from qubes_fwd_qrexec.relay.acceptloop import (
     BindError,
     accept_until_closed,
-    address_text,
     close_listening,
     open_listening,
-    peer_address,
+    peer_of,
 )
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.logs import RateLimit
-
-
-@pytest.mark.parametrize(
-    ("address", "text"), [("192.0.2.1", "192.0.2.1:80"), ("2001:db8::1", "[2001:db8::1]:80")]
-)
-def test_an_address_is_written_as_in_a_url(address: str, text: str) -> None:
-    assert address_text(ip_address(address), 80) == text
-    assert address_text(address, "80") == text
 
 
 @pytest.mark.parametrize(
@@ -296,12 +288,13 @@ def test_a_program_without_privileges_learns_what_a_low_port_needs(host: str) ->
     assert "ports under 1024 need the capability CAP_NET_BIND_SERVICE" in found.stdout
 
 
-def test_a_peer_is_known_by_its_address_until_it_is_gone() -> None:
+def test_a_peer_is_known_by_its_address_and_port_until_it_is_gone() -> None:
     far, near = tcp_pair()
     with near:
-        assert peer_address(near) == IPv4Address("127.0.0.1")
+        port = far.getsockname()[1]
+        assert peer_of(near) == (IPv4Address("127.0.0.1"), port)
         abort(far)
-        assert peer_address(near) is None
+        assert peer_of(near) is None
 
 
 def test_a_peer_in_mapped_form_counts_as_ipv4() -> None:
@@ -309,7 +302,7 @@ def test_a_peer_in_mapped_form_counts_as_ipv4() -> None:
         both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         both.bind(("::", 0))
         both.listen()
-        with socket.create_connection(("127.0.0.1", port_of(both))):
+        with socket.create_connection(("127.0.0.1", port_of(both))) as far:
             near, _ = both.accept()
             with near:
-                assert peer_address(near) == IPv4Address("127.0.0.1")
+                assert peer_of(near) == (IPv4Address("127.0.0.1"), far.getsockname()[1])

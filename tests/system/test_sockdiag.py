@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.common.values import Binding
 from qubes_fwd_qrexec.system import sockdiag as module
 from qubes_fwd_qrexec.system.netlink import READ_MAX
 from qubes_fwd_qrexec.system.sockdiag import DIRECTORY, SocketsError, listening, owner
-from qubes_fwd_qrexec.target import statusservice
+from qubes_fwd_qrexec.target import listenersockets
 
 LOOPBACK, LOOPBACK_IPV6 = ip_address("127.0.0.1"), ip_address("::1")
 UID = os.getuid()
@@ -267,7 +267,7 @@ def test_the_listener_is_known_by_its_directory_and_root_is_never_taken_for_it(t
 
 def test_the_directory_is_that_of_the_unit_and_its_owner_the_units_user() -> None:
     lines = UNIT.read_text().splitlines()
-    assert str(DIRECTORY) == statusservice.LISTENER_DIRECTORY
+    assert str(DIRECTORY) == listenersockets.LISTENER_DIRECTORY
     assert f"RuntimeDirectory={DIRECTORY.name}" in lines
     assert DIRECTORY.parent == Path("/run")
     # systemd.exec(5): one that outlives its unit is in /run/private, and here there is a link of root's.

@@ -31,12 +31,10 @@ from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 from qubes_fwd_qrexec.target import statusservice
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE, Kind, left_note
 from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, boot_ticks
+from qubes_fwd_qrexec.target.listenersockets import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY
 from qubes_fwd_qrexec.target.statusservice import (
     FIREWALL_S,
-    LISTENER_DIRECTORY_VARIABLE,
     START_S,
-    STATUS,
-    TRY,
     Places,
     answer,
 )
@@ -129,7 +127,7 @@ def test_a_listener_that_does_not_start_is_waited_for_so_long(tmp_path: Path) ->
 def test_a_listener_that_does_not_answer_is_given_up_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statusservice, "_LISTENER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(statusservice, "LISTENER_TIMEOUT_S", 0.1)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / STATUS))
         silent.listen()
