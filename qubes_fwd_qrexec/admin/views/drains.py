@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin.answers import NotRunningError, both
+from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, NFT_FEATURE
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.values import QubeName
@@ -41,9 +42,10 @@ def ask(session: Session, snapshot: Snapshot, planned: Plan, qubes: Collection[s
     """
     inventory, everything = snapshot.inventory, snapshot.plan(session.now)
     backend = session.backend
+    running = [qube for qube in inventory.qubes.values() if qube.is_running]
     listen, forward = (
-        concerned(some, planned, qubes)
-        for some in (listeners.flagged(inventory), nftstatus.to_ask(planned, inventory, qubes))
+        concerned((qube.name for qube in running if qube.features.get(feature)), planned, qubes)
+        for feature in (LISTENER_FEATURE, NFT_FEATURE)
     )
     if not listen and not forward:
         return Drains((), ())

@@ -202,20 +202,16 @@ def flows(exposed: QubeName, answer: Answer, planned: Plan) -> list[GoesOn] | No
     ]
 
 
-def flagged(inventory: Inventory) -> set[QubeName]:
-    """The running qubes that are to listen."""
-    return {
-        qube.name
-        for qube in inventory.qubes.values()
-        if qube.is_running and (qube.configured or qube.features.get(LISTENER_FEATURE))
-    }
-
-
 def listening(inventory: Inventory) -> set[QubeName]:
     """Every running qube that listens, or may have and drains: a listener goes on when its qube's flag is
     taken away, so all that have our package count.
     """
-    return flagged(inventory) | serving(inventory)
+    flagged = {
+        qube.name
+        for qube in inventory.qubes.values()
+        if qube.is_running and (qube.configured or qube.features.get(LISTENER_FEATURE))
+    }
+    return flagged | serving(inventory)
 
 
 def beyond_dom0(before: Plan, after: Plan) -> list[tuple[QubeName, ListenerConfig]]:
