@@ -83,6 +83,10 @@ class RemoteProtocolError(ProtocolError):
     """The peer broke the protocol, which ends the mux."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of something; the text says what is done, and what completes it."""
+
+
 def why(error: Exception) -> str:
     """What went wrong, for a message that names the place: an `OSError` without file and number."""
     return getattr(error, "strerror", None) or str(error)

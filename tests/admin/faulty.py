@@ -71,6 +71,7 @@ class Faulty:
         return b"version=1 ended=1 draining=0\n"
 
     def verdicts(self, calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
+        self._do("judge")
         return self._store.verdicts(calls)
 
     def unwatched(self) -> str | None:

@@ -91,9 +91,37 @@ def test_an_interrupt_leaves_no_half(forward: Command, over: Command, lab: LabDi
             interrupted.append(entry)
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        over(Faulty(lab, before=interrupt), "disable", "work", "r0", "r1", "r2", "r3")
+    result = over(Faulty(lab, before=interrupt), "disable", "work", "r0", "r1", "r2", "r3")
+    assert (result.status, result.out) == (130, "")
+    assert result.err == "qvm-forward disable: interrupted: nothing was changed\n"
     assert content(lab) == before
+
+
+@pytest.mark.parametrize(
+    ("at", "left"),
+    [
+        ("inventory", "nothing was changed"),
+        (
+            "policy",
+            "the change is stored, and not all of it may be in force; 'qvm-forward apply' completes it",
+        ),
+        ("judge", "the change is stored, and in force; 'qvm-forward status' shows what came of it"),
+    ],
+)
+def test_whoever_interrupts_a_change_hears_what_is_left_of_it(
+    forward: Command, over: Command, lab: LabDirectory, at: str, left: str
+) -> None:
+    def interrupt(entry: str) -> None:
+        if entry.startswith(at):
+            raise KeyboardInterrupt
+
+    result = over(Faulty(lab, before=interrupt), *ADD)
+    assert (result.status, result.out) == (130, "")
+    assert result.err == f"qvm-forward add: interrupted: {left}\n"
+    is_stored = lab.feature("work", "forward.web") is not None
+    assert is_stored == ("stored" in left)
+    assert forward("apply").status == 0
+    assert ("web" in forward("list").out) == is_stored
 
 
 def test_a_rule_and_a_mark_that_cannot_be_put_back_are_told_with_what_they_were(

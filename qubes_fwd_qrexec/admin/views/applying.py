@@ -45,7 +45,11 @@ def apply(args: Namespace, session: Session) -> int:
     else:
         what = "what could be read" if is_unread else "all"
         nothing = f"Nothing to change: {what} is as the rules ask for.\n"
-        session.say(steps.text(outcome.done, is_preview=args.dry_run) or nothing)
+        text = steps.text(outcome.done, is_preview=args.dry_run) or nothing
+        if args.dry_run:
+            session.say(text)
+        else:
+            session.say_done(text)
         # Not of clones and disposables: there may be many, and their forwards never were open.
         closed = (f for f in planned if f.cause is Cause.NETVM_CHANGED)
         session.say("".join(f"{f.named} is suspended. {reasons.sentence(f)}\n" for f in closed))

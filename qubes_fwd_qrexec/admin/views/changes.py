@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.admin.revoking import DRAIN_S
 from qubes_fwd_qrexec.admin.snapshot import parse_new_name
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
-from qubes_fwd_qrexec.common.errors import ConfigError, TextError, UsageError
+from qubes_fwd_qrexec.common.errors import ConfigError, Interrupted, TextError, UsageError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, OnExpire, Transport
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
@@ -61,6 +61,14 @@ class After(NamedTuple):
 
 def followed(changed: Changed, session: Session) -> After:
     """Ask what became of a change. Raises `StoreError` if it is stored and not all of it could be applied."""
+    try:
+        return _followed(changed, session)
+    except KeyboardInterrupt:
+        done = "stored, and in force" if changed.is_applied else "stored"
+        raise Interrupted(f"the change is {done}; 'qvm-forward status' shows what came of it") from None
+
+
+def _followed(changed: Changed, session: Session) -> After:
     said, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
     told: dict[Place, str | None] = {}
     doubts: tuple[Unconfirmed, ...] = ()
@@ -287,7 +295,7 @@ def tell(
     if session.is_json:
         session.say_json({**data, **as_json(after)})
     else:
-        session.say("".join(f"{line}\n" for line in (*lines, *_others(after))))
+        session.say_done("".join(f"{line}\n" for line in (*lines, *_others(after))))
         for left in goes_on:
             session.warn(f"still open: {left}")
         is_live = changed.is_applied and any(forward.is_live for forward in changed.forwards)
@@ -297,7 +305,7 @@ def tell(
                 "netvm changes or a qube is removed, until you run qvm-forward again. To start it: "
                 f"{after.watch_start}.\n"
             )
-        session.say("".join(f"{line}\n" for line in last))
+        session.say_done("".join(f"{line}\n" for line in last))
     session.warn_unread(changed.after)
     if not session.is_json:
         confirmed.warn(after.doubts, after.told, changed.outcome.before, session)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from qubes_fwd_qrexec.admin.backend import Backend
 
 _FAULT = 3
+_INTERRUPTED = 130
+# What Ctrl-C leaves behind of a command, where nobody knows more.
+_CHANGES = ("add", "set", "remove", "enable", "disable", "confirm", "tunnel", "import")
+_CONTINUES = ("apply", "panic", "resume")
 _TRACE = "QVM_FORWARD_TRACE"
 
 
@@ -59,8 +63,16 @@ def run(
 
     try:
         system = backend or locate.open_backend(args.lab, environ)
-        session = sessions.Session(system, now, environ, stdin, out, err, style, args.json, set())
+        session = sessions.Session(system, now, environ, stdin, out, err, style, args.json, set(), args.quiet)
+        if args.verbose or err.isatty():
+            from .announced import Announced
+
+            announced = Announced(system, session.warn, is_verbose=args.verbose)
+            session = session._replace(backend=cast("Backend", announced))
         return command(args.command)(args, session)
+    except KeyboardInterrupt as interrupt:
+        err.write(f"qvm-forward {args.command}: interrupted{_left(args.command, str(interrupt))}\n")
+        return _INTERRUPTED
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
         return 2
@@ -73,6 +85,17 @@ def run(
         place = f"{error.filename}: " if error.filename else ""
         err.write(f"qvm-forward {args.command}: {place}{error.strerror or error}\n")
         return 1
+
+
+def _left(command: str, known: str) -> str:
+    """What an interrupted command has left; ``known`` is what it says itself."""
+    if known:
+        return f": {known}"
+    if command in _CHANGES:
+        return ": nothing was changed"
+    if command in _CONTINUES:
+        return f": what was done stands, and 'qvm-forward {command}' does the rest"
+    return ""
 
 
 def style_of(out: TextIO, environ: Mapping[str, str]) -> Style:
@@ -139,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stderr.write(f"qvm-forward: the output could not be written: {error}\n")
         return 1
     except KeyboardInterrupt:
-        return 130
+        stderr.write("qvm-forward: interrupted\n")
+        return _INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the last place that can print a sentence instead
         return _fault(error, stderr)
     return status

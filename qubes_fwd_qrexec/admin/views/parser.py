@@ -49,6 +49,8 @@ def _says(name: str, option: str, value: str, text: str) -> Argument:
 _GENERAL = (
     _argument("--lab", metavar="DIR", help=f"work on the lab in this directory (default: ${LAB_VARIABLE})"),
     _flag("--json", "print JSON, for programs"),
+    _argument("-q", "--quiet", action="store_true", help="print nothing of a change but warnings"),
+    _argument("-v", "--verbose", action="store_true", help="say what is asked of qubes and of dom0"),
 )
 _QUBE = _argument("qube", metavar="QUBE")
 _QUBES = _argument("qube", nargs="*", metavar="QUBE")

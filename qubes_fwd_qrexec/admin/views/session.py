@@ -26,6 +26,12 @@ class Session(NamedTuple):
     style: Style
     is_json: bool
     warned: set[str]
+    is_quiet: bool = False
+
+    def say_done(self, text: str) -> None:
+        """Say what a change did, which `is_quiet` leaves out."""
+        if not self.is_quiet:
+            self.say(text)
 
     def say(self, text: str) -> None:
         self.out.write(text)

@@ -67,7 +67,7 @@ def test_the_manual_has_no_command_and_no_option_that_there_is_not() -> None:
         assert names(page)[0] == stem
         commands = [COMMANDS[name.removeprefix("qvm-forward-")] for name in names(page)]
         assert options(page) <= {option for command in commands for option in command._option_string_actions}
-    assert options(GENERAL) == {"--help", "--version", "--lab", "--json"}
+    assert options(GENERAL) == {"--help", "--version", "--lab", "--json", "--quiet", "--verbose"}
 
 
 def test_every_command_and_option_has_help() -> None:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Says whom a command waits for, and with --verbose whatever it asks of qubes and of dom0, on stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from qubes_fwd_qrexec.admin.answers import ANSWER_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from qubes_fwd_qrexec.admin.backend import Backend
+
+# Nobody wonders before that, and most answers are there.
+AFTER_S = 0.5
+
+
+class Announced:
+    """A backend that does the same as another one and says so; see `backend.Backend`."""
+
+    def __init__(self, backend: "Backend", say: Callable[[str], None], *, is_verbose: bool) -> None:
+        self._backend = backend
+        self._say = say
+        self._is_verbose = is_verbose
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def ask(
+        self, qube: str, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+    ) -> bytes:
+        most_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
+        with self._waiting(f"{qube} to answer {service}, for at most {most_s:g} s"):
+            self._tell(f"asks {qube}: {service}")
+            answer: bytes = self._backend.ask(qube, service, max_bytes, timeout_s, given)  # type: ignore[arg-type]
+            return answer
+
+    def set_feature(self, qube: str, key: str, value: str) -> None:
+        self._tell(f"sets feature {key} of {qube}")
+        self._backend.set_feature(qube, key, value)  # type: ignore[arg-type]
+
+    def remove_feature(self, qube: str, key: str) -> None:
+        self._tell(f"removes feature {key} of {qube}")
+        self._backend.remove_feature(qube, key)  # type: ignore[arg-type]
+
+    def replace_policy(self, text: str, token: str) -> None:
+        self._tell("writes dom0's policy")
+        self._backend.replace_policy(text, token)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        lock = self._backend.locked()
+        with self._waiting("another qvm-forward to finish its change"):
+            lock.__enter__()
+        try:
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    def _tell(self, text: str) -> None:
+        if self._is_verbose:
+            self._say(text)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        from threading import Timer
+
+        timer = Timer(AFTER_S, self._say, (f"waits for {what}",))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()

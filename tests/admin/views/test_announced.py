@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whom a command waits for, and what it asks."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
+
+import pytest
+from worlds import ADD, Command
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.views.announced import Announced
+
+BOUND_S = 60.0
+
+
+class Late:
+    """A backend whose lock and whose qubes keep a command waiting until it has said so."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.is_said = threading.Event()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+        self.is_said.set()
+
+    def ask(self, *_: object) -> bytes:
+        assert self.is_said.wait(BOUND_S)
+        return b"answer"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        assert self.is_said.wait(BOUND_S)
+        yield
+
+
+def _ask(backend: Backend) -> object:
+    return backend.ask("sys-net", "qubes.ForwardStatus+", 10)  # type: ignore[arg-type]
+
+
+def _lock(backend: Backend) -> object:
+    lock: AbstractContextManager[None] = backend.locked()
+    with lock:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        (_ask, "waits for sys-net to answer qubes.ForwardStatus+, for at most 8 s"),
+        (_lock, "waits for another qvm-forward to finish its change"),
+    ],
+)
+def test_a_command_says_whom_it_waits_for(does: Callable[[Backend], object], said: str) -> None:
+    late = Late()
+    does(cast(Any, Announced(cast(Any, late), late.say, is_verbose=False)))
+    assert late.said == [said]
+
+
+def test_verbose_says_what_is_asked_of_whom(forward: Command) -> None:
+    err = forward(*ADD, "-v").err
+    assert "qvm-forward: sets feature forward.web of work\n" in err
+    assert "qvm-forward: writes dom0's policy\n" in err
+    assert forward("add", "work", "81", "--from", "any").err == ""
+
+
+def test_quiet_leaves_out_what_a_change_did_and_no_more(forward: Command) -> None:
+    assert forward(*ADD, "-q").out == ""
+    assert "web" in forward("list", "-q").out
+    assert forward("apply", "-q").out == ""
+    assert "Nothing to change" in forward("apply", "-q", "--dry-run").out
+    refused = forward("remove", "work", "nope", "-q")
+    assert (refused.status, refused.err != "") == (1, True)
