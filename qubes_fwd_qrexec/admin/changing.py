@@ -181,20 +181,14 @@ def remove(system: System, target: str, names: Collection[str]) -> Changed:
 
 def enable(system: System, target: str | None, names: Collection[str]) -> Changed:
     """Open what was disabled; a rule that has ended gets what is left of its time."""
-
-    def enabled(old: NamedRule, inventory: Inventory) -> ForwardRule:
-        return replace(old.rule, enabled=True, has_ended=False)
-
-    return _change_each(system, target, names, enabled, "enabled")
+    return _change_each(
+        system, target, names, lambda old, _: replace(old.rule, enabled=True, has_ended=False), "enabled"
+    )
 
 
 def disable(system: System, target: str | None, names: Collection[str]) -> Changed:
     """Close and keep."""
-
-    def disabled(old: NamedRule, inventory: Inventory) -> ForwardRule:
-        return replace(old.rule, enabled=False)
-
-    return _change_each(system, target, names, disabled, "disabled")
+    return _change_each(system, target, names, lambda old, _: replace(old.rule, enabled=False), "disabled")
 
 
 def confirm(system: System, target: str, names: Collection[str]) -> Changed:

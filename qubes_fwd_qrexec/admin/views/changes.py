@@ -30,11 +30,11 @@ from .tables import escaped
 from .times import print_expire
 
 _NONE = "No forwards."
-# What each does, and the words for a rule that it has changed and for one that was so already.
+# What each does, and the word for that.
 _SWITCHES = {
-    "enable": (changing.enable, "enabled", "enabled already"),
-    "disable": (changing.disable, "disabled", "disabled already"),
-    "confirm": (changing.confirm, "confirmed", "confirmed already"),
+    "enable": (changing.enable, "enabled"),
+    "disable": (changing.disable, "disabled"),
+    "confirm": (changing.confirm, "confirmed"),
 }
 
 
@@ -123,11 +123,11 @@ def set_options(args: Namespace, session: Session) -> int:
 
 def switch(args: Namespace, session: Session) -> int:
     """Open what was disabled, close it and keep its rule, or record owner and path as they are now."""
-    change, done, was_so = _SWITCHES[args.command]
+    change, done = _SWITCHES[args.command]
     names = _names(args)
     changed = change(_system(args, session), args.qube, names)
     _warn_broken(changed.after.chosen(args.qube, names), session)
-    return report(changed, session, done, was_so)
+    return report(changed, session, done, f"{done} already")
 
 
 def _warn_broken(chosen: Iterable[NamedRule | BrokenRule], session: Session) -> None:
