@@ -23,6 +23,8 @@ BOUND_S = 60.0
 # Between two looks at whether a packet was answered, or else dropped.
 _LOOK_S = 0.02
 PORT = 8080
+# linux/in6.h; the socket module lacks it.
+_IPV6_TRANSPARENT = 75
 # Of no user that this machine has.
 LISTENER_UID = 54321
 
@@ -103,6 +105,15 @@ class Edge:
         with self._places.entering(netns.LAN)():
             sock = self._opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
         sock.bind((source, 0))
+        sock.setblocking(False)
+        return sock
+
+    def liar(self, claimed: str) -> socket.socket:
+        """One on the LAN that sends from an address of IPv6 which is not its own."""
+        with self._places.entering(netns.LAN)():
+            sock = self._opened.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+        sock.bind((claimed, 0))
         sock.setblocking(False)
         return sock
 

@@ -5,7 +5,9 @@ A rule names the side that packets may come from, the port, and the address, unl
 of them. So a program that has the same port at another address is not exposed; and on all addresses the
 kernel lets nobody else listen beside the listener. It ends with the forward by itself.
 
-By UDP, what is sent to everybody on a network is let in to nobody.
+By UDP, what is sent to everybody on a network is let in to nobody, and what claims to come from an address of
+this qube neither: the answer would come back as if a client had sent it, and so on for ever. (Of IPv4 the
+kernel drops that by itself: docs/facts.md, F20.)
 """
 
 from collections.abc import Container, Iterable, Iterator
@@ -40,9 +42,12 @@ def _of_family(found: Iterable[Opening], family: Family) -> list[Opening]:
 
 
 def _matches(opening: Opening, family: Family) -> Iterator[str]:
+    is_udp = opening.proto is Proto.UDP
     to = f"{family} daddr {opening.address} "
     if opening.address.is_unspecified:
-        to = "" if opening.proto is Proto.TCP else "fib daddr type local "
+        to = "fib daddr type local " if is_udp else ""
+    if is_udp and family is Family.IP6:
+        to = f"fib saddr type != local {to}"
     for clients in _clients(opening.sources, family):
         yield f"{by(opening.side)} {clients}{to}{opening.proto} dport {opening.ports.brief()}"
 

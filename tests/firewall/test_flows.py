@@ -131,6 +131,16 @@ def test_what_is_sent_to_everybody_is_let_in_to_nobody(firewall: Firewall) -> No
         assert not edge.takes(crier, server, address)
 
 
+def test_what_claims_to_come_from_this_qube_is_let_in_to_nobody(firewall: Firewall) -> None:
+    """Its answer would be taken for another client's datagram, and be answered, without an end."""
+    firewall.configure(listen="::", srchosts="fd77::/64")
+    firewall.start()
+    edge = firewall.edge
+    server = edge.receive(address="::")
+    assert becomes(lambda: edge.takes(edge.sender(netns.LAN_HOST_IPV6), server))
+    assert not edge.takes(edge.liar(netns.EDGE_ADDRESS_IPV6), server)
+
+
 def test_a_flow_ends_with_its_forward_though_the_client_goes_on_and_the_listener_still_answers(
     firewall: Firewall,
 ) -> None:

@@ -140,6 +140,12 @@ def test_each_protocol_has_rules_only_where_the_listener_listens_for_it(texts: A
     assert texts(**options, listening=udp)["ip"] == texts(**options, **UDP, listening=tcp)["ip"] == []
 
 
+@pytest.mark.parametrize(("listen", "to"), [("::", "fib daddr type local"), ("fd00::1", "ip6 daddr fd00::1")])
+def test_no_datagram_is_let_in_that_claims_to_come_from_this_qube(texts: Any, listen: str, to: str) -> None:
+    found = texts(listening=at(listen, 80, proto=Proto.UDP), listen=listen, srchosts="fd00::/64", **UDP)
+    assert found["ip6"] == [f"{OUTER} ip6 saddr fd00::/64 fib saddr type != local {to} udp dport 80 accept"]
+
+
 def test_the_kernel_ends_a_rule_with_its_forward(texts: Any) -> None:
     found = texts(listen="::", srchosts="any", expire="1800000000")
     assert found["ip6"] == [f"{OUTER} tcp dport 80 meta time < 1800000000 accept"]
