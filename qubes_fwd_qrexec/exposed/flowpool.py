@@ -108,7 +108,7 @@ class FlowPool(MuxPool[FlowCall]):
         """Begin flows that wait, in turn, as far as there is room."""
         while self._waiting and (call := self._with_room(now)) is not None:
             flow, batches = self._waiting.take()
-            if flow.is_over:
+            if not self._has(flow):
                 _drop(flow, batches)
                 continue
             _begin(flow, call)
@@ -135,8 +135,13 @@ class FlowPool(MuxPool[FlowCall]):
         while self._waiting:
             flow, batches = self._waiting.take()
             _drop(flow, batches)
-            if not flow.is_over:
+            if self._has(flow):
                 flow.owner.not_carried(flow, kind, f"no mux call to {self.target}: {problem}")
+
+    def _has(self, flow: Flow) -> bool:
+        """Whether a flow that has waited still wants a call of this pool: its forward may have other ports
+        now, and so another pool."""
+        return not flow.is_over and flow.carrier is self
 
     def _stop_asking(self) -> None:
         """There was a bug when a call was settled."""

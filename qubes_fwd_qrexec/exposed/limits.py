@@ -142,7 +142,7 @@ class Account:
         clock: Callable[[], float] = time.monotonic,
         quiet_s: float = math.inf,
     ) -> None:
-        """``quiet_s``: a client that has all that it may gives up what has been quiet for so long."""
+        """``quiet_s``: a client for which there is no room gives up what has been quiet for so long."""
         self.connections = 0
         self._quiet_s = quiet_s
         self.crowd = Crowd()
@@ -185,13 +185,11 @@ class Account:
         """
         client = member.client
         own: Member | None = None
-        if self.crowd.held_by(client) >= self._per_source or self._is_network_full(client):
+        refusal, yielding = self._room(client)
+        if refusal is not None:
             own = self.crowd.quiet_of(client, self._clock() - self._quiet_s)
             if own is None:
-                return NotAdmitted.PER_SOURCE
-        refusal, yielding = (None, None) if own is not None else self._room(client)
-        if refusal is not None:
-            return refusal
+                return refusal
         if not self._rate.take(client, self._clock()):
             return NotAdmitted.RATE
         if yielding is not None:
@@ -218,6 +216,8 @@ class Account:
 
     def _room(self, client: IPAddress) -> tuple[NotAdmitted | None, "tuple[Account, Member] | None"]:
         """Why there is no room; else the connection that must make room, if one must."""
+        if self.crowd.held_by(client) >= self._per_source or self._is_network_full(client):
+            return NotAdmitted.PER_SOURCE, None
         if self.connections >= self._connections:
             member = self.crowd.idlest_before(client)
             return (NotAdmitted.CONNECTIONS, None) if member is None else (None, (self, member))

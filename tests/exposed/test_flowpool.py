@@ -2,6 +2,7 @@
 """Flows over the calls to one target: who waits, how fast new ones begin, and what a call says of itself."""
 
 import os
+import shlex
 import signal
 import socket
 from contextlib import ExitStack, suppress
@@ -176,7 +177,7 @@ async def test_what_a_call_drops_counts_once_for_the_forward_whose_datagram_it_w
                 await until(has_dropped)
             finally:
                 os.kill(pid, signal.SIGKILL)
-            await until(lambda: not children())
+            await until(lambda: not children() and not pool_of(listener).mux_calls)
             await until(lambda: counters.datagrams_sent + counters.drops.get(Dropped.KERNEL, 0) == sent)
             dropped = dict(counters.drops)
             assert (dropped.keys() <= {"old", "full", "kernel"}, others.drops) == (True, {})
@@ -185,6 +186,39 @@ async def test_what_a_call_drops_counts_once_for_the_forward_whose_datagram_it_w
             listener.reload()
             assert listener.report().forwards[0].dropped == dropped
             assert sum(dropped.values()) < sent
+
+
+@pytest.mark.parametrize("ending", ["exit 127", ""])
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_a_flow_whose_forward_gets_other_ports_does_not_wait_for_the_call_to_the_old_ones(
+    tmp_path: Path, ending: str, *, is_shared: bool
+) -> None:
+    """Whether that is refused or answered then, and whether or not another forward needs it."""
+    port, fifo, client = free_udp_port(), tmp_path / "fifo", FakeClient(tmp_path, "flows")
+    os.mkfifo(fifo)
+    end = os.open(fifo, os.O_RDWR)  # a call that reads it, or none
+    script = f"""for last; do :; done
+        case $last in *+53+mux) read -r _ <{fifo}; {ending or ":"};; esac
+        exec {shlex.join(client.command)} "$@" """
+    config = tmp_path / "config"
+    write_udp_config(config, port)
+    if is_shared:
+        write_udp_config(config, free_udp_port(), key="udp.work.other")
+    async with running_listener(config, ("sh", "-c", script, "sh")) as listener:
+        with UdpClient(port) as near:
+            near.send(b"old")
+            forward, old = forward_of(listener), pool_of(listener)
+            await until(lambda: len(old.users()) == 1)
+            write_udp_config(config, port, srcports=f"{port}-{port + 1}", dstports="53-54")
+            listener.reload()
+            assert await near.ask(b"new") == b"new"
+            os.write(end, b"\n")
+            await until(lambda: not old.users() and not any(call.is_opening for call in old.mux_calls))
+            assert await near.ask(b"newer") == b"newer"
+            assert not any(call.carries for call in old.mux_calls)
+            assert (forward.connections, forward.table.counters.total) == (1, 1)
+            assert forward.table.counters.refusals == {}
+    os.close(end)
 
 
 async def test_bulk_starves_neither_another_flow_nor_a_connection_of_the_same_listener(

@@ -246,6 +246,29 @@ def test_a_client_that_has_all_it_may_gives_up_one_that_is_quiet_if_it_may_have_
         assert flows.admit(fifth) is NotAdmitted.PER_SOURCE
 
 
+@pytest.mark.parametrize(("connections", "of_process"), [(3, 9), (9, 3)])
+def test_where_all_is_full_and_nobody_holds_more_a_client_gives_up_one_of_its_own_that_is_quiet(
+    connections: int, of_process: int
+) -> None:
+    """Whoever claims many addresses has one flow for each, and would keep out all that have as many."""
+    clock = Clock()
+    process = Process(of_process)
+    for quiet_s, is_let_in in ((math.inf, False), (5.0, True)):
+        flows = Account(Limits.parse(f"connections:{connections}"), process, clock, quiet_s)
+        held = [Visitor(client) for client in (ONE, OTHER, numbered(1))]
+        for visitor in held:
+            visitor.moved_at = clock.now - 6
+            assert flows.admit(visitor) is None
+        newcomer, next_one = Visitor(ONE), Visitor(ONE)
+        newcomer.moved_at = next_one.moved_at = clock.now
+        assert (flows.admit(newcomer) is None) is is_let_in
+        assert [visitor.has_made_room for visitor in held] == [is_let_in, False, False]
+        assert flows.admit(next_one) is not None  # what it has now is not quiet
+        assert process.connections == 3
+        for visitor in (*held, newcomer):
+            flows.leave(visitor)
+
+
 def test_the_quiet_one_is_found_among_many_that_are_busy() -> None:
     clock = Clock()
     flows = Account(Limits.parse("per-source:100"), Process(), clock, 5.0)
