@@ -65,7 +65,7 @@ class _Joined:
         self._server = server
         self._has_lost = False
         self._status: ExitStatus | None = None
-        self._up = Copy(stdin, server)
+        self._up = Copy(stdin, server, may_close=True)
         self._open = 2
         self._down_over_at = 0.0
         relay.start(self._up, self._upload_ended)

@@ -9,9 +9,10 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from agents import agent_process, close_connector, renew_connector
@@ -238,6 +239,29 @@ def fresh(tmp_path: Path, shape: Shape, has_ipv6: bool, has_vpn: bool) -> Iterat
 def server() -> Iterator[socket.socket]:
     """A listening, non-blocking TCP socket: the server in the target."""
     with listening_socket() as sock:
+        yield sock
+
+
+@pytest.fixture
+def name_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes what the target's owner says of its servers; the file."""
+    path = tmp_path / "servers.conf"
+    monkeypatch.setenv("QUBES_FORWARD_SERVERS", str(path))
+
+    def write(text: str) -> Path:
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def unix_server() -> Iterator[socket.socket]:
+    """A listening, non-blocking UNIX socket: the server in the target."""
+    with TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        sock.bind(f"{directory}/web.sock")
+        sock.listen()
         yield sock
 
 

@@ -164,10 +164,10 @@ class FakeClient:
         return Path(f"{self._calls}.options").read_text().splitlines()
 
 
-def listening_socket(host: str = "127.0.0.1") -> socket.socket:
-    """A non-blocking server socket on a free port."""
+def listening_socket(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A non-blocking server socket, on a free port unless one is given."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.bind((host, 0))
+    sock.bind((host, port))
     sock.listen(128)
     sock.setblocking(False)
     return sock

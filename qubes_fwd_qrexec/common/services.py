@@ -13,3 +13,6 @@ NFT_SERVICE = "qubes.ForwardNft"
 """Reports which forwards are in force in a qube's firewall; dom0 alone may call it."""
 CUT_SERVICE = "qubes.ForwardCut"
 """Cuts connections to a forward, at once; dom0 alone may call it, as root."""
+
+SERVERS_FILE = "/usr/local/etc/qubes-forward/servers.conf"
+"""Where a target's owner names servers that are not at 127.0.0.1 or ::1; see `target.servers`."""

@@ -72,6 +72,11 @@ class QubeDirectory:
         return tuple(self.root / root / "qubes" / "rpc-config" for root in SEARCH_ROOTS)
 
     @property
+    def servers_files(self) -> tuple[Path, ...]:
+        """Where the qube's owner names servers that are not at localhost; and where its template's does."""
+        return tuple(self.root / root / "qubes-forward" / "servers.conf" for root in SEARCH_ROOTS[1:])
+
+    @property
     def listener_run(self) -> Path:
         """The runtime directory of the qube's listener."""
         return self.root / "run" / "listener"

@@ -17,6 +17,7 @@ from pathlib import Path
 from qubes_fwd_qrexec.firewall.ask import DIRECTORY_VARIABLE as FIREWALL_DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE
 from qubes_fwd_qrexec.target.listenersockets import LISTENER_DIRECTORY_VARIABLE
+from qubes_fwd_qrexec.target.servers import FILES_VARIABLE
 from qubes_fwd_qrexec.target.statusservice import (
     FIREWALL_STATE_VARIABLE,
     STARTS_VARIABLE,
@@ -118,6 +119,7 @@ def service_environment(full_name: str, source: str, directory: Path) -> dict[st
         QUBE_VARIABLE: str(directory),
         # Each qube has a /run of its own.
         DIRECTORY_VARIABLE: str(directory / "run" / "forward"),
+        FILES_VARIABLE: os.pathsep.join(map(str, QubeDirectory(directory).servers_files)),
         LISTENER_DIRECTORY_VARIABLE: str(QubeDirectory(directory).listener_run),
         FIREWALL_STATE_VARIABLE: str(QubeDirectory(directory).firewall_state),
         FIREWALL_DIRECTORY_VARIABLE: str(QubeDirectory(directory).firewall_run),

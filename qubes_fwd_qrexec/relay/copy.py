@@ -49,16 +49,21 @@ class Copy:
     """One direction: non-blocking ``source`` to non-blocking ``sink``.
 
     ``looks``: whether to check the sink even while there is nothing to send, for owners without a timer of
-    their own. A sink that holds up bytes is always checked.
+    their own. A sink that holds up bytes is always checked. ``may_close``: the sink is a server. One on a
+    UNIX socket that has closed says at once what TCP says only after both FINs (docs/facts.md, L26), and that
+    is no fault before there is something to send to it.
 
     ``moved`` counts the bytes that the sink has taken, ``moved_at`` is when it last took some
     (`time.monotonic`, seconds). Both may be read from any thread.
     """
 
-    __slots__ = ("looks", "moved", "moved_at", "on_end", "pending", "sink", "source")
+    __slots__ = ("looks", "may_close", "moved", "moved_at", "on_end", "pending", "sink", "source")
 
-    def __init__(self, source: socket.socket, sink: socket.socket, *, looks: bool = False) -> None:
+    def __init__(
+        self, source: socket.socket, sink: socket.socket, *, looks: bool = False, may_close: bool = False
+    ) -> None:
         self.looks = looks
+        self.may_close = may_close and sink.family == socket.AF_UNIX
         self.source = source
         self.sink = sink
         self.moved = 0
@@ -168,18 +173,19 @@ class Relay:
         if writer is not None and writer.pending and events & WRITE:
             self._push(writer, endpoint)
         if events & GONE and not can_read:
-            self._gone(endpoint)
+            self._gone(endpoint, events)
 
-    def _gone(self, endpoint: _Endpoint) -> None:
+    def _gone(self, endpoint: _Endpoint, events: int) -> None:
         """The peer is gone in both directions, and no copy is reading, which would find out why.
 
         A sink is broken then: TCP reports HUP only after an abort or after both FINs, and a socket whose FIN
         we sent has no writer any more. A reader that waits for its own sink reads the rest later; until then
         the socket is not watched, as the kernel would report this in every turn.
         """
-        if endpoint.writer is not None:
-            self._end(endpoint.writer, CopyEnd.SINK_BROKEN)
-        if endpoint.reader is not None and endpoint.mask == 0:
+        writer = endpoint.writer
+        if writer is not None and not (writer.may_close and not events & select.EPOLLERR):
+            self._end(writer, CopyEnd.SINK_BROKEN)
+        if (endpoint.reader or endpoint.writer) is not None and endpoint.mask == 0:
             self._loop.unwatch(endpoint.fd)
             endpoint.mask = -1
 

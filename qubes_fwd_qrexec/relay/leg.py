@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from select import EPOLLERR
+from socket import AF_UNIX
 
 from qubes_fwd_qrexec.mux import FRAME_COST_BYTES, Buffer, ResetCode
 
@@ -190,9 +191,13 @@ class Leg(WatchedSocket):
     def _gone(self, events: int) -> None:
         """The local peer is gone in both directions while we are not reading.
 
-        After its FIN that is an abort. Before it, there may be bytes left that wait for credit: the socket is
-        not watched until there is some, but an abort does not wait for ever.
+        After its FIN that is an abort, but not of a server on a UNIX socket, which has only closed: the next
+        byte for it shows that (docs/facts.md, L26). Before it, there may be bytes left that wait for credit:
+        the socket is not watched until there is some, but an abort does not wait for ever.
         """
+        if self._sent_eof and self.ended is None and not events & EPOLLERR and self.sock.family == AF_UNIX:
+            self._watch(UNWATCHED)
+            return
         if self._sent_eof or not self.is_joined or self.ended is not None:
             self.abort_from_here()
             return

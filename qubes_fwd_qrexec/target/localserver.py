@@ -2,7 +2,8 @@
 """The target's own server: which port a call may reach, and a connection to it.
 
 The call's argument alone determines what it can reach, so that dom0's policy covers it: ``8080`` is port
-8080 of 127.0.0.1, or of ::1 if 127.0.0.1 refuses, and nothing else.
+8080 of 127.0.0.1, or of ::1 if 127.0.0.1 refuses, or else the one place that this qube's owner has named for
+that port (`servers`).
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import select
 import socket
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import ForwardError, TextError
@@ -19,14 +21,18 @@ from qubes_fwd_qrexec.common.values import Proto, TargetPorts, parse_port
 from qubes_fwd_qrexec.relay.copy import abort, abort_by_default, keep_urgent_bytes
 from qubes_fwd_qrexec.relay.socketbuffers import limit_segments, set_size
 from qubes_fwd_qrexec.system.deadpeers import notice_dead_peers
+from qubes_fwd_qrexec.system.unixsockets import socket_address
 
-# The addresses of a server in the target, in the order in which they are tried.
-LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+from .servers import ServerAddress, Servers, ServersError
+
 # docs/behaviours.md, 22: how long a server may take to accept.
 CONNECT_TIMEOUT_S = 10.0
 # docs/behaviours.md, 9: for a single call whose server has ended its side, once nothing moves any more.
 # The listener allows less, so the listener ends such a connection if it can.
 HALF_CLOSE_S = 900.0
+# How often to try a UNIX socket whose queue is full: of one that does not block, no event says that there is
+# room again.
+RETRY_S = 0.02
 # docs/behaviours.md, 17: what the kernel holds for a server in each direction (it doubles the number). On
 # loopback an answer takes less than a tenth of a millisecond, so this limits memory and not speed.
 BUFFER_BYTES = 131_072
@@ -72,9 +78,9 @@ def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     """
     deadline = time.monotonic() + timeout_s
     trouble: OSError | None = None
-    for family, host in LOCALHOSTS:
+    for address in addresses(Servers(), port):
         try:
-            return connect_to(family, host, port, deadline - time.monotonic())
+            return connect_to(address, port, deadline - time.monotonic())
         except ConnectionResetError as error:  # it was there
             raise not_connected(port, timeout_s, error) from None
         except OSError as error:
@@ -82,12 +88,22 @@ def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     raise not_connected(port, timeout_s, trouble)
 
 
-def connect_to(family: int, host: str, port: int, timeout_s: float) -> socket.socket:
-    server = new_socket(family)
+def addresses(servers: Servers, port: int) -> tuple[ServerAddress, ...]:
+    """Where a server of TCP may be. Raises `ServiceError`."""
     try:
-        server.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            server.connect((host, port))
+        return servers.addresses(Proto.TCP, port)
+    except ServersError as error:
+        raise ServiceError(ExitStatus.SERVER_REFUSED, f"port {port}: {error}") from None
+
+
+def connect_to(address: ServerAddress, port: int, timeout_s: float) -> socket.socket:
+    deadline = time.monotonic() + timeout_s
+    server = new_socket(address.family)
+    try:
+        while not is_begun(server, address, port):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            time.sleep(RETRY_S)
         poll = select.poll()
         poll.register(server, select.POLLOUT)
         if not poll.poll(max(timeout_s, 0.001) * 1000):
@@ -101,17 +117,34 @@ def connect_to(family: int, host: str, port: int, timeout_s: float) -> socket.so
 
 
 def new_socket(family: int) -> socket.socket:
-    """A socket for a connection to a server. Raises OSError."""
+    """A non-blocking socket for a connection to a server. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    set_size(sock, BUFFER_BYTES)
+    if family == socket.AF_UNIX:
+        return sock
     abort_by_default(sock)
     notice_dead_peers(sock)
     keep_urgent_bytes(sock)
     # So that a server of this qube can still listen on the port that this connects from, if it sets the
     # option too, as servers do.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    set_size(sock, BUFFER_BYTES)
     limit_segments(sock)
     return sock
+
+
+def is_begun(sock: socket.socket, address: ServerAddress, port: int) -> bool:
+    """Begin to connect; False if the queue of a UNIX socket is full (`RETRY_S`). Raises OSError."""
+    if address.family == socket.AF_UNIX:
+        try:
+            with socket_address(Path(address.host)) as path:
+                sock.connect(path)
+        except BlockingIOError:
+            return False
+    else:
+        with contextlib.suppress(BlockingIOError):
+            sock.connect((address.host, port))
+    return True
 
 
 def check_answered(server: socket.socket, port: int) -> None:
@@ -125,14 +158,14 @@ def check_answered(server: socket.socket, port: int) -> None:
     """
     with contextlib.suppress(BlockingIOError):
         server.recv(1, socket.MSG_PEEK)
-    if server.getsockname()[1] == port:
+    if server.family != socket.AF_UNIX and server.getsockname()[1] == port:
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def prepare(server: socket.socket) -> None:
     """Prepare a new connection to the server for relaying."""
-    server.setblocking(False)
-    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if server.family != socket.AF_UNIX:
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def not_connected(port: int, timeout_s: float, trouble: OSError | None) -> ServiceError:

@@ -2,33 +2,34 @@
 """The target's end of a mux call that carries TCP: it connects the streams that are asked for to the target's
 own servers.
 
-The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. Lease,
-revocation and signals are `callservice`'s.
+The call's argument fixes the ports, and the protocol refuses any other; where the servers are, `servers`
+says. Lease, revocation and signals are `callservice`'s.
 """
 
-import contextlib
 import errno
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from qubes_fwd_qrexec.common.allowance import Calls
-from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, TargetPorts
 from qubes_fwd_qrexec.mux import Connection, Hello, OpenReceived, ResetCode
 from qubes_fwd_qrexec.relay.budget import WINDOW_MAX_BYTES, Budget
 from qubes_fwd_qrexec.relay.copy import abort
 from qubes_fwd_qrexec.relay.leg import Leg
-from qubes_fwd_qrexec.relay.loop import WRITE, Loop
+from qubes_fwd_qrexec.relay.loop import WRITE, Loop, Timer
 from qubes_fwd_qrexec.relay.mux import Mux
 from qubes_fwd_qrexec.system.bugs import Bugs
+from qubes_fwd_qrexec.system.outlet import Outlet
 
 from .callnotes import Kind
 from .callservice import CallService, Lease, serve_call
 from .callstart import CallStart
-from .localserver import CONNECT_TIMEOUT_S, LOCALHOSTS, check_answered, new_socket, prepare
+from .localserver import CONNECT_TIMEOUT_S, RETRY_S, check_answered, is_begun, new_socket, prepare
 from .permissionwatch import PermissionLike
 from .portions import own_budget
 from .proxyheader import header
+from .servers import ServerAddress, Servers, ServersError
 
 _REFUSALS = {
     errno.ECONNREFUSED: ResetCode.REFUSED,
@@ -54,37 +55,48 @@ def serve(calls: Calls, start: CallStart, stdin: socket.socket, stdout: socket.s
 class _Connecting:
     """A stream that was asked for, until a server has answered."""
 
-    def __init__(self, mux: Mux, event: OpenReceived, over: Callable[[int], None]) -> None:
+    def __init__(self, mux: Mux, event: OpenReceived, servers: Servers, over: Callable[[int], None]) -> None:
         self._mux = mux
         self._event = event
+        self._servers = servers
         self._over = over
-        self._hosts = iter(LOCALHOSTS)
+        self._addresses: Iterator[ServerAddress] = iter(())
+        self._retry: Timer | None = None
         self._sock: socket.socket | None = None
         self._refusal = ResetCode.UNREACHABLE
         self._timer = mux.loop.after(CONNECT_TIMEOUT_S, self._too_late, self._fail)
 
     def start(self) -> None:
-        self._try_next()
+        try:
+            self._addresses = iter(self._servers.addresses(Proto.TCP, self._event.port))
+        except ServersError:
+            self._refuse(ResetCode.REFUSED)
+        else:
+            self._try_next()
 
     def give_up(self) -> None:
         """Stop connecting, without an answer to the peer: the stream is over."""
         self._timer.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
         if self._sock is not None:
             self._mux.loop.unwatch(self._sock.fileno())
             abort(self._sock)
             self._sock = None
 
     def _try_next(self) -> None:
-        for family, host in self._hosts:
+        for address in self._addresses:
             try:
-                sock = new_socket(family)
+                sock = new_socket(address.family)
             except OSError as error:
                 self._note(error.errno)
                 continue
-            sock.setblocking(False)
             try:
-                with contextlib.suppress(BlockingIOError):
-                    sock.connect((host, self._event.port))
+                if not is_begun(sock, address, self._event.port):
+                    sock.close()
+                    self._addresses = iter((address,))
+                    self._retry = self._mux.loop.after(RETRY_S, self._try_next, self._fail)
+                    return
                 self._mux.loop.watch(sock.fileno(), WRITE, self._on_answer, self._fail)
             except OSError as error:
                 sock.close()
@@ -171,6 +183,7 @@ class MuxService(CallService):
     ) -> None:
         budget = budget or Budget()
         self._connecting: dict[int, _Connecting] = {}
+        self._servers = Servers(Outlet().say)
         hello = Hello(
             WINDOW_MAX_BYTES, secrets.token_bytes(16), max_streams=budget.streams_max, lease_s=lease.length_s
         )
@@ -191,7 +204,8 @@ class MuxService(CallService):
     # As the owner of the mux
 
     def open_requested(self, event: OpenReceived) -> None:
-        connecting = self._connecting[event.stream_id] = _Connecting(self.mux, event, self._answered)
+        connecting = _Connecting(self.mux, event, self._servers, self._answered)
+        self._connecting[event.stream_id] = connecting
         connecting.start()
 
     def open_abandoned(self, stream_id: int) -> None:

@@ -24,7 +24,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from functools import partial
@@ -50,14 +49,17 @@ from .callstart import AGENT_PID_VARIABLE, call_start, peer_pid
 from .localserver import (
     CONNECT_TIMEOUT_S,
     HALF_CLOSE_S,
-    LOCALHOSTS,
+    RETRY_S,
+    addresses,
     check_answered,
+    is_begun,
     new_socket,
     not_connected,
     prepare,
 )
 from .portions import VARIABLE, Portions
 from .revocation import LOOK, Permission, permitted
+from .servers import ServerAddress, Servers
 from .servicesocket import (
     DESCRIPTOR_TIMEOUT_S,
     DescriptorError,
@@ -80,13 +82,15 @@ _LOOK_AT_DRAINS_S = 30.0
 _TAKE_NO_MORE = signal.SIGUSR2
 
 
-async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+async def connect(
+    port: int, timeout_s: float = CONNECT_TIMEOUT_S, servers: Servers | None = None
+) -> socket.socket:
     """Like `localserver.connect`, in a trio task."""
     trouble: OSError | None = None
     with trio.move_on_after(timeout_s):
-        for family, host in LOCALHOSTS:
+        for address in addresses(servers or Servers(), port):
             try:
-                return await _connect_to(family, host, port)
+                return await _connect_to(address, port)
             except ConnectionResetError as error:  # it was there
                 raise not_connected(port, timeout_s, error) from None
             except OSError as error:
@@ -95,14 +99,13 @@ async def connect(port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.soc
     raise not_connected(port, timeout_s, trouble or TimeoutError(errno.ETIMEDOUT, "timed out"))
 
 
-async def _connect_to(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    server = new_socket(family)
+async def _connect_to(address: ServerAddress, port: int) -> socket.socket:
+    server = new_socket(address.family)
     try:
         prepare(server)
-        try:
-            server.connect((host, port))
-        except BlockingIOError:
-            await trio.lowlevel.wait_writable(server)
+        while not is_begun(server, address, port):  # noqa: ASYNC110 - there is no event for it
+            await trio.sleep(RETRY_S)
+        await trio.lowlevel.wait_writable(server)
         check_answered(server, port)
     except BaseException:
         abort(server)
@@ -130,6 +133,7 @@ class ServiceServer:
         self.calls = 0
         self._portions = Portions()
         self._numbers = itertools.count(1)
+        self._servers = Servers()
         self._singles: dict[int, tuple[Permission, trio.CancelScope]] = {}
         self.mux_calls: set[trio.Process] = set()
         self._stopping = trio.Event()
@@ -215,7 +219,7 @@ class ServiceServer:
             self._singles[number] = permission, scope
             try:
                 _hold_to(permission, scope)  # dom0 may have sent a list before this call was in `_singles`
-                await _join(call, await connect(calls.ports.first), self._relays)
+                await _join(call, await connect(calls.ports.first, servers=self._servers), self._relays)
             finally:
                 del self._singles[number]
 
@@ -236,12 +240,9 @@ class ServiceServer:
             VARIABLE: str(parts),
         }
         try:
+            # stderr is that of this process: why a port is refused belongs in its log.
             process = await trio.lowlevel.open_process(
-                command,
-                stdin=call.fileno(),
-                stdout=call.fileno(),
-                stderr=subprocess.DEVNULL,
-                env=environment,
+                command, stdin=call.fileno(), stdout=call.fileno(), env=environment
             )
         except OSError as error:
             raise RefusedError(f"no process for a mux call: {error.strerror}") from error
@@ -303,7 +304,7 @@ async def _join(call: socket.socket, server: socket.socket, relays: RelayThread)
                 await copy(up)
                 waiting.cancel()
 
-            up, waiting = Copy(call, server), trio.CancelScope()
+            up, waiting = Copy(call, server, may_close=True), trio.CancelScope()
             nursery.start_soon(upload)
             await copy(Copy(server, call, looks=True))
             with waiting:

@@ -47,7 +47,8 @@ from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
 from .listenersockets import CLIENTS as CLIENTS_SOCKET
 from .listenersockets import LISTENER_TIMEOUT_S, NONE_RUNS, STATUS, TRY, ask, listener_directory
-from .localserver import LOCALHOSTS, ServiceError, connect
+from .localserver import ServiceError, connect
+from .servers import LOCALHOSTS
 
 # Where the program that opens this qube's firewall writes its `FirewallReport`.
 FIREWALL_STATE = "/run/qubes-forward-nft/state"

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One flow in the target: a socket of UDP that is connected to the user's server.
 
-The server is at 127.0.0.1, or at ::1 if the port is closed at 127.0.0.1. That a port is closed is heard of
-only after a datagram was sent to it, so the first ones are kept until the server has answered, or its port
-was found closed. Nothing waits: what a socket does not take is dropped and counted.
+The server is at 127.0.0.1, or at ::1 if the port is closed at 127.0.0.1, or where `servers` says. That a port
+is closed is heard of only after a datagram was sent to it, so the first ones are kept until the server has
+answered, or its port was found closed. Nothing waits: what a socket does not take is dropped and counted.
 """
 
 import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from qubes_fwd_qrexec.mux import FlowCode, FlowRequested
@@ -28,8 +28,8 @@ from qubes_fwd_qrexec.system.datagrams import (
     send,
 )
 
-from .localserver import LOCALHOSTS
 from .proxyheader import datagram_header
+from .servers import LOCALHOSTS, ServerAddress
 
 # docs/behaviours.md, 57: how long a flow may be idle before the server has answered, and after.
 UNANSWERED_S = 30.0
@@ -103,13 +103,14 @@ class UdpFlow:
     """The end of a flow that `relay.flowmux` asks for. It ends by itself where the server's port is closed.
 
     ``receive_bytes``: how much the kernel keeps of what the server sends (it doubles the number). Raises
-    OSError if there is no socket for it.
+    OSError if there is no socket for it. ``addresses`` are where its server may be, in the order in which to
+    try.
     """
 
     __slots__ = (
+        "_addresses",
         "_event",
         "_header",
-        "_hosts",
         "_is_answered",
         "_kept",
         "_lost",
@@ -122,12 +123,17 @@ class UdpFlow:
     )
 
     def __init__(
-        self, owner: FlowOwner, event: FlowRequested, receive_bytes: int, new: NewSocket = new_socket
+        self,
+        owner: FlowOwner,
+        event: FlowRequested,
+        receive_bytes: int,
+        new: NewSocket = new_socket,
+        addresses: Iterable[ServerAddress] = LOCALHOSTS,
     ) -> None:
         self._owner = owner
         self._event = event
         self._header = datagram_header(event.proxy, event.origin)
-        self._hosts = iter(LOCALHOSTS)
+        self._addresses = iter(addresses)
         self._new = new
         self._receive_bytes = receive_bytes
         self._sock: socket.socket | None = None
@@ -253,7 +259,7 @@ class UdpFlow:
     def _connect(self) -> None:
         """Connect to the next address of the server. Raises OSError if there is none."""
         trouble: OSError | None = None
-        for family, host in self._hosts:
+        for family, host in self._addresses:
             try:
                 sock = connected(family, host, self._event.port, self._new)
             except OSError as error:

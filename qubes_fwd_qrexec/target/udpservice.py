@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The target's end of a mux call that carries UDP: a socket for each flow, connected to the user's server.
 
-The call's argument fixes the ports, and the protocol refuses any other; the address is localhost. Lease,
-revocation and signals are `callservice`'s.
+The call's argument fixes the ports, and the protocol refuses any other; where the servers are,
+`servers` says. Lease, revocation and signals are `callservice`'s.
 """
 
 import errno
@@ -11,18 +11,20 @@ import socket
 import time
 
 from qubes_fwd_qrexec.common.allowance import Calls
-from qubes_fwd_qrexec.common.values import TargetPorts
+from qubes_fwd_qrexec.common.values import Proto, TargetPorts
 from qubes_fwd_qrexec.mux import FlowCode, FlowConnection, FlowRequested, Hello
 from qubes_fwd_qrexec.relay.flowmux import FlowMux
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.bugs import Bugs
 from qubes_fwd_qrexec.system.descriptors import raise_descriptor_limit
+from qubes_fwd_qrexec.system.outlet import Outlet
 
 from .callnotes import Kind
 from .callservice import CallService, Lease, serve_call
 from .callstart import CallStart
 from .permissionwatch import PermissionLike
 from .portions import own_budget
+from .servers import Servers, ServersError
 from .udpflow import NewSocket, UdpFlow, new_socket
 
 # The descriptors of a process that are no sockets of flows: the call's, the loop's, the note's and some more.
@@ -76,6 +78,7 @@ class UdpService(CallService):
         self.lost_to_server = self.lost_by_kernel = self.kept_bytes = 0
         self._flows: dict[int, UdpFlow] = {}
         self._new = new
+        self._servers = Servers(Outlet().say)
         hello = Hello(0, secrets.token_bytes(16), max_streams=flows_max, lease_s=lease.length_s)
         connection = FlowConnection(hello, range(ports.first, ports.last + 1))
         loop = Loop(bugs)
@@ -111,7 +114,10 @@ class UdpService(CallService):
     def flow_requested(self, event: FlowRequested) -> None:
         receive_bytes = _FIRST_RECEIVE_BYTES if len(self._flows) < _FIRST_FLOWS else _RECEIVE_BYTES
         try:
-            flow = UdpFlow(self, event, receive_bytes, self._new)
+            addresses = self._servers.addresses(Proto.UDP, event.port)
+            flow = UdpFlow(self, event, receive_bytes, self._new, addresses)
+        except ServersError:
+            self.mux.end(event.flow_id, FlowCode.REFUSED)
         except OSError as error:
             code = FlowCode.UNREACHABLE if error.errno is None else _REFUSALS.get(error.errno)
             self.mux.end(event.flow_id, code or FlowCode.UNREACHABLE)

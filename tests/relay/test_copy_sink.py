@@ -2,9 +2,10 @@
 """A sink whose reader will not read on, as the qrexec agent leaves it when a call is lost."""
 
 import socket
+from contextlib import closing
 
 import pytest
-from helpers import tcp_pair, unix_pair
+from helpers import is_ready, tcp_pair, unix_pair
 from loop_time import LoopClock
 from relay_bench import Bench, turn_until
 
@@ -12,8 +13,10 @@ from qubes_fwd_qrexec.relay.copy import (
     LOOK_S,
     Copy,
     CopyEnd,
+    Relay,
     half_close,
 )
+from qubes_fwd_qrexec.relay.loop import Loop
 
 
 @pytest.mark.parametrize("is_stalled", [False, True])
@@ -63,3 +66,51 @@ def test_looking_at_a_sink_that_is_there_changes_nothing() -> None:
     finally:
         clock.let_go()
         bench.close()
+
+
+def test_a_unix_server_that_has_closed_breaks_the_copy_with_the_next_byte_for_it() -> None:
+    """docs/facts.md, L26."""
+    loop = Loop()
+    relay = Relay(loop)
+    ends: list[CopyEnd] = []
+    far_source, source = unix_pair()
+    sink, server = unix_pair()
+    with closing(loop), far_source, source, sink:
+        relay.start(Copy(source, sink, may_close=True), ends.append)
+        server.close()
+        for _ in range(3):
+            loop.run_once(0)
+        assert not ends
+        assert not is_ready(loop)
+        far_source.send(b"more")
+        turn_until(loop, lambda: ends)
+        assert ends == [CopyEnd.SINK_BROKEN]
+
+
+def test_a_unix_server_that_has_closed_takes_an_end_of_file() -> None:
+    loop = Loop()
+    relay = Relay(loop)
+    ends: list[CopyEnd] = []
+    far_source, source = unix_pair()
+    sink, server = unix_pair()
+    with closing(loop), far_source, source, sink:
+        relay.start(Copy(source, sink, may_close=True), ends.append)
+        server.close()
+        loop.run_once(0)
+        far_source.close()
+        turn_until(loop, lambda: ends)
+        assert ends == [CopyEnd.EOF]
+
+
+def test_a_unix_server_that_has_left_bytes_unread_breaks_the_copy_at_once() -> None:
+    loop = Loop()
+    relay = Relay(loop)
+    ends: list[CopyEnd] = []
+    far_source, source = unix_pair()
+    sink, server = unix_pair()
+    with closing(loop), far_source, source, sink:
+        sink.send(b"unread")
+        relay.start(Copy(source, sink, may_close=True), ends.append)
+        server.close()
+        turn_until(loop, lambda: ends)
+        assert ends == [CopyEnd.SINK_BROKEN]

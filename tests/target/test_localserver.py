@@ -3,7 +3,9 @@ import errno
 import os
 import select
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from helpers import BOUND_S, listening_socket, no_fds_left, port_of
@@ -11,8 +13,10 @@ from helpers import BOUND_S, listening_socket, no_fds_left, port_of
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.values import Proto, TargetPorts
 from qubes_fwd_qrexec.relay.copy import close_cleanly, half_close
+from qubes_fwd_qrexec.system.unixsockets import open_unix_listening
 from qubes_fwd_qrexec.target import localserver
-from qubes_fwd_qrexec.target.localserver import LOCALHOSTS, ServiceError, connect, parse_argument
+from qubes_fwd_qrexec.target.localserver import ServiceError, connect, parse_argument
+from qubes_fwd_qrexec.target.servers import LOCALHOSTS, ServerAddress
 
 BAD_ARGUMENTS = [
     "", "+8080", " 8080", "8080 ", "08080", "8_080", "8080\n", "65536", "99999", "100000", "0", "-1", "80-90",
@@ -109,7 +113,9 @@ def test_a_server_of_the_target_may_listen_on_a_port_that_a_connection_comes_fro
 def can_listen_where_it_comes_from(family: socket.AddressFamily, host: str, *, is_over: bool) -> bool:
     with ExitStack() as undo:
         server = undo.enter_context(socket.create_server((host, 0), family=family))
-        near = undo.enter_context(localserver.connect_to(family, host, port_of(server), BOUND_S))
+        near = undo.enter_context(
+            localserver.connect_to(ServerAddress(family, host), port_of(server), BOUND_S)
+        )
         far, _ = server.accept()
         undo.enter_context(far)
         port = near.getsockname()[1]
@@ -128,3 +134,58 @@ def can_listen_where_it_comes_from(family: socket.AddressFamily, host: str, *, i
                 except OSError:
                     return False
     return True
+
+
+def test_a_server_that_has_only_its_own_address_is_reached_there(name_servers: Callable[[str], Path]) -> None:
+    with listening_socket("127.0.0.2") as server:
+        with pytest.raises(ServiceError, match="Connection refused"):
+            connect(port_of(server))
+        name_servers(f"tcp {port_of(server)} 127.0.0.2")
+        with connect(port_of(server)) as sock:
+            assert sock.getpeername() == server.getsockname()
+
+
+def test_a_port_that_is_named_is_not_tried_at_localhost(
+    server: socket.socket, name_servers: Callable[[str], Path]
+) -> None:
+    name_servers(f"tcp {port_of(server)} 127.0.0.2")
+    with no_fds_left(), pytest.raises(ServiceError, match="Connection refused"):
+        connect(port_of(server))
+
+
+def test_a_port_whose_line_is_wrong_is_refused_and_the_place_is_named(
+    server: socket.socket, name_servers: Callable[[str], Path]
+) -> None:
+    path = name_servers(f"tcp {port_of(server)} localhosts/8")
+    with pytest.raises(ServiceError, match=f"port {port_of(server)}: {path}:1: ") as caught:
+        connect(port_of(server))
+    assert caught.value.status is ExitStatus.SERVER_REFUSED
+
+
+@pytest.mark.parametrize("folder", ["", "f" * 120])
+def test_a_server_on_a_unix_socket_is_reached_however_long_its_path(
+    tmp_path: Path, name_servers: Callable[[str], Path], folder: str
+) -> None:
+    (place := tmp_path / folder).mkdir(exist_ok=True)
+    name_servers(f"tcp 80 unix:{place}/web.sock")
+    with no_fds_left():
+        with pytest.raises(ServiceError, match="port 80: No such file or directory"):
+            connect(80)
+        with open_unix_listening(place / "web.sock", 0o600, 1) as server, connect(80) as sock:
+            assert not sock.getblocking()
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * 131_072
+            sock.send(b"hello")
+            far, _ = server.accept()
+            with far:
+                assert far.recv(5) == b"hello"
+
+
+def test_a_unix_server_whose_queue_is_full_is_waited_for(
+    unix_server: socket.socket, name_servers: Callable[[str], Path]
+) -> None:
+    name_servers(f"tcp 80 unix:{unix_server.getsockname()}")
+    unix_server.listen(0)
+    with connect(80), no_fds_left():
+        with pytest.raises(ServiceError, match="no answer within") as caught:
+            connect(80, timeout_s=0.05)
+        assert caught.value.status is ExitStatus.SERVER_TIMEOUT
