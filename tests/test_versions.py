@@ -16,7 +16,7 @@ import pytest
 from helpers import FakeClient, accept, connect, echo_once, free_port, is_reset, port_of, running_listener
 from helpers import write_config as configure
 
-from qubes_fwd_qrexec.common import allowance, exchange, report, rulexml
+from qubes_fwd_qrexec.common import allowance, clientreport, exchange, report, rulexml
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service, Side
 from qubes_fwd_qrexec.common.errors import ConfigError, RuleError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
@@ -255,6 +255,23 @@ REPORT_UDP = (
 def test_an_answer_about_udp_is_said_and_understood_as_it_was() -> None:
     assert report.dump(report.QubeReport.parse(REPORT_UDP).as_json()) == REPORT_UDP
     assert REPORT_UDP.count(b'"proto":"udp"') == 3
+
+
+# Of the release that tells who is connected.
+REPORT_CLIENTS = REPORT_0_1.replace(
+    b'"bugs":2}',
+    b'"bugs":2,"clients":[{"target":"work","name":"web","proto":"tcp","address":"fe80::1%eth0","port":5000,'
+    b'"since":1,"sent":5,"received":6,"idle_s":7,"is_draining":true}],"clients_left_out":8}',
+)
+CUT = b'{"version":1,"cut":3,"problem":null}\n'
+
+
+def test_who_is_connected_and_cut_is_said_and_understood_as_it_was() -> None:
+    assert report.dump(report.QubeReport.parse(REPORT_CLIENTS).as_json()) == REPORT_CLIENTS
+    assert report.dump(clientreport.CutReport.parse(CUT).as_json()) == CUT
+    older = report.QubeReport.parse(REPORT_0_1).listener
+    assert older is not None
+    assert older.clients is None
 
 
 def test_unknown_keys_of_a_newer_qube_are_ignored_and_another_version_is_refused() -> None:

@@ -47,6 +47,14 @@ def parse_client_address(text: str) -> IPAddress:
     return IPv6Address(text)
 
 
+def sayable(address: IPAddress) -> IPAddress:
+    """The address, without its zone if `parse_client_address` does not take that."""
+    try:
+        return parse_client_address(str(address))
+    except TextError:
+        return unmapped(address)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientReport:
     """One connection, or one flow of UDP: its forward, and its client's ``address`` and ``port``.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from qubes_fwd_qrexec.common.clientreport import CLIENTS_MAX, ClientReport
+from qubes_fwd_qrexec.common.clientreport import CLIENTS_MAX, ClientReport, sayable
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.values import Binding
 
@@ -70,7 +70,7 @@ def _told(
         target=config.target,
         name=config.name,
         proto=config.proto,
-        address=address,
+        address=sayable(address),
         port=port,
         since=int(time.time() - (now - client.since)),
         sent=client.sent,

@@ -90,6 +90,22 @@ def test_each_lie_is_refused_and_named(key: str, value: object, words: str) -> N
         ListenerReport.parse(json.dumps(data).encode())
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("fe80::1%a b", "fe80::1"),
+        ("2001:db8::1%eth0", "2001:db8::1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+    ],
+)
+def test_an_interface_of_any_name_makes_no_answer_unreadable(address: str, said: str) -> None:
+    assert str(clientreport.sayable(ip_address(address))) == said
+    told = listener(replace(CLIENT, address=clientreport.sayable(ip_address(address))))
+    assert ListenerReport.parse(report.dump(told.as_json())) == told
+
+
 def test_too_many_clients_are_refused() -> None:
     told = listener(*[CLIENT] * clientreport.CLIENTS_MAX)
     assert ListenerReport.parse(report.dump(told.as_json())) == told

@@ -17,6 +17,7 @@ from qubes_fwd_qrexec.exposed.connected import clients
 @dataclass
 class Client:
     port: int
+    address: str = "192.0.2.1"
     moved_at: float = 0.0
     since: float = 0.0
     sent: int = 1
@@ -25,7 +26,7 @@ class Client:
 
     @property
     def peer(self) -> Binding:
-        return ip_address("192.0.2.1"), self.port
+        return ip_address(self.address), self.port
 
 
 @dataclass
@@ -40,6 +41,11 @@ def test_those_that_moved_last_come_first_and_the_rest_is_counted() -> None:
     told, left_out = clients([first, second], [closed], 4)
     assert [client.port for client in told] == [2, 4, 3, 1]
     assert left_out == 1
+
+
+def test_a_zone_that_cannot_be_said_is_left_out() -> None:
+    told, _ = clients([Forward([Client(1, "fe80::1%eth0", 2), Client(2, "fe80::1%a b", 1)])], [])
+    assert [str(client.address) for client in told] == ["fe80::1%eth0", "fe80::1"]
 
 
 def test_nobody_is_nobody() -> None:

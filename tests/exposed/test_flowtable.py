@@ -7,6 +7,7 @@ import socket
 import pytest
 from udp_bench import FlowBench, echo, udp_config
 
+from qubes_fwd_qrexec.common.clientreport import WhichClients
 from qubes_fwd_qrexec.common.rules import OnExpire
 from qubes_fwd_qrexec.common.values import Sources
 from qubes_fwd_qrexec.exposed import flowtable, udpport
@@ -230,6 +231,20 @@ def test_what_drains_ends_in_time_though_client_and_server_go_on(*, is_closed: b
         assert bench.flows == [flow]
         bench.pass_s(1)
         assert (bench.flows, bool(bench.table.ports)) == ([], not is_closed)
+
+
+def test_clients_that_are_cut_lose_their_flows_and_a_port_that_only_drained_is_closed() -> None:
+    with FlowBench() as bench:
+        one, other = bench.client(), bench.client(own="127.0.0.2")
+        for client in (one, one, other):
+            bench.send(client)
+        assert bench.table.cut_clients(WhichClients.parse("127.0.0.2:1")) == 0
+        assert bench.table.cut_clients(WhichClients.parse("127.0.0.1")) == 1
+        assert [flow.sender for flow in bench.flows] == [other.sock.getsockname()]
+        assert bench.table.account.connections == 1
+        bench.table.give_up(list(bench.table.ports), is_cut=False)
+        assert bench.table.cut_clients(WhichClients()) == 1
+        assert (bench.flows, bench.table.ports) == ([], {})
 
 
 @pytest.mark.parametrize("change", ["dstports=54-54", "listen=127.0.0.3", "side=vifs"])

@@ -31,7 +31,7 @@ from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
 from qubes_fwd_qrexec.target import statusservice
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE, Kind, left_note
 from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, boot_ticks
-from qubes_fwd_qrexec.target.listenersockets import LISTENER_DIRECTORY_VARIABLE, STATUS, TRY
+from qubes_fwd_qrexec.target.listenersockets import CLIENTS, LISTENER_DIRECTORY_VARIABLE, STATUS, TRY
 from qubes_fwd_qrexec.target.statusservice import (
     FIREWALL_S,
     START_S,
@@ -133,6 +133,19 @@ def test_a_listener_that_does_not_answer_is_given_up_on(
         silent.listen()
         found = told("", tmp_path, tmp_path)
     assert found.listener_problem == "the listener does not answer: timed out"
+
+
+def test_who_is_connected_is_asked_for_at_a_socket_of_its_own(tmp_path: Path) -> None:
+    with_clients = ListenerReport(since=1, forwards=(), clients=())
+    with listener(tmp_path, CLIENTS, report.dump(with_clients.as_json())):
+        assert told("clients", tmp_path, tmp_path).listener == with_clients
+
+
+def test_a_listener_from_before_an_update_says_what_it_can(tmp_path: Path) -> None:
+    with listener(tmp_path, STATUS, report.dump(REPORT.as_json())):
+        found = told("clients", tmp_path, tmp_path)
+    assert (found.listener, found.listener_problem, found.trial) == (REPORT, None, None)
+    assert told("clients", tmp_path / "none", tmp_path).listener_problem == "no listener is running"
 
 
 def test_calls_are_counted_by_caller_and_ports_while_they_live(place: Path, tmp_path: Path) -> None:
