@@ -37,7 +37,7 @@ def test_qubesd_answers_as_recorded(qubesd: FakeQubes, lab: LabDirectory) -> Non
         # The recorded qubes had no agent to announce it, and were told by hand what their templates offer.
         for key in (
             "qrexec",
-            *(f"supported-rpc.qubes.Forward{word}" for word in ("Nft", "Revoke", "Status", "UDP")),
+            *(f"supported-rpc.qubes.Forward{word}" for word in ("Cut", "Nft", "Revoke", "Status", "UDP")),
         ):
             lab.remove_feature(name, key)
         lab.set_feature(name, "supported-rpc.qubes.ConnectTCP", "1")
