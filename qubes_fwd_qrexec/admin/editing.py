@@ -23,7 +23,7 @@ def edited(rule: ForwardRule, options: Iterable[Option], now: float) -> ForwardR
             name, text = "srchosts", _clients(texts["srchosts"].value, option)
         elif name == "expire+":
             name, text = "expire", _later(rule, option, now)
-        elif name not in known and not text:
+        elif name not in known:
             problem = f"unknown option; known are {', '.join(known)}{did_you_mean(name, known)}"
             raise RuleError(place, problem, name)
         texts.pop(name, None)

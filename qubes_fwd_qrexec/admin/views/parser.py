@@ -56,7 +56,7 @@ _QUBE = _argument("qube", metavar="QUBE")
 _QUBES = _argument("qube", nargs="*", metavar="QUBE")
 _NO_APPLY = _flag("--no-apply", "store it, and change nothing else until 'apply'")
 _DRY_RUN = _flag("--dry-run", "show what would change, and change nothing")
-_NAMES = _argument("names", nargs="*", metavar="NAME", help="or a pattern such as 'web-*'")
+_NAMES = _argument("names", nargs="*", default=(), metavar="NAME", help="or a pattern such as 'web-*'")
 _ALL = _flag("--all", "all forwards of the qube")
 _RULE = (
     _QUBE,
@@ -106,6 +106,7 @@ _SET = (
     _argument(
         "options",
         nargs="*",
+        default=(),
         metavar="OPTION=VALUE",
         help="an empty value restores the default; srchosts+=NET and srchosts-=NET change the list",
     ),
@@ -195,7 +196,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         last = [action for action in command._actions if not action.option_strings][-1:]
         if any(word.startswith("-") for word in rest) or not last or last[0].nargs != "*":
             command.unknown(rest)
-        getattr(args, last[0].dest).extend(rest)
+        setattr(args, last[0].dest, [*getattr(args, last[0].dest), *rest])
     return args
 
 

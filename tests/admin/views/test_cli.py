@@ -175,8 +175,11 @@ USAGE = [
         ("panic", "work"),
         "qvm-forward panic: error: unrecognized arguments: work\nsee qvm-forward panic --help\n",
     ),
+    (("import", "a", "b"), "qvm-forward import: error: unrecognized arguments: b\n"),
     (("list", "--jsn"), "unrecognized arguments: --jsn; did you mean '--json'?\n"),
     (("add", "work", "80", "--form=any"), "--form=any; did you mean '--from'?\n"),
+    (("remove",), "qvm-forward remove: error: the following arguments are required: QUBE\n"),
+    (("set",), "qvm-forward set: error: the following arguments are required: QUBE\n"),
     (("add", "work"), "usage: qvm-forward add QUBE PORT[:PORT]\nqvm-forward add: error: "),
 ]
 
@@ -218,9 +221,13 @@ def test_who_misspells_a_qube_a_forward_or_an_option_is_asked_for_the_nearest(fo
     assert forward("show", "work", "wbe").err.endswith(
         "has no forward 'wbe', only web; did you mean 'web'?\n"
     )
-    assert forward("set", "work", "web", "srchost=any", "transprot=").err.endswith(
-        "; did you mean 'transport'?\n"
-    )
+    for typed, meant in (
+        ("srchost=any", "srchosts"),
+        ("transprot=", "transport"),
+        ("srchost+=any", "srchosts"),
+    ):
+        said = forward("set", "work", "web", typed).err
+        assert said.endswith(f"; did you mean '{meant}'?\n")
 
 
 def test_json_may_be_said_before_the_command_and_after_it(forward: Forward) -> None:
