@@ -234,7 +234,22 @@ def news(after: After, forward: Forward) -> list[str]:
         then = "are cut" if is_cut else "may go on for up to an hour, because of on-expire=drain"
         found.append(f"{' and '.join(narrowed)} that it no longer allows {then}")
     room = callroom.note(after.changed.plan, forward, after.changed.plan_before)
-    return found if room is None else [*found, room]
+    found += [] if room is None else [room]
+    return (
+        found
+        if travel.hides_clients(after.changed.plan_before.find(*key))
+        else [*found, *_hidden(after, forward)]
+    )
+
+
+def _hidden(after: After, forward: Forward) -> Iterable[str]:
+    """That a server no longer sees who its clients are, unless that was so for it before."""
+    target, _, rule = forward.named
+    before = (old for old in after.changed.plan_before if old.named.target == target and old.is_live)
+    if any(travel.hides_clients(old) and old.named.rule.target_ports == rule.target_ports for old in before):
+        return ()
+    note = travel.hides_clients(forward)
+    return () if note is None or not forward.is_live else (note,)
 
 
 def _narrowed(old: Forward | None, forward: Forward) -> dict[OnExpire, list[str]]:
@@ -267,15 +282,6 @@ def warnings(forward: Forward) -> list[str]:
     if forward.mode is Mode.NFT:
         found.append(travel.safety(forward))
         found.append(f"the server in {target} must listen on more than 127.0.0.1")
-    elif forward.named.rule.proxy == "off":
-        way_out = "make sure that it asks everybody for a password"
-        if forward.transport is Transport.MUX:
-            way_out += ", or tell it the client's address with proxy=v2"
-        what = carried.traffic(forward.named.rule.proto)
-        found.append(
-            f"to the server in {target} all these {what} come from 127.0.0.1, which some servers trust: "
-            f"{way_out}"
-        )
     return found
 
 

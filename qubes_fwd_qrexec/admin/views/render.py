@@ -124,6 +124,8 @@ def explained(forward: Forward, style: Style) -> str:
         lines.append(f"  packets go {' - '.join((*forward.hops, forward.named.target))}.")
     lines += _transports(forward)
     lines += [f"  note: {note}" for note in reasons.notes(forward)]
+    if forward.is_live and (note := travel.hides_clients(forward)) is not None:
+        lines.append(f"  note: {note}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -39,6 +39,7 @@ from .listeners import (
     uptakes,
 )
 from .nftstatus import NftStatus
+from .refused import in_words
 from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
@@ -346,20 +347,16 @@ def _about(row: Row) -> Iterator[str]:
         yield f"{name} is {State.WAITING}: {row.problem}."
     if report is None:
         return
-    if refused := _reasons(report.refused):
+    if refused := in_words(report.refused):
         yield f"{whose}: refused: {refused}."
     if report.datagrams_sent or report.datagrams_received:
         sent, received = report.datagrams_sent, report.datagrams_received
         yield f"{whose}: {counted(sent, 'datagram')} from clients, {received} to clients."
-    if dropped := _reasons(report.dropped):
+    if dropped := in_words(report.dropped):
         yield f"{whose}: datagrams dropped: {dropped}."
     if report.last_error is not None:
         at = "" if report.last_error_at is None else f" at {_local(report.last_error_at)}"
         yield f"{whose}: last error{at}: {report.last_error}."
-
-
-def _reasons(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count)
 
 
 def _local(untrusted_seconds: int) -> str:

@@ -3,7 +3,7 @@
 
 from qubes_fwd_qrexec.admin.deciding import Decision
 from qubes_fwd_qrexec.admin.states import Cause, Forward
-from qubes_fwd_qrexec.common.rules import Mode, Transport
+from qubes_fwd_qrexec.common.rules import Mode, Proxy, Transport
 from qubes_fwd_qrexec.common.values import Proto
 
 from .reasons import filled, sentence
@@ -54,6 +54,15 @@ def safety(forward: Forward) -> str:
         f"the network stack of {forward.named.target} itself faces the clients, every qube on the way sees "
         "the traffic, and dom0 judges the rule and not each connection"
     )
+
+
+def hides_clients(forward: Forward | None) -> str | None:
+    """What a server sees that is not told who its clients are, and what helps; None for others."""
+    if forward is None or forward.mode is Mode.NFT or forward.named.rule.proxy is not Proxy.OFF:
+        return None
+    way_out = ", or use proxy=v2" if forward.transport is Transport.MUX else ""
+    seen = f"the server in {forward.named.target} sees every client as 127.0.0.1"
+    return f"{seen}; have it ask for a password{way_out}"
 
 
 def transport_reason(forward: Forward, proto: Proto = Proto.TCP) -> str:

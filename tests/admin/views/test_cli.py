@@ -31,7 +31,7 @@ def test_add_opens_and_says_for_whom(forward: Forward, lab: LabDirectory) -> Non
         "192.168.0.0/16 reach port 8080 of work.\nIt ends "
     )
     assert "(in 8 h)" in result.out
-    assert "come from 127.0.0.1, which some servers trust" in result.out
+    assert "sees every client as 127.0.0.1; have it ask for a password, or use proxy=v2." in result.out
     assert lab.feature("work", "forward.web") == (
         "action=forward mode=qrexec forwardtype=external proto=tcp srcports=80-80 dstports=8080-8080 "
         f"srchosts=192.168.0.0/16 owner=work path=sys-firewall,sys-net expire={NOW + 8 * 3600} "

@@ -184,13 +184,13 @@ def test_single_calls_come_with_a_note_of_what_a_socket_service_cannot_tell(forw
 
 
 def test_a_warning_is_told_again_only_when_it_is_news(forward: Forward) -> None:
-    assert "to the server in work all these connections come from 127.0.0.1" in forward(*ADD).out
+    assert "the server in work sees every client as 127.0.0.1" in forward(*ADD).out
     assert "127.0.0.1" not in forward("set", "work", "web", "comment=x").out
     forward("disable", "work", "web")
-    assert (
-        "to the server in work all these connections come from 127.0.0.1"
-        in forward("enable", "work", "web").out
-    )
+    assert "127.0.0.1" not in forward("enable", "work", "web").out
+    assert "127.0.0.1" not in forward("add", "work", "81:8080", "--from", "any").out
+    assert "127.0.0.1" in forward("add", "work", "82", "--from", "any").out
+    assert "note: the server in work sees every client as 127.0.0.1" in forward("show", "work", "web").out
 
 
 def test_apply_says_why_a_forward_is_closed_that_waits_for_a_word(

@@ -233,10 +233,10 @@ def test_who_adds_one_is_told_what_is_less_safe_and_not_what_is_about_qrexec(run
     added = run(*ADD).out
     assert "and dom0 judges the rule and not each connection.\n" in added
     assert "Note: the server in work must listen on more than 127.0.0.1.\n" in added
-    assert "come from 127.0.0.1" not in added
+    assert "sees every client as 127.0.0.1" not in added
     over_qrexec = run("set", "work", "web", "mode=qrexec")
     assert "network stack" not in over_qrexec.out
-    assert "come from 127.0.0.1" in over_qrexec.out
+    assert "sees every client as 127.0.0.1" in over_qrexec.out
 
 
 def test_who_opens_one_that_qubes_do_not_confirm_is_told_once_what_says_more(

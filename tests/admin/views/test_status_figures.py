@@ -60,12 +60,14 @@ def test_a_target_without_our_service_is_not_asked(forward: Command, store: Back
 
 def test_refusals_and_the_last_error_are_said(forward: Command, store: Backend) -> None:
     forward(*ADD)
-    refused = {"source": 2, "policy": 3}
+    refused = {"srchosts": 2, "policy": 3, "new-word": 4}
     report = replace(REPORT, refused=refused, last_error="no call", last_error_at=0, way=Way.REFUSED)
     found = look(store, sys_net=listening(report))
     assert found.is_well
-    assert "allows refused 3 40 5 999" in " ".join(shown(found).split())
-    assert "work web: refused: 3 policy, 2 source.\n" in shown(found)
+    assert "allows refused 3 40 9 999" in " ".join(shown(found).split())
+    assert "work web: refused: 4 new-word, 3 denied by dom0, 2 from sources that are not allowed.\n" in shown(
+        found
+    )
     at = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(0))
     assert f"work web: last error at {at}: no call.\n" in shown(found)
     report = replace(REPORT, last_error="x", last_error_at=2**63 - 1)

@@ -34,9 +34,9 @@ def test_a_forward_of_both_has_a_row_for_each_protocol(forward: Command, store: 
         "work web active sys-net:80 allows open 3 40 0 999 1.5 KiB",
         "work web active sys-net:80 udp allows open 2 7 4 999 1.5 KiB",
         "",
-        "work web (udp): refused: 4 rate.",
+        "work web (udp): refused: 4 over the rate.",
         "work web (udp): 1 datagram from clients, 118 to clients.",
-        "work web (udp): datagrams dropped: 1 kernel, 2 old.",
+        "work web (udp): datagrams dropped: 1 that came too fast, 2 that waited too long.",
     ]
     first, second = found.as_json()["forwards"]
     assert (first["proto"], second["proto"]) == ("tcp", "udp")
