@@ -31,6 +31,8 @@ from .reading import CALLS_AT_ONCE, Reader
 # and in a qube (qubes-core-agent-linux vm-systemd/qubes-sysinit.sh); it is gone at boot, as a lock should be.
 _LOCK_FILE = "run/qubes/qvm-forward.lock"
 _WATCH_FILE = "run/qubes/qvm-forward-watch.lock"
+# docs/facts.md, P2: where it is there, our own file means nothing, and the policy API does not say so.
+_SHADOW = f"run/qubes/policy.d/{policy.NAME}.policy"
 LOCK_TIMEOUT_S = 10.0
 """How long a change waits for another one."""
 _WATCH_TIMEOUT_S = 1.0
@@ -48,6 +50,7 @@ class QubesStore:
         self._lock_timeout_s = lock_timeout_s
         self._lock_file = Path(root, _LOCK_FILE)
         self._watch_file = Path(root, _WATCH_FILE)
+        self._shadow = Path(root, _SHADOW)
         self._room = Semaphore(CALLS_AT_ONCE)
 
     def _open_app(self) -> Any:
@@ -76,6 +79,8 @@ class QubesStore:
             del self._open_app().domains.get_blind(qube).features[key]
 
     def read_policy(self) -> PolicyFile:
+        if self._here is None and self._shadow.exists():
+            raise StoreError(f"{self._shadow} takes the place of the file that qvm-forward writes; remove it")
         return policyapi.read(self._here)
 
     def replace_policy(self, text: str, token: str) -> None:

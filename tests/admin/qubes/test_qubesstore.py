@@ -10,6 +10,7 @@ import pytest
 from fake_admin import Called, FakeApp, FakeQubes, empty_answer, install
 from fake_policy import FakePolicyClient
 from fake_process import FakeProcess
+from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.backend import PolicyCall
@@ -44,6 +45,22 @@ def test_a_call_gets_what_it_is_given_and_its_end_is_awaited(store: QubesStore, 
     assert dom0.services == [(WORK, SERVICE)]
     assert dom0.process is not None
     assert (dom0.process.is_killed, dom0.process.given) == (False, b"version=1\n")
+
+
+def test_a_file_of_another_directory_that_hides_ours_opens_nothing_and_is_named(
+    store: QubesStore, dom0: FakeQubes, over: Command
+) -> None:
+    assert over(store, *ADD).status == 0
+    shadow = dom0.root / "run/qubes/policy.d/30-forward.policy"
+    shadow.parent.mkdir()
+    shadow.write_text("qubes.ForwardTCP * @anyvm @anyvm allow\n")
+    with pytest.raises(StoreError, match=f"^{shadow} takes the place of the file that qvm-forward writes"):
+        store.read_policy()
+    result = over(store, "add", "work", "81", "--from", "any")
+    assert result.status == 1
+    assert f"{shadow} takes the place of the file that qvm-forward writes; remove it" in result.err
+    shadow.unlink()
+    assert over(store, "apply").status == 0
 
 
 @pytest.mark.parametrize("status", [1, 125, 126, 127, -9])
