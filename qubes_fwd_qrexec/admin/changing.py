@@ -86,9 +86,10 @@ def change(
         if decisions:
             changes = {**changes, **{key: str(decision.rule) for key, decision in decisions.items()}}
             after = before.changed(changes)
+        changes = {key: value for key, value in changes.items() if _stored(before.inventory, *key) != value}
         # Judged as the last of those that claim ports, before and after.
-        was, planned = (each.plan(now, keys, is_held=False) for each in (before, after))
-        for forward in (forward for forward in planned if forward.named[:2] in keys):
+        was, planned = (each.plan(now, changes.keys(), is_held=False) for each in (before, after))
+        for forward in (forward for forward in planned if forward.named[:2] in changes):
             problem = _new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
             if problem is not None:
                 raise NotOpenError(f"{forward.named} was not {done}", forward, problem)
@@ -299,9 +300,8 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
     tried: list[Key] = []
     try:
         for (qube, name), value in changes.items():
-            if inventory.qubes[qube].features.get(RULE_PREFIX + name) != value:
-                tried.append((qube, name))
-                put(backend, qube, RULE_PREFIX + name, value)
+            tried.append((qube, name))
+            put(backend, qube, RULE_PREFIX + name, value)
     except (StoreError, KeyboardInterrupt) as error:
         left = [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
         if not left:
@@ -313,9 +313,14 @@ def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
         ) from error
 
 
+def _stored(inventory: Inventory, qube: QubeName, name: str) -> str | None:
+    """The line of a rule, or a mark."""
+    return inventory.qubes[qube].features.get(RULE_PREFIX + name)
+
+
 def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> str | None:
     """Restore a feature; if that fails, and it does differ, its old value as a line of a document."""
-    old = inventory.qubes[qube].features.get(RULE_PREFIX + name)
+    old = _stored(inventory, qube, name)
     try:
         put(backend, qube, RULE_PREFIX + name, old)
     except StoreError:

@@ -77,6 +77,19 @@ def test_all_of_a_qube_and_all_of_the_system_are_closed_and_opened(
     assert lab.vm_config("sys-net").keys() == {"fwd.personal.tcp-82"}
 
 
+def test_of_many_that_are_enabled_the_one_that_finds_its_port_taken_is_named(
+    forward: Forward, lab: LabDirectory
+) -> None:
+    forward("add", "personal", "80", "--from", "any", "--name", "late", "--disabled")
+    forward("add", "vault", "81", "--via", "sys-net", "--from", "any", "--disabled")
+    forward(*ADD)
+    before = content(lab)
+    result = forward("enable", "--all")
+    assert (result.status, result.out) == (1, "")
+    assert "personal late was not enabled. Rule work web has port 80 of sys-net already" in result.err
+    assert content(lab) == before
+
+
 def test_a_pattern_stands_for_names_and_leaves_out_what_cannot_be_read(
     forward: Forward, lab: LabDirectory
 ) -> None:
