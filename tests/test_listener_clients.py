@@ -27,6 +27,7 @@ from helpers import (
 from udp_clients import UdpClient, free_udp_port
 from udp_forwards import KEY, forward_of, write_udp_config
 
+from qubes_fwd_qrexec import listener as listener_module
 from qubes_fwd_qrexec.common.clientreport import ClientReport, CutReport, WhichClients
 from qubes_fwd_qrexec.common.errors import ConfigError
 from qubes_fwd_qrexec.common.report import ListenerReport
@@ -178,6 +179,23 @@ async def test_another_forward_is_not_touched(tmp_path: Path, server: socket.soc
             await listener.cut("work.ssh", ALL)
 
 
+async def test_two_that_cut_at_once_count_each_client_once(tmp_path: Path, server: socket.socket) -> None:
+    port, config, counts = free_port(), tmp_path / "config", list[int]()
+    write_config(config, port, port_of(server))
+    async with (
+        running_listener(config, FakeClient(tmp_path, "serve").command) as listener,
+        connected(port, server),
+    ):
+
+        async def cut() -> None:
+            counts.append(await listener.cut(WEB, ALL))
+
+        async with trio.open_nursery() as both:
+            both.start_soon(cut)
+            both.start_soon(cut)
+    assert sorted(counts) == [0, 1]
+
+
 async def test_a_cut_flow_is_forgotten_and_the_next_datagram_begins_another(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,6 +307,21 @@ async def test_who_is_connected_is_told_at_a_socket_of_its_own_and_cut_at_anothe
         assert ListenerReport.parse(await asked(place / CLIENTS)).clients == ()
         assert CutReport.parse(await asked(place / CUT, line)) == CutReport(0)
         assert await is_reset(near)
+
+
+async def test_who_is_connected_is_told_of_what_is_configured_now(
+    tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "LOOK_S", 3600.0)
+    port, config, place = free_port(), tmp_path / "config", tmp_path / "sockets"
+    write_config(config, port, port_of(server), on_expire="drain")
+    async with (
+        running_listener(config, FakeClient(tmp_path, "serve").command, status_dir=place),
+        connected(port, server),
+    ):
+        (config / WEB).unlink()
+        (client,) = ListenerReport.parse(await asked(place / CLIENTS)).clients or ()
+        assert client.is_draining
 
 
 @pytest.mark.parametrize(
