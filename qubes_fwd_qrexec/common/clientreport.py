@@ -42,17 +42,20 @@ def parse_client_address(text: str) -> IPAddress:
     address = parse_address(bare)
     if not percent:
         return address
-    if not isinstance(address, IPv6Address) or not address.is_link_local or not _ZONE.match(zone):
+    if not isinstance(address, IPv6Address) or not _may_have(address, zone):
         raise TextError(text, "an IPv4 or IPv6 address, with a zone only if it is link-local")
     return IPv6Address(text)
 
 
 def sayable(address: IPAddress) -> IPAddress:
-    """The address, without its zone if `parse_client_address` does not take that."""
-    try:
-        return parse_client_address(str(address))
-    except TextError:
+    """A client's address, without its zone if `parse_client_address` does not take that."""
+    if isinstance(address, IPv6Address) and address.scope_id and not _may_have(address, address.scope_id):
         return unmapped(address)
+    return address
+
+
+def _may_have(address: IPv6Address, zone: str) -> bool:
+    return address.is_link_local and _ZONE.match(zone) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
