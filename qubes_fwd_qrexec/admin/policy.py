@@ -12,17 +12,17 @@ from qubes_fwd_qrexec.common.allowance import Calls
 from qubes_fwd_qrexec.common.config import ListenerConfig, Service
 from qubes_fwd_qrexec.common.errors import TextError
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import CUT_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts, parse_qube_name, yes_no
 
 from .states import Forward, Plan
 
 NAME = "30-forward"
 OURS = (Service.FORWARD_TCP, Service.FORWARD_UDP)
-# Only dom0 may end calls and ask how forwards are, and policy does not apply to dom0's own calls.
+# Only dom0 may cut connections, end calls and ask how forwards are, and its own calls policy does not judge.
 CLOSING = tuple(
     f"{service}  *  @anyvm  @anyvm  deny  notify=no"
-    for service in (NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE, *OURS)
+    for service in (CUT_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE, *OURS)
 )
 _HEADER = """\
 # This file is written by qvm-forward, and edits in it are lost.

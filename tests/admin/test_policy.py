@@ -15,12 +15,12 @@ from qubes_fwd_qrexec.admin.plan import plan
 from qubes_fwd_qrexec.admin.states import Plan, State
 from qubes_fwd_qrexec.common.config import Service
 from qubes_fwd_qrexec.common.rules import NamedRule, Transport
-from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import CUT_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.lab.evaluator import Allow, Domain, Request, System
 from qubes_fwd_qrexec.lab.verdicts import Judge, OwnJudge, QubesJudge
 from qubes_fwd_qrexec.target import callservice
 
-OURS_ALONE = (NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
+OURS_ALONE = (CUT_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE)
 INSTALLED = Path(__file__).parents[2] / "policy" / f"{policy.NAME}.policy"
 
 
@@ -134,6 +134,7 @@ def test_a_file_has_header_exact_lines_and_the_closing_denies() -> None:
         "qubes.ForwardTCP  +82-90+mux  sys-net  work  allow  autostart=no  notify=no\n"
         "\n"
         "# Whatever no line above allows is denied.\n"
+        "qubes.ForwardCut  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardNft  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardRevoke  *  @anyvm  @anyvm  deny  notify=no\n"
         "qubes.ForwardStatus  *  @anyvm  @anyvm  deny  notify=no\n"

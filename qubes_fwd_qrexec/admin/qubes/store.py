@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.admin.backend import WATCH_BUSY, Changes, PolicyCall, Poli
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.services import NFT_SERVICE
+from qubes_fwd_qrexec.common.services import CUT_SERVICE, NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.system.lockfile import hold, is_held
 
@@ -39,8 +39,8 @@ _WATCH_TIMEOUT_S = 1.0
 
 
 def _user(service: str) -> str:
-    """Who runs a service of ours in a qube: only its firewall needs root."""
-    return "root" if service == NFT_SERVICE else "user"
+    """Who runs a service of ours in a qube: its firewall needs root, and nobody else may cut connections."""
+    return "root" if service.partition("+")[0] in (CUT_SERVICE, NFT_SERVICE) else "user"
 
 
 class QubesStore:

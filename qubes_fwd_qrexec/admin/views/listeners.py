@@ -129,15 +129,17 @@ def ask(backend: Backend, qube: QubeName, argument: str = "", timeout_s: float |
 
 
 def ask_all(
-    backend: Backend, qubes: Collection[QubeName], timeout_s: float | None = None
+    backend: Backend, qubes: Collection[QubeName], timeout_s: float | None = None, argument: str = ""
 ) -> dict[QubeName, Answer]:
-    """The answer of each qube. All are asked at once, by threads that end before this returns."""
+    """The answer of each qube; one that is too old for the argument is asked without. All are asked at once,
+    by threads that end before this returns.
+    """
 
-    def answer(qube: QubeName) -> Answer:
+    def answer(qube: QubeName, argument: str = argument) -> Answer:
         try:
-            return ask(backend, qube, timeout_s=timeout_s)
+            return ask(backend, qube, argument, timeout_s)
         except AnswerError as error:
-            return error
+            return answer(qube, "") if argument and error.status == ExitStatus.BAD_ARGUMENT else error
 
     return at_once(answer, qubes)
 

@@ -127,7 +127,16 @@ _IMPORT = (
     _flag("--replace", "replace rules of the same name"),
     _NO_APPLY,
 )
-_STATUS = (_QUBES, _flag("--watch", "show it again every 2 s, until Ctrl-C"))
+_STATUS = (
+    _QUBES,
+    _flag("--clients", "also show who is connected"),
+    _flag("--watch", "show it again every 2 s, until Ctrl-C"),
+)
+_CUT = (
+    _QUBE,
+    _argument("name", nargs="?", metavar="NAME", help="not needed where one forward is open"),
+    _argument("--client", metavar="ADDR[:PORT]", help="those of this address alone, or this one"),
+)
 
 COMMANDS = {
     "add": Command("changes.add", "Make a forward: check it, store it, and open it.", _ADD),
@@ -139,6 +148,7 @@ COMMANDS = {
     "list": Command("showing.list_rules", "Show all forwards, or those that involve a qube.", (_QUBES,)),
     "show": Command("showing.show", "Show everything about one forward, and why.", _RULE),
     "status": Command("status.status", "Show what is open now, with figures from the qubes.", _STATUS),
+    "cut": Command("cut.cut", "End connections to a forward, of all clients or of one.", _CUT),
     "diagnose": Command("diagnose.diagnose", "Find out why a forward does not work, and what helps.", _RULE),
     "plan": Command("showing.explain", "Explain what becomes of each forward, and why.", (_QUBES,)),
     "apply": Command("applying.apply", "Bring policy and qubes in line with the rules.", (_DRY_RUN,)),

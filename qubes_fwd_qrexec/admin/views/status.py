@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.admin.backend import PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
+from qubes_fwd_qrexec.common.clientreport import CLIENTS
 from qubes_fwd_qrexec.common.config import ForwardKey, ListenerConfig
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key
@@ -26,7 +27,8 @@ from qubes_fwd_qrexec.common.rules import Mode, Transport
 from qubes_fwd_qrexec.common.values import Proto, QubeName
 from qubes_fwd_qrexec.system.ending import Ending
 
-from . import drains, nftstatus, reasons, steps, travel
+from . import connected, drains, nftstatus, reasons, steps, travel
+from .connected import Connected
 from .judged import judged_apart
 from .listeners import (
     Answer,
@@ -44,6 +46,7 @@ from .render import exposed_at, forward_as_json
 from .session import Session
 from .showing import selected
 from .tables import Style, Table, counted, escaped, size, terminal_size
+from .times import local
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "POLICY", "WAY", "OPEN NOW", "ACCEPTED", "REFUSED"),
@@ -120,6 +123,7 @@ class Status(NamedTuple):
     silent: tuple[QubeName, ...]
     due: tuple[Step, ...]
     by_nft: NftStatus = NftStatus()
+    clients: Connected | None = None
 
     @property
     def is_well(self) -> bool:
@@ -141,6 +145,7 @@ class Status(NamedTuple):
             "problems": dict(self.by_nft.problems),
             "forwards": [*(row.as_json() for row in self.rows), *(row.as_json() for row in self.by_nft.rows)],
             "due": [steps.as_json(step) for step in self.due],
+            **({} if self.clients is None else self.clients.as_json()),
         }
 
 
@@ -254,12 +259,15 @@ def _look(args: Namespace, session: Session) -> Status:
     planned = selected(args.qube, snapshot, session.now)
     verdicts = judged_apart(planned.live, session.backend, snapshot.installed)
     everything, inventory = snapshot.plan(session.now), snapshot.inventory
+    argument = CLIENTS if args.clients else ""
     answers, told = both(
-        partial(ask_all, session.backend, to_ask(planned, inventory, args.qube)),
+        partial(ask_all, session.backend, to_ask(planned, inventory, args.qube), argument=argument),
         partial(nftstatus.ask_all, session.backend, nftstatus.to_ask(planned, inventory, args.qube)),
     )
     found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
-    return found._replace(by_nft=nftstatus.nft_status(planned, everything, inventory, told, session.now))
+    clients = connected.connected(planned, args.qube, answers) if args.clients else None
+    by_nft = nftstatus.nft_status(planned, everything, inventory, told, session.now)
+    return found._replace(by_nft=by_nft, clients=clients)
 
 
 def text(found: Status, style: Style) -> str:
@@ -272,6 +280,7 @@ def text(found: Status, style: Style) -> str:
         Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style) if rows else "",
         found.by_nft.table(style),
         drains.table((*found.goes_on, *found.by_nft.draining), style),
+        "" if found.clients is None else found.clients.table(style),
     ]
     if not found.rows and not found.by_nft.rows:
         nothing = "No forward is open." if any((heads, *tables, found.silent)) else "Nothing is open."
@@ -332,6 +341,8 @@ def _remarks(found: Status) -> Iterator[str]:
     counts = ", ".join(f"{closed[state]} {state}" for state in State if closed[state])
     if counts:
         yield f"Not open: {counts}; 'qvm-forward list' says why."
+    if found.clients is not None:
+        yield from found.clients.remarks()
     if found.silent:
         yield drains.unknown(found.silent)
     if found.due:
@@ -355,13 +366,5 @@ def _about(row: Row) -> Iterator[str]:
     if dropped := in_words(report.dropped):
         yield f"{whose}: datagrams dropped: {dropped}."
     if report.last_error is not None:
-        at = "" if report.last_error_at is None else f" at {_local(report.last_error_at)}"
+        at = "" if report.last_error_at is None else f" at {local(report.last_error_at)}"
         yield f"{whose}: last error{at}: {report.last_error}."
-
-
-def _local(untrusted_seconds: int) -> str:
-    """A time that a qube gave, in dom0's time zone; it may be out of range."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(untrusted_seconds))
-    except (OverflowError, ValueError, OSError):
-        return "an unknown time"

@@ -17,6 +17,7 @@ _GREEN, _CYAN, _YELLOW, _RED, _FAINT = "32", "36", "33", "31", "2"
 # By the values of `State`, and by verdicts.
 _COLOURS = {
     "active": _GREEN,
+    "open": _GREEN,
     "waiting": _CYAN,
     "suspended": _YELLOW,
     "expired": _FAINT,

@@ -75,13 +75,23 @@ def print_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds))
 
 
-def distance(seconds: float) -> str:
-    """``in 8 h`` or ``3 min ago``: in the largest unit of which there are two."""
-    size = abs(int(seconds))
+def local(untrusted_seconds: int) -> str:
+    """A time that a qube gave, in dom0's time zone; it may be out of range."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(untrusted_seconds))
+    except (OverflowError, ValueError, OSError):
+        return "an unknown time"
+
+
+def amount(seconds: int) -> str:
+    """``8 h``: in the largest unit of which there are two."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if size >= 2 * length or (unit == "min" and size >= length):
-            amount = f"{round(size / length)} {unit}"
-            break
-    else:
-        amount = f"{size} s"
-    return f"in {amount}" if seconds > 0 else f"{amount} ago"
+        if seconds >= 2 * length or (unit == "min" and seconds >= length):
+            return f"{round(seconds / length)} {unit}"
+    return f"{seconds} s"
+
+
+def distance(seconds: float) -> str:
+    """``in 8 h`` or ``3 min ago``."""
+    size = amount(abs(int(seconds)))
+    return f"in {size}" if seconds > 0 else f"{size} ago"

@@ -15,7 +15,7 @@ ALIASES = {"list": "ls", "remove": "rm"}
 _PAGES = {
     "qvm-forward-add": ("add",),
     "qvm-forward-set": ("set", "remove", "enable", "disable", "confirm"),
-    "qvm-forward-list": ("list", "show", "status", "diagnose", "plan", "policy"),
+    "qvm-forward-list": ("list", "show", "status", "cut", "diagnose", "plan", "policy"),
     "qvm-forward-apply": ("apply", "watch"),
     "qvm-forward-tunnel": ("tunnel",),
     "qvm-forward-panic": ("panic", "resume"),
@@ -37,7 +37,8 @@ _EXAMPLES = {
     "confirm": ("qvm-forward confirm work web",),
     "list": ("qvm-forward list", "qvm-forward list sys-net"),
     "show": ("qvm-forward show work web",),
-    "status": ("qvm-forward status --watch", "qvm-forward status work --json"),
+    "status": ("qvm-forward status --watch", "qvm-forward status work --clients"),
+    "cut": ("qvm-forward cut work web", "qvm-forward cut work web --client 192.168.0.5"),
     "diagnose": ("qvm-forward diagnose work web",),
     "plan": ("qvm-forward plan work",),
     "apply": ("qvm-forward apply --dry-run",),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_admin import METHODS
 
-from qubes_fwd_qrexec.common.services import NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import CUT_SERVICE, NFT_SERVICE, REVOKE_SERVICE, STATUS_SERVICE
 from qubes_fwd_qrexec.lab.evaluator import Allow, Deny, Domain, Request, System, Verdict, evaluate
 from qubes_fwd_qrexec.lab.policytext import PolicyRule, parse_policy
 
@@ -37,6 +37,7 @@ CALLS = [
     ("policy.List", "+", "dom0"),
     ("policy.Get", "+30-forward", "dom0"),
     ("policy.Replace", "+30-forward", "dom0"),
+    (CUT_SERVICE, "+fwd.work.web", "work"),
     (NFT_SERVICE, "+", "work"),
     (REVOKE_SERVICE, "+80-80+sys-net", "work"),
     (STATUS_SERVICE, "+", "work"),
@@ -65,6 +66,7 @@ def test_the_manual_gives_the_same_lines() -> None:
 
 def test_the_last_lines_must_come_before_the_installed_policy() -> None:
     late = parse_policy(INSTALLED, "30") + parse_policy(GIVEN, "31")
+    assert isinstance(verdict(late, CUT_SERVICE, "+fwd.work.web", "mgmt", "work"), Deny)
     assert isinstance(verdict(late, NFT_SERVICE, "+", "mgmt", "work"), Deny)
     assert isinstance(verdict(late, REVOKE_SERVICE, "+80-80+sys-net", "mgmt", "work"), Deny)
     assert isinstance(verdict(late, STATUS_SERVICE, "+", "mgmt", "work"), Deny)

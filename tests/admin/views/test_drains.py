@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 from answered import REPORT, listening
+from answering import LACKS, Answering
 from faulty import Faulty
 from worlds import ADD, Command
 
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
-from qubes_fwd_qrexec.common.report import DrainingReport, ListenerReport, QubeReport, dump
+from qubes_fwd_qrexec.common.report import DrainingReport, ListenerReport, QubeReport
 from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 
@@ -18,21 +19,12 @@ WEB = DrainingReport(target=QubeName("work"), name=RuleName("web"), connections=
 GONE = replace(WEB, name=RuleName("gone"), connections=1, left_s=59, proto=Proto.UDP)
 
 
-class Asked(Faulty):
-    """A lab whose qubes all answer the same, and which notes who was asked and for how long."""
-
-    def __init__(self, lab: LabDirectory, answer: QubeReport | AnswerError) -> None:
-        super().__init__(lab)
-        self.answer = answer
-        self.asked: list[tuple[str, str, float | None]] = []
-
-    def ask(
-        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
-    ) -> bytes:
-        self.asked.append((qube, service, timeout_s))
-        if isinstance(self.answer, AnswerError):
-            raise self.answer
-        return dump(self.answer.as_json())
+def asked(lab: LabDirectory, answer: QubeReport | AnswerError) -> Answering:
+    """A lab whose sys-net says this of its listener, and of its firewall."""
+    firewall = answer if isinstance(answer, AnswerError) else LACKS
+    return Answering(
+        lab, {("sys-net", "qubes.ForwardStatus+"): answer, ("sys-net", "qubes.ForwardNft"): firewall}
+    )
 
 
 @pytest.fixture
@@ -48,7 +40,7 @@ def draining(*some: DrainingReport) -> QubeReport:
 
 
 def test_what_drains_has_rows_with_its_number_and_its_time(disabled: LabDirectory, over: Command) -> None:
-    backend = Asked(disabled, draining(WEB, GONE))
+    backend = asked(disabled, draining(WEB, GONE))
     listed = over(backend, "list")
     assert listed.status == 0
     assert listed.out.splitlines()[2:] == [
@@ -57,7 +49,7 @@ def test_what_drains_has_rows_with_its_number_and_its_time(disabled: LabDirector
         "work  web   draining  sys-net  2 connections  in 50 min",
         "work  gone  draining  sys-net  1 UDP flow     in 59 s",
     ]
-    assert backend.asked == [("sys-net", "qubes.ForwardStatus+", 2.0)]
+    assert backend.asked == [("sys-net", "qubes.ForwardStatus+", 2.0, "")]
     told = over(backend, "list", "--json").json
     assert [(each["name"], each["connections"], each["left_s"]) for each in told["draining"]] == [
         ("web", 2, 3000),
@@ -67,7 +59,7 @@ def test_what_drains_has_rows_with_its_number_and_its_time(disabled: LabDirector
 
 
 def test_a_forward_that_should_have_been_cut_does_not_drain(disabled: LabDirectory, over: Command) -> None:
-    assert "draining" not in over(Asked(disabled, listening(REPORT)), "list").out
+    assert "draining" not in over(asked(disabled, listening(REPORT)), "list").out
 
 
 @pytest.mark.parametrize(
@@ -77,19 +69,19 @@ def test_a_forward_that_should_have_been_cut_does_not_drain(disabled: LabDirecto
 def test_a_qube_that_does_not_say_is_named_on_one_line(
     disabled: LabDirectory, over: Command, answer: AnswerError, is_silent: bool
 ) -> None:
-    backend = Asked(disabled, answer)
+    backend = asked(disabled, answer)
     # By nft it may have some, too, and is named once.
     backend.set_feature(SYS_NET, "service.qubes-forward-nft", "1")
     listed = over(backend, "list").out.splitlines()
     assert listed[2:] == ["What drains at sys-net is unknown: no answer."] * is_silent
-    assert {service for _, service, _ in backend.asked} == {"qubes.ForwardStatus+", "qubes.ForwardNft"}
+    assert {question.service for question in backend.asked} == {"qubes.ForwardStatus+", "qubes.ForwardNft"}
     assert over(backend, "list", "--json").json["silent"] == ["sys-net"] * is_silent
 
 
 def test_who_has_nothing_to_do_with_the_named_qubes_is_not_asked(
     disabled: LabDirectory, over: Command
 ) -> None:
-    backend = Asked(disabled, draining(WEB))
+    backend = asked(disabled, draining(WEB))
     assert "draining" not in over(backend, "list", "vault").out
     assert backend.asked == []
     assert "draining" in over(backend, "list", "work").out
@@ -98,6 +90,6 @@ def test_who_has_nothing_to_do_with_the_named_qubes_is_not_asked(
 
 def test_where_no_qube_listens_nothing_is_asked(lab: LabDirectory, over: Command) -> None:
     over(Faulty(lab), *ADD, "--disabled")
-    backend = Asked(lab, draining(WEB))
+    backend = asked(lab, draining(WEB))
     assert "draining" not in over(backend, "list").out
     assert backend.asked == []

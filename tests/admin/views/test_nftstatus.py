@@ -202,7 +202,7 @@ def test_a_watch_shows_forwards_by_nft_too(forward: Command, nft_lab: NftLab) ->
     session = Session(nft_lab, NOW, {}, io.StringIO(), out, err, Style(), is_json=False, warned=set())
     with Ending() as ending:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert watch(Namespace(qube=[], watch=True), session, ending) == 0
+        assert watch(Namespace(qube=[], watch=True, clients=False), session, ending) == 0
     assert (out.getvalue().count("3 of 3"), err.getvalue()) == (1, "")
 
 

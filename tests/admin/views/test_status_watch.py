@@ -40,7 +40,7 @@ class Looks(Ending):
         return self._count == 0
 
 
-ALL = Namespace(qube=[], watch=True)
+ALL = Namespace(qube=[], watch=True, clients=False)
 PLAIN = Style()
 
 

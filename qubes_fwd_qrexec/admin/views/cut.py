@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command cut: end connections to a forward, and leave its rule as it is."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.admin import cutting
+from qubes_fwd_qrexec.admin.cutting import Cut, Place
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
+from qubes_fwd_qrexec.admin.states import Forward, Plan
+from qubes_fwd_qrexec.common.clientreport import WhichClients
+from qubes_fwd_qrexec.common.config import ForwardKey
+from qubes_fwd_qrexec.common.errors import RefusedError, TextError, UsageError
+from qubes_fwd_qrexec.common.report import DrainingReport, ForwardReport, QubeReport
+from qubes_fwd_qrexec.common.rules import Mode
+from qubes_fwd_qrexec.common.values import Proto, QubeName, unmapped
+
+from . import carried
+from .listeners import AFTER_S, Answer, ask_all, flows, listening
+from .session import Session
+from .tables import escaped
+
+# A qube may name as many as it likes.
+_NAMES_MAX = 20
+
+
+def cut(args: Namespace, session: Session) -> int:
+    """Cut clients where they are connected; exit status 1 if nobody was, or somebody may still be."""
+    try:
+        which = WhichClients.parse(args.client or "")
+    except TextError as error:
+        raise UsageError(f"--client: {error}") from None
+    snapshot = session.look()
+    target, planned = snapshot.check_qube(args.qube), snapshot.plan(session.now)
+    answers = ask_all(session.backend, sorted(listening(snapshot.inventory)), AFTER_S)
+    open_at = places(target, planned, answers)
+    name = args.name or _only(target, open_at)
+    forward = planned.find(target, name)
+    if name not in open_at:
+        raise RefusedError(_why_closed(snapshot, forward, target, name))
+    found = cutting.cut(open_at[name], which, session.backend)
+    silent = sorted(qube for qube, one in answers.items() if flows(qube, one, planned) is None)
+    after = _after(forward, which)
+    problems = [one.problem for one in found if one.problem is not None]
+    ended = _ended(found)
+    if session.is_json:
+        session.say_json(
+            {
+                "qube": target,
+                "name": name,
+                "client": str(which) or None,
+                "cut": sum(one.ended for one in found),
+                "at": [
+                    {"qube": one.exposed, "proto": one.key.proto, "cut": one.ended, "problem": one.problem}
+                    for one in found
+                ],
+                "silent": silent,
+                "ways_out": [after.way_out] if after.way_out else [],
+            }
+        )
+        return 0 if ended and not problems else 1
+    whose = f"{target} {name}{'' if which.address is None else f' from {which}'}"
+    if ended:
+        session.say(f"Cut {ended} of {whose}. {after.text}\n")
+    elif not problems:
+        shows = f"'qvm-forward status {target} --clients' shows who is"
+        session.warn(f"nobody is connected to {whose}; {shows}")
+    for problem in problems:
+        session.warn(f"connections to {whose} may go on: {escaped(problem)}")
+    if silent:
+        session.warn(f"whether {' or '.join(silent)} has any is unknown: no answer")
+    return 0 if ended and not problems else 1
+
+
+def places(target: QubeName, planned: Plan, answers: Mapping[QubeName, Answer]) -> dict[str, list[Place]]:
+    """Where there may be connections to each of a target's forwards: by the plan, and by what listeners say,
+    which know those that drain.
+    """
+    found = {
+        (forward.exposed, ForwardKey(config.target, config.name, config.proto))
+        for forward in planned.live
+        for config in forward.listener_configs
+        if forward.exposed is not None
+    }
+    for qube, answer in answers.items():
+        if isinstance(answer, QubeReport) and answer.listener is not None:
+            told: Sequence[ForwardReport | DrainingReport]
+            told = (*answer.listener.forwards, *answer.listener.draining)
+            found |= {(qube, ForwardKey(one.target, one.name, one.proto)) for one in told if one.connections}
+    by_name: dict[str, list[Place]] = {}
+    for place in sorted(found):
+        if place[1].target == target:
+            by_name.setdefault(place[1].name, []).append(place)
+    return by_name
+
+
+def _only(target: QubeName, open_at: Mapping[str, object]) -> str:
+    """The one forward of a target that has connections. Raises `RefusedError` if there is another number."""
+    if len(open_at) != 1:
+        which = f"say which: {', '.join([*open_at][:_NAMES_MAX])}" if open_at else "there is nothing to cut"
+        raise RefusedError(f"{target} has {'several forwards' if open_at else 'no forward'} open; {which}")
+    return next(iter(open_at))
+
+
+def _why_closed(snapshot: Snapshot, forward: Forward | None, target: QubeName, name: str) -> str:
+    """Why nobody can be connected to a forward by qrexec. Raises `RefusedError` if there is none."""
+    named = snapshot.find(target, name)
+    if forward is not None and forward.is_live and forward.mode is Mode.NFT:
+        ends = f"'qvm-forward disable {named}' ends all of its connections"
+        return f"{named} goes by nft, where no connection is cut alone; {ends}"
+    return f"{target} {escaped(name)} is not open, and nothing of it drains; there is nothing to cut"
+
+
+def _ended(found: Sequence[Cut]) -> str:
+    """How many connections and flows ended; empty if none did."""
+    numbers = {proto: sum(one.ended for one in found if one.key.proto is proto) for proto in Proto.BOTH.each}
+    return " and ".join(carried.live(proto, number) for proto, number in numbers.items() if number)
+
+
+class _After(NamedTuple):
+    """What may happen next, and the command that prevents it."""
+
+    text: str
+    way_out: tuple[str, ...] = ()
+
+
+def _after(forward: Forward | None, which: WhichClients) -> _After:
+    """Whether clients may connect again. One that the rule lists alone can be taken out of it."""
+    if forward is None or not forward.is_live:
+        return _After("Its forward is closed, so nobody can connect again.")
+    (target, name, rule), who = forward.named, "Who is let in"
+    does: str
+    way_out: tuple[str, ...]
+    does, way_out = "closes it", ("qvm-forward", "disable", target, name)
+    if which.address is not None:
+        who, alone = "It", ip_network(unmapped(which.address))
+        if alone not in rule.sources.networks:
+            who = f"It is let in by {rule.sources}, and"
+            does, way_out = "says who is", ("qvm-forward", "set", target, name, "srchosts=NETWORKS")
+        elif str(rule.sources) != str(alone):
+            does, way_out = "keeps it out", ("qvm-forward", "set", target, name, f"srchosts-={alone}")
+    return _After(f"{who} may connect again; '{' '.join(way_out)}' {does}.", way_out)
