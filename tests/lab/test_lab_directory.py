@@ -262,7 +262,7 @@ def test_templates_announce_what_real_ones_do(lab: LabDirectory) -> None:
     """An executable file is announced; the stock qubes.ConnectTCP is a link to no file."""
     assert set(lab.features("debian-12")) == {"qrexec"}
     assert set(lab.features("fedora-42")) - {"qrexec"} == {
-        f"supported-rpc.qubes.Forward{name}" for name in ("TCP", "UDP", "Nft", "Revoke", "Status")
+        f"supported-rpc.qubes.Forward{name}" for name in ("TCP", "UDP", "Cut", "Nft", "Revoke", "Status")
     }
 
 
