@@ -368,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.leave_drain:
         return supervise([word for word in given if word != "--leave-drain"])
     start_clean()  # the supervisor has blocked signals for itself
-    start_logging(is_verbose=args.verbose)
+    start_logging(is_verbose=args.verbose, name=listeneroptions.PROGRAM)
     connections_max = process_max(raise_descriptor_limit())
     status = 0
     try:

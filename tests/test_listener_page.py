@@ -2,6 +2,7 @@
 """The numbers and options of the listener's manual page are those of the code."""
 
 import argparse
+import logging
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qubes_fwd_qrexec.exposed import (
     callqueue,
     callwaits,
     connectionlog,
+    counters,
     flowcounters,
     flowpool,
     flowtable,
@@ -32,6 +34,11 @@ from qubes_fwd_qrexec.target import callservice, localserver
 
 PAGE = (Path(__file__).parents[1] / "docs" / "qubes-forward-listener.rst").read_text()
 STATUS_PAGE = (Path(__file__).parents[1] / "docs" / "qvm-forward-list.rst").read_text()
+GUIDE = (Path(__file__).parents[1] / "docs" / "guide" / "who-connected.md").read_text()
+CONFIG = (
+    "version=1 service=qubes.ForwardTCP transport=mux side=outer listen=0.0.0.0 srcports=80-80 "
+    "dstports=80-80 srchosts=any"
+)
 # As it is read, without line breaks and marks; a row of the table is one sentence then.
 READ = re.sub(r"\s+", " ", PAGE.replace("`", "").replace("*", ""))
 UNITS = {"ms": 0.001, "s": 1, "second": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
@@ -141,6 +148,20 @@ def words_of(introduction: str) -> set[str]:
 def test_every_word_for_how_a_connection_or_flow_ends_is_explained_and_no_other() -> None:
     assert words_of("*seconds*. *how* is one of:") == set(connectionlog.How)
     assert words_of("Its *how* is one of:") == set(connectionlog.FlowHow)
+
+
+def test_every_field_of_the_journal_is_on_the_page_and_in_the_guide_and_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    log, web = connectionlog.ConnectionLog(), config.ListenerConfig.parse("fwd.work.web", CONFIG)
+    opened = log.opened(web, lambda: ("192.168.0.7", 4000), 80)
+    log.ended(opened, web, counters.Carried(0.0), connectionlog.How.CLOSED)
+    fields = {name for record in caplog.records for name in record.fields}  # type: ignore[attr-defined]
+    said = PAGE.partition("Where standard error is the journal")[2].partition("\n\n")[0]
+    assert set(re.findall(r"\*(FORWARD[A-Z_]*)\*", said)) == fields
+    rows = re.findall(r"^\| (`.*?) \|", GUIDE, re.MULTILINE)
+    assert set(re.findall("`([A-Z_]+)`", " ".join(rows))) == fields
 
 
 def test_every_reason_why_something_is_refused_or_dropped_is_on_both_pages_and_no_other() -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The connection log: one line when a connection or flow is let in, one when it ends, in ``key=value`` form.
 
+In the journal each line has fields, too, and ``journalctl FORWARD=work.web`` shows those of one forward.
+
 Clients could flood the log with connections. So the lines per second are limited, and the next line says how
 many were left out; the counters count all connections.
 """
@@ -9,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.values import Proto
@@ -79,6 +81,24 @@ class Figures(Protocol):
     def received(self) -> int: ...
 
 
+class Opened(NamedTuple):
+    """What the first line of a connection said, for its last one.
+
+    ``client_port`` is 0 if the client was gone; ``by``: how it was to be carried.
+    """
+
+    client: str
+    client_port: int
+    port: int
+    by: str
+
+    @property
+    def text(self) -> str:
+        client = f"[{self.client}]" if ":" in self.client else self.client
+        port = f":{self.client_port}" if self.client_port else ""
+        return f"client={client}{port} port={self.port} {self.by}"
+
+
 class ConnectionLog:
     """One for all forwards of TCP of a listener, and one for those of UDP, which another thread writes."""
 
@@ -90,7 +110,7 @@ class ConnectionLog:
 
     def opened(
         self, config: ListenerConfig, client_name: Callable[[], tuple[Any, ...]], port: int
-    ) -> str | None:
+    ) -> Opened | None:
         """Write the first line. Returns what `ended` needs, or None if the line was left out.
 
         ``client_name``: as `socket.getpeername`; it may raise OSError.
@@ -98,26 +118,35 @@ class ConnectionLog:
         if not self._may_write():
             return None
         try:
-            host, client_port = client_name()[:2]
-            client = f"[{host}]:{client_port}" if ":" in host else f"{host}:{client_port}"
+            client, client_port = client_name()[:2]
         except OSError:
-            client = "gone"
+            client, client_port = "gone", 0
         by = "proto=udp" if config.proto is Proto.UDP else f"transport={config.transport}"
-        line = f"client={client} port={port} {by}"
-        self._write(f"connection=open {line} forward={config.target}.{config.name}")
-        return line
+        opened = Opened(client, client_port, port, by)
+        forward = f"{config.target}.{config.name}"
+        self._write(f"connection=open {opened.text} forward={forward}", _fields("open", config, opened))
+        return opened
 
-    def ended(self, line: str | None, config: ListenerConfig, carried: Figures, how: How | FlowHow) -> None:
+    def ended(
+        self, opened: Opened | None, config: ListenerConfig, carried: Figures, how: How | FlowHow
+    ) -> None:
         """Write the last line of a connection, if it has a first one.
 
         A long line is cut at its end, so what the first line has, too, comes last.
         """
-        if line is None or not self._may_write():
+        if opened is None or not self._may_write():
             return
-        lasted_s = time.monotonic() - carried.since
+        lasted = f"{time.monotonic() - carried.since:.3f}"
         self._write(
-            f"connection=end how={how} {line} sent={carried.sent} received={carried.received} "
-            f"seconds={lasted_s:.3f} forward={config.target}.{config.name}"
+            f"connection=end how={how} {opened.text} sent={carried.sent} received={carried.received} "
+            f"seconds={lasted} forward={config.target}.{config.name}",
+            _fields("end", config, opened)
+            | {
+                "FORWARD_HOW": str(how),
+                "FORWARD_SENT": str(carried.sent),
+                "FORWARD_RECEIVED": str(carried.received),
+                "FORWARD_SECONDS": lasted,
+            },
         )
 
     def _may_write(self) -> bool:
@@ -130,6 +159,22 @@ class ConnectionLog:
         self._tokens -= 1
         return True
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, fields: dict[str, str]) -> None:
         held_back, self._held_back = self._held_back, 0
-        _logger.info("%s%s", text, f" held_back={held_back}" if held_back else "")
+        left_out = f" held_back={held_back}" if held_back else ""
+        _logger.info("%s%s", text, left_out, extra={"fields": fields})
+
+
+def _fields(event: str, config: ListenerConfig, opened: Opened) -> dict[str, str]:
+    """What both lines have in the journal.
+
+    It finds whole values only, so the client's address and its port are two fields.
+    """
+    fields = {
+        "FORWARD": f"{config.target}.{config.name}",
+        "FORWARD_EVENT": event,
+        "FORWARD_PROTO": str(config.proto),
+        "FORWARD_PORT": str(opened.port),
+        "FORWARD_CLIENT": opened.client,
+    }
+    return fields | ({"FORWARD_CLIENT_PORT": str(opened.client_port)} if opened.client_port else {})

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.values import Binding, IPAddress
 from qubes_fwd_qrexec.mux import Buffer, FlowCode, Origin, ProxyVersion
 from qubes_fwd_qrexec.system.datagrams import Address
 
-from .connectionlog import FlowHow
+from .connectionlog import FlowHow, Opened
 from .flowcall import FlowCall
 from .flowcounters import FlowCounters
 
@@ -102,7 +102,7 @@ class Flow:
         self.since = self.moved_at = now
         self.ends_at = math.inf
         self.is_answered = self.is_over = False
-        self.line: str | None = None
+        self.line: Opened | None = None
         self.sent = self.received = self.datagrams_sent = self.datagrams_received = 0
 
     @property

@@ -14,6 +14,8 @@ from .limits import PROCESS_MAX
 from .muxpool import LINGER_S
 from .statussockets import RUNTIME_VARIABLE
 
+PROGRAM = "qubes-forward-listener"
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options; ends the program with a message if they are wrong."""
@@ -35,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     options = argparse.ArgumentParser(
-        prog="qubes-forward-listener",
+        prog=PROGRAM,
         description="Listen for what dom0 has configured to be forwarded, and carry it over qrexec.",
     )
     options.add_argument(

@@ -12,16 +12,19 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from .outlet import Outlet
+from .journal import JOURNAL, is_journal, write_entry
+from .outlet import STDERR, Outlet
 
 # docs/behaviours.md, 45: one line of at most so many characters, whatever it quotes.
 LINE_MAX = 200
 # docs/behaviours.md, 34: at most one line in so many seconds for one kind of event.
 REPEAT_S = 10.0
 # syslog(3): where the journal listens, and a message of the facility user with the severity err.
-_JOURNAL = "/dev/log"
+_SYSLOG = "/dev/log"
 _USER_ERROR = 1 << 3 | 3
 _NAME = "qubes-forward-service"
+# The severity info, which is also what systemd gives the lines of a unit's stderr.
+_INFO = 6
 
 
 def one_line(text: str) -> str:
@@ -40,36 +43,57 @@ class _OneLine(logging.Formatter):
 
 
 class _NeverWaits(logging.Handler):
-    """Writes to stderr as much as that takes without blocking; `_OneLine` bounds the length of lines."""
+    """Writes to stderr as much as that takes without blocking; `_OneLine` bounds the length of lines.
 
-    def __init__(self) -> None:
+    A record with ``fields`` goes to the ``journal`` under this program's ``name`` instead, if there is a name
+    and the journal takes it now.
+    """
+
+    def __init__(self, name: str | None, journal: str) -> None:
         super().__init__()
         self._outlet = Outlet()
+        self._name = name
+        self._journal = journal
 
     def emit(self, record: logging.LogRecord) -> None:
-        for line in self.format(record).split("\n"):
+        text = self.format(record)
+        fields = getattr(record, "fields", None)
+        if fields is not None and self._name is not None:
+            known = {"MESSAGE": text, "PRIORITY": str(_INFO), "SYSLOG_IDENTIFIER": self._name}
+            if write_entry(known | {name: one_line(fields[name]) for name in fields}, self._journal):
+                return
+        for line in text.split("\n"):
             self._outlet.say(line)
 
 
-class _Journal(logging.Handler):
+class _Syslog(logging.Handler):
     """Writes to this qube's journal, for a program whose stderr goes to a caller in another qube."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Does not block, either; does nothing without a journal."""
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
             journal.setblocking(False)
-            journal.connect(_JOURNAL)
+            journal.connect(_SYSLOG)
             for line in self.format(record).split("\n"):
                 journal.send(f"<{_USER_ERROR}>{_NAME}[{os.getpid()}]: {line}".encode("ascii", "replace"))
 
 
-def start_logging(*, is_verbose: bool = False, is_called: bool = False) -> None:
+def start_logging(
+    *,
+    is_verbose: bool = False,
+    is_called: bool = False,
+    name: str | None = None,
+    journal: str = JOURNAL,
+) -> None:
     """Send the log of this process to stderr, which systemd passes to the journal.
 
     ``is_called``: a qrexec call started the process and reads its stderr, so the log goes to the journal
-    directly.
+    directly. ``name``: what the journal calls this program, for records that have fields
+    (``extra={"fields": {...}}``); where stderr is not the journal, they are written without.
     """
-    handler = _Journal() if is_called else _NeverWaits()
+    if not is_journal(STDERR, os.environ.get("JOURNAL_STREAM")):
+        name = None
+    handler = _Syslog() if is_called else _NeverWaits(name, journal)
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler], force=True)
 

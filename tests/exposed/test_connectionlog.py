@@ -2,6 +2,7 @@
 """The log of connections: what each line has, and how many there are at most."""
 
 import logging
+import re
 from ipaddress import IPv6Address
 
 import pytest
@@ -9,7 +10,7 @@ from helpers import tcp_pair
 
 from qubes_fwd_qrexec.common.config import ListenerConfig
 from qubes_fwd_qrexec.common.values import Proto
-from qubes_fwd_qrexec.exposed.connectionlog import BURST, LINES_PER_S, ConnectionLog
+from qubes_fwd_qrexec.exposed.connectionlog import BURST, LINES_PER_S, ConnectionLog, FlowHow
 from qubes_fwd_qrexec.exposed.counters import Carried
 from qubes_fwd_qrexec.system.logs import LINE_MAX, one_line
 
@@ -41,6 +42,39 @@ def test_one_line_at_the_beginning_and_one_at_the_end(caplog: pytest.LogCaptureF
     assert last == both | {"connection": "end", "how": "closed", "sent": "10", "received": "20"}
 
 
+UDP = ListenerConfig.parse(
+    "udp.work.dns",
+    "version=1 service=qubes.ForwardUDP transport=mux side=outer "
+    "listen=0.0.0.0 srcports=53-53 dstports=53-53 "
+    "srchosts=any",
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, UDP])
+def test_the_journal_has_each_value_in_a_field_of_its_own(
+    config: ListenerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    log, carried = ConnectionLog(), Carried(0.0)
+    carried.by = Moved()
+    opened = log.opened(config, lambda: ("fe80::1%eth0", 4000, 0, 2), 80)
+    log.ended(opened, config, carried, FlowHow.IDLE)
+    first, last = (record.fields for record in caplog.records)  # type: ignore[attr-defined]
+    both = {
+        "FORWARD": f"{config.target}.{config.name}",
+        "FORWARD_PROTO": str(config.proto),
+        "FORWARD_PORT": "80",
+        "FORWARD_CLIENT": "fe80::1%eth0",
+        "FORWARD_CLIENT_PORT": "4000",
+    }
+    assert first == both | {"FORWARD_EVENT": "open"}
+    assert float(last.pop("FORWARD_SECONDS")) > 0
+    at_end = {"FORWARD_HOW": "idle", "FORWARD_SENT": "10", "FORWARD_RECEIVED": "20"}
+    assert last == both | {"FORWARD_EVENT": "end"} | at_end
+    for name in first | last:
+        assert re.fullmatch("[A-Z][A-Z0-9_]{0,63}", name)  # journald drops any other
+
+
 class Longest:
     """The longest names that there can be."""
 
@@ -68,7 +102,10 @@ def test_a_client_that_is_gone_is_no_trouble(caplog: pytest.LogCaptureFixture) -
     client.close()
     accepted.close()
     ConnectionLog().opened(CONFIG, accepted.getpeername, 80)
-    assert "client=gone" in caplog.messages[0]
+    assert "client=gone port=80 " in caplog.messages[0]
+    fields = caplog.records[0].fields  # type: ignore[attr-defined]
+    assert fields["FORWARD_CLIENT"] == "gone"
+    assert "FORWARD_CLIENT_PORT" not in fields
 
 
 def test_a_flood_is_held_back_and_counted(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,12 +2,22 @@
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qubes_fwd_qrexec.system import logs
 from qubes_fwd_qrexec.system.logs import LINE_MAX, REPEAT_S, RateLimit, one_line, start_logging, warn
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[socket.socket]:
+    """A journal's socket, which takes some entries and then is full."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "journal"))
+        sock.setblocking(False)
+        yield sock
 
 
 @pytest.mark.parametrize("evil", ["\n", "\r", "\x1b[2J", "\u202e", "\x00", "\x85", "\udc80", "\U0001f600"])
@@ -89,7 +99,7 @@ def test_a_called_service_logs_to_the_journal_and_not_to_its_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     place = str(tmp_path / "log")
-    monkeypatch.setattr(logs, "_JOURNAL", place)
+    monkeypatch.setattr(logs, "_SYSLOG", place)
     start_logging(is_called=True)
     logging.getLogger("t").error("nobody listens")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
@@ -99,3 +109,54 @@ def test_a_called_service_logs_to_the_journal_and_not_to_its_caller(
             logging.getLogger("t").error("line %d", number)
         assert journal.recv(1000) == f"<11>qubes-forward-service[{os.getpid()}]: error: line 0".encode()
     assert capfd.readouterr() == ("", "")
+
+
+FIELDS = {"FORWARD": "work.web", "FORWARD_HOW": "a\nMESSAGE=forged"}
+ENTRY = {
+    *("MESSAGE=info: one\\ntwo", "PRIORITY=6", "SYSLOG_IDENTIFIER=listener"),
+    *("FORWARD=work.web", "FORWARD_HOW=a\\nMESSAGE=forged"),
+}
+
+
+def test_what_has_fields_is_an_entry_of_the_journal_that_is_our_stderr(
+    journal: socket.socket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", f"{os.fstat(2).st_dev}:{os.fstat(2).st_ino}")
+    start_logging(name="listener", journal=journal.getsockname())
+    logging.getLogger("t").info("one\ntwo", extra={"fields": FIELDS})
+    logging.getLogger("t").info("a line")
+    entry = journal.recv(4096).decode()
+    assert (set(entry.splitlines()), entry[-1]) == (ENTRY, "\n")
+    assert capfd.readouterr().err == "info: a line\n"
+
+
+@pytest.mark.parametrize("stream", [None, "", "1:2"])
+@pytest.mark.parametrize("program", ["listener", None])
+def test_elsewhere_it_is_a_line_without_the_fields(
+    stream: str | None,
+    program: str | None,
+    journal: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    if stream is not None:
+        monkeypatch.setenv("JOURNAL_STREAM", stream)
+    start_logging(name=program, journal=journal.getsockname())
+    logging.getLogger("t").info("one\ntwo", extra={"fields": FIELDS})
+    with pytest.raises(BlockingIOError):
+        journal.recv(4096)
+    assert capfd.readouterr().err == "info: one\\ntwo\n"
+
+
+def test_what_a_full_or_missing_journal_does_not_take_is_a_line_of_stderr(
+    journal: socket.socket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", f"{os.fstat(2).st_dev}:{os.fstat(2).st_ino}")
+    start_logging(name="listener", journal=journal.getsockname())
+    while not (said := capfd.readouterr().err):
+        logging.getLogger("t").info("next", extra={"fields": FIELDS})
+    assert said == "info: next\n"
+    start_logging(name="listener", journal=journal.getsockname() + "-missing")
+    logging.getLogger("t").info("last", extra={"fields": FIELDS})
+    assert capfd.readouterr().err == "info: last\n"
