@@ -8,8 +8,7 @@ from collections.abc import Iterable
 
 from qubes_fwd_qrexec.common.clients import Clients
 from qubes_fwd_qrexec.common.errors import RuleError, TextError
-from qubes_fwd_qrexec.common.nearest import did_you_mean
-from qubes_fwd_qrexec.common.options import Option
+from qubes_fwd_qrexec.common.options import Option, unknown
 from qubes_fwd_qrexec.common.rules import ForwardRule
 
 
@@ -24,8 +23,7 @@ def edited(rule: ForwardRule, options: Iterable[Option], now: float) -> ForwardR
         elif name == "expire+":
             name, text = "expire", _later(rule, option, now)
         elif name not in known:
-            problem = f"unknown option; known are {', '.join(known)}{did_you_mean(name, known)}"
-            raise RuleError(place, problem, name)
+            raise unknown(option, known)
         texts.pop(name, None)
         if name == "expire":
             texts.pop("ended", None)

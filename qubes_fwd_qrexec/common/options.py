@@ -6,7 +6,7 @@ table of `Form` says which options there are, and what each may contain; anythin
 names the option and its place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -61,8 +61,7 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
     for option in options:
         form = forms.get(option.name)
         if form is None:
-            problem = f"unknown option; known are {', '.join(forms)}{did_you_mean(option.name, forms)}"
-            raise RuleError(option.place, problem, option.name)
+            raise unknown(option, forms)
         try:
             value = form.parse(option.value)
         except TextError as error:
@@ -78,6 +77,12 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
         fields[form.field] = value
         filled_by[form.field] = option
     return fields
+
+
+def unknown(option: Option, known: Collection[str]) -> RuleError:
+    """The error about an option that there is not; ``known`` are those that there are."""
+    problem = f"unknown option; known are {', '.join(known)}{did_you_mean(option.name, known)}"
+    return RuleError(option.place, problem, option.name)
 
 
 def one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:

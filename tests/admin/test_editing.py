@@ -2,6 +2,8 @@
 """What becomes of a rule whose options change."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from worlds import NOW
 
 from qubes_fwd_qrexec.admin.editing import edited
@@ -68,3 +70,16 @@ def test_what_makes_no_sense_is_refused_by_the_option_s_name(line: str, word: st
     with pytest.raises(RuleError) as wrong:
         changed(line, word)
     assert words in str(wrong.value)
+
+
+NETWORK = st.ip_addresses(network="10.0.0.0/8").map(lambda address: f"{address}/32")
+LISTS = st.lists(NETWORK, min_size=1, max_size=5, unique=True)
+
+
+@given(LISTS, LISTS)
+def test_who_is_let_in_besides_and_shut_out_again_leaves_the_others(some: list[str], more: list[str]) -> None:
+    rule = ForwardRule.parse(f"action=forward srcports=80 srchosts={','.join(some)}")
+    new = ",".join(each for each in more if each not in some)
+    wide = edited(rule, [Option("srchosts+", ",".join(more), "")], NOW)
+    assert set(str(wide.sources).split(",")) == {*some, *more}
+    assert (edited(wide, [Option("srchosts-", new, "")], NOW) if new else wide) == rule
