@@ -15,7 +15,7 @@ from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
 
-from .apply import Outcome, reconcile
+from .apply import Outcome, due, reconcile
 from .backend import Backend, put
 from .deciding import Decision, decided
 from .editing import edited
@@ -31,20 +31,23 @@ class NotMarkedError(RefusedError):
 class System(NamedTuple):
     """What is changed: a system of qubes at the time ``now``, in UNIX seconds.
 
-    Without ``is_applied`` a change is only stored, and `reconcile` does the rest later.
+    Without ``is_applied`` a change is only stored, and `reconcile` does the rest later; without
+    ``is_stored`` it is only judged.
     """
 
     backend: Backend
     now: float
     is_applied: bool = True
+    is_stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
     """What a change did; ``keys`` are the rules that it was about.
 
-    ``before`` and ``after`` are the system as it was read, and with the change. ``outcome`` is empty unless
-    the change was applied. ``decisions`` are those about the mode.
+    ``before`` and ``after`` are the system as it was read, and with the change. ``outcome`` is empty if the
+    change was only stored, and what applying would do if it was only judged. ``decisions`` are those about
+    the mode.
     """
 
     keys: tuple[Key, ...]
@@ -76,9 +79,9 @@ def change(
     for ports that another rule has. ``decides_mode``: of rules with mode=auto, the mode is decided. Raises
     `NotOpenError`, `StoreError`, and what ``decide`` does.
     """
-    backend, now, is_applied = system
+    backend, now, is_applied, is_stored = system
     with backend.locked():
-        before = look(backend)
+        before = look(backend, with_config=not is_stored)
         changes = decide(before)
         after = before.changed(changes)
         keys = tuple(key for key in changes if key[1] != TUNNEL_NAME)
@@ -93,8 +96,12 @@ def change(
             problem = _new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
             if problem is not None:
                 raise NotOpenError(f"{forward.named} was not {done}", forward, problem)
-        store(backend, before.inventory, changes)
         plan_before, planned, outcome = before.plan(now), after.plan(now), Outcome()
+        if is_stored:
+            store(backend, before.inventory, changes)
+        elif is_applied:
+            outcome = due(after, now).outcome
+        is_applied = is_applied and is_stored
         if is_applied:
             try:
                 planned, outcome, read = reconcile(backend, now)

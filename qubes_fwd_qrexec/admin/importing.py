@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Import: the rules and tunnel marks of a document, all of them or none."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
+from enum import Enum, auto
+from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, TextError
 from qubes_fwd_qrexec.common.exchange import Document, Read
@@ -18,18 +20,45 @@ from .states import Key
 _MARKS = {True: "1", False: ""}
 
 
+class Prune(Enum):
+    """Whose rules go that the document does not have: nobody's, those of the qubes that it names, or all."""
+
+    NONE = auto()
+    NAMED = auto()
+    ALL = auto()
+
+
+class Imported(NamedTuple):
+    """What an import did; the first three are the rules of the document. ``marks`` are those that it has set,
+    or with False taken away.
+    """
+
+    changed: Changed
+    added: list[Key]
+    replaced: list[Key]
+    unchanged: list[Key]
+    removed: list[Key]
+    marks: Mapping[QubeName, bool]
+
+
 def import_document(
-    system: System, document: Document, qube: QubeName | None = None, *, is_replacing: bool = False
-) -> tuple[Changed, Mapping[QubeName, bool]]:
-    """Store a document and apply it. Returns also the marks that it has set, or with False taken away.
+    system: System,
+    document: Document,
+    qube: QubeName | None = None,
+    *,
+    is_replacing: bool = False,
+    prune: Prune = Prune.NONE,
+) -> Imported:
+    """Store a document and apply it.
 
     ``qube`` is the target of rules for which the document names none. ``is_replacing``: the document may
     change rules and take marks away. Raises `RefusedError`, `RuleError`, and what `changing.change` does.
     """
     marks: dict[QubeName, bool] = {}
+    rules: list[NamedRule] = []
 
     def decide(snapshot: Snapshot) -> Changes:
-        rules = _placed(document, qube, snapshot)
+        rules.extend(_placed(document, qube, snapshot))
         for named in rules:
             old = snapshot.stored.get(named[:2])
             if old is not None and old != named and not is_replacing:
@@ -41,13 +70,34 @@ def import_document(
         changes: dict[Key, str | None] = {
             (name, TUNNEL_NAME): _MARKS[is_marked] for name, is_marked in marks.items()
         }
-        return changes | {named[:2]: str(named.rule) for named in rules}
+        news = (named for named in rules if snapshot.stored.get(named[:2]) != named)
+        gone = _pruned(snapshot.stored, rules, document, prune)
+        return changes | dict.fromkeys(gone) | {named[:2]: str(named.rule) for named in news}
 
-    return change(system, decide, "imported, nor was anything else", ports_alone=True), marks
+    changed = change(system, decide, "imported, nor was anything else", ports_alone=True)
+    keys, stored = [named[:2] for named in rules], changed.before.stored
+    return Imported(
+        changed,
+        added=[key for key in keys if key not in stored],
+        replaced=[key for key in keys if key in stored and key in changed.keys],
+        unchanged=[key for key in keys if key not in changed.keys],
+        removed=[key for key in changed.keys if key not in keys],
+        marks=marks,
+    )
+
+
+def _pruned(stored: Iterable[Key], rules: Iterable[NamedRule], document: Document, prune: Prune) -> list[Key]:
+    """The stored rules that the document does not have, readable or not. No mark is among them: without it
+    forwards may open.
+    """
+    kept = {named[:2] for named in rules}
+    named = {target for target, _ in kept} | document.tunnels.keys()
+    qubes: Container[QubeName] = named if prune is Prune.NAMED else ()
+    return [key for key in stored if key not in kept and (prune is Prune.ALL or key[0] in qubes)]
 
 
 def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> list[NamedRule]:
-    """The rules with target and name; owner and path are today's where the document does not say them."""
+    """The rules with target and name, owner and path."""
     placed: dict[tuple[str, str], NamedRule] = {}
     for read in document.rules:
         target = read.target or qube
@@ -68,10 +118,13 @@ def _placed(document: Document, qube: QubeName | None, snapshot: Snapshot) -> li
 
 
 def _recorded(read: Read, target: QubeName, document: Document, snapshot: Snapshot) -> ForwardRule:
-    """A rule with owner and path; one that is stored exactly so already stays as it is."""
+    """A rule with owner and path. One that is stored keeps them, as an import agrees to no other netvms."""
     rule, here = read.rule, None if read.name is None else snapshot.stored.get((target, read.name))
-    if isinstance(here, NamedRule) and here.rule == rule:
-        return rule
+    if isinstance(here, NamedRule):
+        if here.rule == rule:
+            return rule
+        path = here.rule.path if rule.path is None else rule.path
+        rule = replace(rule, owner=rule.owner or here.rule.owner, path=path)
     # An export has what a disposable inherited from its template, which nobody means to open.
     is_inherited = document.is_export and snapshot.inventory.qubes[target].klass == DISPOSABLE
     if rule.owner is None and not is_inherited:

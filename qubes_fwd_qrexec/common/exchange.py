@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Rules as documents for export and import: as lines, and as JSON. `rulexml` has the XML form.
+"""Rules as documents for export and import: as lines, and as JSON. `rulexml` and `ruleyaml` have other forms.
 
 version 2                                               (one line for each; # starts a comment)
 sys-vpn tunnel yes
@@ -10,7 +10,7 @@ work web action=forward mode=auto ... comment=demo
 
 It includes the marks of tunnels: without them the same rules would give another plan. A document with
 version 2 is an export. Lines without a version, and version 1, are older or written by hand, and so are
-rules without a qube, in the forms of 2021. If a rule has no owner or path, import records them, in any kind
+rules without a qube, in the forms of 2021. If a rule has no owner or path, import finds them, in any kind
 of document.
 """
 
@@ -163,16 +163,21 @@ def parse_json(text: str) -> Document:
     import json
 
     try:
-        data = json.loads(text, object_pairs_hook=_without_doubles)
+        data = json.loads(text, object_pairs_hook=without_doubles)
     except RuleError:
         raise
     except ValueError as error:
         raise RuleError("document", f"not JSON: {error}") from None
     except RecursionError:
         raise RuleError("document", "not JSON that holds forwards: too deep") from None
+    return parse_data(data)
+
+
+def parse_data(data: Any) -> Document:
+    """Parse what `as_json` returns. Raises `RuleError` that names the forward and the option."""
     version = data.get("version") if isinstance(data, dict) else None
     if type(version) is not int or version not in (OLDER, VERSION):
-        raise RuleError("document", f'an export of version {VERSION} begins {{"version": {VERSION}, ...')
+        raise RuleError("document", f'an export of version {VERSION} has "version": {VERSION}')
     tunnels = data.get("tunnels") if version == VERSION else {}
     if not isinstance(tunnels, dict):
         raise RuleError("document", 'it has "tunnels", an object of qubes and true or false')
@@ -211,7 +216,7 @@ def _json_rules(forwards: Iterable[object]) -> list[Read]:
     return found
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object, and refuse equal keys, of which Python would keep the last one."""
     found: dict[str, Any] = {}
     for key, value in pairs:

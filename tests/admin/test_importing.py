@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.lab.qube import QubeClass
 Forward = Callable[..., Any]
 
 
-@pytest.mark.parametrize("form", ["line", "xml", "json"])
+@pytest.mark.parametrize("form", ["line", "xml", "json", "yaml"])
 def test_an_export_imports_into_an_empty_system_to_the_same(
     forward: Forward, lab: LabDirectory, tmp_path: Path, form: str
 ) -> None:
@@ -26,12 +26,14 @@ def test_an_export_imports_into_an_empty_system_to_the_same(
     before, exported = content(lab), forward("export", "--format", form).out
     for qube, name in (("work", "web"), ("personal", "tcp-80-82"), ("vault", "tcp-22")):
         forward("remove", qube, name)
-    path = tmp_path / "export"
+    path = tmp_path / f"export.{form}"
     path.write_text(exported)
     assert forward("import", str(path)).out.startswith("Imported 3 forwards.\n")
     assert content(lab) == before
     assert forward("export", "--format", form).out == exported
-    assert forward("import", stdin=exported).status == 0
+    assert forward("import", "--format", form, stdin=exported).out == (
+        "Imported 0 forwards.\nUnchanged: personal tcp-80-82, vault tcp-22, work web.\n"
+    )
 
 
 FIREWALL = """<firewall version="2"><rules>
@@ -49,7 +51,8 @@ def test_a_firewall_file_of_2021_is_imported(forward: Forward, lab: LabDirectory
     assert refused.status == 1
     assert "give --qube QUBE" in refused.err
     result = forward("import", "--qube", "work", stdin=FIREWALL)
-    assert result.out.startswith("Imported 1 forward.\nLeft out 1 rule whose action is not forward.\n")
+    assert result.out.startswith("Imported 1 forward.\nwork tcp-")
+    assert result.out.endswith("\nLeft out 1 rule whose action is not forward.\n")
     assert "srchosts=192.168.0.0/16 owner=work path=sys-firewall,sys-net" in (
         lab.feature("work", "forward.tcp-80") or ""
     )
@@ -85,10 +88,8 @@ def test_a_bad_import_changes_nothing(forward: Forward, lab: LabDirectory, text:
 
 def test_import_replaces_if_asked_to(forward: Forward, lab: LabDirectory) -> None:
     forward(*ADD)
-    assert (
-        forward("import", "--replace", "--json", stdin=f"# a comment\n\nwork web {RULE}\n").json["imported"]
-        == 1
-    )
+    told = forward("import", "--replace", "--json", stdin=f"# a comment\n\nwork web {RULE}\n").json
+    assert (told["replaced"], told["added"]) == ([{"qube": "work", "name": "web"}], [])
     assert "srchosts=any" in (lab.feature("work", "forward.web") or "")
 
 
@@ -195,10 +196,15 @@ def test_what_is_open_and_not_in_the_import_is_named(forward: Forward) -> None:
     forward("add", "work", "81", "--from", "any", "--name", "old")
     forward("add", "vault", "82", "--from", "any", "--via", "sys-net", "--name", "far")
     forward("add", "work", "83", "--from", "any", "--name", "off", "--disabled")
-    words = "Still open, and not in the import: {}. 'qvm-forward remove QUBE NAME' closes one.\n"
-    assert forward("import", stdin=f"work web {RULE}\n").out.endswith(words.format("work old"))
+    words = (
+        "Still open, and not in the import: {}. 'qvm-forward remove QUBE NAME' closes one, and {} removes "
+        "what the file does not have.\n"
+    )
+    told = forward("import", stdin=f"work web {RULE}\n").out
+    assert told.endswith(words.format("work old", "--prune"))
     text = f"version 2\nwork web {RULE}\n"
-    assert forward("import", "--replace", stdin=text).out.endswith(words.format("vault far, work old"))
+    told = forward("import", "--replace", stdin=text).out
+    assert told.endswith(words.format("vault far, work old", "--prune-all"))
     left = forward("import", "--replace", "--json", stdin=text).json["left"]
     assert left == [{"qube": "vault", "name": "far"}, {"qube": "work", "name": "old"}]
     whole = forward("export").out
@@ -213,7 +219,8 @@ def test_api_lines_of_2021_are_imported(forward: Forward, lab: LabDirectory) -> 
         "action=forward forwardtype=external proto=tcp src6=fd00::/8 srcports=443-443 dstports=10443-10443\n"
     )
     result = forward("import", "--qube", "work", stdin=text)
-    assert result.out.startswith("Imported 1 forward.\nLeft out 1 rule whose action is not forward.\n")
+    assert result.out.startswith("Imported 1 forward.\nwork tcp-")
+    assert result.out.endswith("\nLeft out 1 rule whose action is not forward.\n")
     assert "srchosts=192.168.0.0/16,fd00::/8 owner=work" in (lab.feature("work", "forward.tcp-443") or "")
 
 

@@ -144,7 +144,7 @@ def remove(args: Namespace, session: Session) -> int:
         raise UsageError("name the rules to remove, or say --all")
     after = followed(changing.remove(_system(args, session), args.qube, names), session)
     keys = after.changed.keys
-    lines = [f"Forward {qube} {name!s} is removed{_closed(after, (qube, name))}." for qube, name in keys]
+    lines = [f"Forward {qube} {name!s} is removed{closed(after, (qube, name))}." for qube, name in keys]
     return tell(
         after, session, lines or [_NONE], data={"removed": [{"qube": q, "name": name} for q, name in keys]}
     )
@@ -189,7 +189,7 @@ def _state(after: After, forward: Forward) -> str:
     """What became of a forward that the change was about."""
     sentence = reasons.sentence(forward)
     if forward.state is State.DISABLED:
-        return f"{_closed(after, forward.named[:2])}. {sentence}"
+        return f"{closed(after, forward.named[:2])}. {sentence}"
     if forward.is_live and not after.changed.is_applied:
         return f"; 'qvm-forward apply' puts it in force. Then: {sentence}"
     if qubes := sorted(
@@ -199,7 +199,7 @@ def _state(after: After, forward: Forward) -> str:
     return f" and {forward.state}. {sentence}"
 
 
-def _closed(after: After, key: Key) -> str:
+def closed(after: After, key: Key) -> str:
     """The sentence for what was closed. It never says "closed" where connections go on."""
     if not after.changed.is_applied:
         return "; 'qvm-forward apply' closes it"

@@ -2,17 +2,19 @@
 """The commands export and import: documents out of this system and into it."""
 
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qubes_fwd_qrexec.admin.changing import System
-from qubes_fwd_qrexec.admin.importing import import_document
+from qubes_fwd_qrexec.admin.importing import Imported, Prune, import_document
 from qubes_fwd_qrexec.admin.inventory import TUNNEL_FEATURE
+from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.common import exchange
 from qubes_fwd_qrexec.common.errors import RuleError, StoreError, UsageError
 from qubes_fwd_qrexec.common.exchange import Document
 from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
 
-from . import changes, reasons
+from . import changes, reasons, steps
 from .session import Session
 from .tables import counted, escaped
 
@@ -37,6 +39,10 @@ def export_rules(args: Namespace, session: Session) -> int:
         from qubes_fwd_qrexec.common.rulexml import print_document
 
         session.say(print_document(rules, marks))
+    elif form == "yaml":
+        from qubes_fwd_qrexec.common.ruleyaml import print_document
+
+        session.say(print_document(rules, marks))
     else:
         session.say(exchange.print_lines(rules, marks))
     broken = [rule for rule in stored if isinstance(rule, BrokenRule)]
@@ -46,33 +52,75 @@ def export_rules(args: Namespace, session: Session) -> int:
 
 
 def import_rules(args: Namespace, session: Session) -> int:
-    """Store all rules and marks of a document, or none."""
+    """Store all rules and marks of a document, or none; or with --dry-run say what that would change."""
     document = _read(args.file, args.format, session)
-    system = System(session.backend, session.now, is_applied=not args.no_apply)
-    changed, marks = import_document(system, document, args.qube, is_replacing=args.replace)
-    # Of all qubes if the document is an export, else of those in it.
-    targets = {target for target, _ in changed.keys}
-    others = (f.named for f in changed.plan.live if f.named[:2] not in changed.keys)
-    left_open = [named for named in others if document.is_export or named.target in targets]
-    after = changes.followed(changed, session)
-    data = {
-        "imported": len(changed.keys),
-        "tunnels": marks,
-        "skipped": document.skipped,
-        "left": [{"qube": named.target, "name": named.name} for named in left_open],
-    }
-    lines = [f"Imported {counted(len(changed.keys), 'forward')}."]
+    system = System(session.backend, session.now, not args.no_apply, not args.dry_run)
+    prune = Prune.ALL if args.prune_all else Prune.NAMED if args.prune else Prune.NONE
+    found = import_document(system, document, args.qube, is_replacing=args.replace, prune=prune)
+    after, left = changes.followed(found.changed, session), _left_open(found, document)
+    last = [f"Unchanged: {_names(found.unchanged)}."] if found.unchanged else []
+    if left:
+        more = "--prune-all" if document.is_export else "--prune"
+        closes = f"'qvm-forward remove QUBE NAME' closes one, and {more} removes what the file does not have"
+        last.append(f"Still open, and not in the import: {_names(left)}. {closes}.")
     if document.skipped:
-        lines.append(f"Left out {counted(document.skipped, 'rule')} whose action is not forward.")
-    for qube, is_marked in marks.items():
-        lines.append(f"{qube} is {'' if is_marked else 'not '}marked as a tunnel.")
-    for forward in changed.forwards:
-        lines.append(f"{forward.named}: {forward.state}. {reasons.sentence(forward)}")
+        last.append(f"Left out {counted(document.skipped, 'rule')} whose action is not forward.")
+    if args.dry_run and not session.is_json:
+        due = steps.text(found.changed.outcome.done, is_preview=True, first=_due(found))
+        session.say(due or "Nothing to change.\n")
+        session.say("".join(f"{line}\n" for line in last))
+        session.warn_unread(found.changed.after)
+        return 0
+    kinds = {"added": found.added, "replaced": found.replaced, "unchanged": found.unchanged}
+    kinds |= {"removed": found.removed, "left": left}
+    data = {kind: [{"qube": qube, "name": name} for qube, name in keys] for kind, keys in kinds.items()}
+    told = {"dry_run": args.dry_run, "tunnels": found.marks, "skipped": document.skipped}
+    return changes.tell(after, session, _done(found, after), last=last, data=data | told)
+
+
+def _left_open(found: Imported, document: Document) -> list[Key]:
+    """What is open and not in the document: of all qubes if it is an export, else of those in it."""
+    keys = {*found.added, *found.replaced, *found.unchanged}
+    targets = {target for target, _ in keys}
+    others = (forward.named[:2] for forward in found.changed.plan.live if forward.named[:2] not in keys)
+    return [key for key in others if document.is_export or key[0] in targets]
+
+
+def _names(keys: Iterable[Key]) -> str:
+    return ", ".join(f"{qube} {escaped(name)}" for qube, name in keys)
+
+
+def _done(found: Imported, after: changes.After) -> Iterator[str]:
+    """What was imported, a change a line."""
+    forwards = found.changed.forwards
+    yield f"Imported {counted(len(forwards), 'forward')}."
+    for qube, is_marked in found.marks.items():
+        yield f"{qube} is {'' if is_marked else 'not '}marked as a tunnel."
+    for key in found.removed:
+        yield f"{_names([key])} is removed{changes.closed(after, key)}."
+    for forward in forwards:
+        yield f"{forward.named}: {forward.state}. {reasons.sentence(forward)}"
         for note in (*reasons.notes(forward), *changes.news(after, forward)):
-            lines.append(f"{forward.named}: note: {escaped(note)}")
-    names = ", ".join(map(str, left_open))
-    last = f"Still open, and not in the import: {names}. 'qvm-forward remove QUBE NAME' closes one."
-    return changes.tell(after, session, lines, last=[last] if left_open else [], data=data)
+            yield f"{forward.named}: note: {escaped(note)}"
+
+
+def _due(found: Imported) -> Iterator[str]:
+    """What an import would store, a change a line."""
+    for qube, is_marked in found.marks.items():
+        yield f"{qube}: {'mark as a tunnel' if is_marked else 'take the mark of a tunnel away'}"
+    for key in found.removed:
+        yield f"{_names([key])}: remove"
+    for named in (forward.named for forward in found.changed.forwards):
+        old = found.changed.before.stored.get(named[:2])
+        yield f"{named}: {f'add {named.rule}' if old is None else '; '.join(_differences(old, named))}"
+
+
+def _differences(old: NamedRule | BrokenRule, new: NamedRule) -> Iterator[str]:
+    """The options that change, each with what it was."""
+    was, now = old.rule.options() if isinstance(old, NamedRule) else {}, new.rule.options()
+    for name in {**was, **now}:
+        if was.get(name) != now.get(name):
+            yield f"{name}={now.get(name, '')} instead of {was.get(name, 'its default')}"
 
 
 def _read(path: str, form: str | None, session: Session) -> Document:
@@ -86,9 +134,15 @@ def _read(path: str, form: str | None, session: Session) -> Document:
         raise RuleError(
             "line 1", "there is nothing to import; even an export without forwards says its version"
         )
+    if form is None and path.endswith((".yaml", ".yml")):
+        form = "yaml"
     form = form or ("xml" if first == "<" else "json" if first == "{" else "line")
     if form == "xml":
         from qubes_fwd_qrexec.common.rulexml import parse_document
+
+        return parse_document(text)
+    if form == "yaml":
+        from qubes_fwd_qrexec.common.ruleyaml import parse_document
 
         return parse_document(text)
     return exchange.parse_json(text) if form == "json" else exchange.parse_lines(text)

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec import __version__
 from .locate import LAB_VARIABLE
 from .usage import ALIASES, Parser, epilog
 
-_FORMATS = ("line", "xml", "json")
+_FORMATS = ("line", "xml", "json", "yaml")
 
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -122,9 +122,12 @@ _TUNNEL = (
 _EXPORT = (_QUBES, _argument("--format", choices=_FORMATS, help="line is the default, json with --json"))
 _IMPORT = (
     _argument("file", nargs="?", default="-", metavar="FILE", help="standard input if - or missing"),
-    _argument("--format", choices=_FORMATS, help="recognised by default"),
+    _argument("--format", choices=_FORMATS, help="recognised by default, yaml by a name such as x.yaml"),
     _argument("--qube", metavar="QUBE", help="the target, if the file names none"),
     _flag("--replace", "replace rules of the same name"),
+    _flag("--prune", "remove rules that the file does not have, of the qubes that it names"),
+    _flag("--prune-all", "remove rules that the file does not have, of all qubes"),
+    _DRY_RUN,
     _NO_APPLY,
 )
 _STATUS = (

@@ -36,9 +36,9 @@ def words(step: Step) -> list[str]:
     return [f"{step.qube}: {'listen' if step.opens else 'change how it listens'} for {key}: {step.value}"]
 
 
-def text(steps: Iterable[Step], *, is_preview: bool) -> str:
-    """All of them below a title; empty if there are none."""
-    lines = "".join(f"  {word}\n" for step in steps for word in words(step))
+def text(steps: Iterable[Step], *, is_preview: bool, first: Iterable[str] = ()) -> str:
+    """All of them below a title, after what is ``first``; empty if there is nothing."""
+    lines = "".join(f"  {word}\n" for word in (*first, *(word for step in steps for word in words(step))))
     return f"{'This would change' if is_preview else 'Changed'}:\n{lines}" if lines else ""
 
 

@@ -131,7 +131,7 @@ LINES = [
     (["add", "work", "80", "--via=sys-n"], ["--via=sys-net"]),
     (["add", "work", "80", "--nonsense="], []),
     (["export", "--format=j"], ["--format=json"]),
-    (["export", "--format", ""], ["json", "line", "xml"]),
+    (["export", "--format", ""], ["json", "line", "xml", "yaml"]),
     (["import", ""], []),
     (["nonsense", ""], sorted(COMMANDS)),
     ([], sorted(COMMANDS)),
