@@ -165,6 +165,11 @@ class FlowTable:
         self._close_unused()
         return len(cut)
 
+    def count_lost(self) -> None:
+        """Count what the kernel had no room for until now."""
+        for port in self.ports.values():
+            port.count_lost()
+
     @property
     def _proxy(self) -> ProxyVersion:
         """The header in front of each datagram to the server."""

@@ -116,6 +116,7 @@ class OpenUdpForward:
 
     def report(self) -> ForwardReport:
         """The figures and the state of this forward now."""
+        self._relays.do_now(self.table.count_lost)
         counters, pool = self.table.counters, self._pool
         last_error, last_error_at = last_said(counters.last_error, pool.last_problem)
         dropped = dict(counters.drops)  # in one step, while the loop's thread may change it

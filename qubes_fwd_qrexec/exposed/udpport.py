@@ -24,6 +24,7 @@ from qubes_fwd_qrexec.system.datagrams import (
     Address,
     Arrived,
     Control,
+    Lost,
     reads,
 )
 
@@ -35,8 +36,6 @@ from .limits import NotAdmitted
 # Where what comes in a burst waits for this program's next turn. The kernel gives as much as it may: with its
 # default net.core.rmem_max room for 554 small datagrams, twice as many as a socket has that asks for none.
 _RECEIVE_BYTES = 1 << 20
-# The kernel's count of lost datagrams has 32 bits.
-_LOST_MASK = (1 << 32) - 1
 # docs/behaviours.md, 34: how long to wait until memory is free.
 _PAUSE_S = 0.2
 # docs/behaviours.md, 72: for how long what comes behind a refused flow begins no other one, and for how many
@@ -115,7 +114,7 @@ class UdpPort:
         self._sock = sock
         self._owner = owner
         self.counters = owner.counters
-        self._lost = 0
+        self._lost = Lost()
         self._turn = -1
         self._is_closed = False
         # Whose flow was refused, and until when it begins no other one; the oldest first.
@@ -126,11 +125,17 @@ class UdpPort:
     def close(self) -> None:
         """Close the socket, which ends all flows; a second call changes nothing."""
         if not self._is_closed:
+            self.count_lost()
             self._is_closed = True
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
         for flow in list(self.flows.values()):
             self.end(flow, FlowHow.CUT)
+
+    def count_lost(self) -> None:
+        """Count what the kernel had no room for since the last look; a closed port has been looked at."""
+        if not self._is_closed:
+            self.counters.dropped(Dropped.KERNEL, self._lost.more(self._sock))
 
     def _fail(self) -> None:
         self._owner.port_failed(self)
@@ -153,9 +158,6 @@ class UdpPort:
             except OSError:
                 self._pause()
                 return
-            if arrived.lost != self._lost:
-                self.counters.dropped(Dropped.KERNEL, (arrived.lost - self._lost) & _LOST_MASK)
-                self._lost = arrived.lost
             if "%" in arrived.sender[0]:
                 arrived = arrived._replace(sender=_without_zone(arrived.sender))
             flow = self.flows.get((arrived.sender, arrived.local))

@@ -36,8 +36,8 @@ MAX_SEGMENTS = 64
 _UDP_SEGMENT, _UDP_GRO = 103, 104
 # linux/in.h and linux/in6.h; the socket module lacks the first.
 _IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, socket.IPV6_RECVPKTINFO, socket.IPV6_PKTINFO
-# asm-generic/socket.h.
-_SO_RXQ_OVFL = 40
+# asm-generic/socket.h, linux/sock_diag.h: nine numbers, of which the last is what was lost (Linux 4.12).
+_SO_MEMINFO, _MEMINFO = 55, struct.Struct("=9I")
 # in_pktinfo: interface, the local address to answer from, destination; in6_pktinfo: destination, interface.
 _INFO4 = struct.Struct("=i4s4s")
 _INFO6 = struct.Struct("=16si")
@@ -48,7 +48,7 @@ _MAPPED = b"\0" * 10 + b"\xff\xff"
 _RECEIVE_BYTES = 1 << 16
 # Room for one number, and for all that `tell_arrivals` asks for.
 _ONE_NUMBER = socket.CMSG_SPACE(4)
-_ALL = _ONE_NUMBER * 2 + socket.CMSG_SPACE(_INFO4.size) + socket.CMSG_SPACE(_INFO6.size)
+_ALL = _ONE_NUMBER + socket.CMSG_SPACE(_INFO4.size) + socket.CMSG_SPACE(_INFO6.size)
 # The kernel has no room now. (ENOBUFS also stands for a full queue of the interface.)
 _NO_ROOM = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EINTR))
 # The kernel does not send this batch as one, whatever it says of its datagrams: the size of a segment and its
@@ -61,8 +61,7 @@ class Arrived(NamedTuple):
 
     ``local`` is the address to answer from, packed: 4 bytes, or 16 for a sender of IPv6. ``interface`` is the
     index of the one that it came in by. ``is_for_one``: it was sent to that address, and not to many by
-    broadcast or multicast. ``lost`` is how many datagrams the socket has lost in all, for want of room, when
-    this one came, modulo 2 to the power of 32.
+    broadcast or multicast.
     """
 
     data: bytes
@@ -71,7 +70,6 @@ class Arrived(NamedTuple):
     local: bytes
     interface: int
     is_for_one: bool
-    lost: int
 
 
 class Sent(NamedTuple):
@@ -98,12 +96,24 @@ def reads(sockets: int) -> int:
 
 
 def receive_batches(sock: socket.socket) -> None:
-    """Have the kernel leave datagrams together that came together, where it can (Linux 5.0), and count what
-    it has no room for. Raises OSError.
-    """
+    """Have the kernel leave datagrams together that came together, where it can (Linux 5.0)."""
     with suppress(OSError):
         sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
-    sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
+
+
+class Lost:
+    """How many datagrams the kernel had no room for in a socket."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def more(self, sock: socket.socket) -> int:
+        """How many there are since the last look. Raises OSError."""
+        before = self._before
+        self._before = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))[-1]
+        return (self._before - before) % (1 << 32)
 
 
 def tell_arrivals(sock: socket.socket) -> None:
@@ -123,7 +133,7 @@ def receive(sock: socket.socket) -> Arrived:
     Raises BlockingIOError if there is none, and another OSError that the kernel has for this socket.
     """
     data, told, _, sender = sock.recvmsg(_RECEIVE_BYTES, _ALL)
-    segment = lost = interface = 0
+    segment = interface = 0
     local, is_for_one = b"", False
     for level, kind, value in told:
         if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
@@ -131,31 +141,26 @@ def receive(sock: socket.socket) -> Arrived:
         elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
             interface, local, destination = _INFO4.unpack(value)
             is_for_one = local == destination
-        elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
-            if not value.startswith(_MAPPED):  # of IPv4 IP_PKTINFO tells more
-                local, interface = _INFO6.unpack(value)
-                is_for_one = local[0] != 0xFF
-        elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
-            lost = _NUMBER.unpack(value)[0]
+        elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO and not value.startswith(_MAPPED):
+            local, interface = _INFO6.unpack(value)  # of IPv4 IP_PKTINFO tells more
+            is_for_one = local[0] != 0xFF
     if segment >= len(data):
         segment = 0
-    return Arrived(data, segment, sender, local, interface, is_for_one, lost)
+    return Arrived(data, segment, sender, local, interface, is_for_one)
 
 
-def receive_connected(sock: socket.socket) -> tuple[bytes, int, int]:
-    """The next batch of a connected socket, after `receive_batches`, its segment, and what `Arrived.lost` is.
+def receive_connected(sock: socket.socket) -> tuple[bytes, int]:
+    """The next batch of a connected socket, after `receive_batches`, and its segment.
 
     Raises BlockingIOError if there is none, and another OSError that the kernel has for this socket:
     ConnectionRefusedError if the port at the other end is closed.
     """
-    data, told, _, _ = sock.recvmsg(_RECEIVE_BYTES, 2 * _ONE_NUMBER)
-    segment = lost = 0
+    data, told, _, _ = sock.recvmsg(_RECEIVE_BYTES, _ONE_NUMBER)
+    segment = 0
     for level, kind, value in told:
         if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
             segment = _NUMBER.unpack(value)[0]
-        elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
-            lost = _NUMBER.unpack(value)[0]
-    return data, segment if segment < len(data) else 0, lost
+    return data, segment if segment < len(data) else 0
 
 
 def from_address(sock: socket.socket, local: bytes, interface: int = 0) -> Control:

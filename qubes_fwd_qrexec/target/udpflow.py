@@ -21,6 +21,7 @@ from qubes_fwd_qrexec.system.datagrams import (
     READ_MAX_BYTES,
     READS_MAX,
     Buffer,
+    Lost,
     count,
     reads,
     receive_batches,
@@ -113,6 +114,7 @@ class UdpFlow:
         "_header",
         "_is_answered",
         "_kept",
+        "_looked_at",
         "_lost",
         "_moved_at",
         "_new",
@@ -139,13 +141,19 @@ class UdpFlow:
         self._sock: socket.socket | None = None
         self._kept: list[tuple[bytes, int]] | None = []
         self._is_answered = False
-        self._moved_at = time.monotonic()
-        self._lost = 0
+        self._moved_at = self._looked_at = time.monotonic()
+        self._lost = Lost()
         self._turn = -1
         self._connect()
 
-    def is_idle(self, now: float) -> bool:
-        """Whether nothing has moved for too long."""
+    def look(self, now: float) -> bool:
+        """Count what the kernel has dropped, and return whether nothing has moved for too long.
+
+        What it drops comes behind something that moves; so where nothing has, it is not asked.
+        """
+        if self._moved_at >= self._looked_at:
+            self._count_lost()
+        self._looked_at = now
         return now - self._moved_at >= (ANSWERED_S if self._is_answered else UNANSWERED_S)
 
     def settle(self) -> None:
@@ -212,7 +220,7 @@ class UdpFlow:
             if problem is None and number >= most:
                 break
             try:
-                data, segment, lost = receive_connected(self._sock)
+                data, segment = receive_connected(self._sock)
             except BlockingIOError:
                 break
             except ConnectionRefusedError:  # what the server sent before that comes behind it
@@ -224,8 +232,6 @@ class UdpFlow:
             self._is_answered = True
             self._moved_at = time.monotonic()
             self.settle()
-            self._owner.lost_by_kernel += (lost - self._lost) % (1 << 32)
-            self._lost = lost
             self._owner.answer(self._event.flow_id, data, segment)
             left_bytes -= len(data)
             if left_bytes <= 0:
@@ -250,8 +256,14 @@ class UdpFlow:
             return False
         return True
 
+    def _count_lost(self) -> None:
+        if self._sock is not None:
+            self._owner.lost_by_kernel += self._lost.more(self._sock)
+
     def _leave_socket(self) -> None:
         if self._sock is not None:
+            self._count_lost()
+            self._lost = Lost()
             self._owner.loop.unwatch(self._sock.fileno())
             self._sock.close()
             self._sock = None

@@ -96,7 +96,7 @@ class UdpService(CallService):
             return
         now = time.monotonic()
         for flow_id, flow in list(self._flows.items()):
-            if flow.is_idle(now):
+            if flow.look(now):
                 flow.close()
                 self.end(flow_id, FlowCode.DONE)
         mux = self.mux

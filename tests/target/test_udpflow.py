@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One flow of the target and a real server, without a call."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -49,6 +50,24 @@ def owner() -> Iterator[_Owner]:
 
 def _flow_to(owner: _Owner, port: int) -> UdpFlow:
     return UdpFlow(owner, FlowRequested(1, port, ORIGIN, ProxyVersion.OFF), _RECEIVE_BYTES)
+
+
+def test_what_the_kernel_drops_is_counted_also_at_the_end_and_behind_the_last_that_came(
+    owner: _Owner,
+) -> None:
+    with udp_server() as server, closing(_flow_to(owner, udp_port(server))) as flow:
+        flow.deliver(memoryview(b"ask"), 0)
+        _, client = server.recvfrom(100)
+        for _ in range(1000):
+            server.sendto(bytes(1000), client)
+        assert owner.lost_by_kernel == 0
+        assert not flow.look(time.monotonic())
+        before = owner.lost_by_kernel
+        assert 0 < before < 1000
+        for _ in range(1000):
+            server.sendto(bytes(1000), client)
+        flow.close()
+        assert owner.lost_by_kernel == before + 1000
 
 
 def test_what_the_server_sent_before_its_port_was_closed_is_passed_on(owner: _Owner) -> None:
