@@ -167,7 +167,7 @@ def test_every_field_of_the_journal_is_on_the_page_and_in_the_guide_and_no_other
 def test_every_reason_why_something_is_refused_or_dropped_is_on_both_pages_and_no_other() -> None:
     refusals = {*limits.NotAdmitted, *Refusal, connectionlog.How.MADE_ROOM}
     # Of these it is the target that speaks: see qubes.ForwardStatus.
-    refusals -= {Refusal.LOOPBACK, Refusal.NOT_AT_LOOPBACK}
+    refusals -= {Refusal.LOOPBACK, Refusal.NOT_AT_LOOPBACK, Refusal.ELSEWHERE}
     _, refused, dropped = re.split(r"Reasons are |datagrams by\s+reason\.", PAGE.split("metrics.sock")[0])
     assert set(re.findall("``([a-z-]+)``", refused.split(".\n")[0])) == refusals
     assert set(re.findall("``([a-z-]+)``:", dropped)) == set(flowcounters.Dropped)

@@ -18,7 +18,10 @@ class Refusal(StrEnum):
     """The server in the target listens at loopback addresses alone, to which no packet of others gets. At
     127.0.0.1 or ::1 it is for calls."""
     NOT_AT_LOOPBACK = "not-at-loopback"
-    """The server in the target listens neither at 127.0.0.1 nor at ::1, and a call gets nowhere else."""
+    """The server in the target listens neither at 127.0.0.1 nor at ::1, and a call gets nowhere else, as
+    nobody has named the place."""
+    ELSEWHERE = "elsewhere"
+    """The target's owner has named the place of the server. Where that is no refusal, it is there."""
     BUSY = "busy"
     """There are so many calls or connections already that no more may wait."""
     NO_CALL = "no-call"

@@ -56,6 +56,15 @@ class Answer(StrEnum):
     FAILED = "failed"
 
 
+class Expects(StrEnum):
+    """What a server seems to expect in front of a connection: the reason of a trial that is through."""
+
+    V1 = "expects-v1"
+    V2 = "expects-v2"
+    """It may know version 1 as well."""
+    NONE = "expects-none"
+
+
 def _said(proto: Proto) -> dict[str, str]:
     """Nothing for TCP: a report without UDP is what it was before there was UDP."""
     return {"proto": proto} if proto is Proto.UDP else {}

@@ -3,19 +3,18 @@
 
 Without an argument it reports what this qube's listener says, and the live calls to this qube as a target.
 That is the state now: dom0 asks once after a change, and what has to catch up is waited for here, a moment.
-``+PORT`` also tries whether a server of this qube takes a connection on that port, and ``+tcp.PORT`` or
-``+udp.PORT`` looks whether one listens at more than a loopback address, as a forward by nft needs it.
+``+PORT`` also tries whether a server of this qube takes a connection on that port, ``+proxy.PORT`` whether it
+seems to expect a PROXY header, and ``+tcp.PORT`` or ``+udp.PORT`` looks whether one listens at more than a
+loopback address, as a forward by nft needs it.
 ``+fwd.TARGET.NAME`` sends a connection through that forward of the listener, all the way to the target's
 server. With ``+clients`` the listener also says who is connected.
 """
 
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
-from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ from qubes_fwd_qrexec.common.clientreport import CLIENTS
 from qubes_fwd_qrexec.common.config import is_forward_key, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, TextError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.report import (
     Answer,
     CallsReport,
@@ -37,9 +35,8 @@ from qubes_fwd_qrexec.common.report import (
     Trial,
 )
 from qubes_fwd_qrexec.common.services import STATUS_SERVICE
-from qubes_fwd_qrexec.common.values import Proto, parse_port, unmapped
-from qubes_fwd_qrexec.relay.copy import close_cleanly
-from qubes_fwd_qrexec.system import bugs, sockdiag
+from qubes_fwd_qrexec.common.values import Proto, parse_port
+from qubes_fwd_qrexec.system import bugs
 from qubes_fwd_qrexec.system.cleanstart import start_clean
 from qubes_fwd_qrexec.system.logs import one_line
 
@@ -47,8 +44,7 @@ from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
 from .listenersockets import CLIENTS as CLIENTS_SOCKET
 from .listenersockets import LISTENER_TIMEOUT_S, NONE_RUNS, STATUS, TRY, ask, listener_directory
-from .localserver import ServiceError, connect
-from .servers import LOCALHOSTS
+from .servertrials import look_at, try_header, try_port
 
 # Where the program that opens this qube's firewall writes its `FirewallReport`.
 FIREWALL_STATE = "/run/qubes-forward-nft/state"
@@ -57,14 +53,13 @@ FIREWALL_STATE_VARIABLE = "QUBES_FORWARD_NFT_STATE"
 STARTS = "/run/qubes-service/qubes-forward-listener"
 STARTS_VARIABLE = "QUBES_FORWARD_LISTENER_STARTS"
 # A server on this machine answers at once.
-_CONNECT_TIMEOUT_S = 2.0
 # How long a listener may take to start: what it waits for is QubesDB, and a second after a failure.
 START_S = 2.0
 # The firewall's program looks twice in a second. One that has not for three seconds does not run.
 FIREWALL_S = 1.0
 _LOOK_S = 0.02
-# The addresses that calls get to; a server at any other of 127.0.0.0/8 is reached by none.
-_LOCALHOSTS = frozenset(ip_address(host) for _, host in LOCALHOSTS)
+# The word in front of a port whose server is tried for a PROXY header.
+HEADER = "proxy"
 
 
 class Places(NamedTuple):
@@ -114,9 +109,11 @@ def _try(untrusted_argument: str, place: Path) -> Trial | None:
     if untrusted_argument in ("", CLIENTS):
         return None
     proto, dot, port = untrusted_argument.partition(".")
+    if dot and proto == HEADER:
+        return try_header(parse_port(port))
     # A key of UDP begins with that word, too, and has two dots.
     if dot and proto in Proto.BOTH.each and "." not in port:
-        return _look_at(Proto(proto), parse_port(port))
+        return look_at(Proto(proto), parse_port(port))
     if is_forward_key(untrusted_argument):
         try:
             parse_key(untrusted_argument)
@@ -127,37 +124,7 @@ def _try(untrusted_argument: str, place: Path) -> Trial | None:
             return Trial.parse(untrusted)
         except (OSError, ReportError) as error:
             return Trial(Answer.FAILED, "", one_line(f"the listener does not answer: {error}"))
-    return _try_port(parse_port(untrusted_argument))
-
-
-def _try_port(port: int) -> Trial:
-    try:
-        server = connect(port, _CONNECT_TIMEOUT_S)
-    except ServiceError as error:
-        is_silent = error.status == ExitStatus.SERVER_TIMEOUT
-        return Trial(Answer.SILENT if is_silent else Answer.REFUSED, "server", one_line(str(error)))
-    close_cleanly(server)
-    return Trial(Answer.THROUGH, "", f"a server takes connections on port {port}")
-
-
-def _look_at(proto: Proto, port: int) -> Trial:
-    """Whether a server listens where packets of others get. It is not called: it may serve one client alone,
-    or say something to each.
-    """
-    what = f"{proto} port {port}"
-    try:
-        protocol = socket.IPPROTO_TCP if proto is Proto.TCP else socket.IPPROTO_UDP
-        addresses = sorted(sockdiag.served_at(protocol, port), key=str)
-    except sockdiag.SocketsError as error:
-        return Trial(Answer.FAILED, "", one_line(f"{what}: {error}"))
-    if not addresses:
-        return Trial(Answer.REFUSED, Refusal.SERVER, f"{what}: nothing listens there")
-    text = one_line(f"{what}: a server listens at {', '.join(map(str, addresses))}")
-    at = [unmapped(address) for address in addresses]
-    is_for_calls = any(address in _LOCALHOSTS or address.is_unspecified for address in at)
-    if all(address.is_loopback for address in at):
-        return Trial(Answer.REFUSED, Refusal.LOOPBACK if is_for_calls else Refusal.NOT_AT_LOOPBACK, text)
-    return Trial(Answer.THROUGH, "" if is_for_calls else Refusal.NOT_AT_LOOPBACK, text)
+    return try_port(parse_port(untrusted_argument))
 
 
 def _wait_while(is_behind: Callable[[], bool], bound_s: float, rest: Callable[[float], None]) -> None:

@@ -25,7 +25,7 @@ from . import carried, entrance, nftwalk
 from .judged import judged
 from .listeners import Has, ask, uptakes
 from .render import broken_line
-from .served import NO_SERVER, served
+from .served import NO_SERVER, elsewhere, misled, served
 from .session import Session
 from .tables import Check, Style, checks, escaped
 from .walking import INSTALL, StoppedError, Stops, applied, helps, ok, unknown
@@ -84,12 +84,6 @@ _REMEDIES: dict[str, tuple[str, ...]] = {
         f"see that the server in {{target}} runs and listens on 127.0.0.1; {_LOG} says how calls fail",
     ),
     Refusal.BUSY: ("wait until some connections to {target} have ended",),
-}
-_UDP_SERVER = {
-    NO_SERVER: (_START.format("lun"),),
-    Refusal.NOT_AT_LOOPBACK: (
-        "have the server in {target} listen on 127.0.0.1 or ::1, as calls get to no other address",
-    ),
 }
 _OTHERWISE = (f"{_LOG}, and the journal of {{target}}, say more",)
 _FIREWALL = {
@@ -160,6 +154,8 @@ class _Walk:
         if self._target.is_running:
             for config in forward.listener_configs:
                 yield self._round_trip(forward.exposed, config)
+                if config.service is Service.FORWARD_TCP:
+                    yield from self._header(config)
 
     def _at_exposed(self, exposed: QubeName) -> Iterator[Check]:
         halted = self._forward.finding(Cause.EXPOSED_HALTED)
@@ -231,7 +227,8 @@ class _Walk:
                 yield ok("service", f"{name} has qubes-fwd-qrexec, and answers")
             is_asked = True
             if is_udp:
-                yield served(name, config.proto, trial, self._stops, _UDP_SERVER)
+                remedies = {NO_SERVER: (_START.format("lun"),), **elsewhere(Proto.UDP, port)}
+                yield served(name, config.proto, trial, self._stops, remedies)
             else:
                 yield self._server(name, port, trial)
 
@@ -239,10 +236,15 @@ class _Walk:
         """Whether a server takes connections, as a target says that has tried."""
         if trial is None:
             return unknown("server", f"{name} does not say whether a server listens")
-        if trial.answer is not Answer.THROUGH:
-            text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
-            raise self._stopped("server", NO_SERVER, text)
-        return ok("server", f"a server in {name} takes connections on port {port}")
+        if trial.answer is Answer.THROUGH:
+            text = f"a server in {name} takes connections on port {port}"
+            return ok("server", text if trial.reason != Refusal.ELSEWHERE else f"in {name}, {trial.text}")
+        remedies = elsewhere(Proto.TCP, port)
+        if trial.reason in remedies:
+            text = f"no server in {name} takes connections where calls get to: {trial.text}"
+            raise self._stops.stopped("server", trial.reason, text, remedies[trial.reason])
+        text = f"no server in {name} takes connections on port {port} of 127.0.0.1 or ::1: {trial.text}"
+        raise self._stopped("server", NO_SERVER, text)
 
     def _round_trip(self, exposed: QubeName, config: ListenerConfig) -> Check:
         trial = self._ask("round trip", exposed, config.key).trial
@@ -264,6 +266,14 @@ class _Walk:
             which = "proxy=v1 or proxy=v2" if self._forward.named.rule.proto is Proto.TCP else "proxy=v2"
             header = f"without a PROXY header (if the server expects one, set {which})"
         return ok("round trip", f"a connection from {exposed} reached the server, {header}")
+
+    def _header(self, config: ListenerConfig) -> Iterator[Check]:
+        """Whether the server seems to expect another header than it gets."""
+        try:
+            answer = ask(self._backend, self._target.name, f"proxy.{config.target_ports.first}")
+        except AnswerError:  # a target that is older than dom0
+            return
+        yield from misled(self._forward, answer.trial, self._stops)
 
     def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport:
         try:

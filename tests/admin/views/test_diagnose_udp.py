@@ -111,7 +111,8 @@ def test_of_both_each_is_walked(qubes: Asked, walked: Walk) -> None:
         *("target", "service", "server", "server", "round trip", "round trip"),
     ]
     assert qubes.asked == [
-        *("sys-net", "vault 53", "vault udp.53", "sys-net fwd.vault.dns", "sys-net udp.vault.dns"),
+        *("sys-net", "vault 53", "vault udp.53"),
+        *("sys-net fwd.vault.dns", "vault proxy.53", "sys-net udp.vault.dns"),
     ]
     assert steps[6]["text"] == "dom0 allows qubes.ForwardTCP and qubes.ForwardUDP from sys-net to vault"
     # A rule with UDP cannot have proxy=v1.
@@ -152,7 +153,8 @@ def test_a_server_where_no_call_gets_ends_the_walk(
     assert (last["step"], last["verdict"], last["cause"]) == ("server", "stops", "not-at-loopback")
     assert last["text"] == f"in vault, {at}"
     assert last["remedy"] == (
-        "have the server in vault listen on 127.0.0.1 or ::1, as calls get to no other address"
+        "write 'udp 53 ADDRESS' in /usr/local/etc/qubes-forward/servers.conf in vault, with that address, "
+        "or eth0 for the qube's own; or have the server listen on 127.0.0.1"
     )
 
 
