@@ -24,7 +24,7 @@ from .servers import Servers, ServersError
 # A server on this machine answers at once, and dom0 waits 5 s for everything.
 _CONNECT_TIMEOUT_S = 1.0
 # How long a server has to end or answer what it does not understand, and then to do so once more.
-EXPECT_S = 1.0
+EXPECT_S = 0.5
 AGAIN_S = 0.5
 _READ_BYTES = 4096
 # A header that carries no address, as a health check sends it (docs/facts.md, R4), and the same bytes with

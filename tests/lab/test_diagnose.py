@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.common.report import (
     dump,
 )
 from qubes_fwd_qrexec.common.rules import Transport
-from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.services import SERVERS_FILE, STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName, RuleName
 from qubes_fwd_qrexec.lab import daemon
 from qubes_fwd_qrexec.lab.knobs import Knobs
@@ -72,6 +72,24 @@ def test_a_forward_of_calls_over_the_stock_service_is_walked_too(lab: Lab) -> No
     assert status == 1
     assert "exit status 125" in said
     assert "What helps: see that the server in personal runs and listens on 127.0.0.1" in said
+
+
+def test_a_server_that_listens_at_another_address_is_reached_once_its_owner_says_so(lab: Lab) -> None:
+    port = lab.server.getsockname()[1]
+    lab.server.close()
+    lab.server = socket.create_server(("127.0.0.2", port))
+    with lab.server:
+        lab.server.settimeout(BOUND_S)
+        lab.add()
+        lab.listen()
+        said = lab.wrong("server")
+        assert f"a server listens at 127.0.0.2 | write 'tcp {port} ADDRESS' in {SERVERS_FILE} in work" in said
+        path = lab.lab.qube_dir("work").servers_files[0]
+        path.parent.mkdir(parents=True)
+        path.write_text(f"tcp {port} 127.0.0.2\n")
+        lab.pass_through()
+        (server,) = [step["text"] for step in lab.diagnose() if step["step"] == "server"]
+        assert server.endswith(f"; calls get to 127.0.0.2, as {path}:1 says")
 
 
 def test_whom_a_name_lets_in_now_is_told(lab: Lab) -> None:
