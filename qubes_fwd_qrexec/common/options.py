@@ -81,8 +81,8 @@ def read(options: Iterable[Option], forms: Mapping[str, Form]) -> dict[str, Any]
 
 def unknown(option: Option, known: Collection[str]) -> RuleError:
     """The error about an option that there is not; ``known`` are those that there are."""
-    problem = f"unknown option; known are {', '.join(known)}{did_you_mean(option.name, known)}"
-    return RuleError(option.place, problem, option.name)
+    what = did_you_mean(option.name, known) or f"; known are {', '.join(known)}"
+    return RuleError(option.place, f"unknown option{what}", option.name)
 
 
 def one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:

@@ -307,9 +307,8 @@ def tell(
         is_live = changed.is_applied and any(forward.is_live for forward in changed.forwards)
         if is_live and after.watch_start is not None:
             session.say(
-                "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over, a "
-                "netvm changes or a qube is removed, until you run qvm-forward again. To start it: "
-                f"{after.watch_start}.\n"
+                "Note: without 'qvm-forward watch', nothing closes it at its end or when a netvm changes; to "
+                f"start that: {after.watch_start}.\n"
             )
         session.say_done("".join(f"{line}\n" for line in last))
     session.warn_unread(changed.after)

@@ -325,7 +325,7 @@ def test_whatever_else_is_opened_or_closed_is_named(forward: Forward, lab: LabDi
 def test_who_makes_a_forward_hears_that_nothing_watches_over_it(
     lab: LabDirectory, over: Command, kind: str, store: Backend
 ) -> None:
-    note = "Note: 'qvm-forward watch' is not running, so nothing closes this when its time is over"
+    note = "Note: without 'qvm-forward watch', nothing closes it at its end or when a netvm changes"
     assert note in over(store, *ADD).out
     assert over(store, *ADD[:-1], "again", "--json").status == 1
     for command in ("set work web comment=x", "enable work web", "confirm work web"):
