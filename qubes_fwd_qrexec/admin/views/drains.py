@@ -12,6 +12,7 @@ from qubes_fwd_qrexec.admin.answers import NotRunningError, both
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, NFT_FEATURE
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Plan
+from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import listeners, nftstatus
@@ -37,16 +38,16 @@ class Drains(NamedTuple):
 
 
 def ask(session: Session, snapshot: Snapshot, planned: Plan, qubes: Collection[str]) -> Drains:
-    """Ask the running qubes that listen or forward by nft, as far as ``planned``, the part of the plan that
-    concerns ``qubes``, is about them. All are asked at once. One that is to listen no more is not asked.
+    """Ask the running qubes that are to listen, by their service or by a rule, or to forward by nft; as far as
+    ``planned``, the part of the plan that concerns ``qubes``, is about them. All are asked at once.
     """
     inventory, everything = snapshot.inventory, snapshot.plan(session.now)
     backend = session.backend
+    exposed = {forward.exposed for forward in everything if forward.mode is Mode.QREXEC}
     running = [qube for qube in inventory.qubes.values() if qube.is_running]
-    listen, forward = (
-        concerned((qube.name for qube in running if qube.features.get(feature)), planned, qubes)
-        for feature in (LISTENER_FEATURE, NFT_FEATURE)
-    )
+    to_listen = (q.name for q in running if q.features.get(LISTENER_FEATURE) or q.name in exposed)
+    listen = concerned(to_listen, planned, qubes)
+    forward = concerned((q.name for q in running if q.features.get(NFT_FEATURE)), planned, qubes)
     if not listen and not forward:
         return Drains((), ())
     answers, told = both(
