@@ -38,8 +38,8 @@ class Drains(NamedTuple):
 
 
 def ask(session: Session, snapshot: Snapshot, planned: Plan, qubes: Collection[str]) -> Drains:
-    """Ask the running qubes that are to listen, by their service or by a rule, or to forward by nft; as far as
-    ``planned``, the part of the plan that concerns ``qubes``, is about them. All are asked at once.
+    """Ask the running qubes that are to listen, by their service or by a rule, or to forward by nft, as far
+    as ``planned``, the part of the plan that concerns ``qubes``, is about them. All are asked at once.
     """
     inventory, everything = snapshot.inventory, snapshot.plan(session.now)
     backend = session.backend

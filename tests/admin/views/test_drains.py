@@ -88,8 +88,14 @@ def test_who_has_nothing_to_do_with_the_named_qubes_is_not_asked(
     assert "draining" in over(backend, "list", "sys-net").out
 
 
+def test_the_exposed_qube_of_a_rule_is_asked_also_without_its_service(
+    disabled: LabDirectory, over: Command
+) -> None:
+    disabled.remove_feature(SYS_NET, FLAG)
+    assert "draining" in over(asked(disabled, draining(WEB)), "list").out
+
+
 def test_where_no_qube_listens_nothing_is_asked(lab: LabDirectory, over: Command) -> None:
-    over(Faulty(lab), *ADD, "--disabled")
     backend = asked(lab, draining(WEB))
     assert "draining" not in over(backend, "list").out
     assert backend.asked == []
