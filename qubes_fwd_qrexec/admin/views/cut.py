@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin import cutting
 from qubes_fwd_qrexec.admin.cutting import Cut, Place
+from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Forward, Plan
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State
 from qubes_fwd_qrexec.common.clientreport import WhichClients
 from qubes_fwd_qrexec.common.config import ForwardKey
 from qubes_fwd_qrexec.common.errors import RefusedError, TextError, UsageError
@@ -35,13 +36,14 @@ def cut(args: Namespace, session: Session) -> int:
     snapshot = session.look()
     target, planned = snapshot.check_qube(args.qube), snapshot.plan(session.now)
     answers = ask_all(session.backend, sorted(listening(snapshot.inventory)), AFTER_S)
-    open_at = places(target, planned, answers)
+    open_at = places(target, planned, snapshot.inventory, answers)
+    silent = sorted(qube for qube, one in answers.items() if flows(qube, one, planned) is None)
+    unknown = f"whether {' or '.join(silent)} has any is unknown: no answer" if silent else ""
     name = args.name or _only(target, open_at)
     forward = planned.find(target, name)
     if name not in open_at:
-        raise RefusedError(_why_closed(snapshot, forward, target, name))
+        raise RefusedError("; ".join(filter(None, (_why_closed(snapshot, forward, target, name), unknown))))
     found = cutting.cut(open_at[name], which, session.backend)
-    silent = sorted(qube for qube, one in answers.items() if flows(qube, one, planned) is None)
     after = _after(forward, which)
     problems = [one.problem for one in found if one.problem is not None]
     ended = _ended(found)
@@ -63,18 +65,20 @@ def cut(args: Namespace, session: Session) -> int:
         return 0 if ended and not problems else 1
     whose = f"{target} {name}{'' if which.address is None else f' from {which}'}"
     if ended:
-        session.say(f"Cut {ended} of {whose}. {after.text}\n")
+        session.say_done(f"Cut {ended} of {whose}. {after.text}\n")
     elif not problems:
         shows = f"'qvm-forward status {target} --clients' shows who is"
         session.warn(f"nobody is connected to {whose}; {shows}")
     for problem in problems:
         session.warn(f"connections to {whose} may go on: {escaped(problem)}")
-    if silent:
-        session.warn(f"whether {' or '.join(silent)} has any is unknown: no answer")
+    if unknown:
+        session.warn(unknown)
     return 0 if ended and not problems else 1
 
 
-def places(target: QubeName, planned: Plan, answers: Mapping[QubeName, Answer]) -> dict[str, list[Place]]:
+def places(
+    target: QubeName, planned: Plan, inventory: Inventory, answers: Mapping[QubeName, Answer]
+) -> dict[str, list[Place]]:
     """Where there may be connections to each of a target's forwards: by the plan, and by what listeners say,
     which know those that drain.
     """
@@ -82,7 +86,7 @@ def places(target: QubeName, planned: Plan, answers: Mapping[QubeName, Answer]) 
         (forward.exposed, ForwardKey(config.target, config.name, config.proto))
         for forward in planned.live
         for config in forward.listener_configs
-        if forward.exposed is not None
+        if forward.exposed is not None and inventory.qubes[forward.exposed].is_running
     }
     for qube, answer in answers.items():
         if isinstance(answer, QubeReport) and answer.listener is not None:
@@ -110,7 +114,8 @@ def _why_closed(snapshot: Snapshot, forward: Forward | None, target: QubeName, n
     if forward is not None and forward.is_live and forward.mode is Mode.NFT:
         ends = f"'qvm-forward disable {named}' ends all of its connections"
         return f"{named} goes by nft, where no connection is cut alone; {ends}"
-    return f"{target} {escaped(name)} is not open, and nothing of it drains; there is nothing to cut"
+    state = State.BROKEN if forward is None else forward.state
+    return f"{target} {escaped(name)} is {state}, and nothing of it drains; there is nothing to cut"
 
 
 def _ended(found: Sequence[Cut]) -> str:
@@ -137,8 +142,8 @@ def _after(forward: Forward | None, which: WhichClients) -> _After:
     if which.address is not None:
         who, alone = "It", ip_network(unmapped(which.address))
         if alone not in rule.sources.networks:
-            who = f"It is let in by {rule.sources}, and"
-            does, way_out = "says who is", ("qvm-forward", "set", target, name, "srchosts=NETWORKS")
+            who = f"srchosts={rule.sources} lets it in, so it"
+            does, way_out = "changes that", ("qvm-forward", "set", target, name, "srchosts=NETWORKS")
         elif str(rule.sources) != str(alone):
             does, way_out = "keeps it out", ("qvm-forward", "set", target, name, f"srchosts-={alone}")
     return _After(f"{who} may connect again; '{' '.join(way_out)}' {does}.", way_out)

@@ -15,6 +15,7 @@ from qubes_fwd_qrexec.common.clientreport import CutReport
 from qubes_fwd_qrexec.common.report import DrainingReport, ListenerReport, QubeReport, dump
 from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.qube import QubeState
 
 STATUS, TCP, UDP = "qubes.ForwardStatus+", "qubes.ForwardCut+fwd.work.web", "qubes.ForwardCut+udp.work.web"
 FLAG = "service.qubes-forward-listener"
@@ -62,8 +63,8 @@ def test_all_clients_are_cut_where_the_forward_is_open(backend: Answering, over:
         (
             "192.168.0.0/16",
             "192.168.0.5:1",
-            "It is let in by 192.168.0.0/16, and may connect again; "
-            "'qvm-forward set work web srchosts=NETWORKS' says who is.",
+            "srchosts=192.168.0.0/16 lets it in, so it may connect again; "
+            "'qvm-forward set work web srchosts=NETWORKS' changes that.",
         ),
         (
             "192.168.0.5,192.168.0.6",
@@ -205,8 +206,26 @@ def test_a_forward_that_is_closed_has_nobody_to_cut(backend: Answering, over: Co
     over(backend, "disable", "work", "web")
     backend.says["sys-net", STATUS] = listening(replace(REPORT, connections=0))
     assert over(backend, "cut", "work", "web").err == (
-        "qvm-forward cut: work web is not open, and nothing of it drains; there is nothing to cut\n"
+        "qvm-forward cut: work web is disabled, and nothing of it drains; there is nothing to cut\n"
     )
+    backend.says["sys-net", STATUS] = AnswerError("x")
+    assert over(backend, "cut", "work", "web").err.endswith(
+        "there is nothing to cut; whether sys-net has any is unknown: no answer\n"
+    )
+
+
+def test_a_qube_that_is_halted_is_not_told_to_cut(
+    backend: Answering, over: Command, lab: LabDirectory
+) -> None:
+    sys_net = lab.qube("sys-net")
+    lab.write_qube(replace(sys_net, state=QubeState.HALTED))
+    assert over(backend, "cut", "work", "web").err.startswith("qvm-forward cut: work web is waiting, and ")
+    assert cuts(backend) == []
+
+
+def test_a_rule_that_cannot_be_read_has_nobody_to_cut(backend: Answering, over: Command) -> None:
+    backend.set_feature(QubeName("work"), "forward.bad", "x")
+    assert "work bad is broken, and nothing of it drains" in over(backend, "cut", "work", "bad").err
 
 
 def test_by_nft_no_connection_is_cut_alone(run: Command) -> None:
