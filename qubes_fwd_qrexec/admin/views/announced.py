@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
 from qubes_fwd_qrexec.admin.answers import ANSWER_TIMEOUT_S
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 # Nobody wonders before that, and most answers are there.
 AFTER_S = 0.5
+NAMED_MAX = 3
 
 
 class Announced:
@@ -21,6 +23,10 @@ class Announced:
         self._backend = backend
         self._say = say
         self._is_verbose = is_verbose
+        # Several threads may ask at once, and one line is said of all.
+        self._lock = Lock()
+        self._waited_for: list[str] = []
+        self._timer: Timer | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -29,7 +35,7 @@ class Announced:
         self, qube: str, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
     ) -> bytes:
         most_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
-        with self._waiting(f"{qube} to answer {service}, for at most {most_s:g} s"):
+        with self._waiting(f"{qube} ({service}, at most {most_s:g} s)"):
             self._tell(f"asks {qube}: {service}")
             answer: bytes = self._backend.ask(qube, service, max_bytes, timeout_s, given)  # type: ignore[arg-type]
             return answer
@@ -49,7 +55,7 @@ class Announced:
     @contextmanager
     def locked(self) -> Iterator[None]:
         lock = self._backend.locked()
-        with self._waiting("another qvm-forward to finish its change"):
+        with self._waiting("another qvm-forward, which changes something"):
             lock.__enter__()
         try:
             yield
@@ -61,13 +67,25 @@ class Announced:
             self._say(text)
 
     @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        from threading import Timer
-
-        timer = Timer(AFTER_S, self._say, (f"waits for {what}",))
-        timer.daemon = True
-        timer.start()
+    def _waiting(self, whom: str) -> Iterator[None]:
+        with self._lock:
+            self._waited_for.append(whom)
+            if self._timer is None:
+                self._timer = Timer(AFTER_S, self._say_whom)
+                self._timer.daemon = True
+                self._timer.start()
         try:
             yield
         finally:
-            timer.cancel()
+            with self._lock:
+                self._waited_for.remove(whom)
+                if not self._waited_for and self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
+
+    def _say_whom(self) -> None:
+        with self._lock:
+            whom = self._waited_for[:NAMED_MAX]
+            more = len(self._waited_for) - len(whom)
+        if whom:
+            self._say(f"waits for {', '.join(whom)}{f' and {more} more' if more else ''}")

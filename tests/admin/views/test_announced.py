@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whom a command waits for, and what it asks."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -49,14 +50,27 @@ def _lock(backend: Backend) -> object:
 @pytest.mark.parametrize(
     ("does", "said"),
     [
-        (_ask, "waits for sys-net to answer qubes.ForwardStatus+, for at most 8 s"),
-        (_lock, "waits for another qvm-forward to finish its change"),
+        (_ask, "waits for sys-net (qubes.ForwardStatus+, at most 8 s)"),
+        (_lock, "waits for another qvm-forward, which changes something"),
     ],
 )
 def test_a_command_says_whom_it_waits_for(does: Callable[[Backend], object], said: str) -> None:
     late = Late()
     does(cast(Any, Announced(cast(Any, late), late.say, is_verbose=False)))
     assert late.said == [said]
+
+
+def test_one_line_names_all_that_are_waited_for_at_once() -> None:
+    late = Late()
+    backend = Announced(cast(Any, late), late.say, is_verbose=False)
+    asked = [f"q{number}" for number in range(5)]
+    threads = [threading.Thread(target=backend.ask, args=(qube, "s", 10, 2.0)) for qube in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(BOUND_S)
+    assert len(late.said) == 1
+    assert re.fullmatch(r"waits for q[0-4] \(s, at most 2 s\)(, .*)?( and [0-9] more)?", late.said[0])
 
 
 def test_verbose_says_what_is_asked_of_whom(forward: Command) -> None:
