@@ -28,7 +28,7 @@ def _library() -> Any:
 
 def print_document(rules: Iterable[NamedRule], tunnels: Mapping[QubeName, bool]) -> str:
     """Raises `StoreError` without PyYAML."""
-    text: str = _library().safe_dump(exchange.as_json(rules, tunnels), sort_keys=False, allow_unicode=True)
+    text: str = _library().safe_dump(exchange.as_json(rules, tunnels), sort_keys=False)
     return text
 
 

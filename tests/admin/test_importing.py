@@ -16,9 +16,11 @@ from qubes_fwd_qrexec.lab.qube import QubeClass
 Forward = Callable[..., Any]
 
 
-@pytest.mark.parametrize("form", ["line", "xml", "json", "yaml"])
+@pytest.mark.parametrize(
+    ("form", "ending"), [("line", ""), ("xml", ""), ("json", ""), ("yaml", ".yaml"), ("yaml", ".yml")]
+)
 def test_an_export_imports_into_an_empty_system_to_the_same(
-    forward: Forward, lab: LabDirectory, tmp_path: Path, form: str
+    forward: Forward, lab: LabDirectory, tmp_path: Path, form: str, ending: str
 ) -> None:
     forward(*ADD, "--comment", "<&> 'x' \"y\"  two")
     forward("add", "personal", "80-82:90-92", "--from", "any", "--internal", "--expire", "1d")
@@ -26,7 +28,7 @@ def test_an_export_imports_into_an_empty_system_to_the_same(
     before, exported = content(lab), forward("export", "--format", form).out
     for qube, name in (("work", "web"), ("personal", "tcp-80-82"), ("vault", "tcp-22")):
         forward("remove", qube, name)
-    path = tmp_path / f"export.{form}"
+    path = tmp_path / f"export{ending}"
     path.write_text(exported)
     assert forward("import", str(path)).out.startswith("Imported 3 forwards.\n")
     assert content(lab) == before

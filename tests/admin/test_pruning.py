@@ -142,3 +142,11 @@ def test_a_file_without_owner_and_path_agrees_to_no_other_netvms(forward: Comman
     changed = forward("import", "--replace", stdin=f"work web {RULE} comment=x\n").out
     assert "work web: suspended." in changed
     assert (lab.feature("work", "forward.web") or "").endswith("path=sys-firewall,sys-net comment=x")
+
+
+def test_a_file_without_owner_does_not_confirm_what_a_clone_has(forward: Command, lab: LabDirectory) -> None:
+    forward("import", stdin=FILE)
+    lab.set_feature("personal", "forward.web", lab.feature("work", "forward.web") or "")
+    changed = forward("import", "--replace", stdin=f"personal web {RULE} comment=x\n").out
+    assert "personal web: suspended." in changed
+    assert " owner=work " in (lab.feature("personal", "forward.web") or "")
