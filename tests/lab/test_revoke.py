@@ -128,6 +128,29 @@ def test_a_removed_rules_connections_end_at_once_and_those_of_others_go_on(sessi
                 new.echo()
 
 
+def test_clients_that_are_cut_end_at_once_also_after_their_rule_and_those_of_others_go_on(
+    session: LabSession,
+) -> None:
+    with Server() as server:
+        port = add(session, server, "--on-expire=drain")
+        session.start_listener("sys-net")
+        with Joined(port, server) as first, Joined(port, server) as second:
+            client = f"127.0.0.1:{first.client.getsockname()[1]}"
+            assert client in forward(session.lab, "status", "--clients")
+            assert "Cut 1 connection " in forward(session.lab, "cut", "work", "web", f"--client={client}")
+            with bounded():
+                for end in (first.client, first.far):
+                    with pytest.raises(ConnectionResetError):
+                        end.recv(1)
+            second.echo()
+            assert client not in forward(session.lab, "status", "--clients")
+            forward(session.lab, "remove", "work", "web")
+            second.echo()
+            assert "Cut 1 connection " in forward(session.lab, "cut", "work", "web")
+            with bounded(), pytest.raises(ConnectionResetError):
+                second.client.recv(1)
+
+
 @pytest.mark.parametrize("transport", ["mux", "call"])
 def test_dom0_ends_calls_though_the_exposed_qube_does_nothing(session: LabSession, transport: str) -> None:
     with Server() as server:
