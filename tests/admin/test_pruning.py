@@ -150,3 +150,11 @@ def test_a_file_without_owner_does_not_confirm_what_a_clone_has(forward: Command
     changed = forward("import", "--replace", stdin=f"personal web {RULE} comment=x\n").out
     assert "personal web: suspended." in changed
     assert " owner=work " in (lab.feature("personal", "forward.web") or "")
+
+
+def test_many_unchanged_rules_are_counted(forward: Command) -> None:
+    many = "".join(f"work r{n} action=forward srcports={n} srchosts=any\n" for n in range(1, 12))
+    forward("import", stdin=many)
+    assert "\nUnchanged: 11 forwards.\n" in forward("import", "--dry-run", stdin=many).out
+    ten = many[: many.index("work r11")]
+    assert "r10.\n" in forward("import", "--dry-run", stdin=ten).out

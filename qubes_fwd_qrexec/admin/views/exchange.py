@@ -18,6 +18,9 @@ from . import changes, reasons, steps
 from .session import Session
 from .tables import counted, escaped
 
+# More of them are only counted.
+_NAMED_MAX = 10
+
 
 def export_rules(args: Namespace, session: Session) -> int:
     """Print rules; what cannot be read is left out, and said."""
@@ -58,7 +61,10 @@ def import_rules(args: Namespace, session: Session) -> int:
     prune = Prune.ALL if args.prune_all else Prune.NAMED if args.prune else Prune.NONE
     found = import_document(system, document, args.qube, is_replacing=args.replace, prune=prune)
     after, left = changes.followed(found.changed, session), _left_open(found, document)
-    last = [f"Unchanged: {_names(found.unchanged)}."] if found.unchanged else []
+    same = found.unchanged
+    last = [f"Unchanged: {counted(len(same), 'forward') if same[_NAMED_MAX:] else _names(same)}."] * bool(
+        same
+    )
     if left:
         more = "--prune-all" if document.is_export else "--prune"
         closes = f"'qvm-forward remove QUBE NAME' closes one, and {more} removes what the file does not have"

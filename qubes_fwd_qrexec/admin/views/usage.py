@@ -45,7 +45,11 @@ _EXAMPLES = {
     "tunnel": ("qvm-forward tunnel mark sys-vpn", "qvm-forward tunnel list"),
     "resume": ("qvm-forward resume --dry-run",),
     "export": ("qvm-forward export >forwards", "qvm-forward export work --json"),
-    "import": ("qvm-forward import forwards", "qvm-forward import --qube work firewall.xml"),
+    "import": (
+        "qvm-forward import forwards",
+        "qvm-forward import forwards.yaml --replace --prune-all --dry-run",
+        "qvm-forward import --qube work firewall.xml",
+    ),
 }
 
 
