@@ -23,7 +23,6 @@ import socket
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import ForwardError, TextError
@@ -132,7 +131,7 @@ class Servers:
     def __init__(self, tell: Callable[[str], None] | None = None) -> None:
         named = os.environ.get(FILES_VARIABLE)
         self._owners = {0} if named is None else {0, os.geteuid()}
-        self._files = [Path(name) for name in (FILES if named is None else named.split(":"))]
+        self._files = FILES if named is None else tuple(named.split(":"))
         self._tell = tell
         self._told: set[str] = set()
         self._seen: list[tuple[int, ...]] = []
@@ -170,16 +169,16 @@ class Servers:
             self._told.clear()
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _stamp(path: str) -> tuple[int, ...]:
     """Another value whenever the file is another, or was changed."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError as error:
         return (error.errno or 0,)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _read(path: Path, owners: set[int]) -> Iterable[Line]:
+def _read(path: str, owners: set[int]) -> Iterable[Line]:
     """The lines of a file that say something. One about all ports, if the file cannot be read."""
     try:
         # Opening a FIFO must not block.
@@ -204,8 +203,8 @@ def _read(path: Path, owners: set[int]) -> Iterable[Line]:
             yield line if is_safe else replace(line, problem="others than root may write to this file")
 
 
-def _about_all(path: Path, problem: str) -> Line:
-    return Line(str(path), Proto.BOTH.each, _ALL_PORTS, "", problem)
+def _about_all(path: str, problem: str) -> Line:
+    return Line(path, Proto.BOTH.each, _ALL_PORTS, "", problem)
 
 
 def _at(address: IPAddress) -> ServerAddress:
