@@ -8,14 +8,14 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.cutting import TOO_OLD
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.common.clientreport import ClientReport
-from qubes_fwd_qrexec.common.report import QubeReport
 from qubes_fwd_qrexec.common.values import Proto, QubeName, address_text
 
 from . import drains
-from .listeners import Answer
+from .listeners import Answer, has_no_listener
 from .tables import Style, Table, counted, size
 from .times import amount, local
 
@@ -38,19 +38,19 @@ class Client(NamedTuple):
 
 
 class Connected(NamedTuple):
-    """Who is connected, by forwards. ``left_out`` are the qubes with more clients than they tell, and how
-    many more. ``too_old`` are qubes whose listener cannot tell.
+    """Who is connected over qrexec, by forwards. ``left_out`` are the qubes with more clients than they tell,
+    and how many more. ``unknown`` are qubes that do not tell, and why.
     """
 
     clients: tuple[Client, ...]
     left_out: Mapping[QubeName, int]
-    too_old: tuple[QubeName, ...]
+    unknown: Mapping[QubeName, str]
 
     def as_json(self) -> dict[str, Any]:
         return {
             "clients": [{"exposed": one.exposed, **one.report.as_json()} for one in self.clients],
             "clients_left_out": dict(self.left_out),
-            "clients_unknown": list(self.too_old),
+            "clients_unknown": list(self.unknown),
         }
 
     def table(self, style: Style) -> str:
@@ -62,16 +62,16 @@ class Connected(NamedTuple):
 
     def remarks(self) -> Iterator[str]:
         """What the table does not have."""
-        if not (self.clients or self.too_old):
-            yield "Nobody is connected."
+        if not (self.clients or self.unknown):
+            yield "No listener names a client."
         for (target, name, exposed, proto), some in self._of_each():
             if (more := len(some) - _SHOWN_MAX) > 0:
                 udp = f" ({proto})" if proto == Proto.UDP else ""
                 yield f"{target} {name}{udp}: {counted(more, 'client')} more at {exposed}; --json shows them."
         for qube, more in self.left_out.items():
             yield f"{qube} has {counted(more, 'client')} more than it tells: the idlest are left out."
-        for qube in self.too_old:
-            yield f"Who is connected at {qube} is unknown: it {TOO_OLD}."
+        for qube, why in self.unknown.items():
+            yield f"Who is connected at {qube} is unknown: {why}."
 
     def _of_each(self) -> Iterator[tuple[tuple[str, str, str, str], list[Client]]]:
         for where, some in groupby(self.clients, lambda client: client.where):
@@ -82,12 +82,15 @@ def connected(planned: Plan, qubes: Collection[str], answers: Mapping[QubeName, 
     """What listeners say, as far as it is about ``qubes``, or any; ``planned`` is their part of the plan."""
     clients: list[Client] = []
     left_out: dict[QubeName, int] = {}
-    too_old = []
+    unknown: dict[QubeName, str] = {}
     for exposed, answer in sorted(answers.items()):
-        if not isinstance(answer, QubeReport) or answer.listener is None:
+        if has_no_listener(answer):
+            continue
+        if isinstance(answer, AnswerError) or answer.listener is None:
+            unknown[exposed] = "no answer"
             continue
         if answer.listener.clients is None:
-            too_old.append(exposed)
+            unknown[exposed] = f"it {TOO_OLD}"
         if answer.listener.clients_left_out:
             left_out[exposed] = answer.listener.clients_left_out
         clients += (
@@ -96,7 +99,7 @@ def connected(planned: Plan, qubes: Collection[str], answers: Mapping[QubeName, 
             if not qubes or {exposed, one.target} & {*qubes} or planned.find(one.target, one.name)
         )
     # Sorting keeps the order in which a listener tells those of one forward.
-    return Connected(tuple(sorted(clients, key=lambda client: client.where)), left_out, tuple(too_old))
+    return Connected(tuple(sorted(clients, key=lambda client: client.where)), left_out, unknown)
 
 
 def _cells(client: Client, state: str) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ from .times import distance
 
 STATE = "draining"
 _TITLES = ("QUBE", "NAME", "STATE", "AT", "OPEN NOW", "CUT")
+# A qube may name as many as it likes; JSON has all.
+_SHOWN_MAX = 50
 # `list` is about the rules, and nobody waits longer for what it says besides.
 _TIMEOUT_S = 2.0
 
@@ -75,7 +77,9 @@ def table(left: Iterable[GoesOn], style: Style) -> str:
         for one in left
         if one.left_s is not None
     ]
-    return Table(_TITLES, rows, [STATE] * len(rows), leaving=("AT",)).text(style) if rows else ""
+    shown, more = rows[:_SHOWN_MAX], len(rows) - _SHOWN_MAX
+    text = Table(_TITLES, shown, [STATE] * len(shown), leaving=("AT",)).text(style) if rows else ""
+    return text if more <= 0 else f"{text}And {more} more; --json shows them.\n"
 
 
 def unknown(silent: Collection[QubeName]) -> str:

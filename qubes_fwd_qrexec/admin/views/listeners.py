@@ -179,14 +179,19 @@ def _uptake(
     return Uptake(Has.OPEN, report=report)
 
 
+def has_no_listener(answer: Answer) -> bool:
+    """Whether an answer means that no listener of ours runs there."""
+    if isinstance(answer, AnswerError):
+        return isinstance(answer, NotRunningError) or answer.status == ExitStatus.NO_SERVICE
+    return answer.listener is None
+
+
 def flows(exposed: QubeName, answer: Answer, planned: Plan) -> list[GoesOn] | None:
     """The connections that a qube has of forwards that the plan closes; None if it does not say."""
-    if isinstance(answer, AnswerError):
-        # Where no listener of ours can run there are none.
-        is_down = isinstance(answer, NotRunningError) or answer.status == ExitStatus.NO_SERVICE
-        return [] if is_down else None
-    if answer.listener is None:
+    if has_no_listener(answer):
         return []
+    if isinstance(answer, AnswerError) or answer.listener is None:
+        return None
     live = {(qube, config.key) for forward in planned.live for qube, config in forward.configs}
     found: dict[ForwardKey, tuple[int, int | None]] = {}
     for old in answer.listener.draining:

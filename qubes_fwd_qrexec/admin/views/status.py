@@ -343,6 +343,8 @@ def _remarks(found: Status) -> Iterator[str]:
         yield f"Not open: {counts}; 'qvm-forward list' says why."
     if found.clients is not None:
         yield from found.clients.remarks()
+        if found.by_nft.rows:
+            yield "Who is connected by nft is unknown: no qube tells."
     if found.silent:
         yield drains.unknown(found.silent)
     if found.due:

@@ -10,7 +10,7 @@ from answered import REPORT, listening
 from answering import Answering
 from worlds import ADD, NOW, Command
 
-from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.states import Plan
 from qubes_fwd_qrexec.admin.views.connected import connected
 from qubes_fwd_qrexec.admin.views.tables import Style
@@ -79,7 +79,7 @@ def test_nobody_is_asked_for_addresses_without_the_option(backend: Answering, ov
 
 def test_that_nobody_is_connected_is_said(backend: Answering, over: Command) -> None:
     backend.says[ASKED] = naming()
-    assert "Nobody is connected.\n" in over(backend, "status", "--clients").out
+    assert "No listener names a client.\n" in over(backend, "status", "--clients").out
 
 
 def test_a_hundred_clients_take_twenty_rows_and_the_others_are_counted(
@@ -127,8 +127,25 @@ def test_a_qube_that_is_too_old_to_tell_is_named_and_its_figures_are_shown(
         "Who is connected at sys-net is unknown: it is too old for that; update qubes-fwd-qrexec there and "
         "restart it.\n"
     ) in result
-    assert "Nobody" not in result
+    assert "names a client" not in result
     assert over(backend, "status", "--clients", "--json").json["clients_unknown"] == ["sys-net"]
+
+
+def test_a_qube_that_does_not_answer_is_named_and_a_halted_one_is_not(
+    backend: Answering, over: Command
+) -> None:
+    backend.says[ASKED] = AnswerError("x")
+    result = over(backend, "status", "--clients").out
+    assert "Who is connected at sys-net is unknown: no answer.\n" in result
+    assert "names a client" not in result
+    backend.says[ASKED] = NotRunningError("x")
+    assert "No listener names a client.\n" in over(backend, "status", "--clients").out
+
+
+def test_that_nobody_tells_who_comes_by_nft_is_said(run: Command) -> None:
+    run(*ADD)
+    assert "Who is connected by nft is unknown: no qube tells.\n" in run("status", "--clients").out
+    assert "Who is" not in run("status").out
 
 
 def test_a_narrow_terminal_keeps_who_and_for_how_long() -> None:

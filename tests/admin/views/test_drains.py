@@ -59,7 +59,18 @@ def test_what_drains_has_rows_with_its_number_and_its_time(disabled: LabDirector
 
 
 def test_a_forward_that_should_have_been_cut_does_not_drain(disabled: LabDirectory, over: Command) -> None:
-    assert "draining" not in over(asked(disabled, listening(REPORT)), "list").out
+    backend = asked(disabled, listening(REPORT))
+    assert "draining" not in over(backend, "list").out
+    assert over(backend, "list", "--json").json["draining"] == []
+
+
+def test_a_qube_that_names_a_thousand_fills_no_screen(disabled: LabDirectory, over: Command) -> None:
+    many = [replace(WEB, name=RuleName(f"a{number}")) for number in range(1000)]
+    backend = asked(disabled, draining(*many))
+    listed = over(backend, "list").out.splitlines()
+    assert len(listed) == 2 + 2 + 50 + 1
+    assert listed[-1] == "And 950 more; --json shows them."
+    assert len(over(backend, "list", "--json").json["draining"]) == 1000
 
 
 @pytest.mark.parametrize(
