@@ -65,7 +65,9 @@ def try_port(port: int) -> Trial:
         is_silent = error.status == ExitStatus.SERVER_TIMEOUT
         answer = Answer.SILENT if is_silent else Answer.REFUSED
         if place.said:
-            return Trial(answer, Refusal.ELSEWHERE, one_line(f"{error}; {place.said}"))
+            # Where a line is wrong, that is the error.
+            text = f"{error}; {place.said}" if place.addresses != frozenset() else str(error)
+            return Trial(answer, Refusal.ELSEWHERE, one_line(text))
         if not is_silent and (listens_at := _listening(Proto.TCP, port)):
             return Trial(answer, Refusal.NOT_AT_LOOPBACK, one_line(f"{error}; {listens_at}"))
         return Trial(answer, Refusal.SERVER, one_line(str(error)))
