@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import schema
 from stages import END, Played, Stage, set_netvm
 from worlds import NOW, rule
 
@@ -141,6 +142,7 @@ def test_each_rule_that_comes_goes_or_changes_is_told(stage: Stage) -> None:
 
 def test_json_has_one_object_a_line(stage: Stage) -> None:
     stage.run(lambda: set_netvm(stage.lab), is_json=True)
+    schema.check(["watch", "--json"], stage.out.getvalue())
     opened, closed = map(json.loads, stage.out.getvalue().splitlines())
     assert [step["step"] for step in opened["steps"]] == ["open-policy", "set-config"]
     assert [step["step"] for step in closed["steps"]] == ["close-policy", "revoke", "remove-config"]

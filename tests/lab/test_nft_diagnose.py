@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schema
 
 from qubes_fwd_qrexec.admin.views.cli import run
 from qubes_fwd_qrexec.admin.views.tables import Style
@@ -46,6 +47,7 @@ def forward(lab: LabDirectory, *words: str) -> Any:
     given: dict[str, Any] = {"stdin": io.StringIO(), "out": out, "err": err, "style": Style()}
     run([*words, "--json"], environ=environ, now=1_800_000_000, **given)
     assert not err.getvalue()
+    schema.check([*words, "--json"], out.getvalue())
     return json.loads(out.getvalue())
 
 

@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 
 import pytest
+import schema
 from stages import END
 from worlds import ADD, NOW, Command
 
@@ -113,6 +114,7 @@ def test_a_watch_in_json_has_one_object_a_line_with_its_time(forward: Command, s
     session = session_of(store, is_json=True)
     begun = time.time()
     watch(ALL, session, Looks(2))
+    schema.check(["status", "--watch", "--json"], printed(session)[0])
     first, second = map(json.loads, printed(session)[0].splitlines())
     assert first.keys() == second.keys() == {*forward("status", "--json").json, "time"}
     assert begun <= first["time"] <= second["time"] <= time.time()
