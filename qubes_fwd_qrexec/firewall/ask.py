@@ -6,7 +6,6 @@ it is started first, as far as dom0 lets it run in this qube at all.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,8 @@ from qubes_fwd_qrexec.common.document import REPORT_MAX_BYTES
 from qubes_fwd_qrexec.common.errors import ForwardError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
+from qubes_fwd_qrexec.system import unixsockets
 from qubes_fwd_qrexec.system.cleanstart import start_clean
-from qubes_fwd_qrexec.system.unixsockets import socket_address
 
 from .asked import ASK
 
@@ -36,18 +35,7 @@ class SilentError(ForwardError):
 
 def ask(path: Path, timeout_s: float = PATIENCE_S) -> bytes:
     """Everything that is said at a socket, within this time. Raises OSError."""
-    deadline_s = time.monotonic() + timeout_s
-    received = bytearray()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(timeout_s)
-        with socket_address(path) as address:
-            sock.connect(address)
-        while len(received) <= REPORT_MAX_BYTES:
-            if not (more := sock.recv(1 << 16)):
-                return bytes(received)
-            received += more
-            sock.settimeout(max(0.001, deadline_s - time.monotonic()))
-    raise OSError("it does not end")
+    return unixsockets.ask(path, b"", timeout_s, REPORT_MAX_BYTES)
 
 
 def answer(path: Path, start: tuple[str, ...] = _START, patience_s: float = PATIENCE_S) -> bytes:

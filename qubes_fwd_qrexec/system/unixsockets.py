@@ -3,6 +3,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,27 @@ def socket_address(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{directory_fd}/{path.name}"
     finally:
         os.close(directory_fd)
+
+
+def ask(path: Path, request: bytes, timeout_s: float, max_bytes: int) -> bytes:
+    """Send a request, and return everything that is said until the other end closes.
+
+    Raises OSError, also if that takes longer or is more.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    received = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        with socket_address(path) as address:
+            sock.connect(address)
+        if request:  # without one the answer comes at once, and the other end may be closed already
+            sock.sendall(request)
+        while len(received) <= max_bytes:
+            if not (more := sock.recv(1 << 16)):
+                return bytes(received)
+            received += more
+            sock.settimeout(max(0.001, deadline_s - time.monotonic()))
+    raise OSError("it does not end")
 
 
 def open_unix_listening(path: Path, mode: int, backlog: int) -> socket.socket:

@@ -19,7 +19,7 @@ from qubes_fwd_qrexec.common.services import CUT_SERVICE
 from qubes_fwd_qrexec.system.cleanstart import start_clean
 from qubes_fwd_qrexec.system.logs import one_line
 
-from .listenersockets import CUT, LISTENER_TIMEOUT_S, NONE_RUNS, STATUS, ask, listener_directory
+from .listenersockets import CUT, NONE_RUNS, STATUS, ask, listener_directory
 
 _OLD = "the listener was started before it could cut clients; restart it, or its qube"
 
@@ -27,7 +27,7 @@ _OLD = "the listener was started before it could cut clients; restart it, or its
 def cut(place: Path, key: ForwardKey, which: WhichClients) -> CutReport:
     """Ask the listener whose sockets are there."""
     try:
-        return CutReport.parse(ask(place / CUT, f"{key} {which}\n".encode("ascii"), LISTENER_TIMEOUT_S))
+        return CutReport.parse(ask(place / CUT, f"{key} {which}\n".encode("ascii")))
     except (FileNotFoundError, ConnectionRefusedError):
         return CutReport(0, _OLD if (place / STATUS).exists() else NONE_RUNS)
     except OSError as error:

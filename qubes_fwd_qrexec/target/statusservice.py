@@ -43,7 +43,7 @@ from qubes_fwd_qrexec.system.logs import one_line
 from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
 from .listenersockets import CLIENTS as CLIENTS_SOCKET
-from .listenersockets import LISTENER_TIMEOUT_S, NONE_RUNS, STATUS, TRY, ask, listener_directory
+from .listenersockets import NONE_RUNS, STATUS, TRY, ask, listener_directory
 from .servertrials import look_at, try_header, try_port
 
 # Where the program that opens this qube's firewall writes its `FirewallReport`.
@@ -120,7 +120,7 @@ def _try(untrusted_argument: str, place: Path) -> Trial | None:
         except ConfigError as error:
             raise TextError(untrusted_argument, "fwd.TARGET.NAME") from error
         try:
-            untrusted = ask(place / TRY, f"{untrusted_argument}\n".encode("ascii"), LISTENER_TIMEOUT_S)
+            untrusted = ask(place / TRY, f"{untrusted_argument}\n".encode("ascii"))
             return Trial.parse(untrusted)
         except (OSError, ReportError) as error:
             return Trial(Answer.FAILED, "", one_line(f"the listener does not answer: {error}"))
@@ -138,7 +138,7 @@ def _listener(sockets: Iterable[Path]) -> tuple[ListenerReport | None, str | Non
     """The listener's report, from the first of these that it has, or why there is none."""
     for path in sockets:
         try:
-            return ListenerReport.parse(ask(path, b"", LISTENER_TIMEOUT_S)), None
+            return ListenerReport.parse(ask(path)), None
         except (FileNotFoundError, ConnectionRefusedError):
             continue  # a listener that runs since before an update may lack one
         except OSError as error:

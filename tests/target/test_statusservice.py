@@ -28,7 +28,7 @@ from qubes_fwd_qrexec.common.report import (
     Trial,
 )
 from qubes_fwd_qrexec.common.values import Proto, QubeName, TargetPorts
-from qubes_fwd_qrexec.target import statusservice
+from qubes_fwd_qrexec.target import listenersockets
 from qubes_fwd_qrexec.target.callnotes import DIRECTORY_VARIABLE, Kind, left_note
 from qubes_fwd_qrexec.target.callstart import TICKS_PER_S, boot_ticks
 from qubes_fwd_qrexec.target.listenersockets import CLIENTS, LISTENER_DIRECTORY_VARIABLE, STATUS, TRY
@@ -83,13 +83,20 @@ def test_what_the_listener_says_is_passed_on(tmp_path: Path) -> None:
         assert told("", tmp_path, tmp_path).listener == REPORT
 
 
-@pytest.mark.parametrize("said", [b"", b"nonsense", b'{"version":2}', b"x" * (report.REPORT_MAX_BYTES + 1)])
+@pytest.mark.parametrize("said", [b"", b"nonsense", b'{"version":2}'])
 def test_a_listener_that_says_nonsense_is_a_problem(tmp_path: Path, said: bytes) -> None:
     with listener(tmp_path, STATUS, said):
         found = told("", tmp_path, tmp_path)
     assert found.listener is None
     assert found.listener_problem is not None
     assert found.listener_problem.startswith("the listener's answer cannot be read: ")
+
+
+def test_a_listener_that_says_too_much_is_a_problem(tmp_path: Path) -> None:
+    with listener(tmp_path, STATUS, b"x" * (report.REPORT_MAX_BYTES + 1)):
+        assert (
+            told("", tmp_path, tmp_path).listener_problem == "the listener does not answer: it does not end"
+        )
 
 
 def test_a_socket_left_by_a_dead_listener_is_no_listener(tmp_path: Path) -> None:
@@ -127,7 +134,7 @@ def test_a_listener_that_does_not_start_is_waited_for_so_long(tmp_path: Path) ->
 def test_a_listener_that_does_not_answer_is_given_up_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statusservice, "LISTENER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(listenersockets, "LISTENER_TIMEOUT_S", 0.1)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / STATUS))
         silent.listen()
