@@ -33,14 +33,14 @@ demo: $(VENV)/.installed
 	@$(VENV)/bin/qvm-forward-lab demo
 
 test: $(VENV)/.dev
-	@tools/debian-packages --optional socat nftables iproute2 tmux
+	@tools/debian-packages --optional socat nftables iproute2 tmux zsh
 	@# The first time, pytest compiles the tests once, and not in each of its processes.
 	@[ -d tests/__pycache__ ] || $(VENV)/bin/python -m pytest --quiet --collect-only >/dev/null || true
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # Of the rest no line runs otherwise with another trio.
 test-oldest-trio: $(OLDEST)/.dev
-	@tools/debian-packages --optional socat nftables iproute2 tmux
+	@tools/debian-packages --optional socat nftables iproute2 tmux zsh
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) $(or $(ARGS),$(TRIO_TESTS))
 
 check: $(VENV)/.dev

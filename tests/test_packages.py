@@ -234,6 +234,17 @@ def test_a_file_without_a_place_is_an_error(copy: Path, path: str, says: str) ->
     assert says in done.stderr
 
 
+def test_each_shell_finds_the_completion_of_both_programs() -> None:
+    bash = "usr/share/bash-completion/completions"
+    assert PART_OF[f"{bash}/qvm-forward"] == "dom0"
+    assert PART_OF[f"{bash}/qvm-forward-lab"] == "lab"
+    assert PART_OF["usr/share/zsh/vendor-completions/_qvm-forward"] == "dom0"
+    zsh = (CHECKOUT / "completions" / "_qvm-forward").read_text()
+    assert zsh.startswith("#compdef qvm-forward qvm-forward-lab\n")
+    lines = lines_of("--zsh-dir=/usr/share/zsh/site-functions", "rpm-files", "dom0")
+    assert ["/usr/share/zsh/site-functions/_qvm-forward"] in lines
+
+
 def test_a_new_file_finds_its_place_by_its_directory(copy: Path) -> None:
     places = {
         "qubes_fwd_qrexec/new.py": "vm usr/lib/python3/dist-packages/qubes_fwd_qrexec/new.py",
@@ -245,6 +256,7 @@ def test_a_new_file_finds_its_place_by_its_directory(copy: Path) -> None:
         "tmpfiles.d/new.conf": "vm usr/lib/tmpfiles.d/new.conf",
         "docs/qvm-forward-lab.schema.json": "lab usr/share/qubes-fwd-qrexec/qvm-forward-lab.schema.json",
         "docs/qvm-forward-lab-json.rst": "lab usr/share/man/man7/qvm-forward-lab-json.7",
+        "completions/_qvm-forward-lab": "lab usr/share/zsh/vendor-completions/_qvm-forward-lab",
         "docs/qvm-forward-new.rst": "dom0 usr/share/man/man1/qvm-forward-new.1",
         "docs/qubes.ForwardNew.rst": "vm usr/share/man/man8/qubes.ForwardNew.8",
     }

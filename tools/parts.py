@@ -71,7 +71,7 @@ class Item(NamedTuple):
     make: Callable[[Path], str] | None = None
 
 
-def items(python_dir: str, unit_dir: str) -> Iterator[Item]:
+def items(python_dir: str, unit_dir: str, zsh_dir: str) -> Iterator[Item]:
     """Everything that is installed. Raises `PartsError`."""
     programs = dict(_programs())
     yield from _modules(python_dir)
@@ -88,8 +88,7 @@ def items(python_dir: str, unit_dir: str) -> Iterator[Item]:
         part = _part_of_name(file.name.removesuffix(".schema.json"), programs)
         yield _copy(part, file, f"usr/share/qubes-fwd-qrexec/{file.name}")
     for file in _files("completions"):
-        part = _part_of_name(file.stem, programs)
-        yield _copy(part, file, f"usr/share/bash-completion/completions/{file.stem}")
+        yield from _completion(file, _part_of_name(file.stem.removeprefix("_"), programs), zsh_dir)
     for file in _files("systemd"):
         yield _unit(file, unit_dir)
     for file in _files("tmpfiles.d"):
@@ -150,6 +149,16 @@ def _unit(file: Path, unit_dir: str) -> Item:
     if file.suffix in UNIT_KINDS:
         return _copy(part, file, f"{unit_dir}/{file.name}")
     raise PartsError(f"{_relative(file)} is neither a unit nor a preset")
+
+
+def _completion(file: Path, part: str, zsh_dir: str) -> Iterator[Item]:
+    """zsh reads all files that begin with ``_``. bash reads that of the program, so the lab has a copy."""
+    if file.name.startswith("_"):
+        yield _copy(part, file, f"{zsh_dir}/{file.name}")
+        return
+    place = f"usr/share/bash-completion/completions/{file.stem}"
+    yield _copy(part, file, place)
+    yield _copy("lab", file, f"{place}-lab")
 
 
 def _files(directory: str) -> list[Path]:
@@ -239,6 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Which file belongs to which package.")
     parser.add_argument("--python-dir", default="usr/lib/python3/dist-packages")
     parser.add_argument("--unit-dir", default="usr/lib/systemd/system")
+    parser.add_argument("--zsh-dir", default="usr/share/zsh/vendor-completions")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list")
     listing.add_argument("part", nargs="?", choices=list(NEEDS))
@@ -251,7 +261,7 @@ def main() -> int:
     arguments = parser.parse_args()
     python_dir, unit_dir = arguments.python_dir.strip("/"), arguments.unit_dir.strip("/")
     try:
-        found = list(items(python_dir, unit_dir))
+        found = list(items(python_dir, unit_dir, arguments.zsh_dir.strip("/")))
         if arguments.command == "rpm-files":
             print(*rpm_lines(arguments.part, found, python_dir, unit_dir), sep="\n")
             return 0

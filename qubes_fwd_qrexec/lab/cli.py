@@ -63,6 +63,8 @@ _TOOLS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["__complete"]:
+        return _complete(words[1:])
     arguments = _parser(_command(words)).parse_args(words)
     try:
         # What `run` becomes has the signals to itself.
@@ -91,6 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(text: str) -> None:
     with suppress(OSError):  # the terminal may be closed
         print(f"qvm-forward-lab: {text}", file=sys.stderr, flush=True)
+
+
+def _complete(words: Sequence[str]) -> int:
+    from qubes_fwd_qrexec.admin.views.complete import candidates
+
+    from .fitting import LabFitting
+
+    lab = os.environ.get(_LAB_VARIABLE)
+    for word in candidates(_parser(_command(words[:-1])), words, lambda line: LabFitting(line, lab)):
+        print(word)
+    return 0
 
 
 def _command(words: Sequence[str]) -> str | None:

@@ -52,9 +52,9 @@ def run(
     for what argparse settles itself: usage errors, --help and --version.
     """
     if argv[:1] == ["__complete"]:
-        from . import complete
+        from . import fitting
 
-        found = complete.candidates(parser.build(), argv[1:], environ)
+        found = fitting.complete(argv[1:], environ, now)
         out.write("".join(f"{word}\n" for word in found))
         return 0
     args = parser.parse(argv)

@@ -1,107 +1,136 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the shell may offer next, for completions/qvm-forward.bash: words in, candidates out.
+"""What the shell may offer next, for the files in completions/: words in, candidates out.
 
-The line is half typed: nothing here complains, and where nothing fits nothing is offered.
+The line is half typed: nothing here complains, and where nothing fits nothing is offered. What stands in
+capitals in the help is to be filled in, and who knows the system says with what. The parser knows the rest.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-from qubes_fwd_qrexec.admin.inventory import ADMIN, TEMPLATE, TUNNEL_FEATURE
-from qubes_fwd_qrexec.admin.snapshot import names_at, read_rules
-from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.rules import ForwardRule, ForwardType
+# The only candidate where the shell knows better: it offers its files then.
+FILE, DIRECTORY = ":file", ":directory"
+_PATHS = {"FILE": FILE, "DIR": DIRECTORY, "-- PROGRAM ARGS": FILE}
 
-from .locate import open_backend
-from .parser import commands_of
 
-_YES_NO = "yes|no"
-# By the names of options in a rule. Those of `add` say in their help what their values are, but for these.
-_VALUES = {"srchosts": "SOURCE", "expire": "8h|1d|never", "name": ""}
-# Options of a rule that `add` lacks, or has under another name.
-_RULE_VALUES = {"enabled": _YES_NO, "forwardtype": "|".join(ForwardType), "srchosts": "SOURCE"}
+class Line(NamedTuple):
+    """What stands before the word that is to be completed.
+
+    ``given`` are the command's arguments, ``options`` the options and their values by their ``dest``, and
+    ``asked`` is the option whose value comes next.
+    """
+
+    command: str
+    given: Sequence[str]
+    options: Mapping[str, str]
+    asked: argparse.Action | None
+
+
+class Blank(NamedTuple):
+    """What is to be filled in: ``kind`` is its name in the help, ``option`` the option that it is a value of;
+    ``start`` is what of the value has been typed."""
+
+    kind: str
+    option: str
+    start: str
+
+    @property
+    def words(self) -> list[str]:
+        """The values that the help has for it."""
+        return [] if self.kind == self.kind.upper() else self.kind.split("|")
+
+
+class Fitting(Protocol):
+    """Who knows what fits a line."""
+
+    def found(self, blank: Blank) -> Iterable[str]:
+        """What may be filled in, or the words of the blank. It need not begin with ``start``."""
+
+    def is_offered(self, option: argparse.Action) -> bool:
+        """Whether the option is of use there."""
 
 
 def candidates(
-    parser: argparse.ArgumentParser, words: Sequence[str], environ: Mapping[str, str]
+    parser: argparse.ArgumentParser,
+    words: Sequence[str],
+    fitting: Callable[[Line], Fitting],
 ) -> list[str]:
-    """All continuations of the last of ``words``, the ones before it being complete."""
+    """All continuations of the last of ``words``, the ones before it being complete; or FILE or DIRECTORY."""
     *before, current = words or [""]
-    commands = commands_of(parser)
-    command, lab, asked, given = "", None, None, []
+    line = _read(parser, before)
+    here = _commands(parser).get(line.command, parser)
+    options = here._option_string_actions
+    name, equals, _ = current.partition("=")
+    start = f"{name}=" if equals else ""
+    if line.asked is not None:
+        start, blank = "", Blank(_kind(line.asked), line.asked.dest, current)
+    elif name in options and equals:
+        blank = Blank(_kind(options[name]), options[name].dest, current.removeprefix(start))
+    elif current.startswith("-"):
+        # Nothing is said twice; of two names of an option the long one is offered.
+        rest = [option for option in dict.fromkeys(options.values()) if option.dest not in line.options]
+        fits = fitting(line)
+        names = [option.option_strings[-1] for option in rest if fits.is_offered(option)]
+        return sorted(name for name in names if name.startswith(current))
+    elif not line.command:
+        names = [name for name, each in _commands(parser).items() if _full_name(name, each) == name]
+        return sorted(name for name in names if name.startswith(current))
+    else:
+        start, blank = "", Blank(_argument(here, len(line.given)), "", current)
+    if blank.kind in _PATHS:
+        return [_PATHS[blank.kind]] if not start else []
+    found = fitting(line).found(blank)
+    return sorted(word for value in found if (word := f"{start}{value}").startswith(current))
+
+
+def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    return {}
+
+
+def _full_name(name: str, command: argparse.ArgumentParser) -> str:
+    """The command's own name, of which this may be a short form."""
+    return command.get_default("command") or name
+
+
+def _read(parser: argparse.ArgumentParser, before: Iterable[str]) -> Line:
+    commands, here = _commands(parser), parser
+    command, asked = "", None
+    given: list[str] = []
+    options: dict[str, str] = {}
     for word in before:
+        name, equals, value = word.partition("=")
+        option = here._option_string_actions.get(name)
         if asked is not None:
-            lab, asked = (word if asked.dest == "lab" else lab), None
-        elif word.startswith("--lab="):
-            lab = word.removeprefix("--lab=")
-        elif word.startswith("-"):
-            option = commands.get(command, parser)._option_string_actions.get(word)
-            asked = option if option is not None and option.nargs != 0 else None
-        elif command:
+            options[asked.dest], asked = word, None
+        elif option is not None and equals:
+            options[option.dest] = value
+        elif option is not None and option.nargs == 0:
+            options[option.dest] = str(option.const)
+        elif option is not None:
+            asked = option
+        elif command and not word.startswith("-"):
             given.append(word)
         elif word in commands:
-            command = word
-    options = commands.get(command, parser)._option_string_actions
-    prefix, equals, _ = current.rpartition("=")
-    kind = _argument(commands.get(command, parser), len(given))
-    if asked is not None:
-        kind = _values(asked)
-    elif current.startswith("-"):
-        names = "|".join(name for name in options if name.startswith("--"))
-        kind = _values(options.get(prefix)) if equals else names
-    elif not command:
-        kind = "|".join(commands)
-    elif kind == "OPTION=VALUE" and equals:
-        kind = _RULE_VALUES.get(prefix) or _values(commands["add"]._option_string_actions.get(f"--{prefix}"))
-    # What stands in capitals in the help is to be filled in.
-    is_word = kind != kind.upper()
-    found = kind.split("|") if is_word else _there_are(kind, command, given, lab, environ)
-    return sorted(word for value in found if (word := f"{prefix}{equals}{value}").startswith(current))
+            here = commands[word]
+            command = _full_name(word, here)
+    return Line(command, given, options, asked)
+
+
+def _kind(argument: argparse.Action) -> str:
+    return (
+        "|".join(argument.choices)
+        if argument.choices is not None
+        else str(argument.metavar or argument.dest.upper())
+    )
 
 
 def _argument(parser: argparse.ArgumentParser, number: int) -> str:
     """What the help calls the argument with that number, counted from 0; empty if there is none."""
     arguments = [action for action in parser._actions if not action.option_strings]
-    kinds = [str(action.metavar) for action in arguments]
-    if "NAME" in kinds:
-        kinds[0] = "TARGET"
-    if arguments and arguments[-1].nargs in ("*", "+"):
-        number = min(number, len(kinds) - 1)
-    return kinds[number] if number < len(kinds) else ""
-
-
-def _values(option: argparse.Action | None) -> str:
-    """What may stand after an option; of one without a value, what a rule's line has for it."""
-    if option is None:
-        return ""
-    if option.choices is not None:
-        return "|".join(option.choices)
-    if option.nargs == 0:
-        return _YES_NO
-    return _VALUES.get(option.dest, str(option.metavar))
-
-
-def _there_are(
-    kind: str, command: str, given: Sequence[str], lab: str | None, environ: Mapping[str, str]
-) -> Sequence[str]:
-    """The qubes and rules that there are; none where they cannot be read."""
-    if kind == "OPTION=VALUE":
-        return [f"{option}=" for option in ForwardRule.option_names()]
-    if kind not in ("QUBE", "TARGET", "NAME", "SOURCE"):
-        return ()
-    try:
-        inventory = open_backend(lab, environ).inventory()
-    except ForwardError:
-        return ()
-    qubes = inventory.qubes.values()
-    if kind == "TARGET":
-        return sorted({str(qube) for qube, _ in read_rules(inventory)})
-    if kind == "SOURCE":
-        return ["any", *(qube.name for qube in qubes if qube.netvm is not None)]
-    if kind == "NAME":
-        return names_at(read_rules(inventory), given[0])
-    if command != "tunnel":
-        return [qube.name for qube in qubes if qube.klass not in (ADMIN, TEMPLATE)]
-    if given[0] == "mark":
-        return [q.name for q in qubes if q.provides_network and not q.features.get(TUNNEL_FEATURE)]
-    return [q.name for q in qubes if q.features.get(TUNNEL_FEATURE) and given[0] == "unmark"]
+    if arguments and arguments[-1].nargs in ("*", "+", argparse.REMAINDER):
+        number = min(number, len(arguments) - 1)
+    return _kind(arguments[number]) if number < len(arguments) else ""

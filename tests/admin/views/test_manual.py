@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The manual and the completion know every command and option that there is."""
+"""The manual knows every command and option that there is."""
 
 import argparse
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from worlds import Command
 
-from qubes_fwd_qrexec.admin.views import cli, complete, parser
+from qubes_fwd_qrexec.admin.views import cli, parser
 from qubes_fwd_qrexec.common.errors import RuleError
 from qubes_fwd_qrexec.common.rules import ForwardRule
-from qubes_fwd_qrexec.lab.directory import LabDirectory
 
 ROOT = Path(__file__).parents[3]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("qvm-forward*.rst")}
@@ -76,115 +71,6 @@ def test_every_command_and_option_has_help() -> None:
         assert isinstance(command.format_help(), str)
         for action in command._actions:
             assert action.help or (action.metavar and not action.option_strings), action
-
-
-@pytest.fixture
-def system(forward: Command, lab: LabDirectory) -> LabDirectory:
-    forward("add", "work", "80", "--from", "any", "--name", "web")
-    forward("add", "personal", "81", "--from", "any")
-    lab.set_feature("vault", "forward.bad", "x")
-    lab.set_feature("sys-firewall", "forward.tunnel", "1")
-    return lab
-
-
-QUBES = ["personal", "sys-firewall", "sys-net", "sys-vpn", "untrusted", "vault", "work"]
-LINES = [
-    ([""], sorted(COMMANDS)),
-    (["re"], ["remove", "resume"]),
-    (["--l"], ["--lab"]),
-    (["--lab", ""], []),
-    (["add", ""], QUBES),
-    (["add", "work", ""], []),
-    (["add", "work", "80", "--m"], ["--mode"]),
-    (["add", "work", "80", "--mode", ""], ["auto", "nft", "qrexec"]),
-    (["add", "work", "80", "--from", "a"], ["any"]),
-    (["add", "work", "80", "--from", "w"], ["work"]),
-    (["set", "work", "web", "srchosts=p"], ["srchosts=personal"]),
-    (["add", "work", "80", "--comment", ""], []),
-    (["add", "work", "80", "--via", "sys-n"], ["sys-net"]),
-    (["add", "--autostart", "wor"], ["work"]),
-    (["list", "work", "va"], ["vault"]),
-    (["status", "va"], ["vault"]),
-    (["panic", ""], []),
-    (["resume", ""], []),
-    (["resume", "--d"], ["--dry-run"]),
-    (["tunnel", ""], ["list", "mark", "unmark"]),
-    (["tunnel", "mark", ""], ["sys-net", "sys-vpn"]),
-    (["tunnel", "unmark", ""], ["sys-firewall"]),
-    (["tunnel", "list", ""], []),
-    (["tunnel", "mark", "sys-net", ""], []),
-    (["show", ""], ["personal", "vault", "work"]),
-    (["show", "work", ""], ["web"]),
-    (["show", "work", "web", ""], []),
-    (["diagnose", ""], ["personal", "vault", "work"]),
-    (["diagnose", "work", ""], ["web"]),
-    (["diagnose", "work", "web", ""], []),
-    (["remove", "vault", ""], ["bad"]),
-    (["remove", "work", "web", ""], ["web"]),
-    (["set", "work", "web", "exp"], ["expire="]),
-    (["set", "work", "web", "mode="], ["mode=auto", "mode=nft", "mode=qrexec"]),
-    (["set", "work", "web", "on-expire=d"], ["on-expire=drain"]),
-    (["set", "work", "web", "follow-netvm="], ["follow-netvm=no", "follow-netvm=yes"]),
-    (["set", "work", "web", "via=sys-n"], ["via=sys-net"]),
-    (["set", "work", "web", "comment="], []),
-    (["add", "work", "80", "--mode=q"], ["--mode=qrexec"]),
-    (["add", "work", "80", "--via=sys-n"], ["--via=sys-net"]),
-    (["add", "work", "80", "--nonsense="], []),
-    (["export", "--format=j"], ["--format=json"]),
-    (["export", "--format", ""], ["json", "line", "xml", "yaml"]),
-    (["import", ""], []),
-    (["nonsense", ""], sorted(COMMANDS)),
-    ([], sorted(COMMANDS)),
-]
-
-
-def test_candidates(system: LabDirectory) -> None:
-    whole, environ = parser.build(), {"QVM_FORWARD_LAB": str(system.root)}
-    for words, offered in LINES:
-        found = complete.candidates(whole, words, environ)
-        assert [word for word in found if word != "-h"] == offered, words
-
-
-def test_candidates_are_those_of_the_lab_on_the_line(system: LabDirectory) -> None:
-    for lab in (["--lab", str(system.root)], [f"--lab={system.root}"]):
-        assert complete.candidates(parser.build(), [*lab, "show", "w"], {}) == ["work"]
-    assert complete.candidates(parser.build(), ["--lab", "/nowhere", "show", ""], {}) == []
-    assert complete.candidates(parser.build(), ["--lab", "/nowhere", "show", "work", ""], {}) == []
-    assert complete.candidates(parser.build(), ["--lab", "/nowhere", "tunnel", "mark", ""], {}) == []
-
-
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("qvm-forward rem", ["remove"]),
-        ("qvm-forward set work web mode=q", ["qrexec"]),
-        ("qvm-forward show ", ["personal", "vault", "work"]),
-        ("qvm-forward remove work ", ["web"]),
-        ("qvm-forward add work 80 --mode ", ["auto", "nft", "qrexec"]),
-        ("qvm-forward set work web on-", ["on-expire="]),
-        ("qvm-forward set work web expire=", ["1d", "8h", "never"]),
-    ],
-)
-def test_bash_offers_the_same(system: LabDirectory, tmp_path: Path, line: str, offered: list[str]) -> None:
-    program = tmp_path / "qvm-forward"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qubes_fwd_qrexec.admin.views.cli "$@"\n')
-    program.chmod(0o755)
-    script = (
-        f". {ROOT}/completions/qvm-forward.bash\n"
-        "COMP_LINE=$1 COMP_POINT=${#1}\n"
-        '_qvm_forward; printf "%s\\n" "${COMPREPLY[@]}"\n'
-    )
-    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "--norc", "-c", script, "bash", line],
-        env=environ | {"QVM_FORWARD_LAB": str(system.root)},
-        text=True,
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == offered
 
 
 def test_the_parsers_are_what_argparse_makes() -> None:
