@@ -22,6 +22,7 @@ from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 
 from . import carried
+from .times import amount
 
 Key = tuple[QubeName, RuleName]
 """Target and name of a rule."""
@@ -101,7 +102,8 @@ class GoesOn(NamedTuple):
             return f"{self.exposed} does not say whether it has connections {over}"
         what = f"{self.target} {self.name}: {self.counted}"
         if self.left_s is not None:
-            return f"{what} at {self.exposed} may go on for at most {self.left_s} s"
+            now = f"'qvm-forward cut {self.target} {self.name}' ends that now"
+            return f"{what} at {self.exposed} may go on for at most {amount(self.left_s)}; {now}"
         if self.service is not Service.CONNECT_TCP:
             over = "over a call that another forward needs, so that dom0 cannot end it"
         elif self.proto is Proto.UDP:

@@ -46,6 +46,7 @@ WORLD = world(qube("sys-net", features=OURS, provides_network=True))
 STOCK = rule("srcports=22", target="personal", name="ssh")
 WEB = ("work", "web")
 KEY = (QubeName("work"), RuleName("web"))
+CUTS = "'qvm-forward cut personal ssh' ends that now"
 SILENT = AnswerError("it does not answer")
 
 
@@ -219,8 +220,8 @@ def test_flows_of_udp_are_told_from_connections() -> None:
     said = answer(replace(UDP, connections=5), report(connections=4), draining=drains)
     found = flows(SYS_NET, said, plan([rule()], UDP_WORLD, NOW))
     assert [str(each) for each in found or ()] == [
-        "personal ssh: 2 UDP flows at sys-net may go on for at most 3000 s",
-        "personal ssh: 1 connection at sys-net may go on for at most 3000 s",
+        f"personal ssh: 2 UDP flows at sys-net may go on for at most 50 min; {CUTS}",
+        f"personal ssh: 1 connection at sys-net may go on for at most 50 min; {CUTS}",
         "work web: 5 UDP flows that should have ended at sys-net",
     ]
     assert (
@@ -312,7 +313,10 @@ def test_several_drains_of_a_forward_are_one_and_what_is_live_is_none() -> None:
             GoesOn(PERSONAL, SSH, SYS_NET, 3),
             "3 connections over qubes.ConnectTCP, which dom0 cannot end at sys-net",
         ),
-        (GoesOn(PERSONAL, SSH, SYS_NET, 1, 3000), "1 connection at sys-net may go on for at most 3000 s"),
+        (
+            GoesOn(PERSONAL, SSH, SYS_NET, 1, 3000),
+            f"1 connection at sys-net may go on for at most 50 min; {CUTS}",
+        ),
         (
             GoesOn(PERSONAL, SSH, SYS_NET, None),
             "connections over qubes.ConnectTCP, which dom0 cannot end; sys-net does not say",
