@@ -8,7 +8,8 @@ the same, and its document also has who is connected.
 forward on a line, sends a connection through that forward and returns the result (`Trial`).
 
 These are open to every user of this qube, as the service that dom0 calls does not run as the listener's user.
-They show figures and addresses, which the kernel shows everybody too, and carry no data of connections.
+They show figures and the addresses of clients, which the kernel shows everybody for TCP alone, and carry no
+data of connections.
 
 ``cut.sock`` is for root: it takes the key of a forward and which of its clients on a line (`WhichClients`),
 cuts these and returns how many there were (`CutReport`).

@@ -130,14 +130,20 @@ async def accept_until_closed(
 def peer_of(connection: socket.socket) -> Binding | None:
     """The address, IPv4 as IPv4, and port of the other end; None if the peer is gone.
 
-    A link-local address has its zone.
+    A link-local address has its zone, unless that is the name of an interface with a ``%`` in it.
     """
     try:
         host, port = connection.getpeername()[:2]
     except OSError:
         return None
-    address = ip_address(host)
-    return address if "%" in host else unmapped(address), port
+    return address_of(host), port
+
+
+def address_of(host: str) -> IPAddress:
+    """An address as the socket module has it, IPv4 as IPv4."""
+    address, _, zone = host.partition("%")
+    # ipaddress knows no zone with a % in it, and an interface may have such a name.
+    return unmapped(ip_address(address)) if not zone or "%" in zone else ip_address(host)
 
 
 def close_listening(listening: socket.socket, *, is_shared: bool = False) -> None:

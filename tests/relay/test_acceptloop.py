@@ -18,6 +18,7 @@ from qubes_fwd_qrexec.relay import acceptloop
 from qubes_fwd_qrexec.relay.acceptloop import (
     BindError,
     accept_until_closed,
+    address_of,
     close_listening,
     open_listening,
     peer_of,
@@ -306,3 +307,17 @@ def test_a_peer_in_mapped_form_counts_as_ipv4() -> None:
             near, _ = both.accept()
             with near:
                 assert peer_of(near) == (IPv4Address("127.0.0.1"), far.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8::7", "2001:db8::7"),
+        ("fe80::7%eth0", "fe80::7%eth0"),
+        ("fe80::7%eth%d", "fe80::7"),
+    ],
+)
+def test_any_address_that_a_client_has_is_read(host: str, address: str) -> None:
+    assert str(address_of(host)) == address
