@@ -57,7 +57,7 @@ LINES = [
     ),
     ("qvm-forward show a-f", ["show", "a-f"]),
     ("qvm-forward import a-f", ["import", "a-file"]),
-    ("qvm-forward --lab a-d", ["--lab", "a-directory"]),
+    ("qvm-forward --lab=a-d", ["--lab=a-directory"]),
     ("qvm-forward-lab prefs work netvm sys-f", ["prefs", "work", "netvm", "sys-firewall"]),
     ("qvm-forward-lab run work -- a-f", ["run", "work", "--", "a-file"]),
 ]

@@ -79,7 +79,7 @@ def candidates(
     else:
         start, blank = "", Blank(_argument(here, len(line.given)), "", current)
     if blank.kind in _PATHS:
-        return [_PATHS[blank.kind]] if not start else []
+        return [_PATHS[blank.kind]]
     found = fitting(line).found(blank)
     return sorted(word for value in found if (word := f"{start}{value}").startswith(current))
 

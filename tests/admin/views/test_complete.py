@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         ("sn", []),  # a short form is understood, and not offered beside the full one
         ("-", ["--lab"]),
         ("--lab ", [":directory"]),
+        ("--lab=x", [":directory"]),
         ("--lab x s", ["send"]),
         ("send ", ["down", "up"]),
         ("snd u", ["up"]),
