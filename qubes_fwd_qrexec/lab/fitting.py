@@ -68,7 +68,7 @@ class LabFitting:
     def _found(self, blank: Blank) -> Iterable[str]:
         command, given = self._line.command, self._line.given
         if blank.option == "template":
-            return self._templates()
+            return self._templates(self._line.options.get("klass", QubeClass.APP))
         if blank.kind == "CLASS":
             return set(QubeClass) - {QubeClass.ADMIN}
         if blank.kind == "NAME" and command == "knob":
@@ -87,7 +87,7 @@ class LabFitting:
         if blank.kind == "TAG":
             tags = self._lab.qube(given[0]).tags if given[1:2] == ["del"] else ()
             return [tag for tag in tags if tag not in given]
-        return self._values(given[1]) if blank.kind == "VALUE" and command == "prefs" else ()
+        return self._values(*given) if blank.kind == "VALUE" and command == "prefs" else ()
 
     def _features(self, qube: str) -> Iterable[str]:
         features = self._lab.features(qube)
@@ -96,14 +96,15 @@ class LabFitting:
         known = {*features, LISTENER_FEATURE, NFT_FEATURE}
         return [name.removeprefix(_SERVICE) for name in known if name.startswith(_SERVICE)]
 
-    def _values(self, key: str) -> Iterable[str]:
+    def _values(self, qube: str, key: str) -> Iterable[str]:
         if key == "netvm":
             return [qube.name for qube in self._qubes if qube.provides_network]
         if key == "template":
-            return self._templates()
+            return self._templates(self._lab.qube(qube).klass)
         return ("True", "False") if key.replace("-", "_") in _BOOLEANS else ()
 
-    def _templates(self) -> Iterable[str]:
-        return [
-            qube.name for qube in self._qubes if qube.klass is QubeClass.TEMPLATE or qube.template_for_dispvms
-        ]
+    def _templates(self, klass: str) -> Iterable[str]:
+        """From what a qube of that class can be made."""
+        if klass == QubeClass.DISPOSABLE:
+            return [qube.name for qube in self._qubes if qube.template_for_dispvms]
+        return [qube.name for qube in self._qubes if qube.klass is QubeClass.TEMPLATE]

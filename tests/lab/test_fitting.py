@@ -44,6 +44,8 @@ LINES = [
     ("tags work del one ", ["two"]),
     ("create --class D", ["DispVM"]),
     ("create --template=f", ["--template=fedora-42"]),
+    ("create --class DispVM --template ", ["vault"]),
+    ("create --class=AppVM --template ", TEMPLATES),
     ("create ", []),
     ("clone wor", ["work"]),
     ("clone work ", []),
@@ -57,10 +59,10 @@ LINES = [
 
 @pytest.fixture
 def lab(tmp_path: Path) -> LabDirectory:
-    """``work`` is halted, and has a service and two tags."""
+    """``work`` is halted, and has a service and two tags; disposables can be made from ``vault``."""
     made = create_lab(tmp_path / "lab")
     made.set_feature("work", "service.mine", "")
-    for words in ("shutdown work", "tags work add one two"):
+    for words in ("shutdown work", "tags work add one two", "prefs vault template_for_dispvms True"):
         assert cli.main(["--lab", str(made.root), *words.split(" ")]) == 0
     return made
 
