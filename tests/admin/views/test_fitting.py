@@ -113,6 +113,8 @@ LINES = [
     ("set personal wiki srchosts+=a", []),
     ("set personal wiki --int", []),
     ("set work web --int", ["--internal"]),
+    ("set work shut --disa", []),
+    ("set work web --disa", ["--disabled"]),
     ("set work web srchosts-=10.0.0.0/8,1", ["srchosts-=10.0.0.0/8,192.168.0.0/16"]),
     ("set personal wiki srchosts=work,u", ["srchosts=work,untrusted"]),
     ("set work web mode=", ["mode=auto", "mode=qrexec"]),
