@@ -60,7 +60,7 @@ REFUSED = [
     (TWO, "expire+=3600", "option 'expire+': the rule has no end; expire=TIME gives it one"),
     (f"{TWO} expire={NOW}", "expire+=999999999999", "option 'expire+': "),
     (TWO, "limits+=rate:5", "option 'limits+': unknown option"),
-    (TWO, "srchost=10.0.0.0/8", "option 'srchost': unknown option; known are action, mode,"),
+    (TWO, "srchost=10.0.0.0/8", "option 'srchost': unknown option; did you mean 'srchosts'?"),
     (TWO, "comment-=", "option 'comment-': unknown option"),
 ]
 
