@@ -29,6 +29,8 @@ _NAMES_MAX = 20
 
 def cut(args: Namespace, session: Session) -> int:
     """Cut clients where they are connected; exit status 1 if nobody was, or somebody may still be."""
+    if args.client == "":  # such as a variable of a script that is not set
+        raise UsageError("--client: an address is missing; without --client, all are cut")
     try:
         which = WhichClients.parse(args.client or "")
     except TextError as error:

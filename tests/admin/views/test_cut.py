@@ -155,6 +155,14 @@ def test_nobody_to_cut_is_said_and_fails(backend: Answering, over: Command) -> N
     assert (told.status, told.json["cut"]) == (1, 0)
 
 
+def test_an_empty_address_cuts_nobody(backend: Answering, over: Command) -> None:
+    """A script may have a variable that is not set."""
+    result = over(backend, "cut", "work", "web", "--client", "")
+    assert (result.status, result.out) == (2, "")
+    assert result.err == "qvm-forward cut: --client: an address is missing; without --client, all are cut\n"
+    assert cuts(backend) == []
+
+
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
