@@ -64,7 +64,8 @@ def run(
     try:
         system = backend or locate.open_backend(args.lab, environ)
         session = sessions.Session(system, now, environ, stdin, out, err, style, args.json, set(), args.quiet)
-        if args.verbose or err.isatty():
+        # A look of status --watch comes again soon, and a line below it would scroll the screen.
+        if args.verbose or (err.isatty() and not getattr(args, "watch", False)):
             from .announced import Announced
 
             announced = Announced(system, session.warn, is_verbose=args.verbose)

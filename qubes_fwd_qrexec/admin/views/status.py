@@ -240,13 +240,14 @@ def _screen(found: Status, session: Session) -> str:
     """The status in place of what the terminal shows, in the size that it has now: what is too much for its
     lines is left out, and counted."""
     terminal = terminal_size(session.out, session.environ)
-    if terminal is None:
+    if terminal is None or 0 in terminal:  # one that nobody has told its size
         return text(found, session.style)
-    lines = text(found, session.style._replace(width=terminal.columns)).splitlines()
+    style = session.style._replace(width=terminal.columns)
+    lines, plain = (text(found, each).splitlines() for each in (style, Style(terminal.columns)))
     # A line is left for a warning, and one for the cursor; what is wider than the terminal takes several.
     room, shown = terminal.lines - 2, list[str]()
     for number, line in enumerate(lines):
-        room -= max(1, -(-len(line) // terminal.columns))
+        room -= max(1, -(-len(plain[number]) // terminal.columns))
         if room < (1 if number + 1 < len(lines) else 0):
             shown.append(f"... {counted(len(lines) - number, 'more line')}; 'qvm-forward status' shows all")
             break

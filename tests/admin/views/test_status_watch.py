@@ -6,16 +6,21 @@ import json
 import os
 import re
 import termios
+import threading
 import time
 from argparse import Namespace
+from threading import Timer
+from typing import Any
 
 import pytest
 import schema
+from answering import LACKS, Answering
 from stages import END
 from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
+from qubes_fwd_qrexec.admin.views.cli import run
 from qubes_fwd_qrexec.admin.views.session import Session
 from qubes_fwd_qrexec.admin.views.status import (
     WATCH_S,
@@ -107,6 +112,48 @@ def test_a_watch_has_the_size_that_the_terminal_has_at_each_look(forward: Comman
     assert len(lines) == 6
     assert max(map(len, lines)) <= 60
     assert re.fullmatch(r"\.\.\. [0-9]+ more lines; 'qvm-forward status' shows all", lines[-1])
+
+
+def test_a_terminal_without_a_size_gets_all_of_it(forward: Command, store: Backend) -> None:
+    forward(*ADD)
+    for size in [(0, 0), (0, 24), (80, 0)]:
+        with Terminal(*size) as terminal:
+            watch(ALL, session_of(store)._replace(out=terminal), Looks(1))
+            assert terminal.getvalue().startswith("QUBE  NAME")
+
+
+@pytest.mark.parametrize("is_watch", [False, True])
+def test_whom_a_watch_waits_for_is_not_said_below_what_it_shows(lab: LabDirectory, is_watch: bool) -> None:
+    announcing = []
+
+    class Asked(Answering):
+        def ask(self, *_: Any, **__: Any) -> bytes:
+            announcing.append(any(isinstance(thread, Timer) for thread in threading.enumerate()))
+            if is_watch:
+                END()
+            raise LACKS
+
+    store, argv = Asked(lab, {}), ["status", *["--watch"] * is_watch]
+    with Terminal(80, 24) as err:
+        more: Any = {"environ": {}, "stdin": io.StringIO(), "out": io.StringIO(), "err": err, "style": PLAIN}
+        run(argv, now=NOW, backend=store, **more)
+    assert announcing
+    assert any(announcing) is not is_watch
+
+
+def test_colours_take_no_room(forward: Command, store: Backend) -> None:
+    for port in range(80, 84):
+        forward("add", "work", str(port), "--from", "192.168.0.0/16")
+    lines = forward("status").out.splitlines()
+    size = max(map(len, lines)), len(lines) + 2
+    shown = []
+    for style in (Style(), Style(has_colour=True)):
+        with Terminal(*size) as terminal:
+            watch(ALL, session_of(store, style)._replace(out=terminal), Looks(1))
+            shown.append(terminal.getvalue())
+    assert "\x1b[3" in shown[1]
+    assert re.sub(r"\x1b\[[0-9]+m", "", shown[1]) == shown[0]
+    assert "more line" not in shown[0]
 
 
 def test_a_watch_in_json_has_one_object_a_line_with_its_time(forward: Command, store: Backend) -> None:
