@@ -340,7 +340,8 @@ class FirewallReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QubeReport:
-    """A qube's complete answer. ``listener`` is None if none runs, ``trial`` if none was asked for.
+    """A qube's complete answer. ``listener`` is None if none runs, or if it does not answer, which
+    ``listener_problem`` says; ``trial`` is None if none was asked for.
 
     ``bugs``: how many the qube's service, as a target, has met since the qube started.
     """

@@ -43,7 +43,7 @@ from qubes_fwd_qrexec.system.logs import one_line
 from .callnotes import Kind, Note, RevocationError, directory, living
 from .callstart import TICKS_PER_S
 from .listenersockets import CLIENTS as CLIENTS_SOCKET
-from .listenersockets import NONE_RUNS, STATUS, TRY, ask, listener_directory
+from .listenersockets import STATUS, TRY, ask, listener_directory
 from .servertrials import look_at, try_header, try_port
 
 # Where the program that opens this qube's firewall writes its `FirewallReport`.
@@ -135,7 +135,7 @@ def _wait_while(is_behind: Callable[[], bool], bound_s: float, rest: Callable[[f
 
 
 def _listener(sockets: Iterable[Path]) -> tuple[ListenerReport | None, str | None]:
-    """The listener's report, from the first of these that it has, or why there is none."""
+    """The report of the first of these, or why the listener gives none; neither where none runs."""
     for path in sockets:
         try:
             return ListenerReport.parse(ask(path)), None
@@ -145,7 +145,7 @@ def _listener(sockets: Iterable[Path]) -> tuple[ListenerReport | None, str | Non
             return None, one_line(f"the listener does not answer: {error.strerror or error}")
         except ReportError as error:
             return None, one_line(f"the listener's answer cannot be read: {error}")
-    return None, NONE_RUNS
+    return None, None
 
 
 def _looked_at(state: Path) -> float:

@@ -185,7 +185,7 @@ def has_no_listener(answer: Answer) -> bool:
     """Whether an answer means that no listener of ours runs there."""
     if isinstance(answer, AnswerError):
         return isinstance(answer, NotRunningError) or answer.status == ExitStatus.NO_SERVICE
-    return answer.listener is None
+    return answer.listener is None and answer.listener_problem is None
 
 
 def flows(exposed: QubeName, answer: Answer, planned: Plan) -> list[GoesOn] | None:

@@ -138,8 +138,11 @@ def test_a_qube_that_does_not_answer_is_named_and_a_halted_one_is_not(
     result = over(backend, "status", "--clients").out
     assert "Who is connected at sys-net is unknown: no answer.\n" in result
     assert "names a client" not in result
-    backend.says[ASKED] = NotRunningError("x")
-    assert "No listener names a client.\n" in over(backend, "status", "--clients").out
+    backend.says[ASKED] = QubeReport(program="1", listener_problem="the listener does not answer: timed out")
+    assert "Who is connected at sys-net is unknown: no answer.\n" in over(backend, "status", "--clients").out
+    for nobody in (NotRunningError("x"), QubeReport(program="1")):
+        backend.says[ASKED] = nobody
+        assert "No listener names a client.\n" in over(backend, "status", "--clients").out
 
 
 def test_that_nobody_tells_who_comes_by_nft_is_said(run: Command) -> None:

@@ -138,6 +138,13 @@ def test_a_listener_is_asked_once_whether_it_has_a_forward_open(
         assert took.has is has
 
 
+def test_a_listener_that_gives_its_qube_no_answer_may_have_connections_unlike_none() -> None:
+    hangs = QubeReport(program="x", listener_problem="the listener does not answer: timed out")
+    (left,) = Qube(hangs).heard(planned(STOCK), planned(), (PERSONAL, SSH)).goes_on
+    assert left == GoesOn(PERSONAL, SSH, SYS_NET, None)
+    assert Qube(QubeReport(program="x")).heard(planned(STOCK), planned(), (PERSONAL, SSH)).goes_on == ()
+
+
 def test_a_qube_is_asked_once_for_all_of_its_forwards() -> None:
     other = rule("srcports=81", name="other")
     asked = Qube(answer(report(), report(name="other")))
@@ -302,7 +309,7 @@ def test_several_drains_of_a_forward_are_one_and_what_is_live_is_none() -> None:
         GoesOn(QubeName("work"), RuleName("web"), SYS_NET, 1),
     ]
     assert flows(SYS_NET, said, planned(rule())) == [GoesOn(PERSONAL, SSH, SYS_NET, 7)]
-    assert flows(SYS_NET, DOWN, planned()) == []
+    assert flows(SYS_NET, QubeReport(program="x"), planned()) == []
     assert flows(SYS_NET, SILENT, planned()) is None
 
 
