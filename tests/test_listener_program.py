@@ -3,6 +3,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,13 +43,14 @@ class Program:
         files_max: int | None = None,
         environment: dict[str, str] | None = None,
         stderr: int = subprocess.PIPE,
+        started_by: tuple[str, ...] = (),
     ) -> None:
         def limit() -> None:
             if files_max is not None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
 
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qubes_fwd_qrexec.listener", *arguments],
+            [*started_by, sys.executable, "-m", "qubes_fwd_qrexec.listener", *arguments],
             stderr=stderr,
             preexec_fn=limit,
             env=os.environ | (environment or {}),
@@ -140,6 +142,47 @@ async def test_sigterm_drains_and_exits_with_0(tmp_path: Path, server: socket.so
             await near.send_eof()
             assert await far.receive_some() == b""
         assert program.end()[0] == 0
+
+
+# A /run of its own, in which the journal's directory is the one named first.
+WITH_JOURNAL = """\
+mount -t tmpfs none /run && mkdir -p /run/systemd/journal && mount --bind "$1" /run/systemd/journal || exit
+shift
+exec "$@"
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="only root, with the program 'unshare', can have a journal of the test's own",
+)
+async def test_each_connection_is_in_the_journal_with_fields_if_that_is_its_stderr(
+    tmp_path: Path, server: socket.socket
+) -> None:
+    port, config, place = free_port(), tmp_path / "config", tmp_path / "journal"
+    write_config(config, port, port_of(server))
+    place.mkdir()
+    client = command_line(FakeClient(tmp_path, "serve").command)
+    ours, stderr = socket.socketpair()
+    status = os.fstat(stderr.fileno())
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal, ours, stderr:
+        await journal.bind(str(place / "socket"))
+        with Program(
+            *("--config", str(config), "--qrexec-client", client),
+            environment={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            stderr=stderr.fileno(),
+            started_by=("unshare", "--mount", "sh", "-c", WITH_JOURNAL, "sh", str(place)),
+        ):
+            await until(lambda: is_listening(port))
+            async with await connect(port) as near, await accept(server) as far:
+                await echo_once(near, far)
+            with trio.fail_after(BOUND_S):
+                entries = [(await journal.recv(4096)).decode().splitlines() for _ in range(2)]
+    fields = [dict(line.split("=", 1) for line in entry) for entry in entries]
+    assert [entry["FORWARD_EVENT"] for entry in fields] == ["open", "end"]
+    for entry in fields:
+        assert entry["SYSLOG_IDENTIFIER"] == "qubes-forward-listener"
+        assert entry["FORWARD"] == "work.web"
 
 
 async def test_it_answers_in_the_directory_that_the_unit_gives_it(tmp_path: Path) -> None:
