@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from qubes_fwd_qrexec.mux import FlowCode, FlowRequested
@@ -38,6 +39,12 @@ ANSWERED_S = 120.0
 # What is kept for the next address: so many first batches of a flow, and so many bytes of all flows.
 _KEPT_MAX = 4
 KEPT_BYTES = 4 << 20
+# What the kernel keeps of what a server sends (it doubles the number): a burst for so many of the flows in
+# which something moves, and a few datagrams for each of the others. With 16,384 flows it is 308 MiB if all
+# their servers flood.
+BURSTS_MAX = 128
+_BURST_BYTES = 212_992
+_FEW_BYTES = 8192
 # How often to try for a socket that does not have the server's own port.
 _TRIES = 3
 
@@ -89,6 +96,8 @@ class FlowOwner(Protocol):
     """How many datagrams of servers the kernel has dropped for want of room."""
     kept_bytes: int
     """What all flows keep of their first datagrams."""
+    bursts: int
+    """How many flows have room for a burst of their server's."""
 
     def answer(self, flow_id: int, data: bytes, segment: int) -> None:
         """The server of a flow has sent datagrams."""
@@ -103,14 +112,14 @@ class FlowOwner(Protocol):
 class UdpFlow:
     """The end of a flow that `relay.flowmux` asks for. It ends by itself where the server's port is closed.
 
-    ``receive_bytes``: how much the kernel keeps of what the server sends (it doubles the number). Raises
-    OSError if there is no socket for it. ``addresses`` are where its server may be, in the order in which to
-    try.
+    ``addresses`` are where its server may be, in the order in which to try. Raises OSError if there is no
+    socket for it.
     """
 
     __slots__ = (
         "_addresses",
         "_event",
+        "_has_burst",
         "_header",
         "_is_answered",
         "_kept",
@@ -119,7 +128,6 @@ class UdpFlow:
         "_moved_at",
         "_new",
         "_owner",
-        "_receive_bytes",
         "_sock",
         "_turn",
     )
@@ -128,7 +136,6 @@ class UdpFlow:
         self,
         owner: FlowOwner,
         event: FlowRequested,
-        receive_bytes: int,
         new: NewSocket = new_socket,
         addresses: Iterable[ServerAddress] = LOCALHOSTS,
     ) -> None:
@@ -137,7 +144,7 @@ class UdpFlow:
         self._header = datagram_header(event.proxy, event.origin)
         self._addresses = iter(addresses)
         self._new = new
-        self._receive_bytes = receive_bytes
+        self._has_burst = False
         self._sock: socket.socket | None = None
         self._kept: list[tuple[bytes, int]] | None = []
         self._is_answered = False
@@ -149,10 +156,13 @@ class UdpFlow:
     def look(self, now: float) -> bool:
         """Count what the kernel has dropped, and return whether nothing has moved for too long.
 
-        What it drops comes behind something that moves; so where nothing has, it is not asked.
+        What it drops comes behind something that moves; so where nothing has since the last look, it is not
+        asked, and room for a burst goes back while half of all there is has been given.
         """
         if self._moved_at >= self._looked_at:
             self._count_lost()
+        elif self._has_burst and self._owner.bursts > BURSTS_MAX // 2:
+            self._set_burst(False)
         self._looked_at = now
         return now - self._moved_at >= (ANSWERED_S if self._is_answered else UNANSWERED_S)
 
@@ -166,11 +176,15 @@ class UdpFlow:
         """Let go of the socket; a second call changes nothing."""
         self.settle()
         self._leave_socket()
+        if self._has_burst:
+            self._set_burst(False)
 
     # As the end of a flow
 
     def deliver(self, data: memoryview, segment: int) -> None:
         self._moved_at = time.monotonic()
+        if not self._has_burst and self._owner.bursts < BURSTS_MAX and self._sock is not None:
+            self._set_burst(True)
         if not self._header:
             self._send(data, segment)
             return
@@ -260,6 +274,17 @@ class UdpFlow:
         if self._sock is not None:
             self._owner.lost_by_kernel += self._lost.more(self._sock)
 
+    def _set_burst(self, has_burst: bool) -> None:
+        self._has_burst = has_burst
+        self._owner.bursts += 1 if has_burst else -1
+        if self._sock is not None:
+            with suppress(OSError):
+                self._set_room(self._sock)
+
+    def _set_room(self, sock: socket.socket) -> None:
+        room = _BURST_BYTES if self._has_burst else _FEW_BYTES
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+
     def _leave_socket(self) -> None:
         if self._sock is not None:
             self._count_lost()
@@ -278,7 +303,7 @@ class UdpFlow:
                 trouble = trouble or error
                 continue
             try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_bytes)
+                self._set_room(sock)
                 self._owner.loop.watch(sock.fileno(), READ, self._on_socket, self.fail)
             except OSError as error:
                 sock.close()

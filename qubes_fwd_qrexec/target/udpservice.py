@@ -29,11 +29,6 @@ from .udpflow import NewSocket, UdpFlow, new_socket
 
 # The descriptors of a process that are no sockets of flows: the call's, the loop's, the note's and some more.
 _OTHER_DESCRIPTORS = 32
-# What the kernel keeps of what a server sends (it doubles the number): a burst for each of the first flows,
-# and a few datagrams for each of the others. With 16,384 flows it is 308 MiB if all their servers flood.
-_FIRST_FLOWS = 128
-_FIRST_RECEIVE_BYTES = 212_992
-_RECEIVE_BYTES = 8192
 _LOOK_S = 1.0
 _REFUSALS = {
     errno.ECONNREFUSED: FlowCode.REFUSED,
@@ -75,7 +70,7 @@ class UdpService(CallService):
         flows_max: int = 1000,
         new: NewSocket = new_socket,
     ) -> None:
-        self.lost_to_server = self.lost_by_kernel = self.kept_bytes = 0
+        self.lost_to_server = self.lost_by_kernel = self.kept_bytes = self.bursts = 0
         self._flows: dict[int, UdpFlow] = {}
         self._new = new
         self._servers = Servers(Outlet().say)
@@ -112,10 +107,9 @@ class UdpService(CallService):
     # As the owner of the mux
 
     def flow_requested(self, event: FlowRequested) -> None:
-        receive_bytes = _FIRST_RECEIVE_BYTES if len(self._flows) < _FIRST_FLOWS else _RECEIVE_BYTES
         try:
             addresses = self._servers.addresses(Proto.UDP, event.port)
-            flow = UdpFlow(self, event, receive_bytes, self._new, addresses)
+            flow = UdpFlow(self, event, self._new, addresses)
         except ServersError:
             self.mux.end(event.flow_id, FlowCode.REFUSED)
         except OSError as error:

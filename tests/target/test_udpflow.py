@@ -15,9 +15,7 @@ from udpservice_bench import udp_port, udp_server
 from qubes_fwd_qrexec.mux import MAX_DATAGRAM_BYTES, MAX_SEGMENTS, FlowCode, FlowRequested, ProxyVersion
 from qubes_fwd_qrexec.relay.loop import Loop
 from qubes_fwd_qrexec.system.datagrams import READ_MAX_BYTES, READS_MAX, count
-from qubes_fwd_qrexec.target.udpflow import UdpFlow, with_header
-
-_RECEIVE_BYTES = 212_992
+from qubes_fwd_qrexec.target.udpflow import BURSTS_MAX, UdpFlow, with_header
 
 
 class _Owner:
@@ -25,7 +23,7 @@ class _Owner:
 
     def __init__(self) -> None:
         self.loop = Loop()
-        self.lost_to_server = self.lost_by_kernel = self.kept_bytes = 0
+        self.lost_to_server = self.lost_by_kernel = self.kept_bytes = self.bursts = 0
         self.answers: list[bytes] = []
         self.ends: list[FlowCode] = []
         self.has_left = False
@@ -45,11 +43,11 @@ def owner() -> Iterator[_Owner]:
     owner = _Owner()
     with no_fds_left(), closing(owner.loop):
         yield owner
-    assert owner.kept_bytes == 0
+    assert owner.kept_bytes == owner.bursts == 0
 
 
 def _flow_to(owner: _Owner, port: int) -> UdpFlow:
-    return UdpFlow(owner, FlowRequested(1, port, ORIGIN, ProxyVersion.OFF), _RECEIVE_BYTES)
+    return UdpFlow(owner, FlowRequested(1, port, ORIGIN, ProxyVersion.OFF))
 
 
 def test_what_the_kernel_drops_is_counted_also_at_the_end_and_behind_the_last_that_came(
@@ -134,6 +132,37 @@ def test_after_its_end_it_takes_nothing_and_says_so_in_numbers(owner: _Owner) ->
         assert owner.ends == []
         flow.fail()
         assert owner.ends == [FlowCode.INTERNAL]
+
+
+def test_of_more_flows_than_have_room_for_a_burst_those_have_it_in_which_something_moves(
+    owner: _Owner,
+) -> None:
+    def answers_of_a_burst(flow: UdpFlow) -> int:
+        flow.deliver(memoryview(b"ask"), 0)
+        _, client = server.recvfrom(100)
+        before = len(owner.answers)
+        for _ in range(50):
+            server.sendto(bytes(1400), client)
+        for _ in range(2):
+            owner.loop.run_once(0.0)
+        return len(owner.answers) - before
+
+    with udp_server() as server, ExitStack() as stack:
+        flows = [
+            stack.enter_context(closing(_flow_to(owner, udp_port(server)))) for _ in range(BURSTS_MAX + 2)
+        ]
+        early, late = flows[:BURSTS_MAX], flows[BURSTS_MAX:]
+        for flow in early:
+            assert answers_of_a_burst(flow) == 50
+        assert answers_of_a_burst(late[0]) < 50
+        now = time.monotonic()
+        for _ in range(2):  # nothing has moved between the two
+            for flow in early:
+                flow.look(now)
+        assert owner.bursts == BURSTS_MAX // 2
+        for flow in (*late, early[-1]):
+            assert answers_of_a_burst(flow) == 50
+        assert owner.bursts == BURSTS_MAX // 2 + len(late)
 
 
 _HEADER = b"H" * 28
