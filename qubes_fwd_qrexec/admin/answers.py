@@ -2,14 +2,19 @@
 """The answer of a called qube, read within bounds of size and time: it may send anything, or never end."""
 
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from subprocess import Popen
 from threading import Timer
 from typing import TypeVar
 
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
+from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, QubeReport, ReportError
+from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.values import QubeName
+
+from .backend import Backend
 
 # A trial of a forward takes up to 3 s in its qube, and a call some tenths of a second.
 ANSWER_TIMEOUT_S = 8.0
@@ -70,6 +75,25 @@ def read_answer(
         why = ", as it does not understand that; its package is older than dom0's" if is_older else ""
         raise AnswerError(f"{what} ended with exit status {status}{why}", status)
     return untrusted_answer
+
+
+@contextmanager
+def reading(qube: QubeName) -> Iterator[None]:
+    """Raises `AnswerError` for what this qube says and cannot be read."""
+    try:
+        yield
+    except ReportError as error:
+        raise AnswerError(f"what {qube} says cannot be read: {error}") from error
+
+
+def ask_status(
+    backend: Backend, qube: QubeName, argument: str = "", timeout_s: float | None = None
+) -> QubeReport:
+    """What a qube says of itself. Raises `AnswerError`."""
+    with reading(qube):
+        return QubeReport.parse(
+            backend.ask(qube, f"{STATUS_SERVICE}+{argument}", REPORT_MAX_BYTES, timeout_s)
+        )
 
 
 def both(one: Callable[[], _K], other: Callable[[], _T]) -> tuple[_K, _T]:

@@ -20,7 +20,7 @@ from .backend import Backend, put
 from .deciding import Decision, decided
 from .editing import edited
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
-from .snapshot import TUNNEL_NAME, Changes, Snapshot, look, made_up_name, names_at
+from .snapshot import TUNNEL_NAME, NewLines, Snapshot, look, made_up_name, names_at
 from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
 
 
@@ -67,7 +67,7 @@ class Changed:
 
 def change(
     system: System,
-    decide: Callable[[Snapshot], Changes],
+    decide: Callable[[Snapshot], NewLines],
     done: str,
     *,
     ports_alone: bool = False,
@@ -171,7 +171,7 @@ def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Forward:
 def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | None = None) -> Changed:
     """Make a forward and open it. Raises what `new_rule` and `change` do."""
 
-    def decide(snapshot: Snapshot) -> Changes:
+    def decide(snapshot: Snapshot) -> NewLines:
         named = new_rule(snapshot, system.now, target, rule, name)
         return {named[:2]: str(named.rule)}
 
@@ -181,7 +181,7 @@ def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | No
 def remove(system: System, target: str, names: Collection[str]) -> Changed:
     """Close and forget, rules that cannot be read too; for ``names`` see `Snapshot.chosen`."""
 
-    def decide(snapshot: Snapshot) -> Changes:
+    def decide(snapshot: Snapshot) -> NewLines:
         return {(entry.target, entry.name): None for entry in snapshot.chosen(target, names)}
 
     return change(system, decide, "removed")
@@ -260,7 +260,7 @@ def mark(system: System, qube: str, *, is_marked: bool) -> Changed:
     qube, `NotMarkedError`, and what `change` does.
     """
 
-    def decide(snapshot: Snapshot) -> Changes:
+    def decide(snapshot: Snapshot) -> NewLines:
         name = snapshot.check_qube(qube)
         known = snapshot.inventory.qubes[name]
         if known.klass == ADMIN:
@@ -285,7 +285,7 @@ def _change_each(
 ) -> Changed:
     """Change rules that are chosen. One that cannot be read is an error only if it is named itself."""
 
-    def decide(snapshot: Snapshot) -> Changes:
+    def decide(snapshot: Snapshot) -> NewLines:
         changes: dict[Key, str | None] = {}
         for old in snapshot.chosen(target, names):
             if isinstance(old, NamedRule):
@@ -298,7 +298,7 @@ def _change_each(
     return change(system, decide, done, decides_mode=decides_mode)
 
 
-def store(backend: Backend, inventory: Inventory, changes: Changes) -> None:
+def store(backend: Backend, inventory: Inventory, changes: NewLines) -> None:
     """Make all of the changes, or on an error none.
 
     On an error, and on Ctrl-C, each is put back to what it was in ``inventory``. The caller holds the lock.

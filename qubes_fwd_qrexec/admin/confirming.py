@@ -7,7 +7,7 @@ closed. Until then they keep its configuration with a time that is over, by whic
 What a qube says is untrusted: if it lies, the other qubes of the path still close.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -18,12 +18,12 @@ from qubes_fwd_qrexec.common.errors import ConfigError, StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import Loss, NftConfig, is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.nftreport import NftReport, PathReport
-from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ReportError
+from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES
 from qubes_fwd_qrexec.common.rules import Mode, OnExpire
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .answers import AnswerError, NotRunningError, at_once
+from .answers import AnswerError, NotRunningError, at_once, reading
 from .backend import Backend, put
 from .inventory import CONFIG_PREFIX, NFT_FEATURE, Inventory
 from .states import Key, Plan
@@ -72,13 +72,17 @@ Answer = NftReport | AnswerError
 """What a qube says of its firewall, or why there is no answer."""
 
 
-def ask(qube: QubeName, backend: Backend, timeout_s: float | None = None) -> Answer:
-    """What a qube says of the forwards by nft that it has."""
+def ask_all(
+    backend: Backend, qubes: Collection[QubeName], timeout_s: float | None = None
+) -> dict[QubeName, Answer]:
+    """What each of these qubes says of the forwards by nft that it has; all are asked at once."""
+    return at_once(lambda qube: _ask(backend, qube, timeout_s), qubes)
+
+
+def _ask(backend: Backend, qube: QubeName, timeout_s: float | None) -> Answer:
     try:
-        untrusted_answer = backend.ask(qube, NFT_SERVICE, REPORT_MAX_BYTES, timeout_s)
-        return NftReport.parse(untrusted_answer)
-    except ReportError as error:
-        return AnswerError(f"what {qube} says cannot be read: {error}")
+        with reading(qube):
+            return NftReport.parse(backend.ask(qube, NFT_SERVICE, REPORT_MAX_BYTES, timeout_s))
     except AnswerError as error:
         if error.status != ExitStatus.TROUBLE:
             return error
@@ -91,7 +95,7 @@ def unconfirmed(told: Mapping[Place, str | None], backend: Backend) -> tuple[Unc
     """Ask all qubes of these places at once. ``told`` are the values there, or None where it was removed."""
     places = {place: value for place, value in told.items() if is_nft(place)}
     qubes = sorted({qube for qube, _ in places})
-    answers = at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), qubes)
+    answers = ask_all(backend, qubes, _TIMEOUT_S)
     found = (
         judged(place[0], _key(place), wanted(place, value), answers[place[0]])
         for place, value in places.items()
@@ -102,7 +106,7 @@ def unconfirmed(told: Mapping[Place, str | None], backend: Backend) -> tuple[Unc
 def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed, ...]:
     """Ask qubes for all that is in force there though nothing should be; also those that do not say."""
     found: list[Unconfirmed] = []
-    for qube, answer in at_once(lambda qube: ask(qube, backend, _TIMEOUT_S), sorted(qubes)).items():
+    for qube, answer in ask_all(backend, sorted(qubes), _TIMEOUT_S).items():
         keys = [forward.key for forward in answer.forwards] if isinstance(answer, NftReport) else []
         # Of what it does not name, too: nft may have failed, or its list may not be the whole.
         if not keys or (isinstance(answer, NftReport) and answer.left_out):

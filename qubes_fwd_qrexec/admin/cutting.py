@@ -11,11 +11,10 @@ from typing import NamedTuple
 from qubes_fwd_qrexec.common.clientreport import CutReport, WhichClients
 from qubes_fwd_qrexec.common.config import ForwardKey
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.report import ReportError
 from qubes_fwd_qrexec.common.services import CUT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
-from .answers import AnswerError, at_once
+from .answers import AnswerError, at_once, reading
 from .backend import Backend
 
 TOO_OLD = "is too old for that; update qubes-fwd-qrexec there and restart it"
@@ -44,10 +43,9 @@ def cut(places: Collection[Place], which: WhichClients, backend: Backend) -> tup
 def _cut(exposed: QubeName, key: ForwardKey, which: WhichClients, backend: Backend) -> Cut:
     service = f"{CUT_SERVICE}+{key}"
     try:
-        untrusted_answer = backend.ask(exposed, service, _ANSWER_MAX_BYTES, _TIMEOUT_S, f"{which}\n")
-        report = CutReport.parse(untrusted_answer)
-    except ReportError as error:
-        return Cut(exposed, key, problem=f"what {exposed} says cannot be read: {error}")
+        with reading(exposed):
+            untrusted_answer = backend.ask(exposed, service, _ANSWER_MAX_BYTES, _TIMEOUT_S, f"{which}\n")
+            report = CutReport.parse(untrusted_answer)
     except AnswerError as error:
         is_old = error.status == ExitStatus.NO_SERVICE
         return Cut(exposed, key, problem=f"{exposed} {TOO_OLD}" if is_old else str(error))

@@ -10,13 +10,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.refusals import Refusal
-from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, QubeReport, ReportError
 from qubes_fwd_qrexec.common.rules import ForwardRule, Mode, NamedRule, Proxy, Transport
-from qubes_fwd_qrexec.common.services import STATUS_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import checks
-from .answers import AnswerError, at_once
+from .answers import AnswerError, ask_status, at_once
 from .backend import Backend
 from .inventory import Inventory
 from .snapshot import Snapshot
@@ -51,7 +49,7 @@ def decided(
     if backend is not None:
         # Of a range, the first port stands for all.
         asked = [
-            (key, f"{STATUS_SERVICE}+{proto}.{decision.rule.target_ports.first}")
+            (key, f"{proto}.{decision.rule.target_ports.first}")
             for key, decision in found.items()
             if _is_asked(*key, decision, inventory)
             for proto in decision.rule.proto.each
@@ -85,13 +83,12 @@ def _is_asked(target: QubeName, _: str, decision: Decision, inventory: Inventory
     return is_nft and inventory.qubes[target].is_running and inventory.offers(target)
 
 
-def _is_at_loopback(target: QubeName, service: str, backend: Backend) -> bool:
+def _is_at_loopback(target: QubeName, argument: str, backend: Backend) -> bool:
     """Whether the target says that its server listens at loopback addresses alone, where no packets get to.
     If it lies, only its own forward goes the other way.
     """
     try:
-        untrusted_answer = backend.ask(target, service, REPORT_MAX_BYTES, _TIMEOUT_S)
-        trial = QubeReport.parse(untrusted_answer).trial
-    except (AnswerError, ReportError):
+        trial = ask_status(backend, target, argument, _TIMEOUT_S).trial
+    except AnswerError:
         return False
     return trial is not None and trial.reason == Refusal.LOOPBACK

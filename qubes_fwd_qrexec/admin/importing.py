@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from .changing import Changed, System, change
 from .inventory import DISPOSABLE, TUNNEL_FEATURE
-from .snapshot import TUNNEL_NAME, Changes, Snapshot, made_up_name, names_at, parse_new_name
+from .snapshot import TUNNEL_NAME, NewLines, Snapshot, made_up_name, names_at, parse_new_name
 from .states import Key
 
 # The feature's value. The empty one also overrides a mark of the template.
@@ -57,7 +57,7 @@ def import_document(
     marks: dict[QubeName, bool] = {}
     rules: list[NamedRule] = []
 
-    def decide(snapshot: Snapshot) -> Changes:
+    def decide(snapshot: Snapshot) -> NewLines:
         rules.extend(_placed(document, qube, snapshot))
         for named in rules:
             old = snapshot.stored.get(named[:2])

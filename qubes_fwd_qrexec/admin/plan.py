@@ -101,15 +101,13 @@ class _Claims:
         for number, qube in enumerate((*homes, named.target) if homes and is_nft else homes):
             is_own = number == len(homes)
             ports = named.rule.target_ports if is_own else named.rule.listen_ports
-            first, last = ports.first, ports.last
-            side = Side.UPLINK if number else inventory.side(qube, named.rule.forward_type)
-            claim = _Claim(
-                *(first, last, side if is_nft else None),
-                # Further qubes do not know by which address a packet came in.
-                tuple(WILDCARDS[each.version] if number else each for each in named.rule.listen_addresses),
-                *(named, is_own),
-            )
-            sharing = (o for o in self._ports.get(qube, ()) if o[0] <= last and first <= o[1])
+            first, last, addresses = ports.first, ports.last, named.rule.listen_addresses
+            side = inventory.side(qube, named.rule.forward_type) if is_nft else None
+            if number:
+                # Packets come from a netvm there, and nobody knows by which address they came in.
+                side, addresses = Side.UPLINK, tuple(WILDCARDS[each.version] for each in addresses)
+            claim = _Claim(first, last, side, addresses, named, is_own)
+            sharing = (o for o in self._ports.get(qube, ()) if o.first <= last and first <= o.last)
             for other in filter(claim.rivals, sharing):
                 case = "own-port" if is_own else "port"
                 return Finding(Cause.CONFLICT, qube=qube, rival=other.named, case=case)

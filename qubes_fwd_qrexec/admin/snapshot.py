@@ -22,7 +22,7 @@ from .states import Key, Plan
 # TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
 TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(RULE_PREFIX)
 
-Changes = Mapping[Key, str | None]
+NewLines = Mapping[Key, str | None]
 """New lines of rules by qube and name, or None to remove one. `TUNNEL_NAME` stands for a qube's mark."""
 
 
@@ -96,7 +96,7 @@ class Snapshot(NamedTuple):
         planned = plan(self.stored.values(), self.inventory, now, newcomers=newcomers, stock=stock)
         return planned.held() if (self.is_held if is_held is None else is_held) else planned
 
-    def changed(self, changes: Changes) -> "Snapshot":
+    def changed(self, changes: NewLines) -> "Snapshot":
         """The system as it would be with some rules and marks changed; their qubes must exist."""
         qubes = dict(self.inventory.qubes)
         for (qube, name), value in changes.items():

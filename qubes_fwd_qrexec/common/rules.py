@@ -154,11 +154,7 @@ class ForwardRule:
         if self.mode is Mode.NFT and self.autostart:
             yield ("mode", "autostart", "packets cannot start a halted qube; use mode=qrexec")
         if self.transport is Transport.CALL and self.proxy is not Proxy.OFF:
-            yield (
-                "transport",
-                "proxy",
-                "PROXY headers need mux calls; use transport=mux",
-            )
+            yield ("transport", "proxy", "PROXY headers need mux calls; use transport=mux")
         if self.sources.has_names and self.forward_type is ForwardType.EXTERNAL:
             yield (
                 "srchosts",

@@ -6,7 +6,8 @@ from threading import Barrier
 
 import pytest
 
-from qubes_fwd_qrexec.admin.answers import AnswerError, both, read_answer
+from qubes_fwd_qrexec.admin.answers import AnswerError, ask_status, both, read_answer
+from qubes_fwd_qrexec.common.values import QubeName
 
 BOUND_S = 60.0
 SHORT_S = 0.1
@@ -69,3 +70,13 @@ def test_two_kinds_of_questions_are_asked_at_the_same_time() -> None:
         return 7
 
     assert both(one, other) == ("listeners", 7)
+
+
+@pytest.mark.parametrize("said", [b"\x1b[2J", b"{}"])
+def test_what_cannot_be_read_is_no_answer(said: bytes) -> None:
+    class Liar:
+        def ask(self, *_: object, **__: object) -> bytes:
+            return said
+
+    with pytest.raises(AnswerError, match="what sys-net says cannot be read: the answer"):
+        ask_status(Liar(), QubeName("sys-net"))  # type: ignore[arg-type]

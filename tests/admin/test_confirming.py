@@ -11,7 +11,15 @@ from qubes_fwd_qrexec.admin import nftpath, policy
 from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError
 from qubes_fwd_qrexec.admin.apply import Kind
 from qubes_fwd_qrexec.admin.backend import PolicyFile
-from qubes_fwd_qrexec.admin.confirming import Lack, Unconfirmed, ask, forwarding, judged, unconfirmed, widens
+from qubes_fwd_qrexec.admin.confirming import (
+    Lack,
+    Unconfirmed,
+    ask_all,
+    forwarding,
+    judged,
+    unconfirmed,
+    widens,
+)
 from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.common.config import Side
@@ -116,7 +124,7 @@ def test_each_qube_is_asked_once_and_only_where_it_is_about_packets() -> None:
 def test_an_answer_that_cannot_be_read_confirms_nothing() -> None:
     backend = Memory(nft_world())
     backend.reports[NET] = replace(NO_FORWARDS, program="\x00")
-    assert isinstance(ask(NET, backend), AnswerError)
+    assert isinstance(ask_all(backend, [NET])[NET], AnswerError)
 
 
 def test_a_rule_that_changes_to_qrexec_opens_when_all_have_confirmed_that_packets_are_stopped() -> None:

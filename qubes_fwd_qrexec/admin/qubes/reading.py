@@ -20,10 +20,7 @@ from .errors import UnansweredError, asking_qubesd
 # qubes-core-admin qubes/vm/qubesvm.py, get_power_state(): nothing of these runs any more.
 _NOT_RUNNING = ("Halted", "NA", "Crashed", "Dying")
 # qubes/vm/mix/net.py, appvm.py and dispvm.py: which classes always have these, be it with no value.
-_ALWAYS = {
-    "netvm": ("AppVM", "DispVM", "StandaloneVM", "TemplateVM"),
-    "template": ("AppVM", "DispVM"),
-}
+_ALWAYS = {"netvm": ("AppVM", "DispVM", "StandaloneVM", "TemplateVM"), "template": ("AppVM", "DispVM")}
 # docs/facts.md, Q5: of qrexec calls that begin together some fail from about ten on. What a management qube
 # asks of qubesd are such calls too, and most of each is waiting.
 CALLS_AT_ONCE = 8

@@ -166,11 +166,6 @@ class QubesStore:
         return QubesChanges(dispatcher, policy_file, wakers, 0.0 if self._here is None else PROCESS_ENDS_S)
 
     def locked(self) -> AbstractContextManager[None]:
-        return hold(
-            self._lock_file,
-            self._lock_timeout_s,
-            "another qvm-forward is changing this system, and was not done within "
-            f"{self._lock_timeout_s:g} s; "
-            "see what it waits for",
-            f"; {WHO_MAY}",
-        )
+        wait_s = self._lock_timeout_s
+        busy = f"another qvm-forward is changing this system, and was not done within {wait_s:g} s"
+        return hold(self._lock_file, wait_s, f"{busy}; see what it waits for", f"; {WHO_MAY}")

@@ -19,7 +19,6 @@ from qubes_fwd_qrexec.common.config import Service, parse_key
 from qubes_fwd_qrexec.common.errors import ConfigError, Interrupted, TextError, UsageError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, OnExpire, Transport
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import callroom, carried, confirmed, given, reasons, steps, travel
 from .judged import denials
@@ -50,7 +49,7 @@ class After(NamedTuple):
     heard: Heard
     told: Mapping[Place, str | None]
     doubts: tuple[Unconfirmed, ...]
-    denials: Mapping[tuple[QubeName, RuleName], str]
+    denials: Mapping[Key, str]
     watch_start: str | None
 
     @property
@@ -69,7 +68,7 @@ def followed(changed: Changed, session: Session) -> After:
 
 
 def _followed(changed: Changed, session: Session) -> After:
-    said, denied = Heard({}), dict[tuple[QubeName, RuleName], str]()
+    said, denied = Heard({}), dict[Key, str]()
     told: dict[Place, str | None] = {}
     doubts: tuple[Unconfirmed, ...] = ()
     if changed.is_applied:
@@ -235,21 +234,17 @@ def news(after: After, forward: Forward) -> list[str]:
         found.append(f"{' and '.join(narrowed)} that it no longer allows {then}")
     room = callroom.note(after.changed.plan, forward, after.changed.plan_before)
     found += [] if room is None else [room]
-    return (
-        found
-        if travel.hides_clients(after.changed.plan_before.find(*key))
-        else [*found, *_hidden(after, forward)]
-    )
+    return [*found, *_hidden(after, forward)]
 
 
 def _hidden(after: After, forward: Forward) -> Iterable[str]:
     """That a server no longer sees who its clients are, unless that was so for it before."""
-    target, _, rule = forward.named
-    before = (old for old in after.changed.plan_before if old.named.target == target and old.is_live)
-    if any(travel.hides_clients(old) and old.named.rule.target_ports == rule.target_ports for old in before):
-        return ()
-    note = travel.hides_clients(forward)
-    return () if note is None or not forward.is_live else (note,)
+    (target, _, rule), note = forward.named, travel.hides_clients(forward)
+    before, was = after.changed.plan_before, after.changed.plan_before.find(*forward.named[:2])
+    others = (old for old in before if old.named.target == target and old.is_live)
+    known = [old for old in others if old.named.rule.target_ports == rule.target_ports]
+    is_known = any(map(travel.hides_clients, [was, *known]))
+    return () if note is None or is_known or not forward.is_live else (note,)
 
 
 def _narrowed(old: Forward | None, forward: Forward) -> dict[OnExpire, list[str]]:
@@ -325,7 +320,7 @@ def _others(after: After) -> Iterator[str]:
     """
     told: set[Key] = set(after.changed.keys)
     for step in after.changed.outcome.done:
-        if step.kind not in (Kind.SET_CONFIG, Kind.REMOVE_CONFIG):
+        if not step.tells:
             continue
         text, key, forward = step.key.removeprefix(CONFIG_PREFIX), None, None
         with suppress(ConfigError):

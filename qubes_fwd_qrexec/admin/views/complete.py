@@ -52,9 +52,7 @@ class Fitting(Protocol):
 
 
 def candidates(
-    parser: argparse.ArgumentParser,
-    words: Sequence[str],
-    fitting: Callable[[Line], Fitting],
+    parser: argparse.ArgumentParser, words: Sequence[str], fitting: Callable[[Line], Fitting]
 ) -> list[str]:
     """All continuations of the last of ``words``, the ones before it being complete; or FILE or DIRECTORY."""
     *before, current = words or [""]

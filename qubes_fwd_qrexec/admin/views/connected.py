@@ -58,7 +58,7 @@ class Connected(NamedTuple):
         shown = [client for _, some in self._of_each() for client in some[:_SHOWN_MAX]]
         states = [drains.STATE if client.report.is_draining else "open" for client in shown]
         rows = [_cells(*each) for each in zip(shown, states, strict=True)]
-        return Table(_TITLES, rows, states, leaving=_LEAVING).text(style) if rows else ""
+        return Table(_TITLES, rows, states, leaving=_LEAVING).text(style)
 
     def remarks(self) -> Iterator[str]:
         """What the table does not have."""

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from enum import StrEnum
 
-from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin.answers import AnswerError, ask_status
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Cause, Forward, State, Verdict
@@ -23,7 +23,7 @@ from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 from . import carried, entrance, nftwalk
 from .judged import judged
-from .listeners import Has, ask, uptakes
+from .listeners import Has, uptakes
 from .render import broken_line
 from .served import NO_SERVER, elsewhere, misled, served
 from .session import Session
@@ -116,10 +116,8 @@ def diagnose(args: Namespace, session: Session) -> int:
 def walk(snapshot: Snapshot, entry: NamedRule | BrokenRule, now: float, backend: Backend) -> Iterator[Check]:
     """What each step found, up to the first that stops. Each asks what it needs when it is taken."""
     if isinstance(entry, BrokenRule):
-        remove, problem = (
-            ("qvm-forward", "remove", entry.target, entry.name),
-            broken_line(entry, Style()).rstrip("\n"),
-        )
+        remove = ("qvm-forward", "remove", entry.target, entry.name)
+        problem = broken_line(entry, Style()).rstrip("\n")
         yield Check("rule", Verdict.STOPS, problem, State.BROKEN, f"'{' '.join(remove)}'", (remove,))
         return
     forward = next(forward for forward in snapshot.plan(now) if forward.named == entry)
@@ -270,14 +268,14 @@ class _Walk:
     def _header(self, config: ListenerConfig) -> Iterator[Check]:
         """Whether the server seems to expect another header than it gets."""
         try:
-            answer = ask(self._backend, self._target.name, f"proxy.{config.target_ports.first}")
+            answer = ask_status(self._backend, self._target.name, f"proxy.{config.target_ports.first}")
         except AnswerError:  # a target that is older than dom0
             return
         yield from misled(self._forward, answer.trial, self._stops)
 
     def _ask(self, step: str, qube: QubeName, argument: str = "") -> QubeReport:
         try:
-            return ask(self._backend, qube, argument)
+            return ask_status(self._backend, qube, argument)
         except AnswerError as error:
             caught = error
         if caught.status == ExitStatus.NO_SERVICE:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.admin import confirming
 from qubes_fwd_qrexec.admin.answers import NotRunningError, both
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, NFT_FEATURE
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
@@ -54,7 +55,7 @@ def ask(session: Session, snapshot: Snapshot, planned: Plan, qubes: Collection[s
         return Drains((), ())
     answers, told = both(
         partial(listeners.ask_all, backend, listen, _TIMEOUT_S),
-        partial(nftstatus.ask_all, backend, forward, _TIMEOUT_S),
+        partial(confirming.ask_all, backend, forward, _TIMEOUT_S),
     )
     found = {qube: listeners.flows(qube, answers[qube], everything) for qube in listen}
     by_nft = nftstatus.nft_status(Plan(()), everything, inventory, told, session.now)
@@ -78,7 +79,7 @@ def table(left: Iterable[GoesOn], style: Style) -> str:
         if one.left_s is not None
     ]
     shown, more = rows[:_SHOWN_MAX], len(rows) - _SHOWN_MAX
-    text = Table(_TITLES, shown, [STATE] * len(shown), leaving=("AT",)).text(style) if rows else ""
+    text = Table(_TITLES, shown, [STATE] * len(shown), leaving=("AT",)).text(style)
     return text if more <= 0 else f"{text}And {more} more; --json shows them.\n"
 
 

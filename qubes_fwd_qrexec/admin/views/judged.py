@@ -9,21 +9,19 @@ from collections.abc import Iterable
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall, PolicyFile, PolicyVerdict
-from qubes_fwd_qrexec.admin.states import Forward
+from qubes_fwd_qrexec.admin.states import Forward, Key
 from qubes_fwd_qrexec.common.config import ForwardKey
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
+from qubes_fwd_qrexec.common.values import Proto, QubeName
 
 
-def judged(
-    forwards: Iterable[Forward], backend: Backend, installed: PolicyFile
-) -> dict[tuple[QubeName, RuleName], PolicyVerdict]:
+def judged(forwards: Iterable[Forward], backend: Backend, installed: PolicyFile) -> dict[Key, PolicyVerdict]:
     """One verdict for each live forward over qrexec: that of the first of its calls that is not allowed, if
     any. If that is so of one protocol alone, the reason says of which.
 
     ``installed`` is as for `judged_apart`.
     """
-    found: dict[tuple[QubeName, RuleName], PolicyVerdict] = {}
+    found: dict[Key, PolicyVerdict] = {}
     for key, one in judged_apart(forwards, backend, installed).items():
         other = found.setdefault(key[:2], one)
         if other.is_allowed is not one.is_allowed:
@@ -44,7 +42,7 @@ def judged_apart(
     return {key: min(verdicts, key=_order) for key, verdicts in found.items()}
 
 
-def allowed(forwards: Iterable[Forward], backend: Backend) -> list[tuple[QubeName, RuleName]]:
+def allowed(forwards: Iterable[Forward], backend: Backend) -> list[Key]:
     """The live forwards of which dom0's policy allows any call, though our own file should allow none."""
     found = _verdicts(forwards, backend, PolicyFile(None, NEW))
     some = (key[:2] for key, verdicts in found.items() if any(one.is_allowed for one in verdicts))
@@ -72,7 +70,7 @@ def _verdicts(
     return {key: [*map(verdict, needed)] for key, needed in lines.items()}
 
 
-def denials(forwards: Iterable[Forward], backend: Backend) -> dict[tuple[QubeName, RuleName], str]:
+def denials(forwards: Iterable[Forward], backend: Backend) -> dict[Key, str]:
     """Why dom0 denies the calls of live forwards, whatever our own file says. Never raises."""
     try:
         verdicts = judged(forwards, backend, backend.read_policy())

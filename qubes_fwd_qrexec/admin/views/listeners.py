@@ -10,22 +10,19 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, at_once
+from qubes_fwd_qrexec.admin.answers import AnswerError, NotRunningError, ask_status, at_once
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import LISTENER_FEATURE, Inventory
 from qubes_fwd_qrexec.admin.revoking import serving
-from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Forward, Key, Plan, State
 from qubes_fwd_qrexec.common.config import ForwardKey, ListenerConfig, Service
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
-from qubes_fwd_qrexec.common.report import REPORT_MAX_BYTES, ForwardReport, QubeReport, ReportError
-from qubes_fwd_qrexec.common.services import STATUS_SERVICE
+from qubes_fwd_qrexec.common.report import ForwardReport, QubeReport
 from qubes_fwd_qrexec.common.values import Proto, QubeName, RuleName
 
 from . import carried
 from .times import amount
 
-Key = tuple[QubeName, RuleName]
-"""Target and name of a rule."""
 Answer = QubeReport | AnswerError
 """What a qube says of itself, or why there is no answer."""
 
@@ -120,16 +117,6 @@ class Heard(NamedTuple):
     goes_on: tuple[GoesOn, ...] = ()
 
 
-def ask(backend: Backend, qube: QubeName, argument: str = "", timeout_s: float | None = None) -> QubeReport:
-    """What a qube says of itself. Raises `AnswerError`, also for what cannot be read."""
-    service = f"{STATUS_SERVICE}+{argument}"
-    untrusted_answer = backend.ask(qube, service, REPORT_MAX_BYTES, timeout_s)
-    try:
-        return QubeReport.parse(untrusted_answer)
-    except ReportError as error:
-        raise AnswerError(f"what {qube} says cannot be read: {error}") from error
-
-
 def ask_all(
     backend: Backend, qubes: Collection[QubeName], timeout_s: float | None = None, argument: str = ""
 ) -> dict[QubeName, Answer]:
@@ -139,7 +126,7 @@ def ask_all(
 
     def answer(qube: QubeName, argument: str = argument) -> Answer:
         try:
-            return ask(backend, qube, argument, timeout_s)
+            return ask_status(backend, qube, argument, timeout_s)
         except AnswerError as error:
             return answer(qube, "") if argument and error.status == ExitStatus.BAD_ARGUMENT else error
 
@@ -245,7 +232,7 @@ def beyond_dom0(before: Plan, after: Plan) -> list[tuple[QubeName, ListenerConfi
 def ask_after(
     before: Plan,
     after: Plan,
-    keys: Collection[tuple[str, str]],
+    keys: Collection[Key],
     inventory: Inventory,
     backend: Backend,
     *,
@@ -266,6 +253,7 @@ def ask_after(
     qubes |= listening(inventory) if closed or is_everything else set()
     answers = ask_all(backend, sorted(qubes), AFTER_S)
 
+    took: dict[Key, tuple[Uptake, ...]]
     took = {f.named[:2]: uptakes(f, answers[f.exposed]) for f in opened if f.exposed is not None}
     goes_on: list[GoesOn] = []
     for qube, answer in answers.items():

@@ -18,10 +18,7 @@ _MAKE_A_LAB = f"make a lab with 'qvm-forward-lab init DIR', then name it with --
 # In dom0, as qubesadmin itself tells (qubesadmin/__init__.py), and in a qube (qubes-core-agent-linux).
 _DOM0_SIGN = "etc/qubes-release"
 _QUBE_SIGN = "usr/share/qubes/marker-vm"
-_PACKAGES = {
-    "qubesadmin": "python3-qubesadmin",
-    "qrexec": "qubes-core-qrexec (on Debian python3-qrexec)",
-}
+_PACKAGES = {"qubesadmin": "python3-qubesadmin", "qrexec": "qubes-core-qrexec (on Debian python3-qrexec)"}
 
 
 def open_backend(lab: str | None, environ: Mapping[str, str], root: str = "/") -> "Backend":

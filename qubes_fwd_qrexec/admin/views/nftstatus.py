@@ -9,8 +9,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import confirming
-from qubes_fwd_qrexec.admin.answers import NotRunningError, at_once
-from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.answers import NotRunningError
 from qubes_fwd_qrexec.admin.confirming import Answer, Lack, Unconfirmed
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.revoking import DRAIN_S
@@ -155,8 +154,6 @@ class NftStatus(NamedTuple):
 
     def table(self, style: Style) -> str:
         """The forwards as a table; empty if there are none."""
-        if not self.rows:
-            return ""
         rows, states = [*map(_cells, self.rows)], [row.state for row in self.rows]
         return Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style)
 
@@ -198,13 +195,6 @@ def to_ask(planned: Plan, inventory: Inventory, qubes: Collection[str] = ()) -> 
     paths = {qube for forward in planned.live for qube, _ in forward.nft_configs}
     may_have = {qube for qube in confirming.forwarding(inventory) if not qubes or qube in qubes}
     return sorted(may_have | {qube for qube in paths if inventory.qubes[qube].is_running})
-
-
-def ask_all(
-    backend: Backend, qubes: Collection[QubeName], timeout_s: float | None = None
-) -> dict[QubeName, Answer]:
-    """What each of these qubes says of its firewall; all are asked at once."""
-    return at_once(lambda qube: confirming.ask(qube, backend, timeout_s), qubes)
 
 
 def nft_status(

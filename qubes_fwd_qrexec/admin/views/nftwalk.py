@@ -8,7 +8,8 @@ tries, its packets do not arrive.
 from collections.abc import Iterator
 from ipaddress import ip_address
 
-from qubes_fwd_qrexec.admin.answers import AnswerError
+from qubes_fwd_qrexec.admin import confirming
+from qubes_fwd_qrexec.admin.answers import AnswerError, ask_status
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.confirming import Answer, Lack
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
@@ -20,7 +21,7 @@ from qubes_fwd_qrexec.common.nftreport import Why
 from qubes_fwd_qrexec.common.refusals import Refusal
 from qubes_fwd_qrexec.common.values import Proto, QubeName
 
-from . import carried, listeners, nftstatus
+from . import carried, nftstatus
 from .nftstatus import Hop
 from .served import NO_SERVER, looks, served
 from .tables import Check, counted
@@ -51,10 +52,7 @@ _REMEDIES: dict[str, Remedy] = {
 }
 _SERVER: dict[str, Remedy] = {
     NO_SERVER: (f"start the server in {{target}}, and {_BEYOND}",),
-    Refusal.LOOPBACK: (
-        f"{_BEYOND}; or send it over qrexec, which gets to 127.0.0.1, too: {{0}}",
-        _QREXEC,
-    ),
+    Refusal.LOOPBACK: (f"{_BEYOND}; or send it over qrexec, which gets to 127.0.0.1, too: {{0}}", _QREXEC),
 }
 # What is left to be tried, where every step is well.
 CONCLUSION = (
@@ -97,7 +95,7 @@ def _addresses(config: NftConfig) -> str:
 def _hops(forward: Forward, stops: Stops, backend: Backend) -> Iterator[Check]:
     """What each qube of the path says, the exposed qube first."""
     configs = dict(forward.nft_configs)
-    answers = nftstatus.ask_all(backend, [*configs])
+    answers = confirming.ask_all(backend, [*configs])
     before: Hop | None = None
     for hop in nftstatus.hops(forward, answers):
         config = configs[hop.qube]
@@ -174,7 +172,7 @@ def _server(forward: Forward, proto: Proto, stops: Stops, backend: Backend) -> C
     target = forward.named.target
     argument = f"{proto}.{forward.named.rule.target_ports.first}"  # of a range it stands for all
     try:
-        trial = listeners.ask(backend, target, argument).trial
+        trial = ask_status(backend, target, argument).trial
     except AnswerError as error:
         text = f"whether a server listens on more than 127.0.0.1 is not known: {error}"
         return unknown("server", f"{text}; {looks(proto, target)}")

@@ -10,9 +10,8 @@ from qubes_fwd_qrexec.admin.apply import due
 from qubes_fwd_qrexec.admin.hold import Held
 from qubes_fwd_qrexec.admin.policy import NAME
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
-from qubes_fwd_qrexec.admin.states import Plan
+from qubes_fwd_qrexec.admin.states import Key, Plan
 from qubes_fwd_qrexec.common.errors import ForwardError
-from qubes_fwd_qrexec.common.values import QubeName, RuleName
 
 from . import confirmed, judged, reasons, steps
 from .listeners import GoesOn, ask_after
@@ -52,7 +51,7 @@ def panic(args: Namespace, session: Session) -> int:
 def _looked(held: Held, snapshot: Snapshot, session: Session) -> _Seen:
     """What goes on, as dom0's whole policy and the listeners say."""
     live = snapshot.plan(session.now, is_held=False)
-    allowed: list[tuple[QubeName, RuleName]] = []
+    allowed: list[Key] = []
     # Our file holds everything, so another file allows these. That no file can be read has been said.
     with suppress(ForwardError, OSError):
         allowed = judged.allowed(live.live, session.backend) if held.is_held else []

@@ -24,7 +24,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 
 from . import carried
 from .entrance import asked, is_local
-from .tables import cut
+from .tables import shortened
 
 # The width if no terminal says another, and the least that anything is drawn for.
 _WIDTH = 80
@@ -84,7 +84,7 @@ def picture(
     room = max(width or _WIDTH, _WIDTH_MIN) - len(_MARGIN)
     lines = _across(boxes, links)
     if len(lines[0]) > room:
-        lines = [cut(line, room) for line in _down(boxes, links)]
+        lines = [shortened(line, room) for line in _down(boxes, links)]
     return "".join(f"{_MARGIN}{line}\n" for line in lines)
 
 

@@ -104,11 +104,7 @@ _ROWS: dict[Cause | tuple[Cause, str], Command] = {
         _QREXEC,
         _SET + "bypass-tunnel=no",
     ),
-    Cause.NO_NFT_SERVICE: (
-        f"{{lacks}}, {_NEEDED}; {{install}}" + _OR_QREXEC,
-        _QREXEC,
-        _REMOVE,
-    ),
+    Cause.NO_NFT_SERVICE: (f"{{lacks}}, {_NEEDED}; {{install}}" + _OR_QREXEC, _QREXEC, _REMOVE),
     Cause.NFT_SWITCHED_OFF: (
         f"{{qube}} has the service qubes-forward-nft switched off, {_NEEDED}; '{{0}}' switches it on when "
         "{qube} starts again" + _OR_QREXEC,
@@ -348,10 +344,8 @@ def _facts(forward: Forward, finding: Finding) -> dict[str, object]:
     elif finding.cause is Cause.NETVM_CHANGED:
         were, are = (" - ".join(path) or "none" for path in (rule.path or (), forward.chain))
         facts["moved"] = f"The netvms of {target} were {were} when the rule was agreed to and are {are} now"
-        was, now = (
-            entrance.entrance(finding.qube, finding.side),
-            entrance.entrance(forward.exposed, forward.side),
-        )
+        was = entrance.entrance(finding.qube, finding.side)
+        now = entrance.entrance(forward.exposed, forward.side)
         facts["moves"] = f", which opens it at {now} and no longer at {was}" if was != now else ""
     elif finding.cause in (Cause.NO_SERVICE, Cause.STOCK_SERVICE):
         service = Service.FORWARD_UDP if finding.case == "udp" else _FORWARD

@@ -16,8 +16,7 @@ from .tables import Style, Table, escaped
 from .times import distance
 
 _TITLES = ("QUBE", "NAME", "STATE", "MODE", "EXPOSED AT", "TARGET", "FROM", "EXPIRES", "COMMENT")
-# In a narrow terminal; `show` has the whole.
-# A network of IPv4 has up to 18 characters, most have 14.
+# In a narrow terminal; `show` has the whole. A network of IPv4 has up to 18 characters, most have 14.
 _YIELDING = {"COMMENT": 16, "FROM": 14}
 _LEAVING = ("MODE", "TARGET", "COMMENT", "ROLE", "EXPIRES")
 

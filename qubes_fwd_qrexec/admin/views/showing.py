@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin import confirming, policy
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Plan, Verdict
@@ -92,7 +92,7 @@ def show(args: Namespace, session: Session) -> int:
     verdict = judged([forward], session.backend, installed).get(forward.named[:2])
     found = findings.shown(forward, planned, installed, session.now, verdict)
     running = [qube for qube, _ in forward.nft_configs if snapshot.inventory.qubes[qube].is_running]
-    hops = nftstatus.hops(forward, nftstatus.ask_all(session.backend, running))
+    hops = nftstatus.hops(forward, confirming.ask_all(session.backend, running))
     lines = policy.lines(forward)
     configs = [(qube, f"{CONFIG_PREFIX}{config.key}", str(config)) for qube, config in forward.configs]
     if session.is_json:

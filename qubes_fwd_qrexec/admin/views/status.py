@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from qubes_fwd_qrexec.admin import confirming
 from qubes_fwd_qrexec.admin.answers import both
 from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
 from qubes_fwd_qrexec.admin.backend import PolicyVerdict
@@ -30,16 +31,7 @@ from qubes_fwd_qrexec.system.ending import Ending
 from . import connected, drains, nftstatus, reasons, steps, travel
 from .connected import Connected
 from .judged import judged_apart
-from .listeners import (
-    Answer,
-    GoesOn,
-    Has,
-    Uptake,
-    ask_all,
-    flows,
-    listening,
-    uptakes,
-)
+from .listeners import Answer, GoesOn, Has, Uptake, ask_all, flows, listening, uptakes
 from .nftstatus import NftStatus
 from .refused import in_words
 from .render import exposed_at, forward_as_json
@@ -263,7 +255,7 @@ def _look(args: Namespace, session: Session) -> Status:
     argument = CLIENTS if args.clients else ""
     answers, told = both(
         partial(ask_all, session.backend, to_ask(planned, inventory, args.qube), argument=argument),
-        partial(nftstatus.ask_all, session.backend, nftstatus.to_ask(planned, inventory, args.qube)),
+        partial(confirming.ask_all, session.backend, nftstatus.to_ask(planned, inventory, args.qube)),
     )
     found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
     clients = connected.connected(planned, args.qube, answers) if args.clients else None
@@ -278,7 +270,7 @@ def text(found: Status, style: Style) -> str:
     heads = [style.state(Verdict.STOPS, head) for head in heads]
     rows, states = [*map(_cells, found.rows)], [row.state for row in found.rows]
     tables = [
-        Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style) if rows else "",
+        Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style),
         found.by_nft.table(style),
         drains.table((*found.goes_on, *found.by_nft.draining), style),
         "" if found.clients is None else found.clients.table(style),

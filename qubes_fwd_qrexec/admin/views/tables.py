@@ -78,7 +78,9 @@ class Table(NamedTuple):
     squeezed: tuple[str, ...] = ()
 
     def text(self, style: Style) -> str:
-        """A table if it fits in any way, else a block of lines for each row."""
+        """A table if it fits in any way, else a block of lines for each row; empty without rows."""
+        if not self.rows:
+            return ""
         width = style.width or sys.maxsize
         empty = [title for at, title in enumerate(self.titles) if not any(row[at] for row in self.rows)]
         shown = list(self.titles)
@@ -110,7 +112,7 @@ class Table(NamedTuple):
         columns = [self.titles.index(title) for title in widths]
         lines = [
             [
-                cut(row[column], width).ljust(width)
+                shortened(row[column], width).ljust(width)
                 for column, width in zip(columns, widths.values(), strict=True)
             ]
             for row in (self.titles, *self.rows)
@@ -143,7 +145,7 @@ def size(count: int) -> str:
     return f"{value:.1f}{units[0]}" if units[0] and value < 10 else f"{value:.0f}{units[0]}"
 
 
-def cut(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
     """Text that is at most so wide, cut behind a word where one ends in its second half."""
     if len(text) <= width:
         return text

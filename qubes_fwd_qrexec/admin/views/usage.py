@@ -27,10 +27,7 @@ _EXAMPLES = {
         "qvm-forward add vault 53 --proto both --mode qrexec --from 10.0.0.0/8",
         "qvm-forward add work 5432 --internal --from personal",
     ),
-    "set": (
-        "qvm-forward set work web --extend 1h",
-        "qvm-forward set work web srchosts+=10.0.0.0/8 comment=",
-    ),
+    "set": ("qvm-forward set work web --extend 1h", "qvm-forward set work web srchosts+=10.0.0.0/8 comment="),
     "remove": ("qvm-forward remove work web", "qvm-forward remove work --all"),
     "enable": ("qvm-forward enable work web",),
     "disable": ("qvm-forward disable work 'web-*'", "qvm-forward disable --all"),
