@@ -124,6 +124,22 @@ def test_whoever_interrupts_a_change_hears_what_is_left_of_it(
     assert ("web" in forward("list").out) == is_stored
 
 
+def test_of_a_change_that_is_held_nobody_hears_that_it_is_in_force(
+    forward: Command, over: Command, lab: LabDirectory
+) -> None:
+    class Interrupted(Faulty):
+        def unwatched(self) -> str | None:
+            raise KeyboardInterrupt
+
+    forward(*ADD)
+    assert forward("panic").status == 0
+    result = over(Interrupted(lab), "disable", "work", "web")
+    assert result.err == (
+        "qvm-forward disable: interrupted: the change is stored, and everything is held; "
+        "'qvm-forward status' shows what came of it\n"
+    )
+
+
 def test_a_rule_and_a_mark_that_cannot_be_put_back_are_told_with_what_they_were(
     forward: Command, lab: LabDirectory, failing: Failing
 ) -> None:

@@ -63,7 +63,9 @@ def followed(changed: Changed, session: Session) -> After:
     try:
         return _followed(changed, session)
     except KeyboardInterrupt:
-        done = "stored, and in force" if changed.is_applied else "stored"
+        done = "stored"
+        if changed.is_applied:
+            done += ", and everything is held" if changed.plan.is_held else ", and in force"
         raise Interrupted(f"the change is {done}; 'qvm-forward status' shows what came of it") from None
 
 

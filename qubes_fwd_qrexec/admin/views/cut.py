@@ -134,7 +134,7 @@ class _After(NamedTuple):
 
 
 def _after(forward: Forward | None, which: WhichClients) -> _After:
-    """Whether clients may connect again. One that the rule lists alone can be taken out of it."""
+    """Whether clients may connect again. One whom nothing but its own address lets in can be taken out."""
     if forward is None or not forward.is_live:
         return _After("Its forward is closed, so nobody can connect again.")
     (target, name, rule), who = forward.named, "Who is let in"
@@ -142,8 +142,9 @@ def _after(forward: Forward | None, which: WhichClients) -> _After:
     way_out: tuple[str, ...]
     does, way_out = "closes it", ("qvm-forward", "disable", target, name)
     if which.address is not None:
-        who, alone = "It", ip_network(unmapped(which.address))
-        if alone not in rule.sources.networks:
+        who, address = "It", unmapped(which.address)
+        alone = ip_network(address)
+        if [network for network in rule.sources.networks if address in network] != [alone]:
             who = f"srchosts={rule.sources} lets it in, so it"
             does, way_out = "changes that", ("qvm-forward", "set", target, name, "srchosts=NETWORKS")
         elif str(rule.sources) != str(alone):

@@ -77,6 +77,12 @@ def test_all_clients_are_cut_where_the_forward_is_open(backend: Answering, over:
             "It may connect again; 'qvm-forward disable work web' closes it.",
         ),
         (
+            "192.168.0.0/16,192.168.0.5",
+            "192.168.0.5",
+            "srchosts=192.168.0.0/16,192.168.0.5/32 lets it in, so it may connect again; "
+            "'qvm-forward set work web srchosts=NETWORKS' changes that.",
+        ),
+        (
             "fd00::5,10.0.0.0/8",
             "[fd00::5]:99",
             "It may connect again; 'qvm-forward set work web srchosts-=fd00::5/128' keeps it out.",
