@@ -135,10 +135,11 @@ class FlowCall(MuxCall[FlowMux]):
         self._count(client_key(flow.client), 1)
         return flow_id
 
-    def send(self, flow_id: int, data: bytes, segment: int, now: float) -> int:
-        """Send datagrams of a flow. Returns how many of any flow had to be dropped for them."""
+    def send(self, flow_id: int, data: bytes, segment: int, now: float) -> None:
+        """Send datagrams of a flow, or drop them."""
         self.moved_at = now
-        return 0 if self.mux is None else self.mux.send(flow_id, data, segment)
+        if self.mux is not None:
+            self.mux.send(flow_id, data, segment)
 
     def end(self, flow_id: int, code: FlowCode) -> None:
         """End a flow, which hears nothing of that; what it has waiting is dropped."""

@@ -60,7 +60,7 @@ class FlowPool(MuxPool[FlowCall]):
         return frozenset(self._waiting.clients)  # in one step, while the loop's thread may change it
 
     async def opened(self) -> FlowCall:
-        """A call that is ready or was not to be had, opened for it if there is none."""
+        """A call that is ready, made for this if there is none; or one that could not be made."""
         ready = next((one for one in self.mux_calls if one.is_usable), None)
         if ready is None:
             ready = self.opening()

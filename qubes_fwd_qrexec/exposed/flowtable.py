@@ -39,8 +39,6 @@ FLOWS_MAX = 10_000
 # conntrack does for UDP (nf_conntrack_udp_timeout and nf_conntrack_udp_timeout_stream).
 UNANSWERED_S = 30.0
 ANSWERED_S = 120.0
-
-
 # A client with as many flows as it may have gives up one in which nothing has moved for so long: most clients
 # send each query from another port, and say nothing when they have their answer.
 QUIET_S = 0.5

@@ -4,7 +4,8 @@
 Clients take turns: first the networks, then the addresses of a network (`crowd.client_key`), and a client's
 flow that has waited longest is its next one. So a client with a thousand flows holds up another one by one
 of them. There is a bound for the bytes of a flow, and one for those of all: where all have too much, the
-network with the most loses. What is dropped is counted for the flow's forward.
+network with the most loses its oldest. Of a flow that has too much, the newest are dropped, as a server can
+make nothing of an exchange without its first datagrams. What is dropped is counted for the flow's forward.
 """
 
 from collections import deque

@@ -42,7 +42,7 @@ _PAUSE_S = 0.2
 # flows. Most clients ask again after a second or more.
 REFUSED_S = 1.0
 REFUSED_MAX = 1024
-# From how many addresses of this qube's, replies leave without asking how they do.
+# For how many addresses of this qube a port keeps what has its replies leave from them.
 _FROM_MAX = 1024
 # The target takes no more over this call.
 _TRY_AGAIN = frozenset((FlowCode.LEASE_OVER, FlowCode.SHUTDOWN))

@@ -144,23 +144,20 @@ class FlowMux(MuxBase):
         """The peer has begun the flow: what comes is for ``end``."""
         self.flows[flow_id] = end
 
-    def send(self, flow_id: int, data: bytes, segment: int) -> int:
-        """Send datagrams of a flow: one (``segment`` 0), or as many of equal size as there are.
-
-        Returns how many datagrams, of any flow, had to be dropped for them.
-        """
+    def send(self, flow_id: int, data: bytes, segment: int) -> None:
+        """Send datagrams of a flow, one (``segment`` 0) or several of equal size, or drop them."""
         if flow_id not in self.flows:
-            return self._queue.drop_late(flow_id, data, segment)
+            self._queue.drop_late(flow_id, data, segment)
+            return
         if self._is_lone() and not segment and len(data) <= MAX_DATAGRAM_BYTES:
             self.connection.send_datagrams(flow_id, data)
             self._writer.send()
-            return 0
-        dropped = self._queue.add(flow_id, data, segment, time.monotonic())
+            return
+        self._queue.add(flow_id, data, segment, time.monotonic())
         if self._queue.bytes >= _WRITE_BYTES and self._writer.is_empty:
             self._write()
         else:
             self._flush_soon()
-        return dropped
 
     def _is_lone(self) -> bool:
         """Whether a datagram comes after a pause, in a turn that serves nothing else: then it does not wait

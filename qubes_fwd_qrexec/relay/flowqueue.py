@@ -58,8 +58,8 @@ _Flows = OrderedDict[int, _Flow]
 class FlowQueue:
     """What waits for one mux call; times are of `time.monotonic`, and given by the caller.
 
-    ``dropped_full`` and ``dropped_old`` count datagrams: those that there was no room for, and those that
-    waited for too long or whose flow ended first. ``tell`` hears of each with its flow.
+    ``dropped_full`` and ``dropped_old`` count datagrams: those that there was no room for or that were too
+    long, and those that waited for too long or whose flow ended first. ``tell`` hears of each with its flow.
     """
 
     def __init__(self, tell: DroppedCall) -> None:
@@ -72,7 +72,7 @@ class FlowQueue:
         # Those that go first, and those that go round.
         self._new: _Flows = OrderedDict()
         self._old: _Flows = OrderedDict()
-        # By the number of bits of what each has waiting: the longest is found without a look at all.
+        # By the number of bits of what each has waiting: so one with the most is found at once.
         self._by_size: list[_Flows] = [OrderedDict() for _ in range(FLOW_BYTES.bit_length() + 1)]
 
     @property
@@ -80,21 +80,18 @@ class FlowQueue:
         """How many flows it keeps anything of."""
         return len(self._flows)
 
-    def add(self, flow_id: int, data: bytes, segment: int, now: float) -> int:
-        """Have a batch wait, however many datagrams it has. Returns how many were dropped, of any flow."""
-        before = self.dropped_full
+    def add(self, flow_id: int, data: bytes, segment: int, now: float) -> None:
+        """Have a batch wait, however many datagrams it has; one datagram that is too long is dropped."""
         until = now + WAIT_S
-        if len(data) > MAX_DATAGRAM_BYTES or (segment and len(data) > segment * MAX_SEGMENTS):
-            if not segment:
-                self._count(flow_id, 1, is_old=False)
-                return 1
+        if len(data) <= MAX_DATAGRAM_BYTES and (not segment or len(data) <= segment * MAX_SEGMENTS):
+            self._add(flow_id, data, segment, until)
+        elif not segment:
+            self._count(flow_id, 1, is_old=False)
+        else:
             most = min(MAX_SEGMENTS, MAX_DATAGRAM_BYTES // segment) * segment
             for start in range(0, len(data), most):
                 part = data[start : start + most]
                 self._add(flow_id, part, segment if len(part) > segment else 0, until)
-        else:
-            self._add(flow_id, data, segment, until)
-        return self.dropped_full - before
 
     def take(self, most: int, now: float) -> Iterator[tuple[int, bytes, int]]:
         """Whose turn it is, each with a batch of its own: about ``most`` bytes in all, or all there is.
@@ -126,11 +123,9 @@ class FlowQueue:
         while flow is not None and (batch := self._next_batch(flow, now)):
             yield batch
 
-    def drop_late(self, flow_id: int, data: bytes, segment: int) -> int:
-        """Drop a batch of a flow that is over. Returns how many datagrams it has."""
-        late = count(len(data), segment)
-        self._count(flow_id, late, is_old=True)
-        return late
+    def drop_late(self, flow_id: int, data: bytes, segment: int) -> None:
+        """Drop a batch of a flow that is over."""
+        self._count(flow_id, count(len(data), segment), is_old=True)
 
     def end(self, flow_id: int) -> None:
         """Forget a flow; what it has waiting is dropped."""
