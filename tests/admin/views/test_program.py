@@ -245,6 +245,23 @@ def test_a_terminal_gets_colours_unless_it_says_that_it_wants_none(
     assert (b"\x1b[" in printed) == is_coloured
 
 
+def test_an_interrupt_before_it_has_begun_ends_it_without_a_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'argparse': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from qubes_fwd_qrexec.admin.views.program import main\n"
+        "sys.exit(main())"
+    )
+    words = [sys.executable, "-c", code, "list"]
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False, timeout=BOUND_S
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"qvm-forward: interrupted\n")
+
+
 def test_an_interrupt_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
