@@ -2,7 +2,7 @@
 """A datagram call at work: the protocol's state, the qrexec call's two sockets, and what each flow is joined
 with.
 
-It passes on what comes at once, and never waits for anybody: what the call does not take within 50 ms is
+What comes is passed on at once, and nobody is waited for: what the call does not take within 50 ms is
 dropped and counted (`flowqueue`). The owner (`FlowMuxOwner`) hears what happens to the call as a whole.
 """
 

@@ -255,14 +255,15 @@ class UdpFlow:
 
     def _closed_there(self, code: FlowCode) -> None:
         """Nobody is at the server's port. Try the next address, unless somebody was at this one."""
-        if self._is_answered or not self._is_connected_elsewhere():
+        if self._is_answered or not self._try_next():
             self._end(code)
             return
         for data, segment in self._kept or ():
             self._send_now(data, segment)
         self.settle()
 
-    def _is_connected_elsewhere(self) -> bool:
+    def _try_next(self) -> bool:
+        """Connect to the next address instead, and return whether there is one."""
         self._leave_socket()
         try:
             self._connect()
