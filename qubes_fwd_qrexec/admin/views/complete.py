@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from .usage import subcommands
+
 # The only candidate where the shell knows better: it offers its files then.
 FILE, DIRECTORY = ":file", ":directory"
 _PATHS = {"FILE": FILE, "DIR": DIRECTORY, "-- PROGRAM ARGS": FILE}
@@ -29,7 +31,8 @@ class Line(NamedTuple):
 
 class Blank(NamedTuple):
     """What is to be filled in: ``kind`` is its name in the help, ``option`` the option that it is a value of;
-    ``start`` is what of the value has been typed."""
+    ``start`` is what of the value has been typed.
+    """
 
     kind: str
     option: str
@@ -57,7 +60,7 @@ def candidates(
     """All continuations of the last of ``words``, the ones before it being complete; or FILE or DIRECTORY."""
     *before, current = words or [""]
     line = _read(parser, before)
-    here = _commands(parser).get(line.command, parser)
+    here = subcommands(parser).get(line.command, parser)
     options = here._option_string_actions
     name, equals, _ = current.partition("=")
     start = f"{name}=" if equals else ""
@@ -72,7 +75,7 @@ def candidates(
         names = [option.option_strings[-1] for option in rest if fits.is_offered(option)]
         return sorted(name for name in names if name.startswith(current))
     elif not line.command:
-        names = [name for name, each in _commands(parser).items() if _full_name(name, each) == name]
+        names = [name for name, each in subcommands(parser).items() if _full_name(name, each) == name]
         return sorted(name for name in names if name.startswith(current))
     else:
         start, blank = "", Blank(_argument(here, len(line.given)), "", current)
@@ -82,20 +85,13 @@ def candidates(
     return sorted(word for value in found if (word := f"{start}{value}").startswith(current))
 
 
-def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return action.choices
-    return {}
-
-
 def _full_name(name: str, command: argparse.ArgumentParser) -> str:
     """The command's own name, of which this may be a short form."""
     return command.get_default("command") or name
 
 
 def _read(parser: argparse.ArgumentParser, before: Iterable[str]) -> Line:
-    commands, here = _commands(parser), parser
+    commands, here = subcommands(parser), parser
     command, asked = "", None
     given: list[str] = []
     options: dict[str, str] = {}
@@ -119,11 +115,9 @@ def _read(parser: argparse.ArgumentParser, before: Iterable[str]) -> Line:
 
 
 def _kind(argument: argparse.Action) -> str:
-    return (
-        "|".join(argument.choices)
-        if argument.choices is not None
-        else str(argument.metavar or argument.dest.upper())
-    )
+    if argument.choices is not None:
+        return "|".join(argument.choices)
+    return str(argument.metavar or argument.dest.upper())
 
 
 def _argument(parser: argparse.ArgumentParser, number: int) -> str:

@@ -61,10 +61,9 @@ def import_rules(args: Namespace, session: Session) -> int:
     prune = Prune.ALL if args.prune_all else Prune.NAMED if args.prune else Prune.NONE
     found = import_document(system, document, args.qube, is_replacing=args.replace, prune=prune)
     after, left = changes.followed(found.changed, session), _left_open(found, document)
-    same = found.unchanged
-    last = [f"Unchanged: {counted(len(same), 'forward') if same[_NAMED_MAX:] else _names(same)}."] * bool(
-        same
-    )
+    same, last = found.unchanged, list[str]()
+    if same:
+        last.append(f"Unchanged: {counted(len(same), 'forward') if same[_NAMED_MAX:] else _names(same)}.")
     if left:
         more = "--prune-all" if document.is_export else "--prune"
         closes = f"'qvm-forward remove QUBE NAME' closes one, and {more} removes what the file does not have"

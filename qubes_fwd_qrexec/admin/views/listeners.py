@@ -264,7 +264,8 @@ def ask_after(
         left = flows(qube, answer, after)
         if left is None:
             left = [GoesOn(config.target, config.name, qube, None, proto=config.proto) for config in configs]
-            left = left or [GoesOn(None, None, qube, None)] * is_everything
+            if is_everything and not left:
+                left = [GoesOn(None, None, qube, None)]
         elif not is_everything:
             left = [each for each in left if each[:2] in closed or _about(each) in services]
         goes_on += [each._replace(service=services.get(_about(each), each.service)) for each in left]

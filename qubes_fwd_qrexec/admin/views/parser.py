@@ -5,13 +5,13 @@ Values stay text here. Whoever uses them parses them, so that --help needs to im
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
 
 from .locate import LAB_VARIABLE
-from .usage import ALIASES, Parser, epilog
+from .usage import ALIASES, Parser, epilog, subcommands
 
 _FORMATS = ("line", "xml", "json", "yaml")
 
@@ -204,18 +204,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build()
     args, rest = parser.parse_known_args(argv)
     if rest:
-        command = commands_of(parser)[args.command]
+        command = subcommands(parser)[args.command]
         # argparse takes the words of a list up to the first option, and leaves those behind it.
         last = [action for action in command._actions if not action.option_strings][-1:]
         if any(word.startswith("-") for word in rest) or not last or last[0].nargs != "*":
             command.unknown(rest)
         setattr(args, last[0].dest, [*getattr(args, last[0].dest), *rest])
     return args
-
-
-def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, Parser]:
-    """The parsers of the subcommands, by name, without aliases; none of one that is a subcommand's itself."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return {name: action.choices[name] for name in COMMANDS}
-    return {}

@@ -2,6 +2,7 @@
 """What the program says of how it is used: examples and pages in --help, and short errors."""
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -48,6 +49,12 @@ _EXAMPLES = {
         "qvm-forward import --qube work firewall.xml",
     ),
 }
+
+
+def subcommands(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
+    """The parsers of its commands, each of its own class, by all of their names; empty if it has none."""
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return next((action.choices for action in actions), {})
 
 
 def epilog(command: str) -> str:

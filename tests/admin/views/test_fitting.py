@@ -10,11 +10,11 @@ from conftest import Command
 from helpers import BOUND_S
 from worlds import NOW
 
-from qubes_fwd_qrexec.admin.views import fitting, parser
+from qubes_fwd_qrexec.admin.views import fitting, parser, usage
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.store import LabStore
 
-COMMANDS = parser.commands_of(parser.build())
+COMMANDS = {name: usage.subcommands(parser.build())[name] for name in parser.COMMANDS}
 
 
 @pytest.fixture
