@@ -34,7 +34,7 @@ _STOCK_FIREWALL = "sys-firewall"
 
 
 def judged(named: NamedRule, inventory: Inventory, now: float, stock: Collection[QubeName]) -> Forward:
-    """What becomes of a rule, whatever ports other rules have."""
+    """What becomes of a rule at ``now`` (UNIX seconds), whatever ports others have; see `plan` for both."""
     rule, chain = named.rule, inventory.chain(named.target)
     listener = listener_of(rule, chain)
     side = inventory.side(listener, rule.forward_type)

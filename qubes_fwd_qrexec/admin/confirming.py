@@ -116,8 +116,8 @@ def not_closed(qubes: Iterable[QubeName], backend: Backend) -> tuple[Unconfirmed
 
 
 def end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:
-    """Cut the connections that were let finish after their time, and return the doubts that are left. The
-    caller holds the lock. Raises `StoreError` if a qube could not be told, when all others have been.
+    """Cut the connections that were let finish after their time, and return the doubts that are left. It
+    takes the lock. Raises `StoreError` if it is held or a qube could not be told, when all others have been.
 
     dom0 has taken away what their qubes knew of them, so these are told of a forward of that name again, one
     that is over and cuts, and asked once more. ``doubts`` are in the order of their qubes.
@@ -135,9 +135,10 @@ def end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfi
             except StoreError as error:
                 problems.append(error)
 
-    put_all(told)
-    left = unconfirmed(told, backend)
-    put_all(dict.fromkeys(told))
+    with backend.locked():
+        put_all(told)
+        left = unconfirmed(told, backend)
+        put_all(dict.fromkeys(told))
     if problems:
         raise problems[0]
     return (*(doubt for doubt in doubts if doubt not in draining), *left)

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.rules import ForwardRule
 
 
 def edited(rule: ForwardRule, options: Iterable[Option], now: float) -> ForwardRule:
-    """A rule with options changed, one after the other. Raises `RuleError`."""
+    """A rule with options changed, one after the other; ``now`` in UNIX seconds. Raises `RuleError`."""
     known = ForwardRule.option_names()
     texts = {name: Option(name, text, f"option {name!a}") for name, text in rule.options().items()}
     for option in options:

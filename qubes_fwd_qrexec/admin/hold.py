@@ -66,7 +66,7 @@ def hold(backend: Backend, now: float) -> Held:
     if applied is not None:
         doubts = not_closed(forwarding(applied.snapshot.inventory), backend)
         if any(doubt.lack == Lack.DRAINS for doubt in doubts):
-            left = _tried(problems, "packets: end what may finish", lambda: _end_drains(doubts, backend))
+            left = _tried(problems, "packets: end what may finish", lambda: end_drains(doubts, backend))
             doubts = doubts if left is None else left
         ended |= {each.target: each for each in applied.outcome.ended}
         problems += applied.outcome.problems
@@ -82,11 +82,6 @@ def _take_all(problems: list[str], backend: Backend) -> None:
     inventory = _tried(problems, "read all qubes, to tell them of no forward", backend.inventory)
     for qube, key, _ in () if inventory is None else inventory.configurations():
         _tried(problems, f"{qube}: take away {key}", partial(backend.remove_feature, qube, key))
-
-
-def _end_drains(doubts: Iterable[Unconfirmed], backend: Backend) -> tuple[Unconfirmed, ...]:
-    with backend.locked():
-        return end_drains(doubts, backend)
 
 
 def _end_calls(targets: Iterable[QubeName], backend: Backend) -> dict[QubeName, Ended]:

@@ -201,11 +201,8 @@ class Inventory(NamedTuple):
         """The tunnel by which traffic of ``target`` leaves: its own, if it is marked itself, or else that of
         the nearest of its netvms that is marked, or else the mark that says that there must be one.
         """
-        for name in (target, *self.chain(target).qubes):
-            mark = self.tunnel_mark(name)
-            if mark is not None:
-                return mark
-        return self.behind_tunnel_mark(target)
+        marks = filter(None, map(self.tunnel_mark, (target, *self.chain(target).qubes)))
+        return next(marks, None) or self.behind_tunnel_mark(target)
 
     def behind_tunnel_mark(self, name: QubeName) -> TunnelMark | None:
         """The mark that says that this qube may be reached only through its tunnel."""

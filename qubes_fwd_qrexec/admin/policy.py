@@ -111,8 +111,8 @@ def is_written(installed: str | None, wanted: str) -> bool:
 
 def allowing(policy: str | None) -> frozenset[str]:
     """The lines of a policy file that are in force, with blanks normalized, but without the closing ones."""
-    lines = ("  ".join(line.split()) for line in _LINE_ENDS.split(policy or ""))
-    return frozenset(line for line in lines if line and not line.startswith("#") and line not in CLOSING)
+    there = ("  ".join(line.split()) for line in _LINE_ENDS.split(policy or ""))
+    return frozenset(line for line in there if line and not line.startswith("#") and line not in CLOSING)
 
 
 def stock_targets(policy: str | None) -> frozenset[QubeName]:

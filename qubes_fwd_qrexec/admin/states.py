@@ -184,10 +184,8 @@ class Forward(NamedTuple):
     @property
     def decisive(self) -> Finding:
         """The finding that decides about its state."""
-        for finding in self.stops:
-            return finding
         halted = (Cause.EXPOSED_HALTED, Cause.HOP_HALTED, Cause.TARGET_HALTED)
-        return next((found for cause in halted if (found := self.finding(cause)) is not None), OPEN)
+        return next(filter(None, (*self.stops, *map(self.finding, halted))), OPEN)
 
     @property
     def state(self) -> State:
