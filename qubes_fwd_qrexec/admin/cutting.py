@@ -22,7 +22,7 @@ TOO_OLD = "is too old for that; update qubes-fwd-qrexec there and restart it"
 _ANSWER_MAX_BYTES = 1024
 # A call takes some tenths of a second.
 _TIMEOUT_S = 5.0
-Place = tuple[QubeName, ForwardKey]
+ForwardAt = tuple[QubeName, ForwardKey]
 """An exposed qube, and one protocol of a forward there."""
 
 
@@ -35,7 +35,7 @@ class Cut(NamedTuple):
     problem: str | None = None
 
 
-def cut(places: Collection[Place], which: WhichClients, backend: Backend) -> tuple[Cut, ...]:
+def cut(places: Collection[ForwardAt], which: WhichClients, backend: Backend) -> tuple[Cut, ...]:
     """Cut these clients at all places at once, and say of each what became of it. Raises nothing."""
     return tuple(at_once(lambda place: _cut(*place, which, backend), places).values())
 

@@ -4,10 +4,10 @@
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_network
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import cutting
-from qubes_fwd_qrexec.admin.cutting import Cut, Place
+from qubes_fwd_qrexec.admin.cutting import Cut, ForwardAt
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State
@@ -49,22 +49,12 @@ def cut(args: Namespace, session: Session) -> int:
     after = _after(forward, which)
     problems = [one.problem for one in found if one.problem is not None]
     ended = _ended(found)
+    status = 0 if ended and not problems else 1
     if session.is_json:
-        session.say_json(
-            {
-                "qube": target,
-                "name": name,
-                "client": str(which) or None,
-                "cut": sum(one.ended for one in found),
-                "at": [
-                    {"qube": one.exposed, "proto": one.key.proto, "cut": one.ended, "problem": one.problem}
-                    for one in found
-                ],
-                "silent": silent,
-                "ways_out": [after.way_out] if after.way_out else [],
-            }
-        )
-        return 0 if ended and not problems else 1
+        data: dict[str, Any] = {"qube": target, "name": name, "client": str(which) or None}
+        data |= {"cut": sum(one.ended for one in found), "at": [_as_json(one) for one in found]}
+        session.say_json({**data, "silent": silent, "ways_out": [after.way_out] if after.way_out else []})
+        return status
     whose = f"{target} {name}{'' if which.address is None else f' from {which}'}"
     if ended:
         session.say_done(f"Cut {ended} of {whose}. {after.text}\n")
@@ -75,12 +65,12 @@ def cut(args: Namespace, session: Session) -> int:
         session.warn(f"connections to {whose} may go on: {escaped(problem)}")
     if unknown:
         session.warn(unknown)
-    return 0 if ended and not problems else 1
+    return status
 
 
 def places(
     target: QubeName, planned: Plan, inventory: Inventory, answers: Mapping[QubeName, Answer]
-) -> dict[str, list[Place]]:
+) -> dict[str, list[ForwardAt]]:
     """Where there may be connections to each of a target's forwards: by the plan, and by what listeners say,
     which know those that drain.
     """
@@ -95,7 +85,7 @@ def places(
             told: Sequence[ForwardReport | DrainingReport]
             told = (*answer.listener.forwards, *answer.listener.draining)
             found |= {(qube, ForwardKey(one.target, one.name, one.proto)) for one in told if one.connections}
-    by_name: dict[str, list[Place]] = {}
+    by_name: dict[str, list[ForwardAt]] = {}
     for place in sorted(found):
         if place[1].target == target:
             by_name.setdefault(place[1].name, []).append(place)
@@ -120,6 +110,10 @@ def _why_closed(snapshot: Snapshot, forward: Forward | None, target: QubeName, n
     return f"{target} {escaped(name)} is {state}, and nothing of it drains; there is nothing to cut"
 
 
+def _as_json(one: Cut) -> dict[str, Any]:
+    return {"qube": one.exposed, "proto": one.key.proto, "cut": one.ended, "problem": one.problem}
+
+
 def _ended(found: Sequence[Cut]) -> str:
     """How many connections and flows ended; empty if none did."""
     numbers = {proto: sum(one.ended for one in found if one.key.proto is proto) for proto in Proto.BOTH.each}
@@ -137,10 +131,8 @@ def _after(forward: Forward | None, which: WhichClients) -> _After:
     """Whether clients may connect again. One whom nothing but its own address lets in can be taken out."""
     if forward is None or not forward.is_live:
         return _After("Its forward is closed, so nobody can connect again.")
-    (target, name, rule), who = forward.named, "Who is let in"
-    does: str
-    way_out: tuple[str, ...]
-    does, way_out = "closes it", ("qvm-forward", "disable", target, name)
+    (target, name, rule), who, does = forward.named, "Who is let in", "closes it"
+    way_out: tuple[str, ...] = ("qvm-forward", "disable", target, name)
     if which.address is not None:
         who, address = "It", unmapped(which.address)
         alone = ip_network(address)

@@ -6,6 +6,7 @@ All of it is what the qubes say; nothing is decided by it.
 
 from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import confirming
@@ -143,8 +144,8 @@ class NftStatus(NamedTuple):
     rows: tuple[NftRow, ...] = ()
     leftovers: tuple[Unconfirmed, ...] = ()
     draining: tuple[GoesOn, ...] = ()
-    problems: Mapping[QubeName, str] = {}
-    silent: Mapping[QubeName, str] = {}
+    problems: Mapping[QubeName, str] = MappingProxyType({})
+    silent: Mapping[QubeName, str] = MappingProxyType({})
 
     @property
     def is_well(self) -> bool:
