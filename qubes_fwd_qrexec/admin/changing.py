@@ -14,6 +14,7 @@ from qubes_fwd_qrexec.common.errors import Interrupted, RefusedError, RuleError,
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
+from qubes_fwd_qrexec.system.ending import Ending
 
 from .apply import Outcome, due, reconcile
 from .backend import Backend, put
@@ -310,7 +311,8 @@ def store(backend: Backend, inventory: Inventory, changes: NewLines) -> None:
             tried.append((qube, name))
             put(backend, qube, RULE_PREFIX + name, value)
     except (StoreError, KeyboardInterrupt) as error:
-        left = [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
+        with Ending():  # Ctrl-C again would leave a half
+            left = [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
         if not left:
             raise
         why = str(error) or "interrupted"

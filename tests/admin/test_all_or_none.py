@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Several rules are stored or none; and each command that changes something has the lock for itself."""
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -94,6 +96,25 @@ def test_an_interrupt_leaves_no_half(forward: Command, over: Command, lab: LabDi
     result = over(Faulty(lab, before=interrupt), "disable", "work", "r0", "r1", "r2", "r3")
     assert (result.status, result.out) == (130, "")
     assert result.err == "qvm-forward disable: interrupted: nothing was changed\n"
+    assert content(lab) == before
+
+
+def test_who_presses_ctrl_c_twice_leaves_no_half_either(
+    forward: Command, over: Command, lab: LabDirectory
+) -> None:
+    assert forward("import", "-", stdin=RULES).status == 0
+    before = content(lab)
+    done: list[str] = []
+
+    def interrupt(entry: str) -> None:
+        done.append(entry)
+        if "set work forward.r2" in done:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = over(Faulty(lab, before=interrupt), "disable", "work", "r0", "r1", "r2", "r3")
+    assert result.status == 130
+    assert result.err == "qvm-forward disable: interrupted: nothing was changed\n"
+    assert done[-3:] == [f"set work forward.r{number}" for number in range(3)]
     assert content(lab) == before
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where the program qvm-forward begins: Ctrl-C is no traceback even while the rest is imported."""
 
+import signal
 import sys
 
 
@@ -10,4 +11,7 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stderr.write("qvm-forward: interrupted\n")
         return 130
-    return cli.main()
+    status = cli.main()
+    # All is done and said. Ctrl-C would interrupt Python's own end, with a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return status
