@@ -157,10 +157,10 @@ def test_of_more_flows_than_have_room_for_a_burst_those_have_it_in_which_somethi
         assert answers_of_a_burst(late[0]) < 50
         now = time.monotonic()
         for _ in range(2):  # nothing has moved between the two
-            for flow in early:
+            for flow in reversed(flows):
                 flow.look(now)
         assert owner.bursts == BURSTS_MAX // 2
-        for flow in (*late, early[-1]):
+        for flow in (*late, early[0]):
             assert answers_of_a_burst(flow) == 50
         assert owner.bursts == BURSTS_MAX // 2 + len(late)
 
