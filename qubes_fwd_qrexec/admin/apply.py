@@ -70,6 +70,7 @@ class Step(NamedTuple):
 
     @property
     def opens(self) -> bool:
+        """Whether it lets in what was not, or lets a qube know of a forward that it did not."""
         return self.kind is Kind.OPEN_POLICY or (self.kind is Kind.SET_CONFIG and self.was is None)
 
     @property

@@ -6,6 +6,7 @@ before it alone; the exposed port is kept up to the last hop, which sends to the
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from typing import Any
 
@@ -97,39 +98,35 @@ def configs(
 
     Raises `ConfigError` if it is too much.
     """
-    rule, (target, *hops) = named.rule, path
+    rule, (target, *_) = named.rule, path
     versions = (_wanted(rule) & sources.versions) - _lacking(path, inventory).keys()
-    common: dict[str, Any] = {
-        "target": named.target,
-        "name": named.name,
-        "proto": rule.proto,
-        "sources": sources,
-        "on_expire": rule.on_expire,
-        "expire": rule.expire,
-    }
     at_target = NftConfig(
+        target=named.target,
+        name=named.name,
         role=Role.TARGET,
         side=Side.UPLINK,
+        proto=rule.proto,
         listen_ports=ListenPorts(rule.target_ports.first, rule.target_ports.last),
         target_ports=rule.target_ports,
+        sources=sources,
         family=None if versions == sources.versions else min(versions),
-        **common,
+        on_expire=rule.on_expire,
+        expire=rule.expire,
     )
-    exposed: dict[str, Any] = {"side": side, "limits": rule.limits}
-    if rule.listen is not None and not rule.listen.is_unspecified:
-        exposed["listen"] = rule.listen
     kept = TargetPorts(rule.listen_ports.first, rule.listen_ports.last)
     at_hops = [
-        NftConfig(
+        replace(
+            at_target,
             role=Role.HOP,
+            family=None,
             listen_ports=rule.listen_ports,
             target_ports=rule.target_ports if following == target else kept,
             **_next_hop(inventory.qubes[following], versions),
-            **(exposed if qube == path[-1] else {"side": Side.UPLINK}),
-            **common,
         )
-        for qube, following in zip(hops, path, strict=False)
+        for following in path[:-1]
     ]
+    listen = None if rule.listen is None or rule.listen.is_unspecified else rule.listen
+    at_hops[-1] = replace(at_hops[-1], side=side, limits=rule.limits, listen=listen)
     return tuple(zip(path, (at_target, *at_hops), strict=True))
 
 

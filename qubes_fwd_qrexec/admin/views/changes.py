@@ -210,10 +210,11 @@ def closed(after: After, key: Key) -> str:
 
 
 def _flows(after: After, key: Key | None) -> bool:
-    if any(doubt.lack == Lack.DRAINS and parse_nft_key(doubt.key) == key for doubt in after.doubts):
-        return True
-    return any((left.target, left.name) == key for left in after.heard.goes_on) or any(
-        key is not None and ended.target == key[0] and ended.draining for ended in after.changed.outcome.ended
+    """Whether connections of a forward that was closed may go on, as any of those says that were asked."""
+    return key is not None and (
+        any(doubt.lack == Lack.DRAINS and parse_nft_key(doubt.key) == key for doubt in after.doubts)
+        or any((left.target, left.name) == key for left in after.heard.goes_on)
+        or any(ended.target == key[0] and ended.draining for ended in after.changed.outcome.ended)
     )
 
 
@@ -336,9 +337,7 @@ def _others(after: After) -> Iterator[str]:
             told.add(key)
         what = "Opened" if step.was is None else "Changed"
         # Where one protocol is closed, the other may go on there.
-        is_left = (
-            forward is not None and bool(forward.listener_configs) and step.qube == forward.exposed
-        ) and not is_nft_key(text)
+        is_left = forward is not None and forward.listener_configs and step.qube == forward.exposed
         if step.kind is Kind.REMOVE_CONFIG and not is_left:
             what = "Closed to new connections" if _flows(after, key) else "Closed"
         why = "." if forward is None else f". {reasons.sentence(forward)}"
