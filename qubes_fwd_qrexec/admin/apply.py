@@ -37,6 +37,8 @@ _LOOKS = 3
 
 
 class Kind(StrEnum):
+    """What a step does, in a word for programs."""
+
     CLOSE_POLICY = "close-policy"
     REVOKE = "revoke"
     REMOVE_CONFIG = "remove-config"

@@ -79,6 +79,7 @@ class _Claim(NamedTuple):
     is_own: bool = False
 
     def rivals(self, other: "_Claim") -> bool:
+        """Whether only one of two claims to the same port can be had."""
         return (
             not (self.is_own and other.is_own)
             and self.named.rule.proto.overlaps(other.named.rule.proto)

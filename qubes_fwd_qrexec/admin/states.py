@@ -235,6 +235,7 @@ class Plan:
         return tuple(forward for forward in self.forwards if forward.is_live)
 
     def find(self, target: str, name: str) -> Forward | None:
+        """One rule; None if there is none of that name, or it cannot be read."""
         for forward in self.forwards:
             if forward.named.target == target and forward.named.name == name:
                 return forward

@@ -2,7 +2,7 @@
 """Says whom a command waits for, and with --verbose whatever it asks of qubes and of dom0, on stderr."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +54,10 @@ class Announced:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        lock = self._backend.locked()
-        with self._waiting("another qvm-forward, which changes something"):
-            lock.__enter__()
-        try:
+        with ExitStack() as lock:
+            with self._waiting("another qvm-forward, which changes something"):
+                lock.enter_context(self._backend.locked())
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def _tell(self, text: str) -> None:
         if self._is_verbose:

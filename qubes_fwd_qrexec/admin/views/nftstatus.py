@@ -149,6 +149,7 @@ class NftStatus(NamedTuple):
 
     @property
     def is_well(self) -> bool:
+        """Whether nothing is known to be other than the rules ask for; silence is no fault."""
         return not (
             self.leftovers or self.problems or any(row.state is not row.forward.state for row in self.rows)
         )

@@ -34,6 +34,7 @@ class Session(NamedTuple):
             self.say(text)
 
     def say(self, text: str) -> None:
+        """Print on stdout, the same way."""
         self.out.write(text)
 
     def say_json(self, data: Mapping[str, Any], *, is_line: bool = False) -> None:
@@ -44,6 +45,7 @@ class Session(NamedTuple):
         self.out.write(f"{json.dumps(data, indent=None if is_line else 2)}\n")
 
     def warn(self, text: str) -> None:
+        """Print a line on stderr. What others stored or said has been escaped by then."""
         self.err.write(f"qvm-forward: {text}\n")
 
     def look(self, *, with_config: bool = False) -> Snapshot:

@@ -119,6 +119,7 @@ class Status(NamedTuple):
 
     @property
     def is_well(self) -> bool:
+        """Whether nothing is known to be other than the rules ask for; what drains may."""
         return (
             not self.due
             and self.by_nft.is_well
