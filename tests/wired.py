@@ -8,15 +8,17 @@ of our own has come through it, those before it have each gone on to the next qu
 """
 
 import errno
+import fcntl
 import itertools
 import os
 import secrets
 import select
 import socket
+import struct
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -32,6 +34,9 @@ from qubes_fwd_qrexec.lab.qube import Qube, QubeState
 from qubes_fwd_qrexec.lab.stockrules import Shape
 from qubes_fwd_qrexec.lab.wires import Wires
 
+# linux/if.h and linux/sockios.h: name and flags of a link, in an ifreq.
+_SIOCGIFFLAGS, _IFF_UP, _IFF_RUNNING = 0x8913, 0x1, 0x40
+_FLAGS = struct.Struct("16sH22x")
 # A full queue drops a packet.
 _AGAIN_S = 1.0
 
@@ -190,6 +195,7 @@ class Wired:
         self._queue = opened.enter_context(_Queue())
         for name in (LAN, *([PROVIDER] if VPN in qubes else []), *qubes):
             self._open_tap(name)
+        self._settle()
 
     def run(
         self, qube: str, *command: str, text: str = "", is_checked: bool = True
@@ -212,6 +218,14 @@ class Wired:
         """Change a qube as dom0 does: its ``netvm``, ``state``, ``ip``, and rewire."""
         self._qubes[name] = replace(self._qubes[name], **properties)
         self.wires.follow(self._qubes.values())
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until each new link is up: the kernel notes that a little later, and drops packets before."""
+        until_s = time.monotonic() + BOUND_S
+        while not all(_are_links_up(self.places.entering(qube)) for qube in self._taps):
+            assert time.monotonic() < until_s
+            os.sched_yield()
 
     def halt(self, name: str) -> None:
         self.change(name, state=QubeState.HALTED)
@@ -310,6 +324,15 @@ class Wired:
             tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
         self._taps[name] = self._opened.enter_context(tap)
         tap.setblocking(False)
+
+
+def _are_links_up(entering: Callable[[], AbstractContextManager[object]]) -> bool:
+    """Whether each link of a namespace that is to be up is."""
+    with entering(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        names = [name.encode() for _, name in socket.if_nameindex()]
+        answers = [fcntl.ioctl(sock, _SIOCGIFFLAGS, _FLAGS.pack(name, 0)) for name in names]
+    flags = [_FLAGS.unpack_from(answer)[1] for answer in answers]
+    return all(each & _IFF_RUNNING for each in flags if each & _IFF_UP)
 
 
 def _said(proto: str, sock: socket.socket) -> str:
