@@ -7,6 +7,7 @@ from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
 from qubes_fwd_qrexec.admin.answers import ANSWER_TIMEOUT_S
+from qubes_fwd_qrexec.common.values import QubeName
 
 if TYPE_CHECKING:
     from qubes_fwd_qrexec.admin.backend import Backend
@@ -32,21 +33,20 @@ class Announced:
         return getattr(self._backend, name)
 
     def ask(
-        self, qube: str, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
+        self, qube: QubeName, service: str, max_bytes: int, timeout_s: float | None = None, given: str = ""
     ) -> bytes:
         most_s = ANSWER_TIMEOUT_S if timeout_s is None else timeout_s
         with self._waiting(f"{qube} ({service}, at most {most_s:g} s)"):
             self._tell(f"asks {qube}: {service}")
-            answer: bytes = self._backend.ask(qube, service, max_bytes, timeout_s, given)  # type: ignore[arg-type]
-            return answer
+            return self._backend.ask(qube, service, max_bytes, timeout_s, given)
 
-    def set_feature(self, qube: str, key: str, value: str) -> None:
+    def set_feature(self, qube: QubeName, key: str, value: str) -> None:
         self._tell(f"sets feature {key} of {qube}")
-        self._backend.set_feature(qube, key, value)  # type: ignore[arg-type]
+        self._backend.set_feature(qube, key, value)
 
-    def remove_feature(self, qube: str, key: str) -> None:
+    def remove_feature(self, qube: QubeName, key: str) -> None:
         self._tell(f"removes feature {key} of {qube}")
-        self._backend.remove_feature(qube, key)  # type: ignore[arg-type]
+        self._backend.remove_feature(qube, key)
 
     def replace_policy(self, text: str, token: str) -> None:
         self._tell("writes dom0's policy")
