@@ -311,8 +311,7 @@ def store(backend: Backend, inventory: Inventory, changes: NewLines) -> None:
             tried.append((qube, name))
             put(backend, qube, RULE_PREFIX + name, value)
     except (StoreError, KeyboardInterrupt) as error:
-        with Ending():  # Ctrl-C again would leave a half
-            left = [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
+        left = _put_all_back(backend, inventory, tried)
         if not left:
             raise
         why = str(error) or "interrupted"
@@ -325,6 +324,15 @@ def store(backend: Backend, inventory: Inventory, changes: NewLines) -> None:
 def _stored(inventory: Inventory, qube: QubeName, name: str) -> str | None:
     """The line of a rule, or a mark."""
     return inventory.qubes[qube].features.get(RULE_PREFIX + name)
+
+
+def _put_all_back(backend: Backend, inventory: Inventory, tried: Collection[Key]) -> list[str]:
+    """What could not be put back, as lines. Ctrl-C again would leave a half, so nothing interrupts it."""
+    try:
+        with Ending():
+            return [line for key in tried if (line := _put_back(backend, inventory, *key)) is not None]
+    except KeyboardInterrupt:  # before the signal was held off, or after all was put back
+        return _put_all_back(backend, inventory, tried)
 
 
 def _put_back(backend: Backend, inventory: Inventory, qube: QubeName, name: str) -> str | None:

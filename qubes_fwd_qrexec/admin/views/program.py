@@ -6,12 +6,15 @@ import sys
 
 
 def main() -> int:
+    status = None
     try:
         from . import cli
+
+        status = cli.main()
+        # All is done and said. Ctrl-C would interrupt Python's own end, with a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
-        sys.stderr.write("qvm-forward: interrupted\n")
-        return 130
-    status = cli.main()
-    # All is done and said. Ctrl-C would interrupt Python's own end, with a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if status is None:
+            sys.stderr.write("qvm-forward: interrupted\n")
+            return 130
     return status
