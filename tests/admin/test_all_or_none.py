@@ -3,6 +3,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -99,6 +100,15 @@ def test_an_interrupt_leaves_no_half(forward: Command, over: Command, lab: LabDi
     assert content(lab) == before
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """SIGINT interrupts, also where it is ignored, as in what a script has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 def test_who_presses_ctrl_c_twice_leaves_no_half_either(
     forward: Command, over: Command, lab: LabDirectory
 ) -> None:
