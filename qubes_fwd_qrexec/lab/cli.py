@@ -78,16 +78,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 1
     except BrokenPipeError:
-        # The reader of our output is gone: nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
         _complain(f"{error.filename or arguments.command}: {why(error)}")
         return 1
     except KeyboardInterrupt:
         _complain(f"{arguments.command}: interrupted")
+        _drop_output()
         return 130
     return status
+
+
+def _drop_output() -> None:
+    """Write what can be written. Whoever read the rest is gone, so nothing may be flushed to them at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _complain(text: str) -> None:
