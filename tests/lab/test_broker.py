@@ -191,6 +191,8 @@ async def test_call_beyond_the_cap_is_refused_and_a_freed_slot_is_used(tmp_path:
                 assert await read_exactly(other_target.stdout, 3) == b"up\n"
             await first.stdin.send_eof()
             assert await first.status() == 0
+            # The caller hears of the end a moment before the slot is free.
+            await until(lambda: lab.broker.used_slots() == {"work": 1})
             async with calling(lab) as fourth:
                 assert await read_exactly(fourth.stdout, 3) == b"up\n"
             await second.stdin.send_eof()
