@@ -98,7 +98,7 @@ FIVE = (
 )
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("width", [60, 80, 110, 120, 200])
 def test_a_list_of_five_rules_is_five_rows_and_a_heading(forward: Forward, width: int) -> None:
     for rule in FIVE:
         assert forward("add", *rule).status == 0
@@ -107,6 +107,7 @@ def test_a_list_of_five_rules_is_five_rows_and_a_heading(forward: Forward, width
     titles = {
         60: "QUBE NAME STATE EXPOSED AT FROM",
         80: "QUBE NAME STATE EXPOSED AT FROM EXPIRES",
+        110: "QUBE NAME STATE EXPOSED AT TARGET FROM EXPIRES COMMENT",
         120: "QUBE NAME STATE MODE EXPOSED AT TARGET FROM EXPIRES COMMENT",
         200: "QUBE NAME STATE MODE EXPOSED AT TARGET FROM EXPIRES COMMENT",
     }
