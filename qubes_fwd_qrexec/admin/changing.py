@@ -10,7 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.common.errors import Interrupted, RefusedError, RuleError, StoreError, UsageError
+from qubes_fwd_qrexec.common.errors import (
+    Interrupted,
+    RefusedError,
+    RuleError,
+    StoredError,
+    StoreError,
+    UsageError,
+)
 from qubes_fwd_qrexec.common.options import Option
 from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, NamedRule
 from qubes_fwd_qrexec.common.values import QubeName, RuleName, yes_no
@@ -107,7 +114,7 @@ def change(
             try:
                 planned, outcome, read = reconcile(backend, now)
             except StoreError as error:
-                raise StoreError(f"the change is stored, but {error}") from error
+                raise StoredError(error) from error
             except KeyboardInterrupt:
                 way_out = "not all of it may be in force; 'qvm-forward apply' completes it"
                 raise Interrupted(f"the change is stored, and {way_out}") from None

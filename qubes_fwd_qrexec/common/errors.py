@@ -60,6 +60,13 @@ class StoreError(ForwardError):
     """Stored data about qubes, rules or policy cannot be read or written."""
 
 
+class StoredError(StoreError):
+    """A change is stored, and not all of it could be put in force."""
+
+    def __init__(self, why: object) -> None:
+        super().__init__(f"the change is stored, but {why}")
+
+
 class RefusedError(ForwardError):
     """A valid request is refused; the text gives the reason and the way out.
 

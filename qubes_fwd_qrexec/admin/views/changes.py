@@ -16,7 +16,7 @@ from qubes_fwd_qrexec.admin.revoking import DRAIN_S
 from qubes_fwd_qrexec.admin.snapshot import parse_new_name
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
-from qubes_fwd_qrexec.common.errors import ConfigError, Interrupted, TextError, UsageError
+from qubes_fwd_qrexec.common.errors import ConfigError, Interrupted, StoredError, TextError, UsageError
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
 from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, OnExpire, Transport
 
@@ -59,7 +59,7 @@ class After(NamedTuple):
 
 
 def followed(changed: Changed, session: Session) -> After:
-    """Ask what became of a change. Raises `StoreError` if it is stored and not all of it could be applied."""
+    """Ask what became of a change. Raises `StoredError` if not all of it could be applied."""
     try:
         return _followed(changed, session)
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ def _followed(changed: Changed, session: Session) -> After:
         if steps.troubles(changed.outcome):
             # Another rule may be what is in trouble, and this one closed as far as dom0 can tell.
             confirmed.warn(doubts, told, changed.outcome.before, session)
-        steps.check(changed.outcome, "the change is stored, but ")
+        steps.check(changed.outcome, StoredError)
         was, planned, inventory = changed.plan_before, changed.plan, changed.after.inventory
         said = ask_after(was, planned, changed.keys, inventory, session.backend)
         denied = denials(changed.forwards, session.backend)
@@ -143,7 +143,12 @@ def remove(args: Namespace, session: Session) -> int:
     names = _names(args)
     if not names:
         raise UsageError("name the rules to remove, or say --all")
-    after = followed(changing.remove(_system(args, session), args.qube, names), session)
+    return removed(changing.remove(_system(args, session), args.qube, names), session)
+
+
+def removed(changed: Changed, session: Session) -> int:
+    """Print what was closed and forgotten. Returns the exit status."""
+    after = followed(changed, session)
     keys = after.changed.keys
     lines = [f"Forward {qube} {name!s} is removed{closed(after, (qube, name))}." for qube, name in keys]
     return tell(

@@ -77,14 +77,10 @@ def run(
     except UsageError as error:
         err.write(f"qvm-forward {args.command}: {error}\n")
         return 2
-    except ForwardError as error:
+    except (ForwardError, OSError) as error:
         from . import reasons
 
         err.write(f"qvm-forward {args.command}: {reasons.error_text(error)}\n")
-        return 1
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        err.write(f"qvm-forward {args.command}: {place}{error.strerror or error}\n")
         return 1
 
 

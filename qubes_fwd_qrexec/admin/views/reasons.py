@@ -12,6 +12,7 @@ from qubes_fwd_qrexec.admin.checks import CALL_PORTS_MAX
 from qubes_fwd_qrexec.admin.inventory import ADMIN, DISPOSABLE, NFT_FEATURE, QREXEC_FEATURE, REMOTE, TEMPLATE
 from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, NotOpenError, State, Verdict
 from qubes_fwd_qrexec.common.config import Service
+from qubes_fwd_qrexec.common.errors import why
 from qubes_fwd_qrexec.common.nftconfig import SHIFTED_MAX
 from qubes_fwd_qrexec.common.rules import Mode
 from qubes_fwd_qrexec.common.services import NFT_SERVICE
@@ -284,6 +285,8 @@ def error_text(error: Exception) -> str:
     """What an error says; of a refused change, why it was not made and what to do."""
     if isinstance(error, NotOpenError):
         return f"{error}. {sentence(error.forward, error.finding)}"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {why(error)}" if error.filename else why(error)
     return str(error)
 
 

@@ -83,8 +83,8 @@ def troubles(outcome: Outcome) -> list[str]:
     return [*outcome.problems, *untold(outcome.ended)]
 
 
-def check(outcome: Outcome, kept: str = "") -> None:
-    """Raises `StoreError` if not all steps could be taken; ``kept`` says what was stored all the same."""
+def check(outcome: Outcome, error: type[StoreError] = StoreError) -> None:
+    """Raises ``error`` if not all steps could be taken."""
     if not troubles(outcome):
         return
     done = "; ".join(word for step in outcome.done if step.kind is not Kind.REVOKE for word in words(step))
@@ -95,4 +95,4 @@ def check(outcome: Outcome, kept: str = "") -> None:
     # Another apply does not tell a target that this one could not: it finds no line of policy to take away.
     if outcome.problems:
         text += "\n'qvm-forward apply' does the rest once that is mended"
-    raise StoreError(f"{kept}{text}")
+    raise error(text)
