@@ -5,7 +5,7 @@ A change is decided on one reading of the system. It is refused if it would leav
 that the rule did not have before; else all of it is stored, or nothing, and then applied.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -28,8 +28,9 @@ from .backend import Backend, put
 from .deciding import Decision, decided
 from .editing import edited
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
+from .previewing import new_problem
 from .snapshot import TUNNEL_NAME, NewLines, Snapshot, look, made_up_name, names_at
-from .states import Cause, Finding, Forward, Key, NotOpenError, Plan, State
+from .states import Forward, Key, NotOpenError, Plan
 
 
 class NotMarkedError(RefusedError):
@@ -101,7 +102,7 @@ def change(
         # Judged as the last of those that claim ports, before and after.
         was, planned = (each.plan(now, changes.keys(), is_held=False) for each in (before, after))
         for forward in (forward for forward in planned if forward.named[:2] in changes):
-            problem = _new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
+            problem = new_problem(was.find(*forward.named[:2]), forward, ports_alone=ports_alone)
             if problem is not None:
                 raise NotOpenError(f"{forward.named} was not {done}", forward, problem)
         plan_before, planned, outcome = before.plan(now), after.plan(now), Outcome()
@@ -120,27 +121,6 @@ def change(
                 raise Interrupted(f"the change is stored, and {way_out}") from None
             after = after._replace(inventory=read.inventory, installed=read.installed)
     return Changed(keys, before, after, plan_before, planned, is_applied, outcome, decisions)
-
-
-def _new_problem(old: Forward | None, new: Forward, *, ports_alone: bool) -> Finding | None:
-    """What would newly keep a rule closed; or, if it was and stays disabled, once it is enabled."""
-    if old is not None and old.named.rule.enabled is not new.named.rule.enabled:
-        if old.named.rule.enabled:
-            return None  # what closes is never refused
-        old = None
-    stop = _stop(new)
-    if not ports_alone and stop is not None and stop.cause.state is State.REFUSED:
-        before = None if old is None else _stop(old)
-        if before is None or (before.cause, old and old.exposed) != (stop.cause, new.exposed):
-            return stop
-    conflict = new.finding(Cause.CONFLICT)
-    return None if old is not None and conflict == old.finding(Cause.CONFLICT) else conflict
-
-
-def _stop(forward: Forward) -> Finding | None:
-    """What keeps it closed, or would if it was enabled."""
-    stops = (stop for stop in forward.stops if stop.cause not in (Cause.DISABLED, Cause.CONFLICT))
-    return next(stops, None)
 
 
 def new_rule(
@@ -165,15 +145,6 @@ def new_rule(
             what, command = "exists already and cannot be read", "remove it first with 'qvm-forward remove"
         raise RefusedError(f"{named} {what}; take another --name, or {command} {named}'")
     return named
-
-
-def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Forward:
-    """What would become of a rule if it was stored; nothing is. Its target must exist."""
-    key = named[:2]
-    after = snapshot.changed({key: str(named.rule)})
-    if decision := decided(after, [key], now).get(key):
-        after = snapshot.changed({key: str(decision.rule)})
-    return next(forward for forward in after.plan(now, [key]) if forward.named[:2] == key)
 
 
 def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | None = None) -> Changed:
@@ -237,19 +208,20 @@ def set_options(
         try:
             if seen is not None and ForwardRule.parse(seen) != old.rule:
                 raise RefusedError(f"{old} was not changed: it is no longer what you saw, but '{old.rule}'")
-            rule = edited(old.rule, options, system.now)
-            _check_recorded(old, rule, inventory)
+            return changed_rule(inventory, system.now, old, options)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
-        return rule
 
     return _change_each(system, target, names, changed, "changed", decides_mode=True)
 
 
-def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> None:
-    """Owner and path are what somebody agreed to, and `confirm` records them. A name that is new in srchosts
-    has to be a qube's. Raises `RuleError`.
+def changed_rule(inventory: Inventory, now: float, old: NamedRule, options: Iterable[Option]) -> ForwardRule:
+    """A rule as `set_options` stores it. Raises `RuleError`.
+
+    Owner and path are what somebody agreed to, and `confirm` records them. A name that is new in srchosts has
+    to be a qube's.
     """
+    rule = edited(old.rule, options, now)
     if rule.owner not in (old.rule.owner, old.target, None):
         raise RuleError("option 'owner'", f"it can only be {old.target}, which has the rule", "owner")
     gone = [name for name in rule.path or () if inventory.get(name) is None]
@@ -259,6 +231,7 @@ def _check_recorded(old: NamedRule, rule: ForwardRule, inventory: Inventory) -> 
     for name in rule.sources.qubes:
         if name not in old.rule.sources.qubes and inventory.get(name) is None:
             raise RuleError("option 'srchosts'", f"there is no qube {name}", "srchosts")
+    return rule
 
 
 def mark(system: System, qube: str, *, is_marked: bool) -> Changed:

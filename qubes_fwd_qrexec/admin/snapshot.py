@@ -104,8 +104,12 @@ class Snapshot(NamedTuple):
             if value is not None:
                 features[RULE_PREFIX + name] = value
             qubes[qube] = qubes[qube]._replace(features=features)
+        stored = {key: entry for key, entry in self.stored.items() if key not in changes}
+        for (qube, name), value in changes.items():
+            if value is not None and name != TUNNEL_NAME:
+                stored[qube, name] = read_rule(qube, name, value)
         inventory = self.inventory._replace(qubes=qubes)
-        return self._replace(inventory=inventory, stored=read_rules(inventory))
+        return self._replace(inventory=inventory, stored=dict(sorted(stored.items())))
 
     def check_qube(self, name: str) -> QubeName:
         """The qube of that name. Raises `RefusedError` if there is none."""

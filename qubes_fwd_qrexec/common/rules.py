@@ -200,6 +200,28 @@ class ForwardRule:
         given.setdefault("target_ports", TargetPorts(given["listen_ports"].first, given["listen_ports"].last))
         return cls(**given)
 
+    @classmethod
+    def faults(cls, options: Iterable[Option]) -> list[RuleError]:
+        """Everything that keeps options from being a rule, for a form to show at once: what is wrong by
+        itself or missing; only without that, the first contradiction. Empty if there is nothing.
+        """
+        found: list[RuleError] = []
+        given = list(options)
+        for option in given:
+            try:
+                read([option], _READ_FORMS)
+            except RuleError as error:
+                found.append(error)
+        names = {_READ_FORMS[option.name].field for option in given if option.name in _READ_FORMS}
+        missing = (name for name in _MISSING if _FORMS[name].field not in names)
+        found += (RuleError(f"option {name!r}", _MISSING[name], name) for name in missing)
+        if not found:
+            try:
+                cls.from_options(given)
+            except RuleError as error:
+                found.append(error)
+        return found
+
     @staticmethod
     def option_names() -> tuple[str, ...]:
         """All options, in canonical order."""

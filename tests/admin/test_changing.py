@@ -38,19 +38,6 @@ def options(**texts: str) -> list[Option]:
     return [Option(name, text, f"option {name!a}") for name, text in texts.items()]
 
 
-def test_a_preview_shows_what_add_would_open_and_stores_nothing(store: Backend, lab: LabDirectory) -> None:
-    before = content(lab)
-    snapshot = look(store)
-    named = changing.new_rule(snapshot, NOW, WORK, RULE)
-    seen = changing.preview(snapshot, NOW, named)
-    assert (seen.state, seen.exposed, seen.named.name) == (State.ACTIVE, "sys-net", "tcp-80")
-    assert content(lab) == before
-    added = changing.add(System(store, NOW), WORK, RULE)
-    assert added.forwards == [seen]
-    refused = changing.preview(snapshot, NOW, changing.new_rule(snapshot, NOW, VAULT, RULE))
-    assert (refused.state, refused.cause) == (State.REFUSED, Cause.NO_NETVM)
-
-
 def test_a_change_returns_what_was_and_what_is(store: Backend) -> None:
     added = changing.add(System(store, NOW), WORK, RULE, WEB)
     assert (added.keys, added.plan_before.forwards, added.is_applied) == (((WORK, WEB),), (), True)

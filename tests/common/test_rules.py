@@ -248,6 +248,24 @@ def test_every_mistake_names_option_place_and_what_would_be_right(line: str, wor
     assert str(error.value) == words
 
 
+FAULTS = [
+    (MINIMAL, []),
+    (f"{MINIMAL} proxy=v2 transport=auto", []),
+    ("action=forward srcports=0 srchosts=nobody:1 via=!", [("srcports",), ("srchosts",), ("via",)]),
+    ("action=forward dstports=x", [("dstports",), ("srcports",), ("srchosts",)]),
+    ("action=forward src4=10.0.0.0/8 srcports=80", []),
+    (f"{MINIMAL} mode=nft proxy=v2", [("mode", "proxy")]),
+    (f"{MINIMAL} mode=nft proxy=v2 listen=1", [("listen",)]),
+    (f"{MINIMAL} bogus=1 limits=rate:0", [("bogus",), ("limits",)]),
+    (f"{MINIMAL} via=a via=b", [("via",)]),
+]
+
+
+@pytest.mark.parametrize(("line", "names"), FAULTS)
+def test_all_that_is_wrong_with_options_is_found_at_once(line: str, names: list[tuple[str, ...]]) -> None:
+    assert [fault.options for fault in ForwardRule.faults(split(line))] == names
+
+
 @pytest.mark.parametrize("text", ["", "rate", "rate:1,rate:2", "speed:1", "rate:1,", "rate:x", "rate=1"])
 def test_invalid_limits(text: str) -> None:
     with pytest.raises(RuleError, match="each once and at least 1"):
