@@ -101,16 +101,21 @@ def diagnose(args: Namespace, session: Session) -> int:
     snapshot = session.look(with_config=True)
     entry = snapshot.find(args.qube, args.name)
     found = list(walk(snapshot, entry, session.now, session.backend))
-    forward = snapshot.plan(session.now).find(entry.target, entry.name)
-    left = _WELL if forward is None or forward.mode is not Mode.NFT else nftwalk.CONCLUSION
     is_well = found[-1].verdict != Verdict.STOPS
     if session.is_json:
         steps = [dict(zip(_KEYS, check, strict=True)) for check in found]
         session.say_json({"qube": entry.target, "name": entry.name, "is_well": is_well, "steps": steps})
     else:
-        last = f"What helps: {escaped(found[-1].remedy)}" if found[-1].remedy else left
+        last = conclusion(found[-1], snapshot.plan(session.now).find(entry.target, entry.name))
         session.say(f"{checks(found, session.style)}{last}\n")
     return 0 if is_well else 1
+
+
+def conclusion(last: Check, forward: Forward | None) -> str:
+    """What follows from a walk whose ``last`` step this is: what helps, or what is left to be tried."""
+    if last.remedy:
+        return f"What helps: {escaped(last.remedy)}"
+    return _WELL if forward is None or forward.mode is not Mode.NFT else nftwalk.CONCLUSION
 
 
 def walk(snapshot: Snapshot, entry: NamedRule | BrokenRule, now: float, backend: Backend) -> Iterator[Check]:

@@ -4,7 +4,7 @@
 All of it is what the qubes say; nothing is decided by it.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from qubes_fwd_qrexec.admin.answers import NotRunningError
 from qubes_fwd_qrexec.admin.confirming import Answer, Lack, Unconfirmed
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.revoking import DRAIN_S
-from qubes_fwd_qrexec.admin.states import Forward, Plan, State
+from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
 from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.nftconfig import NftConfig, parse_nft_key
@@ -25,7 +25,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import confirmed
 from .listeners import GoesOn
 from .render import Role, exposed_at, forward_as_json, roles_of
-from .tables import Style, Table, escaped, size
+from .tables import Check, Style, Table, escaped, size
 
 _TITLES = (
     *("QUBE", "NAME", "STATE", "EXPOSED AT", "THEN", "IN FORCE", "CONNECTIONS", "PACKETS"),
@@ -257,6 +257,27 @@ def _hop(qube: QubeName, role: Role, config: NftConfig, answer: Answer | None) -
         return Hop(qube, role, doubt=Unconfirmed(qube, config.key, Lack.NO_ANSWER, True, str(answer)))
     counted = answer.find(config.key) if isinstance(answer, NftReport) else None
     return Hop(qube, role, doubt=confirming.judged(qube, config.key, config, answer), counted=counted)
+
+
+def said(path: Sequence[Hop]) -> dict[QubeName, str]:
+    """How a forward stands at each qube that does not say that it is in force, for `picture`."""
+    return {hop.qube: hop.standing.replace("-", " ") for hop in path if hop.standing is not Standing.IN_FORCE}
+
+
+def checks(path: Sequence[Hop]) -> Iterator[Check]:
+    """What the qubes of a path say, those that say the same together."""
+    at: dict[Standing, list[Hop]] = {}
+    for hop in path:
+        at.setdefault(hop.standing, []).append(hop)
+    for standing, some in at.items():
+        qubes = ", ".join(hop.qube for hop in some)
+        if standing is Standing.IN_FORCE:
+            yield Check("in force", Verdict.OK, f"at {qubes}")
+        elif standing is Standing.NO_ANSWER:
+            yield Check("in force", "unknown", f"at {qubes}: {some[0].reason}")
+        else:
+            why = "; ".join(str(hop.reason) for hop in some)
+            yield Check("in force", Verdict.STOPS if standing is Standing.NOT_IN_FORCE else Verdict.NOTE, why)
 
 
 def _cells(row: NftRow) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 """The commands that only show: list, plan, show and policy."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,10 @@ from qubes_fwd_qrexec.common.rules import BrokenRule, Mode
 
 from . import drains, findings, nftstatus, reasons, render
 from .judged import judged
-from .nftstatus import Standing
 from .picture import picture
 from .render import broken_as_json, forward_as_json, plan_as_json
 from .session import Session
-from .tables import Check, checks, escaped
+from .tables import checks, escaped
 
 
 def list_rules(args: Namespace, session: Session) -> int:
@@ -109,9 +107,9 @@ def show(args: Namespace, session: Session) -> int:
         return 0
     session.say(render.explained(forward, session.style))
     is_allowed = found[-1].verdict != Verdict.STOPS
-    said = {hop.qube: hop.standing.replace("-", " ") for hop in hops if hop.standing is not Standing.IN_FORCE}
+    said = nftstatus.said(hops)
     drawn = picture(forward, snapshot.inventory, is_allowed=is_allowed, said=said, width=session.style.width)
-    shown = checks((*found, *_standings(hops)), session.style)
+    shown = checks((*found, *nftstatus.checks(hops)), session.style)
     session.say(f"\n{drawn}\n{shown}\n")
     session.say(f"rule:\n  {entry.rule}\n")
     session.say("policy:\n" + ("".join(f"  {line}\n" for line in lines) or "  none\n"))
@@ -120,22 +118,6 @@ def show(args: Namespace, session: Session) -> int:
         session.say(f"  {feature} = {value}\n")
     session.say("" if configs else "listener:\n  none\n")
     return 0
-
-
-def _standings(hops: Sequence[nftstatus.Hop]) -> Iterator[Check]:
-    """What the qubes of a path by nft say."""
-    at: dict[Standing, list[nftstatus.Hop]] = {}
-    for hop in hops:
-        at.setdefault(hop.standing, []).append(hop)
-    for standing, some in at.items():
-        qubes = ", ".join(hop.qube for hop in some)
-        if standing is Standing.IN_FORCE:
-            yield Check("in force", Verdict.OK, f"at {qubes}")
-        elif standing is Standing.NO_ANSWER:
-            yield Check("in force", "unknown", f"at {qubes}: {some[0].reason}")
-        else:
-            why = "; ".join(str(hop.reason) for hop in some)
-            yield Check("in force", Verdict.STOPS if standing is Standing.NOT_IN_FORCE else Verdict.NOTE, why)
 
 
 def print_policy(args: Namespace, session: Session) -> int:
