@@ -13,14 +13,15 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from qubes_fwd_qrexec.common.errors import ForwardError
+from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError
 from qubes_fwd_qrexec.common.values import QubeName
 
-from . import policy
+from . import policy, snapshot
 from .apply import Applied, reconcile
 from .backend import ANY, Backend
 from .confirming import Lack, Unconfirmed, end_drains, forwarding, not_closed
 from .revoking import Ended, allowances, revoke, serving
+from .states import Plan
 
 _T = TypeVar("_T")
 
@@ -97,8 +98,26 @@ def _tried(problems: list[str], what: str, do: Callable[[], _T]) -> _T | None:
         return None
 
 
-def resume(backend: Backend, now: float) -> tuple[bool, Applied]:
-    """Lift the hold and open what the rules ask for; and whether there was a hold. Raises `StoreError`."""
+def resume(backend: Backend, now: float, shown: Plan | None = None) -> tuple[bool, Applied]:
+    """Lift the hold and open what the rules ask for; and whether there was a hold. Raises `StoreError`.
+
+    ``shown`` is the plan without the hold that the user has seen. Raises `RefusedError` if any rule would
+    open otherwise by now; that it opens less is no reason.
+    """
     with backend.locked():
+        if shown is not None:
+            planned = snapshot.look(backend).plan(now, is_held=False)
+            if more := _openings(planned) - _openings(shown):
+                names = ", ".join(sorted({name for name, _ in more}))
+                raise RefusedError(f"nothing was opened: {names} would open otherwise than you were shown")
         was_held = policy.is_held(backend.read_policy().text)
         return was_held, reconcile(backend, now, is_held=False)
+
+
+def _openings(planned: Plan) -> set[tuple[str, str]]:
+    """The names of the rules that a plan opens, each with a line of policy or what a qube is told."""
+    return {
+        (f"{forward.named}", line)
+        for forward in planned.live
+        for line in (*policy.lines(forward), *(f"{q} {config.key} {config}" for q, config in forward.configs))
+    }

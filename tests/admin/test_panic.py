@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 from faulty import Faulty, Panic, allowed, is_held
+from stages import Stage
 from worlds import ADD, NOW, Command, content
 
 from qubes_fwd_qrexec.admin import apply as reconciling
 from qubes_fwd_qrexec.admin import policy
-from qubes_fwd_qrexec.admin.hold import hold
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.hold import hold, resume
+from qubes_fwd_qrexec.admin.snapshot import look
 from qubes_fwd_qrexec.admin.states import Plan
-from qubes_fwd_qrexec.common.errors import StoreError
+from qubes_fwd_qrexec.common.errors import RefusedError, StoreError
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.lab.qube import QubeState
 from qubes_fwd_qrexec.lab.store import LabStore
@@ -102,6 +105,42 @@ def test_resume_shows_what_would_open_and_opens_it(forward: Command, opened: Lab
     assert (result.status, result.err) == (0, "")
     assert result.out.startswith("Nothing is held any more. Open again:\n  personal tcp-81: ")
     assert content(opened) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("set work web srchosts=any", "web"),
+        ("set work web expire=never", "web"),
+        ("set work web autostart=yes", "web"),
+        ("add work 82 --from any --name new", "new"),
+        ("enable work late", "late"),
+    ],
+)
+def test_a_resume_opens_nothing_that_was_not_shown(
+    forward: Command, expiring: Stage, store: Backend, change: str, name: str
+) -> None:
+    forward("add", "work", "83", "--from", "any", "--name", "late")
+    forward("disable", "work", "late")
+    forward("panic")
+    shown = look(store).plan(NOW, is_held=False)
+    forward(*change.split())
+    with pytest.raises(RefusedError, match=f"nothing was opened: work {name} would open otherwise"):
+        resume(store, NOW, shown)
+    assert (allowed(expiring.lab), is_held(expiring.lab)) == (frozenset(), True)
+    was_held, applied = resume(store, NOW, look(store).plan(NOW, is_held=False))
+    assert (was_held, len(applied.plan.live) > 0, is_held(expiring.lab)) == (True, True, False)
+
+
+def test_a_resume_may_open_less_than_was_shown(
+    forward: Command, opened: LabDirectory, store: Backend
+) -> None:
+    forward("panic")
+    shown = look(store).plan(NOW, is_held=False)
+    forward("remove", "work", "web")
+    resume(store, NOW, shown)
+    assert not is_held(opened)
+    assert "81" in "".join(allowed(opened))
 
 
 def test_resume_where_nothing_is_held_says_so(forward: Command, opened: LabDirectory) -> None:

@@ -2,7 +2,7 @@
 """Says whom a command waits for, and with --verbose whatever it asks of qubes and of dom0, on stderr."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ class Announced:
 
     def __init__(self, backend: "Backend", say: Callable[[str], None], *, is_verbose: bool) -> None:
         self._backend = backend
-        self._say = say
+        self._write = say
         self._is_verbose = is_verbose
         # Several threads may ask at once, and one line is said of all.
         self._lock = Lock()
@@ -62,6 +62,11 @@ class Announced:
     def _tell(self, text: str) -> None:
         if self._is_verbose:
             self._say(text)
+
+    def _say(self, text: str) -> None:
+        # That nobody reads it any more keeps nothing from being done: panic must close everything.
+        with suppress(OSError):
+            self._write(text)
 
     @contextmanager
     def _waiting(self, whom: str) -> Iterator[None]:

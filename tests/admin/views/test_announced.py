@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import pytest
-from worlds import ADD, Command
+from worlds import ADD, NOW, Command
 
+from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.hold import hold
 from qubes_fwd_qrexec.admin.views.announced import Announced
 
 BOUND_S = 60.0
@@ -71,6 +73,17 @@ def test_one_line_names_all_that_are_waited_for_at_once() -> None:
         thread.join(BOUND_S)
     assert len(late.said) == 1
     assert re.fullmatch(r"waits for q[0-4] \(s, at most 2 s\)(, .*)?( and [0-9] more)?", late.said[0])
+
+
+def test_a_reader_who_is_gone_keeps_nothing_from_being_done(store: Backend) -> None:
+    """As when the window that started panic has been closed."""
+
+    def say(_: str) -> None:
+        raise BrokenPipeError
+
+    announced = cast("Backend", Announced(store, say, is_verbose=True))
+    assert hold(announced, NOW).problems == ()
+    assert policy.is_held(store.read_policy().text)
 
 
 def test_verbose_says_what_is_asked_of_whom(forward: Command) -> None:
