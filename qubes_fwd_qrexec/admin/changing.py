@@ -8,6 +8,7 @@ that the rule did not have before; else all of it is stored, or nothing, and the
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import (
@@ -29,7 +30,8 @@ from .deciding import Decision, decided
 from .editing import edited
 from .inventory import ADMIN, RULE_PREFIX, TUNNEL_FEATURE, Inventory
 from .previewing import new_problem
-from .snapshot import TUNNEL_NAME, NewLines, Snapshot, look, made_up_name, names_at
+from .seen import Seen, check_seen
+from .snapshot import TUNNEL_NAME, ByName, NewLines, Snapshot, Which, look, made_up_name, names_at
 from .states import Forward, Key, NotOpenError, Plan
 
 
@@ -41,13 +43,15 @@ class System(NamedTuple):
     """What is changed: a system of qubes at the time ``now``, in UNIX seconds.
 
     Without ``is_applied`` a change is only stored, and `reconcile` does the rest later; without
-    ``is_stored`` it is only judged.
+    ``is_stored`` it is only judged. ``seen`` are rules as the user saw them when he decided on the change:
+    it is refused if any of them is no longer so.
     """
 
     backend: Backend
     now: float
     is_applied: bool = True
     is_stored: bool = True
+    seen: Mapping[Key, Seen] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,13 @@ def change(
 
     ``done`` is the word after "was not" in the message of a refusal; with ``ports_alone`` it is refused only
     for ports that another rule has. ``decides_mode``: of rules with mode=auto, the mode is decided. Raises
-    `NotOpenError`, `StoreError`, and what ``decide`` does.
+    `NotAsSeenError`, `NotOpenError`, `StoreError`, and what ``decide`` does.
     """
-    backend, now, is_applied, is_stored = system
+    backend, now, is_applied, is_stored, seen = system
     with backend.locked():
         before = look(backend, with_config=not is_stored)
+        for key, saw in seen.items():
+            check_seen(before, key, saw, done)
         changes = decide(before)
         after = before.changed(changes)
         keys = tuple(key for key in changes if key[1] != TUNNEL_NAME)
@@ -157,28 +163,28 @@ def add(system: System, target: QubeName, rule: ForwardRule, name: RuleName | No
     return change(system, decide, "added", decides_mode=True)
 
 
-def remove(system: System, target: str, names: Collection[str]) -> Changed:
-    """Close and forget, rules that cannot be read too; for ``names`` see `Snapshot.chosen`."""
+def remove(system: System, which: Which) -> Changed:
+    """Close and forget, rules that cannot be read too."""
 
     def decide(snapshot: Snapshot) -> NewLines:
-        return {(entry.target, entry.name): None for entry in snapshot.chosen(target, names)}
+        return {(entry.target, entry.name): None for entry in snapshot.chosen(which)}
 
     return change(system, decide, "removed")
 
 
-def enable(system: System, target: str | None, names: Collection[str]) -> Changed:
+def enable(system: System, which: Which) -> Changed:
     """Open what was disabled; a rule that has ended gets what is left of its time."""
     return _change_each(
-        system, target, names, lambda old, _: replace(old.rule, enabled=True, has_ended=False), "enabled"
+        system, which, lambda old, _: replace(old.rule, enabled=True, has_ended=False), "enabled"
     )
 
 
-def disable(system: System, target: str | None, names: Collection[str]) -> Changed:
+def disable(system: System, which: Which) -> Changed:
     """Close and keep."""
-    return _change_each(system, target, names, lambda old, _: replace(old.rule, enabled=False), "disabled")
+    return _change_each(system, which, lambda old, _: replace(old.rule, enabled=False), "disabled")
 
 
-def confirm(system: System, target: str, names: Collection[str]) -> Changed:
+def confirm(system: System, which: Which) -> Changed:
     """Record owner and path as they are now. Raises `RefusedError` where the netvms lead nowhere."""
 
     def confirmed(old: NamedRule, inventory: Inventory) -> ForwardRule:
@@ -187,32 +193,21 @@ def confirm(system: System, target: str, names: Collection[str]) -> Changed:
             raise RefusedError(f"{old} was not confirmed. {chain.problem}")
         return replace(old.rule, owner=old.target, path=chain.qubes)
 
-    return _change_each(system, target, names, confirmed, "confirmed", decides_mode=True)
+    return _change_each(system, which, confirmed, "confirmed", decides_mode=True)
 
 
-def set_options(
-    system: System,
-    target: str,
-    names: Collection[str],
-    options: Collection[Option],
-    *,
-    seen: str | None = None,
-) -> Changed:
-    """Change options of rules, as `edited` does.
-
-    ``seen`` is the line of the rule that this is based on. Raises `RefusedError` if it is not what is stored,
-    and `UsageError`, which names the options, for values that are wrong; else what `change` does.
+def set_options(system: System, which: Which, options: Collection[Option]) -> Changed:
+    """Change options of rules, as `edited` does. Raises `UsageError`, which names the options, for values
+    that are wrong; else what `change` does.
     """
 
     def changed(old: NamedRule, inventory: Inventory) -> ForwardRule:
         try:
-            if seen is not None and ForwardRule.parse(seen) != old.rule:
-                raise RefusedError(f"{old} was not changed: it is no longer what you saw, but '{old.rule}'")
             return changed_rule(inventory, system.now, old, options)
         except RuleError as error:
             raise UsageError(f"{old} was not changed: {error}", *error.options) from None
 
-    return _change_each(system, target, names, changed, "changed", decides_mode=True)
+    return _change_each(system, which, changed, "changed", decides_mode=True)
 
 
 def changed_rule(inventory: Inventory, now: float, old: NamedRule, options: Iterable[Option]) -> ForwardRule:
@@ -257,22 +252,22 @@ def mark(system: System, qube: str, *, is_marked: bool) -> Changed:
 
 def _change_each(
     system: System,
-    target: str | None,
-    names: Collection[str],
+    which: Which,
     changed: Callable[[NamedRule, Inventory], ForwardRule],
     done: str,
     *,
     decides_mode: bool = False,
 ) -> Changed:
-    """Change rules that are chosen. One that cannot be read is an error only if it is named itself."""
+    """Change rules that are chosen. One that cannot be read is an error unless a pattern alone means it."""
+    patterns = which.names if isinstance(which, ByName) else ()
 
     def decide(snapshot: Snapshot) -> NewLines:
         changes: dict[Key, str | None] = {}
-        for old in snapshot.chosen(target, names):
+        for old in snapshot.chosen(which):
             if isinstance(old, NamedRule):
                 changes[old.target, old.name] = str(changed(old, snapshot.inventory))
-            elif not names or old.name in names:
-                known = f"{target} {old.name!a} cannot be read ({old.problem})"
+            elif not patterns or old.name in patterns:
+                known = f"{old.target} {old.name!a} cannot be read ({old.problem})"
                 raise RefusedError(f"{known}; remove it and add it anew")
         return changes
 

@@ -30,6 +30,19 @@ Stored = Mapping[Key, NamedRule | BrokenRule]
 """All that is stored as rules, readable or not, in the order of target and name."""
 
 
+class ByName(NamedTuple):
+    """The rules of a qube, or of all qubes, that have these names or match them, such as ``web-*``; without
+    names the only one. ``*`` may match none.
+    """
+
+    target: str | None
+    names: Collection[str] = ()
+
+
+Which = ByName | Collection[Key]
+"""Some of the stored rules: by names and patterns, or exactly these."""
+
+
 def read_rules(inventory: Inventory) -> Stored:
     """The rules of all qubes; what cannot be read as one is kept as broken, never dropped."""
     return {
@@ -134,10 +147,11 @@ class Snapshot(NamedTuple):
             raise RefusedError(f"{qube} has {len(names)} forwards; name one of {listed}")
         raise RefusedError(f"{qube} has no forward {name!a}, only {listed}{did_you_mean(name, names)}")
 
-    def chosen(self, target: str | None, names: Collection[str]) -> list[NamedRule | BrokenRule]:
-        """The rules of a qube, or of all qubes, that have these names or match them, such as ``web-*``;
-        without names the only one. ``*`` may match none. Raises `RefusedError` as `find` does.
-        """
+    def chosen(self, which: Which) -> list[NamedRule | BrokenRule]:
+        """Some of the rules. Raises `RefusedError` as `find` does."""
+        if not isinstance(which, ByName):
+            return [self.find(*key) for key in which]
+        target, names = which
         qubes = self.inventory.qubes if target is None else (self.check_qube(target),)
         found: dict[Key, NamedRule | BrokenRule] = {}
         for qube in qubes:

@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.admin import changing
 from qubes_fwd_qrexec.admin.apply import Outcome
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.changing import System
-from qubes_fwd_qrexec.admin.snapshot import look
+from qubes_fwd_qrexec.admin.snapshot import ByName, look
 from qubes_fwd_qrexec.admin.states import Cause, NotOpenError, State
 from qubes_fwd_qrexec.common.errors import RefusedError, UsageError
 from qubes_fwd_qrexec.common.options import Option
@@ -41,10 +41,10 @@ def options(**texts: str) -> list[Option]:
 def test_a_change_returns_what_was_and_what_is(store: Backend) -> None:
     added = changing.add(System(store, NOW), WORK, RULE, WEB)
     assert (added.keys, added.plan_before.forwards, added.is_applied) == (((WORK, WEB),), (), True)
-    disabled = changing.disable(System(store, NOW), "work", ["web"])
+    disabled = changing.disable(System(store, NOW), ByName("work", ["web"]))
     assert disabled.plan_before.forwards == tuple(added.forwards)
     assert [forward.state for forward in disabled.forwards] == [State.DISABLED]
-    removed = changing.remove(System(store, NOW, is_applied=False), "work", ["web"])
+    removed = changing.remove(System(store, NOW, is_applied=False), ByName("work", ["web"]))
     assert (removed.forwards, removed.plan.forwards, removed.outcome) == ([], (), Outcome())
 
 
@@ -76,22 +76,22 @@ def test_what_is_closed_already_may_be_changed_but_not_into_what_is_closed_elsew
 ) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
     store.set_feature(WORK, "forward.web", f"{replace(RULE, owner=WORK, via=QubeName('fedora-42'))}")
-    changed = changing.set_options(System(store, NOW), "work", ["web"], options(comment="x"))
+    changed = changing.set_options(System(store, NOW), ByName("work", ["web"]), options(comment="x"))
     assert [forward.cause for forward in changed.forwards] == [Cause.UNFIT_QUBE]
     for via, cause in (("debian-12", Cause.UNFIT_QUBE), ("nowhere", Cause.NO_SUCH_QUBE)):
         with pytest.raises(NotOpenError) as refused:
-            changing.set_options(System(store, NOW), "work", ["web"], options(via=via))
+            changing.set_options(System(store, NOW), ByName("work", ["web"]), options(via=via))
         assert refused.value.finding.cause is cause
     large = "action=forward srcports=1000-1300 srchosts=any transport=call owner=work"
     store.set_feature(WORK, "forward.web", large)
     with pytest.raises(NotOpenError) as refused:
-        changing.set_options(System(store, NOW), "work", ["web"], options(mode="nft", transport=""))
+        changing.set_options(System(store, NOW), ByName("work", ["web"]), options(mode="nft", transport=""))
     assert refused.value.finding.cause is Cause.NFT_SWITCHED_OFF
 
 
 def test_what_is_closed_until_somebody_confirms_it_is_not_refused(store: Backend) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
-    changed = changing.set_options(System(store, NOW), "work", ["web"], options(path="personal"))
+    changed = changing.set_options(System(store, NOW), ByName("work", ["web"]), options(path="personal"))
     assert [forward.cause for forward in changed.forwards] == [Cause.NETVM_CHANGED]
 
 
@@ -111,7 +111,7 @@ def test_an_error_has_the_names_of_the_options_that_are_wrong(
 ) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
     with pytest.raises(UsageError) as error:
-        changing.set_options(System(store, NOW), "work", ["web"], options(**texts))
+        changing.set_options(System(store, NOW), ByName("work", ["web"]), options(**texts))
     assert error.value.options == wrong
 
 
@@ -135,14 +135,20 @@ def test_set_refuses_if_the_rule_is_no_longer_what_the_user_saw(forward: Command
     other = " ".join(sorted((now or "").replace(" comment=a", "").split())) + " comment=a"
     assert forward("set", "work", "web", "comment=b", "--was", other).status == 0
     result = forward("set", "work", "web", "comment=c", "--was", "nonsense")
-    assert (result.status, "an option is written name=value" in result.err) == (2, True)
+    assert (
+        result.status,
+        "--was: 'nonsense' at column 1: an option is written name=value" in result.err,
+    ) == (
+        2,
+        True,
+    )
 
 
 def test_several_rules_change_all_or_none(store: Backend, lab: LabDirectory) -> None:
     changing.add(System(store, NOW), WORK, RULE, WEB)
     before = content(lab)
     with pytest.raises(RefusedError, match="has no forward 'other', only web"):
-        changing.disable(System(store, NOW), "work", ["web", "other"])
+        changing.disable(System(store, NOW), ByName("work", ["web", "other"]))
     assert content(lab) == before
 
 
@@ -151,9 +157,9 @@ def test_only_what_differs_is_written() -> None:
     for name, port in (("web", 80), ("ssh", 22)):
         line = ForwardRule.parse(f"action=forward srcports={port} srchosts=any")
         changing.add(System(memory, NOW), WORK, line, RuleName(name))
-    changing.disable(System(memory, NOW), "work", ["ssh"])
+    changing.disable(System(memory, NOW), ByName("work", ["ssh"]))
     memory.log.clear()
-    changed = changing.disable(System(memory, NOW), None, ["*"])
+    changed = changing.disable(System(memory, NOW), ByName(None, ["*"]))
     assert [name for _, name in changed.keys] == ["ssh", "web"]
     assert [entry for entry in memory.log if " forward." in entry] == ["set work forward.web"]
 

@@ -75,11 +75,11 @@ def test_a_preview_of_a_change_has_a_problem_where_the_change_is_refused(
     seen = preview(snapshot, NOW, old._replace(rule=rule))
     assert (seen.problem and seen.problem.cause) == cause
     if cause is None:
-        (changed,) = changing.set_options(System(store, NOW), WORK, ["web"], options).forwards
+        (changed,) = changing.set_options(System(store, NOW), [(WORK, WEB)], options).forwards
         assert changed == seen.forward
     else:
         with pytest.raises(NotOpenError) as refused:
-            changing.set_options(System(store, NOW), WORK, ["web"], options)
+            changing.set_options(System(store, NOW), [(WORK, WEB)], options)
         assert refused.value.finding == seen.problem
 
 

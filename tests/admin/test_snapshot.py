@@ -4,8 +4,9 @@
 import pytest
 from worlds import qube, rule, world
 
-from qubes_fwd_qrexec.admin.snapshot import Snapshot, read_rules
+from qubes_fwd_qrexec.admin.snapshot import ByName, Snapshot, read_rules
 from qubes_fwd_qrexec.common.errors import RefusedError
+from qubes_fwd_qrexec.common.values import QubeName
 
 _LINE = str(rule().rule)
 _WORK = {f"forward.{name}": _LINE for name in ("web-a", "web-b", "ssh")} | {"forward.web-bad": "x"}
@@ -27,8 +28,15 @@ CHOSEN = [
 def test_rules_are_chosen_by_name_pattern_or_as_the_only_one(
     target: str | None, names: list[str], found: list[str]
 ) -> None:
-    chosen = SYSTEM.chosen(target, names)
+    chosen = SYSTEM.chosen(ByName(target, names))
     assert ([e.name for e in chosen] if target else sorted(e.name for e in chosen)) == found
+
+
+def test_rules_are_chosen_by_their_keys_of_which_none_is_a_pattern() -> None:
+    keys = [(QubeName("personal"), "one"), (QubeName("work"), "web-bad")]
+    assert [(entry.target, entry.name) for entry in SYSTEM.chosen(keys)] == keys
+    with pytest.raises(RefusedError, match="work has no forward 'web-\\*', only"):
+        SYSTEM.chosen([(QubeName("work"), "web-*")])
 
 
 REFUSED = [
@@ -46,5 +54,5 @@ def test_a_choice_of_none_is_refused_with_the_names_that_there_are(
     target: str, names: list[str], words: str
 ) -> None:
     with pytest.raises(RefusedError) as refused:
-        SYSTEM.chosen(target, names)
+        SYSTEM.chosen(ByName(target, names))
     assert words in str(refused.value)

@@ -13,12 +13,20 @@ from qubes_fwd_qrexec.admin.changing import Changed, System
 from qubes_fwd_qrexec.admin.confirming import Lack, Place, Unconfirmed, unconfirmed
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX
 from qubes_fwd_qrexec.admin.revoking import DRAIN_S
-from qubes_fwd_qrexec.admin.snapshot import parse_new_name
+from qubes_fwd_qrexec.admin.seen import Seen
+from qubes_fwd_qrexec.admin.snapshot import ByName, parse_new_name
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key, State
 from qubes_fwd_qrexec.common.config import Service, parse_key
-from qubes_fwd_qrexec.common.errors import ConfigError, Interrupted, StoredError, TextError, UsageError
+from qubes_fwd_qrexec.common.errors import (
+    ConfigError,
+    Interrupted,
+    RuleError,
+    StoredError,
+    TextError,
+    UsageError,
+)
 from qubes_fwd_qrexec.common.nftconfig import is_nft_key, parse_nft_key
-from qubes_fwd_qrexec.common.rules import BrokenRule, Mode, NamedRule, OnExpire, Transport
+from qubes_fwd_qrexec.common.rules import BrokenRule, ForwardRule, Mode, NamedRule, OnExpire, Transport
 
 from . import callroom, carried, confirmed, given, reasons, steps, travel
 from .judged import denials
@@ -116,18 +124,25 @@ def set_options(args: Namespace, session: Session) -> int:
     name, options = given.changes(args, session.now)
     if not options:
         raise UsageError("nothing to change: say what, such as expire=8h, or --expire 8h")
-    names = [] if name is None else [name]
-    changed = changing.set_options(_system(args, session), args.qube, names, options, seen=args.was)
-    _warn_broken(changed.after.chosen(args.qube, names), session)
+    system, which = _system(args, session), ByName(args.qube, [] if name is None else [name])
+    if args.was is not None:
+        try:
+            ForwardRule.parse(args.was)
+        except RuleError as error:
+            raise UsageError(f"--was: {error}") from None
+        entry = session.look().find(args.qube, name)
+        system = system._replace(seen={(entry.target, entry.name): Seen(args.was)})
+    changed = changing.set_options(system, which, options)
+    _warn_broken(changed.after.chosen(which), session)
     return report(changed, session, "changed", "as it was")
 
 
 def switch(args: Namespace, session: Session) -> int:
     """Open what was disabled, close it and keep its rule, or record owner and path as they are now."""
     change, done = _SWITCHES[args.command]
-    names = _names(args)
-    changed = change(_system(args, session), args.qube, names)
-    _warn_broken(changed.after.chosen(args.qube, names), session)
+    which = ByName(args.qube, _names(args))
+    changed = change(_system(args, session), which)
+    _warn_broken(changed.after.chosen(which), session)
     return report(changed, session, done, f"{done} already")
 
 
@@ -143,7 +158,7 @@ def remove(args: Namespace, session: Session) -> int:
     names = _names(args)
     if not names:
         raise UsageError("name the rules to remove, or say --all")
-    return removed(changing.remove(_system(args, session), args.qube, names), session)
+    return removed(changing.remove(_system(args, session), ByName(args.qube, names)), session)
 
 
 def removed(changed: Changed, session: Session) -> int:
