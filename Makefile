@@ -22,6 +22,8 @@ PARALLEL := -n $(shell expr 2 \* $$(nproc)) --dist worksteal
 # What imports trio, and the doors over all of it.
 TRIO_TESTS := tests/exposed tests/lab tests/relay tests/target tests/test_endings.py \
 	$(wildcard tests/test_listener*.py tests/test_service*.py)
+# What the window and its tests need of Debian, since PyGObject is not built here.
+GTK := python3-gi gir1.2-gtk-3.0 xvfb
 export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -33,7 +35,7 @@ demo: $(VENV)/.installed
 	@$(VENV)/bin/qvm-forward-lab demo
 
 test: $(VENV)/.dev
-	@tools/debian-packages --optional socat nftables iproute2 tmux zsh
+	@tools/debian-packages --optional socat nftables iproute2 tmux zsh $(GTK)
 	@# The first time, pytest compiles the tests once, and not in each of its processes.
 	@[ -d tests/__pycache__ ] || $(VENV)/bin/python -m pytest --quiet --collect-only >/dev/null || true
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
@@ -86,6 +88,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml
 	@tools/environment $(VENV) -e '.[dev]'
+	@# The types of GTK, for mypy; what they describe comes from the distribution.
+	@tools/environment $(VENV) --no-deps --config-settings=config=Gtk3,Gdk3 'pygobject-stubs>=2.8'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.bench: pyproject.toml

@@ -21,6 +21,7 @@ ROOMS = {
     "exposed": {"common", "system", "mux", "relay"},
     "target": {"common", "system", "mux", "relay"},
     "admin": {"common", "system"},
+    "window": {"common", "system", "admin"},
 }
 """What each folder may know beside itself. The doors, `listener` and `service`, and the lab know more."""
 
@@ -217,6 +218,11 @@ def test_dom0_imports_what_only_qubes_has_when_it_is_needed_and_in_one_place() -
     assert [name for name in ADMIN if imports(running_at_once)[name] & of_qubes] == []
     elsewhere = [name for name in ADMIN if not name.startswith("admin.qubes.")]
     assert [name for name in elsewhere if imports()[name] & of_qubes] == []
+
+
+def test_gtk_is_imported_in_one_place() -> None:
+    """So nothing else asks for another version of it, and what does not show anything runs without it."""
+    assert [name for name in MODULES if "/gi" in imports()[name]] == ["window.gtk"]
 
 
 def test_the_protocol_is_pure() -> None:

@@ -117,7 +117,7 @@ def _modules(python_dir: str) -> Iterator[Item]:
 
 def part_of_module(path: Path) -> str:
     """The part of a module, by its path below the package. What no other part claims belongs to the qubes."""
-    if path.parts[0] == "lab":
+    if path.parts[0] in ("lab", "window"):
         return "lab"
     if path.parts[0] == "admin":
         return "dom0"

@@ -74,14 +74,14 @@ def watch(backend: Backend, clock: Clock, ending: Ending) -> Iterator[Look | For
                     left_s = TICK_S if end is None else end - clock.now()
                     is_due = has_news = changes.wait(max(0.0, min(TICK_S, left_s)))
                     if has_news:
-                        _settle(changes, clock)
+                        settle(changes, clock)
                     is_due = is_due or (end is not None and end <= clock.now())
         except ForwardError as error:
             yield error
             ending.is_asked(RETRY_S)
 
 
-def _settle(changes: Changes, clock: Clock) -> None:
+def settle(changes: Changes, clock: Clock) -> None:
     """Let a burst come to its end; one that does not end is cut short."""
     end = clock.now() + BURST_S
     while (left_s := end - clock.now()) > 0 and changes.wait(min(QUIET_S, left_s)):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from qubes_fwd_qrexec.admin import confirming
 from qubes_fwd_qrexec.admin.answers import both
 from qubes_fwd_qrexec.admin.apply import Kind, Step, differences
-from qubes_fwd_qrexec.admin.backend import PolicyVerdict
+from qubes_fwd_qrexec.admin.backend import Backend, PolicyVerdict
 from qubes_fwd_qrexec.admin.inventory import CONFIG_PREFIX, Inventory
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Forward, Plan, State, Verdict
@@ -251,16 +251,29 @@ def _screen(found: Status, session: Session) -> str:
 def _look(args: Namespace, session: Session) -> Status:
     snapshot = session.look(with_config=True)
     planned = selected(args.qube, snapshot, session.now)
-    verdicts = judged_apart(planned.live, session.backend, snapshot.installed)
-    everything, inventory = snapshot.plan(session.now), snapshot.inventory
-    argument = CLIENTS if args.clients else ""
+    return asked(snapshot, planned, session.now, session.backend, args.qube, with_clients=args.clients)
+
+
+def asked(
+    snapshot: Snapshot,
+    planned: Plan,
+    now: float,
+    backend: Backend,
+    qubes: Collection[str] = (),
+    *,
+    with_clients: bool = False,
+) -> Status:
+    """How a system is, as its qubes say that are asked at once; see `status_of`."""
+    verdicts = judged_apart(planned.live, backend, snapshot.installed)
+    everything, inventory = snapshot.plan(now), snapshot.inventory
+    argument = CLIENTS if with_clients else ""
     answers, told = both(
-        partial(ask_all, session.backend, to_ask(planned, inventory, args.qube), argument=argument),
-        partial(confirming.ask_all, session.backend, nftstatus.to_ask(planned, inventory, args.qube)),
+        partial(ask_all, backend, to_ask(planned, inventory, qubes), argument=argument),
+        partial(confirming.ask_all, backend, nftstatus.to_ask(planned, inventory, qubes)),
     )
-    found = status_of(snapshot, planned, session.now, verdicts, answers, args.qube)
-    clients = connected.connected(planned, args.qube, answers) if args.clients else None
-    by_nft = nftstatus.nft_status(planned, everything, inventory, told, session.now)
+    found = status_of(snapshot, planned, now, verdicts, answers, qubes)
+    clients = connected.connected(planned, qubes, answers) if with_clients else None
+    by_nft = nftstatus.nft_status(planned, everything, inventory, told, now)
     return found._replace(by_nft=by_nft, clients=clients)
 
 

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the window knows: the last look at the system and the last figures, and who is told when they change.
+
+It belongs to the main thread. What takes time is done by three workers: one looks and changes, one computes,
+and one asks qubes, which may take seconds.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.watch import next_end
+
+from . import figures
+from .figures import Figures
+from .look import Look, look_at
+from .news import News
+from .worker import Deliver, OpenBackend, Worker
+
+T = TypeVar("T")
+Later = Callable[[float, Callable[[], None]], Callable[[], None]]
+"""Has the main thread call a function after some seconds; returns what cancels that."""
+# Each question calls every qube that listens.
+FIGURES_S = 5.0
+# How often times such as "in 2 h" are told anew, and how often while something ends within `SOON_S`.
+TICK_S = 60.0
+SOON_TICK_S = 1.0
+SOON_S = 120.0
+
+
+class Board:
+    """The last look and the last figures, None until there are any.
+
+    ``trouble`` says why what is here may be old: the last look failed, or no news come.
+    """
+
+    def __init__(
+        self,
+        open_backend: OpenBackend,
+        deliver: Deliver,
+        later: Later,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.look: Look | None = None
+        self.figures: Figures | None = None
+        self._open_backend = open_backend
+        self._deliver = deliver
+        self._later = later
+        self._clock = clock
+        self._no_look: str | None = None
+        self._no_news: str | None = None
+        self._told: list[Callable[[], None]] = []
+        self._is_seen = self._is_asking = False
+        self._asked_at: float | None = None
+        self._changing, self._computing, self._asking = (Worker(open_backend, deliver) for _ in range(3))
+        self._news: News | None = None
+        self._cancel_tick: Callable[[], None] = lambda: None
+
+    @property
+    def now(self) -> float:
+        """UNIX seconds."""
+        return self._clock()
+
+    @property
+    def trouble(self) -> str | None:
+        return self._no_look or self._no_news
+
+    def subscribe(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Have ``changed`` called after each look and all figures, in trouble, and as time passes.
+
+        Returns what ends that.
+        """
+        self._told.append(changed)
+        return lambda: self._told.remove(changed)
+
+    def start(self) -> None:
+        """Look, and follow the system from now on."""
+        self._news = News(self._open_backend, self._deliver, self._heard, self._heard_nothing)
+        self.refresh()
+        self._tick()
+
+    def refresh(self) -> None:
+        """Look at the system anew."""
+        self._changing.do(
+            lambda backend: look_at(backend, self._clock()), self._looked, self._not_looked, kind="look"
+        )
+
+    def be_seen(self, is_seen: bool) -> None:
+        """Whether the window is seen: only then are qubes asked for figures."""
+        if is_seen and not self._is_seen:
+            self._is_seen = True
+            self._tick()
+            self._ask_figures()
+        self._is_seen = is_seen
+
+    def change(
+        self, job: Callable[[Backend], T], done: Callable[[T], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """Change the system. Begun, it is finished whatever becomes of the window. Then comes a new look."""
+
+        def changed(result: T) -> None:
+            done(result)
+            self.refresh()
+
+        def not_changed(error: Exception) -> None:
+            failed(error)
+            self.refresh()
+
+        self._changing.do(job, changed, not_changed)
+
+    def compute(
+        self,
+        job: Callable[[], T],
+        done: Callable[[T], None],
+        failed: Callable[[Exception], None],
+        *,
+        kind: str,
+    ) -> None:
+        """Compute what takes time; of each ``kind`` only the last that was asked for, if it has not begun."""
+        self._computing.do(lambda _: job(), done, failed, kind=kind)
+
+    def ask(
+        self, job: Callable[[Backend], T], done: Callable[[T], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """Ask qubes something."""
+        self._asking.do(job, done, failed)
+
+    def close(self) -> None:
+        """End all, after a change that has begun."""
+        self._cancel_tick()
+        if self._news is not None:
+            self._news.close()
+        self._computing.close(waits=False)
+        self._asking.close(waits=False)
+        self._changing.close()
+
+    def _tell(self) -> None:
+        for changed in tuple(self._told):
+            changed()
+
+    def _looked(self, look: Look) -> None:
+        is_first = self.look is None
+        self.look, self._no_look = look, None
+        self._tick()
+        self._tell()
+        if is_first:
+            self._ask_figures()
+
+    def _not_looked(self, error: Exception) -> None:
+        self._no_look = str(error)
+        self._tell()
+
+    def _heard(self) -> None:
+        self._no_news = None
+        self.refresh()
+
+    def _heard_nothing(self, error: Exception) -> None:
+        self._no_news = str(error)
+        self.refresh()
+
+    def _tick(self) -> None:
+        """Notice that a rule has ended, and come again."""
+        self._cancel_tick()
+        end, now = None, self._clock()
+        if self.look is not None:
+            end = next_end(self.look.plan, self.look.now)
+            if end is not None and end <= now:
+                self.refresh()
+        left_s = TICK_S if end is None else end - now
+        self._cancel_tick = self._later(SOON_TICK_S if 0 < left_s <= SOON_S else TICK_S, self._ticked)
+
+    def _ticked(self) -> None:
+        self._tick()
+        if self._is_seen:
+            self._tell()
+
+    def _ask_figures(self) -> None:
+        look, now = self.look, time.monotonic()
+        is_early = self._asked_at is not None and now < self._asked_at + FIGURES_S
+        if look is None or not self._is_seen or self._is_asking or is_early:
+            return
+        self._is_asking, self._asked_at = True, now
+        self.ask(lambda backend: figures.ask(backend, look, self._clock()), self._answered, self._no_answer)
+
+    def _answered(self, found: Figures) -> None:
+        self.figures = found
+        self._tell()
+        self._ask_again()
+
+    def _no_answer(self, error: Exception) -> None:
+        self.figures = None
+        self._tell()
+        self._ask_again()
+
+    def _ask_again(self) -> None:
+        self._is_asking = False
+        self._later(FIGURES_S, self._ask_figures)

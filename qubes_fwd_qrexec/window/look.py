@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One look at the system: what the rules ask for, and what is not so."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from qubes_fwd_qrexec.admin import snapshot
+from qubes_fwd_qrexec.admin.apply import Step, differences
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.snapshot import Snapshot
+from qubes_fwd_qrexec.admin.states import Key, Plan
+from qubes_fwd_qrexec.admin.views.judged import denials
+
+
+class Look(NamedTuple):
+    """The system at the time ``now``, in UNIX seconds.
+
+    ``denials`` say why dom0's policy denies a live forward's calls all the same. ``due`` is what is not in
+    force as the rules ask for, or is and should not be. ``watch_start`` starts `watch`, where that does not
+    run. ``read_only`` says why nothing can be changed from here.
+    """
+
+    snapshot: Snapshot
+    plan: Plan
+    now: float
+    denials: Mapping[Key, str]
+    due: tuple[Step, ...]
+    watch_start: str | None
+    read_only: str | None = None
+
+
+def look_at(backend: Backend, now: float) -> Look:
+    """Read the system, which takes a while. Raises `StoreError`."""
+    found = snapshot.look(backend, with_config=True)
+    planned = found.plan(now)
+    due = tuple(differences(planned, found.inventory, found.installed))
+    return Look(found, planned, now, denials(planned.live, backend), due, backend.unwatched())

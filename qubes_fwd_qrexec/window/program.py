@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the programs of the window begin: the command line, and what must be there to show anything."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from qubes_fwd_qrexec import __version__
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.views import locate
+from qubes_fwd_qrexec.common.errors import ForwardError
+
+from .worker import OpenBackend
+
+_NO_GTK = (
+    "this program needs GTK 3 for Python; install python3-gobject and gtk3 (on Debian python3-gi and "
+    "gir1.2-gtk-3.0)"
+)
+
+
+class Start(NamedTuple):
+    """What a program is started for. ``lab`` is the directory of a lab, or None for this Qubes system."""
+
+    open_backend: OpenBackend
+    lab: str | None
+
+
+def run(name: str, what: str, module: str, argv: Sequence[str] | None = None) -> int:
+    """Run ``begin(Start) -> int`` of a module of this package, which has GTK.
+
+    Returns the exit status: 2 for a wrong command line, 1 where it cannot start, which it says on stderr.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=what)
+    parser.add_argument("--lab", metavar="DIR", help="work on a lab instead of this Qubes system")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    lab: str | None = parser.parse_args(argv).lab
+
+    def open_backend() -> Backend:
+        return locate.open_backend(lab, os.environ)
+
+    try:
+        open_backend()
+        begin = _imported(module)
+    except ForwardError as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        return 1
+    return begin(Start(open_backend, lab or os.environ.get(locate.LAB_VARIABLE) or None))
+
+
+def _imported(module: str) -> Callable[[Start], int]:
+    """Raises `ForwardError` where there is no GTK, or nothing to show it on, which would end the process."""
+    try:
+        gtk = import_module(".gtk", __package__)
+    except (ImportError, ValueError) as error:
+        raise ForwardError(f"{_NO_GTK} ({error})") from error
+    if not gtk.Gtk.init_check()[0]:
+        raise ForwardError("there is no display; start it in a graphical session")
+    begin: Callable[[Start], int] = import_module(f".{module}", __package__).begin
+    return begin

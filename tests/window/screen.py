@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A screen for tests that show something: import this module first of all that imports GTK.
+
+PyGObject comes from Debian, since building it takes minutes. Its modules fit any Python of the same minor
+version; they lie in a directory that is looked in only while they are imported, so that nothing else of
+Debian's is.
+"""
+
+import atexit
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import BOUND_S
+
+_DEBIAN = Path("/usr/lib/python3/dist-packages")
+
+
+def _import_gi() -> str | None:
+    """Why there is no GTK; None if there is."""
+    built = _DEBIAN / f"gi/_gi{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not built.exists():
+        return f"{built} is missing: GTK for this Python (Debian: python3-gi, gir1.2-gtk-3.0)"
+    sys.path.append(str(_DEBIAN))
+    try:
+        import qubes_fwd_qrexec.window.gtk  # noqa: F401
+    except (ImportError, ValueError) as error:
+        return f"no GTK 3 for Python: {error}"
+    finally:
+        sys.path.remove(str(_DEBIAN))
+    return None
+
+
+def _start_server() -> str | None:
+    """Start an X server of our own, with a display that nobody else has; why there is none."""
+    ours, its = os.pipe()
+    try:
+        server = subprocess.Popen(
+            ["Xvfb", "-displayfd", str(its), "-screen", "0", "1280x800x24", "-nolisten", "tcp"],
+            pass_fds=(its,),
+            stderr=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        os.close(its)
+        os.close(ours)
+        return "there is no Xvfb to show a window on (Debian: xvfb)"
+    os.close(its)
+    atexit.register(server.wait)
+    atexit.register(server.terminate)
+    with os.fdopen(ours) as answer:
+        display = answer.readline().strip()
+    if not display:
+        return "Xvfb did not start"
+    os.environ["DISPLAY"] = f":{display}"
+    # No service of a session is asked, nor started, and no theme but GTK's own is there.
+    os.environ |= {
+        "NO_AT_BRIDGE": "1",
+        "GDK_BACKEND": "x11",
+        "GTK_THEME": "Adwaita",
+        "GSETTINGS_BACKEND": "memory",
+    }
+    os.environ.pop("DBUS_SESSION_BUS_ADDRESS", None)
+    return None
+
+
+missing = _start_server() or _import_gi()
+if missing is not None:
+    pytest.skip(missing, allow_module_level=True)
+
+from qubes_fwd_qrexec.window.gtk import GLib, Gtk  # noqa: E402
+
+assert Gtk.init_check()[0]
+
+
+def until(condition: Callable[[], object], bound_s: float = BOUND_S) -> None:
+    """Run the main loop until the condition holds."""
+    over: list[bool] = []
+    source = GLib.timeout_add(int(bound_s * 1000), lambda: over.append(True) or True)
+    context = GLib.MainContext.default()
+    try:
+        while not condition():
+            assert not over, f"not so within {bound_s} s: {condition}"
+            context.iteration(True)
+    finally:
+        GLib.source_remove(source)
+
+
+def settle() -> None:
+    """Run what the main loop has to do by now, such as drawing."""
+    context = GLib.MainContext.default()
+    while context.pending():
+        context.iteration(False)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The small widgets, on a screen."""
+
+import threading
+
+import pytest
+from screen import settle, until
+
+from qubes_fwd_qrexec.window import style
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.widgets import button, column, deliver, label, later, named, row, scrolled
+
+PROBE = "<b>&amp; <i>"
+
+
+def test_no_text_is_markup() -> None:
+    assert label(PROBE, wraps=True).get_text() == PROBE
+    assert label(PROBE).get_label() == PROBE
+    assert not label(PROBE).get_use_markup()
+    assert button(PROBE, lambda: None, tooltip=PROBE).get_tooltip_text() == PROBE
+
+
+def test_a_widget_has_the_name_that_it_is_given() -> None:
+    entry = named(Gtk.Entry(), "Port", "from 1 to 65535")
+    assert entry.get_accessible().get_name() == "Port"
+    assert entry.get_accessible().get_description() == "from 1 to 65535"
+
+
+def test_a_button_does_what_it_says_and_has_its_letter() -> None:
+    clicked: list[str] = []
+    made = button("_Open", lambda: clicked.append("open"), style="anybody")
+    made.clicked()
+    assert clicked == ["open"]
+    assert made.get_label() == "_Open"
+    assert made.get_use_underline()
+    assert made.get_style_context().has_class("anybody")
+
+
+def test_boxes_hold_what_is_given_in_its_order() -> None:
+    one, other = label("one"), label("other")
+    inner = row(one, other)
+    outer = column(inner)
+    assert (outer.get_children(), inner.get_children()) == ([inner], [one, other])
+
+
+@pytest.mark.parametrize(
+    "name", ["open", "anybody", "bad", "asks", "note", "faint", "title", "invalid_entry"]
+)
+def test_the_style_is_taken_without_complaint(name: str) -> None:
+    window = Gtk.Window()
+    window.add(scrolled(label("text", style=name)))
+    style.apply(window)
+    window.show_all()
+    settle()
+    window.destroy()
+
+
+def test_what_another_thread_delivers_runs_in_the_main_one_and_once() -> None:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: deliver(lambda: found.append(threading.get_ident())))
+    thread.start()
+    until(lambda: found)
+    thread.join()
+    settle()
+    assert found == [threading.get_ident()]
+
+
+def test_a_timer_comes_once_and_can_be_cancelled() -> None:
+    found: list[str] = []
+    cancel = later(0.0, lambda: found.append("cancelled"))
+    cancel()
+    cancel()
+    done = later(0.0, lambda: found.append("once"))
+    until(lambda: found)
+    settle()
+    done()
+    assert found == ["once"]
