@@ -1,38 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A screen for tests that show something: import this module first of all that imports GTK.
-
-PyGObject comes from Debian, since building it takes minutes. Its modules fit any Python of the same minor
-version; they lie in a directory that is looked in only while they are imported, so that nothing else of
-Debian's is.
-"""
+"""A screen for tests that show something: import this module first of all that imports GTK."""
 
 import atexit
 import os
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 
+import debiangi
 import pytest
 from helpers import BOUND_S
 
-_DEBIAN = Path("/usr/lib/python3/dist-packages")
 
-
-def _import_gi() -> str | None:
+def _import_gtk() -> str | None:
     """Why there is no GTK; None if there is."""
-    built = _DEBIAN / f"gi/_gi{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not built.exists():
-        return f"{built} is missing: GTK for this Python (Debian: python3-gi, gir1.2-gtk-3.0)"
-    sys.path.append(str(_DEBIAN))
-    try:
-        import qubes_fwd_qrexec.window.gtk  # noqa: F401
-    except (ImportError, ValueError) as error:
-        return f"no GTK 3 for Python: {error}"
-    finally:
-        sys.path.remove(str(_DEBIAN))
-    return None
+    missing = debiangi.offer()
+    if missing is None:
+        try:
+            import qubes_fwd_qrexec.window.gtk  # noqa: F401
+        except (ImportError, ValueError) as error:
+            return f"no GTK 3 for Python: {error}"
+    return missing
 
 
 def _start_server() -> str | None:
@@ -67,7 +54,7 @@ def _start_server() -> str | None:
     return None
 
 
-missing = _start_server() or _import_gi()
+missing = _start_server() or _import_gtk()
 if missing is not None:
     pytest.skip(missing, allow_module_level=True)
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures for tests that work whole programs from outside.
+
+Whatever a program that was shown said on stderr fails its test: it is a warning of GTK's, or a traceback.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from desktop import Desktop, end, missing, open_desktop
+from systems import QUBES
+from worlds import NOW
+
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+
+if TYPE_CHECKING:
+    from reader import Reader
+
+Show = Callable[[Sequence[str], Mapping[str, str]], "subprocess.Popen[bytes]"]
+PLAYED = Path(__file__).parent / "playeddom0"
+
+
+@pytest.fixture(scope="session")
+def desktop() -> Iterator[Desktop]:
+    if why := missing():
+        pytest.skip(why)
+    with open_desktop() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def reader(desktop: Desktop) -> "Reader":
+    """It skips where there is no GTK."""
+    from reader import Reader
+
+    return Reader(desktop)
+
+
+class Machine:
+    """Where a program runs: on a lab, or in the dom0 of a Qubes system; with a clock that stands still."""
+
+    def __init__(self, lab: LabDirectory, kind: str) -> None:
+        self.clock = lab.root.parent / "clock"
+        self.set_clock(NOW)
+        system = "PLAYED_DOM0" if kind == QUBES else "QVM_FORWARD_LAB"
+        self.environ = {
+            system: str(lab.root),
+            "PLAYED_CLOCK": str(self.clock),
+            "PYTHONPATH": str(PLAYED),
+        }
+
+        self._answers = lab.root.parent / "answers"
+
+    def answer(self, qube: str, service: str, said: bytes) -> None:
+        """In a Qubes system: what a qube says from now on, when that service is called."""
+        path = self._answers / qube / service
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(said)
+
+    def set_clock(self, now: float) -> None:
+        """Make it that time, in UNIX seconds."""
+        new = self.clock.with_suffix(".new")
+        new.write_text(str(now))
+        new.rename(self.clock)
+
+
+@pytest.fixture
+def machine(lab: LabDirectory, kind: str) -> Machine:
+    return Machine(lab, kind)
+
+
+@pytest.fixture
+def show(desktop: Desktop, tmp_path: Path) -> Iterator[Show]:
+    """Starts a program of Python's, by ``-m MODULE`` or its file, with a `Machine.environ`."""
+    started: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    def start(words: Sequence[str], environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        said = tmp_path / f"stderr-{len(started)}"
+        process = desktop.start([sys.executable, *words], environ, said)
+        started.append((process, said))
+        return process
+
+    yield start
+    for process, _ in started:
+        end(process)
+    assert [said.read_text() for _, said in started] == [""] * len(started)
