@@ -76,7 +76,9 @@ class Qube(NamedTuple):
     """One qube. ``features`` are its own, as far as they matter; an empty value is Qubes' False.
 
     ``configured`` are the names of the features that tell it of forwards, also where their values were not
-    asked for. ``problem`` says why something that matters could not be read: nothing is known then.
+    asked for. ``label`` is the name of its colour and ``icon`` that of its icon, for those who look at it;
+    both are empty where they are not known. ``problem`` says why something that matters could not be read:
+    nothing is known then.
     """
 
     name: QubeName
@@ -91,6 +93,8 @@ class Qube(NamedTuple):
     template_for_dispvms: bool = False
     tags: frozenset[str] = frozenset()
     configured: frozenset[str] = frozenset()
+    label: str = ""
+    icon: str = ""
     problem: str | None = None
 
 

@@ -38,7 +38,7 @@ _SHEBANG_MAX = 250
 _LONG_CLIENT = ".qrexec-client-vm.py"
 
 
-def _app(name: str, netvm: str | None, address: int, *, provides_network: bool = False) -> Qube:
+def _app(name: str, label: str, netvm: str | None, address: int, *, provides_network: bool = False) -> Qube:
     """Addresses are those that qubes-core-admin hands out: 10.137.0.QID, fd09:24ef:4179::a89:QID."""
     return Qube(
         name=QubeName(name),
@@ -47,20 +47,21 @@ def _app(name: str, netvm: str | None, address: int, *, provides_network: bool =
         ip6=f"fd09:24ef:4179::a89:{address:x}",
         provides_network=provides_network,
         template=_STOCK_TEMPLATE if name == "personal" else DEFAULT_TEMPLATE,
+        label=label,
     )
 
 
 _QUBES = (
-    Qube(name=QubeName("dom0"), klass=QubeClass.ADMIN),
-    Qube(name=DEFAULT_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED),
-    Qube(name=_STOCK_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED),
-    _app("sys-net", None, 5, provides_network=True),
-    _app("sys-firewall", "sys-net", 6, provides_network=True),
-    _app("sys-vpn", "sys-firewall", 7, provides_network=True),
-    _app("work", "sys-firewall", 10),
-    _app("personal", "sys-firewall", 11),
-    _app("vault", None, 12),
-    _app("untrusted", "sys-vpn", 13),
+    Qube(name=QubeName("dom0"), klass=QubeClass.ADMIN, label="black"),
+    Qube(name=DEFAULT_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED, label="black"),
+    Qube(name=_STOCK_TEMPLATE, klass=QubeClass.TEMPLATE, state=QubeState.HALTED, label="black"),
+    _app("sys-net", "red", None, 5, provides_network=True),
+    _app("sys-firewall", "green", "sys-net", 6, provides_network=True),
+    _app("sys-vpn", "orange", "sys-firewall", 7, provides_network=True),
+    _app("work", "blue", "sys-firewall", 10),
+    _app("personal", "yellow", "sys-firewall", 11),
+    _app("vault", "black", None, 12),
+    _app("untrusted", "red", "sys-vpn", 13),
 )
 
 _FEATURES = {

@@ -15,12 +15,12 @@ from qubes_fwd_qrexec.common.errors import ForwardError
 from .directory import LabDirectory
 from .knobs import KNOBS
 from .netns import OUTSIDE
-from .qube import Qube, QubeClass
+from .qube import LABELS, Qube, QubeClass
 from .qubechanges import property_names
 
 _SERVICE = "service."
 _BOOLEANS = ("provides_network", "template_for_dispvms")
-_READ_ONLY = ("klass", "name")
+_READ_ONLY = ("icon", "klass", "name")
 
 
 def _is_halted(qube: Qube) -> bool:
@@ -101,6 +101,8 @@ class LabFitting:
             return [qube.name for qube in self._qubes if qube.provides_network]
         if key == "template":
             return self._templates(self._lab.qube(qube).klass)
+        if key == "label":
+            return LABELS
         return ("True", "False") if key.replace("-", "_") in _BOOLEANS else ()
 
     def _templates(self, klass: str) -> Iterable[str]:

@@ -29,6 +29,16 @@ class QubeState(StrEnum):
     HALTED = "Halted"
 
 
+LABELS = ("red", "orange", "yellow", "green", "gray", "blue", "purple", "black")
+"""The colours that Qubes has from the start."""
+# qubes-core-admin qubes/vm/__init__.py
+_ICONS = {
+    QubeClass.ADMIN: "adminvm",
+    QubeClass.TEMPLATE: "templatevm",
+    QubeClass.DISPOSABLE: "dispvm",
+    QubeClass.STANDALONE: "standalonevm",
+}
+
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "klass": str,
     "netvm": (str, type(None)),
@@ -39,7 +49,10 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "template": (str, type(None)),
     "template_for_dispvms": bool,
     "tags": list,
+    "label": str,
 }
+# What a lab that an earlier release has made does not say.
+_NEW = {"label": "red"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +69,7 @@ class Qube:
     template: QubeName | None = None
     template_for_dispvms: bool = False
     tags: tuple[str, ...] = ()
+    label: str = "red"
 
     @property
     def is_running(self) -> bool:
@@ -64,6 +78,12 @@ class Qube:
     @property
     def is_admin(self) -> bool:
         return self.klass is QubeClass.ADMIN
+
+    @property
+    def icon(self) -> str:
+        """The name of its icon, as Qubes makes it: what provides network has the feature servicevm."""
+        is_service = self.provides_network and self.klass is not QubeClass.TEMPLATE
+        return f"{'servicevm' if is_service else _ICONS.get(self.klass, 'appvm')}-{self.label}"
 
     @classmethod
     def parse(cls, name: str, text: str, place: str) -> Self:
@@ -74,6 +94,7 @@ class Qube:
             raise StoreError(f"{place}: not JSON: {error}") from error
         if not isinstance(data, dict):
             raise StoreError(f"{place}: must be an object with the keys {', '.join(_KEYS)}")
+        data = {**_NEW, **data}
         for key in data:
             if key not in _KEYS:
                 raise StoreError(f"{place}: unknown key {key!a}; known are {', '.join(_KEYS)}")
@@ -99,6 +120,7 @@ class Qube:
                 template=_optional_name(data["template"]),
                 template_for_dispvms=data["template_for_dispvms"],
                 tags=tuple(data["tags"]),
+                label=data["label"],
             )
         except TextError as error:
             raise StoreError(f"{place}: {error}") from error

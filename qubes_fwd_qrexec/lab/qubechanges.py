@@ -17,7 +17,7 @@ from qubes_fwd_qrexec.common.values import QubeName, parse_address, parse_qube_n
 from . import asking
 from .blueprint import DEFAULT_NETVM, DEFAULT_TEMPLATE, offer_services
 from .directory import LabDirectory, QubeDirectory, write_text
-from .qube import Qube, QubeClass, QubeState
+from .qube import LABELS, Qube, QubeClass, QubeState
 
 # Networks and first halves of addresses: qubes-core-admin qubes/config.py and qubes/vm/mix/net.py.
 _PREFIXES = {False: ("10.137.0.", "fd09:24ef:4179::a89:"), True: ("10.138.0.", "fd09:24ef:4179::a8a:")}
@@ -51,7 +51,7 @@ def follow(lab: LabDirectory) -> None:
 
 def property_names(qube: Qube) -> list[str]:
     """The properties that a qube of this class has, sorted."""
-    names = ["klass", "name"]
+    names = ["icon", "klass", "label", "name"]
     if not qube.is_admin:
         names += ["ip", "ip6", "netvm", "provides_network"]
     if qube.klass in (QubeClass.APP, QubeClass.DISPOSABLE):
@@ -321,9 +321,16 @@ def _address(text: str, version: int) -> str:
     return str(address)
 
 
+def _set_label(lab: LabDirectory, qube: Qube, text: str) -> Qube:
+    if text not in LABELS:
+        raise RefusedError(f"Label does not exist: {text}")
+    return replace(qube, label=text)
+
+
 _SETTERS: dict[str, Callable[[LabDirectory, Qube, str], Qube]] = {
     "ip": _set_ip,
     "ip6": _set_ip6,
+    "label": _set_label,
     "netvm": _set_netvm,
     "provides_network": _set_provides_network,
     "template": _set_template,

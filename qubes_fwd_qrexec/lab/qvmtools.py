@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.common.errors import ForwardError, RefusedError, UsageErro
 
 from . import qubechanges
 from .directory import LabDirectory
-from .qube import Qube
+from .qube import LABELS, Qube
 
 _SERVICE = "service."
 _Run = Callable[[LabDirectory, argparse.Namespace], int]
@@ -137,12 +137,13 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-C", "--class", dest="klass", metavar="CLASS", default="AppVM")
     parser.add_argument("-t", "--template", metavar="QUBE")
     parser.add_argument("--property", "--prop", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("-l", "--label", metavar="COLOR", help="not used: a lab has no windows")
+    parser.add_argument("-l", "--label", metavar="COLOR", choices=LABELS)
     parser.add_argument("name", metavar="NAME")
 
 
 def _create(lab: LabDirectory, arguments: argparse.Namespace) -> int:
-    properties = {} if arguments.template is None else {"template": arguments.template}
+    given_alone = {"template": arguments.template, "label": arguments.label}
+    properties = {key: value for key, value in given_alone.items() if value is not None}
     for given in arguments.property:
         key, equals, value = given.partition("=")
         if not equals:

@@ -66,6 +66,9 @@ class LabStore:
                 template_for_dispvms=qube.template_for_dispvms,
                 tags=frozenset(qube.tags),
                 configured=frozenset(filter(is_configuration, features)),
+                # Of dom0 nothing is asked in Qubes either.
+                label="" if qube.is_admin else qube.label,
+                icon="" if qube.is_admin else qube.icon,
                 problem=problem,
             )
         return Inventory(found)

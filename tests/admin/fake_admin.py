@@ -101,9 +101,20 @@ class FakeVM:
             return self._app.domains.get_blind(text) if text else None
         if kind == b"type=bool":
             return text == "True" if text else AttributeError
-        if kind in (b"type=str", b"type=int", b"type=label"):
+        if kind == b"type=label":
+            return FakeLabel(text) if text else None
+        if kind in (b"type=str", b"type=int"):
             return text
         raise QubesDaemonCommunicationError(f"Received invalid value type: {kind!r}")
+
+
+class FakeLabel(NamedTuple):
+    """`qubesadmin.label.Label`, whose other attributes are a call each."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class FakeFeatures:
@@ -284,16 +295,19 @@ def _properties(app: FakeQubes, called: Called) -> str:
     """Some of the forty, in qubesd's order: what is asked for, and what could be mistaken for it."""
     qube = app.lab.qube(called.dest)
     if qube.is_admin:
-        lines = ["label default=False type=label black", "name default=True type=str dom0"]
+        lines = ["icon default=True type=str adminvm-black", "label default=False type=label black"]
+        lines.append("name default=True type=str dom0")
         lines.append("default_dispvm default=True type=vm ")
         return "".join(f"{line}\n" for line in lines)
     is_template = qube.klass == "TemplateVM"
     default = str(is_template)
     switched = {False: "default=True type=bool False", True: "default=False type=bool True"}
     lines = [
+        f"icon default=True type=str {qube.icon}",
         f"ip default={default} type=str {qube.ip or ''}",
         f"ip6 default={default} type=str {qube.ip6 or ''}",
         "kernel default=True type=str 1.0",
+        f"label default=False type=label {qube.label}",
         f"name default=False type=str {qube.name}",
         f"provides_network {switched[qube.provides_network]}",
     ]

@@ -4,6 +4,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def outcome(call: Callable[..., Any], *args: Any) -> dict[str, Any]:
 
 
 def test_qubesd_answers_as_recorded(qubesd: FakeQubes, lab: LabDirectory) -> None:
+    for qube in lab.qubes().values():
+        lab.write_qube(replace(qube, label="red"))
     for name in ("sys-net", "sys-firewall", "sys-vpn"):
         lab.set_feature(name, "servicevm", "1")  # qubesd gives it to what provides network
     for name in ("fedora-42", "debian-12"):

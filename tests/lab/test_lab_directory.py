@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from qubes_fwd_qrexec.common.errors import RefusedError, StoreError, TextError
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.blueprint import create_lab, write_client
 from qubes_fwd_qrexec.lab.cli import main
 from qubes_fwd_qrexec.lab.directory import LabDirectory, write_text
 from qubes_fwd_qrexec.lab.knobs import Knobs
-from qubes_fwd_qrexec.lab.qube import Qube, QubeState
+from qubes_fwd_qrexec.lab.qube import Qube, QubeClass, QubeState
 
 
 @pytest.fixture
@@ -142,6 +143,30 @@ def test_qube_file_that_is_no_object_is_refused(lab: LabDirectory, text: str) ->
     lab.qube_dir("work").file.write_text(text, encoding="utf-8")
     with pytest.raises(StoreError, match=r"work/qube\.json"):
         lab.qubes()
+
+
+def test_a_qube_of_an_earlier_release_has_the_label_that_qubes_gives_by_itself(lab: LabDirectory) -> None:
+    path = lab.qube_dir("work").file
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["label"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert lab.qube("work").label == "red"
+
+
+@pytest.mark.parametrize(
+    ("klass", "provides_network", "icon"),
+    [
+        ("AppVM", False, "appvm-blue"),
+        ("AppVM", True, "servicevm-blue"),
+        ("DispVM", False, "dispvm-blue"),
+        ("DispVM", True, "servicevm-blue"),
+        ("StandaloneVM", False, "standalonevm-blue"),
+        ("TemplateVM", True, "templatevm-blue"),
+    ],
+)
+def test_a_qube_has_the_icon_that_qubes_gives_it(klass: str, provides_network: bool, icon: str) -> None:
+    qube = Qube(name=QubeName("x"), klass=QubeClass(klass), provides_network=provides_network, label="blue")
+    assert qube.icon == icon
 
 
 def test_qube_prints_what_it_parses(lab: LabDirectory) -> None:

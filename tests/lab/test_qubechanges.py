@@ -39,6 +39,7 @@ def set_property(lab: LabDirectory, text: str) -> None:
         ("vault provides-network=yes", "provides_network", True),
         ("sys-vpn provides_network=True", "provides_network", True),
         ("work template_for_dispvms=1", "template_for_dispvms", True),
+        ("work label=gray", "label", "gray"),
     ],
 )
 def test_property_is_changed_and_nothing_else_is(
@@ -66,6 +67,8 @@ def test_property_is_changed_and_nothing_else_is(
         ("work ip6=10.0.0.1", "Invalid value '10.0.0.1' for property 'ip6' of 'work'"),
         ("work template=debian-12", "Cannot change template while qube is running"),
         ("work klass=DispVM", "'klass' of 'work' cannot be changed"),
+        ("work icon=x", "'icon' of 'work' cannot be changed"),
+        ("work label=pink", "Label does not exist: pink"),
     ],
 )
 def test_value_that_qubesd_refuses_is_refused(lab: LabDirectory, text: str, said: str) -> None:

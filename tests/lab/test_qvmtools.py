@@ -36,9 +36,11 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LabDirector
 def test_prefs_prints_as_qvm_prefs_does(lab: LabDirectory, capsys: Said) -> None:
     assert main(["prefs", "vault"]) == 0
     assert capsys.readouterr().out == (
+        "icon                  -  appvm-black\n"
         "ip                    -  10.137.0.12\n"
         "ip6                   -  fd09:24ef:4179::a89:c\n"
         "klass                 -  AppVM\n"
+        "label                 -  black\n"
         "name                  -  vault\n"
         "netvm                 D  None\n"
         "provides_network      D  False\n"
@@ -99,6 +101,13 @@ def test_services_and_features_are_switched_and_told(lab: LabDirectory, capsys: 
         capsys.readouterr().out
         == "x   on\nyy  off\noff\nLinux\nos          Linux\nservice.x   1\nservice.yy\n"
     )
+
+
+def test_a_qube_is_made_with_its_label(lab: LabDirectory, capsys: Said) -> None:
+    assert main(["create", "--label", "purple", "new"]) == main(["create", "other"]) == 0
+    assert (lab.qube("new").label, lab.qube("other").label) == ("purple", "red")
+    assert main(["prefs", "new", "icon"]) == 0
+    assert capsys.readouterr().out == "appvm-purple\n"
 
 
 def test_tags_are_added_told_and_taken_away(lab: LabDirectory, capsys: Said) -> None:

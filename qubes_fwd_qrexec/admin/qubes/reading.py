@@ -10,6 +10,7 @@ A qube of which something cannot be read has a ``problem``, and all that was rea
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from qubes_fwd_qrexec.admin.inventory import ADMIN, Inventory, Qube, feature_matters, is_configuration
@@ -98,6 +99,12 @@ def properties(vm: Any) -> Mapping[str, Any]:
                 raise ValueError(f"it has no {name}, without which nothing of its traffic is known") from None
             return None
 
+    def shown(name: str) -> str:
+        """Empty where it is not known: nothing depends on it."""
+        with suppress(AttributeError):
+            return str(getattr(vm, name) or "")
+        return ""
+
     netvm, template, ip, ip6 = map(value, ("netvm", "template", "ip", "ip6"))
     return {
         "netvm": None if netvm is None else parse_qube_name(netvm.name),
@@ -106,4 +113,6 @@ def properties(vm: Any) -> Mapping[str, Any]:
         "ip6": None if ip6 is None else str(parse_address(ip6)),
         "provides_network": value("provides_network") is True,
         "template_for_dispvms": value("template_for_dispvms") is True,
+        "label": shown("label"),
+        "icon": shown("icon"),
     }

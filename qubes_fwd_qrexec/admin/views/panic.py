@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec.admin import hold
-from qubes_fwd_qrexec.admin.apply import due
+from qubes_fwd_qrexec.admin.apply import Applied, Outcome, due
 from qubes_fwd_qrexec.admin.hold import Held
 from qubes_fwd_qrexec.admin.policy import NAME
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
@@ -114,31 +114,40 @@ def _say(seen: _Seen, session: Session) -> None:
 
 def resume(args: Namespace, session: Session) -> int:
     """Lift the hold and open what the rules ask for, or with --dry-run say what that would be."""
-    is_closed = True
-    if args.dry_run:
-        planned, outcome, snapshot = due(session.look(with_config=True), session.now, is_held=False)
-        was_held = snapshot.is_held
-    else:
-        was_held, (planned, outcome, snapshot) = hold.resume(session.backend, session.now)
-        is_closed = confirmed.check(outcome, session)
-        steps.check(outcome)
-        session.warn_unread(snapshot)
+    if not args.dry_run:
+        return resumed(*hold.resume(session.backend, session.now), session)
+    planned, outcome, snapshot = due(session.look(with_config=True), session.now, is_held=False)
     if session.is_json:
-        is_held = planned.is_held or (args.dry_run and was_held)
-        data = {"dry_run": args.dry_run, "was_held": was_held, "is_held": is_held}
-        session.say_json(data | {"steps": [steps.as_json(step) for step in outcome.done]})
-        return 1 if planned.is_held or not is_closed else 0
-    if planned.is_held:
-        session.warn("everything was held again meanwhile, and stays closed")
-        return 1
-    if was_held:
-        session.say(_resumed(planned, is_preview=args.dry_run))
+        session.say_json(_resumed_as_json(outcome, snapshot.is_held, is_held=snapshot.is_held, dry_run=True))
+    elif snapshot.is_held:
+        session.say(_resumed(planned, is_preview=True))
     else:
-        session.say(f"Nothing was held.\n{steps.text(outcome.done, is_preview=args.dry_run)}")
-    if not args.dry_run and was_held:
+        session.say(f"Nothing was held.\n{steps.text(outcome.done, is_preview=True)}")
+    return 0
+
+
+def resumed(was_held: bool, applied: Applied, session: Session) -> int:
+    """Print what is open again. Returns the exit status."""
+    planned, outcome, snapshot = applied
+    is_closed = confirmed.check(outcome, session)
+    steps.check(outcome)
+    session.warn_unread(snapshot)
+    if session.is_json:
+        session.say_json(_resumed_as_json(outcome, was_held, is_held=planned.is_held, dry_run=False))
+    elif planned.is_held:
+        session.warn("everything was held again meanwhile, and stays closed")
+    elif was_held:
+        session.say(_resumed(planned, is_preview=False))
         for (target, name), denial in judged.denials(planned.live, session.backend).items():
             session.say(f"Note: {target} {name}: dom0 denies its calls: {escaped(denial)}.\n")
-    return 0 if is_closed else 1
+    else:
+        session.say(f"Nothing was held.\n{steps.text(outcome.done, is_preview=False)}")
+    return 1 if planned.is_held or not is_closed else 0
+
+
+def _resumed_as_json(outcome: Outcome, was_held: bool, *, is_held: bool, dry_run: bool) -> dict[str, Any]:
+    done = [steps.as_json(step) for step in outcome.done]
+    return {"dry_run": dry_run, "was_held": was_held, "is_held": is_held, "steps": done}
 
 
 def _resumed(planned: Plan, *, is_preview: bool) -> str:

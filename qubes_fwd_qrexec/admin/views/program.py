@@ -18,3 +18,7 @@ def main() -> int:
             sys.stderr.write("qvm-forward: interrupted\n")
             return 130
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,18 +34,26 @@ def mode_reason(forward: Forward) -> str:
 def decision(forward: Forward, decided: Decision) -> str:
     """Why mode=auto became what it did, and the command for the other mode."""
     target, name, rule = forward.named
-    command, finding = f"qvm-forward set {target} {name} mode=", decided.against
+    reason, command = decision_reason(forward, decided), f"qvm-forward set {target} {name} mode="
     if rule.mode is Mode.NFT:
-        path = " - ".join((*forward.hops, target))
-        return f"by nft, as packets can go {path}; '{command}qrexec' sends it over qrexec"
+        return f"{reason}; '{command}qrexec' sends it over qrexec"
+    if decided.is_at_loopback:
+        return f"{reason}; '{command}nft' is faster if it listens elsewhere too"
+    return f"{reason}; '{command}nft' says what nft would take"
+
+
+def decision_reason(forward: Forward, decided: Decision) -> str:
+    """Why mode=auto became what it did."""
+    target, _, rule = forward.named
+    if rule.mode is Mode.NFT:
+        return f"by nft, as packets can go {' - '.join((*forward.hops, target))}"
     why = f"{decided.option} is asked for"
     if decided.is_at_loopback:
         why = f"the server in {target} listens at loopback alone"
-        return f"over qrexec, as {why}; '{command}nft' is faster if it listens elsewhere too"
-    if finding is not None:
-        template = _AGAINST.get(finding.cause, "its packets could not get there")
-        why = filled(template, forward, finding)
-    return f"over qrexec, as {why}; '{command}nft' says what nft would take"
+    elif decided.against is not None:
+        template = _AGAINST.get(decided.against.cause, "its packets could not get there")
+        why = filled(template, forward, decided.against)
+    return f"over qrexec, as {why}"
 
 
 def safety(forward: Forward) -> str:

@@ -137,6 +137,15 @@ def test_a_qube_without_the_way_of_its_traffic_is_unreadable(
     assert f"at work: it has no {missing}, without which" in (read_work(store).problem or "")
 
 
+def test_what_a_qube_looks_like_is_read_and_is_nothing_that_must_be_known(
+    store: QubesStore, dom0: FakeQubes
+) -> None:
+    assert (read_work(store).label, read_work(store).icon) == ("blue", "appvm-blue")
+    with_properties(dom0, {**GOOD, "label": "label "})
+    found = read_work(store)
+    assert (found.problem, found.label, found.icon) == (None, "", "")
+
+
 def test_a_class_that_has_no_netvm_has_none(store: QubesStore, dom0: FakeQubes) -> None:
     def fails(called: Called) -> bytes | None:
         if called.method == "admin.vm.List":
