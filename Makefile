@@ -11,6 +11,7 @@
 # make soak   connect, end, abort, stall and kill at random for SECONDS (600), beside the direct connection;
 #             with ARGS=udp do it with datagrams, and account for each that is missing;
 #             with ARGS=nft, as root, open and close forwards by nft at random beside live traffic
+# make translations  bring the catalogues of po/ up to date with the texts of the window
 # make packages  build the Debian packages and the RPMs, and as root run what they install in a clean Debian
 
 PYTHON ?= python3
@@ -28,14 +29,14 @@ export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak packages clean
+.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak translations build/locale packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional nftables iproute2
 	@$(VENV)/bin/qvm-forward-lab demo
 
 test: $(VENV)/.dev
-	@tools/debian-packages --optional socat nftables iproute2 tmux zsh $(GTK)
+	@tools/debian-packages --optional socat nftables iproute2 tmux zsh gettext $(GTK)
 	@# The first time, pytest compiles the tests once, and not in each of its processes.
 	@[ -d tests/__pycache__ ] || $(VENV)/bin/python -m pytest --quiet --collect-only >/dev/null || true
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
@@ -75,6 +76,17 @@ mutate: $(VENV)/.mutate
 
 soak: $(VENV)/.installed
 	$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(ARGS)
+
+translations:
+	@tools/translations
+
+# The catalogues as a program in this checkout finds them, with QUBES_FORWARD_LOCALE=build/locale.
+build/locale: $(patsubst po/%.po,build/locale/%/LC_MESSAGES/qubes-fwd-qrexec.mo,$(wildcard po/*.po))
+
+build/locale/%/LC_MESSAGES/qubes-fwd-qrexec.mo: po/%.po
+	@tools/debian-packages gettext
+	@mkdir -p $(@D)
+	@msgfmt --check --output-file=$@ $<
 
 packages:
 	@tools/packages $(SUITE)

@@ -21,11 +21,13 @@ PARTS = CHECKOUT / "tools" / "parts.py"
 NEEDS: dict[str, set[str]] = {
     "common": {"common"},
     "dom0": {"common", "dom0"},
+    "manager": {"common", "dom0", "manager"},
     "vm": {"common", "vm"},
     "lab": {"common", "dom0", "vm", "lab"},
 }
 # Of what there is at the top, that is what is installed; the other directories are for those who work on it.
 SHIPPED = {"completions", "docs", "policy", "qubes_fwd_qrexec", "rpc", "systemd", "tmpfiles.d", "rpc-config"}
+SHIPPED |= {"applications", "autostart", "icons", "po"}
 KEPT = {".ci", "bench", "debian", "rpm_spec", "soak", "tests", "tools"}
 
 
@@ -116,7 +118,7 @@ def test_every_program_and_every_service_is_installed() -> None:
 
 
 def test_no_program_takes_modules_from_its_environment_or_working_directory(tmp_path: Path) -> None:
-    for part in ("dom0", "vm", "lab"):
+    for part in ("dom0", "manager", "vm", "lab"):
         subprocess.run([sys.executable, PARTS, "install", part, tmp_path], check=True)
     programs = list((tmp_path / "usr" / "bin").iterdir())
     assert len(programs) > 3
@@ -144,19 +146,55 @@ def test_dom0_gets_no_trio() -> None:
     assert [spec.name for spec in specs if "trio" in spec.read_text()] == ["qubes-fwd-qrexec.spec.in"]
 
 
+def test_only_the_window_needs_gtk() -> None:
+    control = (CHECKOUT / "debian" / "control").read_text().split("\n\n")
+    with_gtk = [paragraph.splitlines()[0] for paragraph in control if re.search(r"python3-gi|gtk", paragraph)]
+    assert with_gtk == ["Package: qubes-fwd-qrexec-manager"]
+    specs = (CHECKOUT / "rpm_spec").glob("*.spec.in")
+    assert [spec.name for spec in specs if re.search("gobject|gtk", spec.read_text())] == [
+        "qubes-fwd-qrexec-manager.spec.in"
+    ]
+
+
+ENTRIES = [path for path in PART_OF if path.endswith(".desktop")]
+
+
+@pytest.mark.parametrize("path", ENTRIES)
+def test_a_desktop_entry_starts_a_program_and_shows_an_icon_of_its_package(path: str) -> None:
+    (source,) = [source for _, source, destination in ITEMS if destination == path]
+    text = (CHECKOUT / source).read_text()
+    entry = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    assert PART_OF[f"usr/bin/{entry['Exec']}"] == PART_OF[path] == "manager"
+    assert PART_OF[f"usr/share/icons/hicolor/scalable/apps/{entry['Icon']}.svg"] == "manager"
+    languages = [file.stem for file in (CHECKOUT / "po").glob("*.po")]
+    translated = [key for key in entry if key in ("Name", "GenericName", "Comment", "Keywords")]
+    assert [
+        f"{key}[{name}]" for key in translated for name in languages if f"{key}[{name}]" not in entry
+    ] == []
+
+
+def test_the_indicator_starts_by_itself_and_never_in_a_qube_without_a_session_of_its_own() -> None:
+    """All qubes of a template have its package, and what Qubes' session starts there is this directory."""
+    assert "\nNotShowIn=X-QUBES;\n" in (CHECKOUT / "autostart/qubes-forward-indicator.desktop").read_text()
+    assert PART_OF["etc/xdg/autostart/qubes-forward-indicator.desktop"] == "manager"
+
+
 # Whose the directories of others are: of Fedora itself, or of a package that the spec file has to require.
 OWNERS = {
     "etc/qubes-rpc": "qubes-core-qrexec-vm",
     "etc/qubes/rpc-config": "qubes-core-qrexec-vm",
+    "etc/xdg/autostart": "",
     "usr/bin": "",
     "usr/lib/systemd/system": "",
     "usr/lib/systemd/system-preset": "",
     "usr/lib/tmpfiles.d": "",
+    "usr/share/applications": "",
     "usr/share/doc": "",
+    "usr/share/icons/hicolor/scalable/apps": "hicolor-icon-theme",
     "usr/share/man/man1": "",
     "usr/share/man/man7": "",
     "usr/share/man/man8": "",
-}
+} | {f"usr/share/locale/{file.stem}/LC_MESSAGES": "" for file in (CHECKOUT / "po").glob("*.po")}
 
 
 @pytest.mark.parametrize("part", NEEDS)
@@ -168,9 +206,9 @@ def test_every_directory_is_owned_by_a_package_or_was_there_before(part: str) ->
         for line in lines_of("--python-dir=py", "rpm-files", needed)
         if line[0] == "%dir"
     }
-    spec = {"dom0": "qubes-fwd-qrexec-dom0", "common": "python3-qubes-fwd-qrexec"}.get(
-        part, "qubes-fwd-qrexec"
-    )
+    specs = {"common": "python3-qubes-fwd-qrexec"}
+    specs |= {name: f"qubes-fwd-qrexec-{name}" for name in ("dom0", "manager")}
+    spec = specs.get(part, "qubes-fwd-qrexec")
     required = re.findall(
         r"^Requires: +(\S+)", (CHECKOUT / "rpm_spec" / f"{spec}.spec.in").read_text(), re.MULTILINE
     )

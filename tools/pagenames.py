@@ -4,14 +4,16 @@
 import re
 from pathlib import Path
 
+# What a user's desktop has in its menu and its panel.
+IN_A_DESKTOP = ("qubes-forward-manager", "qubes-forward-indicator")
 _NAME_SECTION = re.compile(r"^NAME\n=+\n", re.MULTILINE)
 
 
 def section_of(name: str) -> int:
-    """Commands for users are in section 1, a form of data in 7; daemons, and what they call, in section 8."""
+    """Programs for users are in section 1, a form of data in 7; daemons, and what they call, in section 8."""
     if name.endswith("-json"):
         return 7
-    return 1 if name.startswith("qvm-") else 8
+    return 1 if name.startswith("qvm-") or name in IN_A_DESKTOP else 8
 
 
 def other_names(source: Path) -> list[str]:

@@ -10,13 +10,14 @@
 One answer for the Debian packages and for the RPMs. A file is placed by the directory that it lies in, so
 that a new one needs no word here; one that has no place is an error and not left out.
 
-The parts: `common` is what dom0 and the qubes both need, `dom0` what decides, `vm` what carries the traffic
-in exposed qubes and targets, `lab` the stand-in for a Qubes system. They share no file, so all of them may
-be installed on one machine; each needs the ones that `NEEDS` names.
+The parts: `common` is what dom0 and the qubes both need, `dom0` what decides, `manager` its window, `vm` what
+carries the traffic in exposed qubes and targets, `lab` the stand-in for a Qubes system. They share no file,
+so all of them may be installed on one machine; each needs the ones that `NEEDS` names.
 """
 
 import argparse
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -27,10 +28,17 @@ from pagenames import other_names, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "qubes_fwd_qrexec"
-NEEDS = {"common": (), "dom0": ("common",), "vm": ("common",), "lab": ("common", "dom0", "vm")}
+NEEDS = {
+    "common": (),
+    "dom0": ("common",),
+    "manager": ("common", "dom0"),
+    "vm": ("common",),
+    "lab": ("common", "dom0", "vm"),
+}
 DEBIAN_NAMES = {
     "common": "python3-qubes-fwd-qrexec",
     "dom0": "qubes-fwd-qrexec-dom0",
+    "manager": "qubes-fwd-qrexec-manager",
     "vm": "qubes-fwd-qrexec",
     "lab": "qubes-fwd-qrexec-lab",
 }
@@ -39,12 +47,15 @@ SYSTEM_IN_DOM0 = ("__init__", "clock", "ending", "inotify", "lockfile", "notify"
 # Presets and sockets do not say where they belong, so their names do.
 DOM0_UNITS = ("qubes-forward-watch", "70-qubes-forward-dom0")
 UNIT_KINDS = (".service", ".socket", ".timer", ".path", ".target", ".slice")
-# Directories that other packages own: Fedora's filesystem and systemd, and those of qrexec that ours require.
+ICONS = "hicolor/scalable/apps"
+# Directories that other packages own: Fedora's filesystem and systemd, and those of qrexec and of icons that
+# ours require.
 # Every RPM that has a file in any other directory owns that.
 DIRS_OF_OTHERS = (
     *("etc/qubes-rpc", "etc/qubes/rpc-config"),
     *("usr/bin", "usr/share/doc", "usr/share/man/man1", "usr/share/man/man7", "usr/share/man/man8"),
     *("usr/lib/systemd/system-preset", "usr/lib/tmpfiles.d"),
+    *("etc/xdg/autostart", "usr/share/applications", f"usr/share/icons/{ICONS}"),
 )
 _SCRIPT = """\
 #!/usr/bin/python3 -I
@@ -68,7 +79,7 @@ class Item(NamedTuple):
     source: str
     destination: str
     mode: int
-    make: Callable[[Path], str] | None = None
+    make: Callable[[Path], bytes] | None = None
 
 
 def items(python_dir: str, unit_dir: str, zsh_dir: str) -> Iterator[Item]:
@@ -89,6 +100,14 @@ def items(python_dir: str, unit_dir: str, zsh_dir: str) -> Iterator[Item]:
         yield _copy(part, file, f"usr/share/qubes-fwd-qrexec/{file.name}")
     for file in _files("completions"):
         yield from _completion(file, _part_of_name(file.stem.removeprefix("_"), programs), zsh_dir)
+    for file in _files("applications"):
+        yield _copy("manager", file, f"usr/share/applications/{file.name}")
+    for file in _files("autostart"):
+        yield _copy("manager", file, f"etc/xdg/autostart/{file.name}")
+    for file in _files(f"icons/{ICONS}"):
+        yield _copy("manager", file, f"usr/share/icons/{ICONS}/{file.name}")
+    for file in sorted((ROOT / "po").glob("*.po")):
+        yield _catalogue(file)
     for file in _files("systemd"):
         yield _unit(file, unit_dir)
     for file in _files("tmpfiles.d"):
@@ -117,10 +136,12 @@ def _modules(python_dir: str) -> Iterator[Item]:
 
 def part_of_module(path: Path) -> str:
     """The part of a module, by its path below the package. What no other part claims belongs to the qubes."""
-    if path.parts[0] in ("lab", "window"):
+    if path.parts[0] == "lab":
         return "lab"
     if path.parts[0] == "admin":
         return "dom0"
+    if path.parts[0] == "window":
+        return "manager"
     if path.parts[0] in ("common", "__init__.py") or (
         path.parts[0] == "system" and path.stem in SYSTEM_IN_DOM0
     ):
@@ -161,6 +182,25 @@ def _completion(file: Path, part: str, zsh_dir: str) -> Iterator[Item]:
     yield _copy("lab", file, f"{place}-lab")
 
 
+def _catalogue(file: Path) -> Item:
+    """A language's translations, as gettext reads them."""
+    place = f"usr/share/locale/{file.stem}/LC_MESSAGES/qubes-fwd-qrexec.mo"
+    return Item("manager", _relative(file), place, 0o644, _compiled)
+
+
+def _compiled(source: Path) -> bytes:
+    """Raises `PartsError` with what msgfmt says of a faulty catalogue."""
+    try:
+        done = subprocess.run(
+            ["msgfmt", "--check", "--output-file=-", source], capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        raise PartsError("to compile catalogues of translations, install gettext") from None
+    if done.returncode:
+        raise PartsError(done.stderr.decode(errors="replace").strip())
+    return done.stdout
+
+
 def _files(directory: str) -> list[Path]:
     found = sorted((ROOT / directory).glob("*"))
     for file in found:
@@ -179,9 +219,9 @@ def _relative(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-def _script(target: str) -> Callable[[Path], str]:
+def _script(target: str) -> Callable[[Path], bytes]:
     module, _, function = target.partition(":")
-    return lambda _: _SCRIPT.format(module=module, function=function)
+    return lambda _: _SCRIPT.format(module=module, function=function).encode()
 
 
 def _pages(file: Path, part: str) -> Iterator[Item]:
@@ -193,22 +233,22 @@ def _pages(file: Path, part: str) -> Iterator[Item]:
         yield Item(part, _relative(file), f"{place}/{name}.{section}", 0o644, _leading)
 
 
-def _page(source: Path) -> str:
+def _page(source: Path) -> bytes:
     from manpage import man_page  # needs docutils, which only those who build packages have
 
-    return man_page(source)
+    return man_page(source).encode()
 
 
-def _leading(source: Path) -> str:
+def _leading(source: Path) -> bytes:
     section = section_of(source.stem)
-    return f".so man{section}/{source.stem}.{section}\n"
+    return f".so man{section}/{source.stem}.{section}\n".encode()
 
 
 def install(item: Item, destdir: Path) -> None:
     path = destdir / item.destination
     path.parent.mkdir(parents=True, exist_ok=True)
     if item.make:
-        path.write_text(item.make(ROOT / item.source))
+        path.write_bytes(item.make(ROOT / item.source))
     else:
         shutil.copyfile(ROOT / item.source, path)
     path.chmod(item.mode)
@@ -216,7 +256,8 @@ def install(item: Item, destdir: Path) -> None:
 
 def own_directories(item: Item, python_dir: str, unit_dir: str) -> Iterator[str]:
     """The directories above a file that its package has to own, because no other does."""
-    others = {Path(name) for name in (python_dir, unit_dir, *DIRS_OF_OTHERS)}
+    of_its_language = [str(Path(item.destination).parent)] if "/locale/" in item.destination else []
+    others = {Path(name) for name in (python_dir, unit_dir, *DIRS_OF_OTHERS, *of_its_language)}
     others |= {parent for path in others for parent in path.parents}
     for directory in Path(item.destination).parents:
         if directory not in others:
@@ -236,12 +277,20 @@ def rpm_lines(part: str, found: list[Item], python_dir: str, unit_dir: str) -> I
         if path.startswith(f"/{python_dir}/"):
             yield f"%pycached {path}"
         else:
-            yield path + ("*" if path.startswith("/usr/share/man/") else "")
+            yield _rpm_line(path)
             directories |= set(own_directories(item, python_dir, unit_dir))
     for directory in sorted(directories):
         # What is below doc/ comes with the %doc lines of the spec file.
         if not directory.startswith("usr/share/doc/"):
             yield f"%dir /{directory}"
+
+
+def _rpm_line(path: str) -> str:
+    if path.startswith("/usr/share/man/"):
+        return f"{path}*"
+    if path.startswith("/usr/share/locale/"):
+        return f"%lang({path.split('/')[4]}) {path}"
+    return path
 
 
 def main() -> int:

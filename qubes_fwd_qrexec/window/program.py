@@ -28,6 +28,17 @@ class Start(NamedTuple):
     lab: str | None
 
 
+def manager() -> int:
+    """The program qubes-forward-manager."""
+    return run("qubes-forward-manager", "Show and change what of this Qubes system can be reached.", "app")
+
+
+def indicator() -> int:
+    """The program qubes-forward-indicator."""
+    what = "Show in the panel while anything of this Qubes system can be reached."
+    return run("qubes-forward-indicator", what, "tray")
+
+
 def run(name: str, what: str, module: str, argv: Sequence[str] | None = None) -> int:
     """Run ``begin(Start) -> int`` of a module of this package, which has GTK.
 
