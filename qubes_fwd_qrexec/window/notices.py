@@ -191,7 +191,8 @@ def _body(change: Change, look: Look) -> str:
         return escaped(look.denials.get(rule.named[:2], ""))
     if rule.cause is Cause.NETVM_CHANGED:
         moved = escaped(reasons.filled("{moved}.", rule, rule.decisive))
-        return f"{moved} {_('It stays closed until you confirm it.')}"
+        closed = _("It stays closed until you confirm it.")
+        return f"{moved} {closed}"
     sentence = escaped(reasons.sentence(rule))
     return f"{sentence} {_end(rule)}" if change.kind in _OPEN else sentence
 

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every text of the window is one that gettext finds, and each catalogue of po/ has all of them."""
+
+import ast
+import gettext
+import re
+import shutil
+import string
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WINDOW = ROOT / "qubes_fwd_qrexec" / "window"
+CATALOGUES = sorted((ROOT / "po").glob("*.po"))
+ARGUMENTS = {"_": 1, "ngettext": 2}
+"""How many texts a call begins with."""
+_MNEMONIC = re.compile(r"(?<!_)_(\w)")
+
+
+class Text(NamedTuple):
+    """What is to be translated: one form or, by a number, two; and the class that says it."""
+
+    forms: tuple[str, ...]
+    place: str
+
+
+def calls(tree: ast.AST, place: str, is_found: bool = False) -> Iterator[tuple[str, ast.Call, bool]]:
+    """Each call for a translation, with the class around it, and whether xgettext finds it, and a run says it
+    late enough: in a function's body, and not within another text.
+    """
+    for node in ast.iter_child_nodes(tree):
+        inside = f"{place}:{node.name}" if isinstance(node, ast.ClassDef) else place
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ARGUMENTS:
+            yield place, node, is_found
+        is_body = is_found or isinstance(node, ast.FunctionDef | ast.Lambda)
+        yield from calls(node, inside, is_body and not isinstance(node, ast.JoinedStr))
+
+
+def texts_in(source: str, place: str) -> tuple[list[Text], list[str]]:
+    """The texts of a module, and where it asks for a translation in vain: of what xgettext does not find in
+    the source, or while it is imported, before the language is known.
+    """
+    found, wrong = [], []
+    for inside, call, is_found in calls(ast.parse(source), place):
+        assert isinstance(call.func, ast.Name)
+        forms = call.args[: ARGUMENTS[call.func.id]]
+        values = [form.value for form in forms if isinstance(form, ast.Constant)]
+        if is_found and len(values) == len(forms) and all(isinstance(value, str) for value in values):
+            found.append(Text(tuple(map(str, values)), inside))
+        else:
+            wrong.append(f"{inside}: {ast.unparse(call)}")
+    return found, wrong
+
+
+MODULES = {path.stem: texts_in(path.read_text(), path.stem) for path in sorted(WINDOW.glob("*.py"))}
+# words.py has the functions themselves.
+TEXTS = [text for name, (found, _) in MODULES.items() if name != "words" for text in found]
+
+
+class Missing(gettext.NullTranslations):
+    """What a catalogue asks when it does not know a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def gettext(self, message: str) -> str:
+        self.texts.append(message)
+        return message
+
+    def ngettext(self, msgid1: str, msgid2: str, n: int) -> str:
+        self.texts.append(msgid1)
+        return msgid1
+
+
+def opened(catalogue: Path) -> gettext.GNUTranslations:
+    if not shutil.which("msgfmt"):
+        pytest.skip("gettext is not installed")
+    words = ["msgfmt", "--check", "--output-file=-", str(catalogue)]
+    done = subprocess.run(words, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return gettext.GNUTranslations(BytesIO(done.stdout))
+
+
+def translated(catalogue: gettext.NullTranslations, text: Text) -> list[str]:
+    """All forms of a text in a language; 1 and 5 stand for any singular and plural."""
+    if len(text.forms) == 1:
+        return [catalogue.gettext(text.forms[0])]
+    one, many = text.forms
+    return [catalogue.ngettext(one, many, count) for count in (1, 5)]
+
+
+def facts(text: str) -> set[str]:
+    """The names of the facts that go into a text."""
+    return {str(name) for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def mnemonics(text: str) -> list[str]:
+    return [letter.lower() for letter in _MNEMONIC.findall(text)]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "words"])
+def test_a_module_asks_for_translations_of_plain_texts_and_when_they_are_shown(name: str) -> None:
+    assert MODULES[name][1] == []
+
+
+@pytest.mark.parametrize("path", CATALOGUES, ids=lambda path: path.stem)
+def test_a_catalogue_has_every_text(path: Path) -> None:
+    catalogue, missing = opened(path), Missing()
+    catalogue.add_fallback(missing)
+    for text in TEXTS:
+        translated(catalogue, text)
+    assert sorted(set(missing.texts)) == [], "make translations, and translate what is new"
+
+
+@pytest.mark.parametrize("path", CATALOGUES, ids=lambda path: path.stem)
+def test_a_translation_has_the_facts_of_its_text(path: Path) -> None:
+    catalogue = opened(path)
+    wrong = []
+    for text in TEXTS:
+        for form, given in zip(text.forms, translated(catalogue, text), strict=True):
+            # The form for one may go without the number.
+            if not facts(text.forms[0]) <= facts(given) <= facts(text.forms[-1]):
+                wrong.append((form, given))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", CATALOGUES, ids=lambda path: path.stem)
+def test_a_translation_can_be_reached_by_a_key_where_its_text_can(path: Path) -> None:
+    catalogue = opened(path)
+    wrong = [
+        (form, given)
+        for text in TEXTS
+        for form, given in zip(text.forms, translated(catalogue, text), strict=True)
+        if len(mnemonics(form)) != len(mnemonics(given)) or len(mnemonics(form)) > 1
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", [None, *CATALOGUES], ids=lambda path: path.stem if path else "en")
+def test_no_two_controls_of_one_part_of_a_window_have_the_same_key(path: Path | None) -> None:
+    """As far as the source tells: within one class."""
+    catalogue = opened(path) if path else gettext.NullTranslations()
+    used: dict[str, Counter[str]] = {}
+    for place, forms in {(text.place, text.forms) for text in TEXTS if ":" in text.place}:
+        for letter in {
+            letter for given in translated(catalogue, Text(forms, place)) for letter in mnemonics(given)
+        }:
+            used.setdefault(place, Counter())[letter] += 1
+    twice = {
+        place: sorted(letter for letter, count in letters.items() if count > 1)
+        for place, letters in used.items()
+    }
+    assert {place: letters for place, letters in twice.items() if letters} == {}
+
+
+def test_what_gettext_cannot_read_in_the_source_is_found() -> None:
+    source = (
+        "class A:\n    def f(self):\n        return _(f'{self}'), _('a'), ngettext('b', many, 2)\n"
+        "    def g(self):\n        return f'{_(\"d\")}'\nX = _('c')\n"
+    )
+    found, wrong = texts_in(source, "m")
+    assert found == [Text(("a",), "m:A")]
+    assert wrong == ["m:A: _(f'{self}')", "m:A: ngettext('b', many, 2)", "m:A: _('d')", "m: _('c')"]
