@@ -3,6 +3,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -117,6 +118,10 @@ def test_every_program_and_every_service_is_installed() -> None:
     assert services == {source for _, source, path in ITEMS if path.startswith("etc/qubes-rpc/")}
 
 
+WITH_GETTEXT = pytest.mark.skipif(not shutil.which("msgfmt"), reason="gettext is not installed")
+
+
+@WITH_GETTEXT
 def test_no_program_takes_modules_from_its_environment_or_working_directory(tmp_path: Path) -> None:
     for part in ("dom0", "manager", "vm", "lab"):
         subprocess.run([sys.executable, PARTS, "install", part, tmp_path], check=True)
@@ -129,6 +134,7 @@ def test_every_program_has_a_manual_page_in_its_package() -> None:
     pages = {Path(path).stem: part for path, part in PART_OF.items() if path.startswith("usr/share/man/")}
     programs = {Path(path).name: part for path, part in PART_OF.items() if path.startswith("usr/bin/")}
     assert {name: pages.get(name) for name in programs} == programs
+    assert PART_OF["usr/share/man/man1/qubes-forward-manager.1"] == "manager"
 
 
 @pytest.mark.parametrize("unit", sorted((CHECKOUT / "systemd").glob("*.service")), ids=lambda unit: unit.name)
@@ -325,10 +331,27 @@ def test_dom0_alone_runs_and_names_the_package_that_a_lab_needs(tmp_path: Path) 
     assert done.stderr.endswith("/somewhere: to open a lab, install the package qubes-fwd-qrexec-lab\n")
 
 
+@WITH_GETTEXT
+def test_a_faulty_catalogue_is_an_error_that_names_the_place(copy: Path, tmp_path: Path) -> None:
+    with (copy / "po" / "de.po").open("a") as catalogue:
+        catalogue.write('\nmsgid "a"\nmsgstr "b\n')
+    done = tool("install", "manager", str(tmp_path / "out"), directory=copy)
+    assert done.returncode == 1
+    assert re.search(r"po/de\.po:\d+: end-of-line within string", done.stderr)
+
+
+def test_without_gettext_the_window_says_what_to_install(tmp_path: Path) -> None:
+    words = [sys.executable, str(PARTS), "install", "manager", str(tmp_path)]
+    done = subprocess.run(words, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "tools/parts.py: to compile catalogues of translations, install gettext\n"
+
+
+@WITH_GETTEXT
 def test_an_installed_program_is_one_that_runs(tmp_path: Path) -> None:
     for part in NEEDS:
         assert not tool("install", part, str(tmp_path)).returncode
-    for name in ("qvm-forward", "qvm-forward-lab", "qubes-forward-listener"):
+    for name in ("qvm-forward", "qvm-forward-lab", "qubes-forward-listener", "qubes-forward-manager"):
         program = tmp_path / "usr" / "bin" / name
         assert program.stat().st_mode & 0o777 == 0o755
         done = subprocess.run(
