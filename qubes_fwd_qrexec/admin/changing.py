@@ -185,15 +185,16 @@ def disable(system: System, which: Which) -> Changed:
 
 
 def confirm(system: System, which: Which) -> Changed:
-    """Record owner and path as they are now. Raises `RefusedError` where the netvms lead nowhere."""
+    """Record owner and path as they are now. Raises what `confirmed_rule` and `change` do."""
+    return _change_each(system, which, confirmed_rule, "confirmed", decides_mode=True)
 
-    def confirmed(old: NamedRule, inventory: Inventory) -> ForwardRule:
-        chain = inventory.chain(old.target)
-        if chain.problem is not None:
-            raise RefusedError(f"{old} was not confirmed. {chain.problem}")
-        return replace(old.rule, owner=old.target, path=chain.qubes)
 
-    return _change_each(system, which, confirmed, "confirmed", decides_mode=True)
+def confirmed_rule(old: NamedRule, inventory: Inventory) -> ForwardRule:
+    """A rule as `confirm` stores it. Raises `RefusedError` where the netvms lead nowhere."""
+    chain = inventory.chain(old.target)
+    if chain.problem is not None:
+        raise RefusedError(f"{old} was not confirmed. {chain.problem}")
+    return replace(old.rule, owner=old.target, path=chain.qubes)
 
 
 def set_options(system: System, which: Which, options: Collection[Option]) -> Changed:

@@ -13,6 +13,7 @@ _RULES = """
 .asks, .note {{ color: {note}; font-weight: bold; }}
 .faint {{ color: {faint}; }}
 .title {{ font-weight: bold; font-size: 120%; }}
+button:disabled, button:disabled label {{ color: {faint}; font-weight: normal; }}
 .invalid_entry {{ border-color: {bad}; box-shadow: inset 0 0 0 1px {bad}; }}
 """
 _LIGHT = {"open": "#0d6b2f", "bad": "#b0101e", "note": "#7a4a00", "faint": "#5c5c5c"}

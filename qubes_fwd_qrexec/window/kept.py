@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Widgets that are kept while what they show changes, so that focus and place stay where the user has them.
+
+Only what differs is given to GTK.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Generic, Protocol, TypeVar
+
+from .gtk import Gtk
+from .widgets import column, label
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+_V = TypeVar("_V", contravariant=True)
+# How many widgets of one row may take the focus one after the other.
+_FOCI_MAX = 8
+
+
+class Text:
+    """A text, which takes no room while it is empty."""
+
+    def __init__(self, *, wraps: bool = True, is_selectable: bool = True, style: str = "") -> None:
+        self.widget = label(wraps=wraps, is_selectable=is_selectable, style=style)
+        self.widget.set_no_show_all(True)
+        self._shown = ""
+        self._style = style
+
+    def show(self, text: str, style: str | None = None) -> None:
+        """``style`` takes the place of the class that it had."""
+        if text != self._shown:
+            if bool(text) is not bool(self._shown):
+                self.widget.set_visible(bool(text))
+            self._shown = text
+            self.widget.set_text(text)
+        if style is not None and style != self._style:
+            context = self.widget.get_style_context()
+            if self._style:
+                context.remove_class(self._style)
+            if style:
+                context.add_class(style)
+            self._style = style
+
+
+class Row(Protocol[_V]):
+    """The widget of one item."""
+
+    @property
+    def widget(self) -> Gtk.Widget: ...
+
+    def show(self, item: _V) -> None: ...
+
+
+class Rows(Generic[K, V]):
+    """Rows below each other, one for each key: one that stays keeps its widget."""
+
+    def __init__(self, make: Callable[[K], Row[V]]) -> None:
+        self.widget = column()
+        self._make = make
+        self._rows: dict[K, Row[V]] = {}
+        self._order: list[K] = []
+
+    def show(self, items: Mapping[K, V]) -> Iterator[None]:
+        """Show these in their order, a step for each row."""
+        for key in [key for key in self._order if key not in items]:
+            self._remove(key)
+            yield
+        for at, (key, item) in enumerate(items.items()):
+            if key not in self._rows:
+                self._rows[key] = self._make(key)
+                self.widget.pack_start(self._rows[key].widget, False, False, 0)
+                self._order.append(key)
+                self._rows[key].show(item)
+                self._rows[key].widget.show_all()
+            else:
+                self._rows[key].show(item)
+            if self._order[at] != key:
+                self._order.remove(key)
+                self._order.insert(at, key)
+                self.widget.reorder_child(self._rows[key].widget, at)
+            yield
+
+    def _remove(self, key: K) -> None:
+        """Take a row away. The focus goes from it to the next, else to the one before, else to what lies
+        before all rows.
+        """
+        at, widget = self._order.index(key), self._rows.pop(key).widget
+        self._order.remove(key)
+        if self.widget.get_focus_child() is widget:
+            others = (*self._order[at:], *reversed(self._order[:at]))
+            back = Gtk.DirectionType.TAB_BACKWARD
+            if not any(self._rows[other].widget.child_focus(back) for other in others):
+                for _ in range(_FOCI_MAX):
+                    if self.widget.get_focus_child() is widget:
+                        widget.get_toplevel().child_focus(back)
+        widget.destroy()

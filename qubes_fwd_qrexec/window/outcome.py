@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What came of a change, in a bar that stays until somebody closes it."""
+
+from .actions import Done, error_lines
+from .gtk import Atk, Gtk
+from .widgets import column, label, named, scrolled
+from .words import _
+
+_HEIGHT_MAX = 180
+
+
+class Outcome:
+    """``widget`` is hidden while there is nothing to say."""
+
+    def __init__(self) -> None:
+        self._head = label(wraps=True)
+        self._text = label(wraps=True, is_selectable=True)
+        place = scrolled(self._text)
+        place.set_propagate_natural_height(True)
+        place.set_max_content_height(_HEIGHT_MAX)
+        self.widget = Gtk.InfoBar(show_close_button=True)
+        self.widget.set_no_show_all(True)
+        self.widget.get_content_area().pack_start(column(self._head, place), True, True, 0)
+        self.widget.connect("response", lambda *_: self.hide())
+        # A screen reader reads an alert out when it shows up.
+        self.widget.get_accessible().set_role(Atk.Role.ALERT)
+
+    def show(self, done: Done) -> None:
+        """Show what a change did."""
+        kind = Gtk.MessageType.INFO if done.is_well else Gtk.MessageType.WARNING
+        head = _("✓ Done.") if done.is_well else _("! Not all of it is well.")
+        self._show(kind, head, (*done.lines, *done.warnings))
+
+    def show_error(self, error: Exception) -> None:
+        """Show why nothing was done."""
+        self._show(Gtk.MessageType.ERROR, _("✖ That was not done."), error_lines(error))
+
+    def hide(self) -> None:
+        """Take it away."""
+        self.widget.hide()
+
+    def _show(self, kind: Gtk.MessageType, head: str, lines: tuple[str, ...]) -> None:
+        self.widget.hide()
+        self.widget.set_message_type(kind)
+        self._head.set_text(head)
+        self._text.set_text("\n".join(lines))
+        named(self.widget, " ".join((head, *lines)))
+        for child in self.widget.get_children():
+            child.show_all()
+        self.widget.show()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A question before something is changed: what will be done, a button that does it, and one that does not.
+
+No button is the default, so that Enter alone changes nothing. An error keeps the question open.
+"""
+
+from collections.abc import Callable
+
+from qubes_fwd_qrexec.admin.backend import Backend
+
+from .actions import Done, error_lines
+from .board import Board
+from .gtk import Atk, Gtk
+from .kept import Text
+from .widgets import GAP, button, column, named, scrolled
+from .words import _
+
+Job = Callable[[Backend], Done]
+Tell = Callable[[Done], None]
+_WIDTH, _HEIGHT_MAX = 560, 420
+
+
+class Question:
+    """``body`` is what is asked, and ``widget`` the dialog. ``tell`` hears what came of the change, also if
+    the dialog was closed meanwhile.
+    """
+
+    def __init__(self, board: Board, tell: Tell, title: str, yes: str, style: str = "") -> None:
+        self._board = board
+        self._tell = tell
+        self._job: Job | None = None
+        self._is_busy = self._is_closed = False
+        self._ended: list[Callable[[], None]] = []
+        self.body = column(gap=2 * GAP)
+        self._error = Text(style="bad")
+        self._error.widget.get_accessible().set_role(Atk.Role.ALERT)
+        self._yes = button(yes, self._agree, style=style)
+        self._no = button(_("_Cancel"), self.close)
+        self._place = scrolled(self.body)
+        self.widget = Gtk.Dialog(title=title, modal=True, destroy_with_parent=True)
+        self.widget.set_default_size(_WIDTH, -1)
+        self.widget.set_border_width(GAP)
+        self.widget.connect("destroy", self._closed)
+        self.widget.connect("response", lambda *_: self.close())
+        content = self.widget.get_content_area()
+        content.set_spacing(2 * GAP)
+        content.pack_start(self._place, True, True, 0)
+        content.pack_start(self._error.widget, False, False, 0)
+        for each in (self._no, self._yes):
+            self.widget.get_action_area().pack_start(each, False, False, 0)
+        named(self.widget, title)
+
+    def open(self, parent: Gtk.Window | None) -> None:
+        """Ask."""
+        self.widget.set_transient_for(parent)
+        self.widget.show_all()
+        self.fit()
+        self._no.grab_focus()
+
+    def fit(self) -> None:
+        """Make the dialog as high as what it asks, up to a bound."""
+        height = self.body.get_preferred_height_for_width(_WIDTH)[1]
+        self._place.set_min_content_height(min(height, _HEIGHT_MAX))
+
+    def offer(self, job: Job | None) -> None:
+        """Let the user agree to this; to nothing if it is None."""
+        self._job = job
+        self._yes.set_sensitive(job is not None and not self._is_busy)
+
+    def at_end(self, ended: Callable[[], None]) -> None:
+        """Have this called when the dialog is gone."""
+        self._ended.append(ended)
+
+    def close(self) -> None:
+        """Take it away; what has begun is done all the same."""
+        self.widget.destroy()
+
+    def _agree(self) -> None:
+        if self._job is not None and not self._is_busy:
+            self._is_busy = True
+            self._yes.set_sensitive(False)
+            self._error.show("")
+            self._board.change(self._job, self._done, self._failed)
+
+    def _done(self, done: Done) -> None:
+        self._tell(done)
+        if not self._is_closed:
+            self.close()
+
+    def _failed(self, error: Exception) -> None:
+        self._is_busy = False
+        lines = error_lines(error)
+        if self._is_closed:
+            self._tell(Done((), lines, is_well=False))
+        else:
+            self._error.show("\n".join(lines))
+            self.offer(self._job)
+
+    def _closed(self, _dialog: Gtk.Dialog) -> None:
+        self._is_closed = True
+        for ended in self._ended:
+            ended()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Widgets stay where they are while what they show changes, and much work is done in portions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+
+from panes import PROBE, of, shown, text
+from screen import settle, until
+
+from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.kept import Rows, Text
+from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
+from qubes_fwd_qrexec.window.widgets import column
+
+
+class Entry:
+    """A row that says something and can have the focus."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.text = Text()
+        self.button = Gtk.Button(label=key)
+        self.widget = column(self.text.widget, self.button)
+
+    def show(self, item: str) -> None:
+        self.text.show(item)
+
+
+class Shown:
+    """Rows in a window, with what else there is."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Entry] = {}
+        self.rows: Rows[str, str] = Rows(self._make)
+        self.before = Gtk.Button(label="before")
+        self.window = shown(column(self.before, self.rows.widget))
+
+    def _make(self, key: str) -> Entry:
+        self.made[key] = Entry(key)
+        return self.made[key]
+
+    def show(self, items: Mapping[str, str]) -> None:
+        for _ in self.rows.show(items):
+            pass
+
+    @property
+    def focus(self) -> str | None:
+        widget = self.window.get_focus()
+        return widget.get_label() if isinstance(widget, Gtk.Button) else None
+
+
+def test_rows_are_in_their_order_and_those_that_stay_are_the_same() -> None:
+    found = Shown()
+    found.show({"a": "1", "b": "2", "c": "3"})
+    assert text(found.rows.widget).split() == ["1", "a", "2", "b", "3", "c"]
+    kept = found.made["b"]
+    found.show({"c": "3", "new": "4", "b": "5"})
+    assert text(found.rows.widget).split() == ["3", "c", "4", "new", "5", "b"]
+    assert found.made["b"] is kept
+    assert sorted(found.made) == ["a", "b", "c", "new"]
+    found.show({})
+    assert of(found.rows.widget, Gtk.Button) == []
+    found.window.destroy()
+
+
+def test_a_row_that_stays_keeps_the_focus_and_of_one_that_goes_it_goes_to_another() -> None:
+    found = Shown()
+    found.show({"a": "1", "b": "2", "c": "3"})
+    found.made["b"].button.grab_focus()
+    found.show({"c": "3", "b": "changed"})
+    assert found.focus == "b"
+    found.show({"c": "3"})
+    assert found.focus == "c"
+    found.show({})
+    assert found.focus == "before"
+    found.window.destroy()
+
+
+def test_a_text_is_no_markup_and_takes_no_room_while_it_is_empty() -> None:
+    said = Text(style="note")
+    window = shown(column(said.widget))
+    assert not said.widget.get_visible()
+    said.show(PROBE, "bad")
+    assert said.widget.get_visible()
+    assert said.widget.get_text() == PROBE
+    context = said.widget.get_style_context()
+    assert (context.has_class("bad"), context.has_class("note")) == (True, False)
+    said.show("", "")
+    assert not said.widget.get_visible()
+    assert not context.has_class("bad")
+    window.destroy()
+
+
+def test_what_a_user_has_selected_stays_selected_while_the_text_is_the_same() -> None:
+    said = Text()
+    window = shown(column(said.widget))
+    said.show("one two")
+    said.widget.select_region(0, 3)
+    said.show("one two")
+    assert said.widget.get_selection_bounds() == (True, 0, 3)
+    window.destroy()
+
+
+class Steps:
+    """Steps that each take as long as a portion may."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[None]:
+        for _ in range(self.number):
+            self.taken += 1
+            yield
+
+
+def slow_clock() -> Callable[[], float]:
+    """With each look at it, as much time is over as a portion may take."""
+    return map(PORTION_S.__mul__, count()).__next__
+
+
+def test_a_portion_ends_when_its_time_is_over_and_the_rest_is_done_when_nothing_else_is() -> None:
+    work, steps = Portions(slow_clock()), Steps(5)
+    work.run(iter(steps))
+    assert steps.taken == 1
+    until(lambda: steps.taken == 5)
+    settle()
+
+
+def test_a_newer_piece_of_work_takes_the_place_of_what_is_not_done() -> None:
+    work, old, new = Portions(slow_clock()), Steps(5), Steps(5)
+    work.run(iter(old))
+    work.run(iter(new))
+    until(lambda: new.taken == 5)
+    settle()
+    assert old.taken == 1
+    stopped = Steps(5)
+    work.run(iter(stopped))
+    work.stop()
+    settle()
+    assert stopped.taken < 3
+
+
+def test_what_takes_no_time_is_done_at_once() -> None:
+    work, steps = Portions(), Steps(5)
+    work.run(iter(steps))
+    assert steps.taken == 5
