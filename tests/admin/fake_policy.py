@@ -5,6 +5,7 @@ Beside `fake_admin`; test_fake_admin.py holds the answers against recorded ones.
 """
 
 import hashlib
+import logging
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -146,7 +147,8 @@ class FakeParser:
         return request, system_info["domains"]
 
     def load(self, policy_path: Path | None = None) -> SimpleNamespace:
-        """`FilePolicy`, which reads the whole policy when it is made."""
+        """`FilePolicy`, which reads the whole policy when it is made, and warns of a file of Qubes itself."""
+        logging.warning("warning: !compat-4.0 directive in file 35-compat.policy line 16 is transitional")
         try:
             judge = OwnJudge().load(self._lab.policy_dir)
         except PolicyTextError as error:

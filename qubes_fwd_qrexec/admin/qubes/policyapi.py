@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from subprocess import CalledProcessError
+from threading import Lock
 from typing import Any
 
 from qubes_fwd_qrexec.admin import policy
@@ -50,6 +51,31 @@ def replace(text: str, token: str, here: str | None) -> None:
         ) from error
 
 
+class _SharedUmask:
+    """The group may write what is made as long as any thread is within. A umask is that of all of them."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._within = 0
+        self._before = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._before = os.umask(0o002)
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                os.umask(self._before)
+
+
+# In dom0 the caller writes the API's log: if root is the first, the group must be able to write it too.
+_SHARED_UMASK = _SharedUmask()
+
+
 @contextmanager
 def _client(method: str, here: str | None) -> Iterator[Any]:
     """A `PolicyClient` for one call. Raises `_NotDoneError` and `StoreError`.
@@ -58,10 +84,9 @@ def _client(method: str, here: str | None) -> Iterator[Any]:
     """
     from qrexec.policy.admin_client import PolicyAdminException, PolicyClient
 
-    # In dom0 the caller writes the API's log: if root is the first, the group must be able to write it too.
-    umask = os.umask(0o002)
     try:
-        yield PolicyClient()
+        with _SHARED_UMASK:
+            yield PolicyClient()
     except PolicyAdminException as error:
         raise _NotDoneError(f"{_FILE}: {method}: {plain(error)}") from error
     except CalledProcessError as error:
@@ -78,8 +103,6 @@ def _client(method: str, here: str | None) -> Iterator[Any]:
         raise StoreError(f"{what}. {way_out}") from error
     except (NotImplementedError, OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{_FILE}: {method}: {plain(error)}") from error
-    finally:
-        os.umask(umask)
 
 
 def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
@@ -88,6 +111,8 @@ def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
     They come from qrexec/policy/parser.py, which judges real calls by the same files. Where it fails, dom0
     refuses the call.
     """
+    import logging
+
     from qrexec.exc import AccessDenied
     from qrexec.policy.parser import AllowResolution, FilePolicy, Request
     from qrexec.utils import get_system_info
@@ -105,6 +130,10 @@ def verdicts(calls: Sequence[PolicyCall]) -> list[PolicyVerdict]:
             return PolicyVerdict(True, "dom0 allows the call")
         return PolicyVerdict(False, "dom0 asks the user first, or sends the call elsewhere")
 
+    if not (root := logging.getLogger()).handlers:
+        # The parser warns of what will be deprecated, in a file that each system has. That is for others to
+        # tell, and without any handler it would be on our stderr.
+        root.addHandler(logging.NullHandler())
     try:
         system: dict[str, Any] = get_system_info()
         rules: Any = FilePolicy()

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """dom0's policy file through the policy API, as its clients tell errors before and since April 2026."""
 
+import logging
+import os
 import re
 from collections.abc import Callable
 from subprocess import CalledProcessError
+from threading import Event, Thread
 
 import pytest
 from fake_admin import FakeQubes
 from fake_policy import FakePolicyClient, PolicyAdminException
+from helpers import BOUND_S
 
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall, PolicyFile
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
@@ -136,3 +140,39 @@ def test_a_call_to_a_qube_that_is_gone_would_be_refused(dom0: FakeQubes) -> None
     call = PolicyCall("qubes.ForwardTCP", "+80", QubeName("sys-net"), QubeName("gone"))
     (verdict,) = QubesStore().verdicts([call])
     assert verdict == (False, "the policy cannot be evaluated: KeyError: 'gone'")
+
+
+def test_a_umask_that_several_threads_change_is_in_the_end_what_it_was(
+    api: Backend, policy_client: FakePolicyClient
+) -> None:
+    """The second is within before the first is out, and leaves after it."""
+    api.replace_policy("# one\n", NEW)
+    is_within, is_out, seen = Event(), Event(), list[int]()
+
+    def fails(_: str) -> None:
+        seen.append(os.umask(0o002))
+        if len(seen) == 1:
+            second.start()
+            assert is_within.wait(BOUND_S)
+        else:
+            is_within.set()
+            assert is_out.wait(BOUND_S)
+
+    policy_client.fails = fails
+    second = Thread(target=api.read_policy)
+    before = os.umask(0o077)
+    try:
+        api.read_policy()
+        is_out.set()
+        second.join(BOUND_S)
+        assert (os.umask(0o077), seen) == (0o077, [0o002, 0o002])
+    finally:
+        os.umask(before)
+
+
+def test_what_qubes_says_of_its_own_policy_files_is_not_on_our_stderr(
+    api: Backend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger().handlers.clear()  # as in a program, which has none
+    api.verdicts([PolicyCall("qubes.ForwardTCP", "+80+mux", QubeName("sys-net"), QubeName("work"))])
+    assert capsys.readouterr().err == ""
