@@ -31,7 +31,7 @@ class QubeState(StrEnum):
 
 LABELS = ("red", "orange", "yellow", "green", "gray", "blue", "purple", "black")
 """The colours that Qubes has from the start."""
-# qubes-core-admin qubes/vm/__init__.py
+# qubes-core-admin qubes/vm/__init__.py, appvm.py, adminvm.py
 _ICONS = {
     QubeClass.ADMIN: "adminvm",
     QubeClass.TEMPLATE: "templatevm",
@@ -81,9 +81,13 @@ class Qube:
 
     @property
     def icon(self) -> str:
-        """The name of its icon, as Qubes makes it: what provides network has the feature servicevm."""
-        is_service = self.provides_network and self.klass is not QubeClass.TEMPLATE
-        return f"{'servicevm' if is_service else _ICONS.get(self.klass, 'appvm')}-{self.label}"
+        """The name of its icon, as Qubes makes it."""
+        kind = _ICONS.get(self.klass, "appvm")
+        if self.template_for_dispvms:
+            kind = "templatevm"
+        elif self.provides_network and self.klass is not QubeClass.TEMPLATE:  # it has the feature servicevm
+            kind = "servicevm"
+        return f"{kind}-{self.label}"
 
     @classmethod
     def parse(cls, name: str, text: str, place: str) -> Self:

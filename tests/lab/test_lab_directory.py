@@ -167,6 +167,7 @@ def test_a_qube_of_an_earlier_release_has_the_label_that_qubes_gives_by_itself(l
 def test_a_qube_has_the_icon_that_qubes_gives_it(klass: str, provides_network: bool, icon: str) -> None:
     qube = Qube(name=QubeName("x"), klass=QubeClass(klass), provides_network=provides_network, label="blue")
     assert qube.icon == icon
+    assert replace(qube, template_for_dispvms=True).icon == "templatevm-blue"
 
 
 def test_qube_prints_what_it_parses(lab: LabDirectory) -> None:

@@ -23,6 +23,8 @@ POLICY_DIR = Path("/etc/qubes/policy.d")
 _MATTER = re.compile(
     r"connection-established|domain-(add|delete|start|start-failed|shutdown)"
     r"|property-(set|reset|del):(netvm|default_netvm|template|template_for_dispvms|provides_network|ip|ip6)"
+    # Nothing is decided by it, and it is shown.
+    r"|property-set:label"
     # Rules name tags, too; and whether a qube has an IPv6 address depends on the feature of its netvms.
     r"|domain-tag-(add|delete):.+|domain-feature-(set|delete):ipv6"
 )

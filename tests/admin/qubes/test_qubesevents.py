@@ -164,13 +164,14 @@ NEWS = [
     ("personal", "domain-tag-add:games"),
     ("personal", "domain-tag-delete:games"),
     ("personal", "property-set:ip"),
+    ("work", "property-set:label"),
     ("personal", "property-reset:ip6"),
     ("sys-net", "domain-feature-set:ipv6"),
     ("sys-net", "domain-feature-delete:ipv6"),
 ]
 NO_NEWS = [
     ("work", "property-pre-set:netvm"),
-    ("work", "property-set:label"),
+    ("work", "property-set:label2"),
     ("work", "property-set:netvm2"),
     ("work", "domain-started"),
     ("work", "domain-tag-pre-add:anon-vm"),
