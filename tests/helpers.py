@@ -27,6 +27,7 @@ NEVER_AGAIN = CallWaits(wait_s=0.05, again_s=1e6)
 SOON_S = 8.0
 # What `revoke` waits for a process that does not obey, and again for one that it has killed.
 KILLED_S = 3.0
+_NOBODY = 65534
 
 # MODE from the command line; then what the real program gets: ``[OPTION...] -- TARGET SERVICE+ARGUMENT``.
 _CLIENT = """
@@ -385,3 +386,21 @@ async def echo_once(client: trio.SocketStream, far: trio.SocketStream) -> None:
         assert await far.receive_some() == b"x"
         await far.send_all(b"y")
         assert await client.receive_some() == b"y"
+
+
+@contextmanager
+def without_rights(place: Path) -> Iterator[None]:
+    """This user may not write there. To root, who may write anywhere, that happens as another user."""
+    if os.geteuid() == 0:
+        os.seteuid(_NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+        return
+    mode = place.stat().st_mode
+    place.chmod(0o500)
+    try:
+        yield
+    finally:
+        place.chmod(mode)

@@ -111,6 +111,9 @@ class Backend(Protocol):
     def unwatched(self) -> str | None:
         """What starts `watch`, where it does not run; None where it does."""
 
+    def read_only(self) -> str | None:
+        """Why nothing can be changed from here; None if it can, or if only a change would tell."""
+
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         """The news. ``wakers`` are descriptors that end a wait while they are readable."""
 

@@ -216,6 +216,13 @@ class LabStore:
     def unwatched(self) -> str | None:
         return None if is_held(self._lab.root / _WATCH_NAME) else "'qvm-forward watch' in another terminal"
 
+    def read_only(self) -> str | None:
+        features = (self._lab.qube_dir(name).features for name in self._lab.qube_names())
+        for place in (self._lab.policy_dir, *features):
+            if not os.access(place, os.W_OK, effective_ids=True):
+                return f"{place}: this user cannot write there; whoever made this lab can"
+        return None
+
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from .changes import LabChanges
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Locks between programs, of root and of its group alike; one ends with the process that holds it."""
 
+import errno
 import fcntl
 import os
 import time
@@ -36,6 +37,12 @@ def hold(path: Path, timeout_s: float, busy: str, who_may: str = "") -> Iterator
         yield
     finally:
         os.close(fd)
+
+
+def why_not(path: Path) -> str | None:
+    """Why this user cannot take the lock; None if he can."""
+    place, how = (path, os.R_OK) if os.path.exists(path) else (path.parent, os.W_OK)
+    return None if os.access(place, how, effective_ids=True) else f"{place}: {os.strerror(errno.EACCES)}"
 
 
 def is_held(path: Path) -> bool:

@@ -34,4 +34,5 @@ def look_at(backend: Backend, now: float) -> Look:
     found = snapshot.look(backend, with_config=True)
     planned = found.plan(now)
     due = tuple(differences(planned, found.inventory, found.installed))
-    return Look(found, planned, now, denials(planned.live, backend), due, backend.unwatched())
+    denied, start = denials(planned.live, backend), backend.unwatched()
+    return Look(found, planned, now, denied, due, start, backend.read_only())

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What every backend does alike: the tests run over a lab and over a Qubes system that is asked."""
 
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from fake_admin import FakeQubes
+from helpers import without_rights
 
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall, PolicyFile
+from qubes_fwd_qrexec.admin.qubes.errors import WHO_MAY
+from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
@@ -53,6 +61,20 @@ def test_what_cannot_be_written_is_a_store_error(store: Backend, lab: LabDirecto
     (lab.qube_dir("work").features / "dir").mkdir()
     with pytest.raises(StoreError):
         store.remove_feature(WORK, "dir")
+
+
+def test_why_nothing_can_be_changed_is_known_before_anybody_tries(blueprint: Path, dom0: FakeQubes) -> None:
+    with TemporaryDirectory() as place:  # another user may look into it
+        os.chmod(place, 0o755)  # noqa: S103
+        lab = LabDirectory.open(shutil.copytree(blueprint, Path(place, "lab")))
+        assert LabStore(lab).read_only() is None
+        with without_rights(lab.policy_dir):
+            problem = LabStore(lab).read_only()
+        assert problem == f"{lab.policy_dir}: this user cannot write there; whoever made this lab can"
+    assert QubesStore(dom0.root).read_only() is None
+    with without_rights(dom0.root / "run/qubes"):
+        problem = QubesStore(dom0.root).read_only()
+    assert problem == f"{dom0.root}/run/qubes: Permission denied; {WHO_MAY}"
 
 
 def test_policy_is_replaced_only_as_it_was_read(store: Backend, lab: LabDirectory) -> None:

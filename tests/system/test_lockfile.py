@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import without_rights
 
 from qubes_fwd_qrexec.common.errors import StoreError
-from qubes_fwd_qrexec.system.lockfile import hold, is_held
+from qubes_fwd_qrexec.system.lockfile import hold, is_held, why_not
 
 
 @pytest.fixture
@@ -29,6 +30,16 @@ def test_it_is_free_after_an_error(path: Path) -> None:
         raise KeyboardInterrupt
     with hold(path, 0, "busy"):
         pass
+
+
+def test_who_cannot_take_it_is_told_why_without_trying(path: Path) -> None:
+    assert why_not(path) is None
+    with without_rights(path.parent):
+        assert why_not(path) == f"{path.parent}: Permission denied"
+    with hold(path, 0, "busy"):
+        assert why_not(path) is None
+    missing = path.parent / "none" / "lock"
+    assert why_not(missing) == f"{missing.parent}: Permission denied"
 
 
 def test_the_group_can_take_it_too_whatever_the_umask(path: Path) -> None:

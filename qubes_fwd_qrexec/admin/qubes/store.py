@@ -21,7 +21,7 @@ from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.common.exitstatus import ExitStatus
 from qubes_fwd_qrexec.common.services import CUT_SERVICE, NFT_SERVICE
 from qubes_fwd_qrexec.common.values import QubeName
-from qubes_fwd_qrexec.system.lockfile import hold, is_held
+from qubes_fwd_qrexec.system.lockfile import hold, is_held, why_not
 
 from . import policyapi
 from .errors import WHO_MAY, asking_qubesd, how_to_allow
@@ -155,6 +155,11 @@ class QubesStore:
             return None
         start = "'systemctl enable --now qubes-forward-watch'"
         return start if self._here is None else f"{start} in {self._here}, unless it runs in dom0"
+
+    def read_only(self) -> str | None:
+        # What policy lets a management qube change shows when it does.
+        problem = why_not(self._lock_file)
+        return None if problem is None else f"{problem}; {WHO_MAY}"
 
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from qubesadmin.events import EventsDispatcher
