@@ -6,9 +6,8 @@ import sys
 from functools import partial
 
 import pytest
-from conftest import Command
 from helpers import BOUND_S
-from worlds import NOW
+from worlds import NOW, Command
 
 from qubes_fwd_qrexec.admin.views import fitting, parser, usage
 from qubes_fwd_qrexec.lab.directory import LabDirectory
