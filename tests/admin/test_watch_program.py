@@ -84,7 +84,7 @@ class Program:
 
 
 @pytest.fixture
-def _watched() -> None:
+def watched() -> None:
     """The program itself does."""
 
 
