@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # make demo   show the whole thing on this machine, in about a minute with the Python environment that it first makes
+# make window-demo  show the window over a lab with forwards and traffic, until it is closed
 # make test   run every test (as root also those in network namespaces)
 # make check  format, lint and types
 # make guide  write what the commands of docs/guide print into its chapters, and qvm-forward-json(7) from its schema
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules; with ARGS=nft,
-#             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft
+#             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft;
+#             with ARGS=window how long the window's main loop is held up with many rules
 # make bench-growth  measure from 1 to 10,000 held connections, and draw it
 # make fuzz   give the mux protocol bytes, guided by coverage, for SECONDS (60)
 # make mutate change the code in 200 places, one at a time, and see whether the tests notice (ARGS="--count 60 mux")
@@ -29,11 +31,17 @@ export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak translations build/locale packages clean
+.PHONY: demo window-demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak translations build/locale packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional nftables iproute2
 	@$(VENV)/bin/qvm-forward-lab demo
+
+# As an installed window finds icons and catalogues.
+window-demo: $(VENV)/.installed build/locale
+	@tools/debian-packages --optional python3-gi gir1.2-gtk-3.0 adwaita-icon-theme
+	@XDG_DATA_DIRS="$(CURDIR):$${XDG_DATA_DIRS:-/usr/local/share:/usr/share}" QUBES_FORWARD_LOCALE=build/locale \
+		$(VENV)/bin/qvm-forward-lab window
 
 test: $(VENV)/.dev
 	@tools/debian-packages --optional socat nftables iproute2 tmux zsh gettext $(GTK)
@@ -60,7 +68,7 @@ guide: $(VENV)/.dev
 	$(VENV)/bin/python tests/guide.py
 	$(VENV)/bin/python tools/jsonpage.py
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.dev
 	$(VENV)/bin/python -m bench $(ARGS)
 
 bench-growth: $(VENV)/.bench

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m bench``: measure, print the table, and end. For ``growth``, ``admin``, ``nft`` and
-``udp`` see their files."""
+"""``python -m bench``: measure, print the table, and end. For ``growth``, ``admin``, ``nft``,
+``udp`` and ``window`` see their files."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import admin, growth, machine, nft, udp
+from . import admin, growth, machine, nft, udp, window
 from .names import names
 from .peers import COMPARED, PEERS, Peer
 from .processes import BenchError
@@ -89,6 +89,7 @@ def _on_sigterm(*_: object) -> NoReturn:
 def main() -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     others = {"growth": growth.main, "admin": admin.main, "nft": nft.main, "udp": udp.main}
+    others["window"] = window.main
     if sys.argv[1:2] and sys.argv[1] in others:
         return others[sys.argv[1]](sys.argv[2:])
     args = _parser().parse_args()

@@ -44,6 +44,7 @@ _START = "qvm-forward-lab start"
 # Subcommands that have a module of their own, with add_arguments(parser) and run(arguments) -> int.
 _ELSEWHERE = {
     "demo": ("qubes_fwd_qrexec.lab.demo", "show a forward from end to end in a lab of its own"),
+    "window": ("qubes_fwd_qrexec.lab.demo_window", "show the window over a lab of its own"),
     "relay": ("qubes_fwd_qrexec.lab.relay_command", "run one forward on loopback until interrupted"),
 }
 # Those of `qvmtools`.

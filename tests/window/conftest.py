@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Systems to try dom0's side on, and a desktop for programs that work on them."""
 
-from stories import desktop, machine, reader, show  # noqa: F401
+from stories import desktop, machine, reader, show, window  # noqa: F401
 from systems import (  # noqa: F401
     blueprint,
     dom0,

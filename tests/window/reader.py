@@ -92,6 +92,8 @@ class Reader:
         self._desktop = desktop
         self.focus: tuple[str, str] | None = None
         """Where the keyboard goes, as far as was heard: a name, and that of what it is a part of."""
+        self.why_in_vain: Callable[[], str] = str
+        """Why nothing more will come of a wait; empty if that is not known."""
         self._listener = Atspi.EventListener.new(self._hear)
         for event in _EVENTS:
             self._listener.register(event)
@@ -103,6 +105,7 @@ class Reader:
         source = GLib.timeout_add(int(BOUND_S * 1000), lambda: over.append(True) or True)
         try:
             while not (found := wanted()):
+                assert not (why := self.why_in_vain()), f"not so: {what}; {why}"
                 assert not over, f"not so within {BOUND_S:g} s: {what}. There is\n{self.told()}"
                 context.iteration(True)
                 while context.pending():
@@ -142,6 +145,10 @@ class Reader:
             return next((seen for seen in self.seen(window) if text in seen.name or text in seen.text), None)
 
         return self.until(found, f"it says {text!r}")  # type: ignore[return-value]
+
+    def is_usable(self, name: str, window: str | None = None) -> bool:
+        """Whether something of that name can be used now."""
+        return any(seen.name == name and seen.is_usable for seen in self.seen(window))
 
     def until_gone(self, window: str) -> None:
         """Wait until no window has this title."""
@@ -218,6 +225,19 @@ def _children(parent: Any) -> Iterator[Any]:
             yield child
 
 
+def _label(itself: Any) -> str:
+    """The text that stands beside a control as its name; empty if there is none."""
+    for relation in itself.get_relation_set():
+        if relation.get_relation_type() == Atspi.RelationType.LABELLED_BY:
+            return relation.get_target(0).get_name() or ""
+    return ""
+
+
+def _chosen(box: Any) -> str:
+    chosen = Atspi.Selection.get_selected_child(box, 0)
+    return "" if chosen is None else chosen.get_name()
+
+
 def _walk(itself: Any, at: tuple[tuple[str, str], ...]) -> Iterator[Seen]:
     try:
         states = frozenset(state.value_nick for state in itself.get_state_set().get_states())
@@ -225,6 +245,12 @@ def _walk(itself: Any, at: tuple[tuple[str, str], ...]) -> Iterator[Seen]:
             return
         role, name = itself.get_role_name(), itself.get_name() or ""
         text = Atspi.Text.get_text(itself, 0, -1) if role in _WITH_TEXT else ""
+        if role == "combo box":
+            # What is chosen is its name as long as it has none.
+            text = _chosen(itself)
+            name = "" if name == text else name
+        if role in CONTROLS:
+            name = _label(itself) or name
         yield Seen(role, name, text, states, at, itself)
         for child in _children(itself):
             yield from _walk(child, (*at, (role, name)))

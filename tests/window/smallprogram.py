@@ -8,10 +8,14 @@ from qubes_fwd_qrexec.window.widgets import button, column, label, named
 def main() -> None:
     said, field, nameless = label("nothing yet"), named(Gtk.Entry(), "Your name"), Gtk.Entry()
     agrees = Gtk.CheckButton(label="I agree")
-    greeting = named(Gtk.ComboBoxText(), "Greeting")
+    greeting, other = Gtk.ComboBoxText(), Gtk.ComboBoxText()
     for word in ("Hello", "Good day"):
         greeting.append_text(word)
+        other.append_text(word)
     greeting.set_active(0)
+    other.set_active(1)
+    beside = Gtk.Label.new_with_mnemonic("Gr_eeting")
+    beside.set_mnemonic_widget(greeting)
     store = Gtk.ListStore(str)
     for word in ("first", "second"):
         store.append([word])
@@ -26,7 +30,7 @@ def main() -> None:
         )
 
     window = Gtk.Window(title="Small")
-    window.add(column(said, field, nameless, agrees, greeting, table, button("_Greet", greet)))
+    window.add(column(said, field, nameless, agrees, beside, greeting, other, table, button("_Greet", greet)))
     window.connect("destroy", lambda _: Gtk.main_quit())
     window.show_all()
     Gtk.main()

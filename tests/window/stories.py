@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from reader import Reader
 
 Show = Callable[[Sequence[str], Mapping[str, str]], "subprocess.Popen[bytes]"]
+TITLE = "Qubes Port Forwards"
+MANAGER = "import sys; from qubes_fwd_qrexec.window import program; sys.exit(program.manager())"
 PLAYED = Path(__file__).parent / "playeddom0"
 
 
@@ -51,6 +53,8 @@ class Machine:
             system: str(lab.root),
             "PLAYED_CLOCK": str(self.clock),
             "PYTHONPATH": str(PLAYED),
+            # A bug of ours has its traceback on stderr, which fails the test.
+            "QVM_FORWARD_TRACE": "1",
         }
 
         self._answers = lab.root.parent / "answers"
@@ -88,3 +92,24 @@ def show(desktop: Desktop, tmp_path: Path) -> Iterator[Show]:
     for process, _ in started:
         end(process)
     assert [said.read_text() for _, said in started] == [""] * len(started)
+
+
+@pytest.fixture
+def window(reader: "Reader", show: Show, machine: Machine) -> Iterator[Callable[[], "Reader"]]:
+    """Starts the window, and returns who reads it once it is there. Asked to end, it does without a word."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> "Reader":
+        process = show(["-P", "-c", MANAGER], machine.environ)
+        started.append(process)
+        reader.why_in_vain = lambda: (
+            "" if process.poll() is None else f"the window ended: {process.returncode}"
+        )
+        reader.until(lambda: reader.seen(TITLE), "the window is there")
+        return reader
+
+    yield start
+    reader.why_in_vain = str
+    for process in started:
+        end(process)
+    assert [process.returncode for process in started] == [0] * len(started)

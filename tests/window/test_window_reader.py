@@ -39,4 +39,7 @@ def test_what_is_typed_goes_where_the_focus_is(small: "Reader", desktop: Desktop
 
 
 def test_a_control_without_a_name_is_found(small: "Reader") -> None:
-    assert [(seen.role, seen.window) for seen in small.nameless()] == [("text", "Small")]
+    assert [(seen.role, seen.window) for seen in small.nameless()] == [
+        ("text", "Small"),
+        ("combo box", "Small"),
+    ]

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``python -m bench window``: how long the window's main loop is held up, with 1,000 rules over 200 qubes.
+
+Over a lab, and over the Admin API of the tests, which has the same rules. A person notices 100 ms; no turn
+may take more than 50.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .admin import QUBES, RULES, make_lab
+
+_TESTS = Path(__file__).parents[1] / "tests"
+_LIMIT_S = 600.0
+_GOAL_MS = 50
+_TITLE = f"longest turn in ms (turns over {_GOAL_MS})"
+_CHANGES = 8
+# Another program that changes the rules, each second one at another qube.
+_CHANGE = """\
+import sys, time
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+lab = LabDirectory.open(sys.argv[1])
+features = [(qube, *feature) for qube in lab.qube_names() for feature in lab.features(qube).items()]
+rules = [found for found in features if "srcports" in found[2]]
+for number, (qube, key, line) in enumerate(rules[:: len(rules) // int(sys.argv[2])]):
+    lab.set_feature(qube, key, f"{line} changed {number}")
+    time.sleep(1)
+"""
+
+
+def measure(place: Path, kind: str, *, finds: bool) -> dict[str, dict[str, Any]]:
+    """The phases of one run, each with its longest turn. Raises `RuntimeError` if the window fails."""
+    sys.path[:0] = [str(_TESTS), str(_TESTS / "window")]
+    from desktop import open_desktop
+
+    lab = make_lab(place / "lab")
+    variable = "QVM_FORWARD_LAB" if kind == "lab" else "PLAYED_DOM0"
+    played = str(_TESTS / "window" / "playeddom0")
+    environ = {variable: str(lab.root), "PYTHONPATH": os.pathsep.join((played, str(_TESTS.parent)))}
+    out, said = place / "phases.json", place / "stderr"
+    change = [sys.executable, "-c", _CHANGE, str(lab.root), str(_CHANGES)]
+    words = ["-m", "bench.windowturns", str(out), str(RULES), "finds" if finds else "", *change]
+    with open_desktop() as desktop:
+        status = desktop.start([sys.executable, *words], environ, said).wait(_LIMIT_S)
+    if status != 0 or not out.exists():
+        raise RuntimeError(f"the window ended with exit status {status}: {said.read_text()}")
+    found: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """A Markdown table that is also readable as it is: for each system the longest turn, and how many were
+    longer than the goal.
+    """
+    phases = list(next(iter(found.values())))
+    width = max(map(len, [*phases, _TITLE]))
+    lines = [
+        f"| {_TITLE:{width}} | {' | '.join(f'{kind:>14}' for kind in found)} |",
+        f"| {'-' * width} | {' | '.join('-' * 13 + ':' for _ in found)} |",
+    ]
+    for phase in phases:
+        cells = [f"{1000 * each[phase]['longest_s']:.0f} ({each[phase]['slow']})" for each in found.values()]
+        lines.append(f"| {phase:{width}} | {' | '.join(f'{cell:>14}' for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 1 if a turn took longer than the goal."""
+    parser = argparse.ArgumentParser(prog="python -m bench window", description=__doc__.split("\n")[0])
+    parser.add_argument("--where", action="store_true", help="say also what ran in turns that were long")
+    args = parser.parse_args(argv)
+    about = machine.describe()
+    found = {}
+    for kind in ("lab", "Admin API"):
+        with tempfile.TemporaryDirectory(prefix="bench-window-") as place:
+            found[kind] = measure(Path(place), kind, finds=args.where)
+    print(table(found))
+    print(f"\n{RULES} rules over {QUBES} qubes.")
+    print("; ".join(f"{name}: {fact}" for name, fact in about.items()) + ".")
+    for kind, phases in found.items():
+        for phase, values in phases.items():
+            for place, count in values["where"].items() if args.where else ():
+                print(f"{kind}, {phase}: {count:4} times in {place}")
+    slow = [
+        1 for phases in found.values() for values in phases.values() if 1000 * values["longest_s"] > _GOAL_MS
+    ]
+    return 1 if slow else 0
