@@ -2,7 +2,8 @@
 """One look at the system: what the rules ask for, and what is not so."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from qubes_fwd_qrexec.admin import snapshot
 from qubes_fwd_qrexec.admin.apply import Step, differences
@@ -11,8 +12,11 @@ from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Key, Plan
 from qubes_fwd_qrexec.admin.views.judged import denials
 
+from .entries import Entries, entries
 
-class Look(NamedTuple):
+
+@dataclass(frozen=True)
+class Look:
     """The system at the time ``now``, in UNIX seconds.
 
     ``denials`` say why dom0's policy denies a live forward's calls all the same. ``due`` is what is not in
@@ -28,6 +32,11 @@ class Look(NamedTuple):
     watch_start: str | None
     read_only: str | None = None
 
+    @cached_property
+    def entries(self) -> Entries:
+        """What is shown of each rule."""
+        return entries(self.plan, self.due, self.denials)
+
 
 def look_at(backend: Backend, now: float) -> Look:
     """Read the system, which takes a while. Raises `StoreError`."""
@@ -35,4 +44,6 @@ def look_at(backend: Backend, now: float) -> Look:
     planned = found.plan(now)
     due = tuple(differences(planned, found.inventory, found.installed))
     denied, start = denials(planned.live, backend), backend.unwatched()
-    return Look(found, planned, now, denied, due, start, backend.read_only())
+    look = Look(found, planned, now, denied, due, start, backend.read_only())
+    look.entries  # noqa: B018  made here, so that the main thread need not wait for it
+    return look
