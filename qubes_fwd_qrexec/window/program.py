@@ -20,6 +20,10 @@ _NO_GTK = (
     "gir1.2-gtk-3.0)"
 )
 
+# Seconds. PyGObject lets go of Python's lock around each call of GTK, and while a worker computes, it gets the
+# lock back only when that has to switch: after 5 ms, unless told otherwise. A list takes thousands of calls.
+_SWITCH_S = 0.0001
+
 
 class Start(NamedTuple):
     """What a program is started for. ``lab`` is the directory of a lab, or None for this Qubes system."""
@@ -55,6 +59,7 @@ def run(name: str, what: str, module: str, argv: Sequence[str] | None = None) ->
     try:
         open_backend()
         begin = _imported(module)
+        sys.setswitchinterval(_SWITCH_S)
     except ForwardError as error:
         sys.stderr.write(f"{name}: {error}\n")
         return 1
