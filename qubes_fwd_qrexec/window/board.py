@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the window knows: the last look at the system and the last figures, and who is told when they change.
 
-It belongs to the main thread. What takes time is done by three workers: one looks and changes, one computes,
-and one asks qubes, which may take seconds.
+It belongs to the main thread. What takes time is done by four workers: one looks, one changes, one computes,
+and one asks qubes. In a management qube a look at many qubes takes seconds, and so may a qube's answer.
 """
 
 import time
@@ -53,7 +53,9 @@ class Board:
         self._told: list[Callable[[], None]] = []
         self._is_seen = self._is_asking = False
         self._asked_at: float | None = None
-        self._changing, self._computing, self._asking = (Worker(open_backend, deliver) for _ in range(3))
+        self._looking, self._changing, self._computing, self._asking = (
+            Worker(open_backend, deliver) for _ in range(4)
+        )
         self._news: News | None = None
         self._cancel_tick: Callable[[], None] = lambda: None
 
@@ -82,7 +84,7 @@ class Board:
 
     def refresh(self) -> None:
         """Look at the system anew."""
-        self._changing.do(
+        self._looking.do(
             lambda backend: look_at(backend, self._clock()), self._looked, self._not_looked, kind="look"
         )
 
@@ -131,8 +133,8 @@ class Board:
         self._cancel_tick()
         if self._news is not None:
             self._news.close()
-        self._computing.close(waits=False)
-        self._asking.close(waits=False)
+        for worker in (self._looking, self._computing, self._asking):
+            worker.close(waits=False)
         self._changing.close()
 
     def _tell(self) -> None:
@@ -156,8 +158,12 @@ class Board:
         self.refresh()
 
     def _heard_nothing(self, error: Exception) -> None:
-        self._no_news = str(error)
-        self.refresh()
+        """Look once more when the first one fails: the same may be wrong with everything."""
+        was, self._no_news = self._no_news, str(error)
+        if was is None:
+            self.refresh()
+        else:
+            self._tell()
 
     def _tick(self) -> None:
         """Notice that a rule has ended, and come again."""

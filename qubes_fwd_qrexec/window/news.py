@@ -12,10 +12,13 @@ from qubes_fwd_qrexec.system.clock import Clock
 
 from .worker import Deliver, OpenBackend, fault
 
+RETRY_MAX_S = 300.0
+
 
 class News:
     """Calls ``changed`` in the main thread when it listens and after each change, a burst of them being one;
-    ``failed`` when it hears nothing any more. Then it begins anew after 5 s.
+    ``failed`` when it hears nothing any more, and each time that it still does not. It begins anew after 5 s,
+    and then twice as late each time, up to 5 min: in a management qube dom0 tells its user of each refusal.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class News:
         self._deliver = deliver
         self._changed = changed
         self._failed = failed
+        self._retry_s = RETRY_S
         self._closed_fd, self._closing_fd = os.pipe2(os.O_CLOEXEC)
         self._thread = Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -45,16 +49,18 @@ class News:
                 self._follow()
             except (ForwardError, OSError) as error:
                 self._tell(error)
-                self._is_closed(RETRY_S)
             except Exception as error:  # noqa: BLE001  # else the window would grow old in silence
                 self._tell(fault(error))
-                self._is_closed(RETRY_S)
+            self._is_closed(self._retry_s)
+            self._retry_s = min(2 * self._retry_s, RETRY_MAX_S)
 
     def _follow(self) -> None:
+        """Until it is closed, which takes no time, or something fails."""
         clock = Clock()
         with self._open_backend().changes((self._closed_fd,)) as changes:
             while not self._is_closed(0):
                 if changes.wait(None):
+                    self._retry_s = RETRY_S
                     settle(changes, clock)
                     self._deliver(self._changed)
 

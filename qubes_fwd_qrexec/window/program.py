@@ -5,8 +5,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qubes_fwd_qrexec import __version__
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -20,8 +21,8 @@ _NO_GTK = (
     "gir1.2-gtk-3.0)"
 )
 
-# Seconds. PyGObject lets go of Python's lock around each call of GTK, and while a worker computes, it gets the
-# lock back only when that has to switch: after 5 ms, unless told otherwise. A list takes thousands of calls.
+# Seconds. PyGObject gives up Python's lock around each call of GTK. While a worker computes, each call waits
+# for that until Python switches: 5 ms, unless told otherwise. A list takes thousands of calls.
 _SWITCH_S = 0.0001
 
 
@@ -34,7 +35,8 @@ class Start(NamedTuple):
 
 def manager() -> int:
     """The program qubes-forward-manager."""
-    return run("qubes-forward-manager", "Show and change what of this Qubes system can be reached.", "app")
+    what = "Show and change what of this Qubes system can be reached."
+    return run("qubes-forward-manager", what, "app", shows_errors=True)
 
 
 def indicator() -> int:
@@ -43,10 +45,13 @@ def indicator() -> int:
     return run("qubes-forward-indicator", what, "tray")
 
 
-def run(name: str, what: str, module: str, argv: Sequence[str] | None = None) -> int:
+def run(
+    name: str, what: str, module: str, argv: Sequence[str] | None = None, *, shows_errors: bool = False
+) -> int:
     """Run ``begin(Start) -> int`` of a module of this package, which has GTK.
 
-    Returns the exit status: 2 for a wrong command line, 1 where it cannot start, which it says on stderr.
+    Returns the exit status: 2 for a wrong command line, 1 where it cannot start. It says why on stderr; one
+    that ``shows_errors`` also in a dialog, if stderr is no terminal, since it was started from a menu then.
     """
     parser = argparse.ArgumentParser(prog=name, description=what)
     parser.add_argument("--lab", metavar="DIR", help="work on a lab instead of this Qubes system")
@@ -62,17 +67,39 @@ def run(name: str, what: str, module: str, argv: Sequence[str] | None = None) ->
         sys.setswitchinterval(_SWITCH_S)
     except ForwardError as error:
         sys.stderr.write(f"{name}: {error}\n")
+        if shows_errors and not sys.stderr.isatty():
+            _show(name, str(error))
         return 1
     return begin(Start(open_backend, lab or os.environ.get(locate.LAB_VARIABLE) or None))
 
 
 def _imported(module: str) -> Callable[[Start], int]:
     """Raises `ForwardError` where there is no GTK, or nothing to show it on, which would end the process."""
+    _gtk()
+    begin: Callable[[Start], int] = import_module(f".{module}", __package__).begin
+    return begin
+
+
+def _gtk() -> Any:
     try:
         gtk = import_module(".gtk", __package__)
     except (ImportError, ValueError) as error:
         raise ForwardError(f"{_NO_GTK} ({error})") from error
     if not gtk.Gtk.init_check()[0]:
         raise ForwardError("there is no display; start it in a graphical session")
-    begin: Callable[[Start], int] = import_module(f".{module}", __package__).begin
-    return begin
+    return gtk.Gtk
+
+
+def _show(name: str, text: str) -> None:
+    """Show an error until it is closed, where anything can be shown."""
+    with suppress(ForwardError):
+        gtk = _gtk()
+        dialog = gtk.MessageDialog(
+            message_type=gtk.MessageType.ERROR,
+            buttons=gtk.ButtonsType.CLOSE,
+            title=name,
+            text=name,
+            secondary_text=text,
+        )
+        dialog.run()
+        dialog.destroy()

@@ -210,3 +210,31 @@ def test_only_the_last_preview_is_computed(board: Board, loop: MainLoop) -> None
         board.compute(lambda number=number: number, told.append, told.append, kind="preview")  # type: ignore[misc, arg-type]
     loop.until(lambda: told and told[-1] == 49)
     assert told == sorted(told)
+
+
+def test_where_no_news_come_it_says_so_and_looks_once(
+    loop: MainLoop, lab: LabDirectory, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a management qube each look that is refused is shown to dom0's user."""
+    heard: list[str] = []
+    ways: dict[str, Callable[..., None]] = {}
+
+    class Silent:
+        def __init__(self, _: object, deliver: object, changed: object, failed: Callable[..., None]) -> None:
+            ways["failed"] = failed
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(boards, "News", Silent)
+    board = Board(lambda: LabStore(lab), loop.deliver, loop.later, lambda: loop.now)
+    board.start()
+    loop.until(lambda: board.look is not None)
+    board.subscribe(lambda: heard.append(str(board.trouble)))
+    was = board.look
+    ways["failed"](StoreError("no news"))
+    loop.until(lambda: board.look is not was)
+    was = board.look
+    ways["failed"](StoreError("still no news"))
+    assert heard == ["no news", "still no news"]
+    board.close()
+    assert board.look is was

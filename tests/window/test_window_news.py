@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """News of the system reach the main thread, also after what brings them has failed."""
 
+import select
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,3 +80,22 @@ def test_closing_does_not_wait_for_the_next_try() -> None:
     threads = threading.active_count()
     found.close()
     assert threading.active_count() == threads - 1
+
+
+def test_each_try_comes_twice_as_late_up_to_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    class Select:
+        """Waits no time at all, and notes for how long it should."""
+
+        @staticmethod
+        def select(fds: list[int], *rest: list[int | float]) -> object:
+            waits.append(float(rest[-1]))  # type: ignore[arg-type]
+            return select.select(fds, [], [], 0)
+
+    monkeypatch.setattr(news, "select", Select)
+    loop, told, system = MainLoop(), Told(), Failing(StoreError("no"))
+    found = News(lambda: system, loop.deliver, told.changed, told.failed)  # type: ignore[arg-type, return-value]
+    loop.until(lambda: len(told.errors) == 9)
+    found.close()
+    assert [wait for wait in waits if wait][:8] == [5, 10, 20, 40, 80, 160, 300, 300]

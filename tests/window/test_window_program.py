@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -67,3 +68,37 @@ def test_without_a_display_it_says_so(lab: LabDirectory, tmp_path: Path) -> None
         1,
         f"{NAME}: there is no display; start it in a graphical session\n",
     )
+
+
+class Dialogs:
+    """GTK where nobody closes a dialog: what was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[dict[str, object]] = []
+        self.MessageType = self.ButtonsType = self
+        self.ERROR = self.CLOSE = "error"
+        self.init_check = lambda: (True, [])
+
+    def MessageDialog(self, **properties: object) -> "Dialogs":  # noqa: N802
+        self.shown.append(properties)
+        return self
+
+    def run(self) -> None: ...
+
+    def destroy(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "shows_errors", "count"), [(False, True, 1), (True, True, 0), (False, False, 0)]
+)
+def test_an_error_is_shown_where_nobody_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, shows_errors: bool, count: int
+) -> None:
+    """The window started from a menu; the indicator shows nothing before the panel is there."""
+    dialogs = Dialogs()
+    monkeypatch.setitem(sys.modules, gtk := "qubes_fwd_qrexec.window.gtk", ModuleType(gtk))
+    monkeypatch.setattr(sys.modules[gtk], "Gtk", dialogs, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert run(NAME, "a window", "app", ["--lab", str(tmp_path / "gone")], shows_errors=shows_errors) == 1
+    assert len(dialogs.shown) == count
+    assert all("gone" in str(shown["secondary_text"]) for shown in dialogs.shown)
