@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from faulty import Faulty, is_held
-from worlds import Command, Result
+from faulty import Faulty, allowed, is_held
+from worlds import ADD, Command, Result
 
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
 from qubes_fwd_qrexec.window import panic
 from qubes_fwd_qrexec.window.panic import REPORT_MAX_BYTES, Reading, Report
 
@@ -181,22 +182,40 @@ def test_a_report_of_what_failed_is_understood(
     assert report.title != UNKNOWN
 
 
-def test_the_process_closes_everything_and_says_what_it_does(opened: LabDirectory) -> None:
-    lab = str(opened.root)
+@pytest.fixture
+def open_lab(lab: LabDirectory, over: Command) -> LabDirectory:
+    """A lab with a forward: the process works on a lab alone."""
+    assert over(LabStore(lab), *ADD).status == 0
+    return lab
+
+
+def test_the_process_closes_everything_though_the_window_is_gone(open_lab: LabDirectory) -> None:
+    command = panic.command(str(open_lab.root))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+    assert (allowed(open_lab), is_held(open_lab), open_lab.vm_config("sys-net")) == (frozenset(), True, {})
+
+
+def test_the_process_closes_everything_and_says_what_it_does(open_lab: LabDirectory) -> None:
+    lab = str(open_lab.root)
     process = subprocess.run(panic.command(lab), capture_output=True, timeout=60)
     reading = Reading(lab)
     reading.reported(process.stdout)
     assert reading.ended(process.returncode).is_closed
-    assert is_held(opened)
+    assert is_held(open_lab)
     assert "writes dom0's policy" in reading.said(process.stderr)
 
 
 def test_the_process_takes_no_module_from_where_the_window_was_started(
-    opened: LabDirectory, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    open_lab: LabDirectory, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('not ours')")
     monkeypatch.chdir(tmp_path)
-    process = subprocess.run(panic.command(str(opened.root)), capture_output=True, timeout=60)
+    process = subprocess.run(panic.command(str(open_lab.root)), capture_output=True, timeout=60)
     assert (process.returncode, b"not ours" in process.stderr) == (0, False)
 
 
