@@ -80,14 +80,16 @@ _SHARED_UMASK = _SharedUmask()
 def _client(method: str, here: str | None) -> Iterator[Any]:
     """A `PolicyClient` for one call. Raises `_NotDoneError` and `StoreError`.
 
-    Since April 2026 the client tells what was wrong; before, it has the call's exit status alone.
+    Since April 2026, in Qubes 4.4, the client tells what was wrong; before, it has the call's exit status
+    alone, and no such exception.
     """
-    from qrexec.policy.admin_client import PolicyAdminException, PolicyClient
+    from qrexec.policy import admin_client
 
+    refused = getattr(admin_client, "PolicyAdminException", ())
     try:
         with _SHARED_UMASK:
-            yield PolicyClient()
-    except PolicyAdminException as error:
+            yield admin_client.PolicyClient()
+    except refused as error:
         raise _NotDoneError(f"{_FILE}: {method}: {plain(error)}") from error
     except CalledProcessError as error:
         # Of a traceback the last line says what was wrong. What is not captured was on the terminal.

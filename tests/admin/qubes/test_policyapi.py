@@ -4,6 +4,7 @@
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from subprocess import CalledProcessError
 from threading import Event, Thread
@@ -22,8 +23,17 @@ from qubes_fwd_qrexec.lab.policytext import PolicyRule
 
 
 @pytest.fixture(params=["new client", "old client"])
-def api(request: pytest.FixtureRequest, dom0: FakeQubes, policy_client: FakePolicyClient) -> Backend:
+def api(
+    request: pytest.FixtureRequest,
+    dom0: FakeQubes,
+    policy_client: FakePolicyClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Backend:
     policy_client.is_old = request.param == "old client"
+    if policy_client.is_old:  # it has no exceptions of its own
+        module = sys.modules["qrexec.policy.admin_client"]
+        for name in [name for name in vars(module) if name.startswith("PolicyAdmin")]:
+            monkeypatch.delattr(module, name)
     return QubesStore()
 
 
@@ -90,7 +100,6 @@ def test_another_file_that_qubes_cannot_read_is_named(
             r"status 2: Internal \\u001b\\xfferror\. .*log",
         ),
         (CalledProcessError(126, "x", stderr=None), "status 126.*root or as a member of the group qubes"),
-        (PolicyAdminException("odd"), "odd$"),
         (NotImplementedError("qrexec not available"), "qrexec not available$"),
         (PermissionError("no"), "no$"),
     ],
@@ -99,11 +108,20 @@ def test_another_file_that_qubes_cannot_read_is_named(
 def test_an_error_names_the_file_and_the_call(
     api: Backend, policy_client: FakePolicyClient, error: Exception, words: str, method: str
 ) -> None:
-    if (method, type(error)) == ("policy.Replace", PolicyAdminException):
-        words = "odd: not written"
     policy_client.fails = failing(error, method)
     with pytest.raises(StoreError, match=rf"^dom0's /etc/qubes/policy.d/30-forward\.policy: .*{words}"):
         asking(api, method)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("policy.List", "odd$"), ("policy.Replace", "odd: not written")]
+)
+def test_an_error_of_the_new_client_says_what_was_wrong(
+    dom0: FakeQubes, policy_client: FakePolicyClient, method: str, words: str
+) -> None:
+    policy_client.fails = failing(PolicyAdminException("odd"), method)
+    with pytest.raises(StoreError, match=rf"30-forward\.policy: {re.escape(method)}: {words}"):
+        asking(QubesStore(), method)
 
 
 def test_a_file_that_is_there_and_cannot_be_read_is_not_taken_for_a_missing_one(
