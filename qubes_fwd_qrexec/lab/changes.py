@@ -2,7 +2,7 @@
 """What qubesd would tell dom0 by events: changes of a lab, seen in its directory by inotify.
 
 It stands in for `admin.qubes.events`: features that matter, a qube's properties, qubes that come and go, and
-the policy file. It says that something has changed and never what; the caller reads everything again.
+the policy files. It says that something has changed and never what; the caller reads everything again.
 """
 
 import math
@@ -34,15 +34,12 @@ from .directory import LabDirectory, QubeDirectory
 class LabChanges:
     """`admin.backend.Changes` of a lab, and its context manager.
 
-    ``matters`` judges a feature by its key, ``policy_file`` is a bare name.
+    ``matters`` judges a feature by its key.
     """
 
-    def __init__(
-        self, lab: LabDirectory, matters: Callable[[str], bool], policy_file: str, wakers: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, lab: LabDirectory, matters: Callable[[str], bool], wakers: Sequence[int] = ()) -> None:
         self._lab = lab
         self._matters = matters
-        self._policy_file = policy_file
         self._wakers = wakers
         self._watches: _Watches | None = None
 
@@ -56,7 +53,7 @@ class LabChanges:
     def wait(self, timeout_s: float | None) -> bool:
         try:
             if self._watches is None:
-                self._watches = _Watches(self._lab, self._matters, self._policy_file)
+                self._watches = _Watches(self._lab, self._matters)
                 self._watches.add_all()
                 return True
             return self._wait(self._watches, timeout_s)
@@ -97,11 +94,10 @@ class _Watched(NamedTuple):
 class _Watches:
     """The directories that are watched, by inotify's numbers."""
 
-    def __init__(self, lab: LabDirectory, matters: Callable[[str], bool], policy_file: str) -> None:
+    def __init__(self, lab: LabDirectory, matters: Callable[[str], bool]) -> None:
         self.inotify = Inotify()
         self._lab = lab
         self._matters = matters
-        self._policy_file = policy_file
         self._watched: dict[int, _Watched] = {}
 
     def add_all(self) -> None:
@@ -153,7 +149,7 @@ class _Watches:
     def _concerns(self, watched: _Watched, notice: Notice) -> bool:
         role, path = watched
         if role is _Role.POLICY:
-            return notice.name == self._policy_file
+            return notice.name.endswith(".policy") and not notice.name.startswith(".")
         if role is _Role.FEATURES:
             return self._matters(notice.name)
         if role is _Role.QUBES:

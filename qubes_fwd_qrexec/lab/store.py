@@ -226,7 +226,7 @@ class LabStore:
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from .changes import LabChanges
 
-        return LabChanges(self._lab, feature_matters, self._policy_path.name, wakers)
+        return LabChanges(self._lab, feature_matters, wakers)
 
 
 def _is_up(socket_path: Path) -> bool:

@@ -34,7 +34,7 @@ def lab(tmp_path: Path) -> LabDirectory:
 
 @pytest.fixture
 def changes(lab: LabDirectory) -> Iterator[LabChanges]:
-    with LabChanges(lab, feature_matters, POLICY) as made:
+    with LabChanges(lab, feature_matters) as made:
         assert made.wait(BOUND_S)  # that it stands is news itself
         assert not made.wait(0)
         yield made
@@ -60,13 +60,15 @@ NEWS: list[Callable[[LabDirectory], object]] = [
     lambda lab: lab.qube_dir("work").features.rename(lab.qube_dir("work").root / "away"),
     lambda lab: write_text(lab.policy_dir / POLICY, "# mine\n"),
     lambda lab: (lab.policy_dir / POLICY).write_text("# mine, written in place\n"),
+    lambda lab: write_text(lab.policy_dir / "30-user.policy", "# theirs, which may deny calls\n"),
 ]
 NO_NEWS: list[Callable[[LabDirectory], object]] = [
     lambda lab: lab.set_feature("work", "internal", "1"),
     lambda lab: lab.remove_feature("work", "gui"),
     lambda lab: (lab.qube_dir("work").features / ".forward.web.1.tmp").write_text("half"),
     lambda lab: (lab.qube_dir("work").vm_config / "fwd.work.web").write_text("what the qube sees"),
-    lambda lab: write_text(lab.policy_dir / "30-user.policy", "# theirs\n"),
+    lambda lab: (lab.policy_dir / "30-user.policy.rpmsave").touch(),
+    lambda lab: (lab.policy_dir / ".30-user.policy").touch(),
     lambda lab: (lab.qubes_dir / ".work.tmp").mkdir(),
     lambda lab: (lab.qube_dir("work").root / "notes").write_text("x"),
     lambda lab: lab.features("work"),
@@ -195,17 +197,17 @@ def test_a_lab_that_cannot_be_watched_is_an_error_of_the_first_wait(
 ) -> None:
     lab.root.rename(tmp_path / "elsewhere")
     with (
-        LabChanges(lab, feature_matters, POLICY) as changes,
+        LabChanges(lab, feature_matters) as changes,
         pytest.raises(StoreError, match="lab: No such file"),
     ):
         changes.wait(BOUND_S)
-    with LabChanges(lab, feature_matters, POLICY):
+    with LabChanges(lab, feature_matters):
         pass  # nobody waited
 
 
 def test_a_waker_ends_the_wait_and_is_not_read(lab: LabDirectory) -> None:
     read_fd, write_fd = os.pipe()
-    with LabChanges(lab, feature_matters, POLICY, [read_fd]) as changes:
+    with LabChanges(lab, feature_matters, [read_fd]) as changes:
         assert changes.wait(BOUND_S)
         os.write(write_fd, b"x")
         begun = time.monotonic()

@@ -3,7 +3,7 @@
 
 `qubesadmin.events.EventsDispatcher` receives them, in an asyncio loop that runs only while
 `QubesChanges.wait` does: events that come meanwhile stay in the socket. qubesd has no events for policy, so
-in dom0 the policy file is watched too; a management qube cannot see it.
+in dom0 all policy files are watched too, as any of them may deny calls; a management qube cannot see them.
 """
 
 import asyncio
@@ -17,7 +17,10 @@ from qubes_fwd_qrexec.admin.inventory import feature_matters
 from qubes_fwd_qrexec.common.errors import StoreError
 from qubes_fwd_qrexec.system.inotify import Inotify
 
+# qubes-core-qrexec qrexec/__init__.py
 POLICY_DIR = Path("/etc/qubes/policy.d")
+RUN_POLICY_DIR = Path("/run/qubes/policy.d")
+_POLICY, _INCLUDE = ".policy", "include"
 # What the plan is made from. qubes-core-admin qubes/app.py: that default_netvm was set comes also as a reset
 # of netvm for each qube that has the default; that it was reset does not. The -del ones are an older name.
 _MATTER = re.compile(
@@ -51,16 +54,17 @@ class QubesChanges:
     """
 
     def __init__(
-        self, dispatcher: Any, policy_file: Path, wakers: Sequence[int] = (), linger_s: float = 0.0
+        self, dispatcher: Any, policy_dirs: Sequence[Path], wakers: Sequence[int] = (), linger_s: float = 0.0
     ) -> None:
         self.linger_s = linger_s
         self._dispatcher = dispatcher
-        self.policy_file = policy_file
+        self.policy_dirs = policy_dirs
         self._wakers = wakers
         self._has_changed = False
         self._woken = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
         self._inotify: Inotify | None = None
+        self._included: set[int] = set()
         for pattern in _PATTERNS:
             dispatcher.add_handler(pattern, self._on_event)
 
@@ -81,7 +85,7 @@ class QubesChanges:
             try:
                 self._loop.run_until_complete(self._wait(timeout_s))
             except OSError as error:
-                raise StoreError(f"{error.filename or self.policy_file}: {error.strerror}") from error
+                raise StoreError(f"{error.filename or self.policy_dirs[0]}: {error.strerror}") from error
         if self._has_changed:
             self._has_changed = False
             return True
@@ -98,8 +102,10 @@ class QubesChanges:
         """Until anything happens that `wait` is to judge."""
         if self._listening is None:
             self._inotify = Inotify()
-            with suppress(FileNotFoundError, NotADirectoryError):
-                self._inotify.add(self.policy_file.parent)
+            for directory in self.policy_dirs:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    self._inotify.add(directory)
+                    self._included.add(self._inotify.add(directory / _INCLUDE))
             self._loop.add_reader(self._inotify.fileno(), self._on_policy, self._inotify)
             for fd in self._wakers:
                 self._loop.add_reader(fd, self._woken.set)
@@ -118,8 +124,11 @@ class QubesChanges:
         await asyncio.sleep(self.linger_s)
 
     def _on_policy(self, inotify: Inotify) -> None:
-        if any(notice.name == self.policy_file.name for notice in inotify.read()):
-            self._changed()
+        """Of what lies in a directory, qrexec reads what has its ending; and all that other files include."""
+        for notice in inotify.read():
+            is_read = notice.watch in self._included or notice.name.endswith(_POLICY)
+            if is_read and not notice.name.startswith("."):
+                self._changed()
 
     def _on_event(self, subject: object, event: str, **_: object) -> None:
         if matters(event):

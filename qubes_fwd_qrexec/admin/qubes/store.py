@@ -164,11 +164,11 @@ class QubesStore:
     def changes(self, wakers: Sequence[int] = ()) -> AbstractContextManager[Changes]:
         from qubesadmin.events import EventsDispatcher
 
-        from .events import POLICY_DIR, PROCESS_ENDS_S, QubesChanges
+        from .events import POLICY_DIR, PROCESS_ENDS_S, RUN_POLICY_DIR, QubesChanges
 
         dispatcher = EventsDispatcher(self._open_app(), enable_cache=False)
-        policy_file = POLICY_DIR / f"{policy.NAME}.policy"
-        return QubesChanges(dispatcher, policy_file, wakers, 0.0 if self._here is None else PROCESS_ENDS_S)
+        linger_s = 0.0 if self._here is None else PROCESS_ENDS_S
+        return QubesChanges(dispatcher, (POLICY_DIR, RUN_POLICY_DIR), wakers, linger_s)
 
     def locked(self) -> AbstractContextManager[None]:
         wait_s = self._lock_timeout_s

@@ -7,6 +7,7 @@ What is not to be news is followed by the end of the connection: a wait that pas
 import asyncio
 import fnmatch
 import os
+import shutil
 import socket
 import sys
 import time
@@ -16,7 +17,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from qubes_fwd_qrexec.admin.qubes import events as events_module
 from qubes_fwd_qrexec.admin.qubes.events import QubesChanges
 from qubes_fwd_qrexec.admin.qubes.store import QubesStore
 from qubes_fwd_qrexec.common.errors import StoreError
@@ -90,11 +90,11 @@ class FakeDispatcher:
 class Qubesd:
     """The far end of the connection, and news from it."""
 
-    def __init__(self, policy_file: Path) -> None:
+    def __init__(self, policy_dir: Path) -> None:
         near, self.sock = socket.socketpair()
         self.dispatcher = FakeDispatcher(near)
         self.wakers = os.pipe()
-        self.changes = QubesChanges(self.dispatcher, policy_file, self.wakers[:1])
+        self.changes = QubesChanges(self.dispatcher, [policy_dir, policy_dir.parent / "run"], self.wakers[:1])
 
     def send(self, *events: tuple[str, str]) -> None:
         self.sock.sendall(b"".join(wire(*event) for event in events))
@@ -113,15 +113,16 @@ class Qubesd:
 
 
 @pytest.fixture
-def policy_file(tmp_path: Path) -> Path:
-    (tmp_path / "policy.d").mkdir()
-    return tmp_path / "policy.d" / "30-forward.policy"
+def policy_dir(tmp_path: Path) -> Path:
+    (tmp_path / "policy.d" / "include").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    return tmp_path / "policy.d"
 
 
 @pytest.fixture
-def idle(policy_file: Path) -> Iterator[Qubesd]:
+def idle(policy_dir: Path) -> Iterator[Qubesd]:
     """Nobody has waited yet."""
-    with Qubesd(policy_file) as made:
+    with Qubesd(policy_dir) as made:
         yield made
 
 
@@ -246,8 +247,8 @@ def test_what_the_dispatcher_cannot_read_is_an_error_like_others(qubesd: Qubesd)
         qubesd.changes.wait(BOUND_S)
 
 
-def test_without_qubesd_the_first_wait_says_so(policy_file: Path) -> None:
-    qubesd = Qubesd(policy_file)
+def test_without_qubesd_the_first_wait_says_so(policy_dir: Path) -> None:
+    qubesd = Qubesd(policy_dir)
     assert qubesd.dispatcher.sock is not None
     qubesd.dispatcher.sock.close()
     qubesd.dispatcher.sock = None
@@ -271,34 +272,35 @@ def test_a_waker_ends_the_wait_and_is_not_read(qubesd: Qubesd) -> None:
     assert qubesd.changes.wait(BOUND_S)
 
 
-def test_a_policy_file_that_somebody_edits_is_news(qubesd: Qubesd, policy_file: Path) -> None:
-    policy_file.write_text("# mine\n")
+@pytest.mark.parametrize(
+    "name", ["30-forward.policy", "20-theirs.policy", "include/admin-local-ro", "../run/30-user.policy"]
+)
+def test_a_policy_file_that_somebody_edits_is_news(qubesd: Qubesd, policy_dir: Path, name: str) -> None:
+    (policy_dir / name).write_text("# mine\n")
     assert qubesd.changes.wait(BOUND_S)
 
 
-def test_other_policy_files_are_none(qubesd: Qubesd, policy_file: Path) -> None:
-    policy_file.with_name("30-user.policy").write_text("# theirs\n")
-    policy_file.with_name(".30-forward.policy.tmp").write_text("# half\n")
+@pytest.mark.parametrize("name", [".30-forward.policy", "30-user.policy.rpmsave", "include/.tmp"])
+def test_what_qrexec_does_not_read_is_none(qubesd: Qubesd, policy_dir: Path, name: str) -> None:
+    (policy_dir / name).write_text("# half\n")
     qubesd.sock.close()
     with pytest.raises(StoreError):
         qubesd.changes.wait(BOUND_S)
 
 
-def test_a_management_qube_has_no_policy_to_look_at(policy_file: Path) -> None:
-    policy_file.parent.rmdir()
-    with Qubesd(policy_file) as qubesd:
+def test_a_management_qube_has_no_policy_to_look_at(policy_dir: Path) -> None:
+    shutil.rmtree(policy_dir)
+    with Qubesd(policy_dir) as qubesd:
         qubesd.send(ESTABLISHED)
         assert qubesd.changes.wait(BOUND_S)
 
 
-def test_policy_that_cannot_be_watched_is_an_error(
-    policy_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_policy_that_cannot_be_watched_is_an_error(policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Inotify, directory: Path) -> int:
         raise OSError(28, "limits", str(directory))
 
     monkeypatch.setattr(Inotify, "add", refuse)
-    with Qubesd(policy_file) as qubesd, pytest.raises(StoreError, match=r"policy\.d: limits"):
+    with Qubesd(policy_dir) as qubesd, pytest.raises(StoreError, match=r"policy\.d: limits"):
         qubesd.changes.wait(BOUND_S)
 
 
@@ -306,8 +308,8 @@ def test_nobody_needs_to_wait(idle: Qubesd) -> None:
     """And what was made is closed all the same: a warning would be an error."""
 
 
-def test_an_end_that_nobody_waits_for_is_not_complained_about(policy_file: Path) -> None:
-    with Qubesd(policy_file) as qubesd:
+def test_an_end_that_nobody_waits_for_is_not_complained_about(policy_dir: Path) -> None:
+    with Qubesd(policy_dir) as qubesd:
         qubesd.sock.sendall(wire(*ESTABLISHED) + b"2\0what\0")
         assert qubesd.changes.wait(BOUND_S)
         listening = qubesd.changes._listening
@@ -319,9 +321,9 @@ def test_an_end_that_nobody_waits_for_is_not_complained_about(policy_file: Path)
     assert not listening._log_traceback  # type: ignore[attr-defined]
 
 
-def test_nothing_stays_open(policy_file: Path) -> None:
+def test_nothing_stays_open(policy_dir: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with Qubesd(policy_file) as qubesd:
+    with Qubesd(policy_dir) as qubesd:
         qubesd.send(ESTABLISHED)
         assert qubesd.changes.wait(BOUND_S)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -347,5 +349,5 @@ def test_the_real_dispatcher_is_asked_for_without_a_cache(
     with QubesStore().changes() as changes:
         assert isinstance(changes, QubesChanges)
         assert changes.linger_s == linger_s
-        assert changes.policy_file == events_module.POLICY_DIR / "30-forward.policy"
+        assert changes.policy_dirs == (Path("/etc/qubes/policy.d"), Path("/run/qubes/policy.d"))
     assert made == [(app, "admin.Events", False)]
