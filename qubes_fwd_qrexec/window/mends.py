@@ -11,7 +11,7 @@ from qubes_fwd_qrexec.common.options import Option
 from .words import _
 
 # What `reasons` leaves to the user to fill in.
-_BLANKS = frozenset(("QUBE", "NETVM", "PORTS", "NETWORKS", "ADDRESS"))
+_BLANKS = frozenset(("QUBE", "NETVM", "PORTS", "NETWORKS", "ADDRESS", "PORT"))
 # By two options that contradict each other, what ends that.
 _CONTRADICTIONS: Mapping[tuple[str, ...], tuple[tuple[str, str], ...]] = {
     ("srchosts", "forwardtype"): (("forwardtype", "internal"),),
@@ -23,6 +23,11 @@ _CONTRADICTIONS: Mapping[tuple[str, ...], tuple[tuple[str, str], ...]] = {
     ("proto", "transport"): (("transport", "auto"),),
     ("listen", "srchosts"): (("listen", ""),),
 }
+
+
+def is_blank(value: str) -> bool:
+    """Whether a way out leaves it to the user what to give an option."""
+    return value in _BLANKS
 
 
 class Mend(NamedTuple):
@@ -56,17 +61,18 @@ def _of_way_out(key: Key, command: Command) -> Iterator[Mend]:
     elif rest[0] == "set":
         for text in rest[3:]:
             name, _equals, value = text.partition("=")
-            if value in _BLANKS:
-                yield Mend(_filling(name), field=name)
+            if is_blank(value):
+                yield Mend(filling_label(name), field=name)
             elif name != "bypass-tunnel" or value != "yes":
                 yield _setting(name, value)
 
 
 def _setting(name: str, value: str) -> Mend:
-    return Mend(_setting_label(name, value), (Option(name, value, name),))
+    return Mend(setting_label(name, value), (Option(name, value, name),))
 
 
-def _setting_label(name: str, value: str) -> str:
+def setting_label(name: str, value: str) -> str:
+    """What giving an option a value does, for a button."""
     known = {
         "mode=qrexec": _("Send it over qrexec"),
         "mode=nft": _("Send it by nft"),
@@ -79,6 +85,7 @@ def _setting_label(name: str, value: str) -> str:
         "autostart=yes": _("Let connections start the qube"),
         "autostart=no": _("Let no connection start the qube"),
         "follow-netvm=yes": _("Follow the netvm"),
+        "bypass-tunnel=yes": _("Go round the tunnel"),
         "bypass-tunnel=no": _("Go round no tunnel"),
         "listen=": _("Listen at every address"),
         "expire=+8h": _("Let it end in 8 hours"),
@@ -88,7 +95,8 @@ def _setting_label(name: str, value: str) -> str:
     return known.get(f"{name}={value}", f"{name}={value}")
 
 
-def _filling(name: str) -> str:
+def filling_label(name: str) -> str:
+    """What filling in an option does, for a button."""
     known = {
         "via": _("Expose it at another qube…"),
         "srcports": _("Take another exposed port…"),

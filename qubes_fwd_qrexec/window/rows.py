@@ -146,6 +146,21 @@ def mark(state: State) -> str:
     return _marks()[state]
 
 
+def state_word(state: State) -> str:
+    """The same within a sentence: a forward "is disabled"."""
+    return {
+        # Translators: what a forward is, within a sentence such as "work web is suspended".
+        State.ACTIVE: _("open"),
+        State.WAITING: _("waiting"),
+        State.SUSPENDED: _("suspended"),
+        State.EXPIRED: _("ended"),
+        State.DISABLED: _("disabled"),
+        State.REFUSED: _("refused"),
+        State.BROKEN: _("broken"),
+        State.HELD: _("held"),
+    }[state]
+
+
 def _marks() -> dict[State, str]:
     return {
         # Translators: the states of a forward, each in a word.

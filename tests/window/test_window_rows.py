@@ -274,3 +274,9 @@ def test_rows_are_those_of_the_system_that_is_looked_at(store: Backend, lab: Lab
         ("work", "blue", "appvm-blue", "work - sys-firewall - sys-net"),
     ]
     assert [row.mark for group in groups(shown) for row in group.rows] == ["CLOSED", "NOT IN FORCE"]
+
+
+def test_each_state_has_a_mark_and_a_word_of_its_own() -> None:
+    for words in ([rows.mark(state) for state in State], [rows.state_word(state) for state in State]):
+        assert len(set(words)) == len(State)
+    assert (rows.mark(State.DISABLED), rows.state_word(State.DISABLED)) == ("CLOSED", "disabled")

@@ -55,7 +55,7 @@ _PORT = (
 _START = "start the server in {{target}}, and have it listen on 127.0.0.1; 'ss -{}' there shows who listens"
 _UPDATE = "; a qubes-fwd-qrexec that is older than dom0's knows no UDP: update it"
 # What helps against each, and then the commands that it names by number.
-_REMEDIES: dict[str, tuple[str, ...]] = {
+REMEDIES: dict[str, tuple[str, ...]] = {
     Has.NO_SERVICE: INSTALL,  # `Refusal.NO_SERVICE` is the same word
     Has.NO_ANSWER: ("{helps}",),
     Has.NO_LISTENER: (
@@ -291,4 +291,4 @@ class _Walk:
     def _stopped(
         self, step: str, cause: str, text: str, qube: QubeName | None = None, **more: str
     ) -> StoppedError:
-        return self._stops.stopped(step, cause, text, _REMEDIES.get(cause, _OTHERWISE), qube, **more)
+        return self._stops.stopped(step, cause, text, REMEDIES.get(cause, _OTHERWISE), qube, **more)

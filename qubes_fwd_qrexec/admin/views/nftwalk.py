@@ -32,7 +32,7 @@ _READ_ANEW = f"'systemctl restart {_UNIT}' in {{qube}} reads everything again; i
 _SRCHOSTS = "qvm-forward set {target} {name} srchosts=NETWORKS"
 _QREXEC = "qvm-forward set {target} {name} mode=qrexec"
 _BEYOND = "have it listen at more than loopback addresses, such as at 0.0.0.0 and ::"
-_REMEDIES: dict[str, Remedy] = {
+REMEDIES: dict[str, Remedy] = {
     Lack.NO_SERVICE: INSTALL,
     Lack.NO_ANSWER: ("{helps}",),
     Lack.NOT_IN_FORCE: (_READ_ANEW,),
@@ -50,7 +50,7 @@ _REMEDIES: dict[str, Remedy] = {
     Why.OVER: ("'sudo qvm-sync-clock' in {qube}, and the same in dom0, set their clocks",),
     Why.FAILED: (f"'systemctl status {_UNIT}' in {{qube}} says why nft refused it",),
 }
-_SERVER: dict[str, Remedy] = {
+SERVER: dict[str, Remedy] = {
     NO_SERVER: (f"start the server in {{target}}, and {_BEYOND}",),
     Refusal.LOOPBACK: (f"{_BEYOND}; or send it over qrexec, which gets to 127.0.0.1, too: {{0}}", _QREXEC),
 }
@@ -114,7 +114,7 @@ def _stopped(hop: Hop, step: str, stops: Stops, answer: Answer) -> StoppedError:
             f"restart {hop.qube}, if its service {_UNIT} was switched on after it started; 'systemctl status "
             f"{_UNIT}' there says more"
         )
-    return stops.stopped(step, cause, str(hop.reason), _REMEDIES[cause], hop.qube, helps=more)
+    return stops.stopped(step, cause, str(hop.reason), REMEDIES[cause], hop.qube, helps=more)
 
 
 def _counted(step: str, hop: Hop, config: NftConfig, before: Hop | None) -> Check:
@@ -176,4 +176,4 @@ def _server(forward: Forward, proto: Proto, stops: Stops, backend: Backend) -> C
     except AnswerError as error:
         text = f"whether a server listens on more than 127.0.0.1 is not known: {error}"
         return unknown("server", f"{text}; {looks(proto, target)}")
-    return served(target, proto, trial, stops, _SERVER)
+    return served(target, proto, trial, stops, SERVER)

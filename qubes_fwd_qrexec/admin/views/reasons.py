@@ -34,7 +34,7 @@ _QREXEC, _NFT = _SET + "mode=qrexec", _SET + "mode=nft"
 _OR_QREXEC = ", or send it over qrexec with mode=qrexec."
 _NEEDED = "which mode=nft needs at every qube of the path"
 
-_ROWS: dict[Cause | tuple[Cause, str], Command] = {
+ROWS: dict[Cause | tuple[Cause, str], Command] = {
     Cause.OPEN: ("{what} to {ports} of {exposed}{where} from {who} reach {target_ports} of {target}.",),
     (Cause.EXPOSED_HALTED, Mode.QREXEC): (
         "{qube} is halted and will listen when it starts: '{0}'.",
@@ -310,7 +310,7 @@ def _said(forward: Forward, finding: Finding) -> tuple[str, tuple[Command, ...]]
         confirm = _command(_CONFIRM, facts)
         text = f"{facts['moved']}, where it would be {more.cause.state}. {first} After that "
         return f"{text}'{' '.join(confirm)}' agrees to the new path.", (*ways, confirm)
-    text, *templates = _ROWS.get(finding.cause) or _ROWS[finding.cause, finding.case]
+    text, *templates = ROWS.get(finding.cause) or ROWS[finding.cause, finding.case]
     commands = tuple(_command(template, facts) for template in templates)
     return text.format(*map(" ".join, commands), **facts), commands
 

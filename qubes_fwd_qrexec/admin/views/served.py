@@ -18,7 +18,7 @@ from .walking import Remedy, Stops, ok, unknown
 
 NO_SERVER = "no-server"
 HEADER_EXPECTED = "header-expected"
-_SEND_HEADER: Remedy = (
+SEND_HEADER: Remedy = (
     "if the configuration of the server asks for it, too, {0}",
     "qvm-forward set {target} {name} proxy={version}",
 )
@@ -72,7 +72,7 @@ def misled(forward: Forward, trial: Trial | None, stops: Stops) -> Iterator[Chec
     if proxy is Proxy.OFF and expected in (Expects.V1, Expects.V2):
         text = "the server seems to expect a PROXY header in front of each connection, and gets none"
         version = expected.removeprefix("expects-")
-        raise stops.stopped("header", HEADER_EXPECTED, text, _SEND_HEADER, version=version)
+        raise stops.stopped("header", HEADER_EXPECTED, text, SEND_HEADER, version=version)
     if proxy is not Proxy.OFF and expected == Expects.NONE:
         text = "the server seems to expect no PROXY header, and gets one"
         undo = f"'qvm-forward set {forward.named.target} {forward.named.name} proxy=off' sends none"
