@@ -77,6 +77,9 @@ class Faulty:
     def unwatched(self) -> str | None:
         return self._store.unwatched()
 
+    def read_only(self) -> str | None:
+        return self._store.read_only()
+
     def locked(self) -> AbstractContextManager[None]:
         self._do("lock")
         return self._store.locked()

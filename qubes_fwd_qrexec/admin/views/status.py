@@ -159,10 +159,10 @@ def status_of(
     answers: Mapping[QubeName, Answer],
     qubes: Collection[str] = (),
 ) -> Status:
-    """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, or all of it."""
+    """How a system is; ``planned`` is the part of its plan that concerns ``qubes``, all of it without any."""
     over_qrexec = (forward for forward in planned.live if forward.mode is Mode.QREXEC)
     rows = tuple(row for forward in over_qrexec for row in _rows(forward, verdicts, answers))
-    everything = snapshot.plan(now)
+    everything = snapshot.plan(now) if qubes else planned
     due = differences(everything, snapshot.inventory, snapshot.installed)
     goes_on: list[GoesOn] = []
     silent = []
@@ -265,7 +265,7 @@ def asked(
 ) -> Status:
     """How a system is, as its qubes say that are asked at once; see `status_of`."""
     verdicts = judged_apart(planned.live, backend, snapshot.installed)
-    everything, inventory = snapshot.plan(now), snapshot.inventory
+    everything, inventory = snapshot.plan(now) if qubes else planned, snapshot.inventory
     argument = CLIENTS if with_clients else ""
     answers, told = both(
         partial(ask_all, backend, to_ask(planned, inventory, qubes), argument=argument),
@@ -279,9 +279,7 @@ def asked(
 
 def text(found: Status, style: Style) -> str:
     """The status for people."""
-    heads = [escaped(_leftover(*left)) for left in _leftovers(found.due)]
-    heads += [*found.by_nft.left(), *(_goes_on(left) for left in found.goes_on if left.left_s is None)]
-    heads = [style.state(Verdict.STOPS, head) for head in heads]
+    heads = [style.state(Verdict.STOPS, head) for head in left(found.due, found)]
     rows, states = [*map(_cells, found.rows)], [row.state for row in found.rows]
     tables = [
         Table(_TITLES, rows, states, {}, _LEAVING, ("EXPOSED AT",)).text(style),
@@ -295,6 +293,14 @@ def text(found: Status, style: Style) -> str:
     body, remarks = "\n".join(filter(None, tables)), [*_remarks(found), *found.by_nft.remarks()]
     parts = (*(f"{head}\n" for head in heads), body, "\n" if body and remarks else "")
     return "".join((*parts, *(f"{remark}\n" for remark in remarks)))
+
+
+def left(due: Collection[Step], found: Status | None) -> Iterator[str]:
+    """A sentence for each thing that is in force, or goes on, and should not."""
+    yield from (escaped(_leftover(*each)) for each in _leftovers(due))
+    if found is not None:
+        yield from found.by_nft.left()
+        yield from (_goes_on(each) for each in found.goes_on if each.left_s is None)
 
 
 def _leftovers(due: Collection[Step]) -> Iterator[tuple[QubeName | None, str]]:
@@ -331,7 +337,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _remarks(found: Status) -> Iterator[str]:
     # A rule that forwards both has two rows.
-    yield from dict.fromkeys(remark for row in found.rows for remark in _about(row))
+    yield from dict.fromkeys(remark for row in found.rows for remark in about(row))
     bugs = {(str(row.forward.exposed), "listener"): row.bugs for row in found.rows}
     bugs |= {(row.forward.named.target, "service"): row.bugs_in_target for row in found.rows}
     for (qube, program), count in sorted(bugs.items()):
@@ -358,7 +364,8 @@ def _remarks(found: Status) -> Iterator[str]:
         yield f"Not in force yet: {counted(len(found.due), 'change')}; run 'qvm-forward apply'."
 
 
-def _about(row: Row) -> Iterator[str]:
+def about(row: Row) -> Iterator[str]:
+    """What is not as it should be with a forward, or is counted and no column has it, in a sentence each."""
     name, report = row.forward.named, row.uptake.report
     whose = f"{name}{' (udp)' if row.uptake.proto is Proto.UDP else ''}"
     if row.verdict.is_allowed is False:
