@@ -3,6 +3,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -35,3 +36,16 @@ def test_a_wait_is_over_after_its_time() -> None:
         begun = time.monotonic()
         assert not ending.is_asked(0.01)
         assert time.monotonic() - begun >= 0.01
+
+
+def test_in_a_thread_nothing_is_told_and_nothing_changed() -> None:
+    before, asked = signal.getsignal(signal.SIGINT), list[bool]()
+
+    def enter() -> None:
+        with Ending() as ending:
+            asked.append(ending.is_asked() or signal.getsignal(signal.SIGINT) is not before)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert asked == [False]
