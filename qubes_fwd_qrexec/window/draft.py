@@ -140,7 +140,9 @@ class Draft:
 
     def with_source(self, source: str, *, is_in: bool) -> Self:
         """The same with one more network or name that may connect, or without it."""
-        others = [each for each in _parts(self.sources) if each != source]
+        if is_in is (source in self.source_list):
+            return self
+        others = [each for each in self.source_list if each != source]
         return replace(self, sources=", ".join([*others, source] if is_in else others))
 
     def rebased(self, base: NamedRule | None) -> Self:

@@ -26,7 +26,6 @@ from .draft import ANYBODY, NAME, QUBE, Draft
 from .mends import Mend, of_contradiction, of_ways_out
 from .words import _
 
-BYPASS = Option("bypass-tunnel", "yes", "bypass-tunnel")
 NOTHING: Mapping[str, str] = MappingProxyType({})
 # The fields that a refusal is about; of those that it may be about several, the first.
 _BLAMED: Mapping[Cause | tuple[Cause, str], str] = {
@@ -65,9 +64,8 @@ class Judgement(NamedTuple):
     """What becomes of ``draft``. It ``is_fine`` if it may be stored; ``button`` is the word for that.
 
     ``faults`` are texts by field, ``missing`` the fields to be filled first. ``named`` is what would be
-    stored, by ``options`` where it is there already, and ``forward`` what the plan makes of it; ``seen`` is
-    what this is based on. ``headline`` sums it up, ``lines`` and ``notes`` explain. If ``is_overtaken`` the
-    rule is not what the draft began with: it is ``stored``, or gone.
+    stored, and ``forward`` what the plan makes of it; ``seen`` is what this is based on. ``headline`` sums it
+    up, ``lines`` and ``notes`` explain, ``mends`` would help.
     """
 
     draft: Draft
@@ -79,12 +77,9 @@ class Judgement(NamedTuple):
     missing: tuple[str, ...] = ()
     mends: tuple[Mend, ...] = ()
     named: NamedRule | None = None
-    options: tuple[Option, ...] = ()
     forward: Forward | None = None
     seen: Seen | None = None
     is_fine: bool = False
-    is_overtaken: bool = False
-    stored: NamedRule | BrokenRule | None = None
 
     @property
     def asks_bypass(self) -> bool:
@@ -102,15 +97,14 @@ def judge(draft: Draft, snapshot: Snapshot, now: float) -> Judgement:
     if faults or missing:
         headline = _("Something is not right yet.") if faults else _("Something is still to be filled in.")
         return Judgement(draft, button(draft), headline, faults=faults, missing=missing, mends=mends)
-    options = tuple(draft.options(now))
     try:
-        named = _named(draft, snapshot, options, now)
+        named = _named(draft, snapshot, now)
     except RuleError as error:
         faults = {_field(draft, name): error.problem for name in error.options}
         return Judgement(draft, button(draft), _("Something is not right yet."), faults=faults)
     if draft.base is not None and named == draft.base:
         return Judgement(draft, button(draft), _("Nothing is changed yet."), named=named)
-    return _previewed(draft, named, options, snapshot, now)
+    return _previewed(draft, named, snapshot, now)
 
 
 def button(draft: Draft, forward: Forward | None = None) -> str:
@@ -124,16 +118,21 @@ def button(draft: Draft, forward: Forward | None = None) -> str:
 
 
 def _overtaken(draft: Draft, base: NamedRule, snapshot: Snapshot) -> Judgement:
-    stored = snapshot.stored.get(base[:2])
-    headline, lines = (
+    stored, lines = snapshot.stored.get(base[:2]), [_("You saw: {rule}").format(rule=base.rule)]
+    headline, mends = (
         _("This rule has been removed meanwhile."),
-        [_("You saw: {rule}").format(rule=base.rule)],
+        [Mend(_("Make it anew"), draft=draft.rebased(None))],
     )
     if stored is not None:
         text = stored.text if isinstance(stored, BrokenRule) else str(stored.rule)
         headline = _("This rule has been changed meanwhile.")
         lines.append(_("It is now: {rule}").format(rule=escaped(text)))
-    return Judgement(draft, button(draft), headline, lines=tuple(lines), is_overtaken=True, stored=stored)
+    if isinstance(stored, NamedRule):
+        take = Mend(_("Take what is stored now"), draft=Draft.of(stored))
+        mends = [take, Mend(_("Keep my fields"), draft=draft.rebased(stored))]
+    elif stored is not None:
+        mends = []
+    return Judgement(draft, button(draft), headline, lines=tuple(lines), mends=tuple(mends))
 
 
 def _field(draft: Draft, option: str) -> str:
@@ -179,8 +178,9 @@ def _own_faults(draft: Draft, snapshot: Snapshot) -> Iterator[tuple[str, str]]:
             yield NAME, _("{qube} has a rule of that name already.").format(qube=target)
 
 
-def _named(draft: Draft, snapshot: Snapshot, options: tuple[Option, ...], now: float) -> NamedRule:
+def _named(draft: Draft, snapshot: Snapshot, now: float) -> NamedRule:
     """The rule as it would be stored. Raises `RuleError`."""
+    options = draft.options(now)
     if draft.base is not None:
         return draft.base._replace(rule=changed_rule(snapshot.inventory, now, draft.base, options))
     rule = ForwardRule.from_options(options)
@@ -195,9 +195,7 @@ def _named(draft: Draft, snapshot: Snapshot, options: tuple[Option, ...], now: f
     return new_rule(snapshot, now, QubeName(draft.target.strip()), rule, name)
 
 
-def _previewed(
-    draft: Draft, named: NamedRule, options: tuple[Option, ...], snapshot: Snapshot, now: float
-) -> Judgement:
+def _previewed(draft: Draft, named: NamedRule, snapshot: Snapshot, now: float) -> Judgement:
     key: Key = named[:2]
     seen = preview(snapshot, now, named)
     forward, problem = seen.forward, seen.problem
@@ -217,7 +215,6 @@ def _previewed(
         faults=faults,
         mends=of_ways_out(key, ways_out),
         named=named,
-        options=options,
         forward=forward,
         seen=Seen.of(snapshot, key),
         is_fine=problem is None,

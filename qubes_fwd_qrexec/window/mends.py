@@ -8,6 +8,7 @@ from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.admin.views.reasons import Command
 from qubes_fwd_qrexec.common.options import Option
 
+from .draft import Draft
 from .words import _
 
 # What `reasons` leaves to the user to fill in.
@@ -31,12 +32,13 @@ def is_blank(value: str) -> bool:
 
 
 class Mend(NamedTuple):
-    """One thing that would help, and the words for its button: to give the draft ``options``, to fill in
-    ``field``, or to run ``command``, which this window does not.
+    """One thing that would help, and the words for its button: to give the draft ``options``, to begin with
+    another ``draft``, to go on with ``field``, or to run ``command``, which this window does not.
     """
 
     label: str
     options: tuple[Option, ...] = ()
+    draft: Draft | None = None
     field: str = ""
     command: str = ""
 
@@ -68,7 +70,7 @@ def _of_way_out(key: Key, command: Command) -> Iterator[Mend]:
 
 
 def _setting(name: str, value: str) -> Mend:
-    return Mend(setting_label(name, value), (Option(name, value, name),))
+    return Mend(setting_label(name, value), (Option(name, value, name),), field=name)
 
 
 def setting_label(name: str, value: str) -> str:

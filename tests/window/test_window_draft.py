@@ -226,7 +226,7 @@ def test_a_preset_is_put_in_and_taken_out() -> None:
     draft = Draft(sources="192.168.0.0/16;personal")
     more = draft.with_source("fd00::/8", is_in=True)
     assert more.source_list == ["192.168.0.0/16", "personal", "fd00::/8"]
-    assert more.with_source("fd00::/8", is_in=True) == more
+    assert more.with_source("192.168.0.0/16", is_in=True) == more
     assert more.with_source("192.168.0.0/16", is_in=False).sources == "personal, fd00::/8"
 
 

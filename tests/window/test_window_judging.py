@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.snapshot import Snapshot, read_rules
 from qubes_fwd_qrexec.admin.states import Cause, State
 from qubes_fwd_qrexec.admin.views.times import print_expire
-from qubes_fwd_qrexec.common.rules import BrokenRule, NamedRule
+from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.window.draft import Draft, Ends, Where
 from qubes_fwd_qrexec.window.judging import Judgement, judge
 
@@ -51,7 +51,7 @@ def test_a_new_rule_that_is_fine_says_what_it_opens() -> None:
     assert found.notes[0] == "Over qrexec, as work does not offer qubes.ForwardNft."
     assert found.notes[1].startswith("The server in work sees every client as 127.0.0.1")
     assert found.seen == Seen(None, ("sys-firewall", "sys-net"))
-    assert {option.name: option.value for option in found.options}["expire"] == str(NOW + 3600)
+    assert found.named.rule.expire == NOW + 3600
 
 
 def test_one_by_nft_says_why_and_at_what_price() -> None:
@@ -63,7 +63,7 @@ def test_one_by_nft_says_why_and_at_what_price() -> None:
 def test_an_edit_is_stored_by_what_differs() -> None:
     found = judged(EDIT, STORED)
     assert (found.is_fine, found.button, found.headline) == (True, "_Save", OPENS)
-    assert [option[:2] for option in found.options] == [("comment", "x")]
+    assert found.named == STORED._replace(rule=replace(STORED.rule, comment="x"))
     assert found.seen == Seen(str(STORED.rule), ("sys-firewall", "sys-net"))
     assert len(found.lines) == 1
 
@@ -323,24 +323,25 @@ def test_what_mends_a_refusal_does() -> None:
 def test_a_rule_that_was_changed_meanwhile_is_shown_as_it_was_and_is() -> None:
     other = STORED._replace(rule=replace(STORED.rule, comment="<b>&"))
     found = judged(EDIT, other)
-    assert (found.is_overtaken, found.stored, found.is_fine) == (True, other, False)
+    assert (found.headline, found.is_fine) == ("This rule has been changed meanwhile.", False)
     assert found.lines == (f"You saw: {STORED.rule}", f"It is now: {other.rule}")
+    take, keep = found.mends
+    assert (take.label, take.draft) == ("Take what is stored now", Draft.of(other))
+    assert (keep.label, keep.draft) == ("Keep my fields", EDIT.rebased(other))
     assert judged(EDIT.rebased(other), other).is_fine
 
 
 def test_a_rule_that_was_removed_meanwhile_can_be_made_anew() -> None:
     found = judged(EDIT)
-    assert (found.is_overtaken, found.stored, found.headline) == (
-        True,
-        None,
-        "This rule has been removed meanwhile.",
-    )
-    anew = judged(EDIT.rebased(None))
+    assert found.headline == "This rule has been removed meanwhile."
+    (make,) = found.mends
+    assert make.draft is not None
+    anew = judged(make.draft)
     assert (anew.is_fine, anew.named and anew.named.name) == (True, "web")
 
 
 def test_a_rule_that_was_broken_meanwhile_is_shown_without_what_a_screen_would_take_for_a_command() -> None:
     broken = snapshot().changed({STORED[:2]: "b\x1broken"})
     found = judge(EDIT, broken, NOW)
-    assert isinstance(found.stored, BrokenRule)
+    assert (found.mends, found.is_fine) == ((), False)
     assert found.lines[1] == "It is now: b\\x1broken"

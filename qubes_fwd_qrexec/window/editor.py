@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The dialog that adds a forward or changes one. It says below the fields, at each change of them, what would
+become of that; only what has been seen so can be stored.
+
+It stays open until the change is made or the user takes it away. It has no default button: Enter opens
+nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.seen import NotAsSeenError, Seen
+from qubes_fwd_qrexec.admin.states import Key
+from qubes_fwd_qrexec.common.errors import RuleError, UsageError
+from qubes_fwd_qrexec.common.options import Option
+from qubes_fwd_qrexec.common.rules import ForwardRule, NamedRule
+from qubes_fwd_qrexec.common.values import QubeName
+
+from . import actions
+from .actions import Done, error_lines
+from .board import Board, Later
+from .draft import Draft
+from .form import Form
+from .gtk import Gdk, Gtk
+from .judging import NOTHING, Judgement, judge
+from .judging import button as words_of_button
+from .look import Look
+from .mends import Mend
+from .verdict import Verdict
+from .widgets import GAP, button, later, named, scrolled
+from .words import _
+
+Tell = Callable[[Done], None]
+# It fits a screen of 800x600; the fields scroll, and so does what is said below them.
+_WIDTH, _HEIGHT = 740, 540
+_VERDICT_HEIGHT = 150
+# How long a button waits that has come to mean something else by no doing of the user.
+_CHANGED_S = 1.0
+
+
+class Editor:
+    """Opens the dialog; ``tell`` hears what came of the change. ``widget`` is the dialog opened last."""
+
+    def __init__(self, board: Board, tell: Tell, later: Later = later) -> None:
+        self._board = board
+        self._tell = tell
+        self._later = later
+        self.dialog: EditorDialog | None = None
+
+    @property
+    def widget(self) -> Gtk.Dialog | None:
+        return None if self.dialog is None else self.dialog.widget
+
+    def add(self, parent: Gtk.Window | None, target: QubeName | None = None) -> None:
+        """Make a new forward, of this qube if one is given."""
+        self._open(parent, _("Add a forward"), Draft(target=target or ""))
+
+    def edit(self, parent: Gtk.Window | None, key: Key, options: Sequence[Option] = ()) -> None:
+        """Change a rule that the last look has and that can be read; ``options`` are filled in already."""
+        look = self._board.look
+        stored = None if look is None else look.snapshot.stored.get(key)
+        if isinstance(stored, NamedRule):
+            title = _("Edit {rule}").format(rule=stored)
+            self._open(parent, title, Draft.of(stored).with_options(options))
+
+    def _open(self, parent: Gtk.Window | None, title: str, draft: Draft) -> None:
+        self.dialog = EditorDialog(self._board, self._tell, self._later, title, draft)
+        self.dialog.open(parent)
+
+
+class EditorDialog:
+    """One opening. What has begun is done, and told, even if the dialog is closed meanwhile."""
+
+    def __init__(self, board: Board, tell: Tell, later: Later, title: str, draft: Draft) -> None:
+        self._board = board
+        self._tell = tell
+        self._later = later
+        self._look: Look | None = None
+        self._judgement: Judgement | None = None
+        self._faults: Mapping[str, str] = NOTHING
+        self._is_busy = self._is_closed = False
+        self._cancel_wait: Callable[[], None] | None = None
+        self.form = Form(self._changed)
+        self.verdict = Verdict(self._mend)
+        self.save = button("", self._save)
+        self.cancel = button(_("_Cancel"), self.close)
+        self.widget = named(Gtk.Dialog(title=title, modal=True, destroy_with_parent=True), title)
+        self._fill()
+        self.widget.connect("response", lambda *_: self.close())
+        self.widget.connect("delete-event", lambda *_: self._is_busy)
+        self.widget.connect("destroy", self._closed)
+        self._unsubscribe = board.subscribe(self._looked)
+        self.form.show(draft)
+        self._looked()
+
+    def _fill(self) -> None:
+        fields, verdict = scrolled(self.form.widget), scrolled(self.verdict.widget)
+        self.form.widget.set_focus_vadjustment(fields.get_vadjustment())
+        verdict.set_min_content_height(_VERDICT_HEIGHT)
+        content = self.widget.get_content_area()
+        content.pack_start(fields, True, True, 0)
+        content.pack_start(Gtk.Separator(), False, False, 0)
+        content.pack_start(verdict, False, False, 0)
+        for each in (self.cancel, self.save):
+            self.widget.get_action_area().pack_start(each, False, False, 0)
+        self.widget.set_border_width(GAP)
+        self.widget.set_default_size(_WIDTH, _HEIGHT)
+
+    def open(self, parent: Gtk.Window | None) -> None:
+        """Show it."""
+        self.widget.set_transient_for(parent)
+        self.widget.show_all()
+        draft = self.form.draft
+        self.form.focus("dstports" if draft.target else "qube")
+
+    def close(self) -> None:
+        """Take it away, unless a change is under way: what comes of that is to be seen."""
+        if not self._is_busy:
+            self.widget.destroy()
+
+    def _closed(self, _dialog: Gtk.Dialog) -> None:
+        self._is_closed = True
+        self._stop_waiting()
+        self._unsubscribe()
+
+    def _changed(self) -> None:
+        """The user has changed a field."""
+        self._faults = NOTHING
+        self.verdict.fail(())
+        self._judgement = None
+        self._stop_waiting()
+        self._judge()
+
+    def _looked(self) -> None:
+        """There is a new look, or the time has come to tell times anew."""
+        look = self._board.look
+        if look is None:
+            self.verdict.say(self._board.trouble or _("The qubes have not been read yet."))
+        elif look is not self._look:
+            self._look = look
+            self.form.fit(look.snapshot.inventory, self._board.now)
+            self._judge()
+        self._update()
+
+    def _judge(self) -> None:
+        look, draft, now = self._look, self.form.draft, self._board.now
+        if look is not None:
+            self._board.compute(
+                partial(judge, draft, look.snapshot, now),
+                partial(self._judged, look),
+                self._not_judged,
+                kind="preview",
+            )
+        self._update()
+
+    def _judged(self, look: Look, judgement: Judgement) -> None:
+        if self._is_closed or look is not self._look or judgement.draft != self.form.draft:
+            return
+        was, self._judgement = self._judgement, judgement
+        self.form.mark(judgement, self._faults)
+        self.verdict.show(judgement, self._lines(judgement))
+        if was is not None and _meaning(was) != _meaning(judgement):
+            self._wait()
+        self._update()
+
+    def _not_judged(self, error: Exception) -> None:
+        if not self._is_closed:
+            self.verdict.say(str(error))
+
+    def _lines(self, judgement: Judgement) -> Sequence[str]:
+        """Which fields are wrong or empty, by their names."""
+        found = {}
+        if judgement.missing:
+            found[_("Still to be filled in: {fields}.")] = judgement.missing
+        if judgement.faults and judgement.forward is None:
+            found[_("To be mended: {fields}.")] = tuple(judgement.faults)
+        lines = [words.format(fields=", ".join(self.form.titles(fields))) for words, fields in found.items()]
+        if self._look is not None and self._look.read_only is not None:
+            lines.append(self._look.read_only)
+        return lines
+
+    def _mend(self, mend: Mend) -> None:
+        if mend.command:
+            Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD).set_text(mend.command, -1)
+        if mend.draft is not None:
+            self.form.show(mend.draft)
+        if mend.options:
+            self.form.show(self.form.draft.with_options(mend.options))
+        if mend.field:
+            self.form.focus(mend.field)
+
+    def _update(self) -> None:
+        """Fit the buttons to what is known."""
+        judgement = self._judgement
+        is_fine = judgement is not None and judgement.is_fine and self._cancel_wait is None
+        can_save = self._look is not None and self._look.read_only is None
+        words = words_of_button(self.form.draft) if judgement is None else judgement.button
+        self.save.set_label(words)
+        is_ready = is_fine and can_save and not self._is_busy
+        self.save.set_sensitive(is_ready)
+        context = self.save.get_style_context()
+        (context.add_class if is_ready and self.form.draft.is_anybody else context.remove_class)("anybody")
+        self.cancel.set_sensitive(not self._is_busy)
+        self.form.widget.set_sensitive(not self._is_busy)
+        self.verdict.widget.set_sensitive(not self._is_busy)
+
+    def _wait(self) -> None:
+        self._stop_waiting()
+        self._cancel_wait = self._later(_CHANGED_S, self._waited)
+
+    def _waited(self) -> None:
+        self._cancel_wait = None
+        self._update()
+
+    def _stop_waiting(self) -> None:
+        if self._cancel_wait is not None:
+            self._cancel_wait()
+            self._cancel_wait = None
+
+    def _save(self) -> None:
+        found = self._judgement
+        if found is None or found.named is None or found.seen is None or self._is_busy:
+            return
+        self._is_busy = True
+        self.verdict.fail(())
+        self._update()
+        change = partial(_change, found.draft, found.named, found.seen, self._board.now)
+        self._board.change(change, self._done, self._failed)
+
+    def _done(self, done: Done) -> None:
+        self._is_busy = False
+        if not self._is_closed:
+            self.widget.destroy()
+        self._tell(done)
+
+    def _failed(self, error: Exception) -> None:
+        self._is_busy = False
+        if self._is_closed:
+            self._tell(Done((), error_lines(error), is_well=False))
+            return
+        found = self._judgement
+        if isinstance(error, NotAsSeenError) and found is not None:
+            self._judgement = found._replace(is_fine=False)  # the next look shows what there is
+        if isinstance(error, (RuleError, UsageError)) and found is not None:
+            self._faults = {name: str(error) for name in error.options}
+            self.form.mark(found, self._faults)
+        self.verdict.fail(error_lines(error))
+        self._update()
+
+
+def _meaning(judgement: Judgement) -> tuple[object, ...]:
+    """What a user must have seen before he presses the button; how far off its end is changes by itself."""
+    return judgement.is_fine, judgement.button, judgement.headline, judgement.lines[:1], judgement.seen
+
+
+def _change(draft: Draft, named: NamedRule, seen: Seen, now: float, backend: Backend) -> Done:
+    """Make the change that was shown, and no other."""
+    options = draft.options(now)
+    if draft.base is not None:
+        return actions.edit(backend, now, named[:2], options, seen)
+    return actions.add(backend, now, named.target, ForwardRule.from_options(options), named.name, seen)

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The dialog that adds and changes forwards, over a lab and over a fake Admin API."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from controls import FOCUSABLE, called, find, texts, walk
+from faulty import Faulty
+from screen import settle, until
+from worlds import NOW, Command
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.common.options import Option
+from qubes_fwd_qrexec.common.rules import ForwardRule
+from qubes_fwd_qrexec.common.values import QubeName, RuleName
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.window.actions import Done
+from qubes_fwd_qrexec.window.board import Board
+from qubes_fwd_qrexec.window.editor import Editor
+from qubes_fwd_qrexec.window.gtk import Gdk, Gtk
+from qubes_fwd_qrexec.window.widgets import deliver
+
+WORK, WEB = QubeName("work"), (QubeName("work"), RuleName("web"))
+LINE = "action=forward mode=qrexec srcports=80 srchosts=10.0.0.0/8 owner=work path=sys-firewall,sys-net"
+PROBE = "<b>&amp;"
+
+
+class Timer:
+    """In the place of GTK's: what is to be called later is called by the test."""
+
+    def __init__(self) -> None:
+        self.now = float(NOW)
+        self.calls: list[Callable[[], None]] = []
+
+    def __call__(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
+        self.calls.append(call)
+        return lambda: self.calls.remove(call) if call in self.calls else None
+
+    def pass_by(self) -> None:
+        while self.calls:
+            self.calls.pop(0)()
+
+
+class Stage:
+    """A board that has looked, and an editor."""
+
+    def __init__(self, board: Board, timer: Timer) -> None:
+        self.board = board
+        self.timer = timer
+        self.told: list[Done] = []
+        self.editor = Editor(board, self.told.append, self.timer)
+
+    @property
+    def dialog(self) -> Gtk.Dialog:
+        widget = self.editor.widget
+        assert widget is not None
+        return widget
+
+    @property
+    def is_open(self) -> bool:
+        return self.editor.widget is not None and self.dialog.get_mapped()
+
+    def looked(self) -> None:
+        was = self.board.look
+        self.board.refresh()
+        until(lambda: self.board.look is not was)
+
+    def entry(self, name: str) -> Gtk.Entry:
+        return find(self.dialog, Gtk.Entry, name)
+
+    def radio(self, name: str) -> Gtk.RadioButton:
+        return find(self.dialog, Gtk.RadioButton, name)
+
+    def button(self, name: str) -> Gtk.Button:
+        return find(self.dialog, Gtk.Button, name)
+
+    def has(self, text: str) -> bool:
+        return any(text in each for each in texts(self.dialog))
+
+    def ready(self, name: str) -> Gtk.Button:
+        """The button of that name, once it may be pressed."""
+        until(lambda: any(called(b) == name and b.get_sensitive() for b in self.buttons()))
+        return self.button(name)
+
+    def buttons(self) -> list[Gtk.Button]:
+        return [widget for widget in walk(self.dialog) if isinstance(widget, Gtk.Button)]
+
+    def fill(self, target: str = "work", ports: str = "80", sources: str = "10.0.0.0/8") -> None:
+        self.entry("Qube").set_text(target)
+        self.entry("Port of its server").set_text(ports)
+        self.entry("Networks and qubes that may connect").set_text(sources)
+
+
+@pytest.fixture
+def stage(other_store: Callable[[], Backend], watched: None) -> Iterator[Stage]:
+    timer = Timer()
+    board = Board(other_store, deliver, Timer(), lambda: timer.now)
+    stage = Stage(board, timer)
+    stage.looked()
+    yield stage
+    if stage.editor.widget is not None:
+        stage.editor.widget.destroy()
+    board.close()
+    settle()
+
+
+@pytest.fixture
+def edited(lab: LabDirectory, stage: Stage) -> Stage:
+    """The dialog is open on a stored rule."""
+    lab.set_feature("work", "forward.web", LINE)
+    stage.looked()
+    stage.editor.edit(None, WEB)
+    return stage
+
+
+def stored(lab: LabDirectory, name: str = "web", qube: str = "work") -> ForwardRule:
+    return ForwardRule.parse(lab.features(qube)[f"forward.{name}"])
+
+
+def test_a_forward_is_added_as_it_was_shown(stage: Stage, lab: LabDirectory) -> None:
+    stage.editor.add(None)
+    assert stage.has("Something is still to be filled in.") or not stage.button("Open").get_sensitive()
+    stage.fill()
+    stage.ready("Open")
+    assert stage.has("Connections to port 80 of sys-net (outer side) from 10.0.0.0/8 reach port 80 of work.")
+    stage.button("Open").clicked()
+    assert not stage.button("Cancel").get_sensitive()
+    until(lambda: stage.told)
+    assert not stage.is_open
+    (done,) = stage.told
+    assert (done.is_well, done.warnings) == (True, ())
+    assert done.lines[0].startswith("Forward work tcp-80 is stored and active.")
+    rule = stored(lab, "tcp-80")
+    assert (rule.expire, rule.path, rule.owner) == (NOW + 3600, ("sys-firewall", "sys-net"), "work")
+
+
+def test_the_button_waits_until_just_these_fields_have_been_judged(stage: Stage) -> None:
+    stage.editor.add(None, WORK)
+    stage.fill()
+    button = stage.ready("Open")
+    stage.entry("Comment").set_text("x")
+    assert not button.get_sensitive()
+    stage.ready("Open")
+
+
+def test_what_is_opened_to_anybody_is_chosen_and_named(stage: Stage, lab: LabDirectory) -> None:
+    stage.editor.add(None)
+    stage.fill(sources="")
+    stage.radio("Until I remove it").set_active(True)
+    until(lambda: stage.has("Still to be filled in: Networks and qubes that may connect."))
+    assert not stage.button("Open").get_sensitive()
+    stage.radio("Anybody who can reach it").set_active(True)
+    button = stage.ready("Open to anybody")
+    assert button.get_style_context().has_class("anybody")
+    button.clicked()
+    until(lambda: stage.told)
+    assert (stored(lab, "tcp-80").sources.anyone, stored(lab, "tcp-80").expire) == (True, None)
+
+
+def test_a_fault_is_shown_at_its_field_until_it_is_mended(stage: Stage) -> None:
+    stage.editor.add(None)
+    stage.fill(ports=PROBE, sources=PROBE)
+    until(lambda: stage.has("To be mended:"))
+    port = stage.entry("Port of its server")
+    assert stage.has(f"{PROBE!a} is not a port or range of ports")
+    assert port.get_style_context().has_class("invalid_entry")
+    assert f"{PROBE!a}" in port.get_accessible().get_description()
+    assert not stage.button("Open").get_sensitive()
+    port.set_text("80")
+    until(lambda: not port.get_style_context().has_class("invalid_entry"))
+    assert stage.entry("Networks and qubes that may connect").get_style_context().has_class("invalid_entry")
+
+
+def set_netvm(lab: LabDirectory, qube: str, netvm: str) -> None:
+    lab.write_qube(replace(lab.qube(qube), netvm=QubeName(netvm)))
+
+
+@pytest.fixture
+def hidden(lab: LabDirectory, stage: Stage) -> Stage:
+    """The dialog is open on a qube behind a tunnel."""
+    set_netvm(lab, "personal", "sys-vpn")
+    lab.set_feature("sys-vpn", "forward.tunnel", "1")
+    stage.looked()
+    stage.editor.add(None)
+    stage.fill("personal")
+    until(lambda: stage.has("This cannot be opened."))
+    return stage
+
+
+def test_a_tunnel_is_not_bypassed_but_the_forward_exposed_at_it(hidden: Stage, lab: LabDirectory) -> None:
+    assert not hidden.button("Open").get_sensitive()
+    hidden.button("Expose it at sys-vpn").clicked()
+    assert hidden.dialog.get_focus() is hidden.entry("The other qube")
+    hidden.ready("Open").clicked()
+    until(lambda: hidden.told)
+    assert (stored(lab, "tcp-80", "personal").via, stored(lab, "tcp-80", "personal").bypass_tunnel) == (
+        "sys-vpn",
+        False,
+    )
+
+
+def test_a_tunnel_is_bypassed_by_a_tick_of_its_own(hidden: Stage, lab: LabDirectory) -> None:
+    tick = find(hidden.dialog, Gtk.CheckButton, "Go round the tunnel, I accept")
+    settle()
+    assert tick.get_mapped()
+    tick.set_active(True)
+    hidden.ready("Open").clicked()
+    until(lambda: hidden.told)
+    assert stored(lab, "tcp-80", "personal").bypass_tunnel
+
+
+def test_a_mend_that_has_to_be_filled_in_leads_to_its_field(stage: Stage) -> None:
+    stage.editor.add(None)
+    stage.fill("vault")
+    until(lambda: stage.has("This cannot be opened."))
+    stage.button("Expose it at another qube…").clicked()
+    assert stage.dialog.get_focus() is stage.entry("The other qube")
+
+
+def test_a_mend_for_elsewhere_is_copied(lab: LabDirectory, stage: Stage) -> None:
+    lab.set_feature("work", "forward.web", LINE)
+    stage.looked()
+    stage.editor.add(None)
+    stage.fill("personal")
+    until(lambda: stage.has("Rule work web has port 80 of sys-net already"))
+    stage.button("Copy “qvm-forward disable work web”").clicked()
+    clipboard = Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD)
+    assert clipboard.wait_for_text() == "qvm-forward disable work web"
+
+
+def test_an_edit_changes_what_the_user_has_changed(edited: Stage, lab: LabDirectory) -> None:
+    until(lambda: edited.has("Nothing is changed yet."))
+    assert not edited.button("Save").get_sensitive()
+    edited.entry("Comment").set_text(PROBE)
+    edited.ready("Save").clicked()
+    until(lambda: edited.told)
+    assert stored(lab) == replace(ForwardRule.parse(LINE), comment=PROBE)
+    assert edited.told[0].lines[0].startswith("Forward work web is changed and active.")
+
+
+def test_an_edit_may_begin_with_what_a_way_out_asks_for(stage: Stage, lab: LabDirectory) -> None:
+    lab.set_feature("work", "forward.web", LINE)
+    stage.looked()
+    stage.editor.edit(None, WEB, [Option("srchosts", "any", "")])
+    stage.ready("Save: open to anybody")
+
+
+def test_what_is_not_there_or_cannot_be_read_opens_no_dialog(stage: Stage, lab: LabDirectory) -> None:
+    lab.set_feature("work", "forward.bad", "nonsense")
+    stage.looked()
+    for name in ("gone", "bad"):
+        stage.editor.edit(None, (WORK, name))
+    assert stage.editor.widget is None
+
+
+def test_a_rule_that_changes_meanwhile_is_shown_both_ways_and_the_fields_can_be_kept(
+    edited: Stage, lab: LabDirectory
+) -> None:
+    edited.entry("Comment").set_text("mine")
+    edited.ready("Save")
+    lab.set_feature("work", "forward.web", f"{LINE} comment=theirs")
+    edited.looked()
+    until(lambda: edited.has("This rule has been changed meanwhile."))
+    assert edited.has("You saw: action=forward")
+    assert edited.has("comment=theirs")
+    assert not edited.button("Save").get_sensitive()
+    edited.button("Keep my fields").clicked()
+    edited.ready("Save").clicked()
+    until(lambda: edited.told)
+    assert stored(lab).comment == "mine"
+
+
+def test_a_rule_that_changes_meanwhile_can_be_taken_as_it_is(edited: Stage, lab: LabDirectory) -> None:
+    lab.set_feature("work", "forward.web", f"{LINE} comment=theirs")
+    edited.looked()
+    until(lambda: edited.has("This rule has been changed meanwhile."))
+    edited.button("Take what is stored now").clicked()
+    until(lambda: edited.has("Nothing is changed yet."))
+    assert edited.entry("Comment").get_text() == "theirs"
+
+
+def test_a_change_of_which_no_look_knows_yet_is_not_overwritten(edited: Stage, lab: LabDirectory) -> None:
+    edited.entry("Comment").set_text("mine")
+    button = edited.ready("Save")
+    lab.set_feature("work", "forward.web", f"{LINE} comment={PROBE}")
+    button.clicked()
+    until(lambda: edited.has("it is no longer what you saw, but"))
+    assert edited.has(f"You saw: {ForwardRule.parse(LINE)}")
+    assert (edited.is_open, edited.told, stored(lab).comment) == (True, [], PROBE)
+    until(lambda: edited.has("This rule has been changed meanwhile."))
+    assert edited.button("Keep my fields").get_sensitive()
+
+
+def test_netvms_that_change_unseen_open_nothing(stage: Stage, lab: LabDirectory) -> None:
+    stage.editor.add(None)
+    stage.fill()
+    button = stage.ready("Open")
+    set_netvm(lab, "work", "sys-net")
+    button.clicked()
+    until(lambda: stage.has("the netvms of work are no longer what you saw"))
+    assert "forward.tcp-80" not in lab.features("work")
+    until(lambda: stage.timer.calls)
+    stage.timer.pass_by()
+    stage.ready("Open")
+
+
+def test_a_button_that_means_something_else_waits_a_moment(stage: Stage, lab: LabDirectory) -> None:
+    stage.editor.add(None)
+    stage.fill()
+    stage.ready("Open")
+    lab.write_qube(replace(lab.qube("sys-firewall"), netvm=None))
+    stage.looked()
+    until(lambda: stage.timer.calls)
+    assert not stage.button("Open").get_sensitive()
+    stage.timer.pass_by()
+    stage.ready("Open")
+    stage.looked()
+    settle()
+    assert stage.timer.calls == []
+
+
+def test_an_error_keeps_the_dialog_open_and_its_fields(lab: LabDirectory) -> None:
+    board = Board(lambda: Faulty(lab, "set work"), deliver, Timer(), lambda: NOW)
+    stage = Stage(board, Timer())
+    stage.looked()
+    stage.editor.add(None)
+    stage.fill()
+    stage.ready("Open").clicked()
+    until(lambda: stage.has("cannot set work forward.tcp-80"))
+    assert (stage.is_open, stage.entry("Qube").get_text(), stage.told) == (True, "work", [])
+    assert "forward.tcp-80" not in lab.features("work")
+    stage.looked()
+    assert stage.has("cannot set work")
+    stage.ready("Open").clicked()
+    assert not stage.has("cannot set work")
+    until(lambda: stage.has("cannot set work"))
+    stage.entry("Comment").set_text("x")
+    assert not stage.has("cannot set work")
+    stage.dialog.destroy()
+    board.close()
+
+
+def test_what_is_wrong_only_when_it_is_stored_is_shown_at_its_field_too(stage: Stage) -> None:
+    stage.editor.add(None)
+    stage.fill()
+    until_field = stage.entry("Until")
+    until_field.set_text("2027-01-15 08:01")
+    button = stage.ready("Open")
+    stage.timer.now += 61
+    button.clicked()
+    until(lambda: stage.has("that time is over already"))
+    assert until_field.get_style_context().has_class("invalid_entry")
+    stage.radio("8 hours").set_active(True)
+    stage.ready("Open")
+    assert not until_field.get_style_context().has_class("invalid_entry")
+
+
+def escape(stage: Stage) -> None:
+    """What Escape does in a dialog of GTK."""
+    stage.dialog.emit("close")
+
+
+def test_escape_changes_nothing(stage: Stage, lab: LabDirectory) -> None:
+    before = lab.features("work")
+    stage.editor.add(None)
+    stage.fill()
+    stage.ready("Open")
+    escape(stage)
+    until(lambda: not stage.is_open)
+    stage.looked()
+    assert lab.features("work") == before
+
+
+def test_while_a_change_is_made_the_dialog_cannot_be_left(stage: Stage, store: Backend) -> None:
+    stage.editor.add(None)
+    stage.fill()
+    button = stage.ready("Open")
+    with store.locked():
+        button.clicked()
+        escape(stage)
+        settle()
+        assert stage.is_open
+        assert not stage.entry("Qube").is_sensitive()
+    until(lambda: stage.told)
+
+
+def test_what_was_begun_is_told_where_the_dialog_is_gone(
+    stage: Stage, store: Backend, forward: Command
+) -> None:
+    for ports in ("80", "81"):
+        stage.editor.add(None)
+        stage.fill(ports=ports)
+        button = stage.ready("Open")
+        if ports == "81":
+            forward("add", "work", "82", "--from", "any", "--name", "tcp-81")
+        with store.locked():
+            button.clicked()
+            stage.dialog.destroy()
+        until(lambda: len(stage.told) == (1 if ports == "80" else 2))  # noqa: B023
+    assert [done.is_well for done in stage.told] == [True, False]
+    assert "there is one already" in stage.told[1].warnings[0]
+
+
+def test_nothing_is_the_default(stage: Stage) -> None:
+    stage.editor.add(None)
+    assert stage.dialog.get_default_widget() is None
+    assert not any(isinstance(w, Gtk.Entry) and w.get_activates_default() for w in walk(stage.dialog))
+
+
+def test_nothing_is_saved_where_nothing_can_be_changed(stage: Stage) -> None:
+    assert stage.board.look is not None
+    stage.board.look = replace(stage.board.look, read_only="This qube may only look.")
+    stage.editor.add(None)
+    stage.fill()
+    until(lambda: stage.has("reach port 80 of work."))
+    assert stage.has("This qube may only look.")
+    assert not stage.button("Open").get_sensitive()
+
+
+def test_before_the_first_look_it_says_so(other_store: Callable[[], Backend]) -> None:
+    board = Board(other_store, deliver, Timer(), lambda: NOW)
+    stage = Stage(board, Timer())
+    stage.editor.add(None)
+    assert stage.has("The qubes have not been read yet.")
+    stage.looked()
+    until(lambda: stage.has("Something is still to be filled in."))
+    stage.dialog.destroy()
+    stage.looked()
+    board.close()
+
+
+def test_each_control_has_a_name_and_a_letter_of_its_own(stage: Stage) -> None:
+    stage.editor.add(None)
+    find(stage.dialog, Gtk.Expander, "Further options").set_expanded(True)
+    stage.radio("Its netvm, for other qubes alone").set_active(True)
+    settle()
+    controls = [w for w in walk(stage.dialog) if isinstance(w, FOCUSABLE) and w.get_mapped()]
+    assert len(controls) > 40
+    assert [w for w in controls if not called(w) and w.get_ancestor(Gtk.ComboBox) is None] == []
+    labels = [w for w in walk(stage.dialog) if isinstance(w, Gtk.Label) and w.get_use_underline()]
+    letters = Counter(m[1].lower() for w in labels if (m := re.search(r"(?<!_)_([^_])", w.get_label())))
+    assert {letter: count for letter, count in letters.items() if count > 1} == {}
+    assert len(letters) > 20
+
+
+def test_it_fits_a_small_screen(stage: Stage) -> None:
+    stage.editor.add(None)
+    find(stage.dialog, Gtk.Expander, "Further options").set_expanded(True)
+    settle()
+    smallest, _ = stage.dialog.get_preferred_size()
+    assert (smallest.width <= 780, smallest.height <= 540) == (True, True)
+
+
+def test_what_was_shown_is_what_the_change_is_held_to(
+    stage: Stage, forward: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that there was no rule of the name that is made up."""
+    stage.editor.add(None)
+    stage.fill()
+    button = stage.ready("Open")
+    forward("add", "work", "81", "--from", "any", "--name", "tcp-80")
+    button.clicked()
+    until(lambda: stage.has("there is one already"))
+    until(lambda: stage.timer.calls)
+    stage.timer.pass_by()
+    stage.ready("Open").clicked()
+    until(lambda: stage.told)
+    assert stage.told[0].lines[0].startswith("Forward work tcp-80-2 is stored")
