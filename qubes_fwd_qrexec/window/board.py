@@ -93,6 +93,7 @@ class Board:
         if is_seen and not self._is_seen:
             self._is_seen = True
             self._tick()
+            self._check_watch()
             self._ask_figures()
         self._is_seen = is_seen
 
@@ -179,7 +180,18 @@ class Board:
     def _ticked(self) -> None:
         self._tick()
         if self._is_seen:
+            self._check_watch()
             self._tell()
+
+    def _check_watch(self) -> None:
+        """Look anew where `watch` was started or has ended, which no news tell."""
+        look = self.look
+
+        def answered(start: str | None) -> None:
+            if look is not None and look is self.look and start != look.watch_start:
+                self.refresh()
+
+        self._looking.do(lambda backend: backend.unwatched(), answered, lambda _: None, kind="watch")
 
     def _ask_figures(self) -> None:
         look, now = self.look, time.monotonic()

@@ -238,3 +238,19 @@ def test_where_no_news_come_it_says_so_and_looks_once(
     assert heard == ["no news", "still no news"]
     board.close()
     assert board.look is was
+
+
+def test_watch_is_noticed_when_it_starts_and_when_it_ends(
+    board: Board, loop: MainLoop, store: Backend
+) -> None:
+    """No news tell of it."""
+    looked(board, loop)
+    board.be_seen(True)
+    assert board.look is not None
+    assert board.look.watch_start is not None
+    with store.watching():
+        loop.pass_time(60)
+        loop.until(lambda: board.look is not None and board.look.watch_start is None)
+    board.be_seen(False)
+    board.be_seen(True)
+    loop.until(lambda: board.look is not None and board.look.watch_start is not None)
