@@ -83,10 +83,15 @@ def listener_of(rule: ForwardRule, chain: Chain) -> QubeName | None:
     return chain.qubes[-1 if rule.forward_type is ForwardType.EXTERNAL else 0]
 
 
+def is_over(rule: ForwardRule, now: float) -> bool:
+    """Whether the time of a rule is over at ``now`` (UNIX seconds)."""
+    return rule.has_ended or (rule.expire is not None and rule.expire <= now)
+
+
 def _of_rule(rule: ForwardRule, now: float) -> Iterator[Finding]:
     if not rule.enabled:
         yield Finding(Cause.DISABLED)
-    if rule.has_ended or (rule.expire is not None and rule.expire <= now):
+    if is_over(rule, now):
         yield Finding(Cause.EXPIRED)
     else:
         yield Finding(Cause.IN_TIME)

@@ -18,7 +18,7 @@ from qubes_fwd_qrexec.common.config import Side
 from qubes_fwd_qrexec.common.rules import WILDCARDS, BrokenRule, Mode, NamedRule
 from qubes_fwd_qrexec.common.values import IPAddress, QubeName
 
-from .checks import judged, listener_of
+from .checks import is_over, judged, listener_of
 from .inventory import Chain, Inventory
 from .states import Cause, Finding, Forward, Key, Plan
 
@@ -33,23 +33,38 @@ def plan(
     *,
     newcomers: Collection[Key] = (),
     stock: Collection[QubeName] = (),
+    known: Plan | None = None,
 ) -> Plan:
     """What becomes of each stored rule at the time ``now`` (UNIX seconds).
 
     ``newcomers`` names rules that are not stored yet: what conflicts with them was there first. ``stock``
     are the targets that dom0 now allows to be called over the stock service: while such a target runs, it
-    lacks what has been installed in its template since it started.
+    lacks what has been installed in its template since it started. ``known`` is the plan for the same qubes
+    with almost the same rules: those that are the same are not judged again.
     """
     ordered = sorted(stored, key=lambda entry: (entry.target, entry.name))
     rules = (entry for entry in ordered if isinstance(entry, NamedRule))
-    forwards: dict[Key, Forward] = {rule[:2]: judged(rule, inventory, now, stock) for rule in rules}
+    before = {} if known is None else known.alone
+    alone: dict[Key, Forward] = {}
+    for rule in rules:
+        was = before.get(rule[:2])
+        is_same = (
+            was is not None and was.named.rule is rule.rule and _was_over(was) == is_over(rule.rule, now)
+        )
+        alone[rule[:2]] = was if was is not None and is_same else judged(rule, inventory, now, stock)
+    forwards = dict(alone)
     claims = _Claims()
     for key in sorted(forwards, key=lambda key: (key in newcomers, key)):
         forward = forwards[key]
         conflict = claims.take(forward, inventory)
         if conflict is not None:
             forwards[key] = forward.with_finding(conflict)
-    return Plan(tuple(forwards.values()), tuple(entry for entry in ordered if isinstance(entry, BrokenRule)))
+    broken = tuple(entry for entry in ordered if isinstance(entry, BrokenRule))
+    return Plan(tuple(forwards.values()), broken, alone=alone)
+
+
+def _was_over(forward: Forward) -> bool:
+    return forward.finding(Cause.EXPIRED) is not None
 
 
 def _homes(forward: Forward) -> tuple[QubeName, ...]:

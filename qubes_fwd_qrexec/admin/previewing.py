@@ -7,7 +7,7 @@ from qubes_fwd_qrexec.common.rules import NamedRule
 
 from .deciding import Decision, decided
 from .snapshot import Snapshot
-from .states import Cause, Finding, Forward, State
+from .states import Cause, Finding, Forward, Plan, State
 
 
 class Preview(NamedTuple):
@@ -22,10 +22,11 @@ class Preview(NamedTuple):
     decision: Decision | None = None
 
 
-def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Preview:
+def preview(snapshot: Snapshot, now: float, named: NamedRule, known: Plan | None = None) -> Preview:
     """What would become of a rule if it was stored, anew or in place of the one of its name. Its target must
-    exist.
+    exist. ``known`` is the plan of the snapshot, where the caller has it.
     """
+    known = known or snapshot.plan(now)
     key = named[:2]
     after = snapshot.changed({key: str(named.rule)})
     decision = decided(after, [key], now).get(key)
@@ -33,8 +34,9 @@ def preview(snapshot: Snapshot, now: float, named: NamedRule) -> Preview:
         after = snapshot.changed({key: str(decision.rule)})
     old = None
     if key in snapshot.stored:
-        old = snapshot.plan(now, [key], is_held=False).find(*key)
-    forward = next(f for f in after.plan(now, [key], is_held=False) if f.named[:2] == key)
+        old = snapshot.plan(now, [key], is_held=False, known=known).find(*key)
+    planned = after.plan(now, [key], is_held=False, known=known)
+    forward = next(each for each in planned if each.named[:2] == key)
     problem = new_problem(old, forward)
     if snapshot.is_held:
         forward = forward.with_finding(Finding(Cause.HELD))

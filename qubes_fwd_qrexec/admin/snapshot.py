@@ -103,10 +103,21 @@ class Snapshot(NamedTuple):
         """Whether dom0's policy says that everything is held."""
         return policy.is_held(self.installed.text)
 
-    def plan(self, now: float, newcomers: Collection[Key] = (), *, is_held: bool | None = None) -> Plan:
-        """What the rules ask for. ``is_held`` overrides what dom0's policy says of the hold."""
+    def plan(
+        self,
+        now: float,
+        newcomers: Collection[Key] = (),
+        *,
+        is_held: bool | None = None,
+        known: Plan | None = None,
+    ) -> Plan:
+        """What the rules ask for. ``is_held`` overrides what dom0's policy says of the hold; ``known`` is the
+        plan of a snapshot that differs in few rules alone, and spares most of the work.
+        """
         stock = policy.stock_targets(self.installed.text)
-        planned = plan(self.stored.values(), self.inventory, now, newcomers=newcomers, stock=stock)
+        planned = plan(
+            self.stored.values(), self.inventory, now, newcomers=newcomers, stock=stock, known=known
+        )
         return planned.held() if (self.is_held if is_held is None else is_held) else planned
 
     def changed(self, changes: NewLines) -> "Snapshot":

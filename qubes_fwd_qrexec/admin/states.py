@@ -4,8 +4,8 @@
 There is no sentence here: a finding is a cause with its facts, and `views.reasons` puts it into words.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -220,12 +220,14 @@ class Forward(NamedTuple):
 class Plan:
     """All rules in the order of target and name, and what is stored as a rule and cannot be read.
 
-    ``is_held``: nothing of it is live, whatever the rules ask for, until somebody resumes.
+    ``is_held``: nothing of it is live, whatever the rules ask for, until somebody resumes. ``alone`` is each
+    rule as it would be without all others, for whoever plans almost the same again.
     """
 
     forwards: tuple[Forward, ...]
     broken: tuple[BrokenRule, ...] = ()
     is_held: bool = False
+    alone: Mapping[Key, Forward] = field(default_factory=dict, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Forward]:
         return iter(self.forwards)
@@ -244,7 +246,8 @@ class Plan:
     def held(self) -> "Plan":
         """The same while everything is held: nothing is live."""
         held = Finding(Cause.HELD)
-        return Plan(tuple(forward.with_finding(held) for forward in self.forwards), self.broken, True)
+        forwards = tuple(forward.with_finding(held) for forward in self.forwards)
+        return replace(self, forwards=forwards, is_held=True)
 
 
 class NotOpenError(RefusedError):

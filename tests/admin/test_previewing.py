@@ -73,6 +73,7 @@ def test_a_preview_of_a_change_has_a_problem_where_the_change_is_refused(
     options = list(split(edit))
     rule = changing.changed_rule(snapshot.inventory, NOW, old, options)
     seen = preview(snapshot, NOW, old._replace(rule=rule))
+    assert seen == preview(snapshot, NOW, old._replace(rule=rule), snapshot.plan(NOW))
     assert (seen.problem and seen.problem.cause) == cause
     if cause is None:
         (changed,) = changing.set_options(System(store, NOW), [(WORK, WEB)], options).forwards

@@ -105,6 +105,11 @@ IN_FORCE = [
         Summary(f"3 ports are open, all to anybody. {OTHERWISE}", Tone.ANYBODY, 0),
     ),
     (
+        (rule(LAN),),
+        (rule(f"{LAN} srcports=80-81"),),
+        Summary(f"2 ports are open. {OTHERWISE}", Tone.UNKNOWN, 0),
+    ),
+    (
         (rule(f"{LAN} mode=nft srcports=80-81"),),
         (),
         Summary("2 ports are open. 1 forward should be closed and is still in force.", Tone.UNKNOWN, 0),
