@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The columns of the list. Their widths are found here, text by text, as GTK would measure every row."""
+
+from .cells import Cells
+from .gtk import Gtk, Pango
+from .words import _
+
+WIDE = {"who": 18, "comment": 8}
+"""Columns that share the place that is left, and how many characters they show at least."""
+_FIRST = "state"
+# Of a cell; and of the first column, with what folds a group and its icon.
+_MARGIN, _FIRST_MARGIN = 10, 56
+# The first column has bold letters, and so have titles.
+_BOLD = 1.12
+
+
+def titles() -> dict[str, str]:
+    """What the columns show, by the fields of `Cells`."""
+    return {
+        "state": _("State"),
+        "who": _("From"),
+        "at": _("Reachable at"),
+        "to": _("Goes to"),
+        "way": _("Way"),
+        "ends": _("Ends"),
+        "comment": _("Comment"),
+        "role": _("Role"),
+    }
+
+
+class Column:
+    """One column; ``widget`` is GTK's."""
+
+    def __init__(self, view: Gtk.TreeView, field: str, title: str) -> None:
+        self._view = view
+        self._field = field
+        self._is_wide = field in WIDE
+        self._title, self._longest = title, WIDE.get(field, 0) * "0"
+        self.is_shown = True
+        self.widget = Gtk.TreeViewColumn(title)
+        self.widget.set_sizing(Gtk.TreeViewColumnSizing.FIXED)
+        self.widget.set_resizable(True)
+        self.widget.set_expand(self._is_wide)
+        if field == _FIRST:
+            icon = Gtk.CellRendererPixbuf(xpad=2)
+            self.widget.pack_start(icon, False)
+            self.widget.add_attribute(icon, "gicon", Cells._fields.index("icon"))
+        text = Gtk.CellRendererText(ellipsize=Pango.EllipsizeMode.END)
+        self.widget.pack_start(text, True)
+        self.widget.add_attribute(text, "text", Cells._fields.index(field))
+        for attribute in ("foreground", "weight"):
+            name = f"{field}_{attribute}"
+            if name in Cells._fields:
+                self.widget.add_attribute(text, attribute, Cells._fields.index(name))
+        self.measure()
+        view.append_column(self.widget)
+
+    def show(self, is_shown: bool) -> None:
+        self.is_shown = is_shown
+        self.widget.set_visible(is_shown)
+
+    def make_room(self, cells: Cells) -> None:
+        """Be wide enough for one more row, unless this column gets what the others leave."""
+        text: str = getattr(cells, self._field)
+        if not self._is_wide and len(text) > len(self._longest):
+            self._longest = text
+            self.measure()
+
+    def measure(self) -> None:
+        """Be as wide as what there is to show, in the letters of the theme."""
+        layout = self._view.create_pango_layout(self._longest)
+        width = layout.get_pixel_size()[0]
+        if self._field == _FIRST:
+            width = int(_BOLD * width) + _FIRST_MARGIN - _MARGIN
+        layout.set_text(self._title, -1)
+        self.widget.set_fixed_width(max(width, int(_BOLD * layout.get_pixel_size()[0]) + 4) + _MARGIN)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The list of rules: what the user has chosen, folded and scrolled to stays while the rules change."""
+
+from collections.abc import Iterator
+
+import pytest
+from listed import group, row, system
+from onscreen import focused, press
+from screen import settle, until
+
+from qubes_fwd_qrexec.admin.states import State
+from qubes_fwd_qrexec.common.values import QubeName
+from qubes_fwd_qrexec.window.cells import Item
+from qubes_fwd_qrexec.window.gtk import Atk, Gdk, GLib, Gtk
+from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
+from qubes_fwd_qrexec.window.rows import ENDED
+from qubes_fwd_qrexec.window.rulelist import RuleList
+
+WORK, PERSONAL = group("work", row("tls"), row("web")), group("personal", row("wiki", "personal"))
+WEB: Item = (QubeName("work"), "web")
+TLS: Item = (QubeName("work"), "tls")
+
+
+def names(accessible: Atk.Object) -> Iterator[str]:
+    """Of it and all that is in it."""
+    yield accessible.get_name()
+    for index in range(accessible.get_n_accessible_children()):
+        yield from names(accessible.ref_accessible_child(index))
+
+
+class Shown:
+    """A list in a window, and what it has told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.picked: list[Item | None] = []
+        self.opened: list[Item | None] = []
+        self.menus: list[Item] = []
+        self.list = RuleList(
+            lambda: self.picked.append(self.list.chosen),
+            lambda: self.opened.append(self.list.chosen),
+            self._menu,
+            Portions(self._pass_time),
+        )
+        self.view = self.list.view
+        self.window = Gtk.Window(default_width=700, default_height=200)
+        self.window.add(self.list.widget)
+        self.window.show_all()
+        focused(self.window)
+        self.list.view.grab_focus()
+
+    def _pass_time(self) -> float:
+        """Each step takes a millisecond."""
+        self.now += 0.001
+        return self.now
+
+    def _menu(self, item: Item) -> Gtk.Menu:
+        self.menus.append(item)
+        return Gtk.Menu()
+
+    def texts(self) -> list[str]:
+        """The first column of the rows that are not folded away."""
+        found: list[str] = []
+
+        def note(model: Gtk.TreeModel, path: Gtk.TreePath, place: Gtk.TreeIter) -> bool:
+            above = path.copy()
+            if path.get_depth() == 1 or (above.up() and self.view.row_expanded(above)):
+                found.append(model[place][1])
+            return False
+
+        self.view.get_model().foreach(note)
+        return found
+
+    def selected(self) -> str | None:
+        tree, found = self.view.get_selection().get_selected()
+        return None if found is None else tree[found][0]
+
+
+@pytest.fixture
+def shown() -> Iterator[Shown]:
+    made = Shown()
+    yield made
+    made.window.destroy()
+    settle()
+
+
+def test_groups_are_unfolded_but_what_has_ended(shown: Shown) -> None:
+    ended = group(ENDED, row("old", mark="ENDED", state=State.EXPIRED))
+    shown.list.show((PERSONAL, WORK, ended))
+    assert shown.texts() == ["personal", "● OPEN", "work", "● OPEN", "● OPEN", "1 ended"]
+
+
+def test_what_is_chosen_stays_chosen_whatever_changes_around_it(shown: Shown) -> None:
+    shown.list.show((PERSONAL, WORK))
+    shown.list.choose(WEB)
+    for groups in (
+        (WORK,),
+        (group("a", row("x", "a")), WORK),
+        (group("work", row("web", comment="said"), row("tls")),),
+        (group("work", row("new"), row("web")), PERSONAL),
+    ):
+        shown.list.show(groups)
+        assert shown.list.chosen == shown.selected() == WEB
+    assert shown.picked == [WEB]
+
+
+def test_where_the_chosen_rule_goes_no_other_is_chosen(shown: Shown) -> None:
+    shown.list.show((WORK, PERSONAL))
+    shown.list.choose(TLS)
+    shown.list.show((group("work", row("web")), PERSONAL))
+    assert shown.list.chosen is shown.selected() is None
+    assert shown.picked == [TLS, None]
+
+
+def test_a_rule_that_comes_back_is_chosen_again(shown: Shown) -> None:
+    """As when the filter that hid it is cleared."""
+    shown.list.show((WORK, PERSONAL))
+    shown.list.choose(WEB)
+    shown.list.show((PERSONAL,))
+    shown.list.show((WORK, PERSONAL))
+    assert shown.list.chosen == shown.selected() == WEB
+
+
+def test_a_chosen_rule_whose_time_ends_stays_chosen_though_it_is_folded_away(shown: Shown) -> None:
+    shown.list.show((WORK,))
+    shown.list.choose(WEB)
+    shown.list.show((group("work", row("tls")), group(ENDED, row("web"))))
+    assert shown.list.chosen == WEB
+    assert shown.selected() is None
+    assert shown.picked == [WEB]
+
+
+def test_a_folded_group_stays_folded(shown: Shown) -> None:
+    shown.list.show((WORK, PERSONAL))
+    shown.view.collapse_row(Gtk.TreePath.new_first())
+    shown.list.show((group("a", row("x", "a")), group("work", row("tls"), row("web"), row("new")), PERSONAL))
+    assert shown.texts() == ["a", "● OPEN", "work", "personal", "● OPEN"]
+    shown.list.show((PERSONAL,))
+    shown.list.show((WORK, PERSONAL))
+    assert shown.texts() == ["work", "personal", "● OPEN"]
+    shown.view.expand_row(Gtk.TreePath.new_first(), False)
+    shown.list.show((PERSONAL,))
+    shown.list.show((WORK, PERSONAL))
+    assert shown.texts() == ["work", "● OPEN", "● OPEN", "personal", "● OPEN"]
+
+
+def test_choosing_a_rule_unfolds_its_group(shown: Shown) -> None:
+    shown.list.show((group(ENDED, row("web")),))
+    shown.list.choose(WEB)
+    assert shown.selected() == WEB
+
+
+def test_what_is_scrolled_to_stays_in_view(shown: Shown) -> None:
+    shown.list.show(system(10, 5))
+    until(lambda: not shown.list.is_filling)
+    settle()
+    scroll = shown.list.widget.get_vadjustment()
+    scroll.set_value(400)
+    settle()
+    shown.list.show(tuple(each._replace(chain="other") for each in system(10, 5)))
+    until(lambda: not shown.list.is_filling)
+    settle()
+    assert scroll.get_value() == 400
+
+
+def test_no_turn_of_the_main_loop_changes_more_than_a_portion(shown: Shown) -> None:
+    changes: list[object] = []
+    for signal in ("row-inserted", "row-deleted", "row-changed"):
+        shown.view.get_model().connect(signal, lambda *_: changes.append(None))
+    for groups, least in ((system(200, 5), 1200), ((), 1200), (system(200, 5), 1200), (system(200, 5), 0)):
+        most = total = 0
+        shown.list.show(groups)
+        while shown.list.is_filling:
+            most, total = max(most, len(changes)), total + len(changes)
+            changes.clear()
+            GLib.MainContext.default().iteration(True)
+        total += len(changes)
+        changes.clear()
+        # Of each row, and of the group that it comes to or goes from.
+        assert most <= 3 * PORTION_S / 0.001
+        assert total >= least
+        assert total == 0 or least
+
+
+def test_other_rules_take_the_place_of_those_that_are_not_all_shown_yet(shown: Shown) -> None:
+    shown.list.show(system(100, 5))
+    assert shown.list.is_filling
+    shown.list.choose(WEB)
+    shown.list.show((PERSONAL, WORK))
+    until(lambda: not shown.list.is_filling)
+    assert shown.texts() == ["personal", "● OPEN", "work", "● OPEN", "● OPEN"]
+    assert shown.list.chosen == WEB
+    assert shown.picked == [WEB]
+
+
+def test_a_list_that_goes_is_not_filled_any_more(shown: Shown) -> None:
+    shown.list.show(system(100, 5))
+    shown.window.destroy()
+    settle()
+    assert not shown.list.is_filling
+
+
+def test_keys_go_through_the_rows_fold_them_and_open_the_details(shown: Shown) -> None:
+    shown.list.show((WORK, PERSONAL))
+    shown.list.choose(TLS)
+    press(shown.view, Gdk.KEY_Down)
+    assert shown.list.chosen == WEB
+    press(shown.view, Gdk.KEY_Home)
+    assert shown.list.chosen == "work"
+    press(shown.view, Gdk.KEY_End)
+    assert shown.list.chosen == ("personal", "wiki")
+    press(shown.view, Gdk.KEY_Return)
+    assert shown.opened == [("personal", "wiki")]
+    press(shown.view, Gdk.KEY_Left)
+    assert shown.list.chosen == "personal"
+    press(shown.view, Gdk.KEY_Left)
+    assert shown.texts()[-1] == "personal"
+    press(shown.view, Gdk.KEY_Right)
+    assert shown.texts()[-1] == "● OPEN"
+    assert shown.menus == []
+
+
+def test_letters_search_nothing(shown: Shown) -> None:
+    assert not shown.view.get_enable_search()
+
+
+def test_the_menu_is_of_what_is_chosen(shown: Shown) -> None:
+    shown.list.show((WORK, PERSONAL))
+    shown.list.choose(WEB)
+    assert shown.view.emit("popup-menu")
+    assert shown.menus == [WEB]
+
+
+def test_columns_that_say_nothing_are_not_there(shown: Shown) -> None:
+    def titles() -> list[str]:
+        return [column.get_title() for column in shown.view.get_columns() if column.get_visible()]
+
+    shown.list.show((group("work", row("web", ends="")),))
+    assert titles() == ["State", "From", "Reachable at", "Goes to"]
+    shown.list.show((group("work", row("web", comment="mine", role="exposed", ends="in 7 h")),))
+    assert titles() == ["State", "From", "Reachable at", "Goes to", "Ends", "Comment", "Role"]
+
+
+def test_assistive_technology_reads_each_cell(shown: Shown) -> None:
+    shown.list.show((group("work", row("web", comment="<b>mine</b> &")),))
+    settle()
+    accessible = shown.view.get_accessible()
+    said = {"work", "work - sys-net", "● OPEN", "192.168.0.0/16", "sys-net:80", "8080", "<b>mine</b> &"}
+    assert said <= {*names(accessible)}
+    assert accessible.get_name() == "Forwards by target"
