@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What stands in place of the list where there is nothing to list: why, and what helps."""
+
+from collections.abc import Callable
+from enum import Enum, auto
+
+from .gtk import Gtk
+from .widgets import GAP, button, column, label
+from .words import _
+
+
+class Lack(Enum):
+    """Why there is no list."""
+
+    NOT_LOOKED = auto()
+    CANNOT_LOOK = auto()
+    NO_RULES = auto()
+    NONE_FITS = auto()
+
+
+class Placeholder:
+    """A title, a text and a button, in the middle."""
+
+    def __init__(
+        self, add: Callable[[], object], look: Callable[[], object], show_all: Callable[[], object]
+    ) -> None:
+        self._shown: tuple[Lack, str] | None = None
+        self._title, self._text = label(wraps=True, style="title"), label(wraps=True, is_selectable=True)
+        self.add = button(_("Add a _forward…"), add, style="suggested-action")
+        self._buttons = {
+            Lack.NO_RULES: self.add,
+            Lack.CANNOT_LOOK: button(_("_Look again"), look),
+            Lack.NONE_FITS: button(_("Sh_ow all"), show_all),
+        }
+        self._spinner = Gtk.Spinner()
+        self.widget = column(self._spinner, self._title, self._text, *self._buttons.values(), gap=2 * GAP)
+        self.widget.set_valign(Gtk.Align.CENTER)
+        self.widget.set_halign(Gtk.Align.CENTER)
+        self.widget.set_border_width(4 * GAP)
+        for text in (self._title, self._text):
+            text.set_xalign(0.5)
+            text.set_justify(Gtk.Justification.CENTER)
+            text.set_max_width_chars(60)
+        for each in (self._spinner, self._text, *self._buttons.values()):
+            each.set_no_show_all(True)
+            each.set_halign(Gtk.Align.CENTER)
+
+    def show(self, lack: Lack, trouble: str = "") -> None:
+        """``trouble`` says why one cannot look."""
+        if (lack, trouble) == self._shown:
+            return
+        self._shown = lack, trouble
+        title, words = {
+            Lack.NOT_LOOKED: (_("Looking at the qubes…"), ""),
+            Lack.CANNOT_LOOK: (_("What is open is unknown"), trouble),
+            Lack.NO_RULES: (
+                _("Nothing on this machine can be reached"),
+                _("A forward lets others reach a server in one of your qubes."),
+            ),
+            Lack.NONE_FITS: (_("No forward fits what is searched for"), ""),
+        }[lack]
+        self._title.set_text(title)
+        self._text.set_text(words)
+        self._text.set_visible(bool(words))
+        for each, shown in self._buttons.items():
+            shown.set_visible(each is lack)
+        self._spinner.set_visible(lack is Lack.NOT_LOOKED)
+        self._spinner.props.active = lack is Lack.NOT_LOOKED
