@@ -8,18 +8,18 @@ that for markup. Others show it as it is, so that escapes of markup would be see
 any of them takes for markup is in a notice.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
-from itertools import islice
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key, State
 from qubes_fwd_qrexec.admin.views import reasons
 from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
 from qubes_fwd_qrexec.admin.views.times import print_time
-from qubes_fwd_qrexec.common.rules import BrokenRule
 
 from .board import Later
+from .entries import Entry
+from .inforce import Force
 from .look import Look
 from .words import _, ngettext
 
@@ -49,28 +49,33 @@ class Kind(StrEnum):
     ENDED = "ended"
     SUSPENDED = "suspended"
     CLOSED = "closed"
+    STILL = "still"
     HELD = "held"
 
 
 class Change(NamedTuple):
-    """A rule of which somebody wants to know; the rule is None where it is about all."""
+    """What somebody wants to know of a rule; it is None where it cannot be read. Without an entry it is about
+    all rules.
+    """
 
     kind: Kind
-    rule: Forward | BrokenRule | None = None
+    entry: Entry | None = None
+    rule: Forward | None = None
 
     @property
     def name(self) -> str:
         """Of the rule, as users write it."""
-        return str(self.rule.named if isinstance(self.rule, Forward) else self.rule)
+        return "" if self.entry is None else escaped(" ".join(self.entry.key))
 
     @property
-    def is_to_anybody(self) -> bool:
-        return isinstance(self.rule, Forward) and self.rule.finding(Cause.ANYBODY) is not None
+    def opens_to_anybody(self) -> bool:
+        return self.kind in _OPEN and self.entry is not None and self.entry.is_anybody
 
 
-_OPEN, _LIVE = (Kind.OPEN, Kind.WAITING), (Kind.OPEN, Kind.WAITING, Kind.DENIED)
-_KINDS = {State.WAITING: Kind.WAITING, State.SUSPENDED: Kind.SUSPENDED, State.EXPIRED: Kind.ENDED}
-_KINDS |= {State.REFUSED: Kind.CLOSED}
+_OPEN = (Kind.OPEN, Kind.WAITING)
+_LIVE = (*_OPEN, Kind.DENIED, Kind.STILL)
+_KINDS = {State.ACTIVE: Kind.OPEN, State.WAITING: Kind.WAITING, State.SUSPENDED: Kind.SUSPENDED}
+_KINDS |= {State.EXPIRED: Kind.ENDED, State.REFUSED: Kind.CLOSED, State.BROKEN: Kind.CLOSED}
 
 
 def changes(before: Look, after: Look) -> Iterator[Change]:
@@ -79,27 +84,33 @@ def changes(before: Look, after: Look) -> Iterator[Change]:
         if not before.plan.is_held:
             yield Change(Kind.HELD)
         return
-    old = {forward.named[:2]: forward for forward in before.plan}
-    for forward in after.plan:
-        kind, was = _kind(forward, after.denials), old.get(forward.named[:2])
-        was_kind = None if was is None else _kind(was, before.denials)
-        if kind in _LIVE:
-            is_new = kind != was_kind or (was is not None and _opening(was) != _opening(forward))
+    kinds = {entry.key: _kind(entry) for entry in before.entries.rules}
+    olds, news = _by_key(before), _by_key(after)
+    for entry in after.entries.rules:
+        kind, was = _kind(entry), kinds.get(entry.key)
+        old, new = olds.get(entry.key), news.get(entry.key)
+        if kind in (Kind.OPEN, Kind.DENIED):
+            is_told = kind != was or (old is not None and new is not None and _opening(old) != _opening(new))
+        elif kind is Kind.WAITING:
             # That a qube of it was halted is not told.
-            if is_new and not (kind is Kind.WAITING and was_kind in _LIVE):
-                yield Change(kind, forward)
-        elif kind is not None and was_kind in _LIVE:
-            yield Change(kind, forward)
-    for rule in after.plan.broken:
-        was = before.plan.find(rule.target, rule.name)
-        if was is not None and was.is_live:
-            yield Change(Kind.CLOSED, rule)
+            is_told = was not in _LIVE
+        else:
+            is_told = kind != was and was in _LIVE
+        if is_told and kind is not None:
+            yield Change(kind, entry, new)
 
 
-def _kind(forward: Forward, denials: Mapping[Key, str]) -> Kind | None:
-    if forward.state is State.ACTIVE:
-        return Kind.DENIED if forward.named[:2] in denials else Kind.OPEN
-    return _KINDS.get(forward.state)
+def _by_key(look: Look) -> dict[Key, Forward]:
+    return {forward.named[:2]: forward for forward in look.plan}
+
+
+def _kind(entry: Entry) -> Kind | None:
+    """None where it is closed as somebody wants it, or is not in force yet."""
+    if entry.force is Force.STILL:
+        return Kind.STILL
+    if entry.force is Force.NOT_YET and entry.is_live:
+        return None
+    return Kind.DENIED if entry.is_denied else _KINDS.get(entry.state)
 
 
 def _opening(forward: Forward) -> tuple[object, ...]:
@@ -109,24 +120,27 @@ def _opening(forward: Forward) -> tuple[object, ...]:
     return *where, rule.sources, rule.target_ports, rule.proto
 
 
-def notices(found: list[Change], look: Look) -> Iterator[Notice]:
-    """How to tell changes after which the look was taken: many of one kind in one notice."""
-    # What is due is done at once where `watch` runs.
-    is_due = bool(look.due) and look.watch_start is not None
-    tail = _("Not all of this is in force: 'qvm-forward watch' does not run.") if is_due else ""
-    for kind in Kind:
-        some = list({change.name: change for change in found if change.kind is kind}.values())
+def notices(found: Iterable[Change], look: Look) -> Iterator[Notice]:
+    """How to tell changes, of which the look is the last: many of one kind in one notice."""
+    last = {entry.key: entry for entry in look.entries.rules}
+    by_kind: dict[Kind, dict[str, Change]] = {kind: {} for kind in Kind}
+    for change in found:
+        now = None if change.entry is None else last.get(change.entry.key)
+        # What should be closed is still in force for a moment, and worth a word only if it stays so.
+        if change.kind is not Kind.STILL or (now is not None and _kind(now) is Kind.STILL):
+            by_kind[change.kind][change.name] = change._replace(entry=now or change.entry)
+    for kind, named in by_kind.items():
+        some = [*named.values()]
         if len(some) > NAMED_MAX:
-            yield _notice(f"{kind}", _title_of_many(kind, len(some)), _names(some), tail, some)
+            yield _notice(f"{kind}", _title_of_many(kind, len(some)), _names(some), some)
         else:
             for each in some:
-                yield _notice(each.name, _title(each), _body(each, look), tail, [each])
+                yield _notice(each.name, _title(each), _body(each), [each])
 
 
-def _notice(about: str, title: str, body: str, tail: str, some: list[Change]) -> Notice:
-    is_alarming = any(change.kind in _OPEN and change.is_to_anybody for change in some)
-    body = shortened(_plain(body), _BODY_MAX)
-    return Notice(about, _plain(title), f"{body} {tail}".rstrip(), is_alarming)
+def _notice(about: str, title: str, body: str, some: list[Change]) -> Notice:
+    is_alarming = any(change.opens_to_anybody or change.kind is Kind.STILL for change in some)
+    return Notice(about, _plain(title), shortened(_plain(body), _BODY_MAX), is_alarming)
 
 
 def _plain(text: str) -> str:
@@ -135,13 +149,6 @@ def _plain(text: str) -> str:
 
 
 def _title(change: Change) -> str:
-    if change.kind is Kind.HELD:
-        return _("Everything is held")
-    name = escaped(change.name)
-    if change.kind is Kind.OPEN and change.is_to_anybody:
-        return _("{rule} is open to anybody").format(rule=name)
-    if change.kind is Kind.WAITING and change.is_to_anybody:
-        return _("{rule} will be open to anybody").format(rule=name)
     titles = {
         Kind.OPEN: _("{rule} is open"),
         Kind.WAITING: _("{rule} will be open"),
@@ -149,8 +156,13 @@ def _title(change: Change) -> str:
         Kind.ENDED: _("{rule} has ended"),
         Kind.SUSPENDED: _("{rule} is suspended"),
         Kind.CLOSED: _("{rule} is closed"),
+        Kind.STILL: _("{rule} is still open"),
+        Kind.HELD: _("Everything is held"),
     }
-    return titles[change.kind].format(rule=name)
+    if change.opens_to_anybody:
+        titles[Kind.OPEN] = _("{rule} is open to anybody")
+        titles[Kind.WAITING] = _("{rule} will be open to anybody")
+    return titles[change.kind].format(rule=change.name)
 
 
 def _title_of_many(kind: Kind, count: int) -> str:
@@ -163,42 +175,47 @@ def _title_of_many(kind: Kind, count: int) -> str:
         Kind.ENDED: ngettext("{count} forward has ended", "{count} forwards have ended", count),
         Kind.SUSPENDED: ngettext("{count} forward is suspended", "{count} forwards are suspended", count),
         Kind.CLOSED: ngettext("{count} forward is closed", "{count} forwards are closed", count),
+        Kind.STILL: ngettext("{count} forward is still open", "{count} forwards are still open", count),
     }
     return titles[kind].format(count=count)
 
 
 def _names(some: list[Change]) -> str:
     """Which they are, and how many of them are open to anybody."""
-    names = ", ".join(escaped(change.name) for change in islice(some, NAMED_MAX))
+    names = ", ".join(change.name for change in some[:NAMED_MAX])
     more = len(some) - NAMED_MAX
     text = ngettext("{names} and {count} more.", "{names} and {count} more.", more)
     text = text.format(names=names, count=more)
-    if some[0].kind in _OPEN and (count := sum(change.is_to_anybody for change in some)):
+    if count := sum(change.opens_to_anybody for change in some):
         anybody = ngettext("{count} of them to anybody.", "{count} of them to anybody.", count)
-        text = f"{anybody.format(count=count)} {text}"
+        anybody = anybody.format(count=count)
+        text = f"{anybody} {text}"
     return text
 
 
-def _body(change: Change, look: Look) -> str:
-    rule = change.rule
-    if rule is None:
+def _body(change: Change) -> str:
+    rule, entry = change.rule, change.entry
+    if entry is None:
         return _("Nothing opens any more until you resume. The rules are kept as they are.")
-    if isinstance(rule, BrokenRule):
-        return _("Its rule cannot be read: {problem}").format(problem=escaped(rule.problem))
-    if change.kind is Kind.ENDED:
-        return _("Its time is over, and nobody new can connect.")
     if change.kind is Kind.DENIED:
-        return escaped(look.denials.get(rule.named[:2], ""))
-    if rule.cause is Cause.NETVM_CHANGED:
-        moved = escaped(reasons.filled("{moved}.", rule, rule.decisive))
-        closed = _("It stays closed until you confirm it.")
-        return f"{moved} {closed}"
-    sentence = escaped(reasons.sentence(rule))
-    return f"{sentence} {_end(rule)}" if change.kind in _OPEN else sentence
+        return entry.note
+    parts = [entry.note]
+    if rule is None:
+        parts.append(_("Its rule cannot be read: {problem}").format(problem=entry.comment))
+    elif rule.cause is Cause.EXPIRED:
+        parts.append(_("Its time is over."))
+    elif rule.cause is Cause.NETVM_CHANGED:
+        parts.append(escaped(reasons.filled("{moved}.", rule, rule.decisive)))
+        if change.kind is Kind.SUSPENDED:
+            parts.append(_("It stays closed until you confirm it."))
+    else:
+        parts.append(escaped(reasons.sentence(rule)))
+    if change.kind in _OPEN and rule is not None:
+        parts.append(_end(rule.named.rule.expire))
+    return " ".join(filter(None, parts))
 
 
-def _end(forward: Forward) -> str:
-    expire = forward.named.rule.expire
+def _end(expire: int | None) -> str:
     if expire is None:
         return _("It stays open until you end it.")
     return _("It ends at {time}.").format(time=print_time(expire))

@@ -8,7 +8,9 @@ import pytest
 from mainloop import MainLoop
 from worlds import NOW, Command, qube, rule, world
 
-from qubes_fwd_qrexec.admin.apply import Kind, Step
+from qubes_fwd_qrexec.admin import policy
+from qubes_fwd_qrexec.admin.apply import Kind as StepKind
+from qubes_fwd_qrexec.admin.apply import Step
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.inventory import Inventory
 from qubes_fwd_qrexec.admin.plan import plan
@@ -30,6 +32,7 @@ from qubes_fwd_qrexec.window.notices import Kind as Became
 
 LAN = "srchosts=192.168.0.0/16"
 UP = Inventory({name: each._replace(is_running=True) for name, each in world().qubes.items()})
+NO_END = "It stays open until you end it."
 OPENS = "Connections to port 80 of sys-net (outer side) from {} reach port 80 of work."
 
 
@@ -43,7 +46,7 @@ def of(planned: Plan, **more: Any) -> Look:
 
 
 def told(before: Look, after: Look) -> list[Notice]:
-    return list(notices(list(changes(before, after)), after))
+    return list(notices(changes(before, after), after))
 
 
 def texts(before: Look, after: Look) -> list[tuple[str, str, bool]]:
@@ -57,7 +60,7 @@ def test_what_opens_is_told_with_to_whom_and_until_when() -> None:
     assert notice[1] == "work web is open"
     assert notice.body.startswith(f"{OPENS.format('192.168.0.0/16')} It ends at 2027-01-15 ")
     assert not notice.is_alarming
-    assert texts(look(), look(rule(LAN)))[0][1].endswith(" It stays open until you end it.")
+    assert texts(look(), look(rule(LAN)))[0][1].endswith(f" {NO_END}")
 
 
 def test_that_it_is_open_to_anybody_is_in_the_title() -> None:
@@ -97,7 +100,7 @@ def test_what_waits_is_told_when_it_is_made_and_when_it_opens() -> None:
 def test_what_has_ended_is_told() -> None:
     named = rule(f"expire={NOW + 1}")
     assert texts(look(named), look(named, now=NOW + 2)) == [
-        ("work web has ended", "Its time is over, and nobody new can connect.", False)
+        ("work web has ended", "Its time is over.", False)
     ]
 
 
@@ -132,10 +135,13 @@ def test_what_cannot_be_read_any_more_is_told() -> None:
 
 def test_what_dom0_denies_is_not_called_open() -> None:
     denied = look(rule(), denials={("work", "web"): "by 20-mine.policy: <b>"})
-    expected = [("work web is denied by dom0", r"by 20-mine.policy: \x3cb\x3e", False)]
+    expected = [("work web is denied by dom0", r"dom0 denies its calls: by 20-mine.policy: \x3cb\x3e", False)]
     assert texts(look(), denied) == expected
     assert texts(look(rule()), denied) == expected
     assert [notice.title for notice in told(denied, look(rule()))] == ["work web is open to anybody"]
+    assert [notice.title for notice in told(denied, look(rule(f"expire={NOW - 1}")))] == [
+        "work web has ended"
+    ]
 
 
 @pytest.mark.parametrize("after", [look(), look(rule("enabled=no"))])
@@ -188,28 +194,84 @@ def test_many_are_told_in_one_notice() -> None:
     )
 
 
-def test_where_watch_does_not_run_it_is_said_that_not_all_is_in_force() -> None:
-    due = (Step(Kind.CLOSE_POLICY),)
-    says = "Not all of this is in force: 'qvm-forward watch' does not run."
-    assert not texts(look(), look(rule(), due=due))[0][1].endswith(says)
-    assert not texts(look(), look(rule(), watch_start="x"))[0][1].endswith(says)
-    assert texts(look(), look(rule(), due=due, watch_start="x"))[0][1].endswith(f" {says}")
+def not_yet(is_open: Look) -> Look:
+    """The same before its policy is written."""
+    (forward,) = is_open.plan
+    return of(is_open.plan, due=(Step(StepKind.OPEN_POLICY, lines=tuple(policy.lines(forward))),))
+
+
+def told_by(is_open: Look, planned: Plan, kind: StepKind = StepKind.REMOVE_CONFIG) -> Look:
+    """A plan while the listener still has what it was told before."""
+    (forward,) = is_open.plan
+    (config,) = forward.listener_configs
+    step = Step(kind, "x", QubeName("sys-net"), f"vm-config.{config.key}", str(config))
+    return of(planned, due=(step,))
+
+
+def test_what_is_not_in_force_yet_is_told_when_it_is() -> None:
+    is_open = look(rule())
+    assert told(look(), not_yet(is_open)) == []
+    assert [notice.title for notice in told(not_yet(is_open), is_open)] == ["work web is open to anybody"]
+
+
+def test_what_is_closed_is_told_when_it_is() -> None:
+    is_open, closed = look(rule()), look(rule(f"expire={NOW - 1}"))
+    still = told_by(is_open, closed.plan)
+    found = [*changes(is_open, still), *changes(still, closed)]
+    assert [notice.title for notice in notices(found, closed)] == ["work web has ended"]
+    assert list(notices(changes(is_open, still), look())) == []
+
+
+def test_what_should_be_closed_and_stays_in_force_is_told() -> None:
+    named = rule("path=sys-firewall,sys-net")
+    moved = Inventory({**UP.qubes, QubeName("work"): qube("work", "sys-net", is_running=True)})
+    still = told_by(look(named), look(named, inventory=moved).plan)
+    assert texts(look(named), still) == [
+        (
+            "work web is still open",
+            "It should be closed, and is still in force. The netvms of work were sys-firewall - sys-net when "
+            "the rule was agreed to and are sys-net now.",
+            True,
+        )
+    ]
+    assert told(still, still) == []
+
+
+def test_what_is_disabled_is_told_only_if_it_stays_in_force() -> None:
+    is_open, closed = look(rule()), look(rule("enabled=no"))
+    still = told_by(is_open, closed.plan)
+    assert list(notices([*changes(is_open, still), *changes(still, closed)], closed)) == []
+    assert [notice.title for notice in told(is_open, still)] == ["work web is still open"]
+
+
+def test_what_is_in_force_as_it_was_is_told_with_that() -> None:
+    wide, narrow = look(rule()), look(rule(LAN))
+    found = told_by(wide, narrow.plan, StepKind.SET_CONFIG)
+    ((title, body, is_alarming),) = texts(wide, found)
+    assert (title, is_alarming) == ("work web is open to anybody", True)
+    assert body.startswith("Something else is still in force, and may let in more than this. Connections to ")
+    (notice,) = notices(changes(wide, found), narrow)
+    assert (notice.title, notice.body) == ("work web is open", f"{OPENS.format('192.168.0.0/16')} {NO_END}")
 
 
 def test_nothing_that_users_or_qubes_store_is_markup_or_long() -> None:
-    evil = "<b>&amp;</b><a href='x'>" * 50
-    broken = Plan((), (BrokenRule(QubeName("work"), "web", evil, evil),))
-    denied = look(rule(), denials={("work", "web"): evil})
-    unnamed = Change(Became.CLOSED, BrokenRule(QubeName("work"), evil[:20], "", ""))
-    for notice in (
-        *told(look(rule()), of(broken)),
-        *told(look(), denied),
+    evil = "<b>&amp;</b>\x1b\n<a href='x'>" * 50
+    broken = of(Plan((), (BrokenRule(QubeName("work"), "web", evil, evil),)))
+    unread = Inventory(UP.qubes | {QubeName("work"): qube("work", "sys-firewall", problem=evil)})
+    unnamed = broken.entries.rules[0]._replace(key=(QubeName("work"), evil[:20]))
+    found = [
+        *told(look(rule()), broken),
+        *told(look(rule()), look(rule(), inventory=unread)),
+        *told(look(), look(rule(), denials={("work", "web"): evil})),
         *told(look(), look(rule("comment=<b>"))),
-        *notices([unnamed], look()),
-    ):
+        *notices([Change(Became.CLOSED, unnamed)], look()),
+    ]
+    assert len(found) == 5
+    for notice in found:
         for text in (notice.title, notice.body):
             assert not set("<>&") & set(text)
-            assert len(text) <= 600
+            assert text.isprintable()
+            assert len(text) <= 500
 
 
 class Sent:
