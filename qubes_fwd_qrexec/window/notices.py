@@ -15,12 +15,12 @@ from typing import NamedTuple
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key, State
 from qubes_fwd_qrexec.admin.views import reasons
 from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
-from qubes_fwd_qrexec.admin.views.times import print_time
 
 from .board import Later
 from .entries import Entry
 from .inforce import Force
 from .look import Look
+from .reopening import end
 from .words import _, ngettext
 
 # An import stores rule after rule: what comes within a second of each other is told at once.
@@ -211,14 +211,8 @@ def _body(change: Change) -> str:
     else:
         parts.append(escaped(reasons.sentence(rule)))
     if change.kind in _OPEN and rule is not None:
-        parts.append(_end(rule.named.rule.expire))
+        parts.append(end(rule.named.rule.expire))
     return " ".join(filter(None, parts))
-
-
-def _end(expire: int | None) -> str:
-    if expire is None:
-        return _("It stays open until you end it.")
-    return _("It ends at {time}.").format(time=print_time(expire))
 
 
 class Notifier:
