@@ -221,8 +221,10 @@ def _revocations(
     kept = {call for line in wanted if (call := policy.calls_of(line)) is not None}
     # A line that only changes, in its autostart, ends nothing.
     over = [line for line in gone if policy.calls_of(line) not in kept]
-    drained = () if cuts_drains else drains(inventory)
     targets = {*targets_of(over, inventory), *others}
+    if not targets:
+        return {}
+    drained = () if cuts_drains else drains(inventory)
     return allowances(targets, wanted, drains=drained, cuts_drains=cuts_drains)
 
 

@@ -6,6 +6,7 @@ A rule is stored as feature ``forward.NAME`` of its target, whose value is the r
 
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.common.errors import RefusedError, RuleError, StoreError, TextError
@@ -21,6 +22,8 @@ from .states import Key, Plan
 
 # TUNNEL_FEATURE marks a tunnel qube, so no rule can have this name.
 TUNNEL_NAME = TUNNEL_FEATURE.removeprefix(RULE_PREFIX)
+# More than a system has; a rule takes some KiB.
+_RULES_KEPT = 2048
 
 NewLines = Mapping[Key, str | None]
 """New lines of rules by qube and name, or None to remove one. `TUNNEL_NAME` stands for a qube's mark."""
@@ -58,8 +61,9 @@ def names_at(stored: Stored, target: str) -> list[str]:
     return [name for qube, name in stored if qube == target]
 
 
+@lru_cache(_RULES_KEPT)
 def read_rule(target: QubeName, untrusted_name: str, untrusted_line: str) -> NamedRule | BrokenRule:
-    """One stored rule."""
+    """One stored rule. What `watch` and the window read again and again is parsed once."""
     try:
         return NamedRule(target, parse_new_name(untrusted_name), ForwardRule.parse(untrusted_line))
     except (TextError, RuleError) as error:

@@ -49,9 +49,13 @@ class Figures:
 
 def ask(backend: Backend, look: Look, now: float) -> Figures:
     """Ask all qubes at once. It takes as long as the slowest, up to 8 s. Raises `StoreError`."""
-    found = Figures(now, asked(look.snapshot, look.plan, now, backend, with_clients=True))
+    found = Figures(now, _asked(backend, look, now))
     found.lines, found.clients  # noqa: B018  made here, so that the main thread need not wait for them
     return found
+
+
+def _asked(backend: Backend, look: Look, now: float) -> Status:
+    return asked(look.snapshot, look.plan, now, backend, with_clients=True, verdicts=look.verdicts)
 
 
 def lines(figures: Figures | None, key: Key) -> tuple[str, ...]:

@@ -2,15 +2,18 @@
 """One look at the system: what the rules ask for, and what is not so."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 from qubes_fwd_qrexec.admin import snapshot
 from qubes_fwd_qrexec.admin.apply import Step, differences
-from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.backend import Backend, PolicyVerdict
 from qubes_fwd_qrexec.admin.snapshot import Snapshot
 from qubes_fwd_qrexec.admin.states import Key, Plan
-from qubes_fwd_qrexec.admin.views.judged import denials
+from qubes_fwd_qrexec.admin.views.judged import denied, judged_apart, together
+from qubes_fwd_qrexec.common.config import ForwardKey
+from qubes_fwd_qrexec.common.errors import ForwardError
 
 from .entries import Entries, entries
 
@@ -19,7 +22,8 @@ from .entries import Entries, entries
 class Look:
     """The system at the time ``now``, in UNIX seconds.
 
-    ``denials`` say why dom0's policy denies a live forward's calls all the same. ``due`` is what is not in
+    ``denials`` say why dom0's policy denies a live forward's calls all the same, by ``verdicts``, which are
+    None where it cannot say anything. ``due`` is what is not in
     force as the rules ask for, or is and should not be. ``watch_start`` starts `watch`, where that does not
     run. ``read_only`` says why nothing can be changed from here.
     """
@@ -31,6 +35,7 @@ class Look:
     due: tuple[Step, ...]
     watch_start: str | None
     read_only: str | None = None
+    verdicts: Mapping[ForwardKey, PolicyVerdict] | None = None
 
     @cached_property
     def entries(self) -> Entries:
@@ -43,7 +48,10 @@ def look_at(backend: Backend, now: float) -> Look:
     found = snapshot.look(backend, with_config=True)
     planned = found.plan(now)
     due = tuple(differences(planned, found.inventory, found.installed))
-    denied, start = denials(planned.live, backend), backend.unwatched()
-    look = Look(found, planned, now, denied, due, start, backend.read_only())
+    verdicts = None
+    with suppress(ForwardError, OSError):  # the figures say so
+        verdicts = judged_apart(planned.live, backend, found.installed)
+    denials = denied(together(verdicts or {}))
+    look = Look(found, planned, now, denials, due, backend.unwatched(), backend.read_only(), verdicts)
     look.entries  # noqa: B018  made here, so that the main thread need not wait for it
     return look

@@ -5,6 +5,7 @@ import pytest
 from worlds import qube, rule, world
 
 from qubes_fwd_qrexec.admin.snapshot import ByName, Snapshot, read_rules
+from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.values import QubeName
 
@@ -37,6 +38,15 @@ def test_rules_are_chosen_by_their_keys_of_which_none_is_a_pattern() -> None:
     assert [(entry.target, entry.name) for entry in SYSTEM.chosen(keys)] == keys
     with pytest.raises(RefusedError, match="work has no forward 'web-\\*', only"):
         SYSTEM.chosen([(QubeName("work"), "web-*")])
+
+
+def test_a_rule_that_is_read_again_is_the_same() -> None:
+    """So that a plan which knows an earlier one need not judge it again."""
+    again = world(qube("work", features={**_WORK, "forward.ssh": f"{_LINE} comment=x"}))
+    before, after = SYSTEM.stored, read_rules(again)
+    key: Key = (QubeName("work"), "web-a")
+    assert after[key] is before[key]
+    assert after[QubeName("work"), "ssh"] != before[QubeName("work"), "ssh"]
 
 
 REFUSED = [

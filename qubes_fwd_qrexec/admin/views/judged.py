@@ -5,7 +5,7 @@ Our own file allows what the rules ask for. A file that sorts before it may deny
 in any file denies every call.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from qubes_fwd_qrexec.admin import policy
 from qubes_fwd_qrexec.admin.backend import NEW, Backend, PolicyCall, PolicyFile, PolicyVerdict
@@ -21,8 +21,13 @@ def judged(forwards: Iterable[Forward], backend: Backend, installed: PolicyFile)
 
     ``installed`` is as for `judged_apart`.
     """
+    return together(judged_apart(forwards, backend, installed))
+
+
+def together(apart: Mapping[ForwardKey, PolicyVerdict]) -> dict[Key, PolicyVerdict]:
+    """Of the verdicts on each protocol, that on both."""
     found: dict[Key, PolicyVerdict] = {}
-    for key, one in judged_apart(forwards, backend, installed).items():
+    for key, one in apart.items():
         other = found.setdefault(key[:2], one)
         if other.is_allowed is not one.is_allowed:
             worst, proto = (one, key.proto) if _order(one) < _order(other) else (other, Proto.TCP)
@@ -73,9 +78,13 @@ def _verdicts(
 def denials(forwards: Iterable[Forward], backend: Backend) -> dict[Key, str]:
     """Why dom0 denies the calls of live forwards, whatever our own file says. Never raises."""
     try:
-        verdicts = judged(forwards, backend, backend.read_policy())
+        return denied(judged(forwards, backend, backend.read_policy()))
     except (ForwardError, OSError):
         return {}  # status says so
+
+
+def denied(verdicts: Mapping[Key, PolicyVerdict]) -> dict[Key, str]:
+    """Why dom0 denies the calls of those that it denies."""
     return {key: verdict.reason for key, verdict in verdicts.items() if verdict.is_allowed is False}
 
 

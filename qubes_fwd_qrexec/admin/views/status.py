@@ -262,9 +262,13 @@ def asked(
     qubes: Collection[str] = (),
     *,
     with_clients: bool = False,
+    verdicts: Mapping[ForwardKey, PolicyVerdict] | None = None,
 ) -> Status:
-    """How a system is, as its qubes say that are asked at once; see `status_of`."""
-    verdicts = judged_apart(planned.live, backend, snapshot.installed)
+    """How a system is, as its qubes say that are asked at once; see `status_of`. ``verdicts`` are those of
+    dom0's policy, if they are known already.
+    """
+    if verdicts is None:
+        verdicts = judged_apart(planned.live, backend, snapshot.installed)
     everything, inventory = snapshot.plan(now) if qubes else planned, snapshot.inventory
     argument = CLIENTS if with_clients else ""
     answers, told = both(
