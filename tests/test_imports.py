@@ -225,6 +225,19 @@ def test_gtk_is_imported_in_one_place() -> None:
     assert [name for name in MODULES if "/gi" in imports()[name]] == ["window.gtk"]
 
 
+# What the window shows and does, as values: tried without GTK, and used by its threads.
+OF_THE_MODEL = (
+    *("actions", "agreement", "alerts", "board", "draft", "entries", "figures", "inforce", "judging", "look"),
+    *("mends", "news", "notices", "panic", "remedies", "rows", "words", "worker"),
+)
+
+
+def test_what_the_window_shows_is_known_without_gtk() -> None:
+    names = [f"window.{name}" for name in OF_THE_MODEL]
+    assert set(names) <= set(MODULES)
+    assert [name for name in names if "window.gtk" in reached_by(name)] == []
+
+
 def test_the_protocol_is_pure() -> None:
     forbidden = {"/trio", "/socket", "/select", "/time", "/threading", "/subprocess", "/logging"}
     assert {name: reached_by(name) & forbidden for name in MUX if reached_by(name) & forbidden} == {}
