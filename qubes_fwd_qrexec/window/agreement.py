@@ -9,11 +9,16 @@ from qubes_fwd_qrexec.admin.previewing import preview
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key
 from qubes_fwd_qrexec.admin.views import entrance, reasons
+from qubes_fwd_qrexec.admin.views.tables import shortened
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.rules import Mode, NamedRule
 
+from . import rows
 from .look import Look
 from .words import _
+
+# Whom it lets in, of whom there may be hundreds, is said in full before.
+_SENTENCE_MAX = 1000
 
 
 class Turn(NamedTuple):
@@ -57,9 +62,8 @@ def agreement(look: Look, key: Key, now: float) -> Agreement | None:
     after = found.forward
     problem = None if found.problem is None else reasons.sentence(after, found.problem)
     notes = (*reasons.notes(after), *reasons.hints(after))
-    return Agreement(
-        seen, _turns(forward, after), f"{after.state}. {reasons.sentence(after)}", notes, problem
-    )
+    opens = shortened(f"{rows.mark(after.state)}. {reasons.sentence(after)}", _SENTENCE_MAX)
+    return Agreement(seen, _turns(forward, after), opens, notes, problem)
 
 
 def _turns(before: Forward, after: Forward) -> tuple[Turn, ...]:

@@ -13,6 +13,8 @@ from .widgets import column, label
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 _V = TypeVar("_V", contravariant=True)
+# A label that is not told how narrow it may be lays its text out again and again to find that.
+_CHARS_MIN, _CHARS_NATURAL = 10, 20
 # How many widgets of one row may take the focus one after the other.
 _FOCI_MAX = 8
 
@@ -23,6 +25,9 @@ class Text:
     def __init__(self, *, wraps: bool = True, is_selectable: bool = True, style: str = "") -> None:
         self.widget = label(wraps=wraps, is_selectable=is_selectable, style=style)
         self.widget.set_no_show_all(True)
+        if wraps:
+            self.widget.set_width_chars(_CHARS_MIN)
+            self.widget.set_max_width_chars(_CHARS_NATURAL)
         self._shown = ""
         self._style = style
 

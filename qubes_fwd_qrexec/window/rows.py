@@ -161,6 +161,11 @@ def state_word(state: State) -> str:
     }[state]
 
 
+def mark_of(entry: Entry) -> str:
+    """The word for what a rule is, and what is in force of it."""
+    return _mark(entry, _marks())
+
+
 def _marks() -> dict[State, str]:
     return {
         # Translators: the states of a forward, each in a word.

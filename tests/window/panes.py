@@ -51,8 +51,15 @@ def of(widget: Gtk.Widget, kind: type[W]) -> list[W]:
 
 
 def text(widget: Gtk.Widget) -> str:
-    """All that is said, a line for each label."""
-    return "\n".join(label.get_text() for label in of(widget, Gtk.Label))
+    """All that is said, a line for each label, and what is in text views."""
+    return "\n".join(_said(each) for each in every(widget) if isinstance(each, Gtk.Label | Gtk.TextView))
+
+
+def _said(widget: Gtk.Label | Gtk.TextView) -> str:
+    if isinstance(widget, Gtk.Label):
+        return widget.get_text()
+    buffer = widget.get_buffer()
+    return buffer.get_text(buffer.get_start_iter(), buffer.get_end_iter(), False)
 
 
 def button(widget: Gtk.Widget, words: str) -> Gtk.Button:

@@ -46,7 +46,7 @@ def test_a_changed_netvm_shows_the_old_way_and_the_new_one(
     )
     assert [turn.is_same for turn in found.turns] == [True, False, False, True, True]
     assert found.opens == (
-        "active. Connections to port 80 of sys-net (vifs side) from 10.137.0.0/16 reach port 80 of work."
+        "OPEN. Connections to port 80 of sys-net (vifs side) from 10.137.0.0/16 reach port 80 of work."
     )
     assert (found.problem, found.seen) == (None, Seen.of(look(store), KEY))
 
@@ -57,7 +57,7 @@ def test_what_is_shown_is_what_becomes_of_it(store: Backend, forward: Command, l
     found = agreed(store)
     assert actions.confirm(store, NOW, KEY, found.seen).is_well
     (now,) = look(store).plan(NOW)
-    assert f"{now.state}. {reasons.sentence(now)}" == found.opens
+    assert f"OPEN. {reasons.sentence(now)}" == found.opens
 
 
 def test_a_clone_shows_for_whom_the_rule_was_made(

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The question before a rule is confirmed: what was, and what will be.
+
+What is shown follows the system. For a second after anything of it has changed nobody can agree to it, so
+that no click or key does that was meant for something else.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.seen import Seen
+from qubes_fwd_qrexec.admin.states import Key
+
+from . import actions, widgets
+from .actions import Done, error_lines
+from .agreement import Agreement, Turn, agreement
+from .board import Board, Later
+from .commands import Commands
+from .gtk import Gtk
+from .kept import Text
+from .question import Question, Tell
+from .widgets import GAP
+from .words import _
+
+WAIT_S = 1.0
+
+
+class Confirmation:
+    """``widget`` is the dialog."""
+
+    def __init__(
+        self, board: Board, _commands: Commands, tell: Tell, *, later: Later = widgets.later
+    ) -> None:
+        self._board = board
+        self._later = later
+        self._key: Key | None = None
+        self._shown: Agreement | None = None
+        self._cancel: Callable[[], None] = lambda: None
+        self._question = Question(board, tell, _("Confirm a forward"), _("C_onfirm"), "note")
+        self._question.at_end(self._ended)
+        self.widget = self._question.widget
+        self._head, self._opens, self._notes, self._problem = (
+            Text(style="title"),
+            Text(),
+            Text(),
+            Text(style="bad"),
+        )
+        self._turns = Gtk.Grid(row_spacing=GAP, column_spacing=2 * GAP)
+        for each in (
+            self._head.widget,
+            self._turns,
+            self._opens.widget,
+            self._notes.widget,
+            self._problem.widget,
+        ):
+            self._question.body.pack_start(each, False, False, 0)
+        self._end = board.subscribe(self._follow)
+
+    def open(self, parent: Gtk.Window | None, key: Key) -> None:
+        """Ask about a rule."""
+        self._key = key
+        self._head.show(" ".join(key))
+        self._question.offer(None)
+        self._question.open(parent)
+        self._follow()
+
+    def _ended(self) -> None:
+        self._key = None
+        self._end()
+        self._cancel()
+
+    def _follow(self) -> None:
+        look, key, now = self._board.look, self._key, self._board.now
+        if look is not None and key is not None:
+            show = partial(self._show, key)
+            self._board.compute(lambda: agreement(look, key, now), show, self._failed, kind="agreement")
+
+    def _show(self, key: Key, found: Agreement | None) -> None:
+        if self._key is None or found == self._shown:
+            return
+        if found is None:  # somebody has removed it
+            self._question.close()
+            return
+        self._shown = found
+        self._show_turns(found.turns)
+        self._opens.show(_("After that: {state}").format(state=found.opens) if found.opens else "")
+        self._notes.show("\n".join(_("Note: {note}").format(note=note) for note in found.notes))
+        self._problem.show(found.problem or "")
+        self._question.fit()
+        self._cancel()
+        self._question.offer(None)
+        if found.problem is None:
+            self._cancel = self._later(WAIT_S, partial(self._offer, key, found.seen))
+
+    def _offer(self, key: Key, seen: Seen) -> None:
+        def confirm(backend: Backend) -> Done:
+            return actions.confirm(backend, self._board.now, key, seen)
+
+        self._question.offer(confirm)
+
+    def _failed(self, error: Exception) -> None:
+        if self._key is not None:
+            self._question.offer(None)
+            self._problem.show("\n".join(error_lines(error)))
+
+    def _show_turns(self, turns: tuple[Turn, ...]) -> None:
+        for child in self._turns.get_children():
+            child.destroy()
+        # Translators: titles of two columns: what was agreed to, and what will be
+        rows = [(("", ""), (_("was"), "faint"), (_("will be"), "faint"))]
+        for turn in turns:
+            # An arrow, as no colour alone says that something changes.
+            # Translators: in the column of what will be: it stays as it was
+            will_be = (_("the same"), "faint") if turn.is_same else (f"→ {turn.will_be}", "note")
+            rows.append(((turn.what, "faint"), (turn.was, ""), will_be))
+        cells = [(at, row, *cell) for row, some in enumerate(rows) for at, cell in enumerate(some)]
+        # The last that comes into a grid is the first that a screen reader finds there.
+        for at, row, words, style in reversed(cells):
+            self._turns.attach(_cell(words, style), at, row, 1, 1)
+        self._turns.show_all()
+
+
+def _cell(words: str, style: str) -> Gtk.Label:
+    cell = Text(style=style)
+    cell.show(words)
+    cell.widget.set_yalign(0)
+    cell.widget.set_hexpand(True)
+    return cell.widget

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The question before clients of a forward are cut."""
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.admin.states import Key
+from qubes_fwd_qrexec.admin.views.connected import Client
+
+from . import actions
+from .actions import Done
+from .board import Board
+from .clientlist import who
+from .commands import Commands
+from .gtk import Gtk
+from .kept import Text
+from .question import Question, Tell
+from .words import _
+
+
+class Cutting:
+    """``widget`` is the dialog."""
+
+    def __init__(self, board: Board, _commands: Commands, tell: Tell) -> None:
+        self._board = board
+        self._question = Question(board, tell, _("Cut connections"), _("Cu_t"), "bad")
+        self.widget = self._question.widget
+        self._text = Text()
+        self._question.body.pack_start(self._text.widget, False, False, 0)
+
+    def open(self, parent: Gtk.Window | None, key: Key, client: Client | None) -> None:
+        """Ask about one client of a rule, or about all."""
+        name = " ".join(key)
+        if client is None:
+            text = _("Cut all connections of {name}? Its rule stays as it is.").format(name=name)
+        else:
+            text = _("Cut the connection of {client} to {name}? Its rule stays as it is.")
+            text = text.format(client=who(client), name=name)
+
+        def cut(backend: Backend) -> Done:
+            return actions.cut(backend, self._board.now, key, client)
+
+        self._text.show(text)
+        self._question.offer(cut)
+        self._question.open(parent)
