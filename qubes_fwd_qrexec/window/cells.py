@@ -15,7 +15,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import style
 from .gtk import GdkPixbuf, Gio, GLib, Gtk, Pango
 from .rows import ENDED, Group, Row
-from .words import ngettext
+from .words import _, ngettext
 
 Item = QubeName | Key
 """A group by its qube, or a rule."""
@@ -58,8 +58,8 @@ class Cells(NamedTuple):
         return "  ".join(filter(None, self[1:10]))
 
 
-def of_row(row: Row, colours: Mapping[str, str]) -> Cells:
-    """A rule; ``colours`` are those of `style`."""
+def of_row(row: Row, group: QubeName, colours: Mapping[str, str]) -> Cells:
+    """A rule in a group; ``colours`` are those of `style`."""
     sign, colour = SIGNS[row.state]
     is_to_all = row.is_anybody and row.is_live
     return Cells(
@@ -67,7 +67,7 @@ def of_row(row: Row, colours: Mapping[str, str]) -> Cells:
         f"{sign} {row.mark}",
         row.who,
         row.at,
-        row.to,
+        row.to.removeprefix(f"{group}:"),
         row.way,
         row.ends,
         row.comment,
@@ -88,7 +88,13 @@ def of_group(group: Group, colours: Mapping[str, str]) -> Cells:
         ended = ngettext("{count} ended", "{count} ended", count).format(count=count)
         return Cells(ENDED, ended, state_foreground=faint)
     bold, picture = Pango.Weight.BOLD, icon(group.icon, group.label)
-    return Cells(group.qube, group.qube, group.chain, who_foreground=faint, state_weight=bold, icon=picture)
+    # Translators: before the netvms of a qube, such as sys-firewall - sys-net.
+    way_out = _("via {netvms}").format(netvms=chain) if (chain := _netvms(group)) else _("no netvm")
+    return Cells(group.qube, group.qube, way_out, who_foreground=faint, state_weight=bold, icon=picture)
+
+
+def _netvms(group: Group) -> str:
+    return group.chain.removeprefix(group.qube).removeprefix(" - ")
 
 
 @cache

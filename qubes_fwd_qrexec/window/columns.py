@@ -29,14 +29,14 @@ def titles() -> dict[str, str]:
 
 
 class Column:
-    """One column; ``widget`` is GTK's."""
+    """One column; ``widget`` is GTK's, and ``width`` how many pixels it takes at least."""
 
     def __init__(self, view: Gtk.TreeView, field: str, title: str) -> None:
         self._view = view
         self._field = field
         self._is_wide = field in WIDE
         self._title, self._longest = title, WIDE.get(field, 0) * "0"
-        self.is_shown = True
+        self.is_shown, self.width = True, 0
         self.widget = Gtk.TreeViewColumn(title)
         self.widget.set_sizing(Gtk.TreeViewColumnSizing.FIXED)
         self.widget.set_resizable(True)
@@ -56,8 +56,9 @@ class Column:
         view.append_column(self.widget)
 
     def show(self, is_shown: bool) -> None:
-        self.is_shown = is_shown
-        self.widget.set_visible(is_shown)
+        if is_shown is not self.is_shown:
+            self.is_shown = is_shown
+            self.widget.set_visible(is_shown)
 
     def make_room(self, cells: Cells) -> None:
         """Be wide enough for one more row, unless this column gets what the others leave."""
@@ -73,4 +74,5 @@ class Column:
         if self._field == _FIRST:
             width = int(_BOLD * width) + _FIRST_MARGIN - _MARGIN
         layout.set_text(self._title, -1)
-        self.widget.set_fixed_width(max(width, int(_BOLD * layout.get_pixel_size()[0]) + 4) + _MARGIN)
+        self.width = max(width, int(_BOLD * layout.get_pixel_size()[0]) + 4) + _MARGIN
+        self.widget.set_fixed_width(self.width)

@@ -59,13 +59,13 @@ class RowStore:
         for at, group in enumerate(groups):
             yield self._put(None, at, of_group(group, colours))
             for place, row in enumerate(group.rows):
-                yield self._put(group.qube, place, self._made(row))
+                yield self._put(group.qube, place, self._made(row, group))
 
-    def _made(self, row: Row) -> Cells:
+    def _made(self, row: Row, group: Group) -> Cells:
         if self._made_from.get(row.key) == row:
             return self._shown[row.key]
         self._made_from[row.key] = row
-        return of_row(row, self._colours)
+        return of_row(row, group.qube, self._colours)
 
     def _remove(self, groups: Sequence[Group]) -> Iterator[Item]:
         kept_in: dict[Item, set[Item]] = {group.qube: {*(row.key for row in group.rows)} for group in groups}

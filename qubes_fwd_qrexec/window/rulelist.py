@@ -15,11 +15,13 @@ from .gtk import Gdk, Gtk
 from .portions import Portions
 from .rows import ENDED, Group
 from .rowstore import RowStore
-from .widgets import named
+from .widgets import deliver, named
 from .words import _
 
-_LEAVING = ("way", "ends", "comment", "role")
+_PERHAPS = ("way", "ends", "comment", "role")
 """Columns that are shown only where they say something; the way only where it is not the same for all."""
+_LEAVING = ("way", "comment", "to")
+"""Those that go first where there is no room for all."""
 
 
 class RuleList:
@@ -42,6 +44,8 @@ class RuleList:
         self._folded: set[Item] = {ENDED}
         self._is_changing = False
         self._colours: Mapping[str, str] = {}
+        self._silent: set[str] = {*_PERHAPS}
+        self._room = 0
         self.view = Gtk.TreeView(model=self._rows.tree, enable_search=False, has_tooltip=True)
         named(self.view, _("Forwards by target"))
         self.view.set_fixed_height_mode(True)
@@ -49,6 +53,7 @@ class RuleList:
         self._columns = {field: Column(self.view, field, title) for field, title in titles().items()}
         self.widget = Gtk.ScrolledWindow()
         self.widget.add(self.view)
+        self.widget.connect("size-allocate", lambda _, place: self._resized(place.width))
         self.view.get_selection().connect("changed", lambda _: self._selected())
         self.view.connect("row-activated", lambda *_: self._opened())
         self.view.connect("row-collapsed", lambda _, __, path: self._fold(path, is_folded=True))
@@ -68,14 +73,14 @@ class RuleList:
     def show(self, groups: Sequence[Group]) -> None:
         """Show these groups, the first rows of them at once."""
         rows = [row for group in groups for row in group.rows]
-        for field, column in self._columns.items():
-            found = {getattr(row, field) for row in rows} if field in _LEAVING else {"all of them"}
-            is_shown = len(found) > 1 if field == "way" else found != {""}
-            if is_shown is not column.is_shown:
-                column.show(is_shown)
+        said = {field: {getattr(row, field) for row in rows} for field in _PERHAPS}
+        self._silent = {field for field, texts in said.items() if texts <= {""}}
+        if len(said["way"]) < 2:
+            self._silent.add("way")
         if not self._colours:
             self._colours = style.colours(self.view)
         self.is_filling = True
+        self._fit()
         self._portions.run(self._fill(groups))
 
     def focus(self) -> None:
@@ -99,7 +104,23 @@ class RuleList:
             yield
             self._is_changing = True
         self._is_changing = self.is_filling = False
+        self._fit()
         self._settle()
+
+    def _fit(self) -> None:
+        """Leave out columns that say nothing, and where there is no room for all, those that say least."""
+        shown = [field for field in self._columns if field not in self._silent]
+        for field in _LEAVING:
+            if self._room and sum(self._columns[each].width for each in shown) > self._room:
+                shown = [each for each in shown if each != field]
+        for field, column in self._columns.items():
+            column.show(field in shown)
+
+    def _resized(self, width: int) -> None:
+        if width != self._room:
+            self._room = width
+            # A widget must not change while it is being given its place.
+            deliver(self._fit)
 
     def _changed(self, item: Item) -> None:
         """Give a row the room that it needs, and show it unless the user has folded its group."""

@@ -6,17 +6,22 @@ import screen  # noqa: F401  # before GTK
 from listed import group, row
 
 from qubes_fwd_qrexec.admin.states import State
+from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.window import style
-from qubes_fwd_qrexec.window.cells import SIGNS, icon, of_group, of_row
+from qubes_fwd_qrexec.window.cells import SIGNS, Cells, icon, of_group, of_row
 from qubes_fwd_qrexec.window.gtk import GdkPixbuf, Gio, Pango
-from qubes_fwd_qrexec.window.rows import ENDED
+from qubes_fwd_qrexec.window.rows import ENDED, Row
 
 COLOURS = {"open": "#0a0", "bad": "#a00", "note": "#aa0", "faint": "#777"}
 
 
+def of(shown: Row, group: str = "work") -> Cells:
+    return of_row(shown, QubeName(group), COLOURS)
+
+
 @pytest.mark.parametrize("state", State)
 def test_each_state_has_a_sign_and_one_of_the_colours(state: State) -> None:
-    cells = of_row(row("web", state=state, mark="WORD"), COLOURS)
+    cells = of(row("web", state=state, mark="WORD"))
     sign, colour = SIGNS[state]
     assert cells.state == f"{sign} WORD"
     assert cells.state_foreground == COLOURS[colour]
@@ -28,29 +33,35 @@ def test_states_that_want_something_else_of_the_user_have_other_signs() -> None:
 
 
 def test_what_anybody_can_reach_stands_out_while_it_is_open() -> None:
-    cells = of_row(row("web", is_anybody=True), COLOURS)
+    cells = of(row("web", is_anybody=True))
     assert (cells.who_foreground, cells.who_weight) == ("#a00", Pango.Weight.BOLD)
-    cells = of_row(row("web", is_anybody=True, is_live=False), COLOURS)
+    cells = of(row("web", is_anybody=True, is_live=False))
     assert (cells.who_foreground, cells.who_weight) == (None, Pango.Weight.NORMAL)
-    assert of_row(row("web"), COLOURS).who_foreground is None
+    assert of(row("web")).who_foreground is None
 
 
 def test_what_is_open_is_bold() -> None:
-    assert of_row(row("web"), COLOURS).state_weight == Pango.Weight.BOLD
-    assert of_row(row("web", is_live=False), COLOURS).state_weight == Pango.Weight.NORMAL
+    assert of(row("web")).state_weight == Pango.Weight.BOLD
+    assert of(row("web", is_live=False)).state_weight == Pango.Weight.NORMAL
 
 
 def test_all_of_a_row_can_be_had_in_one_line() -> None:
-    cells = of_row(row("web", comment="<b>", note="It is not in force yet."), COLOURS)
+    cells = of(row("web", comment="<b>", note="It is not in force yet."))
     assert cells.text == (
         "● OPEN  192.168.0.0/16  sys-net:80  8080  mux  in 7 h  <b>  It is not in force yet."
     )
 
 
+def test_where_a_rule_goes_to_is_named_where_the_group_does_not() -> None:
+    assert of(row("web", to="work:8080 udp")).to == "8080 udp"
+    assert of(row("web", to="work:8080"), "").to == "work:8080"
+
+
 def test_a_group_is_its_qube_with_its_way_out() -> None:
     cells = of_group(group("work"), COLOURS)
-    assert (cells.item, cells.text, cells.who_foreground) == ("work", "work  work - sys-net", "#777")
+    assert (cells.item, cells.text, cells.who_foreground) == ("work", "work  via sys-net", "#777")
     assert cells.icon is icon("no-such-icon", "blue")
+    assert of_group(group("vault", chain="vault"), COLOURS).who == "no netvm"
 
 
 def test_ended_rules_are_counted() -> None:

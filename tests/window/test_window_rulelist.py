@@ -241,10 +241,28 @@ def test_columns_that_say_nothing_are_not_there(shown: Shown) -> None:
     assert titles() == ["State", "From", "Reachable at", "Goes to", "Ends", "Comment", "Role"]
 
 
+def test_where_there_is_no_room_the_columns_go_that_say_least(shown: Shown) -> None:
+    def missing(width: int) -> list[str]:
+        shown.window.resize(width, 200)
+        until(lambda: shown.list.widget.get_allocated_width() == width)
+        settle()
+        return [column.get_title() for column in shown.view.get_columns() if not column.get_visible()]
+
+    said = {"comment": "mine", "role": "exposed"}
+    shown.list.show((group("work", row("web", **said), row("tls", way="by nft", **said)),))
+    columns = {column.get_title(): column.get_fixed_width() for column in shown.view.get_columns()}
+    room = sum(columns.values())
+    assert missing(room) == []
+    assert missing(room - 1) == ["Way"]
+    assert missing(room - columns["Way"] - 1) == ["Way", "Comment"]
+    assert missing(room - columns["Way"] - columns["Comment"] - 1) == ["Goes to", "Way", "Comment"]
+    assert missing(room) == []
+
+
 def test_assistive_technology_reads_each_cell(shown: Shown) -> None:
     shown.list.show((group("work", row("web", comment="<b>mine</b> &")),))
     settle()
     accessible = shown.view.get_accessible()
-    said = {"work", "work - sys-net", "● OPEN", "192.168.0.0/16", "sys-net:80", "8080", "<b>mine</b> &"}
+    said = {"work", "via sys-net", "● OPEN", "192.168.0.0/16", "sys-net:80", "8080", "<b>mine</b> &"}
     assert said <= {*names(accessible)}
     assert accessible.get_name() == "Forwards by target"
