@@ -67,6 +67,12 @@ class Column:
             self._longest = text
             self.measure()
 
+    def cuts(self, cells: Cells) -> bool:
+        """Whether it does not show all of a row."""
+        text: str = getattr(cells, self._field)
+        width = self._view.create_pango_layout(text).get_pixel_size()[0]
+        return bool(text) and (not self.is_shown or width + _MARGIN > self.widget.get_width())
+
     def measure(self) -> None:
         """Be as wide as what there is to show, in the letters of the theme."""
         layout = self._view.create_pango_layout(self._longest)

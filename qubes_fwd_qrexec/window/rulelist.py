@@ -220,12 +220,17 @@ class RuleList:
         return True
 
     def _explain(self, x: int, y: int, is_keyboard: bool, tooltip: Gtk.Tooltip) -> bool:
-        """All that a row says, as columns may be too narrow for it."""
+        """All that a row says, where it does not show all of that."""
         found = self.view.get_tooltip_context(x, y, is_keyboard)
         if not found[0]:
             return False
         path = found[4]
-        tooltip.set_text(self._rows.at(path).text)
+        cells = self._rows.at(path)
+        if not cells.note and not any(
+            column.cuts(cells) for field, column in self._columns.items() if field not in self._silent
+        ):
+            return False
+        tooltip.set_text(cells.text)
         self.view.set_tooltip_row(tooltip, path)
         return True
 

@@ -266,3 +266,17 @@ def test_assistive_technology_reads_each_cell(shown: Shown) -> None:
     said = {"work", "via sys-net", "● OPEN", "192.168.0.0/16", "sys-net:80", "8080", "<b>mine</b> &"}
     assert said <= {*names(accessible)}
     assert accessible.get_name() == "Forwards by target"
+
+
+def test_what_is_cut_or_left_out_can_be_read_as_a_tooltip(shown: Shown) -> None:
+    long = "a comment that is too long for its column " * 5
+    rows = (row("web"), row("cut", comment=long), row("noted", note="It is not in force yet."))
+    shown.list.show((group("work", *rows),))
+    until(lambda: all(column.get_width() for column in shown.view.get_columns() if column.get_visible()))
+
+    def tooltip(place: int) -> bool:
+        area = shown.view.get_cell_area(Gtk.TreePath.new_from_indices([0, place]), None)
+        x, y = shown.view.convert_bin_window_to_widget_coords(10, area.y + 2)
+        return shown.view.emit("query-tooltip", x, y, False, Gtk.Tooltip())
+
+    assert [tooltip(place) for place in range(3)] == [False, True, True]
