@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The program qubes-forward-manager: one window for each system, and the dialogs that it opens."""
+
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+
+from qubes_fwd_qrexec.admin.seen import Seen
+from qubes_fwd_qrexec.admin.states import Key
+from qubes_fwd_qrexec.admin.views.connected import Client
+from qubes_fwd_qrexec.common.options import Option
+from qubes_fwd_qrexec.common.values import QubeName
+
+from . import actions
+from .actions import Done
+from .board import Board
+from .closing import Closing
+from .confirmation import Confirmation
+from .cutting import Cutting
+from .diagnosis import Diagnosis
+from .editor import Editor
+from .gtk import Gdk, GLib, Gtk
+from .mainwindow import MainWindow
+from .program import Start
+from .remedies import Act, Remedy
+from .removal import Removal
+from .resuming import Resuming
+from .visibility import Visibility
+from .widgets import deliver, later
+from .worker import fault
+
+APP_ID = "org.qubesos.forwardmanager"
+_ICON = "qubes-forward-manager"
+
+
+class Manager:
+    """All of the program but its place in the session. It is what `Commands` asks for."""
+
+    def __init__(self, start: Start, ended: Callable[[], object]) -> None:
+        self._ended = ended
+        self._is_closed = False
+        self.board = Board(start.open_backend, deliver, later)
+        self.window = MainWindow(self.board, self, self.close)
+        self.widget = self.window.widget
+        self._closing = Closing(start.lab, resume=self.resume)
+        self._forget = self.board.subscribe(self.window.show)
+        self._visibility = Visibility(self.widget, self.board.be_seen)
+        self.widget.connect("delete-event", self._asked_to_close)
+
+    def start(self) -> None:
+        """Look at the system, follow it, and show the window."""
+        self.board.start()
+        self.widget.present()
+
+    def close(self) -> None:
+        """Finish a change that has begun, and end. The window is gone at once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._forget()
+        self.widget.hide()
+        self.widget.get_display().sync()
+        self.board.close()
+        self.widget.destroy()
+        self._ended()
+
+    def _asked_to_close(self, *_event: object) -> bool:
+        self.close()
+        return True
+
+    def tell(self, outcome: Done | Exception) -> None:
+        if isinstance(outcome, Exception):
+            self.window.outcome.show_error(outcome)
+        else:
+            self.window.outcome.show(outcome)
+
+    def add(self, target: QubeName | None = None) -> None:
+        Editor(self.board, self.tell).add(self.widget, target)
+
+    def edit(self, key: Key, options: Sequence[Option] = ()) -> None:
+        Editor(self.board, self.tell).edit(self.widget, key, options)
+
+    def extend(self, key: Key, seconds: int = 3600) -> None:
+        self._change(key, partial(actions.extend, seconds=seconds))
+
+    def enable(self, key: Key) -> None:
+        self._change(key, actions.enable)
+
+    def disable(self, key: Key) -> None:
+        self._change(key, actions.disable)
+
+    def confirm(self, key: Key) -> None:
+        Confirmation(self.board, self, self.tell).open(self.widget, key)
+
+    def remove(self, keys: Sequence[Key]) -> None:
+        Removal(self.board, self, self.tell).open(self.widget, keys)
+
+    def cut(self, key: Key, client: Client | None) -> None:
+        Cutting(self.board, self, self.tell).open(self.widget, key, client)
+
+    def diagnose(self, key: Key) -> None:
+        Diagnosis(self.board, self).open(self.widget, key)
+
+    def close_everything(self) -> None:
+        self._closing.open(self.widget)
+
+    def resume(self) -> None:
+        Resuming(self.board, self.tell).open(self.widget)
+
+    def apply(self) -> None:
+        self._do(actions.apply)
+
+    def mark(self, qube: str) -> None:
+        self._do(partial(actions.mark, qube=qube))
+
+    def show(self, key: Key) -> None:
+        self.window.choose(key)
+
+    def remedy(self, remedy: Remedy) -> None:
+        key = remedy.key
+        if remedy.act is Act.APPLY:
+            self.apply()
+        elif remedy.act is Act.RESUME:
+            self.resume()
+        elif remedy.act is Act.MARK:
+            self.mark(remedy.command.split()[-1])
+        elif key is None or remedy.act is Act.COPY:
+            Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD).set_text(remedy.command, -1)
+        elif remedy.act is Act.CONFIRM:
+            self.confirm(key)
+        elif remedy.act is Act.ENABLE:
+            self.enable(key)
+        elif remedy.act is Act.DISABLE:
+            self.disable(key)
+        elif remedy.act is Act.REMOVE:
+            self.remove([key])
+        else:
+            self.edit(key, remedy.options)
+
+    def _change(self, key: Key, change: Callable[..., Done]) -> None:
+        """Change a rule as it is shown now; one that is gone since then is no error."""
+        look = self.board.look
+        if look is not None:
+            self._do(partial(change, key=key, seen=Seen.of(look.snapshot, key)))
+
+    def _do(self, change: Callable[..., Done]) -> None:
+        self.board.change(lambda backend: change(backend, self.board.now), self.tell, self.tell)
+
+
+class Program(Gtk.Application):
+    """The place in the session: a second start of the program shows the window of the first."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(application_id=_id(start.lab))
+        self._start = start
+        self.manager: Manager | None = None
+
+    def perform_setup(self) -> Manager:
+        """Make the window. Nothing is shown, and the system not looked at, before its `start`."""
+        self.manager = Manager(self._start, self.quit)
+        self.add_window(self.manager.widget)
+        return self.manager
+
+    def do_activate(self) -> None:
+        if self.manager is None:
+            self.perform_setup().start()
+        else:
+            self.manager.widget.present()
+
+
+def begin(start: Start) -> int:
+    """Run the program until its window is closed or SIGTERM comes; returns the exit status."""
+    GLib.set_prgname(APP_ID)
+    Gdk.set_program_class(APP_ID)
+    Gtk.Window.set_default_icon_name(_ICON)
+    program = Program(start)
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """A bug in what GTK calls ends nothing, and is shown."""
+        if program.manager is None or not isinstance(error, Exception):
+            sys.__excepthook__(kind, error, trace)
+        else:
+            program.manager.tell(fault(error))
+
+    def end() -> bool:
+        if program.manager is None:
+            program.quit()
+        else:
+            program.manager.close()
+        return True
+
+    sys.excepthook = hook
+    signals = (signal.SIGTERM, signal.SIGINT)
+    sources = [GLib.unix_signal_add(GLib.PRIORITY_HIGH, number, end) for number in signals]
+    try:
+        return program.run([])
+    finally:
+        sys.excepthook = sys.__excepthook__
+        for source in sources:
+            GLib.source_remove(source)
+
+
+def _id(lab: str | None) -> str:
+    """Of the program for this system, or for one lab, so that each has a window of its own."""
+    if lab is None:
+        return APP_ID
+    return f"{APP_ID}.lab{hashlib.sha256(os.path.realpath(lab).encode()).hexdigest()[:16]}"

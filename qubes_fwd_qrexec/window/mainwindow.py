@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The main window: what is open at the top, the list of rules, and beside it or below all about one."""
+
+from collections.abc import Callable
+
+from qubes_fwd_qrexec.admin.states import Key
+
+from . import alerts, rows, style
+from .bars import AlertBars, SummaryBar
+from .board import Board
+from .cells import Item
+from .commands import Commands
+from .detail import Detail
+from .figures import leftovers
+from .filters import Filters
+from .grouppane import GroupPane
+from .gtk import Gdk, Gtk
+from .outcome import Outcome
+from .placeholder import Lack, Placeholder
+from .portions import Portions
+from .rowmenu import entries
+from .rows import ENDED, Filter, Group, Show
+from .rulelist import RuleList
+from .widgets import GAP, button, column, deliver, row
+from .words import _
+
+WIDE = 1000
+"""Pixels from which on the details stand beside the list; in a narrower window they are below it."""
+_SIZE = (1180, 720)
+_SHARES = {Gtk.Orientation.HORIZONTAL: 0.6, Gtk.Orientation.VERTICAL: 0.42}
+"""How much of the place is the list's."""
+
+
+class MainWindow:
+    """``widget`` is the window. `show` has it show what is on the board."""
+
+    def __init__(self, board: Board, commands: Commands, close: Callable[[], object]) -> None:
+        self._board, self._commands = board, commands
+        self._groups: tuple[Group, ...] = ()
+        self._is_divided = False
+        self._offers = Portions()
+        self.widget = Gtk.Window(title=_("Qubes Port Forwards"))
+        self.widget.set_default_size(*_SIZE)
+        style.apply(self.widget)
+        self._filters = Filters(self.show)
+        self._add = button(_("_Add…"), commands.add, tooltip=_("A new forward (Ctrl+N)"))
+        self._close = button(_("_Close everything…"), commands.close_everything, style="destructive-action")
+        self._summary = SummaryBar(lambda: self._filters.ask_for(Filter(Show.WAITING_FOR_YOU)))
+        self._alerts = AlertBars(self._take)
+        self.outcome = Outcome()
+        self._list = RuleList(self._picked, self._open, self._menu, Portions())
+        self._placeholder = Placeholder(commands.add, board.refresh, lambda: self._filters.ask_for(Filter()))
+        self._detail = Detail(board, commands)
+        self._group = GroupPane(self._add_there, self._remove_ended)
+        self._left, self._right, self._paned = Gtk.Stack(), Gtk.Stack(), Gtk.Paned()
+        self._lay_out()
+        self._add_keys(close)
+        self.show()
+
+    def _lay_out(self) -> None:
+        tools = row(self._add, self._filters.widget, self._close)
+        tools.set_child_packing(self._filters.widget, True, True, GAP, Gtk.PackType.START)
+        for stack, pages in (
+            (self._left, (self._list.widget, self._placeholder.widget)),
+            (self._right, (self._detail.widget, self._group.widget)),
+        ):
+            for page in pages:
+                stack.add(page)
+        self._paned.pack1(self._left, True, False)
+        self._paned.pack2(self._right, True, False)
+        above = column(tools, self._summary.widget, margin=GAP)
+        whole = column(above, self._alerts.widget, self.outcome.widget, self._paned, gap=0)
+        whole.set_child_packing(self._paned, True, True, 0, Gtk.PackType.START)
+        self.widget.add(whole)
+        whole.show_all()
+        self.widget.connect("size-allocate", lambda _, size: self._turn(size.width))
+        self._paned.connect("size-allocate", lambda *_: self._divide())
+
+    def _turn(self, width: int) -> None:
+        """The details stand beside the list where there is room, else below it. A widget must not change its
+        size while it is being given one, and `Gtk.Paned` scales its position when it is turned.
+        """
+        wanted = Gtk.Orientation.HORIZONTAL if width >= WIDE else Gtk.Orientation.VERTICAL
+        if wanted is not self._paned.get_orientation():
+            self._is_divided = False
+            deliver(lambda: self._paned.set_orientation(wanted))
+
+    def _divide(self) -> None:
+        if not self._is_divided and self._right.get_visible():
+            self._is_divided = True
+            place = int(_SHARES[self._paned.get_orientation()] * self._paned.props.max_position)
+            deliver(lambda: self._paned.set_position(place))
+
+    def _add_keys(self, close: Callable[[], object]) -> None:
+        keys = Gtk.AccelGroup()
+        control, none = Gdk.ModifierType.CONTROL_MASK, Gdk.ModifierType(0)
+        for key, modifier, act in (
+            (Gdk.KEY_f, control, self._filters.search.grab_focus),
+            (Gdk.KEY_q, control, close),
+            (Gdk.KEY_F5, none, self._board.refresh),
+        ):
+            keys.connect(key, modifier, Gtk.AccelFlags.VISIBLE, lambda *_, act=act: act() or True)
+        self._add.add_accelerator("clicked", keys, Gdk.KEY_n, control, Gtk.AccelFlags.VISIBLE)
+        self.widget.add_accel_group(keys)
+        self._filters.search.connect("stop-search", lambda _: self._leave_search())
+        self._list.view.connect("key-press-event", lambda _, event: self._pressed(event))
+
+    def show(self) -> None:
+        """Show what is on the board, as far as the filters let it through."""
+        board = self._board
+        look = board.look
+        self._summary.show(rows.summary(look))
+        left = () if look is None else leftovers(look, board.figures)
+        self._alerts.show(alerts.alerts(look, left, board.trouble))
+        why = None if look is None else look.read_only
+        for each in (self._add, self._placeholder.add, *self._group.buttons):
+            each.set_sensitive(why is None)
+            each.set_tooltip_text(why)
+        self._groups = () if look is None else rows.groups(look, self._filters.filter, board.now)
+        self._offers.run(self._filters.offer([] if look is None else rows.qubes(look)))
+        self._list.show(self._groups)
+        lack = self._lack()
+        if lack is not None:
+            self._placeholder.show(lack, board.trouble or "")
+        self._left.set_visible_child(self._list.widget if lack is None else self._placeholder.widget)
+        if lack is None and self.widget.get_focus() in (None, self._add):
+            # Where the window opens, no key does anything but in the list.
+            self._list.view.grab_focus()
+        self._right.set_visible(lack in (None, Lack.NONE_FITS))
+        self._show_group()
+
+    def _lack(self) -> Lack | None:
+        """Why there is nothing to list; None if there is something."""
+        look = self._board.look
+        if look is None:
+            return Lack.NOT_LOOKED if self._board.trouble is None else Lack.CANNOT_LOOK
+        if not (look.plan.forwards or look.plan.broken):
+            return Lack.NO_RULES
+        return None if self._groups else Lack.NONE_FITS
+
+    def choose(self, key: Key) -> None:
+        """Show a rule, whatever the filters are."""
+        self._filters.ask_for(Filter())
+        self._list.choose(key)
+
+    def _picked(self) -> None:
+        item = self._list.chosen
+        self._detail.show(item if isinstance(item, tuple) else None)
+        self._show_group()
+
+    def _show_group(self) -> None:
+        group = self._chosen_group()
+        if group is not None:
+            self._group.show(group)
+        self._right.set_visible_child(self._detail.widget if group is None else self._group.widget)
+
+    def _chosen_group(self) -> Group | None:
+        return next((group for group in self._groups if group.qube == self._list.chosen), None)
+
+    def _open(self) -> None:
+        """Enter in the list goes to what stands beside it, and changes nothing."""
+        (self._detail if self._chosen_group() is None else self._group).focus()
+
+    def _add_there(self) -> None:
+        if (group := self._chosen_group()) is not None:
+            self._commands.add(group.qube)
+
+    def _ended(self) -> tuple[Key, ...]:
+        return tuple(row.key for group in self._groups if group.qube == ENDED for row in group.rows)
+
+    def _remove_ended(self) -> None:
+        self._commands.remove(self._ended())
+
+    def _menu(self, item: Item) -> Gtk.Menu:
+        menu, look = Gtk.Menu(), self._board.look
+        for entry in () if look is None else entries(item, look, self._ended(), self._commands):
+            made = Gtk.MenuItem.new_with_mnemonic(entry.mnemonic)
+            made.connect("activate", lambda _, act=entry.act: act())
+            if entry.is_change and look is not None and look.read_only is not None:
+                made.set_sensitive(False)
+                made.set_tooltip_text(look.read_only)
+            menu.append(made)
+        return menu
+
+    def _pressed(self, event: Gdk.EventKey) -> bool:
+        """Delete asks whether to remove what is chosen."""
+        item, look = self._list.chosen, self._board.look
+        if event.keyval != Gdk.KEY_Delete or look is None or look.read_only is not None:
+            return False
+        if isinstance(item, tuple):
+            self._commands.remove([item])
+        elif item == ENDED:
+            self._remove_ended()
+        return True
+
+    def _leave_search(self) -> None:
+        self._filters.ask_for(self._filters.filter._replace(text=""))
+        self._list.view.grab_focus()
+
+    def _take(self, way: alerts.Way) -> None:
+        {
+            alerts.Way.LOOK: self._board.refresh,
+            alerts.Way.RESUME: self._commands.resume,
+            alerts.Way.APPLY: self._commands.apply,
+        }[way]()

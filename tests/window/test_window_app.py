@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The program over both backends: it does what it is asked for, shows what came of that, and ends well."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from onscreen import inside, texts
+from screen import settle, until
+from worlds import ADD, Command
+
+from qubes_fwd_qrexec.admin.backend import Backend
+from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.lab.store import LabStore
+from qubes_fwd_qrexec.window.actions import Done
+from qubes_fwd_qrexec.window.app import APP_ID, Manager, Program, begin
+from qubes_fwd_qrexec.window.gtk import Gdk, GLib, Gtk
+from qubes_fwd_qrexec.window.program import Start
+from qubes_fwd_qrexec.window.remedies import Act, Remedy
+
+WEB = ("work", "web")
+
+
+class Running:
+    """The program with its window, which has looked once. No news come, so a test has it look again."""
+
+    def __init__(self, open_backend: Callable[[], Backend]) -> None:
+        self.ends: list[str] = []
+        self.manager = Manager(Start(open_backend, None), lambda: self.ends.append("ended"))
+        self.widget = self.manager.widget
+        self.widget.show()
+        self.look()
+
+    def look(self) -> None:
+        board = self.manager.board
+        was = board.look
+        board.refresh()
+        until(lambda: board.look is not was)
+
+    def dialogs(self) -> list[Gtk.Window]:
+        return [
+            window
+            for window in Gtk.Window.list_toplevels()
+            if window.get_visible() and window.get_transient_for() is self.widget
+        ]
+
+    def says(self, text: str) -> bool:
+        return any(text in each for each in texts(self.widget))
+
+
+@pytest.fixture
+def running(other_store: Callable[[], Backend], forward: Command) -> Iterator[Running]:
+    forward(*ADD)
+    made = Running(other_store)
+    yield made
+    for dialog in made.dialogs():
+        dialog.destroy()
+    made.manager.close()
+    settle()
+
+
+@pytest.mark.parametrize(
+    ("ask", "title"),
+    [
+        (lambda manager: manager.add(), "Add"),
+        (lambda manager: manager.edit(WEB), "Edit"),
+        (lambda manager: manager.confirm(WEB), "Confirm"),
+        (lambda manager: manager.remove([WEB]), "Remove"),
+        (lambda manager: manager.cut(WEB, None), "Cut"),
+        (lambda manager: manager.diagnose(WEB), "Diagnos"),
+        (lambda manager: manager.close_everything(), "Close everything"),
+        (lambda manager: manager.resume(), "Resume"),
+    ],
+)
+def test_what_needs_a_word_opens_a_dialog_and_changes_nothing(
+    running: Running, lab: LabDirectory, ask: Callable[[Manager], None], title: str
+) -> None:
+    was = lab.features("work")
+    ask(running.manager)
+    until(running.dialogs)
+    (dialog,) = running.dialogs()
+    assert title in (dialog.get_title() or "")
+    # A diagnosis takes a while, and the list can be worked on meanwhile.
+    assert dialog.get_modal() is (title != "Diagnos")
+    assert lab.features("work") == was
+
+
+def test_a_change_is_done_and_what_came_of_it_is_shown(running: Running, lab: LabDirectory) -> None:
+    running.manager.disable(WEB)
+    until(lambda: running.says("disabled"))
+    assert "enabled=no" in lab.features("work")["forward.web"]
+    until(lambda: running.manager.board.look.plan.find(*WEB).named.rule.enabled is False)
+    running.manager.enable(WEB)
+    until(lambda: "enabled=no" not in lab.features("work")["forward.web"])
+
+
+def test_a_rule_that_is_no_longer_what_was_seen_is_not_changed(
+    running: Running, lab: LabDirectory, forward: Command
+) -> None:
+    forward("set", "work", "web", "comment=other")
+    was = lab.features("work")["forward.web"]
+    running.manager.disable(WEB)
+    until(lambda: running.says("work web was not disabled"))
+    assert lab.features("work")["forward.web"] == was
+
+
+def test_apply_is_done_only_when_it_is_asked_for(
+    running: Running, lab: LabDirectory, forward: Command
+) -> None:
+    forward("remove", "work", "web", "--no-apply")
+    running.look()
+    assert "vm-config.fwd.work.web" in lab.features("sys-net")
+    running.manager.apply()
+    until(lambda: "vm-config.fwd.work.web" not in lab.features("sys-net"))
+
+
+def test_a_way_out_is_taken(running: Running, lab: LabDirectory) -> None:
+    running.manager.remedy(Remedy("Mark it", Act.MARK, None, (), "qvm-forward tunnel mark sys-vpn"))
+    until(lambda: "forward.tunnel" in lab.features("sys-vpn"))
+    running.manager.remedy(Remedy("Confirm", Act.CONFIRM, WEB, (), ""))
+    until(running.dialogs)
+
+
+def test_what_the_window_cannot_do_can_be_pasted(running: Running) -> None:
+    running.manager.remedy(Remedy("Start it", Act.COPY, None, (), "qvm-start 'sys-vpn'"))
+    found = Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD).wait_for_text()
+    assert found == "qvm-start 'sys-vpn'"
+
+
+def test_a_rule_can_be_shown_from_elsewhere(running: Running) -> None:
+    running.manager.show(WEB)
+    until(lambda: running.says("web"))
+
+
+def test_a_bug_is_told_in_words(running: Running) -> None:
+    running.manager.tell(ValueError("<b>x</b>"))
+    until(lambda: running.says("<b>x</b>"))
+
+
+def test_closing_waits_for_a_change_that_has_begun(running: Running, lab: LabDirectory) -> None:
+    begun, done = threading.Event(), []
+
+    def change(backend: Backend) -> Done:
+        begun.set()
+        backend.set_feature("work", "forward.web", "action=forward")
+        done.append(True)
+        return Done((), (), is_well=True)
+
+    running.manager.board.change(change, done.append, done.append)
+    assert begun.wait(10)
+    running.widget.close()
+    until(lambda: running.ends)
+    assert done == [True]
+    running.manager.close()
+    assert running.ends == ["ended"]
+
+
+def test_each_system_has_a_window_of_its_own(other_store: Callable[[], Backend], tmp_path: object) -> None:
+    ids = [
+        Program(Start(other_store, lab)).get_application_id() for lab in (None, "/x/lab", "/x/../x/lab", "/y")
+    ]
+    assert ids[0] == APP_ID
+    assert ids[1] == ids[2]
+    assert len({*ids}) == 3
+    assert all(id_.startswith(APP_ID) for id_ in ids)
+
+
+def shown_window() -> Gtk.Window | None:
+    """The main window of the program that runs, once it lists the rule."""
+    for window in Gtk.Window.list_toplevels():
+        if window.get_visible() and any("sys-firewall" in text for text in cells(window)):
+            return window
+    return None
+
+
+def cells(window: Gtk.Window) -> Iterator[str]:
+    for view in inside(window, Gtk.TreeView):
+        yield from (row[2] for row in view.get_model())
+
+
+def test_a_bug_in_what_gtk_calls_is_shown_and_ends_nothing(lab: LabDirectory, forward: Command) -> None:
+    forward(*ADD)
+    said: list[bool] = []
+
+    def fail() -> bool:
+        if shown_window() is None:
+            return True
+        GLib.timeout_add(10, close)
+        raise KeyError("<b>x</b>")
+
+    def close() -> bool:
+        window = shown_window()
+        assert window is not None
+        said.append(any("KeyError: '<b>x</b>'" in text for text in texts(window)))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    GLib.timeout_add(10, fail)
+    assert begin(Start(lambda: LabStore(lab), str(lab.root))) == 0
+    assert said == [True]
+    assert sys.excepthook is sys.__excepthook__
