@@ -21,6 +21,7 @@ from . import figures as figures_
 from . import rows
 from .figures import Figures
 from .look import Look
+from .words import _, ngettext
 
 
 class Told(NamedTuple):
@@ -94,9 +95,7 @@ def about(look: Look, figures: Figures | None, key: Key, now: float) -> About | 
     if isinstance(stored, BrokenRule):
         problem = render.broken_line(stored, Style()).rstrip("\n")
         return About(*head, problem, escaped(stored.text))
-    forward = look.plan.find(*key)
-    if forward is None:
-        return None
+    forward = next(forward for forward in look.plan if forward.named[:2] == key)
     hops = _hops(figures, key)
     found = findings.shown(forward, look.plan, look.snapshot.installed, now, _verdict(look, key))
     return About(
@@ -108,7 +107,7 @@ def about(look: Look, figures: Figures | None, key: Key, now: float) -> About | 
         is_allowed=found[-1].verdict != Verdict.STOPS,
         checks=(*found, *nftstatus.checks(hops)),
         hops=hops,
-        figures=figures_.lines(figures, key),
+        figures=(*figures_.lines(figures, key), *_untold(figures, forward)),
         clients=figures_.clients(figures, key),
         goes_on=tuple(_goes_on(figures, key)),
         why=tuple(line.strip() for line in render.explained(forward, Style()).splitlines()[2:]),
@@ -134,3 +133,23 @@ def _goes_on(figures: Figures | None, key: Key) -> Iterator[str]:
         for left in (*figures.status.goes_on, *figures.status.by_nft.draining):
             if (left.target, left.name) == key:
                 yield str(left)
+
+
+def _untold(figures: Figures | None, forward: Forward) -> Iterator[str]:
+    """Who may be connected besides those that the qubes tell."""
+    if forward.nft_configs:
+        yield _("No qube tells who is connected by nft.")
+    if figures is None or figures.status.clients is None or forward.exposed is None or not forward.is_live:
+        return
+    unknown, left_out = figures.status.clients.unknown, figures.status.clients.left_out
+    if (why := unknown.get(forward.exposed)) is not None:
+        yield _("Who is connected at {qube} is unknown: {why}.").format(
+            qube=forward.exposed, why=escaped(why)
+        )
+    if count := left_out.get(forward.exposed, 0):
+        more = ngettext(
+            "{qube} has {count} client more than it tells.",
+            "{qube} has {count} clients more than it tells.",
+            count,
+        )
+        yield more.format(qube=forward.exposed, count=count)

@@ -12,6 +12,7 @@ from test_drains import WEB, draining
 from test_status_clients import ONE, OTHER, naming
 from worlds import ADD, NOW, Command
 
+from qubes_fwd_qrexec.admin.answers import AnswerError
 from qubes_fwd_qrexec.admin.backend import Backend, PolicyCall, PolicyVerdict
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.snapshot import look
@@ -145,6 +146,16 @@ def test_clients_are_those_of_the_rule(lab: LabDirectory, over: Command) -> None
     assert told(backend).clients == ()
 
 
+def test_whom_the_qubes_do_not_tell_of_is_said(lab: LabDirectory, over: Command) -> None:
+    make = answering(lab, over, *ADD)
+    assert told(make(listening(REPORT), naming(ONE)), asks=True).figures[-1].endswith(" to clients")
+    found = told(make(listening(REPORT), naming(ONE, left_out=3)), asks=True)
+    assert found.figures[-1] == "sys-net has 3 clients more than it tells."
+    silent = AnswerError("no")
+    found = told(make(silent, silent), asks=True)
+    assert found.figures[-1] == "Who is connected at sys-net is unknown: no answer."
+
+
 def test_what_goes_on_of_a_closed_rule_is_said(lab: LabDirectory, over: Command) -> None:
     left = draining(WEB, replace(WEB, target=QubeName("personal")))
     backend = answering(lab, over, *ADD, "--disabled")(left, left)
@@ -155,6 +166,7 @@ def test_what_goes_on_of_a_closed_rule_is_said(lab: LabDirectory, over: Command)
 def test_by_nft_each_qube_of_the_path_says_how_it_stands(nft_lab: NftLab, over: Command) -> None:
     over(nft_lab, *ADD)
     assert told(nft_lab).hops == ()
+    assert told(nft_lab).figures[-1] == "No qube tells who is connected by nft."
     found = told(nft_lab, asks=True)
     assert (found.checks[-1].name, found.checks[-1].text) == ("in force", "at sys-net, sys-firewall, work")
     nft_lab.says["sys-firewall"] = forgets

@@ -19,6 +19,7 @@ from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.common.clientreport import CutReport
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.window import confirmation as confirmations
 from qubes_fwd_qrexec.window import widgets
 from qubes_fwd_qrexec.window.board import Board
 from qubes_fwd_qrexec.window.confirmation import WAIT_S, Confirmation
@@ -209,6 +210,29 @@ def test_connections_that_may_finish_are_said_to(removal: Removal, board: Board,
     looked(board)
     removal.open(None, [KEY])
     assert "Its connections may go on for up to an hour." in text(removal.widget)
+
+
+def test_what_should_be_closed_and_is_in_force_is_said_to_be_open(
+    removal: Removal, board: Board, forward: Command, lab: LabDirectory
+) -> None:
+    forward(*ADD)
+    lab.set_feature("work", "forward.web", f"{lab.feature('work', 'forward.web')} enabled=no")
+    looked(board)
+    removal.open(None, [KEY])
+    said = text(removal.widget)
+    assert "work web: STILL OPEN. It should be closed, and is still in force." in said
+    assert "opens nothing" not in said
+
+
+@pytest.mark.usefixtures("suspended")
+def test_a_fault_while_it_is_computed_is_said_and_agrees_to_nothing(
+    confirmation: Confirmation, loop: MainLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirmations, "agreement", lambda *_: 1 / 0)
+    confirmation.open(None, KEY)
+    until(lambda: "this is a fault of the window itself" in text(confirmation.widget))
+    loop.pass_time(WAIT_S)
+    assert not button(confirmation.widget, "Confirm").get_sensitive()
 
 
 def test_only_what_is_shown_is_removed(

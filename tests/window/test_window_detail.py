@@ -16,12 +16,15 @@ from worlds import ADD, NOW, Command
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.states import Key
+from qubes_fwd_qrexec.admin.views.connected import Client
 from qubes_fwd_qrexec.common.report import ForwardReport
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
+from qubes_fwd_qrexec.window import detail as details
 from qubes_fwd_qrexec.window import widgets
 from qubes_fwd_qrexec.window.board import FIGURES_S, Board
 from qubes_fwd_qrexec.window.clientlist import SHOWN_MAX
+from qubes_fwd_qrexec.window.clientlist import words as client_words
 from qubes_fwd_qrexec.window.detail import Detail
 from qubes_fwd_qrexec.window.gtk import Gtk
 
@@ -259,6 +262,42 @@ def test_what_cannot_be_read_shows_its_text_and_can_be_removed(
     assert heard.calls == [("remove", [KEY])]
 
 
+class ReadOnly(Answering):
+    """A system that cannot be changed from here, with one client."""
+
+    def __init__(self, lab: LabDirectory) -> None:
+        super().__init__(lab, {PLAIN: listening(REPORT), CLIENTS: naming(ONE)})
+
+    def read_only(self) -> str | None:
+        return "this qube may only look"
+
+
+def test_where_nothing_can_be_changed_the_buttons_say_why(
+    lab: LabDirectory, over: Command, loop: MainLoop, heard: Heard
+) -> None:
+    lab.set_feature("sys-net", "service.qubes-forward-listener", "1")
+    over(ReadOnly(lab), *ADD, "--expire", "1h")
+    pane = Pane(lambda: ReadOnly(lab), loop, heard)
+    pane.board.be_seen(True)
+    pane.show(KEY, "1 client is connected:")
+    assert pane.can() == {"Diagnose…"}
+    assert pane.button("Disable").get_tooltip_text() == "this qube may only look"
+    pane.close()
+
+
+def test_a_fault_of_ours_is_said_in_place_of_the_rule(
+    pane: Pane, forward: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward(*ADD)
+    with monkeypatch.context() as patch:
+        patch.setattr(details, "about", lambda *_: 1 / 0)
+        pane.show(KEY, "this is a fault of the window itself")
+        assert "Edit…" not in pane.text
+    looked(pane.board)
+    pane.until("dom0 allows the call")
+    assert "fault" not in pane.text
+
+
 def test_no_string_is_markup(pane: Pane, forward: Command, lab: LabDirectory) -> None:
     forward(*ADD, "--comment", PROBE)
     pane.show(KEY, "dom0 allows the call")
@@ -350,6 +389,13 @@ def test_clients_are_shown_and_cut(listen: Callable[[int], Listening], heard: He
     heard.calls.clear()
     found.pane.button("Cut all…").clicked()
     assert heard.calls == [("cut", KEY, None)]
+
+
+def test_a_client_that_may_finish_is_said_to() -> None:
+    client = Client(QubeName("sys-net"), replace(ONE, is_draining=True))
+    assert client_words(client) == (
+        "192.168.0.5:50000 at sys-net (tcp) may finish; 999 from it, 1.5 KiB to it, quiet for 3 s"
+    )
 
 
 def test_thousands_of_clients_are_counted(listen: Callable[[int], Listening]) -> None:
