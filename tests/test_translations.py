@@ -19,43 +19,63 @@ WINDOW = ROOT / "qubes_fwd_qrexec" / "window"
 CATALOGUES = sorted((ROOT / "po").glob("*.po"))
 ARGUMENTS = {"_": 1, "ngettext": 2}
 """How many texts a call begins with."""
-IN_TURN = ({"_Cancel", "_Close"},)
+_WINDOW = {"alerts", "bars", "filters", "mainwindow"}
+_QUESTION = {"question"}
+WINDOWS = {
+    "the window with a rule": _WINDOW | {"buttons", "clientlist", "detail"},
+    "the window with a group": _WINDOW | {"grouppane"},
+    "the window with nothing": _WINDOW | {"placeholder"},
+    "Add and Edit": {"editor", "fields", "form", "judging", "moment", "sections"},
+    "Close everything": {"closing"},
+    "Confirm": {"confirmation"} | _QUESTION,
+    "Cut": {"cutting"} | _QUESTION,
+    "Remove": {"removal"} | _QUESTION,
+    "Resume": {"resuming"} | _QUESTION,
+    "Diagnose": {"diagnosis"},
+    "the menu of a row": {"rowmenu"},
+    "the menu of the indicator": {"indicator"},
+}
+"""Whose controls show together."""
+IN_TURN = (
+    {"_Cancel", "_Close"},
+    {"_Open", "_Open to anybody", "_Save", "_Save: open to anybody"},
+    {"_Remove…", "_Remove all…"},
+)
 """What takes the place of each other, so that it may have the same key."""
 _MNEMONIC = re.compile(r"(?<!_)_(\w)")
 
 
 class Text(NamedTuple):
-    """What is to be translated: one form or, by a number, two; and the class that says it."""
+    """What is to be translated: one form or, by a number, two; and the module that says it."""
 
     forms: tuple[str, ...]
-    place: str
+    module: str
 
 
-def calls(tree: ast.AST, place: str, is_found: bool = False) -> Iterator[tuple[str, ast.Call, bool]]:
-    """Each call for a translation, with the class around it, and whether xgettext finds it, and a run says it
-    late enough: in a function's body, and not within another text.
+def calls(tree: ast.AST, is_found: bool = False) -> Iterator[tuple[ast.Call, bool]]:
+    """Each call for a translation, and whether xgettext finds it, and a run says it late enough: in a
+    function's body, and not within another text.
     """
     for node in ast.iter_child_nodes(tree):
-        inside = f"{place}:{node.name}" if isinstance(node, ast.ClassDef) else place
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ARGUMENTS:
-            yield place, node, is_found
+            yield node, is_found
         is_body = is_found or isinstance(node, ast.FunctionDef | ast.Lambda)
-        yield from calls(node, inside, is_body and not isinstance(node, ast.JoinedStr))
+        yield from calls(node, is_body and not isinstance(node, ast.JoinedStr))
 
 
-def texts_in(source: str, place: str) -> tuple[list[Text], list[str]]:
+def texts_in(source: str, module: str) -> tuple[list[Text], list[str]]:
     """The texts of a module, and where it asks for a translation in vain: of what xgettext does not find in
     the source, or while it is imported, before the language is known.
     """
     found, wrong = [], []
-    for inside, call, is_found in calls(ast.parse(source), place):
+    for call, is_found in calls(ast.parse(source)):
         assert isinstance(call.func, ast.Name)
         forms = call.args[: ARGUMENTS[call.func.id]]
         values = [form.value for form in forms if isinstance(form, ast.Constant)]
         if is_found and len(values) == len(forms) and all(isinstance(value, str) for value in values):
-            found.append(Text(tuple(map(str, values)), inside))
+            found.append(Text(tuple(map(str, values)), module))
         else:
-            wrong.append(f"{inside}: {ast.unparse(call)}")
+            wrong.append(ast.unparse(call))
     return found, wrong
 
 
@@ -144,28 +164,36 @@ def test_a_translation_can_be_reached_by_a_key_where_its_text_can(path: Path) ->
     assert wrong == []
 
 
-@pytest.mark.parametrize("path", [None, *CATALOGUES], ids=lambda path: path.stem if path else "en")
-def test_no_two_controls_of_one_part_of_a_window_have_the_same_key(path: Path | None) -> None:
-    """As far as the source tells: within one class."""
+LANGUAGES = pytest.mark.parametrize("path", [None, *CATALOGUES], ids=lambda path: path.stem if path else "en")
+
+
+@LANGUAGES
+@pytest.mark.parametrize("window", WINDOWS)
+def test_no_two_controls_that_show_together_have_the_same_key(window: str, path: Path | None) -> None:
     catalogue = opened(path) if path else gettext.NullTranslations()
-    users: dict[tuple[str, str], set[str]] = {}
+    users: dict[str, set[str]] = {}
     for text in TEXTS:
-        if ":" in text.place:
+        if text.module in WINDOWS[window]:
             for form, given in zip(text.forms, translated(catalogue, text), strict=True):
                 for letter in mnemonics(given):
-                    users.setdefault((text.place, letter), set()).add(form)
+                    users.setdefault(letter, set()).add(form)
     assert {
-        key: forms
-        for key, forms in users.items()
+        letter: forms
+        for letter, forms in users.items()
         if len(forms) > 1 and not any(forms <= turn for turn in IN_TURN)
     } == {}
 
 
+def test_of_each_key_it_is_known_with_which_others_it_shows() -> None:
+    with_keys = {text.module for text in TEXTS if any(map(mnemonics, text.forms))}
+    assert with_keys <= set().union(*WINDOWS.values())
+
+
 def test_what_gettext_cannot_read_in_the_source_is_found() -> None:
     source = (
-        "class A:\n    def f(self):\n        return _(f'{self}'), _('a'), ngettext('b', many, 2)\n"
-        "    def g(self):\n        return f'{_(\"d\")}'\nX = _('c')\n"
+        "def f(what):\n    return _(f'{what}'), _('a'), ngettext('b', many, 2)\n"
+        "def g():\n    return f'{_(\"d\")}'\nX = _('c')\n"
     )
     found, wrong = texts_in(source, "m")
-    assert found == [Text(("a",), "m:A")]
-    assert wrong == ["m:A: _(f'{self}')", "m:A: ngettext('b', many, 2)", "m:A: _('d')", "m: _('c')"]
+    assert found == [Text(("a",), "m")]
+    assert wrong == ["_(f'{what}')", "ngettext('b', many, 2)", "_('d')", "_('c')"]
