@@ -6,7 +6,7 @@ It stays open until the change is made or the user takes it away. It has no defa
 nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from qubes_fwd_qrexec.admin.backend import Backend
@@ -20,20 +20,21 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import actions
 from .actions import Done, error_lines
 from .board import Board, Later
-from .draft import Draft
+from .draft import QUBE, Draft
 from .form import Form
 from .gtk import Gdk, Gtk
-from .judging import NOTHING, Judgement, judge
+from .judging import NOTHING, Judgement, field_of, judge
 from .judging import button as words_of_button
 from .look import Look
 from .mends import Mend
+from .portions import Portions
 from .verdict import Verdict
 from .widgets import GAP, button, later, named, scrolled
 from .words import _
 
 Tell = Callable[[Done], None]
-# It fits a screen of 800x600; the fields scroll, and so does what is said below them.
-_WIDTH, _HEIGHT = 740, 540
+# In pixels. Where the screen is lower, such as 800x600, the fields scroll; what is said below always does.
+_WIDTH, _HEIGHT, _FRAME_HEIGHT = 740, 740, 60
 _VERDICT_HEIGHT = 150
 # How long a button waits that has come to mean something else by no doing of the user.
 _CHANGED_S = 1.0
@@ -46,15 +47,12 @@ class Editor:
         self._board = board
         self._tell = tell
         self._later = later
-        self.dialog: EditorDialog | None = None
-
-    @property
-    def widget(self) -> Gtk.Dialog | None:
-        return None if self.dialog is None else self.dialog.widget
+        self._portions = Portions()
+        self.widget: Gtk.Dialog | None = None
 
     def add(self, parent: Gtk.Window | None, target: QubeName | None = None) -> None:
         """Make a new forward, of this qube if one is given."""
-        self._open(parent, _("Add a forward"), Draft(target=target or ""))
+        self._portions.run(self._opening(parent, _("Add a forward"), Draft(target=target or "")))
 
     def edit(self, parent: Gtk.Window | None, key: Key, options: Sequence[Option] = ()) -> None:
         """Change a rule that the last look has and that can be read; ``options`` are filled in already."""
@@ -62,17 +60,19 @@ class Editor:
         stored = None if look is None else look.snapshot.stored.get(key)
         if isinstance(stored, NamedRule):
             title = _("Edit {rule}").format(rule=stored)
-            self._open(parent, title, Draft.of(stored).with_options(options))
+            self._portions.run(self._opening(parent, title, Draft.of(stored).with_options(options)))
 
-    def _open(self, parent: Gtk.Window | None, title: str, draft: Draft) -> None:
-        self.dialog = EditorDialog(self._board, self._tell, self._later, title, draft)
-        self.dialog.open(parent)
+    def _opening(self, parent: Gtk.Window | None, title: str, draft: Draft) -> Iterator[None]:
+        dialog = _Dialog(self._board, self._tell, self._later)
+        yield from dialog.form.making()
+        yield from dialog.opening(parent, title, draft)
+        self.widget = dialog.widget
 
 
-class EditorDialog:
+class _Dialog:
     """One opening. What has begun is done, and told, even if the dialog is closed meanwhile."""
 
-    def __init__(self, board: Board, tell: Tell, later: Later, title: str, draft: Draft) -> None:
+    def __init__(self, board: Board, tell: Tell, later: Later) -> None:
         self._board = board
         self._tell = tell
         self._later = later
@@ -81,42 +81,51 @@ class EditorDialog:
         self._faults: Mapping[str, str] = NOTHING
         self._is_busy = self._is_closed = False
         self._cancel_wait: Callable[[], None] | None = None
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self.widget: Gtk.Dialog | None = None
         self.form = Form(self._changed)
-        self.verdict = Verdict(self._mend)
-        self.save = button("", self._save)
-        self.cancel = button(_("_Cancel"), self.close)
-        self.widget = named(Gtk.Dialog(title=title, modal=True, destroy_with_parent=True), title)
-        self._fill()
-        self.widget.connect("response", lambda *_: self.close())
-        self.widget.connect("delete-event", lambda *_: self._is_busy)
-        self.widget.connect("destroy", self._closed)
-        self._unsubscribe = board.subscribe(self._looked)
-        self.form.show(draft)
-        self._looked()
+        self._verdict = Verdict(self._mend)
+        self._save = button("", self._begin)
+        self._cancel = button(_("_Cancel"), self._close)
 
-    def _fill(self) -> None:
-        fields, verdict = scrolled(self.form.widget), scrolled(self.verdict.widget)
+    def opening(self, parent: Gtk.Window | None, title: str, draft: Draft) -> Iterator[None]:
+        """Show it, with its form made, in steps that take some milliseconds each."""
+        self.widget = dialog = named(
+            Gtk.Dialog(title=title, transient_for=parent, modal=True, use_header_bar=0), title
+        )
+        dialog.connect("response", lambda *_: self._close())
+        dialog.connect("delete-event", lambda *_: self._is_busy)
+        dialog.connect("destroy", self._closed)
+        try:
+            self._fill(dialog)
+            yield
+            self._unsubscribe = self._board.subscribe(self._looked)
+            self.form.show(draft)
+            self._looked()
+            yield
+        except GeneratorExit:
+            dialog.destroy()
+            raise
+        dialog.show_all()
+        self.form.focus("dstports" if draft.target else QUBE)
+
+    def _fill(self, dialog: Gtk.Dialog) -> None:
+        fields, verdict = scrolled(self.form.widget), scrolled(self._verdict.widget)
         self.form.widget.set_focus_vadjustment(fields.get_vadjustment())
         verdict.set_min_content_height(_VERDICT_HEIGHT)
-        content = self.widget.get_content_area()
+        content = dialog.get_content_area()
         content.pack_start(fields, True, True, 0)
         content.pack_start(Gtk.Separator(), False, False, 0)
         content.pack_start(verdict, False, False, 0)
-        for each in (self.cancel, self.save):
-            self.widget.get_action_area().pack_start(each, False, False, 0)
-        self.widget.set_border_width(GAP)
-        self.widget.set_default_size(_WIDTH, _HEIGHT)
+        for each in (self._cancel, self._save):
+            dialog.get_action_area().pack_start(each, False, False, 0)
+        dialog.set_destroy_with_parent(True)
+        dialog.set_border_width(GAP)
+        dialog.set_default_size(_WIDTH, min(_HEIGHT, _room(dialog) - _FRAME_HEIGHT))
 
-    def open(self, parent: Gtk.Window | None) -> None:
-        """Show it."""
-        self.widget.set_transient_for(parent)
-        self.widget.show_all()
-        draft = self.form.draft
-        self.form.focus("dstports" if draft.target else "qube")
-
-    def close(self) -> None:
+    def _close(self) -> None:
         """Take it away, unless a change is under way: what comes of that is to be seen."""
-        if not self._is_busy:
+        if not self._is_busy and self.widget is not None:
             self.widget.destroy()
 
     def _closed(self, _dialog: Gtk.Dialog) -> None:
@@ -127,7 +136,7 @@ class EditorDialog:
     def _changed(self) -> None:
         """The user has changed a field."""
         self._faults = NOTHING
-        self.verdict.fail(())
+        self._verdict.fail(())
         self._judgement = None
         self._stop_waiting()
         self._judge()
@@ -136,7 +145,7 @@ class EditorDialog:
         """There is a new look, or the time has come to tell times anew."""
         look = self._board.look
         if look is None:
-            self.verdict.say(self._board.trouble or _("The qubes have not been read yet."))
+            self._verdict.say(self._board.trouble or _("The qubes have not been read yet."))
         elif look is not self._look:
             self._look = look
             self.form.fit(look.snapshot.inventory, self._board.now)
@@ -159,14 +168,14 @@ class EditorDialog:
             return
         was, self._judgement = self._judgement, judgement
         self.form.mark(judgement, self._faults)
-        self.verdict.show(judgement, self._lines(judgement))
+        self._verdict.show(judgement, self._lines(judgement))
         if was is not None and _meaning(was) != _meaning(judgement):
             self._wait()
         self._update()
 
     def _not_judged(self, error: Exception) -> None:
         if not self._is_closed:
-            self.verdict.say(str(error))
+            self._verdict.say(str(error))
 
     def _lines(self, judgement: Judgement) -> Sequence[str]:
         """Which fields are wrong or empty, by their names."""
@@ -192,18 +201,21 @@ class EditorDialog:
 
     def _update(self) -> None:
         """Fit the buttons to what is known."""
-        judgement = self._judgement
-        is_fine = judgement is not None and judgement.is_fine and self._cancel_wait is None
-        can_save = self._look is not None and self._look.read_only is None
-        words = words_of_button(self.form.draft) if judgement is None else judgement.button
-        self.save.set_label(words)
-        is_ready = is_fine and can_save and not self._is_busy
-        self.save.set_sensitive(is_ready)
-        context = self.save.get_style_context()
+        found, is_ready = self._judgement, self._ready() is not None
+        self._save.set_label(words_of_button(self.form.draft) if found is None else found.button)
+        self._save.set_sensitive(is_ready)
+        context = self._save.get_style_context()
         (context.add_class if is_ready and self.form.draft.is_anybody else context.remove_class)("anybody")
-        self.cancel.set_sensitive(not self._is_busy)
+        self._cancel.set_sensitive(not self._is_busy)
         self.form.widget.set_sensitive(not self._is_busy)
-        self.verdict.widget.set_sensitive(not self._is_busy)
+        self._verdict.widget.set_sensitive(not self._is_busy)
+
+    def _ready(self) -> Judgement | None:
+        """What may be stored now."""
+        can_save = self._look is not None and self._look.read_only is None
+        if self._is_busy or self._cancel_wait is not None or not can_save:
+            return None
+        return self._judgement if self._judgement is not None and self._judgement.is_fine else None
 
     def _wait(self) -> None:
         self._stop_waiting()
@@ -218,20 +230,19 @@ class EditorDialog:
             self._cancel_wait()
             self._cancel_wait = None
 
-    def _save(self) -> None:
-        found = self._judgement
-        if found is None or found.named is None or found.seen is None or self._is_busy:
+    def _begin(self) -> None:
+        found = self._ready()
+        if found is None or found.named is None or found.seen is None:
             return
         self._is_busy = True
-        self.verdict.fail(())
+        self._verdict.fail(())
         self._update()
         change = partial(_change, found.draft, found.named, found.seen, self._board.now)
         self._board.change(change, self._done, self._failed)
 
     def _done(self, done: Done) -> None:
         self._is_busy = False
-        if not self._is_closed:
-            self.widget.destroy()
+        self._close()
         self._tell(done)
 
     def _failed(self, error: Exception) -> None:
@@ -243,10 +254,17 @@ class EditorDialog:
         if isinstance(error, NotAsSeenError) and found is not None:
             self._judgement = found._replace(is_fine=False)  # the next look shows what there is
         if isinstance(error, (RuleError, UsageError)) and found is not None:
-            self._faults = {name: str(error) for name in error.options}
+            self._faults = {field_of(found.draft, name): str(error) for name in error.options}
             self.form.mark(found, self._faults)
-        self.verdict.fail(error_lines(error))
+        self._verdict.fail(error_lines(error))
         self._update()
+
+
+def _room(window: Gtk.Window) -> int:
+    """How high the lowest of the screens is, without panels, in pixels."""
+    display = window.get_display()
+    monitors = filter(None, map(display.get_monitor, range(display.get_n_monitors())))
+    return min((monitor.get_workarea().height for monitor in monitors), default=_HEIGHT)
 
 
 def _meaning(judgement: Judgement) -> tuple[object, ...]:

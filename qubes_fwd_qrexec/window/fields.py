@@ -3,17 +3,22 @@
 with it: by a text below, by a border, and to assistive technology.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
 
 from .draft import Draft
 from .gtk import Gtk, Pango
-from .widgets import GAP, column, label, named, row
+from .judging import Judgement
+from .portions import Portions
+from .widgets import GAP, column, label, named, row, scrolled
+from .words import _
 
 Changed = Callable[[], object]
 W = TypeVar("W", bound=Gtk.Widget)
+# About ten names of 31 characters, in pixels.
+_LIST_WIDTH, _LIST_HEIGHT = 250, 240
 
 
 def hidden(widget: W) -> W:
@@ -25,17 +30,19 @@ def hidden(widget: W) -> W:
 
 
 class Field:
-    """A control, with its ``label`` before it and what is wrong with it below. ``focused`` are what has the
-    focus in it, the first one first; they have a border in that case if it ``is_bordered``.
+    """A control, with its ``label`` before it and below it the ``fault``, what is shown to be wrong with it.
+    ``focused`` are what has the focus in it, the first one first; they have a border then if it
+    ``is_bordered``.
     """
 
     is_bordered = True
 
     def __init__(self, name: str, mnemonic: str, control: Gtk.Widget, *focused: Gtk.Widget) -> None:
         self.name = name
+        self.fault = ""
         self._focused = focused
-        self._fault = hidden(label(wraps=True, style="bad"))
-        self.widget = named(column(control, self._fault, gap=0), name)
+        self._words = hidden(label(wraps=True, style="bad"))
+        self.widget = named(column(control, self._words, gap=0), name)
         self.label = label(mnemonic)
         self.label.set_ellipsize(Pango.EllipsizeMode.NONE)
         self.label.set_use_underline(True)
@@ -43,17 +50,13 @@ class Field:
         self.label.set_margin_top(GAP)
         self.label.set_mnemonic_widget(focused[0])
 
-    @property
-    def fault(self) -> str:
-        """What is shown to be wrong."""
-        return self._fault.get_text()
-
     def mark(self, fault: str) -> None:
         """Show what is wrong, or with an empty text that nothing is."""
         if fault == self.fault:
             return
-        self._fault.set_text(fault)
-        self._fault.set_visible(bool(fault))
+        self.fault = fault
+        self._words.set_text(fault)
+        self._words.set_visible(bool(fault))
         for widget in self._focused:
             widget.get_accessible().set_description(fault)
             context = widget.get_style_context()
@@ -129,6 +132,7 @@ class Radios(Field):
         words: Mapping[str, str],
         place: Callable[[Mapping[str, Gtk.RadioButton]], Gtk.Widget],
     ) -> None:
+        self._said = dict(words)
         self._buttons: dict[str, Gtk.RadioButton] = {}
         first: Gtk.RadioButton | None = None
         for value, text in words.items():
@@ -148,7 +152,8 @@ class Radios(Field):
 
     def say(self, value: str, words: str) -> None:
         """Give one of the values other words."""
-        if self._buttons[value].get_label() != words:
+        if words != self._said[value]:
+            self._said[value] = words
             self._buttons[value].set_label(words)
 
     def focus(self) -> None:
@@ -175,21 +180,26 @@ class Switch(Field):
 
 
 class NameEntry(Field):
-    """A name that can be typed, completed or chosen from many, such as that of a qube."""
+    """A name that can be typed, completed or chosen from many, such as that of a qube.
+
+    A combo box would take a tenth of a second to open its menu of 200 names.
+    """
 
     def __init__(
         self, name: str, mnemonic: str, changed: Changed, *, beside: Iterable[Gtk.Widget] = ()
     ) -> None:
         self._names = Gtk.ListStore(str)
         self._offered: tuple[str, ...] = ()
-        box = Gtk.ComboBox.new_with_model_and_entry(self._names)
-        box.set_entry_text_column(0)
-        completion = Gtk.EntryCompletion(model=self._names, text_column=0, inline_completion=False)
-        self._entry = entry = cast(Gtk.Entry, box.get_child())
-        entry.set_completion(completion)
-        entry.connect("changed", lambda _: changed())
-        self._box = named(box, name)
-        super().__init__(name, mnemonic, row(box, *beside), named(entry, name))
+        self._portions = Portions()
+        self._entry = Gtk.Entry(completion=Gtk.EntryCompletion(model=self._names, text_column=0))
+        self._entry.connect("changed", lambda _: changed())
+        self._popover = Gtk.Popover()
+        self._popover.connect("show", self._open_list)
+        self._list = named(Gtk.MenuButton(popover=self._popover), _("Choose: {field}").format(field=name))
+        self._list.connect("destroy", lambda _: self._portions.stop())
+        self._control = row(named(self._entry, name), self._list, gap=0)
+        self._control.get_style_context().add_class("linked")
+        super().__init__(name, mnemonic, row(self._control, *beside), self._entry)
 
     @property
     def text(self) -> str:
@@ -202,23 +212,41 @@ class NameEntry(Field):
 
     def show_control(self, is_shown: bool) -> None:
         """Show it, or only what stands beside it."""
-        self._box.set_no_show_all(not is_shown)
-        self._box.set_visible(is_shown)
-
-    @property
-    def offered(self) -> tuple[str, ...]:
-        """The names that can be chosen."""
-        return self._offered
+        self._control.set_no_show_all(not is_shown)
+        self._control.set_visible(is_shown)
 
     def offer(self, names: Iterable[str]) -> None:
-        """Let these be chosen, in their order."""
+        """Let these be chosen, in their order; many are there only after a while."""
         offered = tuple(names)
-        if offered == self._offered:
-            return
-        self._offered = offered
+        if offered != self._offered:
+            self._offered = offered
+            self._portions.run(self._filling(offered))
+
+    def _filling(self, names: Iterable[str]) -> Iterator[None]:
         self._names.clear()
-        for name in offered:
+        for name in names:
             self._names.append([name])
+            yield
+
+    def _open_list(self, _popover: Gtk.Popover) -> None:
+        """Make the list when it is opened first."""
+        if self._popover.get_child() is None:
+            view = Gtk.TreeView(model=self._names, headers_visible=False, activate_on_single_click=True)
+            cell, column = Gtk.CellRendererText(), Gtk.TreeViewColumn()
+            column.pack_start(cell, True)
+            column.add_attribute(cell, "text", 0)
+            view.append_column(column)
+            view.connect("row-activated", self._chosen)
+            place = scrolled(named(view, self.name))
+            place.set_min_content_height(_LIST_HEIGHT)
+            place.set_min_content_width(_LIST_WIDTH)
+            place.show_all()
+            self._popover.add(place)
+
+    def _chosen(self, _view: Gtk.TreeView, path: Gtk.TreePath, _column: Gtk.TreeViewColumn) -> None:
+        self.text = self._names[path][0]
+        self._list.set_active(False)
+        self._entry.grab_focus()
 
 
 class Section:
@@ -239,3 +267,6 @@ class Section:
 
     def follow(self, draft: Draft, inventory: Inventory | None, now: float) -> None:
         """Fit what is offered, and said about it, to what all fields hold and to the qubes that there are."""
+
+    def learn(self, judgement: Judgement) -> None:
+        """Fit it to what becomes of the draft."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The fields of Add and Edit, in the order in which one thinks of a forward: what, where, who, how long."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
@@ -15,9 +15,13 @@ from .sections import Further, Reachable, Remark, What, Who
 from .widgets import GAP, column
 from .words import _
 
+_SECTIONS: tuple[Callable[[Changed], Section], ...] = (What, Reachable, Who, HowLong, Remark, Further)
+
 
 class Form:
-    """``draft`` is what the fields hold; ``changed`` is told of each change that the user makes."""
+    """``draft`` is what the fields hold; ``changed`` is told of each change that the user makes. All steps of
+    `making` have to be taken first.
+    """
 
     def __init__(self, changed: Changed) -> None:
         self.draft = Draft()
@@ -25,22 +29,35 @@ class Form:
         self._is_showing = True
         self._inventory: Inventory | None = None
         self._now = 0.0
-        self._reachable, self._further = Reachable(self._changed), Further(self._changed)
-        first = (What(self._changed), self._reachable, Who(self._changed), HowLong(self._changed))
-        self._sections: tuple[Section, ...] = (*first, Remark(self._changed), self._further)
-        self._fields: Mapping[str, Field] = {
-            name: field for section in self._sections for name, field in section.fields.items()
-        }
+        self._sections: list[Section] = []
+        self._fields: dict[str, Field] = {}
+        self._further: Mapping[str, Field] = {}
         self._expander = Gtk.Expander.new_with_mnemonic(_("_Further options"))
-        self._expander.add(_grid(self._further))
-        self.widget = column(_grid(*self._sections[:-1]), self._expander, gap=2 * GAP, margin=2 * GAP)
-        self._fill(self.draft)
+        self._grid = Gtk.Grid(column_spacing=2 * GAP, row_spacing=GAP)
+        self._further_grid = Gtk.Grid(column_spacing=2 * GAP, row_spacing=GAP)
+        self._expander.add(self._further_grid)
+        self.widget = column(self._grid, self._expander, gap=2 * GAP, margin=2 * GAP)
+
+    def making(self) -> Iterator[None]:
+        """Make it, in steps that take some milliseconds each."""
+        for make in _SECTIONS:
+            section = make(self._changed)
+            self._sections.append(section)
+            self._fields |= section.fields
+            is_further = isinstance(section, Further)
+            for field in section.rows:
+                _attach(self._further_grid if is_further else self._grid, field)
+            self._further = section.fields if is_further else self._further
+            section.show(self.draft)
+            yield
+        self._is_showing = False
 
     def show(self, draft: Draft) -> None:
         """Show a draft, as if the user had filled it in."""
         self._fill(draft)
         # What is stored has a mode and a name, and both are seen elsewhere.
-        if replace(self._further.read(Draft()), name="", mode=Draft().mode) != Draft():
+        others = self._sections[-1].read(Draft())
+        if replace(others, name="", mode=Draft().mode) != Draft():
             self._expander.set_expanded(True)
         self.draft = draft
         self._follow()
@@ -55,11 +72,10 @@ class Form:
         """Show beside each field what is wrong with it; ``faults`` come first."""
         for name, field in self._fields.items():
             field.mark(faults.get(name) or judgement.faults.get(name, ""))
-        if any(field.fault for field in self._further.fields.values()):
+        if any(field.fault for field in self._further.values()):
             self._expander.set_expanded(True)
-        self._reachable.ask_bypass(judgement.asks_bypass)
-        if judgement.named is not None:
-            self._further.suggest(judgement.named.name)
+        for section in self._sections:
+            section.learn(judgement)
 
     def titles(self, fields: Iterable[str]) -> list[str]:
         """What fields are called."""
@@ -67,7 +83,7 @@ class Form:
 
     def focus(self, field: str) -> None:
         """Lead the user to a field."""
-        if field in self._further.fields:
+        if field in self._further:
             self._expander.set_expanded(True)
         self._fields[field].focus()
 
@@ -93,11 +109,8 @@ class Form:
             section.follow(self.draft, self._inventory, self._now)
 
 
-def _grid(*sections: Section) -> Gtk.Grid:
-    """Fields below each other, each with its label before it."""
-    grid = Gtk.Grid(column_spacing=2 * GAP, row_spacing=GAP)
-    for number, field in enumerate(field for section in sections for field in section.rows):
-        grid.attach(field.label, 0, number, 1, 1)
-        field.widget.set_hexpand(True)
-        grid.attach(field.widget, 1, number, 1, 1)
-    return grid
+def _attach(grid: Gtk.Grid, field: Field) -> None:
+    """Put a field below those that are there, with its label before it."""
+    grid.attach_next_to(field.label, None, Gtk.PositionType.BOTTOM, 1, 1)
+    field.widget.set_hexpand(True)
+    grid.attach_next_to(field.widget, field.label, Gtk.PositionType.RIGHT, 1, 1)

@@ -100,7 +100,7 @@ def judge(draft: Draft, snapshot: Snapshot, now: float) -> Judgement:
     try:
         named = _named(draft, snapshot, now)
     except RuleError as error:
-        faults = {_field(draft, name): error.problem for name in error.options}
+        faults = {field_of(draft, name): error.problem for name in error.options}
         return Judgement(draft, button(draft), _("Something is not right yet."), faults=faults)
     if draft.base is not None and named == draft.base:
         return Judgement(draft, button(draft), _("Nothing is changed yet."), named=named)
@@ -135,7 +135,7 @@ def _overtaken(draft: Draft, base: NamedRule, snapshot: Snapshot) -> Judgement:
     return Judgement(draft, button(draft), headline, lines=tuple(lines), mends=tuple(mends))
 
 
-def _field(draft: Draft, option: str) -> str:
+def field_of(draft: Draft, option: str) -> str:
     """The field that shows an option: the exposed ports are those of the server if none are given."""
     return "dstports" if option == "srcports" and not draft.exposed_ports.strip() else option
 
@@ -152,7 +152,7 @@ def _faults(draft: Draft, snapshot: Snapshot, now: float) -> tuple[dict[str, str
     texts = {} if draft.base is None else draft.base.rule.options()
     texts |= {option.name: option.value for option in given}
     for fault in ForwardRule.faults(Option(name, text, name) for name, text in texts.items() if text):
-        fields = [_field(draft, name) for name in fault.options]
+        fields = [field_of(draft, name) for name in fault.options]
         found = {field: fault.problem for field in fields if field not in draft.missing} | found
         mends += of_contradiction(fault.options)
     return found, tuple(mends)
@@ -202,7 +202,7 @@ def _previewed(draft: Draft, named: NamedRule, snapshot: Snapshot, now: float) -
     lines, faults = [reasons.sentence(forward, problem)], dict[str, str]()
     if problem is not None:
         field = _BLAMED.get(problem.cause) or _BLAMED.get((problem.cause, problem.case))
-        faults = {} if field is None else {_field(draft, field): _("This is refused; see below.")}
+        faults = {} if field is None else {field_of(draft, field): _("This is refused; see below.")}
     elif forward.named.rule.expire is not None and forward.cause is not Cause.EXPIRED:
         lines.append(_("It ends {time}.").format(time=print_expire(forward.named.rule.expire, now)))
     ways_out = reasons.ways_out(forward, problem)

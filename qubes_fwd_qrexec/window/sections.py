@@ -12,6 +12,7 @@ from qubes_fwd_qrexec.common.values import Proto, QubeName
 from .draft import NAME, PRESETS, QUBE, Draft, Where
 from .fields import Changed, Choice, Entry, NameEntry, Radios, Section, Switch, hidden
 from .gtk import Gtk
+from .judging import Judgement
 from .widgets import GAP, button, column, label, row
 from .words import _
 
@@ -88,7 +89,7 @@ class Reachable(Section):
         self._via.text, self._inside.is_on = draft.via, draft.is_inside
         self._where.text, self._ports.text = draft.where, draft.exposed_ports
         self._bypass.is_on = draft.bypass_tunnel
-        self.ask_bypass(draft.bypass_tunnel)
+        self._bypass.widget.set_visible(draft.bypass_tunnel)
 
     def read(self, draft: Draft) -> Draft:
         return replace(
@@ -109,9 +110,9 @@ class Reachable(Section):
         for where, words in _places(chain[-1:], chain[:1]).items():
             self._where.say(where, words)
 
-    def ask_bypass(self, is_asked: bool) -> None:
-        """Show the question whether the tunnel may be bypassed; one that is answered with yes stays."""
-        self._bypass.widget.set_visible(is_asked or self._bypass.is_on)
+    def learn(self, judgement: Judgement) -> None:
+        """Ask whether the tunnel may be bypassed where there is one; what is answered with yes stays."""
+        self._bypass.widget.set_visible(judgement.asks_bypass or self._bypass.is_on)
 
     def _typed(self) -> None:
         if self._via.text:
@@ -154,6 +155,7 @@ class Who(Section):
             label(_("Anybody who can reach this port may connect."), wraps=True, style="anybody")
         )
         words = {self._SOME: _("Th_ese networks and qubes:"), self._ANYBODY: _("_Anybody who can reach it")}
+        self._followed = False, False, ""
         self._who = Radios(_("Who may connect"), _("Who may connect:"), changed, words, self._placed)
         self.rows = (self._who,)
         self.fields = {"srchosts": self._sources}
@@ -171,10 +173,12 @@ class Who(Section):
         return replace(draft, sources=self._sources.text, is_anybody=self._who.text == self._ANYBODY)
 
     def follow(self, draft: Draft, inventory: Inventory | None, now: float) -> None:
-        self._warning.set_visible(draft.is_anybody)
-        for network, box in self._presets.items():
-            box.set_active(network in draft.source_list)
-        self._let_in.set_visible(draft.is_internal)
+        if (draft.is_anybody, draft.is_internal, draft.sources) != self._followed:
+            self._followed = draft.is_anybody, draft.is_internal, draft.sources
+            self._warning.set_visible(draft.is_anybody)
+            self._let_in.set_visible(draft.is_internal)
+            for network, box in self._presets.items():
+                box.set_active(network in draft.source_list)
         if inventory is not None and draft.is_internal:
             tags = sorted({f"@tag:{tag}" for qube in inventory.qubes.values() for tag in qube.tags})
             names = (name for name, qube in inventory.qubes.items() if qube.klass not in _NO_TARGETS)
@@ -275,9 +279,10 @@ class Further(Section):
             follow_netvm=self._follow.is_on,
         )
 
-    def suggest(self, name: str) -> None:
+    def learn(self, judgement: Judgement) -> None:
         """Show the name that the rule gets if none is typed."""
-        self._name.hint(name)
+        if judgement.named is not None:
+            self._name.hint(judgement.named.name)
 
 
 def _modes() -> dict[str, str]:

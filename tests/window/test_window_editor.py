@@ -3,7 +3,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -63,6 +63,17 @@ class Stage:
     def is_open(self) -> bool:
         return self.editor.widget is not None and self.dialog.get_mapped()
 
+    def add(self, target: QubeName | None = None) -> None:
+        self._open(lambda: self.editor.add(None, target))
+
+    def edit(self, options: Sequence[Option] = ()) -> None:
+        self._open(lambda: self.editor.edit(None, WEB, options))
+
+    def _open(self, begin: Callable[[], None]) -> None:
+        was = self.editor.widget
+        begin()
+        until(lambda: self.editor.widget is not was and self.is_open)
+
     def looked(self) -> None:
         was = self.board.look
         self.board.refresh()
@@ -112,7 +123,7 @@ def edited(lab: LabDirectory, stage: Stage) -> Stage:
     """The dialog is open on a stored rule."""
     lab.set_feature("work", "forward.web", LINE)
     stage.looked()
-    stage.editor.edit(None, WEB)
+    stage.edit()
     return stage
 
 
@@ -121,7 +132,7 @@ def stored(lab: LabDirectory, name: str = "web", qube: str = "work") -> ForwardR
 
 
 def test_a_forward_is_added_as_it_was_shown(stage: Stage, lab: LabDirectory) -> None:
-    stage.editor.add(None)
+    stage.add()
     assert stage.has("Something is still to be filled in.") or not stage.button("Open").get_sensitive()
     stage.fill()
     stage.ready("Open")
@@ -138,7 +149,7 @@ def test_a_forward_is_added_as_it_was_shown(stage: Stage, lab: LabDirectory) -> 
 
 
 def test_the_button_waits_until_just_these_fields_have_been_judged(stage: Stage) -> None:
-    stage.editor.add(None, WORK)
+    stage.add(WORK)
     stage.fill()
     button = stage.ready("Open")
     stage.entry("Comment").set_text("x")
@@ -147,7 +158,7 @@ def test_the_button_waits_until_just_these_fields_have_been_judged(stage: Stage)
 
 
 def test_what_is_opened_to_anybody_is_chosen_and_named(stage: Stage, lab: LabDirectory) -> None:
-    stage.editor.add(None)
+    stage.add()
     stage.fill(sources="")
     stage.radio("Until I remove it").set_active(True)
     until(lambda: stage.has("Still to be filled in: Networks and qubes that may connect."))
@@ -161,7 +172,7 @@ def test_what_is_opened_to_anybody_is_chosen_and_named(stage: Stage, lab: LabDir
 
 
 def test_a_fault_is_shown_at_its_field_until_it_is_mended(stage: Stage) -> None:
-    stage.editor.add(None)
+    stage.add()
     stage.fill(ports=PROBE, sources=PROBE)
     until(lambda: stage.has("To be mended:"))
     port = stage.entry("Port of its server")
@@ -184,7 +195,7 @@ def hidden(lab: LabDirectory, stage: Stage) -> Stage:
     set_netvm(lab, "personal", "sys-vpn")
     lab.set_feature("sys-vpn", "forward.tunnel", "1")
     stage.looked()
-    stage.editor.add(None)
+    stage.add()
     stage.fill("personal")
     until(lambda: stage.has("This cannot be opened."))
     return stage
@@ -213,7 +224,7 @@ def test_a_tunnel_is_bypassed_by_a_tick_of_its_own(hidden: Stage, lab: LabDirect
 
 
 def test_a_mend_that_has_to_be_filled_in_leads_to_its_field(stage: Stage) -> None:
-    stage.editor.add(None)
+    stage.add()
     stage.fill("vault")
     until(lambda: stage.has("This cannot be opened."))
     stage.button("Expose it at another qube…").clicked()
@@ -223,7 +234,7 @@ def test_a_mend_that_has_to_be_filled_in_leads_to_its_field(stage: Stage) -> Non
 def test_a_mend_for_elsewhere_is_copied(lab: LabDirectory, stage: Stage) -> None:
     lab.set_feature("work", "forward.web", LINE)
     stage.looked()
-    stage.editor.add(None)
+    stage.add()
     stage.fill("personal")
     until(lambda: stage.has("Rule work web has port 80 of sys-net already"))
     stage.button("Copy “qvm-forward disable work web”").clicked()
@@ -244,7 +255,7 @@ def test_an_edit_changes_what_the_user_has_changed(edited: Stage, lab: LabDirect
 def test_an_edit_may_begin_with_what_a_way_out_asks_for(stage: Stage, lab: LabDirectory) -> None:
     lab.set_feature("work", "forward.web", LINE)
     stage.looked()
-    stage.editor.edit(None, WEB, [Option("srchosts", "any", "")])
+    stage.edit([Option("srchosts", "any", "")])
     stage.ready("Save: open to anybody")
 
 
@@ -295,7 +306,7 @@ def test_a_change_of_which_no_look_knows_yet_is_not_overwritten(edited: Stage, l
 
 
 def test_netvms_that_change_unseen_open_nothing(stage: Stage, lab: LabDirectory) -> None:
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     button = stage.ready("Open")
     set_netvm(lab, "work", "sys-net")
@@ -308,7 +319,7 @@ def test_netvms_that_change_unseen_open_nothing(stage: Stage, lab: LabDirectory)
 
 
 def test_a_button_that_means_something_else_waits_a_moment(stage: Stage, lab: LabDirectory) -> None:
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     stage.ready("Open")
     lab.write_qube(replace(lab.qube("sys-firewall"), netvm=None))
@@ -326,7 +337,7 @@ def test_an_error_keeps_the_dialog_open_and_its_fields(lab: LabDirectory) -> Non
     board = Board(lambda: Faulty(lab, "set work"), deliver, Timer(), lambda: NOW)
     stage = Stage(board, Timer())
     stage.looked()
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     stage.ready("Open").clicked()
     until(lambda: stage.has("cannot set work forward.tcp-80"))
@@ -344,7 +355,7 @@ def test_an_error_keeps_the_dialog_open_and_its_fields(lab: LabDirectory) -> Non
 
 
 def test_what_is_wrong_only_when_it_is_stored_is_shown_at_its_field_too(stage: Stage) -> None:
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     until_field = stage.entry("Until")
     until_field.set_text("2027-01-15 08:01")
@@ -365,7 +376,7 @@ def escape(stage: Stage) -> None:
 
 def test_escape_changes_nothing(stage: Stage, lab: LabDirectory) -> None:
     before = lab.features("work")
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     stage.ready("Open")
     escape(stage)
@@ -375,7 +386,7 @@ def test_escape_changes_nothing(stage: Stage, lab: LabDirectory) -> None:
 
 
 def test_while_a_change_is_made_the_dialog_cannot_be_left(stage: Stage, store: Backend) -> None:
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     button = stage.ready("Open")
     with store.locked():
@@ -391,7 +402,7 @@ def test_what_was_begun_is_told_where_the_dialog_is_gone(
     stage: Stage, store: Backend, forward: Command
 ) -> None:
     for ports in ("80", "81"):
-        stage.editor.add(None)
+        stage.add()
         stage.fill(ports=ports)
         button = stage.ready("Open")
         if ports == "81":
@@ -404,8 +415,18 @@ def test_what_was_begun_is_told_where_the_dialog_is_gone(
     assert "there is one already" in stage.told[1].warnings[0]
 
 
-def test_nothing_is_the_default(stage: Stage) -> None:
+def test_of_two_openings_at_once_the_last_is_shown(stage: Stage) -> None:
+    before = Gtk.Window.list_toplevels()
     stage.editor.add(None)
+    stage.add(WORK)
+    settle()
+    dialogs = [w for w in Gtk.Window.list_toplevels() if w not in before and isinstance(w, Gtk.Dialog)]
+    assert dialogs == [stage.dialog]
+    assert stage.entry("Qube").get_text() == "work"
+
+
+def test_nothing_is_the_default(stage: Stage) -> None:
+    stage.add()
     assert stage.dialog.get_default_widget() is None
     assert not any(isinstance(w, Gtk.Entry) and w.get_activates_default() for w in walk(stage.dialog))
 
@@ -413,7 +434,7 @@ def test_nothing_is_the_default(stage: Stage) -> None:
 def test_nothing_is_saved_where_nothing_can_be_changed(stage: Stage) -> None:
     assert stage.board.look is not None
     stage.board.look = replace(stage.board.look, read_only="This qube may only look.")
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     until(lambda: stage.has("reach port 80 of work."))
     assert stage.has("This qube may only look.")
@@ -423,7 +444,7 @@ def test_nothing_is_saved_where_nothing_can_be_changed(stage: Stage) -> None:
 def test_before_the_first_look_it_says_so(other_store: Callable[[], Backend]) -> None:
     board = Board(other_store, deliver, Timer(), lambda: NOW)
     stage = Stage(board, Timer())
-    stage.editor.add(None)
+    stage.add()
     assert stage.has("The qubes have not been read yet.")
     stage.looked()
     until(lambda: stage.has("Something is still to be filled in."))
@@ -433,7 +454,7 @@ def test_before_the_first_look_it_says_so(other_store: Callable[[], Backend]) ->
 
 
 def test_each_control_has_a_name_and_a_letter_of_its_own(stage: Stage) -> None:
-    stage.editor.add(None)
+    stage.add()
     find(stage.dialog, Gtk.Expander, "Further options").set_expanded(True)
     stage.radio("Its netvm, for other qubes alone").set_active(True)
     settle()
@@ -447,7 +468,7 @@ def test_each_control_has_a_name_and_a_letter_of_its_own(stage: Stage) -> None:
 
 
 def test_it_fits_a_small_screen(stage: Stage) -> None:
-    stage.editor.add(None)
+    stage.add()
     find(stage.dialog, Gtk.Expander, "Further options").set_expanded(True)
     settle()
     smallest, _ = stage.dialog.get_preferred_size()
@@ -458,7 +479,7 @@ def test_what_was_shown_is_what_the_change_is_held_to(
     stage: Stage, forward: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also that there was no rule of the name that is made up."""
-    stage.editor.add(None)
+    stage.add()
     stage.fill()
     button = stage.ready("Open")
     forward("add", "work", "81", "--from", "any", "--name", "tcp-80")

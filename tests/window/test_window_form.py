@@ -8,9 +8,10 @@ import pytest
 from controls import find, texts, walk
 from hypothesis import HealthCheck, given, settings
 from rule_strategies import named_rules
-from screen import settle
+from screen import settle, until
 from worlds import NOW, qube, rule, world
 
+from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward
 from qubes_fwd_qrexec.common.rules import NamedRule
 from qubes_fwd_qrexec.window.draft import Draft, Ends, Where
 from qubes_fwd_qrexec.window.form import Form
@@ -26,6 +27,8 @@ class Shown:
     def __init__(self) -> None:
         self.told = 0
         self.form = Form(self._tell)
+        for _ in self.form.making():
+            assert self.told == 0
         self.window = Gtk.Window()
         self.window.add(self.form.widget)
         self.window.show_all()
@@ -171,8 +174,24 @@ def test_qubes_are_let_in_where_a_forward_is_for_qubes(shown: Shown) -> None:
 
 
 def offered(shown: Shown, name: str) -> list[str]:
+    """The names to choose from, once all are there."""
+    settle()
     model = shown.entry(name).get_completion().get_model()
     return [row[0] for row in model]
+
+
+def test_a_name_is_chosen_from_a_list(shown: Shown) -> None:
+    shown.form.fit(world(), NOW)
+    button = find(shown.window, Gtk.MenuButton, "Choose: Qube")
+    for _ in range(2):
+        button.set_active(True)
+        view = find(button.get_popover(), Gtk.TreeView, "Qube")
+        until(view.get_mapped)
+        settle()
+        view.row_activated(Gtk.TreePath(6), view.get_column(0))
+        assert (shown.draft.target, button.get_active()) == ("work", False)
+        assert shown.window.get_focus() is shown.entry("Qube")
+        shown.entry("Qube").set_text("")
 
 
 def test_the_qubes_that_there_are_can_be_chosen(shown: Shown) -> None:
@@ -246,8 +265,6 @@ def test_further_options_are_open_where_they_matter(shown: Shown) -> None:
 
 
 def test_whether_a_tunnel_may_be_bypassed_is_asked_where_there_is_one(shown: Shown) -> None:
-    from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward
-
     bypass = shown.check("Go round the tunnel, I accept")
     settle()
     assert not bypass.get_mapped()
