@@ -3,6 +3,7 @@
 # make window-demo  show the window over a lab with forwards and traffic, until it is closed
 # make test   run every test (as root also those in network namespaces)
 # make check  format, lint and types
+# make pictures  take the pictures of the window for README and guide
 # make guide  write what the commands of docs/guide print into its chapters, and qvm-forward-json(7) from its schema
 # make bench  measure against socat, side by side; with ARGS=admin what dom0 takes with many rules; with ARGS=nft,
 #             as root, forwards by nft beside rules by hand; with ARGS=udp, as root, UDP over qrexec beside socat and nft;
@@ -31,7 +32,7 @@ export PYTHON
 # The tests start some 2,000 programs, and without bytecode each of them, and each process of the tests, compiles anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo window-demo test test-oldest-trio check format guide bench bench-growth fuzz mutate soak translations build/locale packages clean
+.PHONY: demo window-demo test test-oldest-trio check format guide pictures bench bench-growth fuzz mutate soak translations build/locale packages clean
 
 demo: $(VENV)/.installed
 	@tools/debian-packages --optional nftables iproute2
@@ -67,6 +68,10 @@ format: $(VENV)/.dev
 guide: $(VENV)/.dev
 	$(VENV)/bin/python tests/guide.py
 	$(VENV)/bin/python tools/jsonpage.py
+
+pictures: $(VENV)/.dev build/locale
+	@tools/debian-packages $(GTK) imagemagick fonts-dejavu-core adwaita-icon-theme
+	@$(VENV)/bin/python tests/window/pictures.py $(ARGS)
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m bench $(ARGS)

@@ -66,7 +66,9 @@ def dom0(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "kind" in metafunc.fixturenames:
+    """Each test runs with both backends, unless it says with which."""
+    says = any("kind" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "kind" in metafunc.fixturenames and not says:
         metafunc.parametrize("kind", [LAB, QUBES], indirect=True)
 
 

@@ -24,6 +24,13 @@ _NEEDED = {
     str(_BUS_LAUNCHER): "at-spi2-core",
     "xdotool": "xdotool",
 }
+# Nothing moves by itself.
+_SETTINGS = """\
+[Settings]
+gtk-cursor-blink = false
+gtk-enable-animations = false
+gtk-error-bell = false
+"""
 
 
 def missing() -> str | None:
@@ -48,18 +55,29 @@ class Desktop:
                 words,
                 env={**self.environ, **environ},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
             )
         self._started.callback(end, process)
         return process
 
+    def number(self, title: str) -> str:
+        """The X server's own number of the window with that title; waits until it is there."""
+        search = ("search", "--sync", "--onlyvisible", "--limit", "1", "--name", f"^{re.escape(title)}$")
+        return self._xdotool(*search).strip()
+
     def focus(self, title: str) -> None:
         """Give the window with that title the keyboard, as a window manager would."""
-        self._xdotool(
-            "search", "--sync", "--onlyvisible", "--name", f"^{re.escape(title)}$", "windowfocus", "--sync"
-        )
+        self._xdotool("windowfocus", "--sync", self.number(title))
+
+    def size(self, title: str, width: int, height: int) -> None:
+        """Make the window with that title so wide and high, as a window manager would."""
+        self._xdotool("windowsize", self.number(title), str(width), str(height))
+
+    def clear_pointer(self) -> None:
+        """Put the pointer where it points at nothing."""
+        self._xdotool("mousemove", "9999", "9999")
 
     def key(self, *keys: str) -> None:
         """Press keys one after another, such as ``Tab`` and ``alt+a``."""
@@ -69,20 +87,25 @@ class Desktop:
         """Type a text."""
         self._xdotool("type", "--delay", "1", text)
 
-    def _xdotool(self, *words: str) -> None:
-        subprocess.run(
+    def _xdotool(self, *words: str) -> str:
+        done = subprocess.run(
             ["xdotool", *words],
             env=dict(self.environ),
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
             check=True,
             timeout=BOUND_S,
         )
+        return done.stdout
 
 
 @contextmanager
 def open_desktop(width: int = 1280, height: int = 900, **settings: str) -> Iterator[Desktop]:
     """A screen with nothing on it, and no window manager. ``settings`` are added to the environment."""
     with tempfile.TemporaryDirectory(prefix="desktop-") as home, ExitStack() as started:
+        settings_file = Path(home, "gtk-3.0", "settings.ini")
+        settings_file.parent.mkdir()
+        settings_file.write_text(_SETTINGS)
         environ = _environment(Path(home)) | settings
         environ["DISPLAY"] = f":{_display(started, width, height)}"
         bus = _spawn(

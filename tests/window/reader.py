@@ -36,6 +36,7 @@ _EVENTS = (
     "window",
 )
 _TABS_MAX = 60
+_QUIET_MS = 500
 # What has a text beside its name. Asking everything whether it has one takes most of the time.
 _WITH_TEXT = frozenset({"entry", "password text", "spin button", "text"})
 BUTTONS = frozenset({"push button", "toggle button"})
@@ -90,6 +91,7 @@ class Reader:
         self._root = Atspi.get_desktop(0)
         del os.environ["DBUS_SESSION_BUS_ADDRESS"]
         self._desktop = desktop
+        self._heard = False
         self.focus: tuple[str, str] | None = None
         """Where the keyboard goes, as far as was heard: a name, and that of what it is a part of."""
         self.why_in_vain: Callable[[], str] = str
@@ -120,7 +122,7 @@ class Reader:
             seen
             for program in _children(self._root)
             for itself in _children(program)
-            if window is None or itself.get_name() == window
+            if window is None or _name(itself) == window
             for seen in _walk(itself, ())
         ]
 
@@ -185,6 +187,18 @@ class Reader:
         row = self.until(found, f"there is a row with {text!r}")
         assert Atspi.Component.grab_focus(row.itself)  # type: ignore[union-attr]
 
+    def settle(self) -> None:
+        """Wait until programs have said nothing for a while, so that what they show is drawn."""
+        context = GLib.MainContext.default()
+        is_quiet: list[bool] = []
+        while not is_quiet:
+            source = GLib.timeout_add(_QUIET_MS, lambda: is_quiet.append(True))
+            self._heard = False
+            while not (is_quiet or self._heard):
+                context.iteration(True)
+            if not is_quiet:
+                GLib.source_remove(source)
+
     def nameless(self) -> list[Seen]:
         """The controls of which nobody who does not see them knows what they are for."""
         return [seen for seen in self.seen() if seen.role in CONTROLS and not seen.name.strip()]
@@ -206,6 +220,7 @@ class Reader:
         raise AssertionError(f"{key} does not lead to {name!r}. There is\n{self.told()}")
 
     def _hear(self, event: Any) -> None:
+        self._heard = True
         if event.type == "object:state-changed:focused" and event.detail1:
             with suppress(GLib.Error):
                 # A button that opens a list is itself a part of a control that has a name.
@@ -217,12 +232,19 @@ def _fits(seen: Seen, name: str, roles: tuple[str, ...]) -> bool:
     return seen.name == name and (not roles or seen.role in roles)
 
 
+def _name(itself: Any) -> str:
+    with suppress(GLib.Error):
+        return itself.get_name() or ""
+    return ""
+
+
 def _children(parent: Any) -> Iterator[Any]:
     """What has gone meanwhile is not among them."""
-    for number in range(parent.get_child_count()):
-        child = parent.get_child_at_index(number)
-        if child is not None:
-            yield child
+    with suppress(GLib.Error):
+        for number in range(parent.get_child_count()):
+            child = parent.get_child_at_index(number)
+            if child is not None:
+                yield child
 
 
 def _label(itself: Any) -> str:
@@ -238,10 +260,16 @@ def _chosen(box: Any) -> str:
     return "" if chosen is None else chosen.get_name()
 
 
+def _is_scrolled_away(itself: Any, at: tuple[tuple[str, str], ...]) -> bool:
+    """Whether something that does not show has a place all the same, where one can scroll to."""
+    is_scrolled = any(role == "viewport" for role, _ in at)
+    return is_scrolled and Atspi.Component.get_extents(itself, Atspi.CoordType.SCREEN).width > 1
+
+
 def _walk(itself: Any, at: tuple[tuple[str, str], ...]) -> Iterator[Seen]:
     try:
         states = frozenset(state.value_nick for state in itself.get_state_set().get_states())
-        if "showing" not in states:
+        if "showing" not in states and not ("visible" in states and _is_scrolled_away(itself, at)):
             return
         role, name = itself.get_role_name(), itself.get_name() or ""
         text = Atspi.Text.get_text(itself, 0, -1) if role in _WITH_TEXT else ""
@@ -250,7 +278,7 @@ def _walk(itself: Any, at: tuple[tuple[str, str], ...]) -> Iterator[Seen]:
             text = _chosen(itself)
             name = "" if name == text else name
         if role in CONTROLS:
-            name = _label(itself) or name
+            name = name or _label(itself)
         yield Seen(role, name, text, states, at, itself)
         for child in _children(itself):
             yield from _walk(child, (*at, (role, name)))

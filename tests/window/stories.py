@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from desktop import Desktop, end, missing, open_desktop
@@ -20,7 +20,20 @@ from qubes_fwd_qrexec.lab.directory import LabDirectory
 if TYPE_CHECKING:
     from reader import Reader
 
-Show = Callable[[Sequence[str], Mapping[str, str]], "subprocess.Popen[bytes]"]
+
+class Shown(NamedTuple):
+    """A program, and the file with what it says on stderr."""
+
+    process: "subprocess.Popen[bytes]"
+    said: Path
+
+    def why_not(self) -> str:
+        """Why nothing more is to be expected of it; empty if it runs and has not complained."""
+        status, said = self.process.poll(), self.said.read_text()
+        return f"status {status}: {said}" if said or status is not None else ""
+
+
+Show = Callable[[Sequence[str], Mapping[str, str]], Shown]
 TITLE = "Qubes Port Forwards"
 MANAGER = "import sys; from qubes_fwd_qrexec.window import program; sys.exit(program.manager())"
 PLAYED = Path(__file__).parent / "playeddom0"
@@ -80,36 +93,32 @@ def machine(lab: LabDirectory, kind: str) -> Machine:
 @pytest.fixture
 def show(desktop: Desktop, tmp_path: Path) -> Iterator[Show]:
     """Starts a program of Python's, by ``-m MODULE`` or its file, with a `Machine.environ`."""
-    started: list[tuple[subprocess.Popen[bytes], Path]] = []
+    started: list[Shown] = []
 
-    def start(words: Sequence[str], environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    def start(words: Sequence[str], environ: Mapping[str, str]) -> Shown:
         said = tmp_path / f"stderr-{len(started)}"
-        process = desktop.start([sys.executable, *words], environ, said)
-        started.append((process, said))
-        return process
+        started.append(Shown(desktop.start([sys.executable, *words], environ, said), said))
+        return started[-1]
 
     yield start
-    for process, _ in started:
-        end(process)
-    assert [said.read_text() for _, said in started] == [""] * len(started)
+    for shown in started:
+        end(shown.process)
+    assert [shown.said.read_text() for shown in started] == [""] * len(started)
 
 
 @pytest.fixture
 def window(reader: "Reader", show: Show, machine: Machine) -> Iterator[Callable[[], "Reader"]]:
     """Starts the window, and returns who reads it once it is there. Asked to end, it does without a word."""
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Shown] = []
 
     def start() -> "Reader":
-        process = show(["-P", "-c", MANAGER], machine.environ)
-        started.append(process)
-        reader.why_in_vain = lambda: (
-            "" if process.poll() is None else f"the window ended: {process.returncode}"
-        )
+        started.append(show(["-P", "-c", MANAGER], machine.environ))
+        reader.why_in_vain = started[-1].why_not
         reader.until(lambda: reader.seen(TITLE), "the window is there")
         return reader
 
     yield start
     reader.why_in_vain = str
-    for process in started:
-        end(process)
-    assert [process.returncode for process in started] == [0] * len(started)
+    for shown in started:
+        end(shown.process)
+    assert [shown.process.returncode for shown in started] == [0] * len(started)

@@ -34,12 +34,12 @@ def _be_dom0(place: Path) -> None:
     import pytest
     from fake_admin import FakeQubes, install
     from fake_policy import FakePolicyClient
+    from playedlab import RememberedLab
 
     from qubes_fwd_qrexec.admin.qubes import events
     from qubes_fwd_qrexec.admin.views import locate
-    from qubes_fwd_qrexec.lab.directory import LabDirectory
 
-    lab = LabDirectory.open(place)
+    lab = RememberedLab.open(place)
     system = FakeQubes(lab)
     system.root = root_beside(place)
     system.says = _Answers(place.parent / "answers")
