@@ -26,7 +26,8 @@ class SummaryBar:
     """How many ports are open and to whom. ``show_asking`` shows the rules that wait for the user's word."""
 
     def __init__(self, show_asking: Callable[[], object]) -> None:
-        self._sign, self._text = Text(is_selectable=False), Text(is_selectable=False)
+        self._sign = Text(wraps=False, is_selectable=False)
+        self._text = Text(is_selectable=False)
         self._button = button(_("S_how"), show_asking, tooltip=_("Show what waits for your word"))
         self._button.set_no_show_all(True)
         self.widget = row(self._sign.widget, gap=2 * GAP)

@@ -74,7 +74,7 @@ class MainWindow:
         self.widget.add(whole)
         whole.show_all()
         self.widget.connect("size-allocate", lambda _, size: self._turn(size.width))
-        self._paned.connect("size-allocate", lambda *_: self._divide())
+        self._paned.connect("size-allocate", lambda _, place: self._divide(place))
 
     def _turn(self, width: int) -> None:
         """The details stand beside the list where there is room, else below it. A widget must not change its
@@ -85,11 +85,12 @@ class MainWindow:
             self._is_divided = False
             deliver(lambda: self._paned.set_orientation(wanted))
 
-    def _divide(self) -> None:
+    def _divide(self, place: Gdk.Rectangle) -> None:
         if not self._is_divided and self._right.get_visible():
             self._is_divided = True
-            place = int(_SHARES[self._paned.get_orientation()] * self._paned.props.max_position)
-            deliver(lambda: self._paned.set_position(place))
+            orientation = self._paned.get_orientation()
+            room = place.width if orientation is Gtk.Orientation.HORIZONTAL else place.height
+            deliver(lambda: self._paned.set_position(int(_SHARES[orientation] * room)))
 
     def _add_keys(self, close: Callable[[], object]) -> None:
         keys = Gtk.AccelGroup()

@@ -45,7 +45,7 @@ class RuleList:
         self._is_changing = False
         self._colours: Mapping[str, str] = {}
         self._silent: set[str] = {*_PERHAPS}
-        self._room = 0
+        self._room, self._font = 0, ""
         self.view = Gtk.TreeView(model=self._rows.tree, enable_search=False, has_tooltip=True)
         named(self.view, _("Forwards by target"))
         self.view.set_fixed_height_mode(True)
@@ -75,7 +75,7 @@ class RuleList:
         rows = [row for group in groups for row in group.rows]
         said = {field: {getattr(row, field) for row in rows} for field in _PERHAPS}
         self._silent = {field for field, texts in said.items() if texts <= {""}}
-        if len(said["way"]) < 2:
+        if len(said["way"] - {""}) < 2:
             self._silent.add("way")
         if not self._colours:
             self._colours = style.colours(self.view)
@@ -235,10 +235,13 @@ class RuleList:
         return True
 
     def _restyle(self) -> None:
-        """Another theme has other colours and letters, which the next `show` uses."""
+        """Another theme has other colours, which the next `show` uses, and perhaps other letters."""
         self._colours = {}
-        for column in self._columns.values():
-            column.measure()
+        font = self.view.get_pango_context().get_font_description()
+        if font is not None and font.to_string() != self._font:
+            self._font = font.to_string()
+            for column in self._columns.values():
+                column.measure()
 
     def _stop(self) -> None:
         self._portions.stop()

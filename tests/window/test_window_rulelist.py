@@ -239,6 +239,24 @@ def test_columns_that_say_nothing_are_not_there(shown: Shown) -> None:
     assert titles() == ["State", "From", "Reachable at", "Goes to"]
     shown.list.show((group("work", row("web", comment="mine", role="exposed", ends="in 7 h")),))
     assert titles() == ["State", "From", "Reachable at", "Goes to", "Ends", "Comment", "Role"]
+    shown.list.show((group("work", row("web", ends=""), row("broken", ends="", way="")),))
+    assert titles() == ["State", "From", "Reachable at", "Goes to"]
+    shown.list.show((group("work", row("web", ends=""), row("nft", ends="", way="by nft")),))
+    assert titles() == ["State", "From", "Reachable at", "Goes to", "Way"]
+
+
+def test_a_larger_font_has_wider_columns(shown: Shown) -> None:
+    shown.list.show((WORK,))
+
+    def width() -> int:
+        return shown.view.get_columns()[2].get_fixed_width()
+
+    was, settings = width(), Gtk.Settings.get_default()
+    font = settings.props.gtk_font_name
+    settings.props.gtk_font_name = "Sans 20"
+    until(lambda: width() > was)
+    settings.props.gtk_font_name = font
+    until(lambda: width() == was)
 
 
 def test_where_there_is_no_room_the_columns_go_that_say_least(shown: Shown) -> None:
