@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The main window: what is open at the top, the list of rules, and beside it or below all about one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from qubes_fwd_qrexec.admin.states import Key
+from qubes_fwd_qrexec.admin.watch import next_end
 
 from . import alerts, rows, style
 from .bars import AlertBars, SummaryBar
-from .board import Board
+from .board import SOON_S, TICK_S, Board
 from .cells import Item
 from .commands import Commands
 from .detail import Detail
@@ -15,6 +16,7 @@ from .figures import leftovers
 from .filters import Filters
 from .grouppane import GroupPane
 from .gtk import Gdk, Gtk
+from .look import Look
 from .outcome import Outcome
 from .placeholder import Lack, Placeholder
 from .portions import Portions
@@ -38,7 +40,8 @@ class MainWindow:
         self._board, self._commands = board, commands
         self._groups: tuple[Group, ...] = ()
         self._is_divided = False
-        self._offers = Portions()
+        self._portions = Portions()
+        self._listed: tuple[Look | None, Filter, int] | None = None
         self.widget = Gtk.Window(title=_("Qubes Port Forwards"))
         self.widget.set_default_size(*_SIZE)
         style.apply(self.widget)
@@ -52,6 +55,8 @@ class MainWindow:
         self._placeholder = Placeholder(commands.add, board.refresh, lambda: self._filters.ask_for(Filter()))
         self._detail = Detail(board, commands)
         self._group = GroupPane(self._add_there, self._remove_ended)
+        changing = (self._add, self._placeholder.add, *self._group.buttons)
+        self._changing = {each: each.get_tooltip_text() for each in changing}
         self._left, self._right, self._paned = Gtk.Stack(), Gtk.Stack(), Gtk.Paned()
         self._lay_out()
         self._add_keys(close)
@@ -77,13 +82,18 @@ class MainWindow:
         self._paned.connect("size-allocate", lambda _, place: self._divide(place))
 
     def _turn(self, width: int) -> None:
-        """The details stand beside the list where there is room, else below it. A widget must not change its
-        size while it is being given one, and `Gtk.Paned` scales its position when it is turned.
-        """
+        """The details stand beside the list where there is room, else below it."""
         wanted = Gtk.Orientation.HORIZONTAL if width >= WIDE else Gtk.Orientation.VERTICAL
+
+        def turn() -> None:
+            # Being turned, `Gtk.Paned` would scale its position from the one side to the other.
+            if wanted is not self._paned.get_orientation():
+                self._paned.set_orientation(wanted)
+                self._is_divided = False
+
         if wanted is not self._paned.get_orientation():
-            self._is_divided = False
-            deliver(lambda: self._paned.set_orientation(wanted))
+            # A widget must not change while it is being given its place.
+            deliver(turn)
 
     def _divide(self, place: Gdk.Rectangle) -> None:
         if not self._is_divided and self._right.get_visible():
@@ -107,22 +117,45 @@ class MainWindow:
         self._list.view.connect("key-press-event", lambda _, event: self._pressed(event))
 
     def show(self) -> None:
-        """Show what is on the board, as far as the filters let it through."""
-        board = self._board
-        look = board.look
+        """Show what is on the board, as far as the filters let it through, a part in each turn."""
+        self._portions.run(self._parts())
+
+    def _parts(self) -> Iterator[None]:
+        board, look = self._board, self._board.look
         self._summary.show(rows.summary(look))
+        yield
         left = () if look is None else leftovers(look, board.figures)
         self._alerts.show(alerts.alerts(look, left, board.trouble))
-        why = None if look is None else look.read_only
-        for each in (self._add, self._placeholder.add, *self._group.buttons):
-            each.set_sensitive(why is None)
-            each.set_tooltip_text(why)
-        self._groups = () if look is None else rows.groups(look, self._filters.filter, board.now)
-        self._offers.run(self._filters.offer([] if look is None else rows.qubes(look)))
-        self._list.show(self._groups)
-        lack = self._lack()
+        self._allow(None if look is None else look.read_only)
+        yield
+        # Figures come each few seconds, and change nothing here.
+        listed = look, self._filters.filter, self._moment()
+        if listed != self._listed:
+            self._groups = () if look is None else rows.groups(look, self._filters.filter, board.now)
+            yield
+            self._list.show(self._groups)
+            self._listed = listed
+        yield
+        self._replace(self._lack())
+        yield
+        yield from self._filters.offer([] if look is None else rows.qubes(look))
+
+    def _moment(self) -> int:
+        """What of the time is told: minutes, or seconds where something ends soon."""
+        look, now = self._board.look, self._board.now
+        end = None if look is None else next_end(look.plan, now)
+        return int(now) if end is not None and end <= now + SOON_S else int(now // TICK_S)
+
+    def _allow(self, read_only: str | None) -> None:
+        """Let the user change something, unless there is a reason why not, which the buttons tell."""
+        for each, tooltip in self._changing.items():
+            each.set_sensitive(read_only is None)
+            each.set_tooltip_text(read_only or tooltip)
+
+    def _replace(self, lack: Lack | None) -> None:
+        """Show the list, or what stands in its place."""
         if lack is not None:
-            self._placeholder.show(lack, board.trouble or "")
+            self._placeholder.show(lack, self._board.trouble or "")
         self._left.set_visible_child(self._list.widget if lack is None else self._placeholder.widget)
         if lack is None and self.widget.get_focus() in (None, self._add):
             # Where the window opens, no key does anything but in the list.
