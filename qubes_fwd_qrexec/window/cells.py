@@ -10,6 +10,7 @@ from functools import cache
 from typing import NamedTuple
 
 from qubes_fwd_qrexec.admin.states import Key, State
+from qubes_fwd_qrexec.admin.views.tables import escaped
 from qubes_fwd_qrexec.common.values import QubeName
 
 from . import style
@@ -62,10 +63,13 @@ def of_row(row: Row, group: QubeName, colours: Mapping[str, str]) -> Cells:
     """A rule in a group; ``colours`` are those of `style`."""
     sign, colour = SIGNS[row.state]
     is_to_all = row.is_anybody and row.is_live
+    who = row.who
+    if row.state is State.BROKEN:
+        who = _("{name}, which cannot be read").format(name=escaped(row.key[1]))
     return Cells(
         row.key,
         f"{sign} {row.mark}",
-        row.who,
+        who,
         row.at,
         row.to.removeprefix(f"{group}:"),
         row.way,

@@ -46,6 +46,7 @@ class RuleList:
         self._colours: Mapping[str, str] = {}
         self._silent: set[str] = {*_PERHAPS}
         self._room, self._font = 0, ""
+        self._popped: Gtk.Menu | None = None
         self.view = Gtk.TreeView(model=self._rows.tree, enable_search=False, has_tooltip=True)
         named(self.view, _("Forwards by target"))
         self.view.set_fixed_height_mode(True)
@@ -204,10 +205,11 @@ class RuleList:
 
     def _pop_up(self, event: Gdk.EventButton | None) -> bool:
         """Show what can be done with what is chosen, at the pointer or below the row."""
-        path, _ = self.view.get_cursor()
-        if path is None or self.chosen is None:
+        path = None if self._choice is None else self._rows.find(self._choice)
+        if self._choice is None or path is None or not self._is_open(path):
             return False
-        menu = self._menu(self.chosen)
+        self._pop_down()
+        self._popped = menu = self._menu(self._choice)
         menu.attach_to_widget(self.view)
         menu.show_all()
         window = self.view.get_bin_window()
@@ -218,6 +220,11 @@ class RuleList:
             south, north = Gdk.Gravity.SOUTH_WEST, Gdk.Gravity.NORTH_WEST
             menu.popup_at_rect(window, area, south, north, None)
         return True
+
+    def _pop_down(self) -> None:
+        if self._popped is not None:
+            self._popped.destroy()
+            self._popped = None
 
     def _explain(self, x: int, y: int, is_keyboard: bool, tooltip: Gtk.Tooltip) -> bool:
         """All that a row says, where it does not show all of that."""
@@ -244,5 +251,6 @@ class RuleList:
                 column.measure()
 
     def _stop(self) -> None:
+        self._pop_down()
         self._portions.stop()
         self.is_filling = False

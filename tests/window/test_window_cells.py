@@ -57,6 +57,11 @@ def test_where_a_rule_goes_to_is_named_where_the_group_does_not() -> None:
     assert of(row("web", to="work:8080"), "").to == "work:8080"
 
 
+def test_a_rule_that_cannot_be_read_is_told_by_its_name() -> None:
+    cells = of(row("odd\x1b", state=State.BROKEN, who=""))
+    assert cells.who == "odd\\x1b, which cannot be read"
+
+
 def test_a_group_is_its_qube_with_its_way_out() -> None:
     cells = of_group(group("work"), COLOURS)
     assert (cells.item, cells.text, cells.who_foreground) == ("work", "work  via sys-net", "#777")

@@ -229,6 +229,10 @@ def test_the_menu_is_of_what_is_chosen(shown: Shown) -> None:
     shown.list.choose(WEB)
     assert shown.view.emit("popup-menu")
     assert shown.menus == [WEB]
+    shown.list.choose(TLS)
+    assert shown.view.emit("popup-menu")
+    assert shown.menus == [WEB, TLS]
+    assert len(Gtk.Menu.get_for_attach_widget(shown.view)) == 1
 
 
 def test_columns_that_say_nothing_are_not_there(shown: Shown) -> None:
