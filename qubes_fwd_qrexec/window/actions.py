@@ -57,7 +57,7 @@ def edit(backend: Backend, now: float, key: Key, options: Sequence[Option], seen
     return _changed(backend, now, {key: seen}, make, say)
 
 
-def extend(backend: Backend, now: float, key: Key, seconds: int, seen: Seen) -> Done:
+def extend(backend: Backend, now: float, key: Key, seen: Seen, seconds: int) -> Done:
     """Put off the end of a rule. Raises what `edit` does."""
     return edit(backend, now, key, [Option("expire+", str(seconds), "--extend")], seen)
 

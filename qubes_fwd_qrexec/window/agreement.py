@@ -34,14 +34,15 @@ class Turn(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What is agreed to. ``opens`` is what follows, with the state. A ``problem`` keeps it from being agreed
-    to; ``seen`` is what a change is based on.
+    """What is agreed to. ``opens`` is what follows, with the state; ``is_to_anybody``: it opens to anybody. A
+    ``problem`` keeps it from being agreed to; ``seen`` is what a change is based on.
     """
 
     seen: Seen
     turns: tuple[Turn, ...] = ()
     opens: str = ""
     notes: tuple[str, ...] = ()
+    is_to_anybody: bool = False
     problem: str | None = None
 
 
@@ -62,8 +63,9 @@ def agreement(look: Look, key: Key, now: float) -> Agreement | None:
     after = found.forward
     problem = None if found.problem is None else reasons.sentence(after, found.problem)
     notes = (*reasons.notes(after), *reasons.hints(after))
+    is_to_anybody = after.is_live and rule.sources.anyone
     opens = shortened(f"{rows.mark(after.state)}. {reasons.sentence(after)}", _SENTENCE_MAX)
-    return Agreement(seen, _turns(forward, after), opens, notes, problem)
+    return Agreement(seen, _turns(forward, after), opens, notes, is_to_anybody, problem)
 
 
 def _turns(before: Forward, after: Forward) -> tuple[Turn, ...]:

@@ -25,6 +25,7 @@ from .diagnosis import Diagnosis
 from .editor import Editor
 from .gtk import Gdk, GLib, Gtk
 from .mainwindow import MainWindow
+from .opening import Opening, opens_to_anybody
 from .program import Start
 from .remedies import Act, Remedy
 from .removal import Removal
@@ -85,10 +86,10 @@ class Manager:
         Editor(self.board, self.tell).edit(self.widget, key, options)
 
     def extend(self, key: Key, seconds: int = 3600) -> None:
-        self._change(key, partial(actions.extend, seconds=seconds))
+        self._open(key, partial(actions.extend, seconds=seconds))
 
     def enable(self, key: Key) -> None:
-        self._change(key, actions.enable)
+        self._open(key, actions.enable)
 
     def disable(self, key: Key) -> None:
         self._change(key, actions.disable)
@@ -140,6 +141,14 @@ class Manager:
             self.remove([key])
         else:
             self.edit(key, remedy.options)
+
+    def _open(self, key: Key, change: Callable[..., Done]) -> None:
+        """Change a rule, after a question where that opens it to anybody."""
+        look = self.board.look
+        if look is not None and opens_to_anybody(look, key):
+            Opening(self.board, self.tell).open(self.widget, key, change)
+        else:
+            self._change(key, change)
 
     def _change(self, key: Key, change: Callable[..., Done]) -> None:
         """Change a rule as it is shown now; one that is gone since then is no error."""

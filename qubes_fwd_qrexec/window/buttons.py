@@ -22,6 +22,7 @@ class Buttons:
     def __init__(self, commands: Commands) -> None:
         self._commands = commands
         self._about: About | None = None
+        self._is_to_anybody = False
         self._can: dict[Gtk.Widget, bool] = {}
         self._edit = button(_("_Edit…"), self._does(lambda about: commands.edit(about.key)))
         self._enable = button(_("Ena_ble"), self._does(lambda about: commands.enable(about.key)))
@@ -60,6 +61,7 @@ class Buttons:
         can_change = read_only is None
         is_suspended = about.forward is not None and about.forward.state is State.SUSPENDED
         can_extend = can_change and rule is not None and rule.expire is not None
+        self._ask_about_anybody(rule is not None and rule.sources.anyone)
         had_focus = self.widget.get_focus_child()
         for each, can in {
             self._edit: can_change and rule is not None,
@@ -77,6 +79,14 @@ class Buttons:
                 each.set_tooltip_text(None if can else read_only or "")
         if had_focus is not None and not had_focus.is_sensitive():
             self._diagnose.grab_focus()
+
+    def _ask_about_anybody(self, is_to_anybody: bool) -> None:
+        """Say by text and colour that enabling asks first, as it opens to anybody."""
+        if is_to_anybody is not self._is_to_anybody:
+            self._is_to_anybody = is_to_anybody
+            self._enable.set_label(_("Ena_ble…") if is_to_anybody else _("Ena_ble"))
+            context = self._enable.get_style_context()
+            (context.add_class if is_to_anybody else context.remove_class)("anybody")
 
     def focus(self) -> None:
         """Give the first of them the focus that can be pressed."""

@@ -87,6 +87,10 @@ class Confirmation:
         self._opens.show(_("After that: {state}").format(state=found.opens) if found.opens else "")
         self._notes.show("\n".join(_("Note: {note}").format(note=note) for note in found.notes))
         self._problem.show(found.problem or "")
+        if found.is_to_anybody:
+            self._question.rename(_("_Open to anybody"), "anybody")
+        else:
+            self._question.rename(_("C_onfirm"), "note")
         self._question.fit()
         self._cancel()
         self._question.offer(None)

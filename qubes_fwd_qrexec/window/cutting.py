@@ -21,7 +21,7 @@ class Cutting:
 
     def __init__(self, board: Board, _commands: Commands, tell: Tell) -> None:
         self._board = board
-        self._question = Question(board, tell, _("Cut connections"), _("Cu_t"), "bad")
+        self._question = Question(board, tell, _("Cut connections"), _("Cu_t"), "bad", stays=True)
         self.widget = self._question.widget
         self._text = Text()
         self._question.body.pack_start(self._text.widget, False, False, 0)

@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 _V = TypeVar("_V", contravariant=True)
 # A label that is not told how narrow it may be lays its text out again and again to find that.
-_CHARS_MIN, _CHARS_NATURAL = 10, 20
+_CHARS_MIN = 10
 # How many widgets of one row may take the focus one after the other.
 _FOCI_MAX = 8
 
@@ -25,9 +25,7 @@ class Text:
     def __init__(self, *, wraps: bool = True, is_selectable: bool = True, style: str = "") -> None:
         self.widget = label(wraps=wraps, is_selectable=is_selectable, style=style)
         self.widget.set_no_show_all(True)
-        if wraps:
-            self.widget.set_width_chars(_CHARS_MIN)
-            self.widget.set_max_width_chars(_CHARS_NATURAL)
+        self._wraps = wraps
         self._shown = ""
         self._style = style
 
@@ -37,6 +35,8 @@ class Text:
             if bool(text) is not bool(self._shown):
                 self.widget.set_visible(bool(text))
             self._shown = text
+            if self._wraps:
+                self.widget.set_width_chars(min(len(text), _CHARS_MIN))
             self.widget.set_text(text)
         if style is not None and style != self._style:
             context = self.widget.get_style_context()

@@ -22,10 +22,13 @@ _WIDTH, _HEIGHT_MAX = 560, 420
 
 class Question:
     """``body`` is what is asked, and ``widget`` the dialog. ``tell`` hears what came of the change, also if
-    the dialog was closed meanwhile.
+    the dialog was closed meanwhile. If it ``stays``, what is not well is shown here and can be tried again.
     """
 
-    def __init__(self, board: Board, tell: Tell, title: str, yes: str, style: str = "") -> None:
+    def __init__(
+        self, board: Board, tell: Tell, title: str, yes: str, style: str = "", *, stays: bool = False
+    ) -> None:
+        self._stays = stays
         self._board = board
         self._tell = tell
         self._job: Job | None = None
@@ -34,7 +37,7 @@ class Question:
         self.body = column(gap=2 * GAP)
         self._error = Text(style="bad")
         self._error.widget.get_accessible().set_role(Atk.Role.ALERT)
-        self._yes = button(yes, self._agree, style=style)
+        self._yes, self._style = button(yes, self._agree, style=style), style
         self._no = button(_("_Cancel"), self.close)
         self._place = scrolled(self.body)
         self.widget = Gtk.Dialog(title=title, modal=True, destroy_with_parent=True)
@@ -67,6 +70,14 @@ class Question:
         self._job = job
         self._yes.set_sensitive(job is not None and not self._is_busy)
 
+    def rename(self, yes: str, style: str) -> None:
+        """Give the button that agrees another text and style."""
+        context = self._yes.get_style_context()
+        context.remove_class(self._style)
+        context.add_class(style)
+        self._style = style
+        self._yes.set_label(yes)
+
     def at_end(self, ended: Callable[[], None]) -> None:
         """Have this called when the dialog is gone."""
         self._ended.append(ended)
@@ -83,13 +94,18 @@ class Question:
             self._board.change(self._job, self._done, self._failed)
 
     def _done(self, done: Done) -> None:
+        if self._stays and not done.is_well:
+            self._not_done((*done.lines, *done.warnings))
+            return
         self._tell(done)
         if not self._is_closed:
             self.close()
 
     def _failed(self, error: Exception) -> None:
+        self._not_done(error_lines(error))
+
+    def _not_done(self, lines: tuple[str, ...]) -> None:
         self._is_busy = False
-        lines = error_lines(error)
         if self._is_closed:
             self._tell(Done((), lines, is_well=False))
         else:

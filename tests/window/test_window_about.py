@@ -94,6 +94,11 @@ def test_what_dom0s_policy_denies_shows_in_check_and_picture(
     found = told(store)
     assert not found.is_allowed
     assert found.checks[-1].text.startswith("dom0 denies the call: ")
+    rule = "qubes.ForwardTCP * @anyvm personal deny\n"
+    (lab.policy_dir / "20-mine.policy").write_text(rule)
+    forward("add", "personal", "81", "--from", "any")
+    assert told(store).is_allowed
+    (lab.policy_dir / "20-mine.policy").write_text("* * @anyvm @anyvm deny\n")
     assert "no policy" in found.picture(100)
 
 

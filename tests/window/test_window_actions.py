@@ -55,7 +55,7 @@ CHANGES: list[tuple[list[tuple[str, ...]], Act, tuple[str, ...]]] = [
     ([ADD], lambda backend: edit(backend, Option("comment", "", "")), ("set", "work", "web", "comment=")),
     (
         [(*ADD, "--expire", "1h")],
-        lambda backend: actions.extend(backend, NOW, KEY, 300, seen(backend)),
+        lambda backend: actions.extend(backend, NOW, KEY, seen(backend), 300),
         ("set", "work", "web", "--extend", "5m"),
     ),
     ([ADD], lambda b: actions.disable(b, NOW, KEY, seen(b)), ("disable", "work", "web")),
@@ -117,7 +117,7 @@ def test_the_window_does_and_says_what_the_command_line_does(
     "act",
     [
         lambda b, saw: actions.edit(b, NOW, KEY, [Option("comment", "b", "")], saw),
-        lambda b, saw: actions.extend(b, NOW, KEY, 60, saw),
+        lambda b, saw: actions.extend(b, NOW, KEY, saw, 60),
         lambda b, saw: actions.enable(b, NOW, KEY, saw),
         lambda b, saw: actions.disable(b, NOW, KEY, saw),
         lambda b, saw: actions.confirm(b, NOW, KEY, saw),

@@ -28,6 +28,7 @@ from qubes_fwd_qrexec.window.removal import SHOWN_MAX, Removal
 
 WORK = QubeName("work")
 KEY: Key = (WORK, "web")
+LINE = "action=forward srcports=80 srchosts=10.0.0.0/8 owner=work"
 
 
 @pytest.fixture
@@ -96,6 +97,22 @@ def test_confirming_shows_was_and_will_be_and_then_does_it(
     assert not confirmation.widget.get_visible()
 
 
+def test_a_rule_that_would_let_in_anybody_says_so_on_its_button(
+    confirmation: Confirmation, lab: LabDirectory, board: Board, forward: Command
+) -> None:
+    forward("add", "work", "80", "--from", "any", "--name", "web")
+    move(lab, "sys-net")
+    looked(board)
+    open_confirmation(confirmation)
+    yes = button(confirmation.widget, "Open to anybody")
+    assert yes.get_style_context().has_class("anybody")
+    forward("set", "work", "web", "srchosts=10.0.0.0/8")
+    looked(board)
+    until(lambda: "10.0.0.0/8" in text(confirmation.widget))
+    assert button(confirmation.widget, "Confirm") is yes
+    assert not yes.get_style_context().has_class("anybody")
+
+
 @pytest.mark.usefixtures("suspended")
 def test_for_a_second_nobody_can_agree(
     confirmation: Confirmation, told: Told, lab: LabDirectory, loop: MainLoop
@@ -118,17 +135,17 @@ def test_what_changes_meanwhile_is_shown_and_needs_another_second(
     confirmation: Confirmation, told: Told, lab: LabDirectory, loop: MainLoop, board: Board
 ) -> None:
     open_confirmation(confirmation)
-    loop.pass_time(WAIT_S)
     yes = button(confirmation.widget, "Confirm")
-    assert yes.get_sensitive()
-    move(lab, "sys-vpn")
-    looked(board)
-    until(lambda: "→ sys-vpn - sys-firewall - sys-net" in text(confirmation.widget))
-    assert not yes.get_sensitive()
-    loop.pass_time(WAIT_S)
-    looked(board)
-    settle()
-    assert yes.get_sensitive() or "tunnel" in text(confirmation.widget)
+    loop.pass_time(WAIT_S - 0.1)
+    for netvm, path in (("sys-firewall", "sys-firewall - sys-net"), ("sys-net", "sys-net")):
+        lab.set_feature("work", "forward.web", f"{LINE} path=vault")
+        move(lab, netvm)
+        looked(board)
+        until(lambda path=path: f"→ {path}\n" in text(confirmation.widget))  # type: ignore[misc]
+        loop.pass_time(0.2)
+        assert not yes.get_sensitive()
+        loop.pass_time(WAIT_S - 0.2)
+        assert yes.get_sensitive()
 
 
 @pytest.mark.usefixtures("suspended")
@@ -273,4 +290,12 @@ def test_one_client_or_all_are_cut_after_one_question(
         until(lambda: told)
         assert told[0].lines[0].startswith("Cut 1 connection of work web")
     assert [one.given for one in backend.asked if one.service == cut] == ["192.168.0.5:50000\n", "\n"]
+    backend.says["sys-net", cut] = CutReport(0)
+    told.clear()
+    cutting = Cutting(board, Heard(), told)
+    cutting.open(None, KEY, None)
+    button(cutting.widget, "Cut").clicked()
+    until(lambda: "nobody is connected to work web" in text(cutting.widget))
+    assert (told, cutting.widget.get_visible()) == ([], True)
+    cutting.widget.destroy()
     board.close()

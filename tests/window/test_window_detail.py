@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The pane follows its rule: what it says is so, its buttons do what they say, and focus and place stay."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 from answered import REPORT, listening
 from answering import Answering
+from helpers import BOUND_S
 from mainloop import MainLoop
 from panes import PROBE, Heard, button, every, looked, of, plain, shown, text
 from screen import settle, until
@@ -17,16 +19,21 @@ from worlds import ADD, NOW, Command
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.states import Key
 from qubes_fwd_qrexec.admin.views.connected import Client
+from qubes_fwd_qrexec.admin.views.tables import Check
 from qubes_fwd_qrexec.common.report import ForwardReport
 from qubes_fwd_qrexec.common.values import QubeName
 from qubes_fwd_qrexec.lab.directory import LabDirectory
 from qubes_fwd_qrexec.window import detail as details
 from qubes_fwd_qrexec.window import widgets
+from qubes_fwd_qrexec.window.about import About
 from qubes_fwd_qrexec.window.board import FIGURES_S, Board
+from qubes_fwd_qrexec.window.checklist import CheckList
 from qubes_fwd_qrexec.window.clientlist import SHOWN_MAX
 from qubes_fwd_qrexec.window.clientlist import words as client_words
 from qubes_fwd_qrexec.window.detail import Detail
+from qubes_fwd_qrexec.window.figures import Figures
 from qubes_fwd_qrexec.window.gtk import Gtk
+from qubes_fwd_qrexec.window.look import Look
 
 KEY: Key = (QubeName("work"), "web")
 PLAIN, CLIENTS = ("sys-net", "qubes.ForwardStatus+"), ("sys-net", "qubes.ForwardStatus+clients")
@@ -228,6 +235,17 @@ def test_only_what_can_be_done_can_be_pressed(
     assert {"Diagnose…", "Remove…"} <= pane.can()
 
 
+def test_enabling_what_lets_in_anybody_is_marked_and_asks_first(pane: Pane, forward: Command) -> None:
+    forward("add", "work", "80", "--from", "any", "--name", "web", "--disabled")
+    pane.show(KEY, "policy")
+    enable = pane.button("Enable…")
+    assert enable.get_style_context().has_class("anybody")
+    forward("set", "work", "web", "srchosts=10.0.0.0/8")
+    pane.show(KEY, "10.0.0.0/8")
+    assert enable.get_label() == "Ena_ble"
+    assert not enable.get_style_context().has_class("anybody")
+
+
 def test_a_suspended_rule_can_be_confirmed_here_and_at_its_finding(
     pane: Pane, forward: Command, lab: LabDirectory, heard: Heard
 ) -> None:
@@ -357,6 +375,43 @@ def test_of_another_rule_nothing_can_be_done_before_it_is_shown(
     pane.until("personal wiki", "dom0 allows the call")
     pane.button("Remove…").clicked()
     assert heard.calls == [("remove", [("personal", "wiki")])]
+
+
+def test_what_was_computed_for_another_rule_is_not_taken_for_this_one(
+    pane: Pane, forward: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward(*ADD)
+    forward("add", "personal", "81", "--from", "any", "--name", "wiki")
+    looked(pane.board)
+    is_first_done, may_go_on, real = threading.Event(), threading.Event(), details.about
+
+    def about(look: Look, figures: Figures | None, key: Key, now: float) -> About | None:
+        if key != KEY:
+            is_first_done.set()
+            assert may_go_on.wait(BOUND_S)
+        return real(look, figures, key, now)
+
+    monkeypatch.setattr(details, "about", about)
+    pane.detail.show(KEY)
+    done: list[object] = []
+    pane.board.compute(is_first_done.set, done.append, done.append, kind="after")
+    assert is_first_done.wait(BOUND_S)
+    is_first_done.clear()
+    pane.detail.show((QubeName("personal"), "wiki"))
+    assert is_first_done.wait(BOUND_S)
+    settle()
+    assert "work web" not in pane.text
+    may_go_on.set()
+    pane.until("personal wiki")
+
+
+def test_two_checks_of_one_name_have_a_row_each() -> None:
+    found = CheckList(Heard())  # type: ignore[arg-type]
+    window = shown(found.widget)
+    for _ in found.show([Check("in force", "ok", "at a"), Check("in force", "stops", "at b")]):
+        pass
+    assert text(found.widget).split("\n") == ["✓ ok", "in force", "at a", "✖ stops", "in force", "at b"]
+    window.destroy()
 
 
 def test_the_focus_can_be_given_to_it(pane: Pane, forward: Command) -> None:

@@ -106,11 +106,12 @@ def test_it_can_be_closed_while_a_qube_is_asked_and_asks_no_more(
     diagnosis.open(None, KEY)
     until(lambda: steps(diagnosis) == ["rule", "exposed qube", "applied"])
     diagnosis.close()
+    qubes.may_answer.release(1000)
     done: list[object] = []
-    board.ask(lambda _: None, done.append, done.append)
-    qubes.may_answer.release()
-    until(lambda: done)
-    settle()
+    for number in range(20):
+        board.ask(lambda _: None, done.append, done.append)
+        until(lambda number=number: len(done) > number)  # type: ignore[misc]
+        settle()
     assert len(qubes.asked) == 1
 
 
@@ -138,9 +139,12 @@ def test_trying_again_begins_anew_with_what_is_there_now(
     until(lambda: not is_busy(diagnosis))
     assert steps(diagnosis) == ["rule"]
     over(qubes, "enable", "vault", "dns")
+    qubes.may_answer = threading.Semaphore(0)
     button(diagnosis.widget, "Try again").clicked()
-    until(lambda: WELL in text(diagnosis.widget))
+    until(lambda: steps(diagnosis) == ["rule", "exposed qube", "applied"])
     assert "What helps" not in text(diagnosis.widget)
+    qubes.may_answer.release(1000)
+    until(lambda: WELL in text(diagnosis.widget))
 
 
 def test_a_rule_that_is_gone_and_one_that_is_broken_say_so(

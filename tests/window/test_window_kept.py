@@ -91,6 +91,21 @@ def test_a_text_is_no_markup_and_takes_no_room_while_it_is_empty() -> None:
     window.destroy()
 
 
+def test_gtk_is_given_only_what_differs() -> None:
+    said, given = Text(), list[str]()
+    said.widget.connect("notify::label", lambda label, _: given.append(label.get_text()))
+    for words in ("one", "one", "two", "two", ""):
+        said.show(words)
+    assert given == ["one", "two", ""]
+
+
+def test_a_short_text_asks_for_no_more_than_its_width() -> None:
+    sign, words = Text(), Text()
+    sign.show("●")
+    words.show("many words " * 10)
+    assert sign.widget.get_preferred_width()[0] < words.widget.get_preferred_width()[0] < 200
+
+
 def test_what_a_user_has_selected_stays_selected_while_the_text_is_the_same() -> None:
     said = Text()
     window = shown(column(said.widget))

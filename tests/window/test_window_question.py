@@ -54,10 +54,11 @@ def told() -> Told:
 
 
 @pytest.fixture
-def question(board: Board, told: Told) -> Question:
+def question(board: Board, told: Told) -> Iterator[Question]:
     question = Question(board, told, "A title", "_Do it", "bad")
     question.body.add(widgets.label(PROBE))
-    return question
+    yield question
+    question.close()
 
 
 def opened(question: Question, job: Job) -> None:
@@ -117,6 +118,29 @@ def test_what_has_begun_is_told_of_after_the_dialog_was_closed(
     job.end()
     until(lambda: told)
     assert told == [said]
+
+
+def test_one_that_stays_keeps_what_is_not_well(board: Board, told: Told) -> None:
+    question = Question(board, told, "A title", "_Do it", stays=True)
+    job = Job(Done(("a line",), (PROBE,), is_well=False), DONE)
+    opened(question, job)
+    yes = button(question.widget, "Do it")
+    yes.clicked()
+    job.end()
+    until(lambda: f"a line\n{PROBE}" in text(question.widget))
+    assert (told, yes.get_sensitive()) == ([], True)
+    yes.clicked()
+    job.end()
+    until(lambda: told)
+    assert (told, is_open(question)) == ([DONE], False)
+
+
+def test_the_button_can_be_renamed(question: Question) -> None:
+    opened(question, Job())
+    question.rename("_Open to anybody", "anybody")
+    yes = button(question.widget, "Open to anybody")
+    context = yes.get_style_context()
+    assert (context.has_class("anybody"), context.has_class("bad")) == (True, False)
 
 
 def test_nothing_is_done_while_nothing_is_offered_or_it_is_cancelled(question: Question, told: Told) -> None:
