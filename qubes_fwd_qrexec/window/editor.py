@@ -20,7 +20,7 @@ from qubes_fwd_qrexec.common.values import QubeName
 from . import actions
 from .actions import Done, error_lines
 from .board import Board, Later
-from .draft import QUBE, Draft
+from .draft import QUBE, Draft, Ends
 from .form import Form
 from .gtk import Gdk, Gtk
 from .judging import NOTHING, Judgement, field_of, judge
@@ -29,7 +29,7 @@ from .look import Look
 from .mends import Mend
 from .portions import Portions
 from .verdict import Verdict
-from .widgets import GAP, button, later, named, scrolled
+from .widgets import GAP, later, named, scrolled
 from .words import _
 
 Tell = Callable[[Done], None]
@@ -85,15 +85,15 @@ class _Dialog:
         self.widget: Gtk.Dialog | None = None
         self.form = Form(self._changed)
         self._verdict = Verdict(self._mend)
-        self._save = button("", self._begin)
-        self._cancel = button(_("_Cancel"), self._close)
+        self._save = Gtk.Button.new_with_mnemonic(words_of_button(Draft()))
+        self._cancel = Gtk.Button.new_with_mnemonic(_("_Cancel"))
 
     def opening(self, parent: Gtk.Window | None, title: str, draft: Draft) -> Iterator[None]:
         """Show it, with its form made, in steps that take some milliseconds each."""
         self.widget = dialog = named(
             Gtk.Dialog(title=title, transient_for=parent, modal=True, use_header_bar=0), title
         )
-        dialog.connect("response", lambda *_: self._close())
+        dialog.connect("response", self._answered)
         dialog.connect("delete-event", lambda *_: self._is_busy)
         dialog.connect("destroy", self._closed)
         try:
@@ -117,11 +117,17 @@ class _Dialog:
         content.pack_start(fields, True, True, 0)
         content.pack_start(Gtk.Separator(), False, False, 0)
         content.pack_start(verdict, False, False, 0)
-        for each in (self._cancel, self._save):
-            dialog.get_action_area().pack_start(each, False, False, 0)
+        dialog.add_action_widget(self._cancel, Gtk.ResponseType.CANCEL)
+        dialog.add_action_widget(self._save, Gtk.ResponseType.APPLY)
         dialog.set_destroy_with_parent(True)
         dialog.set_border_width(GAP)
         dialog.set_default_size(_WIDTH, min(_HEIGHT, _room(dialog) - _FRAME_HEIGHT))
+
+    def _answered(self, _dialog: Gtk.Dialog, answer: int) -> None:
+        if answer == Gtk.ResponseType.APPLY:
+            self._begin()
+        else:
+            self._close()
 
     def _close(self) -> None:
         """Take it away, unless a change is under way: what comes of that is to be seen."""
@@ -156,7 +162,7 @@ class _Dialog:
         look, draft, now = self._look, self.form.draft, self._board.now
         if look is not None:
             self._board.compute(
-                partial(judge, draft, look.snapshot, now),
+                partial(judge, draft, look.snapshot, now, look.plan),
                 partial(self._judged, look),
                 self._not_judged,
                 kind="preview",
@@ -237,7 +243,10 @@ class _Dialog:
         self._is_busy = True
         self._verdict.fail(())
         self._update()
-        change = partial(_change, found.draft, found.named, found.seen, self._board.now)
+        now = self._board.now
+        # "18:00" is that of the day for which it was shown; a span of time begins now.
+        options = found.draft.options(found.now if found.draft.ends is Ends.UNTIL else now)
+        change = partial(_change, found.draft.base is None, found.named, found.seen, options, now)
         self._board.change(change, self._done, self._failed)
 
     def _done(self, done: Done) -> None:
@@ -272,9 +281,10 @@ def _meaning(judgement: Judgement) -> tuple[object, ...]:
     return judgement.is_fine, judgement.button, judgement.headline, judgement.lines[:1], judgement.seen
 
 
-def _change(draft: Draft, named: NamedRule, seen: Seen, now: float, backend: Backend) -> Done:
+def _change(
+    is_new: bool, named: NamedRule, seen: Seen, options: Sequence[Option], now: float, backend: Backend
+) -> Done:
     """Make the change that was shown, and no other."""
-    options = draft.options(now)
-    if draft.base is not None:
+    if not is_new:
         return actions.edit(backend, now, named[:2], options, seen)
     return actions.add(backend, now, named.target, ForwardRule.from_options(options), named.name, seen)

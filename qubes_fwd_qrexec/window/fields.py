@@ -31,11 +31,12 @@ def hidden(widget: W) -> W:
 
 class Field:
     """A control, with its ``label`` before it and below it the ``fault``, what is shown to be wrong with it.
-    ``focused`` are what has the focus in it, the first one first; they have a border then if it
-    ``is_bordered``.
+    ``focused`` are what has the focus in it, the first one first. They have a border then if it
+    ``is_bordered``, and if it ``is_labelled`` the label leads there.
     """
 
     is_bordered = True
+    is_labelled = True
 
     def __init__(self, name: str, mnemonic: str, control: Gtk.Widget, *focused: Gtk.Widget) -> None:
         self.name = name
@@ -48,7 +49,8 @@ class Field:
         self.label.set_use_underline(True)
         self.label.set_valign(Gtk.Align.START)
         self.label.set_margin_top(GAP)
-        self.label.set_mnemonic_widget(focused[0])
+        if mnemonic and self.is_labelled:
+            self.label.set_mnemonic_widget(focused[0])
 
     def mark(self, fault: str) -> None:
         """Show what is wrong, or with an empty text that nothing is."""
@@ -123,6 +125,8 @@ class Radios(Field):
     """One of a few values, which are all shown, each with its words and what stands beside it or below."""
 
     is_bordered = False
+    # A label of a radio button takes its name, and GTK's relations of the two break a rule of Atk's.
+    is_labelled = False
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The fields of Add and Edit, in the order in which one thinks of a forward: what, where, who, how long."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from qubes_fwd_qrexec.admin.inventory import Inventory
@@ -44,13 +44,14 @@ class Form:
             section = make(self._changed)
             self._sections.append(section)
             self._fields |= section.fields
-            is_further = isinstance(section, Further)
-            for field in section.rows:
-                _attach(self._further_grid if is_further else self._grid, field)
-            self._further = section.fields if is_further else self._further
             section.show(self.draft)
             yield
+        *first, last = self._sections
+        self._further = last.fields
+        _attach(self._grid, [field for section in first for field in section.rows])
+        _attach(self._further_grid, last.rows)
         self._is_showing = False
+        yield
 
     def show(self, draft: Draft) -> None:
         """Show a draft, as if the user had filled it in."""
@@ -109,8 +110,10 @@ class Form:
             section.follow(self.draft, self._inventory, self._now)
 
 
-def _attach(grid: Gtk.Grid, field: Field) -> None:
-    """Put a field below those that are there, with its label before it."""
-    grid.attach_next_to(field.label, None, Gtk.PositionType.BOTTOM, 1, 1)
-    field.widget.set_hexpand(True)
-    grid.attach_next_to(field.widget, field.label, Gtk.PositionType.RIGHT, 1, 1)
+def _attach(grid: Gtk.Grid, fields: Sequence[Field]) -> None:
+    """Put fields below each other, each with its label before it."""
+    # What is attached last is what assistive technology comes to first.
+    for number, field in reversed(list(enumerate(fields))):
+        field.widget.set_hexpand(True)
+        grid.attach(field.widget, 1, number, 1, 1)
+        grid.attach(field.label, 0, number, 1, 1)

@@ -13,7 +13,7 @@ from qubes_fwd_qrexec.admin.changing import changed_rule, new_rule
 from qubes_fwd_qrexec.admin.previewing import Preview, preview
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.snapshot import Snapshot, parse_new_name
-from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Key, State
+from qubes_fwd_qrexec.admin.states import Cause, Finding, Forward, Key, Plan, State
 from qubes_fwd_qrexec.admin.views import changes, reasons, travel
 from qubes_fwd_qrexec.admin.views.tables import escaped
 from qubes_fwd_qrexec.admin.views.times import print_expire
@@ -64,8 +64,8 @@ class Judgement(NamedTuple):
     """What becomes of ``draft``. It ``is_fine`` if it may be stored; ``button`` is the word for that.
 
     ``faults`` are texts by field, ``missing`` the fields to be filled first. ``named`` is what would be
-    stored, and ``forward`` what the plan makes of it; ``seen`` is what this is based on. ``headline`` sums it
-    up, ``lines`` and ``notes`` explain, ``mends`` would help.
+    stored at the time ``now``, and ``forward`` what the plan makes of it; ``seen`` is what this is based on.
+    ``headline`` sums it up, ``lines`` and ``notes`` explain, ``mends`` would help.
     """
 
     draft: Draft
@@ -80,6 +80,7 @@ class Judgement(NamedTuple):
     forward: Forward | None = None
     seen: Seen | None = None
     is_fine: bool = False
+    now: float = 0.0
 
     @property
     def asks_bypass(self) -> bool:
@@ -88,8 +89,10 @@ class Judgement(NamedTuple):
         return self.forward is not None and any(map(self.forward.finding, causes))
 
 
-def judge(draft: Draft, snapshot: Snapshot, now: float) -> Judgement:
-    """What becomes of a draft in a system at ``now``, in UNIX seconds."""
+def judge(draft: Draft, snapshot: Snapshot, now: float, known: Plan | None = None) -> Judgement:
+    """What becomes of a draft in a system at ``now``, in UNIX seconds. ``known`` is the plan of the snapshot,
+    where the caller has it.
+    """
     if draft.base is not None and snapshot.stored.get(draft.base[:2]) != draft.base:
         return _overtaken(draft, draft.base, snapshot)
     faults, mends = _faults(draft, snapshot, now)
@@ -104,7 +107,7 @@ def judge(draft: Draft, snapshot: Snapshot, now: float) -> Judgement:
         return Judgement(draft, button(draft), _("Something is not right yet."), faults=faults)
     if draft.base is not None and named == draft.base:
         return Judgement(draft, button(draft), _("Nothing is changed yet."), named=named)
-    return _previewed(draft, named, snapshot, now)
+    return _previewed(draft, named, snapshot, preview(snapshot, now, named, known), now)
 
 
 def button(draft: Draft, forward: Forward | None = None) -> str:
@@ -195,9 +198,8 @@ def _named(draft: Draft, snapshot: Snapshot, now: float) -> NamedRule:
     return new_rule(snapshot, now, QubeName(draft.target.strip()), rule, name)
 
 
-def _previewed(draft: Draft, named: NamedRule, snapshot: Snapshot, now: float) -> Judgement:
+def _previewed(draft: Draft, named: NamedRule, snapshot: Snapshot, seen: Preview, now: float) -> Judgement:
     key: Key = named[:2]
-    seen = preview(snapshot, now, named)
     forward, problem = seen.forward, seen.problem
     lines, faults = [reasons.sentence(forward, problem)], dict[str, str]()
     if problem is not None:
@@ -218,6 +220,7 @@ def _previewed(draft: Draft, named: NamedRule, snapshot: Snapshot, now: float) -
         forward=forward,
         seen=Seen.of(snapshot, key),
         is_fine=problem is None,
+        now=now,
     )
 
 

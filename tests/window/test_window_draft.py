@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the fields of Add and Edit hold: from a rule and back to its options."""
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
 from rule_strategies import named_rules
 from worlds import NOW, rule
+from zones import zone
 
 from qubes_fwd_qrexec.admin.editing import edited
 from qubes_fwd_qrexec.common.errors import RuleError
@@ -24,19 +23,6 @@ TYPED = Draft(target=" work ", ports=" 80 ", sources=" 192.168.0.0/16,10.0.0.0/8
 def utc() -> Iterator[None]:
     with zone("UTC"):
         yield
-
-
-@contextmanager
-def zone(name: str) -> Iterator[None]:
-    """Local times are those of a zone, such as XST-2, which is two hours ahead of UTC."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TZ", name)
-    time.tzset()
-    try:
-        yield
-    finally:
-        patch.undo()
-        time.tzset()
 
 
 def made(draft: Draft) -> ForwardRule:

@@ -11,6 +11,7 @@ from controls import FOCUSABLE, called, find, texts, walk
 from faulty import Faulty
 from screen import settle, until
 from worlds import NOW, Command
+from zones import zone
 
 from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.common.options import Option
@@ -367,6 +368,28 @@ def test_what_is_wrong_only_when_it_is_stored_is_shown_at_its_field_too(stage: S
     stage.radio("8 hours").set_active(True)
     stage.ready("Open")
     assert not until_field.get_style_context().has_class("invalid_entry")
+
+
+def test_a_time_of_the_day_is_that_of_the_day_for_which_it_was_shown(stage: Stage, lab: LabDirectory) -> None:
+    with zone("UTC"):
+        stage.add(WORK)
+        stage.fill()
+        stage.entry("Until").set_text("8:01")
+        until(lambda: stage.has("It ends 2027-01-15 08:01 UTC (in 1 min)."))
+        stage.timer.now += 61
+        stage.button("Open").clicked()
+        until(lambda: stage.has("that time is over already"))
+        assert "forward.tcp-80" not in lab.features("work")
+
+
+def test_a_span_of_time_begins_when_it_is_opened(stage: Stage, lab: LabDirectory) -> None:
+    stage.add(WORK)
+    stage.fill()
+    stage.ready("Open")
+    stage.timer.now += 61
+    stage.button("Open").clicked()
+    until(lambda: stage.told)
+    assert stored(lab, "tcp-80").expire == NOW + 61 + 3600
 
 
 def escape(stage: Stage) -> None:

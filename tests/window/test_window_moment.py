@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The calendar and clock from which the end of a forward can be chosen."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
 from controls import find
 from screen import settle, until
+from zones import zone
 
 from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.moment import Calendar
@@ -45,15 +45,12 @@ class Shown:
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shown]:
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    shown = Shown()
-    yield shown
-    shown.window.destroy()
-    settle()
-    monkeypatch.undo()
-    time.tzset()
+def shown() -> Iterator[Shown]:
+    with zone("UTC"):
+        shown = Shown()
+        yield shown
+        shown.window.destroy()
+        settle()
 
 
 def test_it_begins_where_it_is_told_and_chooses_nothing_by_itself(shown: Shown) -> None:
