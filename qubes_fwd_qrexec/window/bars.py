@@ -7,7 +7,7 @@ from .alerts import Alert, Way
 from .gtk import Atk, Gtk
 from .kept import Rows, Text
 from .rows import Summary, Tone
-from .widgets import GAP, button, column, row
+from .widgets import GAP, button, column, deliver, row
 from .words import _
 
 # A sign besides colour and words.
@@ -47,13 +47,13 @@ class AlertBars:
     def __init__(self, take: Callable[[Way], object]) -> None:
         self._rows: Rows[str, Alert] = Rows(lambda _: _Bar(take))
         self._shown: list[Alert] = []
+        self._width = 0
         self.widget = Gtk.ScrolledWindow(hscrollbar_policy=Gtk.PolicyType.NEVER)
-        self.widget.set_propagate_natural_height(True)
-        self.widget.set_max_content_height(_HEIGHT_MAX)
         self.widget.set_no_show_all(True)
         self._rows.widget.set_spacing(0)
         self.widget.add(self._rows.widget)
         self._rows.widget.show()
+        self.widget.connect("size-allocate", lambda _, place: self._resized(place.width))
 
     def show(self, alerts: Iterable[Alert]) -> None:
         """Show these, in this order."""
@@ -63,6 +63,18 @@ class AlertBars:
             for _ in self._rows.show({alert.kind: alert for alert in wanted}):
                 pass
             self.widget.set_visible(bool(wanted))
+            self._fit()
+
+    def _resized(self, width: int) -> None:
+        if width != self._width:
+            self._width = width
+            # A widget must not change while it is being given its place.
+            deliver(self._fit)
+
+    def _fit(self) -> None:
+        """Be as high as the texts are in this width: what scrolls asks for the height in its least one."""
+        height = self._rows.widget.get_preferred_height_for_width(self._width)[1]
+        self.widget.set_size_request(-1, min(height, _HEIGHT_MAX))
 
 
 class _Bar:

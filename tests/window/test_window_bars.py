@@ -11,6 +11,7 @@ from qubes_fwd_qrexec.window.alerts import Alert, Way
 from qubes_fwd_qrexec.window.bars import AlertBars, SummaryBar
 from qubes_fwd_qrexec.window.gtk import Gtk
 from qubes_fwd_qrexec.window.rows import Summary, Tone
+from qubes_fwd_qrexec.window.widgets import column
 
 HELD = Alert("held", "Everything is held.", (), Way.RESUME, "_Resume…")
 OLD = Alert("trouble", "It is old.", ("no <b>qubesd</b> & co",), Way.LOOK, "_Look again", is_bad=True)
@@ -23,8 +24,8 @@ class Bars:
     def __init__(self) -> None:
         self.taken: list[Way] = []
         self.bars = AlertBars(self.taken.append)
-        self.window = Gtk.Window(default_width=800)
-        self.window.add(self.bars.widget)
+        self.window = Gtk.Window(default_width=800, default_height=600)
+        self.window.add(column(self.bars.widget))
         self.window.show_all()
         settle()
 
@@ -78,9 +79,20 @@ def test_a_bar_that_says_the_same_stays_with_the_focus_in_it(shown: Bars) -> Non
     assert texts(shown.bars.widget) == ["Other words.", "Resume…"]
 
 
+def test_bars_take_the_room_of_their_texts_and_no_more(shown: Bars) -> None:
+    shown.bars.show([HELD])
+    height = shown.bars.widget.get_allocated_height
+    until(lambda: shown.bars.widget.get_allocated_width() >= 800)
+    until(lambda: height() == shown.infos()[0].get_allocated_height())
+    assert height() < 60
+    shown.bars.show([HELD, OLD])
+    until(lambda: height() == sum(info.get_allocated_height() for info in shown.infos()))
+
+
 def test_many_bars_leave_room_for_the_list(shown: Bars) -> None:
     shown.bars.show([Alert(str(number), "words " * 40, ("more",) * 5) for number in range(6)])
     until(lambda: shown.bars.widget.get_allocated_height() > 100)
+    settle()
     assert shown.bars.widget.get_allocated_height() <= 200
 
 
