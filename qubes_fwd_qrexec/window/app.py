@@ -44,6 +44,7 @@ class Manager:
     def __init__(self, start: Start, ended: Callable[[], object]) -> None:
         self._ended = ended
         self._is_closed = False
+        self._changing: set[Key | None] = set()
         self.board = Board(start.open_backend, deliver, later)
         self.window = MainWindow(self.board, self, self.close)
         self.widget = self.window.widget
@@ -154,10 +155,21 @@ class Manager:
         """Change a rule as it is shown now; one that is gone since then is no error."""
         look = self.board.look
         if look is not None:
-            self._do(partial(change, key=key, seen=Seen.of(look.snapshot, key)))
+            self._do(partial(change, key=key, seen=Seen.of(look.snapshot, key)), key)
 
-    def _do(self, change: Callable[..., Done]) -> None:
-        self.board.change(lambda backend: change(backend, self.board.now), self.tell, self.tell)
+    def _do(self, change: Callable[..., Done], key: Key | None = None) -> None:
+        """Change something; one change of each rule at a time, so that a second click asks for nothing."""
+        if key in self._changing:
+            return
+        self._changing.add(key)
+        self.window.be_busy(is_busy=True)
+
+        def ended(outcome: Done | Exception) -> None:
+            self._changing.remove(key)
+            self.window.be_busy(is_busy=bool(self._changing))
+            self.tell(outcome)
+
+        self.board.change(lambda backend: change(backend, self.board.now), ended, ended)
 
 
 class Program(Gtk.Application):

@@ -32,6 +32,9 @@ class SummaryBar:
         self._button.set_no_show_all(True)
         self.widget = row(self._sign.widget, gap=2 * GAP)
         self.widget.pack_start(self._text.widget, True, True, 0)
+        self._spinner, self._busy = Gtk.Spinner(no_show_all=True), Text(is_selectable=False, wraps=False)
+        self.widget.pack_start(self._busy.widget, False, False, 0)
+        self.widget.pack_start(self._spinner, False, False, 0)
         self.widget.pack_start(self._button, False, False, 0)
 
     def show(self, summary: Summary) -> None:
@@ -39,6 +42,12 @@ class SummaryBar:
         self._sign.show(sign, style)
         self._text.show(summary.text, style)
         self._button.set_visible(summary.asks > 0)
+
+    def be_busy(self, *, is_busy: bool) -> None:
+        """Say whether a change is being made."""
+        self._busy.show(_("Working…") if is_busy else "")
+        self._spinner.set_visible(is_busy)
+        self._spinner.props.active = is_busy
 
 
 class AlertBars:

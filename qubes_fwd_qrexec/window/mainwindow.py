@@ -116,6 +116,10 @@ class MainWindow:
         self._filters.search.connect("stop-search", lambda _: self._leave_search())
         self._list.view.connect("key-press-event", lambda _, event: self._pressed(event))
 
+    def be_busy(self, *, is_busy: bool) -> None:
+        """Say whether a change is being made, which may wait for others."""
+        self._summary.be_busy(is_busy=is_busy)
+
     def show(self) -> None:
         """Show what is on the board, as far as the filters let it through, a part in each turn."""
         self._portions.run(self._parts())

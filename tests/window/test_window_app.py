@@ -97,6 +97,20 @@ def test_a_change_is_done_and_what_came_of_it_is_shown(running: Running, lab: La
     until(lambda: "enabled=no" not in lab.features("work")["forward.web"])
 
 
+def test_clicks_while_a_change_waits_are_no_further_changes(running: Running, store: Backend) -> None:
+    with store.locked():
+        for _ in range(3):
+            running.manager.disable(WEB)
+        assert running.says("Working…")
+    until(lambda: not running.says("Working…"))
+    assert running.says("disabled")
+    running.manager.window.outcome.hide()
+    over: list[object] = []
+    running.manager.board.change(lambda _: None, over.append, over.append)
+    until(lambda: over)
+    assert not running.says("disabled")
+
+
 def test_a_rule_that_is_no_longer_what_was_seen_is_not_changed(
     running: Running, lab: LabDirectory, forward: Command
 ) -> None:

@@ -123,3 +123,15 @@ def test_what_waits_for_a_word_can_be_shown() -> None:
     assert pressed == ["show"]
     bar.show(Summary("0 wait", Tone.OPEN, 0))
     assert [*inside(bar.widget, Gtk.Button)] == []
+
+
+def test_it_says_while_a_change_is_made() -> None:
+    bar = SummaryBar(lambda: None)
+    bar.widget.show_all()
+    bar.be_busy(is_busy=True)
+    assert texts(bar.widget) == ["Working…"]
+    (spinner,) = inside(bar.widget, Gtk.Spinner)
+    assert spinner.props.active
+    bar.be_busy(is_busy=False)
+    assert texts(bar.widget) == []
+    assert not spinner.get_visible()
