@@ -30,6 +30,7 @@ WINDOWS = {
     "Confirm": {"confirmation"} | _QUESTION,
     "Cut": {"cutting"} | _QUESTION,
     "Remove": {"removal"} | _QUESTION,
+    "Open to anybody": {"opening"} | _QUESTION,
     "Resume": {"resuming"} | _QUESTION,
     "Diagnose": {"diagnosis"},
     "the menu of a row": {"rowmenu"},
@@ -40,6 +41,9 @@ IN_TURN = (
     {"_Cancel", "_Close"},
     {"_Open", "_Open to anybody", "_Save", "_Save: open to anybody"},
     {"_Remove…", "_Remove all…"},
+    {"Ena_ble", "Ena_ble…"},
+    {"C_onfirm", "_Open to anybody"},
+    {"_Resume", "_Resume: open to anybody"},
 )
 """What takes the place of each other, so that it may have the same key."""
 _MNEMONIC = re.compile(r"(?<!_)_(\w)")
