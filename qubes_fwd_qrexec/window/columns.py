@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The columns of the list. Their widths are found here, text by text, as GTK would measure every row."""
+"""The columns of the list. Their widths are found here, as GTK would measure each row again and again."""
 
 from .cells import Cells
 from .gtk import Gtk, Pango
@@ -35,7 +35,8 @@ class Column:
         self._view = view
         self._field = field
         self._is_wide = field in WIDE
-        self._title, self._longest = title, WIDE.get(field, 0) * "0"
+        self._title = title
+        self._texts: dict[object, str] = {0: WIDE.get(field, 0) * "0"}
         self.is_shown, self.width = True, 0
         self.widget = Gtk.TreeViewColumn(title)
         self.widget.set_sizing(Gtk.TreeViewColumnSizing.FIXED)
@@ -61,24 +62,32 @@ class Column:
             self.widget.set_visible(is_shown)
 
     def make_room(self, cells: Cells) -> None:
-        """Be wide enough for one more row, unless this column gets what the others leave."""
+        """Be wide enough for one more row, unless this column gets what the others leave.
+
+        Of texts that are equally long, one is measured; of the first column each, as they differ more.
+        """
         text: str = getattr(cells, self._field)
-        if not self._is_wide and len(text) > len(self._longest):
-            self._longest = text
-            self.measure()
+        kind = text if self._field == _FIRST else len(text)
+        if not self._is_wide and kind not in self._texts:
+            self._texts[kind] = text
+            self._widen(self._needs(text))
 
     def cuts(self, cells: Cells) -> bool:
         """Whether it does not show all of a row."""
         text: str = getattr(cells, self._field)
-        width = self._view.create_pango_layout(text).get_pixel_size()[0]
-        return bool(text) and (not self.is_shown or width + _MARGIN > self.widget.get_width())
+        return bool(text) and (not self.is_shown or self._needs(text) > self.widget.get_width())
 
     def measure(self) -> None:
         """Be as wide as what there is to show, in the letters of the theme."""
-        layout = self._view.create_pango_layout(self._longest)
-        width = layout.get_pixel_size()[0]
-        if self._field == _FIRST:
-            width = int(_BOLD * width) + _FIRST_MARGIN - _MARGIN
-        layout.set_text(self._title, -1)
-        self.width = max(width, int(_BOLD * layout.get_pixel_size()[0]) + 4) + _MARGIN
-        self.widget.set_fixed_width(self.width)
+        self.width = 0
+        title = self._view.create_pango_layout(self._title).get_pixel_size()[0]
+        self._widen(max(int(_BOLD * title) + 4 + _MARGIN, *map(self._needs, self._texts.values())))
+
+    def _needs(self, text: str) -> int:
+        width = self._view.create_pango_layout(text).get_pixel_size()[0]
+        return int(_BOLD * width) + _FIRST_MARGIN if self._field == _FIRST else width + _MARGIN
+
+    def _widen(self, width: int) -> None:
+        if width > self.width:
+            self.width = width
+            self.widget.set_fixed_width(width)

@@ -249,6 +249,15 @@ def test_columns_that_say_nothing_are_not_there(shown: Shown) -> None:
     assert titles() == ["State", "From", "Reachable at", "Goes to", "Way"]
 
 
+def test_each_word_for_a_state_fits_its_column(shown: Shown) -> None:
+    """Also where the name of a qube has as many letters, or more."""
+    rows = (row("a", mark="iiiiiiiiii"), row("b", mark="WWWWWWWWWW"))
+    shown.list.show((group("iiiiiiiiiiii", *rows),))
+    column = shown.view.get_columns()[0]
+    layout = shown.view.create_pango_layout("● WWWWWWWWWW")
+    assert column.get_fixed_width() > 1.1 * layout.get_pixel_size()[0] + 50
+
+
 def test_a_larger_font_has_wider_columns(shown: Shown) -> None:
     shown.list.show((WORK,))
 
