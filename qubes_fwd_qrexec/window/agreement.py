@@ -9,16 +9,12 @@ from qubes_fwd_qrexec.admin.previewing import preview
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Cause, Forward, Key
 from qubes_fwd_qrexec.admin.views import entrance, reasons
-from qubes_fwd_qrexec.admin.views.tables import shortened
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.common.rules import Mode, NamedRule
 
 from . import rows
 from .look import Look
 from .words import _
-
-# Whom it lets in, of whom there may be hundreds, is said in full before.
-_SENTENCE_MAX = 1000
 
 
 class Turn(NamedTuple):
@@ -59,12 +55,12 @@ def agreement(look: Look, key: Key, now: float) -> Agreement | None:
         rule = confirmed_rule(old, snapshot.inventory)
     except RefusedError as error:
         return Agreement(seen, problem=str(error))
-    found = preview(snapshot, now, old._replace(rule=rule))
+    found = preview(snapshot, now, old._replace(rule=rule), look.plan)
     after = found.forward
     problem = None if found.problem is None else reasons.sentence(after, found.problem)
     notes = (*reasons.notes(after), *reasons.hints(after))
     is_to_anybody = after.is_live and rule.sources.anyone
-    opens = shortened(f"{rows.mark(after.state)}. {reasons.sentence(after)}", _SENTENCE_MAX)
+    opens = f"{rows.mark(after.state)}. {reasons.sentence(after)}"
     return Agreement(seen, _turns(forward, after), opens, notes, is_to_anybody, problem)
 
 

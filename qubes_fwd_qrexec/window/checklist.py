@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qubes_fwd_qrexec.admin.views.tables import Check, escaped, shortened
+from qubes_fwd_qrexec.admin.views.tables import Check, escaped
 
 from .commands import Commands
 from .gtk import Gtk
@@ -12,9 +12,6 @@ from .kept import Rows, Text
 from .remedies import remedy
 from .widgets import button, column, row
 from .words import _
-
-TEXT_MAX = 1000
-"""Characters of one text. Two hundred networks have more, and it takes long to lay them out."""
 
 
 class _Key(NamedTuple):
@@ -62,7 +59,7 @@ class _CheckRow:
 
     def show(self, check: Check) -> None:
         self._verdict.show(*verdict_words(check.verdict))
-        self._text.show(shortened(escaped(check.text), TEXT_MAX))
+        self._text.show(escaped(check.text))
 
 
 def verdict_words(verdict: str) -> tuple[str, str]:

@@ -8,18 +8,17 @@ from collections.abc import Iterator
 from functools import partial
 
 from qubes_fwd_qrexec.admin.states import Key
-from qubes_fwd_qrexec.admin.views.tables import shortened
 
 from . import cells
 from .about import About, about
 from .actions import error_lines
 from .board import Board
 from .buttons import Buttons
-from .checklist import TEXT_MAX, CheckList
+from .checklist import CheckList
 from .clientlist import ClientList
 from .commands import Commands
 from .gtk import Gdk, GLib, Gtk
-from .kept import Text
+from .kept import Lines, Text
 from .portions import Portions
 from .widgets import GAP, column, named, row, scrolled
 from .words import _
@@ -44,7 +43,7 @@ class Detail:
         self._buttons = Buttons(commands)
         self._checks = CheckList(commands)
         self._clients = ClientList(commands)
-        self._rule = _Lines()
+        self._rule = Lines(is_monospace=True)
         self._more = Gtk.Expander.new_with_mnemonic(_("R_ule and policy"))
         self._more.add(self._rule.widget)
         named(self._rule.widget, _("Rule and policy"))
@@ -122,7 +121,7 @@ class Detail:
         sign, style = cells.SIGNS[found.state]
         self._state.show(f"{sign} {found.mark}", style)
         self._note.show(found.note)
-        self._sentence.show(shortened(found.sentence, TEXT_MAX))
+        self._sentence.show(found.sentence)
         yield
         if self._icon_of != (found.icon, found.label):
             self._icon_of = found.icon, found.label
@@ -157,18 +156,3 @@ class Detail:
             pixels = self._picture.widget.create_pango_layout(_PROBE).get_pixel_size()[0]
             columns = int((self._width - 6 * GAP) * len(_PROBE) / pixels)
             self._picture.show(self._about.picture(columns).rstrip("\n"))
-
-
-class _Lines:
-    """Many long lines to be read and selected, which GTK lays out bit by bit."""
-
-    def __init__(self) -> None:
-        self.widget = Gtk.TextView(editable=False, cursor_visible=False, monospace=True)
-        self.widget.set_wrap_mode(Gtk.WrapMode.WORD_CHAR)
-        self.widget.set_accepts_tab(False)
-        self._shown = ""
-
-    def show(self, text: str) -> None:
-        if text != self._shown:
-            self._shown = text
-            self.widget.get_buffer().set_text(text)

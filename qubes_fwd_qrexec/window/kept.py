@@ -7,6 +7,8 @@ Only what differs is given to GTK.
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
+from qubes_fwd_qrexec.admin.views.tables import shortened
+
 from .gtk import Gtk
 from .widgets import column, label
 
@@ -15,6 +17,10 @@ V = TypeVar("V")
 _V = TypeVar("_V", contravariant=True)
 # A label that is not told how narrow it may be lays its text out again and again to find that.
 _CHARS_MIN = 10
+TEXT_MAX = 1000
+"""Characters of one text. Two hundred networks have more, and it takes long to lay them out."""
+LINE_MAX = 4000
+"""Characters of one of many lines, which GTK lays out one by one."""
 # How many widgets of one row may take the focus one after the other.
 _FOCI_MAX = 8
 
@@ -30,7 +36,8 @@ class Text:
         self._style = style
 
     def show(self, text: str, style: str | None = None) -> None:
-        """``style`` takes the place of the class that it had."""
+        """``style`` takes the place of the class that it had. What is longer than `TEXT_MAX` is cut."""
+        text = shortened(text, TEXT_MAX)
         if text != self._shown:
             if bool(text) is not bool(self._shown):
                 self.widget.set_visible(bool(text))
@@ -45,6 +52,23 @@ class Text:
             if style:
                 context.add_class(style)
             self._style = style
+
+
+class Lines:
+    """Many lines to be read and selected, which GTK lays out bit by bit."""
+
+    def __init__(self, *, is_monospace: bool = False) -> None:
+        self.widget = Gtk.TextView(editable=False, cursor_visible=False, monospace=is_monospace)
+        self.widget.set_wrap_mode(Gtk.WrapMode.WORD_CHAR)
+        self.widget.set_accepts_tab(False)
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        """Of a line that is longer than `LINE_MAX` the rest is cut."""
+        text = "\n".join(shortened(line, LINE_MAX) for line in text.split("\n"))
+        if text != self._shown:
+            self._shown = text
+            self.widget.get_buffer().set_text(text)
 
 
 class Row(Protocol[_V]):

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What came of a change, in a bar that stays until somebody closes it."""
 
+from qubes_fwd_qrexec.admin.views.tables import shortened
+
 from .actions import Done, error_lines
 from .gtk import Atk, Gtk
 from .widgets import column, label, named, scrolled
-from .words import _
+from .words import _, ngettext
 
 _HEIGHT_MAX = 180
+LINES_MAX = 20
+"""Of hundreds of rules that were removed at once; the others are counted."""
+_LINE_MAX = 800
 
 
 class Outcome:
@@ -18,7 +23,11 @@ class Outcome:
         place = scrolled(self._text)
         place.set_propagate_natural_height(True)
         place.set_max_content_height(_HEIGHT_MAX)
-        self.widget = Gtk.InfoBar(show_close_button=True)
+        close = Gtk.Button.new_from_icon_name("window-close-symbolic", Gtk.IconSize.BUTTON)
+        named(close, _("Close this message"))
+        self.widget = Gtk.InfoBar()
+        # As of a cancel, so that Escape does the same.
+        self.widget.add_action_widget(close, Gtk.ResponseType.CANCEL)
         self.widget.set_no_show_all(True)
         self.widget.get_content_area().pack_start(column(self._head, place), True, True, 0)
         self.widget.connect("response", lambda *_: self.hide())
@@ -29,7 +38,7 @@ class Outcome:
         """Show what a change did."""
         kind = Gtk.MessageType.INFO if done.is_well else Gtk.MessageType.WARNING
         head = _("✓ Done.") if done.is_well else _("! Not all of it is well.")
-        self._show(kind, head, (*done.lines, *done.warnings))
+        self._show(kind, head, (*done.warnings, *done.lines))
 
     def show_error(self, error: Exception) -> None:
         """Show why nothing was done."""
@@ -39,7 +48,10 @@ class Outcome:
         """Take it away."""
         self.widget.hide()
 
-    def _show(self, kind: Gtk.MessageType, head: str, lines: tuple[str, ...]) -> None:
+    def _show(self, kind: Gtk.MessageType, head: str, found: tuple[str, ...]) -> None:
+        lines = [shortened(line, _LINE_MAX) for line in found[:LINES_MAX]]
+        if (more := len(found) - LINES_MAX) > 0:
+            lines.append(ngettext("and {count} more", "and {count} more", more).format(count=more))
         self.widget.hide()
         self.widget.set_message_type(kind)
         self._head.set_text(head)

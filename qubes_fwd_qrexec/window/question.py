@@ -16,7 +16,7 @@ from .widgets import GAP, button, column, named, scrolled
 from .words import _
 
 Job = Callable[[Backend], Done]
-Tell = Callable[[Done], None]
+Tell = Callable[[Done | Exception], None]
 _WIDTH, _HEIGHT_MAX = 560, 420
 
 
@@ -95,19 +95,20 @@ class Question:
 
     def _done(self, done: Done) -> None:
         if self._stays and not done.is_well:
-            self._not_done((*done.lines, *done.warnings))
-            return
-        self._tell(done)
-        if not self._is_closed:
-            self.close()
+            self._show(done, (*done.lines, *done.warnings))
+        else:
+            self._tell(done)
+            if not self._is_closed:
+                self.close()
 
     def _failed(self, error: Exception) -> None:
-        self._not_done(error_lines(error))
+        self._show(error, error_lines(error))
 
-    def _not_done(self, lines: tuple[str, ...]) -> None:
+    def _show(self, outcome: Done | Exception, lines: tuple[str, ...]) -> None:
+        """Show why it was not done, here if the dialog is still open."""
         self._is_busy = False
         if self._is_closed:
-            self._tell(Done((), lines, is_well=False))
+            self._tell(outcome)
         else:
             self._error.show("\n".join(lines))
             self.offer(self._job)

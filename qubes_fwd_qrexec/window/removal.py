@@ -8,13 +8,12 @@ from qubes_fwd_qrexec.admin.backend import Backend
 from qubes_fwd_qrexec.admin.seen import Seen
 from qubes_fwd_qrexec.admin.states import Forward, Key
 from qubes_fwd_qrexec.admin.views import reasons
-from qubes_fwd_qrexec.admin.views.tables import escaped, shortened
+from qubes_fwd_qrexec.admin.views.tables import escaped
 from qubes_fwd_qrexec.common.rules import OnExpire
 
 from . import actions, rows
 from .actions import Done
 from .board import Board
-from .checklist import TEXT_MAX
 from .commands import Commands
 from .entries import Entry
 from .gtk import Gtk
@@ -85,7 +84,7 @@ def what_closes(look: Look, keys: Sequence[Key]) -> list[str]:
 def _closes(entry: Entry, forward: Forward | None) -> str:
     parts = [f"{escaped(' '.join(entry.key))}: {rows.mark_of(entry)}.", entry.note]
     if forward is not None and forward.is_live:
-        parts.append(shortened(reasons.sentence(forward), TEXT_MAX))
+        parts.append(reasons.sentence(forward))
         is_cut = forward.named.rule.on_expire is not OnExpire.DRAIN
         drains = _("Its connections may go on for up to an hour.")
         parts.append(_("Its connections are cut.") if is_cut else drains)

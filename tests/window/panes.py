@@ -25,11 +25,11 @@ class Heard:
         return lambda *args: self.calls.append((name, *args))
 
 
-class Told(list[Done]):
+class Told(list[Any]):
     """What the main window was given to show."""
 
-    def __call__(self, done: Done) -> None:
-        self.append(done)
+    def __call__(self, outcome: Done | Exception) -> None:
+        self.append(outcome)
 
 
 def every(widget: Gtk.Widget) -> Iterator[Gtk.Widget]:

@@ -8,7 +8,7 @@ from panes import PROBE, of, shown, text
 from screen import settle, until
 
 from qubes_fwd_qrexec.window.gtk import Gtk
-from qubes_fwd_qrexec.window.kept import Rows, Text
+from qubes_fwd_qrexec.window.kept import LINE_MAX, TEXT_MAX, Lines, Rows, Text
 from qubes_fwd_qrexec.window.portions import PORTION_S, Portions
 from qubes_fwd_qrexec.window.widgets import column
 
@@ -97,6 +97,16 @@ def test_gtk_is_given_only_what_differs() -> None:
     for words in ("one", "one", "two", "two", ""):
         said.show(words)
     assert given == ["one", "two", ""]
+
+
+def test_what_is_too_long_is_cut() -> None:
+    said, lines = Text(), Lines()
+    said.show("x" * 100_000)
+    lines.show(f"{'x' * 100_000}\nshort")
+    assert len(said.widget.get_text()) == TEXT_MAX
+    lines.widget.show()
+    first, second = text(lines.widget).split("\n")
+    assert (len(first), second) == (LINE_MAX, "short")
 
 
 def test_a_short_text_asks_for_no_more_than_its_width() -> None:

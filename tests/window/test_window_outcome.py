@@ -10,7 +10,7 @@ from screen import settle
 from qubes_fwd_qrexec.common.errors import RefusedError
 from qubes_fwd_qrexec.window.actions import Done
 from qubes_fwd_qrexec.window.gtk import Atk, Gtk
-from qubes_fwd_qrexec.window.outcome import Outcome
+from qubes_fwd_qrexec.window.outcome import LINES_MAX, Outcome
 from qubes_fwd_qrexec.window.widgets import column
 
 
@@ -41,7 +41,7 @@ def test_how_it_is_shows_by_words_and_not_by_colour_alone(
     outcome: Outcome, done: Done, head: str, look: Gtk.MessageType
 ) -> None:
     outcome.show(done)
-    assert text(outcome.widget).split("\n") == [head, *done.lines, *done.warnings]
+    assert text(outcome.widget).split("\n") == [head, *done.warnings, *done.lines]
     assert outcome.widget.get_message_type() is look
 
 
@@ -58,7 +58,7 @@ def test_it_is_an_alert_that_says_all_of_it_and_shows_up_anew_each_time(outcome:
         outcome.show(Done((f"line {number}",), (PROBE,), is_well=True))
         accessible = outcome.widget.get_accessible()
         assert accessible.get_role() is Atk.Role.ALERT
-        assert accessible.get_name() == f"✓ Done. line {number} {PROBE}"
+        assert accessible.get_name() == f"✓ Done. {PROBE} line {number}"
         assert len(times) == number
 
 
@@ -66,11 +66,18 @@ def test_the_text_can_be_selected_and_the_bar_closed(outcome: Outcome) -> None:
     outcome.show(Done(("line",), (), is_well=True))
     lines = next(label for label in of(outcome.widget, Gtk.Label) if label.get_text() == "line")
     assert lines.get_selectable()
-    button(outcome.widget, "").clicked()
+    close = button(outcome.widget, "")
+    assert close.get_accessible().get_name() == "Close this message"
+    close.clicked()
     settle()
+    assert not outcome.widget.get_visible()
+    outcome.show(Done(("line",), (), is_well=True))
+    outcome.widget.emit("close")
     assert not outcome.widget.get_visible()
 
 
 def test_a_thousand_lines_leave_room_for_the_rest(outcome: Outcome) -> None:
-    outcome.show(Done(("line",) * 1000, (), is_well=True))
+    outcome.show(Done(("line",) * 1000, ("a warning",), is_well=True))
     assert outcome.widget.get_preferred_height()[1] < 300
+    said = text(outcome.widget).split("\n")
+    assert (said[1], len(said), said[-1]) == ("a warning", 2 + LINES_MAX, "and 981 more")
